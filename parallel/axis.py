@@ -1,0 +1,53 @@
+"""One axis of a module's mesh, as a layer sees it.
+
+A layer that communicates is given the axes it needs; there is no "current group" anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A named group of ranks and this rank's place in it.
+
+    size: number of ranks on the axis; rank: this rank's index, 0 <= rank < size;
+    group: the process group, None only where size is 1.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.size, (self.name, self.rank, self.size)
+        assert self.size == 1 or self.group is not None, f"axis {self.name} of size {self.size} has no group"
+
+    @staticmethod
+    def single(name: str) -> Axis:
+        """The axis of a module that is not split: collectives over it do nothing."""
+        return Axis(name)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes that layers of one module compute over.
+
+    tp: tensor parallel; ep: expert parallel (expert view of the same ranks).
+    sequence_parallel: between blocks each tp rank keeps only its share of the tokens.
+    """
+
+    tp: Axis = Axis("tp")
+    ep: Axis = Axis("ep")
+    sequence_parallel: bool = False
+
+    @property
+    def token_shards(self) -> int:
+        """Into how many shares the tokens between blocks are cut."""
+        return self.tp.size if self.sequence_parallel else 1
