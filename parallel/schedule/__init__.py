@@ -1,0 +1,7 @@
+"""Training steps as data: actions, the generators that list them, and the executor."""
+
+from parallel.schedule.action import Action, Kind
+from parallel.schedule.colocated import colocated
+from parallel.schedule.execute import execute
+
+__all__ = ["Action", "Kind", "colocated", "execute"]

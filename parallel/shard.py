@@ -1,0 +1,168 @@
+"""Sharding a module over its mesh, and making its initial weights shard by shard.
+
+Weights declared with a shard dim become DTensors over tp (dense view) or ep (expert view); then FSDP2 cuts
+everything over dp, or edp for experts. Gradients are pure sums (design law 2): no averaging anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from parallel.mesh import ModuleMesh
+from parallel.param import ParamSpec, declared, global_index, initial_values, own_specs
+
+
+@dataclass(frozen=True)
+class ShardPolicy:
+    """How FSDP2 holds a module.
+
+    layers: submodules that are gathered and freed on their own; empty means the module as one unit, which
+        costs two collectives a step and keeps the gathered weights from forward to backward.
+    compute_dtype: dtype that weights are gathered in (None: as stored); gradients are reduced in the stored
+        dtype. precise: submodules whose weights are gathered as stored all the same.
+    """
+
+    layers: Sequence[nn.Module] = ()
+    compute_dtype: torch.dtype | None = None
+    precise: Sequence[nn.Module] = ()
+
+
+def shard_module(
+    module: nn.Module, mesh: ModuleMesh, policy: ShardPolicy, *, param_dtype: torch.dtype
+) -> None:
+    """Cut `module`, built on the meta device with its global shapes, over `mesh`, in place.
+
+    Afterwards call materialise(). Every rank of the module must call this alike.
+    """
+    for sub in module.modules():
+        for name, spec in own_specs(sub).items():
+            _cut(sub, name, spec, mesh)
+    mixed = MixedPrecisionPolicy(
+        param_dtype=policy.compute_dtype, reduce_dtype=param_dtype, cast_forward_inputs=False
+    )
+    stored = MixedPrecisionPolicy(cast_forward_inputs=False)
+    reshard = bool(policy.layers)
+    if policy.compute_dtype is not None:
+        for sub in policy.precise:
+            _fully_shard(sub, mesh, "dense", stored, reshard)
+    if mesh.folded:
+        for sub in module.modules():
+            if any(spec.view == "expert" for spec in own_specs(sub).values()):
+                _fully_shard(sub, mesh, "expert", mixed, reshard)
+    for layer in policy.layers:
+        _fully_shard(layer, mesh, "dense", mixed, reshard)
+    _fully_shard(module, mesh, "dense", mixed, False)
+    for sub in module.modules():
+        if isinstance(sub, FSDPModule):
+            # The order matters: gloo has no pre-multiplied sum, which a bare divide factor would choose.
+            sub.set_force_sum_reduction_for_comms(True)
+            sub.set_gradient_divide_factor(1.0)
+
+
+def _cut(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
+    """Replace a parameter of global shape (on meta) by a DTensor over tp or ep, where it is cut at all."""
+    cut = model_cut(spec, mesh)
+    if cut is None:
+        return
+    axis_mesh = model_mesh(spec, mesh)
+    old = getattr(sub, name)
+    shape = list(old.shape)
+    if shape[cut] % axis_mesh.size():
+        axis = "tp" if spec.view == "dense" else "ep"
+        raise ValueError(
+            f"{type(sub).__name__}.{name} of shape {shape}: dim {cut} does not divide by "
+            f"{axis}={axis_mesh.size()}"
+        )
+    shape[cut] //= axis_mesh.size()
+    shard = torch.empty(shape, dtype=old.dtype, device=old.device)
+    tensor = DTensor.from_local(shard, axis_mesh, [Shard(cut)], run_check=False)
+    setattr(sub, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
+
+
+def _fully_shard(
+    sub: nn.Module, mesh: ModuleMesh, view: str, mp_policy: MixedPrecisionPolicy, reshard: bool
+) -> None:
+    over = mesh.dense["dp"] if view == "dense" else mesh.expert["edp"]
+    dims = {
+        id(param): data_dim(tuple(_local_shape(param)), model_cut(spec, mesh), over.size())
+        for _, param, spec in declared(sub)
+    }
+    fully_shard(
+        sub,
+        mesh=over,
+        mp_policy=mp_policy,
+        reshard_after_forward=reshard,
+        shard_placement_fn=lambda p: Shard(dims[id(p)]),
+    )
+
+
+def _local_shape(param: Tensor) -> torch.Size:
+    return param.to_local().shape if isinstance(param, DTensor) else param.shape
+
+
+def model_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
+    """The mesh axis that cuts a parameter by its declaration: tp, or ep for experts."""
+    return mesh.dense["tp"] if spec.view == "dense" else mesh.expert["ep"]
+
+
+def model_cut(spec: ParamSpec, mesh: ModuleMesh) -> int | None:
+    """The dim that tp or ep cuts in this layout, None where the parameter is whole on each rank."""
+    return None if model_mesh(spec, mesh).size() == 1 else spec.shard_dim
+
+
+def data_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
+    """The mesh axis that FSDP cuts a parameter over: dp, or edp for experts where that differs."""
+    return mesh.expert["edp"] if spec.view == "expert" and mesh.folded else mesh.dense["dp"]
+
+
+def data_dim(shape: tuple[int, ...], cut: int | None, size: int) -> int:
+    """Which dim FSDP cuts over `size` ranks, for a parameter of `shape` after tp or ep cut dim `cut`.
+
+    Dim 0 may be cut unevenly, others only evenly (FSDP2). A dim that tp or ep cuts already is left alone
+    where another one divides, since a dim cut twice is interleaved in the global tensor.
+    """
+    if cut != 0 or size == 1:
+        return 0
+    return next((d for d in range(1, len(shape)) if shape[d] % size == 0), 0)
+
+
+def held_indices(shape: tuple[int, ...], spec: ParamSpec, mesh: ModuleMesh) -> list[Tensor]:
+    """Global indices per dim of the elements that this rank holds of a parameter of global `shape`."""
+    held = [torch.arange(n) for n in shape]
+    cut = model_cut(spec, mesh)
+    if cut is not None:
+        held[cut] = _chunk(held[cut], model_mesh(spec, mesh))
+    over = data_mesh(spec, mesh)
+    dim = data_dim(tuple(len(h) for h in held), cut, over.size())
+    held[dim] = _chunk(held[dim], over)
+    return held
+
+
+def _chunk(index: Tensor, mesh: DeviceMesh) -> Tensor:
+    chunks = torch.chunk(index, mesh.size())
+    part = mesh.get_local_rank()
+    return chunks[part] if part < len(chunks) else index[:0]
+
+
+@torch.no_grad()
+def materialise(module: nn.Module, mesh: ModuleMesh, *, seed: int, name: str, device: torch.device) -> None:
+    """Allocate this rank's shards and fill them with the initial weights of the module called `name`.
+
+    No rank ever holds more than its own shard. Buffers start at zero.
+    """
+    module.to_empty(device=device)
+    for buffer in module.buffers():
+        buffer.zero_()
+    for full, param, spec in declared(module):
+        shard = param.to_local() if isinstance(param, DTensor) else param
+        held = held_indices(tuple(param.shape), spec, mesh)
+        index = global_index(tuple(param.shape), held).to(device)
+        assert index.shape == shard.shape, (full, index.shape, shard.shape)
+        shard.copy_(initial_values(f"{name}.{full}", seed, spec.init, index))
