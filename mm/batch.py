@@ -1,0 +1,157 @@
+"""From a step plan to one rank's tensors: text to token ids, payloads to encoder inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encoders.contract import ItemBatch, pack_items
+from llm.model import LLMBatch
+from mm.data.index import Sample
+from mm.data.reader import BadSample, ShardReader, parse_segments
+from mm.data.tokenizer import Tokenizer
+from mm.plan import Microbatch, PlanInputs, row_places
+from parallel.boundary.plan import EdgePlan, plan_edge
+from parallel.packed import Packing
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class RankMicrobatch:
+    """What one rank needs for one micro-batch; entries are absent for modules it does not host.
+
+    items: encoder inputs by module; names: sample key of each of those items, for errors;
+    llm: the packed text; depends: by module, which labels depend on it, bool [T];
+    edges: this rank's boundary plans of the encoders that have items anywhere.
+    """
+
+    items: Mapping[str, ItemBatch]
+    names: Mapping[str, tuple[str, ...]]
+    llm: LLMBatch | None
+    depends: Mapping[str, Tensor]
+    edges: Mapping[str, EdgePlan]
+
+
+@dataclass(frozen=True)
+class Assembler:
+    """Builds RankMicrobatches on the host for `rank`. dtype: floating dtype of encoder inputs."""
+
+    inputs: PlanInputs
+    reader: ShardReader
+    tokenizer: Tokenizer
+    rank: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def build(self, mb: Microbatch, bad: list[BadSample]) -> RankMicrobatch | None:
+        """Read and pack this rank's part of `mb`; unreadable samples are appended to `bad`, then None."""
+        before = len(bad)
+        items, names = {}, {}
+        for module, edge in mb.edges.items():
+            layout = self.inputs.encoders[module].layout
+            if edge.items and self.rank in layout.ranks:
+                items[module], names[module] = self._items(module, mb, bad)
+        llm, depends = None, {}
+        if self.rank in self.inputs.llm.ranks:
+            llm, depends = self._text(mb, bad)
+        if len(bad) > before:
+            return None
+        edges = {
+            m: plan_edge(f"{m} -> llm", e.source, e.dest, self.rank) for m, e in mb.edges.items() if e.items
+        }
+        return RankMicrobatch(items, names, llm, depends, edges)
+
+    def _items(
+        self, module: str, mb: Microbatch, bad: list[BadSample]
+    ) -> tuple[ItemBatch, tuple[str, ...]]:
+        use = self.inputs.encoders[module]
+        lane = use.layout.coord(self.rank).dp
+        tensors, metas, names = [], [], []
+        for item in mb.edges[module].items:
+            if item.source_lane != lane:
+                continue
+            sample = mb.samples[item.sample]
+            try:
+                payload = self.reader.read(sample, item.part)
+                tensors.append(use.cls.prepare(use.cfg, payload, item.part.meta))
+            except BadSample as error:
+                bad.append(error)
+                continue
+            except (ValueError, OSError, EOFError) as error:
+                # The payload is what the index says but does not decode: the sample is as bad as a torn one.
+                bad.append(BadSample(sample.id, sample.key, sample.shard, f"{item.part.name}: {error}"))
+                continue
+            metas.append(item.part.meta)
+            names.append(sample.key)
+        batch = pack_items(use.cls, use.cfg, tensors, metas, device=self.device, dtype=self.dtype)
+        return batch, tuple(names)
+
+    def _text(self, mb: Microbatch, bad: list[BadSample]) -> tuple[LLMBatch, dict[str, Tensor]]:
+        coord = self.inputs.llm.coord(self.rank)
+        total = mb.tokens[coord.dp]
+        tok = self.tokenizer
+        ids = np.full(total, tok.pad, dtype=np.int64)
+        labels = np.full(total, IGNORE, dtype=np.int64)
+        depends = {m: np.zeros(total, dtype=bool) for m in self.inputs.encoders}
+        lengths, at = [], 0
+        for j in mb.lane_samples(coord.dp):
+            try:
+                self._write_sample(mb.samples[j], at, ids, labels, depends)
+            except BadSample as error:
+                bad.append(error)
+            at += mb.length[j]
+            lengths.append(mb.length[j])
+        if at < total:
+            lengths.append(total - at)
+        places = {
+            m: torch.from_numpy(row_places(e, self.inputs.llm, coord.dp, coord.tp, total)).to(self.device)
+            for m, e in mb.edges.items()
+            if e.items
+        }
+        batch = LLMBatch(
+            ids=torch.from_numpy(ids).to(self.device),
+            labels=torch.from_numpy(labels).to(self.device),
+            packing=Packing.of(lengths, self.device),
+            n_real=at,
+            places=places,
+        )
+        return batch, {m: torch.from_numpy(d).to(self.device) for m, d in depends.items()}
+
+    def _write_sample(
+        self,
+        sample: Sample,
+        start: int,
+        ids: np.ndarray,
+        labels: np.ndarray,
+        depends: Mapping[str, np.ndarray],
+    ) -> None:
+        tok = self.tokenizer
+        written = parse_segments(self.reader.read(sample, sample.json))
+        at = start
+        ids[at] = tok.bos
+        at += 1
+        # The index decides lengths and order (evaluation may have exchanged items); the payload has the text.
+        texts = [s.text for s in written if s.text is not None]
+        for seg in sample.segments:
+            if seg.part is not None:
+                n = self.inputs.rows(seg.kind, seg.part)
+                ids[at : at + n] = tok.placeholder
+            else:
+                new = tok.encode(texts.pop(0))
+                n = len(new)
+                if n != seg.text_bytes:
+                    why = f"a text segment has {n} tokens but the index says {seg.text_bytes}; re-index"
+                    raise BadSample(sample.id, sample.key, sample.shard, why)
+                ids[at : at + n] = new
+                if seg.loss:
+                    labels[at - 1 : at + n - 1] = new
+                    if seg.depends is not None and seg.depends in depends:
+                        depends[seg.depends][at - 1 : at + n - 1] = True
+            at += n
+        ids[at] = tok.eos
+        labels[at - 1] = tok.eos

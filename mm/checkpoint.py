@@ -1,0 +1,79 @@
+"""Checkpoints of a job: which tensors, which words, and where to resume from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.config import Config, resolve
+from mm.errors import CheckpointError
+from mm.job import Blueprint, Job
+from parallel import checkpoint as store
+
+
+def state_tensors(job: Job) -> dict[str, Tensor]:
+    """Every tensor of the modules on this rank: parameters, buffers and optimizer moments, by full name."""
+    out: dict[str, Tensor] = {}
+    for name, module in job.modules.items():
+        for key, param in module.named_parameters():
+            out[f"{name}.{key}"] = param.detach()
+        for key, value in module.state_dict().items():
+            if f"{name}.{key}" not in out and isinstance(value, torch.Tensor):
+                out[f"{name}.{key}"] = value
+        for key, value in job.optimizers[name].moments().items():
+            out[f"{name}.adam.{key}"] = value
+    return out
+
+
+def fingerprint(blueprint: Blueprint) -> str:
+    """What must stay the same between saving and resuming for the run to be the same run: not the layout."""
+    cfg = resolve(blueprint.cfg)
+    kept = {"model": cfg["model"], "data": cfg["data"], "seed": cfg["run"]["seed"]}
+    kept["global_batch"] = cfg["train"]["global_batch"]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save(job: Job, directory: Path, step: int, bad: Collection[int]) -> Path:
+    """Write the state after `step` steps; every rank calls this. bad: samples known to be unreadable."""
+    cfg = job.blueprint.cfg
+    state = {"fingerprint": fingerprint(job.blueprint), "bad_samples": sorted(bad), "config": resolve(cfg)}
+    return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)
+
+
+def find(cfg: Config, directory: Path) -> Path | None:
+    """The checkpoint to resume from: checkpoint.resume is auto (newest whole one, if any), none or a path."""
+    wanted = cfg.checkpoint.resume
+    if wanted == "none":
+        return None
+    if wanted == "auto":
+        for path in reversed(store.published(directory)):
+            if not store.verify(path):
+                return path
+        return None
+    path = Path(wanted)
+    inside = store.published(path)
+    path = inside[-1] if inside else path
+    wrong = store.verify(path)
+    if wrong:
+        raise CheckpointError(f"cannot resume from {path}: {'; '.join(wrong)}")
+    return path
+
+
+def load(job: Job, path: Path) -> dict[str, Any]:
+    """Fill the job from a checkpoint written under any layout; returns its state (step, bad_samples, ..)."""
+    try:
+        state = store.load(path, state_tensors(job))
+    except store.BadCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+    if state.get("fingerprint") != fingerprint(job.blueprint):
+        raise CheckpointError(
+            f"{path} was written by a run with another model, data, seed or global batch; "
+            "compare its state.json with this config, or start afresh with checkpoint.resume=none"
+        )
+    return state

@@ -1,0 +1,33 @@
+"""Errors that end a run with a message and a known exit code, without a traceback."""
+
+from __future__ import annotations
+
+
+class PolyrankError(Exception):
+    """Anything a user can be told in a sentence."""
+
+    exit_code = 1
+
+
+class Refused(PolyrankError):
+    """The command, the config or the layout cannot be carried out."""
+
+    exit_code = 2
+
+
+class DataError(PolyrankError):
+    """The data cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(PolyrankError):
+    """A checkpoint cannot be used."""
+
+    exit_code = 4
+
+
+class NonFinite(PolyrankError):
+    """A loss or a gradient is not finite."""
+
+    exit_code = 5

@@ -1,0 +1,72 @@
+"""Held-out loss, and what each modality is worth to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mm.batch import RankMicrobatch
+from mm.data.index import Sample
+from mm.data.order import permute_items
+from mm.errors import DataError
+from mm.feed import prepare
+from mm.job import SINK, Data, Job
+from mm.step import run_step
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats a supervised token. lift[m]: mean loss of the tokens that depend on module m, with m's items
+    exchanged between samples, minus the same with everything intact; intact[m] is the latter."""
+
+    loss: float
+    lift: Mapping[str, float]
+    intact: Mapping[str, float]
+
+
+def evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int) -> Evaluation:
+    """Evaluate `samples` intact and with each modality's items permuted; every rank calls this alike."""
+    modules = list(job.blueprint.inputs.encoders)
+    loss, intact = _mean_losses(job, data, samples)
+    lift = {}
+    for module in modules:
+        _, mixed = _mean_losses(job, data, permute_items(samples, module, seed))
+        lift[module] = mixed[module] - intact[module]
+    return Evaluation(loss, lift, intact)
+
+
+def _mean_losses(
+    job: Job, data: Data, samples: Sequence[Sample]
+) -> tuple[float, dict[str, float]]:
+    """Mean loss over all supervised tokens, and over those that depend on each module."""
+    modules = list(job.blueprint.inputs.encoders)
+    layout = job.blueprint.layouts[SINK]
+    counts = SINK in job.modules and layout.coord(job.rank.rank).tp == 0
+    sums = [0.0] * (2 + 2 * len(modules))
+
+    def add(mb: RankMicrobatch, token_loss: Tensor) -> None:
+        assert mb.llm is not None
+        if not counts:
+            return
+        sums[0] += float(token_loss.sum())
+        sums[1] += float((mb.llm.labels >= 0).sum())
+        for k, module in enumerate(modules):
+            sums[2 + 2 * k] += float(token_loss[mb.depends[module]].sum())
+            sums[3 + 2 * k] += float(mb.depends[module].sum())
+
+    batch = job.blueprint.cfg.train.global_batch
+    for module in job.modules.values():
+        module.eval()
+    for step, at in enumerate(range(0, len(samples), batch)):
+        prepared = prepare(step, samples[at : at + batch], data.assembler)
+        found = job.control.agree(step, prepared.plan.digest, [b.sample_id for b in prepared.bad])
+        if found:
+            raise DataError(f"unreadable evaluation samples {sorted(found)}: {prepared.bad}")
+        run_step(job, prepared, train=False, on_tokens=add)
+    for module in job.modules.values():
+        module.train()
+    total = job.control.gather(sums).sum(axis=0)
+    means = total[0::2] / total[1::2].clip(min=1.0)
+    return float(means[0]), {m: float(means[1 + k]) for k, m in enumerate(modules)}

@@ -1,0 +1,22 @@
+"""True floating point operations of a step, by module: attention and scan included, recomputation not."""
+
+from __future__ import annotations
+
+from encoders.module import module_flops
+from llm.config import flops as llm_flops
+from mm.job import SINK, Blueprint
+from mm.plan import StepPlan
+
+
+def step_flops(blueprint: Blueprint, plan: StepPlan) -> dict[str, float]:
+    """FLOPs of forward and backward over all ranks. Frozen modules have no backward."""
+    out = dict.fromkeys(blueprint.modules, 0.0)
+    for mb in plan.microbatches:
+        for module, edge in mb.edges.items():
+            use = blueprint.inputs.encoders[module]
+            hidden = blueprint.cfg.model.encoders[module].projector.hidden
+            for item in edge.items:
+                out[module] += module_flops(use.cls, use.cfg, item.part.meta, blueprint.llm.d_model, hidden)
+        out[SINK] += llm_flops(blueprint.llm, mb.length)
+    # Backward costs twice the forward: one product for the inputs, one for the weights.
+    return {m: f * (1.0 if m in blueprint.frozen else 3.0) for m, f in out.items()}

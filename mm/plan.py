@@ -1,0 +1,315 @@
+"""The step plan: what every rank loads, computes and exchanges in one step, as plain data.
+
+A pure function of (config, index, seed, step, known-bad samples): every rank derives the same plan and
+nothing is agreed at run time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from mm.data.index import Part, Sample
+from mm.errors import DataError
+from parallel.boundary.rows import RowMap
+from parallel.layout import Layout
+
+Deal = Literal["sample", "cost"]
+
+
+@dataclass(frozen=True)
+class EncoderUse:
+    """An encoder as the planner needs it: row counts and costs without running anything.
+
+    cls is an encoders.Encoder class and cfg its options; deal says how items go to its dp ranks.
+    """
+
+    cls: Any
+    cfg: Any
+    layout: Layout
+    deal: Deal = "sample"
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """Everything but the samples that a step plan depends on.
+
+    context: longest sample allowed, in tokens (text bytes, encoder rows and two markers).
+    microbatches: how many the global batch is cut into, the same for all modules.
+    """
+
+    llm: Layout
+    encoders: Mapping[str, EncoderUse]
+    context: int
+    microbatches: int
+    _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
+
+    def rows(self, module: str, part: Part) -> int:
+        """How many rows an item contributes; remembered, since epochs meet an item many times."""
+        key = (module, part.shard, part.offset)
+        if key not in self._rows:
+            use = self.encoders[module]
+            self._rows[key] = int(use.cls.rows(use.cfg, part.meta))
+        return self._rows[key]
+
+
+@dataclass(frozen=True)
+class ItemPlan:
+    """One item of a micro-batch.
+
+    sample: index of its sample in the micro-batch; position: token position of its first row in the packed
+    sequence of LLM lane llm_lane; source_lane: the encoder dp index that computes it.
+    """
+
+    sample: int
+    part: Part
+    rows: int
+    cost: float
+    llm_lane: int
+    position: int
+    source_lane: int
+
+
+@dataclass(frozen=True)
+class EdgePlanInputs:
+    """The items of one encoder in one micro-batch, in order of global row id, and both sides' rows."""
+
+    items: tuple[ItemPlan, ...]
+    source: RowMap
+    dest: RowMap
+
+    @property
+    def rows(self) -> int:
+        return sum(i.rows for i in self.items)
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """samples; lane_of[j] and length[j]: LLM dp index and token count of sample j.
+
+    tokens[l]: length of lane l's packed sequence, padded so that it can be shared out over tp.
+    """
+
+    samples: tuple[Sample, ...]
+    lane_of: tuple[int, ...]
+    length: tuple[int, ...]
+    tokens: tuple[int, ...]
+    edges: Mapping[str, EdgePlanInputs]
+
+    def lane_samples(self, lane: int) -> list[int]:
+        """Samples of an LLM dp rank, in the order they are packed."""
+        return [j for j, owner in enumerate(self.lane_of) if owner == lane]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """supervised: tokens of the whole step that the loss is divided by (design law 2)."""
+
+    step: int
+    sample_ids: tuple[int, ...]
+    microbatches: tuple[Microbatch, ...]
+    supervised: int
+
+    @cached_property
+    def digest(self) -> int:
+        """A 63-bit fingerprint that all ranks of a step must share."""
+        h = hashlib.blake2b(digest_size=8)
+        h.update(np.asarray([self.step, self.supervised, *self.sample_ids], dtype=np.int64).tobytes())
+        for mb in self.microbatches:
+            h.update(np.asarray([*mb.lane_of, *mb.length], dtype=np.int64).tobytes())
+            for edge in mb.edges.values():
+                dealt = [(i.sample, i.rows, i.position, i.source_lane) for i in edge.items]
+                h.update(np.asarray(dealt, dtype=np.int64).tobytes())
+        return int.from_bytes(h.digest(), "little") >> 1
+
+    @property
+    def tokens(self) -> int:
+        return sum(sum(mb.length) for mb in self.microbatches)
+
+    @property
+    def active(self) -> list[set[str]]:
+        """Per micro-batch, the encoders that have at least one item anywhere."""
+        return [{m for m, e in mb.edges.items() if e.items} for mb in self.microbatches]
+
+
+def sample_length(sample: Sample, inputs: PlanInputs) -> int:
+    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker."""
+    n = 2
+    for seg in sample.segments:
+        n += seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+    return n
+
+
+def supervised_tokens(sample: Sample) -> int:
+    """Tokens of a sample that carry loss: supervised text and the end marker."""
+    return 1 + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
+
+
+def check_samples(samples: Sequence[Sample], inputs: PlanInputs) -> None:
+    """Refuse, by name, a sample that does not fit the context or uses a module the model lacks."""
+    for sample in samples:
+        for seg in sample.segments:
+            if seg.part is not None and seg.kind not in inputs.encoders:
+                have = ", ".join(inputs.encoders) or "none"
+                raise DataError(
+                    f"sample {sample.key} of {sample.shard} has an item for module {seg.kind!r}, "
+                    f"which the model lacks (it has: {have})"
+                )
+        n = sample_length(sample, inputs)
+        if n > inputs.context:
+            raise DataError(
+                f"sample {sample.key} of {sample.shard} is {n} tokens long but data.context is "
+                f"{inputs.context}; raise data.context to at least {n} or remove the sample"
+            )
+
+
+def share(n: int, parts: int) -> list[tuple[int, int]]:
+    """Cut n things into contiguous shares of nearly equal size, for any n and parts: [(start, stop)]."""
+    return [(k * n // parts, (k + 1) * n // parts) for k in range(parts)]
+
+
+def owner_of(n: int, parts: int) -> list[int]:
+    """Which share each of n things falls into."""
+    return [k for k, (a, b) in enumerate(share(n, parts)) for _ in range(b - a)]
+
+
+def deal_by_cost(costs: Sequence[float], home: Sequence[int], lanes: int) -> list[int]:
+    """Give items to lanes so that the costliest lane is cheap: longest first to the least loaded lane.
+
+    Ties keep an item on its home lane. Deterministic.
+    """
+    load = np.zeros(lanes)
+    out = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least = np.flatnonzero(load == load.min())
+        lane = home[i] if home[i] in least else int(least[0])
+        out[i] = lane
+        load[lane] += costs[i]
+    return out
+
+
+def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepPlan:
+    """Plan one step over `samples`, the whole global batch in order."""
+    micro = tuple(
+        plan_microbatch(samples[a:b], inputs) for a, b in share(len(samples), inputs.microbatches)
+    )
+    ids = tuple(s.id for s in samples)
+    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples))
+
+
+def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch:
+    """Deal samples to LLM dp ranks and items to encoder dp ranks, and map every row on both sides."""
+    llm = inputs.llm
+    lane_of = owner_of(len(samples), llm.dp)
+    length = [sample_length(s, inputs) for s in samples]
+    start, filled = [], [0] * llm.dp
+    for lane, n in zip(lane_of, length, strict=True):
+        start.append(filled[lane])
+        filled[lane] += n
+    # Whole shares for every tp rank, and at least one token, so that no collective meets an empty tensor.
+    tokens = [max(1, -(-n // llm.tp)) * llm.tp for n in filled]
+    edges = {
+        module: _plan_edge(module, samples, lane_of, start, tokens, inputs) for module in inputs.encoders
+    }
+    return Microbatch(tuple(samples), tuple(lane_of), tuple(length), tuple(tokens), edges)
+
+
+def _plan_edge(
+    module: str,
+    samples: Sequence[Sample],
+    lane_of: Sequence[int],
+    start: Sequence[int],
+    tokens: Sequence[int],
+    inputs: PlanInputs,
+) -> EdgePlanInputs:
+    use, llm = inputs.encoders[module], inputs.llm
+    found: list[tuple[int, Part, int, int]] = []  # (sample, part, rows, position)
+    for j, sample in enumerate(samples):
+        at = start[j] + 1
+        for seg in sample.segments:
+            if seg.part is None:
+                at += seg.text_bytes
+                continue
+            n = inputs.rows(seg.kind, seg.part)
+            if seg.kind == module:
+                found.append((j, seg.part, n, at))
+            at += n
+    costs = [float(use.cls.cost(use.cfg, part.meta)) for _, part, _, _ in found]
+    # Samples are cut over the encoder's dp exactly as over the LLM's: equal dp sizes need no traffic.
+    home = owner_of(len(samples), use.layout.dp)
+    homes = [home[j] for j, *_ in found]
+    lanes = deal_by_cost(costs, homes, use.layout.dp) if use.deal == "cost" else homes
+    items = tuple(
+        ItemPlan(j, part, n, cost, lane_of[j], at, lane)
+        for (j, part, n, at), cost, lane in zip(found, costs, lanes, strict=True)
+    )
+    return EdgePlanInputs(items, source_rows(items, use.layout), dest_rows(items, llm, tokens))
+
+
+def source_rows(items: Sequence[ItemPlan], layout: Layout) -> RowMap:
+    """Rows as the encoder holds them: each dp rank its items end to end, equal on all its tp ranks."""
+    lanes = tuple(tuple(layout.rank_at(dp=d, tp=t) for t in range(layout.tp)) for d in range(layout.dp))
+    rows = np.asarray([i.rows for i in items], dtype=np.int64)
+    first = np.cumsum(rows) - rows
+    lane = np.asarray([i.source_lane for i in items], dtype=np.int64)
+    local = np.zeros(len(items), dtype=np.int64)
+    total = np.zeros(len(lanes), dtype=np.int64)
+    for k in range(len(items)):
+        local[k] = total[lane[k]]
+        total[lane[k]] += rows[k]
+    return _row_map(lanes, first, rows, lane, local, total)
+
+
+def dest_rows(items: Sequence[ItemPlan], layout: Layout, tokens: Sequence[int]) -> RowMap:
+    """Rows as the LLM needs them: each dp rank those of its samples, or with sequence parallelism each tp
+    rank those at the token positions of its own share."""
+    shards = layout.tp if layout.sequence_parallel else 1
+    replicas = layout.tp // shards
+    lanes = tuple(
+        tuple(layout.rank_at(dp=d, tp=s * replicas + r) for r in range(replicas))
+        for d in range(layout.dp)
+        for s in range(shards)
+    )
+    first, runs = 0, []
+    for item in items:
+        width = tokens[item.llm_lane] // shards
+        at, stop = item.position, item.position + item.rows
+        while at < stop:  # one pass per token share that the item touches
+            shard = at // width
+            n = min(stop, (shard + 1) * width) - at
+            runs.append((first + at - item.position, n, item.llm_lane * shards + shard))
+            at += n
+        first += item.rows
+    table = np.asarray(runs, dtype=np.int64).reshape(-1, 3)
+    local = np.zeros(len(table), dtype=np.int64)
+    total = np.zeros(len(lanes), dtype=np.int64)
+    for k, (_, n, lane) in enumerate(runs):
+        local[k] = total[lane]
+        total[lane] += n
+    return _row_map(lanes, table[:, 0], table[:, 1], table[:, 2], local, total)
+
+
+def _row_map(
+    lanes: tuple[tuple[int, ...], ...],
+    start: np.ndarray,
+    length: np.ndarray,
+    lane: np.ndarray,
+    local: np.ndarray,
+    rows: np.ndarray,
+) -> RowMap:
+    return RowMap(lanes=lanes, start=start, length=length, lane=lane, local=local, rows=rows)
+
+
+def row_places(edge: EdgePlanInputs, layout: Layout, lane: int, tp: int, tokens: int) -> np.ndarray:
+    """Token positions, in this rank's share, of its boundary rows in their local order; int64 [R]."""
+    shards = layout.tp if layout.sequence_parallel else 1
+    width = tokens // shards
+    low = (tp if shards > 1 else 0) * width
+    spans = [np.arange(i.position, i.position + i.rows) for i in edge.items if i.llm_lane == lane]
+    at = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+    return at[(at >= low) & (at < low + width)] - low

@@ -1,0 +1,147 @@
+"""The training job of one rank, from config to final table."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+
+from mm import checkpoint
+from mm.config import Config, resolve_yaml
+from mm.console import Console
+from mm.evaluate import Evaluation, evaluate
+from mm.feed import Feed
+from mm.flops import step_flops
+from mm.job import Blueprint, Data, Job, build_job, draw_up, open_data
+from mm.launch import RankInfo, init_distributed
+from mm.plan_text import plan_json
+from mm.step import run_step
+from mm.update import finish_step, learning_rate
+
+
+class Stop:
+    """Set by SIGINT or SIGTERM: the run ends cleanly after the step in progress, on all ranks alike."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            for sig in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(sig, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:  # a second signal does not wait for the step
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def train(cfg: Config, world: int) -> None:
+    """Train as `cfg` says on this rank of `world`; returns when done, raises PolyrankError when it cannot."""
+    blueprint = draw_up(cfg, world)
+    rank = init_distributed(cfg)
+    try:
+        _train(blueprint, rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(blueprint: Blueprint, rank: RankInfo) -> None:
+    cfg = blueprint.cfg
+    train_data = open_data(blueprint, cfg.data.train, cfg.base, rank)
+    eval_data = open_data(blueprint, cfg.data.eval, cfg.base, rank) if cfg.data.eval else None
+    job = build_job(blueprint, rank)
+    run_dir = Path(cfg.run.dir)
+    first, bad = 0, frozenset[int]()
+    resume = checkpoint.find(cfg, run_dir)
+    if resume is not None:
+        state = checkpoint.load(job, resume)
+        first, bad = state["step"], frozenset(state["bad_samples"])
+    console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
+    if rank.rank == 0:
+        (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
+        (run_dir / "plan.json").write_text(plan_json(blueprint, train_data))
+    if resume is not None:
+        console.info(f"resumed from {resume} at step {first}")
+    feed = Feed(
+        train_data.index,
+        train_data.assembler,
+        job.control,
+        seed=cfg.run.seed,
+        global_batch=cfg.train.global_batch,
+        ahead=cfg.data.prefetch,
+        bad=bad,
+        warn=console.warn,
+    )
+    try:
+        _loop(job, feed, eval_data, console, run_dir, first)
+    finally:
+        feed.close()
+        console.close()
+
+
+def _loop(job: Job, feed: Feed, eval_data: Data | None, console: Console, run_dir: Path, first: int) -> None:
+    cfg, stop = job.blueprint.cfg, Stop()
+    steps, every = cfg.train.steps, cfg.checkpoint.every
+    for step in range(first, steps):
+        start = time.perf_counter()
+        record = train_step(job, feed, step, stop=stop.asked)
+        asked = record.pop("stop")
+        record["step_s"] = time.perf_counter() - start
+        console.step(add_rates(job, record))
+        done = step + 1
+        if (every and done % every == 0) or (asked and every):
+            checkpoint.save(job, run_dir, done, feed.bad)
+        if asked:
+            console.info(f"stopped by a signal after step {done}")
+            return
+        if eval_data is not None and cfg.eval.every and done % cfg.eval.every == 0 and done < steps:
+            console.evaluation(done, run_evaluation(job, eval_data))
+    if eval_data is not None:
+        result = run_evaluation(job, eval_data)
+        console.evaluation(steps, result)
+        console.lift_table(result.lift, result.intact, floor=math.log(10.0))
+
+
+def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[str, Any]:
+    """One step: data, forward and backward, update. Returns its metrics, equal on all ranks but for times."""
+    cfg = job.blueprint.cfg
+    prepared, waited = feed.next(step, cfg.train.steps)
+    result = run_step(job, prepared, train=True)
+    lr = learning_rate(cfg.train, step)
+    update = finish_step(job, result, step, lr, stop=stop)
+    return {
+        "step": step + 1,
+        "loss": update.loss,
+        "tokens": prepared.plan.tokens,
+        "lr": lr,
+        "grad_norm": update.grad_norm,
+        "grad_norm_by_module": dict(update.grad_norm_by_module),
+        "flops_by_module": step_flops(job.blueprint, prepared.plan),
+        "peak_memory_bytes": update.peak_memory_bytes,
+        "data_s": waited,
+        "seconds_by_module": dict(update.seconds),
+        "boundary": {m: dict(v) for m, v in update.boundary.items()},
+        "skipped_items": len(feed.bad),
+        "stop": update.stop,
+    }
+
+
+def add_rates(job: Job, record: dict[str, Any]) -> dict[str, Any]:
+    """Rates from a step's metrics and its wall time."""
+    record["tokens_per_s"] = record["tokens"] / record["step_s"]
+    flops = sum(record["flops_by_module"].values())
+    devices = len({r for layout in job.blueprint.layouts.values() for r in layout.ranks})
+    record["tflops_per_device"] = flops / record["step_s"] / devices / 1e12
+    return record
+
+
+def run_evaluation(job: Job, data: Data) -> Evaluation:
+    """Evaluate the first eval.samples held-out samples."""
+    cfg = job.blueprint.cfg
+    samples = [s for s in data.index.samples if s.id not in data.index.bad_ids][: cfg.eval.samples]
+    return evaluate(job, data, samples, cfg.run.seed)

@@ -1,0 +1,124 @@
+"""The end of a step: agree on the loss and the gradient norm, clip, update."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mm.config import TrainConfig
+from mm.errors import NonFinite
+from mm.job import SINK, Job
+from mm.step import StepResult
+from parallel.schedule import Kind
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Warm-up, stable, decay (WSD, arXiv 2404.06395): linear up, constant, linear down to min_lr.
+
+    step counts from 0; warmup and decay are fractions of train.steps.
+    """
+    warmup = round(train.warmup * train.steps)
+    decay = round(train.decay * train.steps)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    left = train.steps - step
+    if left <= decay:
+        return train.min_lr + (train.lr - train.min_lr) * left / (decay + 1)
+    return train.lr
+
+
+@dataclass(frozen=True)
+class Update:
+    """What all ranks know after a step: sums over ranks, equal everywhere."""
+
+    loss: float
+    grad_norm: float
+    grad_norm_by_module: Mapping[str, float]
+    boundary: Mapping[str, Mapping[str, float]]
+    seconds: Mapping[str, float]
+    peak_memory_bytes: int
+    stop: bool
+
+
+def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: bool = False) -> Update:
+    """Agree on loss and gradient norm in one message, then clip and update, or stop on all ranks alike.
+
+    stop: this rank was asked to end; any rank's wish ends the run on all of them.
+    Raises NonFinite, before anything is updated, naming module and rank.
+    """
+    modules = job.blueprint.modules
+    edges = list(job.blueprint.inputs.encoders)
+    start = time.perf_counter()
+    squares = {}
+    for m in modules:
+        if m in job.optimizers:
+            job.optimizers[m].collect()
+            squares[m] = job.optimizers[m].norm_squared()
+    sync = time.perf_counter() - start
+    kinds = [(Kind.FORWARD, m) for m in modules] + [(Kind.BACKWARD, m) for m in modules]
+    stats = job.boundary.stats
+    values = [
+        result.loss,
+        *(squares.get(m, 0.0) for m in modules),
+        *(float(stats.bytes_received.get(f"{m} -> {SINK}", 0)) for m in edges),
+        *(stats.seconds.get(f"{m} -> {SINK}", 0.0) for m in edges),
+        *(result.seconds.get(k, 0.0) for k in kinds),
+        sync,
+        float(peak_memory(job.rank.device)),
+        float(stop),
+    ]
+    table = job.control.gather(values)
+    names = ["loss", *modules, *(f"{m} bytes" for m in edges), *(f"{m} seconds" for m in edges)]
+    names += [f"{k.value} {m}" for k, m in kinds] + ["sync", "memory", "stop"]
+    column = {name: table[:, i] for i, name in enumerate(names)}
+    _check_finite(column, modules, step)
+    total = {m: math.sqrt(float(column[m].sum())) for m in modules}
+    norm = math.sqrt(sum(n * n for n in total.values()))
+    clip = job.blueprint.cfg.train.clip
+    factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+    start = time.perf_counter()
+    for optimizer in job.optimizers.values():
+        optimizer.scale(factor)
+        optimizer.step(lr)
+    _update_expert_bias(job)
+    seconds = {m: float((column[f"forward {m}"] + column[f"backward {m}"]).max()) for m in modules}
+    seconds["optimizer"] = float(column["sync"].max()) + time.perf_counter() - start
+    boundary = {
+        m: {"bytes": int(column[f"{m} bytes"].sum()), "seconds": float(column[f"{m} seconds"].max())}
+        for m in edges
+    }
+    memory = int(column["memory"].max())
+    return Update(
+        float(column["loss"].sum()), norm, total, boundary, seconds, memory, bool(column["stop"].any())
+    )
+
+
+def _check_finite(column: Mapping[str, np.ndarray], modules: list[str], step: int) -> None:
+    for name in ["loss", *modules]:
+        bad = np.flatnonzero(~np.isfinite(column[name]))
+        if len(bad):
+            what = f"loss of module {SINK}" if name == "loss" else f"gradient of module {name}"
+            raise NonFinite(
+                f"step {step}: the {what} is not finite on rank {', '.join(map(str, bad))}; nothing was "
+                "updated. Lower train.lr, or resume from the last checkpoint with another data order"
+            )
+
+
+def _update_expert_bias(job: Job) -> None:
+    """Shift routing towards experts that got fewer tokens in this global batch (design: auxiliary-loss free)."""
+    if SINK not in job.modules or job.blueprint.llm.freeze:
+        return
+    job.modules[SINK].update_expert_bias(job.meshes[SINK])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: peak allocated on an accelerator, peak resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,76 @@
+"""Random boundaries, and an independent account of what must move."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from parallel.boundary.rows import RowMap
+
+
+@dataclass(frozen=True)
+class Case:
+    """Lanes as tuples of ranks; items with row counts; the runs each lane holds and wants."""
+
+    world: int
+    rows: int
+    source: RowMap
+    dest: RowMap
+
+
+def random_case(seed: int, world: int | None = None, consumers: int = 1) -> Case:
+    """Random tp x dp on both sides (colocated or not, any ratio), ragged and empty items, maybe sharded."""
+    rng = random.Random(seed)
+    world = world or rng.choice([1, 2, 3, 4, 6])
+    src = random_lanes(rng, world)
+    items = [rng.choice([0, 1, 2, 5, 9]) for _ in range(rng.choice([0, 1, 3, 8]))]
+    source = RowMap.of_items(src, items, [rng.randrange(len(src)) for _ in items])
+    total = sum(items)
+    dst = random_lanes(rng, world)
+    runs: list[tuple[int, int, int]] = []
+    for _ in range(consumers):
+        at = 0
+        while at < total:
+            n = min(total - at, rng.choice([1, 2, 3, 7]))
+            runs.append((at, n, rng.randrange(len(dst))))
+            at += n
+    runs = _once_a_lane(runs)
+    rng.shuffle(runs)
+    dest = RowMap.of_runs(dst, [r[0] for r in runs], [r[1] for r in runs], [r[2] for r in runs])
+    return Case(world, total, source, dest)
+
+
+def random_lanes(rng: random.Random, world: int) -> list[tuple[int, ...]]:
+    ranks = rng.sample(range(world), rng.randint(1, world))
+    tp = rng.choice([d for d in range(1, len(ranks) + 1) if len(ranks) % d == 0])
+    return [tuple(ranks[i : i + tp]) for i in range(0, len(ranks), tp)]
+
+
+def _once_a_lane(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Drop runs that would give a lane the same row twice."""
+    seen: set[tuple[int, int]] = set()
+    out = []
+    for start, n, lane in runs:
+        cells = {(lane, r) for r in range(start, start + n)}
+        if not cells & seen:
+            seen |= cells
+            out.append((start, n, lane))
+    return out
+
+
+def rows_of(side: RowMap, rank: int) -> list[int]:
+    """Global row of each local row of a rank, in local order."""
+    for lane, members in enumerate(side.lanes):
+        if rank in members:
+            table = [0] * int(side.rows[lane])
+            for s, n, ln, at in zip(side.start, side.length, side.lane, side.local, strict=True):
+                if ln == lane:
+                    table[at : at + n] = range(s, s + n)
+            return table
+    return []
+
+
+def least_rows(have: RowMap, want: RowMap, world: int) -> int:
+    """Information minimum: rows that ranks want, someone has, and they do not have themselves."""
+    anyone = {row for r in range(world) for row in rows_of(have, r)}
+    return sum(len((set(rows_of(want, r)) & anyone) - set(rows_of(have, r))) for r in range(world))
