@@ -1,0 +1,146 @@
+"""The one import-compatibility module: torchvision and torchaudio beside a CPU build of torch.
+
+The wheels of both are built for CUDA. Beside a CPU torch their native parts do not load and their imports
+fail, although everything used here is plain Python. Each is imported when first asked for; where that fails,
+the missing native part is declared absent and the import is tried once more; where that fails too, a small
+implementation of our own takes over. A working install is never touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+import sys
+import types
+import wave
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@cache
+def torchvision() -> tuple[types.ModuleType | None, str]:
+    """(the module or None, how it was had: native, shimmed or fallback with the reason)."""
+    return _import("torchvision", _declare_torchvision_ops)
+
+
+@cache
+def torchaudio() -> tuple[types.ModuleType | None, str]:
+    """(the module or None, how it was had: native, shimmed or fallback with the reason)."""
+    return _import("torchaudio", _stub_torchaudio_extension)
+
+
+def status() -> dict[str, str]:
+    """Which path is live for each package, for people."""
+    return {"torchvision": torchvision()[1], "torchaudio": torchaudio()[1]}
+
+
+def _import(name: str, shim: object) -> tuple[types.ModuleType | None, str]:
+    try:
+        return importlib.import_module(name), "native"
+    except (ImportError, OSError, RuntimeError) as error:
+        first = error
+    for loaded in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
+        del sys.modules[loaded]
+    if isinstance(first, ModuleNotFoundError) and first.name == name:
+        return None, f"fallback: {name} is not installed"
+    try:
+        shim()
+        return importlib.import_module(name), f"shimmed (native part absent: {str(first).splitlines()[0][:70]})"
+    except (ImportError, OSError, RuntimeError) as error:
+        return None, f"fallback: {str(error).splitlines()[0][:90]}"
+
+
+# Held for the life of the process: a library that is collected takes its operators with it.
+_libraries: list[torch.library.Library] = []
+
+
+def _declare_torchvision_ops() -> None:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for op in ("nms", "qnms"):
+        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _libraries.append(library)
+
+
+def _stub_torchaudio_extension() -> None:
+    stub = types.ModuleType("torchaudio._extension")
+    stub._IS_TORCHAUDIO_EXT_AVAILABLE = False
+    stub._IS_ALIGN_AVAILABLE = False
+    stub._check_cuda_version = lambda: None
+    stub.fail_if_no_align = lambda fn: fn
+    sys.modules["torchaudio._extension"] = stub
+
+
+def decode_image(payload: bytes, channels: int) -> Tensor:
+    """PNG or JPEG bytes to uint8 [channels, height, width]; channels 1 (grey) or 3 (RGB)."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(payload)).convert("L" if channels == 1 else "RGB")
+    module, _ = torchvision()
+    if module is not None:
+        return importlib.import_module("torchvision.transforms.v2.functional").pil_to_tensor(image)
+    return image_tensor(np.asarray(image))
+
+
+def image_tensor(pixels: np.ndarray) -> Tensor:
+    """Pixels [height, width] or [height, width, channels] to uint8 [channels, height, width]."""
+    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(planes))
+
+
+def read_wav(payload: bytes) -> tuple[Tensor, int]:
+    """PCM wav bytes (8 bit unsigned, 16 or 32 bit signed) to mono samples in [-1, 1] float32 [n], and the rate."""
+    with wave.open(io.BytesIO(payload)) as f:
+        width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
+        raw = f.readframes(f.getnframes())
+    kinds = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}
+    if width not in kinds:
+        raise ValueError(f"wav with {8 * width}-bit samples; needed: 8, 16 or 32 bit PCM")
+    samples = np.frombuffer(raw, kinds[width]).astype(np.float32)
+    samples = (samples - 128.0) / 128.0 if width == 1 else samples / float(1 << (8 * width - 1))
+    return torch.from_numpy(samples.reshape(-1, channels).mean(axis=1)), rate
+
+
+@cache
+def mel_filters(bins: int, mels: int, rate: int) -> Tensor:
+    """Triangular mel filters (HTK scale, no normalisation), float32 [bins, mels]."""
+    module, _ = torchaudio()
+    if module is not None:
+        return module.functional.melscale_fbanks(bins, 0.0, rate / 2, mels, rate)
+    return own_mel_filters(bins, mels, rate)
+
+
+def own_mel_filters(bins: int, mels: int, rate: int) -> Tensor:
+    """mel_filters() without torchaudio, equal to its."""
+    frequency = torch.linspace(0, rate // 2, bins)
+    top = 2595.0 * math.log10(1.0 + rate / 2 / 700.0)
+    points = 700.0 * (10.0 ** (torch.linspace(0.0, top, mels + 2) / 2595.0) - 1.0)
+    width = points[1:] - points[:-1]
+    slope = points.unsqueeze(0) - frequency.unsqueeze(1)  # [bins, mels + 2]
+    rising, falling = -slope[:, :-2] / width[:-1], slope[:, 2:] / width[1:]
+    return torch.minimum(rising, falling).clamp(min=0.0)
+
+
+def log_mel(samples: Tensor, *, rate: int, mels: int, window: int, hop: int) -> Tensor:
+    """Log-mel frames [samples // hop + 1, mels] of mono samples [n], n >= 1; window and hop in samples.
+
+    The power spectrogram is torch.stft with centred frames, which is what torchaudio's MelSpectrogram does.
+    """
+    size = 1 << (window - 1).bit_length()
+    short = max(0, size // 2 + 1 - samples.shape[0])  # reflection needs more samples than it mirrors
+    padded = torch.nn.functional.pad(samples, (0, short))
+    spectrum = torch.stft(
+        padded,
+        size,
+        hop,
+        window,
+        torch.hann_window(window, dtype=samples.dtype),
+        center=True,
+        return_complex=True,
+    )
+    power = spectrum.abs().square()[:, : samples.shape[0] // hop + 1]
+    filters = mel_filters(size // 2 + 1, mels, rate).to(samples.dtype)
+    return (power.T @ filters + 1e-6).log()

@@ -1,0 +1,277 @@
+"""A FastConformer (arXiv 2305.05084): log-mel frames, 8x convolutional subsampling, conformer blocks.
+
+Differences from the published one, and why: rotary instead of relative positions, so that attention is one
+fused call; a group RMS norm instead of batch norm in the convolution module, because statistics over the
+batch would depend on dp and those over all channels on tp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from encoders.compat import log_mel, read_wav
+from encoders.contract import Encoder, Features, ItemBatch, Meta
+from encoders.layers import LayerNorm, wide
+from encoders.registry import register
+from parallel.axis import Axes
+from parallel.layout import check_divides
+from parallel.packed import Packing, attention, depthwise_conv
+from parallel.param import constant, declare, local, normal
+from parallel.tensor import Linear, enter, leave
+
+
+@dataclass(frozen=True)
+class FastConformerConfig:
+    """rate: samples a second that clips must have; kernel: frames of the depthwise convolution, odd."""
+
+    rate: int = 8000
+    mels: int = 40
+    channels: int = 32
+    width: int = 96
+    heads: int = 12
+    layers: int = 4
+    ffn: int = 192
+    kernel: int = 9
+    recompute: bool = False
+
+    @property
+    def window(self) -> int:
+        """Samples of 25 ms."""
+        return self.rate // 40
+
+    @property
+    def hop(self) -> int:
+        """Samples of 10 ms."""
+        return self.rate // 100
+
+
+class Subsample(nn.Module):
+    """Three convolutions of stride 2 over time and frequency, the second and third depthwise separable.
+
+    All clips lie along one time axis, each from a multiple of 8 frames on with a gap after it that is zeroed
+    after every stage: a clip sees zeros beyond its ends, as if it were alone.
+    """
+
+    def __init__(
+        self, cfg: FastConformerConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        c, self.mels = cfg.channels, cfg.mels
+        kw = {"device": device, "dtype": dtype}
+        declare(self, "conv", (c, 1, 3, 3), normal(0.5), **kw)
+        declare(self, "conv_bias", (c,), constant(0.0), **kw)
+        for i in (1, 2):
+            declare(self, f"depth{i}", (c, 1, 3, 3), normal(0.4), **kw)
+            declare(self, f"point{i}", (c, c, 1, 1), normal((2.0 / c) ** 0.5), **kw)
+            declare(self, f"point_bias{i}", (c,), constant(0.0), **kw)
+        bands = halved(halved(halved(cfg.mels)))
+        self.out = Linear(c * bands, cfg.width, normal((c * bands) ** -0.5), bias=True, **kw)
+
+    def forward(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
+        slots = [8 * (-(-n // 8) + 1) for n in lengths]
+        total = sum(slots) or 8
+        starts = np.cumsum([0, *slots[:-1]]) if slots else np.zeros(0, dtype=np.int64)
+        x = frames.new_zeros((total, self.mels)).index_copy(0, self._rows(starts, lengths, frames), frames)
+        x = x.view(1, 1, total, self.mels)
+        counts, at = list(lengths), starts
+        for stage in range(3):
+            if stage == 0:
+                x = F.conv2d(x, local(self.conv), local(self.conv_bias), stride=2, padding=1)
+            else:
+                x = F.conv2d(x, local(getattr(self, f"depth{stage}")), None, 2, 1, groups=x.shape[1])
+                point, bias = local(getattr(self, f"point{stage}")), local(getattr(self, f"point_bias{stage}"))
+                x = F.conv2d(x, point, bias)
+            counts, at = [halved(n) for n in counts], at // 2
+            rows = self._rows(at, counts, frames)
+            real = torch.zeros(x.shape[2], dtype=x.dtype, device=x.device)
+            real[rows] = 1.0
+            x = F.silu(x) * real.view(1, 1, -1, 1)
+        x = x[0].transpose(0, 1).flatten(1).index_select(0, rows)  # [rows, channels * bands]
+        return self.out(x)
+
+    @staticmethod
+    def _rows(starts: np.ndarray, counts: Sequence[int], like: Tensor) -> Tensor:
+        spans = [np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
+        rows = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+        return torch.from_numpy(rows).to(like.device)
+
+
+def halved(n: int) -> int:
+    """Length after a convolution of width 3, stride 2, padding 1."""
+    return (n + 1) // 2
+
+
+class FeedForward(nn.Module):
+    """norm, up, SiLU, down."""
+
+    def __init__(
+        self,
+        cfg: FastConformerConfig,
+        axes: Axes,
+        out_std: float,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.axes = axes
+        kw = {"device": device, "dtype": dtype}
+        self.norm = LayerNorm(cfg.width, **kw)
+        self.up = Linear(cfg.width, cfg.ffn, normal(cfg.width**-0.5), shard="column", bias=True, **kw)
+        self.down = Linear(cfg.ffn, cfg.width, normal(out_std), shard="row", **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return leave(self.down(F.silu(self.up(enter(self.norm(x), self.axes)))), self.axes)
+
+
+class Block(nn.Module):
+    """Half feed-forward, attention, convolution, half feed-forward, norm; heads and channels cut over tp."""
+
+    def __init__(
+        self,
+        cfg: FastConformerConfig,
+        axes: Axes,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.axes, self.head_dim = axes, cfg.width // cfg.heads
+        d, kw = cfg.width, {"device": device, "dtype": dtype}
+        std, out_std = d**-0.5, d**-0.5 / (2 * cfg.layers) ** 0.5
+        self.ff1, self.ff2 = FeedForward(cfg, axes, out_std, **kw), FeedForward(cfg, axes, out_std, **kw)
+        self.norm_att, self.norm_conv, self.norm_out = (LayerNorm(d, **kw) for _ in range(3))
+        for name in ("q", "k", "v", "value", "gate"):
+            declare(self, name, (d, d), normal(std), shard_dim=0, **kw)
+        self.att_out = Linear(d, d, normal(out_std), shard="row", **kw)
+        declare(self, "depth", (d, cfg.kernel), normal(cfg.kernel**-0.5), shard_dim=0, **kw)
+        declare(self, "group_norm", (d,), constant(1.0), shard_dim=0, **kw)
+        self.conv_out = Linear(d, d, normal(out_std), shard="row", **kw)
+
+    def forward(self, x: Tensor, packing: Packing, angles: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + 0.5 * self.ff1(x)
+        x = x + self._attend(x, packing, angles)
+        x = x + self._convolve(x, packing)
+        return self.norm_out(x + 0.5 * self.ff2(x))
+
+    def _attend(self, x: Tensor, packing: Packing, angles: tuple[Tensor, Tensor]) -> Tensor:
+        h = enter(self.norm_att(x), self.axes)
+        weight = torch.cat([local(self.q), local(self.k), local(self.v)])
+        q, k, v = F.linear(h, weight).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        y = attention(rotate(q, angles), rotate(k, angles), v, packing, causal=False)
+        return leave(self.att_out(y.flatten(1)), self.axes)
+
+    def _convolve(self, x: Tensor, packing: Packing) -> Tensor:
+        h = enter(self.norm_conv(x), self.axes)
+        h = F.linear(h, local(self.value)) * torch.sigmoid(F.linear(h, local(self.gate)))
+        h = depthwise_conv(h, local(self.depth), None, packing, causal=False)
+        groups = h.to(wide(h.dtype)).unflatten(-1, (-1, self.head_dim))
+        h = F.rms_norm(groups, (self.head_dim,), None, 1e-5).flatten(1).to(h.dtype) * local(self.group_norm)
+        return leave(self.conv_out(F.silu(h)), self.axes)
+
+
+def rotary_angles(position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [rows, 1, head_dim / 2] of the rotary embedding (arXiv 2104.09864)."""
+    index = torch.arange(0, head_dim, 2, dtype=torch.float64, device=position.device)
+    frequency = 10000.0 ** (-index / head_dim)
+    angle = position.to(torch.float64).unsqueeze(1) * frequency
+    return angle.cos().to(dtype).unsqueeze(1), angle.sin().to(dtype).unsqueeze(1)
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate pairs of features of [rows, heads, head_dim] by their row's angles."""
+    cos, sin = angles
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+@register("fastconformer")
+class FastConformer(Encoder):
+    """Clips (PCM wav at cfg.rate) to ceil(frames / 8) rows, a frame every 10 ms."""
+
+    Config = FastConformerConfig
+    tensor_parallel = True
+
+    def __init__(
+        self,
+        cfg: FastConformerConfig,
+        axes: Axes,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(cfg, axes, device=device, dtype=dtype)
+        self.cfg = cfg
+        kw = {"device": device, "dtype": dtype}
+        self.subsample = Subsample(cfg, **kw)
+        self.blocks = nn.ModuleList(Block(cfg, axes, **kw) for _ in range(cfg.layers))
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
+
+    @classmethod
+    def frames(cls, cfg: FastConformerConfig, meta: Meta) -> int:
+        """Log-mel frames of a clip."""
+        if meta["rate"] != cfg.rate:
+            raise ValueError(f"clip of {meta['rate']} samples a second; this encoder needs {cfg.rate}")
+        return meta["samples"] // cfg.hop + 1 if meta["samples"] else 0
+
+    @classmethod
+    def feature_width(cls, cfg: FastConformerConfig) -> int:
+        return cfg.width
+
+    @classmethod
+    def rows(cls, cfg: FastConformerConfig, meta: Meta) -> int:
+        return -(-cls.frames(cfg, meta) // 8)
+
+    @classmethod
+    def cost(cls, cfg: FastConformerConfig, meta: Meta) -> float:
+        n, d, c = float(cls.rows(cfg, meta)), cfg.width, cfg.channels
+        block = 2 * n * (4 * d * cfg.ffn + 7 * d * d + d * cfg.kernel) + 4 * n * n * d
+        # Output places of the three stages, time x frequency, per row.
+        full, half, quarter = (n * 4 ** (2 - i) * cfg.mels / 2 ** (i + 1) * 2**i for i in range(3))
+        stages = 2 * c * (9 * full + (9 + c) * (half + quarter))
+        return cfg.layers * block + stages + 2 * n * d * c * cfg.mels / 8
+
+    @classmethod
+    def input_shape(cls, cfg: FastConformerConfig) -> tuple[int, ...]:
+        return (cfg.mels,)
+
+    @classmethod
+    def prepare(cls, cfg: FastConformerConfig, payload: bytes, meta: Meta) -> Tensor:
+        """Log-mel frames [n, mels], shifted and scaled to about unit range."""
+        samples, rate = read_wav(payload)
+        if rate != meta["rate"] or len(samples) != meta["samples"]:
+            raise ValueError(f"clip has {len(samples)} samples at {rate}, its index says otherwise")
+        if not len(samples):
+            return torch.zeros((0, cfg.mels))
+        frames = log_mel(samples, rate=cfg.rate, mels=cfg.mels, window=cfg.window, hop=cfg.hop)
+        return (frames + 5.0) / 5.0
+
+    @classmethod
+    def check(cls, cfg: FastConformerConfig, tp: int) -> None:
+        check_divides("fastconformer width", cfg.width, "heads", cfg.heads)
+        check_divides("fastconformer heads", cfg.heads, "tp", tp)
+        check_divides("fastconformer ffn", cfg.ffn, "tp", tp)
+        if cfg.kernel % 2 == 0:
+            raise ValueError(f"fastconformer kernel is {cfg.kernel}; needed: odd, nearest: {cfg.kernel + 1}")
+
+    def forward(self, batch: ItemBatch) -> Features:
+        cfg = self.cfg
+        x = self.subsample(batch.values.to(self.subsample.conv.dtype), batch.lengths)
+        packing = Packing.of([-(-n // 8) for n in batch.lengths], x.device)
+        angles = rotary_angles(packing.position, cfg.width // cfg.heads, x.dtype)
+        for block in self.blocks:
+            if cfg.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, packing, angles, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, packing, angles)
+        return Features(x, packing.lengths)

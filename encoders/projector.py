@@ -1,0 +1,38 @@
+"""From encoder features to the language model's width: norm, linear, squared ReLU, linear."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from encoders.layers import wide
+from parallel.axis import Axes
+from parallel.param import constant, declare, local, normal
+from parallel.tensor import Linear, enter, leave
+
+
+class Projector(nn.Module):
+    """[rows, d_in] to [rows, d_out], the hidden width cut over tp where that divides it."""
+
+    def __init__(
+        self,
+        d_in: int,
+        hidden: int,
+        d_out: int,
+        axes: Axes,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.axes = axes
+        kw = {"device": device, "dtype": dtype}
+        declare(self, "norm", (d_in,), constant(1.0), **kw)
+        self.up = Linear(d_in, hidden, normal(d_in**-0.5), shard="column", **kw)
+        self.down = Linear(hidden, d_out, normal(hidden**-0.5), shard="row", **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        acc, weight = wide(x.dtype), local(self.norm)
+        x = F.rms_norm(x.to(acc), weight.shape, weight.to(acc), 1e-5).to(x.dtype)
+        return leave(self.down(F.relu(self.up(enter(x, self.axes))).square()), self.axes)

@@ -1,0 +1,41 @@
+"""Encoders by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+
+from encoders.contract import Encoder
+
+_registry: dict[str, type[Encoder]] = {}
+
+
+def register(name: str) -> Callable[[type[Encoder]], type[Encoder]]:
+    """Class decorator: make an encoder known as `name`. Raises ValueError where the name is taken."""
+
+    def add(cls: type[Encoder]) -> type[Encoder]:
+        if _registry.get(name, cls) is not cls:
+            raise ValueError(f"an encoder named {name!r} exists already: {_registry[name].__qualname__}")
+        _registry[name] = cls
+        return cls
+
+    return add
+
+
+def resolve(name: str) -> type[Encoder]:
+    """The encoder registered as `name`, or the class at `package.module:Class`."""
+    if name in _registry:
+        return _registry[name]
+    if ":" not in name:
+        near = difflib.get_close_matches(name, _registry, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_registry))}"
+        raise ValueError(f"no encoder named {name!r}; {hint} An encoder of your own is package.module:Class")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"encoder {name!r} cannot be imported: {error}; run from the folder that has it") from error
+    if not (isinstance(found, type) and issubclass(found, Encoder)):
+        raise ValueError(f"encoder {name!r} is not a subclass of encoders.Encoder")
+    return found

@@ -1,0 +1,68 @@
+"""Cross entropy over a vocabulary cut over tp, without ever holding the logits of all tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.axis import Axis
+
+
+def vocab_loss(hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, chunk: int) -> Tensor:
+    """Per-token cross entropy [T] in float32 (float64 for float64 inputs), equal on all tp ranks.
+
+    hidden [T, d], the same on every tp rank; weight [V/tp, d], this rank's rows of the head; labels [T],
+    negative where a token has no loss. The gradient of hidden is this rank's partial sum: surround with
+    enter(). Logits exist for `chunk` tokens at a time and are computed again in the backward.
+    """
+    return _VocabLoss.apply(hidden, weight, labels, tp, chunk)
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return (hidden @ weight.T).to(acc)
+
+
+class _VocabLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, chunk: int) -> Tensor:
+        own = labels - tp.rank * weight.shape[0]
+        held = (own >= 0) & (own < weight.shape[0]) & (labels >= 0)
+        column = own * held
+        losses, normalisers = [], []
+        for part, col, mine in zip(
+            hidden.split(chunk), column.split(chunk), held.split(chunk), strict=True
+        ):
+            logits = _logits(part, weight)
+            top = logits.amax(-1)
+            if tp.size > 1:
+                dist.all_reduce(top, dist.ReduceOp.MAX, group=tp.group)
+            target = logits.gather(1, col.unsqueeze(1)).squeeze(1) * mine
+            sums = torch.stack([(logits - top.unsqueeze(1)).exp_().sum(-1), target])
+            if tp.size > 1:
+                dist.all_reduce(sums, group=tp.group)
+            normaliser = top + sums[0].log()
+            losses.append(normaliser - sums[1])
+            normalisers.append(normaliser)
+        supervised = labels >= 0
+        ctx.save_for_backward(hidden, weight, column, held, torch.cat(normalisers), supervised)
+        ctx.chunk = chunk
+        return torch.where(supervised, torch.cat(losses), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, weight, column, held, normaliser, supervised = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device)
+        scale = torch.where(supervised, grad, 0.0)
+        for at in range(0, hidden.shape[0], ctx.chunk):
+            s = slice(at, at + ctx.chunk)
+            d_logits = (_logits(hidden[s], weight) - normaliser[s].unsqueeze(1)).exp_()
+            d_logits.scatter_add_(1, column[s].unsqueeze(1), -held[s].to(d_logits.dtype).unsqueeze(1))
+            d_logits *= scale[s].unsqueeze(1)
+            d_hidden[s] = d_logits.to(weight.dtype) @ weight
+            d_weight += d_logits.T @ hidden[s].to(d_logits.dtype)
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
