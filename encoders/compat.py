@@ -49,7 +49,9 @@ def _import(name: str, shim: object) -> tuple[types.ModuleType | None, str]:
         return None, f"fallback: {name} is not installed"
     try:
         shim()
-        return importlib.import_module(name), f"shimmed (native part absent: {str(first).splitlines()[0][:70]})"
+        return importlib.import_module(
+            name
+        ), f"shimmed (native part absent: {str(first).splitlines()[0][:70]})"
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"fallback: {str(error).splitlines()[0][:90]}"
 
@@ -92,7 +94,7 @@ def image_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def read_wav(payload: bytes) -> tuple[Tensor, int]:
-    """PCM wav bytes (8 bit unsigned, 16 or 32 bit signed) to mono samples in [-1, 1] float32 [n], and the rate."""
+    """PCM wav (8 bit unsigned, 16 or 32 bit signed) to mono float32 samples [n] in [-1, 1], and the rate."""
     with wave.open(io.BytesIO(payload)) as f:
         width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
         raw = f.readframes(f.getnframes())

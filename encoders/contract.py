@@ -47,10 +47,12 @@ class Encoder(nn.Module, ABC):
     Config: a frozen dataclass of its options. tensor_parallel: whether its weights are cut over axes.tp; if
     not, every tp rank runs the whole encoder on the same items. Parameters are declared with
     parallel.param.declare (or built from parallel.tensor layers) and read through parallel.param.local.
+    recompute: keep only the layers' inputs and run them again in the backward; an encoder may ignore it.
     """
 
     Config: ClassVar[type]
     tensor_parallel: ClassVar[bool] = False
+    recompute: bool = False
 
     @abstractmethod
     def __init__(
@@ -76,7 +78,7 @@ class Encoder(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def prepare(cls, cfg: Any, payload: bytes, meta: Meta) -> Tensor:
-        """An item's file to its input [n, *input_shape], float32 on the CPU; ValueError where it is unusable."""
+        """An item's file to its input [n, *input_shape], float32 on the CPU; ValueError if unusable."""
 
     @classmethod
     @abstractmethod
@@ -85,7 +87,7 @@ class Encoder(nn.Module, ABC):
 
     @classmethod
     def check(cls, cfg: Any, tp: int) -> None:
-        """Refuse options that are impossible, or a tp that does not divide them: ValueError naming what works."""
+        """Refuse impossible options, or a tp that does not divide them: ValueError naming what works."""
 
     @property
     def layers(self) -> Sequence[nn.Module]:

@@ -39,7 +39,6 @@ class FastConformerConfig:
     layers: int = 4
     ffn: int = 192
     kernel: int = 9
-    recompute: bool = False
 
     @property
     def window(self) -> int:
@@ -86,7 +85,10 @@ class Subsample(nn.Module):
                 x = F.conv2d(x, local(self.conv), local(self.conv_bias), stride=2, padding=1)
             else:
                 x = F.conv2d(x, local(getattr(self, f"depth{stage}")), None, 2, 1, groups=x.shape[1])
-                point, bias = local(getattr(self, f"point{stage}")), local(getattr(self, f"point_bias{stage}"))
+                point, bias = (
+                    local(getattr(self, f"point{stage}")),
+                    local(getattr(self, f"point_bias{stage}")),
+                )
                 x = F.conv2d(x, point, bias)
             counts, at = [halved(n) for n in counts], at // 2
             rows = self._rows(at, counts, frames)
@@ -270,7 +272,7 @@ class FastConformer(Encoder):
         packing = Packing.of([-(-n // 8) for n in batch.lengths], x.device)
         angles = rotary_angles(packing.position, cfg.width // cfg.heads, x.dtype)
         for block in self.blocks:
-            if cfg.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, packing, angles, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, packing, angles)

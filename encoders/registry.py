@@ -35,7 +35,9 @@ def resolve(name: str) -> type[Encoder]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"encoder {name!r} cannot be imported: {error}; run from the folder that has it") from error
+        raise ValueError(
+            f"encoder {name!r} cannot be imported: {error}; run from the folder that has it"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Encoder)):
         raise ValueError(f"encoder {name!r} is not a subclass of encoders.Encoder")
     return found

@@ -37,7 +37,6 @@ class ViTConfig:
     layers: int = 4
     mlp: int = 192
     max_grid: int = 64
-    recompute: bool = False
 
 
 class Block(nn.Module):
@@ -76,7 +75,12 @@ class ViT(Encoder):
     tensor_parallel = True
 
     def __init__(
-        self, cfg: ViTConfig, axes: Axes, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        cfg: ViTConfig,
+        axes: Axes,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(cfg, axes, device=device, dtype=dtype)
         self.cfg = cfg
@@ -133,7 +137,9 @@ class ViT(Encoder):
         down, across = cls.grid(cfg, meta)
         p = cfg.patch
         if image.shape[1:] != (down * p, across * p):
-            raise ValueError(f"image is {tuple(image.shape[1:])}, its index says {meta['height']}x{meta['width']}")
+            raise ValueError(
+                f"image is {tuple(image.shape[1:])}, its index says {meta['height']}x{meta['width']}"
+            )
         cut = image.reshape(cfg.channels, down, p, across, p)
         return cut.permute(1, 3, 0, 2, 4).reshape(down * across, -1).contiguous()
 
@@ -152,7 +158,7 @@ class ViT(Encoder):
         x = self.patch(values)
         x = x + local(self.row_position)[row] + local(self.column_position)[column]
         for block in self.blocks:
-            if cfg.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, packing, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, packing)

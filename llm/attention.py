@@ -24,12 +24,22 @@ class Attention(nn.Module):
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
         self.sizes = [q // axes.tp.size, kv // axes.tp.size, kv // axes.tp.size]
         for name, width in {"q": q, "k": kv, "v": kv}.items():
-            declare(self, name, (width, cfg.d_model), normal(cfg.init_std), shard_dim=0, device=device, dtype=dtype)
+            declare(
+                self,
+                name,
+                (width, cfg.d_model),
+                normal(cfg.init_std),
+                shard_dim=0,
+                device=device,
+                dtype=dtype,
+            )
         self.out = Linear(q, cfg.d_model, normal(cfg.out_std), shard="row", device=device, dtype=dtype)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         x = enter(x, self.axes)
         weight = torch.cat([local(self.q), local(self.k), local(self.v)])
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in F.linear(x, weight).split(self.sizes, dim=-1))
+        q, k, v = (
+            t.unflatten(-1, (-1, self.head_dim)) for t in F.linear(x, weight).split(self.sizes, dim=-1)
+        )
         y = attention(q, k, v, packing, causal=True).flatten(1)
         return leave(self.out(y), self.axes)

@@ -60,13 +60,17 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1) -> None:
     for i, symbol in enumerate(cfg.pattern):
         if symbol not in KINDS:
             known = ", ".join(f"{k} ({v})" for k, v in KINDS.items())
-            raise ValueError(f"model.llm.pattern has {symbol!r} at layer {i} of {cfg.pattern!r}; known: {known}")
+            raise ValueError(
+                f"model.llm.pattern has {symbol!r} at layer {i} of {cfg.pattern!r}; known: {known}"
+            )
     if cfg.n_heads % cfg.n_kv_heads:
         raise ValueError(f"n_heads={cfg.n_heads} is no multiple of n_kv_heads={cfg.n_kv_heads}")
     if cfg.mamba_heads % cfg.mamba_groups:
         raise ValueError(f"mamba_heads={cfg.mamba_heads} is no multiple of mamba_groups={cfg.mamba_groups}")
     if cfg.top_k > cfg.n_experts:
-        raise ValueError(f"top_k={cfg.top_k} of n_experts={cfg.n_experts} experts; needed: at most {cfg.n_experts}")
+        raise ValueError(
+            f"top_k={cfg.top_k} of n_experts={cfg.n_experts} experts; needed: at most {cfg.n_experts}"
+        )
     counts = {"vocab_size": cfg.vocab_size}
     if "*" in cfg.pattern:
         counts |= {"n_heads": cfg.n_heads, "n_kv_heads": cfg.n_kv_heads}

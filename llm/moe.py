@@ -30,7 +30,14 @@ class Router(nn.Module):
         # Each tp rank routes its own share of the tokens, so its gradient is a part of the whole.
         partial = axes.tp.size > 1
         declare(
-            self, "weight", shape, normal(cfg.init_std), partial=partial, precise=True, device=device, dtype=dtype
+            self,
+            "weight",
+            shape,
+            normal(cfg.init_std),
+            partial=partial,
+            precise=True,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +48,9 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts of this rank: squared ReLU between up [E, F, d] and down [E, d, F]."""
 
-    def __init__(self, cfg: LLMConfig, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, cfg: LLMConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
         e, f, d = cfg.n_experts, cfg.expert_ffn, cfg.d_model
         kw = {"view": "expert", "shard_dim": 0, "device": device, "dtype": dtype}

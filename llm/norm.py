@@ -18,7 +18,13 @@ class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dim. partial: sees a share of the tokens on each tp rank."""
 
     def __init__(
-        self, width: int, eps: float, *, partial: bool, device: torch.device | str | None, dtype: torch.dtype | None
+        self,
+        width: int,
+        eps: float,
+        *,
+        partial: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         self.eps = eps

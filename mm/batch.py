@@ -11,8 +11,8 @@ from torch import Tensor
 
 from encoders.contract import ItemBatch, pack_items
 from llm.model import LLMBatch
-from mm.data.index import Sample
-from mm.data.reader import BadSample, ShardReader, parse_segments
+from mm.data.index import Sample, parse_segments
+from mm.data.reader import BadSample, ShardReader
 from mm.data.tokenizer import Tokenizer
 from mm.plan import Microbatch, PlanInputs, row_places
 from parallel.boundary.plan import EdgePlan, plan_edge
@@ -66,9 +66,7 @@ class Assembler:
         }
         return RankMicrobatch(items, names, llm, depends, edges)
 
-    def _items(
-        self, module: str, mb: Microbatch, bad: list[BadSample]
-    ) -> tuple[ItemBatch, tuple[str, ...]]:
+    def _items(self, module: str, mb: Microbatch, bad: list[BadSample]) -> tuple[ItemBatch, tuple[str, ...]]:
         use = self.inputs.encoders[module]
         lane = use.layout.coord(self.rank).dp
         tensors, metas, names = [], [], []
@@ -84,7 +82,7 @@ class Assembler:
                 continue
             except (ValueError, OSError, EOFError) as error:
                 # The payload is what the index says but does not decode: the sample is as bad as a torn one.
-                bad.append(BadSample(sample.id, sample.key, sample.shard, f"{item.part.name}: {error}"))
+                bad.append(BadSample(sample, f"{item.part.name}: {error}"))
                 continue
             metas.append(item.part.meta)
             names.append(sample.key)
@@ -146,7 +144,7 @@ class Assembler:
                 n = len(new)
                 if n != seg.text_bytes:
                     why = f"a text segment has {n} tokens but the index says {seg.text_bytes}; re-index"
-                    raise BadSample(sample.id, sample.key, sample.shard, why)
+                    raise BadSample(sample, why)
                 ids[at : at + n] = new
                 if seg.loss:
                     labels[at - 1 : at + n - 1] = new

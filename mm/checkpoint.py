@@ -77,3 +77,25 @@ def load(job: Job, path: Path) -> dict[str, Any]:
             "compare its state.json with this config, or start afresh with checkpoint.resume=none"
         )
     return state
+
+
+def inspect_text(path: Path) -> str:
+    """Step, tensors and sizes of a checkpoint; reads no tensor data."""
+    try:
+        state, tensors = store.read_state(path), store.describe(path)
+    except store.BadCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+    lines = [f"{path}: after step {state['step']}, {len(tensors)} tensors"]
+    lines += [
+        f"  {name:<60} {str(dtype).removeprefix('torch.'):<9} {list(shape)}"
+        for name, (shape, dtype) in sorted(tensors.items())
+    ]
+    return "\n".join(lines)
+
+
+def verify_text(path: Path) -> str:
+    """Say that a checkpoint is whole; raises CheckpointError naming every damaged file."""
+    wrong = store.verify(path)
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
+    return f"{path}: whole"

@@ -17,11 +17,9 @@ from rich.table import Table
 
 from mm.config import Config, load_layout_file, with_layout
 from mm.feed import Feed
-from mm.job import Job, build_job, draw_up, open_data
+from mm.job import Blueprint, Job, build_job, draw_up, open_data
 from mm.launch import RankInfo, init_distributed
 from mm.trainer import train_step
-
-ROUNDS = 3
 
 
 @dataclass
@@ -29,7 +27,7 @@ class Run:
     """One layout of a comparison. step_s holds the timed steps of every round, warm-up left out."""
 
     name: str
-    cfg: Config
+    blueprint: Blueprint
     layout: dict[str, Any]
     step_s: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -39,20 +37,26 @@ class Run:
     peak_memory_bytes: int = 0
 
 
-def compare(cfg: Config, world: int, layout_files: Sequence[Path], steps: int, json_out: Path | None) -> None:
-    """Run `steps` steps under each layout file in turn, the rounds interleaved (A B A B ..); print a table.
+def make_runs(cfg: Config, world: int, layout_files: Sequence[Path]) -> list[Run]:
+    """A run for each layout file; raises Refused for any that does not work, before anything starts."""
+    runs = []
+    for path in layout_files:
+        layout, schedule = load_layout_file(path)
+        runs.append(Run(path.stem, draw_up(with_layout(cfg, layout, schedule), world), layout))
+    return runs
+
+
+def compare(cfg: Config, runs: Sequence[Run], *, steps: int, rounds: int, json_out: Path | None) -> None:
+    """Run `steps` steps under each layout in turn, the rounds interleaved (A B A B ..); print a table.
 
     Every round starts from the same weights, so its losses are those of the layout's first steps. The first
     layout is the baseline of the relative differences and of the speed-up.
     """
-    runs = [_make_run(cfg, path) for path in layout_files]
-    for run in runs:
-        draw_up(run.cfg, world)  # refuse all bad layouts before anything starts
     rank = init_distributed(cfg)
     try:
-        for number in range(ROUNDS):
+        for number in range(rounds):
             for run in runs:
-                _round(run, world, rank, steps, first=number == 0)
+                _round(run, rank, steps, first=number == 0)
     finally:
         dist.destroy_process_group()
     if rank.rank == 0:
@@ -62,22 +66,17 @@ def compare(cfg: Config, world: int, layout_files: Sequence[Path], steps: int, j
         RichConsole().print(table(report))
 
 
-def _make_run(cfg: Config, path: Path) -> Run:
-    layout, schedule = load_layout_file(path)
-    return Run(path.stem, with_layout(cfg, layout, schedule), layout)
-
-
-def _round(run: Run, world: int, rank: RankInfo, steps: int, *, first: bool) -> None:
-    blueprint = draw_up(run.cfg, world)
-    data = open_data(blueprint, run.cfg.data.train, run.cfg.base, rank)
-    job = build_job(blueprint, rank)
+def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
+    cfg = run.blueprint.cfg
+    data = open_data(run.blueprint, cfg.data.train, cfg.base, rank)
+    job = build_job(run.blueprint, rank)
     feed = Feed(
         data.index,
         data.assembler,
         job.control,
-        seed=run.cfg.run.seed,
-        global_batch=run.cfg.train.global_batch,
-        ahead=run.cfg.data.prefetch,
+        seed=cfg.run.seed,
+        global_batch=cfg.train.global_batch,
+        ahead=cfg.data.prefetch,
     )
     try:
         for step in range(steps):
@@ -114,8 +113,10 @@ def summary(run: Run, base: Run) -> dict[str, Any]:
     """One entry of the comparison's JSON (docs: compare)."""
     times = run.step_s or [float("nan")]
     median = statistics.median(times)
-    norms = [relative_difference(list(a.values()), list(b.values()))
-             for a, b in zip(run.grad_norms, base.grad_norms, strict=True)]
+    norms = [
+        relative_difference(list(a.values()), list(b.values()))
+        for a, b in zip(run.grad_norms, base.grad_norms, strict=True)
+    ]
     return {
         "name": run.name,
         "layout": run.layout,
@@ -134,8 +135,16 @@ def summary(run: Run, base: Run) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> Table:
     """The comparison for people."""
     out = Table(title="same model, data, seed and batches; first row is the baseline")
-    for heading in ("layout", "step ms (min)", "tokens/s", "memory MiB", "boundary KiB/step",
-                    "loss diff", "grad norm diff", "speed-up"):
+    for heading in (
+        "layout",
+        "step ms (min)",
+        "tokens/s",
+        "memory MiB",
+        "boundary KiB/step",
+        "loss diff",
+        "grad norm diff",
+        "speed-up",
+    ):
         out.add_column(heading, justify="left" if heading == "layout" else "right")
     for run in report["runs"]:
         out.add_row(

@@ -37,9 +37,7 @@ def evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int) -> Eval
     return Evaluation(loss, lift, intact)
 
 
-def _mean_losses(
-    job: Job, data: Data, samples: Sequence[Sample]
-) -> tuple[float, dict[str, float]]:
+def _mean_losses(job: Job, data: Data, samples: Sequence[Sample]) -> tuple[float, dict[str, float]]:
     """Mean loss over all supervised tokens, and over those that depend on each module."""
     modules = list(job.blueprint.inputs.encoders)
     layout = job.blueprint.layouts[SINK]

@@ -14,7 +14,7 @@ def step_flops(blueprint: Blueprint, plan: StepPlan) -> dict[str, float]:
     for mb in plan.microbatches:
         for module, edge in mb.edges.items():
             use = blueprint.inputs.encoders[module]
-            hidden = blueprint.cfg.model.encoders[module].projector.hidden
+            hidden = blueprint.cfg.model[module].projector.hidden
             for item in edge.items:
                 out[module] += module_flops(use.cls, use.cfg, item.part.meta, blueprint.llm.d_model, hidden)
         out[SINK] += llm_flops(blueprint.llm, mb.length)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import encoders
-from encoders.module import EncoderModule, build_encoder_module
+from encoders.module import build_encoder_module
 from llm.config import LLMConfig
 from llm.config import check as check_llm
 from llm.model import LLM, precise_modules
@@ -21,14 +21,16 @@ from mm.config import Config, build
 from mm.control import Control
 from mm.data.index import Index, load_index
 from mm.data.reader import ShardReader
-from mm.data.tokenizer import Tokenizer, make_tokenizer
+from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.launch import RankInfo
 from mm.plan import EncoderUse, PlanInputs, check_samples
+from parallel.axis import Axes
 from parallel.boundary import BoundaryCommunicator
-from parallel.layout import Layout, make_layout, unsupported
+from parallel.layout import Layout, check_divides, check_supported, make_layout
 from parallel.mesh import ModuleMesh, build_mesh
 from parallel.optim import AdamW, ShardedOptimizer
+from parallel.param import declared
 from parallel.shard import ShardPolicy, materialise, shard_module
 
 SINK = "llm"
@@ -56,7 +58,7 @@ class Blueprint:
     @property
     def frozen(self) -> set[str]:
         """Modules without a single trainable parameter."""
-        out = {m for m in self.inputs.encoders if self.cfg.model.encoders[m].freeze == "all"}
+        out = {m for m in self.inputs.encoders if self.cfg.model[m].freeze == "all"}
         return out | ({SINK} if self.llm.freeze else set())
 
 
@@ -70,7 +72,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Job:
-    """A blueprint built on this rank. Modules, meshes and optimizers are absent where it does not host them."""
+    """A blueprint built on this rank. Modules, meshes and optimizers are absent where it hosts none."""
 
     blueprint: Blueprint
     rank: RankInfo
@@ -82,7 +84,7 @@ class Job:
 
 
 def draw_up(cfg: Config, world: int) -> Blueprint:
-    """Check a config against `world` ranks and work out its layouts; raises Refused in words. Starts nothing."""
+    """Check a config against `world` ranks and work out its layouts; raises Refused in words."""
     try:
         return _draw_up(cfg, world)
     except ValueError as error:
@@ -90,21 +92,23 @@ def draw_up(cfg: Config, world: int) -> Blueprint:
 
 
 def _draw_up(cfg: Config, world: int) -> Blueprint:
-    layouts = {m: make_layout(m, world, cfg.layout.get(m, {})) for m in [*cfg.model.encoders, SINK]}
+    layouts = {m: make_layout(m, world, cfg.layout.get(m, {})) for m in [*cfg.model, SINK]}
     unknown = set(cfg.layout) - set(layouts)
     if unknown:
         raise ValueError(f"layout names {sorted(unknown)}, but the model's modules are {sorted(layouts)}")
-    problem = unsupported(layouts)
-    if problem:
-        raise ValueError(problem)
-    llm = build(LLMConfig, {**cfg.model.llm, "vocab_size": make_tokenizer(cfg.data.tokenizer).vocab_size}, "model.llm")
+    check_supported(layouts)
+    vocab = make_tokenizer(cfg.data.tokenizer).vocab_size
+    llm = build(LLMConfig, {"vocab_size": vocab, **cfg.llm}, "model.llm")
+    if llm.vocab_size < vocab:
+        raise ValueError(f"model.llm.vocab_size is {llm.vocab_size}; the tokenizer needs at least {vocab}")
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep)
     uses = {}
-    for name, enc in cfg.model.encoders.items():
+    for name, enc in cfg.model.items():
         cls = encoders.resolve(enc.encoder)
-        options = build(cls.Config, enc.options, f"model.{name}")
-        if cls.tensor_parallel:
-            cls.check(options, layouts[name].tp)
+        options = build(cls.Config, enc.options, f"model.{name}.options")
+        tp = layouts[name].tp if cls.tensor_parallel else 1
+        cls.check(options, tp)
+        check_divides(f"model.{name}.projector.hidden", enc.projector.hidden, "tp", tp)
         uses[name] = EncoderUse(cls, options, layouts[name], enc.deal)
     inputs = PlanInputs(layouts[SINK], uses, cfg.data.context, cfg.schedule.microbatches)
     return Blueprint(cfg, world, llm, layouts, inputs)
@@ -114,11 +118,9 @@ def open_data(blueprint: Blueprint, patterns: list[str], base: Path, rank: RankI
     """Load the index of the shards and check every sample against the model."""
     index = load_index(patterns, base)
     check_samples(index.samples, blueprint.inputs)
-    tokenizer: Tokenizer = make_tokenizer(blueprint.cfg.data.tokenizer)
+    tokenizer = make_tokenizer(blueprint.cfg.data.tokenizer)
     floating = torch.float64 if blueprint.cfg.train.dtype == "float64" else torch.float32
-    assembler = Assembler(
-        blueprint.inputs, ShardReader(index), tokenizer, rank.rank, floating, rank.device
-    )
+    assembler = Assembler(blueprint.inputs, ShardReader(), tokenizer, rank.rank, floating, rank.device)
     return Data(index, assembler)
 
 
@@ -144,35 +146,60 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     )
 
 
-def _build_module(
-    blueprint: Blueprint, name: str, mesh: ModuleMesh, device: torch.device
-) -> nn.Module:
-    cfg = blueprint.cfg
-    dtype = DTYPES[cfg.train.dtype]
-    stored = torch.float32 if dtype == torch.bfloat16 else dtype
-    compute = dtype if dtype != stored else None
+def bare_module(blueprint: Blueprint, name: str, axes: Axes) -> nn.Module:
+    """Module `name` with its global shapes, on the meta device: shapes and declarations without memory."""
+    cfg, stored = blueprint.cfg, stored_dtype(blueprint.cfg)
     module: nn.Module
     if name == SINK:
-        module = LLM(blueprint.llm, mesh.axes, device="meta", dtype=stored)
+        module = LLM(blueprint.llm, axes, device="meta", dtype=stored)
         module.recompute = cfg.train.recompute
         module.requires_grad_(not blueprint.llm.freeze)
-        layers, precise = list(module.layers), precise_modules(module)
-    else:
-        use, enc = blueprint.inputs.encoders[name], cfg.model.encoders[name]
-        module = build_encoder_module(
-            use.cls,
-            use.cfg,
-            d_out=blueprint.llm.d_model,
-            projector_hidden=enc.projector.hidden,
-            axes=mesh.axes,
-            device="meta",
-            dtype=stored,
-        )
-        assert isinstance(module, EncoderModule)
-        module.set_recompute(cfg.train.recompute)
-        module.freeze(enc.freeze)
-        layers, precise = list(module.layers), []
-    policy = ShardPolicy(layers if cfg.train.shard == "layer" else (), compute, precise)
+        return module
+    use, enc = blueprint.inputs.encoders[name], cfg.model[name]
+    module = build_encoder_module(
+        use.cls,
+        use.cfg,
+        d_out=blueprint.llm.d_model,
+        projector_hidden=enc.projector.hidden,
+        axes=axes,
+        device="meta",
+        dtype=stored,
+    )
+    module.encoder.recompute = cfg.train.recompute
+    module.freeze(enc.freeze)
+    return module
+
+
+def stored_dtype(cfg: Config) -> torch.dtype:
+    """Dtype of weights and optimizer state: float32 under bfloat16 compute."""
+    return torch.float64 if cfg.train.dtype == "float64" else torch.float32
+
+
+def module_sizes(blueprint: Blueprint) -> dict[str, list[tuple[int, int]]]:
+    """By module: (elements, ranks that share them) of each parameter."""
+    out: dict[str, list[tuple[int, int]]] = {}
+    for name in blueprint.modules:
+        layout = blueprint.layouts[name]
+        sizes = []
+        for _, param, spec in declared(bare_module(blueprint, name, Axes())):
+            cut = spec.shard_dim is not None
+            folded = layout.tp > 1 or layout.ep > 1
+            if spec.view == "expert" and folded:
+                ranks = layout.edp * (layout.ep if cut else 1)
+            else:
+                ranks = layout.dp * (layout.tp if cut and spec.view == "dense" else 1)
+            sizes.append((param.numel(), ranks))
+        out[name] = sizes
+    return out
+
+
+def _build_module(blueprint: Blueprint, name: str, mesh: ModuleMesh, device: torch.device) -> nn.Module:
+    cfg, stored = blueprint.cfg, stored_dtype(blueprint.cfg)
+    compute = DTYPES[cfg.train.dtype]
+    module = bare_module(blueprint, name, mesh.axes)
+    precise = precise_modules(module) if isinstance(module, LLM) else []
+    layers = list(module.layers) if cfg.train.shard == "layer" else []
+    policy = ShardPolicy(layers, compute if compute != stored else None, precise)
     shard_module(module, mesh, policy, param_dtype=stored)
     materialise(module, mesh, seed=cfg.run.seed, name=name, device=device)
     return module

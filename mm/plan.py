@@ -195,9 +195,7 @@ def deal_by_cost(costs: Sequence[float], home: Sequence[int], lanes: int) -> lis
 
 def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepPlan:
     """Plan one step over `samples`, the whole global batch in order."""
-    micro = tuple(
-        plan_microbatch(samples[a:b], inputs) for a, b in share(len(samples), inputs.microbatches)
-    )
+    micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in share(len(samples), inputs.microbatches))
     ids = tuple(s.id for s in samples)
     return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples))
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch.distributed as dist
 
 from mm import checkpoint
-from mm.config import Config, resolve_yaml
+from mm.config import resolve_yaml
 from mm.console import Console
 from mm.evaluate import Evaluation, evaluate
 from mm.feed import Feed
 from mm.flops import step_flops
-from mm.job import Blueprint, Data, Job, build_job, draw_up, open_data
+from mm.job import Blueprint, Data, Job, build_job, open_data
 from mm.launch import RankInfo, init_distributed
 from mm.plan_text import plan_json
 from mm.step import run_step
@@ -40,10 +40,9 @@ class Stop:
         self.asked = True
 
 
-def train(cfg: Config, world: int) -> None:
-    """Train as `cfg` says on this rank of `world`; returns when done, raises PolyrankError when it cannot."""
-    blueprint = draw_up(cfg, world)
-    rank = init_distributed(cfg)
+def train(blueprint: Blueprint) -> None:
+    """Train on this rank; returns when done, raises PolyrankError where it cannot go on."""
+    rank = init_distributed(blueprint.cfg)
     try:
         _train(blueprint, rank)
     finally:
@@ -64,7 +63,7 @@ def _train(blueprint: Blueprint, rank: RankInfo) -> None:
     console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
     if rank.rank == 0:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
-        (run_dir / "plan.json").write_text(plan_json(blueprint, train_data))
+        (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")
     feed = Feed(
@@ -104,7 +103,7 @@ def _loop(job: Job, feed: Feed, eval_data: Data | None, console: Console, run_di
     if eval_data is not None:
         result = run_evaluation(job, eval_data)
         console.evaluation(steps, result)
-        console.lift_table(result.lift, result.intact, floor=math.log(10.0))
+        console.lift_table(result, floor=math.log(10.0))
 
 
 def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[str, Any]:
@@ -143,5 +142,4 @@ def add_rates(job: Job, record: dict[str, Any]) -> dict[str, Any]:
 def run_evaluation(job: Job, data: Data) -> Evaluation:
     """Evaluate the first eval.samples held-out samples."""
     cfg = job.blueprint.cfg
-    samples = [s for s in data.index.samples if s.id not in data.index.bad_ids][: cfg.eval.samples]
-    return evaluate(job, data, samples, cfg.run.seed)
+    return evaluate(job, data, data.index.samples[: cfg.eval.samples], cfg.run.seed)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mm.config import TrainConfig
 from mm.errors import NonFinite
@@ -111,10 +112,15 @@ def _check_finite(column: Mapping[str, np.ndarray], modules: list[str], step: in
 
 
 def _update_expert_bias(job: Job) -> None:
-    """Shift routing towards experts that got fewer tokens in this global batch (design: auxiliary-loss free)."""
+    """Shift routing towards experts that got fewer tokens in this global batch."""
     if SINK not in job.modules or job.blueprint.llm.freeze:
         return
-    job.modules[SINK].update_expert_bias(job.meshes[SINK])
+    layers = job.modules[SINK].moe_layers()
+    if layers:
+        load = torch.stack([m.load for m in layers])
+        dist.all_reduce(load, group=job.meshes[SINK].group)
+        for layer, counts in zip(layers, load, strict=True):
+            layer.update_bias(counts)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -83,7 +83,9 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     for name, tensor in tensors.items():
         size = stored[name].size
         if tuple(size) != tuple(tensor.shape):
-            raise BadCheckpoint(f"{path}: {name} has shape {tuple(size)}, this model needs {tuple(tensor.shape)}")
+            raise BadCheckpoint(
+                f"{path}: {name} has shape {tuple(size)}, this model needs {tuple(tensor.shape)}"
+            )
     dcp.load(dict(tensors), storage_reader=reader)
     return read_state(path)
 
@@ -164,16 +166,14 @@ _ALLOWED = {
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if dtype or (module, name) in _ALLOWED or (module, None) in _ALLOWED and "." not in name:
+        if dtype or (module, name) in _ALLOWED or ((module, None) in _ALLOWED and "." not in name):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"refusing to load {module}.{name}")
 
 
 def _write_manifest(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    manifest = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
-    }
+    manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
     target = folder / MANIFEST
     with target.open("w") as f:
         json.dump(manifest, f, indent=1)

@@ -125,7 +125,9 @@ def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tup
     elif isinstance(spec, str):
         low, dash, high = spec.partition("-")
         if not (low.strip().isdigit() and (not dash or high.strip().isdigit())):
-            raise ValueError(f"layout.{module}.ranks is {spec!r}; needed: all, a number, a-b such as 0-3, or a list")
+            raise ValueError(
+                f"layout.{module}.ranks is {spec!r}; needed: all, a number, a-b such as 0-3, or a list"
+            )
         ranks = range(int(low), int(high or low) + 1)
     else:
         ranks = tuple(int(r) for r in spec)
@@ -162,8 +164,10 @@ def make_layout(module: str, world: int, spec: Mapping[str, Any]) -> Layout:
             raise ValueError(f"layout.{module}.{name} is {value!r}; needed: a whole number of at least 1")
         degrees[name] = value
     layout = Layout(module, ranks, **degrees, sequence_parallel=bool(spec.get("sequence_parallel", False)))
-    for names, product in ((("tp", "cp", "pp"), layout.tp * layout.cp * layout.pp),
-                           (("etp", "ep", "pp"), layout.etp * layout.ep * layout.pp)):
+    for names, product in (
+        (("tp", "cp", "pp"), layout.tp * layout.cp * layout.pp),
+        (("etp", "ep", "pp"), layout.etp * layout.ep * layout.pp),
+    ):
         if layout.size % product:
             given = " x ".join(f"{n}={degrees[n]}" for n in names if degrees[n] > 1)
             raise ValueError(

@@ -20,13 +20,15 @@ from parallel.layout import Layout
 class ModuleMesh:
     """The meshes of a module as one of its ranks sees them.
 
-    dense: DeviceMesh (dp, tp); expert: DeviceMesh (edp, ep); axes: what layers compute over.
+    dense: DeviceMesh (dp, tp); expert: DeviceMesh (edp, ep); axes: what layers compute over; group: all
+    ranks of the module.
     """
 
     layout: Layout
     dense: DeviceMesh
     expert: DeviceMesh
     axes: Axes
+    group: dist.ProcessGroup
 
     @property
     def folded(self) -> bool:
@@ -41,10 +43,11 @@ def build_mesh(layout: Layout, device_type: str) -> ModuleMesh | None:
     """
     dense = _device_mesh(layout, "dense", ("dp", "tp"), device_type)
     expert = _device_mesh(layout, "expert", ("edp", "ep"), device_type)
+    group = dist.new_group(sorted(layout.ranks))
     if dist.get_rank() not in layout.ranks:
         return None
     axes = Axes(_axis(dense, "tp"), _axis(expert, "ep"), layout.sequence_parallel and layout.tp > 1)
-    return ModuleMesh(layout, dense, expert, axes)
+    return ModuleMesh(layout, dense, expert, axes, group)
 
 
 def _device_mesh(layout: Layout, view: str, names: tuple[str, str], device_type: str) -> DeviceMesh:

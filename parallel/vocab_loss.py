@@ -33,9 +33,7 @@ class _VocabLoss(torch.autograd.Function):
         held = (own >= 0) & (own < weight.shape[0]) & (labels >= 0)
         column = own * held
         losses, normalisers = [], []
-        for part, col, mine in zip(
-            hidden.split(chunk), column.split(chunk), held.split(chunk), strict=True
-        ):
+        for part, col, mine in zip(hidden.split(chunk), column.split(chunk), held.split(chunk), strict=True):
             logits = _logits(part, weight)
             top = logits.amax(-1)
             if tp.size > 1:

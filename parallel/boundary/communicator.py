@@ -146,9 +146,7 @@ class BoundaryCommunicator:
         splits_out = [count(recvs.get(r, none)) for r in ranks]
         packed = torch.cat([_pick(x, sends[r]) for r in ranks if r in sends] or [x[:0]])
         landed = out.new_empty((sum(splits_out), *out.shape[1:]))
-        work = dist.all_to_all_single(
-            landed, packed, splits_out, splits_in, group=self.group, async_op=True
-        )
+        work = dist.all_to_all_single(landed, packed, splits_out, splits_in, group=self.group, async_op=True)
 
         def finish() -> None:
             self._guard(what, ranks, lambda: work.wait(self.timeout))

@@ -44,7 +44,12 @@ class Transfer:
     def identity(self) -> bool:
         """Whether the output is the input."""
         whole = slice(0, self.rows_in)
-        return not self.sends and not self.recvs and self.rows_in == self.rows_out and self.keep == (whole, whole)
+        return (
+            not self.sends
+            and not self.recvs
+            and self.rows_in == self.rows_out
+            and self.keep == (whole, whole)
+        )
 
 
 @dataclass(frozen=True)
@@ -133,8 +138,10 @@ class _Pairs:
 
     def take(self, which: np.ndarray) -> _Pairs:
         return _Pairs(
-            *(getattr(self, f)[which] for f in
-              ("start", "length", "have_lane", "want_lane", "have_local", "want_local"))
+            *(
+                getattr(self, f)[which]
+                for f in ("start", "length", "have_lane", "want_lane", "have_local", "want_local")
+            )
         )
 
 
@@ -170,7 +177,9 @@ def _covered(want: RowMap, pairs: _Pairs, holders: RowMap, partial: bool) -> boo
         held = set()
         for s, n in zip(holders.start, holders.length, strict=True):
             held.update(range(int(s), int(s + n)))
-        lost = [r for s, n in zip(want.start, want.length, strict=True) for r in range(s, s + n) if r not in held]
+        lost = [
+            r for s, n in zip(want.start, want.length, strict=True) for r in range(s, s + n) if r not in held
+        ]
         raise ValueError(f"rows {lost[0]}-{lost[-1]} ({len(lost)} of them) are wanted but no rank has them")
     return False
 

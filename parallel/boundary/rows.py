@@ -38,11 +38,15 @@ class RowMap:
         tuples = tuple(tuple(int(r) for r in ranks) for ranks in lanes)
         everyone = [r for ranks in tuples for r in ranks]
         if len(set(everyone)) < len(everyone):
-            raise ValueError(f"a rank is in two lanes of one side: {tuples}; a rank holds one boundary tensor")
+            raise ValueError(
+                f"a rank is in two lanes of one side: {tuples}; a rank holds one boundary tensor"
+            )
         starts, lengths, owner = (np.asarray(a, dtype=np.int64).reshape(-1) for a in (start, length, lane))
         if not len(starts) == len(lengths) == len(owner):
-            raise ValueError(f"runs of unequal count: {len(starts)} starts, {len(lengths)} lengths, {len(owner)} lanes")
-        if len(owner) and not (0 <= owner.min() and owner.max() < len(tuples)):
+            raise ValueError(
+                f"runs of unequal count: {len(starts)} starts, {len(lengths)} lengths, {len(owner)} lanes"
+            )
+        if len(owner) and not (owner.min() >= 0 and owner.max() < len(tuples)):
             raise ValueError(f"a run is in lane {owner.max()}, but there are lanes 0-{len(tuples) - 1}")
         if len(lengths) and lengths.min() < 0:
             raise ValueError(f"a run has {lengths.min()} rows")
@@ -56,7 +60,9 @@ class RowMap:
         return RowMap(tuples, starts, lengths, owner, local, rows)
 
     @staticmethod
-    def of_items(lanes: Sequence[Sequence[int]], item_rows: Sequence[int], item_lane: Sequence[int]) -> RowMap:
+    def of_items(
+        lanes: Sequence[Sequence[int]], item_rows: Sequence[int], item_lane: Sequence[int]
+    ) -> RowMap:
         """Whole items dealt to lanes: item i has item_rows[i] rows, numbered on from those before it."""
         rows = np.asarray(item_rows, dtype=np.int64)
         return RowMap.of_runs(lanes, np.cumsum(rows) - rows, rows, item_lane)

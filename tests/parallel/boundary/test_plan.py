@@ -38,7 +38,9 @@ def test_rows_arrive_and_gradients_return_exactly_with_least_bytes(consumers: in
         case = random_case(seed, consumers=consumers)
         plans = [plan_edge("e", case.source, case.dest, r) for r in range(case.world)]
         value = np.random.default_rng(seed).normal(size=case.rows)
-        forward = play([p.forward for p in plans], [value[rows_of(case.source, r)] for r in range(case.world)])
+        forward = play(
+            [p.forward for p in plans], [value[rows_of(case.source, r)] for r in range(case.world)]
+        )
         for r, y in enumerate(forward):
             assert np.array_equal(y, value[rows_of(case.dest, r)]), (seed, r)
         moved = sum(p.forward.received_rows for p in plans)
@@ -50,7 +52,8 @@ def check_backward(seed: int, case: object, plans: list[EdgePlan]) -> None:
     # The gradient of a destination lane's copy: a function of (lane, row), equal on the lane's ranks.
     lane_of = {r: i for i, lane in enumerate(case.dest.lanes) for r in lane}
     grads = [
-        np.asarray([1000.0 * lane_of[r] + row + 1 for row in rows_of(case.dest, r)]) for r in range(case.world)
+        np.asarray([1000.0 * lane_of[r] + row + 1 for row in rows_of(case.dest, r)])
+        for r in range(case.world)
     ]
     expected = np.zeros(case.rows)
     for lane in case.dest.lanes:

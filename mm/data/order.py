@@ -1,0 +1,81 @@
+"""Which samples a step takes: a function of (seed, step, known-bad samples) alone. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+
+from mm.data.index import Part, Sample
+from mm.errors import DataError
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def sample_ids(seed: int, step: int, global_batch: int, n: int, bad: frozenset[int]) -> tuple[int, ...]:
+    """Sample ids of a step, from n samples: each epoch is a permutation, and steps run through them.
+
+    A bad sample's place is taken by another draw that depends on (seed, place) alone, so that finding one
+    never moves any other sample.
+    """
+    if len(bad) >= n:
+        raise DataError(f"all {n} samples are unreadable")
+    first = step * global_batch
+    return tuple(_at(seed, place, n, bad) for place in range(first, first + global_batch))
+
+
+def _at(seed: int, place: int, n: int, bad: frozenset[int]) -> int:
+    found = int(_epoch(seed, place // n, n)[place % n])
+    if found not in bad:
+        return found
+    draws = np.random.default_rng([seed, place, n])
+    while True:
+        found = int(draws.integers(n))
+        if found not in bad:
+            return found
+
+
+def permute_items(samples: Sequence[Sample], module: str, seed: int) -> list[Sample]:
+    """The samples with `module`'s items exchanged between them; each sample keeps its number of items.
+
+    Every item goes to another sample where there are enough of them: slots are visited in a random order
+    and each takes the item of the next slot, swapped on where that would be its own sample's.
+    """
+    slots = [
+        (j, k)
+        for j, s in enumerate(samples)
+        for k, seg in enumerate(s.segments)
+        if seg.part is not None and seg.kind == module
+    ]
+    if len(slots) < 2:
+        return list(samples)
+    rng = np.random.default_rng([seed, len(slots)])
+    order = rng.permutation(len(slots))
+    givers = np.roll(order, -1)
+    for i in range(len(order)):
+        if slots[order[i]][0] == slots[givers[i]][0]:
+            for j in rng.permutation(len(order)):
+                own_i, own_j = slots[order[i]][0], slots[order[j]][0]
+                if slots[givers[j]][0] != own_i and slots[givers[i]][0] != own_j:
+                    givers[i], givers[j] = givers[j], givers[i]
+                    break
+    new: dict[tuple[int, int], Part] = {}
+    for taker, giver in zip(order, givers, strict=True):
+        j, k = slots[giver]
+        part = samples[j].segments[k].part
+        assert part is not None
+        new[slots[taker]] = part
+    return [
+        replace(
+            s,
+            segments=tuple(
+                replace(seg, part=new[j, k]) if (j, k) in new else seg for k, seg in enumerate(s.segments)
+            ),
+        )
+        for j, s in enumerate(samples)
+    ]

@@ -1,0 +1,49 @@
+"""Payloads straight from the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+
+from mm.data.index import Part, Sample
+
+
+class BadSample(Exception):
+    """A sample that cannot be read; it is skipped and replaced on all ranks alike."""
+
+    def __init__(self, sample: Sample, why: str) -> None:
+        super().__init__(f"sample {sample.key} of {sample.shard}: {why}")
+        self.sample_id = sample.id
+
+
+class ShardReader:
+    """Reads parts by offset; may be used from several threads. Files stay open until close()."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, sample: Sample, part: Part) -> bytes:
+        """The payload of one of `sample`'s parts, checked against the index; raises BadSample."""
+        try:
+            payload = os.pread(self._file(part.shard), part.size, part.offset)
+        except OSError as error:
+            raise BadSample(sample, f"{part.name} of {part.shard} cannot be read: {error}") from error
+        if len(payload) != part.size:
+            raise BadSample(sample, f"{part.name} has {len(payload)} bytes, its index says {part.size}")
+        if hashlib.sha256(payload).hexdigest() != part.sha256:
+            raise BadSample(sample, f"{part.name} differs from its index (sha256)")
+        return payload
+
+    def _file(self, shard: str) -> int:
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(shard, os.O_RDONLY)
+            return self._files[shard]
+
+    def close(self) -> None:
+        with self._lock:
+            for fd in self._files.values():
+                os.close(fd)
+            self._files.clear()
