@@ -82,6 +82,12 @@ class Job:
     boundary: BoundaryCommunicator
     control: Control
 
+    def close(self) -> None:
+        """Destroy the job's process groups but the default one; every rank calls this."""
+        for mesh in self.meshes.values():
+            mesh.close()
+        self.boundary.close()
+
 
 def draw_up(cfg: Config, world: int) -> Blueprint:
     """Check a config against `world` ranks and work out its layouts; raises Refused in words."""

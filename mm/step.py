@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm.batch import RankMicrobatch
 from mm.feed import Prepared
-from mm.job import SINK, Job
+from mm.job import DTYPES, SINK, Job
 from parallel.schedule import Action, Kind, colocated, execute
 
 
@@ -66,8 +66,10 @@ class _Run:
         self.entries: dict[tuple[str, int], Tensor] = {}  # rows as the language model reads them, leaves
         self.returned: dict[tuple[str, int], Tensor] = {}  # gradients brought back to the encoder's layout
         self.losses: dict[int, Tensor] = {}
-        coord = job.blueprint.layouts[SINK]
-        self.counts = SINK in job.modules and coord.coord(job.rank.rank).tp == 0
+        self.counts = SINK in job.modules and job.blueprint.layouts[SINK].coord(job.rank.rank).tp == 0
+        # What a rank that hosts no source of an edge holds of it: no rows, of the right width and dtype.
+        dtype = DTYPES[job.blueprint.cfg.train.dtype]
+        self.nothing = torch.empty(0, job.blueprint.llm.d_model, dtype=dtype, device=job.rank.device)
         self.loss = torch.zeros((), dtype=torch.float64, device=job.rank.device)
         self.handlers = {
             Kind.FORWARD: self.forward,
@@ -104,12 +106,12 @@ class _Run:
 
     def boundary_forward(self, action: Action) -> None:
         key, mb = (action.module, action.microbatch), self.micro[action.microbatch]
-        plan = mb.edges[action.module]
-        held = self.outputs.get(key)
-        rows = self.job.boundary.forward(plan, None if held is None else held.detach())
-        if rows is not None:
-            learns = self.train and action.module not in self.job.blueprint.frozen
-            self.entries[key] = rows.detach().requires_grad_(learns)
+        if not self._on_edge(action.module):
+            return
+        held = self.outputs[key].detach() if key in self.outputs else self.nothing
+        rows = self.job.boundary.forward(mb.edges[action.module], held)
+        learns = self.train and action.module not in self.job.blueprint.frozen
+        self.entries[key] = rows.detach().requires_grad_(learns)
 
     def backward(self, action: Action) -> None:
         module = self.job.modules.get(action.module)
@@ -125,7 +127,12 @@ class _Run:
 
     def boundary_backward(self, action: Action) -> None:
         key, mb = (action.module, action.microbatch), self.micro[action.microbatch]
-        entry = self.entries.pop(key, None)
-        grad = self.job.boundary.backward(mb.edges[action.module], None if entry is None else entry.grad)
-        if grad is not None:
-            self.returned[key] = grad
+        if not self._on_edge(action.module):
+            return
+        grad = self.entries.pop(key).grad
+        plan = mb.edges[action.module]
+        self.returned[key] = self.job.boundary.backward(plan, self.nothing if grad is None else grad)
+
+    def _on_edge(self, source: str) -> bool:
+        """Whether this rank hosts either end of the edge from `source`."""
+        return source in self.job.modules or SINK in self.job.modules

@@ -83,7 +83,7 @@ def combine(rows: Tensor, weight: Tensor, route: Route) -> Tensor:
         rows = torch.empty_like(rows).index_copy(0, route.regroup, rows)
         rows = _AllToAll.apply(rows, route.receives, route.sends, route.axis)
     tokens = torch.empty_like(rows).index_copy(0, route.order, rows)
-    return torch.einsum("nkd,nk->nd", tokens.view(*weight.shape, -1), weight.to(rows.dtype))
+    return torch.einsum("nkd,nk->nd", tokens.view(*weight.shape, rows.shape[-1]), weight.to(rows.dtype))
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, per_expert: list[int]) -> Tensor:

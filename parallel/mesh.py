@@ -35,6 +35,13 @@ class ModuleMesh:
         """Whether experts are cut or replicated differently from the dense weights."""
         return self.axes.tp.size > 1 or self.axes.ep.size > 1
 
+    def close(self) -> None:
+        """Destroy the module's process groups; every rank of the module calls this."""
+        groups = [mesh.get_group(axis) for mesh in (self.dense, self.expert) for axis in mesh.mesh_dim_names]
+        for group in {id(g): g for g in [*groups, self.group]}.values():
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
 
 def build_mesh(layout: Layout, device_type: str) -> ModuleMesh | None:
     """Make the groups of `layout`; every rank of the job calls this, in the same order of modules.

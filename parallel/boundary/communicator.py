@@ -60,10 +60,15 @@ class BoundaryCommunicator:
         self.group = group
         self.device = torch.device(device)
         self.timeout = timedelta(seconds=timeout_s)
-        if transport == "auto":
+        if transport == "auto" and group is not dist.GroupMember.NON_GROUP_MEMBER:
             transport = "p2p" if "gloo" in dist.get_backend(group) else "all_to_all"
         self.transport = transport
         self.stats = Stats()
+
+    def close(self) -> None:
+        """Destroy the group, where this rank is in it and it is not the default one."""
+        if self.group is not dist.group.WORLD and self.group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(self.group)
 
     def forward(self, plan: EdgePlan, x: Tensor) -> Tensor:
         """x [rows held here, ..] to [rows wanted here, ..]; no autograd. Ranks holding nothing pass 0 rows.

@@ -1,0 +1,97 @@
+"""Runs a few training steps of a small trimodal job, as one of the ranks of a pool."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mm.config import from_mapping
+from mm.feed import Feed
+from mm.job import build_job, draw_up, open_data
+from mm.launch import RankInfo
+from mm.trainer import train_step
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+SMALL: dict[str, Any] = {
+    "run": {"seed": 1, "timeout_s": 30.0},
+    "model": {
+        "vision": {
+            "encoder": "vit",
+            "projector": {"hidden": 24},
+            "options": {"width": 24, "heads": 12, "layers": 2, "mlp": 48, "max_grid": 8},
+        },
+        "audio": {
+            "encoder": "fastconformer",
+            "projector": {"hidden": 24},
+            "options": {"mels": 16, "channels": 4, "width": 24, "heads": 12, "layers": 2, "ffn": 48},
+        },
+        "llm": {
+            "pattern": "ME*-",
+            "d_model": 24,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "head_dim": 6,
+            "mamba_heads": 8,
+            "mamba_head_dim": 6,
+            "mamba_state": 5,
+            "mamba_groups": 4,
+            "chunk": 16,
+            "n_experts": 8,
+            "top_k": 2,
+            "expert_ffn": 12,
+            "shared_ffn": 24,
+            "mlp_ffn": 48,
+            "loss_chunk": 50,
+            "init_std": 0.2,
+        },
+    },
+    "data": {"train": ["data/digits-train-*.tar"], "context": 96},
+    "train": {"steps": 3, "global_batch": 12, "dtype": "float64", "lr": 1e-2, "clip": 0.5},
+}
+
+
+def small(**sections: Any) -> dict[str, Any]:
+    """The small config with sections merged in: small(train={"dtype": "float32"}, layout={..})."""
+    raw = copy.deepcopy(SMALL)
+    for name, values in sections.items():
+        raw[name] = {**raw.get(name, {}), **values}
+    return raw
+
+
+def train_few(raw: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """Metrics of the first steps; the same on every rank."""
+    world = dist.get_world_size()
+    blueprint = draw_up(from_mapping(raw, CONFIGS), world)
+    rank = RankInfo(dist.get_rank(), world, torch.device("cpu"))
+    data = open_data(blueprint, blueprint.cfg.data.train, CONFIGS, rank)
+    job = build_job(blueprint, rank)
+    cfg = blueprint.cfg
+    feed = Feed(
+        data.index,
+        data.assembler,
+        job.control,
+        seed=cfg.run.seed,
+        global_batch=cfg.train.global_batch,
+        ahead=1,
+    )
+    try:
+        return [train_step(job, feed, step) for step in range(steps)]
+    finally:
+        feed.close()
+        data.assembler.reader.close()
+        job.close()
+
+
+def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
+    """Largest relative difference of losses and per-module gradient norms."""
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        pairs = [(a["loss"], b["loss"])]
+        pairs += [(a["grad_norm_by_module"][m], b["grad_norm_by_module"][m]) for m in b["grad_norm_by_module"]]
+        worst = max([worst, *(abs(x - y) / max(abs(y), 1e-300) for x, y in pairs)])
+    return worst

@@ -1,0 +1,60 @@
+"""The first law: for every layout, losses and per-module gradient norms are those of one process."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.mm.harness import largest_difference, small, train_few
+
+NAMED = {
+    "all dp4": (4, {}),
+    "llm tp4": (4, {"llm": {"tp": 4}}),
+    "vision tp2, llm tp2 ep2": (4, {"vision": {"tp": 2}, "llm": {"tp": 2, "ep": 2}}),
+    "audio tp4, llm dp4 ep4": (4, {"audio": {"tp": 4}, "llm": {"ep": 4}}),
+    "llm tp2": (4, {"llm": {"tp": 2}}),
+    "llm tp2 sp": (4, {"llm": {"tp": 2, "sequence_parallel": True}}),
+    "llm tp4 sp ep4": (4, {"llm": {"tp": 4, "sequence_parallel": True, "ep": 4}}),
+    "dp3": (3, {}),
+    "vision tp3, llm dp3": (3, {"vision": {"tp": 3}}),
+    "a subset of the ranks": (4, {m: {"ranks": [1, 3]} for m in ("vision", "audio", "llm")}),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(pool: Any) -> list[dict[str, Any]]:
+    return pool.run(1, train_few, small(), 3)[0]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_layouts_learn_what_one_process_learns(name: str, ranks: Any, reference: list[dict[str, Any]]) -> None:
+    world, layout = NAMED[name]
+    results = ranks(world, train_few, small(layout=layout), 3)
+    for result in results:
+        assert largest_difference(result, reference) < 1e-9
+
+
+def test_random_layouts_batches_and_micro_batches(ranks: Any) -> None:
+    rng = random.Random(5)
+    for _ in range(4):
+        world = rng.choice([2, 3, 4])
+        tps = [d for d in (1, 2, 4) if world % d == 0]
+        tp = rng.choice(tps)
+        layout = {
+            "vision": {"tp": rng.choice([d for d in (1, 2, 3, 4) if world % d == 0])},
+            "audio": {"tp": rng.choice([d for d in (1, 2, 3, 4) if world % d == 0])},
+            "llm": {"tp": tp, "ep": rng.choice(tps), "sequence_parallel": rng.random() < 0.5},
+        }
+        common = {
+            "train": {"global_batch": rng.choice([1, 5, 7]), "recompute": rng.random() < 0.5,
+                      "shard": rng.choice(["module", "layer"]), "steps": 2},
+            "schedule": {"microbatches": rng.choice([1, 2, 3])},
+        }
+        raw = small(**common, layout=layout)
+        for m in ("vision", "audio"):
+            raw["model"][m]["deal"] = rng.choice(["sample", "cost"])
+        expected = ranks(1, train_few, small(train={"global_batch": common["train"]["global_batch"], "steps": 2}), 2)
+        got = ranks(world, train_few, raw, 2)
+        assert largest_difference(got[0], expected[0]) < 1e-9, (world, raw["layout"], common)
