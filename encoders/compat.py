@@ -14,7 +14,9 @@ import math
 import sys
 import types
 import wave
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ def status() -> dict[str, str]:
     return {"torchvision": torchvision()[1], "torchaudio": torchaudio()[1]}
 
 
-def _import(name: str, shim: object) -> tuple[types.ModuleType | None, str]:
+def _import(name: str, shim: Callable[[], None]) -> tuple[types.ModuleType | None, str]:
     try:
         return importlib.import_module(name), "native"
     except (ImportError, OSError, RuntimeError) as error:
@@ -69,10 +71,12 @@ def _declare_torchvision_ops() -> None:
 
 def _stub_torchaudio_extension() -> None:
     stub = types.ModuleType("torchaudio._extension")
-    stub._IS_TORCHAUDIO_EXT_AVAILABLE = False
-    stub._IS_ALIGN_AVAILABLE = False
-    stub._check_cuda_version = lambda: None
-    stub.fail_if_no_align = lambda fn: fn
+    stub.__dict__.update(
+        _IS_TORCHAUDIO_EXT_AVAILABLE=False,
+        _IS_ALIGN_AVAILABLE=False,
+        _check_cuda_version=lambda: None,
+        fail_if_no_align=lambda fn: fn,
+    )
     sys.modules["torchaudio._extension"] = stub
 
 
@@ -98,7 +102,7 @@ def read_wav(payload: bytes) -> tuple[Tensor, int]:
     with wave.open(io.BytesIO(payload)) as f:
         width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
         raw = f.readframes(f.getnframes())
-    kinds = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}
+    kinds: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}
     if width not in kinds:
         raise ValueError(f"wav with {8 * width}-bit samples; needed: 8, 16 or 32 bit PCM")
     samples = np.frombuffer(raw, kinds[width]).astype(np.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class Subsample(nn.Module):
     ) -> None:
         super().__init__()
         c, self.mels = cfg.channels, cfg.mels
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         declare(self, "conv", (c, 1, 3, 3), normal(0.5), **kw)
         declare(self, "conv_bias", (c,), constant(0.0), **kw)
         for i in (1, 2):
@@ -124,7 +125,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.axes = axes
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = LayerNorm(cfg.width, **kw)
         self.up = Linear(cfg.width, cfg.ffn, normal(cfg.width**-0.5), shard="column", bias=True, **kw)
         self.down = Linear(cfg.ffn, cfg.width, normal(out_std), shard="row", **kw)
@@ -146,7 +147,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.axes, self.head_dim = axes, cfg.width // cfg.heads
-        d, kw = cfg.width, {"device": device, "dtype": dtype}
+        d = cfg.width
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         std, out_std = d**-0.5, d**-0.5 / (2 * cfg.layers) ** 0.5
         self.ff1, self.ff2 = FeedForward(cfg, axes, out_std, **kw), FeedForward(cfg, axes, out_std, **kw)
         self.norm_att, self.norm_conv, self.norm_out = (LayerNorm(d, **kw) for _ in range(3))
@@ -211,7 +213,7 @@ class FastConformer(Encoder):
     ) -> None:
         super().__init__(cfg, axes, device=device, dtype=dtype)
         self.cfg = cfg
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         self.subsample = Subsample(cfg, **kw)
         self.blocks = nn.ModuleList(Block(cfg, axes, **kw) for _ in range(cfg.layers))
 
@@ -268,7 +270,7 @@ class FastConformer(Encoder):
 
     def forward(self, batch: ItemBatch) -> Features:
         cfg = self.cfg
-        x = self.subsample(batch.values.to(self.subsample.conv.dtype), batch.lengths)
+        x = self.subsample(batch.values.to(local(self.subsample.conv).dtype), batch.lengths)
         packing = Packing.of([-(-n // 8) for n in batch.lengths], x.device)
         angles = rotary_angles(packing.position, cfg.width // cfg.heads, x.dtype)
         for block in self.blocks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class Projector(nn.Module):
     ) -> None:
         super().__init__()
         self.axes = axes
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         declare(self, "norm", (d_in,), constant(1.0), **kw)
         self.up = Linear(d_in, hidden, normal(d_in**-0.5), shard="column", **kw)
         self.down = Linear(hidden, d_out, normal(hidden**-0.5), shard="row", **kw)

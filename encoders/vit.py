@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         d, self.axes, self.head_dim = cfg.width, axes, cfg.width // cfg.heads
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         std, out_std = d**-0.5 * 0.7, d**-0.5 * 0.7 / (2 * cfg.layers) ** 0.5
         self.norm1, self.norm2 = LayerNorm(d, **kw), LayerNorm(d, **kw)
         for name in ("q", "k", "v"):
@@ -84,7 +85,7 @@ class ViT(Encoder):
     ) -> None:
         super().__init__(cfg, axes, device=device, dtype=dtype)
         self.cfg = cfg
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         inputs = cfg.channels * cfg.patch**2
         self.patch = Linear(inputs, cfg.width, normal(inputs**-0.5), bias=True, **kw)
         declare(self, "row_position", (cfg.max_grid, cfg.width), normal(0.1), **kw)
@@ -154,7 +155,7 @@ class ViT(Encoder):
         grids = [self.grid(cfg, m) for m in batch.metas]
         packing = Packing.of(batch.lengths, device)
         row, column, order = (torch.from_numpy(a).to(device) for a in _places(grids))
-        values = batch.values.to(self.patch.weight.dtype)
+        values = batch.values.to(local(self.patch.weight).dtype)
         x = self.patch(values)
         x = x + local(self.row_position)[row] + local(self.column_position)[column]
         for block in self.blocks:

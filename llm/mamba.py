@@ -6,6 +6,7 @@ Every projection is a parameter of its own, so that each is cut evenly; they are
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ class Mamba(nn.Module):
         self.heads, self.groups = cfg.mamba_heads // tp, cfg.mamba_groups // tp
         inner, bc = cfg.mamba_inner, cfg.mamba_groups * cfg.mamba_state
         self.sizes = [n // tp for n in (inner, inner, bc, bc, cfg.mamba_heads)]
-        kw = {"shard_dim": 0, "device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"shard_dim": 0, "device": device, "dtype": dtype}
         widths = {"z": inner, "x": inner, "b": bc, "c": bc, "dt": cfg.mamba_heads}
         for name, width in widths.items():
             declare(self, f"in_{name}", (width, cfg.d_model), normal(cfg.init_std), **kw)

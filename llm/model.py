@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class LLM(nn.Module):
         axes = axes or Axes()
         check(cfg, axes.tp.size, axes.ep.size)
         self.cfg, self.axes, self.recompute = cfg, axes, False
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed = VocabEmbedding(cfg.vocab_size, cfg.d_model, normal(cfg.init_std), axes.tp, **kw)
         self.layers = nn.ModuleList(Layer(s, cfg, axes, **kw) for s in cfg.pattern)
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **kw)

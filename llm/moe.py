@@ -6,6 +6,8 @@ plus bias, weighted by score alone. The bias follows the load, once a global bat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         e, f, d = cfg.n_experts, cfg.expert_ffn, cfg.d_model
-        kw = {"view": "expert", "shard_dim": 0, "device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"view": "expert", "shard_dim": 0, "device": device, "dtype": dtype}
         declare(self, "up", (e, f, d), normal(cfg.init_std), **kw)
         declare(self, "down", (e, d, f), normal(cfg.out_std), **kw)
 
@@ -68,6 +70,9 @@ class MoE(nn.Module):
     Each tp rank routes a distinct share of the tokens (its own with sequence parallelism), so the expert axis
     may cross tp and dp. Padding tokens, the last of the sequence, are neither routed nor counted.
     """
+
+    expert_bias: Tensor
+    load: Tensor
 
     def __init__(
         self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None

@@ -92,7 +92,8 @@ def _decays(total: Tensor, doc: Tensor) -> Tensor:
     # Base 2 because on CPUs exp() is seven times slower at minus infinity, and adding a mask beats filling.
     total = total * math.log2(math.e)
     fall = (total.unsqueeze(-1) - total.unsqueeze(-2)).add_(hide[:, None, None])
-    return F.threshold_(fall, _floor(fall.dtype) * math.log2(math.e), -math.inf).exp2_()
+    floor = _floor(fall.dtype) * math.log2(math.e)
+    return F.threshold(fall, floor, -math.inf, inplace=True).exp2_()
 
 
 def _states_before(xd: Tensor, b: Tensor, total: Tensor, doc: Tensor) -> Tensor:

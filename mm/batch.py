@@ -56,7 +56,8 @@ class Assembler:
             layout = self.inputs.encoders[module].layout
             if edge.items and self.rank in layout.ranks:
                 items[module], names[module] = self._items(module, mb, bad)
-        llm, depends = None, {}
+        llm: LLMBatch | None = None
+        depends: dict[str, Tensor] = {}
         if self.rank in self.inputs.llm.ranks:
             llm, depends = self._text(mb, bad)
         if len(bad) > before:

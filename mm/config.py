@@ -142,17 +142,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
     """A config from its YAML mapping, in which `model` holds the encoders and llm together."""
-    raw = copy.deepcopy(dict(raw))
-    model = raw.pop("model", None)
+    rest = copy.deepcopy(dict(raw))
+    model = rest.pop("model", None)
     if not isinstance(model, dict) or not isinstance(model.get("llm"), dict):
         raise Refused(
             "the config has no model.llm section; needed: model: {llm: {..}, <encoder module>: {..}}"
         )
     llm = model.pop("llm")
     for reserved in ("llm", "base"):
-        if reserved in raw:
+        if reserved in rest:
             raise Refused(f"unknown key {reserved}; did you mean model.{reserved}?")
-    return build(Config, {**raw, "model": model, "llm": llm, "base": base}, "")
+    return build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

@@ -14,6 +14,13 @@ from mm.errors import PolyrankError
 SLOTS = 14  # bad sample ids that fit one message; more of them take another round
 
 
+def whole_job() -> dist.ProcessGroup:
+    """The default process group, which must be initialised."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 @dataclass(frozen=True)
 class Control:
     """Control messages over `group`, which holds every rank of the job."""

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 import encoders
-from encoders.module import build_encoder_module
+from encoders.module import EncoderModule, build_encoder_module
 from llm.config import LLMConfig
 from llm.config import check as check_llm
 from llm.model import LLM, precise_modules
 from mm.batch import Assembler
 from mm.config import Config, build
-from mm.control import Control
+from mm.control import Control, whole_job
 from mm.data.index import Index, load_index
 from mm.data.reader import ShardReader
 from mm.data.tokenizer import make_tokenizer
@@ -140,7 +140,7 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     edges = dist.new_group(everyone, timeout=timedelta(seconds=timeout))
     here = {m: mesh for m, mesh in meshes.items() if mesh is not None}
     modules = {m: _build_module(blueprint, m, mesh, rank.device) for m, mesh in here.items()}
-    hyper = AdamW(tuple(cfg.train.betas), cfg.train.eps, cfg.train.weight_decay)
+    hyper = AdamW(cfg.train.betas, cfg.train.eps, cfg.train.weight_decay)
     return Job(
         blueprint,
         rank,
@@ -148,7 +148,7 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
         here,
         {m: ShardedOptimizer(module, here[m], hyper) for m, module in modules.items()},
         BoundaryCommunicator(edges, device=rank.device, timeout_s=timeout),
-        Control(dist.group.WORLD, rank.device),
+        Control(whole_job(), rank.device),
     )
 
 
@@ -199,12 +199,17 @@ def module_sizes(blueprint: Blueprint) -> dict[str, list[tuple[int, int]]]:
     return out
 
 
+def _layers(module: nn.Module) -> list[nn.Module]:
+    assert isinstance(module, LLM | EncoderModule)
+    return list(module.layers)
+
+
 def _build_module(blueprint: Blueprint, name: str, mesh: ModuleMesh, device: torch.device) -> nn.Module:
     cfg, stored = blueprint.cfg, stored_dtype(blueprint.cfg)
     compute = DTYPES[cfg.train.dtype]
     module = bare_module(blueprint, name, mesh.axes)
     precise = precise_modules(module) if isinstance(module, LLM) else []
-    layers = list(module.layers) if cfg.train.shard == "layer" else []
+    layers = _layers(module) if cfg.train.shard == "layer" else []
     policy = ShardPolicy(layers, compute if compute != stored else None, precise)
     shard_module(module, mesh, policy, param_dtype=stored)
     materialise(module, mesh, seed=cfg.run.seed, name=name, device=device)

@@ -49,9 +49,9 @@ def launch_local(nproc: int, argv: Sequence[str]) -> int:
     When a rank fails the others get a moment to end by themselves, then are stopped. The code is that of the
     first failing rank with a known meaning (2 to 5), else 1. SIGINT and SIGTERM are passed on.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [_start(argv, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(nproc)]
 

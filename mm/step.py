@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from mm.batch import RankMicrobatch
 from mm.feed import Prepared
@@ -117,6 +118,7 @@ class _Run:
         module = self.job.modules.get(action.module)
         if module is None:
             return
+        assert isinstance(module, FSDPModule)
         module.set_requires_gradient_sync(action.last)
         module.set_is_last_backward(action.last)
         if action.module == SINK:

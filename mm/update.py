@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from llm.model import LLM
 from mm.config import TrainConfig
 from mm.errors import NonFinite
 from mm.job import SINK, Job
@@ -115,7 +116,9 @@ def _update_expert_bias(job: Job) -> None:
     """Shift routing towards experts that got fewer tokens in this global batch."""
     if SINK not in job.modules or job.blueprint.llm.freeze:
         return
-    layers = job.modules[SINK].moe_layers()
+    model = job.modules[SINK]
+    assert isinstance(model, LLM)
+    layers = model.moe_layers()
     if layers:
         load = torch.stack([m.load for m in layers])
         dist.all_reduce(load, group=job.meshes[SINK].group)

@@ -72,7 +72,7 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises BadCheckpoint, naming the keys, where the model has others or other shapes than the checkpoint.
     """
     reader = SafeReader(path)
-    stored = reader.read_metadata().state_dict_metadata
+    stored = reader.tensors()
     missing, unknown = sorted(set(tensors) - set(stored)), sorted(set(stored) - set(tensors))
     # A job that lacks a module may read the rest; what it has must be there.
     if missing:
@@ -124,12 +124,17 @@ def verify(path: Path) -> list[str]:
 
 def describe(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Global shape and dtype of every tensor of a checkpoint; reads no tensor data."""
-    stored = SafeReader(path).read_metadata().state_dict_metadata
+    stored = SafeReader(path).tensors()
     return {k: (tuple(m.size), m.properties.dtype) for k, m in stored.items()}
 
 
 class SafeReader(FileSystemReader):
     """Reads checkpoint metadata through an unpickler that admits only torch's own metadata classes."""
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """What is known of every tensor without reading it."""
+        entries = self.read_metadata().state_dict_metadata
+        return {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         file = Path(self.path) / ".metadata"

@@ -120,7 +120,7 @@ def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tup
     """Ranks from "all", "a-b", one number or a list; raises ValueError where they do not fit `world`."""
     if spec == "all":
         ranks: Iterable[int] = range(world)
-    elif isinstance(spec, int) and not isinstance(spec, bool):
+    elif isinstance(spec, int):
         ranks = (spec,)
     elif isinstance(spec, str):
         low, dash, high = spec.partition("-")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.axis import Axes, Axis
-from parallel.layout import Layout
+from parallel.layout import Layout, View
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class ModuleMesh:
 
     def close(self) -> None:
         """Destroy the module's process groups; every rank of the module calls this."""
-        groups = [mesh.get_group(axis) for mesh in (self.dense, self.expert) for axis in mesh.mesh_dim_names]
+        groups = [
+            mesh.get_group(axis) for mesh in (self.dense, self.expert) for axis in mesh.mesh_dim_names or ()
+        ]
         for group in {id(g): g for g in [*groups, self.group]}.values():
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
@@ -57,7 +59,7 @@ def build_mesh(layout: Layout, device_type: str) -> ModuleMesh | None:
     return ModuleMesh(layout, dense, expert, axes, group)
 
 
-def _device_mesh(layout: Layout, view: str, names: tuple[str, str], device_type: str) -> DeviceMesh:
+def _device_mesh(layout: Layout, view: View, names: tuple[str, str], device_type: str) -> DeviceMesh:
     ranks = torch.tensor(layout.grid(view))  # [pp, dp, cp, tp] or [pp, edp, ep, etp]
     assert layout.pp == layout.cp == layout.etp == 1, "axes that are refused before a mesh is built"
     outer, inner = (ranks.shape[1], ranks.shape[3]) if view == "dense" else (ranks.shape[1], ranks.shape[2])

@@ -98,8 +98,12 @@ def declared(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]
             yield full, param, specs[name]
 
 
-def local(param: Tensor) -> Tensor:
-    """This rank's shard of a parameter as a plain tensor, differentiable."""
+def local(param: Tensor | nn.Module) -> Tensor:
+    """This rank's shard of a parameter as a plain tensor, differentiable.
+
+    The type admits modules only because that is how type checkers see an attribute of a module.
+    """
+    assert isinstance(param, Tensor)
     return param.to_local() if isinstance(param, DTensor) else param
 
 

@@ -7,6 +7,8 @@ parallelism (arXiv 2205.05198) these are an all-gather and a reduce-scatter of t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +52,7 @@ class Linear(nn.Module):
         super().__init__()
         assert shard in ("column", "row", None) and not (bias and shard == "row")
         dim = {"column": 0, "row": 1, None: None}[shard]
-        kw = {"partial": partial, "precise": precise, "device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"partial": partial, "precise": precise, "device": device, "dtype": dtype}
         declare(self, "weight", (d_out, d_in), init, shard_dim=dim, **kw)
         if bias:
             declare(self, "bias", (d_out,), constant(0.0), shard_dim=dim, **kw)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -134,9 +135,9 @@ class BoundaryCommunicator:
 
         def finish() -> None:
             # gloo has one handle a message, in order; other backends one for the batch.
-            names = peers if len(works) == len(peers) else [peers] * len(works)
-            for work, peer in zip(works, names, strict=True):
-                self._guard(what, peer, lambda w=work: w.wait(self.timeout))
+            each = len(works) == len(peers)
+            for i, work in enumerate(works):
+                self._guard(what, [peers[i]] if each else peers, partial(work.wait, self.timeout))
             for rows, buffer in landing:
                 if not isinstance(rows, slice):
                     _copy(out, rows, buffer)
@@ -161,11 +162,11 @@ class BoundaryCommunicator:
 
         return finish
 
-    def _guard(self, what: str, peer: int | list[int], call: Callable[[], Any]) -> Any:
+    def _guard(self, what: str, peers: list[int], call: Callable[[], Any]) -> Any:
         try:
             return call()
         except RuntimeError as error:
-            named = f"rank {peer}" if isinstance(peer, int) else f"ranks {peer}"
+            named = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {peers}"
             raise RuntimeError(
                 f"{what}: no answer from {named} within {self.timeout.total_seconds():.0f} s; "
                 f"it has ended, or is busy with other work ({str(error).splitlines()[0]})"

@@ -174,7 +174,7 @@ def _covered(want: RowMap, pairs: _Pairs, holders: RowMap, partial: bool) -> boo
     if int(pairs.length.sum()) == int(want.length.sum()):
         return True
     if not partial:
-        held = set()
+        held: set[int] = set()
         for s, n in zip(holders.start, holders.length, strict=True):
             held.update(range(int(s), int(s + n)))
         lost = [

@@ -92,6 +92,8 @@ def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]])
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
         pairs = [(a["loss"], b["loss"])]
-        pairs += [(a["grad_norm_by_module"][m], b["grad_norm_by_module"][m]) for m in b["grad_norm_by_module"]]
+        pairs += [
+            (a["grad_norm_by_module"][m], b["grad_norm_by_module"][m]) for m in b["grad_norm_by_module"]
+        ]
         worst = max([worst, *(abs(x - y) / max(abs(y), 1e-300) for x, y in pairs)])
     return worst

@@ -29,7 +29,9 @@ def reference(pool: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_layouts_learn_what_one_process_learns(name: str, ranks: Any, reference: list[dict[str, Any]]) -> None:
+def test_layouts_learn_what_one_process_learns(
+    name: str, ranks: Any, reference: list[dict[str, Any]]
+) -> None:
     world, layout = NAMED[name]
     results = ranks(world, train_few, small(layout=layout), 3)
     for result in results:
@@ -48,13 +50,19 @@ def test_random_layouts_batches_and_micro_batches(ranks: Any) -> None:
             "llm": {"tp": tp, "ep": rng.choice(tps), "sequence_parallel": rng.random() < 0.5},
         }
         common = {
-            "train": {"global_batch": rng.choice([1, 5, 7]), "recompute": rng.random() < 0.5,
-                      "shard": rng.choice(["module", "layer"]), "steps": 2},
+            "train": {
+                "global_batch": rng.choice([1, 5, 7]),
+                "recompute": rng.random() < 0.5,
+                "shard": rng.choice(["module", "layer"]),
+                "steps": 2,
+            },
             "schedule": {"microbatches": rng.choice([1, 2, 3])},
         }
         raw = small(**common, layout=layout)
         for m in ("vision", "audio"):
             raw["model"][m]["deal"] = rng.choice(["sample", "cost"])
-        expected = ranks(1, train_few, small(train={"global_batch": common["train"]["global_batch"], "steps": 2}), 2)
+        expected = ranks(
+            1, train_few, small(train={"global_batch": common["train"]["global_batch"], "steps": 2}), 2
+        )
         got = ranks(world, train_few, raw, 2)
         assert largest_difference(got[0], expected[0]) < 1e-9, (world, raw["layout"], common)
