@@ -8,68 +8,105 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import multiprocessing as mp
+import os
+import pickle
+import shutil
+import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+START_S = 120.0  # a busy machine may need long to import torch; a test's own timeout starts after that
+GRACE_S = 2.0  # what the others get once a rank has failed: they may wait for it in vain
 
 
 class RankFailed(AssertionError):
     """A function failed, or did not answer, on some ranks."""
 
 
-def _serve(pipe: Connection, log: str) -> None:
+@dataclass(frozen=True)
+class Worker:
+    """A process, our end of its pipe, and the file that its stacks go to when it is asked for them."""
+
+    process: BaseProcess
+    pipe: Connection
+    stacks: Path
+
+
+def _serve(pipe: Connection, stacks: str) -> None:
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    with open(log, "w") as stacks:
+    with open(stacks, "w") as file:
+        # The parent asks with a signal, which works in a blocked collective too.
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        pipe.send(True)
         while True:
             try:
-                task = pipe.recv()
+                message = pipe.recv_bytes()
             except (EOFError, KeyboardInterrupt):
                 return
-            fn, args, rank, world, store, timeout = task
-            faulthandler.dump_traceback_later(max(timeout - 1.0, 0.5), file=stacks)
+            reply = _run(message)
             try:
-                dist.init_process_group(
-                    "gloo",
-                    store=dist.FileStore(store, world),
-                    rank=rank,
-                    world_size=world,
-                    timeout=timedelta(seconds=timeout),
-                )
-                reply = (True, fn(*args))
-            except BaseException:
-                reply = (False, traceback.format_exc())
-            finally:
-                with contextlib.suppress(Exception):
-                    dist.destroy_process_group()
-                faulthandler.cancel_dump_traceback_later()
-            pipe.send(reply)
+                data = pickle.dumps(reply)
+            except Exception:
+                data = pickle.dumps((False, f"the result cannot be sent back:\n{traceback.format_exc()}"))
+            pipe.send_bytes(data)
+
+
+def _run(message: bytes) -> tuple[bool, Any]:
+    import torch.distributed as dist
+
+    try:
+        fn, args, rank, world, store, timeout = pickle.loads(message)  # imports the test's module
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout),
+        )
+        return True, fn(*args)
+    except BaseException:
+        return False, traceback.format_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
 
 
 class Pool:
-    """Workers that run a module-level function as the ranks of a fresh process group."""
+    """Workers that run a module-level function as the ranks of a fresh default process group."""
 
     def __init__(self) -> None:
         self._context = mp.get_context("spawn")
-        self._folder = Path(tempfile.mkdtemp(prefix="pool"))
-        self._workers: list[tuple[Any, Connection, Path]] = []
+        self._folder = Path(tempfile.mkdtemp(prefix="polyrank-pool-"))
+        self._workers: list[Worker] = []
         self._runs = 0
 
     def _grow(self, n: int) -> None:
-        while len(self._workers) < n:
-            ours, theirs = self._context.Pipe()
-            log = self._folder / f"stacks-{time.monotonic_ns()}"
-            process = self._context.Process(target=_serve, args=(theirs, str(log)), daemon=True)
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours, log))
+        self._discard(w for w in self._workers if not w.process.is_alive())
+        fresh = [self._start() for _ in range(n - len(self._workers))]  # together: they import at once
+        for worker in fresh:
+            if not worker.pipe.poll(START_S):
+                raise RankFailed(f"a worker did not start within {START_S:.0f} s")
+            worker.pipe.recv()
+
+    def _start(self) -> Worker:
+        ours, theirs = self._context.Pipe()
+        stacks = self._folder / f"stacks-{time.monotonic_ns()}"
+        process = self._context.Process(target=_serve, args=(theirs, str(stacks)), daemon=True)
+        process.start()
+        theirs.close()
+        worker = Worker(process, ours, stacks)
+        self._workers.append(worker)
+        return worker
 
     def run(self, n: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
         """fn(*args) on n ranks; results in rank order. Raises RankFailed with the remote tracebacks.
@@ -80,47 +117,68 @@ class Pool:
         self._runs += 1
         store = str(self._folder / f"store-{self._runs}")
         workers = self._workers[:n]
-        for rank, (_, pipe, _) in enumerate(workers):
-            pipe.send((fn, args, rank, n, store, timeout))
-        replies: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout
-        while len(replies) < n:
-            pending = {w[1]: r for r, w in enumerate(workers) if r not in replies}
-            failed = any(not ok for ok, _ in replies.values())
-            left = deadline - time.monotonic()
-            # Once a rank has failed, the others may wait for it in vain: give them a moment only.
-            ready = wait(list(pending), timeout=max(0.0, min(left, 2.0) if failed else left))
-            if not ready:
-                break
-            for pipe in ready:
-                rank = pending[pipe]
-                try:
-                    replies[rank] = pipe.recv()
-                except EOFError:
-                    replies[rank] = (False, "the process died")
-        silent = [r for r in range(n) if r not in replies]
-        dead = [r for r in range(n) if r in replies and replies[r] == (False, "the process died")]
-        stacks = self._replace(silent + dead)
+        for rank, worker in enumerate(workers):
+            worker.pipe.send_bytes(pickle.dumps((fn, args, rank, n, store, timeout)))
+        replies, dead = _collect(workers, timeout)
+        silent = [r for r in range(n) if r not in replies and r not in dead]
+        stacks = {r: _stacks(workers[r]) for r in silent}
+        self._discard([workers[r] for r in [*silent, *dead]])
         errors = [f"rank {r}:\n{text}" for r, (ok, text) in sorted(replies.items()) if not ok]
-        errors += [f"rank {r} did not answer within {timeout} s:\n{stacks[r]}" for r in silent]
+        errors += [f"rank {r} died: {_ending(workers[r].process)}" for r in dead]
+        errors += [f"rank {r} gave no answer (limit {timeout:g} s):\n{stacks[r]}" for r in silent]
         if errors:
             raise RankFailed("\n".join(errors))
         return [replies[r][1] for r in range(n)]
 
-    def _replace(self, ranks: list[int]) -> dict[int, str]:
-        stacks = {}
-        for r in sorted(ranks, reverse=True):
-            process, pipe, log = self._workers.pop(r)
-            process.kill()
-            process.join()
-            pipe.close()
-            stacks[r] = log.read_text() if log.exists() else ""
-        return stacks
+    def _discard(self, workers: Iterable[Worker]) -> None:
+        for worker in list(workers):
+            self._workers.remove(worker)
+            worker.process.kill()
+            worker.process.join()
+            worker.pipe.close()
 
     def close(self) -> None:
-        for process, pipe, _ in self._workers:
-            pipe.close()
-            process.kill()
-        for process, _, _ in self._workers:
-            process.join()
-        self._workers.clear()
+        """End the workers and remove what they wrote."""
+        self._discard(self._workers)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _collect(workers: list[Worker], timeout: float) -> tuple[dict[int, tuple[bool, Any]], list[int]]:
+    """(replies by rank, ranks that died); ranks in neither did not answer in time."""
+    replies: dict[int, tuple[bool, Any]] = {}
+    pending = {worker.pipe: rank for rank, worker in enumerate(workers)}
+    dead: list[int] = []
+    deadline = time.monotonic() + timeout
+    while pending:
+        if dead or not all(ok for ok, _ in replies.values()):
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = pending.pop(pipe)
+            try:
+                replies[rank] = pickle.loads(pipe.recv_bytes())
+            except (EOFError, ConnectionResetError):
+                dead.append(rank)
+    return replies, dead
+
+
+def _stacks(worker: Worker, wait_s: float = 1.0) -> str:
+    """Where each thread of a worker is now; empty where it cannot even say that."""
+    pid = worker.process.pid
+    assert pid is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR1)
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline and not worker.stacks.stat().st_size:
+        time.sleep(0.02)
+    time.sleep(0.05)  # the rest of the stack
+    return worker.stacks.read_text()
+
+
+def _ending(process: BaseProcess) -> str:
+    code = process.exitcode
+    assert code is not None
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
