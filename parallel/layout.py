@@ -7,7 +7,8 @@ ranks (parallel folding, arXiv 2504.14960). Only pp must agree between the two v
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -68,7 +69,11 @@ class Layout:
         return tuple(getattr(self, axis) for axis in AXES[view])
 
     def _coord(self, rank: int, view: View) -> tuple[int, ...]:
-        index, out = self.ranks.index(rank), []
+        return self._coord_at(self.ranks.index(rank), view)
+
+    def _coord_at(self, index: int, view: View) -> tuple[int, ...]:
+        """Coordinates of the rank at `index` in mesh order."""
+        out = []
         for n in self.shape(view):
             out.append(index % n)
             index //= n
@@ -100,8 +105,8 @@ class Layout:
         assert set(wanted) <= set(AXES[view]), f"axes {wanted} are not of one view"
         keep = [i for i, axis in enumerate(AXES[view]) if axis not in wanted]
         found: dict[tuple[int, ...], list[int]] = {}
-        for rank in self.ranks:
-            coord = self._coord(rank, view)
+        for index, rank in enumerate(self.ranks):
+            coord = self._coord_at(index, view)
             found.setdefault(tuple(coord[i] for i in keep), []).append(rank)
         return tuple(tuple(g) for g in found.values())
 
@@ -118,24 +123,17 @@ class Layout:
 
 def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tuple[int, ...]:
     """Ranks from "all", "a-b", one number or a list; raises ValueError where they do not fit `world`."""
-    if spec == "all":
-        ranks: Iterable[int] = range(world)
-    elif isinstance(spec, int):
-        ranks = (spec,)
-    elif isinstance(spec, str):
-        low, dash, high = spec.partition("-")
-        if not (low.strip().isdigit() and (not dash or high.strip().isdigit())):
-            raise ValueError(
-                f"layout.{module}.ranks is {spec!r}; needed: all, a number, a-b such as 0-3, or a list"
-            )
-        ranks = range(int(low), int(high or low) + 1)
-    else:
-        ranks = tuple(int(r) for r in spec)
-    out = tuple(ranks)
+    out = _named_ranks(spec, world)
+    if out is None:
+        raise ValueError(
+            f"layout.{module}.ranks is {spec!r}; needed: all, a number, a-b such as 0-3, or a list of numbers"
+        )
     if not out:
         raise ValueError(f"layout.{module}.ranks {spec!r} names no rank; the job has ranks 0-{world - 1}")
     if len(set(out)) < len(out):
-        raise ValueError(f"layout.{module}.ranks {list(out)} names a rank twice")
+        raise ValueError(
+            f"layout.{module}.ranks {list(out)} names a rank twice; nearest: {list(dict.fromkeys(out))}"
+        )
     outside = [r for r in out if not 0 <= r < world]
     if outside:
         raise ValueError(
@@ -143,6 +141,23 @@ def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tup
             f"(0-{world - 1}); start it with at least {max(out) + 1}, or use ranks: all"
         )
     return out
+
+
+def _named_ranks(spec: Any, world: int) -> tuple[int, ...] | None:
+    """The ranks that `spec` names, in or out of the job; None where it is not a way to name ranks."""
+    if spec == "all":
+        return tuple(range(world))
+    if isinstance(spec, str):
+        low, dash, high = (part.strip() for part in spec.partition("-"))
+        if not (low.isdecimal() and (high.isdecimal() or not dash)):
+            return None
+        return tuple(range(int(low), int(high or low) + 1))
+    ranks = list(spec) if isinstance(spec, Sequence) else [spec]
+    return tuple(ranks) if all(_whole(r) for r in ranks) else None
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)  # YAML's true is no number
 
 
 def make_layout(module: str, world: int, spec: Mapping[str, Any]) -> Layout:
@@ -153,42 +168,61 @@ def make_layout(module: str, world: int, spec: Mapping[str, Any]) -> Layout:
     known = ("ranks", *DEGREES, "sequence_parallel")
     for key in spec:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+            near = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
             raise ValueError(f"unknown key layout.{module}.{key}{hint}")
     ranks = parse_ranks(spec.get("ranks", "all"), world, module)
-    degrees = {}
-    for name in DEGREES:
-        value = spec.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    degrees = {name: spec.get(name, 1) for name in DEGREES}
+    for name, value in degrees.items():
+        if not _whole(value) or value < 1:
             raise ValueError(f"layout.{module}.{name} is {value!r}; needed: a whole number of at least 1")
-        degrees[name] = value
-    layout = Layout(module, ranks, **degrees, sequence_parallel=bool(spec.get("sequence_parallel", False)))
-    for names, product in (
-        (("tp", "cp", "pp"), layout.tp * layout.cp * layout.pp),
-        (("etp", "ep", "pp"), layout.etp * layout.ep * layout.pp),
-    ):
+    sp = spec.get("sequence_parallel", False)
+    if not isinstance(sp, bool):
+        raise ValueError(f"layout.{module}.sequence_parallel is {sp!r}; needed: true or false")
+    layout = Layout(module, ranks, **degrees, sequence_parallel=sp)
+    for names in (("tp", "cp", "pp"), ("etp", "ep", "pp")):
+        product = math.prod(degrees[n] for n in names)
         if layout.size % product:
             given = " x ".join(f"{n}={degrees[n]}" for n in names if degrees[n] > 1)
             raise ValueError(
                 f"layout.{module}: {given} needs a multiple of {product} ranks, given {layout.size}; "
-                f"{_nearest_degrees(layout, names)}"
+                f"nearest: {' or '.join(nearest_degrees(layout.size, degrees))}"
             )
     if layout.vpp > 1 and layout.pp == 1:
-        raise ValueError(f"layout.{module}: vpp={layout.vpp} needs pp > 1, given pp=1; use vpp=1 or pp=2")
+        works = " or ".join(nearest_degrees(layout.size, degrees))
+        raise ValueError(f"layout.{module}: vpp={layout.vpp} needs pp > 1, given pp=1; nearest: {works}")
     return layout
 
 
-def _nearest_degrees(layout: Layout, names: tuple[str, ...]) -> str:
-    """Change the first degree above one that can be mended alone to the nearest value that divides."""
-    for name in names:
-        rest = 1
-        for other in names:
-            rest *= 1 if other == name else getattr(layout, other)
-        given = getattr(layout, name)
-        if given > 1 and layout.size % rest == 0:
-            return f"nearest: {name}={' or '.join(map(str, nearest(given, layout.size // rest)))}"
-    return f"nearest: {' = '.join(names)} = 1"
+def nearest_degrees(size: int, given: Mapping[str, int]) -> list[str]:
+    """One or two sets of changes that make `given` degrees fit `size` ranks: ["tp=4", "tp=2"].
+
+    Nearest: the fewest degrees changed, then the smallest factors.
+    """
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    found = []
+    for pp in divisors:
+        vpp = given["vpp"] if pp > 1 else 1
+        # Given pp, the two views are free of each other: the best two of each are enough.
+        for tp, cp in _fitting(divisors, size // pp, given["tp"], given["cp"]):
+            for etp, ep in _fitting(divisors, size // pp, given["etp"], given["ep"]):
+                works = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp}
+                changed = {n: d for n, d in works.items() if d != given[n]}
+                text = ", ".join(f"{n}={d}" for n, d in changed.items())
+                found.append((_distance([(d, given[n]) for n, d in changed.items()]), text))
+    found.sort()
+    return [text for (changes, _), text in found[:2] if changes == found[0][0][0]]
+
+
+def _fitting(divisors: Sequence[int], n: int, a: int, b: int) -> list[tuple[int, int]]:
+    """The two pairs nearest to (a, b) whose product divides n."""
+    pairs = [(x, y) for x in divisors for y in divisors if n % (x * y) == 0]
+    return sorted(pairs, key=lambda p: _distance([(p[0], a), (p[1], b)]))[:2]
+
+
+def _distance(moves: Sequence[tuple[int, int]]) -> tuple[int, float]:
+    """(how many of the (new, old) degrees differ, by how large factors together, as a logarithm)."""
+    return sum(new != old for new, old in moves), sum(abs(math.log(new / old)) for new, old in moves)
 
 
 def nearest(given: int, n: int) -> list[int]:
@@ -217,20 +251,29 @@ def placement(a: Layout, b: Layout) -> Literal["colocated", "disjoint", "overlap
 def check_supported(layouts: Mapping[str, Layout]) -> None:
     """Refuse what is legal to write but not executed yet: cp, pp, vpp, etp, and placements not colocated."""
     for name, layout in layouts.items():
-        for degree in ("cp", "pp", "vpp", "etp"):
-            value = getattr(layout, degree)
-            if value > 1:
-                raise ValueError(
-                    f"layout.{name}.{degree}={value} is not executed yet; needed: {degree}=1 "
-                    f"(tp, dp, ep and sequence_parallel are). Nearest: {degree}=1, which makes "
-                    f"dp={layout.size // (layout.tp * (layout.cp if degree != 'cp' else 1))}"
-                )
-    first = next(iter(layouts.values()))
-    for name, layout in layouts.items():
-        how = placement(first, layout)
+        missing = {d: getattr(layout, d) for d in ("cp", "pp", "vpp", "etp") if getattr(layout, d) > 1}
+        if missing:
+            given = ", ".join(f"{d}={value}" for d, value in missing.items())
+            works = ", ".join(f"{d}=1" for d in missing)
+            raise ValueError(
+                f"layout.{name}: {given} is legal but not executed yet; needed: {works} "
+                f"(tp, dp, ep and sequence_parallel are executed). Nearest: {works}, which makes "
+                f"dp={layout.size // layout.tp}"
+            )
+    first, *rest = layouts.values()
+    for other in rest:
+        how = placement(first, other)
         if how != "colocated":
             raise ValueError(
-                f"modules {first.module} on ranks {list(first.ranks)} and {name} on ranks "
-                f"{list(layout.ranks)} are {how}, which is not executed yet; needed: the same ranks for all "
-                "modules. Nearest: ranks: all for every module"
+                f"modules {first.module} on ranks {list(first.ranks)} and {other.module} on ranks "
+                f"{list(other.ranks)} are {how}, which is legal but not executed yet; needed: the same ranks "
+                f"for all modules. Nearest: {_shared_ranks(layouts.values())}"
             )
+
+
+def _shared_ranks(layouts: Collection[Layout]) -> str:
+    """One module's ranks on which every module's degrees fit, the widest first; all ranks where none do."""
+    for ranks in sorted({layout.ranks for layout in layouts}, key=len, reverse=True):
+        if all(len(ranks) % n == 0 for m in layouts for n in (m.tp * m.cp * m.pp, m.etp * m.ep * m.pp)):
+            return f"ranks: {list(ranks)} for every module"
+    return "ranks: all for every module, with degrees that divide their number"

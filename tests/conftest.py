@@ -6,8 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.pool import Pool
+
+# A busy machine makes single examples slow now and then, which says nothing about the code.
+settings.register_profile("polyrank", deadline=None)
+settings.load_profile("polyrank")
 
 
 @pytest.fixture(scope="session")
