@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from parallel.layout import check_divides
+from parallel.layout import check_divides, nearest
 
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
 
@@ -63,13 +64,18 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1) -> None:
             raise ValueError(
                 f"model.llm.pattern has {symbol!r} at layer {i} of {cfg.pattern!r}; known: {known}"
             )
-    if cfg.n_heads % cfg.n_kv_heads:
-        raise ValueError(f"n_heads={cfg.n_heads} is no multiple of n_kv_heads={cfg.n_kv_heads}")
-    if cfg.mamba_heads % cfg.mamba_groups:
-        raise ValueError(f"mamba_heads={cfg.mamba_heads} is no multiple of mamba_groups={cfg.mamba_groups}")
+    for what, value in asdict(cfg).items():
+        if type(value) is int and value < 1:
+            raise ValueError(f"model.llm.{what} is {value}; needed: at least 1")
+    for many, few in (("n_heads", "n_kv_heads"), ("mamba_heads", "mamba_groups")):
+        n, d = getattr(cfg, many), getattr(cfg, few)
+        if n % d:
+            works = " or ".join(f"{few}={k}" for k in nearest(d, n))
+            raise ValueError(f"model.llm.{many}={n} is no multiple of {few}={d}; nearest: {works}")
     if cfg.top_k > cfg.n_experts:
         raise ValueError(
-            f"top_k={cfg.top_k} of n_experts={cfg.n_experts} experts; needed: at most {cfg.n_experts}"
+            f"model.llm.top_k={cfg.top_k} of n_experts={cfg.n_experts}; needed: at most all of them. "
+            f"Nearest: top_k={cfg.n_experts}"
         )
     counts = {"vocab_size": cfg.vocab_size}
     if "*" in cfg.pattern:
@@ -82,7 +88,10 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1) -> None:
         counts["shared_ffn"] = cfg.shared_ffn
         check_divides("model.llm.n_experts", cfg.n_experts, "ep", ep)
     for what, n in counts.items():
-        check_divides(f"model.llm.{what}", n, "tp", tp)
+        if n % tp:
+            # What is proposed must divide all of the counts, not only the first that fails.
+            works = " or ".join(f"tp={k}" for k in nearest(tp, math.gcd(*counts.values())))
+            raise ValueError(f"model.llm.{what} is {n}, which does not divide by tp={tp}; nearest: {works}")
     if ep > 1 and "E" not in cfg.pattern:
         raise ValueError(f"ep={ep} needs an E layer in the pattern, given {cfg.pattern!r}; nearest: ep=1")
 

@@ -125,8 +125,9 @@ class MoE(nn.Module):
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
         """Move the bias towards experts below the mean of the global `load` [E]; forget the counts."""
-        mean = load.to(self.expert_bias.dtype).mean()
-        self.expert_bias += self.cfg.expert_bias_rate * torch.sign(mean - load)
+        # mean - load, times E so that whole numbers decide the sign.
+        below = torch.sign(load.sum() - load * self.cfg.n_experts)
+        self.expert_bias += self.cfg.expert_bias_rate * below
         self.load.zero_()
 
 

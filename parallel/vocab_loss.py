@@ -51,16 +51,19 @@ class _VocabLoss(torch.autograd.Function):
         return torch.where(supervised, torch.cat(losses), 0.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, column, held, normaliser, supervised = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device)
+        learns = ctx.needs_input_grad[1]
+        # Chunks are summed in the wide dtype; a product within one accumulates in float32 anyway.
+        d_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device) if learns else None
         scale = torch.where(supervised, grad, 0.0)
         for at in range(0, hidden.shape[0], ctx.chunk):
             s = slice(at, at + ctx.chunk)
             d_logits = (_logits(hidden[s], weight) - normaliser[s].unsqueeze(1)).exp_()
             d_logits.scatter_add_(1, column[s].unsqueeze(1), -held[s].to(d_logits.dtype).unsqueeze(1))
-            d_logits *= scale[s].unsqueeze(1)
-            d_hidden[s] = d_logits.to(weight.dtype) @ weight
-            d_weight += d_logits.T @ hidden[s].to(d_logits.dtype)
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+            narrow = (d_logits * scale[s].unsqueeze(1)).to(weight.dtype)
+            d_hidden[s] = narrow @ weight
+            if d_weight is not None:
+                d_weight += narrow.T @ hidden[s]
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
