@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,7 +22,7 @@ from mm.errors import Refused
 class Section(BaseModel):
     """A frozen section that knows its keys and no others."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -124,20 +125,41 @@ class Config(Section):
     base: Path
 
 
+INTERNAL = ("base", "llm")  # fields of Config that are no top-level keys of the file
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply key=value overrides; raises Refused in words."""
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+    if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise Refused(f"no config file {path}; there: {', '.join(near) or 'no .yaml files'}") from None
-    except (OSError, yaml.YAMLError) as error:
-        raise Refused(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise Refused(f"{path} is not a mapping of sections (run, model, layout, data, train, ..)")
+        raise Refused(f"no config file {path}; there: {', '.join(near) or 'no .yaml files'}")
+    raw = _read_yaml(path)
     for text in overrides:
         _override(raw, text)
     return from_mapping(raw, path.resolve().parent)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"key {key.value} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(), _UniqueKeys)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise Refused(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise Refused(f"{path} is not a mapping of sections, such as layout: {{llm: {{tp: 2}}}}")
+    return raw
 
 
 def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
@@ -149,20 +171,22 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
             "the config has no model.llm section; needed: model: {llm: {..}, <encoder module>: {..}}"
         )
     llm = model.pop("llm")
-    for reserved in ("llm", "base"):
-        if reserved in rest:
-            raise Refused(f"unknown key {reserved}; did you mean model.{reserved}?")
+    for name in INTERNAL:
+        if name in rest:
+            raise Refused(_unknown(name, f"model.{name}", ["model.llm"]))
     return build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise Refused(f"override {text!r} is not key=value, such as train.lr=0.001")
-    at: Any = raw
     path = key.split(".")
+    if not equals or not all(path):
+        raise Refused(f"override {text!r} is not key=value, such as train.lr=0.001")
+    at = raw
     for name in path[:-1]:
-        at = at.setdefault(name, {})
+        if at.get(name) is None:  # a section that is absent, or empty in the file
+            at[name] = {}
+        at = at[name]
         if not isinstance(at, dict):
             raise Refused(f"override {text!r}: {name} is a value, not a section")
     try:
@@ -176,45 +200,62 @@ def build(kind: type[Any], mapping: Mapping[str, Any], path: str) -> Any:
 
     Raises Refused naming the key, what was given and, for an unknown key, the nearest known one.
     """
-    if dataclasses.is_dataclass(kind):
-        known = [f.name for f in dataclasses.fields(kind)]
-        for key in mapping:
-            if key not in known:
-                raise Refused(_unknown(f"{path}.{key}", key, known))
+    _check_keys(kind, mapping, path)
     try:
         return TypeAdapter(kind).validate_python(dict(mapping))
     except ValidationError as error:
-        raise Refused("; ".join(_explain(kind, e, path) for e in error.errors())) from None
+        raise Refused("; ".join(_explain(e, path, mapping) for e in error.errors())) from None
 
 
-def _unknown(where: str, key: str, known: Sequence[str]) -> str:
+def _check_keys(kind: Any, value: Any, path: str) -> None:
+    """Refuse keys that a dataclass or section, or one inside it, does not know.
+
+    Dataclasses would ignore them, and sections would not name the nearest known one.
+    """
+    if not isinstance(value, Mapping):
+        return
+    if getattr(kind, "__origin__", None) is dict:
+        for key, inner in value.items():
+            _check_keys(get_args(kind)[-1], inner, _join(path, key))
+        return
+    if not (dataclasses.is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, Section))):
+        return
+    hints = get_type_hints(kind)
+    known = _known_keys(kind)
+    for key, inner in value.items():
+        if key not in known:
+            raise Refused(_unknown(_join(path, key), key, [k for k in known if k not in INTERNAL]))
+        _check_keys(hints[key], inner, _join(path, key))
+
+
+def _known_keys(kind: Any) -> list[str]:
+    if dataclasses.is_dataclass(kind):
+        return [f.name for f in dataclasses.fields(kind)]
+    return list(kind.model_fields)
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _unknown(where: str, key: object, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(str(key), known, 1)
     hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {where}; {hint}"
 
 
-def _explain(kind: type[Any], error: Any, path: str) -> str:
-    where = ".".join([*([path] if path else []), *(str(p) for p in error["loc"])])
-    where = f"model.{where}" if where.startswith("llm") and not path else where
-    if error["type"] == "extra_forbidden":
-        return _unknown(where, str(error["loc"][-1]), _keys_at(kind, error["loc"][:-1]))
-    if error["type"] == "missing":
-        return f"{where} is missing"
-    return f"{where}: given {error['input']!r}; {error['msg']}"
-
-
-def _keys_at(kind: Any, loc: Sequence[Any]) -> list[str]:
-    """Keys that the section at `loc` below `kind` knows."""
+def _explain(error: Any, path: str, mapping: Mapping[str, Any]) -> str:
+    loc = error["loc"]
+    where = path
     for name in loc:
-        field = kind.model_fields.get(name) if hasattr(kind, "model_fields") else None
-        annotation = field.annotation if field is not None else kind
-        arguments = getattr(annotation, "__args__", ())
-        kind = arguments[-1] if arguments and field is None else annotation
-        if getattr(kind, "__origin__", None) is dict:
-            continue
-    if getattr(kind, "__origin__", None) is dict:
-        kind = kind.__args__[-1]
-    return list(getattr(kind, "model_fields", {}))
+        where = _join(where, name)
+    if error["type"] != "missing":
+        return f"{where}: given {error['input']!r}; {error['msg']}"
+    if len(loc) == 3 and loc[0] == "model":  # a mistyped module in an override looks like a new module
+        others = [m for m in mapping["model"] if m != loc[1] and "encoder" in mapping["model"][m]]
+        near = difflib.get_close_matches(loc[1], others, 1)
+        return f"{where} is missing" + (f"; did you mean model.{near[0]}?" if near else "")
+    return f"{where} is missing"
 
 
 def resolve(cfg: Config) -> dict[str, Any]:
@@ -225,21 +266,25 @@ def resolve(cfg: Config) -> dict[str, Any]:
 
 
 def resolve_yaml(cfg: Config) -> str:
-    """resolve() as YAML text."""
-    return yaml.safe_dump(resolve(cfg), sort_keys=False)
+    """resolve() as the YAML text of a file in run.dir: its data paths start there, so that it runs again."""
+    raw = resolve(cfg)
+    for name in ("train", "eval"):
+        raw["data"][name] = [os.path.relpath(cfg.base / p, cfg.run.dir) for p in raw["data"][name]]
+    return yaml.safe_dump(raw, sort_keys=False)
 
 
 def load_layout_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(layout, schedule) of a layout file, which holds those two mappings and nothing else."""
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise Refused(f"layout file {path} cannot be read: {error}") from error
-    if not isinstance(raw, dict) or "layout" not in raw:
+    if not path.is_file():
+        raise Refused(f"no layout file {path}")
+    raw = _read_yaml(path)
+    if "layout" not in raw:
         raise Refused(f"layout file {path} has no layout: mapping")
-    for key in raw:
+    for key, value in raw.items():
         if key not in ("layout", "schedule"):
-            raise Refused(_unknown(key, key, ["layout", "schedule"]))
+            raise Refused(f"{path}: {_unknown(key, key, ['layout', 'schedule'])}")
+        if not isinstance(value, dict | None):
+            raise Refused(f"{path}: {key} is {value!r}; needed: a mapping")
     return raw["layout"] or {}, raw.get("schedule") or {}
 
 
