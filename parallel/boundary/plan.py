@@ -43,13 +43,8 @@ class Transfer:
     @property
     def identity(self) -> bool:
         """Whether the output is the input."""
-        whole = slice(0, self.rows_in)
-        return (
-            not self.sends
-            and not self.recvs
-            and self.rows_in == self.rows_out
-            and self.keep == (whole, whole)
-        )
+        kept = all(isinstance(rows, slice) and rows == slice(0, self.rows_in) for rows in self.keep)
+        return not self.sends and not self.recvs and self.rows_in == self.rows_out and kept
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""Boundaries over real process groups: exact, the counted least bytes, and never a silent wait."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.boundary import BoundaryCommunicator, RowMap, plan_edge
+from tests.parallel.boundary.cases import least_rows, random_case, rows_of
+from tests.pool import RankFailed
+
+WIDTH = 3
+
+
+class Counter:
+    """Counts payload handed to point-to-point sends and to all-to-all, at torch.distributed's doors."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __enter__(self) -> Counter:
+        self.batch, self.exchange = dist.batch_isend_irecv, dist.all_to_all_single
+
+        def batch(ops: list[Any]) -> Any:
+            self.bytes += sum(o.tensor.numel() * o.tensor.element_size() for o in ops if o.op is dist.isend)
+            return self.batch(ops)
+
+        def exchange(out: Any, into: Any, *args: Any, **kw: Any) -> Any:
+            self.bytes += into.numel() * into.element_size()
+            return self.exchange(out, into, *args, **kw)
+
+        dist.batch_isend_irecv, dist.all_to_all_single = batch, exchange
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        dist.batch_isend_irecv, dist.all_to_all_single = self.batch, self.exchange
+
+
+def run_cases(seeds: range, transport: str, dtype: torch.dtype) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    comm = BoundaryCommunicator(dist.group.WORLD, transport=transport, timeout_s=20.0)
+    for seed in seeds:
+        case = random_case(seed, world=world, consumers=1 + seed % 3)
+        plan = plan_edge("vision -> llm", case.source, case.dest, rank)
+        value = torch.randn(case.rows, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        x = value[rows_of(case.source, rank)].requires_grad_()
+        with Counter() as sent:
+            y = comm.exchange(plan, x)
+        assert torch.equal(y, value[rows_of(case.dest, rank)]), (seed, "forward")
+        total = torch.tensor([sent.bytes])
+        dist.all_reduce(total)
+        least = least_rows(case.source, case.dest, world) * WIDTH * value.element_size()
+        assert total.item() == least, (seed, total.item(), least)
+        # Distinct consumers' gradients: powers of two, so that their sums are exact in every dtype.
+        scale = {r: 2.0**i for i, lane in enumerate(case.dest.lanes) for r in lane}
+        expected = torch.zeros(case.rows)
+        for lane in case.dest.lanes:
+            for row in rows_of(case.dest, lane[0]):
+                expected[row] += scale[lane[0]]
+        (grad,) = torch.autograd.grad(y, x, torch.full_like(y, scale.get(rank, 1.0)))
+        mine = expected[rows_of(case.source, rank)].to(dtype)
+        assert torch.equal(grad, mine.unsqueeze(1).expand_as(grad)), (seed, "backward")
+
+
+@pytest.mark.parametrize("transport", ["p2p", "all_to_all"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_random_boundaries_are_exact_with_least_bytes(ranks: Any, transport: str, dtype: torch.dtype) -> None:
+    ranks(4, run_cases, range(30), transport, dtype)
+    ranks(3, run_cases, range(30, 45), transport, dtype)
+
+
+def count_received() -> tuple[dict[str, int], dict[str, float]]:
+    comm = BoundaryCommunicator(dist.group.WORLD)
+    source = RowMap.of_items([(0,), (1,)], [4, 4], [0, 1])
+    dest = RowMap.of_items([(0, 1)], [4, 4], [0, 0])
+    plan = plan_edge("e", source, dest, dist.get_rank())
+    comm.backward(plan, comm.forward(plan, torch.zeros(4, 5)))
+    return dict(comm.stats.bytes_received), dict(comm.stats.seconds)
+
+
+def test_statistics_count_payload_from_other_ranks(ranks: Any) -> None:
+    for received, seconds in ranks(2, count_received):
+        assert received == {"e": 4 * 5 * 4}  # forward brings the other's rows; gradients of own rows are here
+        assert seconds["e"] > 0
+
+
+def wrong_rows() -> None:
+    comm = BoundaryCommunicator(dist.group.WORLD)
+    side = RowMap.of_items([(0,)], [4], [0])
+    comm.forward(plan_edge("vision -> llm", side, side, 0), torch.zeros(3, 2))
+
+
+def test_rows_that_do_not_match_the_plan_are_named(ranks: Any) -> None:
+    with pytest.raises(RankFailed, match="edge vision -> llm, forward: rank 0 gave 3 rows, the plan has 4"):
+        ranks(1, wrong_rows)
+
+
+def silent_peer() -> str:
+    comm = BoundaryCommunicator(dist.group.WORLD, timeout_s=1.0)
+    source, dest = RowMap.of_items([(0,)], [4], [0]), RowMap.of_items([(1,)], [4], [0])
+    if dist.get_rank() == 0:
+        return ""  # never sends
+    try:
+        comm.forward(plan_edge("vision -> llm", source, dest, 1), torch.zeros(0, 2))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_peer_that_does_not_answer_is_named(ranks: Any) -> None:
+    message = ranks(2, silent_peer, timeout=20)[1]
+    assert "edge vision -> llm, forward" in message and "rank 0" in message
+
+
+def test_nothing_is_sent_where_rows_stay(ranks: Any) -> None:
+    assert ranks(2, stays) == [0, 0]
+
+
+def stays() -> int:
+    comm = BoundaryCommunicator(dist.group.WORLD)
+    side = RowMap.of_items([(0,), (1,)], [4, 2, 0], [0, 1, 1])
+    plan = plan_edge("e", side, side, dist.get_rank())
+    x = torch.ones(4 if dist.get_rank() == 0 else 2, 2)
+    with Counter() as sent:
+        assert comm.forward(plan, x) is x and comm.backward(plan, x) is x
+    return sent.bytes
