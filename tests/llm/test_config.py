@@ -1,0 +1,90 @@
+"""Refusals, parameter counts against published models, and operations counted against torch's counter."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm.config import LLMConfig, check, flops, layer_params, param_count
+from llm.model import LLM
+from tests.llm.harness import TINY, Text, make_batch, only
+
+NANO = LLMConfig(
+    pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    d_model=2688,
+    vocab_size=131072,
+    n_heads=32,
+    n_kv_heads=2,
+    head_dim=128,
+    mamba_heads=64,
+    mamba_head_dim=64,
+    mamba_state=128,
+    mamba_groups=8,
+    chunk=128,
+    n_experts=128,
+    top_k=6,
+    expert_ffn=1856,
+    shared_ffn=3712,
+)
+
+
+def test_published_parameter_counts() -> None:
+    """Nemotron 3 Nano (arXiv 2512.20848): 31.6 billion, 3.6 billion of them active with both embeddings."""
+    total, active = param_count(NANO)
+    assert (round(total / 1e9, 1), round(active / 1e9, 1)) == (31.6, 3.6)
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "E", "-", TINY.pattern])
+def test_count_is_what_the_model_has(pattern: str) -> None:
+    cfg = only(pattern)
+    model = LLM(cfg, device="meta")
+    assert param_count(cfg)[0] == sum(p.numel() for p in model.parameters())
+    assert layer_params(cfg, pattern[0])[0] == sum(p.numel() for p in model.layers[0].parameters())
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "E", "-", TINY.pattern])
+def test_flops_are_those_of_the_products(pattern: str) -> None:
+    cfg = replace(only(pattern), d_model=64, head_dim=32, mamba_head_dim=32, mamba_state=16, expert_ffn=48)
+    batch, _ = make_batch(Text((128,), 0, seed=0), cfg.vocab_size)
+    model = LLM(cfg, dtype=torch.float64)
+    rows = torch.zeros(0, cfg.d_model, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for p in model.parameters():
+            p.fill_(0.01)
+        model(batch, {"vision": rows})
+    # This attention computes both halves of the causal square.
+    above = 2.0 * 128 * 128 * cfg.n_heads * cfg.head_dim * pattern.count("*")
+    assert flops(cfg, [128]) + above == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert flops(cfg, [64, 64]) <= flops(cfg, [128])
+
+
+@pytest.mark.parametrize(
+    ("change", "degrees", "words"),
+    [
+        ({"pattern": "M*X"}, {}, "'X' at layer 2"),
+        ({"pattern": ""}, {}, "is empty"),
+        ({"n_kv_heads": 3}, {}, "nearest: n_kv_heads=2 or n_kv_heads=4"),
+        ({"mamba_groups": 3}, {}, "nearest: mamba_groups=2 or mamba_groups=4"),
+        ({"top_k": 9}, {}, "Nearest: top_k=8"),
+        ({"d_model": 0}, {}, "d_model is 0; needed: at least 1"),
+        ({}, {"tp": 3}, "vocab_size is 32, which does not divide by tp=3"),
+        ({}, {"tp": 8}, "n_kv_heads is 4, which does not divide by tp=8; nearest: tp=4"),
+        ({"n_experts": 6}, {"ep": 4}, "nearest: ep=3 or ep=6"),
+        ({"pattern": "M-"}, {"ep": 2}, "nearest: ep=1"),
+    ],
+)
+def test_refusals_say_what_works(change: dict[str, object], degrees: dict[str, int], words: str) -> None:
+    cfg = replace(TINY, vocab_size=32, **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check(cfg, **degrees)
+
+
+def test_what_is_proposed_works() -> None:
+    with pytest.raises(ValueError, match=r"nearest: tp=4$"):
+        check(replace(TINY, vocab_size=40), tp=5)
+    check(replace(TINY, vocab_size=40), tp=4, ep=8)

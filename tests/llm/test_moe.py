@@ -1,0 +1,104 @@
+"""Routing: who is chosen, how they are weighted, who is counted, and how the bias follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm.moe import MoE, choose
+from parallel.axis import Axes
+from tests.llm.harness import TINY, Degrees, Text, build, make_axes, make_batch, only, run_lane
+
+
+def moe() -> MoE:
+    return build(only("E")).moe_layers()[0]
+
+
+def by_hand(layer: MoE, x: Tensor) -> Tensor:
+    """Every expert on every token, weighted by hand."""
+    cfg = layer.cfg
+    score = torch.sigmoid(x @ layer.router.weight.T)
+    out = layer.shared(x)
+    for t in range(len(x)):
+        ranked = sorted(range(cfg.n_experts), key=lambda e: (-(score[t, e] + layer.expert_bias[e]).item(), e))
+        chosen = ranked[: cfg.top_k]
+        whole = score[t, chosen].sum() + 1e-20
+        for e in chosen:
+            y = layer.experts.down[e] @ F.relu(layer.experts.up[e] @ x[t]).square()
+            out = out.index_add(0, torch.tensor([t]), (cfg.routed_scale * score[t, e] / whole * y)[None])
+    return out
+
+
+def test_chosen_with_bias_weighted_without() -> None:
+    layer = moe()
+    x = torch.randn(9, TINY.d_model, dtype=torch.float64, requires_grad=True)
+    results = []
+    for y in (layer(x, 9), by_hand(layer, x)):
+        params = [layer.router.weight, layer.experts.up, layer.experts.down]
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *params])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    score = torch.tensor([[0.5, 0.7, 0.5, 0.7, 0.5], [0.1, 0.1, 0.1, 0.1, 0.1]])
+    assert choose(score, 3).tolist() == [[1, 3, 0], [0, 1, 2]]
+    assert choose(torch.zeros(4, 257), 2).tolist() == [[0, 1]] * 4
+
+
+def test_padding_is_neither_routed_nor_counted() -> None:
+    layer = moe()
+    x = torch.randn(12, TINY.d_model, dtype=torch.float64)
+    for n_real in (12, 5, 0):
+        y = layer(x, n_real)
+        layer.count()
+        assert layer.load.sum() == n_real * TINY.top_k
+        layer.load.zero_()
+        torch.testing.assert_close(y[n_real:], layer.shared(x[n_real:]))
+        torch.testing.assert_close(y[:n_real], layer(x, 12)[:n_real])
+
+
+def test_counted_once_a_training_forward() -> None:
+    text = Text((9, 4), 3, seed=5)
+    for recompute in (False, True):
+        model = build(only("EME"))
+        model.recompute = recompute
+        for times in (1, 2):
+            run_lane(model, text)
+            assert [int(m.load.sum()) for m in model.moe_layers()] == [13 * TINY.top_k * times] * 2
+        with torch.no_grad():
+            model(make_batch(text, TINY.vocab_size)[0], {"vision": torch.zeros(0, TINY.d_model)})
+        assert int(model.moe_layers()[0].load.sum()) == 26 * TINY.top_k
+
+
+def test_bias_moves_against_the_load() -> None:
+    layer = moe()
+    before = layer.expert_bias.clone()
+    layer.load += 1
+    layer.update_bias(torch.tensor([9, 1, 5, 5, 5, 5, 0, 10]))
+    step = TINY.expert_bias_rate * torch.tensor([-1.0, 1, 0, 0, 0, 0, 1, -1], dtype=torch.float64)
+    torch.testing.assert_close(layer.expert_bias - before, step)
+    assert not layer.load.any()
+
+
+def one_expert_gets_all(degrees: Degrees) -> tuple[list[bool], float]:
+    """All tokens go to the experts of rank 0; which expert gradients are not zero, and the input's size."""
+    layer = _cut_moe(make_axes(degrees))
+    layer.expert_bias.copy_(torch.arange(TINY.n_experts, 0, -1) * 10.0)
+    x = torch.ones(4, TINY.d_model, dtype=torch.float64, requires_grad=True)
+    layer(x, 4).sum().backward()
+    experts = [layer.experts.up.grad, layer.experts.down.grad]
+    return [bool(g.any()) for g in experts], float(x.grad.abs().sum())
+
+
+def _cut_moe(axes: Axes) -> MoE:
+    return build(only("E"), axes).moe_layers()[0]
+
+
+def test_ranks_without_tokens_keep_their_gradients(ranks: Any) -> None:
+    results = ranks(2, one_expert_gets_all, Degrees(2, ep=2))
+    assert [any(nonzero) for nonzero, _ in results] == [True, False]
+    assert all(size > 0 for _, size in results)
