@@ -11,6 +11,7 @@ from torch import nn
 from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.projector import Projector
 from parallel.axis import Axes, Axis
+from parallel.param import keep_whole
 
 FREEZE = ("none", "encoder", "projector", "all")
 
@@ -77,7 +78,10 @@ def build_encoder_module(
     inner = encoder_axes(cls, axes)
     encoder = cls(cfg, inner, device=device, dtype=dtype)
     projector = Projector(cls.feature_width(cfg), projector_hidden, d_out, inner, device=device, dtype=dtype)
-    return EncoderModule(encoder, projector, cfg)
+    module = EncoderModule(encoder, projector, cfg)
+    if not cls.tensor_parallel:
+        keep_whole(module)
+    return module
 
 
 def module_flops(cls: type[Encoder], cfg: Any, meta: Meta, d_out: int, hidden: int) -> float:

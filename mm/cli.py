@@ -1,4 +1,4 @@
-"""The command line. Options and key=value overrides come in any order.
+"""The command line: `python -m mm COMMAND ...`. Options and key=value overrides come in any order.
 
 Exit codes: 0 done; 2 refused (usage, config, layout); 3 data; 4 checkpoint; 5 numerics; 1 anything else.
 """
@@ -6,82 +6,118 @@ Exit codes: 0 done; 2 refused (usage, config, layout); 3 data; 4 checkpoint; 5 n
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from mm import launch
-from mm.config import Config, load_config
 from mm.errors import PolyrankError, Refused
+
+if TYPE_CHECKING:
+    from mm.config import Config
+
+# Handlers import what they need themselves: importing torch costs seconds, which help and refusals can do
+# without, and doctor must run where packages are missing.
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; returns its exit code and prints one message for a known kind of failure."""
-    args = _parser().parse_intermixed_args(list(argv))
+    """Run one command; returns its exit code. Of a failing job one rank says why, in one message."""
     try:
-        return args.run(args, list(argv)) or 0
+        return _run(list(argv))
     except PolyrankError as error:
-        _tell(f"{type(error).__name__}: {error}")
+        if launch.speaks(error):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        _tell("interrupted")
+    except KeyboardInterrupt as interrupt:
+        if launch.speaks(interrupt):
+            print("interrupted", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        if launch.speaks(error):
+            traceback.print_exc()
         return 1
 
 
-def _tell(message: str) -> None:
-    """Say it once: all ranks fail alike, so rank 0 speaks for them."""
-    import os
+def _run(argv: list[str]) -> int:
+    named = next((i for i, word in enumerate(argv) if word in COMMANDS), None)
+    if named is None:
+        if "-h" in argv or "--help" in argv:
+            print(overview())
+            return 0
+        given = next((word for word in argv if not word.startswith("-")), None)
+        near = difflib.get_close_matches(given or "", COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        raise Refused(f"unknown command {given}; {hint}" if given else f"no command; {hint}")
+    command = COMMANDS[argv[named]]
+    parser = _Parser(f"python -m mm {argv[named]}", command)
+    args = parser.parse_intermixed_args(argv[:named] + argv[named + 1 :])
+    return command.run(args, argv)
 
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+
+def overview() -> str:
+    """The help of the whole command line."""
+    lines = [__doc__.strip(), "", "commands (each has --help):"]
+    return "\n".join(lines + [f"  {name:<11} {c.summary}" for name, c in COMMANDS.items()])
+
+
+@dataclass(frozen=True)
+class Command:
+    """run does it and returns the exit code; words says what its positional arguments are."""
+
+    run: Callable[[argparse.Namespace, list[str]], int]
+    summary: str
+    words: str
+    options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
 
 
 class _Parser(argparse.ArgumentParser):
-    """One flat parser a command: sub-parsers would forbid options between positional arguments."""
+    """The options of one command. Flat: sub-parsers would forbid options between positional arguments."""
+
+    def __init__(self, prog: str, command: Command) -> None:
+        super().__init__(prog=prog, description=command.summary, allow_abbrev=False)
+        self.add_argument("words", nargs="*", metavar="..", help=command.words)
+        command.options(self)
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{message} ({self.prog} --help)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m mm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "command", choices=sorted(COMMANDS), help="; ".join(f"{k}: {v[1]}" for k, v in COMMANDS.items())
-    )
-    parser.add_argument("words", nargs="*", help="CONFIG and key=value overrides, or the command's own words")
-    parser.add_argument("--nproc", type=int, help="train, compare: local ranks to start (default run.nproc)")
-    parser.add_argument("--dry-run", action="store_true", help="train: print the plan and start nothing")
-    parser.add_argument(
-        "--layouts", nargs="+", type=Path, help="compare: layout files, the first the baseline"
-    )
-    parser.add_argument("--steps", type=int, default=4, help="compare: steps a round (default 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="compare: interleaved rounds (default 3)")
-    parser.add_argument("--json", type=Path, help="compare: write the result here")
-    parser.add_argument("--out", type=Path, help="data prepare: folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="data prepare: seed")
-    parser.set_defaults(run=_dispatch)
-    return parser
+def _config(args: argparse.Namespace, extra: Sequence[str] = ()) -> Config:
+    from mm.config import load_config
 
-
-def _dispatch(args: argparse.Namespace, argv: list[str]) -> int | None:
-    return COMMANDS[args.command][0](args, argv)
-
-
-def _config(args: argparse.Namespace) -> Config:
-    files = [w for w in args.words if "=" not in w]
+    words = [*args.words, *extra]
+    files = [w for w in words if "=" not in w]
     if len(files) != 1:
-        raise Refused(f"{args.command} needs one CONFIG file, given {files or 'none'}")
-    return load_config(Path(files[0]), [w for w in args.words if "=" in w])
+        raise Refused(f"needed: one CONFIG file, given {' and '.join(files) or 'none'}")
+    return load_config(Path(files[0]), [w for w in words if "=" in w])
 
 
-def _ranks(args: argparse.Namespace, cfg: Config) -> int:
+def _world(args: argparse.Namespace, cfg: Config) -> int:
+    """Ranks of the job: those that exist, or those to start."""
     if args.nproc is not None and args.nproc < 1:
         raise Refused(f"--nproc {args.nproc}; needed: at least 1")
-    return args.nproc or cfg.run.nproc
+    if not launch.launched():
+        return args.nproc or cfg.run.nproc
+    if args.nproc not in (None, launch.world_size()):
+        raise Refused(
+            f"--nproc {args.nproc}, but {launch.world_size()} ranks were started; leave --nproc out"
+        )
+    launch.follow_launcher()
+    return launch.world_size()
 
 
-def _train(args: argparse.Namespace, argv: list[str]) -> int | None:
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc", type=int, help="local ranks to start outside torchrun (default run.nproc)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+
+
+def _train(args: argparse.Namespace, argv: list[str]) -> int:
     cfg = _config(args)
-    world = launch.world_size() if launch.launched() else _ranks(args, cfg)
+    world = _world(args, cfg)
     from mm.job import draw_up
 
     blueprint = draw_up(cfg, world)
@@ -98,41 +134,65 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int | None:
     return 0
 
 
-def _compare(args: argparse.Namespace, argv: list[str]) -> int | None:
-    cfg = _config(args)
-    if not args.layouts:
-        raise Refused("compare needs --layouts FILE [FILE ...], the first being the baseline")
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--layouts", nargs="+", action="extend", default=[], metavar="FILE", help="the first is the baseline")
+    add("--nproc", type=int, help="local ranks to start outside torchrun (default run.nproc)")
+    add("--steps", type=int, default=4, help="steps a round, of which the first warms up (default 4)")
+    add("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    add("--json", type=Path, metavar="OUT", help="write the result here")
+
+
+def _compare(args: argparse.Namespace, argv: list[str]) -> int:
+    # --layouts takes every word that follows it; a layout file's name has no "=".
+    layouts = [Path(w) for w in args.layouts if "=" not in w]
+    if not layouts:
+        raise Refused("needed: --layouts FILE [FILE ...], the first being the baseline")
+    if not any("=" not in w for w in args.words):
+        raise Refused("needed: one CONFIG file, before --layouts, which takes all the files that follow it")
+    cfg = _config(args, [w for w in args.layouts if "=" in w])
     if args.steps < 2 or args.rounds < 1:
-        raise Refused("compare needs --steps of at least 2 (the first warms up) and --rounds of at least 1")
-    world = launch.world_size() if launch.launched() else _ranks(args, cfg)
+        raise Refused(
+            f"--steps {args.steps} --rounds {args.rounds}; needed: at least 2 steps (the first warms up) "
+            "and at least 1 round"
+        )
+    world = _world(args, cfg)
     from mm.compare import compare, make_runs
 
-    runs = make_runs(cfg, world, args.layouts)
+    runs = make_runs(cfg, world, layouts)
     if not launch.launched():
         return launch.launch_local(world, argv)
     compare(cfg, runs, steps=args.steps, rounds=args.rounds, json_out=args.json)
     return 0
 
 
-def _data(args: argparse.Namespace, argv: list[str]) -> int | None:
-    verb, *rest = args.words or [""]
-    from mm.data import digits, inspect
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help="prepare: folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="prepare: seed (default 0)")
 
+
+def _data(args: argparse.Namespace, argv: list[str]) -> int:
+    verb, *rest = args.words or [""]
     if verb == "prepare":
         if rest != ["digits"] or args.out is None:
-            raise Refused("data prepare needs a recipe and a folder: data prepare digits --out DIR")
-        for shard in digits.prepare_digits(args.out, args.seed):
-            print(shard)
-    elif verb == "index" and rest:
-        print(inspect.index_text(rest, Path()))
-    elif verb == "inspect" and rest:
-        print(inspect.inspect_text(rest, Path()))
-    else:
+            raise Refused(f"data prepare {' '.join(rest)}: needed: data prepare digits --out DIR")
+        from mm.data.digits import prepare_digits
+
+        try:
+            shards = prepare_digits(args.out, args.seed)
+        except ModuleNotFoundError as error:
+            raise Refused(f"data prepare needs {error.name}: pip install -e '.[data]'") from error
+        print(*shards, sep="\n")
+        return 0
+    if verb not in ("index", "inspect") or not rest:
         raise Refused("needed: data prepare digits --out DIR, data index SHARDS, or data inspect SHARDS")
+    from mm.data.inspect import index_text, inspect_text
+
+    print(index_text(rest, Path()) if verb == "index" else inspect_text(rest, Path()))
     return 0
 
 
-def _checkpoint(args: argparse.Namespace, argv: list[str]) -> int | None:
+def _checkpoint(args: argparse.Namespace, argv: list[str]) -> int:
     verb, *rest = args.words or [""]
     if verb not in ("inspect", "verify") or len(rest) != 1:
         raise Refused("needed: checkpoint inspect PATH, or checkpoint verify PATH")
@@ -142,7 +202,9 @@ def _checkpoint(args: argparse.Namespace, argv: list[str]) -> int | None:
     return 0
 
 
-def _doctor(args: argparse.Namespace, argv: list[str]) -> int | None:
+def _doctor(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.words:
+        raise Refused(f"doctor takes no arguments, given {' '.join(args.words)}")
     from mm.doctor import examine
 
     text, healthy = examine()
@@ -150,10 +212,23 @@ def _doctor(args: argparse.Namespace, argv: list[str]) -> int | None:
     return 0 if healthy else 1
 
 
+OVERRIDES = "CONFIG and key=value overrides, such as train.lr=0.001"
 COMMANDS = {
-    "train": (_train, "train CONFIG [key=value ..]"),
-    "compare": (_compare, "compare CONFIG --layouts FILE [FILE ..]"),
-    "data": (_data, "data prepare|index|inspect .."),
-    "checkpoint": (_checkpoint, "checkpoint inspect|verify PATH"),
-    "doctor": (_doctor, "examine this machine"),
+    "train": Command(_train, "train CONFIG: run a job", OVERRIDES, _train_options),
+    "compare": Command(
+        _compare,
+        "compare CONFIG --layouts FILE [FILE ..]: same model, data and seed under several layouts",
+        OVERRIDES,
+        _compare_options,
+    ),
+    "data": Command(
+        _data,
+        "data prepare digits --out DIR | index SHARDS | inspect SHARDS",
+        "prepare digits, index SHARDS or inspect SHARDS; SHARDS are file names or patterns",
+        _data_options,
+    ),
+    "checkpoint": Command(
+        _checkpoint, "checkpoint inspect|verify PATH", "inspect PATH or verify PATH: a checkpoint's folder"
+    ),
+    "doctor": Command(_doctor, "examine this machine: can the default job run?", "none"),
 }

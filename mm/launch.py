@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,13 +14,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from mm.config import Config
-from mm.errors import Refused
+from mm.errors import PolyrankError, Refused
 
 if TYPE_CHECKING:
     import torch
 
-GRACE_S = 20.0
+    from mm.config import Config
+
+GRACE_S = 15.0  # for the others to end by themselves once a rank has failed
+LOCALHOST = "127.0.0.1"
+LAUNCHER = "POLYRANK_LAUNCHER"  # from launch_local to its ranks: its process id
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,46 @@ def world_size() -> int:
 def launch_local(nproc: int, argv: Sequence[str]) -> int:
     """Run `python -m mm ARGV` as nproc ranks on this machine; returns the exit code of the job.
 
-    When a rank fails the others get a moment to end by themselves, then are stopped. The code is that of the
-    first failing rank with a known meaning (2 to 5), else 1. SIGINT and SIGTERM are passed on.
+    When a rank fails the others get a moment to end by themselves, then are stopped. The code is that of a
+    failing rank with a known meaning (2 to 5), else 1. SIGINT and SIGTERM are passed on.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [_start(argv, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(nproc)]
+    from torch.distributed import TCPStore
+
+    # We host the store of the rendezvous, as torchrun does: no race for a port, and it outlives every rank.
+    store = TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": LOCALHOST,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        LAUNCHER: str(os.getpid()),
+    }
+    ranks: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
 
     def forward(number: int, frame: object) -> None:
+        asked.append(number)
         for p in ranks:
             with contextlib.suppress(ProcessLookupError):
                 p.send_signal(number)
 
     previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _wait(ranks)
+        for r in range(nproc):
+            ranks.append(_start(argv, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}))
+        codes = _wait(ranks)
     finally:
+        for p in ranks:
+            p.kill()
         for s, handler in previous.items():
             signal.signal(s, handler)
+    if not asked:
+        _tell_of_signals(codes)
+    known = [c for c in codes.values() if c in (2, 3, 4, 5)]
+    if known:
+        return known[0]
+    return 1 if any(codes.values()) or len(codes) < nproc else 0
 
 
 def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -77,22 +99,85 @@ def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[byte
     )
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Exit codes by rank, in the order of ending; a rank that had to be stopped has none."""
+    codes: dict[int, int] = {}
     deadline: float | None = None
-    while True:
-        codes = [p.poll() for p in ranks]
-        if all(c is not None for c in codes):
-            break
-        if deadline is None and any(codes):
+    while len(codes) < len(ranks):
+        for r, p in enumerate(ranks):
+            if r not in codes and p.poll() is not None:
+                codes[r] = p.returncode
+        if deadline is None and any(codes.values()):
             deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:
-            for p in ranks:
-                p.kill()
+            break
         time.sleep(0.05)
-    known = [c for c in codes if c in (2, 3, 4, 5)]
-    if known:
-        return known[0]
-    return 1 if any(codes) else 0
+    return codes
+
+
+def _tell_of_signals(codes: Mapping[int, int]) -> None:
+    """A rank that a signal ended could not say anything itself."""
+    for r, code in codes.items():
+        if code < 0:
+            print(f"rank {r} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+
+
+def follow_launcher() -> None:
+    """Have the kernel send this rank SIGTERM should launch_local be killed: no rank is left behind."""
+    if sys.platform != "linux" or LAUNCHER not in os.environ:
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.environ[LAUNCHER] != str(os.getppid()):  # it was killed before we asked
+        raise KeyboardInterrupt
+
+
+def speaks(error: BaseException) -> bool:
+    """Whether this process reports `error`: of all the ranks of a job one does, which knows the reason.
+
+    A failing rank breaks the others' communication. Those errors wait, so that the reason is told first.
+    """
+    if not launched():
+        return True
+    time.sleep(_patience(error))
+    try:
+        from torch.distributed import TCPStore
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"polyrank/failures/{attempt}", 1) == 1
+    except Exception:  # no store to ask, whatever the reason
+        return os.environ["RANK"] == "0"
+
+
+def _patience(error: BaseException) -> float:
+    """Seconds: none for a known reason, some for an unknown one, more where communication broke."""
+    if isinstance(error, PolyrankError | KeyboardInterrupt):
+        return 0.0
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    in_torch = at is not None and "torch/distributed" in at.tb_frame.f_code.co_filename.replace(os.sep, "/")
+    return 2.0 if in_torch else 0.5
+
+
+def choose_device(wanted: str, local_rank: int, local_ranks: int, cuda_devices: int) -> str:
+    """The device of a rank: "cpu" or "cuda:K", one CUDA device a rank.
+
+    wanted is run.device. Raises Refused where it is cuda and this machine has too few devices.
+    """
+    if wanted == "cuda" and cuda_devices < local_ranks:
+        works = f"--nproc {cuda_devices} or run.device=cpu" if cuda_devices else "run.device=cpu"
+        raise Refused(
+            f"run.device=cuda with {local_ranks} ranks on this machine needs {local_ranks} CUDA devices, "
+            f"found {cuda_devices}; nearest: {works}"
+        )
+    if wanted == "cpu" or cuda_devices < local_ranks:
+        return "cpu"
+    return f"cuda:{local_rank}"
 
 
 def init_distributed(cfg: Config) -> RankInfo:
@@ -103,15 +188,20 @@ def init_distributed(cfg: Config) -> RankInfo:
     # Newer torch renames the tensor collectives; the old names are the ones that torch 2.11 has.
     warnings.filterwarnings("ignore", r"`torch.distributed.*` is deprecated", FutureWarning)
     rank, world = int(os.environ["RANK"]), world_size()
-    wanted = cfg.run.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise Refused("run.device is cuda but torch sees no CUDA device; use run.device=cpu or auto")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        device = torch.device("cpu")
-        torch.set_num_threads(1)
-    else:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    count = torch.cuda.device_count()
+    device = torch.device(choose_device(cfg.run.device, local_rank, local_ranks, count))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+        if rank == 0 and cfg.run.device == "auto" and count:
+            print(
+                f"run.device=auto: {local_ranks} ranks but {count} CUDA devices, so the CPU is used; "
+                f"for CUDA start at most {count} ranks (--nproc {count})",
+                file=sys.stderr,
+            )
     # The backend follows from the device; torch knows which one serves it.
     backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=cfg.run.timeout_s))

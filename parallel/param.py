@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -96,6 +96,13 @@ def declared(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]
                     f"parameter {full} was not declared: register it with parallel.param.declare()"
                 )
             yield full, param, specs[name]
+
+
+def keep_whole(module: nn.Module) -> None:
+    """Declare that no axis cuts the parameters below `module`: each tp or ep rank holds them whole."""
+    for sub in module.modules():
+        specs = own_specs(sub)
+        specs.update({name: replace(spec, shard_dim=None) for name, spec in specs.items()})
 
 
 def local(param: Tensor | nn.Module) -> Tensor:

@@ -1,0 +1,127 @@
+"""A run resumes: bit-identically under its layout, exactly under another, and never from damage."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mm import checkpoint
+from mm.config import from_mapping
+from mm.errors import CheckpointError
+from mm.feed import Feed
+from mm.job import build_job, draw_up, open_data
+from mm.launch import RankInfo
+from mm.trainer import train_step
+from parallel import checkpoint as store
+from tests.mm.harness import CONFIGS, largest_difference, small
+
+TRAIN = {"steps": 4, "global_batch": 5}
+
+
+def run(raw: dict[str, Any], folder: str, first: int, last: int) -> list[dict[str, Any]]:
+    """Steps [first, last): from a checkpoint unless first is 0, ending in one."""
+    blueprint = draw_up(from_mapping(raw, CONFIGS), dist.get_world_size())
+    rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    data = open_data(blueprint, blueprint.cfg.data.train, CONFIGS, rank)
+    job = build_job(blueprint, rank)
+    if first:
+        found = checkpoint.find(blueprint.cfg, Path(folder))
+        assert found is not None and checkpoint.load(job, found)["step"] == first
+    feed = Feed(data.index, data.assembler, job.control, seed=1, global_batch=5, ahead=1)
+    try:
+        out = [train_step(job, feed, step) for step in range(first, last)]
+        checkpoint.save(job, Path(folder), last, feed.bad)
+    finally:
+        feed.close()
+        job.close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def saved(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A checkpoint after 2 steps of 4, tp2 x dp2 with experts over 4 ranks, and the steps that follow."""
+    whole, half = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("half")
+    raw = small(train=TRAIN, layout=LAYOUT)
+    rest = pool.run(4, run, raw, str(whole), 0, 4)[0][2:]
+    pool.run(4, run, raw, str(half), 0, 2)
+    return half, rest
+
+
+LAYOUT = {"vision": {"tp": 2}, "llm": {"tp": 2, "ep": 4, "sequence_parallel": True}}
+
+
+def copy(path: Path, to: Path) -> str:
+    import shutil
+
+    shutil.copytree(path, to, dirs_exist_ok=True)
+    return str(to)
+
+
+def losses(steps: list[dict[str, Any]]) -> list[Any]:
+    return [(s["loss"], s["grad_norm"]) for s in steps]
+
+
+def test_the_same_layout_resumes_bit_identically(saved: Any, ranks: Any, tmp_path: Path) -> None:
+    folder, rest = saved
+    got = ranks(4, run, small(train=TRAIN, layout=LAYOUT), copy(folder, tmp_path), 2, 4)[0]
+    assert losses(got) == losses(rest)
+
+
+@pytest.mark.parametrize("world, layout", [(1, {}), (3, {}), (4, {"audio": {"tp": 4}, "llm": {"ep": 2}})])
+def test_another_layout_resumes_exactly(
+    saved: Any, ranks: Any, tmp_path: Path, world: int, layout: Any
+) -> None:
+    folder, rest = saved
+    got = ranks(world, run, small(train=TRAIN, layout=layout), copy(folder, tmp_path), 2, 4)[0]
+    assert largest_difference(got, rest) < 1e-9
+
+
+def test_damage_is_found_and_auto_resume_takes_an_older_one(saved: Any, tmp_path: Path) -> None:
+    folder = Path(copy(saved[0], tmp_path))
+    newest = store.published(folder)[-1]
+    older = Path(copy(newest, folder / "step-00000001"))
+    part = next(newest.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-7])
+    assert part.name in store.verify(newest)[0]
+    cfg = from_mapping(small(train=TRAIN), CONFIGS)
+    assert checkpoint.find(cfg, folder) == older
+    with pytest.raises(CheckpointError, match=part.name):
+        checkpoint.find(from_mapping(small(train=TRAIN, checkpoint={"resume": str(newest)}), CONFIGS), folder)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("unpickled",)
+
+
+def test_metadata_is_not_unpickled_freely(saved: Any, tmp_path: Path, capsys: Any) -> None:
+    newest = store.published(Path(copy(saved[0], tmp_path)))[-1]
+    (newest / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(store.BadCheckpoint, match=r"refusing to load builtins.print"):
+        store.describe(newest)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def other_model(raw: dict[str, Any], folder: str) -> str:
+    try:
+        run(raw, folder, 2, 4)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_another_model_is_refused_by_name(saved: Any, ranks: Any, tmp_path: Path) -> None:
+    raw = small(train=TRAIN)
+    raw["model"]["llm"]["mlp_ffn"] = 96
+    message = ranks(1, other_model, raw, copy(saved[0], tmp_path))[0]
+    assert "layers.3.mixer" in message and "shape" in message
+
+
+def test_text_for_people(saved: Any) -> None:
+    newest = store.published(saved[0])[-1]
+    assert "llm.head" in checkpoint.inspect_text(newest) and "whole" in checkpoint.verify_text(newest)
