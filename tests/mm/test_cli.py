@@ -1,0 +1,197 @@
+"""The command line: words in any order, exit codes, one message, and clean ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mm.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/digits.yaml"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("", 2, "no command; commands: train, compare, data, checkpoint, doctor"),
+        ("trian x", 2, "unknown command trian; did you mean train?"),
+        ("train", 2, "needed: one CONFIG file, given none"),
+        (f"train {CONFIG} other.yaml", 2, f"given {CONFIG} and other.yaml"),
+        ("train configs/digit.yaml", 2, "no config file configs/digit.yaml; there: configs/digits.yaml"),
+        (f"train {CONFIG} --steps 3", 2, "unrecognized arguments: --steps"),
+        (f"train {CONFIG} --nproc 0", 2, "--nproc 0; needed: at least 1"),
+        (f"train {CONFIG} --nproc two", 2, "argument --nproc: invalid int value"),
+        (f"train {CONFIG} train.stpes=3", 2, "unknown key train.stpes; did you mean steps?"),
+        (
+            f"train {CONFIG} layout.llm.tp=3",
+            2,
+            "tp=3 needs a multiple of 3 ranks, given 4; nearest: tp=4 or tp=2",
+        ),
+        (f"train {CONFIG} layout.llm.pp=2", 2, "layout.llm: pp=2 is legal but not executed yet"),
+        (f"train {CONFIG} layout.llm.ranks=0-7", 2, "needs rank 4, but the job has 4 ranks"),
+        (f"train {CONFIG} layout.lmm.tp=2", 2, "lmm"),
+        (f"train {CONFIG} model.llm.d_modle=3", 2, "unknown key model.llm.d_modle; did you mean d_model?"),
+        (f"train {CONFIG} model.vision.encoder=vti", 2, "did you mean 'vit'?"),
+        (f"compare {CONFIG}", 2, "needed: --layouts FILE"),
+        (f"compare --layouts a.yaml {CONFIG}", 2, "needed: one CONFIG file, before --layouts"),
+        (f"compare {CONFIG} --layouts none.yaml", 2, "no layout file none.yaml"),
+        (f"compare {CONFIG} --layouts a.yaml --steps 1", 2, "needed: at least 2 steps"),
+        ("data", 2, "needed: data prepare digits --out DIR"),
+        ("data prepare digits", 2, "needed: data prepare digits --out DIR"),
+        ("data inspect none-*.tar", 3, "no shard matches"),
+        ("checkpoint verify", 2, "needed: checkpoint inspect PATH"),
+        ("checkpoint verify none", 4, "none is damaged"),
+        ("doctor now", 2, "doctor takes no arguments"),
+    ],
+)
+def test_refusals_are_one_message_and_an_exit_code(
+    line: str, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == code
+    out, err = capsys.readouterr()
+    assert words in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+    assert not out
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"  {name} " in overview
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+
+
+def test_help_and_usage_errors_do_not_import_torch() -> None:
+    code = """
+import sys
+from mm.cli import main
+assert main(["--help"]) == 0 and main(["train", "--steps"]) == 2 and main(["train", "none.yaml"]) == 2
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"train {CONFIG} --dry-run --nproc 2 layout.llm.tp=2 train.global_batch=4",
+        f"train train.global_batch=4 --nproc 2 {CONFIG} layout.llm.tp=2 --dry-run",
+        f"--nproc 2 train --dry-run layout.llm.tp=2 train.global_batch=4 {CONFIG}",
+    ],
+)
+def test_options_and_overrides_come_in_any_order(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2 ranks") and "llm: tp2" in out and "4 samples" in out
+
+
+def test_layouts_may_be_followed_by_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("layout: {llm: {tp: 3}}")
+    assert main(["compare", CONFIG, "--layouts", str(bad), "run.nproc=5"]) == 2
+    assert "tp=3 needs a multiple of 3 ranks, given 5" in capsys.readouterr().err
+
+
+def command(tmp_path: Path, *words: str) -> list[str]:
+    small = ["train.global_batch=4", "data.eval=[]", f"run.dir={tmp_path}", "model.llm.pattern=M*"]
+    return ["train", CONFIG, *small, *words]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def started(argv: list[str], run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """A long job that has done a step."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mm", *argv], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(lambda: (run_dir / "metrics.jsonl").exists() and losses(run_dir))
+        yield process
+    finally:
+        process.kill()
+
+
+def wait_for(condition: Any, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_torchrun_is_the_same_job(tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    own, torchrun = tmp_path / "own", tmp_path / "torchrun"
+    words = ("train.steps=2", "layout.llm.tp=2")
+    ours = subprocess.run(
+        [sys.executable, "-m", "mm", *command(own, *words, "--nproc", "2")], cwd=ROOT, env=env
+    )
+    assert ours.returncode == 0
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mm"]
+    theirs = subprocess.run([*run, *command(torchrun, *words)], cwd=ROOT, env=env)
+    assert theirs.returncode == 0
+    assert losses(own) == losses(torchrun) and len(losses(own)) == 2
+
+
+def test_numbers_that_are_not_finite_end_a_job_with_5_and_one_message(tmp_path: Path) -> None:
+    argv = command(
+        tmp_path, "--nproc", "2", "train.steps=6", "train.lr=1e30", "train.clip=0", "train.warmup=0"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mm", *argv], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 5
+    assert done.stderr.count("NonFinite: ") == 1 and "Traceback" not in done.stderr
+
+
+def test_sigterm_ends_a_job_after_its_step(tmp_path: Path) -> None:
+    with started(command(tmp_path, "--nproc", "2", "train.steps=100000"), tmp_path) as job:
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(60) == 0
+    assert "stopped by a signal" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells ranks of their launcher's end on Linux")
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
+    with started(command(tmp_path, "--nproc", "2", "train.steps=100000"), tmp_path) as job:
+        ranks = children(job.pid)
+        assert len(ranks) == 2
+        job.kill()
+        job.wait()
+        wait_for(lambda: not any(alive(r) for r in ranks), 60)
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(p) for p in text.split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,123 @@
+"""Local ranks: exit codes, stopping the rest, signals, and one voice for a failing job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mm import launch
+from mm.errors import Refused
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """run(n, code): launch_local with ranks that run `code`, which knows `rank`, instead of a job."""
+
+    def start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        code = "import os, signal, sys, time; rank = int(os.environ['RANK'])\n" + argv[0]
+        return subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, **env}, start_new_session=True
+        )
+
+    monkeypatch.setattr(launch, "_start", start)
+    return lambda n, code: launch.launch_local(n, [code])
+
+
+@pytest.mark.parametrize(("codes", "job"), [([0, 0], 0), ([0, 3], 3), ([1, 5], 5), ([1, 0], 1), ([7, 0], 1)])
+def test_the_exit_code_is_that_of_a_rank_with_a_known_reason(codes: list[int], job: int, run: Any) -> None:
+    assert run(2, f"sys.exit({codes}[rank])") == job
+
+
+def test_ranks_know_their_place(run: Any, tmp_path: Path) -> None:
+    code = f"""
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+open({str(tmp_path)!r} + f"/{{rank}}", "w").write(" ".join(os.environ[n] for n in names))
+"""
+    assert run(3, code) == 0
+    assert [(tmp_path / str(r)).read_text() for r in range(3)] == [f"{r} {r} 3 3 127.0.0.1" for r in range(3)]
+
+
+def test_ranks_left_behind_by_a_failure_are_stopped(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 0.2)
+    start = time.monotonic()
+    assert run(2, "sys.exit(2) if rank else time.sleep(600)") == 2
+    assert time.monotonic() - start < 60
+
+
+def test_a_rank_ended_by_a_signal_is_named(run: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(2, "os.kill(os.getpid(), signal.SIGKILL) if rank else None") == 1
+    assert "rank 1 was ended by SIGKILL" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_the_ranks_which_may_end_well(number: signal.Signals, run: Any, tmp_path: Path) -> None:
+    code = f"""
+signal.signal({int(number)}, lambda *_: sys.exit(0))
+open({str(tmp_path)!r} + f"/{{rank}}", "w").close()
+time.sleep(600)
+sys.exit(1)
+"""
+
+    def ask() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=ask, daemon=True).start()
+    before = signal.getsignal(number)
+    assert run(2, code) == 0
+    assert signal.getsignal(number) is before
+
+
+def test_of_a_failing_job_the_rank_that_knows_the_reason_speaks(run: Any, tmp_path: Path) -> None:
+    # Rank 1 knows why; rank 0 meets the consequences first.
+    code = f"""
+from mm import launch
+from mm.errors import DataError
+time.sleep(0.2 * rank)
+error = DataError("bad shard") if rank == 1 else RuntimeError("connection closed by peer")
+if launch.speaks(error):
+    open({str(tmp_path)!r} + f"/{{rank}}", "w").write(str(error))
+"""
+    assert run(3, code) == 0
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("1", "bad shard")]
+
+
+def test_outside_a_job_every_process_speaks() -> None:
+    assert launch.speaks(ValueError("x"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "local_rank", "local_ranks", "devices", "device"),
+    [
+        ("auto", 1, 4, 0, "cpu"),
+        ("auto", 1, 4, 4, "cuda:1"),
+        ("auto", 1, 4, 1, "cpu"),  # NCCL cannot share a device between ranks
+        ("auto", 0, 1, 1, "cuda:0"),
+        ("cpu", 0, 1, 8, "cpu"),
+        ("cuda", 2, 4, 8, "cuda:2"),
+    ],
+)
+def test_a_rank_has_a_device_of_its_own(
+    wanted: str, local_rank: int, local_ranks: int, devices: int, device: str
+) -> None:
+    assert launch.choose_device(wanted, local_rank, local_ranks, devices) == device
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [(0, "found 0; nearest: run.device=cpu"), (1, "found 1; nearest: --nproc 1 or run.device=cpu")],
+)
+def test_too_few_devices_are_refused_in_words(devices: int, words: str) -> None:
+    with pytest.raises(Refused, match="run.device=cuda with 4 ranks on this machine needs 4") as caught:
+        launch.choose_device("cuda", 0, 4, devices)
+    assert words in str(caught.value)
