@@ -118,6 +118,6 @@ def test_a_rank_has_a_device_of_its_own(
     [(0, "found 0; nearest: run.device=cpu"), (1, "found 1; nearest: --nproc 1 or run.device=cpu")],
 )
 def test_too_few_devices_are_refused_in_words(devices: int, words: str) -> None:
-    with pytest.raises(Refused, match="run.device=cuda with 4 ranks on this machine needs 4") as caught:
+    with pytest.raises(Refused, match=r"run\.device=cuda with 4 ranks on this machine needs 4") as caught:
         launch.choose_device("cuda", 0, 4, devices)
     assert words in str(caught.value)
