@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from encoders.module import RowsMismatch
 from mm.batch import RankMicrobatch
+from mm.errors import DataError
 from mm.feed import Prepared
 from mm.job import DTYPES, SINK, Job
 from parallel.schedule import Action, Kind, colocated, execute
@@ -89,7 +91,11 @@ class _Run:
 
     def _forward_source(self, action: Action) -> None:
         key, mb = (action.module, action.microbatch), self.micro[action.microbatch]
-        features = self.job.modules[action.module](mb.items[action.module])
+        try:
+            features = self.job.modules[action.module](mb.items[action.module])
+        except RowsMismatch as error:
+            sample = mb.names[action.module][error.item]
+            raise DataError(f"module {action.module}, sample {sample}: {error.why}") from error
         self.outputs[key] = features.values
 
     def _forward_sink(self, i: int) -> None:
