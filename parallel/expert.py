@@ -62,16 +62,38 @@ def plan_route(expert: Tensor, n_experts: int, axis: Axis) -> Route:
     arriving = torch.empty_like(counts)  # [source rank, local expert]
     dist.all_to_all_single(arriving, counts, group=axis.group)
     table = torch.stack([counts, arriving]).view(2, axis.size, local)
-    sends, receives = table.sum(-1).tolist()
+    leaving, incoming = table.tolist()  # the one wait for the device
+    sends, receives = [sum(rows) for rows in leaving], [sum(rows) for rows in incoming]
     which = torch.arange(local, device=flat.device).repeat(axis.size)
     arrived = which.repeat_interleave(arriving, output_size=sum(receives))
     regroup = torch.argsort(arrived, stable=True)
-    return Route(axis, order, expert.shape[1], sends, receives, regroup, table[1].sum(0).tolist())
+    return Route(axis, order, expert.shape[1], sends, receives, regroup, _columns(incoming))
+
+
+def _columns(table: list[list[int]]) -> list[int]:
+    return [sum(column) for column in zip(*table, strict=True)]
+
+
+class _Deal(torch.autograd.Function):
+    """A row for each choice of each token, in `order`. The backward adds a token's rows in a fixed order,
+    which index_select's own does not on accelerators."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.choices = choices
+        return x.index_select(0, order // choices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        rows = torch.empty_like(grad).index_copy_(0, order, grad)
+        return rows.view(-1, ctx.choices, grad.shape[1]).sum(1), None, None
 
 
 def dispatch(x: Tensor, route: Route) -> Tensor:
     """Tokens [n, d] to the rows of this rank's experts [m, d], grouped by expert."""
-    rows = x.index_select(0, route.order // route.choices)
+    rows = _Deal.apply(x, route.order, route.choices)
     if route.regroup is None:
         return rows
     return _AllToAll.apply(rows, route.sends, route.receives, route.axis).index_select(0, route.regroup)
