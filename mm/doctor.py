@@ -15,35 +15,56 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# What the default job imports; the code has fallbacks for the other pinned packages.
+NEEDED = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "rich")
+
+
 def examine() -> tuple[str, bool]:
-    """(report, whether the default job can run here)."""
-    import torch
-
-    from encoders import compat
-
+    """(report, whether the default job can run here). Runs where packages are missing, and says which."""
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     lines.append(f"cores {os.cpu_count()}, free disk {shutil.disk_usage(ROOT).free / 2**30:.0f} GiB")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    lines.append(f"torch {torch.__version__}, device {device}")
+    wrong = [] if sys.version_info >= (3, 11) else ["Python is older than 3.11"]
     lines.append("packages (pinned, found):")
-    healthy = sys.version_info >= (3, 11)
     for name, pinned in pins():
         found = _version(name)
-        # torch may be newer or older than the pin where another build serves the machine's accelerator.
-        mark = "" if found and found.split("+")[0] == pinned else "   <- differs"
-        healthy &= found is not None
+        if found is None:
+            mark = "   <- needed" if name in NEEDED else "   <- a fallback is used"
+        else:
+            # Another version of torch is fine where another build serves the machine's accelerator.
+            mark = "" if found.split("+")[0] == pinned else "   <- differs"
         lines.append(f"  {name:<14} {pinned:<10} {found or 'missing'}{mark}")
-    for name, how in compat.status().items():
-        lines.append(f"{name}: {how}")
+    wrong += [f"{name} is missing (pip install -e .)" for name in NEEDED if _version(name) is None]
+    if _version("torch") and _version("numpy"):
+        text, fault = _examine_torch()
+        lines += text
+        wrong += fault
+    shards = sorted((ROOT / "configs" / "data").glob("*.tar"))
+    lines.append(f"shipped data: {len(shards)} shards")
+    if not shards:
+        wrong.append("no shipped data (python -m mm data prepare digits --out configs/data)")
+    lines.append(f"the default job cannot run: {'; '.join(wrong)}" if wrong else "the default job can run")
+    return "\n".join(lines), not wrong
+
+
+def _examine_torch() -> tuple[list[str], list[str]]:
+    """(lines on devices, backends and import paths, what is wrong)."""
+    import torch
+    import torch.distributed as dist
+
+    count = torch.cuda.device_count()
+    devices = ", ".join(sorted({torch.cuda.get_device_name(k) for k in range(count)}))
+    lines = [
+        f"devices: {f'{count} x {devices}' if count else 'cpu'}, torch built for CUDA {torch.version.cuda}",
+        f"threads: {torch.get_num_threads()} (a rank on the CPU uses 1)",
+    ]
+    backends = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    lines.append("backends: " + (", ".join(name for name, there in backends.items() if there) or "none"))
+    from encoders import compat
+
+    lines += [f"{name}: {how}" for name, how in compat.status().items()]
     seconds, error = ping()
     lines.append(f"two gloo ranks: {error or f'ok, {seconds:.1f} s to start and greet'}")
-    shards = sorted((ROOT / "configs" / "data").glob("*.tar"))
-    lines.append(
-        f"shipped data: {len(shards)} shards" + ("" if shards else " (run: python -m mm data prepare digits)")
-    )
-    healthy &= error is None and bool(shards)
-    lines.append("the default job can run" if healthy else "the default job cannot run: see above")
-    return "\n".join(lines), healthy
+    return lines, [] if error is None else [f"two gloo ranks cannot meet: {error}"]
 
 
 def pins() -> list[tuple[str, str]]:
@@ -90,6 +111,6 @@ def ping(timeout_s: float = 60.0) -> tuple[float, str | None]:
         except subprocess.TimeoutExpired:
             for p in ranks:
                 p.kill()
-            return timeout_s, f"no answer within {timeout_s:.0f} s"
+            return timeout_s, f"no answer within {timeout_s:g} s"
         failed = [e.strip().splitlines()[-1] for p, e in zip(ranks, errors, strict=True) if p.returncode]
         return time.monotonic() - start, failed[0] if failed else None

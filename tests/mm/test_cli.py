@@ -142,39 +142,6 @@ def wait_for(condition: Any, seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-def test_torchrun_is_the_same_job(tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    own, torchrun = tmp_path / "own", tmp_path / "torchrun"
-    words = ("train.steps=2", "layout.llm.tp=2")
-    ours = subprocess.run(
-        [sys.executable, "-m", "mm", *command(own, *words, "--nproc", "2")], cwd=ROOT, env=env
-    )
-    assert ours.returncode == 0
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mm"]
-    theirs = subprocess.run([*run, *command(torchrun, *words)], cwd=ROOT, env=env)
-    assert theirs.returncode == 0
-    assert losses(own) == losses(torchrun) and len(losses(own)) == 2
-
-
-def test_numbers_that_are_not_finite_end_a_job_with_5_and_one_message(tmp_path: Path) -> None:
-    argv = command(
-        tmp_path, "--nproc", "2", "train.steps=6", "train.lr=1e30", "train.clip=0", "train.warmup=0"
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "mm", *argv], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 5
-    assert done.stderr.count("NonFinite: ") == 1 and "Traceback" not in done.stderr
-
-
-def test_sigterm_ends_a_job_after_its_step(tmp_path: Path) -> None:
-    with started(command(tmp_path, "--nproc", "1", "train.steps=100000"), tmp_path) as job:
-        job.send_signal(signal.SIGTERM)
-        assert job.wait(60) == 0
-    assert "stopped by a signal" in (tmp_path / "log.txt").read_text()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells ranks of their launcher's end on Linux")
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     with started(command(tmp_path, "--nproc", "1", "train.steps=100000"), tmp_path) as job:
