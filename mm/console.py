@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as Rich
 from rich.progress import (
@@ -20,11 +20,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from mm.evaluate import Evaluation
+if TYPE_CHECKING:
+    from mm.evaluate import Evaluation
 
 
 class Console:
-    """Output of a run; only the lead rank shows and writes anything but warnings."""
+    """Output of a run; only the lead rank shows and writes anything but warnings.
+
+    first: steps done before this start, whose metrics are kept.
+    """
 
     def __init__(self, run_dir: Path, steps: int, *, first: int, lead: bool) -> None:
         self.lead, self.steps = lead, steps
@@ -35,9 +39,10 @@ class Console:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         # A resumed run goes on in the same files; one from the start begins them anew.
-        mode = "a" if first else "w"
-        self._metrics = (run_dir / "metrics.jsonl").open(mode)
-        self._log = (run_dir / "log.txt").open(mode)
+        metrics = run_dir / "metrics.jsonl"
+        _forget_after(metrics, first)
+        self._metrics = metrics.open("a")
+        self._log = (run_dir / "log.txt").open("a" if first else "w")
         self._board = _tensorboard(run_dir)
         if self._rich.is_terminal:
             columns = (
@@ -130,6 +135,22 @@ def step_line(record: Mapping[str, Any], steps: int, eta_s: float) -> str:
         f"{record['peak_memory_bytes'] / 2**20:.0f} MiB  boundary {boundary * 1e3:.1f} ms  "
         f"data {record['data_s'] * 1e3:.1f} ms  ETA {eta_s:.0f} s"
     )
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop the records of later steps: those since the checkpoint that is resumed from will be made again.
+
+    A last line that a killed run left unfinished is dropped too.
+    """
+    kept = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    metrics.write_text("".join(kept))
 
 
 def _tensorboard(run_dir: Path) -> Any:
