@@ -5,8 +5,18 @@ plan = plan_edge("vision -> llm", source, dest, rank)       # pure
 y = communicator.exchange(plan, x)                          # autograd
 """
 
-from parallel.boundary.communicator import BoundaryCommunicator, Stats
-from parallel.boundary.plan import EdgePlan, Transfer, plan_edge, plan_transfer
+from parallel.boundary.communicator import BoundaryCommunicator, Pending, Stats
+from parallel.boundary.plan import EdgePlan, Transfer, plan_edge, plan_transfer, received_rows
 from parallel.boundary.rows import RowMap
 
-__all__ = ["BoundaryCommunicator", "EdgePlan", "RowMap", "Stats", "Transfer", "plan_edge", "plan_transfer"]
+__all__ = [
+    "BoundaryCommunicator",
+    "EdgePlan",
+    "Pending",
+    "RowMap",
+    "Stats",
+    "Transfer",
+    "plan_edge",
+    "plan_transfer",
+    "received_rows",
+]

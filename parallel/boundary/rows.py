@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowMap:
-    """lanes: lane -> global ranks. Run k: global rows start[k] .. start[k] + length[k] are the local rows
-    from local[k] on of lane[k]. rows: local row count of each lane. All arrays int64.
+    """One side of an edge: who holds, or who wants, which global rows.
+
+    lanes: lane -> global ranks with identical copies. Run k: global rows start[k] .. start[k] + length[k]
+    are the local rows from local[k] on of lane[k]. rows: local row count of each lane; local rows outside
+    every run carry nothing. A row may be in several lanes, and once in each. Arrays are int64.
     """
 
     lanes: tuple[tuple[int, ...], ...]
@@ -32,40 +35,81 @@ class RowMap:
         start: Sequence[int] | np.ndarray,
         length: Sequence[int] | np.ndarray,
         lane: Sequence[int] | np.ndarray,
+        local: Sequence[int] | np.ndarray | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
     ) -> RowMap:
-        """Each lane's runs laid end to end in the order given. Raises ValueError for lanes that do not exist
-        or that share a rank."""
+        """Any runs. Without `local`, each lane's runs lie end to end in the order given; `rows` is how many
+        local rows each lane has, by default as many as its runs reach.
+
+        Raises ValueError, in words, for a map that contradicts itself: see check().
+        """
         tuples = tuple(tuple(int(r) for r in ranks) for ranks in lanes)
-        everyone = [r for ranks in tuples for r in ranks]
-        if len(set(everyone)) < len(everyone):
-            raise ValueError(
-                f"a rank is in two lanes of one side: {tuples}; a rank holds one boundary tensor"
-            )
-        starts, lengths, owner = (np.asarray(a, dtype=np.int64).reshape(-1) for a in (start, length, lane))
+        starts, lengths, owner = (_column(a) for a in (start, length, lane))
         if not len(starts) == len(lengths) == len(owner):
             raise ValueError(
                 f"runs of unequal count: {len(starts)} starts, {len(lengths)} lengths, {len(owner)} lanes"
             )
-        if len(owner) and not (owner.min() >= 0 and owner.max() < len(tuples)):
-            raise ValueError(f"a run is in lane {owner.max()}, but there are lanes 0-{len(tuples) - 1}")
-        if len(lengths) and lengths.min() < 0:
-            raise ValueError(f"a run has {lengths.min()} rows")
-        # Local offsets: cumulative lengths within each lane, kept in the given order.
-        order = np.argsort(owner, kind="stable")
-        before = np.cumsum(lengths[order]) - lengths[order]
-        rows = np.bincount(owner, weights=lengths, minlength=len(tuples)).astype(np.int64)
-        first = np.cumsum(rows) - rows
-        local = np.empty_like(lengths)
-        local[order] = before - first[owner[order]]
-        return RowMap(tuples, starts, lengths, owner, local, rows)
+        _check_lanes(tuples, owner)
+        if local is None:
+            order = np.argsort(owner, kind="stable")
+            total = np.zeros(len(tuples), dtype=np.int64)
+            np.add.at(total, owner, lengths)
+            place = np.empty_like(lengths)
+            before = np.cumsum(lengths[order]) - lengths[order]
+            place[order] = before - (np.cumsum(total) - total)[owner[order]]
+        else:
+            place = _column(local)
+        if rows is None:
+            reach = np.zeros(len(tuples), dtype=np.int64)
+            np.maximum.at(reach, owner, place + lengths)
+        else:
+            reach = _column(rows)
+        made = RowMap(tuples, starts, lengths, owner, place, reach)
+        made.check()
+        return made
 
     @staticmethod
     def of_items(
-        lanes: Sequence[Sequence[int]], item_rows: Sequence[int], item_lane: Sequence[int]
+        lanes: Sequence[Sequence[int]],
+        item_rows: Sequence[int] | np.ndarray,
+        item_lane: Sequence[int] | np.ndarray,
     ) -> RowMap:
-        """Whole items dealt to lanes: item i has item_rows[i] rows, numbered on from those before it."""
-        rows = np.asarray(item_rows, dtype=np.int64)
+        """Whole items dealt to lanes, end to end in each: item i has item_rows[i] rows, numbered globally on
+        from those of the items before it."""
+        rows = _column(item_rows)
         return RowMap.of_runs(lanes, np.cumsum(rows) - rows, rows, item_lane)
+
+    def check(self) -> None:
+        """Raise ValueError where the map contradicts itself: arrays of unequal length, a lane that does not
+        exist, a rank in two lanes, a negative count, runs past their lane's rows, two runs in one local row,
+        a row twice in one lane."""
+        if not len(self.start) == len(self.length) == len(self.lane) == len(self.local):
+            raise ValueError("the columns of the runs have unequal lengths")
+        if len(self.rows) != len(self.lanes):
+            raise ValueError(f"{len(self.lanes)} lanes, but row counts of {len(self.rows)}")
+        _check_lanes(self.lanes, self.lane)
+        for name, column in (("start", self.start), ("length", self.length), ("local", self.local)):
+            if len(column) and column.min() < 0:
+                raise ValueError(f"run {int(column.argmin())} has a negative {name}, {column.min()}")
+        over = np.flatnonzero(self.local + self.length > self.rows[self.lane])
+        if len(over):
+            k, lane = over[0], int(self.lane[over[0]])
+            raise ValueError(
+                f"lane {lane} (ranks {self.lanes[lane]}) has {self.rows[lane]} local rows, but run {k} "
+                f"reaches to {self.local[k] + self.length[k]}"
+            )
+        for what, begin in (("local", self.local), ("global", self.start)):
+            some = np.flatnonzero(self.length)
+            order = some[np.lexsort((begin[some], self.lane[some]))]
+            end = begin[order] + self.length[order]
+            same = self.lane[order][1:] == self.lane[order][:-1]
+            twice = np.flatnonzero(same & (end[:-1] > begin[order][1:]))
+            if len(twice):
+                k = order[twice[0] + 1]
+                raise ValueError(
+                    f"{what} row {begin[k]} is twice in lane {self.lane[k]} "
+                    f"(ranks {self.lanes[int(self.lane[k])]}); a lane has each row once"
+                )
 
     def lane_of(self, rank: int) -> int | None:
         """The lane a rank is in, None where it is on neither."""
@@ -76,3 +120,17 @@ class RowMap:
         return RowMap(
             self.lanes, self.start[runs], self.length[runs], self.lane[runs], self.local[runs], self.rows
         )
+
+
+def _column(values: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.asarray(values, dtype=np.int64).reshape(-1)
+
+
+def _check_lanes(lanes: tuple[tuple[int, ...], ...], owner: np.ndarray) -> None:
+    everyone = [r for ranks in lanes for r in ranks]
+    if len(set(everyone)) < len(everyone):
+        raise ValueError(f"a rank is in two lanes of one side: {lanes}; a rank holds one boundary tensor")
+    if not all(lanes):
+        raise ValueError(f"lane {lanes.index(())} has no ranks")
+    for bad in owner[(owner < 0) | (owner >= len(lanes))]:
+        raise ValueError(f"a run is in lane {bad}, but there are lanes 0-{len(lanes) - 1}")

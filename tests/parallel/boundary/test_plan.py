@@ -88,7 +88,7 @@ def test_near_senders_are_preferred() -> None:
 def test_rows_that_nobody_has_are_refused() -> None:
     source = RowMap.of_items([(0,)], [4], [0])
     dest = RowMap.of_runs([(1,)], [2], [4], [0])
-    with pytest.raises(ValueError, match=r"rows 4-5 \(2 of them\)"):
+    with pytest.raises(ValueError, match=r"rows 4-5 are wanted by ranks \(1,\)"):
         plan_transfer(source, dest, 1)
 
 
