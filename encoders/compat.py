@@ -94,7 +94,7 @@ def decode_image(payload: bytes, channels: int) -> Tensor:
 def image_tensor(pixels: np.ndarray) -> Tensor:
     """Pixels [height, width] or [height, width, channels] to uint8 [channels, height, width]."""
     planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(planes))
+    return torch.from_numpy(np.array(planes, order="C"))  # a copy: decoded pixels are read-only
 
 
 def read_wav(payload: bytes) -> tuple[Tensor, int]:

@@ -134,6 +134,8 @@ def build_index(shard: Path) -> dict[str, Any]:
                 if len(payload) < member.size:
                     raise tarfile.ReadError("payload ends before its size")
                 parts.setdefault(key, {})[name] = _part_entry(member, name, payload)
+        if not _ends_whole(shard):
+            raise tarfile.ReadError("it has no end mark")
     except (tarfile.TarError, EOFError, OSError) as error:
         broken.append([last, f"the shard is torn: {error}"])
         parts.pop(last, None)
@@ -146,6 +148,14 @@ def build_index(shard: Path) -> dict[str, Any]:
         for entry in found.values():
             entry.pop("payload", None)
     return {"version": VERSION, "bytes": shard.stat().st_size, "samples": samples, "broken": broken}
+
+
+def _ends_whole(shard: Path) -> bool:
+    """Whether a tar ends in blocks of zeros; one that is cut between two files looks fine otherwise."""
+    with shard.open("rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - 512))
+        return size % 512 == 0 and not any(f.read())
 
 
 def _part_entry(member: tarfile.TarInfo, name: str, payload: bytes) -> dict[str, Any]:

@@ -1,0 +1,190 @@
+"""Encoders keep their contract: promised rows, items apart, no items, and tensor parallel exactness."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import encoders
+from encoders import compat
+from encoders.contract import Features, ItemBatch
+from encoders.module import RowsMismatch
+from parallel.axis import Axes, Axis
+from parallel.param import declared
+from tests.encoders.helpers import SIZES, SMALL, batch, module, png, wav
+
+NAMES = ["vit", "fastconformer"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_items_packed_are_items_alone(name: str) -> None:
+    net = module(name)
+    together = net(batch(name, SIZES[name]))
+    whole = batch(name, SIZES[name])
+    at, rows = 0, 0
+    for i, n in enumerate(whole.lengths):
+        one = ItemBatch(whole.values[at : at + n], (n,), (whole.metas[i],))
+        alone = net(one).values
+        assert torch.allclose(alone, together.values[rows : rows + len(alone)], rtol=0, atol=1e-12)
+        at, rows = at + n, rows + len(alone)
+    assert rows == len(together.values) and together.cu_seqlens[-1] == rows
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_items_reach_every_parameter_with_a_zero_gradient(name: str) -> None:
+    net = module(name)
+    out = net(batch(name, []))
+    assert out.values.shape == (0, 20) and out.rows == ()
+    out.values.sum().backward()
+    for key, p in net.named_parameters():
+        assert p.grad is not None and not p.grad.any(), key
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=4))
+def test_pictures_give_the_promised_rows(grids: list[tuple[int, int]]) -> None:
+    module("vit")(batch("vit", [(4 * a, 4 * b) for a, b in grids]))  # raises where rows differ
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 3000), max_size=4))
+def test_clips_give_the_promised_rows(samples: list[int]) -> None:
+    module("fastconformer")(batch("fastconformer", samples))
+
+
+def tensor_parallel(name: str) -> float:
+    """Largest relative error of output and of every gradient against the whole module."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    axes = Axes(tp=Axis("tp", size, rank, dist.group.WORLD))
+    net, whole = module(name, axes), module(name)
+    specs = {key: spec for key, _, spec in declared(net)}
+    for sub in net.modules():
+        for key, spec in sub.__dict__.get("_param_specs", {}).items():
+            if spec.shard_dim is not None:
+                part = getattr(sub, key).detach().chunk(size, spec.shard_dim)[rank]
+                setattr(sub, key, torch.nn.Parameter(part.clone()))
+    items = batch(name, SIZES[name])
+    weight = torch.randn(sum(whole(items).rows), 20, generator=torch.Generator().manual_seed(1)).double()
+    ours, theirs = net(items).values, whole(items).values
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    worst = float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
+    expected = dict(whole.named_parameters())
+    # Some gradients vanish in exact arithmetic (the bias of the keys): measure all against the largest.
+    scale = max(p.grad.abs().max() for p in expected.values())
+    for key, p in net.named_parameters():
+        want = expected[key].grad
+        if specs[key].shard_dim is not None:
+            want = want.chunk(size, specs[key].shard_dim)[rank]
+        worst = max(worst, float((p.grad - want).abs().max() / scale))
+    return worst
+
+
+@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_tensor_parallel_is_exact(name: str, tp: int, ranks: Any) -> None:
+    assert max(ranks(tp, tensor_parallel, name)) < 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recomputation_changes_nothing(name: str) -> None:
+    plain, again = module(name), module(name)
+    again.encoder.recompute = True
+    for net in (plain, again):
+        net(batch(name, SIZES[name])).values.square().sum().backward()
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_stays_near(name: str) -> None:
+    exact = module(name, dtype=torch.float32)(batch(name, SIZES[name], torch.float32)).values
+    rough = module(name, dtype=torch.bfloat16)(batch(name, SIZES[name], torch.bfloat16)).values.float()
+    assert (exact - rough).norm() / exact.norm() < 0.1
+
+
+def test_freezing_by_group() -> None:
+    net = module("vit")
+    for what, encoder, projector in (("none", True, True), ("encoder", False, True), ("all", False, False)):
+        net.freeze(what)
+        assert all(p.requires_grad is encoder for p in net.groups()["encoder"])
+        assert all(p.requires_grad is projector for p in net.groups()["projector"])
+
+
+class Liar(encoders.vit.ViT):
+    def forward(self, items: ItemBatch) -> Features:
+        good = super().forward(items)
+        return Features(good.values[:-1], (*good.rows[:-1], good.rows[-1] - 1))
+
+
+def test_other_rows_than_promised_name_the_item() -> None:
+    net = module("vit")
+    net.encoder.__class__ = Liar
+    with pytest.raises(RowsMismatch, match=r"item 3: Liar gave 5 rows, rows\(\) says 6"):
+        net(batch("vit", SIZES["vit"]))
+
+
+def test_unusable_items_are_refused_in_words() -> None:
+    vit, conformer = encoders.resolve("vit"), encoders.resolve("fastconformer")
+    cfg = vit.Config(**SMALL["vit"])
+    with pytest.raises(ValueError, match="10x8 pixels; needed: multiples of 4"):
+        vit.rows(cfg, {"height": 10, "width": 8})
+    with pytest.raises(ValueError, match="max_grid is 16"):
+        vit.rows(cfg, {"height": 64, "width": 8})
+    with pytest.raises(ValueError, match="its index says 8x8"):
+        vit.prepare(cfg, png(8, 12), {"height": 8, "width": 8})
+    with pytest.raises(ValueError, match="16000 samples a second; this encoder needs 8000"):
+        conformer.rows(conformer.Config(), {"samples": 9, "rate": 16000})
+
+
+def test_costs_grow_with_the_item() -> None:
+    vit, conformer = encoders.resolve("vit"), encoders.resolve("fastconformer")
+    small, large = ({"height": s, "width": s} for s in (8, 32))
+    assert 0 < vit.cost(vit.Config(), small) < vit.cost(vit.Config(), large)
+    short, long = ({"samples": s, "rate": 8000} for s in (800, 8000))
+    assert 0 < conformer.cost(conformer.Config(), short) < conformer.cost(conformer.Config(), long)
+
+
+def test_the_registry_explains_itself() -> None:
+    with pytest.raises(ValueError, match="did you mean 'vit'"):
+        encoders.resolve("vti")
+    with pytest.raises(ValueError, match="cannot be imported"):
+        encoders.resolve("no.such:Encoder")
+    with pytest.raises(ValueError, match=r"not a subclass of encoders\.Encoder"):
+        encoders.resolve("pathlib:Path")
+    with pytest.raises(ValueError, match="exists already"):
+        encoders.register("vit")(Liar)
+
+
+def test_both_paths_of_the_imports_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(compat.status()) == {"torchvision", "torchaudio"}
+    filters = compat.mel_filters(129, 40, 8000)
+    assert torch.allclose(filters, compat.own_mel_filters(129, 40, 8000), atol=1e-6)
+    for mode, channels in (("L", 1), ("RGB", 3)):
+        payload = png(8, 12, mode=mode)
+        first = compat.decode_image(payload, channels)
+        with monkeypatch.context() as patch:
+            patch.setattr(compat, "torchvision", lambda: (None, "fallback: asked for"))
+            assert torch.equal(first, compat.decode_image(payload, channels))
+    module_, how = compat.torchaudio()
+    if module_ is not None:
+        wave_, _ = compat.read_wav(wav(1000))
+        settings_ = dict(sample_rate=8000, n_fft=256, win_length=200, hop_length=80, n_mels=16)
+        import importlib
+
+        theirs = importlib.import_module("torchaudio.transforms").MelSpectrogram(**settings_)(wave_)
+        ours = compat.log_mel(wave_, rate=8000, mels=16, window=200, hop=80)
+        assert torch.allclose(ours, (theirs.T + 1e-6).log(), atol=1e-4), how
+
+
+def test_wav_of_every_width() -> None:
+    for width in (1, 2, 4):
+        samples, rate = compat.read_wav(wav(100, rate=16000, width=width, channels=2))
+        assert samples.shape == (100,) and rate == 16000 and samples.abs().max() <= 1
+    with pytest.raises(ValueError, match="24-bit"):
+        compat.read_wav(wav(10, width=3))
