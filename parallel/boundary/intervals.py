@@ -14,14 +14,16 @@ def repeat_groups(first: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.n
 def meet(
     start: np.ndarray, stop: np.ndarray, others_start: np.ndarray, others_stop: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What intervals share with `others`, which are disjoint and ascending.
+    """What intervals share with `others`, which are disjoint, ascending and may be empty.
 
     Returns columns (interval, other, start, stop), in order of interval, then ascending.
     """
     low = np.searchsorted(others_stop, start, side="right")
     high = np.searchsorted(others_start, stop, side="left")
     i, k = repeat_groups(low, np.maximum(high - low, 0))
-    return i, k, np.maximum(start[i], others_start[k]), np.minimum(stop[i], others_stop[k])
+    a, b = np.maximum(start[i], others_start[k]), np.minimum(stop[i], others_stop[k])
+    some = np.flatnonzero(a < b)  # others may be empty
+    return i[some], k[some], a[some], b[some]
 
 
 def outside(

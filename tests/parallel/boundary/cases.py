@@ -18,26 +18,37 @@ class Case:
     dest: RowMap
 
 
-def random_case(seed: int, world: int | None = None, consumers: int = 1) -> Case:
-    """Random tp x dp on both sides (colocated or not, any ratio), ragged and empty items, maybe sharded."""
+def random_case(seed: int, world: int | None = None, consumers: int = 1, holders: int = 1) -> Case:
+    """Random tp x dp on both sides (colocated or not, any ratio), ragged and empty items, maybe sharded.
+
+    consumers, holders: in how many lanes, at most, a row may be on either side."""
     rng = random.Random(seed)
     world = world or rng.choice([1, 2, 3, 4, 6])
     src = random_lanes(rng, world)
     items = [rng.choice([0, 1, 2, 5, 9]) for _ in range(rng.choice([0, 1, 3, 8]))]
     source = RowMap.of_items(src, items, [rng.randrange(len(src)) for _ in items])
     total = sum(items)
+    if holders > 1:
+        more = [r for _ in range(holders) for r in _random_runs(rng, total, len(src))]
+        deal = zip(source.start.tolist(), source.length.tolist(), source.lane.tolist(), strict=True)
+        source = _of(src, _once_a_lane([*deal, *more]))
     dst = random_lanes(rng, world)
-    runs: list[tuple[int, int, int]] = []
-    for _ in range(consumers):
-        at = 0
-        while at < total:
-            n = min(total - at, rng.choice([1, 2, 3, 7]))
-            runs.append((at, n, rng.randrange(len(dst))))
-            at += n
-    runs = _once_a_lane(runs)
+    runs = _once_a_lane([r for _ in range(consumers) for r in _random_runs(rng, total, len(dst))])
     rng.shuffle(runs)
-    dest = RowMap.of_runs(dst, [r[0] for r in runs], [r[1] for r in runs], [r[2] for r in runs])
-    return Case(world, total, source, dest)
+    return Case(world, total, source, _of(dst, runs))
+
+
+def _random_runs(rng: random.Random, total: int, lanes: int) -> list[tuple[int, int, int]]:
+    runs, at = [], 0
+    while at < total:
+        n = min(total - at, rng.choice([1, 2, 3, 7]))
+        runs.append((at, n, rng.randrange(lanes)))
+        at += n
+    return runs
+
+
+def _of(lanes: list[tuple[int, ...]], runs: list[tuple[int, int, int]]) -> RowMap:
+    return RowMap.of_runs(lanes, [r[0] for r in runs], [r[1] for r in runs], [r[2] for r in runs])
 
 
 def random_lanes(rng: random.Random, world: int) -> list[tuple[int, ...]]:
@@ -74,3 +85,15 @@ def least_rows(have: RowMap, want: RowMap, world: int) -> int:
     """Information minimum: rows that ranks want, someone has, and they do not have themselves."""
     anyone = {row for r in range(world) for row in rows_of(have, r)}
     return sum(len((set(rows_of(want, r)) & anyone) - set(rows_of(have, r))) for r in range(world))
+
+
+def least_gradient_rows(source: RowMap, dest: RowMap, world: int) -> int:
+    """Gradient rows that must travel: for each source rank and row, one from every lane that consumed the
+    row, unless the rank is in that lane itself."""
+    consumed = [set(rows_of(dest, members[0])) for members in dest.lanes]
+    return sum(
+        row in rows and rank not in dest.lanes[lane]
+        for rank in range(world)
+        for row in rows_of(source, rank)
+        for lane, rows in enumerate(consumed)
+    )

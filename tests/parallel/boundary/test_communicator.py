@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from parallel.boundary import BoundaryCommunicator, RowMap, plan_edge
-from tests.parallel.boundary.cases import least_rows, random_case, rows_of
+from tests.parallel.boundary.cases import least_gradient_rows, least_rows, random_case, rows_of
 from tests.pool import RankFailed
 
-WIDTH = 3
+SHAPE = (3, 2)  # trailing dims of the boundary tensors
+SIZE = 6
 
 
 class Counter:
@@ -43,16 +46,16 @@ def run_cases(seeds: range, transport: str, dtype: torch.dtype) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     comm = BoundaryCommunicator(dist.group.WORLD, transport=transport, timeout_s=20.0)
     for seed in seeds:
-        case = random_case(seed, world=world, consumers=1 + seed % 3)
+        case = random_case(seed, world=world, consumers=1 + seed % 3, holders=1 + seed % 2)
         plan = plan_edge("vision -> llm", case.source, case.dest, rank)
-        value = torch.randn(case.rows, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        value = torch.randn(case.rows, *SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
         x = value[rows_of(case.source, rank)].requires_grad_()
         with Counter() as sent:
             y = comm.exchange(plan, x)
         assert torch.equal(y, value[rows_of(case.dest, rank)]), (seed, "forward")
         total = torch.tensor([sent.bytes])
         dist.all_reduce(total)
-        least = least_rows(case.source, case.dest, world) * WIDTH * value.element_size()
+        least = least_rows(case.source, case.dest, world) * SIZE * value.element_size()
         assert total.item() == least, (seed, total.item(), least)
         # Distinct consumers' gradients: powers of two, so that their sums are exact in every dtype.
         scale = {r: 2.0**i for i, lane in enumerate(case.dest.lanes) for r in lane}
@@ -60,13 +63,18 @@ def run_cases(seeds: range, transport: str, dtype: torch.dtype) -> None:
         for lane in case.dest.lanes:
             for row in rows_of(case.dest, lane[0]):
                 expected[row] += scale[lane[0]]
-        (grad,) = torch.autograd.grad(y, x, torch.full_like(y, scale.get(rank, 1.0)))
+        with Counter() as sent:
+            (grad,) = torch.autograd.grad(y, x, torch.full_like(y, scale.get(rank, 1.0)))
         mine = expected[rows_of(case.source, rank)].to(dtype)
-        assert torch.equal(grad, mine.unsqueeze(1).expand_as(grad)), (seed, "backward")
+        assert torch.equal(grad, mine[:, None, None].expand_as(grad)), (seed, "backward")
+        total = torch.tensor([sent.bytes])
+        dist.all_reduce(total)
+        least = least_gradient_rows(case.source, case.dest, world) * SIZE * value.element_size()
+        assert total.item() == least, (seed, "backward", total.item(), least)
 
 
 @pytest.mark.parametrize("transport", ["p2p", "all_to_all"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_random_boundaries_are_exact_with_least_bytes(ranks: Any, transport: str, dtype: torch.dtype) -> None:
     ranks(4, run_cases, range(30), transport, dtype)
     ranks(3, run_cases, range(30, 45), transport, dtype)
@@ -98,8 +106,8 @@ def test_rows_that_do_not_match_the_plan_are_named(ranks: Any) -> None:
         ranks(1, wrong_rows)
 
 
-def silent_peer() -> str:
-    comm = BoundaryCommunicator(dist.group.WORLD, timeout_s=1.0)
+def silent_peer(transport: str) -> str:
+    comm = BoundaryCommunicator(dist.group.WORLD, timeout_s=1.0, transport=transport)
     source, dest = RowMap.of_items([(0,)], [4], [0]), RowMap.of_items([(1,)], [4], [0])
     if dist.get_rank() == 0:
         return ""  # never sends
@@ -110,9 +118,67 @@ def silent_peer() -> str:
     return "no error"
 
 
-def test_a_peer_that_does_not_answer_is_named(ranks: Any) -> None:
-    message = ranks(2, silent_peer, timeout=20)[1]
-    assert "edge vision -> llm, forward" in message and "rank 0" in message
+@pytest.mark.parametrize("transport", ["p2p", "all_to_all"])
+def test_a_peer_that_does_not_answer_is_named(ranks: Any, transport: str) -> None:
+    message = ranks(2, silent_peer, transport, timeout=20)[1]
+    assert "edge vision -> llm, forward: no answer from rank 0" in message
+
+
+def peer_ends() -> None:
+    comm = BoundaryCommunicator(dist.group.WORLD, timeout_s=10.0)
+    source, dest = RowMap.of_items([(0,)], [4], [0]), RowMap.of_items([(1,)], [4], [0])
+    plan = plan_edge("vision -> llm", source, dest, dist.get_rank())
+    y = comm.exchange(plan, torch.zeros(4 if dist.get_rank() == 0 else 0, 2))
+    if dist.get_rank() == 1:
+        os._exit(3)
+    y.sum().backward()
+
+
+def test_a_peer_that_has_ended_is_named_at_once(ranks: Any) -> None:
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match="edge vision -> llm, backward: no answer from rank 1"):
+        ranks(2, peer_ends, timeout=20)
+    assert time.monotonic() - start < 8
+
+
+def ranks_without_rows(learns: bool) -> tuple[bool, list[int], torch.Tensor | None]:
+    """Rank 0 has the rows, rank 1 wants them, rank 2 has and wants none."""
+    rank = dist.get_rank()
+    comm = BoundaryCommunicator(dist.group.WORLD, timeout_s=10.0)
+    source, dest = RowMap.of_items([(0,), (2,)], [4], [0]), RowMap.of_items([(1,), (2,)], [4], [0])
+    weight = torch.ones(2, requires_grad=learns)
+    x = torch.ones(4 if rank == 0 else 0, 2) * weight if rank != 1 else torch.zeros(0, 2)
+    y = comm.exchange(plan_edge("e", source, dest, rank), x, grads=learns)
+    if learns:
+        y.sum().backward()
+    return y.requires_grad, list(y.shape), weight.grad
+
+
+def test_ranks_without_rows_stay_in_the_graph(ranks: Any) -> None:
+    found = ranks(3, ranks_without_rows, True)
+    assert [(graph, shape) for graph, shape, _ in found] == [(True, [0, 2]), (True, [4, 2]), (True, [0, 2])]
+    assert found[0][2].tolist() == [4.0, 4.0] and found[1][2] is None and found[2][2].tolist() == [0.0, 0.0]
+
+
+def test_a_source_that_does_not_learn_gets_no_gradient(ranks: Any) -> None:
+    assert [graph for graph, _, _ in ranks(3, ranks_without_rows, False)] == [False] * 3
+
+
+def two_under_way() -> bool:
+    rank = dist.get_rank()
+    comm = BoundaryCommunicator(dist.group.WORLD, timeout_s=10.0)
+    source = RowMap.of_items([(0,), (1,)], [4, 4], [0, 1])
+    dest = RowMap.of_items([(0, 1)], [4, 4], [0, 0])
+    plan = plan_edge("e", source, dest, rank)
+    value = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
+    mine = slice(4 * rank, 4 * rank + 4)
+    pending = [comm.start_forward(plan, value[k, mine]) for k in range(2)]
+    done = [p.wait() for p in reversed(pending)]
+    return torch.equal(done[1], value[0]) and torch.equal(done[0], value[1]) and pending[0].wait() is done[1]
+
+
+def test_transfers_overlap(ranks: Any) -> None:
+    assert ranks(2, two_under_way) == [True, True]
 
 
 def test_nothing_is_sent_where_rows_stay(ranks: Any) -> None:
