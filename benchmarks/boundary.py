@@ -1,15 +1,17 @@
-"""Races the boundary against megatron-core's communicators, or torch's all-gather where that is absent.
+"""Races the boundary against megatron-core's communicators, or an all-gather where that is not importable.
 
-    python benchmarks/boundary.py --launches 3                  # drives torchrun, medians of launches
-    torchrun --standalone --nproc-per-node 4 benchmarks/boundary.py --rows 4096 --hidden 1024
+    torchrun --standalone --nproc-per-node 4 benchmarks/boundary.py     # one launch, one size
+    python benchmarks/boundary.py --launches 3                          # medians of launches, two sizes
 
-Four ranks, forward and backward, own and peer in turn (A B A B ..) in one process group; the ratio is of
-minima. benchmarks/README.md says how to have megatron-core.
+A race interleaves the parties, each between two barriers, in one process group, and compares minima: a
+shared machine drifts, a minimum less so. `replicated`: every tp rank of the destination gets all rows of its
+dp rank, as the peer does it. `sharded`: each tp rank gets its part of the sequence, which the peer cannot.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -17,169 +19,260 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+os.environ.setdefault("MEGATRON_LOGGING", "0")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
+import boundary_peer as peer
 import torch
 import torch.distributed as dist
+from boundary_peer import Layout, Step
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.boundary_peer import Peer, all_gather_peer, megatron_peer
 from parallel.boundary import BoundaryCommunicator, RowMap, plan_edge
 
-# name: (source tp, source dp, destination tp, destination dp, destination cut by sequence, disjoint)
-CASES = {
-    "colocated dp4 -> tp2 dp2": (1, 4, 2, 2, False, False),
-    "colocated dp4 -> tp2 dp2, sequence-sharded": (1, 4, 2, 2, True, False),
-    "colocated dp4 -> tp4": (1, 4, 4, 1, False, False),
-    "colocated dp4 -> tp4, sequence-sharded": (1, 4, 4, 1, True, False),
-    "colocated tp2 dp2 -> dp4": (2, 2, 1, 4, False, False),
-    "colocated tp4 -> dp4": (4, 1, 1, 4, False, False),
-    "colocated tp2 dp2 -> tp2 dp2": (2, 2, 2, 2, False, False),
-    "disjoint dp2 -> tp2": (1, 2, 2, 1, False, True),
-    "disjoint dp2 -> tp2, sequence-sharded": (1, 2, 2, 1, True, True),
-    "disjoint tp2 -> dp2": (2, 1, 1, 2, False, True),
-    "disjoint dp2 -> dp2": (1, 2, 1, 2, False, True),
+WORLD = 4
+SIZES = [(4096, 1024, "float32"), (8192, 2048, "bfloat16")]
+CASES: dict[str, tuple[Layout, Layout]] = {
+    "disjoint dp2 -> tp2": ((1, 2, 0), (2, 1, 2)),
+    "disjoint tp2 -> dp2": ((2, 1, 0), (1, 2, 2)),
+    "disjoint dp2 -> dp2": ((1, 2, 0), (1, 2, 2)),
+    "colocated dp4 -> tp2 dp2": ((1, 4, 0), (2, 2, 0)),
+    "colocated dp4 -> tp4": ((1, 4, 0), (4, 1, 0)),
+    "colocated tp2 dp2 -> dp4": ((2, 2, 0), (1, 4, 0)),
+    "colocated tp4 -> dp4": ((4, 1, 0), (1, 4, 0)),
+    "colocated tp2 dp2 -> tp2 dp2": ((2, 2, 0), (2, 2, 0)),
 }
 
 
-def side(first: int, tp: int, dp: int, rows: int, *, cut: bool = False) -> RowMap:
-    """Rows in equal, contiguous shares: over dp with equal copies on tp, or over dp and tp where cut."""
-    ranks = [tuple(range(first + d * tp, first + (d + 1) * tp)) for d in range(dp)]
-    lanes = [(r,) for group in ranks for r in group] if cut else ranks
-    return RowMap.of_items(lanes, [rows // len(lanes)] * len(lanes), list(range(len(lanes))))
+def side(layout: Layout, rows: int, sharded: bool = False) -> RowMap:
+    """`rows` rows dealt evenly to the dp ranks, and within them to the tp ranks where sharded."""
+    tp, dp, first = layout
+    lanes = [tuple(range(first + d * tp, first + (d + 1) * tp)) for d in range(dp)]
+    if sharded:
+        lanes = [(r,) for ranks in lanes for r in ranks]
+    return RowMap.of_items(lanes, [rows // len(lanes)] * len(lanes), range(len(lanes)))
 
 
-def own(case: tuple[int, int, int, int, bool, bool], full: torch.Tensor, comm: BoundaryCommunicator) -> Peer:
-    """Our boundary as something to race: a step, whether it is exact, and the bytes it moved."""
-    stp, sdp, dtp, ddp, cut, apart = case
-    rank, rows = dist.get_rank(), len(full)
-    source, dest = side(0, stp, sdp, rows), side(2 if apart else 0, dtp, ddp, rows, cut=cut)
+def held(m: RowMap, rank: int) -> slice:
+    lane = m.lane_of(rank)
+    return slice(0, 0) if lane is None else slice(int(m.start[lane]), int(m.start[lane] + m.length[lane]))
+
+
+@contextlib.contextmanager
+def counted(total: list[int]) -> Iterator[None]:
+    """Adds up the payload that this rank hands to torch.distributed, in bytes."""
+    saved = {
+        n: getattr(dist, n)
+        for n in ("batch_isend_irecv", "send", "broadcast", "all_gather_into_tensor", "all_to_all_single")
+    }
+
+    def size(t: torch.Tensor) -> int:
+        return t.numel() * t.element_size()
+
+    def batch(ops: list[Any]) -> Any:
+        total[0] += sum(size(o.tensor) for o in ops if o.op is dist.isend)
+        return saved["batch_isend_irecv"](ops)
+
+    def send(t: torch.Tensor, *a: Any, **k: Any) -> Any:
+        total[0] += size(t)
+        return saved["send"](t, *a, **k)
+
+    def broadcast(t: torch.Tensor, src: Any = None, group: Any = None, **k: Any) -> Any:
+        total[0] += size(t) * (dist.get_world_size(group) - 1) if dist.get_rank() == src else 0
+        return saved["broadcast"](t, src=src, group=group, **k)
+
+    def gather(out: torch.Tensor, t: torch.Tensor, group: Any = None, **k: Any) -> Any:
+        total[0] += size(t) * (dist.get_world_size(group) - 1)
+        return saved["all_gather_into_tensor"](out, t, group=group, **k)
+
+    def exchange(out: torch.Tensor, t: torch.Tensor, *a: Any, **k: Any) -> Any:
+        total[0] += size(t)
+        return saved["all_to_all_single"](out, t, *a, **k)
+
+    for name, wrapped in zip(saved, (batch, send, broadcast, gather, exchange), strict=True):
+        setattr(dist, name, wrapped)
+    try:
+        yield
+    finally:
+        for name, original in saved.items():
+            setattr(dist, name, original)
+
+
+def own(communicator: BoundaryCommunicator, source: RowMap, dest: RowMap, full: torch.Tensor) -> Step:
+    """Forward and backward of our communicator, with autograd as in a training loop."""
+    rank = dist.get_rank()
     plan = plan_edge("race", source, dest, rank)
-    x, g = full[_held(source, rank)].clone(), -full[_held(dest, rank)]
+    x = full[held(source, rank)].clone().requires_grad_()
+    grad = -full[held(dest, rank)]
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
-        y = comm.forward(plan, x)
-        return y, comm.backward(plan, g)
+        y = communicator.exchange(plan, x)
+        (back,) = torch.autograd.grad(y, x, grad)
+        return y, back
 
-    y, back = step()
-    exact = torch.equal(y, -g) and torch.equal(back, -x)
-    moved = plan.forward.received_rows + plan.backward[0].received_rows
-    return Peer(step, exact, moved * full.shape[1] * full.element_size())
+    return step
 
 
-def _held(rows: RowMap, rank: int) -> slice:
-    lane = rows.lane_of(rank)
-    if lane is None:
-        return slice(0, 0)
-    run = int((rows.lane == lane).nonzero()[0][0])
-    return slice(int(rows.start[run]), int(rows.start[run] + rows.length[run]))
-
-
-def race(ours: Peer, theirs: Peer | None, iterations: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of each iteration, the slowest rank's, the two in turn."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in range(iterations + 2):
-        for which, peer in enumerate((ours, theirs)):
-            if peer is None:
-                continue
+def race(steps: dict[str, Step], iters: int) -> dict[str, list[float]]:
+    """ms of each party's iterations, interleaved; the slowest rank's."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for i in range(iters + 2):
+        for name in names if i % 2 else names[::-1]:
             dist.barrier()
-            start = time.perf_counter()
-            peer.step()
+            begin = time.perf_counter()
+            steps[name]()
             dist.barrier()
             if i >= 2:
-                times[which].append((time.perf_counter() - start) * 1e3)
-    return tuple(_slowest(t) for t in times)  # type: ignore[return-value]
+                times[name].append((time.perf_counter() - begin) * 1e3)
+    for name, ms in times.items():
+        slowest = torch.tensor(ms, dtype=torch.float64)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        times[name] = slowest.tolist()
+    return times
 
 
-def _slowest(times: list[float]) -> list[float]:
-    t = torch.tensor(times, dtype=torch.float64)
-    dist.all_reduce(t, dist.ReduceOp.MAX)
-    return t.tolist()
+def verify(name: str, step: Step, source: slice, dest: slice, full: torch.Tensor) -> int:
+    """Check a party's rows and gradients; its bytes, summed over ranks."""
+    total = [0]
+    with counted(total):
+        y, back = step()
+    assert torch.equal(y.detach(), full[dest]), f"{name}: wrong rows"
+    assert torch.equal(back, -full[source]), f"{name}: wrong gradients"
+    sent = torch.tensor(total)
+    dist.all_reduce(sent)
+    return int(sent)
 
 
-def run_launch(rows: int, hidden: int, dtype: torch.dtype, iterations: int, out: Path | None) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    comm = BoundaryCommunicator(dist.group.WORLD)
-    full = torch.arange(rows, dtype=torch.float32).unsqueeze(1).expand(rows, hidden).to(dtype).contiguous()
-    results = {}
-    make: Callable[..., Peer | None] = megatron_peer() or all_gather_peer
-    for name, case in CASES.items():
-        ours, theirs = own(case, full, comm), make(case, full)
-        exact = torch.tensor([int(ours.exact), ours.bytes])
-        dist.all_reduce(exact)
-        mine, other = race(ours, theirs, iterations)
-        results[name] = {
-            "exact": int(exact[0]) == dist.get_world_size(),
-            "mib": int(exact[1]) / 2**20,
-            "own_ms": min(mine),
-            "peer_ms": min(other) if other else None,
-            "ratio": min(mine) / min(other) if other else None,
+def run_case(name: str, args: argparse.Namespace, communicator: BoundaryCommunicator) -> dict[str, Any]:
+    source_layout, dest_layout = CASES[name]
+    dtype = getattr(torch, args.dtype)
+    full = torch.randn(args.rows, args.hidden, generator=torch.Generator().manual_seed(0)).to(dtype)
+    source, dest = side(source_layout, args.rows), side(dest_layout, args.rows)
+    rank = dist.get_rank()
+    mine, theirs = held(source, rank), held(dest, rank)
+    x, grad = full[mine].clone(), -full[theirs]
+    if peer.version() is None:
+        ranks = range(WORLD)
+        other = peer.all_gather(x, grad, [held(source, r) for r in ranks], [held(dest, r) for r in ranks])
+    else:
+        make = peer.megatron_disjoint if name.startswith("disjoint") else peer.megatron_colocated
+        other = make(source_layout, dest_layout, x, grad)
+    steps = {"peer": other, "replicated": own(communicator, source, dest, full)}
+    spans = {"peer": theirs, "replicated": theirs}
+    if dest_layout[0] > 1:
+        split = side(dest_layout, args.rows, sharded=True)
+        steps["sharded"], spans["sharded"] = own(communicator, source, split, full), held(split, rank)
+    sent = {
+        party: verify(f"{name}, {party}", step, mine, spans[party], full) for party, step in steps.items()
+    }
+    times = race(steps, args.iters)
+    best = min(times["peer"])
+    return {
+        party: {
+            "min_ms": min(ms),
+            "median_ms": statistics.median(ms),
+            "ratio": min(ms) / best,
+            "bytes": sent[party],
         }
-    if dist.get_rank() == 0 and out is not None:
-        out.write_text(json.dumps({"peer": make.__name__, "results": results}))
+        for party, ms in times.items()
+    }
+
+
+def launch(args: argparse.Namespace) -> None:
+    """One rank of a race."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    if dist.get_world_size() != WORLD:
+        raise SystemExit(f"run with --nproc-per-node {WORLD}, not {dist.get_world_size()}")
+    communicator = BoundaryCommunicator(dist.group.WORLD, transport=args.transport)
+    wanted = [name for name in CASES if args.only in name]
+    results = {name: run_case(name, args, communicator) for name in wanted}
+    if dist.get_rank() == 0:
+        print(f"against {against()}; boundary [{args.rows}, {args.hidden}] {args.dtype}, {args.transport}")
+        for name, parties in results.items():
+            print(line(name, parties), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(results))
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def drive(launches: int, sizes: list[tuple[int, int, str]], iterations: int, report: Path | None) -> None:
-    """Several launches of each size; prints medians of the launches."""
-    everything = {}
-    for rows, hidden, dtype in sizes:
+def against() -> str:
+    version = peer.version()
+    return f"megatron-core {version}" if version else "all-gather (megatron-core is not importable)"
+
+
+def line(name: str, parties: dict[str, dict[str, float]]) -> str:
+    def cell(party: str) -> str:
+        p = parties.get(party)
+        return (
+            f"{'-':>28}"
+            if p is None
+            else f"{p['min_ms']:8.1f} {p['bytes'] / 2**20:6.0f} MiB {p['ratio']:6.2f} x"
+        )
+
+    return f"{name:30}" + "".join(f" | {cell(party)}" for party in ("peer", "replicated", "sharded"))
+
+
+def drive(args: argparse.Namespace) -> None:
+    """Several launches of each size; medians of each launch's ratio of minima."""
+    here = Path(__file__).resolve()
+    report = {}
+    for rows, hidden, dtype in SIZES:
         runs = []
-        for _ in range(launches):
+        for _ in range(args.launches):
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
                 command = [
                     sys.executable,
                     "-m",
                     "torch.distributed.run",
                     "--standalone",
-                    "--nproc-per-node=4",
+                    "--nproc-per-node",
+                    str(WORLD),
                 ]
-                command += [__file__, f"--rows={rows}", f"--hidden={hidden}", f"--dtype={dtype}"]
-                command += [f"--iters={iterations}", f"--json={file.name}"]
-                subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                command += [str(here), "--rows", str(rows), "--hidden", str(hidden), "--dtype", dtype]
+                command += ["--iters", str(args.iters), "--json", file.name, "--only", args.only]
+                command += ["--transport", args.transport]
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
                 runs.append(json.loads(Path(file.name).read_text()))
-        print(f"\n[{rows}, {hidden}] {dtype}, peer {runs[0]['peer']}, median of {launches} launches")
-        table = {}
-        for name in CASES:
-            found = [r["results"][name] for r in runs]
-            ratios = [f["ratio"] for f in found if f["ratio"] is not None]
-            ratio = statistics.median(ratios) if ratios else None
-            best = min(f["own_ms"] for f in found)
-            table[name] = {
-                "exact": all(f["exact"] for f in found),
-                "mib": found[0]["mib"],
-                "own_ms": best,
-                "ratio": ratio,
-                "ratios": ratios,
-            }
-            shown = f"{ratio:.2f}x" if ratio is not None else "-"
-            print(
-                f"{name:46s} {best:8.2f} ms  {found[0]['mib']:7.2f} MiB  {shown:>7s}  exact {table[name]['exact']}"
-            )
-        everything[f"{rows}x{hidden} {dtype}"] = table
-    if report is not None:
-        report.write_text(json.dumps(everything, indent=1))
+        print(f"\nagainst {against()}; boundary [{rows}, {hidden}] {dtype}; {args.launches} launches")
+        print(f"{'':30} | {'peer: ms, bytes':>28} | {'replicated: ms, bytes, ratio':>28} | sharded")
+        report[f"{rows}x{hidden} {dtype}"] = {name: middle([run[name] for run in runs]) for name in runs[0]}
+        for name, parties in report[f"{rows}x{hidden} {dtype}"].items():
+            ratios = ", ".join(f"{run[name]['replicated']['ratio']:.2f}" for run in runs)
+            print(f"{line(name, parties)}   (launches: {ratios})", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+def middle(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        party: {key: statistics.median(run[party][key] for run in runs) for key in values}
+        for party, values in runs[0].items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=4096, help="rows of the whole boundary tensor")
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--iters", type=int, default=12)
-    parser.add_argument("--launches", type=int, default=3, help="outside torchrun: how many launches")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
+    parser.add_argument("--iters", type=int, default=15)
+    parser.add_argument("--only", default="", help="run the cases with this in their name")
+    parser.add_argument("--transport", default="auto", choices=("auto", "p2p", "all_to_all"))
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--launches", type=int, help="launch this many races of each size, report medians")
     args = parser.parse_args()
-    if "RANK" in os.environ:
-        run_launch(args.rows, args.hidden, getattr(torch, args.dtype), args.iters, args.json)
-    else:
-        sizes = [(4096, 1024, "float32"), (8192, 2048, "bfloat16")]
-        drive(args.launches, sizes, args.iters, args.json)
+    action: Callable[[argparse.Namespace], None] = drive if args.launches else launch
+    action(args)
 
 
 if __name__ == "__main__":

@@ -1,118 +1,136 @@
-"""The peers of benchmarks/boundary.py."""
+"""What the boundary is raced against: megatron-core's communicators if importable, else an all-gather.
+
+megatron-core is used as it is, from outside: its literal backend and device are replaced by those of this
+run, and Tensor.sum() is a constant while its communicator between disjoint ranks runs, because that version
+computes it only for a debug log on every message.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-Case = tuple[int, int, int, int, bool, bool]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One forward and backward; whether its rows were right; payload bytes received here."""
-
-    step: Callable[[], Any]
-    exact: bool
-    bytes: int
+Layout = tuple[int, int, int]  # tp, dp, first rank
+Step = Callable[[], tuple[Tensor, Tensor]]  # forward and backward: (rows, gradients)
 
 
-def megatron_peer() -> Callable[[Case, torch.Tensor], Peer | None] | None:
-    """megatron-core's communicators on gloo, or None where it cannot be imported.
-
-    Patched from outside only: device and backend, and the debug line that sums every message (0.19.2), which
-    would be timed too.
-    """
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    for name in ("new_group", "new_subgroups_by_enumeration"):
-        setattr(dist, name, _on_gloo(getattr(dist, name)))
+def version() -> str | None:
+    """megatron-core's version, None where it is not importable."""
     try:
-        from megatron.core.hyper_comm_grid import HyperCommGrid
-        from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
-        from megatron.core.pipeline_parallel import bridge_communicator
+        import megatron.core
     except ImportError:
         return None
-    bridge_communicator.logging.debug = lambda *args, **kw: None
-    torch_sum = torch.Tensor.sum
+    return str(megatron.core.__version__).split("+")[0]  # what follows is the commit of the folder we run in
 
-    def grid(tp: int, dp: int, first: int) -> Any:
-        made = HyperCommGrid([tp, 1, 1, dp], ["tp", "cp", "pp", "dp"], rank_offset=first, backend="gloo")
-        for axis in ("tp", "cp", "pp", "dp"):
-            made.create_pg([axis])
-        return made
 
-    def megatron_core(case: Case, full: torch.Tensor) -> Peer | None:
-        stp, sdp, dtp, ddp, _, apart = case
-        rank, rows = dist.get_rank(), len(full)
-        source, dest = grid(stp, sdp, 0), grid(dtp, ddp, 2 if apart else 0)
+@contextlib.contextmanager
+def _our_backend() -> Iterator[None]:
+    """Groups of the default group's backend, whatever backend is asked for; the CPU as current device."""
+    ours = dist.get_backend()
+    names = ("new_group", "new_subgroups_by_enumeration")
+    saved = {name: getattr(dist, name) for name in names}
+    device = torch.cuda.current_device
 
-        def share(tp: int, dp: int, first: int) -> torch.Tensor:
-            lane = (rank - first) // tp
-            return full[lane * rows // dp : (lane + 1) * rows // dp].contiguous()
+    def wrap(make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *a, **k: make(*a, **(k | {"backend": ours} if "backend" in k else k))
 
-        if not apart:
-            link = ColocatedBridgeCommunicator(source, dest, "enc", "language", dim_mapping={"b": 0, "h": 1})
-            x, g = share(stp, sdp, 0).requires_grad_(), -share(dtp, ddp, 0)
+    for name, make in saved.items():
+        setattr(dist, name, wrap(make))
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    try:
+        yield
+    finally:
+        for name, make in saved.items():
+            setattr(dist, name, make)
+        torch.cuda.current_device = device
 
-            def step() -> torch.Tensor:
-                x.grad = None
-                y = link.communicate(x)
-                y.backward(g)
-                return y
 
-            y = step()
-            return Peer(step, torch.equal(y.detach(), -g) and torch.equal(x.grad, -x.detach()), 0)
-        bridge = bridge_communicator.BridgeCommunicator(
-            source,
-            dest,
+def _grid(layout: Layout) -> Any:
+    from megatron.core.hyper_comm_grid import HyperCommGrid
+
+    tp, dp, first = layout
+    axes = ["tp", "cp", "pp", "dp"]
+    grid = HyperCommGrid([tp, 1, 1, dp], axes, rank_offset=first, backend=dist.get_backend())
+    for axis in axes:
+        grid.create_pg([axis])
+    return grid
+
+
+def megatron_colocated(source: Layout, dest: Layout, x: Tensor, grad: Tensor) -> Step:
+    """Forward and backward of the communicator between layouts on the same ranks."""
+    from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+
+    with _our_backend():
+        bridge = ColocatedBridgeCommunicator(
+            _grid(source), _grid(dest), "enc", "llm", dim_mapping={"b": 0, "h": 1}
+        )
+    x = x.clone().requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        y = bridge.communicate(x)
+        (back,) = torch.autograd.grad(y, x, grad)
+        return y, back
+
+    return step
+
+
+def megatron_disjoint(source: Layout, dest: Layout, x: Tensor, grad: Tensor) -> Step:
+    """Forward and backward of the communicator between disjoint ranks."""
+    from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
+
+    with _our_backend():
+        bridge = BridgeCommunicator(
+            _grid(source),
+            _grid(dest),
             dim_mapping={"s": 0, "b": 1, "h": 2},
-            comm_dtype=full.dtype,
+            comm_dtype=x.dtype,
             src_module_name="enc",
-            dest_module_name="language",
+            dest_module_name="llm",
             tensor_ndim=2,
         )
-        here = share(stp, sdp, 0) if rank < 2 else -share(dtp, ddp, 2)
+    sends = source[2] <= dist.get_rank() < source[2] + source[0] * source[1]
+    logged = torch.Tensor.sum
 
-        def apart_step() -> torch.Tensor:
-            # The peer sums each message for a log line; without that the race is of communication alone.
-            torch.Tensor.sum = lambda self, *a, **k: 0.0  # type: ignore[method-assign]
+    def step() -> tuple[Tensor, Tensor]:
+        with _our_backend():
+            torch.Tensor.sum = lambda *a, **k: 0  # type: ignore[assignment,method-assign]
             try:
-                if rank < 2:
-                    bridge.send_forward(here)
-                    return bridge.recv_backward()
+                if sends:
+                    bridge.send_forward(x)
+                    return x[:0], bridge.recv_backward()
                 y = bridge.recv_forward()
-                bridge.send_backward(here)
-                return y
+                bridge.send_backward(grad)
+                return y.detach(), grad[:0]
             finally:
-                torch.Tensor.sum = torch_sum  # type: ignore[method-assign]
+                torch.Tensor.sum = logged  # type: ignore[method-assign]
 
-        return Peer(apart_step, torch.equal(apart_step().detach(), -here), 0)
-
-    return megatron_core
+    return step
 
 
-def _on_gloo(make: Callable[..., Any]) -> Callable[..., Any]:
-    def made(*args: Any, **kw: Any) -> Any:
-        return make(*args, **{**kw, **({"backend": "gloo"} if kw.get("backend") == "nccl" else {})})
+def all_gather(x: Tensor, grad: Tensor, held: list[slice], wanted: list[slice]) -> Step:
+    """Everything to everyone, each rank then takes its own; held and wanted: each rank's global rows."""
+    rank = dist.get_rank()
 
-    return made
+    def everything(mine: Tensor, spans: list[slice], rows: int) -> Tensor:
+        size = max(s.stop - s.start for s in spans)
+        padded = mine.new_zeros(size, mine.shape[1])
+        padded[: len(mine)] = mine
+        parts = mine.new_empty(len(spans) * size, mine.shape[1])
+        dist.all_gather_into_tensor(parts, padded)
+        full = mine.new_empty(rows, mine.shape[1])
+        for span, part in zip(spans, parts.split(size), strict=True):
+            full[span] = part[: span.stop - span.start]
+        return full
 
+    rows = max(s.stop for s in held)
 
-def all_gather_peer(case: Case, full: torch.Tensor) -> Peer | None:
-    """What torch alone offers for colocated fan-in: all ranks gather everything, gradients are cut out."""
-    stp, sdp, dtp, ddp, _, apart = case
-    if apart or stp != 1 or dtp * ddp != 4:
-        return None
-    rank, n = dist.get_rank(), len(full) // sdp
-    x = full[rank * n : (rank + 1) * n].contiguous()
-    out = torch.empty_like(full)
+    def step() -> tuple[Tensor, Tensor]:
+        y = everything(x, held, rows)[wanted[rank]]
+        return y, everything(grad, wanted, rows)[held[rank]]
 
-    def step() -> torch.Tensor:
-        dist.all_gather_into_tensor(out, x)
-        return out[rank * n : (rank + 1) * n].contiguous()
-
-    return Peer(step, torch.equal(step(), x), 0)
+    return step
