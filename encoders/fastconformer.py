@@ -258,7 +258,7 @@ class FastConformer(Encoder):
         if not len(samples):
             return torch.zeros((0, cfg.mels))
         frames = log_mel(samples, rate=cfg.rate, mels=cfg.mels, window=cfg.window, hop=cfg.hop)
-        return (frames + 5.0) / 5.0
+        return (frames + 2.0) / 3.5  # about zero mean and unit spread for speech at full level
 
     @classmethod
     def check(cls, cfg: FastConformerConfig, tp: int) -> None:

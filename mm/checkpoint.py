@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mm.config import Config, resolve
+from mm.data.index import Index
 from mm.errors import CheckpointError
 from mm.job import Blueprint, Job
 from parallel import checkpoint as store
@@ -31,18 +32,22 @@ def state_tensors(job: Job) -> dict[str, Tensor]:
     return out
 
 
-def fingerprint(blueprint: Blueprint) -> str:
+def fingerprint(blueprint: Blueprint, index: Index) -> str:
     """What must stay the same between saving and resuming for the run to be the same run: not the layout."""
     cfg = resolve(blueprint.cfg)
-    kept = {"model": cfg["model"], "data": cfg["data"], "seed": cfg["run"]["seed"]}
+    kept = {"model": cfg["model"], "data": index.digest, "seed": cfg["run"]["seed"]}
     kept["global_batch"] = cfg["train"]["global_batch"]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def save(job: Job, directory: Path, step: int, bad: Collection[int]) -> Path:
+def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int]) -> Path:
     """Write the state after `step` steps; every rank calls this. bad: samples known to be unreadable."""
     cfg = job.blueprint.cfg
-    state = {"fingerprint": fingerprint(job.blueprint), "bad_samples": sorted(bad), "config": resolve(cfg)}
+    state = {
+        "fingerprint": fingerprint(job.blueprint, index),
+        "bad_samples": sorted(bad),
+        "config": resolve(cfg),
+    }
     return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)
 
 
@@ -65,13 +70,13 @@ def find(cfg: Config, directory: Path) -> Path | None:
     return path
 
 
-def load(job: Job, path: Path) -> dict[str, Any]:
+def load(job: Job, index: Index, path: Path) -> dict[str, Any]:
     """Fill the job from a checkpoint written under any layout; returns its state (step, bad_samples, ..)."""
     try:
         state = store.load(path, state_tensors(job))
     except store.BadCheckpoint as error:
         raise CheckpointError(str(error)) from error
-    if state.get("fingerprint") != fingerprint(job.blueprint):
+    if state.get("fingerprint") != fingerprint(job.blueprint, index):
         raise CheckpointError(
             f"{path} was written by a run with another model, data, seed or global batch; "
             "compare its state.json with this config, or start afresh with checkpoint.resume=none"

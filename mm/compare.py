@@ -63,7 +63,9 @@ def compare(cfg: Config, runs: Sequence[Run], *, steps: int, rounds: int, json_o
         report = {"runs": [summary(run, runs[0]) for run in runs]}
         if json_out is not None:
             json_out.write_text(json.dumps(report, indent=1))
-        RichConsole().print(table(report))
+        console = RichConsole()
+        console.width = max(console.width, 120)  # a row a layout, also where nobody looks at a terminal
+        console.print(table(report))
 
 
 def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:

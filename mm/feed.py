@@ -55,7 +55,7 @@ class Feed:
         warn: Callable[[str], None] = print,
     ) -> None:
         self.bad = frozenset(bad)
-        self._index, self._assembler, self._control = index, assembler, control
+        self.index, self._assembler, self._control = index, assembler, control
         self._seed, self._global_batch, self._ahead = seed, global_batch, max(1, ahead)
         self._warn = warn
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
@@ -92,7 +92,7 @@ class Feed:
         self._pending.clear()
 
     def _prepare(self, step: int, known_bad: frozenset[int]) -> Prepared:
-        samples = self._index.samples
+        samples = self.index.samples
         ids = sample_ids(self._seed, step, self._global_batch, len(samples), known_bad)
         return prepare(step, [samples[i] for i in ids], self._assembler)
 

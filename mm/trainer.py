@@ -58,7 +58,7 @@ def _train(blueprint: Blueprint, rank: RankInfo) -> None:
     first, bad = 0, frozenset[int]()
     resume = checkpoint.find(cfg, run_dir)
     if resume is not None:
-        state = checkpoint.load(job, resume)
+        state = checkpoint.load(job, train_data.index, resume)
         first, bad = state["step"], frozenset(state["bad_samples"])
     console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
     if rank.rank == 0:
@@ -94,7 +94,7 @@ def _loop(job: Job, feed: Feed, eval_data: Data | None, console: Console, run_di
         console.step(add_rates(job, record))
         done = step + 1
         if (every and done % every == 0) or (asked and every):
-            checkpoint.save(job, run_dir, done, feed.bad)
+            checkpoint.save(job, feed.index, run_dir, done, feed.bad)
         if asked:
             console.info(f"stopped by a signal after step {done}")
             return

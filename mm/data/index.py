@@ -19,6 +19,7 @@ import os
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ class Index:
 
     samples: tuple[Sample, ...]
     broken: tuple[tuple[str, str, str], ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint of what the samples are, wherever their shards lie."""
+        h = hashlib.sha256()
+        for sample in self.samples:
+            h.update(f"{sample.key} {sample.json.sha256}\n".encode())
+        return h.hexdigest()[:16]
 
 
 Probe = Callable[[bytes], dict[str, int]]

@@ -31,11 +31,11 @@ def run(raw: dict[str, Any], folder: str, first: int, last: int) -> list[dict[st
     job = build_job(blueprint, rank)
     if first:
         found = checkpoint.find(blueprint.cfg, Path(folder))
-        assert found is not None and checkpoint.load(job, found)["step"] == first
+        assert found is not None and checkpoint.load(job, data.index, found)["step"] == first
     feed = Feed(data.index, data.assembler, job.control, seed=1, global_batch=5, ahead=1)
     try:
         out = [train_step(job, feed, step) for step in range(first, last)]
-        checkpoint.save(job, Path(folder), last, feed.bad)
+        checkpoint.save(job, data.index, Path(folder), last, feed.bad)
     finally:
         feed.close()
         job.close()

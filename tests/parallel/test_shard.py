@@ -1,0 +1,111 @@
+"""Shards hold exactly their part of the initial weights, and update as the whole would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from parallel.layout import make_layout
+from parallel.mesh import build_mesh
+from parallel.optim import AdamW, ShardedOptimizer
+from parallel.param import constant, declare, initialise, normal
+from parallel.shard import ShardPolicy, materialise, shard_module
+
+
+class Experts(nn.Module):
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        kw: dict[str, Any] = {"device": device, "dtype": torch.float64}
+        declare(self, "up", (4, 6, 10), normal(1.0), view="expert", shard_dim=0, **kw)
+
+
+class Net(nn.Module):
+    """Parameters of all kinds: cut by rows, by columns, not at all, uneven, experts."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        kw: dict[str, Any] = {"device": device, "dtype": torch.float64}
+        declare(self, "row", (8, 12), normal(1.0), shard_dim=0, **kw)
+        declare(self, "column", (5, 8), normal(1.0), shard_dim=1, **kw)
+        declare(self, "vector", (8,), normal(1.0), shard_dim=0, **kw)
+        declare(self, "uneven", (7, 3), normal(1.0), **kw)
+        declare(self, "one", (1,), constant(2.0), **kw)
+        self.experts = Experts(device)
+        self.register_buffer("count", torch.zeros(3, device=device))
+
+
+def whole_values() -> dict[str, torch.Tensor]:
+    net = Net("cpu")
+    initialise(net, 3, "net")
+    return {k: p.detach() for k, p in net.named_parameters()}
+
+
+def shards(spec: dict[str, Any]) -> tuple[float, float]:
+    """Largest difference of the gathered weights before and after two updates, and of the gradient norm."""
+    layout = make_layout("net", dist.get_world_size(), spec)
+    mesh = build_mesh(layout, "cpu")
+    assert mesh is not None
+    net, whole = Net("meta"), whole_values()
+    shard_module(net, mesh, ShardPolicy(), param_dtype=torch.float64)
+    materialise(net, mesh, seed=3, name="net", device=torch.device("cpu"))
+    worst = max(float((p.full_tensor() - whole[k]).abs().max()) for k, p in net.named_parameters())
+    assert not net.get_buffer("count").any()
+    optimizer = ShardedOptimizer(net, mesh, AdamW())
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for p in whole.values() if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in whole.values() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=0.1,
+        betas=(0.9, 0.95),
+    )
+    norm = 0.0
+    for _ in range(2):
+        for key, p in net.named_parameters():
+            p.grad = p.detach() * 0.5
+            whole[key].grad = whole[key] * 0.5
+        optimizer.collect()
+        square = torch.tensor(optimizer.norm_squared(), dtype=torch.float64)
+        dist.all_reduce(square)
+        expected = sum(float(p.grad.square().sum()) for p in whole.values())
+        norm = max(norm, abs(float(square) - expected) / expected)
+        optimizer.step(0.1)
+        reference.step()
+    worst = max(
+        [worst, *(float((p.full_tensor() - whole[k]).abs().max()) for k, p in net.named_parameters())]
+    )
+    mesh.close()
+    return worst, norm
+
+
+LAYOUTS = [
+    (1, {}),
+    (2, {}),
+    (3, {}),
+    (4, {}),
+    (4, {"tp": 2}),
+    (4, {"tp": 4}),
+    (4, {"tp": 2, "ep": 4}),
+    (4, {"ep": 2}),
+]
+
+
+@pytest.mark.parametrize("world, spec", LAYOUTS)
+def test_shards_are_parts_of_the_whole(world: int, spec: dict[str, Any], ranks: Any) -> None:
+    for worst, norm in ranks(world, shards, spec):
+        assert worst < 1e-12 and norm < 1e-12
+
+
+def indivisible() -> None:
+    mesh = build_mesh(make_layout("net", 3, {"tp": 3}), "cpu")
+    assert mesh is not None
+    shard_module(Net("meta"), mesh, ShardPolicy(), param_dtype=torch.float64)
+
+
+def test_a_dim_that_does_not_divide_is_named(ranks: Any) -> None:
+    with pytest.raises(AssertionError, match=r"Net\.row of shape \[8, 12\]: dim 0 does not divide by tp=3"):
+        ranks(3, indivisible)
