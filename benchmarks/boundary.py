@@ -189,7 +189,9 @@ def launch(args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     if dist.get_world_size() != WORLD:
         raise SystemExit(f"run with --nproc-per-node {WORLD}, not {dist.get_world_size()}")
-    communicator = BoundaryCommunicator(dist.group.WORLD, transport=args.transport)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    communicator = BoundaryCommunicator(everyone, transport=args.transport)
     wanted = [name for name in CASES if args.only in name]
     results = {name: run_case(name, args, communicator) for name in wanted}
     if dist.get_rank() == 0:
@@ -242,7 +244,7 @@ def drive(args: argparse.Namespace) -> None:
                 subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
                 runs.append(json.loads(Path(file.name).read_text()))
         print(f"\nagainst {against()}; boundary [{rows}, {hidden}] {dtype}; {args.launches} launches")
-        print(f"{'':30} | {'peer: ms, bytes':>28} | {'replicated: ms, bytes, ratio':>28} | sharded")
+        print(f"{'':30} | {'peer: ms, bytes':>28} | {'replicated: ms, bytes, ratio':>28} | {'sharded':>28}")
         report[f"{rows}x{hidden} {dtype}"] = {name: middle([run[name] for run in runs]) for name in runs[0]}
         for name, parties in report[f"{rows}x{hidden} {dtype}"].items():
             ratios = ", ".join(f"{run[name]['replicated']['ratio']:.2f}" for run in runs)

@@ -113,7 +113,10 @@ def megatron_disjoint(source: Layout, dest: Layout, x: Tensor, grad: Tensor) -> 
 
 
 def all_gather(x: Tensor, grad: Tensor, held: list[slice], wanted: list[slice]) -> Step:
-    """Everything to everyone, each rank then takes its own; held and wanted: each rank's global rows."""
+    """Everything to everyone, each rank then takes its own; held and wanted: each rank's global rows.
+
+    The obvious way without a plan, replicas and all: a floor to stand on, not a rival.
+    """
     rank = dist.get_rank()
 
     def everything(mine: Tensor, spans: list[slice], rows: int) -> Tensor:

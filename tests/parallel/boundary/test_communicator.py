@@ -192,4 +192,6 @@ def stays() -> int:
     x = torch.ones(4 if dist.get_rank() == 0 else 2, 2)
     with Counter() as sent:
         assert comm.forward(plan, x) is x and comm.backward(plan, x) is x
+        y = comm.exchange(plan, x)
+        assert y.requires_grad and y.data_ptr() == x.data_ptr()
     return sent.bytes
