@@ -117,4 +117,4 @@ def test_the_learning_rate_warms_up_holds_and_decays() -> None:
     cfg = TrainConfig(steps=100, global_batch=1, lr=1.0, min_lr=0.1, warmup=0.1, decay=0.2)
     rates = [learning_rate(cfg, s) for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and set(rates[9:79]) == {1.0}
-    assert all(a > b for a, b in itertools.pairwise(rates)) and rates[-1] > 0.1
+    assert all(a > b for a, b in itertools.pairwise(rates[79:])) and rates[-1] > 0.1
