@@ -73,6 +73,8 @@ def _run(message: bytes) -> tuple[bool, Any]:
             world_size=world,
             timeout=timedelta(seconds=timeout),
         )
+        # No rank may be done, and close its connections, while another still makes its own.
+        dist.barrier()
         return True, fn(*args)
     except BaseException:
         return False, traceback.format_exc()

@@ -110,7 +110,8 @@ def silent_peer(transport: str) -> str:
     comm = BoundaryCommunicator(dist.group.WORLD, timeout_s=1.0, transport=transport)
     source, dest = RowMap.of_items([(0,)], [4], [0]), RowMap.of_items([(1,)], [4], [0])
     if dist.get_rank() == 0:
-        return ""  # never sends
+        time.sleep(2.5)  # alive, but never sends
+        return ""
     try:
         comm.forward(plan_edge("vision -> llm", source, dest, 1), torch.zeros(0, 2))
     except RuntimeError as error:
