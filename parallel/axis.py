@@ -39,13 +39,16 @@ class Axis:
 class Axes:
     """The axes that layers of one module compute over.
 
-    tp: tensor parallel; ep: expert parallel (expert view of the same ranks).
+    tp: tensor parallel; ep: expert parallel, etp: tensor parallel inside an expert (both in the expert view
+    of the same ranks); cp: context parallel, which cuts the tokens of a sequence.
     sequence_parallel: between blocks each tp rank keeps only its share of the tokens.
     """
 
     tp: Axis = Axis("tp")
     ep: Axis = Axis("ep")
     sequence_parallel: bool = False
+    cp: Axis = Axis("cp")
+    etp: Axis = Axis("etp")
 
     @property
     def token_shards(self) -> int:
