@@ -5,19 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from parallel.layout import check_divides, nearest
 
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
 
+Activation = Literal["relu2", "gelu", "silu"]
+
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """A hybrid model of the Nemotron-H family (arXiv 2504.03624, 2512.20848).
+    """A hybrid model of the Nemotron-H family (arXiv 2504.03624, 2512.20848), or a dense transformer.
 
-    pattern: one symbol a layer, M Mamba-2, E mixture of experts, * attention, - dense MLP. Widths count
-    features; the inner width of Mamba-2 is mamba_heads * mamba_head_dim. expert_bias_rate: step of the
-    routing bias after each global batch (0 leaves it). loss_chunk: tokens whose logits exist at a time.
+    pattern: one symbol a layer, M Mamba-2, E mixture of experts, * attention, - dense MLP; a | between layers
+    cuts pipeline stages there. Widths count features; the inner width of Mamba-2 is
+    mamba_heads * mamba_head_dim.
+
+    rope_theta: base of rotary positions, None for no positions. attention_bias: of all four projections.
+    activation, mlp_gated: of dense MLPs, routed and shared experts alike; gated is act(gate x) * (up x).
+    mlp_bias: of dense MLPs and shared experts. tied: the head is the embedding.
+
+    latent: width that routed experts work in (LatentMoE, arXiv 2601.18089), None for d_model.
+    shared_ffn: 0 for no shared expert. router, norm_top_k: scores, and whether the chosen ones are divided by
+    their sum. expert_groups, top_groups: experts are chosen from the best groups only (DeepSeek-V3, arXiv
+    2412.19437, section 2.1.2). expert_bias_rate: step of the routing bias after each global batch (0 leaves
+    it). aux_weight, z_weight: of the per-document balance loss and of the squared log-partition of the
+    router's logits. capacity: an expert takes at most capacity * tokens * top_k / n_experts of a rank's rows
+    and drops the least probable rest; this breaks the exactness of layouts, None is dropless. pad_experts:
+    each expert gets exactly its capacity, the rest zero rows, for static shapes.
+    dispatcher: how rows reach their experts; changes no result.
+
+    mtp_layers: how many tokens further one block of pattern mtp_pattern predicts, applied once for each
+    (arXiv 2512.20856, section 2.3); mtp_weight: of their mean loss beside the next token's.
+    loss_chunk: tokens whose logits exist at a time.
     """
 
     pattern: str = "M*E-ME"
@@ -26,6 +47,8 @@ class LLMConfig:
     n_heads: int = 8
     n_kv_heads: int = 4
     head_dim: int = 16
+    rope_theta: float | None = None
+    attention_bias: bool = False
     mamba_heads: int = 16
     mamba_head_dim: int = 16
     mamba_state: int = 16
@@ -36,64 +59,152 @@ class LLMConfig:
     top_k: int = 2
     expert_ffn: int = 64
     shared_ffn: int = 128
+    latent: int | None = None
+    router: Literal["sigmoid", "softmax"] = "sigmoid"
+    norm_top_k: bool = True
     routed_scale: float = 2.5
+    expert_groups: int = 1
+    top_groups: int = 1
+    expert_bias_rate: float = 1e-3
+    aux_weight: float = 0.0
+    z_weight: float = 0.0
+    capacity: float | None = None
+    pad_experts: bool = False
+    dispatcher: Literal["all_to_all", "all_gather"] = "all_to_all"
     mlp_ffn: int = 256
+    mlp_gated: bool = False
+    mlp_bias: bool = False
+    activation: Activation = "relu2"
+    mtp_layers: int = 0
+    mtp_pattern: str = "*E"
+    mtp_weight: float = 0.3
+    tied: bool = False
     norm_eps: float = 1e-5
     init_std: float = 0.02
-    expert_bias_rate: float = 1e-3
     loss_chunk: int = 2048
     freeze: bool = False
+
+    @property
+    def symbols(self) -> str:
+        """One symbol a layer: the pattern without its cuts."""
+        return self.pattern.replace("|", "")
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of layers there are, in the block that predicts further tokens too."""
+        return frozenset(self.symbols + (self.mtp_pattern if self.mtp_layers else ""))
 
     @property
     def mamba_inner(self) -> int:
         return self.mamba_heads * self.mamba_head_dim
 
     @property
+    def expert_width(self) -> int:
+        """Features of the rows that routed experts take and give."""
+        return self.latent or self.d_model
+
+    @property
     def out_std(self) -> float:
-        """Initial deviation of projections into the residual stream: std / sqrt(layers) for hybrids."""
-        return self.init_std / max(1, len(self.pattern)) ** 0.5
+        """Initial deviation of projections into the residual stream: std / sqrt(layers), which for a dense
+        transformer, whose blocks are two layers here, is GPT-2's std / sqrt(2 blocks)."""
+        return self.init_std / max(1, len(self.symbols)) ** 0.5
+
+
+# Integers that may be 0, which then means "none".
+MAY_BE_ZERO = ("mtp_layers", "shared_ffn")
 
 
 def check(cfg: LLMConfig, tp: int = 1, ep: int = 1) -> None:
     """Refuse a model that is impossible, or that the degrees do not divide; ValueError names what works."""
-    if not cfg.pattern:
-        raise ValueError("model.llm.pattern is empty; needed: one symbol a layer of M, E, * and -")
-    for i, symbol in enumerate(cfg.pattern):
-        if symbol not in KINDS:
-            known = ", ".join(f"{k} ({v})" for k, v in KINDS.items())
-            raise ValueError(
-                f"model.llm.pattern has {symbol!r} at layer {i} of {cfg.pattern!r}; known: {known}"
-            )
-    for what, value in asdict(cfg).items():
-        if type(value) is int and value < 1:
-            raise ValueError(f"model.llm.{what} is {value}; needed: at least 1")
-    for many, few in (("n_heads", "n_kv_heads"), ("mamba_heads", "mamba_groups")):
-        n, d = getattr(cfg, many), getattr(cfg, few)
-        if n % d:
-            works = " or ".join(f"{few}={k}" for k in nearest(d, n))
-            raise ValueError(f"model.llm.{many}={n} is no multiple of {few}={d}; nearest: {works}")
-    if cfg.top_k > cfg.n_experts:
-        raise ValueError(
-            f"model.llm.top_k={cfg.top_k} of n_experts={cfg.n_experts}; needed: at most all of them. "
-            f"Nearest: top_k={cfg.n_experts}"
-        )
+    _check_pattern("pattern", cfg.pattern)
+    if cfg.mtp_layers:
+        _check_pattern("mtp_pattern", cfg.mtp_pattern)
+    _check_numbers(cfg)
+    _check_routing(cfg)
     counts = {"vocab_size": cfg.vocab_size}
-    if "*" in cfg.pattern:
+    if "*" in cfg.kinds:
         counts |= {"n_heads": cfg.n_heads, "n_kv_heads": cfg.n_kv_heads}
-    if "M" in cfg.pattern:
+    if "M" in cfg.kinds:
         counts |= {"mamba_heads": cfg.mamba_heads, "mamba_groups": cfg.mamba_groups}
-    if "-" in cfg.pattern:
+    if "-" in cfg.kinds:
         counts["mlp_ffn"] = cfg.mlp_ffn
-    if "E" in cfg.pattern:
-        counts["shared_ffn"] = cfg.shared_ffn
+    if "E" in cfg.kinds:
+        if cfg.shared_ffn:
+            counts["shared_ffn"] = cfg.shared_ffn
         check_divides("model.llm.n_experts", cfg.n_experts, "ep", ep)
     for what, n in counts.items():
         if n % tp:
             # What is proposed must divide all of the counts, not only the first that fails.
             works = " or ".join(f"tp={k}" for k in nearest(tp, math.gcd(*counts.values())))
             raise ValueError(f"model.llm.{what} is {n}, which does not divide by tp={tp}; nearest: {works}")
-    if ep > 1 and "E" not in cfg.pattern:
+    if ep > 1 and "E" not in cfg.kinds:
         raise ValueError(f"ep={ep} needs an E layer in the pattern, given {cfg.pattern!r}; nearest: ep=1")
+
+
+def _check_pattern(what: str, pattern: str) -> None:
+    if not pattern:
+        raise ValueError(f"model.llm.{what} is empty; needed: one symbol a layer of M, E, * and -")
+    for i, symbol in enumerate(pattern):
+        if symbol not in KINDS and not (symbol == "|" and what == "pattern"):
+            known = ", ".join(f"{k} ({v})" for k, v in KINDS.items())
+            raise ValueError(f"model.llm.{what} has {symbol!r} at layer {i} of {pattern!r}; known: {known}")
+    if "" in pattern.split("|"):
+        works = "|".join(part for part in pattern.split("|") if part)
+        raise ValueError(
+            f"model.llm.{what} {pattern!r} has a | with no layer on one side; needed: at least one layer a "
+            f"stage. Nearest: {works!r}"
+        )
+
+
+def _check_numbers(cfg: LLMConfig) -> None:
+    for what, value in asdict(cfg).items():
+        if type(value) is int and value < (what not in MAY_BE_ZERO):
+            least = 0 if what in MAY_BE_ZERO else 1
+            raise ValueError(f"model.llm.{what} is {value}; needed: at least {least}")
+    for what in ("routed_scale", "norm_eps", "init_std", "rope_theta", "capacity"):
+        value = getattr(cfg, what)
+        if value is not None and value <= 0:
+            raise ValueError(f"model.llm.{what} is {value}; needed: more than 0")
+    for what in ("expert_bias_rate", "aux_weight", "z_weight", "mtp_weight"):
+        if getattr(cfg, what) < 0:
+            raise ValueError(f"model.llm.{what} is {getattr(cfg, what)}; needed: 0 (off) or more")
+    if cfg.latent is not None and cfg.latent < 1:
+        raise ValueError(f"model.llm.latent is {cfg.latent}; needed: at least 1, or null for d_model")
+    if cfg.rope_theta is not None and cfg.head_dim % 2:
+        near = f"head_dim={cfg.head_dim - 1} or head_dim={cfg.head_dim + 1}"
+        raise ValueError(f"model.llm.head_dim={cfg.head_dim} with rope_theta; needed: even. Nearest: {near}")
+    for many, few in (("n_heads", "n_kv_heads"), ("mamba_heads", "mamba_groups")):
+        n, d = getattr(cfg, many), getattr(cfg, few)
+        if n % d:
+            works = " or ".join(f"{few}={k}" for k in nearest(d, n))
+            raise ValueError(f"model.llm.{many}={n} is no multiple of {few}={d}; nearest: {works}")
+
+
+def _check_routing(cfg: LLMConfig) -> None:
+    if cfg.top_k > cfg.n_experts:
+        raise ValueError(
+            f"model.llm.top_k={cfg.top_k} of n_experts={cfg.n_experts}; needed: at most all of them. "
+            f"Nearest: top_k={cfg.n_experts}"
+        )
+    groups, best = cfg.expert_groups, cfg.top_groups
+    if cfg.n_experts % groups:
+        works = " or ".join(f"expert_groups={k}" for k in nearest(groups, cfg.n_experts))
+        raise ValueError(
+            f"model.llm.n_experts={cfg.n_experts} is no multiple of expert_groups={groups}; nearest: {works}"
+        )
+    if best > groups:
+        raise ValueError(
+            f"model.llm.top_groups={best} of expert_groups={groups}; needed: at most all of them. "
+            f"Nearest: top_groups={groups}"
+        )
+    reach = best * cfg.n_experts // groups
+    if cfg.top_k > reach:
+        raise ValueError(
+            f"model.llm.top_k={cfg.top_k} experts from top_groups={best} of {groups} groups, which hold "
+            f"{reach}; needed: at most {reach}. Nearest: top_k={reach}"
+        )
+    if cfg.pad_experts and cfg.capacity is None:
+        raise ValueError("model.llm.pad_experts needs a capacity to pad to. Nearest: capacity=1.25")
 
 
 def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
@@ -117,7 +228,7 @@ def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
 def param_count(cfg: LLMConfig) -> tuple[int, int]:
     """(total, active per token) parameters, embedding and head included."""
     outside = 2 * cfg.vocab_size * cfg.d_model + cfg.d_model
-    layers = [layer_params(cfg, s) for s in cfg.pattern]
+    layers = [layer_params(cfg, s) for s in cfg.symbols]
     return outside + sum(t for t, _ in layers), outside + sum(a for _, a in layers)
 
 
@@ -125,7 +236,7 @@ def flops(cfg: LLMConfig, lengths: Sequence[int]) -> float:
     """Forward FLOPs of packed documents of these lengths: matrix products, causal attention and the scan."""
     tokens = float(sum(lengths))
     out = 2.0 * tokens * cfg.vocab_size * cfg.d_model
-    for symbol in cfg.pattern:
+    for symbol in cfg.symbols:
         out += 2.0 * tokens * layer_params(cfg, symbol)[1]
         if symbol == "*":
             # Scores and values over the causal half of each document's square.

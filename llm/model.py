@@ -101,7 +101,7 @@ class LLM(nn.Module):
         self.cfg, self.axes, self.recompute = cfg, axes, False
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed = VocabEmbedding(cfg.vocab_size, cfg.d_model, normal(cfg.init_std), axes.tp, **kw)
-        self.layers = nn.ModuleList(Layer(s, cfg, axes, **kw) for s in cfg.pattern)
+        self.layers = nn.ModuleList(Layer(s, cfg, axes, **kw) for s in cfg.symbols)
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **kw)
         declare(self, "head", (cfg.vocab_size, cfg.d_model), normal(cfg.init_std), shard_dim=0, **kw)
 
