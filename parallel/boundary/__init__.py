@@ -1,13 +1,15 @@
 """Rows from any layout to any layout, and their gradients back, with the least bytes.
 
-source, dest = RowMap.of_items(..), RowMap.of_items(..)     # who has which rows, who wants which
-plan = plan_edge("vision -> llm", source, dest, rank)       # pure
-y = communicator.exchange(plan, x)                          # autograd
+source = source_side(vision_layout, item_rows, item_lane)                        # who has which rows
+dest = dest_side(llm_layout, item_rows, llm_lane, item_position, tokens)         # who wants which
+plan = plan_edge("vision -> llm", source, dest, rank)                            # pure
+y = communicator.exchange(plan, x)                                               # autograd
 """
 
 from parallel.boundary.communicator import BoundaryCommunicator, Pending, Stats
 from parallel.boundary.plan import EdgePlan, Transfer, plan_edge, plan_transfer, received_rows
 from parallel.boundary.rows import RowMap
+from parallel.boundary.sides import dest_side, row_places, source_side
 
 __all__ = [
     "BoundaryCommunicator",
@@ -16,7 +18,10 @@ __all__ = [
     "RowMap",
     "Stats",
     "Transfer",
+    "dest_side",
     "plan_edge",
     "plan_transfer",
     "received_rows",
+    "row_places",
+    "source_side",
 ]

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from parallel.boundary.rows import RowMap
+from parallel.layout import Layout, make_layout
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,19 @@ def random_lanes(rng: random.Random, world: int) -> list[tuple[int, ...]]:
     ranks = rng.sample(range(world), rng.randint(1, world))
     tp = rng.choice([d for d in range(1, len(ranks) + 1) if len(ranks) % d == 0])
     return [tuple(ranks[i : i + tp]) for i in range(0, len(ranks), tp)]
+
+
+def random_layout(rng: random.Random, size: int, module: str, world: int | None = None) -> Layout:
+    """Any degrees that fit `size` ranks, drawn from `world` in any order, with and without sequence
+    parallelism."""
+    degrees = {}
+    left = size
+    for axis in rng.sample(["tp", "cp", "pp"], 3):
+        degrees[axis] = rng.choice([d for d in range(1, left + 1) if left % d == 0])
+        left //= degrees[axis]
+    world = world or size
+    ranks = rng.sample(range(world), size)
+    return make_layout(module, world, {"ranks": ranks, "sequence_parallel": rng.random() < 0.5, **degrees})
 
 
 def _once_a_lane(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:

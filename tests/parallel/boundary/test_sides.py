@@ -1,0 +1,119 @@
+"""Both sides of an edge, against lists of single rows and tokens."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.boundary import dest_side, row_places, source_side
+from parallel.context import Order, context_spans, piece_count
+from parallel.layout import Layout, make_layout
+from tests.parallel.boundary.cases import random_layout, rows_of
+
+
+def shares(rows: list[int], parts: int) -> list[list[int]]:
+    """Contiguous shares of a list, by the formula that the docs give."""
+    n = len(rows)
+    return [rows[k * n // parts : (k + 1) * n // parts] for k in range(parts)]
+
+
+def expected_source(layout: Layout, rows: list[int], lane: list[int]) -> dict[int, list[int]]:
+    """Global rows of each rank, cut row by row."""
+    first = np.cumsum([0, *rows])
+    held: dict[int, list[int]] = {r: [] for r in layout.ranks}
+    for dp in range(layout.dp):
+        stream = [
+            r for i, owner in enumerate(lane) if owner == dp for r in range(first[i], first[i] + rows[i])
+        ]
+        for cp, share in enumerate(shares(stream, layout.cp)):
+            parts = shares(share, layout.tp) if layout.sequence_parallel else [share] * layout.tp
+            for tp, part in enumerate(parts):
+                held[layout.rank_at(tp=tp, cp=cp, dp=dp, pp=layout.pp - 1)] = part
+    return held
+
+
+def expected_tokens(layout: Layout, tokens: list[int], order: Order) -> dict[int, list[int]]:
+    """Token positions of each rank of stage 0, in its local order."""
+    held = {}
+    for dp, n in enumerate(tokens):
+        for cp, spans in enumerate(context_spans(n, layout.cp, order)):
+            local = [t for a, b in spans for t in range(a, b)]
+            parts = shares(local, layout.tp) if layout.sequence_parallel else [local] * layout.tp
+            for tp, part in enumerate(parts):
+                held[layout.rank_at(tp=tp, cp=cp, dp=dp)] = part
+    return held
+
+
+@given(seed=st.integers(0, 2**32))
+def test_the_source_holds_its_items_end_to_end(seed: int) -> None:
+    rng = random.Random(seed)
+    layout = random_layout(rng, rng.choice([1, 2, 3, 4, 6, 12]), "vision")
+    rows = [rng.choice([0, 1, 3, 8]) for _ in range(rng.choice([0, 1, 7]))]
+    lane = [rng.randrange(layout.dp) for _ in rows]
+    side = source_side(layout, rows, lane)
+    side.check()
+    assert {r: rows_of(side, r) for r in layout.ranks} == expected_source(layout, rows, lane)
+    if not layout.sequence_parallel:
+        assert {len(ranks) for ranks in side.lanes} == {layout.tp}, "replicas share a lane"
+
+
+@given(seed=st.integers(0, 2**32), order=st.sampled_from(["contiguous", "zigzag"]))
+def test_the_destination_reads_rows_where_their_tokens_are(seed: int, order: Order) -> None:
+    rng = random.Random(seed)
+    layout = random_layout(rng, rng.choice([1, 2, 3, 4, 6, 12]), "llm")
+    unit = math.lcm(piece_count(layout.cp, order), layout.cp * layout.tp)
+    tokens = [unit * rng.choice([0, 1, 4]) for _ in range(layout.dp)]
+    row_at: list[dict[int, int]] = [{} for _ in tokens]  # global row at a token
+    rows, lane, position, total = [], [], [], 0
+    at = [0] * layout.dp
+    for _ in range(rng.choice([0, 1, 9])):
+        dp = rng.randrange(layout.dp)
+        gap, n = rng.choice([0, 0, 1, 5]), rng.choice([0, 1, 3, 8])
+        if at[dp] + gap + n > tokens[dp]:
+            continue
+        rows.append(n)
+        lane.append(dp)
+        position.append(at[dp] + gap)
+        row_at[dp] |= {at[dp] + gap + k: total + k for k in range(n)}
+        at[dp], total = at[dp] + gap + n, total + n
+    stages = sorted(rng.sample(range(layout.pp), rng.randint(1, layout.pp)))
+    side = dest_side(layout, rows, lane, position, tokens, order=order, stages=stages)
+    side.check()
+    for rank, held in expected_tokens(layout, tokens, order).items():
+        coord = layout.coord(rank)
+        places = [k for k, t in enumerate(held) if t in row_at[coord.dp]]
+        for pp in range(layout.pp):
+            same = layout.rank_at(tp=coord.tp, cp=coord.cp, dp=coord.dp, pp=pp)
+            wanted = [row_at[coord.dp][held[k]] for k in places] if pp in stages else []
+            assert rows_of(side, same) == wanted
+            found = row_places(layout, same, rows, lane, position, tokens, order=order)
+            assert found.dtype == np.int64 and found.tolist() == places
+
+
+LLM = make_layout("llm", 4, {"tp": 2, "sequence_parallel": True})  # tp2 dp2
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: source_side(LLM, [1, 2], [0]), "llm: row counts of 2 items, but dp ranks of 1"),
+        (lambda: source_side(LLM, [1, -2], [0, 1]), "item 1 has -2 rows"),
+        (lambda: source_side(LLM, [1], [2]), "item 0 is on dp rank 2; there are 0-1"),
+        (lambda: dest_side(LLM, [1], [0], [], [4, 4]), "1 items at 0 positions in 2 streams"),
+        (lambda: dest_side(LLM, [1], [0], [0], [4]), "1 items at 1 positions in 1 streams"),
+        (lambda: dest_side(LLM, [1], [0], [0], [4, 5]), "dp rank 1 is 5 .* a multiple of 2; nearest: 6"),
+        (lambda: dest_side(LLM, [3], [1], [2], [8, 4]), "item 0 is at tokens 2-4 of dp rank 1, .* 4 tokens"),
+        (lambda: dest_side(LLM, [3, 3], [1, 1], [3, 1], [8, 8]), "items 1 and 0 are both at token 3"),
+        (lambda: dest_side(LLM, [3], [1], [0], [4, 4], stages=(1,)), r"stages \[1\] of 0-0"),
+        (lambda: row_places(LLM, 0, [1], [0], [0], [4, 5]), "dp rank 1 is 5 tokens long"),
+    ],
+)
+def test_sides_that_cannot_be_are_refused(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
