@@ -7,25 +7,71 @@ from enum import Enum
 
 
 class Kind(Enum):
-    """What an action does; a boundary action is named by its source module."""
+    """What an action does; a boundary action is named by its source module.
+
+    Forward and backward compute and may run collectives of their groups; GATHER, FREE, GRAD_SYNC and
+    OPTIMIZER act on parameters. Sends, receives and boundary actions only put a transfer under way: who
+    consumes it waits for it (see parallel.schedule.execute).
+    """
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    BACKWARD_INPUT = "backward_input"  # gradients of a stage's inputs alone: what the stage before waits for
+    BACKWARD_WEIGHT = "backward_weight"  # gradients of its weights, later
     BOUNDARY_FORWARD = "boundary_forward"
     BOUNDARY_BACKWARD = "boundary_backward"
+    SEND_FORWARD = "send_forward"  # activations to the next stage
+    RECV_FORWARD = "recv_forward"
+    SEND_BACKWARD = "send_backward"  # gradients to the stage before
+    RECV_BACKWARD = "recv_backward"
+    GATHER = "gather"  # a stage's parameters, whole on every rank of its dp axis, until FREE
+    FREE = "free"
+    GRAD_SYNC = "grad_sync"  # a stage's gradients, summed over dp
+    OPTIMIZER = "optimizer"
+
+    # Members are singletons: identity is the hash. Enum's own hashes the name, in Python, at each lookup.
+    __hash__ = object.__hash__
 
 
-@dataclass(frozen=True)
+COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
+SENDS = frozenset({Kind.SEND_FORWARD, Kind.SEND_BACKWARD})
+RECEIVES = frozenset({Kind.RECV_FORWARD, Kind.RECV_BACKWARD})
+BOUNDARY = frozenset({Kind.BOUNDARY_FORWARD, Kind.BOUNDARY_BACKWARD})
+_GRADIENTS = (Kind.SEND_BACKWARD, Kind.RECV_BACKWARD)
+POSTED = SENDS | RECEIVES | BOUNDARY  # what is only put under way
+
+
+@dataclass(frozen=True, slots=True)
 class Action:
     """Do `kind` for `module` (for a boundary: its source module) on micro-batch `microbatch`.
 
-    last: the module's last backward of the step, after which its gradients are reduced over dp.
+    last: the stage's last backward of the step, after which its gradients are reduced over dp.
+    stage: global index of the module's virtual stage; stage s lives on pipeline rank s % pp.
+    peer: sends and receives: the stage at the other end, on the rank that differs along pp alone.
+    span: the action covers micro-batches [microbatch, microbatch + span), for encoders that take several
+        micro-batches of the language model at once.
+    groups: names of the process groups that it uses, in order: "llm.tp" is the rank's own group along an axis
+        of a module's layout, "llm.pp.forward" its pipeline's for activations and "llm.pp.backward" for
+        gradients, "edge.vision.forward" and "edge.vision.backward" are all ranks at either end of an edge,
+        "world" all ranks of the job. SchedulePlan.members() gives the ranks.
     """
 
     kind: Kind
     module: str
     microbatch: int
     last: bool = False
+    stage: int = 0
+    peer: int | None = None
+    span: int = 1
+    groups: tuple[str, ...] = ()
+
+    @property
+    def tag(self) -> int:
+        """A message tag for sends and receives: equal at both ends, distinct within a step and group."""
+        assert self.peer is not None, self
+        return 2 * (self.microbatch * 4096 + max(self.stage, self.peer)) + (self.kind in _GRADIENTS)
 
     def __str__(self) -> str:
-        return f"{self.kind.value}({self.module}, {self.microbatch}{', last' if self.last else ''})"
+        where = f"{self.module}.{self.stage}" if self.stage or self.peer is not None else self.module
+        many = f"-{self.microbatch + self.span - 1}" if self.span > 1 else ""
+        return f"{self.kind.value}({where}, {self.microbatch}{many}{', last' if self.last else ''})"

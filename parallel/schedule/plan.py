@@ -1,0 +1,174 @@
+"""A schedule for all ranks, as data.
+
+Ranks at the same pipeline place of every module do the same things in the same order, so they share one list
+of actions, a program. A job of 1,024 ranks has as many programs as distinct places, not as ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from parallel.layout import Layout
+from parallel.schedule.action import Action
+
+Params = Literal["each", "step", "replicated"]
+
+
+@dataclass(frozen=True)
+class ModuleUse:
+    """A module as a schedule needs it.
+
+    frozen: it needs no backward of its own; gradients still pass through a frozen language model.
+    params: "each" forward and backward gathers its parameters over dp, as FSDP does, and the last backward
+        reduces its gradients; "step" gathers them once a step (GATHER, FREE); "replicated" ranks hold them
+        whole. The last two reduce gradients in GRAD_SYNC.
+    layers: how many it has, so that more stages than layers are refused.
+    """
+
+    layout: Layout
+    frozen: bool = False
+    params: Params = "each"
+    layers: int | None = None
+
+    @property
+    def stages(self) -> int:
+        """How many virtual stages: pp x vpp."""
+        return self.layout.pp * self.layout.vpp
+
+    def stages_at(self, pp: int) -> range:
+        """The virtual stages on pipeline rank `pp`."""
+        return range(pp, self.stages, self.layout.pp)
+
+
+Place = tuple[int | None, ...]  # pipeline rank of each module, None where it does not live
+
+
+@dataclass(frozen=True)
+class SchedulePlan:
+    """One step of all ranks.
+
+    kind: the schedule it is. modules: sources, then the sink (the language model), in a fixed order.
+    active: per micro-batch, the sources with items on any rank; a source without is skipped on all ranks
+    alike. programs: lists of actions; program_of: the program of each rank. train: with backward.
+    ahead: for how many micro-batches a source may hold activations at once where it lives with the sink.
+    """
+
+    kind: str
+    modules: Mapping[str, ModuleUse]
+    sink: str
+    active: tuple[frozenset[str], ...]
+    programs: tuple[tuple[Action, ...], ...]
+    program_of: Mapping[int, int]
+    train: bool = True
+    ahead: int | None = None
+    _order: dict[str, tuple[frozenset[int], ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def microbatches(self) -> int:
+        return len(self.active)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(m for m in self.modules if m != self.sink)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks that have something to do, in order."""
+        return tuple(self.program_of)
+
+    @cached_property
+    def ranks_of(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks that run each program."""
+        out: list[list[int]] = [[] for _ in self.programs]
+        for rank, p in self.program_of.items():
+            out[p].append(rank)
+        return tuple(tuple(ranks) for ranks in out)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Where each program stands in every module's pipeline."""
+        where = places({m: u.layout for m, u in self.modules.items()})
+        return tuple(where[ranks[0]] for ranks in self.ranks_of)
+
+    def actions(self, rank: int) -> tuple[Action, ...]:
+        """What `rank` does, in order; nothing where no module lives on it."""
+        return self.programs[self.program_of[rank]] if rank in self.program_of else ()
+
+    def __iter__(self) -> Iterator[tuple[int, Action]]:
+        """(program, action) of every program in order."""
+        return ((p, a) for p, actions in enumerate(self.programs) for a in actions)
+
+    @property
+    def n_actions(self) -> int:
+        """Actions of all ranks together."""
+        return sum(len(self.programs[p]) for p in self.program_of.values())
+
+    def hosts(self, module: str, stage: int) -> frozenset[int]:
+        """The programs on whose ranks a virtual stage lives."""
+        at = list(self.modules).index(module)
+        pp = stage % self.modules[module].layout.pp
+        return frozenset(p for p, place in enumerate(self.places) if place[at] == pp)
+
+    def ends(self, source: str) -> tuple[frozenset[int], frozenset[int]]:
+        """(programs that hold an edge's rows, programs that want them): last stage of the source, first of
+        the sink."""
+        return self.hosts(source, self.modules[source].stages - 1), self.hosts(self.sink, 0)
+
+    def needs_backward(self, microbatch: int) -> bool:
+        """Whether gradients flow through the sink: it learns, or a source that is active does."""
+        learns = (s for s in self.active[microbatch] if not self.modules[s].frozen)
+        return self.train and (not self.modules[self.sink].frozen or any(learns))
+
+    def members(self, group: str, rank: int) -> tuple[int, ...]:
+        """The ranks of the process group that an action of `rank` names."""
+        return next(ranks for ranks in self.instances(group) if rank in ranks)
+
+    def instances(self, group: str) -> tuple[tuple[int, ...], ...]:
+        """All process groups of a name, as ranks."""
+        if group == "world":
+            return (self.ranks,)
+        head, *rest = group.split(".")
+        if head == "edge":
+            source = rest[0]
+            both = self.ends(source)[0] | self.ends(source)[1]
+            return (tuple(r for r, p in self.program_of.items() if p in both),)
+        return self.modules[head].layout.groups(rest[0])
+
+    def program_sets(self, group: str) -> tuple[frozenset[int], ...]:
+        """The distinct sets of programs that process groups of a name join: what orders must agree on."""
+        if group not in self._order:
+            sets = {frozenset(self.program_of[r] for r in ranks) for ranks in self.instances(group)}
+            self._order[group] = tuple(sorted(sets, key=sorted))
+        return self._order[group]
+
+
+def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:
+    """Pipeline rank of every module at each rank of the job, None where a module does not live."""
+    out: dict[int, list[int | None]] = {r: [] for r in sorted({r for x in layouts.values() for r in x.ranks})}
+    for n, layout in enumerate(layouts.values()):
+        per_stage = layout.size // layout.pp
+        for i, rank in enumerate(layout.ranks):
+            out[rank].append(i // per_stage)
+        for row in out.values():
+            if len(row) == n:
+                row.append(None)
+    return {rank: tuple(row) for rank, row in out.items()}
+
+
+def compute_groups(module: str, use: ModuleUse) -> tuple[str, ...]:
+    """The groups that a forward or backward of a module runs collectives of, in order."""
+    axes = [a for a in ("tp", "cp", "ep", "etp") if getattr(use.layout, a) > 1]
+    return (
+        *(parameter_groups(module, use) if use.params == "each" else ()),
+        *(f"{module}.{a}" for a in axes),
+    )
+
+
+def parameter_groups(module: str, use: ModuleUse) -> tuple[str, ...]:
+    """The groups that parameters are gathered and gradients summed over: dp, and edp where experts are cut."""
+    layout = use.layout
+    axes: Sequence[str] = ("dp", "edp") if layout.ep * layout.etp > 1 else ("dp",)
+    return tuple(f"{module}.{a}" for a in axes if getattr(layout, a) > 1)
