@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.boundary.plan import EdgePlan, Transfer
-from parallel.boundary.transport import Route, move, start_all_to_all, start_p2p
+from parallel.boundary.transport import Finish, Route, move, start_all_to_all, start_p2p
 
 Transport = Literal["auto", "p2p", "all_to_all"]
 
@@ -55,7 +55,8 @@ class BoundaryCommunicator:
     transport: "p2p" sends each peer just its rows; "all_to_all" is one collective of the group with uneven
     splits; "auto" is p2p on gloo, where it wins, and all_to_all elsewhere. Nothing is sent for an edge that
     moves no row. timeout_s bounds every wait (on a backend that waits on the device, the group's own does).
-    All ranks of an edge start its transfers in the same order.
+    All ranks of an edge start its transfers in the same order. A plan with node_size has ranks send on what
+    they receive: over p2p they do so in wait(), so no rank may leave one out, or long for it.
 
     Tensors are [rows, ..] of any dtype and trailing dims, equal on all ranks; ranks that hold nothing pass 0
     rows. Results may share memory with the input where no row moves: write to neither.
@@ -76,6 +77,7 @@ class BoundaryCommunicator:
             transport = "p2p" if "gloo" in dist.get_backend(group) else "all_to_all"
         self.transport = transport
         self.stats = Stats()
+        self._to_send_on: deque[Finish] = deque()  # of transfers under way that have a second hop
 
     def close(self) -> None:
         """Destroy the group, where this rank is in it and it is not the default one."""
@@ -143,10 +145,7 @@ class BoundaryCommunicator:
             # Rows that nobody has are zero: gradients of rows without a consumer.
             make = torch.empty if t.covered else torch.zeros
             out = make((t.rows_out, *x.shape[1:]), dtype=x.dtype, device=x.device)
-        finish = None
-        if t.moves and (self.transport == "all_to_all" or t.sends or t.recvs):
-            route = Route(f"edge {edge}, {direction}", self.group, self.timeout_s)
-            finish = (start_p2p if self.transport == "p2p" else start_all_to_all)(route, t, x, out)
+        land = self._depart(f"edge {edge}, {direction}", t, x, out) if t.moves else None
         if t.view is None:
             move(out, t.keep[1], x, t.keep[0])  # while the others' rows are on their way
         row = x.shape[1:].numel() * x.element_size()
@@ -155,12 +154,38 @@ class BoundaryCommunicator:
 
         def wait() -> Tensor:
             begin = time.perf_counter()
-            if finish is not None:
-                finish()
+            if land is not None:
+                land()
             self.stats.seconds[edge] += time.perf_counter() - begin
             return out
 
         return Pending(wait)
+
+    def _depart(self, name: str, t: Transfer, x: Tensor, out: Tensor) -> Finish:
+        """Start the first hop; the result completes the transfer."""
+        route = Route(name, self.group, self.timeout_s)
+        start = start_p2p if self.transport == "p2p" else start_all_to_all
+        first = start(route, t.sends, t.recvs, x, out, 0)
+        if t.relay is None:
+            return first
+        relay, second = t.relay, []
+
+        def send_on() -> None:
+            first()
+            second.append(start(route, relay.sends, relay.recvs, out, out, 1))
+
+        def finish() -> None:
+            # Others may wait for the rows that earlier transfers bring here.
+            while not second:
+                self._to_send_on.popleft()()
+            second[0]()
+
+        self._to_send_on.append(send_on)
+        if self.transport != "p2p" or x.device.type != "cpu":
+            # Collectives need one order on all ranks; a device's queue does the waiting.
+            while not second:
+                self._to_send_on.popleft()()
+        return finish
 
 
 class _Exchange(torch.autograd.Function):

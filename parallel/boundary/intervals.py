@@ -44,6 +44,15 @@ def outside(
     return i[some], a[some], b[some]
 
 
+def union(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers in any of the intervals, as disjoint, ascending intervals that do not touch."""
+    some = np.flatnonzero(start < stop)
+    some = some[np.argsort(start[some], kind="stable")]
+    start, reach = start[some], np.maximum.accumulate(stop[some])
+    begins = np.flatnonzero(np.append(True, start[1:] > reach[:-1])) if len(start) else some
+    return start[begins], reach[np.append(begins[1:], len(start)) - 1] if len(start) else reach
+
+
 def spans(start: np.ndarray, length: np.ndarray) -> slice | np.ndarray:
     """The numbers of consecutive intervals: a slice where each begins where the last ended, else an index."""
     if len(start) == 0:

@@ -13,17 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from parallel.boundary.intervals import meet, outside, repeat_groups
-from parallel.boundary.routes import (
-    Rows,
-    Runs,
-    lanes_of,
-    members,
-    offers_of,
-    receive,
-    runs_of,
-    send,
-    split,
-)
+from parallel.boundary.nodes import Relay, by_nodes
+from parallel.boundary.routes import Rows, Runs, direct, offers_of, runs_of, split
 from parallel.boundary.rows import RowMap
 
 NONE = slice(0, 0)
@@ -35,7 +26,8 @@ class Transfer:
 
     rows_in, rows_out: local rows before and after. keep: (rows of the input, rows of the output) that stay.
     sends, recvs: (peer rank, rows of the input / output), in order of global row for each peer, one entry a
-    peer. covered: whether every output row is kept or received; the others are zero. moves: whether any rank
+    peer. relay: the hop after these, from rows of the output to rows of the output, None on all ranks or on
+    none. covered: whether every output row is kept or received; the others are zero. moves: whether any rank
     of the edge sends anything, equal on all ranks (a collective transport needs all of them to agree).
     """
 
@@ -45,19 +37,26 @@ class Transfer:
     keep: tuple[Rows, Rows]
     sends: tuple[tuple[int, Rows], ...]
     recvs: tuple[tuple[int, Rows], ...]
+    relay: Relay | None
     covered: bool
     moves: bool
 
     @property
     def received_rows(self) -> int:
         """Rows that come from other ranks."""
-        return sum(count(rows) for _, rows in self.recvs)
+        relayed = self.relay.recvs if self.relay else ()
+        return sum(count(rows) for _, rows in (*self.recvs, *relayed))
 
     @property
     def view(self) -> slice | None:
         """Where the output is a stretch of the input, that stretch."""
         source, dest = self.keep
-        if self.recvs or not self.covered or not isinstance(source, slice) or not isinstance(dest, slice):
+        if (
+            self.received_rows
+            or not self.covered
+            or not isinstance(source, slice)
+            or not isinstance(dest, slice)
+        ):
             return None
         return source if dest.start == 0 else None
 
@@ -94,7 +93,8 @@ def plan_edge(
 
     Forward: every destination lane gets the rows it wants. Backward: every source replica gets the gradient
     of its rows. Ranks of one destination lane hold equal gradients, of which one is taken; distinct lanes
-    that consumed the same row are added. node_size: ranks a node, so that senders nearby are preferred.
+    that consumed the same row are added. node_size: ranks a node, where links inside a node are faster: a row
+    then crosses to each node once, however many of its ranks want it.
     Raises ValueError where a wanted row is on no rank.
     """
     forward = plan_transfer(source, dest, rank, node_size=node_size)
@@ -112,19 +112,21 @@ def plan_transfer(
     A row in several lanes of `have` is taken from one of them. Raises ValueError where a wanted row is in no
     lane of `have`; with `partial`, such rows become zero instead.
     """
-    offers = offers_of(have)
-    found = _check_held(want, offers, partial)
+    if node_size is not None and node_size < 1:
+        raise ValueError(f"node_size is {node_size}; needed: ranks a node, or None where all links are alike")
+    found = _check_held(want, offers_of(have), partial)
+    if node_size is None:
+        routes, relay = direct(have, want, rank), None
+    else:
+        routes, relay = by_nodes(have, want, rank, node_size)
     h, w = have.lane_of(rank), want.lane_of(rank)
-    keep: tuple[Rows, Rows] = (NONE, NONE)
-    recvs: list[tuple[int, Rows]] = []
-    if w is not None:
-        keep, recvs = receive(have, want, offers, rank, w, h, node_size)
-    sends = [] if h is None else send(have, want, offers, rank, h, node_size)
     rows_in = 0 if h is None else int(have.rows[h])
     rows_out = 0 if w is None else int(want.rows[w])
-    covered = count(keep[1]) + sum(count(r) for _, r in recvs) == rows_out
-    moves = bool(sends or recvs) or _moves(have, want, found)
-    return Transfer(rank, rows_in, rows_out, keep, tuple(sends), tuple(recvs), covered, moves)
+    arriving = (*routes.recvs, *(relay.recvs if relay else ()))
+    covered = count(routes.keep[1]) + sum(count(r) for _, r in arriving) == rows_out
+    moves = bool(routes.sends or routes.recvs) or _moves(have, want, found)
+    sends, recvs = tuple(routes.sends), tuple(routes.recvs)
+    return Transfer(rank, rows_in, rows_out, routes.keep, sends, recvs, relay, covered, moves)
 
 
 def _check_held(want: RowMap, offers: Runs, partial: bool) -> np.ndarray:
@@ -153,9 +155,9 @@ def _moves(have: RowMap, want: RowMap, found: np.ndarray) -> bool:
     needed, held = np.zeros(len(want.lanes), dtype=np.int64), np.zeros(len(have.lanes), dtype=np.int64)
     np.add.at(needed, want.lane, found)
     np.add.at(held, have.lane, have.length)
-    rank, w = members(want.lanes)
+    rank, w = want.members
     rank, w = rank[needed[w] > 0], w[needed[w] > 0]
-    h = lanes_of(have, rank)
+    h = have.lanes_of(rank)
     if np.any(h < 0) or np.any(held[h] < needed[w]):
         return True
     # Every lane that wants rows, against each lane of `have` that its ranks are in.

@@ -48,7 +48,11 @@ def split(runs: Runs) -> tuple[Runs, np.ndarray, np.ndarray]:
 
 def offers_of(have: RowMap) -> Runs:
     """Who serves each row to ranks that lack it: the lane that has it; where several do, in turn."""
-    runs = runs_of(have)
+    return one_each(runs_of(have))
+
+
+def one_each(runs: Runs) -> Runs:
+    """Each row once: where several lanes have a row, they take turns. Disjoint and ascending."""
     if np.all(runs.stop[:-1] <= runs.start[1:]):
         return runs
     pieces, holders, nth = split(runs)
@@ -60,9 +64,9 @@ def offers_of(have: RowMap) -> Runs:
 class _Asks:
     """Ranks that ask a lane for rows: columns in order of asked lane, then of place in `want`.
 
-    A rank is served by the lane's replicas on its own node, or else by all: `size` holders from number `low`
-    on. Those that share such a pool take turns at it. With fewer of them than members each is served by
-    several, in `parts` equal, consecutive parts of its rows; part c by holder low + (c + turn) % size.
+    A rank is served by the lane's replicas, `size` holders from number `low` on, which take turns. With fewer
+    that ask than replicas each is served by several, in `parts` equal, consecutive parts of its rows; part c
+    by holder low + (c + turn) % size.
     """
 
     lane: np.ndarray
@@ -78,46 +82,58 @@ class _Asks:
 
 
 def _holders(have: RowMap) -> tuple[np.ndarray, np.ndarray]:
-    """(rank, lane) of every member of `have`; by rank within a lane, so that a node's are neighbours."""
-    rank, lane = members(have.lanes)
+    """(rank, lane) of every member of `have`, by rank within a lane."""
+    rank, lane = have.members
     order = np.lexsort((rank, lane))
     return rank[order], lane[order]
 
 
-def _asks(have: RowMap, want: RowMap, offers: Runs, lanes: np.ndarray, node_size: int | None) -> _Asks:
+def _asks(have: RowMap, want: RowMap, offers: Runs, lanes: np.ndarray) -> _Asks:
     """All that ask `lanes` of `have`: the same, in the same order, wherever it is worked out."""
     some = offers.take(np.flatnonzero(np.isin(offers.lane, lanes)))
     runs = runs_of(want)
     i, k, _, _ = meet(runs.start, runs.stop, some.start, some.stop)
     pairs = np.unique(some.lane[k] * len(want.lanes) + runs.lane[i])
     lane, w = pairs // max(1, len(want.lanes)), pairs % max(1, len(want.lanes))
-    ranks, rank_lane = members(want.lanes)
+    ranks, rank_lane = want.members
     of_lane = np.bincount(rank_lane, minlength=len(want.lanes))
     pair, place = repeat_groups((np.cumsum(of_lane) - of_lane)[w], of_lane[w])
     lane, rank, w = lane[pair], ranks[place], w[pair]
-    lacks = lanes_of(have, rank) != lane
+    lacks = have.lanes_of(rank) != lane
     lane, rank, w = lane[lacks], rank[lacks], w[lacks]
-    holder, holder_lane = _holders(have)
+    holder_lane = _holders(have)[1]
     low = np.searchsorted(holder_lane, lane, side="left")
     size = np.searchsorted(holder_lane, lane, side="right") - low
-    if node_size is not None:
-        nodes = 1 + int(max(holder.max(initial=0), rank.max(initial=0))) // node_size
-        at, near = holder_lane * nodes + holder // node_size, lane * nodes + rank // node_size
-        first, last = (np.searchsorted(at, near, side=s) for s in ("left", "right"))
-        low, size = np.where(first < last, first, low), np.where(first < last, last - first, size)
-    pool = low * (len(holder) + 1) + size
-    order = np.argsort(pool, kind="stable")
-    begin = np.flatnonzero(np.diff(pool[order], prepend=-1))
-    asking = np.diff(np.append(begin, len(order)))
-    nth, each = np.empty_like(pool), np.empty_like(pool)
-    nth[order] = np.arange(len(order)) - np.repeat(begin, asking)
-    each[order] = np.repeat(asking, asking)
+    begin = np.flatnonzero(np.diff(lane, prepend=-1))
+    asking = np.diff(np.append(begin, len(lane)))
+    nth, each = np.arange(len(lane)) - np.repeat(begin, asking), np.repeat(asking, asking)
     parts = -(-size // np.minimum(size, each))
     return _Asks(lane, rank, w, low, size, parts, nth * parts)
 
 
-def receive(
-    have: RowMap, want: RowMap, offers: Runs, rank: int, w: int, h: int | None, node_size: int | None
+@dataclass(frozen=True)
+class Routes:
+    """What a rank keeps, as (rows of the input, rows of the output), sends and receives: one entry a peer."""
+
+    keep: tuple[Rows, Rows]
+    sends: list[tuple[int, Rows]]
+    recvs: list[tuple[int, Rows]]
+
+
+def direct(have: RowMap, want: RowMap, rank: int) -> Routes:
+    """The part of `rank` in bringing every rank of `want` the rows that it lacks, each in one message hop.
+
+    Rows that no rank has are left out.
+    """
+    offers = offers_of(have)
+    h, w = have.lane_of(rank), want.lane_of(rank)
+    nothing = slice(0, 0)
+    keep, recvs = ((nothing, nothing), []) if w is None else _receive(have, want, offers, rank, w, h)
+    return Routes(keep, [] if h is None else _send(have, want, offers, rank, h), recvs)
+
+
+def _receive(
+    have: RowMap, want: RowMap, offers: Runs, rank: int, w: int, h: int | None
 ) -> tuple[tuple[Rows, Rows], list[tuple[int, Rows]]]:
     """What `rank`, in lane w of `want` and h of `have`, keeps and receives."""
     mine = runs_of(want, w)
@@ -133,21 +149,19 @@ def receive(
     lane, start, length = offers.lane[k][order], start[order], (stop - start)[order]
     local = start + shift[i][order]
     asked, group = np.unique(lane, return_inverse=True)
-    asks = _asks(have, want, offers, asked, node_size)
+    asks = _asks(have, want, offers, asked)
     asks = asks.take(np.flatnonzero(asks.rank == rank))
     assert np.array_equal(asks.lane, asked), "a rank that lacks rows asks for them"
     which, part = repeat_groups(np.zeros_like(asked), asks.parts)
-    _, of, local, length = _cut(local, length, group, which, part, asks.parts)
+    _, of, local, length = cut(local, length, group, which, part, asks.parts)
     q = which[of]
     sender = _holders(have)[0][asks.low[q] + (part[of] + asks.turn[q]) % asks.size[q]]
     return keep, _by_peer(sender, local, length, rank)
 
 
-def send(
-    have: RowMap, want: RowMap, offers: Runs, rank: int, h: int, node_size: int | None
-) -> list[tuple[int, Rows]]:
+def _send(have: RowMap, want: RowMap, offers: Runs, rank: int, h: int) -> list[tuple[int, Rows]]:
     """What `rank`, in lane h of `have`, sends."""
-    asks = _asks(have, want, offers, np.asarray([h]), node_size)
+    asks = _asks(have, want, offers, np.asarray([h]))
     # Those that this rank serves, each with the part that it has to serve.
     holder, holder_lane = _holders(have)
     me = int(np.flatnonzero((holder == rank) & (holder_lane == h))[0]) - asks.low
@@ -163,9 +177,9 @@ def send(
     ask, piece = repeat_groups(first, last - first)
     start, stop, shift = start[piece], stop[piece], shift[piece]
     # Where rows are in several lanes, an asking rank may have some of them itself.
-    own = lanes_of(have, asks.rank)
+    own = have.lanes_of(asks.rank)
     ask, start, stop, shift = _without_own(have, own, ask, start, stop, shift)
-    _, of, local, length = _cut(start + shift, stop - start, ask, np.arange(len(part)), part, asks.parts)
+    _, of, local, length = cut(start + shift, stop - start, ask, np.arange(len(part)), part, asks.parts)
     return _by_peer(asks.rank[of], local, length, rank)
 
 
@@ -185,7 +199,7 @@ def _without_own(
     return ask[i], low - base[i], high - base[i], shift[i]
 
 
-def _cut(
+def cut(
     local: np.ndarray,
     length: np.ndarray,
     group: np.ndarray,
@@ -214,20 +228,3 @@ def _by_peer(peer: np.ndarray, local: np.ndarray, length: np.ndarray, rank: int)
     order = np.argsort(turn, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(turn[order])) + 1) if len(order) else []
     return [(int(peer[g[0]]), spans(local[g], length[g])) for g in groups]
-
-
-def members(lanes: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(rank, lane) of every member, in order."""
-    size = np.asarray([len(ranks) for ranks in lanes], dtype=np.int64)
-    rank = np.asarray([r for ranks in lanes for r in ranks], dtype=np.int64)
-    return rank, np.repeat(np.arange(len(lanes)), size)
-
-
-def lanes_of(m: RowMap, ranks: np.ndarray) -> np.ndarray:
-    """The lane of each rank, -1 where it is in none."""
-    rank, lane = members(m.lanes)
-    if not len(rank):
-        return np.full(len(ranks), -1)
-    order = np.argsort(rank)
-    k = order[np.minimum(np.searchsorted(rank[order], ranks), len(rank) - 1)]
-    return np.where(rank[k] == ranks, lane[k], -1)

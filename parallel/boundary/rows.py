@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -111,15 +112,38 @@ class RowMap:
                     f"(ranks {self.lanes[int(self.lane[k])]}); a lane has each row once"
                 )
 
-    def lane_of(self, rank: int) -> int | None:
-        """The lane a rank is in, None where it is on neither."""
-        return next((i for i, ranks in enumerate(self.lanes) if rank in ranks), None)
+    @cached_property
+    def members(self) -> tuple[np.ndarray, np.ndarray]:
+        """(rank, lane) of every member, in order; int64."""
+        size = np.asarray([len(ranks) for ranks in self.lanes], dtype=np.int64)
+        rank = np.fromiter((r for ranks in self.lanes for r in ranks), np.int64, int(size.sum()))
+        return rank, np.repeat(np.arange(len(self.lanes)), size)
 
-    def select(self, runs: np.ndarray) -> RowMap:
-        """The same lanes with some of the runs only; local places stay."""
-        return RowMap(
-            self.lanes, self.start[runs], self.length[runs], self.lane[runs], self.local[runs], self.rows
-        )
+    def lane_of(self, rank: int) -> int | None:
+        """The lane a rank is in, None where it is in none."""
+        at = np.flatnonzero(self.members[0] == rank)
+        return int(self.members[1][at[0]]) if len(at) else None
+
+    def lanes_of(self, ranks: np.ndarray) -> np.ndarray:
+        """The lane of each rank, -1 where it is in none."""
+        rank, lane = self.members
+        if not len(rank):
+            return np.full(len(ranks), -1)
+        order = np.argsort(rank)
+        k = order[np.minimum(np.searchsorted(rank[order], ranks), len(rank) - 1)]
+        return np.where(rank[k] == ranks, lane[k], -1)
+
+    def on_ranks(self, low: int, high: int) -> RowMap:
+        """The part of the map on ranks low .. high - 1; lanes without any are left out."""
+        rank, lane = self.members
+        here = np.flatnonzero((rank >= low) & (rank < high))
+        kept = np.unique(lane[here])
+        new = np.full(len(self.lanes), -1)
+        new[kept] = np.arange(len(kept))
+        cut = np.split(rank[here], np.flatnonzero(np.diff(lane[here])) + 1) if len(here) else []
+        runs = np.flatnonzero(new[self.lane] >= 0)
+        columns = (self.start[runs], self.length[runs], new[self.lane[runs]], self.local[runs])
+        return RowMap(tuple(tuple(ranks.tolist()) for ranks in cut), *columns, self.rows[kept])
 
 
 def _column(values: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""How the rows of one transfer travel. Each start_* puts everything under way and returns what completes it.
+"""How the rows of one hop travel: rows of x to the peers of `sends`, rows of `out` from those of `recvs`.
+
+Each start_* puts everything under way and returns what completes it.
 
 Where a peer's rows are consecutive they are sent from, and received in, their place without a copy.
 """
@@ -6,7 +8,7 @@ Where a peer's rows are consecutive they are sent from, and received in, their p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,9 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.boundary.plan import NONE, Rows, Transfer, count
+from parallel.boundary.intervals import spans
+from parallel.boundary.plan import NONE, count
+from parallel.boundary.routes import Rows
 
 Finish = Callable[[], None]
+Messages = Sequence[tuple[int, Rows]]  # (peer rank, rows), one entry a peer
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,17 @@ class Route:
             ) from error
 
 
-def start_p2p(route: Route, t: Transfer, x: Tensor, out: Tensor) -> Finish:
-    """One message for each peer, of exactly its rows."""
+def start_p2p(route: Route, sends: Messages, recvs: Messages, x: Tensor, out: Tensor, tag: int) -> Finish:
+    """One message for each peer, of exactly its rows. tag: keeps the hops of transfers under way apart."""
     ops, landing, peers = [], [], []
     # Receives first: what arrives then goes straight to its place.
-    for peer, rows in t.recvs:
+    for peer, rows in recvs:
         buffer = out[rows] if isinstance(rows, slice) else out.new_empty((len(rows), *out.shape[1:]))
         landing.append((rows, buffer))
-        ops.append(dist.P2POp(dist.irecv, buffer, peer, route.group))
+        ops.append(dist.P2POp(dist.irecv, buffer, peer, route.group, tag))
         peers.append(peer)
-    for peer, rows in t.sends:
-        ops.append(dist.P2POp(dist.isend, pick(x, rows), peer, route.group))
+    for peer, rows in sends:
+        ops.append(dist.P2POp(dist.isend, pick(x, rows), peer, route.group, tag))
         peers.append(peer)
     works = route.call(peers, lambda: dist.batch_isend_irecv(ops)) if ops else []
     # gloo has one handle a message, in order; other backends may have one for the batch.
@@ -64,23 +69,31 @@ def start_p2p(route: Route, t: Transfer, x: Tensor, out: Tensor) -> Finish:
             left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
             waiting = peers[i : i + 1] if single else peers
             route.call(waiting, lambda work=work, left=left: work.wait(left))  # type: ignore[misc]
-        for rows, buffer in landing:
-            if not isinstance(rows, slice):
-                put(out, rows, buffer)
+            if single and i < len(landing):
+                unpack(*landing[i])  # while others are still on their way
+        if not single:
+            for rows, buffer in landing:
+                unpack(rows, buffer)
         ops.clear()  # the messages' memory, which was ours to keep until here
+
+    def unpack(rows: Rows, buffer: Tensor) -> None:
+        if not isinstance(rows, slice):
+            put(out, rows, buffer)
 
     return finish
 
 
-def start_all_to_all(route: Route, t: Transfer, x: Tensor, out: Tensor) -> Finish:
-    """One collective with uneven splits, in which every rank of the group takes part."""
+def start_all_to_all(
+    route: Route, sends: Messages, recvs: Messages, x: Tensor, out: Tensor, tag: int
+) -> Finish:
+    """One collective with uneven splits, in which every rank of the group takes part. Collectives have no
+    tag: all ranks start them in the same order."""
     ranks = dist.get_process_group_ranks(route.group)
-    sends, recvs = dict(t.sends), dict(t.recvs)
-    out_rows, in_rows = [recvs.get(r, NONE) for r in ranks], [sends.get(r, NONE) for r in ranks]
-    into, place = _joined(in_rows), _joined(out_rows)
-    packed = x[into] if into is not None else torch.cat([pick(x, rows) for rows in in_rows])
+    to, of = dict(sends), dict(recvs)
+    out_rows, in_rows = [of.get(r, NONE) for r in ranks], [to.get(r, NONE) for r in ranks]
+    packed, place = pick(x, joined(in_rows)), joined(out_rows)
     splits_in, splits_out = [count(rows) for rows in in_rows], [count(rows) for rows in out_rows]
-    landed = out[place] if place is not None else out.new_empty((sum(splits_out), *out.shape[1:]))
+    landed = out[place] if isinstance(place, slice) else out.new_empty((len(place), *out.shape[1:]))
     work = route.call(
         ranks,
         lambda: dist.all_to_all_single(
@@ -89,10 +102,10 @@ def start_all_to_all(route: Route, t: Transfer, x: Tensor, out: Tensor) -> Finis
     )
 
     def finish() -> None:
-        route.call([r for r in ranks if r != t.rank], lambda: work.wait(timedelta(seconds=route.timeout_s)))
-        if place is None:
-            for rows, part in zip(out_rows, landed.split(splits_out), strict=True):
-                put(out, rows, part)
+        others = [r for r in ranks if r != dist.get_rank()]
+        route.call(others, lambda: work.wait(timedelta(seconds=route.timeout_s)))
+        if not isinstance(place, slice):
+            put(out, place, landed)
 
     return finish
 
@@ -118,18 +131,17 @@ def move(out: Tensor, to: Rows, x: Tensor, rows: Rows) -> None:
         put(out, to, pick(x, rows))
 
 
-def _joined(parts: list[Rows]) -> slice | None:
-    """All parts as one slice, where they are consecutive in this order."""
-    low: int | None = None
-    high = 0
-    for rows in parts:
-        if count(rows) == 0:
-            continue
-        if not isinstance(rows, slice) or (low is not None and rows.start != high):
-            return None
-        low, high = rows.start if low is None else low, rows.stop
-    return slice(low or 0, high)
+def joined(parts: list[Rows]) -> Rows:
+    """All parts in this order."""
+    start = np.concatenate([[rows.start] if isinstance(rows, slice) else rows for rows in parts])
+    length = np.concatenate(
+        [[count(rows)] if isinstance(rows, slice) else np.ones_like(rows) for rows in parts]
+    )
+    some = np.flatnonzero(length)
+    return spans(start[some], length[some])
 
 
 def _index(rows: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(rows).to(like.device, non_blocking=True)
+    index = torch.from_numpy(rows)
+    # From pinned memory the copy waits for nothing.
+    return index if like.device.type == "cpu" else index.pin_memory().to(like.device, non_blocking=True)

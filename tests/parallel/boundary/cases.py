@@ -101,6 +101,18 @@ def least_rows(have: RowMap, want: RowMap, world: int) -> int:
     return sum(len((set(rows_of(want, r)) & anyone) - set(rows_of(have, r))) for r in range(world))
 
 
+def least_crossings(have: RowMap, want: RowMap, world: int, node_size: int) -> int:
+    """Rows that must come from other nodes: those that ranks of a node want and none of them has, once."""
+    held = [set(rows_of(have, r)) for r in range(world)]
+    wanted = [set(rows_of(want, r)) for r in range(world)]
+    anyone = set().union(*held)
+    nodes = [range(low, min(low + node_size, world)) for low in range(0, world, node_size)]
+    return sum(
+        len((set().union(*(wanted[r] for r in node)) & anyone) - set().union(*(held[r] for r in node)))
+        for node in nodes
+    )
+
+
 def least_gradient_rows(source: RowMap, dest: RowMap, world: int) -> int:
     """Gradient rows that must travel: for each source rank and row, one from every lane that consumed the
     row, unless the rank is in that lane itself."""

@@ -47,7 +47,8 @@ def run_cases(seeds: range, transport: str, dtype: torch.dtype) -> None:
     comm = BoundaryCommunicator(dist.group.WORLD, transport=transport, timeout_s=20.0)
     for seed in seeds:
         case = random_case(seed, world=world, consumers=1 + seed % 3, holders=1 + seed % 2)
-        plan = plan_edge("vision -> llm", case.source, case.dest, rank)
+        node_size = [None, 2, 3][seed // 2 % 3]
+        plan = plan_edge("vision -> llm", case.source, case.dest, rank, node_size=node_size)
         value = torch.randn(case.rows, *SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
         x = value[rows_of(case.source, rank)].requires_grad_()
         with Counter() as sent:

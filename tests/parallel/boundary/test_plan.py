@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from parallel.boundary.plan import EdgePlan, Transfer, count, plan_edge, plan_transfer, received_rows
 from parallel.boundary.rows import RowMap
-from tests.parallel.boundary.cases import Case, least_gradient_rows, least_rows, random_case, rows_of
+from tests.parallel.boundary.cases import (
+    Case,
+    least_crossings,
+    least_gradient_rows,
+    least_rows,
+    random_case,
+    rows_of,
+)
 
 
 def play(transfers: list[Transfer], values: list[np.ndarray]) -> list[np.ndarray]:
@@ -35,7 +42,25 @@ def play(transfers: list[Transfer], values: list[np.ndarray]) -> list[np.ndarray
             assert np.array_equal(y, values[t.rank][t.view])
     assert not mail, "something was sent that nobody receives"
     assert {t.moves for t in transfers} == {any(t.sends for t in transfers)}
+    relays = [t.relay for t in transfers]
+    assert all(relays) or not any(relays), "a second hop is known to all"
+    for t in transfers:
+        for peer, rows in t.relay.sends if t.relay else ():
+            assert (t.rank, peer) not in mail and peer != t.rank and count(rows) > 0
+            mail[t.rank, peer] = out[t.rank][rows]
+    for t in transfers:
+        for peer, rows in t.relay.recvs if t.relay else ():
+            out[t.rank][rows] = mail.pop((peer, t.rank))
+    assert not mail and (not any(relays) or any(r.sends for r in relays if r))
     return out
+
+
+def crossing(transfers: list[Transfer], node_size: int) -> int:
+    """Rows received from other nodes."""
+    hops = [(t.rank, t.recvs) for t in transfers] + [(t.rank, t.relay.recvs) for t in transfers if t.relay]
+    return sum(
+        count(rows) for rank, recvs in hops for peer, rows in recvs if peer // node_size != rank // node_size
+    )
 
 
 def check(case: Case, node_size: int | None = None) -> None:
@@ -47,10 +72,20 @@ def check(case: Case, node_size: int | None = None) -> None:
     for r, y in enumerate(forward):
         assert np.array_equal(y, value[rows_of(case.dest, r)]), r
     assert sum(received_rows(p)[0] for p in plans) == least_rows(case.source, case.dest, case.world)
-    check_backward(case, plans)
+    if node_size:
+        crossed = crossing([p.forward for p in plans], node_size)
+        assert crossed == least_crossings(case.source, case.dest, case.world, node_size)
+    check_backward(case, plans, node_size)
 
 
-def check_backward(case: Case, plans: list[EdgePlan]) -> None:
+def only(m: RowMap, lane: int) -> RowMap:
+    """The rows of one lane, on its ranks alone."""
+    runs = np.flatnonzero(m.lane == lane)
+    columns = (m.start[runs], m.length[runs], m.lane[runs] * 0, m.local[runs])
+    return RowMap((m.lanes[lane],), *columns, m.rows[[lane]])
+
+
+def check_backward(case: Case, plans: list[EdgePlan], node_size: int | None) -> None:
     # The gradient of a destination lane's copy: a function of (lane, row), equal on the lane's ranks.
     lane_of = {r: i for i, lane in enumerate(case.dest.lanes) for r in lane}
     grads = [
@@ -69,6 +104,14 @@ def check_backward(case: Case, plans: list[EdgePlan]) -> None:
         assert np.array_equal(total[r], expected[rows_of(case.source, r)]), r
     moved = sum(received_rows(p)[1] for p in plans)
     assert moved == least_gradient_rows(case.source, case.dest, case.world)
+    if node_size:
+        crossed = sum(
+            crossing([p.backward[k] for p in plans], node_size) for k in range(len(plans[0].backward))
+        )
+        least = 0
+        for k in range(len(case.dest.lanes)):  # each consumer's gradient of a row once to each node
+            least += least_crossings(only(case.dest, k), case.source, case.world, node_size)
+        assert crossed == least
 
 
 @pytest.mark.parametrize("holders", [1, 2])
