@@ -36,6 +36,8 @@ class LLMConfig:
     each expert gets exactly its capacity, the rest zero rows, for static shapes.
     dispatcher: how rows reach their experts; changes no result.
 
+    level_layers: layers after which the second and further levels of an encoder's rows are added (DeepStack,
+    arXiv 2406.04334).
     mtp_layers: how many tokens further one block of pattern mtp_pattern predicts, applied once for each
     (arXiv 2512.20856, section 2.3); mtp_weight: of their mean loss beside the next token's.
     loss_chunk: tokens whose logits exist at a time.
@@ -79,6 +81,7 @@ class LLMConfig:
     mtp_pattern: str = "*E"
     mtp_weight: float = 0.3
     tied: bool = False
+    level_layers: tuple[int, ...] = ()
     norm_eps: float = 1e-5
     init_std: float = 0.02
     loss_chunk: int = 2048
@@ -110,6 +113,11 @@ class LLMConfig:
         return self.init_std / max(1, len(self.symbols)) ** 0.5
 
 
+def embeds_last(cfg: LLMConfig) -> bool:
+    """Whether the last pipeline stage needs the embedding too: for its head, or for tokens further on."""
+    return cfg.tied or cfg.mtp_layers > 0
+
+
 # Integers that may be 0, which then means "none".
 MAY_BE_ZERO = ("mtp_layers", "shared_ffn")
 
@@ -120,6 +128,11 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1) -> None:
     if cfg.mtp_layers:
         _check_pattern("mtp_pattern", cfg.mtp_pattern)
     _check_numbers(cfg)
+    for layer in cfg.level_layers:
+        if not 0 <= layer < len(cfg.symbols):
+            raise ValueError(
+                f"model.llm.level_layers has {layer}; needed: a layer's index, 0 to {len(cfg.symbols) - 1}"
+            )
     _check_routing(cfg)
     counts = {"vocab_size": cfg.vocab_size}
     if "*" in cfg.kinds:
@@ -210,40 +223,78 @@ def _check_routing(cfg: LLMConfig) -> None:
 def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
     """(parameters held, parameters used per token) of one layer, its norm included."""
     d = cfg.d_model
+    n = d  # the norm
     if symbol == "M":
         di, bc = cfg.mamba_inner, 2 * cfg.mamba_groups * cfg.mamba_state
-        n = d * (2 * di + bc + cfg.mamba_heads) + (di + bc) * (cfg.conv_kernel + 1)
+        n += d * (2 * di + bc + cfg.mamba_heads) + (di + bc) * (cfg.conv_kernel + 1)
         n += 3 * cfg.mamba_heads + di + di * d
-        return n + d, n + d
-    if symbol == "*":
-        n = d * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.n_kv_heads)
-        return n + d, n + d
-    if symbol == "-":
-        return 2 * d * cfg.mlp_ffn + d, 2 * d * cfg.mlp_ffn + d
-    fixed = cfg.n_experts * d + 2 * d * cfg.shared_ffn + d
-    one = 2 * d * cfg.expert_ffn
-    return fixed + cfg.n_experts * one, fixed + cfg.top_k * one
+    elif symbol == "*":
+        heads = 2 * cfg.n_heads + 2 * cfg.n_kv_heads
+        n += d * cfg.head_dim * heads
+        if cfg.attention_bias:
+            n += cfg.head_dim * (cfg.n_heads + 2 * cfg.n_kv_heads) + d
+    elif symbol == "-":
+        n += _mlp_params(cfg, cfg.mlp_ffn)
+    else:
+        n += cfg.n_experts * d + (_mlp_params(cfg, cfg.shared_ffn) if cfg.shared_ffn else 0)
+        n += 2 * d * cfg.latent if cfg.latent else 0
+        one = (2 + cfg.mlp_gated) * cfg.expert_width * cfg.expert_ffn
+        return n + cfg.n_experts * one, n + cfg.top_k * one
+    return n, n
+
+
+def _mlp_params(cfg: LLMConfig, ffn: int) -> int:
+    matrices = 2 + cfg.mlp_gated
+    return matrices * cfg.d_model * ffn + cfg.mlp_bias * ((matrices - 1) * ffn + cfg.d_model)
+
+
+def mtp_params(cfg: LLMConfig) -> int:
+    """Parameters of the stored block that predicts further tokens, 0 without one."""
+    if not cfg.mtp_layers:
+        return 0
+    own = 2 * cfg.d_model * cfg.d_model + 3 * cfg.d_model
+    return own + sum(layer_params(cfg, s)[0] for s in cfg.mtp_pattern)
 
 
 def param_count(cfg: LLMConfig) -> tuple[int, int]:
-    """(total, active per token) parameters, embedding and head included."""
-    outside = 2 * cfg.vocab_size * cfg.d_model + cfg.d_model
+    """(total, active per token) parameters, embedding and head included. The block that predicts further
+    tokens is in the total only: it is not needed for the next token."""
+    outside = (1 if cfg.tied else 2) * cfg.vocab_size * cfg.d_model + cfg.d_model
     layers = [layer_params(cfg, s) for s in cfg.symbols]
-    return outside + sum(t for t, _ in layers), outside + sum(a for _, a in layers)
+    return outside + sum(t for t, _ in layers) + mtp_params(cfg), outside + sum(a for _, a in layers)
+
+
+def layer_flops(cfg: LLMConfig, symbol: str, lengths: Sequence[int]) -> float:
+    """Forward FLOPs of one layer over packed documents of these lengths: matrix products, causal attention
+    and the scan."""
+    tokens = float(sum(lengths))
+    out = 2.0 * tokens * layer_params(cfg, symbol)[1]
+    if symbol == "*":
+        # Scores and values over the causal half of each document's square.
+        out += sum(2.0 * n * n * cfg.n_heads * cfg.head_dim for n in lengths)
+    elif symbol == "M":
+        q, heads = cfg.chunk, cfg.mamba_heads
+        within = q * (cfg.mamba_groups * cfg.mamba_state + heads * cfg.mamba_head_dim)
+        across = 2 * heads * cfg.mamba_head_dim * cfg.mamba_state
+        out += 2.0 * tokens * (within + across)
+    return out
+
+
+def layer_costs(cfg: LLMConfig, lengths: Sequence[int]) -> tuple[float, ...]:
+    """Forward FLOPs of each layer, for parallel.stage.cut_layers; head_flops is what comes after them."""
+    by_kind = {symbol: layer_flops(cfg, symbol, lengths) for symbol in set(cfg.symbols)}
+    return tuple(by_kind[symbol] for symbol in cfg.symbols)
+
+
+def head_flops(cfg: LLMConfig, lengths: Sequence[int]) -> float:
+    """Forward FLOPs after the layers: head and loss, and the prediction of further tokens."""
+    tokens = float(sum(lengths))
+    head = 2.0 * tokens * cfg.vocab_size * cfg.d_model
+    block = 4.0 * tokens * cfg.d_model * cfg.d_model
+    block += sum(layer_flops(cfg, s, lengths) for s in cfg.mtp_pattern)
+    return head + cfg.mtp_layers * (head + block)
 
 
 def flops(cfg: LLMConfig, lengths: Sequence[int]) -> float:
-    """Forward FLOPs of packed documents of these lengths: matrix products, causal attention and the scan."""
-    tokens = float(sum(lengths))
-    out = 2.0 * tokens * cfg.vocab_size * cfg.d_model
-    for symbol in cfg.symbols:
-        out += 2.0 * tokens * layer_params(cfg, symbol)[1]
-        if symbol == "*":
-            # Scores and values over the causal half of each document's square.
-            out += sum(2.0 * n * n * cfg.n_heads * cfg.head_dim for n in lengths)
-        elif symbol == "M":
-            q, heads = cfg.chunk, cfg.mamba_heads
-            within = q * (cfg.mamba_groups * cfg.mamba_state + heads * cfg.mamba_head_dim)
-            across = 2 * heads * cfg.mamba_head_dim * cfg.mamba_state
-            out += 2.0 * tokens * (within + across)
-    return out
+    """Forward FLOPs of a training step's packed documents of these lengths."""
+    return sum(layer_costs(cfg, lengths)) + head_flops(cfg, lengths)

@@ -1,18 +1,34 @@
-"""Dense MLP with squared ReLU, without gate or bias."""
+"""Dense MLP: up (and gate), an activation, down; and the activations themselves."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm.config import Activation
 from parallel.axis import Axes
-from parallel.param import normal
+from parallel.param import constant, declare, local, normal
 from parallel.tensor import Linear, enter, leave
 
 
+def activate(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
+    """act(up), or with a gate act(gate) * up (GLU variants, arXiv 2002.05202). relu2 is the squared ReLU
+    (arXiv 2109.08668), gelu the exact one."""
+    x = up if gate is None else gate
+    if kind == "relu2":
+        y = F.relu(x).square()
+    elif kind == "gelu":
+        y = F.gelu(x)
+    else:
+        y = F.silu(x)
+    return y if gate is None else y * up
+
+
 class MLP(nn.Module):
-    """down(relu(up(x))^2), up cut by columns and down by rows."""
+    """down(act(up x)), up and gate cut by columns and down by rows. x [T, width] as kept between blocks."""
 
     def __init__(
         self,
@@ -22,13 +38,26 @@ class MLP(nn.Module):
         *,
         std: float,
         out_std: float,
+        activation: Activation = "relu2",
+        gated: bool = False,
+        bias: bool = False,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.axes = axes
-        self.up = Linear(width, hidden, normal(std), shard="column", device=device, dtype=dtype)
-        self.down = Linear(hidden, width, normal(out_std), shard="row", device=device, dtype=dtype)
+        self.axes, self.activation = axes, activation
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.up = Linear(width, hidden, normal(std), shard="column", bias=bias, **kw)
+        self.gate = Linear(width, hidden, normal(std), shard="column", bias=bias, **kw) if gated else None
+        self.down = Linear(hidden, width, normal(out_std), shard="row", **kw)
+        if bias:
+            # Added after the partial sums are, so that it counts once.
+            declare(self, "bias", (width,), constant(0.0), partial=axes.sequence_parallel, **kw)
+        else:
+            self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return leave(self.down(F.relu(self.up(enter(x, self.axes))).square()), self.axes)
+        x = enter(x, self.axes)
+        gate = None if self.gate is None else self.gate(x)
+        y = leave(self.down(activate(self.activation, self.up(x), gate)), self.axes)
+        return y if self.bias is None else y + local(self.bias)

@@ -1,24 +1,30 @@
-"""The language model: embedding, a pattern of layers with one residual branch each, untied head and loss."""
+"""The language model: embedding, a pattern of layers with one residual branch each, head and loss.
+
+It may be one stage of a pipeline, which holds some of the layers under their global names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from llm.attention import Attention
-from llm.config import LLMConfig, check
+from llm.balance import attach
+from llm.config import LLMConfig, check, embeds_last
+from llm.layer import Layer, run_layer
 from llm.mamba import Mamba, ScanScalars
-from llm.mlp import MLP
-from llm.moe import MoE, Router
+from llm.moe import MoE, Pass, Router
+from llm.mtp import MultiToken, ahead
 from llm.norm import RMSNorm
+from llm.recompute import recompute_parts
 from parallel.axis import Axes
 from parallel.packed import Packing
 from parallel.param import declare, local, normal
+from parallel.stage import Stage, whole
 from parallel.tensor import VocabEmbedding, enter, leave
 from parallel.vocab_loss import vocab_loss
 
@@ -27,10 +33,12 @@ from parallel.vocab_loss import vocab_loss
 class LLMBatch:
     """Packed documents of one data-parallel rank.
 
-    ids [T] int64, anything where an encoder row enters; labels [T] int64, the next token or -100;
+    ids [T] int64, a placeholder's where an encoder row enters; labels [T] int64, the next token or -100;
     packing: the documents, the last of them the padding if there is any; T is a multiple of tp, T >= 1;
     n_real: tokens before the padding; places: edge -> rows of this rank's token share [R] int64 where the
-    edge's rows enter, in their order.
+    edge's rows enter, in their order. scale: what the summed losses are multiplied with, 1 / supervised
+    tokens of the global batch; only objectives beside the next token's loss need it. ahead: ids and labels
+    further on (llm.mtp.ahead), needed only where they cannot be made here: under context parallelism.
     """
 
     ids: Tensor
@@ -38,97 +46,162 @@ class LLMBatch:
     packing: Packing
     n_real: int
     places: Mapping[str, Tensor]
-
-
-class Layer(nn.Module):
-    """x + mixer(norm(x))."""
-
-    def __init__(
-        self,
-        symbol: str,
-        cfg: LLMConfig,
-        axes: Axes,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        self.norm = RMSNorm(
-            cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, device=device, dtype=dtype
-        )
-        self.mixer: nn.Module
-        if symbol == "M":
-            self.mixer = Mamba(cfg, axes, device=device, dtype=dtype)
-        elif symbol == "*":
-            self.mixer = Attention(cfg, axes, device=device, dtype=dtype)
-        elif symbol == "E":
-            self.mixer = MoE(cfg, axes, device=device, dtype=dtype)
-        else:
-            self.mixer = MLP(
-                cfg.d_model,
-                cfg.mlp_ffn,
-                axes,
-                std=cfg.init_std,
-                out_std=cfg.out_std,
-                device=device,
-                dtype=dtype,
-            )
-
-    def forward(self, x: Tensor, packing: Packing, n_real: int) -> Tensor:
-        h = self.norm(x)
-        if isinstance(self.mixer, MoE):
-            return x + self.mixer(h, n_real)
-        if isinstance(self.mixer, MLP):
-            return x + self.mixer(h)
-        return x + self.mixer(h, packing)
+    scale: float = 1.0
+    ahead: tuple[Tensor, Tensor] | None = None
 
 
 class LLM(nn.Module):
     """Hybrid language model (see LLMConfig). axes: what it is cut over; parameters have global shapes until
-    parallel.shard cuts them. recompute: layers keep their input only and run again in the backward."""
+    parallel.shard cuts them. stage: which layers it holds, all by default; a stage that needs the embedding
+    besides the first one (tied head, multi-token prediction) has it under the same name."""
+
+    mtp_sum: Tensor
 
     def __init__(
         self,
         cfg: LLMConfig,
         axes: Axes | None = None,
         *,
+        stage: Stage | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         axes = axes or Axes()
         check(cfg, axes.tp.size, axes.ep.size)
-        self.cfg, self.axes, self.recompute = cfg, axes, False
+        self.cfg, self.axes = cfg, axes
+        self.stage = stage = stage or whole(len(cfg.symbols))
+        assert stage.stop <= len(cfg.symbols), (stage, cfg.pattern)
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.embed = VocabEmbedding(cfg.vocab_size, cfg.d_model, normal(cfg.init_std), axes.tp, **kw)
-        self.layers = nn.ModuleList(Layer(s, cfg, axes, **kw) for s in cfg.symbols)
-        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **kw)
-        declare(self, "head", (cfg.vocab_size, cfg.d_model), normal(cfg.init_std), shard_dim=0, **kw)
+        self.embed: VocabEmbedding | None = None
+        if stage.first or (stage.last and embeds_last(cfg)):
+            self.embed = VocabEmbedding(cfg.vocab_size, cfg.d_model, normal(cfg.init_std), axes.tp, **kw)
+        # Named by global index, so that initial weights and checkpoints do not know about stages.
+        self.layers = nn.ModuleList()
+        for i in stage.layers:
+            self.layers.add_module(str(i), Layer(cfg.symbols[i], cfg, axes, **kw))
+        self.norm: RMSNorm | None = None
+        self.mtp: MultiToken | None = None
+        if stage.last:
+            self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **kw)
+            if not cfg.tied:
+                declare(self, "head", (cfg.vocab_size, cfg.d_model), normal(cfg.init_std), shard_dim=0, **kw)
+            if cfg.mtp_layers:
+                self.mtp = MultiToken(cfg, axes, **kw)
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        # Further tokens' loss, unweighted, of this rank's tokens since it was last taken.
+        self.register_buffer("mtp_sum", torch.zeros((), dtype=acc, device=device), persistent=False)
+        self._recompute: frozenset[str] = frozenset()
 
-    def forward(self, batch: LLMBatch, rows: Mapping[str, Tensor]) -> Tensor:
-        """Loss of each token [T], zero where unsupervised, equal on all tp ranks.
+    @property
+    def recompute(self) -> frozenset[str]:
+        """What is computed again in the backward; set it to what llm.recompute.recompute_parts takes."""
+        return self._recompute
 
-        rows: edge -> encoder rows [R, d_model] for this rank's token share, as batch.places says.
+    @recompute.setter
+    def recompute(self, value: bool | str | Collection[str]) -> None:
+        self._recompute = recompute_parts(value)
+        for module in self.modules():
+            if isinstance(module, Layer | MoE | Attention | Mamba):
+                module.recompute = self._recompute
+
+    def forward(self, batch: LLMBatch, rows: Mapping[str, Tensor], hidden: Tensor | None = None) -> Tensor:
+        """On the last stage the loss of each token [T], zero where unsupervised, equal on all tp ranks; on
+        others the hidden states [T', d] for the next one, T' being T or this rank's share of it.
+
+        rows: edge -> encoder rows [R, d] for this rank's token share, as batch.places says, or
+        [R, levels, d]: the first level enters at the embedding, level k is added after layer
+        cfg.level_layers[k - 1]. hidden: what the stage before gave, None on the first.
         """
-        x = leave(self.embed(batch.ids), self.axes)
-        for edge, places in batch.places.items():
-            x = x.index_copy(0, places, rows[edge].to(x.dtype))
-        for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(
-                    layer, x, batch.packing, batch.n_real, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x = layer(x, batch.packing, batch.n_real)
-        if self.training and torch.is_grad_enabled():
-            for moe in self.moe_layers():
-                moe.count()
-        hidden = enter(self.norm(x), self.axes)
-        return vocab_loss(hidden, local(self.head), batch.labels, self.axes.tp, self.cfg.loss_chunk)
+        learns = self.training and torch.is_grad_enabled() and not self.cfg.freeze
+        told = Pass(batch.packing, batch.n_real, batch.scale, learns)
+        x = self.states(batch, rows, told, hidden)
+        if not self.stage.last:
+            return x
+        loss = self._loss(x, batch.labels)
+        if self.mtp is not None and learns:
+            loss = self._further_tokens(self.mtp, loss, x, batch, told)
+        return loss
+
+    def states(
+        self, batch: LLMBatch, rows: Mapping[str, Tensor], told: Pass, hidden: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [T', d] after this stage, normed on the last; see forward."""
+        assert (hidden is None) == self.stage.first, "the first stage embeds, the others are given states"
+        if hidden is None:
+            hidden = self.embed_ids(batch.ids)
+            for edge, places in batch.places.items():
+                entering = rows[edge] if rows[edge].ndim == 2 else rows[edge][:, 0]
+                hidden = hidden.index_copy(0, places, entering.to(hidden.dtype))
+        for i, layer in zip(self.stage.layers, self.layers, strict=True):
+            assert isinstance(layer, Layer)
+            hidden = run_layer(layer, hidden, told)
+            hidden = self._add_levels(hidden, i, batch, rows)
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        """Token ids [T] to their embeddings, as kept between blocks."""
+        assert self.embed is not None
+        return leave(self.embed(ids), self.axes)
+
+    def head_weight(self) -> Tensor:
+        """This tp rank's rows of the head [V / tp, d]."""
+        if not self.cfg.tied:
+            return local(self.head)
+        assert self.embed is not None
+        return local(self.embed.weight)
+
+    def _add_levels(self, x: Tensor, layer: int, batch: LLMBatch, rows: Mapping[str, Tensor]) -> Tensor:
+        for level, after in enumerate(self.cfg.level_layers, start=1):
+            if after != layer:
+                continue
+            for edge, places in batch.places.items():
+                if rows[edge].ndim == 3 and level < rows[edge].shape[1]:
+                    x = x.index_add(0, places, rows[edge][:, level].to(x.dtype))
+        return x
+
+    def _loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        hidden = enter(states, self.axes)
+        return vocab_loss(hidden, self.head_weight(), labels, self.axes.tp, self.cfg.loss_chunk)
+
+    def _further_tokens(
+        self, block: MultiToken, loss: Tensor, states: Tensor, batch: LLMBatch, told: Pass
+    ) -> Tensor:
+        """The loss, whose backward carries the loss of further tokens."""
+        depths = self.cfg.mtp_layers
+        if batch.ahead is None:
+            assert self.axes.cp.size == 1, "under cp the batch brings the tokens ahead (llm.mtp.ahead)"
+        ids, labels = batch.ahead or ahead(batch.ids, batch.labels, batch.packing, depths)
+        total = torch.zeros_like(self.mtp_sum)
+        for k in range(depths):
+            states = block(states, self.embed_ids(ids[k]), told)
+            total = total + self._loss(states, labels[k]).sum()
+        self.mtp_sum += total.detach()
+        return attach(loss, total, self.cfg.mtp_weight / depths * batch.scale)
 
     def moe_layers(self) -> list[MoE]:
-        """The mixtures of experts, in order."""
+        """The mixtures of experts of this stage, in order."""
         return [m for m in self.modules() if isinstance(m, MoE)]
+
+    @torch.no_grad()
+    def take_objectives(self) -> dict[str, Tensor]:
+        """Sums over this rank's tokens of the objectives beside the next token's loss since the last call:
+        "balance" and "z" over all layers, "mtp" over all depths, unweighted scalars that start again at zero.
+
+        Summed over dp and cp, and the first two over tp as well ("mtp" is equal there), they are the global
+        batch's.
+        """
+        out = {
+            "balance": self.mtp_sum.new_zeros(()),
+            "z": self.mtp_sum.new_zeros(()),
+            "mtp": self.mtp_sum.clone(),
+        }
+        self.mtp_sum.zero_()
+        for moe in self.moe_layers():
+            out["balance"] += moe.objectives[0]
+            out["z"] += moe.objectives[1]
+            moe.objectives.zero_()
+        return out
 
 
 def precise_modules(model: LLM) -> list[nn.Module]:

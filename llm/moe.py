@@ -1,28 +1,34 @@
-"""Mixture of experts: sigmoid router with a selection bias, dropless experts, one shared expert.
+"""Mixture of experts: router with a selection bias, routed experts in full or latent width, a shared one.
 
 Nemotron 3 and DeepSeek-V3 routing (arXiv 2512.20848; 2412.19437, section 2.1.2): experts are chosen by score
-plus bias, weighted by score alone. The bias follows the load, once a global batch, instead of a loss.
+plus bias, weighted by score alone. The bias follows the load, once a global batch, instead of a loss; a small
+balance loss within each document and a z-loss may join it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm.balance import attach, choose, document_loads, sequence_loss, z_loss
 from llm.config import LLMConfig
-from llm.mlp import MLP
+from llm.mlp import MLP, activate
 from llm.norm import wide
+from llm.recompute import run
 from parallel.axis import Axes
 from parallel.collectives import join_tokens, split_tokens
-from parallel.expert import combine, dispatch, grouped_linear, plan_route
+from parallel.expert import Route, combine, dispatch, grouped_linear, plan_route
+from parallel.packed import Packing
 from parallel.param import declare, local, normal
+from parallel.tensor import Linear
 
 
 class Router(nn.Module):
-    """Scores [n, E] in float32 (float64): sigmoid of a linear map, whatever the rest computes in."""
+    """Logits [n, E] in float32 (float64) of a linear map, whatever the rest computes in."""
 
     def __init__(
         self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
@@ -44,83 +50,175 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         acc = wide(x.dtype)
-        return torch.sigmoid(F.linear(x.to(acc), local(self.weight).to(acc)))
+        return F.linear(x.to(acc), local(self.weight).to(acc))
 
 
 class Experts(nn.Module):
-    """The routed experts of this rank: squared ReLU between up [E, F, d] and down [E, d, F]."""
+    """The routed experts of this rank: an activation between up (and gate) [E, F, w] and down [E, w, F]."""
 
     def __init__(
         self, cfg: LLMConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
-        e, f, d = cfg.n_experts, cfg.expert_ffn, cfg.d_model
+        self.cfg = cfg
+        e, f, w = cfg.n_experts, cfg.expert_ffn, cfg.expert_width
         kw: dict[str, Any] = {"view": "expert", "shard_dim": 0, "device": device, "dtype": dtype}
-        declare(self, "up", (e, f, d), normal(cfg.init_std), **kw)
-        declare(self, "down", (e, d, f), normal(cfg.out_std), **kw)
+        declare(self, "up", (e, f, w), normal(cfg.init_std), **kw)
+        if cfg.mlp_gated:
+            declare(self, "gate", (e, f, w), normal(cfg.init_std), **kw)
+        declare(self, "down", (e, w, f), normal(cfg.out_std), **kw)
 
-    def forward(self, rows: Tensor, per_expert: list[int]) -> Tensor:
-        hidden = F.relu(grouped_linear(rows, local(self.up), per_expert)).square()
-        return grouped_linear(hidden, local(self.down), per_expert)
+    def forward(self, rows: Tensor, per_expert: list[int], recompute: bool = False) -> Tensor:
+        """Rows [m, w] grouped by local expert; recompute: keep what the activation is made of, not itself."""
+
+        def act_down(up: Tensor, gate: Tensor | None) -> Tensor:
+            hidden = activate(self.cfg.activation, up, gate)
+            return grouped_linear(hidden, local(self.down), per_expert)
+
+        gate = grouped_linear(rows, local(self.gate), per_expert) if self.cfg.mlp_gated else None
+        return run(recompute, act_down, grouped_linear(rows, local(self.up), per_expert), gate)
+
+
+@dataclass
+class Choice:
+    """Who goes to which expert, decided once for a forward: a layer that is run again for its backward must
+    not decide again, as rounding could, nor exchange sizes again.
+
+    chosen: experts [n, k] of this rank's tokens; loads: document_loads, where a balance loss needs them.
+    """
+
+    chosen: Tensor | None = None
+    loads: Tensor | None = None
+    route: Route | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What layers are told of a forward beside the hidden states.
+
+    packing: the documents; n_real: tokens of this rank before the padding; scale: what the trainer multiplies
+    the summed token losses with; learns: a training forward, whose loads and further objectives count.
+    """
+
+    packing: Packing
+    n_real: int
+    scale: float = 1.0
+    learns: bool = False
 
 
 class MoE(nn.Module):
     """Routed experts over ep plus a shared expert over tp.
 
     Each tp rank routes a distinct share of the tokens (its own with sequence parallelism), so the expert axis
-    may cross tp and dp. Padding tokens, the last of the sequence, are neither routed nor counted.
+    may cross tp and dp. Padding tokens, the last of the sequence, are neither routed nor counted. With a
+    latent width, routed rows are projected before they are sent and after they came back and were summed, so
+    that both exchanges move latent rows (LatentMoE, arXiv 2601.18089).
     """
 
     expert_bias: Tensor
     load: Tensor
+    objectives: Tensor
 
     def __init__(
         self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
         self.cfg, self.axes = cfg, axes
-        self.router = Router(cfg, axes, device=device, dtype=dtype)
-        self.experts = Experts(cfg, device=device, dtype=dtype)
-        self.shared = MLP(
-            cfg.d_model,
-            cfg.shared_ffn,
-            axes,
-            std=cfg.init_std,
-            out_std=cfg.out_std,
-            device=device,
-            dtype=dtype,
-        )
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.router = Router(cfg, axes, **kw)
+        self.experts = Experts(cfg, **kw)
+        self.latent_in: Linear | None = None
+        self.latent_out: Linear | None = None
+        if cfg.latent is not None:
+            # Whole on each tp rank, each of which sees its own tokens.
+            own: dict[str, Any] = {"partial": axes.tp.size > 1, **kw}
+            self.latent_in = Linear(cfg.d_model, cfg.latent, normal(cfg.init_std), **own)
+            self.latent_out = Linear(cfg.latent, cfg.d_model, normal(cfg.out_std), **own)
+        self.shared: MLP | None = None
+        if cfg.shared_ffn:
+            self.shared = MLP(
+                cfg.d_model,
+                cfg.shared_ffn,
+                axes,
+                std=cfg.init_std,
+                out_std=cfg.out_std,
+                activation=cfg.activation,
+                gated=cfg.mlp_gated,
+                bias=cfg.mlp_bias,
+                **kw,
+            )
         acc = torch.float32 if dtype is None else wide(dtype)
         self.register_buffer("expert_bias", torch.zeros(cfg.n_experts, dtype=acc, device=device))
         # Tokens each expert got since the last update of the bias, on this rank.
         self.register_buffer(
             "load", torch.zeros(cfg.n_experts, dtype=torch.int64, device=device), persistent=False
         )
-        self.latest: Tensor | None = None
+        # Balance loss and z-loss, unweighted sums over this rank's tokens since they were last taken.
+        self.register_buffer("objectives", torch.zeros(2, dtype=acc, device=device), persistent=False)
+        self.recompute: frozenset[str] = frozenset()
 
-    def forward(self, x: Tensor, n_real: int) -> Tensor:
-        tp = self.axes.tp
+    def forward(self, x: Tensor, told: Pass, choice: Choice | None = None) -> Tensor:
+        """x as kept between blocks, [T, d] or this rank's share of it, to the same; choice: see Choice."""
+        choice = choice or Choice()
+        tp, cfg = self.axes.tp, self.cfg
         share = x if self.axes.sequence_parallel else split_tokens(x, tp)
         width = share.shape[0]
-        real = min(max(n_real - tp.rank * width, 0), width)
+        real = min(max(told.n_real - tp.rank * width, 0), width)
         tokens = share[:real]
-        score = self.router(tokens)
-        chosen = choose(score.detach() + self.expert_bias, self.cfg.top_k)
-        # Replaced, not added to: a recomputed layer comes through here twice for the same tokens.
-        self.latest = torch.bincount(chosen.reshape(-1), minlength=self.cfg.n_experts)
-        weight = score.gather(1, chosen)
-        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20) * self.cfg.routed_scale
-        route = plan_route(chosen, self.cfg.n_experts, self.axes.ep)
-        y = combine(self.experts(dispatch(tokens, route), route.per_expert), weight, route)
+        logits = self.router(tokens)
+        score = torch.sigmoid(logits) if cfg.router == "sigmoid" else torch.softmax(logits, -1)
+        first = choice.chosen is None
+        if choice.chosen is None or choice.route is None:
+            biased = score.detach() + self.expert_bias
+            choice.chosen = choose(biased, cfg.top_k, cfg.expert_groups, cfg.top_groups)
+            choice.route = plan_route(choice.chosen, cfg.n_experts, self.axes.ep)
+            if told.learns:
+                self.load += torch.bincount(choice.chosen.reshape(-1), minlength=cfg.n_experts)
+        weight = score.gather(1, choice.chosen)
+        if cfg.norm_top_k:
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        if told.learns:
+            weight = self._with_objectives(weight, logits, score, told, choice, first)
+        rows = tokens if self.latent_in is None else self.latent_in(tokens)
+        out = self.experts(dispatch(rows, choice.route), choice.route.per_expert, "moe_act" in self.recompute)
+        y = combine(out, weight * cfg.routed_scale, choice.route)
+        if self.latent_out is not None:
+            y = self.latent_out(y)
         y = F.pad(y, (0, 0, 0, width - real))
         if not self.axes.sequence_parallel:
             y = join_tokens(y, tp)
-        return y + self.shared(x)
+        return y if self.shared is None else y + run("mlp" in self.recompute, self.shared, x)
 
-    def count(self) -> None:
-        """Add the tokens of the latest forward to the load."""
-        assert self.latest is not None
-        self.load += self.latest
+    def _with_objectives(
+        self, weight: Tensor, logits: Tensor, score: Tensor, told: Pass, choice: Choice, first: bool
+    ) -> Tensor:
+        """The routing weights, which carry the router's own objectives into the backward."""
+        cfg, tp = self.cfg, self.axes.tp
+        sums = []
+        if cfg.aux_weight:
+            assert choice.chosen is not None
+            width = told.packing.total // tp.size
+            at = tp.rank * width
+            document = told.packing.sequence_id[at : at + len(score)]
+            if choice.loads is None:
+                count = len(told.packing.lengths)
+                over = [tp, self.axes.cp]
+                choice.loads = document_loads(choice.chosen, document, count, cfg.n_experts, over)
+            fractions = score / (score.sum(-1, keepdim=True) + 1e-20)
+            balance = sequence_loss(fractions, choice.loads, document)
+            weight = attach(weight, balance, cfg.aux_weight * told.scale)
+            sums.append(balance)
+        else:
+            sums.append(score.new_zeros(()))
+        if cfg.z_weight:
+            z = z_loss(logits)
+            weight = attach(weight, z, cfg.z_weight * told.scale)
+            sums.append(z)
+        else:
+            sums.append(score.new_zeros(()))
+        if first:
+            self.objectives += torch.stack(sums).detach()
+        return weight
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
@@ -129,8 +227,3 @@ class MoE(nn.Module):
         below = torch.sign(load.sum() - load * self.cfg.n_experts)
         self.expert_bias += self.cfg.expert_bias_rate * below
         self.load.zero_()
-
-
-def choose(score: Tensor, k: int) -> Tensor:
-    """The k best columns of each row [n, k]; of equal scores the lowest index comes first."""
-    return torch.sort(score, dim=-1, descending=True, stable=True).indices[:, :k]

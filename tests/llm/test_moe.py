@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.moe import MoE, choose
+from llm.balance import choose
+from llm.moe import MoE, Pass
 from parallel.axis import Axes
+from parallel.packed import Packing
 from tests.llm.harness import TINY, Degrees, Text, build, make_axes, make_batch, only, run_lane
 
 
@@ -17,10 +19,16 @@ def moe() -> MoE:
     return build(only("E")).moe_layers()[0]
 
 
+def told(n_real: int, tokens: int) -> Pass:
+    """A training pass over one document, then padding."""
+    return Pass(Packing.of([n_real, tokens - n_real]), n_real, learns=True)
+
+
 def by_hand(layer: MoE, x: Tensor) -> Tensor:
     """Every expert on every token, weighted by hand."""
     cfg = layer.cfg
     score = torch.sigmoid(x @ layer.router.weight.T)
+    assert layer.shared is not None
     out = layer.shared(x)
     for t in range(len(x)):
         ranked = sorted(range(cfg.n_experts), key=lambda e: (-(score[t, e] + layer.expert_bias[e]).item(), e))
@@ -36,7 +44,7 @@ def test_chosen_with_bias_weighted_without() -> None:
     layer = moe()
     x = torch.randn(9, TINY.d_model, dtype=torch.float64, requires_grad=True)
     results = []
-    for y in (layer(x, 9), by_hand(layer, x)):
+    for y in (layer(x, told(9, 9)), by_hand(layer, x)):
         params = [layer.router.weight, layer.experts.up, layer.experts.down]
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *params])])
     for ours, theirs in zip(*results, strict=True):
@@ -53,12 +61,12 @@ def test_padding_is_neither_routed_nor_counted() -> None:
     layer = moe()
     x = torch.randn(12, TINY.d_model, dtype=torch.float64)
     for n_real in (12, 5, 0):
-        y = layer(x, n_real)
-        layer.count()
+        y = layer(x, told(n_real, 12))
         assert layer.load.sum() == n_real * TINY.top_k
         layer.load.zero_()
         torch.testing.assert_close(y[n_real:], layer.shared(x[n_real:]))
-        torch.testing.assert_close(y[:n_real], layer(x, 12)[:n_real])
+        torch.testing.assert_close(y[:n_real], layer(x, told(12, 12))[:n_real])
+        layer.load.zero_()
 
 
 def test_counted_once_a_training_forward() -> None:
@@ -89,7 +97,7 @@ def one_expert_gets_all(degrees: Degrees) -> tuple[list[bool], float]:
     layer = _cut_moe(make_axes(degrees))
     layer.expert_bias.copy_(torch.arange(TINY.n_experts, 0, -1) * 10.0)
     x = torch.ones(4, TINY.d_model, dtype=torch.float64, requires_grad=True)
-    layer(x, 4).sum().backward()
+    layer(x, told(4, 4)).sum().backward()
     experts = [layer.experts.up.grad, layer.experts.down.grad]
     return [bool(g.any()) for g in experts], float(x.grad.abs().sum())
 

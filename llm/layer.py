@@ -1,0 +1,68 @@
+"""One layer: a residual branch of any kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.attention import Attention
+from llm.config import LLMConfig
+from llm.mamba import Mamba
+from llm.mlp import MLP
+from llm.moe import Choice, MoE, Pass
+from llm.norm import RMSNorm
+from llm.recompute import run
+from parallel.axis import Axes
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)). recompute: parts that are computed again in the backward (llm.recompute.PARTS)."""
+
+    def __init__(
+        self,
+        symbol: str,
+        cfg: LLMConfig,
+        axes: Axes,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.recompute: frozenset[str] = frozenset()
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **kw)
+        self.mixer: nn.Module
+        if symbol == "M":
+            self.mixer = Mamba(cfg, axes, **kw)
+        elif symbol == "*":
+            self.mixer = Attention(cfg, axes, **kw)
+        elif symbol == "E":
+            self.mixer = MoE(cfg, axes, **kw)
+        else:
+            self.mixer = MLP(
+                cfg.d_model,
+                cfg.mlp_ffn,
+                axes,
+                std=cfg.init_std,
+                out_std=cfg.out_std,
+                activation=cfg.activation,
+                gated=cfg.mlp_gated,
+                bias=cfg.mlp_bias,
+                **kw,
+            )
+
+    def forward(self, x: Tensor, told: Pass, choice: Choice | None = None) -> Tensor:
+        """x as kept between blocks, [T, d] or this rank's share of it, to the same."""
+        h = run("norm" in self.recompute, self.norm, x)
+        if isinstance(self.mixer, MoE):
+            return x + self.mixer(h, told, choice)
+        if isinstance(self.mixer, MLP):
+            return x + run("mlp" in self.recompute, self.mixer, h)
+        return x + self.mixer(h, told.packing)
+
+
+def run_layer(layer: Layer, x: Tensor, told: Pass) -> Tensor:
+    """layer(x), keeping only x where the whole layer is to be computed again."""
+    return run("full" in layer.recompute, layer, x, told, Choice())

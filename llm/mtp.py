@@ -1,0 +1,69 @@
+"""Multi-token prediction: one stored block that predicts one more token each time it is applied.
+
+DeepSeek-V3 (arXiv 2412.19437, section 2.2) with the shared block of Nemotron 3 (arXiv 2512.20856, section
+2.3). Token i of depth k knows the tokens up to i + k and predicts token i + k + 1:
+h_k = block(W [norm(embedding of token i + k), norm(h_k-1)]).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.config import LLMConfig
+from llm.layer import Layer, run_layer
+from llm.moe import Pass
+from llm.norm import RMSNorm
+from parallel.axis import Axes
+from parallel.packed import Packing
+from parallel.param import normal
+from parallel.tensor import Linear
+
+IGNORE = -100
+
+
+def ahead(ids: Tensor, labels: Tensor, packing: Packing, depths: int) -> tuple[Tensor, Tensor]:
+    """Tokens and labels further on: both [depths, T], row k - 1 those k tokens ahead in the same document.
+
+    ids, labels [T] of a whole stream, int64. Where the document ends before, the id is 0 and the label
+    IGNORE, so that nothing is learned across an edge. A stream that is cut over cp is rolled before the cut.
+    """
+    # The last token of each token's document.
+    left = torch.from_numpy(packing.starts[1:]).to(ids.device)[packing.sequence_id] - 1
+    at = torch.arange(len(ids), device=ids.device)
+    out_ids, out_labels = [], []
+    for k in range(1, depths + 1):
+        inside = at + k <= left
+        source = torch.where(inside, at + k, at)
+        out_ids.append(torch.where(inside, ids[source], 0))
+        out_labels.append(torch.where(inside, labels[source], IGNORE))
+    return torch.stack(out_ids), torch.stack(out_labels)
+
+
+class MultiToken(nn.Module):
+    """The block; its head and embedding are those of the model."""
+
+    def __init__(
+        self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        d, sp = cfg.d_model, axes.sequence_parallel
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embed_norm = RMSNorm(d, cfg.norm_eps, partial=sp, **kw)
+        self.hidden_norm = RMSNorm(d, cfg.norm_eps, partial=sp, **kw)
+        # Whole on each tp rank: it works on tokens as kept between blocks and needs no exchange.
+        self.join = Linear(2 * d, d, normal(cfg.init_std), partial=sp, **kw)
+        self.layers = nn.ModuleList(Layer(s, cfg, axes, **kw) for s in cfg.mtp_pattern)
+        self.norm = RMSNorm(d, cfg.norm_eps, partial=sp, **kw)
+
+    def forward(self, hidden: Tensor, embedded: Tensor, told: Pass) -> Tensor:
+        """Hidden states [T', d] of the next depth from those of the one before, normed, and embedded [T', d],
+        the embeddings of the tokens ahead."""
+        x = self.join(torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], -1))
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            x = run_layer(layer, x, told)
+        out: Tensor = self.norm(x)
+        return out
