@@ -30,10 +30,15 @@ class ItemBatch:
 
 
 class Features(NamedTuple):
-    """values [rows, width], and the rows of each item in order. A tuple, so that FSDP sees the tensor."""
+    """values [rows, width] (several levels: [rows, levels, width]), and the rows of each item in order.
+
+    Where cp or sequence parallelism cuts the rows, values are this rank's stretch of them, from row `first`
+    on, and `rows` still counts those of all items. A tuple, so that FSDP sees the tensor.
+    """
 
     values: Tensor
     rows: tuple[int, ...]
+    first: int = 0
 
     @property
     def cu_seqlens(self) -> tuple[int, ...]:
@@ -44,14 +49,20 @@ class Features(NamedTuple):
 class Encoder(nn.Module, ABC):
     """An encoder of one modality. Register it, or name it `package.module:Class` in the config.
 
-    Config: a frozen dataclass of its options. tensor_parallel: whether its weights are cut over axes.tp; if
-    not, every tp rank runs the whole encoder on the same items. Parameters are declared with
-    parallel.param.declare (or built from parallel.tensor layers) and read through parallel.param.local.
+    Config: a frozen dataclass of its options. Parameters are declared with parallel.param.declare (or built
+    from parallel.tensor layers) and read through parallel.param.local.
+    tensor_parallel: whether its weights are cut over axes.tp; if not, every tp rank runs the whole encoder on
+    the same items. context_parallel: whether it gives just the rows of its place on axes.cp. pipeline:
+    whether it takes `stage` (parallel.stage.Stage, or None for all), builds only that stage's layers under
+    their global names, and its forward takes the hidden states of the stage before as a second argument.
+    What it does not declare is refused (encoders.module.check_encoder).
     recompute: keep only the layers' inputs and run them again in the backward; an encoder may ignore it.
     """
 
     Config: ClassVar[type]
     tensor_parallel: ClassVar[bool] = False
+    context_parallel: ClassVar[bool] = False
+    pipeline: ClassVar[bool] = False
     recompute: bool = False
 
     @abstractmethod
@@ -89,14 +100,40 @@ class Encoder(nn.Module, ABC):
     def check(cls, cfg: Any, tp: int) -> None:
         """Refuse impossible options, or a tp that does not divide them: ValueError naming what works."""
 
+    @classmethod
+    def feature_levels(cls, cfg: Any) -> int:
+        """Feature rows for each row of the item: the last layer's first, then those of earlier layers."""
+        return 1
+
+    @classmethod
+    def layer_count(cls, cfg: Any) -> int:
+        """How many layers pipeline stages may be cut between."""
+        return 1
+
+    @classmethod
+    def stem_cost(cls, cfg: Any, meta: Meta) -> float:
+        """The part of cost() that comes before the first layer; the layers have equal parts of the rest."""
+        return 0.0
+
+    @classmethod
+    def hidden_width(cls, cfg: Any, layer: int) -> int:
+        """Width of the hidden states that enter layer number `layer`, from the stage before."""
+        raise ValueError(f"{cls.__name__} has no pipeline stages")
+
+    @classmethod
+    def tokens_per_row(cls, cfg: Any) -> int:
+        """Hidden states between layers for each row of the output."""
+        return 1
+
     @property
     def layers(self) -> Sequence[nn.Module]:
         """Submodules that may be gathered, freed and recomputed on their own, in order."""
         return ()
 
     @abstractmethod
-    def forward(self, batch: ItemBatch) -> Features:
-        """Features of the items, in order."""
+    def forward(self, batch: ItemBatch) -> Features | Tensor:
+        """Features of the items, in order. All stages of a pipeline but the last give hidden states instead,
+        [this rank's rows * tokens_per_row, hidden_width]."""
 
 
 def pack_items(
@@ -111,3 +148,8 @@ def pack_items(
     """Lay prepared items end to end; no items give an empty batch."""
     values = torch.cat(list(tensors)) if tensors else torch.zeros((0, *cls.input_shape(cfg)))
     return ItemBatch(values.to(device, dtype), tuple(len(t) for t in tensors), tuple(metas))
+
+
+def bare_items(metas: Sequence[Meta], *, device: torch.device | str, dtype: torch.dtype) -> ItemBatch:
+    """Items known by their metadata alone: what the stages after the first of a pipeline are given."""
+    return ItemBatch(torch.empty(0, device=device, dtype=dtype), (), tuple(metas))

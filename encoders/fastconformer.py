@@ -15,17 +15,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from encoders.compat import log_mel, read_wav
+from encoders.context import ItemAttention, ItemConvolution
 from encoders.contract import Encoder, Features, ItemBatch, Meta
-from encoders.layers import LayerNorm, wide
+from encoders.layers import LayerNorm, enter, leave, run_layer, wide
 from encoders.registry import register
+from encoders.share import Share, pieces
 from parallel.axis import Axes
 from parallel.layout import check_divides
-from parallel.packed import Packing, attention, depthwise_conv
 from parallel.param import constant, declare, local, normal
-from parallel.tensor import Linear, enter, leave
+from parallel.stage import Stage, whole
+from parallel.tensor import Linear
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,19 @@ class FeedForward(nn.Module):
         self.up = Linear(cfg.width, cfg.ffn, normal(cfg.width**-0.5), shard="column", bias=True, **kw)
         self.down = Linear(cfg.ffn, cfg.width, normal(out_std), shard="row", **kw)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return leave(self.down(F.silu(self.up(enter(self.norm(x), self.axes)))), self.axes)
+    def forward(self, x: Tensor, share: Share) -> Tensor:
+        h = F.silu(self.up(enter(self.norm(x), self.axes, share)))
+        return leave(self.down(h), self.axes, share)
+
+
+@dataclass(frozen=True)
+class Local:
+    """What the blocks need of a batch: this rank's share of it, how its rows see others, rotary angles."""
+
+    share: Share
+    attention: ItemAttention
+    convolution: ItemConvolution
+    angles: tuple[Tensor, Tensor]
 
 
 class Block(nn.Module):
@@ -159,26 +171,26 @@ class Block(nn.Module):
         declare(self, "group_norm", (d,), constant(1.0), shard_dim=0, **kw)
         self.conv_out = Linear(d, d, normal(out_std), shard="row", **kw)
 
-    def forward(self, x: Tensor, packing: Packing, angles: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + 0.5 * self.ff1(x)
-        x = x + self._attend(x, packing, angles)
-        x = x + self._convolve(x, packing)
-        return self.norm_out(x + 0.5 * self.ff2(x))
+    def forward(self, x: Tensor, here: Local) -> Tensor:
+        x = x + 0.5 * self.ff1(x, here.share)
+        x = x + self._attend(x, here)
+        x = x + self._convolve(x, here)
+        return self.norm_out(x + 0.5 * self.ff2(x, here.share))
 
-    def _attend(self, x: Tensor, packing: Packing, angles: tuple[Tensor, Tensor]) -> Tensor:
-        h = enter(self.norm_att(x), self.axes)
+    def _attend(self, x: Tensor, here: Local) -> Tensor:
+        h = enter(self.norm_att(x), self.axes, here.share)
         weight = torch.cat([local(self.q), local(self.k), local(self.v)])
         q, k, v = F.linear(h, weight).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
-        y = attention(rotate(q, angles), rotate(k, angles), v, packing, causal=False)
-        return leave(self.att_out(y.flatten(1)), self.axes)
+        y = here.attention(rotate(q, here.angles), torch.stack([rotate(k, here.angles), v], 1))
+        return leave(self.att_out(y.flatten(1)), self.axes, here.share)
 
-    def _convolve(self, x: Tensor, packing: Packing) -> Tensor:
-        h = enter(self.norm_conv(x), self.axes)
+    def _convolve(self, x: Tensor, here: Local) -> Tensor:
+        h = enter(self.norm_conv(x), self.axes, here.share)
         h = F.linear(h, local(self.value)) * torch.sigmoid(F.linear(h, local(self.gate)))
-        h = depthwise_conv(h, local(self.depth), None, packing, causal=False)
+        h = here.convolution(h, local(self.depth))
         groups = h.to(wide(h.dtype)).unflatten(-1, (-1, self.head_dim))
         h = F.rms_norm(groups, (self.head_dim,), None, 1e-5).flatten(1).to(h.dtype) * local(self.group_norm)
-        return leave(self.conv_out(F.silu(h)), self.axes)
+        return leave(self.conv_out(F.silu(h)), self.axes, here.share)
 
 
 def rotary_angles(position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -201,25 +213,27 @@ class FastConformer(Encoder):
     """Clips (PCM wav at cfg.rate) to ceil(frames / 8) rows, a frame every 10 ms."""
 
     Config = FastConformerConfig
-    tensor_parallel = True
+    tensor_parallel = context_parallel = pipeline = True
 
     def __init__(
         self,
         cfg: FastConformerConfig,
         axes: Axes,
         *,
+        stage: Stage | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(cfg, axes, device=device, dtype=dtype)
-        self.cfg = cfg
+        self.cfg, self.axes, self.stage = cfg, axes, stage or whole(cfg.layers)
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.subsample = Subsample(cfg, **kw)
-        self.blocks = nn.ModuleList(Block(cfg, axes, **kw) for _ in range(cfg.layers))
+        if self.stage.first:
+            self.subsample = Subsample(cfg, **kw)
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, axes, **kw) for i in self.stage.layers})
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        return list(self.blocks)
+        return list(self.blocks.values())
 
     @classmethod
     def frames(cls, cfg: FastConformerConfig, meta: Meta) -> int:
@@ -238,12 +252,25 @@ class FastConformer(Encoder):
 
     @classmethod
     def cost(cls, cfg: FastConformerConfig, meta: Meta) -> float:
-        n, d, c = float(cls.rows(cfg, meta)), cfg.width, cfg.channels
+        n, d = float(cls.rows(cfg, meta)), cfg.width
         block = 2 * n * (4 * d * cfg.ffn + 7 * d * d + d * cfg.kernel) + 4 * n * n * d
+        return cfg.layers * block + cls.stem_cost(cfg, meta)
+
+    @classmethod
+    def stem_cost(cls, cfg: FastConformerConfig, meta: Meta) -> float:
+        n, d, c = float(cls.rows(cfg, meta)), cfg.width, cfg.channels
         # Output places of the three stages, time x frequency, per row.
         full, half, quarter = (n * 4 ** (2 - i) * cfg.mels / 2 ** (i + 1) * 2**i for i in range(3))
         stages = 2 * c * (9 * full + (9 + c) * (half + quarter))
-        return cfg.layers * block + stages + 2 * n * d * c * cfg.mels / 8
+        return stages + 2 * n * d * c * cfg.mels / 8
+
+    @classmethod
+    def layer_count(cls, cfg: FastConformerConfig) -> int:
+        return cfg.layers
+
+    @classmethod
+    def hidden_width(cls, cfg: FastConformerConfig, layer: int) -> int:
+        return cfg.width
 
     @classmethod
     def input_shape(cls, cfg: FastConformerConfig) -> tuple[int, ...]:
@@ -268,14 +295,37 @@ class FastConformer(Encoder):
         if cfg.kernel % 2 == 0:
             raise ValueError(f"fastconformer kernel is {cfg.kernel}; needed: odd, nearest: {cfg.kernel + 1}")
 
-    def forward(self, batch: ItemBatch) -> Features:
-        cfg = self.cfg
-        x = self.subsample(batch.values.to(local(self.subsample.conv).dtype), batch.lengths)
-        packing = Packing.of([-(-n // 8) for n in batch.lengths], x.device)
-        angles = rotary_angles(packing.position, cfg.width // cfg.heads, x.dtype)
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, packing, angles, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, packing, angles)
-        return Features(x, packing.lengths)
+    def forward(self, batch: ItemBatch, hidden: Tensor | None = None) -> Features | Tensor:
+        cfg, cp = self.cfg, self.axes.cp
+        frames = [self.frames(cfg, m) for m in batch.metas]
+        rows = tuple(-(-n // 8) for n in frames)
+        share = Share.of(rows, self.axes)
+        x = self._embed(batch.values, frames, share) if hidden is None else hidden
+        own = [np.arange(p.start, p.stop) for p in pieces(share.lengths, share.own)]
+        position = np.concatenate(own) if own else np.zeros(0, dtype=np.int64)
+        here = Local(
+            share,
+            ItemAttention.of(share, cp, x.device),
+            ItemConvolution.of(share, cp, cfg.kernel, x.device),
+            rotary_angles(torch.from_numpy(position).to(x.device), cfg.width // cfg.heads, x.dtype),
+        )
+        for block in self.blocks.values():
+            x = run_layer(block, self.recompute, x, here)
+        return Features(x, rows, share.part[0]) if self.stage.last else x
+
+    def _embed(self, values: Tensor, frames: Sequence[int], share: Share) -> Tensor:
+        """Subsampled rows that this rank keeps, [kept, width], from the frames of all clips.
+
+        Row r sees frames 8 r - 7 to 8 r + 7: a rank that starts inside a clip computes the row before too.
+        Frames are at hand, so that no intermediate rows need to travel.
+        """
+        own = pieces(share.lengths, share.part)
+        extra = 1 if own and own[0].start else 0
+        first = np.cumsum([0, *frames])
+        spans = []
+        for i, p in enumerate(own):
+            start = 8 * (p.start - (extra if i == 0 else 0))
+            spans.append((int(first[p.item]) + start, int(first[p.item]) + min(8 * p.stop, frames[p.item])))
+        low, high = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+        needed = values[low:high].to(local(self.subsample.conv).dtype)
+        return self.subsample(needed, [b - a for a, b in spans])[extra:]

@@ -1,11 +1,22 @@
-"""Small layers that the encoders share. Activations between blocks are whole on every tp rank."""
+"""What the encoders' layers share: norms, ways in and out of weights cut over tp, recomputation.
+
+Between blocks each tp rank has all tokens of its cp rank, or with sequence parallelism its part of them; the
+parts need not be equal.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from encoders.share import Share
+from parallel import tensor
+from parallel.axis import Axes
+from parallel.collectives import gather_tokens, reduce_tokens
 from parallel.param import constant, declare, local
 
 
@@ -34,3 +45,41 @@ class LayerNorm(nn.Module):
         acc = wide(x.dtype)
         weight, bias = local(self.weight).to(acc), local(self.bias).to(acc)
         return F.layer_norm(x.to(acc), weight.shape, weight, bias, self.eps).to(x.dtype)
+
+
+def enter(x: Tensor, axes: Axes, share: Share) -> Tensor:
+    """Tokens as kept between blocks [kept, ..] to all of this cp rank [tokens, ..], for column-parallel
+    weights."""
+    if share.tokens == 0:
+        return x  # on all tp ranks alike
+    if not axes.sequence_parallel:
+        return tensor.enter(x, axes)
+    sizes = [b - a for a, b in share.parts]
+    width = max(sizes)
+    if share.kept < width:
+        x = torch.cat([x, x.new_zeros((width - share.kept, *x.shape[1:]))])
+    y = gather_tokens(x, axes.tp)
+    if min(sizes) == width:
+        return y
+    return torch.cat([y[t * width : t * width + n] for t, n in enumerate(sizes)])
+
+
+def leave(x: Tensor, axes: Axes, share: Share) -> Tensor:
+    """Partial sums of row-parallel weights [tokens, ..] to tokens as kept between blocks [kept, ..]."""
+    if share.tokens == 0:
+        return x
+    if not axes.sequence_parallel:
+        return tensor.leave(x, axes)
+    sizes = [b - a for a, b in share.parts]
+    width = max(sizes)
+    if min(sizes) < width:
+        gaps = [x.new_zeros((width - n, *x.shape[1:])) for n in sizes]
+        x = torch.cat([y for pair in zip(x.split(sizes), gaps, strict=True) for y in pair])
+    return reduce_tokens(x, axes.tp)[: share.kept]
+
+
+def run_layer(layer: nn.Module, recompute: bool, *args: Any) -> Tensor:
+    """layer(*args); with `recompute` only the arguments are kept, and it runs again in the backward."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+    return layer(*args)

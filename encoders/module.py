@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.projector import Projector
-from parallel.axis import Axes, Axis
-from parallel.param import keep_whole
+from encoders.share import Share
+from parallel.axis import Axes
+from parallel.param import keep_whole, own_specs
+from parallel.stage import Stage, cut_layers, whole
 
 FREEZE = ("none", "encoder", "projector", "all")
 
 
 class EncoderModule(nn.Module):
-    """ItemBatch to Features of the language model's width. cfg: the encoder's options."""
+    """ItemBatch to Features of the language model's width, or one stage of the way.
 
-    def __init__(self, encoder: Encoder, projector: Projector, cfg: Any) -> None:
+    cfg: the encoder's options; axes: those of the module, which decide the rows that this rank gives;
+    projectors: one for each feature level, empty on all stages but the last.
+    """
+
+    def __init__(
+        self, encoder: Encoder, projectors: Sequence[Projector], cfg: Any, axes: Axes, stage: Stage
+    ) -> None:
         super().__init__()
-        self.encoder, self.projector, self.cfg = encoder, projector, cfg
+        self.encoder, self.cfg, self.axes, self.stage = encoder, cfg, axes, stage
+        self.projector = projectors[0] if projectors else None
+        self.level_projectors = nn.ModuleList(projectors[1:])
 
-    def forward(self, batch: ItemBatch) -> Features:
-        """Raises ValueError naming the item where the encoder gives other rows than its rows() promised."""
-        features = self.encoder(batch)
+    def forward(self, batch: ItemBatch, hidden: Tensor | None = None) -> Features | Tensor:
+        """Features of this rank's rows, values [rows, d_out] (several levels: [rows, levels, d_out]).
+
+        Stages after the first take the hidden states of the one before, of hidden_shape(), and items without
+        values (contract.bare_items); all but the last give hidden states. Raises ValueError naming the item
+        where the encoder gives other rows than its rows() promised.
+        """
+        assert (hidden is None) == self.stage.first, "hidden states go to the stages after the first"
+        found = self.encoder(batch) if hidden is None else self.encoder(batch, hidden)
+        if not self.stage.last:
+            return found
         promised = tuple(self.encoder.rows(self.cfg, meta) for meta in batch.metas)
-        if features.rows != promised or features.values.shape[0] != sum(promised):
-            pairs = list(zip(features.rows, promised, strict=False))
-            item = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-            gave = features.rows[item] if item < len(features.rows) else "no"
-            need = promised[item] if item < len(promised) else features.values.shape[0]
-            raise RowsMismatch(item, f"{type(self.encoder).__name__} gave {gave} rows, rows() says {need}")
-        return Features(self.projector(features.values), features.rows)
+        given = Share.of(promised, encoder_axes(type(self.encoder), self.axes))
+        if found.rows != promised or found.values.shape[0] != given.kept:
+            raise _mismatch(type(self.encoder).__name__, found, promised, given)
+        share = Share.of(promised, self.axes)
+        # Where every tp rank has run the whole encoder, it goes on with its own part.
+        values = found.values.narrow(0, share.part[0] - given.part[0], share.kept)
+        return Features(self._project(values, given), promised, share.part[0])
+
+    def _project(self, values: Tensor, share: Share) -> Tensor:
+        assert self.projector is not None
+        if not self.level_projectors:
+            return self.projector(values, share)
+        nets = [self.projector, *self.level_projectors]
+        return torch.stack([net(x, share) for net, x in zip(nets, values.unbind(1), strict=True)], 1)
 
     @property
     def layers(self) -> Sequence[nn.Module]:
@@ -42,7 +68,9 @@ class EncoderModule(nn.Module):
 
     def groups(self) -> Mapping[str, list[nn.Parameter]]:
         """Trainable groups by name."""
-        return {"encoder": list(self.encoder.parameters()), "projector": list(self.projector.parameters())}
+        encoder = list(self.encoder.parameters())
+        inside = {id(p) for p in encoder}
+        return {"encoder": encoder, "projector": [p for p in self.parameters() if id(p) not in inside]}
 
     def freeze(self, what: str) -> None:
         """Stop training a group: none, encoder, projector or all."""
@@ -59,9 +87,72 @@ class RowsMismatch(ValueError):
         self.item, self.why = item, why
 
 
+def _mismatch(name: str, found: Features, promised: tuple[int, ...], given: Share) -> RowsMismatch:
+    pairs = list(zip(found.rows, promised, strict=False))
+    item = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    if found.rows == promised:
+        return RowsMismatch(0, f"{name} gave {found.values.shape[0]} rows of all items, needed {given.kept}")
+    gave = found.rows[item] if item < len(found.rows) else "no"
+    need = promised[item] if item < len(promised) else found.values.shape[0]
+    return RowsMismatch(item, f"{name} gave {gave} rows, rows() says {need}")
+
+
 def encoder_axes(cls: type[Encoder], axes: Axes) -> Axes:
-    """What an encoder and its projector compute over: tp where it is cut, nothing where it is replicated."""
-    return Axes(tp=axes.tp) if cls.tensor_parallel else Axes(tp=Axis.single("tp"))
+    """What an encoder and its projector compute over: tp where it is cut, cp, never both views of experts."""
+    if not cls.tensor_parallel:
+        return Axes(cp=axes.cp)
+    return Axes(tp=axes.tp, cp=axes.cp, sequence_parallel=axes.sequence_parallel)
+
+
+def check_encoder(cls: type[Encoder], cfg: Any, *, tp: int = 1, cp: int = 1, pp: int = 1) -> None:
+    """Refuse options and degrees that the encoder cannot have: ValueError with the nearest that works."""
+    name = cls.__name__
+    for degree, n, able, what in (
+        ("cp", cp, cls.context_parallel, "context_parallel"),
+        ("pp", pp, cls.pipeline, "pipeline"),
+    ):
+        if n > 1 and not able:
+            raise ValueError(
+                f"{name} is given {degree}={n}, but does not declare {what}; needed: {degree}=1, which "
+                f"leaves its ranks to dp, or an encoder with {what} = True. Nearest: {degree}=1"
+            )
+    if pp > 1 and pp > cls.layer_count(cfg):
+        n = cls.layer_count(cfg)
+        raise ValueError(
+            f"{name} is given pp={pp}, but has {n} layers; needed: a layer a stage. Nearest: pp={n}"
+        )
+    cls.check(cfg, tp if cls.tensor_parallel else 1)
+
+
+def encoder_stages(
+    cls: type[Encoder],
+    cfg: Any,
+    pp: int,
+    *,
+    meta: Meta | None = None,
+    d_out: int = 0,
+    projector_hidden: int = 0,
+) -> tuple[Stage, ...]:
+    """Cut an encoder into pp stages, as even as its layers allow.
+
+    meta: a typical item, to weigh the stem and the projector by; without it only layers count. Raises
+    ValueError for more stages than layers.
+    """
+    n = cls.layer_count(cfg)
+    if meta is None:
+        return cut_layers([1.0] * n, pp)
+    stem, project = cls.stem_cost(cfg, meta), projector_flops(cls, cfg, meta, d_out, projector_hidden)
+    return cut_layers([(cls.cost(cfg, meta) - stem) / n] * n, pp, before=stem, after=project)
+
+
+def hidden_shape(
+    cls: type[Encoder], cfg: Any, metas: Sequence[Meta], stage: Stage, axes: Axes
+) -> tuple[int, int]:
+    """Shape of the hidden states that `stage`, not the first, takes for the items of a data-parallel lane, on
+    the rank at axes.cp, axes.tp. From metadata alone, so that a receiver needs no handshake."""
+    rows = [cls.rows(cfg, meta) for meta in metas]
+    share = Share.of(rows, encoder_axes(cls, axes), cls.tokens_per_row(cfg))
+    return share.kept, cls.hidden_width(cfg, stage.start)
 
 
 def build_encoder_module(
@@ -71,19 +162,42 @@ def build_encoder_module(
     d_out: int,
     projector_hidden: int,
     axes: Axes,
+    stage: Stage | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> EncoderModule:
-    """Build an encoder and its projector with global shapes (cut later by parallel.shard)."""
-    inner = encoder_axes(cls, axes)
-    encoder = cls(cfg, inner, device=device, dtype=dtype)
-    projector = Projector(cls.feature_width(cfg), projector_hidden, d_out, inner, device=device, dtype=dtype)
-    module = EncoderModule(encoder, projector, cfg)
+    """Build an encoder and its projector, or one stage of them, with global shapes (cut later by
+    parallel.shard). Parameters have the same names and initial values in any stage."""
+    inner, stage = encoder_axes(cls, axes), stage or whole(cls.layer_count(cfg))
+    assert cls.context_parallel or axes.cp.size == 1, "check_encoder() refuses this"
+    assert cls.pipeline or (stage.first and stage.last), "check_encoder() refuses this"
+    kw: dict[str, Any] = {"device": device, "dtype": dtype}
+    staged: dict[str, Any] = {"stage": stage} if cls.pipeline else {}
+    encoder = cls(cfg, inner, **staged, **kw)
+    projectors = [
+        Projector(cls.feature_width(cfg), projector_hidden, d_out, inner, **kw)
+        for _ in range(cls.feature_levels(cfg) if stage.last else 0)
+    ]
+    module = EncoderModule(encoder, projectors, cfg, axes, stage)
     if not cls.tensor_parallel:
         keep_whole(module)
+    if axes.sequence_parallel:
+        _sum_over_tp(module)
     return module
+
+
+def _sum_over_tp(module: nn.Module) -> None:
+    """Declare that parameters that tp does not cut see other rows on each tp rank."""
+    for sub in module.modules():
+        specs = own_specs(sub)
+        specs.update({name: replace(s, partial=s.shard_dim is None) for name, s in specs.items()})
+
+
+def projector_flops(cls: type[Encoder], cfg: Any, meta: Meta, d_out: int, hidden: int) -> float:
+    """Forward FLOPs of one item in the projectors, d_out wide."""
+    return 2.0 * cls.feature_levels(cfg) * cls.rows(cfg, meta) * hidden * (cls.feature_width(cfg) + d_out)
 
 
 def module_flops(cls: type[Encoder], cfg: Any, meta: Meta, d_out: int, hidden: int) -> float:
     """Forward FLOPs of one item, projector (d_out wide) included."""
-    return cls.cost(cfg, meta) + 2.0 * cls.rows(cfg, meta) * hidden * (cls.feature_width(cfg) + d_out)
+    return cls.cost(cfg, meta) + projector_flops(cls, cfg, meta, d_out, hidden)

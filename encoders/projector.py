@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.layers import wide
+from encoders.layers import enter, leave, wide
+from encoders.share import Share
 from parallel.axis import Axes
 from parallel.param import constant, declare, local, normal
-from parallel.tensor import Linear, enter, leave
+from parallel.tensor import Linear
 
 
 class Projector(nn.Module):
@@ -34,7 +35,9 @@ class Projector(nn.Module):
         self.up = Linear(d_in, hidden, normal(d_in**-0.5), shard="column", **kw)
         self.down = Linear(hidden, d_out, normal(hidden**-0.5), shard="row", **kw)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, share: Share) -> Tensor:
+        """x: the rows that this rank keeps of `share`."""
         acc, weight = wide(x.dtype), local(self.norm)
         x = F.rms_norm(x.to(acc), weight.shape, weight.to(acc), 1e-5).to(x.dtype)
-        return leave(self.down(F.relu(self.up(enter(x, self.axes))).square()), self.axes)
+        h = F.relu(self.up(enter(x, self.axes, share))).square()
+        return leave(self.down(h), self.axes, share)

@@ -1,7 +1,8 @@
 """A vision transformer at native resolution: images of any size packed end to end, none padded.
 
 Patch embedding, learned row and column positions, pre-norm blocks, then a 2x2 pixel shuffle that makes one
-row of four neighbouring patches (arXiv 2404.16821, section 3.1).
+row of four neighbouring patches (arXiv 2404.16821, section 3.1). Patches are brought in the order of these
+fours at once, so that a stretch of rows is a stretch of patches on its whole way.
 """
 
 from __future__ import annotations
@@ -14,22 +15,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from encoders.compat import decode_image
+from encoders.context import ItemAttention
 from encoders.contract import Encoder, Features, ItemBatch, Meta
-from encoders.layers import LayerNorm
+from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
+from encoders.share import Share, pieces
 from parallel.axis import Axes
 from parallel.layout import check_divides
-from parallel.packed import Packing, attention
 from parallel.param import constant, declare, local, normal
-from parallel.tensor import Linear, enter, leave
+from parallel.stage import Stage, whole
+from parallel.tensor import Linear
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """patch: pixels a side; channels: 1 or 3; max_grid: patches a side of the largest image."""
+    """patch: pixels a side; channels: 1 or 3; max_grid: patches a side of the largest image.
+
+    levels: layers, by index, whose outputs are features of their own beside the last layer's (DeepStack,
+    arXiv 2406.04334).
+    """
 
     patch: int = 2
     channels: int = 1
@@ -38,6 +44,7 @@ class ViTConfig:
     layers: int = 4
     mlp: int = 192
     max_grid: int = 64
+    levels: tuple[int, ...] = ()
 
 
 class Block(nn.Module):
@@ -58,14 +65,15 @@ class Block(nn.Module):
         self.up = Linear(d, cfg.mlp, normal(std), shard="column", bias=True, **kw)
         self.down = Linear(cfg.mlp, d, normal(out_std), shard="row", **kw)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        h = enter(self.norm1(x), self.axes)
+    def forward(self, x: Tensor, attention: ItemAttention, share: Share) -> Tensor:
+        h = enter(self.norm1(x), self.axes, share)
         weight = torch.cat([local(self.q), local(self.k), local(self.v)])
         bias = torch.cat([local(self.bias_q), local(self.bias_k), local(self.bias_v)])
-        q, k, v = F.linear(h, weight, bias).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
-        x = x + leave(self.out(attention(q, k, v, packing, causal=False).flatten(1)), self.axes)
-        h = F.gelu(self.up(enter(self.norm2(x), self.axes)))
-        return x + leave(self.down(h), self.axes)
+        qkv = F.linear(h, weight, bias).unflatten(-1, (3, -1, self.head_dim))
+        y = attention(qkv[:, 0], qkv[:, 1:])
+        x = x + leave(self.out(y.flatten(1)), self.axes, share)
+        h = F.gelu(self.up(enter(self.norm2(x), self.axes, share)))
+        return x + leave(self.down(h), self.axes, share)
 
 
 @register("vit")
@@ -73,29 +81,32 @@ class ViT(Encoder):
     """Images (PNG or JPEG; height and width multiples of two patches) to (h / 2p) * (w / 2p) rows."""
 
     Config = ViTConfig
-    tensor_parallel = True
+    tensor_parallel = context_parallel = pipeline = True
 
     def __init__(
         self,
         cfg: ViTConfig,
         axes: Axes,
         *,
+        stage: Stage | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(cfg, axes, device=device, dtype=dtype)
-        self.cfg = cfg
+        self.cfg, self.axes, self.stage = cfg, axes, stage or whole(cfg.layers)
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        inputs = cfg.channels * cfg.patch**2
-        self.patch = Linear(inputs, cfg.width, normal(inputs**-0.5), bias=True, **kw)
-        declare(self, "row_position", (cfg.max_grid, cfg.width), normal(0.1), **kw)
-        declare(self, "column_position", (cfg.max_grid, cfg.width), normal(0.1), **kw)
-        self.blocks = nn.ModuleList(Block(cfg, axes, **kw) for _ in range(cfg.layers))
-        self.norm = LayerNorm(cfg.width, **kw)
+        if self.stage.first:
+            inputs = cfg.channels * cfg.patch**2
+            self.patch = Linear(inputs, cfg.width, normal(inputs**-0.5), bias=True, **kw)
+            declare(self, "row_position", (cfg.max_grid, cfg.width), normal(0.1), **kw)
+            declare(self, "column_position", (cfg.max_grid, cfg.width), normal(0.1), **kw)
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, axes, **kw) for i in self.stage.layers})
+        if self.stage.last:
+            self.norm = LayerNorm(cfg.width, **kw)
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        return list(self.blocks)
+        return list(self.blocks.values())
 
     @classmethod
     def grid(cls, cfg: ViTConfig, meta: Meta) -> tuple[int, int]:
@@ -125,7 +136,29 @@ class ViT(Encoder):
         down, across = cls.grid(cfg, meta)
         n, d = float(down * across), cfg.width
         block = 2 * n * (4 * d * d + 2 * d * cfg.mlp) + 4 * n * n * d
-        return cfg.layers * block + 2 * n * d * cfg.channels * cfg.patch**2
+        return cfg.layers * block + cls.stem_cost(cfg, meta)
+
+    @classmethod
+    def stem_cost(cls, cfg: ViTConfig, meta: Meta) -> float:
+        down, across = cls.grid(cfg, meta)
+        return 2.0 * down * across * cfg.width * cfg.channels * cfg.patch**2
+
+    @classmethod
+    def feature_levels(cls, cfg: ViTConfig) -> int:
+        return 1 + len(cfg.levels)
+
+    @classmethod
+    def layer_count(cls, cfg: ViTConfig) -> int:
+        return cfg.layers
+
+    @classmethod
+    def hidden_width(cls, cfg: ViTConfig, layer: int) -> int:
+        """Levels that earlier stages have made come along."""
+        return cfg.width * (1 + sum(level < layer for level in cfg.levels))
+
+    @classmethod
+    def tokens_per_row(cls, cfg: ViTConfig) -> int:
+        return 4
 
     @classmethod
     def input_shape(cls, cfg: ViTConfig) -> tuple[int, ...]:
@@ -149,33 +182,50 @@ class ViT(Encoder):
         check_divides("vit width", cfg.width, "heads", cfg.heads)
         check_divides("vit heads", cfg.heads, "tp", tp)
         check_divides("vit mlp", cfg.mlp, "tp", tp)
+        if list(cfg.levels) != sorted(set(cfg.levels)) or not set(cfg.levels) <= set(range(cfg.layers)):
+            raise ValueError(
+                f"vit levels are {list(cfg.levels)}; needed: ascending layers of 0-{cfg.layers - 1}, each "
+                f"once; nearest: {sorted({min(max(0, i), cfg.layers - 1) for i in cfg.levels})}"
+            )
 
-    def forward(self, batch: ItemBatch) -> Features:
-        cfg, device = self.cfg, batch.values.device
+    def forward(self, batch: ItemBatch, hidden: Tensor | None = None) -> Features | Tensor:
+        cfg = self.cfg
         grids = [self.grid(cfg, m) for m in batch.metas]
-        packing = Packing.of(batch.lengths, device)
-        row, column, order = (torch.from_numpy(a).to(device) for a in _places(grids))
-        values = batch.values.to(local(self.patch.weight).dtype)
-        x = self.patch(values)
-        x = x + local(self.row_position)[row] + local(self.column_position)[column]
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, packing, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, packing)
-        x = self.norm(x).index_select(0, order).reshape(-1, 4 * cfg.width)
-        return Features(x, tuple(a * b // 4 for a, b in grids))
+        rows = tuple(a * b // 4 for a, b in grids)
+        share = Share.of(rows, self.axes, 4)
+        states = [self._embed(batch.values, grids, share)] if hidden is None else hidden.split(cfg.width, 1)
+        x, levels = states[0], list(states[1:])
+        attention = ItemAttention.of(share, self.axes.cp, x.device)
+        for i, block in zip(self.stage.layers, self.blocks.values(), strict=True):
+            x = run_layer(block, self.recompute, x, attention, share)
+            if i in cfg.levels:
+                levels.append(x)
+        if not self.stage.last:
+            return torch.cat([x, *levels], 1)
+        found = [y.reshape(-1, 4 * cfg.width) for y in (self.norm(x), *levels)]
+        return Features(torch.stack(found, 1) if levels else found[0], rows, share.part[0] // 4)
+
+    def _embed(self, values: Tensor, grids: Sequence[tuple[int, int]], share: Share) -> Tensor:
+        """Patches that this rank keeps, [kept, width], from those of all items."""
+        patch, row, column = (torch.from_numpy(a).to(values.device) for a in _places(grids, share))
+        x = self.patch(values.index_select(0, patch).to(local(self.patch.weight).dtype))
+        return x + local(self.row_position)[row] + local(self.column_position)[column]
 
 
-def _places(grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Grid row and column of every packed patch, and the order that brings each 2x2 block together."""
-    rows, columns, order, first = [], [], [], 0
-    for down, across in grids:
-        place = np.arange(down * across).reshape(down, across)
-        rows.append(place.reshape(-1) // across)
-        columns.append(place.reshape(-1) % across)
-        blocks = place.reshape(down // 2, 2, across // 2, 2).transpose(0, 2, 1, 3)
-        order.append(first + blocks.reshape(-1))
-        first += down * across
-    none = [np.zeros(0, dtype=np.int64)]
-    return tuple(np.concatenate(parts or none) for parts in (rows, columns, order))  # type: ignore[return-value]
+def _places(grids: Sequence[tuple[int, int]], share: Share) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Packed number, grid row and grid column of this rank's patches, in the order of 2x2 blocks."""
+    own = pieces(share.lengths, share.part)
+    length = np.asarray([p.stop - p.start for p in own], dtype=np.int64)
+    first = np.cumsum([0, *share.lengths])
+
+    def each(of_piece: Sequence[int]) -> np.ndarray:
+        return np.repeat(np.asarray(of_piece, dtype=np.int64), length)
+
+    across = each([grids[p.item][1] for p in own])
+    place = (
+        np.arange(length.sum()) + each([p.start for p in own]) - each((np.cumsum(length) - length).tolist())
+    )
+    block, corner = place // 4, place % 4
+    row = 2 * (block // (across // 2)) + corner // 2
+    column = 2 * (block % (across // 2)) + corner % 2
+    return each([int(first[p.item]) for p in own]) + row * across + column, row, column

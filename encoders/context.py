@@ -1,0 +1,75 @@
+"""What a context-parallel rank fetches for its share of a batch: keys of its items, neighbours of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from encoders.attention import Pairing, attend
+from encoders.share import Share, pieces
+from parallel.axis import Axis
+from parallel.exchange import RowFetch, Span, make_fetch
+from parallel.packed import Packing, depthwise_conv
+
+
+@dataclass(frozen=True)
+class ItemAttention:
+    """Attention of a rank's tokens to all tokens of their items, wherever these are."""
+
+    fetch: RowFetch
+    pairing: Pairing
+
+    @staticmethod
+    def of(share: Share, axis: Axis, device: torch.device) -> ItemAttention:
+        """Make it once a batch; `axis` is cp. Every rank fetches the items that its own tokens touch."""
+        wanted = [_reach(share, span, None) for span in share.spans]
+        own = pieces(share.lengths, share.own)
+        pairing = Pairing.of([p.stop - p.start for p in own], [share.lengths[p.item] for p in own], device)
+        return ItemAttention(_fetch("keys of an encoder", share, wanted, axis, device), pairing)
+
+    def __call__(self, q: Tensor, kv: Tensor) -> Tensor:
+        """q [T, H, D], kv [T, 2, H, D] of this rank's tokens to [T, H, D]."""
+        k, v = self.fetch(kv).unbind(1)
+        return attend(q, k, v, self.pairing)
+
+
+@dataclass(frozen=True)
+class ItemConvolution:
+    """Centred depthwise convolution of `kernel` taps along each item, zeros beyond its ends."""
+
+    fetch: RowFetch
+    packing: Packing
+    before: int
+
+    @staticmethod
+    def of(share: Share, axis: Axis, kernel: int, device: torch.device) -> ItemConvolution:
+        """Make it once a batch; `axis` is cp. Fetches up to kernel // 2 neighbours on either side, from as
+        many ranks as have them."""
+        wanted = [_reach(share, span, kernel // 2) for span in share.spans]
+        mine = wanted[axis.rank]
+        seen = [p.stop - p.start for p in pieces(share.lengths, mine)]
+        fetch = _fetch("neighbours of an encoder's rows", share, wanted, axis, device)
+        return ItemConvolution(fetch, Packing.of(seen, device), share.own[0] - mine[0])
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, C] of this rank's tokens, weight [C, kernel] to [T, C]."""
+        # Fetched rows at the cut ends come out wrong, and are not wanted.
+        wide = depthwise_conv(self.fetch(x), weight, None, self.packing, causal=False)
+        return wide.narrow(0, self.before, x.shape[0])
+
+
+def _reach(share: Share, span: Span, reach: int | None) -> Span:
+    """`span` and `reach` tokens on either side (None: any number) of the items that have a token in it."""
+    touched = pieces(share.lengths, span)
+    if not touched:
+        return span
+    first = (0, *accumulate(share.lengths))
+    low, high = first[touched[0].item], first[touched[-1].item + 1]
+    return (low, high) if reach is None else (max(low, span[0] - reach), min(high, span[1] + reach))
+
+
+def _fetch(name: str, share: Share, wanted: list[Span], axis: Axis, device: torch.device) -> RowFetch:
+    return make_fetch(name, axis, share.spans, [[span] for span in wanted], device=device)
