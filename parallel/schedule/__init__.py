@@ -2,7 +2,22 @@
 
 from parallel.schedule.action import Action, Kind
 from parallel.schedule.colocated import colocated
+from parallel.schedule.costs import Costs
 from parallel.schedule.execute import Record, execute
+from parallel.schedule.make import make_schedule
 from parallel.schedule.plan import ModuleUse, SchedulePlan
+from parallel.schedule.simulate import Timeline, simulate
 
-__all__ = ["Action", "Kind", "ModuleUse", "Record", "SchedulePlan", "colocated", "execute"]
+__all__ = [
+    "Action",
+    "Costs",
+    "Kind",
+    "ModuleUse",
+    "Record",
+    "SchedulePlan",
+    "Timeline",
+    "colocated",
+    "execute",
+    "make_schedule",
+    "simulate",
+]

@@ -168,7 +168,7 @@ def compute_groups(module: str, use: ModuleUse) -> tuple[str, ...]:
 
 
 def parameter_groups(module: str, use: ModuleUse) -> tuple[str, ...]:
-    """The groups that parameters are gathered and gradients summed over: dp, and edp where experts are cut."""
+    """The groups that parameters are gathered and gradients summed over: dp, and edp with cut experts."""
     layout = use.layout
     axes: Sequence[str] = ("dp", "edp") if layout.ep * layout.etp > 1 else ("dp",)
     return tuple(f"{module}.{a}" for a in axes if getattr(layout, a) > 1)

@@ -1,0 +1,128 @@
+"""From the computations of each place to the actions of its ranks: adds transfers, parameters and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from parallel.schedule.action import Action, Kind
+from parallel.schedule.orders import Work
+from parallel.schedule.plan import (
+    ModuleUse,
+    Place,
+    SchedulePlan,
+    compute_groups,
+    parameter_groups,
+    places,
+)
+
+
+def lower(
+    kind: str,
+    modules: Mapping[str, ModuleUse],
+    sink: str,
+    active: Sequence[frozenset[str]],
+    works: Mapping[Place, Sequence[Work]],
+    *,
+    train: bool = True,
+    ahead: int | None = None,
+    optimizer: bool = False,
+) -> SchedulePlan:
+    """The plan in which the ranks at each place do the `works` of that place, in order.
+
+    A transfer is started right after what makes its rows, and its receive one computation before what needs
+    them. optimizer: end with the update.
+    """
+    where = places({m: u.layout for m, u in modules.items()})
+    distinct = list(dict.fromkeys(where.values()))
+    number = {place: p for p, place in enumerate(distinct)}
+    program_of = {rank: number[place] for rank, place in where.items()}
+    writer = _Writer(modules, sink, active, train)
+    programs = tuple(writer.program(place, works[place], optimizer) for place in distinct)
+    return SchedulePlan(kind, modules, sink, tuple(active), programs, program_of, train, ahead)
+
+
+class _Writer:
+    def __init__(
+        self, modules: Mapping[str, ModuleUse], sink: str, active: Sequence[frozenset[str]], train: bool
+    ) -> None:
+        self.modules, self.sink, self.active, self.train = modules, sink, active, train
+        self.sources = [m for m in modules if m != sink]
+        self.compute = {m: compute_groups(m, u) for m, u in modules.items()}
+        self.parameters = {m: parameter_groups(m, u) for m, u in modules.items()}
+
+    def program(self, place: Place, works: Sequence[Work], optimizer: bool) -> tuple[Action, ...]:
+        # The edges that this place holds rows of, and whether it is where the sink reads them.
+        pp = dict(zip(self.modules, place, strict=True))
+        holds = {s for s in self.sources if pp[s] is not None and pp[s] == self.modules[s].layout.pp - 1}
+        reads = pp[self.sink] == 0
+        final: dict[tuple[str, int], int] = {}  # last backward, or forward, of each stage
+        end: dict[tuple[str, int], int] = {}
+        for k, w in enumerate(works):
+            end[w.module, w.stage] = k
+            if w.kind is not Kind.FORWARD:
+                final[w.module, w.stage] = k
+        stepwise = [key for key in end if self.modules[key[0]].params == "step" and self.parameters[key[0]]]
+        out = [self._on_parameters(Kind.GATHER, key) for key in sorted(stepwise)]
+        posts = [self._before(w, holds, reads) for w in works] + [[]]
+        out += posts[0] if works else []
+        for k, w in enumerate(works):
+            out += posts[k + 1]
+            key = (w.module, w.stage)
+            last = final.get(key) == k
+            groups = self.compute[w.module]
+            out.append(Action(w.kind, w.module, w.microbatch, last, w.stage, None, w.span, groups))
+            out += self._after(w)
+            if last and self.modules[w.module].params != "each" and self.parameters[w.module]:
+                out.append(self._on_parameters(Kind.GRAD_SYNC, key))
+            if end[key] == k and key in stepwise:
+                out.append(self._on_parameters(Kind.FREE, key))
+        if optimizer and self.train:
+            out.append(Action(Kind.OPTIMIZER, self.sink, 0, groups=("world",)))
+        return tuple(out)
+
+    def _on_parameters(self, kind: Kind, key: tuple[str, int]) -> Action:
+        groups = () if kind is Kind.FREE else self.parameters[key[0]]
+        return Action(kind, key[0], 0, stage=key[1], groups=groups)
+
+    def _before(self, w: Work, holds: set[str], reads: bool) -> list[Action]:
+        """Receives that `w` waits for and that no computation of this place starts."""
+        if w.kind is Kind.FORWARD:
+            if w.stage:
+                return [self._link(Kind.RECV_FORWARD, w, w.stage - 1)]
+            if w.module == self.sink:
+                sources = [s for s in self.sources if s in self.active[w.microbatch] and s not in holds]
+                return [self._edge(Kind.BOUNDARY_FORWARD, s, w.microbatch) for s in sources]
+        elif w.kind is not Kind.BACKWARD_WEIGHT:
+            if w.stage + 1 < self.modules[w.module].stages:
+                return [self._link(Kind.RECV_BACKWARD, w, w.stage + 1)]
+            if w.module != self.sink and not reads:
+                return [self._edge(Kind.BOUNDARY_BACKWARD, w.module, i) for i in self._covered(w)]
+        return []
+
+    def _after(self, w: Work) -> list[Action]:
+        """Transfers of what `w` has made."""
+        if w.kind is Kind.FORWARD:
+            if w.stage + 1 < self.modules[w.module].stages:
+                return [self._link(Kind.SEND_FORWARD, w, w.stage + 1)]
+            if w.module != self.sink:
+                return [self._edge(Kind.BOUNDARY_FORWARD, w.module, i) for i in self._covered(w)]
+        elif w.kind is not Kind.BACKWARD_WEIGHT:
+            if w.stage:
+                return [self._link(Kind.SEND_BACKWARD, w, w.stage - 1)]
+            if w.module == self.sink:
+                back = [s for s in self.sources if not self.modules[s].frozen]
+                sources = [s for s in back if s in self.active[w.microbatch]]
+                return [self._edge(Kind.BOUNDARY_BACKWARD, s, w.microbatch) for s in sources]
+        return []
+
+    def _covered(self, w: Work) -> list[int]:
+        """The micro-batches of a source's work that have items."""
+        return [i for i in range(w.microbatch, w.microbatch + w.span) if w.module in self.active[i]]
+
+    def _link(self, kind: Kind, w: Work, peer: int) -> Action:
+        way = "forward" if kind in (Kind.SEND_FORWARD, Kind.RECV_FORWARD) else "backward"
+        return Action(kind, w.module, w.microbatch, False, w.stage, peer, w.span, (f"{w.module}.pp.{way}",))
+
+    def _edge(self, kind: Kind, source: str, microbatch: int) -> Action:
+        way = "forward" if kind is Kind.BOUNDARY_FORWARD else "backward"
+        return Action(kind, source, microbatch, groups=(f"edge.{source}.{way}",))

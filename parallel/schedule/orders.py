@@ -1,0 +1,109 @@
+"""Pipelines: in which order each pipeline rank of one module computes. Pure.
+
+Each generator gives, for pipeline rank `r` of `p`, with `v` virtual stages a rank and `m` micro-batches, the
+list of (kind, stage, micro-batch). Virtual stage s lives on rank s % p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from parallel.schedule.action import Kind
+
+
+class Work(NamedTuple):
+    """One computation. span: it covers micro-batches [microbatch, microbatch + span)."""
+
+    kind: Kind
+    module: str
+    stage: int
+    microbatch: int
+    span: int = 1
+
+
+Step = tuple[Kind, int, int]  # (kind, stage, micro-batch)
+Order = list[Step]
+Pipeline = Callable[[int, int, int, int], Order]  # (r, p, v, m)
+
+
+def sequential(r: int, p: int, v: int, m: int) -> Order:
+    """One micro-batch at a time through all stages and back: the reference, and the least memory."""
+    stages = range(r, p * v, p)
+    out: Order = []
+    for i in range(m):
+        out += [(Kind.FORWARD, s, i) for s in stages]
+        out += [(Kind.BACKWARD, s, i) for s in reversed(stages)]
+    return out
+
+
+def gpipe(r: int, p: int, v: int, m: int) -> Order:
+    """All micro-batches forward, then all backward (GPipe, arXiv 1811.06965)."""
+    stages = range(r, p * v, p)
+    out: Order = [(Kind.FORWARD, s, i) for s in stages for i in range(m)]
+    return out + [(Kind.BACKWARD, s, i) for s in reversed(stages) for i in range(m)]
+
+
+def one_f_one_b(r: int, p: int, v: int, m: int) -> Order:
+    """1F1B (PipeDream-flush, arXiv 2006.09503), with v > 1 interleaved (arXiv 2104.04473, section 2.2).
+
+    Rank r runs ahead by as many forwards as the last rank needs to send its first gradient back, then
+    alternates. Interleaved, micro-batches go through the chunks of a rank in rounds of p, so m must be a
+    multiple of p.
+    """
+    assert v == 1 or m % p == 0, (p, v, m)
+    total = m * v
+
+    def forward(k: int) -> Step:
+        turn, within = divmod(k, p * v)
+        return (Kind.FORWARD, (within // p) * p + r, turn * p + within % p)
+
+    def backward(k: int) -> Step:
+        turn, within = divmod(k, p * v)
+        return (Kind.BACKWARD, (v - 1 - within // p) * p + r, turn * p + within % p)
+
+    warm = min(total, (p - r - 1) * (1 if v == 1 else 2) + (v - 1) * p)
+    out = [forward(k) for k in range(warm)]
+    for k in range(warm, total):
+        out += [forward(k), backward(k - warm)]
+    return out + [backward(k) for k in range(total - warm, total)]
+
+
+def zero_bubble(r: int, p: int, v: int, m: int) -> Order:
+    """1F1B with backward split: ZB-H1 of arXiv 2401.10241 for v = 1, and the same rule interleaved.
+
+    Weight gradients wait until rank r has r more input gradients done, so that the stage before gets its
+    gradient early, and fill the ranks' idle time at the end. Rank r then holds p - r micro-batches for their
+    backward and r for their weights: p as the first rank of 1F1B does.
+    """
+    out: Order = []
+    waiting: list[Step] = []
+    for kind, stage, i in one_f_one_b(r, p, v, m):
+        if kind is Kind.FORWARD:
+            out.append((kind, stage, i))
+            continue
+        out.append((Kind.BACKWARD_INPUT, stage, i))
+        waiting.append((Kind.BACKWARD_WEIGHT, stage, i))
+        if len(waiting) > r:
+            out.append(waiting.pop(0))
+    return out + waiting
+
+
+def windows(pipeline: Pipeline, sizes: Iterable[int], r: int, p: int, v: int) -> Order:
+    """A pipeline filled and drained once for each of consecutive windows of micro-batches."""
+    out: Order = []
+    first = 0
+    for n in sizes:
+        out += [(kind, s, first + i) for kind, s, i in pipeline(r, p, v, n)]
+        first += n
+    return out
+
+
+PIPELINES: Mapping[str, Pipeline] = {
+    "sequential": sequential,
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "three_phase": one_f_one_b,
+    "interleaved": one_f_one_b,
+    "zero_bubble": zero_bubble,
+}

@@ -1,0 +1,94 @@
+"""What a schedule cannot do, said with the numbers and the nearest choice that works."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+
+from parallel.layout import Layout
+from parallel.schedule.orders import PIPELINES
+from parallel.schedule.plan import ModuleUse
+
+KINDS = ("auto", *PIPELINES)
+
+
+def check_modules(
+    modules: Mapping[str, ModuleUse],
+    sink: str,
+    active: Sequence[Collection[str]],
+    batch: Mapping[str, int],
+) -> None:
+    """Refuse a graph that no schedule can serve."""
+    if sink not in modules:
+        raise ValueError(f"the sink {sink!r} is not among the modules {list(modules)}")
+    if not active:
+        raise ValueError("a step needs at least one micro-batch, given 0")
+    for i, present in enumerate(active):
+        if unknown := sorted(set(present) - (set(modules) - {sink})):
+            raise ValueError(
+                f"micro-batch {i} has items of {unknown}; the sources are {sorted(set(modules) - {sink})}"
+            )
+    for name, use in modules.items():
+        layout = use.layout
+        if use.layers is not None and use.stages > use.layers:
+            given = f"pp={layout.pp}" + (f" x vpp={layout.vpp}" if layout.vpp > 1 else "")
+            works = f"pp={layout.pp}, vpp={use.layers // layout.pp}"
+            if use.layers // layout.pp < 2:
+                pps = [d for d in range(1, use.layers + 1) if layout.size % d == 0]
+                works = f"pp={min(layout.pp, max(pps))}" + (", vpp=1" if layout.vpp > 1 else "")
+            raise ValueError(
+                f"layout.{name}: {given} makes {use.stages} stages, but it has {use.layers} layers; "
+                f"needed: at most one stage a layer. Nearest: {works}"
+            )
+        if name != sink and layout.vpp > 1:
+            raise ValueError(
+                f"layout.{name}: vpp={layout.vpp}, but only the language model has virtual stages; nearest: "
+                f"vpp=1, or pp={layout.pp * layout.vpp} on more ranks"
+            )
+        if batch.get(name, 1) < 1:
+            raise ValueError(f"batch of {name} is {batch[name]} micro-batches; needed: at least 1")
+
+
+def resolve(kind: str, layout: Layout, microbatches: int) -> str:
+    """The schedule that `kind` means for a sink of this layout."""
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, 1)
+        raise ValueError(
+            f"schedule.kind: given {kind!r}; known: {', '.join(KINDS)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    if kind == "auto":
+        kind = "interleaved" if layout.vpp > 1 else "1f1b"
+    if kind in ("1f1b", "three_phase") and layout.vpp > 1:
+        raise ValueError(
+            f"schedule.kind {kind} runs one stage a rank, given layout.{layout.module}.vpp={layout.vpp}; "
+            f"nearest: schedule.kind=interleaved, or vpp=1"
+        )
+    if kind == "interleaved" and layout.vpp == 1:
+        raise ValueError(
+            f"schedule.kind interleaved needs virtual stages, given layout.{layout.module}.vpp=1; nearest: "
+            f"schedule.kind=1f1b, or vpp=2"
+        )
+    if kind in ("interleaved", "zero_bubble") and layout.vpp > 1 and microbatches % layout.pp:
+        below, above = microbatches // layout.pp * layout.pp, -(-microbatches // layout.pp) * layout.pp
+        works = " or ".join(str(n) for n in dict.fromkeys((below, above)) if n)
+        raise ValueError(
+            f"schedule.kind {kind} with vpp={layout.vpp} passes micro-batches on in rounds of "
+            f"pp={layout.pp}; needed: a multiple of {layout.pp}, given {microbatches}. Nearest: {works} "
+            f"micro-batches, or vpp=1"
+        )
+    return kind
+
+
+def check_ahead(ahead: int, quantum: int, kind: str, unit: int) -> int:
+    """The window of micro-batches that a bound of `ahead` allows; refused where it is none.
+
+    quantum: a window is a multiple of it.
+    """
+    if ahead < quantum:
+        why = f"encoders take {unit} micro-batches at once" if unit > 1 else f"{kind} goes in rounds"
+        raise ValueError(
+            f"schedule.ahead={ahead}: encoder activations of at most so many micro-batches may be held, but "
+            f"{why}; needed: at least {quantum}. Nearest: {quantum}"
+        )
+    return ahead // quantum * quantum
