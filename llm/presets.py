@@ -1,0 +1,153 @@
+"""Published models by name, with their exact shapes, and a tiny one of each kind. Pure.
+
+Sources: Nemotron-H (arXiv 2504.03624), Nemotron Nano 2 (2508.14444), Nemotron 3 (2512.20856) with its Nano
+(2512.20848), Super (2604.12374) and Ultra (2606.15007), Llama 3 (2407.21783), Mixtral (2401.04088), and the
+models' published configurations.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from typing import Any
+
+from llm.config import LLMConfig
+
+_NEMOTRON_H_8B = LLMConfig(
+    pattern="M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-",
+    d_model=4096,
+    vocab_size=131072,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    mamba_heads=128,
+    mamba_head_dim=64,
+    mamba_state=128,
+    mamba_groups=8,
+    chunk=128,
+    mlp_ffn=21504,
+)
+
+_NANO_3 = replace(
+    _NEMOTRON_H_8B,
+    pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    d_model=2688,
+    n_kv_heads=2,
+    mamba_heads=64,
+    n_experts=128,
+    top_k=6,
+    expert_ffn=1856,
+    shared_ffn=3712,
+    routed_scale=2.5,
+    aux_weight=1e-4,
+    init_std=0.0173,
+)
+
+_LLAMA_3_8B = LLMConfig(
+    pattern=32 * "*-",
+    d_model=4096,
+    vocab_size=128256,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    rope_theta=500000.0,
+    mlp_ffn=14336,
+    mlp_gated=True,
+    activation="silu",
+)
+
+_TINY = LLMConfig(
+    pattern="M-M*-M-",
+    d_model=64,
+    n_heads=4,
+    n_kv_heads=2,
+    mamba_heads=8,
+    mamba_groups=2,
+    chunk=32,
+    mlp_ffn=192,
+)
+
+PRESETS = {
+    "nemotron-h-8b": _NEMOTRON_H_8B,
+    "nemotron-h-56b": replace(
+        _NEMOTRON_H_8B,
+        pattern="M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-",
+        d_model=8192,
+        n_heads=64,
+        mamba_heads=256,
+        mamba_state=256,
+        mlp_ffn=32768,
+        init_std=0.0099,
+    ),
+    "nemotron-nano-9b-v2": replace(
+        _NEMOTRON_H_8B,
+        pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+        d_model=4480,
+        n_heads=40,
+        mamba_head_dim=80,
+        mlp_ffn=15680,
+    ),
+    "nemotron-3-nano-30b-a3b": _NANO_3,
+    "nemotron-3-super-120b-a12b": replace(
+        _NANO_3,
+        pattern="MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+        d_model=4096,
+        mamba_heads=128,
+        n_experts=512,
+        top_k=22,
+        expert_ffn=2688,
+        shared_ffn=5376,
+        latent=1024,
+        routed_scale=5.0,
+        mtp_layers=2,
+        init_std=0.014,
+    ),
+    "nemotron-3-ultra-550b-a55b": replace(
+        _NANO_3,
+        pattern=(
+            "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*"
+            "EMEMEMEM*EMEMEMEME"
+        ),
+        d_model=8192,
+        n_heads=64,
+        mamba_heads=256,
+        n_experts=512,
+        top_k=22,
+        expert_ffn=5120,
+        shared_ffn=10240,
+        latent=2048,
+        routed_scale=5.0,
+        mtp_layers=2,
+        init_std=0.0099,
+    ),
+    "llama-3-8b": _LLAMA_3_8B,
+    "mixtral-8x7b": replace(
+        _LLAMA_3_8B,
+        pattern=32 * "*E",
+        vocab_size=32000,
+        rope_theta=1e6,
+        n_experts=8,
+        top_k=2,
+        expert_ffn=14336,
+        shared_ffn=0,
+        router="softmax",
+        routed_scale=1.0,
+        expert_bias_rate=0.0,
+        aux_weight=0.02,
+    ),
+    "tiny-hybrid": _TINY,
+    "tiny-moe": replace(_TINY, pattern="MEM*EME"),
+    "tiny-latent": replace(_TINY, pattern="MEM*EME", latent=32, n_experts=16, top_k=4, mtp_layers=2),
+    "tiny-transformer": replace(
+        _TINY, pattern="*-*-", rope_theta=10000.0, mlp_gated=True, activation="silu", tied=True
+    ),
+}
+
+
+def preset(name: str, **changes: Any) -> LLMConfig:
+    """The published model `name`, some fields changed. ValueError for an unknown name, with the nearest."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(PRESETS)}"
+        raise ValueError(f"model.llm.preset is {name!r}; {hint}")
+    return replace(PRESETS[name], **changes)

@@ -1,0 +1,56 @@
+"""Presets have the sizes that their reports give."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from llm.config import check, layer_params, mtp_params, param_count
+from llm.model import LLM
+from llm.presets import PRESETS, preset
+
+# Billions of parameters, total and active per token (both embeddings included), to the digits published;
+# None: a dense model.
+PUBLISHED = {
+    "nemotron-h-8b": ("8.1", None, {"M": 24, "-": 24, "*": 4}),
+    "nemotron-h-56b": ("56.3", None, {"M": 54, "-": 54, "*": 10}),
+    "nemotron-nano-9b-v2": ("8.9", None, {"M": 27, "-": 25, "*": 4}),
+    "nemotron-3-nano-30b-a3b": ("31.6", "3.6", {"M": 23, "E": 23, "*": 6}),
+    "nemotron-3-super-120b-a12b": ("120.6", "12.7", {"M": 40, "E": 40, "*": 8}),
+    "nemotron-3-ultra-550b-a55b": ("549", "56", {"M": 48, "E": 48, "*": 12}),
+    "llama-3-8b": ("8.0", "8.0", {"*": 32, "-": 32}),
+    "mixtral-8x7b": ("46.7", "12.9", {"*": 32, "E": 32}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_the_published_ones(name: str) -> None:
+    cfg = preset(name, mtp_layers=0)  # reports do not count the block that predicts further tokens
+    total, active, kinds = PUBLISHED[name]
+    ours = param_count(cfg)
+    for count, said in zip(ours, (total, active or total), strict=True):
+        # Some reports round down: one unit of the last digit.
+        unit = 10.0 ** -len(said.partition(".")[2])
+        assert abs(count / 1e9 - float(said)) < unit, (count, said)
+    assert Counter(cfg.symbols) == kinds
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_counts_are_those_of_the_model(name: str) -> None:
+    """One layer of each kind in the model's width: what the counts say is what the module has."""
+    cfg = preset(name)
+    check(cfg)
+    cfg = replace(cfg, pattern="".join(sorted(cfg.kinds)), vocab_size=64, n_experts=cfg.top_k)
+    model = LLM(cfg, device="meta")
+    assert param_count(cfg)[0] == sum(p.numel() for p in model.parameters())
+    for layer, symbol in zip(model.layers, cfg.symbols, strict=True):
+        assert layer_params(cfg, symbol)[0] == sum(p.numel() for p in layer.parameters())
+    further = 0 if model.mtp is None else sum(p.numel() for p in model.mtp.parameters())
+    assert mtp_params(cfg) == further
+
+
+def test_unknown_presets_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean nemotron-h-8b"):
+        preset("nemotron-h-8")
