@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from encoders.attention import Pairing, attend
-from encoders.share import Share, pieces
+from encoders.share import Share, pieces, reach
 from parallel.axis import Axis
 from parallel.exchange import RowFetch, Span, make_fetch
 from parallel.packed import Packing, depthwise_conv
@@ -25,7 +24,7 @@ class ItemAttention:
     @staticmethod
     def of(share: Share, axis: Axis, device: torch.device) -> ItemAttention:
         """Make it once a batch; `axis` is cp. Every rank fetches the items that its own tokens touch."""
-        wanted = [_reach(share, span, None) for span in share.spans]
+        wanted = [reach(share.lengths, span) for span in share.spans]
         own = pieces(share.lengths, share.own)
         pairing = Pairing.of([p.stop - p.start for p in own], [share.lengths[p.item] for p in own], device)
         return ItemAttention(_fetch("keys of an encoder", share, wanted, axis, device), pairing)
@@ -48,7 +47,7 @@ class ItemConvolution:
     def of(share: Share, axis: Axis, kernel: int, device: torch.device) -> ItemConvolution:
         """Make it once a batch; `axis` is cp. Fetches up to kernel // 2 neighbours on either side, from as
         many ranks as have them."""
-        wanted = [_reach(share, span, kernel // 2) for span in share.spans]
+        wanted = [reach(share.lengths, span, kernel // 2) for span in share.spans]
         mine = wanted[axis.rank]
         seen = [p.stop - p.start for p in pieces(share.lengths, mine)]
         fetch = _fetch("neighbours of an encoder's rows", share, wanted, axis, device)
@@ -59,16 +58,6 @@ class ItemConvolution:
         # Fetched rows at the cut ends come out wrong, and are not wanted.
         wide = depthwise_conv(self.fetch(x), weight, None, self.packing, causal=False)
         return wide.narrow(0, self.before, x.shape[0])
-
-
-def _reach(share: Share, span: Span, reach: int | None) -> Span:
-    """`span` and `reach` tokens on either side (None: any number) of the items that have a token in it."""
-    touched = pieces(share.lengths, span)
-    if not touched:
-        return span
-    first = (0, *accumulate(share.lengths))
-    low, high = first[touched[0].item], first[touched[-1].item + 1]
-    return (low, high) if reach is None else (max(low, span[0] - reach), min(high, span[1] + reach))
 
 
 def _fetch(name: str, share: Share, wanted: list[Span], axis: Axis, device: torch.device) -> RowFetch:

@@ -56,6 +56,17 @@ def pieces(lengths: Sequence[int], span: Span) -> list[Piece]:
     return [Piece(i, start, stop) for i, start, stop in found if stop > start]
 
 
+def reach(lengths: Sequence[int], span: Span, n: int | None = None) -> Span:
+    """`span` and n tokens on either side of it, not beyond the items that have a token in it (None: all of
+    these items)."""
+    touched = pieces(lengths, span)
+    if not touched:
+        return span
+    first = (0, *accumulate(lengths))
+    low, high = first[touched[0].item], first[touched[-1].item + 1]
+    return (low, high) if n is None else (max(low, span[0] - n), min(high, span[1] + n))
+
+
 @dataclass(frozen=True)
 class Share:
     """What one rank has of a lane, in tokens: `unit` of them make a row.

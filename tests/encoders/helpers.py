@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import encoders
-from encoders.contract import ItemBatch, pack_items
+from encoders.contract import Encoder, ItemBatch, pack_items
 from encoders.module import EncoderModule, build_encoder_module
-from parallel.axis import Axes
-from parallel.param import initialise
+from parallel.axis import Axes, Axis
+from parallel.param import declared, initialise, own_specs
+from parallel.stage import Stage
 
 SMALL: dict[str, dict[str, Any]] = {
     "vit": {"width": 24, "heads": 12, "layers": 2, "mlp": 48, "max_grid": 16},
@@ -57,18 +59,74 @@ def batch(name: str, sizes: Sequence[Any], dtype: torch.dtype = torch.float64) -
     return pack_items(cls, cfg, tensors, [meta for _, meta in items], device="cpu", dtype=dtype)
 
 
-def module(name: str, axes: Axes | None = None, dtype: torch.dtype = torch.float64) -> EncoderModule:
-    cls = encoders.resolve(name)
+def module(
+    name: str,
+    axes: Axes | None = None,
+    dtype: torch.dtype = torch.float64,
+    *,
+    cls: type[Encoder] | None = None,
+    stage: Stage | None = None,
+    **extra: Any,
+) -> EncoderModule:
+    """A small module, its weights cut over axes.tp. cls: not the registered class; extra: options."""
+    cls = cls or encoders.resolve(name)
     built = build_encoder_module(
         cls,
-        cls.Config(**SMALL[name]),
+        cls.Config(**{**SMALL[name], **extra}),
         d_out=20,
         projector_hidden=24,
         axes=axes or Axes(),
+        stage=stage,
         dtype=dtype,
     )
     initialise(built, 0, name)
+    tp = built.axes.tp
+    for sub in built.modules():
+        for key, spec in own_specs(sub).items():
+            if spec.shard_dim is not None and tp.size > 1:
+                part = getattr(sub, key).detach().chunk(tp.size, spec.shard_dim)[tp.rank]
+                setattr(sub, key, torch.nn.Parameter(part.clone()))
     return built
+
+
+def make_axes(cp: int, tp: int, sequence_parallel: bool = False) -> Axes:
+    """Axes over all ranks of the default group, tp the faster."""
+    rank = dist.get_rank()
+    found = []
+    for name, size, groups in (
+        ("cp", cp, [[c * tp + t for c in range(cp)] for t in range(tp)]),
+        ("tp", tp, [[c * tp + t for t in range(tp)] for c in range(cp)]),
+    ):
+        axis = Axis(name)
+        for ranks in groups:
+            group = dist.new_group(ranks) if size > 1 else None
+            if rank in ranks and size > 1:
+                axis = Axis(name, size, ranks.index(rank), group)
+        found.append(axis)
+    return Axes(cp=found[0], tp=found[1], sequence_parallel=sequence_parallel and tp > 1)
+
+
+def gradient_error(nets: Sequence[EncoderModule], whole: EncoderModule) -> float:
+    """Largest error of the gradients of `nets`, stages of one module, against those of `whole`, after the
+    sums over cp and, of partial ones, over tp; relative to the largest gradient."""
+    expected = {key: p.grad for key, p in whole.named_parameters()}
+    # Some gradients vanish in exact arithmetic (the bias of the keys): measure all against the largest.
+    scale = max([float(g.abs().max()) for g in expected.values()] + [1e-12])
+    worst, seen = 0.0, set()
+    for net in nets:
+        cp, tp = net.axes.cp, net.axes.tp
+        for key, p, spec in declared(net):
+            grad = p.grad.clone()
+            for axis in (cp, tp) if spec.partial else (cp,):
+                if axis.size > 1:
+                    dist.all_reduce(grad, group=axis.group)
+            want = expected[key]
+            if spec.shard_dim is not None:
+                want = want.chunk(tp.size, spec.shard_dim)[tp.rank]
+            worst = max(worst, float((grad - want).abs().max()) / scale)
+            seen.add(key)
+    assert seen == set(expected), seen ^ set(expected)
+    return worst
 
 
 SIZES: dict[str, list[Any]] = {

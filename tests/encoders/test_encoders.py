@@ -14,9 +14,7 @@ import encoders
 from encoders import compat
 from encoders.contract import Features, ItemBatch
 from encoders.module import RowsMismatch
-from parallel.axis import Axes, Axis
-from parallel.param import declared
-from tests.encoders.helpers import SIZES, SMALL, batch, module, png, wav
+from tests.encoders.helpers import SIZES, SMALL, batch, gradient_error, make_axes, module, png, wav
 
 NAMES = ["vit", "fastconformer"]
 
@@ -59,30 +57,14 @@ def test_clips_give_the_promised_rows(samples: list[int]) -> None:
 
 def tensor_parallel(name: str) -> float:
     """Largest relative error of output and of every gradient against the whole module."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    axes = Axes(tp=Axis("tp", size, rank, dist.group.WORLD))
-    net, whole = module(name, axes), module(name)
-    specs = {key: spec for key, _, spec in declared(net)}
-    for sub in net.modules():
-        for key, spec in sub.__dict__.get("_param_specs", {}).items():
-            if spec.shard_dim is not None:
-                part = getattr(sub, key).detach().chunk(size, spec.shard_dim)[rank]
-                setattr(sub, key, torch.nn.Parameter(part.clone()))
+    net, whole = module(name, make_axes(1, dist.get_world_size())), module(name)
     items = batch(name, SIZES[name])
     weight = torch.randn(sum(whole(items).rows), 20, generator=torch.Generator().manual_seed(1)).double()
     ours, theirs = net(items).values, whole(items).values
     (ours * weight).sum().backward()
     (theirs * weight).sum().backward()
     worst = float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
-    expected = dict(whole.named_parameters())
-    # Some gradients vanish in exact arithmetic (the bias of the keys): measure all against the largest.
-    scale = max(p.grad.abs().max() for p in expected.values())
-    for key, p in net.named_parameters():
-        want = expected[key].grad
-        if specs[key].shard_dim is not None:
-            want = want.chunk(size, specs[key].shard_dim)[rank]
-        worst = max(worst, float((p.grad - want).abs().max() / scale))
-    return worst
+    return max(worst, gradient_error([net], whole))
 
 
 @pytest.mark.parametrize("tp", [2, 3, 4])

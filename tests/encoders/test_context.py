@@ -1,0 +1,122 @@
+"""Encoders cut over cp, tp, sequence parallelism and stages are the whole encoder, to 1e-9 in float64."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import encoders
+from encoders.contract import bare_items
+from encoders.module import EncoderModule, hidden_shape
+from encoders.share import encoder_row_spans
+from encoders.vit import ViT
+from parallel.stage import cut_layers, whole
+from tests.encoders.helpers import batch, gradient_error, make_axes, module
+
+NAMES = ["vit", "fastconformer"]
+# (cp, tp, sequence_parallel); encoders have 2 layers of 12 heads.
+LAYOUTS = [
+    (2, 1, False),
+    (3, 1, False),
+    (4, 1, False),
+    (2, 2, False),
+    (1, 2, True),
+    (1, 3, True),
+    (1, 4, True),
+    (2, 2, True),
+]
+
+
+def draws(name: str) -> list[list[Any]]:
+    """Sizes of batches: nothing, one row, less rows than ranks, one long item, many, items without rows."""
+    rng = random.Random(name)
+    if name == "vit":
+        fixed: list[list[Any]] = [[], [(4, 4)], [(4, 4), (4, 8)], [(36, 36)]]
+        return fixed + [
+            [(4 * rng.randint(1, 5), 4 * rng.randint(1, 5)) for _ in range(rng.randint(2, 9))]
+            for _ in range(3)
+        ]
+    fixed = [[], [0, 0], [1], [700, 0, 640], [9000], [0, 2000, 0, 1, 0]]
+    return fixed + [
+        [rng.choice([0, 79, 640, 800, 2345, 5120]) for _ in range(rng.randint(2, 9))] for _ in range(2)
+    ]
+
+
+class Whole(ViT):
+    """Not cut over tp: every tp rank runs all of it."""
+
+    tensor_parallel = False
+
+
+def chained(nets: list[EncoderModule], items: Any) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    """Features from stages, and what passed between them: (given, taken)."""
+    seams: list[tuple[Tensor, Tensor]] = []
+    found = nets[0](items)
+    for net in nets[1:]:
+        taken = found.detach().requires_grad_()
+        seams.append((found, taken))
+        rows, axes = bare_items(items.metas, device="cpu", dtype=torch.float64), net.axes
+        assert tuple(taken.shape) == hidden_shape(type(net.encoder), net.cfg, items.metas, net.stage, axes)
+        found = net(rows, taken)
+    return found, seams
+
+
+def compare(name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str, Any]) -> float:
+    """Largest error of features and gradients of this rank, over batches."""
+    axes = make_axes(*layout)
+    cls = Whole if kind == "whole" else encoders.resolve(name)
+    layers = extra.get("layers", 2)
+    stages = cut_layers([1.0] * layers, 2) if kind == "stages" else (whole(layers),)
+    worst = 0.0
+    for sizes in draws(name):
+        nets = [module(name, axes, cls=cls, stage=stage, **extra) for stage in stages]
+        for net in nets:
+            net.encoder.recompute = kind == "recompute"
+        alone, items = module(name, cls=cls, **extra), batch(name, sizes)
+        expected = alone(items)
+        found, seams = chained(nets, items)
+        a, b = encoder_row_spans(expected.rows, axes.cp.size, axes.tp.size, axes.sequence_parallel)[
+            axes.cp.rank
+        ][axes.tp.rank]
+        assert (found.first, found.rows) == (a, expected.rows)
+        weight = torch.randn(expected.values.shape, generator=torch.Generator().manual_seed(1)).double()
+        (expected.values * weight).sum().backward()
+        (found.values * weight[a:b]).sum().backward()
+        for given, taken in reversed(seams):
+            given.backward(taken.grad)
+        assert found.values.shape == expected.values[a:b].shape
+        error = (found.values - expected.values[a:b]).detach().abs()
+        worst = max(worst, float(error.max()) if error.numel() else 0.0, gradient_error(nets, alone))
+    return worst
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cut_encoder_is_the_whole_encoder(name: str, layout: tuple[int, int, bool], ranks: Any) -> None:
+    assert max(ranks(layout[0] * layout[1], compare, name, layout, "plain", {})) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "kind", "extra"),
+    [
+        ("vit", (2, 2, True), "recompute", {}),
+        ("fastconformer", (4, 1, False), "recompute", {}),
+        ("fastconformer", (4, 1, False), "plain", {"kernel": 31}),
+        ("vit", (2, 2, True), "whole", {}),
+        ("vit", (2, 2, False), "whole", {}),
+        ("vit", (1, 1, False), "stages", {"layers": 3, "levels": (0, 1)}),
+        ("vit", (2, 2, True), "stages", {"layers": 3, "levels": (0, 2)}),
+        ("vit", (2, 1, False), "recompute", {"levels": (0,)}),
+        ("fastconformer", (2, 2, True), "stages", {}),
+        ("fastconformer", (3, 1, False), "stages", {"layers": 3}),
+    ],
+    ids=str,
+)
+def test_every_way_of_cutting_is_exact(
+    name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str, Any], ranks: Any
+) -> None:
+    assert max(ranks(layout[0] * layout[1], compare, name, layout, kind, extra)) < 1e-9

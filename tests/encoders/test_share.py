@@ -1,0 +1,86 @@
+"""How rows of a lane are cut, and what attention and convolution of a part of them see. Pure."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encoders.attention import Pairing, attend
+from encoders.share import encoder_row_spans, pieces, reach
+from parallel.boundary import source_side
+from parallel.layout import make_layout
+
+LENGTHS = st.lists(st.integers(0, 9), max_size=6)
+DEGREES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.booleans())
+
+
+@given(LENGTHS, DEGREES)
+def test_rows_are_cut_evenly_and_completely(rows: list[int], degrees: tuple[int, int, bool]) -> None:
+    cp, tp, sp = degrees
+    spans = encoder_row_spans(rows, cp, tp, sp)
+    assert len(spans) == cp and all(len(parts) == tp for parts in spans)
+    flat = [span for parts in spans for span in (parts if sp else parts[:1])]
+    assert flat[0][0] == 0 and flat[-1][1] == sum(rows)
+    assert all(a[1] == b[0] for a, b in pairwise(flat))
+    assert max(parts[-1][1] - parts[0][0] for parts in spans) <= math.ceil(sum(rows) / cp)
+    for parts in spans:
+        sizes = [b - a for a, b in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert sp or len(set(parts)) == 1
+
+
+@settings(max_examples=40)
+@given(LENGTHS, DEGREES)
+def test_the_boundary_cuts_rows_in_the_same_way(rows: list[int], degrees: tuple[int, int, bool]) -> None:
+    cp, tp, sp = degrees
+    layout = make_layout("vision", cp * tp, {"cp": cp, "tp": tp, "sequence_parallel": sp})
+    side = source_side(layout, rows, [0] * len(rows))
+    spans = encoder_row_spans(rows, cp, tp, sp)
+    for c in range(cp):
+        for t in range(tp):
+            a, b = spans[c][t]
+            lane = side.lane_of(layout.rank_at(cp=c, tp=t))
+            mine = [k for k in range(len(side.start)) if side.lane[k] == lane and side.length[k]]
+            assert sum(int(side.length[k]) for k in mine) == b - a == side.rows[lane]
+            assert all(side.start[k] - side.local[k] == a for k in mine)
+
+
+@given(LENGTHS, st.integers(0, 60), st.integers(0, 60))
+def test_pieces_are_the_rows_of_a_span(lengths: list[int], a: int, b: int) -> None:
+    rows = [(i, k) for i, n in enumerate(lengths) for k in range(n)]
+    span = (min(a, len(rows)), min(b, len(rows)))
+    found = [(p.item, k) for p in pieces(lengths, span) for k in range(p.start, p.stop)]
+    assert found == rows[slice(*span)]
+
+
+@settings(max_examples=60)
+@given(LENGTHS, st.integers(1, 5), st.sampled_from([None, 0, 1, 4, 15]))
+def test_reach_is_what_a_span_sees_and_no_more(lengths: list[int], cp: int, n: int | None) -> None:
+    item = [i for i, length in enumerate(lengths) for _ in range(length)]
+    far = len(item) if n is None else n
+    for (a, b), *_ in encoder_row_spans(lengths, cp):
+        near = [
+            r for r in range(len(item)) if any(item[r] == item[o] and abs(r - o) <= far for o in range(a, b))
+        ]
+        low, high = reach(lengths, (a, b), n)
+        assert list(range(low, high)) == near
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20)), max_size=6), st.integers(0, 99))
+def test_queries_see_the_keys_of_their_item(counts: list[tuple[int, int]], seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    queries, keys = [q for q, _ in counts], [k for _, k in counts]
+    q, k, v = (
+        torch.randn(n, 2, 4, dtype=torch.float64, generator=gen) for n in (sum(queries), *[sum(keys)] * 2)
+    )
+    parts = []
+    for one, ks, vs in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", one, ks) / 2.0
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vs))
+    expected = torch.cat(parts) if parts else q
+    assert torch.allclose(attend(q, k, v, Pairing.of(queries, keys)), expected, rtol=0, atol=1e-12)
