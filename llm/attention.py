@@ -1,45 +1,92 @@
-"""Grouped-query attention without positions, cut over tp by heads."""
+"""Grouped-query attention, with rotary positions or none, cut over tp by heads and over cp by tokens."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import LLMConfig
+from llm.norm import wide
+from llm.recompute import run
 from parallel.axis import Axes
+from parallel.context import ContextPacking, context_attention
+from parallel.heads import share_heads
 from parallel.packed import Packing, attention
-from parallel.param import declare, local, normal
+from parallel.param import constant, declare, local, normal
 from parallel.tensor import Linear, enter, leave
 
 
 class Attention(nn.Module):
-    """Causal attention within each document; several query heads share a key/value head."""
+    """Causal attention within each document; several query heads share a key/value head.
+
+    Where tp exceeds the key/value heads, each rank computes those that its own query heads read.
+    """
 
     def __init__(
         self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
-        self.axes, self.head_dim = axes, cfg.head_dim
+        self.axes, self.head_dim, self.rope_theta = axes, cfg.head_dim, cfg.rope_theta
+        self.shared = share_heads(cfg.n_heads, cfg.n_kv_heads, axes.tp)
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-        self.sizes = [q // axes.tp.size, kv // axes.tp.size, kv // axes.tp.size]
+        own = self.shared.count * cfg.head_dim
+        self.sizes = [q // axes.tp.size, own, own]
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         for name, width in {"q": q, "k": kv, "v": kv}.items():
-            declare(
-                self,
-                name,
-                (width, cfg.d_model),
-                normal(cfg.init_std),
-                shard_dim=0,
-                device=device,
-                dtype=dtype,
-            )
-        self.out = Linear(q, cfg.d_model, normal(cfg.out_std), shard="row", device=device, dtype=dtype)
+            how: dict[str, Any] = {"shard_dim": 0} if name == "q" else self.shared.declare_as()
+            declare(self, name, (width, cfg.d_model), normal(cfg.init_std), **how, **kw)
+            if cfg.attention_bias:
+                declare(self, f"{name}_bias", (width,), constant(0.0), **how, **kw)
+        self.out = Linear(q, cfg.d_model, normal(cfg.out_std), shard="row", **kw)
+        if cfg.attention_bias:
+            # Added after the partial sums are, so that it counts once.
+            declare(self, "bias", (cfg.d_model,), constant(0.0), partial=axes.sequence_parallel, **kw)
+        else:
+            self.bias = None
+        self.recompute: frozenset[str] = frozenset()
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """x as kept between blocks, [T, d] or this rank's share of it, to the same."""
         x = enter(x, self.axes)
-        weight = torch.cat([local(self.q), local(self.k), local(self.v)])
+        bias = None if self.bias is None else self._joined("_bias")
         q, k, v = (
-            t.unflatten(-1, (-1, self.head_dim)) for t in F.linear(x, weight).split(self.sizes, dim=-1)
+            t.unflatten(-1, (-1, self.head_dim))
+            for t in F.linear(x, self._joined(""), bias).split(self.sizes, dim=-1)
         )
-        y = attention(q, k, v, packing, causal=True).flatten(1)
-        return leave(self.out(y), self.axes)
+        y = run("attention_core" in self.recompute, self._core, q, k, v, packing)
+        y = leave(self.out(y.flatten(1)), self.axes)
+        return y if self.bias is None else y + local(self.bias)
+
+    def _joined(self, suffix: str) -> Tensor:
+        """Weights or biases of q, k and v for the heads of this rank, as one."""
+        q, k, v = (local(getattr(self, name + suffix)) for name in ("q", "k", "v"))
+        return torch.cat([q, *(self.shared.used(w, self.head_dim) for w in (k, v))])
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        if self.rope_theta is not None:
+            q, k = rotate(q, k, packing.position, self.rope_theta)
+        k, v = self.shared.spread(k), self.shared.spread(v)
+        if isinstance(packing, ContextPacking):
+            return context_attention(q, k, v, packing)
+        assert self.axes.cp.size == 1, "under cp a layer needs the packing of parallel.context.pack()"
+        return attention(q, k, v, packing, causal=True)
+
+
+def rotate(q: Tensor, k: Tensor, position: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """Rotary positions (arXiv 2104.09864): q and k [T, H, D] turned by position [T] in their document.
+
+    Feature i turns together with i + D / 2, as published checkpoints have it.
+    """
+    acc, half = wide(q.dtype), q.shape[-1] // 2
+    speed = theta ** (-torch.arange(half, dtype=torch.float64, device=q.device) / half)
+    angle = position.unsqueeze(-1) * speed  # float64: a float32 angle is off by 0.03 at position 1M
+    cos, sin = (f(angle).to(acc).unsqueeze(1) for f in (torch.cos, torch.sin))
+
+    def turn(x: Tensor) -> Tensor:
+        low, high = x.to(acc).chunk(2, -1)
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)
+
+    return turn(q), turn(k)

@@ -49,6 +49,7 @@ class ParamSpec:
     """What must be known of a parameter beyond its global shape.
 
     shard_dim: the dim cut evenly over the view's axis (tp for dense, ep for expert), None if replicated.
+    etp_dim: a second dim of an expert parameter, cut evenly over etp; None where each expert is whole.
     partial: a replicated parameter whose gradient differs between tp ranks because they saw different
         tokens; the gradients are summed over tp once per step.
     precise: kept and gathered in the parameter dtype when the rest computes in bfloat16.
@@ -59,6 +60,7 @@ class ParamSpec:
     view: View = "dense"
     partial: bool = False
     precise: bool = False
+    etp_dim: int | None = None
 
 
 def declare(
@@ -71,13 +73,14 @@ def declare(
     view: View = "dense",
     partial: bool = False,
     precise: bool = False,
+    etp_dim: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Register parameter `name` of global `shape` on `module`."""
     module.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
     specs = module.__dict__.setdefault("_param_specs", {})
-    specs[name] = ParamSpec(init, shard_dim, view, partial, precise)
+    specs[name] = ParamSpec(init, shard_dim, view, partial, precise, etp_dim)
 
 
 def own_specs(module: nn.Module) -> dict[str, ParamSpec]:
@@ -102,7 +105,7 @@ def keep_whole(module: nn.Module) -> None:
     """Declare that no axis cuts the parameters below `module`: each tp or ep rank holds them whole."""
     for sub in module.modules():
         specs = own_specs(sub)
-        specs.update({name: replace(spec, shard_dim=None) for name, spec in specs.items()})
+        specs.update({name: replace(spec, shard_dim=None, etp_dim=None) for name, spec in specs.items()})
 
 
 def local(param: Tensor | nn.Module) -> Tensor:

@@ -1,0 +1,190 @@
+"""One layer of any kind under any degrees over gloo ranks, and its gradients put together again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llm.config import LLMConfig
+from llm.layer import Layer, run_layer
+from llm.moe import MoE, Pass
+from parallel.axis import Axes, Axis
+from parallel.context import ContextPacking, Order, pack, piece_count
+from parallel.layout import Layout
+from parallel.packed import Packing
+from parallel.param import ParamSpec, declared, initialise
+from tests.llm.harness import axis
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """A layout of one module on ranks 0 to world - 1."""
+
+    world: int
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sp: bool = False
+    order: Order = "contiguous"
+
+    @property
+    def layout(self) -> Layout:
+        return Layout("llm", tuple(range(self.world)), tp=self.tp, cp=self.cp, ep=self.ep, etp=self.etp)
+
+    @property
+    def step(self) -> int:
+        """What the length of a lane's stream must be a multiple of."""
+        return math.lcm(piece_count(self.cp, self.order), self.cp * self.tp)
+
+
+def make_axes(degrees: Degrees) -> Axes:
+    made = {
+        name: axis(name, [list(g) for g in degrees.layout.groups(name)]) for name in ("tp", "cp", "ep", "etp")
+    }
+    return Axes(made["tp"], made["ep"], degrees.sp and degrees.tp > 1, made["cp"], made["etp"])
+
+
+def cut_dims(spec: ParamSpec, axes: Axes) -> list[tuple[int, Axis]]:
+    """The dims of a parameter that are cut, and over what."""
+    if spec.view == "dense":
+        pairs = [(spec.shard_dim, axes.tp)]
+    else:
+        pairs = [(spec.shard_dim, axes.ep), (spec.etp_dim, axes.etp)]
+    return [(dim, over) for dim, over in pairs if dim is not None and over.size > 1]
+
+
+def build(cfg: LLMConfig, symbol: str, axes: Axes, recompute: frozenset[str]) -> Layer:
+    layer = Layer(symbol, cfg, axes, device=None, dtype=torch.float64)
+    initialise(layer, 3, "layer")
+    for full, param, spec in list(declared(layer)):
+        shard = param.detach()
+        for dim, over in cut_dims(spec, axes):
+            shard = shard.chunk(over.size, dim)[over.rank]
+        owner, _, name = full.rpartition(".")
+        setattr(layer.get_submodule(owner), name, nn.Parameter(shard.clone()))
+    layer.recompute = recompute
+    if hasattr(layer.mixer, "recompute"):
+        layer.mixer.recompute = recompute
+    if isinstance(layer.mixer, MoE):
+        layer.mixer.expert_bias.copy_(0.2 * torch.cos(torch.arange(cfg.n_experts)))
+    return layer
+
+
+def stream(lengths: tuple[int, ...], step: int, width: int) -> tuple[list[int], Tensor, Tensor]:
+    """Documents with their padding, hidden states [T, width] and output weights [T, width]."""
+    padded = [*lengths, -sum(lengths) % step]
+    gen = torch.Generator().manual_seed(sum(lengths))
+    x, weight = torch.randn(2, sum(padded), width, generator=gen, dtype=torch.float64)
+    return padded, x, weight
+
+
+def run(
+    cfg: LLMConfig,
+    symbols: str,
+    degrees: Degrees,
+    lanes: list[tuple[int, ...]],
+    recompute: frozenset[str] = frozenset(),
+) -> list[dict[str, Any]]:
+    """For each kind of layer, forward and backward of this rank's share of its lane."""
+    axes = make_axes(degrees)
+    coord = degrees.layout.coord(dist.get_rank())
+    out = []
+    for symbol in symbols:
+        layer = build(cfg, symbol, axes, recompute)
+        found = _forward_backward(layer, lanes[coord.dp], axes, degrees)
+        found["lane"] = coord.dp
+        found["grads"] = {name: p.grad for name, p, _ in declared(layer)}
+        found["at"] = {
+            name: (*(over.rank for _, over in cut_dims(spec, axes)), _place(spec, axes))
+            for name, _, spec in declared(layer)
+        }
+        out.append(found)
+    return out
+
+
+def _place(spec: ParamSpec, axes: Axes) -> int:
+    """Which replica over tp a dense parameter is, unless its gradients are summed anyway."""
+    return axes.tp.rank if spec.view == "dense" and spec.shard_dim is None and not spec.partial else 0
+
+
+def _forward_backward(layer: Layer, lengths: tuple[int, ...], axes: Axes, degrees: Degrees) -> dict[str, Any]:
+    padded, x, weight = stream(lengths, degrees.step, layer.norm.weight.shape[0])
+    packing = pack(padded, "cpu", axes.cp, degrees.order)
+    rows = torch.from_numpy(packing.rows) if isinstance(packing, ContextPacking) else torch.arange(len(x))
+    n_real = packing.rows_before(sum(lengths)) if isinstance(packing, ContextPacking) else sum(lengths)
+    if axes.sequence_parallel:
+        rows = rows.chunk(axes.tp.size)[axes.tp.rank]
+    mine = x[rows].requires_grad_()
+    y = run_layer(layer, mine, Pass(packing, n_real))
+    # Without sequence parallelism every tp rank has the same loss, which counts once.
+    (y * weight[rows]).sum().backward()
+    missing = [n for n, p, _ in declared(layer) if p.grad is None]
+    assert not missing, f"no gradient: {missing}"
+    return {"rows": rows, "y": y.detach(), "dx": mine.grad}
+
+
+def whole(cfg: LLMConfig, symbol: str, lanes: list[tuple[int, ...]], step: int) -> dict[str, Any]:
+    """The same in one process, lane after lane."""
+    layer = build(cfg, symbol, Axes(), frozenset())
+    outs = []
+    for lengths in lanes:
+        padded, x, weight = stream(lengths, step, cfg.d_model)
+        x.requires_grad_()
+        y = run_layer(layer, x, Pass(Packing.of(padded), sum(lengths)))
+        (y * weight).sum().backward()
+        outs.append({"y": y.detach(), "dx": x.grad})
+    return {"lanes": outs, "grads": {name: p.grad for name, p, _ in declared(layer)}}
+
+
+def check(
+    cfg: LLMConfig,
+    symbol: str,
+    degrees: Degrees,
+    lanes: list[tuple[int, ...]],
+    results: list[dict[str, Any]],
+) -> None:
+    """Ranks' results against one process: outputs, input gradients, every weight's gradient, to 1e-9."""
+    ref = whole(cfg, symbol, lanes, degrees.step)
+    for result in results:
+        expected = ref["lanes"][result["lane"]]
+        for key in ("y", "dx"):
+            close(result[key], expected[key][result["rows"]], f"{symbol} {key} {degrees}")
+    # A meta model under these degrees tells how each parameter was cut.
+    group: Any = object()
+    sizes = {n: getattr(degrees, n) for n in ("tp", "cp", "ep", "etp")}
+    fake = {n: Axis(n, size, 0, group) for n, size in sizes.items()}
+    axes = Axes(fake["tp"], fake["ep"], degrees.sp and degrees.tp > 1, fake["cp"], fake["etp"])
+    layer = Layer(symbol, cfg, axes, device="meta", dtype=torch.float64)
+    for name, _, spec in declared(layer):
+        by_place: dict[tuple[int, ...], Tensor] = {}
+        for result in results:
+            at, grad = result["at"][name], result["grads"][name]
+            by_place[at] = by_place[at] + grad if at in by_place else grad
+        for replica in {at[-1] for at in by_place}:
+            shards = {at[:-1]: g for at, g in by_place.items() if at[-1] == replica}
+            close(
+                put_together(shards, cut_dims(spec, axes)), ref["grads"][name], f"{symbol} {name} {degrees}"
+            )
+
+
+def put_together(shards: dict[tuple[int, ...], Tensor], cuts: list[tuple[int, Axis]]) -> Tensor:
+    if not cuts:
+        return shards[()]
+    (dim, over), *rest = cuts
+    parts = [
+        put_together({at[1:]: g for at, g in shards.items() if at[0] == i}, rest) for i in range(over.size)
+    ]
+    return torch.cat(parts, dim)
+
+
+def close(ours: Tensor, theirs: Tensor, what: str) -> None:
+    assert ours.shape == theirs.shape, (what, ours.shape, theirs.shape)
+    scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+    off = float((ours - theirs).abs().max()) if theirs.numel() else 0.0
+    assert off <= 1e-9 * max(scale, 1e-3), f"{what}: off by {off:.2e} of {scale:.2e}"
