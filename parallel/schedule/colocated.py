@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from parallel.schedule.action import Action, Kind
+from parallel.layout import Layout
+from parallel.schedule.action import Action
+from parallel.schedule.make import make_schedule
+from parallel.schedule.plan import ModuleUse
 
 
 def colocated(
@@ -26,19 +29,5 @@ def colocated(
     frozen: modules that need no backward; nothing is sent back to a frozen source.
     train: False lists the forward actions alone, for evaluation.
     """
-    # The gradients of a module are reduced once, after its last backward of the step.
-    final = {m: max((i for i, a in enumerate(active) if m in a), default=-1) for m in sources}
-    out: list[Action] = []
-    for i, present in enumerate(active):
-        ordered = [m for m in sources if m in present]
-        out += [Action(Kind.FORWARD, m, i) for m in ordered]
-        out += [Action(Kind.BOUNDARY_FORWARD, m, i) for m in ordered]
-        out.append(Action(Kind.FORWARD, sink, i))
-        if not train:
-            continue
-        back = [m for m in ordered if m not in frozen]
-        if sink not in frozen or back:
-            out.append(Action(Kind.BACKWARD, sink, i, last=i == len(active) - 1))
-        out += [Action(Kind.BOUNDARY_BACKWARD, m, i) for m in back]
-        out += [Action(Kind.BACKWARD, m, i, last=i == final[m]) for m in back]
-    return tuple(out)
+    uses = {m: ModuleUse(Layout(m, (0,)), frozen=m in frozen) for m in (*sources, sink)}
+    return make_schedule("1f1b", uses, sink=sink, active=active, train=train).actions(0)

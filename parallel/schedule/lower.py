@@ -72,13 +72,18 @@ class _Writer:
             groups = self.compute[w.module]
             out.append(Action(w.kind, w.module, w.microbatch, last, w.stage, None, w.span, groups))
             out += self._after(w)
-            if last and self.modules[w.module].params != "each" and self.parameters[w.module]:
+            if last and self._sums(w.module):
                 out.append(self._on_parameters(Kind.GRAD_SYNC, key))
             if end[key] == k and key in stepwise:
                 out.append(self._on_parameters(Kind.FREE, key))
         if optimizer and self.train:
             out.append(Action(Kind.OPTIMIZER, self.sink, 0, groups=("world",)))
         return tuple(out)
+
+    def _sums(self, module: str) -> bool:
+        """Whether gradients are summed by an action of their own."""
+        use = self.modules[module]
+        return use.params != "each" and not use.frozen and bool(self.parameters[module])
 
     def _on_parameters(self, kind: Kind, key: tuple[str, int]) -> Action:
         groups = () if kind is Kind.FREE else self.parameters[key[0]]
