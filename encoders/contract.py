@@ -22,11 +22,16 @@ Meta = Mapping[str, int]
 
 @dataclass(frozen=True)
 class ItemBatch:
-    """Items packed end to end: values [sum of lengths, *input_shape], inputs per item, metadata per item."""
+    """Items packed end to end: values [sum of lengths, *input_shape], inputs per item, metadata per item.
+
+    Where rows are cut over ranks, `metas` has all items of the lane, while values and lengths may have only
+    those that this rank computes from (module.needed_items), item number `first` and the ones after it.
+    """
 
     values: Tensor
     lengths: tuple[int, ...]
     metas: tuple[Meta, ...]
+    first: int = 0
 
 
 class Features(NamedTuple):
@@ -144,12 +149,9 @@ def pack_items(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    first: int = 0,
 ) -> ItemBatch:
-    """Lay prepared items end to end; no items give an empty batch."""
+    """Lay prepared items end to end; no items give an empty batch. metas may have more items than tensors,
+    which are then those from number `first` on."""
     values = torch.cat(list(tensors)) if tensors else torch.zeros((0, *cls.input_shape(cfg)))
-    return ItemBatch(values.to(device, dtype), tuple(len(t) for t in tensors), tuple(metas))
-
-
-def bare_items(metas: Sequence[Meta], *, device: torch.device | str, dtype: torch.dtype) -> ItemBatch:
-    """Items known by their metadata alone: what the stages after the first of a pipeline are given."""
-    return ItemBatch(torch.empty(0, device=device, dtype=dtype), (), tuple(metas))
+    return ItemBatch(values.to(device, dtype), tuple(len(t) for t in tensors), tuple(metas), first)

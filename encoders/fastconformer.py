@@ -300,7 +300,7 @@ class FastConformer(Encoder):
         frames = [self.frames(cfg, m) for m in batch.metas]
         rows = tuple(-(-n // 8) for n in frames)
         share = Share.of(rows, self.axes)
-        x = self._embed(batch.values, frames, share) if hidden is None else hidden
+        x = self._embed(batch, frames, share) if hidden is None else hidden
         own = [np.arange(p.start, p.stop) for p in pieces(share.lengths, share.own)]
         position = np.concatenate(own) if own else np.zeros(0, dtype=np.int64)
         here = Local(
@@ -313,7 +313,7 @@ class FastConformer(Encoder):
             x = run_layer(block, self.recompute, x, here)
         return Features(x, rows, share.part[0]) if self.stage.last else x
 
-    def _embed(self, values: Tensor, frames: Sequence[int], share: Share) -> Tensor:
+    def _embed(self, batch: ItemBatch, frames: Sequence[int], share: Share) -> Tensor:
         """Subsampled rows that this rank keeps, [kept, width], from the frames of all clips.
 
         Row r sees frames 8 r - 7 to 8 r + 7: a rank that starts inside a clip computes the row before too.
@@ -321,11 +321,11 @@ class FastConformer(Encoder):
         """
         own = pieces(share.lengths, share.part)
         extra = 1 if own and own[0].start else 0
-        first = np.cumsum([0, *frames])
+        first = np.cumsum([0, *frames]) - sum(frames[: batch.first])  # place in values, of items there
         spans = []
         for i, p in enumerate(own):
             start = 8 * (p.start - (extra if i == 0 else 0))
             spans.append((int(first[p.item]) + start, int(first[p.item]) + min(8 * p.stop, frames[p.item])))
         low, high = (spans[0][0], spans[-1][1]) if spans else (0, 0)
-        needed = values[low:high].to(local(self.subsample.conv).dtype)
+        needed = batch.values[low:high].to(local(self.subsample.conv).dtype)
         return self.subsample(needed, [b - a for a, b in spans])[extra:]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.projector import Projector
-from encoders.share import Share
+from encoders.share import Share, pieces
 from parallel.axis import Axes
 from parallel.param import keep_whole, own_specs
 from parallel.stage import Stage, cut_layers, whole
@@ -37,8 +37,8 @@ class EncoderModule(nn.Module):
     def forward(self, batch: ItemBatch, hidden: Tensor | None = None) -> Features | Tensor:
         """Features of this rank's rows, values [rows, d_out] (several levels: [rows, levels, d_out]).
 
-        Stages after the first take the hidden states of the one before, of hidden_shape(), and items without
-        values (contract.bare_items); all but the last give hidden states. Raises ValueError naming the item
+        Stages after the first take the hidden states of the one before, of hidden_shape(), and of the items
+        only the metadata; all but the last give hidden states. Raises ValueError naming the item
         where the encoder gives other rows than its rows() promised.
         """
         assert (hidden is None) == self.stage.first, "hidden states go to the stages after the first"
@@ -143,6 +143,20 @@ def encoder_stages(
         return cut_layers([1.0] * n, pp)
     stem, project = cls.stem_cost(cfg, meta), projector_flops(cls, cfg, meta, d_out, projector_hidden)
     return cut_layers([(cls.cost(cfg, meta) - stem) / n] * n, pp, before=stem, after=project)
+
+
+def needed_items(
+    cls: type[Encoder], cfg: Any, metas: Sequence[Meta], axes: Axes, stage: Stage | None = None
+) -> range:
+    """The items of a data-parallel lane, by number, whose inputs the rank at axes.cp, axes.tp computes from;
+    no others need be read on it. Stages after the first need none."""
+    if stage is not None and not stage.first:
+        return range(0)
+    if not cls.context_parallel:
+        return range(len(metas))
+    own = Share.of([cls.rows(cfg, meta) for meta in metas], encoder_axes(cls, axes))
+    touched = pieces(own.lengths, own.part)
+    return range(touched[0].item, touched[-1].item + 1) if touched else range(0)
 
 
 def hidden_shape(

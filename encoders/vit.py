@@ -193,7 +193,7 @@ class ViT(Encoder):
         grids = [self.grid(cfg, m) for m in batch.metas]
         rows = tuple(a * b // 4 for a, b in grids)
         share = Share.of(rows, self.axes, 4)
-        states = [self._embed(batch.values, grids, share)] if hidden is None else hidden.split(cfg.width, 1)
+        states = [self._embed(batch, grids, share)] if hidden is None else hidden.split(cfg.width, 1)
         x, levels = states[0], list(states[1:])
         attention = ItemAttention.of(share, self.axes.cp, x.device)
         for i, block in zip(self.stage.layers, self.blocks.values(), strict=True):
@@ -205,15 +205,17 @@ class ViT(Encoder):
         found = [y.reshape(-1, 4 * cfg.width) for y in (self.norm(x), *levels)]
         return Features(torch.stack(found, 1) if levels else found[0], rows, share.part[0] // 4)
 
-    def _embed(self, values: Tensor, grids: Sequence[tuple[int, int]], share: Share) -> Tensor:
-        """Patches that this rank keeps, [kept, width], from those of all items."""
-        patch, row, column = (torch.from_numpy(a).to(values.device) for a in _places(grids, share))
-        x = self.patch(values.index_select(0, patch).to(local(self.patch.weight).dtype))
+    def _embed(self, batch: ItemBatch, grids: Sequence[tuple[int, int]], share: Share) -> Tensor:
+        """Patches that this rank keeps, [kept, width]."""
+        places = _places(grids, share)
+        places[0] -= sum(share.lengths[: batch.first])  # items without values here
+        patch, row, column = torch.from_numpy(places).to(batch.values.device)
+        x = self.patch(batch.values.index_select(0, patch).to(local(self.patch.weight).dtype))
         return x + local(self.row_position)[row] + local(self.column_position)[column]
 
 
-def _places(grids: Sequence[tuple[int, int]], share: Share) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Packed number, grid row and grid column of this rank's patches, in the order of 2x2 blocks."""
+def _places(grids: Sequence[tuple[int, int]], share: Share) -> np.ndarray:
+    """Packed number, grid row and column [3, kept] of this rank's patches, in the order of 2x2 blocks."""
     own = pieces(share.lengths, share.part)
     length = np.asarray([p.stop - p.start for p in own], dtype=np.int64)
     first = np.cumsum([0, *share.lengths])
@@ -228,4 +230,4 @@ def _places(grids: Sequence[tuple[int, int]], share: Share) -> tuple[np.ndarray,
     block, corner = place // 4, place % 4
     row = 2 * (block // (across // 2)) + corner // 2
     column = 2 * (block % (across // 2)) + corner % 2
-    return each([int(first[p.item]) for p in own]) + row * across + column, row, column
+    return np.stack([each([int(first[p.item]) for p in own]) + row * across + column, row, column])

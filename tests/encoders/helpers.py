@@ -51,12 +51,17 @@ def item(name: str, size: Any, seed: int = 0) -> tuple[bytes, dict[str, int]]:
     return wav(size, seed=seed), {"samples": size, "rate": 8000}
 
 
-def batch(name: str, sizes: Sequence[Any], dtype: torch.dtype = torch.float64) -> ItemBatch:
+def batch(
+    name: str, sizes: Sequence[Any], dtype: torch.dtype = torch.float64, needed: range | None = None
+) -> ItemBatch:
+    """Items of these sizes; `needed`: those that have values, all of them by default."""
     cls = encoders.resolve(name)
     cfg = cls.Config(**SMALL[name])
     items = [item(name, size, seed) for seed, size in enumerate(sizes)]
-    tensors = [cls.prepare(cfg, payload, meta) for payload, meta in items]
-    return pack_items(cls, cfg, tensors, [meta for _, meta in items], device="cpu", dtype=dtype)
+    some = range(len(items)) if needed is None else needed
+    tensors = [cls.prepare(cfg, *items[i]) for i in some]
+    metas = [meta for _, meta in items]
+    return pack_items(cls, cfg, tensors, metas, device="cpu", dtype=dtype, first=some.start)
 
 
 def module(
