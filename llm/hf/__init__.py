@@ -1,0 +1,18 @@
+"""Hugging Face checkpoints of the Nemotron-H family: reading, also sharded, and writing."""
+
+from llm.hf.causal import CausalLM, load_hf
+from llm.hf.config import read_config, write_config
+from llm.hf.export import export_checkpoint, save_hf
+from llm.hf.files import SafeFolder
+from llm.hf.weights import load_weights
+
+__all__ = [
+    "CausalLM",
+    "SafeFolder",
+    "export_checkpoint",
+    "load_hf",
+    "load_weights",
+    "read_config",
+    "save_hf",
+    "write_config",
+]

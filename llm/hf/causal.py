@@ -1,0 +1,75 @@
+"""A language model as others know it: token ids in, logits out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.hf.config import read_config
+from llm.hf.files import SafeFolder
+from llm.hf.weights import check_tensors, checkpoint_tensors, load_weights, places_by_name
+from llm.model import LLM
+from llm.moe import Pass
+from llm.norm import wide
+from parallel.packed import Packing
+from parallel.param import local
+
+
+class CausalLM(nn.Module):
+    """An LLM in one process whose forward gives logits. model: the LLM, which trains as any other."""
+
+    def __init__(self, model: LLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, packing: Packing | None = None) -> Tensor:
+        """Logits [batch, length, vocab] of ids [batch, length], float32 (float64 for a float64 model).
+
+        packing: the documents that the batch * length tokens consist of, in order; each sequence is one if
+        not given. No document sees another.
+        """
+        batch, length = input_ids.shape
+        told = Pass(packing or Packing.of([length] * batch, input_ids.device), batch * length)
+        model = self.model
+        assert model.embed is not None and model.norm is not None, "a stage of a pipeline has no logits"
+        x = model.embed(input_ids.reshape(-1))
+        for layer in model.layers:
+            x = layer(x, told)
+        x = F.linear(model.norm(x), local(model.head))
+        return x.to(wide(x.dtype)).view(batch, length, -1)
+
+
+def load_hf(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> CausalLM:
+    """A model of the Nemotron-H family from a folder with config.json and *.safetensors, in one process.
+
+    dtype: of all weights, None for what the files hold, tensor by tensor; the selection bias of routers is
+    float32 at least. Raises ValueError where the config describes a model that ours cannot be, and where
+    tensors are missing, unknown or of another shape. To load into a layout: load_weights() with a mesh.
+    """
+    folder = SafeFolder(path)
+    cfg = read_config(folder.config())
+    tensors = checkpoint_tensors(cfg)
+    check_tensors(tensors, folder.shapes(), str(folder.path))
+    stored = {name: folder.dtype(places[0][0].key) for name, places in places_by_name(tensors).items()}
+    model = LLM(cfg, device="meta")
+    allocate(model, {name: dtype or stored[name] for name in stored}, device)
+    load_weights(model, folder)
+    return CausalLM(model)
+
+
+def allocate(model: LLM, dtypes: dict[str, torch.dtype], device: torch.device | str) -> None:
+    """Give every parameter and buffer of a model on the meta device memory, in a dtype of its own."""
+    for prefix, module in model.named_modules():
+        stem = f"{prefix}." if prefix else ""
+        for name, param in list(module.named_parameters(recurse=False)):
+            empty = torch.empty(param.shape, dtype=dtypes[stem + name], device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=param.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            kept = dtypes.get(stem + name)
+            kind = buffer.dtype if kept is None else wide(kept)
+            setattr(module, name, torch.zeros(buffer.shape, dtype=kind, device=device))

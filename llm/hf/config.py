@@ -1,0 +1,160 @@
+"""config.json of the Nemotron-H family to LLMConfig and back, from one table of fields. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llm.config import LLMConfig, check
+
+# Names of layer kinds in config.json, the newest first; older ones are read too.
+KIND_NAMES = {
+    "M": ("linear_attention", "mamba"),
+    "E": ("moe",),
+    "*": ("full_attention", "attention"),
+    "-": ("mlp",),
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field: ours, theirs, what theirs is where a file lacks it, and the kinds of layers it is of."""
+
+    ours: str
+    theirs: str
+    default: Any
+    kinds: str = "ME*-"
+
+
+# Defaults are those of the published configuration class, which writes differences from them only.
+FIELDS = (
+    Field("vocab_size", "vocab_size", 131072),
+    Field("d_model", "hidden_size", 4096),
+    Field("norm_eps", "layer_norm_epsilon", 1e-5),
+    Field("init_std", "initializer_range", 0.02),
+    Field("n_heads", "num_attention_heads", 32, "*"),
+    Field("n_kv_heads", "num_key_value_heads", 8, "*"),
+    Field("head_dim", "head_dim", 128, "*"),
+    Field("mamba_heads", "mamba_num_heads", 128, "M"),
+    Field("mamba_head_dim", "mamba_head_dim", 64, "M"),
+    Field("mamba_state", "ssm_state_size", 128, "M"),
+    Field("mamba_groups", "n_groups", 8, "M"),
+    Field("conv_kernel", "conv_kernel", 4, "M"),
+    Field("chunk", "chunk_size", 128, "M"),
+    Field("n_experts", "n_routed_experts", 8, "E"),
+    Field("top_k", "num_experts_per_tok", 2, "E"),
+    Field("expert_ffn", "moe_intermediate_size", 7688, "E"),
+    Field("shared_ffn", "moe_shared_expert_intermediate_size", 7688, "E"),
+    Field("latent", "moe_latent_size", None, "E"),
+    Field("routed_scale", "routed_scaling_factor", 1.0, "E"),
+    Field("norm_top_k", "norm_topk_prob", True, "E"),
+    Field("expert_groups", "n_group", 1, "E"),
+    Field("top_groups", "topk_group", 1, "E"),
+    Field("mlp_ffn", "intermediate_size", 21504, "-"),
+    Field("mlp_bias", "mlp_bias", False, "E-"),
+)
+
+ACTIVATIONS = {"relu2": "relu2", "silu": "silu", "gelu": "gelu"}
+
+# What this model cannot be otherwise: theirs -> the value needed, also where a file leaves it out.
+# attention_bias and rope_theta are in published files, but the published code uses neither.
+FIXED: dict[str, Any] = {
+    "model_type": "nemotron_h",
+    "tie_word_embeddings": False,
+    "use_bias": False,
+    "mamba_proj_bias": False,
+    "use_conv_bias": True,
+    "mamba_hidden_act": "silu",
+    "n_shared_experts": 1,
+    "sliding_window": None,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}
+
+# What a published checkpoint cannot say: ours -> the value needed to export.
+UNSAID: dict[str, Any] = {
+    "rope_theta": None,
+    "attention_bias": False,
+    "router": "sigmoid",
+    "mlp_gated": False,
+    "tied": False,
+}
+
+
+def read_config(data: Mapping[str, Any]) -> LLMConfig:
+    """The model that config.json describes; ValueError where ours cannot be it, with what would be needed.
+
+    Fields of layer kinds that the pattern lacks keep our defaults. mtp_layers is the number of stored blocks,
+    one at most: how often the block is applied is not in the file.
+    """
+    for theirs, needed in FIXED.items():
+        given = data.get(theirs, needed)
+        if given != needed:
+            raise ValueError(f"config.json has {theirs}={given!r}; needed: {needed!r}")
+    low = data.get("time_step_limit", (0.0,))[0]
+    if low != 0.0:
+        raise ValueError(f"config.json clamps time steps to at least {low}; needed: time_step_limit from 0.0")
+    pattern = _pattern(data, "hybrid_override_pattern", "layers_block_type")
+    if pattern is None:
+        raise ValueError("config.json has neither hybrid_override_pattern nor layers_block_type")
+    stored = data.get("num_nextn_predict_layers") or 0
+    if stored > 1:
+        raise ValueError(
+            f"config.json has num_nextn_predict_layers={stored}; needed: one stored block or none"
+        )
+    further = _pattern(data, "mtp_hybrid_override_pattern", "mtp_layers_block_type") or "*E"
+    cfg = LLMConfig(pattern=pattern, mtp_layers=stored, mtp_pattern=further)
+    used = {f.ours: data.get(f.theirs, f.default) for f in FIELDS if cfg.kinds & set(f.kinds)}
+    used["activation"] = data.get("mlp_hidden_act", "relu2")
+    if used["activation"] not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"config.json has mlp_hidden_act={used['activation']!r}; known: {known}")
+    if used.get("mlp_bias") and used.get("latent"):
+        raise ValueError(
+            "config.json has mlp_bias with moe_latent_size; needed: latent projections without bias"
+        )
+    cfg = replace(cfg, **used)
+    check(cfg)
+    return cfg
+
+
+def write_config(cfg: LLMConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a model; dtype: of its weights ("bfloat16"). ValueError where the format cannot say it.
+
+    Options of training alone (balance losses, capacity, weight of further tokens) are not part of it.
+    """
+    for ours, needed in UNSAID.items():
+        if getattr(cfg, ours) != needed:
+            raise ValueError(
+                f"a Nemotron-H checkpoint cannot say {ours}={getattr(cfg, ours)!r}; needed: {needed!r}"
+            )
+    if "E" in cfg.kinds and not cfg.shared_ffn:
+        raise ValueError("a Nemotron-H checkpoint cannot say shared_ffn=0; needed: a shared expert")
+    out: dict[str, Any] = {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, **FIXED}
+    # Both spellings: readers of one ignore the other.
+    out["hybrid_override_pattern"] = cfg.symbols
+    out["layers_block_type"] = [KIND_NAMES[s][0] for s in cfg.symbols]
+    out["num_hidden_layers"] = len(cfg.symbols)
+    out["mlp_hidden_act"] = cfg.activation
+    out["attention_bias"] = False
+    out |= {f.theirs: getattr(cfg, f.ours) for f in FIELDS if cfg.kinds & set(f.kinds)}
+    out["num_nextn_predict_layers"] = min(cfg.mtp_layers, 1)
+    if cfg.mtp_layers:
+        out["mtp_hybrid_override_pattern"] = cfg.mtp_pattern
+        out["mtp_layers_block_type"] = [KIND_NAMES[s][0] for s in cfg.mtp_pattern]
+    return out
+
+
+def _pattern(data: Mapping[str, Any], as_string: str, as_list: str) -> str | None:
+    """One symbol a layer, from whichever of the two spellings there is."""
+    if data.get(as_string) is not None:
+        return str(data[as_string])
+    names = data.get(as_list)
+    if names is None:
+        return None
+    symbols = {name: symbol for symbol, known in KIND_NAMES.items() for name in known}
+    unknown = sorted({str(n) for n in names} - symbols.keys())
+    if unknown:
+        raise ValueError(f"config.json has {unknown[0]!r} in {as_list}; known: {', '.join(symbols)}")
+    return "".join(symbols[n] for n in names)

@@ -1,0 +1,96 @@
+"""A folder of safetensors files, read by slices. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+class SafeFolder:
+    """The tensors of a folder: one file, or several with an index. Headers are read first, data on demand."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises ValueError where there is no such folder, file or tensor, naming what was looked for."""
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f"{path} is no folder; needed: one with {CONFIG} and *.safetensors")
+        # safe_open has neither a type nor slices that mypy could see.
+        self._slices: dict[str, Any] = {}
+        self._files: list[Any] = []
+        for file, wanted in self._layout().items():
+            opened = _open(self.path / file)
+            keys = set(opened.keys())
+            lacking = sorted(set(wanted) - keys) if wanted is not None else []
+            if lacking:
+                raise ValueError(f"{INDEX} says that {file} holds {lacking[0]}, which it does not")
+            self._files.append(opened)
+            self._slices |= {key: opened.get_slice(key) for key in (keys if wanted is None else wanted)}
+
+    def _layout(self) -> dict[str, list[str] | None]:
+        """File names, and which tensors are taken from each; None for all of them."""
+        index = self.path / INDEX
+        if index.exists():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{index} is no index of safetensors files: {error!r}") from error
+            out: dict[str, list[str] | None] = {}
+            for key, file in weight_map.items():
+                if Path(file).name != file:
+                    raise ValueError(f"{index} points outside its folder: {file}")
+                out.setdefault(file, [])
+                held = out[file]
+                assert held is not None
+                held.append(key)
+            return out
+        if (self.path / WEIGHTS).exists():
+            return {WEIGHTS: None}
+        pickled = sorted(p.name for p in self.path.glob("*.bin"))
+        hint = f"; {pickled[0]} is pickled and is not read, convert it first" if pickled else ""
+        raise ValueError(f"{self.path} has neither {WEIGHTS} nor {INDEX}{hint}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {key: tuple(s.get_shape()) for key, s in self._slices.items()}
+
+    def dtype(self, key: str) -> torch.dtype:
+        """dtype of a tensor; ValueError where torch cannot compute in it (quantised weights)."""
+        name = self._slices[key].get_dtype()
+        if name not in DTYPES:
+            raise ValueError(f"{key} is stored as {name}; needed: one of {', '.join(DTYPES)}")
+        return DTYPES[name]
+
+    def read(self, key: str, index: Sequence[slice]) -> Tensor:
+        """A block of a tensor; only its bytes are read."""
+        return self._slices[key][tuple(index)] if index else self._slices[key][...]
+
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        file = self.path / CONFIG
+        try:
+            config = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} is missing or unreadable: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{file} holds no object but {type(config).__name__}")
+        return config
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is missing or no safetensors file: {error}") from error

@@ -1,0 +1,141 @@
+"""Tensors of a published Nemotron-H checkpoint beside our parameters: one table, read in both directions.
+
+Published checkpoints fuse the input projection and the convolution of Mamba-2, which are apart here so that
+tp cuts each evenly, and list experts one by one, which are stacked here for grouped products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llm.config import LLMConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """theirs: one tensor of a file; ours: the parameters that it holds end to end along dim 0.
+
+    {e} in theirs: one tensor an expert, which ours stacks along dim 0. depthwise: theirs [C, 1, K], ours
+    [C, K]. Rows whose parameters a model lacks do not count (latent projections, say).
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    depthwise: bool = False
+
+
+OUTSIDE = (
+    Row("backbone.embeddings.weight", ("embed.weight",)),
+    Row("backbone.norm_f.weight", ("norm.weight",)),
+    Row("lm_head.weight", ("head",)),
+)
+
+# Below backbone.layers.N there and layers.N here.
+LAYER: dict[str, tuple[Row, ...]] = {
+    "M": (
+        Row("norm.weight", ("norm.weight",)),
+        Row("mixer.in_proj.weight", tuple(f"mixer.in_{n}" for n in ("z", "x", "b", "c", "dt"))),
+        Row("mixer.conv1d.weight", tuple(f"mixer.conv_{n}" for n in ("x", "b", "c")), depthwise=True),
+        Row("mixer.conv1d.bias", tuple(f"mixer.conv_bias_{n}" for n in ("x", "b", "c"))),
+        Row("mixer.A_log", ("mixer.scalars.a_log",)),
+        Row("mixer.D", ("mixer.scalars.d",)),
+        Row("mixer.dt_bias", ("mixer.scalars.dt_bias",)),
+        Row("mixer.norm.weight", ("mixer.norm",)),
+        Row("mixer.out_proj.weight", ("mixer.out.weight",)),
+    ),
+    "*": (
+        Row("norm.weight", ("norm.weight",)),
+        Row("mixer.q_proj.weight", ("mixer.q",)),
+        Row("mixer.k_proj.weight", ("mixer.k",)),
+        Row("mixer.v_proj.weight", ("mixer.v",)),
+        Row("mixer.o_proj.weight", ("mixer.out.weight",)),
+    ),
+    "E": (
+        Row("norm.weight", ("norm.weight",)),
+        Row("mixer.gate.weight", ("mixer.router.weight",)),
+        Row("mixer.gate.e_score_correction_bias", ("mixer.expert_bias",)),
+        Row("mixer.experts.{e}.up_proj.weight", ("mixer.experts.up",)),
+        Row("mixer.experts.{e}.down_proj.weight", ("mixer.experts.down",)),
+        Row("mixer.fc1_latent_proj.weight", ("mixer.latent_in.weight",)),
+        Row("mixer.fc2_latent_proj.weight", ("mixer.latent_out.weight",)),
+        Row("mixer.shared_experts.up_proj.weight", ("mixer.shared.up.weight",)),
+        Row("mixer.shared_experts.up_proj.bias", ("mixer.shared.up.bias",)),
+        Row("mixer.shared_experts.down_proj.weight", ("mixer.shared.down.weight",)),
+        Row("mixer.shared_experts.down_proj.bias", ("mixer.shared.bias",)),
+    ),
+    "-": (
+        Row("norm.weight", ("norm.weight",)),
+        Row("mixer.up_proj.weight", ("mixer.up.weight",)),
+        Row("mixer.up_proj.bias", ("mixer.up.bias",)),
+        Row("mixer.down_proj.weight", ("mixer.down.weight",)),
+        Row("mixer.down_proj.bias", ("mixer.bias",)),
+    ),
+}
+
+# Of the block that predicts further tokens: below its first and its last layer there, below mtp here.
+FURTHER_FIRST = (
+    Row("enorm.weight", ("embed_norm.weight",)),
+    Row("hnorm.weight", ("hidden_norm.weight",)),
+    Row("eh_proj.weight", ("join.weight",)),
+)
+FURTHER_LAST = (Row("final_layernorm.weight", ("norm.weight",)),)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where parameter `name` lies in a tensor of a file: from row `first` on, or what `expert` of it is."""
+
+    name: str
+    first: int = 0
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """One tensor of a published checkpoint: its key, its shape, and the parameters in it, along dim 0."""
+
+    key: str
+    shape: Shape
+    parts: tuple[Part, ...]
+
+
+def file_tensors(cfg: LLMConfig, shapes: Mapping[str, Shape]) -> list[FileTensor]:
+    """The tensors that a model's checkpoint consists of, in the order of layers.
+
+    shapes: global shape of each of the model's parameters and kept buffers.
+    """
+    out: list[FileTensor] = []
+    for row, there, here in _rows(cfg):
+        names = [here + name for name in row.ours]
+        if names[0] in shapes:
+            out += _tensors(row, there + row.theirs, names, [shapes[n] for n in names])
+    covered = {part.name for tensor in out for part in tensor.parts}
+    assert covered == set(shapes), f"the table does not know {sorted(set(shapes) - covered)}"
+    return out
+
+
+def _rows(cfg: LLMConfig) -> list[tuple[Row, str, str]]:
+    """(row, prefix there, prefix here) of all that a model of this config may have."""
+    rows = [(row, "", "") for row in OUTSIDE]
+    for i, symbol in enumerate(cfg.symbols):
+        rows += [(row, f"backbone.layers.{i}.", f"layers.{i}.") for row in LAYER[symbol]]
+    if cfg.mtp_layers:
+        rows += [(row, "mtp.layers.0.", "mtp.") for row in FURTHER_FIRST]
+        for i, symbol in enumerate(cfg.mtp_pattern):
+            rows += [(row, f"mtp.layers.{i}.", f"mtp.layers.{i}.") for row in LAYER[symbol]]
+        rows += [(row, f"mtp.layers.{len(cfg.mtp_pattern) - 1}.", "mtp.") for row in FURTHER_LAST]
+    return rows
+
+
+def _tensors(row: Row, key: str, names: list[str], shapes: list[Shape]) -> list[FileTensor]:
+    rest = shapes[0][1:]
+    if "{e}" in key:
+        return [FileTensor(key.format(e=e), rest, (Part(names[0], expert=e),)) for e in range(shapes[0][0])]
+    parts, rows = [], 0
+    for name, shape in zip(names, shapes, strict=True):
+        parts.append(Part(name, rows))
+        rows += shape[0]
+    return [FileTensor(key, (rows, 1, *rest) if row.depthwise else (rows, *rest), tuple(parts))]

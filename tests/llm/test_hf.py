@@ -1,0 +1,90 @@
+"""Published checkpoints: the same logits and gradients as transformers, the same bytes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm import load_hf
+from llm.hf.weights import checkpoint_tensors, join
+from parallel.packed import Packing
+from tests.llm.oracle import oracle, run, save
+
+MODELS = [
+    ("MEM*EM-E", {}),
+    ("M", {}),
+    ("*-", {}),
+    ("E*", {}),
+    ("M-M*-", {"n_groups": 8, "num_key_value_heads": 4}),
+    ("EM", {"num_experts_per_tok": 5, "norm_topk_prob": False, "routed_scaling_factor": 0.7}),
+    ("MEM*E", {"moe_latent_size": 16}),
+    ("EM*E", {"n_group": 4, "topk_group": 2}),
+    ("E-", {"n_group": 2, "topk_group": 1, "moe_latent_size": 24, "num_experts_per_tok": 3}),
+    ("E-", {"mlp_bias": True, "mlp_hidden_act": "silu"}),
+    ("M*", {"chunk_size": 64, "conv_kernel": 2, "mamba_head_dim": 12, "head_dim": 24}),
+]
+
+
+def loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Summed cross entropy of the next tokens."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def far(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest element."""
+    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max().clamp(min=1e-30))
+
+
+def published(model: nn.Module, kind: str) -> dict[str, Tensor]:
+    """The oracle's tensors (kind: value, or grad) under their published names: experts one by one."""
+    out = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if kind == "grad" and not isinstance(tensor, nn.Parameter):
+            continue
+        value = tensor.detach() if kind == "value" else tensor.grad
+        assert value is not None, f"{name} has no gradient"
+        name = name.replace("model.", "backbone.", 1)
+        if ".experts." in name:
+            stem, _, leaf = name.rpartition(".")
+            out |= {f"{stem}.{e}.{leaf}.weight": one for e, one in enumerate(value.unbind())}
+        else:
+            out[name] = value
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("pattern", "sizes"), MODELS)
+def test_logits_and_gradients(
+    tmp_path: Path, pattern: str, sizes: dict[str, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    theirs = oracle(pattern, dtype=dtype, **sizes)
+    ours = load_hf(save(theirs, tmp_path))
+    assert {p.dtype for p in ours.parameters()} == {dtype}
+    ids = torch.randint(0, 97, (2, 21), generator=torch.Generator().manual_seed(1))  # chunks are of 8
+    expected, given = run(theirs, ids), ours(ids)
+    assert far(given, expected) < tolerance
+    loss(expected, ids).backward()
+    loss(given, ids).backward()
+    grads = {name: p.grad for name, p in ours.model.named_parameters()}
+    mine = {
+        t.key: join(t, grads)
+        for t in checkpoint_tensors(ours.model.cfg)
+        if "e_score_correction_bias" not in t.key
+    }
+    known = published(theirs, "grad")
+    assert mine.keys() == known.keys()
+    wrong = {key: far(mine[key], known[key]) for key in known if not far(mine[key], known[key]) < tolerance}
+    assert not wrong
+
+
+def test_packed_documents_are_separate_runs(tmp_path: Path) -> None:
+    theirs = oracle("MEM*E-")
+    ours = load_hf(save(theirs, tmp_path))
+    lengths = (13, 1, 22, 6)
+    ids = torch.randint(0, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(2))
+    expected = torch.cat([run(theirs, one) for one in ids.split(lengths, dim=1)], dim=1)
+    assert far(ours(ids, Packing.of(lengths)), expected) < 1e-10

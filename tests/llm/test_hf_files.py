@@ -1,0 +1,284 @@
+"""Published folders: every byte there and back, whole or in a layout, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from llm.config import LLMConfig
+from llm.hf import SafeFolder, export_checkpoint, load_hf, load_weights, read_config, save_hf, write_config
+from llm.hf.weights import checkpoint_tensors, model_tensors
+from llm.model import LLM
+from parallel import checkpoint
+from parallel.layout import Layout
+from parallel.mesh import build_mesh
+from parallel.shard import ShardPolicy, shard_module
+from parallel.stage import Stage
+from tests.llm.oracle import oracle, run, save
+
+SMALL = LLMConfig(
+    pattern="ME*-EM",
+    d_model=24,
+    vocab_size=40,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=6,
+    mamba_heads=8,
+    mamba_head_dim=4,
+    mamba_state=5,
+    mamba_groups=2,
+    chunk=8,
+    n_experts=6,
+    top_k=2,
+    expert_ffn=10,
+    shared_ffn=14,
+    mlp_ffn=18,
+)
+
+
+def random_config(seed: int) -> LLMConfig:
+    """Any pattern, latent or not, grouped or not, with or without further tokens and biases."""
+    r = random.Random(seed)
+    latent = r.choice([None, 8])
+    return replace(
+        SMALL,
+        pattern="".join(r.choices("ME*-", k=r.randint(1, 6))),
+        latent=latent,
+        mlp_bias=latent is None and r.random() < 0.5,
+        expert_groups=(groups := r.choice([1, 3])),
+        top_groups=min(groups, 2),
+        mtp_layers=r.choice([0, 1]),
+        mtp_pattern=r.choice(["*E", "-", "M*E"]),
+        conv_kernel=r.randint(2, 4),
+        mamba_groups=r.choice([1, 2, 8]),
+        activation=r.choice(["relu2", "gelu", "silu"]),
+        norm_top_k=r.random() < 0.5,
+    )
+
+
+def write_random(
+    cfg: LLMConfig, path: Path, files: int, seed: int = 0, mixed: bool = False
+) -> dict[str, Tensor]:
+    """A published folder of random values in `files` files; mixed: in several dtypes."""
+    gen, r = torch.Generator().manual_seed(seed), random.Random(seed)
+    path.mkdir()
+    kinds: dict[str, torch.dtype] = {}  # the parts of one of our parameters are alike
+    out = {}
+    for t in checkpoint_tensors(cfg):
+        kind = r.choice([torch.bfloat16, torch.float32, torch.float16]) if mixed else torch.float32
+        kind = kinds.setdefault(t.parts[0].name, kind)
+        if "bias" in t.key:
+            kind = torch.float32
+        out[t.key] = torch.randn(t.shape, generator=gen).to(kind)
+    keys = list(out)
+    r.shuffle(keys)
+    names = [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)]
+    for i, name in enumerate(names):
+        save_file({k: out[k] for k in keys[i::files]}, path / name, metadata={"format": "pt"})
+    index = {"weight_map": {k: names[i % files] for i, k in enumerate(keys)}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text(json.dumps(write_config(cfg, "float32")))
+    return out
+
+
+def read_all(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's files, without our reader."""
+    out: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        out |= load_file(file)
+    return out
+
+
+def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    """Keys whose tensors differ in a byte, a shape or a dtype."""
+    assert ours.keys() == theirs.keys()
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        raw = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
+
+    return [k for k in ours if not same(ours[k], theirs[k])]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bytes_there_and_back(tmp_path: Path, seed: int) -> None:
+    cfg = random_config(seed)
+    files = write_random(cfg, tmp_path / "in", files=1 + seed % 3, seed=seed, mixed=True)
+    model = load_hf(tmp_path / "in").model
+    assert model.cfg == read_config(write_config(cfg, "float32"))
+    save_hf(model, tmp_path / "out", file_bytes=4096)
+    assert not differing(read_all(tmp_path / "out"), files)
+    # And what was written is read again by way of its own index and config.
+    again = model_tensors(load_hf(tmp_path / "out").model)
+    assert not differing(again, model_tensors(model))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_configs_there_and_back(seed: int) -> None:
+    cfg = random_config(seed)
+    data = json.loads(json.dumps(write_config(cfg, "bfloat16")))
+    back = read_config(data)
+    assert write_config(back, "bfloat16") == data
+    shapes = {t.key: t.shape for t in checkpoint_tensors(cfg)}
+    assert {t.key: t.shape for t in checkpoint_tensors(back)} == shapes
+
+
+def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
+    theirs = oracle("MEM*E-", dtype=torch.float32, moe_latent_size=16, n_group=4, topk_group=2)
+    ours = load_hf(save(theirs, tmp_path / "theirs", max_shard_size="40KB"))
+    save_hf(ours.model, tmp_path / "ours")
+    assert not differing(read_all(tmp_path / "ours"), read_all(tmp_path / "theirs"))
+    again = type(theirs).from_pretrained(tmp_path / "ours")
+    again.set_experts_implementation("eager")
+    for module in again.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    assert again.config.layers_block_type == theirs.config.layers_block_type
+    ids = torch.arange(17)[None]
+    assert torch.equal(run(again, ids), run(theirs, ids))
+
+
+class Counting(SafeFolder):
+    """Counts the elements that are read."""
+
+    count = 0
+
+    def read(self, key: str, index: Sequence[slice]) -> Tensor:
+        block = super().read(key, index)
+        self.count += block.numel()
+        return block
+
+
+def into_layout(folder: str, cfg: LLMConfig, layout: dict[str, Any], out: str) -> dict[str, Any]:
+    """Read a folder straight into this rank's shards, and save a distributed checkpoint of them."""
+    mesh = build_mesh(Layout("llm", tuple(range(dist.get_world_size())), **layout), "cpu")
+    assert mesh is not None
+    model = LLM(cfg, mesh.axes, device="meta", dtype=torch.float32)
+    shard_module(model, mesh, ShardPolicy(list(model.layers)), param_dtype=torch.float32)
+    model.to_empty(device="cpu")
+    source = Counting(folder)
+    load_weights(model, source, mesh)
+    tensors = model_tensors(model)
+    checkpoint.save(Path(out), 0, {f"llm.{n}": t for n, t in tensors.items()}, {}, keep=1)
+    held = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors.values())
+    mesh.close()
+    return {"held": held, "read": source.count, "all": sum(t.numel() for t in tensors.values())}
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "ep": 2, "sequence_parallel": True}]
+)
+def test_straight_into_a_layout_and_back(tmp_path: Path, ranks: Any, layout: dict[str, Any]) -> None:
+    cfg = replace(SMALL, latent=8, mtp_layers=1)
+    files = write_random(cfg, tmp_path / "in", files=2)
+    results = ranks(2, into_layout, str(tmp_path / "in"), cfg, layout, str(tmp_path / "job"))
+    for r in results:
+        # No rank reads more than it holds.
+        assert r["held"] == r["read"] < 0.75 * r["all"]
+    (saved,) = checkpoint.published(tmp_path / "job")
+    export_checkpoint(saved, tmp_path / "out", cfg, file_bytes=10_000)
+    assert not differing(read_all(tmp_path / "out"), files)
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_stage_reads_its_own_layers(tmp_path: Path, cut: int) -> None:
+    files = write_random(SMALL, tmp_path / "in", files=2)
+    whole = model_tensors(load_hf(tmp_path / "in").model)
+    seen = {}
+    for stage in (Stage(0, cut, last=False), Stage(cut, 6, first=False)):
+        part = LLM(SMALL, stage=stage)
+        source = Counting(tmp_path / "in")
+        load_weights(part, source)
+        assert source.count < sum(t.numel() for t in files.values())
+        seen |= model_tensors(part)
+    assert not differing(seen, whole)
+
+
+def spoil(path: Path, change: Any) -> None:
+    """Change the tensors of a one-file folder."""
+    tensors = read_all(path)
+    change(tensors)
+    for file in path.glob("model*"):
+        file.unlink()
+    save_file(tensors, path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("lm_head.weight"), "missing: lm_head.weight"),
+        (lambda t: t.pop("backbone.layers.1.mixer.experts.3.up_proj.weight"), "missing: .*experts.3.up_proj"),
+        (lambda t: t.update(extra=torch.zeros(1)), "unknown: extra"),
+        (
+            lambda t: t.update({"backbone.layers.0.mixer.in_proj.weight": torch.zeros(83, 24)}),
+            r"in_proj.weight has shape \[83, 24\], expected \[92, 24\]",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)}),
+            "lm_head.weight is stored as I8",
+        ),
+    ],
+)
+def test_other_tensors_are_refused(tmp_path: Path, change: Any, words: str) -> None:
+    write_random(SMALL, tmp_path / "in", files=1)
+    spoil(tmp_path / "in", change)
+    with pytest.raises(ValueError, match=words):
+        load_hf(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "llama"}, "model_type='llama'; needed: 'nemotron_h'"),
+        ({"use_bias": True}, "use_bias=True; needed: False"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ({"hybrid_override_pattern": "MX"}, "'X' at layer 1"),
+        ({"mlp_hidden_act": "mish"}, "known: relu2, silu, gelu"),
+        ({"num_nextn_predict_layers": 2}, "one stored block or none"),
+        ({"time_step_limit": [0.001, 0.1]}, "clamps time steps"),
+        ({"n_group": 4}, "no multiple of expert_groups=4"),
+    ],
+)
+def test_other_configs_are_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_config({**write_config(SMALL, "float32"), **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_theta": 1e4}, {"mlp_gated": True}, {"tied": True}, {"shared_ffn": 0}, {"router": "softmax"}],
+)
+def test_models_that_the_format_cannot_say_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    model = LLM(replace(SMALL, **change))
+    with pytest.raises(ValueError, match="cannot say"):
+        save_hf(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder"):
+        load_hf(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"neither model.safetensors nor model.safetensors.index.json$"):
+        load_hf(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="pickled and is not read"):
+        load_hf(tmp_path)
+    write_random(SMALL, tmp_path / "in", files=2)
+    (tmp_path / "in" / "model-00002-of-00002.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is missing or no safetensors"):
+        load_hf(tmp_path / "in")
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    with pytest.raises(ValueError, match="outside its folder"):
+        load_hf(tmp_path / "in")
