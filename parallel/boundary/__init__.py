@@ -6,6 +6,7 @@ plan = plan_edge("vision -> llm", source, dest, rank)                           
 y = communicator.exchange(plan, x)                                               # autograd
 """
 
+from parallel.boundary.cache import PlanCache
 from parallel.boundary.communicator import BoundaryCommunicator, Pending, Stats
 from parallel.boundary.plan import EdgePlan, Transfer, plan_edge, plan_transfer, received_rows
 from parallel.boundary.rows import RowMap
@@ -15,6 +16,7 @@ __all__ = [
     "BoundaryCommunicator",
     "EdgePlan",
     "Pending",
+    "PlanCache",
     "RowMap",
     "Stats",
     "Transfer",

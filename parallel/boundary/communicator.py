@@ -53,8 +53,8 @@ class BoundaryCommunicator:
     """Moves rows between layouts over `group`, which holds every rank of both sides of its edges.
 
     transport: "p2p" sends each peer just its rows; "all_to_all" is one collective of the group with uneven
-    splits; "auto" is p2p on gloo, where it wins, and all_to_all elsewhere. Nothing is sent for an edge that
-    moves no row. timeout_s bounds every wait (on a backend that waits on the device, the group's own does).
+    splits; "auto" is p2p where `device` is the host, which wins there, else all_to_all. Nothing is sent for
+    an edge that moves no row. timeout_s bounds every wait (where the device waits, the group's own does).
     All ranks of an edge start its transfers in the same order. A plan with node_size has ranks send on what
     they receive: over p2p they do so in wait(), so no rank may leave one out, or long for it.
 
@@ -73,8 +73,8 @@ class BoundaryCommunicator:
         self.group = group
         self.device = torch.device(device)
         self.timeout_s = timeout_s
-        if transport == "auto" and group is not dist.GroupMember.NON_GROUP_MEMBER:
-            transport = "p2p" if "gloo" in dist.get_backend(group) else "all_to_all"
+        if transport == "auto":
+            transport = "p2p" if self.device.type == "cpu" else "all_to_all"
         self.transport = transport
         self.stats = Stats()
         self._to_send_on: deque[Finish] = deque()  # of transfers under way that have a second hop

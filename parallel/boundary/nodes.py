@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from parallel.boundary.intervals import meet, outside, repeat_groups, union
-from parallel.boundary.routes import Routes, Rows, Runs, cut, direct, one_each, runs_of
-from parallel.boundary.rows import RowMap
+from parallel.boundary.routes import Routes, Rows, cut, direct, one_each
+from parallel.boundary.rows import RowMap, Runs
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Cells:
 
 def _on_nodes(m: RowMap, cells: _Cells, size: int) -> Runs:
     """The runs of each cell: row r of node n is at n size + r; `lane` is the cell."""
-    runs = runs_of(m)
+    runs = m.runs
     i, cell = repeat_groups(cells.first[runs.lane], cells.of_lane[runs.lane])
     base = cells.node[cell] * size
     return Runs(runs.start[i] + base, runs.stop[i] + base, cell, runs.shift[i] - base)

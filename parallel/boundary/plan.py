@@ -14,8 +14,8 @@ import numpy as np
 
 from parallel.boundary.intervals import meet, outside, repeat_groups
 from parallel.boundary.nodes import Relay, by_nodes
-from parallel.boundary.routes import Rows, Runs, direct, offers_of, runs_of, split
-from parallel.boundary.rows import RowMap
+from parallel.boundary.routes import Rows, direct, offers_of, split
+from parallel.boundary.rows import RowMap, Runs
 
 NONE = slice(0, 0)
 
@@ -163,7 +163,7 @@ def _moves(have: RowMap, want: RowMap, found: np.ndarray) -> bool:
     # Every lane that wants rows, against each lane of `have` that its ranks are in.
     pairs = np.unique(w * len(have.lanes) + h)
     w, h = pairs // max(1, len(have.lanes)), pairs % max(1, len(have.lanes))
-    runs = runs_of(want)
+    runs = want.runs
     order = np.argsort(runs.lane, kind="stable")
     first, last = (np.searchsorted(runs.lane[order], w, side=s) for s in ("left", "right"))
     pair, k = repeat_groups(first, last - first)
@@ -178,7 +178,7 @@ def _moves(have: RowMap, want: RowMap, found: np.ndarray) -> bool:
 
 def _layers(dest: RowMap) -> list[RowMap]:
     """Split a map into ones in which every row is in one lane at most; one layer in the usual case."""
-    runs = runs_of(dest)
+    runs = dest.runs
     if np.all(runs.stop[:-1] <= runs.start[1:]):
         return [dest]
     pieces, _, nth = split(runs)

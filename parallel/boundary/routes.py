@@ -7,30 +7,14 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from parallel.boundary.intervals import meet, outside, repeat_groups, spans
-from parallel.boundary.rows import RowMap
+from parallel.boundary.rows import RowMap, Runs
 
 Rows = slice | np.ndarray  # local rows: a slice where they are consecutive
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Stretches of global rows in ascending order; local row = global row + shift."""
-
-    start: np.ndarray
-    stop: np.ndarray
-    lane: np.ndarray
-    shift: np.ndarray
-
-    def take(self, which: np.ndarray) -> Runs:
-        return Runs(self.start[which], self.stop[which], self.lane[which], self.shift[which])
-
-
-def runs_of(m: RowMap, lane: int | None = None) -> Runs:
-    """The runs with rows, of all lanes or of one."""
-    some = np.flatnonzero((m.length > 0) if lane is None else (m.length > 0) & (m.lane == lane))
-    some = some[np.argsort(m.start[some], kind="stable")]
-    start = m.start[some]
-    return Runs(start, start + m.length[some], m.lane[some], m.local[some] - start)
+def runs_of(m: RowMap, lane: int) -> Runs:
+    """The runs of one lane."""
+    return m.runs.take(np.flatnonzero(m.runs.lane == lane))
 
 
 def split(runs: Runs) -> tuple[Runs, np.ndarray, np.ndarray]:
@@ -48,7 +32,7 @@ def split(runs: Runs) -> tuple[Runs, np.ndarray, np.ndarray]:
 
 def offers_of(have: RowMap) -> Runs:
     """Who serves each row to ranks that lack it: the lane that has it; where several do, in turn."""
-    return one_each(runs_of(have))
+    return one_each(have.runs)
 
 
 def one_each(runs: Runs) -> Runs:
@@ -91,7 +75,7 @@ def _holders(have: RowMap) -> tuple[np.ndarray, np.ndarray]:
 def _asks(have: RowMap, want: RowMap, offers: Runs, lanes: np.ndarray) -> _Asks:
     """All that ask `lanes` of `have`: the same, in the same order, wherever it is worked out."""
     some = offers.take(np.flatnonzero(np.isin(offers.lane, lanes)))
-    runs = runs_of(want)
+    runs = want.runs
     i, k, _, _ = meet(runs.start, runs.stop, some.start, some.stop)
     pairs = np.unique(some.lane[k] * len(want.lanes) + runs.lane[i])
     lane, w = pairs // max(1, len(want.lanes)), pairs % max(1, len(want.lanes))
@@ -169,7 +153,7 @@ def _send(have: RowMap, want: RowMap, offers: Runs, rank: int, h: int) -> list[t
     served = np.flatnonzero((me >= 0) & (me < asks.size) & (part < asks.parts))
     asks, part = asks.take(served), part[served]
     mine = offers.take(np.flatnonzero(offers.lane == h))
-    runs = runs_of(want)
+    runs = want.runs
     i, k, start, stop = meet(runs.start, runs.stop, mine.start, mine.stop)
     order = np.argsort(runs.lane[i], kind="stable")
     lane, start, stop, shift = runs.lane[i][order], start[order], stop[order], mine.shift[k][order]

@@ -14,6 +14,20 @@ from functools import cached_property
 import numpy as np
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Stretches of global rows in ascending order; local row = global row + shift."""
+
+    start: np.ndarray
+    stop: np.ndarray
+    lane: np.ndarray
+    shift: np.ndarray
+
+    def take(self, which: np.ndarray) -> Runs:
+        """Some of them."""
+        return Runs(self.start[which], self.stop[which], self.lane[which], self.shift[which])
+
+
 @dataclass(frozen=True, eq=False)
 class RowMap:
     """One side of an edge: who holds, or who wants, which global rows.
@@ -111,6 +125,14 @@ class RowMap:
                     f"{what} row {begin[k]} is twice in lane {self.lane[k]} "
                     f"(ranks {self.lanes[int(self.lane[k])]}); a lane has each row once"
                 )
+
+    @cached_property
+    def runs(self) -> Runs:
+        """The runs that have rows, by first row."""
+        some = np.flatnonzero(self.length)
+        some = some[np.argsort(self.start[some], kind="stable")]
+        start = self.start[some]
+        return Runs(start, start + self.length[some], self.lane[some], self.local[some] - start)
 
     @cached_property
     def members(self) -> tuple[np.ndarray, np.ndarray]:

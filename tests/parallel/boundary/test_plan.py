@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from parallel.boundary import PlanCache
+from parallel.boundary.nodes import Relay
 from parallel.boundary.plan import EdgePlan, Transfer, count, plan_edge, plan_transfer, received_rows
 from parallel.boundary.rows import RowMap
 from tests.parallel.boundary.cases import (
@@ -195,7 +199,7 @@ def test_senders_share_the_work_whichever_lanes_ask(stride: int) -> None:
     assert [sent(plan_transfer(source, dest, r)) for r in range(8)] == [4] * 8
 
 
-def sent(t: Transfer) -> int:
+def sent(t: Transfer | Relay) -> int:
     return sum(count(rows) for _, rows in t.sends)
 
 
@@ -204,6 +208,43 @@ def test_near_senders_are_preferred() -> None:
     dest = RowMap.of_runs([(1,), (5,)], [0, 0], [3, 3], [0, 1])
     assert plan_transfer(source, dest, 5, node_size=4).recvs[0][0] == 4
     assert plan_transfer(source, dest, 1, node_size=4).recvs[0][0] == 0
+
+
+def test_rows_cross_to_a_node_in_equal_shares_and_spread_there() -> None:
+    """Nodes of four: ranks 4-7 want the rows of rank 0, and each lets a quarter of them in."""
+    source = RowMap.of_items([(0,), (9,)], [8, 8], [0, 1])
+    dest = RowMap.of_items([(1, 2, 4, 5, 6, 7)], [8, 8], [0, 0])
+    plans = [plan_transfer(source, dest, r, node_size=4) for r in range(10)]
+    play(plans, [np.arange(8.0) + 8 * (r == 9) if r in (0, 9) else np.zeros(0) for r in range(10)])
+    assert crossing(plans, 4) == 8 + 2 * 8
+    assert [sum(count(r) for _, r in p.recvs) for p in plans[4:8]] == [4] * 4
+    assert [received for p in plans[4:8] if p.relay for received in [sent(p.relay)]] == [12] * 4
+    assert plans[1].relay is not None and sent(plans[1].relay) == 4, "rank 0's rows came in one hop"
+
+
+def test_one_hop_is_enough_where_each_row_has_one_reader_a_node() -> None:
+    source = RowMap.of_items([(0,), (1,)], [8, 8], [0, 1])
+    dest = RowMap.of_items([(4,), (5,)], [8, 8], [1, 0])
+    assert all(plan_transfer(source, dest, r, node_size=2).relay is None for r in range(6))
+    assert plan_transfer(source, dest, 4, node_size=2).recvs == plan_transfer(source, dest, 4).recvs
+
+
+def test_a_node_of_no_ranks_is_refused() -> None:
+    side = RowMap.of_items([(0,)], [1], [0])
+    with pytest.raises(ValueError, match="node_size is 0; needed: ranks a node, or None"):
+        plan_transfer(side, side, 0, node_size=0)
+
+
+def test_plans_are_remembered_for_rows_that_lie_alike() -> None:
+    def edge(rows: int) -> tuple[RowMap, RowMap]:
+        return RowMap.of_items([(0,), (1,)], [rows, 2], [0, 1]), RowMap.of_items([(0, 1)], [rows, 2], [0, 0])
+
+    cache = PlanCache(0, keep=2)
+    first = cache.plan("e", *edge(3))
+    assert cache.plan("e", *edge(3)) is first
+    assert received_rows(cache.plan("e", *edge(4))) == received_rows(plan_edge("e", *edge(4), 0))
+    assert cache.plan("f", *edge(3)).name == "f"  # the third: the first is forgotten
+    assert cache.plan("e", *edge(3)) is not first
 
 
 def test_rows_that_nobody_has_are_refused() -> None:
@@ -238,8 +279,9 @@ def test_maps_that_contradict_themselves_are_refused(make: Callable[[], RowMap],
         make()
 
 
-def test_planning_one_of_1024_ranks_is_quick() -> None:
-    """Under 50 ms a transfer for 10,000 items on a quiet core, and growth like the number of runs."""
+@pytest.mark.parametrize("node_size", [None, 8])
+def test_planning_one_of_1024_ranks_is_quick(node_size: int | None) -> None:
+    """Under 50 ms for 10,000 items on a quiet core, and growth like the number of runs."""
     best = {}
     for world, items in ((256, 2_500), (1024, 10_000), (4096, 40_000)):
         rng = np.random.default_rng(0)
@@ -247,11 +289,31 @@ def test_planning_one_of_1024_ranks_is_quick() -> None:
         source = RowMap.of_items([(r,) for r in range(world)], rows, rng.integers(0, world, items))
         lanes = [tuple(range(i, i + 8)) for i in range(0, world, 8)]
         dest = RowMap.of_items(lanes, rows, np.arange(items) * (world // 8) // items)
-        plan_edge("e", source, dest, 7)
-        best[world] = min(_seconds(lambda s=source, d=dest: plan_edge("e", s, d, 7)) for _ in range(5))
+
+        def plan(source: RowMap = source, dest: RowMap = dest) -> None:
+            fresh = replace(source), replace(dest)  # maps remember what they sorted
+            plan_edge("e", *fresh, 7, node_size=node_size)
+
+        plan()
+        best[world] = min(_seconds(plan) for _ in range(5))
         print(f"{world} ranks, {items} items: both directions planned in {best[world] * 1e3:.1f} ms")
     assert best[1024] < 0.1, best
     assert best[4096] < 8 * best[1024] + 0.02, best
+
+
+def test_memory_of_a_plan_grows_with_ranks_and_rows_held_not_with_their_product() -> None:
+    peak = {}
+    for world in (128, 512, 2048):
+        items = 10 * world
+        rows = np.full(items, 16)
+        source = RowMap.of_items([(r,) for r in range(world)], rows, np.arange(items) % world)
+        lanes = [tuple(range(i, i + 8)) for i in range(0, world, 8)]
+        dest = RowMap.of_items(lanes, rows, np.arange(items) * (world // 8) // items)
+        tracemalloc.start()
+        plan_edge("e", source, dest, 7, node_size=8)
+        peak[world] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak[2048] < 6 * peak[512] < 36 * peak[128], peak
 
 
 def _seconds(call: Callable[[], object]) -> float:

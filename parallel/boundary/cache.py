@@ -1,0 +1,41 @@
+"""Plans made once for rows that lie as before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Hashable
+
+from parallel.boundary.plan import EdgePlan, plan_edge
+from parallel.boundary.rows import RowMap
+
+
+class PlanCache:
+    """plan_edge() for one rank, which remembers its last `keep` plans.
+
+    Batches of pictures of one size, or the micro-batches of an evaluation that comes again, lie alike: what
+    is left is to read both maps once. Not shared between threads.
+    """
+
+    def __init__(self, rank: int, *, node_size: int | None = None, keep: int = 64) -> None:
+        self.rank, self.node_size, self.keep = rank, node_size, keep
+        self._plans: OrderedDict[Hashable, EdgePlan] = OrderedDict()
+
+    def plan(self, name: str, source: RowMap, dest: RowMap) -> EdgePlan:
+        """The plan of edge `name`, the same object where it is remembered. Raises as plan_edge() does."""
+        key = (name, source.lanes, dest.lanes, _digest(source), _digest(dest))
+        found = self._plans.pop(key, None)
+        if found is None:
+            found = plan_edge(name, source, dest, self.rank, node_size=self.node_size)
+        self._plans[key] = found  # now the latest
+        while len(self._plans) > self.keep:
+            self._plans.popitem(last=False)
+        return found
+
+
+def _digest(m: RowMap) -> bytes:
+    h = hashlib.blake2b(digest_size=16)
+    for column in (m.start, m.length, m.lane, m.local, m.rows):
+        h.update(len(column).to_bytes(8, "little"))
+        h.update(column.tobytes())
+    return h.digest()
