@@ -21,8 +21,8 @@ def cut(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage
         return cut_layers(layer_costs(cfg, lengths), n, after=head_flops(cfg, lengths))
     if len(parts) != n:
         raise ValueError(
-            f"model.llm.pattern {cfg.pattern!r} has {len(parts)} stages, the layout {n} (pp * vpp); nearest: a "
-            f"layout of {len(parts)} stages, or a pattern without |"
+            f"model.llm.pattern {cfg.pattern!r} has {len(parts)} stages, the layout {n} (pp * vpp); nearest: "
+            f"a layout of {len(parts)} stages, or a pattern without |"
         )
     cuts = [0]
     for part in parts:
@@ -37,5 +37,5 @@ def reading_stages(cfg: LLMConfig, stages: Sequence[Stage]) -> tuple[int, ...]:
 
 
 def shared_parameters(cfg: LLMConfig, stages: Sequence[Stage]) -> tuple[str, ...]:
-    """Parameters that the first and the last stage both hold: their gradients are to be summed over the two."""
+    """Parameters that the first and the last stage both hold: their gradients are summed over the two."""
     return ("embed.weight",) if len(stages) > 1 and embeds_last(cfg) else ()
