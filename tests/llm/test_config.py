@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +17,30 @@ from tests.llm.harness import TINY, Text, make_batch, only
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", TINY.pattern])
-def test_count_is_what_the_model_has(pattern: str) -> None:
-    cfg = only(pattern)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"latent": 6, "mtp_layers": 2, "tied": True},
+        {"mlp_gated": True, "mlp_bias": True, "shared_ffn": 0},
+    ],
+    ids=str,
+)
+def test_count_is_what_the_model_has(pattern: str, changes: dict[str, Any]) -> None:
+    cfg = replace(only(pattern), **changes)
     model = LLM(cfg, device="meta")
     assert param_count(cfg)[0] == sum(p.numel() for p in model.parameters())
     assert layer_params(cfg, pattern[0])[0] == sum(p.numel() for p in model.layers[0].parameters())
 
 
-@pytest.mark.parametrize("pattern", ["M", "*", "E", "-", TINY.pattern])
-def test_flops_are_those_of_the_products(pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "changes"),
+    [(p, {}) for p in ("M", "*", "E", "-", TINY.pattern)]
+    + [("E", {"latent": 16, "shared_ffn": 0}), ("-E", {"mlp_gated": True}), ("*", {"tied": True})],
+)
+def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) -> None:
     cfg = replace(only(pattern), d_model=64, head_dim=32, mamba_head_dim=32, mamba_state=16, expert_ffn=48)
+    cfg = replace(cfg, **changes)
     batch, _ = make_batch(Text((128,), 0, seed=0), cfg.vocab_size)
     model = LLM(cfg, dtype=torch.float64)
     rows = torch.zeros(0, cfg.d_model, dtype=torch.float64)
@@ -50,6 +65,19 @@ def test_flops_are_those_of_the_products(pattern: str) -> None:
         ({"mamba_groups": 3}, {}, "nearest: mamba_groups=2 or mamba_groups=4"),
         ({"top_k": 9}, {}, "Nearest: top_k=8"),
         ({"d_model": 0}, {}, "d_model is 0; needed: at least 1"),
+        ({"latent": 0}, {}, "latent is 0; needed: at least 1"),
+        ({"pattern": "M||E"}, {}, "Nearest: 'M|E'"),
+        ({"mtp_layers": 1, "mtp_pattern": "*?"}, {}, "mtp_pattern has '?' at layer 1"),
+        ({"mtp_layers": -1}, {}, "mtp_layers is -1; needed: at least 0"),
+        ({"expert_groups": 3}, {}, "nearest: expert_groups=2 or expert_groups=4"),
+        ({"expert_groups": 4, "top_groups": 5}, {}, "Nearest: top_groups=4"),
+        ({"expert_groups": 8, "top_groups": 2}, {}, "which hold 2; needed: at most 2. Nearest: top_k=2"),
+        ({"z_weight": -0.1}, {}, "z_weight is -0.1; needed: 0 (off) or more"),
+        ({"routed_scale": 0.0}, {}, "routed_scale is 0.0; needed: more than 0"),
+        ({"pad_experts": True}, {}, "Nearest: capacity=1.25"),
+        ({"level_layers": (5,)}, {}, "level_layers has 5; needed: a layer's index, 0 to 4"),
+        ({"rope_theta": 1e4, "head_dim": 5}, {}, "Nearest: head_dim=4 or head_dim=6"),
+        ({"pattern": "M-", "mtp_layers": 1, "n_experts": 6}, {"ep": 4}, "nearest: ep=3 or ep=6"),
         ({}, {"tp": 3}, "vocab_size is 32, which does not divide by tp=3"),
         ({}, {"tp": 8}, "n_kv_heads is 4, which does not divide by tp=8; nearest: tp=4"),
         ({"n_experts": 6}, {"ep": 4}, "nearest: ep=3 or ep=6"),

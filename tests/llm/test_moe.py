@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,8 +17,8 @@ from parallel.packed import Packing
 from tests.llm.harness import TINY, Degrees, Text, build, make_axes, make_batch, only, run_lane
 
 
-def moe() -> MoE:
-    return build(only("E")).moe_layers()[0]
+def moe(**changes: Any) -> MoE:
+    return build(replace(only("E"), **changes)).moe_layers()[0]
 
 
 def told(n_real: int, tokens: int) -> Pass:
@@ -27,26 +29,38 @@ def told(n_real: int, tokens: int) -> Pass:
 def by_hand(layer: MoE, x: Tensor) -> Tensor:
     """Every expert on every token, weighted by hand."""
     cfg = layer.cfg
-    score = torch.sigmoid(x @ layer.router.weight.T)
-    assert layer.shared is not None
-    out = layer.shared(x)
+    logits = x @ layer.router.weight.T
+    score = torch.sigmoid(logits) if cfg.router == "sigmoid" else torch.softmax(logits, -1)
+    out = torch.zeros_like(x) if layer.shared is None else layer.shared(x)
+    inner = x if layer.latent_in is None else x @ layer.latent_in.weight.T
+    routed = torch.zeros_like(inner)
     for t in range(len(x)):
         ranked = sorted(range(cfg.n_experts), key=lambda e: (-(score[t, e] + layer.expert_bias[e]).item(), e))
         chosen = ranked[: cfg.top_k]
-        whole = score[t, chosen].sum() + 1e-20
+        whole = score[t, chosen].sum() + 1e-20 if cfg.norm_top_k else 1.0
         for e in chosen:
-            y = layer.experts.down[e] @ F.relu(layer.experts.up[e] @ x[t]).square()
-            out = out.index_add(0, torch.tensor([t]), (cfg.routed_scale * score[t, e] / whole * y)[None])
-    return out
+            up = layer.experts.up[e] @ inner[t]
+            up = F.silu(layer.experts.gate[e] @ inner[t]) * up if cfg.mlp_gated else F.relu(up).square()
+            y = cfg.routed_scale * score[t, e] / whole * (layer.experts.down[e] @ up)
+            routed = routed.index_add(0, torch.tensor([t]), y[None])
+    return out + (routed if layer.latent_out is None else routed @ layer.latent_out.weight.T)
 
 
-def test_chosen_with_bias_weighted_without() -> None:
-    layer = moe()
+KINDS_OF_MOE: list[dict[str, Any]] = [
+    {},
+    {"latent": 6},
+    {"mlp_gated": True, "activation": "silu", "latent": 6},
+    {"router": "softmax", "norm_top_k": False, "shared_ffn": 0},
+]
+
+
+@pytest.mark.parametrize("changes", KINDS_OF_MOE, ids=str)
+def test_chosen_with_bias_weighted_without(changes: dict[str, Any]) -> None:
+    layer = moe(**changes)
     x = torch.randn(9, TINY.d_model, dtype=torch.float64, requires_grad=True)
     results = []
     for y in (layer(x, told(9, 9)), by_hand(layer, x)):
-        params = [layer.router.weight, layer.experts.up, layer.experts.down]
-        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *params])])
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
