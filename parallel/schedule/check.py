@@ -121,10 +121,9 @@ def _of_stage(
     links = starts or sink
     if sink or module in plan.active[i]:
         yield _Deed(Kind.FORWARD, module, stage, i)
-        if back and have[_Deed(Kind.BACKWARD_INPUT, module, stage, i)]:
-            yield _Deed(Kind.BACKWARD_INPUT, module, stage, i)
-            if not use.frozen:
-                yield _Deed(Kind.BACKWARD_WEIGHT, module, stage, i)
+        halves = [_Deed(Kind.BACKWARD_INPUT, module, stage, i), _Deed(Kind.BACKWARD_WEIGHT, module, stage, i)]
+        if back and any(have[half] for half in halves):
+            yield from halves[: 1 if use.frozen else 2]
         elif back:
             yield _Deed(Kind.BACKWARD, module, stage, i)
     if links and stage:

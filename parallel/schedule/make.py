@@ -70,7 +70,7 @@ def make_schedule(
             works = job.sink_works([min(size, len(alive) - i) for i in range(0, len(alive), size)])
         else:
             # The largest groups within the bound: the fewest moments at which all ranks meet.
-            size = max(n for n in range(unit, ahead + 1, unit) if n == unit or pulse.held(n) <= ahead)
+            size = max(n for n in range(unit, ahead + unit, unit) if n == unit or pulse.held(n) <= ahead)
     elif job.beside:
         size = ahead or unit
     where = dict.fromkeys(places({m: u.layout for m, u in modules.items()}).values())

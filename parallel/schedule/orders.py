@@ -107,3 +107,6 @@ PIPELINES: Mapping[str, Pipeline] = {
     "interleaved": one_f_one_b,
     "zero_bubble": zero_bubble,
 }
+
+# Pipelines that pass micro-batches on in rounds of p where they have virtual stages.
+ROUNDS = ("interleaved", "zero_bubble")

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 from parallel.layout import Layout
-from parallel.schedule.orders import PIPELINES
+from parallel.schedule.orders import PIPELINES, ROUNDS
 from parallel.schedule.plan import ModuleUse
 
 KINDS = ("auto", *PIPELINES)
@@ -69,7 +69,7 @@ def resolve(kind: str, layout: Layout, microbatches: int) -> str:
             f"schedule.kind interleaved needs virtual stages, given layout.{layout.module}.vpp=1; nearest: "
             f"schedule.kind=1f1b, or vpp=2"
         )
-    if kind in ("interleaved", "zero_bubble") and layout.vpp > 1 and microbatches % layout.pp:
+    if kind in ROUNDS and layout.vpp > 1 and microbatches % layout.pp:
         below, above = microbatches // layout.pp * layout.pp, -(-microbatches // layout.pp) * layout.pp
         works = " or ".join(str(n) for n in dict.fromkeys((below, above)) if n)
         raise ValueError(

@@ -1,0 +1,96 @@
+"""Random schedules for the laws, and short ways to write one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from parallel.layout import Layout, make_layout
+from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
+
+
+def use(module: str, world: int, *, frozen: bool = False, params: Any = "each", **spec: Any) -> ModuleUse:
+    """A module with layout keys `spec` on a job of `world` ranks."""
+    return ModuleUse(make_layout(module, world, spec), frozen=frozen, params=params)
+
+
+def plan_of(
+    kind: str, world: int, microbatches: int, specs: Mapping[str, Any], **options: Any
+) -> SchedulePlan:
+    """A plan of modules {name: layout keys}, "llm" the sink, in which every source is always active."""
+    modules = {m: use(m, world, **spec) for m, spec in specs.items()}
+    active = [set(specs) - {"llm"}] * microbatches
+    return make_schedule(kind, modules, sink="llm", active=active, **options)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of make_schedule."""
+
+    kind: str
+    modules: Mapping[str, ModuleUse]
+    active: tuple[frozenset[str], ...]
+    ahead: int | None
+    batch: Mapping[str, int]
+    train: bool
+
+    def plan(self) -> SchedulePlan:
+        return make_schedule(
+            self.kind,
+            self.modules,
+            sink="llm",
+            active=self.active,
+            ahead=self.ahead,
+            batch=self.batch,
+            train=self.train,
+            optimizer=True,
+        )
+
+
+def layouts(module: str, world: int, *, vpp: bool = False) -> st.SearchStrategy[Layout]:
+    """Any placement and degrees that make_layout accepts, ranks in any order."""
+
+    @st.composite
+    def build(draw: st.DrawFn) -> Layout:
+        size = draw(st.integers(1, world))
+        ranks = draw(st.permutations(range(world)))[:size]
+        if draw(st.booleans()):
+            ranks = sorted(ranks)
+        pp = draw(st.sampled_from([d for d in range(1, size + 1) if size % d == 0]))
+        tp = draw(st.sampled_from([d for d in range(1, size // pp + 1) if size // pp % d == 0]))
+        ep = draw(st.sampled_from([d for d in range(1, size // pp + 1) if size // pp % d == 0]))
+        chunks = draw(st.integers(1, 3)) if vpp and pp > 1 else 1
+        return make_layout(module, world, {"ranks": ranks, "pp": pp, "tp": tp, "ep": ep, "vpp": chunks})
+
+    return build()
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, world: int = 8, train: bool | None = None) -> Case:
+    """Any accepted schedule: placements, pipelines, missing modalities, frozen modules, memory bounds."""
+    llm = draw(layouts("llm", world, vpp=True))
+    names = draw(st.sampled_from([(), ("vision",), ("vision", "audio")]))
+    modules = {
+        m: ModuleUse(
+            draw(layouts(m, world)) if m != "llm" else llm,
+            frozen=draw(st.sampled_from([False, False, True])),
+            params=draw(st.sampled_from(["each", "step", "replicated"])),
+        )
+        for m in (*names, "llm")
+    }
+    rounds = llm.pp if llm.vpp > 1 else 1
+    m = draw(st.integers(1, 3 if rounds > 1 else 9)) * rounds
+    kinds = ["auto", "gpipe", "sequential", "zero_bubble", *(["three_phase"] if llm.vpp == 1 else [])]
+    batch = {name: draw(st.sampled_from([1, 1, 2, 3])) for name in names}
+    enough = 6 * rounds  # a multiple of every batch, and whole rounds
+    return Case(
+        draw(st.sampled_from(kinds)),
+        modules,
+        tuple(frozenset(draw(st.sets(st.sampled_from(names)))) if names else frozenset() for _ in range(m)),
+        draw(st.sampled_from([None, enough, 2 * enough])),
+        batch,
+        draw(st.booleans()) if train is None else train,
+    )
