@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from llm.hf.config import read_config
 from llm.hf.files import SafeFolder
 from llm.hf.weights import check_tensors, checkpoint_tensors, load_weights, places_by_name
-from llm.model import LLM
+from llm.model import LLM, LLMBatch
 from llm.moe import Pass
 from llm.norm import wide
 from parallel.packed import Packing
-from parallel.param import local
 
 
 class CausalLM(nn.Module):
@@ -32,13 +31,10 @@ class CausalLM(nn.Module):
         not given. No document sees another.
         """
         batch, length = input_ids.shape
-        told = Pass(packing or Packing.of([length] * batch, input_ids.device), batch * length)
-        model = self.model
-        assert model.embed is not None and model.norm is not None, "a stage of a pipeline has no logits"
-        x = model.embed(input_ids.reshape(-1))
-        for layer in model.layers:
-            x = layer(x, told)
-        x = F.linear(model.norm(x), local(model.head))
+        ids, count = input_ids.reshape(-1), batch * length
+        packing = packing or Packing.of([length] * batch, input_ids.device)
+        text = LLMBatch(ids, ids, packing, count, {})
+        x = F.linear(self.model.states(text, {}, Pass(packing, count)), self.model.head_weight())
         return x.to(wide(x.dtype)).view(batch, length, -1)
 
 

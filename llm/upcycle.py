@@ -1,0 +1,148 @@
+"""A dense model turned into a mixture of experts that computes the same function at the start.
+
+Virtual-group initialisation (arXiv 2410.07524, section 3): the hidden features of a dense MLP are cut into
+`granularity` shards. Each expert is one shard, and consecutive experts are the shards of one copy, a virtual
+group. The experts of a group share their router weights, so the router chooses whole groups, whose shards
+together are the dense MLP. The weights are scaled so that the routing weights, which divide by the number of
+experts chosen, leave the sum as it was.
+
+The paper scales non-homogeneous activations only about right. Here scales go to the factors that a product of
+weights is exactly linear in, so that the function is preserved to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llm.config import LLMConfig, check
+from llm.hf.weights import model_tensors
+from llm.model import LLM
+from parallel.layout import nearest
+from parallel.param import declared, global_index, initial_values
+
+
+def upcycled_config(
+    dense: LLMConfig,
+    *,
+    granularity: int,
+    n_experts: int,
+    top_k: int,
+    shared_ffn: int = 0,
+    routed_scale: float = 1.0,
+    layers: Collection[int] | None = None,
+) -> LLMConfig:
+    """The mixture that `dense` becomes: every - layer, or those of `layers` (by index), is an E layer.
+
+    granularity: shards of each dense MLP; n_experts: of a layer, copies * granularity; top_k: experts a token
+    goes to, a multiple of granularity; shared_ffn: width of a shared expert, which starts by adding nothing.
+    ValueError where the numbers do not fit, with the nearest that do.
+    """
+    wanted = {i for i, s in enumerate(dense.symbols) if s == "-"} if layers is None else set(layers)
+    for i in sorted(wanted):
+        if not 0 <= i < len(dense.symbols) or dense.symbols[i] != "-":
+            raise ValueError(f"layer {i} of {dense.symbols!r} is no dense MLP; needed: indices of - layers")
+    if not wanted:
+        raise ValueError(f"{dense.symbols!r} has no dense MLP to upcycle; needed: a - layer")
+    if "E" in dense.kinds:
+        raise ValueError(
+            f"{dense.symbols!r} has experts already, whose number would change; needed: a dense model"
+        )
+    if dense.mlp_bias:
+        raise ValueError(
+            "mlp_bias=True: experts have no biases to take a dense MLP's; needed: mlp_bias=False"
+        )
+    for what, n in (("mlp_ffn", dense.mlp_ffn), ("n_experts", n_experts), ("top_k", top_k)):
+        if granularity < 1 or n % granularity:
+            works = " or ".join(f"granularity={k}" for k in nearest(max(granularity, 1), n))
+            raise ValueError(f"{what}={n} does not divide by granularity={granularity}; nearest: {works}")
+    at = iter(range(len(dense.symbols)))
+    pattern = "".join(s if s == "|" else "E" if next(at) in wanted else s for s in dense.pattern)
+    cfg = replace(
+        dense,
+        pattern=pattern,
+        n_experts=n_experts,
+        top_k=top_k,
+        expert_ffn=dense.mlp_ffn // granularity,
+        shared_ffn=shared_ffn,
+        routed_scale=routed_scale,
+        latent=None,
+        norm_top_k=True,
+        expert_groups=1,
+        top_groups=1,
+    )
+    check(cfg)
+    return cfg
+
+
+def upcycle(dense: LLM, cfg: LLMConfig, *, seed: int, name: str = "llm") -> LLM:
+    """The whole model of `cfg` (from upcycled_config) with the weights of the whole model `dense`.
+
+    Weights that are new (routers, shared experts) start as those of a model called `name` do from `seed`.
+    """
+    given = model_tensors(dense)
+    first = next(iter(dense.parameters()))
+    model = LLM(cfg, device=first.device, dtype=first.dtype)
+    value = upcycled(lambda n: given[n], dense.cfg, cfg, seed=seed, name=name)
+    with torch.no_grad():
+        for key, target in model_tensors(model).items():
+            target.copy_(value(key))
+    return model
+
+
+def upcycled(
+    fetch: Callable[[str], Tensor], dense: LLMConfig, cfg: LLMConfig, *, seed: int, name: str = "llm"
+) -> Callable[[str], Tensor]:
+    """Any parameter or buffer of the mixture by name, from those of the dense model by name: fetch(name).
+
+    So a checkpoint is converted parameter by parameter, without a whole model in memory.
+    """
+    meta = LLM(cfg, device="meta")
+    specs = {key: (tuple(p.shape), spec.init) for key, p, spec in declared(meta)}
+    copies = cfg.n_experts * cfg.expert_ffn // dense.mlp_ffn
+    shards = cfg.n_experts // copies
+
+    def fresh(key: str) -> Tensor:
+        shape, init = specs[key]
+        index = global_index(shape, [torch.arange(n) for n in shape])
+        return initial_values(f"{name}.{key}", seed, init, index).view(shape)
+
+    def value(key: str) -> Tensor:
+        stem, _, leaf = key.partition(".mixer.")
+        layer = stem.removeprefix("layers.")
+        if not leaf or not layer.isdigit() or cfg.symbols[int(layer)] == dense.symbols[int(layer)]:
+            return fetch(key)
+        if leaf == "router.weight":
+            return fresh(key)[:copies].repeat_interleave(shards, 0)
+        if leaf == "expert_bias":
+            return torch.zeros(cfg.n_experts)
+        kind, _, part = leaf.removesuffix(".weight").partition(".")
+        if kind == "shared":
+            return torch.zeros(specs[key][0]) if part == "down" else fresh(key)
+        whole = fetch(f"{stem}.mixer.{part}.weight")
+        cut = (
+            whole.unflatten(1, (shards, -1)).transpose(0, 1)
+            if part == "down"
+            else whole.unflatten(0, (shards, -1))
+        )
+        return (cut * _scales(cfg, shards)[part]).repeat(copies, 1, 1)
+
+    return value
+
+
+def _scales(cfg: LLMConfig, shards: int) -> dict[str, float]:
+    """What each weight of an expert is multiplied with, so that its output grows by shards / routed_scale.
+
+    The weights of the chosen experts sum to routed_scale, so each of a group's shards gets 1 / shards of what
+    its group gets.
+    """
+    whole = shards / cfg.routed_scale
+    if cfg.activation == "relu2":
+        powers = {"gate": 2, "up": 1, "down": 1} if cfg.mlp_gated else {"up": 2, "down": 1}
+    else:
+        powers = {"up": 1, "down": 1} if cfg.mlp_gated else {"down": 1}
+    each = whole ** (1.0 / sum(powers.values()))
+    return {part: each if part in powers else 1.0 for part in ("gate", "up", "down")}
