@@ -216,6 +216,8 @@ def _check_routing(cfg: LLMConfig) -> None:
             f"model.llm.top_k={cfg.top_k} experts from top_groups={best} of {groups} groups, which hold "
             f"{reach}; needed: at most {reach}. Nearest: top_k={reach}"
         )
+    if cfg.pad_experts and cfg.dispatcher != "all_to_all":
+        raise ValueError("model.llm.pad_experts needs dispatcher=all_to_all, given all_gather")
     if cfg.pad_experts and cfg.capacity is None:
         raise ValueError("model.llm.pad_experts needs a capacity to pad to. Nearest: capacity=1.25")
 

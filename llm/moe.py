@@ -21,7 +21,16 @@ from llm.norm import wide
 from llm.recompute import run
 from parallel.axis import Axes
 from parallel.collectives import join_tokens, split_tokens
-from parallel.expert import Route, combine, dispatch, grouped_linear, plan_route
+from parallel.expert import (
+    Route,
+    capacity_rows,
+    combine,
+    dispatch,
+    grouped_linear,
+    plan_route,
+    within_capacity,
+)
+from parallel.expert_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
 from parallel.packed import Packing
 from parallel.param import declare, local, normal
 from parallel.tensor import Linear
@@ -89,7 +98,7 @@ class Choice:
 
     chosen: Tensor | None = None
     loads: Tensor | None = None
-    route: Route | None = None
+    route: Route | GatherRoute | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ class MoE(nn.Module):
         if choice.chosen is None or choice.route is None:
             biased = score.detach() + self.expert_bias
             choice.chosen = choose(biased, cfg.top_k, cfg.expert_groups, cfg.top_groups)
-            choice.route = plan_route(choice.chosen, cfg.n_experts, self.axes.ep)
+            choice.route = self._plan(choice.chosen, score)
             if told.learns:
                 self.load += torch.bincount(choice.chosen.reshape(-1), minlength=cfg.n_experts)
         weight = score.gather(1, choice.chosen)
@@ -180,14 +189,31 @@ class MoE(nn.Module):
         if told.learns:
             weight = self._with_objectives(weight, logits, score, told, choice, first)
         rows = tokens if self.latent_in is None else self.latent_in(tokens)
-        out = self.experts(dispatch(rows, choice.route), choice.route.per_expert, "moe_act" in self.recompute)
-        y = combine(out, weight * cfg.routed_scale, choice.route)
+        y = self._routed(rows, weight * cfg.routed_scale, choice.route)
         if self.latent_out is not None:
             y = self.latent_out(y)
         y = F.pad(y, (0, 0, 0, width - real))
         if not self.axes.sequence_parallel:
             y = join_tokens(y, tp)
         return y if self.shared is None else y + run("mlp" in self.recompute, self.shared, x)
+
+    def _plan(self, chosen: Tensor, score: Tensor) -> Route | GatherRoute:
+        cfg, ep = self.cfg, self.axes.ep
+        keep, rows = None, None
+        if cfg.capacity is not None:
+            rows = capacity_rows(chosen.numel(), cfg.n_experts, cfg.capacity)
+            keep = within_capacity(chosen, score.gather(1, chosen), cfg.n_experts, rows)
+        if cfg.dispatcher == "all_gather" and ep.size > 1:
+            return plan_gather(chosen, cfg.n_experts, ep, keep)
+        return plan_route(chosen, cfg.n_experts, ep, keep, rows if cfg.pad_experts else None)
+
+    def _routed(self, x: Tensor, weight: Tensor, route: Route | GatherRoute) -> Tensor:
+        """Tokens [n, w] through their experts, summed with weights [n, k]."""
+        again = "moe_act" in self.recompute
+        if isinstance(route, GatherRoute):
+            out = self.experts(gather_dispatch(x, route), route.per_expert, again)
+            return gather_combine(out, weight, route)
+        return combine(self.experts(dispatch(x, route), route.per_expert, again), weight, route)
 
     def _with_objectives(
         self, weight: Tensor, logits: Tensor, score: Tensor, told: Pass, choice: Choice, first: bool

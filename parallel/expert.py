@@ -1,11 +1,12 @@
 """Token dispatch for mixtures of experts: each row to the rank of its expert and back.
 
-Dropless, with uneven splits. How many rows go where is decided by the router, so this is the one place where
-sizes are exchanged at run time.
+Dropless by default, with uneven splits. How many rows go where is decided by the router, so this is the one
+place where sizes are exchanged at run time. parallel.expert_gather is the other dispatcher.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +38,10 @@ class _AllToAll(torch.autograd.Function):
 class Route:
     """Where the rows of this rank's tokens go.
 
-    order [n k]: rows (token major) sorted by expert; sends, receives: rows to and from each rank of the ep
-    axis; regroup: order of the received rows that puts each local expert's together, None where they are;
-    per_expert: rows of each local expert.
+    order [m]: rows (token major) sorted by expert, n k of them unless some are dropped, rows n k and on being
+    zeros that pad an expert; sends, receives: rows to and from each rank of the ep axis; regroup: order of
+    the received rows that puts each local expert's together, None where they are; per_expert: rows of each
+    local expert; dropless: each of the n k rows is in order, once, and nothing else.
     """
 
     axis: Axis
@@ -49,15 +51,54 @@ class Route:
     receives: list[int]
     regroup: Tensor | None
     per_expert: list[int]
+    dropless: bool = True
 
 
-def plan_route(expert: Tensor, n_experts: int, axis: Axis) -> Route:
-    """Route from the chosen experts [n, k] (int64) of n tokens; a collective over `axis`, one host wait."""
+def capacity_rows(choices: int, n_experts: int, factor: float) -> int:
+    """Rows that an expert may take of a rank's n k = `choices`: factor times its even share, at least one."""
+    return max(1, math.ceil(factor * choices / n_experts))
+
+
+def within_capacity(expert: Tensor, score: Tensor, n_experts: int, rows: int) -> Tensor:
+    """Which choices [n, k] (bool) remain if an expert takes at most `rows` of this rank, those scored best.
+
+    expert, score [n, k]. It makes results depend on how tokens are cut over ranks: nothing is dropped
+    without it (GShard, arXiv 2006.16668, section 3.2).
+    """
     flat = expert.reshape(-1)
+    best = torch.argsort(score.detach().reshape(-1), descending=True, stable=True)
+    best = best[torch.argsort(flat[best], stable=True)]  # by expert, then by score
+    keep = torch.empty_like(flat, dtype=torch.bool)
+    keep[best] = _rank_in_group(torch.bincount(flat, minlength=n_experts), flat.numel()) < rows
+    return keep.view_as(expert)
+
+
+def _rank_in_group(counts: Tensor, total: int) -> Tensor:
+    """Place of each row in its own group, groups of these sizes lying one behind another: int64 [total]."""
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=total)
+    return torch.arange(total, device=counts.device) - starts
+
+
+def plan_route(
+    expert: Tensor, n_experts: int, axis: Axis, keep: Tensor | None = None, pad: int | None = None
+) -> Route:
+    """Route from the chosen experts [n, k] (int64) of n tokens; a collective over `axis`, one host wait.
+
+    keep [n, k] (bool): choices that are not dropped, None for all. pad: rows that each expert gets of this
+    rank, zeros making up for what lacks; keep must leave no expert more.
+    """
+    flat = expert.reshape(-1)
+    if keep is not None:
+        flat = torch.where(keep.reshape(-1), flat, n_experts)  # dropped ones come last
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=n_experts)
+    counts = torch.bincount(flat, minlength=n_experts)[:n_experts]
+    if pad is not None:
+        order, counts = _padded(flat, order, pad, n_experts)
+    dropless = keep is None and pad is None
     if axis.size == 1:
-        return Route(axis, order, expert.shape[1], [], [], None, counts.tolist())
+        per_expert = counts.tolist()
+        kept = order[: sum(per_expert)]
+        return Route(axis, kept, expert.shape[1], [], [], None, per_expert, dropless)
     local = n_experts // axis.size
     arriving = torch.empty_like(counts)  # [source rank, local expert]
     dist.all_to_all_single(arriving, counts, group=axis.group)
@@ -67,7 +108,19 @@ def plan_route(expert: Tensor, n_experts: int, axis: Axis) -> Route:
     which = torch.arange(local, device=flat.device).repeat(axis.size)
     arrived = which.repeat_interleave(arriving, output_size=sum(receives))
     regroup = torch.argsort(arrived, stable=True)
-    return Route(axis, order, expert.shape[1], sends, receives, regroup, _columns(incoming))
+    kept = order[: sum(sends)]
+    return Route(axis, kept, expert.shape[1], sends, receives, regroup, _columns(incoming), dropless)
+
+
+def _padded(flat: Tensor, order: Tensor, rows: int, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Order and counts with exactly `rows` for each expert; flat: the expert of each row or n_experts."""
+    counts = torch.bincount(flat, minlength=n_experts + 1)
+    expert = flat[order]
+    # Dropped rows and rows that pad share one slot behind the others, which is cut off.
+    slot = expert * rows + _rank_in_group(counts, len(flat))
+    slot = torch.where(expert < n_experts, slot, n_experts * rows)
+    out = order.new_full((n_experts * rows + 1,), len(flat)).scatter_(0, slot, order)[:-1]
+    return out, counts.new_full((n_experts,), rows)
 
 
 def _columns(table: list[list[int]]) -> list[int]:
@@ -75,25 +128,36 @@ def _columns(table: list[list[int]]) -> list[int]:
 
 
 class _Deal(torch.autograd.Function):
-    """A row for each choice of each token, in `order`. The backward adds a token's rows in a fixed order,
-    which index_select's own does not on accelerators."""
+    """A row for each choice of each token, in the route's order. The backward adds a token's rows in a fixed
+    order, which index_select's own does not on accelerators."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, choices: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.choices = choices
-        return x.index_select(0, order // choices)
+    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
+        ctx.route, ctx.tokens = route, x.shape[0]
+        source = route.order // route.choices
+        if route.dropless:
+            return x.index_select(0, source)
+        return torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, source.clamp(max=ctx.tokens))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        rows = torch.empty_like(grad).index_copy_(0, order, grad)
-        return rows.view(-1, ctx.choices, grad.shape[1]).sum(1), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rows = _by_choice(grad, ctx.route, ctx.tokens)
+        return rows.sum(1), None
+
+
+def _by_choice(rows: Tensor, route: Route, tokens: int) -> Tensor:
+    """Rows in the route's order to [tokens, choices, d]; zeros for what was dropped."""
+    total = tokens * route.choices
+    if route.dropless:
+        out = torch.empty_like(rows).index_copy(0, route.order, rows)
+    else:
+        out = rows.new_zeros(total + 1, rows.shape[1]).index_copy(0, route.order, rows)[:total]
+    return out.view(tokens, route.choices, rows.shape[1])
 
 
 def dispatch(x: Tensor, route: Route) -> Tensor:
     """Tokens [n, d] to the rows of this rank's experts [m, d], grouped by expert."""
-    rows = _Deal.apply(x, route.order, route.choices)
+    rows = _Deal.apply(x, route)
     if route.regroup is None:
         return rows
     return _AllToAll.apply(rows, route.sends, route.receives, route.axis).index_select(0, route.regroup)
@@ -104,8 +168,7 @@ def combine(rows: Tensor, weight: Tensor, route: Route) -> Tensor:
     if route.regroup is not None:
         rows = torch.empty_like(rows).index_copy(0, route.regroup, rows)
         rows = _AllToAll.apply(rows, route.receives, route.sends, route.axis)
-    tokens = torch.empty_like(rows).index_copy(0, route.order, rows)
-    return torch.einsum("nkd,nk->nd", tokens.view(*weight.shape, rows.shape[-1]), weight.to(rows.dtype))
+    return torch.einsum("nkd,nk->nd", _by_choice(rows, route, weight.shape[0]), weight.to(rows.dtype))
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, per_expert: list[int]) -> Tensor:
@@ -114,6 +177,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, per_expert: list[int]) -> Tenso
     One grouped product where torch has it (16-byte rows, not float64), else a product per expert. Every
     expert's weight is in the graph even without rows, so that gradient reduction stays matched.
     """
+    # The grouped product leaves rows past the last expert's end uninitialised, in its gradient too.
+    assert rows.shape[0] == sum(per_expert), (rows.shape, per_expert)
     aligned = all(n * rows.element_size() % 16 == 0 for n in weight.shape[1:])
     if rows.dtype != torch.float64 and aligned and rows.shape[0]:
         ends = torch.tensor(per_expert, device=rows.device).cumsum(0).to(torch.int32)

@@ -139,8 +139,9 @@ def weigh(loss: Tensor) -> Tensor:
 
 def run_lane(model: LLM, text: Text) -> dict[str, Any]:
     """Forward and backward of one lane; gradients accumulate in the model."""
-    dtype = model.head.dtype
+    dtype = model.head_weight().dtype
     batch, mine = make_batch(text, model.cfg.vocab_size, model.axes)
+    batch = replace(batch, scale=0.1)
     rows = make_rows(text, model.cfg.d_model, dtype)[mine].requires_grad_()
     loss = model(batch, {"vision": rows})
     weigh(loss).backward()
@@ -160,6 +161,7 @@ def run_rank(cfg: LLMConfig, degrees: Degrees, lanes: list[Text], recompute: boo
         "ep": axes.ep.rank,
         "grads": {name: p.grad for name, p, _ in declared(model)},
         "load": [m.load for m in model.moe_layers()],
+        "objectives": model.take_objectives(),
     }
 
 
@@ -172,6 +174,7 @@ def run_whole(cfg: LLMConfig, lanes: list[Text]) -> dict[str, Any]:
         "rows": [o["rows"] for o in outs],
         "grads": {name: p.grad for name, p, _ in declared(model)},
         "load": [m.load for m in model.moe_layers()],
+        "objectives": model.take_objectives(),
     }
 
 

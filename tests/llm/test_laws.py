@@ -10,7 +10,28 @@ import torch
 
 from tests.llm.harness import TINY, Degrees, Text, assemble, far, only, run_rank, run_whole
 
-PATTERNS = ("M", "*", "-", "E", TINY.pattern)
+EVERYTHING = replace(
+    TINY,
+    pattern="E-ME",
+    latent=6,
+    expert_groups=4,
+    top_groups=3,
+    mlp_gated=True,
+    mlp_bias=True,
+    activation="silu",
+    aux_weight=0.3,
+    z_weight=0.2,
+    mtp_layers=2,
+    tied=True,
+)
+MODELS = {
+    **{pattern: only(pattern) for pattern in ("M", "*", "-", "E", TINY.pattern)},
+    "everything": EVERYTHING,
+    "softmax, no shared expert": replace(
+        only("E*"), router="softmax", norm_top_k=False, shared_ffn=0, activation="gelu", aux_weight=0.5
+    ),
+    "all-gather": replace(only("E"), latent=6, dispatcher="all_gather"),
+}
 LAYOUTS = {
     "tp2": Degrees(2, tp=2),
     "tp2 sp": Degrees(2, tp=2, sp=True),
@@ -33,19 +54,19 @@ LANES = [
 ]
 
 
-def layout_of(pattern: str, degrees: Degrees) -> Degrees:
+def layout_of(name: str, degrees: Degrees) -> Degrees:
     """Without experts, an expert axis is refused."""
-    return degrees if "E" in pattern else replace(degrees, ep=1)
+    return degrees if "E" in MODELS[name].kinds else replace(degrees, ep=1)
 
 
 def run_all(degrees: Degrees, lanes: list[Text], recompute: bool) -> list[dict[str, Any]]:
-    return [run_rank(only(p), layout_of(p, degrees), lanes, recompute) for p in PATTERNS]
+    return [run_rank(cfg, layout_of(m, degrees), lanes, recompute) for m, cfg in MODELS.items()]
 
 
 @pytest.fixture(scope="module")
 def whole() -> dict[tuple[str, int], dict[str, Any]]:
-    """One-process results by pattern and number of lanes."""
-    return {(p, n): run_whole(only(p), LANES[:n]) for p in PATTERNS for n in (1, 2, 4)}
+    """One-process results by model and number of lanes."""
+    return {(m, n): run_whole(cfg, LANES[:n]) for m, cfg in MODELS.items() for n in (1, 2, 4)}
 
 
 @pytest.mark.parametrize(
@@ -58,11 +79,11 @@ def test_every_layer_in_every_layout(
     degrees = LAYOUTS[name]
     lanes = LANES[: degrees.dp]
     results = ranks(degrees.world, run_all, degrees, lanes, recompute)
-    for i, pattern in enumerate(PATTERNS):
-        compare(pattern, layout_of(pattern, degrees), [r[i] for r in results], whole[pattern, degrees.dp])
+    for i, model in enumerate(MODELS):
+        compare(model, layout_of(model, degrees), [r[i] for r in results], whole[model, degrees.dp])
 
 
-def compare(pattern: str, degrees: Degrees, results: list[dict[str, Any]], ref: dict[str, Any]) -> None:
+def compare(model: str, degrees: Degrees, results: list[dict[str, Any]], ref: dict[str, Any]) -> None:
     for rank, result in enumerate(results):
         lane = rank // degrees.tp
         torch.testing.assert_close(result["loss"], ref["loss"][lane], rtol=1e-9, atol=1e-12)
@@ -71,6 +92,10 @@ def compare(pattern: str, degrees: Degrees, results: list[dict[str, Any]], ref: 
     for lane in range(degrees.dp):
         seen = {row for r in results[lane * degrees.tp : (lane + 1) * degrees.tp] for row in r["rows"]}
         assert seen == set(ref["rows"][lane])
-    assert not far(assemble(only(pattern), degrees, results), ref["grads"]), pattern
+    assert not far(assemble(MODELS[model], degrees, results), ref["grads"]), model
     for layer, load in enumerate(ref["load"]):
         assert torch.equal(sum(r["load"][layer] for r in results), load)
+    for name, value in ref["objectives"].items():
+        counted = [r for r in results if name != "mtp" or r["tp"] == 0]
+        total = sum(float(r["objectives"][name]) for r in counted)
+        assert total == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
