@@ -15,6 +15,10 @@ settings.register_profile("polyrank", deadline=None)
 settings.load_profile("polyrank")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=280, help="random cases of the boundary's property test")
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     workers = Pool()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from parallel.boundary.rows import RowMap
+from parallel.context import Order, context_spans
 from parallel.layout import Layout, make_layout
 
 
@@ -58,17 +62,20 @@ def random_lanes(rng: random.Random, world: int) -> list[tuple[int, ...]]:
     return [tuple(ranks[i : i + tp]) for i in range(0, len(ranks), tp)]
 
 
-def random_layout(rng: random.Random, size: int, module: str, world: int | None = None) -> Layout:
-    """Any degrees that fit `size` ranks, drawn from `world` in any order, with and without sequence
+def random_spec(rng: random.Random, size: int, world: int) -> dict[str, Any]:
+    """Any degrees that fit `size` ranks, which are any of `world` in any order, with and without sequence
     parallelism."""
     degrees = {}
     left = size
     for axis in rng.sample(["tp", "cp", "pp"], 3):
         degrees[axis] = rng.choice([d for d in range(1, left + 1) if left % d == 0])
         left //= degrees[axis]
-    world = world or size
     ranks = rng.sample(range(world), size)
-    return make_layout(module, world, {"ranks": ranks, "sequence_parallel": rng.random() < 0.5, **degrees})
+    return {"ranks": ranks, "sequence_parallel": rng.random() < 0.5, **degrees}
+
+
+def random_layout(rng: random.Random, size: int, module: str) -> Layout:
+    return make_layout(module, size, random_spec(rng, size, size))
 
 
 def _once_a_lane(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -123,3 +130,36 @@ def least_gradient_rows(source: RowMap, dest: RowMap, world: int) -> int:
         for row in rows_of(source, rank)
         for lane, rows in enumerate(consumed)
     )
+
+
+def _shares(rows: list[int], parts: int) -> list[list[int]]:
+    """Contiguous shares of a list, by the formula that the docs give."""
+    n = len(rows)
+    return [rows[k * n // parts : (k + 1) * n // parts] for k in range(parts)]
+
+
+def held_rows(layout: Layout, rows: list[int], lane: list[int]) -> dict[int, list[int]]:
+    """Global rows of each rank, cut row by row."""
+    first = np.cumsum([0, *rows])
+    held: dict[int, list[int]] = {r: [] for r in layout.ranks}
+    for dp in range(layout.dp):
+        stream = [
+            r for i, owner in enumerate(lane) if owner == dp for r in range(first[i], first[i] + rows[i])
+        ]
+        for cp, share in enumerate(_shares(stream, layout.cp)):
+            parts = _shares(share, layout.tp) if layout.sequence_parallel else [share] * layout.tp
+            for tp, part in enumerate(parts):
+                held[layout.rank_at(tp=tp, cp=cp, dp=dp, pp=layout.pp - 1)] = part
+    return held
+
+
+def local_tokens(layout: Layout, tokens: list[int], order: Order) -> dict[int, list[int]]:
+    """Token positions of each rank of stage 0, in its local order."""
+    held = {}
+    for dp, n in enumerate(tokens):
+        for cp, spans in enumerate(context_spans(n, layout.cp, order)):
+            local = [t for a, b in spans for t in range(a, b)]
+            parts = _shares(local, layout.tp) if layout.sequence_parallel else [local] * layout.tp
+            for tp, part in enumerate(parts):
+                held[layout.rank_at(tp=tp, cp=cp, dp=dp)] = part
+    return held

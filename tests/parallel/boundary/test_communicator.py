@@ -12,34 +12,11 @@ import torch.distributed as dist
 
 from parallel.boundary import BoundaryCommunicator, RowMap, plan_edge
 from tests.parallel.boundary.cases import least_gradient_rows, least_rows, random_case, rows_of
+from tests.parallel.boundary.counter import Counter
 from tests.pool import RankFailed
 
 SHAPE = (3, 2)  # trailing dims of the boundary tensors
 SIZE = 6
-
-
-class Counter:
-    """Counts payload handed to point-to-point sends and to all-to-all, at torch.distributed's doors."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def __enter__(self) -> Counter:
-        self.batch, self.exchange = dist.batch_isend_irecv, dist.all_to_all_single
-
-        def batch(ops: list[Any]) -> Any:
-            self.bytes += sum(o.tensor.numel() * o.tensor.element_size() for o in ops if o.op is dist.isend)
-            return self.batch(ops)
-
-        def exchange(out: Any, into: Any, *args: Any, **kw: Any) -> Any:
-            self.bytes += into.numel() * into.element_size()
-            return self.exchange(out, into, *args, **kw)
-
-        dist.batch_isend_irecv, dist.all_to_all_single = batch, exchange
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        dist.batch_isend_irecv, dist.all_to_all_single = self.batch, self.exchange
 
 
 def run_cases(seeds: range, transport: str, dtype: torch.dtype) -> None:

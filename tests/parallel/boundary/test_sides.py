@@ -12,42 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.boundary import dest_side, row_places, source_side
-from parallel.context import Order, context_spans, piece_count
-from parallel.layout import Layout, make_layout
-from tests.parallel.boundary.cases import random_layout, rows_of
-
-
-def shares(rows: list[int], parts: int) -> list[list[int]]:
-    """Contiguous shares of a list, by the formula that the docs give."""
-    n = len(rows)
-    return [rows[k * n // parts : (k + 1) * n // parts] for k in range(parts)]
-
-
-def expected_source(layout: Layout, rows: list[int], lane: list[int]) -> dict[int, list[int]]:
-    """Global rows of each rank, cut row by row."""
-    first = np.cumsum([0, *rows])
-    held: dict[int, list[int]] = {r: [] for r in layout.ranks}
-    for dp in range(layout.dp):
-        stream = [
-            r for i, owner in enumerate(lane) if owner == dp for r in range(first[i], first[i] + rows[i])
-        ]
-        for cp, share in enumerate(shares(stream, layout.cp)):
-            parts = shares(share, layout.tp) if layout.sequence_parallel else [share] * layout.tp
-            for tp, part in enumerate(parts):
-                held[layout.rank_at(tp=tp, cp=cp, dp=dp, pp=layout.pp - 1)] = part
-    return held
-
-
-def expected_tokens(layout: Layout, tokens: list[int], order: Order) -> dict[int, list[int]]:
-    """Token positions of each rank of stage 0, in its local order."""
-    held = {}
-    for dp, n in enumerate(tokens):
-        for cp, spans in enumerate(context_spans(n, layout.cp, order)):
-            local = [t for a, b in spans for t in range(a, b)]
-            parts = shares(local, layout.tp) if layout.sequence_parallel else [local] * layout.tp
-            for tp, part in enumerate(parts):
-                held[layout.rank_at(tp=tp, cp=cp, dp=dp)] = part
-    return held
+from parallel.context import Order, piece_count
+from parallel.layout import make_layout
+from tests.parallel.boundary.cases import held_rows, local_tokens, random_layout, rows_of
 
 
 @given(seed=st.integers(0, 2**32))
@@ -58,7 +25,7 @@ def test_the_source_holds_its_items_end_to_end(seed: int) -> None:
     lane = [rng.randrange(layout.dp) for _ in rows]
     side = source_side(layout, rows, lane)
     side.check()
-    assert {r: rows_of(side, r) for r in layout.ranks} == expected_source(layout, rows, lane)
+    assert {r: rows_of(side, r) for r in layout.ranks} == held_rows(layout, rows, lane)
     if not layout.sequence_parallel:
         assert {len(ranks) for ranks in side.lanes} == {layout.tp}, "replicas share a lane"
 
@@ -85,7 +52,7 @@ def test_the_destination_reads_rows_where_their_tokens_are(seed: int, order: Ord
     stages = sorted(rng.sample(range(layout.pp), rng.randint(1, layout.pp)))
     side = dest_side(layout, rows, lane, position, tokens, order=order, stages=stages)
     side.check()
-    for rank, held in expected_tokens(layout, tokens, order).items():
+    for rank, held in local_tokens(layout, tokens, order).items():
         coord = layout.coord(rank)
         places = [k for k, t in enumerate(held) if t in row_at[coord.dp]]
         for pp in range(layout.pp):

@@ -1,0 +1,122 @@
+"""What megatron-core 0.19.2's communicators cannot run or get wrong, right here.
+
+The second column of GAPS says what they do. It was found by running them, or by reading where it says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.boundary import BoundaryCommunicator
+from tests.parallel.boundary.joint import TIMEOUT_S, WORLD, Account, Joint, attempt, check_bytes, planned
+
+
+def joint(vision: dict[str, Any], llm: dict[str, Any], rows: list[int], **more: Any) -> Joint:
+    """Items dealt in turn to the dp ranks of both sides, two tokens apart, unless `more` says otherwise."""
+    blank = Joint(vision, llm, rows, [], [], [], [])
+    source, dest = blank.layouts
+    lanes = [i % dest.dp for i in range(len(rows))]
+    filled, position = [0] * dest.dp, []
+    for n, lane in zip(rows, lanes, strict=True):
+        position.append(filled[lane])
+        filled[lane] += n + 2
+    # Room for any cut of four ranks.
+    tokens = [-(-max(n, 1) // 8) * 8 for n in filled]
+    deal = more.pop("lane", [i % source.dp for i in range(len(rows))])
+    return Joint(vision, llm, rows, deal, lanes, position, tokens, **more)
+
+
+RAGGED = [6, 2, 3, 5]
+SP = {"sequence_parallel": True}
+GAPS: dict[str, tuple[str, Joint]] = {
+    "disjoint fan-in of ragged rows": (
+        "AssertionError; past it, gradients of wrong shapes",
+        joint({"ranks": "0-1"}, {"ranks": "2"}, RAGGED),
+    ),
+    "colocated fan-in of ragged rows": ("crashes or hangs", joint({}, {"tp": 2}, RAGGED)),
+    "colocated fan-out of ragged rows": (
+        "wrong rows; silently where the totals agree",
+        joint({"tp": 2}, {}, RAGGED),
+    ),
+    "a rank without items where others have some": (
+        "hangs colocated, crashes in the backward of a fan-in",
+        joint({}, {"tp": 2}, [3, 4], lane=[1, 1]),
+    ),
+    "items without rows": ("hangs colocated", joint({}, {"tp": 4}, [0, 0, 0])),
+    "dp sizes that do not divide, 3 to 2": ("ValueError", joint({"ranks": "0-2"}, {"ranks": "2-3"}, RAGGED)),
+    "dp sizes that do not divide, 3 to 4": ("ValueError", joint({"ranks": "0-2"}, {}, RAGGED)),
+    "a source on some of the destination's ranks": (
+        "accepted; the language model then does not run on those",
+        joint({"ranks": "0-1"}, {"tp": 2}, RAGGED),
+    ),
+    "ranks in an order of their own": (
+        "silently gives ranks 1 and 2 each other's samples",
+        joint({}, {"ranks": [0, 2, 1, 3]}, RAGGED),
+    ),
+    "ranks that are not neighbours": (
+        "cannot be written",
+        joint({"ranks": [0, 2]}, {"ranks": [1, 3], "tp": 2}, RAGGED),
+    ),
+    "encoder tp with sequence-sharded rows": (
+        "silently wrong: takes every tp rank for a replica",
+        joint({"ranks": "0-1", "tp": 2} | SP, {"ranks": "2-3"}, RAGGED),
+    ),
+    "encoder cp": ("refused", joint({"ranks": "0-1", "cp": 2}, {"ranks": "2-3"}, RAGGED)),
+    "encoder pp": (
+        "wrong rows: its later stages do not run their layers",
+        joint({"ranks": "0-1", "pp": 2}, {"ranks": "2-3"}, RAGGED),
+    ),
+    "encoder tp of 3": ("refused downstream: a power of two", joint({"ranks": "0-2", "tp": 3}, {}, RAGGED)),
+    "language model cp, zigzag": (
+        "refused",
+        joint({"ranks": "0-1"}, {"ranks": "2-3", "cp": 2}, RAGGED, order="zigzag"),
+    ),
+    "colocated language model cp, zigzag, sequence-sharded": (
+        "refused; where it shards it moves every row to every rank first",
+        joint({}, {"cp": 2, "tp": 2} | SP, RAGGED, order="zigzag"),
+    ),
+    "colocated language model pp": ("refused", joint({}, {"pp": 2}, RAGGED)),
+    "rows read by two pipeline stages": (
+        "by reading: the second edge's gradient overwrites the first's",
+        joint({}, {"pp": 2}, RAGGED, stages=(0, 1)),
+    ),
+    "nodes of two ranks, each fed once": (
+        "not known to it: a broadcast chooses its own way",
+        joint({"ranks": "0"}, {"ranks": "1-3", "tp": 3}, RAGGED, node_size=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+def test_what_the_peer_lacks_is_right_here(ranks: Any, name: str) -> None:
+    _, case = GAPS[name]
+    check_bytes(case, ranks(WORLD, attempt, case, timeout=30))
+
+
+def three_at_once() -> None:
+    """Two encoders share ranks apart from the language model, a third is on its ranks."""
+    mixed = [
+        joint({"ranks": "0-1"}, {"ranks": "2-3", "tp": 2}, RAGGED),
+        joint({"ranks": "0-1", "tp": 2}, {"ranks": "2-3", "tp": 2}, [3, 0, 4]),
+        joint({"ranks": "2-3"}, {"ranks": "2-3", "tp": 2}, [1, 7]),
+    ]
+    rank = dist.get_rank()
+    communicator = BoundaryCommunicator(dist.group.WORLD, timeout_s=TIMEOUT_S)
+    accounts = [Account.of(case) for case in mixed]
+    plans = [planned(case)[0] for case in mixed]
+    x = [torch.tensor(a.held[rank], dtype=torch.float64) + 100 * k for k, a in enumerate(accounts)]
+    under_way = [communicator.start_forward(plan, rows) for plan, rows in zip(plans, x, strict=True)]
+    back = []
+    for k, (account, pending) in enumerate(zip(accounts, under_way, strict=True)):
+        y = pending.wait()
+        assert (y - 100 * k).tolist() == account.read[rank]
+        back.append(communicator.start_backward(plans[k], 2 * y))  # while the next one arrives
+    assert all(torch.equal(grad.wait(), 2 * rows) for grad, rows in zip(back, x, strict=True))
+
+
+def test_several_encoders_in_mixed_placement_are_under_way_at_once(ranks: Any) -> None:
+    ranks(WORLD, three_at_once, timeout=30)
