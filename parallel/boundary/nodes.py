@@ -28,6 +28,9 @@ def by_nodes(have: RowMap, want: RowMap, rank: int, node_size: int) -> tuple[Rou
 
     Node k is ranks k node_size .. (k + 1) node_size - 1.
     """
+    everyone = np.concatenate([have.members[0], want.members[0]]) // node_size
+    if np.all(everyone == everyone[:1]):
+        return direct(have, want, rank), None
     entry, spreads = _entries(have, want, node_size)
     low = rank // node_size * node_size
     near_have, near_want = (m.on_ranks(low, low + node_size) for m in (have, want))

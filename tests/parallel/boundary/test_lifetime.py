@@ -126,5 +126,5 @@ def come_and_go(times: int) -> list[tuple[int, int, int]]:
 
 
 def test_hundreds_of_communicators_leave_nothing_behind(ranks: Any) -> None:
-    for few, many in ranks(2, come_and_go, 300, timeout=90):
+    for few, many in ranks(2, come_and_go, 200, timeout=90):
         assert many == few
