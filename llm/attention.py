@@ -30,7 +30,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.axes, self.head_dim, self.rope_theta = axes, cfg.head_dim, cfg.rope_theta
-        self.shared = share_heads(cfg.n_heads, cfg.n_kv_heads, axes.tp)
+        self.shared = share_heads(cfg.n_heads, cfg.n_kv_heads, axes.tp.size, axes.tp.rank)
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
         own = self.shared.count * cfg.head_dim
         self.sizes = [q // axes.tp.size, own, own]

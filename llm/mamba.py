@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer with Nemotron-H semantics, cut over tp by heads and groups.
+"""The Mamba-2 mixer with Nemotron-H semantics, cut over tp by heads and groups, over cp by tokens or heads.
 
 Every projection is a parameter of its own, so that each is cut evenly; they are joined into one product.
 """
@@ -6,7 +6,8 @@ Every projection is a parameter of its own, so that each is cut evenly; they are
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,15 @@ from torch import Tensor, nn
 
 from llm.config import LLMConfig
 from llm.norm import wide
-from llm.scan import scan
+from llm.recompute import run
+from llm.scan import added_states, cut, outputs, scan, state_after
 from parallel.axis import Axes
+from parallel.collectives import copy_in, reduce_out
+from parallel.context import ContextPacking
+from parallel.context.halo import context_conv, halo_rows
+from parallel.context.heads import to_heads, to_tokens
+from parallel.context.state import begin_states, plan_pieces, states_taken
+from parallel.heads import share_heads
 from parallel.packed import Packing, depthwise_conv
 from parallel.param import Init, constant, declare, local, normal, uniform
 from parallel.tensor import Linear, enter, leave
@@ -55,51 +63,252 @@ class ScanScalars(nn.Module):
         )
 
 
+Method = Literal["states", "heads"]
+
+
+@dataclass(frozen=True)
+class MixerShape:
+    """What one tp rank's mixer works on: heads of width head_dim, groups that they read in equal runs."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    kernel: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Channels of x, B and C, which the convolution runs over."""
+        bc = self.groups * self.state
+        return [self.heads * self.head_dim, bc, bc]
+
+
+def mixer_bytes(shape: MixerShape, packing: ContextPacking, itemsize: int) -> dict[Method, int]:
+    """What the worst-off cp rank receives in a forward, in bytes; as much again in a backward. Pure.
+
+    states: the rows that the convolution reads across an edge, and a state a piece. heads: tokens for heads
+    and back; only where cp cuts the heads, and groups evenly.
+    """
+    acc = max(itemsize, 4)
+    one = shape.heads * (shape.head_dim * shape.state + 1) * acc
+    halo = halo_rows(packing, shape.kernel) * sum(shape.sizes) * itemsize
+    out: dict[Method, int] = {"states": states_taken(packing) * one + halo}
+    cp = packing.cp.size
+    if shape.heads % cp == 0 and (shape.groups % cp == 0 or cp % shape.groups == 0):
+        own = shape.heads // cp
+        width = own * (shape.head_dim + 1) + 2 * max(shape.groups // cp, 1) * shape.state
+        others = packing.whole - packing.whole // cp
+        out["heads"] = others * (width * itemsize + own * shape.head_dim * acc)
+    return out
+
+
+def choose_method(shape: MixerShape, packing: ContextPacking, itemsize: int) -> Method:
+    """The one that moves fewer bytes. Pure, alike on every rank."""
+    costs = mixer_bytes(shape, packing, itemsize)
+    return min(costs, key=lambda method: costs[method])
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What a document leaves behind for its next tokens: the convolution's last inputs [K - 1, channels], and
+    the state [G, N, heads per group, P]. Keeps its graph; detach to cut it."""
+
+    conv: Tensor
+    state: Tensor
+
+    def detach(self) -> Carry:
+        return Carry(self.conv.detach(), self.state.detach())
+
+
 class Mamba(nn.Module):
-    """[z, x, B, C, dt] = W x; x, B, C through a causal convolution and SiLU; scan; gated group norm; out."""
+    """[z, x, B, C, dt] = W x; x, B, C through a causal convolution and SiLU; scan; gated group norm; out.
+
+    Where tp exceeds the groups, each rank computes those that its own heads read, and the norm of a group is
+    summed over the ranks that share it.
+    """
 
     def __init__(
         self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
         self.cfg, self.axes = cfg, axes
-        tp = axes.tp.size
-        self.heads, self.groups = cfg.mamba_heads // tp, cfg.mamba_groups // tp
+        tp = axes.tp
+        self.shared = share_heads(cfg.mamba_heads, cfg.mamba_groups, tp.size, tp.rank)
+        self.heads = cfg.mamba_heads // tp.size
         inner, bc = cfg.mamba_inner, cfg.mamba_groups * cfg.mamba_state
-        self.sizes = [n // tp for n in (inner, inner, bc, bc, cfg.mamba_heads)]
-        kw: dict[str, Any] = {"shard_dim": 0, "device": device, "dtype": dtype}
+        own_bc = self.shared.count * cfg.mamba_state
+        self.sizes = [inner // tp.size, inner // tp.size, own_bc, own_bc, self.heads]
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        how: dict[str, dict[str, Any]] = {name: {"shard_dim": 0} for name in ("z", "x", "dt")}
+        how |= {name: self.shared.declare_as() for name in ("b", "c")}
         widths = {"z": inner, "x": inner, "b": bc, "c": bc, "dt": cfg.mamba_heads}
         for name, width in widths.items():
-            declare(self, f"in_{name}", (width, cfg.d_model), normal(cfg.init_std), **kw)
+            declare(self, f"in_{name}", (width, cfg.d_model), normal(cfg.init_std), **how[name], **kw)
         bound = 1.0 / math.sqrt(cfg.conv_kernel)  # kaiming uniform with a = sqrt(5)
         for name in ("x", "b", "c"):
-            declare(self, f"conv_{name}", (widths[name], cfg.conv_kernel), uniform(-bound, bound), **kw)
-            declare(self, f"conv_bias_{name}", (widths[name],), uniform(-bound, bound), **kw)
-        declare(self, "norm", (inner,), constant(1.0), **kw)
+            init = uniform(-bound, bound)
+            declare(self, f"conv_{name}", (widths[name], cfg.conv_kernel), init, **how[name], **kw)
+            declare(self, f"conv_bias_{name}", (widths[name],), init, **how[name], **kw)
+        declare(self, "norm", (inner,), constant(1.0), shard_dim=0, **kw)
         self.scalars = ScanScalars(cfg.mamba_heads, device=device, dtype=dtype)
         self.out = Linear(inner, cfg.d_model, normal(cfg.out_std), shard="row", device=device, dtype=dtype)
+        self.recompute: frozenset[str] = frozenset()
+
+    @property
+    def shape(self) -> MixerShape:
+        cfg = self.cfg
+        return MixerShape(self.heads, cfg.mamba_head_dim, self.shared.count, cfg.mamba_state, cfg.conv_kernel)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        cfg = self.cfg
-        x = enter(x, self.axes)
-        weights = [local(getattr(self, f"in_{n}")) for n in ("z", "x", "b", "c", "dt")]
-        z, mixed, dt = F.linear(x, torch.cat(weights)).split(
-            [self.sizes[0], sum(self.sizes[1:4]), self.sizes[4]], dim=-1
-        )
-        kernel = torch.cat([local(getattr(self, f"conv_{n}")) for n in ("x", "b", "c")])
-        bias = torch.cat([local(getattr(self, f"conv_bias_{n}")) for n in ("x", "b", "c")])
-        acc = wide(x.dtype)
-        mixed = F.silu(depthwise_conv(mixed, kernel, bias, packing, causal=True)).to(acc)
-        u, b, c = mixed.split(self.sizes[1:4], dim=-1)
-        a, d, dt_bias = self.scalars(acc)
-        dt = F.softplus(dt.to(acc) + dt_bias)
-        u = u.view(-1, self.heads, cfg.mamba_head_dim)
-        b = b.view(-1, self.groups, cfg.mamba_state)
-        c = c.view(-1, self.groups, cfg.mamba_state)
-        y = scan(u, dt, a, b, c, packing.sequence_id, cfg.chunk) + u * d.unsqueeze(-1)
-        y = y.reshape(-1, self.groups, self.sizes[0] // self.groups)
-        gate = F.silu(z.to(acc)).view_as(y)
-        # Groups of the norm are those of the scan, so tp never cuts through one.
-        y = F.rms_norm(y * gate, y.shape[-1:], None, cfg.norm_eps).flatten(1)
-        y = (y * local(self.norm).to(acc)).to(x.dtype)
+        """x as kept between blocks, [T, d] or this rank's share of it, to the same."""
+        z, mixed, dt = self._project(x)
+        y = run("scan" in self.recompute, self._core, z, mixed, dt, packing)
         return leave(self.out(y), self.axes)
+
+    def resume(self, x: Tensor, carry: Carry | None = None) -> tuple[Tensor, Carry]:
+        """The next tokens of one document, after those that left `carry`: (their outputs, a new carry).
+
+        x as in forward; a document given part by part has the outputs of the whole. Not under cp.
+        """
+        assert self.axes.cp.size == 1, "under cp the parts of a document meet by its packing, not by a carry"
+        z, mixed, dt = self._project(x)
+        packing, width = Packing.of([len(mixed)], mixed.device), self.cfg.conv_kernel - 1
+        first = mixed.new_zeros(width, mixed.shape[1]) if carry is None else carry.conv
+        place = torch.arange(width, device=mixed.device)
+        kernel, bias = self._taps()
+        conv = depthwise_conv(mixed, kernel, bias, packing, causal=True, before=(first, place))
+        u, dt, a, b, c, d = self._scan_inputs(F.silu(conv), dt)
+        chunks = cut(u, dt, a, b, c, packing.sequence_id, self.cfg.chunk)
+        added = added_states(chunks)
+        state, fall = state_after(chunks, added)
+        before = None
+        if carry is not None:
+            before = carry.state
+            state = state + fall.exp().unsqueeze(1).unsqueeze(-1) * before
+        y = self._gated_norm(outputs(chunks, d, before, added), z)
+        after = Carry(torch.cat([first, mixed])[len(mixed) :], state)
+        return leave(self.out(y), self.axes), after
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z [T, inner], the convolution's inputs [T, channels] and raw time steps [T, heads]."""
+        parts = {n: local(getattr(self, f"in_{n}")) for n in ("z", "x", "b", "c", "dt")}
+        y = F.linear(enter(x, self.axes), torch.cat(self._used(parts)))
+        z, mixed, dt = y.split([self.sizes[0], sum(self.sizes[1:4]), self.sizes[4]], dim=-1)
+        return z, mixed, dt
+
+    def _used(self, parts: dict[str, Tensor]) -> list[Tensor]:
+        """The rows of each weight that belong to heads of this rank, or to groups that they read."""
+        state = self.cfg.mamba_state
+        return [self.shared.used(w, state) if n in ("b", "c") else w for n, w in parts.items()]
+
+    def _taps(self) -> tuple[Tensor, Tensor]:
+        """Kernel [channels, K] and bias [channels] of the convolution."""
+        kernel = {n: local(getattr(self, f"conv_{n}")) for n in ("x", "b", "c")}
+        bias = {n: local(getattr(self, f"conv_bias_{n}")) for n in ("x", "b", "c")}
+        return torch.cat(self._used(kernel)), torch.cat(self._used(bias))
+
+    def _core(self, z: Tensor, mixed: Tensor, dt: Tensor, packing: Packing) -> Tensor:
+        if not isinstance(packing, ContextPacking):
+            assert self.axes.cp.size == 1, "under cp a layer needs the packing of parallel.context.pack()"
+            kernel, bias = self._taps()
+            conv = F.silu(depthwise_conv(mixed, kernel, bias, packing, causal=True))
+            u, dt, a, b, c, d = self._scan_inputs(conv, dt)
+            y = scan(u, dt, a, b, c, packing.sequence_id, self.cfg.chunk, d=d)
+        elif self._method(packing, mixed.element_size()) == "states":
+            y = self._by_states(mixed, dt, packing)
+        else:
+            y = self._by_heads(mixed, dt, packing)
+        return self._gated_norm(y, z)
+
+    def _method(self, packing: ContextPacking, itemsize: int) -> Method:
+        if not self.shared.even:
+            return "states"
+        key = ("mamba", self.shape, itemsize)
+        return packing.once(key, lambda: choose_method(self.shape, packing, itemsize))
+
+    def _scan_inputs(
+        self, conv: Tensor, dt: Tensor, own: slice | None = None, groups: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x, dt, A, B, C and D as scan() takes them, of this tp rank's heads or `own` of them, which read
+        `groups` groups. conv [T, channels of x, B and C]."""
+        cfg = self.cfg
+        acc = wide(conv.dtype)
+        a, d, dt_bias = (s if own is None else s[own] for s in self.scalars(acc))
+        groups = self.shared.count if groups is None else groups
+        bc = groups * cfg.mamba_state
+        u, b, c = conv.to(acc).split([len(a) * cfg.mamba_head_dim, bc, bc], dim=-1)
+        dt = F.softplus(dt.to(acc) + dt_bias)
+        b, c = (t.unflatten(-1, (groups, cfg.mamba_state)) for t in (b, c))
+        if own is None:
+            b, c = self.shared.spread(b), self.shared.spread(c)
+        return u.unflatten(-1, (len(a), cfg.mamba_head_dim)), dt, a, b, c, d
+
+    def _by_states(self, mixed: Tensor, dt: Tensor, packing: ContextPacking) -> Tensor:
+        """Each rank scans its own pieces; a piece's last state goes to the pieces that continue it."""
+        kernel, bias = self._taps()
+        u, dt, a, b, c, d = self._scan_inputs(F.silu(context_conv(mixed, kernel, bias, packing)), dt)
+        document, size = packing.fragments.sequence_id, self.cfg.chunk
+        pieces = packing.once("pieces", lambda: plan_pieces(packing))
+        if pieces.fetch is None:
+            return scan(u, dt, a, b, c, document, size, d=d)
+        chunks = [cut(u[s], dt[s], a, b[s], c[s], document[s], size) for s in pieces.local]
+        added = [added_states(ch) for ch in chunks]
+        ends = [state_after(ch, add) for ch, add in zip(chunks, added, strict=True)]
+        # By head, as its decays are: [pieces, H, N P].
+        state = torch.stack([s.transpose(1, 2).flatten(2).flatten(0, 1) for s, _ in ends])
+        begins = begin_states(pieces, state, torch.stack([fall.flatten() for _, fall in ends]))
+        out = []
+        for ch, add, h in zip(chunks, added, begins, strict=True):
+            assert h is not None
+            by_group = h.view(*ch.x.shape[2:4], ch.b.shape[-1], -1).transpose(1, 2)
+            out.append(outputs(ch, d, by_group, add))
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def _by_heads(self, mixed: Tensor, dt: Tensor, packing: ContextPacking) -> Tensor:
+        """Each rank scans the whole stream for its share of the heads."""
+        cp, shape = packing.cp, self.shape
+        columns = packing.once(("columns", shape), lambda: head_columns(shape, cp.size).to(mixed.device))
+        parts = torch.cat([mixed, dt], -1).index_select(1, columns.flatten())
+        own = shape.heads // cp.size
+        conv, steps = to_heads(parts.unflatten(1, columns.shape), packing).split(
+            [columns.shape[1] - own, own], dim=-1
+        )
+        kernel, bias = (t.index_select(0, columns[cp.rank, :-own]) for t in self._taps())
+        whole = packing.once("whole", lambda: Packing(packing.lengths, packing.device))
+        conv = F.silu(depthwise_conv(conv, kernel, bias, whole, causal=True))
+        mine = slice(cp.rank * own, (cp.rank + 1) * own)
+        groups = share_heads(shape.heads, shape.groups, cp.size, cp.rank).count
+        u, steps, a, b, c, d = self._scan_inputs(conv, steps, mine, groups)
+        y = scan(u, steps, a, b, c, whole.sequence_id, self.cfg.chunk, d=d)
+        return to_tokens(y.flatten(1), packing).reshape(-1, shape.heads, shape.head_dim)
+
+    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
+        """Outputs of the scan [T, H, P], gated by z and normed by group: [T, H P] in the dtype of z."""
+        cfg, acc = self.cfg, y.dtype
+        y = y.flatten(1) * F.silu(z.to(acc))
+        if self.shared.cut:
+            by_group = y.unflatten(1, (self.shared.count, -1))
+            y = F.rms_norm(by_group, by_group.shape[-1:], None, cfg.norm_eps).flatten(1)
+        else:
+            # This rank's heads are parts of groups: their sums of squares join over tp, both ways.
+            group = self.shared.first + self.shared.reads(y.device)
+            member = F.one_hot(group, cfg.mamba_groups).to(acc)  # [H, G]
+            squares = y.unflatten(1, (self.heads, -1)).square().sum(-1) @ member
+            squares = copy_in(reduce_out(squares, self.axes.tp), self.axes.tp)
+            mean = squares @ member.T * (cfg.mamba_groups / cfg.mamba_inner)
+            y = (y.unflatten(1, (self.heads, -1)) * (mean + cfg.norm_eps).rsqrt().unsqueeze(-1)).flatten(1)
+        return (y * local(self.norm).to(acc)).to(z.dtype)
+
+
+def head_columns(shape: MixerShape, cp: int) -> Tensor:
+    """For each cp rank the columns of [x, B, C, dt] that its heads need, int64 [cp, w]."""
+    x, b, c = torch.arange(sum(shape.sizes)).split(shape.sizes)
+    dt = torch.arange(shape.heads) + sum(shape.sizes)
+    rows = []
+    for rank in range(cp):
+        part = share_heads(shape.heads, shape.groups, cp, rank)
+        groups = slice(part.first * shape.state, (part.first + part.count) * shape.state)
+        heads = slice(rank * part.own, (rank + 1) * part.own)
+        features = slice(heads.start * shape.head_dim, heads.stop * shape.head_dim)
+        rows.append(torch.cat([x[features], b[groups], c[groups], dt[heads]]))
+    return torch.stack(rows)

@@ -1,48 +1,117 @@
 """The Mamba-2 state space scan over packed documents, in chunks (SSD, arXiv 2405.21060, section 6).
 
 Shapes: T tokens, n chunks of Q tokens, G groups, K heads a group (H = G K), P head dim, N state size.
-The state of a document starts at zero; nothing passes from one document to the next. Work and memory are
-linear in T: T Q for the part within chunks, one state per chunk for the part across.
+Nothing passes from one document to the next. Work and memory are linear in T: T Q for the part within
+chunks, one state per chunk for the part across.
+
+Gradients are written out. Beside its inputs the scan keeps its output, which the layer keeps anyway, and the
+states; everything of size Q x Q is made again, a few chunks at a time. The gradient of the decays needs no
+such tensor at all: a token's own is y . dy - xd . dxd, as each of its terms decays in one and grows in the
+other.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Bytes of Q x Q tensors that exist at a time: what a core's cache holds, or enough to fill an accelerator.
+BLOCK_BYTES = {"cpu": 1 << 20}
+BLOCK_BYTES_OTHER = 1 << 28
 
-def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, document: Tensor, chunk: int) -> Tensor:
-    """y_t = C_t h_t with h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, h = 0 before each document.
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    document: Tensor,
+    chunk: int,
+    *,
+    d: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """y_t = C_t h_t + D x_t with h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, h = 0 before each document.
 
     x [T, H, P], dt [T, H] (not negative), a [H] (negative), b and c [T, G, N], document [T] int64, one value
-    per document. Returns [T, H, P] in the dtype of x, which should be float32 or float64.
+    per document; d [H] or None. before [G, N, K, P]: the state that the first document begins with, None for
+    zero. Returns [T, H, P] in the dtype of x, which should be float32 or float64.
     """
+    return outputs(cut(x, dt, a, b, c, document, chunk), d, before)
+
+
+class Chunks(NamedTuple):
+    """Inputs of a scan as n chunks; rows past the last token have dt = 0 and so change nothing.
+
+    x [n, Q, G, K, P], dt [n, Q, G, K], b and c [n, Q, G, N], total [n, G, K, Q]: dt A summed up to each
+    token of its chunk, doc [n, Q]; tokens: T.
+    """
+
+    x: Tensor
+    dt: Tensor
+    b: Tensor
+    c: Tensor
+    total: Tensor
+    doc: Tensor
+    tokens: int
+
+
+def cut(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, document: Tensor, chunk: int) -> Chunks:
+    """The inputs of scan() in chunks."""
     tokens, heads, width = x.shape
     groups, state = b.shape[1:]
-    per_group = heads // groups
     q = max(1, min(chunk, tokens))
     pad = -tokens % q
     n = (tokens + pad) // q
     if pad:
-        # Rows with dt = 0 add nothing and, at the very end, decay nothing that is used.
         x, dt, b, c = (F.pad(t, (0, 0) * (t.ndim - 1) + (0, pad)) for t in (x, dt, b, c))
-        document = F.pad(document, (0, pad), value=-1)
-    doc = document.view(n, q)
-    xd = (x * dt.unsqueeze(-1)).view(n, q, groups, per_group, width).permute(0, 2, 3, 1, 4)  # [n, G, K, Q, P]
-    b, c = (t.reshape(n, q, groups, state).transpose(1, 2) for t in (b, c))  # [n, G, Q, N]
-    total = (dt * a).view(n, q, groups, per_group).permute(0, 2, 3, 1).cumsum(-1)  # [n, G, K, Q]
-    y = _WithinChunks.apply(xd, total, b, c, doc)
-    if n > 1:
-        before = _states_before(xd, b, total, doc)  # [n - 1, G, K, N, P]
-        carried = (doc[1:] == doc[:-1, -1:])[:, None, None]  # the chunk before ended in this document
-        strength = (flushed_exp(total[1:]) * carried).unsqueeze(-1)
-        late = (c[1:].unsqueeze(2) @ before) * strength
-        y = torch.cat([y[:1], y[1:] + late])
-    return y.permute(0, 3, 1, 2, 4).reshape(n * q, heads, width)[:tokens]
+        document = torch.cat([document, document[-1:].expand(pad)])
+    dt = dt.view(n, q, groups, heads // groups)
+    total = (dt * a.view(groups, -1)).permute(0, 2, 3, 1).cumsum(-1)
+    return Chunks(
+        x.reshape(n, q, groups, heads // groups, width),
+        dt,
+        b.reshape(n, q, groups, state),
+        c.reshape(n, q, groups, state),
+        total,
+        document.view(n, q),
+        tokens,
+    )
+
+
+def outputs(ch: Chunks, d: Tensor | None, before: Tensor | None, added: Tensor | None = None) -> Tensor:
+    """The scan's result [T, H, P]. added: added_states(ch) where it was made already."""
+    n, q, groups, per_group, width = ch.x.shape
+    states = None
+    if ch.tokens and (n > 1 or before is not None):
+        added = added_states(ch) if added is None else added
+        # What a chunk's end keeps of the state before it: nothing if a document began inside.
+        last = torch.cat([ch.doc[:1, 0], ch.doc[:-1, -1]])
+        whole = (ch.doc[:, -1] == last)[:, None, None]
+        states = _Recurrence.apply(added[:-1], (flushed_exp(ch.total[..., -1]) * whole)[:-1], before)
+    y = _Outputs.apply(ch.x, ch.dt, ch.total, ch.b, ch.c, d, states, ch.doc)
+    return y.view(n * q, groups * per_group, width)[: ch.tokens]
+
+
+def added_states(ch: Chunks) -> Tensor:
+    """What each chunk's last document adds to the state at the chunk's end, [n, G, N, K, P]."""
+    return _Added.apply(ch.x, ch.dt, ch.total, ch.b, ch.doc)
+
+
+def state_after(ch: Chunks, added: Tensor) -> tuple[Tensor, Tensor]:
+    """The state [G, N, K, P] after the last token if that before the first was zero, and the logarithm
+    [G, K] of what remains of a state before the first, should all tokens be of one document."""
+    falls = ch.total[..., -1].flip(0).cumsum(0).flip(0)  # of chunk k and all later ones
+    later = torch.cat([falls[1:], torch.zeros_like(falls[:1])])
+    same = (ch.doc[:, -1] == ch.doc[-1, -1])[:, None, None]
+    state = torch.einsum("ngk,ngskp->gskp", flushed_exp(later) * same, added)
+    return state, falls[0]
 
 
 def flushed_exp(x: Tensor) -> Tensor:
@@ -58,29 +127,32 @@ def _floor(dtype: torch.dtype) -> float:
     return 0.5 * math.log(torch.finfo(dtype).tiny)
 
 
-class _WithinChunks(torch.autograd.Function):
-    """y_i = sum over tokens j <= i of i's chunk and document of (C_i . B_j) exp(total_i - total_j) xd_j.
+def _blocks(total: Tensor) -> Iterator[slice]:
+    """Runs of chunks whose Q x Q tensors fit the budget."""
+    n, groups, per_group, q = total.shape
+    budget = BLOCK_BYTES.get(total.device.type, BLOCK_BYTES_OTHER)
+    step = max(1, budget // (groups * per_group * q * q * total.element_size()))
+    return (slice(at, min(at + step, n)) for at in range(0, n, step))
 
-    Written out because autograd would keep several [n, G, K, Q, Q] tensors, by far the largest here: the
-    backward makes the decays again and takes the gradient of total from row and column sums.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, xd: Tensor, total: Tensor, b: Tensor, c: Tensor, doc: Tensor) -> Tensor:
-        ctx.save_for_backward(xd, total, b, c, doc)
-        return (_decays(total, doc) * (c @ b.mT).unsqueeze(2)) @ xd
+def _heads_first(x: Tensor) -> Tensor:
+    """[n, Q, G, K, ..] to [n, G, K, Q, ..]."""
+    return x.permute(0, 2, 3, 1, *range(4, x.ndim))
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        xd, total, b, c, doc = ctx.saved_tensors
-        decay = _decays(total, doc)
-        score = (c @ b.mT).unsqueeze(2)  # [n, G, 1, Q, Q]
-        d_weight = (grad @ xd.mT).mul_(decay)
-        d_score = d_weight.sum(2)  # [n, G, Q, Q]
-        flow = d_weight.mul_(score)
-        d_total = flow.sum(-1) - flow.sum(-2)
-        d_xd = decay.mul_(score).mT @ grad
-        return d_xd, d_total, d_score.mT @ c, d_score @ b, None
+
+def _rows_first(x: Tensor) -> Tensor:
+    """[n, G, K, Q, ..] to [n, Q, G, K, ..]."""
+    return x.permute(0, 3, 1, 2, *range(4, x.ndim))
+
+
+def _wide_rows(x: Tensor) -> Tensor:
+    """[n, G, K, Q, P] to [n, G, Q, K P]: all heads of a group as columns of one matrix."""
+    return x.transpose(2, 3).flatten(3)
+
+
+def _heads_of(x: Tensor, per_group: int) -> Tensor:
+    """[n, G, Q, K P] to [n, G, K, Q, P]."""
+    return x.unflatten(3, (per_group, -1)).transpose(2, 3)
 
 
 def _decays(total: Tensor, doc: Tensor) -> Tensor:
@@ -96,17 +168,143 @@ def _decays(total: Tensor, doc: Tensor) -> Tensor:
     return F.threshold(fall, floor, -math.inf, inplace=True).exp2_()
 
 
-def _states_before(xd: Tensor, b: Tensor, total: Tensor, doc: Tensor) -> Tensor:
-    """State with which each chunk but the first begins, [n - 1, G, K, N, P]."""
-    doc, total = doc[:-1], total[:-1]
-    stays = (doc == doc[:, -1:])[:, None, None]  # tokens of the document that a chunk ends in
-    strength = flushed_exp(total[..., -1:] - total) * stays
-    added = b[:-1].mT.unsqueeze(2) @ (xd[:-1] * strength.unsqueeze(-1))
-    whole = doc[1:, -1] == doc[:-1, -1]  # no document ended inside the chunk
-    keep = (flushed_exp(total[1:, ..., -1]) * whole[:, None, None])[..., None, None]
-    state = added[0]
-    out = [state]
-    for k in range(1, len(doc)):
-        state = torch.addcmul(added[k], state, keep[k - 1])
-        out.append(state)
-    return torch.stack(out)
+def _to_end(total: Tensor, doc: Tensor) -> Tensor:
+    """What of each token remains at its chunk's end, [n, G, K, Q, 1]: 0 where its document ended before."""
+    stays = (doc == doc[:, -1:])[:, None, None]
+    return (flushed_exp(total[..., -1:] - total) * stays).unsqueeze(-1)
+
+
+def _from_start(total: Tensor, doc: Tensor, at: slice) -> Tensor:
+    """What of the state before its chunk each token reads, [n, G, K, Q, 1]: 0 in later documents."""
+    last = doc[:1, 0] if at.start == 0 else doc[at.start - 1 : at.start, -1]
+    last = torch.cat([last, doc[at][:-1, -1]])
+    return (flushed_exp(total[at]) * (doc[at] == last.unsqueeze(1))[:, None, None]).unsqueeze(-1)
+
+
+class _Added(torch.autograd.Function):
+    """sum over a chunk's tokens j of to_end_j B_j xd_j."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dt: Tensor, total: Tensor, b: Tensor, doc: Tensor) -> Tensor:
+        ctx.save_for_backward(x, dt, total, b, doc)
+        n, _, groups, per_group, width = x.shape
+        out = x.new_empty(n, groups, b.shape[-1], per_group * width)
+        for at in _blocks(total):
+            kept = _heads_first(x[at] * dt[at].unsqueeze(-1)) * _to_end(total[at], doc[at])
+            torch.matmul(b[at].permute(0, 2, 3, 1), _wide_rows(kept), out=out[at])
+        return out.unflatten(3, (per_group, width))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, total, b, doc = ctx.saved_tensors
+        grad = grad.flatten(3)  # [n, G, N, K P]
+        d_x, d_dt, d_b, d_total = (torch.empty_like(t) for t in (x, dt, b, total))
+        for at in _blocks(total):
+            rest = _to_end(total[at], doc[at])
+            xs, ts = _heads_first(x[at]), _heads_first(dt[at]).unsqueeze(-1)
+            d_xd = _heads_of(b[at].transpose(1, 2) @ grad[at], x.shape[3]) * rest
+            lost = (d_xd * xs).sum(-1)  # [n, G, K, Q]
+            _heads_first(d_x[at]).copy_(d_xd * ts)
+            _heads_first(d_dt[at]).copy_(lost)
+            d_b[at].transpose(1, 2).copy_(_wide_rows(xs * ts * rest) @ grad[at].mT)
+            fall = torch.mul(lost, ts.squeeze(-1), out=d_total[at]).neg_()
+            fall[..., -1] -= fall.sum(-1)
+        return d_x, d_dt, d_total, d_b, None
+
+
+class _Recurrence(torch.autograd.Function):
+    """States before each of n + 1 chunks, [n + 1, G, N, K, P]: s_0 = before (or zero),
+    s_{k+1} = keep_k s_k + added_k with keep [n, G, K]."""
+
+    @staticmethod
+    def forward(ctx: Any, added: Tensor, keep: Tensor, before: Tensor | None) -> Tensor:
+        keep = keep.unsqueeze(2).unsqueeze(-1)
+        states = added.new_empty(len(added) + 1, *added.shape[1:])
+        if before is None:
+            states[0] = 0.0
+        else:
+            states[0] = before
+        for k in range(len(added)):
+            torch.addcmul(added[k], states[k], keep[k], out=states[k + 1])
+        ctx.save_for_backward(keep, states)
+        ctx.begins = before is not None
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        keep, states = ctx.saved_tensors
+        total = grad.clone()  # of each state, through all later ones
+        for k in range(len(keep) - 1, -1, -1):
+            total[k].addcmul_(total[k + 1], keep[k])
+        d_added = total[1:]
+        d_keep = torch.einsum("ngskp,ngskp->ngk", d_added, states[:-1])
+        return d_added, d_keep, total[0] if ctx.begins else None
+
+
+class _Outputs(torch.autograd.Function):
+    """y_i = D x_i + from_start_i C_i state + sum over tokens j <= i of i's chunk and document of
+    (C_i . B_j) exp(total_i - total_j) xd_j; [n, Q, G, K, P]. states None: all zero."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        total: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        states: Tensor | None,
+        doc: Tensor,
+    ) -> Tensor:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        per_group = x.shape[3]
+        for at in _blocks(total):
+            bs, cs = b[at].transpose(1, 2), c[at].transpose(1, 2)  # [n, G, Q, N]
+            xd = _heads_first(x[at] * dt[at].unsqueeze(-1))
+            part = _decays(total[at], doc[at]).mul_((cs @ bs.mT).unsqueeze(2)) @ xd
+            if states is not None:
+                late = _heads_of(cs @ states[at].flatten(3), per_group)
+                part.addcmul_(late, _from_start(total, doc, at))
+            y[at] = _rows_first(part)
+        if d is not None:
+            y.addcmul_(x, d.view(*x.shape[2:4], 1))
+        ctx.save_for_backward(x, dt, total, b, c, d, states, doc, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, total, b, c, d, states, doc, y = ctx.saved_tensors
+        d_x, d_dt, d_b, d_c, d_total = (torch.empty_like(t) for t in (x, dt, b, c, total))
+        d_states = None if states is None else torch.empty_like(states)
+        skip = None if d is None else d.view(*x.shape[2:4], 1)
+        d_skip = None if d is None else torch.zeros_like(d).view(x.shape[2:4])
+        for at in _blocks(total):
+            bs, cs = b[at].transpose(1, 2), c[at].transpose(1, 2)
+            xs, ts = _heads_first(x[at]), _heads_first(dt[at]).unsqueeze(-1)
+            gs = _heads_first(grad[at])
+            xd = xs * ts
+            decay = _decays(total[at], doc[at])
+            score = (cs @ bs.mT).unsqueeze(2)
+            d_score = (gs @ xd.mT).mul_(decay).sum(2)  # [n, G, Q, Q]
+            d_xd = decay.mul_(score).mT @ gs
+            d_b[at].transpose(1, 2).copy_(d_score.mT @ cs)
+            d_cs = d_score @ bs
+            if states is not None and d_states is not None:
+                late = _wide_rows(gs * _from_start(total, doc, at))
+                d_cs += late @ states[at].flatten(3).mT
+                torch.matmul(cs.mT, late, out=d_states[at].flatten(3))
+            d_c[at].transpose(1, 2).copy_(d_cs)
+            lost = (d_xd * xs).sum(-1)
+            _heads_first(d_dt[at]).copy_(lost)
+            rise = (_heads_first(y[at]) * gs).sum(-1)
+            d_xs = d_xd.mul_(ts)
+            if skip is not None and d_skip is not None:
+                through = (xs * gs).sum(-1)
+                d_skip += through.sum((0, -1))
+                rise -= through * skip
+                d_xs = torch.addcmul(d_xs, gs, skip.unsqueeze(-1))
+            _heads_first(d_x[at]).copy_(d_xs)
+            torch.addcmul(rise, lost, ts.squeeze(-1), value=-1.0, out=d_total[at])
+        d_d = None if d is None or d_skip is None else d_skip.view(d.shape)
+        return d_x, d_dt, d_total, d_b, d_c, d_d, d_states, None

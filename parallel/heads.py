@@ -13,16 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.axis import Axis
-
 
 @dataclass(frozen=True)
 class SharedHeads:
     """What one tp rank uses of `shared` heads, which `heads` heads read in equal runs.
 
-    cut: whether their weights are cut over tp; first, count: the stretch that this rank uses, counted in what
-    it holds of them; own: heads of this rank; offset, run: own head i reads head (offset + i) // run of the
-    stretch.
+    cut: whether their weights are cut over tp; first, count: the stretch of all shared heads that this rank
+    uses; own: heads of this rank; offset, run: own head i reads head (offset + i) // run of the stretch.
     """
 
     cut: bool
@@ -54,11 +51,10 @@ class SharedHeads:
         return x if self.even else x.index_select(1, self.reads(x.device))
 
 
-def share_heads(heads: int, shared: int, tp: Axis) -> SharedHeads:
-    """Which of `shared` heads the heads of this tp rank read; both shared and tp divide heads."""
-    assert heads % shared == 0 and heads % tp.size == 0, (heads, shared, tp.size)
-    own, run = heads // tp.size, heads // shared
-    first, offset = divmod(tp.rank * own, run)
+def share_heads(heads: int, shared: int, ranks: int, rank: int) -> SharedHeads:
+    """Which of `shared` heads the heads of one of the ranks read; both shared and ranks divide heads."""
+    assert heads % shared == 0 and heads % ranks == 0, (heads, shared, ranks)
+    own, run = heads // ranks, heads // shared
+    first, offset = divmod(rank * own, run)
     count = (offset + own - 1) // run + 1
-    cut = shared % tp.size == 0
-    return SharedHeads(cut, 0 if cut else first, count, own, offset, run)
+    return SharedHeads(shared % ranks == 0, first, count, own, offset, run)

@@ -133,16 +133,25 @@ def spread(x: Tensor, packing: Packing, left: int, right: int) -> tuple[Tensor, 
 
 
 def depthwise_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing, *, causal: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packing: Packing,
+    *,
+    causal: bool,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Depthwise convolution along each packed sequence, zeros beyond its ends.
 
     x [T, C], weight [C, K], bias [C] or None; causal: output t sees inputs t-K+1..t, else it is centred
-    (K odd). Returns [T, C].
+    (K odd). before: rows [m, C] that precede some sequences, where these are parts of longer ones, and their
+    places int64 [m] in spread(x, packing, ..). Returns [T, C].
     """
     width = weight.shape[1]
     left = width - 1 if causal else width // 2
     wide, place = spread(x, packing, left, width - 1 - left)
+    if before is not None:
+        wide = wide.index_copy(0, before[1], before[0])
     if x.shape[0] == 0:
         return x + 0.0 * (weight.sum() + (0.0 if bias is None else bias.sum()))
     return _Taps.apply(wide, weight, bias).index_select(0, place - left)

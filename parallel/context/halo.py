@@ -1,0 +1,72 @@
+"""The rows before a piece that a causal convolution reads, from the ranks that hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parallel.context.fetch import Fetch, fetch_rows, join, plan_fetch, taken_from_others
+from parallel.context.packing import ContextPacking
+from parallel.context.shard import Span
+from parallel.packed import depthwise_conv
+
+
+@dataclass(frozen=True)
+class Halo:
+    """fetch: rows that precede fragments, ascending; take [m]: which of them, fragment by fragment (two may
+    share rows); place [m]: where they go in spread(x, fragments, K - 1, 0)."""
+
+    fetch: Fetch
+    take: Tensor
+    place: Tensor
+
+
+def _wanted(packing: ContextPacking, width: int) -> list[list[Span]]:
+    return [
+        join([(max(c.before[0], c.before[1] - width), c.before[1]) for c in packing.continued_of(r)])
+        for r in range(packing.cp.size)
+    ]
+
+
+def halo_rows(packing: ContextPacking, kernel: int) -> int:
+    """How many rows the worst-off rank receives for a kernel of this many taps. Pure."""
+    return max(taken_from_others(packing, _wanted(packing, kernel - 1)), default=0)
+
+
+def plan_halo(packing: ContextPacking, kernel: int) -> Halo | None:
+    """None where no rank needs a row. Pure but for the group in packing.cp."""
+    width = kernel - 1
+    wanted = _wanted(packing, width)
+    if not any(wanted):
+        return None
+    fetch = plan_fetch(packing, wanted)
+    arrived = np.sort(np.concatenate(fetch.rows))
+    take, place = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for c in packing.continued:
+        rows = np.arange(max(c.before[0], c.before[1] - width), c.before[1])
+        take.append(np.searchsorted(arrived, rows))
+        # A fragment's own rows start behind those before it and one margin for each fragment up to it.
+        start = c.rows[0] + width * (c.fragment + 1)
+        place.append(np.arange(start - len(rows), start))
+    device = packing.device
+    return Halo(
+        fetch,
+        torch.from_numpy(np.concatenate(take)).to(device),
+        torch.from_numpy(np.concatenate(place)).to(device),
+    )
+
+
+def context_conv(x: Tensor, weight: Tensor, bias: Tensor | None, packing: ContextPacking) -> Tensor:
+    """Causal depthwise convolution within each document of a cut stream; a collective over packing.cp.
+
+    x [T, C] are this rank's rows, weight [C, K], bias [C] or None; returns [T, C].
+    """
+    kernel = weight.shape[1]
+    halo = packing.once(("halo", kernel), lambda: plan_halo(packing, kernel))
+    before = None
+    if halo is not None:
+        before = (fetch_rows(x, halo.fetch).index_select(0, halo.take), halo.place)
+    return depthwise_conv(x, weight, bias, packing.fragments, causal=True, before=before)
