@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from llm.mamba import Mamba
 from llm.mlp import MLP
 from llm.moe import Choice, MoE, Pass
 from llm.norm import RMSNorm
+from llm.offload import to_host
 from llm.recompute import run
 from parallel.axis import Axes
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)). recompute: parts that are computed again in the backward (llm.recompute.PARTS)."""
+    """x + mixer(norm(x)). recompute: parts that are computed again in the backward (llm.recompute.PARTS).
+    offload: tensors of at least so many bytes wait for the backward in host memory, None: on the device."""
 
     def __init__(
         self,
@@ -31,6 +34,7 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute: frozenset[str] = frozenset()
+        self.offload: int | None = None
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **kw)
         self.mixer: nn.Module
@@ -65,4 +69,6 @@ class Layer(nn.Module):
 
 def run_layer(layer: Layer, x: Tensor, told: Pass) -> Tensor:
     """layer(x), keeping only x where the whole layer is to be computed again."""
-    return run("full" in layer.recompute, layer, x, told, Choice())
+    place = nullcontext() if layer.offload is None else to_host(layer, layer.offload)
+    with place:
+        return run("full" in layer.recompute, layer, x, told, Choice())

@@ -92,6 +92,7 @@ class LLM(nn.Module):
         # Further tokens' loss, unweighted, of this rank's tokens since it was last taken.
         self.register_buffer("mtp_sum", torch.zeros((), dtype=acc, device=device), persistent=False)
         self._recompute: frozenset[str] = frozenset()
+        self._offload: int | None = None
 
     @property
     def recompute(self) -> frozenset[str]:
@@ -104,6 +105,18 @@ class LLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Layer | MoE | Attention | Mamba):
                 module.recompute = self._recompute
+
+    @property
+    def offload(self) -> int | None:
+        """Least bytes of a tensor that waits for the backward in host memory; None: nothing does."""
+        return self._offload
+
+    @offload.setter
+    def offload(self, min_bytes: int | None) -> None:
+        self._offload = min_bytes
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.offload = min_bytes
 
     def forward(self, batch: LLMBatch, rows: Mapping[str, Tensor], hidden: Tensor | None = None) -> Tensor:
         """On the last stage the loss of each token [T], zero where unsupervised, equal on all tp ranks; on
