@@ -122,7 +122,7 @@ def embeds_last(cfg: LLMConfig) -> bool:
 MAY_BE_ZERO = ("mtp_layers", "shared_ffn")
 
 
-def check(cfg: LLMConfig, tp: int = 1, ep: int = 1) -> None:
+def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
     """Refuse a model that is impossible, or that the degrees do not divide; ValueError names what works."""
     _check_pattern("pattern", cfg.pattern)
     if cfg.mtp_layers:
@@ -134,24 +134,29 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1) -> None:
                 f"model.llm.level_layers has {layer}; needed: a layer's index, 0 to {len(cfg.symbols) - 1}"
             )
     _check_routing(cfg)
+    # Key/value heads and groups need not divide: ranks beyond them share (parallel.heads).
     counts = {"vocab_size": cfg.vocab_size}
     if "*" in cfg.kinds:
-        counts |= {"n_heads": cfg.n_heads, "n_kv_heads": cfg.n_kv_heads}
+        counts["n_heads"] = cfg.n_heads
     if "M" in cfg.kinds:
-        counts |= {"mamba_heads": cfg.mamba_heads, "mamba_groups": cfg.mamba_groups}
+        counts["mamba_heads"] = cfg.mamba_heads
     if "-" in cfg.kinds:
         counts["mlp_ffn"] = cfg.mlp_ffn
     if "E" in cfg.kinds:
         if cfg.shared_ffn:
             counts["shared_ffn"] = cfg.shared_ffn
         check_divides("model.llm.n_experts", cfg.n_experts, "ep", ep)
+        check_divides("model.llm.expert_ffn", cfg.expert_ffn, "etp", etp)
     for what, n in counts.items():
         if n % tp:
             # What is proposed must divide all of the counts, not only the first that fails.
             works = " or ".join(f"tp={k}" for k in nearest(tp, math.gcd(*counts.values())))
             raise ValueError(f"model.llm.{what} is {n}, which does not divide by tp={tp}; nearest: {works}")
-    if ep > 1 and "E" not in cfg.kinds:
-        raise ValueError(f"ep={ep} needs an E layer in the pattern, given {cfg.pattern!r}; nearest: ep=1")
+    for degree, d in (("ep", ep), ("etp", etp)):
+        if d > 1 and "E" not in cfg.kinds:
+            raise ValueError(
+                f"{degree}={d} needs an E layer in the pattern, given {cfg.pattern!r}; nearest: {degree}=1"
+            )
 
 
 def _check_pattern(what: str, pattern: str) -> None:

@@ -79,7 +79,9 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
         ({"rope_theta": 1e4, "head_dim": 5}, {}, "Nearest: head_dim=4 or head_dim=6"),
         ({"pattern": "M-", "mtp_layers": 1, "n_experts": 6}, {"ep": 4}, "nearest: ep=3 or ep=6"),
         ({}, {"tp": 3}, "vocab_size is 32, which does not divide by tp=3"),
-        ({}, {"tp": 8}, "n_kv_heads is 4, which does not divide by tp=8; nearest: tp=4"),
+        ({}, {"tp": 8}, "mlp_ffn is 20, which does not divide by tp=8; nearest: tp=4"),
+        ({}, {"etp": 5}, "expert_ffn is 12, which does not divide by etp=5; nearest: etp=4 or etp=6"),
+        ({"pattern": "M-"}, {"etp": 2}, "etp=2 needs an E layer in the pattern"),
         ({"n_experts": 6}, {"ep": 4}, "nearest: ep=3 or ep=6"),
         ({"pattern": "M-"}, {"ep": 2}, "nearest: ep=1"),
     ],
@@ -94,3 +96,7 @@ def test_what_is_proposed_works() -> None:
     with pytest.raises(ValueError, match=r"nearest: tp=4$"):
         check(replace(TINY, vocab_size=40), tp=5)
     check(replace(TINY, vocab_size=40), tp=4, ep=8)
+
+
+def test_tp_may_exceed_key_value_heads_and_groups() -> None:
+    check(replace(TINY, pattern="M*", vocab_size=32, n_kv_heads=1, mamba_groups=2), tp=8)
