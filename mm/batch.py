@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from encoders.contract import ItemBatch, pack_items
+from encoders.module import needed_items
 from llm.model import LLMBatch
+from llm.mtp import ahead
 from mm.data.index import Sample, parse_segments
 from mm.data.reader import BadSample, ShardReader
 from mm.data.tokenizer import Tokenizer
-from mm.plan import Microbatch, PlanInputs, row_places
-from parallel.boundary.plan import EdgePlan, plan_edge
-from parallel.packed import Packing
+from mm.plan import Microbatch, PlanInputs, places
+from parallel.axis import Axes, Axis
+from parallel.boundary import EdgePlan, plan_edge
+from parallel.context import ContextPacking, pack
 
 IGNORE = -100
 
@@ -39,7 +43,11 @@ class RankMicrobatch:
 
 @dataclass(frozen=True)
 class Assembler:
-    """Builds RankMicrobatches on the host for `rank`. dtype: floating dtype of encoder inputs."""
+    """Builds RankMicrobatches on the host for `rank`. dtype: floating dtype of encoder inputs.
+
+    axes: of the modules on this rank; sink: the language model's name; depths: how many tokens further it
+    predicts.
+    """
 
     inputs: PlanInputs
     reader: ShardReader
@@ -47,9 +55,15 @@ class Assembler:
     rank: int
     dtype: torch.dtype
     device: torch.device
+    axes: Mapping[str, Axes]
+    sink: str
+    depths: int = 0
 
-    def build(self, mb: Microbatch, bad: list[BadSample]) -> RankMicrobatch | None:
-        """Read and pack this rank's part of `mb`; unreadable samples are appended to `bad`, then None."""
+    def build(self, mb: Microbatch, supervised: int, bad: list[BadSample]) -> RankMicrobatch | None:
+        """Read and pack this rank's part of `mb`; unreadable samples are appended to `bad`, then None.
+
+        supervised: tokens of the global batch that carry loss.
+        """
         before = len(bad)
         items, names = {}, {}
         for module, edge in mb.edges.items():
@@ -59,7 +73,7 @@ class Assembler:
         llm: LLMBatch | None = None
         depends: dict[str, Tensor] = {}
         if self.rank in self.inputs.llm.ranks:
-            llm, depends = self._text(mb, bad)
+            llm, depends = self._text(mb, supervised, bad)
         if len(bad) > before:
             return None
         edges = {
@@ -69,57 +83,66 @@ class Assembler:
 
     def _items(self, module: str, mb: Microbatch, bad: list[BadSample]) -> tuple[ItemBatch, tuple[str, ...]]:
         use = self.inputs.encoders[module]
-        lane = use.layout.coord(self.rank).dp
-        tensors, metas, names = [], [], []
-        for item in mb.edges[module].items:
-            if item.source_lane != lane:
-                continue
+        at = use.layout.coord(self.rank)
+        mine = [item for item in mb.edges[module].items if item.source_lane == at.dp]
+        metas = [item.part.meta for item in mine]
+        # Later pipeline stages, and ranks that compute other rows, need no payload.
+        needed = needed_items(use.cls, use.cfg, metas, self.axes[module]) if at.pp == 0 else range(0)
+        tensors = []
+        for item in (mine[k] for k in needed):
             sample = mb.samples[item.sample]
             try:
                 payload = self.reader.read(sample, item.part)
                 tensors.append(use.cls.prepare(use.cfg, payload, item.part.meta))
             except BadSample as error:
                 bad.append(error)
-                continue
             except (ValueError, OSError, EOFError) as error:
                 # The payload is what the index says but does not decode: the sample is as bad as a torn one.
                 bad.append(BadSample(sample, f"{item.part.name}: {error}"))
-                continue
-            metas.append(item.part.meta)
-            names.append(sample.key)
-        batch = pack_items(use.cls, use.cfg, tensors, metas, device=self.device, dtype=self.dtype)
-        return batch, tuple(names)
+        kw: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "first": needed.start}
+        batch = pack_items(use.cls, use.cfg, tensors, metas, **kw)
+        return batch, tuple(mb.samples[item.sample].key for item in mine)
 
-    def _text(self, mb: Microbatch, bad: list[BadSample]) -> tuple[LLMBatch, dict[str, Tensor]]:
-        coord = self.inputs.llm.coord(self.rank)
+    def _text(
+        self, mb: Microbatch, supervised: int, bad: list[BadSample]
+    ) -> tuple[LLMBatch, dict[str, Tensor]]:
+        llm, tok = self.inputs.llm, self.tokenizer
+        coord = llm.coord(self.rank)
         total = mb.tokens[coord.dp]
-        tok = self.tokenizer
         ids = np.full(total, tok.pad, dtype=np.int64)
         labels = np.full(total, IGNORE, dtype=np.int64)
         depends = {m: np.zeros(total, dtype=bool) for m in self.inputs.encoders}
-        lengths, at = [], 0
+        reads = coord.pp in (0, llm.pp - 1)  # stages between need lengths alone
+        lengths, n_real = [], 0
         for j in mb.lane_samples(coord.dp):
             try:
-                self._write_sample(mb.samples[j], at, ids, labels, depends)
+                if reads:
+                    self._write_sample(mb.samples[j], n_real, ids, labels, depends)
             except BadSample as error:
                 bad.append(error)
-            at += mb.length[j]
+            n_real += mb.length[j]
             lengths.append(mb.length[j])
-        if at < total:
-            lengths.append(total - at)
-        places = {
-            m: torch.from_numpy(row_places(e, self.inputs.llm, coord.dp, coord.tp, total)).to(self.device)
+        if n_real < total:
+            lengths.append(total - n_real)
+        packing = pack(lengths, self.device, self.axes[self.sink].cp, self.inputs.order)
+        text = [torch.from_numpy(a).to(self.device) for a in (ids, labels)]
+        flags = {m: torch.from_numpy(d).to(self.device) for m, d in depends.items()}
+        further = None
+        if isinstance(packing, ContextPacking):
+            own = torch.from_numpy(packing.rows).to(self.device)
+            if self.depths:
+                whole = pack(lengths, self.device, Axis.single("cp"))
+                rolled = ahead(text[0], text[1], whole, self.depths)
+                further = (rolled[0][:, own], rolled[1][:, own])
+            text, flags = [t[own] for t in text], {m: f[own] for m, f in flags.items()}
+            n_real = packing.rows_before(n_real)
+        entries = {
+            m: torch.from_numpy(places(e, self.inputs, self.rank, mb.tokens)).to(self.device)
             for m, e in mb.edges.items()
-            if e.items
+            if e.items and coord.pp == 0
         }
-        batch = LLMBatch(
-            ids=torch.from_numpy(ids).to(self.device),
-            labels=torch.from_numpy(labels).to(self.device),
-            packing=Packing.of(lengths, self.device),
-            n_real=at,
-            places=places,
-        )
-        return batch, {m: torch.from_numpy(d).to(self.device) for m, d in depends.items()}
+        batch = LLMBatch(text[0], text[1], packing, n_real, entries, 1.0 / max(1, supervised), further)
+        return batch, flags
 
     def _write_sample(
         self,

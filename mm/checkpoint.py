@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.blueprint import Blueprint
 from mm.config import Config, resolve
 from mm.data.index import Index
 from mm.errors import CheckpointError
-from mm.job import Blueprint, Job
+from mm.job import Job
 from parallel import checkpoint as store
 
 
 def state_tensors(job: Job) -> dict[str, Tensor]:
     """Every tensor of the modules on this rank: parameters, buffers and optimizer moments, by full name."""
     out: dict[str, Tensor] = {}
-    for name, module in job.modules.items():
-        for key, param in module.named_parameters():
-            out[f"{name}.{key}"] = param.detach()
-        for key, value in module.state_dict().items():
-            if f"{name}.{key}" not in out and isinstance(value, torch.Tensor):
-                out[f"{name}.{key}"] = value
+    for name, parts in job.parts.items():
+        for part in parts.values():
+            for key, param in part.named_parameters():
+                out[f"{name}.{key}"] = param.detach()
+            for key, value in part.state_dict().items():
+                if f"{name}.{key}" not in out and isinstance(value, torch.Tensor):
+                    out[f"{name}.{key}"] = value
         for key, value in job.optimizers[name].moments().items():
             out[f"{name}.adam.{key}"] = value
     return out

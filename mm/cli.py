@@ -118,7 +118,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace, argv: list[str]) -> int:
     cfg = _config(args)
     world = _world(args, cfg)
-    from mm.job import draw_up
+    from mm.blueprint import draw_up
 
     blueprint = draw_up(cfg, world)
     if args.dry_run:

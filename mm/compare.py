@@ -15,9 +15,10 @@ import torch.distributed as dist
 from rich.console import Console as RichConsole
 from rich.table import Table
 
+from mm.blueprint import Blueprint, draw_up
 from mm.config import Config, load_layout_file, with_layout
 from mm.feed import Feed
-from mm.job import Blueprint, Job, build_job, draw_up, open_data
+from mm.job import Job, build_job, open_data, open_index
 from mm.launch import RankInfo, init_distributed
 from mm.trainer import train_step
 
@@ -70,8 +71,9 @@ def compare(cfg: Config, runs: Sequence[Run], *, steps: int, rounds: int, json_o
 
 def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
     cfg = run.blueprint.cfg
-    data = open_data(run.blueprint, cfg.data.train, cfg.base, rank)
+    index = open_index(run.blueprint, cfg.data.train, cfg.base)
     job = build_job(run.blueprint, rank)
+    data = open_data(job, index)
     feed = Feed(
         data.index,
         data.assembler,

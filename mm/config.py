@@ -44,20 +44,24 @@ class ProjectorConfig(Section):
 class EncoderConfig(Section):
     """encoder: a registered name or package.module:Class; options: the encoder's own.
 
-    deal: how items go to the encoder's dp ranks, by their sample's place or balanced by cost.
+    deal: how items go to the encoder's dp ranks, balanced by cost or by their sample's place.
     """
 
     encoder: str
     projector: ProjectorConfig = ProjectorConfig()
     freeze: Literal["none", "encoder", "projector", "all"] = "none"
-    deal: Literal["sample", "cost"] = "sample"
+    deal: Literal["cost", "sample"] = "cost"
     options: dict[str, Any] = {}
 
 
 class ScheduleConfig(Section):
-    """microbatches: how many the global batch is cut into, the same for all modules."""
+    """kind: auto follows placement, pp and vpp. microbatches: how many the global batch is cut into, the same
+    for all modules. ahead: for how many of them an encoder on the language model's ranks may hold
+    activations; as few as keep the pipeline full where it is not given.
+    """
 
-    kind: Literal["auto", "colocated"] = "auto"
+    kind: str = "auto"
+    ahead: int | None = Field(None, ge=1)
     microbatches: int = Field(1, ge=1)
 
 

@@ -12,7 +12,7 @@ from mm.data.index import Sample
 from mm.data.order import permute_items
 from mm.errors import DataError
 from mm.feed import prepare
-from mm.job import SINK, Data, Job
+from mm.job import Data, Job
 from mm.step import run_step
 
 
@@ -40,13 +40,11 @@ def evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int) -> Eval
 def _mean_losses(job: Job, data: Data, samples: Sequence[Sample]) -> tuple[float, dict[str, float]]:
     """Mean loss over all supervised tokens, and over those that depend on each module."""
     modules = list(job.blueprint.inputs.encoders)
-    layout = job.blueprint.layouts[SINK]
-    counts = SINK in job.modules and layout.coord(job.rank.rank).tp == 0
     sums = [0.0] * (2 + 2 * len(modules))
 
     def add(mb: RankMicrobatch, token_loss: Tensor) -> None:
         assert mb.llm is not None
-        if not counts:
+        if not job.counts_loss:
             return
         sums[0] += float(token_loss.sum())
         sums[1] += float((mb.llm.labels >= 0).sum())
@@ -55,16 +53,16 @@ def _mean_losses(job: Job, data: Data, samples: Sequence[Sample]) -> tuple[float
             sums[3 + 2 * k] += float(mb.depends[module].sum())
 
     batch = job.blueprint.cfg.train.global_batch
-    for module in job.modules.values():
-        module.eval()
+    for part in job.modules():
+        part.eval()
     for step, at in enumerate(range(0, len(samples), batch)):
         prepared = prepare(step, samples[at : at + batch], data.assembler)
         found = job.control.agree(step, prepared.plan.digest, [b.sample_id for b in prepared.bad])
         if found:
             raise DataError(f"unreadable evaluation samples {sorted(found)}: {prepared.bad}")
         run_step(job, prepared, train=False, on_tokens=add)
-    for module in job.modules.values():
-        module.train()
+    for part in job.modules():
+        part.train()
     total = job.control.gather(sums).sum(axis=0)
     means = total[0::2] / total[1::2].clip(min=1.0)
     return float(means[0]), {m: float(means[1 + k]) for k, m in enumerate(modules)}

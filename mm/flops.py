@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from encoders.module import module_flops
 from llm.config import flops as llm_flops
-from mm.job import SINK, Blueprint
+from mm.blueprint import SINK, Blueprint
 from mm.plan import StepPlan
 
 

@@ -7,6 +7,7 @@ nothing is agreed at run time.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,10 +17,11 @@ import numpy as np
 
 from mm.data.index import Part, Sample
 from mm.errors import DataError
-from parallel.boundary.rows import RowMap
+from parallel.boundary import RowMap, dest_side, row_places, source_side
+from parallel.context import Order, piece_count
 from parallel.layout import Layout
 
-Deal = Literal["sample", "cost"]
+Deal = Literal["cost", "sample"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class EncoderUse:
     cls: Any
     cfg: Any
     layout: Layout
-    deal: Deal = "sample"
+    deal: Deal = "cost"
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class PlanInputs:
 
     context: longest sample allowed, in tokens (text bytes, encoder rows and two markers).
     microbatches: how many the global batch is cut into, the same for all modules.
+    order: how cp cuts the language model's packed sequences.
     """
 
     llm: Layout
     encoders: Mapping[str, EncoderUse]
     context: int
     microbatches: int
+    order: Order = "contiguous"
     _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
@@ -56,6 +60,11 @@ class PlanInputs:
             use = self.encoders[module]
             self._rows[key] = int(use.cls.rows(use.cfg, part.meta))
         return self._rows[key]
+
+    @property
+    def granule(self) -> int:
+        """What packed sequences are padded to a multiple of, so that every rank has an equal share."""
+        return math.lcm(piece_count(self.llm.cp, self.order), self.llm.cp * self.llm.tp)
 
 
 @dataclass(frozen=True)
@@ -77,11 +86,16 @@ class ItemPlan:
 
 @dataclass(frozen=True)
 class EdgePlanInputs:
-    """The items of one encoder in one micro-batch, in order of global row id, and both sides' rows."""
+    """The items of one encoder in one micro-batch, in order of global row id, and both sides' rows.
+
+    load: cost of the items of the costliest encoder lane over the mean (1 is even), as dealt, and as it
+    would be with each item on the lane of its sample.
+    """
 
     items: tuple[ItemPlan, ...]
     source: RowMap
     dest: RowMap
+    load: tuple[float, float]
 
     @property
     def rows(self) -> int:
@@ -179,18 +193,29 @@ def owner_of(n: int, parts: int) -> list[int]:
 
 
 def deal_by_cost(costs: Sequence[float], home: Sequence[int], lanes: int) -> list[int]:
-    """Give items to lanes so that the costliest lane is cheap: longest first to the least loaded lane.
+    """Give items to lanes so that the costliest lane is cheap and few items leave their home lane.
 
-    Ties keep an item on its home lane. Deterministic.
+    The costliest lane is at most that of longest-first to the least loaded lane (Graham 1969: within 4/3 of
+    the best). Within that bound items stay at home, where their rows need not travel. O(n (log n + lanes)).
     """
-    load = np.zeros(lanes)
-    out = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        least = np.flatnonzero(load == load.min())
-        lane = home[i] if home[i] in least else int(least[0])
-        out[i] = lane
-        load[lane] += costs[i]
-    return out
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    spread = _longest_first(order, costs, home, lanes, stay=0.0)
+    bound = max(spread[1], default=0.0)
+    kept = _longest_first(order, costs, home, lanes, stay=bound)
+    return kept[0] if max(kept[1], default=0.0) <= bound else spread[0]
+
+
+def _longest_first(
+    order: Sequence[int], costs: Sequence[float], home: Sequence[int], lanes: int, *, stay: float
+) -> tuple[list[int], list[float]]:
+    """(lane of each item, load of each lane): an item stays at home up to a load of `stay`, or on a tie."""
+    load, out = [0.0] * lanes, [0] * len(costs)
+    for i in order:
+        least = min(load)
+        here = load[home[i]] + costs[i] <= stay or load[home[i]] == least
+        out[i] = home[i] if here else load.index(least)
+        load[out[i]] += costs[i]
+    return out, load
 
 
 def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepPlan:
@@ -209,8 +234,9 @@ def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch
     for lane, n in zip(lane_of, length, strict=True):
         start.append(filled[lane])
         filled[lane] += n
-    # Whole shares for every tp rank, and at least one token, so that no collective meets an empty tensor.
-    tokens = [max(1, -(-n // llm.tp)) * llm.tp for n in filled]
+    # Whole shares for every rank, and at least one token each, so that no collective meets an empty tensor.
+    unit = inputs.granule
+    tokens = [max(1, -(-n // unit)) * unit for n in filled]
     edges = {
         module: _plan_edge(module, samples, lane_of, start, tokens, inputs) for module in inputs.encoders
     }
@@ -246,68 +272,24 @@ def _plan_edge(
         ItemPlan(j, part, n, cost, lane_of[j], at, lane)
         for (j, part, n, at), cost, lane in zip(found, costs, lanes, strict=True)
     )
-    return EdgePlanInputs(items, source_rows(items, use.layout), dest_rows(items, llm, tokens))
+    rows, lane, position = _columns(items)
+    source = source_side(use.layout, rows, lanes)
+    dest = dest_side(llm, rows, lane, position, tokens, order=inputs.order)
+    load = tuple(_imbalance(costs, where, use.layout.dp) for where in (lanes, homes))
+    return EdgePlanInputs(items, source, dest, (load[0], load[1]))
 
 
-def source_rows(items: Sequence[ItemPlan], layout: Layout) -> RowMap:
-    """Rows as the encoder holds them: each dp rank its items end to end, equal on all its tp ranks."""
-    lanes = tuple(tuple(layout.rank_at(dp=d, tp=t) for t in range(layout.tp)) for d in range(layout.dp))
-    rows = np.asarray([i.rows for i in items], dtype=np.int64)
-    first = np.cumsum(rows) - rows
-    lane = np.asarray([i.source_lane for i in items], dtype=np.int64)
-    local = np.zeros(len(items), dtype=np.int64)
-    total = np.zeros(len(lanes), dtype=np.int64)
-    for k in range(len(items)):
-        local[k] = total[lane[k]]
-        total[lane[k]] += rows[k]
-    return _row_map(lanes, first, rows, lane, local, total)
+def _columns(items: Sequence[ItemPlan]) -> tuple[list[int], list[int], list[int]]:
+    """Rows, LLM lanes and token positions of items."""
+    return [i.rows for i in items], [i.llm_lane for i in items], [i.position for i in items]
 
 
-def dest_rows(items: Sequence[ItemPlan], layout: Layout, tokens: Sequence[int]) -> RowMap:
-    """Rows as the LLM needs them: each dp rank those of its samples, or with sequence parallelism each tp
-    rank those at the token positions of its own share."""
-    shards = layout.tp if layout.sequence_parallel else 1
-    replicas = layout.tp // shards
-    lanes = tuple(
-        tuple(layout.rank_at(dp=d, tp=s * replicas + r) for r in range(replicas))
-        for d in range(layout.dp)
-        for s in range(shards)
-    )
-    first, runs = 0, []
-    for item in items:
-        width = tokens[item.llm_lane] // shards
-        at, stop = item.position, item.position + item.rows
-        while at < stop:  # one pass per token share that the item touches
-            shard = at // width
-            n = min(stop, (shard + 1) * width) - at
-            runs.append((first + at - item.position, n, item.llm_lane * shards + shard))
-            at += n
-        first += item.rows
-    table = np.asarray(runs, dtype=np.int64).reshape(-1, 3)
-    local = np.zeros(len(table), dtype=np.int64)
-    total = np.zeros(len(lanes), dtype=np.int64)
-    for k, (_, n, lane) in enumerate(runs):
-        local[k] = total[lane]
-        total[lane] += n
-    return _row_map(lanes, table[:, 0], table[:, 1], table[:, 2], local, total)
+def _imbalance(costs: Sequence[float], lane: Sequence[int], lanes: int) -> float:
+    load = np.bincount(np.asarray(lane, dtype=np.int64), weights=np.asarray(costs), minlength=lanes)
+    return float(load.max() / load.mean()) if load.sum() > 0 else 1.0
 
 
-def _row_map(
-    lanes: tuple[tuple[int, ...], ...],
-    start: np.ndarray,
-    length: np.ndarray,
-    lane: np.ndarray,
-    local: np.ndarray,
-    rows: np.ndarray,
-) -> RowMap:
-    return RowMap(lanes=lanes, start=start, length=length, lane=lane, local=local, rows=rows)
-
-
-def row_places(edge: EdgePlanInputs, layout: Layout, lane: int, tp: int, tokens: int) -> np.ndarray:
-    """Token positions, in this rank's share, of its boundary rows in their local order; int64 [R]."""
-    shards = layout.tp if layout.sequence_parallel else 1
-    width = tokens // shards
-    low = (tp if shards > 1 else 0) * width
-    spans = [np.arange(i.position, i.position + i.rows) for i in edge.items if i.llm_lane == lane]
-    at = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
-    return at[(at >= low) & (at < low + width)] - low
+def places(edge: EdgePlanInputs, inputs: PlanInputs, rank: int, tokens: Sequence[int]) -> np.ndarray:
+    """Token positions, in the share of the language model's `rank`, of its boundary rows in their local
+    order; int64 [R]."""
+    return row_places(inputs.llm, rank, *_columns(edge.items), tokens, order=inputs.order)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
+from mm.blueprint import SINK, Blueprint, elements_per_rank
 from mm.data.index import Index, load_index
 from mm.data.order import sample_ids
 from mm.flops import step_flops
-from mm.job import DTYPES, SINK, Blueprint, module_sizes
 from mm.plan import StepPlan, check_samples, plan_step
 from parallel.boundary import plan_edge
 from parallel.layout import Layout
-from parallel.schedule import colocated
+from parallel.schedule import SchedulePlan
 
 
 def first_step(blueprint: Blueprint, index: Index) -> StepPlan:
@@ -32,12 +33,17 @@ def plan_data(blueprint: Blueprint, index: Index) -> dict[str, Any]:
         "tokens": plan.tokens,
         "flops_by_module": step_flops(blueprint, plan),
         "weight_bytes_per_rank": _weight_bytes(blueprint),
-        "schedule": [
-            str(a)
-            for a in colocated(plan.active, sources=list(blueprint.inputs.encoders), sink=SINK, frozen=frozen)
-        ],
+        "stages": {m: [[s.start, s.stop] for s in stages] for m, stages in blueprint.stages.items()},
+        "schedule": _schedule_data(blueprint.schedule(plan.active)),
         "encoders": {m: use.cls.__name__ for m, use in blueprint.inputs.encoders.items()},
     }
+
+
+def _schedule_data(schedule: SchedulePlan) -> dict[str, Any]:
+    """The schedule's name, and the actions of each set of ranks that does the same."""
+    programs = zip(schedule.ranks_of, schedule.programs, strict=True)
+    lists = [{"ranks": list(ranks), "actions": [str(a) for a in actions]} for ranks, actions in programs]
+    return {"kind": schedule.kind, "programs": lists}
 
 
 def plan_json(blueprint: Blueprint, index: Index) -> str:
@@ -46,13 +52,13 @@ def plan_json(blueprint: Blueprint, index: Index) -> str:
 
 
 def _layout_data(layout: Layout) -> dict[str, Any]:
-    names = ("tp", "cp", "dp", "pp", "ep", "edp", "etp", "sequence_parallel")
+    names = ("tp", "cp", "dp", "pp", "vpp", "ep", "edp", "etp", "sequence_parallel")
     return {"ranks": list(layout.ranks), **{n: getattr(layout, n) for n in names}}
 
 
 def _edge_data(blueprint: Blueprint, plan: StepPlan, module: str, frozen: bool) -> dict[str, int]:
     """Rows of an edge in one step, and the payload that ranks receive for it in both directions."""
-    row_bytes = blueprint.llm.d_model * DTYPES[blueprint.cfg.train.dtype].itemsize
+    row_bytes = math.prod(blueprint.row_shape(module)) * blueprint.dtype.itemsize
     rows = forward = backward = 0
     for mb in plan.microbatches:
         edge = mb.edges[module]
@@ -68,10 +74,7 @@ def _weight_bytes(blueprint: Blueprint) -> dict[str, int]:
     """Weights, gradients and AdamW moments that a rank keeps of each module, by even shares."""
     item = 8 if blueprint.cfg.train.dtype == "float64" else 4
     copies = {m: 1 if m in blueprint.frozen else 4 for m in blueprint.modules}
-    return {
-        m: sum(-(-n // ranks) * item * copies[m] for n, ranks in sizes)
-        for m, sizes in module_sizes(blueprint).items()
-    }
+    return {m: elements_per_rank(blueprint, m) * item * copies[m] for m in blueprint.modules}
 
 
 def dry_run(blueprint: Blueprint) -> str:
@@ -96,7 +99,10 @@ def dry_run(blueprint: Blueprint) -> str:
             f"{m}: {blueprint.layouts[m].describe()}, {data['flops_by_module'][m] / 1e9:.2f} GFLOP a step, "
             f"{data['weight_bytes_per_rank'][m] / 2**20:.2f} MiB weights and optimizer a rank"
         )
-    lines += ["", "schedule, the same on every rank:", *(f"  {a}" for a in data["schedule"])]
+    schedule = data["schedule"]
+    for program in schedule["programs"]:
+        lines += ["", f"schedule {schedule['kind']} of ranks {', '.join(map(str, program['ranks']))}:"]
+        lines += [f"  {a}" for a in program["actions"]]
     return "\n".join(lines)
 
 
@@ -104,5 +110,6 @@ def _place(layout: Layout, rank: int) -> str:
     if rank not in layout.ranks:
         return "-"
     dense, expert = layout.coord(rank), layout.expert_coord(rank)
-    text = f"dp{dense.dp} tp{dense.tp}"
-    return text + (f" ep{expert.ep}" if layout.ep > 1 else "")
+    further = [f"{a}{getattr(dense, a)}" for a in ("cp", "pp") if getattr(layout, a) > 1]
+    further += [f"ep{expert.ep}"] if layout.ep > 1 else []
+    return " ".join([f"dp{dense.dp} tp{dense.tp}", *further])

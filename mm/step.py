@@ -1,4 +1,8 @@
-"""One training or evaluation step: the handlers of a schedule's actions on this rank."""
+"""One training or evaluation step: the handlers of a schedule's actions on this rank.
+
+Parts have autograd graphs of their own. What enters a part is a detached leaf, whose gradient goes back to
+where it came from; parallel.schedule.execute says what each kind of action must do.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +10,54 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from encoders.module import RowsMismatch
+from encoders.module import RowsMismatch, hidden_shape
 from mm.batch import RankMicrobatch
+from mm.blueprint import SINK
 from mm.errors import DataError
 from mm.feed import Prepared
-from mm.job import DTYPES, SINK, Job
-from parallel.schedule import Action, Kind, colocated, execute
+from mm.job import Job
+from parallel.boundary import Pending
+from parallel.pipeline import Pipe
+from parallel.schedule import Action, Kind, Record, execute
 
 
 @dataclass
 class StepResult:
     """This rank's share of a step.
 
-    loss: sum of its supervised tokens' losses divided by the step's global count; only tp rank 0 of the
-    language model counts it, so that summing over ranks gives the loss. seconds: host time by (kind, module).
+    loss: sum of its supervised tokens' losses divided by the step's global count; one replica counts, so that
+    summing over ranks gives the loss. seconds: host time by (kind, module). records: each action's times.
     """
 
     loss: float = 0.0
     seconds: dict[tuple[Kind, str], float] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
 
 
 OnTokens = Callable[[RankMicrobatch, Tensor], None]
+Key = tuple[str, int, int]  # module, stage, micro-batch
 
 
-def run_step(job: Job, prepared: Prepared, *, train: bool, on_tokens: OnTokens | None = None) -> StepResult:
+def run_step(
+    job: Job, prepared: Prepared, *, train: bool, on_tokens: OnTokens | None = None, record: bool = False
+) -> StepResult:
     """Run every micro-batch of a prepared step; gradients are left in the modules' parameters.
 
-    on_tokens: called with each micro-batch and its per-token losses [T] (evaluation). Does not update.
+    on_tokens: called with each micro-batch and its token losses [T] (evaluation), where they are computed.
+    record: keep the times of every action. Does not update.
     """
-    blueprint = job.blueprint
-    actions = colocated(
-        prepared.plan.active,
-        sources=list(blueprint.inputs.encoders),
-        sink=SINK,
-        frozen=blueprint.frozen,
-        train=train,
-    )
+    schedule = job.blueprint.schedule(prepared.plan.active, train=train)
     run = _Run(job, prepared.micro, prepared.plan.supervised, train, on_tokens)
-    job.boundary.stats.reset()
+    for boundary in job.boundaries.values():
+        boundary.stats.reset()
+    records: list[Record] | None = [] if record else None
     with torch.set_grad_enabled(train):
-        seconds = execute(actions, run.handlers)
-    return StepResult(float(run.loss), seconds)
+        seconds = execute(schedule.actions(job.rank.rank), run.handlers, records=records)
+    run.finish()
+    return StepResult(float(run.loss), seconds, records or [])
 
 
 class _Run:
@@ -65,82 +73,205 @@ class _Run:
     ) -> None:
         self.job, self.micro, self.supervised = job, micro, supervised
         self.train, self.on_tokens = train, on_tokens
-        self.outputs: dict[tuple[str, int], Tensor] = {}  # encoder features, attached to their graph
+        self.device, self.dtype = job.rank.device, job.blueprint.dtype
+        self.inputs: dict[Key, Tensor] = {}  # hidden states from the stage before, leaves
+        self.outputs: dict[Key, Tensor] = {}  # what a part gave, attached to its graph
+        self.receiving: dict[tuple[Kind, Key], Callable[[], Tensor]] = {}
+        self.crossing: dict[tuple[Kind, str, int], Pending] = {}  # rows and row gradients under way
         self.entries: dict[tuple[str, int], Tensor] = {}  # rows as the language model reads them, leaves
-        self.returned: dict[tuple[str, int], Tensor] = {}  # gradients brought back to the encoder's layout
-        self.losses: dict[int, Tensor] = {}
-        self.counts = SINK in job.modules and job.blueprint.layouts[SINK].coord(job.rank.rank).tp == 0
-        # What a rank that hosts no source of an edge holds of it: no rows, of the right width and dtype.
-        dtype = DTYPES[job.blueprint.cfg.train.dtype]
-        self.nothing = torch.empty(0, job.blueprint.llm.d_model, dtype=dtype, device=job.rank.device)
-        self.loss = torch.zeros((), dtype=torch.float64, device=job.rank.device)
+        self.gradients: dict[Key, Tensor] = {}  # of outputs, kept from BACKWARD_INPUT to BACKWARD_WEIGHT
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.handlers = {
             Kind.FORWARD: self.forward,
             Kind.BACKWARD: self.backward,
+            Kind.BACKWARD_INPUT: self.backward_input,
+            Kind.BACKWARD_WEIGHT: self.backward_weight,
             Kind.BOUNDARY_FORWARD: self.boundary_forward,
             Kind.BOUNDARY_BACKWARD: self.boundary_backward,
+            Kind.SEND_FORWARD: self.send_forward,
+            Kind.RECV_FORWARD: self.recv_forward,
+            Kind.SEND_BACKWARD: self.send_backward,
+            Kind.RECV_BACKWARD: self.recv_backward,
         }
 
+    def finish(self) -> None:
+        """Wait for what is still under way. Every tensor in flight has then found its consumer."""
+        for pending in self.crossing.values():
+            pending.wait()
+        for pipes in self.job.pipes.values():
+            for pipe in pipes:
+                pipe.finish()
+        assert not self.receiving, f"received and never used: {list(self.receiving)}"
+
+    # forward
+
     def forward(self, action: Action) -> None:
-        if action.module not in self.job.modules:
-            return
+        key = (action.module, action.stage, action.microbatch)
+        hidden = None
+        if action.stage > 0:
+            hidden = self.receiving.pop((Kind.RECV_FORWARD, key))().requires_grad_(self.train)
+            self.inputs[key] = hidden
         if action.module == SINK:
-            self._forward_sink(action.microbatch)
+            self._forward_sink(key, hidden)
         else:
-            self._forward_source(action)
+            self._forward_source(key, hidden)
 
-    def _forward_source(self, action: Action) -> None:
-        key, mb = (action.module, action.microbatch), self.micro[action.microbatch]
+    def _forward_source(self, key: Key, hidden: Tensor | None) -> None:
+        module, _, i = key
+        batch = self.micro[i].items[module]
         try:
-            features = self.job.modules[action.module](mb.items[action.module])
+            out = self._part(key)(batch) if hidden is None else self._part(key)(batch, hidden)
         except RowsMismatch as error:
-            sample = mb.names[action.module][error.item]
-            raise DataError(f"module {action.module}, sample {sample}: {error.why}") from error
-        self.outputs[key] = features.values
+            sample = self.micro[i].names[module][error.item]
+            raise DataError(f"module {module}, sample {sample}: {error.why}") from error
+        self.outputs[key] = out if isinstance(out, Tensor) else out.values
 
-    def _forward_sink(self, i: int) -> None:
+    def _forward_sink(self, key: Key, hidden: Tensor | None) -> None:
+        i = key[2]
         mb = self.micro[i]
         assert mb.llm is not None
-        rows = {m: self.entries[m, i] for m in mb.llm.places}
-        token_loss = self.job.modules[SINK](mb.llm, rows)
+        rows = {m: self._entry(m, i) for m in mb.llm.places}
+        out = self._part(key)(mb.llm, rows) if hidden is None else self._part(key)(mb.llm, rows, hidden)
+        if key[1] < len(self.job.blueprint.stages[SINK]) - 1:
+            self.outputs[key] = out
+            return
         if self.on_tokens is not None:
-            self.on_tokens(mb, token_loss)
-        loss = token_loss.sum() / self.supervised
+            self.on_tokens(mb, out)
+        loss = out.sum() / self.supervised
         if self.train:
-            self.losses[i] = loss
-        if self.counts:
+            self.outputs[key] = loss
+        if self.job.counts_loss:
             self.loss += loss.detach()
 
-    def boundary_forward(self, action: Action) -> None:
-        key, mb = (action.module, action.microbatch), self.micro[action.microbatch]
-        if not self._on_edge(action.module):
-            return
-        held = self.outputs[key].detach() if key in self.outputs else self.nothing
-        rows = self.job.boundary.forward(mb.edges[action.module], held)
-        learns = self.train and action.module not in self.job.blueprint.frozen
-        self.entries[key] = rows.detach().requires_grad_(learns)
+    def _entry(self, source: str, i: int) -> Tensor:
+        """Rows of an encoder as this rank reads them, once they have arrived."""
+        rows = self.crossing.pop((Kind.BOUNDARY_FORWARD, source, i)).wait()
+        learns = self.train and source not in self.job.blueprint.frozen
+        self.entries[source, i] = rows.detach().requires_grad_(learns)
+        return self.entries[source, i]
+
+    # backward
 
     def backward(self, action: Action) -> None:
-        module = self.job.modules.get(action.module)
-        if module is None:
-            return
-        assert isinstance(module, FSDPModule)
-        module.set_requires_gradient_sync(action.last)
-        module.set_is_last_backward(action.last)
-        if action.module == SINK:
-            self.losses.pop(action.microbatch).backward()
-        else:
-            key = (action.module, action.microbatch)
-            self.outputs.pop(key).backward(self.returned.pop(key))
+        key = (action.module, action.stage, action.microbatch)
+        self._synchronise(key, action.last)
+        output, grad = self.outputs.pop(key), self._output_gradient(key)
+        if output.requires_grad:  # not where the first layers are frozen
+            output.backward(grad)
+
+    def backward_input(self, action: Action) -> None:
+        key = (action.module, action.stage, action.microbatch)
+        self._synchronise(key, False)
+        output, grad = self.outputs[key], self._output_gradient(key)
+        wanted = [t for t in self._leaves(key) if t.requires_grad]
+        if wanted and output.requires_grad:
+            output.backward(grad, inputs=wanted, retain_graph=True)
+        if grad is not None:
+            self.gradients[key] = grad
+
+    def backward_weight(self, action: Action) -> None:
+        key = (action.module, action.stage, action.microbatch)
+        self._synchronise(key, action.last)
+        output = self.outputs.pop(key)
+        weights = [p for p in self._part(key).parameters() if p.requires_grad]
+        if weights and output.requires_grad:
+            output.backward(self.gradients.pop(key, None), inputs=weights)
+
+    def _synchronise(self, key: Key, last: bool) -> None:
+        """Have FSDP reduce gradients in the stage's last backward of the step, add them up before."""
+        part = self._part(key)
+        assert isinstance(part, FSDPModule)
+        part.set_requires_gradient_sync(last)
+        part.set_is_last_backward(last)
+
+    def _output_gradient(self, key: Key) -> Tensor | None:
+        """The gradient of a part's output, waited for; None for the loss itself."""
+        module, stage, i = key
+        if stage < len(self.job.blueprint.stages[module]) - 1:
+            return self.receiving.pop((Kind.RECV_BACKWARD, key))()
+        return None if module == SINK else self.crossing.pop((Kind.BOUNDARY_BACKWARD, module, i)).wait()
+
+    def _leaves(self, key: Key) -> list[Tensor]:
+        """What entered a part."""
+        if key in self.inputs:
+            return [self.inputs[key]]
+        return [rows for (_, i), rows in self.entries.items() if key[0] == SINK and i == key[2]]
+
+    # boundaries
+
+    def boundary_forward(self, action: Action) -> None:
+        module, i = action.module, action.microbatch
+        held = self.outputs.get(self._last_stage(module, i))
+        if held is None:  # a rank that only receives
+            shape = (0, *self.job.blueprint.row_shape(module))
+            held = torch.empty(shape, dtype=self.dtype, device=self.device)
+        plan = self.micro[i].edges[module]
+        pending = self.job.boundaries[module].start_forward(plan, held.detach())
+        self.crossing[Kind.BOUNDARY_FORWARD, module, i] = pending
 
     def boundary_backward(self, action: Action) -> None:
-        key, mb = (action.module, action.microbatch), self.micro[action.microbatch]
-        if not self._on_edge(action.module):
-            return
-        grad = self.entries.pop(key).grad
-        plan = mb.edges[action.module]
-        self.returned[key] = self.job.boundary.backward(plan, self.nothing if grad is None else grad)
+        module, i = action.module, action.microbatch
+        rows = self.entries.pop((module, i), None)
+        sent = self.crossing.pop((Kind.BOUNDARY_FORWARD, module, i), None)
+        if sent is not None:  # a rank without the language model: its rows have long arrived
+            sent.wait()
+        plan = self.micro[i].edges[module]
+        grad = None if rows is None else rows.grad
+        if grad is None:
+            shape = (0 if rows is None else len(rows), *self.job.blueprint.row_shape(module))
+            grad = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        pending = self.job.boundaries[module].start_backward(plan, grad)
+        self.crossing[Kind.BOUNDARY_BACKWARD, module, i] = pending
 
-    def _on_edge(self, source: str) -> bool:
-        """Whether this rank hosts either end of the edge from `source`."""
-        return source in self.job.modules or SINK in self.job.modules
+    def _last_stage(self, module: str, i: int) -> Key:
+        return module, len(self.job.blueprint.stages[module]) - 1, i
+
+    # pipelines
+
+    def send_forward(self, action: Action) -> None:
+        key = (action.module, action.stage, action.microbatch)
+        self._pipe(action, Kind.FORWARD).send(self.outputs[key].detach(), self._peer(action), action.tag)
+
+    def recv_forward(self, action: Action) -> None:
+        key = (action.module, action.stage, action.microbatch)
+        self._receive(action, Kind.FORWARD, key, self._hidden_shape(key))
+
+    def send_backward(self, action: Action) -> None:
+        key = (action.module, action.stage, action.microbatch)
+        hidden = self.inputs.pop(key)
+        grad = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+        self._pipe(action, Kind.BACKWARD).send(grad, self._peer(action), action.tag)
+
+    def recv_backward(self, action: Action) -> None:
+        key = (action.module, action.stage, action.microbatch)
+        self._receive(action, Kind.BACKWARD, key, tuple(self.outputs[key].shape))
+
+    def _receive(self, action: Action, direction: Kind, key: Key, shape: tuple[int, ...]) -> None:
+        pipe = self._pipe(action, direction)
+        self.receiving[action.kind, key] = pipe.receive(
+            shape, self._peer(action), action.tag, dtype=self.dtype, device=self.device
+        )
+
+    def _pipe(self, action: Action, direction: Kind) -> Pipe:
+        return self.job.pipes[action.module][0 if direction is Kind.FORWARD else 1]
+
+    def _peer(self, action: Action) -> int:
+        """The global rank at the other end of a send or receive."""
+        layout = self.job.blueprint.layouts[action.module]
+        at = layout.coord(self.job.rank.rank)
+        assert action.peer is not None
+        return layout.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=action.peer % layout.pp)
+
+    def _hidden_shape(self, key: Key) -> tuple[int, ...]:
+        """Shape of what enters a stage, from the plan alone."""
+        module, stage, i = key
+        axes, mb = self.job.meshes[module].axes, self.micro[i]
+        if module == SINK:
+            assert mb.llm is not None
+            return len(mb.llm.ids) // axes.token_shards, self.job.blueprint.llm.d_model
+        use = self.job.blueprint.inputs.encoders[module]
+        where = self.job.blueprint.stages[module][stage]
+        return hidden_shape(use.cls, use.cfg, mb.items[module].metas, where, axes)
+
+    def _part(self, key: Key) -> nn.Module:
+        return self.job.parts[key[0]][key[1]]

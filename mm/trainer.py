@@ -13,12 +13,13 @@ from typing import Any
 import torch.distributed as dist
 
 from mm import checkpoint
+from mm.blueprint import Blueprint
 from mm.config import resolve_yaml
 from mm.console import Console
 from mm.evaluate import Evaluation, evaluate
 from mm.feed import Feed
 from mm.flops import step_flops
-from mm.job import Blueprint, Data, Job, build_job, open_data
+from mm.job import Data, Job, build_job, open_data, open_index
 from mm.launch import RankInfo, init_distributed
 from mm.plan_text import plan_json
 from mm.step import run_step
@@ -51,9 +52,10 @@ def train(blueprint: Blueprint) -> None:
 
 def _train(blueprint: Blueprint, rank: RankInfo) -> None:
     cfg = blueprint.cfg
-    train_data = open_data(blueprint, cfg.data.train, cfg.base, rank)
-    eval_data = open_data(blueprint, cfg.data.eval, cfg.base, rank) if cfg.data.eval else None
+    indices = [open_index(blueprint, p, cfg.base) for p in (cfg.data.train, cfg.data.eval) if p]
     job = build_job(blueprint, rank)
+    train_data, *others = (open_data(job, index) for index in indices)
+    eval_data = others[0] if others else None
     run_dir = Path(cfg.run.dir)
     first, bad = 0, frozenset[int]()
     resume = checkpoint.find(cfg, run_dir)

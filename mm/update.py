@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from llm.model import LLM
+from mm.blueprint import SINK
 from mm.config import TrainConfig
 from mm.errors import NonFinite
-from mm.job import SINK, Job
+from mm.job import Job
 from mm.step import StepResult
-from parallel.schedule import Kind
+from parallel.schedule.action import COMPUTE
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -63,21 +64,23 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
             job.optimizers[m].collect()
             squares[m] = job.optimizers[m].norm_squared()
     sync = time.perf_counter() - start
-    kinds = [(Kind.FORWARD, m) for m in modules] + [(Kind.BACKWARD, m) for m in modules]
-    stats = job.boundary.stats
+    computed = {
+        m: sum(t for (k, of), t in result.seconds.items() if of == m and k in COMPUTE) for m in modules
+    }
+    moved = {m: boundary.stats for m, boundary in job.boundaries.items()}
     values = [
         result.loss,
         *(squares.get(m, 0.0) for m in modules),
-        *(float(stats.bytes_received.get(f"{m} -> {SINK}", 0)) for m in edges),
-        *(stats.seconds.get(f"{m} -> {SINK}", 0.0) for m in edges),
-        *(result.seconds.get(k, 0.0) for k in kinds),
+        *(float(sum(moved[m].bytes_received.values())) if m in moved else 0.0 for m in edges),
+        *(sum(moved[m].seconds.values()) if m in moved else 0.0 for m in edges),
+        *computed.values(),
         sync,
         float(peak_memory(job.rank.device)),
         float(stop),
     ]
     table = job.control.gather(values)
     names = ["loss", *modules, *(f"{m} bytes" for m in edges), *(f"{m} seconds" for m in edges)]
-    names += [f"{k.value} {m}" for k, m in kinds] + ["sync", "memory", "stop"]
+    names += [f"{m} computes" for m in modules] + ["sync", "memory", "stop"]
     column = {name: table[:, i] for i, name in enumerate(names)}
     _check_finite(column, modules, step)
     total = {m: math.sqrt(float(column[m].sum())) for m in modules}
@@ -89,7 +92,7 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
         optimizer.scale(factor)
         optimizer.step(lr)
     _update_expert_bias(job)
-    seconds = {m: float((column[f"forward {m}"] + column[f"backward {m}"]).max()) for m in modules}
+    seconds = {m: float(column[f"{m} computes"].max()) for m in modules}
     seconds["optimizer"] = float(column["sync"].max()) + time.perf_counter() - start
     boundary = {
         m: {"bytes": int(column[f"{m} bytes"].sum()), "seconds": float(column[f"{m} seconds"].max())}
@@ -114,14 +117,12 @@ def _check_finite(column: Mapping[str, np.ndarray], modules: list[str], step: in
 
 def _update_expert_bias(job: Job) -> None:
     """Shift routing towards experts that got fewer tokens in this global batch."""
-    if SINK not in job.modules or job.blueprint.llm.freeze:
+    if SINK not in job.parts or job.blueprint.llm.freeze:
         return
-    model = job.modules[SINK]
-    assert isinstance(model, LLM)
-    layers = model.moe_layers()
+    layers = [m for part in job.parts[SINK].values() if isinstance(part, LLM) for m in part.moe_layers()]
     if layers:
         load = torch.stack([m.load for m in layers])
-        dist.all_reduce(load, group=job.meshes[SINK].group)
+        dist.all_reduce(load, group=job.meshes[SINK].stage)
         for layer, counts in zip(layers, load, strict=True):
             layer.update_bias(counts)
 

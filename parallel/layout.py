@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -246,34 +246,3 @@ def placement(a: Layout, b: Layout) -> Literal["colocated", "disjoint", "overlap
     if not shared:
         return "disjoint"
     return "colocated" if set(a.ranks) == set(b.ranks) else "overlapping"
-
-
-def check_supported(layouts: Mapping[str, Layout]) -> None:
-    """Refuse what is legal to write but not executed yet: cp, pp, vpp, etp, and placements not colocated."""
-    for name, layout in layouts.items():
-        missing = {d: getattr(layout, d) for d in ("cp", "pp", "vpp", "etp") if getattr(layout, d) > 1}
-        if missing:
-            given = ", ".join(f"{d}={value}" for d, value in missing.items())
-            works = ", ".join(f"{d}=1" for d in missing)
-            raise ValueError(
-                f"layout.{name}: {given} is legal but not executed yet; needed: {works} "
-                f"(tp, dp, ep and sequence_parallel are executed). Nearest: {works}, which makes "
-                f"dp={layout.size // layout.tp}"
-            )
-    first, *rest = layouts.values()
-    for other in rest:
-        how = placement(first, other)
-        if how != "colocated":
-            raise ValueError(
-                f"modules {first.module} on ranks {list(first.ranks)} and {other.module} on ranks "
-                f"{list(other.ranks)} are {how}, which is legal but not executed yet; needed: the same ranks "
-                f"for all modules. Nearest: {_shared_ranks(layouts.values())}"
-            )
-
-
-def _shared_ranks(layouts: Collection[Layout]) -> str:
-    """One module's ranks on which every module's degrees fit, the widest first; all ranks where none do."""
-    for ranks in sorted({layout.ranks for layout in layouts}, key=len, reverse=True):
-        if all(len(ranks) % n == 0 for m in layouts for n in (m.tp * m.cp * m.pp, m.etp * m.ep * m.pp)):
-            return f"ranks: {list(ranks)} for every module"
-    return "ranks: all for every module, with degrees that divide their number"

@@ -6,6 +6,7 @@ global shapes), because dispatching every elementwise update through them costs 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,33 +30,46 @@ class AdamW:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One parameter as the optimizer sees it: `weight` is 1 / number of ranks that hold the same elements."""
+    """One parameter as the optimizer sees it: `weight` is 1 / number of ranks that hold the same elements;
+    partial: its gradient is summed over tp; shared: over the first and the last pipeline rank."""
 
     name: str
     param: nn.Parameter
     local: nn.Parameter
     weight: float
     partial: bool
+    shared: bool
 
 
 class ShardedOptimizer:
-    """Optimizer of one module; state is sharded exactly as the parameters are.
+    """Optimizer of the parts of one module on this rank; state is sharded exactly as the parameters are.
 
+    parts: its pipeline stages here, which name parameters as the whole module does. shared: parameters that
+    the first and the last stage both hold, with equal values: they get the sum of their gradients.
     Call order of a step: collect(), norm_squared() (summed over the job by the caller), scale(), step().
     A parameter without gradient (its module was skipped for the whole step) keeps value and state.
     """
 
-    def __init__(self, module: nn.Module, mesh: ModuleMesh, hyper: AdamW) -> None:
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        mesh: ModuleMesh,
+        hyper: AdamW,
+        *,
+        shared: Collection[str] = (),
+    ) -> None:
         self.mesh = mesh
         self.shards: list[_Shard] = []
-        for name, param, spec in declared(module):
+        for name, param, spec in (entry for part in parts for entry in declared(part)):
             if not param.requires_grad:
                 continue
             replicas = mesh.axes.tp.size if spec.view == "dense" and model_cut(spec, mesh) is None else 1
+            partial, twice = spec.partial and replicas > 1, name in shared
             data = param.detach()
             data = data.to_local() if isinstance(data, DTensor) else data
-            shard = nn.Parameter(data)
-            self.shards.append(_Shard(name, param, shard, 1.0 / replicas, spec.partial and replicas > 1))
+            weight = 1.0 / (replicas * (2 if twice else 1))
+            self.shards.append(_Shard(name, param, nn.Parameter(data), weight, partial, twice))
+        assert mesh.ends is not None or not any(s.shared for s in self.shards), "the mesh must tie its ends"
         decay = [s.local for s in self.shards if s.param.ndim > 1]
         plain = [s.local for s in self.shards if s.param.ndim <= 1]
         groups = [
@@ -71,17 +85,14 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Bring the gradients onto the local shards; sum those that are partial over tp, in one message."""
+        """Bring the gradients onto the local shards; sum those that are partial over tp, and those of weights
+        that both ends of the pipeline hold, in one message each."""
         for s in self.shards:
             grad = s.param.grad
             s.local.grad = grad.to_local() if isinstance(grad, DTensor) else grad
         # By declaration, not by presence: whether a module ran in a step is the same on all its ranks.
-        partial = [s.local.grad for s in self.shards if s.partial and s.local.grad is not None]
-        if partial:
-            flat = torch.cat([g.reshape(-1) for g in partial])
-            dist.all_reduce(flat, group=self.mesh.axes.tp.group)
-            for g, part in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
-                g.copy_(part.view_as(g))
+        _sum([s for s in self.shards if s.partial], self.mesh.axes.tp.group)
+        _sum([s for s in self.shards if s.shared], self.mesh.ends)
 
     @torch.no_grad()
     def norm_squared(self) -> float:
@@ -130,6 +141,17 @@ class ShardedOptimizer:
             for key in ("exp_avg", "exp_avg_sq"):
                 out[f"{s.name}.{key}"] = shaped_as(s.param, state[key])
         return out
+
+
+def _sum(shards: Sequence[_Shard], group: dist.ProcessGroup | None) -> None:
+    """Add up the gradients of `shards` over `group`."""
+    grads = [s.local.grad for s in shards if s.local.grad is not None]
+    if not grads:
+        return
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    dist.all_reduce(flat, group=group)
+    for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        g.copy_(part.view_as(g))
 
 
 def shaped_as(param: Tensor, shard: Tensor) -> Tensor:

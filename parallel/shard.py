@@ -89,7 +89,7 @@ def _cut(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
 def _fully_shard(
     sub: nn.Module, mesh: ModuleMesh, view: str, mp_policy: MixedPrecisionPolicy, reshard: bool
 ) -> None:
-    over = mesh.dense["dp"] if view == "dense" else mesh.expert["edp"]
+    over = mesh.dense["data"] if view == "dense" else mesh.expert["edp"]
     dims = {
         id(param): data_dim(tuple(_local_shape(param)), model_cut(spec, mesh), over.size())
         for _, param, spec in declared(sub)
@@ -119,7 +119,7 @@ def model_cut(spec: ParamSpec, mesh: ModuleMesh) -> int | None:
 
 def data_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
     """The mesh axis that FSDP cuts a parameter over: dp, or edp for experts where that differs."""
-    return mesh.expert["edp"] if spec.view == "expert" and mesh.folded else mesh.dense["dp"]
+    return mesh.expert["edp"] if spec.view == "expert" and mesh.folded else mesh.dense["data"]
 
 
 def data_dim(shape: tuple[int, ...], cut: int | None, size: int) -> int:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mm.blueprint import draw_up
 from mm.config import from_mapping
 from mm.feed import Feed
-from mm.job import build_job, draw_up, open_data
+from mm.job import build_job, open_data, open_index
 from mm.launch import RankInfo
 from mm.trainer import train_step
 
@@ -68,8 +69,9 @@ def train_few(raw: dict[str, Any], steps: int) -> list[dict[str, Any]]:
     world = dist.get_world_size()
     blueprint = draw_up(from_mapping(raw, CONFIGS), world)
     rank = RankInfo(dist.get_rank(), world, torch.device("cpu"))
-    data = open_data(blueprint, blueprint.cfg.data.train, CONFIGS, rank)
+    index = open_index(blueprint, blueprint.cfg.data.train, CONFIGS)
     job = build_job(blueprint, rank)
+    data = open_data(job, index)
     cfg = blueprint.cfg
     feed = Feed(
         data.index,

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from mm import checkpoint
+from mm.blueprint import draw_up
 from mm.config import from_mapping
 from mm.errors import CheckpointError
 from mm.feed import Feed
-from mm.job import build_job, draw_up, open_data
+from mm.job import build_job, open_data, open_index
 from mm.launch import RankInfo
 from mm.trainer import train_step
 from parallel import checkpoint as store
@@ -27,8 +28,9 @@ def run(raw: dict[str, Any], folder: str, first: int, last: int) -> list[dict[st
     """Steps [first, last): from a checkpoint unless first is 0, ending in one."""
     blueprint = draw_up(from_mapping(raw, CONFIGS), dist.get_world_size())
     rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    data = open_data(blueprint, blueprint.cfg.data.train, CONFIGS, rank)
+    index = open_index(blueprint, blueprint.cfg.data.train, CONFIGS)
     job = build_job(blueprint, rank)
+    data = open_data(job, index)
     if first:
         found = checkpoint.find(blueprint.cfg, Path(folder))
         assert found is not None and checkpoint.load(job, data.index, found)["step"] == first

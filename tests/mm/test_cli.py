@@ -45,7 +45,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
             2,
             "tp=3 needs a multiple of 3 ranks, given 4; nearest: tp=4 or tp=2",
         ),
-        (f"train {CONFIG} layout.llm.pp=2", 2, "layout.llm: pp=2 is legal but not executed yet"),
+        (f"train {CONFIG} layout.llm.etp=2", 2, "layout.llm: etp=2 is legal but not executed yet"),
         (f"train {CONFIG} layout.llm.ranks=0-7", 2, "needs rank 4, but the job has 4 ranks"),
         (f"train {CONFIG} layout.lmm.tp=2", 2, "lmm"),
         (f"train {CONFIG} model.llm.d_modle=3", 2, "unknown key model.llm.d_modle; did you mean d_model?"),

@@ -20,6 +20,29 @@ NAMED = {
     "dp3": (3, {}),
     "vision tp3, llm dp3": (3, {"vision": {"tp": 3}}),
     "a subset of the ranks": (4, {m: {"ranks": [1, 3]} for m in ("vision", "audio", "llm")}),
+    "disjoint": (4, {"vision": {"ranks": 0}, "audio": {"ranks": 1}, "llm": {"ranks": "2-3", "tp": 2}}),
+    "disjoint, dp 3 to 1": (4, {"vision": {"ranks": "0-2"}, "audio": {"ranks": "0-2"}, "llm": {"ranks": 3}}),
+    "mixed": (4, {"audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3"}}),
+    "encoders cp": (4, {"vision": {"cp": 2}, "audio": {"cp": 4}}),
+    "encoders sp": (4, {m: {"tp": 2, "sequence_parallel": True} for m in ("vision", "audio")}),
+    "encoders cp tp pp": (4, {"vision": {"cp": 2, "tp": 2}, "audio": {"pp": 2, "cp": 2}}),
+    "llm pp": (4, {"vision": {}, "llm": {"pp": 2, "tp": 2}}),
+}
+
+SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
+    "colocated, llm pp2 tp2": ({"llm": {"pp": 2, "tp": 2}}, {"microbatches": 3}),
+    "disjoint, llm pp2": (
+        {"vision": {"ranks": "0-1"}, "audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}},
+        {"microbatches": 4},
+    ),
+    "mixed, llm pp2": (
+        {"vision": {"ranks": "2-3"}, "audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}},
+        {"microbatches": 4},
+    ),
+    "encoder pipelines": ({"vision": {"pp": 2}, "audio": {"pp": 2, "tp": 2}}, {"microbatches": 2}),
+    "gpipe": ({"llm": {"pp": 4}}, {"microbatches": 3, "kind": "gpipe"}),
+    "three phases": ({"llm": {"pp": 2}}, {"microbatches": 3, "kind": "three_phase"}),
+    "sequential": ({"llm": {"pp": 2}}, {"microbatches": 3, "kind": "sequential"}),
 }
 
 
@@ -34,6 +57,16 @@ def test_layouts_learn_what_one_process_learns(
 ) -> None:
     world, layout = NAMED[name]
     results = ranks(world, train_few, small(layout=layout), 3)
+    for result in results:
+        assert largest_difference(result, reference) < 1e-9
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_learn_what_one_process_learns(
+    name: str, ranks: Any, reference: list[dict[str, Any]]
+) -> None:
+    layout, schedule = SCHEDULES[name]
+    results = ranks(4, train_few, small(layout=layout, schedule=schedule), 3)
     for result in results:
         assert largest_difference(result, reference) < 1e-9
 

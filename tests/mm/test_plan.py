@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm.batch import IGNORE, Assembler
+from mm.blueprint import draw_up
 from mm.config import TrainConfig, from_mapping
 from mm.data.index import load_index
 from mm.data.reader import ShardReader
 from mm.data.tokenizer import Tokenizer
-from mm.job import draw_up
 from mm.plan import PlanInputs, StepPlan, deal_by_cost, plan_step, share
 from mm.update import learning_rate
+from parallel.axis import Axes, Axis
+from parallel.layout import Layout
 from tests.mm.harness import CONFIGS, small
 
 INDEX = load_index(["data/digits-train-*.tar"], CONFIGS)
@@ -35,8 +38,13 @@ def random_plan(seed: int) -> tuple[StepPlan, PlanInputs, int]:
     rng = random.Random(seed)
     world = rng.choice([1, 2, 3, 4, 6, 12])
     tps = [t for t in (1, 2, 3, 4) if world % t == 0]
-    llm = {"tp": rng.choice([t for t in tps if t != 3]), "sequence_parallel": rng.random() < 0.5}
-    layout: dict[str, dict[str, object]] = {m: {"tp": rng.choice(tps)} for m in ("vision", "audio")}
+    tp = rng.choice([t for t in tps if t != 3])
+    llm = {"tp": tp, "sequence_parallel": rng.random() < 0.5}
+    llm["cp"] = rng.choice([c for c in (1, 2, 3) if world % (tp * c) == 0])
+    layout: dict[str, dict[str, object]] = {}
+    for m in ("vision", "audio"):
+        layout[m] = {"tp": rng.choice(tps), "sequence_parallel": rng.random() < 0.5}
+        layout[m]["cp"] = rng.choice([c for c in (1, 2, 3) if world % (layout[m]["tp"] * c) == 0])
     made = inputs(world, {**layout, "llm": llm}, rng.choice([1, 2, 5]), rng.choice(["sample", "cost"]))
     samples = [rng.choice(INDEX.samples) for _ in range(rng.choice([1, 2, 7, 24]))]
     return plan_step(3, samples, made), made, world
@@ -60,7 +68,18 @@ def test_every_row_is_held_once_and_enters_at_its_placeholder(seed: int) -> None
                 assert (cover == 1).all() and side.rows.sum() == edge.rows
         for lane, total in enumerate(mb.tokens):
             used = sum(mb.length[j] for j in mb.lane_samples(lane))
-            assert total % made.llm.tp == 0 and max(used, 1) <= total < used + 2 * made.llm.tp
+            assert total % made.granule == 0 and max(used, 1) <= total < used + 2 * made.granule
+
+
+def layouts(made: PlanInputs) -> dict[str, Layout]:
+    return {"llm": made.llm, **{m: use.layout for m, use in made.encoders.items()}}
+
+
+def axes_at(layout: Layout, rank: int) -> Axes:
+    """Axes that know places but cannot communicate: all that a plan needs."""
+    at, no_group = layout.coord(rank), cast(Any, object())
+    tp, cp = (Axis(name, getattr(layout, name), getattr(at, name), no_group) for name in ("tp", "cp"))
+    return Axes(tp=tp, cp=cp, sequence_parallel=layout.sequence_parallel and layout.tp > 1)
 
 
 @settings(max_examples=15, deadline=None)
@@ -70,14 +89,16 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
     supervised = 0
     for rank in range(world):
         cpu = torch.device("cpu")
-        build = Assembler(made, ShardReader(), Tokenizer(), rank, torch.float64, cpu).build
+        axes = {m: axes_at(layout, rank) for m, layout in layouts(made).items()}
+        build = Assembler(made, ShardReader(), Tokenizer(), rank, torch.float64, cpu, axes, "llm").build
         for mb in plan.microbatches:
             bad: list[object] = []
-            part = build(mb, bad)  # type: ignore[arg-type]
+            part = build(mb, plan.supervised, bad)  # type: ignore[arg-type]
             assert part is not None and part.llm is not None and not bad
             coord = made.llm.coord(rank)
             if coord.tp == 0:
                 supervised += int((part.llm.labels != IGNORE).sum())
+            assert len(part.llm.ids) * made.llm.cp == mb.tokens[coord.dp]
             shards = made.llm.tp if made.llm.sequence_parallel else 1
             first = coord.tp * (len(part.llm.ids) // shards) if shards > 1 else 0
             for module, places in part.llm.places.items():

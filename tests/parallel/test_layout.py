@@ -15,7 +15,6 @@ from parallel.layout import (
     Layout,
     View,
     check_divides,
-    check_supported,
     make_layout,
     parse_ranks,
     placement,
@@ -193,39 +192,3 @@ def test_placements() -> None:
     assert placement(a, Layout("c", (1, 0))) == "colocated"
     assert placement(a, b) == "disjoint"
     assert placement(a, Layout("c", (1, 2))) == placement(a, Layout("c", (0,))) == "overlapping"
-
-
-def made(world: int, **specs: dict[str, Any]) -> dict[str, Layout]:
-    return {name: make_layout(name, world, spec) for name, spec in specs.items()}
-
-
-def test_executed_layouts_are_accepted() -> None:
-    check_supported(made(4, vision={}, llm={"tp": 2, "ep": 4, "sequence_parallel": True}))
-    check_supported(made(4, vision={"ranks": "0-0"}, llm={"ranks": [0]}))
-    check_supported(made(4, vision={"ranks": "1-2"}, llm={"ranks": "1-2", "tp": 2}))
-
-
-@pytest.mark.parametrize(
-    "degrees", [{"cp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"etp": 2}, {"cp": 2, "pp": 2}]
-)
-def test_degrees_not_executed_yet_are_refused_with_ones_that_are(degrees: dict[str, int]) -> None:
-    spec = {"tp": 2, **degrees}
-    with pytest.raises(ValueError, match=r"layout\.llm: .* is legal but not executed yet") as caught:
-        check_supported(made(8, vision={}, llm=spec))
-    advice = str(caught.value).partition("Nearest: ")[2]
-    changes = {n: int(d) for n, d in re.findall(r"(\w+)=(\d+)", advice)}
-    dp = changes.pop("dp")
-    works = made(8, vision={}, llm=spec | changes)
-    check_supported(works)
-    assert works["llm"].dp == dp
-
-
-def test_placements_not_executed_yet_are_refused_with_one_that_is() -> None:
-    with pytest.raises(
-        ValueError, match=r"vision on ranks \[0\] and llm on ranks \[1, 2, 3\] are disjoint"
-    ) as caught:
-        check_supported(made(4, vision={"ranks": "0-0"}, llm={"ranks": "1-3"}))
-    assert "Nearest: ranks: [1, 2, 3] for every module" in str(caught.value)
-    with pytest.raises(ValueError, match="overlapping") as caught:
-        check_supported(made(4, vision={"ranks": [0, 1], "tp": 2}, llm={"ranks": "1-3", "tp": 3}))
-    assert "Nearest: ranks: all for every module, with degrees" in str(caught.value)

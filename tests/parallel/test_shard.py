@@ -81,7 +81,7 @@ def shards(spec: dict[str, Any]) -> tuple[float, float]:
     places = held_places(net, mesh)
     worst = difference(net, whole, places)
     assert not net.get_buffer("count").any()
-    optimizer = ShardedOptimizer(net, mesh, AdamW())
+    optimizer = ShardedOptimizer([net], mesh, AdamW())
     reference = torch.optim.AdamW(
         [
             {"params": [p for p in whole.values() if p.ndim > 1], "weight_decay": 0.1},

@@ -1,0 +1,205 @@
+"""What a config means on a number of ranks, worked out and checked before any process group exists."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import encoders
+from encoders.module import build_encoder_module, check_encoder, encoder_stages
+from llm.config import LLMConfig
+from llm.config import check as check_llm
+from llm.model import LLM
+from llm.stages import cut, reading_stages, shared_parameters
+from mm.config import Config, build
+from mm.data.tokenizer import make_tokenizer
+from mm.errors import Refused
+from mm.plan import EncoderUse, PlanInputs
+from parallel.axis import Axes
+from parallel.layout import Layout, check_divides, make_layout
+from parallel.param import declared
+from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
+from parallel.stage import Stage
+
+SINK = "llm"
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A checked config. encoders: in the config's order, which is the order of their actions.
+
+    stages: by module, the layers of each of its pp * vpp pipeline stages.
+    """
+
+    cfg: Config
+    world: int
+    llm: LLMConfig
+    layouts: Mapping[str, Layout]
+    stages: Mapping[str, tuple[Stage, ...]]
+    inputs: PlanInputs
+    _schedules: dict[tuple[bool, tuple[frozenset[str], ...]], SchedulePlan] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    @property
+    def modules(self) -> list[str]:
+        """All modules, encoders first, in one order on every rank."""
+        return [*self.inputs.encoders, SINK]
+
+    @property
+    def frozen(self) -> set[str]:
+        """Modules without a single trainable parameter."""
+        out = {m for m in self.inputs.encoders if self.cfg.model[m].freeze == "all"}
+        return out | ({SINK} if self.llm.freeze else set())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What modules compute in."""
+        return DTYPES[self.cfg.train.dtype]
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype of weights and optimizer state: float32 under bfloat16 compute."""
+        return torch.float64 if self.cfg.train.dtype == "float64" else torch.float32
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Parameters of the language model that its first and its last stage both hold."""
+        return shared_parameters(self.llm, self.stages[SINK])
+
+    def row_shape(self, module: str) -> tuple[int, ...]:
+        """Trailing shape of an encoder's rows: [d], or [levels, d]."""
+        use = self.inputs.encoders[module]
+        levels, d = use.cls.feature_levels(use.cfg), self.llm.d_model
+        return (d,) if levels == 1 else (levels, d)
+
+    def schedule(self, active: Sequence[Collection[str]], *, train: bool = True) -> SchedulePlan:
+        """The schedule of a step whose micro-batches have items of the encoders in `active`.
+
+        Made and checked once for each pattern of active encoders.
+        """
+        key = (train, tuple(frozenset(a) for a in active))
+        if key not in self._schedules:
+            frozen, cfg = self.frozen, self.cfg.schedule
+            modules = {
+                m: ModuleUse(self.layouts[m], m in frozen, layers=self.stages[m][-1].stop)
+                for m in self.modules
+            }
+            self._schedules[key] = make_schedule(
+                cfg.kind, modules, sink=SINK, active=active, ahead=cfg.ahead, train=train
+            )
+        return self._schedules[key]
+
+
+def draw_up(cfg: Config, world: int) -> Blueprint:
+    """Check a config against `world` ranks and work out its layouts; raises Refused in words."""
+    try:
+        return _draw_up(cfg, world)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def _draw_up(cfg: Config, world: int) -> Blueprint:
+    layouts = {m: make_layout(m, world, cfg.layout.get(m, {})) for m in [*cfg.model, SINK]}
+    unknown = set(cfg.layout) - set(layouts)
+    if unknown:
+        raise ValueError(f"layout names {sorted(unknown)}, but the model's modules are {sorted(layouts)}")
+    llm = _llm_config(cfg, layouts[SINK])
+    uses, stages = {}, {}
+    for name in cfg.model:
+        uses[name] = use = _encoder_use(cfg, name, layouts[name])
+        stages[name] = encoder_stages(use.cls, use.cfg, layouts[name].pp * layouts[name].vpp)
+        _check_levels(name, use, llm)
+    stages[SINK] = cut(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
+    if reading_stages(llm, stages[SINK]) != (0,):
+        first = stages[SINK][0]
+        raise ValueError(
+            f"model.llm.level_layers={list(llm.level_layers)} add rows after the first pipeline stage, "
+            f"which has layers {first.start}-{first.stop - 1}; needed: all there. Nearest: a pattern with "
+            f"its first | after layer {max(llm.level_layers)}, or layout.llm.pp=1"
+        )
+    # Causal attention is even over cp in zigzag order; a scan alone has its neighbours nearer in the other.
+    order = "zigzag" if "*" in llm.kinds else "contiguous"
+    inputs = PlanInputs(layouts[SINK], uses, cfg.data.context, cfg.schedule.microbatches, order)
+    blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
+    blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # refuses what no schedule can do
+    return blueprint
+
+
+def _llm_config(cfg: Config, layout: Layout) -> LLMConfig:
+    vocab = make_tokenizer(cfg.data.tokenizer).vocab_size
+    llm = build(LLMConfig, {"vocab_size": vocab, **cfg.llm}, "model.llm")
+    if llm.vocab_size < vocab:
+        raise ValueError(f"model.llm.vocab_size is {llm.vocab_size}; the tokenizer needs at least {vocab}")
+    check_llm(llm, layout.tp, layout.ep)
+    if layout.etp > 1:
+        raise ValueError(
+            f"layout.{SINK}: etp={layout.etp} is legal but not executed yet; needed: etp=1. Nearest: etp=1"
+        )
+    return llm
+
+
+def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
+    enc = cfg.model[name]
+    cls = encoders.resolve(enc.encoder)
+    options = build(cls.Config, enc.options, f"model.{name}.options")
+    check_encoder(cls, options, tp=layout.tp, cp=layout.cp, pp=layout.pp * layout.vpp)
+    check_divides(
+        f"model.{name}.projector.hidden", enc.projector.hidden, "tp", layout.tp if cls.tensor_parallel else 1
+    )
+    return EncoderUse(cls, options, layout, enc.deal)
+
+
+def _check_levels(name: str, use: EncoderUse, llm: LLMConfig) -> None:
+    levels = use.cls.feature_levels(use.cfg)
+    if levels > 1 + len(llm.level_layers):
+        raise ValueError(
+            f"model.{name} gives {levels} levels of rows, but model.llm.level_layers names "
+            f"{len(llm.level_layers)} layers; needed: one for each level after the first. Nearest: "
+            f"{levels - 1} layers"
+        )
+
+
+def bare_module(blueprint: Blueprint, name: str, axes: Axes, stage: Stage) -> nn.Module:
+    """A stage of module `name` with its global shapes, on the meta device: declarations without memory."""
+    cfg, stored = blueprint.cfg, blueprint.stored_dtype
+    module: nn.Module
+    if name == SINK:
+        module = LLM(blueprint.llm, axes, stage=stage, device="meta", dtype=stored)
+        module.recompute = cfg.train.recompute
+        module.requires_grad_(not blueprint.llm.freeze)
+        return module
+    use, enc = blueprint.inputs.encoders[name], cfg.model[name]
+    module = build_encoder_module(
+        use.cls,
+        use.cfg,
+        d_out=blueprint.llm.d_model,
+        projector_hidden=enc.projector.hidden,
+        axes=axes,
+        stage=stage,
+        device="meta",
+        dtype=stored,
+    )
+    module.encoder.recompute = cfg.train.recompute
+    module.freeze(enc.freeze)
+    return module
+
+
+def elements_per_rank(blueprint: Blueprint, name: str) -> int:
+    """Weights of module `name` on the rank that holds most of them, by even shares."""
+    layout = blueprint.layouts[name]
+    data, folded = layout.dp * layout.cp, layout.tp > 1 or layout.ep > 1
+    held = [0] * layout.pp
+    for i, stage in enumerate(blueprint.stages[name]):
+        for _, param, spec in declared(bare_module(blueprint, name, Axes(), stage)):
+            cut = spec.shard_dim is not None
+            if spec.view == "expert" and folded:
+                ranks = layout.edp * (layout.ep if cut else 1)
+            else:
+                ranks = data * (layout.tp if cut and spec.view == "dense" else 1)
+            held[i % layout.pp] += -(-param.numel() // ranks)
+    return max(held)
