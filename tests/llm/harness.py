@@ -102,11 +102,12 @@ def cut(module: nn.Module, axes: Axes) -> None:
     """Replace every declared parameter of `module` by this rank's plain shard."""
     for full, param, spec in list(declared(module)):
         over = axes.tp if spec.view == "dense" else axes.ep
-        if spec.shard_dim is None or over.size == 1:
-            continue
-        shard = param.detach().chunk(over.size, spec.shard_dim)[over.rank].clone()
+        shard = param.detach()
+        for dim, cutting in ((spec.shard_dim, over), (spec.etp_dim, axes.etp)):
+            if dim is not None:
+                shard = shard.chunk(cutting.size, dim)[cutting.rank]
         owner, _, name = full.rpartition(".")
-        setattr(module.get_submodule(owner), name, nn.Parameter(shard))
+        setattr(module.get_submodule(owner), name, nn.Parameter(shard.clone()))
 
 
 def make_batch(text: Text, vocab: int, axes: Axes | None = None) -> tuple[LLMBatch, list[int]]:

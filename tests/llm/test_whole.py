@@ -1,0 +1,200 @@
+"""The whole model, every objective included, under random degrees, stages and ways of saving memory."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm.config import LLMConfig
+from llm.model import LLM, LLMBatch
+from llm.mtp import ahead
+from parallel.axis import Axes, Axis
+from parallel.context import ContextPacking, pack
+from parallel.packed import Packing
+from parallel.param import declared, initialise
+from parallel.stage import Stage, stages_of
+from tests.llm.degrees import Degrees, close, cut_dims, make_axes, put_together
+from tests.llm.harness import TINY, cut
+
+MODEL = replace(
+    TINY,
+    pattern="E*ME-",
+    vocab_size=32,
+    latent=8,
+    expert_groups=4,
+    top_groups=3,
+    mlp_gated=True,
+    mlp_bias=True,
+    activation="silu",
+    aux_weight=0.3,
+    z_weight=0.2,
+    mtp_layers=2,
+    tied=True,
+)
+LENGTHS = ((11, 1, 25), (), (20,), (3, 0, 2))
+SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the model; cuts: layers at which a further stage begins."""
+
+    cfg: LLMConfig
+    degrees: Degrees
+    cuts: tuple[int, ...] = ()
+    recompute: str = "none"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return stages_of([0, *self.cuts, len(self.cfg.symbols)])
+
+
+def build(cfg: LLMConfig, axes: Axes, stages: tuple[Stage, ...], device: str | None = None) -> list[LLM]:
+    models = [LLM(cfg, axes, stage=s, device=device, dtype=torch.float64) for s in stages]
+    for model in models if device is None else []:
+        initialise(model, 3, "llm")
+        cut(model, axes)
+        for moe in model.moe_layers():
+            moe.expert_bias.copy_(0.2 * torch.cos(torch.arange(cfg.n_experts)))
+    return models
+
+
+def stream(lane: int, step: int, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:
+    """A lane's whole stream, and what each token's loss is multiplied with."""
+    lengths = LENGTHS[lane] or (0,)
+    real = sum(lengths)
+    padding = max(step, -(-real // step) * step) - real
+    gen = torch.Generator().manual_seed(lane)
+    ids, labels = torch.randint(0, cfg.vocab_size, (2, real + padding), generator=gen)
+    labels[torch.rand(len(labels), generator=gen) < 0.3] = -100
+    labels[real:] = -100
+    weight = torch.cos(torch.arange(len(ids), dtype=torch.float64))
+    return LLMBatch(ids, labels, Packing.of([*lengths, padding]), real, {}, SCALE), weight
+
+
+def own_share(batch: LLMBatch, axes: Axes, degrees: Degrees, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:
+    """This cp rank's part of a lane's batch, and its rows."""
+    packing = pack(batch.packing.lengths, "cpu", axes.cp, degrees.order)
+    if not isinstance(packing, ContextPacking):
+        return batch, torch.arange(len(batch.ids))
+    rows = torch.from_numpy(packing.rows)
+    further = ahead(batch.ids, batch.labels, batch.packing, cfg.mtp_layers)
+    share = replace(
+        batch,
+        ids=batch.ids[rows],
+        labels=batch.labels[rows],
+        packing=packing,
+        n_real=packing.rows_before(batch.n_real),
+        ahead=(further[0][:, rows], further[1][:, rows]),
+    )
+    return share, rows
+
+
+def chain(models: list[LLM], batch: LLMBatch, weight: Tensor) -> Tensor:
+    """Forward and backward through stages, one after another."""
+    entered: list[Tensor | None] = [None]
+    left: list[Tensor] = []
+    for model in models:
+        left.append(model(batch, {}, entered[-1]))
+        entered.append(left[-1].detach().requires_grad_())
+    (left[-1] * weight).sum().backward()
+    for k in range(len(models) - 2, -1, -1):
+        after = entered[k + 1]
+        assert after is not None
+        left[k].backward(after.grad)
+    return left[-1].detach()
+
+
+def collect(models: list[LLM]) -> dict[str, Any]:
+    grads: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    for model in models:
+        for name, p, _ in declared(model):
+            assert p.grad is not None, name
+            grads[name] = grads[name] + p.grad if name in grads else p.grad
+        for name, value in model.take_objectives().items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value
+    return {"grads": grads, "sums": sums, "load": [m.load for model in models for m in model.moe_layers()]}
+
+
+def run_rank(cases: list[Case]) -> list[dict[str, Any]]:
+    out = []
+    for case in cases:
+        axes = make_axes(case.degrees)
+        models = build(case.cfg, axes, case.stages)
+        for model in models:
+            model.recompute = case.recompute
+        coord = case.degrees.layout.coord(dist.get_rank())
+        batch, weight = stream(coord.dp, case.degrees.step, case.cfg)
+        share, rows = own_share(batch, axes, case.degrees, case.cfg)
+        loss = chain(models, share, weight[rows])
+        specs = {name: spec for model in models for name, _, spec in declared(model)}
+        at = {
+            name: (
+                *(over.rank for _, over in cut_dims(spec, axes)),
+                axes.tp.rank if spec.view == "dense" and spec.shard_dim is None and not spec.partial else 0,
+            )
+            for name, spec in specs.items()
+        }
+        out.append(
+            collect(models) | {"loss": loss, "rows": rows, "lane": coord.dp, "at": at, "tp": axes.tp.rank}
+        )
+    return out
+
+
+def run_whole(case: Case) -> dict[str, Any]:
+    models = build(case.cfg, Axes(), (Stage(0, len(case.cfg.symbols)),))
+    losses = []
+    for lane in range(case.degrees.layout.dp):
+        batch, weight = stream(lane, case.degrees.step, case.cfg)
+        losses.append(chain(models, batch, weight))
+    return collect(models) | {"losses": losses}
+
+
+def compare(case: Case, results: list[dict[str, Any]]) -> None:
+    ref = run_whole(case)
+    for result in results:
+        close(result["loss"], ref["losses"][result["lane"]][result["rows"]], f"loss of {case}")
+    for name, value in ref["sums"].items():
+        total = sum(r["sums"][name] for r in results if name != "mtp" or r["tp"] == 0)
+        assert isinstance(total, Tensor)
+        close(total, value, f"{name} of {case}")
+    for layer, load in enumerate(ref["load"]):
+        assert torch.equal(sum(r["load"][layer] for r in results), load), case
+    group: Any = object()
+    d = case.degrees
+    fake = {n: Axis(n, getattr(d, n), 0, group) for n in ("tp", "ep", "cp", "etp")}
+    axes = Axes(fake["tp"], fake["ep"], d.sp and d.tp > 1, fake["cp"], fake["etp"])
+    for name, _, spec in declared(build(case.cfg, axes, (Stage(0, len(case.cfg.symbols)),), "meta")[0]):
+        by_place: dict[tuple[int, ...], Tensor] = {}
+        for r in results:
+            at, grad = r["at"][name], r["grads"][name]
+            by_place[at] = by_place[at] + grad if at in by_place else grad
+        for replica in {at[-1] for at in by_place}:
+            shards = {at[:-1]: g for at, g in by_place.items() if at[-1] == replica}
+            close(put_together(shards, cut_dims(spec, axes)), ref["grads"][name], f"{name} of {case}")
+
+
+def draw(seed: int, world: int) -> Case:
+    r = random.Random(seed)
+    dense = [(tp, cp) for tp in (1, 2, 4) for cp in (1, 2, 4) if world % (tp * cp) == 0]
+    tp, cp = r.choice(dense)
+    ep = r.choice([n for n in (1, 2, 4) if world % n == 0])
+    degrees = Degrees(world, tp, cp, ep, sp=r.random() < 0.5, order=r.choice(("contiguous", "zigzag")))
+    cfg = replace(MODEL, tied=r.random() < 0.5, dispatcher=r.choice(("all_to_all", "all_gather")))
+    cuts = tuple(sorted(r.sample(range(1, 5), r.randrange(3))))
+    return Case(cfg, degrees, cuts, r.choice(("none", "full", "mlp", "moe_act", "norm", "scan")))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_degrees_at_once(world: int, ranks: Any) -> None:
+    cases = [draw(seed, world) for seed in range(6)]
+    results = ranks(world, run_rank, cases, timeout=120)
+    for i, case in enumerate(cases):
+        compare(case, [r[i] for r in results])
