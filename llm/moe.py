@@ -31,6 +31,7 @@ from parallel.expert import (
     within_capacity,
 )
 from parallel.expert_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
+from parallel.expert_tensor import Share, gather_rows, plan_share, reduce_rows
 from parallel.packed import Packing
 from parallel.param import declare, local, normal
 from parallel.tensor import Linear
@@ -63,7 +64,10 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts of this rank: an activation between up (and gate) [E, F, w] and down [E, w, F]."""
+    """The routed experts of this rank: an activation between up (and gate) [E, F, w] and down [E, w, F].
+
+    Under etp a rank holds some of the F features; its result is a part of the whole.
+    """
 
     def __init__(
         self, cfg: LLMConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
@@ -72,10 +76,10 @@ class Experts(nn.Module):
         self.cfg = cfg
         e, f, w = cfg.n_experts, cfg.expert_ffn, cfg.expert_width
         kw: dict[str, Any] = {"view": "expert", "shard_dim": 0, "device": device, "dtype": dtype}
-        declare(self, "up", (e, f, w), normal(cfg.init_std), **kw)
+        declare(self, "up", (e, f, w), normal(cfg.init_std), etp_dim=1, **kw)
         if cfg.mlp_gated:
-            declare(self, "gate", (e, f, w), normal(cfg.init_std), **kw)
-        declare(self, "down", (e, w, f), normal(cfg.out_std), **kw)
+            declare(self, "gate", (e, f, w), normal(cfg.init_std), etp_dim=1, **kw)
+        declare(self, "down", (e, w, f), normal(cfg.out_std), etp_dim=2, **kw)
 
     def forward(self, rows: Tensor, per_expert: list[int], recompute: bool = False) -> Tensor:
         """Rows [m, w] grouped by local expert; recompute: keep what the activation is made of, not itself."""
@@ -93,12 +97,14 @@ class Choice:
     """Who goes to which expert, decided once for a forward: a layer that is run again for its backward must
     not decide again, as rounding could, nor exchange sizes again.
 
-    chosen: experts [n, k] of this rank's tokens; loads: document_loads, where a balance loss needs them.
+    chosen: experts [n, k] of this rank's tokens; loads: document_loads, where a balance loss needs them;
+    share: whose rows meet in this rank's slices of experts, None without etp.
     """
 
     chosen: Tensor | None = None
     loads: Tensor | None = None
     route: Route | GatherRoute | None = None
+    share: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,7 @@ class MoE(nn.Module):
             biased = score.detach() + self.expert_bias
             choice.chosen = choose(biased, cfg.top_k, cfg.expert_groups, cfg.top_groups)
             choice.route = self._plan(choice.chosen, score)
+            choice.share = plan_share(choice.route.per_expert, self.axes.etp, x.device)
             if told.learns:
                 self.load += torch.bincount(choice.chosen.reshape(-1), minlength=cfg.n_experts)
         weight = score.gather(1, choice.chosen)
@@ -189,7 +196,7 @@ class MoE(nn.Module):
         if told.learns:
             weight = self._with_objectives(weight, logits, score, told, choice, first)
         rows = tokens if self.latent_in is None else self.latent_in(tokens)
-        y = self._routed(rows, weight * cfg.routed_scale, choice.route)
+        y = self._routed(rows, weight * cfg.routed_scale, choice.route, choice.share)
         if self.latent_out is not None:
             y = self.latent_out(y)
         y = F.pad(y, (0, 0, 0, width - real))
@@ -207,13 +214,19 @@ class MoE(nn.Module):
             return plan_gather(chosen, cfg.n_experts, ep, keep)
         return plan_route(chosen, cfg.n_experts, ep, keep, rows if cfg.pad_experts else None)
 
-    def _routed(self, x: Tensor, weight: Tensor, route: Route | GatherRoute) -> Tensor:
+    def _routed(self, x: Tensor, weight: Tensor, route: Route | GatherRoute, share: Share | None) -> Tensor:
         """Tokens [n, w] through their experts, summed with weights [n, k]."""
-        again = "moe_act" in self.recompute
         if isinstance(route, GatherRoute):
-            out = self.experts(gather_dispatch(x, route), route.per_expert, again)
+            out = self._expert_rows(gather_dispatch(x, route), route.per_expert, share)
             return gather_combine(out, weight, route)
-        return combine(self.experts(dispatch(x, route), route.per_expert, again), weight, route)
+        return combine(self._expert_rows(dispatch(x, route), route.per_expert, share), weight, route)
+
+    def _expert_rows(self, rows: Tensor, per_expert: list[int], share: Share | None) -> Tensor:
+        """Rows [m, w] grouped by local expert to their results [m, w]."""
+        again = "moe_act" in self.recompute
+        if share is None:
+            return self.experts(rows, per_expert, again)
+        return reduce_rows(self.experts(gather_rows(rows, share), share.per_expert, again), share)
 
     def _with_objectives(
         self, weight: Tensor, logits: Tensor, score: Tensor, told: Pass, choice: Choice, first: bool

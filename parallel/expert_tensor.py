@@ -1,0 +1,95 @@
+"""Tensor parallelism inside experts: etp ranks hold slices of the same experts' features.
+
+Each brought rows of its own to them. Rows are gathered over etp before the expert, whose slice gives every
+row a part of its result, and the parts are summed on the way back to the rank that brought the row
+(arXiv 2504.14960, section 3.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.axis import Axis
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows that etp ranks bring to the experts that they share.
+
+    rows: of each rank; regroup [sum(rows)]: the order of all ranks' rows, end to end, that puts each expert's
+    together; per_expert: rows of each expert, of all ranks.
+    """
+
+    axis: Axis
+    rows: list[int]
+    regroup: Tensor
+    per_expert: list[int]
+
+
+def plan_share(per_expert: list[int], axis: Axis, device: torch.device) -> Share | None:
+    """A collective over `axis`, with a host wait, on the rows [experts] that this rank brings; None where
+    the axis has one rank."""
+    if axis.size == 1:
+        return None
+    mine = torch.tensor(per_expert, device=device)
+    counts = mine.new_empty(axis.size * len(per_expert))  # [rank, expert]
+    dist.all_gather_into_tensor(counts, mine, group=axis.group)
+    table = counts.view(axis.size, -1).tolist()
+    rows = [sum(r) for r in table]
+    expert = torch.arange(len(per_expert), device=device).repeat(axis.size)
+    expert = expert.repeat_interleave(counts, output_size=sum(rows))
+    regroup = torch.argsort(expert, stable=True)
+    return Share(axis, rows, regroup, [sum(column) for column in zip(*table, strict=True)])
+
+
+def _gather(x: Tensor, share: Share) -> Tensor:
+    size, own = share.axis.size, share.rows[share.axis.rank]
+    out = x.new_empty((sum(share.rows), *x.shape[1:]))
+    leaving = x.repeat(size, *(1 for _ in x.shape[1:]))
+    dist.all_to_all_single(out, leaving, share.rows, [own] * size, group=share.axis.group)
+    return out.index_select(0, share.regroup)
+
+
+def _reduce(x: Tensor, share: Share) -> Tensor:
+    size, own = share.axis.size, share.rows[share.axis.rank]
+    by_rank = torch.empty_like(x).index_copy_(0, share.regroup, x)
+    out = x.new_empty((size * own, *x.shape[1:]))
+    dist.all_to_all_single(out, by_rank, [own] * size, share.rows, group=share.axis.group)
+    return out.unflatten(0, (size, own)).sum(0)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
+        ctx.share = share
+        return _gather(x, share)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce(grad.contiguous(), ctx.share), None
+
+
+class _ReduceRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
+        ctx.share = share
+        return _reduce(x, share)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad.contiguous(), ctx.share), None
+
+
+def gather_rows(x: Tensor, share: Share) -> Tensor:
+    """Own rows [m, d], grouped by expert, to all etp ranks' rows, grouped by expert; gradients are summed."""
+    return _GatherRows.apply(x, share)
+
+
+def reduce_rows(x: Tensor, share: Share) -> Tensor:
+    """This rank's part of every row's result to the sum over etp of its own rows [m, d]."""
+    return _ReduceRows.apply(x, share)
