@@ -10,7 +10,7 @@ from torch import Tensor
 from encoders.attention import Pairing, attend
 from encoders.share import Share, pieces, reach
 from parallel.axis import Axis
-from parallel.exchange import RowFetch, Span, make_fetch
+from parallel.exchange import Fetch, Span, make_fetch
 from parallel.packed import Packing, depthwise_conv
 
 
@@ -18,7 +18,7 @@ from parallel.packed import Packing, depthwise_conv
 class ItemAttention:
     """Attention of a rank's tokens to all tokens of their items, wherever these are."""
 
-    fetch: RowFetch
+    fetch: Fetch
     pairing: Pairing
 
     @staticmethod
@@ -39,7 +39,7 @@ class ItemAttention:
 class ItemConvolution:
     """Centred depthwise convolution of `kernel` taps along each item, zeros beyond its ends."""
 
-    fetch: RowFetch
+    fetch: Fetch
     packing: Packing
     before: int
 
@@ -60,5 +60,5 @@ class ItemConvolution:
         return wide.narrow(0, self.before, x.shape[0])
 
 
-def _fetch(name: str, share: Share, wanted: list[Span], axis: Axis, device: torch.device) -> RowFetch:
+def _fetch(name: str, share: Share, wanted: list[Span], axis: Axis, device: torch.device) -> Fetch:
     return make_fetch(name, axis, share.spans, [[span] for span in wanted], device=device)

@@ -32,7 +32,7 @@ class RowFetch:
     makes them in the same order, those that hold and want no rows too."""
 
     plan: EdgePlan
-    communicator: BoundaryCommunicator | None  # None on an axis of one rank
+    communicator: BoundaryCommunicator
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows held here, ..] to [rows wanted here, ..], by ascending row; may share memory with x.
@@ -40,15 +40,26 @@ class RowFetch:
         Whether x requires a gradient must be the same on all ranks: no gradient is sent back where it does
         not. Raises ValueError where x has other rows than planned, RuntimeError for a peer that is silent.
         """
-        if self.communicator is None:
-            forward = self.plan.forward
-            if x.shape[0] != forward.rows_in:
-                raise ValueError(f"{self.plan.name}: {x.shape[0]} rows given, the plan has {forward.rows_in}")
-            kept = forward.keep[0]
-            if isinstance(kept, slice):
-                return x if forward.identity else x[kept]
-            return x.index_select(0, torch.from_numpy(kept).to(x.device))
         return self.communicator.exchange(self.plan, x, grads=x.requires_grad)
+
+
+@dataclass(frozen=True)
+class RowPick:
+    """What is left of a fetch on an axis of one rank, which holds all. rows: stretches of its `held` rows."""
+
+    name: str
+    held: int
+    rows: tuple[Span, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] != self.held:
+            raise ValueError(f"{self.name}: {x.shape[0]} rows given, the plan has {self.held}")
+        if self.rows == ((0, self.held),):
+            return x
+        return torch.cat([x[a:b] for a, b in self.rows] or [x[:0]])
+
+
+Fetch = RowFetch | RowPick
 
 
 def fetch_plan(
@@ -84,10 +95,12 @@ def make_fetch(
     *,
     device: torch.device | str = "cpu",
     timeout_s: float = 120.0,
-) -> RowFetch:
+) -> Fetch:
     """Plan a fetch over `axis`; held and wanted are by rank of the axis, known alike on all (fetch_plan)."""
     if axis.size == 1:
-        return RowFetch(fetch_plan(name, [0], held, wanted, 0), None)
+        ((low, high),), (spans,) = held, wanted
+        assert all(low <= a <= b <= high for a, b in spans), f"{name}: {spans} of {(low, high)}"
+        return RowPick(name, high - low, tuple((a - low, b - low) for a, b in spans))
     assert axis.group is not None
     ranks = dist.get_process_group_ranks(axis.group)
     plan = fetch_plan(name, ranks, held, wanted, ranks[axis.rank])

@@ -79,12 +79,15 @@ def compare(name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str
     cls = Whole if kind == "whole" else encoders.resolve(name)
     layers = extra.get("layers", 2)
     stages = cut_layers([1.0] * layers, 2) if kind == "stages" else (whole(layers),)
+    nets = [module(name, axes, cls=cls, stage=stage, **extra) for stage in stages]
+    alone = module(name, cls=cls, **extra)
+    for net in nets:
+        net.encoder.recompute = kind == "recompute"
     worst = 0.0
     for sizes in draws(name):
-        nets = [module(name, axes, cls=cls, stage=stage, **extra) for stage in stages]
-        for net in nets:
-            net.encoder.recompute = kind == "recompute"
-        alone, items = module(name, cls=cls, **extra), batch(name, sizes)
+        for net in (*nets, alone):
+            net.zero_grad()
+        items = batch(name, sizes)
         expected = alone(items)
         found, seams = chained(name, sizes, nets, items.metas)
         a, b = encoder_row_spans(expected.rows, axes.cp.size, axes.tp.size, axes.sequence_parallel)[
