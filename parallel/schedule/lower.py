@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from parallel.schedule.action import Action, Kind
+from parallel.schedule.action import COMPUTE, Action, Kind
 from parallel.schedule.orders import Work
 from parallel.schedule.plan import (
     ModuleUse,
@@ -26,26 +26,33 @@ def lower(
     train: bool = True,
     ahead: int | None = None,
     optimizer: bool = False,
+    late: Collection[str] = (),
 ) -> SchedulePlan:
     """The plan in which the ranks at each place do the `works` of that place, in order.
 
     A transfer is started right after what makes its rows, and its receive one computation before what needs
-    them. optimizer: end with the update.
+    them, unless `works` has the receive of a boundary itself. optimizer: end with the update. late: modules
+    whose gradients are summed at the end, for places that come to their last backward in different orders.
     """
     where = places({m: u.layout for m, u in modules.items()})
     distinct = list(dict.fromkeys(where.values()))
     number = {place: p for p, place in enumerate(distinct)}
     program_of = {rank: number[place] for rank, place in where.items()}
-    writer = _Writer(modules, sink, active, train)
+    writer = _Writer(modules, sink, active, train, late)
     programs = tuple(writer.program(place, works[place], optimizer) for place in distinct)
     return SchedulePlan(kind, modules, sink, tuple(active), programs, program_of, train, ahead)
 
 
 class _Writer:
     def __init__(
-        self, modules: Mapping[str, ModuleUse], sink: str, active: Sequence[frozenset[str]], train: bool
+        self,
+        modules: Mapping[str, ModuleUse],
+        sink: str,
+        active: Sequence[frozenset[str]],
+        train: bool,
+        late: Collection[str],
     ) -> None:
-        self.modules, self.sink, self.active, self.train = modules, sink, active, train
+        self.modules, self.sink, self.active, self.train, self.late = modules, sink, active, train, late
         self.sources = [m for m in modules if m != sink]
         self.compute = {m: compute_groups(m, u) for m, u in modules.items()}
         self.parameters = {m: parameter_groups(m, u) for m, u in modules.items()}
@@ -55,27 +62,40 @@ class _Writer:
         pp = dict(zip(self.modules, place, strict=True))
         holds = {s for s in self.sources if pp[s] is not None and pp[s] == self.modules[s].layout.pp - 1}
         reads = pp[self.sink] == 0
+        given = {(w.module, w.microbatch) for w in works if w.kind is Kind.BOUNDARY_BACKWARD}
         final: dict[tuple[str, int], int] = {}  # last backward, or forward, of each stage
         end: dict[tuple[str, int], int] = {}
         for k, w in enumerate(works):
-            end[w.module, w.stage] = k
-            if w.kind is not Kind.FORWARD:
+            if w.kind in COMPUTE:
+                end[w.module, w.stage] = k
+            if w.kind in COMPUTE and w.kind is not Kind.FORWARD:
                 final[w.module, w.stage] = k
         stepwise = [key for key in end if self.modules[key[0]].params == "step" and self.parameters[key[0]]]
         out = [self._on_parameters(Kind.GATHER, key) for key in sorted(stepwise)]
-        posts = [self._before(w, holds, reads) for w in works] + [[]]
+        posts = [self._before(w, holds, reads, given) for w in works] + [[]]
         out += posts[0] if works else []
         for k, w in enumerate(works):
             out += posts[k + 1]
+            if w.kind not in COMPUTE:
+                out.append(self._edge(w.kind, w.module, w.microbatch))
+                continue
             key = (w.module, w.stage)
             last = final.get(key) == k
             groups = self.compute[w.module]
             out.append(Action(w.kind, w.module, w.microbatch, last, w.stage, None, w.span, groups))
             out += self._after(w)
+            if w.module in self.late:
+                continue
             if last and self._sums(w.module):
                 out.append(self._on_parameters(Kind.GRAD_SYNC, key))
             if end[key] == k and key in stepwise:
                 out.append(self._on_parameters(Kind.FREE, key))
+        for key in sorted(end):
+            if key[0] in self.late:
+                out += (
+                    [self._on_parameters(Kind.GRAD_SYNC, key)] if key in final and self._sums(key[0]) else []
+                )
+                out += [self._on_parameters(Kind.FREE, key)] if key in stepwise else []
         if optimizer and self.train:
             out.append(Action(Kind.OPTIMIZER, self.sink, 0, groups=("world",)))
         return tuple(out)
@@ -89,8 +109,10 @@ class _Writer:
         groups = () if kind is Kind.FREE else self.parameters[key[0]]
         return Action(kind, key[0], 0, stage=key[1], groups=groups)
 
-    def _before(self, w: Work, holds: set[str], reads: bool) -> list[Action]:
+    def _before(self, w: Work, holds: set[str], reads: bool, given: set[tuple[str, int]]) -> list[Action]:
         """Receives that `w` waits for and that no computation of this place starts."""
+        if w.kind not in COMPUTE:
+            return []
         if w.kind is Kind.FORWARD:
             if w.stage:
                 return [self._link(Kind.RECV_FORWARD, w, w.stage - 1)]
@@ -101,7 +123,8 @@ class _Writer:
             if w.stage + 1 < self.modules[w.module].stages:
                 return [self._link(Kind.RECV_BACKWARD, w, w.stage + 1)]
             if w.module != self.sink and not reads:
-                return [self._edge(Kind.BOUNDARY_BACKWARD, w.module, i) for i in self._covered(w)]
+                rows = [i for i in self._covered(w) if (w.module, i) not in given]
+                return [self._edge(Kind.BOUNDARY_BACKWARD, w.module, i) for i in rows]
         return []
 
     def _after(self, w: Work) -> list[Action]:

@@ -13,7 +13,10 @@ from parallel.schedule.action import Kind
 
 
 class Work(NamedTuple):
-    """One computation. span: it covers micro-batches [microbatch, microbatch + span)."""
+    """One computation, or the receive of a boundary at an early moment.
+
+    span: it covers micro-batches [microbatch, microbatch + span).
+    """
 
     kind: Kind
     module: str
@@ -106,7 +109,8 @@ PIPELINES: Mapping[str, Pipeline] = {
     "three_phase": one_f_one_b,
     "interleaved": one_f_one_b,
     "zero_bubble": zero_bubble,
+    "fill": one_f_one_b,
 }
 
 # Pipelines that pass micro-batches on in rounds of p where they have virtual stages.
-ROUNDS = ("interleaved", "zero_bubble")
+ROUNDS = ("interleaved", "zero_bubble", "fill")

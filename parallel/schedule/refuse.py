@@ -49,6 +49,41 @@ def check_modules(
             raise ValueError(f"batch of {name} is {batch[name]} micro-batches; needed: at least 1")
 
 
+def check_fill(modules: Mapping[str, ModuleUse], sink: str) -> None:
+    """Refuse encoders whose work cannot be at different times on different ranks of the sink's pipeline."""
+    ranks, pp = set(modules[sink].layout.ranks), modules[sink].layout.pp
+    if pp == 1:
+        raise ValueError(
+            f"schedule.kind fill uses the idle time of a pipeline, given layout.{sink}.pp=1, which has none; "
+            f"nearest: schedule.kind=auto"
+        )
+    stage_of = {
+        r: k for k, stage in enumerate(modules[sink].layout.groups(("tp", "cp", "dp"))) for r in stage
+    }
+    for name, use in modules.items():
+        if name == sink:
+            continue
+        if set(use.layout.ranks) != ranks or use.layout.pp > 1:
+            raise ValueError(
+                f"schedule.kind fill needs every encoder on the ranks of {sink} with pp=1, given {name} on "
+                f"{list(use.layout.ranks)} with pp={use.layout.pp}; nearest: schedule.kind=auto"
+            )
+        if use.params == "each" and use.layout.dp > 1:
+            raise ValueError(
+                f"schedule.kind fill computes {name} at different times on different pipeline ranks, but its "
+                f"parameters are gathered over dp in each forward and backward; needed: parameters gathered "
+                f"once a step, or replicated. Nearest: params=step, or schedule.kind=auto"
+            )
+        for axis in ("tp", "cp", "ep", "etp"):
+            across = [g for g in use.layout.groups(axis) if len({stage_of[r] for r in g}) > 1]
+            if across:
+                raise ValueError(
+                    f"schedule.kind fill: layout.{name}.{axis}={getattr(use.layout, axis)} joins ranks "
+                    f"{list(across[0])} of different pipeline ranks of {sink}; needed: at most "
+                    f"{len(ranks) // pp} ranks in a row. Nearest: {axis}=1, or schedule.kind=auto"
+                )
+
+
 def resolve(kind: str, layout: Layout, microbatches: int) -> str:
     """The schedule that `kind` means for a sink of this layout."""
     if kind not in KINDS:
@@ -80,13 +115,15 @@ def resolve(kind: str, layout: Layout, microbatches: int) -> str:
     return kind
 
 
-def check_ahead(ahead: int, quantum: int, kind: str, unit: int) -> int:
+def check_ahead(ahead: int, quantum: int, unit: int) -> int:
     """The window of micro-batches that a bound of `ahead` allows; refused where it is none.
 
     quantum: a window is a multiple of it.
     """
     if ahead < quantum:
-        why = f"encoders take {unit} micro-batches at once" if unit > 1 else f"{kind} goes in rounds"
+        why = (
+            f"encoders take {unit} at once" if unit == quantum else f"virtual stages need rounds of {quantum}"
+        )
         raise ValueError(
             f"schedule.ahead={ahead}: encoder activations of at most so many micro-batches may be held, but "
             f"{why}; needed: at least {quantum}. Nearest: {quantum}"

@@ -39,12 +39,15 @@ class Beat:
         """When its gradient comes."""
         return (bisect_left(self.backward, microbatch), 1, microbatch)
 
-    def held(self, group: int) -> int:
-        """How many micro-batches a source holds at once that computes groups of so many."""
+    def held(self, group: int, lead: int = 0) -> int:
+        """How many micro-batches a source holds at once that computes groups of so many, `lead` forwards of
+        the sink early."""
         forward = done = peak = 0
         for j, n in enumerate((*self.before, self.microbatches)):
             done = self.backward[j - 1] + 1 if j else 0
-            while forward < n:  # the group that holds the next forward of the sink
+            while forward < min(
+                n + lead, self.microbatches
+            ):  # the group that holds the next forward of the sink
                 forward += min(group, self.microbatches - forward)
                 peak = max(peak, forward - done // group * group)
         return peak
@@ -65,7 +68,7 @@ def beat(first_rank: Sequence[Work]) -> Beat:
 
 
 def chunks(
-    start: int, stop: int, size: int, source: str, active: Sequence[frozenset[str]]
+    start: int, stop: int, size: int, active: Sequence[frozenset[str]], source: str
 ) -> list[tuple[int, int]]:
     """(first micro-batch, span) of the source's computations in a range; none for one without items."""
     out = [(i, min(size, stop - i)) for i in range(start, stop, size)]
@@ -86,7 +89,7 @@ def apart(
     size: micro-batches in one computation.
     """
     out = []
-    for i, span in chunks(0, at.microbatches, size, source, active):
+    for i, span in chunks(0, at.microbatches, size, active, source):
         out.append((at.forward_slot(i, lead), Work(Kind.FORWARD, source, stage, i, span)))
         if backward:
             # A chunk's gradient is whole when that of its last micro-batch with items is.
@@ -108,7 +111,7 @@ class Group:
     ) -> list[Work]:
         """What the rank with these stages of a source computes of it."""
         kind = Kind.BACKWARD if self.backward else Kind.FORWARD
-        found = chunks(self.start, self.stop, size, source, active)
+        found = chunks(self.start, self.stop, size, active, source)
         order = reversed(stages) if self.backward else stages
         return [Work(kind, source, s, i, span) for s in order for i, span in found]
 

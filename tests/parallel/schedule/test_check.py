@@ -55,7 +55,7 @@ def test_a_dropped_or_doubled_action_is_caught(case: Case, rng: random.Random) -
         with pytest.raises(PlanError) as caught:
             check(with_program(plan, p, broken))
         assert f"rank {plan.ranks_of[p][0]}" in str(caught.value)
-        assert actions[k].kind.value in str(caught.value) or actions[k].last
+        assert actions[k].kind.value.split("_")[0] in str(caught.value) or actions[k].last
 
 
 def matters(plan: SchedulePlan, a: Action, b: Action) -> bool:
