@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,26 +86,28 @@ def stream(lengths: tuple[int, ...], step: int, width: int) -> tuple[list[int], 
 
 def run(
     cfg: LLMConfig,
-    symbols: str,
+    symbol: str,
     degrees: Degrees,
     lanes: list[tuple[int, ...]],
-    recompute: frozenset[str] = frozenset(),
-) -> list[dict[str, Any]]:
-    """For each kind of layer, forward and backward of this rank's share of its lane."""
-    axes = make_axes(degrees)
+    recompute: frozenset[str],
+    axes: Axes,
+    deaf: bool = False,
+) -> dict[str, Any]:
+    """Forward and backward of this rank's share of its lane: outputs, and gradients of input and weights.
+
+    deaf: the layer knows nothing of cp, and takes its rows for a whole stream.
+    """
     coord = degrees.layout.coord(dist.get_rank())
-    out = []
-    for symbol in symbols:
-        layer = build(cfg, symbol, axes, recompute)
-        found = _forward_backward(layer, lanes[coord.dp], axes, degrees)
-        found["lane"] = coord.dp
-        found["grads"] = {name: p.grad for name, p, _ in declared(layer)}
-        found["at"] = {
+    layer = build(cfg, symbol, replace(axes, cp=Axis.single("cp")) if deaf else axes, recompute)
+    found = _forward_backward(layer, lanes[coord.dp], axes, degrees, deaf)
+    return found | {
+        "lane": coord.dp,
+        "grads": {name: p.grad for name, p, _ in declared(layer)},
+        "at": {
             name: (*(over.rank for _, over in cut_dims(spec, axes)), _place(spec, axes))
             for name, _, spec in declared(layer)
-        }
-        out.append(found)
-    return out
+        },
+    }
 
 
 def _place(spec: ParamSpec, axes: Axes) -> int:
@@ -113,7 +115,9 @@ def _place(spec: ParamSpec, axes: Axes) -> int:
     return axes.tp.rank if spec.view == "dense" and spec.shard_dim is None and not spec.partial else 0
 
 
-def _forward_backward(layer: Layer, lengths: tuple[int, ...], axes: Axes, degrees: Degrees) -> dict[str, Any]:
+def _forward_backward(
+    layer: Layer, lengths: tuple[int, ...], axes: Axes, degrees: Degrees, deaf: bool
+) -> dict[str, Any]:
     padded, x, weight = stream(lengths, degrees.step, layer.norm.weight.shape[0])
     packing = pack(padded, "cpu", axes.cp, degrees.order)
     rows = torch.from_numpy(packing.rows) if isinstance(packing, ContextPacking) else torch.arange(len(x))
@@ -121,6 +125,8 @@ def _forward_backward(layer: Layer, lengths: tuple[int, ...], axes: Axes, degree
     if axes.sequence_parallel:
         rows = rows.chunk(axes.tp.size)[axes.tp.rank]
     mine = x[rows].requires_grad_()
+    if deaf and isinstance(packing, ContextPacking):
+        packing = packing.fragments
     y = run_layer(layer, mine, Pass(packing, n_real))
     # Without sequence parallelism every tp rank has the same loss, which counts once.
     (y * weight[rows]).sum().backward()
@@ -155,12 +161,7 @@ def check(
         expected = ref["lanes"][result["lane"]]
         for key in ("y", "dx"):
             close(result[key], expected[key][result["rows"]], f"{symbol} {key} {degrees}")
-    # A meta model under these degrees tells how each parameter was cut.
-    group: Any = object()
-    sizes = {n: getattr(degrees, n) for n in ("tp", "cp", "ep", "etp")}
-    fake = {n: Axis(n, size, 0, group) for n, size in sizes.items()}
-    axes = Axes(fake["tp"], fake["ep"], degrees.sp and degrees.tp > 1, fake["cp"], fake["etp"])
-    layer = Layer(symbol, cfg, axes, device="meta", dtype=torch.float64)
+    layer, axes = shape_only(cfg, symbol, degrees)
     for name, _, spec in declared(layer):
         by_place: dict[tuple[int, ...], Tensor] = {}
         for result in results:
@@ -171,6 +172,24 @@ def check(
             close(
                 put_together(shards, cut_dims(spec, axes)), ref["grads"][name], f"{symbol} {name} {degrees}"
             )
+
+
+def shape_only(cfg: LLMConfig, symbol: str, degrees: Degrees) -> tuple[Layer, Axes]:
+    """The layer as its rank 0 declares it, without groups or values."""
+    group: Any = object()
+    made = {n: Axis(n, getattr(degrees, n), 0, group) for n in ("tp", "cp", "ep", "etp")}
+    axes = Axes(made["tp"], made["ep"], degrees.sp and degrees.tp > 1, made["cp"], made["etp"])
+    return Layer(symbol, cfg, axes, device="meta", dtype=torch.float64), axes
+
+
+def held_fraction(cfg: LLMConfig, symbol: str, degrees: Degrees) -> float:
+    """How much of the layer's weights a rank holds."""
+    layer, axes = shape_only(cfg, symbol, degrees)
+    held = whole = 0.0
+    for _, param, spec in declared(layer):
+        whole += param.numel()
+        held += param.numel() / math.prod(over.size for _, over in cut_dims(spec, axes))
+    return held / whole
 
 
 def put_together(shards: dict[tuple[int, ...], Tensor], cuts: list[tuple[int, Axis]]) -> Tensor:

@@ -1,14 +1,20 @@
-"""The first law for every kind of layer under every degree and pairs of them."""
+"""The first law for every kind of layer: under every degree, pairs of them, and random combinations."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from llm.config import LLMConfig
-from tests.llm.degrees import Degrees, check, run
+from llm.layer import Layer
+from llm.moe import Pass
+from llm.recompute import PARTS
+from parallel.packed import Packing
+from tests.llm.degrees import Degrees, check, held_fraction, make_axes, run
 
 CFG = LLMConfig(
     d_model=8,
@@ -28,16 +34,153 @@ CFG = LLMConfig(
     expert_ffn=8,
     shared_ffn=8,
     mlp_ffn=12,
+    mlp_bias=True,
     init_std=0.2,
 )
+KINDS = "M*-E"
 LANES = [(11, 1, 18), (30,), (), (2, 0, 17, 3)]
+
+PAIRS = {
+    "tp2": Degrees(2, tp=2),
+    "tp2 sp": Degrees(2, tp=2, sp=True),
+    "cp2": Degrees(2, cp=2),
+    "cp2 zigzag": Degrees(2, cp=2, order="zigzag"),
+    "ep2": Degrees(2, ep=2),
+    "etp2": Degrees(2, etp=2),
+    "dp2": Degrees(2),
+    "tp4 sp": Degrees(4, tp=4, sp=True),
+    "cp4": Degrees(4, cp=4),
+    "cp4 zigzag": Degrees(4, cp=4, order="zigzag"),
+    "ep2 etp2": Degrees(4, ep=2, etp=2),
+    "tp2 cp2": Degrees(4, tp=2, cp=2),
+    "tp2 sp cp2 zigzag": Degrees(4, tp=2, cp=2, sp=True, order="zigzag"),
+    "tp2 dp2": Degrees(4, tp=2),
+    "tp2 ep2 across dp": Degrees(4, tp=2, ep=2),
+    "tp2 sp ep4": Degrees(4, tp=2, ep=4, sp=True),
+    "tp2 etp2": Degrees(4, tp=2, etp=2, sp=True),
+    "cp2 dp2 zigzag": Degrees(4, cp=2, order="zigzag"),
+    "cp2 ep2": Degrees(4, cp=2, ep=2),
+    "cp2 ep4": Degrees(4, cp=2, ep=4),
+    "cp2 etp2": Degrees(4, cp=2, etp=2, order="zigzag"),
+    "dp4 ep4": Degrees(4, ep=4),
+    "dp4 etp2": Degrees(4, etp=2),
+}
+
+
+def layouts(symbol: str) -> list[str]:
+    """Those that concern a kind of layer: degrees inside experts do nothing elsewhere."""
+    return [n for n, d in PAIRS.items() if symbol == "E" or d.ep == d.etp == 1]
+
+
+def run_many(cases: list[tuple[LLMConfig, str, Degrees, frozenset[str]]]) -> list[dict[str, Any]]:
+    out = []
+    axes: dict[Degrees, Any] = {}
+    for cfg, symbol, degrees, recompute in cases:
+        if degrees not in axes:
+            axes[degrees] = make_axes(degrees)
+        lanes = LANES[: degrees.layout.dp]
+        out.append(run(cfg, symbol, degrees, lanes, recompute, axes[degrees]))
+    return out
+
+
+def check_many(ranks: Any, world: int, cases: list[tuple[LLMConfig, str, Degrees, frozenset[str]]]) -> None:
+    results = ranks(world, run_many, cases, timeout=120)
+    for i, (cfg, symbol, degrees, _) in enumerate(cases):
+        check(cfg, symbol, degrees, LANES[: degrees.layout.dp], [r[i] for r in results])
+
+
+@pytest.mark.parametrize("symbol", KINDS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_degree_and_pair(symbol: str, world: int, ranks: Any) -> None:
+    named = [PAIRS[n] for n in layouts(symbol) if PAIRS[n].world == world]
+    check_many(ranks, world, [(CFG, symbol, d, frozenset()) for d in named])
+
+
+def test_more_ranks_than_key_value_heads_and_groups(ranks: Any) -> None:
+    few = replace(CFG, n_kv_heads=1, mamba_groups=1)
+    # 6 heads in 3 runs on 2 ranks: the middle run is cut, so a rank's heads read unevenly.
+    uneven = replace(CFG, n_heads=6, n_kv_heads=3, mamba_heads=6, mamba_groups=3)
+    cases = [(few, s, Degrees(4, tp=4, sp=sp), frozenset[str]()) for s in "M*" for sp in (False, True)]
+    cases += [(few, s, Degrees(4, tp=2, cp=2, sp=True), frozenset()) for s in "M*"]
+    cases += [(uneven, s, Degrees(4, tp=2, cp=2, order="zigzag"), frozenset()) for s in "M*"]
+    check_many(ranks, 4, cases)
+
+
+def test_parts_computed_again_under_cp(ranks: Any) -> None:
+    degrees = Degrees(2, cp=2, order="zigzag")
+    again = {"full": "*M", "attention_core": "*", "scan": "M", "mlp": "-", "moe_act": "E", "norm": "M"}
+    assert set(again) == set(PARTS)
+    cases = [(CFG, s, degrees, frozenset({part})) for part, kinds in again.items() for s in kinds]
+    cases.append((CFG, "E", Degrees(2, etp=2), frozenset({"full"})))
+    check_many(ranks, 2, cases)
+
+
+def draw(rng: random.Random) -> tuple[LLMConfig, str, Degrees, frozenset[str]]:
+    """Any layer under any layout of 4 ranks."""
+    tp, cp = rng.choice([(t, c) for t in (1, 2, 4) for c in (1, 2, 4) if t * c <= 4])
+    ep, etp = rng.choice([(e, t) for e in (1, 2, 4) for t in (1, 2, 4) if e * t <= 4])
+    order = rng.choice(["contiguous", "zigzag"])
+    cfg = replace(
+        CFG,
+        n_kv_heads=rng.choice([1, 2, 4]),
+        mamba_groups=rng.choice([1, 2, 4]),
+        mamba_state=rng.choice([1, 8]),
+        chunk=rng.choice([1, 4, 64]),
+        conv_kernel=rng.choice([2, 4]),
+        rope_theta=rng.choice([None, 50.0]),
+        attention_bias=rng.random() < 0.5,
+        mlp_gated=rng.random() < 0.5,
+        latent=rng.choice([None, 4]),
+        dispatcher=rng.choice(["all_to_all", "all_gather"]),
+    )
+    symbol = rng.choice(KINDS)
+    degrees = Degrees(4, tp, cp, ep, etp, rng.random() < 0.5, order)  # type: ignore[arg-type]
+    return cfg, symbol, degrees, frozenset()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_combinations(seed: int, ranks: Any) -> None:
+    rng = random.Random(seed)
+    check_many(ranks, 4, [draw(rng) for _ in range(12)])
+
+
+@pytest.mark.parametrize(
+    ("symbol", "degrees"),
+    [(s, Degrees(2, tp=2)) for s in KINDS] + [("E", Degrees(2, ep=2)), ("E", Degrees(2, etp=2))],
+)
+def test_weights_are_cut(symbol: str, degrees: Degrees) -> None:
+    wide = replace(CFG, d_model=64, mlp_ffn=64)
+    # The routed experts are cut by ep and etp, the rest of an E layer by tp; norms and routers by nothing.
+    shape = {"expert_ffn": 128, "shared_ffn": 8} if degrees.tp == 1 else {"expert_ffn": 1, "shared_ffn": 512}
+    assert held_fraction(replace(wide, **shape), symbol, degrees) < 0.56
+
+
+def deaf(symbols: str, degrees: Degrees) -> list[dict[str, Any]]:
+    axes = make_axes(degrees)
+    return [run(CFG, s, degrees, LANES[:1], frozenset(), axes, deaf=True) for s in symbols]
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-def test_attention(order: Any, ranks: Any) -> None:
-    degrees = Degrees(4, cp=2, tp=2, sp=True, order=order)
-    results = ranks(4, run, CFG, "*", degrees, LANES[:1])
-    check(CFG, "*", degrees, LANES[:1], [r[0] for r in results])
-    kv1 = replace(CFG, n_kv_heads=1)
-    results = ranks(4, run, kv1, "*", degrees, LANES[:1])
-    check(kv1, "*", degrees, LANES[:1], [r[0] for r in results])
+def test_a_layer_that_ignored_cp_would_be_found(order: Any, ranks: Any) -> None:
+    degrees = Degrees(2, cp=2, order=order)
+    results = ranks(2, deaf, "M*", degrees)
+    for i, symbol in enumerate("M*"):
+        with pytest.raises(AssertionError, match="off by"):
+            check(CFG, symbol, degrees, LANES[:1], [r[i] for r in results])
+
+
+def unpacked() -> list[str]:
+    """What a layer under cp says of a packing that knows nothing of cp."""
+    axes, out = make_axes(Degrees(2, cp=2)), []
+    for symbol in "M*":
+        layer = Layer(symbol, CFG, axes, device=None, dtype=torch.float64)
+        try:
+            layer(torch.zeros(4, CFG.d_model, dtype=torch.float64), Pass(Packing.of([4]), 4))
+        except AssertionError as error:
+            out.append(str(error))
+    return out
+
+
+def test_a_whole_packing_under_cp_is_refused(ranks: Any) -> None:
+    for said in ranks(2, unpacked):
+        assert len(said) == 2 and all("under cp" in words for words in said)
