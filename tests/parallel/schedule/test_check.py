@@ -16,7 +16,7 @@ from parallel.schedule.memory import check_limit, held_microbatches, peaks
 from tests.parallel.schedule.cases import Case, cases, plan_of
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(cases())
 def test_every_generated_plan_passes(case: Case) -> None:
     plan = case.plan()
@@ -24,7 +24,7 @@ def test_every_generated_plan_passes(case: Case) -> None:
     assert set(plan.ranks) == {r for u in case.modules.values() for r in u.layout.ranks}
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(cases(train=True))
 def test_sources_beside_the_sink_hold_no_more_than_the_bound(case: Case) -> None:
     plan = case.plan()
@@ -39,7 +39,7 @@ def with_program(plan: SchedulePlan, p: int, actions: list[Action]) -> ScheduleP
     return replace(plan, programs=programs)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(cases(), st.randoms(use_true_random=False))
 def test_a_dropped_or_doubled_action_is_caught(case: Case, rng: random.Random) -> None:
     plan = case.plan()
@@ -81,7 +81,7 @@ def matters(plan: SchedulePlan, a: Action, b: Action) -> bool:
     return b.kind is Kind.OPTIMIZER
 
 
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(cases())
 def test_neighbours_that_depend_on_each_other_cannot_change_places(case: Case) -> None:
     plan = case.plan()
