@@ -37,21 +37,21 @@ from parallel.boundary import BoundaryCommunicator, RowMap, plan_edge
 WORLD = 4
 SIZES = [(4096, 1024, "float32"), (8192, 2048, "bfloat16")]
 CASES: dict[str, tuple[Layout, Layout]] = {
-    "disjoint dp2 -> tp2": ((1, 2, 0), (2, 1, 2)),
-    "disjoint tp2 -> dp2": ((2, 1, 0), (1, 2, 2)),
-    "disjoint dp2 -> dp2": ((1, 2, 0), (1, 2, 2)),
-    "colocated dp4 -> tp2 dp2": ((1, 4, 0), (2, 2, 0)),
-    "colocated dp4 -> tp4": ((1, 4, 0), (4, 1, 0)),
-    "colocated tp2 dp2 -> dp4": ((2, 2, 0), (1, 4, 0)),
-    "colocated tp4 -> dp4": ((4, 1, 0), (1, 4, 0)),
-    "colocated tp2 dp2 -> tp2 dp2": ((2, 2, 0), (2, 2, 0)),
+    "disjoint dp2 -> tp2": (Layout(1, 2, 0), Layout(2, 1, 2)),
+    "disjoint tp2 -> dp2": (Layout(2, 1, 0), Layout(1, 2, 2)),
+    "disjoint dp2 -> dp2": (Layout(1, 2, 0), Layout(1, 2, 2)),
+    "colocated dp4 -> tp2 dp2": (Layout(1, 4, 0), Layout(2, 2, 0)),
+    "colocated dp4 -> tp4": (Layout(1, 4, 0), Layout(4, 1, 0)),
+    "colocated tp2 dp2 -> dp4": (Layout(2, 2, 0), Layout(1, 4, 0)),
+    "colocated tp4 -> dp4": (Layout(4, 1, 0), Layout(1, 4, 0)),
+    "colocated tp2 dp2 -> tp2 dp2": (Layout(2, 2, 0), Layout(2, 2, 0)),
 }
 
 
 def side(layout: Layout, rows: int, sharded: bool = False) -> RowMap:
     """`rows` rows dealt evenly to the dp ranks, and within them to the tp ranks where sharded."""
-    tp, dp, first = layout
-    lanes = [tuple(range(first + d * tp, first + (d + 1) * tp)) for d in range(dp)]
+    ranks = layout.ranks
+    lanes = [tuple(ranks[d * layout.tp : (d + 1) * layout.tp]) for d in range(layout.dp)]
     if sharded:
         lanes = [(r,) for ranks in lanes for r in ranks]
     return RowMap.of_items(lanes, [rows // len(lanes)] * len(lanes), range(len(lanes)))
@@ -164,7 +164,7 @@ def run_case(name: str, args: argparse.Namespace, communicator: BoundaryCommunic
         other = make(source_layout, dest_layout, x, grad)
     steps = {"peer": other, "replicated": own(communicator, source, dest, full)}
     spans = {"peer": theirs, "replicated": theirs}
-    if dest_layout[0] > 1:
+    if dest_layout.tp > 1:
         split = side(dest_layout, args.rows, sharded=True)
         steps["sharded"], spans["sharded"] = own(communicator, source, split, full), held(split, rank)
     sent = {

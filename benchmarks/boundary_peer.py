@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Layout = tuple[int, int, int]  # tp, dp, first rank
+
+class Layout(NamedTuple):
+    """Degrees on consecutive ranks from `first` on, the axes fastest first."""
+
+    tp: int
+    dp: int
+    first: int = 0
+    cp: int = 1
+    pp: int = 1
+    axes: tuple[str, ...] = ("tp", "cp", "pp", "dp")
+
+    @property
+    def ranks(self) -> range:
+        return range(self.first, self.first + self.tp * self.dp * self.cp * self.pp)
+
+
 Step = Callable[[], tuple[Tensor, Tensor]]  # forward and backward: (rows, gradients)
 
 
@@ -53,10 +68,9 @@ def _our_backend() -> Iterator[None]:
 def _grid(layout: Layout) -> Any:
     from megatron.core.hyper_comm_grid import HyperCommGrid
 
-    tp, dp, first = layout
-    axes = ["tp", "cp", "pp", "dp"]
-    grid = HyperCommGrid([tp, 1, 1, dp], axes, rank_offset=first, backend=dist.get_backend())
-    for axis in axes:
+    shape = [getattr(layout, axis) for axis in layout.axes]
+    grid = HyperCommGrid(shape, list(layout.axes), rank_offset=layout.first, backend=dist.get_backend())
+    for axis in layout.axes:
         grid.create_pg([axis])
     return grid
 
@@ -93,7 +107,7 @@ def megatron_disjoint(source: Layout, dest: Layout, x: Tensor, grad: Tensor) -> 
             dest_module_name="llm",
             tensor_ndim=2,
         )
-    sends = source[2] <= dist.get_rank() < source[2] + source[0] * source[1]
+    sends = dist.get_rank() in source.ranks
     logged = torch.Tensor.sum
 
     def step() -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Two hops where nodes are known: rows cross the slow link once for each node, then spread inside it. Pure.
 
 A rank gets a row from its own node if any rank there has it. Of the others that its node wants, each enters
-the node at one of the ranks that want it, in equal shares, and goes on from there to the rest of them.
+the node at one of the ranks that want it, in equal shares, and goes on from there to the rest of them. Every
+rank works out the entries of all nodes: each run counts once for each node that its lane is on.
 """
 
 from __future__ import annotations
