@@ -1,6 +1,6 @@
 """What megatron-core 0.19.2's communicators cannot run or get wrong, right here.
 
-The second column of GAPS says what they do. It was found by running them, or by reading where it says so.
+docs/layouts.md says what they do; benchmarks/boundary_gaps.py runs them.
 """
 
 from __future__ import annotations
@@ -32,68 +32,38 @@ def joint(vision: dict[str, Any], llm: dict[str, Any], rows: list[int], **more: 
 
 RAGGED = [6, 2, 3, 5]
 SP = {"sequence_parallel": True}
-GAPS: dict[str, tuple[str, Joint]] = {
-    "disjoint fan-in of ragged rows": (
-        "AssertionError; past it, gradients of wrong shapes",
-        joint({"ranks": "0-1"}, {"ranks": "2"}, RAGGED),
+GAPS = {
+    "disjoint fan-in of ragged rows": joint({"ranks": "0-1"}, {"ranks": "2"}, RAGGED),
+    "colocated fan-in of ragged rows": joint({}, {"tp": 2}, RAGGED),
+    "colocated fan-out of ragged rows": joint({"tp": 2}, {}, RAGGED),
+    "colocated, a rank without items": joint({}, {"tp": 2}, [3, 4], lane=[1, 1]),
+    "disjoint, a rank without items": joint({"ranks": "0-1"}, {"ranks": "2"}, [3, 4], lane=[1, 1]),
+    "items without rows": joint({}, {"tp": 4}, [0, 0, 0]),
+    "dp 3 to dp 2": joint({"ranks": "0-2"}, {"ranks": "2-3"}, RAGGED),
+    "dp 3 to dp 4": joint({"ranks": "0-2"}, {}, RAGGED),
+    "a source on some of the destination's ranks": joint({"ranks": "0-1"}, {"tp": 2}, RAGGED),
+    "ranks in an order of their own": joint({}, {"ranks": [0, 2, 1, 3]}, RAGGED),
+    "ranks that are not neighbours": joint({"ranks": [0, 2]}, {"ranks": [1, 3], "tp": 2}, RAGGED),
+    "a source that is sequence-sharded": joint({"ranks": "0-1", "tp": 2} | SP, {"ranks": "2-3"}, RAGGED),
+    "encoder cp": joint({"ranks": "0-1", "cp": 2}, {"ranks": "2-3"}, RAGGED),
+    "encoder pp": joint({"ranks": "0-1", "pp": 2}, {"ranks": "2-3"}, RAGGED),
+    "colocated, encoder pp": joint({"pp": 2}, {"tp": 2}, RAGGED),
+    "encoder tp 3": joint({"ranks": "0-2", "tp": 3}, {}, RAGGED),
+    "language model cp, zigzag": joint({"ranks": "0-1"}, {"ranks": "2-3", "cp": 2}, RAGGED, order="zigzag"),
+    "colocated cp and tp, zigzag, sequence-sharded": joint(
+        {}, {"cp": 2, "tp": 2} | SP, RAGGED, order="zigzag"
     ),
-    "colocated fan-in of ragged rows": ("crashes or hangs", joint({}, {"tp": 2}, RAGGED)),
-    "colocated fan-out of ragged rows": (
-        "wrong rows; silently where the totals agree",
-        joint({"tp": 2}, {}, RAGGED),
-    ),
-    "a rank without items where others have some": (
-        "hangs colocated, crashes in the backward of a fan-in",
-        joint({}, {"tp": 2}, [3, 4], lane=[1, 1]),
-    ),
-    "items without rows": ("hangs colocated", joint({}, {"tp": 4}, [0, 0, 0])),
-    "dp sizes that do not divide, 3 to 2": ("ValueError", joint({"ranks": "0-2"}, {"ranks": "2-3"}, RAGGED)),
-    "dp sizes that do not divide, 3 to 4": ("ValueError", joint({"ranks": "0-2"}, {}, RAGGED)),
-    "a source on some of the destination's ranks": (
-        "accepted; the language model then does not run on those",
-        joint({"ranks": "0-1"}, {"tp": 2}, RAGGED),
-    ),
-    "ranks in an order of their own": (
-        "silently gives ranks 1 and 2 each other's samples",
-        joint({}, {"ranks": [0, 2, 1, 3]}, RAGGED),
-    ),
-    "ranks that are not neighbours": (
-        "cannot be written",
-        joint({"ranks": [0, 2]}, {"ranks": [1, 3], "tp": 2}, RAGGED),
-    ),
-    "encoder tp with sequence-sharded rows": (
-        "silently wrong: takes every tp rank for a replica",
-        joint({"ranks": "0-1", "tp": 2} | SP, {"ranks": "2-3"}, RAGGED),
-    ),
-    "encoder cp": ("refused", joint({"ranks": "0-1", "cp": 2}, {"ranks": "2-3"}, RAGGED)),
-    "encoder pp": (
-        "wrong rows: its later stages do not run their layers",
-        joint({"ranks": "0-1", "pp": 2}, {"ranks": "2-3"}, RAGGED),
-    ),
-    "encoder tp of 3": ("refused downstream: a power of two", joint({"ranks": "0-2", "tp": 3}, {}, RAGGED)),
-    "language model cp, zigzag": (
-        "refused",
-        joint({"ranks": "0-1"}, {"ranks": "2-3", "cp": 2}, RAGGED, order="zigzag"),
-    ),
-    "colocated language model cp, zigzag, sequence-sharded": (
-        "refused; where it shards it moves every row to every rank first",
-        joint({}, {"cp": 2, "tp": 2} | SP, RAGGED, order="zigzag"),
-    ),
-    "colocated language model pp": ("refused", joint({}, {"pp": 2}, RAGGED)),
-    "rows read by two pipeline stages": (
-        "by reading: the second edge's gradient overwrites the first's",
-        joint({}, {"pp": 2}, RAGGED, stages=(0, 1)),
-    ),
-    "nodes of two ranks, each fed once": (
-        "not known to it: a broadcast chooses its own way",
-        joint({"ranks": "0"}, {"ranks": "1-3", "tp": 3}, RAGGED, node_size=2),
+    "colocated language model pp": joint({}, {"pp": 2}, RAGGED),
+    "rows read by two pipeline stages": joint({}, {"pp": 2}, RAGGED, stages=(0, 1)),
+    "nodes of two ranks, each fed once": joint(
+        {"ranks": "0"}, {"ranks": "1-3", "tp": 3}, RAGGED, node_size=2
     ),
 }
 
 
 @pytest.mark.parametrize("name", GAPS)
 def test_what_the_peer_lacks_is_right_here(ranks: Any, name: str) -> None:
-    _, case = GAPS[name]
+    case = GAPS[name]
     check_bytes(case, ranks(WORLD, attempt, case, timeout=30))
 
 
