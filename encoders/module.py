@@ -80,7 +80,7 @@ class EncoderModule(nn.Module):
 
 
 class RowsMismatch(ValueError):
-    """Features do not fit their placeholders. item: index in the batch."""
+    """Features do not fit their placeholders. item: index in the batch's metas."""
 
     def __init__(self, item: int, why: str) -> None:
         super().__init__(f"item {item}: {why}")
@@ -91,14 +91,15 @@ def _mismatch(name: str, found: Features, promised: tuple[int, ...], given: Shar
     pairs = list(zip(found.rows, promised, strict=False))
     item = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
     if found.rows == promised:
-        return RowsMismatch(0, f"{name} gave {found.values.shape[0]} rows of all items, needed {given.kept}")
+        item = next((p.item for p in pieces(given.lengths, given.part)), 0)
+        return RowsMismatch(item, f"{name} gave {found.values.shape[0]} rows here, rows() says {given.kept}")
     gave = found.rows[item] if item < len(found.rows) else "no"
     need = promised[item] if item < len(promised) else found.values.shape[0]
     return RowsMismatch(item, f"{name} gave {gave} rows, rows() says {need}")
 
 
 def encoder_axes(cls: type[Encoder], axes: Axes) -> Axes:
-    """What an encoder and its projector compute over: tp where it is cut, cp, never both views of experts."""
+    """What an encoder and its projector compute over: cp, and tp where the encoder is cut over it."""
     if not cls.tensor_parallel:
         return Axes(cp=axes.cp)
     return Axes(tp=axes.tp, cp=axes.cp, sequence_parallel=axes.sequence_parallel)

@@ -83,6 +83,9 @@ def compare(name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str
     alone = module(name, cls=cls, **extra)
     for net in nets:
         net.encoder.recompute = kind == "recompute"
+    if kind == "frozen":
+        for net in (*nets, alone):
+            net.freeze("encoder")
     worst = 0.0
     for sizes in draws(name):
         for net in (*nets, alone):
@@ -117,6 +120,7 @@ def test_a_cut_encoder_is_the_whole_encoder(name: str, layout: tuple[int, int, b
         ("vit", (2, 2, True), "recompute", {}),
         ("fastconformer", (4, 1, False), "recompute", {}),
         ("fastconformer", (4, 1, False), "plain", {"kernel": 31}),
+        ("fastconformer", (2, 2, True), "frozen", {}),
         ("vit", (2, 2, True), "whole", {}),
         ("vit", (2, 2, False), "whole", {}),
         ("vit", (1, 1, False), "stages", {"layers": 3, "levels": (0, 1)}),

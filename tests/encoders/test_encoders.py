@@ -104,10 +104,18 @@ class Liar(encoders.vit.ViT):
         return Features(good.values[:-1], (*good.rows[:-1], good.rows[-1] - 1))
 
 
+class Short(encoders.vit.ViT):
+    def forward(self, items: ItemBatch) -> Features:
+        return super().forward(items)._replace(values=torch.zeros(3, 96))
+
+
 def test_other_rows_than_promised_name_the_item() -> None:
     net = module("vit")
     net.encoder.__class__ = Liar
     with pytest.raises(RowsMismatch, match=r"item 3: Liar gave 5 rows, rows\(\) says 6"):
+        net(batch("vit", SIZES["vit"]))
+    net.encoder.__class__ = Short
+    with pytest.raises(RowsMismatch, match=r"item 0: Short gave 3 rows here, rows\(\) says 17"):
         net(batch("vit", SIZES["vit"]))
 
 
