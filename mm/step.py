@@ -130,7 +130,7 @@ class _Run:
         i = key[2]
         mb = self.micro[i]
         assert mb.llm is not None
-        rows = {m: self._entry(m, i) for m in mb.llm.places}
+        rows = {m: self._entry(m, i) for m in mb.llm.places} if hidden is None else {}
         out = self._part(key)(mb.llm, rows) if hidden is None else self._part(key)(mb.llm, rows, hidden)
         if key[1] < len(self.job.blueprint.stages[SINK]) - 1:
             self.outputs[key] = out
@@ -162,6 +162,7 @@ class _Run:
     def backward_input(self, action: Action) -> None:
         key = (action.module, action.stage, action.microbatch)
         self._synchronise(key, False)
+        self._fsdp(key).set_reshard_after_backward(False)  # the weights' turn comes
         output, grad = self.outputs[key], self._output_gradient(key)
         wanted = [t for t in self._leaves(key) if t.requires_grad]
         if wanted and output.requires_grad:
@@ -172,17 +173,25 @@ class _Run:
     def backward_weight(self, action: Action) -> None:
         key = (action.module, action.stage, action.microbatch)
         self._synchronise(key, action.last)
-        output = self.outputs.pop(key)
-        weights = [p for p in self._part(key).parameters() if p.requires_grad]
+        part, output = self._fsdp(key), self.outputs.pop(key)
+        part.set_reshard_after_backward(action.last)
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()  # the graph's leaves are the gathered weights
+        weights = [p for p in part.parameters() if p.requires_grad]
         if weights and output.requires_grad:
             output.backward(self.gradients.pop(key, None), inputs=weights)
 
     def _synchronise(self, key: Key, last: bool) -> None:
         """Have FSDP reduce gradients in the stage's last backward of the step, add them up before."""
-        part = self._part(key)
-        assert isinstance(part, FSDPModule)
+        part = self._fsdp(key)
         part.set_requires_gradient_sync(last)
         part.set_is_last_backward(last)
+
+    def _fsdp(self, key: Key) -> FSDPModule:
+        part = self._part(key)
+        assert isinstance(part, FSDPModule)
+        return part
 
     def _output_gradient(self, key: Key) -> Tensor | None:
         """The gradient of a part's output, waited for; None for the loss itself."""
@@ -244,7 +253,8 @@ class _Run:
 
     def recv_backward(self, action: Action) -> None:
         key = (action.module, action.stage, action.microbatch)
-        self._receive(action, Kind.BACKWARD, key, tuple(self.outputs[key].shape))
+        # Of the output, which may not be there yet: what the next stage takes.
+        self._receive(action, Kind.BACKWARD, key, self._hidden_shape((key[0], key[1] + 1, key[2])))
 
     def _receive(self, action: Action, direction: Kind, key: Key, shape: tuple[int, ...]) -> None:
         pipe = self._pipe(action, direction)

@@ -26,7 +26,11 @@ NAMED = {
     "encoders cp": (4, {"vision": {"cp": 2}, "audio": {"cp": 4}}),
     "encoders sp": (4, {m: {"tp": 2, "sequence_parallel": True} for m in ("vision", "audio")}),
     "encoders cp tp pp": (4, {"vision": {"cp": 2, "tp": 2}, "audio": {"pp": 2, "cp": 2}}),
-    "llm pp": (4, {"vision": {}, "llm": {"pp": 2, "tp": 2}}),
+    "llm pp": (4, {"llm": {"pp": 2, "tp": 2}}),
+    "llm cp": (4, {"llm": {"cp": 2}}),
+    "llm cp tp sp": (4, {"llm": {"cp": 2, "tp": 2, "sequence_parallel": True}}),
+    "llm cp4 ep4": (4, {"vision": {"ranks": 0}, "llm": {"cp": 4, "ep": 4}}),
+    "llm cp pp": (4, {"llm": {"cp": 2, "pp": 2}}),
 }
 
 SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
@@ -42,6 +46,12 @@ SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
     "encoder pipelines": ({"vision": {"pp": 2}, "audio": {"pp": 2, "tp": 2}}, {"microbatches": 2}),
     "gpipe": ({"llm": {"pp": 4}}, {"microbatches": 3, "kind": "gpipe"}),
     "three phases": ({"llm": {"pp": 2}}, {"microbatches": 3, "kind": "three_phase"}),
+    "virtual stages": ({"llm": {"pp": 2, "vpp": 2}}, {"microbatches": 4}),
+    "zero bubble": ({"llm": {"pp": 2, "tp": 2}}, {"microbatches": 3, "kind": "zero_bubble"}),
+    "zero bubble, disjoint": (
+        {"vision": {"ranks": "0-1"}, "audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}},
+        {"microbatches": 4, "kind": "zero_bubble"},
+    ),
     "sequential": ({"llm": {"pp": 2}}, {"microbatches": 3, "kind": "sequential"}),
 }
 
@@ -71,31 +81,45 @@ def test_schedules_learn_what_one_process_learns(
         assert largest_difference(result, reference) < 1e-9
 
 
-def test_random_layouts_batches_and_micro_batches(ranks: Any) -> None:
-    rng = random.Random(5)
-    for _ in range(4):
-        world = rng.choice([2, 3, 4])
-        tps = [d for d in (1, 2, 4) if world % d == 0]
-        tp = rng.choice(tps)
-        layout = {
-            "vision": {"tp": rng.choice([d for d in (1, 2, 3, 4) if world % d == 0])},
-            "audio": {"tp": rng.choice([d for d in (1, 2, 3, 4) if world % d == 0])},
-            "llm": {"tp": tp, "ep": rng.choice(tps), "sequence_parallel": rng.random() < 0.5},
-        }
-        common = {
-            "train": {
-                "global_batch": rng.choice([1, 5, 7]),
-                "recompute": rng.random() < 0.5,
-                "shard": rng.choice(["module", "layer"]),
-                "steps": 2,
-            },
-            "schedule": {"microbatches": rng.choice([1, 2, 3])},
-        }
-        raw = small(**common, layout=layout)
-        for m in ("vision", "audio"):
-            raw["model"][m]["deal"] = rng.choice(["sample", "cost"])
-        expected = ranks(
-            1, train_few, small(train={"global_batch": common["train"]["global_batch"], "steps": 2}), 2
-        )
-        got = ranks(world, train_few, raw, 2)
-        assert largest_difference(got[0], expected[0]) < 1e-9, (world, raw["layout"], common)
+def random_degrees(rng: random.Random, ranks: list[int], *, pp: list[int], encoder: bool) -> dict[str, Any]:
+    """Degrees that fit `ranks`; what a module must divide (heads, experts, layers) divides by all of them."""
+    n = len(ranks)
+    spec: dict[str, Any] = {"ranks": ranks, "pp": rng.choice([d for d in pp if n % d == 0])}
+    left = n // spec["pp"]
+    spec["tp"] = rng.choice([d for d in (1, 2, 3, 4) if left % d == 0 and (encoder or d != 3)])
+    spec["cp"] = rng.choice([d for d in (1, 2, 3, 4) if left // spec["tp"] % d == 0])
+    spec["sequence_parallel"] = rng.random() < 0.5
+    if not encoder:
+        spec["ep"] = rng.choice([d for d in (1, 2, 4) if left % d == 0])
+    return spec
+
+
+def random_job(seed: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """(ranks, a config in any layout and placement, the same for one process)."""
+    rng = random.Random(seed)
+    world = rng.choice([2, 3, 4, 4])
+    layout = {}
+    for m in ("vision", "audio", "llm"):
+        some = sorted(rng.sample(range(world), rng.randint(1, world)))
+        ranks = rng.choice([list(range(world)), some])
+        layout[m] = random_degrees(rng, ranks, pp=[1, 1, 2], encoder=m != "llm")
+    microbatches = rng.choice([1, 2, 3])
+    train = {
+        "global_batch": rng.choice([1, 5, 7]),
+        "recompute": rng.random() < 0.5,
+        "shard": rng.choice(["module", "layer"]),
+        "steps": 2,
+    }
+    kind = rng.choice(["auto", "auto", "sequential", "gpipe", "three_phase", "zero_bubble"])
+    raw = small(train=train, layout=layout, schedule={"microbatches": microbatches, "kind": kind})
+    for m in ("vision", "audio"):
+        raw["model"][m]["deal"] = rng.choice(["sample", "cost"])
+    return world, raw, small(train={"global_batch": train["global_batch"], "steps": 2})
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_layouts_placements_batches_and_schedules(seed: int, ranks: Any) -> None:
+    world, raw, alone = random_job(seed)
+    expected = ranks(1, train_few, alone, 2)
+    got = ranks(world, train_few, raw, 2)
+    assert largest_difference(got[0], expected[0]) < 1e-9, (world, raw["layout"], raw["schedule"])
