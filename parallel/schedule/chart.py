@@ -89,11 +89,11 @@ def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Cha
     end = max((r[-1].end for r in records.values() if r), default=0.0) - first
     for row, rank in enumerate(sorted(records)):
         busy = 0.0
-        for action, begin, stop in records[rank]:
+        for action, begin, stop, ready in records[rank]:
             if action.kind in COMPUTE:
                 chunk = action.stage // plan.modules[action.module].layout.pp
-                busy += stop - begin
-                where = (row, begin - first, stop - first, action.module, action.kind)
+                busy += stop - ready
+                where = (row, ready - first, stop - first, action.module, action.kind)
                 bars.append(Bar(*where, action.microbatch, action.span, chunk))
             elif action.kind in _SENT:
                 key = (action.kind, action.module, action.peer, action.microbatch)

@@ -2,7 +2,8 @@
 
 What a handler must do, by kind
 -------------------------------
-A handler is called with its action, on the ranks whose list has it. It may keep tensors in flight in tables
+A handler is called with its action, on the ranks whose list has it. It may return the time.perf_counter() at
+which it had what it waited for, so that records tell waiting from work. It may keep tensors in tables
 keyed by (module, stage, micro-batch). An action with span > 1 covers several micro-batches.
 
 FORWARD          Wait for the inputs: for stage > 0 what RECV_FORWARD put under way, for stage 0 of the sink
@@ -41,15 +42,19 @@ from typing import NamedTuple
 
 from parallel.schedule.action import Action, Kind
 
-Handler = Callable[[Action], None]
+Handler = Callable[[Action], float | None]
 
 
 class Record(NamedTuple):
-    """An action that was carried out, with host times of time.perf_counter() in seconds."""
+    """An action that was carried out, with host times of time.perf_counter() in seconds.
+
+    ready: when it had what it waited for; `start` where its handler does not say.
+    """
 
     action: Action
     start: float
     end: float
+    ready: float
 
 
 def execute(
@@ -64,9 +69,9 @@ def execute(
     clock = time.perf_counter
     for action in actions:
         start = clock()
-        handlers[action.kind](action)
+        ready = handlers[action.kind](action)
         end = clock()
         seconds[action.kind, action.module] += end - start
         if records is not None:
-            records.append(Record(action, start, end))
+            records.append(Record(action, start, end, start if ready is None else ready))
     return dict(seconds)

@@ -24,7 +24,8 @@ def trace_events(records: Mapping[int, Sequence[Record]]) -> dict[str, Any]:
             events.append(
                 {"ph": "M", "name": "thread_name", "pid": rank, "tid": thread, "args": {"name": module}}
             )
-        for action, start, end in run:
+        for action, start, end, ready in run:
+            waited = 1e6 * (ready - start)
             events.append(
                 {
                     "ph": "X",
@@ -37,6 +38,7 @@ def trace_events(records: Mapping[int, Sequence[Record]]) -> dict[str, Any]:
                     "args": {
                         "stage": action.stage,
                         "microbatch": action.microbatch,
+                        "waited_us": waited,
                         "groups": list(action.groups),
                     },
                 }
