@@ -22,12 +22,12 @@ class ItemAttention:
     pairing: Pairing
 
     @staticmethod
-    def of(share: Share, axis: Axis, device: torch.device) -> ItemAttention:
+    def of(share: Share, axis: Axis, device: torch.device, timeout_s: float) -> ItemAttention:
         """Make it once a batch; `axis` is cp. Every rank fetches the items that its own tokens touch."""
         wanted = [reach(share.lengths, span) for span in share.spans]
         own = pieces(share.lengths, share.own)
         pairing = Pairing.of([p.stop - p.start for p in own], [share.lengths[p.item] for p in own], device)
-        return ItemAttention(_fetch("keys of an encoder", share, wanted, axis, device), pairing)
+        return ItemAttention(_fetch("keys of an encoder", share, wanted, axis, device, timeout_s), pairing)
 
     def __call__(self, q: Tensor, kv: Tensor) -> Tensor:
         """q [T, H, D], kv [T, 2, H, D] of this rank's tokens to [T, H, D]."""
@@ -44,13 +44,13 @@ class ItemConvolution:
     before: int
 
     @staticmethod
-    def of(share: Share, axis: Axis, kernel: int, device: torch.device) -> ItemConvolution:
+    def of(share: Share, axis: Axis, kernel: int, device: torch.device, timeout_s: float) -> ItemConvolution:
         """Make it once a batch; `axis` is cp. Fetches up to kernel // 2 neighbours on either side, from as
         many ranks as have them."""
         wanted = [reach(share.lengths, span, kernel // 2) for span in share.spans]
         mine = wanted[axis.rank]
         seen = [p.stop - p.start for p in pieces(share.lengths, mine)]
-        fetch = _fetch("neighbours of an encoder's rows", share, wanted, axis, device)
+        fetch = _fetch("neighbours of an encoder's rows", share, wanted, axis, device, timeout_s)
         return ItemConvolution(fetch, Packing.of(seen, device), share.own[0] - mine[0])
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -60,5 +60,8 @@ class ItemConvolution:
         return wide.narrow(0, self.before, x.shape[0])
 
 
-def _fetch(name: str, share: Share, wanted: list[Span], axis: Axis, device: torch.device) -> Fetch:
-    return make_fetch(name, axis, share.spans, [[span] for span in wanted], device=device)
+def _fetch(
+    name: str, share: Share, wanted: list[Span], axis: Axis, device: torch.device, timeout_s: float
+) -> Fetch:
+    spans = [[span] for span in wanted]
+    return make_fetch(name, axis, share.spans, spans, device=device, timeout_s=timeout_s)

@@ -62,6 +62,7 @@ class Encoder(nn.Module, ABC):
     their global names, and its forward takes the hidden states of the stage before as a second argument.
     What it does not declare is refused (encoders.module.check_encoder).
     recompute: keep only the layers' inputs and run them again in the backward; an encoder may ignore it.
+    timeout_s: the longest wait for rows of another cp rank, in seconds.
     """
 
     Config: ClassVar[type]
@@ -69,6 +70,7 @@ class Encoder(nn.Module, ABC):
     context_parallel: ClassVar[bool] = False
     pipeline: ClassVar[bool] = False
     recompute: bool = False
+    timeout_s: float = 120.0
 
     @abstractmethod
     def __init__(

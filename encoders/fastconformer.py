@@ -305,8 +305,8 @@ class FastConformer(Encoder):
         position = np.concatenate(own) if own else np.zeros(0, dtype=np.int64)
         here = Local(
             share,
-            ItemAttention.of(share, cp, x.device),
-            ItemConvolution.of(share, cp, cfg.kernel, x.device),
+            ItemAttention.of(share, cp, x.device, self.timeout_s),
+            ItemConvolution.of(share, cp, cfg.kernel, x.device, self.timeout_s),
             rotary_angles(torch.from_numpy(position).to(x.device), cfg.width // cfg.heads, x.dtype),
         )
         for block in self.blocks.values():

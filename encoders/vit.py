@@ -195,13 +195,13 @@ class ViT(Encoder):
         share = Share.of(rows, self.axes, 4)
         states = [self._embed(batch, grids, share)] if hidden is None else hidden.split(cfg.width, 1)
         x, levels = states[0], list(states[1:])
-        attention = ItemAttention.of(share, self.axes.cp, x.device)
+        attention = ItemAttention.of(share, self.axes.cp, x.device, self.timeout_s)
         for i, block in zip(self.stage.layers, self.blocks.values(), strict=True):
             x = run_layer(block, self.recompute, x, attention, share)
             if i in cfg.levels:
                 levels.append(x)
         if not self.stage.last:
-            return torch.cat([x, *levels], 1)
+            return torch.cat([x, *levels], 1) if levels else x
         found = [y.reshape(-1, 4 * cfg.width) for y in (self.norm(x), *levels)]
         return Features(torch.stack(found, 1) if levels else found[0], rows, share.part[0] // 4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,3 +136,22 @@ def test_every_way_of_cutting_is_exact(
     name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str, Any], ranks: Any
 ) -> None:
     assert max(ranks(layout[0] * layout[1], compare, name, layout, kind, extra)) < 1e-9
+
+
+def silent_peer() -> str:
+    """What rank 0 says when its only cp peer does not come."""
+    axes = make_axes(2, 1)
+    if axes.cp.rank == 1:
+        time.sleep(2.0)
+        return ""
+    net = module("vit", axes)
+    net.encoder.timeout_s = 0.5
+    try:
+        net(batch("vit", [(16, 16)]))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_silent_peer_is_named(ranks: Any) -> None:
+    assert "keys of an encoder, forward: no answer from rank 1 within 0.5 s" in ranks(2, silent_peer)[0]
