@@ -102,6 +102,13 @@ def attention(
     if q.shape[0] == 0:
         # Keep the graph whole: a rank without rows must still send gradients (of zero) to its weights.
         return q + 0.0 * (k.sum() + v.sum())
+    grouped = q.shape[1] != k.shape[1]
+    if len(packing.buckets) == 1 and packing.buckets[0].mask is None:
+        # All of one length: the rows are a batch as they lie.
+        size = packing.buckets[0].gather.shape
+        qb, kb, vb = (x.unflatten(0, size).transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(qb, kb, vb, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return y.transpose(1, 2).flatten(0, 1)
     out = torch.zeros_like(q)
     flat_shape = (-1, *q.shape[1:])
     for b in packing.buckets:
@@ -113,7 +120,7 @@ def attention(
             attn_mask=None if causal else b.mask,
             is_causal=causal,
             scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=grouped,
         )
         rows = y.transpose(1, 2).reshape(flat_shape)
         out = out.index_copy(0, b.packed, rows if b.mask is None else rows.index_select(0, b.slot))

@@ -163,12 +163,16 @@ def context_attention(
     outer = _Outer.apply(q, k, v, plan, scale, method)
     pieces = {s.start: y for s, y in zip(plan.own, outer.split([_len(s) for s in plan.own]), strict=True)}
     if plan.inner_rows:
-        qi, ki, vi = (torch.cat([x[s] for s in plan.inner_rows]) for x in (q, k, v))
+        qi, ki, vi = (_stretches(x, plan.inner_rows) for x in (q, k, v))
         y = attention(qi, ki, vi, plan.inner, causal=True, scale=scale)
         sizes = [_len(s) for s in plan.inner_rows]
         pieces |= {s.start: part for s, part in zip(plan.inner_rows, y.split(sizes), strict=True)}
     # A rank may have no fragment that continues and still owe keys and gradients: outer stays in the graph.
     return torch.cat([*(pieces[at] for at in sorted(pieces)), outer[:0]])
+
+
+def _stretches(x: Tensor, rows: tuple[slice, ...]) -> Tensor:
+    return x[rows[0]] if len(rows) == 1 else torch.cat([x[s] for s in rows])
 
 
 def _len(s: slice) -> int:

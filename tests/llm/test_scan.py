@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm.scan import scan
+from llm.scan import BLOCK_BYTES, added_states, cut, outputs, scan, state_after
 
 
 def recurrence(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, document: Tensor) -> Tensor:
@@ -49,6 +49,44 @@ def test_scan_is_the_recurrence(lengths: list[int]) -> None:
         results.append([y, *torch.autograd.grad((y * weight).sum(), args)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_a_scan_in_two_parts_is_one_scan() -> None:
+    args, skip = inputs([40]), torch.linspace(-1, 1, 6, dtype=torch.float64).requires_grad_()
+    weight, doc = torch.randn_like(args[0]), documents([40])
+    leaves = [*args, skip]
+    results = []
+    for edge in (40, 7, 16):
+        parts: list[Tensor] = []
+        state: Tensor | None = None
+        for at in (slice(0, edge), slice(edge, 40)):
+            if at.start == at.stop:
+                continue
+            x, dt, b, c = (args[i][at] for i in (0, 1, 3, 4))
+            chunks = cut(x, dt, args[2], b, c, doc[at], 16)
+            added = added_states(chunks)
+            parts.append(outputs(chunks, skip, state, added))
+            state = state_after(chunks, added)[0]
+        y = torch.cat(parts)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), leaves)])
+    whole = recurrence(*args, doc) + args[0] * skip.unsqueeze(-1)
+    expected = [whole, *torch.autograd.grad((whole * weight).sum(), leaves)]
+    for found in results:
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 30])
+def test_blocks_of_chunks_change_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [19, 40, 3]
+    args, doc = inputs(lengths), documents(lengths)
+    expected = scan(*args, doc, 4)
+    grads = torch.autograd.grad(expected.square().sum(), args)
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", budget)
+    y = scan(*args, doc, 4)
+    found = [y, *torch.autograd.grad(y.square().sum(), args)]
+    for ours, theirs in zip(found, [expected, *grads], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_steep_decays_in_float32_are_finite_and_close() -> None:
