@@ -40,8 +40,9 @@ class Route:
 
     order [m]: rows (token major) sorted by expert, n k of them unless some are dropped, rows n k and on being
     zeros that pad an expert; sends, receives: rows to and from each rank of the ep axis; regroup: order of
-    the received rows that puts each local expert's together, None where they are; per_expert: rows of each
-    local expert; dropless: each of the n k rows is in order, once, and nothing else.
+    the received rows that puts each local expert's together, and the order that undoes it, None where they
+    are together; per_expert: rows of each local expert; dropless: each of the n k rows is in order, once, and
+    nothing else.
     """
 
     axis: Axis
@@ -49,7 +50,7 @@ class Route:
     choices: int
     sends: list[int]
     receives: list[int]
-    regroup: Tensor | None
+    regroup: tuple[Tensor, Tensor] | None
     per_expert: list[int]
     dropless: bool = True
 
@@ -108,8 +109,10 @@ def plan_route(
     which = torch.arange(local, device=flat.device).repeat(axis.size)
     arrived = which.repeat_interleave(arriving, output_size=sum(receives))
     regroup = torch.argsort(arrived, stable=True)
+    back = torch.empty_like(regroup)
+    back[regroup] = torch.arange(len(regroup), device=back.device)
     kept = order[: sum(sends)]
-    return Route(axis, kept, expert.shape[1], sends, receives, regroup, _columns(incoming), dropless)
+    return Route(axis, kept, expert.shape[1], sends, receives, (regroup, back), _columns(incoming), dropless)
 
 
 def _padded(flat: Tensor, order: Tensor, rows: int, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -134,10 +137,7 @@ class _Deal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
         ctx.route, ctx.tokens = route, x.shape[0]
-        source = route.order // route.choices
-        if route.dropless:
-            return x.index_select(0, source)
-        return torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, source.clamp(max=ctx.tokens))
+        return _in_order(x, route.order // route.choices, route)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -146,13 +146,54 @@ class _Deal(torch.autograd.Function):
 
 
 def _by_choice(rows: Tensor, route: Route, tokens: int) -> Tensor:
-    """Rows in the route's order to [tokens, choices, d]; zeros for what was dropped."""
+    """Rows [m, d] in the route's order to [tokens, choices, d]; zeros for what was dropped."""
     total = tokens * route.choices
     if route.dropless:
-        out = torch.empty_like(rows).index_copy(0, route.order, rows)
+        out = torch.empty_like(rows).index_copy_(0, route.order, rows)
     else:
-        out = rows.new_zeros(total + 1, rows.shape[1]).index_copy(0, route.order, rows)[:total]
+        out = rows.new_zeros(total + 1, rows.shape[1]).index_copy_(0, route.order, rows)[:total]
     return out.view(tokens, route.choices, rows.shape[1])
+
+
+def _in_order(x: Tensor, index: Tensor, route: Route) -> Tensor:
+    """Rows `index` of x in the route's order; zeros for those beyond the last, which pad an expert."""
+    if route.dropless:
+        return x.index_select(0, index)
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, index.clamp(max=x.shape[0]))
+
+
+class _Gather(torch.autograd.Function):
+    """Each token's rows, times its weights, summed. Keeps the rows as they came, where autograd would keep
+    copies of them in another order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, route: Route) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.route = route
+        return torch.einsum("nkd,nk->nd", _by_choice(rows, route, weight.shape[0]), weight.to(rows.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight = ctx.saved_tensors
+        route = ctx.route
+        grad = _in_order(grad, route.order // route.choices, route)  # [m, d]
+        d_weight = (grad * rows).sum(-1, keepdim=True, dtype=weight.dtype)
+        scale = _in_order(weight.reshape(-1, 1), route.order, route).to(grad.dtype)
+        return grad * scale, _by_choice(d_weight, route, weight.shape[0]).squeeze(-1), None
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order; `back` undoes `order`, so that the backward is one indexed copy too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back), None, None
 
 
 def dispatch(x: Tensor, route: Route) -> Tensor:
@@ -160,15 +201,16 @@ def dispatch(x: Tensor, route: Route) -> Tensor:
     rows = _Deal.apply(x, route)
     if route.regroup is None:
         return rows
-    return _AllToAll.apply(rows, route.sends, route.receives, route.axis).index_select(0, route.regroup)
+    rows = _AllToAll.apply(rows, route.sends, route.receives, route.axis)
+    return _Reorder.apply(rows, *route.regroup)
 
 
 def combine(rows: Tensor, weight: Tensor, route: Route) -> Tensor:
     """Expert outputs [m, d] back to tokens [n, d], summed with the router's weights [n, k]."""
     if route.regroup is not None:
-        rows = torch.empty_like(rows).index_copy(0, route.regroup, rows)
+        rows = _Reorder.apply(rows, *reversed(route.regroup))
         rows = _AllToAll.apply(rows, route.receives, route.sends, route.axis)
-    return torch.einsum("nkd,nk->nd", _by_choice(rows, route, weight.shape[0]), weight.to(rows.dtype))
+    return _Gather.apply(rows, weight, route)
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, per_expert: list[int]) -> Tensor:
