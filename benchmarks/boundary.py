@@ -4,7 +4,8 @@
     python benchmarks/boundary.py --launches 3                          # medians of launches, two sizes
 
 A race interleaves the parties, each between two barriers, in one process group, and compares minima: a
-shared machine drifts, a minimum less so. `replicated`: every tp rank of the destination gets all rows of its
+shared machine drifts, a minimum less so. `cpu` compares processor time of all ranks together. With --launches,
+freed memory is kept between steps, as the launcher of a job does. `replicated`: every tp rank of the destination gets all rows of its
 dp rank, as the peer does it. `sharded`: each tp rank gets its part of the sequence, which the peer cannot.
 """
 
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as dist
 from boundary_peer import Layout, Step
 
+from mm.launch import ALLOCATOR
 from parallel.boundary import BoundaryCommunicator, RowMap, plan_edge
 
 WORLD = 4
@@ -117,23 +119,29 @@ def own(communicator: BoundaryCommunicator, source: RowMap, dest: RowMap, full: 
     return step
 
 
-def race(steps: dict[str, Step], iters: int) -> dict[str, list[float]]:
-    """ms of each party's iterations, interleaved; the slowest rank's."""
+def race(steps: dict[str, Step], iters: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """(ms of each party's iterations, interleaved, the slowest rank's; processor ms of all ranks together for
+    an iteration, which other work on the machine changes little)."""
     times: dict[str, list[float]] = {name: [] for name in steps}
+    spent = dict.fromkeys(steps, 0.0)
     names = list(steps)
     for i in range(iters + 2):
         for name in names if i % 2 else names[::-1]:
             dist.barrier()
-            begin = time.perf_counter()
+            begin, busy = time.perf_counter(), time.process_time()
             steps[name]()
             dist.barrier()
             if i >= 2:
                 times[name].append((time.perf_counter() - begin) * 1e3)
+                spent[name] += (time.process_time() - busy) * 1e3 / iters
     for name, ms in times.items():
         slowest = torch.tensor(ms, dtype=torch.float64)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         times[name] = slowest.tolist()
-    return times
+        cost = torch.tensor(spent[name], dtype=torch.float64)
+        dist.all_reduce(cost)
+        spent[name] = cost.item()
+    return times, spent
 
 
 def verify(name: str, step: Step, source: slice, dest: slice, full: torch.Tensor) -> int:
@@ -170,13 +178,15 @@ def run_case(name: str, args: argparse.Namespace, communicator: BoundaryCommunic
     sent = {
         party: verify(f"{name}, {party}", step, mine, spans[party], full) for party, step in steps.items()
     }
-    times = race(steps, args.iters)
+    times, spent = race(steps, args.iters)
     best = min(times["peer"])
     return {
         party: {
             "min_ms": min(ms),
             "median_ms": statistics.median(ms),
             "ratio": min(ms) / best,
+            "cpu_ms": spent[party],
+            "cpu_ratio": spent[party] / spent["peer"],
             "bytes": sent[party],
         }
         for party, ms in times.items()
@@ -213,9 +223,10 @@ def line(name: str, parties: dict[str, dict[str, float]]) -> str:
     def cell(party: str) -> str:
         p = parties.get(party)
         return (
-            f"{'-':>28}"
+            f"{'-':>36}"
             if p is None
-            else f"{p['min_ms']:8.1f} {p['bytes'] / 2**20:6.0f} MiB {p['ratio']:6.2f} x"
+            else f"{p['min_ms']:8.1f} {p['bytes'] / 2**20:5.0f} MiB {p['ratio']:5.2f} x"
+            f"  cpu {p['cpu_ratio']:5.2f}"
         )
 
     return f"{name:30}" + "".join(f" | {cell(party)}" for party in ("peer", "replicated", "sharded"))
@@ -240,11 +251,13 @@ def drive(args: argparse.Namespace) -> None:
                 command += [str(here), "--rows", str(rows), "--hidden", str(hidden), "--dtype", dtype]
                 command += ["--iters", str(args.iters), "--json", file.name, "--only", args.only]
                 command += ["--transport", args.transport]
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                environment = os.environ | ALLOCATOR | {"OMP_NUM_THREADS": "1"}
                 subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
                 runs.append(json.loads(Path(file.name).read_text()))
         print(f"\nagainst {against()}; boundary [{rows}, {hidden}] {dtype}; {args.launches} launches")
-        print(f"{'':30} | {'peer: ms, bytes':>28} | {'replicated: ms, bytes, ratio':>28} | {'sharded':>28}")
+        print(
+            f"{'':30} | {'peer: ms, bytes':>36} | {'replicated: ms, bytes, ratio, cpu':>36} | {'sharded':>36}"
+        )
         report[f"{rows}x{hidden} {dtype}"] = {name: middle([run[name] for run in runs]) for name in runs[0]}
         for name, parties in report[f"{rows}x{hidden} {dtype}"].items():
             ratios = ", ".join(f"{run[name]['replicated']['ratio']:.2f}" for run in runs)
