@@ -80,7 +80,7 @@ def simulated(line: Timeline) -> Chart:
 def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Chart:
     """The chart of a run, from the records of its ranks (execute(.., records=..)), whose clocks must agree.
 
-    An arrow goes from the start of a transfer to the computation that waited for it.
+    An arrow stands where the last of the senders of what a computation waited for had it ready.
     """
     first = min((r[0].start for r in records.values() if r), default=0.0)
     bars: list[Bar] = []
@@ -129,10 +129,11 @@ def _arrows(
     out = []
     for key in keys:
         boundary = key[2] is None
-        for row, start in sent.get(key, ()):
-            pipeline = boundary or ranks[row] in use.layout.peers(ranks[bar.row], "pp")
-            if row != bar.row and start <= bar.start and pipeline and _sends(plan, ranks[row], key):
-                out.append(Arrow(row, start, bar.row, bar.start, str(key[1]), boundary, not forward))
+        peers = ranks if boundary else use.layout.peers(ranks[bar.row], "pp")
+        senders = [(t, row) for row, t in sent.get(key, ()) if ranks[row] in peers and t <= bar.start]
+        start, row = max((s for s in senders if _sends(plan, ranks[s[1]], key)), default=(0.0, bar.row))
+        if row != bar.row:
+            out.append(Arrow(row, start, bar.row, start, str(key[1]), boundary, not forward))
     return out
 
 

@@ -94,7 +94,8 @@ def test_a_measured_run_can_be_drawn_and_traced(ranks: Any, tmp_path: Path) -> N
     runs = dict(enumerate(ranks(4, run_standins, plan, Costs(), 0.005)))
     chart = measured(plan, runs)
     assert len(chart.rows) == 4 and len(chart.bars) == 2 * 2 * 4
-    assert {(a.source, a.target) for a in chart.arrows} >= {(0, 2), (2, 3), (3, 2), (2, 0), (2, 1)}
+    drawn = {(a.source, a.target) for a in chart.arrows}
+    assert drawn >= {(2, 3), (3, 2), (2, 0), (2, 1)} and drawn & {(0, 2), (1, 2)}
     assert all(0 <= a.start <= a.end <= chart.seconds for a in chart.arrows)
     assert to_svg(draw(chart)).count("<rect") > len(chart.bars)
     save_trace(runs, tmp_path / "trace.json")
