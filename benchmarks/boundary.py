@@ -4,9 +4,11 @@
     python benchmarks/boundary.py --launches 3                          # medians of launches, two sizes
 
 A race interleaves the parties, each between two barriers, in one process group, and compares minima: a
-shared machine drifts, a minimum less so. `cpu` compares processor time of all ranks together. With --launches,
-freed memory is kept between steps, as the launcher of a job does. `replicated`: every tp rank of the destination gets all rows of its
-dp rank, as the peer does it. `sharded`: each tp rank gets its part of the sequence, which the peer cannot.
+shared machine drifts, a minimum less so. `cpu` compares processor time of all ranks together. With --launches
+freed memory is kept between steps, as the launcher of a job does it.
+
+`replicated`: every tp rank of the destination gets all rows of its dp rank, as the peer does it. `sharded`:
+each tp rank gets its part of the sequence, which the peer cannot.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ class BoundaryCommunicator:
     transport: "p2p" sends each peer just its rows; "all_to_all" is one collective of the group with uneven
     splits; "auto" is p2p where `device` is the host, which wins there, else all_to_all. Nothing is sent for
     an edge that moves no row. timeout_s bounds every wait (where the device waits, the group's own does).
-    All ranks of an edge start its transfers in the same order. A plan with node_size has ranks send on what
+    All ranks of an edge start its transfers in the same order; over all_to_all, and on backends without tags,
+    those of all edges. A plan with node_size has ranks send on what
     they receive: over p2p they do so in wait(), so no rank may leave one out, or long for it.
 
     Tensors are [rows, ..] of any dtype and trailing dims, equal on all ranks; ranks that hold nothing pass 0
@@ -165,14 +167,16 @@ class BoundaryCommunicator:
         """Start the first hop; the result completes the transfer."""
         route = Route(name, self.group, self.timeout_s)
         start = start_p2p if self.transport == "p2p" else start_all_to_all
-        first = start(route, t.sends, t.recvs, x, out, 0)
+        # Edges, directions and hops that pass each other between two ranks are told apart by their tags.
+        tag, tag_on = (zlib.crc32(f"{name}, hop {hop}".encode()) >> 1 for hop in (1, 2))
+        first = start(route, t.sends, t.recvs, x, out, tag)
         if t.relay is None:
             return first
         relay, second = t.relay, []
 
         def send_on() -> None:
             first()
-            second.append(start(route, relay.sends, relay.recvs, out, out, 1))
+            second.append(start(route, relay.sends, relay.recvs, out, out, tag_on))
 
         def finish() -> None:
             # Others may wait for the rows that earlier transfers bring here.

@@ -73,6 +73,22 @@ def test_rows_arrive_while_the_receiver_computes(ranks: Any) -> None:
     assert ranks(2, arrives_meanwhile, timeout=20) == [True, True]
 
 
+def starts_edges_in_any_order() -> bool:
+    comm = BoundaryCommunicator(dist.group.WORLD, timeout_s=10.0)
+    rank = dist.get_rank()
+    sides = [RowMap.of_items([(r,)], [4], [0]) for r in range(2)]
+    pending = {}
+    for k in (0, 1, 2) if rank == 0 else (2, 0, 1):
+        plan = plan_edge(f"encoder {k} -> llm", *sides, rank)
+        pending[k] = comm.start_forward(plan, torch.full((4, 3), float(k)) if rank == 0 else torch.ones(0, 3))
+    done = {k: transfer.wait() for k, transfer in pending.items()}
+    return rank == 0 or all(bool((rows == k).all()) for k, rows in done.items())
+
+
+def test_edges_that_pass_each_other_are_told_apart(ranks: Any) -> None:
+    assert ranks(2, starts_edges_in_any_order, timeout=20) == [True, True]
+
+
 def spread(name: str) -> EdgePlan:
     """Rank 0's rows to ranks 2 and 3, which are one node: each lets half of them in."""
     source, dest = RowMap.of_items([(0,)], [4], [0]), RowMap.of_items([(2, 3)], [4], [0])
