@@ -22,11 +22,9 @@ from tests.encoders.helpers import batch, gradient_error, make_axes, module
 NAMES = ["vit", "fastconformer"]
 # (cp, tp, sequence_parallel); encoders have 2 layers of 12 heads.
 LAYOUTS = [
-    (2, 1, False),
     (3, 1, False),
     (4, 1, False),
     (2, 2, False),
-    (1, 2, True),
     (1, 3, True),
     (1, 4, True),
     (2, 2, True),
