@@ -41,6 +41,25 @@ TINY = LLMConfig(
 )
 
 
+# Every option at once that changes what is computed.
+EVERYTHING = replace(
+    TINY,
+    pattern="E-M*E",
+    latent=8,
+    expert_groups=4,
+    top_groups=3,
+    mlp_gated=True,
+    mlp_bias=True,
+    activation="silu",
+    attention_bias=True,
+    rope_theta=100.0,
+    aux_weight=0.3,
+    z_weight=0.2,
+    mtp_layers=2,
+    tied=True,
+)
+
+
 @dataclass(frozen=True)
 class Degrees:
     """Layout of a test: world ranks, dense view dp x tp, expert view edp x ep, fastest axis last."""

@@ -36,7 +36,8 @@ def test_count_is_what_the_model_has(pattern: str, changes: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("pattern", "changes"),
     [(p, {}) for p in ("M", "*", "E", "-", TINY.pattern)]
-    + [("E", {"latent": 16, "shared_ffn": 0}), ("-E", {"mlp_gated": True}), ("*", {"tied": True})],
+    + [("E", {"latent": 16, "shared_ffn": 0}), ("-E", {"mlp_gated": True}), ("*", {"tied": True})]
+    + [("-", {"mtp_layers": 2})],
 )
 def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) -> None:
     cfg = replace(only(pattern), d_model=64, head_dim=32, mamba_head_dim=32, mamba_state=16, expert_ffn=48)
@@ -44,12 +45,14 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
     batch, _ = make_batch(Text((128,), 0, seed=0), cfg.vocab_size)
     model = LLM(cfg, dtype=torch.float64)
     rows = torch.zeros(0, cfg.d_model, dtype=torch.float64)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad():
         for p in model.parameters():
             p.fill_(0.01)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch, {"vision": rows})
     # This attention computes both halves of the causal square; the counter does not know convolutions by tap.
-    above = 2.0 * 128 * 128 * cfg.n_heads * cfg.head_dim * pattern.count("*")
+    squares = pattern.count("*") + cfg.mtp_layers * cfg.mtp_pattern.count("*")
+    above = 2.0 * 128 * 128 * cfg.n_heads * cfg.head_dim * squares
     channels = cfg.mamba_inner + 2 * cfg.mamba_groups * cfg.mamba_state
     taps = 2.0 * 128 * channels * cfg.conv_kernel * pattern.count("M")
     assert flops(cfg, [128]) + above - taps == pytest.approx(counter.get_total_flops(), rel=0.02)

@@ -8,22 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llm.harness import TINY, Degrees, Text, assemble, far, only, run_rank, run_whole
+from tests.llm.harness import EVERYTHING, TINY, Degrees, Text, assemble, far, only, run_rank, run_whole
 
-EVERYTHING = replace(
-    TINY,
-    pattern="E-ME",
-    latent=6,
-    expert_groups=4,
-    top_groups=3,
-    mlp_gated=True,
-    mlp_bias=True,
-    activation="silu",
-    aux_weight=0.3,
-    z_weight=0.2,
-    mtp_layers=2,
-    tied=True,
-)
 MODELS = {
     **{pattern: only(pattern) for pattern in ("M", "*", "-", "E", TINY.pattern)},
     "everything": EVERYTHING,

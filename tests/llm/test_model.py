@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch, precise_modules
 from parallel.packed import Packing
 from parallel.param import declared, initialise
-from tests.llm.harness import TINY, Text, build, far, make_batch, make_rows, only, run_lane, weigh
+from tests.llm.harness import EVERYTHING, TINY, Text, build, far, make_batch, make_rows, only, run_lane, weigh
 
 
 def gradients(model: LLM) -> dict[str, torch.Tensor]:
@@ -92,9 +97,10 @@ def test_an_edge_without_rows_stays_in_the_graph() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_weights_beside_precise_ones(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", [TINY, EVERYTHING], ids=["tiny", "everything"])
+def test_narrow_weights_beside_precise_ones(kind: LLMConfig, dtype: torch.dtype) -> None:
     """bfloat16 weights with precise ones in float32, as mixed precision gathers them."""
-    cfg = replace(TINY, d_model=32, expert_ffn=16, init_std=0.05)
+    cfg = replace(kind, d_model=32, expert_ffn=16, init_std=0.05)
     text = Text((20, 13), 3, seed=6, rows_at=(4,))
     exact = build(cfg)
     expected = run_lane(exact, text)["loss"].sum()
@@ -111,3 +117,33 @@ def test_narrow_weights_beside_precise_ones(dtype: torch.dtype) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert abs(float(loss.sum() - expected)) < tolerance * float(expected)
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+
+
+class _Floats(TorchDispatchMode):
+    """Which floating dtypes operations on floating tensors give (a mask of constants may be narrow)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[torch.dtype, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(x.ndim for x in _floating((args, kwargs))):
+            self.seen |= {x.dtype: func for x in _floating(out)}
+        return out
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_float64_runs_hold_every_value_in_float64(recompute: str) -> None:
+    """Else parity would be blurred: router, objectives, scan and losses included."""
+    model = build(EVERYTHING)
+    model.recompute = recompute
+    text = Text((20, 13), 3, seed=6, rows_at=(4,))
+    batch, rows = make_batch(text, EVERYTHING.vocab_size)[0], make_rows(text, EVERYTHING.d_model)
+    with _Floats() as floats:
+        model(batch, {"vision": rows}).sum().backward()
+    assert set(floats.seen) == {torch.float64}, floats.seen

@@ -65,6 +65,20 @@ def test_chosen_with_bias_weighted_without(changes: dict[str, Any]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_capacity_drops_the_least_probable_and_nothing_where_there_is_room() -> None:
+    x = torch.randn(16, TINY.d_model, dtype=torch.float64)
+    free = moe()(x, told(16, 16))
+    for pad in (False, True):
+        roomy = moe(capacity=float(TINY.n_experts), pad_experts=pad)
+        torch.testing.assert_close(roomy(x, told(16, 16)), free, rtol=1e-12, atol=1e-12)
+        tight = moe(capacity=0.25, pad_experts=pad)  # two rows an expert at most, of 6 on average
+        y = tight(x, told(16, 16))
+        assert tight.shared is not None
+        routed = (y - tight.shared(x)).abs().sum(1) > 1e-12
+        assert 0 < int(routed.sum()) < 16
+        assert int(tight.load.sum()) == 16 * TINY.top_k  # the load is what the router wants
+
+
 def test_ties_go_to_the_lowest_index() -> None:
     score = torch.tensor([[0.5, 0.7, 0.5, 0.7, 0.5], [0.1, 0.1, 0.1, 0.1, 0.1]])
     assert choose(score, 3).tolist() == [[1, 3, 0], [0, 1, 2]]

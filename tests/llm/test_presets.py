@@ -6,10 +6,13 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from llm.config import check, layer_params, mtp_params, param_count
+from llm.mamba import ScanScalars
 from llm.model import LLM
 from llm.presets import PRESETS, preset
+from parallel.param import initialise
 
 # Billions of parameters, total and active per token (both embeddings included), to the digits published;
 # None: a dense model.
@@ -49,6 +52,25 @@ def test_counts_are_those_of_the_model(name: str) -> None:
         assert layer_params(cfg, symbol)[0] == sum(p.numel() for p in layer.parameters())
     further = 0 if model.mtp is None else sum(p.numel() for p in model.mtp.parameters())
     assert mtp_params(cfg) == further
+
+
+def test_initial_weights_are_the_published_ones() -> None:
+    """Normal of init_std, or init_std / sqrt(layers) into the residual stream; Mamba-2's A and time steps."""
+    cfg = preset("tiny-latent", d_model=128, expert_ffn=96)
+    model = LLM(cfg)
+    initialise(model, 0, "llm")
+    into_stream = ("mixer.out.weight", "down", "down.weight", "latent_out.weight")
+    for name, p in model.named_parameters():
+        if name.endswith(("a_log", "dt_bias", ".d")) or "conv" in name or p.ndim == 1:
+            continue
+        std = cfg.init_std / len(cfg.symbols) ** 0.5 if name.endswith(into_stream) else cfg.init_std
+        tolerance = 5 * p.numel() ** -0.5
+        assert float(p.detach().std()) == pytest.approx(std, rel=tolerance), name
+    scalars = [m for m in model.modules() if isinstance(m, ScanScalars)]
+    a = torch.cat([m.a_log.detach().exp() for m in scalars])
+    dt = torch.cat([torch.nn.functional.softplus(m.dt_bias.detach()) for m in scalars])
+    assert 1.0 <= float(a.min()) < float(a.max()) <= 16.0
+    assert 1e-3 * 0.99 <= float(dt.min()) < float(dt.max()) <= 0.1 * 1.01
 
 
 def test_unknown_presets_are_refused_with_the_nearest() -> None:

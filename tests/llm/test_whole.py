@@ -20,23 +20,9 @@ from parallel.packed import Packing
 from parallel.param import declared, initialise
 from parallel.stage import Stage, stages_of
 from tests.llm.degrees import Degrees, close, cut_dims, make_axes, put_together
-from tests.llm.harness import TINY, cut
+from tests.llm.harness import EVERYTHING, cut
 
-MODEL = replace(
-    TINY,
-    pattern="E*ME-",
-    vocab_size=32,
-    latent=8,
-    expert_groups=4,
-    top_groups=3,
-    mlp_gated=True,
-    mlp_bias=True,
-    activation="silu",
-    aux_weight=0.3,
-    z_weight=0.2,
-    mtp_layers=2,
-    tied=True,
-)
+MODEL = replace(EVERYTHING, vocab_size=32)
 LENGTHS = ((11, 1, 25), (), (20,), (3, 0, 2))
 SCALE = 0.1
 
