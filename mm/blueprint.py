@@ -22,6 +22,7 @@ from parallel.axis import Axes
 from parallel.layout import Layout, check_divides, make_layout
 from parallel.param import declared
 from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
+from parallel.schedule.check import check
 from parallel.stage import Stage
 
 SINK = "llm"
@@ -89,9 +90,9 @@ class Blueprint:
                 m: ModuleUse(self.layouts[m], m in frozen, layers=self.stages[m][-1].stop)
                 for m in self.modules
             }
-            self._schedules[key] = make_schedule(
-                cfg.kind, modules, sink=SINK, active=active, ahead=cfg.ahead, train=train
-            )
+            plan = make_schedule(cfg.kind, modules, sink=SINK, active=active, ahead=cfg.ahead, train=train)
+            check(plan)
+            self._schedules[key] = plan
         return self._schedules[key]
 
 

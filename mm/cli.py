@@ -124,7 +124,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     if args.dry_run:
         from mm.plan_text import dry_run
 
-        print(dry_run(blueprint))
+        print(dry_run(blueprint, Path(cfg.run.dir)))
         return 0
     if not launch.launched():
         return launch.launch_local(world, argv)

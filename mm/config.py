@@ -26,13 +26,16 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """dir: where the run writes, relative to the working folder; timeout_s bounds every wait."""
+    """dir: where the run writes, relative to the working folder; timeout_s bounds every wait; trace: number
+    of a step that is drawn as it ran, and traced for Perfetto.
+    """
 
     dir: str = "runs/run"
     seed: int = 0
     nproc: int = Field(4, ge=1)
     timeout_s: float = Field(120.0, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    trace: int | None = Field(None, ge=1)
 
 
 class ProjectorConfig(Section):

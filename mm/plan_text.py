@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from mm.blueprint import SINK, Blueprint, elements_per_rank
@@ -11,6 +12,7 @@ from mm.data.index import Index, load_index
 from mm.data.order import sample_ids
 from mm.flops import step_flops
 from mm.plan import StepPlan, check_samples, plan_step
+from mm.timeline import RATE, draw_simulated
 from parallel.boundary import plan_edge
 from parallel.layout import Layout
 from parallel.schedule import SchedulePlan
@@ -77,8 +79,8 @@ def _weight_bytes(blueprint: Blueprint) -> dict[str, int]:
     return {m: elements_per_rank(blueprint, m) * item * copies[m] for m in blueprint.modules}
 
 
-def dry_run(blueprint: Blueprint) -> str:
-    """Rank table, edges, bytes, FLOPs, memory and schedule of the first step."""
+def dry_run(blueprint: Blueprint, folder: Path) -> str:
+    """Rank table, edges, bytes, FLOPs, memory and schedule of the first step, which is drawn in `folder`."""
     index = load_index(blueprint.cfg.data.train, blueprint.cfg.base)
     check_samples(index.samples, blueprint.inputs)
     data = plan_data(blueprint, index)
@@ -103,6 +105,8 @@ def dry_run(blueprint: Blueprint) -> str:
     for program in schedule["programs"]:
         lines += ["", f"schedule {schedule['kind']} of ranks {', '.join(map(str, program['ranks']))}:"]
         lines += [f"  {a}" for a in program["actions"]]
+    drawn = draw_simulated(blueprint, first_step(blueprint, index), folder)
+    lines += ["", f"drawn, at {RATE / 1e9:g} GFLOP/s a rank: {', '.join(map(str, drawn))}"]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ where it came from; parallel.schedule.execute says what each kind of action must
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -105,16 +106,17 @@ class _Run:
 
     # forward
 
-    def forward(self, action: Action) -> None:
+    def forward(self, action: Action) -> float:
         key = (action.module, action.stage, action.microbatch)
         hidden = None
         if action.stage > 0:
             hidden = self.receiving.pop((Kind.RECV_FORWARD, key))().requires_grad_(self.train)
             self.inputs[key] = hidden
         if action.module == SINK:
-            self._forward_sink(key, hidden)
-        else:
-            self._forward_source(key, hidden)
+            return self._forward_sink(key, hidden)
+        ready = time.perf_counter()
+        self._forward_source(key, hidden)
+        return ready
 
     def _forward_source(self, key: Key, hidden: Tensor | None) -> None:
         module, _, i = key
@@ -126,15 +128,16 @@ class _Run:
             raise DataError(f"module {module}, sample {sample}: {error.why}") from error
         self.outputs[key] = out if isinstance(out, Tensor) else out.values
 
-    def _forward_sink(self, key: Key, hidden: Tensor | None) -> None:
+    def _forward_sink(self, key: Key, hidden: Tensor | None) -> float:
         i = key[2]
         mb = self.micro[i]
         assert mb.llm is not None
         rows = {m: self._entry(m, i) for m in mb.llm.places} if hidden is None else {}
+        ready = time.perf_counter()
         out = self._part(key)(mb.llm, rows) if hidden is None else self._part(key)(mb.llm, rows, hidden)
         if key[1] < len(self.job.blueprint.stages[SINK]) - 1:
             self.outputs[key] = out
-            return
+            return ready
         if self.on_tokens is not None:
             self.on_tokens(mb, out)
         loss = out.sum() / self.supervised
@@ -142,6 +145,7 @@ class _Run:
             self.outputs[key] = loss
         if self.job.counts_loss:
             self.loss += loss.detach()
+        return ready
 
     def _entry(self, source: str, i: int) -> Tensor:
         """Rows of an encoder as this rank reads them, once they have arrived."""
@@ -152,23 +156,27 @@ class _Run:
 
     # backward
 
-    def backward(self, action: Action) -> None:
+    def backward(self, action: Action) -> float:
         key = (action.module, action.stage, action.microbatch)
         self._synchronise(key, action.last)
         output, grad = self.outputs.pop(key), self._output_gradient(key)
+        ready = time.perf_counter()
         if output.requires_grad:  # not where the first layers are frozen
             output.backward(grad)
+        return ready
 
-    def backward_input(self, action: Action) -> None:
+    def backward_input(self, action: Action) -> float:
         key = (action.module, action.stage, action.microbatch)
         self._synchronise(key, False)
         self._fsdp(key).set_reshard_after_backward(False)  # the weights' turn comes
         output, grad = self.outputs[key], self._output_gradient(key)
+        ready = time.perf_counter()
         wanted = [t for t in self._leaves(key) if t.requires_grad]
         if wanted and output.requires_grad:
             output.backward(grad, inputs=wanted, retain_graph=True)
         if grad is not None:
             self.gradients[key] = grad
+        return ready
 
     def backward_weight(self, action: Action) -> None:
         key = (action.module, action.stage, action.microbatch)

@@ -97,7 +97,6 @@ def test_an_override_fills_a_section_that_is_empty_in_the_file(load: Load) -> No
         ("train.lr=.inf", "train.lr: given inf"),
         ("train.dtype=float16", "'float64', 'float32' or 'bfloat16'"),
         ("train.betas=[0.9]", "train.betas.1 is missing"),
-        ("schedule.kind=zigzag", "schedule.kind: given 'zigzag'"),
         ("train=3", "train: given 3"),
         ("train.steps.more=3", "steps is a value, not a section"),
         ("train.steps", "is not key=value"),
