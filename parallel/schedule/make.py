@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from parallel.schedule.costs import Costs
 from parallel.schedule.fill import TRIED
 from parallel.schedule.job import Job, Times
+from parallel.schedule.memory import Memory, check_limit, peaks
 from parallel.schedule.orders import ROUNDS
 from parallel.schedule.plan import ModuleUse, SchedulePlan
 from parallel.schedule.refuse import check_ahead, check_fill, check_modules, resolve
@@ -26,6 +29,8 @@ def make_schedule(
     costs: Costs | None = None,
     train: bool = True,
     optimizer: bool = False,
+    limit: float | None = None,
+    memory: Memory | None = None,
 ) -> SchedulePlan:
     """The actions of every rank for one step.
 
@@ -41,6 +46,7 @@ def make_schedule(
     batch: by source, for how many micro-batches it computes at once (1).
     costs: what orders that depend on time assume.
     optimizer: end with the update.
+    limit: refuse a plan in which a rank holds more activations, in units of `memory`.
 
     Raises ValueError saying what was given, what is needed and the nearest that works.
     """
@@ -48,29 +54,46 @@ def make_schedule(
     check_modules(modules, sink, active, batch)
     if kind == "fill":
         check_fill(modules, sink)
-    layout = modules[sink].layout
-    kind = resolve(kind, layout, len(active))
+    kind = resolve(kind, modules[sink].layout, len(active))
     job = Job(kind, modules, sink, tuple(frozenset(a) for a in active), batch, train, optimizer)
-    works = job.sink_works([len(active)])
+    plan = _plan(job, ahead, costs)
+    if limit is not None and max(peak.bytes for peak in peaks(plan, memory)) > limit:
+        check_limit(plan, limit, memory, nearest=_smaller(job, plan, limit, memory, costs))
+    return plan
+
+
+def _plan(job: Job, ahead: int | None, costs: Costs | None) -> SchedulePlan:
+    """The fastest by simulation of the plans that a job and a bound allow."""
+    layout, m = job.modules[job.sink].layout, len(job.active)
+    works = job.sink_works([m])
     if not job.beside:
         return job.apart_plan(works)
-    unit = math.lcm(*(batch[m] for m in job.beside))
+    unit = math.lcm(*(job.batch[s] for s in job.beside))
     full = beat(works[0]).held(unit)  # what encoders hold when the pipeline never waits for the bound
-    ahead = ahead or min(full if layout.pp == 1 else 2 * full, max(len(active), unit))
-    groupings = within(beat(works[0]), ahead, unit) if train else [(-(-ahead // unit) * unit, 0)]
-    if kind == "three_phase":
-        groupings = [(-(-len(active) // unit) * unit, 0)]
-        ahead = len(active)
-    elif train and full > ahead:
-        quantum = math.lcm(unit, layout.pp if layout.vpp > 1 and kind in ROUNDS else 1)
+    ahead = ahead or min(full if layout.pp == 1 else 2 * full, max(m, unit))
+    groupings = within(beat(works[0]), ahead, unit) if job.train else [(-(-ahead // unit) * unit, 0)]
+    if job.kind == "three_phase":
+        groupings, ahead = [(-(-m // unit) * unit, 0)], m
+    elif job.train and full > ahead:
+        quantum = math.lcm(unit, layout.pp if layout.vpp > 1 and job.kind in ROUNDS else 1)
         size = check_ahead(ahead, quantum, unit)
-        works = job.sink_works([min(size, len(active) - i) for i in range(0, len(active), size)])
+        works = job.sink_works([min(size, m - i) for i in range(0, m, size)])
         groupings = [(size, 0)]
     times = Times.of(job, works, costs)
     plans = [job.beside_plan(works, times, size, lead, ahead) for size, lead in groupings]
-    if kind == "fill" and full <= ahead:
+    if job.kind == "fill" and full <= ahead:
         plans += [job.fill_plan(works, times, rules, ahead, costs or Costs()) for rules in TRIED]
     return min(plans, key=lambda plan: simulate(plan, costs).seconds) if len(plans) > 1 else plans[0]
+
+
+def _smaller(job: Job, plan: SchedulePlan, limit: float, memory: Memory | None, costs: Costs | None) -> str:
+    """What keeps to a limit that `plan` breaks: less ahead, or another schedule; empty where nothing does."""
+    for ahead in range((plan.ahead or 1) - 1, 0, -1):
+        with contextlib.suppress(ValueError):  # no multiple of a round
+            if max(peak.bytes for peak in peaks(_plan(job, ahead, costs), memory)) <= limit:
+                return f"schedule.ahead={ahead}, or "
+    one = _plan(replace(job, kind="sequential"), 1 if set(job.batch.values()) <= {1} else None, costs)
+    return "schedule.kind=sequential, or " if max(p.bytes for p in peaks(one, memory)) <= limit else ""
 
 
 def within(pulse: Beat, ahead: int, unit: int) -> list[tuple[int, int]]:

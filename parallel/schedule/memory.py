@@ -55,16 +55,17 @@ def held_microbatches(plan: SchedulePlan, module: str) -> int:
     return max((round(peak.bytes) for peak in peaks(plan, only)), default=0)
 
 
-def check_limit(plan: SchedulePlan, limit: float, memory: Memory | None = None) -> tuple[Peak, ...]:
-    """The peaks, refused with ValueError where one is above `limit`."""
+def check_limit(
+    plan: SchedulePlan, limit: float, memory: Memory | None = None, *, nearest: str = ""
+) -> tuple[Peak, ...]:
+    """The peaks, refused with ValueError where one is above `limit`. nearest: what works, for the message."""
     found = peaks(plan, memory)
     worst = max(found, key=lambda peak: peak.bytes)
     if worst.bytes > limit:
         parts = ", ".join(f"{m} {held:g}" for m, held in worst.held.items() if held)
         raise ValueError(
             f"schedule {plan.kind}: rank {worst.ranks[0]} holds activations of {worst.bytes:g} ({parts}) at "
-            f"{worst.action}, given a bound of {limit:g}; nearest: a bound of {worst.bytes:g}, a smaller "
-            f"schedule.ahead, more pipeline stages, or schedule.kind=sequential"
+            f"{worst.action}, given a bound of {limit:g}; nearest: {nearest}a bound of {worst.bytes:g}"
         )
     return found
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from parallel.schedule import Action, Costs, Kind, ModuleUse, SchedulePlan, make_schedule, simulate
 from parallel.schedule.action import COMPUTE
 from parallel.schedule.check import check
-from parallel.schedule.memory import held_microbatches
+from parallel.schedule.memory import Memory, held_microbatches
 from tests.parallel.schedule.cases import plan_of, use
 
 F, B = Kind.FORWARD, Kind.BACKWARD
@@ -249,3 +249,21 @@ def test_items_of_an_unknown_source_are_refused() -> None:
     ):
         modules = {"vision": use("vision", 1), "llm": use("llm", 1)}
         make_schedule("auto", modules, sink="llm", active=[(), {"touch"}])
+
+
+def test_a_bound_on_memory_names_what_keeps_to_it() -> None:
+    modules = {"vision": use("vision", 4), "llm": use("llm", 4, pp=4)}
+    rest: dict[str, Any] = {"sink": "llm", "active": [{"vision"}] * 8}
+    memory = Memory({"vision": 3.0, "llm": 1.0})
+    with pytest.raises(
+        ValueError, match=r"rank 0 holds .*bound of 10; nearest: schedule.ahead=2, or a bound of"
+    ):
+        make_schedule("auto", modules, **rest, ahead=8, limit=10, memory=memory)
+    plan = make_schedule("auto", modules, **rest, ahead=2, limit=10, memory=memory)
+    assert max(peak.bytes for peak in check(plan, memory=memory)) <= 10
+    with pytest.raises(ValueError, match=r"vision 3, llm 1.*bound of 3; nearest: a bound of 4"):
+        make_schedule("sequential", modules, **rest, limit=3, memory=memory)
+    with pytest.raises(
+        ValueError, match=r"llm 8.*bound of 4; nearest: schedule.kind=sequential, or a bound of 8"
+    ):
+        make_schedule("gpipe", {"llm": modules["llm"]}, sink="llm", active=[()] * 8, limit=4)
