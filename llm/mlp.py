@@ -14,12 +14,28 @@ from parallel.param import constant, declare, local, normal
 from parallel.tensor import Linear, enter, leave
 
 
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2, which keeps its output only, as the product after it does anyway. The root of a square is
+    the number again in binary floating point, so the gradient 2 relu(x) is the same to the last bit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.relu(x).square_()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y.sqrt().mul_(2).mul_(grad)
+
+
 def activate(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
     """act(up), or with a gate act(gate) * up (GLU variants, arXiv 2002.05202). relu2 is the squared ReLU
     (arXiv 2109.08668), gelu the exact one."""
     x = up if gate is None else gate
     if kind == "relu2":
-        y = F.relu(x).square()
+        y = _SquaredReLU.apply(x)
     elif kind == "gelu":
         y = F.gelu(x)
     else:

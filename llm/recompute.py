@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 PARTS = {
     "full": "whole layers: only their inputs are kept; who goes to which expert is kept, not decided again",
     "mlp": "dense MLPs and shared experts",
-    "moe_act": "the activation inside routed experts",
+    "moe_act": "the activation inside routed experts; of use with a gate, the squared ReLU keeps no input",
     "norm": "norms before layers, whose wide copy of the input is not kept",
     "attention_core": "attention between its projections",
     "scan": "the state space scan with its convolution and gate, between its projections",

@@ -64,8 +64,11 @@ def kept_bytes(run: Callable[[], Tensor], model: LLM) -> int:
     return sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in weights)
 
 
-def layer_bytes(symbol: str, recompute: Any) -> int:
-    cfg = replace(TINY, pattern=symbol, d_model=32, mlp_ffn=256, expert_ffn=128, shared_ffn=64)
+GATED: dict[str, Any] = {"mlp_gated": True, "activation": "silu"}
+
+
+def layer_bytes(symbol: str, recompute: Any, **changes: Any) -> int:
+    cfg = replace(TINY, pattern=symbol, d_model=32, mlp_ffn=256, expert_ffn=128, shared_ffn=64, **changes)
     model = LLM(cfg, dtype=torch.float32)
     initialise(model, 3, "llm")
     model.recompute = recompute
@@ -77,17 +80,17 @@ def layer_bytes(symbol: str, recompute: Any) -> int:
     ("symbol", "part"), [("M", "scan"), ("*", "attention_core"), ("-", "mlp"), ("E", "moe_act"), ("E", "mlp")]
 )
 def test_each_part_keeps_less(symbol: str, part: str) -> None:
-    nothing, some, full = (layer_bytes(symbol, r) for r in ("none", part, "full"))
+    nothing, some, full = (layer_bytes(symbol, r, **GATED) for r in ("none", part, "full"))
     assert full < some < nothing
 
 
 def test_what_each_part_no_longer_keeps() -> None:
     """Counted by hand: T = 256 tokens in float32."""
     t = 256 * 4
-    # relu and its square; up's output is kept by neither way (relu keeps its result).
-    assert layer_bytes("-", "none") - layer_bytes("-", "mlp") >= 2 * 256 * t
-    # Two choices of three a token here: their activation and its square of width 128.
-    assert layer_bytes("E", "none") - layer_bytes("E", "moe_act") >= 3 * 128 * t
+    # The activation, whose input is not kept, and which the product after it keeps too.
+    assert layer_bytes("-", "none") - layer_bytes("-", "mlp") >= 256 * t
+    # With a gate: the two factors and their product give way to what they are made of.
+    assert layer_bytes("E", "none", **GATED) - layer_bytes("E", "moe_act", **GATED) >= 2 * 3 * 128 * t
 
 
 def test_a_norm_keeps_its_input_only() -> None:

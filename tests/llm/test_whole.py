@@ -171,8 +171,9 @@ def draw(seed: int, world: int) -> Case:
     r = random.Random(seed)
     dense = [(tp, cp) for tp in (1, 2, 4) for cp in (1, 2, 4) if world % (tp * cp) == 0]
     tp, cp = r.choice(dense)
-    ep = r.choice([n for n in (1, 2, 4) if world % n == 0])
-    degrees = Degrees(world, tp, cp, ep, sp=r.random() < 0.5, order=r.choice(("contiguous", "zigzag")))
+    ep, etp = r.choice([(n, m) for n in (1, 2, 4) for m in (1, 2, 4) if world % (n * m) == 0])
+    order = r.choice(("contiguous", "zigzag"))
+    degrees = Degrees(world, tp, cp, ep, etp, sp=r.random() < 0.5, order=order)
     cfg = replace(MODEL, tied=r.random() < 0.5, dispatcher=r.choice(("all_to_all", "all_gather")))
     cuts = tuple(sorted(r.sample(range(1, 5), r.randrange(3))))
     return Case(cfg, degrees, cuts, r.choice(("none", "full", "mlp", "moe_act", "norm", "scan")))
