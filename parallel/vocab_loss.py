@@ -16,7 +16,8 @@ def vocab_loss(hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, chunk: 
 
     hidden [T, d], the same on every tp rank; weight [V/tp, d], this rank's rows of the head; labels [T],
     negative where a token has no loss. The gradient of hidden is this rank's partial sum: surround with
-    enter(). Logits exist for `chunk` tokens at a time and are computed again in the backward.
+    enter(). Logits exist for `chunk` tokens at a time and are computed again in the backward, but for the
+    last chunk, which is there already when the backward begins.
     """
     return _VocabLoss.apply(hidden, weight, labels, tp, chunk)
 
@@ -39,20 +40,24 @@ class _VocabLoss(torch.autograd.Function):
             if tp.size > 1:
                 dist.all_reduce(top, dist.ReduceOp.MAX, group=tp.group)
             target = logits.gather(1, col.unsqueeze(1)).squeeze(1) * mine
-            sums = torch.stack([(logits - top.unsqueeze(1)).exp_().sum(-1), target])
+            shares = logits.sub_(top.unsqueeze(1)).exp_()
+            sums = torch.stack([shares.sum(-1), target])
             if tp.size > 1:
                 dist.all_reduce(sums, group=tp.group)
             normaliser = top + sums[0].log()
             losses.append(normaliser - sums[1])
             normalisers.append(normaliser)
         supervised = labels >= 0
-        ctx.save_for_backward(hidden, weight, column, held, torch.cat(normalisers), supervised)
+        # The last chunk's: an extra product and exponential less, and for few tokens that is all of them.
+        ctx.save_for_backward(
+            hidden, weight, column, held, torch.cat(normalisers), supervised, shares, sums[0]
+        )
         ctx.chunk = chunk
         return torch.where(supervised, torch.cat(losses), 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        hidden, weight, column, held, normaliser, supervised = ctx.saved_tensors
+        hidden, weight, column, held, normaliser, supervised, shares, total = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         learns = ctx.needs_input_grad[1]
         # Chunks are summed in the wide dtype; a product within one accumulates in float32 anyway.
@@ -60,9 +65,13 @@ class _VocabLoss(torch.autograd.Function):
         scale = torch.where(supervised, grad, 0.0)
         for at in range(0, hidden.shape[0], ctx.chunk):
             s = slice(at, at + ctx.chunk)
-            d_logits = (_logits(hidden[s], weight) - normaliser[s].unsqueeze(1)).exp_()
-            d_logits.scatter_add_(1, column[s].unsqueeze(1), -held[s].to(d_logits.dtype).unsqueeze(1))
-            narrow = (d_logits * scale[s].unsqueeze(1)).to(weight.dtype)
+            if s.stop >= hidden.shape[0]:
+                d_logits = shares * (scale[s] / total).unsqueeze(1)
+            else:
+                d_logits = (_logits(hidden[s], weight) - normaliser[s].unsqueeze(1)).exp_()
+                d_logits.mul_(scale[s].unsqueeze(1))
+            d_logits.scatter_add_(1, column[s].unsqueeze(1), -(held[s] * scale[s]).unsqueeze(1))
+            narrow = d_logits.to(weight.dtype)
             d_hidden[s] = narrow @ weight
             if d_weight is not None:
                 d_weight += narrow.T @ hidden[s]
