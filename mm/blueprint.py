@@ -185,7 +185,7 @@ def bare_module(blueprint: Blueprint, name: str, axes: Axes, stage: Stage) -> nn
         device="meta",
         dtype=stored,
     )
-    module.encoder.recompute = cfg.train.recompute
+    module.encoder.recompute, module.encoder.timeout_s = cfg.train.recompute, cfg.run.timeout_s
     module.freeze(enc.freeze)
     return module
 

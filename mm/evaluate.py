@@ -57,7 +57,7 @@ def _mean_losses(job: Job, data: Data, samples: Sequence[Sample]) -> tuple[float
         part.eval()
     for step, at in enumerate(range(0, len(samples), batch)):
         prepared = prepare(step, samples[at : at + batch], data.assembler)
-        found = job.control.agree(step, prepared.plan.digest, [b.sample_id for b in prepared.bad])
+        found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
         if found:
             raise DataError(f"unreadable evaluation samples {sorted(found)}: {prepared.bad}")
         run_step(job, prepared, train=False, on_tokens=add)

@@ -72,7 +72,7 @@ class Feed:
                 if s not in self._pending:
                     self._pending[s] = self._pool.submit(self._prepare, s, self.bad)
             prepared = self._pending.pop(step).result()
-            found = self._control.agree(step, prepared.plan.digest, [b.sample_id for b in prepared.bad])
+            found = self._control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
             if not found:
                 return prepared, time.perf_counter() - start
             for error in prepared.bad:

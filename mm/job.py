@@ -130,7 +130,7 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
         optimizers,
         boundaries,
         pipes,
-        Control(whole_job(), rank.device),
+        Control(whole_job(), rank.device, rank.store),
     )
 
 

@@ -18,6 +18,7 @@ from mm.errors import PolyrankError, Refused
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store
 
     from mm.config import Config
 
@@ -30,11 +31,12 @@ LAUNCHER = "POLYRANK_LAUNCHER"  # from launch_local to its ranks: its process id
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process's place in the job and its device."""
+    """This process's place in the job, its device, and the job's store for words about who is where."""
 
     rank: int
     world: int
     device: torch.device
+    store: Store | None = None
 
 
 def launched() -> bool:
@@ -207,4 +209,10 @@ def init_distributed(cfg: Config) -> RankInfo:
     # The backend follows from the device; torch knows which one serves it.
     backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=cfg.run.timeout_s))
-    return RankInfo(rank, world, device)
+    # A second connection to the store of the rendezvous, for words about who is where.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=cfg.run.timeout_s)
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    # A restarted job must not read the words of the one before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return RankInfo(rank, world, device, dist.PrefixStore(f"polyrank/{attempt}", store))

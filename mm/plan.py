@@ -130,16 +130,22 @@ class StepPlan:
     supervised: int
 
     @cached_property
+    def digests(self) -> np.ndarray:
+        """A 63-bit fingerprint of each sample's part of the plan, in order of the batch; int64 [samples]."""
+        out = []
+        for mb in self.microbatches:
+            dealt: list[list[int]] = [[] for _ in mb.samples]
+            for k, edge in enumerate(mb.edges.values()):
+                for i in edge.items:
+                    dealt[i.sample] += (k, i.rows, i.position, i.source_lane)
+            for j, sample in enumerate(mb.samples):
+                out.append(_fingerprint([sample.id, mb.lane_of[j], mb.length[j], *dealt[j]]))
+        return np.asarray(out, dtype=np.int64)
+
+    @cached_property
     def digest(self) -> int:
         """A 63-bit fingerprint that all ranks of a step must share."""
-        h = hashlib.blake2b(digest_size=8)
-        h.update(np.asarray([self.step, self.supervised, *self.sample_ids], dtype=np.int64).tobytes())
-        for mb in self.microbatches:
-            h.update(np.asarray([*mb.lane_of, *mb.length], dtype=np.int64).tobytes())
-            for edge in mb.edges.values():
-                dealt = [(i.sample, i.rows, i.position, i.source_lane) for i in edge.items]
-                h.update(np.asarray(dealt, dtype=np.int64).tobytes())
-        return int.from_bytes(h.digest(), "little") >> 1
+        return _fingerprint([self.step, self.supervised, *self.digests])
 
     @property
     def tokens(self) -> int:
@@ -149,6 +155,11 @@ class StepPlan:
     def active(self) -> list[set[str]]:
         """Per micro-batch, the encoders that have at least one item anywhere."""
         return [{m for m, e in mb.edges.items() if e.items} for mb in self.microbatches]
+
+
+def _fingerprint(numbers: Sequence[int]) -> int:
+    data = np.asarray(numbers, dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
 def sample_length(sample: Sample, inputs: PlanInputs) -> int:

@@ -21,6 +21,7 @@ from mm.feed import Feed
 from mm.flops import step_flops
 from mm.job import Data, Job, build_job, open_data, open_index
 from mm.launch import RankInfo, init_distributed
+from mm.plan import StepPlan
 from mm.plan_text import plan_json
 from mm.step import run_step
 from mm.timeline import draw_measured
@@ -132,9 +133,22 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[s
         "data_s": waited,
         "seconds_by_module": dict(update.seconds),
         "boundary": {m: dict(v) for m, v in update.boundary.items()},
+        "imbalance": {m: dict(v) for m, v in load_imbalance(prepared.plan).items()},
         "skipped_items": len(feed.bad),
         "stop": update.stop,
     }
+
+
+def load_imbalance(plan: StepPlan) -> dict[str, dict[str, float]]:
+    """By encoder: FLOPs of its costliest lane over the mean, as dealt and as if dealt by sample; averages
+    over the micro-batches in which it has items."""
+    out = {}
+    for m in plan.microbatches[0].edges:
+        loads = [mb.edges[m].load for mb in plan.microbatches if mb.edges[m].items]
+        if loads:
+            dealt, by_sample = (sum(column) / len(loads) for column in zip(*loads, strict=True))
+            out[m] = {"dealt": dealt, "by_sample": by_sample}
+    return out
 
 
 def add_rates(job: Job, record: dict[str, Any]) -> dict[str, Any]:
