@@ -2,7 +2,7 @@
 
 from parallel.schedule.action import Action, Kind
 from parallel.schedule.colocated import colocated
-from parallel.schedule.costs import Costs
+from parallel.schedule.costs import Costs, measured_costs
 from parallel.schedule.execute import Record, execute
 from parallel.schedule.make import make_schedule
 from parallel.schedule.plan import ModuleUse, SchedulePlan
@@ -19,5 +19,6 @@ __all__ = [
     "colocated",
     "execute",
     "make_schedule",
+    "measured_costs",
     "simulate",
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from parallel.schedule.action import COMPUTE, Action, Kind
+from parallel.schedule.execute import Record
 
 # A backward costs two forwards, and its halves one each: the customary estimate.
 USUAL = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.BACKWARD_INPUT: 1.0, Kind.BACKWARD_WEIGHT: 1.0}
@@ -39,3 +42,17 @@ class Costs:
             return one * a.span
         covered = range(a.microbatch, a.microbatch + a.span)
         return one * sum(self.load.get((a.module, i), 1.0) for i in covered)
+
+
+def measured_costs(records: Mapping[int, Sequence[Record]], *, cores: float | None = None) -> Costs:
+    """Costs of the computations of a run: the median over ranks and micro-batches, waiting left out.
+
+    cores: what the ranks to be simulated share. The run should then have had a core for each of its ranks, or
+    its times hold the sharing already.
+    """
+    seen: dict[tuple[str, int, Kind], list[float]] = defaultdict(list)
+    for run in records.values():
+        for action, _, end, ready in run:
+            if action.kind in COMPUTE:
+                seen[action.module, action.stage, action.kind].append((end - ready) / action.span)
+    return Costs({key: median(times) for key, times in seen.items()}, cores=cores)

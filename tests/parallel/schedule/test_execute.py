@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from parallel.schedule import Action, Costs, Kind, Record, SchedulePlan, execute, simulate
+from parallel.schedule import Action, Costs, Kind, Record, SchedulePlan, execute, measured_costs, simulate
 from parallel.schedule.action import COMPUTE
 from parallel.schedule.chart import measured
+from parallel.schedule.costs import USUAL
 from parallel.schedule.draw import draw, to_svg
 from parallel.schedule.standin import run_standins
 from parallel.schedule.trace import save_trace
@@ -98,6 +100,13 @@ def test_a_measured_run_can_be_drawn_and_traced(ranks: Any, tmp_path: Path) -> N
     assert drawn >= {(2, 3), (3, 2), (2, 0), (2, 1)} and drawn & {(0, 2), (1, 2)}
     assert all(0 <= a.start <= a.end <= chart.seconds for a in chart.arrows)
     assert to_svg(draw(chart)).count("<rect") > len(chart.bars)
+    costs = measured_costs(runs, cores=2)
+    assert {key: c >= 0.005 * USUAL[key[2]] for key, c in costs.compute.items()} == {
+        (m, s, k): True
+        for m, s in (("vision", 0), ("llm", 0), ("llm", 1))
+        for k in (Kind.FORWARD, Kind.BACKWARD)
+    }
+    assert simulate(plan, costs).seconds > simulate(plan, replace(costs, cores=None)).seconds
     save_trace(runs, tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert sum(e["ph"] == "X" for e in events) == plan.n_actions
