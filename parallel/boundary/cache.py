@@ -21,12 +21,14 @@ class PlanCache:
         self.rank, self.node_size, self.keep = rank, node_size, keep
         self._plans: OrderedDict[Hashable, EdgePlan] = OrderedDict()
 
-    def plan(self, name: str, source: RowMap, dest: RowMap) -> EdgePlan:
+    def plan(
+        self, name: str, source: RowMap, dest: RowMap, *, row_shape: tuple[int, ...] | None = None
+    ) -> EdgePlan:
         """The plan of edge `name`, the same object where it is remembered. Raises as plan_edge() does."""
-        key = (name, source.lanes, dest.lanes, _digest(source), _digest(dest))
+        key = (name, row_shape, source.lanes, dest.lanes, _digest(source), _digest(dest))
         found = self._plans.pop(key, None)
         if found is None:
-            found = plan_edge(name, source, dest, self.rank, node_size=self.node_size)
+            found = plan_edge(name, source, dest, self.rank, node_size=self.node_size, row_shape=row_shape)
         self._plans[key] = found  # now the latest
         while len(self._plans) > self.keep:
             self._plans.popitem(last=False)

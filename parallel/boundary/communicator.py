@@ -57,11 +57,12 @@ class BoundaryCommunicator:
     splits; "auto" is p2p where `device` is the host, which wins there, else all_to_all. Nothing is sent for
     an edge that moves no row. timeout_s bounds every wait (where the device waits, the group's own does).
     All ranks of an edge start its transfers in the same order; over all_to_all, and on backends without tags,
-    those of all edges. A plan with node_size has ranks send on what
-    they receive: over p2p they do so in wait(), so no rank may leave one out, or long for it.
+    those of all edges. A plan with node_size has ranks send on what they receive: over p2p they do so in
+    wait(), so no rank may leave one out, or put it off for long.
 
     Tensors are [rows, ..] of any dtype and trailing dims, equal on all ranks; ranks that hold nothing pass 0
-    rows. Results may share memory with the input where no row moves: write to neither.
+    rows. A plan that knows its row_shape has it checked before anything is sent. Results may share memory
+    with the input where no row moves: write to neither.
     """
 
     def __init__(
@@ -89,14 +90,14 @@ class BoundaryCommunicator:
     def forward(self, plan: EdgePlan, x: Tensor) -> Tensor:
         """x [rows held here, ..] to [rows wanted here, ..]; no autograd.
 
-        Raises ValueError where x has other rows than the plan, RuntimeError naming the edge, the direction
-        and the rank waited for when a peer does not answer in time.
+        Raises ValueError where x has other rows than the plan, in number or shape; RuntimeError naming the
+        edge, the direction and the rank waited for when a peer does not answer in time.
         """
         return self.start_forward(plan, x).wait()
 
     def start_forward(self, plan: EdgePlan, x: Tensor) -> Pending:
         """The same without waiting: work until wait() overlaps with the transfer."""
-        return self._start(plan.name, "forward", plan.forward, x)
+        return self._start(plan, "forward", plan.forward, x)
 
     def backward(self, plan: EdgePlan, grad: Tensor) -> Tensor:
         """Gradients [rows wanted here, ..] to [rows held here, ..]; no autograd. Distinct consumers of a row
@@ -105,7 +106,7 @@ class BoundaryCommunicator:
 
     def start_backward(self, plan: EdgePlan, grad: Tensor) -> Pending:
         """The same without waiting."""
-        parts = [self._start(plan.name, "backward", t, grad) for t in plan.backward]
+        parts = [self._start(plan, "backward", t, grad) for t in plan.backward]
         if len(parts) == 1:
             return parts[0]
 
@@ -134,10 +135,16 @@ class BoundaryCommunicator:
             return self.forward(plan, x)  # x itself, and its gradient is the result's: nothing to record
         return _Exchange.apply(x, self, plan)
 
-    def _start(self, edge: str, direction: str, t: Transfer, x: Tensor) -> Pending:
+    def _start(self, plan: EdgePlan, direction: str, t: Transfer, x: Tensor) -> Pending:
+        edge = plan.name
         if x.shape[0] != t.rows_in:
             raise ValueError(
                 f"edge {edge}, {direction}: rank {t.rank} gave {x.shape[0]} rows, the plan has {t.rows_in}"
+            )
+        if plan.row_shape is not None and x.shape[1:] != plan.row_shape:
+            raise ValueError(
+                f"edge {edge}, {direction}: rank {t.rank} gave rows of shape {list(x.shape[1:])}, "
+                f"the plan has {list(plan.row_shape)}"
             )
         begin = time.perf_counter()
         x = x.contiguous()

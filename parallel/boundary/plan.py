@@ -69,11 +69,12 @@ class Transfer:
 @dataclass(frozen=True)
 class EdgePlan:
     """Both directions of an edge for one rank. The results of the backward transfers are added up: there is
-    one for each time that a row has a further, distinct consumer."""
+    one for each time that a row has a further, distinct consumer. row_shape: of one row, where known."""
 
     name: str
     forward: Transfer
     backward: tuple[Transfer, ...]
+    row_shape: tuple[int, ...] | None = None
 
 
 def count(rows: Rows) -> int:
@@ -87,21 +88,28 @@ def received_rows(plan: EdgePlan) -> tuple[int, int]:
 
 
 def plan_edge(
-    name: str, source: RowMap, dest: RowMap, rank: int, *, node_size: int | None = None
+    name: str,
+    source: RowMap,
+    dest: RowMap,
+    rank: int,
+    *,
+    node_size: int | None = None,
+    row_shape: tuple[int, ...] | None = None,
 ) -> EdgePlan:
     """Plan both directions of an edge for `rank`.
 
     Forward: every destination lane gets the rows it wants. Backward: every source replica gets the gradient
     of its rows. Ranks of one destination lane hold equal gradients, of which one is taken; distinct lanes
     that consumed the same row are added. node_size: ranks a node, where links inside a node are faster: a row
-    then crosses to each node once, however many of its ranks want it.
+    then crosses to each node once, however many of its ranks want it. row_shape: trailing dims of the
+    tensors, to have them checked: two ranks that disagree would break off in the transport, without a word.
     Raises ValueError where a wanted row is on no rank.
     """
     forward = plan_transfer(source, dest, rank, node_size=node_size)
     backward = tuple(
         plan_transfer(layer, source, rank, node_size=node_size, partial=True) for layer in _layers(dest)
     )
-    return EdgePlan(name, forward, backward)
+    return EdgePlan(name, forward, backward, row_shape)
 
 
 def plan_transfer(

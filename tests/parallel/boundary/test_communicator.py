@@ -84,6 +84,17 @@ def test_rows_that_do_not_match_the_plan_are_named(ranks: Any) -> None:
         ranks(1, wrong_rows)
 
 
+def wrong_width() -> None:
+    comm = BoundaryCommunicator(dist.group.WORLD)
+    side = RowMap.of_items([(0,)], [4], [0])
+    comm.backward(plan_edge("vision -> llm", side, side, 0, row_shape=(3,)), torch.zeros(4, 2))
+
+
+def test_rows_of_another_shape_than_planned_are_named(ranks: Any) -> None:
+    with pytest.raises(RankFailed, match=r"backward: rank 0 gave rows of shape \[2\], the plan has \[3\]"):
+        ranks(1, wrong_width)
+
+
 def silent_peer(transport: str) -> str:
     comm = BoundaryCommunicator(dist.group.WORLD, timeout_s=1.0, transport=transport)
     source, dest = RowMap.of_items([(0,)], [4], [0]), RowMap.of_items([(1,)], [4], [0])
