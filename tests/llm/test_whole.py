@@ -168,7 +168,7 @@ def compare(case: Case, results: list[dict[str, Any]]) -> None:
 
 
 def draw(seed: int, world: int) -> Case:
-    r = random.Random(seed)
+    r = random.Random(1000 * world + seed)
     dense = [(tp, cp) for tp in (1, 2, 4) for cp in (1, 2, 4) if world % (tp * cp) == 0]
     tp, cp = r.choice(dense)
     ep, etp = r.choice([(n, m) for n in (1, 2, 4) for m in (1, 2, 4) if world % (n * m) == 0])
