@@ -88,3 +88,39 @@ def test_packed_documents_are_separate_runs(tmp_path: Path) -> None:
     ids = torch.randint(0, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(2))
     expected = torch.cat([run(theirs, one) for one in ids.split(lengths, dim=1)], dim=1)
     assert far(ours(ids, Packing.of(lengths)), expected) < 1e-10
+
+
+def test_another_dtype_than_the_file(tmp_path: Path) -> None:
+    theirs = oracle("MEM*E-", dtype=torch.float32)
+    save(theirs, tmp_path)
+    ids = torch.arange(42).view(2, 21)
+    exact = run(theirs.double(), ids)
+    for dtype, bias, tolerance in (
+        (torch.float64, torch.float64, 1e-10),
+        (torch.bfloat16, torch.float32, 0.05),
+        (torch.float32, torch.float32, 1e-5),
+    ):
+        ours = load_hf(tmp_path, dtype)
+        assert {p.dtype for p in ours.parameters()} == {dtype}
+        assert {b.dtype for n, b in ours.named_buffers() if n.endswith("expert_bias")} == {bias}
+        given = ours(ids)
+        assert given.dtype == bias  # float32 at least
+        assert far(given, exact) < tolerance
+
+
+def test_published_files_mix_dtypes(tmp_path: Path) -> None:
+    """Weights in bfloat16, scan scalars and the selection bias in float32, as training leaves them."""
+    theirs = oracle("MEM*E-", dtype=torch.float32)
+    for name, param in theirs.named_parameters():
+        if not name.endswith(("A_log", ".D", "dt_bias")):
+            param.data = param.data.bfloat16()
+    ours = load_hf(save(theirs, tmp_path))
+    kinds = {name: p.dtype for name, p in ours.model.named_parameters()}
+    assert {kinds[n] for n in kinds if ".scalars." in n} == {torch.float32}
+    assert {kinds[n] for n in kinds if ".scalars." not in n} == {torch.bfloat16}
+    ids = torch.arange(42).view(2, 21)
+    given = ours(ids)
+    loss(given, ids).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+    wide = load_hf(tmp_path, torch.float64)
+    assert far(given, wide(ids)) < 0.05

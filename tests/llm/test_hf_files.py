@@ -176,11 +176,22 @@ def into_layout(folder: str, cfg: LLMConfig, layout: dict[str, Any], out: str) -
     return {"held": held, "read": source.count, "all": sum(t.numel() for t in tensors.values())}
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2}, {"tp": 2, "ep": 2, "sequence_parallel": True}]
-)
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"tp": 2},
+    {"ep": 2},
+    {"tp": 2, "ep": 2},
+    {"tp": 2, "ep": 2, "sequence_parallel": True},
+    {"etp": 2},
+    {"tp": 2, "etp": 2},
+    {"cp": 2},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_straight_into_a_layout_and_back(tmp_path: Path, ranks: Any, layout: dict[str, Any]) -> None:
-    cfg = replace(SMALL, latent=8, mtp_layers=1)
+    # Fewer key/value heads and scan groups than tp ranks: theirs are shared, not cut.
+    cfg = replace(SMALL, latent=8, mtp_layers=1, n_kv_heads=1, mamba_groups=1)
     files = write_random(cfg, tmp_path / "in", files=2)
     results = ranks(2, into_layout, str(tmp_path / "in"), cfg, layout, str(tmp_path / "job"))
     for r in results:
