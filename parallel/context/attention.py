@@ -161,14 +161,18 @@ def context_attention(
         shapes = (q.shape[1], k.shape[1], q.shape[2], k.element_size())
         method = packing.once(("attention", *shapes), lambda: choose_method(packing, *shapes))
     outer = _Outer.apply(q, k, v, plan, scale, method)
-    pieces = {s.start: y for s, y in zip(plan.own, outer.split([_len(s) for s in plan.own]), strict=True)}
-    if plan.inner_rows:
-        qi, ki, vi = (_stretches(x, plan.inner_rows) for x in (q, k, v))
-        y = attention(qi, ki, vi, plan.inner, causal=True, scale=scale)
-        sizes = [_len(s) for s in plan.inner_rows]
-        pieces |= {s.start: part for s, part in zip(plan.inner_rows, y.split(sizes), strict=True)}
+    if not plan.inner_rows:
+        return outer
+    qi, ki, vi = (_stretches(x, plan.inner_rows) for x in (q, k, v))
+    inner = attention(qi, ki, vi, plan.inner, causal=True, scale=scale)
+    pieces = dict(_parts(outer, plan.own)) | dict(_parts(inner, plan.inner_rows))
     # A rank may have no fragment that continues and still owe keys and gradients: outer stays in the graph.
     return torch.cat([*(pieces[at] for at in sorted(pieces)), outer[:0]])
+
+
+def _parts(x: Tensor, rows: tuple[slice, ...]) -> Iterator[tuple[int, Tensor]]:
+    """Stretches of x, laid end to end, with the local row at which each belongs."""
+    return zip((s.start for s in rows), x.split([_len(s) for s in rows]), strict=True)
 
 
 def _stretches(x: Tensor, rows: tuple[slice, ...]) -> Tensor:
