@@ -55,11 +55,14 @@ class ScanScalars(nn.Module):
             declare(self, name, (heads,), init, shard_dim=0, precise=True, device=device, dtype=dtype)
 
     def forward(self, acc: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """A (negative), D and dt_bias of the local heads, in dtype acc."""
+        """A (negative), D and dt_bias of the local heads, in dtype acc.
+
+        Copies: what sharding gathers for this module may be gone when the scan's backward reads them.
+        """
         return (
             -local(self.a_log).to(acc).exp(),
-            local(self.d).to(acc),
-            local(self.dt_bias).to(acc),
+            local(self.d).to(acc, copy=True),
+            local(self.dt_bias).to(acc, copy=True),
         )
 
 
