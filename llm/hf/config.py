@@ -146,6 +146,22 @@ def write_config(cfg: LLMConfig, dtype: str) -> dict[str, Any]:
     return out
 
 
+# What may differ from the file: how the scan runs, how weights start.
+FREE = ("chunk_size", "initializer_range")
+
+
+def check_same(cfg: LLMConfig, published: LLMConfig) -> None:
+    """ValueError, with the fields by their published names, where one has weights for another model."""
+    here, there = write_config(cfg, ""), write_config(published, "")
+    wrong = [
+        f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+        for key in {**there, **here}
+        if key not in FREE and here.get(key) != there.get(key)
+    ]
+    if wrong:
+        raise ValueError(f"config.json describes another model: {'; '.join(wrong)}")
+
+
 def _pattern(data: Mapping[str, Any], as_string: str, as_list: str) -> str | None:
     """One symbol a layer, from whichever of the two spellings there is."""
     if data.get(as_string) is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.config import LLMConfig
+from llm.hf.config import check_same, read_config
 from llm.hf.files import SafeFolder
 from llm.hf.keys import FileTensor, Part, Shape, file_tensors
 from llm.model import LLM
@@ -63,9 +64,10 @@ def load_weights(model: LLM, folder: SafeFolder, mesh: ModuleMesh | None = None)
     """Fill `model` in place with published weights, cast to its dtypes.
 
     mesh: what parallel.shard cut the model over, None where it is whole; each rank then reads only what it
-    holds. A pipeline stage reads its own layers. Raises ValueError, before anything is read, where the folder
-    lacks a tensor, has an unknown one, or one of another shape.
+    holds. A pipeline stage reads its own layers. Raises ValueError, before any weight is read, where the
+    folder's config describes another model, lacks a tensor, has an unknown one, or one of another shape.
     """
+    check_same(model.cfg, read_config(folder.config()))
     tensors = checkpoint_tensors(model.cfg)
     check_tensors(tensors, folder.shapes(), str(folder.path))
     places = places_by_name(tensors)

@@ -267,6 +267,25 @@ def test_other_configs_are_refused(change: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"top_k": 3}, "num_experts_per_tok is 2 there and 3 here"),
+        (
+            {"routed_scale": 1.0, "norm_eps": 1e-6},
+            "layer_norm_epsilon .*; routed_scaling_factor is 2.5 there",
+        ),
+        ({"pattern": "ME*-E-"}, "hybrid_override_pattern is 'ME[*]-EM' there and 'ME[*]-E-' here"),
+    ],
+)
+def test_weights_of_another_model_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    write_random(SMALL, tmp_path / "in", files=1)
+    with pytest.raises(ValueError, match=words):
+        load_weights(LLM(replace(SMALL, **change)), SafeFolder(tmp_path / "in"))
+    # How the scan runs and how weights would have started is not part of the model.
+    load_weights(LLM(replace(SMALL, chunk=4, init_std=1.0)), SafeFolder(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
     "change",
     [{"rope_theta": 1e4}, {"mlp_gated": True}, {"tied": True}, {"shared_ffn": 0}, {"router": "softmax"}],
 )
