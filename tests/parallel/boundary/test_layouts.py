@@ -36,6 +36,8 @@ def draw(seed: int) -> Joint:
         llm_lane.append(rng.randrange(llm.dp))
         position.append(filled[llm_lane[-1]] + rng.choice([0, 0, 1, 4]))
         filled[llm_lane[-1]] = position[-1] + rows[-1]
+    turn = rng.sample(range(len(rows)), len(rows))  # rows need not be in the order of their tokens
+    rows, llm_lane, position = ([of[i] for i in turn] for of in (rows, llm_lane, position))
     joint = Joint(
         *specs,
         rows,

@@ -36,19 +36,18 @@ def test_the_destination_reads_rows_where_their_tokens_are(seed: int, order: Ord
     layout = random_layout(rng, rng.choice([1, 2, 3, 4, 6, 12]), "llm")
     unit = math.lcm(piece_count(layout.cp, order), layout.cp * layout.tp)
     tokens = [unit * rng.choice([0, 1, 4]) for _ in range(layout.dp)]
-    row_at: list[dict[int, int]] = [{} for _ in tokens]  # global row at a token
-    rows, lane, position, total = [], [], [], 0
-    at = [0] * layout.dp
+    items, at = [], [0] * layout.dp
     for _ in range(rng.choice([0, 1, 9])):
         dp = rng.randrange(layout.dp)
         gap, n = rng.choice([0, 0, 1, 5]), rng.choice([0, 1, 3, 8])
-        if at[dp] + gap + n > tokens[dp]:
-            continue
-        rows.append(n)
-        lane.append(dp)
-        position.append(at[dp] + gap)
-        row_at[dp] |= {at[dp] + gap + k: total + k for k in range(n)}
-        at[dp], total = at[dp] + gap + n, total + n
+        if at[dp] + gap + n <= tokens[dp]:
+            items.append((n, dp, at[dp] + gap))
+            at[dp] += gap + n
+    rng.shuffle(items)  # the order of the rows is not that of the tokens
+    rows, lane, position = ([item[k] for item in items] for k in range(3))
+    row_at: list[dict[int, int]] = [{} for _ in tokens]  # global row at a token
+    for i, (n, dp, first) in enumerate(items):
+        row_at[dp] |= {first + k: sum(rows[:i]) + k for k in range(n)}
     stages = sorted(rng.sample(range(layout.pp), rng.randint(1, layout.pp)))
     side = dest_side(layout, rows, lane, position, tokens, order=order, stages=stages)
     side.check()
