@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llm.config import LLMConfig
+from llm.config import LLMConfig, param_count
 from llm.hf import SafeFolder, export_checkpoint, load_hf, load_weights, read_config, save_hf, write_config
 from llm.hf.weights import checkpoint_tensors, model_tensors
 from llm.model import LLM
+from llm.presets import PRESETS, preset
 from parallel import checkpoint
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
@@ -132,6 +134,17 @@ def test_configs_there_and_back(seed: int) -> None:
     assert write_config(back, "bfloat16") == data
     shapes = {t.key: t.shape for t in checkpoint_tensors(cfg)}
     assert {t.key: t.shape for t in checkpoint_tensors(back)} == shapes
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith("nemotron")])
+def test_published_models_have_all_their_tensors(name: str) -> None:
+    """Elements of the files' tensors, but for the selection biases, are the parameters of the model."""
+    cfg = preset(name)
+    tensors = [t for t in checkpoint_tensors(cfg) if not t.key.endswith("e_score_correction_bias")]
+    assert sum(prod(t.shape) for t in tensors) == param_count(cfg)[0]
+    experts = len([t for t in tensors if ".experts." in t.key])
+    blocks = cfg.symbols.count("E") + (cfg.mtp_pattern.count("E") if cfg.mtp_layers else 0)
+    assert experts == 2 * cfg.n_experts * blocks
 
 
 def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
