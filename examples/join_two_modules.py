@@ -1,7 +1,7 @@
 """Two plain modules of your own, on different layouts and ranks, trained in a loop of your own.
 
-    torchrun --nproc-per-node 4 examples/join_two_modules.py                          # colocated
-    torchrun --nproc-per-node 5 examples/join_two_modules.py --encoder 0-2 --decoder 3-4 --tp 2
+    torchrun --nproc-per-node 4 -m examples.join_two_modules                            # colocated
+    torchrun --nproc-per-node 5 -m examples.join_two_modules --encoder 0-2 --decoder 3-4 --tp 2
 
 A sample is LENGTH tokens, some of them rows of its ragged items, which the encoder computes. Losses and
 gradients are the same for every layout and any number of ranks.
