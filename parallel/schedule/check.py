@@ -12,9 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from parallel.schedule.action import COMPUTE, RECEIVES, SENDS, Action, Kind
+from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, Action, Kind
 from parallel.schedule.memory import Memory, Peak, check_limit, peaks
-from parallel.schedule.plan import SchedulePlan, parameter_groups
+from parallel.schedule.plan import SchedulePlan, compute_groups, parameter_groups
 from parallel.schedule.simulate import Stuck, simulate
 
 
@@ -37,9 +37,14 @@ def check(
     problems = [
         problem
         for p, actions in enumerate(plan.programs)
-        for problem in (*_complete(plan, p, actions), *_parameters(plan, p, actions))
+        for problem in (
+            *_complete(plan, p, actions),
+            *_named(plan, p, actions),
+            *_parameters(plan, p, actions),
+        )
     ]
-    problems += [*_transfers(plan), *_collectives(plan)]
+    if not problems:
+        problems = [*_transfers(plan), *_collectives(plan)]
     if not problems:
         # A plan with the right actions in every list can still wait for itself.
         try:
@@ -88,8 +93,9 @@ def _covered(plan: SchedulePlan, a: Action) -> list[int]:
     covered = range(a.microbatch, a.microbatch + a.span)
     if a.module == plan.sink or a.module not in plan.modules:
         return list(covered)
-    active = [i for i in covered if i < plan.microbatches and a.module in plan.active[i]]
-    return active or list(covered)  # one without items is reported as such
+    if covered.stop > plan.microbatches:
+        return list(covered)  # what does not exist is reported as such
+    return [i for i in covered if a.module in plan.active[i]] or list(covered)
 
 
 def _needed(plan: SchedulePlan, p: int, actions: Sequence[Action], have: Counter[_Deed]) -> Iterator[_Deed]:
@@ -136,6 +142,34 @@ def _of_stage(
             yield _Deed(Kind.RECV_BACKWARD, module, stage, i)
 
 
+def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
+    """Actions that do not name the groups and the peer that they use."""
+    compute = {m: compute_groups(m, u) for m, u in plan.modules.items()}
+    parameters = {m: parameter_groups(m, u) for m, u in plan.modules.items()}
+    for a in actions:
+        if a.module not in plan.modules:
+            continue  # not needed anywhere, which is reported
+        wanted: tuple[str, ...] = ()
+        way = a.kind.value.split("_")[-1]
+        peer = None
+        if a.kind in COMPUTE:
+            wanted = compute[a.module]
+        elif a.kind in BOUNDARY:
+            wanted = (f"edge.{a.module}.{way}",)
+        elif a.kind in SENDS or a.kind in RECEIVES:
+            wanted = (f"{a.module}.pp.{way}",)
+            peer = a.stage + (1 if a.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD) else -1)
+        elif a.kind in (Kind.GATHER, Kind.GRAD_SYNC):
+            wanted = parameters[a.module]
+        elif a.kind is Kind.OPTIMIZER:
+            wanted = ("world",)
+        if a.groups != wanted or a.peer != peer:
+            yield (
+                f"rank {plan.ranks_of[p][0]}: {a} names groups {list(a.groups)} and peer {a.peer}, needed: "
+                f"{list(wanted)} and {peer}"
+            )
+
+
 _STEPWISE = (Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC, Kind.OPTIMIZER)
 
 
@@ -151,13 +185,14 @@ def _parameters(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterat
         if a.last:
             at[a.module, a.stage]["last"].append(k)
     for (module, stage), found in at.items():
+        if found["last"] != found["back"][-1:]:
+            marked = ", ".join(str(actions[k]) for k in found["last"]) or "none"
+            final = actions[found["back"][-1]] if found["back"] else "none"
+            yield f"rank {rank} marks {marked} as last of {module}.{stage}, which is {final}"
         if module not in plan.modules or not found["use"]:
             continue
-        use, name, (first, *_, end) = (
-            plan.modules[module],
-            f"{module}.{stage}",
-            [*found["use"], found["use"][-1]],
-        )
+        use, name = plan.modules[module], f"{module}.{stage}"
+        first, end = found["use"][0], found["use"][-1]
         cut = bool(parameter_groups(module, use))
         wanted = {"gather": 0, "free": 0, "grad_sync": 0}
         if use.params == "step" and cut:
@@ -173,13 +208,9 @@ def _parameters(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterat
             yield f"rank {rank} does {actions[end]} after free({name})"
         if found["grad_sync"] and found["back"] and found["grad_sync"][-1] < found["back"][-1]:
             yield f"rank {rank} does {actions[found['back'][-1]]} after grad_sync({name})"
-        if found["last"] != found["back"][-1:]:
-            marked = ", ".join(str(actions[k]) for k in found["last"]) or "none"
-            final = actions[found["back"][-1]] if found["back"] else "none"
-            yield f"rank {rank} marks {marked} as last of {name}, which is {final}"
     updates = [k for k, a in enumerate(actions) if a.kind is Kind.OPTIMIZER]
     if updates and updates != [len(actions) - 1]:
-        yield f"rank {rank} has {len(updates)} updates, not all at its end"
+        yield f"rank {rank} does optimizer {len(updates)} times, needed: once, after everything"
 
 
 def _transfers(plan: SchedulePlan) -> Iterator[str]:

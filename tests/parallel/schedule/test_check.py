@@ -123,6 +123,30 @@ def test_a_plan_that_passes_after_any_move_still_holds_the_same(case: Case, rng:
                     assert k is not kind or at[Kind.FORWARD, i] < where
 
 
+@settings(max_examples=80)
+@given(cases(), st.randoms(use_true_random=False))
+def test_an_action_changed_in_any_field_is_caught(case: Case, rng: random.Random) -> None:
+    plan = case.plan()
+    p = rng.randrange(len(plan.programs))
+    actions = list(plan.programs[p])
+    at = [k for k, a in enumerate(actions) if a.kind in COMPUTE or a.kind in POSTED]
+    if not at:
+        return
+    k = rng.choice(at)
+    a = actions[k]
+    other = next((m for m in plan.modules if m != a.module), "nothing")
+    for broken in (
+        replace(a, microbatch=a.microbatch + 1),
+        replace(a, stage=a.stage + 1),
+        replace(a, span=plan.microbatches + 1) if a.kind in COMPUTE else replace(a, peer=(a.peer or 0) + 1),
+        replace(a, module=other),
+        replace(a, last=not a.last),
+        replace(a, groups=(*a.groups, "world")),
+    ):
+        with pytest.raises(PlanError, match=f"rank {plan.ranks_of[p][0]}"):
+            check(with_program(plan, p, [*actions[:k], broken, *actions[k + 1 :]]))
+
+
 def test_errors_name_actions_and_ranks() -> None:
     plan = plan_of("1f1b", 4, 4, {"vision": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}})
     p = plan.program_of[3]
