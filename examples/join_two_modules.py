@@ -28,7 +28,7 @@ def batch(step):
     return items, values
 
 
-def train(encoder_spec, decoder_spec, steps=3):
+def train(encoder_spec, decoder_spec, steps=5):
     """Losses of each step, and the last gradients of the module that this rank hosts, by name."""
     rank, world = dist.get_rank(), dist.get_world_size()
     layouts = [make_layout("encoder", world, encoder_spec), make_layout("decoder", world, decoder_spec)]
@@ -67,7 +67,7 @@ def train(encoder_spec, decoder_spec, steps=3):
         for layout, module, group in zip(layouts, (encoder, decoder), groups, strict=True):
             for p in module.parameters() if rank in layout.ranks else ():
                 dist.all_reduce(p.grad, group=group)  # pure sums
-                p.data -= 0.1 * p.grad
+                p.data -= 0.01 * p.grad
                 p.last, p.grad = p.grad, None
         total = loss.detach().clone()
         dist.all_reduce(total)
