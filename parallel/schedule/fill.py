@@ -9,6 +9,7 @@ different ranks, which only encoders can whose forward and backward need no coll
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -41,7 +42,9 @@ class _Rank:
     at: int = 0  # works of the sink begun
     ahead: int = 0  # encoder forwards begun
     back: int = 0  # encoder backwards begun
-    held: int = 0  # micro-batches between an encoder's forward and its backward
+    held: Counter[str] = field(
+        default_factory=Counter
+    )  # micro-batches between forward and backward, by encoder
     busy: Work | None = None
     until: float = 0.0
     late: float = 0.0  # how far the pipeline is behind its time alone
@@ -143,7 +146,7 @@ class _Fill:
             rank.at += 1
         elif w.kind is Kind.FORWARD:
             rank.ahead += 1
-            rank.held += w.span * (w.module in self.learn)
+            rank.held[w.module] += w.span * (w.module in self.learn)
         else:
             rank.back += 1
 
@@ -152,7 +155,7 @@ class _Fill:
         assert w is not None
         if w.module != rank.sink[0].module:
             if w.kind is Kind.BACKWARD:
-                rank.held -= w.span
+                rank.held[w.module] -= w.span
             else:
                 for i in range(w.microbatch, w.microbatch + w.span):
                     self.rows[i] += w.module in self.active[i]
@@ -168,7 +171,8 @@ class _Fill:
         gradient = self.gradients[rank.back] if rank.back < len(self.gradients) else None
         if gradient is not None and not self._came_back(gradient):
             gradient = None
-        if forward is not None and forward.module in self.learn and rank.held >= self.ahead:
+        full = forward is not None and rank.held[forward.module] + forward.span > self.ahead
+        if full:
             forward = None  # until a backward makes room
         work = rank.sink[rank.at] if rank.at < len(rank.sink) else None
         if forward is not None:
@@ -182,9 +186,7 @@ class _Fill:
                 return other
             idle = self._ready_in(work)
             return other if idle is None or idle >= self.rules.fit * self._seconds(other) else None
-        if gradient is not None and rank.held >= self.ahead and rank.ahead < len(self.forwards):
-            return gradient  # the next forward needs its room
-        return work
+        return gradient if gradient is not None and full else work
 
     def _came_back(self, w: Work) -> bool:
         covered = [i for i in range(w.microbatch, w.microbatch + w.span) if w.module in self.active[i]]

@@ -136,7 +136,7 @@ def test_an_action_changed_in_any_field_is_caught(case: Case, rng: random.Random
     a = actions[k]
     other = next((m for m in plan.modules if m != a.module), "nothing")
     for broken in (
-        replace(a, microbatch=a.microbatch + 1),
+        replace(a, microbatch=a.microbatch + plan.microbatches),
         replace(a, stage=a.stage + 1),
         replace(a, span=plan.microbatches + 1) if a.kind in COMPUTE else replace(a, peer=(a.peer or 0) + 1),
         replace(a, module=other),
