@@ -70,6 +70,8 @@ def load_weights(model: LLM, folder: SafeFolder, mesh: ModuleMesh | None = None)
     check_same(model.cfg, read_config(folder.config()))
     tensors = checkpoint_tensors(model.cfg)
     check_tensors(tensors, folder.shapes(), str(folder.path))
+    for tensor in tensors:
+        folder.dtype(tensor.key)  # refuses quantised weights, which a copy would take for numbers
     places = places_by_name(tensors)
     specs: dict[str, ParamSpec] = {name: spec for name, _, spec in declared(model)}
     for name, target in model_tensors(model).items():

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from llm.hf import load_hf, save_hf
+from llm.hf.export import write_folder
+from llm.hf.weights import model_tensors
 from llm.model import LLM, LLMBatch
-from llm.upcycle import upcycle, upcycled_config
+from llm.upcycle import upcycle, upcycled, upcycled_config
 from parallel.param import initialise
 from tests.llm.harness import TINY, Text, make_batch
 
@@ -51,6 +55,19 @@ def test_the_function_is_preserved(seed: int) -> None:
         load = moe.load.view(-1, shards)
         assert (load == load[:, :1]).all()
         assert load.sum() == 22 * cfg.top_k
+
+
+def test_upcycled_checkpoints_parameter_by_parameter(tmp_path: Path) -> None:
+    """From a published dense model to a published mixture, without a whole model in memory."""
+    save_hf(dense_model(5), tmp_path / "dense")
+    dense = load_hf(tmp_path / "dense").model
+    cfg = upcycled_config(dense.cfg, granularity=2, n_experts=8, top_k=4, shared_ffn=8, routed_scale=2.5)
+    given = model_tensors(dense)
+    value = upcycled(given.__getitem__, dense.cfg, cfg, seed=1)
+    write_folder(cfg, lambda names: {n: value(n) for n in names}, tmp_path / "mixture", torch.float64, 4096)
+    ids = torch.arange(20).view(2, 10)
+    before, after = load_hf(tmp_path / "dense")(ids), load_hf(tmp_path / "mixture")(ids)
+    torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-12)
 
 
 def test_copies_grow_apart() -> None:
