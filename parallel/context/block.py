@@ -47,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tu
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This block's gradients of q, k and v; out and lse are those over all blocks."""
+    """This block's gradients of q, k and v, of k and v in float32 (float64); out, lse: of all blocks."""
     qg, kg, vg = _grouped(q, k, v)
     gg, og, lg = (
         x.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, *range(3, x.ndim + 1)) for x in (grad, out, lse)
@@ -58,7 +58,9 @@ def attend_backward(
         )
     else:
         d_q, d_k, d_v = tiled_backward(gg, qg, kg, vg, og, lg, causal, scale)
-    return _rows(d_q), d_k.sum(1).transpose(0, 1), d_v.sum(1).transpose(0, 1)
+    acc = torch.promote_types(q.dtype, torch.float32)
+    d_k, d_v = (x.sum(1, dtype=acc).transpose(0, 1) for x in (d_k, d_v))
+    return _rows(d_q), d_k, d_v
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:

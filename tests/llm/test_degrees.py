@@ -38,6 +38,7 @@ CFG = LLMConfig(
     init_std=0.2,
 )
 KINDS = "M*-E"
+Case = tuple[LLMConfig, str, Degrees, frozenset[str]]
 LANES = [(11, 1, 18), (30,), (), (2, 0, 17, 3)]
 
 PAIRS = {
@@ -72,21 +73,20 @@ def layouts(symbol: str) -> list[str]:
     return [n for n, d in PAIRS.items() if symbol == "E" or d.ep == d.etp == 1]
 
 
-def run_many(cases: list[tuple[LLMConfig, str, Degrees, frozenset[str]]]) -> list[dict[str, Any]]:
+def run_many(cases: list[Case], lanes: list[tuple[int, ...]]) -> list[dict[str, Any]]:
     out = []
     axes: dict[Degrees, Any] = {}
     for cfg, symbol, degrees, recompute in cases:
         if degrees not in axes:
             axes[degrees] = make_axes(degrees)
-        lanes = LANES[: degrees.layout.dp]
-        out.append(run(cfg, symbol, degrees, lanes, recompute, axes[degrees]))
+        out.append(run(cfg, symbol, degrees, lanes[: degrees.layout.dp], recompute, axes[degrees]))
     return out
 
 
-def check_many(ranks: Any, world: int, cases: list[tuple[LLMConfig, str, Degrees, frozenset[str]]]) -> None:
-    results = ranks(world, run_many, cases, timeout=120)
+def check_many(ranks: Any, world: int, cases: list[Case], lanes: list[tuple[int, ...]] = LANES) -> None:
+    results = ranks(world, run_many, cases, lanes, timeout=120)
     for i, (cfg, symbol, degrees, _) in enumerate(cases):
-        check(cfg, symbol, degrees, LANES[: degrees.layout.dp], [r[i] for r in results])
+        check(cfg, symbol, degrees, lanes[: degrees.layout.dp], [r[i] for r in results])
 
 
 @pytest.mark.parametrize("symbol", KINDS)
@@ -115,7 +115,7 @@ def test_parts_computed_again_under_cp(ranks: Any) -> None:
     check_many(ranks, 2, cases)
 
 
-def draw(rng: random.Random) -> tuple[LLMConfig, str, Degrees, frozenset[str]]:
+def draw(rng: random.Random) -> Case:
     """Any layer under any layout of 4 ranks."""
     tp, cp = rng.choice([(t, c) for t in (1, 2, 4) for c in (1, 2, 4) if t * c <= 4])
     ep, etp = rng.choice([(e, t) for e in (1, 2, 4) for t in (1, 2, 4) if e * t <= 4])
@@ -141,7 +141,8 @@ def draw(rng: random.Random) -> tuple[LLMConfig, str, Degrees, frozenset[str]]:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_combinations(seed: int, ranks: Any) -> None:
     rng = random.Random(seed)
-    check_many(ranks, 4, [draw(rng) for _ in range(12)])
+    lanes = [tuple(rng.choice([0, 1, 2, 5, 9, 20]) for _ in range(rng.randint(1, 5))) for _ in range(4)]
+    check_many(ranks, 4, [draw(rng) for _ in range(12)], lanes)
 
 
 @pytest.mark.parametrize(

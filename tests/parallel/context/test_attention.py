@@ -60,6 +60,31 @@ def test_cut_attention_is_whole_attention(cp: int, kv_heads: int, ranks: Any) ->
                 torch.testing.assert_close(ours, theirs[rows], rtol=1e-10, atol=1e-12)
 
 
+def narrow_attention(cp: int) -> list[tuple[Any, ...]]:
+    out = []
+    for method in ("gather", "ring"):
+        p: Any = pack([64], "cpu", axis(cp), "zigzag")
+        q, k, v, weight = (x.bfloat16() for x in inputs(64, 4, 2))
+        mine = [x[p.rows].requires_grad_() for x in (q, k, v)]
+        y = context_attention(*mine, p, method=method)
+        (y * weight[p.rows]).sum().backward()
+        out.append((p.rows, y.detach(), *(x.grad for x in mine)))
+    return out
+
+
+def test_bfloat16_stays_bfloat16_and_close(ranks: Any) -> None:
+    q, k, v, weight = (x.bfloat16().double() for x in inputs(64, 4, 2))
+    whole = [x.requires_grad_() for x in (q, k, v)]
+    y = attention(whole[0], whole[1], whole[2], Packing.of([64]), causal=True)
+    (y * weight).sum().backward()
+    expected = [y.detach(), *(x.grad for x in whole)]
+    for rank in ranks(2, narrow_attention, 2):
+        for rows, *found in rank:
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.dtype == torch.bfloat16 and theirs is not None
+                assert (ours.double() - theirs[rows]).abs().max() < 2e-2 * theirs.abs().max()
+
+
 def test_blocks_without_a_fused_kernel() -> None:
     gen = torch.Generator().manual_seed(0)
     n = TILE + 77
