@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.axis import Axis
+from parallel.expert import tally
 
 
 def choose(score: Tensor, k: int, groups: int = 1, top_groups: int = 1) -> Tensor:
@@ -42,8 +43,7 @@ def document_loads(
     chosen [n, k] and document [n], int64, of this rank's tokens. A collective over each axis of `over`,
     which together hold the documents' tokens.
     """
-    flat = (document.unsqueeze(1) * experts + chosen).reshape(-1)
-    loads = torch.bincount(flat, minlength=documents * experts)
+    loads = tally(document.unsqueeze(1) * experts + chosen, documents * experts)
     for axis in over:
         if axis.size > 1:
             dist.all_reduce(loads, group=axis.group)

@@ -28,6 +28,7 @@ from parallel.expert import (
     dispatch,
     grouped_linear,
     plan_route,
+    tally,
     within_capacity,
 )
 from parallel.expert_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
@@ -44,19 +45,9 @@ class Router(nn.Module):
         self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
-        shape = (cfg.n_experts, cfg.d_model)
         # Each tp rank routes its own share of the tokens, so its gradient is a part of the whole.
-        partial = axes.tp.size > 1
-        declare(
-            self,
-            "weight",
-            shape,
-            normal(cfg.init_std),
-            partial=partial,
-            precise=True,
-            device=device,
-            dtype=dtype,
-        )
+        kw: dict[str, Any] = {"partial": axes.tp.size > 1, "precise": True, "device": device, "dtype": dtype}
+        declare(self, "weight", (cfg.n_experts, cfg.d_model), normal(cfg.init_std), **kw)
 
     def forward(self, x: Tensor) -> Tensor:
         acc = wide(x.dtype)
@@ -189,7 +180,7 @@ class MoE(nn.Module):
             choice.route = self._plan(choice.chosen, score)
             choice.share = plan_share(choice.route.per_expert, self.axes.etp, x.device)
             if told.learns:
-                self.load += torch.bincount(choice.chosen.reshape(-1), minlength=cfg.n_experts)
+                self.load += tally(choice.chosen, cfg.n_experts)
         weight = score.gather(1, choice.chosen)
         if cfg.norm_top_k:
             weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
@@ -232,32 +223,28 @@ class MoE(nn.Module):
         self, weight: Tensor, logits: Tensor, score: Tensor, told: Pass, choice: Choice, first: bool
     ) -> Tensor:
         """The routing weights, which carry the router's own objectives into the backward."""
-        cfg, tp = self.cfg, self.axes.tp
-        sums = []
+        cfg = self.cfg
+        balance = z = score.new_zeros(())
         if cfg.aux_weight:
-            assert choice.chosen is not None
-            width = told.packing.total // tp.size
-            at = tp.rank * width
-            document = told.packing.sequence_id[at : at + len(score)]
-            if choice.loads is None:
-                count = len(told.packing.lengths)
-                over = [tp, self.axes.cp]
-                choice.loads = document_loads(choice.chosen, document, count, cfg.n_experts, over)
-            fractions = score / (score.sum(-1, keepdim=True) + 1e-20)
-            balance = sequence_loss(fractions, choice.loads, document)
+            balance = self._balance(score, told, choice)
             weight = attach(weight, balance, cfg.aux_weight * told.scale)
-            sums.append(balance)
-        else:
-            sums.append(score.new_zeros(()))
         if cfg.z_weight:
             z = z_loss(logits)
             weight = attach(weight, z, cfg.z_weight * told.scale)
-            sums.append(z)
-        else:
-            sums.append(score.new_zeros(()))
         if first:
-            self.objectives += torch.stack(sums).detach()
+            self.objectives += torch.stack([balance, z]).detach()
         return weight
+
+    def _balance(self, score: Tensor, told: Pass, choice: Choice) -> Tensor:
+        """This rank's part of the documents' balance losses; score [n, E] of its tokens."""
+        assert choice.chosen is not None
+        tp = self.axes.tp
+        at = tp.rank * (told.packing.total // tp.size)
+        document = told.packing.sequence_id[at : at + len(score)]
+        if choice.loads is None:
+            documents, over = len(told.packing.lengths), [tp, self.axes.cp]
+            choice.loads = document_loads(choice.chosen, document, documents, self.cfg.n_experts, over)
+        return sequence_loss(score / (score.sum(-1, keepdim=True) + 1e-20), choice.loads, document)
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:

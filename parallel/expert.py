@@ -55,6 +55,13 @@ class Route:
     dropless: bool = True
 
 
+def tally(index: Tensor, size: int) -> Tensor:
+    """How often each of 0 .. size - 1 occurs in index (int64): [size]. Unlike bincount it does not wait for
+    an accelerator."""
+    flat = index.reshape(-1)
+    return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
+
+
 def capacity_rows(choices: int, n_experts: int, factor: float) -> int:
     """Rows that an expert may take of a rank's n k = `choices`: factor times its even share, at least one."""
     return max(1, math.ceil(factor * choices / n_experts))
@@ -70,7 +77,7 @@ def within_capacity(expert: Tensor, score: Tensor, n_experts: int, rows: int) ->
     best = torch.argsort(score.detach().reshape(-1), descending=True, stable=True)
     best = best[torch.argsort(flat[best], stable=True)]  # by expert, then by score
     keep = torch.empty_like(flat, dtype=torch.bool)
-    keep[best] = _rank_in_group(torch.bincount(flat, minlength=n_experts), flat.numel()) < rows
+    keep[best] = _rank_in_group(tally(flat, n_experts), flat.numel()) < rows
     return keep.view_as(expert)
 
 
@@ -92,7 +99,7 @@ def plan_route(
     if keep is not None:
         flat = torch.where(keep.reshape(-1), flat, n_experts)  # dropped ones come last
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=n_experts)[:n_experts]
+    counts = tally(flat, n_experts + 1)[:n_experts]
     if pad is not None:
         order, counts = _padded(flat, order, pad, n_experts)
     dropless = keep is None and pad is None
@@ -117,7 +124,7 @@ def plan_route(
 
 def _padded(flat: Tensor, order: Tensor, rows: int, n_experts: int) -> tuple[Tensor, Tensor]:
     """Order and counts with exactly `rows` for each expert; flat: the expert of each row or n_experts."""
-    counts = torch.bincount(flat, minlength=n_experts + 1)
+    counts = tally(flat, n_experts + 1)
     expert = flat[order]
     # Dropped rows and rows that pad share one slot behind the others, which is cut off.
     slot = expert * rows + _rank_in_group(counts, len(flat))
