@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,7 +13,9 @@ import encoders
 from encoders.module import build_encoder_module, check_encoder, encoder_stages
 from llm.config import LLMConfig
 from llm.config import check as check_llm
+from llm.hf import SafeFolder, read_config
 from llm.model import LLM
+from llm.presets import preset
 from llm.stages import cut, reading_stages, shared_parameters
 from mm.config import Config, build
 from mm.data.tokenizer import make_tokenizer
@@ -109,7 +112,8 @@ def _draw_up(cfg: Config, world: int) -> Blueprint:
     unknown = set(cfg.layout) - set(layouts)
     if unknown:
         raise ValueError(f"layout names {sorted(unknown)}, but the model's modules are {sorted(layouts)}")
-    llm = _llm_config(cfg, layouts[SINK])
+    llm = llm_config(cfg)
+    check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
     uses, stages = {}, {}
     for name in cfg.model:
         uses[name] = use = _encoder_use(cfg, name, layouts[name])
@@ -131,16 +135,19 @@ def _draw_up(cfg: Config, world: int) -> Blueprint:
     return blueprint
 
 
-def _llm_config(cfg: Config, layout: Layout) -> LLMConfig:
+def llm_config(cfg: Config) -> LLMConfig:
+    """The language model: model.llm's options over those of its preset, which is a published model's name or
+    a folder with a Hugging Face config.json."""
     vocab = make_tokenizer(cfg.data.tokenizer).vocab_size
-    llm = build(LLMConfig, {"vocab_size": vocab, **cfg.llm}, "model.llm")
+    options, base = dict(cfg.llm), {"vocab_size": vocab}
+    name = options.pop("preset", None)
+    if name is not None and (Path(name) / "config.json").is_file():
+        base = asdict(read_config(SafeFolder(name).config()))
+    elif name is not None:
+        base = asdict(preset(name))
+    llm = build(LLMConfig, {**base, **options}, "model.llm")
     if llm.vocab_size < vocab:
         raise ValueError(f"model.llm.vocab_size is {llm.vocab_size}; the tokenizer needs at least {vocab}")
-    check_llm(llm, layout.tp, layout.ep)
-    if layout.etp > 1:
-        raise ValueError(
-            f"layout.{SINK}: etp={layout.etp} is legal but not executed yet; needed: etp=1. Nearest: etp=1"
-        )
     return llm
 
 
@@ -193,13 +200,15 @@ def bare_module(blueprint: Blueprint, name: str, axes: Axes, stage: Stage) -> nn
 def elements_per_rank(blueprint: Blueprint, name: str) -> int:
     """Weights of module `name` on the rank that holds most of them, by even shares."""
     layout = blueprint.layouts[name]
-    data, folded = layout.dp * layout.cp, layout.tp > 1 or layout.ep > 1
+    data, folded = layout.dp * layout.cp, max(layout.tp, layout.ep, layout.etp) > 1
     held = [0] * layout.pp
     for i, stage in enumerate(blueprint.stages[name]):
         for _, param, spec in declared(bare_module(blueprint, name, Axes(), stage)):
             cut = spec.shard_dim is not None
             if spec.view == "expert" and folded:
-                ranks = layout.edp * (layout.ep if cut else 1)
+                ranks = (
+                    layout.edp * (layout.ep if cut else 1) * (layout.etp if spec.etp_dim is not None else 1)
+                )
             else:
                 ranks = data * (layout.tp if cut and spec.view == "dense" else 1)
             held[i % layout.pp] += -(-param.numel() // ranks)

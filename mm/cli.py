@@ -192,10 +192,29 @@ def _data(args: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    kinds = ("float64", "float32", "bfloat16")
+    parser.add_argument("--dtype", choices=kinds, help="of exported tensors (default: as the checkpoint's)")
+
+
 def _checkpoint(args: argparse.Namespace, argv: list[str]) -> int:
     verb, *rest = args.words or [""]
+    if verb in ("import", "export") and len(rest) == 2:
+        import torch
+
+        from mm.convert import export_hf, import_hf
+
+        source, out = Path(rest[0]), Path(rest[1])
+        if verb == "import":
+            print(import_hf(source, out))
+        else:
+            print(export_hf(source, out, None if args.dtype is None else getattr(torch, args.dtype)))
+        return 0
     if verb not in ("inspect", "verify") or len(rest) != 1:
-        raise Refused("needed: checkpoint inspect PATH, or checkpoint verify PATH")
+        raise Refused(
+            "needed: checkpoint inspect PATH, checkpoint verify PATH, checkpoint import HF_FOLDER OUT, or "
+            "checkpoint export PATH HF_FOLDER"
+        )
     from mm.checkpoint import inspect_text, verify_text
 
     print(inspect_text(Path(rest[0])) if verb == "inspect" else verify_text(Path(rest[0])))
@@ -228,7 +247,11 @@ COMMANDS = {
         _data_options,
     ),
     "checkpoint": Command(
-        _checkpoint, "checkpoint inspect|verify PATH", "inspect PATH or verify PATH: a checkpoint's folder"
+        _checkpoint,
+        "checkpoint inspect|verify PATH | import HF_FOLDER OUT | export PATH HF_FOLDER",
+        "inspect PATH or verify PATH: a checkpoint's folder; import a Hugging Face folder of the Nemotron-H "
+        "family to a checkpoint in OUT; export a checkpoint's language model to a new folder",
+        _checkpoint_options,
     ),
     "doctor": Command(_doctor, "examine this machine: can the default job run?", "none"),
 }

@@ -107,11 +107,14 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """every: steps between checkpoints, 0 for none; keep: how many stay; resume: auto, none or a path."""
+    """every: steps between checkpoints, 0 for none; keep: how many stay; resume: auto, none or a path;
+    weights: what a run that does not resume starts from, a Hugging Face folder or a checkpoint.
+    """
 
     every: int = Field(0, ge=0)
     keep: int = Field(2, ge=0)
     resume: str = "auto"
+    weights: str | None = None
 
 
 class Config(Section):

@@ -16,6 +16,7 @@ from mm import checkpoint
 from mm.blueprint import Blueprint
 from mm.config import resolve_yaml
 from mm.console import Console
+from mm.convert import start_from
 from mm.evaluate import Evaluation, evaluate
 from mm.feed import Feed
 from mm.flops import step_flops
@@ -64,6 +65,8 @@ def _train(blueprint: Blueprint, rank: RankInfo) -> None:
     if resume is not None:
         state = checkpoint.load(job, train_data.index, resume)
         first, bad = state["step"], frozenset(state["bad_samples"])
+    elif cfg.checkpoint.weights is not None:
+        start_from(job, Path(cfg.checkpoint.weights))
     console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
     if rank.rank == 0:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))

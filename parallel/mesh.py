@@ -23,10 +23,10 @@ class ModuleMesh:
     """The meshes of a module as one of its ranks sees them.
 
     dense: DeviceMesh (data, tp) of this pipeline rank, data being dp x cp, over which weights are replicas
-    that see different tokens; expert: DeviceMesh (edp, ep); axes: what layers compute over; stage: all ranks
-    of this pipeline rank. pipeline: the ranks that differ along pp alone, in two groups, for activations and
-    for gradients, which are ordered each for itself; None without pp. ends: this rank and the one at the
-    other end of its pipeline, where first and last stage share weights.
+    that see different tokens; expert: DeviceMesh (edp, ep, etp); axes: what layers compute over; stage: all
+    ranks of this pipeline rank. pipeline: the ranks that differ along pp alone, in two groups, for
+    activations and for gradients, which are ordered each for itself; None without pp. ends: this rank and
+    the one at the other end of its pipeline, where first and last stage share weights.
     """
 
     layout: Layout
@@ -40,7 +40,7 @@ class ModuleMesh:
     @property
     def folded(self) -> bool:
         """Whether experts are cut or replicated differently from the dense weights."""
-        return self.axes.tp.size > 1 or self.axes.ep.size > 1
+        return any(axis.size > 1 for axis in (self.axes.tp, self.axes.ep, self.axes.etp))
 
     def close(self) -> None:
         """Destroy the module's process groups; every rank of the module calls this."""
@@ -64,7 +64,8 @@ def build_mesh(layout: Layout, device_type: str, *, tie_ends: bool = False) -> M
     for pp in range(layout.pp):
         ranks = torch.tensor(layout.ranks).view(layout.pp, -1)[pp]
         dense.append(DeviceMesh(device_type, ranks.view(-1, layout.tp), mesh_dim_names=("data", "tp")))
-        expert.append(DeviceMesh(device_type, ranks.view(-1, layout.ep), mesh_dim_names=("edp", "ep")))
+        folded = ranks.view(-1, layout.ep, layout.etp)
+        expert.append(DeviceMesh(device_type, folded, mesh_dim_names=("edp", "ep", "etp")))
         stages.append(dist.new_group(sorted(ranks.tolist())))
     cp = _own_group(layout.groups("cp"), rank) if layout.cp > 1 else None
     lines = layout.groups("pp") if layout.pp > 1 else ()
@@ -76,6 +77,7 @@ def build_mesh(layout: Layout, device_type: str, *, tie_ends: bool = False) -> M
     axes = Axes(
         tp=_axis(dense[at.pp], "tp"),
         ep=_axis(expert[at.pp], "ep"),
+        etp=_axis(expert[at.pp], "etp"),
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
         cp=Axis("cp", layout.cp, at.cp, cp) if cp is not None else Axis.single("cp"),
     )

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.mesh import ModuleMesh
 from parallel.param import declared
-from parallel.shard import model_cut
+from parallel.shard import model_cuts
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ShardedOptimizer:
         for name, param, spec in (entry for part in parts for entry in declared(part)):
             if not param.requires_grad:
                 continue
-            replicas = mesh.axes.tp.size if spec.view == "dense" and model_cut(spec, mesh) is None else 1
+            replicas = mesh.axes.tp.size if spec.view == "dense" and not model_cuts(spec, mesh) else 1
             partial, twice = spec.partial and replicas > 1, name in shared
             data = param.detach()
             data = data.to_local() if isinstance(data, DTensor) else data

@@ -6,7 +6,7 @@ everything over dp, or edp for experts. Gradients are pure sums (design law 2): 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,22 +67,23 @@ def shard_module(
 
 
 def _cut(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
-    """Replace a parameter of global shape (on meta) by a DTensor over tp or ep, where it is cut at all."""
-    cut = model_cut(spec, mesh)
-    if cut is None:
+    """Replace a parameter of global shape (on meta) by a DTensor over tp, ep or etp, if it is cut."""
+    cuts = model_cuts(spec, mesh)
+    if not cuts:
         return
-    axis_mesh = model_mesh(spec, mesh)
     old = getattr(sub, name)
     shape = list(old.shape)
-    if shape[cut] % axis_mesh.size():
-        axis = "tp" if spec.view == "dense" else "ep"
-        raise ValueError(
-            f"{type(sub).__name__}.{name} of shape {shape}: dim {cut} does not divide by "
-            f"{axis}={axis_mesh.size()}"
-        )
-    shape[cut] //= axis_mesh.size()
+    for axis, dim in cuts.items():
+        size = model_mesh(spec, mesh)[axis].size()
+        if shape[dim] % size:
+            raise ValueError(
+                f"{type(sub).__name__}.{name} of shape {list(old.shape)}: dim {dim} does not divide by "
+                f"{axis}={size}"
+            )
+        shape[dim] //= size
     shard = torch.empty(shape, dtype=old.dtype, device=old.device)
-    tensor = DTensor.from_local(shard, axis_mesh, [Shard(cut)], run_check=False)
+    over = model_mesh(spec, mesh)[tuple(cuts)]
+    tensor = DTensor.from_local(shard, over, [Shard(dim) for dim in cuts.values()], run_check=False)
     setattr(sub, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
 
 
@@ -91,7 +92,7 @@ def _fully_shard(
 ) -> None:
     over = mesh.dense["data"] if view == "dense" else mesh.expert["edp"]
     dims = {
-        id(param): data_dim(tuple(_local_shape(param)), model_cut(spec, mesh), over.size())
+        id(param): data_dim(tuple(_local_shape(param)), model_cuts(spec, mesh).values(), over.size())
         for _, param, spec in declared(sub)
     }
     fully_shard(
@@ -108,13 +109,16 @@ def _local_shape(param: Tensor) -> torch.Size:
 
 
 def model_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
-    """The mesh axis that cuts a parameter by its declaration: tp, or ep for experts."""
-    return mesh.dense["tp"] if spec.view == "dense" else mesh.expert["ep"]
+    """The mesh of the axes that cut a parameter by its declaration: tp, or ep and etp for experts."""
+    return mesh.dense if spec.view == "dense" else mesh.expert
 
 
-def model_cut(spec: ParamSpec, mesh: ModuleMesh) -> int | None:
-    """The dim that tp or ep cuts in this layout, None where the parameter is whole on each rank."""
-    return None if model_mesh(spec, mesh).size() == 1 else spec.shard_dim
+def model_cuts(spec: ParamSpec, mesh: ModuleMesh) -> dict[str, int]:
+    """The axes that cut a parameter in this layout, each with the dim that it cuts; empty where it is whole
+    on each rank."""
+    wanted = {"tp": spec.shard_dim} if spec.view == "dense" else {"ep": spec.shard_dim, "etp": spec.etp_dim}
+    axes = {"tp": mesh.axes.tp, "ep": mesh.axes.ep, "etp": mesh.axes.etp}
+    return {axis: dim for axis, dim in wanted.items() if dim is not None and axes[axis].size > 1}
 
 
 def data_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
@@ -122,25 +126,25 @@ def data_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
     return mesh.expert["edp"] if spec.view == "expert" and mesh.folded else mesh.dense["data"]
 
 
-def data_dim(shape: tuple[int, ...], cut: int | None, size: int) -> int:
-    """Which dim FSDP cuts over `size` ranks, for a parameter of `shape` after tp or ep cut dim `cut`.
+def data_dim(shape: tuple[int, ...], cuts: Collection[int], size: int) -> int:
+    """Which dim FSDP cuts over `size` ranks, for a parameter of `shape` after its dims `cuts` were cut.
 
-    Dim 0 may be cut unevenly, others only evenly (FSDP2). A dim that tp or ep cuts already is left alone
-    where another one divides, since a dim cut twice is interleaved in the global tensor.
+    Dim 0 may be cut unevenly, others only evenly (FSDP2). A dim that is cut already is left alone where
+    another one divides, since a dim cut twice is interleaved in the global tensor.
     """
-    if cut != 0 or size == 1:
+    if 0 not in cuts or size == 1:
         return 0
-    return next((d for d in range(1, len(shape)) if shape[d] % size == 0), 0)
+    return next((d for d in range(1, len(shape)) if d not in cuts and shape[d] % size == 0), 0)
 
 
 def held_indices(shape: tuple[int, ...], spec: ParamSpec, mesh: ModuleMesh) -> list[Tensor]:
     """Global indices per dim of the elements that this rank holds of a parameter of global `shape`."""
     held = [torch.arange(n) for n in shape]
-    cut = model_cut(spec, mesh)
-    if cut is not None:
-        held[cut] = _chunk(held[cut], model_mesh(spec, mesh))
+    cuts = model_cuts(spec, mesh)
+    for axis, dim in cuts.items():
+        held[dim] = _chunk(held[dim], model_mesh(spec, mesh)[axis])
     over = data_mesh(spec, mesh)
-    dim = data_dim(tuple(len(h) for h in held), cut, over.size())
+    dim = data_dim(tuple(len(h) for h in held), cuts.values(), over.size())
     held[dim] = _chunk(held[dim], over)
     return held
 

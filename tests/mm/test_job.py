@@ -163,7 +163,6 @@ REFUSED = {
     "did you mean heads?": ["train", "configs/digits.yaml", "model.vision.options.head=1"],
     "nearest: tp=": ["train", "configs/digits.yaml", "layout.llm.tp=3"],
     "ranks 0-7": ["train", "configs/digits.yaml", "layout.llm.ranks=0-7"],
-    "not executed yet": ["train", "configs/digits.yaml", "layout.llm.etp=2"],
     "did you mean 'vit'?": ["train", "configs/digits.yaml", "model.vision.encoder=vti"],
     "key=value": ["train", "configs/digits.yaml", "=3"],
     "n_experts is 6": ["train", "configs/digits.yaml", "model.llm.n_experts=6", "layout.llm.ep=4"],

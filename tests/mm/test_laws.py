@@ -30,6 +30,8 @@ NAMED = {
     "llm cp": (4, {"llm": {"cp": 2}}),
     "llm cp tp sp": (4, {"llm": {"cp": 2, "tp": 2, "sequence_parallel": True}}),
     "llm cp4 ep4": (4, {"vision": {"ranks": 0}, "llm": {"cp": 4, "ep": 4}}),
+    "llm ep2 etp2": (4, {"llm": {"ep": 2, "etp": 2}}),
+    "llm etp4 tp2 sp": (4, {"llm": {"tp": 2, "sequence_parallel": True, "etp": 4}}),
     "llm cp pp": (4, {"llm": {"cp": 2, "pp": 2}}),
 }
 
@@ -91,6 +93,7 @@ def random_degrees(rng: random.Random, ranks: list[int], *, pp: list[int], encod
     spec["sequence_parallel"] = rng.random() < 0.5
     if not encoder:
         spec["ep"] = rng.choice([d for d in (1, 2, 4) if left % d == 0])
+        spec["etp"] = rng.choice([d for d in (1, 2, 4) if left // spec["ep"] % d == 0])
     return spec
 
 

@@ -1,0 +1,84 @@
+"""Published models in and out: Hugging Face folders to checkpoints, to the start of a run, and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed as dist
+
+from llm.config import LLMConfig
+from llm.hf import SafeFolder, export_checkpoint, load_hf, load_weights
+from llm.hf.weights import model_tensors
+from llm.model import LLM
+from mm.blueprint import SINK, llm_config
+from mm.config import build, from_mapping
+from mm.errors import CheckpointError
+from mm.job import Job
+from parallel import checkpoint as store
+
+
+def start_from(job: Job, path: Path) -> None:
+    """Fill the job's weights from `path` before its first step; every rank calls this.
+
+    path: a Hugging Face folder, for the language model alone, of which each rank reads what it holds; or a
+    checkpoint of ours under any layout, from which every module that it has takes its weights.
+    """
+    try:
+        if (path / "config.json").is_file():
+            folder = SafeFolder(path)
+            for part in job.parts.get(SINK, {}).values():
+                assert isinstance(part, LLM)
+                load_weights(part, folder, job.meshes[SINK])
+            return
+        stored = store.describe(path)
+        tensors = {}
+        for name, parts in job.parts.items():
+            if any(key.startswith(f"{name}.") for key in stored):
+                for part in parts.values():
+                    tensors |= {f"{name}.{key}": t for key, t in model_tensors(part).items()}
+        store.load(path, tensors)
+    except ValueError as error:
+        raise CheckpointError(f"cannot start from {path}: {error}") from error
+
+
+def import_hf(folder: Path, out: Path) -> str:
+    """Write the language model of a Hugging Face folder as a checkpoint in `out`. One process.
+
+    Raises CheckpointError where the folder is of another family, incomplete, or has unknown tensors.
+    """
+    try:
+        model = load_hf(folder).model
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    tensors = {f"{SINK}.{key}": t for key, t in model_tensors(model).items()}
+    with TemporaryDirectory() as place:  # a checkpoint is written by a process group, here of one
+        dist.init_process_group(
+            dist.get_default_backend_for_device("cpu"),
+            init_method=f"file://{place}/store",
+            rank=0,
+            world_size=1,
+        )
+        try:
+            path = store.save(out, 0, tensors, {SINK: asdict(model.cfg)}, keep=0)
+        finally:
+            dist.destroy_process_group()
+    return f"{path}: {len(tensors)} tensors; start a run from it with checkpoint.weights={path}"
+
+
+def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> str:
+    """Write the language model of a checkpoint, saved under any layout, as a new Hugging Face folder.
+
+    dtype: of the tensors, None for the checkpoint's. Raises CheckpointError in words.
+    """
+    try:
+        state = store.read_state(checkpoint)
+        if SINK in state:
+            cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")
+        else:
+            cfg = llm_config(from_mapping(state["config"], checkpoint))
+        return str(export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot export {checkpoint}: {error}") from error

@@ -1,0 +1,73 @@
+"""A run that starts from published weights, or from another run's, takes exactly those."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llm.config import LLMConfig
+from llm.hf import load_hf
+from mm import checkpoint
+from mm.blueprint import draw_up
+from mm.config import from_mapping
+from mm.convert import export_hf, import_hf, start_from
+from mm.errors import CheckpointError
+from mm.feed import Feed
+from mm.job import build_job, open_data, open_index
+from mm.launch import RankInfo
+from mm.trainer import train_step
+from tests.mm.harness import CONFIGS, small
+
+
+def two_steps(raw: dict[str, Any], weights: str | None, save: str | None) -> list[float]:
+    blueprint = draw_up(from_mapping(raw, CONFIGS), dist.get_world_size())
+    index = open_index(blueprint, blueprint.cfg.data.train, CONFIGS)
+    job = build_job(blueprint, RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
+    data = open_data(job, index)
+    if weights is not None:
+        start_from(job, Path(weights))
+    feed = Feed(index, data.assembler, job.control, seed=1, global_batch=12, ahead=1)
+    try:
+        losses = [train_step(job, feed, step)["loss"] for step in range(2)]
+        if save is not None:
+            checkpoint.save(job, index, Path(save), 2, ())
+    finally:
+        feed.close()
+        job.close()
+    return losses
+
+
+def test_weights_go_out_in_and_into_any_layout(ranks: Any, tmp_path: Path) -> None:
+    # One optimizer step so far, at a rate of nothing for all but the language model.
+    raw = small()
+    ranks(2, two_steps, small(layout={"llm": {"tp": 2}}), None, str(tmp_path / "run"))
+    saved = tmp_path / "run" / "step-00000002"
+    folder = tmp_path / "published"
+    export_hf(saved, folder, None)
+    import_hf(folder, tmp_path / "again")
+    copies = [str(folder), str(tmp_path / "again" / "step-00000000")]
+    for at in copies:
+        expected = ranks(1, two_steps, raw, at, None)[0]
+        for layout in ({"tp": 2, "ep": 4}, {"pp": 2, "cp": 2}):
+            got = ranks(4, two_steps, small(layout={"llm": layout}), at, None)[0]
+            assert got == pytest.approx(expected, rel=1e-9)
+    whole = ranks(1, two_steps, raw, str(saved), None)[0]
+    assert whole[0] < expected[0]  # the encoders' weights too
+    published = load_hf(folder).model
+    assert isinstance(published.cfg, LLMConfig) and published.embed is not None
+    named = draw_up(
+        from_mapping({**raw, "model": {**raw["model"], "llm": {"preset": str(folder)}}}, CONFIGS), 1
+    )
+    assert asdict(named.llm)["pattern"] == "ME*-" and named.llm.d_model == 24
+
+
+def test_what_cannot_be_read_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no folder|neither"):
+        import_hf(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="cannot export"):
+        export_hf(tmp_path / "nothing", tmp_path / "out", None)
