@@ -73,22 +73,21 @@ def test_stand_ins_take_the_simulated_time_in_the_simulated_order(name: str, ran
         runs = ranks(4, run_standins, plan, costs, unit)
         took = max(r[-1].end for r in runs if r) - min(r[0].start for r in runs if r)
         ratio = took / (unit * line.seconds)
-        if ratio < 1.1:
+        early = out_of_order(plan, runs, line.start)
+        if ratio < 1.1 and not early:
             break
-    assert 1 <= ratio < 1.1
-    assert_same_order(plan, runs, line.start)
+    assert 1 <= ratio < 1.1 and not early
 
 
-def assert_same_order(plan: SchedulePlan, runs: list[list[Record]], start: Any) -> None:
-    """Computations that the simulation starts clearly one after the other start so on the ranks."""
+def out_of_order(plan: SchedulePlan, runs: list[list[Record]], start: Any) -> list[float]:
+    """When computations started that, by the simulation, start clearly after others that had not."""
     pairs = [
         (start[plan.program_of[rank]][k], record.ready)
         for rank, records in enumerate(runs)
         for k, record in enumerate(records)
         if record.action.kind in COMPUTE
     ]
-    for at, seen in pairs:
-        assert seen > max((s for t, s in pairs if t < at - 0.9), default=0.0), at
+    return [at for at, seen in pairs if seen <= max((s for t, s in pairs if t < at - 0.9), default=0.0)]
 
 
 def test_a_measured_run_can_be_drawn_and_traced(ranks: Any, tmp_path: Path) -> None:
