@@ -295,7 +295,7 @@ class Mamba(nn.Module):
         else:
             # This rank's heads are parts of groups: their sums of squares join over tp, both ways.
             group = self.shared.first + self.shared.reads(y.device)
-            member = F.one_hot(group, cfg.mamba_groups).to(acc)  # [H, G]
+            member = (group.unsqueeze(1) == torch.arange(cfg.mamba_groups, device=y.device)).to(acc)  # [H, G]
             squares = y.unflatten(1, (self.heads, -1)).square().sum(-1) @ member
             squares = copy_in(reduce_out(squares, self.axes.tp), self.axes.tp)
             mean = squares @ member.T * (cfg.mamba_groups / cfg.mamba_inner)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Bytes of Q x Q tensors that exist at a time: what a core's cache holds, or enough to fill an accelerator.
-BLOCK_BYTES = {"cpu": 1 << 20}
+BLOCK_BYTES = {"cpu": 1 << 21}
 BLOCK_BYTES_OTHER = 1 << 28
 
 
@@ -90,18 +90,19 @@ def outputs(ch: Chunks, d: Tensor | None, before: Tensor | None, added: Tensor |
     n, q, groups, per_group, width = ch.x.shape
     states = None
     if ch.tokens and (n > 1 or before is not None):
-        added = added_states(ch) if added is None else added
+        added = added_states(ch, n - 1) if added is None else added[:-1]
         # What a chunk's end keeps of the state before it: nothing if a document began inside.
         last = torch.cat([ch.doc[:1, 0], ch.doc[:-1, -1]])
         whole = (ch.doc[:, -1] == last)[:, None, None]
-        states = _Recurrence.apply(added[:-1], (flushed_exp(ch.total[..., -1]) * whole)[:-1], before)
+        states = _Recurrence.apply(added, (flushed_exp(ch.total[..., -1]) * whole)[:-1], before)
     y = _Outputs.apply(ch.x, ch.dt, ch.total, ch.b, ch.c, d, states, ch.doc)
     return y.view(n * q, groups * per_group, width)[: ch.tokens]
 
 
-def added_states(ch: Chunks) -> Tensor:
-    """What each chunk's last document adds to the state at the chunk's end, [n, G, N, K, P]."""
-    return _Added.apply(ch.x, ch.dt, ch.total, ch.b, ch.doc)
+def added_states(ch: Chunks, count: int | None = None) -> Tensor:
+    """What each chunk's last document adds to the state at the chunk's end, [n, G, N, K, P]; of the first
+    `count` chunks, None for all."""
+    return _Added.apply(ch.x, ch.dt, ch.total, ch.b, ch.doc, len(ch.x) if count is None else count)
 
 
 def state_after(ch: Chunks, added: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,9 +128,10 @@ def _floor(dtype: torch.dtype) -> float:
     return 0.5 * math.log(torch.finfo(dtype).tiny)
 
 
-def _blocks(total: Tensor) -> Iterator[slice]:
-    """Runs of chunks whose Q x Q tensors fit the budget."""
+def _blocks(total: Tensor, count: int | None = None) -> Iterator[slice]:
+    """Runs of (the first `count`) chunks whose Q x Q tensors fit the budget."""
     n, groups, per_group, q = total.shape
+    n = n if count is None else count
     budget = BLOCK_BYTES.get(total.device.type, BLOCK_BYTES_OTHER)
     step = max(1, budget // (groups * per_group * q * q * total.element_size()))
     return (slice(at, min(at + step, n)) for at in range(0, n, step))
@@ -185,11 +187,12 @@ class _Added(torch.autograd.Function):
     """sum over a chunk's tokens j of to_end_j B_j xd_j."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dt: Tensor, total: Tensor, b: Tensor, doc: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dt: Tensor, total: Tensor, b: Tensor, doc: Tensor, count: int) -> Tensor:
         ctx.save_for_backward(x, dt, total, b, doc)
-        n, _, groups, per_group, width = x.shape
-        out = x.new_empty(n, groups, b.shape[-1], per_group * width)
-        for at in _blocks(total):
+        ctx.count = count
+        groups, per_group, width = x.shape[2:]
+        out = x.new_empty(count, groups, b.shape[-1], per_group * width)
+        for at in _blocks(total, count):
             kept = _heads_first(x[at] * dt[at].unsqueeze(-1)) * _to_end(total[at], doc[at])
             torch.matmul(b[at].permute(0, 2, 3, 1), _wide_rows(kept), out=out[at])
         return out.unflatten(3, (per_group, width))
@@ -198,8 +201,10 @@ class _Added(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, total, b, doc = ctx.saved_tensors
         grad = grad.flatten(3)  # [n, G, N, K P]
-        d_x, d_dt, d_b, d_total = (torch.empty_like(t) for t in (x, dt, b, total))
-        for at in _blocks(total):
+        d_x, d_dt, d_b, d_total = grads = [torch.empty_like(t) for t in (x, dt, b, total)]
+        for t in grads:
+            t[ctx.count :] = 0.0
+        for at in _blocks(total, ctx.count):
             rest = _to_end(total[at], doc[at])
             xs, ts = _heads_first(x[at]), _heads_first(dt[at]).unsqueeze(-1)
             d_xd = _heads_of(b[at].transpose(1, 2) @ grad[at], x.shape[3]) * rest
@@ -209,7 +214,7 @@ class _Added(torch.autograd.Function):
             d_b[at].transpose(1, 2).copy_(_wide_rows(xs * ts * rest) @ grad[at].mT)
             fall = torch.mul(lost, ts.squeeze(-1), out=d_total[at]).neg_()
             fall[..., -1] -= fall.sum(-1)
-        return d_x, d_dt, d_total, d_b, None
+        return d_x, d_dt, d_total, d_b, None, None
 
 
 class _Recurrence(torch.autograd.Function):
