@@ -16,12 +16,14 @@ from llm.config import check as check_llm
 from llm.hf import SafeFolder, read_config
 from llm.model import LLM
 from llm.presets import preset
+from llm.recompute import recompute_parts
 from llm.stages import cut, reading_stages, shared_parameters
 from mm.config import Config, build
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan import EncoderUse, PlanInputs
 from parallel.axis import Axes
+from parallel.context import Order
 from parallel.layout import Layout, check_divides, make_layout
 from parallel.param import declared
 from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
@@ -75,6 +77,13 @@ class Blueprint:
         """Parameters of the language model that its first and its last stage both hold."""
         return shared_parameters(self.llm, self.stages[SINK])
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What the language model learns beside the next token: balance, z, mtp."""
+        llm = self.llm
+        weights = {"balance": llm.aux_weight, "z": llm.z_weight, "mtp": llm.mtp_layers * llm.mtp_weight}
+        return tuple(name for name, weight in weights.items() if weight)
+
     def row_shape(self, module: str) -> tuple[int, ...]:
         """Trailing shape of an encoder's rows: [d], or [levels, d]."""
         use = self.inputs.encoders[module]
@@ -113,6 +122,7 @@ def _draw_up(cfg: Config, world: int) -> Blueprint:
     if unknown:
         raise ValueError(f"layout names {sorted(unknown)}, but the model's modules are {sorted(layouts)}")
     llm = llm_config(cfg)
+    recompute_parts(cfg.train.recompute)
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
     uses, stages = {}, {}
     for name in cfg.model:
@@ -128,7 +138,7 @@ def _draw_up(cfg: Config, world: int) -> Blueprint:
             f"its first | after layer {max(llm.level_layers)}, or layout.llm.pp=1"
         )
     # Causal attention is even over cp in zigzag order; a scan alone has its neighbours nearer in the other.
-    order = "zigzag" if "*" in llm.kinds else "contiguous"
+    order: Order = "zigzag" if "*" in llm.kinds else "contiguous"
     inputs = PlanInputs(layouts[SINK], uses, cfg.data.context, cfg.schedule.microbatches, order)
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # refuses what no schedule can do
@@ -179,6 +189,7 @@ def bare_module(blueprint: Blueprint, name: str, axes: Axes, stage: Stage) -> nn
     if name == SINK:
         module = LLM(blueprint.llm, axes, stage=stage, device="meta", dtype=stored)
         module.recompute = cfg.train.recompute
+        module.offload = cfg.train.offload
         module.requires_grad_(not blueprint.llm.freeze)
         return module
     use, enc = blueprint.inputs.encoders[name], cfg.model[name]
@@ -192,7 +203,8 @@ def bare_module(blueprint: Blueprint, name: str, axes: Axes, stage: Stage) -> nn
         device="meta",
         dtype=stored,
     )
-    module.encoder.recompute, module.encoder.timeout_s = cfg.train.recompute, cfg.run.timeout_s
+    module.encoder.recompute = "full" in recompute_parts(cfg.train.recompute)
+    module.encoder.timeout_s = cfg.run.timeout_s
     module.freeze(enc.freeze)
     return module
 

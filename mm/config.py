@@ -81,7 +81,9 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """warmup, decay: fractions of steps; clip: bound on the global gradient norm, 0 for none.
 
-    shard: FSDP gathers each module as a whole, or layer by layer.
+    shard: FSDP gathers each module as a whole, or layer by layer. recompute: true for whole layers, or parts
+    of them by name (llm.recompute); encoders know whole layers only. offload: the language model's
+    activations of at least so many bytes wait on the host.
     """
 
     steps: int = Field(ge=1)
@@ -95,7 +97,8 @@ class TrainConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0)
-    recompute: bool = False
+    recompute: bool | str | list[str] = False
+    offload: int | None = Field(None, ge=1)
     shard: Literal["module", "layer"] = "module"
 
 

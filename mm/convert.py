@@ -34,7 +34,7 @@ def start_from(job: Job, path: Path) -> None:
                 load_weights(part, folder, job.meshes[SINK])
             return
         stored = store.describe(path)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, parts in job.parts.items():
             if any(key.startswith(f"{name}.") for key in stored):
                 for part in parts.values():

@@ -154,8 +154,10 @@ def stage_ranks(layout: Layout, pp: int) -> tuple[int, ...]:
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
+    """What FSDP gathers and frees on its own in module `module`."""
     assert isinstance(module, LLM | EncoderModule)
-    return list(module.layers)
+    further = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
+    return [*module.layers, *further]
 
 
 def _build_parts(blueprint: Blueprint, name: str, mesh: ModuleMesh, rank: RankInfo) -> dict[int, nn.Module]:

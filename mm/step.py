@@ -181,8 +181,8 @@ class _Run:
     def backward_weight(self, action: Action) -> None:
         key = (action.module, action.stage, action.microbatch)
         self._synchronise(key, action.last)
-        part, output = self._fsdp(key), self.outputs.pop(key)
-        part.set_reshard_after_backward(action.last)
+        part, output = self._part(key), self.outputs.pop(key)
+        self._fsdp(key).set_reshard_after_backward(action.last)
         for module in part.modules():
             if isinstance(module, FSDPModule):
                 module.unshard()  # the graph's leaves are the gathered weights

@@ -38,7 +38,10 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 @dataclass(frozen=True)
 class Update:
-    """What all ranks know after a step: sums over ranks, equal everywhere."""
+    """What all ranks know after a step: sums over ranks, equal everywhere.
+
+    objectives: sums over tokens, unweighted, of what is learned beside the next token.
+    """
 
     loss: float
     grad_norm: float
@@ -46,6 +49,7 @@ class Update:
     boundary: Mapping[str, Mapping[str, float]]
     seconds: Mapping[str, float]
     peak_memory_bytes: int
+    objectives: Mapping[str, float]
     stop: bool
 
 
@@ -67,21 +71,16 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
     computed = {
         m: sum(t for (k, of), t in result.seconds.items() if of == m and k in COMPUTE) for m in modules
     }
-    moved = {m: boundary.stats for m, boundary in job.boundaries.items()}
-    values = [
-        result.loss,
-        *(squares.get(m, 0.0) for m in modules),
-        *(float(sum(moved[m].bytes_received.values())) if m in moved else 0.0 for m in edges),
-        *(sum(moved[m].seconds.values()) if m in moved else 0.0 for m in edges),
-        *computed.values(),
-        sync,
-        float(peak_memory(job.rank.device)),
-        float(stop),
-    ]
-    table = job.control.gather(values)
-    names = ["loss", *modules, *(f"{m} bytes" for m in edges), *(f"{m} seconds" for m in edges)]
-    names += [f"{m} computes" for m in modules] + ["sync", "memory", "stop"]
-    column = {name: table[:, i] for i, name in enumerate(names)}
+    mine = {"loss": result.loss, "sync": sync, "memory": float(peak_memory(job.rank.device))}
+    mine |= {"stop": float(stop), **{m: squares.get(m, 0.0) for m in modules}}
+    mine |= {f"{m} computes": computed[m] for m in modules}
+    for m in edges:
+        stats = job.boundaries[m].stats if m in job.boundaries else None
+        mine[f"{m} bytes"] = float(sum(stats.bytes_received.values())) if stats else 0.0
+        mine[f"{m} seconds"] = sum(stats.seconds.values()) if stats else 0.0
+    mine |= {f"{name} objective": value for name, value in _objectives(job).items()}
+    table = job.control.gather(list(mine.values()))
+    column = dict(zip(mine, table.T, strict=True))
     _check_finite(column, modules, step)
     total = {m: math.sqrt(float(column[m].sum())) for m in modules}
     norm = math.sqrt(sum(n * n for n in total.values()))
@@ -98,10 +97,30 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
         m: {"bytes": int(column[f"{m} bytes"].sum()), "seconds": float(column[f"{m} seconds"].max())}
         for m in edges
     }
-    memory = int(column["memory"].max())
     return Update(
-        float(column["loss"].sum()), norm, total, boundary, seconds, memory, bool(column["stop"].any())
+        loss=float(column["loss"].sum()),
+        grad_norm=norm,
+        grad_norm_by_module=total,
+        boundary=boundary,
+        seconds=seconds,
+        peak_memory_bytes=int(column["memory"].max()),
+        objectives={o: float(column[f"{o} objective"].sum()) for o in job.blueprint.objectives},
+        stop=bool(column["stop"].any()),
     )
+
+
+def _objectives(job: Job) -> dict[str, float]:
+    """This rank's sums over tokens of what the language model learns beside the next token."""
+    out = dict.fromkeys(job.blueprint.objectives, 0.0)
+    if not out or SINK not in job.parts:
+        return out
+    first = job.blueprint.layouts[SINK].coord(job.rank.rank).tp == 0
+    for part in job.parts[SINK].values():
+        assert isinstance(part, LLM)
+        for name, value in part.take_objectives().items():
+            if name in out and (first or name != "mtp"):  # of further tokens, tp ranks have equal sums
+                out[name] += float(value)
+    return out
 
 
 def _check_finite(column: Mapping[str, np.ndarray], modules: list[str], step: int) -> None:

@@ -90,12 +90,13 @@ def train_few(raw: dict[str, Any], steps: int) -> list[dict[str, Any]]:
 
 
 def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
-    """Largest relative difference of losses and per-module gradient norms."""
+    """Largest relative difference of losses, of further objectives and of per-module gradient norms."""
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
         pairs = [(a["loss"], b["loss"])]
         pairs += [
             (a["grad_norm_by_module"][m], b["grad_norm_by_module"][m]) for m in b["grad_norm_by_module"]
         ]
+        pairs += [(a["objectives"][k], b["objectives"][k]) for k in b["objectives"]]
         worst = max([worst, *(abs(x - y) / max(abs(y), 1e-300) for x, y in pairs)])
     return worst
