@@ -150,7 +150,7 @@ def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[st
         if a.module not in plan.modules:
             continue  # not needed anywhere, which is reported
         wanted: tuple[str, ...] = ()
-        way = a.kind.value.split("_")[-1]
+        way = _WAY[a.kind]
         peer = None
         if a.kind in COMPUTE:
             wanted = compute[a.module]
@@ -170,6 +170,7 @@ def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[st
             )
 
 
+_WAY = {kind: kind.value.split("_")[-1] for kind in Kind}
 _STEPWISE = (Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC, Kind.OPTIMIZER)
 
 
@@ -178,10 +179,13 @@ def _parameters(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterat
     rank = plan.ranks_of[p][0]
     at: dict[tuple[str, int], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for k, a in enumerate(actions):
-        what = "use" if a.kind in COMPUTE else a.kind.value
-        at[a.module, a.stage][what].append(k)
-        if a.kind in COMPUTE and a.kind is not Kind.FORWARD:
-            at[a.module, a.stage]["back"].append(k)
+        if a.kind in COMPUTE:
+            of = at[a.module, a.stage]
+            of["use"].append(k)
+            if a.kind is not Kind.FORWARD:
+                of["back"].append(k)
+        elif a.kind in _STEPWISE:
+            at[a.module, a.stage][a.kind.value].append(k)
         if a.last:
             at[a.module, a.stage]["last"].append(k)
     for (module, stage), found in at.items():
@@ -220,7 +224,7 @@ def _transfers(plan: SchedulePlan) -> Iterator[str]:
     for p, a in plan:
         if a.kind in SENDS or a.kind in RECEIVES:
             assert a.peer is not None
-            way = a.kind.value.split("_")[1]
+            way = _WAY[a.kind]
             table = sends if a.kind in SENDS else receives
             table[p, a.module, a.peer % plan.modules[a.module].layout.pp, way].append(a)
     for module, use in plan.modules.items():

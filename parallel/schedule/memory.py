@@ -73,7 +73,7 @@ def check_limit(
 def _peak(plan: SchedulePlan, p: int, memory: Memory) -> Peak:
     held = dict.fromkeys(plan.modules, 0.0)
     total = best = 0.0
-    at, then = "nothing", dict(held)
+    at, then = None, dict(held)
     for a in plan.programs[p]:
         if a.kind not in _GROWS:
             continue
@@ -88,7 +88,7 @@ def _peak(plan: SchedulePlan, p: int, memory: Memory) -> Peak:
         if a.kind is Kind.FORWARD:
             total, held[a.module] = total + amount, held[a.module] + amount
             if total > best:
-                best, at, then = total, str(a), dict(held)
+                best, at, then = total, a, dict(held)
             continue
         split = not plan.modules[a.module].frozen
         share = {
@@ -97,7 +97,7 @@ def _peak(plan: SchedulePlan, p: int, memory: Memory) -> Peak:
             Kind.BACKWARD_WEIGHT: memory.weight_share,
         }[a.kind]
         total, held[a.module] = total - amount * share, held[a.module] - amount * share
-    return Peak(best, plan.ranks_of[p], then, at)
+    return Peak(best, plan.ranks_of[p], then, str(at or "nothing"))
 
 
 _GROWS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)

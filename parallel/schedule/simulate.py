@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from parallel.schedule.action import BOUNDARY, COMPUTE, POSTED, RECEIVES, SENDS, Action, Kind
 from parallel.schedule.costs import Costs
@@ -41,8 +42,7 @@ class Stuck(ValueError):
         super().__init__("the schedule cannot finish: " + "; ".join(lines[:4]))
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """Rows on their way: started by all ends at `start`, there at `end`. source, target: programs."""
 
     action: Action
@@ -127,6 +127,7 @@ class _Run:
         self.peers = _Peers(plan)
         self.ends = {s: plan.ends(s) for s in plan.sources}
         self.stages = {m: u.stages for m, u in plan.modules.items()}
+        self.pp = {m: u.layout.pp for m, u in plan.modules.items()}
 
     def run(self) -> Timeline:
         for p in range(len(self.plan.programs)):
@@ -224,7 +225,7 @@ class _Run:
         """The transfers of a send or receive of program p."""
         assert a.peer is not None
         link, what = max(a.stage, a.peer), _CHANNEL[a.kind]
-        others = self.peers[a.module, a.peer % self.plan.modules[a.module].layout.pp, p]
+        others = self.peers[a.module, a.peer % self.pp[a.module], p]
         if a.kind in SENDS:
             return [(what, a.module, link, a.microbatch, p, q) for q in others]
         return [(what, a.module, link, a.microbatch, q, p) for q in others]
@@ -282,7 +283,7 @@ class _Run:
         return out
 
     def _from(self, receive: Kind, a: Action, peer: int, p: int) -> list[Key]:
-        others = self.peers[a.module, peer % self.plan.modules[a.module].layout.pp, p]
+        others = self.peers[a.module, peer % self.pp[a.module], p]
         link = max(a.stage, peer)
         return [(_CHANNEL[receive], a.module, link, a.microbatch, q, p) for q in others]
 
