@@ -157,3 +157,14 @@ def pack_items(
     which are then those from number `first` on."""
     values = torch.cat(list(tensors)) if tensors else torch.zeros((0, *cls.input_shape(cfg)))
     return ItemBatch(values.to(device, dtype), tuple(len(t) for t in tensors), tuple(metas), first)
+
+
+def join_batches(batches: Sequence[ItemBatch]) -> ItemBatch:
+    """The items of several batches as one; each must have all of its items (no rows cut over ranks)."""
+    assert all(len(b.lengths) == len(b.metas) for b in batches), "a batch with some of its items only"
+    if len(batches) == 1:
+        return batches[0]
+    lengths = tuple(n for b in batches for n in b.lengths)
+    return ItemBatch(
+        torch.cat([b.values for b in batches]), lengths, tuple(m for b in batches for m in b.metas)
+    )

@@ -102,7 +102,15 @@ class Blueprint:
                 m: ModuleUse(self.layouts[m], m in frozen, layers=self.stages[m][-1].stop)
                 for m in self.modules
             }
-            plan = make_schedule(cfg.kind, modules, sink=SINK, active=active, ahead=cfg.ahead, train=train)
+            plan = make_schedule(
+                cfg.kind,
+                modules,
+                sink=SINK,
+                active=active,
+                ahead=cfg.ahead,
+                batch=cfg.encoder_batch,
+                train=train,
+            )
             check(plan)
             self._schedules[key] = plan
         return self._schedules[key]
@@ -123,6 +131,8 @@ def _draw_up(cfg: Config, world: int) -> Blueprint:
         raise ValueError(f"layout names {sorted(unknown)}, but the model's modules are {sorted(layouts)}")
     llm = llm_config(cfg)
     recompute_parts(cfg.train.recompute)
+    for name, n in cfg.schedule.encoder_batch.items():
+        _check_batch(name, n, layouts)
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
     uses, stages = {}, {}
     for name in cfg.model:
@@ -170,6 +180,22 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
         f"model.{name}.projector.hidden", enc.projector.hidden, "tp", layout.tp if cls.tensor_parallel else 1
     )
     return EncoderUse(cls, options, layout, enc.deal)
+
+
+def _check_batch(name: str, n: int, layouts: Mapping[str, Layout]) -> None:
+    if name not in layouts or name == SINK:
+        raise ValueError(
+            f"schedule.encoder_batch names {name}; the encoders are {sorted({*layouts} - {SINK})}"
+        )
+    layout = layouts[name]
+    cut = {a: getattr(layout, a) for a in ("cp", "pp") if getattr(layout, a) > 1}
+    cut |= {"sequence_parallel": True} if layout.sequence_parallel and layout.tp > 1 else {}
+    if n > 1 and cut:
+        given = ", ".join(f"{a}={v}" for a, v in cut.items())
+        raise ValueError(
+            f"schedule.encoder_batch.{name}={n} with layout.{name} {given}: several micro-batches at once "
+            f"need rows that are whole on each rank. Nearest: schedule.encoder_batch.{name}=1"
+        )
 
 
 def _check_levels(name: str, use: EncoderUse, llm: LLMConfig) -> None:

@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -60,11 +60,13 @@ class EncoderConfig(Section):
 class ScheduleConfig(Section):
     """kind: auto follows placement, pp and vpp. microbatches: how many the global batch is cut into, the same
     for all modules. ahead: for how many of them an encoder on the language model's ranks may hold
-    activations; as few as keep the pipeline full where it is not given.
+    activations; as few as keep the pipeline full where it is not given. encoder_batch: by encoder, for how
+    many micro-batches it computes at once (1).
     """
 
     kind: str = "auto"
     ahead: int | None = Field(None, ge=1)
+    encoder_batch: dict[str, Annotated[int, Field(ge=1)]] = {}
     microbatches: int = Field(1, ge=1)
 
 

@@ -7,13 +7,14 @@ where it came from; parallel.schedule.execute says what each kind of action must
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from encoders.contract import join_batches
 from encoders.module import RowsMismatch, hidden_shape
 from mm.batch import RankMicrobatch
 from mm.blueprint import SINK
@@ -51,7 +52,7 @@ def run_step(
     record: keep the times of every action. Does not update.
     """
     schedule = job.blueprint.schedule(prepared.plan.active, train=train)
-    run = _Run(job, prepared.micro, prepared.plan.supervised, train, on_tokens)
+    run = _Run(job, prepared, train, on_tokens)
     for boundary in job.boundaries.values():
         boundary.stats.reset()
     records: list[Record] | None = [] if record else None
@@ -67,16 +68,17 @@ class _Run:
     def __init__(
         self,
         job: Job,
-        micro: Sequence[RankMicrobatch],
-        supervised: int,
+        prepared: Prepared,
         train: bool,
         on_tokens: OnTokens | None,
     ) -> None:
-        self.job, self.micro, self.supervised = job, micro, supervised
+        self.job, self.micro, self.supervised = job, prepared.micro, prepared.plan.supervised
+        self.active = prepared.plan.active
         self.train, self.on_tokens = train, on_tokens
         self.device, self.dtype = job.rank.device, job.blueprint.dtype
         self.inputs: dict[Key, Tensor] = {}  # hidden states from the stage before, leaves
         self.outputs: dict[Key, Tensor] = {}  # what a part gave, attached to its graph
+        self.joint: dict[Key, Tensor] = {}  # outputs of several micro-batches at once, by the first
         self.receiving: dict[tuple[Kind, Key], Callable[[], Tensor]] = {}
         self.crossing: dict[tuple[Kind, str, int], Pending] = {}  # rows and row gradients under way
         self.entries: dict[tuple[str, int], Tensor] = {}  # rows as the language model reads them, leaves
@@ -115,18 +117,36 @@ class _Run:
         if action.module == SINK:
             return self._forward_sink(key, hidden)
         ready = time.perf_counter()
-        self._forward_source(key, hidden)
+        self._forward_source(action, hidden)
         return ready
 
-    def _forward_source(self, key: Key, hidden: Tensor | None) -> None:
-        module, _, i = key
-        batch = self.micro[i].items[module]
+    def _forward_source(self, action: Action, hidden: Tensor | None) -> None:
+        module, keys = action.module, self._covered(action)
+        mine = [self.micro[i] for _, _, i in keys]
+        part = self._part(keys[0])
         try:
-            out = self._part(key)(batch) if hidden is None else self._part(key)(batch, hidden)
+            if hidden is not None:
+                out = part(mine[0].items[module], hidden)
+            elif len(mine) > 1:
+                out = part(join_batches([mb.items[module] for mb in mine]))
+            else:
+                out = part(mine[0].items[module])
         except RowsMismatch as error:
-            sample = self.micro[i].names[module][error.item]
-            raise DataError(f"module {module}, sample {sample}: {error.why}") from error
-        self.outputs[key] = out if isinstance(out, Tensor) else out.values
+            names = [name for mb in mine for name in mb.names[module]]
+            raise DataError(f"module {module}, sample {names[error.item]}: {error.why}") from error
+        values = out if isinstance(out, Tensor) else out.values
+        if len(keys) == 1:
+            self.outputs[keys[0]] = values
+            return
+        self.joint[keys[0]] = values
+        rows = [mb.edges[module].forward.rows_in for mb in mine]
+        self.outputs |= dict(zip(keys, values.detach().split(rows), strict=True))
+
+    def _covered(self, action: Action) -> list[Key]:
+        """What a source's action computes: the micro-batches that it spans and that have items."""
+        module, stage, first = action.module, action.stage, action.microbatch
+        span = range(first, first + action.span)
+        return [(module, stage, i) for i in span if action.span == 1 or module in self.active[i]]
 
     def _forward_sink(self, key: Key, hidden: Tensor | None) -> float:
         i = key[2]
@@ -157,9 +177,16 @@ class _Run:
     # backward
 
     def backward(self, action: Action) -> float:
-        key = (action.module, action.stage, action.microbatch)
-        self._synchronise(key, action.last)
-        output, grad = self.outputs.pop(key), self._output_gradient(key)
+        keys = self._covered(action)
+        self._synchronise(keys[0], action.last)
+        output, grad = self.outputs.pop(keys[0]), self._output_gradient(keys[0])
+        if len(keys) > 1:
+            output = self.joint.pop(keys[0])
+            assert grad is not None
+            more = [self.crossing.pop((Kind.BOUNDARY_BACKWARD, m, i)).wait() for m, _, i in keys[1:]]
+            grad = torch.cat([grad, *more])
+            for key in keys[1:]:
+                del self.outputs[key]
         ready = time.perf_counter()
         if output.requires_grad:  # not where the first layers are frozen
             output.backward(grad)

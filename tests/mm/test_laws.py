@@ -46,6 +46,10 @@ SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
         {"microbatches": 4},
     ),
     "encoder pipelines": ({"vision": {"pp": 2}, "audio": {"pp": 2, "tp": 2}}, {"microbatches": 2}),
+    "encoders by twos and threes": (
+        {"audio": {"ranks": "0-1"}, "llm": {"pp": 2}},
+        {"microbatches": 5, "encoder_batch": {"vision": 2, "audio": 3}},
+    ),
     "gpipe": ({"llm": {"pp": 4}}, {"microbatches": 3, "kind": "gpipe"}),
     "three phases": ({"llm": {"pp": 2}}, {"microbatches": 3, "kind": "three_phase"}),
     "virtual stages": ({"llm": {"pp": 2, "vpp": 2}}, {"microbatches": 4}),
