@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def whole(n_layers: int) -> Stage:
 
 def stages_of(cuts: Sequence[int]) -> tuple[Stage, ...]:
     """Stages from their boundaries, [0, .., n_layers]."""
-    pairs = list(zip(cuts[:-1], cuts[1:], strict=True))
+    pairs = list(pairwise(cuts))
     return tuple(Stage(a, b, first=i == 0, last=i == len(pairs) - 1) for i, (a, b) in enumerate(pairs))
 
 
