@@ -19,7 +19,7 @@ from mm.data.reader import BadSample, ShardReader
 from mm.data.tokenizer import Tokenizer
 from mm.plan import Microbatch, PlanInputs, places
 from parallel.axis import Axes, Axis
-from parallel.boundary import EdgePlan, plan_edge
+from parallel.boundary import EdgePlan, PlanCache
 from parallel.context import ContextPacking, pack
 
 IGNORE = -100
@@ -45,8 +45,9 @@ class RankMicrobatch:
 class Assembler:
     """Builds RankMicrobatches on the host for `rank`. dtype: floating dtype of encoder inputs.
 
-    axes: of the modules on this rank; sink: the language model's name; depths: how many tokens further it
-    predicts.
+    axes: of the modules on this rank; sink: the language model's name; row_shapes: trailing shape of each
+    encoder's rows; plans: where boundary plans are made, and kept for rows that lie alike; depths: how many
+    tokens further the language model predicts.
     """
 
     inputs: PlanInputs
@@ -57,6 +58,8 @@ class Assembler:
     device: torch.device
     axes: Mapping[str, Axes]
     sink: str
+    row_shapes: Mapping[str, tuple[int, ...]]
+    plans: PlanCache
     depths: int = 0
 
     def build(self, mb: Microbatch, supervised: int, bad: list[BadSample]) -> RankMicrobatch | None:
@@ -77,7 +80,9 @@ class Assembler:
         if len(bad) > before:
             return None
         edges = {
-            m: plan_edge(f"{m} -> llm", e.source, e.dest, self.rank) for m, e in mb.edges.items() if e.items
+            m: self.plans.plan(f"{m} -> {self.sink}", e.source, e.dest, row_shape=self.row_shapes[m])
+            for m, e in mb.edges.items()
+            if e.items
         }
         return RankMicrobatch(items, names, llm, depends, edges)
 

@@ -21,7 +21,7 @@ from mm.data.reader import ShardReader
 from mm.data.tokenizer import make_tokenizer
 from mm.launch import RankInfo
 from mm.plan import check_samples
-from parallel.boundary import BoundaryCommunicator
+from parallel.boundary import BoundaryCommunicator, PlanCache
 from parallel.layout import Layout
 from parallel.mesh import ModuleMesh, build_mesh
 from parallel.optim import AdamW, ShardedOptimizer
@@ -44,7 +44,8 @@ class Job:
     """Whatever a module has is absent on ranks that do not host it.
 
     parts: by module, its pipeline stages here, by stage index. boundaries: by encoder, on the ranks at either
-    end of its edge. pipes: by module, its (forward, backward) messages.
+    end of its edge, (forward, backward): each direction has an order of its own. pipes: by module, its
+    (forward, backward) messages.
     """
 
     blueprint: Blueprint
@@ -52,7 +53,7 @@ class Job:
     parts: Mapping[str, Parts]
     meshes: Mapping[str, ModuleMesh]
     optimizers: Mapping[str, ShardedOptimizer]
-    boundaries: Mapping[str, BoundaryCommunicator]
+    boundaries: Mapping[str, tuple[BoundaryCommunicator, BoundaryCommunicator]]
     pipes: Mapping[str, tuple[Pipe, Pipe]]
     control: Control
 
@@ -73,8 +74,9 @@ class Job:
         """Destroy the job's process groups but the default one; every rank calls this."""
         for mesh in self.meshes.values():
             mesh.close()
-        for boundary in self.boundaries.values():
-            boundary.close()
+        for onward, back in self.boundaries.values():
+            onward.close()
+            back.close()
 
 
 def open_index(blueprint: Blueprint, patterns: list[str], base: Path) -> Index:
@@ -96,6 +98,8 @@ def open_data(job: Job, index: Index) -> Data:
         job.rank.device,
         {m: mesh.axes for m, mesh in job.meshes.items()},
         SINK,
+        {m: blueprint.row_shape(m) for m in blueprint.inputs.encoders},
+        PlanCache(job.rank.rank, node_size=job.rank.node_size),
         depths=blueprint.llm.mtp_layers,
     )
     return Data(index, assembler)
@@ -134,16 +138,19 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     )
 
 
-def _boundaries(blueprint: Blueprint, rank: RankInfo) -> dict[str, BoundaryCommunicator]:
-    """A communicator for each edge, on the ranks of its encoder's last stage and of the sink's first."""
+def _boundaries(
+    blueprint: Blueprint, rank: RankInfo
+) -> dict[str, tuple[BoundaryCommunicator, BoundaryCommunicator]]:
+    """Two communicators for each edge, on the ranks of its encoder's last stage and of the sink's first."""
     timeout = blueprint.cfg.run.timeout_s
     out = {}
     for m in blueprint.inputs.encoders:
         source, dest = blueprint.layouts[m], blueprint.layouts[SINK]
         ranks = sorted({*stage_ranks(source, source.pp - 1), *stage_ranks(dest, 0)})
-        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout))
+        groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for _ in range(2)]
         if rank.rank in ranks:
-            out[m] = BoundaryCommunicator(group, device=rank.device, timeout_s=timeout)
+            onward, back = (BoundaryCommunicator(g, device=rank.device, timeout_s=timeout) for g in groups)
+            out[m] = onward, back
     return out
 
 

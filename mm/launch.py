@@ -31,12 +31,16 @@ LAUNCHER = "POLYRANK_LAUNCHER"  # from launch_local to its ranks: its process id
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process's place in the job, its device, and the job's store for words about who is where."""
+    """This process's place in the job, its device, and the job's store for words about who is where.
+
+    node_size: ranks a machine, None where one machine has all.
+    """
 
     rank: int
     world: int
     device: torch.device
     store: Store | None = None
+    node_size: int | None = None
 
 
 def launched() -> bool:
@@ -215,4 +219,5 @@ def init_distributed(cfg: Config) -> RankInfo:
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
     # A restarted job must not read the words of the one before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return RankInfo(rank, world, device, dist.PrefixStore(f"polyrank/{attempt}", store))
+    words = dist.PrefixStore(f"polyrank/{attempt}", store)
+    return RankInfo(rank, world, device, words, local_ranks if local_ranks < world else None)

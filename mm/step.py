@@ -53,8 +53,9 @@ def run_step(
     """
     schedule = job.blueprint.schedule(prepared.plan.active, train=train)
     run = _Run(job, prepared, train, on_tokens)
-    for boundary in job.boundaries.values():
-        boundary.stats.reset()
+    for both in job.boundaries.values():
+        for boundary in both:
+            boundary.stats.reset()
     records: list[Record] | None = [] if record else None
     with torch.set_grad_enabled(train):
         seconds = execute(schedule.actions(job.rank.rank), run.handlers, records=records)
@@ -250,7 +251,7 @@ class _Run:
             shape = (0, *self.job.blueprint.row_shape(module))
             held = torch.empty(shape, dtype=self.dtype, device=self.device)
         plan = self.micro[i].edges[module]
-        pending = self.job.boundaries[module].start_forward(plan, held.detach())
+        pending = self.job.boundaries[module][0].start_forward(plan, held.detach())
         self.crossing[Kind.BOUNDARY_FORWARD, module, i] = pending
 
     def boundary_backward(self, action: Action) -> None:
@@ -264,7 +265,7 @@ class _Run:
         if grad is None:
             shape = (0 if rows is None else len(rows), *self.job.blueprint.row_shape(module))
             grad = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        pending = self.job.boundaries[module].start_backward(plan, grad)
+        pending = self.job.boundaries[module][1].start_backward(plan, grad)
         self.crossing[Kind.BOUNDARY_BACKWARD, module, i] = pending
 
     def _last_stage(self, module: str, i: int) -> Key:

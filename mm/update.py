@@ -75,9 +75,9 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
     mine |= {"stop": float(stop), **{m: squares.get(m, 0.0) for m in modules}}
     mine |= {f"{m} computes": computed[m] for m in modules}
     for m in edges:
-        stats = job.boundaries[m].stats if m in job.boundaries else None
-        mine[f"{m} bytes"] = float(sum(stats.bytes_received.values())) if stats else 0.0
-        mine[f"{m} seconds"] = sum(stats.seconds.values()) if stats else 0.0
+        stats = [boundary.stats for boundary in job.boundaries.get(m, ())]
+        mine[f"{m} bytes"] = float(sum(sum(s.bytes_received.values()) for s in stats))
+        mine[f"{m} seconds"] = sum(sum(s.seconds.values()) for s in stats)
     mine |= {f"{name} objective": value for name, value in _objectives(job).items()}
     table = job.control.gather(list(mine.values()))
     column = dict(zip(mine, table.T, strict=True))

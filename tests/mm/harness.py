@@ -64,11 +64,11 @@ def small(**sections: Any) -> dict[str, Any]:
     return raw
 
 
-def train_few(raw: dict[str, Any], steps: int) -> list[dict[str, Any]]:
-    """Metrics of the first steps; the same on every rank."""
+def train_few(raw: dict[str, Any], steps: int, node_size: int | None = None) -> list[dict[str, Any]]:
+    """Metrics of the first steps; the same on every rank. node_size: ranks a machine, as if of several."""
     world = dist.get_world_size()
     blueprint = draw_up(from_mapping(raw, CONFIGS), world)
-    rank = RankInfo(dist.get_rank(), world, torch.device("cpu"))
+    rank = RankInfo(dist.get_rank(), world, torch.device("cpu"), node_size=node_size)
     index = open_index(blueprint, blueprint.cfg.data.train, CONFIGS)
     job = build_job(blueprint, rank)
     data = open_data(job, index)

@@ -21,6 +21,7 @@ from mm.data.tokenizer import Tokenizer
 from mm.plan import PlanInputs, StepPlan, deal_by_cost, plan_step, share
 from mm.update import learning_rate
 from parallel.axis import Axes, Axis
+from parallel.boundary import PlanCache
 from parallel.layout import Layout
 from tests.mm.harness import CONFIGS, small
 
@@ -90,10 +91,13 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
     for rank in range(world):
         cpu = torch.device("cpu")
         axes = {m: axes_at(layout, rank) for m, layout in layouts(made).items()}
-        build = Assembler(made, ShardReader(), Tokenizer(), rank, torch.float64, cpu, axes, "llm").build
+        shapes, plans = {m: (24,) for m in made.encoders}, PlanCache(rank)
+        assembler = Assembler(
+            made, ShardReader(), Tokenizer(), rank, torch.float64, cpu, axes, "llm", shapes, plans
+        )
         for mb in plan.microbatches:
             bad: list[object] = []
-            part = build(mb, plan.supervised, bad)  # type: ignore[arg-type]
+            part = assembler.build(mb, plan.supervised, bad)  # type: ignore[arg-type]
             assert part is not None and part.llm is not None and not bad
             coord = made.llm.coord(rank)
             if coord.tp == 0:
