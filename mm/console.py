@@ -66,9 +66,14 @@ class Console:
         self._say(step_line(record, self.steps, self._eta(record["step"])))
         if self._progress is not None:
             self._progress.update(self._task, completed=record["step"])
+        shown = {key: record[key] for key in ("loss", "grad_norm", "lr", "tokens_per_s", "step_s")}
+        shown |= {f"grad_norm/{m}": norm for m, norm in record["grad_norm_by_module"].items()}
+        self._plot(record["step"], shown)
+
+    def _plot(self, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
-            for key in ("loss", "grad_norm", "lr", "tokens_per_s", "step_s"):
-                self._board.add_scalar(key, record[key], record["step"])
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def _eta(self, step: int) -> float:
         done = max(1, step - self._first)
@@ -81,6 +86,7 @@ class Console:
         record = {"step": step, "eval_loss": result.loss, "modality_lift": dict(result.lift)}
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
+        self._plot(step, {"eval_loss": result.loss, **{f"lift/{m}": v for m, v in result.lift.items()}})
         lifts = "  ".join(f"{m} lift {v:.3f}" for m, v in result.lift.items())
         self._say(f"evaluation after step {step}: loss {result.loss:.4f}  {lifts}")
 

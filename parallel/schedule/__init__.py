@@ -1,7 +1,6 @@
 """Training steps as data: actions, the generators that list them, and the executor."""
 
 from parallel.schedule.action import Action, Kind
-from parallel.schedule.colocated import colocated
 from parallel.schedule.costs import Costs, measured_costs
 from parallel.schedule.execute import Record, execute
 from parallel.schedule.make import make_schedule
@@ -16,7 +15,6 @@ __all__ = [
     "Record",
     "SchedulePlan",
     "Timeline",
-    "colocated",
     "execute",
     "make_schedule",
     "measured_costs",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,29 @@ def test_warnings_go_to_the_log_too(tmp_path: Path, capsys: pytest.CaptureFixtur
     console.close()
     assert "warning: sample 3" in capsys.readouterr().err
     assert "warning: sample 3" in (tmp_path / "log.txt").read_text()
+
+
+def test_losses_and_lifts_go_to_tensorboard_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[tuple[str, int], float] = {}
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written[name, step] = value
+
+        def close(self) -> None:
+            written["closed", 0] = 1.0
+
+    package = types.ModuleType("torch.utils.tensorboard")
+    package.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    console = Console(tmp_path, 9, first=0, lead=True)
+    console.step(record(1))
+    console.evaluation(1, RESULT)
+    console.close()
+    assert written["loss", 1] == 1 / 3 and written["closed", 0]
+    assert any("vision" in name and value == 1.2345 for (name, _), value in written.items())

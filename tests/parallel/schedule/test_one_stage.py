@@ -1,8 +1,24 @@
-"""The colocated schedule, as data."""
+"""The schedule where all modules share their ranks and the sink has one stage: encoders forward, boundaries,
+sink forward and backward, boundaries and encoders backward, one micro-batch after the other."""
 
 from __future__ import annotations
 
-from parallel.schedule import Action, Kind, colocated, execute
+from collections.abc import Collection, Sequence
+
+from parallel.layout import Layout
+from parallel.schedule import Action, Kind, ModuleUse, execute, make_schedule
+
+
+def colocated(
+    active: Sequence[Collection[str]],
+    *,
+    sources: Sequence[str],
+    sink: str,
+    frozen: Collection[str] = (),
+    train: bool = True,
+) -> tuple[Action, ...]:
+    uses = {m: ModuleUse(Layout(m, (0,)), frozen=m in frozen) for m in (*sources, sink)}
+    return make_schedule("auto", uses, sink=sink, active=active, train=train).actions(0)
 
 
 def words(actions: tuple[Action, ...]) -> list[str]:
