@@ -13,7 +13,7 @@ from torch import Tensor
 from encoders.contract import ItemBatch, pack_items
 from encoders.module import needed_items
 from llm.model import LLMBatch
-from llm.mtp import ahead
+from llm.mtp import IGNORE, ahead
 from mm.data.index import Sample, parse_segments
 from mm.data.reader import BadSample, ShardReader
 from mm.data.tokenizer import Tokenizer
@@ -21,8 +21,6 @@ from mm.plan import Microbatch, PlanInputs, places
 from parallel.axis import Axes, Axis
 from parallel.boundary import EdgePlan, PlanCache
 from parallel.context import ContextPacking, pack
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from parallel.layout import Layout, check_divides, make_layout
 from parallel.param import declared
 from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
 from parallel.schedule.check import check
+from parallel.schedule.plan import Params
 from parallel.stage import Stage
 
 SINK = "llm"
@@ -90,6 +91,11 @@ class Blueprint:
         levels, d = use.cls.feature_levels(use.cfg), self.llm.d_model
         return (d,) if levels == 1 else (levels, d)
 
+    def params(self, module: str) -> Params:
+        """When a module's weights are gathered: for "each" forward and backward, as FSDP does, or once a "step"
+        where the schedule has ranks of one dp group run an encoder at different times."""
+        return "step" if self.cfg.schedule.kind == "fill" and module != SINK else "each"
+
     def schedule(self, active: Sequence[Collection[str]], *, train: bool = True) -> SchedulePlan:
         """The schedule of a step whose micro-batches have items of the encoders in `active`.
 
@@ -99,7 +105,7 @@ class Blueprint:
         if key not in self._schedules:
             frozen, cfg = self.frozen, self.cfg.schedule
             modules = {
-                m: ModuleUse(self.layouts[m], m in frozen, layers=self.stages[m][-1].stop)
+                m: ModuleUse(self.layouts[m], m in frozen, self.params(m), self.stages[m][-1].stop)
                 for m in self.modules
             }
             plan = make_schedule(

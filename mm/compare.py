@@ -20,7 +20,7 @@ from mm.config import Config, load_layout_file, with_layout
 from mm.feed import Feed
 from mm.job import Job, build_job, open_data, open_index
 from mm.launch import RankInfo, init_distributed
-from mm.trainer import train_step
+from mm.trainer import open_feed, train_step
 
 
 @dataclass
@@ -74,14 +74,7 @@ def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
     index = open_index(run.blueprint, cfg.data.train, cfg.base)
     job = build_job(run.blueprint, rank)
     data = open_data(job, index)
-    feed = Feed(
-        data.index,
-        data.assembler,
-        job.control,
-        seed=cfg.run.seed,
-        global_batch=cfg.train.global_batch,
-        ahead=cfg.data.prefetch,
-    )
+    feed = open_feed(job, data)
     try:
         for step in range(steps):
             _timed_step(run, job, feed, step, first)

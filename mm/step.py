@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from encoders.contract import join_batches
+from encoders.contract import join_batches, pack_items
 from encoders.module import RowsMismatch, hidden_shape
 from mm.batch import RankMicrobatch
 from mm.blueprint import SINK
@@ -96,6 +97,9 @@ class _Run:
             Kind.RECV_FORWARD: self.recv_forward,
             Kind.SEND_BACKWARD: self.send_backward,
             Kind.RECV_BACKWARD: self.recv_backward,
+            Kind.GATHER: self.gather,
+            Kind.FREE: self.free,
+            Kind.GRAD_SYNC: self.grad_sync,
         }
 
     def finish(self) -> None:
@@ -220,9 +224,33 @@ class _Run:
 
     def _synchronise(self, key: Key, last: bool) -> None:
         """Have FSDP reduce gradients in the stage's last backward of the step, add them up before."""
-        part = self._fsdp(key)
-        part.set_requires_gradient_sync(last)
-        part.set_is_last_backward(last)
+        part, each = self._fsdp(key), self.job.blueprint.params(key[0]) == "each"
+        part.set_requires_gradient_sync(last and each)
+        part.set_is_last_backward(last and each)
+
+    # parameters of parts that are gathered once a step
+
+    def gather(self, action: Action) -> None:
+        key = (action.module, action.stage, action.microbatch)
+        self._fsdp(key).set_reshard_after_backward(False)
+        for module in self._part(key).modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+
+    def free(self, action: Action) -> None:
+        for module in self._part((action.module, action.stage, action.microbatch)).modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def grad_sync(self, action: Action) -> None:
+        """Have FSDP reduce what all backwards of the step have added up: it does so in a backward, here one
+        without items."""
+        key = (action.module, action.stage, action.microbatch)
+        part, use = self._fsdp(key), self.job.blueprint.inputs.encoders[action.module]
+        part.set_requires_gradient_sync(True)
+        part.set_is_last_backward(True)
+        kw: dict[str, Any] = {"device": self.device, "dtype": self.job.blueprint.stored_dtype}
+        self._part(key)(pack_items(use.cls, use.cfg, [], [], **kw)).values.sum().backward()
 
     def _fsdp(self, key: Key) -> FSDPModule:
         part = self._part(key)

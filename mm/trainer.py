@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,21 +74,29 @@ def _train(blueprint: Blueprint, rank: RankInfo) -> None:
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")
-    feed = Feed(
-        train_data.index,
-        train_data.assembler,
-        job.control,
-        seed=cfg.run.seed,
-        global_batch=cfg.train.global_batch,
-        ahead=cfg.data.prefetch,
-        bad=bad,
-        warn=console.warn,
-    )
+    feed = open_feed(job, train_data, bad=bad, warn=console.warn)
     try:
         _loop(job, feed, eval_data, console, run_dir, first)
     finally:
         feed.close()
         console.close()
+
+
+def open_feed(
+    job: Job, data: Data, *, bad: Collection[int] = (), warn: Callable[[str], None] = print
+) -> Feed:
+    """The steps of a job over a data set. bad: samples known to be unreadable."""
+    cfg = job.blueprint.cfg
+    return Feed(
+        data.index,
+        data.assembler,
+        job.control,
+        seed=cfg.run.seed,
+        global_batch=cfg.train.global_batch,
+        ahead=cfg.data.prefetch,
+        bad=bad,
+        warn=warn,
+    )
 
 
 def _loop(job: Job, feed: Feed, eval_data: Data | None, console: Console, run_dir: Path, first: int) -> None:

@@ -11,10 +11,9 @@ import torch.distributed as dist
 
 from mm.blueprint import draw_up
 from mm.config import from_mapping
-from mm.feed import Feed
 from mm.job import build_job, open_data, open_index
 from mm.launch import RankInfo
-from mm.trainer import train_step
+from mm.trainer import open_feed, train_step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -72,15 +71,7 @@ def train_few(raw: dict[str, Any], steps: int, node_size: int | None = None) -> 
     index = open_index(blueprint, blueprint.cfg.data.train, CONFIGS)
     job = build_job(blueprint, rank)
     data = open_data(job, index)
-    cfg = blueprint.cfg
-    feed = Feed(
-        data.index,
-        data.assembler,
-        job.control,
-        seed=cfg.run.seed,
-        global_batch=cfg.train.global_batch,
-        ahead=1,
-    )
+    feed = open_feed(job, data)
     try:
         return [train_step(job, feed, step) for step in range(steps)]
     finally:

@@ -46,6 +46,11 @@ SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
         {"microbatches": 4},
     ),
     "encoder pipelines": ({"vision": {"pp": 2}, "audio": {"pp": 2, "tp": 2}}, {"microbatches": 2}),
+    "encoders in bubbles": ({"llm": {"pp": 2}}, {"microbatches": 4, "kind": "fill"}),
+    "encoders in bubbles, pp4": (
+        {"vision": {"tp": 1}, "llm": {"pp": 4}},
+        {"microbatches": 6, "kind": "fill", "ahead": 6},
+    ),
     "encoders by twos and threes": (
         {"audio": {"ranks": "0-1"}, "llm": {"pp": 2}},
         {"microbatches": 5, "encoder_batch": {"vision": 2, "audio": 3}},
