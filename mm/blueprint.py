@@ -92,8 +92,8 @@ class Blueprint:
         return (d,) if levels == 1 else (levels, d)
 
     def params(self, module: str) -> Params:
-        """When a module's weights are gathered: for "each" forward and backward, as FSDP does, or once a "step"
-        where the schedule has ranks of one dp group run an encoder at different times."""
+        """When a module's weights are gathered: for "each" forward and backward, as FSDP does, or once a
+        "step" where the schedule has ranks of one dp group run an encoder at different times."""
         return "step" if self.cfg.schedule.kind == "fill" and module != SINK else "each"
 
     def schedule(self, active: Sequence[Collection[str]], *, train: bool = True) -> SchedulePlan:
