@@ -142,7 +142,7 @@ class Assembler:
         entries = {
             m: torch.from_numpy(places(e, self.inputs, self.rank, mb.tokens)).to(self.device)
             for m, e in mb.edges.items()
-            if e.items and coord.pp == 0
+            if e.items and (coord.pp == 0 or len(self.row_shapes[m]) > 1)
         }
         batch = LLMBatch(text[0], text[1], packing, n_real, entries, 1.0 / max(1, supervised), further)
         return batch, flags

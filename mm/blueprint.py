@@ -85,6 +85,13 @@ class Blueprint:
         weights = {"balance": llm.aux_weight, "z": llm.z_weight, "mtp": llm.mtp_layers * llm.mtp_weight}
         return tuple(name for name, weight in weights.items() if weight)
 
+    def carries(self, stage: int) -> tuple[str, ...]:
+        """The encoders whose rows enter the language model again after its stage `stage`: their further
+        levels travel on with the hidden states."""
+        if stage >= max(reading_stages(self.llm, self.stages[SINK])):
+            return ()
+        return tuple(m for m in self.inputs.encoders if len(self.row_shape(m)) > 1)
+
     def row_shape(self, module: str) -> tuple[int, ...]:
         """Trailing shape of an encoder's rows: [d], or [levels, d]."""
         use = self.inputs.encoders[module]
@@ -146,13 +153,6 @@ def _draw_up(cfg: Config, world: int) -> Blueprint:
         stages[name] = encoder_stages(use.cls, use.cfg, layouts[name].pp * layouts[name].vpp)
         _check_levels(name, use, llm)
     stages[SINK] = cut(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
-    if reading_stages(llm, stages[SINK]) != (0,):
-        first = stages[SINK][0]
-        raise ValueError(
-            f"model.llm.level_layers={list(llm.level_layers)} add rows after the first pipeline stage, "
-            f"which has layers {first.start}-{first.stop - 1}; needed: all there. Nearest: a pattern with "
-            f"its first | after layer {max(llm.level_layers)}, or layout.llm.pp=1"
-        )
     # Causal attention is even over cp in zigzag order; a scan alone has its neighbours nearer in the other.
     order: Order = "zigzag" if "*" in llm.kinds else "contiguous"
     inputs = PlanInputs(layouts[SINK], uses, cfg.data.context, cfg.schedule.microbatches, order)

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from encoders.contract import join_batches, pack_items
 from encoders.module import RowsMismatch, hidden_shape
+from llm.model import LLMBatch
 from mm.batch import RankMicrobatch
 from mm.blueprint import SINK
 from mm.errors import DataError
@@ -157,11 +158,18 @@ class _Run:
         i = key[2]
         mb = self.micro[i]
         assert mb.llm is not None
-        rows = {m: self._entry(m, i) for m in mb.llm.places} if hidden is None else {}
+        if hidden is None:
+            rows = {m: self._entry(m, i) for m in mb.llm.places}
+        else:
+            hidden, rows = self._unpack(mb.llm, hidden, key[1])
         ready = time.perf_counter()
         out = self._part(key)(mb.llm, rows) if hidden is None else self._part(key)(mb.llm, rows, hidden)
         if key[1] < len(self.job.blueprint.stages[SINK]) - 1:
-            self.outputs[key] = out
+            # Feature levels that enter later go along; their gradients come back the same way.
+            more = [rows[m] for m in self._carried(mb.llm, key[1])]
+            self.outputs[key] = (
+                torch.cat([out, *(r.flatten(0, 1).to(out.dtype) for r in more)]) if more else out
+            )
             return ready
         if self.on_tokens is not None:
             self.on_tokens(mb, out)
@@ -171,6 +179,18 @@ class _Run:
         if self.job.counts_loss:
             self.loss += loss.detach()
         return ready
+
+    def _carried(self, batch: LLMBatch, stage: int) -> list[str]:
+        """The edges whose rows the language model's stage `stage` passes on."""
+        return [m for m in self.job.blueprint.carries(stage) if m in batch.places]
+
+    def _unpack(self, batch: LLMBatch, message: Tensor, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(hidden states, rows by edge) of what a stage after the first was sent."""
+        edges = self._carried(batch, stage - 1)
+        shapes = [(len(batch.places[m]), *self.job.blueprint.row_shape(m)) for m in edges]
+        sizes = [n * levels for n, levels, _ in shapes]
+        hidden, *parts = message.split([len(message) - sum(sizes), *sizes])
+        return hidden, {m: p.view(s) for m, p, s in zip(edges, parts, shapes, strict=True)}
 
     def _entry(self, source: str, i: int) -> Tensor:
         """Rows of an encoder as this rank reads them, once they have arrived."""
@@ -342,7 +362,10 @@ class _Run:
         axes, mb = self.job.meshes[module].axes, self.micro[i]
         if module == SINK:
             assert mb.llm is not None
-            return len(mb.llm.ids) // axes.token_shards, self.job.blueprint.llm.d_model
+            tokens = len(mb.llm.ids) // axes.token_shards
+            for m in self._carried(mb.llm, stage - 1):
+                tokens += len(mb.llm.places[m]) * self.job.blueprint.row_shape(m)[0]
+            return tokens, self.job.blueprint.llm.d_model
         use = self.job.blueprint.inputs.encoders[module]
         where = self.job.blueprint.stages[module][stage]
         return hidden_shape(use.cls, use.cfg, mb.items[module].metas, where, axes)
