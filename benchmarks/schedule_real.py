@@ -1,0 +1,197 @@
+"""Forward and backward of the real default job beside its simulation on as many cores as the machine has.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule_real
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule_real --layouts dp4 mixed
+
+Only the schedule is timed, from a barrier to the last rank's end: data are read before, nothing is updated.
+The simulator gets the same plan, `--cores`, and for each (module, stage, kind) the mean over ranks and
+micro-batches of the processor seconds of the thread that ran the action. Waiting costs none. Torch's backward
+on a CPU runs in that thread; gloo's threads are extra.
+
+measured, simulated: medians over steps, ms; ratio: median over steps of measured / simulated, with its range.
+actions: processor ms of all ranks in what the simulator charges (computations, actions on parameters).
+posting: in sends, receives and boundaries, which the simulator takes as free. threads: in all other threads.
+all: ratio to a simulation in which every action costs more by (actions + posting + threads) / actions.
+others: processor ms that the machine spent on anything else meanwhile (Linux, counted in ticks of 10 ms).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from mm.blueprint import draw_up
+from mm.compare import Run
+from mm.config import Config, load_config, load_layout_file, with_layout
+from mm.feed import Prepared
+from mm.job import Job, build_job, open_data, open_index
+from mm.launch import RankInfo, init_distributed
+from mm.step import _Run  # its handlers are wrapped here: a step records host times, not processor times
+from mm.trainer import open_feed
+from parallel.schedule import Action, Costs, Kind, execute, simulate
+from parallel.schedule.action import POSTED
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYOUTS = ("dp4", "llm-tp2", "llm-pp2-tp2", "disjoint", "mixed", "llm-zero-bubble")
+Key = tuple[str, int, Kind]
+
+
+class Spent(NamedTuple):
+    """One rank's step, in seconds of processor but for wall. actions: by key; process: of all its threads;
+    machine: of all that runs on it."""
+
+    wall: float
+    process: float
+    machine: float
+    posting: float
+    actions: dict[Key, list[float]]
+
+
+class Step(NamedTuple):
+    """One step of all ranks, in seconds."""
+
+    measured: float
+    simulated: float
+    simulated_all: float
+    actions: float
+    posting: float
+    threads: float
+    others: float
+
+
+def timed(
+    handler: Callable[[Action], float | None], into: dict[Key, list[float]]
+) -> Callable[[Action], None]:
+    """The handler, its processor seconds on this thread kept by (module, stage, kind)."""
+
+    def run(action: Action) -> None:
+        start = time.thread_time()
+        handler(action)
+        seconds = time.thread_time() - start
+        into[action.module, action.stage, action.kind].append(seconds / action.span)
+
+    return run
+
+
+def machine_seconds() -> float:
+    """Processor seconds that all cores of the machine have been busy for, or taken from it (proc(5))."""
+    user, nice, system, _, _, *more = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+    return sum(map(int, (user, nice, system, *more))) / os.sysconf("SC_CLK_TCK")
+
+
+def one_step(job: Job, prepared: Prepared) -> Spent:
+    """Forward and backward of every micro-batch; gradients are dropped."""
+    actions = job.blueprint.schedule(prepared.plan.active).actions(job.rank.rank)
+    run = _Run(job, prepared, True, None)
+    seen: dict[Key, list[float]] = defaultdict(list)
+    handlers = {kind: timed(handler, seen) for kind, handler in run.handlers.items()}
+    dist.barrier()
+    start, process, machine = time.perf_counter(), time.process_time(), machine_seconds()
+    execute(actions, handlers)
+    run.finish()
+    process = time.process_time() - process
+    dist.barrier()
+    wall, machine = time.perf_counter() - start, machine_seconds() - machine
+    for stages in job.parts.values():
+        for part in stages.values():
+            part.zero_grad()
+    posting = sum(sum(times) for key, times in seen.items() if key[2] in POSTED)
+    return Spent(wall, process, machine, posting, {k: t for k, t in seen.items() if k[2] not in POSTED})
+
+
+def compare_step(job: Job, prepared: Prepared, spent: Sequence[Spent], cores: int) -> Step:
+    """What the ranks spent beside the simulation of the same plan with those costs."""
+    plan = job.blueprint.schedule(prepared.plan.active)
+    seen: dict[Key, list[float]] = defaultdict(list)
+    for one in spent:
+        for key, times in one.actions.items():
+            seen[key] += times
+    actions, posting = sum(map(sum, seen.values())), sum(one.posting for one in spent)
+    process = sum(one.process for one in spent)
+    costs = {key: mean(times) for key, times in seen.items()}
+    every = {key: seconds * process / actions for key, seconds in costs.items()}
+    return Step(
+        max(one.wall for one in spent),
+        simulate(plan, Costs(costs, cores=cores)).seconds,
+        simulate(plan, Costs(every, cores=cores)).seconds,
+        actions,
+        posting,
+        process - actions - posting,
+        max(0.0, max(one.machine for one in spent) - process),
+    )
+
+
+def measure(run: Run, rank: RankInfo, steps: int, cores: int) -> list[Step]:
+    """`steps` steps of one layout after a first one that pays for caches and lazy set-up."""
+    cfg = run.blueprint.cfg
+    job = build_job(run.blueprint, rank)
+    data = open_data(job, open_index(run.blueprint, cfg.data.train, cfg.base))
+    feed = open_feed(job, data)
+    out = []
+    try:
+        for step in range(steps + 1):
+            prepared, _ = feed.next(step, step + 1)  # nothing is read ahead while a step is timed
+            spent: list[Spent] = [None] * rank.world  # type: ignore[list-item]
+            dist.all_gather_object(spent, one_step(job, prepared))
+            if step:
+                out.append(compare_step(job, prepared, spent, cores))
+    finally:
+        feed.close()
+        data.assembler.reader.close()
+    job.close()
+    gc.collect()
+    return out
+
+
+def row(name: str, steps: Sequence[Step]) -> str:
+    """A row of the table; times in ms."""
+    ratios = [s.measured / s.simulated for s in steps]
+    every = median(s.measured / s.simulated_all for s in steps)
+    ms = [f"{median(s[i] for s in steps) * 1e3:.0f}" for i in (0, 1, 3, 4, 5, 6)]
+    ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"| `{name}` | {ms[0]} | {ms[1]} | {ratio} | {ms[2]} | {ms[3]} | {ms[4]} | {every:.2f} | {ms[5]} |"
+
+
+def runs(cfg: Config, names: Sequence[str], world: int) -> list[Run]:
+    """A run for each file of configs/layouts."""
+    out = []
+    for name in names:
+        layout, schedule = load_layout_file(ROOT / "configs" / "layouts" / f"{name}.yaml")
+        out.append(Run(name, draw_up(with_layout(cfg, layout, schedule), world), layout))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "digits.yaml")
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, help="names of files in configs/layouts")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="that all ranks share")
+    args = parser.parse_args()
+    cfg = load_config(args.config)
+    rank = init_distributed(cfg)
+    try:
+        if rank.rank == 0:
+            print("| layout | measured | simulated | ratio | actions | posting | threads | all | others |")
+            print("|---|---|---|---|---|---|---|---|---|", flush=True)
+        for run in runs(cfg, args.layouts, rank.world):
+            steps = measure(run, rank, args.steps, args.cores)
+            if rank.rank == 0:
+                print(row(run.name, steps), flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
