@@ -63,5 +63,5 @@ class ItemConvolution:
 def _fetch(
     name: str, share: Share, wanted: list[Span], axis: Axis, device: torch.device, timeout_s: float
 ) -> Fetch:
-    spans = [[span] for span in wanted]
-    return make_fetch(name, axis, share.spans, spans, device=device, timeout_s=timeout_s)
+    held, spans = ([[span] for span in side] for side in (share.spans, wanted))
+    return make_fetch(name, axis, held, spans, device=device, timeout_s=timeout_s)

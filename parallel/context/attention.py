@@ -21,18 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parallel import exchange
+from parallel.boundary import Pending
 from parallel.context.block import attend, attend_backward, merge
-from parallel.context.fetch import (
-    Fetch,
-    InFlight,
-    all_at_once,
-    all_home,
-    join,
-    plan_fetch,
-    start_return,
-    start_round,
-    taken_from_others,
-)
 from parallel.context.packing import ContextPacking
 from parallel.context.shard import Span
 from parallel.packed import Packing, attention
@@ -55,14 +46,14 @@ class KeyCost:
 
 def wanted_keys(packing: ContextPacking) -> list[list[Span]]:
     """Rows of the stream whose keys each cp rank reads beyond its own fragments. Pure."""
-    return [join([c.before for c in packing.continued_of(r)]) for r in range(packing.cp.size)]
+    return [exchange.join([c.before for c in packing.continued_of(r)]) for r in range(packing.cp.size)]
 
 
 def key_costs(packing: ContextPacking, kv_heads: int, head_dim: int, itemsize: int) -> dict[Method, KeyCost]:
     """The cost of each method for these documents. Pure, alike on every rank."""
     row = 2 * kv_heads * head_dim * itemsize
     wanted = wanted_keys(packing)
-    taken = max(taken_from_others(packing, wanted))
+    taken = max(exchange.lacking(packing.spans, wanted))
     block = max((sum(b - a for a, b in spans) for spans in packing.spans), default=0)
     return {
         "gather": KeyCost(taken * row, taken * row, taken * row),
@@ -98,7 +89,7 @@ class _Plan:
     """
 
     crosses: bool
-    fetch: Fetch
+    fetch: exchange.Fetch
     uses: tuple[tuple[_Use, ...], ...]
     at_once: tuple[_Use, ...]
     own: tuple[slice, ...]
@@ -120,9 +111,8 @@ def _uses(rows: np.ndarray, packing: ContextPacking) -> tuple[_Use, ...]:
 
 def _make_plan(packing: ContextPacking) -> _Plan:
     wanted = wanted_keys(packing)
-    fetch = plan_fetch(packing, wanted)
     me, cp = packing.cp.rank, packing.cp.size
-    blocks = [fetch.rows[(me - i) % cp] for i in range(cp)]
+    blocks = [exchange.rows_of(exchange.overlap(wanted[me], packing.spans[(me - i) % cp])) for i in range(cp)]
     own = tuple(slice(*c.rows) for c in packing.continued)
     outer = {c.fragment for c in packing.continued}
     inner = [n for i, n in enumerate(packing.fragments.lengths) if i not in outer]
@@ -130,9 +120,9 @@ def _make_plan(packing: ContextPacking) -> _Plan:
     gaps = tuple(slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
     return _Plan(
         any(wanted),
-        fetch,
+        packing.fetch("keys of a continued document", wanted),
         tuple(_uses(b, packing) for b in blocks),
-        _uses(np.sort(np.concatenate(fetch.rows)), packing),
+        _uses(exchange.rows_of(wanted[me]), packing),
         own,
         Packing(tuple(inner), packing.device),
         gaps,
@@ -200,7 +190,7 @@ class _Outer(torch.autograd.Function):
         keys = torch.cat([k, v], 1)  # [T, 2 H_kv, D], one message
         kept = None
         if method == "gather":
-            kept = all_at_once(keys, plan.fetch).index_select(0, plan.fetch.ascending)
+            kept = plan.fetch.start(keys).wait()
         for block, uses, _ in _blocks(keys, kept, plan):
             for use in uses:
                 kb, vb = block[use.keys].chunk(2, 1)
@@ -231,7 +221,7 @@ class _Outer(torch.autograd.Function):
             )
             d_queries[r] += dq
             d_keys[s] += torch.cat([dk, dv], 1)
-        returns: list[tuple[int, InFlight]] = []
+        returns: list[Pending] = []
         for block, uses, i in _blocks(torch.cat([k, v], 1), kept, plan):
             d_block = torch.zeros(block.shape, dtype=acc, device=block.device)
             for use in uses:
@@ -243,14 +233,13 @@ class _Outer(torch.autograd.Function):
                 d_queries[r] += dq
                 d_block[use.keys] += torch.cat([dk, dv], 1)
             if kept is None:
-                returns.append((i, start_return(d_block.to(k.dtype), plan.fetch, i)))
+                returns.append(plan.fetch.start_round_home(d_block.to(k.dtype), d_keys, i))
                 if len(returns) > 1:
-                    _land(*returns.pop(0), d_keys, plan)
+                    returns.pop(0).wait()
             else:
-                by_rank = torch.empty_like(block).index_copy_(0, plan.fetch.ascending, d_block.to(k.dtype))
-                all_home(by_rank, plan.fetch, d_keys)
+                plan.fetch.start_home(d_block.to(k.dtype), d_keys).wait()
         for late in returns:
-            _land(*late, d_keys, plan)
+            late.wait()
         for s, part in zip(plan.own, d_queries.split([_len(s) for s in plan.own]), strict=True):
             d_q[s] = part
         d_k, d_v = d_keys.to(k.dtype).chunk(2, 1)
@@ -267,16 +256,9 @@ def _blocks(keys: Tensor, kept: Tensor | None, plan: _Plan) -> Iterator[tuple[Te
         yield kept, plan.at_once, 0
         return
     rounds = len(plan.uses)
-    coming = start_round(keys, plan.fetch, 0)
+    coming = plan.fetch.start_round(keys, 0)
     for i in range(rounds):
         here = coming
         if i + 1 < rounds:
-            coming = start_round(keys, plan.fetch, i + 1)
+            coming = plan.fetch.start_round(keys, i + 1)
         yield here.wait(), plan.uses[i], i
-
-
-def _land(i: int, flight: InFlight, d_keys: Tensor, plan: _Plan) -> None:
-    """Add the gradients that round i brought home."""
-    axis = plan.fetch.axis
-    index = plan.fetch.give[(axis.rank + i) % axis.size]
-    d_keys.index_add_(0, index, flight.wait().to(d_keys.dtype))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.context.fetch import Fetch, fetch_rows, join, plan_fetch, taken_from_others
+from parallel import exchange
 from parallel.context.packing import ContextPacking
 from parallel.context.shard import Span
 from parallel.packed import depthwise_conv
@@ -19,21 +19,21 @@ class Halo:
     """fetch: rows that precede fragments, ascending; take [m]: which of them, fragment by fragment (two may
     share rows); place [m]: where they go in spread(x, fragments, K - 1, 0)."""
 
-    fetch: Fetch
+    fetch: exchange.Fetch
     take: Tensor
     place: Tensor
 
 
 def _wanted(packing: ContextPacking, width: int) -> list[list[Span]]:
     return [
-        join([(max(c.before[0], c.before[1] - width), c.before[1]) for c in packing.continued_of(r)])
+        exchange.join([(max(c.before[0], c.before[1] - width), c.before[1]) for c in packing.continued_of(r)])
         for r in range(packing.cp.size)
     ]
 
 
 def halo_rows(packing: ContextPacking, kernel: int) -> int:
     """How many rows the worst-off rank receives for a kernel of this many taps. Pure."""
-    return max(taken_from_others(packing, _wanted(packing, kernel - 1)), default=0)
+    return max(exchange.lacking(packing.spans, _wanted(packing, kernel - 1)), default=0)
 
 
 def plan_halo(packing: ContextPacking, kernel: int) -> Halo | None:
@@ -42,8 +42,8 @@ def plan_halo(packing: ContextPacking, kernel: int) -> Halo | None:
     wanted = _wanted(packing, width)
     if not any(wanted):
         return None
-    fetch = plan_fetch(packing, wanted)
-    arrived = np.sort(np.concatenate(fetch.rows))
+    fetch = packing.fetch("rows before a convolution", wanted)
+    arrived = exchange.rows_of(wanted[packing.cp.rank])
     take, place = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for c in packing.continued:
         rows = np.arange(max(c.before[0], c.before[1] - width), c.before[1])
@@ -68,5 +68,5 @@ def context_conv(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Contex
     halo = packing.once(("halo", kernel), lambda: plan_halo(packing, kernel))
     before = None
     if halo is not None:
-        before = (fetch_rows(x, halo.fetch).index_select(0, halo.take), halo.place)
+        before = (halo.fetch(x).index_select(0, halo.take), halo.place)
     return depthwise_conv(x, weight, bias, packing.fragments, causal=True, before=before)

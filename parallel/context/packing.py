@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parallel import exchange  # the module: parallel.boundary, which it reads, reads parallel.context.shard
 from parallel.axis import Axis
 from parallel.context.shard import Order, Span, context_spans, piece_count
 from parallel.packed import Packing
@@ -44,11 +45,12 @@ class ContextPacking(Packing):
 
     lengths and starts are those of the whole stream's documents; total, sequence_id and position are those
     of this rank's rows. The rows of a rank are in the order of the stream. `buckets` is refused, so that no
-    operation for whole documents can take a cut stream by mistake.
+    operation for whole documents can take a cut stream by mistake. timeout_s bounds the waits of fetch().
     """
 
     cp: Axis = field(default_factory=lambda: Axis.single("cp"))
     order: Order = "contiguous"
+    timeout_s: float = 120.0
     memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -127,13 +129,12 @@ class ContextPacking(Packing):
     def continued(self) -> tuple[Continued, ...]:
         return self.continued_of(self.cp.rank)
 
-    def owners(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(cp rank, local row) of rows of the stream."""
-        piece, offset = rows // self.piece_rows, rows % self.piece_rows
-        if self.pieces == self.cp.size:
-            return piece, offset
-        last = self.pieces - 1
-        return np.minimum(piece, last - piece), offset + np.where(piece < self.cp.size, 0, self.piece_rows)
+    def fetch(self, name: str, wanted: Sequence[Sequence[Span]]) -> exchange.Fetch:
+        """Rows that cp ranks want of those that they hold; wanted[r]: disjoint ascending stretches of the
+        stream, rank r's own among them or not, alike on every rank."""
+        return exchange.make_fetch(
+            name, self.cp, self.spans, wanted, device=self.device, timeout_s=self.timeout_s
+        )
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """make(), kept under `key`: plans and indices are made for the first layer and shared by all."""
@@ -144,12 +145,16 @@ class ContextPacking(Packing):
 
 
 def pack(
-    lengths: Sequence[int], device: torch.device | str, cp: Axis, order: Order = "contiguous"
+    lengths: Sequence[int],
+    device: torch.device | str,
+    cp: Axis,
+    order: Order = "contiguous",
+    timeout_s: float = 120.0,
 ) -> Packing:
     """The packing of documents of these lengths, the padding last, as a rank of `cp` sees it.
 
     A plain Packing where cp has one rank. The sum of the lengths must be a multiple of the pieces (see
-    parallel.context.shard.piece_count); ValueError otherwise.
+    parallel.context.shard.piece_count); ValueError otherwise. timeout_s: the longest wait for rows of others.
     """
     whole = Packing.of(lengths, device)
     if cp.size == 1:
@@ -160,4 +165,4 @@ def pack(
             f"{whole.total} packed tokens do not cut into {pieces} pieces for cp={cp.size} ({order}); "
             f"nearest: pad to {-(-whole.total // pieces) * pieces}"
         )
-    return ContextPacking(whole.lengths, whole.device, cp, order)
+    return ContextPacking(whole.lengths, whole.device, cp, order, timeout_s)

@@ -7,13 +7,13 @@ a document that continues are sent. With zigzag order a rank simply has two piec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.context.fetch import Fetch, fetch_rows, join, plan_fetch, taken_from_others
+from parallel import exchange
 from parallel.context.packing import ContextPacking
 from parallel.context.shard import Span
 
@@ -24,7 +24,7 @@ class Pieces:
     continues; chains[i]: which of the fetched states piece i begins with, None where it begins a document."""
 
     local: tuple[slice, ...]
-    fetch: Fetch | None
+    fetch: exchange.Fetch | None
     chains: tuple[slice | None, ...]
 
 
@@ -35,11 +35,11 @@ def _chains_of(packing: ContextPacking, rank: int) -> dict[int, Span]:
 
 def _stations(packing: ContextPacking) -> ContextPacking:
     """The pieces themselves as a stream of one row each, cut as the tokens are."""
-    return ContextPacking((packing.pieces,), packing.device, packing.cp, packing.order)
+    return replace(packing, lengths=(packing.pieces,), memo={})
 
 
 def _wanted(packing: ContextPacking) -> list[list[Span]]:
-    return [join(list(_chains_of(packing, r).values())) for r in range(packing.cp.size)]
+    return [exchange.join(list(_chains_of(packing, r).values())) for r in range(packing.cp.size)]
 
 
 def plan_pieces(packing: ContextPacking) -> Pieces:
@@ -50,8 +50,8 @@ def plan_pieces(packing: ContextPacking) -> Pieces:
     wanted = _wanted(packing)
     if not any(wanted):
         return Pieces(local, None, tuple(None for _ in mine))
-    fetch = plan_fetch(_stations(packing), wanted)
-    arrived = np.sort(np.concatenate(fetch.rows))
+    fetch = _stations(packing).fetch("states of a recurrence", wanted)
+    arrived = exchange.rows_of(wanted[packing.cp.rank])
     chains = _chains_of(packing, packing.cp.rank)
     found: list[slice | None] = []
     for piece in mine:
@@ -65,7 +65,7 @@ def plan_pieces(packing: ContextPacking) -> Pieces:
 
 def states_taken(packing: ContextPacking) -> int:
     """How many piece states the worst-off rank receives. Pure."""
-    return max(taken_from_others(_stations(packing), _wanted(packing)), default=0)
+    return max(exchange.lacking(_stations(packing).spans, _wanted(packing)), default=0)
 
 
 def begin_states(plan: Pieces, state: Tensor, log_keep: Tensor) -> list[Tensor | None]:
@@ -77,7 +77,7 @@ def begin_states(plan: Pieces, state: Tensor, log_keep: Tensor) -> list[Tensor |
     """
     if plan.fetch is None:
         return [None for _ in plan.local]
-    got = fetch_rows(torch.cat([state, log_keep.unsqueeze(-1)], -1), plan.fetch)
+    got = plan.fetch(torch.cat([state, log_keep.unsqueeze(-1)], -1))
     states, falls = got[..., :-1], got[..., -1]
     out: list[Tensor | None] = []
     for chain in plan.chains:
