@@ -13,6 +13,7 @@ actions: processor ms of all ranks in what the simulator charges (computations, 
 posting: in sends, receives and boundaries, which the simulator takes as free. threads: in all other threads.
 all: ratio to a simulation in which every action costs more by (actions + posting + threads) / actions.
 others: processor ms that the machine spent on anything else meanwhile (Linux, counted in ticks of 10 ms).
+left: as all, the ranks sharing only the cores that others left them, on the average of the step.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from mm.blueprint import draw_up
-from mm.compare import Run
-from mm.config import Config, load_config, load_layout_file, with_layout
+from mm.compare import Run, make_runs
+from mm.config import load_config
 from mm.feed import Prepared
 from mm.job import Job, build_job, open_data, open_index
 from mm.launch import RankInfo, init_distributed
@@ -42,7 +42,9 @@ from parallel.schedule.action import POSTED
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = ("dp4", "llm-tp2", "llm-pp2-tp2", "disjoint", "mixed", "llm-zero-bubble")
+HEAD = "| layout | measured | simulated | ratio | actions | posting | threads | all | others | left |"
 Key = tuple[str, int, Kind]
+Seconds = dict[tuple[str, Kind] | tuple[str, int, Kind], float]  # as Costs takes them
 
 
 class Spent(NamedTuple):
@@ -62,6 +64,7 @@ class Step(NamedTuple):
     measured: float
     simulated: float
     simulated_all: float
+    simulated_left: float
     actions: float
     posting: float
     threads: float
@@ -117,16 +120,19 @@ def compare_step(job: Job, prepared: Prepared, spent: Sequence[Spent], cores: in
             seen[key] += times
     actions, posting = sum(map(sum, seen.values())), sum(one.posting for one in spent)
     process = sum(one.process for one in spent)
-    costs = {key: mean(times) for key, times in seen.items()}
-    every = {key: seconds * process / actions for key, seconds in costs.items()}
+    costs: Seconds = {key: mean(times) for key, times in seen.items()}
+    every: Seconds = {key: seconds * process / actions for key, seconds in costs.items()}
+    wall = max(one.wall for one in spent)
+    others = max(0.0, max(one.machine for one in spent) - process)
     return Step(
-        max(one.wall for one in spent),
+        wall,
         simulate(plan, Costs(costs, cores=cores)).seconds,
         simulate(plan, Costs(every, cores=cores)).seconds,
+        simulate(plan, Costs(every, cores=cores - others / wall)).seconds,
         actions,
         posting,
         process - actions - posting,
-        max(0.0, max(one.machine for one in spent) - process),
+        others,
     )
 
 
@@ -154,20 +160,11 @@ def measure(run: Run, rank: RankInfo, steps: int, cores: int) -> list[Step]:
 
 def row(name: str, steps: Sequence[Step]) -> str:
     """A row of the table; times in ms."""
-    ratios = [s.measured / s.simulated for s in steps]
-    every = median(s.measured / s.simulated_all for s in steps)
-    ms = [f"{median(s[i] for s in steps) * 1e3:.0f}" for i in (0, 1, 3, 4, 5, 6)]
+    ms = [f"{median(s[i] for s in steps) * 1e3:.0f}" for i in (0, 1, 4, 5, 6, 7)]
+    ratios, every, left = ([s.measured / s[i] for s in steps] for i in (1, 2, 3))
     ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    return f"| `{name}` | {ms[0]} | {ms[1]} | {ratio} | {ms[2]} | {ms[3]} | {ms[4]} | {every:.2f} | {ms[5]} |"
-
-
-def runs(cfg: Config, names: Sequence[str], world: int) -> list[Run]:
-    """A run for each file of configs/layouts."""
-    out = []
-    for name in names:
-        layout, schedule = load_layout_file(ROOT / "configs" / "layouts" / f"{name}.yaml")
-        out.append(Run(name, draw_up(with_layout(cfg, layout, schedule), world), layout))
-    return out
+    cells = [f"`{name}`", *ms[:2], ratio, *ms[2:5], f"{median(every):.2f}", ms[5], f"{median(left):.2f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -180,12 +177,12 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="that all ranks share")
     args = parser.parse_args()
     cfg = load_config(args.config)
+    files = [ROOT / "configs" / "layouts" / f"{name}.yaml" for name in args.layouts]
     rank = init_distributed(cfg)
     try:
         if rank.rank == 0:
-            print("| layout | measured | simulated | ratio | actions | posting | threads | all | others |")
-            print("|---|---|---|---|---|---|---|---|---|", flush=True)
-        for run in runs(cfg, args.layouts, rank.world):
+            print(f"{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}", flush=True)
+        for run in make_runs(cfg, rank.world, files):
             steps = measure(run, rank, args.steps, args.cores)
             if rank.rank == 0:
                 print(row(run.name, steps), flush=True)
