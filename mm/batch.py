@@ -45,7 +45,7 @@ class Assembler:
 
     axes: of the modules on this rank; sink: the language model's name; row_shapes: trailing shape of each
     encoder's rows; plans: where boundary plans are made, and kept for rows that lie alike; depths: how many
-    tokens further the language model predicts.
+    tokens further the language model predicts; timeout_s bounds waits for rows of other cp ranks.
     """
 
     inputs: PlanInputs
@@ -59,6 +59,7 @@ class Assembler:
     row_shapes: Mapping[str, tuple[int, ...]]
     plans: PlanCache
     depths: int = 0
+    timeout_s: float = 120.0
 
     def build(self, mb: Microbatch, supervised: int, bad: list[BadSample]) -> RankMicrobatch | None:
         """Read and pack this rank's part of `mb`; unreadable samples are appended to `bad`, then None.
@@ -127,7 +128,13 @@ class Assembler:
             lengths.append(mb.length[j])
         if n_real < total:
             lengths.append(total - n_real)
-        packing = pack(lengths, self.device, self.axes[self.sink].cp, self.inputs.order)
+        packing = pack(
+            lengths,
+            self.device,
+            self.axes[self.sink].cp,
+            self.inputs.order,
+            timeout_s=self.timeout_s,
+        )
         text = [torch.from_numpy(a).to(self.device) for a in (ids, labels)]
         flags = {m: torch.from_numpy(d).to(self.device) for m, d in depends.items()}
         further = None

@@ -21,6 +21,10 @@ NAMED = {
     "vision tp3, llm dp3": (3, {"vision": {"tp": 3}}),
     "a subset of the ranks": (4, {m: {"ranks": [1, 3]} for m in ("vision", "audio", "llm")}),
     "disjoint": (4, {"vision": {"ranks": 0}, "audio": {"ranks": 1}, "llm": {"ranks": "2-3", "tp": 2}}),
+    "disjoint, dp 3 to 2": (
+        5,
+        {"vision": {"ranks": "0-2"}, "audio": {"ranks": "0-2"}, "llm": {"ranks": "3-4"}},
+    ),
     "disjoint, dp 3 to 1": (4, {"vision": {"ranks": "0-2"}, "audio": {"ranks": "0-2"}, "llm": {"ranks": 3}}),
     "mixed": (4, {"audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3"}}),
     "encoders cp": (4, {"vision": {"cp": 2}, "audio": {"cp": 4}}),
@@ -62,6 +66,19 @@ SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
     "zero bubble, disjoint": (
         {"vision": {"ranks": "0-1"}, "audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}},
         {"microbatches": 4, "kind": "zero_bubble"},
+    ),
+    "virtual stages, disjoint": (
+        {"vision": {"ranks": "0-1"}, "audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2, "vpp": 2}},
+        {"microbatches": 4},
+    ),
+    "gpipe, mixed": (
+        {"audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}},
+        {"microbatches": 3, "kind": "gpipe"},
+    ),
+    "three phases, tp": ({"llm": {"pp": 2, "tp": 2}}, {"microbatches": 4, "kind": "three_phase"}),
+    "sequential, apart": (
+        {"vision": {"ranks": "0-1"}, "audio": {"ranks": "2-3"}, "llm": {"ranks": "2-3", "pp": 2}},
+        {"microbatches": 3, "kind": "sequential"},
     ),
     "sequential": ({"llm": {"pp": 2}}, {"microbatches": 3, "kind": "sequential"}),
 }
