@@ -77,12 +77,12 @@ def test_variants_learn_what_one_process_learns(change: Any, ranks: Any) -> None
 
 
 def test_in_bfloat16_the_loss_curve_is_that_of_one_process(ranks: Any) -> None:
-    train = {"steps": 12, "dtype": "bfloat16", "lr": 1e-2, "warmup": 0.0}
-    exact = ranks(1, train_few, small(train=train | {"dtype": "float32"}), 12)[0]
-    alone = ranks(1, train_few, small(train=train), 12)[0]
-    assert alone[-1]["loss"] < 0.3 * alone[0]["loss"]  # it learns
+    train = {"steps": 8, "dtype": "bfloat16", "lr": 1e-2, "warmup": 0.0}
+    exact = ranks(1, train_few, small(train=train | {"dtype": "float32"}), 8)[0]
+    alone = ranks(1, train_few, small(train=train), 8)[0]
+    assert alone[-1]["loss"] < 0.4 * alone[0]["loss"]  # it learns
     for layout in (MIXED, PIPED):
-        got = ranks(4, train_few, small(train=train, layout=layout, schedule={"microbatches": 2}), 12)[0]
+        got = ranks(4, train_few, small(train=train, layout=layout, schedule={"microbatches": 2}), 8)[0]
         for other in (alone, exact):
             away = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(got, other, strict=True)]
             assert max(away) < 0.05 and sum(away) / len(away) < 0.02, (layout, away)
