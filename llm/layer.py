@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llm.attention import Attention
 from llm.config import LLMConfig
 from llm.mamba import Mamba
-from llm.mlp import MLP
+from llm.mlp import MLP, config_mlp
 from llm.moe import Choice, MoE, Pass
 from llm.norm import RMSNorm
 from llm.offload import to_host
@@ -45,17 +45,7 @@ class Layer(nn.Module):
         elif symbol == "E":
             self.mixer = MoE(cfg, axes, **kw)
         else:
-            self.mixer = MLP(
-                cfg.d_model,
-                cfg.mlp_ffn,
-                axes,
-                std=cfg.init_std,
-                out_std=cfg.out_std,
-                activation=cfg.activation,
-                gated=cfg.mlp_gated,
-                bias=cfg.mlp_bias,
-                **kw,
-            )
+            self.mixer = config_mlp(cfg, cfg.mlp_ffn, axes, **kw)
 
     def forward(self, x: Tensor, told: Pass, choice: Choice | None = None) -> Tensor:
         """x as kept between blocks, [T, d] or this rank's share of it, to the same."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.config import Activation
+from llm.config import Activation, LLMConfig
 from parallel.axis import Axes
 from parallel.param import constant, declare, local, normal
 from parallel.tensor import Linear, enter, leave
@@ -77,3 +77,18 @@ class MLP(nn.Module):
         gate = None if self.gate is None else self.gate(x)
         y = leave(self.down(activate(self.activation, self.up(x), gate)), self.axes)
         return y if self.bias is None else y + local(self.bias)
+
+
+def config_mlp(cfg: LLMConfig, ffn: int, axes: Axes, **kw: Any) -> MLP:
+    """The MLP of width `ffn` that a model's config describes: a dense layer, or a shared expert."""
+    return MLP(
+        cfg.d_model,
+        ffn,
+        axes,
+        std=cfg.init_std,
+        out_std=cfg.out_std,
+        activation=cfg.activation,
+        gated=cfg.mlp_gated,
+        bias=cfg.mlp_bias,
+        **kw,
+    )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llm.balance import attach, choose, document_loads, sequence_loss, z_loss
 from llm.config import LLMConfig
-from llm.mlp import MLP, activate
+from llm.mlp import MLP, activate, config_mlp
 from llm.norm import wide
 from llm.recompute import run
 from parallel.axis import Axes
@@ -142,17 +142,7 @@ class MoE(nn.Module):
             self.latent_out = Linear(cfg.latent, cfg.d_model, normal(cfg.out_std), **own)
         self.shared: MLP | None = None
         if cfg.shared_ffn:
-            self.shared = MLP(
-                cfg.d_model,
-                cfg.shared_ffn,
-                axes,
-                std=cfg.init_std,
-                out_std=cfg.out_std,
-                activation=cfg.activation,
-                gated=cfg.mlp_gated,
-                bias=cfg.mlp_bias,
-                **kw,
-            )
+            self.shared = config_mlp(cfg, cfg.shared_ffn, axes, **kw)
         acc = torch.float32 if dtype is None else wide(dtype)
         self.register_buffer("expert_bias", torch.zeros(cfg.n_experts, dtype=acc, device=device))
         # Tokens each expert got since the last update of the bias, on this rank.

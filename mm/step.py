@@ -164,7 +164,7 @@ class _Run:
             hidden, rows = self._unpack(mb.llm, hidden, key[1])
         ready = time.perf_counter()
         out = self._part(key)(mb.llm, rows) if hidden is None else self._part(key)(mb.llm, rows, hidden)
-        if key[1] < len(self.job.blueprint.stages[SINK]) - 1:
+        if key != self._last_stage(SINK, i):
             # Feature levels that enter later go along; their gradients come back the same way.
             more = [rows[m] for m in self._carried(mb.llm, key[1])]
             self.outputs[key] = (
@@ -204,14 +204,11 @@ class _Run:
     def backward(self, action: Action) -> float:
         keys = self._covered(action)
         self._synchronise(keys[0], action.last)
-        output, grad = self.outputs.pop(keys[0]), self._output_gradient(keys[0])
+        outputs = [self.outputs.pop(key) for key in keys]
+        grads = [self._output_gradient(key) for key in keys]
+        output, grad = outputs[0], grads[0]
         if len(keys) > 1:
-            output = self.joint.pop(keys[0])
-            assert grad is not None
-            more = [self.crossing.pop((Kind.BOUNDARY_BACKWARD, m, i)).wait() for m, _, i in keys[1:]]
-            grad = torch.cat([grad, *more])
-            for key in keys[1:]:
-                del self.outputs[key]
+            output, grad = self.joint.pop(keys[0]), torch.cat([g for g in grads if g is not None])
         ready = time.perf_counter()
         if output.requires_grad:  # not where the first layers are frozen
             output.backward(grad)
@@ -235,9 +232,7 @@ class _Run:
         self._synchronise(key, action.last)
         part, output = self._part(key), self.outputs.pop(key)
         self._fsdp(key).set_reshard_after_backward(action.last)
-        for module in part.modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()  # the graph's leaves are the gathered weights
+        self._unshard(key)  # the graph's leaves are the gathered weights
         weights = [p for p in part.parameters() if p.requires_grad]
         if weights and output.requires_grad:
             output.backward(self.gradients.pop(key, None), inputs=weights)
@@ -253,6 +248,9 @@ class _Run:
     def gather(self, action: Action) -> None:
         key = (action.module, action.stage, action.microbatch)
         self._fsdp(key).set_reshard_after_backward(False)
+        self._unshard(key)
+
+    def _unshard(self, key: Key) -> None:
         for module in self._part(key).modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
@@ -279,8 +277,8 @@ class _Run:
 
     def _output_gradient(self, key: Key) -> Tensor | None:
         """The gradient of a part's output, waited for; None for the loss itself."""
-        module, stage, i = key
-        if stage < len(self.job.blueprint.stages[module]) - 1:
+        module, _, i = key
+        if key != self._last_stage(module, i):
             return self.receiving.pop((Kind.RECV_BACKWARD, key))()
         return None if module == SINK else self.crossing.pop((Kind.BOUNDARY_BACKWARD, module, i)).wait()
 

@@ -14,11 +14,11 @@ from mm.flops import forward_flops
 from mm.plan import StepPlan
 from parallel.schedule import Costs, Kind, Record, SchedulePlan, simulate
 from parallel.schedule.chart import Chart, measured, simulated
+from parallel.schedule.costs import USUAL
 from parallel.schedule.draw import draw, save
 from parallel.schedule.trace import save_trace
 
 RATE = 1e10  # FLOP/s of a rank; a drawing needs proportions, and this is about one CPU core
-KINDS = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.BACKWARD_INPUT: 1.0, Kind.BACKWARD_WEIGHT: 1.0}
 
 
 def flop_costs(blueprint: Blueprint, plan: StepPlan) -> Costs:
@@ -33,7 +33,7 @@ def flop_costs(blueprint: Blueprint, plan: StepPlan) -> Costs:
             load[m, i] = w[m] / mean if mean else 0.0
         for stage, share in enumerate(_stage_shares(blueprint, m)):
             one = mean * share / (layout.size // layout.pp) / RATE
-            for kind, times in KINDS.items():
+            for kind, times in USUAL.items():
                 compute[m, stage, kind] = one * (1.0 if m in blueprint.frozen else times)
     return Costs(compute=compute, load=load)
 
