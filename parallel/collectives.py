@@ -14,17 +14,22 @@ losses are summed, never averaged. "Tokens" are dim 0. Over an axis of size 1 ea
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.axis import Axis
+from parallel.linear_map import linear_map
+
+
+def _same(x: Tensor, axis: Axis) -> Tensor:
+    return x
 
 
 def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    y = x.contiguous().clone()
+    y = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(y, group=axis.group)
     return y
 
@@ -52,96 +57,39 @@ def _check_even(x: Tensor, axis: Axis) -> None:
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} tokens do not split over {axis.name}={axis.size}"
 
 
-class _CopyIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.axis), None
-
-
-class _ReduceOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return _all_reduce(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _all_gather(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.axis), None
-
-
-class _ReduceTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _reduce_scatter(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad, ctx.axis), None
-
-
-class _SplitTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _own_share(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad, ctx.axis), None
-
-
-class _JoinTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _all_gather(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _own_share(grad, ctx.axis).contiguous(), None
+def _over(
+    axis: Axis, x: Tensor, there: Callable[[Tensor, Axis], Tensor], back: Callable[[Tensor, Axis], Tensor]
+) -> Tensor:
+    if axis.size == 1:
+        return x
+    return linear_map(x, lambda y: there(y, axis), lambda grad: back(grad, axis))
 
 
 def copy_in(x: Tensor, axis: Axis) -> Tensor:
     """Replicated [..] in, the same out; the ranks' gradients are summed on the way back."""
-    return x if axis.size == 1 else _CopyIn.apply(x, axis)
+    return _over(axis, x, _same, _all_reduce)
 
 
 def reduce_out(x: Tensor, axis: Axis) -> Tensor:
     """Partial sums [..] in, their sum out on every rank."""
-    return x if axis.size == 1 else _ReduceOut.apply(x, axis)
+    return _over(axis, x, _all_reduce, _same)
 
 
 def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
     """[T/size, ..] in, [T, ..] out; gradients of the ranks are summed and scattered."""
-    return x if axis.size == 1 else _GatherTokens.apply(x, axis)
+    return _over(axis, x, _all_gather, _reduce_scatter)
 
 
 def reduce_tokens(x: Tensor, axis: Axis) -> Tensor:
     """Partial sums [T, ..] in, each rank's share of the sum [T/size, ..] out."""
-    return x if axis.size == 1 else _ReduceTokens.apply(x, axis)
+    return _over(axis, x, _reduce_scatter, _all_gather)
 
 
 def split_tokens(x: Tensor, axis: Axis) -> Tensor:
     """Replicated [T, ..] in, this rank's share [T/size, ..] out."""
-    return x if axis.size == 1 else _SplitTokens.apply(x, axis)
+    return _over(axis, x, _own_share, _all_gather)
 
 
 def join_tokens(x: Tensor, axis: Axis) -> Tensor:
     """Shares [T/size, ..] in, replicated [T, ..] out, whose gradient is equal on every rank."""
-    return x if axis.size == 1 else _JoinTokens.apply(x, axis)
+    return _over(axis, x, _all_gather, _own_share)

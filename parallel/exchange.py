@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from parallel.axis import Axis
 from parallel.boundary.communicator import Pending
@@ -37,6 +36,7 @@ from parallel.boundary.intervals import outside, spans
 from parallel.boundary.plan import count
 from parallel.boundary.routes import Rows
 from parallel.boundary.transport import Route, move, pick, start_all_to_all, start_p2p
+from parallel.linear_map import linear_map
 
 Span = tuple[int, int]  # rows [start, stop)
 Message = tuple[int, Rows]  # (rank of the axis, local rows)
@@ -98,8 +98,11 @@ class Fetch:
         if not plan.moves:
             rows = plan.give[plan.me]
             return x if _all(rows, plan.held) else pick(x, rows)
-        out: Tensor = _FetchRows.apply(x, self)
-        return out
+        return linear_map(x, lambda y: self.start(y).wait(), self._sum_home)
+
+    def _sum_home(self, grad: Tensor) -> Tensor:
+        into = grad.new_zeros((self.plan.held, *grad.shape[1:]))
+        return self.start_home(grad, into).wait()
 
     def start(self, x: Tensor) -> Pending:
         """x [rows held here, ..] to [rows wanted here, ..]; no autograd."""
@@ -206,21 +209,6 @@ class Fetch:
         route = Route(name, self.route.group, self.route.timeout_s)
         start = start_all_to_all if together else start_p2p
         return start(route, sends, recvs, x, out, zlib.crc32(name.encode()) >> 1)
-
-
-class _FetchRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, fetch: Fetch) -> Tensor:
-        ctx.fetch = fetch
-        out = fetch.start(x).wait()
-        return out.view_as(out) if out is x else out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        fetch: Fetch = ctx.fetch
-        into = grad.new_zeros((fetch.plan.held, *grad.shape[1:]))
-        return fetch.start_home(grad, into).wait(), None
 
 
 def fetch_plan(

@@ -8,13 +8,13 @@ row a part of its result, and the parts are summed on the way back to the rank t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.axis import Axis
+from parallel.linear_map import linear_map
 
 
 @dataclass(frozen=True)
@@ -57,39 +57,17 @@ def _gather(x: Tensor, share: Share) -> Tensor:
 
 def _reduce(x: Tensor, share: Share) -> Tensor:
     size, own = share.axis.size, share.rows[share.axis.rank]
-    by_rank = torch.empty_like(x).index_copy_(0, share.regroup, x)
+    by_rank = x.new_empty(x.shape).index_copy_(0, share.regroup, x)
     out = x.new_empty((size * own, *x.shape[1:]))
     dist.all_to_all_single(out, by_rank, [own] * size, share.rows, group=share.axis.group)
     return out.unflatten(0, (size, own)).sum(0)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
-        ctx.share = share
-        return _gather(x, share)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce(grad.contiguous(), ctx.share), None
-
-
-class _ReduceRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
-        ctx.share = share
-        return _reduce(x, share)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad.contiguous(), ctx.share), None
-
-
 def gather_rows(x: Tensor, share: Share) -> Tensor:
     """Own rows [m, d], grouped by expert, to all etp ranks' rows, grouped by expert; gradients are summed."""
-    return _GatherRows.apply(x, share)
+    return linear_map(x, lambda y: _gather(y, share), lambda grad: _reduce(grad, share))
 
 
 def reduce_rows(x: Tensor, share: Share) -> Tensor:
     """This rank's part of every row's result to the sum over etp of its own rows [m, d]."""
-    return _ReduceRows.apply(x, share)
+    return linear_map(x, lambda y: _reduce(y, share), lambda grad: _gather(grad, share))

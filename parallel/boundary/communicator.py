@@ -7,15 +7,15 @@ import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from parallel.boundary.plan import EdgePlan, Transfer
 from parallel.boundary.transport import Finish, Route, move, start_all_to_all, start_p2p
+from parallel.linear_map import linear_map
 
 Transport = Literal["auto", "p2p", "all_to_all"]
 
@@ -133,7 +133,7 @@ class BoundaryCommunicator:
             x = x.detach().requires_grad_()
         if all(t.identity and not t.moves for t in (plan.forward, *plan.backward)):
             return self.forward(plan, x)  # x itself, and its gradient is the result's: nothing to record
-        return _Exchange.apply(x, self, plan)
+        return linear_map(x, lambda y: self.forward(plan, y), lambda grad: self.backward(plan, grad))
 
     def _start(self, plan: EdgePlan, direction: str, t: Transfer, x: Tensor) -> Pending:
         edge = plan.name
@@ -197,16 +197,3 @@ class BoundaryCommunicator:
             while not second:
                 self._to_send_on.popleft()()
         return finish
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, communicator: BoundaryCommunicator, plan: EdgePlan) -> Tensor:
-        ctx.communicator, ctx.plan = communicator, plan
-        y = communicator.forward(plan, x)
-        return y.view_as(y) if y is x else y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.communicator.backward(ctx.plan, grad), None, None

@@ -5,33 +5,24 @@ Ulysses (arXiv 2309.14509): between the two exchanges a layer that works head by
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.axis import Axis
 from parallel.context.packing import ContextPacking
+from parallel.linear_map import linear_map
 
 
 def _swap(x: Tensor, axis: Axis) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(out, x.contiguous(), group=axis.group)
-    return out
-
-
-class _Swap(torch.autograd.Function):
     """[cp, m, ..] to [cp, m, ..]: block s goes to rank s, block s of the result came from it."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _swap(x, axis)
+    def exchange(y: Tensor) -> Tensor:
+        out = y.new_empty(y.shape)
+        dist.all_to_all_single(out, y.contiguous(), group=axis.group)
+        return out
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _swap(grad, ctx.axis), None
+    return linear_map(x, exchange, exchange)
 
 
 def _by_rank(packing: ContextPacking) -> Tensor:
@@ -43,7 +34,7 @@ def _by_rank(packing: ContextPacking) -> Tensor:
 def to_heads(x: Tensor, packing: ContextPacking) -> Tensor:
     """Own tokens [T, cp, w], whose part s rank s is to have, to the whole stream's tokens [whole, w]."""
     index = packing.once("by rank", lambda: _by_rank(packing))
-    got = _Swap.apply(x.transpose(0, 1), packing.cp).flatten(0, 1)
+    got = _swap(x.transpose(0, 1), packing.cp).flatten(0, 1)
     return torch.empty_like(got).index_copy(0, index, got)
 
 
@@ -51,4 +42,4 @@ def to_tokens(x: Tensor, packing: ContextPacking) -> Tensor:
     """The stream's tokens [whole, w] of this rank's heads to own tokens [T, cp, w] of every rank's heads."""
     index = packing.once("by rank", lambda: _by_rank(packing))
     out = x.index_select(0, index).unflatten(0, (packing.cp.size, -1))
-    return _Swap.apply(out, packing.cp).transpose(0, 1)
+    return _swap(out, packing.cp).transpose(0, 1)
