@@ -23,7 +23,7 @@ import gc
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -35,9 +35,9 @@ from mm.config import load_config
 from mm.feed import Prepared
 from mm.job import Job, build_job, open_data, open_index
 from mm.launch import RankInfo, init_distributed
-from mm.step import _Run  # its handlers are wrapped here: a step records host times, not processor times
+from mm.step import run_step
 from mm.trainer import open_feed
-from parallel.schedule import Action, Costs, Kind, execute, simulate
+from parallel.schedule import Costs, Kind, Record, simulate
 from parallel.schedule.action import POSTED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,18 +71,18 @@ class Step(NamedTuple):
     others: float
 
 
-def timed(
-    handler: Callable[[Action], float | None], into: dict[Key, list[float]]
-) -> Callable[[Action], None]:
-    """The handler, its processor seconds on this thread kept by (module, stage, kind)."""
+class Clock:
+    """Processor seconds of this thread, by what it was doing: (module, stage, kind), for one micro-batch."""
 
-    def run(action: Action) -> None:
-        start = time.thread_time()
-        handler(action)
-        seconds = time.thread_time() - start
-        into[action.module, action.stage, action.kind].append(seconds / action.span)
+    def __init__(self) -> None:
+        self.seen: dict[Key, list[float]] = defaultdict(list)
+        self.last = time.thread_time()
 
-    return run
+    def observe(self, record: Record) -> None:
+        """Count what has passed since the action before for this one."""
+        action, now = record.action, time.thread_time()
+        self.seen[action.module, action.stage, action.kind].append((now - self.last) / action.span)
+        self.last = now
 
 
 def machine_seconds() -> float:
@@ -93,22 +93,18 @@ def machine_seconds() -> float:
 
 def one_step(job: Job, prepared: Prepared) -> Spent:
     """Forward and backward of every micro-batch; gradients are dropped."""
-    actions = job.blueprint.schedule(prepared.plan.active).actions(job.rank.rank)
-    run = _Run(job, prepared, True, None)
-    seen: dict[Key, list[float]] = defaultdict(list)
-    handlers = {kind: timed(handler, seen) for kind, handler in run.handlers.items()}
     dist.barrier()
     start, process, machine = time.perf_counter(), time.process_time(), machine_seconds()
-    execute(actions, handlers)
-    run.finish()
+    clock = Clock()
+    run_step(job, prepared, train=True, observe=clock.observe)
     process = time.process_time() - process
     dist.barrier()
     wall, machine = time.perf_counter() - start, machine_seconds() - machine
     for stages in job.parts.values():
         for part in stages.values():
             part.zero_grad()
-    posting = sum(sum(times) for key, times in seen.items() if key[2] in POSTED)
-    return Spent(wall, process, machine, posting, {k: t for k, t in seen.items() if k[2] not in POSTED})
+    posting = sum(sum(times) for key, times in clock.seen.items() if key[2] in POSTED)
+    return Spent(wall, process, machine, posting, {k: t for k, t in clock.seen.items() if k[2] not in POSTED})
 
 
 def compare_step(job: Job, prepared: Prepared, spent: Sequence[Spent], cores: int) -> Step:

@@ -25,7 +25,8 @@ from mm.feed import Prepared
 from mm.job import Job
 from parallel.boundary import Pending
 from parallel.pipeline import Pipe
-from parallel.schedule import Action, Kind, Record, execute
+from parallel.schedule import Action, Kind, execute
+from parallel.schedule.execute import Observe
 
 
 @dataclass
@@ -33,12 +34,11 @@ class StepResult:
     """This rank's share of a step.
 
     loss: sum of its supervised tokens' losses divided by the step's global count; one replica counts, so that
-    summing over ranks gives the loss. seconds: host time by (kind, module). records: each action's times.
+    summing over ranks gives the loss. seconds: host time by (kind, module).
     """
 
     loss: float = 0.0
     seconds: dict[tuple[Kind, str], float] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
 
 
 OnTokens = Callable[[RankMicrobatch, Tensor], None]
@@ -46,23 +46,27 @@ Key = tuple[str, int, int]  # module, stage, micro-batch
 
 
 def run_step(
-    job: Job, prepared: Prepared, *, train: bool, on_tokens: OnTokens | None = None, record: bool = False
+    job: Job,
+    prepared: Prepared,
+    *,
+    train: bool,
+    on_tokens: OnTokens | None = None,
+    observe: Observe | None = None,
 ) -> StepResult:
     """Run every micro-batch of a prepared step; gradients are left in the modules' parameters.
 
     on_tokens: called with each micro-batch and its token losses [T] (evaluation), where they are computed.
-    record: keep the times of every action. Does not update.
+    observe: called after every action with its Record, for drawings and measurements. Does not update.
     """
     schedule = job.blueprint.schedule(prepared.plan.active, train=train)
     run = _Run(job, prepared, train, on_tokens)
     for both in job.boundaries.values():
         for boundary in both:
             boundary.stats.reset()
-    records: list[Record] | None = [] if record else None
     with torch.set_grad_enabled(train):
-        seconds = execute(schedule.actions(job.rank.rank), run.handlers, records=records)
+        seconds = execute(schedule.actions(job.rank.rank), run.handlers, observe=observe)
     run.finish()
-    return StepResult(float(run.loss), seconds, records or [])
+    return StepResult(float(run.loss), seconds)
 
 
 class _Run:

@@ -28,6 +28,7 @@ from mm.plan_text import plan_json
 from mm.step import run_step
 from mm.timeline import draw_measured
 from mm.update import finish_step, learning_rate
+from parallel.schedule import Record
 
 
 class Stop:
@@ -126,11 +127,12 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[s
     """One step: data, forward and backward, update. Returns its metrics, equal on all ranks but for times."""
     cfg = job.blueprint.cfg
     prepared, waited = feed.next(step, cfg.train.steps)
+    records: list[Record] = []
     drawn = cfg.run.trace == step + 1
-    result = run_step(job, prepared, train=True, record=drawn)
+    result = run_step(job, prepared, train=True, observe=records.append if drawn else None)
     if drawn:
         schedule = job.blueprint.schedule(prepared.plan.active)
-        draw_measured(schedule, result.records, job.control, job.rank.rank, Path(cfg.run.dir), step + 1)
+        draw_measured(schedule, records, job.control, job.rank.rank, Path(cfg.run.dir), step + 1)
     lr = learning_rate(cfg.train, step)
     update = finish_step(job, result, step, lr, stop=stop)
     return {

@@ -78,7 +78,7 @@ def simulated(line: Timeline) -> Chart:
 
 
 def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Chart:
-    """The chart of a run, from the records of its ranks (execute(.., records=..)), whose clocks must agree.
+    """The chart of a run, from the records of its ranks (execute(.., observe=records.append)), whose clocks must agree.
 
     An arrow stands where the last of the senders of what a computation waited for had it ready.
     """

@@ -43,6 +43,7 @@ from typing import NamedTuple
 from parallel.schedule.action import Action, Kind
 
 Handler = Callable[[Action], float | None]
+Observe = Callable[["Record"], object]
 
 
 class Record(NamedTuple):
@@ -58,12 +59,13 @@ class Record(NamedTuple):
 
 
 def execute(
-    actions: Sequence[Action], handlers: Mapping[Kind, Handler], *, records: list[Record] | None = None
+    actions: Sequence[Action], handlers: Mapping[Kind, Handler], *, observe: Observe | None = None
 ) -> dict[tuple[Kind, str], float]:
     """Run `actions` in order; returns the seconds spent by (kind, module).
 
-    records: gets one Record an action, so that the run can be drawn. The times are host times. On an
-    accelerator they measure issue, not execution, of asynchronous work.
+    observe: called after each action with its Record: `records.append` keeps what a drawing or a trace shows,
+    and what a caller reads there (processor time, memory) is that of the action since the call before. The
+    times are host times. On an accelerator they measure issue, not execution, of asynchronous work.
     """
     seconds: dict[tuple[Kind, str], float] = defaultdict(float)
     clock = time.perf_counter
@@ -72,6 +74,6 @@ def execute(
         ready = handlers[action.kind](action)
         end = clock()
         seconds[action.kind, action.module] += end - start
-        if records is not None:
-            records.append(Record(action, start, end, start if ready is None else ready))
+        if observe is not None:
+            observe(Record(action, start, end, start if ready is None else ready))
     return dict(seconds)

@@ -29,7 +29,7 @@ def run_standins(plan: SchedulePlan, costs: Costs, unit: float = 1.0) -> list[Re
     stand = _StandIns(plan, costs, unit, groups)
     records: list[Record] = []
     dist.barrier()
-    execute(plan.actions(dist.get_rank()), stand.handlers, records=records)
+    execute(plan.actions(dist.get_rank()), stand.handlers, observe=records.append)
     for work in stand.sent:
         work.wait()
     dist.barrier()

@@ -16,8 +16,8 @@ from mm.data.index import load_index
 from mm.feed import prepare
 from mm.job import build_job, open_data
 from mm.launch import RankInfo
-from mm.step import _Run
-from parallel.schedule import Kind, execute
+from mm.step import run_step
+from parallel.schedule import Kind, Record
 from parallel.schedule.memory import Memory, peaks
 from tests.mm.harness import CONFIGS, small
 
@@ -73,18 +73,17 @@ def run(raw: dict[str, Any]) -> tuple[dict[tuple[str, int, int], int], int, list
         data = open_data(job, load_index(["data/digits-train-*.tar"], CONFIGS))
         prepared = prepare(0, data.index.samples[:24], data.assembler)
         schedule = blueprint.schedule(prepared.plan.active)
-        state = _Run(job, prepared, True, None)
-        saved, left = Saved(job.modules()), {}
+        saved, left, before = Saved(job.modules()), {}, 0
 
-        def forward(action: Any) -> Any:
+        def observe(record: Record) -> None:
+            nonlocal before
+            a = record.action
+            if a.kind is Kind.FORWARD:
+                left[a.module, a.stage, a.microbatch] = saved.total - before
             before = saved.total
-            ready = state.forward(action)
-            left[action.module, action.stage, action.microbatch] = saved.total - before
-            return ready
 
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda h: getattr(h, "x", h)):
-            execute(schedule.actions(rank), {**state.handlers, Kind.FORWARD: forward})
-        state.finish()
+            run_step(job, prepared, train=True, observe=observe)
         memory = Memory(
             {(m, s): 1.0 for m, s, _ in left}, load={(m, i): float(n) for (m, _, i), n in left.items()}
         )
