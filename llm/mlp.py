@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from parallel.tensor import Linear, enter, leave
 
 class _SquaredReLU(torch.autograd.Function):
     """relu(x)^2, which keeps its output only, as the product after it does anyway. The root of a square is
-    the number again in binary floating point, so the gradient 2 relu(x) is the same to the last bit."""
+    the number again, so the gradient 2 relu(x) loses nothing but the root's own rounding."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -27,7 +28,16 @@ class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return y.sqrt().mul_(2).mul_(grad)
+        return _root(y).mul_(2).mul_(grad)
+
+
+def _root(y: Tensor) -> Tensor:
+    """y.sqrt(), zero below the smallest normal number. On CPUs the root of an exact zero, which half of all
+    squared ReLUs are, takes torch eight times as long as another."""
+    if y.device.type != "cpu":
+        return y.sqrt()
+    tiny = torch.finfo(y.dtype).tiny
+    return F.threshold_(y.clamp_min(tiny).sqrt_(), math.sqrt(tiny), 0.0)
 
 
 def activate(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
