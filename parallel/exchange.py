@@ -32,13 +32,10 @@ from torch import Tensor
 
 from parallel.axis import Axis
 from parallel.boundary.communicator import Pending
-from parallel.boundary.intervals import outside, spans
-from parallel.boundary.plan import count
-from parallel.boundary.routes import Rows
 from parallel.boundary.transport import Route, move, pick, start_all_to_all, start_p2p
+from parallel.intervals import NONE, Rows, Span, count, outside, overlap, rows_of, size
 from parallel.linear_map import linear_map
 
-Span = tuple[int, int]  # rows [start, stop)
 Message = tuple[int, Rows]  # (rank of the axis, local rows)
 
 
@@ -226,10 +223,10 @@ def fetch_plan(
         if any(stop > start for (_, stop), (start, _) in pairwise([s for s in mine if s[0] < s[1]])):
             raise ValueError(f"{name}: the stretches that a rank wants must ascend and not overlap")
     _check_held(name, held, wanted)
-    give = tuple(_shared(held[me], spans_, False) for spans_ in wanted)
-    take = tuple(_shared(wanted[me], spans_, True) for spans_ in held)
+    give = tuple(_shared(held[me], theirs, False) for theirs in wanted)
+    take = tuple(_shared(wanted[me], theirs, True) for theirs in held)
     moves = any(lacking(held, wanted))
-    return FetchPlan(name, me, _rows(held[me]), _rows(wanted[me]), give, take, moves)
+    return FetchPlan(name, me, size(held[me]), size(wanted[me]), give, take, moves)
 
 
 def make_fetch(
@@ -257,36 +254,7 @@ def make_fetch(
 
 def lacking(held: Sequence[Sequence[Span]], wanted: Sequence[Sequence[Span]]) -> list[int]:
     """How many of the rows that it wants each rank does not hold: what it receives. Pure, for costs."""
-    return [
-        _rows(want) - sum(max(0, min(b, d) - max(a, c)) for a, b in want for c, d in mine)
-        for want, mine in zip(wanted, held, strict=True)
-    ]
-
-
-def rows_of(stretches: Sequence[Span]) -> np.ndarray:
-    """The numbers in disjoint ascending stretches, int64."""
-    return np.concatenate([np.arange(*s, dtype=np.int64) for s in stretches] or [np.zeros(0, np.int64)])
-
-
-def overlap(a: Sequence[Span], b: Sequence[Span]) -> list[Span]:
-    """What two short lists of disjoint stretches share, ascending."""
-    both = [(max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b]
-    return sorted((start, stop) for start, stop in both if start < stop)
-
-
-def join(stretches: Sequence[Span]) -> list[Span]:
-    """Any stretches as disjoint ascending ones."""
-    out: list[Span] = []
-    for start, stop in sorted(stretches):
-        if out and start <= out[-1][1]:
-            out[-1] = (out[-1][0], max(out[-1][1], stop))
-        elif start < stop:
-            out.append((start, stop))
-    return out
-
-
-def _rows(stretches: Sequence[Span]) -> int:
-    return sum(stop - start for start, stop in stretches)
+    return [size(want) - size(overlap(want, mine)) for want, mine in zip(wanted, held, strict=True)]
 
 
 def _shared(mine: Sequence[Span], others: Sequence[Span], ascending: bool) -> Rows:
@@ -298,7 +266,7 @@ def _shared(mine: Sequence[Span], others: Sequence[Span], ascending: bool) -> Ro
         at += stop - start
     found.sort()
     place, length = (np.asarray([f[k] for f in found], dtype=np.int64) for k in (1, 2))
-    return spans(place, length)
+    return rows_of(place, length)
 
 
 def _check_held(name: str, held: Sequence[Sequence[Span]], wanted: Sequence[Sequence[Span]]) -> None:
@@ -323,7 +291,7 @@ def _check(name: str, x: Tensor, rows: int) -> None:
 
 def _of(messages: Sequence[Message], rank: int) -> Rows:
     """The rows of one rank's message, none where it has none."""
-    return next((rows for s, rows in messages if s == rank), slice(0, 0))
+    return next((rows for s, rows in messages if s == rank), NONE)
 
 
 def _all(rows: Rows, n: int) -> bool:

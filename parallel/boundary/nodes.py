@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.boundary.intervals import meet, outside, repeat_groups, union
-from parallel.boundary.routes import Routes, Rows, cut, direct, one_each
+from parallel.boundary.routes import Routes, cut, direct, one_each
 from parallel.boundary.rows import RowMap, Runs
+from parallel.intervals import Rows, before, meet, outside, repeat_groups, union
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ def _entries(have: RowMap, want: RowMap, node_size: int) -> tuple[RowMap, bool]:
     local rows of `want`. And whether any of these rows goes on to another rank of the node."""
     cells, held = _Cells(want, node_size), _Cells(have, node_size)
     # Rows of all nodes on one line, node after node.
-    size = 1 + int(max((want.start + want.length).max(initial=0), (have.start + have.length).max(initial=0)))
+    size = 1 + max(want.reach, have.reach)
     runs = _on_nodes(want, cells, size)
-    runs = _meeting(runs, *union(have.start, have.start + have.length), size)
+    runs = _meeting(runs, *union(have.start, have.stop), size)
     there = _on_nodes(have, held, size)
     i, start, stop = outside(runs.start, runs.stop, *union(there.start, there.stop))
     order = np.argsort(start, kind="stable")
@@ -82,7 +82,7 @@ class _Cells:
         cell, self.size = np.unique(lane[order] * nodes + self.rank // node_size, return_counts=True)
         self.lane, self.node = cell // nodes, cell % nodes
         self.of_lane = np.bincount(self.lane, minlength=len(m.lanes))
-        self.first = np.cumsum(self.of_lane) - self.of_lane
+        self.first = before(self.of_lane)
 
 
 def _on_nodes(m: RowMap, cells: _Cells, size: int) -> Runs:
@@ -102,6 +102,5 @@ def _meeting(runs: Runs, start: np.ndarray, stop: np.ndarray, size: int) -> Runs
 
 def _without(m: RowMap, others: RowMap) -> RowMap:
     """The map without the rows that are anywhere in `others`; local places stay."""
-    stop = m.start + m.length
-    i, low, high = outside(m.start, stop, *union(others.start, others.start + others.length))
+    i, low, high = outside(m.start, m.stop, *union(others.start, others.stop))
     return RowMap(m.lanes, low, high - low, m.lane[i], m.local[i] + low - m.start[i], m.rows)

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.boundary.intervals import meet, outside, repeat_groups
 from parallel.boundary.nodes import Relay, by_nodes
-from parallel.boundary.routes import Rows, direct, offers_of, split
+from parallel.boundary.routes import direct, distinct_pairs, offers_of, places, split
 from parallel.boundary.rows import RowMap, Runs
-
-NONE = slice(0, 0)
+from parallel.intervals import Rows, before, count, meet, outside, sums
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,6 @@ class EdgePlan:
     forward: Transfer
     backward: tuple[Transfer, ...]
     row_shape: tuple[int, ...] | None = None
-
-
-def count(rows: Rows) -> int:
-    """How many rows."""
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def received_rows(plan: EdgePlan) -> tuple[int, int]:
@@ -140,18 +133,17 @@ def plan_transfer(
 def _check_held(want: RowMap, offers: Runs, partial: bool) -> np.ndarray:
     """Rows of each run of `want` that some rank has, int64 [runs]."""
 
-    def before(row: np.ndarray) -> np.ndarray:
+    def below(row: np.ndarray) -> np.ndarray:
         """Held rows below `row`."""
         k = np.searchsorted(offers.start, row, side="right") - 1
         inside = np.minimum(row - offers.start[k], length[k])
         return np.where(k < 0, 0, total[k] + inside)
 
     length = offers.stop - offers.start
-    total = np.cumsum(length) - length
-    stop = want.start + want.length
-    found = before(stop) - before(want.start) if len(length) else np.zeros_like(want.length)
+    total = before(length)
+    found = below(want.stop) - below(want.start) if len(length) else np.zeros_like(want.length)
     if not partial and int(found.sum()) < int(want.length.sum()):
-        run, low, high = outside(want.start, stop, offers.start, offers.stop)
+        run, low, high = outside(want.start, want.stop, offers.start, offers.stop)
         k = int(np.argmin(low))
         asking = want.lanes[int(want.lane[run[k]])]
         raise ValueError(f"rows {low[k]}-{high[k] - 1} are wanted by ranks {asking}, but no rank has them")
@@ -160,28 +152,21 @@ def _check_held(want: RowMap, offers: Runs, partial: bool) -> np.ndarray:
 
 def _moves(have: RowMap, want: RowMap, found: np.ndarray) -> bool:
     """Whether any rank lacks a row that it wants and another has."""
-    needed, held = np.zeros(len(want.lanes), dtype=np.int64), np.zeros(len(have.lanes), dtype=np.int64)
-    np.add.at(needed, want.lane, found)
-    np.add.at(held, have.lane, have.length)
+    needed, held = sums(found, want.lane, len(want.lanes)), sums(have.length, have.lane, len(have.lanes))
     rank, w = want.members
     rank, w = rank[needed[w] > 0], w[needed[w] > 0]
     h = have.lanes_of(rank)
     if np.any(h < 0) or np.any(held[h] < needed[w]):
         return True
     # Every lane that wants rows, against each lane of `have` that its ranks are in.
-    pairs = np.unique(w * len(have.lanes) + h)
-    w, h = pairs // max(1, len(have.lanes)), pairs % max(1, len(have.lanes))
+    w, h = distinct_pairs(w, h, len(have.lanes))
     runs = want.runs
     order = np.argsort(runs.lane, kind="stable")
-    first, last = (np.searchsorted(runs.lane[order], w, side=s) for s in ("left", "right"))
-    pair, k = repeat_groups(first, last - first)
-    size = 1 + int(max((want.start + want.length).max(initial=0), (have.start + have.length).max(initial=0)))
-    own = np.sort(have.lane * size + have.start), np.sort(have.lane * size + have.start + have.length)
+    pair, k = places(runs.lane[order], w)
+    size = 1 + max(want.reach, have.reach)
     at = h[pair] * size + runs.start[order[k]]
-    i, _, start, stop = meet(at, at + (runs.stop - runs.start)[order[k]], *own)
-    kept = np.zeros(len(pairs), dtype=np.int64)
-    np.add.at(kept, pair[i], stop - start)
-    return bool(np.any(kept < needed[w]))
+    i, _, start, stop = meet(at, at + (runs.stop - runs.start)[order[k]], *have.by_lane(size))
+    return bool(np.any(sums(stop - start, pair[i], len(w)) < needed[w]))
 
 
 def _layers(dest: RowMap) -> list[RowMap]:

@@ -6,15 +6,24 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from parallel.boundary.intervals import meet, outside, repeat_groups, spans
 from parallel.boundary.rows import RowMap, Runs
-
-Rows = slice | np.ndarray  # local rows: a slice where they are consecutive
+from parallel.intervals import NONE, Rows, before, meet, outside, repeat_groups, rows_of, sums
 
 
 def runs_of(m: RowMap, lane: int) -> Runs:
     """The runs of one lane."""
     return m.runs.take(np.flatnonzero(m.runs.lane == lane))
+
+
+def distinct_pairs(a: np.ndarray, b: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs (a, b), 0 <= b < n, each once, in ascending order: two columns."""
+    return np.divmod(np.unique(a * n + b), max(1, n))
+
+
+def places(group: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns (k, place) of all places where `group`, which ascends, is wanted[k]."""
+    first, last = (np.searchsorted(group, wanted, side=s) for s in ("left", "right"))
+    return repeat_groups(first, last - first)
 
 
 def split(runs: Runs) -> tuple[Runs, np.ndarray, np.ndarray]:
@@ -77,11 +86,10 @@ def _asks(have: RowMap, want: RowMap, offers: Runs, lanes: np.ndarray) -> _Asks:
     some = offers.take(np.flatnonzero(np.isin(offers.lane, lanes)))
     runs = want.runs
     i, k, _, _ = meet(runs.start, runs.stop, some.start, some.stop)
-    pairs = np.unique(some.lane[k] * len(want.lanes) + runs.lane[i])
-    lane, w = pairs // max(1, len(want.lanes)), pairs % max(1, len(want.lanes))
+    lane, w = distinct_pairs(some.lane[k], runs.lane[i], len(want.lanes))
     ranks, rank_lane = want.members
     of_lane = np.bincount(rank_lane, minlength=len(want.lanes))
-    pair, place = repeat_groups((np.cumsum(of_lane) - of_lane)[w], of_lane[w])
+    pair, place = repeat_groups(before(of_lane)[w], of_lane[w])
     lane, rank, w = lane[pair], ranks[place], w[pair]
     lacks = have.lanes_of(rank) != lane
     lane, rank, w = lane[lacks], rank[lacks], w[lacks]
@@ -111,8 +119,7 @@ def direct(have: RowMap, want: RowMap, rank: int) -> Routes:
     """
     offers = offers_of(have)
     h, w = have.lane_of(rank), want.lane_of(rank)
-    nothing = slice(0, 0)
-    keep, recvs = ((nothing, nothing), []) if w is None else _receive(have, want, offers, rank, w, h)
+    keep, recvs = ((NONE, NONE), []) if w is None else _receive(have, want, offers, rank, w, h)
     return Routes(keep, [] if h is None else _send(have, want, offers, rank, h), recvs)
 
 
@@ -123,7 +130,7 @@ def _receive(
     mine = runs_of(want, w)
     own = runs_of(have, -1 if h is None else h)
     i, k, start, stop = meet(mine.start, mine.stop, own.start, own.stop)
-    keep = spans(start + own.shift[k], stop - start), spans(start + mine.shift[i], stop - start)
+    keep = rows_of(start + own.shift[k], stop - start), rows_of(start + mine.shift[i], stop - start)
     i, start, stop = outside(mine.start, mine.stop, own.start, own.stop)
     shift = mine.shift[i]
     i, k, start, stop = meet(start, stop, offers.start, offers.stop)
@@ -157,8 +164,7 @@ def _send(have: RowMap, want: RowMap, offers: Runs, rank: int, h: int) -> list[t
     i, k, start, stop = meet(runs.start, runs.stop, mine.start, mine.stop)
     order = np.argsort(runs.lane[i], kind="stable")
     lane, start, stop, shift = runs.lane[i][order], start[order], stop[order], mine.shift[k][order]
-    first, last = (np.searchsorted(lane, asks.rank_lane, side=s) for s in ("left", "right"))
-    ask, piece = repeat_groups(first, last - first)
+    ask, piece = places(lane, asks.rank_lane)
     start, stop, shift = start[piece], stop[piece], shift[piece]
     # Where rows are in several lanes, an asking rank may have some of them itself.
     own = have.lanes_of(asks.rank)
@@ -176,10 +182,9 @@ def _without_own(
     shift: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Leave out what the asking rank, in `lane[ask]` of `have` (-1: in none), has itself."""
-    size = 1 + int((have.start + have.length).max(initial=0))
-    own = np.sort(have.lane * size + have.start), np.sort(have.lane * size + have.start + have.length)
+    size = 1 + have.reach
     base = np.where(lane < 0, len(have.lanes), lane)[ask] * size
-    i, low, high = outside(base + start, base + stop, *own)
+    i, low, high = outside(base + start, base + stop, *have.by_lane(size))
     return ask[i], low - base[i], high - base[i], shift[i]
 
 
@@ -196,11 +201,10 @@ def cut(
     Part k is number part[k] of parts[which[k]] of group which[k]. Returns columns (stretch, part k, local,
     length).
     """
-    total = np.zeros(len(parts), dtype=np.int64)
-    np.add.at(total, group, length)
-    base = (np.cumsum(total) - total)[which]
+    total = sums(length, group, len(parts))
+    base = before(total)[which]
     n, rows = parts[which], total[which]
-    at = np.cumsum(length) - length
+    at = before(length)
     i, k, start, stop = meet(at, at + length, base + rows * part // n, base + rows * (part + 1) // n)
     return i, k, local[i] + start - at[i], stop - start
 
@@ -211,4 +215,4 @@ def _by_peer(peer: np.ndarray, local: np.ndarray, length: np.ndarray, rank: int)
     turn = np.where(peer > rank, peer, peer + int(peer.max(initial=0)) + 1 + rank)
     order = np.argsort(turn, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(turn[order])) + 1) if len(order) else []
-    return [(int(peer[g[0]]), spans(local[g], length[g])) for g in groups]
+    return [(int(peer[g[0]]), rows_of(local[g], length[g])) for g in groups]

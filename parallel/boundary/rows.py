@@ -13,6 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
+from parallel.intervals import before, column, sums
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -59,7 +61,7 @@ class RowMap:
         Raises ValueError, in words, for a map that contradicts itself: see check().
         """
         tuples = tuple(tuple(int(r) for r in ranks) for ranks in lanes)
-        starts, lengths, owner = (_column(a) for a in (start, length, lane))
+        starts, lengths, owner = (column(a) for a in (start, length, lane))
         if not len(starts) == len(lengths) == len(owner):
             raise ValueError(
                 f"runs of unequal count: {len(starts)} starts, {len(lengths)} lengths, {len(owner)} lanes"
@@ -67,18 +69,15 @@ class RowMap:
         _check_lanes(tuples, owner)
         if local is None:
             order = np.argsort(owner, kind="stable")
-            total = np.zeros(len(tuples), dtype=np.int64)
-            np.add.at(total, owner, lengths)
             place = np.empty_like(lengths)
-            before = np.cumsum(lengths[order]) - lengths[order]
-            place[order] = before - (np.cumsum(total) - total)[owner[order]]
+            place[order] = before(lengths[order]) - before(sums(lengths, owner, len(tuples)))[owner[order]]
         else:
-            place = _column(local)
+            place = column(local)
         if rows is None:
             reach = np.zeros(len(tuples), dtype=np.int64)
             np.maximum.at(reach, owner, place + lengths)
         else:
-            reach = _column(rows)
+            reach = column(rows)
         made = RowMap(tuples, starts, lengths, owner, place, reach)
         made.check()
         return made
@@ -91,8 +90,8 @@ class RowMap:
     ) -> RowMap:
         """Whole items dealt to lanes, end to end in each: item i has item_rows[i] rows, numbered globally on
         from those of the items before it."""
-        rows = _column(item_rows)
-        return RowMap.of_runs(lanes, np.cumsum(rows) - rows, rows, item_lane)
+        rows = column(item_rows)
+        return RowMap.of_runs(lanes, before(rows), rows, item_lane)
 
     def check(self) -> None:
         """Raise ValueError where the map contradicts itself: arrays of unequal length, a lane that does not
@@ -103,9 +102,9 @@ class RowMap:
         if len(self.rows) != len(self.lanes):
             raise ValueError(f"{len(self.lanes)} lanes, but row counts of {len(self.rows)}")
         _check_lanes(self.lanes, self.lane)
-        for name, column in (("start", self.start), ("length", self.length), ("local", self.local)):
-            if len(column) and column.min() < 0:
-                raise ValueError(f"run {int(column.argmin())} has a negative {name}, {column.min()}")
+        for name, values in (("start", self.start), ("length", self.length), ("local", self.local)):
+            if len(values) and values.min() < 0:
+                raise ValueError(f"run {int(values.argmin())} has a negative {name}, {values.min()}")
         over = np.flatnonzero(self.local + self.length > self.rows[self.lane])
         if len(over):
             k, lane = over[0], int(self.lane[over[0]])
@@ -127,12 +126,27 @@ class RowMap:
                 )
 
     @cached_property
+    def stop(self) -> np.ndarray:
+        """The global row after each run."""
+        return self.start + self.length
+
+    @cached_property
+    def reach(self) -> int:
+        """The global row after the last of all runs."""
+        return int(self.stop.max(initial=0))
+
+    @cached_property
     def runs(self) -> Runs:
         """The runs that have rows, by first row."""
         some = np.flatnonzero(self.length)
         some = some[np.argsort(self.start[some], kind="stable")]
         start = self.start[some]
-        return Runs(start, start + self.length[some], self.lane[some], self.local[some] - start)
+        return Runs(start, self.stop[some], self.lane[some], self.local[some] - start)
+
+    def by_lane(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(start, stop) of the runs of all lanes on one line: row r of lane k is at k size + r; ascending."""
+        base = self.lane * size
+        return np.sort(base + self.start), np.sort(base + self.stop)
 
     @cached_property
     def members(self) -> tuple[np.ndarray, np.ndarray]:
@@ -166,10 +180,6 @@ class RowMap:
         runs = np.flatnonzero(new[self.lane] >= 0)
         columns = (self.start[runs], self.length[runs], new[self.lane[runs]], self.local[runs])
         return RowMap(tuple(tuple(ranks.tolist()) for ranks in cut), *columns, self.rows[kept])
-
-
-def _column(values: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.asarray(values, dtype=np.int64).reshape(-1)
 
 
 def _check_lanes(lanes: tuple[tuple[int, ...], ...], owner: np.ndarray) -> None:

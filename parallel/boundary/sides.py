@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.boundary.intervals import meet, repeat_groups
 from parallel.boundary.rows import RowMap
-from parallel.context.shard import Order, context_spans, piece_count
+from parallel.intervals import before, column, meet, repeat_groups, sums
 from parallel.layout import Layout
+from parallel.stream import Order, context_spans, piece_count
 
 Ints = Sequence[int] | np.ndarray
 
@@ -30,19 +30,19 @@ def source_side(layout: Layout, item_rows: Ints, item_lane: Ints) -> RowMap:
     Raises ValueError for columns of unequal length, negative counts and dp ranks that do not exist.
     """
     rows, owner = _items(layout, item_rows, item_lane)
-    total = _total(rows, owner, layout.dp)
+    total = sums(rows, owner, layout.dp)
     order = np.argsort(owner, kind="stable")
     at = np.empty_like(rows)  # in all streams, one after the other
-    at[order] = np.cumsum(rows[order]) - rows[order]
+    at[order] = before(rows[order])
     shares = np.arange(layout.cp)
     low, high = (((shares + k) * total[:, None] // layout.cp).reshape(-1) for k in (0, 1))
     parts = _token_shares(layout)
     tp = np.arange(parts)
     cut = low[:, None] + tp * (high - low)[:, None] // parts
-    start = (cut.reshape(layout.dp, -1) + _before(total)[:, None]).reshape(-1)
+    start = (cut.reshape(layout.dp, -1) + before(total)[:, None]).reshape(-1)
     stop = np.append(start[1:], total.sum())
     item, tile, a, b = meet(at, at + rows, start, stop)
-    first = _before(rows)
+    first = before(rows)
     return RowMap(
         _lanes(layout, [layout.pp - 1]),
         first[item] + a - at[item],
@@ -78,8 +78,8 @@ def dest_side(
     if bad or len(set(stages)) < len(stages):
         raise ValueError(f"{layout.module}: stages {list(stages)} of 0-{layout.pp - 1}; needed: each once")
     lanes = layout.dp * layout.cp * _token_shares(layout)
-    rows = _total(runs.length, runs.lane, lanes)
-    local = _before(runs.length) - _before(rows)[runs.lane]
+    rows = sums(runs.length, runs.lane, lanes)
+    local = before(runs.length) - before(rows)[runs.lane]
     n = len(stages)
     lane = (np.arange(n)[:, None] * lanes + runs.lane).reshape(-1)
     columns = (np.tile(runs.row, n), np.tile(runs.length, n), lane, np.tile(local, n), np.tile(rows, n))
@@ -120,21 +120,21 @@ def _token_runs(
     layout: Layout, item_rows: Ints, item_lane: Ints, item_position: Ints, tokens: Ints, order: Order
 ) -> _TokenRuns:
     rows, owner = _items(layout, item_rows, item_lane)
-    position, length = _column(item_position), _column(tokens)
+    position, length = column(item_position), column(tokens)
     _check_streams(layout, rows, owner, position, length, order)
     # All streams are cut alike: tiles of the shortest one that can be, scaled.
     lane, low, high, local = _tiles(layout, order)
     unit = _granule(layout, order)
-    scale, base = length[:, None] // unit, _before(length)[:, None]
+    scale, base = length[:, None] // unit, before(length)[:, None]
     parts = layout.cp * _token_shares(layout)
     tile_lane = (np.arange(layout.dp)[:, None] * parts + lane).reshape(-1)
     start, stop = (low * scale + base).reshape(-1), (high * scale + base).reshape(-1)
     token = (local * scale).reshape(-1)
-    at = position + _before(length)[owner]
+    at = position + before(length)[owner]
     item, tile, a, b = meet(at, at + rows, start, stop)
     token = token[tile] + a - start[tile]
     turn = np.lexsort((token, tile_lane[tile]))
-    first = _before(rows)[item] + a - at[item]
+    first = before(rows)[item] + a - at[item]
     return _TokenRuns(first[turn], (b - a)[turn], tile_lane[tile][turn], token[turn])
 
 
@@ -174,7 +174,7 @@ def _lanes(layout: Layout, stages: Sequence[int]) -> tuple[tuple[int, ...], ...]
 
 
 def _items(layout: Layout, item_rows: Ints, item_lane: Ints) -> tuple[np.ndarray, np.ndarray]:
-    rows, owner = _column(item_rows), _column(item_lane)
+    rows, owner = column(item_rows), column(item_lane)
     if len(rows) != len(owner):
         raise ValueError(f"{layout.module}: row counts of {len(rows)} items, but dp ranks of {len(owner)}")
     if len(rows) and rows.min() < 0:
@@ -223,19 +223,3 @@ def _check_streams(
     if len(twice):
         i, j = turn[twice[0]], turn[twice[0] + 1]
         raise ValueError(f"{name}: items {i} and {j} are both at token {position[j]} of dp rank {owner[j]}")
-
-
-def _column(values: Ints) -> np.ndarray:
-    return np.asarray(values, dtype=np.int64).reshape(-1)
-
-
-def _total(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    """Sum of the values of each group."""
-    out = np.zeros(groups, dtype=np.int64)
-    np.add.at(out, group, values)
-    return out
-
-
-def _before(values: np.ndarray) -> np.ndarray:
-    """Sum of all values before each."""
-    return np.cumsum(values) - values

@@ -18,9 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.boundary.intervals import spans
-from parallel.boundary.plan import NONE, count
-from parallel.boundary.routes import Rows
+from parallel.intervals import NONE, Rows, count, rows_of
 
 Finish = Callable[[], None]
 Messages = Sequence[tuple[int, Rows]]  # (peer rank, rows), one entry a peer
@@ -138,7 +136,7 @@ def joined(parts: list[Rows]) -> Rows:
         [[count(rows)] if isinstance(rows, slice) else np.ones_like(rows) for rows in parts]
     )
     some = np.flatnonzero(length)
-    return spans(start[some], length[some])
+    return rows_of(start[some], length[some])
 
 
 def _index(rows: np.ndarray, like: Tensor) -> Tensor:

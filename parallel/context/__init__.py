@@ -2,6 +2,6 @@
 
 from parallel.context.attention import context_attention
 from parallel.context.packing import ContextPacking, pack
-from parallel.context.shard import Order, context_spans, piece_count
+from parallel.stream import Order, context_spans, piece_count
 
 __all__ = ["ContextPacking", "Order", "context_attention", "context_spans", "pack", "piece_count"]

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel import exchange
 from parallel.boundary import Pending
 from parallel.context.block import attend, attend_backward, merge
 from parallel.context.packing import ContextPacking
-from parallel.context.shard import Span
+from parallel.exchange import Fetch, lacking
+from parallel.intervals import Span, join, numbers, overlap, size
 from parallel.packed import Packing, attention
 
 Method = Literal["gather", "ring"]
@@ -46,15 +46,15 @@ class KeyCost:
 
 def wanted_keys(packing: ContextPacking) -> list[list[Span]]:
     """Rows of the stream whose keys each cp rank reads beyond its own fragments. Pure."""
-    return [exchange.join([c.before for c in packing.continued_of(r)]) for r in range(packing.cp.size)]
+    return [join([c.before for c in packing.continued_of(r)]) for r in range(packing.cp.size)]
 
 
 def key_costs(packing: ContextPacking, kv_heads: int, head_dim: int, itemsize: int) -> dict[Method, KeyCost]:
     """The cost of each method for these documents. Pure, alike on every rank."""
     row = 2 * kv_heads * head_dim * itemsize
     wanted = wanted_keys(packing)
-    taken = max(exchange.lacking(packing.spans, wanted))
-    block = max((sum(b - a for a, b in spans) for spans in packing.spans), default=0)
+    taken = max(lacking(packing.spans, wanted))
+    block = max(size(spans) for spans in packing.spans)
     return {
         "gather": KeyCost(taken * row, taken * row, taken * row),
         "ring": KeyCost(taken * row, 2 * taken * row, min(taken, 2 * block) * row),
@@ -89,7 +89,7 @@ class _Plan:
     """
 
     crosses: bool
-    fetch: exchange.Fetch
+    fetch: Fetch
     uses: tuple[tuple[_Use, ...], ...]
     at_once: tuple[_Use, ...]
     own: tuple[slice, ...]
@@ -112,7 +112,7 @@ def _uses(rows: np.ndarray, packing: ContextPacking) -> tuple[_Use, ...]:
 def _make_plan(packing: ContextPacking) -> _Plan:
     wanted = wanted_keys(packing)
     me, cp = packing.cp.rank, packing.cp.size
-    blocks = [exchange.rows_of(exchange.overlap(wanted[me], packing.spans[(me - i) % cp])) for i in range(cp)]
+    blocks = [numbers(overlap(wanted[me], packing.spans[(me - i) % cp])) for i in range(cp)]
     own = tuple(slice(*c.rows) for c in packing.continued)
     outer = {c.fragment for c in packing.continued}
     inner = [n for i, n in enumerate(packing.fragments.lengths) if i not in outer]
@@ -122,7 +122,7 @@ def _make_plan(packing: ContextPacking) -> _Plan:
         any(wanted),
         packing.fetch("keys of a continued document", wanted),
         tuple(_uses(b, packing) for b in blocks),
-        _uses(exchange.rows_of(wanted[me]), packing),
+        _uses(numbers(wanted[me]), packing),
         own,
         Packing(tuple(inner), packing.device),
         gaps,

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel import exchange
-from parallel.context.packing import ContextPacking
-from parallel.context.shard import Span
+from parallel.context.packing import ContextPacking, Continued
+from parallel.exchange import Fetch, lacking
+from parallel.intervals import Span, join, numbers
 from parallel.packed import depthwise_conv
 
 
@@ -19,21 +19,24 @@ class Halo:
     """fetch: rows that precede fragments, ascending; take [m]: which of them, fragment by fragment (two may
     share rows); place [m]: where they go in spread(x, fragments, K - 1, 0)."""
 
-    fetch: exchange.Fetch
+    fetch: Fetch
     take: Tensor
     place: Tensor
 
 
+def _read(fragment: Continued, width: int) -> Span:
+    """The rows before a fragment that it reads: up to `width`, of its own document."""
+    start, stop = fragment.before
+    return max(start, stop - width), stop
+
+
 def _wanted(packing: ContextPacking, width: int) -> list[list[Span]]:
-    return [
-        exchange.join([(max(c.before[0], c.before[1] - width), c.before[1]) for c in packing.continued_of(r)])
-        for r in range(packing.cp.size)
-    ]
+    return [join([_read(c, width) for c in packing.continued_of(r)]) for r in range(packing.cp.size)]
 
 
 def halo_rows(packing: ContextPacking, kernel: int) -> int:
     """How many rows the worst-off rank receives for a kernel of this many taps. Pure."""
-    return max(exchange.lacking(packing.spans, _wanted(packing, kernel - 1)), default=0)
+    return max(lacking(packing.spans, _wanted(packing, kernel - 1)), default=0)
 
 
 def plan_halo(packing: ContextPacking, kernel: int) -> Halo | None:
@@ -43,10 +46,10 @@ def plan_halo(packing: ContextPacking, kernel: int) -> Halo | None:
     if not any(wanted):
         return None
     fetch = packing.fetch("rows before a convolution", wanted)
-    arrived = exchange.rows_of(wanted[packing.cp.rank])
+    arrived = numbers(wanted[packing.cp.rank])
     take, place = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for c in packing.continued:
-        rows = np.arange(max(c.before[0], c.before[1] - width), c.before[1])
+        rows = np.arange(*_read(c, width))
         take.append(np.searchsorted(arrived, rows))
         # A fragment's own rows start behind those before it and one margin for each fragment up to it.
         start = c.rows[0] + width * (c.fragment + 1)

@@ -1,6 +1,6 @@
 """Documents of a packed stream that is cut over context-parallel ranks, as one of the ranks sees them.
 
-A rank holds a few pieces of the stream (parallel.context.shard). A document that lies across a piece's edge
+A rank holds a few pieces of the stream (parallel.stream). A document that lies across a piece's edge
 becomes fragments; at most one fragment of a piece, its first, continues a document, so that whatever a layer
 exchanges between ranks concerns few, long runs of rows, however many documents there are. Pure: every rank
 derives every rank's share.
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel import exchange  # the module: parallel.boundary, which it reads, reads parallel.context.shard
 from parallel.axis import Axis
-from parallel.context.shard import Order, Span, context_spans, piece_count
+from parallel.exchange import Fetch, make_fetch
+from parallel.intervals import Span, numbers, size
 from parallel.packed import Packing
+from parallel.stream import Order, context_spans, piece_count
 
 T = TypeVar("T")
 
@@ -73,12 +74,12 @@ class ContextPacking(Packing):
 
     @property
     def total(self) -> int:
-        return sum(stop - start for start, stop in self.spans[self.cp.rank])
+        return size(self.spans[self.cp.rank])
 
     @cached_property
     def rows(self) -> np.ndarray:
         """Place in the stream of each row of this rank, int64 [T]."""
-        return np.concatenate([np.arange(*span, dtype=np.int64) for span in self.spans[self.cp.rank]])
+        return numbers(self.spans[self.cp.rank])
 
     @cached_property
     def sequence_id(self) -> Tensor:
@@ -129,12 +130,10 @@ class ContextPacking(Packing):
     def continued(self) -> tuple[Continued, ...]:
         return self.continued_of(self.cp.rank)
 
-    def fetch(self, name: str, wanted: Sequence[Sequence[Span]]) -> exchange.Fetch:
+    def fetch(self, name: str, wanted: Sequence[Sequence[Span]]) -> Fetch:
         """Rows that cp ranks want of those that they hold; wanted[r]: disjoint ascending stretches of the
         stream, rank r's own among them or not, alike on every rank."""
-        return exchange.make_fetch(
-            name, self.cp, self.spans, wanted, device=self.device, timeout_s=self.timeout_s
-        )
+        return make_fetch(name, self.cp, self.spans, wanted, device=self.device, timeout_s=self.timeout_s)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """make(), kept under `key`: plans and indices are made for the first layer and shared by all."""
@@ -154,7 +153,7 @@ def pack(
     """The packing of documents of these lengths, the padding last, as a rank of `cp` sees it.
 
     A plain Packing where cp has one rank. The sum of the lengths must be a multiple of the pieces (see
-    parallel.context.shard.piece_count); ValueError otherwise. timeout_s: the longest wait for rows of others.
+    parallel.stream.piece_count); ValueError otherwise. timeout_s: the longest wait for rows of others.
     """
     whole = Packing.of(lengths, device)
     if cp.size == 1:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel import exchange
 from parallel.context.packing import ContextPacking
-from parallel.context.shard import Span
+from parallel.exchange import Fetch, lacking
+from parallel.intervals import Span, join, numbers
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Pieces:
     continues; chains[i]: which of the fetched states piece i begins with, None where it begins a document."""
 
     local: tuple[slice, ...]
-    fetch: exchange.Fetch | None
+    fetch: Fetch | None
     chains: tuple[slice | None, ...]
 
 
@@ -39,7 +39,7 @@ def _stations(packing: ContextPacking) -> ContextPacking:
 
 
 def _wanted(packing: ContextPacking) -> list[list[Span]]:
-    return [exchange.join(list(_chains_of(packing, r).values())) for r in range(packing.cp.size)]
+    return [join(list(_chains_of(packing, r).values())) for r in range(packing.cp.size)]
 
 
 def plan_pieces(packing: ContextPacking) -> Pieces:
@@ -51,7 +51,7 @@ def plan_pieces(packing: ContextPacking) -> Pieces:
     if not any(wanted):
         return Pieces(local, None, tuple(None for _ in mine))
     fetch = _stations(packing).fetch("states of a recurrence", wanted)
-    arrived = exchange.rows_of(wanted[packing.cp.rank])
+    arrived = numbers(wanted[packing.cp.rank])
     chains = _chains_of(packing, packing.cp.rank)
     found: list[slice | None] = []
     for piece in mine:
@@ -65,7 +65,7 @@ def plan_pieces(packing: ContextPacking) -> Pieces:
 
 def states_taken(packing: ContextPacking) -> int:
     """How many piece states the worst-off rank receives. Pure."""
-    return max(exchange.lacking(_stations(packing).spans, _wanted(packing)), default=0)
+    return max(lacking(_stations(packing).spans, _wanted(packing)), default=0)
 
 
 def begin_states(plan: Pieces, state: Tensor, log_keep: Tensor) -> list[Tensor | None]:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.axis import Axis
-from parallel.exchange import Fetch, Span, fetch_plan, join, lacking, make_fetch, overlap
+from parallel.exchange import Fetch, fetch_plan, lacking, make_fetch
+from parallel.intervals import Span, overlap
 
 CASES = 25
 
@@ -121,15 +122,6 @@ def test_only_rows_that_a_rank_lacks_travel_and_only_once() -> None:
             assert forward == len(wants[r] - has[r]) == lacking(held, wanted)[r]
             assert backward == sum(len(wants[s] & has[r]) for s in range(n) if s != r)
             assert plan.moves == any(wants[s] - has[s] for s in range(n))
-
-
-def test_stretches_are_joined_to_disjoint_ones() -> None:
-    rng = random.Random(0)
-    for _ in range(200):
-        spans = [(a, a + rng.randint(0, 4)) for a in (rng.randint(0, 20) for _ in range(rng.randint(0, 6)))]
-        joined = join(spans)
-        assert {r for s in joined for r in range(*s)} == {r for s in spans for r in range(*s)}
-        assert all(a < b for a, b in joined) and all(b < c for (_, b), (c, _) in pairwise(joined))
 
 
 def wait_for_the_silent() -> str:

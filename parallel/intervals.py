@@ -1,14 +1,74 @@
-"""Arithmetic on half-open intervals of whole numbers, as columns of int64. Pure."""
+"""Arithmetic on half-open intervals of whole numbers. Pure.
+
+A few intervals, such as the stretches of one rank, are a list of spans. Many, such as the runs of a boundary,
+are columns: int64 arrays of one length.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+Span = tuple[int, int]  # [start, stop)
+Rows = slice | np.ndarray  # numbers to index with: a slice where they are consecutive
+
+NONE = slice(0, 0)
+
+
+def count(rows: Rows) -> int:
+    """How many rows."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def size(spans: Sequence[Span]) -> int:
+    """How many numbers are in disjoint spans."""
+    return sum(stop - start for start, stop in spans)
+
+
+def numbers(spans: Sequence[Span]) -> np.ndarray:
+    """The numbers in spans, one after another: int64."""
+    return np.concatenate([np.arange(*s, dtype=np.int64) for s in spans] or [np.zeros(0, np.int64)])
+
+
+def overlap(a: Sequence[Span], b: Sequence[Span]) -> list[Span]:
+    """What two lists of disjoint spans share, ascending."""
+    both = [(max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b]
+    return sorted((start, stop) for start, stop in both if start < stop)
+
+
+def join(spans: Sequence[Span]) -> list[Span]:
+    """The numbers in any of the spans, as disjoint, ascending spans that do not touch."""
+    out: list[Span] = []
+    for start, stop in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], stop))
+        elif start < stop:
+            out.append((start, stop))
+    return out
+
+
+def column(values: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Whole numbers as a column."""
+    return np.asarray(values, dtype=np.int64).reshape(-1)
+
+
+def before(values: np.ndarray) -> np.ndarray:
+    """The sum of all values before each: where intervals of these lengths, end to end, start."""
+    return np.cumsum(values) - values
+
+
+def sums(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+    """The sum of the values of each of 0 .. groups - 1."""
+    out = np.zeros(groups, dtype=np.int64)
+    np.add.at(out, group, values)
+    return out
 
 
 def repeat_groups(first: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(k, first[k]), (k, first[k] + 1), .. size[k] of them, for each k: two columns."""
     k = np.repeat(np.arange(len(size)), size)
-    return k, np.arange(len(k)) - np.repeat(np.cumsum(size) - size - first, size)
+    return k, np.arange(len(k)) - np.repeat(before(size) - first, size)
 
 
 def meet(
@@ -53,10 +113,10 @@ def union(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return start[begins], reach[np.append(begins[1:], len(start)) - 1] if len(start) else reach
 
 
-def spans(start: np.ndarray, length: np.ndarray) -> slice | np.ndarray:
-    """The numbers of consecutive intervals: a slice where each begins where the last ended, else an index."""
+def rows_of(start: np.ndarray, length: np.ndarray) -> Rows:
+    """The numbers in intervals, one after another: a slice where each begins where the last ended."""
     if len(start) == 0:
-        return slice(0, 0)
+        return NONE
     if np.all(start[:-1] + length[:-1] == start[1:]):
         return slice(int(start[0]), int(start[-1] + length[-1]))
     return repeat_groups(start, length)[1]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from parallel.intervals import Span
+
 Order = Literal["contiguous", "zigzag"]
-Span = tuple[int, int]
 
 
 def piece_count(cp: int, order: Order) -> int:
