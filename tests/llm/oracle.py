@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from encoders import compat
+from tests.llm.widened import Widened
 
 # transformers imports both packages, whose native parts a CPU torch cannot load.
 compat.torchvision()
@@ -42,18 +42,6 @@ SIZES: dict[str, Any] = {
     "routed_scaling_factor": 2.5,
     "max_position_embeddings": 128,
 }
-
-
-class Widened(TorchFunctionMode):
-    """Turns the float32 that the oracle asks for in its code into float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-        wide = {torch.float32: torch.float64}
-        args = tuple(wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
-        given = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return func(*args, **given)
 
 
 def oracle(

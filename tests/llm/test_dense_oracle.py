@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tests.llm.oracle  # noqa: F401  makes transformers importable
 from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch
 from llm.presets import preset
 from parallel.packed import Packing
 from parallel.param import declared
-from tests.llm.oracle import Widened  # makes transformers importable
+from tests.llm.widened import Widened
 
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM  # isort: skip
 
