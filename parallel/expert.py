@@ -16,22 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.axis import Axis
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
-        ctx.back = (receive, send, axis)
-        out = x.new_empty((sum(receive), *x.shape[1:]))
-        dist.all_to_all_single(out, x.contiguous(), receive, send, group=axis.group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        send, receive, axis = ctx.back
-        out = grad.new_empty((sum(receive), *grad.shape[1:]))
-        dist.all_to_all_single(out, grad.contiguous(), receive, send, group=axis.group)
-        return out, None, None, None
+from parallel.linear_map import linear_map
 
 
 @dataclass(frozen=True)
@@ -137,26 +122,11 @@ def _columns(table: list[list[int]]) -> list[int]:
     return [sum(column) for column in zip(*table, strict=True)]
 
 
-class _Deal(torch.autograd.Function):
-    """A row for each choice of each token, in the route's order. The backward adds a token's rows in a fixed
-    order, which index_select's own does not on accelerators."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
-        ctx.route, ctx.tokens = route, x.shape[0]
-        return _in_order(x, route.order // route.choices, route)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows = _by_choice(grad, ctx.route, ctx.tokens)
-        return rows.sum(1), None
-
-
 def _by_choice(rows: Tensor, route: Route, tokens: int) -> Tensor:
     """Rows [m, d] in the route's order to [tokens, choices, d]; zeros for what was dropped."""
     total = tokens * route.choices
     if route.dropless:
-        out = torch.empty_like(rows).index_copy_(0, route.order, rows)
+        out = rows.new_empty(rows.shape).index_copy_(0, route.order, rows)
     else:
         out = rows.new_zeros(total + 1, rows.shape[1]).index_copy_(0, route.order, rows)[:total]
     return out.view(tokens, route.choices, rows.shape[1])
@@ -191,34 +161,42 @@ class _Gather(torch.autograd.Function):
         return grad * scale, _by_choice(d_weight, route, weight.shape[0]).squeeze(-1), None
 
 
-class _Reorder(torch.autograd.Function):
-    """Rows in another order; `back` undoes `order`, so that the backward is one indexed copy too."""
+def _reorder(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """Rows in another order, which `back` undoes: so the backward is one indexed copy too."""
+    return linear_map(x, lambda y: y.index_select(0, order), lambda grad: grad.index_select(0, back))
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(0, order)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return grad.index_select(0, back), None, None
+def _exchange(x: Tensor, sends: list[int], receives: list[int], axis: Axis) -> Tensor:
+    """The first sends[0] rows to rank 0 of the axis and so on; the result is what came, rank by rank."""
+
+    def move(y: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
+        out = y.new_empty((sum(arriving), *y.shape[1:]))
+        dist.all_to_all_single(out, y.contiguous(), arriving, leaving, group=axis.group)
+        return out
+
+    return linear_map(x, lambda y: move(y, sends, receives), lambda grad: move(grad, receives, sends))
 
 
 def dispatch(x: Tensor, route: Route) -> Tensor:
     """Tokens [n, d] to the rows of this rank's experts [m, d], grouped by expert."""
-    rows = _Deal.apply(x, route)
+    tokens = x.shape[0]
+    rows = linear_map(
+        x,
+        lambda y: _in_order(y, route.order // route.choices, route),
+        # In a fixed order, in which index_select's own backward does not add them on accelerators.
+        lambda grad: _by_choice(grad, route, tokens).sum(1),
+    )
     if route.regroup is None:
         return rows
-    rows = _AllToAll.apply(rows, route.sends, route.receives, route.axis)
-    return _Reorder.apply(rows, *route.regroup)
+    rows = _exchange(rows, route.sends, route.receives, route.axis)
+    return _reorder(rows, *route.regroup)
 
 
 def combine(rows: Tensor, weight: Tensor, route: Route) -> Tensor:
     """Expert outputs [m, d] back to tokens [n, d], summed with the router's weights [n, k]."""
     if route.regroup is not None:
-        rows = _Reorder.apply(rows, *reversed(route.regroup))
-        rows = _AllToAll.apply(rows, route.receives, route.sends, route.axis)
+        rows = _reorder(rows, *reversed(route.regroup))
+        rows = _exchange(rows, route.receives, route.sends, route.axis)
     return _Gather.apply(rows, weight, route)
 
 
