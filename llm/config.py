@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from parallel.layout import check_divides, nearest
 
@@ -127,6 +128,7 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
     _check_pattern("pattern", cfg.pattern)
     if cfg.mtp_layers:
         _check_pattern("mtp_pattern", cfg.mtp_pattern)
+    _check_choices(cfg)
     _check_numbers(cfg)
     for layer in cfg.level_layers:
         if not 0 <= layer < len(cfg.symbols):
@@ -172,6 +174,15 @@ def _check_pattern(what: str, pattern: str) -> None:
             f"model.llm.{what} {pattern!r} has a | with no layer on one side; needed: at least one layer a "
             f"stage. Nearest: {works!r}"
         )
+
+
+def _check_choices(cfg: LLMConfig) -> None:
+    for what, kind in get_type_hints(LLMConfig).items():
+        value, known = getattr(cfg, what), get_args(kind)
+        if get_origin(kind) is Literal and value not in known:
+            near = difflib.get_close_matches(str(value), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"model.llm.{what} is {value!r}; {hint}")
 
 
 def _check_numbers(cfg: LLMConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,6 +56,17 @@ FIELDS = (
     Field("mlp_bias", "mlp_bias", False, "E-"),
 )
 
+# Other names of fields: theirs in some versions of the published class -> theirs as above.
+ALIASES = {
+    "layer_types": "layers_block_type",
+    "num_local_experts": "n_routed_experts",
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_chunk_size": "chunk_size",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_dt_limit": "time_step_limit",
+}
+
 ACTIVATIONS = {"relu2": "relu2", "silu": "silu", "gelu": "gelu"}
 
 # What this model cannot be otherwise: theirs -> the value needed, also where a file leaves it out.
@@ -86,15 +98,18 @@ def read_config(data: Mapping[str, Any]) -> LLMConfig:
     """The model that config.json describes; ValueError where ours cannot be it, with what would be needed.
 
     Fields of layer kinds that the pattern lacks keep our defaults. mtp_layers is the number of stored blocks,
-    one at most: how often the block is applied is not in the file.
+    one at most: how often the block is applied is not in the file, and may be changed for the same weights.
     """
+    data = {ALIASES.get(theirs, theirs): value for theirs, value in data.items()}
     for theirs, needed in FIXED.items():
         given = data.get(theirs, needed)
         if given != needed:
             raise ValueError(f"config.json has {theirs}={given!r}; needed: {needed!r}")
-    low = data.get("time_step_limit", (0.0,))[0]
-    if low != 0.0:
-        raise ValueError(f"config.json clamps time steps to at least {low}; needed: time_step_limit from 0.0")
+    limits = [_number(x) for x in data.get("time_step_limit") or (0.0, math.inf)]
+    if limits != [0.0, math.inf]:
+        raise ValueError(
+            f"config.json clamps time steps to {limits}; needed: time_step_limit=[0.0, Infinity]"
+        )
     pattern = _pattern(data, "hybrid_override_pattern", "layers_block_type")
     if pattern is None:
         raise ValueError("config.json has neither hybrid_override_pattern nor layers_block_type")
@@ -106,6 +121,9 @@ def read_config(data: Mapping[str, Any]) -> LLMConfig:
     further = _pattern(data, "mtp_hybrid_override_pattern", "mtp_layers_block_type") or "*E"
     cfg = LLMConfig(pattern=pattern, mtp_layers=stored, mtp_pattern=further)
     used = {f.ours: data.get(f.theirs, f.default) for f in FIELDS if cfg.kinds & set(f.kinds)}
+    for f in FIELDS:
+        if used.get(f.ours, f.default) is None and f.default is not None:
+            raise ValueError(f"config.json has {f.theirs}=null; needed: a value, such as {f.default!r}")
     used["activation"] = data.get("mlp_hidden_act", "relu2")
     if used["activation"] not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
@@ -160,6 +178,11 @@ def check_same(cfg: LLMConfig, published: LLMConfig) -> None:
     ]
     if wrong:
         raise ValueError(f"config.json describes another model: {'; '.join(wrong)}")
+
+
+def _number(value: Any) -> float:
+    """A float, which files may spell as an object where JSON has no word for it."""
+    return float(value["__float__"] if isinstance(value, Mapping) else value)
 
 
 def _pattern(data: Mapping[str, Any], as_string: str, as_list: str) -> str | None:

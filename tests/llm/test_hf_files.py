@@ -19,15 +19,20 @@ from torch.distributed.tensor import DTensor
 
 from llm.config import LLMConfig, param_count
 from llm.hf import SafeFolder, export_checkpoint, load_hf, load_weights, read_config, save_hf, write_config
+from llm.hf.config import ALIASES
 from llm.hf.weights import checkpoint_tensors, model_tensors
 from llm.model import LLM
 from llm.presets import PRESETS, preset
+from mm.blueprint import llm_config
+from mm.config import from_mapping
 from parallel import checkpoint
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.shard import ShardPolicy, shard_module
 from parallel.stage import Stage
+from tests.llm.harness import Text, make_batch
 from tests.llm.oracle import oracle, run, save
+from tests.mm.harness import CONFIGS, small
 
 SMALL = LLMConfig(
     pattern="ME*-EM",
@@ -60,8 +65,8 @@ def random_config(seed: int) -> LLMConfig:
         mlp_bias=latent is None and r.random() < 0.5,
         expert_groups=(groups := r.choice([1, 3])),
         top_groups=min(groups, 2),
-        mtp_layers=r.choice([0, 1]),
-        mtp_pattern=r.choice(["*E", "-", "M*E"]),
+        mtp_layers=r.choice([0, 1, 3]),
+        mtp_pattern="".join(r.choices("ME*-", k=r.randint(1, 4))),
         conv_kernel=r.randint(2, 4),
         mamba_groups=r.choice([1, 2, 8]),
         activation=r.choice(["relu2", "gelu", "silu"]),
@@ -145,6 +150,63 @@ def test_published_models_have_all_their_tensors(name: str) -> None:
     experts = len([t for t in tensors if ".experts." in t.key])
     blocks = cfg.symbols.count("E") + (cfg.mtp_pattern.count("E") if cfg.mtp_layers else 0)
     assert experts == 2 * cfg.n_experts * blocks
+
+
+def further_keys(pattern: str) -> set[str]:
+    cfg = replace(SMALL, mtp_layers=1, mtp_pattern=pattern)
+    return {t.key for t in checkpoint_tensors(cfg) if t.key.startswith("mtp.")}
+
+
+def test_further_tokens_have_their_published_names() -> None:
+    """Those of Nemotron 3 Super: what joins is in the block's first layer, the last norm in its last."""
+    experts = {f"1.mixer.experts.{e}.{n}_proj.weight" for e in range(SMALL.n_experts) for n in ("up", "down")}
+    shared = {f"1.mixer.shared_experts.{n}_proj.weight" for n in ("up", "down")}
+    gate = {"1.mixer.gate.weight", "1.mixer.gate.e_score_correction_bias"}
+    norms = {"0.enorm.weight", "0.hnorm.weight", "0.norm.weight", "1.norm.weight", "1.final_layernorm.weight"}
+    attention = {f"0.mixer.{n}_proj.weight" for n in "qkvo"}
+    expected = {"0.eh_proj.weight"} | norms | attention | gate | shared | experts
+    assert further_keys("*E") == {f"mtp.layers.{key}" for key in expected}
+    joins = {"enorm", "hnorm", "eh_proj", "final_layernorm"}
+    assert {k for k in further_keys("-") if k.split(".")[3] in joins} == {
+        f"mtp.layers.0.{n}.weight" for n in joins
+    }
+
+
+def test_a_stored_block_is_applied_as_often_as_asked(tmp_path: Path) -> None:
+    """Files say that there is one block, not how often it was trained to be applied."""
+    cfg = replace(SMALL, vocab_size=512, mtp_layers=1)
+    folder = tmp_path / "in"
+    files = write_random(cfg, folder, files=2)
+
+    def named(**options: Any) -> LLMConfig:
+        return llm_config(from_mapping(small(model={"llm": {"preset": str(folder), **options}}), CONFIGS))
+
+    assert named().mtp_layers == 1
+    twice = named(mtp_layers=2)
+    assert twice == replace(named(), mtp_layers=2)
+    further = []
+    for asked in (named(), twice):
+        model = LLM(asked, dtype=torch.float32)
+        load_weights(model, SafeFolder(folder))
+        model(make_batch(Text((9, 4), 0, seed=1), 512)[0], {"vision": torch.zeros(0, cfg.d_model)})
+        further.append(float(model.take_objectives()["mtp"]))
+        save_hf(model, tmp_path / f"out{asked.mtp_layers}")
+        assert not differing(read_all(tmp_path / f"out{asked.mtp_layers}"), files)
+    assert further[1] > 1.5 * further[0] > 0
+    # Whether there is a block at all is part of the model.
+    with pytest.raises(ValueError, match="num_nextn_predict_layers is 1 there and 0 here"):
+        load_weights(LLM(named(mtp_layers=0)), SafeFolder(folder))
+
+
+def test_fields_by_their_other_names() -> None:
+    data = write_config(replace(SMALL, mtp_layers=1), "float32")
+    expected = read_config(data)
+    for theirs, name in ALIASES.items():
+        if name in data:
+            data[theirs] = data.pop(name)
+    del data["hybrid_override_pattern"], data["mtp_hybrid_override_pattern"]
+    limit = [0.0, {"__float__": "Infinity"}]  # as transformers writes it
+    assert read_config({**data, "mamba_dt_limit": limit}) == expected
 
 
 def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
@@ -270,7 +332,9 @@ def test_other_tensors_are_refused(tmp_path: Path, change: Any, words: str) -> N
         ({"hybrid_override_pattern": "MX"}, "'X' at layer 1"),
         ({"mlp_hidden_act": "mish"}, "known: relu2, silu, gelu"),
         ({"num_nextn_predict_layers": 2}, "one stored block or none"),
-        ({"time_step_limit": [0.001, 0.1]}, "clamps time steps"),
+        ({"time_step_limit": [0.001, float("inf")]}, "clamps time steps"),
+        ({"mamba_dt_limit": [0.0, 0.1]}, r"clamps time steps to \[0.0, 0.1\]"),
+        ({"num_key_value_heads": None}, "num_key_value_heads=null; needed: a value, such as 8"),
         ({"n_group": 4}, "no multiple of expert_groups=4"),
     ],
 )
