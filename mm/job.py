@@ -22,7 +22,6 @@ from mm.data.tokenizer import make_tokenizer
 from mm.launch import RankInfo
 from mm.plan import check_samples
 from parallel.boundary import BoundaryCommunicator, PlanCache
-from parallel.layout import Layout
 from parallel.mesh import ModuleMesh, build_mesh
 from parallel.optim import AdamW, ShardedOptimizer
 from parallel.pipeline import Pipe
@@ -147,18 +146,12 @@ def _boundaries(
     out = {}
     for m in blueprint.inputs.encoders:
         source, dest = blueprint.layouts[m], blueprint.layouts[SINK]
-        ranks = sorted({*stage_ranks(source, source.pp - 1), *stage_ranks(dest, 0)})
+        ranks = sorted({*source.stage_ranks(source.pp - 1), *dest.stage_ranks(0)})
         groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for _ in range(2)]
         if rank.rank in ranks:
             onward, back = (BoundaryCommunicator(g, device=rank.device, timeout_s=timeout) for g in groups)
             out[m] = onward, back
     return out
-
-
-def stage_ranks(layout: Layout, pp: int) -> tuple[int, ...]:
-    """The ranks of one pipeline rank of a module."""
-    n = layout.size // layout.pp
-    return layout.ranks[pp * n : (pp + 1) * n]
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:

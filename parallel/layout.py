@@ -64,6 +64,11 @@ class Layout:
     def edp(self) -> int:
         return self.size // (self.etp * self.ep * self.pp)
 
+    @property
+    def token_shards(self) -> int:
+        """Into how many shares tp cuts the tokens of one cp rank between blocks."""
+        return self.tp if self.sequence_parallel else 1
+
     def shape(self, view: View = "dense") -> tuple[int, ...]:
         """Sizes of the view's axes, fastest first."""
         return tuple(getattr(self, axis) for axis in AXES[view])
@@ -91,12 +96,10 @@ class Layout:
         """The global rank at dense coordinates."""
         return self.ranks[((pp * self.dp + dp) * self.cp + cp) * self.tp + tp]
 
-    def grid(self, view: View = "dense") -> Any:
-        """Global ranks as nested lists, slowest axis first: [pp][dp][cp][tp] or [pp][edp][ep][etp]."""
-        ranks: list[Any] = list(self.ranks)
-        for n in self.shape(view)[:-1]:
-            ranks = [ranks[i : i + n] for i in range(0, len(ranks), n)]
-        return ranks
+    def stage_ranks(self, pp: int) -> tuple[int, ...]:
+        """The ranks of one pipeline rank, in mesh order."""
+        n = self.size // self.pp
+        return self.ranks[pp * n : (pp + 1) * n]
 
     def groups(self, axes: str | tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """The groups of ranks that differ only along `axes` (of one view), in rank order."""
@@ -238,11 +241,3 @@ def check_divides(what: str, n: int, degree: str, d: int) -> None:
     if n % d:
         works = " or ".join(f"{degree}={k}" for k in nearest(d, n))
         raise ValueError(f"{what} is {n}, which does not divide by {degree}={d}; nearest: {works}")
-
-
-def placement(a: Layout, b: Layout) -> Literal["colocated", "disjoint", "overlapping"]:
-    """How two modules' ranks relate."""
-    shared = set(a.ranks) & set(b.ranks)
-    if not shared:
-        return "disjoint"
-    return "colocated" if set(a.ranks) == set(b.ranks) else "overlapping"

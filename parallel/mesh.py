@@ -62,7 +62,7 @@ def build_mesh(layout: Layout, device_type: str, *, tie_ends: bool = False) -> M
     rank = dist.get_rank()
     dense, expert, stages = [], [], []
     for pp in range(layout.pp):
-        ranks = torch.tensor(layout.ranks).view(layout.pp, -1)[pp]
+        ranks = torch.tensor(layout.stage_ranks(pp))
         dense.append(DeviceMesh(device_type, ranks.view(-1, layout.tp), mesh_dim_names=("data", "tp")))
         folded = ranks.view(-1, layout.ep, layout.etp)
         expert.append(DeviceMesh(device_type, folded, mesh_dim_names=("edp", "ep", "etp")))

@@ -8,7 +8,7 @@ y = communicator.exchange(plan, x)                                              
 
 from parallel.boundary.cache import PlanCache
 from parallel.boundary.communicator import BoundaryCommunicator, Pending, Stats
-from parallel.boundary.plan import EdgePlan, Transfer, plan_edge, plan_transfer, received_rows
+from parallel.boundary.plan import EdgePlan, Transfer, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
 from parallel.boundary.sides import dest_side, row_places, source_side
 
@@ -23,7 +23,6 @@ __all__ = [
     "dest_side",
     "plan_edge",
     "plan_transfer",
-    "received_rows",
     "row_places",
     "source_side",
 ]

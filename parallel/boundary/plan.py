@@ -75,11 +75,6 @@ class EdgePlan:
     row_shape: tuple[int, ...] | None = None
 
 
-def received_rows(plan: EdgePlan) -> tuple[int, int]:
-    """Rows that this rank receives from others, (forward, backward)."""
-    return plan.forward.received_rows, sum(t.received_rows for t in plan.backward)
-
-
 def plan_edge(
     name: str,
     source: RowMap,

@@ -36,7 +36,7 @@ def source_side(layout: Layout, item_rows: Ints, item_lane: Ints) -> RowMap:
     at[order] = before(rows[order])
     shares = np.arange(layout.cp)
     low, high = (((shares + k) * total[:, None] // layout.cp).reshape(-1) for k in (0, 1))
-    parts = _token_shares(layout)
+    parts = layout.token_shards
     tp = np.arange(parts)
     cut = low[:, None] + tp * (high - low)[:, None] // parts
     start = (cut.reshape(layout.dp, -1) + before(total)[:, None]).reshape(-1)
@@ -77,7 +77,7 @@ def dest_side(
     bad = [s for s in stages if not 0 <= s < layout.pp]
     if bad or len(set(stages)) < len(stages):
         raise ValueError(f"{layout.module}: stages {list(stages)} of 0-{layout.pp - 1}; needed: each once")
-    lanes = layout.dp * layout.cp * _token_shares(layout)
+    lanes = layout.dp * layout.cp * layout.token_shards
     rows = sums(runs.length, runs.lane, lanes)
     local = before(runs.length) - before(rows)[runs.lane]
     n = len(stages)
@@ -99,7 +99,7 @@ def row_places(
     """Local token positions, in its own share of its stream, of the rows that `rank` reads by dest_side(), in
     their local order; int64 [R]."""
     runs = _token_runs(layout, item_rows, item_lane, item_position, tokens, order)
-    at, parts = layout.coord(rank), _token_shares(layout)
+    at, parts = layout.coord(rank), layout.token_shards
     lane = (at.dp * layout.cp + at.cp) * parts + (at.tp if parts > 1 else 0)
     mine = np.flatnonzero(runs.lane == lane)
     return repeat_groups(runs.token[mine], runs.length[mine])[1]
@@ -126,7 +126,7 @@ def _token_runs(
     lane, low, high, local = _tiles(layout, order)
     unit = _granule(layout, order)
     scale, base = length[:, None] // unit, before(length)[:, None]
-    parts = layout.cp * _token_shares(layout)
+    parts = layout.cp * layout.token_shards
     tile_lane = (np.arange(layout.dp)[:, None] * parts + lane).reshape(-1)
     start, stop = (low * scale + base).reshape(-1), (high * scale + base).reshape(-1)
     token = (local * scale).reshape(-1)
@@ -141,7 +141,7 @@ def _token_runs(
 def _tiles(layout: Layout, order: Order) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Columns (lane within the dp rank, start, stop, first local token) of a stream of _granule() tokens, in
     ascending order."""
-    unit, parts = _granule(layout, order), _token_shares(layout)
+    unit, parts = _granule(layout, order), layout.token_shards
     width = unit // layout.cp // parts
     found = []
     for k, spans in enumerate(context_spans(unit, layout.cp, order)):
@@ -158,19 +158,14 @@ def _tiles(layout: Layout, order: Order) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def _granule(layout: Layout, order: Order) -> int:
     """What the length of a stream must be a multiple of."""
-    return math.lcm(piece_count(layout.cp, order), layout.cp * _token_shares(layout))
-
-
-def _token_shares(layout: Layout) -> int:
-    """Into how many shares tp cuts the tokens of one cp rank."""
-    return layout.tp if layout.sequence_parallel else 1
+    return math.lcm(piece_count(layout.cp, order), layout.cp * layout.token_shards)
 
 
 def _lanes(layout: Layout, stages: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The ranks of each lane, in order of (stage, dp, cp, tp share)."""
-    grid = np.asarray(layout.ranks, dtype=np.int64).reshape(layout.pp, -1)
-    width = layout.tp // _token_shares(layout)
-    return tuple(tuple(ranks) for ranks in grid[list(stages)].reshape(-1, width).tolist())
+    ranks = [rank for stage in stages for rank in layout.stage_ranks(stage)]
+    width = layout.tp // layout.token_shards
+    return tuple(tuple(ranks[i : i + width]) for i in range(0, len(ranks), width))
 
 
 def _items(layout: Layout, item_rows: Ints, item_lane: Ints) -> tuple[np.ndarray, np.ndarray]:

@@ -57,9 +57,7 @@ def check_fill(modules: Mapping[str, ModuleUse], sink: str) -> None:
             f"schedule.kind fill uses the idle time of a pipeline, given layout.{sink}.pp=1, which has none; "
             f"nearest: schedule.kind=auto"
         )
-    stage_of = {
-        r: k for k, stage in enumerate(modules[sink].layout.groups(("tp", "cp", "dp"))) for r in stage
-    }
+    stage_of = {r: k for k in range(pp) for r in modules[sink].layout.stage_ranks(k)}
     for name, use in modules.items():
         if name == sink:
             continue

@@ -17,7 +17,6 @@ from parallel.layout import (
     check_divides,
     make_layout,
     parse_ranks,
-    placement,
 )
 
 SMALL = st.sampled_from([1, 1, 2, 3])
@@ -73,8 +72,9 @@ def test_groups_of_two_axes_are_unions_of_groups_of_one(layout: Layout) -> None:
 def test_both_views_put_the_same_ranks_on_each_stage(layout: Layout) -> None:
     for rank in layout.ranks:
         assert layout.coord(rank).pp == layout.expert_coord(rank).pp
-    stage = layout.groups(("tp", "cp", "dp"))
-    assert stage == layout.groups(("etp", "ep", "edp"))
+    stages = tuple(layout.stage_ranks(k) for k in range(layout.pp))
+    assert stages == layout.groups(("tp", "cp", "dp")) == layout.groups(("etp", "ep", "edp"))
+    assert all(layout.coord(r).pp == k for k, stage in enumerate(stages) for r in stage)
 
 
 def test_axes_run_tp_cp_dp_pp_and_etp_ep_edp_pp_fastest_first() -> None:
@@ -86,14 +86,6 @@ def test_axes_run_tp_cp_dp_pp_and_etp_ep_edp_pp_fastest_first() -> None:
     assert layout.groups("pp")[0] == (0, 8)
     assert layout.groups("etp")[0] == (0, 1)
     assert layout.groups("ep")[0] == (0, 2, 4, 6)
-    assert layout.grid() == [
-        [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
-        [[[8, 9], [10, 11]], [[12, 13], [14, 15]]],
-    ]
-    assert layout.grid("expert") == [
-        [[[0, 1], [2, 3], [4, 5], [6, 7]]],
-        [[[8, 9], [10, 11], [12, 13], [14, 15]]],
-    ]
 
 
 @pytest.mark.parametrize(
@@ -185,10 +177,3 @@ def test_a_degree_that_does_not_divide_is_refused_with_ones_that_do(n: int, d: i
         check_divides("heads", n, "tp", d)
     works = [int(k) for k in re.findall(r"tp=(\d+)", str(caught.value))[1:]]
     assert works and all(n % k == 0 for k in works)
-
-
-def test_placements() -> None:
-    a, b = Layout("a", (0, 1)), Layout("b", (2, 3))
-    assert placement(a, Layout("c", (1, 0))) == "colocated"
-    assert placement(a, b) == "disjoint"
-    assert placement(a, Layout("c", (1, 2))) == placement(a, Layout("c", (0,))) == "overlapping"

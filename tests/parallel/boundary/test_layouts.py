@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from parallel.context import Order, piece_count
-from parallel.layout import Layout, make_layout, placement
+from parallel.layout import Layout, make_layout
 from tests.parallel.boundary.cases import random_spec
 from tests.parallel.boundary.joint import WORLD, Joint, attempt, check_bytes
 
@@ -29,7 +29,7 @@ def draw(seed: int) -> Joint:
         specs[1] = random_spec(rng, len(specs[0]["ranks"]), WORLD) | {"ranks": specs[0]["ranks"]}
     vision, llm = (make_layout(m, WORLD, s) for m, s in zip(("vision", "llm"), specs, strict=True))
     order: Order = rng.choice(["contiguous", "zigzag"])
-    unit = math.lcm(piece_count(llm.cp, order), llm.cp * (llm.tp if llm.sequence_parallel else 1))
+    unit = math.lcm(piece_count(llm.cp, order), llm.cp * llm.token_shards)
     filled, rows, llm_lane, position = [0] * llm.dp, [], [], []
     for _ in range(rng.choice([0, 1, 3, 9])):
         rows.append(rng.choice([0, 1, 2, 7]))
@@ -78,6 +78,14 @@ def spoil(joint: Joint, rng: random.Random, vision: Layout, llm: Layout, unit: i
 
 def run(seeds: range) -> list[str | list[int]]:
     return [attempt(draw(seed)) for seed in seeds]
+
+
+def placement(a: Layout, b: Layout) -> str:
+    """How two modules' ranks relate."""
+    shared = set(a.ranks) & set(b.ranks)
+    if not shared:
+        return "disjoint"
+    return "colocated" if set(a.ranks) == set(b.ranks) else "overlapping"
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from parallel.boundary import PlanCache
 from parallel.boundary.nodes import Relay
-from parallel.boundary.plan import EdgePlan, Transfer, count, plan_edge, plan_transfer, received_rows
+from parallel.boundary.plan import EdgePlan, Transfer, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
+from parallel.intervals import count
 from tests.parallel.boundary.cases import (
     Case,
     least_crossings,
@@ -75,7 +76,7 @@ def check(case: Case, node_size: int | None = None) -> None:
     forward = play([p.forward for p in plans], [value[rows_of(case.source, r)] for r in ranks])
     for r, y in enumerate(forward):
         assert np.array_equal(y, value[rows_of(case.dest, r)]), r
-    assert sum(received_rows(p)[0] for p in plans) == least_rows(case.source, case.dest, case.world)
+    assert sum(p.forward.received_rows for p in plans) == least_rows(case.source, case.dest, case.world)
     if node_size:
         crossed = crossing([p.forward for p in plans], node_size)
         assert crossed == least_crossings(case.source, case.dest, case.world, node_size)
@@ -106,7 +107,7 @@ def check_backward(case: Case, plans: list[EdgePlan], node_size: int | None) -> 
             total[r] += y
     for r in range(case.world):
         assert np.array_equal(total[r], expected[rows_of(case.source, r)]), r
-    moved = sum(received_rows(p)[1] for p in plans)
+    moved = sum(t.received_rows for p in plans for t in p.backward)
     assert moved == least_gradient_rows(case.source, case.dest, case.world)
     if node_size:
         crossed = sum(
@@ -242,7 +243,8 @@ def test_plans_are_remembered_for_rows_that_lie_alike() -> None:
     cache = PlanCache(0, keep=2)
     first = cache.plan("e", *edge(3))
     assert cache.plan("e", *edge(3)) is first
-    assert received_rows(cache.plan("e", *edge(4))) == received_rows(plan_edge("e", *edge(4), 0))
+    got, made = (p.forward for p in (cache.plan("e", *edge(4)), plan_edge("e", *edge(4), 0)))
+    assert (got.rows_in, got.rows_out, got.received_rows) == (made.rows_in, made.rows_out, made.received_rows)
     assert cache.plan("f", *edge(3)).name == "f"  # the third: the first is forgotten
     assert cache.plan("e", *edge(3)) is not first
 
