@@ -37,7 +37,7 @@ def _root(y: Tensor) -> Tensor:
     if y.device.type != "cpu":
         return y.sqrt()
     tiny = torch.finfo(y.dtype).tiny
-    return F.threshold_(y.clamp_min(tiny).sqrt_(), math.sqrt(tiny), 0.0)
+    return F.threshold(y.clamp_min(tiny).sqrt_(), math.sqrt(tiny), 0.0, inplace=True)
 
 
 def activate(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:

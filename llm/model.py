@@ -39,6 +39,7 @@ class LLMBatch:
     edge's rows enter, in their order. scale: what the summed losses are multiplied with, 1 / supervised
     tokens of the global batch; only objectives beside the next token's loss need it. ahead: ids and labels
     further on (llm.mtp.ahead), needed only where they cannot be made here: under context parallelism.
+    loss_rows: see loss_rows(); the head is spared all other tokens, None: none.
     """
 
     ids: Tensor
@@ -48,6 +49,17 @@ class LLMBatch:
     places: Mapping[str, Tensor]
     scale: float = 1.0
     ahead: tuple[Tensor, Tensor] | None = None
+    loss_rows: tuple[Tensor, ...] | None = None
+
+
+def loss_rows(labels: Tensor, further: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Rows [S] int64 that have a loss: of labels [T], then of each depth of labels further on [depths, T].
+
+    For labels on the host, where counting is no wait for a device. What encoders bring, questions and padding
+    have no loss, which is most of many multimodal samples.
+    """
+    every = [labels] if further is None else [labels, *further]
+    return tuple((row >= 0).nonzero().squeeze(1) for row in every)
 
 
 class LLM(nn.Module):
@@ -68,7 +80,7 @@ class LLM(nn.Module):
     ) -> None:
         super().__init__()
         axes = axes or Axes()
-        check(cfg, axes.tp.size, axes.ep.size)
+        check(cfg, axes.tp.size, axes.ep.size, axes.etp.size)
         self.cfg, self.axes = cfg, axes
         self.stage = stage = stage or whole(len(cfg.symbols))
         assert stage.stop <= len(cfg.symbols), (stage, cfg.pattern)
@@ -131,7 +143,7 @@ class LLM(nn.Module):
         x = self.states(batch, rows, told, hidden)
         if not self.stage.last:
             return x
-        loss = self._loss(x, batch.labels)
+        loss = self._loss(x, batch.labels, None if batch.loss_rows is None else batch.loss_rows[0])
         if self.mtp is not None and learns:
             loss = self._further_tokens(self.mtp, loss, x, batch, told)
         return loss
@@ -173,9 +185,13 @@ class LLM(nn.Module):
                     x = x.index_add(0, places, rows[edge][:, level].to(x.dtype))
         return x
 
-    def _loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        hidden = enter(states, self.axes)
-        return vocab_loss(hidden, self.head_weight(), labels, self.axes.tp, self.cfg.loss_chunk)
+    def _loss(self, states: Tensor, labels: Tensor, rows: Tensor | None) -> Tensor:
+        """Of each token [T]; rows: those that have one, None where that is not known."""
+        hidden, tokens = enter(states, self.axes), len(labels)
+        if rows is not None:
+            hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
+        loss = vocab_loss(hidden, self.head_weight(), labels, self.axes.tp, self.cfg.loss_chunk)
+        return loss if rows is None else loss.new_zeros(tokens).index_copy(0, rows, loss)
 
     def _further_tokens(
         self, block: MultiToken, loss: Tensor, states: Tensor, batch: LLMBatch, told: Pass
@@ -188,7 +204,8 @@ class LLM(nn.Module):
         total = torch.zeros_like(self.mtp_sum)
         for k in range(depths):
             states = block(states, self.embed_ids(ids[k]), told)
-            total = total + self._loss(states, labels[k]).sum()
+            rows = None if batch.loss_rows is None else batch.loss_rows[k + 1]
+            total = total + self._loss(states, labels[k], rows).sum()
         self.mtp_sum += total.detach()
         return attach(loss, total, self.cfg.mtp_weight / depths * batch.scale)
 

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from encoders.contract import ItemBatch, pack_items
 from encoders.module import needed_items
-from llm.model import LLMBatch
+from llm.model import LLMBatch, loss_rows
 from llm.mtp import IGNORE, ahead
 from mm.data.index import Sample, parse_segments
 from mm.data.reader import BadSample, ShardReader
 from mm.data.tokenizer import Tokenizer
 from mm.plan import Microbatch, PlanInputs, places
-from parallel.axis import Axes, Axis
+from parallel.axis import Axes
 from parallel.boundary import EdgePlan, PlanCache
 from parallel.context import ContextPacking, pack
+from parallel.packed import Packing
 
 
 @dataclass(frozen=True)
@@ -135,24 +136,31 @@ class Assembler:
             self.inputs.order,
             timeout_s=self.timeout_s,
         )
-        text = [torch.from_numpy(a).to(self.device) for a in (ids, labels)]
-        flags = {m: torch.from_numpy(d).to(self.device) for m, d in depends.items()}
-        further = None
+        text = [torch.from_numpy(ids), torch.from_numpy(labels)]
+        further = ahead(text[0], text[1], Packing.of(lengths), self.depths) if self.depths else None
+        flags = {m: torch.from_numpy(d) for m, d in depends.items()}
         if isinstance(packing, ContextPacking):
-            own = torch.from_numpy(packing.rows).to(self.device)
-            if self.depths:
-                whole = pack(lengths, self.device, Axis.single("cp"))
-                rolled = ahead(text[0], text[1], whole, self.depths)
-                further = (rolled[0][:, own], rolled[1][:, own])
+            own = torch.from_numpy(packing.rows)
             text, flags = [t[own] for t in text], {m: f[own] for m, f in flags.items()}
+            further = None if further is None else (further[0][:, own], further[1][:, own])
             n_real = packing.rows_before(n_real)
+        supervises = loss_rows(text[1], None if further is None else further[1])
         entries = {
             m: torch.from_numpy(places(e, self.inputs, self.rank, mb.tokens)).to(self.device)
             for m, e in mb.edges.items()
             if e.items and (coord.pp == 0 or len(self.row_shapes[m]) > 1)
         }
-        batch = LLMBatch(text[0], text[1], packing, n_real, entries, 1.0 / max(1, supervised), further)
-        return batch, flags
+        batch = LLMBatch(
+            text[0].to(self.device),
+            text[1].to(self.device),
+            packing,
+            n_real,
+            entries,
+            1.0 / max(1, supervised),
+            None if further is None else (further[0].to(self.device), further[1].to(self.device)),
+            tuple(rows.to(self.device) for rows in supervises),
+        )
+        return batch, {m: f.to(self.device) for m, f in flags.items()}
 
     def _write_sample(
         self,

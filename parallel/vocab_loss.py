@@ -37,12 +37,12 @@ class _VocabLoss(torch.autograd.Function):
         for part, col, mine in zip(hidden.split(chunk), column.split(chunk), held.split(chunk), strict=True):
             logits = _logits(part, weight)
             top = logits.amax(-1)
-            if tp.size > 1:
+            if tp.size > 1 and len(top):
                 dist.all_reduce(top, dist.ReduceOp.MAX, group=tp.group)
             target = logits.gather(1, col.unsqueeze(1)).squeeze(1) * mine
             shares = logits.sub_(top.unsqueeze(1)).exp_()
             sums = torch.stack([shares.sum(-1), target])
-            if tp.size > 1:
+            if tp.size > 1 and len(top):
                 dist.all_reduce(sums, group=tp.group)
             normaliser = top + sums[0].log()
             losses.append(normaliser - sums[1])
