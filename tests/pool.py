@@ -64,23 +64,35 @@ def _serve(pipe: Connection, stacks: str) -> None:
 def _run(message: bytes) -> tuple[bool, Any]:
     import torch.distributed as dist
 
+    rank, world, path, timeout, call = pickle.loads(message)
+    store = dist.FileStore(path, world)
     try:
-        fn, args, rank, world, store, timeout = pickle.loads(message)  # imports the test's module
+        fn, args = pickle.loads(call)  # imports the test's module
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, world),
+            store=store,
             rank=rank,
             world_size=world,
             timeout=timedelta(seconds=timeout),
         )
-        # No rank may be done, and close its connections, while another still makes its own.
         dist.barrier()
         return True, fn(*args)
     except BaseException:
         return False, traceback.format_exc()
     finally:
         with contextlib.suppress(Exception):
+            _await_all(store, world)
             dist.destroy_process_group()
+
+
+def _await_all(store: Any, world: int) -> None:
+    """No rank may close its connections while another still makes its own, in a group of the test's perhaps.
+    Through the store, as ranks that failed may have left collectives behind."""
+    deadline = time.monotonic() + GRACE_S
+    left = store.add("left", 1)
+    while left < world and time.monotonic() < deadline:
+        time.sleep(0.001)
+        left = store.add("left", 0)
 
 
 class Pool:
@@ -118,9 +130,9 @@ class Pool:
         self._grow(n)
         self._runs += 1
         store = str(self._folder / f"store-{self._runs}")
-        workers = self._workers[:n]
+        workers, call = self._workers[:n], pickle.dumps((fn, args))
         for rank, worker in enumerate(workers):
-            worker.pipe.send_bytes(pickle.dumps((fn, args, rank, n, store, timeout)))
+            worker.pipe.send_bytes(pickle.dumps((rank, n, store, timeout, call)))
         replies, dead = _collect(workers, timeout)
         silent = [r for r in range(n) if r not in replies and r not in dead]
         stacks = {r: _stacks(workers[r]) for r in silent}
