@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from tests.mm.harness import SMALL, largest_difference, small, train_few
+from mm.blueprint import SINK, draw_up
+from mm.config import from_mapping
+from mm.job import build_job, open_data, open_index
+from mm.launch import RankInfo
+from mm.trainer import open_feed, train_step
+from tests.mm.harness import CONFIGS, SMALL, largest_difference, small
 
 OPTIONS: dict[str, Any] = {
     "pattern": "E-M*E",
@@ -41,16 +49,45 @@ def job(llm: dict[str, Any], schedule: dict[str, Any], **train: Any) -> dict[str
     )
 
 
+def learn(raw: dict[str, Any], steps: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Metrics of the first steps, and after them the selection biases of this rank's layers by name."""
+    world = dist.get_world_size()
+    blueprint = draw_up(from_mapping(raw, CONFIGS), world)
+    index = open_index(blueprint, blueprint.cfg.data.train, CONFIGS)
+    job = build_job(blueprint, RankInfo(dist.get_rank(), world, torch.device("cpu")))
+    data = open_data(job, index)
+    feed = open_feed(job, data)
+    try:
+        metrics = [train_step(job, feed, step) for step in range(steps)]
+        buffers = [b for part in job.parts[SINK].values() for b in part.named_buffers()]
+        return metrics, {name: b.clone() for name, b in buffers if name.endswith("expert_bias")}
+    finally:
+        feed.close()
+        data.assembler.reader.close()
+        job.close()
+
+
+Learned = tuple[list[dict[str, Any]], dict[str, Tensor]]
+
+
 @pytest.fixture(scope="module")
-def reference(pool: Any) -> list[dict[str, Any]]:
-    return pool.run(1, train_few, job({}, {}), 3)[0]
+def reference(pool: Any) -> Learned:
+    out: Learned = pool.run(1, learn, job({}, {}), 3)[0]
+    return out
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_learn_what_one_process_learns(
-    name: str, ranks: Any, reference: list[dict[str, Any]]
-) -> None:
+def test_layouts_learn_what_one_process_learns(name: str, ranks: Any, reference: Learned) -> None:
     llm, schedule = LAYOUTS[name]
     shard = {"shard": "layer"} if name == "tp2 sp ep4" else {}
-    results = ranks(4, train_few, job(llm, schedule, **shard), 3)
-    assert largest_difference(results[0], reference) < 1e-9
+    results = ranks(4, learn, job(llm, schedule, **shard), 3)
+    metrics, biases = reference
+    assert {key for one in metrics for key in one["objectives"]} == {"balance", "z", "mtp"}
+    seen = {}
+    for own, held in results:
+        assert largest_difference(own, metrics) < 1e-9
+        for step, expected in zip(own, metrics, strict=True):
+            assert step["objectives"] == pytest.approx(expected["objectives"], rel=1e-9)
+        seen |= held
+        assert not [key for key, bias in held.items() if not torch.equal(bias, biases[key])]
+    assert seen.keys() == biases.keys() and all(bias.any() for bias in biases.values())
