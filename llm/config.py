@@ -304,15 +304,16 @@ def layer_costs(cfg: LLMConfig, lengths: Sequence[int]) -> tuple[float, ...]:
     return tuple(by_kind[symbol] for symbol in cfg.symbols)
 
 
-def head_flops(cfg: LLMConfig, lengths: Sequence[int]) -> float:
-    """Forward FLOPs after the layers: head and loss, and the prediction of further tokens."""
+def head_flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = None) -> float:
+    """Forward FLOPs after the layers: head and loss of `supervised` tokens (None: all), and the prediction of
+    further tokens."""
     tokens = float(sum(lengths))
-    head = 2.0 * tokens * cfg.vocab_size * cfg.d_model
+    head = 2.0 * (tokens if supervised is None else supervised) * cfg.vocab_size * cfg.d_model
     block = 4.0 * tokens * cfg.d_model * cfg.d_model
     block += sum(layer_flops(cfg, s, lengths) for s in cfg.mtp_pattern)
     return head + cfg.mtp_layers * (head + block)
 
 
-def flops(cfg: LLMConfig, lengths: Sequence[int]) -> float:
-    """Forward FLOPs of a training step's packed documents of these lengths."""
-    return sum(layer_costs(cfg, lengths)) + head_flops(cfg, lengths)
+def flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = None) -> float:
+    """Forward FLOPs of a training step's packed documents of these lengths; supervised as in head_flops."""
+    return sum(layer_costs(cfg, lengths)) + head_flops(cfg, lengths, supervised)

@@ -1,11 +1,12 @@
-"""True floating point operations of a step, by module: attention and scan included, recomputation not."""
+"""True floating point operations of a step, by module: attention and scan included, recomputation and
+the head of tokens without loss not."""
 
 from __future__ import annotations
 
 from encoders.module import module_flops
 from llm.config import flops as llm_flops
 from mm.blueprint import SINK, Blueprint
-from mm.plan import Microbatch, StepPlan
+from mm.plan import Microbatch, StepPlan, supervised_tokens
 
 
 def forward_flops(blueprint: Blueprint, mb: Microbatch) -> dict[str, float]:
@@ -16,7 +17,8 @@ def forward_flops(blueprint: Blueprint, mb: Microbatch) -> dict[str, float]:
         hidden = blueprint.cfg.model[module].projector.hidden
         for item in edge.items:
             out[module] += module_flops(use.cls, use.cfg, item.part.meta, blueprint.llm.d_model, hidden)
-    out[SINK] = llm_flops(blueprint.llm, mb.length)
+    supervised = sum(supervised_tokens(s) for s in mb.samples)
+    out[SINK] = llm_flops(blueprint.llm, mb.length, supervised)
     return out
 
 

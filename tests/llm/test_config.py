@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.config import check, flops, layer_params, param_count
-from llm.model import LLM
+from llm.model import LLM, loss_rows
+from llm.mtp import ahead
 from tests.llm.harness import TINY, Text, make_batch, only
 
 
@@ -48,14 +49,22 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(0.01)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(batch, {"vision": rows})
+    further = ahead(batch.ids, batch.labels, batch.packing, cfg.mtp_layers)[1] if cfg.mtp_layers else None
+    told = replace(batch, loss_rows=loss_rows(batch.labels, further))
+    counted = []
+    for b in (batch, told):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(b, {"vision": rows})
+        counted.append(counter.get_total_flops())
     # This attention computes both halves of the causal square; the counter does not know convolutions by tap.
     squares = pattern.count("*") + cfg.mtp_layers * cfg.mtp_pattern.count("*")
     above = 2.0 * 128 * 128 * cfg.n_heads * cfg.head_dim * squares
     channels = cfg.mamba_inner + 2 * cfg.mamba_groups * cfg.mamba_state
     taps = 2.0 * 128 * channels * cfg.conv_kernel * pattern.count("M")
-    assert flops(cfg, [128]) + above - taps == pytest.approx(counter.get_total_flops(), rel=0.02)
+    supervised = int((batch.labels >= 0).sum())
+    assert supervised < 100
+    for count, found in zip((None, supervised), counted, strict=True):
+        assert flops(cfg, [128], count) + above - taps == pytest.approx(found, rel=0.02)
     assert flops(cfg, [64, 64]) <= flops(cfg, [128])
 
 
