@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Kind(Enum):
@@ -33,20 +33,31 @@ class Kind(Enum):
     __hash__ = object.__hash__
 
 
-COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
-SENDS = frozenset({Kind.SEND_FORWARD, Kind.SEND_BACKWARD})
-RECEIVES = frozenset({Kind.RECV_FORWARD, Kind.RECV_BACKWARD})
-BOUNDARY = frozenset({Kind.BOUNDARY_FORWARD, Kind.BOUNDARY_BACKWARD})
-_GRADIENTS = (Kind.SEND_BACKWARD, Kind.RECV_BACKWARD)
+# For code that goes through many actions: a look-up in an Enum class costs several calls of a function.
+FORWARD = Kind.FORWARD
+BACKWARD = Kind.BACKWARD
+BACKWARD_INPUT = Kind.BACKWARD_INPUT
+BACKWARD_WEIGHT = Kind.BACKWARD_WEIGHT
+BOUNDARY_FORWARD = Kind.BOUNDARY_FORWARD
+BOUNDARY_BACKWARD = Kind.BOUNDARY_BACKWARD
+SEND_FORWARD = Kind.SEND_FORWARD
+RECV_FORWARD = Kind.RECV_FORWARD
+SEND_BACKWARD = Kind.SEND_BACKWARD
+RECV_BACKWARD = Kind.RECV_BACKWARD
+
+COMPUTE = frozenset({FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT})
+SENDS = frozenset({SEND_FORWARD, SEND_BACKWARD})
+RECEIVES = frozenset({RECV_FORWARD, RECV_BACKWARD})
+BOUNDARY = frozenset({BOUNDARY_FORWARD, BOUNDARY_BACKWARD})
+_GRADIENTS = (SEND_BACKWARD, RECV_BACKWARD)
 POSTED = SENDS | RECEIVES | BOUNDARY  # what is only put under way
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """Do `kind` for `module` (for a boundary: its source module) on micro-batch `microbatch`.
 
-    last: the stage's last backward of the step, after which its gradients are reduced over dp.
     stage: global index of the module's virtual stage; stage s lives on pipeline rank s % pp.
+    last: the stage's last backward of the step, after which its gradients are reduced over dp.
     peer: sends and receives: the stage at the other end, on the rank that differs along pp alone.
     span: the action covers micro-batches [microbatch, microbatch + span), for encoders that take several
         micro-batches of the language model at once.
@@ -59,11 +70,16 @@ class Action:
     kind: Kind
     module: str
     microbatch: int
-    last: bool = False
     stage: int = 0
+    last: bool = False
     peer: int | None = None
     span: int = 1
     groups: tuple[str, ...] = ()
+
+    @property
+    def microbatches(self) -> range:
+        """Those that it covers."""
+        return range(self.microbatch, self.microbatch + self.span)
 
     @property
     def tag(self) -> int:

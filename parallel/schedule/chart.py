@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from parallel.schedule.action import COMPUTE, Kind
+from parallel.schedule.action import BOUNDARY, COMPUTE, Kind
 from parallel.schedule.execute import Record
 from parallel.schedule.plan import SchedulePlan
 from parallel.schedule.simulate import Timeline
@@ -69,8 +69,8 @@ def simulated(line: Timeline) -> Chart:
                 chunk = a.stage // plan.modules[a.module].layout.pp
                 bars.append(Bar(p, start, end, a.module, a.kind, a.microbatch, a.span, chunk))
     for t in line.transfers:
-        boundary, backward = t.action.peer is None, "backward" in t.action.kind.value
-        arrows.append(Arrow(t.source, t.start, t.target, t.end, t.action.module, boundary, backward))
+        backward = t.kind in (Kind.SEND_BACKWARD, Kind.BOUNDARY_BACKWARD)
+        arrows.append(Arrow(t.source, t.start, t.target, t.end, t.module, t.kind in BOUNDARY, backward))
     rows = tuple(
         Row(_ranks(ranks), _lives(plan, p), line.bubble(ranks[0])) for p, ranks in enumerate(plan.ranks_of)
     )
@@ -78,7 +78,7 @@ def simulated(line: Timeline) -> Chart:
 
 
 def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Chart:
-    """The chart of a run, from the records of its ranks (execute(.., observe=records.append)), whose clocks must agree.
+    """The chart of a run, from the records of its ranks (observe=records.append), whose clocks must agree.
 
     An arrow stands where the last of the senders of what a computation waited for had it ready.
     """

@@ -9,13 +9,12 @@ rules of the executor, every action gets what it waits for. Ranks of one program
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, Action, Kind
+from parallel.schedule.graph import Stuck, graph_of
 from parallel.schedule.memory import Memory, Peak, check_limit, peaks
-from parallel.schedule.plan import SchedulePlan, compute_groups, parameter_groups
-from parallel.schedule.simulate import Stuck, simulate
+from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, parameter_groups
 
 
 class PlanError(ValueError):
@@ -48,7 +47,7 @@ def check(
     if not problems:
         # A plan with the right actions in every list can still wait for itself.
         try:
-            simulate(plan)
+            graph_of(plan)
         except Stuck as stuck:
             problems = [str(stuck)]
     if problems:
@@ -56,113 +55,91 @@ def check(
     return peaks(plan, memory) if limit is None else check_limit(plan, limit, memory)
 
 
-class _Deed(NamedTuple):
-    """What must be done once: an action without its place in the list."""
-
-    kind: Kind
-    module: str
-    stage: int
-    microbatch: int
-
-    def __str__(self) -> str:
-        return str(Action(self.kind, self.module, self.microbatch, stage=self.stage))
+Deed = tuple[Kind, str, int, int]  # (kind, module, micro-batch, stage): what must be done once
 
 
 def _complete(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
     """What a program lacks, has twice or should not have."""
-    rank = plan.ranks_of[p][0]
-    have: Counter[_Deed] = Counter()
+    have: list[Deed] = [a[:4] for a in actions if a.span == 1 and a.kind not in _STEPWISE]
     for a in actions:
-        if a.kind in COMPUTE:
-            have.update(_Deed(a.kind, a.module, a.stage, i) for i in _covered(plan, a))
-        elif a.kind in _STEPWISE:
-            continue
-        else:
-            have[_Deed(a.kind, a.module, a.stage, a.microbatch)] += 1
-    need = set(_needed(plan, p, actions, have))
-    for deed in sorted(need - set(have), key=str):
+        if a.span > 1 and a.kind in COMPUTE:
+            have += [(a.kind, a.module, i, a.stage) for i in _covered(plan, a)]
+        elif a.span > 1:
+            have.append(a[:4])
+    done, need = set(have), set[Deed]()
+    for kind, module, stage, microbatches in _needed(plan, p, actions, done):
+        need.update([(kind, module, i, stage) for i in microbatches])
+    if done == need and len(have) == len(done):
+        return
+    rank = plan.ranks_of[p][0]
+    for deed in sorted(map(_say, need - done)):
         yield f"rank {rank} lacks {deed}"
-    for deed, n in have.items():
+    for deed, n in Counter(have).items():
         if deed not in need:
-            yield f"rank {rank} has {deed}, which nothing needs there"
+            yield f"rank {rank} has {_say(deed)}, which nothing needs there"
         elif n > 1:
-            yield f"rank {rank} does {deed} {n} times"
+            yield f"rank {rank} does {_say(deed)} {n} times"
+
+
+def _say(deed: Deed) -> str:
+    return str(Action(*deed))
 
 
 def _covered(plan: SchedulePlan, a: Action) -> list[int]:
+    """The micro-batches that a computation is for: of a source, those with items."""
     covered = range(a.microbatch, a.microbatch + a.span)
-    if a.module == plan.sink or a.module not in plan.modules:
-        return list(covered)
-    if covered.stop > plan.microbatches:
+    if a.module not in plan.sources or covered.stop > plan.microbatches:
         return list(covered)  # what does not exist is reported as such
     return [i for i in covered if a.module in plan.active[i]] or list(covered)
 
 
-def _needed(plan: SchedulePlan, p: int, actions: Sequence[Action], have: Counter[_Deed]) -> Iterator[_Deed]:
-    """Everything that the ranks of a program must do once."""
+def _needed(
+    plan: SchedulePlan, p: int, actions: Sequence[Action], done: Set[Deed]
+) -> Iterator[tuple[Kind, str, int, Iterable[int]]]:
+    """Everything that the ranks of a program must do once: (kind, module, stage, micro-batches)."""
+    every = range(plan.microbatches)
     for module, pp in zip(plan.modules, plan.places[p], strict=True):
-        use = plan.modules[module]
         if pp is None:
             continue
+        use, sink = plan.modules[module], module == plan.sink
+        takes = [i for i in every if sink or module in plan.active[i]]
+        learns = [i for i in takes if plan.learns(module, i)]
         for stage in use.stages_at(pp):
-            starts = {
-                a.microbatch for a in actions if (a.kind, a.module, a.stage) == (Kind.FORWARD, module, stage)
-            }
-            for i in range(plan.microbatches):
-                yield from _of_stage(plan, module, stage, i, i in starts, have)
+            yield Kind.FORWARD, module, stage, takes
+            halves = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+            split = {i for i in learns if any((half, module, i, stage) in done for half in halves)}
+            for half in halves[: 1 if use.frozen else 2]:
+                yield half, module, stage, split
+            yield Kind.BACKWARD, module, stage, [i for i in learns if i not in split]
+            # A source's messages are those of its computations, named by their first micro-batches.
+            starts, back = takes, learns
+            if not sink:
+                forward = (Kind.FORWARD, module, stage)
+                starts = [a.microbatch for a in actions if (a.kind, a.module, a.stage) == forward]
+                back = starts if learns else []
+            if stage:
+                yield Kind.RECV_FORWARD, module, stage, starts
+                yield Kind.SEND_BACKWARD, module, stage, back
+            if stage + 1 < use.stages:
+                yield Kind.SEND_FORWARD, module, stage, starts
+                yield Kind.RECV_BACKWARD, module, stage, back
     for source in plan.sources:
-        for i in range(plan.microbatches):
-            if source in plan.active[i] and p in plan.ends(source)[0] | plan.ends(source)[1]:
-                yield _Deed(Kind.BOUNDARY_FORWARD, source, 0, i)
-                if plan.train and not plan.modules[source].frozen:
-                    yield _Deed(Kind.BOUNDARY_BACKWARD, source, 0, i)
-
-
-def _of_stage(
-    plan: SchedulePlan, module: str, stage: int, i: int, starts: bool, have: Counter[_Deed]
-) -> Iterator[_Deed]:
-    """What one stage does for a micro-batch; `starts`: a computation begins with it, so its transfers do."""
-    use, sink = plan.modules[module], module == plan.sink
-    back = plan.needs_backward(i) if sink else plan.train and not use.frozen
-    links = starts or sink
-    if sink or module in plan.active[i]:
-        yield _Deed(Kind.FORWARD, module, stage, i)
-        halves = [_Deed(Kind.BACKWARD_INPUT, module, stage, i), _Deed(Kind.BACKWARD_WEIGHT, module, stage, i)]
-        if back and any(have[half] for half in halves):
-            yield from halves[: 1 if use.frozen else 2]
-        elif back:
-            yield _Deed(Kind.BACKWARD, module, stage, i)
-    if links and stage:
-        yield _Deed(Kind.RECV_FORWARD, module, stage, i)
-        if back:
-            yield _Deed(Kind.SEND_BACKWARD, module, stage, i)
-    if links and stage + 1 < use.stages:
-        yield _Deed(Kind.SEND_FORWARD, module, stage, i)
-        if back:
-            yield _Deed(Kind.RECV_BACKWARD, module, stage, i)
+        sources, targets = plan.ends(source)
+        if p in sources | targets:
+            rows = [i for i in every if source in plan.active[i]]
+            yield Kind.BOUNDARY_FORWARD, source, 0, rows
+            if plan.train and not plan.modules[source].frozen:
+                yield Kind.BOUNDARY_BACKWARD, source, 0, rows
 
 
 def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
     """Actions that do not name the groups and the peer that they use."""
-    compute = {m: compute_groups(m, u) for m, u in plan.modules.items()}
-    parameters = {m: parameter_groups(m, u) for m, u in plan.modules.items()}
+    uses = {(kind, m): _groups(kind, m, use) for kind in Kind for m, use in plan.modules.items()}
     for a in actions:
         if a.module not in plan.modules:
             continue  # not needed anywhere, which is reported
-        wanted: tuple[str, ...] = ()
-        way = _WAY[a.kind]
-        peer = None
-        if a.kind in COMPUTE:
-            wanted = compute[a.module]
-        elif a.kind in BOUNDARY:
-            wanted = (f"edge.{a.module}.{way}",)
-        elif a.kind in SENDS or a.kind in RECEIVES:
-            wanted = (f"{a.module}.pp.{way}",)
-            peer = a.stage + (1 if a.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD) else -1)
-        elif a.kind in (Kind.GATHER, Kind.GRAD_SYNC):
-            wanted = parameters[a.module]
-        elif a.kind is Kind.OPTIMIZER:
-            wanted = ("world",)
+        wanted, step = uses[a.kind, a.module], _PEER.get(a.kind)
+        peer = None if step is None else a.stage + step
         if a.groups != wanted or a.peer != peer:
             yield (
                 f"rank {plan.ranks_of[p][0]}: {a} names groups {list(a.groups)} and peer {a.peer}, needed: "
@@ -170,51 +147,79 @@ def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[st
             )
 
 
+def _groups(kind: Kind, module: str, use: ModuleUse) -> tuple[str, ...]:
+    """The groups that an action uses."""
+    if kind in COMPUTE:
+        return compute_groups(module, use)
+    if kind in BOUNDARY:
+        return (f"edge.{module}.{_WAY[kind]}",)
+    if kind in SENDS or kind in RECEIVES:
+        return (f"{module}.pp.{_WAY[kind]}",)
+    if kind in (Kind.GATHER, Kind.GRAD_SYNC):
+        return parameter_groups(module, use)
+    return ("world",) if kind is Kind.OPTIMIZER else ()
+
+
+# How far the stage at the other end of a message is.
+_PEER = {Kind.SEND_FORWARD: 1, Kind.RECV_FORWARD: -1, Kind.SEND_BACKWARD: -1, Kind.RECV_BACKWARD: 1}
 _WAY = {kind: kind.value.split("_")[-1] for kind in Kind}
-_STEPWISE = (Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC, Kind.OPTIMIZER)
+_STEPWISE = frozenset({Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC, Kind.OPTIMIZER})
 
 
 def _parameters(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
     """Parameters are there when used, gradients summed when whole, and once."""
     rank = plan.ranks_of[p][0]
-    at: dict[tuple[str, int], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    used: dict[tuple[str, int], list[int]] = defaultdict(list)  # computations, by place in the list
+    last: dict[tuple[str, int], list[int]] = defaultdict(list)  # those that say that they are the last
+    on: dict[tuple[str, int], dict[Kind, list[int]]] = defaultdict(lambda: defaultdict(list))
     for k, a in enumerate(actions):
         if a.kind in COMPUTE:
-            of = at[a.module, a.stage]
-            of["use"].append(k)
-            if a.kind is not Kind.FORWARD:
-                of["back"].append(k)
+            used[a.module, a.stage].append(k)
         elif a.kind in _STEPWISE:
-            at[a.module, a.stage][a.kind.value].append(k)
+            on[a.module, a.stage][a.kind].append(k)
         if a.last:
-            at[a.module, a.stage]["last"].append(k)
-    for (module, stage), found in at.items():
-        if found["last"] != found["back"][-1:]:
-            marked = ", ".join(str(actions[k]) for k in found["last"]) or "none"
-            final = actions[found["back"][-1]] if found["back"] else "none"
-            yield f"rank {rank} marks {marked} as last of {module}.{stage}, which is {final}"
-        if module not in plan.modules or not found["use"]:
-            continue
-        use, name = plan.modules[module], f"{module}.{stage}"
-        first, end = found["use"][0], found["use"][-1]
-        cut = bool(parameter_groups(module, use))
-        wanted = {"gather": 0, "free": 0, "grad_sync": 0}
-        if use.params == "step" and cut:
-            wanted |= {"gather": 1, "free": 1}
-        if use.params != "each" and cut and found["back"] and not use.frozen:
-            wanted["grad_sync"] = 1
-        for what, n in wanted.items():
-            if len(found[what]) != n:
-                yield f"rank {rank} does {what}({name}) {len(found[what])} times, needed: {n}"
-        if found["gather"] and found["gather"][0] > first:
-            yield f"rank {rank} does {actions[first]} before gather({name})"
-        if found["free"] and found["free"][-1] < end:
-            yield f"rank {rank} does {actions[end]} after free({name})"
-        if found["grad_sync"] and found["back"] and found["grad_sync"][-1] < found["back"][-1]:
-            yield f"rank {rank} does {actions[found['back'][-1]]} after grad_sync({name})"
+            last[a.module, a.stage].append(k)
+    for key in dict.fromkeys((*used, *last, *on)):
+        if key[0] in plan.modules:
+            for problem in _of_stage(plan.modules[key[0]], key, actions, used[key], last[key], on[key]):
+                yield f"rank {rank} {problem}"
     updates = [k for k, a in enumerate(actions) if a.kind is Kind.OPTIMIZER]
     if updates and updates != [len(actions) - 1]:
         yield f"rank {rank} does optimizer {len(updates)} times, needed: once, after everything"
+
+
+def _of_stage(
+    use: ModuleUse,
+    key: tuple[str, int],
+    actions: Sequence[Action],
+    used: Sequence[int],
+    last: Sequence[int],
+    on: Mapping[Kind, Sequence[int]],
+) -> Iterator[str]:
+    """What is wrong with the last backward, and with the actions `on` parameters, of one stage."""
+    module, name = key[0], f"{key[0]}.{key[1]}"
+    final = next((k for k in reversed(used) if actions[k].kind is not Kind.FORWARD), None)
+    if list(last) != ([] if final is None else [final]):
+        marked = ", ".join(str(actions[k]) for k in last) or "none"
+        yield f"marks {marked} as last of {name}, which is {'none' if final is None else actions[final]}"
+    cut = bool(parameter_groups(module, use)) and bool(used)
+    wanted = {Kind.GATHER: 0, Kind.FREE: 0, Kind.GRAD_SYNC: 0}
+    if use.params == "step" and cut:
+        wanted |= {Kind.GATHER: 1, Kind.FREE: 1}
+    if use.params != "each" and cut and final is not None and not use.frozen:
+        wanted[Kind.GRAD_SYNC] = 1
+    found = {kind: on.get(kind, ()) for kind in wanted}
+    for kind, n in wanted.items():
+        if len(found[kind]) != n:
+            yield f"does {kind.value}({name}) {len(found[kind])} times, needed: {n}"
+    if not used:
+        return
+    if any(k > used[0] for k in found[Kind.GATHER][:1]):
+        yield f"does {actions[used[0]]} before gather({name})"
+    if any(k < used[-1] for k in found[Kind.FREE][-1:]):
+        yield f"does {actions[used[-1]]} after free({name})"
+    if final is not None and any(k < final for k in found[Kind.GRAD_SYNC][-1:]):
+        yield f"does {actions[final]} after grad_sync({name})"
 
 
 def _transfers(plan: SchedulePlan) -> Iterator[str]:

@@ -13,7 +13,15 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from parallel.schedule.action import Action, Kind
+from parallel.schedule.action import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    BOUNDARY_BACKWARD,
+    FORWARD,
+    Action,
+    Kind,
+)
 from parallel.schedule.costs import Costs
 from parallel.schedule.orders import Work
 
@@ -89,7 +97,7 @@ class _Fill:
         self.ranks = [_Rank(works, at) for works, at in zip(pipeline, starts, strict=True)]
         self.forwards, self.learn, self.active, self.stages = forwards, learn, active, stages
         self.ahead, self.costs, self.rules = ahead, costs, rules
-        self.gradients = [w._replace(kind=Kind.BACKWARD) for w in forwards if w.module in learn]
+        self.gradients = [w._replace(kind=BACKWARD) for w in forwards if w.module in learn]
         self.done: set[tuple[Kind, int, int]] = (
             set()
         )  # (kind, stage, micro-batch) of the sink, backward as one
@@ -97,7 +105,7 @@ class _Fill:
         self.read_at = {
             w.microbatch: t
             for w, t in zip(pipeline[0], starts[0], strict=True)
-            if w.stage == 0 and w.kind is Kind.FORWARD
+            if w.stage == 0 and w.kind is FORWARD
         }
         self.returned: dict[int, float] = {}  # when a micro-batch's gradient left the sink
         self.now = 0.0
@@ -122,7 +130,7 @@ class _Fill:
         out = []
         for r, rank in enumerate(self.ranks):
             posts = [
-                (t, Work(Kind.BOUNDARY_BACKWARD, w.module, 0, i))
+                (t, Work(BOUNDARY_BACKWARD, w.module, 0, i))
                 for w in self.gradients
                 for i in range(w.microbatch, w.microbatch + w.span)
                 if r and w.module in self.active[i]
@@ -144,7 +152,7 @@ class _Fill:
         if w.module == rank.sink[0].module:
             rank.late = max(0.0, self.now - rank.starts[rank.at])
             rank.at += 1
-        elif w.kind is Kind.FORWARD:
+        elif w.kind is FORWARD:
             rank.ahead += 1
             rank.held[w.module] += w.span * (w.module in self.learn)
         else:
@@ -154,15 +162,15 @@ class _Fill:
         w, rank.busy = rank.busy, None
         assert w is not None
         if w.module != rank.sink[0].module:
-            if w.kind is Kind.BACKWARD:
+            if w.kind is BACKWARD:
                 rank.held[w.module] -= w.span
             else:
                 for i in range(w.microbatch, w.microbatch + w.span):
                     self.rows[i] += w.module in self.active[i]
             return
-        kind = Kind.BACKWARD if w.kind is Kind.BACKWARD_INPUT else w.kind
+        kind = BACKWARD if w.kind is BACKWARD_INPUT else w.kind
         self.done.add((kind, w.stage, w.microbatch))
-        if kind is Kind.BACKWARD and w.stage == 0:
+        if kind is BACKWARD and w.stage == 0:
             self.returned[w.microbatch] = self.now
 
     def _choose(self, rank: _Rank) -> Work | None:
@@ -193,17 +201,17 @@ class _Fill:
         return all(i in self.returned for i in covered)
 
     def _ready(self, w: Work) -> bool:
-        if w.kind is Kind.FORWARD and w.stage == 0:
+        if w.kind is FORWARD and w.stage == 0:
             return self.rows[w.microbatch] == len(self.ranks) * len(self.active[w.microbatch])
         need = self._need(w)
         return need is None or need in self.done
 
     def _need(self, w: Work) -> tuple[Kind, int, int] | None:
-        if w.kind is Kind.FORWARD:
-            return (Kind.FORWARD, w.stage - 1, w.microbatch)
-        if w.kind is Kind.BACKWARD_WEIGHT or w.stage + 1 == self.stages:
+        if w.kind is FORWARD:
+            return (FORWARD, w.stage - 1, w.microbatch)
+        if w.kind is BACKWARD_WEIGHT or w.stage + 1 == self.stages:
             return None
-        return (Kind.BACKWARD, w.stage + 1, w.microbatch)
+        return (BACKWARD, w.stage + 1, w.microbatch)
 
     def _ready_in(self, w: Work) -> float | None:
         """Seconds until what `w` waits for is done, where another rank is at it."""
@@ -211,7 +219,7 @@ class _Fill:
         for other in self.ranks:
             b = other.busy
             if b is not None and need is not None and (b.stage, b.microbatch) == need[1:]:
-                same = b.module == w.module and (b.kind is Kind.FORWARD) == (need[0] is Kind.FORWARD)
-                if same and b.kind is not Kind.BACKWARD_WEIGHT:
+                same = b.module == w.module and (b.kind is FORWARD) == (need[0] is FORWARD)
+                if same and b.kind is not BACKWARD_WEIGHT:
                     return other.until - self.now
         return None

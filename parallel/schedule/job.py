@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from parallel.schedule.action import COMPUTE, Kind
+from parallel.schedule.action import BACKWARD_WEIGHT, COMPUTE, FORWARD
 from parallel.schedule.costs import Costs
 from parallel.schedule.fill import Rules, fill
 from parallel.schedule.lower import lower
@@ -49,9 +49,9 @@ class Job:
         out = []
         for r in range(layout.pp):
             order = windows(PIPELINES[self.kind], sizes, r, layout.pp, layout.vpp)
-            works = [Work(k, self.sink, s, i) for k, s, i in order if k is Kind.FORWARD or back[i]]
+            works = [Work(k, self.sink, s, i) for k, s, i in order if k is FORWARD or back[i]]
             if self.sink in frozen:  # its weights need nothing: the whole backward is that of its inputs
-                works = [w for w in works if w.kind is not Kind.BACKWARD_WEIGHT]
+                works = [w for w in works if w.kind is not BACKWARD_WEIGHT]
             out.append(works)
         return out
 
@@ -90,7 +90,7 @@ class Job:
     ) -> SchedulePlan:
         """The plan where sources on ranks of the sink compute in its idle time."""
         forwards = [
-            Work(Kind.FORWARD, m, 0, i, span)
+            Work(FORWARD, m, 0, i, span)
             for m in self.beside
             for i, span in chunks(0, len(self.active), self.batch[m], self.active, m)
         ]
@@ -170,9 +170,9 @@ class Times:
                 if a.kind not in COMPUTE:
                     continue
                 starts[r].append(start)
-                if a.stage == 0 and a.kind is Kind.FORWARD:
+                if a.stage == 0 and a.kind is FORWARD:
                     begin[a.microbatch] = start
-                elif a.stage == 0 and a.kind is not Kind.BACKWARD_WEIGHT:
+                elif a.stage == 0 and a.kind is not BACKWARD_WEIGHT:
                     finish[a.microbatch] = end
         return Times(starts, begin, finish)
 

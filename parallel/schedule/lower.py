@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from parallel.schedule.action import COMPUTE, Action, Kind
+from parallel.schedule.action import (
+    BACKWARD_WEIGHT,
+    BOUNDARY_BACKWARD,
+    BOUNDARY_FORWARD,
+    COMPUTE,
+    FORWARD,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    Action,
+    Kind,
+)
 from parallel.schedule.orders import Work
 from parallel.schedule.plan import (
     ModuleUse,
@@ -62,13 +74,13 @@ class _Writer:
         pp = dict(zip(self.modules, place, strict=True))
         holds = {s for s in self.sources if pp[s] is not None and pp[s] == self.modules[s].layout.pp - 1}
         reads = pp[self.sink] == 0
-        given = {(w.module, w.microbatch) for w in works if w.kind is Kind.BOUNDARY_BACKWARD}
+        given = {(w.module, w.microbatch) for w in works if w.kind is BOUNDARY_BACKWARD}
         final: dict[tuple[str, int], int] = {}  # last backward, or forward, of each stage
         end: dict[tuple[str, int], int] = {}
         for k, w in enumerate(works):
             if w.kind in COMPUTE:
                 end[w.module, w.stage] = k
-            if w.kind in COMPUTE and w.kind is not Kind.FORWARD:
+            if w.kind in COMPUTE and w.kind is not FORWARD:
                 final[w.module, w.stage] = k
         stepwise = [key for key in end if self.modules[key[0]].params == "step" and self.parameters[key[0]]]
         out = [self._on_parameters(Kind.GATHER, key) for key in sorted(stepwise)]
@@ -82,7 +94,7 @@ class _Writer:
             key = (w.module, w.stage)
             last = final.get(key) == k
             groups = self.compute[w.module]
-            out.append(Action(w.kind, w.module, w.microbatch, last, w.stage, None, w.span, groups))
+            out.append(Action(w.kind, w.module, w.microbatch, w.stage, last, None, w.span, groups))
             out += self._after(w)
             if w.module in self.late:
                 continue
@@ -113,34 +125,34 @@ class _Writer:
         """Receives that `w` waits for and that no computation of this place starts."""
         if w.kind not in COMPUTE:
             return []
-        if w.kind is Kind.FORWARD:
+        if w.kind is FORWARD:
             if w.stage:
-                return [self._link(Kind.RECV_FORWARD, w, w.stage - 1)]
+                return [self._link(RECV_FORWARD, w, w.stage - 1)]
             if w.module == self.sink:
                 sources = [s for s in self.sources if s in self.active[w.microbatch] and s not in holds]
-                return [self._edge(Kind.BOUNDARY_FORWARD, s, w.microbatch) for s in sources]
-        elif w.kind is not Kind.BACKWARD_WEIGHT:
+                return [self._edge(BOUNDARY_FORWARD, s, w.microbatch) for s in sources]
+        elif w.kind is not BACKWARD_WEIGHT:
             if w.stage + 1 < self.modules[w.module].stages:
-                return [self._link(Kind.RECV_BACKWARD, w, w.stage + 1)]
+                return [self._link(RECV_BACKWARD, w, w.stage + 1)]
             if w.module != self.sink and not reads:
                 rows = [i for i in self._covered(w) if (w.module, i) not in given]
-                return [self._edge(Kind.BOUNDARY_BACKWARD, w.module, i) for i in rows]
+                return [self._edge(BOUNDARY_BACKWARD, w.module, i) for i in rows]
         return []
 
     def _after(self, w: Work) -> list[Action]:
         """Transfers of what `w` has made."""
-        if w.kind is Kind.FORWARD:
+        if w.kind is FORWARD:
             if w.stage + 1 < self.modules[w.module].stages:
-                return [self._link(Kind.SEND_FORWARD, w, w.stage + 1)]
+                return [self._link(SEND_FORWARD, w, w.stage + 1)]
             if w.module != self.sink:
-                return [self._edge(Kind.BOUNDARY_FORWARD, w.module, i) for i in self._covered(w)]
-        elif w.kind is not Kind.BACKWARD_WEIGHT:
+                return [self._edge(BOUNDARY_FORWARD, w.module, i) for i in self._covered(w)]
+        elif w.kind is not BACKWARD_WEIGHT:
             if w.stage:
-                return [self._link(Kind.SEND_BACKWARD, w, w.stage - 1)]
+                return [self._link(SEND_BACKWARD, w, w.stage - 1)]
             if w.module == self.sink:
                 back = [s for s in self.sources if not self.modules[s].frozen]
                 sources = [s for s in back if s in self.active[w.microbatch]]
-                return [self._edge(Kind.BOUNDARY_BACKWARD, s, w.microbatch) for s in sources]
+                return [self._edge(BOUNDARY_BACKWARD, s, w.microbatch) for s in sources]
         return []
 
     def _covered(self, w: Work) -> list[int]:
@@ -148,9 +160,9 @@ class _Writer:
         return [i for i in range(w.microbatch, w.microbatch + w.span) if w.module in self.active[i]]
 
     def _link(self, kind: Kind, w: Work, peer: int) -> Action:
-        way = "forward" if kind in (Kind.SEND_FORWARD, Kind.RECV_FORWARD) else "backward"
-        return Action(kind, w.module, w.microbatch, False, w.stage, peer, w.span, (f"{w.module}.pp.{way}",))
+        way = "forward" if kind in (SEND_FORWARD, RECV_FORWARD) else "backward"
+        return Action(kind, w.module, w.microbatch, w.stage, False, peer, w.span, (f"{w.module}.pp.{way}",))
 
     def _edge(self, kind: Kind, source: str, microbatch: int) -> Action:
-        way = "forward" if kind is Kind.BOUNDARY_FORWARD else "backward"
+        way = "forward" if kind is BOUNDARY_FORWARD else "backward"
         return Action(kind, source, microbatch, groups=(f"edge.{source}.{way}",))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from parallel.schedule.action import Kind
+from parallel.schedule.action import BACKWARD, BACKWARD_WEIGHT, COMPUTE, FORWARD
 from parallel.schedule.plan import SchedulePlan
 
 
@@ -23,10 +23,9 @@ class Memory:
     weight_share: float = 1.0
     load: Mapping[tuple[str, int], float] = field(default_factory=dict)
 
-    def of(self, module: str, stage: int, microbatch: int) -> float:
-        """What one stage keeps of one micro-batch."""
-        one = self.activation.get((module, stage), self.activation.get(module, 1.0))
-        return one * self.load.get((module, microbatch), 1.0)
+    def of(self, module: str, stage: int) -> float:
+        """What one stage keeps of a micro-batch of load 1."""
+        return self.activation.get((module, stage), self.activation.get(module, 1.0))
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ def peaks(plan: SchedulePlan, memory: Memory | None = None) -> tuple[Peak, ...]:
     Micro-batches in which a source has no items hold nothing of it.
     """
     memory = memory or Memory()
-    return tuple(_peak(plan, p, memory) for p in range(len(plan.programs)))
+    loads = _loads(plan, memory)
+    return tuple(_peak(plan, p, memory, loads) for p in range(len(plan.programs)))
 
 
 def held_microbatches(plan: SchedulePlan, module: str) -> int:
@@ -70,41 +70,30 @@ def check_limit(
     return found
 
 
-def _peak(plan: SchedulePlan, p: int, memory: Memory) -> Peak:
+def _peak(plan: SchedulePlan, p: int, memory: Memory, loads: Mapping[str, Sequence[float]]) -> Peak:
     held = dict.fromkeys(plan.modules, 0.0)
     total = best = 0.0
     at, then = None, dict(held)
     for a in plan.programs[p]:
-        if a.kind not in _GROWS:
+        if a.kind not in COMPUTE:
             continue
-        covered = range(a.microbatch, a.microbatch + a.span)
-        if a.module != plan.sink:
-            covered_active = [i for i in covered if a.module in plan.active[i]]
-        else:
-            covered_active = list(covered)
-        amount = sum(memory.of(a.module, a.stage, i) for i in covered_active)
-        if not _keeps(plan, a.module, covered):
-            continue
-        if a.kind is Kind.FORWARD:
+        load = loads[a.module]
+        amount = load[a.microbatch] if a.span == 1 else sum(load[a.microbatch : a.microbatch + a.span])
+        amount *= memory.of(a.module, a.stage)
+        if a.kind is FORWARD:
             total, held[a.module] = total + amount, held[a.module] + amount
             if total > best:
                 best, at, then = total, a, dict(held)
             continue
-        split = not plan.modules[a.module].frozen
-        share = {
-            Kind.BACKWARD: 1.0,
-            Kind.BACKWARD_INPUT: 1 - memory.weight_share if split else 1.0,
-            Kind.BACKWARD_WEIGHT: memory.weight_share,
-        }[a.kind]
-        total, held[a.module] = total - amount * share, held[a.module] - amount * share
+        if a.kind is not BACKWARD and not plan.modules[a.module].frozen:
+            later = a.kind is BACKWARD_WEIGHT
+            amount *= memory.weight_share if later else 1 - memory.weight_share
+        total, held[a.module] = total - amount, held[a.module] - amount
     return Peak(best, plan.ranks_of[p], then, str(at or "nothing"))
 
 
-_GROWS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
-
-
-def _keeps(plan: SchedulePlan, module: str, covered: range) -> bool:
-    """Whether a forward keeps activations at all: a backward follows."""
-    if module == plan.sink:
-        return plan.needs_backward(covered[0])
-    return plan.train and not plan.modules[module].frozen
+def _loads(plan: SchedulePlan, memory: Memory) -> dict[str, list[float]]:
+    """By module, the load of each micro-batch; 0 where it keeps nothing, because no backward follows."""
+    every = range(plan.microbatches)
+    keeps = {m: [plan.learns(m, i) for i in every] for m in plan.modules}
+    return {m: [memory.load.get((m, i), 1.0) * keeps[m][i] for i in every] for m in plan.modules}

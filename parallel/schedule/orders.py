@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from parallel.schedule.action import Kind
+from parallel.schedule.action import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Kind
 
 
 class Work(NamedTuple):
@@ -35,16 +35,16 @@ def sequential(r: int, p: int, v: int, m: int) -> Order:
     stages = range(r, p * v, p)
     out: Order = []
     for i in range(m):
-        out += [(Kind.FORWARD, s, i) for s in stages]
-        out += [(Kind.BACKWARD, s, i) for s in reversed(stages)]
+        out += [(FORWARD, s, i) for s in stages]
+        out += [(BACKWARD, s, i) for s in reversed(stages)]
     return out
 
 
 def gpipe(r: int, p: int, v: int, m: int) -> Order:
     """All micro-batches forward, then all backward (GPipe, arXiv 1811.06965)."""
     stages = range(r, p * v, p)
-    out: Order = [(Kind.FORWARD, s, i) for s in stages for i in range(m)]
-    return out + [(Kind.BACKWARD, s, i) for s in reversed(stages) for i in range(m)]
+    out: Order = [(FORWARD, s, i) for s in stages for i in range(m)]
+    return out + [(BACKWARD, s, i) for s in reversed(stages) for i in range(m)]
 
 
 def one_f_one_b(r: int, p: int, v: int, m: int) -> Order:
@@ -59,11 +59,11 @@ def one_f_one_b(r: int, p: int, v: int, m: int) -> Order:
 
     def forward(k: int) -> Step:
         turn, within = divmod(k, p * v)
-        return (Kind.FORWARD, (within // p) * p + r, turn * p + within % p)
+        return (FORWARD, (within // p) * p + r, turn * p + within % p)
 
     def backward(k: int) -> Step:
         turn, within = divmod(k, p * v)
-        return (Kind.BACKWARD, (v - 1 - within // p) * p + r, turn * p + within % p)
+        return (BACKWARD, (v - 1 - within // p) * p + r, turn * p + within % p)
 
     warm = min(total, (p - r - 1) * (1 if v == 1 else 2) + (v - 1) * p)
     out = [forward(k) for k in range(warm)]
@@ -82,11 +82,11 @@ def zero_bubble(r: int, p: int, v: int, m: int) -> Order:
     out: Order = []
     waiting: list[Step] = []
     for kind, stage, i in one_f_one_b(r, p, v, m):
-        if kind is Kind.FORWARD:
+        if kind is FORWARD:
             out.append((kind, stage, i))
             continue
-        out.append((Kind.BACKWARD_INPUT, stage, i))
-        waiting.append((Kind.BACKWARD_WEIGHT, stage, i))
+        out.append((BACKWARD_INPUT, stage, i))
+        waiting.append((BACKWARD_WEIGHT, stage, i))
         if len(waiting) > r:
             out.append(waiting.pop(0))
     return out + waiting

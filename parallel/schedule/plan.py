@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from parallel.layout import Layout
 from parallel.schedule.action import Action
@@ -54,6 +54,7 @@ class SchedulePlan:
     active: per micro-batch, the sources with items on any rank; a source without is skipped on all ranks
     alike. programs: lists of actions; program_of: the program of each rank. train: with backward.
     ahead: for how many micro-batches a source may hold activations at once where it lives with the sink.
+    memo: what follows from the plan and is worked out once, by name.
     """
 
     kind: str
@@ -64,7 +65,7 @@ class SchedulePlan:
     program_of: Mapping[int, int]
     train: bool = True
     ahead: int | None = None
-    _order: dict[str, tuple[frozenset[int], ...]] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @property
     def microbatches(self) -> int:
@@ -117,10 +118,16 @@ class SchedulePlan:
         the sink."""
         return self.hosts(source, self.modules[source].stages - 1), self.hosts(self.sink, 0)
 
-    def needs_backward(self, microbatch: int) -> bool:
-        """Whether gradients flow through the sink: it learns, or a source that is active does."""
-        learns = (s for s in self.active[microbatch] if not self.modules[s].frozen)
-        return self.train and (not self.modules[self.sink].frozen or any(learns))
+    def learns(self, module: str, microbatch: int) -> bool:
+        """Whether a backward follows a module's forward of a micro-batch: it has items and is not frozen, or it
+        is the sink and gradients pass through it to a source that has and is not."""
+        if not self.train:
+            return False
+        if module != self.sink:
+            return module in self.active[microbatch] and not self.modules[module].frozen
+        if not self.modules[module].frozen:
+            return True
+        return any(not self.modules[s].frozen for s in self.active[microbatch])
 
     def members(self, group: str, rank: int) -> tuple[int, ...]:
         """The ranks of the process group that an action of `rank` names."""
@@ -139,10 +146,11 @@ class SchedulePlan:
 
     def program_sets(self, group: str) -> tuple[frozenset[int], ...]:
         """The distinct sets of programs that process groups of a name join: what orders must agree on."""
-        if group not in self._order:
+        if group not in self.memo:
             sets = {frozenset(self.program_of[r] for r in ranks) for ranks in self.instances(group)}
-            self._order[group] = tuple(sorted(sets, key=sorted))
-        return self._order[group]
+            self.memo[group] = tuple(sorted(sets, key=sorted))
+        found: tuple[frozenset[int], ...] = self.memo[group]
+        return found
 
 
 def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.schedule.action import Kind
+from parallel.schedule.action import BACKWARD, BACKWARD_WEIGHT, FORWARD
 from parallel.schedule.orders import Work
 
 Slot = tuple[int, int, int]  # sorts a source's works: (backwards of the sink before it, is backward, where)
@@ -59,9 +59,9 @@ def beat(first_rank: Sequence[Work]) -> Beat:
     for w in first_rank:
         if w.stage:
             continue
-        if w.kind is Kind.FORWARD:
+        if w.kind is FORWARD:
             forwards += 1
-        elif w.kind is not Kind.BACKWARD_WEIGHT:
+        elif w.kind is not BACKWARD_WEIGHT:
             backward.append(w.microbatch)
             before.append(forwards)
     return Beat(forwards, tuple(backward), tuple(before))
@@ -90,11 +90,11 @@ def apart(
     """
     out = []
     for i, span in chunks(0, at.microbatches, size, active, source):
-        out.append((at.forward_slot(i, lead), Work(Kind.FORWARD, source, stage, i, span)))
+        out.append((at.forward_slot(i, lead), Work(FORWARD, source, stage, i, span)))
         if backward:
             # A chunk's gradient is whole when that of its last micro-batch with items is.
             final = max(k for k in range(i, i + span) if source in active[k])
-            out.append((at.backward_slot(final), Work(Kind.BACKWARD, source, stage, i, span)))
+            out.append((at.backward_slot(final), Work(BACKWARD, source, stage, i, span)))
     return out
 
 
@@ -110,7 +110,7 @@ class Group:
         self, source: str, stages: Sequence[int], active: Sequence[frozenset[str]], size: int
     ) -> list[Work]:
         """What the rank with these stages of a source computes of it."""
-        kind = Kind.BACKWARD if self.backward else Kind.FORWARD
+        kind = BACKWARD if self.backward else FORWARD
         found = chunks(self.start, self.stop, size, active, source)
         order = reversed(stages) if self.backward else stages
         return [Work(kind, source, s, i, span) for s in order for i, span in found]

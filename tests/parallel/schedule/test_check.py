@@ -136,12 +136,12 @@ def test_an_action_changed_in_any_field_is_caught(case: Case, rng: random.Random
     a = actions[k]
     other = next((m for m in plan.modules if m != a.module), "nothing")
     for broken in (
-        replace(a, microbatch=a.microbatch + plan.microbatches),
-        replace(a, stage=a.stage + 1),
-        replace(a, span=plan.microbatches + 1) if a.kind in COMPUTE else replace(a, peer=(a.peer or 0) + 1),
-        replace(a, module=other),
-        replace(a, last=not a.last),
-        replace(a, groups=(*a.groups, "world")),
+        a._replace(microbatch=a.microbatch + plan.microbatches),
+        a._replace(stage=a.stage + 1),
+        a._replace(span=plan.microbatches + 1) if a.kind in COMPUTE else a._replace(peer=(a.peer or 0) + 1),
+        a._replace(module=other),
+        a._replace(last=not a.last),
+        a._replace(groups=(*a.groups, "world")),
     ):
         with pytest.raises(PlanError, match=f"rank {plan.ranks_of[p][0]}"):
             check(with_program(plan, p, [*actions[:k], broken, *actions[k + 1 :]]))

@@ -1,0 +1,308 @@
+"""What waits for what when a plan is carried out: the graph that the checker and the simulator share. Pure.
+
+Programs stand for their ranks (see parallel.schedule.plan). The rules are those of the executor's handlers:
+computations wait for what they need and for the other members of their groups; transfers take place beside
+them, once every end has started them. What a plan computes does not depend on how long things take, so one
+order in which everything can be done proves that nothing deadlocks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from parallel.schedule.action import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    BOUNDARY_BACKWARD,
+    BOUNDARY_FORWARD,
+    FORWARD,
+    POSTED,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    Action,
+    Kind,
+)
+from parallel.schedule.plan import SchedulePlan
+
+START = -1  # stands for the start of the step where a computation is named
+
+# Which result of its own rank's an action needs, and what a computation leaves there.
+_NEEDS = {
+    BACKWARD: FORWARD,
+    BACKWARD_INPUT: FORWARD,
+    BACKWARD_WEIGHT: BACKWARD,
+    SEND_FORWARD: FORWARD,
+    SEND_BACKWARD: BACKWARD,
+}
+_LEAVES = {FORWARD: FORWARD, BACKWARD: BACKWARD, BACKWARD_INPUT: BACKWARD}
+# By kind of a message's end: what the message is called, and whether this end sends it.
+_MESSAGE = {
+    SEND_FORWARD: (SEND_FORWARD, True),
+    RECV_FORWARD: (SEND_FORWARD, False),
+    SEND_BACKWARD: (SEND_BACKWARD, True),
+    RECV_BACKWARD: (SEND_BACKWARD, False),
+}
+_CARRIES = {SEND_FORWARD: "activations", SEND_BACKWARD: "gradients"}
+
+# A result on a program's ranks: (FORWARD or BACKWARD, module, micro-batch, stage).
+# A message: (what it is called, module, micro-batch, the later of its stages, from program, to program).
+# An edge's transfer: (kind, source module, micro-batch).
+Key = tuple[Any, ...]
+
+
+class Stuck(ValueError):
+    """A plan that cannot run to its end. waiting: who waits for what, in words."""
+
+    def __init__(self, waiting: Sequence[str]) -> None:
+        self.waiting = waiting
+        super().__init__("the schedule cannot finish: " + "; ".join(waiting[:4]))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The computations of a plan, here whatever is not just put under way, and the transfers between them.
+
+    Actions are numbered through all programs. first: the number of each program's first, then how many there
+    are. before: by number, the last computation before it on its ranks, or START. waits: by computation, the
+    transfers that it waits for. transfers: for each of its ends, the computation after which it is started.
+    order: computations in an order in which they can be done; those that start at one moment, because their
+    collectives meet, together.
+    """
+
+    first: tuple[int, ...]
+    before: list[int]
+    waits: dict[int, list[Key]]
+    transfers: dict[Key, list[int]]
+    order: list[tuple[int, ...]]
+
+
+def graph_of(plan: SchedulePlan) -> Graph:
+    """The graph of a plan, worked out once. Linear in its actions. Raises Stuck where it cannot finish."""
+    if "graph" not in plan.memo:
+        reader = _Reader(plan)
+        order = _Order(reader).run()
+        plan.memo["graph"] = Graph(reader.first, reader.before, reader.waits, reader.transfers, order)
+    found: Graph = plan.memo["graph"]
+    return found
+
+
+class _Reader:
+    """Reads every list by itself: its computations, what they wait for, and when transfers are started."""
+
+    def __init__(self, plan: SchedulePlan) -> None:
+        self.plan = plan
+        self.first = (0, *accumulate(len(program) for program in plan.programs))
+        self.before = [START] * self.first[-1]
+        self.waits: dict[int, list[Key]] = {}
+        self.transfers: dict[Key, list[int]] = defaultdict(list)
+        self.meets: dict[int, tuple[Key, frozenset[int]]] = {}  # what several programs begin together
+        self.cut: dict[int, tuple[Action, Key]] = {}  # where a program stops whatever others do, and why
+        self.peers, self.together = _peers(plan), _Together(plan)
+        self.ends = {s: plan.ends(s) for s in plan.sources}
+        self.stages = {m: u.stages for m, u in plan.modules.items()}
+        self.pp = {m: u.layout.pp for m, u in plan.modules.items()}
+        self.computations = [self._read(p) for p in range(len(plan.programs))]
+        self.transfers.default_factory = None
+
+    def _read(self, p: int) -> list[int]:
+        """The computations of a program, as far as it gets if others do all that it waits for."""
+        last, found = START, list[int]()
+        done: set[Key] = set()  # results on the program's own ranks
+        for number, a in enumerate(self.plan.programs[p], self.first[p]):
+            for result in self._needs(p, a):
+                if result not in done:
+                    self.cut[p] = a, result
+                    return found
+            self.before[number] = last
+            if a.kind in POSTED:
+                for key in self._starts(p, a):
+                    self.transfers[key].append(last)
+                continue
+            if keys := self._inputs(p, a):
+                self.waits[number] = keys
+            if a.groups and len(members := self.together[a.groups, p]) > 1:
+                self.meets[number] = (a[:4], members)
+            if a.kind in _LEAVES:
+                done.update(_results(_LEAVES[a.kind], a))
+            found.append(number)
+            last = number
+        return found
+
+    def _needs(self, p: int, a: Action) -> list[Key]:
+        """The results on its own ranks that an action needs."""
+        if a.kind in _NEEDS:
+            return _results(_NEEDS[a.kind], a)
+        if a.kind is BOUNDARY_FORWARD and p in self.ends[a.module][0]:
+            return [(FORWARD, a.module, a.microbatch, self.stages[a.module] - 1)]
+        if a.kind is BOUNDARY_BACKWARD and p in self.ends[a.module][1]:
+            return [(BACKWARD, self.plan.sink, a.microbatch, 0)]
+        return []
+
+    def _starts(self, p: int, a: Action) -> list[Key]:
+        """The transfers of which an action starts program p's end."""
+        if a.peer is None:
+            return [(a.kind, a.module, a.microbatch)]
+        return self._messages(*_MESSAGE[a.kind], a, a.peer, p)
+
+    def _inputs(self, p: int, a: Action) -> list[Key]:
+        """The transfers that a computation waits for."""
+        kind, module, i, stage = a[:4]
+        if kind is FORWARD:
+            if stage:
+                return self._messages(SEND_FORWARD, False, a, stage - 1, p)
+            if module == self.plan.sink:
+                return [(BOUNDARY_FORWARD, s, i) for s in self.plan.sources if s in self.plan.active[i]]
+        elif kind is BACKWARD or kind is BACKWARD_INPUT:
+            if stage + 1 < self.stages[module]:
+                return self._messages(SEND_BACKWARD, False, a, stage + 1, p)
+            if module != self.plan.sink:
+                rows = (k for k in a.microbatches if module in self.plan.active[k])
+                return [(BOUNDARY_BACKWARD, module, k) for k in rows]
+        return []
+
+    def _messages(self, name: Kind, sends: bool, a: Action, peer: int, p: int) -> list[Key]:
+        """The messages between the stage of an action of program p and stage `peer`."""
+        module, i, later = a.module, a.microbatch, max(a.stage, peer)
+        others = self.peers[module, peer % self.pp[module], p]
+        if sends:
+            return [(name, module, i, later, p, q) for q in others]
+        return [(name, module, i, later, q, p) for q in others]
+
+
+class _Order:
+    """Takes every program as far as it gets, again and again, until all are at their ends."""
+
+    def __init__(self, read: _Reader) -> None:
+        self.read, self.plan = read, read.plan
+        self.order: list[tuple[int, ...]] = []
+        self.at = [0] * len(self.plan.programs)  # computations done
+        self.done = [False] * read.first[-1] + [True]  # by number; the last is START
+        self.came: dict[tuple[Key, frozenset[int]], list[int]] = defaultdict(list)  # to what they meet for
+        self.waiters: dict[int, list[int]] = defaultdict(list)  # programs that wait for a computation
+        # The transfers that all their ends start.
+        self.there = {key: after for key, after in read.transfers.items() if len(after) == self._ends(key)}
+
+    def run(self) -> list[tuple[int, ...]]:
+        free = list(range(len(self.plan.programs)))
+        while free:
+            free += self._advance(free.pop())
+        stopped = [p for p, mine in enumerate(self.read.computations) if self.at[p] < len(mine)]
+        waiting = [self._why(p) for p in sorted({*stopped, *self.read.cut})]
+        if waiting or len(self.there) < len(self.read.transfers):
+            raise Stuck(waiting or [self._say(key) for key in self.read.transfers if key not in self.there])
+        return self.order
+
+    def _advance(self, p: int) -> list[int]:
+        """Take program p as far as it gets; returns the programs that may now get further."""
+        mine, free = self.read.computations[p], list[int]()
+        while self.at[p] < len(mine):
+            number = mine[self.at[p]]
+            missing = self._missing(number)
+            if missing is not None:
+                if missing != START:  # else it waits for good
+                    self.waiters[missing].append(p)
+                break
+            together = [p]
+            if number in self.read.meets:
+                together = self.came[self.read.meets[number]]
+                together.append(p)
+                if len(together) < len(self.read.meets[number][1]):
+                    break
+                free += together[:-1]
+            self.order.append(tuple([self.read.computations[q][self.at[q]] for q in together]))
+            for q, n in zip(together, self.order[-1], strict=True):
+                self.done[n] = True
+                self.at[q] += 1
+                if n in self.waiters:
+                    free += self.waiters.pop(n)
+        return free
+
+    def _missing(self, number: int) -> int | None:
+        """A computation that another one still waits for; START where a transfer is never under way."""
+        for key in self.read.waits.get(number, ()):
+            if key not in self.there:
+                return START
+            for n in self.there[key]:
+                if not self.done[n]:
+                    return n
+        return None
+
+    def _ends(self, key: Key) -> int:
+        """How many programs must start a transfer."""
+        return 2 if key[0] in _CARRIES else len(frozenset().union(*self.read.ends[key[1]]))
+
+    def _why(self, p: int) -> str:
+        """Where program p has stopped and for what."""
+        mine = self.read.computations[p]
+        if self.at[p] == len(mine):
+            a, (kind, module, i, stage) = self.read.cut[p]
+            why = f"{kind.value}({module}.{stage}, {i}) on the rank itself"
+        else:
+            number = mine[self.at[p]]
+            a = self.plan.programs[p][number - self.read.first[p]]
+            keys = self.read.waits.get(number, ())
+            missing = [
+                key for key in keys if key not in self.there or not all(self.done[n] for n in self.there[key])
+            ]
+            if missing:
+                why = self._say(missing[0])
+            else:
+                came = self._ranks(self.came[self.read.meets[number]])
+                why = f"the other members of its groups (only {came} came)"
+        return f"{self._ranks([p])}: {a} waits for {why}"
+
+    def _say(self, key: Key) -> str:
+        """A transfer in words."""
+        kind, module, i, *more = key
+        if not more:
+            return f"{kind.value}({module}, {i}) to be started by every rank of the edge"
+        link = f"between {module}.{more[0] - 1} and {module}.{more[0]} from {self._ranks(more[1:2])}"
+        return f"{_CARRIES[kind]} of micro-batch {i} {link}"
+
+    def _ranks(self, programs: Iterable[int]) -> str:
+        return ", ".join(f"rank {self.plan.ranks_of[q][0]}" for q in programs)
+
+
+def _results(kind: Kind, a: Action) -> list[Key]:
+    """What an action leaves, or needs, on its own ranks."""
+    if a.span == 1:
+        return [(kind, *a[1:4])]
+    return [(kind, a.module, i, a.stage) for i in a.microbatches]
+
+
+def _peers(plan: SchedulePlan) -> dict[tuple[str, int, int], tuple[int, ...]]:
+    """By (module, pipeline rank, program): the programs there that share a pipeline with the program."""
+    found: dict[tuple[str, int, int], set[int]] = defaultdict(set)
+    for module, use in plan.modules.items():
+        if use.layout.pp == 1:
+            continue
+        chains = {tuple(plan.program_of[r] for r in ranks) for ranks in use.layout.groups("pp")}
+        for chain in chains:
+            for pp, q in enumerate(chain):
+                for p in (chain[pp - 1], chain[(pp + 1) % len(chain)]):
+                    found[module, pp, p].add(q)
+    return {key: tuple(sorted(q)) for key, q in found.items()}
+
+
+class _Together(dict[tuple[tuple[str, ...], int], frozenset[int]]):
+    """By (groups of an action, program): the programs that carry it out together, made when asked for."""
+
+    def __init__(self, plan: SchedulePlan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def __missing__(self, key: tuple[tuple[str, ...], int]) -> frozenset[int]:
+        groups, p = key
+        sets = [s for g in groups for s in self.plan.program_sets(g)]
+        joined = {p}
+        while more := set().union(*(s for s in sets if s & joined)) - joined:
+            joined |= more
+        self[key] = frozenset(joined)
+        return self[key]
