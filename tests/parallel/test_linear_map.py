@@ -1,4 +1,4 @@
-"""Maps that autograd does not know: gradients by the adjoint, nothing kept, no gradients of gradients."""
+"""Maps that autograd does not know: gradients by the adjoint, of gradients too, and nothing kept."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def test_gradients_are_those_of_the_matrix(rows: int, columns: int, seed: int) -
     x.requires_grad_()
     ours = linear_map(x, lambda v: matrix @ v, lambda grad: matrix.T @ grad)
     assert torch.equal(ours, matrix @ x)
-    grads = [torch.autograd.grad((z.sin() * y).sum(), x)[0] for z in (ours, matrix @ x)]
-    torch.testing.assert_close(*grads, rtol=1e-14, atol=1e-15)
+    grads = [torch.autograd.grad((z.sin() * y).sum(), x, create_graph=True)[0] for z in (ours, matrix @ x)]
+    torch.testing.assert_close(*grads, rtol=1e-13, atol=1e-14)
+    second = [torch.autograd.grad(grad.square().sum(), x)[0] for grad in grads]
+    torch.testing.assert_close(*second, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("there", [lambda v: v, lambda v: v[:2], lambda v: v.view(3, 1)])
@@ -55,14 +57,6 @@ def test_nothing_of_the_input_is_kept() -> None:
     assert gone() is None
     out.sum().backward()
     assert torch.equal(weight.grad, torch.full((4,), 2.0, dtype=torch.float64))
-
-
-def test_gradients_of_gradients_are_refused() -> None:
-    x = make(0, 3).requires_grad_()
-    out = linear_map(x, lambda v: 2 * v, lambda grad: 2 * grad)
-    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
 
 
 def both_ways(f: Callable[[Tensor], Tensor], x: Tensor, seed: int) -> tuple[float, float]:
