@@ -33,13 +33,10 @@ def ahead(ids: Tensor, labels: Tensor, packing: Packing, depths: int) -> tuple[T
     # The last token of each token's document.
     left = torch.from_numpy(packing.starts[1:]).to(ids.device)[packing.sequence_id] - 1
     at = torch.arange(len(ids), device=ids.device)
-    out_ids, out_labels = [], []
-    for k in range(1, depths + 1):
-        inside = at + k <= left
-        source = torch.where(inside, at + k, at)
-        out_ids.append(torch.where(inside, ids[source], 0))
-        out_labels.append(torch.where(inside, labels[source], IGNORE))
-    return torch.stack(out_ids), torch.stack(out_labels)
+    there = at + torch.arange(1, depths + 1, device=ids.device).unsqueeze(1)  # [depths, T]
+    inside = there <= left
+    source = torch.where(inside, there, at)
+    return torch.where(inside, ids[source], 0), torch.where(inside, labels[source], IGNORE)
 
 
 class MultiToken(nn.Module):

@@ -54,7 +54,7 @@ def build(cfg: LLMConfig, axes: Axes, stages: tuple[Stage, ...], device: str | N
 
 def stream(lane: int, step: int, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:
     """A lane's whole stream, and what each token's loss is multiplied with."""
-    lengths = LENGTHS[lane] or (0,)
+    lengths = LENGTHS[lane % len(LENGTHS)] or (0,)
     real = sum(lengths)
     padding = max(step, -(-real // step) * step) - real
     gen = torch.Generator().manual_seed(lane)
