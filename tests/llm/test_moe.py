@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -138,3 +139,39 @@ def test_ranks_without_tokens_keep_their_gradients(ranks: Any) -> None:
     results = ranks(2, one_expert_gets_all, Degrees(2, ep=2))
     assert [any(nonzero) for nonzero, _ in results] == [True, False]
     assert all(size > 0 for _, size in results)
+
+
+def widths_exchanged(latent: int | None, dispatcher: Any) -> set[int]:
+    """Widths of the rows that a forward and its backward exchange over ep, with either dispatcher."""
+    widths: set[int] = set()
+    saved = {name: getattr(dist, name) for name in EXCHANGES}
+
+    def note(name: str) -> Any:
+        def call(out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            widths.update(t.shape[-1] for t in (out, x) if t.is_floating_point() and t.ndim > 1)
+            return saved[name](out, x, *args, **kwargs)
+
+        return call
+
+    axes = make_axes(Degrees(2, ep=2))
+    layer = build(replace(only("E"), latent=latent, dispatcher=dispatcher), axes).moe_layers()[0]
+    x = torch.randn(6, TINY.d_model, dtype=torch.float64, requires_grad=True)
+    for name in EXCHANGES:
+        setattr(dist, name, note(name))
+    try:
+        layer(x, told(6, 6)).sum().backward()
+    finally:
+        for name, real in saved.items():
+            setattr(dist, name, real)
+    return widths
+
+
+EXCHANGES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_both_exchanges_move_latent_rows(dispatcher: str, ranks: Any) -> None:
+    k = TINY.top_k  # the all-gather dispatcher also shows every rank who is chosen, with what weight
+    for latent in (None, 6):
+        for widths in ranks(2, widths_exchanged, latent, dispatcher):
+            assert widths - {k} == {latent or TINY.d_model}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -82,6 +83,21 @@ def layer_bytes(symbol: str, recompute: Any, **changes: Any) -> int:
 def test_each_part_keeps_less(symbol: str, part: str) -> None:
     nothing, some, full = (layer_bytes(symbol, r, **GATED) for r in ("none", part, "full"))
     assert full < some < nothing
+
+
+def test_the_loss_keeps_as_much_for_any_length_and_vocabulary() -> None:
+    """But for one chunk of logits: what more tokens keep does not depend on the vocabulary."""
+    kept: dict[tuple[int, int], int] = {}
+    for tokens, vocab in itertools.product((64, 256), (40, 4000)):
+        cfg = replace(TINY, pattern="-", vocab_size=vocab, loss_chunk=32, mtp_layers=1, mtp_pattern="-")
+        model = LLM(cfg, dtype=torch.float32)
+        initialise(model, 3, "llm")
+        batch, _ = make_batch(Text((tokens,), 0, seed=1), vocab)
+        rows = {"vision": torch.zeros(0, cfg.d_model)}
+        kept[tokens, vocab] = kept_bytes(lambda m=model, b=batch, r=rows: m(b, r), model)  # type: ignore[misc]
+    assert kept[256, 4000] - kept[64, 4000] == kept[256, 40] - kept[64, 40] > 0
+    # The next token's loss and a further one's keep a chunk each.
+    assert kept[64, 4000] - kept[64, 40] == 2 * 32 * (4000 - 40) * 4
 
 
 def test_what_each_part_no_longer_keeps() -> None:

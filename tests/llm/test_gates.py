@@ -1,0 +1,77 @@
+"""No degree is ignored by any kind of layer: tp, sp and cp take work off a rank.
+
+A layer that did everything on every rank would be right, so parity alone would not notice. That ep, etp and
+tp cut weights is in test_degrees, that stages hold their own layers in test_stages, that weights are sharded
+over data in test_fsdp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm.layer import Layer
+from llm.moe import Pass
+from llm.mtp import MultiToken
+from parallel.axis import Axes
+from parallel.context import pack
+from parallel.param import initialise
+from tests.llm.degrees import Degrees, make_axes
+from tests.llm.harness import cut
+from tests.llm.test_degrees import CFG
+
+WIDE = replace(
+    CFG, d_model=32, n_heads=8, n_kv_heads=8, mamba_heads=8, mamba_groups=4, mamba_head_dim=8,
+    expert_ffn=32, shared_ffn=64, mlp_ffn=64, mtp_pattern="*E",
+)  # fmt: skip
+KINDS = ("M", "*", "-", "E", "further tokens")
+TOKENS = 32
+DEGREES = {
+    "tp": Degrees(2, tp=2),
+    "sp": Degrees(2, tp=2, sp=True),
+    "cp": Degrees(2, cp=2),
+    "cp zigzag": Degrees(2, cp=2, order="zigzag"),
+}
+
+
+def work(kind: str, degrees: Degrees, axes: Axes) -> int:
+    """Operations of matrix products in this rank's forward, over its rows of TOKENS tokens."""
+    packing = pack([TOKENS], "cpu", axes.cp, degrees.order)
+    told = Pass(packing, packing.total)
+    kw: dict[str, Any] = {"device": None, "dtype": torch.float64}
+    further = kind == "further tokens"
+    module: Any = MultiToken(WIDE, axes, **kw) if further else Layer(kind, WIDE, axes, **kw)
+    initialise(module, 3, "layer")
+    cut(module, axes)
+    x = torch.randn(packing.total // axes.token_shards, WIDE.d_model, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        y = module(x, x, told) if further else module(x, told)
+    assert y.shape == x.shape
+    return int(counter.get_total_flops())
+
+
+def works(degrees: Degrees | None) -> list[int]:
+    torch.manual_seed(dist.get_rank())
+    axes = Axes() if degrees is None else make_axes(degrees)
+    return [work(kind, degrees or Degrees(1), axes) for kind in KINDS]
+
+
+@pytest.fixture(scope="module")
+def alone(pool: Any) -> list[int]:
+    out: list[int] = pool.run(1, works, None)[0]
+    return out
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+def test_work_is_shared(degree: str, ranks: Any, alone: list[int]) -> None:
+    results = ranks(2, works, DEGREES[degree])
+    for i, kind in enumerate(KINDS):
+        worst = max(r[i] for r in results) / alone[i]
+        # Without sequence parallelism every tp rank joins all tokens with their embeddings.
+        assert worst < (0.7 if (kind, degree) == ("further tokens", "tp") else 0.55), worst
