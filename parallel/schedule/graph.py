@@ -18,8 +18,10 @@ from parallel.schedule.action import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
+    BOUNDARY,
     BOUNDARY_BACKWARD,
     BOUNDARY_FORWARD,
+    COMPUTE,
     FORWARD,
     POSTED,
     RECV_BACKWARD,
@@ -42,19 +44,26 @@ _NEEDS = {
     SEND_BACKWARD: BACKWARD,
 }
 _LEAVES = {FORWARD: FORWARD, BACKWARD: BACKWARD, BACKWARD_INPUT: BACKWARD}
-# By kind of a message's end: what the message is called, and whether this end sends it.
+# What the message is called that an action starts or waits for, whether its rank sends it, and how many
+# stages further its other end is.
 _MESSAGE = {
-    SEND_FORWARD: (SEND_FORWARD, True),
-    RECV_FORWARD: (SEND_FORWARD, False),
-    SEND_BACKWARD: (SEND_BACKWARD, True),
-    RECV_BACKWARD: (SEND_BACKWARD, False),
+    SEND_FORWARD: (SEND_FORWARD, True, 1),
+    RECV_FORWARD: (SEND_FORWARD, False, -1),
+    FORWARD: (SEND_FORWARD, False, -1),
+    SEND_BACKWARD: (SEND_BACKWARD, True, -1),
+    RECV_BACKWARD: (SEND_BACKWARD, False, 1),
+    BACKWARD: (SEND_BACKWARD, False, 1),
+    BACKWARD_INPUT: (SEND_BACKWARD, False, 1),
 }
-_CARRIES = {SEND_FORWARD: "activations", SEND_BACKWARD: "gradients"}
 
-# A result on a program's ranks: (FORWARD or BACKWARD, module, micro-batch, stage).
-# A message: (what it is called, module, micro-batch, the later of its stages, from program, to program).
-# An edge's transfer: (kind, source module, micro-batch).
-Key = tuple[Any, ...]
+Result = tuple[Any, ...]  # on a program's ranks: (FORWARD or BACKWARD, module, micro-batch, stage)
+# Transfers take a lane: (SEND_FORWARD or SEND_BACKWARD, module, the later of its stages, from program, to
+# program), or that of an edge: (kind, source).
+Lane = tuple[Any, ...]
+Key = tuple[int, int]  # a transfer: (number of its lane, micro-batch)
+
+
+Meeting = tuple[Result, frozenset[int]]  # (action without its place, programs)
 
 
 class Stuck(ValueError):
@@ -72,6 +81,7 @@ class Graph:
     Actions are numbered through all programs. first: the number of each program's first, then how many there
     are. before: by number, the last computation before it on its ranks, or START. waits: by computation, the
     transfers that it waits for. transfers: for each of its ends, the computation after which it is started.
+    lanes: by number.
     order: computations in an order in which they can be done; those that start at one moment, because their
     collectives meet, together.
     """
@@ -80,6 +90,7 @@ class Graph:
     before: list[int]
     waits: dict[int, list[Key]]
     transfers: dict[Key, list[int]]
+    lanes: list[Lane]
     order: list[tuple[int, ...]]
 
 
@@ -88,7 +99,8 @@ def graph_of(plan: SchedulePlan) -> Graph:
     if "graph" not in plan.memo:
         reader = _Reader(plan)
         order = _Order(reader).run()
-        plan.memo["graph"] = Graph(reader.first, reader.before, reader.waits, reader.transfers, order)
+        lanes = list(reader.numbers)
+        plan.memo["graph"] = Graph(reader.first, reader.before, reader.waits, reader.transfers, lanes, order)
     found: Graph = plan.memo["graph"]
     return found
 
@@ -102,19 +114,19 @@ class _Reader:
         self.before = [START] * self.first[-1]
         self.waits: dict[int, list[Key]] = {}
         self.transfers: dict[Key, list[int]] = defaultdict(list)
-        self.meets: dict[int, tuple[Key, frozenset[int]]] = {}  # what several programs begin together
-        self.cut: dict[int, tuple[Action, Key]] = {}  # where a program stops whatever others do, and why
+        self.numbers: dict[Lane, int] = {}
+        self.known: dict[Lane, tuple[list[int], list[str]]] = {}  # lanes by (program, kind, module, stage)
+        self.meets: dict[int, Meeting] = {}  # what several programs begin together
+        self.cut: dict[int, tuple[Action, Result]] = {}  # where a program stops whatever others do, and why
         self.peers, self.together = _peers(plan), _Together(plan)
         self.ends = {s: plan.ends(s) for s in plan.sources}
-        self.stages = {m: u.stages for m, u in plan.modules.items()}
-        self.pp = {m: u.layout.pp for m, u in plan.modules.items()}
         self.computations = [self._read(p) for p in range(len(plan.programs))]
         self.transfers.default_factory = None
 
     def _read(self, p: int) -> list[int]:
         """The computations of a program, as far as it gets if others do all that it waits for."""
         last, found = START, list[int]()
-        done: set[Key] = set()  # results on the program's own ranks
+        done: set[Result] = set()  # results on the program's own ranks
         for number, a in enumerate(self.plan.programs[p], self.first[p]):
             for result in self._needs(p, a):
                 if result not in done:
@@ -122,10 +134,10 @@ class _Reader:
                     return found
             self.before[number] = last
             if a.kind in POSTED:
-                for key in self._starts(p, a):
+                for key in self._keys(p, a):
                     self.transfers[key].append(last)
                 continue
-            if keys := self._inputs(p, a):
+            if keys := self._keys(p, a):
                 self.waits[number] = keys
             if a.groups and len(members := self.together[a.groups, p]) > 1:
                 self.meets[number] = (a[:4], members)
@@ -135,56 +147,56 @@ class _Reader:
             last = number
         return found
 
-    def _needs(self, p: int, a: Action) -> list[Key]:
+    def _needs(self, p: int, a: Action) -> list[Result]:
         """The results on its own ranks that an action needs."""
         if a.kind in _NEEDS:
             return _results(_NEEDS[a.kind], a)
         if a.kind is BOUNDARY_FORWARD and p in self.ends[a.module][0]:
-            return [(FORWARD, a.module, a.microbatch, self.stages[a.module] - 1)]
+            return [(FORWARD, a.module, a.microbatch, self.plan.modules[a.module].stages - 1)]
         if a.kind is BOUNDARY_BACKWARD and p in self.ends[a.module][1]:
             return [(BACKWARD, self.plan.sink, a.microbatch, 0)]
         return []
 
-    def _starts(self, p: int, a: Action) -> list[Key]:
-        """The transfers of which an action starts program p's end."""
-        if a.peer is None:
-            return [(a.kind, a.module, a.microbatch)]
-        return self._messages(*_MESSAGE[a.kind], a, a.peer, p)
+    def _keys(self, p: int, a: Action) -> list[Key]:
+        """The transfers of which an action starts program p's end, or that a computation waits for."""
+        way = (p, a.kind, a.module, a.stage)
+        if way not in self.known:
+            lanes = self._lanes(*way)
+            numbers = [self.numbers.setdefault(lane, len(self.numbers)) for lane in lanes]
+            fed = a.kind in COMPUTE and any(lane[0] in BOUNDARY for lane in lanes)
+            self.known[way] = numbers, [lane[1] for lane in lanes] if fed else []
+        numbers, sources = self.known[way]
+        if not sources:
+            return [(n, a.microbatch) for n in numbers]
+        pairs = zip(numbers, sources, strict=True)  # rows come of micro-batches with items alone
+        return [(n, i) for n, s in pairs for i in a.microbatches if s in self.plan.active[i]]
 
-    def _inputs(self, p: int, a: Action) -> list[Key]:
-        """The transfers that a computation waits for."""
-        kind, module, i, stage = a[:4]
-        if kind is FORWARD:
-            if stage:
-                return self._messages(SEND_FORWARD, False, a, stage - 1, p)
-            if module == self.plan.sink:
-                return [(BOUNDARY_FORWARD, s, i) for s in self.plan.sources if s in self.plan.active[i]]
-        elif kind is BACKWARD or kind is BACKWARD_INPUT:
-            if stage + 1 < self.stages[module]:
-                return self._messages(SEND_BACKWARD, False, a, stage + 1, p)
-            if module != self.plan.sink:
-                rows = (k for k in a.microbatches if module in self.plan.active[k])
-                return [(BOUNDARY_BACKWARD, module, k) for k in rows]
-        return []
-
-    def _messages(self, name: Kind, sends: bool, a: Action, peer: int, p: int) -> list[Key]:
-        """The messages between the stage of an action of program p and stage `peer`."""
-        module, i, later = a.module, a.microbatch, max(a.stage, peer)
-        others = self.peers[module, peer % self.pp[module], p]
-        if sends:
-            return [(name, module, i, later, p, q) for q in others]
-        return [(name, module, i, later, q, p) for q in others]
+    def _lanes(self, p: int, kind: Kind, module: str, stage: int) -> list[Lane]:
+        """The lanes of the transfers that actions of a kind and stage start or wait for."""
+        sink = module == self.plan.sink
+        if kind in BOUNDARY:
+            return [(kind, module)]
+        if kind is FORWARD and stage == 0:
+            return [(BOUNDARY_FORWARD, s) for s in self.plan.sources] if sink else []
+        if kind in (BACKWARD, BACKWARD_INPUT) and stage + 1 == self.plan.modules[module].stages:
+            return [] if sink else [(BOUNDARY_BACKWARD, module)]
+        if kind not in _MESSAGE:
+            return []
+        name, sends, step = _MESSAGE[kind]
+        others = self.peers.get((module, (stage + step) % self.plan.modules[module].layout.pp, p), ())
+        later = max(stage, stage + step)
+        return [(name, module, later, *((p, q) if sends else (q, p))) for q in others]
 
 
 class _Order:
     """Takes every program as far as it gets, again and again, until all are at their ends."""
 
     def __init__(self, read: _Reader) -> None:
-        self.read, self.plan = read, read.plan
+        self.read, self.plan, self.lanes = read, read.plan, list(read.numbers)
         self.order: list[tuple[int, ...]] = []
         self.at = [0] * len(self.plan.programs)  # computations done
         self.done = [False] * read.first[-1] + [True]  # by number; the last is START
-        self.came: dict[tuple[Key, frozenset[int]], list[int]] = defaultdict(list)  # to what they meet for
+        self.came: dict[Meeting, list[int]] = defaultdict(list)  # to what they meet for
         self.waiters: dict[int, list[int]] = defaultdict(list)  # programs that wait for a computation
         # The transfers that all their ends start.
         self.there = {key: after for key, after in read.transfers.items() if len(after) == self._ends(key)}
@@ -236,7 +248,8 @@ class _Order:
 
     def _ends(self, key: Key) -> int:
         """How many programs must start a transfer."""
-        return 2 if key[0] in _CARRIES else len(frozenset().union(*self.read.ends[key[1]]))
+        lane = self.lanes[key[0]]
+        return 2 if lane[0] not in BOUNDARY else len(frozenset().union(*self.read.ends[lane[1]]))
 
     def _why(self, p: int) -> str:
         """Where program p has stopped and for what."""
@@ -260,17 +273,19 @@ class _Order:
 
     def _say(self, key: Key) -> str:
         """A transfer in words."""
-        kind, module, i, *more = key
-        if not more:
+        (kind, module, *link), i = self.lanes[key[0]], key[1]
+        if not link:
             return f"{kind.value}({module}, {i}) to be started by every rank of the edge"
-        link = f"between {module}.{more[0] - 1} and {module}.{more[0]} from {self._ranks(more[1:2])}"
-        return f"{_CARRIES[kind]} of micro-batch {i} {link}"
+        later, source, _ = link
+        carries = "activations" if kind is SEND_FORWARD else "gradients"
+        where = f"between {module}.{later - 1} and {module}.{later} from {self._ranks([source])}"
+        return f"{carries} of micro-batch {i} {where}"
 
     def _ranks(self, programs: Iterable[int]) -> str:
         return ", ".join(f"rank {self.plan.ranks_of[q][0]}" for q in programs)
 
 
-def _results(kind: Kind, a: Action) -> list[Key]:
+def _results(kind: Kind, a: Action) -> list[Result]:
     """What an action leaves, or needs, on its own ranks."""
     if a.span == 1:
         return [(kind, *a[1:4])]

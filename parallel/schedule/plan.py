@@ -119,8 +119,8 @@ class SchedulePlan:
         return self.hosts(source, self.modules[source].stages - 1), self.hosts(self.sink, 0)
 
     def learns(self, module: str, microbatch: int) -> bool:
-        """Whether a backward follows a module's forward of a micro-batch: it has items and is not frozen, or it
-        is the sink and gradients pass through it to a source that has and is not."""
+        """Whether a backward follows its forward: it has items and is not frozen, or it is the sink and
+        gradients pass through it to a source that has and is not."""
         if not self.train:
             return False
         if module != self.sink:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from parallel.schedule.action import BOUNDARY, BOUNDARY_BACKWARD, POSTED, Action, Kind
 from parallel.schedule.costs import Costs
-from parallel.schedule.graph import START, Graph, Key, graph_of
+from parallel.schedule.graph import START, Graph, Key, Lane, graph_of
 from parallel.schedule.plan import SchedulePlan
 
 
@@ -89,18 +89,21 @@ class Timeline:
     def transfers(self) -> tuple[Transfer, ...]:
         """All transfers between programs, by when they start."""
         out = []
-        for key, after in graph_of(self.plan).transfers.items():
+        graph = graph_of(self.plan)
+        delays = _delays(graph, self.costs)
+        pairs = [self._pairs(lane) for lane in graph.lanes]
+        for (n, _), after in graph.transfers.items():
             start = max(map(self._end, after))
-            end = start + _delay(key, self.costs)
-            out += [Transfer(*key[:2], source, target, start, end) for source, target in self._pairs(key)]
+            kind, module = graph.lanes[n][:2]
+            out += [Transfer(kind, module, a, b, start, start + delays[n]) for a, b in pairs[n]]
         return tuple(sorted(out, key=lambda t: t.start))
 
-    def _pairs(self, key: Key) -> Sequence[tuple[int, int]]:
-        """The programs that a transfer goes from and to."""
-        if key[0] not in BOUNDARY:
-            return (key[4:],)
-        sources, targets = self.plan.ends(key[1])
-        if key[0] is BOUNDARY_BACKWARD:
+    def _pairs(self, lane: Lane) -> Sequence[tuple[int, int]]:
+        """The programs that the transfers of a lane go from and to."""
+        if lane[0] not in BOUNDARY:
+            return (lane[3:],)
+        sources, targets = self.plan.ends(lane[1])
+        if lane[0] is BOUNDARY_BACKWARD:
             sources, targets = targets, sources
         return [(s, t) for s in sources for t in targets if s != t]
 
@@ -108,6 +111,7 @@ class Timeline:
     def critical_path(self) -> tuple[tuple[int, Action], ...]:
         """(rank, action) of the chain of computations that the step time follows, first to last."""
         graph = graph_of(self.plan)
+        delays = _delays(graph, self.costs)
         met = {n: members for members in graph.order for n in members}
         where = {n: (p, n - a) for p, a in enumerate(graph.first[:-1]) for n in range(a, graph.first[p + 1])}
         out = []
@@ -117,8 +121,7 @@ class Timeline:
             out.append((self.plan.ranks_of[p][0], self.plan.programs[p][k]))
             came = [(self._end(graph.before[n]), graph.before[n]) for n in met[at]]
             for key in (key for n in met[at] for key in graph.waits.get(n, ())):
-                delay = _delay(key, self.costs)
-                came += [(self._end(n) + delay, n) for n in graph.transfers[key]]
+                came += [(self._end(n) + delays[key[0]], n) for n in graph.transfers[key]]
             at = max(came)[1]
         return tuple(reversed(out))
 
@@ -134,23 +137,22 @@ def simulate(plan: SchedulePlan, costs: Costs | None = None) -> Timeline:
     return Timeline(plan, costs, begins, ends)
 
 
-def _delay(key: Key, costs: Costs) -> float:
-    """What a transfer takes once it is under way."""
-    return costs.transfer.get((key[1], key[0]), 0.0) if costs.transfer else 0.0
+def _delays(graph: Graph, costs: Costs) -> list[float]:
+    """By lane, what a transfer takes once it is under way."""
+    return [costs.transfer.get((module, kind), 0.0) for kind, module, *_ in graph.lanes]
 
 
 def _own_cores(graph: Graph, seconds: Sequence[float], costs: Costs) -> tuple[list[float], list[float]]:
     """(begins, ends) where every rank computes at full speed: everything starts when its inputs are there."""
     begins, ends = [0.0] * len(seconds), [0.0] * (len(seconds) + 1)  # the last is of START
-    transfers, waits, before = graph.transfers, graph.waits, graph.before
+    transfers, waits, before, delays = graph.transfers, graph.waits, graph.before, _delays(graph, costs)
     for members in graph.order:
         start = 0.0
         for n in members:
             start = max(start, ends[before[n]])
             for key in waits.get(n, ()):
-                delay = _delay(key, costs)
                 for k in transfers[key]:
-                    start = max(start, ends[k] + delay)
+                    start = max(start, ends[k] + delays[key[0]])
         for n in members:
             begins[n] = start
             ends[n] = start + seconds[n]
@@ -163,7 +165,7 @@ class _SharedCores:
 
     def __init__(self, graph: Graph, seconds: Sequence[float], costs: Costs, many: Sequence[int]) -> None:
         assert costs.cores is not None
-        self.graph, self.seconds, self.costs, self.cores = graph, seconds, costs, costs.cores
+        self.graph, self.seconds, self.delays, self.cores = graph, seconds, _delays(graph, costs), costs.cores
         self.ranks = [n for p, n in enumerate(many) for _ in range(graph.first[p], graph.first[p + 1])]
         self.begins, self.ends = [0.0] * len(seconds), [0.0] * len(seconds)
         # What each computation and each transfer lets go on, and how much of that is still to come.
@@ -183,8 +185,7 @@ class _SharedCores:
         self.now = self.clock = 0.0  # seconds, and how far a computation running all the time has come
         self.running = 0  # ranks that compute
         self.computing: list[tuple[float, int]] = []  # (clock at its end, computation)
-        self.arriving: list[tuple[float, int, Key]] = []  # (second, how many came before, transfer)
-        self.sent = 0
+        self.arriving: list[tuple[float, Key]] = []  # (second, transfer)
 
     def run(self) -> tuple[list[float], list[float]]:
         self._ended(START)
@@ -192,7 +193,7 @@ class _SharedCores:
             rate = min(1.0, self.cores / self.running) if self.running else 1.0
             finish = self.now + (self.computing[0][0] - self.clock) / rate if self.computing else None
             if self.arriving and (finish is None or self.arriving[0][0] <= finish):
-                second, _, key = heapq.heappop(self.arriving)
+                second, key = heapq.heappop(self.arriving)
                 self.clock += (second - self.now) * rate
                 self.now = second
                 self._go(self.arrives[key])
@@ -208,8 +209,7 @@ class _SharedCores:
         for key in self.starts[computation]:
             self.unsent[key] -= 1
             if not self.unsent[key]:
-                self.sent += 1
-                heapq.heappush(self.arriving, (self.now + _delay(key, self.costs), self.sent, key))
+                heapq.heappush(self.arriving, (self.now + self.delays[key[0]], key))
         self._go(self.follows[computation])
 
     def _go(self, places: Sequence[int]) -> None:
