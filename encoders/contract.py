@@ -143,6 +143,14 @@ class Encoder(nn.Module, ABC):
         [this rank's rows * tokens_per_row, hidden_width]."""
 
 
+def check_positive(name: str, cfg: Any, *options: str) -> None:
+    """Refuse whole-number options of an encoder that are below 1."""
+    for option in options:
+        value = getattr(cfg, option)
+        if value < 1:
+            raise ValueError(f"{name} {option} is {value}; needed: at least 1")
+
+
 def pack_items(
     cls: type[Encoder],
     cfg: Any,
@@ -155,7 +163,12 @@ def pack_items(
 ) -> ItemBatch:
     """Lay prepared items end to end; no items give an empty batch. metas may have more items than tensors,
     which are then those from number `first` on."""
-    values = torch.cat(list(tensors)) if tensors else torch.zeros((0, *cls.input_shape(cfg)))
+    shape = tuple(cls.input_shape(cfg))
+    for tensor in tensors:
+        if tuple(tensor.shape[1:]) != shape:
+            wanted = f"[n, {', '.join(map(str, shape))}], as input_shape says"
+            raise ValueError(f"{cls.__name__}.prepare gave {list(tensor.shape)}; needed: {wanted}")
+    values = torch.cat(list(tensors)) if tensors else torch.zeros((0, *shape))
     return ItemBatch(values.to(device, dtype), tuple(len(t) for t in tensors), tuple(metas), first)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from encoders.compat import log_mel, read_wav
 from encoders.context import ItemAttention, ItemConvolution
-from encoders.contract import Encoder, Features, ItemBatch, Meta
+from encoders.contract import Encoder, Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer, wide
 from encoders.registry import register
 from encoders.share import Share, pieces
@@ -289,6 +289,8 @@ class FastConformer(Encoder):
 
     @classmethod
     def check(cls, cfg: FastConformerConfig, tp: int) -> None:
+        sizes = ("rate", "mels", "channels", "width", "heads", "layers", "ffn", "kernel")
+        check_positive("fastconformer", cfg, *sizes)
         check_divides("fastconformer width", cfg.width, "heads", cfg.heads)
         check_divides("fastconformer heads", cfg.heads, "tp", tp)
         check_divides("fastconformer ffn", cfg.ffn, "tp", tp)

@@ -46,6 +46,7 @@ class EncoderModule(nn.Module):
         if not self.stage.last:
             return found
         promised = tuple(self.encoder.rows(self.cfg, meta) for meta in batch.metas)
+        self._check_features(found)
         given = Share.of(promised, encoder_axes(type(self.encoder), self.axes))
         if found.rows != promised or found.values.shape[0] != given.kept:
             raise _mismatch(type(self.encoder).__name__, found, promised, given)
@@ -53,6 +54,19 @@ class EncoderModule(nn.Module):
         # Where every tp rank has run the whole encoder, it goes on with its own part.
         values = found.values.narrow(0, share.part[0] - given.part[0], share.kept)
         return Features(self._project(values, given), promised, share.part[0])
+
+    def _check_features(self, found: Any) -> None:
+        """Say in words what an encoder gave that the projectors cannot take."""
+        name, cls = type(self.encoder).__name__, type(self.encoder)
+        if not isinstance(found, Features):
+            raise TypeError(f"{name}.forward gave {type(found).__name__}; needed: encoders.Features")
+        levels, width = cls.feature_levels(self.cfg), cls.feature_width(self.cfg)
+        shape = (width,) if levels == 1 else (levels, width)
+        if tuple(found.values.shape[1:]) != shape:
+            raise ValueError(
+                f"{name}.forward gave values {list(found.values.shape)}; needed: [rows, "
+                f"{', '.join(map(str, shape))}], as feature_width (and feature_levels) say"
+            )
 
     def _project(self, values: Tensor, share: Share) -> Tensor:
         assert self.projector is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable
+from dataclasses import is_dataclass
 
 from encoders.contract import Encoder
 
@@ -29,15 +30,21 @@ def resolve(name: str) -> type[Encoder]:
         return _registry[name]
     if ":" not in name:
         near = difflib.get_close_matches(name, _registry, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_registry))}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_registry))}."
         raise ValueError(f"no encoder named {name!r}; {hint} An encoder of your own is package.module:Class")
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a file of the user's raises while it is imported
         raise ValueError(
-            f"encoder {name!r} cannot be imported: {error}; run from the folder that has it"
+            f"{name!r} cannot be imported: {type(error).__name__}: {error}; needed: package.module:Class, "
+            "importable from the working folder or PYTHONPATH"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Encoder)):
-        raise ValueError(f"encoder {name!r} is not a subclass of encoders.Encoder")
+        raise ValueError(f"{name!r} is not a subclass of encoders.Encoder")
+    lacks = sorted(getattr(found, "__abstractmethods__", ()))
+    if not is_dataclass(getattr(found, "Config", None)):
+        lacks.append("Config (a frozen dataclass of its options)")
+    if lacks:
+        raise ValueError(f"{name!r} is no whole encoder: it lacks {', '.join(lacks)}")
     return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from encoders.compat import decode_image
 from encoders.context import ItemAttention
-from encoders.contract import Encoder, Features, ItemBatch, Meta
+from encoders.contract import Encoder, Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
@@ -179,6 +179,9 @@ class ViT(Encoder):
 
     @classmethod
     def check(cls, cfg: ViTConfig, tp: int) -> None:
+        check_positive("vit", cfg, "patch", "width", "heads", "layers", "mlp", "max_grid")
+        if cfg.channels not in (1, 3):
+            raise ValueError(f"vit channels is {cfg.channels}; needed: 1 (grey) or 3 (colour)")
         check_divides("vit width", cfg.width, "heads", cfg.heads)
         check_divides("vit heads", cfg.heads, "tp", tp)
         check_divides("vit mlp", cfg.mlp, "tp", tp)

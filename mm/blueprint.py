@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,10 +139,17 @@ def draw_up(cfg: Config, world: int) -> Blueprint:
 
 
 def _draw_up(cfg: Config, world: int) -> Blueprint:
+    for name in cfg.model:
+        if name == "text" or not name.isidentifier():
+            raise ValueError(
+                f"model.{name}: no module can have this name; needed: letters, digits and _, and not text, "
+                "which is what samples call text"
+            )
     layouts = {m: make_layout(m, world, cfg.layout.get(m, {})) for m in [*cfg.model, SINK]}
-    unknown = set(cfg.layout) - set(layouts)
-    if unknown:
-        raise ValueError(f"layout names {sorted(unknown)}, but the model's modules are {sorted(layouts)}")
+    for name in cfg.layout.keys() - layouts.keys():
+        near = difflib.get_close_matches(name, layouts, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the model's modules are {', '.join(layouts)}"
+        raise ValueError(f"unknown key layout.{name}; {hint}")
     llm = llm_config(cfg)
     recompute_parts(cfg.train.recompute)
     for name, n in cfg.schedule.encoder_batch.items():
@@ -167,7 +175,9 @@ def llm_config(cfg: Config) -> LLMConfig:
     vocab = make_tokenizer(cfg.data.tokenizer).vocab_size
     options, base = dict(cfg.llm), {"vocab_size": vocab}
     name = options.pop("preset", None)
-    if name is not None and (Path(name) / "config.json").is_file():
+    if not isinstance(name, str | None):
+        raise ValueError(f"model.llm.preset is {name!r}; needed: a name or a folder")
+    if name is not None and Path(name).is_dir():
         base = asdict(read_config(SafeFolder(name).config()))
     elif name is not None:
         base = asdict(preset(name))
@@ -179,13 +189,23 @@ def llm_config(cfg: Config) -> LLMConfig:
 
 def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
     enc = cfg.model[name]
-    cls = encoders.resolve(enc.encoder)
+    cls = _encoder_class(enc.encoder, name)
     options = build(cls.Config, enc.options, f"model.{name}.options")
-    check_encoder(cls, options, tp=layout.tp, cp=layout.cp, pp=layout.pp * layout.vpp)
+    try:
+        check_encoder(cls, options, tp=layout.tp, cp=layout.cp, pp=layout.pp * layout.vpp)
+    except ValueError as error:
+        raise ValueError(f"model.{name}: {error}") from error
     check_divides(
         f"model.{name}.projector.hidden", enc.projector.hidden, "tp", layout.tp if cls.tensor_parallel else 1
     )
     return EncoderUse(cls, options, layout, enc.deal)
+
+
+def _encoder_class(encoder: str, module: str) -> type[encoders.Encoder]:
+    try:
+        return encoders.resolve(encoder)
+    except ValueError as error:
+        raise ValueError(f"model.{module}.encoder: {error}") from error
 
 
 def _check_batch(name: str, n: int, layouts: Mapping[str, Layout]) -> None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # without, and doctor must run where packages are missing.
 
 
+MOST_RANKS = 16384  # of one plan: a mistyped number should not plan, or start, for hours
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns its exit code. Of a failing job one rank says why, in one message."""
     try:
@@ -38,7 +41,11 @@ def main(argv: Sequence[str]) -> int:
         return 1
     except Exception as error:
         if launch.speaks(error):
-            traceback.print_exc()
+            # A file of the user's is named in words; without a name it is the network's, whose place matters.
+            if isinstance(error, OSError) and error.filename is not None:
+                print(f"{error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exc()
         return 1
 
 
@@ -92,7 +99,9 @@ def _config(args: argparse.Namespace, extra: Sequence[str] = ()) -> Config:
     words = [*args.words, *extra]
     files = [w for w in words if "=" not in w]
     if len(files) != 1:
-        raise Refused(f"needed: one CONFIG file, given {' and '.join(files) or 'none'}")
+        stray = next((f for f in files[1:] if not Path(f).suffix.startswith(".y")), None)
+        hint = "" if stray is None else f"; an override is key=value, so {stray}=.."
+        raise Refused(f"needed: one CONFIG file, given {' and '.join(files) or 'none'}{hint}")
     return load_config(Path(files[0]), [w for w in words if "=" in w])
 
 
@@ -101,7 +110,10 @@ def _world(args: argparse.Namespace, cfg: Config) -> int:
     if args.nproc is not None and args.nproc < 1:
         raise Refused(f"--nproc {args.nproc}; needed: at least 1")
     if not launch.launched():
-        return args.nproc or cfg.run.nproc
+        world = args.nproc or cfg.run.nproc
+        if world > MOST_RANKS:
+            raise Refused(f"{world} ranks (--nproc, run.nproc); needed: at most {MOST_RANKS}")
+        return world
     if args.nproc not in (None, launch.world_size()):
         raise Refused(
             f"--nproc {args.nproc}, but {launch.world_size()} ranks were started; leave --nproc out"
@@ -119,8 +131,10 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     cfg = _config(args)
     world = _world(args, cfg)
     from mm.blueprint import draw_up
+    from mm.preflight import check_paths
 
     blueprint = draw_up(cfg, world)
+    check_paths(cfg)
     if args.dry_run:
         from mm.plan_text import dry_run
 

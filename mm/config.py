@@ -30,8 +30,8 @@ class RunConfig(Section):
     of a step that is drawn as it ran, and traced for Perfetto.
     """
 
-    dir: str = "runs/run"
-    seed: int = 0
+    dir: str = Field("runs/run", min_length=1)
+    seed: int = Field(0, ge=0, lt=2**63)
     nproc: int = Field(4, ge=1)
     timeout_s: float = Field(120.0, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -73,15 +73,19 @@ class ScheduleConfig(Section):
 class DataConfig(Section):
     """train, eval: shard patterns relative to the config file; context: longest sample in tokens."""
 
-    train: list[str]
+    train: list[str] = Field(min_length=1)
     eval: list[str] = []
     tokenizer: str = "bytes"
     context: int = Field(256, ge=3)
     prefetch: int = Field(2, ge=1)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Section):
-    """warmup, decay: fractions of steps; clip: bound on the global gradient norm, 0 for none.
+    """warmup, decay: fractions of steps, together at most 1. min_lr: at most lr. clip: bound on the global
+    gradient norm, 0 for none.
 
     shard: FSDP gathers each module as a whole, or layer by layer. recompute: true for whole layers, or parts
     of them by name (llm.recompute); encoders know whole layers only. offload: the language model's
@@ -95,7 +99,7 @@ class TrainConfig(Section):
     min_lr: float = Field(0.0, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)
     decay: float = Field(0.2, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, ge=0)
@@ -141,14 +145,19 @@ class Config(Section):
 
 
 INTERNAL = ("base", "llm")  # fields of Config that are no top-level keys of the file
+LAYOUT_FILE = {"layout", "schedule"}  # what a layout file may hold
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply key=value overrides; raises Refused in words."""
     if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise Refused(f"no config file {path}; there: {', '.join(near) or 'no .yaml files'}")
+        folder = path if path.is_dir() else path.parent
+        near = sorted(str(p) for p in folder.glob("*.yaml")) if folder.is_dir() else []
+        what = f"{path} is a folder, not a config file" if path.is_dir() else f"no config file {path}"
+        raise Refused(f"{what}; there: {', '.join(near) or 'no .yaml files'}")
     raw = _read_yaml(path)
+    if "layout" in raw and not raw.keys() - LAYOUT_FILE:
+        raise Refused(f"{path} is a layout file; needed: a config, such as compare CONFIG --layouts {path}")
     for text in overrides:
         _override(raw, text)
     return from_mapping(raw, path.resolve().parent)
@@ -171,10 +180,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(), _UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise Refused(f"{path} cannot be read as YAML: {error}") from error
+        raise Refused(f"{path} cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(raw, dict):
         raise Refused(f"{path} is not a mapping of sections, such as layout: {{llm: {{tp: 2}}}}")
     return raw
+
+
+def _one_line(error: Exception) -> str:
+    """A YAML error's problem and place, without the excerpt that would take several lines."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return " ".join(str(error).split())
 
 
 def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
@@ -186,10 +203,28 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
             "the config has no model.llm section; needed: model: {llm: {..}, <encoder module>: {..}}"
         )
     llm = model.pop("llm")
-    for name in INTERNAL:
-        if name in rest:
-            raise Refused(_unknown(name, f"model.{name}", ["model.llm"]))
-    return build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
+    sections = [k for k in Config.model_fields if k not in INTERNAL]
+    for name in rest.keys() - sections:
+        if name in ("llm", *model):
+            raise Refused(f"unknown key {name}; did you mean model.{name}?")
+        raise Refused(_unknown(str(name), name, sections))
+    cfg = build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
+    _check_train(cfg)
+    return cfg
+
+
+def _check_train(cfg: Config) -> None:
+    """Refuse values that are each legal, but not together."""
+    train, trace = cfg.train, cfg.run.trace
+    if train.min_lr > train.lr:
+        raise Refused(f"train.min_lr is {train.min_lr}; needed: at most train.lr, {train.lr}")
+    if train.warmup + train.decay > 1:
+        raise Refused(
+            f"train.warmup={train.warmup} and train.decay={train.decay} are fractions of the steps; needed: "
+            f"together at most 1. Nearest: train.decay={1 - train.warmup:g}"
+        )
+    if trace is not None and trace > train.steps:
+        raise Refused(f"run.trace is {trace}; needed: a step of the run, at most train.steps={train.steps}")
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
@@ -207,7 +242,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
     try:
         at[path[-1]] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise Refused(f"override {text!r}: {value!r} is not YAML: {error}") from error
+        raise Refused(f"override {text!r}: {value!r} is not YAML: {_one_line(error)}") from error
 
 
 def build(kind: type[Any], mapping: Mapping[str, Any], path: str) -> Any:
@@ -222,11 +257,16 @@ def build(kind: type[Any], mapping: Mapping[str, Any], path: str) -> Any:
         raise Refused("; ".join(_explain(e, path, mapping) for e in error.errors())) from None
 
 
-def _check_keys(kind: Any, value: Any, path: str) -> None:
-    """Refuse keys that a dataclass or section, or one inside it, does not know.
+NUMBERS = (int, float, int | None, float | None)
 
-    Dataclasses would ignore them, and sections would not name the nearest known one.
+
+def _check_keys(kind: Any, value: Any, path: str) -> None:
+    """Refuse keys that a dataclass or section, or one inside it, does not know, and true for a number.
+
+    Dataclasses would ignore keys, sections would not name the nearest known one, and both take true for 1.
     """
+    if isinstance(value, bool) and kind in NUMBERS:
+        raise Refused(f"{path}: given {value}; needed: a number")
     if not isinstance(value, Mapping):
         return
     if getattr(kind, "__origin__", None) is dict:
@@ -239,7 +279,7 @@ def _check_keys(kind: Any, value: Any, path: str) -> None:
     known = _known_keys(kind)
     for key, inner in value.items():
         if key not in known:
-            raise Refused(_unknown(_join(path, key), key, [k for k in known if k not in INTERNAL]))
+            raise Refused(_unknown(_join(path, key), key, known))
         _check_keys(hints[key], inner, _join(path, key))
 
 
@@ -254,7 +294,7 @@ def _join(path: str, key: object) -> str:
 
 
 def _unknown(where: str, key: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(key), known, 1)
+    near = difflib.get_close_matches(str(key).lower(), known, 1)
     hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {where}; {hint}"
 
@@ -265,12 +305,24 @@ def _explain(error: Any, path: str, mapping: Mapping[str, Any]) -> str:
     for name in loc:
         where = _join(where, name)
     if error["type"] != "missing":
-        return f"{where}: given {error['input']!r}; {error['msg']}"
+        return f"{where}: given {error['input']!r}; {_needed(error['msg'])}"
     if len(loc) == 3 and loc[0] == "model":  # a mistyped module in an override looks like a new module
         others = [m for m in mapping["model"] if m != loc[1] and "encoder" in mapping["model"][m]]
         near = difflib.get_close_matches(loc[1], others, 1)
         return f"{where} is missing" + (f"; did you mean model.{near[0]}?" if near else "")
     return f"{where} is missing"
+
+
+def _needed(message: str) -> str:
+    """A validator's message in our words: what is needed, without the names of classes."""
+    message = message.replace("a valid dictionary or instance of ", "a mapping, of ").partition(", of ")[0]
+    for theirs, ours in (
+        ("Input should be", "needed:"),
+        ("a valid dictionary", "a mapping"),
+        ("a valid ", "a "),
+    ):
+        message = message.replace(theirs, ours)
+    return "needed: at least one" if message.startswith("List should have at least 1") else message
 
 
 def resolve(cfg: Config) -> dict[str, Any]:

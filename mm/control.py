@@ -59,7 +59,7 @@ class Control:
         odd = [r for r in range(len(table)) if table[r, 0] != table[0, 0]]
         if odd:
             raise PolyrankError(
-                f"step {plan.step}: ranks {odd} planned another step than rank 0, "
+                f"step {plan.step + 1}: ranks {odd} planned another step than rank 0, "
                 f"{self._first_other(plan, odd)}; the data, its index or the config differ between machines: "
                 "compare them and start again"
             )

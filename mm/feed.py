@@ -80,7 +80,7 @@ class Feed:
             in_a_row += len(found)
             if in_a_row >= MAX_BAD_IN_A_ROW:
                 raise DataError(
-                    f"{in_a_row} unreadable samples in a row at step {step}; check the shards "
+                    f"{in_a_row} unreadable samples in a row at step {step + 1}; check the shards "
                     f"({prepared.bad[0] if prepared.bad else 'read by another rank'})"
                 )
             self.bad |= found

@@ -58,7 +58,14 @@ class PlanInputs:
         key = (module, part.shard, part.offset)
         if key not in self._rows:
             use = self.encoders[module]
-            self._rows[key] = int(use.cls.rows(use.cfg, part.meta))
+            try:
+                n = int(use.cls.rows(use.cfg, part.meta))
+            except KeyError as error:
+                have = ", ".join(part.meta) or "none: no probe knows this kind of file"
+                raise ValueError(f"{use.cls.__name__} needs the metadata {error}, it has {have}") from error
+            if n < 0:
+                raise ValueError(f"{use.cls.__name__}.rows gave {n}; needed: at least 0")
+            self._rows[key] = n
         return self._rows[key]
 
     @property
@@ -163,10 +170,16 @@ def _fingerprint(numbers: Sequence[int]) -> int:
 
 
 def sample_length(sample: Sample, inputs: PlanInputs) -> int:
-    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker."""
+    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker. Raises DataError, by
+    name, for an item that its encoder cannot take."""
     n = 2
     for seg in sample.segments:
-        n += seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+        try:
+            n += seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+        except ValueError as error:
+            assert seg.part is not None
+            where = f"{seg.part.name} of sample {sample.key} of {sample.shard}"
+            raise DataError(f"{where} does not fit model.{seg.kind}: {error}") from error
     return n
 
 

@@ -129,7 +129,7 @@ def _check_finite(column: Mapping[str, np.ndarray], modules: list[str], step: in
         if len(bad):
             what = f"loss of module {SINK}" if name == "loss" else f"gradient of module {name}"
             raise NonFinite(
-                f"step {step}: the {what} is not finite on rank {', '.join(map(str, bad))}; nothing was "
+                f"step {step + 1}: the {what} is not finite on rank {', '.join(map(str, bad))}; nothing was "
                 "updated. Lower train.lr, or resume from the last checkpoint with another data order"
             )
 

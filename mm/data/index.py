@@ -245,9 +245,11 @@ def read_or_build(shard: Path) -> dict[str, Any]:
             index = json.loads(path.read_text())
             if index["version"] == VERSION and index["bytes"] == shard.stat().st_size:
                 return index
-        except (ValueError, KeyError, TypeError):
-            pass  # not an index: made anew below
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not an index that can be read: made anew below
     index = build_index(shard)
+    if not index["samples"]:
+        return index  # perhaps not a shard at all: nothing is left beside it
     # Several ranks may do this at once; they write the same bytes, and the rename is atomic.
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -300,5 +302,6 @@ def load_index(patterns: Sequence[str], base: Path) -> Index:
             )
             samples.append(Sample(len(samples), entry["key"], str(shard), segments, parts["json"]))
     if not samples:
-        raise DataError(f"no usable sample in {', '.join(patterns)}: {broken[:3] or 'the shards are empty'}")
+        why = "; ".join(f"{key or 'all'} of {shard}: {what}" for shard, key, what in broken[:3])
+        raise DataError(f"no usable sample in {', '.join(patterns)}: {why or 'the shards are empty'}")
     return Index(tuple(samples), tuple(broken))

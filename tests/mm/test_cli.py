@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,60 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"train {CONFIG} other.yaml", 2, f"given {CONFIG} and other.yaml"),
         ("train configs/digit.yaml", 2, "no config file configs/digit.yaml; there: configs/digits.yaml"),
         (f"train {CONFIG} --steps 3", 2, "unrecognized arguments: --steps"),
+        ("train configs", 2, "configs is a folder, not a config file; there: configs/digits.yaml"),
+        ("train README.md", 2, "README.md cannot be read as YAML"),
+        ("train configs/layouts/dp4.yaml", 2, "is a layout file; needed: a config"),
+        (f"train {CONFIG} train.lr", 2, "an override is key=value, so train.lr=.."),
+        (
+            f"train {CONFIG} --nproc 1000000 --dry-run",
+            2,
+            "1000000 ranks (--nproc, run.nproc); needed: at most",
+        ),
+        (f"train {CONFIG} run.dir=README.md", 2, "run.dir README.md cannot be written: File exists"),
+        (f"train {CONFIG} data.train=[none.tar]", 3, "no shard matches 'none.tar'"),
+        (
+            f"train {CONFIG} checkpoint.resume=none/here",
+            4,
+            "checkpoint.resume=none/here: there is no such folder",
+        ),
+        (f"train {CONFIG} checkpoint.weights=none/here", 4, "weights=none/here: there is no such folder"),
+        (f"train {CONFIG} layout.visoin.tp=2", 2, "unknown key layout.visoin; did you mean vision?"),
+        (f"train {CONFIG} layout.llm.TP=2", 2, "unknown key layout.llm.TP; known keys: ranks, tp"),
+        (f"train {CONFIG} model.text.encoder=vit", 2, "model.text: no module can have this name"),
+        (f"train {CONFIG} model.llm.preset=3", 2, "model.llm.preset is 3; needed: a name or a folder"),
+        (
+            f"train {CONFIG} model.vision.encoder=os:path",
+            2,
+            "model.vision.encoder: 'os:path' is not a subclass",
+        ),
+        (
+            f"train {CONFIG} model.vision.encoder=os:no",
+            2,
+            "module 'os' has no attribute 'no'; needed: package",
+        ),
+        (
+            f"train {CONFIG} model.vision.encoder=encoders:Encoder",
+            2,
+            "no whole encoder: it lacks __init__, cost",
+        ),
+        (
+            f"train {CONFIG} model.vision.options.patch=0",
+            2,
+            "model.vision: vit patch is 0; needed: at least 1",
+        ),
+        (f"train {CONFIG} model.vision.options.channels=2", 2, "vit channels is 2; needed: 1 (grey) or 3"),
+        (f"train {CONFIG} model.audio.options.mels=0", 2, "model.audio: fastconformer mels is 0"),
+        (
+            f"train {CONFIG} --dry-run model.vision.options.patch=3",
+            3,
+            "does not fit model.vision: image of 8x12",
+        ),
+        (f"train {CONFIG} --dry-run model.audio.options.rate=9000", 3, "this encoder needs 9000"),
+        (
+            f"train {CONFIG} --dry-run model.audio={{encoder: vit}}",
+            3,
+            "ViT needs the metadata 'height', it has",
+        ),
         (f"train {CONFIG} --nproc 0", 2, "--nproc 0; needed: at least 1"),
         (f"train {CONFIG} --nproc two", 2, "argument --nproc: invalid int value"),
         (f"train {CONFIG} train.stpes=3", 2, "unknown key train.stpes; did you mean steps?"),
@@ -69,7 +124,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refusals_are_one_message_and_an_exit_code(
     line: str, code: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(line.split()) == code
+    assert main(re.split(" (?![^{]*})", line) if line else []) == code
     out, err = capsys.readouterr()
     assert words in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
     assert not out

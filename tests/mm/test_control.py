@@ -35,7 +35,7 @@ def disagree(case: str) -> str:
 def test_a_rank_with_another_plan_is_named_with_the_first_sample(ranks: Any) -> None:
     assert ranks(3, disagree, "none") == ["agreed"] * 3
     for message in ranks(3, disagree, "sample"):
-        assert "step 7: ranks [2] planned another step" in message
+        assert "step 8: ranks [2] planned another step" in message
         assert "first in sample 4 of the batch (id 4 on rank 0, 9 on rank 2)" in message
 
 

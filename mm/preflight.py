@@ -1,0 +1,32 @@
+"""What a run reads and writes, looked at before any rank starts: ranks take seconds to say the same."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from mm.config import Config
+from mm.data.index import find_shards
+from mm.errors import CheckpointError, Refused
+
+
+def check_paths(cfg: Config) -> None:
+    """Refuse a run folder that cannot be written, data that is not there, and a start from nowhere.
+
+    The run folder is made. Raises Refused, DataError or CheckpointError.
+    """
+    folder = Path(cfg.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Refused(
+            f"run.dir {folder} cannot be written: {error.strerror}; needed: a folder that can"
+        ) from error
+    for patterns in (cfg.data.train, cfg.data.eval):
+        find_shards(patterns, cfg.base)
+    for key in ("resume", "weights"):
+        path = getattr(cfg.checkpoint, key)
+        if path not in (None, "auto", "none") and not Path(path).is_dir():
+            raise CheckpointError(f"checkpoint.{key}={path}: there is no such folder")
