@@ -50,63 +50,50 @@ class _Rank:
     at: int = 0  # works of the sink begun
     ahead: int = 0  # encoder forwards begun
     back: int = 0  # encoder backwards begun
-    held: Counter[str] = field(
-        default_factory=Counter
-    )  # micro-batches between forward and backward, by encoder
+    # Micro-batches between forward and backward, by encoder.
+    held: Counter[str] = field(default_factory=Counter)
     busy: Work | None = None
     until: float = 0.0
     late: float = 0.0  # how far the pipeline is behind its time alone
     out: list[tuple[float, Work]] = field(default_factory=list)
 
 
-def fill(
-    pipeline: Sequence[Sequence[Work]],
-    starts: Sequence[Sequence[float]],
-    forwards: Sequence[Work],
-    learn: Collection[str],
-    active: Sequence[frozenset[str]],
-    stages: int,
-    ahead: int,
-    costs: Costs,
-    rules: Rules,
-) -> list[list[Work]]:
-    """Everything that each pipeline rank computes, in order.
+@dataclass(frozen=True)
+class Spare:
+    """A pipeline with idle time, and the encoder work to go into it.
 
-    pipeline, starts: the sink's works and when they start alone, by rank; stages: how many virtual stages it
-    has. forwards: the encoders' by micro-batch, the same on every rank; learn: the encoders with a backward.
+    pipeline, starts: the sink's works and when they start alone, by rank. stages: its virtual stages.
+    forwards: the encoders' by micro-batch, the same on every rank. learn: the encoders with a backward.
     ahead: for how many micro-batches a rank may hold encoder activations, enough for the pipeline as it is.
     """
-    run = _Fill(pipeline, starts, forwards, learn, active, stages, ahead, costs, rules)
+
+    pipeline: Sequence[Sequence[Work]]
+    starts: Sequence[Sequence[float]]
+    stages: int
+    forwards: Sequence[Work]
+    learn: Collection[str]
+    active: Sequence[frozenset[str]]
+    ahead: int
+    costs: Costs
+
+
+def fill(spare: Spare, rules: Rules) -> list[list[Work]]:
+    """Everything that each pipeline rank computes, in order."""
+    run = _Fill(spare, rules)
     run.play()
     return run.lists()
 
 
 class _Fill:
-    def __init__(
-        self,
-        pipeline: Sequence[Sequence[Work]],
-        starts: Sequence[Sequence[float]],
-        forwards: Sequence[Work],
-        learn: Collection[str],
-        active: Sequence[frozenset[str]],
-        stages: int,
-        ahead: int,
-        costs: Costs,
-        rules: Rules,
-    ) -> None:
-        self.ranks = [_Rank(works, at) for works, at in zip(pipeline, starts, strict=True)]
-        self.forwards, self.learn, self.active, self.stages = forwards, learn, active, stages
-        self.ahead, self.costs, self.rules = ahead, costs, rules
-        self.gradients = [w._replace(kind=BACKWARD) for w in forwards if w.module in learn]
-        self.done: set[tuple[Kind, int, int]] = (
-            set()
-        )  # (kind, stage, micro-batch) of the sink, backward as one
-        self.rows = dict.fromkeys(range(len(active)), 0)  # encoder forwards done, over ranks and encoders
-        self.read_at = {
-            w.microbatch: t
-            for w, t in zip(pipeline[0], starts[0], strict=True)
-            if w.stage == 0 and w.kind is FORWARD
-        }
+    def __init__(self, spare: Spare, rules: Rules) -> None:
+        self.spare, self.rules = spare, rules
+        self.ranks = [_Rank(works, at) for works, at in zip(spare.pipeline, spare.starts, strict=True)]
+        self.gradients = [w._replace(kind=BACKWARD) for w in spare.forwards if w.module in spare.learn]
+        # (kind, stage, micro-batch) of the sink, backward as one
+        self.done: set[tuple[Kind, int, int]] = set()
+        self.rows = [0] * len(spare.active)  # encoder forwards done, over ranks and encoders
+        first = zip(spare.pipeline[0], spare.starts[0], strict=True)
+        self.read_at = {w.microbatch: t for w, t in first if w.stage == 0 and w.kind is FORWARD}
         self.returned: dict[int, float] = {}  # when a micro-batch's gradient left the sink
         self.now = 0.0
 
@@ -127,24 +114,24 @@ class _Fill:
 
     def lists(self) -> list[list[Work]]:
         """The works of each rank; gradients start to come back when they leave the sink, on all ranks."""
+        back = [
+            (self.returned[i], 0, k, Work(BOUNDARY_BACKWARD, w.module, 0, i))
+            for k, w in enumerate(self.gradients)
+            for i in self._rows_of(w)
+        ]
         out = []
         for r, rank in enumerate(self.ranks):
-            posts = [
-                (t, Work(BOUNDARY_BACKWARD, w.module, 0, i))
-                for w in self.gradients
-                for i in range(w.microbatch, w.microbatch + w.span)
-                if r and w.module in self.active[i]
-                for t in (self.returned[i],)
-            ]
-            merged = sorted([*((t, 1, k, w) for k, (t, w) in enumerate(rank.out)), *self._number(posts)])
-            out.append([w for *_, w in merged])
+            own = [(t, 1, k, w) for k, (t, w) in enumerate(rank.out)]
+            out.append([w for *_, w in sorted([*own, *(back if r else ())])])
         return out
 
-    def _number(self, posts: Sequence[tuple[float, Work]]) -> list[tuple[float, int, int, Work]]:
-        return [(t, 0, k, w) for k, (t, w) in enumerate(posts)]
+    def _rows_of(self, w: Work) -> list[int]:
+        """The micro-batches of an encoder's work that have items."""
+        covered = range(w.microbatch, w.microbatch + w.span)
+        return [i for i in covered if w.module in self.spare.active[i]]
 
     def _seconds(self, w: Work) -> float:
-        return self.costs.seconds(Action(w.kind, w.module, w.microbatch, stage=w.stage, span=w.span))
+        return self.spare.costs.seconds(Action(w.kind, w.module, w.microbatch, stage=w.stage, span=w.span))
 
     def _begin(self, rank: _Rank, w: Work) -> None:
         rank.busy, rank.until = w, self.now + self._seconds(w)
@@ -154,7 +141,7 @@ class _Fill:
             rank.at += 1
         elif w.kind is FORWARD:
             rank.ahead += 1
-            rank.held[w.module] += w.span * (w.module in self.learn)
+            rank.held[w.module] += w.span * (w.module in self.spare.learn)
         else:
             rank.back += 1
 
@@ -165,8 +152,8 @@ class _Fill:
             if w.kind is BACKWARD:
                 rank.held[w.module] -= w.span
             else:
-                for i in range(w.microbatch, w.microbatch + w.span):
-                    self.rows[i] += w.module in self.active[i]
+                for i in self._rows_of(w):
+                    self.rows[i] += 1
             return
         kind = BACKWARD if w.kind is BACKWARD_INPUT else w.kind
         self.done.add((kind, w.stage, w.microbatch))
@@ -175,11 +162,11 @@ class _Fill:
 
     def _choose(self, rank: _Rank) -> Work | None:
         """What a free rank does now; None to wait."""
-        forward = self.forwards[rank.ahead] if rank.ahead < len(self.forwards) else None
+        forward = self.spare.forwards[rank.ahead] if rank.ahead < len(self.spare.forwards) else None
         gradient = self.gradients[rank.back] if rank.back < len(self.gradients) else None
         if gradient is not None and not self._came_back(gradient):
             gradient = None
-        full = forward is not None and rank.held[forward.module] + forward.span > self.ahead
+        full = forward is not None and rank.held[forward.module] + forward.span > self.spare.ahead
         if full:
             forward = None  # until a backward makes room
         work = rank.sink[rank.at] if rank.at < len(rank.sink) else None
@@ -197,19 +184,18 @@ class _Fill:
         return gradient if gradient is not None and full else work
 
     def _came_back(self, w: Work) -> bool:
-        covered = [i for i in range(w.microbatch, w.microbatch + w.span) if w.module in self.active[i]]
-        return all(i in self.returned for i in covered)
+        return all(i in self.returned for i in self._rows_of(w))
 
     def _ready(self, w: Work) -> bool:
         if w.kind is FORWARD and w.stage == 0:
-            return self.rows[w.microbatch] == len(self.ranks) * len(self.active[w.microbatch])
+            return self.rows[w.microbatch] == len(self.ranks) * len(self.spare.active[w.microbatch])
         need = self._need(w)
         return need is None or need in self.done
 
     def _need(self, w: Work) -> tuple[Kind, int, int] | None:
         if w.kind is FORWARD:
             return (FORWARD, w.stage - 1, w.microbatch)
-        if w.kind is BACKWARD_WEIGHT or w.stage + 1 == self.stages:
+        if w.kind is BACKWARD_WEIGHT or w.stage + 1 == self.spare.stages:
             return None
         return (BACKWARD, w.stage + 1, w.microbatch)
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from parallel.schedule.action import BACKWARD_WEIGHT, COMPUTE, FORWARD
 from parallel.schedule.costs import Costs
-from parallel.schedule.fill import Rules, fill
+from parallel.schedule.fill import TRIED, Spare, fill
 from parallel.schedule.lower import lower
 from parallel.schedule.orders import PIPELINES, Work, windows
 from parallel.schedule.plan import ModuleUse, Place, SchedulePlan, places
@@ -85,10 +85,8 @@ class Job:
                 lists[place] = by_slot([*self._apart(here, pulse), together])
         return self._lower(lists, ahead)
 
-    def fill_plan(
-        self, works: Pipelines, times: Times, rules: Rules, ahead: int, costs: Costs
-    ) -> SchedulePlan:
-        """The plan where sources on ranks of the sink compute in its idle time."""
+    def fill_plans(self, works: Pipelines, times: Times, ahead: int, costs: Costs) -> list[SchedulePlan]:
+        """Plans where sources on ranks of the sink compute in its idle time, by different rules."""
         forwards = [
             Work(FORWARD, m, 0, i, span)
             for m in self.beside
@@ -97,9 +95,13 @@ class Job:
         forwards.sort(key=lambda w: w.microbatch)  # stable: the sources' order within a micro-batch
         learn = [m for m in self.beside if self.train and not self.modules[m].frozen]
         stages = self.modules[self.sink].stages
-        lists = fill(works, times.starts, forwards, learn, self.active, stages, ahead, costs, rules)
-        by_place = {place: lists[self._at(place)[0] or 0] for place in self.places}
-        return self._lower(by_place, ahead, late=self.beside)
+        spare = Spare(works, times.starts, stages, forwards, learn, self.active, ahead, costs)
+        plans = []
+        for rules in TRIED:
+            lists = fill(spare, rules)
+            by_place = {place: lists[self._at(place)[0] or 0] for place in self.places}
+            plans.append(self._lower(by_place, ahead, late=self.beside))
+        return plans
 
     def _at(self, place: Place) -> tuple[int | None, dict[str, range]]:
         """(pipeline rank of the sink, stages of each source) at a place."""

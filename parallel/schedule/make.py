@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from parallel.schedule.costs import Costs
-from parallel.schedule.fill import TRIED
 from parallel.schedule.job import Job, Times
 from parallel.schedule.memory import Memory, check_limit, peaks
 from parallel.schedule.orders import ROUNDS
@@ -82,7 +81,7 @@ def _plan(job: Job, ahead: int | None, costs: Costs | None) -> SchedulePlan:
     times = Times.of(job, works, costs)
     plans = [job.beside_plan(works, times, size, lead, ahead) for size, lead in groupings]
     if job.kind == "fill" and full <= ahead:
-        plans += [job.fill_plan(works, times, rules, ahead, costs or Costs()) for rules in TRIED]
+        plans += job.fill_plans(works, times, ahead, costs or Costs())
     return min(plans, key=lambda plan: simulate(plan, costs).seconds) if len(plans) > 1 else plans[0]
 
 
