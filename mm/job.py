@@ -112,7 +112,9 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     meshes = {}
     for m in blueprint.modules:
         tied = m == SINK and bool(blueprint.shared)
-        meshes[m] = build_mesh(blueprint.layouts[m], rank.device.type, tie_ends=tied)
+        meshes[m] = build_mesh(
+            blueprint.layouts[m], rank.device.type, timeout_s=cfg.run.timeout_s, tie_ends=tied
+        )
     boundaries = _boundaries(blueprint, rank)
     here = {m: mesh for m, mesh in meshes.items() if mesh is not None}
     parts = {m: _build_parts(blueprint, m, mesh, rank) for m, mesh in here.items()}

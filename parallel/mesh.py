@@ -7,8 +7,9 @@ the axes. Only pp is common to both, so each pipeline rank has meshes of its own
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -53,31 +54,34 @@ class ModuleMesh:
                 dist.destroy_process_group(group)
 
 
-def build_mesh(layout: Layout, device_type: str, *, tie_ends: bool = False) -> ModuleMesh | None:
+def build_mesh(
+    layout: Layout, device_type: str, *, timeout_s: float = 120.0, tie_ends: bool = False
+) -> ModuleMesh | None:
     """Make the groups of `layout`; every rank of the job calls this, in the same order of modules.
 
-    tie_ends: make the groups of first and last pipeline ranks. Returns None on ranks that the module does
-    not live on. Needs an initialised default process group.
+    timeout_s bounds the waits of all of them. tie_ends: make the groups of first and last pipeline ranks.
+    Returns None on ranks that the module does not live on. Needs an initialised default process group.
     """
-    rank = dist.get_rank()
+    rank, limit = dist.get_rank(), timedelta(seconds=timeout_s)
     dense, expert, stages = [], [], []
     for pp in range(layout.pp):
         ranks = torch.tensor(layout.stage_ranks(pp))
-        dense.append(DeviceMesh(device_type, ranks.view(-1, layout.tp), mesh_dim_names=("data", "tp")))
-        folded = ranks.view(-1, layout.ep, layout.etp)
-        expert.append(DeviceMesh(device_type, folded, mesh_dim_names=("edp", "ep", "etp")))
-        stages.append(dist.new_group(sorted(ranks.tolist())))
-    cp = _own_group(layout.groups("cp"), rank) if layout.cp > 1 else None
+        dense.append(_mesh(device_type, ranks.view(-1, layout.tp), ("data", "tp"), limit))
+        expert.append(_mesh(device_type, ranks.view(-1, layout.ep, layout.etp), ("edp", "ep", "etp"), limit))
+        stages.append(dist.new_group(sorted(ranks.tolist()), timeout=limit))
+    cp = _own_group(layout.groups("cp"), limit) if layout.cp > 1 else None
     lines = layout.groups("pp") if layout.pp > 1 else ()
-    pipes = [_own_group(lines, rank) for _ in range(2)] if lines else []
-    ends = _own_group([(line[0], line[-1]) for line in lines], rank) if tie_ends and lines else None
+    pipes = [_own_group(lines, limit) for _ in range(2)] if lines else []
+    ends = _own_group([(line[0], line[-1]) for line in lines], limit) if tie_ends and lines else None
     if rank not in layout.ranks:
         return None
     at = layout.coord(rank)
+    own_dense, own_expert = dense[at.pp], expert[at.pp]
+    assert own_dense is not None and own_expert is not None
     axes = Axes(
-        tp=_axis(dense[at.pp], "tp"),
-        ep=_axis(expert[at.pp], "ep"),
-        etp=_axis(expert[at.pp], "etp"),
+        tp=_axis(own_dense, "tp"),
+        ep=_axis(own_expert, "ep"),
+        etp=_axis(own_expert, "etp"),
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
         cp=Axis("cp", layout.cp, at.cp, cp) if cp is not None else Axis.single("cp"),
     )
@@ -85,12 +89,26 @@ def build_mesh(layout: Layout, device_type: str, *, tie_ends: bool = False) -> M
     if pipes:
         assert pipes[0] is not None and pipes[1] is not None
         pipeline = pipes[0], pipes[1]
-    return ModuleMesh(layout, dense[at.pp], expert[at.pp], axes, stages[at.pp], pipeline, ends)
+    return ModuleMesh(layout, own_dense, own_expert, axes, stages[at.pp], pipeline, ends)
 
 
-def _own_group(groups: Iterable[tuple[int, ...]], rank: int) -> dist.ProcessGroup | None:
-    """Make all of `groups`, as every rank must, and return the one of `rank`."""
-    made = [(ranks, dist.new_group(sorted(ranks))) for ranks in groups]
+def _mesh(
+    device_type: str, ranks: torch.Tensor, axes: tuple[str, ...], timeout: timedelta
+) -> DeviceMesh | None:
+    """The mesh over `ranks`, an axis a dim; None on other ranks. Its groups are made here because those that
+    DeviceMesh makes wait as long as the backend likes: half an hour for some."""
+    groups = []
+    for dim in range(ranks.ndim):
+        lines = ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist()
+        groups.append(_own_group(lines, timeout))
+    made = [g for g in groups if g is not None]
+    return DeviceMesh.from_group(made, device_type, ranks, mesh_dim_names=axes) if made else None
+
+
+def _own_group(groups: Iterable[Sequence[int]], timeout: timedelta) -> dist.ProcessGroup | None:
+    """Make all of `groups`, as every rank must, and return this rank's."""
+    rank = dist.get_rank()
+    made = [(ranks, dist.new_group(sorted(ranks), timeout=timeout)) for ranks in groups]
     return next((group for ranks, group in made if rank in ranks), None)
 
 
