@@ -7,7 +7,7 @@ where it came from; parallel.schedule.execute says what each kind of action must
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from parallel.boundary import Pending
 from parallel.pipeline import Pipe
 from parallel.schedule import Action, Kind, execute
 from parallel.schedule.execute import Observe
+from parallel.schedule.halves import Kept, backward_input, backward_weight
 
 
 @dataclass
@@ -58,13 +59,13 @@ def run_step(
     on_tokens: called with each micro-batch and its token losses [T] (evaluation), where they are computed.
     observe: called after every action with its Record, for drawings and measurements. Does not update.
     """
-    schedule = job.blueprint.schedule(prepared.plan.active, train=train)
-    run = _Run(job, prepared, train, on_tokens)
+    actions = job.blueprint.schedule(prepared.plan.active, train=train).actions(job.rank.rank)
+    run = _Run(job, prepared, actions, train, on_tokens)
     for both in job.boundaries.values():
         for boundary in both:
             boundary.stats.reset()
     with torch.set_grad_enabled(train):
-        seconds = execute(schedule.actions(job.rank.rank), run.handlers, observe=observe)
+        seconds = execute(actions, run.handlers, observe=observe)
     run.finish()
     return StepResult(float(run.loss), seconds)
 
@@ -76,6 +77,7 @@ class _Run:
         self,
         job: Job,
         prepared: Prepared,
+        actions: Sequence[Action],
         train: bool,
         on_tokens: OnTokens | None,
     ) -> None:
@@ -89,7 +91,13 @@ class _Run:
         self.receiving: dict[tuple[Kind, Key], Callable[[], Tensor]] = {}
         self.crossing: dict[tuple[Kind, str, int], Pending] = {}  # rows and row gradients under way
         self.entries: dict[tuple[str, int], Tensor] = {}  # rows as the language model reads them, leaves
-        self.gradients: dict[Key, Tensor] = {}  # of outputs, kept from BACKWARD_INPUT to BACKWARD_WEIGHT
+        # From BACKWARD_INPUT to BACKWARD_WEIGHT: what weights' gradients are made of, or the gradient of the
+        # output where BACKWARD_WEIGHT goes through the graph again. It does so in a stage's last, since FSDP
+        # reduces in a backward of the whole, and where layers are recomputed.
+        self.kept: dict[Key, list[Kept]] = {}
+        self.gradients: dict[Key, Tensor] = {}
+        self.last = {(a.module, a.stage, a.microbatch) for a in actions if a.last}
+        self.recomputes = bool(job.blueprint.cfg.train.recompute or job.blueprint.cfg.train.offload)
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.handlers = {
             Kind.FORWARD: self.forward,
@@ -221,11 +229,18 @@ class _Run:
     def backward_input(self, action: Action) -> float:
         key = (action.module, action.stage, action.microbatch)
         self._synchronise(key, False)
-        self._fsdp(key).set_reshard_after_backward(False)  # the weights' turn comes
         output, grad = self.outputs[key], self._output_gradient(key)
         ready = time.perf_counter()
         wanted = [t for t in self._leaves(key) if t.requires_grad]
-        if wanted and output.requires_grad:
+        again = not wanted or key in self.last or self.recomputes
+        self._fsdp(key).set_reshard_after_backward(not again)  # the weights' turn comes
+        if not output.requires_grad:
+            return ready
+        if not again:
+            del self.outputs[key]
+            self.kept[key] = backward_input(output, grad, wanted)
+            return ready
+        if wanted:
             output.backward(grad, inputs=wanted, retain_graph=True)
         if grad is not None:
             self.gradients[key] = grad
@@ -233,6 +248,9 @@ class _Run:
 
     def backward_weight(self, action: Action) -> None:
         key = (action.module, action.stage, action.microbatch)
+        if key in self.kept:
+            backward_weight(self.kept.pop(key))
+            return
         self._synchronise(key, action.last)
         part, output = self._part(key), self.outputs.pop(key)
         self._fsdp(key).set_reshard_after_backward(action.last)
