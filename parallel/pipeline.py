@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from parallel.waiting import wait_for
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Pipe:
         x = x.contiguous()
         work = dist.isend(x, peer, group=self.group, tag=tag)
         assert work is not None
-        self._sent.append((lambda: self._wait(work, "take its message", peer), x))
+        self._sent.append((lambda: self._wait(work, x.device, "take its message", peer), x))
 
     def receive(
         self, shape: Sequence[int], peer: int, tag: int, *, dtype: torch.dtype, device: torch.device
@@ -44,7 +45,7 @@ class Pipe:
         work = dist.irecv(x, peer, group=self.group, tag=tag)
 
         def wait() -> Tensor:
-            self._wait(work, "send", peer)
+            self._wait(work, device, "send", peer)
             return x
 
         return wait
@@ -55,9 +56,9 @@ class Pipe:
             wait, _ = self._sent.popleft()
             wait()
 
-    def _wait(self, work: Any, what: str, peer: int) -> None:
+    def _wait(self, work: Any, device: torch.device, what: str, peer: int) -> None:
         try:
-            work.wait(timedelta(seconds=self.timeout_s))
+            wait_for(work, device, self.timeout_s)
         except RuntimeError as error:
             raise RuntimeError(
                 f"pipeline {self.name}: rank {peer} did not {what} within {self.timeout_s:g} s; it has "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.intervals import NONE, Rows, count, rows_of
+from parallel.waiting import wait_for
 
 Finish = Callable[[], None]
 Messages = Sequence[tuple[int, Rows]]  # (peer rank, rows), one entry a peer
@@ -64,9 +65,9 @@ def start_p2p(route: Route, sends: Messages, recvs: Messages, x: Tensor, out: Te
     def finish() -> None:
         deadline = time.monotonic() + route.timeout_s
         for i, work in enumerate(works):
-            left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+            left = deadline - time.monotonic()
             waiting = peers[i : i + 1] if single else peers
-            route.call(waiting, lambda work=work, left=left: work.wait(left))  # type: ignore[misc]
+            route.call(waiting, partial(wait_for, work, x.device, left))
             if single and i < len(landing):
                 unpack(*landing[i])  # while others are still on their way
         if not single:
@@ -101,7 +102,7 @@ def start_all_to_all(
 
     def finish() -> None:
         others = [r for r in ranks if r != dist.get_rank()]
-        route.call(others, lambda: work.wait(timedelta(seconds=route.timeout_s)))
+        route.call(others, partial(wait_for, work, x.device, route.timeout_s))
         if not isinstance(place, slice):
             put(out, place, landed)
 
