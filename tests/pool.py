@@ -75,20 +75,21 @@ def _run(message: bytes) -> tuple[bool, Any]:
             world_size=world,
             timeout=timedelta(seconds=timeout),
         )
-        dist.barrier()
-        return True, fn(*args)
+        dist.barrier()  # all are connected, should one fail at once
+        result = fn(*args)
+        _await_all(store, world)
+        return True, result
     except BaseException:
         return False, traceback.format_exc()
     finally:
         with contextlib.suppress(Exception):
-            _await_all(store, world)
             dist.destroy_process_group()
 
 
 def _await_all(store: Any, world: int) -> None:
     """No rank may close its connections while another still makes its own, in a group of the test's perhaps.
-    Through the store, as ranks that failed may have left collectives behind."""
-    deadline = time.monotonic() + GRACE_S
+    Through the store, as tests may leave unmatched collectives behind; not for long, as others may fail."""
+    deadline = time.monotonic() + GRACE_S / 4
     left = store.add("left", 1)
     while left < world and time.monotonic() < deadline:
         time.sleep(0.001)
