@@ -106,6 +106,21 @@ def test_more_ranks_than_key_value_heads_and_groups(ranks: Any) -> None:
     check_many(ranks, 4, cases)
 
 
+def test_least_sizes(ranks: Any) -> None:
+    """One tap, one state, one token a chunk, one expert, one of everything that may be one."""
+    least = replace(
+        CFG, n_kv_heads=1, head_dim=1, rope_theta=None, mamba_head_dim=1, mamba_state=1, mamba_groups=1,
+        conv_kernel=1, chunk=1, n_experts=2, top_k=1, expert_ffn=2, shared_ffn=2, mlp_ffn=2,
+    )  # fmt: skip
+    degrees = [Degrees(2, tp=2, sp=True), Degrees(2, cp=2), Degrees(2, cp=2, order="zigzag")]
+    cases = [(least, s, d, frozenset[str]()) for s in KINDS for d in degrees]
+    check_many(
+        ranks,
+        2,
+        [*cases, (least, "E", Degrees(2, ep=2), frozenset()), (least, "E", Degrees(2, etp=2), frozenset())],
+    )
+
+
 def test_parts_computed_again_under_cp(ranks: Any) -> None:
     degrees = Degrees(2, cp=2, order="zigzag")
     again = {"full": "*M", "attention_core": "*", "scan": "M", "mlp": "-", "moe_act": "E", "norm": "M"}
@@ -126,7 +141,7 @@ def draw(rng: random.Random) -> Case:
         mamba_groups=rng.choice([1, 2, 4]),
         mamba_state=rng.choice([1, 8]),
         chunk=rng.choice([1, 4, 64]),
-        conv_kernel=rng.choice([2, 4]),
+        conv_kernel=rng.choice([1, 2, 4]),
         rope_theta=rng.choice([None, 50.0]),
         attention_bias=rng.random() < 0.5,
         mlp_gated=rng.random() < 0.5,
