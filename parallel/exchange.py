@@ -23,7 +23,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +31,8 @@ from torch import Tensor
 
 from parallel.axis import Axis
 from parallel.boundary.communicator import Pending
-from parallel.boundary.transport import Route, move, pick, start_all_to_all, start_p2p
-from parallel.intervals import NONE, Rows, Span, count, outside, overlap, rows_of, size
+from parallel.boundary.transport import Finish, Route, move, pick, start_all_to_all, start_p2p
+from parallel.intervals import NONE, Rows, Span, apart, count, outside, overlap, rows_of, size
 from parallel.linear_map import linear_map
 
 Message = tuple[int, Rows]  # (rank of the axis, local rows)
@@ -195,7 +194,7 @@ class Fetch:
         gives: Sequence[Message],
         takes: Sequence[Message],
         together: bool,
-    ) -> Any:
+    ) -> Finish:
         if self.route is None:
             return lambda: None
         sends, recvs = (
@@ -220,7 +219,7 @@ def fetch_plan(
     if len(held) != len(wanted):
         raise ValueError(f"{name}: stretches of {len(held)} ranks are held, but of {len(wanted)} wanted")
     for mine in wanted:
-        if any(stop > start for (_, stop), (start, _) in pairwise([s for s in mine if s[0] < s[1]])):
+        if not apart(mine):
             raise ValueError(f"{name}: the stretches that a rank wants must ascend and not overlap")
     _check_held(name, held, wanted)
     give = tuple(_shared(held[me], theirs, False) for theirs in wanted)
@@ -271,7 +270,7 @@ def _shared(mine: Sequence[Span], others: Sequence[Span], ascending: bool) -> Ro
 
 def _check_held(name: str, held: Sequence[Sequence[Span]], wanted: Sequence[Sequence[Span]]) -> None:
     some = sorted((a, b) for mine in held for a, b in mine if a < b)
-    if any(stop > start for (_, stop), (start, _) in pairwise(some)):
+    if not apart(some):
         raise ValueError(f"{name}: a row is held by two ranks, or twice by one; needed: one holder a row")
     asked = [(a, b, r) for r, mine in enumerate(wanted) for a, b in mine if a < b]
     ask, have = (np.asarray(s, dtype=np.int64).reshape(-1, k) for s, k in ((asked, 3), (some, 2)))

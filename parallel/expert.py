@@ -98,13 +98,11 @@ def plan_route(
     table = torch.stack([counts, arriving]).view(2, axis.size, local)
     leaving, incoming = table.tolist()  # the one wait for the device
     sends, receives = [sum(rows) for rows in leaving], [sum(rows) for rows in incoming]
-    which = torch.arange(local, device=flat.device).repeat(axis.size)
-    arrived = which.repeat_interleave(arriving, output_size=sum(receives))
-    regroup = torch.argsort(arrived, stable=True)
+    regroup = group_by_expert(arriving, local, sum(receives))
     back = torch.empty_like(regroup)
     back[regroup] = torch.arange(len(regroup), device=back.device)
     kept = order[: sum(sends)]
-    return Route(axis, kept, expert.shape[1], sends, receives, (regroup, back), _columns(incoming), dropless)
+    return Route(axis, kept, expert.shape[1], sends, receives, (regroup, back), columns(incoming), dropless)
 
 
 def _padded(flat: Tensor, order: Tensor, rows: int, n_experts: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +116,17 @@ def _padded(flat: Tensor, order: Tensor, rows: int, n_experts: int) -> tuple[Ten
     return out, counts.new_full((n_experts,), rows)
 
 
-def _columns(table: list[list[int]]) -> list[int]:
+def group_by_expert(counts: Tensor, experts: int, total: int) -> Tensor:
+    """The order of all ranks' rows, end to end, that puts each expert's together: int64 [total].
+
+    counts [ranks * experts]: the rows of each rank for each expert, in this order already; total: their sum.
+    """
+    expert = torch.arange(experts, device=counts.device).repeat(len(counts) // experts)
+    return torch.argsort(expert.repeat_interleave(counts, output_size=total), stable=True)
+
+
+def columns(table: list[list[int]]) -> list[int]:
+    """The sum of each column."""
     return [sum(column) for column in zip(*table, strict=True)]
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.axis import Axis
+from parallel.expert import columns, group_by_expert
 from parallel.linear_map import linear_map
 
 
@@ -41,10 +42,8 @@ def plan_share(per_expert: list[int], axis: Axis, device: torch.device) -> Share
     dist.all_gather_into_tensor(counts, mine, group=axis.group)
     table = counts.view(axis.size, -1).tolist()
     rows = [sum(r) for r in table]
-    expert = torch.arange(len(per_expert), device=device).repeat(axis.size)
-    expert = expert.repeat_interleave(counts, output_size=sum(rows))
-    regroup = torch.argsort(expert, stable=True)
-    return Share(axis, rows, regroup, [sum(column) for column in zip(*table, strict=True)])
+    regroup = group_by_expert(counts, len(per_expert), sum(rows))
+    return Share(axis, rows, regroup, columns(table))
 
 
 def _gather(x: Tensor, share: Share) -> Tensor:

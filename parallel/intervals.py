@@ -7,6 +7,7 @@ are columns: int64 arrays of one length.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,6 +30,12 @@ def size(spans: Sequence[Span]) -> int:
 def numbers(spans: Sequence[Span]) -> np.ndarray:
     """The numbers in spans, one after another: int64."""
     return np.concatenate([np.arange(*s, dtype=np.int64) for s in spans] or [np.zeros(0, np.int64)])
+
+
+def apart(spans: Sequence[Span]) -> bool:
+    """Whether spans ascend and do not overlap; empty ones may be anywhere."""
+    some = [(start, stop) for start, stop in spans if start < stop]
+    return all(stop <= start for (_, stop), (start, _) in pairwise(some))
 
 
 def overlap(a: Sequence[Span], b: Sequence[Span]) -> list[Span]:

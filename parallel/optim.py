@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.mesh import ModuleMesh
-from parallel.param import declared
+from parallel.param import declared, local
 from parallel.shard import model_cuts
 
 
@@ -65,8 +65,7 @@ class ShardedOptimizer:
                 continue
             replicas = mesh.axes.tp.size if spec.view == "dense" and not model_cuts(spec, mesh) else 1
             partial, twice = spec.partial and replicas > 1, name in shared
-            data = param.detach()
-            data = data.to_local() if isinstance(data, DTensor) else data
+            data = local(param.detach())
             weight = 1.0 / (replicas * (2 if twice else 1))
             self.shards.append(_Shard(name, param, nn.Parameter(data), weight, partial, twice))
         assert mesh.ends is not None or not any(s.shared for s in self.shards), "the mesh must tie its ends"
@@ -88,8 +87,7 @@ class ShardedOptimizer:
         """Bring the gradients onto the local shards; sum those that are partial over tp, and those of weights
         that both ends of the pipeline hold, in one message each."""
         for s in self.shards:
-            grad = s.param.grad
-            s.local.grad = grad.to_local() if isinstance(grad, DTensor) else grad
+            s.local.grad = None if s.param.grad is None else local(s.param.grad)
         # By declaration, not by presence: whether a module ran in a step is the same on all its ranks.
         _sum([s for s in self.shards if s.partial], self.mesh.axes.tp.group)
         _sum([s for s in self.shards if s.shared], self.mesh.ends)

@@ -15,13 +15,12 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-View = Literal["dense", "expert"]
+from parallel.layout import View
 
 
 @dataclass(frozen=True)

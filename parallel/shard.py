@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from parallel.layout import View
 from parallel.mesh import ModuleMesh
-from parallel.param import ParamSpec, declared, global_index, initial_values, own_specs
+from parallel.param import ParamSpec, declared, global_index, initial_values, local, own_specs
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,11 @@ def _cut(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
 
 
 def _fully_shard(
-    sub: nn.Module, mesh: ModuleMesh, view: str, mp_policy: MixedPrecisionPolicy, reshard: bool
+    sub: nn.Module, mesh: ModuleMesh, view: View, mp_policy: MixedPrecisionPolicy, reshard: bool
 ) -> None:
     over = mesh.dense["data"] if view == "dense" else mesh.expert["edp"]
     dims = {
-        id(param): data_dim(tuple(_local_shape(param)), model_cuts(spec, mesh).values(), over.size())
+        id(param): data_dim(tuple(local(param).shape), model_cuts(spec, mesh).values(), over.size())
         for _, param, spec in declared(sub)
     }
     fully_shard(
@@ -102,10 +103,6 @@ def _fully_shard(
         reshard_after_forward=reshard,
         shard_placement_fn=lambda p: Shard(dims[id(p)]),
     )
-
-
-def _local_shape(param: Tensor) -> torch.Size:
-    return param.to_local().shape if isinstance(param, DTensor) else param.shape
 
 
 def model_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
@@ -165,7 +162,7 @@ def materialise(module: nn.Module, mesh: ModuleMesh, *, seed: int, name: str, de
     for buffer in module.buffers():
         buffer.zero_()
     for full, param, spec in declared(module):
-        shard = param.to_local() if isinstance(param, DTensor) else param
+        shard = local(param)
         held = held_indices(tuple(param.shape), spec, mesh)
         index = global_index(tuple(param.shape), held).to(device)
         assert index.shape == shard.shape, (full, index.shape, shard.shape)

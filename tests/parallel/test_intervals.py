@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from parallel.intervals import (
     Span,
+    apart,
     before,
     column,
     count,
@@ -31,7 +32,7 @@ any_spans = st.lists(spans, max_size=6)
 
 
 @st.composite
-def apart(draw: st.DrawFn) -> list[Span]:
+def stretches(draw: st.DrawFn) -> list[Span]:
     """Disjoint and ascending; they may touch or be empty."""
     edges = sorted(draw(st.lists(st.integers(0, 30), max_size=10)))
     return list(zip(edges[::2], edges[1::2], strict=False))
@@ -56,14 +57,14 @@ def test_joined_spans_are_apart_and_have_the_same_numbers(some: list[Span]) -> N
     assert list(zip(start.tolist(), stop.tolist(), strict=True)) == joined
 
 
-@given(apart(), apart(), st.randoms(use_true_random=False))
+@given(stretches(), stretches(), st.randoms(use_true_random=False))
 def test_what_is_shared_is_in_both(a: list[Span], b: list[Span], random: Random) -> None:
     shared = overlap(random.sample(a, len(a)), random.sample(b, len(b)))
     assert members(shared) == members(a) & members(b) and size(shared) == len(members(shared))
     assert numbers(shared).tolist() == sorted(members(shared))
 
 
-@given(any_spans, apart())
+@given(any_spans, stretches())
 def test_every_interval_is_what_it_shares_with_others_and_what_it_does_not(
     some: list[Span], others: list[Span]
 ) -> None:
@@ -78,6 +79,12 @@ def test_every_interval_is_what_it_shares_with_others_and_what_it_does_not(
     for i, k, a, b in zip(*both, strict=True):
         assert some[i][0] <= a < b <= some[i][1] and others[k][0] <= a < b <= others[k][1]
     assert np.all(np.diff(both[0]) >= 0) and np.all(np.diff(alone[0]) >= 0)
+
+
+@given(any_spans)
+def test_spans_are_apart_where_their_numbers_ascend(some: list[Span]) -> None:
+    listed = [n for span in some for n in range(*span)]
+    assert apart(some) == (listed == sorted(set(listed)))
 
 
 @given(any_spans)
