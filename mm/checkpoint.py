@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mm.blueprint import Blueprint
@@ -45,6 +48,8 @@ def fingerprint(blueprint: Blueprint, index: Index) -> str:
 def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int]) -> Path:
     """Write the state after `step` steps; every rank calls this. bad: samples known to be unreadable."""
     cfg = job.blueprint.cfg
+    if job.rank.rank == 0:
+        set_aside(directory, step)
     state = {
         "fingerprint": fingerprint(job.blueprint, index),
         "bad_samples": sorted(bad),
@@ -53,23 +58,51 @@ def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int
     return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)
 
 
-def find(cfg: Config, directory: Path) -> Path | None:
-    """The checkpoint to resume from: checkpoint.resume is auto (newest whole one, if any), none or a path."""
+def set_aside(directory: Path, step: int) -> None:
+    """Rename the checkpoints of steps after `step`, which a run that began again from before them replaces.
+
+    Under their names they would count as the newest: a resume would take them, and a save would remove ours.
+    """
+    for path in store.published(directory):
+        if int(path.name.removeprefix("step-")) > step:
+            aside = path.with_name(f"replaced-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def candidates(cfg: Config, directory: Path) -> list[Path]:
+    """The checkpoints that checkpoint.resume names, newest first: those of the run's folder (auto), none, or
+    one at a path. Raises CheckpointError where the path has none."""
     wanted = cfg.checkpoint.resume
     if wanted == "none":
-        return None
+        return []
     if wanted == "auto":
-        for path in reversed(store.published(directory)):
-            if not store.verify(path):
-                return path
-        return None
+        return store.published(directory)[::-1]
     path = Path(wanted)
-    inside = store.published(path)
-    path = inside[-1] if inside else path
-    wrong = store.verify(path)
+    found = [path] if (path / store.MANIFEST).is_file() else store.published(path)[-1:]
+    if not found:
+        what = "is no checkpoint, and has none inside" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint.resume={path} {what} (step-* with a {store.MANIFEST})")
+    return found
+
+
+def find(cfg: Config, directory: Path) -> Path | None:
+    """The checkpoint to resume from: the newest whole one of candidates(), None where there are none.
+
+    Raises CheckpointError where all of them are damaged, so that no run begins anew over what is left.
+    """
+    wrong: list[str] = []
+    for path in candidates(cfg, directory):
+        found = store.verify(path)
+        if not found:
+            if wrong and (not dist.is_initialized() or dist.get_rank() == 0):
+                print(f"warning: {'; '.join(wrong)}; using {path}", file=sys.stderr, flush=True)
+            return path
+        wrong.append(f"{path} is damaged: {', '.join(found)}")
     if wrong:
-        raise CheckpointError(f"cannot resume from {path}: {'; '.join(wrong)}")
-    return path
+        hint = "; to begin anew: checkpoint.resume=none" if cfg.checkpoint.resume == "auto" else ""
+        raise CheckpointError(f"cannot resume: {'; '.join(wrong)}{hint}")
+    return None
 
 
 def load(job: Job, index: Index, path: Path) -> dict[str, Any]:

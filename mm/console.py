@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from mm.errors import Refused
 
 if TYPE_CHECKING:
     from mm.evaluate import Evaluation
@@ -38,6 +42,7 @@ class Console:
         if not lead:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(run_dir)
         # A resumed run goes on in the same files; one from the start begins them anew.
         metrics = run_dir / "metrics.jsonl"
         _forget_after(metrics, first)
@@ -129,6 +134,23 @@ class Console:
             self._board.close()
         self._metrics.close()
         self._log.close()
+        os.close(self._lock)
+
+
+def lock(run_dir: Path) -> int:
+    """Keep a run's folder to this process until the returned descriptor is closed, or the process ends.
+
+    Raises Refused where another process has it. File systems without locks keep nothing out.
+    """
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise Refused(f"another run is writing to run.dir {run_dir}; needed: a folder of its own") from None
+    except OSError:
+        pass
+    return handle
 
 
 def step_line(record: Mapping[str, Any], steps: int, eta_s: float) -> str:

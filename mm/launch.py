@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Let glibc keep freed memory between steps: giving it back costs a page fault for each page used again.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 GRACE_S = 15.0  # for the others to end by themselves once a rank has failed
+DOUBLE_S = 1.0  # signals this close together are one
 LOCALHOST = "127.0.0.1"
 LAUNCHER = "POLYRANK_LAUNCHER"  # from launch_local to its ranks: its process id
 
@@ -72,10 +73,13 @@ def launch_local(nproc: int, argv: Sequence[str]) -> int:
         LAUNCHER: str(os.getpid()),
     }
     ranks: list[subprocess.Popen[bytes]] = []
-    asked: list[int] = []
+    asked: list[float] = []  # when
 
     def forward(number: int, frame: object) -> None:
-        asked.append(number)
+        # Some senders (timeout, job managers) signal a process and its group at once: that is one wish.
+        if asked and time.monotonic() - asked[-1] < DOUBLE_S:
+            return
+        asked.append(time.monotonic())
         for p in ranks:
             with contextlib.suppress(ProcessLookupError):
                 p.send_signal(number)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from mm.checkpoint import candidates
 from mm.config import Config
 from mm.data.index import find_shards
 from mm.errors import CheckpointError, Refused
+from parallel.checkpoint import MANIFEST
 
 
 def check_paths(cfg: Config) -> None:
@@ -26,7 +28,12 @@ def check_paths(cfg: Config) -> None:
         ) from error
     for patterns in (cfg.data.train, cfg.data.eval):
         find_shards(patterns, cfg.base)
-    for key in ("resume", "weights"):
-        path = getattr(cfg.checkpoint, key)
-        if path not in (None, "auto", "none") and not Path(path).is_dir():
-            raise CheckpointError(f"checkpoint.{key}={path}: there is no such folder")
+    candidates(cfg, folder)
+    weights = cfg.checkpoint.weights
+    if weights is not None and not any(
+        (Path(weights) / name).is_file() for name in (MANIFEST, "config.json")
+    ):
+        raise CheckpointError(
+            f"checkpoint.weights={weights} is neither a checkpoint (with a {MANIFEST}) nor a Hugging Face "
+            "folder (with a config.json)"
+        )

@@ -83,7 +83,7 @@ def test_another_layout_resumes_exactly(
     assert largest_difference(got, rest) < 1e-9
 
 
-def test_damage_is_found_and_auto_resume_takes_an_older_one(saved: Any, tmp_path: Path) -> None:
+def test_damage_is_found_and_auto_resume_takes_an_older_one(saved: Any, tmp_path: Path, capsys: Any) -> None:
     folder = Path(copy(saved[0], tmp_path))
     newest = store.published(folder)[-1]
     older = Path(copy(newest, folder / "step-00000001"))
@@ -92,8 +92,23 @@ def test_damage_is_found_and_auto_resume_takes_an_older_one(saved: Any, tmp_path
     assert part.name in store.verify(newest)[0]
     cfg = from_mapping(small(train=TRAIN), CONFIGS)
     assert checkpoint.find(cfg, folder) == older
+    assert f"{part.name} has" in capsys.readouterr().err
+    (older / "state.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"state.json is missing; to begin anew: checkpoint.resume=none"
+    ):
+        checkpoint.find(cfg, folder)
+    assert checkpoint.find(from_mapping(small(checkpoint={"resume": "none"}), CONFIGS), folder) is None
     with pytest.raises(CheckpointError, match=part.name):
         checkpoint.find(from_mapping(small(train=TRAIN, checkpoint={"resume": str(newest)}), CONFIGS), folder)
+
+
+def test_a_run_that_begins_again_keeps_its_own_checkpoints(saved: Any, ranks: Any, tmp_path: Path) -> None:
+    folder = Path(copy(saved[0], tmp_path))
+    (folder / "step-00000002").rename(folder / "step-00000009")
+    ranks(1, run, small(train=TRAIN, checkpoint={"keep": 1}), str(folder), 0, 1)
+    assert [p.name for p in store.published(folder)] == ["step-00000001"]
+    assert not store.verify(folder / "replaced-step-00000009")
 
 
 class Evil:

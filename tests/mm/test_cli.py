@@ -52,9 +52,14 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             f"train {CONFIG} checkpoint.resume=none/here",
             4,
-            "checkpoint.resume=none/here: there is no such folder",
+            "checkpoint.resume=none/here does not exist",
         ),
-        (f"train {CONFIG} checkpoint.weights=none/here", 4, "weights=none/here: there is no such folder"),
+        (
+            f"train {CONFIG} checkpoint.resume=docs",
+            4,
+            "checkpoint.resume=docs is no checkpoint, and has none inside",
+        ),
+        (f"train {CONFIG} checkpoint.weights=docs", 4, "docs is neither a checkpoint (with a manifest.json)"),
         (f"train {CONFIG} layout.visoin.tp=2", 2, "unknown key layout.visoin; did you mean vision?"),
         (f"train {CONFIG} layout.llm.TP=2", 2, "unknown key layout.llm.TP; known keys: ranks, tp"),
         (f"train {CONFIG} model.text.encoder=vit", 2, "model.text: no module can have this name"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mm.console import Console, step_line
+from mm.errors import Refused
 from mm.evaluate import Evaluation
 
 RESULT = Evaluation(0.5, {"vision": 1.2345, "audio": -0.001}, {"vision": 0.1, "audio": 2.3})
@@ -53,6 +54,17 @@ def test_a_step_is_one_plain_line_and_one_full_record(
     assert shown == (tmp_path / "log.txt").read_text()
     assert lines(tmp_path) == [record(1), record(2)]
     assert "0.3333333333333333" in (tmp_path / "metrics.jsonl").read_text()  # floats in full
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    console = Console(tmp_path, 9, first=0, lead=True)
+    console.step(record(1))
+    with pytest.raises(Refused, match=r"another run is writing to run\.dir"):
+        Console(tmp_path, 9, first=0, lead=True)
+    Console(tmp_path, 9, first=0, lead=False)
+    assert lines(tmp_path) == [record(1)]
+    console.close()
+    run(tmp_path, 1, 2)
 
 
 def test_the_line_says_what_matters() -> None:

@@ -78,6 +78,30 @@ sys.exit(1)
     assert signal.getsignal(number) is before
 
 
+def test_two_signals_at_once_are_one_wish(run: Any, tmp_path: Path) -> None:
+    # timeout(1) signals a process and its group; a rank takes a second signal for impatience.
+    code = f"""
+count = []
+signal.signal(signal.SIGTERM, lambda *_: count.append(1))
+open({str(tmp_path)!r} + f"/{{rank}}", "w").close()
+until = time.monotonic() + 60
+while not count and time.monotonic() < until:
+    time.sleep(0.02)
+time.sleep(0.3)
+sys.exit(0 if len(count) == 1 else 1)
+"""
+
+    def ask() -> None:
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.02)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert run(1, code) == 0
+
+
 def test_of_a_failing_job_the_rank_that_knows_the_reason_speaks(run: Any, tmp_path: Path) -> None:
     # Rank 1 knows why; rank 0 meets the consequences first.
     code = f"""
