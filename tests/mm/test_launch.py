@@ -107,13 +107,18 @@ def test_of_a_failing_job_the_rank_that_knows_the_reason_speaks(run: Any, tmp_pa
     code = f"""
 from mm import launch
 from mm.errors import DataError
-time.sleep(0.2 * rank)
+here = {str(tmp_path)!r} + "/here"
+os.makedirs(here, exist_ok=True)
+open(here + f"/{{rank}}", "w").close()
+while len(os.listdir(here)) < 3:  # what follows is a race: it starts when all have imported
+    time.sleep(0.01)
+time.sleep(0.1 * rank)
 error = DataError("bad shard") if rank == 1 else RuntimeError("connection closed by peer")
 if launch.speaks(error):
     open({str(tmp_path)!r} + f"/{{rank}}", "w").write(str(error))
 """
     assert run(3, code) == 0
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("1", "bad shard")]
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir() if p.is_file()] == [("1", "bad shard")]
 
 
 def test_outside_a_job_every_process_speaks() -> None:
