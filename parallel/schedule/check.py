@@ -72,8 +72,8 @@ def _complete(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator
     if done == need and len(have) == len(done):
         return
     rank = plan.ranks_of[p][0]
-    for deed in sorted(map(_say, need - done)):
-        yield f"rank {rank} lacks {deed}"
+    for lacking in sorted(map(_say, need - done)):
+        yield f"rank {rank} lacks {lacking}"
     for deed, n in Counter(have).items():
         if deed not in need:
             yield f"rank {rank} has {_say(deed)}, which nothing needs there"
