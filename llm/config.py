@@ -167,7 +167,10 @@ def _check_pattern(what: str, pattern: str) -> None:
     for i, symbol in enumerate(pattern):
         if symbol not in KINDS and not (symbol == "|" and what == "pattern"):
             known = ", ".join(f"{k} ({v})" for k, v in KINDS.items())
-            raise ValueError(f"model.llm.{what} has {symbol!r} at layer {i} of {pattern!r}; known: {known}")
+            layer = i - pattern[:i].count("|")
+            raise ValueError(
+                f"model.llm.{what} has {symbol!r} at layer {layer} of {pattern!r}; known: {known}"
+            )
     if "" in pattern.split("|"):
         works = "|".join(part for part in pattern.split("|") if part)
         raise ValueError(

@@ -103,16 +103,8 @@ def run(
     return found | {
         "lane": coord.dp,
         "grads": {name: p.grad for name, p, _ in declared(layer)},
-        "at": {
-            name: (*(over.rank for _, over in cut_dims(spec, axes)), _place(spec, axes))
-            for name, _, spec in declared(layer)
-        },
+        "at": places({name: spec for name, _, spec in declared(layer)}, axes),
     }
-
-
-def _place(spec: ParamSpec, axes: Axes) -> int:
-    """Which replica over tp a dense parameter is, unless its gradients are summed anyway."""
-    return axes.tp.rank if spec.view == "dense" and spec.shard_dim is None and not spec.partial else 0
 
 
 def _forward_backward(
@@ -162,23 +154,47 @@ def check(
         for key in ("y", "dx"):
             close(result[key], expected[key][result["rows"]], f"{symbol} {key} {degrees}")
     layer, axes = shape_only(cfg, symbol, degrees)
-    for name, _, spec in declared(layer):
+    check_gradients(layer, axes, results, ref["grads"], f"{symbol} {degrees}")
+
+
+def check_gradients(
+    module: nn.Module, axes: Axes, results: list[dict[str, Any]], expected: dict[str, Tensor], what: str
+) -> None:
+    """Ranks' gradients, put together, against one process's. module: as rank 0 declares it; of each rank,
+    "grads" and where each of them belongs: its place along the axes that cut it, and which replica it is."""
+    for name, _, spec in declared(module):
         by_place: dict[tuple[int, ...], Tensor] = {}
         for result in results:
             at, grad = result["at"][name], result["grads"][name]
             by_place[at] = by_place[at] + grad if at in by_place else grad
         for replica in {at[-1] for at in by_place}:
             shards = {at[:-1]: g for at, g in by_place.items() if at[-1] == replica}
-            close(
-                put_together(shards, cut_dims(spec, axes)), ref["grads"][name], f"{symbol} {name} {degrees}"
-            )
+            close(put_together(shards, cut_dims(spec, axes)), expected[name], f"{name} of {what}")
+
+
+def places(specs: dict[str, ParamSpec], axes: Axes) -> dict[str, tuple[int, ...]]:
+    """Where this rank's gradients belong, by name; see check_gradients."""
+    return {
+        name: (*(over.rank for _, over in cut_dims(spec, axes)), _replica(spec, axes))
+        for name, spec in specs.items()
+    }
+
+
+def _replica(spec: ParamSpec, axes: Axes) -> int:
+    """Which replica over tp a dense parameter is, unless its gradients are summed anyway."""
+    return axes.tp.rank if spec.view == "dense" and spec.shard_dim is None and not spec.partial else 0
+
+
+def shape_axes(degrees: Degrees) -> Axes:
+    """The axes of rank 0, without groups: enough to declare by."""
+    group: Any = object()
+    made = {n: Axis(n, getattr(degrees, n), 0, group) for n in ("tp", "cp", "ep", "etp")}
+    return Axes(made["tp"], made["ep"], degrees.sp and degrees.tp > 1, made["cp"], made["etp"])
 
 
 def shape_only(cfg: LLMConfig, symbol: str, degrees: Degrees) -> tuple[Layer, Axes]:
     """The layer as its rank 0 declares it, without groups or values."""
-    group: Any = object()
-    made = {n: Axis(n, getattr(degrees, n), 0, group) for n in ("tp", "cp", "ep", "etp")}
-    axes = Axes(made["tp"], made["ep"], degrees.sp and degrees.tp > 1, made["cp"], made["etp"])
+    axes = shape_axes(degrees)
     return Layer(symbol, cfg, axes, device="meta", dtype=torch.float64), axes
 
 

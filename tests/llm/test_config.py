@@ -72,6 +72,8 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
     ("change", "degrees", "words"),
     [
         ({"pattern": "M*X"}, {}, "'X' at layer 2"),
+        ({"pattern": "M|*|X"}, {}, "'X' at layer 2 of 'M|*|X'"),
+        ({"pattern": "*", "mtp_layers": 1, "mtp_pattern": "*|E"}, {}, "mtp_pattern has '|' at layer 1"),
         ({"pattern": ""}, {}, "is empty"),
         ({"n_kv_heads": 3}, {}, "nearest: n_kv_heads=2 or n_kv_heads=4"),
         ({"mamba_groups": 3}, {}, "nearest: mamba_groups=2 or mamba_groups=4"),

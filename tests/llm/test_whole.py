@@ -14,12 +14,12 @@ from torch import Tensor
 from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch
 from llm.mtp import ahead
-from parallel.axis import Axes, Axis
+from parallel.axis import Axes
 from parallel.context import ContextPacking, pack
 from parallel.packed import Packing
 from parallel.param import declared, initialise
 from parallel.stage import Stage, stages_of
-from tests.llm.degrees import Degrees, close, cut_dims, make_axes, put_together
+from tests.llm.degrees import Degrees, check_gradients, close, make_axes, places, shape_axes
 from tests.llm.harness import EVERYTHING, cut
 
 MODEL = replace(EVERYTHING, vocab_size=32)
@@ -122,15 +122,9 @@ def run_rank(cases: list[Case]) -> list[dict[str, Any]]:
         share, rows = own_share(batch, axes, case.degrees, case.cfg)
         loss = chain(models, share, weight[rows])
         specs = {name: spec for model in models for name, _, spec in declared(model)}
-        at = {
-            name: (
-                *(over.rank for _, over in cut_dims(spec, axes)),
-                axes.tp.rank if spec.view == "dense" and spec.shard_dim is None and not spec.partial else 0,
-            )
-            for name, spec in specs.items()
-        }
         out.append(
-            collect(models) | {"loss": loss, "rows": rows, "lane": coord.dp, "at": at, "tp": axes.tp.rank}
+            collect(models)
+            | {"loss": loss, "rows": rows, "lane": coord.dp, "at": places(specs, axes), "tp": axes.tp.rank}
         )
     return out
 
@@ -154,18 +148,9 @@ def compare(case: Case, results: list[dict[str, Any]]) -> None:
         close(total, value, f"{name} of {case}")
     for layer, load in enumerate(ref["load"]):
         assert torch.equal(sum(r["load"][layer] for r in results), load), case
-    group: Any = object()
-    d = case.degrees
-    fake = {n: Axis(n, getattr(d, n), 0, group) for n in ("tp", "ep", "cp", "etp")}
-    axes = Axes(fake["tp"], fake["ep"], d.sp and d.tp > 1, fake["cp"], fake["etp"])
-    for name, _, spec in declared(build(case.cfg, axes, (Stage(0, len(case.cfg.symbols)),), "meta")[0]):
-        by_place: dict[tuple[int, ...], Tensor] = {}
-        for r in results:
-            at, grad = r["at"][name], r["grads"][name]
-            by_place[at] = by_place[at] + grad if at in by_place else grad
-        for replica in {at[-1] for at in by_place}:
-            shards = {at[:-1]: g for at, g in by_place.items() if at[-1] == replica}
-            close(put_together(shards, cut_dims(spec, axes)), ref["grads"][name], f"{name} of {case}")
+    axes = shape_axes(case.degrees)
+    (whole,) = build(case.cfg, axes, (Stage(0, len(case.cfg.symbols)),), "meta")
+    check_gradients(whole, axes, results, ref["grads"], str(case))
 
 
 def draw(seed: int, world: int) -> Case:
