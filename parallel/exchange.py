@@ -19,7 +19,6 @@ has one holder: one message a pair of ranks, and what arrives is added to its ro
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from parallel.axis import Axis
 from parallel.boundary.communicator import Pending
-from parallel.boundary.transport import Finish, Route, move, pick, start_all_to_all, start_p2p
+from parallel.boundary.transport import Channel, Finish, move, pick, start_all_to_all, start_p2p, tag_of
 from parallel.intervals import NONE, Rows, Span, apart, count, outside, overlap, rows_of, size
 from parallel.linear_map import linear_map
 
@@ -73,14 +72,14 @@ class Fetch:
     for, where a rank is silent. Results may share memory with what was given, which must not change before
     wait().
 
-    ranks: global ranks of the axis; home: plan.give, on the device; route: None where no row moves; together:
-    one collective for all rows of a start(), else a message a peer.
+    ranks: global ranks of the axis; home: plan.give, on the device; channel: None where no row moves;
+    together: one collective for all rows of a start(), else a message a peer.
     """
 
     plan: FetchPlan
     ranks: tuple[int, ...]
     home: tuple[slice | Tensor, ...]
-    route: Route | None
+    channel: Channel | None
     together: bool
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -195,16 +194,16 @@ class Fetch:
         takes: Sequence[Message],
         together: bool,
     ) -> Finish:
-        if self.route is None:
+        if self.channel is None:
             return lambda: None
         sends, recvs = (
             [(self.ranks[s], rows) for s, rows in ends if s != self.plan.me and count(rows)]
             for ends in (gives, takes)
         )
-        name = f"{self.route.name}, {what}"
-        route = Route(name, self.route.group, self.route.timeout_s)
+        name = f"{self.channel.name}, {what}"
+        channel = Channel(name, self.channel.group, self.channel.timeout_s)
         start = start_all_to_all if together else start_p2p
-        return start(route, sends, recvs, x, out, zlib.crc32(name.encode()) >> 1)
+        return start(channel, sends, recvs, x, out, tag_of(name))
 
 
 def fetch_plan(
@@ -248,7 +247,7 @@ def make_fetch(
         return Fetch(plan, tuple(range(axis.size)), home, None, False)
     assert axis.group is not None and len(held) == axis.size, (name, axis)
     ranks = tuple(dist.get_process_group_ranks(axis.group))
-    return Fetch(plan, ranks, home, Route(name, axis.group, timeout_s), torch.device(device).type != "cpu")
+    return Fetch(plan, ranks, home, Channel(name, axis.group, timeout_s), torch.device(device).type != "cpu")
 
 
 def lacking(held: Sequence[Sequence[Span]], wanted: Sequence[Sequence[Span]]) -> list[int]:

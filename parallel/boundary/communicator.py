@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.boundary.plan import EdgePlan, Transfer
-from parallel.boundary.transport import Finish, Route, move, start_all_to_all, start_p2p
+from parallel.boundary.transport import Channel, Finish, move, start_all_to_all, start_p2p, tag_of
 from parallel.linear_map import linear_map
 
 Transport = Literal["auto", "p2p", "all_to_all"]
@@ -172,18 +171,17 @@ class BoundaryCommunicator:
 
     def _depart(self, name: str, t: Transfer, x: Tensor, out: Tensor) -> Finish:
         """Start the first hop; the result completes the transfer."""
-        route = Route(name, self.group, self.timeout_s)
+        channel = Channel(name, self.group, self.timeout_s)
         start = start_p2p if self.transport == "p2p" else start_all_to_all
-        # Edges, directions and hops that pass each other between two ranks are told apart by their tags.
-        tag, tag_on = (zlib.crc32(f"{name}, hop {hop}".encode()) >> 1 for hop in (1, 2))
-        first = start(route, t.sends, t.recvs, x, out, tag)
+        tag, tag_on = (tag_of(f"{name}, hop {hop}") for hop in (1, 2))
+        first = start(channel, t.sends, t.recvs, x, out, tag)
         if t.relay is None:
             return first
         relay, second = t.relay, []
 
         def send_on() -> None:
             first()
-            second.append(start(route, relay.sends, relay.recvs, out, out, tag_on))
+            second.append(start(channel, relay.sends, relay.recvs, out, out, tag_on))
 
         def finish() -> None:
             # Others may wait for the rows that earlier transfers bring here.

@@ -8,6 +8,7 @@ Where a peer's rows are consecutive they are sent from, and received in, their p
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ Messages = Sequence[tuple[int, Rows]]  # (peer rank, rows), one entry a peer
 
 
 @dataclass(frozen=True)
-class Route:
+class Channel:
     """What a transfer is called in errors, the group that it runs in and the longest wait, in seconds."""
 
     name: str
@@ -46,28 +47,33 @@ class Route:
             ) from error
 
 
-def start_p2p(route: Route, sends: Messages, recvs: Messages, x: Tensor, out: Tensor, tag: int) -> Finish:
+def tag_of(name: str) -> int:
+    """The tag of a hop's messages: by it, hops that pass each other between two ranks are told apart."""
+    return zlib.crc32(name.encode()) >> 1
+
+
+def start_p2p(channel: Channel, sends: Messages, recvs: Messages, x: Tensor, out: Tensor, tag: int) -> Finish:
     """One message for each peer, of exactly its rows. tag: keeps the hops of transfers under way apart."""
     ops, landing, peers = [], [], []
     # Receives first: what arrives then goes straight to its place.
     for peer, rows in recvs:
         buffer = out[rows] if isinstance(rows, slice) else out.new_empty((len(rows), *out.shape[1:]))
         landing.append((rows, buffer))
-        ops.append(dist.P2POp(dist.irecv, buffer, peer, route.group, tag))
+        ops.append(dist.P2POp(dist.irecv, buffer, peer, channel.group, tag))
         peers.append(peer)
     for peer, rows in sends:
-        ops.append(dist.P2POp(dist.isend, pick(x, rows), peer, route.group, tag))
+        ops.append(dist.P2POp(dist.isend, pick(x, rows), peer, channel.group, tag))
         peers.append(peer)
-    works = route.call(peers, lambda: dist.batch_isend_irecv(ops)) if ops else []
+    works = channel.call(peers, lambda: dist.batch_isend_irecv(ops)) if ops else []
     # gloo has one handle a message, in order; other backends may have one for the batch.
     single = len(works) == len(peers)
 
     def finish() -> None:
-        deadline = time.monotonic() + route.timeout_s
+        deadline = time.monotonic() + channel.timeout_s
         for i, work in enumerate(works):
             left = deadline - time.monotonic()
             waiting = peers[i : i + 1] if single else peers
-            route.call(waiting, partial(wait_for, work, x.device, left))
+            channel.call(waiting, partial(wait_for, work, x.device, left))
             if single and i < len(landing):
                 unpack(*landing[i])  # while others are still on their way
         if not single:
@@ -83,26 +89,26 @@ def start_p2p(route: Route, sends: Messages, recvs: Messages, x: Tensor, out: Te
 
 
 def start_all_to_all(
-    route: Route, sends: Messages, recvs: Messages, x: Tensor, out: Tensor, tag: int
+    channel: Channel, sends: Messages, recvs: Messages, x: Tensor, out: Tensor, tag: int
 ) -> Finish:
     """One collective with uneven splits, in which every rank of the group takes part. Collectives have no
     tag: all ranks start them in the same order."""
-    ranks = dist.get_process_group_ranks(route.group)
+    ranks = dist.get_process_group_ranks(channel.group)
     to, of = dict(sends), dict(recvs)
     out_rows, in_rows = [of.get(r, NONE) for r in ranks], [to.get(r, NONE) for r in ranks]
     packed, place = pick(x, joined(in_rows)), joined(out_rows)
     splits_in, splits_out = [count(rows) for rows in in_rows], [count(rows) for rows in out_rows]
     landed = out[place] if isinstance(place, slice) else out.new_empty((len(place), *out.shape[1:]))
-    work = route.call(
+    work = channel.call(
         ranks,
         lambda: dist.all_to_all_single(
-            landed, packed, splits_out, splits_in, group=route.group, async_op=True
+            landed, packed, splits_out, splits_in, group=channel.group, async_op=True
         ),
     )
 
     def finish() -> None:
         others = [r for r in ranks if r != dist.get_rank()]
-        route.call(others, partial(wait_for, work, x.device, route.timeout_s))
+        channel.call(others, partial(wait_for, work, x.device, channel.timeout_s))
         if not isinstance(place, slice):
             put(out, place, landed)
 

@@ -79,7 +79,7 @@ def fetches(together: bool) -> list[str]:
             torch.randn(sum(b - a for a, b in w), 2, 3, dtype=torch.float64, generator=gen) for w in wanted
         ]
         fetch = make_fetch(f"case {seed}", axis, held, wanted)
-        if fetch.route is not None:
+        if fetch.channel is not None:
             fetch = replace(fetch, together=together)
         x = rows_of(whole, held[rank]).clone().requires_grad_()
         once = fetch(x)
