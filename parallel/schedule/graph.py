@@ -9,7 +9,7 @@ order in which everything can be done proves that nothing deadlocks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -56,14 +56,14 @@ _MESSAGE = {
     BACKWARD_INPUT: (SEND_BACKWARD, False, 1),
 }
 
-Result = tuple[Any, ...]  # on a program's ranks: (FORWARD or BACKWARD, module, micro-batch, stage)
+Result = tuple[str, int, int]  # of a forward or backward: (module, micro-batch, stage)
 # Transfers take a lane: (SEND_FORWARD or SEND_BACKWARD, module, the later of its stages, from program, to
 # program), or that of an edge: (kind, source).
 Lane = tuple[Any, ...]
 Key = tuple[int, int]  # a transfer: (number of its lane, micro-batch)
 
 
-Meeting = tuple[Result, frozenset[int]]  # (action without its place, programs)
+Meeting = tuple[tuple[Kind, str, int, int], frozenset[int]]  # (action without its place, programs)
 
 
 class Stuck(ValueError):
@@ -117,7 +117,9 @@ class _Reader:
         self.numbers: dict[Lane, int] = {}
         self.known: dict[Lane, tuple[list[int], list[str]]] = {}  # lanes by (program, kind, module, stage)
         self.meets: dict[int, Meeting] = {}  # what several programs begin together
-        self.cut: dict[int, tuple[Action, Result]] = {}  # where a program stops whatever others do, and why
+        self.cut: dict[
+            int, tuple[Action, Kind, Result]
+        ] = {}  # where a program stops whatever others do, and why
         self.peers, self.together = _peers(plan), _Together(plan)
         self.ends = {s: plan.ends(s) for s in plan.sources}
         self.computations = [self._read(p) for p in range(len(plan.programs))]
@@ -126,12 +128,12 @@ class _Reader:
     def _read(self, p: int) -> list[int]:
         """The computations of a program, as far as it gets if others do all that it waits for."""
         last, found = START, list[int]()
-        done: set[Result] = set()  # results on the program's own ranks
+        done: dict[Kind, set[Result]] = {FORWARD: set(), BACKWARD: set()}  # on the program's own ranks
         for number, a in enumerate(self.plan.programs[p], self.first[p]):
-            for result in self._needs(p, a):
-                if result not in done:
-                    self.cut[p] = a, result
-                    return found
+            lacks = self._lacks(p, a, done)
+            if lacks is not None:
+                self.cut[p] = a, *lacks
+                return found
             self.before[number] = last
             if a.kind in POSTED:
                 for key in self._keys(p, a):
@@ -141,31 +143,39 @@ class _Reader:
                 self.waits[number] = keys
             if a.groups and len(members := self.together[a.groups, p]) > 1:
                 self.meets[number] = (a[:4], members)
-            if a.kind in _LEAVES:
-                done.update(_results(_LEAVES[a.kind], a))
+            if a.kind in _LEAVES and a.span == 1:
+                done[_LEAVES[a.kind]].add(a[1:4])
+            elif a.kind in _LEAVES:
+                done[_LEAVES[a.kind]].update([(a.module, i, a.stage) for i in a.microbatches])
             found.append(number)
             last = number
         return found
 
-    def _needs(self, p: int, a: Action) -> list[Result]:
-        """The results on its own ranks that an action needs."""
-        if a.kind in _NEEDS:
-            return _results(_NEEDS[a.kind], a)
-        if a.kind is BOUNDARY_FORWARD and p in self.ends[a.module][0]:
-            return [(FORWARD, a.module, a.microbatch, self.plan.modules[a.module].stages - 1)]
-        if a.kind is BOUNDARY_BACKWARD and p in self.ends[a.module][1]:
-            return [(BACKWARD, self.plan.sink, a.microbatch, 0)]
-        return []
+    def _lacks(self, p: int, a: Action, done: Mapping[Kind, Set[Result]]) -> tuple[Kind, Result] | None:
+        """A result on its own ranks that an action needs and that is not there."""
+        need = _NEEDS.get(a.kind)
+        if need is not None:
+            if a.span == 1:
+                return None if a[1:4] in done[need] else (need, a[1:4])
+            results = [(a.module, i, a.stage) for i in a.microbatches]
+        elif a.kind is BOUNDARY_FORWARD and p in self.ends[a.module][0]:
+            need, results = FORWARD, [(a.module, a.microbatch, self.plan.modules[a.module].stages - 1)]
+        elif a.kind is BOUNDARY_BACKWARD and p in self.ends[a.module][1]:
+            need, results = BACKWARD, [(self.plan.sink, a.microbatch, 0)]
+        else:
+            return None
+        return next(((need, r) for r in results if r not in done[need]), None)
 
     def _keys(self, p: int, a: Action) -> list[Key]:
         """The transfers of which an action starts program p's end, or that a computation waits for."""
         way = (p, a.kind, a.module, a.stage)
-        if way not in self.known:
+        known = self.known.get(way)
+        if known is None:
             lanes = self._lanes(*way)
             numbers = [self.numbers.setdefault(lane, len(self.numbers)) for lane in lanes]
             fed = a.kind in COMPUTE and any(lane[0] in BOUNDARY for lane in lanes)
-            self.known[way] = numbers, [lane[1] for lane in lanes] if fed else []
-        numbers, sources = self.known[way]
+            known = self.known[way] = numbers, [lane[1] for lane in lanes] if fed else []
+        numbers, sources = known
         if not sources:
             return [(n, a.microbatch) for n in numbers]
         pairs = zip(numbers, sources, strict=True)  # rows come of micro-batches with items alone
@@ -255,7 +265,7 @@ class _Order:
         """Where program p has stopped and for what."""
         mine = self.read.computations[p]
         if self.at[p] == len(mine):
-            a, (kind, module, i, stage) = self.read.cut[p]
+            a, kind, (module, i, stage) = self.read.cut[p]
             why = f"{kind.value}({module}.{stage}, {i}) on the rank itself"
         else:
             number = mine[self.at[p]]
@@ -283,13 +293,6 @@ class _Order:
 
     def _ranks(self, programs: Iterable[int]) -> str:
         return ", ".join(f"rank {self.plan.ranks_of[q][0]}" for q in programs)
-
-
-def _results(kind: Kind, a: Action) -> list[Result]:
-    """What an action leaves, or needs, on its own ranks."""
-    if a.span == 1:
-        return [(kind, *a[1:4])]
-    return [(kind, a.module, i, a.stage) for i in a.microbatches]
 
 
 def _peers(plan: SchedulePlan) -> dict[tuple[str, int, int], tuple[int, ...]]:

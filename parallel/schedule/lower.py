@@ -68,6 +68,7 @@ class _Writer:
         self.sources = [m for m in modules if m != sink]
         self.compute = {m: compute_groups(m, u) for m, u in modules.items()}
         self.parameters = {m: parameter_groups(m, u) for m, u in modules.items()}
+        self.links = {m: ((f"{m}.pp.forward",), (f"{m}.pp.backward",)) for m in modules}
 
     def program(self, place: Place, works: Sequence[Work], optimizer: bool) -> tuple[Action, ...]:
         # The edges that this place holds rows of, and whether it is where the sink reads them.
@@ -75,8 +76,8 @@ class _Writer:
         holds = {s for s in self.sources if pp[s] is not None and pp[s] == self.modules[s].layout.pp - 1}
         reads = pp[self.sink] == 0
         given = {(w.module, w.microbatch) for w in works if w.kind is BOUNDARY_BACKWARD}
-        final: dict[tuple[str, int], int] = {}  # last backward, or forward, of each stage
-        end: dict[tuple[str, int], int] = {}
+        final: dict[tuple[str, int], int] = {}  # the last backward of each stage
+        end: dict[tuple[str, int], int] = {}  # its last computation
         for k, w in enumerate(works):
             if w.kind in COMPUTE:
                 end[w.module, w.stage] = k
@@ -96,26 +97,21 @@ class _Writer:
             groups = self.compute[w.module]
             out.append(Action(w.kind, w.module, w.microbatch, w.stage, last, None, w.span, groups))
             out += self._after(w)
-            if w.module in self.late:
-                continue
-            if last and self._sums(w.module):
-                out.append(self._on_parameters(Kind.GRAD_SYNC, key))
-            if end[key] == k and key in stepwise:
-                out.append(self._on_parameters(Kind.FREE, key))
+            if w.module not in self.late:
+                out += self._closing(key, last, end[key] == k and key in stepwise)
         for key in sorted(end):
             if key[0] in self.late:
-                out += (
-                    [self._on_parameters(Kind.GRAD_SYNC, key)] if key in final and self._sums(key[0]) else []
-                )
-                out += [self._on_parameters(Kind.FREE, key)] if key in stepwise else []
+                out += self._closing(key, key in final, key in stepwise)
         if optimizer and self.train:
             out.append(Action(Kind.OPTIMIZER, self.sink, 0, groups=("world",)))
         return tuple(out)
 
-    def _sums(self, module: str) -> bool:
-        """Whether gradients are summed by an action of their own."""
-        use = self.modules[module]
-        return use.params != "each" and not use.frozen and bool(self.parameters[module])
+    def _closing(self, key: tuple[str, int], after_last: bool, free: bool) -> list[Action]:
+        """What a stage's parameters need after its last backward, and after its last computation."""
+        use = self.modules[key[0]]
+        sums = after_last and use.params != "each" and not use.frozen and bool(self.parameters[key[0]])
+        kinds = [kind for kind, needed in ((Kind.GRAD_SYNC, sums), (Kind.FREE, free)) if needed]
+        return [self._on_parameters(kind, key) for kind in kinds]
 
     def _on_parameters(self, kind: Kind, key: tuple[str, int]) -> Action:
         groups = () if kind is Kind.FREE else self.parameters[key[0]]
@@ -160,8 +156,8 @@ class _Writer:
         return [i for i in range(w.microbatch, w.microbatch + w.span) if w.module in self.active[i]]
 
     def _link(self, kind: Kind, w: Work, peer: int) -> Action:
-        way = "forward" if kind in (SEND_FORWARD, RECV_FORWARD) else "backward"
-        return Action(kind, w.module, w.microbatch, w.stage, False, peer, w.span, (f"{w.module}.pp.{way}",))
+        groups = self.links[w.module][kind in (SEND_BACKWARD, RECV_BACKWARD)]
+        return Action(kind, w.module, w.microbatch, w.stage, False, peer, w.span, groups)
 
     def _edge(self, kind: Kind, source: str, microbatch: int) -> Action:
         way = "forward" if kind is BOUNDARY_FORWARD else "backward"
