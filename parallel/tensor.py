@@ -64,6 +64,14 @@ class Linear(nn.Module):
         return F.linear(x, local(self.weight), bias)
 
 
+def held_rows(ids: Tensor, rows: int, tp: Axis) -> tuple[Tensor, Tensor]:
+    """Where ids [T] are among the `rows` rows that this rank holds of a vocabulary cut over tp, and whether
+    they are (bool). The place is 0 for those that are not; negative ids are on no rank."""
+    own = ids - tp.rank * rows
+    held = (own >= 0) & (own < rows)
+    return own * held, held
+
+
 class VocabEmbedding(nn.Module):
     """Embedding table [V, d] cut over tp by vocabulary. ids [T] give partial sums [T, d]: use leave()."""
 
@@ -87,6 +95,5 @@ class VocabEmbedding(nn.Module):
         weight = local(self.weight)
         if self.tp.size == 1:
             return F.embedding(ids, weight)
-        own = ids - self.tp.rank * weight.shape[0]
-        held = (own >= 0) & (own < weight.shape[0])
-        return F.embedding(own * held, weight) * held.unsqueeze(-1)
+        row, held = held_rows(ids, weight.shape[0], self.tp)
+        return F.embedding(row, weight) * held.unsqueeze(-1)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.axis import Axis
+from parallel.tensor import held_rows
 
 
 def vocab_loss(hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, chunk: int) -> Tensor:
@@ -30,9 +31,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 class _VocabLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, chunk: int) -> Tensor:
-        own = labels - tp.rank * weight.shape[0]
-        held = (own >= 0) & (own < weight.shape[0]) & (labels >= 0)
-        column = own * held
+        column, held = held_rows(labels, weight.shape[0], tp)
         losses, normalisers = [], []
         for part, col, mine in zip(hidden.split(chunk), column.split(chunk), held.split(chunk), strict=True):
             logits = _logits(part, weight)
