@@ -58,7 +58,7 @@ def launch_local(nproc: int, argv: Sequence[str]) -> int:
     """Run `python -m mm ARGV` as nproc ranks on this machine; returns the exit code of the job.
 
     When a rank fails the others get a moment to end by themselves, then are stopped. The code is that of a
-    failing rank with a known meaning (2 to 5), else 1. SIGINT and SIGTERM are passed on.
+    failing rank with a known meaning (2 to 5), else 1. SIGINT and SIGTERM reach the ranks as SIGTERM.
     """
     from torch.distributed import TCPStore
 
@@ -80,14 +80,14 @@ def launch_local(nproc: int, argv: Sequence[str]) -> int:
         if asked and time.monotonic() - asked[-1] < DOUBLE_S:
             return
         asked.append(time.monotonic())
-        for p in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                p.send_signal(number)
+        _ask_to_end(ranks)
 
     previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         for r in range(nproc):
             ranks.append(_start(argv, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}))
+        if asked:  # while they were started: not all of them have heard of it
+            _ask_to_end(ranks)
         codes = _wait(ranks)
     finally:
         for p in ranks:
@@ -96,10 +96,19 @@ def launch_local(nproc: int, argv: Sequence[str]) -> int:
             signal.signal(s, handler)
     if not asked:
         _tell_of_signals(codes)
+    elif -signal.SIGTERM in codes.values():
+        print("interrupted", file=sys.stderr, flush=True)  # before a rank could say so
     known = [c for c in codes.values() if c in (2, 3, 4, 5)]
     if known:
         return known[0]
     return 1 if any(codes.values()) or len(codes) < nproc else 0
+
+
+def _ask_to_end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    # Always SIGTERM: of SIGINT, a rank that is still importing makes a traceback.
+    for p in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            p.send_signal(signal.SIGTERM)
 
 
 def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:

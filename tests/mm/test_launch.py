@@ -61,7 +61,7 @@ def test_a_rank_ended_by_a_signal_is_named(run: Any, capfd: pytest.CaptureFixtur
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_the_ranks_which_may_end_well(number: signal.Signals, run: Any, tmp_path: Path) -> None:
     code = f"""
-signal.signal({int(number)}, lambda *_: sys.exit(0))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 open({str(tmp_path)!r} + f"/{{rank}}", "w").close()
 time.sleep(600)
 sys.exit(1)
@@ -76,6 +76,24 @@ sys.exit(1)
     before = signal.getsignal(number)
     assert run(2, code) == 0
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_while_ranks_start_reaches_all_of_them(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begin, started = launch._start, []
+
+    def interrupted(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        started.append(begin(argv, env))
+        if len(started) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return started[-1]
+
+    monkeypatch.setattr(launch, "_start", interrupted)
+    start = time.monotonic()
+    assert run(3, "time.sleep(600)") == 1
+    assert time.monotonic() - start < launch.GRACE_S
+    assert capfd.readouterr().err.strip() == "interrupted"
 
 
 def test_two_signals_at_once_are_one_wish(run: Any, tmp_path: Path) -> None:
