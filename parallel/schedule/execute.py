@@ -12,7 +12,8 @@ FORWARD          Wait for the inputs: for stage > 0 what RECV_FORWARD put under 
 BACKWARD         Wait for the output's gradient: from RECV_BACKWARD, on the last stage of a source from
                  BOUNDARY_BACKWARD, on the last stage of the sink from the loss. Free the output after.
                  `last`: the stage's last backward of the step (FSDP reduces gradients in it).
-BACKWARD_INPUT   The same for gradients of the stage's inputs alone; what the weights need is kept.
+BACKWARD_INPUT   The same for gradients of the stage's inputs; what those of weights still need is kept
+                 (parallel.schedule.halves).
 BACKWARD_WEIGHT  The gradients of the weights, from what was kept; free it. Carries `last`.
 SEND_FORWARD     Start sending the stage's output to stage `peer` (isend, `tag`) and return. The tensor must
                  live until the send is complete.

@@ -15,7 +15,8 @@ class Memory:
 
     activation: by module, or (module, stage): what a forward keeps for one micro-batch until its backward.
         A module that is in neither counts 1, so that the unit is activations of a stage.
-    weight_share: the share that BACKWARD_WEIGHT still needs after BACKWARD_INPUT; all of it by default.
+    weight_share: the share that BACKWARD_WEIGHT still needs after BACKWARD_INPUT; by default all of it, which
+        is a bound.
     load: by (module, micro-batch), a factor, for ragged batches.
     """
 
