@@ -160,7 +160,7 @@ def test_every_layer_under_data_and_another_degree(world: int, ranks: Any) -> No
             (s, d) for s in "M*-E" for d in PAIRS if d.world == world and (s == "E" or d.ep == d.etp == 1)
         )
     ]
-    results = ranks(world, run_cases, cases, timeout=120)
+    results = ranks(world, run_cases, cases, timeout=240)
     for i, case in enumerate(cases):
         check(case, [r[i] for r in results])
 
@@ -168,7 +168,7 @@ def test_every_layer_under_data_and_another_degree(world: int, ranks: Any) -> No
 @pytest.mark.parametrize("degrees", [Degrees(2), Degrees(4, tp=2, ep=2), Degrees(4, cp=2, ep=4)], ids=str)
 def test_every_way_of_holding_a_whole_model(degrees: Degrees, ranks: Any) -> None:
     cases = [Case(MODEL, degrees, zero) for zero in (1, 2, 3)]
-    results = ranks(degrees.world, run_cases, cases, timeout=120)
+    results = ranks(degrees.world, run_cases, cases, timeout=240)
     for i, case in enumerate(cases):
         found = [r[i] for r in results]
         check(case, found)
