@@ -46,6 +46,10 @@ OnTokens = Callable[[RankMicrobatch, Tensor], None]
 Key = tuple[str, int, int]  # module, stage, micro-batch
 
 
+def _key(a: Action) -> Key:
+    return a.module, a.stage, a.microbatch
+
+
 def run_step(
     job: Job,
     prepared: Prepared,
@@ -96,7 +100,7 @@ class _Run:
         # reduces in a backward of the whole, and where layers are recomputed.
         self.kept: dict[Key, list[Kept]] = {}
         self.gradients: dict[Key, Tensor] = {}
-        self.last = {(a.module, a.stage, a.microbatch) for a in actions if a.last}
+        self.last = {_key(a) for a in actions if a.last}
         self.recomputes = bool(job.blueprint.cfg.train.recompute or job.blueprint.cfg.train.offload)
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.handlers = {
@@ -127,7 +131,7 @@ class _Run:
     # forward
 
     def forward(self, action: Action) -> float:
-        key = (action.module, action.stage, action.microbatch)
+        key = _key(action)
         hidden = None
         if action.stage > 0:
             hidden = self.receiving.pop((Kind.RECV_FORWARD, key))().requires_grad_(self.train)
@@ -227,7 +231,7 @@ class _Run:
         return ready
 
     def backward_input(self, action: Action) -> float:
-        key = (action.module, action.stage, action.microbatch)
+        key = _key(action)
         self._synchronise(key, False)
         output, grad = self.outputs[key], self._output_gradient(key)
         ready = time.perf_counter()
@@ -247,7 +251,7 @@ class _Run:
         return ready
 
     def backward_weight(self, action: Action) -> None:
-        key = (action.module, action.stage, action.microbatch)
+        key = _key(action)
         if key in self.kept:
             backward_weight(self.kept.pop(key))
             return
@@ -268,7 +272,7 @@ class _Run:
     # parameters of parts that are gathered once a step
 
     def gather(self, action: Action) -> None:
-        key = (action.module, action.stage, action.microbatch)
+        key = _key(action)
         self._fsdp(key).set_reshard_after_backward(False)
         self._unshard(key)
 
@@ -278,14 +282,14 @@ class _Run:
                 module.unshard()
 
     def free(self, action: Action) -> None:
-        for module in self._part((action.module, action.stage, action.microbatch)).modules():
+        for module in self._part(_key(action)).modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def grad_sync(self, action: Action) -> None:
         """Have FSDP reduce what all backwards of the step have added up: it does so in a backward, here one
         without items."""
-        key = (action.module, action.stage, action.microbatch)
+        key = _key(action)
         part, use = self._fsdp(key), self.job.blueprint.inputs.encoders[action.module]
         part.set_requires_gradient_sync(True)
         part.set_is_last_backward(True)
@@ -342,21 +346,21 @@ class _Run:
     # pipelines
 
     def send_forward(self, action: Action) -> None:
-        key = (action.module, action.stage, action.microbatch)
+        key = _key(action)
         self._pipe(action, Kind.FORWARD).send(self.outputs[key].detach(), self._peer(action), action.tag)
 
     def recv_forward(self, action: Action) -> None:
-        key = (action.module, action.stage, action.microbatch)
+        key = _key(action)
         self._receive(action, Kind.FORWARD, key, self._hidden_shape(key))
 
     def send_backward(self, action: Action) -> None:
-        key = (action.module, action.stage, action.microbatch)
+        key = _key(action)
         hidden = self.inputs.pop(key)
         grad = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
         self._pipe(action, Kind.BACKWARD).send(grad, self._peer(action), action.tag)
 
     def recv_backward(self, action: Action) -> None:
-        key = (action.module, action.stage, action.microbatch)
+        key = _key(action)
         # Of the output, which may not be there yet: what the next stage takes.
         self._receive(action, Kind.BACKWARD, key, self._hidden_shape((key[0], key[1] + 1, key[2])))
 

@@ -87,7 +87,7 @@ def _say(deed: Deed) -> str:
 
 def _covered(plan: SchedulePlan, a: Action) -> list[int]:
     """The micro-batches that a computation is for: of a source, those with items."""
-    covered = range(a.microbatch, a.microbatch + a.span)
+    covered = a.microbatches
     if a.module not in plan.sources or covered.stop > plan.microbatches:
         return list(covered)  # what does not exist is reported as such
     return [i for i in covered if a.module in plan.active[i]] or list(covered)

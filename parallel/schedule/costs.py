@@ -40,8 +40,7 @@ class Costs:
             return one
         if not self.load:
             return one * a.span
-        covered = range(a.microbatch, a.microbatch + a.span)
-        return one * sum(self.load.get((a.module, i), 1.0) for i in covered)
+        return one * sum(self.load.get((a.module, i), 1.0) for i in a.microbatches)
 
 
 def measured_costs(records: Mapping[int, Sequence[Record]], *, cores: float | None = None) -> Costs:

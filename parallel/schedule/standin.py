@@ -106,17 +106,13 @@ class _StandIns:
 
     def _consumes(self, a: Action) -> list[tuple[Kind, str, int, int]]:
         """What a computation waits for, of what this rank has started to receive."""
-        covered = range(a.microbatch, a.microbatch + a.span)
-        if a.kind is Kind.FORWARD:
-            rows = [(Kind.BOUNDARY_FORWARD, s, 0, i) for s in self.plan.sources for i in covered]
-            return (
-                rows
-                if a.module == self.plan.sink and a.stage == 0
-                else [(Kind.RECV_FORWARD, a.module, a.stage, a.microbatch)]
-            )
         if a.kind is Kind.BACKWARD_WEIGHT:
             return []
-        rows = [(Kind.BOUNDARY_BACKWARD, a.module, 0, i) for i in covered]
+        if a.kind is Kind.FORWARD:
+            if a.module != self.plan.sink or a.stage:
+                return [(Kind.RECV_FORWARD, a.module, a.stage, a.microbatch)]
+            return [(Kind.BOUNDARY_FORWARD, s, 0, i) for s in self.plan.sources for i in a.microbatches]
+        rows = [(Kind.BOUNDARY_BACKWARD, a.module, 0, i) for i in a.microbatches]
         return [(Kind.RECV_BACKWARD, a.module, a.stage, a.microbatch), *rows]
 
     def _peer(self, a: Action) -> int:
