@@ -17,6 +17,7 @@ from rich.table import Table
 
 from mm.blueprint import Blueprint, draw_up
 from mm.config import Config, load_layout_file, with_layout
+from mm.errors import Refused
 from mm.feed import Feed
 from mm.job import Job, build_job, open_data, open_index
 from mm.launch import RankInfo, init_distributed
@@ -43,7 +44,11 @@ def make_runs(cfg: Config, world: int, layout_files: Sequence[Path]) -> list[Run
     runs = []
     for path in layout_files:
         layout, schedule = load_layout_file(path)
-        runs.append(Run(path.stem, draw_up(with_layout(cfg, layout, schedule), world), layout))
+        try:
+            blueprint = draw_up(with_layout(cfg, layout, schedule), world)
+        except Refused as error:
+            raise Refused(f"{path}: {error}") from error
+        runs.append(Run(path.stem, blueprint, layout))
     return runs
 
 

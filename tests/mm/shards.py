@@ -30,15 +30,17 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def sensor_samples(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Samples with no to two time series each, and text about them."""
+def sensor_samples(
+    n: int, seed: int = 0, *, module: str = "sensor", shape: tuple[int, ...] = (3,)
+) -> list[dict[str, Any]]:
+    """Samples with no to two time series [n, *shape] each, and text about them."""
     rng = random.Random(seed)
     draw = np.random.default_rng(seed)
     out = []
     for k in range(n):
         count = rng.choice([0, 1, 1, 2])
-        parts = {f"sen{i}.npy": npy(draw.normal(size=(rng.choice([1, 5, 9]), 3))) for i in range(count)}
-        segments: list[dict[str, Any]] = [{"sensor": name} for name in parts]
-        segments += [{"text": "level "}, {"text": str(rng.randrange(10)), "depends": "sensor"}]
+        parts = {f"sen{i}.npy": npy(draw.normal(size=(rng.choice([1, 5, 9]), *shape))) for i in range(count)}
+        segments: list[dict[str, Any]] = [{module: name} for name in parts]
+        segments += [{"text": "level "}, {"text": str(rng.randrange(10)), "depends": module}]
         out.append({"key": f"s{k:03d}", "segments": segments, "parts": parts})
     return out

@@ -117,6 +117,11 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"compare {CONFIG}", 2, "needed: --layouts FILE"),
         (f"compare --layouts a.yaml {CONFIG}", 2, "needed: one CONFIG file, before --layouts"),
         (f"compare {CONFIG} --layouts none.yaml", 2, "no layout file none.yaml"),
+        (
+            f"compare {CONFIG} --layouts configs/layouts/dp4.yaml configs/layouts/disjoint-dp3-dp2.yaml",
+            2,
+            "configs/layouts/disjoint-dp3-dp2.yaml: layout.llm.ranks '3-4' needs rank 4",
+        ),
         (f"compare {CONFIG} --layouts a.yaml --steps 1", 2, "needed: at least 2 steps"),
         ("data", 2, "needed: data prepare digits --out DIR"),
         ("data prepare digits", 2, "needed: data prepare digits --out DIR"),

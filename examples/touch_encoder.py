@@ -1,0 +1,88 @@
+"""A plug-in encoder that may be cut over cp and into pipeline stages: a pressure pad's frames, in .npy files.
+
+    model:
+      touch: {encoder: "examples.touch_encoder:TouchEncoder", projector: {hidden: 64}, options: {side: 4}}
+
+A row for every frame. Layers see one frame at a time; encoders.context has attention and convolution for
+those that see more of an item than a rank holds.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from encoders import Encoder, Features
+from encoders.share import Share
+from parallel.param import normal
+from parallel.stage import whole
+from parallel.tensor import Linear
+
+
+@dataclass(frozen=True)
+class TouchConfig:
+    side: int = 4
+    width: int = 24
+    depth: int = 4
+
+
+class TouchEncoder(Encoder):
+    Config = TouchConfig
+    context_parallel = True
+    pipeline = True
+
+    def __init__(self, cfg, axes, *, stage=None, device=None, dtype=None):
+        super().__init__(cfg, axes, device=device, dtype=dtype)
+        self.cfg, self.axes, self.stage = cfg, axes, stage or whole(cfg.depth)
+        kw = {"bias": True, "device": device, "dtype": dtype}
+        if self.stage.first:
+            self.stem = Linear(cfg.side**2, cfg.width, normal(cfg.side**-1.0), **kw)
+        std = cfg.width**-0.5
+        layers = {str(i): Linear(cfg.width, cfg.width, normal(std), **kw) for i in self.stage.layers}
+        self.blocks = nn.ModuleDict(layers)  # under global numbers, whatever the stage
+
+    @property
+    def layers(self):
+        return list(self.blocks.values())
+
+    @classmethod
+    def feature_width(cls, cfg):
+        return cfg.width
+
+    @classmethod
+    def layer_count(cls, cfg):
+        return cfg.depth
+
+    @classmethod
+    def hidden_width(cls, cfg, layer):
+        return cfg.width
+
+    @classmethod
+    def rows(cls, cfg, meta):
+        return meta["dim0"]
+
+    @classmethod
+    def cost(cls, cfg, meta):
+        return 2.0 * meta["dim0"] * cfg.width * (cfg.side**2 + cfg.depth * cfg.width)
+
+    @classmethod
+    def input_shape(cls, cfg):
+        return (cfg.side**2,)
+
+    @classmethod
+    def prepare(cls, cfg, payload, meta):
+        frames = torch.from_numpy(np.load(io.BytesIO(payload), allow_pickle=False)).float()
+        return frames.reshape(-1, cfg.side**2)
+
+    def forward(self, batch, hidden=None):
+        rows = tuple(self.rows(self.cfg, meta) for meta in batch.metas)  # of all items of the lane
+        share = Share.of(rows, self.axes)  # share.part: this rank's stretch of them
+        if hidden is None:  # the first stage; batch.values begin with item number batch.first
+            start = share.part[0] - sum(rows[: batch.first])
+            hidden = self.stem(batch.values[start : start + share.kept])
+        for block in self.layers:
+            hidden = hidden + F.gelu(block(hidden))
+        return Features(hidden, rows, share.part[0]) if self.stage.last else hidden
