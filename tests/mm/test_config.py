@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
 
-from mm.config import Config, build, load_config, load_layout_file, resolve, resolve_yaml, with_layout
+from mm.config import (
+    Config,
+    EncoderConfig,
+    Section,
+    build,
+    load_config,
+    load_layout_file,
+    resolve,
+    resolve_yaml,
+    with_layout,
+)
 from mm.errors import Refused
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "digits.yaml"
@@ -50,6 +60,16 @@ def test_the_shipped_config_loads() -> None:
     cfg = load_config(SHIPPED)
     assert sorted(cfg.model) == ["audio", "vision"] and cfg.run.nproc == 4
     assert not Path(cfg.run.dir).name.startswith(".")
+
+
+def test_every_key_is_documented() -> None:
+    text = (SHIPPED.parents[1] / "docs" / "config.md").read_text()
+    for section, kind in get_type_hints(Config).items():
+        if isinstance(kind, type) and issubclass(kind, Section):
+            for key in kind.model_fields:
+                assert f"`{section}.{key}`" in text, key
+    for key in EncoderConfig.model_fields:
+        assert f"`model.X.{key}" in text, key
 
 
 def test_sections_are_frozen(load: Load) -> None:
