@@ -227,13 +227,14 @@ class MoE(nn.Module):
 
     def _balance(self, score: Tensor, told: Pass, choice: Choice) -> Tensor:
         """This rank's part of the documents' balance losses; score [n, E] of its tokens."""
-        assert choice.chosen is not None
         tp = self.axes.tp
         at = tp.rank * (told.packing.total // tp.size)
         document = told.packing.sequence_id[at : at + len(score)]
         if choice.loads is None:
             documents, over = len(told.packing.lengths), [tp, self.axes.cp]
-            choice.loads = document_loads(choice.chosen, document, documents, self.cfg.n_experts, over)
+            # By score alone, as the equation has it: bias and groups correct what is still to be learned.
+            best = choose(score.detach(), self.cfg.top_k)
+            choice.loads = document_loads(best, document, documents, self.cfg.n_experts, over)
         return sequence_loss(score / (score.sum(-1, keepdim=True) + 1e-20), choice.loads, document)
 
     @torch.no_grad()
@@ -241,5 +242,5 @@ class MoE(nn.Module):
         """Move the bias towards experts below the mean of the global `load` [E]; forget the counts."""
         # mean - load, times E so that whole numbers decide the sign.
         below = torch.sign(load.sum() - load * self.cfg.n_experts)
-        self.expert_bias += self.cfg.expert_bias_rate * below
+        self.expert_bias += self.cfg.expert_bias_rate * below.to(self.expert_bias.dtype)
         self.load.zero_()
