@@ -50,6 +50,7 @@ class EncoderModule(nn.Module):
         given = Share.of(promised, encoder_axes(type(self.encoder), self.axes))
         if found.rows != promised or found.values.shape[0] != given.kept:
             raise _mismatch(type(self.encoder).__name__, found, promised, given)
+        self._check_gradient(found.values)
         share = Share.of(promised, self.axes)
         # Where every tp rank has run the whole encoder, it goes on with its own part.
         values = found.values.narrow(0, share.part[0] - given.part[0], share.kept)
@@ -66,6 +67,16 @@ class EncoderModule(nn.Module):
             raise ValueError(
                 f"{name}.forward gave values {list(found.values.shape)}; needed: [rows, "
                 f"{', '.join(map(str, shape))}], as feature_width (and feature_levels) say"
+            )
+
+    def _check_gradient(self, values: Tensor) -> None:
+        """Refuse an encoder that would silently not be trained."""
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
+        if trained and len(values) and not values.requires_grad:
+            name = type(self.encoder).__name__
+            raise ValueError(
+                f"{name}.forward gave values without a gradient, though it has weights to train; needed: no "
+                "detach() or no_grad(), or freeze: encoder"
             )
 
     def _project(self, values: Tensor, share: Share) -> Tensor:

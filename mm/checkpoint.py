@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mm.blueprint import Blueprint
 from mm.config import Config, resolve
@@ -55,7 +56,23 @@ def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int
         "bad_samples": sorted(bad),
         "config": resolve(cfg),
     }
-    return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)
+    try:
+        return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)
+    except (OSError, CheckpointException) as error:  # torch's is no Exception: nothing else would catch it
+        free = shutil.disk_usage(directory).free / 2**20
+        raise CheckpointError(
+            f"the checkpoint of step {step} cannot be written to {directory} ({free:.0f} MiB free): "
+            f"{_first(error)}; those before it are whole"
+        ) from error
+
+
+def _first(error: BaseException) -> str:
+    """The first cause of a failed write, in a line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    while error.__context__ is not None:
+        error = error.__context__
+    return " ".join(str(error).split())
 
 
 def set_aside(directory: Path, step: int) -> None:

@@ -119,6 +119,48 @@ def test_other_rows_than_promised_name_the_item() -> None:
         net(batch("vit", SIZES["vit"]))
 
 
+class Bare(encoders.vit.ViT):
+    def forward(self, items: ItemBatch) -> Any:
+        return super().forward(items).values
+
+
+class Wide(encoders.vit.ViT):
+    def forward(self, items: ItemBatch) -> Features:
+        good = super().forward(items)
+        return good._replace(values=good.values[:, :-1])
+
+
+class Untrained(encoders.vit.ViT):
+    def forward(self, items: ItemBatch) -> Features:
+        good = super().forward(items)
+        return good._replace(values=good.values.detach())
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (Bare, "Bare.forward gave Tensor; needed: encoders.Features"),
+        (Wide, "Wide.forward gave values .*, 95.; needed: .rows, 96., as feature_width"),
+        (Untrained, "Untrained.forward gave values without a gradient"),
+    ],
+)
+def test_features_that_cannot_be_used_are_told_in_words(cls: Any, words: str) -> None:
+    net = module("vit")
+    net.encoder.__class__ = cls
+    with pytest.raises((TypeError, ValueError), match=words):
+        net(batch("vit", SIZES["vit"]))
+    if cls is Untrained:
+        net.freeze("encoder")
+        net(batch("vit", SIZES["vit"]))
+
+
+def test_inputs_of_another_shape_are_told_in_words() -> None:
+    vit = encoders.resolve("vit")
+    kw: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
+    with pytest.raises(ValueError, match=r"ViT.prepare gave .5, 3.; needed: .n, 4., as input_shape says"):
+        encoders.pack_items(vit, vit.Config(), [torch.zeros(5, 3)], [{}], **kw)
+
+
 def test_unusable_items_are_refused_in_words() -> None:
     vit, conformer = encoders.resolve("vit"), encoders.resolve("fastconformer")
     cfg = vit.Config(**SMALL["vit"])

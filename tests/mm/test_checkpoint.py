@@ -111,6 +111,20 @@ def test_a_run_that_begins_again_keeps_its_own_checkpoints(saved: Any, ranks: An
     assert not store.verify(folder / "replaced-step-00000009")
 
 
+def unwritable(raw: dict[str, Any], folder: str) -> str:
+    try:
+        run(raw, folder, 0, 1)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_in_words(ranks: Any, tmp_path: Path) -> None:
+    (tmp_path / "step-00000001.tmp").write_text("a file where its folder would be")
+    message = ranks(1, unwritable, small(train=TRAIN), str(tmp_path))[0]
+    assert "the checkpoint of step 1 cannot be written" in message and "MiB free" in message
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return print, ("unpickled",)
