@@ -170,8 +170,8 @@ def speaks(error: BaseException) -> bool:
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return store.add(f"polyrank/failures/{attempt}", 1) == 1
-    except Exception:  # no store to ask, whatever the reason
-        return os.environ["RANK"] == "0"
+    except Exception:  # no store to ask, whatever the reason; a known one may be that very thing
+        return isinstance(error, PolyrankError) or os.environ["RANK"] == "0"
 
 
 def _patience(error: BaseException) -> float:
@@ -223,14 +223,46 @@ def init_distributed(cfg: Config) -> RankInfo:
                 f"for CUDA start at most {count} ranks (--nproc {count})",
                 file=sys.stderr,
             )
+    words = _meet(rank, world, cfg.run.timeout_s)
     # The backend follows from the device; torch knows which one serves it.
-    backend = dist.get_default_backend_for_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=cfg.run.timeout_s))
-    # A second connection to the store of the rendezvous, for words about who is where.
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=cfg.run.timeout_s)
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    # A restarted job must not read the words of the one before.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    words = dist.PrefixStore(f"polyrank/{attempt}", store)
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        store=dist.PrefixStore("group", words),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=cfg.run.timeout_s),
+    )
     return RankInfo(rank, world, device, words, local_ranks if local_ranks < world else None)
+
+
+def _meet(rank: int, world: int, timeout_s: float) -> Store:
+    """The job's store, once every rank has come to it. Raises PolyrankError naming those that have not."""
+    import torch.distributed as dist
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun and launch_local host it; ranks that were started otherwise have rank 0 do so.
+    hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = dist.TCPStore(
+            host, port, world, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
+    except RuntimeError as error:
+        raise PolyrankError(
+            f"rank {rank} does not reach the job's store at {host}:{port} within {timeout_s:g} s; rank 0 or "
+            f"torchrun must run there, and the port be free ({str(error).splitlines()[0]})"
+        ) from error
+    # A restarted job must not read the words of the one before.
+    words = dist.PrefixStore(f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    keys = [f"here/{r}" for r in range(world)]
+    words.set(keys[rank], "")
+    try:
+        words.wait(keys, timeout)
+    except RuntimeError as error:
+        absent = [r for r, key in enumerate(keys) if not words.check([key])]
+        some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")
+        raise PolyrankError(
+            f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): {some}; "
+            "start all of them, with one rendezvous, or wait longer"
+        ) from error
+    return words

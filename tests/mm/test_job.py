@@ -54,6 +54,18 @@ def mm(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     )
 
 
+def alone(rank: int, config: Path, seconds: float) -> subprocess.Popen[str]:
+    """One of two ranks, started without a launcher and without the other."""
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mm", "train", str(config), f"run.timeout_s={seconds}"],
+        cwd=ROOT,
+        env={**environment(), **place, "MASTER_PORT": str(free_port())},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
@@ -201,3 +213,13 @@ def test_dry_run_prints_the_plan(capsys: Any) -> None:
     out = capsys.readouterr().out
     for text in ("rank", "edge vision -> llm", "KiB", "GFLOP", "backward(llm, 0, last)"):
         assert text in out
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
+    write_shard(tmp_path / "sensor-0.tar", sensor_samples(4))
+    config = sensor_config(tmp_path)
+    first, second = (alone(rank, config, 3) for rank in (0, 1))
+    told = [p.communicate(timeout=120)[1] for p in (first, second)]
+    assert "1 of 2 ranks have not come within 3 s (run.timeout_s): 1; start all of them" in told[0]
+    assert "rank 1 does not reach the job's store at 127.0.0.1:" in told[1], told[1][-1500:]
+    assert (first.returncode, second.returncode) == (1, 1) and "Traceback" not in "".join(told)
