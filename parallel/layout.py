@@ -129,7 +129,8 @@ def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tup
     out = _named_ranks(spec, world)
     if out is None:
         raise ValueError(
-            f"layout.{module}.ranks is {spec!r}; needed: all, a number, a-b such as 0-3, or a list of numbers"
+            f"layout.{module}.ranks is {spec!r}; needed: all, a number, a-b such as 0-3, or a list of numbers; "
+            "ranks count from 0"
         )
     if not out:
         raise ValueError(f"layout.{module}.ranks {spec!r} names no rank; the job has ranks 0-{world - 1}")
@@ -137,7 +138,7 @@ def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tup
         raise ValueError(
             f"layout.{module}.ranks {list(out)} names a rank twice; nearest: {list(dict.fromkeys(out))}"
         )
-    outside = [r for r in out if not 0 <= r < world]
+    outside = [r for r in out if r >= world]
     if outside:
         raise ValueError(
             f"layout.{module}.ranks {spec!r} needs rank {outside[0]}, but the job has {world} ranks "
@@ -156,7 +157,7 @@ def _named_ranks(spec: Any, world: int) -> tuple[int, ...] | None:
             return None
         return tuple(range(int(low), int(high or low) + 1))
     ranks = list(spec) if isinstance(spec, Sequence) else [spec]
-    return tuple(ranks) if all(_whole(r) for r in ranks) else None
+    return tuple(ranks) if all(_whole(r) and r >= 0 for r in ranks) else None
 
 
 def _whole(value: Any) -> bool:
