@@ -37,7 +37,9 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor, share: Share) -> Tensor:
         """x: the rows that this rank keeps of `share`."""
-        acc, weight = wide(x.dtype), local(self.norm)
+        weight = local(self.norm)
+        x = x.to(weight.dtype)  # an encoder may have computed in a dtype of its own
+        acc = wide(x.dtype)
         x = F.rms_norm(x.to(acc), weight.shape, weight.to(acc), 1e-5).to(x.dtype)
         h = F.relu(self.up(enter(x, self.axes, share))).square()
         return leave(self.down(h), self.axes, share)

@@ -154,6 +154,23 @@ def test_features_that_cannot_be_used_are_told_in_words(cls: Any, words: str) ->
         net(batch("vit", SIZES["vit"]))
 
 
+class Narrow(encoders.vit.ViT):
+    def forward(self, items: ItemBatch) -> Features:
+        good = super().forward(items)
+        return good._replace(values=good.values.to(torch.bfloat16))
+
+
+def test_an_encoder_may_compute_in_a_dtype_of_its_own() -> None:
+    net = module("vit")
+    plain = net(batch("vit", SIZES["vit"])).values
+    net.encoder.__class__ = Narrow
+    values = net(batch("vit", SIZES["vit"])).values
+    assert values.dtype == plain.dtype != torch.bfloat16
+    torch.testing.assert_close(values, plain, rtol=0.05, atol=0.05 * float(plain.detach().abs().max()))
+    values.sum().backward()
+    assert all(p.grad is not None for p in net.encoder.parameters())
+
+
 def test_inputs_of_another_shape_are_told_in_words() -> None:
     vit = encoders.resolve("vit")
     kw: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
