@@ -64,36 +64,22 @@ def _serve(pipe: Connection, stacks: str) -> None:
 def _run(message: bytes) -> tuple[bool, Any]:
     import torch.distributed as dist
 
-    rank, world, path, timeout, call = pickle.loads(message)
-    store = dist.FileStore(path, world)
+    # Only now: all ranks have answered, so that none closes connections while another still makes its own.
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
     try:
-        fn, args = pickle.loads(call)  # imports the test's module
+        fn, args, rank, world, store, timeout = pickle.loads(message)  # imports the test's module
         dist.init_process_group(
             "gloo",
-            store=store,
+            store=dist.FileStore(store, world),
             rank=rank,
             world_size=world,
             timeout=timedelta(seconds=timeout),
         )
         dist.barrier()  # all are connected, should one fail at once
-        result = fn(*args)
-        _await_all(store, world)
-        return True, result
+        return True, fn(*args)
     except BaseException:
         return False, traceback.format_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group()
-
-
-def _await_all(store: Any, world: int) -> None:
-    """No rank may close its connections while another still makes its own, in a group of the test's perhaps.
-    Through the store, as tests may leave unmatched collectives behind; not for long, as others may fail."""
-    deadline = time.monotonic() + GRACE_S / 4
-    left = store.add("left", 1)
-    while left < world and time.monotonic() < deadline:
-        time.sleep(0.001)
-        left = store.add("left", 0)
 
 
 class Pool:
@@ -131,9 +117,9 @@ class Pool:
         self._grow(n)
         self._runs += 1
         store = str(self._folder / f"store-{self._runs}")
-        workers, call = self._workers[:n], pickle.dumps((fn, args))
+        workers = self._workers[:n]
         for rank, worker in enumerate(workers):
-            worker.pipe.send_bytes(pickle.dumps((rank, n, store, timeout, call)))
+            worker.pipe.send_bytes(pickle.dumps((fn, args, rank, n, store, timeout)))
         replies, dead = _collect(workers, timeout)
         silent = [r for r in range(n) if r not in replies and r not in dead]
         stacks = {r: _stacks(workers[r]) for r in silent}
