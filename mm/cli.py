@@ -39,6 +39,15 @@ def main(argv: Sequence[str]) -> int:
         if launch.speaks(interrupt):
             print("interrupted", file=sys.stderr, flush=True)
         return 1
+    except ModuleNotFoundError as error:
+        if launch.speaks(error):
+            print(
+                f"{error.name} is not installed for {sys.executable}; needed: pip install -e . with it, or "
+                "the Python of `make train`, .venv/bin/python",
+                file=sys.stderr,
+                flush=True,
+            )
+        return 1
     except Exception as error:
         if launch.speaks(error):
             # A file of the user's is named in words; without a name it is the network's, whose place matters.

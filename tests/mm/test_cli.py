@@ -235,3 +235,13 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_missing_package_is_said_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "mm.blueprint", raising=False)
+    assert main(["train", CONFIG, "--dry-run"]) == 1
+    said = capsys.readouterr().err
+    assert "is not installed for" in said and ".venv/bin/python" in said and "Traceback" not in said
