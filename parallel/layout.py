@@ -129,8 +129,8 @@ def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tup
     out = _named_ranks(spec, world)
     if out is None:
         raise ValueError(
-            f"layout.{module}.ranks is {spec!r}; needed: all, a number, a-b such as 0-3, or a list of numbers "
-            "(ranks count from 0)"
+            f"layout.{module}.ranks is {spec!r}; needed: all, a number, a-b such as 0-3, or a list of "
+            "numbers (ranks count from 0)"
         )
     if not out:
         raise ValueError(f"layout.{module}.ranks {spec!r} names no rank; the job has ranks 0-{world - 1}")
