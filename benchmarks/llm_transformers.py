@@ -21,8 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,36 @@ from llm.model import LLMBatch
 from llm.scan import scan
 from parallel.packed import Packing
 
+# Widths of a test: operator dispatch is all that takes time.
+TOY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+}
+
 
 @dataclass(frozen=True)
 class Size:
-    """Nemotron 3 Nano's widths divided by `scale`, a pattern of layers, and `batch` documents of `length`."""
+    """Nemotron 3 Nano's widths divided by `scale`, a pattern of layers, and `batch` documents of `length`.
+    other: fields of config.json that are not so."""
 
     pattern: str
     scale: int
     batch: int
     length: int
+    other: Mapping[str, int] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
         """Fields of config.json. Head dims, state, chunk and choices a token are those of the full model."""
@@ -70,10 +91,12 @@ class Size:
             "moe_intermediate_size": 1856 // s,
             "moe_shared_expert_intermediate_size": 3712 // s,
             "routed_scaling_factor": 2.5,
+            **self.other,
         }
 
 
 SIZES = {
+    "toy": Size("MEM*EM-E", 1, 2, 128, TOY),
     "tiny": Size("MEM*E", 16, 1, 512),
     "small": Size("MEMEM*E", 8, 1, 1024),
     "long": Size("MEM*E", 16, 1, 8192),
@@ -97,7 +120,8 @@ def parties(size: Size, folder: Path) -> tuple[Any, Any, Tensor]:
             # Its mixer clamps time steps at config.time_step_min; published models were trained without.
             module.time_step_limit = (0.0, float("inf"))
     theirs.save_pretrained(folder)
-    return theirs, load_hf(folder).model, torch.randint(0, 2048, (size.batch, size.length))
+    ids = torch.randint(0, size.config()["vocab_size"], (size.batch, size.length))
+    return theirs, load_hf(folder).model, ids
 
 
 def race(size: Size, rounds: int) -> dict[str, Any]:

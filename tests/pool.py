@@ -27,6 +27,10 @@ START_S = 120.0  # a busy machine may need long to import torch; a test's own ti
 GRACE_S = 2.0  # what the others get once a rank has failed: they may wait for it in vain
 
 
+# Torch's caches of tensor layouts keep meshes, and so the threads of groups that were destroyed long ago.
+MOST_THREADS = 250
+
+
 class RankFailed(AssertionError):
     """A function failed, or did not answer, on some ranks."""
 
@@ -92,6 +96,8 @@ class Pool:
         self._runs = 0
 
     def _grow(self, n: int) -> None:
+        if any(_threads(w) > MOST_THREADS for w in self._workers):
+            self._discard(self._workers)
         self._discard(w for w in self._workers if not w.process.is_alive())
         fresh = [self._start() for _ in range(n - len(self._workers))]  # together: they import at once
         for worker in fresh:
@@ -142,6 +148,12 @@ class Pool:
         """End the workers and remove what they wrote."""
         self._discard(self._workers)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _threads(worker: Worker) -> int:
+    """Threads of a worker; 0 where the system does not say."""
+    tasks = Path(f"/proc/{worker.process.pid}/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else 0
 
 
 def _collect(workers: list[Worker], timeout: float) -> tuple[dict[int, tuple[bool, Any]], list[int]]:
