@@ -38,25 +38,7 @@ from llm.hf import load_hf
 from llm.model import LLMBatch
 from llm.scan import scan
 from parallel.packed import Packing
-
-# Widths of a test: operator dispatch is all that takes time.
-TOY = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 96,
-    "ssm_state_size": 16,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 16,
-    "n_groups": 2,
-    "chunk_size": 8,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "moe_shared_expert_intermediate_size": 48,
-}
+from tests.llm.oracle import SIZES as TOY  # widths of a test: operator dispatch is all that takes time
 
 
 @dataclass(frozen=True)

@@ -164,14 +164,26 @@ def speaks(error: BaseException) -> bool:
         return True
     time.sleep(_patience(error))
     try:
-        from torch.distributed import TCPStore
-
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"polyrank/failures/{attempt}", 1) == 1
+        return _store(5.0).add("failures", 1) == 1
     except Exception:  # no store to ask, whatever the reason; a known one may be that very thing
         return isinstance(error, PolyrankError) or os.environ["RANK"] == "0"
+
+
+def _store(timeout_s: float, *, hosts: bool = False) -> Store:
+    """The store of the rendezvous, for words of this job's; hosts: this process is to run it."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size(),
+        is_master=hosts,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    # A restarted job must not read the words of the one before.
+    return PrefixStore(f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _patience(error: BaseException) -> float:
@@ -237,27 +249,20 @@ def init_distributed(cfg: Config) -> RankInfo:
 
 def _meet(rank: int, world: int, timeout_s: float) -> Store:
     """The job's store, once every rank has come to it. Raises PolyrankError naming those that have not."""
-    import torch.distributed as dist
-
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun and launch_local host it; ranks that were started otherwise have rank 0 do so.
     hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
-    timeout = timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(
-            host, port, world, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
+        words = _store(timeout_s, hosts=hosts)
     except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise PolyrankError(
-            f"rank {rank} does not reach the job's store at {host}:{port} within {timeout_s:g} s; rank 0 or "
+            f"rank {rank} does not reach the job's store at {where} within {timeout_s:g} s; rank 0 or "
             f"torchrun must run there, and the port be free ({str(error).splitlines()[0]})"
         ) from error
-    # A restarted job must not read the words of the one before.
-    words = dist.PrefixStore(f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     keys = [f"here/{r}" for r in range(world)]
     words.set(keys[rank], "")
     try:
-        words.wait(keys, timeout)
+        words.wait(keys, timedelta(seconds=timeout_s))
     except RuntimeError as error:
         absent = [r for r, key in enumerate(keys) if not words.check([key])]
         some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")

@@ -61,8 +61,6 @@ Result = tuple[str, int, int]  # of a forward or backward: (module, micro-batch,
 # program), or that of an edge: (kind, source).
 Lane = tuple[Any, ...]
 Key = tuple[int, int]  # a transfer: (number of its lane, micro-batch)
-
-
 Meeting = tuple[tuple[Kind, str, int, int], frozenset[int]]  # (action without its place, programs)
 
 
@@ -117,9 +115,8 @@ class _Reader:
         self.numbers: dict[Lane, int] = {}
         self.known: dict[Lane, tuple[list[int], list[str]]] = {}  # lanes by (program, kind, module, stage)
         self.meets: dict[int, Meeting] = {}  # what several programs begin together
-        self.cut: dict[
-            int, tuple[Action, Kind, Result]
-        ] = {}  # where a program stops whatever others do, and why
+        # Where a program stops whatever others do, and why.
+        self.cut: dict[int, tuple[Action, Kind, Result]] = {}
         self.peers, self.together = _peers(plan), _Together(plan)
         self.ends = {s: plan.ends(s) for s in plan.sources}
         self.computations = [self._read(p) for p in range(len(plan.programs))]

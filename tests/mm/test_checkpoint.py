@@ -111,9 +111,10 @@ def test_a_run_that_begins_again_keeps_its_own_checkpoints(saved: Any, ranks: An
     assert not store.verify(folder / "replaced-step-00000009")
 
 
-def unwritable(raw: dict[str, Any], folder: str) -> str:
+def refusal(raw: dict[str, Any], folder: str, first: int, last: int) -> str:
+    """What is said where these steps cannot be run and saved."""
     try:
-        run(raw, folder, 0, 1)
+        run(raw, folder, first, last)
     except CheckpointError as error:
         return str(error)
     return "no error"
@@ -121,7 +122,7 @@ def unwritable(raw: dict[str, Any], folder: str) -> str:
 
 def test_a_checkpoint_that_cannot_be_written_is_told_in_words(ranks: Any, tmp_path: Path) -> None:
     (tmp_path / "step-00000001.tmp").write_text("a file where its folder would be")
-    message = ranks(1, unwritable, small(train=TRAIN), str(tmp_path))[0]
+    message = ranks(1, refusal, small(train=TRAIN), str(tmp_path), 0, 1)[0]
     assert "the checkpoint of step 1 cannot be written" in message and "MiB free" in message
 
 
@@ -138,18 +139,10 @@ def test_metadata_is_not_unpickled_freely(saved: Any, tmp_path: Path, capsys: An
     assert "unpickled" not in capsys.readouterr().out
 
 
-def other_model(raw: dict[str, Any], folder: str) -> str:
-    try:
-        run(raw, folder, 2, 4)
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
-
-
 def test_another_model_is_refused_by_name(saved: Any, ranks: Any, tmp_path: Path) -> None:
     raw = small(train=TRAIN)
     raw["model"]["llm"]["mlp_ffn"] = 96
-    message = ranks(1, other_model, raw, copy(saved[0], tmp_path))[0]
+    message = ranks(1, refusal, raw, copy(saved[0], tmp_path), 2, 4)[0]
     assert "layers.3.mixer" in message and "shape" in message
 
 

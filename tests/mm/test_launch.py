@@ -123,6 +123,7 @@ sys.exit(0 if len(count) == 1 else 1)
 def test_of_a_failing_job_the_rank_that_knows_the_reason_speaks(run: Any, tmp_path: Path) -> None:
     # Rank 1 knows why; rank 0 meets the consequences first.
     code = f"""
+import torch.distributed
 from mm import launch
 from mm.errors import DataError
 here = {str(tmp_path)!r} + "/here"
