@@ -30,3 +30,18 @@ def pool() -> Iterator[Pool]:
 def ranks(pool: Pool) -> Callable[..., list[Any]]:
     """ranks(n, fn, *args, timeout=60): fn(*args) on n gloo ranks, results in rank order."""
     return pool.run
+
+
+@pytest.fixture
+def alone() -> Iterator[Callable[..., list[Any]]]:
+    """As `ranks`, for one rank: alone(1, fn, *args) runs in this process, which starts nothing."""
+
+    import torch.distributed as dist
+
+    def run(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        assert n == 1
+        return [fn(*args)]
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield run
+    dist.destroy_process_group()

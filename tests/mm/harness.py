@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from mm.blueprint import draw_up
 from mm.config import from_mapping
-from mm.job import build_job, open_data, open_index
+from mm.feed import Feed
+from mm.job import Job, build_job, open_data, open_index
 from mm.launch import RankInfo
 from mm.trainer import open_feed, train_step
+from parallel.param import declared, local
+from parallel.shard import held_indices
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -63,8 +69,9 @@ def small(**sections: Any) -> dict[str, Any]:
     return raw
 
 
-def train_few(raw: dict[str, Any], steps: int, node_size: int | None = None) -> list[dict[str, Any]]:
-    """Metrics of the first steps; the same on every rank. node_size: ranks a machine, as if of several."""
+@contextmanager
+def running(raw: dict[str, Any], node_size: int | None = None) -> Iterator[tuple[Job, Feed]]:
+    """The job of a config on this rank, and its steps; closed at the end. node_size: as in train_few."""
     world = dist.get_world_size()
     blueprint = draw_up(from_mapping(raw, CONFIGS), world)
     rank = RankInfo(dist.get_rank(), world, torch.device("cpu"), node_size=node_size)
@@ -73,11 +80,38 @@ def train_few(raw: dict[str, Any], steps: int, node_size: int | None = None) -> 
     data = open_data(job, index)
     feed = open_feed(job, data)
     try:
-        return [train_step(job, feed, step) for step in range(steps)]
+        yield job, feed
     finally:
         feed.close()
         data.assembler.reader.close()
         job.close()
+
+
+def train_few(raw: dict[str, Any], steps: int, node_size: int | None = None) -> list[dict[str, Any]]:
+    """Metrics of the first steps; the same on every rank. node_size: ranks a machine, as if of several."""
+    with running(raw, node_size) as (job, feed):
+        return [train_step(job, feed, step) for step in range(steps)]
+
+
+Held = dict[str, tuple[list[np.ndarray], np.ndarray]]
+
+
+def train_and_weigh(raw: dict[str, Any], steps: int) -> tuple[list[dict[str, Any]], Held]:
+    """Metrics as of train_few, and what this rank then holds of weights and buffers: by full name (global
+    indices of each dim, values)."""
+    with running(raw) as (job, feed):
+        metrics = [train_step(job, feed, step) for step in range(steps)]
+        held: Held = {}
+        for module, parts in job.parts.items():
+            for part in parts.values():
+                kept = part.state_dict()
+                for name, param, spec in declared(part):
+                    index = held_indices(tuple(param.shape), spec, job.meshes[module])
+                    value = local(kept.pop(name)).numpy().copy()
+                    held[f"{module}.{name}"] = [i.numpy() for i in index], value
+                for name, buffer in kept.items():  # alike on all ranks
+                    held[f"{module}.{name}"] = [np.arange(n) for n in buffer.shape], buffer.numpy().copy()
+        return metrics, held
 
 
 def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
