@@ -1,4 +1,4 @@
-"""The job equals a straight-line program of plain torch: losses, norms, rates, and weights after five steps."""
+"""The job is a straight-line program of plain torch: losses, norms, rates and weights after five steps."""
 
 from __future__ import annotations
 
