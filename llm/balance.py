@@ -1,8 +1,8 @@
 """Keeping experts evenly loaded: choice by groups, and losses of the router's own.
 
-Objectives beside the next token's loss are sums over tokens, as that loss is, so that no layout changes
-them and the trainer's one division by the global number of supervised tokens fits all of them. They enter
-the backward where they arise (attach), which spares a second output of every layer and pipeline stage.
+Objectives are sums over tokens here, so that no layout changes them; the caller divides them by the number of
+all routed tokens of the step (llm.counts), whatever share of those is supervised. They enter the backward
+where they arise (attach), which spares a second output of every layer and pipeline stage.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ def sequence_loss(share: Tensor, loads: Tensor, document: Tensor) -> Tensor:
     """Balance loss of each document times its tokens, summed over this rank's tokens; a scalar.
 
     share [n, E]: each token's scores as fractions of their sum; loads: document_loads of all ranks;
-    document [n]. A document of t tokens, k experts each, has the loss
-    E / (k t^2) sum_e (sum of share_e over its tokens) loads_e, 1 where it is even (arXiv 2412.19437,
-    equations 17 to 20). loads are whole numbers without a gradient, so ranks' parts simply add up.
+    document [n]. A document of t tokens, k experts each, has the loss sum_e f_e P_e with
+    f_e = E / (k t) loads_e and P_e = 1 / t (sum of share_e over its tokens), 1 where it is even (DeepSeek-V3,
+    arXiv 2412.19437, equations 17 to 20; its form is that of Switch, arXiv 2101.03961, equation 4). Divided
+    by all routed tokens the result is the mean over documents, weighted by their tokens. loads are whole
+    numbers without a gradient, so ranks' parts simply add up.
     """
     loads = loads.to(share.dtype)
     rate = loads * (loads.shape[1] / loads.sum(1, keepdim=True).clamp(min=1))  # sum is k t
@@ -64,7 +66,8 @@ def sequence_loss(share: Tensor, loads: Tensor, document: Tensor) -> Tensor:
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """Sum over tokens of the squared log of the partition sum of logits [n, E] (ST-MoE, arXiv 2202.08906)."""
+    """Sum over tokens of the squared log of the partition sum of logits [n, E]; divided by all routed tokens
+    it is the loss of ST-MoE (arXiv 2202.08906, equation 5)."""
     return torch.logsumexp(logits, -1).square().sum()
 
 

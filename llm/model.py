@@ -6,7 +6,7 @@ It may be one stage of a pipeline, which holds some of the layers under their gl
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llm.attention import Attention
 from llm.balance import attach
 from llm.config import LLMConfig, check, embeds_last
+from llm.counts import Counts
 from llm.layer import Layer, run_layer
 from llm.mamba import Mamba, ScanScalars
 from llm.moe import MoE, Pass, Router
@@ -36,10 +37,9 @@ class LLMBatch:
     ids [T] int64, a placeholder's where an encoder row enters; labels [T] int64, the next token or -100;
     packing: the documents, the last of them the padding if there is any; T is a multiple of tp, T >= 1;
     n_real: tokens before the padding; places: edge -> rows of this rank's token share [R] int64 where the
-    edge's rows enter, in their order. scale: what the summed losses are multiplied with, 1 / supervised
-    tokens of the global batch; only objectives beside the next token's loss need it. ahead: ids and labels
-    further on (llm.mtp.ahead), needed only where they cannot be made here: under context parallelism.
-    loss_rows: see loss_rows(); the head is spared all other tokens, None: none.
+    edge's rows enter, in their order. counts: what the objectives beside the next token's loss are means
+    over. ahead: ids and labels further on (llm.mtp.ahead), needed only where they cannot be made here: under
+    context parallelism. loss_rows: see loss_rows(); the head is spared all other tokens, None: none.
     """
 
     ids: Tensor
@@ -47,7 +47,7 @@ class LLMBatch:
     packing: Packing
     n_real: int
     places: Mapping[str, Tensor]
-    scale: float = 1.0
+    counts: Counts = field(default_factory=Counts)
     ahead: tuple[Tensor, Tensor] | None = None
     loss_rows: tuple[Tensor, ...] | None = None
 
@@ -101,7 +101,7 @@ class LLM(nn.Module):
             if cfg.mtp_layers:
                 self.mtp = MultiToken(cfg, axes, **kw)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
-        # Further tokens' loss, unweighted, of this rank's tokens since it was last taken.
+        # This rank's part of further tokens' mean loss, unweighted, since it was last taken.
         self.register_buffer("mtp_sum", torch.zeros((), dtype=acc, device=device), persistent=False)
         self._recompute: frozenset[str] = frozenset()
         self._offload: int | None = None
@@ -139,7 +139,7 @@ class LLM(nn.Module):
         cfg.level_layers[k - 1]. hidden: what the stage before gave, None on the first.
         """
         learns = self.training and torch.is_grad_enabled() and not self.cfg.freeze
-        told = Pass(batch.packing, batch.n_real, batch.scale, learns)
+        told = Pass(batch.packing, batch.n_real, batch.counts, learns)
         x = self.states(batch, rows, told, hidden)
         if not self.stage.last:
             return x
@@ -196,18 +196,21 @@ class LLM(nn.Module):
     def _further_tokens(
         self, block: MultiToken, loss: Tensor, states: Tensor, batch: LLMBatch, told: Pass
     ) -> Tensor:
-        """The loss, whose backward carries the loss of further tokens."""
+        """The loss, whose backward carries the loss of further tokens: weight times the mean over depths of
+        each depth's mean loss (arXiv 2412.19437, equations 24 and 25). A depth's mean is over the tokens that
+        have a loss there, where the paper, which supervises all, divides by the length of the sequence: so
+        the weight means the same whatever share is supervised."""
         depths = self.cfg.mtp_layers
         if batch.ahead is None:
             assert self.axes.cp.size == 1, "under cp the batch brings the tokens ahead (llm.mtp.ahead)"
         ids, labels = batch.ahead or ahead(batch.ids, batch.labels, batch.packing, depths)
         total = torch.zeros_like(self.mtp_sum)
-        for k in range(depths):
+        for k, scale in enumerate(batch.counts.further_scales(depths)):
             states = block(states, self.embed_ids(ids[k]), told)
             rows = None if batch.loss_rows is None else batch.loss_rows[k + 1]
-            total = total + self._loss(states, labels[k], rows).sum()
+            total = total + self._loss(states, labels[k], rows).sum() * scale
         self.mtp_sum += total.detach()
-        return attach(loss, total, self.cfg.mtp_weight / depths * batch.scale)
+        return attach(loss, total, self.cfg.mtp_weight)
 
     def moe_layers(self) -> list[MoE]:
         """The mixtures of experts of this stage, in order."""
@@ -215,8 +218,9 @@ class LLM(nn.Module):
 
     @torch.no_grad()
     def take_objectives(self) -> dict[str, Tensor]:
-        """Sums over this rank's tokens of the objectives beside the next token's loss since the last call:
-        "balance" and "z" over all layers, "mtp" over all depths, unweighted scalars that start again at zero.
+        """This rank's parts of the objectives beside the next token's loss since the last call, unweighted
+        scalars that start again at zero: "balance" and "z", means over tokens summed over layers, and "mtp",
+        the mean over depths of means over tokens, all of the tokens that LLMBatch.counts has.
 
         Summed over dp and cp, and the first two over tp as well ("mtp" is equal there), they are the global
         batch's.

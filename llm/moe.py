@@ -7,7 +7,7 @@ balance loss within each document and a z-loss may join it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llm.balance import attach, choose, document_loads, sequence_loss, z_loss
 from llm.config import LLMConfig
+from llm.counts import Counts
 from llm.mlp import MLP, activate, config_mlp
 from llm.norm import wide
 from llm.recompute import run
@@ -102,13 +103,13 @@ class Choice:
 class Pass:
     """What layers are told of a forward beside the hidden states.
 
-    packing: the documents; n_real: tokens of this rank before the padding; scale: what the trainer multiplies
-    the summed token losses with; learns: a training forward, whose loads and further objectives count.
+    packing: the documents; n_real: tokens of this rank before the padding; counts: what the objectives are
+    means over; learns: a training forward, whose loads and further objectives count.
     """
 
     packing: Packing
     n_real: int
-    scale: float = 1.0
+    counts: Counts = field(default_factory=Counts)
     learns: bool = False
 
 
@@ -149,7 +150,7 @@ class MoE(nn.Module):
         self.register_buffer(
             "load", torch.zeros(cfg.n_experts, dtype=torch.int64, device=device), persistent=False
         )
-        # Balance loss and z-loss, unweighted sums over this rank's tokens since they were last taken.
+        # This rank's parts of the mean balance loss and z-loss, unweighted, since they were last taken.
         self.register_buffer("objectives", torch.zeros(2, dtype=acc, device=device), persistent=False)
         self.recompute: frozenset[str] = frozenset()
 
@@ -216,11 +217,11 @@ class MoE(nn.Module):
         cfg = self.cfg
         balance = z = score.new_zeros(())
         if cfg.aux_weight:
-            balance = self._balance(score, told, choice)
-            weight = attach(weight, balance, cfg.aux_weight * told.scale)
+            balance = self._balance(score, told, choice) * told.counts.token_scale
+            weight = attach(weight, balance, cfg.aux_weight)
         if cfg.z_weight:
-            z = z_loss(logits)
-            weight = attach(weight, z, cfg.z_weight * told.scale)
+            z = z_loss(logits) * told.counts.token_scale
+            weight = attach(weight, z, cfg.z_weight)
         if first:
             self.objectives += torch.stack([balance, z]).detach()
         return weight

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from encoders.contract import ItemBatch, pack_items
 from encoders.module import needed_items
+from llm.counts import Counts
 from llm.model import LLMBatch, loss_rows
 from llm.mtp import IGNORE, ahead
 from mm.data.index import Sample, parse_segments
@@ -45,8 +46,8 @@ class Assembler:
     """Builds RankMicrobatches on the host for `rank`. dtype: floating dtype of encoder inputs.
 
     axes: of the modules on this rank; sink: the language model's name; row_shapes: trailing shape of each
-    encoder's rows; plans: where boundary plans are made, and kept for rows that lie alike; depths: how many
-    tokens further the language model predicts; timeout_s bounds waits for rows of other cp ranks.
+    encoder's rows; plans: where boundary plans are made, and kept for rows that lie alike; timeout_s bounds
+    waits for rows of other cp ranks.
     """
 
     inputs: PlanInputs
@@ -59,13 +60,12 @@ class Assembler:
     sink: str
     row_shapes: Mapping[str, tuple[int, ...]]
     plans: PlanCache
-    depths: int = 0
     timeout_s: float = 120.0
 
-    def build(self, mb: Microbatch, supervised: int, bad: list[BadSample]) -> RankMicrobatch | None:
+    def build(self, mb: Microbatch, counts: Counts, bad: list[BadSample]) -> RankMicrobatch | None:
         """Read and pack this rank's part of `mb`; unreadable samples are appended to `bad`, then None.
 
-        supervised: tokens of the global batch that carry loss.
+        counts: of the whole step (StepPlan.counts).
         """
         before = len(bad)
         items, names = {}, {}
@@ -76,7 +76,7 @@ class Assembler:
         llm: LLMBatch | None = None
         depends: dict[str, Tensor] = {}
         if self.rank in self.inputs.llm.ranks:
-            llm, depends = self._text(mb, supervised, bad)
+            llm, depends = self._text(mb, counts, bad)
         if len(bad) > before:
             return None
         edges = {
@@ -109,9 +109,9 @@ class Assembler:
         return batch, tuple(mb.samples[item.sample].key for item in mine)
 
     def _text(
-        self, mb: Microbatch, supervised: int, bad: list[BadSample]
+        self, mb: Microbatch, counts: Counts, bad: list[BadSample]
     ) -> tuple[LLMBatch, dict[str, Tensor]]:
-        llm, tok = self.inputs.llm, self.tokenizer
+        llm, tok, depths = self.inputs.llm, self.tokenizer, self.inputs.depths
         coord = llm.coord(self.rank)
         total = mb.tokens[coord.dp]
         ids = np.full(total, tok.pad, dtype=np.int64)
@@ -137,7 +137,7 @@ class Assembler:
             timeout_s=self.timeout_s,
         )
         text = [torch.from_numpy(ids), torch.from_numpy(labels)]
-        further = ahead(text[0], text[1], Packing.of(lengths), self.depths) if self.depths else None
+        further = ahead(text[0], text[1], Packing.of(lengths), depths) if depths else None
         flags = {m: torch.from_numpy(d) for m, d in depends.items()}
         if isinstance(packing, ContextPacking):
             own = torch.from_numpy(packing.rows)
@@ -156,7 +156,7 @@ class Assembler:
             packing,
             n_real,
             entries,
-            1.0 / max(1, supervised),
+            counts,
             None if further is None else (further[0].to(self.device), further[1].to(self.device)),
             tuple(rows.to(self.device) for rows in supervises),
         )

@@ -163,7 +163,9 @@ def _draw_up(cfg: Config, world: int) -> Blueprint:
     stages[SINK] = cut(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
     # Causal attention is even over cp in zigzag order; a scan alone has its neighbours nearer in the other.
     order: Order = "zigzag" if "*" in llm.kinds else "contiguous"
-    inputs = PlanInputs(layouts[SINK], uses, cfg.data.context, cfg.schedule.microbatches, order)
+    inputs = PlanInputs(
+        layouts[SINK], uses, cfg.data.context, cfg.schedule.microbatches, order, llm.mtp_layers
+    )
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # refuses what no schedule can do
     return blueprint

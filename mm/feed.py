@@ -35,7 +35,7 @@ def prepare(step: int, samples: Sequence[Sample], assembler: Assembler) -> Prepa
     """Plan a step over `samples` and read this rank's part of it."""
     plan = plan_step(step, samples, assembler.inputs)
     bad: list[BadSample] = []
-    micro = [assembler.build(mb, plan.supervised, bad) for mb in plan.microbatches]
+    micro = [assembler.build(mb, plan.counts, bad) for mb in plan.microbatches]
     return Prepared(plan, tuple(m for m in micro if m is not None), tuple(bad))
 
 

@@ -99,7 +99,6 @@ def open_data(job: Job, index: Index) -> Data:
         SINK,
         {m: blueprint.row_shape(m) for m in blueprint.inputs.encoders},
         PlanCache(job.rank.rank, node_size=job.rank.node_size),
-        depths=blueprint.llm.mtp_layers,
         timeout_s=blueprint.cfg.run.timeout_s,
     )
     return Data(index, assembler)

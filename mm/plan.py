@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llm.counts import Counts
 from mm.data.index import Part, Sample
 from mm.errors import DataError
 from parallel.boundary import RowMap, dest_side, row_places, source_side
@@ -43,7 +44,7 @@ class PlanInputs:
 
     context: longest sample allowed, in tokens (text bytes, encoder rows and two markers).
     microbatches: how many the global batch is cut into, the same for all modules.
-    order: how cp cuts the language model's packed sequences.
+    order: how cp cuts the language model's packed sequences. depths: how many tokens further it predicts.
     """
 
     llm: Layout
@@ -51,6 +52,7 @@ class PlanInputs:
     context: int
     microbatches: int
     order: Order = "contiguous"
+    depths: int = 0
     _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
@@ -129,12 +131,14 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """supervised: tokens of the whole step that the loss is divided by (design law 2)."""
+    """supervised: tokens of the whole step that the loss is divided by (design law 2); further: the same at
+    each depth of further tokens."""
 
     step: int
     sample_ids: tuple[int, ...]
     microbatches: tuple[Microbatch, ...]
     supervised: int
+    further: tuple[int, ...]
 
     @cached_property
     def digests(self) -> np.ndarray:
@@ -152,11 +156,17 @@ class StepPlan:
     @cached_property
     def digest(self) -> int:
         """A 63-bit fingerprint that all ranks of a step must share."""
-        return _fingerprint([self.step, self.supervised, *self.digests])
+        return _fingerprint([self.step, self.supervised, *self.further, *self.digests])
 
     @property
     def tokens(self) -> int:
+        """Of all samples, without padding."""
         return sum(sum(mb.length) for mb in self.microbatches)
+
+    @property
+    def counts(self) -> Counts:
+        """What the language model's further objectives are means over."""
+        return Counts(self.tokens, self.further)
 
     @property
     def active(self) -> list[set[str]]:
@@ -186,6 +196,25 @@ def sample_length(sample: Sample, inputs: PlanInputs) -> int:
 def supervised_tokens(sample: Sample) -> int:
     """Tokens of a sample that carry loss: supervised text and the end marker."""
     return 1 + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
+
+
+def further_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
+    """Tokens of a sample that carry loss at each depth of further tokens: those that far behind its begin."""
+    total = supervised_tokens(sample)
+    return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.depths + 1)]
+
+
+def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
+    """Labels at positions below `stop`; that of a token stands one position before it."""
+    at, found = 0, 0
+    for seg in sample.segments:
+        n = seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+        if seg.part is None and seg.loss:
+            found += max(0, min(at + n, stop) - at)
+        at += n
+        if at >= stop:
+            return found
+    return found + 1  # the end marker
 
 
 def check_samples(samples: Sequence[Sample], inputs: PlanInputs) -> None:
@@ -246,7 +275,8 @@ def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepP
     """Plan one step over `samples`, the whole global batch in order."""
     micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in share(len(samples), inputs.microbatches))
     ids = tuple(s.id for s in samples)
-    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples))
+    further = tuple(map(sum, zip(*(further_tokens(s, inputs) for s in samples), strict=True)))
+    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples), further)
 
 
 def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch:

@@ -147,7 +147,7 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[s
         "data_s": waited,
         "seconds_by_module": dict(update.seconds),
         "boundary": {m: dict(v) for m, v in update.boundary.items()},
-        "objectives": {k: v / max(1, prepared.plan.supervised) for k, v in update.objectives.items()},
+        "objectives": dict(update.objectives),
         "imbalance": {m: dict(v) for m, v in load_imbalance(prepared.plan).items()},
         "skipped_items": len(feed.bad),
         "stop": update.stop,

@@ -40,7 +40,7 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 class Update:
     """What all ranks know after a step: sums over ranks, equal everywhere.
 
-    objectives: sums over tokens, unweighted, of what is learned beside the next token.
+    objectives: unweighted, as LLM.take_objectives has them.
     """
 
     loss: float
@@ -110,7 +110,7 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
 
 
 def _objectives(job: Job) -> dict[str, float]:
-    """This rank's sums over tokens of what the language model learns beside the next token."""
+    """This rank's parts of what the language model learns beside the next token."""
     out = dict.fromkeys(job.blueprint.objectives, 0.0)
     if not out or SINK not in job.parts:
         return out

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.config import LLMConfig
+from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from parallel.axis import Axes, Axis
 from parallel.packed import Packing
@@ -161,7 +162,7 @@ def run_lane(model: LLM, text: Text) -> dict[str, Any]:
     """Forward and backward of one lane; gradients accumulate in the model."""
     dtype = model.head_weight().dtype
     batch, mine = make_batch(text, model.cfg.vocab_size, model.axes)
-    batch = replace(batch, scale=0.1)
+    batch = replace(batch, counts=Counts(10, (7, 4)[: model.cfg.mtp_layers]))
     rows = make_rows(text, model.cfg.d_model, dtype)[mine].requires_grad_()
     loss = model(batch, {"vision": rows})
     weigh(loss).backward()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm.balance import attach, choose
+from llm.counts import Counts
 from llm.model import LLM
 from llm.moe import MoE, Pass
 from parallel.packed import Packing
@@ -58,17 +59,18 @@ def objectives(layer: MoE, x: Tensor, lengths: list[int]) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize("router", ["sigmoid", "softmax"])
 def test_objectives_are_their_formulas(router: str) -> None:
     layer = moe(router=router, aux_weight=0.3, z_weight=0.2, expert_groups=4, top_groups=3)
-    lengths, padding, scale = [7, 0, 1, 5], 3, 0.25
+    lengths, padding, routed = [7, 0, 1, 5], 3, 39
     x = torch.randn(16, TINY.d_model, dtype=torch.float64, requires_grad=True)
-    told = Pass(Packing.of([*lengths, padding]), 13, scale, learns=True)
+    told = Pass(Packing.of([*lengths, padding]), 13, Counts(routed), learns=True)
     params = [x, layer.router.weight, layer.experts.up]
     ours = torch.autograd.grad(weigh(layer(x, told).sum(1)), params)
     balance, z = objectives(layer, x[:13], lengths)
     bare = layer(x, replace(told, learns=False))
-    whole = weigh(bare.sum(1)) + scale * (0.3 * balance + 0.2 * z)
+    whole = weigh(bare.sum(1)) + (0.3 * balance + 0.2 * z) / routed
     for mine, theirs in zip(ours, torch.autograd.grad(whole, params), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(layer.objectives, torch.stack([balance, z]).detach(), rtol=1e-9, atol=0)
+    means = torch.stack([balance, z]).detach() / routed
+    torch.testing.assert_close(layer.objectives, means, rtol=1e-9, atol=0)
 
 
 def test_an_even_document_has_balance_loss_one() -> None:

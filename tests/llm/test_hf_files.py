@@ -192,7 +192,7 @@ def test_a_stored_block_is_applied_as_often_as_asked(tmp_path: Path) -> None:
         further.append(float(model.take_objectives()["mtp"]))
         save_hf(model, tmp_path / f"out{asked.mtp_layers}")
         assert not differing(read_all(tmp_path / f"out{asked.mtp_layers}"), files)
-    assert further[1] > 1.5 * further[0] > 0
+    assert 2 * further[1] > 1.5 * further[0] > 0  # a mean over depths
     # Whether there is a block at all is part of the model.
     with pytest.raises(ValueError, match="num_nextn_predict_layers is 1 there and 0 here"):
         load_weights(LLM(named(mtp_layers=0)), SafeFolder(folder))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from llm.moe import Pass
 from llm.mtp import IGNORE, ahead
@@ -43,12 +44,12 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def further_loss(model: LLM, batch: LLMBatch) -> tuple[Tensor, Tensor]:
-    """(loss per token, summed loss of further tokens) by hand, one document at a time."""
+    """(loss per token, summed loss of further tokens of each depth) by hand, one document at a time."""
     told = Pass(batch.packing, batch.n_real)
     assert model.mtp is not None and model.embed is not None
     states, table, head = model.states(batch, EMPTY, told), model.embed.weight, model.head_weight()
     loss = F.cross_entropy(states @ head.T, batch.labels, reduction="none")
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros(CFG.mtp_layers, dtype=torch.float64)
     block = model.mtp
     for start, stop in zip(batch.packing.starts[:-1], batch.packing.starts[1:], strict=True):
         # Tokens beyond the end are never a cause of what counts: causal layers, so any stand-in will do.
@@ -61,7 +62,8 @@ def further_loss(model: LLM, batch: LLMBatch) -> tuple[Tensor, Tensor]:
             for layer in block.layers:
                 h = layer(h, Pass(Packing.of([n]), n))
             h = norm(h, block.norm.weight)
-            total = total + F.cross_entropy(h @ head.T, wanted, ignore_index=IGNORE, reduction="sum")
+            of_one = F.cross_entropy(h @ head.T, wanted, ignore_index=IGNORE, reduction="sum")
+            total = total + of_one * F.one_hot(torch.tensor(k - 1), CFG.mtp_layers)
     return loss, total
 
 
@@ -69,14 +71,15 @@ def further_loss(model: LLM, batch: LLMBatch) -> tuple[Tensor, Tensor]:
 def test_further_tokens_by_hand(tied: bool) -> None:
     cfg = replace(CFG, tied=tied)
     batch, _ = make_batch(Text((9, 1, 2, 13), 0, seed=4), cfg.vocab_size)
-    batch = replace(batch, scale=0.7)
+    batch = replace(batch, counts=Counts(further=(7, 3)))
     ours, hand = build(cfg), build(cfg)
     loss = ours(batch, EMPTY)
     weigh(loss).backward()
     plain, total = further_loss(hand, batch)
     torch.testing.assert_close(loss, plain, rtol=1e-9, atol=1e-12)
-    (weigh(plain) + 0.7 * 0.4 / 2 * total).backward()
-    torch.testing.assert_close(ours.take_objectives()["mtp"], total.detach(), rtol=1e-9, atol=1e-12)
+    further = (total[0] / 7 + total[1] / 3) / 2
+    (weigh(plain) + 0.4 * further).backward()
+    torch.testing.assert_close(ours.take_objectives()["mtp"], further.detach(), rtol=1e-9, atol=1e-12)
     grads = [{n: p.grad for n, p, _ in declared(m)} for m in (ours, hand)]
     assert not far(*grads)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm.config import LLMConfig, head_flops, layer_costs
+from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from llm.stages import cut, reading_stages, shared_parameters
 from parallel.param import declared, initialise
@@ -43,7 +44,7 @@ def stage_model(cfg: LLMConfig, stage: Stage) -> LLM:
 def chain(cfg: LLMConfig, stages: tuple[Stage, ...]) -> tuple[Tensor, dict[str, Tensor], Tensor, list[Any]]:
     """Loss per token, gradients by full name, the rows' gradients, and the loads of routed layers."""
     batch, _ = make_batch(TEXT, cfg.vocab_size)
-    batch = replace(batch, scale=0.5)
+    batch = replace(batch, counts=Counts(2, (3, 2)[: cfg.mtp_layers]))
     levels = 1 + len(cfg.level_layers)
     values = torch.stack([make_rows(replace(TEXT, seed=k), cfg.d_model) for k in range(levels)], 1)
     models = [stage_model(cfg, s) for s in stages]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm.config import LLMConfig
+from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from llm.mtp import ahead
 from parallel.axis import Axes
@@ -24,7 +25,7 @@ from tests.llm.harness import EVERYTHING, cut
 
 MODEL = replace(EVERYTHING, vocab_size=32)
 LENGTHS = ((11, 1, 25), (), (20,), (3, 0, 2))
-SCALE = 0.1
+COUNTS = Counts(10, (7, 4))
 SALT = 134  # of the random cases: chosen so that few of them have every degree, in pairs too
 
 
@@ -62,7 +63,7 @@ def stream(lane: int, step: int, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:
     labels[torch.rand(len(labels), generator=gen) < 0.3] = -100
     labels[real:] = -100
     weight = torch.cos(torch.arange(len(ids), dtype=torch.float64))
-    return LLMBatch(ids, labels, Packing.of([*lengths, padding]), real, {}, SCALE), weight
+    return LLMBatch(ids, labels, Packing.of([*lengths, padding]), real, {}, COUNTS), weight
 
 
 def own_share(batch: LLMBatch, axes: Axes, degrees: Degrees, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:

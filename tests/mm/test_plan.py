@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm.counts import Counts
 from mm.batch import IGNORE, Assembler
 from mm.blueprint import draw_up
 from mm.config import TrainConfig, from_mapping
@@ -32,7 +33,7 @@ def inputs(world: int, layout: dict[str, dict[str, object]], microbatches: int, 
     raw = small(layout=layout, schedule={"microbatches": microbatches})
     for m in ("vision", "audio"):
         raw["model"][m]["deal"] = deal
-    return draw_up(from_mapping(raw, CONFIGS), world).inputs
+    return replace(draw_up(from_mapping(raw, CONFIGS), world).inputs, depths=3)
 
 
 def random_plan(seed: int) -> tuple[StepPlan, PlanInputs, int]:
@@ -87,7 +88,7 @@ def axes_at(layout: Layout, rank: int) -> Axes:
 @given(st.integers(0, 10_000))
 def test_tensors_agree_with_the_plan(seed: int) -> None:
     plan, made, world = random_plan(seed)
-    supervised = 0
+    supervised, routed, further = 0, 0, torch.zeros(made.depths, dtype=torch.int64)
     for rank in range(world):
         cpu = torch.device("cpu")
         axes = {m: axes_at(layout, rank) for m, layout in layouts(made).items()}
@@ -97,11 +98,14 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
         )
         for mb in plan.microbatches:
             bad: list[object] = []
-            part = assembler.build(mb, plan.supervised, bad)  # type: ignore[arg-type]
+            part = assembler.build(mb, plan.counts, bad)  # type: ignore[arg-type]
             assert part is not None and part.llm is not None and not bad
             coord = made.llm.coord(rank)
             if coord.tp == 0:
                 supervised += int((part.llm.labels != IGNORE).sum())
+                assert part.llm.ahead is not None
+                further += (part.llm.ahead[1] != IGNORE).sum(1)
+                routed += part.llm.n_real
             assert len(part.llm.ids) * made.llm.cp == mb.tokens[coord.dp]
             shards = made.llm.tp if made.llm.sequence_parallel else 1
             first = coord.tp * (len(part.llm.ids) // shards) if shards > 1 else 0
@@ -110,6 +114,7 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
                 assert len(places) == part.edges[module].forward.rows_out
                 assert part.items[module].values.dtype == torch.float64
     assert supervised == plan.supervised
+    assert Counts(routed, tuple(further.tolist())) == plan.counts
 
 
 def test_the_digest_sees_a_change() -> None:
