@@ -105,7 +105,7 @@ def cross_entropy(states: Tensor, head: Tensor, labels: Sequence[int]) -> Tensor
 class Language:
     """The language model on one sample, and what its routers thought of it.
 
-    totals: sums over the samples since the last reset, unweighted: next (token), balance, z, mtp.
+    totals: means over the step's samples as they come, unweighted: next (token), balance, z, mtp.
     """
 
     def __init__(self, model: LLM) -> None:
@@ -123,9 +123,9 @@ class Language:
         }
 
     def learn(
-        self, ids: list[int], labels: list[int], entering: dict[str, Any], per: Mapping[str, int]
+        self, ids: list[int], labels: list[int], entering: dict[str, Any], per: Mapping[str, Any]
     ) -> None:
-        """Add a sample's gradients. per: what each total is divided by."""
+        """Add a sample's gradients. per: what its sums are divided by."""
         cfg, n = self.model.cfg, len(ids)
         self.routed = {layer.router: [] for layer in self.model.moe_layers()}
         packing = Packing.of([n])
@@ -134,25 +134,25 @@ class Language:
         self.model(LLMBatch(torch.tensor(ids), torch.tensor(labels), packing, n, places), rows)
         head, states = self.model.head_weight(), self.states
         found = dict.fromkeys(self.totals, torch.zeros(()).double())
-        found["next"] = cross_entropy(states, head, labels)
+        found["next"] = cross_entropy(states, head, labels) / per["next"]
         for k in range(1, cfg.mtp_layers + 1):
             # Token i is told token i + k and predicts the one after it, as far as there is one.
             embedded = self.model.embed_ids(torch.tensor((ids[k:] + [0] * n)[:n]))
             states = self.model.mtp(states, embedded, Pass(packing, n))  # type: ignore[misc]
-            found["mtp"] = found["mtp"] + cross_entropy(states, head, (labels[k:] + [-100] * n)[:n])
+            further = cross_entropy(states, head, (labels[k:] + [-100] * n)[:n]) / per["further"][k - 1]
+            found["mtp"] = found["mtp"] + further / cfg.mtp_layers
         for layer in self.model.moe_layers():
             for logits in self.routed[layer.router]:
                 score = logits.sigmoid()
                 fraction = score / score.sum(-1, keepdim=True)
                 best = score.topk(cfg.top_k).indices.flatten().bincount(minlength=cfg.n_experts).double()
                 frequency = best * cfg.n_experts / (cfg.top_k * n)
-                found["balance"] = found["balance"] + n * (frequency * fraction.mean(0)).sum()
-                found["z"] = found["z"] + logits.logsumexp(-1).square().sum()
+                found["balance"] = found["balance"] + (frequency * fraction.mean(0)).sum() * n / per["tokens"]
+                found["z"] = found["z"] + logits.logsumexp(-1).square().sum() / per["tokens"]
                 taken = (score + layer.expert_bias).topk(cfg.top_k).indices
                 self.load[layer] += taken.flatten().bincount(minlength=cfg.n_experts)
-        weights = {"next": 1.0, "balance": cfg.aux_weight, "z": cfg.z_weight}
-        weights["mtp"] = cfg.mtp_weight / max(1, cfg.mtp_layers)
-        sum(weights[k] * found[k] / per[k] for k in found).backward()  # type: ignore[union-attr]
+        weights = {"next": 1.0, "balance": cfg.aux_weight, "z": cfg.z_weight, "mtp": cfg.mtp_weight}
+        sum(weights[k] * found[k] for k in found).backward()  # type: ignore[union-attr]
         self.totals = {k: self.totals[k] + float(found[k].detach()) for k in found}
 
     @torch.no_grad()
@@ -185,10 +185,10 @@ def adamw(p: Tensor, state: dict[str, Any], lr: float, train: Mapping[str, Any])
     p -= lr * m / (v.sqrt() + train["eps"])
 
 
-def denominators(batch: Sequence[tuple[list[int], list[int], Any]]) -> dict[str, int]:
-    """What the sums over a global batch are divided by: the tokens that the loss is taken of."""
-    supervised = sum(label >= 0 for _, labels, _ in batch for label in labels)
-    return dict.fromkeys(("next", "balance", "z", "mtp"), supervised)
+def counts(batch: Sequence[tuple[list[int], list[int], Any]], depths: int) -> dict[str, Any]:
+    """What a step's sums are divided by: all tokens, labels, and labels that are further on by each depth."""
+    learned = [sum(label >= 0 for _, labels, _ in batch for label in labels[k:]) for k in range(depths + 1)]
+    return {"tokens": sum(len(ids) for ids, _, _ in batch), "next": learned[0], "further": learned[1:]}
 
 
 def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -203,7 +203,7 @@ def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dic
         n, seed = len(samples), raw["run"]["seed"]
         ids = [int(np.random.default_rng([seed, k // n]).permutation(n)[k % n]) for k in at]
         batch = [sequence(samples[i], nets) for i in ids]
-        per = denominators(batch)
+        per = counts(batch, language.model.cfg.mtp_layers)
         language.reset()
         for one in batch:
             language.learn(*one, per)
@@ -217,8 +217,8 @@ def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dic
             adamw(p, state.setdefault(p, {}), lr, told)
             p.grad = None
         language.rebalance()
-        means = {name: language.totals[name] / per[name] for name in per}
+        means = dict(language.totals)
         by_module = {name: math.sqrt(s) for name, s in squares.items()}
         metrics.append({"loss": means.pop("next"), "lr": lr, "grad_norm": norm, "objectives": means})
-        metrics[-1] |= {"grad_norm_by_module": by_module, "tokens": sum(len(i) for i, _, _ in batch)}
+        metrics[-1] |= {"grad_norm_by_module": by_module, "tokens": per["tokens"]}
     return metrics, {f"{m}.{k}": v for m, net in nets.items() for k, v in net.state_dict().items()}
