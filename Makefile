@@ -1,16 +1,20 @@
-# make train: the default job. make test: lint, types and the suite. Both set up .venv when it is missing.
+# make train: the default job. make test: lint, types and the suite. make check: lint, types and the tests that
+# start no processes, in about a minute. All set up .venv when it is missing.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: train test lint
+.PHONY: train test check lint
 
 train: $(READY)
 	$(BIN)/python -m mm train configs/digits.yaml
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not dist and not e2e"
 
 lint: $(READY)
 	$(BIN)/ruff check .

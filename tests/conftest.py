@@ -1,7 +1,9 @@
-"""Shared fixtures."""
+"""Shared fixtures, and marks: a test that uses `ranks` or `pool` is marked dist, one that uses `processes`
+e2e, and no other can start a process. `make check` runs those others."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,9 +16,33 @@ from tests.pool import Pool
 settings.register_profile("polyrank", deadline=None)
 settings.load_profile("polyrank")
 
+MARKS = {"pool": "dist", "processes": "e2e"}  # by fixture
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=280, help="random cases of the boundary's property test")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture in MARKS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKS[fixture])
+
+
+@pytest.fixture
+def processes() -> None:
+    """Lets a test start processes of its own."""
+
+
+@pytest.fixture(autouse=True)
+def starts_none(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the marks true: a test without one cannot start a process."""
+
+    def refuse(*given: Any, **named: Any) -> None:
+        pytest.fail(f"a test that starts processes uses the fixture `processes`; started: {given[1:2]}")
+
+    if not MARKS.keys() & set(request.fixturenames):
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +61,6 @@ def ranks(pool: Pool) -> Callable[..., list[Any]]:
 @pytest.fixture
 def alone() -> Iterator[Callable[..., list[Any]]]:
     """As `ranks`, for one rank: alone(1, fn, *args) runs in this process, which starts nothing."""
-
     import torch.distributed as dist
 
     def run(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:

@@ -150,7 +150,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert ended.value.code == 0
 
 
-def test_help_and_usage_errors_do_not_import_torch() -> None:
+def test_help_and_usage_errors_do_not_import_torch(processes: None) -> None:
     code = """
 import sys
 from mm.cli import main
@@ -212,7 +212,7 @@ def wait_for(condition: Any, seconds: float = 120.0) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells ranks of their launcher's end on Linux")
-def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path, processes: None) -> None:
     with started(command(tmp_path, "--nproc", "1", "train.steps=100000"), tmp_path) as job:
         ranks = children(job.pid)
         assert len(ranks) == 1

@@ -9,12 +9,14 @@ import pytest
 from mm import doctor
 
 
-def test_two_ranks_meet_over_gloo() -> None:
+def test_two_ranks_meet_over_gloo(processes: None) -> None:
     seconds, error = doctor.ping()
     assert error is None and seconds > 0
 
 
-def test_ranks_that_do_not_meet_are_an_error_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_meet_are_an_error_not_a_hang(
+    monkeypatch: pytest.MonkeyPatch, processes: None
+) -> None:
     monkeypatch.setattr(doctor, "_PING", "import time; time.sleep(600)")
     assert doctor.ping(0.2)[1] == "no answer within 0.2 s"
     monkeypatch.setattr(doctor, "_PING", "raise OSError('no route')")

@@ -76,7 +76,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def test_a_job_writes_its_files_and_two_torchrun_agents_do_the_same(tmp_path: Path) -> None:
+def test_a_job_writes_its_files_and_two_torchrun_agents_do_the_same(tmp_path: Path, processes: None) -> None:
     write_shard(tmp_path / "sensor-000000.tar", sensor_samples(20))
     config = sensor_config(tmp_path, layout={"llm": {"tp": 2}})
     done = mm("train", "train.steps=2", str(config), "--nproc", "4")
@@ -118,7 +118,7 @@ def test_a_job_writes_its_files_and_two_torchrun_agents_do_the_same(tmp_path: Pa
     assert [r["loss"] for r in metrics(tmp_path)[:2]] == [r["loss"] for r in alone[:2]]
 
 
-def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path) -> None:
+def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path, processes: None) -> None:
     shard = write_shard(tmp_path / "sensor-000000.tar", sensor_samples(12))
     config = sensor_config(tmp_path)
     raw = yaml.safe_load(config.read_text())
@@ -135,14 +135,14 @@ def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path) -> None:
     assert metrics(tmp_path)[0]["skipped_items"] == 1
 
 
-def test_a_data_set_without_a_readable_sample_ends_with_code_3(tmp_path: Path) -> None:
+def test_a_data_set_without_a_readable_sample_ends_with_code_3(tmp_path: Path, processes: None) -> None:
     samples = [{"key": "k", "segments": [{"sensor": "gone.npy"}], "parts": {"x.npy": npy(ONE)}}]
     write_shard(tmp_path / "sensor-000000.tar", samples)
     done = mm("train", str(sensor_config(tmp_path)))
     assert done.returncode == 3 and "gone.npy" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_gradient_that_is_not_finite_ends_all_ranks_with_code_5(tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_ends_all_ranks_with_code_5(tmp_path: Path, processes: None) -> None:
     samples = sensor_samples(12)
     for sample in samples:
         sample["parts"] = {k: npy(ONE * float("inf")) for k in sample["parts"]}
@@ -152,7 +152,7 @@ def test_a_gradient_that_is_not_finite_ends_all_ranks_with_code_5(tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path, processes: None) -> None:
     write_shard(tmp_path / "sensor-000000.tar", sensor_samples(20))
     config = sensor_config(tmp_path, checkpoint={"every": 1000})
     words = ["train", str(config), "train.steps=100000"]
@@ -215,7 +215,7 @@ def test_dry_run_prints_the_plan(capsys: Any) -> None:
         assert text in out
 
 
-def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
+def test_ranks_that_do_not_come_are_named(tmp_path: Path, processes: None) -> None:
     write_shard(tmp_path / "sensor-0.tar", sensor_samples(4))
     config = sensor_config(tmp_path)
     first, second = (alone(rank, config, 3) for rank in (0, 1))

@@ -19,7 +19,7 @@ from mm.errors import Refused
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(monkeypatch: pytest.MonkeyPatch, processes: None) -> Any:
     """run(n, code): launch_local with ranks that run `code`, which knows `rank`, instead of a job."""
 
     def start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
