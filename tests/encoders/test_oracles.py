@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import tests.llm.oracle  # noqa: F401  makes transformers importable
 from encoders.compat import torchaudio, torchvision
 from encoders.contract import ItemBatch
 from encoders.module import EncoderModule
-from tests.encoders.helpers import SMALL, module
+from encoders.vit import ViT, ViTConfig
+from tests.encoders.helpers import SMALL, module, png
 
 from transformers import (  # isort: skip
     LlamaConfig,
@@ -132,6 +135,25 @@ def hold_gradients(theirs: nn.Module, names: Mapping[str, Tensor], net: nn.Modul
         same(p.grad, grads[name].reshape(p.grad.shape), name)
     compared = {id(p) for p in names.values()}
     assert {n for n, p in net.named_parameters() if id(p) not in compared} == set(own)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pictures_are_cut_into_patches(mode: str) -> None:
+    payload, channels = png(8, 12, mode=mode), len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.array(Image.open(io.BytesIO(payload))).reshape(8, 12, channels)
+    cfg = ViTConfig(channels=channels)
+    found = ViT.prepare(cfg, payload, {"height": 8, "width": 12})
+    expected = patches([torch.from_numpy(pixels).permute(2, 0, 1) / 255 * 2 - 1])
+    torch.testing.assert_close(found, expected.values.to(found.dtype), rtol=0, atol=1e-6)
+
+
+def test_the_projector_is_its_formula() -> None:
+    net = ours("vit")
+    features = net.encoder(patches(pictures())).values.detach()
+    p = net.projector
+    normed = features / (features.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p.norm
+    expected = (normed @ p.up.weight.T).clamp(min=0) ** 2 @ p.down.weight.T
+    same(net(patches(pictures())).values, expected, "projected")
 
 
 def test_the_vision_transformer_is_siglips() -> None:

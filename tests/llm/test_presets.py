@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -71,6 +72,9 @@ def test_initial_weights_are_the_published_ones() -> None:
     dt = torch.cat([torch.nn.functional.softplus(m.dt_bias.detach()) for m in scalars])
     assert 1.0 <= float(a.min()) < float(a.max()) <= 16.0
     assert 1e-3 * 0.99 <= float(dt.min()) < float(dt.max()) <= 0.1 * 1.01
+    for draws in ((a - 1) / 15, (dt / 1e-3).log() / math.log(100)):  # uniform in (0, 1)
+        even = (torch.arange(len(draws)) + 0.5) / len(draws)
+        assert float((draws.sort().values - even).abs().max()) < 1.6 * len(draws) ** -0.5
 
 
 def test_unknown_presets_are_refused_with_the_nearest() -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import io
+import os
+import signal
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from mm import cli
 from mm.blueprint import draw_up
 from mm.config import from_mapping
 from mm.feed import Feed
@@ -112,6 +118,47 @@ def train_and_weigh(raw: dict[str, Any], steps: int) -> tuple[list[dict[str, Any
                 for name, buffer in kept.items():  # alike on all ranks
                     held[f"{module}.{name}"] = [np.arange(n) for n in buffer.shape], buffer.numpy().copy()
         return metrics, held
+
+
+class Ended(NamedTuple):
+    """How a rank of a job ended: its exit code, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_job(words: list[str], port: int, rank: int = 0, world: int = 1) -> Ended:
+    """`python -m mm WORDS` as one of the ranks that a launcher would start, in this process."""
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    out, err = io.StringIO(), io.StringIO()
+    # A rank is about to end when it leaves a handler or a mask of its own behind; this process is not.
+    heard = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        environment = mock.patch.dict(os.environ, {k: str(v) for k, v in place.items()})
+        with environment, redirect_stdout(out), redirect_stderr(err):
+            code = cli.main(words)
+    finally:
+        for number, handler in heard:
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def run_rank(words: list[str], port: int) -> Ended:
+    """run_job on a rank of the pool, whose default group makes room for the job's own."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    dist.destroy_process_group()
+    return run_job(words, port, rank, world)
 
 
 def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:

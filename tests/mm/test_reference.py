@@ -58,6 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
 SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "one process": ("next token", 1, {}, {}),
+    "micro-batches": ("next token", 1, {}, {"microbatches": 3}),
     "homogeneous": ("next token", 4, {}, {}),
     "heterogeneous": (
         "next token",
