@@ -23,6 +23,7 @@ from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
 from parallel.axis import Axes
+from parallel.joined import joined_linear
 from parallel.layout import check_divides
 from parallel.param import constant, declare, local, normal
 from parallel.stage import Stage, whole
@@ -67,9 +68,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attention: ItemAttention, share: Share) -> Tensor:
         h = enter(self.norm1(x), self.axes, share)
-        weight = torch.cat([local(self.q), local(self.k), local(self.v)])
-        bias = torch.cat([local(self.bias_q), local(self.bias_k), local(self.bias_v)])
-        qkv = F.linear(h, weight, bias).unflatten(-1, (3, -1, self.head_dim))
+        weights = [local(self.q), local(self.k), local(self.v)]
+        biases = [local(self.bias_q), local(self.bias_k), local(self.bias_v)]
+        qkv = joined_linear(h, weights, biases).unflatten(-1, (3, -1, self.head_dim))
         y = attention(qkv[:, 0], qkv[:, 1:])
         x = x + leave(self.out(y.flatten(1)), self.axes, share)
         h = F.gelu(self.up(enter(self.norm2(x), self.axes, share)))
