@@ -46,7 +46,8 @@ def run(raw: dict[str, Any], folder: str, first: int, last: int) -> list[dict[st
 
 @pytest.fixture(scope="module")
 def saved(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """A checkpoint after 2 steps of 4, tp2 x dp2 with experts over 4 ranks, and the steps that follow."""
+    """A checkpoint after 2 steps of 4, tp2 x dp2 with experts over 4 ranks, ranks in orders of their own, and
+    the steps that follow."""
     whole, half = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("half")
     raw = small(train=TRAIN, layout=LAYOUT)
     rest = pool.run(4, run, raw, str(whole), 0, 4)[0][2:]
@@ -54,7 +55,31 @@ def saved(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, li
     return half, rest
 
 
-LAYOUT = {"vision": {"tp": 2}, "llm": {"tp": 2, "ep": 4, "sequence_parallel": True}}
+LAYOUT = {
+    "vision": {"ranks": [2, 1, 3, 0], "tp": 2},
+    "audio": {"ranks": [2, 0]},
+    "llm": {"ranks": [3, 1, 2, 0], "tp": 2, "ep": 4, "sequence_parallel": True},
+}
+
+
+def contents(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    tensors = {k: torch.empty(shape, dtype=dtype) for k, (shape, dtype) in store.describe(path).items()}
+    store.load(path, tensors)
+    return tensors
+
+
+def test_a_checkpoint_holds_what_one_process_writes(saved: Any, ranks: Any, tmp_path: Path) -> None:
+    """From the first weights on: whichever rank a shard is on, it has its place in the whole."""
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    for last in (0, 2):
+        ranks(1, run, small(train=TRAIN), str(alone), 0, last)
+    ranks(4, run, small(train=TRAIN, layout=LAYOUT), str(spread), 0, 0)
+    for step, folder, tolerance in ((0, spread, 0.0), (2, saved[0], 1e-9)):
+        ours, theirs = (contents(f / f"step-{step:08d}") for f in (folder, alone))
+        assert ours.keys() == theirs.keys() and len(ours) > 100
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def copy(path: Path, to: Path) -> str:
