@@ -225,7 +225,9 @@ def parse_segments(payload: bytes) -> list[WrittenSegment]:
         raise ValueError(f"its json has no list of segments ({error})") from error
     out = []
     for i, seg in enumerate(written):
-        kinds = [k for k in seg if k not in ("loss", "depends")] if isinstance(seg, dict) else []
+        kinds = list(seg) if isinstance(seg, dict) else []
+        if len(kinds) > 1:  # a module of its own may be called loss or depends
+            kinds = [k for k in kinds if k not in ("loss", "depends")]
         if len(kinds) != 1 or not isinstance(seg[kinds[0]], str):
             raise ValueError(f"segment {i} is {seg!r}; needed: one of text or a module, with a string")
         kind = kinds[0]
