@@ -16,12 +16,13 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from mm.blueprint import Blueprint, draw_up
-from mm.config import Config, load_layout_file, with_layout
+from mm.config import Config
 from mm.errors import Refused
 from mm.feed import Feed
 from mm.job import Job, build_job, open_data, open_index
 from mm.launch import RankInfo, init_distributed
 from mm.trainer import open_feed, train_step
+from mm.variants import Variant
 
 
 @dataclass
@@ -39,16 +40,15 @@ class Run:
     peak_memory_bytes: int = 0
 
 
-def make_runs(cfg: Config, world: int, layout_files: Sequence[Path]) -> list[Run]:
-    """A run for each layout file; raises Refused for any that does not work, before anything starts."""
+def make_runs(variants: Sequence[Variant], world: int) -> list[Run]:
+    """A run for each layout; raises Refused, naming its file, for any that does not work."""
     runs = []
-    for path in layout_files:
-        layout, schedule = load_layout_file(path)
+    for variant in variants:
         try:
-            blueprint = draw_up(with_layout(cfg, layout, schedule), world)
+            blueprint = draw_up(variant.cfg, world)
         except Refused as error:
-            raise Refused(f"{path}: {error}") from error
-        runs.append(Run(path.stem, blueprint, layout))
+            raise Refused(f"{variant.path}: {error}") from error
+        runs.append(Run(variant.name, blueprint, variant.layout))
     return runs
 
 
