@@ -147,9 +147,8 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     from mm.blueprint import check_outline
     from mm.preflight import check_paths
 
-    if (
-        not launch.launched()
-    ):  # without torch: its import takes seconds, which a mistyped key need not wait for
+    # Without torch, whose import takes seconds: a mistyped key need not wait for it.
+    if not launch.launched():
         check_outline(cfg, world)
     check_paths(cfg, write=not args.dry_run)
     if args.dry_run:

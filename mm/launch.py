@@ -88,10 +88,11 @@ def launch_local(nproc: int, argv: Sequence[str], check: Callable[[], object] = 
         for r in range(nproc):
             ranks.append(_start(argv, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}))
         check()
-        store = _host(listener)  # lives as long as the ranks
+        store = _host(listener)
         if asked:  # while they were started: not all of them have heard of it
             _ask_to_end(ranks)
         codes = _wait(ranks)
+        del store  # it had to outlive them
     finally:
         listener.close()
         for p in ranks:

@@ -49,7 +49,7 @@ def _could_write(folder: Path) -> None:
 
 
 def check_start(cfg: Config) -> None:
-    """Refuse a start from what is not there: checkpoint.resume, checkpoint.weights. Raises CheckpointError."""
+    """Refuse a start (checkpoint.resume, checkpoint.weights) from what is not there: CheckpointError."""
     from mm.checkpoint import candidates
     from parallel.checkpoint import MANIFEST
 

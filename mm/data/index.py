@@ -280,8 +280,10 @@ def find_shards(patterns: Sequence[str], base: Path) -> list[Path]:
 
 
 def load_index(patterns: Sequence[str], base: Path, *, write: bool = True) -> Index:
-    """The data set that the patterns name; write: keep the indices of its shards beside them. Raises DataError
-    where there is no sample at all."""
+    """The data set that the patterns name; write: keep the indices of its shards beside them.
+
+    Raises DataError where there is no sample at all.
+    """
     samples: list[Sample] = []
     broken: list[tuple[str, str, str]] = []
     for shard in find_shards(patterns, base):
