@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     """dir: where the run writes, relative to the working folder; timeout_s bounds every wait; trace: number
-    of a step that is drawn as it ran, and traced for Perfetto.
+    of a step that is drawn as it ran, and traced for Perfetto; tensorboard: write the numbers for it too.
     """
 
     dir: str = Field("runs/run", min_length=1)
@@ -36,6 +36,7 @@ class RunConfig(Section):
     timeout_s: float = Field(120.0, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trace: int | None = Field(None, ge=1)
+    tensorboard: bool = False
 
 
 class ProjectorConfig(Section):

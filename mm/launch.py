@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -54,21 +55,21 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def launch_local(nproc: int, argv: Sequence[str]) -> int:
+def launch_local(nproc: int, argv: Sequence[str], check: Callable[[], object] = lambda: None) -> int:
     """Run `python -m mm ARGV` as nproc ranks on this machine; returns the exit code of the job.
 
+    check: what is left to check of the job, done while the ranks import torch; they end where it raises.
     When a rank fails the others get a moment to end by themselves, then are stopped. The code is that of a
     failing rank with a known meaning (2 to 5), else 1. SIGINT and SIGTERM reach the ranks as SIGTERM.
     """
-    from torch.distributed import TCPStore
-
     # We host the store of the rendezvous, as torchrun does: no race for a port, and it outlives every rank.
-    store = TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
+    # Its port is open before the store is: ranks that come early wait, and all import torch at one time.
+    listener = socket.create_server((LOCALHOST, 0), backlog=nproc)
     common = {
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": LOCALHOST,
-        "MASTER_PORT": str(store.port),
+        "MASTER_PORT": str(listener.getsockname()[1]),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         LAUNCHER: str(os.getpid()),
     }
@@ -86,10 +87,14 @@ def launch_local(nproc: int, argv: Sequence[str]) -> int:
     try:
         for r in range(nproc):
             ranks.append(_start(argv, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}))
+        check()
+        store = _host(listener)
         if asked:  # while they were started: not all of them have heard of it
             _ask_to_end(ranks)
         codes = _wait(ranks)
+        del store  # it had to outlive them
     finally:
+        listener.close()
         for p in ranks:
             p.kill()
         for s, handler in previous.items():
@@ -102,6 +107,16 @@ def launch_local(nproc: int, argv: Sequence[str]) -> int:
     if known:
         return known[0]
     return 1 if any(codes.values()) or len(codes) < nproc else 0
+
+
+def _host(listener: socket.socket) -> Store:
+    """The store of the rendezvous on a port that is open already."""
+    from torch.distributed import TCPStore
+
+    port = listener.getsockname()[1]
+    return TCPStore(
+        LOCALHOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def _ask_to_end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

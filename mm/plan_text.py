@@ -79,9 +79,12 @@ def _weight_bytes(blueprint: Blueprint) -> dict[str, int]:
     return {m: elements_per_rank(blueprint, m) * item * copies[m] for m in blueprint.modules}
 
 
-def dry_run(blueprint: Blueprint, folder: Path) -> str:
-    """Rank table, edges, bytes, FLOPs, memory and schedule of the first step, which is drawn in `folder`."""
-    index = load_index(blueprint.cfg.data.train, blueprint.cfg.base)
+def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
+    """Rank table, edges, bytes, FLOPs, memory and schedule of the first step; writes nothing.
+
+    draw: a folder to draw the step in, which is then written.
+    """
+    index = load_index(blueprint.cfg.data.train, blueprint.cfg.base, write=False)
     check_samples(index.samples, blueprint.inputs)
     data = plan_data(blueprint, index)
     lines = [f"{blueprint.world} ranks", ""]
@@ -105,8 +108,9 @@ def dry_run(blueprint: Blueprint, folder: Path) -> str:
     for program in schedule["programs"]:
         lines += ["", f"schedule {schedule['kind']} of ranks {', '.join(map(str, program['ranks']))}:"]
         lines += [f"  {a}" for a in program["actions"]]
-    drawn = draw_simulated(blueprint, first_step(blueprint, index), folder)
-    lines += ["", f"drawn, at {RATE / 1e9:g} GFLOP/s a rank: {', '.join(map(str, drawn))}"]
+    if draw is not None:
+        drawn = draw_simulated(blueprint, first_step(blueprint, index), draw)
+        lines += ["", f"drawn, at {RATE / 1e9:g} GFLOP/s a rank: {', '.join(map(str, drawn))}"]
     return "\n".join(lines)
 
 

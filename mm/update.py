@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from mm.blueprint import SINK
 from mm.config import TrainConfig
 from mm.errors import NonFinite
 from mm.job import Job
+from mm.memory import peak_memory
 from mm.report import Report, over_ranks
 from mm.step import StepResult
 from parallel.schedule.action import COMPUTE
@@ -153,10 +153,3 @@ def _update_expert_bias(job: Job) -> None:
         dist.all_reduce(load, group=job.meshes[SINK].stage)
         for layer, counts in zip(layers, load, strict=True):
             layer.update_bias(counts)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: peak allocated on an accelerator, peak resident set of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -239,8 +239,9 @@ def parse_segments(payload: bytes) -> list[WrittenSegment]:
     return out
 
 
-def read_or_build(shard: Path) -> dict[str, Any]:
-    """The index of a shard, made and written beside it where it is missing or of another file."""
+def read_or_build(shard: Path, *, write: bool = True) -> dict[str, Any]:
+    """The index of a shard, made, and with `write` written beside it, where it is missing or of another
+    file."""
     path = index_path(shard)
     if path.exists():
         try:
@@ -250,7 +251,7 @@ def read_or_build(shard: Path) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not an index that can be read: made anew below
     index = build_index(shard)
-    if not index["samples"]:
+    if not write or not index["samples"]:
         return index  # perhaps not a shard at all: nothing is left beside it
     # Several ranks may do this at once; they write the same bytes, and the rename is atomic.
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -280,12 +281,15 @@ def find_shards(patterns: Sequence[str], base: Path) -> list[Path]:
     return out
 
 
-def load_index(patterns: Sequence[str], base: Path) -> Index:
-    """The data set that the patterns name. Raises DataError where there is no sample at all."""
+def load_index(patterns: Sequence[str], base: Path, *, write: bool = True) -> Index:
+    """The data set that the patterns name; write: keep the indices of its shards beside them.
+
+    Raises DataError where there is no sample at all.
+    """
     samples: list[Sample] = []
     broken: list[tuple[str, str, str]] = []
     for shard in find_shards(patterns, base):
-        raw = read_or_build(shard)
+        raw = read_or_build(shard, write=write)
         broken += [(str(shard), key, why) for key, why in raw["broken"]]
         for entry in raw["samples"]:
             parts = {

@@ -46,6 +46,38 @@ open({str(tmp_path)!r} + f"/{{rank}}", "w").write(" ".join(os.environ[n] for n i
     assert [(tmp_path / str(r)).read_text() for r in range(3)] == [f"{r} {r} 3 3 127.0.0.1" for r in range(3)]
 
 
+def test_ranks_start_before_the_rest_is_checked_and_end_where_it_is_refused(run: Any, tmp_path: Path) -> None:
+    def check() -> None:
+        while not list(tmp_path.iterdir()):  # the rank runs already
+            time.sleep(0.02)
+        raise Refused("no such encoder")
+
+    code = f"open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w').close(); time.sleep(600)"
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Refused, match="no such encoder"):
+        launch.launch_local(1, [code], check)
+    assert signal.getsignal(signal.SIGTERM) is before
+    stat = Path(f"/proc/{next(tmp_path.iterdir()).name}/stat")
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        time.sleep(0.02)
+
+
+def test_a_rank_that_comes_before_the_store_waits_for_it(run: Any, tmp_path: Path) -> None:
+    code = f"""
+import socket
+ours = socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+open({str(tmp_path)!r} + "/came", "w").close()
+from mm.launch import _store
+_store(30.0).set("here", "")
+"""
+
+    def check() -> None:
+        while not (tmp_path / "came").exists():
+            time.sleep(0.02)
+
+    assert launch.launch_local(1, [code], check) == 0
+
+
 def test_ranks_left_behind_by_a_failure_are_stopped(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "GRACE_S", 0.2)
     start = time.monotonic()
