@@ -35,6 +35,12 @@ def torchaudio() -> tuple[types.ModuleType | None, str]:
     return _import("torchaudio", _stub_torchaudio_extension)
 
 
+def repair() -> None:
+    """Import both, so that packages that import them (transformers does) find them whole. Call it before
+    code of others is imported."""
+    status()
+
+
 def status() -> dict[str, str]:
     """Which path is live for each package, for people."""
     return {"torchvision": torchvision()[1], "torchaudio": torchaudio()[1]}
