@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.compat import decode_image
+from encoders.compat import check_channels, decode_image
 from encoders.context import ItemAttention
 from encoders.contract import Encoder, Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
@@ -32,7 +32,8 @@ from parallel.tensor import Linear
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """patch: pixels a side; channels: 1 or 3; max_grid: patches a side of the largest image.
+    """patch: pixels a side; channels: 1 for grey pictures, 3 for colour and grey ones; max_grid: patches a
+    side of the largest image.
 
     levels: layers, by index, whose outputs are features of their own beside the last layer's (DeepStack,
     arXiv 2406.04334).
@@ -130,6 +131,7 @@ class ViT(Encoder):
     @classmethod
     def rows(cls, cfg: ViTConfig, meta: Meta) -> int:
         down, across = cls.grid(cfg, meta)
+        check_channels(meta.get("channels", 1), cfg.channels)  # other indexes may not say
         return down * across // 4
 
     @classmethod

@@ -24,7 +24,7 @@ from llm.norm import RMSNorm
 from llm.recompute import recompute_parts
 from parallel.axis import Axes
 from parallel.packed import Packing
-from parallel.param import declare, local, normal
+from parallel.param import declare, declare_buffer, local, normal
 from parallel.stage import Stage, whole
 from parallel.tensor import VocabEmbedding, enter, leave
 from parallel.vocab_loss import vocab_loss
@@ -102,7 +102,7 @@ class LLM(nn.Module):
                 self.mtp = MultiToken(cfg, axes, **kw)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         # This rank's part of further tokens' mean loss, unweighted, since it was last taken.
-        self.register_buffer("mtp_sum", torch.zeros((), dtype=acc, device=device), persistent=False)
+        declare_buffer(self, "mtp_sum", (), 0.0, persistent=False, device=device, dtype=acc)
         self._recompute: frozenset[str] = frozenset()
         self._offload: int | None = None
 

@@ -43,7 +43,7 @@ class RankMicrobatch:
 
 @dataclass(frozen=True)
 class Assembler:
-    """Builds RankMicrobatches on the host for `rank`. dtype: floating dtype of encoder inputs.
+    """Builds RankMicrobatches on the host for `rank`. dtype: what encoders compute in, and so take.
 
     axes: of the modules on this rank; sink: the language model's name; row_shapes: trailing shape of each
     encoder's rows; plans: where boundary plans are made, and kept for rows that lie alike; timeout_s bounds

@@ -293,30 +293,38 @@ def _check_levels(name: str, use: EncoderUse, llm: LLMConfig) -> None:
         )
 
 
-def bare_module(blueprint: Blueprint, name: str, axes: Axes, stage: Stage) -> nn.Module:
-    """A stage of module `name` with its global shapes, on the meta device: declarations without memory."""
+def bare_module(
+    blueprint: Blueprint, name: str, axes: Axes, stage: Stage, device: torch.device | str = "meta"
+) -> nn.Module:
+    """A stage of module `name` with its global shapes, on the meta device: declarations without memory.
+    Raises Refused where an encoder's constructor does, in words, or leaves parameters undeclared."""
     from encoders.module import build_encoder_module
     from llm.model import LLM
+    from parallel.param import seeded
 
     cfg, stored = blueprint.cfg, blueprint.stored_dtype
     module: nn.Module
     if name == SINK:
-        module = LLM(blueprint.llm, axes, stage=stage, device="meta", dtype=stored)
+        module = LLM(blueprint.llm, axes, stage=stage, device=device, dtype=stored)
         module.recompute = cfg.train.recompute
         module.offload = cfg.train.offload
         module.requires_grad_(not blueprint.llm.freeze)
         return module
     use, enc = blueprint.inputs.encoders[name], cfg.model[name]
-    module = build_encoder_module(
-        use.cls,
-        use.cfg,
-        d_out=blueprint.llm.d_model,
-        projector_hidden=enc.projector.hidden,
-        axes=axes,
-        stage=stage,
-        device="meta",
-        dtype=stored,
-    )
+    try:
+        with seeded(name, cfg.run.seed):  # for what an encoder draws itself
+            module = build_encoder_module(
+                use.cls,
+                use.cfg,
+                d_out=blueprint.llm.d_model,
+                projector_hidden=enc.projector.hidden,
+                axes=axes,
+                stage=stage,
+                device=device,
+                dtype=stored,
+            )
+    except ValueError as error:
+        raise Refused(f"model.{name}: {error}") from error
     module.encoder.recompute = "full" in recompute_parts(cfg.train.recompute)
     module.encoder.timeout_s = cfg.run.timeout_s
     module.freeze(enc.freeze)

@@ -53,16 +53,17 @@ def _mean_losses(job: Job, data: Data, samples: Sequence[Sample]) -> tuple[float
             sums[3 + 2 * k] += float(mb.depends[module].sum())
 
     batch = job.blueprint.cfg.train.global_batch
-    for part in job.modules():
-        part.eval()
+    modes = [(sub, sub.training) for part in job.modules() for sub in part.modules()]
+    for sub, _ in modes:
+        sub.training = False
     for step, at in enumerate(range(0, len(samples), batch)):
         prepared = prepare(step, samples[at : at + batch], data.assembler)
         found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
         if found:
             raise DataError(f"unreadable evaluation samples {sorted(found)}: {prepared.bad}")
         run_step(job, prepared, train=False, on_tokens=add)
-    for part in job.modules():
-        part.train()
+    for sub, training in modes:  # a wrapped module may have parts that always are in eval mode
+        sub.training = training
     total = job.control.gather(sums).sum(axis=0)
     means = total[0::2] / total[1::2].clip(min=1.0)
     return float(means[0]), {m: float(means[1 + k]) for k, m in enumerate(modules)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from mm.control import Control, whole_job
 from mm.data.index import Index, load_index
 from mm.data.reader import ShardReader
 from mm.data.tokenizer import make_tokenizer
+from mm.errors import Refused
 from mm.launch import RankInfo
 from mm.plan import check_samples
 from parallel.boundary import BoundaryCommunicator, PlanCache
@@ -93,7 +95,7 @@ def open_data(job: Job, index: Index) -> Data:
         ShardReader(),
         make_tokenizer(blueprint.cfg.data.tokenizer),
         job.rank.rank,
-        blueprint.stored_dtype,
+        blueprint.dtype,
         job.rank.device,
         {m: mesh.axes for m, mesh in job.meshes.items()},
         SINK,
@@ -172,10 +174,15 @@ def _build_part(
     blueprint: Blueprint, name: str, stage: int, mesh: ModuleMesh, device: torch.device
 ) -> nn.Module:
     cfg, stored, compute = blueprint.cfg, blueprint.stored_dtype, blueprint.dtype
-    module = bare_module(blueprint, name, mesh.axes, blueprint.stages[name][stage])
+    make = partial(bare_module, blueprint, name, mesh.axes, blueprint.stages[name][stage])
+    module = make()
     precise = precise_modules(module) if isinstance(module, LLM) else []
     layers = _layers(module) if cfg.train.shard == "layer" else []
     policy = ShardPolicy(layers, compute if compute != stored else None, precise)
     shard_module(module, mesh, policy, param_dtype=stored)
-    materialise(module, mesh, seed=cfg.run.seed, name=name, device=device)
+    again = partial(make, "cpu") if name != SINK else None  # whose buffers are declared
+    try:
+        materialise(module, mesh, seed=cfg.run.seed, name=name, device=device, again=again)
+    except ValueError as error:
+        raise Refused(f"model.{name}: {error}") from error
     return module

@@ -91,8 +91,10 @@ Probe = Callable[[bytes], dict[str, int]]
 def _probe_image(payload: bytes) -> dict[str, int]:
     from PIL import Image
 
+    from encoders.compat import picture_channels
+
     with Image.open(io.BytesIO(payload)) as image:
-        return {"height": image.height, "width": image.width}
+        return {"height": image.height, "width": image.width, "channels": picture_channels(image)}
 
 
 def _probe_wav(payload: bytes) -> dict[str, int]:
