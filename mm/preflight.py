@@ -27,7 +27,7 @@ def check_paths(cfg: Config) -> None:
             f"run.dir {folder} cannot be written: {error.strerror}; needed: a folder that can"
         ) from error
     for patterns in (cfg.data.train, cfg.data.eval):
-        find_shards(patterns, cfg.base)
+        find_shards(patterns, cfg.base, cfg.data.made_by)
     candidates(cfg, folder)
     weights = cfg.checkpoint.weights
     if weights is not None and not any(
