@@ -95,16 +95,17 @@ class Console:
         lifts = "  ".join(f"{m} lift {v:.3f}" for m, v in result.lift.items())
         self._say(f"evaluation after step {step}: loss {result.loss:.4f}  {lifts}")
 
-    def lift_table(self, result: Evaluation, floor: float) -> None:
-        """The closing table: what each modality is worth, beside the floor of a model without it."""
+    def lift_table(self, result: Evaluation, blind: Mapping[str, float]) -> None:
+        """The closing table: what each modality is worth. blind: by module, the loss of a blind guess."""
         if not self.lead:
             return
         table = Table(title="held-out loss of the tokens that depend on a modality, nats a token")
-        for heading in ("modality", "intact", "items permuted", "lift", "blind floor (ln 10)"):
+        for heading in ("modality", "intact", "items permuted", "lift", *(["blind guess"] if blind else [])):
             table.add_column(heading, justify="left" if heading == "modality" else "right")
         for m, lift in result.lift.items():
             intact = result.intact[m]
-            table.add_row(m, f"{intact:.3f}", f"{intact + lift:.3f}", f"{lift:+.3f}", f"{floor:.3f}")
+            guess = [f"{blind[m]:.3f}" if m in blind else "-"] if blind else []
+            table.add_row(m, f"{intact:.3f}", f"{intact + lift:.3f}", f"{lift:+.3f}", *guess)
         self._rich.print(table)
         Rich(file=self._log, width=100).print(table)
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from mm.batch import RankMicrobatch
-from mm.data.index import Sample
+from mm.data.index import Sample, parse_segments
 from mm.data.order import permute_items
+from mm.data.reader import BadSample, ShardReader
 from mm.errors import DataError
 from mm.feed import prepare
 from mm.job import Data, Job
 from mm.step import run_step
+
+REPEATS = 5  # how often answers occur on average, for their frequencies to mean something
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,27 @@ def _mean_losses(job: Job, data: Data, samples: Sequence[Sample]) -> tuple[float
     total = job.control.gather(sums).sum(axis=0)
     means = total[0::2] / total[1::2].clip(min=1.0)
     return float(means[0]), {m: float(means[1 + k]) for k, m in enumerate(modules)}
+
+
+def blind_guess(samples: Sequence[Sample], reader: ShardReader) -> dict[str, float]:
+    """By module, nats a token of a guess that knows only how often each text that depends on it occurs.
+
+    That is the entropy of those texts: a model that is blind to the module, and to whom the text around tells
+    nothing of them, can do no better. Modules whose texts hardly repeat, such as captions, are left out.
+    """
+    texts: dict[str, Counter[str]] = {}
+    for sample in (s for s in samples if not s.cut):
+        try:
+            written = parse_segments(reader.read(sample, sample.json))
+        except BadSample:  # gone since it was evaluated
+            continue
+        for seg in written:
+            if seg.text and seg.depends is not None and seg.loss:
+                texts.setdefault(seg.depends, Counter())[seg.text] += 1
+    out = {}
+    for module, found in texts.items():
+        total = found.total()
+        if total >= REPEATS * len(found):
+            nats = -sum(n * math.log(n / total) for n in found.values())
+            out[module] = nats / sum(n * len(text.encode()) for text, n in found.items())
+    return out

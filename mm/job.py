@@ -22,7 +22,7 @@ from mm.data.reader import ShardReader
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.launch import RankInfo
-from mm.plan import check_samples
+from mm.select import select
 from parallel.boundary import BoundaryCommunicator, PlanCache
 from parallel.mesh import ModuleMesh, build_mesh
 from parallel.optim import AdamW, ShardedOptimizer
@@ -80,11 +80,12 @@ class Job:
             back.close()
 
 
-def open_index(blueprint: Blueprint, patterns: list[str], base: Path) -> Index:
-    """Load the index of the shards and check every sample against the model."""
-    index = load_index(patterns, base)
-    check_samples(index.samples, blueprint.inputs)
-    return index
+def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: bool = True) -> Index:
+    """Load the index of the shards and check every sample against the model; write: keep indexes that are
+    made beside their shards."""
+    rules = blueprint.cfg.data
+    index = load_index(patterns, base, made_by=rules.made_by, write=write)
+    return select(index, blueprint.inputs, rules)
 
 
 def open_data(job: Job, index: Index) -> Data:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mm.blueprint import SINK, Blueprint, elements_per_rank
-from mm.data.index import Index, load_index
+from mm.data.index import Index
+from mm.data.inspect import count_lines, unfed
 from mm.data.order import sample_ids
 from mm.flops import step_flops
-from mm.plan import StepPlan, check_samples, plan_step
+from mm.job import open_index
+from mm.plan import StepPlan, plan_step
 from mm.timeline import RATE, draw_simulated
 from parallel.boundary import plan_edge
 from parallel.layout import Layout
@@ -21,7 +23,7 @@ from parallel.schedule import SchedulePlan
 def first_step(blueprint: Blueprint, index: Index) -> StepPlan:
     """The plan of step 0."""
     cfg = blueprint.cfg
-    ids = sample_ids(cfg.run.seed, 0, cfg.train.global_batch, len(index.samples), frozenset())
+    ids = sample_ids(cfg.run.seed, 0, cfg.train.global_batch, len(index.samples), frozenset(index.skipped))
     return plan_step(0, [index.samples[i] for i in ids], blueprint.inputs)
 
 
@@ -84,8 +86,8 @@ def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
 
     draw: a folder to draw the step in, which is then written.
     """
-    index = load_index(blueprint.cfg.data.train, blueprint.cfg.base, write=False)
-    check_samples(index.samples, blueprint.inputs)
+    cfg = blueprint.cfg
+    index = open_index(blueprint, cfg.data.train, cfg.base, write=False)
     data = plan_data(blueprint, index)
     lines = [f"{blueprint.world} ranks", ""]
     modules = blueprint.modules
@@ -93,6 +95,8 @@ def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
     for rank in range(blueprint.world):
         cells = [_place(blueprint.layouts[m], rank) for m in modules]
         lines.append(f"{rank:>4}  " + "  ".join(f"{c:<24}" for c in cells))
+    lines += ["", *count_lines("training", index)]
+    lines += [f"warning: {line}" for line in unfed(index, list(blueprint.inputs.encoders))]
     lines += ["", f"first step: {data['tokens']} tokens, {blueprint.cfg.train.global_batch} samples"]
     for m, edge in data["edges"].items():
         total = edge["forward_bytes"] + edge["backward_bytes"]

@@ -31,7 +31,7 @@ def check_paths(cfg: Config, *, write: bool = True) -> None:
             f"run.dir {folder} cannot be written: {error.strerror}; needed: a folder that can"
         ) from error
     for patterns in (cfg.data.train, cfg.data.eval):
-        find_shards(patterns, cfg.base)
+        find_shards(patterns, cfg.base, cfg.data.made_by)
     if cfg.run.tensorboard and find_spec("tensorboard") is None:
         raise Refused(
             "run.tensorboard=true, but the package tensorboard is not installed; needed: pip install -e "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -18,7 +17,9 @@ from mm.blueprint import Blueprint
 from mm.config import resolve_yaml
 from mm.console import Console
 from mm.convert import start_from
-from mm.evaluate import Evaluation, evaluate
+from mm.data.index import Sample
+from mm.data.inspect import count_lines, unfed
+from mm.evaluate import Evaluation, blind_guess, evaluate
 from mm.feed import Feed
 from mm.flops import step_flops
 from mm.job import Data, Job, build_job, open_data, open_index
@@ -73,6 +74,12 @@ def _train(blueprint: Blueprint, rank: RankInfo) -> None:
     if rank.rank == 0:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
+    for name, index in zip(("training", "evaluation"), indices, strict=False):
+        for line in count_lines(name, index):
+            console.info(line)
+    if rank.rank == 0:
+        for line in unfed(train_data.index, list(blueprint.inputs.encoders)):
+            console.warn(line)
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)
@@ -120,7 +127,8 @@ def _loop(job: Job, feed: Feed, eval_data: Data | None, console: Console, run_di
     if eval_data is not None:
         result = run_evaluation(job, eval_data)
         console.evaluation(steps, result)
-        console.lift_table(result, floor=math.log(10.0))
+        if job.rank.rank == 0:
+            console.lift_table(result, blind_guess(eval_samples(job, eval_data), eval_data.assembler.reader))
 
 
 def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[str, Any]:
@@ -178,5 +186,9 @@ def add_rates(job: Job, record: dict[str, Any]) -> dict[str, Any]:
 
 def run_evaluation(job: Job, data: Data) -> Evaluation:
     """Evaluate the first eval.samples held-out samples."""
-    cfg = job.blueprint.cfg
-    return evaluate(job, data, data.index.samples[: cfg.eval.samples], cfg.run.seed)
+    return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed)
+
+
+def eval_samples(job: Job, data: Data) -> list[Sample]:
+    """The first eval.samples held-out samples that are not left out."""
+    return data.index.usable[: job.blueprint.cfg.eval.samples]

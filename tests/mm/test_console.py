@@ -88,7 +88,7 @@ def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, capsys: pytest.C
     console.step(record(1))
     console.info("hello")
     console.evaluation(1, RESULT)
-    console.lift_table(RESULT, math.log(10))
+    console.lift_table(RESULT, {"vision": math.log(10)})
     console.warn("sample 3 cannot be read")
     console.close()
     out, err = capsys.readouterr()
@@ -96,12 +96,12 @@ def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluations_are_records_and_a_table_with_the_floor(
+def test_evaluations_are_records_and_a_table_with_a_blind_guess(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     console = Console(tmp_path, 9, first=0, lead=True)
     console.evaluation(9, RESULT)
-    console.lift_table(RESULT, math.log(10))
+    console.lift_table(RESULT, {"vision": math.log(10)})
     console.close()
     assert lines(tmp_path) == [
         {"step": 9, "eval_loss": 0.5, "modality_lift": {"vision": 1.2345, "audio": -0.001}}

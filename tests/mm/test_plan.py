@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from llm.counts import Counts
 from mm.batch import IGNORE, Assembler
 from mm.blueprint import draw_up
-from mm.config import TrainConfig, from_mapping
+from mm.config import DataConfig, TrainConfig, from_mapping
 from mm.data.index import load_index
 from mm.data.reader import ShardReader
 from mm.data.tokenizer import Tokenizer
 from mm.plan import PlanInputs, StepPlan, deal_by_cost, plan_step, share
+from mm.select import select
 from mm.update import learning_rate
 from parallel.axis import Axes, Axis
 from parallel.boundary import PlanCache
@@ -36,6 +37,17 @@ def inputs(world: int, layout: dict[str, dict[str, object]], microbatches: int, 
     return replace(draw_up(from_mapping(raw, CONFIGS), world).inputs, depths=3)
 
 
+# Some of them cut to fewer tokens than they have.
+SAMPLES = (
+    *INDEX.samples,
+    *select(
+        INDEX,
+        replace(inputs(1, {}, 1, "cost"), context=40),
+        DataConfig(train=["any"], overlong="truncate", max_skipped=1.0),
+    ).usable,
+)
+
+
 def random_plan(seed: int) -> tuple[StepPlan, PlanInputs, int]:
     rng = random.Random(seed)
     world = rng.choice([1, 2, 3, 4, 6, 12])
@@ -48,7 +60,7 @@ def random_plan(seed: int) -> tuple[StepPlan, PlanInputs, int]:
         layout[m] = {"tp": rng.choice(tps), "sequence_parallel": rng.random() < 0.5}
         layout[m]["cp"] = rng.choice([c for c in (1, 2, 3) if world % (layout[m]["tp"] * c) == 0])
     made = inputs(world, {**layout, "llm": llm}, rng.choice([1, 2, 5]), rng.choice(["sample", "cost"]))
-    samples = [rng.choice(INDEX.samples) for _ in range(rng.choice([1, 2, 7, 24]))]
+    samples = [rng.choice(SAMPLES) for _ in range(rng.choice([1, 2, 7, 24]))]
     return plan_step(3, samples, made), made, world
 
 
