@@ -17,7 +17,7 @@ import encoders
 from encoders import compat
 from encoders.contract import Features, ItemBatch
 from encoders.module import RowsMismatch
-from mm.data import index
+from mm.data.probes import metadata
 from tests.encoders.helpers import SIZES, SMALL, batch, gradient_error, make_axes, module, png, wav
 
 NAMES = ["vit", "fastconformer"]
@@ -210,7 +210,7 @@ def test_colours_are_never_lost_in_silence(mode: str, held: int) -> None:
     buffer = io.BytesIO()
     (image.convert("L") if mode == "I;16" else image).convert(mode.removeprefix("grey ")).save(buffer, "PNG")
     payload, vit = buffer.getvalue(), encoders.resolve("vit")
-    meta = index._probe_image(payload)
+    meta = metadata("png", payload)
     assert meta == {"height": 8, "width": 8, "channels": held}
     for channels in (1, 3):
         cfg = vit.Config(**{**SMALL["vit"], "channels": channels})
