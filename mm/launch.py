@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 GRACE_S = 15.0  # for the others to end by themselves once a rank has failed
 DOUBLE_S = 1.0  # signals this close together are one
+TELL_S = 5.0  # between words about ranks that have not started yet
 LOCALHOST = "127.0.0.1"
 LAUNCHER = "POLYRANK_LAUNCHER"  # from launch_local to its ranks: its process id
 
@@ -276,13 +277,21 @@ def _meet(rank: int, world: int, timeout_s: float) -> Store:
         ) from error
     keys = [f"here/{r}" for r in range(world)]
     words.set(keys[rank], "")
-    try:
-        words.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        absent = [r for r, key in enumerate(keys) if not words.check([key])]
-        some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")
-        raise PolyrankError(
-            f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): {some}; "
-            "start all of them, with one rendezvous, or wait longer"
-        ) from error
-    return words
+    start = time.monotonic()
+    while True:
+        left = max(0.001, start + timeout_s - time.monotonic())
+        try:
+            words.wait(keys, timedelta(seconds=min(left, TELL_S) if rank == 0 else left))
+        except RuntimeError as error:
+            absent = [r for r, key in enumerate(keys) if not words.check([key])]
+            some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")
+            if rank == 0 and time.monotonic() < start + timeout_s:
+                print(f"{world - len(absent)} of {world} ranks have started, not yet: {some}", flush=True)
+                continue
+            raise PolyrankError(
+                f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): "
+                f"{some}; start all of them, with one rendezvous, or wait longer"
+            ) from error
+        if rank == 0:
+            print(f"all {world} ranks have started", flush=True)
+        return words

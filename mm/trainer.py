@@ -21,6 +21,7 @@ from mm.convert import start_from
 from mm.evaluate import Evaluation, evaluate
 from mm.feed import Feed
 from mm.flops import step_flops
+from mm.header import header, memory_warning
 from mm.job import Data, Job, build_job, open_data, open_index
 from mm.launch import RankInfo, init_distributed
 from mm.plan import StepPlan
@@ -69,10 +70,18 @@ def _train(blueprint: Blueprint, rank: RankInfo) -> None:
         first, bad = state["step"], frozenset(state["bad_samples"])
     elif cfg.checkpoint.weights is not None:
         start_from(job, Path(cfg.checkpoint.weights))
-    console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
+    console = Console(
+        run_dir, cfg.train.steps, first=first, lead=rank.rank == 0, tensorboard=cfg.run.tensorboard
+    )
     if rank.rank == 0:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
+        samples = {"train": len(train_data.index.samples)}
+        samples |= {"evaluate": len(eval_data.index.samples)} if eval_data is not None else {}
+        console.info(header(blueprint, samples, str(rank.device), dist.get_backend()))
+        warning = memory_warning(blueprint, rank.device.type, rank.node_size or rank.world)
+        if warning is not None:
+            console.warn(warning)
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)
