@@ -20,13 +20,14 @@ def header(blueprint: Blueprint, samples: Mapping[str, int], device: str, backen
     data = ", ".join(f"{n:,} to {what}" for what, n in samples.items())
     stored = str(blueprint.stored_dtype).removeprefix("torch.")
     kept = "" if stored == train.dtype else f", weights in {stored}"
-    schedule = blueprint.schedule([set(cfg.model)] * cfg.schedule.microbatches).kind
+    n = cfg.schedule.microbatches
+    schedule = blueprint.schedule([set(cfg.model)] * n).kind
     lines = [
         f"run       {cfg.run.dir}",
         f"steps     {train.steps} of {train.global_batch} samples in {train.dtype}{kept}",
         f"ranks     {blueprint.world} on {device}, messages by {backend}",
         f"samples   {data}",
-        f"schedule  {schedule}, {cfg.schedule.microbatches} micro-batches a step",
+        f"schedule  {schedule}, {n} micro-batch{'es' if n > 1 else ''} a step",
     ]
     rows: list[tuple[str, ...]] = [("module", "trained", "frozen", "ranks", "layout")]
     for m in blueprint.modules:

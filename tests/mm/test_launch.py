@@ -62,7 +62,10 @@ def test_ranks_start_before_the_rest_is_checked_and_end_where_it_is_refused(run:
         time.sleep(0.02)
 
 
-def test_a_rank_that_comes_before_the_store_waits_for_it(run: Any, tmp_path: Path) -> None:
+def test_a_rank_that_comes_before_the_store_waits_for_it(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "TELL_S", 0.05)
     code = f"""
 import socket
 ours = socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
@@ -73,9 +76,10 @@ _store(30.0).set("here", "")
 
     def check() -> None:
         while not (tmp_path / "came").exists():
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     assert launch.launch_local(1, [code], check) == 0
+    assert capsys.readouterr().out.startswith("importing torch, 0 s\n")
 
 
 def test_the_first_rank_tells_which_have_not_started_yet(
