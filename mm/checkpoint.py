@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mm.blueprint import Blueprint
+from mm.blueprint import Blueprint, bare_module
 from mm.config import Config, resolve
 from mm.data.index import Index
 from mm.errors import CheckpointError
 from mm.job import Job
 from parallel import checkpoint as store
+from parallel.axis import Axes
 
 
 def state_tensors(job: Job) -> dict[str, Tensor]:
@@ -128,12 +129,37 @@ def load(job: Job, index: Index, path: Path) -> dict[str, Any]:
         state = store.load(path, state_tensors(job))
     except store.BadCheckpoint as error:
         raise CheckpointError(str(error)) from error
-    if state.get("fingerprint") != fingerprint(job.blueprint, index):
+    _check_same_run(state, job.blueprint, index, path)
+    return state
+
+
+def check_resume(blueprint: Blueprint, index: Index, path: Path) -> None:
+    """Refuse a checkpoint that a run cannot resume from, from names and shapes; reads no tensor data."""
+    try:
+        stored = {name: shape for name, (shape, _) in store.describe(path).items()}
+        for m in blueprint.modules:
+            store.check_fits(path, stored, model_shapes(blueprint, m))
+        _check_same_run(store.read_state(path), blueprint, index, path)
+    except store.BadCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+
+
+def model_shapes(blueprint: Blueprint, module: str) -> dict[str, tuple[int, ...]]:
+    """Global shape of every parameter and kept buffer of a module, by full name; takes no memory."""
+    return {
+        f"{module}.{key}": tuple(tensor.shape)
+        for stage in blueprint.stages[module]
+        for key, tensor in bare_module(blueprint, module, Axes(), stage).state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index, path: Path) -> None:
+    if state.get("fingerprint") != fingerprint(blueprint, index):
         raise CheckpointError(
             f"{path} was written by a run with another model, data, seed or global batch; "
             "compare its state.json with this config, or start afresh with checkpoint.resume=none"
         )
-    return state
 
 
 def inspect_text(path: Path) -> str:

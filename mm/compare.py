@@ -80,10 +80,10 @@ def compare(cfg: Config, runs: Sequence[Run], *, steps: int, rounds: int, json_o
         report = {"runs": [summary(run, runs[0]) for run in runs]}
         if json_out is not None:
             json_out.write_text(json.dumps(report, indent=1))
-        console, shown = RichConsole(), table(report)
+        console = RichConsole()
         if not console.is_terminal:  # a line a layout where nobody looks at a terminal
-            console.width = max(console.width, console.measure(shown).maximum)
-        console.print(shown)
+            console.width = WIDE
+        console.print(table(report))
 
 
 def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
@@ -128,6 +128,7 @@ def relative_difference(ours: Sequence[float], theirs: Sequence[float]) -> float
 # Student's t by degrees of freedom: 95 % of a mean's estimates lie within so many of its standard errors.
 # What comes after the last is a little less.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+WIDE = 200  # columns of a table that goes to a file
 FEWEST = 3  # ratios that an interval takes
 
 

@@ -88,6 +88,13 @@ def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: 
     return select(index, blueprint.inputs, rules)
 
 
+def open_indexes(blueprint: Blueprint, *, write: bool = True) -> dict[str, Index]:
+    """The index of each data set of the config: training, and evaluation where there is one."""
+    cfg = blueprint.cfg
+    given = {"training": cfg.data.train, "evaluation": cfg.data.eval}
+    return {name: open_index(blueprint, p, cfg.base, write=write) for name, p in given.items() if p}
+
+
 def open_data(job: Job, index: Index) -> Data:
     """The samples of an index as this rank reads them."""
     blueprint = job.blueprint

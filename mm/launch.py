@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 GRACE_S = 15.0  # for the others to end by themselves once a rank has failed
 DOUBLE_S = 1.0  # signals this close together are one
+TELL_S = 5.0  # between words about what is waited for
 LOCALHOST = "127.0.0.1"
 LAUNCHER = "POLYRANK_LAUNCHER"  # from launch_local to its ranks: its process id
 
@@ -87,8 +89,9 @@ def launch_local(nproc: int, argv: Sequence[str], check: Callable[[], object] = 
     try:
         for r in range(nproc):
             ranks.append(_start(argv, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}))
-        check()
-        store = _host(listener)
+        with _telling("importing torch"):
+            check()
+            store = _host(listener)
         if asked:  # while they were started: not all of them have heard of it
             _ask_to_end(ranks)
         codes = _wait(ranks)
@@ -107,6 +110,24 @@ def launch_local(nproc: int, argv: Sequence[str], check: Callable[[], object] = 
     if known:
         return known[0]
     return 1 if any(codes.values()) or len(codes) < nproc else 0
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Say every TELL_S seconds what is still being done."""
+    done, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(TELL_S):
+            print(f"{what}, {time.monotonic() - start:.0f} s", flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _host(listener: socket.socket) -> Store:
@@ -276,13 +297,21 @@ def _meet(rank: int, world: int, timeout_s: float) -> Store:
         ) from error
     keys = [f"here/{r}" for r in range(world)]
     words.set(keys[rank], "")
-    try:
-        words.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        absent = [r for r, key in enumerate(keys) if not words.check([key])]
-        some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")
-        raise PolyrankError(
-            f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): {some}; "
-            "start all of them, with one rendezvous, or wait longer"
-        ) from error
-    return words
+    start = time.monotonic()
+    while True:
+        left = max(0.001, start + timeout_s - time.monotonic())
+        try:
+            words.wait(keys, timedelta(seconds=min(left, TELL_S) if rank == 0 else left))
+        except RuntimeError as error:
+            absent = [r for r, key in enumerate(keys) if not words.check([key])]
+            some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")
+            if rank == 0 and time.monotonic() < start + timeout_s:
+                print(f"{world - len(absent)} of {world} ranks have started, not yet: {some}", flush=True)
+                continue
+            raise PolyrankError(
+                f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): "
+                f"{some}; start all of them, with one rendezvous, or wait longer"
+            ) from error
+        if rank == 0:
+            print(f"all {world} ranks have started", flush=True)
+        return words

@@ -51,6 +51,15 @@ def forget_peak(device: torch.device) -> None:
         (OWN / "clear_refs").write_text(RESET_PEAK)
 
 
+def device_memory(kind: str) -> int | None:
+    """Bytes of one device of this machine, for "cpu" of the whole host; None where it is not known."""
+    import torch
+
+    if kind == "cpu":
+        return host_memory()
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.device_count() else None
+
+
 def host_memory() -> int | None:
     """Bytes of memory that all processes here may use together: the machine's, or its container's bound."""
     found = [_kib(Path("/proc/meminfo"), "MemTotal:")]

@@ -7,10 +7,15 @@ import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mm.config import Config
 from mm.data.index import find_shards
 from mm.errors import CheckpointError, Refused
+
+if TYPE_CHECKING:
+    from mm.blueprint import Blueprint
+    from mm.data.index import Index
 
 
 def check_paths(cfg: Config, *, write: bool = True) -> None:
@@ -62,3 +67,17 @@ def check_start(cfg: Config) -> None:
             f"checkpoint.weights={weights} is neither a checkpoint (with a {MANIFEST}) nor a Hugging Face "
             "folder (with a config.json)"
         )
+
+
+def check_fits(blueprint: Blueprint, index: Index) -> None:
+    """Refuse a start from a checkpoint, or from weights, of another model: from names and shapes alone, as a
+    dry run must. Raises CheckpointError."""
+    from mm.checkpoint import candidates, check_resume
+    from mm.convert import check_weights
+
+    cfg = blueprint.cfg
+    resumed = candidates(cfg, Path(cfg.run.dir))[:1]
+    for path in resumed:
+        check_resume(blueprint, index, path)
+    if cfg.checkpoint.weights is not None and not resumed:
+        check_weights(blueprint, Path(cfg.checkpoint.weights))

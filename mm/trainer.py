@@ -18,11 +18,11 @@ from mm.config import resolve_yaml
 from mm.console import Console
 from mm.convert import start_from
 from mm.data.index import Sample
-from mm.data.inspect import count_lines, unfed
 from mm.evaluate import Evaluation, blind_guess, evaluate
 from mm.feed import Feed
 from mm.flops import step_flops
-from mm.job import Data, Job, build_job, open_data, open_index
+from mm.header import header, warnings
+from mm.job import Data, Job, build_job, open_data, open_indexes
 from mm.launch import RankInfo, init_distributed
 from mm.plan import StepPlan
 from mm.plan_text import plan_json
@@ -58,10 +58,10 @@ def train(blueprint: Blueprint) -> None:
 
 def _train(blueprint: Blueprint, rank: RankInfo) -> None:
     cfg = blueprint.cfg
-    indices = [open_index(blueprint, p, cfg.base) for p in (cfg.data.train, cfg.data.eval) if p]
+    indexes = open_indexes(blueprint)
     job = build_job(blueprint, rank)
-    train_data, *others = (open_data(job, index) for index in indices)
-    eval_data = others[0] if others else None
+    data = {name: open_data(job, index) for name, index in indexes.items()}
+    train_data, eval_data = data["training"], data.get("evaluation")
     run_dir = Path(cfg.run.dir)
     first, bad = 0, frozenset[int]()
     resume = checkpoint.find(cfg, run_dir)
@@ -70,15 +70,14 @@ def _train(blueprint: Blueprint, rank: RankInfo) -> None:
         first, bad = state["step"], frozenset(state["bad_samples"])
     elif cfg.checkpoint.weights is not None:
         start_from(job, Path(cfg.checkpoint.weights))
-    console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
+    console = Console(
+        run_dir, cfg.train.steps, first=first, lead=rank.rank == 0, tensorboard=cfg.run.tensorboard
+    )
     if rank.rank == 0:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
-    for name, index in zip(("training", "evaluation"), indices, strict=False):
-        for line in count_lines(name, index):
-            console.info(line)
-    if rank.rank == 0:
-        for line in unfed(train_data.index, list(blueprint.inputs.encoders)):
+        console.info(header(blueprint, indexes, str(rank.device), dist.get_backend()))
+        for line in warnings(blueprint, train_data.index, rank.device.type, rank.node_size or rank.world):
             console.warn(line)
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")

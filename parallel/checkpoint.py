@@ -72,22 +72,26 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises BadCheckpoint, naming the keys, where the model has others or other shapes than the checkpoint.
     """
     reader = SafeReader(path)
-    stored = reader.tensors()
-    missing, unknown = sorted(set(tensors) - set(stored)), sorted(set(stored) - set(tensors))
-    # A job that lacks a module may read the rest; what it has must be there.
+    stored = {name: tuple(entry.size) for name, entry in reader.tensors().items()}
+    check_fits(path, stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    dcp.load(dict(tensors), storage_reader=reader)
+    return read_state(path)
+
+
+def check_fits(
+    path: Path, stored: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise BadCheckpoint where a model needs other tensors, or other shapes, than the checkpoint at `path`
+    has; what it has beside them is left."""
+    missing, unknown = sorted(needed.keys() - stored.keys()), sorted(stored.keys() - needed.keys())
     if missing:
         raise BadCheckpoint(
             f"{path} lacks {len(missing)} tensors of this model, first {missing[0]}; it has "
             f"{len(unknown)} others{', first ' + unknown[0] if unknown else ''}"
         )
-    for name, tensor in tensors.items():
-        size = stored[name].size
-        if tuple(size) != tuple(tensor.shape):
-            raise BadCheckpoint(
-                f"{path}: {name} has shape {tuple(size)}, this model needs {tuple(tensor.shape)}"
-            )
-    dcp.load(dict(tensors), storage_reader=reader)
-    return read_state(path)
+    for name, shape in needed.items():
+        if stored[name] != shape:
+            raise BadCheckpoint(f"{path}: {name} has shape {stored[name]}, this model needs {shape}")
 
 
 def read_state(path: Path) -> dict[str, Any]:

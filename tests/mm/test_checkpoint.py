@@ -99,6 +99,26 @@ def test_the_same_layout_resumes_bit_identically(saved: Any, ranks: Any, tmp_pat
     assert losses(got) == losses(rest)
 
 
+def test_what_does_not_fit_is_known_without_reading_tensors(saved: Any, tmp_path: Path) -> None:
+    folder, _ = saved
+    path = Path(copy(folder, tmp_path)) / "step-00000002"
+    for data in path.glob("*.distcp"):
+        data.unlink()
+    raw = small(train=TRAIN, layout={"llm": {"pp": 2}})
+
+    def check(raw: dict[str, Any]) -> None:
+        blueprint = draw_up(from_mapping(raw, CONFIGS), 4)
+        index = open_index(blueprint, blueprint.cfg.data.train, CONFIGS)
+        checkpoint.check_resume(blueprint, index, path)
+
+    check(raw)
+    with pytest.raises(CheckpointError, match="written by a run with another"):
+        check({**raw, "run": {"seed": 2}})
+    raw["model"]["vision"]["projector"]["hidden"] = 12
+    with pytest.raises(CheckpointError, match=r"vision\.projector.* has shape .*, this model needs"):
+        check(raw)
+
+
 @pytest.mark.parametrize("world, layout", [(1, {}), (3, {}), (4, {"audio": {"tp": 4}, "llm": {"ep": 2}})])
 def test_another_layout_resumes_exactly(
     saved: Any, ranks: Any, tmp_path: Path, world: int, layout: Any
