@@ -13,7 +13,7 @@ from mm.data.order import sample_ids
 from mm.flops import step_flops
 from mm.plan import StepPlan, check_samples, plan_step
 from mm.timeline import RATE, draw_simulated
-from parallel.boundary import plan_edge
+from parallel.boundary import edge_rows
 from parallel.layout import Layout
 from parallel.schedule import SchedulePlan
 
@@ -65,10 +65,9 @@ def _edge_data(blueprint: Blueprint, plan: StepPlan, module: str, frozen: bool) 
     for mb in plan.microbatches:
         edge = mb.edges[module]
         rows += edge.rows
-        for rank in range(blueprint.world):
-            part = plan_edge(module, edge.source, edge.dest, rank)
-            forward += part.forward.received_rows
-            backward += 0 if frozen else sum(t.received_rows for t in part.backward)
+        there, back = edge_rows(edge.source, edge.dest)
+        forward += there
+        backward += 0 if frozen else back
     return {"rows": rows, "forward_bytes": forward * row_bytes, "backward_bytes": backward * row_bytes}
 
 
