@@ -22,7 +22,7 @@ from mm.launch import choose_device
 from mm.plan import StepPlan, plan_step
 from mm.preflight import check_fits
 from mm.timeline import RATE, draw_simulated
-from parallel.boundary import plan_edge
+from parallel.boundary import edge_rows
 from parallel.layout import Layout
 from parallel.schedule import SchedulePlan
 
@@ -74,10 +74,9 @@ def _edge_data(blueprint: Blueprint, plan: StepPlan, module: str, frozen: bool) 
     for mb in plan.microbatches:
         edge = mb.edges[module]
         rows += edge.rows
-        for rank in range(blueprint.world):
-            part = plan_edge(module, edge.source, edge.dest, rank)
-            forward += part.forward.received_rows
-            backward += 0 if frozen else sum(t.received_rows for t in part.backward)
+        there, back = edge_rows(edge.source, edge.dest)
+        forward += there
+        backward += 0 if frozen else back
     return {"rows": rows, "forward_bytes": forward * row_bytes, "backward_bytes": backward * row_bytes}
 
 
