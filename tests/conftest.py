@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from tests.pool import Pool
 
 # A busy machine makes single examples slow now and then, which says nothing about the code.
 settings.register_profile("polyrank", deadline=None)
+# Where it only matters whether an example fails (tests/mutations), not which one is the simplest.
+unshrunk = [p for p in Phase if p not in (Phase.shrink, Phase.explain)]
+settings.register_profile("unshrunk", deadline=None, phases=unshrunk)
 settings.load_profile("polyrank")
 
 MARKS = {"pool": "dist", "processes": "e2e"}  # by fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 import yaml
 
-from tests.mm.harness import CONFIGS, small
+from mm.cli import main
+from tests.mm.harness import CONFIGS, Ended, free_port, run_job, run_rank, small
 from tests.mm.shards import npy, sensor_samples, write_shard
 
 ROOT = CONFIGS.parent
@@ -54,32 +55,14 @@ def mm(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     )
 
 
-def alone(rank: int, config: Path, seconds: float) -> subprocess.Popen[str]:
-    """One of two ranks, started without a launcher and without the other."""
-    place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "mm", "train", str(config), f"run.timeout_s={seconds}"],
-        cwd=ROOT,
-        env={**environment(), **place, "MASTER_PORT": str(free_port())},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def test_a_job_writes_its_files_and_two_torchrun_agents_do_the_same(tmp_path: Path, processes: None) -> None:
     write_shard(tmp_path / "sensor-000000.tar", sensor_samples(20))
     config = sensor_config(tmp_path, layout={"llm": {"tp": 2}})
-    done = mm("train", "train.steps=2", str(config), "--nproc", "4")
+    done = mm("train", "train.steps=2", str(config), "--nproc", "2")
     assert done.returncode == 0, done.stderr
     alone = metrics(tmp_path)
     for name in ("config.yaml", "plan.json", "log.txt"):
@@ -96,7 +79,7 @@ def test_a_job_writes_its_files_and_two_torchrun_agents_do_the_same(tmp_path: Pa
                 "-m",
                 "torch.distributed.run",
                 "--nnodes=2",
-                "--nproc-per-node=2",
+                "--nproc-per-node=1",
                 f"--node-rank={node}",
                 "--master-addr=127.0.0.1",
                 f"--master-port={port}",
@@ -118,38 +101,43 @@ def test_a_job_writes_its_files_and_two_torchrun_agents_do_the_same(tmp_path: Pa
     assert [r["loss"] for r in metrics(tmp_path)[:2]] == [r["loss"] for r in alone[:2]]
 
 
-def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path, processes: None) -> None:
+def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path, ranks: Any) -> None:
     shard = write_shard(tmp_path / "sensor-000000.tar", sensor_samples(12))
     config = sensor_config(tmp_path)
     raw = yaml.safe_load(config.read_text())
     raw["data"].pop("eval")
     config.write_text(yaml.safe_dump(raw))
-    assert mm("data", "index", str(shard)).returncode == 0
+    assert main(["data", "index", str(shard)]) == 0
     payload = bytearray(shard.read_bytes())
     at = payload.index(b"level ")
     payload[at] ^= 1  # the json of the first sample no longer matches the index
     shard.write_bytes(bytes(payload))
-    done = mm("train", str(config), "train.steps=2", "train.global_batch=12")
-    assert done.returncode == 0, done.stderr
-    assert "s000" in done.stderr and "sha256" in done.stderr
+    words = ["train", str(config), "train.steps=2", "train.global_batch=12"]
+    ended = ranks(2, run_rank, words, free_port())
+    said = "".join(e.err for e in ended)
+    assert [e.code for e in ended] == [0, 0], said
+    assert "s000" in said and "sha256" in said
     assert metrics(tmp_path)[0]["skipped_items"] == 1
 
 
-def test_a_data_set_without_a_readable_sample_ends_with_code_3(tmp_path: Path, processes: None) -> None:
+def test_a_data_set_without_a_readable_sample_ends_with_code_3(tmp_path: Path, ranks: Any) -> None:
     samples = [{"key": "k", "segments": [{"sensor": "gone.npy"}], "parts": {"x.npy": npy(ONE)}}]
     write_shard(tmp_path / "sensor-000000.tar", samples)
-    done = mm("train", str(sensor_config(tmp_path)))
-    assert done.returncode == 3 and "gone.npy" in done.stderr and "Traceback" not in done.stderr
+    ended = ranks(2, run_rank, ["train", str(sensor_config(tmp_path))], free_port())
+    assert [e.code for e in ended] == [3, 3]
+    told = "".join(e.err for e in ended)
+    assert "gone.npy" in told and "Traceback" not in told
 
 
-def test_a_gradient_that_is_not_finite_ends_all_ranks_with_code_5(tmp_path: Path, processes: None) -> None:
+def test_a_gradient_that_is_not_finite_ends_all_ranks_with_code_5(tmp_path: Path, ranks: Any) -> None:
     samples = sensor_samples(12)
     for sample in samples:
         sample["parts"] = {k: npy(ONE * float("inf")) for k in sample["parts"]}
     write_shard(tmp_path / "sensor-000000.tar", samples)
-    done = mm("train", str(sensor_config(tmp_path)))
-    assert done.returncode == 5 and "not finite on rank" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+    ended = ranks(2, run_rank, ["train", str(sensor_config(tmp_path))], free_port())
+    assert [e.code for e in ended] == [5, 5]
+    told = "".join(e.err for e in ended)
+    assert told.count("not finite on rank") == 1 and "Traceback" not in told
 
 
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path, processes: None) -> None:
@@ -183,8 +171,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_be_done_is_refused_in_a_sentence(words: list[str], capsys: Any) -> None:
-    from mm.cli import main
-
     expected = next(k for k, v in REFUSED.items() if v is words)
     assert main([*words, "--dry-run"]) == 2
     message = capsys.readouterr().err
@@ -193,33 +179,32 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(words: list[str], capsys: 
 
 
 def test_a_sample_longer_than_the_context_is_named(capsys: Any) -> None:
-    from mm.cli import main
-
     assert main(["train", "configs/digits.yaml", "--dry-run", "data.context=20"]) == 3
     assert "a00000" in capsys.readouterr().err
 
 
 def test_missing_shards_are_named(capsys: Any) -> None:
-    from mm.cli import main
-
     assert main(["train", "--dry-run", "data.train=[data/none-*.tar]", "configs/digits.yaml"]) == 3
     assert "none-*.tar" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_plan(capsys: Any) -> None:
-    from mm.cli import main
-
     assert main(["train", "configs/digits.yaml", "layout.llm.tp=4", "--dry-run"]) == 0
     out = capsys.readouterr().out
     for text in ("rank", "edge vision -> llm", "KiB", "GFLOP", "backward(llm, 0, last)"):
         assert text in out
 
 
-def test_ranks_that_do_not_come_are_named(tmp_path: Path, processes: None) -> None:
+def apart(config: str, ports: list[int]) -> Ended:
+    """A rank that looks for the other one where it is not."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    return run_job(["train", config, "run.timeout_s=3"], ports[rank], rank, 2)
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path: Path, ranks: Any) -> None:
     write_shard(tmp_path / "sensor-0.tar", sensor_samples(4))
-    config = sensor_config(tmp_path)
-    first, second = (alone(rank, config, 3) for rank in (0, 1))
-    told = [p.communicate(timeout=120)[1] for p in (first, second)]
-    assert "1 of 2 ranks have not come within 3 s (run.timeout_s): 1; start all of them" in told[0]
-    assert "rank 1 does not reach the job's store at 127.0.0.1:" in told[1], told[1][-1500:]
-    assert (first.returncode, second.returncode) == (1, 1) and "Traceback" not in "".join(told)
+    first, second = ranks(2, apart, str(sensor_config(tmp_path)), [free_port(), free_port()])
+    assert "1 of 2 ranks have not come within 3 s (run.timeout_s): 1; start all of them" in first.err
+    assert "rank 1 does not reach the job's store at 127.0.0.1:" in second.err, second.err[-1500:]
+    assert (first.code, second.code) == (1, 1) and "Traceback" not in first.err + second.err

@@ -103,7 +103,8 @@ def write(path: Path, text: str) -> None:
 
 def pytest(at: Path, *tests: str) -> tuple[int, str]:
     """(exit code, last words) of these tests in a copy."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(

@@ -42,6 +42,12 @@ def test_ranks_hold_the_stream_once(lengths: list[int], cp: int, order: Order) -
             assert p.rows_before(n) == (p.rows < n).sum()
 
 
+@pytest.mark.parametrize("cp", [2, 3, 4])
+def test_zigzag_shares_causal_attention_evenly(cp: int) -> None:
+    pairs = [int((p.rows + 1).sum()) for p in cut([8 * cp], cp, "zigzag")]  # a query reads the keys up to it
+    assert len(set(pairs)) == 1
+
+
 @given(lengths_of, st.integers(2, 5), orders)
 def test_fragments_are_runs_of_one_document(lengths: list[int], cp: int, order: Order) -> None:
     for p in cut(lengths, cp, order):
