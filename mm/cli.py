@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mm import launch
 from mm.errors import PolyrankError, Refused
+from mm.stop import Stop
 
 if TYPE_CHECKING:
     from mm.config import Config
@@ -137,6 +138,12 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace, argv: list[str]) -> int:
+    # From here on a request to end is heard, and ends the run well: importing takes seconds, a step too.
+    with Stop(rank=launch.launched()) as stop:
+        return _train_until(stop, args, argv)
+
+
+def _train_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
     cfg = _config(args)
     world = _world(args, cfg)
     from mm.blueprint import draw_up
@@ -150,10 +157,10 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         print(dry_run(blueprint, Path(cfg.run.dir)))
         return 0
     if not launch.launched():
-        return launch.launch_local(world, argv)
+        return launch.launch_local(world, argv, stop)
     from mm.trainer import train
 
-    train(blueprint)
+    train(blueprint, stop)
     return 0
 
 

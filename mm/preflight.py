@@ -9,6 +9,7 @@ from mm.checkpoint import candidates
 from mm.config import Config
 from mm.data.index import find_shards
 from mm.errors import CheckpointError, Refused
+from mm.launch import restarted
 from parallel.checkpoint import MANIFEST
 
 
@@ -28,6 +29,8 @@ def check_paths(cfg: Config) -> None:
         ) from error
     for patterns in (cfg.data.train, cfg.data.eval):
         find_shards(patterns, cfg.base)
+    if restarted():  # what it began from may be gone: it goes on from its own
+        return
     candidates(cfg, folder)
     weights = cfg.checkpoint.weights
     if weights is not None and not any(
