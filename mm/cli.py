@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mm import launch
 from mm.errors import PolyrankError, Refused
+from mm.stop import Stop
 
 if TYPE_CHECKING:
     from mm.blueprint import Blueprint
@@ -140,6 +141,12 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace, argv: list[str]) -> int:
+    # From here on a request to end is heard, and ends the run well: importing takes seconds, a step too.
+    with Stop(rank=launch.launched()) as stop:
+        return _train_until(stop, args, argv)
+
+
+def _train_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
     if args.draw is not None and not args.dry_run:
         raise Refused(f"--draw {args.draw} without --dry-run; a step that ran is drawn by run.trace=STEP")
     cfg = _config(args)
@@ -158,10 +165,10 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         return 0
     if not launch.launched():
         _say_start(args, cfg, world, f"run folder {cfg.run.dir}")
-        return launch.launch_local(world, argv, lambda: _check_train(cfg, world))
+        return launch.launch_local(world, argv, lambda: _check_train(cfg, world), stop)
     from mm.trainer import train
 
-    train(_check_train(cfg, world))
+    train(_check_train(cfg, world), stop)
     return 0
 
 

@@ -18,6 +18,7 @@ from mm.checkpoint import model_shapes
 from mm.config import build, from_mapping
 from mm.errors import CheckpointError
 from mm.job import Job
+from mm.resume import verify
 from parallel import checkpoint as store
 
 
@@ -34,6 +35,9 @@ def start_from(job: Job, path: Path) -> None:
                 assert isinstance(part, LLM)
                 load_weights(part, folder, job.meshes[SINK])
             return
+        wrong = verify(path, job.rank)
+        if wrong:
+            raise CheckpointError(f"cannot start from {path}: it is damaged: {'; '.join(wrong)}")
         stored = _describe(path, job.blueprint)
         tensors: dict[str, torch.Tensor] = {}
         for name, parts in job.parts.items():
@@ -101,6 +105,9 @@ def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> str:
     dtype: of the tensors, None for the checkpoint's. Raises CheckpointError in words.
     """
     try:
+        wrong = store.verify(checkpoint)
+        if wrong:
+            raise store.BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
         state = store.read_state(checkpoint)
         if SINK in state:
             cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")

@@ -17,6 +17,7 @@ from mm.errors import DataError
 from mm.feed import prepare
 from mm.job import Data, Job
 from mm.step import run_step
+from mm.stop import Asked, Stop
 
 REPEATS = 5  # how often answers occur on average, for their frequencies to mean something
 
@@ -31,18 +32,25 @@ class Evaluation:
     intact: Mapping[str, float]
 
 
-def evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int) -> Evaluation:
-    """Evaluate `samples` intact and with each modality's items permuted; every rank calls this alike."""
+def evaluate(
+    job: Job, data: Data, samples: Sequence[Sample], seed: int, stop: Stop | None = None
+) -> Evaluation:
+    """Evaluate `samples` intact and with each modality's items permuted; every rank calls this alike.
+
+    Raises Asked, on all ranks, where `stop` of one of them was asked to end.
+    """
     modules = list(job.blueprint.inputs.encoders)
-    loss, intact = _mean_losses(job, data, samples)
+    loss, intact = _mean_losses(job, data, samples, stop)
     lift = {}
     for module in modules:
-        _, mixed = _mean_losses(job, data, permute_items(samples, module, seed))
+        _, mixed = _mean_losses(job, data, permute_items(samples, module, seed), stop)
         lift[module] = mixed[module] - intact[module]
     return Evaluation(loss, lift, intact)
 
 
-def _mean_losses(job: Job, data: Data, samples: Sequence[Sample]) -> tuple[float, dict[str, float]]:
+def _mean_losses(
+    job: Job, data: Data, samples: Sequence[Sample], stop: Stop | None
+) -> tuple[float, dict[str, float]]:
     """Mean loss over all supervised tokens, and over those that depend on each module."""
     modules = list(job.blueprint.inputs.encoders)
     sums = [0.0] * (2 + 2 * len(modules))
@@ -62,6 +70,8 @@ def _mean_losses(job: Job, data: Data, samples: Sequence[Sample]) -> tuple[float
     for sub, _ in modes:
         sub.training = False
     for step, at in enumerate(range(0, len(samples), batch)):
+        if stop is not None and job.control.any(stop.asked):
+            raise Asked
         prepared = prepare(step, samples[at : at + batch], data.assembler)
         found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
         if found:

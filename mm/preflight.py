@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mm.config import Config
 from mm.data.index import find_shards
 from mm.errors import CheckpointError, Refused
+from mm.launch import restarted
 
 if TYPE_CHECKING:
     from mm.blueprint import Blueprint
@@ -58,6 +59,8 @@ def check_start(cfg: Config) -> None:
     from mm.checkpoint import candidates
     from parallel.checkpoint import MANIFEST
 
+    if restarted():  # what it began from may be gone: it goes on from its own
+        return
     candidates(cfg, Path(cfg.run.dir))
     weights = cfg.checkpoint.weights
     if weights is not None and not any(
