@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,11 +19,11 @@ from llm.hf import SafeFolder, read_config
 from llm.model import LLM
 from llm.presets import preset
 from llm.recompute import recompute_parts
-from llm.stages import cut, reading_stages, shared_parameters
+from llm.stages import cut, entering_levels, shared_parameters
 from mm.config import Config, build
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
-from mm.plan import EncoderUse, PlanInputs
+from mm.plan import Edge, EncoderUse, PlanInputs
 from parallel.axis import Axes
 from parallel.context import Order
 from parallel.layout import Layout, check_divides, make_layout
@@ -86,18 +87,33 @@ class Blueprint:
         weights = {"balance": llm.aux_weight, "z": llm.z_weight, "mtp": llm.mtp_layers * llm.mtp_weight}
         return tuple(name for name, weight in weights.items() if weight)
 
-    def carries(self, stage: int) -> tuple[str, ...]:
-        """The encoders whose rows enter the language model again after its stage `stage`: their further
-        levels travel on with the hidden states."""
-        if stage >= max(reading_stages(self.llm, self.stages[SINK])):
-            return ()
-        return tuple(m for m in self.inputs.encoders if len(self.row_shape(m)) > 1)
+    @cached_property
+    def edges(self) -> Mapping[Edge, tuple[int, ...]]:
+        """From encoders to the stages of the language model that their rows enter, in order: which levels
+        of the rows enter there. Each level is sent where it is read, and nowhere else."""
+        return {
+            Edge(m, stage): levels
+            for m in self.inputs.encoders
+            for stage, levels in entering_levels(self.llm, self.stages[SINK], self._levels(m)).items()
+        }
+
+    def enters(self, module: str) -> tuple[int, ...]:
+        """The stages of the language model that an encoder's rows enter."""
+        return tuple(e.stage for e in self.edges if e.source == module)
 
     def row_shape(self, module: str) -> tuple[int, ...]:
         """Trailing shape of an encoder's rows: [d], or [levels, d]."""
-        use = self.inputs.encoders[module]
-        levels, d = use.cls.feature_levels(use.cfg), self.llm.d_model
+        levels, d = self._levels(module), self.llm.d_model
         return (d,) if levels == 1 else (levels, d)
+
+    def entry_shape(self, edge: Edge) -> tuple[int, ...]:
+        """Trailing shape of the rows that travel along an edge: [d], or [levels, d] of those that enter."""
+        whole = self.row_shape(edge.source)
+        return whole if len(whole) == 1 else (len(self.edges[edge]), *whole[1:])
+
+    def _levels(self, module: str) -> int:
+        use = self.inputs.encoders[module]
+        return int(use.cls.feature_levels(use.cfg))
 
     def params(self, module: str) -> Params:
         """When a module's weights are gathered: for "each" forward and backward, as FSDP does, or once a
@@ -113,7 +129,13 @@ class Blueprint:
         if key not in self._schedules:
             frozen, cfg = self.frozen, self.cfg.schedule
             modules = {
-                m: ModuleUse(self.layouts[m], m in frozen, self.params(m), self.stages[m][-1].stop)
+                m: ModuleUse(
+                    self.layouts[m],
+                    m in frozen,
+                    self.params(m),
+                    self.stages[m][-1].stop,
+                    (0,) if m == SINK else self.enters(m),
+                )
                 for m in self.modules
             }
             plan = make_schedule(

@@ -13,7 +13,7 @@ from mm.data.order import sample_ids
 from mm.flops import step_flops
 from mm.plan import StepPlan, check_samples, plan_step
 from mm.timeline import RATE, draw_simulated
-from parallel.boundary import plan_edge
+from parallel.boundary import on_stage, plan_edge
 from parallel.layout import Layout
 from parallel.schedule import SchedulePlan
 
@@ -60,16 +60,21 @@ def _layout_data(layout: Layout) -> dict[str, Any]:
 
 def _edge_data(blueprint: Blueprint, plan: StepPlan, module: str, frozen: bool) -> dict[str, int]:
     """Rows of an edge in one step, and the payload that ranks receive for it in both directions."""
-    row_bytes = math.prod(blueprint.row_shape(module)) * blueprint.dtype.itemsize
-    rows = forward = backward = 0
-    for mb in plan.microbatches:
-        edge = mb.edges[module]
-        rows += edge.rows
-        for rank in range(blueprint.world):
-            part = plan_edge(module, edge.source, edge.dest, rank)
-            forward += part.forward.received_rows
-            backward += 0 if frozen else sum(t.received_rows for t in part.backward)
-    return {"rows": rows, "forward_bytes": forward * row_bytes, "backward_bytes": backward * row_bytes}
+    llm = blueprint.layouts[SINK]
+    rows = sum(mb.edges[module].rows for mb in plan.microbatches)
+    forward = backward = 0
+    for edge in blueprint.edges:
+        if edge.source != module:
+            continue
+        row_bytes = math.prod(blueprint.entry_shape(edge)) * blueprint.dtype.itemsize
+        for mb in plan.microbatches:
+            sides = mb.edges[module]
+            dest = on_stage(llm, sides.dest, edge.stage % llm.pp)
+            for rank in range(blueprint.world):
+                part = plan_edge(module, sides.source, dest, rank)
+                forward += part.forward.received_rows * row_bytes
+                backward += 0 if frozen else sum(t.received_rows for t in part.backward) * row_bytes
+    return {"rows": rows, "forward_bytes": forward, "backward_bytes": backward}
 
 
 def _weight_bytes(blueprint: Blueprint) -> dict[str, int]:
