@@ -17,6 +17,7 @@ from mm.config import from_mapping
 from mm.errors import Refused
 from mm.job import build_job
 from mm.launch import RankInfo
+from parallel import checkpoint as store
 from parallel.axis import Axes
 from parallel.param import declared, global_index, initialise, local, seeded
 from parallel.shard import held_indices
@@ -123,6 +124,8 @@ def test_plain_modules_and_buffers_are_the_same_in_any_layout(
     assert torch.equal(whole_["encoder.offset"], torch.full((8,), 0.25, dtype=torch.float64))
     assert sorted(whole_["encoder.blocks.1.order"].tolist()) == list(range(8))
     assert not torch.equal(whole_["encoder.blocks.0.scale"], whole_["encoder.blocks.1.scale"])
+    kept = store.describe(tmp_path / "one" / "step-00000003")
+    assert "sensor.encoder.ramp" in kept and "sensor.encoder.offset" not in kept
     for k, (layout, later) in enumerate(FOUR):
         seen = set()
         for found, steps in ranks(4, learn, raw, str(tmp_path / str(k)), layout, later):
@@ -195,6 +198,8 @@ def test_an_adopted_module_keeps_what_it_drew_as_often_as_it_is_made(series: Pat
         initialise(nets[-1], 1, "sensor")
     for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
         assert torch.equal(a, b)
+    fixed = [name for name, p in nets[0].named_parameters() if not p.requires_grad]
+    assert fixed == ["encoder.blocks.0.shift", "encoder.blocks.1.shift"]  # as they were made
 
 
 def differing(raw: dict[str, Any]) -> str:
