@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import encoders
+from mm import evaluate
 from mm.blueprint import bare_module, draw_up
 from mm.config import from_mapping
 from mm.errors import Refused
@@ -214,3 +217,24 @@ def test_values_that_differ_between_ranks_are_refused(series: Path, ranks: Any) 
     raw = raw_with("tests.mm.plugins:Different", series)
     for said in ranks(2, differing, raw):
         assert "adopted parameters differ between ranks: encoder.extra.weight (1 of" in said
+
+
+def test_evaluation_leaves_modes_as_they_were() -> None:
+    """A wrapped batch norm always is in eval mode; the rest trains on."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2).eval())
+    seen: list[list[bool]] = []
+
+    def gather(sums: list[float]) -> np.ndarray:
+        seen.append([m.training for m in net.modules()])
+        return np.array([sums])
+
+    uses = SimpleNamespace(encoders={})
+    cfg = SimpleNamespace(train=SimpleNamespace(global_batch=1))
+    job: Any = SimpleNamespace(
+        blueprint=SimpleNamespace(inputs=uses, cfg=cfg),
+        modules=lambda: [net],
+        control=SimpleNamespace(gather=gather),
+    )
+    data: Any = None
+    evaluate._mean_losses(job, data, [])
+    assert seen == [[True, True, False]]
