@@ -9,7 +9,7 @@ from typing import Any
 
 from mm.blueprint import SINK, Blueprint, elements_per_rank
 from mm.data.index import Index
-from mm.data.inspect import count_lines, unfed
+from mm.data.inspect import count_lines
 from mm.data.order import sample_ids
 from mm.flops import step_flops
 from mm.job import open_index
@@ -92,8 +92,7 @@ def dry_run(blueprint: Blueprint, folder: Path) -> str:
     for rank in range(blueprint.world):
         cells = [_place(blueprint.layouts[m], rank) for m in modules]
         lines.append(f"{rank:>4}  " + "  ".join(f"{c:<24}" for c in cells))
-    lines += ["", *count_lines("training", index)]
-    lines += [f"warning: {line}" for line in unfed(index, list(blueprint.inputs.encoders))]
+    lines += ["", *count_lines("training", index, list(blueprint.inputs.encoders))]
     lines += ["", f"first step: {data['tokens']} tokens, {blueprint.cfg.train.global_batch} samples"]
     for m, edge in data["edges"].items():
         total = edge["forward_bytes"] + edge["backward_bytes"]

@@ -18,7 +18,7 @@ from mm.config import resolve_yaml
 from mm.console import Console
 from mm.convert import start_from
 from mm.data.index import Sample
-from mm.data.inspect import count_lines, unfed
+from mm.data.inspect import count_lines
 from mm.evaluate import Evaluation, blind_guess, evaluate
 from mm.feed import Feed
 from mm.flops import step_flops
@@ -74,12 +74,9 @@ def _train(blueprint: Blueprint, rank: RankInfo) -> None:
     if rank.rank == 0:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
-    for name, index in zip(("training", "evaluation"), indices, strict=False):
-        for line in count_lines(name, index):
-            console.info(line)
-    if rank.rank == 0:
-        for line in unfed(train_data.index, list(blueprint.inputs.encoders)):
-            console.warn(line)
+    told = count_lines("training", train_data.index, list(blueprint.inputs.encoders))
+    for line in told + (count_lines("evaluation", eval_data.index) if eval_data is not None else []):
+        console.info(line)
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)

@@ -132,6 +132,8 @@ def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path) -> None:
     done = mm("train", str(config), "train.steps=2", "train.global_batch=12")
     assert done.returncode == 0, done.stderr
     assert "s000" in done.stderr and "sha256" in done.stderr
+    for told in (done.stdout, (tmp_path / "run" / "log.txt").read_text()):
+        assert "training data: 12 samples" in told and "sensor-000000.tar: 12 samples" in told
     assert metrics(tmp_path)[0]["skipped_items"] == 1
 
 
