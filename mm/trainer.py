@@ -120,9 +120,9 @@ def _loop(job: Job, feed: Feed, eval_data: Data | None, console: Console, run_di
             console.info(f"stopped by a signal after step {done}")
             return
         if eval_data is not None and cfg.eval.every and done % cfg.eval.every == 0 and done < steps:
-            console.evaluation(done, run_evaluation(job, eval_data))
+            console.evaluation(done, run_evaluation(job, eval_data, console.warn))
     if eval_data is not None:
-        result = run_evaluation(job, eval_data)
+        result = run_evaluation(job, eval_data, console.warn)
         console.evaluation(steps, result)
         if job.rank.rank == 0:
             console.lift_table(result, blind_guess(eval_samples(job, eval_data), eval_data.assembler.reader))
@@ -180,9 +180,9 @@ def add_rates(job: Job, record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def run_evaluation(job: Job, data: Data) -> Evaluation:
+def run_evaluation(job: Job, data: Data, warn: Callable[[str], None] = print) -> Evaluation:
     """Evaluate the first eval.samples held-out samples."""
-    return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed)
+    return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed, warn)
 
 
 def eval_samples(job: Job, data: Data) -> list[Sample]:
