@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,13 +32,38 @@ class Evaluation:
     intact: Mapping[str, float]
 
 
+class _Unreadable(Exception):
+    """Samples that some rank could not read, by id; mine: what this rank has to say about them."""
+
+    def __init__(self, ids: frozenset[int], mine: Sequence[BadSample]) -> None:
+        super().__init__(f"unreadable samples {sorted(ids)}")
+        self.ids, self.mine = ids, mine
+
+
 def evaluate(
-    job: Job, data: Data, samples: Sequence[Sample], seed: int, stop: Stop | None = None
+    job: Job,
+    data: Data,
+    samples: Sequence[Sample],
+    seed: int,
+    stop: Stop | None = None,
+    warn: Callable[[str], None] = print,
 ) -> Evaluation:
     """Evaluate `samples` intact and with each modality's items permuted; every rank calls this alike.
 
-    Raises Asked, on all ranks, where `stop` of one of them was asked to end.
+    Unreadable samples are named and left out, on all ranks alike. Raises DataError where none is left, and
+    Asked, on all ranks, where `stop` of one of them was asked to end.
     """
+    while samples:
+        try:
+            return _evaluate(job, data, samples, seed, stop)
+        except _Unreadable as found:
+            for error in found.mine:
+                warn(f"not evaluated: {error}")
+            samples = [s for s in samples if s.id not in found.ids]
+    raise DataError("no evaluation sample can be read")
+
+
+def _evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int, stop: Stop | None) -> Evaluation:
     modules = list(job.blueprint.inputs.encoders)
     loss, intact = _mean_losses(job, data, samples, stop)
     lift = {}
@@ -75,7 +100,7 @@ def _mean_losses(
         prepared = prepare(step, samples[at : at + batch], data.assembler)
         found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
         if found:
-            raise DataError(f"unreadable evaluation samples {sorted(found)}: {prepared.bad}")
+            raise _Unreadable(found, prepared.bad)
         run_step(job, prepared, train=False, on_tokens=add)
     for sub, training in modes:  # a wrapped module may have parts that always are in eval mode
         sub.training = training

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mm.blueprint import Blueprint, bare_module, elements_per_rank
 from mm.data.index import Index
-from mm.data.inspect import count_lines, unfed
+from mm.data.inspect import count_lines
 from mm.memory import device_memory
 from parallel.axis import Axes
 
@@ -36,7 +36,8 @@ def header(blueprint: Blueprint, indexes: Mapping[str, Index], device: str, back
         rows.append((m, f"{trained:,}", f"{frozen:,}", ranks_text(layout.ranks), layout.describe()))
     every = [sum(n) for n in zip(*counts.values(), strict=True)]
     rows.append(("all", *(f"{n:,}" for n in every), "", ""))
-    data = [line for name, index in indexes.items() for line in count_lines(name, index)]
+    learn = {"training": list(blueprint.inputs.encoders)}
+    data = [line for name, i in indexes.items() for line in count_lines(name, i, learn.get(name, ()))]
     return "\n".join([*lines, *_aligned(rows), *data])
 
 
@@ -85,12 +86,6 @@ def weight_bytes(blueprint: Blueprint) -> dict[str, int]:
     item = 8 if blueprint.cfg.train.dtype == "float64" else 4
     copies = {m: 1 if m in blueprint.frozen else 4 for m in blueprint.modules}
     return {m: elements_per_rank(blueprint, m) * item * copies[m] for m in blueprint.modules}
-
-
-def warnings(blueprint: Blueprint, index: Index, device: str, ranks_here: int) -> list[str]:
-    """What speaks against a run: modules that no sample feeds, and memory_warning()."""
-    memory = memory_warning(blueprint, device, ranks_here)
-    return [*unfed(index, list(blueprint.inputs.encoders)), *([memory] if memory else [])]
 
 
 def memory_warning(blueprint: Blueprint, device: str, ranks_here: int) -> str | None:

@@ -16,7 +16,7 @@ from mm.data.index import Index
 from mm.data.order import sample_ids
 from mm.errors import Refused
 from mm.flops import step_flops
-from mm.header import gib, header, warnings, weight_bytes
+from mm.header import gib, header, memory_warning, weight_bytes
 from mm.job import open_indexes
 from mm.launch import choose_device
 from mm.plan import StepPlan, plan_step
@@ -129,8 +129,8 @@ def _header(blueprint: Blueprint, indexes: Mapping[str, Index]) -> list[str]:
         found = "cuda"
     device = torch.device(found).type
     text = header(blueprint, indexes, device, dist.get_default_backend_for_device(device))
-    said = warnings(blueprint, indexes["training"], device, blueprint.world)
-    return [text, *(f"warning: {line}" for line in said)]
+    warning = memory_warning(blueprint, device, blueprint.world)
+    return [text, *([f"warning: {warning}"] if warning else [])]
 
 
 def _place(layout: Layout, rank: int) -> str:

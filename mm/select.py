@@ -6,7 +6,6 @@ keep their ids and count as known to be bad, so that they move no other sample.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +39,8 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
     for i, n in overlong.items():
         short = _cut(index.samples[i], inputs) if rules.overlong == "truncate" else None
         if short is None:
-            skipped[i] = ("overlong", f"it is {n} tokens long, data.context is {inputs.context}")
+            where = f"sample {index.samples[i].key} of {index.samples[i].shard}"
+            skipped[i] = ("overlong", f"{where} is {n} tokens long, data.context is {inputs.context}")
         else:
             cut[i] = short
     chosen = replace(
@@ -74,23 +74,39 @@ def _check_modules(sample: Sample, inputs: PlanInputs) -> None:
 
 
 def _refuse(index: Index, misfit: Mapping[int, str], overlong: Mapping[int, int], rules: DataConfig) -> None:
-    """Raise DataError with all that the config says to refuse."""
+    """Raise DataError with all that the config says to refuse, and what would leave it out."""
     said, total = [], len(index.samples)
     if misfit and rules.misfit == "refuse":
-        hint = "" if len(misfit) == total else "; data.misfit=skip leaves them out"
+        hint = _skip_hint(index, rules, "misfit", len(misfit))
         example = next(iter(misfit.values()))
         said.append(f"{example} ({len(misfit)} of {total} samples have an item that does not fit{hint})")
     if overlong and rules.overlong == "refuse":
         first, longest = (index.samples[i] for i in (min(overlong), max(overlong, key=overlong.__getitem__)))
-        most = overlong[longest.id]
+        most, hint = overlong[longest.id], _skip_hint(index, rules, "overlong", len(overlong))
         also = "" if first is longest else f", the first sample {first.key} with {overlong[first.id]}"
         said.append(
             f"{len(overlong)} of {total} samples are longer than data.context: the longest is sample "
             f"{longest.key} of {longest.shard} with {most} tokens{also}; raise data.context to {most}, or "
-            "leave them out with data.overlong=skip, or keep their beginnings with data.overlong=truncate"
+            f"keep their beginnings: data.overlong=truncate{hint}"
         )
     if said:
         raise DataError("; ".join(said))
+
+
+def _skip_hint(index: Index, rules: DataConfig, key: str, n: int) -> str:
+    """How to leave out n samples, where that leaves any."""
+    if n == len(index.samples):
+        return ""
+    needed = _needed(index, n, rules.max_skipped)
+    more = "" if needed is None else f" with data.max_skipped={needed:g}"
+    return f"; or leave them out: data.{key}=skip{more}"
+
+
+def _needed(index: Index, left_out: int, bound: float) -> float | None:
+    """The bound that lost samples and `left_out` more need, in four digits; None where `bound` is enough."""
+    lost = lost_samples(index)
+    missing, total = lost + left_out, lost + len(index.samples)
+    return None if missing / total <= bound else -(-missing * 10_000 // total) / 10_000
 
 
 def _cut(sample: Sample, inputs: PlanInputs) -> Sample | None:
@@ -119,11 +135,10 @@ def _first_bytes(seg: Segment, n: int) -> Segment:
 def _check_share(index: Index, bound: float) -> None:
     """Raise DataError where more samples are lost or left out than data.max_skipped allows."""
     lost, left_out = lost_samples(index), len(index.skipped)
-    share = (lost + left_out) / (lost + len(index.samples))
     if len(index.samples) == left_out:
         raise DataError(f"all {left_out} samples are left out: {'; '.join(_reasons(index)[:3])}")
-    if share > bound:
-        needed = math.ceil(share * 1e4) / 1e4
+    needed = _needed(index, left_out, bound)
+    if needed is not None:
         raise DataError(
             f"{lost + left_out} of {lost + len(index.samples)} samples are lost or left out, "
             f"data.max_skipped is {bound:g}: {'; '.join(_counts(index))}; for example "

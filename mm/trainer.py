@@ -18,7 +18,7 @@ from mm.data.index import Sample
 from mm.evaluate import Evaluation, blind_guess, evaluate
 from mm.feed import Feed
 from mm.flops import step_flops
-from mm.header import header, warnings
+from mm.header import header, memory_warning
 from mm.job import Data, Job, build_job, open_data, open_indexes
 from mm.launch import RankInfo, init_distributed
 from mm.plan import StepPlan
@@ -63,8 +63,9 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
         console.info(header(blueprint, indexes, str(rank.device), dist.get_backend()))
-        for line in warnings(blueprint, train_data.index, rank.device.type, rank.node_size or rank.world):
-            console.warn(line)
+        warning = memory_warning(blueprint, rank.device.type, rank.node_size or rank.world)
+        if warning is not None:
+            console.warn(warning)
     if aside:
         console.info(f"checkpoints that this run does not follow: {', '.join(p.name for p in aside)}")
     if resume is not None:
@@ -117,9 +118,9 @@ def _loop(
             if asked:
                 raise Asked
             if eval_data is not None and cfg.eval.every and done % cfg.eval.every == 0 and done < steps:
-                console.evaluation(done, run_evaluation(job, eval_data, stop))
+                console.evaluation(done, run_evaluation(job, eval_data, stop, console.warn))
         if eval_data is not None:
-            result = run_evaluation(job, eval_data, stop)
+            result = run_evaluation(job, eval_data, stop, console.warn)
             console.evaluation(steps, result)
             if job.rank.rank == 0:
                 console.lift_table(
@@ -184,9 +185,9 @@ def add_rates(job: Job, record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def run_evaluation(job: Job, data: Data, stop: Stop) -> Evaluation:
+def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:
     """Evaluate the first eval.samples held-out samples; raises Asked where `stop` is asked on some rank."""
-    return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed, stop)
+    return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed, stop, warn)
 
 
 def eval_samples(job: Job, data: Data) -> list[Sample]:

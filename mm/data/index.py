@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ import braceexpand
 
 from mm.data.probes import known, metadata
 from mm.data.probes import register_probe as register_probe  # where users look for it
-from mm.data.tar import BLOCK, File, read_contents, split_name
+from mm.data.tar import BLOCK, File, Loss, read_contents, split_name
 from mm.errors import DataError
 
 VERSION = 2
@@ -125,7 +125,6 @@ def build_index(shard: Path) -> dict[str, Any]:
     """
     was = shard.stat()  # before it is read: one that is written meanwhile is indexed again
     found = read_contents(shard)
-    broken = [[_key(name), f"{name}: {why}" if name else why] for name, why in found.lost]
     parts: dict[str, dict[str, dict[str, Any]]] = {}
     ignored = 0
     with shard.open("rb") as tar:
@@ -139,7 +138,7 @@ def build_index(shard: Path) -> dict[str, Any]:
             if name in parts.setdefault(key, {}):
                 entry["unreadable"] = f"{name} is there twice"
             parts[key][name] = entry
-    samples = []
+    broken, samples = [_loss(loss, parts) for loss in found.lost], []
     for key, entries in parts.items():
         try:
             samples.append({"key": key, "segments": _segments(entries), "parts": entries})
@@ -161,9 +160,13 @@ def build_index(shard: Path) -> dict[str, Any]:
     return {**index, "headers": _headers(shard, index)}
 
 
-def _key(name: str) -> str:
-    place = split_name(name)
-    return name if place is None else place[0]
+def _loss(loss: Loss, keys: Collection[str]) -> list[str]:
+    """[key, why] of what a shard with these keys has lost; a name that is damaged may be nobody's."""
+    place = split_name(loss.name)
+    key = loss.name if place is None else place[0]
+    if loss.sure or key in keys:
+        return [key, f"{loss.name}: {loss.why}" if loss.name else loss.why]
+    return ["", f"{loss.why} (its name reads {loss.name!r})"]
 
 
 def _headers(shard: Path, index: Mapping[str, Any]) -> str:

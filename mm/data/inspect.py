@@ -62,10 +62,10 @@ def modules_of(samples: Sequence[Sample]) -> list[str]:
     return sorted({s.kind for x in samples for s in x.segments if s.part is not None})
 
 
-def count_lines(name: str, index: Index) -> list[str]:
+def count_lines(name: str, index: Index, modules: Collection[str] = ()) -> list[str]:
     """What a run reads of the data set `name`: counts in all and by file, and what it does not read and why.
 
-    Of many files those that have lost most are shown.
+    Of many files those that have lost most are shown. modules: those that should have items here.
     """
     out, lost = [f"{name} data: {_count(index.usable)} in {len(index.shards)} files"], Counter[str]()
     shards: dict[str, list[Sample]] = {shard: [] for shard in index.shards}
@@ -77,7 +77,7 @@ def count_lines(name: str, index: Index) -> list[str]:
             shards[sample.shard].append(sample)
         else:
             kind, why = index.skipped[sample.id]
-            reasons[sample.shard].append(f"{kind}: {sample.key}: {why}")
+            reasons[sample.shard].append(f"{kind}: {why}")
     lost.update({shard: len(why) for shard, why in reasons.items()})
     shown = [shard for shard, _ in lost.most_common(SHARDS_SHOWN)]
     for shard in (s for s in shards if s in shown):
@@ -85,7 +85,8 @@ def count_lines(name: str, index: Index) -> list[str]:
         out += [f"  {line}" for line in _some(reasons[shard])]
     if len(shards) > len(shown):
         out.append(f"  and {len(shards) - len(shown)} more files")
-    return out
+    unfed = [m for m in modules if m not in modules_of(index.usable)]
+    return out + [f"warning: no sample has an item for module {m}: it learns nothing" for m in unfed]
 
 
 def _near(shard: str) -> str:
@@ -113,9 +114,3 @@ def _count(samples: Sequence[Sample]) -> str:
 def _some(reasons: Sequence[str]) -> list[str]:
     more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
     return [f"  {line}" for line in [*reasons[:SHOWN], *more]]
-
-
-def unfed(index: Index, modules: Collection[str]) -> list[str]:
-    """A sentence for each module that no sample has an item of."""
-    have = modules_of(index.usable)
-    return [f"no sample has an item for module {m}: it learns nothing" for m in modules if m not in have]

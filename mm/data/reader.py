@@ -33,7 +33,8 @@ class ShardReader:
         if len(payload) != part.size:
             raise BadSample(sample, f"{part.name} has {len(payload)} bytes, its index says {part.size}")
         if hashlib.sha256(payload).hexdigest() != part.sha256:
-            raise BadSample(sample, f"{part.name} differs from its index (sha256)")
+            hint = f"if {part.shard} was changed on purpose, remove its .index.json"
+            raise BadSample(sample, f"{part.name} differs from its index (sha256); {hint}")
         return payload
 
     def _file(self, shard: str) -> int:

@@ -43,13 +43,20 @@ class File:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What cannot be read: its name, "" where none is known, and why. sure: the name is not damaged too."""
+
+    name: str
+    why: str
+    sure: bool = True
+
+
+@dataclass(frozen=True)
 class Contents:
-    """files: in order. lost: (name as far as it is known, why) of what cannot be read. torn: the tar ends
-    before its end mark, so that nothing says how much is missing.
-    """
+    """files: in order. torn: the tar ends before its end mark, so that nothing says how much is missing."""
 
     files: tuple[File, ...]
-    lost: tuple[tuple[str, str], ...]
+    lost: tuple[Loss, ...]
     torn: bool
 
 
@@ -110,7 +117,7 @@ class _Scan:
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
         self.files: list[File] = []
-        self.lost: list[tuple[str, str]] = []
+        self.lost: list[Loss] = []
         self.torn = False
         self.headers = 0
         self.extended: dict[str, str] = {}  # what extended headers say about the next file
@@ -146,7 +153,7 @@ class _Scan:
 
     def _tear(self, name: str, why: str) -> None:
         self.torn = True
-        self.lost.append((name, why))
+        self.lost.append(Loss(name, why))
 
     def _zeros(self, at: int) -> int | None:
         """The end mark, unless something follows: a tar appended to another, or a hole in this one."""
@@ -155,9 +162,9 @@ class _Scan:
             return None
         found = self._next_header(begin)
         if found is None:
-            self.lost.append(("", f"bytes {begin}-{self.size} after its end mark have no header"))
+            self.lost.append(Loss("", f"bytes {begin}-{self.size} after its end mark have no header"))
         else:
-            self.lost.append(("", f"bytes {at}-{found} are no file, though more files follow"))
+            self.lost.append(Loss("", f"bytes {at}-{found} are no file, though more files follow"))
         return found
 
     def _damaged(self, at: int, block: bytes) -> int | None:
@@ -168,11 +175,12 @@ class _Scan:
             return None
         short = block[:100].partition(b"\0")[0].decode("ascii", "backslashreplace")
         name = self.extended.get("path", short)
-        self.extended, self.doubt, self.cut = {}, "", True
         if found is None:
             self.torn = any(self._read(max(0, self.size - BLOCK), BLOCK)) or self.size % BLOCK != 0
         to = self.size if found is None else found
-        self.lost.append((name, f"the header at byte {at} is damaged; bytes {at}-{to} are not read"))
+        why = f"the header at byte {at} is damaged; bytes {at}-{to} are not read"
+        self.lost.append(Loss(name, why, "path" in self.extended))
+        self.extended, self.doubt, self.cut = {}, "", True
         return found
 
     def _extension(self, at: int, header: tarfile.TarInfo, block: bytes) -> int | None:
@@ -194,7 +202,7 @@ class _Scan:
                 self.extended |= records if header.type != b"g" else {}
         except ValueError as error:
             if header.type == b"g":
-                self.lost.append(("", f"the global header at byte {at} is damaged: {error}"))
+                self.lost.append(Loss("", f"the global header at byte {at} is damaged: {error}"))
             else:
                 self.doubt = f"the extended header at byte {at} is damaged: {error}"
         return _after(at, header.size)
@@ -215,17 +223,17 @@ class _Scan:
             return None
         doubt = doubt or _name_doubt(block, extended.get("path"), cut)
         if doubt:
-            self.lost.append((name, doubt))
+            self.lost.append(Loss(name, doubt, sure=False))
         elif header.type == tarfile.GNUTYPE_SPARSE or any(k.startswith("GNU.sparse") for k in extended):
             name = extended.get("GNU.sparse.name", name)
-            self.lost.append((name, "it is stored with holes; needed: tar without --sparse"))
+            self.lost.append(Loss(name, "it is stored with holes; needed: tar without --sparse"))
         elif header.isreg():
             self.files.append(File(name, at + BLOCK, size))
         elif split_name(name) is not None and not header.isdir():
             link = header.islnk() or header.issym()
             what = f"a link to {header.linkname}" if link else f"no file (type {header.type!r})"
             hint = "; needed: tar -h --hard-dereference" if link else ""
-            self.lost.append((name, f"it is {what}{hint}"))
+            self.lost.append(Loss(name, f"it is {what}{hint}"))
         return _after(at, size)
 
     def _past_zeros(self, at: int) -> int | None:

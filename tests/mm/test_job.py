@@ -104,9 +104,6 @@ def test_a_job_writes_its_files_and_two_torchrun_agents_do_the_same(tmp_path: Pa
 def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path, ranks: Any) -> None:
     shard = write_shard(tmp_path / "sensor-000000.tar", sensor_samples(12))
     config = sensor_config(tmp_path)
-    raw = yaml.safe_load(config.read_text())
-    raw["data"].pop("eval")
-    config.write_text(yaml.safe_dump(raw))
     assert main(["data", "index", str(shard)]) == 0
     payload = bytearray(shard.read_bytes())
     at = payload.index(b"level ")
@@ -117,7 +114,10 @@ def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path, ranks: A
     said = "".join(e.err for e in ended)
     assert [e.code for e in ended] == [0, 0], said
     assert "s000" in said and "sha256" in said
+    for told in (ended[0].out, (tmp_path / "run" / "log.txt").read_text()):
+        assert "training data: 12 samples" in told and "sensor-000000.tar: 12 samples" in told
     assert metrics(tmp_path)[0]["skipped_items"] == 1
+    assert "not evaluated: sample s000" in said and "eval_loss" in metrics(tmp_path)[-1]
 
 
 def test_a_data_set_without_a_readable_sample_ends_with_code_3(tmp_path: Path, ranks: Any) -> None:

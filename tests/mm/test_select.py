@@ -16,7 +16,7 @@ from mm.blueprint import Blueprint, draw_up
 from mm.cli import main
 from mm.config import from_mapping
 from mm.data.index import Index, load_index
-from mm.data.inspect import count_lines, unfed
+from mm.data.inspect import count_lines
 from mm.data.order import sample_ids
 from mm.data.reader import ShardReader
 from mm.data.tokenizer import Tokenizer
@@ -74,18 +74,21 @@ def test_what_does_not_fit_is_refused_with_all_counts(tmp_path: Path) -> None:
     for words in (
         "i1.png of sample odd of",
         "does not fit model.vision: image of 7x9",
-        "1 of 20 samples have an item that does not fit; data.misfit=skip",
+        "1 of 20 samples have an item that does not fit; or leave them out: data.misfit=skip with data.max",
         "2 of 20 samples are longer than data.context: the longest is sample longer of",
         "with 42 tokens, the first sample long with 36; raise data.context to 42",
-        "data.overlong=skip",
-        "data.overlong=truncate",
+        "or keep their beginnings: data.overlong=truncate; or leave them out: data.overlong=skip with data.",
     ):
         assert words in said, words
 
 
 def test_the_context_that_is_named_is_enough(tmp_path: Path) -> None:
     samples = [s for s in ALL if s is not ODD]
-    assert "data.context to 42" in refusal(tmp_path, samples)
+    said = refusal(tmp_path, samples)
+    assert "data.context to 42" in said
+    share = float(said.rpartition("data.max_skipped=")[2])
+    assert len(chosen(tmp_path, samples, overlong="skip", max_skipped=share).skipped) == 2
+    assert "skip" not in refusal(tmp_path, [ODD]) and "skip" not in refusal(tmp_path, [LONG])
     assert not chosen(tmp_path, samples, context=42).skipped
     assert refusal(tmp_path, samples, context=41)
 
@@ -192,7 +195,9 @@ def test_modules_that_the_model_lacks_and_modules_without_data_are_named(tmp_pat
     said = refusal(tmp_path, [*FINE, sample("t", "ab", depends="visoin")])
     assert "sample t of" in said and "text that depends on module 'visoin', which the model lacks" in said
     index = chosen(tmp_path, FINE)
-    assert unfed(index, ["vision", "audio"]) == ["no sample has an item for module audio: it learns nothing"]
+    lines = count_lines("training", index, ["vision", "audio"])
+    assert lines[-1] == "warning: no sample has an item for module audio: it learns nothing"
+    assert "warning" not in "".join(lines[:-1])
 
 
 def test_counts_tell_files_items_and_reasons(tmp_path: Path) -> None:
@@ -201,7 +206,7 @@ def test_counts_tell_files_items_and_reasons(tmp_path: Path) -> None:
     lines = count_lines("training", index)
     assert lines[0] == "training data: 36 samples, 37 vision items in 2 files"
     assert lines[1].endswith("a-0.tar: 19 samples, 20 vision items, 1 left out, 2 cut to data.context")
-    assert lines[2].startswith("    misfit: odd: i1.png of sample odd")
+    assert lines[2].startswith("    misfit: i1.png of sample odd")
     assert lines[3].endswith("a-1.tar: 17 samples, 17 vision items") and len(lines) == 4
 
 

@@ -180,7 +180,7 @@ def test_tars_one_after_another_are_read_to_the_end(tmp_path: Path) -> None:
 def test_what_is_no_tar_is_said(contents: bytes, word: str, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(contents)
     found = read_contents(tmp_path / "a.tar")
-    assert found.torn and word in found.lost[0][1] and not found.files
+    assert found.torn and word in found.lost[0].why and not found.files
 
 
 def test_an_empty_tar_is_whole(tmp_path: Path) -> None:
