@@ -283,7 +283,8 @@ def _joined(cfg: LLMConfig, symbol: str, at: str, ours: Mapping[str, Tensor]) ->
     return out
 
 
-def aux_scale(scale: float) -> None:
-    """What gradients of its further objectives are multiplied with, as the trainer's scale is."""
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, dtype=torch.float64))
-    mtp.MTPLossAutoScaler.set_loss_scale(torch.tensor(scale, dtype=torch.float64))
+def aux_scale(routed: float, further: float) -> None:
+    """What gradients of its further objectives are multiplied with: routed, those of routers, which it has as
+    sums over tokens; further, those of further tokens, as if as many counted as for the next token."""
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(routed, dtype=torch.float64))
+    mtp.MTPLossAutoScaler.set_loss_scale(torch.tensor(further, dtype=torch.float64))

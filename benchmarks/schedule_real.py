@@ -37,6 +37,7 @@ from mm.job import Job, build_job, open_data, open_index
 from mm.launch import RankInfo, init_distributed
 from mm.step import run_step
 from mm.trainer import open_feed
+from mm.variants import variants
 from parallel.schedule import Costs, Kind, Record, simulate
 from parallel.schedule.action import POSTED
 
@@ -178,7 +179,7 @@ def main() -> None:
     try:
         if rank.rank == 0:
             print(f"{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}", flush=True)
-        for run in make_runs(cfg, rank.world, files):
+        for run in make_runs(variants(cfg, files), rank.world):
             steps = measure(run, rank, args.steps, args.cores)
             if rank.rank == 0:
                 print(row(run.name, steps), flush=True)

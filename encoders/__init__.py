@@ -3,5 +3,16 @@
 from encoders import fastconformer, vit
 from encoders.contract import Encoder, Features, ItemBatch, pack_items
 from encoders.registry import register, resolve
+from parallel.adopt import adopt
 
-__all__ = ["Encoder", "Features", "ItemBatch", "fastconformer", "pack_items", "register", "resolve", "vit"]
+__all__ = [
+    "Encoder",
+    "Features",
+    "ItemBatch",
+    "adopt",
+    "fastconformer",
+    "pack_items",
+    "register",
+    "resolve",
+    "vit",
+]

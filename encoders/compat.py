@@ -35,6 +35,12 @@ def torchaudio() -> tuple[types.ModuleType | None, str]:
     return _import("torchaudio", _stub_torchaudio_extension)
 
 
+def repair() -> None:
+    """Import both, so that packages that import them (transformers does) find them whole. Call it before
+    code of others is imported."""
+    status()
+
+
 def status() -> dict[str, str]:
     """Which path is live for each package, for people."""
     return {"torchvision": torchvision()[1], "torchaudio": torchaudio()[1]}
@@ -80,11 +86,35 @@ def _stub_torchaudio_extension() -> None:
     sys.modules["torchaudio._extension"] = stub
 
 
+def picture_channels(image: Any) -> int:
+    """What an opened PIL image holds: 1 (grey, also as a palette or with alpha) or 3 (colour)."""
+    if image.mode in ("P", "PA"):
+        shades = image.getpalette("RGB")
+        return 1 if shades[0::3] == shades[1::3] == shades[2::3] else 3
+    return 1 if image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;") else 3
+
+
+def check_channels(held: int, channels: int) -> None:
+    """Refuse to lose the colours of a picture that holds `held` channels where `channels` are asked for.
+    The other way round nothing is lost: a grey picture in colour has three equal channels."""
+    if held > channels:
+        raise ValueError(
+            f"a colour picture, of {held} channels (RGB), where the option channels is {channels} (grey), so "
+            f"that its colours would be lost; needed: channels={held}, which takes grey pictures too, or "
+            "pictures saved in grey"
+        )
+
+
 def decode_image(payload: bytes, channels: int) -> Tensor:
-    """PNG or JPEG bytes to uint8 [channels, height, width]; channels 1 (grey) or 3 (RGB)."""
+    """PNG or JPEG bytes to uint8 [channels, height, width]; channels 1 (grey) or 3 (RGB). Grey pictures may
+    become RGB; ValueError for the reverse. Of 16 bits the upper 8 are taken."""
     from PIL import Image
 
-    image = Image.open(io.BytesIO(payload)).convert("L" if channels == 1 else "RGB")
+    image: Image.Image = Image.open(io.BytesIO(payload))
+    check_channels(picture_channels(image), channels)
+    if image.mode.startswith("I;16"):  # convert() would clip all above 255 to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("L" if channels == 1 else "RGB")
     module, _ = torchvision()
     if module is not None:
         return importlib.import_module("torchvision.transforms.v2.functional").pil_to_tensor(image)

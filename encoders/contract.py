@@ -55,12 +55,17 @@ class Encoder(nn.Module, ABC):
     """An encoder of one modality. Register it, or name it `package.module:Class` in the config.
 
     Config: a frozen dataclass of its options. Parameters are declared with parallel.param.declare (or built
-    from parallel.tensor layers) and read through parallel.param.local.
+    from parallel.tensor layers) and read through parallel.param.local; plain modules are taken in, with the
+    values that they have, by encoders.adopt. They are stored in the constructor's `dtype`, float32 where
+    train.dtype is bfloat16, and compute in train.dtype. Buffers keep their values, and their dtype always.
     tensor_parallel: whether its weights are cut over axes.tp; if not, every tp rank runs the whole encoder on
     the same items. context_parallel: whether it gives just the rows of its place on axes.cp. pipeline:
     whether it takes `stage` (parallel.stage.Stage, or None for all), builds only that stage's layers under
     their global names, and its forward takes the hidden states of the stage before as a second argument.
     What it does not declare is refused (encoders.module.check_encoder).
+    input_dtype: in what dtype ItemBatch.values come, whatever prepare() gave: None for that in which the
+    weights compute (train.dtype), so that layers take them as they are; torch.int64 for ids, or torch.float32
+    for what bfloat16 would round too coarsely, such as times.
     recompute: keep only the layers' inputs and run them again in the backward; an encoder may ignore it.
     timeout_s: the longest wait for rows of another cp rank, in seconds.
     """
@@ -69,6 +74,7 @@ class Encoder(nn.Module, ABC):
     tensor_parallel: ClassVar[bool] = False
     context_parallel: ClassVar[bool] = False
     pipeline: ClassVar[bool] = False
+    input_dtype: ClassVar[torch.dtype | None] = None
     recompute: bool = False
     timeout_s: float = 120.0
 
@@ -96,7 +102,8 @@ class Encoder(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def prepare(cls, cfg: Any, payload: bytes, meta: Meta) -> Tensor:
-        """An item's file to its input [n, *input_shape], float32 on the CPU; ValueError if unusable."""
+        """An item's file to its input [n, *input_shape] on the CPU, which input_dtype says what becomes of;
+        ValueError if unusable."""
 
     @classmethod
     @abstractmethod
@@ -162,14 +169,17 @@ def pack_items(
     first: int = 0,
 ) -> ItemBatch:
     """Lay prepared items end to end; no items give an empty batch. metas may have more items than tensors,
-    which are then those from number `first` on."""
+    which are then those from number `first` on. dtype: what the weights compute in; values come in it where
+    the encoder does not name an input_dtype of its own."""
     shape = tuple(cls.input_shape(cfg))
     for tensor in tensors:
         if tuple(tensor.shape[1:]) != shape:
             wanted = f"[n, {', '.join(map(str, shape))}], as input_shape says"
             raise ValueError(f"{cls.__name__}.prepare gave {list(tensor.shape)}; needed: {wanted}")
     values = torch.cat(list(tensors)) if tensors else torch.zeros((0, *shape))
-    return ItemBatch(values.to(device, dtype), tuple(len(t) for t in tensors), tuple(metas), first)
+    return ItemBatch(
+        values.to(device, cls.input_dtype or dtype), tuple(len(t) for t in tensors), tuple(metas), first
+    )
 
 
 def join_batches(batches: Sequence[ItemBatch]) -> ItemBatch:

@@ -23,6 +23,7 @@ from encoders.layers import LayerNorm, enter, leave, run_layer, wide
 from encoders.registry import register
 from encoders.share import Share, pieces
 from parallel.axis import Axes
+from parallel.joined import joined_linear
 from parallel.layout import check_divides
 from parallel.param import constant, declare, local, normal
 from parallel.stage import Stage, whole
@@ -179,8 +180,8 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, here: Local) -> Tensor:
         h = enter(self.norm_att(x), self.axes, here.share)
-        weight = torch.cat([local(self.q), local(self.k), local(self.v)])
-        q, k, v = F.linear(h, weight).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        weights = [local(self.q), local(self.k), local(self.v)]
+        q, k, v = joined_linear(h, weights).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         y = here.attention(rotate(q, here.angles), torch.stack([rotate(k, here.angles), v], 1))
         return leave(self.att_out(y.flatten(1)), self.axes, here.share)
 

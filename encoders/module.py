@@ -13,7 +13,7 @@ from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.projector import Projector
 from encoders.share import Share, pieces
 from parallel.axis import Axes
-from parallel.param import keep_whole, own_specs
+from parallel.param import Given, declared, keep_whole, own_specs
 from parallel.stage import Stage, cut_layers, whole
 
 FREEZE = ("none", "encoder", "projector", "all")
@@ -99,9 +99,10 @@ class EncoderModule(nn.Module):
 
     def freeze(self, what: str) -> None:
         """Stop training a group: none, encoder, projector or all."""
+        never = {id(p) for _, p, spec in declared(self) if not spec.trained}
         for name, params in self.groups().items():
             for p in params:
-                p.requires_grad_(what not in (name, "all"))
+                p.requires_grad_(what not in (name, "all") and id(p) not in never)
 
 
 class RowsMismatch(ValueError):
@@ -207,7 +208,8 @@ def build_encoder_module(
     dtype: torch.dtype | None = None,
 ) -> EncoderModule:
     """Build an encoder and its projector, or one stage of them, with global shapes (cut later by
-    parallel.shard). Parameters have the same names and initial values in any stage."""
+    parallel.shard). Parameters have the same names and initial values in any stage. Raises ValueError for
+    parameters that are not declared."""
     inner, stage = encoder_axes(cls, axes), stage or whole(cls.layer_count(cfg))
     assert cls.context_parallel or axes.cp.size == 1, "check_encoder() refuses this"
     assert cls.pipeline or (stage.first and stage.last), "check_encoder() refuses this"
@@ -219,11 +221,29 @@ def build_encoder_module(
         for _ in range(cls.feature_levels(cfg) if stage.last else 0)
     ]
     module = EncoderModule(encoder, projectors, cfg, axes, stage)
+    _check_parameters(module, f"{cls.__module__}:{cls.__name__}")
     if not cls.tensor_parallel:
         keep_whole(module)
     if axes.sequence_parallel:
         _sum_over_tp(module)
     return module
+
+
+def _check_parameters(module: EncoderModule, name: str) -> None:
+    """Refuse parameters that were not declared, or whose values would depend on the pipeline's stages."""
+    try:
+        found = list(declared(module))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if module.stage.first and module.stage.last:
+        return
+    for full, _, spec in found:
+        if isinstance(spec.init, Given) and not spec.init.keyed:
+            raise ValueError(
+                f"{name}: {full} was adopted in a stage of a pipeline, where its value may depend on what "
+                "the stage made before it; needed: adopt(lambda: .., key=..), with a name that is the same "
+                "in any stage, such as f'layers.{i}'"
+            )
 
 
 def _sum_over_tp(module: nn.Module) -> None:

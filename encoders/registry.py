@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import is_dataclass
 
+from encoders import compat
 from encoders.contract import Encoder
 
 _registry: dict[str, type[Encoder]] = {}
@@ -33,6 +34,7 @@ def resolve(name: str) -> type[Encoder]:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_registry))}."
         raise ValueError(f"no encoder named {name!r}; {hint} An encoder of your own is package.module:Class")
     module, _, attribute = name.partition(":")
+    compat.repair()  # what a plug-in imports may import torchvision or torchaudio, at any time
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a file of the user's raises while it is imported

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.compat import decode_image
+from encoders.compat import check_channels, decode_image
 from encoders.context import ItemAttention
 from encoders.contract import Encoder, Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
 from parallel.axis import Axes
+from parallel.joined import joined_linear
 from parallel.layout import check_divides
 from parallel.param import constant, declare, local, normal
 from parallel.stage import Stage, whole
@@ -31,7 +32,8 @@ from parallel.tensor import Linear
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """patch: pixels a side; channels: 1 or 3; max_grid: patches a side of the largest image.
+    """patch: pixels a side; channels: 1 for grey pictures, 3 for colour and grey ones; max_grid: patches a
+    side of the largest image.
 
     levels: layers, by index, whose outputs are features of their own beside the last layer's (DeepStack,
     arXiv 2406.04334).
@@ -67,9 +69,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attention: ItemAttention, share: Share) -> Tensor:
         h = enter(self.norm1(x), self.axes, share)
-        weight = torch.cat([local(self.q), local(self.k), local(self.v)])
-        bias = torch.cat([local(self.bias_q), local(self.bias_k), local(self.bias_v)])
-        qkv = F.linear(h, weight, bias).unflatten(-1, (3, -1, self.head_dim))
+        weights = [local(self.q), local(self.k), local(self.v)]
+        biases = [local(self.bias_q), local(self.bias_k), local(self.bias_v)]
+        qkv = joined_linear(h, weights, biases).unflatten(-1, (3, -1, self.head_dim))
         y = attention(qkv[:, 0], qkv[:, 1:])
         x = x + leave(self.out(y.flatten(1)), self.axes, share)
         h = F.gelu(self.up(enter(self.norm2(x), self.axes, share)))
@@ -129,6 +131,7 @@ class ViT(Encoder):
     @classmethod
     def rows(cls, cfg: ViTConfig, meta: Meta) -> int:
         down, across = cls.grid(cfg, meta)
+        check_channels(meta.get("channels", 1), cfg.channels)  # other indexes may not say
         return down * across // 4
 
     @classmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import LLMConfig
@@ -14,6 +13,7 @@ from llm.recompute import run
 from parallel.axis import Axes
 from parallel.context import ContextPacking, context_attention
 from parallel.heads import share_heads
+from parallel.joined import joined_linear
 from parallel.packed import Packing, attention
 from parallel.param import constant, declare, local, normal
 from parallel.tensor import Linear, enter, leave
@@ -51,19 +51,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """x as kept between blocks, [T, d] or this rank's share of it, to the same."""
         x = enter(x, self.axes)
-        bias = None if self.bias is None else self._joined("_bias")
+        biases = None if self.bias is None else self._used("_bias")
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim))
-            for t in F.linear(x, self._joined(""), bias).split(self.sizes, dim=-1)
+            for t in joined_linear(x, self._used(""), biases).split(self.sizes, dim=-1)
         )
         y = run("attention_core" in self.recompute, self._core, q, k, v, packing)
         y = leave(self.out(y.flatten(1)), self.axes)
         return y if self.bias is None else y + local(self.bias)
 
-    def _joined(self, suffix: str) -> Tensor:
-        """Weights or biases of q, k and v for the heads of this rank, as one."""
+    def _used(self, suffix: str) -> list[Tensor]:
+        """Weights or biases of q, k and v for the heads of this rank."""
         q, k, v = (local(getattr(self, name + suffix)) for name in ("q", "k", "v"))
-        return torch.cat([q, *(self.shared.used(w, self.head_dim) for w in (k, v))])
+        return [q, *(self.shared.used(w, self.head_dim) for w in (k, v))]
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         if self.rope_theta is not None:

@@ -32,15 +32,16 @@ class LLMConfig:
     their sum. expert_groups, top_groups: experts are chosen from the best groups only (DeepSeek-V3, arXiv
     2412.19437, section 2.1.2). expert_bias_rate: step of the routing bias after each global batch (0 leaves
     it). aux_weight, z_weight: of the per-document balance loss and of the squared log-partition of the
-    router's logits. capacity: an expert takes at most capacity * tokens * top_k / n_experts of a rank's rows
-    and drops the least probable rest; this breaks the exactness of layouts, None is dropless. pad_experts:
-    each expert gets exactly its capacity, the rest zero rows, for static shapes.
+    router's logits, means over all tokens of a step. capacity: an expert takes at most
+    capacity * tokens * top_k / n_experts of a rank's rows and drops the least probable rest; this breaks the
+    exactness of layouts, None is dropless. pad_experts: each expert gets exactly its capacity, the rest zero
+    rows, for static shapes.
     dispatcher: how rows reach their experts; changes no result.
 
     level_layers: layers after which the second and further levels of an encoder's rows are added (DeepStack,
     arXiv 2406.04334).
     mtp_layers: how many tokens further one block of pattern mtp_pattern predicts, applied once for each
-    (arXiv 2512.20856, section 2.3); mtp_weight: of their mean loss beside the next token's.
+    (arXiv 2512.20856, section 2.3); mtp_weight: of the mean over depths of their mean losses.
     loss_chunk: tokens whose logits exist at a time.
     """
 

@@ -24,6 +24,7 @@ from parallel.context.halo import context_conv, halo_rows
 from parallel.context.heads import to_heads, to_tokens
 from parallel.context.state import begin_states, plan_pieces, states_taken
 from parallel.heads import share_heads
+from parallel.joined import joined_linear
 from parallel.packed import Packing, depthwise_conv
 from parallel.param import Init, constant, declare, local, normal, uniform
 from parallel.tensor import Linear, enter, leave
@@ -195,7 +196,7 @@ class Mamba(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z [T, inner], the convolution's inputs [T, channels] and raw time steps [T, heads]."""
         parts = {n: local(getattr(self, f"in_{n}")) for n in ("z", "x", "b", "c", "dt")}
-        y = F.linear(enter(x, self.axes), torch.cat(self._used(parts)))
+        y = joined_linear(enter(x, self.axes), self._used(parts))
         z, mixed, dt = y.split([self.sizes[0], sum(self.sizes[1:4]), self.sizes[4]], dim=-1)
         return z, mixed, dt
 

@@ -24,7 +24,7 @@ from llm.norm import RMSNorm
 from llm.recompute import recompute_parts
 from parallel.axis import Axes
 from parallel.packed import Packing
-from parallel.param import declare, local, normal
+from parallel.param import declare, declare_buffer, local, normal
 from parallel.stage import Stage, whole
 from parallel.tensor import VocabEmbedding, enter, leave
 from parallel.vocab_loss import vocab_loss
@@ -102,7 +102,7 @@ class LLM(nn.Module):
                 self.mtp = MultiToken(cfg, axes, **kw)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         # This rank's part of further tokens' mean loss, unweighted, since it was last taken.
-        self.register_buffer("mtp_sum", torch.zeros((), dtype=acc, device=device), persistent=False)
+        declare_buffer(self, "mtp_sum", (), 0.0, persistent=False, device=device, dtype=acc)
         self._recompute: frozenset[str] = frozenset()
         self._offload: int | None = None
 
@@ -143,10 +143,9 @@ class LLM(nn.Module):
         x = self.states(batch, rows, told, hidden)
         if not self.stage.last:
             return x
-        loss = self._loss(x, batch.labels, None if batch.loss_rows is None else batch.loss_rows[0])
         if self.mtp is not None and learns:
-            loss = self._further_tokens(self.mtp, loss, x, batch, told)
-        return loss
+            x = self._further_tokens(self.mtp, x, batch, told)
+        return self._loss(x, batch.labels, None if batch.loss_rows is None else batch.loss_rows[0])
 
     def states(
         self, batch: LLMBatch, rows: Mapping[str, Tensor], told: Pass, hidden: Tensor | None = None
@@ -193,24 +192,22 @@ class LLM(nn.Module):
         loss = vocab_loss(hidden, self.head_weight(), labels, self.axes.tp, self.cfg.loss_chunk)
         return loss if rows is None else loss.new_zeros(tokens).index_copy(0, rows, loss)
 
-    def _further_tokens(
-        self, block: MultiToken, loss: Tensor, states: Tensor, batch: LLMBatch, told: Pass
-    ) -> Tensor:
-        """The loss, whose backward carries the loss of further tokens: weight times the mean over depths of
-        each depth's mean loss (arXiv 2412.19437, equations 24 and 25). A depth's mean is over the tokens that
-        have a loss there, where the paper, which supervises all, divides by the length of the sequence: so
-        the weight means the same whatever share is supervised."""
+    def _further_tokens(self, block: MultiToken, x: Tensor, batch: LLMBatch, told: Pass) -> Tensor:
+        """The last states, whose backward carries the loss of further tokens: weight times the mean over
+        depths of each depth's mean loss (arXiv 2412.19437, equations 24 and 25). A depth's mean is over the
+        tokens that have a loss there, where the paper, which supervises all, divides by the length of the
+        sequence: so the weight means the same whatever share is supervised."""
         depths = self.cfg.mtp_layers
         if batch.ahead is None:
             assert self.axes.cp.size == 1, "under cp the batch brings the tokens ahead (llm.mtp.ahead)"
         ids, labels = batch.ahead or ahead(batch.ids, batch.labels, batch.packing, depths)
-        total = torch.zeros_like(self.mtp_sum)
+        total, states = torch.zeros_like(self.mtp_sum), x
         for k, scale in enumerate(batch.counts.further_scales(depths)):
             states = block(states, self.embed_ids(ids[k]), told)
             rows = None if batch.loss_rows is None else batch.loss_rows[k + 1]
             total = total + self._loss(states, labels[k], rows).sum() * scale
         self.mtp_sum += total.detach()
-        return attach(loss, total, self.cfg.mtp_weight)
+        return attach(x, total, self.cfg.mtp_weight)
 
     def moe_layers(self) -> list[MoE]:
         """The mixtures of experts of this stage, in order."""

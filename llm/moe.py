@@ -35,7 +35,7 @@ from parallel.expert import (
 from parallel.expert_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
 from parallel.expert_tensor import Share, gather_rows, plan_share, reduce_rows
 from parallel.packed import Packing
-from parallel.param import declare, local, normal
+from parallel.param import declare, declare_buffer, local, normal
 from parallel.tensor import Linear
 
 
@@ -145,13 +145,12 @@ class MoE(nn.Module):
         if cfg.shared_ffn:
             self.shared = config_mlp(cfg, cfg.shared_ffn, axes, **kw)
         acc = torch.float32 if dtype is None else wide(dtype)
-        self.register_buffer("expert_bias", torch.zeros(cfg.n_experts, dtype=acc, device=device))
+        declare_buffer(self, "expert_bias", (cfg.n_experts,), 0.0, device=device, dtype=acc)
         # Tokens each expert got since the last update of the bias, on this rank.
-        self.register_buffer(
-            "load", torch.zeros(cfg.n_experts, dtype=torch.int64, device=device), persistent=False
-        )
+        counts: dict[str, Any] = {"persistent": False, "device": device}
+        declare_buffer(self, "load", (cfg.n_experts,), 0, dtype=torch.int64, **counts)
         # This rank's parts of the mean balance loss and z-loss, unweighted, since they were last taken.
-        self.register_buffer("objectives", torch.zeros(2, dtype=acc, device=device), persistent=False)
+        declare_buffer(self, "objectives", (2,), 0.0, dtype=acc, **counts)
         self.recompute: frozenset[str] = frozenset()
 
     def forward(self, x: Tensor, told: Pass, choice: Choice | None = None) -> Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTS = {
     "full": "whole layers: only their inputs are kept; who goes to which expert is kept, not decided again",
@@ -38,8 +37,12 @@ def recompute_parts(value: bool | str | Collection[str]) -> frozenset[str]:
 
 def run(again: bool, fn: Callable[..., Tensor], *args: Any) -> Tensor:
     """fn(*args); with `again` only the arguments are kept for the backward, which calls fn once more."""
+    # Imported here because the names of parts are checked where torch is not imported yet.
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
     if not (again and torch.is_grad_enabled()):
         return fn(*args)
     out = checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(out, Tensor)
+    assert isinstance(out, torch.Tensor)
     return out

@@ -43,7 +43,7 @@ class RankMicrobatch:
 
 @dataclass(frozen=True)
 class Assembler:
-    """Builds RankMicrobatches on the host for `rank`. dtype: floating dtype of encoder inputs.
+    """Builds RankMicrobatches on the host for `rank`. dtype: what encoders compute in, and so take.
 
     axes: of the modules on this rank; sink: the language model's name; row_shapes: trailing shape of each
     encoder's rows; plans: where boundary plans are made, and kept for rows that lie alike; timeout_s bounds
@@ -183,10 +183,12 @@ class Assembler:
                 ids[at : at + n] = tok.placeholder
             else:
                 new = tok.encode(texts.pop(0))
-                n = len(new)
-                if n != seg.text_bytes:
-                    why = f"a text segment has {n} tokens but the index says {seg.text_bytes}; re-index"
+                n = seg.text_bytes
+                said = n if seg.written_bytes is None else seg.written_bytes
+                if len(new) != said:
+                    why = f"a text segment has {len(new)} tokens but the index says {said}; re-index"
                     raise BadSample(sample, why)
+                new = new[:n]
                 ids[at : at + n] = new
                 if seg.loss:
                     labels[at - 1 : at + n - 1] = new
@@ -194,4 +196,5 @@ class Assembler:
                         depends[seg.depends][at - 1 : at + n - 1] = True
             at += n
         ids[at] = tok.eos
-        labels[at - 1] = tok.eos
+        if not sample.cut:
+            labels[at - 1] = tok.eos

@@ -1,4 +1,8 @@
-"""What a config means on a number of ranks, worked out and checked before any process group exists."""
+"""What a config means on a number of ranks, worked out and checked before any process group exists.
+
+check_outline() needs no torch, whose import takes seconds: what it can refuse is refused at once. An encoder
+is a torch module, so draw_up() imports what it needs itself.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,32 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-import encoders
-from encoders.module import build_encoder_module, check_encoder, encoder_stages
 from llm.config import LLMConfig
 from llm.config import check as check_llm
-from llm.hf import SafeFolder, read_config
-from llm.model import LLM
 from llm.presets import preset
 from llm.recompute import recompute_parts
 from llm.stages import cut, reading_stages, shared_parameters
 from mm.config import Config, build
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
-from mm.plan import EncoderUse, PlanInputs
 from parallel.axis import Axes
-from parallel.context import Order
 from parallel.layout import Layout, check_divides, make_layout
-from parallel.param import declared
 from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
 from parallel.schedule.check import check
 from parallel.schedule.plan import Params
 from parallel.stage import Stage
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    import encoders
+    from mm.plan import EncoderUse, PlanInputs
+    from parallel.stream import Order
+
 SINK = "llm"
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,17 @@ class Blueprint:
     @property
     def frozen(self) -> set[str]:
         """Modules without a single trainable parameter."""
-        out = {m for m in self.inputs.encoders if self.cfg.model[m].freeze == "all"}
-        return out | ({SINK} if self.llm.freeze else set())
+        return frozen_modules(self.cfg, self.llm)
 
     @property
     def dtype(self) -> torch.dtype:
         """What modules compute in."""
-        return DTYPES[self.cfg.train.dtype]
+        return torch_dtype(self.cfg.train.dtype)
 
     @property
     def stored_dtype(self) -> torch.dtype:
         """Dtype of weights and optimizer state: float32 under bfloat16 compute."""
-        return torch.float64 if self.cfg.train.dtype == "float64" else torch.float32
+        return torch_dtype("float64" if self.cfg.train.dtype == "float64" else "float32")
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -100,9 +101,8 @@ class Blueprint:
         return (d,) if levels == 1 else (levels, d)
 
     def params(self, module: str) -> Params:
-        """When a module's weights are gathered: for "each" forward and backward, as FSDP does, or once a
-        "step" where the schedule has ranks of one dp group run an encoder at different times."""
-        return "step" if self.cfg.schedule.kind == "fill" and module != SINK else "each"
+        """When a module's weights are gathered (weights_gathered)."""
+        return weights_gathered(self.cfg, module)
 
     def schedule(self, active: Sequence[Collection[str]], *, train: bool = True) -> SchedulePlan:
         """The schedule of a step whose micro-batches have items of the encoders in `active`.
@@ -111,23 +111,54 @@ class Blueprint:
         """
         key = (train, tuple(frozenset(a) for a in active))
         if key not in self._schedules:
-            frozen, cfg = self.frozen, self.cfg.schedule
-            modules = {
-                m: ModuleUse(self.layouts[m], m in frozen, self.params(m), self.stages[m][-1].stop)
-                for m in self.modules
-            }
-            plan = make_schedule(
-                cfg.kind,
-                modules,
-                sink=SINK,
-                active=active,
-                ahead=cfg.ahead,
-                batch=cfg.encoder_batch,
-                train=train,
-            )
+            layers = {m: stages[-1].stop for m, stages in self.stages.items()}
+            plan = _schedule(self.cfg, self.layouts, layers, self.frozen, active, train=train)
             check(plan)
             self._schedules[key] = plan
         return self._schedules[key]
+
+
+def _schedule(
+    cfg: Config,
+    layouts: Mapping[str, Layout],
+    layers: Mapping[str, int],
+    frozen: Collection[str],
+    active: Sequence[Collection[str]],
+    *,
+    train: bool,
+) -> SchedulePlan:
+    """The schedule that a config asks for; layers: of the modules where their number is known."""
+    modules = {
+        m: ModuleUse(layouts[m], m in frozen, weights_gathered(cfg, m), layers.get(m))
+        for m in [*cfg.model, SINK]
+    }
+    return make_schedule(
+        cfg.schedule.kind,
+        modules,
+        sink=SINK,
+        active=active,
+        ahead=cfg.schedule.ahead,
+        batch=cfg.schedule.encoder_batch,
+        train=train,
+    )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name that train.dtype may have."""
+    import torch
+
+    return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def weights_gathered(cfg: Config, module: str) -> Params:
+    """When a module's weights are gathered: for "each" forward and backward, as FSDP does, or once a
+    "step" where the schedule has ranks of one dp group run an encoder at different times."""
+    return "step" if cfg.schedule.kind == "fill" and module != SINK else "each"
+
+
+def frozen_modules(cfg: Config, llm: LLMConfig) -> set[str]:
+    """Modules without a single trainable parameter."""
+    return {m for m, enc in cfg.model.items() if enc.freeze == "all"} | ({SINK} if llm.freeze else set())
 
 
 def draw_up(cfg: Config, world: int) -> Blueprint:
@@ -138,7 +169,18 @@ def draw_up(cfg: Config, world: int) -> Blueprint:
         raise Refused(str(error)) from error
 
 
-def _draw_up(cfg: Config, world: int) -> Blueprint:
+def check_outline(cfg: Config, world: int) -> None:
+    """Check all of a config but its encoders, without torch; raises Refused as draw_up() would."""
+    try:
+        layouts, llm, stages = _outline(cfg, world)
+        frozen, active = frozen_modules(cfg, llm), [set(cfg.model)] * cfg.schedule.microbatches
+        _schedule(cfg, layouts, {SINK: stages[-1].stop}, frozen, active, train=True)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def _outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tuple[Stage, ...]]:
+    """The layouts, the language model and its pipeline stages: all that needs no encoder."""
     for name in cfg.model:
         if name == "text" or not name.isidentifier():
             raise ValueError(
@@ -155,12 +197,20 @@ def _draw_up(cfg: Config, world: int) -> Blueprint:
     for name, n in cfg.schedule.encoder_batch.items():
         _check_batch(name, n, layouts)
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
+    return layouts, llm, cut(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
+
+
+def _draw_up(cfg: Config, world: int) -> Blueprint:
+    from encoders.module import encoder_stages
+    from mm.plan import PlanInputs
+
+    layouts, llm, llm_stages = _outline(cfg, world)
     uses, stages = {}, {}
     for name in cfg.model:
         uses[name] = use = _encoder_use(cfg, name, layouts[name])
         stages[name] = encoder_stages(use.cls, use.cfg, layouts[name].pp * layouts[name].vpp)
         _check_levels(name, use, llm)
-    stages[SINK] = cut(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
+    stages[SINK] = llm_stages
     # Causal attention is even over cp in zigzag order; a scan alone has its neighbours nearer in the other.
     order: Order = "zigzag" if "*" in llm.kinds else "contiguous"
     inputs = PlanInputs(
@@ -180,6 +230,8 @@ def llm_config(cfg: Config) -> LLMConfig:
     if not isinstance(name, str | None):
         raise ValueError(f"model.llm.preset is {name!r}; needed: a name or a folder")
     if name is not None and Path(name).is_dir():
+        from llm.hf import SafeFolder, read_config
+
         base = asdict(read_config(SafeFolder(name).config()))
     elif name is not None:
         base = asdict(preset(name))
@@ -190,6 +242,9 @@ def llm_config(cfg: Config) -> LLMConfig:
 
 
 def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
+    from encoders.module import check_encoder
+    from mm.plan import EncoderUse
+
     enc = cfg.model[name]
     cls = _encoder_class(enc.encoder, name)
     options = build(cls.Config, enc.options, f"model.{name}.options")
@@ -204,6 +259,8 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
 
 
 def _encoder_class(encoder: str, module: str) -> type[encoders.Encoder]:
+    import encoders
+
     try:
         return encoders.resolve(encoder)
     except ValueError as error:
@@ -236,27 +293,38 @@ def _check_levels(name: str, use: EncoderUse, llm: LLMConfig) -> None:
         )
 
 
-def bare_module(blueprint: Blueprint, name: str, axes: Axes, stage: Stage) -> nn.Module:
-    """A stage of module `name` with its global shapes, on the meta device: declarations without memory."""
+def bare_module(
+    blueprint: Blueprint, name: str, axes: Axes, stage: Stage, device: torch.device | str = "meta"
+) -> nn.Module:
+    """A stage of module `name` with its global shapes, on the meta device: declarations without memory.
+    Raises Refused where an encoder's constructor does, in words, or leaves parameters undeclared."""
+    from encoders.module import build_encoder_module
+    from llm.model import LLM
+    from parallel.param import seeded
+
     cfg, stored = blueprint.cfg, blueprint.stored_dtype
     module: nn.Module
     if name == SINK:
-        module = LLM(blueprint.llm, axes, stage=stage, device="meta", dtype=stored)
+        module = LLM(blueprint.llm, axes, stage=stage, device=device, dtype=stored)
         module.recompute = cfg.train.recompute
         module.offload = cfg.train.offload
         module.requires_grad_(not blueprint.llm.freeze)
         return module
     use, enc = blueprint.inputs.encoders[name], cfg.model[name]
-    module = build_encoder_module(
-        use.cls,
-        use.cfg,
-        d_out=blueprint.llm.d_model,
-        projector_hidden=enc.projector.hidden,
-        axes=axes,
-        stage=stage,
-        device="meta",
-        dtype=stored,
-    )
+    try:
+        with seeded(name, cfg.run.seed):  # for what an encoder draws itself
+            module = build_encoder_module(
+                use.cls,
+                use.cfg,
+                d_out=blueprint.llm.d_model,
+                projector_hidden=enc.projector.hidden,
+                axes=axes,
+                stage=stage,
+                device=device,
+                dtype=stored,
+            )
+    except ValueError as error:
+        raise Refused(f"model.{name}: {error}") from error
     module.encoder.recompute = "full" in recompute_parts(cfg.train.recompute)
     module.encoder.timeout_s = cfg.run.timeout_s
     module.freeze(enc.freeze)
@@ -265,6 +333,8 @@ def bare_module(blueprint: Blueprint, name: str, axes: Axes, stage: Stage) -> nn
 
 def elements_per_rank(blueprint: Blueprint, name: str) -> int:
     """Weights of module `name` on the rank that holds most of them, by even shares."""
+    from parallel.param import declared
+
     layout = blueprint.layouts[name]
     data, folded = layout.dp * layout.cp, max(layout.tp, layout.ep, layout.etp) > 1
     held = [0] * layout.pp

@@ -1,26 +1,25 @@
-"""Checkpoints of a job: which tensors, which words, and where to resume from."""
+"""Checkpoints of a job: which tensors, which words, and which of them a config names."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mm.blueprint import Blueprint
+from mm.blueprint import Blueprint, bare_module
 from mm.config import Config, resolve
 from mm.data.index import Index
 from mm.errors import CheckpointError
 from mm.job import Job
 from parallel import checkpoint as store
+from parallel.axis import Axes
 
 
 def state_tensors(job: Job) -> dict[str, Tensor]:
@@ -49,8 +48,6 @@ def fingerprint(blueprint: Blueprint, index: Index) -> str:
 def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int]) -> Path:
     """Write the state after `step` steps; every rank calls this. bad: samples known to be unreadable."""
     cfg = job.blueprint.cfg
-    if job.rank.rank == 0:
-        set_aside(directory, step)
     state = {
         "fingerprint": fingerprint(job.blueprint, index),
         "bad_samples": sorted(bad),
@@ -62,29 +59,8 @@ def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int
         free = shutil.disk_usage(directory).free / 2**20
         raise CheckpointError(
             f"the checkpoint of step {step} cannot be written to {directory} ({free:.0f} MiB free): "
-            f"{_first(error)}; those before it are whole"
+            f"{store.first_cause(error)}; those before it are whole"
         ) from error
-
-
-def _first(error: BaseException) -> str:
-    """The first cause of a failed write, in a line."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    while error.__context__ is not None:
-        error = error.__context__
-    return " ".join(str(error).split())
-
-
-def set_aside(directory: Path, step: int) -> None:
-    """Rename the checkpoints of steps after `step`, which a run that began again from before them replaces.
-
-    Under their names they would count as the newest: a resume would take them, and a save would remove ours.
-    """
-    for path in store.published(directory):
-        if int(path.name.removeprefix("step-")) > step:
-            aside = path.with_name(f"replaced-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
 
 
 def candidates(cfg: Config, directory: Path) -> list[Path]:
@@ -96,30 +72,15 @@ def candidates(cfg: Config, directory: Path) -> list[Path]:
     if wanted == "auto":
         return store.published(directory)[::-1]
     path = Path(wanted)
-    found = [path] if (path / store.MANIFEST).is_file() else store.published(path)[-1:]
+    found = [path] if _is_checkpoint(path) else store.published(path)[-1:]
     if not found:
         what = "is no checkpoint, and has none inside" if path.is_dir() else "does not exist"
         raise CheckpointError(f"checkpoint.resume={path} {what} (step-* with a {store.MANIFEST})")
     return found
 
 
-def find(cfg: Config, directory: Path) -> Path | None:
-    """The checkpoint to resume from: the newest whole one of candidates(), None where there are none.
-
-    Raises CheckpointError where all of them are damaged, so that no run begins anew over what is left.
-    """
-    wrong: list[str] = []
-    for path in candidates(cfg, directory):
-        found = store.verify(path)
-        if not found:
-            if wrong and (not dist.is_initialized() or dist.get_rank() == 0):
-                print(f"warning: {'; '.join(wrong)}; using {path}", file=sys.stderr, flush=True)
-            return path
-        wrong.append(f"{path} is damaged: {', '.join(found)}")
-    if wrong:
-        hint = "; to begin anew: checkpoint.resume=none" if cfg.checkpoint.resume == "auto" else ""
-        raise CheckpointError(f"cannot resume: {'; '.join(wrong)}{hint}")
-    return None
+def _is_checkpoint(path: Path) -> bool:
+    return any((path / name).is_file() for name in (store.MANIFEST, store.STATE))
 
 
 def load(job: Job, index: Index, path: Path) -> dict[str, Any]:
@@ -128,16 +89,44 @@ def load(job: Job, index: Index, path: Path) -> dict[str, Any]:
         state = store.load(path, state_tensors(job))
     except store.BadCheckpoint as error:
         raise CheckpointError(str(error)) from error
-    if state.get("fingerprint") != fingerprint(job.blueprint, index):
+    _check_same_run(state, job.blueprint, index, path)
+    return state
+
+
+def check_resume(blueprint: Blueprint, index: Index, path: Path) -> None:
+    """Refuse a checkpoint that a run cannot resume from, from names and shapes; reads no tensor data."""
+    try:
+        stored = {name: shape for name, (shape, _) in store.describe(path).items()}
+        for m in blueprint.modules:
+            store.check_fits(path, stored, model_shapes(blueprint, m))
+        _check_same_run(store.read_state(path), blueprint, index, path)
+    except store.BadCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+
+
+def model_shapes(blueprint: Blueprint, module: str) -> dict[str, tuple[int, ...]]:
+    """Global shape of every parameter and kept buffer of a module, by full name; takes no memory."""
+    return {
+        f"{module}.{key}": tuple(tensor.shape)
+        for stage in blueprint.stages[module]
+        for key, tensor in bare_module(blueprint, module, Axes(), stage).state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index, path: Path) -> None:
+    if state.get("fingerprint") != fingerprint(blueprint, index):
         raise CheckpointError(
             f"{path} was written by a run with another model, data, seed or global batch; "
             "compare its state.json with this config, or start afresh with checkpoint.resume=none"
         )
-    return state
 
 
 def inspect_text(path: Path) -> str:
     """Step, tensors and sizes of a checkpoint; reads no tensor data."""
+    wrong = store.structure(path)
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
     try:
         state, tensors = store.read_state(path), store.describe(path)
     except store.BadCheckpoint as error:
@@ -155,4 +144,8 @@ def verify_text(path: Path) -> str:
     wrong = store.verify(path)
     if wrong:
         raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
+    try:
+        store.read_state(path), store.describe(path)
+    except store.BadCheckpoint as error:
+        raise CheckpointError(str(error)) from error
     return f"{path}: whole"

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mm import launch
 from mm.errors import PolyrankError, Refused
+from mm.stop import Stop
 
 if TYPE_CHECKING:
+    from mm.blueprint import Blueprint
+    from mm.compare import Run
     from mm.config import Config
 
 # Handlers import what they need themselves: importing torch costs seconds, which help and refusals can do
@@ -133,28 +136,56 @@ def _world(args: argparse.Namespace, cfg: Config) -> int:
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, help="local ranks to start outside torchrun (default run.nproc)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, start and write nothing")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="with --dry-run: draw the step, into DIR")
 
 
 def _train(args: argparse.Namespace, argv: list[str]) -> int:
+    # From here on a request to end is heard, and ends the run well: importing takes seconds, a step too.
+    with Stop(rank=launch.launched()) as stop:
+        return _train_until(stop, args, argv)
+
+
+def _train_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
+    if args.draw is not None and not args.dry_run:
+        raise Refused(f"--draw {args.draw} without --dry-run; a step that ran is drawn by run.trace=STEP")
     cfg = _config(args)
     world = _world(args, cfg)
-    from mm.blueprint import draw_up
+    from mm.blueprint import check_outline
     from mm.preflight import check_paths
 
-    blueprint = draw_up(cfg, world)
-    check_paths(cfg)
+    # Without torch, whose import takes seconds: a mistyped key need not wait for it.
+    if not launch.launched():
+        check_outline(cfg, world)
+    check_paths(cfg, write=not args.dry_run)
     if args.dry_run:
         from mm.plan_text import dry_run
 
-        print(dry_run(blueprint, Path(cfg.run.dir)))
+        print(dry_run(_check_train(cfg, world), args.draw))
         return 0
     if not launch.launched():
-        return launch.launch_local(world, argv)
+        _say_start(args, cfg, world, f"run folder {cfg.run.dir}")
+        return launch.launch_local(world, argv, lambda: _check_train(cfg, world), stop)
     from mm.trainer import train
 
-    train(blueprint)
+    train(_check_train(cfg, world), stop)
     return 0
+
+
+def _check_train(cfg: Config, world: int) -> Blueprint:
+    from mm.blueprint import draw_up
+    from mm.preflight import check_start
+
+    blueprint = draw_up(cfg, world)
+    check_start(cfg)
+    return blueprint
+
+
+def _say_start(args: argparse.Namespace, cfg: Config, world: int, what: str) -> None:
+    """One line at once: the ranks are silent for as long as they import torch."""
+    config = next(w for w in args.words if "=" not in w)
+    ranks = f"{world} rank{'s' if world > 1 else ''}"
+    print(f"{config}: starting {ranks} on this machine, {what}", flush=True)
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
@@ -180,12 +211,24 @@ def _compare(args: argparse.Namespace, argv: list[str]) -> int:
             "and at least 1 round"
         )
     world = _world(args, cfg)
-    from mm.compare import compare, make_runs
+    from mm.variants import check_variants, variants
 
-    runs = make_runs(cfg, world, layouts)
+    found = variants(cfg, layouts)
     if not launch.launched():
-        return launch.launch_local(world, argv)
-    compare(cfg, runs, steps=args.steps, rounds=args.rounds, json_out=args.json)
+        check_variants(found, world)
+
+    def runs() -> list[Run]:
+        from mm.compare import make_runs
+
+        return make_runs(found, world)
+
+    if not launch.launched():
+        timed = f"{args.rounds} rounds of {args.steps} steps under each of {len(found)} layouts"
+        _say_start(args, cfg, world, timed)
+        return launch.launch_local(world, argv, runs)
+    from mm.compare import compare
+
+    compare(cfg, runs(), steps=args.steps, rounds=args.rounds, json_out=args.json)
     return 0
 
 

@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     """dir: where the run writes, relative to the working folder; timeout_s bounds every wait; trace: number
-    of a step that is drawn as it ran, and traced for Perfetto.
+    of a step that is drawn as it ran, and traced for Perfetto; tensorboard: write the numbers for it too.
     """
 
     dir: str = Field("runs/run", min_length=1)
@@ -36,6 +36,7 @@ class RunConfig(Section):
     timeout_s: float = Field(120.0, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trace: int | None = Field(None, ge=1)
+    tensorboard: bool = False
 
 
 class ProjectorConfig(Section):
@@ -71,10 +72,19 @@ class ScheduleConfig(Section):
 
 
 class DataConfig(Section):
-    """train, eval: shard patterns relative to the config file; context: longest sample in tokens."""
+    """train, eval: shard patterns relative to the config file; made_by: the command that makes those shards,
+    for errors; context: longest sample in tokens.
+
+    overlong, misfit: what becomes of samples that are longer, and of those with an item that its encoder
+    cannot take; max_skipped: the largest share of samples that may be lost or left out.
+    """
 
     train: list[str] = Field(min_length=1)
     eval: list[str] = []
+    made_by: str | None = None
+    overlong: Literal["refuse", "skip", "truncate"] = "refuse"
+    misfit: Literal["refuse", "skip"] = "refuse"
+    max_skipped: float = Field(0.01, ge=0, le=1)
     tokenizer: str = "bytes"
     context: int = Field(256, ge=3)
     prefetch: int = Field(2, ge=1)

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 class Console:
     """Output of a run; only the lead rank shows and writes anything but warnings.
 
-    first: steps done before this start, whose metrics are kept.
+    first: steps done before this start, whose metrics are kept. tensorboard: write its files too.
     """
 
-    def __init__(self, run_dir: Path, steps: int, *, first: int, lead: bool) -> None:
+    def __init__(
+        self, run_dir: Path, steps: int, *, first: int, lead: bool, tensorboard: bool = False
+    ) -> None:
         self.lead, self.steps = lead, steps
         self._rich = Rich(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
@@ -48,7 +50,7 @@ class Console:
         _forget_after(metrics, first)
         self._metrics = metrics.open("a")
         self._log = (run_dir / "log.txt").open("a" if first else "w")
-        self._board = _tensorboard(run_dir)
+        self._board = _tensorboard(run_dir, first) if tensorboard else None
         if self._rich.is_terminal:
             columns = (
                 BarColumn(),
@@ -95,16 +97,17 @@ class Console:
         lifts = "  ".join(f"{m} lift {v:.3f}" for m, v in result.lift.items())
         self._say(f"evaluation after step {step}: loss {result.loss:.4f}  {lifts}")
 
-    def lift_table(self, result: Evaluation, floor: float) -> None:
-        """The closing table: what each modality is worth, beside the floor of a model without it."""
+    def lift_table(self, result: Evaluation, blind: Mapping[str, float]) -> None:
+        """The closing table: what each modality is worth. blind: by module, the loss of a blind guess."""
         if not self.lead:
             return
         table = Table(title="held-out loss of the tokens that depend on a modality, nats a token")
-        for heading in ("modality", "intact", "items permuted", "lift", "blind floor (ln 10)"):
+        for heading in ("modality", "intact", "items permuted", "lift", *(["blind guess"] if blind else [])):
             table.add_column(heading, justify="left" if heading == "modality" else "right")
         for m, lift in result.lift.items():
             intact = result.intact[m]
-            table.add_row(m, f"{intact:.3f}", f"{intact + lift:.3f}", f"{lift:+.3f}", f"{floor:.3f}")
+            guess = [f"{blind[m]:.3f}" if m in blind else "-"] if blind else []
+            table.add_row(m, f"{intact:.3f}", f"{intact + lift:.3f}", f"{lift:+.3f}", *guess)
         self._rich.print(table)
         Rich(file=self._log, width=100).print(table)
 
@@ -181,10 +184,8 @@ def _forget_after(metrics: Path, step: int) -> None:
     metrics.write_text("".join(kept))
 
 
-def _tensorboard(run_dir: Path) -> Any:
-    """A TensorBoard writer where the package is installed, else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run_dir / "tensorboard"))
+def _tensorboard(run_dir: Path, first: int) -> Any:
+    """A TensorBoard writer; what earlier starts wrote of steps after `first` is no longer shown."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)

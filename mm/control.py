@@ -47,6 +47,10 @@ class Control:
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         return self._gather(mine)
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on some rank, the same on all of them."""
+        return bool(self.gather([float(flag)]).any())
+
     def agree(self, plan: StepPlan, bad: Collection[int]) -> frozenset[int]:
         """Union over ranks of the samples found unreadable; empty means the step may run.
 

@@ -11,12 +11,14 @@ import torch.distributed as dist
 
 from llm.config import LLMConfig
 from llm.hf import SafeFolder, export_checkpoint, load_hf, load_weights
-from llm.hf.weights import model_tensors
+from llm.hf.weights import check_folder, model_tensors
 from llm.model import LLM
-from mm.blueprint import SINK, llm_config
+from mm.blueprint import SINK, Blueprint, llm_config
+from mm.checkpoint import model_shapes
 from mm.config import build, from_mapping
 from mm.errors import CheckpointError
 from mm.job import Job
+from mm.resume import verify
 from parallel import checkpoint as store
 
 
@@ -33,7 +35,10 @@ def start_from(job: Job, path: Path) -> None:
                 assert isinstance(part, LLM)
                 load_weights(part, folder, job.meshes[SINK])
             return
-        stored = store.describe(path)
+        wrong = verify(path, job.rank)
+        if wrong:
+            raise CheckpointError(f"cannot start from {path}: it is damaged: {'; '.join(wrong)}")
+        stored = _describe(path, job.blueprint)
         tensors: dict[str, torch.Tensor] = {}
         for name, parts in job.parts.items():
             if any(key.startswith(f"{name}.") for key in stored):
@@ -42,6 +47,32 @@ def start_from(job: Job, path: Path) -> None:
         store.load(path, tensors)
     except ValueError as error:
         raise CheckpointError(f"cannot start from {path}: {error}") from error
+
+
+def check_weights(blueprint: Blueprint, path: Path) -> None:
+    """Refuse what start_from() would, from names and shapes; reads no tensor data. Raises CheckpointError."""
+    try:
+        if (path / "config.json").is_file():
+            check_folder(blueprint.llm, SafeFolder(path))
+            return
+        stored = {name: shape for name, (shape, _) in _describe(path, blueprint).items()}
+        for m in blueprint.modules:
+            if any(key.startswith(f"{m}.") for key in stored):
+                store.check_fits(path, stored, model_shapes(blueprint, m))
+    except ValueError as error:
+        raise CheckpointError(f"cannot start from {path}: {error}") from error
+
+
+def _describe(path: Path, blueprint: Blueprint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """store.describe(), refused where the checkpoint has none of the model's modules."""
+    stored = store.describe(path)
+    theirs = sorted({key.partition(".")[0] for key in stored})
+    if not set(theirs) & set(blueprint.modules):
+        raise ValueError(
+            f"it has weights of {', '.join(theirs) or 'nothing'}, the model's modules are "
+            f"{', '.join(blueprint.modules)}; needed: one of them at least"
+        )
+    return stored
 
 
 def import_hf(folder: Path, out: Path) -> str:
@@ -74,6 +105,9 @@ def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> str:
     dtype: of the tensors, None for the checkpoint's. Raises CheckpointError in words.
     """
     try:
+        wrong = store.verify(checkpoint)
+        if wrong:
+            raise store.BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
         state = store.read_state(checkpoint)
         if SINK in state:
             cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")

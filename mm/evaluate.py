@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from mm.batch import RankMicrobatch
-from mm.data.index import Sample
+from mm.data.index import Sample, parse_segments
 from mm.data.order import permute_items
+from mm.data.reader import BadSample, ShardReader
 from mm.errors import DataError
 from mm.feed import prepare
 from mm.job import Data, Job
 from mm.step import run_step
+from mm.stop import Asked, Stop
+
+REPEATS = 5  # how often answers occur on average, for their frequencies to mean something
 
 
 @dataclass(frozen=True)
@@ -26,18 +32,25 @@ class Evaluation:
     intact: Mapping[str, float]
 
 
-def evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int) -> Evaluation:
-    """Evaluate `samples` intact and with each modality's items permuted; every rank calls this alike."""
+def evaluate(
+    job: Job, data: Data, samples: Sequence[Sample], seed: int, stop: Stop | None = None
+) -> Evaluation:
+    """Evaluate `samples` intact and with each modality's items permuted; every rank calls this alike.
+
+    Raises Asked, on all ranks, where `stop` of one of them was asked to end.
+    """
     modules = list(job.blueprint.inputs.encoders)
-    loss, intact = _mean_losses(job, data, samples)
+    loss, intact = _mean_losses(job, data, samples, stop)
     lift = {}
     for module in modules:
-        _, mixed = _mean_losses(job, data, permute_items(samples, module, seed))
+        _, mixed = _mean_losses(job, data, permute_items(samples, module, seed), stop)
         lift[module] = mixed[module] - intact[module]
     return Evaluation(loss, lift, intact)
 
 
-def _mean_losses(job: Job, data: Data, samples: Sequence[Sample]) -> tuple[float, dict[str, float]]:
+def _mean_losses(
+    job: Job, data: Data, samples: Sequence[Sample], stop: Stop | None
+) -> tuple[float, dict[str, float]]:
     """Mean loss over all supervised tokens, and over those that depend on each module."""
     modules = list(job.blueprint.inputs.encoders)
     sums = [0.0] * (2 + 2 * len(modules))
@@ -53,16 +66,43 @@ def _mean_losses(job: Job, data: Data, samples: Sequence[Sample]) -> tuple[float
             sums[3 + 2 * k] += float(mb.depends[module].sum())
 
     batch = job.blueprint.cfg.train.global_batch
-    for part in job.modules():
-        part.eval()
+    modes = [(sub, sub.training) for part in job.modules() for sub in part.modules()]
+    for sub, _ in modes:
+        sub.training = False
     for step, at in enumerate(range(0, len(samples), batch)):
+        if stop is not None and job.control.any(stop.asked):
+            raise Asked
         prepared = prepare(step, samples[at : at + batch], data.assembler)
         found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
         if found:
             raise DataError(f"unreadable evaluation samples {sorted(found)}: {prepared.bad}")
         run_step(job, prepared, train=False, on_tokens=add)
-    for part in job.modules():
-        part.train()
+    for sub, training in modes:  # a wrapped module may have parts that always are in eval mode
+        sub.training = training
     total = job.control.gather(sums).sum(axis=0)
     means = total[0::2] / total[1::2].clip(min=1.0)
     return float(means[0]), {m: float(means[1 + k]) for k, m in enumerate(modules)}
+
+
+def blind_guess(samples: Sequence[Sample], reader: ShardReader) -> dict[str, float]:
+    """By module, nats a token of a guess that knows only how often each text that depends on it occurs.
+
+    That is the entropy of those texts: a model that is blind to the module, and to whom the text around tells
+    nothing of them, can do no better. Modules whose texts hardly repeat, such as captions, are left out.
+    """
+    texts: dict[str, Counter[str]] = {}
+    for sample in (s for s in samples if not s.cut):
+        try:
+            written = parse_segments(reader.read(sample, sample.json))
+        except BadSample:  # gone since it was evaluated
+            continue
+        for seg in written:
+            if seg.text and seg.depends is not None and seg.loss:
+                texts.setdefault(seg.depends, Counter())[seg.text] += 1
+    out = {}
+    for module, found in texts.items():
+        total = found.total()
+        if total >= REPEATS * len(found):
+            nats = -sum(n * math.log(n / total) for n in found.values())
+            out[module] = nats / sum(n * len(text.encode()) for text, n in found.items())
+    return out

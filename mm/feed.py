@@ -40,7 +40,8 @@ def prepare(step: int, samples: Sequence[Sample], assembler: Assembler) -> Prepa
 
 
 class Feed:
-    """Training steps in order. `bad` is the set of unreadable samples known so far, equal on all ranks."""
+    """Training steps in order. `bad` is the set of samples known so far to be unreadable, or left out by
+    config, equal on all ranks."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Feed:
         bad: Collection[int] = (),
         warn: Callable[[str], None] = print,
     ) -> None:
-        self.bad = frozenset(bad)
+        self.bad = frozenset(bad) | frozenset(index.skipped)
         self.index, self._assembler, self._control = index, assembler, control
         self._seed, self._global_batch, self._ahead = seed, global_batch, max(1, ahead)
         self._warn = warn

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from mm.control import Control, whole_job
 from mm.data.index import Index, load_index
 from mm.data.reader import ShardReader
 from mm.data.tokenizer import make_tokenizer
+from mm.errors import Refused
 from mm.launch import RankInfo
-from mm.plan import check_samples
+from mm.select import select
 from parallel.boundary import BoundaryCommunicator, PlanCache
 from parallel.mesh import ModuleMesh, build_mesh
 from parallel.optim import AdamW, ShardedOptimizer
@@ -78,11 +80,19 @@ class Job:
             back.close()
 
 
-def open_index(blueprint: Blueprint, patterns: list[str], base: Path) -> Index:
-    """Load the index of the shards and check every sample against the model."""
-    index = load_index(patterns, base)
-    check_samples(index.samples, blueprint.inputs)
-    return index
+def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: bool = True) -> Index:
+    """Load the index of the shards and check every sample against the model; write: keep indexes that are
+    made beside their shards."""
+    rules = blueprint.cfg.data
+    index = load_index(patterns, base, made_by=rules.made_by, write=write)
+    return select(index, blueprint.inputs, rules)
+
+
+def open_indexes(blueprint: Blueprint, *, write: bool = True) -> dict[str, Index]:
+    """The index of each data set of the config: training, and evaluation where there is one."""
+    cfg = blueprint.cfg
+    given = {"training": cfg.data.train, "evaluation": cfg.data.eval}
+    return {name: open_index(blueprint, p, cfg.base, write=write) for name, p in given.items() if p}
 
 
 def open_data(job: Job, index: Index) -> Data:
@@ -93,7 +103,7 @@ def open_data(job: Job, index: Index) -> Data:
         ShardReader(),
         make_tokenizer(blueprint.cfg.data.tokenizer),
         job.rank.rank,
-        blueprint.stored_dtype,
+        blueprint.dtype,
         job.rank.device,
         {m: mesh.axes for m, mesh in job.meshes.items()},
         SINK,
@@ -172,10 +182,15 @@ def _build_part(
     blueprint: Blueprint, name: str, stage: int, mesh: ModuleMesh, device: torch.device
 ) -> nn.Module:
     cfg, stored, compute = blueprint.cfg, blueprint.stored_dtype, blueprint.dtype
-    module = bare_module(blueprint, name, mesh.axes, blueprint.stages[name][stage])
+    make = partial(bare_module, blueprint, name, mesh.axes, blueprint.stages[name][stage])
+    module = make()
     precise = precise_modules(module) if isinstance(module, LLM) else []
     layers = _layers(module) if cfg.train.shard == "layer" else []
     policy = ShardPolicy(layers, compute if compute != stored else None, precise)
     shard_module(module, mesh, policy, param_dtype=stored)
-    materialise(module, mesh, seed=cfg.run.seed, name=name, device=device)
+    again = partial(make, "cpu") if name != SINK else None  # whose buffers are declared
+    try:
+        materialise(module, mesh, seed=cfg.run.seed, name=name, device=device, again=again)
+    except ValueError as error:
+        raise Refused(f"model.{name}: {error}") from error
     return module

@@ -5,27 +5,31 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from mm.errors import PolyrankError, Refused
+from mm.stop import Requests, Stop, hear_requests, hold_requests, on_request
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store
+    from torch.distributed import PrefixStore, Store
 
     from mm.config import Config
 
 # Let glibc keep freed memory between steps: giving it back costs a page fault for each page used again.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 GRACE_S = 15.0  # for the others to end by themselves once a rank has failed
-DOUBLE_S = 1.0  # signals this close together are one
+TELL_S = 5.0  # between words about what is waited for
 LOCALHOST = "127.0.0.1"
 LAUNCHER = "POLYRANK_LAUNCHER"  # from launch_local to its ranks: its process id
 
@@ -34,7 +38,9 @@ LAUNCHER = "POLYRANK_LAUNCHER"  # from launch_local to its ranks: its process id
 class RankInfo:
     """This process's place in the job, its device, and the job's store for words about who is where.
 
-    node_size: ranks a machine, None where one machine has all.
+    node_size: ranks a machine, None where one machine has all. timeout_s: bounds every wait. launch: a name
+    of this launch, for rank 0, the same when torchrun starts the ranks again; again: an earlier start of them
+    left it.
     """
 
     rank: int
@@ -42,6 +48,9 @@ class RankInfo:
     device: torch.device
     store: Store | None = None
     node_size: int | None = None
+    timeout_s: float = 120.0
+    launch: str = ""
+    again: bool = False
 
 
 def launched() -> bool:
@@ -49,59 +58,92 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def restarted() -> bool:
+    """Whether torchrun says that it has started these ranks before."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def world_size() -> int:
     """Ranks of the job that this process was started for."""
     return int(os.environ["WORLD_SIZE"])
 
 
-def launch_local(nproc: int, argv: Sequence[str]) -> int:
+def launch_local(
+    nproc: int, argv: Sequence[str], check: Callable[[], object] = lambda: None, stop: Stop | None = None
+) -> int:
     """Run `python -m mm ARGV` as nproc ranks on this machine; returns the exit code of the job.
 
+    check: what is left to check of the job, done while the ranks import torch; they end where it raises.
     When a rank fails the others get a moment to end by themselves, then are stopped. The code is that of a
-    failing rank with a known meaning (2 to 5), else 1. SIGINT and SIGTERM reach the ranks as SIGTERM.
+    failing rank with a known meaning (2 to 5), else 1. SIGINT and SIGTERM reach the ranks as SIGTERM; after a
+    second request they have GRACE_S to end. Where `stop` was asked already, none is started.
     """
-    from torch.distributed import TCPStore
-
     # We host the store of the rendezvous, as torchrun does: no race for a port, and it outlives every rank.
-    store = TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
+    # Its port is open before the store is: ranks that come early wait, and all import torch at one time.
+    listener = socket.create_server((LOCALHOST, 0), backlog=nproc)
     common = {
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": LOCALHOST,
-        "MASTER_PORT": str(store.port),
+        "MASTER_PORT": str(listener.getsockname()[1]),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         LAUNCHER: str(os.getpid()),
     }
     ranks: list[subprocess.Popen[bytes]] = []
-    asked: list[float] = []  # when
-
-    def forward(number: int, frame: object) -> None:
-        # Some senders (timeout, job managers) signal a process and its group at once: that is one wish.
-        if asked and time.monotonic() - asked[-1] < DOUBLE_S:
-            return
-        asked.append(time.monotonic())
-        _ask_to_end(ranks)
-
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for r in range(nproc):
-            ranks.append(_start(argv, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}))
-        if asked:  # while they were started: not all of them have heard of it
-            _ask_to_end(ranks)
-        codes = _wait(ranks)
-    finally:
-        for p in ranks:
-            p.kill()
-        for s, handler in previous.items():
-            signal.signal(s, handler)
-    if not asked:
+    with on_request(lambda: _ask_to_end(ranks)) as requests:
+        if stop is not None and stop.asked:
+            print("stopped by a signal before the first step", flush=True)
+            return 0
+        try:
+            for r in range(nproc):
+                ranks.append(_start(argv, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}))
+            with _telling("importing torch"):
+                check()
+                store = _host(listener)
+            if requests.count:  # while they were started: not all of them have heard of it
+                _ask_to_end(ranks)
+            codes = _wait(ranks, requests)
+            del store  # it had to outlive them
+        finally:
+            listener.close()
+            for p in ranks:
+                p.kill()
+    if not requests.count:
         _tell_of_signals(codes)
-    elif -signal.SIGTERM in codes.values():
+    elif -signal.SIGTERM in codes.values() or not codes:
         print("interrupted", file=sys.stderr, flush=True)  # before a rank could say so
     known = [c for c in codes.values() if c in (2, 3, 4, 5)]
     if known:
         return known[0]
     return 1 if any(codes.values()) or len(codes) < nproc else 0
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Say every TELL_S seconds what is still being done."""
+    done, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(TELL_S):
+            print(f"{what}, {time.monotonic() - start:.0f} s", flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _host(listener: socket.socket) -> Store:
+    """The store of the rendezvous on a port that is open already."""
+    from torch.distributed import TCPStore
+
+    port = listener.getsockname()[1]
+    return TCPStore(
+        LOCALHOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def _ask_to_end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -113,14 +155,15 @@ def _ask_to_end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     # One thread a rank: ranks share the cores, and threads of their own would fight over them.
-    return subprocess.Popen(
-        [sys.executable, "-m", "mm", *argv],
-        env={**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": "1", **env},
-        start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
-    )
+    with hold_requests():  # until the rank can end well
+        return subprocess.Popen(
+            [sys.executable, "-m", "mm", *argv],
+            env={**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": "1", **env},
+            start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
+        )
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], requests: Requests) -> dict[int, int]:
     """Exit codes by rank, in the order of ending; a rank that had to be stopped has none."""
     codes: dict[int, int] = {}
     deadline: float | None = None
@@ -128,7 +171,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
         for r, p in enumerate(ranks):
             if r not in codes and p.poll() is not None:
                 codes[r] = p.returncode
-        if deadline is None and any(codes.values()):
+        if deadline is None and (any(codes.values()) or requests.count > 1):
             deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:
             break
@@ -144,8 +187,14 @@ def _tell_of_signals(codes: Mapping[int, int]) -> None:
 
 
 def follow_launcher() -> None:
-    """Have the kernel send this rank SIGTERM should launch_local be killed: no rank is left behind."""
-    if sys.platform != "linux" or LAUNCHER not in os.environ:
+    """Hear of requests to end from here on, which launch_local has held back while this rank was started.
+
+    Have the kernel send it SIGTERM should launch_local be killed: no rank is left behind.
+    """
+    if LAUNCHER not in os.environ:
+        return
+    hear_requests()
+    if sys.platform != "linux":
         return
     import ctypes
 
@@ -169,7 +218,7 @@ def speaks(error: BaseException) -> bool:
         return isinstance(error, PolyrankError) or os.environ["RANK"] == "0"
 
 
-def _store(timeout_s: float, *, hosts: bool = False) -> Store:
+def _store(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
     """The store of the rendezvous, for words of this job's; hosts: this process is to run it."""
     from torch.distributed import PrefixStore, TCPStore
 
@@ -244,10 +293,20 @@ def init_distributed(cfg: Config) -> RankInfo:
         world_size=world,
         timeout=timedelta(seconds=cfg.run.timeout_s),
     )
-    return RankInfo(rank, world, device, words, local_ranks if local_ranks < world else None)
+    name, again = _name_launch(words) if rank == 0 else ("", False)
+    node_size = local_ranks if local_ranks < world else None
+    return RankInfo(rank, world, device, words, node_size, cfg.run.timeout_s, name, again)
 
 
-def _meet(rank: int, world: int, timeout_s: float) -> Store:
+def _name_launch(words: PrefixStore) -> tuple[str, bool]:
+    """A name of this launch, and whether an earlier start of its ranks has made it."""
+    own = uuid.uuid4().hex
+    # Beside the words of each start: torchrun's store outlives the ranks that it starts again.
+    name = words.underlying_store.compare_set("polyrank/launch", "", own).decode()
+    return name, name != own
+
+
+def _meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
     """The job's store, once every rank has come to it. Raises PolyrankError naming those that have not."""
     # torchrun and launch_local host it; ranks that were started otherwise have rank 0 do so.
     hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
@@ -261,13 +320,21 @@ def _meet(rank: int, world: int, timeout_s: float) -> Store:
         ) from error
     keys = [f"here/{r}" for r in range(world)]
     words.set(keys[rank], "")
-    try:
-        words.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        absent = [r for r, key in enumerate(keys) if not words.check([key])]
-        some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")
-        raise PolyrankError(
-            f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): {some}; "
-            "start all of them, with one rendezvous, or wait longer"
-        ) from error
-    return words
+    start = time.monotonic()
+    while True:
+        left = max(0.001, start + timeout_s - time.monotonic())
+        try:
+            words.wait(keys, timedelta(seconds=min(left, TELL_S) if rank == 0 else left))
+        except RuntimeError as error:
+            absent = [r for r, key in enumerate(keys) if not words.check([key])]
+            some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")
+            if rank == 0 and time.monotonic() < start + timeout_s:
+                print(f"{world - len(absent)} of {world} ranks have started, not yet: {some}", flush=True)
+                continue
+            raise PolyrankError(
+                f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): "
+                f"{some}; start all of them, with one rendezvous, or wait longer"
+            ) from error
+        if rank == 0:
+            print(f"all {world} ranks have started", flush=True)
+        return words

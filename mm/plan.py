@@ -194,8 +194,8 @@ def sample_length(sample: Sample, inputs: PlanInputs) -> int:
 
 
 def supervised_tokens(sample: Sample) -> int:
-    """Tokens of a sample that carry loss: supervised text and the end marker."""
-    return 1 + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
+    """Tokens of a sample that carry loss: supervised text and, unless it is cut off, the end marker."""
+    return (not sample.cut) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
 
 
 def further_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
@@ -214,25 +214,7 @@ def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
         at += n
         if at >= stop:
             return found
-    return found + 1  # the end marker
-
-
-def check_samples(samples: Sequence[Sample], inputs: PlanInputs) -> None:
-    """Refuse, by name, a sample that does not fit the context or uses a module the model lacks."""
-    for sample in samples:
-        for seg in sample.segments:
-            if seg.part is not None and seg.kind not in inputs.encoders:
-                have = ", ".join(inputs.encoders) or "none"
-                raise DataError(
-                    f"sample {sample.key} of {sample.shard} has an item for module {seg.kind!r}, "
-                    f"which the model lacks (it has: {have})"
-                )
-        n = sample_length(sample, inputs)
-        if n > inputs.context:
-            raise DataError(
-                f"sample {sample.key} of {sample.shard} is {n} tokens long but data.context is "
-                f"{inputs.context}; raise data.context to at least {n} or remove the sample"
-            )
+    return found + (not sample.cut)  # the end marker
 
 
 def share(n: int, parts: int) -> list[tuple[int, int]]:

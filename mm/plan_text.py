@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mm.blueprint import SINK, Blueprint, elements_per_rank
-from mm.data.index import Index, load_index
+import torch
+import torch.distributed as dist
+
+from mm.blueprint import SINK, Blueprint
+from mm.data.index import Index
 from mm.data.order import sample_ids
+from mm.errors import Refused
 from mm.flops import step_flops
-from mm.plan import StepPlan, check_samples, plan_step
+from mm.header import gib, header, warnings, weight_bytes
+from mm.job import open_indexes
+from mm.launch import choose_device
+from mm.plan import StepPlan, plan_step
+from mm.preflight import check_fits
 from mm.timeline import RATE, draw_simulated
-from parallel.boundary import plan_edge
+from parallel.boundary import edge_rows
 from parallel.layout import Layout
 from parallel.schedule import SchedulePlan
 
@@ -21,7 +30,7 @@ from parallel.schedule import SchedulePlan
 def first_step(blueprint: Blueprint, index: Index) -> StepPlan:
     """The plan of step 0."""
     cfg = blueprint.cfg
-    ids = sample_ids(cfg.run.seed, 0, cfg.train.global_batch, len(index.samples), frozenset())
+    ids = sample_ids(cfg.run.seed, 0, cfg.train.global_batch, len(index.samples), frozenset(index.skipped))
     return plan_step(0, [index.samples[i] for i in ids], blueprint.inputs)
 
 
@@ -34,7 +43,7 @@ def plan_data(blueprint: Blueprint, index: Index) -> dict[str, Any]:
         "edges": {m: _edge_data(blueprint, plan, m, m in frozen) for m in blueprint.inputs.encoders},
         "tokens": plan.tokens,
         "flops_by_module": step_flops(blueprint, plan),
-        "weight_bytes_per_rank": _weight_bytes(blueprint),
+        "weight_bytes_per_rank": weight_bytes(blueprint),
         "stages": {m: [[s.start, s.stop] for s in stages] for m, stages in blueprint.stages.items()},
         "schedule": _schedule_data(blueprint.schedule(plan.active)),
         "encoders": {m: use.cls.__name__ for m, use in blueprint.inputs.encoders.items()},
@@ -65,26 +74,22 @@ def _edge_data(blueprint: Blueprint, plan: StepPlan, module: str, frozen: bool) 
     for mb in plan.microbatches:
         edge = mb.edges[module]
         rows += edge.rows
-        for rank in range(blueprint.world):
-            part = plan_edge(module, edge.source, edge.dest, rank)
-            forward += part.forward.received_rows
-            backward += 0 if frozen else sum(t.received_rows for t in part.backward)
+        there, back = edge_rows(edge.source, edge.dest)
+        forward += there
+        backward += 0 if frozen else back
     return {"rows": rows, "forward_bytes": forward * row_bytes, "backward_bytes": backward * row_bytes}
 
 
-def _weight_bytes(blueprint: Blueprint) -> dict[str, int]:
-    """Weights, gradients and AdamW moments that a rank keeps of each module, by even shares."""
-    item = 8 if blueprint.cfg.train.dtype == "float64" else 4
-    copies = {m: 1 if m in blueprint.frozen else 4 for m in blueprint.modules}
-    return {m: elements_per_rank(blueprint, m) * item * copies[m] for m in blueprint.modules}
+def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
+    """Rank table, edges, bytes, FLOPs, memory and schedule of the first step; writes nothing.
 
-
-def dry_run(blueprint: Blueprint, folder: Path) -> str:
-    """Rank table, edges, bytes, FLOPs, memory and schedule of the first step, which is drawn in `folder`."""
-    index = load_index(blueprint.cfg.data.train, blueprint.cfg.base)
-    check_samples(index.samples, blueprint.inputs)
+    draw: a folder to draw the step in, which is then written.
+    """
+    indexes = open_indexes(blueprint, write=False)
+    index = indexes["training"]
+    check_fits(blueprint, index)
     data = plan_data(blueprint, index)
-    lines = [f"{blueprint.world} ranks", ""]
+    lines = [f"{blueprint.world} ranks", *_header(blueprint, indexes), ""]
     modules = blueprint.modules
     lines.append("rank  " + "  ".join(f"{m:<24}" for m in modules))
     for rank in range(blueprint.world):
@@ -99,15 +104,29 @@ def dry_run(blueprint: Blueprint, folder: Path) -> str:
     for m in modules:
         lines.append(
             f"{m}: {blueprint.layouts[m].describe()}, {data['flops_by_module'][m] / 1e9:.2f} GFLOP a step, "
-            f"{data['weight_bytes_per_rank'][m] / 2**20:.2f} MiB weights and optimizer a rank"
+            f"{gib(data['weight_bytes_per_rank'][m])} weights and optimizer a rank"
         )
     schedule = data["schedule"]
     for program in schedule["programs"]:
         lines += ["", f"schedule {schedule['kind']} of ranks {', '.join(map(str, program['ranks']))}:"]
         lines += [f"  {a}" for a in program["actions"]]
-    drawn = draw_simulated(blueprint, first_step(blueprint, index), folder)
-    lines += ["", f"drawn, at {RATE / 1e9:g} GFLOP/s a rank: {', '.join(map(str, drawn))}"]
+    if draw is not None:
+        drawn = draw_simulated(blueprint, first_step(blueprint, index), draw)
+        lines += ["", f"drawn, at {RATE / 1e9:g} GFLOP/s a rank: {', '.join(map(str, drawn))}"]
     return "\n".join(lines)
+
+
+def _header(blueprint: Blueprint, indexes: Mapping[str, Index]) -> list[str]:
+    """The header of the run and what speaks against it, were it started on this machine."""
+    cfg = blueprint.cfg
+    try:
+        found = choose_device(cfg.run.device, 0, blueprint.world, torch.cuda.device_count())
+    except Refused:  # planned here for another machine
+        found = "cuda"
+    device = torch.device(found).type
+    text = header(blueprint, indexes, device, dist.get_default_backend_for_device(device))
+    said = warnings(blueprint, indexes["training"], device, blueprint.world)
+    return [text, *(f"warning: {line}" for line in said)]
 
 
 def _place(layout: Layout, rank: int) -> str:

@@ -293,7 +293,7 @@ class _Run:
         part, use = self._fsdp(key), self.job.blueprint.inputs.encoders[action.module]
         part.set_requires_gradient_sync(True)
         part.set_is_last_backward(True)
-        kw: dict[str, Any] = {"device": self.device, "dtype": self.job.blueprint.stored_dtype}
+        kw: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         self._part(key)(pack_items(use.cls, use.cfg, [], [], **kw)).values.sum().backward()
 
     def _fsdp(self, key: Key) -> FSDPModule:

@@ -74,9 +74,10 @@ def draw_measured(
         r: [Record(a, *map(float, t)) for a, t in zip(schedule.actions(r), table[r], strict=False)]
         for r in schedule.ranks
     }
+    pictures = _save(measured(schedule, by_rank), folder, f"schedule-{step}")
     trace = folder / f"trace-{step}.json"
     save_trace(by_rank, trace)
-    return [*_save(measured(schedule, by_rank), folder, f"schedule-{step}"), trace]
+    return [*pictures, trace]
 
 
 def _save(chart: Chart, folder: Path, stem: str) -> list[Path]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -18,66 +14,64 @@ from mm.blueprint import Blueprint
 from mm.config import resolve_yaml
 from mm.console import Console
 from mm.convert import start_from
-from mm.evaluate import Evaluation, evaluate
+from mm.data.index import Sample
+from mm.evaluate import Evaluation, blind_guess, evaluate
 from mm.feed import Feed
 from mm.flops import step_flops
-from mm.job import Data, Job, build_job, open_data, open_index
+from mm.header import header, warnings
+from mm.job import Data, Job, build_job, open_data, open_indexes
 from mm.launch import RankInfo, init_distributed
 from mm.plan import StepPlan
 from mm.plan_text import plan_json
+from mm.resume import begin, find
 from mm.step import run_step
+from mm.stop import Asked, Stop
 from mm.timeline import draw_measured
 from mm.update import finish_step, learning_rate
 from parallel.schedule import Record
 
 
-class Stop:
-    """Set by SIGINT or SIGTERM: the run ends cleanly after the step in progress, on all ranks alike."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        if threading.current_thread() is threading.main_thread():
-            for sig in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(sig, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:  # a second signal does not wait for the step
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def train(blueprint: Blueprint) -> None:
-    """Train on this rank; returns when done, raises PolyrankError where it cannot go on."""
+def train(blueprint: Blueprint, stop: Stop) -> None:
+    """Train on this rank until done or `stop` is asked; raises PolyrankError where it cannot go on."""
     rank = init_distributed(blueprint.cfg)
     try:
-        _train(blueprint, rank)
+        train_on(blueprint, rank, stop)
     finally:
         dist.destroy_process_group()
 
 
-def _train(blueprint: Blueprint, rank: RankInfo) -> None:
+def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
+    """The same in a default process group that is there already."""
     cfg = blueprint.cfg
-    indices = [open_index(blueprint, p, cfg.base) for p in (cfg.data.train, cfg.data.eval) if p]
+    indexes = open_indexes(blueprint)
     job = build_job(blueprint, rank)
-    train_data, *others = (open_data(job, index) for index in indices)
-    eval_data = others[0] if others else None
+    data = {name: open_data(job, index) for name, index in indexes.items()}
+    train_data, eval_data = data["training"], data.get("evaluation")
     run_dir = Path(cfg.run.dir)
     first, bad = 0, frozenset[int]()
-    resume = checkpoint.find(cfg, run_dir)
+    resume = find(cfg, run_dir, rank)
     if resume is not None:
         state = checkpoint.load(job, train_data.index, resume)
         first, bad = state["step"], frozenset(state["bad_samples"])
     elif cfg.checkpoint.weights is not None:
         start_from(job, Path(cfg.checkpoint.weights))
-    console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
+    aside = begin(run_dir, rank, resume, first)
+    console = Console(
+        run_dir, cfg.train.steps, first=first, lead=rank.rank == 0, tensorboard=cfg.run.tensorboard
+    )
     if rank.rank == 0:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
+        console.info(header(blueprint, indexes, str(rank.device), dist.get_backend()))
+        for line in warnings(blueprint, train_data.index, rank.device.type, rank.node_size or rank.world):
+            console.warn(line)
+    if aside:
+        console.info(f"checkpoints that this run does not follow: {', '.join(p.name for p in aside)}")
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)
     try:
-        _loop(job, feed, eval_data, console, run_dir, first)
+        _loop(job, feed, eval_data, console, run_dir, first, stop)
     finally:
         feed.close()
         console.close()
@@ -100,27 +94,41 @@ def open_feed(
     )
 
 
-def _loop(job: Job, feed: Feed, eval_data: Data | None, console: Console, run_dir: Path, first: int) -> None:
-    cfg, stop = job.blueprint.cfg, Stop()
+def _loop(
+    job: Job, feed: Feed, eval_data: Data | None, console: Console, run_dir: Path, first: int, stop: Stop
+) -> None:
+    cfg = job.blueprint.cfg
     steps, every = cfg.train.steps, cfg.checkpoint.every
-    for step in range(first, steps):
-        start = time.perf_counter()
-        record = train_step(job, feed, step, stop=stop.asked)
-        asked = record.pop("stop")
-        record["step_s"] = time.perf_counter() - start
-        console.step(add_rates(job, record))
-        done = step + 1
-        if (every and done % every == 0) or (asked and every):
+    done = saved = first
+    try:
+        if job.control.any(stop.asked):  # while the run was made ready
+            raise Asked
+        while done < steps:
+            start = time.perf_counter()
+            record = train_step(job, feed, done, stop=stop.asked)
+            asked = record.pop("stop")
+            record["step_s"] = time.perf_counter() - start
+            console.step(add_rates(job, record))
+            done += 1
+            if every and (asked or done % every == 0 or done == steps):
+                checkpoint.save(job, feed.index, run_dir, done, feed.bad)
+                saved = done
+                asked = asked or job.control.any(stop.asked)  # while it was written
+            if asked:
+                raise Asked
+            if eval_data is not None and cfg.eval.every and done % cfg.eval.every == 0 and done < steps:
+                console.evaluation(done, run_evaluation(job, eval_data, stop))
+        if eval_data is not None:
+            result = run_evaluation(job, eval_data, stop)
+            console.evaluation(steps, result)
+            if job.rank.rank == 0:
+                console.lift_table(
+                    result, blind_guess(eval_samples(job, eval_data), eval_data.assembler.reader)
+                )
+    except Asked:
+        if every and saved < done:
             checkpoint.save(job, feed.index, run_dir, done, feed.bad)
-        if asked:
-            console.info(f"stopped by a signal after step {done}")
-            return
-        if eval_data is not None and cfg.eval.every and done % cfg.eval.every == 0 and done < steps:
-            console.evaluation(done, run_evaluation(job, eval_data))
-    if eval_data is not None:
-        result = run_evaluation(job, eval_data)
-        console.evaluation(steps, result)
-        console.lift_table(result, floor=math.log(10.0))
+        console.info(f"stopped by a signal after step {done}")
 
 
 def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[str, Any]:
@@ -145,7 +153,8 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[s
         "flops_by_module": step_flops(job.blueprint, prepared.plan),
         "peak_memory_bytes": update.peak_memory_bytes,
         "data_s": waited,
-        "seconds_by_module": dict(update.seconds),
+        "seconds_by_module": dict(update.compute_s),
+        "optimizer_s": update.optimizer_s,
         "boundary": {m: dict(v) for m, v in update.boundary.items()},
         "objectives": dict(update.objectives),
         "imbalance": {m: dict(v) for m, v in load_imbalance(prepared.plan).items()},
@@ -175,7 +184,11 @@ def add_rates(job: Job, record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def run_evaluation(job: Job, data: Data) -> Evaluation:
-    """Evaluate the first eval.samples held-out samples."""
-    cfg = job.blueprint.cfg
-    return evaluate(job, data, data.index.samples[: cfg.eval.samples], cfg.run.seed)
+def run_evaluation(job: Job, data: Data, stop: Stop) -> Evaluation:
+    """Evaluate the first eval.samples held-out samples; raises Asked where `stop` is asked on some rank."""
+    return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed, stop)
+
+
+def eval_samples(job: Job, data: Data) -> list[Sample]:
+    """The first eval.samples held-out samples that are not left out."""
+    return data.index.usable[: job.blueprint.cfg.eval.samples]

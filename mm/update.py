@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,6 +15,8 @@ from mm.blueprint import SINK
 from mm.config import TrainConfig
 from mm.errors import NonFinite
 from mm.job import Job
+from mm.memory import peak_memory
+from mm.report import Report, over_ranks
 from mm.step import StepResult
 from parallel.schedule.action import COMPUTE
 
@@ -40,14 +40,16 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 class Update:
     """What all ranks know after a step: sums over ranks, equal everywhere.
 
-    objectives: unweighted, as LLM.take_objectives has them.
+    compute_s: of the slowest rank, by module; optimizer_s: gradients' sums and update. objectives:
+    unweighted, as LLM.take_objectives has them.
     """
 
     loss: float
     grad_norm: float
     grad_norm_by_module: Mapping[str, float]
     boundary: Mapping[str, Mapping[str, float]]
-    seconds: Mapping[str, float]
+    compute_s: Mapping[str, float]
+    optimizer_s: float
     peak_memory_bytes: int
     objectives: Mapping[str, float]
     stop: bool
@@ -59,30 +61,15 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
     stop: this rank was asked to end; any rank's wish ends the run on all of them.
     Raises NonFinite, before anything is updated, naming module and rank.
     """
-    modules = job.blueprint.modules
-    edges = list(job.blueprint.inputs.encoders)
     start = time.perf_counter()
-    squares = {}
-    for m in modules:
-        if m in job.optimizers:
-            job.optimizers[m].collect()
-            squares[m] = job.optimizers[m].norm_squared()
-    sync = time.perf_counter() - start
-    computed = {
-        m: sum(t for (k, of), t in result.seconds.items() if of == m and k in COMPUTE) for m in modules
-    }
-    mine = {"loss": result.loss, "sync": sync, "memory": float(peak_memory(job.rank.device))}
-    mine |= {"stop": float(stop), **{m: squares.get(m, 0.0) for m in modules}}
-    mine |= {f"{m} computes": computed[m] for m in modules}
-    for m in edges:
-        stats = [boundary.stats for boundary in job.boundaries.get(m, ())]
-        mine[f"{m} bytes"] = float(sum(sum(s.bytes_received.values()) for s in stats))
-        mine[f"{m} seconds"] = sum(sum(s.seconds.values()) for s in stats)
-    mine |= {f"{name} objective": value for name, value in _objectives(job).items()}
-    table = job.control.gather(list(mine.values()))
-    column = dict(zip(mine, table.T, strict=True))
-    _check_finite(column, modules, step)
-    total = {m: math.sqrt(float(column[m].sum())) for m in modules}
+    squares = dict.fromkeys(job.blueprint.modules, 0.0)
+    for m, optimizer in job.optimizers.items():
+        optimizer.collect()
+        squares[m] = optimizer.norm_squared()
+    mine = _report(job, result, squares, time.perf_counter() - start, stop)
+    ranks = [mine.read(row) for row in job.control.gather(mine.numbers())]
+    _check_finite(ranks, step)
+    total = {m: math.sqrt(n) for m, n in over_ranks(sum, [r.squares for r in ranks]).items()}
     norm = math.sqrt(sum(n * n for n in total.values()))
     clip = job.blueprint.cfg.train.clip
     factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
@@ -91,21 +78,38 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
         optimizer.scale(factor)
         optimizer.step(lr)
     _update_expert_bias(job)
-    seconds = {m: float(column[f"{m} computes"].max()) for m in modules}
-    seconds["optimizer"] = float(column["sync"].max()) + time.perf_counter() - start
-    boundary = {
-        m: {"bytes": int(column[f"{m} bytes"].sum()), "seconds": float(column[f"{m} seconds"].max())}
-        for m in edges
-    }
+    edge_bytes = over_ranks(sum, [r.edge_bytes for r in ranks])
+    edge_s = over_ranks(max, [r.edge_s for r in ranks])
     return Update(
-        loss=float(column["loss"].sum()),
+        loss=sum(r.loss for r in ranks),
         grad_norm=norm,
         grad_norm_by_module=total,
-        boundary=boundary,
-        seconds=seconds,
-        peak_memory_bytes=int(column["memory"].max()),
-        objectives={o: float(column[f"{o} objective"].sum()) for o in job.blueprint.objectives},
-        stop=bool(column["stop"].any()),
+        boundary={m: {"bytes": int(edge_bytes[m]), "seconds": edge_s[m]} for m in edge_bytes},
+        compute_s=over_ranks(max, [r.compute_s for r in ranks]),
+        optimizer_s=max(r.sync_s for r in ranks) + time.perf_counter() - start,
+        peak_memory_bytes=int(max(r.memory_bytes for r in ranks)),
+        objectives=over_ranks(sum, [r.objectives for r in ranks]),
+        stop=any(r.stop for r in ranks),
+    )
+
+
+def _report(job: Job, result: StepResult, squares: Mapping[str, float], sync_s: float, stop: bool) -> Report:
+    """What this rank has to say of the step."""
+    compute_s = dict.fromkeys(job.blueprint.modules, 0.0)
+    for (kind, module), seconds in result.seconds.items():
+        compute_s[module] += seconds if kind in COMPUTE else 0.0
+    edges = list(job.blueprint.inputs.encoders)
+    stats = {m: [boundary.stats for boundary in job.boundaries.get(m, ())] for m in edges}
+    return Report(
+        loss=result.loss,
+        sync_s=sync_s,
+        memory_bytes=float(peak_memory(job.rank.device)),
+        stop=float(stop),
+        squares=squares,
+        compute_s=compute_s,
+        edge_bytes={m: float(sum(sum(s.bytes_received.values()) for s in stats[m])) for m in edges},
+        edge_s={m: float(sum(sum(s.seconds.values()) for s in stats[m])) for m in edges},
+        objectives=_objectives(job),
     )
 
 
@@ -123,15 +127,20 @@ def _objectives(job: Job) -> dict[str, float]:
     return out
 
 
-def _check_finite(column: Mapping[str, np.ndarray], modules: list[str], step: int) -> None:
-    for name in ["loss", *modules]:
-        bad = np.flatnonzero(~np.isfinite(column[name]))
-        if len(bad):
-            what = f"loss of module {SINK}" if name == "loss" else f"gradient of module {name}"
-            raise NonFinite(
-                f"step {step + 1}: the {what} is not finite on rank {', '.join(map(str, bad))}; nothing was "
-                "updated. Lower train.lr, or resume from the last checkpoint with another data order"
-            )
+def _check_finite(ranks: Sequence[Report], step: int) -> None:
+    _refuse_infinite([r.loss for r in ranks], f"loss of module {SINK}", step)
+    for m in ranks[0].squares:
+        _refuse_infinite([r.squares[m] for r in ranks], f"gradient of module {m}", step)
+
+
+def _refuse_infinite(values: Sequence[float], what: str, step: int) -> None:
+    """Raise NonFinite naming the ranks whose value of `what` is not finite."""
+    bad = [rank for rank, value in enumerate(values) if not math.isfinite(value)]
+    if bad:
+        raise NonFinite(
+            f"step {step + 1}: the {what} is not finite on rank {', '.join(map(str, bad))}; nothing was "
+            "updated. Lower train.lr, or resume from the last checkpoint with another data order"
+        )
 
 
 def _update_expert_bias(job: Job) -> None:
@@ -144,10 +153,3 @@ def _update_expert_bias(job: Job) -> None:
         dist.all_reduce(load, group=job.meshes[SINK].stage)
         for layer, counts in zip(layers, load, strict=True):
             layer.update_bias(counts)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: peak allocated on an accelerator, peak resident set of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

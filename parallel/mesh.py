@@ -3,10 +3,13 @@
 The dense view is pp x dp x cp x tp, the expert view pp x edp x ep x etp (parallel folding, arXiv 2504.14960):
 expert parallelism may cross tensor, context and data parallelism because only the ranks have to agree, not
 the axes. Only pp is common to both, so each pipeline rank has meshes of its own.
+
+A group's ranks are in the order of the layout, whatever their numbers: a place in a group is a coordinate.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,20 +71,20 @@ def build_mesh(
         ranks = torch.tensor(layout.stage_ranks(pp))
         dense.append(_mesh(device_type, ranks.view(-1, layout.tp), ("data", "tp"), limit))
         expert.append(_mesh(device_type, ranks.view(-1, layout.ep, layout.etp), ("edp", "ep", "etp"), limit))
-        stages.append(dist.new_group(sorted(ranks.tolist()), timeout=limit))
+        stages.append(ordered_group(ranks.tolist(), limit))
     cp = _own_group(layout.groups("cp"), limit) if layout.cp > 1 else None
     lines = layout.groups("pp") if layout.pp > 1 else ()
     pipes = [_own_group(lines, limit) for _ in range(2)] if lines else []
     ends = _own_group([(line[0], line[-1]) for line in lines], limit) if tie_ends and lines else None
     if rank not in layout.ranks:
         return None
-    at = layout.coord(rank)
+    at, inside = layout.coord(rank), layout.expert_coord(rank)
     own_dense, own_expert = dense[at.pp], expert[at.pp]
     assert own_dense is not None and own_expert is not None
     axes = Axes(
-        tp=_axis(own_dense, "tp"),
-        ep=_axis(own_expert, "ep"),
-        etp=_axis(own_expert, "etp"),
+        tp=_axis(own_dense, "tp", at.tp),
+        ep=_axis(own_expert, "ep", inside.ep),
+        etp=_axis(own_expert, "etp", inside.etp),
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
         cp=Axis("cp", layout.cp, at.cp, cp) if cp is not None else Axis.single("cp"),
     )
@@ -108,12 +111,44 @@ def _mesh(
 def _own_group(groups: Iterable[Sequence[int]], timeout: timedelta) -> dist.ProcessGroup | None:
     """Make all of `groups`, as every rank must, and return this rank's."""
     rank = dist.get_rank()
-    made = [(ranks, dist.new_group(sorted(ranks), timeout=timeout)) for ranks in groups]
+    made = [(ranks, ordered_group(ranks, timeout)) for ranks in groups]
     return next((group for ranks, group in made if rank in ranks), None)
 
 
-def _axis(mesh: DeviceMesh, name: str) -> Axis:
+def ordered_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+    """new_group() in which ranks[k] is rank k, so that a rank's place in the group is its coordinate on the
+    axis; every rank of the job calls this. On ranks that are not in it, what new_group() returns there."""
+    if "sort_ranks" in inspect.signature(dist.new_group).parameters:
+        return dist.new_group(list(ranks), timeout=timeout, sort_ranks=False)
+    return dist.new_group(in_place(ranks), timeout=timeout)
+
+
+def in_place(ranks: Sequence[int]) -> list[int]:
+    """`ranks` as numbers that sorting leaves in this order: torch before 2.12 sorts those of a new group."""
+    return [_Placed(rank, k) for k, rank in enumerate(ranks)]
+
+
+class _Placed(int):
+    """A rank that is compared by its place among others."""
+
+    place: int
+
+    def __new__(cls, rank: int, place: int) -> _Placed:
+        out = super().__new__(cls, rank)
+        out.place = place
+        return out
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
+
+    def __lt__(self, other: int) -> bool:
+        return self.place < other.place if isinstance(other, _Placed) else int(self) < other
+
+
+def _axis(mesh: DeviceMesh, name: str, coordinate: int) -> Axis:
     sub = mesh[name]
     if sub.size() == 1:
         return Axis.single(name)
-    return Axis(name, sub.size(), sub.get_local_rank(), sub.get_group())
+    # Plans are made by the layout's coordinates, collectives put shards in the order of the group's ranks.
+    assert sub.get_group().rank() == coordinate, (name, sub.mesh.tolist(), coordinate)
+    return Axis(name, sub.size(), coordinate, sub.get_group())

@@ -31,7 +31,8 @@ class AdamW:
 @dataclass(frozen=True)
 class _Shard:
     """One parameter as the optimizer sees it: `weight` is 1 / number of ranks that hold the same elements;
-    partial: its gradient is summed over tp; shared: over the first and the last pipeline rank."""
+    partial: its gradient is summed over tp; shared: over the first and the last pipeline rank; scalar: over
+    the ranks that FSDP shards the others over."""
 
     name: str
     param: nn.Parameter
@@ -39,6 +40,7 @@ class _Shard:
     weight: float
     partial: bool
     shared: bool
+    scalar: bool
 
 
 class ShardedOptimizer:
@@ -66,8 +68,10 @@ class ShardedOptimizer:
             replicas = mesh.axes.tp.size if spec.view == "dense" and not model_cuts(spec, mesh) else 1
             partial, twice = spec.partial and replicas > 1, name in shared
             data = local(param.detach())
-            weight = 1.0 / (replicas * (2 if twice else 1))
-            self.shards.append(_Shard(name, param, nn.Parameter(data), weight, partial, twice))
+            copies = mesh.dense["data"].size() if not param.ndim else 1
+            weight = 1.0 / (replicas * copies * (2 if twice else 1))
+            shard = _Shard(name, param, nn.Parameter(data), weight, partial, twice, not param.ndim)
+            self.shards.append(shard)
         assert mesh.ends is not None or not any(s.shared for s in self.shards), "the mesh must tie its ends"
         decay = [s.local for s in self.shards if s.param.ndim > 1]
         plain = [s.local for s in self.shards if s.param.ndim <= 1]
@@ -84,10 +88,12 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Bring the gradients onto the local shards; sum those that are partial over tp, and those of weights
-        that both ends of the pipeline hold, in one message each."""
+        """Bring the gradients onto the local shards; sum those of scalars over the data, those that are
+        partial over tp, and those of weights that both ends of the pipeline hold, in one message each."""
         for s in self.shards:
             s.local.grad = None if s.param.grad is None else local(s.param.grad)
+        data = self.mesh.dense["data"]
+        _sum([s for s in self.shards if s.scalar], data.get_group() if data.size() > 1 else None)
         # By declaration, not by presence: whether a module ran in a step is the same on all its ranks.
         _sum([s for s in self.shards if s.partial], self.mesh.axes.tp.group)
         _sum([s for s in self.shards if s.shared], self.mesh.ends)
@@ -144,7 +150,7 @@ class ShardedOptimizer:
 def _sum(shards: Sequence[_Shard], group: dist.ProcessGroup | None) -> None:
     """Add up the gradients of `shards` over `group`."""
     grads = [s.local.grad for s in shards if s.local.grad is not None]
-    if not grads:
+    if not grads or group is None:
         return
     flat = torch.cat([g.reshape(-1) for g in grads])
     dist.all_reduce(flat, group=group)

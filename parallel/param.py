@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,22 +45,36 @@ def uniform(low: float, high: float) -> Init:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Initial values that are there already, of a parameter's global shape, on the CPU.
+
+    keyed: they do not depend on what was made before them, as those from a generator's sequence do.
+    """
+
+    values: Tensor
+    keyed: bool = False
+
+
+@dataclass(frozen=True)
 class ParamSpec:
     """What must be known of a parameter beyond its global shape.
 
+    init: how it starts; None once values that were Given are in place, for they are not kept twice.
     shard_dim: the dim cut evenly over the view's axis (tp for dense, ep for expert), None if replicated.
     etp_dim: a second dim of an expert parameter, cut evenly over etp; None where each expert is whole.
     partial: a replicated parameter whose gradient differs between tp ranks because they saw different
         tokens; the gradients are summed over tp once per step.
     precise: kept and gathered in the parameter dtype when the rest computes in bfloat16.
+    trained: False for one that is never trained, whatever its module does.
     """
 
-    init: Init
+    init: Init | Given | None
     shard_dim: int | None = None
     view: View = "dense"
     partial: bool = False
     precise: bool = False
     etp_dim: int | None = None
+    trained: bool = True
 
 
 def declare(
@@ -78,8 +93,33 @@ def declare(
 ) -> None:
     """Register parameter `name` of global `shape` on `module`."""
     module.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-    specs = module.__dict__.setdefault("_param_specs", {})
-    specs[name] = ParamSpec(init, shard_dim, view, partial, precise, etp_dim)
+    set_spec(module, name, ParamSpec(init, shard_dim, view, partial, precise, etp_dim))
+
+
+def set_spec(module: nn.Module, name: str, spec: ParamSpec) -> None:
+    """Declare what `spec` says of the parameter `name` that is registered on `module`."""
+    module.__dict__.setdefault("_param_specs", {})[name] = spec
+
+
+def declare_buffer(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    value: float,
+    *,
+    persistent: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Register buffer `name` that starts with `value` everywhere, on any device, the meta device too."""
+    buffer = torch.full(shape, value, device=device, dtype=dtype)
+    module.register_buffer(name, buffer, persistent=persistent)
+    module.__dict__.setdefault("_buffer_values", {})[name] = value
+
+
+def buffer_value(module: nn.Module, name: str) -> float | None:
+    """What a buffer on `module` itself was declared to start with; None where it was not declared."""
+    return module.__dict__.get("_buffer_values", {}).get(name)
 
 
 def own_specs(module: nn.Module) -> dict[str, ParamSpec]:
@@ -88,16 +128,22 @@ def own_specs(module: nn.Module) -> dict[str, ParamSpec]:
 
 
 def declared(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:
-    """(full name, parameter, spec) of every parameter below `module`, in registration order."""
+    """(full name, parameter, spec) of every parameter below `module`, in registration order; one that has
+    several names comes once. Raises ValueError for a parameter that was not declared."""
+    seen: set[int] = set()
     for prefix, sub in module.named_modules():
         specs = own_specs(sub)
         for name, param in sub.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
             if name not in specs:
                 raise ValueError(
-                    f"parameter {full} was not declared: register it with parallel.param.declare()"
+                    f"parameter {full} was not declared; needed: parallel.adopt.adopt(module) around the "
+                    f"{type(sub).__name__} that has it, or around what that is part of, which keeps the "
+                    "values that it has now, or parallel.param.declare() in place of nn.Parameter"
                 )
-            yield full, param, specs[name]
+            if id(param) not in seen:
+                seen.add(id(param))
+                yield full, param, specs[name]
 
 
 def keep_whole(module: nn.Module) -> None:
@@ -143,10 +189,26 @@ def _unit(bits: Tensor) -> Tensor:
     return (_shift_right(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
 
 
-def initial_values(name: str, seed: int, init: Init, index: Tensor) -> Tensor:
-    """Initial values, float64, of the elements of parameter `name` with global linear `index` (int64)."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    key = _signed(int.from_bytes(digest[:8], "little"))
+def _key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+
+
+@contextmanager
+def seeded(name: str, seed: int) -> Iterator[None]:
+    """Torch's generator on the CPU begins as a function of (seed, name), and goes on afterwards as if nothing
+    had been drawn. For modules that draw their initial values themselves."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_key(seed, name) >> 1)
+        yield
+
+
+def initial_values(name: str, seed: int, init: Init | Given | None, index: Tensor) -> Tensor:
+    """Initial values of the elements of parameter `name` with global linear `index` (int64): float64, or in
+    the dtype in which they are given."""
+    assert init is not None, f"{name}: its given values are in place and not kept"
+    if isinstance(init, Given):
+        return init.values.reshape(-1)[index.cpu()].to(index.device)
+    key = _signed(_key(seed, name))
     u = _unit(_splitmix64(2 * index, key))
     v = _unit(_splitmix64(2 * index + 1, key))
     return init.draw(u, v)

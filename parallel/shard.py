@@ -6,18 +6,31 @@ everything over dp, or edp for experts. Gradients are pure sums (design law 2): 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_map_only
 
+from parallel.adopt import check_given
 from parallel.layout import View
 from parallel.mesh import ModuleMesh
-from parallel.param import ParamSpec, declared, global_index, initial_values, local, own_specs
+from parallel.param import (
+    Given,
+    ParamSpec,
+    buffer_value,
+    declared,
+    global_index,
+    initial_values,
+    local,
+    own_specs,
+    set_spec,
+)
 
 
 @dataclass(frozen=True)
@@ -95,13 +108,27 @@ def _fully_shard(
     dims = {
         id(param): data_dim(tuple(local(param).shape), model_cuts(spec, mesh).values(), over.size())
         for _, param, spec in declared(sub)
+        if param.ndim
     }
+    sub.register_forward_hook(_own)  # before FSDP's own, which hooks into the backward of the output
     fully_shard(
         sub,
         mesh=over,
         mp_policy=mp_policy,
         reshard_after_forward=reshard,
         shard_placement_fn=lambda p: Shard(dims[id(p)]),
+        # FSDP takes no scalars: these are whole on each rank, and parallel.optim sums their gradients.
+        ignored_params={p for p in sub.parameters() if not p.ndim},
+    )
+
+
+def _own(sub: nn.Module, args: Any, output: Any) -> Any:
+    """The output without views: FSDP's hook on a view is lost, and gradients are wrong, once the view is
+    written to; it warns of every one."""
+    if not torch.is_grad_enabled():
+        return output
+    return tree_map_only(
+        Tensor, lambda t: t.clone() if t.requires_grad and t._base is not None else t, output
     )
 
 
@@ -140,6 +167,8 @@ def held_indices(shape: tuple[int, ...], spec: ParamSpec, mesh: ModuleMesh) -> l
     cuts = model_cuts(spec, mesh)
     for axis, dim in cuts.items():
         held[dim] = _chunk(held[dim], model_mesh(spec, mesh)[axis])
+    if not shape:
+        return held
     over = data_mesh(spec, mesh)
     dim = data_dim(tuple(len(h) for h in held), cuts.values(), over.size())
     held[dim] = _chunk(held[dim], over)
@@ -153,17 +182,80 @@ def _chunk(index: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 @torch.no_grad()
-def materialise(module: nn.Module, mesh: ModuleMesh, *, seed: int, name: str, device: torch.device) -> None:
+def materialise(
+    module: nn.Module,
+    mesh: ModuleMesh,
+    *,
+    seed: int,
+    name: str,
+    device: torch.device,
+    again: Callable[[], nn.Module] | None = None,
+) -> None:
     """Allocate this rank's shards and fill them with the initial weights of the module called `name`.
 
-    No rank ever holds more than its own shard. Buffers start at zero.
+    No rank ever holds more than its own shard, but of values that a parameter was given, which are freed.
+    Buffers have the values that the module was made with. again: makes the module on the CPU, which is called
+    where a buffer was made on the meta device and so has no value. Every rank of the module must call this
+    alike; raises ValueError for a buffer without a value, and for given values that differ between ranks.
     """
+    given = {full: spec.init.values for full, _, spec in declared(module) if isinstance(spec.init, Given)}
+    check_given(given, mesh.stage, device)
+    del given
+    buffers, ties = _buffers(module, again), _ties(module)
     module.to_empty(device=device)
-    for buffer in module.buffers():
-        buffer.zero_()
+    for tie in ties:  # to_empty makes a parameter for each name
+        for sub, key in tie[1:]:
+            setattr(sub, key, getattr(*tie[0]))
+    for sub, key, value in buffers:
+        setattr(sub, key, value.to(device))
     for full, param, spec in declared(module):
         shard = local(param)
         held = held_indices(tuple(param.shape), spec, mesh)
         index = global_index(tuple(param.shape), held).to(device)
         assert index.shape == shard.shape, (full, index.shape, shard.shape)
         shard.copy_(initial_values(f"{name}.{full}", seed, spec.init, index))
+    for sub in module.modules():
+        for key, spec in own_specs(sub).items():
+            if isinstance(spec.init, Given):
+                set_spec(sub, key, replace(spec, init=None))
+
+
+def _ties(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The places, module and name, of each parameter that has several."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for sub in module.modules():
+        for key, param in sub.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(param), []).append((sub, key))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def _buffers(module: nn.Module, again: Callable[[], nn.Module] | None) -> list[tuple[nn.Module, str, Tensor]]:
+    """(module, name, value on the CPU or where it is) of every buffer; one that has several names is one
+    tensor afterwards too."""
+    values: dict[int, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    out = []
+    for prefix, sub in module.named_modules():
+        for key, buffer in sub.named_buffers(recurse=False, remove_duplicate=False):
+            full, start = f"{prefix}.{key}" if prefix else key, buffer_value(sub, key)
+            if id(buffer) not in values:
+                if start is not None:
+                    values[id(buffer)] = torch.full(tuple(buffer.shape), start, dtype=buffer.dtype)
+                elif not buffer.is_meta:
+                    values[id(buffer)] = buffer.detach().contiguous()
+                else:
+                    if not made and again is not None:
+                        made = dict(again().named_buffers(remove_duplicate=False))
+                    values[id(buffer)] = _made_again(full, buffer, made)
+            out.append((sub, key, values[id(buffer)]))
+    return out
+
+
+def _made_again(full: str, buffer: Tensor, made: Mapping[str, Tensor]) -> Tensor:
+    found = made.get(full)
+    if found is None or found.is_meta or (found.shape, found.dtype) != (buffer.shape, buffer.dtype):
+        raise ValueError(
+            f"buffer {full} was made on the meta device, so that it has no value; needed: buffers made on "
+            "the CPU, without device=, or parallel.param.declare_buffer()"
+        )
+    return found.contiguous()

@@ -59,6 +59,16 @@ def _some(keys: set[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
+def check_folder(cfg: LLMConfig, folder: SafeFolder) -> list[FileTensor]:
+    """The tensors of a folder that holds this model; ValueError for any other. Reads no tensor data."""
+    check_same(cfg, read_config(folder.config()))
+    tensors = checkpoint_tensors(cfg)
+    check_tensors(tensors, folder.shapes(), str(folder.path))
+    for tensor in tensors:
+        folder.dtype(tensor.key)  # refuses quantised weights, which a copy would take for numbers
+    return tensors
+
+
 @torch.no_grad()
 def load_weights(model: LLM, folder: SafeFolder, mesh: ModuleMesh | None = None) -> None:
     """Fill `model` in place with published weights, cast to its dtypes.
@@ -67,11 +77,7 @@ def load_weights(model: LLM, folder: SafeFolder, mesh: ModuleMesh | None = None)
     holds. A pipeline stage reads its own layers. Raises ValueError, before any weight is read, where the
     folder's config describes another model, lacks a tensor, has an unknown one, or one of another shape.
     """
-    check_same(model.cfg, read_config(folder.config()))
-    tensors = checkpoint_tensors(model.cfg)
-    check_tensors(tensors, folder.shapes(), str(folder.path))
-    for tensor in tensors:
-        folder.dtype(tensor.key)  # refuses quantised weights, which a copy would take for numbers
+    tensors = check_folder(model.cfg, folder)
     places = places_by_name(tensors)
     specs: dict[str, ParamSpec] = {name: spec for name, _, spec in declared(model)}
     for name, target in model_tensors(model).items():

@@ -6,29 +6,32 @@ how they follow each other:
     {"segments": [{"vision": "img0.png"}, {"text": "sees "}, {"text": "3", "depends": "vision"}]}
 
 A segment is text (optionally "loss": false, and "depends": the module that its tokens depend on), or an item
-of a module. The index is made once a shard and kept beside it; text stays in the tar, its length is indexed.
+of a module. The index is made once a shard and kept beside it, with what made it: it is made anew for another
+format, another probe or another shard. Text stays in the tar, its length is indexed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
-import io
 import json
 import os
-import tarfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import braceexpand
-import numpy as np
 
+from mm.data.probes import known, metadata
+from mm.data.probes import register_probe as register_probe  # where users look for it
+from mm.data.tar import BLOCK, File, read_contents, split_name
 from mm.errors import DataError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -45,24 +48,31 @@ class Part:
 
 @dataclass(frozen=True)
 class Segment:
-    """kind: "text" or a module. Text has text_bytes and no part, an item has a part and no text."""
+    """kind: "text" or a module. Text has text_bytes and no part, an item has a part and no text.
+
+    written_bytes: of text that is cut to its first text_bytes, how many its json has.
+    """
 
     kind: str
     text_bytes: int
     part: Part | None
     loss: bool
     depends: str | None
+    written_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sequence; id counts over all shards of a data set in order."""
+    """One training sequence; id counts over all shards of a data set in order. cut: only its beginning is
+    used, so that its end marker is not learned.
+    """
 
     id: int
     key: str
     shard: str
     segments: tuple[Segment, ...]
     json: Part
+    cut: bool = False
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""
@@ -71,10 +81,24 @@ class Sample:
 
 @dataclass(frozen=True)
 class Index:
-    """The samples of a data set, and those that could not even be indexed: (shard, key, why)."""
+    """The samples of a data set, and what could not even be indexed: (shard, key, why); the key is "" where
+    nobody knows whose it was.
+
+    shards: in order, those without a sample too. torn: those that end before their end mark. ignored: by
+    shard, files whose names make no sample. skipped: by id, samples left out by config: (kind, why).
+    """
 
     samples: tuple[Sample, ...]
     broken: tuple[tuple[str, str, str], ...]
+    shards: tuple[str, ...] = ()
+    torn: tuple[str, ...] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> list[Sample]:
+        """The samples that are not left out."""
+        return [s for s in self.samples if s.id not in self.skipped]
 
     @cached_property
     def digest(self) -> str:
@@ -85,40 +109,8 @@ class Index:
         return h.hexdigest()[:16]
 
 
-Probe = Callable[[bytes], dict[str, int]]
-
-
-def _probe_image(payload: bytes) -> dict[str, int]:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(payload)) as image:
-        return {"height": image.height, "width": image.width}
-
-
-def _probe_wav(payload: bytes) -> dict[str, int]:
-    import wave
-
-    with wave.open(io.BytesIO(payload)) as f:
-        return {"samples": f.getnframes(), "rate": f.getframerate()}
-
-
-def _probe_npy(payload: bytes) -> dict[str, int]:
-    array = np.load(io.BytesIO(payload), allow_pickle=False)
-    return {f"dim{i}": n for i, n in enumerate(array.shape)}
-
-
-_probes: dict[str, Probe] = {
-    "png": _probe_image,
-    "jpg": _probe_image,
-    "jpeg": _probe_image,
-    "wav": _probe_wav,
-    "npy": _probe_npy,
-}
-
-
-def register_probe(extension: str, probe: Probe) -> None:
-    """Say how to read the metadata of payloads with a new extension (without dot)."""
-    _probes[extension.lower()] = probe
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 def index_path(shard: Path) -> Path:
@@ -127,67 +119,86 @@ def index_path(shard: Path) -> Path:
 
 
 def build_index(shard: Path) -> dict[str, Any]:
-    """Read a shard once and return its index as JSON. A torn end is noted; what is whole is indexed."""
-    parts: dict[str, dict[str, Any]] = {}
-    broken: list[list[str]] = []
-    last = ""
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                key, _, name = member.name.partition(".")
-                last = key
-                handle = tar.extractfile(member)
-                payload = handle.read() if handle is not None else b""
-                if len(payload) < member.size:
-                    raise tarfile.ReadError("payload ends before its size")
-                parts.setdefault(key, {})[name] = _part_entry(member, name, payload)
-        if not _ends_whole(shard):
-            raise tarfile.ReadError("it has no end mark")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        broken.append([last, f"the shard is torn: {error}"])
-        parts.pop(last, None)
+    """Read a shard once and return its index as JSON: what is whole, and a note on each loss ("broken").
+
+    Raises DataError for a compressed file.
+    """
+    was = shard.stat()  # before it is read: one that is written meanwhile is indexed again
+    found = read_contents(shard)
+    broken = [[_key(name), f"{name}: {why}" if name else why] for name, why in found.lost]
+    parts: dict[str, dict[str, dict[str, Any]]] = {}
+    ignored = 0
+    with shard.open("rb") as tar:
+        for file in found.files:
+            place = split_name(file.name)
+            if place is None:
+                ignored += 1
+                continue
+            key, name = place
+            entry = _part_entry(tar.fileno(), file, name)
+            if name in parts.setdefault(key, {}):
+                entry["unreadable"] = f"{name} is there twice"
+            parts[key][name] = entry
     samples = []
-    for key, found in parts.items():
+    for key, entries in parts.items():
         try:
-            samples.append({"key": key, "segments": _segments(found), "parts": found})
+            samples.append({"key": key, "segments": _segments(entries), "parts": entries})
         except ValueError as error:
             broken.append([key, str(error)])
-        for entry in found.values():
+        for entry in entries.values():
             entry.pop("payload", None)
-    return {"version": VERSION, "bytes": shard.stat().st_size, "samples": samples, "broken": broken}
-
-
-def _ends_whole(shard: Path) -> bool:
-    """Whether a tar ends in blocks of zeros; one that is cut between two files looks fine otherwise."""
-    with shard.open("rb") as f:
-        size = f.seek(0, os.SEEK_END)
-        f.seek(max(0, size - 512))
-        return size % 512 == 0 and not any(f.read())
-
-
-def _part_entry(member: tarfile.TarInfo, name: str, payload: bytes) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "offset": member.offset_data,
-        "size": member.size,
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "meta": {},
+    extensions = sorted({_extension(name) for entries in parts.values() for name in entries})
+    index = {
+        "version": VERSION,
+        "bytes": was.st_size,
+        "mtime_ns": was.st_mtime_ns,
+        "probes": {e: known(e) for e in extensions},
+        "samples": samples,
+        "broken": broken,
+        "torn": found.torn,
+        "ignored": ignored,
     }
+    return {**index, "headers": _headers(shard, index)}
+
+
+def _key(name: str) -> str:
+    place = split_name(name)
+    return name if place is None else place[0]
+
+
+def _headers(shard: Path, index: Mapping[str, Any]) -> str:
+    """A fingerprint of the headers of all parts of an index, as the shard has them now."""
+    h = hashlib.sha256()
+    with shard.open("rb") as tar:
+        for sample in index["samples"]:
+            for part in sample["parts"].values():
+                h.update(os.pread(tar.fileno(), BLOCK, part["offset"] - BLOCK))
+    return h.hexdigest()
+
+
+def _part_entry(tar: int, file: File, name: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"offset": file.offset, "size": file.size, "sha256": "", "meta": {}}
+    try:
+        payload = os.pread(tar, file.size, file.offset)
+        if len(payload) < file.size:
+            raise OSError(f"{len(payload)} of {file.size} bytes were read")
+    except OSError as error:
+        return {**entry, "unreadable": f"{name} cannot be read: {error}"}
+    entry["sha256"] = hashlib.sha256(payload).hexdigest()
     if name == "json":
         entry["payload"] = payload
-    probe = _probes.get(name.rpartition(".")[2].lower())
-    if probe is not None:
-        try:
-            entry["meta"] = probe(payload)
-        except Exception as error:  # whatever a decoder raises, the part is unusable and named
-            entry["unreadable"] = f"{name}: {error}"
+    try:
+        entry["meta"] = metadata(_extension(name), payload)
+    except Exception as error:  # whatever a decoder raises, the part is unusable and named
+        entry["unreadable"] = f"{name}: {error}"
     return entry
 
 
 def _segments(parts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     if "json" not in parts:
         raise ValueError("it has no json part")
+    if "unreadable" in parts["json"]:
+        raise ValueError(parts["json"]["unreadable"])
     out = []
     for seg in parse_segments(parts["json"]["payload"]):
         if seg.text is None:
@@ -221,47 +232,84 @@ def parse_segments(payload: bytes) -> list[WrittenSegment]:
     """The segments of a sample's json; ValueError says what is wrong with it."""
     try:
         written = json.loads(payload)["segments"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"its json has no list of segments ({error})") from error
+    if not isinstance(written, list):
+        raise ValueError(f"its json has no list of segments (they are {written!r:.80})")
     out = []
     for i, seg in enumerate(written):
-        kinds = [k for k in seg if k not in ("loss", "depends")] if isinstance(seg, dict) else []
+        kinds = list(seg) if isinstance(seg, dict) else []
+        if len(kinds) > 1:  # a module of its own may be called loss or depends
+            kinds = [k for k in kinds if k not in ("loss", "depends")]
         if len(kinds) != 1 or not isinstance(seg[kinds[0]], str):
             raise ValueError(f"segment {i} is {seg!r}; needed: one of text or a module, with a string")
         kind = kinds[0]
         is_text = kind == "text"
-        loss, depends = bool(seg.get("loss", True)), seg.get("depends")
+        loss, depends = seg.get("loss", True), seg.get("depends")
+        if not isinstance(loss, bool) or not isinstance(depends, str | None):
+            needed = "loss true or false, depends the name of a module"
+            raise ValueError(f"segment {i} has loss {loss!r}, depends {depends!r}; needed: {needed}")
         out.append(
             WrittenSegment(kind, seg[kind] if is_text else None, "" if is_text else seg[kind], loss, depends)
         )
     return out
 
 
-def read_or_build(shard: Path) -> dict[str, Any]:
-    """The index of a shard, made and written beside it where it is missing or of another file."""
-    path = index_path(shard)
-    if path.exists():
-        try:
-            index = json.loads(path.read_text())
-            if index["version"] == VERSION and index["bytes"] == shard.stat().st_size:
-                return index
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # not an index that can be read: made anew below
-    index = build_index(shard)
-    if not index["samples"]:
-        return index  # perhaps not a shard at all: nothing is left beside it
-    # Several ranks may do this at once; they write the same bytes, and the rename is atomic.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def stored_index(shard: Path) -> dict[str, Any] | None:
+    """The index beside a shard; None where it is missing, damaged, or of another shard, format or probe."""
     try:
-        partial.write_text(json.dumps(index, separators=(",", ":")))
+        index = json.loads(index_path(shard).read_text())
+        claimed = index.pop("sha256")
+        return index if claimed == _sum(index) and _is_of(index, shard) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _sum(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, separators=(",", ":")).encode()).hexdigest()
+
+
+def _is_of(index: Mapping[str, Any], shard: Path) -> bool:
+    """Whether an index is what would be made now.
+
+    A copy of a shard has another time. It is the same one where all headers are; a payload that is not shows
+    when it is read. A probe that is not registered here is believed.
+    """
+    now = shard.stat()
+    if index["version"] != VERSION or index["bytes"] != now.st_size:
+        return False
+    if any(known(e) not in (None, made) for e, made in index["probes"].items()):
+        return False
+    if index["mtime_ns"] == now.st_mtime_ns:
+        return True
+    return not index["broken"] and index["headers"] == _headers(shard, index)
+
+
+def read_or_build(shard: Path, *, write: bool = True) -> dict[str, Any]:
+    """The index of a shard, made anew where stored_index() has none; write: keep it beside the shard."""
+    index = stored_index(shard)
+    if index is not None:
+        return index
+    index = build_index(shard)
+    if not write or not index["samples"]:
+        return index  # perhaps not a shard at all: nothing is left beside it
+    # Several ranks may do this at once, on several machines; the rename is atomic.
+    path = index_path(shard)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        partial.write_text(json.dumps({**index, "sha256": _sum(index)}, separators=(",", ":")))
         os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a read-only data set still trains; it is indexed at each start
+    except OSError:  # a read-only data set still trains; it is indexed at each start
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return index
 
 
-def find_shards(patterns: Sequence[str], base: Path) -> list[Path]:
-    """Shards that globs and brace patterns (relative to base) name; DataError where one names none."""
+def find_shards(patterns: Sequence[str], base: Path, made_by: str | None = None) -> list[Path]:
+    """Shards that globs and brace patterns (relative to base) name; DataError where one names none.
+
+    made_by: the command that makes them, for the error.
+    """
     out: list[Path] = []
     for pattern in patterns:
         found = [
@@ -273,35 +321,47 @@ def find_shards(patterns: Sequence[str], base: Path) -> list[Path]:
             there = (
                 "the folder does not exist" if have is None else f"it has {', '.join(have[:5]) or 'no tar'}"
             )
-            raise DataError(f"no shard matches {pattern!r} in {folder}: {there}")
+            hint = "" if made_by is None else f"; this makes it: {made_by}"
+            raise DataError(f"no shard matches {pattern!r} in {folder}: {there}{hint}")
         out += found
     return out
 
 
-def load_index(patterns: Sequence[str], base: Path) -> Index:
-    """The data set that the patterns name. Raises DataError where there is no sample at all."""
+def load_index(
+    patterns: Sequence[str], base: Path, *, made_by: str | None = None, write: bool = True
+) -> Index:
+    """The data set that the patterns name; write: keep the indexes of its shards beside them; made_by as in
+    find_shards. Raises DataError where there is no sample at all."""
     samples: list[Sample] = []
     broken: list[tuple[str, str, str]] = []
-    for shard in find_shards(patterns, base):
-        raw = read_or_build(shard)
-        broken += [(str(shard), key, why) for key, why in raw["broken"]]
-        for entry in raw["samples"]:
-            parts = {
-                name: Part(str(shard), name, p["offset"], p["size"], p["sha256"], p["meta"])
-                for name, p in entry["parts"].items()
-            }
-            segments = tuple(
-                Segment(
-                    s["kind"],
-                    s.get("bytes", 0),
-                    parts[s["part"]] if "part" in s else None,
-                    s.get("loss", True),
-                    s.get("depends"),
-                )
-                for s in entry["segments"]
-            )
-            samples.append(Sample(len(samples), entry["key"], str(shard), segments, parts["json"]))
+    shards, torn, ignored = [], [], {}
+    for path in find_shards(patterns, base, made_by):
+        shard, raw = str(path), read_or_build(path, write=write)
+        shards.append(shard)
+        torn += [shard] if raw["torn"] else []
+        ignored[shard] = raw["ignored"]
+        broken += [(shard, key, why) for key, why in raw["broken"]]
+        samples += [_sample(len(samples) + k, shard, entry) for k, entry in enumerate(raw["samples"])]
     if not samples:
         why = "; ".join(f"{key or 'all'} of {shard}: {what}" for shard, key, what in broken[:3])
         raise DataError(f"no usable sample in {', '.join(patterns)}: {why or 'the shards are empty'}")
-    return Index(tuple(samples), tuple(broken))
+    return Index(tuple(samples), tuple(broken), tuple(shards), tuple(torn), ignored)
+
+
+def _sample(number: int, shard: str, entry: Mapping[str, Any]) -> Sample:
+    """A sample from its entry in the index of a shard."""
+    parts = {
+        name: Part(shard, name, p["offset"], p["size"], p["sha256"], p["meta"])
+        for name, p in entry["parts"].items()
+    }
+    segments = tuple(
+        Segment(
+            s["kind"],
+            s.get("bytes", 0),
+            parts[s["part"]] if "part" in s else None,
+            s.get("loss", True),
+            s.get("depends"),
+        )
+        for s in entry["segments"]
+    )
+    return Sample(number, entry["key"], shard, segments, parts["json"])

@@ -3,35 +3,119 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from mm.data.index import find_shards, index_path, load_index, read_or_build
+from mm.data.index import Index, Sample, find_shards, index_path, load_index, read_or_build, stored_index
+from mm.errors import DataError
+
+SHOWN = 3  # reasons a shard
+SHARDS_SHOWN = 8
 
 
 def index_text(patterns: Sequence[str], base: Path) -> str:
-    """Make the indexes that are missing; one line a shard."""
-    lines = []
+    """Make the indexes that are missing; a line a shard, and what it has lost.
+
+    Raises DataError where a shard has no sample, or its index cannot be written.
+    """
+    lines, wrong, good = [], [], 0
     for shard in find_shards(patterns, base):
-        raw = read_or_build(shard)
-        lines.append(f"{index_path(shard)}: {len(raw['samples'])} samples, {len(raw['broken'])} broken")
+        raw, path = read_or_build(shard), index_path(shard)
+        lost = [f"{key}: {why}" if key else why for key, why in raw["broken"]]
+        if not raw["samples"]:
+            why = "; ".join(lost[:SHOWN]) or "it is empty"
+            wrong.append(
+                f"{shard} has no sample ({why}); needed: for each a KEY.json with its segments, and its "
+                "items beside it. Nothing is written"
+            )
+        elif stored_index(shard) is None:
+            wrong.append(f"{path} cannot be written; {shard} would be indexed at each start")
+        else:
+            good += 1
+            lines += [f"{path}: {len(raw['samples'])} samples, {len(lost)} broken", *_some(lost)]
+    if wrong:
+        raise DataError("; ".join([*wrong, *([f"the other {good} shards are indexed"] if good else [])]))
     return "\n".join(lines)
 
 
 def inspect_text(patterns: Sequence[str], base: Path) -> str:
     """Counts, items a sample and module, text lengths, and what is broken."""
     index = load_index(patterns, base)
-    modules = sorted({s.kind for x in index.samples for s in x.segments if s.part is not None})
-    shards = {s.shard for s in index.samples}
     text = [sum(seg.text_bytes for seg in s.segments) for s in index.samples]
     lines = [
-        f"{len(index.samples)} samples in {len(shards)} shards",
+        f"{len(index.samples)} samples in {len(index.shards)} shards",
         f"text: {min(text)}-{max(text)} bytes a sample, mean {sum(text) / len(text):.1f}",
     ]
-    for module in modules:
+    for module in modules_of(index.samples):
         counts = Counter(len(s.items(module)) for s in index.samples)
         spread = ", ".join(f"{n} samples with {k}" for k, n in sorted(counts.items()))
         size = sum(p.size for s in index.samples for p in s.items(module))
         lines.append(f"{module}: {sum(k * n for k, n in counts.items())} items, {size} bytes ({spread})")
-    lines += [f"broken: {key} of {shard}: {why}" for shard, key, why in index.broken]
+    lines += [f"no part of a sample: {n} files of {shard}" for shard, n in index.ignored.items() if n]
+    lines += [f"torn: {shard}" for shard in index.torn]
+    lines += [f"broken: {key or 'a part'} of {shard}: {why}" for shard, key, why in index.broken]
     return "\n".join(lines)
+
+
+def modules_of(samples: Sequence[Sample]) -> list[str]:
+    """The modules that samples have items of."""
+    return sorted({s.kind for x in samples for s in x.segments if s.part is not None})
+
+
+def count_lines(name: str, index: Index) -> list[str]:
+    """What a run reads of the data set `name`: counts in all and by file, and what it does not read and why.
+
+    Of many files those that have lost most are shown.
+    """
+    out, lost = [f"{name} data: {_count(index.usable)} in {len(index.shards)} files"], Counter[str]()
+    shards: dict[str, list[Sample]] = {shard: [] for shard in index.shards}
+    reasons: dict[str, list[str]] = {shard: [] for shard in index.shards}
+    for shard, key, why in index.broken:
+        reasons[shard].append(f"unreadable: {key}: {why}" if key else f"unreadable: {why}")
+    for sample in index.samples:
+        if sample.id not in index.skipped:
+            shards[sample.shard].append(sample)
+        else:
+            kind, why = index.skipped[sample.id]
+            reasons[sample.shard].append(f"{kind}: {sample.key}: {why}")
+    lost.update({shard: len(why) for shard, why in reasons.items()})
+    shown = [shard for shard, _ in lost.most_common(SHARDS_SHOWN)]
+    for shard in (s for s in shards if s in shown):
+        out += [f"  {_near(shard)}: {_file(index, shard, shards[shard], len(reasons[shard]))}"]
+        out += [f"  {line}" for line in _some(reasons[shard])]
+    if len(shards) > len(shown):
+        out.append(f"  and {len(shards) - len(shown)} more files")
+    return out
+
+
+def _near(shard: str) -> str:
+    """The path of a shard, from the working folder where it is inside."""
+    here = Path.cwd()
+    return str(Path(shard).relative_to(here)) if Path(shard).is_relative_to(here) else shard
+
+
+def _file(index: Index, shard: str, samples: Sequence[Sample], lost: int) -> str:
+    cut = sum(s.cut for s in samples)
+    more = {
+        "left out": lost,
+        "cut to data.context": cut,
+        "files that are no part of a sample": index.ignored.get(shard, 0),
+    }
+    words = [_count(samples), *(f"{n} {what}" for what, n in more.items() if n)]
+    return ", ".join([*words, *(["torn"] if shard in index.torn else [])])
+
+
+def _count(samples: Sequence[Sample]) -> str:
+    items = [f"{sum(len(s.items(m)) for s in samples)} {m} items" for m in modules_of(samples)]
+    return ", ".join([f"{len(samples)} samples", *items])
+
+
+def _some(reasons: Sequence[str]) -> list[str]:
+    more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
+    return [f"  {line}" for line in [*reasons[:SHOWN], *more]]
+
+
+def unfed(index: Index, modules: Collection[str]) -> list[str]:
+    """A sentence for each module that no sample has an item of."""
+    have = modules_of(index.usable)
+    return [f"no sample has an item for module {m}: it learns nothing" for m in modules if m not in have]

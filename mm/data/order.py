@@ -24,7 +24,7 @@ def sample_ids(seed: int, step: int, global_batch: int, n: int, bad: frozenset[i
     never moves any other sample.
     """
     if len(bad) >= n:
-        raise DataError(f"all {n} samples are unreadable")
+        raise DataError(f"all {n} samples are unreadable or left out")
     first = step * global_batch
     return tuple(_at(seed, place, n, bad) for place in range(first, first + global_batch))
 

@@ -8,7 +8,7 @@ y = communicator.exchange(plan, x)                                              
 
 from parallel.boundary.cache import PlanCache
 from parallel.boundary.communicator import BoundaryCommunicator, Pending, Stats
-from parallel.boundary.plan import EdgePlan, Transfer, plan_edge, plan_transfer
+from parallel.boundary.plan import EdgePlan, Transfer, edge_rows, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
 from parallel.boundary.sides import dest_side, row_places, source_side
 
@@ -21,6 +21,7 @@ __all__ = [
     "Stats",
     "Transfer",
     "dest_side",
+    "edge_rows",
     "plan_edge",
     "plan_transfer",
     "row_places",

@@ -1,6 +1,6 @@
 """Training steps as data: actions, the generators that list them, and the executor."""
 
-from parallel.schedule.action import Action, Kind
+from parallel.schedule.action import Action, Group, Kind
 from parallel.schedule.costs import Costs, measured_costs
 from parallel.schedule.execute import Record, execute
 from parallel.schedule.make import make_schedule
@@ -10,6 +10,7 @@ from parallel.schedule.simulate import Timeline, simulate
 __all__ = [
     "Action",
     "Costs",
+    "Group",
     "Kind",
     "ModuleUse",
     "Record",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Kind(Enum):
@@ -52,6 +52,30 @@ BOUNDARY = frozenset({BOUNDARY_FORWARD, BOUNDARY_BACKWARD})
 _GRADIENTS = (SEND_BACKWARD, RECV_BACKWARD)
 POSTED = SENDS | RECEIVES | BOUNDARY  # what is only put under way
 
+Scope = Literal["module", "edge", "world"]
+Way = Literal["", "forward", "backward"]
+
+
+class Group(NamedTuple):
+    """The name of a process group; SchedulePlan.instances() gives the ranks.
+
+    scope: "module": along `axis` of `module`'s layout, one for each `way` where the axis is a pipeline's;
+        "edge": all ranks at either end of the edge from `module`, one for each `way`; "world": all ranks of
+        the job. A module may so have any name.
+    """
+
+    scope: Scope
+    module: str = ""
+    axis: str = ""
+    way: Way = ""
+
+    def __str__(self) -> str:
+        head = self.scope if self.scope != "module" else ""
+        return ".".join(part for part in (head, self.module, self.axis, self.way) if part)
+
+
+WORLD = Group("world")
+
 
 class Action(NamedTuple):
     """Do `kind` for `module` (for a boundary: its source module) on micro-batch `microbatch`.
@@ -61,10 +85,8 @@ class Action(NamedTuple):
     peer: sends and receives: the stage at the other end, on the rank that differs along pp alone.
     span: the action covers micro-batches [microbatch, microbatch + span), for encoders that take several
         micro-batches of the language model at once.
-    groups: names of the process groups that it uses, in order: "llm.tp" is the rank's own group along an axis
-        of a module's layout, "llm.pp.forward" its pipeline's for activations and "llm.pp.backward" for
-        gradients, "edge.vision.forward" and "edge.vision.backward" are all ranks at either end of an edge,
-        "world" all ranks of the job. SchedulePlan.members() gives the ranks.
+    groups: the process groups that it uses, in order, the rank's own of each name. SchedulePlan.members()
+        gives the ranks.
     """
 
     kind: Kind
@@ -74,7 +96,7 @@ class Action(NamedTuple):
     last: bool = False
     peer: int | None = None
     span: int = 1
-    groups: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = ()
 
     @property
     def microbatches(self) -> range:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, Action, Kind
+from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, WORLD, Action, Group, Kind, Way
 from parallel.schedule.graph import Stuck, graph_of
 from parallel.schedule.memory import Memory, Peak, check_limit, peaks
 from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, parameter_groups
@@ -142,27 +142,28 @@ def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[st
         peer = None if step is None else a.stage + step
         if a.groups != wanted or a.peer != peer:
             yield (
-                f"rank {plan.ranks_of[p][0]}: {a} names groups {list(a.groups)} and peer {a.peer}, needed: "
-                f"{list(wanted)} and {peer}"
+                f"rank {plan.ranks_of[p][0]}: {a} names groups [{', '.join(map(str, a.groups))}] and peer "
+                f"{a.peer}, needed: [{', '.join(map(str, wanted))}] and {peer}"
             )
 
 
-def _groups(kind: Kind, module: str, use: ModuleUse) -> tuple[str, ...]:
+def _groups(kind: Kind, module: str, use: ModuleUse) -> tuple[Group, ...]:
     """The groups that an action uses."""
     if kind in COMPUTE:
         return compute_groups(module, use)
     if kind in BOUNDARY:
-        return (f"edge.{module}.{_WAY[kind]}",)
+        return (Group("edge", module, way=_WAY[kind]),)
     if kind in SENDS or kind in RECEIVES:
-        return (f"{module}.pp.{_WAY[kind]}",)
+        return (Group("module", module, "pp", _WAY[kind]),)
     if kind in (Kind.GATHER, Kind.GRAD_SYNC):
         return parameter_groups(module, use)
-    return ("world",) if kind is Kind.OPTIMIZER else ()
+    return (WORLD,) if kind is Kind.OPTIMIZER else ()
 
 
 # How far the stage at the other end of a message is.
 _PEER = {Kind.SEND_FORWARD: 1, Kind.RECV_FORWARD: -1, Kind.SEND_BACKWARD: -1, Kind.RECV_BACKWARD: 1}
-_WAY = {kind: kind.value.split("_")[-1] for kind in Kind}
+_FORWARD = (Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.BOUNDARY_FORWARD)
+_WAY: dict[Kind, Way] = {k: "forward" if k in _FORWARD else "backward" for k in SENDS | RECEIVES | BOUNDARY}
 _STEPWISE = frozenset({Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC, Kind.OPTIMIZER})
 
 
@@ -254,7 +255,7 @@ def _transfers(plan: SchedulePlan) -> Iterator[str]:
 
 def _collectives(plan: SchedulePlan) -> Iterator[str]:
     """The same order of collectives on all members of every process group."""
-    seen: dict[str, dict[int, list[Action]]] = defaultdict(lambda: defaultdict(list))
+    seen: dict[Group, dict[int, list[Action]]] = defaultdict(lambda: defaultdict(list))
     for p, a in plan:
         if a.kind not in SENDS and a.kind not in RECEIVES:
             for group in a.groups:

@@ -29,6 +29,7 @@ from parallel.schedule.action import (
     SEND_BACKWARD,
     SEND_FORWARD,
     Action,
+    Group,
     Kind,
 )
 from parallel.schedule.plan import SchedulePlan
@@ -306,14 +307,14 @@ def _peers(plan: SchedulePlan) -> dict[tuple[str, int, int], tuple[int, ...]]:
     return {key: tuple(sorted(q)) for key, q in found.items()}
 
 
-class _Together(dict[tuple[tuple[str, ...], int], frozenset[int]]):
+class _Together(dict[tuple[tuple[Group, ...], int], frozenset[int]]):
     """By (groups of an action, program): the programs that carry it out together, made when asked for."""
 
     def __init__(self, plan: SchedulePlan) -> None:
         super().__init__()
         self.plan = plan
 
-    def __missing__(self, key: tuple[tuple[str, ...], int]) -> frozenset[int]:
+    def __missing__(self, key: tuple[tuple[Group, ...], int]) -> frozenset[int]:
         groups, p = key
         sets = [s for g in groups for s in self.plan.program_sets(g)]
         joined = {p}

@@ -14,8 +14,11 @@ from parallel.schedule.action import (
     RECV_FORWARD,
     SEND_BACKWARD,
     SEND_FORWARD,
+    WORLD,
     Action,
+    Group,
     Kind,
+    Way,
 )
 from parallel.schedule.orders import Work
 from parallel.schedule.plan import (
@@ -68,7 +71,10 @@ class _Writer:
         self.sources = [m for m in modules if m != sink]
         self.compute = {m: compute_groups(m, u) for m, u in modules.items()}
         self.parameters = {m: parameter_groups(m, u) for m, u in modules.items()}
-        self.links = {m: ((f"{m}.pp.forward",), (f"{m}.pp.backward",)) for m in modules}
+        self.links = {
+            m: ((Group("module", m, "pp", "forward"),), (Group("module", m, "pp", "backward"),))
+            for m in modules
+        }
 
     def program(self, place: Place, works: Sequence[Work], optimizer: bool) -> tuple[Action, ...]:
         # The edges that this place holds rows of, and whether it is where the sink reads them.
@@ -103,7 +109,7 @@ class _Writer:
             if key[0] in self.late:
                 out += self._closing(key, key in final, key in stepwise)
         if optimizer and self.train:
-            out.append(Action(Kind.OPTIMIZER, self.sink, 0, groups=("world",)))
+            out.append(Action(Kind.OPTIMIZER, self.sink, 0, groups=(WORLD,)))
         return tuple(out)
 
     def _closing(self, key: tuple[str, int], after_last: bool, free: bool) -> list[Action]:
@@ -160,5 +166,5 @@ class _Writer:
         return Action(kind, w.module, w.microbatch, w.stage, False, peer, w.span, groups)
 
     def _edge(self, kind: Kind, source: str, microbatch: int) -> Action:
-        way = "forward" if kind is BOUNDARY_FORWARD else "backward"
-        return Action(kind, source, microbatch, groups=(f"edge.{source}.{way}",))
+        way: Way = "forward" if kind is BOUNDARY_FORWARD else "backward"
+        return Action(kind, source, microbatch, groups=(Group("edge", source, way=way),))

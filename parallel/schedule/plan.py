@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from parallel.layout import Layout
-from parallel.schedule.action import Action
+from parallel.schedule.action import Action, Group
 
 Params = Literal["each", "step", "replicated"]
 
@@ -66,6 +66,9 @@ class SchedulePlan:
     train: bool = True
     ahead: int | None = None
     memo: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _sets: dict[Group, tuple[frozenset[int], ...]] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def microbatches(self) -> int:
@@ -129,28 +132,25 @@ class SchedulePlan:
             return True
         return any(not self.modules[s].frozen for s in self.active[microbatch])
 
-    def members(self, group: str, rank: int) -> tuple[int, ...]:
+    def members(self, group: Group, rank: int) -> tuple[int, ...]:
         """The ranks of the process group that an action of `rank` names."""
         return next(ranks for ranks in self.instances(group) if rank in ranks)
 
-    def instances(self, group: str) -> tuple[tuple[int, ...], ...]:
+    def instances(self, group: Group) -> tuple[tuple[int, ...], ...]:
         """All process groups of a name, as ranks."""
-        if group == "world":
+        if group.scope == "world":
             return (self.ranks,)
-        head, *rest = group.split(".")
-        if head == "edge":
-            source = rest[0]
-            both = self.ends(source)[0] | self.ends(source)[1]
+        if group.scope == "edge":
+            both = frozenset().union(*self.ends(group.module))
             return (tuple(r for r, p in self.program_of.items() if p in both),)
-        return self.modules[head].layout.groups(rest[0])
+        return self.modules[group.module].layout.groups(group.axis)
 
-    def program_sets(self, group: str) -> tuple[frozenset[int], ...]:
+    def program_sets(self, group: Group) -> tuple[frozenset[int], ...]:
         """The distinct sets of programs that process groups of a name join: what orders must agree on."""
-        if group not in self.memo:
+        if group not in self._sets:
             sets = {frozenset(self.program_of[r] for r in ranks) for ranks in self.instances(group)}
-            self.memo[group] = tuple(sorted(sets, key=sorted))
-        found: tuple[frozenset[int], ...] = self.memo[group]
-        return found
+            self._sets[group] = tuple(sorted(sets, key=sorted))
+        return self._sets[group]
 
 
 def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:
@@ -166,17 +166,17 @@ def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:
     return {rank: tuple(row) for rank, row in out.items()}
 
 
-def compute_groups(module: str, use: ModuleUse) -> tuple[str, ...]:
+def compute_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
     """The groups that a forward or backward of a module runs collectives of, in order."""
     axes = [a for a in ("tp", "cp", "ep", "etp") if getattr(use.layout, a) > 1]
     return (
         *(parameter_groups(module, use) if use.params == "each" else ()),
-        *(f"{module}.{a}" for a in axes),
+        *(Group("module", module, a) for a in axes),
     )
 
 
-def parameter_groups(module: str, use: ModuleUse) -> tuple[str, ...]:
+def parameter_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
     """The groups that parameters are gathered and gradients summed over: dp, and edp with cut experts."""
     layout = use.layout
     axes: Sequence[str] = ("dp", "edp") if layout.ep * layout.etp > 1 else ("dp",)
-    return tuple(f"{module}.{a}" for a in axes if getattr(layout, a) > 1)
+    return tuple(Group("module", module, a) for a in axes if getattr(layout, a) > 1)

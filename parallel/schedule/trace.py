@@ -39,7 +39,7 @@ def trace_events(records: Mapping[int, Sequence[Record]]) -> dict[str, Any]:
                         "stage": action.stage,
                         "microbatch": action.microbatch,
                         "waited_us": waited,
-                        "groups": list(action.groups),
+                        "groups": [str(g) for g in action.groups],
                     },
                 }
             )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import encoders
 from encoders import compat
 from encoders.contract import Features, ItemBatch
 from encoders.module import RowsMismatch
+from mm.data.probes import metadata
 from tests.encoders.helpers import SIZES, SMALL, batch, gradient_error, make_axes, module, png, wav
 
 NAMES = ["vit", "fastconformer"]
@@ -189,6 +193,44 @@ def test_unusable_items_are_refused_in_words() -> None:
         vit.prepare(cfg, png(8, 12), {"height": 8, "width": 8})
     with pytest.raises(ValueError, match="16000 samples a second; this encoder needs 8000"):
         conformer.rows(conformer.Config(), {"samples": 9, "rate": 16000})
+
+
+@pytest.mark.parametrize(
+    ("mode", "held"),
+    [("L", 1), ("1", 1), ("LA", 1), ("I;16", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("grey P", 1)],
+)
+def test_colours_are_never_lost_in_silence(mode: str, held: int) -> None:
+    image = (
+        Image.new("RGB", (8, 8), (90, 90, 90))
+        if mode == "I;16"
+        else Image.open(io.BytesIO(png(8, 8, mode="RGB")))
+    )
+    if mode == "grey P":
+        image = image.convert("L").convert("P")
+    buffer = io.BytesIO()
+    (image.convert("L") if mode == "I;16" else image).convert(mode.removeprefix("grey ")).save(buffer, "PNG")
+    payload, vit = buffer.getvalue(), encoders.resolve("vit")
+    meta = metadata("png", payload)
+    assert meta == {"height": 8, "width": 8, "channels": held}
+    for channels in (1, 3):
+        cfg = vit.Config(**{**SMALL["vit"], "channels": channels})
+        if held <= channels:
+            assert vit.rows(cfg, meta) == 4
+            planes = vit.prepare(cfg, payload, meta).view(-1, channels, 4)
+            assert held > 1 or all(torch.equal(planes[:, 0], planes[:, c]) for c in range(channels))
+            continue
+        with pytest.raises(ValueError, match=r"colour picture.*channels is 1 .grey.*needed: channels=3"):
+            vit.rows(cfg, meta)
+        with pytest.raises(ValueError, match=r"colour picture.*channels is 1 .grey.*needed: channels=3"):
+            vit.prepare(cfg, payload, {"height": 8, "width": 8})  # of an index that does not say
+
+
+def test_sixteen_bits_of_grey_keep_their_upper_half() -> None:
+    shades, buffer = np.array([[0, 255, 256, 40000, 65535]], dtype=np.uint16), io.BytesIO()
+    Image.fromarray(shades).save(buffer, "PNG")
+    for channels in (1, 3):
+        for plane in compat.decode_image(buffer.getvalue(), channels):
+            assert plane.tolist() == [[0, 0, 1, 156, 255]]
 
 
 def test_costs_grow_with_the_item() -> None:

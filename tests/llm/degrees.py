@@ -23,7 +23,7 @@ from tests.llm.harness import axis
 
 @dataclass(frozen=True)
 class Degrees:
-    """A layout of one module on ranks 0 to world - 1."""
+    """A layout of one module on ranks 0 to world - 1, or on these in the order of `ranks`."""
 
     world: int
     tp: int = 1
@@ -32,10 +32,20 @@ class Degrees:
     etp: int = 1
     sp: bool = False
     order: Order = "contiguous"
+    ranks: tuple[int, ...] | None = None
 
     @property
     def layout(self) -> Layout:
-        return Layout("llm", tuple(range(self.world)), tp=self.tp, cp=self.cp, ep=self.ep, etp=self.etp)
+        ranks = self.ranks or tuple(range(self.world))
+        return Layout(
+            "llm",
+            ranks,
+            tp=self.tp,
+            cp=self.cp,
+            ep=self.ep,
+            etp=self.etp,
+            sequence_parallel=self.sp,
+        )
 
     @property
     def step(self) -> int:

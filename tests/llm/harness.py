@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from llm.config import LLMConfig
 from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from parallel.axis import Axes, Axis
+from parallel.mesh import ordered_group
 from parallel.packed import Packing
 from parallel.param import declared, initialise
 
@@ -92,7 +94,7 @@ class Text:
 def axis(name: str, groups: list[list[int]]) -> Axis:
     """The axis over `groups` of global ranks as this rank sees it; every rank calls this alike."""
     rank = dist.get_rank()
-    made = [(g, dist.new_group(g)) for g in groups if len(g) > 1]
+    made = [(g, ordered_group(g, timedelta(seconds=60))) for g in groups if len(g) > 1]
     for members, group in made:
         if rank in members:
             return Axis(name, len(members), members.index(rank), group)

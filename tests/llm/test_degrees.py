@@ -43,26 +43,26 @@ LANES = [(11, 1, 18), (30,), (), (2, 0, 17, 3)]
 
 PAIRS = {
     "tp2": Degrees(2, tp=2),
-    "tp2 sp": Degrees(2, tp=2, sp=True),
+    "tp2 sp": Degrees(2, tp=2, sp=True, ranks=(1, 0)),
     "cp2": Degrees(2, cp=2),
-    "cp2 zigzag": Degrees(2, cp=2, order="zigzag"),
-    "ep2": Degrees(2, ep=2),
+    "cp2 zigzag": Degrees(2, cp=2, order="zigzag", ranks=(1, 0)),
+    "ep2": Degrees(2, ep=2, ranks=(1, 0)),
     "etp2": Degrees(2, etp=2),
     "dp2": Degrees(2),
-    "tp4 sp": Degrees(4, tp=4, sp=True),
-    "cp4": Degrees(4, cp=4),
+    "tp4 sp": Degrees(4, tp=4, sp=True, ranks=(2, 0, 3, 1)),
+    "cp4": Degrees(4, cp=4, ranks=(3, 1, 2, 0)),
     "cp4 zigzag": Degrees(4, cp=4, order="zigzag"),
-    "ep2 etp2": Degrees(4, ep=2, etp=2),
+    "ep2 etp2": Degrees(4, ep=2, etp=2, ranks=(2, 1, 3, 0)),
     "tp2 cp2": Degrees(4, tp=2, cp=2),
-    "tp2 sp cp2 zigzag": Degrees(4, tp=2, cp=2, sp=True, order="zigzag"),
+    "tp2 sp cp2 zigzag": Degrees(4, tp=2, cp=2, sp=True, order="zigzag", ranks=(0, 2, 1, 3)),
     "tp2 dp2": Degrees(4, tp=2),
     "tp2 ep2 across dp": Degrees(4, tp=2, ep=2),
-    "tp2 sp ep4": Degrees(4, tp=2, ep=4, sp=True),
+    "tp2 sp ep4": Degrees(4, tp=2, ep=4, sp=True, ranks=(3, 2, 1, 0)),
     "tp2 etp2": Degrees(4, tp=2, etp=2, sp=True),
     "cp2 dp2 zigzag": Degrees(4, cp=2, order="zigzag"),
     "cp2 ep2": Degrees(4, cp=2, ep=2),
     "cp2 ep4": Degrees(4, cp=2, ep=4),
-    "cp2 etp2": Degrees(4, cp=2, etp=2, order="zigzag"),
+    "cp2 etp2": Degrees(4, cp=2, etp=2, order="zigzag", ranks=(2, 1, 3, 0)),
     "dp4 ep4": Degrees(4, ep=4),
     "dp4 etp2": Degrees(4, etp=2),
 }
@@ -131,7 +131,7 @@ def test_parts_computed_again_under_cp(ranks: Any) -> None:
 
 
 def draw(rng: random.Random) -> Case:
-    """Any layer under any layout of 4 ranks."""
+    """Any layer under any layout of 4 ranks, in any order."""
     tp, cp = rng.choice([(t, c) for t in (1, 2, 4) for c in (1, 2, 4) if t * c <= 4])
     ep, etp = rng.choice([(e, t) for e in (1, 2, 4) for t in (1, 2, 4) if e * t <= 4])
     order = rng.choice(["contiguous", "zigzag"])
@@ -149,7 +149,8 @@ def draw(rng: random.Random) -> Case:
         dispatcher=rng.choice(["all_to_all", "all_gather"]),
     )
     symbol = rng.choice(KINDS)
-    degrees = Degrees(4, tp, cp, ep, etp, rng.random() < 0.5, order)  # type: ignore[arg-type]
+    ranks = tuple(rng.sample(range(4), 4))
+    degrees = Degrees(4, tp, cp, ep, etp, rng.random() < 0.5, order, ranks)  # type: ignore[arg-type]
     return cfg, symbol, degrees, frozenset()
 
 

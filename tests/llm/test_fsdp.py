@@ -15,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule
 from llm.config import LLMConfig
 from llm.model import LLM
 from parallel.axis import Axes
-from parallel.layout import make_layout
 from parallel.mesh import ModuleMesh, build_mesh
 from parallel.optim import AdamW, ShardedOptimizer
 from parallel.param import declared, global_index, local
@@ -101,8 +100,7 @@ def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
     for case in cases:
         d = case.degrees
         if d not in meshes:
-            spec = {"tp": d.tp, "cp": d.cp, "ep": d.ep, "etp": d.etp, "sequence_parallel": d.sp}
-            mesh = build_mesh(make_layout("llm", d.world, spec), "cpu")
+            mesh = build_mesh(d.layout, "cpu")
             assert mesh is not None
             meshes[d] = mesh
         out.append(run_case(case, meshes[d]))
@@ -141,11 +139,11 @@ PAIRS = [
     Degrees(2),
     Degrees(2, cp=2),
     Degrees(2, ep=2),
-    Degrees(4),
+    Degrees(4, ranks=(2, 0, 3, 1)),
     Degrees(4, tp=2),
-    Degrees(4, tp=2, sp=True),
+    Degrees(4, tp=2, sp=True, ranks=(2, 1, 3, 0)),
     Degrees(4, cp=2, order="zigzag"),
-    Degrees(4, ep=2),
+    Degrees(4, ep=2, ranks=(3, 1, 2, 0)),
     Degrees(4, etp=2),
     Degrees(4, tp=2, ep=2, sp=True),
 ]
@@ -165,7 +163,10 @@ def test_every_layer_under_data_and_another_degree(world: int, ranks: Any) -> No
         check(case, [r[i] for r in results])
 
 
-@pytest.mark.parametrize("degrees", [Degrees(2), Degrees(4, tp=2, ep=2), Degrees(4, cp=2, ep=4)], ids=str)
+WHOLE = [Degrees(2), Degrees(4, tp=2, ep=2, ranks=(3, 1, 2, 0)), Degrees(4, cp=2, ep=4)]
+
+
+@pytest.mark.parametrize("degrees", WHOLE, ids=str)
 def test_every_way_of_holding_a_whole_model(degrees: Degrees, ranks: Any) -> None:
     cases = [Case(MODEL, degrees, zero) for zero in (1, 2, 3)]
     results = ranks(degrees.world, run_cases, cases, timeout=240)

@@ -58,7 +58,7 @@ def test_the_head_sees_no_other_token(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, _ = make_batch(Text((20, 6), 2, seed=3), CFG.vocab_size)
     build(CFG)(told(batch), {"vision": torch.zeros(0, CFG.d_model, dtype=torch.float64)})
     assert len(seen) == 1 + CFG.mtp_layers and all((labels >= 0).all() for labels in seen)
-    assert len(seen[0]) == int((batch.labels >= 0).sum()) < len(batch.labels)
+    assert len(seen[-1]) == int((batch.labels >= 0).sum()) < len(batch.labels)
 
 
 def silent() -> float:

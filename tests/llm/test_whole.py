@@ -163,7 +163,9 @@ def draw(seed: int, world: int) -> Case:
     degrees = Degrees(world, tp, cp, ep, etp, sp=r.random() < 0.5, order=order)
     cfg = replace(MODEL, tied=r.random() < 0.5, dispatcher=r.choice(("all_to_all", "all_gather")))
     cuts = tuple(sorted(r.sample(range(1, 5), r.randrange(3))))
-    return Case(cfg, degrees, cuts, r.choice(("none", "full", "mlp", "moe_act", "norm", "scan")))
+    recompute = r.choice(("none", "full", "mlp", "moe_act", "norm", "scan"))
+    ranks = tuple(r.sample(range(world), world))
+    return Case(cfg, replace(degrees, ranks=ranks), cuts, recompute)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -88,7 +88,7 @@ def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, capsys: pytest.C
     console.step(record(1))
     console.info("hello")
     console.evaluation(1, RESULT)
-    console.lift_table(RESULT, math.log(10))
+    console.lift_table(RESULT, {"vision": math.log(10)})
     console.warn("sample 3 cannot be read")
     console.close()
     out, err = capsys.readouterr()
@@ -96,12 +96,12 @@ def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluations_are_records_and_a_table_with_the_floor(
+def test_evaluations_are_records_and_a_table_with_a_blind_guess(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     console = Console(tmp_path, 9, first=0, lead=True)
     console.evaluation(9, RESULT)
-    console.lift_table(RESULT, math.log(10))
+    console.lift_table(RESULT, {"vision": math.log(10)})
     console.close()
     assert lines(tmp_path) == [
         {"step": 9, "eval_loss": 0.5, "modality_lift": {"vision": 1.2345, "audio": -0.001}}
@@ -140,14 +140,16 @@ def test_warnings_go_to_the_log_too(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "warning: sample 3" in (tmp_path / "log.txt").read_text()
 
 
-def test_losses_and_lifts_go_to_tensorboard_where_it_is_installed(
+def test_losses_and_lifts_go_to_tensorboard_where_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: dict[tuple[str, int], float] = {}
+    purged = []
 
     class Writer:
-        def __init__(self, folder: str) -> None:
+        def __init__(self, folder: str, purge_step: int) -> None:
             assert folder == str(tmp_path / "tensorboard")
+            purged.append(purge_step)
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             written[name, step] = value
@@ -158,9 +160,12 @@ def test_losses_and_lifts_go_to_tensorboard_where_it_is_installed(
     package = types.ModuleType("torch.utils.tensorboard")
     package.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
-    console = Console(tmp_path, 9, first=0, lead=True)
-    console.step(record(1))
-    console.evaluation(1, RESULT)
-    console.close()
-    assert written["loss", 1] == 1 / 3 and written["closed", 0]
+    for asked in (False, True):
+        console = Console(tmp_path, 9, first=4, lead=True, tensorboard=asked)
+        console.step(record(5))
+        console.evaluation(5, RESULT)
+        console.close()
+        assert bool(written) == asked
+    assert written["loss", 5] == 1 / 3 and written["closed", 0]
     assert any("vision" in name and value == 1.2345 for (name, _), value in written.items())
+    assert purged == [5]  # what an earlier start wrote of step 5 is made again

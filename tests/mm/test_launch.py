@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mm import launch
-from mm.errors import Refused
+from mm.errors import PolyrankError, Refused
 
 
 @pytest.fixture
@@ -44,6 +44,64 @@ open({str(tmp_path)!r} + f"/{{rank}}", "w").write(" ".join(os.environ[n] for n i
 """
     assert run(3, code) == 0
     assert [(tmp_path / str(r)).read_text() for r in range(3)] == [f"{r} {r} 3 3 127.0.0.1" for r in range(3)]
+
+
+def test_ranks_start_before_the_rest_is_checked_and_end_where_it_is_refused(run: Any, tmp_path: Path) -> None:
+    def check() -> None:
+        while not list(tmp_path.iterdir()):  # the rank runs already
+            time.sleep(0.02)
+        raise Refused("no such encoder")
+
+    code = f"open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w').close(); time.sleep(600)"
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Refused, match="no such encoder"):
+        launch.launch_local(1, [code], check)
+    assert signal.getsignal(signal.SIGTERM) is before
+    stat = Path(f"/proc/{next(tmp_path.iterdir()).name}/stat")
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        time.sleep(0.02)
+
+
+def test_a_rank_that_comes_before_the_store_waits_for_it(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "TELL_S", 0.05)
+    code = f"""
+import socket
+ours = socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+open({str(tmp_path)!r} + "/came", "w").close()
+from mm.launch import _store
+_store(30.0).set("here", "")
+"""
+
+    def check() -> None:
+        while not (tmp_path / "came").exists():
+            time.sleep(0.1)
+
+    assert launch.launch_local(1, [code], check) == 0
+    assert capsys.readouterr().out.startswith("importing torch, 0 s\n")
+
+
+def test_the_first_rank_tells_which_have_not_started_yet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    monkeypatch.setattr(launch, "_store", lambda timeout_s, hosts: store)
+    monkeypatch.setattr(launch, "TELL_S", 0.1)
+    with pytest.raises(
+        PolyrankError, match=r"2 of 3 ranks have not come within 0.35 s \(run.timeout_s\): 1, 2"
+    ):
+        launch._meet(0, 3, 0.35)
+    assert capsys.readouterr().out.count("1 of 3 ranks have started, not yet: 1, 2\n") in (2, 3)
+    store.set("here/2", "")
+    threading.Timer(0.25, lambda: store.set("here/1", "")).start()
+    launch._meet(0, 3, 60.0)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "2 of 3 ranks have started, not yet: 1" and told[-1] == "all 3 ranks have started"
+    launch._meet(1, 3, 60.0)
+    assert capsys.readouterr().out == ""
 
 
 def test_ranks_left_behind_by_a_failure_are_stopped(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

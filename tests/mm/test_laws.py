@@ -9,6 +9,7 @@ import pytest
 
 from tests.mm.harness import largest_difference, small, train_few
 
+MODULES = ("vision", "audio", "llm")
 NAMED = {
     "all dp4": (4, {}),
     "llm tp4": (4, {"llm": {"tp": 4}}),
@@ -37,6 +38,25 @@ NAMED = {
     "llm ep2 etp2": (4, {"llm": {"ep": 2, "etp": 2}}),
     "llm etp4 tp2 sp": (4, {"llm": {"tp": 2, "sequence_parallel": True, "etp": 4}}),
     "llm cp pp": (4, {"llm": {"cp": 2, "pp": 2}}),
+    "tp2 sp on [1, 0]": (2, {m: {"ranks": [1, 0], "tp": 2, "sequence_parallel": True} for m in MODULES}),
+    "cp2 on [1, 0]": (2, {m: {"ranks": [1, 0], "cp": 2} for m in MODULES}),
+    "llm tp4 on [3, 1, 2, 0], audio on [2, 0], vision strided": (
+        4,
+        {
+            "vision": {"ranks": [0, 2, 1, 3], "tp": 2, "sequence_parallel": True},
+            "audio": {"ranks": [2, 0], "tp": 2},
+            "llm": {"ranks": [3, 1, 2, 0], "tp": 4},
+        },
+    ),
+    "tp2 dp2 on [2, 1, 3, 0]": (4, {m: {"ranks": [2, 1, 3, 0], "tp": 2} for m in MODULES}),
+    "experts on [2, 0, 3, 1]": (
+        4,
+        {"llm": {"ranks": [2, 0, 3, 1], "tp": 2, "sequence_parallel": True, "ep": 2, "etp": 2}},
+    ),
+    "dp4 in orders of their own": (
+        4,
+        {"vision": {"ranks": [2, 0, 3, 1]}, "audio": {"ranks": [3, 2, 1, 0]}, "llm": {"ranks": [1, 3, 0, 2]}},
+    ),
 }
 
 SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
@@ -70,6 +90,13 @@ SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
     "virtual stages, disjoint": (
         {"vision": {"ranks": "0-1"}, "audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2, "vpp": 2}},
         {"microbatches": 4},
+    ),
+    "zero bubble, ranks from last to first": (
+        {
+            "vision": {"ranks": [2, 3, 0, 1], "pp": 2, "cp": 2},
+            "llm": {"ranks": [3, 2, 1, 0], "pp": 2, "vpp": 2, "tp": 2, "sequence_parallel": True},
+        },
+        {"microbatches": 2, "kind": "zero_bubble"},
     ),
     "gpipe, mixed": (
         {"audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}},
@@ -135,8 +162,8 @@ def random_job(seed: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
     world = rng.choice([2, 3, 4, 4])
     layout = {}
     for m in ("vision", "audio", "llm"):
-        some = sorted(rng.sample(range(world), rng.randint(1, world)))
-        ranks = rng.choice([list(range(world)), some])
+        some = rng.sample(range(world), rng.randint(1, world))  # in any order
+        ranks = rng.choice([list(range(world)), sorted(some), some, rng.sample(range(world), world)])
         layout[m] = random_degrees(rng, ranks, pp=[1, 1, 2], encoder=m != "llm")
     microbatches = rng.choice([1, 2, 3])
     train = {

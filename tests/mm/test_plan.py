@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import re
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,14 +19,16 @@ from hypothesis import strategies as st
 from llm.counts import Counts
 from mm.batch import IGNORE, Assembler
 from mm.blueprint import draw_up
-from mm.config import TrainConfig, from_mapping
+from mm.config import DataConfig, TrainConfig, from_mapping
 from mm.data.index import load_index
 from mm.data.reader import ShardReader
 from mm.data.tokenizer import Tokenizer
 from mm.plan import PlanInputs, StepPlan, deal_by_cost, plan_step, share
+from mm.plan_text import dry_run, first_step, plan_data, plan_json
+from mm.select import select
 from mm.update import learning_rate
 from parallel.axis import Axes, Axis
-from parallel.boundary import PlanCache
+from parallel.boundary import PlanCache, plan_edge
 from parallel.layout import Layout
 from tests.mm.harness import CONFIGS, small
 
@@ -34,6 +40,17 @@ def inputs(world: int, layout: dict[str, dict[str, object]], microbatches: int, 
     for m in ("vision", "audio"):
         raw["model"][m]["deal"] = deal
     return replace(draw_up(from_mapping(raw, CONFIGS), world).inputs, depths=3)
+
+
+# Some of them cut to fewer tokens than they have.
+SAMPLES = (
+    *INDEX.samples,
+    *select(
+        INDEX,
+        replace(inputs(1, {}, 1, "cost"), context=40),
+        DataConfig(train=["any"], overlong="truncate", max_skipped=1.0),
+    ).usable,
+)
 
 
 def random_plan(seed: int) -> tuple[StepPlan, PlanInputs, int]:
@@ -48,7 +65,7 @@ def random_plan(seed: int) -> tuple[StepPlan, PlanInputs, int]:
         layout[m] = {"tp": rng.choice(tps), "sequence_parallel": rng.random() < 0.5}
         layout[m]["cp"] = rng.choice([c for c in (1, 2, 3) if world % (layout[m]["tp"] * c) == 0])
     made = inputs(world, {**layout, "llm": llm}, rng.choice([1, 2, 5]), rng.choice(["sample", "cost"]))
-    samples = [rng.choice(INDEX.samples) for _ in range(rng.choice([1, 2, 7, 24]))]
+    samples = [rng.choice(SAMPLES) for _ in range(rng.choice([1, 2, 7, 24]))]
     return plan_step(3, samples, made), made, world
 
 
@@ -148,3 +165,47 @@ def test_the_learning_rate_warms_up_holds_and_decays() -> None:
     rates = [learning_rate(cfg, s) for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and set(rates[9:79]) == {1.0}
     assert all(a > b for a, b in itertools.pairwise(rates[79:])) and rates[-1] > 0.1
+
+
+def test_the_plan_of_1024_ranks_is_written_in_seconds(tmp_path: Path) -> None:
+    """All edges, and each distinct program once: not a plan for every rank, which took 17 minutes."""
+    layout = {
+        "vision": {"tp": 2},
+        "audio": {"ranks": "0-511", "cp": 2},
+        "llm": {"tp": 4, "cp": 2, "pp": 4, "ep": 8, "sequence_parallel": True},
+    }
+    train = {"global_batch": 1024}
+    raw = small(layout=layout, schedule={"microbatches": 8}, train=train)
+    blueprint = draw_up(from_mapping(raw, CONFIGS), 1024)
+    begin = time.process_time()
+    written = plan_json(blueprint, INDEX)
+    text = dry_run(blueprint, tmp_path)
+    assert time.process_time() - begin < 20
+    data = json.loads(written)
+    programs = data["schedule"]["programs"]
+    assert sorted(r for p in programs for r in p["ranks"]) == list(range(1024))
+    assert len(programs) <= 8 and len(written) < 200_000
+    assert len(re.findall(r"^ *\d+  (?=dp\d|-)", text, re.MULTILINE)) == 1024  # the rank table
+    assert data["edges"]["vision"]["rows"] > 0 < data["edges"]["audio"]["forward_bytes"]
+
+
+def test_the_bytes_of_an_edge_are_the_sum_of_what_ranks_plan() -> None:
+    layout = {
+        "vision": {"ranks": [2, 0], "cp": 2},
+        "audio": {"tp": 2},
+        "llm": {"tp": 2, "ranks": [3, 1, 2, 0]},
+    }
+    raw = small(layout=layout, schedule={"microbatches": 2})
+    raw["model"]["audio"]["freeze"] = "all"
+    blueprint = draw_up(from_mapping(raw, CONFIGS), 4)
+    plan, data = first_step(blueprint, INDEX), plan_data(blueprint, INDEX)
+    for module in ("vision", "audio"):
+        parts = [
+            plan_edge(module, mb.edges[module].source, mb.edges[module].dest, rank)
+            for mb in plan.microbatches
+            for rank in range(4)
+        ]
+        row = 24 * 8
+        back = sum(t.received_rows for p in parts for t in p.backward) if module == "vision" else 0
+        assert data["edges"][module]["forward_bytes"] == sum(p.forward.received_rows for p in parts) * row > 0
+        assert data["edges"][module]["backward_bytes"] == back * row

@@ -13,10 +13,14 @@ from encoders.vit import ViT
 from mm.errors import DataError
 from tests.mm.harness import largest_difference, small, train_few
 
-APART = {"vision": {"ranks": 0}, "audio": {"ranks": 1}, "llm": {"ranks": "2-3", "tp": 2}}
-MIXED = {"vision": {"cp": 2}, "audio": {"ranks": "0-1"}, "llm": {"tp": 2, "sequence_parallel": True}}
-DEEP = {"vision": {"ranks": "0-1"}, "llm": {"pp": 4}}
-PIPED = {"llm": {"pp": 2, "cp": 2}, "vision": {"pp": 2, "tp": 2}}
+APART = {"vision": {"ranks": 0}, "audio": {"ranks": 1}, "llm": {"ranks": [3, 2], "tp": 2}}
+MIXED = {
+    "vision": {"cp": 2},
+    "audio": {"ranks": "0-1"},
+    "llm": {"ranks": [2, 1, 3, 0], "tp": 2, "sequence_parallel": True},
+}
+DEEP = {"vision": {"ranks": "0-1"}, "llm": {"ranks": [1, 3, 0, 2], "pp": 4}}
+PIPED = {"llm": {"pp": 2, "cp": 2}, "vision": {"ranks": [0, 2, 3, 1], "pp": 2, "tp": 2}}
 
 
 def with_levels(raw: dict[str, Any]) -> None:

@@ -12,7 +12,15 @@ from torch import nn
 from parallel.layout import make_layout
 from parallel.mesh import ModuleMesh, build_mesh
 from parallel.optim import AdamW, ShardedOptimizer
-from parallel.param import constant, declare, declared, global_index, initialise, normal
+from parallel.param import (
+    constant,
+    declare,
+    declare_buffer,
+    declared,
+    global_index,
+    initialise,
+    normal,
+)
 from parallel.shard import ShardPolicy, held_indices, materialise, shard_module
 
 
@@ -35,7 +43,8 @@ class Net(nn.Module):
         declare(self, "uneven", (7, 3), normal(1.0), **kw)
         declare(self, "one", (1,), constant(2.0), **kw)
         self.experts = Experts(device)
-        self.register_buffer("count", torch.zeros(3, device=device))
+        declare_buffer(self, "count", (3,), 2.5, device=device)
+        self.register_buffer("order", torch.arange(3, 0, -1))
 
 
 def whole_values() -> dict[str, torch.Tensor]:
@@ -80,7 +89,7 @@ def shards(spec: dict[str, Any]) -> tuple[float, float]:
     materialise(net, mesh, seed=3, name="net", device=torch.device("cpu"))
     places = held_places(net, mesh)
     worst = difference(net, whole, places)
-    assert not net.get_buffer("count").any()
+    assert net.get_buffer("count").tolist() == [2.5] * 3 and net.get_buffer("order").tolist() == [3, 2, 1]
     optimizer = ShardedOptimizer([net], mesh, AdamW())
     reference = torch.optim.AdamW(
         [

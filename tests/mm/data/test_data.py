@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm.data.index import Sample, build_index, index_path, load_index, parse_segments, register_probe
-from mm.data.inspect import inspect_text
+from mm.data.index import (
+    Sample,
+    build_index,
+    index_path,
+    load_index,
+    parse_segments,
+    register_probe,
+    stored_index,
+)
+from mm.data.inspect import index_text, inspect_text
 from mm.data.order import permute_items, sample_ids
 from mm.data.reader import BadSample, ShardReader
 from mm.data.tokenizer import Tokenizer
@@ -36,6 +49,116 @@ def test_the_index_leads_to_every_payload(tmp_path: Path) -> None:
         assert [len(t) for t in texts] == [s.text_bytes for s in sample.segments if s.part is None]
     reader.close()
     assert "7 samples in 2 shards" in inspect_text(["a-*.tar"], tmp_path)
+
+
+def test_an_index_made_before_its_probe_is_made_anew(tmp_path: Path) -> None:
+    sample = {"key": "k", "segments": [{"lidar": "x.cloud"}], "parts": {"x.cloud": b"12345"}}
+    shard = write_shard(tmp_path / "a.tar", [sample])
+
+    def meta() -> dict[str, int]:
+        return dict(load_index(["a.tar"], tmp_path).samples[0].items("lidar")[0].meta)
+
+    assert meta() == {}
+    register_probe("cloud", lambda payload: {"points": len(payload)})
+    assert meta() == {"points": 5}
+    register_probe("cloud", lambda payload: {"points": len(payload) * 2})  # another one of the same name
+    assert meta() == {"points": 10}
+    written = index_path(shard).read_bytes()
+    register_probe("other", lambda payload: {"points": 1})  # of files that are not there
+    assert meta() == {"points": 10} and index_path(shard).read_bytes() == written
+    old = json.loads(written)
+    old["probes"]["cloud"] = "elsewhere.probe 123"  # a probe that is not registered here is believed
+    write_index(shard, old)
+    unregister("cloud")
+    assert meta() == {"points": 10}
+
+
+def unregister(extension: str) -> None:
+    from mm.data import probes
+
+    del probes._probes[extension]
+
+
+def write_index(shard: Path, index: dict[str, Any]) -> None:
+    """As an index that is whole."""
+    rest = {k: v for k, v in index.items() if k != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, separators=(",", ":")).encode()).hexdigest()
+    index_path(shard).write_text(json.dumps({**rest, "sha256": digest}))
+
+
+def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
+    """Whichever bit of it is flipped: a flag or a size would else be believed."""
+    shard = write_shard(tmp_path / "a.tar", sensor_samples(3))
+    samples = load_index(["a.tar"], tmp_path).samples
+    whole = index_path(shard).read_bytes()
+    rng = random.Random(0)
+    for damaged in [
+        *(flipped(whole, rng.randrange(len(whole)), rng.randrange(8)) for _ in range(60)),
+        *(whole[: rng.randrange(len(whole))] for _ in range(5)),
+        b"[]",
+        b"null",
+    ]:
+        index_path(shard).write_bytes(damaged)
+        assert load_index(["a.tar"], tmp_path).samples == samples
+        assert json.loads(index_path(shard).read_bytes()) == json.loads(whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "a.tar.index.json"]
+
+
+def flipped(data: bytes, at: int, bit: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+
+
+def test_an_index_of_another_format_or_shard_is_made_anew(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.tar", sensor_samples(3))
+    assert len(load_index(["a.tar"], tmp_path).samples) == 3
+    write_index(shard, {**json.loads(index_path(shard).read_text()), "version": 1, "samples": []})
+    assert len(load_index(["a.tar"], tmp_path).samples) == 3
+    size = shard.stat().st_size
+    write_shard(shard, [{**s, "key": f"t{s['key'][1:]}"} for s in sensor_samples(3)])
+    assert shard.stat().st_size == size  # and its headers differ
+    assert [s.key for s in load_index(["a.tar"], tmp_path).samples] == ["t000", "t001", "t002"]
+
+
+def test_a_copy_keeps_its_index_and_what_differs_in_it_is_told(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.tar", sensor_samples(3))
+    sample = load_index(["a.tar"], tmp_path).samples[0]
+    written = index_path(shard).read_bytes()
+    shard.write_bytes(flipped(shard.read_bytes(), sample.json.offset + 30, 0))
+    assert load_index(["a.tar"], tmp_path).samples[0] == sample and index_path(shard).read_bytes() == written
+    with pytest.raises(BadSample, match="sha256"):
+        ShardReader().read(sample, sample.json)
+
+
+def test_a_shard_that_is_mended_is_indexed_again(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.tar", sensor_samples(5))
+    whole = shard.read_bytes()
+    shard.write_bytes(flipped(whole, whole.index(b"s002.json"), 0))
+    assert load_index(["a.tar"], tmp_path).broken
+    shard.write_bytes(whole)
+    index = load_index(["a.tar"], tmp_path)
+    assert len(index.samples) == 5 and not index.broken
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", sensor_samples(3))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert len(load_index(["a.tar"], tmp_path).samples) == 3
+    with pytest.raises(DataError, match=r"a\.tar\.index\.json cannot be written"):
+        index_text([str(shard)], tmp_path)
+    assert not index_path(shard).exists()
+
+
+def test_the_shipped_indexes_are_those_of_the_shipped_shards() -> None:
+    for shard in (CONFIGS / "data").glob("*.tar"):
+        index = stored_index(shard)
+        assert index is not None and not index["broken"] and not index["torn"]
 
 
 def test_a_stale_index_is_made_anew(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.schedule import Kind, SchedulePlan
-from parallel.schedule.action import COMPUTE, POSTED, Action
+from parallel.schedule.action import COMPUTE, POSTED, WORLD, Action
 from parallel.schedule.check import PlanError, check
 from parallel.schedule.memory import check_limit, held_microbatches, peaks
 from tests.parallel.schedule.cases import Case, cases, plan_of
@@ -141,7 +141,7 @@ def test_an_action_changed_in_any_field_is_caught(case: Case, rng: random.Random
         a._replace(span=plan.microbatches + 1) if a.kind in COMPUTE else a._replace(peer=(a.peer or 0) + 1),
         a._replace(module=other),
         a._replace(last=not a.last),
-        a._replace(groups=(*a.groups, "world")),
+        a._replace(groups=(*a.groups, WORLD)),
     ):
         with pytest.raises(PlanError, match=f"rank {plan.ranks_of[p][0]}"):
             check(with_program(plan, p, [*actions[:k], broken, *actions[k + 1 :]]))

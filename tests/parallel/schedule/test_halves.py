@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from parallel.joined import joined_linear
 from parallel.schedule.halves import backward_input, backward_weight
 
 D = 6
@@ -25,6 +26,10 @@ LAYERS: dict[str, Callable[..., Tensor]] = {
     "weight first": lambda x, p: (p["square"] @ x.mT).mT,
     "norm": lambda x, p: F.layer_norm(x, (D,), p["bias"]),
     "joined": lambda x, p: F.linear(x, torch.cat([p["square"][:2], p["other"][2:]])) + x,
+    "own joined": lambda x, p: joined_linear(
+        x, [p["square"][:2], p["other"][2:]], [p["bias"][:2], p["bias"][2:]]
+    ),
+    "weights of one": lambda x, p: joined_linear(x, [p["square"][:2] @ p["other"], p["other"][2:]]) + x,
     "experts": lambda x, p: torch.cat([F.linear(a, w) for a, w in zip(x.split(4), p["three"], strict=True)]),
     "scaled": lambda x, p: torch.addmm(x, x, p["other"], alpha=0.5),
     "products of weights": lambda x, p: x @ (p["square"] @ p["other"]),
@@ -114,3 +119,28 @@ def test_an_output_without_the_inputs_gives_all_weights_at_once() -> None:
     x, other = (torch.ones(12, D, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert backward_input(model(x.detach()).sum(), None, [other]) == []
     assert other.grad is None and model.sets[0]["square"].grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_grouped_products_wait(turned: bool, dtype: torch.dtype) -> None:
+    """However the weights lie in memory, and with a group that has no rows."""
+    gen = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(24, 16, generator=gen).to(dtype), torch.randn(24, 8, generator=gen).to(dtype)
+    three = torch.randn((3, 8, 16) if turned else (3, 16, 8), generator=gen).to(dtype)
+    ends = torch.tensor([9, 9, 24], dtype=torch.int32)
+    found = []
+    for halves in (False, True):
+        rows, weight = x.clone().requires_grad_(), three.clone().requires_grad_()
+        out = F.grouped_mm(rows, weight.mT if turned else weight, offs=ends)
+        if halves:
+            kept = backward_input(out, grad, [rows])
+            assert weight.grad is None
+            backward_weight(kept)
+        else:
+            out.backward(grad)
+        found.append([rows.grad, weight.grad])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    expected = x[9:].double().mT @ grad[9:].double()
+    got = found[1][1][2].mT if turned else found[1][1][2]
+    torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.schedule import Action, Costs, Kind, ModuleUse, SchedulePlan, make_schedule, simulate
+from parallel.schedule import Action, Costs, Group, Kind, ModuleUse, SchedulePlan, make_schedule, simulate
 from parallel.schedule.action import COMPUTE
 from parallel.schedule.check import check
 from parallel.schedule.memory import Memory, held_microbatches
@@ -44,10 +44,11 @@ def test_ranks_of_one_place_share_one_list() -> None:
 
 def test_transfers_name_stage_peer_tag_and_groups() -> None:
     plan = plan_of("interleaved", 4, 4, {"llm": {"pp": 2, "vpp": 2, "tp": 2}})
+    onward = Group("module", "llm", "pp", "forward")
     sends = [a for a in plan.actions(0) if a.kind is Kind.SEND_FORWARD]
     assert {(a.stage, a.peer) for a in sends} == {(0, 1), (2, 3)}
-    assert all(a.groups == ("llm.pp.forward",) for a in sends)
-    assert plan.members("llm.pp.forward", 1) == (1, 3) and plan.members("llm.tp", 1) == (0, 1)
+    assert all(a.groups == (onward,) for a in sends)
+    assert plan.members(onward, 1) == (1, 3) and plan.members(Group("module", "llm", "tp"), 1) == (0, 1)
     receives = [a for a in plan.actions(2) if a.kind is Kind.RECV_FORWARD]
     assert [a.tag for a in sends] == [a.tag for a in receives]
     messages = [(a.tag, a.groups) for a in plan.actions(0) if a.peer is not None]
@@ -55,7 +56,8 @@ def test_transfers_name_stage_peer_tag_and_groups() -> None:
 
 
 def test_an_action_is_hashable_data_that_reads_well() -> None:
-    a = Action(Kind.SEND_FORWARD, "llm", 3, stage=1, peer=2, groups=("llm.pp.forward",))
+    group = Group("module", "llm", "pp", "forward")
+    a = Action(Kind.SEND_FORWARD, "llm", 3, stage=1, peer=2, groups=(group,))
     assert str(a) == "send_forward(llm.1, 3)" and len({a, a}) == 1
     assert str(Action(F, "vision", 2, span=3)) == "forward(vision, 2-4)"
 
@@ -99,9 +101,10 @@ def test_parameters_are_gathered_once_a_step_where_asked() -> None:
     check(plan)
     words = [str(a) for a in plan.actions(0) if a.kind in (Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC)]
     assert words == ["gather(vision, 0)", "grad_sync(llm, 0)", "grad_sync(vision, 0)", "free(vision, 0)"]
-    assert all("vision.dp" not in a.groups for a in plan.actions(0) if a.kind in COMPUTE)
+    data = Group("module", "vision", "dp")
+    assert all(data not in a.groups for a in plan.actions(0) if a.kind in COMPUTE)
     each = plan_of("auto", 4, 2, {"vision": {}, "llm": {"pp": 2}})
-    assert {a.groups for a in each.actions(0) if a.module == "vision" and a.kind is F} == {("vision.dp",)}
+    assert {a.groups for a in each.actions(0) if a.module == "vision" and a.kind is F} == {(data,)}
 
 
 def filled(m: int, pp: int, share: float, **options: Any) -> tuple[float, float, float]:

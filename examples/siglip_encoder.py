@@ -1,0 +1,85 @@
+"""A plug-in encoder around a module that others wrote: SigLIP of the transformers package, for a module
+called `vision` (or anything else). Needs pip install transformers.
+
+    model:
+      vision: {encoder: "examples.siglip_encoder:SiglipEncoder", options: {folder: siglip-base-patch16-224}}
+
+folder: a downloaded model; without one the options give the sizes and the run's seed the weights. Pictures
+are brought to its size; each gives a row for every patch. It is not cut over tp: each tp rank runs all of it.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from encoders import Encoder, Features, adopt
+
+
+@dataclass(frozen=True)
+class SiglipOptions:
+    """folder's own sizes must be said here too: rows are counted before anything is loaded."""
+
+    folder: str = ""
+    image: int = 16
+    patch: int = 4
+    width: int = 32
+    mlp: int = 64
+    depth: int = 2
+    heads: int = 4
+
+
+class SiglipEncoder(Encoder):
+    Config = SiglipOptions
+
+    def __init__(self, cfg, axes, *, device=None, dtype=None):
+        super().__init__(cfg, axes, device=device, dtype=dtype)
+        self.cfg = cfg
+        self.inner = adopt(siglip(cfg), device=device, dtype=dtype)  # all that wrapping takes
+
+    @property
+    def layers(self):
+        return list(self.inner.encoder.layers)
+
+    @classmethod
+    def feature_width(cls, cfg):
+        return cfg.width
+
+    @classmethod
+    def rows(cls, cfg, meta):
+        return (cfg.image // cfg.patch) ** 2
+
+    @classmethod
+    def cost(cls, cfg, meta):
+        n = cls.rows(cfg, meta)
+        layer = 2 * n * cfg.width * (4 * cfg.width + 2 * cfg.mlp) + 4 * n * n * cfg.width
+        return float(cfg.depth * layer + 2 * n * cfg.width * 3 * cfg.patch**2)
+
+    @classmethod
+    def input_shape(cls, cfg):
+        return (3, cfg.image, cfg.image)
+
+    @classmethod
+    def prepare(cls, cfg, payload, meta):
+        picture = Image.open(io.BytesIO(payload)).convert("RGB").resize((cfg.image, cfg.image))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+
+    def forward(self, batch):
+        pictures = batch.values
+        if not len(pictures):  # this rank has none, but takes part: SigLIP does not run on none
+            pictures = pictures.new_zeros((1, *self.input_shape(self.cfg)))
+        rows = tuple(self.rows(self.cfg, meta) for meta in batch.metas)
+        values = self.inner(pixel_values=pictures).last_hidden_state.flatten(0, 1)
+        return Features(values[: sum(rows)], rows)
+
+
+def siglip(cfg):
+    """The model that is wrapped, without its pooling head."""
+    if cfg.folder:
+        return SiglipVisionModel.from_pretrained(cfg.folder, vision_use_head=False)
+    sizes = {"hidden_size": cfg.width, "intermediate_size": cfg.mlp, "num_hidden_layers": cfg.depth}
+    sizes |= {"num_attention_heads": cfg.heads, "image_size": cfg.image, "patch_size": cfg.patch}
+    return SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))

@@ -1,0 +1,169 @@
+"""What the files of a checkpoint are: each by name, size and sha256, in a list that has a sum of its own.
+
+Nothing is read from a checkpoint that its manifest does not list, and a folder with other files than those
+that are listed is not whole.
+
+    {"state.json": {"bytes": 1234, "sha256": ".."}, .., "manifest.json": {"sha256": ".."}}
+
+The last entry is the sum over all the others, as JSON without spaces and with sorted keys. Manifests that
+were written before it was introduced lack it, and are read all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+MANIFEST = "manifest.json"
+BLOCK = 1 << 24  # bytes between two calls of `beat`
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint that is incomplete, damaged or of another model."""
+
+
+class Entry(NamedTuple):
+    """Size in bytes and sha256 in hexadecimal digits of one file."""
+
+    bytes: int
+    sha256: str
+
+
+def entry_of(file: Path, beat: Callable[[], object] = lambda: None) -> Entry:
+    """The entry of `file` as it is now. beat: called now and then, since large files take long."""
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb", buffering=0) as f:
+        while block := f.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+            beat()
+    return Entry(size, digest.hexdigest())
+
+
+def write(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Write the manifest of `folder`, durably."""
+    listed: dict[str, Any] = {n: {"bytes": e.bytes, "sha256": e.sha256} for n, e in sorted(entries.items())}
+    with (folder / MANIFEST).open("w") as f:
+        json.dump({**listed, MANIFEST: {"sha256": _sum(listed)}}, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    sync(folder)
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """The files that the manifest of `folder` lists; raises BadCheckpoint where it is not as written."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{MANIFEST} is unreadable: {error}") from error
+    if not isinstance(listed, dict):
+        raise BadCheckpoint(f"{MANIFEST} is no list of files by name")
+    own = listed.pop(MANIFEST, None)
+    if not listed:
+        raise BadCheckpoint(f"{MANIFEST} lists no file")
+    if own is not None and own != {"sha256": _sum(listed)}:
+        raise BadCheckpoint(f"{MANIFEST} differs from what was written (sha256)")
+    return {name: _entry(name, value) for name, value in listed.items()}
+
+
+def read(folder: Path, name: str) -> bytes:
+    """The content of a file of a checkpoint; raises BadCheckpoint where it is not as listed."""
+    try:
+        listed = entries(folder)
+        if name not in listed:
+            raise BadCheckpoint(f"{name} is not listed in {MANIFEST}")
+        content = (folder / name).read_bytes()
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{folder}: {name} is missing") from None
+    except OSError as error:
+        raise BadCheckpoint(f"{folder}: {name} is unreadable: {error}") from error
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{folder}: {error}") from error
+    found = Entry(len(content), hashlib.sha256(content).hexdigest())
+    if found != listed[name]:
+        raise BadCheckpoint(f"{folder}: {_difference(name, found, listed[name])}")
+    return content
+
+
+def structure(folder: Path) -> list[str]:
+    """What is wrong with the names and sizes of a checkpoint's files, one line each; reads none of them."""
+    try:
+        listed = entries(folder)
+        found = {name: (folder / name).stat().st_size for name in names(folder)}
+    except (OSError, BadCheckpoint) as error:
+        return [str(error)]
+    out = [f"{name} is not listed in {MANIFEST}" for name in sorted(found.keys() - listed.keys())]
+    for name, entry in listed.items():
+        if name not in found:
+            out.append(f"{name} is missing")
+        elif found[name] != entry.bytes:
+            out.append(_difference(name, Entry(found[name], ""), entry))
+    return out
+
+
+def verify(folder: Path, part: int = 0, of: int = 1, beat: Callable[[], object] = lambda: None) -> list[str]:
+    """What is wrong with the files of a checkpoint, one line each; empty when all is as written.
+
+    part, of: sum up this share of the files, for several processes to verify one checkpoint together; part 0
+    tells of names and sizes. beat: called now and then.
+    """
+    out = structure(folder) if part == 0 else []
+    try:
+        listed = entries(folder)
+    except BadCheckpoint:
+        return out
+    for name in sorted(listed, key=lambda n: (-listed[n].bytes, n))[part::of]:
+        try:
+            if (folder / name).stat().st_size != listed[name].bytes:
+                continue
+            found = entry_of(folder / name, beat)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            out.append(f"{name} is unreadable: {error}")
+            continue
+        if found != listed[name]:
+            out.append(_difference(name, found, listed[name]))
+    return out
+
+
+def names(folder: Path) -> list[str]:
+    """The files below `folder` but for its manifest, as a manifest names them."""
+    files = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return [name for name in files if name != MANIFEST]
+
+
+def sync(folder: Path) -> None:
+    """Have the names in `folder` survive a loss of power."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _entry(name: str, value: Any) -> Entry:
+    place = PurePosixPath(name)
+    inside = not place.is_absolute() and ".." not in place.parts and str(place) == name
+    if inside and isinstance(value, dict) and value.keys() == {"bytes", "sha256"}:
+        size, digest = value["bytes"], value["sha256"]
+        if type(size) is int and size >= 0 and isinstance(digest, str):
+            return Entry(size, digest)
+    raise BadCheckpoint(f"{MANIFEST}: the entry of {name!r} is no size and sha256 of a file of this folder")
+
+
+def _difference(name: str, found: Entry, written: Entry) -> str:
+    if found.bytes != written.bytes:
+        return f"{name} has {found.bytes} bytes, {written.bytes} were written"
+    return f"{name} differs from what was written (sha256)"
+
+
+def _sum(listed: Mapping[str, Any]) -> str:
+    text = json.dumps(listed, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,119 @@
+"""What is kept from forward to backward: activations, and no copies of weights beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from llm.config import LLMConfig
+from llm.model import LLM, LLMBatch, precise_modules
+from parallel.layout import make_layout
+from parallel.mesh import build_mesh
+from parallel.packed import Packing
+from parallel.param import initialise, local
+from parallel.shard import ShardPolicy, materialise, shard_module
+
+CFG = LLMConfig(
+    d_model=64,
+    vocab_size=96,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    mamba_heads=8,
+    mamba_head_dim=16,
+    mamba_groups=2,
+    chunk=32,
+    n_experts=4,
+    expert_ffn=64,
+    shared_ffn=64,
+    mlp_ffn=128,
+    loss_chunk=1024,
+)
+# Every way to hold weights, with the rest of the model around it.
+CASES = {
+    "M": {},
+    "*": {"attention_bias": True, "rope_theta": 100.0},
+    "-": {"mlp_gated": True, "mlp_bias": True},
+    "E": {"aux_weight": 0.1, "z_weight": 0.1, "mlp_gated": True},
+    "E latent": {"latent": 16, "activation": "silu"},
+    "M further tokens, tied": {"mtp_layers": 2, "tied": True},
+}
+TOKENS = 64
+
+
+def config(case: str) -> LLMConfig:
+    return replace(CFG, pattern=case[0], **CASES[case])  # type: ignore[arg-type]
+
+
+def run(model: LLM, tokens: int) -> int:
+    """Bytes of the distinct storages that a forward over a document keeps, the model's own weights aside."""
+    kept: list[Any] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x.untyped_storage())
+        return x
+
+    gen = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(0, CFG.vocab_size, (2, tokens), generator=gen)
+    with saved_tensors_hooks(pack, lambda x: x):
+        loss = model(LLMBatch(ids, labels, Packing.of([tokens]), tokens, {}), {})
+    weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
+    # What sharding has freed after the forward has no bytes any more.
+    found = {s.data_ptr(): s.nbytes() for s in kept if s.nbytes() and s.data_ptr() not in weights}
+    loss.sum().backward()
+    return sum(found.values())
+
+
+def beside_activations(forward: Callable[[int], int]) -> tuple[int, int]:
+    """(bytes that do not grow with the tokens, bytes a token)."""
+    one, two, three = (forward(n * TOKENS) for n in (1, 2, 3))
+    a_token = (two - one) // TOKENS
+    assert abs((three - two) - (two - one)) <= 0.01 * three  # so that the rest is what does not grow
+    return one - a_token * TOKENS, a_token
+
+
+def vectors(model: nn.Module) -> int:
+    """Bytes in float32 of the weights that are no matrices: of norms, heads and convolutions."""
+    return 4 * sum(p.numel() for p in model.parameters() if p.ndim == 1 or p.shape[-1] <= CFG.conv_kernel)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_weights_are_kept_as_activations(case: str, dtype: torch.dtype) -> None:
+    model = LLM(config(case), dtype=torch.float32).train()
+    initialise(model, 1, "llm")
+    model.to(dtype)
+    for module in precise_modules(model):
+        module.float()
+    fixed, a_token = beside_activations(lambda n: run(model, n))
+    assert 0 <= fixed <= 2 * vectors(model), (fixed, vectors(model), a_token)
+
+
+def sharded(case: str) -> tuple[int, int, int]:
+    """As beside_activations(), of a model whose layers are freed after their forward, and its vectors."""
+    mesh = build_mesh(make_layout("llm", 1, {}), "cpu")
+    assert mesh is not None
+    model = LLM(config(case), mesh.axes, device="meta", dtype=torch.float32).train()
+    counted = vectors(model)
+    layers = [*model.layers, *([] if model.mtp is None else model.mtp.layers)]
+    policy = ShardPolicy(layers, torch.bfloat16, precise_modules(model))
+    shard_module(model, mesh, policy, param_dtype=torch.float32)
+    materialise(model, mesh, seed=1, name="llm", device=torch.device("cpu"))
+    found = beside_activations(lambda n: run(model, n))
+    mesh.close()
+    return *found, counted
+
+
+def all_sharded() -> dict[str, tuple[int, int, int]]:
+    return {case: sharded(case) for case in CASES}
+
+
+def test_sharded_weights_are_freed_until_the_backward(ranks: Any) -> None:
+    for case, (fixed, a_token, counted) in ranks(1, all_sharded)[0].items():
+        assert 0 <= fixed <= 2 * counted, (case, fixed, counted, a_token)
