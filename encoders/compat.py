@@ -3,7 +3,8 @@
 The wheels of both are built for CUDA. Beside a CPU torch their native parts do not load and their imports
 fail, although everything used here is plain Python. Each is imported when first asked for; where that fails,
 the missing native part is declared absent and the import is tried once more; where that fails too, a small
-implementation of our own takes over. A working install is never touched.
+implementation of our own takes over. A working install is never touched. Packages that plug-ins import need
+the same (transformers imports torchvision): repair() comes before any code of others.
 """
 
 from __future__ import annotations

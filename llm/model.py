@@ -22,6 +22,7 @@ from llm.moe import MoE, Pass, Router
 from llm.mtp import MultiToken, ahead
 from llm.norm import RMSNorm
 from llm.recompute import recompute_parts
+from llm.stages import levels_of
 from parallel.axis import Axes
 from parallel.packed import Packing
 from parallel.param import declare, declare_buffer, local, normal
@@ -135,8 +136,9 @@ class LLM(nn.Module):
         others the hidden states [T', d] for the next one, T' being T or this rank's share of it.
 
         rows: edge -> encoder rows [R, d] for this rank's token share, as batch.places says, or
-        [R, levels, d]: the first level enters at the embedding, level k is added after layer
-        cfg.level_layers[k - 1]. hidden: what the stage before gave, None on the first.
+        [R, levels, d]: the levels that enter at this stage (llm.stages.levels_of), of an encoder with fewer
+        as many as it has; edges without any are left out. The first level enters at the embedding, level k
+        is added after layer cfg.level_layers[k - 1]. hidden: what the stage before gave, None on the first.
         """
         learns = self.training and torch.is_grad_enabled() and not self.cfg.freeze
         told = Pass(batch.packing, batch.n_real, batch.counts, learns)
@@ -176,12 +178,12 @@ class LLM(nn.Module):
         return local(self.embed.weight)
 
     def _add_levels(self, x: Tensor, layer: int, batch: LLMBatch, rows: Mapping[str, Tensor]) -> Tensor:
-        for level, after in enumerate(self.cfg.level_layers, start=1):
-            if after != layer:
+        for column, level in enumerate(levels_of(self.cfg, self.stage)):
+            if level == 0 or self.cfg.level_layers[level - 1] != layer:
                 continue
-            for edge, places in batch.places.items():
-                if rows[edge].ndim == 3 and level < rows[edge].shape[1]:
-                    x = x.index_add(0, places, rows[edge][:, level].to(x.dtype))
+            for edge, values in rows.items():
+                if values.ndim == 3 and column < values.shape[1]:
+                    x = x.index_add(0, batch.places[edge], values[:, column].to(x.dtype))
         return x
 
     def _loss(self, states: Tensor, labels: Tensor, rows: Tensor | None) -> Tensor:

@@ -30,10 +30,21 @@ def cut(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage
     return stages_of(cuts)
 
 
-def reading_stages(cfg: LLMConfig, stages: Sequence[Stage]) -> tuple[int, ...]:
-    """Indices of the stages that encoder rows enter: the first, and those that add further levels."""
-    out = {0} | {i for i, stage in enumerate(stages) if any(k in stage.layers for k in cfg.level_layers)}
-    return tuple(sorted(out))
+def entering_levels(cfg: LLMConfig, stages: Sequence[Stage], levels: int) -> dict[int, tuple[int, ...]]:
+    """By index of a stage, in order, which of an encoder's `levels` levels of rows enter there: the first at
+    the embedding, the others after their layers. Stages that none enters are left out."""
+    out: dict[int, tuple[int, ...]] = {}
+    for i, stage in enumerate(stages):
+        found = levels_of(cfg, stage)
+        if any(k < levels for k in found):
+            out[i] = tuple(k for k in found if k < levels)
+    return out
+
+
+def levels_of(cfg: LLMConfig, stage: Stage) -> tuple[int, ...]:
+    """The levels of encoder rows that enter at `stage`, ascending."""
+    further = (k for k, after in enumerate(cfg.level_layers, start=1) if after in stage.layers)
+    return (*((0,) if stage.first else ()), *further)
 
 
 def shared_parameters(cfg: LLMConfig, stages: Sequence[Stage]) -> tuple[str, ...]:

@@ -18,9 +18,9 @@ from llm.mtp import IGNORE, ahead
 from mm.data.index import Sample, parse_segments
 from mm.data.reader import BadSample, ShardReader
 from mm.data.tokenizer import Tokenizer
-from mm.plan import Microbatch, PlanInputs, places
+from mm.plan import Edge, Microbatch, PlanInputs, places
 from parallel.axis import Axes
-from parallel.boundary import EdgePlan, PlanCache
+from parallel.boundary import EdgePlan, PlanCache, on_stage
 from parallel.context import ContextPacking, pack
 from parallel.packed import Packing
 
@@ -31,23 +31,23 @@ class RankMicrobatch:
 
     items: encoder inputs by module; names: sample key of each of those items, for errors;
     llm: the packed text; depends: by module, which labels depend on it, bool [T];
-    edges: this rank's boundary plans of the encoders that have items anywhere.
+    edges: this rank's boundary plans of the edges whose encoders have items anywhere.
     """
 
     items: Mapping[str, ItemBatch]
     names: Mapping[str, tuple[str, ...]]
     llm: LLMBatch | None
     depends: Mapping[str, Tensor]
-    edges: Mapping[str, EdgePlan]
+    edges: Mapping[Edge, EdgePlan]
 
 
 @dataclass(frozen=True)
 class Assembler:
     """Builds RankMicrobatches on the host for `rank`. dtype: what encoders compute in, and so take.
 
-    axes: of the modules on this rank; sink: the language model's name; row_shapes: trailing shape of each
-    encoder's rows; plans: where boundary plans are made, and kept for rows that lie alike; timeout_s bounds
-    waits for rows of other cp ranks.
+    axes: of the modules on this rank; sink: the language model's name; row_shapes: by edge, the trailing
+    shape of the rows that enter there; plans: where boundary plans are made, and kept for rows that lie
+    alike; timeout_s bounds waits for rows of other cp ranks.
     """
 
     inputs: PlanInputs
@@ -58,7 +58,7 @@ class Assembler:
     device: torch.device
     axes: Mapping[str, Axes]
     sink: str
-    row_shapes: Mapping[str, tuple[int, ...]]
+    row_shapes: Mapping[Edge, tuple[int, ...]]
     plans: PlanCache
     timeout_s: float = 120.0
 
@@ -79,12 +79,14 @@ class Assembler:
             llm, depends = self._text(mb, counts, bad)
         if len(bad) > before:
             return None
-        edges = {
-            m: self.plans.plan(f"{m} -> {self.sink}", e.source, e.dest, row_shape=self.row_shapes[m])
-            for m, e in mb.edges.items()
-            if e.items
-        }
+        edges = {e: self._edge(e, mb) for e in self.row_shapes if mb.edges[e.source].items}
         return RankMicrobatch(items, names, llm, depends, edges)
+
+    def _edge(self, edge: Edge, mb: Microbatch) -> EdgePlan:
+        rows, llm = mb.edges[edge.source], self.inputs.llm
+        dest = on_stage(llm, rows.dest, edge.stage % llm.pp)
+        name = f"{edge.source} -> {self.sink}" + (f".{edge.stage}" if edge.stage else "")
+        return self.plans.plan(name, rows.source, dest, row_shape=self.row_shapes[edge])
 
     def _items(self, module: str, mb: Microbatch, bad: list[BadSample]) -> tuple[ItemBatch, tuple[str, ...]]:
         use = self.inputs.encoders[module]
@@ -145,10 +147,11 @@ class Assembler:
             further = None if further is None else (further[0][:, own], further[1][:, own])
             n_real = packing.rows_before(n_real)
         supervises = loss_rows(text[1], None if further is None else further[1])
+        entering = {e.source for e in self.row_shapes if e.stage % llm.pp == coord.pp}
         entries = {
             m: torch.from_numpy(places(e, self.inputs, self.rank, mb.tokens)).to(self.device)
             for m, e in mb.edges.items()
-            if e.items and (coord.pp == 0 or len(self.row_shapes[m]) > 1)
+            if e.items and m in entering
         }
         batch = LLMBatch(
             text[0].to(self.device),

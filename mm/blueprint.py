@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from llm.config import LLMConfig
 from llm.config import check as check_llm
 from llm.presets import preset
 from llm.recompute import recompute_parts
-from llm.stages import cut, reading_stages, shared_parameters
+from llm.stages import cut, entering_levels, shared_parameters
 from mm.config import Config, build
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     import encoders
-    from mm.plan import EncoderUse, PlanInputs
+    from mm.plan import Edge, EncoderUse, PlanInputs
     from parallel.stream import Order
 
 SINK = "llm"
@@ -87,18 +88,35 @@ class Blueprint:
         weights = {"balance": llm.aux_weight, "z": llm.z_weight, "mtp": llm.mtp_layers * llm.mtp_weight}
         return tuple(name for name, weight in weights.items() if weight)
 
-    def carries(self, stage: int) -> tuple[str, ...]:
-        """The encoders whose rows enter the language model again after its stage `stage`: their further
-        levels travel on with the hidden states."""
-        if stage >= max(reading_stages(self.llm, self.stages[SINK])):
-            return ()
-        return tuple(m for m in self.inputs.encoders if len(self.row_shape(m)) > 1)
+    @cached_property
+    def edges(self) -> Mapping[Edge, tuple[int, ...]]:
+        """From encoders to the stages of the language model that their rows enter, in order: which levels
+        of the rows enter there. Each level is sent where it is read, and nowhere else."""
+        from mm.plan import Edge
+
+        return {
+            Edge(m, stage): levels
+            for m in self.inputs.encoders
+            for stage, levels in entering_levels(self.llm, self.stages[SINK], self._levels(m)).items()
+        }
+
+    def enters(self, module: str) -> tuple[int, ...]:
+        """The stages of the language model that an encoder's rows enter."""
+        return tuple(e.stage for e in self.edges if e.source == module)
 
     def row_shape(self, module: str) -> tuple[int, ...]:
         """Trailing shape of an encoder's rows: [d], or [levels, d]."""
-        use = self.inputs.encoders[module]
-        levels, d = use.cls.feature_levels(use.cfg), self.llm.d_model
+        levels, d = self._levels(module), self.llm.d_model
         return (d,) if levels == 1 else (levels, d)
+
+    def entry_shape(self, edge: Edge) -> tuple[int, ...]:
+        """Trailing shape of the rows that travel along an edge: [d], or [levels, d] of those that enter."""
+        whole = self.row_shape(edge.source)
+        return whole if len(whole) == 1 else (len(self.edges[edge]), *whole[1:])
+
+    def _levels(self, module: str) -> int:
+        use = self.inputs.encoders[module]
+        return int(use.cls.feature_levels(use.cfg))
 
     def params(self, module: str) -> Params:
         """When a module's weights are gathered (weights_gathered)."""
@@ -112,7 +130,8 @@ class Blueprint:
         key = (train, tuple(frozenset(a) for a in active))
         if key not in self._schedules:
             layers = {m: stages[-1].stop for m, stages in self.stages.items()}
-            plan = _schedule(self.cfg, self.layouts, layers, self.frozen, active, train=train)
+            enters = {m: self.enters(m) for m in self.inputs.encoders}
+            plan = _schedule(self.cfg, self.layouts, layers, self.frozen, active, enters, train=train)
             check(plan)
             self._schedules[key] = plan
         return self._schedules[key]
@@ -124,12 +143,13 @@ def _schedule(
     layers: Mapping[str, int],
     frozen: Collection[str],
     active: Sequence[Collection[str]],
+    enters: Mapping[str, tuple[int, ...]],
     *,
     train: bool,
 ) -> SchedulePlan:
-    """The schedule that a config asks for; layers: of the modules where their number is known."""
+    """The schedule that a config asks for; layers, enters: of the modules where they are known."""
     modules = {
-        m: ModuleUse(layouts[m], m in frozen, weights_gathered(cfg, m), layers.get(m))
+        m: ModuleUse(layouts[m], m in frozen, weights_gathered(cfg, m), layers.get(m), enters.get(m, (0,)))
         for m in [*cfg.model, SINK]
     }
     return make_schedule(
@@ -174,7 +194,7 @@ def check_outline(cfg: Config, world: int) -> None:
     try:
         layouts, llm, stages = _outline(cfg, world)
         frozen, active = frozen_modules(cfg, llm), [set(cfg.model)] * cfg.schedule.microbatches
-        _schedule(cfg, layouts, {SINK: stages[-1].stop}, frozen, active, train=True)
+        _schedule(cfg, layouts, {SINK: stages[-1].stop}, frozen, active, {}, train=True)
     except ValueError as error:
         raise Refused(str(error)) from error
 

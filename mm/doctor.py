@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import re
@@ -62,9 +63,21 @@ def _examine_torch() -> tuple[list[str], list[str]]:
     from encoders import compat
 
     lines += [f"{name}: {how}" for name, how in compat.status().items()]
+    lines.append(f"plug-ins: find both so, before their code is imported; {_transformers()}")
     seconds, error = ping()
     lines.append(f"two gloo ranks: {error or f'ok, {seconds:.1f} s to start and greet'}")
     return lines, [] if error is None else [f"two gloo ranks cannot meet: {error}"]
+
+
+def _transformers() -> str:
+    """Whether plug-ins can wrap models of the transformers package, once the imports are repaired."""
+    if (found := _version("transformers")) is None:
+        return "transformers is not installed (only some plug-ins want it)"
+    try:
+        importlib.import_module("transformers.image_utils")  # what their vision models import
+    except Exception as error:
+        return f"transformers {found} cannot be imported: {str(error).splitlines()[0][:90]}"
+    return f"transformers {found} can be imported"
 
 
 def pins() -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from mm.data.reader import ShardReader
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.launch import RankInfo
+from mm.plan import Edge
 from mm.select import select
 from parallel.boundary import BoundaryCommunicator, PlanCache
 from parallel.mesh import ModuleMesh, build_mesh
@@ -44,8 +45,8 @@ class Data:
 class Job:
     """Whatever a module has is absent on ranks that do not host it.
 
-    parts: by module, its pipeline stages here, by stage index. boundaries: by encoder, on the ranks at either
-    end of its edge, (forward, backward): each direction has an order of its own. pipes: by module, its
+    parts: by module, its pipeline stages here, by stage index. boundaries: by edge, on the ranks at either
+    end of it, (forward, backward): each direction has an order of its own. pipes: by module, its
     (forward, backward) messages.
     """
 
@@ -54,7 +55,7 @@ class Job:
     parts: Mapping[str, Parts]
     meshes: Mapping[str, ModuleMesh]
     optimizers: Mapping[str, ShardedOptimizer]
-    boundaries: Mapping[str, tuple[BoundaryCommunicator, BoundaryCommunicator]]
+    boundaries: Mapping[Edge, tuple[BoundaryCommunicator, BoundaryCommunicator]]
     pipes: Mapping[str, tuple[Pipe, Pipe]]
     control: Control
 
@@ -107,7 +108,7 @@ def open_data(job: Job, index: Index) -> Data:
         job.rank.device,
         {m: mesh.axes for m, mesh in job.meshes.items()},
         SINK,
-        {m: blueprint.row_shape(m) for m in blueprint.inputs.encoders},
+        {edge: blueprint.entry_shape(edge) for edge in blueprint.edges},
         PlanCache(job.rank.rank, node_size=job.rank.node_size),
         timeout_s=blueprint.cfg.run.timeout_s,
     )
@@ -151,17 +152,17 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
 
 def _boundaries(
     blueprint: Blueprint, rank: RankInfo
-) -> dict[str, tuple[BoundaryCommunicator, BoundaryCommunicator]]:
-    """Two communicators for each edge, on the ranks of its encoder's last stage and of the sink's first."""
+) -> dict[Edge, tuple[BoundaryCommunicator, BoundaryCommunicator]]:
+    """Two communicators for each edge, on the ranks of its encoder's last stage and of the sink's stage."""
     timeout = blueprint.cfg.run.timeout_s
     out = {}
-    for m in blueprint.inputs.encoders:
-        source, dest = blueprint.layouts[m], blueprint.layouts[SINK]
-        ranks = sorted({*source.stage_ranks(source.pp - 1), *dest.stage_ranks(0)})
+    for edge in blueprint.edges:
+        source, dest = blueprint.layouts[edge.source], blueprint.layouts[SINK]
+        ranks = sorted({*source.stage_ranks(source.pp - 1), *dest.stage_ranks(edge.stage % dest.pp)})
         groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for _ in range(2)]
         if rank.rank in ranks:
             onward, back = (BoundaryCommunicator(g, device=rank.device, timeout_s=timeout) for g in groups)
-            out[m] = onward, back
+            out[edge] = onward, back
     return out
 
 

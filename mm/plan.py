@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -93,10 +93,18 @@ class ItemPlan:
     source_lane: int
 
 
+class Edge(NamedTuple):
+    """From an encoder to a stage of the language model that its rows enter."""
+
+    source: str
+    stage: int
+
+
 @dataclass(frozen=True)
 class EdgePlanInputs:
     """The items of one encoder in one micro-batch, in order of global row id, and both sides' rows.
 
+    dest: as the language model's first pipeline rank reads them; others read their levels of the same rows.
     load: cost of the items of the costliest encoder lane over the mean (1 is even), as dealt, and as it
     would be with each item on the lane of its sample.
     """

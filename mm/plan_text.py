@@ -22,7 +22,7 @@ from mm.launch import choose_device
 from mm.plan import StepPlan, plan_step
 from mm.preflight import check_fits
 from mm.timeline import RATE, draw_simulated
-from parallel.boundary import edge_rows
+from parallel.boundary import edge_rows, on_stage
 from parallel.layout import Layout
 from parallel.schedule import SchedulePlan
 
@@ -69,15 +69,19 @@ def _layout_data(layout: Layout) -> dict[str, Any]:
 
 def _edge_data(blueprint: Blueprint, plan: StepPlan, module: str, frozen: bool) -> dict[str, int]:
     """Rows of an edge in one step, and the payload that ranks receive for it in both directions."""
-    row_bytes = math.prod(blueprint.row_shape(module)) * blueprint.dtype.itemsize
-    rows = forward = backward = 0
-    for mb in plan.microbatches:
-        edge = mb.edges[module]
-        rows += edge.rows
-        there, back = edge_rows(edge.source, edge.dest)
-        forward += there
-        backward += 0 if frozen else back
-    return {"rows": rows, "forward_bytes": forward * row_bytes, "backward_bytes": backward * row_bytes}
+    llm = blueprint.layouts[SINK]
+    rows = sum(mb.edges[module].rows for mb in plan.microbatches)
+    forward = backward = 0
+    for edge in blueprint.edges:
+        if edge.source != module:
+            continue
+        row_bytes = math.prod(blueprint.entry_shape(edge)) * blueprint.dtype.itemsize
+        for mb in plan.microbatches:
+            sides = mb.edges[module]
+            there, back = edge_rows(sides.source, on_stage(llm, sides.dest, edge.stage % llm.pp))
+            forward += there * row_bytes
+            backward += 0 if frozen else back * row_bytes
+    return {"rows": rows, "forward_bytes": forward, "backward_bytes": backward}
 
 
 def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:

@@ -99,7 +99,7 @@ def _report(job: Job, result: StepResult, squares: Mapping[str, float], sync_s: 
     for (kind, module), seconds in result.seconds.items():
         compute_s[module] += seconds if kind in COMPUTE else 0.0
     edges = list(job.blueprint.inputs.encoders)
-    stats = {m: [boundary.stats for boundary in job.boundaries.get(m, ())] for m in edges}
+    stats = {m: [b.stats for e, both in job.boundaries.items() if e.source == m for b in both] for m in edges}
     return Report(
         loss=result.loss,
         sync_s=sync_s,

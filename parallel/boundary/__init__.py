@@ -10,7 +10,7 @@ from parallel.boundary.cache import PlanCache
 from parallel.boundary.communicator import BoundaryCommunicator, Pending, Stats
 from parallel.boundary.plan import EdgePlan, Transfer, edge_rows, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
-from parallel.boundary.sides import dest_side, row_places, source_side
+from parallel.boundary.sides import dest_side, on_stage, row_places, source_side
 
 __all__ = [
     "BoundaryCommunicator",
@@ -22,6 +22,7 @@ __all__ = [
     "Transfer",
     "dest_side",
     "edge_rows",
+    "on_stage",
     "plan_edge",
     "plan_transfer",
     "row_places",

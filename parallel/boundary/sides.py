@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,6 +84,12 @@ def dest_side(
     lane = (np.arange(n)[:, None] * lanes + runs.lane).reshape(-1)
     columns = (np.tile(runs.row, n), np.tile(runs.length, n), lane, np.tile(local, n), np.tile(rows, n))
     return RowMap(_lanes(layout, stages), *columns)
+
+
+def on_stage(layout: Layout, dest: RowMap, stage: int) -> RowMap:
+    """The rows of a dest_side() of one stage as pipeline stage `stage` reads them: its ranks share the
+    streams in the same way."""
+    return replace(dest, lanes=_lanes(layout, [stage]))
 
 
 def row_places(

@@ -60,18 +60,20 @@ class Group(NamedTuple):
     """The name of a process group; SchedulePlan.instances() gives the ranks.
 
     scope: "module": along `axis` of `module`'s layout, one for each `way` where the axis is a pipeline's;
-        "edge": all ranks at either end of the edge from `module`, one for each `way`; "world": all ranks of
-        the job. A module may so have any name.
+        "edge": all ranks at either end of the edge from `module` to the sink's `stage`, one for each `way`;
+        "world": all ranks of the job. A module may so have any name.
     """
 
     scope: Scope
     module: str = ""
     axis: str = ""
     way: Way = ""
+    stage: int = 0
 
     def __str__(self) -> str:
         head = self.scope if self.scope != "module" else ""
-        return ".".join(part for part in (head, self.module, self.axis, self.way) if part)
+        stage = str(self.stage) if self.stage else ""
+        return ".".join(part for part in (head, self.module, stage, self.axis, self.way) if part)
 
 
 WORLD = Group("world")
@@ -80,7 +82,8 @@ WORLD = Group("world")
 class Action(NamedTuple):
     """Do `kind` for `module` (for a boundary: its source module) on micro-batch `microbatch`.
 
-    stage: global index of the module's virtual stage; stage s lives on pipeline rank s % pp.
+    stage: global index of the module's virtual stage; stage s lives on pipeline rank s % pp. Of a boundary:
+        the sink's stage that the rows enter.
     last: the stage's last backward of the step, after which its gradients are reduced over dp.
     peer: sends and receives: the stage at the other end, on the rank that differs along pp alone.
     span: the action covers micro-batches [microbatch, microbatch + span), for encoders that take several

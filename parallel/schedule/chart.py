@@ -96,7 +96,8 @@ def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Cha
                 where = (row, ready - first, stop - first, action.module, action.kind)
                 bars.append(Bar(*where, action.microbatch, action.span, chunk))
             elif action.kind in _SENT:
-                key = (action.kind, action.module, action.peer, action.microbatch)
+                stage = action.stage if action.kind in BOUNDARY else None
+                key = (action.kind, action.module, action.peer, stage, action.microbatch)
                 sent.setdefault(key, []).append((row, begin - first))
         rows.append(Row(f"rank {rank}", _lives(plan, plan.program_of[rank]), 1 - busy / end if end else 0.0))
     arrows = [arrow for bar in bars for arrow in _arrows(plan, sorted(records), bar, sent)]
@@ -118,14 +119,17 @@ def _arrows(
     forward = bar.kind is Kind.FORWARD
     keys: list[tuple[object, ...]] = []
     if forward and stage:
-        keys = [(Kind.SEND_FORWARD, bar.module, stage, bar.microbatch)]
-    elif forward and bar.module == plan.sink:
-        keys = [(Kind.BOUNDARY_FORWARD, m, None, bar.microbatch) for m in plan.active[bar.microbatch]]
-    elif bar.kind is not Kind.BACKWARD_WEIGHT and stage + 1 < use.stages:
-        keys = [(Kind.SEND_BACKWARD, bar.module, stage, bar.microbatch)]
-    elif not forward and bar.module != plan.sink:
+        keys = [(Kind.SEND_FORWARD, bar.module, stage, None, bar.microbatch)]
+    if forward and bar.module == plan.sink:
+        entering = [m for m in plan.entering(stage) if m in plan.active[bar.microbatch]]
+        keys += [(Kind.BOUNDARY_FORWARD, m, None, stage, bar.microbatch) for m in entering]
+    elif forward or bar.kind is Kind.BACKWARD_WEIGHT:
+        pass
+    elif stage + 1 < use.stages:
+        keys = [(Kind.SEND_BACKWARD, bar.module, stage, None, bar.microbatch)]
+    elif bar.module != plan.sink:
         covered = range(bar.microbatch, bar.microbatch + bar.span)
-        keys = [(Kind.BOUNDARY_BACKWARD, bar.module, None, i) for i in covered]
+        keys = [(Kind.BOUNDARY_BACKWARD, bar.module, None, s, i) for i in covered for s in use.enters]
     out = []
     for key in keys:
         boundary = key[2] is None
@@ -139,7 +143,9 @@ def _arrows(
 
 def _sends(plan: SchedulePlan, rank: int, key: tuple[object, ...]) -> bool:
     """Whether a rank is where the rows of a boundary come from, not only where they go."""
-    source, sink = (plan.ends(str(key[1]))) if key[2] is None else (frozenset[int](), frozenset[int]())
+    source = sink = frozenset[int]()
+    if isinstance(key[3], int):
+        source, sink = plan.ends(str(key[1]), key[3])
     if key[0] is Kind.BOUNDARY_FORWARD:
         return plan.program_of[rank] in source
     return key[0] is not Kind.BOUNDARY_BACKWARD or plan.program_of[rank] in sink

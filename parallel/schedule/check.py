@@ -124,12 +124,13 @@ def _needed(
                 yield Kind.SEND_FORWARD, module, stage, starts
                 yield Kind.RECV_BACKWARD, module, stage, back
     for source in plan.sources:
-        sources, targets = plan.ends(source)
-        if p in sources | targets:
-            rows = [i for i in every if source in plan.active[i]]
-            yield Kind.BOUNDARY_FORWARD, source, 0, rows
-            if plan.train and not plan.modules[source].frozen:
-                yield Kind.BOUNDARY_BACKWARD, source, 0, rows
+        for stage in plan.modules[source].enters:
+            sources, targets = plan.ends(source, stage)
+            if p in sources | targets:
+                rows = [i for i in every if source in plan.active[i]]
+                yield Kind.BOUNDARY_FORWARD, source, stage, rows
+                if plan.train and not plan.modules[source].frozen:
+                    yield Kind.BOUNDARY_BACKWARD, source, stage, rows
 
 
 def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
@@ -139,6 +140,8 @@ def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[st
         if a.module not in plan.modules:
             continue  # not needed anywhere, which is reported
         wanted, step = uses[a.kind, a.module], _PEER.get(a.kind)
+        if a.kind in BOUNDARY:
+            wanted = (wanted[0]._replace(stage=a.stage),)
         peer = None if step is None else a.stage + step
         if a.groups != wanted or a.peer != peer:
             yield (

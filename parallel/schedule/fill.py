@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from parallel.schedule.action import (
@@ -63,7 +63,8 @@ class Spare:
     """A pipeline with idle time, and the encoder work to go into it.
 
     pipeline, starts: the sink's works and when they start alone, by rank. stages: its virtual stages.
-    forwards: the encoders' by micro-batch, the same on every rank. learn: the encoders with a backward.
+    forwards: the encoders' by micro-batch, the same on every rank.     learn: the encoders with a backward.
+    enters: by encoder, the sink's stages that its rows enter.
     ahead: for how many micro-batches a rank may hold encoder activations, enough for the pipeline as it is.
     """
 
@@ -72,6 +73,7 @@ class Spare:
     stages: int
     forwards: Sequence[Work]
     learn: Collection[str]
+    enters: Mapping[str, Sequence[int]]
     active: Sequence[frozenset[str]]
     ahead: int
     costs: Costs
@@ -94,7 +96,8 @@ class _Fill:
         self.rows = [0] * len(spare.active)  # encoder forwards done, over ranks and encoders
         first = zip(spare.pipeline[0], spare.starts[0], strict=True)
         self.read_at = {w.microbatch: t for w, t in first if w.stage == 0 and w.kind is FORWARD}
-        self.returned: dict[int, float] = {}  # when a micro-batch's gradient left the sink
+        # By (stage of the sink, micro-batch), when its gradient left.
+        self.returned: dict[tuple[int, int], float] = {}
         self.now = 0.0
 
     def play(self) -> None:
@@ -115,14 +118,16 @@ class _Fill:
     def lists(self) -> list[list[Work]]:
         """The works of each rank; gradients start to come back when they leave the sink, on all ranks."""
         back = [
-            (self.returned[i], 0, k, Work(BOUNDARY_BACKWARD, w.module, 0, i))
+            (self.returned[s, i], 0, k, Work(BOUNDARY_BACKWARD, w.module, s, i))
             for k, w in enumerate(self.gradients)
             for i in self._rows_of(w)
+            for s in self.spare.enters[w.module]
         ]
         out = []
         for r, rank in enumerate(self.ranks):
             own = [(t, 1, k, w) for k, (t, w) in enumerate(rank.out)]
-            out.append([w for *_, w in sorted([*own, *(back if r else ())])])
+            far = [b for b in back if b[3].stage % len(self.ranks) != r]
+            out.append([w for *_, w in sorted([*own, *far], key=lambda f: f[:3])])
         return out
 
     def _rows_of(self, w: Work) -> list[int]:
@@ -157,8 +162,8 @@ class _Fill:
             return
         kind = BACKWARD if w.kind is BACKWARD_INPUT else w.kind
         self.done.add((kind, w.stage, w.microbatch))
-        if kind is BACKWARD and w.stage == 0:
-            self.returned[w.microbatch] = self.now
+        if kind is BACKWARD:
+            self.returned[w.stage, w.microbatch] = self.now
 
     def _choose(self, rank: _Rank) -> Work | None:
         """What a free rank does now; None to wait."""
@@ -184,7 +189,7 @@ class _Fill:
         return gradient if gradient is not None and full else work
 
     def _came_back(self, w: Work) -> bool:
-        return all(i in self.returned for i in self._rows_of(w))
+        return all((0, i) in self.returned for i in self._rows_of(w))  # the first stage's come last
 
     def _ready(self, w: Work) -> bool:
         if w.kind is FORWARD and w.stage == 0:

@@ -59,7 +59,7 @@ _MESSAGE = {
 
 Result = tuple[str, int, int]  # of a forward or backward: (module, micro-batch, stage)
 # Transfers take a lane: (SEND_FORWARD or SEND_BACKWARD, module, the later of its stages, from program, to
-# program), or that of an edge: (kind, source).
+# program), or that of an edge: (kind, source, stage of the sink that its rows enter).
 Lane = tuple[Any, ...]
 Key = tuple[int, int]  # a transfer: (number of its lane, micro-batch)
 Meeting = tuple[tuple[Kind, str, int, int], frozenset[int]]  # (action without its place, programs)
@@ -114,12 +114,14 @@ class _Reader:
         self.waits: dict[int, list[Key]] = {}
         self.transfers: dict[Key, list[int]] = defaultdict(list)
         self.numbers: dict[Lane, int] = {}
-        self.known: dict[Lane, tuple[list[int], list[str]]] = {}  # lanes by (program, kind, module, stage)
+        # By (program, kind, module, stage): numbers of lanes, and of those with a source's rows and its name.
+        self.known: dict[Lane, tuple[list[int], list[tuple[int, str]]]] = {}
         self.meets: dict[int, Meeting] = {}  # what several programs begin together
         # Where a program stops whatever others do, and why.
         self.cut: dict[int, tuple[Action, Kind, Result]] = {}
         self.peers, self.together = _peers(plan), _Together(plan)
-        self.ends = {s: plan.ends(s) for s in plan.sources}
+        self.ends = {(s, e): plan.ends(s, e) for s in plan.sources for e in plan.modules[s].enters}
+        self.holds = {s: plan.hosts(s, plan.modules[s].stages - 1) for s in plan.sources}
         self.computations = [self._read(p) for p in range(len(plan.programs))]
         self.transfers.default_factory = None
 
@@ -156,10 +158,10 @@ class _Reader:
             if a.span == 1:
                 return None if a[1:4] in done[need] else (need, a[1:4])
             results = [(a.module, i, a.stage) for i in a.microbatches]
-        elif a.kind is BOUNDARY_FORWARD and p in self.ends[a.module][0]:
+        elif a.kind is BOUNDARY_FORWARD and p in self.holds[a.module]:
             need, results = FORWARD, [(a.module, a.microbatch, self.plan.modules[a.module].stages - 1)]
-        elif a.kind is BOUNDARY_BACKWARD and p in self.ends[a.module][1]:
-            need, results = BACKWARD, [(self.plan.sink, a.microbatch, 0)]
+        elif a.kind is BOUNDARY_BACKWARD and p in self.ends[a.module, a.stage][1]:
+            need, results = BACKWARD, [(self.plan.sink, a.microbatch, a.stage)]
         else:
             return None
         return next(((need, r) for r in results if r not in done[need]), None)
@@ -169,31 +171,38 @@ class _Reader:
         way = (p, a.kind, a.module, a.stage)
         known = self.known.get(way)
         if known is None:
-            lanes = self._lanes(*way)
-            numbers = [self.numbers.setdefault(lane, len(self.numbers)) for lane in lanes]
-            fed = a.kind in COMPUTE and any(lane[0] in BOUNDARY for lane in lanes)
-            known = self.known[way] = numbers, [lane[1] for lane in lanes] if fed else []
-        numbers, sources = known
-        if not sources:
-            return [(n, a.microbatch) for n in numbers]
-        pairs = zip(numbers, sources, strict=True)  # rows come of micro-batches with items alone
-        return [(n, i) for n, s in pairs for i in a.microbatches if s in self.plan.active[i]]
+            plain, fed = [], []
+            for lane in self._lanes(*way):
+                number = self.numbers.setdefault(lane, len(self.numbers))
+                if a.kind in COMPUTE and lane[0] in BOUNDARY:
+                    fed.append((number, lane[1]))
+                else:
+                    plain.append(number)
+            known = self.known[way] = plain, fed
+        plain, fed = known
+        keys = [(n, a.microbatch) for n in plain]
+        if fed:  # rows come of micro-batches with items alone
+            keys += [(n, i) for n, s in fed for i in a.microbatches if s in self.plan.active[i]]
+        return keys
 
     def _lanes(self, p: int, kind: Kind, module: str, stage: int) -> list[Lane]:
         """The lanes of the transfers that actions of a kind and stage start or wait for."""
         sink = module == self.plan.sink
         if kind in BOUNDARY:
-            return [(kind, module)]
-        if kind is FORWARD and stage == 0:
-            return [(BOUNDARY_FORWARD, s) for s in self.plan.sources] if sink else []
-        if kind in (BACKWARD, BACKWARD_INPUT) and stage + 1 == self.plan.modules[module].stages:
-            return [] if sink else [(BOUNDARY_BACKWARD, module)]
+            return [(kind, module, stage)]
+        use = self.plan.modules[module]
+        if kind in (BACKWARD, BACKWARD_INPUT) and stage + 1 == use.stages:
+            return [] if sink else [(BOUNDARY_BACKWARD, module, s) for s in use.enters]
         if kind not in _MESSAGE:
             return []
+        entering = self.plan.entering(stage) if kind is FORWARD and sink else ()
+        rows: list[Lane] = [(BOUNDARY_FORWARD, s, stage) for s in entering]
+        if kind is FORWARD and stage == 0:
+            return rows
         name, sends, step = _MESSAGE[kind]
-        others = self.peers.get((module, (stage + step) % self.plan.modules[module].layout.pp, p), ())
+        others = self.peers.get((module, (stage + step) % use.layout.pp, p), ())
         later = max(stage, stage + step)
-        return [(name, module, later, *((p, q) if sends else (q, p))) for q in others]
+        return [*((name, module, later, *((p, q) if sends else (q, p))) for q in others), *rows]
 
 
 class _Order:
@@ -257,7 +266,7 @@ class _Order:
     def _ends(self, key: Key) -> int:
         """How many programs must start a transfer."""
         lane = self.lanes[key[0]]
-        return 2 if lane[0] not in BOUNDARY else len(frozenset().union(*self.read.ends[lane[1]]))
+        return 2 if lane[0] not in BOUNDARY else len(frozenset().union(*self.read.ends[lane[1:]]))
 
     def _why(self, p: int) -> str:
         """Where program p has stopped and for what."""
@@ -281,10 +290,10 @@ class _Order:
 
     def _say(self, key: Key) -> str:
         """A transfer in words."""
-        (kind, module, *link), i = self.lanes[key[0]], key[1]
-        if not link:
-            return f"{kind.value}({module}, {i}) to be started by every rank of the edge"
-        later, source, _ = link
+        (kind, module, later, *link), i = self.lanes[key[0]], key[1]
+        if kind in BOUNDARY:
+            return f"{Action(kind, module, i, later)} to be started by every rank of the edge"
+        source = link[0]
         carries = "activations" if kind is SEND_FORWARD else "gradients"
         where = f"between {module}.{later - 1} and {module}.{later} from {self._ranks([source])}"
         return f"{carries} of micro-batch {i} {where}"

@@ -95,7 +95,8 @@ class Job:
         forwards.sort(key=lambda w: w.microbatch)  # stable: the sources' order within a micro-batch
         learn = [m for m in self.beside if self.train and not self.modules[m].frozen]
         stages = self.modules[self.sink].stages
-        spare = Spare(works, times.starts, stages, forwards, learn, self.active, ahead, costs)
+        enters = {m: self.modules[m].enters for m in self.beside}
+        spare = Spare(works, times.starts, stages, forwards, learn, enters, self.active, ahead, costs)
         plans = []
         for rules in TRIED:
             lists = fill(spare, rules)

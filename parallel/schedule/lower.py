@@ -77,11 +77,12 @@ class _Writer:
         }
 
     def program(self, place: Place, works: Sequence[Work], optimizer: bool) -> tuple[Action, ...]:
-        # The edges that this place holds rows of, and whether it is where the sink reads them.
+        # The sources that this place holds rows of, and the stages of the sink that read rows here.
         pp = dict(zip(self.modules, place, strict=True))
         holds = {s for s in self.sources if pp[s] is not None and pp[s] == self.modules[s].layout.pp - 1}
-        reads = pp[self.sink] == 0
-        given = {(w.module, w.microbatch) for w in works if w.kind is BOUNDARY_BACKWARD}
+        at = pp[self.sink]
+        reads = set() if at is None else set(self.modules[self.sink].stages_at(at))
+        given = {w[1:4] for w in works if w.kind is BOUNDARY_BACKWARD}
         final: dict[tuple[str, int], int] = {}  # the last backward of each stage
         end: dict[tuple[str, int], int] = {}  # its last computation
         for k, w in enumerate(works):
@@ -96,7 +97,7 @@ class _Writer:
         for k, w in enumerate(works):
             out += posts[k + 1]
             if w.kind not in COMPUTE:
-                out.append(self._edge(w.kind, w.module, w.microbatch))
+                out.append(self._edge(w.kind, w.module, w.stage, w.microbatch))
                 continue
             key = (w.module, w.stage)
             last = final.get(key) == k
@@ -123,22 +124,23 @@ class _Writer:
         groups = () if kind is Kind.FREE else self.parameters[key[0]]
         return Action(kind, key[0], 0, stage=key[1], groups=groups)
 
-    def _before(self, w: Work, holds: set[str], reads: bool, given: set[tuple[str, int]]) -> list[Action]:
+    def _before(
+        self, w: Work, holds: set[str], reads: set[int], given: set[tuple[str, int, int]]
+    ) -> list[Action]:
         """Receives that `w` waits for and that no computation of this place starts."""
         if w.kind not in COMPUTE:
             return []
         if w.kind is FORWARD:
-            if w.stage:
-                return [self._link(RECV_FORWARD, w, w.stage - 1)]
-            if w.module == self.sink:
-                sources = [s for s in self.sources if s in self.active[w.microbatch] and s not in holds]
-                return [self._edge(BOUNDARY_FORWARD, s, w.microbatch) for s in sources]
-        elif w.kind is not BACKWARD_WEIGHT:
+            out = [self._link(RECV_FORWARD, w, w.stage - 1)] if w.stage else []
+            sources = [s for s in self._entering(w) if s not in holds]
+            return out + [self._edge(BOUNDARY_FORWARD, s, w.stage, w.microbatch) for s in sources]
+        if w.kind is not BACKWARD_WEIGHT:
             if w.stage + 1 < self.modules[w.module].stages:
                 return [self._link(RECV_BACKWARD, w, w.stage + 1)]
-            if w.module != self.sink and not reads:
-                rows = [i for i in self._covered(w) if (w.module, i) not in given]
-                return [self._edge(BOUNDARY_BACKWARD, w.module, i) for i in rows]
+            if w.module != self.sink:
+                far = [s for s in self.modules[w.module].enters if s not in reads]
+                rows = [(s, i) for i in self._covered(w) for s in far if (w.module, s, i) not in given]
+                return [self._edge(BOUNDARY_BACKWARD, w.module, s, i) for s, i in rows]
         return []
 
     def _after(self, w: Work) -> list[Action]:
@@ -147,15 +149,23 @@ class _Writer:
             if w.stage + 1 < self.modules[w.module].stages:
                 return [self._link(SEND_FORWARD, w, w.stage + 1)]
             if w.module != self.sink:
-                return [self._edge(BOUNDARY_FORWARD, w.module, i) for i in self._covered(w)]
+                enters = self.modules[w.module].enters
+                return [
+                    self._edge(BOUNDARY_FORWARD, w.module, s, i) for i in self._covered(w) for s in enters
+                ]
         elif w.kind is not BACKWARD_WEIGHT:
-            if w.stage:
-                return [self._link(SEND_BACKWARD, w, w.stage - 1)]
-            if w.module == self.sink:
-                back = [s for s in self.sources if not self.modules[s].frozen]
-                sources = [s for s in back if s in self.active[w.microbatch]]
-                return [self._edge(BOUNDARY_BACKWARD, s, w.microbatch) for s in sources]
+            out = [self._link(SEND_BACKWARD, w, w.stage - 1)] if w.stage else []
+            sources = [s for s in self._entering(w) if not self.modules[s].frozen]
+            return out + [self._edge(BOUNDARY_BACKWARD, s, w.stage, w.microbatch) for s in sources]
         return []
+
+    def _entering(self, w: Work) -> list[str]:
+        """The sources whose rows enter the sink in `w`."""
+        if w.module != self.sink:
+            return []
+        return [
+            s for s in self.sources if s in self.active[w.microbatch] and w.stage in self.modules[s].enters
+        ]
 
     def _covered(self, w: Work) -> list[int]:
         """The micro-batches of a source's work that have items."""
@@ -165,6 +175,6 @@ class _Writer:
         groups = self.links[w.module][kind in (SEND_BACKWARD, RECV_BACKWARD)]
         return Action(kind, w.module, w.microbatch, w.stage, False, peer, w.span, groups)
 
-    def _edge(self, kind: Kind, source: str, microbatch: int) -> Action:
+    def _edge(self, kind: Kind, source: str, stage: int, microbatch: int) -> Action:
         way: Way = "forward" if kind is BOUNDARY_FORWARD else "backward"
-        return Action(kind, source, microbatch, groups=(Group("edge", source, way=way),))
+        return Action(kind, source, microbatch, stage, groups=(Group("edge", source, "", way, stage),))

@@ -26,12 +26,14 @@ class ModuleUse:
         reduces its gradients; "step" gathers them once a step (GATHER, FREE); "replicated" ranks hold them
         whole. The last two reduce gradients in GRAD_SYNC.
     layers: how many it has, so that more stages than layers are refused.
+    enters: of a source, the stages of the sink that its rows enter. Each is sent rows of its own.
     """
 
     layout: Layout
     frozen: bool = False
     params: Params = "each"
     layers: int | None = None
+    enters: tuple[int, ...] = (0,)
 
     @property
     def stages(self) -> int:
@@ -116,10 +118,14 @@ class SchedulePlan:
         pp = stage % self.modules[module].layout.pp
         return frozenset(p for p, place in enumerate(self.places) if place[at] == pp)
 
-    def ends(self, source: str) -> tuple[frozenset[int], frozenset[int]]:
-        """(programs that hold an edge's rows, programs that want them): last stage of the source, first of
+    def ends(self, source: str, stage: int) -> tuple[frozenset[int], frozenset[int]]:
+        """(programs that hold an edge's rows, programs that want them): last stage of the source, `stage` of
         the sink."""
-        return self.hosts(source, self.modules[source].stages - 1), self.hosts(self.sink, 0)
+        return self.hosts(source, self.modules[source].stages - 1), self.hosts(self.sink, stage)
+
+    def entering(self, stage: int) -> tuple[str, ...]:
+        """The sources whose rows enter the sink at `stage`."""
+        return tuple(s for s in self.sources if stage in self.modules[s].enters)
 
     def learns(self, module: str, microbatch: int) -> bool:
         """Whether a backward follows its forward: it has items and is not frozen, or it is the sink and
@@ -141,7 +147,7 @@ class SchedulePlan:
         if group.scope == "world":
             return (self.ranks,)
         if group.scope == "edge":
-            both = frozenset().union(*self.ends(group.module))
+            both = frozenset().union(*self.ends(group.module, group.stage))
             return (tuple(r for r, p in self.program_of.items() if p in both),)
         return self.modules[group.module].layout.groups(group.axis)
 

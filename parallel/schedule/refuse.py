@@ -45,6 +45,12 @@ def check_modules(
                 f"layout.{name}: vpp={layout.vpp}, but only the language model has virtual stages; nearest: "
                 f"vpp=1, or pp={layout.pp * layout.vpp} on more ranks"
             )
+        beyond = [s for s in use.enters if not 0 <= s < modules[sink].stages]
+        if name != sink and (beyond or len(set(use.enters)) < len(use.enters) or not use.enters):
+            raise ValueError(
+                f"rows of {name} enter stages {list(use.enters)} of {sink}; needed: some of 0-"
+                f"{modules[sink].stages - 1}, each once"
+            )
         if batch.get(name, 1) < 1:
             raise ValueError(f"batch of {name} is {batch[name]} micro-batches; needed: at least 1")
 

@@ -102,7 +102,7 @@ class Timeline:
         """The programs that the transfers of a lane go from and to."""
         if lane[0] not in BOUNDARY:
             return (lane[3:],)
-        sources, targets = self.plan.ends(lane[1])
+        sources, targets = self.plan.ends(*lane[1:])
         if lane[0] is BOUNDARY_BACKWARD:
             sources, targets = targets, sources
         return [(s, t) for s in sources for t in targets if s != t]

@@ -59,8 +59,9 @@ class _StandIns:
         self.tensors: list[torch.Tensor] = []  # of messages under way
         ranks = plan.ranks_of
         self.ends = {
-            s: tuple(tuple(r for p in sorted(end) for r in ranks[p]) for end in plan.ends(s))
+            (s, e): tuple(tuple(r for p in sorted(end) for r in ranks[p]) for end in plan.ends(s, e))
             for s in plan.sources
+            for e in plan.modules[s].enters
         }
         self.handlers: dict[Kind, Handler] = dict.fromkeys(Kind, self.nothing)
         self.handlers.update(dict.fromkeys(COMPUTE, self.compute))
@@ -90,15 +91,16 @@ class _StandIns:
         self._irecv((a.kind, a.module, a.stage, a.microbatch), self._peer(a), a.tag)
 
     def boundary(self, a: Action) -> None:
-        sources, targets = self.ends[a.module]
+        sources, targets = self.ends[a.module, a.stage]
         backward = a.kind is Kind.BOUNDARY_BACKWARD
         if backward:
             sources, targets = targets, sources
-        tag = (1 << 26) + (2 * self.plan.sources.index(a.module) + backward) * (1 << 16) + a.microbatch
+        edge = list(self.ends).index((a.module, a.stage))
+        tag = (1 << 26) + (2 * edge + backward) * (1 << 16) + a.microbatch
         if self.rank in targets:
             for peer in sources:
                 if peer != self.rank:
-                    self._irecv((a.kind, a.module, 0, a.microbatch), peer, tag)
+                    self._irecv((a.kind, a.module, a.stage, a.microbatch), peer, tag)
         if self.rank in sources:
             for peer in targets:
                 if peer != self.rank:
@@ -109,10 +111,11 @@ class _StandIns:
         if a.kind is Kind.BACKWARD_WEIGHT:
             return []
         if a.kind is Kind.FORWARD:
-            if a.module != self.plan.sink or a.stage:
-                return [(Kind.RECV_FORWARD, a.module, a.stage, a.microbatch)]
-            return [(Kind.BOUNDARY_FORWARD, s, 0, i) for s in self.plan.sources for i in a.microbatches]
-        rows = [(Kind.BOUNDARY_BACKWARD, a.module, 0, i) for i in a.microbatches]
+            entering = self.plan.entering(a.stage) if a.module == self.plan.sink else ()
+            rows = [(Kind.BOUNDARY_FORWARD, s, a.stage, i) for s in entering for i in a.microbatches]
+            return [(Kind.RECV_FORWARD, a.module, a.stage, a.microbatch), *rows]
+        enters = self.plan.modules[a.module].enters if a.module != self.plan.sink else ()
+        rows = [(Kind.BOUNDARY_BACKWARD, a.module, s, i) for s in enters for i in a.microbatches]
         return [(Kind.RECV_BACKWARD, a.module, a.stage, a.microbatch), *rows]
 
     def _peer(self, a: Action) -> int:

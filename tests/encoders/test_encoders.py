@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -250,6 +252,22 @@ def test_the_registry_explains_itself() -> None:
         encoders.resolve("pathlib:Path")
     with pytest.raises(ValueError, match="exists already"):
         encoders.register("vit")(Liar)
+
+
+def test_imports_are_repaired_before_a_plug_in_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the plug-in imports may import torchvision, as transformers does (tests/mm/test_wrapped.py)."""
+    order: list[str] = []
+    monkeypatch.setattr(compat, "repair", lambda: order.append("repaired"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path_seen", order, raising=False)
+    (tmp_path / "eager_plugin.py").write_text(
+        "import sys\nsys.path_seen.append('imported')\nclass Net: pass\n"
+    )
+    with pytest.raises(ValueError, match="not a subclass"):
+        encoders.resolve("eager_plugin:Net")
+    assert order == ["repaired", "imported"]
 
 
 def test_both_paths_of_the_imports_agree(monkeypatch: pytest.MonkeyPatch) -> None:

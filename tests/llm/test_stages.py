@@ -15,7 +15,7 @@ from torch import Tensor
 from llm.config import LLMConfig, head_flops, layer_costs
 from llm.counts import Counts
 from llm.model import LLM, LLMBatch
-from llm.stages import cut, reading_stages, shared_parameters
+from llm.stages import cut, entering_levels, shared_parameters
 from parallel.param import declared, initialise
 from parallel.stage import Stage, stages_of
 from tests.llm.harness import TINY, Text, far, make_batch, make_rows, weigh
@@ -48,12 +48,13 @@ def chain(cfg: LLMConfig, stages: tuple[Stage, ...]) -> tuple[Tensor, dict[str, 
     levels = 1 + len(cfg.level_layers)
     values = torch.stack([make_rows(replace(TEXT, seed=k), cfg.d_model) for k in range(levels)], 1)
     models = [stage_model(cfg, s) for s in stages]
-    # Each stage is given rows of its own, as the boundary does for distinct consumers.
-    rows = [values.clone().requires_grad_() for _ in stages]
+    # Each stage is given the levels that enter there, as the boundary does.
+    entering = entering_levels(cfg, stages, levels)
+    rows = {s: values[:, list(k)].clone().requires_grad_() for s, k in entering.items()}
     entered: list[Tensor | None] = [None]
     left: list[Tensor] = []
-    for model, own in zip(models, rows, strict=True):
-        left.append(model(batch, {"vision": own}, entered[-1]))
+    for s, model in enumerate(models):
+        left.append(model(batch, {"vision": rows[s]} if s in rows else {}, entered[-1]))
         entered.append(left[-1].detach().requires_grad_())
     weigh(left[-1]).backward()
     for k in range(len(stages) - 2, -1, -1):
@@ -65,8 +66,11 @@ def chain(cfg: LLMConfig, stages: tuple[Stage, ...]) -> tuple[Tensor, dict[str, 
         for name, p, _ in declared(model):
             assert p.grad is not None, name
             grads[name] = grads[name] + p.grad if name in grads else p.grad
-    d_rows = sum(r.grad for r in rows if r.grad is not None)
-    assert isinstance(d_rows, Tensor)
+    d_rows = torch.zeros_like(values)
+    for s, k in entering.items():
+        grad = rows[s].grad
+        assert grad is not None
+        d_rows[:, list(k)] = grad
     return left[-1].detach(), grads, d_rows, [m.load for model in models for m in model.moe_layers()]
 
 
@@ -100,8 +104,11 @@ def test_a_stage_holds_its_own_layers_only() -> None:
 
 
 def test_rows_are_read_where_levels_enter() -> None:
-    assert reading_stages(FULL, stages_of([0, 2, 5, 6])) == (0, 1)
-    assert reading_stages(replace(FULL, level_layers=()), stages_of([0, 3, 6])) == (0,)
+    three = stages_of([0, 2, 5, 6])
+    assert entering_levels(FULL, three, 3) == {0: (0, 1), 1: (2,)}
+    assert entering_levels(FULL, three, 2) == {0: (0, 1)} and entering_levels(FULL, three, 1) == {0: (0,)}
+    assert entering_levels(replace(FULL, level_layers=(5, 0)), three, 3) == {0: (0, 2), 2: (1,)}
+    assert entering_levels(replace(FULL, level_layers=()), stages_of([0, 3, 6]), 1) == {0: (0,)}
 
 
 def test_patterns_cut_themselves() -> None:

@@ -15,17 +15,21 @@ from parallel.stage import whole
 
 
 class Block(nn.Module):
-    """A plain module: parameters, a scalar among them, and buffers of both kinds."""
+    """A plain module: a scalar, two tied parameters and an untrained one among others, buffers of both kinds."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.inner = nn.Linear(width, width)
+        self.twin = nn.Linear(width, width, bias=False)
+        self.twin.weight = self.inner.weight
         self.gate = nn.Parameter(torch.tensor(0.5))
+        self.shift = nn.Parameter(torch.rand(width), requires_grad=False)
         self.register_buffer("scale", torch.rand(width) + 0.5)
         self.register_buffer("order", torch.randperm(width), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.gate * torch.tanh(self.inner(x * self.scale.to(x.dtype)))[:, self.order]
+        y = torch.tanh(self.inner(x * self.scale.to(x.dtype)) + self.shift)
+        return x + self.gate * self.twin(y)[:, self.order]
 
 
 @dataclass(frozen=True)

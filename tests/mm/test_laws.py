@@ -126,7 +126,9 @@ def test_layouts_learn_what_one_process_learns(
         assert largest_difference(result, reference) < 1e-9
 
 
-def test_on_several_machines_rows_cross_once(ranks: Any, reference: list[dict[str, Any]]) -> None:
+def test_on_several_machines_layouts_learn_what_one_process_learns(
+    ranks: Any, reference: list[dict[str, Any]]
+) -> None:
     layout = {"vision": {"ranks": "0-1"}, "audio": {"tp": 2}, "llm": {"ranks": "0-3", "tp": 4}}
     raw = small(layout=layout, schedule={"microbatches": 2})
     assert largest_difference(ranks(4, train_few, raw, 3, 2)[0], reference) < 1e-9

@@ -23,7 +23,7 @@ from mm.config import DataConfig, TrainConfig, from_mapping
 from mm.data.index import load_index
 from mm.data.reader import ShardReader
 from mm.data.tokenizer import Tokenizer
-from mm.plan import PlanInputs, StepPlan, deal_by_cost, plan_step, share
+from mm.plan import Edge, PlanInputs, StepPlan, deal_by_cost, plan_step, share
 from mm.plan_text import dry_run, first_step, plan_data, plan_json
 from mm.select import select
 from mm.update import learning_rate
@@ -109,7 +109,7 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
     for rank in range(world):
         cpu = torch.device("cpu")
         axes = {m: axes_at(layout, rank) for m, layout in layouts(made).items()}
-        shapes, plans = {m: (24,) for m in made.encoders}, PlanCache(rank)
+        shapes, plans = {Edge(m, 0): (24,) for m in made.encoders}, PlanCache(rank)
         assembler = Assembler(
             made, ShardReader(), Tokenizer(), rank, torch.float64, cpu, axes, "llm", shapes, plans
         )
@@ -128,7 +128,7 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
             first = coord.tp * (len(part.llm.ids) // shards) if shards > 1 else 0
             for module, places in part.llm.places.items():
                 assert (part.llm.ids[places + first] == Tokenizer().placeholder).all()
-                assert len(places) == part.edges[module].forward.rows_out
+                assert len(places) == part.edges[Edge(module, 0)].forward.rows_out
                 assert part.items[module].values.dtype == torch.float64
     assert supervised == plan.supervised
     assert Counts(routed, tuple(further.tolist())) == plan.counts

@@ -5,18 +5,22 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import encoders
+from mm import evaluate
 from mm.blueprint import bare_module, draw_up
 from mm.config import from_mapping
 from mm.errors import Refused
 from mm.job import build_job
 from mm.launch import RankInfo
+from parallel import checkpoint as store
 from parallel.axis import Axes
 from parallel.param import declared, global_index, initialise, local, seeded
 from parallel.shard import held_indices
@@ -123,6 +127,8 @@ def test_plain_modules_and_buffers_are_the_same_in_any_layout(
     assert torch.equal(whole_["encoder.offset"], torch.full((8,), 0.25, dtype=torch.float64))
     assert sorted(whole_["encoder.blocks.1.order"].tolist()) == list(range(8))
     assert not torch.equal(whole_["encoder.blocks.0.scale"], whole_["encoder.blocks.1.scale"])
+    kept = store.describe(tmp_path / "one" / "step-00000003")
+    assert "sensor.encoder.ramp" in kept and "sensor.encoder.offset" not in kept
     for k, (layout, later) in enumerate(FOUR):
         seen = set()
         for found, steps in ranks(4, learn, raw, str(tmp_path / str(k)), layout, later):
@@ -195,6 +201,8 @@ def test_an_adopted_module_keeps_what_it_drew_as_often_as_it_is_made(series: Pat
         initialise(nets[-1], 1, "sensor")
     for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
         assert torch.equal(a, b)
+    fixed = [name for name, p in nets[0].named_parameters() if not p.requires_grad]
+    assert fixed == ["encoder.blocks.0.shift", "encoder.blocks.1.shift"]  # as they were made
 
 
 def differing(raw: dict[str, Any]) -> str:
@@ -209,3 +217,24 @@ def test_values_that_differ_between_ranks_are_refused(series: Path, ranks: Any) 
     raw = raw_with("tests.mm.plugins:Different", series)
     for said in ranks(2, differing, raw):
         assert "adopted parameters differ between ranks: encoder.extra.weight (1 of" in said
+
+
+def test_evaluation_leaves_modes_as_they_were() -> None:
+    """A wrapped batch norm always is in eval mode; the rest trains on."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2).eval())
+    seen: list[list[bool]] = []
+
+    def gather(sums: list[float]) -> np.ndarray:
+        seen.append([m.training for m in net.modules()])
+        return np.array([sums])
+
+    uses = SimpleNamespace(encoders={})
+    cfg = SimpleNamespace(train=SimpleNamespace(global_batch=1))
+    job: Any = SimpleNamespace(
+        blueprint=SimpleNamespace(inputs=uses, cfg=cfg),
+        modules=lambda: [net],
+        control=SimpleNamespace(gather=gather),
+    )
+    data: Any = None
+    evaluate._mean_losses(job, data, [])
+    assert seen == [[True, True, False]]

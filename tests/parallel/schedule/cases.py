@@ -68,6 +68,12 @@ def layouts(module: str, world: int, *, vpp: bool = False) -> st.SearchStrategy[
     return build()
 
 
+def entries(sink: Layout) -> st.SearchStrategy[tuple[int, ...]]:
+    """The stages of the sink that a source's rows enter: the first alone as a rule."""
+    some = st.sets(st.integers(0, sink.pp * sink.vpp - 1), min_size=1).map(lambda s: tuple(sorted(s)))
+    return st.one_of(st.just((0,)), some)
+
+
 @st.composite
 def cases(draw: st.DrawFn, *, world: int = 8, train: bool | None = None) -> Case:
     """Any accepted schedule: placements, pipelines, missing modalities, frozen modules, memory bounds."""
@@ -78,6 +84,7 @@ def cases(draw: st.DrawFn, *, world: int = 8, train: bool | None = None) -> Case
             draw(layouts(m, world)) if m != "llm" else llm,
             frozen=draw(st.sampled_from([False, False, True])),
             params=draw(st.sampled_from(["each", "step", "replicated"])),
+            enters=draw(entries(llm)) if m != "llm" else (0,),
         )
         for m in (*names, "llm")
     }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallel.layout import make_layout
 from parallel.schedule import Action, Costs, Group, Kind, ModuleUse, SchedulePlan, make_schedule, simulate
 from parallel.schedule.action import COMPUTE
 from parallel.schedule.check import check
 from parallel.schedule.memory import Memory, held_microbatches
-from tests.parallel.schedule.cases import plan_of, use
+from tests.parallel.schedule.cases import entries, plan_of, use
 
 F, B = Kind.FORWARD, Kind.BACKWARD
 
@@ -138,7 +140,8 @@ def fillable(
     world = pp * dp
     names = draw(st.sampled_from([["vision"], ["vision", "audio"]]))
     modules = {m: use(m, world, params=draw(st.sampled_from(["step", "replicated"]))) for m in names}
-    modules["vision"] = ModuleUse(modules["vision"].layout, draw(st.booleans()), modules["vision"].params)
+    enters = draw(entries(make_layout("llm", world, {"pp": pp, "vpp": vpp})))
+    modules["vision"] = replace(modules["vision"], frozen=draw(st.booleans()), enters=enters)
     modules["llm"] = use("llm", world, pp=pp, vpp=vpp, frozen=draw(st.booleans()))
     m = pp * draw(st.integers(1, 3)) if vpp > 1 else draw(st.integers(1, 9))
     active = [draw(st.sets(st.sampled_from(names))) for _ in range(m)]
