@@ -248,7 +248,8 @@ def parse_segments(payload: bytes) -> list[WrittenSegment]:
             raise ValueError(f"segment {i} is {seg!r}; needed: one of text or a module, with a string")
         kind = kinds[0]
         is_text = kind == "text"
-        loss, depends = seg.get("loss", True), seg.get("depends")
+        marks = {k: v for k, v in seg.items() if k != kind}
+        loss, depends = marks.get("loss", True), marks.get("depends")
         if not isinstance(loss, bool) or not isinstance(depends, str | None):
             needed = "loss true or false, depends the name of a module"
             raise ValueError(f"segment {i} has loss {loss!r}, depends {depends!r}; needed: {needed}")
