@@ -1,8 +1,8 @@
 """One product with several weights that read the same input, each a parameter of its own.
 
 Joined weights that autograd keeps for the backward are a copy of them for every micro-batch in flight, which
-neither sharding frees nor offload moves. Here the parts are kept, which are the weights themselves, and are
-joined again in the backward: two copies in passing, that cost a hundredth of the product, for one kept.
+sharding does not free. Here the parts are kept, which are the weights themselves, and are joined again in the
+backward: one copy more in passing, for none kept.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from encoders.contract import Features, ItemBatch
 from encoders.module import RowsMismatch
 from mm.data.probes import metadata
 from tests.encoders.helpers import SIZES, SMALL, batch, gradient_error, make_axes, module, png, wav
+from tests.kept import beside_activations
 
 NAMES = ["vit", "fastconformer"]
 
@@ -47,6 +48,13 @@ def test_no_items_reach_every_parameter_with_a_zero_gradient(name: str) -> None:
     out.values.sum().backward()
     for key, p in net.named_parameters():
         assert p.grad is not None and not p.grad.any(), key
+
+
+@pytest.mark.parametrize(("name", "one"), [("vit", (16, 16)), ("fastconformer", 1280)])
+def test_no_weights_are_kept_as_activations(name: str, one: Any) -> None:
+    net = module(name)
+    fixed, an_item = beside_activations(lambda n: net(batch(name, [one] * n)).values, net)
+    assert fixed == 0 < an_item
 
 
 @settings(max_examples=30, deadline=None)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch, precise_modules
 from parallel.layout import make_layout
 from parallel.mesh import build_mesh
 from parallel.packed import Packing
-from parallel.param import initialise, local
+from parallel.param import initialise
 from parallel.shard import ShardPolicy, materialise, shard_module
+from tests.kept import beside_activations
 
 CFG = LLMConfig(
     d_model=64,
@@ -51,31 +50,13 @@ def config(case: str) -> LLMConfig:
     return replace(CFG, pattern=case[0], **CASES[case])  # type: ignore[arg-type]
 
 
-def run(model: LLM, tokens: int) -> int:
-    """Bytes of the distinct storages that a forward over a document keeps, the model's own weights aside."""
-    kept: list[Any] = []
-
-    def pack(x: Tensor) -> Tensor:
-        kept.append(x.untyped_storage())
-        return x
-
+def forward(model: LLM, units: int) -> Tensor:
+    """Losses of one document."""
+    tokens = units * TOKENS
     gen = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(0, CFG.vocab_size, (2, tokens), generator=gen)
-    with saved_tensors_hooks(pack, lambda x: x):
-        loss = model(LLMBatch(ids, labels, Packing.of([tokens]), tokens, {}), {})
-    weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
-    # What sharding has freed after the forward has no bytes any more.
-    found = {s.data_ptr(): s.nbytes() for s in kept if s.nbytes() and s.data_ptr() not in weights}
-    loss.sum().backward()
-    return sum(found.values())
-
-
-def beside_activations(forward: Callable[[int], int]) -> tuple[int, int]:
-    """(bytes that do not grow with the tokens, bytes a token)."""
-    one, two, three = (forward(n * TOKENS) for n in (1, 2, 3))
-    a_token = (two - one) // TOKENS
-    assert abs((three - two) - (two - one)) <= 0.01 * three  # so that the rest is what does not grow
-    return one - a_token * TOKENS, a_token
+    loss: Tensor = model(LLMBatch(ids, labels, Packing.of([tokens]), tokens, {}), {})
+    return loss
 
 
 def vectors(model: nn.Module) -> int:
@@ -91,7 +72,7 @@ def test_no_weights_are_kept_as_activations(case: str, dtype: torch.dtype) -> No
     model.to(dtype)
     for module in precise_modules(model):
         module.float()
-    fixed, a_token = beside_activations(lambda n: run(model, n))
+    fixed, a_token = beside_activations(lambda n: forward(model, n), model, TOKENS)
     assert 0 <= fixed <= 2 * vectors(model), (fixed, vectors(model), a_token)
 
 
@@ -105,7 +86,7 @@ def sharded(case: str) -> tuple[int, int, int]:
     policy = ShardPolicy(layers, torch.bfloat16, precise_modules(model))
     shard_module(model, mesh, policy, param_dtype=torch.float32)
     materialise(model, mesh, seed=1, name="llm", device=torch.device("cpu"))
-    found = beside_activations(lambda n: run(model, n))
+    found = beside_activations(lambda n: forward(model, n), model, TOKENS)
     mesh.close()
     return *found, counted
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 import llm.moe
 from llm.model import LLM
 from llm.offload import OnHost, to_host
 from llm.recompute import PARTS, recompute_parts
-from parallel.param import declared, initialise, local
+from parallel.param import declared, initialise
+from tests.kept import kept_bytes
 from tests.llm.harness import TINY, Text, build, make_batch, run_lane
 
 CFG = replace(
@@ -48,21 +47,6 @@ def test_nothing_changes(recompute: Any, offload: int | None) -> None:
     ours, theirs = run_with(recompute, offload), run_with("none")
     assert ours.keys() == theirs.keys()
     assert not [name for name, value in theirs.items() if not torch.equal(ours[name], value)]
-
-
-def kept_bytes(run: Callable[[], Tensor], model: LLM) -> int:
-    """Bytes of distinct storages that autograd keeps for the backward, the model's weights aside."""
-    weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x
-        return x
-
-    with saved_tensors_hooks(pack, lambda x: x):
-        out = run()
-    assert out.requires_grad
-    return sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in weights)
 
 
 GATED: dict[str, Any] = {"mlp_gated": True, "activation": "silu"}
