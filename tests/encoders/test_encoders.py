@@ -192,6 +192,20 @@ def test_inputs_of_another_shape_are_told_in_words() -> None:
         encoders.pack_items(vit, vit.Config(), [torch.zeros(5, 3)], [{}], **kw)
 
 
+class Ids(encoders.vit.ViT):
+    input_dtype = torch.int64
+
+
+def test_inputs_come_in_the_dtype_of_the_computation_or_in_the_encoders_own() -> None:
+    vit = encoders.resolve("vit")
+    kw: dict[str, Any] = {"device": "cpu", "dtype": torch.bfloat16}
+    times = torch.tensor([[1001.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert encoders.pack_items(vit, vit.Config(), [times], [{}], **kw).values.dtype == torch.bfloat16
+    ids = encoders.pack_items(Ids, vit.Config(), [times.long()], [{}], **kw).values
+    assert ids.dtype == torch.int64 and ids[0, 0] == 1001  # which bfloat16 rounds to 1000
+    assert encoders.pack_items(Ids, vit.Config(), [], [], **kw).values.dtype == torch.int64
+
+
 def test_unusable_items_are_refused_in_words() -> None:
     vit, conformer = encoders.resolve("vit"), encoders.resolve("fastconformer")
     cfg = vit.Config(**SMALL["vit"])

@@ -15,7 +15,7 @@ from parallel.stage import whole
 
 
 class Block(nn.Module):
-    """A plain module: a scalar, two tied parameters and an untrained one, and buffers of both kinds."""
+    """A plain module: among its parameters a scalar, a tie and an untrained one; buffers of both kinds."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ class Plain(nn.Module):
         self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 5, bias=False)
         self.again = nn.Linear(5, 7, bias=False)
         self.again.weight = self.up.weight
-        self.gate = nn.Parameter(torch.tensor(0.7))
+        self.gate = self.again.gate = nn.Parameter(torch.tensor(0.7))
         self.shift = nn.Parameter(torch.randn(5), requires_grad=False)
         self.register_buffer("scale", torch.rand(5))
         self.register_buffer("order", torch.arange(5).flip(0).expand(1, -1), persistent=False)
@@ -33,7 +33,7 @@ class Plain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x[:, self.order[0]] * self.scale + self.shift
-        return x + self.gate * self.down(torch.tanh(self.up(x) + self.again(x)))
+        return x + self.gate * self.again.gate * self.down(torch.tanh(self.up(x) + self.again(x)))
 
 
 class Net(nn.Module):
@@ -82,6 +82,7 @@ def learn(spec: dict[str, Any], layers: bool) -> dict[str, Any]:
         "buffers": [torch.equal(a, b) for a, b in zip(net.buffers(), one.buffers(), strict=True)]
     }
     out["tied"] = net.inner.scale is net.inner.same and net.inner.up.weight is net.inner.again.weight
+    out["tied"] &= net.inner.gate is net.inner.again.gate
     out["kept"] = [name for name, _, s in declared(net) if s.init is not None]
     ranks = dist.get_world_size() if partial else mesh.dense["data"].size()
     mine = x.chunk(ranks)[dist.get_rank() if partial else mesh.dense["data"].get_local_rank()]
