@@ -41,7 +41,7 @@ def step(
     raw = small(model=model, schedule={"microbatches": microbatches})
     blueprint = draw_up(from_mapping(raw, CONFIGS), 1)
     axes = dict.fromkeys(blueprint.modules, Axes())
-    shapes = {m: blueprint.row_shape(m) for m in blueprint.inputs.encoders}
+    shapes = {edge: blueprint.entry_shape(edge) for edge in blueprint.edges}
     reader, cpu = ShardReader(), torch.device("cpu")
     assembler = Assembler(
         blueprint.inputs, reader, Tokenizer(), 0, torch.float64, cpu, axes, "llm", shapes, PlanCache(0)

@@ -236,5 +236,5 @@ def test_evaluation_leaves_modes_as_they_were() -> None:
         control=SimpleNamespace(gather=gather),
     )
     data: Any = None
-    evaluate._mean_losses(job, data, [])
+    evaluate._mean_losses(job, data, [], None)
     assert seen == [[True, True, False]]
