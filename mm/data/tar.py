@@ -212,7 +212,7 @@ class _Scan:
         name, size = extended.get("path", header.name), header.size
         if "size" in extended:
             said = int(extended["size"]) if extended["size"].isdecimal() else -1
-            if said < 0 or (said != size and said < USTAR_SIZES):
+            if said < 0 or (size and said != size and said < USTAR_SIZES):
                 return self._damaged(at, block)
             size = said
         self.extended, self.doubt, self.cut = {}, "", False

@@ -256,3 +256,66 @@ def test_a_hole_in_the_middle_costs_what_lay_there(tmp_path: Path) -> None:
     after = build_index(shard)
     assert 20 <= len(after["samples"]) < 30 and after["broken"] and not after["torn"]
     assert [p for p in payloads(after) if p not in payloads(whole)] == []
+
+
+LONG = "long/" * 30 + "a"
+
+
+@pytest.mark.parametrize(
+    ("record", "damage", "word"),
+    [
+        ({"VENDOR.note": "fine"}, (b"", b""), ""),
+        ({"sizf": "SIZE"}, (b"", b""), "unknown record 'sizf'"),
+        ({"sizf": "SIZE"}, (b"sizf=SIZE", b"size=0029"), ""),
+        ({"sizf": "SIZE"}, (b"sizf=SIZE", b"size=0543"), "is damaged"),
+        ({"sizf": "SIZE"}, (b"sizf=SIZE", b"size=-029"), "is damaged"),
+        ({"comment": "x"}, (b"13 comment=x", b"14 comment=x"), "no record at byte"),
+        ({"comment": "x"}, (b"13 comment=x", b"12 comment=x"), "no record at byte"),
+        ({"path": LONG + ".json"}, (b"", b""), ""),
+        ({"path": LONG + ".json"}, (b"path=long/long", b"path=long/lonf"), "differs in 1 letters"),
+    ],
+)
+def test_extended_headers_are_held_against_the_header(
+    record: dict[str, str], damage: tuple[bytes, bytes], word: str, tmp_path: Path
+) -> None:
+    assert len(text("a")) == 29
+    name = record.get("path", "a.json")
+    shard = write_tar(tmp_path / "a.tar", {name: text("a")}, pax_headers=record)
+    write_tar(tmp_path / "b.tar", {"b.json": text("b")})
+    whole = shard.read_bytes()
+    assert whole.count(damage[0]) or not damage[0]
+    end = len(whole.rstrip(b"\0")) // BLOCK * BLOCK + BLOCK  # the second file follows the first
+    shard.write_bytes(whole.replace(*damage, 1)[:end] + (tmp_path / "b.tar").read_bytes())
+    index = build_index(shard)
+    keys = [s["key"] for s in index["samples"]]
+    if word:
+        assert keys == ["b"] and len(index["broken"]) == 1 and word in index["broken"][0][1]
+    else:
+        assert keys == [name.removesuffix(".json"), "b"] and not index["broken"]
+
+
+def test_a_size_may_stand_in_the_extended_header_alone(tmp_path: Path) -> None:
+    """As Python writes it where it was asked to."""
+    shard = write_tar(tmp_path / "a.tar", {"a.json": text("a")}, pax_headers={"size": "29"})
+    assert [s["key"] for s in build_index(shard)["samples"]] == ["a"]
+
+
+def test_a_damaged_global_header_costs_no_file(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", pax_headers={"comment": "x"}) as tar:
+        member = tarfile.TarInfo("a.json")
+        member.size = len(text("a"))
+        tar.addfile(member, io.BytesIO(text("a")))
+    shard = tmp_path / "a.tar"
+    assert not build_index(shard)["broken"]
+    shard.write_bytes(shard.read_bytes().replace(b"13 comment", b"12 comment", 1))
+    index = build_index(shard)
+    assert [s["key"] for s in index["samples"]] == ["a"] and "global header" in index["broken"][0][1]
+
+
+def test_a_tar_inside_a_file_is_not_taken_for_the_next_header(tmp_path: Path) -> None:
+    inner = write_tar(tmp_path / "inner.tar", {"fake.json": text("fake")}).read_bytes()
+    shard = write_tar(tmp_path / "a.tar", {"a.bin": b"." * 100 + inner, "b.json": text("b")})
+    damaged = bytearray(shard.read_bytes())
+    damaged[0] ^= 1
+    shard.write_bytes(bytes(damaged))
+    assert [s["key"] for s in build_index(shard)["samples"]] == ["b"]
