@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,6 +60,7 @@ def train(blueprint: Blueprint) -> None:
 def _train(blueprint: Blueprint, rank: RankInfo) -> None:
     cfg = blueprint.cfg
     indices = [open_index(blueprint, p, cfg.base) for p in (cfg.data.train, cfg.data.eval) if p]
+    about = _introduce(blueprint, rank, [len(index.samples) for index in indices])
     job = build_job(blueprint, rank)
     train_data, *others = (open_data(job, index) for index in indices)
     eval_data = others[0] if others else None
@@ -76,12 +78,7 @@ def _train(blueprint: Blueprint, rank: RankInfo) -> None:
     if rank.rank == 0:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
-        samples = {"train": len(train_data.index.samples)}
-        samples |= {"evaluate": len(eval_data.index.samples)} if eval_data is not None else {}
-        console.info(header(blueprint, samples, str(rank.device), dist.get_backend()))
-        warning = memory_warning(blueprint, rank.device.type, rank.node_size or rank.world)
-        if warning is not None:
-            console.warn(warning)
+        console.note(about)
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)
@@ -90,6 +87,19 @@ def _train(blueprint: Blueprint, rank: RankInfo) -> None:
     finally:
         feed.close()
         console.close()
+
+
+def _introduce(blueprint: Blueprint, rank: RankInfo, samples: Sequence[int]) -> str:
+    """Say what the run is, on one rank, before anything takes memory; returns it."""
+    if rank.rank:
+        return ""
+    counts = dict(zip(("train", "evaluate"), samples, strict=False))
+    about = header(blueprint, counts, str(rank.device), dist.get_backend())
+    print(about, flush=True)
+    warning = memory_warning(blueprint, rank.device.type, rank.node_size or rank.world)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return about if warning is None else f"{about}\nwarning: {warning}"
 
 
 def open_feed(
