@@ -116,6 +116,11 @@ class Console:
         if self.lead:
             self._say(text)
 
+    def note(self, text: str) -> None:
+        """A line for the log alone, of what was said already."""
+        if self.lead:
+            self._log.write(text + "\n")
+
     def warn(self, text: str) -> None:
         """A line from whichever rank noticed."""
         print(f"warning: {text}", file=sys.stderr, flush=True)

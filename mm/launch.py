@@ -335,6 +335,6 @@ def _meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
                 f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): "
                 f"{some}; start all of them, with one rendezvous, or wait longer"
             ) from error
-        if rank == 0:
+        if rank == 0 and world > 1:
             print(f"all {world} ranks have started", flush=True)
         return words

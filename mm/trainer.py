@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mm.blueprint import Blueprint
 from mm.config import resolve_yaml
 from mm.console import Console
 from mm.convert import start_from
-from mm.data.index import Sample
+from mm.data.index import Index, Sample
 from mm.evaluate import Evaluation, blind_guess, evaluate
 from mm.feed import Feed
 from mm.flops import step_flops
@@ -44,6 +45,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
     """The same in a default process group that is there already."""
     cfg = blueprint.cfg
     indexes = open_indexes(blueprint)
+    about = _introduce(blueprint, rank, indexes)
     job = build_job(blueprint, rank)
     data = {name: open_data(job, index) for name, index in indexes.items()}
     train_data, eval_data = data["training"], data.get("evaluation")
@@ -62,10 +64,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
     if rank.rank == 0:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
-        console.info(header(blueprint, indexes, str(rank.device), dist.get_backend()))
-        warning = memory_warning(blueprint, rank.device.type, rank.node_size or rank.world)
-        if warning is not None:
-            console.warn(warning)
+        console.note(about)
     if aside:
         console.info(f"checkpoints that this run does not follow: {', '.join(p.name for p in aside)}")
     if resume is not None:
@@ -76,6 +75,18 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
     finally:
         feed.close()
         console.close()
+
+
+def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index]) -> str:
+    """Say what the run is, on one rank, before anything takes memory; returns it."""
+    if rank.rank:
+        return ""
+    about = header(blueprint, indexes, str(rank.device), dist.get_backend())
+    print(about, flush=True)
+    warning = memory_warning(blueprint, rank.device.type, rank.node_size or rank.world)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return about if warning is None else f"{about}\nwarning: {warning}"
 
 
 def open_feed(
