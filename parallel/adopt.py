@@ -28,9 +28,9 @@ def adopt(
     Adopted parameters are whole on each tp rank, and FSDP shards them like any others. Buffers stay, tied
     parameters stay tied, and parameters that ask for no gradient are never trained.
 
-    made: the module, on the CPU, or a function that makes it. Then `key`, its name in what it becomes part
-        of, decides what torch's generator draws, whatever was made before: a module of a pipeline stage needs
-        that, since ranks of other stages make other modules.
+    made: the module, not on the meta device, or a function that makes it. Then `key`, its name in what it
+        becomes part of, decides what torch's generator draws, whatever was made before: a module of a
+        pipeline stage needs that, since ranks of other stages make other modules.
     partial: where each tp rank runs it on other tokens or heads, inside a block whose weights tp cuts; its
         gradients are then summed over tp. Sequence parallelism between blocks needs nothing.
     device: where the parameters go; on the meta device their values wait for parallel.shard.materialise.
@@ -115,5 +115,5 @@ def check_given(given: Mapping[str, Tensor], group: dist.ProcessGroup, device: t
 
 
 def _digest(values: Tensor) -> int:
-    data = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    data = values.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
     return int.from_bytes(hashlib.sha256(data).digest()[:7], "little")

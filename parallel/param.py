@@ -46,7 +46,7 @@ def uniform(low: float, high: float) -> Init:
 
 @dataclass(frozen=True)
 class Given:
-    """Initial values that are there already, of a parameter's global shape, on the CPU.
+    """Initial values that are there already, of a parameter's global shape.
 
     keyed: they do not depend on what was made before them, as those from a generator's sequence do.
     """
@@ -207,7 +207,7 @@ def initial_values(name: str, seed: int, init: Init | Given | None, index: Tenso
     the dtype in which they are given."""
     assert init is not None, f"{name}: its given values are in place and not kept"
     if isinstance(init, Given):
-        return init.values.reshape(-1)[index.cpu()].to(index.device)
+        return init.values.reshape(-1)[index.to(init.values.device)].to(index.device)
     key = _signed(_key(seed, name))
     u = _unit(_splitmix64(2 * index, key))
     v = _unit(_splitmix64(2 * index + 1, key))
