@@ -52,7 +52,7 @@ def test_ranks_start_before_the_rest_is_checked_and_end_where_it_is_refused(run:
             time.sleep(0.02)
         raise Refused("no such encoder")
 
-    code = f"open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w').close(); time.sleep(600)"
+    code = f"open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w').close(); time.sleep(20)"
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Refused, match="no such encoder"):
         launch.launch_local(1, [code], check)
