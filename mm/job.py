@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from encoders.module import EncoderModule
 from llm.model import LLM, precise_modules
@@ -73,12 +74,17 @@ class Job:
         return [part for parts in self.parts.values() for part in parts.values()]
 
     def close(self) -> None:
-        """Destroy the job's process groups but the default one; every rank calls this."""
+        """Destroy the job's process groups but the default one; every rank calls this.
+
+        Torch's caches of how DTensors are cut keep meshes, and so the groups and their threads, after their
+        end: they are cleared.
+        """
         for mesh in self.meshes.values():
             mesh.close()
         for onward, back in self.boundaries.values():
             onward.close()
             back.close()
+        _clear_sharding_prop_cache()
 
 
 def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: bool = True) -> Index:

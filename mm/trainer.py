@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -37,6 +38,7 @@ def train(blueprint: Blueprint, stop: Stop) -> None:
     rank = init_distributed(blueprint.cfg)
     try:
         train_on(blueprint, rank, stop)
+        gc.collect()  # modules hold groups, in circles
     finally:
         dist.destroy_process_group()
 
@@ -75,6 +77,10 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
     finally:
         feed.close()
         console.close()
+    job.control.any(False)  # all have come to the end: nobody closes what another still uses
+    for opened in data.values():
+        opened.assembler.reader.close()
+    job.close()
 
 
 def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index]) -> str:
