@@ -18,7 +18,9 @@ from mm.job import Job
 from mm.plan import Edge
 from parallel.boundary import Pending
 from parallel.pipeline import Pipe
-from parallel.schedule import Action, Kind
+from parallel.schedule import Action, Kind, SchedulePlan
+from parallel.schedule.action import BOUNDARY, SENDS
+from parallel.schedule.graph import let_go
 
 Key = tuple[str, int, int]  # module, stage, micro-batch
 Crossing = tuple[Kind, Edge, int]  # direction, edge, micro-batch
@@ -31,7 +33,7 @@ def key_of(action: Action) -> Key:
 
 @dataclass
 class Flight:
-    """What one action leaves for another.
+    """What one action leaves for another, each until what needs it last.
 
     inputs: hidden states from the stage before, leaves; outputs: what a part gave, attached to its graph;
     entries: rows as the language model reads them, by (edge, micro-batch), leaves; crossing: rows and their
@@ -40,12 +42,28 @@ class Flight:
 
     job: Job
     prepared: Prepared
-    train: bool
+    schedule: SchedulePlan
     inputs: dict[Key, Tensor] = field(default_factory=dict)
     outputs: dict[Key, Tensor] = field(default_factory=dict)
     entries: dict[tuple[Edge, int], Tensor] = field(default_factory=dict)
     crossing: dict[Crossing, Pending] = field(default_factory=dict)
     receiving: dict[tuple[Kind, Key], Callable[[], Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rank = self.job.rank.rank
+        self._actions = {a[:4]: a for a in self.schedule.actions(rank) if a.kind in SENDS}
+        program = self.schedule.program_of.get(rank)
+        self._let_go = {} if program is None else let_go(self.schedule, program)
+
+    def let_go(self, action: Action) -> None:
+        """Give back, before a computation, what others have taken by then: the schedule knows."""
+        for kind, module, i, stage in self._let_go.get(action[:4], ()):
+            if kind in BOUNDARY:
+                self.crossing.pop((kind, Edge(module, stage), i)).wait()
+                continue
+            sent = self._actions[kind, module, i, stage]
+            direction = Kind.FORWARD if kind is Kind.SEND_FORWARD else Kind.BACKWARD
+            self._pipe(sent, direction).let_go(self._peer(sent), sent.tag)
 
     def finish(self) -> None:
         """Wait for what is still under way. Every tensor in flight has then found its consumer."""
@@ -54,11 +72,16 @@ class Flight:
         for pipes in self.job.pipes.values():
             for pipe in pipes:
                 pipe.finish()
-        assert not self.receiving, f"received and never used: {list(self.receiving)}"
+        left = [*self.receiving, *self.inputs, *self.outputs, *self.entries]
+        assert not left, f"never used: {left}"
 
     def last_stage(self, module: str, i: int) -> Key:
         """The last stage of a module in micro-batch i."""
         return module, len(self.job.blueprint.stages[module]) - 1, i
+
+    def learns(self, key: Key) -> bool:
+        """Whether a backward of a stage and micro-batch follows."""
+        return self.schedule.learns(key[0], key[2])
 
     # what computations read
 
@@ -66,8 +89,9 @@ class Flight:
         """What the stage before gave, waited for, a leaf; None for the first stage."""
         if key[1] == 0:
             return None
-        hidden = self.receiving.pop((Kind.RECV_FORWARD, key))().requires_grad_(self.train)
-        self.inputs[key] = hidden
+        hidden = self.receiving.pop((Kind.RECV_FORWARD, key))()
+        if self.learns(key):
+            self.inputs[key] = hidden.requires_grad_()
         return hidden
 
     def rows(self, key: Key) -> dict[str, Tensor]:
@@ -78,10 +102,10 @@ class Flight:
         return {e.source: self._entry(e, i) for e in edges}
 
     def _entry(self, edge: Edge, i: int) -> Tensor:
-        rows = self.crossing.pop((Kind.BOUNDARY_FORWARD, edge, i)).wait()
-        learns = self.train and edge.source not in self.job.blueprint.frozen
-        self.entries[edge, i] = rows.detach().requires_grad_(learns)
-        return self.entries[edge, i]
+        rows = self.crossing.pop((Kind.BOUNDARY_FORWARD, edge, i)).wait().detach()
+        if self.schedule.learns(edge.source, i):
+            self.entries[edge, i] = rows.requires_grad_()
+        return rows
 
     def leaves(self, key: Key) -> list[Tensor]:
         """What entered a part."""
@@ -110,14 +134,7 @@ class Flight:
 
     def boundary_forward(self, action: Action) -> None:
         edge, i = Edge(action.module, action.stage), action.microbatch
-        held = self.outputs.get(self.last_stage(edge.source, i))
-        if held is None:  # a rank that only receives
-            held = self._no_rows(edge)
-        else:
-            levels = self.job.blueprint.edges[edge]
-            held = held.detach()
-            if held.ndim > 2 and len(levels) < held.shape[1]:
-                held = held[:, list(levels)]
+        held = self._held(edge, i)
         plan = self.prepared.micro[i].edges[edge]
         pending = self.job.boundaries[edge][0].start_forward(plan, held)
         self.crossing[Kind.BOUNDARY_FORWARD, edge, i] = pending
@@ -125,9 +142,6 @@ class Flight:
     def boundary_backward(self, action: Action) -> None:
         edge, i = Edge(action.module, action.stage), action.microbatch
         rows = self.entries.pop((edge, i), None)
-        sent = self.crossing.pop((Kind.BOUNDARY_FORWARD, edge, i), None)
-        if sent is not None:  # a rank without the language model: its rows have long arrived
-            sent.wait()
         plan = self.prepared.micro[i].edges[edge]
         grad = self._no_rows(edge) if rows is None else rows.grad
         if grad is None:
@@ -135,6 +149,17 @@ class Flight:
             grad = torch.zeros_like(rows)
         pending = self.job.boundaries[edge][1].start_backward(plan, grad)
         self.crossing[Kind.BOUNDARY_BACKWARD, edge, i] = pending
+
+    def _held(self, edge: Edge, i: int) -> Tensor:
+        """This rank's rows of the levels that travel along an edge; none where it only receives."""
+        key = self.last_stage(edge.source, i)
+        held = self.outputs.get(key)
+        if held is None:
+            return self._no_rows(edge)
+        if not self.learns(key) and edge.stage == self.job.blueprint.enters(edge.source)[-1]:
+            del self.outputs[key]  # no other edge and no backward reads it
+        levels, held = self.job.blueprint.edges[edge], held.detach()
+        return held[:, list(levels)] if held.ndim > 2 and len(levels) < held.shape[1] else held
 
     def _no_rows(self, edge: Edge) -> Tensor:
         blueprint = self.job.blueprint
@@ -144,7 +169,8 @@ class Flight:
     # pipelines
 
     def send_forward(self, action: Action) -> None:
-        output = self.outputs[key_of(action)].detach()
+        key = key_of(action)
+        output = (self.outputs[key] if self.learns(key) else self.outputs.pop(key)).detach()
         self._pipe(action, Kind.FORWARD).send(output, self._peer(action), action.tag)
 
     def recv_forward(self, action: Action) -> None:

@@ -7,7 +7,7 @@ where it came from; parallel.schedule.execute says what each kind of action must
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from mm.errors import DataError
 from mm.feed import Prepared
 from mm.flight import Flight, Key, key_of
 from mm.job import Job
-from parallel.schedule import Action, Kind, execute
+from parallel.schedule import Action, Kind, SchedulePlan, execute
 from parallel.schedule.execute import Observe
 from parallel.schedule.halves import Kept, backward_input, backward_weight
 
@@ -56,8 +56,9 @@ def run_step(
     on_tokens: called with each micro-batch and its token losses [T] (evaluation), where they are computed.
     observe: called after every action with its Record, for drawings and measurements. Does not update.
     """
-    actions = job.blueprint.schedule(prepared.plan.active, train=train).actions(job.rank.rank)
-    run = _Run(job, prepared, actions, train, on_tokens)
+    schedule = job.blueprint.schedule(prepared.plan.active, train=train)
+    actions = schedule.actions(job.rank.rank)
+    run = _Run(job, prepared, schedule, on_tokens)
     for both in job.boundaries.values():
         for boundary in both:
             boundary.stats.reset()
@@ -74,15 +75,14 @@ class _Run:
         self,
         job: Job,
         prepared: Prepared,
-        actions: Sequence[Action],
-        train: bool,
+        schedule: SchedulePlan,
         on_tokens: OnTokens | None,
     ) -> None:
         self.job, self.micro, self.supervised = job, prepared.micro, prepared.plan.supervised
         self.active = prepared.plan.active
-        self.train, self.on_tokens = train, on_tokens
+        self.on_tokens = on_tokens
         self.device = job.rank.device
-        self.flight = flight = Flight(job, prepared, train)
+        self.flight = flight = Flight(job, prepared, schedule)
         self.outputs = flight.outputs
         self.joint: dict[Key, Tensor] = {}  # outputs of several micro-batches at once, by the first
         # From BACKWARD_INPUT to BACKWARD_WEIGHT: what weights' gradients are made of, or the gradient of the
@@ -90,7 +90,7 @@ class _Run:
         # reduces in a backward of the whole, and where layers are recomputed.
         self.kept: dict[Key, list[Kept]] = {}
         self.gradients: dict[Key, Tensor] = {}
-        self.last = {key_of(a) for a in actions if a.last}
+        self.last = {key_of(a) for a in schedule.actions(job.rank.rank) if a.last}
         self.recomputes = bool(job.blueprint.cfg.train.recompute or job.blueprint.cfg.train.offload)
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.handlers = {
@@ -113,6 +113,7 @@ class _Run:
 
     def forward(self, action: Action) -> float:
         key = key_of(action)
+        self.flight.let_go(action)
         hidden = self.flight.hidden(key)
         if action.module == SINK:
             return self._forward_sink(key, hidden)
@@ -138,7 +139,8 @@ class _Run:
         if len(keys) == 1:
             self.outputs[keys[0]] = values
             return
-        self.joint[keys[0]] = values
+        if self.flight.learns(keys[0]):
+            self.joint[keys[0]] = values
         edge = next(e for e in self.job.blueprint.edges if e.source == module)
         rows = [mb.edges[edge].forward.rows_in for mb in mine]
         self.outputs |= dict(zip(keys, values.detach().split(rows), strict=True))
@@ -162,7 +164,7 @@ class _Run:
         if self.on_tokens is not None:
             self.on_tokens(mb, out)
         loss = out.sum() / self.supervised
-        if self.train:
+        if self.flight.learns(key):
             self.outputs[key] = loss
         if self.job.counts_loss:
             self.loss += loss.detach()
@@ -173,6 +175,7 @@ class _Run:
     def backward(self, action: Action) -> float:
         keys = self._covered(action)
         self._synchronise(keys[0], action.last)
+        self.flight.let_go(action)
         outputs = [self.outputs.pop(key) for key in keys]
         grads = [self.flight.output_gradient(key) for key in keys]
         output, grad = outputs[0], grads[0]
@@ -186,11 +189,18 @@ class _Run:
     def backward_input(self, action: Action) -> float:
         key = key_of(action)
         self._synchronise(key, False)
+        self.flight.let_go(action)
         output, grad = self.outputs[key], self.flight.output_gradient(key)
         ready = time.perf_counter()
         wanted = [t for t in self.flight.leaves(key) if t.requires_grad]
-        again = not wanted or key in self.last or self.recomputes
-        self._fsdp(key).set_reshard_after_backward(not again)  # the weights' turn comes
+        follows = key[0] not in self.job.blueprint.frozen  # the weights' turn comes
+        again = follows and (not wanted or key in self.last or self.recomputes)
+        self._fsdp(key).set_reshard_after_backward(not again)
+        if not follows:
+            del self.outputs[key]
+            if wanted:
+                output.backward(grad, inputs=wanted)
+            return ready
         if not output.requires_grad:
             return ready
         if not again:
@@ -205,6 +215,7 @@ class _Run:
 
     def backward_weight(self, action: Action) -> None:
         key = key_of(action)
+        self.flight.let_go(action)
         if key in self.kept:
             backward_weight(self.kept.pop(key))
             return

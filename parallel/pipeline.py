@@ -5,7 +5,6 @@ Shapes follow from the step plan, so nothing is agreed here; empty tensors are n
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,10 +17,9 @@ from parallel.waiting import wait_for
 
 
 class _Sent(NamedTuple):
-    """A message under way to global rank `peer`."""
+    """A message under way."""
 
     work: Any
-    peer: int
     x: Tensor
 
 
@@ -32,17 +30,21 @@ class Pipe:
     name: str
     group: dist.ProcessGroup
     timeout_s: float
-    _sent: deque[_Sent] = field(default_factory=deque, repr=False)
+    _sent: dict[tuple[int, int], _Sent] = field(default_factory=dict, repr=False)
 
     def send(self, x: Tensor, peer: int, tag: int) -> None:
-        """Start sending x to global rank `peer`. It is kept alive until complete; finish() waits for all."""
-        # Host backends do not say whether a message has left: there all stay until finish().
-        while self._sent and self._sent[0].work.is_completed():
-            self._sent.popleft()
+        """Start sending x to global rank `peer`. It is kept until let_go() or finish(): host backends do
+        not say whether a message has left."""
         if not x.numel():
             return
         x = x.contiguous()
-        self._sent.append(_Sent(dist.isend(x, peer, group=self.group, tag=tag), peer, x))
+        self._sent[peer, tag] = _Sent(dist.isend(x, peer, group=self.group, tag=tag), x)
+
+    def let_go(self, peer: int, tag: int) -> None:
+        """Wait until a message has left, which it does once `peer` has started to receive it."""
+        sent = self._sent.pop((peer, tag), None)  # empty ones were never sent
+        if sent is not None:
+            self._wait(sent.work, sent.x.device, "take its message", peer)
 
     def receive(
         self, shape: Sequence[int], peer: int, tag: int, *, dtype: torch.dtype, device: torch.device
@@ -61,9 +63,8 @@ class Pipe:
 
     def finish(self) -> None:
         """Wait for all sends under way."""
-        while self._sent:
-            sent = self._sent.popleft()
-            self._wait(sent.work, sent.x.device, "take its message", sent.peer)
+        for peer, tag in list(self._sent):
+            self.let_go(peer, tag)
 
     def _wait(self, work: Any, device: torch.device, what: str, peer: int) -> None:
         try:

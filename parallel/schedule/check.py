@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, WORLD, Action, Group, Kind, Way
-from parallel.schedule.graph import Stuck, graph_of
+from parallel.schedule.graph import Deed, Stuck, graph_of
 from parallel.schedule.memory import Memory, Peak, check_limit, peaks
 from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, parameter_groups
 
@@ -53,9 +53,6 @@ def check(
     if problems:
         raise PlanError(plan.kind, problems)
     return peaks(plan, memory) if limit is None else check_limit(plan, limit, memory)
-
-
-Deed = tuple[Kind, str, int, int]  # (kind, module, micro-batch, stage): what must be done once
 
 
 def _complete(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:

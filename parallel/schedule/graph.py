@@ -33,6 +33,7 @@ from parallel.schedule.action import (
     Kind,
 )
 from parallel.schedule.plan import SchedulePlan
+from parallel.schedule.settle import WINDOWS, Key, Posts, settle
 
 START = -1  # stands for the start of the step where a computation is named
 
@@ -61,7 +62,7 @@ Result = tuple[str, int, int]  # of a forward or backward: (module, micro-batch,
 # Transfers take a lane: (SEND_FORWARD or SEND_BACKWARD, module, the later of its stages, from program, to
 # program), or that of an edge: (kind, source, stage of the sink that its rows enter).
 Lane = tuple[Any, ...]
-Key = tuple[int, int]  # a transfer: (number of its lane, micro-batch)
+Deed = tuple[Kind, str, int, int]  # an action without its place: (kind, module, micro-batch, stage)
 Meeting = tuple[tuple[Kind, str, int, int], frozenset[int]]  # (action without its place, programs)
 
 
@@ -79,8 +80,8 @@ class Graph:
 
     Actions are numbered through all programs. first: the number of each program's first, then how many there
     are. before: by number, the last computation before it on its ranks, or START. waits: by computation, the
-    transfers that it waits for. transfers: for each of its ends, the computation after which it is started.
-    lanes: by number.
+    transfers that it waits for, those that it lets go included. settled: of these the latter. transfers: for
+    each of its ends, the computation after which it is started. lanes: by number.
     order: computations in an order in which they can be done; those that start at one moment, because their
     collectives meet, together.
     """
@@ -88,6 +89,7 @@ class Graph:
     first: tuple[int, ...]
     before: list[int]
     waits: dict[int, list[Key]]
+    settled: dict[int, list[Key]]
     transfers: dict[Key, list[int]]
     lanes: list[Lane]
     order: list[tuple[int, ...]]
@@ -97,11 +99,53 @@ def graph_of(plan: SchedulePlan) -> Graph:
     """The graph of a plan, worked out once. Linear in its actions. Raises Stuck where it cannot finish."""
     if "graph" not in plan.memo:
         reader = _Reader(plan)
-        order = _Order(reader).run()
+        settled, order = _settled_order(reader)
         lanes = list(reader.numbers)
-        plan.memo["graph"] = Graph(reader.first, reader.before, reader.waits, reader.transfers, lanes, order)
+        plan.memo["graph"] = Graph(
+            reader.first, reader.before, reader.waits, settled, reader.transfers, lanes, order
+        )
     found: Graph = plan.memo["graph"]
     return found
+
+
+def _settled_order(reader: _Reader) -> tuple[dict[int, list[Key]], list[tuple[int, ...]]]:
+    """What is let go where, and an order with it; the reader's waits then have it too."""
+    waits = reader.waits
+    for window in (*WINDOWS, None):
+        read = (reader.first, reader.computations, reader.before, waits, reader.posts)
+        found = settle(*read, window or 0)
+        # Ranks that wait for each other's transfers in a ring need more under way; at last nobody asks.
+        settled = found.known if window is None else _joined(found.known, found.asked)
+        reader.waits = _joined(waits, settled)
+        try:
+            return settled, _Order(reader).run()
+        except Stuck:
+            if window is None or not found.asked:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _joined(a: Mapping[int, list[Key]], b: Mapping[int, list[Key]]) -> dict[int, list[Key]]:
+    return {**a, **{n: [*a.get(n, ()), *keys] for n, keys in b.items()}}
+
+
+def let_go(plan: SchedulePlan, p: int) -> dict[Deed, list[Deed]]:
+    """By computation of program p, the sends and boundaries whose transfers it lets go before it computes:
+    their memory is free then. Others are waited for by what reads their result, or after the last action."""
+    graph, actions, found = graph_of(plan), plan.programs[p], dict[Deed, Deed]()
+    for n in range(graph.first[p], graph.first[p + 1]):
+        for key in graph.settled.get(n, ()):  # of several peers' the last counts
+            found[_sent(graph.lanes[key[0]], key[1])] = actions[n - graph.first[p]][:4]
+    out: dict[Deed, list[Deed]] = {}
+    for sent, computation in found.items():
+        out.setdefault(computation, []).append(sent)
+    return out
+
+
+def _sent(lane: Lane, microbatch: int) -> Deed:
+    """The action that starts a transfer where its rows come from."""
+    kind, module, stage = lane[:3]
+    return kind, module, microbatch, stage - (kind is SEND_FORWARD)
 
 
 class _Reader:
@@ -117,6 +161,7 @@ class _Reader:
         # By (program, kind, module, stage): numbers of lanes, and of those with a source's rows and its name.
         self.known: dict[Lane, tuple[list[int], list[tuple[int, str]]]] = {}
         self.meets: dict[int, Meeting] = {}  # what several programs begin together
+        self.posts = Posts()
         # Where a program stops whatever others do, and why.
         self.cut: dict[int, tuple[Action, Kind, Result]] = {}
         self.peers, self.together = _peers(plan), _Together(plan)
@@ -124,6 +169,12 @@ class _Reader:
         self.holds = {s: plan.hosts(s, plan.modules[s].stages - 1) for s in plan.sources}
         self.computations = [self._read(p) for p in range(len(plan.programs))]
         self.transfers.default_factory = None
+        together: dict[Meeting, dict[int, int]] = defaultdict(dict)
+        for p, mine in enumerate(self.computations):
+            for n in mine:
+                if n in self.meets:
+                    together[self.meets[n]][p] = n
+        self.posts.meets.update({n: together[met] for n, met in self.meets.items()})
 
     def _read(self, p: int) -> list[int]:
         """The computations of a program, as far as it gets if others do all that it waits for."""
@@ -136,8 +187,10 @@ class _Reader:
                 return found
             self.before[number] = last
             if a.kind in POSTED:
-                for key in self._keys(p, a):
+                keys = self.posts.of[number] = self._keys(p, a)
+                for key in keys:
                     self.transfers[key].append(last)
+                    self.posts.at[key][p] = number
                 continue
             if keys := self._keys(p, a):
                 self.waits[number] = keys

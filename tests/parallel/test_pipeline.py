@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -14,19 +16,15 @@ from parallel.pipeline import Pipe
 
 
 class Work:
-    """A message that is under way until `done`."""
+    """A message under way."""
 
-    done = False
     waited = False
-
-    def is_completed(self) -> bool:
-        return self.done
 
     def wait(self, timeout: timedelta) -> None:
         self.waited = True
 
 
-def test_messages_that_have_left_are_kept_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_are_kept_until_they_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     works: list[Work] = []
 
     def isend(x: torch.Tensor, peer: int, **how: Any) -> Work:
@@ -36,13 +34,20 @@ def test_messages_that_have_left_are_kept_no_longer(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dist, "isend", isend)
     group: Any = object()
     pipe = Pipe("llm", group, 1.0)
-    for k in range(6):
-        pipe.send(torch.ones(3), 1, k)
-        if k < 4:
-            works[k].done = k != 2  # the third takes its time
-    assert [s.work for s in pipe._sent] == works[2:]
+    sent = [torch.ones(3) for _ in range(3)]
+    gone = [weakref.ref(x) for x in sent]
+    for k in range(3):
+        pipe.send(sent.pop(), 1 + k % 2, k)
+    pipe.send(torch.ones(0), 1, 7)  # empty: never sent
+    gc.collect()
+    assert all(ref() is not None for ref in gone)
+    pipe.let_go(2, 1)
+    pipe.let_go(1, 7)
+    gc.collect()
+    assert [w.waited for w in works] == [False, True, False]
+    assert [ref() is None for ref in gone] == [False, True, False]
     pipe.finish()
-    assert [w.waited for w in works] == [False, False, True, True, True, True]
+    assert all(w.waited for w in works) and all(ref() is None for ref in gone)
 
 
 def there_and_back() -> list[float]:
