@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,17 +20,19 @@ from llm.model import LLM
 from llm.presets import preset
 from llm.recompute import recompute_parts
 from llm.stages import cut, reading_stages, shared_parameters
+from mm.advice import advise
 from mm.config import Config, build
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan import EncoderUse, PlanInputs
 from parallel.axis import Axes
 from parallel.context import Order
-from parallel.layout import Layout, check_divides, make_layout
+from parallel.layout import Changes, Layout, Unfit, check_divides, make_layout
 from parallel.param import declared
 from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
 from parallel.schedule.check import check
 from parallel.schedule.plan import Params
+from parallel.schedule.refuse import check_stages
 from parallel.stage import Stage
 
 SINK = "llm"
@@ -134,6 +137,8 @@ def draw_up(cfg: Config, world: int) -> Blueprint:
     """Check a config against `world` ranks and work out its layouts; raises Refused in words."""
     try:
         return _draw_up(cfg, world)
+    except Unfit as error:
+        raise Refused(advise(cfg, error, world, partial(_draw_up, world=world))) from error
     except ValueError as error:
         raise Refused(str(error)) from error
 
@@ -151,19 +156,22 @@ def _draw_up(cfg: Config, world: int) -> Blueprint:
         hint = f"did you mean {near[0]}?" if near else f"the model's modules are {', '.join(layouts)}"
         raise ValueError(f"unknown key layout.{name}; {hint}")
     llm = llm_config(cfg)
-    recompute_parts(cfg.train.recompute)
-    for name, n in cfg.schedule.encoder_batch.items():
-        _check_batch(name, n, layouts)
+    _check_recompute(cfg, llm)
+    if cfg.eval.every and not cfg.data.eval:
+        why = f"eval.every={cfg.eval.every} would have no effect: data.eval names no held-out samples"
+        raise Unfit(why, [{"eval.every": 0}])
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
     uses, stages = {}, {}
     for name in cfg.model:
         uses[name] = use = _encoder_use(cfg, name, layouts[name])
-        stages[name] = encoder_stages(use.cls, use.cfg, layouts[name].pp * layouts[name].vpp)
-        _check_levels(name, use, llm)
+        stages[name] = encoder_stages(use.cls, use.cfg, layouts[name].pp)
+    _check_levels(uses, llm)
+    check_stages(layouts[SINK], len(llm.symbols), virtual=True)
     stages[SINK] = cut(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
     # Causal attention is even over cp in zigzag order; a scan alone has its neighbours nearer in the other.
     order: Order = "zigzag" if "*" in llm.kinds else "contiguous"
     inputs = PlanInputs(layouts[SINK], uses, cfg.data.context, cfg.schedule.microbatches, order)
+    _check_schedule(cfg, layouts)
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # refuses what no schedule can do
     return blueprint
@@ -191,13 +199,16 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
     enc = cfg.model[name]
     cls = _encoder_class(enc.encoder, name)
     options = build(cls.Config, enc.options, f"model.{name}.options")
+    degrees = {d: getattr(layout, d) for d in ("tp", "cp", "pp", "ep", "etp")}
     try:
-        check_encoder(cls, options, tp=layout.tp, cp=layout.cp, pp=layout.pp * layout.vpp)
+        check_encoder(cls, options, **degrees)
+    except Unfit as error:
+        raise Unfit(f"model.{name}: {error.why}", error.works, name) from error
     except ValueError as error:
         raise ValueError(f"model.{name}: {error}") from error
-    check_divides(
-        f"model.{name}.projector.hidden", enc.projector.hidden, "tp", layout.tp if cls.tensor_parallel else 1
-    )
+    check_stages(layout, cls.layer_count(options), virtual=False)
+    tp = layout.tp if cls.tensor_parallel else 1
+    check_divides(f"model.{name}.projector.hidden", enc.projector.hidden, "tp", tp, name)
     return EncoderUse(cls, options, layout, enc.deal)
 
 
@@ -208,30 +219,84 @@ def _encoder_class(encoder: str, module: str) -> type[encoders.Encoder]:
         raise ValueError(f"model.{module}.encoder: {error}") from error
 
 
-def _check_batch(name: str, n: int, layouts: Mapping[str, Layout]) -> None:
+def _check_recompute(cfg: Config, llm: LLMConfig) -> None:
+    """Refuse parts to compute again that are unknown, or in none of the model's layers."""
+    kinds, parts = llm.kinds, recompute_parts(cfg.train.recompute)
+    present = {
+        "mlp": "-" in kinds or ("E" in kinds and llm.shared_ffn > 0),
+        "moe_act": "E" in kinds,
+        "attention_core": "*" in kinds,
+        "scan": "M" in kinds,
+    }
+    for part in sorted(parts):
+        if not present.get(part, True):
+            left = sorted(p for p in parts if present.get(p, True))
+            raise Unfit(
+                f"train.recompute has {part}, but no layer of model.llm.pattern {llm.pattern!r} has it: it "
+                "would have no effect",
+                [{"train.recompute": left or False}],
+            )
+
+
+def _check_schedule(cfg: Config, layouts: Mapping[str, Layout]) -> None:
+    """Refuse keys of the schedule that cannot be, or that would have no effect."""
+    for name, n in cfg.schedule.encoder_batch.items():
+        _check_batch(name, n, layouts, cfg.schedule.microbatches)
+    ahead, sink = cfg.schedule.ahead, set(layouts[SINK].ranks)
+    if ahead is None:
+        return
+    if not any(sink & set(layout.ranks) for m, layout in layouts.items() if m != SINK):
+        why = f"is for encoders on ranks of {SINK}, and there are none, so it would have no effect"
+    elif cfg.schedule.kind == "three_phase":
+        why = "has no effect with schedule.kind=three_phase, whose encoders compute the whole step at once"
+    else:
+        return
+    raise Unfit(f"schedule.ahead={ahead} {why}", [{"schedule.ahead": None}])
+
+
+def _check_batch(name: str, n: int, layouts: Mapping[str, Layout], microbatches: int) -> None:
     if name not in layouts or name == SINK:
         raise ValueError(
             f"schedule.encoder_batch names {name}; the encoders are {sorted({*layouts} - {SINK})}"
         )
-    layout = layouts[name]
+    key, layout = f"schedule.encoder_batch.{name}", layouts[name]
+    if n > microbatches:
+        why = f"{key}={n}, but the step has schedule.microbatches={microbatches}; needed: at most as many"
+        raise Unfit(why, [{key: microbatches}, {"schedule.microbatches": n}, {key: 1}])
     cut = {a: getattr(layout, a) for a in ("cp", "pp") if getattr(layout, a) > 1}
     cut |= {"sequence_parallel": True} if layout.sequence_parallel and layout.tp > 1 else {}
     if n > 1 and cut:
         given = ", ".join(f"{a}={v}" for a, v in cut.items())
-        raise ValueError(
-            f"schedule.encoder_batch.{name}={n} with layout.{name} {given}: several micro-batches at once "
-            f"need rows that are whole on each rank. Nearest: schedule.encoder_batch.{name}=1"
+        raise Unfit(
+            f"{key}={n} with layout.{name} {given}: several micro-batches at once need rows that are whole "
+            "on each rank",
+            [{key: 1}],
         )
 
 
-def _check_levels(name: str, use: EncoderUse, llm: LLMConfig) -> None:
-    levels = use.cls.feature_levels(use.cfg)
-    if levels > 1 + len(llm.level_layers):
-        raise ValueError(
-            f"model.{name} gives {levels} levels of rows, but model.llm.level_layers names "
-            f"{len(llm.level_layers)} layers; needed: one for each level after the first. Nearest: "
-            f"{levels - 1} layers"
+def _check_levels(uses: Mapping[str, EncoderUse], llm: LLMConfig) -> None:
+    """Refuse levels of rows that enter nowhere, and layers that no level enters."""
+    given, layers = {m: use.cls.feature_levels(use.cfg) - 1 for m, use in uses.items()}, llm.level_layers
+    most = max(given.values(), default=0)
+    for name, further in given.items():
+        if further > len(layers):
+            raise Unfit(
+                f"model.{name} gives {further + 1} levels of rows, but model.llm.level_layers names "
+                f"{len(layers)} layers; needed: one for each level after the first",
+                _other_levels(layers, most, len(llm.symbols)),
+            )
+    if len(layers) > most:
+        raise Unfit(
+            f"model.llm.level_layers names {len(layers)} layers, but no encoder gives more than {most} "
+            "levels of rows after the first, so the rest would have no effect",
+            _other_levels(layers, most, len(llm.symbols)),
         )
+
+
+def _other_levels(layers: Sequence[int], n: int, of: int) -> list[Changes]:
+    """So many layers for levels to enter after, these first."""
+    more = [*layers, *(k for k in range(of) if k not in layers)]
+    return [{"model.llm.level_layers": more[:n]}] if n <= len(more) else []
 
 
 def bare_module(blueprint: Blueprint, name: str, axes: Axes, stage: Stage) -> nn.Module:
