@@ -13,6 +13,7 @@ from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.projector import Projector
 from encoders.share import Share, pieces
 from parallel.axis import Axes
+from parallel.layout import Unfit, typed
 from parallel.param import Given, declared, keep_whole, own_specs
 from parallel.stage import Stage, cut_layers, whole
 
@@ -131,23 +132,30 @@ def encoder_axes(cls: type[Encoder], axes: Axes) -> Axes:
     return Axes(tp=axes.tp, cp=axes.cp, sequence_parallel=axes.sequence_parallel)
 
 
-def check_encoder(cls: type[Encoder], cfg: Any, *, tp: int = 1, cp: int = 1, pp: int = 1) -> None:
+def check_encoder(
+    cls: type[Encoder], cfg: Any, *, tp: int = 1, cp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1
+) -> None:
     """Refuse options and degrees that the encoder cannot have: ValueError with the nearest that works."""
     name = cls.__name__
+    if ep > 1 or etp > 1:
+        given = {d: n for d, n in (("ep", ep), ("etp", etp)) if n > 1}
+        raise Unfit(
+            f"{name} is given {typed(given)}, but encoders have no experts, only the language model has",
+            [dict.fromkeys(given, 1)],
+        )
     for degree, n, able, what in (
         ("cp", cp, cls.context_parallel, "context_parallel"),
         ("pp", pp, cls.pipeline, "pipeline"),
     ):
         if n > 1 and not able:
-            raise ValueError(
+            raise Unfit(
                 f"{name} is given {degree}={n}, but does not declare {what}; needed: {degree}=1, which "
-                f"leaves its ranks to dp, or an encoder with {what} = True. Nearest: {degree}=1"
+                f"leaves its ranks to dp, or an encoder with {what} = True",
+                [{degree: 1}],
             )
     if pp > 1 and pp > cls.layer_count(cfg):
         n = cls.layer_count(cfg)
-        raise ValueError(
-            f"{name} is given pp={pp}, but has {n} layers; needed: a layer a stage. Nearest: pp={n}"
-        )
+        raise Unfit(f"{name} is given pp={pp}, but has {n} layers; needed: a layer a stage", [{"pp": n}])
     cls.check(cfg, tp if cls.tensor_parallel else 1)
 
 

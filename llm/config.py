@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from parallel.layout import check_divides, nearest
+from parallel.layout import Unfit, check_divides, nearest
 
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
 
@@ -148,18 +148,17 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
     if "E" in cfg.kinds:
         if cfg.shared_ffn:
             counts["shared_ffn"] = cfg.shared_ffn
-        check_divides("model.llm.n_experts", cfg.n_experts, "ep", ep)
-        check_divides("model.llm.expert_ffn", cfg.expert_ffn, "etp", etp)
+        check_divides("model.llm.n_experts", cfg.n_experts, "ep", ep, "llm")
+        check_divides("model.llm.expert_ffn", cfg.expert_ffn, "etp", etp, "llm")
     for what, n in counts.items():
         if n % tp:
             # What is proposed must divide all of the counts, not only the first that fails.
-            works = " or ".join(f"tp={k}" for k in nearest(tp, math.gcd(*counts.values())))
-            raise ValueError(f"model.llm.{what} is {n}, which does not divide by tp={tp}; nearest: {works}")
+            works = [{"tp": k} for k in nearest(tp, math.gcd(*counts.values()))]
+            raise Unfit(f"model.llm.{what} is {n}, which does not divide by tp={tp}", works, "llm")
     for degree, d in (("ep", ep), ("etp", etp)):
         if d > 1 and "E" not in cfg.kinds:
-            raise ValueError(
-                f"{degree}={d} needs an E layer in the pattern, given {cfg.pattern!r}; nearest: {degree}=1"
-            )
+            why = f"layout.llm.{degree}={d} needs an E layer in model.llm.pattern, given {cfg.pattern!r}"
+            raise Unfit(why, [{degree: 1}], "llm")
 
 
 def _check_pattern(what: str, pattern: str) -> None:
@@ -174,9 +173,11 @@ def _check_pattern(what: str, pattern: str) -> None:
             )
     if "" in pattern.split("|"):
         works = "|".join(part for part in pattern.split("|") if part)
-        raise ValueError(
+        raise Unfit(
             f"model.llm.{what} {pattern!r} has a | with no layer on one side; needed: at least one layer a "
-            f"stage. Nearest: {works!r}"
+            "stage",
+            [{what: works}] if works else (),
+            "llm",
         )
 
 
@@ -204,42 +205,55 @@ def _check_numbers(cfg: LLMConfig) -> None:
     if cfg.latent is not None and cfg.latent < 1:
         raise ValueError(f"model.llm.latent is {cfg.latent}; needed: at least 1, or null for d_model")
     if cfg.rope_theta is not None and cfg.head_dim % 2:
-        near = f"head_dim={cfg.head_dim - 1} or head_dim={cfg.head_dim + 1}"
-        raise ValueError(f"model.llm.head_dim={cfg.head_dim} with rope_theta; needed: even. Nearest: {near}")
+        even = [{"head_dim": n} for n in (cfg.head_dim - 1, cfg.head_dim + 1) if n]
+        raise Unfit(f"model.llm.head_dim={cfg.head_dim} with rope_theta; needed: even", even, "llm")
     for many, few in (("n_heads", "n_kv_heads"), ("mamba_heads", "mamba_groups")):
         n, d = getattr(cfg, many), getattr(cfg, few)
         if n % d:
-            works = " or ".join(f"{few}={k}" for k in nearest(d, n))
-            raise ValueError(f"model.llm.{many}={n} is no multiple of {few}={d}; nearest: {works}")
+            works = [{few: k} for k in nearest(d, n)]
+            raise Unfit(f"model.llm.{many}={n} is no multiple of {few}={d}", works, "llm")
 
 
 def _check_routing(cfg: LLMConfig) -> None:
     if cfg.top_k > cfg.n_experts:
-        raise ValueError(
-            f"model.llm.top_k={cfg.top_k} of n_experts={cfg.n_experts}; needed: at most all of them. "
-            f"Nearest: top_k={cfg.n_experts}"
-        )
+        why = f"model.llm.top_k={cfg.top_k} of n_experts={cfg.n_experts}; needed: at most all of them"
+        raise Unfit(why, [{"top_k": cfg.n_experts}], "llm")
     groups, best = cfg.expert_groups, cfg.top_groups
     if cfg.n_experts % groups:
-        works = " or ".join(f"expert_groups={k}" for k in nearest(groups, cfg.n_experts))
-        raise ValueError(
-            f"model.llm.n_experts={cfg.n_experts} is no multiple of expert_groups={groups}; nearest: {works}"
-        )
+        works = [{"expert_groups": k} for k in nearest(groups, cfg.n_experts)]
+        why = f"model.llm.n_experts={cfg.n_experts} is no multiple of expert_groups={groups}"
+        raise Unfit(why, works, "llm")
     if best > groups:
-        raise ValueError(
-            f"model.llm.top_groups={best} of expert_groups={groups}; needed: at most all of them. "
-            f"Nearest: top_groups={groups}"
-        )
+        why = f"model.llm.top_groups={best} of expert_groups={groups}; needed: at most all of them"
+        raise Unfit(why, [{"top_groups": groups}], "llm")
     reach = best * cfg.n_experts // groups
     if cfg.top_k > reach:
-        raise ValueError(
+        raise Unfit(
             f"model.llm.top_k={cfg.top_k} experts from top_groups={best} of {groups} groups, which hold "
-            f"{reach}; needed: at most {reach}. Nearest: top_k={reach}"
+            f"{reach}; needed: at most {reach}",
+            [{"top_k": reach}],
+            "llm",
         )
     if cfg.pad_experts and cfg.dispatcher != "all_to_all":
-        raise ValueError("model.llm.pad_experts needs dispatcher=all_to_all, given all_gather")
+        why = "model.llm.pad_experts needs dispatcher=all_to_all, given all_gather"
+        raise Unfit(why, [{"dispatcher": "all_to_all"}], "llm")
     if cfg.pad_experts and cfg.capacity is None:
-        raise ValueError("model.llm.pad_experts needs a capacity to pad to. Nearest: capacity=1.25")
+        raise Unfit("model.llm.pad_experts needs a capacity to pad to", [{"capacity": 1.25}], "llm")
+    if "E" not in cfg.kinds:
+        _check_without_experts(cfg)
+
+
+def _check_without_experts(cfg: LLMConfig) -> None:
+    """Refuse what would change what is learned if there were experts."""
+    off = {"aux_weight": 0.0, "z_weight": 0.0, "capacity": None, "pad_experts": False}
+    for what, none in off.items():
+        if (value := getattr(cfg, what)) != none:
+            raise Unfit(
+                f"model.llm.{what}={value} is of mixtures of experts, but model.llm.pattern {cfg.pattern!r} "
+                "has no E layer, so it would have no effect",
+                [{what: none}],
+                "llm",
+            )
 
 
 def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm.config import LLMConfig, embeds_last, head_flops, layer_costs
+from parallel.layout import Unfit
 from parallel.stage import Stage, cut_layers, stages_of, whole
 
 
@@ -20,9 +21,11 @@ def cut(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage
     if len(parts) == 1:
         return cut_layers(layer_costs(cfg, lengths), n, after=head_flops(cfg, lengths))
     if len(parts) != n:
-        raise ValueError(
-            f"model.llm.pattern {cfg.pattern!r} has {len(parts)} stages, the layout {n} (pp * vpp); nearest: "
-            f"a layout of {len(parts)} stages, or a pattern without |"
+        raise Unfit(
+            f"model.llm.pattern {cfg.pattern!r} has {len(parts)} stages, the layout {n} (pp * vpp); needed: "
+            "as many, or a pattern without |",
+            [{"pp": len(parts), "vpp": 1}, {"pattern": cfg.symbols}],
+            "llm",
         )
     cuts = [0]
     for part in parts:

@@ -1,31 +1,30 @@
 """What a config means on a number of ranks, worked out and checked before any process group exists.
 
-check_outline() needs no torch, whose import takes seconds: what it can refuse is refused at once. An encoder
-is a torch module, so draw_up() imports what it needs itself.
+check_outline() needs no torch (mm/outline.py). An encoder is a torch module, so draw_up() imports what it needs
+itself.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.config import LLMConfig
-from llm.config import check as check_llm
-from llm.presets import preset
 from llm.recompute import recompute_parts
-from llm.stages import cut, entering_levels, shared_parameters
+from llm.stages import entering_levels, shared_parameters
+from mm import outline
+from mm.advice import advise
 from mm.config import Config, build
-from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
+from mm.outline import SINK, frozen_modules, schedule_of, weights_gathered
 from parallel.axis import Axes
-from parallel.layout import Layout, check_divides, make_layout
-from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
+from parallel.layout import Changes, Layout, Unfit, check_divides
+from parallel.schedule import SchedulePlan
 from parallel.schedule.check import check
 from parallel.schedule.plan import Params
+from parallel.schedule.refuse import check_stages
 from parallel.stage import Stage
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     import encoders
     from mm.plan import Edge, EncoderUse, PlanInputs
     from parallel.stream import Order
-
-SINK = "llm"
 
 
 @dataclass(frozen=True)
@@ -131,36 +128,10 @@ class Blueprint:
         if key not in self._schedules:
             layers = {m: stages[-1].stop for m, stages in self.stages.items()}
             enters = {m: self.enters(m) for m in self.inputs.encoders}
-            plan = _schedule(self.cfg, self.layouts, layers, self.frozen, active, enters, train=train)
+            plan = schedule_of(self.cfg, self.layouts, layers, self.frozen, active, enters, train=train)
             check(plan)
             self._schedules[key] = plan
         return self._schedules[key]
-
-
-def _schedule(
-    cfg: Config,
-    layouts: Mapping[str, Layout],
-    layers: Mapping[str, int],
-    frozen: Collection[str],
-    active: Sequence[Collection[str]],
-    enters: Mapping[str, tuple[int, ...]],
-    *,
-    train: bool,
-) -> SchedulePlan:
-    """The schedule that a config asks for; layers, enters: of the modules where they are known."""
-    modules = {
-        m: ModuleUse(layouts[m], m in frozen, weights_gathered(cfg, m), layers.get(m), enters.get(m, (0,)))
-        for m in [*cfg.model, SINK]
-    }
-    return make_schedule(
-        cfg.schedule.kind,
-        modules,
-        sink=SINK,
-        active=active,
-        ahead=cfg.schedule.ahead,
-        batch=cfg.schedule.encoder_batch,
-        train=train,
-    )
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -170,66 +141,43 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def weights_gathered(cfg: Config, module: str) -> Params:
-    """When a module's weights are gathered: for "each" forward and backward, as FSDP does, or once a
-    "step" where the schedule has ranks of one dp group run an encoder at different times."""
-    return "step" if cfg.schedule.kind == "fill" and module != SINK else "each"
-
-
-def frozen_modules(cfg: Config, llm: LLMConfig) -> set[str]:
-    """Modules without a single trainable parameter."""
-    return {m for m, enc in cfg.model.items() if enc.freeze == "all"} | ({SINK} if llm.freeze else set())
-
-
 def draw_up(cfg: Config, world: int) -> Blueprint:
     """Check a config against `world` ranks and work out its layouts; raises Refused in words."""
     try:
         return _draw_up(cfg, world)
+    except Unfit as error:
+        raise Refused(advise(cfg, error, world, lambda changed: _draw_up(changed, world))) from error
     except ValueError as error:
         raise Refused(str(error)) from error
 
 
-def check_outline(cfg: Config, world: int) -> None:
-    """Check all of a config but its encoders, without torch; raises Refused as draw_up() would."""
+def check_outline(cfg: Config, world: int, say: Callable[[str], object] = lambda why: None) -> None:
+    """Check all of a config but its encoders, without torch; raises Refused as draw_up() would.
+
+    say: called with what is wrong before what would work is searched with encoders, which takes seconds.
+    """
     try:
-        layouts, llm, stages = _outline(cfg, world)
-        frozen, active = frozen_modules(cfg, llm), [set(cfg.model)] * cfg.schedule.microbatches
-        _schedule(cfg, layouts, {SINK: stages[-1].stop}, frozen, active, {}, train=True)
+        outline.check_outline(cfg, world)
+    except Unfit as error:
+        check: Callable[[Config, int], object] = outline.check_outline
+        if error.module not in (None, SINK):  # what an encoder can do only it knows
+            say(error.why)
+            check = _draw_up
+        raise Refused(advise(cfg, error, world, lambda changed: check(changed, world))) from error
     except ValueError as error:
         raise Refused(str(error)) from error
-
-
-def _outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tuple[Stage, ...]]:
-    """The layouts, the language model and its pipeline stages: all that needs no encoder."""
-    for name in cfg.model:
-        if name == "text" or not name.isidentifier():
-            raise ValueError(
-                f"model.{name}: no module can have this name; needed: letters, digits and _, and not text, "
-                "which is what samples call text"
-            )
-    layouts = {m: make_layout(m, world, cfg.layout.get(m, {})) for m in [*cfg.model, SINK]}
-    for name in cfg.layout.keys() - layouts.keys():
-        near = difflib.get_close_matches(name, layouts, 1)
-        hint = f"did you mean {near[0]}?" if near else f"the model's modules are {', '.join(layouts)}"
-        raise ValueError(f"unknown key layout.{name}; {hint}")
-    llm = llm_config(cfg)
-    recompute_parts(cfg.train.recompute)
-    for name, n in cfg.schedule.encoder_batch.items():
-        _check_batch(name, n, layouts)
-    check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
-    return layouts, llm, cut(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
 
 
 def _draw_up(cfg: Config, world: int) -> Blueprint:
     from encoders.module import encoder_stages
     from mm.plan import PlanInputs
 
-    layouts, llm, llm_stages = _outline(cfg, world)
+    layouts, llm, llm_stages = outline.outline(cfg, world)
     uses, stages = {}, {}
     for name in cfg.model:
         uses[name] = use = _encoder_use(cfg, name, layouts[name])
-        stages[name] = encoder_stages(use.cls, use.cfg, layouts[name].pp * layouts[name].vpp)
-        _check_levels(name, use, llm)
+        stages[name] = encoder_stages(use.cls, use.cfg, layouts[name].pp)
+    _check_levels(uses, llm)
     stages[SINK] = llm_stages
     # Causal attention is even over cp in zigzag order; a scan alone has its neighbours nearer in the other.
     order: Order = "zigzag" if "*" in llm.kinds else "contiguous"
@@ -241,26 +189,6 @@ def _draw_up(cfg: Config, world: int) -> Blueprint:
     return blueprint
 
 
-def llm_config(cfg: Config) -> LLMConfig:
-    """The language model: model.llm's options over those of its preset, which is a published model's name or
-    a folder with a Hugging Face config.json."""
-    vocab = make_tokenizer(cfg.data.tokenizer).vocab_size
-    options, base = dict(cfg.llm), {"vocab_size": vocab}
-    name = options.pop("preset", None)
-    if not isinstance(name, str | None):
-        raise ValueError(f"model.llm.preset is {name!r}; needed: a name or a folder")
-    if name is not None and Path(name).is_dir():
-        from llm.hf import SafeFolder, read_config
-
-        base = asdict(read_config(SafeFolder(name).config()))
-    elif name is not None:
-        base = asdict(preset(name))
-    llm = build(LLMConfig, {**base, **options}, "model.llm")
-    if llm.vocab_size < vocab:
-        raise ValueError(f"model.llm.vocab_size is {llm.vocab_size}; the tokenizer needs at least {vocab}")
-    return llm
-
-
 def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
     from encoders.module import check_encoder
     from mm.plan import EncoderUse
@@ -268,13 +196,16 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
     enc = cfg.model[name]
     cls = _encoder_class(enc.encoder, name)
     options = build(cls.Config, enc.options, f"model.{name}.options")
+    degrees = {d: getattr(layout, d) for d in ("tp", "cp", "pp", "ep", "etp")}
     try:
-        check_encoder(cls, options, tp=layout.tp, cp=layout.cp, pp=layout.pp * layout.vpp)
+        check_encoder(cls, options, **degrees)
+    except Unfit as error:
+        raise Unfit(f"model.{name}: {error.why}", error.works, name) from error
     except ValueError as error:
         raise ValueError(f"model.{name}: {error}") from error
-    check_divides(
-        f"model.{name}.projector.hidden", enc.projector.hidden, "tp", layout.tp if cls.tensor_parallel else 1
-    )
+    check_stages(layout, cls.layer_count(options), virtual=False)
+    tp = layout.tp if cls.tensor_parallel else 1
+    check_divides(f"model.{name}.projector.hidden", enc.projector.hidden, "tp", tp, name)
     return EncoderUse(cls, options, layout, enc.deal)
 
 
@@ -287,30 +218,29 @@ def _encoder_class(encoder: str, module: str) -> type[encoders.Encoder]:
         raise ValueError(f"model.{module}.encoder: {error}") from error
 
 
-def _check_batch(name: str, n: int, layouts: Mapping[str, Layout]) -> None:
-    if name not in layouts or name == SINK:
-        raise ValueError(
-            f"schedule.encoder_batch names {name}; the encoders are {sorted({*layouts} - {SINK})}"
-        )
-    layout = layouts[name]
-    cut = {a: getattr(layout, a) for a in ("cp", "pp") if getattr(layout, a) > 1}
-    cut |= {"sequence_parallel": True} if layout.sequence_parallel and layout.tp > 1 else {}
-    if n > 1 and cut:
-        given = ", ".join(f"{a}={v}" for a, v in cut.items())
-        raise ValueError(
-            f"schedule.encoder_batch.{name}={n} with layout.{name} {given}: several micro-batches at once "
-            f"need rows that are whole on each rank. Nearest: schedule.encoder_batch.{name}=1"
+def _check_levels(uses: Mapping[str, EncoderUse], llm: LLMConfig) -> None:
+    """Refuse levels of rows that enter nowhere, and layers that no level enters."""
+    given, layers = {m: use.cls.feature_levels(use.cfg) - 1 for m, use in uses.items()}, llm.level_layers
+    most = max(given.values(), default=0)
+    for name, further in given.items():
+        if further > len(layers):
+            raise Unfit(
+                f"model.{name} gives {further + 1} levels of rows, but model.llm.level_layers names "
+                f"{len(layers)} layers; needed: one for each level after the first",
+                _other_levels(layers, most, len(llm.symbols)),
+            )
+    if len(layers) > most:
+        raise Unfit(
+            f"model.llm.level_layers names {len(layers)} layers, but no encoder gives more than {most} "
+            "levels of rows after the first, so the rest would have no effect",
+            _other_levels(layers, most, len(llm.symbols)),
         )
 
 
-def _check_levels(name: str, use: EncoderUse, llm: LLMConfig) -> None:
-    levels = use.cls.feature_levels(use.cfg)
-    if levels > 1 + len(llm.level_layers):
-        raise ValueError(
-            f"model.{name} gives {levels} levels of rows, but model.llm.level_layers names "
-            f"{len(llm.level_layers)} layers; needed: one for each level after the first. Nearest: "
-            f"{levels - 1} layers"
-        )
+def _other_levels(layers: Sequence[int], n: int, of: int) -> list[Changes]:
+    """So many layers for levels to enter after, these first."""
+    more = [*layers, *(k for k in range(of) if k not in layers)]
+    return [{"model.llm.level_layers": more[:n]}] if n <= len(more) else []
 
 
 def bare_module(

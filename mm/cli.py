@@ -156,7 +156,7 @@ def _train_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
 
     # Without torch, whose import takes seconds: a mistyped key need not wait for it.
     if not launch.launched():
-        check_outline(cfg, world)
+        check_outline(cfg, world, lambda why: print(f"{why}; looking for what would work", flush=True))
     check_paths(cfg, write=not args.dry_run)
     if args.dry_run:
         from mm.plan_text import dry_run

@@ -9,7 +9,8 @@ import copy
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -229,9 +230,16 @@ def _check_train(cfg: Config) -> None:
     if train.min_lr > train.lr:
         raise Refused(f"train.min_lr is {train.min_lr}; needed: at most train.lr, {train.lr}")
     if train.warmup + train.decay > 1:
+        rest = round(1 - train.warmup, 6)
+        rest -= 1e-6 * (train.warmup + rest > 1)  # in few digits, and never too much
         raise Refused(
             f"train.warmup={train.warmup} and train.decay={train.decay} are fractions of the steps; needed: "
-            f"together at most 1. Nearest: train.decay={1 - train.warmup:g}"
+            f"together at most 1; nearest: train.decay={rest:.6g}"
+        )
+    if train.min_lr > 0 and train.decay == 0:
+        raise Refused(
+            f"train.min_lr={train.min_lr} is where the rate goes down to, but train.decay=0 leaves it as it "
+            "is, so it would have no effect; nearest: train.min_lr=0"
         )
     if trace is not None and trace > train.steps:
         raise Refused(f"run.trace is {trace}; needed: a step of the run, at most train.steps={train.steps}")
@@ -255,6 +263,11 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise Refused(f"override {text!r}: {value!r} is not YAML: {_one_line(error)}") from error
 
 
+# Both are slow to make, and advice builds many configs.
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+
+
 def build(kind: type[Any], mapping: Mapping[str, Any], path: str) -> Any:
     """Build a frozen dataclass or a section strictly from a mapping; `path` is its dotted place, for errors.
 
@@ -262,7 +275,7 @@ def build(kind: type[Any], mapping: Mapping[str, Any], path: str) -> Any:
     """
     _check_keys(kind, mapping, path)
     try:
-        return TypeAdapter(kind).validate_python(dict(mapping))
+        return _adapter(kind).validate_python(dict(mapping))
     except ValidationError as error:
         raise Refused("; ".join(_explain(e, path, mapping) for e in error.errors())) from None
 
@@ -285,7 +298,7 @@ def _check_keys(kind: Any, value: Any, path: str) -> None:
         return
     if not (dataclasses.is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, Section))):
         return
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     known = _known_keys(kind)
     for key, inner in value.items():
         if key not in known:

@@ -13,11 +13,12 @@ from llm.config import LLMConfig
 from llm.hf import SafeFolder, export_checkpoint, load_hf, load_weights
 from llm.hf.weights import check_folder, model_tensors
 from llm.model import LLM
-from mm.blueprint import SINK, Blueprint, llm_config
+from mm.blueprint import SINK, Blueprint
 from mm.checkpoint import model_shapes
 from mm.config import build, from_mapping
 from mm.errors import CheckpointError
 from mm.job import Job
+from mm.outline import llm_config
 from mm.resume import verify
 from parallel import checkpoint as store
 

@@ -7,14 +7,42 @@ ranks (parallel folding, arXiv 2504.14960). Only pp must agree between the two v
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 View = Literal["dense", "expert"]
 DEGREES = ("tp", "cp", "pp", "vpp", "ep", "etp")
 AXES: dict[str, tuple[str, ...]] = {"dense": ("tp", "cp", "dp", "pp"), "expert": ("etp", "ep", "edp", "pp")}
+
+
+Changes = Mapping[str, Any]  # a key and its new value
+
+
+class Unfit(ValueError):
+    """A layout or a schedule that cannot be.
+
+    why: what was given, and what is needed. works: alternatives, each a set of changes that is enough for all
+    that its author knows; a caller who knows more may propose others. Keys are those of a layout or of a
+    model (tp), or dotted as in a config (schedule.kind). module: whose they are, where they are not dotted.
+    """
+
+    def __init__(self, why: str, works: Sequence[Changes] = (), module: str | None = None) -> None:
+        self.why, self.works, self.module = why, tuple(works), module
+        super().__init__(with_advice(why, works))
+
+
+def with_advice(why: str, works: Sequence[Changes]) -> str:
+    """A refusal in words with its alternatives, each as it is typed: "tp=2 pp=1 or tp=4"."""
+    return f"{why}; nearest: {' or '.join(map(typed, works))}" if works else why
+
+
+def typed(changes: Changes) -> str:
+    """Changes as a user types them, without spaces inside a value."""
+    shown = {k: "null" if v is None else str(v).replace(" ", "") for k, v in changes.items()}
+    return " ".join(f"{k}={v}" for k, v in shown.items())
 
 
 class Coord(NamedTuple):
@@ -63,6 +91,11 @@ class Layout:
     @property
     def edp(self) -> int:
         return self.size // (self.etp * self.ep * self.pp)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """What was chosen of it, by key."""
+        return {name: getattr(self, name) for name in DEGREES}
 
     @property
     def token_shards(self) -> int:
@@ -135,14 +168,15 @@ def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tup
     if not out:
         raise ValueError(f"layout.{module}.ranks {spec!r} names no rank; the job has ranks 0-{world - 1}")
     if len(set(out)) < len(out):
-        raise ValueError(
-            f"layout.{module}.ranks {list(out)} names a rank twice; nearest: {list(dict.fromkeys(out))}"
-        )
+        once: list[Changes] = [{"ranks": list(dict.fromkeys(out))}, {"ranks": "all"}]
+        raise Unfit(f"layout.{module}.ranks {list(out)} names a rank twice", once, module)
     outside = [r for r in out if r >= world]
     if outside:
-        raise ValueError(
+        raise Unfit(
             f"layout.{module}.ranks {spec!r} needs rank {outside[0]}, but the job has {world} ranks "
-            f"(0-{world - 1}); start it with at least {max(out) + 1}, or use ranks: all"
+            f"(0-{world - 1}), not {max(out) + 1}",
+            [{"ranks": "all"}],
+            module,
         )
     return out
 
@@ -188,40 +222,62 @@ def make_layout(module: str, world: int, spec: Mapping[str, Any]) -> Layout:
         product = math.prod(degrees[n] for n in names)
         if layout.size % product:
             given = " x ".join(f"{n}={degrees[n]}" for n in names if degrees[n] > 1)
-            raise ValueError(
-                f"layout.{module}: {given} needs a multiple of {product} ranks, given {layout.size}; "
-                f"nearest: {' or '.join(nearest_degrees(layout.size, degrees))}"
-            )
+            why = f"layout.{module}: {given} needs a multiple of {product} ranks, given {layout.size}"
+            raise Unfit(why, nearest_degrees(layout.size, degrees), module)
     if layout.vpp > 1 and layout.pp == 1:
-        works = " or ".join(nearest_degrees(layout.size, degrees))
-        raise ValueError(f"layout.{module}: vpp={layout.vpp} needs pp > 1, given pp=1; nearest: {works}")
+        why = f"layout.{module}: vpp={layout.vpp} needs pp > 1, given pp=1"
+        raise Unfit(why, nearest_degrees(layout.size, degrees), module)
     return layout
 
 
-def nearest_degrees(size: int, given: Mapping[str, int]) -> list[str]:
-    """One or two sets of changes that make `given` degrees fit `size` ranks: ["tp=4", "tp=2"].
+PAIRS = 12  # of the degrees of a view, the nearest that are looked at for each pp
+TRIES = 300  # sets of changes that are looked at
 
-    Nearest: the fewest degrees changed, then the smallest factors.
+
+def nearest_degrees(
+    size: int,
+    given: Mapping[str, int],
+    fits: Callable[[Mapping[str, int]], bool] = lambda degrees: True,
+) -> list[dict[str, int]]:
+    """One or two sets of changes that make `given` degrees fit `size` ranks and `fits`: [{"tp": 4}]; none
+    where none of the nearest does.
+
+    Nearest: the fewest degrees changed, then the smallest factors. fits: of all degrees, changed or not.
     """
+    found: list[dict[str, int]] = []
+    for works in itertools.islice(_by_distance(size, given), TRIES):
+        changed = {n: d for n, d in works.items() if d != given[n]}
+        if found and len(changed) > len(found[0]):
+            break
+        if changed and fits(works):
+            found.append(changed)
+        if len(found) == 2:
+            break
+    return found
+
+
+def _by_distance(size: int, given: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """All degrees that fit `size` ranks, as far as they are near, the nearest first and then every one 1."""
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     found = []
     for pp in divisors:
-        vpp = given["vpp"] if pp > 1 else 1
-        # Given pp, the two views are free of each other: the best two of each are enough.
-        for tp, cp in _fitting(divisors, size // pp, given["tp"], given["cp"]):
-            for etp, ep in _fitting(divisors, size // pp, given["etp"], given["ep"]):
+        # Given pp, the two views are free of each other.
+        dense = _fitting(divisors, size // pp, given["tp"], given["cp"])
+        expert = _fitting(divisors, size // pp, given["etp"], given["ep"])
+        for vpp in range(1, given["vpp"] + 1) if pp > 1 else (1,):
+            for (tp, cp), (etp, ep) in itertools.product(dense, expert):
                 works = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp}
-                changed = {n: d for n, d in works.items() if d != given[n]}
-                text = ", ".join(f"{n}={d}" for n, d in changed.items())
-                found.append((_distance([(d, given[n]) for n, d in changed.items()]), text))
+                found.append((_distance([(d, given[n]) for n, d in works.items()]), tuple(works.values())))
     found.sort()
-    return [text for (changes, _), text in found[:2] if changes == found[0][0][0]]
+    names = ("tp", "cp", "pp", "vpp", "ep", "etp")
+    yield from (dict(zip(names, degrees, strict=True)) for _, degrees in found[: TRIES - 1])
+    yield dict.fromkeys(names, 1)
 
 
 def _fitting(divisors: Sequence[int], n: int, a: int, b: int) -> list[tuple[int, int]]:
-    """The two pairs nearest to (a, b) whose product divides n."""
+    """The pairs nearest to (a, b) whose product divides n."""
     pairs = [(x, y) for x in divisors for y in divisors if n % (x * y) == 0]
-    return sorted(pairs, key=lambda p: _distance([(p[0], a), (p[1], b)]))[:2]
+    return sorted(pairs, key=lambda p: _distance([(p[0], a), (p[1], b)]))[:PAIRS]
 
 
 def _distance(moves: Sequence[tuple[int, int]]) -> tuple[int, float]:
@@ -237,8 +293,8 @@ def nearest(given: int, n: int) -> list[int]:
     return below + above
 
 
-def check_divides(what: str, n: int, degree: str, d: int) -> None:
+def check_divides(what: str, n: int, degree: str, d: int, module: str | None = None) -> None:
     """Refuse a degree that does not divide a count, naming the nearest degrees that do."""
     if n % d:
-        works = " or ".join(f"{degree}={k}" for k in nearest(d, n))
-        raise ValueError(f"{what} is {n}, which does not divide by {degree}={d}; nearest: {works}")
+        works = [{degree: k} for k in nearest(d, n)]
+        raise Unfit(f"{what} is {n}, which does not divide by {degree}={d}", works, module)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 
-from parallel.layout import Layout
+from parallel.layout import Changes, Layout, Unfit, nearest_degrees
 from parallel.schedule.orders import PIPELINES, ROUNDS
 from parallel.schedule.plan import ModuleUse
 
 KINDS = ("auto", *PIPELINES)
+AUTO = {"schedule.kind": "auto"}
+AXES = ("tp", "cp", "ep", "etp")  # along which a computation communicates
 
 
 def check_modules(
@@ -29,22 +31,7 @@ def check_modules(
                 f"micro-batch {i} has items of {unknown}; the sources are {sorted(set(modules) - {sink})}"
             )
     for name, use in modules.items():
-        layout = use.layout
-        if use.layers is not None and use.stages > use.layers:
-            given = f"pp={layout.pp}" + (f" x vpp={layout.vpp}" if layout.vpp > 1 else "")
-            works = f"pp={layout.pp}, vpp={use.layers // layout.pp}"
-            if use.layers // layout.pp < 2:
-                pps = [d for d in range(1, use.layers + 1) if layout.size % d == 0]
-                works = f"pp={min(layout.pp, max(pps))}" + (", vpp=1" if layout.vpp > 1 else "")
-            raise ValueError(
-                f"layout.{name}: {given} makes {use.stages} stages, but it has {use.layers} layers; "
-                f"needed: at most one stage a layer. Nearest: {works}"
-            )
-        if name != sink and layout.vpp > 1:
-            raise ValueError(
-                f"layout.{name}: vpp={layout.vpp}, but only the language model has virtual stages; nearest: "
-                f"vpp=1, or pp={layout.pp * layout.vpp} on more ranks"
-            )
+        check_stages(use.layout, use.layers, virtual=name == sink)
         beyond = [s for s in use.enters if not 0 <= s < modules[sink].stages]
         if name != sink and (beyond or len(set(use.enters)) < len(use.enters) or not use.enters):
             raise ValueError(
@@ -55,36 +42,60 @@ def check_modules(
             raise ValueError(f"batch of {name} is {batch[name]} micro-batches; needed: at least 1")
 
 
+def check_stages(layout: Layout, layers: int | None, *, virtual: bool) -> None:
+    """Refuse more stages than layers (None: not known), and virtual stages where they may not be."""
+
+    def fits(degrees: Mapping[str, int]) -> bool:
+        enough = layers is None or degrees["pp"] * degrees["vpp"] <= layers
+        return enough and (virtual or degrees["vpp"] == 1)
+
+    if fits(layout.degrees):
+        return
+    works = nearest_degrees(layout.size, layout.degrees, fits)
+    name, given = layout.module, f"pp={layout.pp}" + (f" x vpp={layout.vpp}" if layout.vpp > 1 else "")
+    if not virtual and layout.vpp > 1:
+        why = f"layout.{name}: vpp={layout.vpp}, but only the language model has virtual stages"
+    else:
+        why = (
+            f"layout.{name}: {given} makes {layout.pp * layout.vpp} stages, but it has {layers} layers; "
+            f"needed: at most one stage a layer"
+        )
+    raise Unfit(why, works, name)
+
+
 def check_fill(modules: Mapping[str, ModuleUse], sink: str) -> None:
     """Refuse encoders whose work cannot be at different times on different ranks of the sink's pipeline."""
     ranks, pp = set(modules[sink].layout.ranks), modules[sink].layout.pp
     if pp == 1:
-        raise ValueError(
-            f"schedule.kind fill uses the idle time of a pipeline, given layout.{sink}.pp=1, which has none; "
-            f"nearest: schedule.kind=auto"
+        raise Unfit(
+            f"schedule.kind fill uses the idle time of a pipeline, given layout.{sink}.pp=1, which has none",
+            [AUTO],
         )
     stage_of = {r: k for k in range(pp) for r in modules[sink].layout.stage_ranks(k)}
     for name, use in modules.items():
         if name == sink:
             continue
         if set(use.layout.ranks) != ranks or use.layout.pp > 1:
-            raise ValueError(
+            raise Unfit(
                 f"schedule.kind fill needs every encoder on the ranks of {sink} with pp=1, given {name} on "
-                f"{list(use.layout.ranks)} with pp={use.layout.pp}; nearest: schedule.kind=auto"
+                f"{list(use.layout.ranks)} with pp={use.layout.pp}",
+                [AUTO],
             )
         if use.params == "each" and use.layout.dp > 1:
-            raise ValueError(
+            raise Unfit(
                 f"schedule.kind fill computes {name} at different times on different pipeline ranks, but its "
-                f"parameters are gathered over dp in each forward and backward; needed: parameters gathered "
-                f"once a step, or replicated. Nearest: params=step, or schedule.kind=auto"
+                f"parameters are gathered over dp in each forward and backward; needed: gathered once a step "
+                "(params step) or replicated",
+                [AUTO],
             )
-        for axis in ("tp", "cp", "ep", "etp"):
-            across = [g for g in use.layout.groups(axis) if len({stage_of[r] for r in g}) > 1]
+        for axis in AXES:
+            across = _crosses(use.layout, axis, stage_of)
             if across:
-                raise ValueError(
+                raise Unfit(
                     f"schedule.kind fill: layout.{name}.{axis}={getattr(use.layout, axis)} joins ranks "
                     f"{list(across[0])} of different pipeline ranks of {sink}; needed: at most "
-                    f"{len(ranks) // pp} ranks in a row. Nearest: {axis}=1, or schedule.kind=auto"
+                    f"{len(ranks) // pp} ranks in a row",
+                    [_inside(modules, sink, stage_of), AUTO],
                 )
 
 
@@ -96,27 +107,37 @@ def resolve(kind: str, layout: Layout, microbatches: int) -> str:
             f"schedule.kind: given {kind!r}; known: {', '.join(KINDS)}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
+    given, vpp, pp = kind, layout.vpp, layout.pp
+    flat = {f"layout.{layout.module}.vpp": 1}
     if kind == "auto":
-        kind = "interleaved" if layout.vpp > 1 else "1f1b"
-    if kind in ("1f1b", "three_phase") and layout.vpp > 1:
-        raise ValueError(
-            f"schedule.kind {kind} runs one stage a rank, given layout.{layout.module}.vpp={layout.vpp}; "
-            f"nearest: schedule.kind=interleaved, or vpp=1"
-        )
-    if kind == "interleaved" and layout.vpp == 1:
-        raise ValueError(
-            f"schedule.kind interleaved needs virtual stages, given layout.{layout.module}.vpp=1; nearest: "
-            f"schedule.kind=1f1b, or vpp=2"
-        )
-    if kind in ROUNDS and layout.vpp > 1 and microbatches % layout.pp:
-        below, above = microbatches // layout.pp * layout.pp, -(-microbatches // layout.pp) * layout.pp
-        works = " or ".join(str(n) for n in dict.fromkeys((below, above)) if n)
-        raise ValueError(
-            f"schedule.kind {kind} with vpp={layout.vpp} passes micro-batches on in rounds of "
-            f"pp={layout.pp}; needed: a multiple of {layout.pp}, given {microbatches}. Nearest: {works} "
-            f"micro-batches, or vpp=1"
+        kind = "interleaved" if vpp > 1 else "1f1b"
+    if kind in ("1f1b", "three_phase") and vpp > 1:
+        rounds = [] if microbatches % pp else [{"schedule.kind": "interleaved"}]
+        why = f"schedule.kind {kind} runs one stage a rank, given layout.{layout.module}.vpp={vpp}"
+        raise Unfit(why, [*rounds, flat])
+    if kind == "interleaved" and vpp == 1:
+        why = f"schedule.kind interleaved needs virtual stages, given layout.{layout.module}.vpp=1"
+        raise Unfit(why, [{"schedule.kind": "1f1b"}])
+    if kind in ROUNDS and vpp > 1 and microbatches % pp:
+        below, above = microbatches // pp * pp, -(-microbatches // pp) * pp
+        works: list[Changes] = [{"schedule.microbatches": n} for n in dict.fromkeys((below, above)) if n]
+        raise Unfit(
+            f"schedule.kind {kind} with vpp={vpp} passes micro-batches on in rounds of pp={pp}; needed: a "
+            f"multiple of {pp}, given {microbatches}",
+            works if given == "interleaved" else [*works, flat],
         )
     return kind
+
+
+def _inside(modules: Mapping[str, ModuleUse], sink: str, stage_of: Mapping[int, int]) -> Changes:
+    """What keeps every group of the encoders inside a stage."""
+    sources = [(name, use.layout) for name, use in modules.items() if name != sink]
+    return {f"layout.{m}.{a}": 1 for m, layout in sources for a in AXES if _crosses(layout, a, stage_of)}
+
+
+def _crosses(layout: Layout, axis: str, stage_of: Mapping[int, int]) -> list[tuple[int, ...]]:
+    """The groups of an axis whose ranks are in different stages."""
+    return [g for g in layout.groups(axis) if len({stage_of[r] for r in g}) > 1]
 
 
 def check_ahead(ahead: int, quantum: int, unit: int) -> int:
@@ -128,8 +149,9 @@ def check_ahead(ahead: int, quantum: int, unit: int) -> int:
         why = (
             f"encoders take {unit} at once" if unit == quantum else f"virtual stages need rounds of {quantum}"
         )
-        raise ValueError(
+        raise Unfit(
             f"schedule.ahead={ahead}: encoder activations of at most so many micro-batches may be held, but "
-            f"{why}; needed: at least {quantum}. Nearest: {quantum}"
+            f"{why}; needed: at least {quantum}",
+            [{"schedule.ahead": quantum}],
         )
     return ahead // quantum * quantum

@@ -63,8 +63,12 @@ def test_degrees_that_an_encoder_does_not_declare_are_refused() -> None:
         check_encoder(Plain, cfg, cp=2)
     with pytest.raises(ValueError, match=r"Plain is given pp=2, but does not declare pipeline; .*pp=1"):
         check_encoder(Plain, cfg, pp=2)
-    with pytest.raises(ValueError, match=r"ViT is given pp=3, but has 2 layers; .*Nearest: pp=2"):
+    with pytest.raises(ValueError, match=r"ViT is given pp=3, but has 2 layers; .*nearest: pp=2"):
         check_encoder(ViT, cfg, pp=3)
+    with pytest.raises(
+        ValueError, match=r"ViT is given ep=2 etp=3, but .* no experts.*; nearest: ep=1 etp=1"
+    ):
+        check_encoder(ViT, cfg, ep=2, etp=3)
     with pytest.raises(ValueError, match="vit heads is 12, which does not divide by tp=5"):
         check_encoder(ViT, cfg, tp=5)
 

@@ -23,8 +23,8 @@ from llm.hf.config import ALIASES
 from llm.hf.weights import checkpoint_tensors, model_tensors
 from llm.model import LLM
 from llm.presets import PRESETS, preset
-from mm.blueprint import llm_config
 from mm.config import from_mapping
+from mm.outline import llm_config
 from parallel import checkpoint
 from parallel.layout import Layout
 from parallel.mesh import build_mesh

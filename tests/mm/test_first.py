@@ -13,13 +13,14 @@ from llm.hf import save_hf
 from llm.model import LLM
 from mm import header as header_module
 from mm import preflight
-from mm.blueprint import Blueprint, draw_up, llm_config
+from mm.blueprint import Blueprint, draw_up
 from mm.cli import main
 from mm.config import from_mapping
 from mm.convert import import_hf
 from mm.data.index import load_index
 from mm.errors import Refused
 from mm.header import header, memory_warning, parameter_counts, ranks_text
+from mm.outline import llm_config
 from parallel import checkpoint as store
 from tests.mm.harness import CONFIGS, small
 from tests.mm.shards import write_shard

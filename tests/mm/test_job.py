@@ -166,7 +166,7 @@ REFUSED = {
     "no such file": ["train", "configs/nothing.yaml"],
     "did you mean steps?": ["train", "configs/digits.yaml", "train.stepz=1"],
     "did you mean heads?": ["train", "configs/digits.yaml", "model.vision.options.head=1"],
-    "nearest: tp=": ["train", "configs/digits.yaml", "layout.llm.tp=3"],
+    "nearest: layout.llm.tp=": ["train", "configs/digits.yaml", "layout.llm.tp=3"],
     "ranks 0-7": ["train", "configs/digits.yaml", "layout.llm.ranks=0-7"],
     "did you mean 'vit'?": ["train", "configs/digits.yaml", "model.vision.encoder=vti"],
     "key=value": ["train", "configs/digits.yaml", "=3"],

@@ -107,7 +107,7 @@ def test_ways_to_name_ranks(spec: Any, ranks: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("0-7", "needs rank 4, but the job has 4 ranks (0-3); start it with at least 8, or use ranks: all"),
+        ("0-7", "needs rank 4, but the job has 4 ranks (0-3), not 8; nearest: ranks=all"),
         ("first", "needed: all, a number, a-b such as 0-3, or a list"),
         ("-1", "needed: all"),
         (-1, "ranks count from 0"),
@@ -118,7 +118,7 @@ def test_ways_to_name_ranks(spec: Any, ranks: tuple[int, ...]) -> None:
         ([0, "1"], "needed: all"),
         ([], "names no rank"),
         ("3-1", "names no rank"),
-        ([0, 1, 0], "names a rank twice; nearest: [0, 1]"),
+        ([0, 1, 0], "names a rank twice; nearest: ranks=[0,1] or ranks=all"),
     ],
 )
 def test_ranks_are_refused_in_words(spec: Any, words: str) -> None:

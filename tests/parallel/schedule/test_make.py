@@ -178,11 +178,17 @@ LLM = {"llm": {"pp": 4, "vpp": 2}}
             6,
             LLM,
             {},
-            r"pp=4; needed: a multiple of 4, given 6. Nearest: 4 or 8 micro-batches, or vpp=1",
+            r"multiple of 4, given 6; nearest: schedule.microbatches=4 or schedule.microbatches=8$",
         ),
-        ("interleaved", 3, LLM, {}, r"given 3. Nearest: 4 micro-batches"),
-        ("zero_bubble", 5, LLM, {}, r"given 5. Nearest: 4 or 8"),
-        ("1f1b", 4, LLM, {}, r"vpp=2; nearest: schedule.kind=interleaved, or vpp=1"),
+        ("interleaved", 3, LLM, {}, r"given 3; nearest: schedule.microbatches=4$"),
+        (
+            "zero_bubble",
+            5,
+            LLM,
+            {},
+            r"given 5; nearest: schedule.microbatches=4 or .*=8 or layout.llm.vpp=1$",
+        ),
+        ("1f1b", 4, LLM, {}, r"vpp=2; nearest: schedule.kind=interleaved or layout.llm.vpp=1"),
         ("interleaved", 4, {"llm": {"pp": 4}}, {}, r"vpp=1; nearest: schedule.kind=1f1b"),
         ("zerobubble", 4, LLM, {}, r"given 'zerobubble'; known: auto, .*did you mean zero_bubble\?"),
         ("auto", 0, LLM, {}, r"at least one micro-batch, given 0"),
@@ -191,14 +197,14 @@ LLM = {"llm": {"pp": 4, "vpp": 2}}
             4,
             {"vision": {"pp": 4, "vpp": 2}, "llm": {}},
             {},
-            r"vision: vpp=2.* nearest: vpp=1, or pp=8",
+            r"vision: vpp=2.* nearest: vpp=1$",
         ),
         (
             "auto",
             8,
             {"vision": {}, **LLM},
             {"ahead": 3},
-            r"ahead=3.* rounds of 4; needed: at least 4. Nearest: 4",
+            r"ahead=3.* rounds of 4; needed: at least 4; nearest: schedule.ahead=4",
         ),
         (
             "auto",
@@ -219,7 +225,7 @@ LLM = {"llm": {"pp": 4, "vpp": 2}}
             4,
             {"vision": {}, "llm": {"pp": 4}},
             {},
-            r"vision .* gathered over dp .* Nearest: params=step",
+            r"vision .* gathered over dp .*params step.*nearest: schedule.kind=auto",
         ),
         ("fill", 4, {"vision": {"ranks": 0}, "llm": {"pp": 4}}, {}, r"given vision on \[0\] with pp=1"),
         (
@@ -227,7 +233,7 @@ LLM = {"llm": {"pp": 4, "vpp": 2}}
             4,
             {"vision": {"tp": 4}, "llm": {"pp": 4}},
             {},
-            r"vision.tp=4 joins ranks \[0, 1, 2, 3\].* tp=1",
+            r"vision.tp=4 joins ranks \[0, 1, 2, 3\].*vision.tp=1",
         ),
     ],
 )
@@ -241,10 +247,10 @@ def test_refusals_give_numbers_and_what_works(
 def test_more_stages_than_layers_are_refused() -> None:
     llm = use("llm", 4, pp=4, vpp=2)
     with pytest.raises(
-        ValueError, match=r"pp=4 x vpp=2 makes 8 stages, but it has 6 layers.*Nearest: pp=4, vpp=1"
+        ValueError, match=r"pp=4 x vpp=2 makes 8 stages, but it has 6 layers.*nearest: pp=2 or vpp=1"
     ):
         make_schedule("auto", {"llm": ModuleUse(llm.layout, layers=6)}, sink="llm", active=[()] * 4)
-    with pytest.raises(ValueError, match=r"pp=4 makes 4 stages, but it has 3 layers.*Nearest: pp=2"):
+    with pytest.raises(ValueError, match=r"pp=4 makes 4 stages, but it has 3 layers.*nearest: pp=2"):
         vision = ModuleUse(use("vision", 4, pp=4).layout, layers=3)
         make_schedule("auto", {"vision": vision, "llm": use("llm", 4)}, sink="llm", active=[()] * 4)
 
