@@ -1,7 +1,6 @@
 """What a config means on a number of ranks, worked out and checked before any process group exists.
 
-check_outline() needs no torch (mm/outline.py). An encoder is a torch module, so draw_up() imports what it needs
-itself.
+check_outline() needs no torch (mm/outline.py). An encoder is a torch module, so draw_up() imports it itself.
 """
 
 from __future__ import annotations

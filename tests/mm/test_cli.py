@@ -170,7 +170,7 @@ def test_refusals_that_need_no_encoder_do_not_wait_for_torch(tmp_path: Path, pro
                 ("train.stpes=3", 2),
                 ("layout.visoin.tp=2", 2),
                 ("layout.llm.tp=3", 2),
-                ("layout.vision.ranks=0-7", 2),
+                ("layout.llm.ranks=0-7", 2),
                 ("model.llm.d_modle=3", 2),
                 ("model.llm.n_kv_heads=3", 2),
                 ("model.llm.preset=nemotron-3-nao", 2),
