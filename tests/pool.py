@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -29,6 +30,7 @@ GRACE_S = 2.0  # what the others get once a rank has failed: they may wait for i
 
 # Torch's caches of tensor layouts keep meshes, and so the threads of groups that were destroyed long ago.
 MOST_THREADS = 250
+FEW_THREADS = 80  # beyond these a worker looks for meshes that only cycles keep: most of a job's
 
 
 class RankFailed(AssertionError):
@@ -71,6 +73,8 @@ def _run(message: bytes) -> tuple[bool, Any]:
     # Only now: all ranks have answered, so that none closes connections while another still makes its own.
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
+    if _threads(os.getpid()) > FEW_THREADS:
+        gc.collect()
     try:
         fn, args, rank, world, store, timeout = pickle.loads(message)  # imports the test's module
         dist.init_process_group(
@@ -96,7 +100,7 @@ class Pool:
         self._runs = 0
 
     def _grow(self, n: int) -> None:
-        if any(_threads(w) > MOST_THREADS for w in self._workers):
+        if any(_threads(w.process.pid) > MOST_THREADS for w in self._workers):
             self._discard(self._workers)
         self._discard(w for w in self._workers if not w.process.is_alive())
         fresh = [self._start() for _ in range(n - len(self._workers))]  # together: they import at once
@@ -150,9 +154,9 @@ class Pool:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _threads(worker: Worker) -> int:
-    """Threads of a worker; 0 where the system does not say."""
-    tasks = Path(f"/proc/{worker.process.pid}/task")
+def _threads(pid: int | None) -> int:
+    """Threads of a process; 0 where the system does not say."""
+    tasks = Path(f"/proc/{pid}/task")
     return len(list(tasks.iterdir())) if tasks.exists() else 0
 
 

@@ -2,29 +2,30 @@
 
 NAME: of faults, or how their names begin; all by default. Ends with 0 where every one was caught.
 `--table` prints the table of docs/testing.md instead.
+
+Tests run in forks of this process, which has imported what takes long and nothing of the project's.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import os
-import queue
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.mutations.faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("benchmarks", "configs", "docs", "encoders", "examples", "llm", "mm", "parallel", "tests")
+PACKAGES = ("encoders", "examples", "llm", "mm", "parallel", "tests")
+COPIED = ("benchmarks", "configs", "docs", *PACKAGES)
 FILES = ("Makefile", "README.md", "pyproject.toml")
-LIMIT_S = 600.0
+LIMIT_S = 300
 PASSED, FAILED = 0, 1  # what pytest ends with; anything else means that it did not run the test
 
 
@@ -41,38 +42,61 @@ def main(words: Sequence[str]) -> int:
     if not some:
         parser.error(f"no fault is called {', '.join(given.name)}")
     start = time.monotonic()
+    warm_up()
     with tempfile.TemporaryDirectory(prefix="polyrank-faults-") as folder:
         caught = run(some, Path(folder), given.jobs)
     print(f"{caught} of {len(some)} caught in {time.monotonic() - start:.0f} s")
     return 0 if caught == len(some) else 1
 
 
+def warm_up() -> None:
+    """Import what takes long. Names of the project's own packages are forgotten again."""
+    # Of a module that changes twice a second Python may take what it compiled before.
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    import hypothesis  # noqa: F401
+    import pydantic  # noqa: F401
+    import pytest  # noqa: F401
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torch.distributed.tensor
+
+    importlib.import_module("tests.llm.oracle")  # transformers, beside whichever torch there is
+
+    torch.set_num_threads(1)
+    kept.extend(m for name, m in sys.modules.items() if name.partition(".")[0] in PACKAGES)
+
+
+kept: list[object] = []  # modules that hold what torch would take back with them
+
+
 def run(faults: Sequence[Fault], folder: Path, jobs: int) -> int:
     """How many of `faults` their tests catch; says so of each. jobs: copies that work side by side."""
-    copies: queue.Queue[Path] = queue.Queue()
-    for k in range(jobs):
-        copies.put(copy(folder / str(k)))
-    at = copies.get()
-    code, said = pytest(at, *dict.fromkeys(f.test for f in faults))
-    copies.put(at)
-    if code != PASSED:
-        print(f"the tests do not pass without a fault:\n{said}")
+    copies = [copy(folder / str(k)) for k in range(jobs)]
+    said = folder / "said"
+    _, status = os.waitpid(fork(copies[0], said, *dict.fromkeys(f.test for f in faults)), 0)
+    if status != PASSED:
+        print(f"the tests do not pass without a fault:\n{said.read_text()[-5000:]}")
         return 0
-
-    def one(fault: Fault) -> bool:
-        at, start = copies.get(), time.monotonic()
-        try:
-            code, said = under(fault, at)
-        finally:
-            copies.put(at)
+    left, caught = list(faults), 0
+    working: dict[int, tuple[Fault, Path, float]] = {}
+    while left or working:
+        while left and copies:
+            fault, at = left.pop(0), copies.pop()
+            path = at / fault.file
+            path.write_text(fault.applied(path.read_text()))
+            working[fork(at, at / "said", fault.test)] = fault, at, time.monotonic()
+        pid, status = os.wait()
+        fault, at, start = working.pop(pid)
+        shutil.copy(ROOT / fault.file, at / fault.file)
+        copies.append(at)
+        code = os.waitstatus_to_exitcode(status)
         outcome = {PASSED: "SURVIVED", FAILED: "caught"}.get(code, f"ERROR {code}")
         print(f"{outcome:9} {time.monotonic() - start:5.1f} s  {fault.name:32} {fault.test}", flush=True)
         if code not in (PASSED, FAILED):
-            print(said, flush=True)
-        return code == FAILED
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return sum(pool.map(one, faults))
+            print((at / "said").read_text()[-3000:], flush=True)
+        caught += code == FAILED
+    return caught
 
 
 def copy(to: Path) -> Path:
@@ -84,35 +108,24 @@ def copy(to: Path) -> Path:
     return to
 
 
-def under(fault: Fault, at: Path) -> tuple[int, str]:
-    """What pytest ends with and says in a copy that has the fault; the copy is whole again afterwards."""
-    path = at / fault.file
-    whole = path.read_text()
-    try:
-        write(path, fault.applied(whole))
-        return pytest(at, fault.test)
-    finally:
-        write(path, whole)
+def fork(at: Path, said: Path, *nodes: str) -> int:
+    """The process id of pytest on these tests in a copy; what it says goes to a file."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    signal.alarm(LIMIT_S)
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(at)
+    sys.path[0] = str(at)
+    for name in [n for n in sys.modules if n.partition(".")[0] in PACKAGES]:
+        del sys.modules[name]
+    import pytest
 
-
-def write(path: Path, text: str) -> None:
-    """Write a module, of which Python may have compiled another version in the same second."""
-    path.write_text(text)
-    Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
-
-
-def pytest(at: Path, *tests: str) -> tuple[int, str]:
-    """(exit code, last words) of these tests in a copy."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk"]
-    command = [sys.executable, "-m", "pytest", *options, *tests]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=at, env=environment, capture_output=True, text=True, timeout=LIMIT_S
-        )
-    except subprocess.TimeoutExpired:
-        return -1, f"no end within {LIMIT_S:.0f} s"
-    return done.returncode, (done.stdout + done.stderr)[-3000:]
+    os._exit(int(pytest.main([*options, *nodes])))
 
 
 def table() -> str:

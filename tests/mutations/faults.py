@@ -233,7 +233,7 @@ PARALLEL = (
         "parallel/expert.py",
         "d_weight = (grad * rows).sum(-1, keepdim=True, dtype=weight.dtype)",
         "d_weight = (grad * rows * 0).sum(-1, keepdim=True, dtype=weight.dtype)",
-        ONE_STEP,
+        "tests/llm/test_hf.py::test_logits_and_gradients",
     ),
     Fault(
         "stage.cost",
@@ -499,11 +499,11 @@ LLM = (
     ),
     Fault(
         "llm.levels",
-        "the second level of rows enters everywhere",
+        "the first level of rows enters at every layer that takes one",
         "llm/model.py",
-        "rows[edge][:, level].to(x.dtype)",
-        "rows[edge][:, 1].to(x.dtype)",
-        "tests/llm/test_stages.py",
+        "values[:, column].to(x.dtype)",
+        "values[:, 0].to(x.dtype)",
+        "tests/llm/test_stages.py::test_a_level_is_added_after_its_layer",
     ),
     Fault(
         "llm.norm",
@@ -583,9 +583,9 @@ JOB = (
     Fault(
         "step.encoders",
         "encoders learn nothing",
-        "mm/step.py",
-        "learns = self.train and source not in",
-        "learns = not self.train and source not in",
+        "mm/flight.py",
+        "learns = self.train and edge.source not in",
+        "learns = not self.train and edge.source not in",
         ONE_STEP,
     ),
     Fault(
@@ -656,8 +656,8 @@ JOB = (
         "index.segments",
         "what is not learned is forgotten by the index",
         "mm/data/index.py",
-        's.get("loss", True),',
-        "True,",
+        '            s.get("loss", True),',
+        "            True,",
         ONE_STEP,
     ),
     Fault(
