@@ -16,7 +16,8 @@ BACKWARD_INPUT   The same for gradients of the stage's inputs; what those of wei
                  (parallel.schedule.halves).
 BACKWARD_WEIGHT  The gradients of the weights, from what was kept; free it. Carries `last`.
 SEND_FORWARD     Start sending the stage's output to stage `peer` (isend, `tag`) and return. The tensor must
-                 live until the send is complete.
+                 live until the send is complete: graph.let_go() says before which computation to wait for
+                 that and give it back, without blocking the other end for good.
 RECV_FORWARD     Start receiving the input from stage `peer` (irecv, `tag`) and return. Shapes follow from the
                  step plan.
 SEND_BACKWARD    The same with the gradient of the stage's input, to the stage before.
