@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -51,12 +52,16 @@ def main(argv: Sequence[str]) -> int:
                 flush=True,
             )
         return 1
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
         if launch.speaks(error):
             # A file of the user's is named in words; without a name it is the network's, whose place matters.
             if isinstance(error, OSError) and error.filename is not None:
                 print(f"{error.filename}: {error.strerror}", file=sys.stderr, flush=True)
             else:
+                if launch.launched():
+                    print(f"rank {os.environ['RANK']} failed:", file=sys.stderr)
                 traceback.print_exc()
         return 1
 

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mm import launch
 from mm.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,6 +216,25 @@ def test_layouts_may_be_followed_by_overrides(tmp_path: Path, capsys: pytest.Cap
     bad.write_text("layout: {llm: {tp: 3}}")
     assert main(["compare", CONFIG, "--layouts", str(bad), "run.nproc=5"]) == 2
     assert "tp=3 needs a multiple of 3 ranks, given 5" in capsys.readouterr().err
+
+
+def test_whatever_is_raised_is_told_by_one_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class NoException(BaseException):  # as torch's CheckpointException
+        pass
+
+    def fail(args: Any, argv: list[str]) -> int:
+        raise NoException("seen")
+
+    monkeypatch.setitem(COMMANDS, "doctor", replace(COMMANDS["doctor"], run=fail))
+    for rank, told in (("1", True), ("0", False)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(launch, "speaks", lambda error, told=told: told)
+        assert main(["doctor"]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("rank 1 failed:\nTraceback") and "seen" in said if told else not said
 
 
 def command(tmp_path: Path, *words: str) -> list[str]:

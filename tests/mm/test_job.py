@@ -59,6 +59,12 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started; none where the system does not tell."""
+    tasks = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(p) for p in tasks.read_text().split()] if tasks.exists() else []
+
+
 def test_a_job_writes_its_files_and_two_torchrun_agents_do_the_same(tmp_path: Path, processes: None) -> None:
     write_shard(tmp_path / "sensor-000000.tar", sensor_samples(20))
     config = sensor_config(tmp_path, layout={"llm": {"tp": 2}})
@@ -145,7 +151,9 @@ def test_a_gradient_that_is_not_finite_ends_all_ranks_with_code_5(tmp_path: Path
     assert told.count("not finite on rank") == 1 and "Traceback" not in told
 
 
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path, processes: None) -> None:
+def test_a_signal_to_every_process_ends_the_run_after_the_step_with_a_checkpoint(
+    tmp_path: Path, processes: None
+) -> None:
     write_shard(tmp_path / "sensor-000000.tar", sensor_samples(20))
     config = sensor_config(tmp_path, checkpoint={"every": 1000})
     words = ["train", str(config), "train.steps=100000"]
@@ -153,10 +161,13 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path, 
         [sys.executable, "-m", "mm", *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
     log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 200
+    while not (log.exists() and log.stat().st_size):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    job.send_signal(signal.SIGTERM)
+    # A scheduler's end of job; each rank hears it twice, since the launcher sends it on.
+    for pid in [*children(job.pid), job.pid]:
+        os.kill(pid, signal.SIGTERM)
     out, _ = job.communicate(timeout=60)
     assert job.returncode == 0 and "stopped by a signal" in out
     assert len(list((tmp_path / "run").glob("step-*"))) == 1

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from mm import launch
+from mm import launch, stop
 from mm.errors import PolyrankError, Refused
+from mm.stop import hold_requests
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_of_a_failing_job_the_rank_that_knows_the_reason_speaks(run: Any, tmp_pa
     # Rank 1 knows why; rank 0 meets the consequences first.
     code = f"""
 import torch.distributed
-from mm import launch
+from mm import launch, stop
 from mm.errors import DataError
 here = {str(tmp_path)!r} + "/here"
 os.makedirs(here, exist_ok=True)
@@ -227,3 +228,82 @@ def test_too_few_devices_are_refused_in_words(devices: int, words: str) -> None:
     with pytest.raises(Refused, match=r"run\.device=cuda with 4 ranks on this machine needs 4") as caught:
         launch.choose_device("cuda", 0, 4, devices)
     assert words in str(caught.value)
+
+
+def test_requests_while_a_rank_starts_wait_until_it_can_end_well(tmp_path: Path, processes: None) -> None:
+    # As launch_local starts it; another process signals it before it listens, more than once.
+    code = f"""
+import os, signal, sys, time
+open({str(tmp_path)!r} + "/here", "w").close()
+time.sleep(0.3)
+from mm.stop import Stop, hear_requests
+with Stop(rank=True) as stop:
+    hear_requests()
+    asked = stop.asked
+    os.kill(os.getpid(), signal.SIGTERM)  # the same request, from elsewhere
+os.kill(os.getpid(), signal.SIGTERM)  # after its end
+sys.exit(0 if asked else 1)
+"""
+    with hold_requests():
+        rank = subprocess.Popen([sys.executable, "-c", code])
+    while not (tmp_path / "here").exists():
+        time.sleep(0.02)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        rank.send_signal(number)
+    assert rank.wait(60) == 0
+
+
+def test_a_later_request_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop, "AGAIN_S", 0.05)
+    before = signal.getsignal(signal.SIGTERM)
+    with stop.Stop(rank=False) as asked:
+        assert not asked.asked
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.asked
+        time.sleep(0.1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)  # what else comes of the second is no third
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_request_before_the_ranks_starts_none(run: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    with stop.Stop(rank=False) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert launch.launch_local(2, ["sys.exit(3)"], asked) == 0
+    assert capfd.readouterr().out.strip() == "stopped by a signal before the first step"
+
+
+def test_ranks_that_a_second_request_does_not_end_are_ended(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(stop, "AGAIN_S", 0.1)
+    monkeypatch.setattr(launch, "GRACE_S", 0.2)
+    code = f"""
+signal.signal(signal.SIGTERM, lambda *_: None)
+open({str(tmp_path)!r} + f"/{{rank}}", "w").close()
+while True:
+    time.sleep(600)
+"""
+
+    def ask() -> None:
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.02)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert run(1, code) == 1
+
+
+def test_a_launch_has_one_name_however_often_its_ranks_are_started() -> None:
+    from torch.distributed import HashStore, PrefixStore
+
+    kept = HashStore()  # torchrun's store outlives the ranks
+    first, again = launch._name_launch(PrefixStore("polyrank/0", kept))
+    assert first and not again
+    assert launch._name_launch(PrefixStore("polyrank/1", kept)) == (first, True)
+    assert launch._name_launch(PrefixStore("polyrank/0", HashStore()))[0] != first
