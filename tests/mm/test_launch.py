@@ -272,7 +272,7 @@ def test_a_later_request_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_request_before_the_ranks_starts_none(run: Any, capfd: pytest.CaptureFixture[str]) -> None:
     with stop.Stop(rank=False) as asked:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert launch.launch_local(2, ["sys.exit(3)"], asked) == 0
+        assert launch.launch_local(2, ["sys.exit(3)"], stop=asked) == 0
     assert capfd.readouterr().out.strip() == "stopped by a signal before the first step"
 
 
