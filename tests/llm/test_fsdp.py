@@ -41,7 +41,8 @@ class Case:
 
 def only(symbol: str) -> LLMConfig:
     """Embedding, one layer and head."""
-    return replace(MODEL, pattern=symbol, mtp_layers=0)
+    weights = {} if "E" in symbol else {"aux_weight": 0.0, "z_weight": 0.0}
+    return replace(MODEL, pattern=symbol, mtp_layers=0, **weights)
 
 
 def lane(dp: int, microbatch: int) -> int:

@@ -95,7 +95,7 @@ def test_the_first_rank_tells_which_have_not_started_yet(
         PolyrankError, match=r"2 of 3 ranks have not come within 0.35 s \(run.timeout_s\): 1, 2"
     ):
         launch._meet(0, 3, 0.35)
-    assert capsys.readouterr().out.count("1 of 3 ranks have started, not yet: 1, 2\n") in (2, 3)
+    assert capsys.readouterr().out.count("1 of 3 ranks have started, not yet: 1, 2\n") >= 2
     store.set("here/2", "")
     threading.Timer(0.25, lambda: store.set("here/1", "")).start()
     launch._meet(0, 3, 60.0)
