@@ -102,5 +102,4 @@ def peaks(names: list[str]) -> list[int]:
 @pytest.mark.skipif(not (OWN / "clear_refs").exists(), reason="a peak can be forgotten on Linux alone")
 def test_a_layouts_memory_does_not_depend_on_those_before_it(ranks: Any) -> None:
     before, most, after = ranks(1, peaks, ["cut", "whole", "cut"])[0]
-    assert after == pytest.approx(before, rel=0.03)
-    assert after < 0.95 * most
+    assert most - before > 16 << 20 and abs(after - before) < (most - before) / 2
