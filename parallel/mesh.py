@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.axis import Axes, Axis
-from parallel.layout import Layout
+from parallel.layout import Layout, View
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,22 @@ class ModuleMesh:
     stage: dist.ProcessGroup
     pipeline: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
     ends: dist.ProcessGroup | None = None
+    _over: dict[tuple[View, tuple[str, ...]], DeviceMesh] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def over(self, view: View, *axes: str) -> DeviceMesh:
+        """The mesh of some axes of a view. Each is made once: slicing a DeviceMesh takes milliseconds, and a
+        module has thousands of parameters."""
+        key = view, axes
+        if key not in self._over:
+            self._over[key] = (self.dense if view == "dense" else self.expert)[axes]
+        return self._over[key]
+
+    @property
+    def data(self) -> DeviceMesh:
+        """What FSDP shards the dense weights over: dp x cp."""
+        return self.over("dense", "data")
 
     @property
     def folded(self) -> bool:

@@ -68,7 +68,7 @@ class ShardedOptimizer:
             replicas = mesh.axes.tp.size if spec.view == "dense" and not model_cuts(spec, mesh) else 1
             partial, twice = spec.partial and replicas > 1, name in shared
             data = local(param.detach())
-            copies = mesh.dense["data"].size() if not param.ndim else 1
+            copies = mesh.data.size() if not param.ndim else 1
             weight = 1.0 / (replicas * copies * (2 if twice else 1))
             shard = _Shard(name, param, nn.Parameter(data), weight, partial, twice, not param.ndim)
             self.shards.append(shard)
@@ -92,7 +92,7 @@ class ShardedOptimizer:
         partial over tp, and those of weights that both ends of the pipeline hold, in one message each."""
         for s in self.shards:
             s.local.grad = None if s.param.grad is None else local(s.param.grad)
-        data = self.mesh.dense["data"]
+        data = self.mesh.data
         _sum([s for s in self.shards if s.scalar], data.get_group() if data.size() > 1 else None)
         # By declaration, not by presence: whether a module ran in a step is the same on all its ranks.
         _sum([s for s in self.shards if s.partial], self.mesh.axes.tp.group)

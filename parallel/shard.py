@@ -88,7 +88,7 @@ def _cut(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
     old = getattr(sub, name)
     shape = list(old.shape)
     for axis, dim in cuts.items():
-        size = model_mesh(spec, mesh)[axis].size()
+        size = mesh.over(spec.view, axis).size()
         if shape[dim] % size:
             raise ValueError(
                 f"{type(sub).__name__}.{name} of shape {list(old.shape)}: dim {dim} does not divide by "
@@ -96,7 +96,7 @@ def _cut(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
             )
         shape[dim] //= size
     shard = torch.empty(shape, dtype=old.dtype, device=old.device)
-    over = model_mesh(spec, mesh)[tuple(cuts)]
+    over = mesh.over(spec.view, *cuts)
     tensor = DTensor.from_local(shard, over, [Shard(dim) for dim in cuts.values()], run_check=False)
     setattr(sub, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
 
@@ -104,7 +104,7 @@ def _cut(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
 def _fully_shard(
     sub: nn.Module, mesh: ModuleMesh, view: View, mp_policy: MixedPrecisionPolicy, reshard: bool
 ) -> None:
-    over = mesh.dense["data"] if view == "dense" else mesh.expert["edp"]
+    over = mesh.data if view == "dense" else mesh.over("expert", "edp")
     dims = {
         id(param): data_dim(tuple(local(param).shape), model_cuts(spec, mesh).values(), over.size())
         for _, param, spec in declared(sub)
@@ -132,11 +132,6 @@ def _own(sub: nn.Module, args: Any, output: Any) -> Any:
     )
 
 
-def model_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
-    """The mesh of the axes that cut a parameter by its declaration: tp, or ep and etp for experts."""
-    return mesh.dense if spec.view == "dense" else mesh.expert
-
-
 def model_cuts(spec: ParamSpec, mesh: ModuleMesh) -> dict[str, int]:
     """The axes that cut a parameter in this layout, each with the dim that it cuts; empty where it is whole
     on each rank."""
@@ -147,7 +142,7 @@ def model_cuts(spec: ParamSpec, mesh: ModuleMesh) -> dict[str, int]:
 
 def data_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
     """The mesh axis that FSDP cuts a parameter over: dp, or edp for experts where that differs."""
-    return mesh.expert["edp"] if spec.view == "expert" and mesh.folded else mesh.dense["data"]
+    return mesh.over("expert", "edp") if spec.view == "expert" and mesh.folded else mesh.data
 
 
 def data_dim(shape: tuple[int, ...], cuts: Collection[int], size: int) -> int:
@@ -166,7 +161,7 @@ def held_indices(shape: tuple[int, ...], spec: ParamSpec, mesh: ModuleMesh) -> l
     held = [torch.arange(n) for n in shape]
     cuts = model_cuts(spec, mesh)
     for axis, dim in cuts.items():
-        held[dim] = _chunk(held[dim], model_mesh(spec, mesh)[axis])
+        held[dim] = _chunk(held[dim], mesh.over(spec.view, axis))
     if not shape:
         return held
     over = data_mesh(spec, mesh)

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,11 +19,13 @@ import torch
 import torch.distributed as dist
 
 from mm import cli
-from mm.blueprint import draw_up
+from mm.blueprint import Blueprint, draw_up
 from mm.config import from_mapping
+from mm.data.index import Index, load_index
 from mm.feed import Feed
 from mm.job import Job, build_job, open_data, open_index
 from mm.launch import RankInfo
+from mm.select import select
 from mm.trainer import open_feed, train_step
 from parallel.param import declared, local
 from parallel.shard import held_indices
@@ -75,13 +78,26 @@ def small(**sections: Any) -> dict[str, Any]:
     return raw
 
 
+@cache
+def _digits() -> Index:
+    """The index of the small config's data, read once a process: jobs are many and it is a sixth of one."""
+    return load_index(SMALL["data"]["train"], CONFIGS)
+
+
+def _index(blueprint: Blueprint) -> Index:
+    rules = blueprint.cfg.data
+    if rules.train == SMALL["data"]["train"]:
+        return select(_digits(), blueprint.inputs, rules)
+    return open_index(blueprint, rules.train, CONFIGS)
+
+
 @contextmanager
 def running(raw: dict[str, Any], node_size: int | None = None) -> Iterator[tuple[Job, Feed]]:
     """The job of a config on this rank, and its steps; closed at the end. node_size: as in train_few."""
     world = dist.get_world_size()
     blueprint = draw_up(from_mapping(raw, CONFIGS), world)
     rank = RankInfo(dist.get_rank(), world, torch.device("cpu"), node_size=node_size)
-    index = open_index(blueprint, blueprint.cfg.data.train, CONFIGS)
+    index = _index(blueprint)
     job = build_job(blueprint, rank)
     data = open_data(job, index)
     feed = open_feed(job, data)

@@ -84,8 +84,8 @@ def learn(spec: dict[str, Any], layers: bool) -> dict[str, Any]:
     out["tied"] = net.inner.scale is net.inner.same and net.inner.up.weight is net.inner.again.weight
     out["tied"] &= net.inner.gate is net.inner.again.gate
     out["kept"] = [name for name, _, s in declared(net) if s.init is not None]
-    ranks = dist.get_world_size() if partial else mesh.dense["data"].size()
-    mine = x.chunk(ranks)[dist.get_rank() if partial else mesh.dense["data"].get_local_rank()]
+    ranks = dist.get_world_size() if partial else mesh.data.size()
+    mine = x.chunk(ranks)[dist.get_rank() if partial else mesh.data.get_local_rank()]
     ours, theirs = (
         ShardedOptimizer([net], mesh, AdamW()),
         torch.optim.AdamW(
