@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.mutations.__main__ import table
-from tests.mutations.faults import FAULTS, Fault
+from tests.mutations.fault import Fault
+from tests.mutations.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
