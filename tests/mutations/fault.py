@@ -1,7 +1,7 @@
 """A fault of one line.
 
-Old texts are short, so that they outlive changes around them; tests/test_mutations.py says where one no longer
-fits. Tests that start no processes are preferred.
+Old texts are short, so that they outlive changes around them; tests/test_mutations.py says where one no
+longer fits. Tests that start no processes are preferred.
 """
 
 from __future__ import annotations
