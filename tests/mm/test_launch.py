@@ -33,6 +33,19 @@ def run(monkeypatch: pytest.MonkeyPatch, processes: None) -> Any:
     return lambda n, code: launch.launch_local(n, [code])
 
 
+def ask_twice(folder: Path, pause_s: float) -> None:
+    """Two requests to end to this process, so far apart, once a rank has left a file in `folder`."""
+
+    def ask() -> None:
+        while not list(folder.iterdir()):
+            time.sleep(0.02)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(pause_s)
+
+    threading.Thread(target=ask, daemon=True).start()
+
+
 @pytest.mark.parametrize(("codes", "job"), [([0, 0], 0), ([0, 3], 3), ([1, 5], 5), ([1, 0], 1), ([7, 0], 1)])
 def test_the_exit_code_is_that_of_a_rank_with_a_known_reason(codes: list[int], job: int, run: Any) -> None:
     assert run(2, f"sys.exit({codes}[rank])") == job
@@ -168,14 +181,7 @@ time.sleep(0.3)
 sys.exit(0 if len(count) == 1 else 1)
 """
 
-    def ask() -> None:
-        while not list(tmp_path.iterdir()):
-            time.sleep(0.02)
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-
-    threading.Thread(target=ask, daemon=True).start()
+    ask_twice(tmp_path, 0.1)
     assert run(1, code) == 0
 
 
@@ -288,14 +294,7 @@ while True:
     time.sleep(600)
 """
 
-    def ask() -> None:
-        while not list(tmp_path.iterdir()):
-            time.sleep(0.02)
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.3)
-
-    threading.Thread(target=ask, daemon=True).start()
+    ask_twice(tmp_path, 0.3)
     assert run(1, code) == 1
 
 
