@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from boundary_peer import Layout, Step
 
-from mm.launch import ALLOCATOR
+from mm.ranks.launch import ALLOCATOR
 from parallel.boundary import BoundaryCommunicator, RowMap, plan_edge
 
 WORLD = 4

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from boundary_peer import Layout
 
 from parallel.boundary import BoundaryCommunicator, RowMap, plan_edge, source_side
-from parallel.layout import make_layout
+from parallel.topology.layout import make_layout
 from tests.pool import Pool, RankFailed
 
 TIMEOUT_S = 15.0

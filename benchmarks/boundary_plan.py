@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 import numpy as np
 
 from parallel.boundary import PlanCache, RowMap, dest_side, plan_edge, source_side
-from parallel.layout import make_layout
+from parallel.topology.layout import make_layout
 
 
 def sides(world: int, items: int, shard: bool) -> Callable[[], tuple[RowMap, RowMap]]:

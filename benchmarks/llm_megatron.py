@@ -34,10 +34,10 @@ from llm.hf.weights import model_tensors
 from llm.model import LLM, LLMBatch
 from llm.moe import MoE, Pass
 from llm.mtp import IGNORE, ahead
-from parallel.axis import Axes, Axis
-from parallel.expert import combine, dispatch, plan_route
-from parallel.packed import Packing
-from parallel.param import declared, initialise
+from parallel.expert_parallel.all_to_all import combine, dispatch, plan_route
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declared, initialise
+from parallel.topology.axis import Axes, Axis
 from tests.llm.widened import Widened
 
 TOLERANCE = 1e-12

@@ -28,9 +28,9 @@ from llm.layer import Layer, run_layer
 from llm.mamba import Mamba
 from llm.moe import MoE, Pass
 from llm.presets import preset
-from parallel.axis import Axes
-from parallel.packed import Packing
-from parallel.param import initialise
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import initialise
+from parallel.topology.axis import Axes
 
 WAYS = {
     "M": ("none", "norm", "scan", "full"),

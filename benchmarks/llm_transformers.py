@@ -37,7 +37,7 @@ from encoders import compat
 from llm.hf import load_hf
 from llm.model import LLMBatch
 from llm.scan import scan
-from parallel.packed import Packing
+from parallel.sequence.packed import Packing
 from tests.llm.oracle import SIZES as TOY  # widths of a test: operator dispatch is all that takes time
 
 

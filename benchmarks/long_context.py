@@ -29,9 +29,9 @@ from llm.config import LLMConfig
 from llm.layer import Layer, run_layer
 from llm.moe import Pass
 from llm.scan import scan
-from parallel.axis import Axes, Axis
-from parallel.context import pack
-from parallel.param import initialise
+from parallel.context_parallel import pack
+from parallel.sharding.param import initialise
+from parallel.topology.axis import Axes, Axis
 
 CFG = LLMConfig(
     d_model=16,

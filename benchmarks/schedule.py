@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.layout import make_layout
 from parallel.schedule import Costs, Kind, ModuleUse, SchedulePlan, make_schedule, simulate
-from parallel.schedule.chart import simulated
-from parallel.schedule.check import check
-from parallel.schedule.costs import USUAL
-from parallel.schedule.draw import draw, save
+from parallel.schedule.checker.check import check
+from parallel.schedule.drawing.chart import simulated
+from parallel.schedule.drawing.picture import draw, save
 from parallel.schedule.plan import Params
+from parallel.schedule.simulator.costs import USUAL
+from parallel.topology.layout import make_layout
 
 
 def wide(world: int, microbatches: int) -> SchedulePlan:

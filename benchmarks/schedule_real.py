@@ -30,14 +30,14 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from mm.compare import Run, make_runs
-from mm.config import load_config
-from mm.feed import Prepared
-from mm.job import Job, build_job, open_data, open_index
-from mm.launch import RankInfo, init_distributed
-from mm.step import run_step
-from mm.trainer import open_feed
-from mm.variants import variants
+from mm.commands.compare import Run, make_runs
+from mm.commands.variants import variants
+from mm.config.schema import load_config
+from mm.ranks.feed import Prepared
+from mm.ranks.job import Job, build_job, open_data, open_index
+from mm.ranks.launch import RankInfo, init_distributed
+from mm.train.step import run_step
+from mm.train.trainer import open_feed
 from parallel.schedule import Costs, Kind, Record, simulate
 from parallel.schedule.action import POSTED
 

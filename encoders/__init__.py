@@ -3,7 +3,7 @@
 from encoders import fastconformer, vit
 from encoders.contract import Encoder, Features, ItemBatch, pack_items
 from encoders.registry import register, resolve
-from parallel.adopt import adopt
+from parallel.sharding.adopt import adopt
 
 __all__ = [
     "Encoder",

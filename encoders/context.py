@@ -9,9 +9,9 @@ from torch import Tensor
 
 from encoders.attention import Pairing, attend
 from encoders.share import Share, pieces, reach
-from parallel.axis import Axis
-from parallel.exchange import Fetch, Span, make_fetch
-from parallel.packed import Packing, depthwise_conv
+from parallel.comm.fetch import Fetch, Span, make_fetch
+from parallel.sequence.packed import Packing, depthwise_conv
+from parallel.topology.axis import Axis
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from parallel.axis import Axes
+from parallel.topology.axis import Axes
 
 Meta = Mapping[str, int]
 
@@ -54,13 +54,13 @@ class Features(NamedTuple):
 class Encoder(nn.Module, ABC):
     """An encoder of one modality. Register it, or name it `package.module:Class` in the config.
 
-    Config: a frozen dataclass of its options. Parameters are declared with parallel.param.declare (or built
-    from parallel.tensor layers) and read through parallel.param.local; plain modules are taken in, with the
-    values that they have, by encoders.adopt. They are stored in the constructor's `dtype`, float32 where
+    Config: a frozen dataclass of its options. Parameters are declared with declare() or built from the layers
+    of encoders.api, and read through local(); plain modules are taken in, with the values that they have, by
+    adopt(). They are stored in the constructor's `dtype`, float32 where
     train.dtype is bfloat16, and compute in train.dtype. Buffers keep their values, and their dtype always.
     tensor_parallel: whether its weights are cut over axes.tp; if not, every tp rank runs the whole encoder on
     the same items. context_parallel: whether it gives just the rows of its place on axes.cp. pipeline:
-    whether it takes `stage` (parallel.stage.Stage, or None for all), builds only that stage's layers under
+    whether it takes `stage` (encoders.api.Stage, or None for all), builds only that stage's layers under
     their global names, and its forward takes the hidden states of the stage before as a second argument.
     What it does not declare is refused (encoders.module.check_encoder).
     input_dtype: in what dtype ItemBatch.values come, whatever prepare() gave: None for that in which the

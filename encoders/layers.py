@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from encoders.share import Share
-from parallel import tensor
-from parallel.axis import Axes
-from parallel.collectives import gather_tokens, reduce_tokens
-from parallel.param import constant, declare, local
+from parallel.comm.collectives import gather_tokens, reduce_tokens
+from parallel.sharding.param import constant, declare, local
+from parallel.tensor_parallel import layers as tensor
+from parallel.topology.axis import Axes
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.projector import Projector
 from encoders.share import Share, pieces
-from parallel.axis import Axes
-from parallel.layout import Unfit, typed
-from parallel.param import Given, declared, keep_whole, own_specs
-from parallel.stage import Stage, cut_layers, whole
+from parallel.sharding.param import Given, declared, keep_whole, own_specs
+from parallel.topology.axis import Axes
+from parallel.topology.layout import Unfit, typed
+from parallel.topology.stage import Stage, cut_layers, whole
 
 FREEZE = ("none", "encoder", "projector", "all")
 
@@ -215,9 +215,9 @@ def build_encoder_module(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> EncoderModule:
-    """Build an encoder and its projector, or one stage of them, with global shapes (cut later by
-    parallel.shard). Parameters have the same names and initial values in any stage. Raises ValueError for
-    parameters that are not declared."""
+    """Build an encoder and its projector, or one stage of them, with global shapes, which
+    parallel.sharding.shard cuts later. Parameters have the same names and initial values in any stage. Raises
+    ValueError for parameters that are not declared."""
     inner, stage = encoder_axes(cls, axes), stage or whole(cls.layer_count(cfg))
     assert cls.context_parallel or axes.cp.size == 1, "check_encoder() refuses this"
     assert cls.pipeline or (stage.first and stage.last), "check_encoder() refuses this"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from encoders.layers import enter, leave, wide
 from encoders.share import Share
-from parallel.axis import Axes
-from parallel.param import constant, declare, local, normal
-from parallel.tensor import Linear
+from parallel.sharding.param import constant, declare, local, normal
+from parallel.tensor_parallel.layers import Linear
+from parallel.topology.axis import Axes
 
 
 class Projector(nn.Module):

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from parallel.axis import Axes
-from parallel.exchange import Span
+from parallel.comm.fetch import Span
+from parallel.topology.axis import Axes
 
 
 def encoder_row_spans(

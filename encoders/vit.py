@@ -22,12 +22,12 @@ from encoders.contract import Encoder, Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
-from parallel.axis import Axes
-from parallel.joined import joined_linear
-from parallel.layout import check_divides
-from parallel.param import constant, declare, local, normal
-from parallel.stage import Stage, whole
-from parallel.tensor import Linear
+from parallel.sharding.param import constant, declare, local, normal
+from parallel.tensor_parallel.joined import joined_linear
+from parallel.tensor_parallel.layers import Linear
+from parallel.topology.axis import Axes
+from parallel.topology.layout import check_divides
+from parallel.topology.stage import Stage, whole
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.boundary import BoundaryCommunicator, dest_side, plan_edge, row_places, source_side
-from parallel.layout import make_layout
+from parallel.topology.layout import make_layout
 
 SAMPLES, LENGTH, WIDTH = 6, 12, 16
 

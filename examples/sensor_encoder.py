@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from encoders import Encoder, Features
-from parallel.param import normal
-from parallel.tensor import Linear
+from parallel.sharding.param import normal
+from parallel.tensor_parallel.layers import Linear
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch import nn
 
 from encoders import Encoder, Features
 from encoders.share import Share
-from parallel.param import normal
-from parallel.stage import whole
-from parallel.tensor import Linear
+from parallel.sharding.param import normal
+from parallel.tensor_parallel.layers import Linear
+from parallel.topology.stage import whole
 
 
 @dataclass(frozen=True)

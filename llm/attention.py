@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from llm.config import LLMConfig
 from llm.norm import wide
 from llm.recompute import run
-from parallel.axis import Axes
-from parallel.context import ContextPacking, context_attention
-from parallel.heads import share_heads
-from parallel.joined import joined_linear
-from parallel.packed import Packing, attention
-from parallel.param import constant, declare, local, normal
-from parallel.tensor import Linear, enter, leave
+from parallel.context_parallel import ContextPacking, context_attention
+from parallel.sequence.packed import Packing, attention
+from parallel.sharding.param import constant, declare, local, normal
+from parallel.tensor_parallel.heads import share_heads
+from parallel.tensor_parallel.joined import joined_linear
+from parallel.tensor_parallel.layers import Linear, enter, leave
+from parallel.topology.axis import Axes
 
 
 class Attention(nn.Module):
@@ -71,7 +71,9 @@ class Attention(nn.Module):
         k, v = self.shared.spread(k), self.shared.spread(v)
         if isinstance(packing, ContextPacking):
             return context_attention(q, k, v, packing)
-        assert self.axes.cp.size == 1, "under cp a layer needs the packing of parallel.context.pack()"
+        assert self.axes.cp.size == 1, (
+            "under cp a layer needs the packing of parallel.context_parallel.pack()"
+        )
         return attention(q, k, v, packing, causal=True)
 
 

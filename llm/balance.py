@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.axis import Axis
-from parallel.expert import tally
+from parallel.expert_parallel.all_to_all import tally
+from parallel.topology.axis import Axis
 
 
 def choose(score: Tensor, k: int, groups: int = 1, top_groups: int = 1) -> Tensor:

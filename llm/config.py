@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from parallel.layout import Unfit, check_divides, nearest
+from parallel.topology.layout import Unfit, check_divides, nearest
 
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
 
@@ -137,7 +137,7 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
                 f"model.llm.level_layers has {layer}; needed: a layer's index, 0 to {len(cfg.symbols) - 1}"
             )
     _check_routing(cfg)
-    # Key/value heads and groups need not divide: ranks beyond them share (parallel.heads).
+    # Key/value heads and groups need not divide: ranks beyond them share (parallel.tensor_parallel.heads).
     counts = {"vocab_size": cfg.vocab_size}
     if "*" in cfg.kinds:
         counts["n_heads"] = cfg.n_heads
@@ -317,7 +317,7 @@ def layer_flops(cfg: LLMConfig, symbol: str, lengths: Sequence[int]) -> float:
 
 
 def layer_costs(cfg: LLMConfig, lengths: Sequence[int]) -> tuple[float, ...]:
-    """Forward FLOPs of each layer, for parallel.stage.cut_layers; head_flops is what comes after them."""
+    """Forward FLOPs of each layer, for cut_layers(); head_flops() is what comes after them."""
     by_kind = {symbol: layer_flops(cfg, symbol, lengths) for symbol in set(cfg.symbols)}
     return tuple(by_kind[symbol] for symbol in cfg.symbols)
 

@@ -16,7 +16,7 @@ from llm.moe import Choice, MoE, Pass
 from llm.norm import RMSNorm
 from llm.offload import to_host
 from llm.recompute import run
-from parallel.axis import Axes
+from parallel.topology.axis import Axes
 
 
 class Layer(nn.Module):

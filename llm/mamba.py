@@ -17,17 +17,17 @@ from llm.config import LLMConfig
 from llm.norm import wide
 from llm.recompute import run
 from llm.scan import added_states, cut, outputs, scan, state_after
-from parallel.axis import Axes
-from parallel.collectives import copy_in, reduce_out
-from parallel.context import ContextPacking
-from parallel.context.halo import context_conv, halo_rows
-from parallel.context.heads import to_heads, to_tokens
-from parallel.context.state import begin_states, plan_pieces, states_taken
-from parallel.heads import share_heads
-from parallel.joined import joined_linear
-from parallel.packed import Packing, depthwise_conv
-from parallel.param import Init, constant, declare, local, normal, uniform
-from parallel.tensor import Linear, enter, leave
+from parallel.comm.collectives import copy_in, reduce_out
+from parallel.context_parallel import ContextPacking
+from parallel.context_parallel.halo import context_conv, halo_rows
+from parallel.context_parallel.state import begin_states, plan_pieces, states_taken
+from parallel.context_parallel.ulysses import to_heads, to_tokens
+from parallel.sequence.packed import Packing, depthwise_conv
+from parallel.sharding.param import Init, constant, declare, local, normal, uniform
+from parallel.tensor_parallel.heads import share_heads
+from parallel.tensor_parallel.joined import joined_linear
+from parallel.tensor_parallel.layers import Linear, enter, leave
+from parallel.topology.axis import Axes
 
 
 def _log_uniform_a() -> Init:
@@ -213,7 +213,9 @@ class Mamba(nn.Module):
 
     def _core(self, z: Tensor, mixed: Tensor, dt: Tensor, packing: Packing) -> Tensor:
         if not isinstance(packing, ContextPacking):
-            assert self.axes.cp.size == 1, "under cp a layer needs the packing of parallel.context.pack()"
+            assert self.axes.cp.size == 1, (
+                "under cp a layer needs the packing of parallel.context_parallel.pack()"
+            )
             kernel, bias = self._taps()
             conv = F.silu(depthwise_conv(mixed, kernel, bias, packing, causal=True))
             u, dt, a, b, c, d = self._scan_inputs(conv, dt)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import Activation, LLMConfig
-from parallel.axis import Axes
-from parallel.param import constant, declare, local, normal
-from parallel.tensor import Linear, enter, leave
+from parallel.sharding.param import constant, declare, local, normal
+from parallel.tensor_parallel.layers import Linear, enter, leave
+from parallel.topology.axis import Axes
 
 
 class _SquaredReLU(torch.autograd.Function):

@@ -23,12 +23,12 @@ from llm.mtp import MultiToken, ahead
 from llm.norm import RMSNorm
 from llm.recompute import recompute_parts
 from llm.stages import levels_of
-from parallel.axis import Axes
-from parallel.packed import Packing
-from parallel.param import declare, declare_buffer, local, normal
-from parallel.stage import Stage, whole
-from parallel.tensor import VocabEmbedding, enter, leave
-from parallel.vocab_loss import vocab_loss
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declare, declare_buffer, local, normal
+from parallel.tensor_parallel.layers import VocabEmbedding, enter, leave
+from parallel.tensor_parallel.loss import vocab_loss
+from parallel.topology.axis import Axes
+from parallel.topology.stage import Stage, whole
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def loss_rows(labels: Tensor, further: Tensor | None = None) -> tuple[Tensor, ..
 
 class LLM(nn.Module):
     """Hybrid language model (see LLMConfig). axes: what it is cut over; parameters have global shapes until
-    parallel.shard cuts them. stage: which layers it holds, all by default; a stage that needs the embedding
+    shard_module() cuts them. stage: which layers it holds, all by default; a stage that needs the embedding
     besides the first one (tied head, multi-token prediction) has it under the same name."""
 
     mtp_sum: Tensor

@@ -20,9 +20,9 @@ from llm.counts import Counts
 from llm.mlp import MLP, activate, config_mlp
 from llm.norm import wide
 from llm.recompute import run
-from parallel.axis import Axes
-from parallel.collectives import join_tokens, split_tokens
-from parallel.expert import (
+from parallel.comm.collectives import join_tokens, split_tokens
+from parallel.expert_parallel.all_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
+from parallel.expert_parallel.all_to_all import (
     Route,
     capacity_rows,
     combine,
@@ -32,11 +32,11 @@ from parallel.expert import (
     tally,
     within_capacity,
 )
-from parallel.expert_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
-from parallel.expert_tensor import Share, gather_rows, plan_share, reduce_rows
-from parallel.packed import Packing
-from parallel.param import declare, declare_buffer, local, normal
-from parallel.tensor import Linear
+from parallel.expert_parallel.expert_tensor import Share, gather_rows, plan_share, reduce_rows
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declare, declare_buffer, local, normal
+from parallel.tensor_parallel.layers import Linear
+from parallel.topology.axis import Axes
 
 
 class Router(nn.Module):

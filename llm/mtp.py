@@ -16,10 +16,10 @@ from llm.config import LLMConfig
 from llm.layer import Layer, run_layer
 from llm.moe import Pass
 from llm.norm import RMSNorm
-from parallel.axis import Axes
-from parallel.packed import Packing
-from parallel.param import normal
-from parallel.tensor import Linear
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import normal
+from parallel.tensor_parallel.layers import Linear
+from parallel.topology.axis import Axes
 
 IGNORE = -100
 

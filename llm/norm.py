@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.param import constant, declare, local
+from parallel.sharding.param import constant, declare, local
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from parallel.param import local
+from parallel.sharding.param import local
 
 
 @dataclass(frozen=True)

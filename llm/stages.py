@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm.config import LLMConfig, embeds_last, head_flops, layer_costs
-from parallel.layout import Unfit
-from parallel.stage import Stage, cut_layers, stages_of, whole
+from parallel.topology.layout import Unfit
+from parallel.topology.stage import Stage, cut_layers, stages_of, whole
 
 
 def cut(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage, ...]:

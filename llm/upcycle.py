@@ -21,8 +21,8 @@ from torch import Tensor
 from llm.config import LLMConfig, check
 from llm.hf.weights import model_tensors
 from llm.model import LLM
-from parallel.layout import nearest
-from parallel.param import declared, global_index, initial_values
+from parallel.sharding.param import declared, global_index, initial_values
+from parallel.topology.layout import nearest
 
 
 def upcycled_config(

@@ -4,7 +4,7 @@ import os
 import sys
 
 from mm.cli import main
-from mm.launch import launched
+from mm.ranks.launch import launched
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])

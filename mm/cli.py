@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mm import launch
 from mm.errors import PolyrankError, Refused
-from mm.stop import Stop
+from mm.ranks import launch
+from mm.ranks.stop import Stop
 
 if TYPE_CHECKING:
-    from mm.blueprint import Blueprint
-    from mm.compare import Run
-    from mm.config import Config
+    from mm.commands.compare import Run
+    from mm.config.schema import Config
+    from mm.plan.blueprint import Blueprint
 
 # Handlers import what they need themselves: importing torch costs seconds, which help and refusals can do
 # without, and doctor must run where packages are missing.
@@ -111,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _config(args: argparse.Namespace, extra: Sequence[str] = ()) -> Config:
-    from mm.config import load_config
+    from mm.config.schema import load_config
 
     words = [*args.words, *extra]
     files = [w for w in words if "=" not in w]
@@ -156,30 +156,30 @@ def _train_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
         raise Refused(f"--draw {args.draw} without --dry-run; a step that ran is drawn by run.trace=STEP")
     cfg = _config(args)
     world = _world(args, cfg)
-    from mm.blueprint import check_outline
-    from mm.preflight import check_paths
+    from mm.commands.preflight import check_paths
+    from mm.plan.blueprint import check_outline
 
     # Without torch, whose import takes seconds: a mistyped key need not wait for it.
     if not launch.launched():
         check_outline(cfg, world, lambda why: print(f"{why}; looking for what would work", flush=True))
     check_paths(cfg, write=not args.dry_run)
     if args.dry_run:
-        from mm.plan_text import dry_run
+        from mm.report.plan_text import dry_run
 
         print(dry_run(_check_train(cfg, world), args.draw))
         return 0
     if not launch.launched():
         _say_start(args, cfg, world, f"run folder {cfg.run.dir}")
         return launch.launch_local(world, argv, lambda: _check_train(cfg, world), stop)
-    from mm.trainer import train
+    from mm.train.trainer import train
 
     train(_check_train(cfg, world), stop)
     return 0
 
 
 def _check_train(cfg: Config, world: int) -> Blueprint:
-    from mm.blueprint import draw_up
-    from mm.preflight import check_start
+    from mm.commands.preflight import check_start
+    from mm.plan.blueprint import draw_up
 
     blueprint = draw_up(cfg, world)
     check_start(cfg)
@@ -216,14 +216,14 @@ def _compare(args: argparse.Namespace, argv: list[str]) -> int:
             "and at least 1 round"
         )
     world = _world(args, cfg)
-    from mm.variants import check_variants, variants
+    from mm.commands.variants import check_variants, variants
 
     found = variants(cfg, layouts)
     if not launch.launched():
         check_variants(found, world)
 
     def runs() -> list[Run]:
-        from mm.compare import make_runs
+        from mm.commands.compare import make_runs
 
         return make_runs(found, world)
 
@@ -231,7 +231,7 @@ def _compare(args: argparse.Namespace, argv: list[str]) -> int:
         timed = f"{args.rounds} rounds of {args.steps} steps under each of {len(found)} layouts"
         _say_start(args, cfg, world, timed)
         return launch.launch_local(world, argv, runs)
-    from mm.compare import compare
+    from mm.commands.compare import compare
 
     compare(cfg, runs(), steps=args.steps, rounds=args.rounds, json_out=args.json)
     return 0
@@ -273,7 +273,7 @@ def _checkpoint(args: argparse.Namespace, argv: list[str]) -> int:
     if verb in ("import", "export") and len(rest) == 2:
         import torch
 
-        from mm.convert import export_hf, import_hf
+        from mm.checkpoint.weights import export_hf, import_hf
 
         source, out = Path(rest[0]), Path(rest[1])
         if verb == "import":
@@ -286,7 +286,7 @@ def _checkpoint(args: argparse.Namespace, argv: list[str]) -> int:
             "needed: checkpoint inspect PATH, checkpoint verify PATH, checkpoint import HF_FOLDER OUT, or "
             "checkpoint export PATH HF_FOLDER"
         )
-    from mm.checkpoint import inspect_text, verify_text
+    from mm.checkpoint.state import inspect_text, verify_text
 
     print(inspect_text(Path(rest[0])) if verb == "inspect" else verify_text(Path(rest[0])))
     return 0
@@ -295,7 +295,7 @@ def _checkpoint(args: argparse.Namespace, argv: list[str]) -> int:
 def _doctor(args: argparse.Namespace, argv: list[str]) -> int:
     if args.words:
         raise Refused(f"doctor takes no arguments, given {' '.join(args.words)}")
-    from mm.doctor import examine
+    from mm.commands.doctor import examine
 
     text, healthy = examine()
     print(text)

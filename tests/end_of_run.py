@@ -128,7 +128,7 @@ def run_once(run: int, port: int, path: Path, folder: Path, world: int = 2) -> l
 def main() -> int:
     """Run them all; returns the exit code."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    for name in ("examples.sensor_encoder", "mm.cli", "mm.preflight", "mm.trainer"):
+    for name in ("examples.sensor_encoder", "mm.cli", "mm.commands.preflight", "mm.train.trainer"):
         importlib.import_module(name)
 
     parent, failed = os.getpid(), 0

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from parallel.param import local
+from parallel.sharding.param import local
 
 
 def kept_bytes(run: Callable[[], Tensor], model: nn.Module) -> int:

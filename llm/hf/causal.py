@@ -14,7 +14,7 @@ from llm.hf.weights import check_tensors, checkpoint_tensors, load_weights, plac
 from llm.model import LLM, LLMBatch
 from llm.moe import Pass
 from llm.norm import wide
-from parallel.packed import Packing
+from parallel.sequence.packed import Packing
 
 
 class CausalLM(nn.Module):

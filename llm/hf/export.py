@@ -20,7 +20,7 @@ from llm.hf.files import CONFIG, INDEX, WEIGHTS
 from llm.hf.weights import checkpoint_tensors, join, model_shapes, model_tensors
 from llm.model import LLM
 from llm.norm import wide
-from parallel import checkpoint
+from parallel.checkpoint import distributed as checkpoint
 
 Fetch = Callable[[Sequence[str]], Mapping[str, Tensor]]
 FILE_BYTES = 4 << 30

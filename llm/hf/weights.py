@@ -13,9 +13,9 @@ from llm.hf.config import check_same, read_config
 from llm.hf.files import SafeFolder
 from llm.hf.keys import FileTensor, Part, Shape, file_tensors
 from llm.model import LLM
-from parallel.mesh import ModuleMesh
-from parallel.param import ParamSpec, declared, local
-from parallel.shard import held_indices
+from parallel.sharding.param import ParamSpec, declared, local
+from parallel.sharding.shard import held_indices
+from parallel.topology.mesh import ModuleMesh
 
 
 def checkpoint_tensors(cfg: LLMConfig) -> list[FileTensor]:
@@ -73,7 +73,7 @@ def check_folder(cfg: LLMConfig, folder: SafeFolder) -> list[FileTensor]:
 def load_weights(model: LLM, folder: SafeFolder, mesh: ModuleMesh | None = None) -> None:
     """Fill `model` in place with published weights, cast to its dtypes.
 
-    mesh: what parallel.shard cut the model over, None where it is whole; each rank then reads only what it
+    mesh: what shard_module() cut the model over, None where it is whole; each rank then reads only what it
     holds. A pipeline stage reads its own layers. Raises ValueError, before any weight is read, where the
     folder's config describes another model, lacks a tensor, has an unknown one, or one of another shape.
     """

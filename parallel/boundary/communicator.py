@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.boundary.plan import EdgePlan, Transfer
-from parallel.boundary.transport import Channel, Finish, move, start_all_to_all, start_p2p, tag_of
-from parallel.linear_map import linear_map
+from parallel.comm.linear_map import linear_map
+from parallel.comm.transport import Channel, Finish, move, start_all_to_all, start_p2p, tag_of
 
 Transport = Literal["auto", "p2p", "all_to_all"]
 

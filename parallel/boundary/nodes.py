@@ -13,7 +13,7 @@ import numpy as np
 
 from parallel.boundary.routes import Routes, cut, direct, one_each
 from parallel.boundary.rows import RowMap, Runs
-from parallel.intervals import Rows, before, meet, outside, repeat_groups, union
+from parallel.sequence.intervals import Rows, before, meet, outside, repeat_groups, union
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from parallel.boundary.nodes import Relay, by_nodes
 from parallel.boundary.routes import direct, offers_of, places, split
 from parallel.boundary.rows import RowMap, Runs
-from parallel.intervals import Rows, before, count, meet, outside, sums
+from parallel.sequence.intervals import Rows, before, count, meet, outside, sums
 
 
 @dataclass(frozen=True)

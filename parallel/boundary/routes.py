@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from parallel.boundary.rows import RowMap, Runs
-from parallel.intervals import NONE, Rows, before, meet, outside, repeat_groups, rows_of, sums
+from parallel.sequence.intervals import NONE, Rows, before, meet, outside, repeat_groups, rows_of, sums
 
 
 def runs_of(m: RowMap, lane: int) -> Runs:

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from parallel.intervals import before, column, sums
+from parallel.sequence.intervals import before, column, sums
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parallel.boundary.rows import RowMap
-from parallel.intervals import before, column, meet, repeat_groups, sums
-from parallel.layout import Layout
-from parallel.stream import Order, context_spans, piece_count
+from parallel.sequence.intervals import before, column, meet, repeat_groups, sums
+from parallel.sequence.stream import Order, context_spans, piece_count
+from parallel.topology.layout import Layout
 
 Ints = Sequence[int] | np.ndarray
 

@@ -1,11 +1,11 @@
 """Training steps as data: actions, the generators that list them, and the executor."""
 
 from parallel.schedule.action import Action, Group, Kind
-from parallel.schedule.costs import Costs, measured_costs
-from parallel.schedule.execute import Record, execute
-from parallel.schedule.make import make_schedule
+from parallel.schedule.executor.execute import Record, execute
+from parallel.schedule.generators.make import make_schedule
 from parallel.schedule.plan import ModuleUse, SchedulePlan
-from parallel.schedule.simulate import Timeline, simulate
+from parallel.schedule.simulator.costs import Costs, measured_costs
+from parallel.schedule.simulator.simulate import Timeline, simulate
 
 __all__ = [
     "Action",

@@ -11,7 +11,7 @@ class Kind(Enum):
 
     Forward and backward compute and may run collectives of their groups; GATHER, FREE, GRAD_SYNC and
     OPTIMIZER act on parameters. Sends, receives and boundary actions only put a transfer under way: who
-    consumes it waits for it (see parallel.schedule.execute).
+    consumes it waits for it (see parallel.schedule.executor.execute).
     """
 
     FORWARD = "forward"

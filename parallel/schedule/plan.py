@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from parallel.layout import Layout
 from parallel.schedule.action import Action, Group
+from parallel.topology.layout import Layout
 
 Params = Literal["each", "step", "replicated"]
 

@@ -15,9 +15,9 @@ from PIL import Image
 import encoders
 from encoders.contract import Encoder, ItemBatch, pack_items
 from encoders.module import EncoderModule, build_encoder_module
-from parallel.axis import Axes, Axis
-from parallel.param import declared, initialise, own_specs
-from parallel.stage import Stage
+from parallel.sharding.param import declared, initialise, own_specs
+from parallel.topology.axis import Axes, Axis
+from parallel.topology.stage import Stage
 
 SMALL: dict[str, dict[str, Any]] = {
     "vit": {"width": 24, "heads": 12, "layers": 2, "mlp": 48, "max_grid": 16},

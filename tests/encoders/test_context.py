@@ -16,7 +16,7 @@ from encoders.contract import Features, Meta
 from encoders.module import EncoderModule, hidden_shape, needed_items
 from encoders.share import encoder_row_spans
 from encoders.vit import ViT
-from parallel.stage import cut_layers, whole
+from parallel.topology.stage import cut_layers, whole
 from tests.encoders.helpers import batch, gradient_error, make_axes, module
 
 NAMES = ["vit", "fastconformer"]

@@ -279,7 +279,7 @@ def test_the_registry_explains_itself() -> None:
 def test_imports_are_repaired_before_a_plug_in_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the plug-in imports may import torchvision, as transformers does (tests/mm/test_wrapped.py)."""
+    """What the plug-in imports may import torchvision, as transformers does (mm/jobs/test_wrapped.py)."""
     order: list[str] = []
     monkeypatch.setattr(compat, "repair", lambda: order.append("repaired"))
     monkeypatch.syspath_prepend(tmp_path)

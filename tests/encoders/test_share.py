@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from encoders.attention import Pairing, attend
 from encoders.share import encoder_row_spans, pieces, reach
 from parallel.boundary import source_side
-from parallel.layout import make_layout
+from parallel.topology.layout import make_layout
 
 LENGTHS = st.lists(st.integers(0, 9), max_size=6)
 DEGREES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.booleans())

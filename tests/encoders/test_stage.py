@@ -8,8 +8,8 @@ import torch
 import encoders
 from encoders.module import build_encoder_module, check_encoder, encoder_stages, module_flops
 from encoders.vit import ViT, ViTConfig
-from parallel.axis import Axes
-from parallel.stage import Stage, cut_layers
+from parallel.topology.axis import Axes
+from parallel.topology.stage import Stage, cut_layers
 from tests.encoders.helpers import SIZES, SMALL, batch, module
 
 
@@ -100,7 +100,7 @@ def test_freezing_the_encoder_leaves_every_projector() -> None:
 
 
 def test_sums_over_tp_are_declared_where_rows_are_cut_over_it() -> None:
-    from parallel.param import declared
+    from parallel.sharding.param import declared
 
     for cls in (ViT, Plain):
         for sp in (False, True):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from llm.config import LLMConfig
 from llm.layer import Layer, run_layer
 from llm.moe import MoE, Pass
-from parallel.axis import Axes, Axis
-from parallel.context import ContextPacking, Order, pack, piece_count
-from parallel.layout import Layout
-from parallel.packed import Packing
-from parallel.param import ParamSpec, declared, initialise
+from parallel.context_parallel import ContextPacking, Order, pack, piece_count
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import ParamSpec, declared, initialise
+from parallel.topology.axis import Axes, Axis
+from parallel.topology.layout import Layout
 from tests.llm.harness import axis
 
 

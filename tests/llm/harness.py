@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from llm.config import LLMConfig
 from llm.counts import Counts
 from llm.model import LLM, LLMBatch
-from parallel.axis import Axes, Axis
-from parallel.mesh import ordered_group
-from parallel.packed import Packing
-from parallel.param import declared, initialise
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declared, initialise
+from parallel.topology.axis import Axes, Axis
+from parallel.topology.mesh import ordered_group
 
 TINY = LLMConfig(
     pattern="ME*-E",

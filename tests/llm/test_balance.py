@@ -14,8 +14,8 @@ from llm.balance import attach, choose
 from llm.counts import Counts
 from llm.model import LLM
 from llm.moe import MoE, Pass
-from parallel.packed import Packing
-from parallel.param import declared
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declared
 from tests.llm.harness import TINY, Text, build, make_batch, only, weigh
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from llm.config import LLMConfig
 from llm.mamba import Mamba, MixerShape, choose_method, mixer_bytes
-from parallel.axis import Axes, Axis
-from parallel.context import ContextPacking, Order, pack
-from parallel.packed import Packing
-from parallel.param import declared, initialise
+from parallel.context_parallel import ContextPacking, Order, pack
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declared, initialise
+from parallel.topology.axis import Axes, Axis
 
 CFG = LLMConfig(
     pattern="M",

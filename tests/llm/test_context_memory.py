@@ -12,10 +12,10 @@ from torch import Tensor
 from llm.config import LLMConfig
 from llm.layer import Layer
 from llm.moe import Pass
-from parallel.axis import Axes, Axis
-from parallel.context import ContextPacking, Order, pack
-from parallel.context.attention import choose_method, key_costs
-from parallel.param import initialise
+from parallel.context_parallel import ContextPacking, Order, pack
+from parallel.context_parallel.attention import choose_method, key_costs
+from parallel.sharding.param import initialise
+from parallel.topology.axis import Axes, Axis
 
 CFG = LLMConfig(
     d_model=16,

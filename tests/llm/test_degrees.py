@@ -13,7 +13,7 @@ from llm.config import LLMConfig
 from llm.layer import Layer
 from llm.moe import Pass
 from llm.recompute import PARTS
-from parallel.packed import Packing
+from parallel.sequence.packed import Packing
 from tests.llm.degrees import Degrees, check, held_fraction, make_axes, run
 
 CFG = LLMConfig(

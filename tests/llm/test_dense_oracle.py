@@ -14,8 +14,8 @@ import tests.llm.oracle  # noqa: F401  makes transformers importable
 from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch
 from llm.presets import preset
-from parallel.packed import Packing
-from parallel.param import declared
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declared
 from tests.llm.widened import Widened
 
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM  # isort: skip

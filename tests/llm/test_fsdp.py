@@ -14,12 +14,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from llm.config import LLMConfig
 from llm.model import LLM
-from parallel.axis import Axes
-from parallel.mesh import ModuleMesh, build_mesh
-from parallel.optim import AdamW, ShardedOptimizer
-from parallel.param import declared, global_index, local
-from parallel.shard import ShardPolicy, held_indices, materialise, shard_module
-from parallel.stage import Stage
+from parallel.sharding.optim import AdamW, ShardedOptimizer
+from parallel.sharding.param import declared, global_index, local
+from parallel.sharding.shard import ShardPolicy, held_indices, materialise, shard_module
+from parallel.topology.axis import Axes
+from parallel.topology.mesh import ModuleMesh, build_mesh
+from parallel.topology.stage import Stage
 from tests.llm.degrees import Degrees
 from tests.llm.test_whole import MODEL, build, own_share, stream
 

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from llm.layer import Layer
 from llm.moe import Pass
 from llm.mtp import MultiToken
-from parallel.axis import Axes
-from parallel.context import pack
-from parallel.param import initialise
+from parallel.context_parallel import pack
+from parallel.sharding.param import initialise
+from parallel.topology.axis import Axes
 from tests.llm.degrees import Degrees, make_axes
 from tests.llm.harness import cut
 from tests.llm.test_degrees import CFG

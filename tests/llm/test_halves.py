@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm.config import LLMConfig
 from llm.model import LLM, precise_modules
-from parallel.param import declared, initialise
-from parallel.schedule.halves import backward_input, backward_weight
-from parallel.stage import Stage
+from parallel.schedule.executor.halves import backward_input, backward_weight
+from parallel.sharding.param import declared, initialise
+from parallel.topology.stage import Stage
 from tests.llm.harness import EVERYTHING, Text, make_batch
 
 # Rows of every product are multiples of 16 bytes, as grouped products need them.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llm import load_hf
 from llm.hf import CausalLM
 from llm.hf.weights import checkpoint_tensors, join
-from parallel.packed import Packing
+from parallel.sequence.packed import Packing
 from tests.llm.oracle import oracle, run, save
 
 MODELS = [

@@ -23,13 +23,13 @@ from llm.hf.config import ALIASES
 from llm.hf.weights import checkpoint_tensors, model_tensors
 from llm.model import LLM
 from llm.presets import PRESETS, preset
-from mm.config import from_mapping
-from mm.outline import llm_config
-from parallel import checkpoint
-from parallel.layout import Layout
-from parallel.mesh import build_mesh
-from parallel.shard import ShardPolicy, shard_module
-from parallel.stage import Stage
+from mm.config.outline import llm_config
+from mm.config.schema import from_mapping
+from parallel.checkpoint import distributed as checkpoint
+from parallel.sharding.shard import ShardPolicy, shard_module
+from parallel.topology.layout import Layout
+from parallel.topology.mesh import build_mesh
+from parallel.topology.stage import Stage
 from tests.llm.harness import Text, make_batch
 from tests.llm.oracle import oracle, run, save
 from tests.mm.harness import CONFIGS, small

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mm.blueprint import SINK, draw_up
-from mm.config import from_mapping
-from mm.job import build_job, open_data, open_index
-from mm.launch import RankInfo
-from mm.trainer import open_feed, train_step
+from mm.config.schema import from_mapping
+from mm.plan.blueprint import SINK, draw_up
+from mm.ranks.job import build_job, open_data, open_index
+from mm.ranks.launch import RankInfo
+from mm.train.trainer import open_feed, train_step
 from tests.mm.harness import CONFIGS, SMALL, largest_difference, small
 
 OPTIONS: dict[str, Any] = {

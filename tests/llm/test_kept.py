@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch, precise_modules
-from parallel.layout import make_layout
-from parallel.mesh import build_mesh
-from parallel.packed import Packing
-from parallel.param import initialise
-from parallel.shard import ShardPolicy, materialise, shard_module
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import initialise
+from parallel.sharding.shard import ShardPolicy, materialise, shard_module
+from parallel.topology.layout import make_layout
+from parallel.topology.mesh import build_mesh
 from tests.kept import beside_activations
 
 CFG = LLMConfig(

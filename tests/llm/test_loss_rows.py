@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llm.model import LLM, LLMBatch, loss_rows
 from llm.mtp import ahead
-from parallel.axis import Axis
-from parallel.param import declared
-from parallel.vocab_loss import vocab_loss
+from parallel.sharding.param import declared
+from parallel.tensor_parallel.loss import vocab_loss
+from parallel.topology.axis import Axis
 from tests.llm.harness import EVERYTHING, Degrees, Text, build, far, make_axes, make_batch, make_rows, weigh
 
 CFG = replace(EVERYTHING, loss_chunk=5)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm.mlp import MLP, activate
-from parallel.axis import Axes
-from parallel.param import initialise
+from parallel.sharding.param import initialise
+from parallel.topology.axis import Axes
 
 BY_HAND: dict[str, Any] = {"relu2": lambda x: F.relu(x) * F.relu(x), "gelu": F.gelu, "silu": F.silu}
 

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch, precise_modules
-from parallel.packed import Packing
-from parallel.param import declared, initialise
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declared, initialise
 from tests.llm.harness import EVERYTHING, TINY, Text, build, far, make_batch, make_rows, only, run_lane, weigh
 
 

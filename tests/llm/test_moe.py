@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llm.balance import choose
 from llm.moe import MoE, Pass
-from parallel.axis import Axes
-from parallel.packed import Packing
+from parallel.sequence.packed import Packing
+from parallel.topology.axis import Axes
 from tests.llm.harness import TINY, Degrees, Text, build, make_axes, make_batch, only, run_lane
 
 

@@ -15,8 +15,8 @@ from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from llm.moe import Pass
 from llm.mtp import IGNORE, ahead
-from parallel.packed import Packing
-from parallel.param import declared
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declared
 from tests.llm.harness import TINY, Text, build, far, make_batch, weigh
 
 CFG = replace(TINY, pattern="M*E", mtp_layers=2, mtp_pattern="*E", mtp_weight=0.4)

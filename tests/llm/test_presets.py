@@ -13,7 +13,7 @@ from llm.config import check, layer_params, mtp_params, param_count
 from llm.mamba import ScanScalars
 from llm.model import LLM
 from llm.presets import PRESETS, preset
-from parallel.param import initialise
+from parallel.sharding.param import initialise
 
 # Billions of parameters, total and active per token (both embeddings included), to the digits published;
 # None: a dense model.

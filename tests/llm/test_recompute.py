@@ -14,7 +14,7 @@ import llm.moe
 from llm.model import LLM
 from llm.offload import OnHost, to_host
 from llm.recompute import PARTS, recompute_parts
-from parallel.param import declared, initialise
+from parallel.sharding.param import declared, initialise
 from tests.kept import kept_bytes
 from tests.llm.harness import TINY, Text, build, make_batch, run_lane
 

@@ -16,8 +16,8 @@ from llm.config import LLMConfig, head_flops, layer_costs
 from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from llm.stages import cut, entering_levels, shared_parameters
-from parallel.param import declared, initialise
-from parallel.stage import Stage, stages_of
+from parallel.sharding.param import declared, initialise
+from parallel.topology.stage import Stage, stages_of
 from tests.llm.harness import TINY, Text, far, make_batch, make_rows, weigh
 
 FULL = replace(

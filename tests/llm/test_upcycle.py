@@ -15,7 +15,7 @@ from llm.hf.export import write_folder
 from llm.hf.weights import model_tensors
 from llm.model import LLM, LLMBatch
 from llm.upcycle import upcycle, upcycled, upcycled_config
-from parallel.param import initialise
+from parallel.sharding.param import initialise
 from tests.llm.harness import TINY, Text, make_batch
 
 

@@ -15,11 +15,11 @@ from llm.config import LLMConfig
 from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from llm.mtp import ahead
-from parallel.axis import Axes
-from parallel.context import ContextPacking, pack
-from parallel.packed import Packing
-from parallel.param import declared, initialise
-from parallel.stage import Stage, stages_of
+from parallel.context_parallel import ContextPacking, pack
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declared, initialise
+from parallel.topology.axis import Axes
+from parallel.topology.stage import Stage, stages_of
 from tests.llm.degrees import Degrees, check_gradients, close, make_axes, places, shape_axes
 from tests.llm.harness import EVERYTHING, cut
 

@@ -19,16 +19,16 @@ import torch
 import torch.distributed as dist
 
 from mm import cli
-from mm.blueprint import Blueprint, draw_up
-from mm.config import from_mapping
+from mm.config.schema import from_mapping
 from mm.data.index import Index, load_index
-from mm.feed import Feed
-from mm.job import Job, build_job, open_data, open_index
-from mm.launch import RankInfo
-from mm.select import select
-from mm.trainer import open_feed, train_step
-from parallel.param import declared, local
-from parallel.shard import held_indices
+from mm.plan.blueprint import Blueprint, draw_up
+from mm.plan.select import select
+from mm.ranks.feed import Feed
+from mm.ranks.job import Job, build_job, open_data, open_index
+from mm.ranks.launch import RankInfo
+from mm.train.trainer import open_feed, train_step
+from parallel.sharding.param import declared, local
+from parallel.sharding.shard import held_indices
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from encoders import Encoder, Features, adopt
-from parallel.stage import whole
+from parallel.topology.stage import whole
 
 
 class Block(nn.Module):

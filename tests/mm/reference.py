@@ -28,9 +28,9 @@ from encoders.module import build_encoder_module
 from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch
 from llm.moe import Pass
-from parallel.axis import Axes
-from parallel.packed import Packing
-from parallel.param import initialise
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import initialise
+from parallel.topology.axis import Axes
 
 BEGIN, END, PLACE, VOCAB = 256, 257, 259, 264  # bytes are tokens 0-255
 Sample = Mapping[str, bytes]  # its files by name

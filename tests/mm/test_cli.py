@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from mm import launch
 from mm.cli import COMMANDS, main
+from mm.ranks import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/digits.yaml"
@@ -297,7 +297,7 @@ def test_a_missing_package_is_said_in_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
-    monkeypatch.delitem(sys.modules, "mm.blueprint", raising=False)
+    monkeypatch.delitem(sys.modules, "mm.plan.blueprint", raising=False)
     assert main(["train", CONFIG, "--dry-run"]) == 1
     said = capsys.readouterr().err
     assert "is not installed for" in said and ".venv/bin/python" in said and "Traceback" not in said

@@ -28,7 +28,7 @@ class Fault:
         return text.replace(self.old, self.new)
 
 
-ONE_STEP = "tests/mm/test_reference.py::test_one_process_is_the_straight_line_program[one process]"
+ONE_STEP = "tests/mm/jobs/test_reference.py::test_one_process_is_the_straight_line_program[one process]"
 OBJECTIVES = (
-    "tests/mm/test_reference.py::test_one_process_is_the_straight_line_program[objectives, one process]"
+    "tests/mm/jobs/test_reference.py::test_one_process_is_the_straight_line_program[objectives, one process]"
 )

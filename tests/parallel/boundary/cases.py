@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from parallel.boundary.rows import RowMap
-from parallel.context import Order, context_spans
-from parallel.layout import Layout, make_layout
+from parallel.context_parallel import Order, context_spans
+from parallel.topology.layout import Layout, make_layout
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from parallel.boundary import (
     row_places,
     source_side,
 )
-from parallel.context import Order
-from parallel.layout import Layout, make_layout
+from parallel.context_parallel import Order
+from parallel.topology.layout import Layout, make_layout
 from tests.parallel.boundary.cases import held_rows, local_tokens
 from tests.parallel.boundary.counter import Counter
 

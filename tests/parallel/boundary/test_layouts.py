@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.context import Order, piece_count
-from parallel.layout import Layout, make_layout
+from parallel.context_parallel import Order, piece_count
+from parallel.topology.layout import Layout, make_layout
 from tests.parallel.boundary.cases import random_spec
 from tests.parallel.boundary.joint import WORLD, Joint, attempt, check_bytes
 

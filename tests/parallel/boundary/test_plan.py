@@ -16,7 +16,7 @@ from parallel.boundary import PlanCache
 from parallel.boundary.nodes import Relay
 from parallel.boundary.plan import EdgePlan, Transfer, edge_rows, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
-from parallel.intervals import count
+from parallel.sequence.intervals import count
 from tests.parallel.boundary.cases import (
     Case,
     least_crossings,

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.boundary import dest_side, row_places, source_side
-from parallel.context import Order, piece_count
-from parallel.layout import make_layout
+from parallel.context_parallel import Order, piece_count
+from parallel.topology.layout import make_layout
 from tests.parallel.boundary.cases import held_rows, local_tokens, random_layout, rows_of
 
 

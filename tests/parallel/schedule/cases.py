@@ -8,8 +8,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from parallel.layout import Layout, make_layout
 from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
+from parallel.topology.layout import Layout, make_layout
 
 
 def use(module: str, world: int, *, frozen: bool = False, params: Any = "each", **spec: Any) -> ModuleUse:

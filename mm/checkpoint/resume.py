@@ -1,0 +1,183 @@
+"""Where a run goes on from, agreed by all ranks, and what happens to the checkpoints that it does not follow.
+
+run.json in the run's folder says which launch began there last, and from what. A launch that torchrun
+starts again finds itself in it, and goes on from its own newest checkpoint, whatever checkpoint.resume says:
+that was for its beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from mm.checkpoint.state import candidates
+from mm.config.schema import Config
+from mm.errors import CheckpointError, PolyrankError
+from mm.ranks.launch import RankInfo, restarted
+from mm.train.console import lock
+from parallel.checkpoint import distributed as store
+from parallel.checkpoint import manifest
+
+RUN = "run.json"
+BEAT_S = 1.0  # between two signs of life of a rank that sums up files
+T = TypeVar("T")
+
+
+def find(cfg: Config, directory: Path, rank: RankInfo | None = None) -> Path | None:
+    """The checkpoint to resume from: the newest whole one of candidates(), None where there are none. Every
+    rank of the job calls this, and has the same answer; rank: None in a process alone.
+
+    Raises CheckpointError where all of them are damaged, so that no run begins anew over what is left.
+    """
+
+    def choose() -> list[Path]:
+        own = store.published(directory)[::-1] if began_here(directory, rank) else []
+        return own or candidates(cfg, directory)
+
+    wrong: list[str] = []
+    for path in _of_the_lead(rank, choose):
+        found = verify(path, rank)
+        if not found:
+            if wrong and (rank is None or rank.rank == 0):
+                print(f"warning: {'; '.join(wrong)}; using {path}", file=sys.stderr, flush=True)
+            return path
+        wrong.append(f"{path} is damaged: {', '.join(found)}")
+    if wrong:
+        hint = "; to begin anew: checkpoint.resume=none" if cfg.checkpoint.resume == "auto" else ""
+        raise CheckpointError(f"cannot resume: {'; '.join(wrong)}{hint}")
+    return None
+
+
+def verify(path: Path, rank: RankInfo | None = None) -> list[str]:
+    """What is wrong with the files of a checkpoint, on every rank: each sums up its share of them.
+
+    However long that takes, ranks that are ready wait as long as one of the others shows signs of life.
+    """
+    if rank is None or rank.world == 1:
+        return store.verify(path)
+    pulse = _Pulse(rank, f"verify/{path}")
+    mine = store.verify(path, rank.rank, rank.world, pulse.beat)
+    pulse.wait_for_all()
+    parts: list[Any] = [None] * rank.world
+    dist.all_gather_object(parts, mine)
+    return [line for part in parts for line in part]
+
+
+class _Pulse:
+    """Signs of life in the job's store, for waits that have no bound but that something moves."""
+
+    def __init__(self, rank: RankInfo, key: str) -> None:
+        self._rank, self._key, self._last = rank, key, time.monotonic()
+
+    def beat(self) -> None:
+        """This rank works on."""
+        if self._rank.store is not None and time.monotonic() - self._last > BEAT_S:
+            self._last = time.monotonic()
+            self._rank.store.add(f"{self._key}/beat", 1)
+
+    def wait_for_all(self) -> None:
+        """Until every rank has come here. Raises PolyrankError when none of the others moves for as long as
+        run.timeout_s."""
+        words = self._rank.store
+        if words is None:
+            return
+        # A count that only grows: the same checkpoint may be looked at again.
+        target = -(-words.add(f"{self._key}/done", 1) // self._rank.world) * self._rank.world
+        seen, since = -1, time.monotonic()
+        while words.add(f"{self._key}/done", 0) < target:
+            now = words.add(f"{self._key}/beat", 0) + words.add(f"{self._key}/done", 0)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > self._rank.timeout_s:
+                raise PolyrankError(
+                    f"some ranks do not go on with {self._key} for {self._rank.timeout_s:g} s (run.timeout_s)"
+                )
+            time.sleep(0.05)
+
+
+def begin(directory: Path, rank: RankInfo, resumed: Path | None, first: int) -> list[Path]:
+    """Make `directory` this launch's, after all ranks have read what they start from; every rank calls this.
+
+    Checkpoints that the run does not follow are renamed to replaced-step-*: those after step `first`, or all,
+    where it did not resume from one of this folder. Under their names they would count as the run's own: a
+    resume would take them, and a save would remove its own. Returns them under their new names.
+    """
+
+    def claim() -> list[Path]:
+        directory.mkdir(parents=True, exist_ok=True)
+        held = lock(directory)  # not while another run writes here
+        try:
+            own = resumed is not None and resumed.resolve().parent == directory.resolve()
+            moved = [_aside(p) for p in store.published(directory) if not own or store.step_of(p) > first]
+            note = {
+                "launch": rank.launch,
+                "run_id": _run_id(),
+                "from": None if resumed is None else str(resumed),
+                "first": first,
+            }
+            partial = directory / f"{RUN}.tmp"
+            partial.write_text(json.dumps(note, indent=1))
+            os.replace(partial, directory / RUN)
+            manifest.sync(directory)
+            return moved
+        finally:
+            os.close(held)
+
+    if rank.world > 1:
+        dist.barrier()
+    return _of_the_lead(rank, claim)
+
+
+def began_here(directory: Path, rank: RankInfo | None) -> bool:
+    """Whether this very launch has begun in `directory` before: torchrun has started its ranks again."""
+    if rank is None or rank.rank != 0:
+        return False
+    try:
+        note = json.loads((directory / RUN).read_text())
+        launch, run_id = note["launch"], note["run_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if rank.again:
+        return launch == rank.launch
+    # The store that knew the launch may be lost with its machine: then an id given to torchrun tells.
+    return restarted() and _run_id() is not None and run_id == _run_id()
+
+
+def _run_id() -> str | None:
+    """The id that the user, or --standalone, gave this launch of torchrun."""
+    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if given in ("", "none") else given
+
+
+def _aside(path: Path) -> Path:
+    """Rename a checkpoint so that it no longer counts."""
+    name, n = path.with_name(f"replaced-{path.name}"), 1
+    while name.exists():
+        n += 1
+        name = path.with_name(f"replaced-{path.name}.{n}")
+    path.rename(name)
+    return name
+
+
+def _of_the_lead(rank: RankInfo | None, decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank; its PolyrankError is raised on all of them."""
+    if rank is None or rank.world == 1:
+        return decide()
+    box: list[Any] = [None]
+    if rank.rank == 0:
+        try:
+            box = [(decide(), None)]
+        except PolyrankError as error:
+            box = [(None, error)]
+    dist.broadcast_object_list(box, src=0, device=rank.device)
+    answer, refused = box[0]
+    if refused is not None:
+        raise refused
+    return answer

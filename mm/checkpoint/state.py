@@ -1,0 +1,151 @@
+"""Checkpoints of a job: which tensors, which words, and which of them a config names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mm.config.schema import Config, resolve
+from mm.data.index import Index
+from mm.errors import CheckpointError
+from mm.plan.blueprint import Blueprint, bare_module
+from mm.ranks.job import Job
+from parallel.checkpoint import distributed as store
+from parallel.topology.axis import Axes
+
+
+def state_tensors(job: Job) -> dict[str, Tensor]:
+    """Every tensor of the modules on this rank: parameters, buffers and optimizer moments, by full name."""
+    out: dict[str, Tensor] = {}
+    for name, parts in job.parts.items():
+        for part in parts.values():
+            for key, param in part.named_parameters():
+                out[f"{name}.{key}"] = param.detach()
+            for key, value in part.state_dict().items():
+                if f"{name}.{key}" not in out and isinstance(value, torch.Tensor):
+                    out[f"{name}.{key}"] = value
+        for key, value in job.optimizers[name].moments().items():
+            out[f"{name}.adam.{key}"] = value
+    return out
+
+
+def fingerprint(blueprint: Blueprint, index: Index) -> str:
+    """What must stay the same between saving and resuming for the run to be the same run: not the layout."""
+    cfg = resolve(blueprint.cfg)
+    kept = {"model": cfg["model"], "data": index.digest, "seed": cfg["run"]["seed"]}
+    kept["global_batch"] = cfg["train"]["global_batch"]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int]) -> Path:
+    """Write the state after `step` steps; every rank calls this. bad: samples known to be unreadable."""
+    cfg = job.blueprint.cfg
+    state = {
+        "fingerprint": fingerprint(job.blueprint, index),
+        "bad_samples": sorted(bad),
+        "config": resolve(cfg),
+    }
+    try:
+        return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)
+    except (OSError, CheckpointException) as error:  # torch's is no Exception: nothing else would catch it
+        free = shutil.disk_usage(directory).free / 2**20
+        raise CheckpointError(
+            f"the checkpoint of step {step} cannot be written to {directory} ({free:.0f} MiB free): "
+            f"{store.first_cause(error)}; those before it are whole"
+        ) from error
+
+
+def candidates(cfg: Config, directory: Path) -> list[Path]:
+    """The checkpoints that checkpoint.resume names, newest first: those of the run's folder (auto), none, or
+    one at a path. Raises CheckpointError where the path has none."""
+    wanted = cfg.checkpoint.resume
+    if wanted == "none":
+        return []
+    if wanted == "auto":
+        return store.published(directory)[::-1]
+    path = Path(wanted)
+    found = [path] if _is_checkpoint(path) else store.published(path)[-1:]
+    if not found:
+        what = "is no checkpoint, and has none inside" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint.resume={path} {what} (step-* with a {store.MANIFEST})")
+    return found
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return any((path / name).is_file() for name in (store.MANIFEST, store.STATE))
+
+
+def load(job: Job, index: Index, path: Path) -> dict[str, Any]:
+    """Fill the job from a checkpoint written under any layout; returns its state (step, bad_samples, ..)."""
+    try:
+        state = store.load(path, state_tensors(job))
+    except store.BadCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+    _check_same_run(state, job.blueprint, index, path)
+    return state
+
+
+def check_resume(blueprint: Blueprint, index: Index, path: Path) -> None:
+    """Refuse a checkpoint that a run cannot resume from, from names and shapes; reads no tensor data."""
+    try:
+        stored = {name: shape for name, (shape, _) in store.describe(path).items()}
+        for m in blueprint.modules:
+            store.check_fits(path, stored, model_shapes(blueprint, m))
+        _check_same_run(store.read_state(path), blueprint, index, path)
+    except store.BadCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+
+
+def model_shapes(blueprint: Blueprint, module: str) -> dict[str, tuple[int, ...]]:
+    """Global shape of every parameter and kept buffer of a module, by full name; takes no memory."""
+    return {
+        f"{module}.{key}": tuple(tensor.shape)
+        for stage in blueprint.stages[module]
+        for key, tensor in bare_module(blueprint, module, Axes(), stage).state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index, path: Path) -> None:
+    if state.get("fingerprint") != fingerprint(blueprint, index):
+        raise CheckpointError(
+            f"{path} was written by a run with another model, data, seed or global batch; "
+            "compare its state.json with this config, or start afresh with checkpoint.resume=none"
+        )
+
+
+def inspect_text(path: Path) -> str:
+    """Step, tensors and sizes of a checkpoint; reads no tensor data."""
+    wrong = store.structure(path)
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
+    try:
+        state, tensors = store.read_state(path), store.describe(path)
+    except store.BadCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+    lines = [f"{path}: after step {state['step']}, {len(tensors)} tensors"]
+    lines += [
+        f"  {name:<60} {str(dtype).removeprefix('torch.'):<9} {list(shape)}"
+        for name, (shape, dtype) in sorted(tensors.items())
+    ]
+    return "\n".join(lines)
+
+
+def verify_text(path: Path) -> str:
+    """Say that a checkpoint is whole; raises CheckpointError naming every damaged file."""
+    wrong = store.verify(path)
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
+    try:
+        store.read_state(path), store.describe(path)
+    except store.BadCheckpoint as error:
+        raise CheckpointError(str(error)) from error
+    return f"{path}: whole"

@@ -1,0 +1,86 @@
+"""What a run reads and writes, looked at before any rank starts: ranks take seconds to say the same."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mm.config.schema import Config
+from mm.data.index import find_shards
+from mm.errors import CheckpointError, Refused
+from mm.ranks.launch import restarted
+
+if TYPE_CHECKING:
+    from mm.data.index import Index
+    from mm.plan.blueprint import Blueprint
+
+
+def check_paths(cfg: Config, *, write: bool = True) -> None:
+    """Refuse a run folder that cannot be written, data that is not there, and a board that is not installed.
+
+    Needs no torch. write: the run folder is made; without it nothing is written. Raises Refused or DataError.
+    """
+    folder = Path(cfg.run.dir)
+    try:
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        else:
+            _could_write(folder)
+    except OSError as error:
+        raise Refused(
+            f"run.dir {folder} cannot be written: {error.strerror}; needed: a folder that can"
+        ) from error
+    for patterns in (cfg.data.train, cfg.data.eval):
+        find_shards(patterns, cfg.base, cfg.data.made_by)
+    if cfg.run.tensorboard and find_spec("tensorboard") is None:
+        raise Refused(
+            "run.tensorboard=true, but the package tensorboard is not installed; needed: pip install -e "
+            "'.[tensorboard]', or run.tensorboard=false (metrics.jsonl has the same numbers)"
+        )
+
+
+def _could_write(folder: Path) -> None:
+    """Raise the OSError that making a file in `folder`, and the folder itself, would meet; makes nothing."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def check_start(cfg: Config) -> None:
+    """Refuse a start (checkpoint.resume, checkpoint.weights) from what is not there: CheckpointError."""
+    from mm.checkpoint.state import candidates
+    from parallel.checkpoint.distributed import MANIFEST
+
+    if restarted():  # what it began from may be gone: it goes on from its own
+        return
+    candidates(cfg, Path(cfg.run.dir))
+    weights = cfg.checkpoint.weights
+    if weights is not None and not any(
+        (Path(weights) / name).is_file() for name in (MANIFEST, "config.json")
+    ):
+        raise CheckpointError(
+            f"checkpoint.weights={weights} is neither a checkpoint (with a {MANIFEST}) nor a Hugging Face "
+            "folder (with a config.json)"
+        )
+
+
+def check_fits(blueprint: Blueprint, index: Index) -> None:
+    """Refuse a start from a checkpoint, or from weights, of another model: from names and shapes alone, as a
+    dry run must. Raises CheckpointError."""
+    from mm.checkpoint.state import candidates, check_resume
+    from mm.checkpoint.weights import check_weights
+
+    cfg = blueprint.cfg
+    resumed = candidates(cfg, Path(cfg.run.dir))[:1]
+    for path in resumed:
+        check_resume(blueprint, index, path)
+    if cfg.checkpoint.weights is not None and not resumed:
+        check_weights(blueprint, Path(cfg.checkpoint.weights))

@@ -1,0 +1,169 @@
+"""What a config says that needs no encoder: layouts, the language model, its stages, the schedule.
+
+Needs no torch, whose import takes seconds: what can be refused without it is refused at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from llm.config import LLMConfig
+from llm.config import check as check_llm
+from llm.presets import preset
+from llm.recompute import recompute_parts
+from llm.stages import cut
+from mm.config.schema import Config, build
+from mm.data.tokenizer import make_tokenizer
+from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
+from parallel.schedule.generators.refuse import check_stages
+from parallel.schedule.plan import Params
+from parallel.topology.layout import Layout, Unfit, make_layout
+from parallel.topology.stage import Stage
+
+SINK = "llm"
+
+
+def check_outline(cfg: Config, world: int) -> None:
+    """Raise ValueError where the outline of a config cannot be, or no schedule serves it."""
+    layouts, llm, stages = outline(cfg, world)
+    frozen, active = frozen_modules(cfg, llm), [set(cfg.model)] * cfg.schedule.microbatches
+    schedule_of(cfg, layouts, {SINK: stages[-1].stop}, frozen, active, {}, train=True)
+
+
+def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tuple[Stage, ...]]:
+    """The layouts, the language model and its pipeline stages: all that needs no encoder."""
+    for name in cfg.model:
+        if name == "text" or not name.isidentifier():
+            raise ValueError(
+                f"model.{name}: no module can have this name; needed: letters, digits and _, and not text, "
+                "which is what samples call text"
+            )
+    layouts = {m: make_layout(m, world, cfg.layout.get(m, {})) for m in [*cfg.model, SINK]}
+    for name in cfg.layout.keys() - layouts.keys():
+        near = difflib.get_close_matches(name, layouts, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the model's modules are {', '.join(layouts)}"
+        raise ValueError(f"unknown key layout.{name}; {hint}")
+    llm = llm_config(cfg)
+    _check_recompute(cfg, llm)
+    if cfg.eval.every and not cfg.data.eval:
+        why = f"eval.every={cfg.eval.every} would have no effect: data.eval names no held-out samples"
+        raise Unfit(why, [{"eval.every": 0}])
+    check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
+    check_stages(layouts[SINK], len(llm.symbols), virtual=True)
+    _check_schedule(cfg, layouts)
+    return layouts, llm, cut(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
+
+
+def schedule_of(
+    cfg: Config,
+    layouts: Mapping[str, Layout],
+    layers: Mapping[str, int],
+    frozen: Collection[str],
+    active: Sequence[Collection[str]],
+    enters: Mapping[str, tuple[int, ...]],
+    *,
+    train: bool,
+) -> SchedulePlan:
+    """The schedule that a config asks for; layers, enters: of the modules where they are known."""
+    modules = {
+        m: ModuleUse(layouts[m], m in frozen, weights_gathered(cfg, m), layers.get(m), enters.get(m, (0,)))
+        for m in [*cfg.model, SINK]
+    }
+    return make_schedule(
+        cfg.schedule.kind,
+        modules,
+        sink=SINK,
+        active=active,
+        ahead=cfg.schedule.ahead,
+        batch=cfg.schedule.encoder_batch,
+        train=train,
+    )
+
+
+def weights_gathered(cfg: Config, module: str) -> Params:
+    """When a module's weights are gathered: for "each" forward and backward, as FSDP does, or once a
+    "step" where the schedule has ranks of one dp group run an encoder at different times."""
+    return "step" if cfg.schedule.kind == "fill" and module != SINK else "each"
+
+
+def frozen_modules(cfg: Config, llm: LLMConfig) -> set[str]:
+    """Modules without a single trainable parameter."""
+    return {m for m, enc in cfg.model.items() if enc.freeze == "all"} | ({SINK} if llm.freeze else set())
+
+
+def llm_config(cfg: Config) -> LLMConfig:
+    """The language model: model.llm's options over those of its preset, which is a published model's name or
+    a folder with a Hugging Face config.json."""
+    vocab = make_tokenizer(cfg.data.tokenizer).vocab_size
+    options, base = dict(cfg.llm), {"vocab_size": vocab}
+    name = options.pop("preset", None)
+    if not isinstance(name, str | None):
+        raise ValueError(f"model.llm.preset is {name!r}; needed: a name or a folder")
+    if name is not None and Path(name).is_dir():
+        from llm.hf import SafeFolder, read_config
+
+        base = asdict(read_config(SafeFolder(name).config()))
+    elif name is not None:
+        base = asdict(preset(name))
+    llm = build(LLMConfig, {**base, **options}, "model.llm")
+    if llm.vocab_size < vocab:
+        raise ValueError(f"model.llm.vocab_size is {llm.vocab_size}; the tokenizer needs at least {vocab}")
+    return llm
+
+
+def _check_recompute(cfg: Config, llm: LLMConfig) -> None:
+    """Refuse parts to compute again that are unknown, or in none of the model's layers."""
+    kinds, parts = llm.kinds, recompute_parts(cfg.train.recompute)
+    present = {
+        "mlp": "-" in kinds or ("E" in kinds and llm.shared_ffn > 0),
+        "moe_act": "E" in kinds,
+        "attention_core": "*" in kinds,
+        "scan": "M" in kinds,
+    }
+    for part in sorted(parts):
+        if not present.get(part, True):
+            left = sorted(p for p in parts if present.get(p, True))
+            raise Unfit(
+                f"train.recompute has {part}, but no layer of model.llm.pattern {llm.pattern!r} has it: it "
+                "would have no effect",
+                [{"train.recompute": left or False}],
+            )
+
+
+def _check_schedule(cfg: Config, layouts: Mapping[str, Layout]) -> None:
+    """Refuse keys of the schedule that cannot be, or that would have no effect."""
+    for name, n in cfg.schedule.encoder_batch.items():
+        _check_batch(name, n, layouts, cfg.schedule.microbatches)
+    ahead, sink = cfg.schedule.ahead, set(layouts[SINK].ranks)
+    if ahead is None:
+        return
+    if not any(sink & set(layout.ranks) for m, layout in layouts.items() if m != SINK):
+        why = f"is for encoders on ranks of {SINK}, and there are none, so it would have no effect"
+    elif cfg.schedule.kind == "three_phase":
+        why = "has no effect with schedule.kind=three_phase, whose encoders compute the whole step at once"
+    else:
+        return
+    raise Unfit(f"schedule.ahead={ahead} {why}", [{"schedule.ahead": None}])
+
+
+def _check_batch(name: str, n: int, layouts: Mapping[str, Layout], microbatches: int) -> None:
+    if name not in layouts or name == SINK:
+        raise ValueError(
+            f"schedule.encoder_batch names {name}; the encoders are {sorted({*layouts} - {SINK})}"
+        )
+    key, layout = f"schedule.encoder_batch.{name}", layouts[name]
+    if n > microbatches:
+        why = f"{key}={n}, but the step has schedule.microbatches={microbatches}; needed: at most as many"
+        raise Unfit(why, [{key: microbatches}, {"schedule.microbatches": n}, {key: 1}])
+    cut = {a: getattr(layout, a) for a in ("cp", "pp") if getattr(layout, a) > 1}
+    cut |= {"sequence_parallel": True} if layout.sequence_parallel and layout.tp > 1 else {}
+    if n > 1 and cut:
+        given = ", ".join(f"{a}={v}" for a, v in cut.items())
+        raise Unfit(
+            f"{key}={n} with layout.{name} {given}: several micro-batches at once need rows that are whole "
+            "on each rank",
+            [{key: 1}],
+        )

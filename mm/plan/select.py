@@ -1,0 +1,160 @@
+"""Which samples of a data set train: those that are whole and fit the model, and what becomes of the others.
+
+Pure, a function of (index, config): every rank leaves out the same samples without a word to the others. They
+keep their ids and count as known to be bad, so that they move no other sample.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from mm.config.schema import DataConfig
+from mm.data.index import Index, Sample, Segment
+from mm.errors import DataError
+from mm.plan.step_plan import PlanInputs, sample_length, supervised_tokens
+
+
+def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
+    """The index with the samples that do not fit left out or cut, as data.misfit and data.overlong say.
+
+    Raises DataError where these say to refuse, with all counts, where more than data.max_skipped of the
+    samples are lost or left out, and where a sample names a module that the model lacks.
+    """
+    misfit: dict[int, str] = {}
+    overlong: dict[int, int] = {}
+    for sample in index.samples:
+        _check_modules(sample, inputs)
+        try:
+            n = sample_length(sample, inputs)
+        except DataError as error:
+            misfit[sample.id] = str(error)
+            continue
+        if n > inputs.context:
+            overlong[sample.id] = n
+    _refuse(index, misfit, overlong, rules)
+    skipped = {i: ("misfit", why) for i, why in misfit.items()}
+    cut: dict[int, Sample] = {}
+    for i, n in overlong.items():
+        short = _cut(index.samples[i], inputs) if rules.overlong == "truncate" else None
+        if short is None:
+            where = f"sample {index.samples[i].key} of {index.samples[i].shard}"
+            skipped[i] = ("overlong", f"{where} is {n} tokens long, data.context is {inputs.context}")
+        else:
+            cut[i] = short
+    chosen = replace(
+        index, samples=tuple(cut.get(s.id, s) for s in index.samples), skipped=dict(sorted(skipped.items()))
+    )
+    _check_share(chosen, rules.max_skipped)
+    return chosen
+
+
+def lost_samples(index: Index) -> int:
+    """How many samples could not be indexed, as far as is known: by key, or one for a loss without a key.
+
+    A torn shard does not say how much it lacks: it counts as a whole one more.
+    """
+    return len(_lost(index)) + len(index.torn) * -(-len(index.samples) // max(1, len(index.shards)))
+
+
+def _lost(index: Index) -> set[tuple[str, str]]:
+    return {(shard, key or why) for shard, key, why in index.broken}
+
+
+def _check_modules(sample: Sample, inputs: PlanInputs) -> None:
+    for seg in sample.segments:
+        named, what = (seg.depends, "text that depends on") if seg.part is None else (seg.kind, "an item for")
+        if named is not None and named not in inputs.encoders:
+            have = ", ".join(inputs.encoders) or "none"
+            raise DataError(
+                f"sample {sample.key} of {sample.shard} has {what} module {named!r}, which the model lacks "
+                f"(it has: {have})"
+            )
+
+
+def _refuse(index: Index, misfit: Mapping[int, str], overlong: Mapping[int, int], rules: DataConfig) -> None:
+    """Raise DataError with all that the config says to refuse, and what would leave it out."""
+    said, total = [], len(index.samples)
+    if misfit and rules.misfit == "refuse":
+        hint = _skip_hint(index, rules, "misfit", len(misfit))
+        example = next(iter(misfit.values()))
+        said.append(f"{example} ({len(misfit)} of {total} samples have an item that does not fit{hint})")
+    if overlong and rules.overlong == "refuse":
+        first, longest = (index.samples[i] for i in (min(overlong), max(overlong, key=overlong.__getitem__)))
+        most, hint = overlong[longest.id], _skip_hint(index, rules, "overlong", len(overlong))
+        also = "" if first is longest else f", the first sample {first.key} with {overlong[first.id]}"
+        said.append(
+            f"{len(overlong)} of {total} samples are longer than data.context: the longest is sample "
+            f"{longest.key} of {longest.shard} with {most} tokens{also}; raise data.context to {most}, or "
+            f"keep their beginnings: data.overlong=truncate{hint}"
+        )
+    if said:
+        raise DataError("; ".join(said))
+
+
+def _skip_hint(index: Index, rules: DataConfig, key: str, n: int) -> str:
+    """How to leave out n samples, where that leaves any."""
+    if n == len(index.samples):
+        return ""
+    needed = _needed(index, n, rules.max_skipped)
+    more = "" if needed is None else f" with data.max_skipped={needed:g}"
+    return f"; or leave them out: data.{key}=skip{more}"
+
+
+def _needed(index: Index, left_out: int, bound: float) -> float | None:
+    """The bound that lost samples and `left_out` more need, in four digits; None where `bound` is enough."""
+    lost = lost_samples(index)
+    missing, total = lost + left_out, lost + len(index.samples)
+    return None if missing / total <= bound else -(-missing * 10_000 // total) / 10_000
+
+
+def _cut(sample: Sample, inputs: PlanInputs) -> Sample | None:
+    """The beginning of a sample that fits the context; None where nothing of it would be learned.
+
+    Text is cut to the byte, an item is whole or absent, and what follows either is gone.
+    """
+    room, kept = inputs.context - 2, []
+    for seg in sample.segments:
+        n = seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+        if n <= room:
+            kept.append(seg)
+        elif seg.part is None and room:
+            kept.append(_first_bytes(seg, room))
+        room -= n
+        if room < 0:
+            break
+    short = replace(sample, segments=tuple(kept), cut=True)
+    return short if supervised_tokens(short) else None
+
+
+def _first_bytes(seg: Segment, n: int) -> Segment:
+    return replace(seg, text_bytes=n, written_bytes=seg.text_bytes)
+
+
+def _check_share(index: Index, bound: float) -> None:
+    """Raise DataError where more samples are lost or left out than data.max_skipped allows."""
+    lost, left_out = lost_samples(index), len(index.skipped)
+    if len(index.samples) == left_out:
+        raise DataError(f"all {left_out} samples are left out: {'; '.join(_reasons(index)[:3])}")
+    needed = _needed(index, left_out, bound)
+    if needed is not None:
+        raise DataError(
+            f"{lost + left_out} of {lost + len(index.samples)} samples are lost or left out, "
+            f"data.max_skipped is {bound:g}: {'; '.join(_counts(index))}; for example "
+            f"{'; '.join(_reasons(index)[:3])}. Mend the data, or allow it: data.max_skipped={needed:g}"
+        )
+
+
+def _counts(index: Index) -> list[str]:
+    """How many are lost or left out, for each reason and shard."""
+    shard_of = [s.shard for s in index.samples]
+    found = Counter((shard_of[i], kind) for i, (kind, _) in index.skipped.items())
+    found += Counter((shard, "unreadable") for shard, _ in _lost(index))
+    found += Counter((shard, "torn") for shard in index.torn)
+    return [f"{n} {kind} in {shard}" for (shard, kind), n in found.most_common(8)]
+
+
+def _reasons(index: Index) -> Sequence[str]:
+    lost = [f"{key or 'a part'} of {shard}: {why}" for shard, key, why in index.broken]
+    return lost + [why for _, why in index.skipped.values()]

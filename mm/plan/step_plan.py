@@ -1,0 +1,339 @@
+"""The step plan: what every rank loads, computes and exchanges in one step, as plain data.
+
+A pure function of (config, index, seed, step, known-bad samples): every rank derives the same plan and
+nothing is agreed at run time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from llm.counts import Counts
+from mm.data.index import Part, Sample
+from mm.errors import DataError
+from parallel.boundary import RowMap, dest_side, row_places, source_side
+from parallel.context_parallel import Order, piece_count
+from parallel.topology.layout import Layout
+
+Deal = Literal["cost", "sample"]
+
+
+@dataclass(frozen=True)
+class EncoderUse:
+    """An encoder as the planner needs it: row counts and costs without running anything.
+
+    cls is an encoders.Encoder class and cfg its options; deal says how items go to its dp ranks.
+    """
+
+    cls: Any
+    cfg: Any
+    layout: Layout
+    deal: Deal = "cost"
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """Everything but the samples that a step plan depends on.
+
+    context: longest sample allowed, in tokens (text bytes, encoder rows and two markers).
+    microbatches: how many the global batch is cut into, the same for all modules.
+    order: how cp cuts the language model's packed sequences. depths: how many tokens further it predicts.
+    """
+
+    llm: Layout
+    encoders: Mapping[str, EncoderUse]
+    context: int
+    microbatches: int
+    order: Order = "contiguous"
+    depths: int = 0
+    _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
+
+    def rows(self, module: str, part: Part) -> int:
+        """How many rows an item contributes; remembered, since epochs meet an item many times."""
+        key = (module, part.shard, part.offset)
+        if key not in self._rows:
+            use = self.encoders[module]
+            try:
+                n = int(use.cls.rows(use.cfg, part.meta))
+            except KeyError as error:
+                have = ", ".join(part.meta) or "none: no probe knows this kind of file"
+                raise ValueError(f"{use.cls.__name__} needs the metadata {error}, it has {have}") from error
+            if n < 0:
+                raise ValueError(f"{use.cls.__name__}.rows gave {n}; needed: at least 0")
+            self._rows[key] = n
+        return self._rows[key]
+
+    @property
+    def granule(self) -> int:
+        """What packed sequences are padded to a multiple of, so that every rank has an equal share."""
+        return math.lcm(piece_count(self.llm.cp, self.order), self.llm.cp * self.llm.tp)
+
+
+@dataclass(frozen=True)
+class ItemPlan:
+    """One item of a micro-batch.
+
+    sample: index of its sample in the micro-batch; position: token position of its first row in the packed
+    sequence of LLM lane llm_lane; source_lane: the encoder dp index that computes it.
+    """
+
+    sample: int
+    part: Part
+    rows: int
+    cost: float
+    llm_lane: int
+    position: int
+    source_lane: int
+
+
+class Edge(NamedTuple):
+    """From an encoder to a stage of the language model that its rows enter."""
+
+    source: str
+    stage: int
+
+
+@dataclass(frozen=True)
+class EdgePlanInputs:
+    """The items of one encoder in one micro-batch, in order of global row id, and both sides' rows.
+
+    dest: as the language model's first pipeline rank reads them; others read their levels of the same rows.
+    load: cost of the items of the costliest encoder lane over the mean (1 is even), as dealt, and as it
+    would be with each item on the lane of its sample.
+    """
+
+    items: tuple[ItemPlan, ...]
+    source: RowMap
+    dest: RowMap
+    load: tuple[float, float]
+
+    @property
+    def rows(self) -> int:
+        return sum(i.rows for i in self.items)
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """samples; lane_of[j] and length[j]: LLM dp index and token count of sample j.
+
+    tokens[l]: length of lane l's packed sequence, padded so that it can be shared out over tp.
+    """
+
+    samples: tuple[Sample, ...]
+    lane_of: tuple[int, ...]
+    length: tuple[int, ...]
+    tokens: tuple[int, ...]
+    edges: Mapping[str, EdgePlanInputs]
+
+    def lane_samples(self, lane: int) -> list[int]:
+        """Samples of an LLM dp rank, in the order they are packed."""
+        return [j for j, owner in enumerate(self.lane_of) if owner == lane]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """supervised: tokens of the whole step that the loss is divided by (design law 2); further: the same at
+    each depth of further tokens."""
+
+    step: int
+    sample_ids: tuple[int, ...]
+    microbatches: tuple[Microbatch, ...]
+    supervised: int
+    further: tuple[int, ...]
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """A 63-bit fingerprint of each sample's part of the plan, in order of the batch; int64 [samples]."""
+        out = []
+        for mb in self.microbatches:
+            dealt: list[list[int]] = [[] for _ in mb.samples]
+            for k, edge in enumerate(mb.edges.values()):
+                for i in edge.items:
+                    dealt[i.sample] += (k, i.rows, i.position, i.source_lane)
+            for j, sample in enumerate(mb.samples):
+                out.append(_fingerprint([sample.id, mb.lane_of[j], mb.length[j], *dealt[j]]))
+        return np.asarray(out, dtype=np.int64)
+
+    @cached_property
+    def digest(self) -> int:
+        """A 63-bit fingerprint that all ranks of a step must share."""
+        return _fingerprint([self.step, self.supervised, *self.further, *self.digests])
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples, without padding."""
+        return sum(sum(mb.length) for mb in self.microbatches)
+
+    @property
+    def counts(self) -> Counts:
+        """What the language model's further objectives are means over."""
+        return Counts(self.tokens, self.further)
+
+    @property
+    def active(self) -> list[set[str]]:
+        """Per micro-batch, the encoders that have at least one item anywhere."""
+        return [{m for m, e in mb.edges.items() if e.items} for mb in self.microbatches]
+
+
+def _fingerprint(numbers: Sequence[int]) -> int:
+    data = np.asarray(numbers, dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def sample_length(sample: Sample, inputs: PlanInputs) -> int:
+    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker. Raises DataError, by
+    name, for an item that its encoder cannot take."""
+    n = 2
+    for seg in sample.segments:
+        try:
+            n += seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+        except ValueError as error:
+            assert seg.part is not None
+            where = f"{seg.part.name} of sample {sample.key} of {sample.shard}"
+            raise DataError(f"{where} does not fit model.{seg.kind}: {error}") from error
+    return n
+
+
+def supervised_tokens(sample: Sample) -> int:
+    """Tokens of a sample that carry loss: supervised text and, unless it is cut off, the end marker."""
+    return (not sample.cut) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
+
+
+def further_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
+    """Tokens of a sample that carry loss at each depth of further tokens: those that far behind its begin."""
+    total = supervised_tokens(sample)
+    return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.depths + 1)]
+
+
+def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
+    """Labels at positions below `stop`; that of a token stands one position before it."""
+    at, found = 0, 0
+    for seg in sample.segments:
+        n = seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+        if seg.part is None and seg.loss:
+            found += max(0, min(at + n, stop) - at)
+        at += n
+        if at >= stop:
+            return found
+    return found + (not sample.cut)  # the end marker
+
+
+def share(n: int, parts: int) -> list[tuple[int, int]]:
+    """Cut n things into contiguous shares of nearly equal size, for any n and parts: [(start, stop)]."""
+    return [(k * n // parts, (k + 1) * n // parts) for k in range(parts)]
+
+
+def owner_of(n: int, parts: int) -> list[int]:
+    """Which share each of n things falls into."""
+    return [k for k, (a, b) in enumerate(share(n, parts)) for _ in range(b - a)]
+
+
+def deal_by_cost(costs: Sequence[float], home: Sequence[int], lanes: int) -> list[int]:
+    """Give items to lanes so that the costliest lane is cheap and few items leave their home lane.
+
+    The costliest lane is at most that of longest-first to the least loaded lane (Graham 1969: within 4/3 of
+    the best). Within that bound items stay at home, where their rows need not travel. O(n (log n + lanes)).
+    """
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    spread = _longest_first(order, costs, home, lanes, stay=0.0)
+    bound = max(spread[1], default=0.0)
+    kept = _longest_first(order, costs, home, lanes, stay=bound)
+    return kept[0] if max(kept[1], default=0.0) <= bound else spread[0]
+
+
+def _longest_first(
+    order: Sequence[int], costs: Sequence[float], home: Sequence[int], lanes: int, *, stay: float
+) -> tuple[list[int], list[float]]:
+    """(lane of each item, load of each lane): an item stays at home up to a load of `stay`, or on a tie."""
+    load, out = [0.0] * lanes, [0] * len(costs)
+    for i in order:
+        least = min(load)
+        here = load[home[i]] + costs[i] <= stay or load[home[i]] == least
+        out[i] = home[i] if here else load.index(least)
+        load[out[i]] += costs[i]
+    return out, load
+
+
+def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepPlan:
+    """Plan one step over `samples`, the whole global batch in order."""
+    micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in share(len(samples), inputs.microbatches))
+    ids = tuple(s.id for s in samples)
+    further = tuple(map(sum, zip(*(further_tokens(s, inputs) for s in samples), strict=True)))
+    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples), further)
+
+
+def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch:
+    """Deal samples to LLM dp ranks and items to encoder dp ranks, and map every row on both sides."""
+    llm = inputs.llm
+    lane_of = owner_of(len(samples), llm.dp)
+    length = [sample_length(s, inputs) for s in samples]
+    start, filled = [], [0] * llm.dp
+    for lane, n in zip(lane_of, length, strict=True):
+        start.append(filled[lane])
+        filled[lane] += n
+    # Whole shares for every rank, and at least one token each, so that no collective meets an empty tensor.
+    unit = inputs.granule
+    tokens = [max(1, -(-n // unit)) * unit for n in filled]
+    edges = {
+        module: _plan_edge(module, samples, lane_of, start, tokens, inputs) for module in inputs.encoders
+    }
+    return Microbatch(tuple(samples), tuple(lane_of), tuple(length), tuple(tokens), edges)
+
+
+def _plan_edge(
+    module: str,
+    samples: Sequence[Sample],
+    lane_of: Sequence[int],
+    start: Sequence[int],
+    tokens: Sequence[int],
+    inputs: PlanInputs,
+) -> EdgePlanInputs:
+    use, llm = inputs.encoders[module], inputs.llm
+    found: list[tuple[int, Part, int, int]] = []  # (sample, part, rows, position)
+    for j, sample in enumerate(samples):
+        at = start[j] + 1
+        for seg in sample.segments:
+            if seg.part is None:
+                at += seg.text_bytes
+                continue
+            n = inputs.rows(seg.kind, seg.part)
+            if seg.kind == module:
+                found.append((j, seg.part, n, at))
+            at += n
+    costs = [float(use.cls.cost(use.cfg, part.meta)) for _, part, _, _ in found]
+    # Samples are cut over the encoder's dp exactly as over the LLM's: equal dp sizes need no traffic.
+    home = owner_of(len(samples), use.layout.dp)
+    homes = [home[j] for j, *_ in found]
+    lanes = deal_by_cost(costs, homes, use.layout.dp) if use.deal == "cost" else homes
+    items = tuple(
+        ItemPlan(j, part, n, cost, lane_of[j], at, lane)
+        for (j, part, n, at), cost, lane in zip(found, costs, lanes, strict=True)
+    )
+    rows, lane, position = _columns(items)
+    source = source_side(use.layout, rows, lanes)
+    dest = dest_side(llm, rows, lane, position, tokens, order=inputs.order)
+    load = tuple(_imbalance(costs, where, use.layout.dp) for where in (lanes, homes))
+    return EdgePlanInputs(items, source, dest, (load[0], load[1]))
+
+
+def _columns(items: Sequence[ItemPlan]) -> tuple[list[int], list[int], list[int]]:
+    """Rows, LLM lanes and token positions of items."""
+    return [i.rows for i in items], [i.llm_lane for i in items], [i.position for i in items]
+
+
+def _imbalance(costs: Sequence[float], lane: Sequence[int], lanes: int) -> float:
+    load = np.bincount(np.asarray(lane, dtype=np.int64), weights=np.asarray(costs), minlength=lanes)
+    return float(load.max() / load.mean()) if load.sum() > 0 else 1.0
+
+
+def places(edge: EdgePlanInputs, inputs: PlanInputs, rank: int, tokens: Sequence[int]) -> np.ndarray:
+    """Token positions, in the share of the language model's `rank`, of its boundary rows in their local
+    order; int64 [R]."""
+    return row_places(inputs.llm, rank, *_columns(edge.items), tokens, order=inputs.order)

@@ -1,0 +1,115 @@
+"""The few words that ranks exchange outside the model: one small message at each end of a step."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mm.errors import PolyrankError
+from mm.plan.step_plan import StepPlan
+
+SLOTS = 14  # bad sample ids that fit one message; more of them take another round
+GRACE_S = 3.0  # what the others get to arrive at a message that has failed, before one of them is blamed
+
+
+def whole_job() -> dist.ProcessGroup:
+    """The default process group, which must be initialised."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+@dataclass(frozen=True)
+class Control:
+    """Control messages over `group`, which holds every rank of the job.
+
+    store: where ranks leave word of each message that they have come to, so that the one that everybody waits
+    for can be named; without it the error is the backend's.
+    """
+
+    group: dist.ProcessGroup
+    device: torch.device
+    store: dist.Store | None = None
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.store is not None:  # an earlier job of this process may have left its word
+            self.store.set(self._key(dist.get_rank(self.group)), "0")
+
+    def gather(self, values: Sequence[float]) -> np.ndarray:
+        """Every rank's `values`, float64 [world, n], the same on all ranks."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self._gather(mine)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on some rank, the same on all of them."""
+        return bool(self.gather([float(flag)]).any())
+
+    def agree(self, plan: StepPlan, bad: Collection[int]) -> frozenset[int]:
+        """Union over ranks of the samples found unreadable; empty means the step may run.
+
+        Raises PolyrankError naming the ranks whose plan differs from rank 0's, and the first sample in which
+        it does.
+        """
+        ids = sorted(bad)[:SLOTS]
+        message = [plan.digest, len(ids), *ids, *[-1] * (SLOTS - len(ids))]
+        table = self._gather(torch.tensor(message, dtype=torch.int64, device=self.device))
+        odd = [r for r in range(len(table)) if table[r, 0] != table[0, 0]]
+        if odd:
+            raise PolyrankError(
+                f"step {plan.step + 1}: ranks {odd} planned another step than rank 0, "
+                f"{self._first_other(plan, odd)}; the data, its index or the config differ between machines: "
+                "compare them and start again"
+            )
+        return frozenset(int(i) for row in table for i in row[2 : 2 + row[1]])
+
+    def _first_other(self, plan: StepPlan, odd: Sequence[int]) -> str:
+        """Where the plan of a rank in `odd` leaves rank 0's; every rank asks."""
+        n = len(plan.sample_ids)
+        counts = self._gather(torch.tensor([n], device=self.device))[:, 0]
+        mine = torch.full((2, int(counts.max())), -1, dtype=torch.int64)
+        mine[0, :n], mine[1, :n] = torch.tensor(plan.sample_ids), torch.from_numpy(plan.digests)
+        table = self._gather(mine.reshape(-1).to(self.device)).reshape(len(counts), 2, -1)
+        for j, r in itertools.product(range(table.shape[2]), odd):
+            if (table[r, :, j] != table[0, :, j]).any():
+                ours, theirs = table[0, 0, j], table[r, 0, j]
+                return f"first in sample {j} of the batch (id {ours} on rank 0, {theirs} on rank {r})"
+        return "though every sample is planned alike"
+
+    def _gather(self, mine: torch.Tensor) -> np.ndarray:
+        world, number = dist.get_world_size(self.group), next(self._numbers)
+        out = mine.new_empty(world * len(mine))
+        if self.store is not None:
+            self.store.set(self._key(dist.get_rank(self.group)), str(number))
+        try:
+            dist.all_gather_into_tensor(out, mine, group=self.group)
+        except RuntimeError as error:
+            raise PolyrankError(self._missing(number, world, str(error).splitlines()[0])) from error
+        return out.view(world, len(mine)).cpu().numpy()
+
+    def _missing(self, number: int, world: int, why: str) -> str:
+        """Who has not come to message `number`."""
+        absent = list(range(world)) if self.store is not None else []
+        deadline = time.monotonic() + GRACE_S
+        while absent and time.monotonic() < deadline:
+            absent = [r for r in absent if self._last(r) < number]
+            time.sleep(0.1)
+        if not absent:
+            return f"a message between all ranks failed ({why})"
+        who = ", ".join(f"rank {r}" for r in absent)
+        return f"no word from {who}, which has ended or hangs; all others wait for it ({why})"
+
+    def _last(self, rank: int) -> int:
+        """The number of the last message that a rank has come to."""
+        assert self.store is not None
+        key = self._key(rank)
+        return int(self.store.get(key)) if self.store.check([key]) else 0
+
+    def _key(self, rank: int) -> str:
+        return f"message/{rank}"

@@ -1,0 +1,203 @@
+"""A blueprint built on this rank: meshes, modules, optimizers, boundaries and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+from encoders.module import EncoderModule
+from llm.model import LLM, precise_modules
+from mm.data.index import Index, load_index
+from mm.data.reader import ShardReader
+from mm.data.tokenizer import make_tokenizer
+from mm.errors import Refused
+from mm.plan.blueprint import SINK, Blueprint, bare_module
+from mm.plan.select import select
+from mm.plan.step_plan import Edge
+from mm.ranks.batch import Assembler
+from mm.ranks.control import Control, whole_job
+from mm.ranks.launch import RankInfo
+from parallel.boundary import BoundaryCommunicator, PlanCache
+from parallel.comm.pipeline import Pipe
+from parallel.sharding.optim import AdamW, ShardedOptimizer
+from parallel.sharding.shard import ShardPolicy, materialise, shard_module
+from parallel.topology.mesh import ModuleMesh, build_mesh
+
+Parts = Mapping[int, nn.Module]
+
+
+@dataclass(frozen=True)
+class Data:
+    """One data set: its index, and what turns its samples into this rank's tensors."""
+
+    index: Index
+    assembler: Assembler
+
+
+@dataclass(frozen=True)
+class Job:
+    """Whatever a module has is absent on ranks that do not host it.
+
+    parts: by module, its pipeline stages here, by stage index. boundaries: by edge, on the ranks at either
+    end of it, (forward, backward): each direction has an order of its own. pipes: by module, its
+    (forward, backward) messages.
+    """
+
+    blueprint: Blueprint
+    rank: RankInfo
+    parts: Mapping[str, Parts]
+    meshes: Mapping[str, ModuleMesh]
+    optimizers: Mapping[str, ShardedOptimizer]
+    boundaries: Mapping[Edge, tuple[BoundaryCommunicator, BoundaryCommunicator]]
+    pipes: Mapping[str, tuple[Pipe, Pipe]]
+    control: Control
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's token losses are counted: the last stage's, and only one of tp's replicas."""
+        layout = self.blueprint.layouts[SINK]
+        if SINK not in self.parts:
+            return False
+        at = layout.coord(self.rank.rank)
+        return at.tp == 0 and at.pp == layout.pp - 1
+
+    def modules(self) -> list[nn.Module]:
+        """All parts on this rank."""
+        return [part for parts in self.parts.values() for part in parts.values()]
+
+    def close(self) -> None:
+        """Destroy the job's process groups but the default one; every rank calls this.
+
+        Torch's caches of how DTensors are cut keep meshes, and so the groups and their threads, after their
+        end: they are cleared.
+        """
+        for mesh in self.meshes.values():
+            mesh.close()
+        for onward, back in self.boundaries.values():
+            onward.close()
+            back.close()
+        _clear_sharding_prop_cache()
+
+
+def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: bool = True) -> Index:
+    """Load the index of the shards and check every sample against the model; write: keep indexes that are
+    made beside their shards."""
+    rules = blueprint.cfg.data
+    index = load_index(patterns, base, made_by=rules.made_by, write=write)
+    return select(index, blueprint.inputs, rules)
+
+
+def open_indexes(blueprint: Blueprint, *, write: bool = True) -> dict[str, Index]:
+    """The index of each data set of the config: training, and evaluation where there is one."""
+    cfg = blueprint.cfg
+    given = {"training": cfg.data.train, "evaluation": cfg.data.eval}
+    return {name: open_index(blueprint, p, cfg.base, write=write) for name, p in given.items() if p}
+
+
+def open_data(job: Job, index: Index) -> Data:
+    """The samples of an index as this rank reads them."""
+    blueprint = job.blueprint
+    assembler = Assembler(
+        blueprint.inputs,
+        ShardReader(),
+        make_tokenizer(blueprint.cfg.data.tokenizer),
+        job.rank.rank,
+        blueprint.dtype,
+        job.rank.device,
+        {m: mesh.axes for m, mesh in job.meshes.items()},
+        SINK,
+        {edge: blueprint.entry_shape(edge) for edge in blueprint.edges},
+        PlanCache(job.rank.rank, node_size=job.rank.node_size),
+        timeout_s=blueprint.cfg.run.timeout_s,
+    )
+    return Data(index, assembler)
+
+
+def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
+    """Make groups, modules, initial weights and optimizers. Every rank of the job calls this."""
+    cfg = blueprint.cfg
+    # Groups first, by every rank in one order; then the modules that live here.
+    meshes = {}
+    for m in blueprint.modules:
+        tied = m == SINK and bool(blueprint.shared)
+        meshes[m] = build_mesh(
+            blueprint.layouts[m], rank.device.type, timeout_s=cfg.run.timeout_s, tie_ends=tied
+        )
+    boundaries = _boundaries(blueprint, rank)
+    here = {m: mesh for m, mesh in meshes.items() if mesh is not None}
+    parts = {m: _build_parts(blueprint, m, mesh, rank) for m, mesh in here.items()}
+    hyper = AdamW(cfg.train.betas, cfg.train.eps, cfg.train.weight_decay)
+    optimizers = {
+        m: ShardedOptimizer(list(own.values()), here[m], hyper, shared=blueprint.shared if m == SINK else ())
+        for m, own in parts.items()
+    }
+    pipes = {}
+    for m, mesh in here.items():
+        if mesh.pipeline is not None:
+            onward, back = mesh.pipeline
+            pipes[m] = Pipe(m, onward, cfg.run.timeout_s), Pipe(m, back, cfg.run.timeout_s)
+    return Job(
+        blueprint,
+        rank,
+        parts,
+        here,
+        optimizers,
+        boundaries,
+        pipes,
+        Control(whole_job(), rank.device, rank.store),
+    )
+
+
+def _boundaries(
+    blueprint: Blueprint, rank: RankInfo
+) -> dict[Edge, tuple[BoundaryCommunicator, BoundaryCommunicator]]:
+    """Two communicators for each edge, on the ranks of its encoder's last stage and of the sink's stage."""
+    timeout = blueprint.cfg.run.timeout_s
+    out = {}
+    for edge in blueprint.edges:
+        source, dest = blueprint.layouts[edge.source], blueprint.layouts[SINK]
+        ranks = sorted({*source.stage_ranks(source.pp - 1), *dest.stage_ranks(edge.stage % dest.pp)})
+        groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for _ in range(2)]
+        if rank.rank in ranks:
+            onward, back = (BoundaryCommunicator(g, device=rank.device, timeout_s=timeout) for g in groups)
+            out[edge] = onward, back
+    return out
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """What FSDP gathers and frees on its own in module `module`."""
+    assert isinstance(module, LLM | EncoderModule)
+    further = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
+    return [*module.layers, *further]
+
+
+def _build_parts(blueprint: Blueprint, name: str, mesh: ModuleMesh, rank: RankInfo) -> dict[int, nn.Module]:
+    layout, stages = blueprint.layouts[name], blueprint.stages[name]
+    mine = range(layout.coord(rank.rank).pp, len(stages), layout.pp)
+    return {s: _build_part(blueprint, name, s, mesh, rank.device) for s in mine}
+
+
+def _build_part(
+    blueprint: Blueprint, name: str, stage: int, mesh: ModuleMesh, device: torch.device
+) -> nn.Module:
+    cfg, stored, compute = blueprint.cfg, blueprint.stored_dtype, blueprint.dtype
+    make = partial(bare_module, blueprint, name, mesh.axes, blueprint.stages[name][stage])
+    module = make()
+    precise = precise_modules(module) if isinstance(module, LLM) else []
+    layers = _layers(module) if cfg.train.shard == "layer" else []
+    policy = ShardPolicy(layers, compute if compute != stored else None, precise)
+    shard_module(module, mesh, policy, param_dtype=stored)
+    again = partial(make, "cpu") if name != SINK else None  # whose buffers are declared
+    try:
+        materialise(module, mesh, seed=cfg.run.seed, name=name, device=device, again=again)
+    except ValueError as error:
+        raise Refused(f"model.{name}: {error}") from error
+    return module

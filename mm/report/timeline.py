@@ -1,0 +1,88 @@
+"""The picture of a step: simulated from FLOPs before anything runs, measured from one that ran."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from llm.config import head_flops, layer_costs
+from mm.plan.blueprint import SINK, Blueprint
+from mm.plan.flops import forward_flops
+from mm.plan.step_plan import StepPlan
+from mm.ranks.control import Control
+from parallel.schedule import Costs, Kind, Record, SchedulePlan, simulate
+from parallel.schedule.drawing.chart import Chart, measured, simulated
+from parallel.schedule.drawing.picture import draw, save
+from parallel.schedule.drawing.trace import save_trace
+from parallel.schedule.simulator.costs import USUAL
+
+RATE = 1e10  # FLOP/s of a rank; a drawing needs proportions, and this is about one CPU core
+
+
+def flop_costs(blueprint: Blueprint, plan: StepPlan) -> Costs:
+    """Costs of a step's actions by FLOPs alone, at RATE a rank; transfers cost nothing."""
+    compute: dict[tuple[str, Kind] | tuple[str, int, Kind], float] = {}
+    load: dict[tuple[str, int], float] = {}
+    work = [forward_flops(blueprint, mb) for mb in plan.microbatches]
+    for m in blueprint.modules:
+        layout = blueprint.layouts[m]
+        mean = sum(w[m] for w in work) / len(work)
+        for i, w in enumerate(work):
+            load[m, i] = w[m] / mean if mean else 0.0
+        for stage, share in enumerate(_stage_shares(blueprint, m)):
+            one = mean * share / (layout.size // layout.pp) / RATE
+            for kind, times in USUAL.items():
+                compute[m, stage, kind] = one * (1.0 if m in blueprint.frozen else times)
+    return Costs(compute=compute, load=load)
+
+
+def _stage_shares(blueprint: Blueprint, module: str) -> list[float]:
+    """The part of a module's FLOPs that each of its stages has."""
+    stages = blueprint.stages[module]
+    if module != SINK:
+        return [len(s.layers) / stages[-1].stop for s in stages]
+    lengths = (blueprint.cfg.data.context,)
+    layers, head = layer_costs(blueprint.llm, lengths), head_flops(blueprint.llm, lengths)
+    parts = [sum(layers[s.start : s.stop]) + (head if s.last else 0.0) for s in stages]
+    return [part / sum(parts) for part in parts]
+
+
+def draw_simulated(blueprint: Blueprint, plan: StepPlan, folder: Path) -> list[Path]:
+    """Draw a step as its FLOPs would have it: schedule.svg and schedule.png in `folder`."""
+    line = simulate(blueprint.schedule(plan.active), flop_costs(blueprint, plan))
+    return _save(simulated(line), folder, "schedule")
+
+
+def draw_measured(
+    schedule: SchedulePlan, records: list[Record], control: Control, rank: int, folder: Path, step: int
+) -> list[Path]:
+    """Draw a step that ran, and write its trace for Perfetto; every rank calls this, the first one writes.
+
+    Times are of the wall clock, which machines are taken to agree on.
+    """
+    # What each rank did is in the plan: only times are gathered.
+    most = max(len(actions) for actions in schedule.programs)
+    times = np.zeros((most, 3))
+    wall = time.time() - time.perf_counter()
+    times[: len(records)] = np.reshape([(r.start, r.end, r.ready) for r in records], (-1, 3)) + wall
+    table = control.gather(times.reshape(-1).tolist()).reshape(-1, most, 3)
+    if rank:
+        return []
+    by_rank = {
+        r: [Record(a, *map(float, t)) for a, t in zip(schedule.actions(r), table[r], strict=False)]
+        for r in schedule.ranks
+    }
+    pictures = _save(measured(schedule, by_rank), folder, f"schedule-{step}")
+    trace = folder / f"trace-{step}.json"
+    save_trace(by_rank, trace)
+    return [*pictures, trace]
+
+
+def _save(chart: Chart, folder: Path, stem: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    picture, paths = draw(chart), [folder / f"{stem}.svg", folder / f"{stem}.png"]
+    for path in paths:
+        save(picture, path)
+    return paths

@@ -1,0 +1,196 @@
+"""What a run shows and writes: a line a step, a bar, tables; metrics.jsonl, log.txt, TensorBoard."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console as Rich
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from mm.errors import Refused
+
+if TYPE_CHECKING:
+    from mm.train.evaluate import Evaluation
+
+
+class Console:
+    """Output of a run; only the lead rank shows and writes anything but warnings.
+
+    first: steps done before this start, whose metrics are kept. tensorboard: write its files too.
+    """
+
+    def __init__(
+        self, run_dir: Path, steps: int, *, first: int, lead: bool, tensorboard: bool = False
+    ) -> None:
+        self.lead, self.steps = lead, steps
+        self._rich = Rich(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._board: Any = None
+        if not lead:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(run_dir)
+        # A resumed run goes on in the same files; one from the start begins them anew.
+        metrics = run_dir / "metrics.jsonl"
+        _forget_after(metrics, first)
+        self._metrics = metrics.open("a")
+        self._log = (run_dir / "log.txt").open("a" if first else "w")
+        self._board = _tensorboard(run_dir, first) if tensorboard else None
+        if self._rich.is_terminal:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self._rich)
+            self._task = self._progress.add_task("train", total=steps, completed=first)
+            self._progress.start()
+        self._began, self._first = time.monotonic(), first
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Show and write one step's metrics."""
+        if not self.lead:
+            return
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self._say(step_line(record, self.steps, self._eta(record["step"])))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record["step"])
+        shown = {key: record[key] for key in ("loss", "grad_norm", "lr", "tokens_per_s", "step_s")}
+        shown |= {f"grad_norm/{m}": norm for m, norm in record["grad_norm_by_module"].items()}
+        self._plot(record["step"], shown)
+
+    def _plot(self, step: int, values: Mapping[str, float]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def _eta(self, step: int) -> float:
+        done = max(1, step - self._first)
+        return (time.monotonic() - self._began) / done * (self.steps - step)
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Show and write an evaluation."""
+        if not self.lead:
+            return
+        record = {"step": step, "eval_loss": result.loss, "modality_lift": dict(result.lift)}
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self._plot(step, {"eval_loss": result.loss, **{f"lift/{m}": v for m, v in result.lift.items()}})
+        lifts = "  ".join(f"{m} lift {v:.3f}" for m, v in result.lift.items())
+        self._say(f"evaluation after step {step}: loss {result.loss:.4f}  {lifts}")
+
+    def lift_table(self, result: Evaluation, blind: Mapping[str, float]) -> None:
+        """The closing table: what each modality is worth. blind: by module, the loss of a blind guess."""
+        if not self.lead:
+            return
+        table = Table(title="held-out loss of the tokens that depend on a modality, nats a token")
+        for heading in ("modality", "intact", "items permuted", "lift", *(["blind guess"] if blind else [])):
+            table.add_column(heading, justify="left" if heading == "modality" else "right")
+        for m, lift in result.lift.items():
+            intact = result.intact[m]
+            guess = [f"{blind[m]:.3f}" if m in blind else "-"] if blind else []
+            table.add_row(m, f"{intact:.3f}", f"{intact + lift:.3f}", f"{lift:+.3f}", *guess)
+        self._rich.print(table)
+        Rich(file=self._log, width=100).print(table)
+
+    def info(self, text: str) -> None:
+        """A line from the lead rank."""
+        if self.lead:
+            self._say(text)
+
+    def note(self, text: str) -> None:
+        """A line for the log alone, of what was said already."""
+        if self.lead:
+            self._log.write(text + "\n")
+
+    def warn(self, text: str) -> None:
+        """A line from whichever rank noticed."""
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+        if self.lead:
+            self._log.write(f"warning: {text}\n")
+
+    def _say(self, text: str) -> None:
+        self._rich.print(text, markup=False)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def close(self) -> None:
+        """Finish the bar and the files."""
+        if not self.lead:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+        if self._board is not None:
+            self._board.close()
+        self._metrics.close()
+        self._log.close()
+        os.close(self._lock)
+
+
+def lock(run_dir: Path) -> int:
+    """Keep a run's folder to this process until the returned descriptor is closed, or the process ends.
+
+    Raises Refused where another process has it. File systems without locks keep nothing out.
+    """
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise Refused(f"another run is writing to run.dir {run_dir}; needed: a folder of its own") from None
+    except OSError:
+        pass
+    return handle
+
+
+def step_line(record: Mapping[str, Any], steps: int, eta_s: float) -> str:
+    """One line of progress."""
+    norms = " ".join(f"{m} {v:.3g}" for m, v in record["grad_norm_by_module"].items())
+    boundary = sum(v["seconds"] for v in record["boundary"].values())
+    return (
+        f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.4f}  grad {norms}  "
+        f"{record['tokens_per_s']:.0f} tok/s  {record['tflops_per_device']:.4f} TFLOPS/dev  "
+        f"{record['peak_memory_bytes'] / 2**20:.0f} MiB  boundary {boundary * 1e3:.1f} ms  "
+        f"data {record['data_s'] * 1e3:.1f} ms  ETA {eta_s:.0f} s"
+    )
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop the records of later steps: those since the checkpoint that is resumed from will be made again.
+
+    A last line that a killed run left unfinished is dropped too.
+    """
+    kept = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    metrics.write_text("".join(kept))
+
+
+def _tensorboard(run_dir: Path, first: int) -> Any:
+    """A TensorBoard writer; what earlier starts wrote of steps after `first` is no longer shown."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)

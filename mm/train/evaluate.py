@@ -1,0 +1,133 @@
+"""Held-out loss, and what each modality is worth to the model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mm.data.index import Sample, parse_segments
+from mm.data.order import permute_items
+from mm.data.reader import BadSample, ShardReader
+from mm.errors import DataError
+from mm.ranks.batch import RankMicrobatch
+from mm.ranks.feed import prepare
+from mm.ranks.job import Data, Job
+from mm.ranks.stop import Asked, Stop
+from mm.train.step import run_step
+
+REPEATS = 5  # how often answers occur on average, for their frequencies to mean something
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats a supervised token. lift[m]: mean loss of the tokens that depend on module m, with m's items
+    exchanged between samples, minus the same with everything intact; intact[m] is the latter."""
+
+    loss: float
+    lift: Mapping[str, float]
+    intact: Mapping[str, float]
+
+
+class _Unreadable(Exception):
+    """Samples that some rank could not read, by id; mine: what this rank has to say about them."""
+
+    def __init__(self, ids: frozenset[int], mine: Sequence[BadSample]) -> None:
+        super().__init__(f"unreadable samples {sorted(ids)}")
+        self.ids, self.mine = ids, mine
+
+
+def evaluate(
+    job: Job,
+    data: Data,
+    samples: Sequence[Sample],
+    seed: int,
+    stop: Stop | None = None,
+    warn: Callable[[str], None] = print,
+) -> Evaluation:
+    """Evaluate `samples` intact and with each modality's items permuted; every rank calls this alike.
+
+    Unreadable samples are named and left out, on all ranks alike. Raises DataError where none is left, and
+    Asked, on all ranks, where `stop` of one of them was asked to end.
+    """
+    while samples:
+        try:
+            return _evaluate(job, data, samples, seed, stop)
+        except _Unreadable as found:
+            for error in found.mine:
+                warn(f"not evaluated: {error}")
+            samples = [s for s in samples if s.id not in found.ids]
+    raise DataError("no evaluation sample can be read")
+
+
+def _evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int, stop: Stop | None) -> Evaluation:
+    modules = list(job.blueprint.inputs.encoders)
+    loss, intact = _mean_losses(job, data, samples, stop)
+    lift = {}
+    for module in modules:
+        _, mixed = _mean_losses(job, data, permute_items(samples, module, seed), stop)
+        lift[module] = mixed[module] - intact[module]
+    return Evaluation(loss, lift, intact)
+
+
+def _mean_losses(
+    job: Job, data: Data, samples: Sequence[Sample], stop: Stop | None
+) -> tuple[float, dict[str, float]]:
+    """Mean loss over all supervised tokens, and over those that depend on each module."""
+    modules = list(job.blueprint.inputs.encoders)
+    sums = [0.0] * (2 + 2 * len(modules))
+
+    def add(mb: RankMicrobatch, token_loss: Tensor) -> None:
+        assert mb.llm is not None
+        if not job.counts_loss:
+            return
+        sums[0] += float(token_loss.sum())
+        sums[1] += float((mb.llm.labels >= 0).sum())
+        for k, module in enumerate(modules):
+            sums[2 + 2 * k] += float(token_loss[mb.depends[module]].sum())
+            sums[3 + 2 * k] += float(mb.depends[module].sum())
+
+    batch = job.blueprint.cfg.train.global_batch
+    modes = [(sub, sub.training) for part in job.modules() for sub in part.modules()]
+    for sub, _ in modes:
+        sub.training = False
+    for step, at in enumerate(range(0, len(samples), batch)):
+        if stop is not None and job.control.any(stop.asked):
+            raise Asked
+        prepared = prepare(step, samples[at : at + batch], data.assembler)
+        found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
+        if found:
+            raise _Unreadable(found, prepared.bad)
+        run_step(job, prepared, train=False, on_tokens=add)
+    for sub, training in modes:  # a wrapped module may have parts that always are in eval mode
+        sub.training = training
+    total = job.control.gather(sums).sum(axis=0)
+    means = total[0::2] / total[1::2].clip(min=1.0)
+    return float(means[0]), {m: float(means[1 + k]) for k, m in enumerate(modules)}
+
+
+def blind_guess(samples: Sequence[Sample], reader: ShardReader) -> dict[str, float]:
+    """By module, nats a token of a guess that knows only how often each text that depends on it occurs.
+
+    That is the entropy of those texts: a model that is blind to the module, and to whom the text around tells
+    nothing of them, can do no better. Modules whose texts hardly repeat, such as captions, are left out.
+    """
+    texts: dict[str, Counter[str]] = {}
+    for sample in (s for s in samples if not s.cut):
+        try:
+            written = parse_segments(reader.read(sample, sample.json))
+        except BadSample:  # gone since it was evaluated
+            continue
+        for seg in written:
+            if seg.text and seg.depends is not None and seg.loss:
+                texts.setdefault(seg.depends, Counter())[seg.text] += 1
+    out = {}
+    for module, found in texts.items():
+        total = found.total()
+        if total >= REPEATS * len(found):
+            nats = -sum(n * math.log(n / total) for n in found.values())
+            out[module] = nats / sum(n * len(text.encode()) for text, n in found.items())
+    return out

@@ -1,0 +1,165 @@
+"""Distributed checkpoints: written beside the old one, published by a rename, loadable under any layout.
+
+Tensors go through torch.distributed.checkpoint with their global shapes, so a checkpoint does not know the
+layout it was written under. Everything else is JSON. A manifest lists every file's size and sha256.
+
+    DIR/step-00000120/          published; `.metadata`, `__R_N.distcp`, state.json, manifest.json
+    DIR/step-00000120.tmp/      being written, or removed; ignored, and cleared away by the next save
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from parallel.checkpoint import manifest
+from parallel.checkpoint.manifest import MANIFEST, BadCheckpoint, structure, verify
+from parallel.checkpoint.metadata import SafeReader
+
+__all__ = [
+    "MANIFEST",
+    "STATE",
+    "BadCheckpoint",
+    "describe",
+    "first_cause",
+    "load",
+    "published",
+    "read_state",
+    "save",
+    "step_of",
+    "structure",
+    "verify",
+]
+
+STATE = "state.json"
+
+
+def save(
+    directory: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write `tensors` (each rank its own shards) and the JSON `state`; every rank of the job calls this.
+
+    The checkpoint appears under its final name only when all ranks have written; then all but the newest
+    `keep` (0: all stay) are removed. Returns its path. Needs storage that all ranks see.
+    """
+    final = directory / f"step-{step:08d}"
+    partial = final.with_suffix(".tmp")
+    lead = dist.get_rank() == 0
+    if lead:
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob("step-*.tmp"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+    dist.barrier()
+    dcp.save(dict(tensors), storage_writer=FileSystemWriter(partial, sync_files=True))
+    sums = _gather_sums(partial)
+    if lead:
+        manifest.write(partial, sums)
+        if final.exists():
+            _remove(final)
+        os.replace(partial, final)
+        manifest.sync(directory)
+        for old in published(directory)[:-keep] if keep else ():
+            _remove(old)
+    dist.barrier()
+    return final
+
+
+def _gather_sums(folder: Path) -> dict[str, manifest.Entry]:
+    """The entries of all files: each rank reads what it has written itself, the first one the others too."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    written = {name: re.match(r"__(\d+)_\d+\.distcp$", name) for name in manifest.names(folder)}
+    mine = [n for n, m in written.items() if (int(m[1]) == rank if m else rank == 0)]
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, {n: manifest.entry_of(folder / n) for n in mine})
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint. Under its own name a part of it would be left, should this be cut short."""
+    going = path.with_suffix(".gone.tmp")
+    os.replace(path, going)
+    shutil.rmtree(going)
+
+
+def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Fill `tensors` in place from the checkpoint at `path`, whatever layout wrote it; returns its state.
+
+    The tensors' files are read as they are: verify() first. Raises BadCheckpoint where they cannot be read,
+    and, naming the keys, where the model has others or other shapes than the checkpoint.
+    """
+    reader = SafeReader(path)
+    stored = {name: tuple(entry.size) for name, entry in reader.tensors().items()}
+    check_fits(path, stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    try:
+        dcp.load(dict(tensors), storage_reader=reader)
+    except CheckpointException as error:  # no Exception: nothing else would catch it
+        raise BadCheckpoint(f"{path} cannot be read: {first_cause(error)}") from error
+    return read_state(path)
+
+
+def check_fits(
+    path: Path, stored: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise BadCheckpoint where a model needs other tensors, or other shapes, than the checkpoint at `path`
+    has; what it has beside them is left."""
+    missing, unknown = sorted(needed.keys() - stored.keys()), sorted(stored.keys() - needed.keys())
+    if missing:
+        raise BadCheckpoint(
+            f"{path} lacks {len(missing)} tensors of this model, first {missing[0]}; it has "
+            f"{len(unknown)} others{', first ' + unknown[0] if unknown else ''}"
+        )
+    for name, shape in needed.items():
+        if stored[name] != shape:
+            raise BadCheckpoint(f"{path}: {name} has shape {stored[name]}, this model needs {shape}")
+
+
+def first_cause(error: BaseException) -> str:
+    """The first cause of a failed save or load, in a line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    while error.__context__ is not None:
+        error = error.__context__
+    return " ".join(str(error).split())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    content = manifest.read(path, STATE)
+    try:
+        state = json.loads(content)
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} has no readable {STATE}: {error}") from error
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise BadCheckpoint(f"{path}: {STATE} does not say after which step it was written")
+    return state
+
+
+def published(directory: Path) -> list[Path]:
+    """The checkpoints below `directory`, oldest first: those that are damaged too, which verify() tells."""
+    found = [p for p in directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: (step_of(p), p.name))
+
+
+def step_of(path: Path) -> int:
+    """After how many steps a published checkpoint was written, as its name says."""
+    return int(path.name.removeprefix("step-"))
+
+
+def describe(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Global shape and dtype of every tensor of a checkpoint; reads no tensor data."""
+    stored = SafeReader(path).tensors()
+    return {k: (tuple(m.size), m.properties.dtype) for k, m in stored.items()}

@@ -1,0 +1,205 @@
+"""Reads what torch.distributed.checkpoint keeps about a checkpoint, a pickle, without running anything of it.
+
+The pickle may name the few classes listed here and no other. In the place of each it is given a plain record,
+made for this one reading, that keeps what it was given; nothing of torch's is reached. The records are then
+looked through, and torch's own objects are made of the names and numbers found in them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from parallel.checkpoint import manifest
+from parallel.checkpoint.manifest import BadCheckpoint
+
+METADATA = ".metadata"
+_TORCH = "torch.distributed.checkpoint.metadata"
+_FILES = "torch.distributed.checkpoint.filesystem"
+_RECORDS = {
+    (_TORCH, "Metadata"),
+    (_TORCH, "TensorStorageMetadata"),
+    (_TORCH, "BytesStorageMetadata"),
+    (_TORCH, "ChunkStorageMetadata"),
+    (_TORCH, "TensorProperties"),
+    (_TORCH, "MetadataIndex"),
+    (_TORCH, "StorageMeta"),
+    (_TORCH, "_MEM_FORMAT_ENCODING"),
+    (_FILES, "_StorageInfo"),
+    # The folder that it was written to; Python 3.13 has another name for the class.
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+_VALUES: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch", "Size"): tuple,
+    ("torch.serialization", "_get_layout"): str,
+}
+_DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+
+
+class SafeReader(FileSystemReader):
+    """Reads a checkpoint's tensors, and their metadata without unpickling anything but plain records.
+
+    Tensors themselves are read by torch.load with weights_only, which makes nothing but tensors.
+    """
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """What is known of every tensor without reading it."""
+        entries = self.read_metadata().state_dict_metadata
+        return {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata; raises BadCheckpoint where they are anything but tensors in listed files."""
+        folder = Path(self.path)
+        content = manifest.read(folder, METADATA)
+        listed = manifest.entries(folder)
+        try:
+            metadata = _Reading().load(content)
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{folder / METADATA}: {error}") from None
+        except Exception as error:  # what a damaged or hostile pickle raises can be anything
+            raise BadCheckpoint(f"{folder / METADATA} is unreadable: {error}") from error
+        for info in metadata.storage_data.values():
+            if info.relative_path not in listed:
+                raise BadCheckpoint(
+                    f"{folder / METADATA} names {info.relative_path!r}, no listed file of this folder"
+                )
+            if info.offset + info.length > listed[info.relative_path].bytes:
+                raise BadCheckpoint(f"{folder / METADATA} reads beyond the end of {info.relative_path}")
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+class _Record:
+    """Stands in for an object: the arguments it was made with, and the state it was given."""
+
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any) -> _Record:
+        self = super().__new__(cls)
+        self.args, self.state = args, None
+        return self
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Reading:
+    """One reading of one pickle. The records' classes are its own: what is done to them ends with it."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[tuple[str, str], type[_Record]] = {
+            key: type(key[1], (_Record,), {}) for key in _RECORDS
+        }
+
+    def load(self, content: bytes) -> Metadata:
+        top = _Unpickler(io.BytesIO(content), self.kinds).load()
+        fields = self._fields(top, "Metadata")
+        tensors, places = fields["state_dict_metadata"], fields["storage_data"]
+        if type(tensors) is not dict or type(places) is not dict:
+            _refuse("no mapping of tensors", fields)
+        stored = {self._index(k): self._place(v) for k, v in places.items()}
+        out = {_text(name): self._tensor(name, value) for name, value in tensors.items()}
+        for name, tensor in out.items():
+            for chunk in tensor.chunks:
+                if MetadataIndex(name, chunk.offsets) not in stored:
+                    raise BadCheckpoint(f"{name}: a part at {list(chunk.offsets)} is nowhere")
+        return Metadata(state_dict_metadata=dict(out), storage_data=stored)
+
+    def _fields(self, value: Any, name: str) -> dict[str, Any]:
+        """The fields of a record of that name."""
+        kind = self.kinds[_FILES if name == "_StorageInfo" else _TORCH, name]
+        if type(value) is not kind or type(value.state) is not dict:
+            _refuse(f"no {name}", value)
+        return value.state
+
+    def _tensor(self, name: str, value: Any) -> TensorStorageMetadata:
+        if type(value) is not self.kinds[_TORCH, "TensorStorageMetadata"]:
+            raise BadCheckpoint(f"{name} is not a tensor; refusing to unpickle it")
+        fields = self._fields(value, "TensorStorageMetadata")
+        properties = fields["properties"]
+        if type(properties) is not self.kinds[_TORCH, "TensorProperties"]:
+            _refuse("no TensorProperties", properties)
+        # Its state is a tuple, dtype first (torch's TensorProperties.__getstate__).
+        dtype = properties.state[0]
+        if not isinstance(dtype, torch.dtype):
+            _refuse("no dtype", dtype)
+        size, chunks = _shape(fields["size"]), []
+        for chunk in fields["chunks"]:
+            parts = self._fields(chunk, "ChunkStorageMetadata")
+            at, lengths = _shape(parts["offsets"]), _shape(parts["sizes"])
+            if not len(at) == len(lengths) == len(size) or any(
+                a + n > s for a, n, s in zip(at, lengths, size, strict=True)
+            ):
+                raise BadCheckpoint(f"{name}: a part at {list(at)} does not lie inside {list(size)}")
+            chunks.append(ChunkStorageMetadata(at, lengths))
+        if sum(math.prod(c.sizes) for c in chunks) != math.prod(size):
+            raise BadCheckpoint(f"{name}: its parts do not make up {list(size)}")
+        return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+    def _index(self, value: Any) -> MetadataIndex:
+        fields = self._fields(value, "MetadataIndex")
+        hint, offset = fields.get("index"), fields.get("offset")
+        place = None if offset is None else _shape(offset)
+        return MetadataIndex(_text(fields["fqn"]), place, None if hint is None else _count(hint))
+
+    def _place(self, value: Any) -> _StorageInfo:
+        fields = self._fields(value, "_StorageInfo")
+        if fields.get("transform_descriptors"):
+            raise BadCheckpoint("its tensors are transformed; needed: plain ones")
+        return _StorageInfo(
+            _text(fields["relative_path"]), _count(fields["offset"]), _count(fields["length"])
+        )
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes records, tuples, texts and dtypes."""
+
+    def __init__(self, file: io.BytesIO, kinds: dict[tuple[str, str], type[_Record]]) -> None:
+        super().__init__(file)
+        self._kinds = kinds
+
+    def find_class(self, module: str, name: str) -> Any:
+        key = (module, name)
+        if key in self._kinds:
+            return self._kinds[key]
+        if key in _VALUES:
+            return _VALUES[key]
+        if module == "torch" and f"torch.{name}" in _DTYPES:
+            return _DTYPES[f"torch.{name}"]
+        raise BadCheckpoint(f"refusing to load {module}.{name}")
+
+
+def _text(value: Any) -> str:
+    return value if type(value) is str else _refuse("no text", value)
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else _refuse("no count", value)
+
+
+def _shape(value: Any) -> torch.Size:
+    return torch.Size(map(_count, value)) if type(value) is tuple else _refuse("no shape", value)
+
+
+def _refuse(what: str, value: Any) -> NoReturn:
+    raise BadCheckpoint(f"{what} where one is expected, but a {type(value).__name__}")

@@ -1,0 +1,76 @@
+"""Messages between the pipeline ranks of one module: activations onward, gradients back.
+
+Shapes follow from the step plan, so nothing is agreed here; empty tensors are not sent at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.comm.waiting import wait_for
+
+
+class _Sent(NamedTuple):
+    """A message under way."""
+
+    work: Any
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """One direction of a module's pipeline. name: what errors call it; timeout_s bounds every wait."""
+
+    name: str
+    group: dist.ProcessGroup
+    timeout_s: float
+    _sent: dict[tuple[int, int], _Sent] = field(default_factory=dict, repr=False)
+
+    def send(self, x: Tensor, peer: int, tag: int) -> None:
+        """Start sending x to global rank `peer`. It is kept until let_go() or finish(): host backends do
+        not say whether a message has left."""
+        if not x.numel():
+            return
+        x = x.contiguous()
+        self._sent[peer, tag] = _Sent(dist.isend(x, peer, group=self.group, tag=tag), x)
+
+    def let_go(self, peer: int, tag: int) -> None:
+        """Wait until a message has left, which it does once `peer` has started to receive it."""
+        sent = self._sent.pop((peer, tag), None)  # empty ones were never sent
+        if sent is not None:
+            self._wait(sent.work, sent.x.device, "take its message", peer)
+
+    def receive(
+        self, shape: Sequence[int], peer: int, tag: int, *, dtype: torch.dtype, device: torch.device
+    ) -> Callable[[], Tensor]:
+        """Start receiving a tensor from global rank `peer`; the result waits for it and returns it."""
+        x = torch.empty(tuple(shape), dtype=dtype, device=device)
+        if not x.numel():
+            return lambda: x
+        work = dist.irecv(x, peer, group=self.group, tag=tag)
+
+        def wait() -> Tensor:
+            self._wait(work, device, "send", peer)
+            return x
+
+        return wait
+
+    def finish(self) -> None:
+        """Wait for all sends under way."""
+        for peer, tag in list(self._sent):
+            self.let_go(peer, tag)
+
+    def _wait(self, work: Any, device: torch.device, what: str, peer: int) -> None:
+        try:
+            wait_for(work, device, self.timeout_s)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"pipeline {self.name}: rank {peer} did not {what} within {self.timeout_s:g} s; it has "
+                f"ended, or is busy with other work ({str(error).splitlines()[0]})"
+            ) from error

@@ -1,0 +1,152 @@
+"""How the rows of one hop travel: rows of x to the peers of `sends`, rows of `out` from those of `recvs`.
+
+Each start_* puts everything under way and returns what completes it.
+
+Where a peer's rows are consecutive they are sent from, and received in, their place without a copy.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.comm.waiting import wait_for
+from parallel.sequence.intervals import NONE, Rows, count, rows_of
+
+Finish = Callable[[], None]
+Messages = Sequence[tuple[int, Rows]]  # (peer rank, rows), one entry a peer
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What a transfer is called in errors, the group that it runs in and the longest wait, in seconds."""
+
+    name: str
+    group: dist.ProcessGroup
+    timeout_s: float
+
+    def call(self, peers: list[int], call: Callable[[], Any]) -> Any:
+        """call(), its failure told in words: RuntimeError naming the edge, the direction and `peers`."""
+        try:
+            return call()
+        except RuntimeError as error:
+            head, *others = [f"rank {p}" for p in dict.fromkeys(peers)]
+            more = f" (or from {', '.join(others)})" if others else ""
+            raise RuntimeError(
+                f"{self.name}: no answer from {head}{more} within {self.timeout_s:g} s; "
+                f"it has ended, or is busy with other work ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def tag_of(name: str) -> int:
+    """The tag of a hop's messages: by it, hops that pass each other between two ranks are told apart."""
+    return zlib.crc32(name.encode()) >> 1
+
+
+def start_p2p(channel: Channel, sends: Messages, recvs: Messages, x: Tensor, out: Tensor, tag: int) -> Finish:
+    """One message for each peer, of exactly its rows. tag: keeps the hops of transfers under way apart."""
+    ops, landing, peers = [], [], []
+    # Receives first: what arrives then goes straight to its place.
+    for peer, rows in recvs:
+        buffer = out[rows] if isinstance(rows, slice) else out.new_empty((len(rows), *out.shape[1:]))
+        landing.append((rows, buffer))
+        ops.append(dist.P2POp(dist.irecv, buffer, peer, channel.group, tag))
+        peers.append(peer)
+    for peer, rows in sends:
+        ops.append(dist.P2POp(dist.isend, pick(x, rows), peer, channel.group, tag))
+        peers.append(peer)
+    works = channel.call(peers, lambda: dist.batch_isend_irecv(ops)) if ops else []
+    # gloo has one handle a message, in order; other backends may have one for the batch.
+    single = len(works) == len(peers)
+
+    def finish() -> None:
+        deadline = time.monotonic() + channel.timeout_s
+        for i, work in enumerate(works):
+            left = deadline - time.monotonic()
+            waiting = peers[i : i + 1] if single else peers
+            channel.call(waiting, partial(wait_for, work, x.device, left))
+            if single and i < len(landing):
+                unpack(*landing[i])  # while others are still on their way
+        if not single:
+            for rows, buffer in landing:
+                unpack(rows, buffer)
+        ops.clear()  # the messages' memory, which was ours to keep until here
+
+    def unpack(rows: Rows, buffer: Tensor) -> None:
+        if not isinstance(rows, slice):
+            put(out, rows, buffer)
+
+    return finish
+
+
+def start_all_to_all(
+    channel: Channel, sends: Messages, recvs: Messages, x: Tensor, out: Tensor, tag: int
+) -> Finish:
+    """One collective with uneven splits, in which every rank of the group takes part. Collectives have no
+    tag: all ranks start them in the same order."""
+    ranks = dist.get_process_group_ranks(channel.group)
+    to, of = dict(sends), dict(recvs)
+    out_rows, in_rows = [of.get(r, NONE) for r in ranks], [to.get(r, NONE) for r in ranks]
+    packed, place = pick(x, joined(in_rows)), joined(out_rows)
+    splits_in, splits_out = [count(rows) for rows in in_rows], [count(rows) for rows in out_rows]
+    landed = out[place] if isinstance(place, slice) else out.new_empty((len(place), *out.shape[1:]))
+    work = channel.call(
+        ranks,
+        lambda: dist.all_to_all_single(
+            landed, packed, splits_out, splits_in, group=channel.group, async_op=True
+        ),
+    )
+
+    def finish() -> None:
+        others = [r for r in ranks if r != dist.get_rank()]
+        channel.call(others, partial(wait_for, work, x.device, channel.timeout_s))
+        if not isinstance(place, slice):
+            put(out, place, landed)
+
+    return finish
+
+
+def pick(x: Tensor, rows: Rows) -> Tensor:
+    """Rows of x: a view where they are consecutive, else one indexed copy."""
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, _index(rows, x))
+
+
+def put(out: Tensor, rows: Rows, values: Tensor) -> None:
+    """Write `values` to rows of out."""
+    if not isinstance(rows, slice):
+        out.index_copy_(0, _index(rows, out), values)
+    elif rows.stop > rows.start:
+        out[rows].copy_(values)
+
+
+def move(out: Tensor, to: Rows, x: Tensor, rows: Rows) -> None:
+    """Copy rows of x to rows of out, in one pass wherever the one or the other are consecutive."""
+    if isinstance(to, slice) and not isinstance(rows, slice):
+        torch.index_select(x, 0, _index(rows, x), out=out[to])
+    else:
+        put(out, to, pick(x, rows))
+
+
+def joined(parts: list[Rows]) -> Rows:
+    """All parts in this order."""
+    start = np.concatenate([[rows.start] if isinstance(rows, slice) else rows for rows in parts])
+    length = np.concatenate(
+        [[count(rows)] if isinstance(rows, slice) else np.ones_like(rows) for rows in parts]
+    )
+    some = np.flatnonzero(length)
+    return rows_of(start[some], length[some])
+
+
+def _index(rows: np.ndarray, like: Tensor) -> Tensor:
+    index = torch.from_numpy(rows)
+    # From pinned memory the copy waits for nothing.
+    return index if like.device.type == "cpu" else index.pin_memory().to(like.device, non_blocking=True)

@@ -1,7 +1,0 @@
-"""Context parallelism: a sequence's tokens cut over ranks."""
-
-from parallel.context.attention import context_attention
-from parallel.context.packing import ContextPacking, pack
-from parallel.stream import Order, context_spans, piece_count
-
-__all__ = ["ContextPacking", "Order", "context_attention", "context_spans", "pack", "piece_count"]

@@ -1,0 +1,69 @@
+"""Token dispatch by all-gather: every rank of ep sees all tokens and computes those of its own experts.
+
+It moves each token to every rank, so it pays where a token chooses about as many experts as there are ranks,
+or on a network that is slow with many small messages. The other dispatcher is in all_to_all.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.comm.collectives import gather_tokens, reduce_tokens
+from parallel.expert_parallel.all_to_all import Route, combine, dispatch, plan_route
+from parallel.topology.axis import Axis
+
+
+@dataclass(frozen=True)
+class GatherRoute:
+    """Which of all ranks' tokens this rank's experts take.
+
+    widest: tokens of the rank that has most, which all are padded to for the exchange; own: how the choices
+    that fall to this rank's experts are dealt, of the padded tokens of all ranks.
+    """
+
+    axis: Axis
+    widest: int
+    own: Route
+
+    @property
+    def per_expert(self) -> list[int]:
+        """Rows of each local expert."""
+        return self.own.per_expert
+
+
+def plan_gather(expert: Tensor, n_experts: int, axis: Axis, keep: Tensor | None = None) -> GatherRoute:
+    """Route from the chosen experts [n, k] (int64) of n tokens; collectives over `axis`, two host waits.
+
+    keep [n, k] (bool): choices that are not dropped, None for all.
+    """
+    count = torch.tensor([expert.shape[0]], device=expert.device)
+    counts = count.new_empty(axis.size)
+    dist.all_gather_into_tensor(counts, count, group=axis.group)
+    widest = int(counts.max())
+    if keep is not None:
+        expert = torch.where(keep, expert, n_experts)
+    padded = F.pad(expert, (0, 0, 0, widest - expert.shape[0]), value=n_experts)
+    everyone = gather_tokens(padded, axis)  # [size * widest, k]
+    local = n_experts // axis.size
+    here = everyone - axis.rank * local
+    falls_here = (here >= 0) & (here < local)
+    own = plan_route(here.clamp(0, local - 1), local, Axis.single("ep"), falls_here)
+    return GatherRoute(axis, widest, own)
+
+
+def gather_dispatch(x: Tensor, route: GatherRoute) -> Tensor:
+    """Tokens [n, d] to the rows of this rank's experts [m, d], grouped by expert."""
+    padded = F.pad(x, (0, 0, 0, route.widest - x.shape[0]))
+    return dispatch(gather_tokens(padded, route.axis), route.own)
+
+
+def gather_combine(rows: Tensor, weight: Tensor, route: GatherRoute) -> Tensor:
+    """Expert outputs [m, d] back to tokens [n, d], summed with the router's weights [n, k]."""
+    n = weight.shape[0]
+    everyone = gather_tokens(F.pad(weight, (0, 0, 0, route.widest - n)), route.axis)
+    return reduce_tokens(combine(rows, everyone, route.own), route.axis)[:n]

@@ -1,0 +1,254 @@
+"""The picture of a step: a row a rank, time to the right, as SVG or, of the same shapes, PNG."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Literal
+
+from parallel.schedule.action import Kind
+from parallel.schedule.drawing.chart import Arrow, Bar, Chart
+
+# (forward, backward, weight gradient) of each module: the sink first, then sources. They stay apart in grey
+# and for red-green blindness.
+PALETTE = (
+    ("#5b6ee1", "#2f3c96", "#b6bff5"),
+    ("#14a38b", "#0a5f52", "#a5e0d5"),
+    ("#f0a030", "#a8640b", "#f8d9a6"),
+    ("#d9578a", "#8c2450", "#f2bcd2"),
+    ("#8a8f98", "#4a4f58", "#d2d5da"),
+)
+INK, SOFT, TRACK, PAPER, GRID = "#1f2430", "#6b7280", "#eceef2", "#ffffff", "#dfe2e8"
+LEFT, RIGHT, TOP, ROW, GAP, WIDTH = 168, 84, 74, 34, 12, 1280
+
+
+@dataclass(frozen=True)
+class Box:
+    """A filled rectangle with rounded corners; opacity 0 to 1."""
+
+    x: float
+    y: float
+    w: float
+    h: float
+    fill: str
+    radius: float = 0.0
+    opacity: float = 1.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line from (x1, y1) to (x2, y2) that leaves and arrives upright, with a dot at its end."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    colour: str
+    width: float = 1.0
+    opacity: float = 1.0
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words, the middle of their height at y."""
+
+    x: float
+    y: float
+    words: str
+    size: float = 12.0
+    colour: str = INK
+    anchor: Literal["start", "middle", "end"] = "start"
+    bold: bool = False
+
+
+Shape = Box | Curve | Text
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Shapes on white paper, in pixels, in the order that they are painted."""
+
+    width: int
+    height: int
+    shapes: tuple[Shape, ...]
+
+
+def draw(chart: Chart, *, title: str | None = None, width: int = WIDTH) -> Picture:
+    """Lay out a chart. title: above it; the schedule's name where None."""
+    scale = (width - LEFT - RIGHT) / (chart.seconds or 1.0)
+    bottom = TOP + len(chart.rows) * (ROW + GAP)
+    shapes: list[Shape] = [*_head(chart, title, width), *_axis(chart, scale, bottom)]
+    for k, row in enumerate(chart.rows):
+        y = TOP + k * (ROW + GAP)
+        shapes.append(Box(LEFT, y, width - LEFT - RIGHT, ROW, TRACK, 4))
+        shapes.append(Text(16, y + ROW / 2 - 7, row.label, 13, bold=True))
+        shapes.append(Text(16, y + ROW / 2 + 8, _shorten(row.lives, 26), 10.5, SOFT))
+        shapes.append(Text(width - 16, y + ROW / 2, f"{100 * row.bubble:.0f} % idle", 11, SOFT, "end"))
+    # Transfers pass behind the bars, which keeps the numbers legible: thin ones along pipelines, strong ones
+    # between modules.
+    for arrow in sorted(chart.arrows, key=lambda a: a.boundary):
+        shapes.append(_arrow(chart, arrow, scale))
+    for bar in chart.bars:
+        shapes += _bar(chart, bar, scale)
+    shapes += _legend(chart, bottom + 34, width)
+    return Picture(width, bottom + 62, tuple(shapes))
+
+
+def colours(chart: Chart, module: str) -> tuple[str, str, str]:
+    """(forward, backward, weight gradient) of a module: the last module, the sink, has the first."""
+    place = (list(chart.modules).index(module) + 1) % len(chart.modules)
+    return PALETTE[min(place, len(PALETTE) - 1)]
+
+
+def _head(chart: Chart, title: str | None, width: int) -> list[Shape]:
+    idle = sum(row.bubble for row in chart.rows) / max(1, len(chart.rows))
+    summary = f"step {_time(chart.seconds, chart.seconds)}, rows idle {100 * idle:.1f} % on average"
+    return [
+        Text(16, 24, title or f"schedule {chart.kind}", 17, bold=True),
+        Text(width - 16, 24, summary, 12, SOFT, "end"),
+    ]
+
+
+def _axis(chart: Chart, scale: float, bottom: float) -> list[Shape]:
+    out: list[Shape] = []
+    step = _tick(chart.seconds)
+    k = 0
+    while chart.seconds and k * step <= chart.seconds * 1.0001:
+        x = LEFT + k * step * scale
+        out.append(Box(x - 0.5, TOP - 8, 1, bottom - TOP + 4, GRID))
+        out.append(Text(x, TOP - 18, _time(k * step, chart.seconds), 10.5, SOFT, "middle"))
+        k += 1
+    return out
+
+
+def _bar(chart: Chart, bar: Bar, scale: float) -> list[Shape]:
+    forward, backward, weight = colours(chart, bar.module)
+    fill = {
+        Kind.FORWARD: forward,
+        Kind.BACKWARD: backward,
+        Kind.BACKWARD_INPUT: backward,
+        Kind.BACKWARD_WEIGHT: weight,
+    }[bar.kind]
+    x, w = LEFT + bar.start * scale, (bar.end - bar.start) * scale
+    y = TOP + bar.row * (ROW + GAP)
+    inset = min(0.6, w / 8)
+    out: list[Shape] = [Box(x + inset, y + 2, w - 2 * inset, ROW - 4, fill, min(3, w / 4))]
+    ink = INK if bar.kind is Kind.BACKWARD_WEIGHT else PAPER
+    if bar.chunk:  # later virtual stages carry a light band
+        out.append(Box(x + inset, y + 2, w - 2 * inset, 3.5 * bar.chunk, PAPER, 0, 0.45))
+    words = f"{bar.microbatch}" if bar.span == 1 else f"{bar.microbatch}-{bar.microbatch + bar.span - 1}"
+    if w >= 7 * len(words) + 2:
+        out.append(Text(x + w / 2, y + ROW / 2 + (1 if bar.chunk else 0), words, 11.5, ink, "middle", True))
+    return out
+
+
+def _arrow(chart: Chart, arrow: Arrow, scale: float) -> Curve:
+    down = arrow.target > arrow.source
+    y1 = TOP + arrow.source * (ROW + GAP) + (ROW if down else 0)
+    y2 = TOP + arrow.target * (ROW + GAP) + (-1 if down else ROW + 1)
+    x1, x2 = LEFT + arrow.start * scale, LEFT + arrow.end * scale
+    if not arrow.boundary:
+        return Curve(x1, y1, x2, y2, SOFT, 0.9, 0.55, arrow.backward)
+    colour = colours(chart, arrow.module)[1 if arrow.backward else 0]
+    return Curve(x1, y1, x2, y2, colour, 1.8, 0.9, arrow.backward)
+
+
+def _legend(chart: Chart, y: float, width: int) -> list[Shape]:
+    out: list[Shape] = []
+    x = float(LEFT)
+    split = any(b.kind is Kind.BACKWARD_WEIGHT for b in chart.bars)
+    for module in (*chart.modules[-1:], *chart.modules[:-1]):
+        names = [f"{module} forward", "backward"]
+        if split and any(b.kind is Kind.BACKWARD_WEIGHT and b.module == module for b in chart.bars):
+            names = [f"{module} forward", "input gradient", "weight gradient"]
+        for name, fill in zip(names, colours(chart, module), strict=False):
+            out += [Box(x, y - 6, 12, 12, fill, 3), Text(x + 17, y, name, 11, SOFT)]
+            x += 30 + 6.2 * len(name)
+        x += 14
+    if any(b.chunk for b in chart.bars):
+        out += [Box(x, y - 6, 12, 12, SOFT, 3), Box(x, y - 6, 12, 4, PAPER, 0, 0.45)]
+        out.append(Text(x + 17, y, "later virtual stage", 11, SOFT))
+        x += 150
+    out += [Box(x, y - 6, 12, 12, TRACK, 3), Text(x + 17, y, "idle", 11, SOFT)]
+    x += 60
+    if any(a.boundary for a in chart.arrows):
+        out += [Curve(x, y + 5, x + 12, y - 5, colours(chart, chart.modules[0])[0], 1.8, 0.9)]
+        out.append(Text(x + 20, y, "boundary", 11, SOFT))
+    return out
+
+
+def _tick(seconds: float) -> float:
+    """A round step that makes 5 to 12 ticks."""
+    if seconds <= 0:
+        return 1.0
+    step = 10.0**-9
+    while seconds / step > 12:
+        for factor in (2, 2.5, 2):
+            step *= factor
+            if seconds / step <= 12:
+                break
+    return step
+
+
+def _time(value: float, whole: float) -> str:
+    """A time in the unit that suits the whole."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if whole >= size or unit == "us":
+            return f"{value / size:.4g} {unit}"
+    raise AssertionError
+
+
+def _shorten(words: str, n: int) -> str:
+    return words if len(words) <= n else words[: n - 2] + ".."
+
+
+def to_svg(picture: Picture) -> str:
+    """The picture as one SVG document."""
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{picture.width}" height="{picture.height}" '
+        f'viewBox="0 0 {picture.width} {picture.height}" font-family="Helvetica, Arial, sans-serif">'
+    )
+    paper = f'<rect width="100%" height="100%" fill="{PAPER}"/>'
+    return "\n".join([head, paper, *(_svg(s) for s in picture.shapes), "</svg>"]) + "\n"
+
+
+def _svg(s: Shape) -> str:
+    if isinstance(s, Box):
+        round_ = f' rx="{s.radius:.2g}"' if s.radius else ""
+        see = f' opacity="{s.opacity:g}"' if s.opacity < 1 else ""
+        place = f'x="{s.x:.2f}" y="{s.y:.2f}" width="{s.w:.2f}" height="{s.h:.2f}"'
+        return f'<rect {place} fill="{s.fill}"{round_}{see}/>'
+    if isinstance(s, Text):
+        weight = ' font-weight="600"' if s.bold else ""
+        return (
+            f'<text x="{s.x:.2f}" y="{s.y:.2f}" font-size="{s.size:g}" fill="{s.colour}" '
+            f'text-anchor="{s.anchor}" dominant-baseline="central"{weight}>{escape(s.words)}</text>'
+        )
+    (x1, y1), (cx1, cy1), (cx2, cy2), (x2, y2) = control_points(s)
+    dash = ' stroke-dasharray="4 3"' if s.dashed else ""
+    path = f"M{x1:.2f} {y1:.2f}C{cx1:.2f} {cy1:.2f} {cx2:.2f} {cy2:.2f} {x2:.2f} {y2:.2f}"
+    return (
+        f'<g stroke="{s.colour}" opacity="{s.opacity:g}"><path d="{path}" fill="none" '
+        f'stroke-width="{s.width:g}"{dash}/><circle cx="{x2:.2f}" cy="{y2:.2f}" r="{s.width + 0.4:.2g}" '
+        f'stroke="none" fill="{s.colour}"/></g>'
+    )
+
+
+def control_points(s: Curve) -> tuple[tuple[float, float], ...]:
+    """The four points of the curve's cubic."""
+    bend = (s.y2 - s.y1) / 2
+    return ((s.x1, s.y1), (s.x1, s.y1 + bend), (s.x2, s.y2 - bend), (s.x2, s.y2))
+
+
+def save(picture: Picture, path: Path) -> None:
+    """Write a picture as .svg or .png, by the name's ending."""
+    if path.suffix == ".svg":
+        path.write_text(to_svg(picture))
+    elif path.suffix == ".png":
+        from parallel.schedule.drawing.png import to_png  # Pillow is needed for this alone
+
+        to_png(picture).save(path)
+    else:
+        raise ValueError(f"a drawing is written as .svg or .png, given {path.name}; nearest: {path.stem}.svg")

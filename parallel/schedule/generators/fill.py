@@ -1,0 +1,216 @@
+"""Encoder work in the idle time of the language model's pipeline (compare Optimus, arXiv 2408.03505).
+
+The pipeline's order stays as it is. Each of its ranks computes the encoders' forwards and backwards where, by
+the cost model, it would wait: late ranks ahead of their first micro-batch, early ranks between warm-up and
+first gradient, all after their last. So encoder actions of one micro-batch take place at different times on
+different ranks, which only encoders can whose forward and backward need no collective across pipeline stages.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from parallel.schedule.action import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    BOUNDARY_BACKWARD,
+    FORWARD,
+    Action,
+    Kind,
+)
+from parallel.schedule.generators.orders import Work
+from parallel.schedule.simulator.costs import Costs
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How eagerly encoder work goes before the pipeline's.
+
+    early: a forward is due when less than so many times its own length are left until its rows are read.
+    fit: idle time is used when it is at least so many times as long as the work.
+    """
+
+    early: float
+    fit: float
+
+
+TRIED = tuple(Rules(early, fit) for early in (0.0, 1.0, 2.0, 4.0) for fit in (0.0, 0.5, 1.0))
+
+
+@dataclass
+class _Rank:
+    """What a pipeline rank has done of its lists."""
+
+    sink: Sequence[Work]
+    starts: Sequence[float]  # of the pipeline alone
+    at: int = 0  # works of the sink begun
+    ahead: int = 0  # encoder forwards begun
+    back: int = 0  # encoder backwards begun
+    # Micro-batches between forward and backward, by encoder.
+    held: Counter[str] = field(default_factory=Counter)
+    busy: Work | None = None
+    until: float = 0.0
+    late: float = 0.0  # how far the pipeline is behind its time alone
+    out: list[tuple[float, Work]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Spare:
+    """A pipeline with idle time, and the encoder work to go into it.
+
+    pipeline, starts: the sink's works and when they start alone, by rank. stages: its virtual stages.
+    forwards: the encoders' by micro-batch, the same on every rank.     learn: the encoders with a backward.
+    enters: by encoder, the sink's stages that its rows enter.
+    ahead: for how many micro-batches a rank may hold encoder activations, enough for the pipeline as it is.
+    """
+
+    pipeline: Sequence[Sequence[Work]]
+    starts: Sequence[Sequence[float]]
+    stages: int
+    forwards: Sequence[Work]
+    learn: Collection[str]
+    enters: Mapping[str, Sequence[int]]
+    active: Sequence[frozenset[str]]
+    ahead: int
+    costs: Costs
+
+
+def fill(spare: Spare, rules: Rules) -> list[list[Work]]:
+    """Everything that each pipeline rank computes, in order."""
+    run = _Fill(spare, rules)
+    run.play()
+    return run.lists()
+
+
+class _Fill:
+    def __init__(self, spare: Spare, rules: Rules) -> None:
+        self.spare, self.rules = spare, rules
+        self.ranks = [_Rank(works, at) for works, at in zip(spare.pipeline, spare.starts, strict=True)]
+        self.gradients = [w._replace(kind=BACKWARD) for w in spare.forwards if w.module in spare.learn]
+        # (kind, stage, micro-batch) of the sink, backward as one
+        self.done: set[tuple[Kind, int, int]] = set()
+        self.rows = [0] * len(spare.active)  # encoder forwards done, over ranks and encoders
+        first = zip(spare.pipeline[0], spare.starts[0], strict=True)
+        self.read_at = {w.microbatch: t for w, t in first if w.stage == 0 and w.kind is FORWARD}
+        # By (stage of the sink, micro-batch), when its gradient left.
+        self.returned: dict[tuple[int, int], float] = {}
+        self.now = 0.0
+
+    def play(self) -> None:
+        """Run all ranks side by side, each taking what its rules say whenever it is free."""
+        events: list[tuple[float, int]] = []
+        while True:
+            for r, rank in enumerate(self.ranks):
+                if rank.busy is None and (work := self._choose(rank)) is not None:
+                    self._begin(rank, work)
+                    heapq.heappush(events, (rank.until, r))
+            if not events:
+                break
+            self.now = events[0][0]
+            while events and events[0][0] == self.now:
+                self._end(self.ranks[heapq.heappop(events)[1]])
+        assert all(r.at == len(r.sink) and r.back == len(self.gradients) for r in self.ranks), "no progress"
+
+    def lists(self) -> list[list[Work]]:
+        """The works of each rank; gradients start to come back when they leave the sink, on all ranks."""
+        back = [
+            (self.returned[s, i], 0, k, Work(BOUNDARY_BACKWARD, w.module, s, i))
+            for k, w in enumerate(self.gradients)
+            for i in self._rows_of(w)
+            for s in self.spare.enters[w.module]
+        ]
+        out = []
+        for r, rank in enumerate(self.ranks):
+            own = [(t, 1, k, w) for k, (t, w) in enumerate(rank.out)]
+            far = [b for b in back if b[3].stage % len(self.ranks) != r]
+            out.append([w for *_, w in sorted([*own, *far], key=lambda f: f[:3])])
+        return out
+
+    def _rows_of(self, w: Work) -> list[int]:
+        """The micro-batches of an encoder's work that have items."""
+        covered = range(w.microbatch, w.microbatch + w.span)
+        return [i for i in covered if w.module in self.spare.active[i]]
+
+    def _seconds(self, w: Work) -> float:
+        return self.spare.costs.seconds(Action(w.kind, w.module, w.microbatch, stage=w.stage, span=w.span))
+
+    def _begin(self, rank: _Rank, w: Work) -> None:
+        rank.busy, rank.until = w, self.now + self._seconds(w)
+        rank.out.append((self.now, w))
+        if w.module == rank.sink[0].module:
+            rank.late = max(0.0, self.now - rank.starts[rank.at])
+            rank.at += 1
+        elif w.kind is FORWARD:
+            rank.ahead += 1
+            rank.held[w.module] += w.span * (w.module in self.spare.learn)
+        else:
+            rank.back += 1
+
+    def _end(self, rank: _Rank) -> None:
+        w, rank.busy = rank.busy, None
+        assert w is not None
+        if w.module != rank.sink[0].module:
+            if w.kind is BACKWARD:
+                rank.held[w.module] -= w.span
+            else:
+                for i in self._rows_of(w):
+                    self.rows[i] += 1
+            return
+        kind = BACKWARD if w.kind is BACKWARD_INPUT else w.kind
+        self.done.add((kind, w.stage, w.microbatch))
+        if kind is BACKWARD:
+            self.returned[w.stage, w.microbatch] = self.now
+
+    def _choose(self, rank: _Rank) -> Work | None:
+        """What a free rank does now; None to wait."""
+        forward = self.spare.forwards[rank.ahead] if rank.ahead < len(self.spare.forwards) else None
+        gradient = self.gradients[rank.back] if rank.back < len(self.gradients) else None
+        if gradient is not None and not self._came_back(gradient):
+            gradient = None
+        full = forward is not None and rank.held[forward.module] + forward.span > self.spare.ahead
+        if full:
+            forward = None  # until a backward makes room
+        work = rank.sink[rank.at] if rank.at < len(rank.sink) else None
+        if forward is not None:
+            left = self.read_at[forward.microbatch] + self.ranks[0].late - self.now
+            soon = self._seconds(work) if work is not None and self._ready(work) else 0.0
+            if left - soon < (1 + self.rules.early) * self._seconds(forward):
+                return forward
+        if work is None or not self._ready(work):
+            other = gradient or forward
+            if other is None or work is None:
+                return other
+            idle = self._ready_in(work)
+            return other if idle is None or idle >= self.rules.fit * self._seconds(other) else None
+        return gradient if gradient is not None and full else work
+
+    def _came_back(self, w: Work) -> bool:
+        return all((0, i) in self.returned for i in self._rows_of(w))  # the first stage's come last
+
+    def _ready(self, w: Work) -> bool:
+        if w.kind is FORWARD and w.stage == 0:
+            return self.rows[w.microbatch] == len(self.ranks) * len(self.spare.active[w.microbatch])
+        need = self._need(w)
+        return need is None or need in self.done
+
+    def _need(self, w: Work) -> tuple[Kind, int, int] | None:
+        if w.kind is FORWARD:
+            return (FORWARD, w.stage - 1, w.microbatch)
+        if w.kind is BACKWARD_WEIGHT or w.stage + 1 == self.spare.stages:
+            return None
+        return (BACKWARD, w.stage + 1, w.microbatch)
+
+    def _ready_in(self, w: Work) -> float | None:
+        """Seconds until what `w` waits for is done, where another rank is at it."""
+        need = self._need(w)
+        for other in self.ranks:
+            b = other.busy
+            if b is not None and need is not None and (b.stage, b.microbatch) == need[1:]:
+                same = b.module == w.module and (b.kind is FORWARD) == (need[0] is FORWARD)
+                if same and b.kind is not BACKWARD_WEIGHT:
+                    return other.until - self.now
+        return None

@@ -1,0 +1,180 @@
+"""From the computations of each place to the actions of its ranks: adds transfers, parameters and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from parallel.schedule.action import (
+    BACKWARD_WEIGHT,
+    BOUNDARY_BACKWARD,
+    BOUNDARY_FORWARD,
+    COMPUTE,
+    FORWARD,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    WORLD,
+    Action,
+    Group,
+    Kind,
+    Way,
+)
+from parallel.schedule.generators.orders import Work
+from parallel.schedule.plan import (
+    ModuleUse,
+    Place,
+    SchedulePlan,
+    compute_groups,
+    parameter_groups,
+    places,
+)
+
+
+def lower(
+    kind: str,
+    modules: Mapping[str, ModuleUse],
+    sink: str,
+    active: Sequence[frozenset[str]],
+    works: Mapping[Place, Sequence[Work]],
+    *,
+    train: bool = True,
+    ahead: int | None = None,
+    optimizer: bool = False,
+    late: Collection[str] = (),
+) -> SchedulePlan:
+    """The plan in which the ranks at each place do the `works` of that place, in order.
+
+    A transfer is started right after what makes its rows, and its receive one computation before what needs
+    them, unless `works` has the receive of a boundary itself. optimizer: end with the update. late: modules
+    whose gradients are summed at the end, for places that come to their last backward in different orders.
+    """
+    where = places({m: u.layout for m, u in modules.items()})
+    distinct = list(dict.fromkeys(where.values()))
+    number = {place: p for p, place in enumerate(distinct)}
+    program_of = {rank: number[place] for rank, place in where.items()}
+    writer = _Writer(modules, sink, active, train, late)
+    programs = tuple(writer.program(place, works[place], optimizer) for place in distinct)
+    return SchedulePlan(kind, modules, sink, tuple(active), programs, program_of, train, ahead)
+
+
+class _Writer:
+    def __init__(
+        self,
+        modules: Mapping[str, ModuleUse],
+        sink: str,
+        active: Sequence[frozenset[str]],
+        train: bool,
+        late: Collection[str],
+    ) -> None:
+        self.modules, self.sink, self.active, self.train, self.late = modules, sink, active, train, late
+        self.sources = [m for m in modules if m != sink]
+        self.compute = {m: compute_groups(m, u) for m, u in modules.items()}
+        self.parameters = {m: parameter_groups(m, u) for m, u in modules.items()}
+        self.links = {
+            m: ((Group("module", m, "pp", "forward"),), (Group("module", m, "pp", "backward"),))
+            for m in modules
+        }
+
+    def program(self, place: Place, works: Sequence[Work], optimizer: bool) -> tuple[Action, ...]:
+        # The sources that this place holds rows of, and the stages of the sink that read rows here.
+        pp = dict(zip(self.modules, place, strict=True))
+        holds = {s for s in self.sources if pp[s] is not None and pp[s] == self.modules[s].layout.pp - 1}
+        at = pp[self.sink]
+        reads = set() if at is None else set(self.modules[self.sink].stages_at(at))
+        given = {w[1:4] for w in works if w.kind is BOUNDARY_BACKWARD}
+        final: dict[tuple[str, int], int] = {}  # the last backward of each stage
+        end: dict[tuple[str, int], int] = {}  # its last computation
+        for k, w in enumerate(works):
+            if w.kind in COMPUTE:
+                end[w.module, w.stage] = k
+            if w.kind in COMPUTE and w.kind is not FORWARD:
+                final[w.module, w.stage] = k
+        stepwise = [key for key in end if self.modules[key[0]].params == "step" and self.parameters[key[0]]]
+        out = [self._on_parameters(Kind.GATHER, key) for key in sorted(stepwise)]
+        posts = [self._before(w, holds, reads, given) for w in works] + [[]]
+        out += posts[0] if works else []
+        for k, w in enumerate(works):
+            out += posts[k + 1]
+            if w.kind not in COMPUTE:
+                out.append(self._edge(w.kind, w.module, w.stage, w.microbatch))
+                continue
+            key = (w.module, w.stage)
+            last = final.get(key) == k
+            groups = self.compute[w.module]
+            out.append(Action(w.kind, w.module, w.microbatch, w.stage, last, None, w.span, groups))
+            out += self._after(w)
+            if w.module not in self.late:
+                out += self._closing(key, last, end[key] == k and key in stepwise)
+        for key in sorted(end):
+            if key[0] in self.late:
+                out += self._closing(key, key in final, key in stepwise)
+        if optimizer and self.train:
+            out.append(Action(Kind.OPTIMIZER, self.sink, 0, groups=(WORLD,)))
+        return tuple(out)
+
+    def _closing(self, key: tuple[str, int], after_last: bool, free: bool) -> list[Action]:
+        """What a stage's parameters need after its last backward, and after its last computation."""
+        use = self.modules[key[0]]
+        sums = after_last and use.params != "each" and not use.frozen and bool(self.parameters[key[0]])
+        kinds = [kind for kind, needed in ((Kind.GRAD_SYNC, sums), (Kind.FREE, free)) if needed]
+        return [self._on_parameters(kind, key) for kind in kinds]
+
+    def _on_parameters(self, kind: Kind, key: tuple[str, int]) -> Action:
+        groups = () if kind is Kind.FREE else self.parameters[key[0]]
+        return Action(kind, key[0], 0, stage=key[1], groups=groups)
+
+    def _before(
+        self, w: Work, holds: set[str], reads: set[int], given: set[tuple[str, int, int]]
+    ) -> list[Action]:
+        """Receives that `w` waits for and that no computation of this place starts."""
+        if w.kind not in COMPUTE:
+            return []
+        if w.kind is FORWARD:
+            out = [self._link(RECV_FORWARD, w, w.stage - 1)] if w.stage else []
+            sources = [s for s in self._entering(w) if s not in holds]
+            return out + [self._edge(BOUNDARY_FORWARD, s, w.stage, w.microbatch) for s in sources]
+        if w.kind is not BACKWARD_WEIGHT:
+            if w.stage + 1 < self.modules[w.module].stages:
+                return [self._link(RECV_BACKWARD, w, w.stage + 1)]
+            if w.module != self.sink:
+                far = [s for s in self.modules[w.module].enters if s not in reads]
+                rows = [(s, i) for i in self._covered(w) for s in far if (w.module, s, i) not in given]
+                return [self._edge(BOUNDARY_BACKWARD, w.module, s, i) for s, i in rows]
+        return []
+
+    def _after(self, w: Work) -> list[Action]:
+        """Transfers of what `w` has made."""
+        if w.kind is FORWARD:
+            if w.stage + 1 < self.modules[w.module].stages:
+                return [self._link(SEND_FORWARD, w, w.stage + 1)]
+            if w.module != self.sink:
+                enters = self.modules[w.module].enters
+                return [
+                    self._edge(BOUNDARY_FORWARD, w.module, s, i) for i in self._covered(w) for s in enters
+                ]
+        elif w.kind is not BACKWARD_WEIGHT:
+            out = [self._link(SEND_BACKWARD, w, w.stage - 1)] if w.stage else []
+            sources = [s for s in self._entering(w) if not self.modules[s].frozen]
+            return out + [self._edge(BOUNDARY_BACKWARD, s, w.stage, w.microbatch) for s in sources]
+        return []
+
+    def _entering(self, w: Work) -> list[str]:
+        """The sources whose rows enter the sink in `w`."""
+        if w.module != self.sink:
+            return []
+        return [
+            s for s in self.sources if s in self.active[w.microbatch] and w.stage in self.modules[s].enters
+        ]
+
+    def _covered(self, w: Work) -> list[int]:
+        """The micro-batches of a source's work that have items."""
+        return [i for i in range(w.microbatch, w.microbatch + w.span) if w.module in self.active[i]]
+
+    def _link(self, kind: Kind, w: Work, peer: int) -> Action:
+        groups = self.links[w.module][kind in (SEND_BACKWARD, RECV_BACKWARD)]
+        return Action(kind, w.module, w.microbatch, w.stage, False, peer, w.span, groups)
+
+    def _edge(self, kind: Kind, source: str, stage: int, microbatch: int) -> Action:
+        way: Way = "forward" if kind is BOUNDARY_FORWARD else "backward"
+        return Action(kind, source, microbatch, stage, groups=(Group("edge", source, "", way, stage),))

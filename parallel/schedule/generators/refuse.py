@@ -1,0 +1,157 @@
+"""What a schedule cannot do, said with the numbers and the nearest choice that works."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+
+from parallel.schedule.generators.orders import PIPELINES, ROUNDS
+from parallel.schedule.plan import ModuleUse
+from parallel.topology.layout import Changes, Layout, Unfit, nearest_degrees
+
+KINDS = ("auto", *PIPELINES)
+AUTO = {"schedule.kind": "auto"}
+AXES = ("tp", "cp", "ep", "etp")  # along which a computation communicates
+
+
+def check_modules(
+    modules: Mapping[str, ModuleUse],
+    sink: str,
+    active: Sequence[Collection[str]],
+    batch: Mapping[str, int],
+) -> None:
+    """Refuse a graph that no schedule can serve."""
+    if sink not in modules:
+        raise ValueError(f"the sink {sink!r} is not among the modules {list(modules)}")
+    if not active:
+        raise ValueError("a step needs at least one micro-batch, given 0")
+    for i, present in enumerate(active):
+        if unknown := sorted(set(present) - (set(modules) - {sink})):
+            raise ValueError(
+                f"micro-batch {i} has items of {unknown}; the sources are {sorted(set(modules) - {sink})}"
+            )
+    for name, use in modules.items():
+        check_stages(use.layout, use.layers, virtual=name == sink)
+        beyond = [s for s in use.enters if not 0 <= s < modules[sink].stages]
+        if name != sink and (beyond or len(set(use.enters)) < len(use.enters) or not use.enters):
+            raise ValueError(
+                f"rows of {name} enter stages {list(use.enters)} of {sink}; needed: some of 0-"
+                f"{modules[sink].stages - 1}, each once"
+            )
+        if batch.get(name, 1) < 1:
+            raise ValueError(f"batch of {name} is {batch[name]} micro-batches; needed: at least 1")
+
+
+def check_stages(layout: Layout, layers: int | None, *, virtual: bool) -> None:
+    """Refuse more stages than layers (None: not known), and virtual stages where they may not be."""
+
+    def fits(degrees: Mapping[str, int]) -> bool:
+        enough = layers is None or degrees["pp"] * degrees["vpp"] <= layers
+        return enough and (virtual or degrees["vpp"] == 1)
+
+    if fits(layout.degrees):
+        return
+    works = nearest_degrees(layout.size, layout.degrees, fits)
+    name, given = layout.module, f"pp={layout.pp}" + (f" x vpp={layout.vpp}" if layout.vpp > 1 else "")
+    if not virtual and layout.vpp > 1:
+        why = f"layout.{name}: vpp={layout.vpp}, but only the language model has virtual stages"
+    else:
+        why = (
+            f"layout.{name}: {given} makes {layout.pp * layout.vpp} stages, but it has {layers} layers; "
+            f"needed: at most one stage a layer"
+        )
+    raise Unfit(why, works, name)
+
+
+def check_fill(modules: Mapping[str, ModuleUse], sink: str) -> None:
+    """Refuse encoders whose work cannot be at different times on different ranks of the sink's pipeline."""
+    ranks, pp = set(modules[sink].layout.ranks), modules[sink].layout.pp
+    if pp == 1:
+        raise Unfit(
+            f"schedule.kind fill uses the idle time of a pipeline, given layout.{sink}.pp=1, which has none",
+            [AUTO],
+        )
+    stage_of = {r: k for k in range(pp) for r in modules[sink].layout.stage_ranks(k)}
+    for name, use in modules.items():
+        if name == sink:
+            continue
+        if set(use.layout.ranks) != ranks or use.layout.pp > 1:
+            raise Unfit(
+                f"schedule.kind fill needs every encoder on the ranks of {sink} with pp=1, given {name} on "
+                f"{list(use.layout.ranks)} with pp={use.layout.pp}",
+                [AUTO],
+            )
+        if use.params == "each" and use.layout.dp > 1:
+            raise Unfit(
+                f"schedule.kind fill computes {name} at different times on different pipeline ranks, but its "
+                f"parameters are gathered over dp in each forward and backward; needed: gathered once a step "
+                "(params step) or replicated",
+                [AUTO],
+            )
+        for axis in AXES:
+            across = _crosses(use.layout, axis, stage_of)
+            if across:
+                raise Unfit(
+                    f"schedule.kind fill: layout.{name}.{axis}={getattr(use.layout, axis)} joins ranks "
+                    f"{list(across[0])} of different pipeline ranks of {sink}; needed: at most "
+                    f"{len(ranks) // pp} ranks in a row",
+                    [_inside(modules, sink, stage_of), AUTO],
+                )
+
+
+def resolve(kind: str, layout: Layout, microbatches: int) -> str:
+    """The schedule that `kind` means for a sink of this layout."""
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, 1)
+        raise ValueError(
+            f"schedule.kind: given {kind!r}; known: {', '.join(KINDS)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    given, vpp, pp = kind, layout.vpp, layout.pp
+    flat = {f"layout.{layout.module}.vpp": 1}
+    if kind == "auto":
+        kind = "interleaved" if vpp > 1 else "1f1b"
+    if kind in ("1f1b", "three_phase") and vpp > 1:
+        rounds = [] if microbatches % pp else [{"schedule.kind": "interleaved"}]
+        why = f"schedule.kind {kind} runs one stage a rank, given layout.{layout.module}.vpp={vpp}"
+        raise Unfit(why, [*rounds, flat])
+    if kind == "interleaved" and vpp == 1:
+        why = f"schedule.kind interleaved needs virtual stages, given layout.{layout.module}.vpp=1"
+        raise Unfit(why, [{"schedule.kind": "1f1b"}])
+    if kind in ROUNDS and vpp > 1 and microbatches % pp:
+        below, above = microbatches // pp * pp, -(-microbatches // pp) * pp
+        works: list[Changes] = [{"schedule.microbatches": n} for n in dict.fromkeys((below, above)) if n]
+        raise Unfit(
+            f"schedule.kind {kind} with vpp={vpp} passes micro-batches on in rounds of pp={pp}; needed: a "
+            f"multiple of {pp}, given {microbatches}",
+            works if given == "interleaved" else [*works, flat],
+        )
+    return kind
+
+
+def _inside(modules: Mapping[str, ModuleUse], sink: str, stage_of: Mapping[int, int]) -> Changes:
+    """What keeps every group of the encoders inside a stage."""
+    sources = [(name, use.layout) for name, use in modules.items() if name != sink]
+    return {f"layout.{m}.{a}": 1 for m, layout in sources for a in AXES if _crosses(layout, a, stage_of)}
+
+
+def _crosses(layout: Layout, axis: str, stage_of: Mapping[int, int]) -> list[tuple[int, ...]]:
+    """The groups of an axis whose ranks are in different stages."""
+    return [g for g in layout.groups(axis) if len({stage_of[r] for r in g}) > 1]
+
+
+def check_ahead(ahead: int, quantum: int, unit: int) -> int:
+    """The window of micro-batches that a bound of `ahead` allows; refused where it is none.
+
+    quantum: a window is a multiple of it.
+    """
+    if ahead < quantum:
+        why = (
+            f"encoders take {unit} at once" if unit == quantum else f"virtual stages need rounds of {quantum}"
+        )
+        raise Unfit(
+            f"schedule.ahead={ahead}: encoder activations of at most so many micro-batches may be held, but "
+            f"{why}; needed: at least {quantum}",
+            [{"schedule.ahead": quantum}],
+        )
+    return ahead // quantum * quantum

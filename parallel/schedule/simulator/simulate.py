@@ -1,0 +1,224 @@
+"""Runs a plan without a process group: when each action starts and ends under a cost model."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from parallel.schedule.action import BOUNDARY, BOUNDARY_BACKWARD, POSTED, Action, Kind
+from parallel.schedule.checker.graph import START, Graph, Key, Lane, graph_of
+from parallel.schedule.plan import SchedulePlan
+from parallel.schedule.simulator.costs import Costs
+
+
+class Transfer(NamedTuple):
+    """Rows on their way: started by all ends at `start`, there at `end`.
+
+    kind: SEND_FORWARD, SEND_BACKWARD or a boundary's. source, target: programs.
+    """
+
+    kind: Kind
+    module: str
+    source: int
+    target: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When things happen, in seconds. begins, ends: of computations, by their number in the plan's graph;
+    what is only put under way takes no time."""
+
+    plan: SchedulePlan
+    costs: Costs
+    begins: Sequence[float]
+    ends: Sequence[float]
+
+    @cached_property
+    def start(self) -> tuple[list[float], ...]:
+        """By program and index of action."""
+        return self._by_program(self.begins)
+
+    @cached_property
+    def end(self) -> tuple[list[float], ...]:
+        """By program and index of action."""
+        return self._by_program(self.ends)
+
+    def _by_program(self, of: Sequence[float]) -> tuple[list[float], ...]:
+        graph = graph_of(self.plan)
+        return tuple(
+            [
+                self._end(graph.before[n]) if a.kind in POSTED else of[n]
+                for n, a in enumerate(program, graph.first[p])
+            ]
+            for p, program in enumerate(self.plan.programs)
+        )
+
+    def _end(self, computation: int) -> float:
+        return 0.0 if computation == START else self.ends[computation]
+
+    @cached_property
+    def seconds(self) -> float:
+        """The step time."""
+        return max(self.ends, default=0.0)
+
+    @cached_property
+    def busy(self) -> tuple[float, ...]:
+        """Seconds that each program computes."""
+        first = graph_of(self.plan).first
+        spans = [b - a for a, b in zip(self.begins, self.ends, strict=True)]
+        return tuple(sum(spans[first[p] : first[p + 1]]) for p in range(len(self.plan.programs)))
+
+    def bubble(self, rank: int) -> float:
+        """The share of the step that a rank is idle."""
+        return 1 - self.busy[self.plan.program_of[rank]] / self.seconds if self.seconds else 0.0
+
+    @property
+    def mean_bubble(self) -> float:
+        """The idle share of all ranks together."""
+        whole = self.seconds * len(self.plan.ranks)
+        used = sum(b * len(r) for b, r in zip(self.busy, self.plan.ranks_of, strict=True))
+        return 1 - used / whole if whole else 0.0
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """All transfers between programs, by when they start."""
+        out = []
+        graph = graph_of(self.plan)
+        delays = _delays(graph, self.costs)
+        pairs = [self._pairs(lane) for lane in graph.lanes]
+        for (n, _), after in graph.transfers.items():
+            start = max(map(self._end, after))
+            kind, module = graph.lanes[n][:2]
+            out += [Transfer(kind, module, a, b, start, start + delays[n]) for a, b in pairs[n]]
+        return tuple(sorted(out, key=lambda t: t.start))
+
+    def _pairs(self, lane: Lane) -> Sequence[tuple[int, int]]:
+        """The programs that the transfers of a lane go from and to."""
+        if lane[0] not in BOUNDARY:
+            return (lane[3:],)
+        sources, targets = self.plan.ends(*lane[1:])
+        if lane[0] is BOUNDARY_BACKWARD:
+            sources, targets = targets, sources
+        return [(s, t) for s in sources for t in targets if s != t]
+
+    @cached_property
+    def critical_path(self) -> tuple[tuple[int, Action], ...]:
+        """(rank, action) of the chain of computations that the step time follows, first to last."""
+        graph = graph_of(self.plan)
+        delays = _delays(graph, self.costs)
+        met = {n: members for members in graph.order for n in members}
+        where = {n: (p, n - a) for p, a in enumerate(graph.first[:-1]) for n in range(a, graph.first[p + 1])}
+        out = []
+        at = max(met, key=lambda n: self.ends[n], default=START)
+        while at != START:
+            p, k = where[at]
+            out.append((self.plan.ranks_of[p][0], self.plan.programs[p][k]))
+            came = [(self._end(graph.before[n]), graph.before[n]) for n in met[at]]
+            for key in (key for n in met[at] for key in graph.waits.get(n, ())):
+                came += [(self._end(n) + delays[key[0]], n) for n in graph.transfers[key]]
+            at = max(came)[1]
+        return tuple(reversed(out))
+
+
+def simulate(plan: SchedulePlan, costs: Costs | None = None) -> Timeline:
+    """Time `plan`. Linear in the actions of its programs. Raises Stuck where it cannot finish."""
+    graph, costs = graph_of(plan), costs or Costs()
+    seconds = [0.0 if a.kind in POSTED else costs.seconds(a) for _, a in plan]
+    if costs.cores is None:
+        begins, ends = _own_cores(graph, seconds, costs)
+    else:
+        begins, ends = _SharedCores(graph, seconds, costs, [len(ranks) for ranks in plan.ranks_of]).run()
+    return Timeline(plan, costs, begins, ends)
+
+
+def _delays(graph: Graph, costs: Costs) -> list[float]:
+    """By lane, what a transfer takes once it is under way."""
+    return [costs.transfer.get((module, kind), 0.0) for kind, module, *_ in graph.lanes]
+
+
+def _own_cores(graph: Graph, seconds: Sequence[float], costs: Costs) -> tuple[list[float], list[float]]:
+    """(begins, ends) where every rank computes at full speed: everything starts when its inputs are there."""
+    begins, ends = [0.0] * len(seconds), [0.0] * (len(seconds) + 1)  # the last is of START
+    transfers, waits, before, delays = graph.transfers, graph.waits, graph.before, _delays(graph, costs)
+    for members in graph.order:
+        start = 0.0
+        for n in members:
+            start = max(start, ends[before[n]])
+            for key in waits.get(n, ()):
+                for k in transfers[key]:
+                    start = max(start, ends[k] + delays[key[0]])
+        for n in members:
+            begins[n] = start
+            ends[n] = start + seconds[n]
+    ends.pop()
+    return begins, ends
+
+
+class _SharedCores:
+    """Event by event: how fast a rank computes depends on how many others do at that moment."""
+
+    def __init__(self, graph: Graph, seconds: Sequence[float], costs: Costs, many: Sequence[int]) -> None:
+        assert costs.cores is not None
+        self.graph, self.seconds, self.delays, self.cores = graph, seconds, _delays(graph, costs), costs.cores
+        self.ranks = [n for p, n in enumerate(many) for _ in range(graph.first[p], graph.first[p + 1])]
+        self.begins, self.ends = [0.0] * len(seconds), [0.0] * len(seconds)
+        # What each computation and each transfer lets go on, and how much of that is still to come.
+        self.starts: dict[int, list[Key]] = defaultdict(list)  # transfers, by computation
+        self.follows: dict[int, list[int]] = defaultdict(list)  # places in `order`, by computation
+        self.arrives: dict[Key, list[int]] = defaultdict(list)  # places in `order`, by transfer
+        for at, members in enumerate(graph.order):
+            for n in members:
+                self.follows[graph.before[n]].append(at)
+                for key in graph.waits.get(n, ()):
+                    self.arrives[key].append(at)
+        for key, after in graph.transfers.items():
+            for n in after:
+                self.starts[n].append(key)
+        self.lacks = [sum(1 + len(graph.waits.get(n, ())) for n in members) for members in graph.order]
+        self.unsent = {key: len(after) for key, after in graph.transfers.items()}
+        self.now = self.clock = 0.0  # seconds, and how far a computation running all the time has come
+        self.running = 0  # ranks that compute
+        self.computing: list[tuple[float, int]] = []  # (clock at its end, computation)
+        self.arriving: list[tuple[float, Key]] = []  # (second, transfer)
+
+    def run(self) -> tuple[list[float], list[float]]:
+        self._ended(START)
+        while self.computing or self.arriving:
+            rate = min(1.0, self.cores / self.running) if self.running else 1.0
+            finish = self.now + (self.computing[0][0] - self.clock) / rate if self.computing else None
+            if self.arriving and (finish is None or self.arriving[0][0] <= finish):
+                second, key = heapq.heappop(self.arriving)
+                self.clock += (second - self.now) * rate
+                self.now = second
+                self._go(self.arrives[key])
+                continue
+            assert finish is not None
+            self.clock, n = heapq.heappop(self.computing)
+            self.now = self.ends[n] = finish
+            self.running -= self.ranks[n]
+            self._ended(n)
+        return self.begins, self.ends
+
+    def _ended(self, computation: int) -> None:
+        for key in self.starts[computation]:
+            self.unsent[key] -= 1
+            if not self.unsent[key]:
+                heapq.heappush(self.arriving, (self.now + self.delays[key[0]], key))
+        self._go(self.follows[computation])
+
+    def _go(self, places: Sequence[int]) -> None:
+        """Count one thing less that these wait for, and start those that wait for nothing more."""
+        for at in places:
+            self.lacks[at] -= 1
+            if self.lacks[at]:
+                continue
+            for n in self.graph.order[at]:
+                self.begins[n] = self.now
+                self.running += self.ranks[n]
+                heapq.heappush(self.computing, (self.clock + self.seconds[n], n))

@@ -1,0 +1,119 @@
+"""Modules of any make, taken in as they are: their parameters declared with the values that they have."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
+
+from parallel.sharding.param import Given, ParamSpec, own_specs, seeded, set_spec
+
+
+def adopt(
+    made: nn.Module | Callable[[], nn.Module],
+    *,
+    key: str | None = None,
+    partial: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Declare every plain parameter below a module, in place, with the value that it has; returns the module.
+
+    Adopted parameters are whole on each tp rank, and FSDP shards them like any others. Buffers stay, tied
+    parameters stay tied, and parameters that ask for no gradient are never trained.
+
+    made: the module, not on the meta device, or a function that makes it. Then `key`, its name in what it
+        becomes part of, decides what torch's generator draws, whatever was made before: a module of a
+        pipeline stage needs that, since ranks of other stages make other modules.
+    partial: where each tp rank runs it on other tokens or heads, inside a block whose weights tp cuts; its
+        gradients are then summed over tp. Sequence parallelism between blocks needs nothing.
+    device: where the parameters go; on the meta device their values wait for materialise().
+    dtype: of the parameters, and of floating buffers that it can hold without loss; None: as they are.
+
+    Raises ValueError for what has no value yet, and for layers whose output would depend on the layout:
+    dropout, and batch norm that is not in eval mode.
+    """
+    if not isinstance(made, nn.Module):
+        if key is None:
+            raise ValueError("adopt() of a function needs key=, the module's name in what it becomes part of")
+        with seeded(key, torch.initial_seed()):
+            made = made()
+    taken: dict[int, nn.Parameter] = {}  # and their like for buffers: ties stay
+    moved: dict[int, Tensor] = {}
+    for prefix, sub in made.named_modules():
+        _check(f"{type(made).__name__}{'.' if prefix else ''}{prefix}", sub)
+        declared = own_specs(sub)
+        for name, param in list(sub.named_parameters(recurse=False, remove_duplicate=False)):
+            if name in declared:
+                continue
+            value = _cast(param.detach(), dtype, exact=False)
+            if id(param) not in taken:
+                new = value if device is None else value.to(device)
+                taken[id(param)] = nn.Parameter(new, requires_grad=param.requires_grad)
+            setattr(sub, name, taken[id(param)])
+            given = Given(value, keyed=key is not None)
+            set_spec(sub, name, ParamSpec(given, partial=partial, trained=param.requires_grad))
+        for name, buffer in list(sub.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(sub, name, moved.setdefault(id(buffer), _cast(buffer, dtype, exact=True)))
+    return made
+
+
+def _check(where: str, sub: nn.Module) -> None:
+    """Refuse what cannot be adopted."""
+    for name, param in sub.named_parameters(recurse=False):
+        if name not in own_specs(sub) and (is_lazy(param) or param.is_meta):
+            why = "has no shape before its first batch" if is_lazy(param) else "is on the meta device"
+            raise ValueError(
+                f"adopt(): parameter {name} of {where} {why}, so that it has no value to keep; needed: a "
+                "module made whole on the CPU"
+            )
+    chance = (
+        sub.p if isinstance(sub, _DropoutNd) else sub.dropout if isinstance(sub, nn.MultiheadAttention) else 0
+    )
+    if chance and sub.training:
+        raise ValueError(
+            f"adopt(): {where} drops values at random (p={chance:g}), others on each rank, so that training "
+            "would depend on the layout; needed: p=0 (often the option dropout=0.0 of what contains it)"
+        )
+    if isinstance(sub, _BatchNorm) and sub.training:
+        raise ValueError(
+            f"adopt(): {where} is a batch norm over the items that a rank happens to have, so that training "
+            "would depend on the layout; needed: eval() on it, which uses its running averages, or a layer "
+            "or group norm"
+        )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None, *, exact: bool) -> Tensor:
+    """A floating tensor in `dtype`; exact: only where no value changes."""
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    return tensor if exact and torch.promote_types(tensor.dtype, dtype) != dtype else tensor.to(dtype)
+
+
+def check_given(given: Mapping[str, Tensor], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raise ValueError naming those of the given values, by parameter, that are not the same on all ranks of
+    `group`; each of them calls this with the same names."""
+    if not given or group.size() == 1:
+        return
+    marks = torch.tensor([_digest(v) for v in given.values()], dtype=torch.int64, device=device)
+    both = torch.cat([marks, -marks])
+    dist.all_reduce(both, dist.ReduceOp.MAX, group)
+    most, least = both.chunk(2)
+    wrong = [name for name, differs in zip(given, (most != -least).tolist(), strict=True) if differs]
+    if wrong:
+        raise ValueError(
+            f"adopted parameters differ between ranks: {', '.join(wrong[:3])}{', ..' if wrong[3:] else ''} "
+            f"({len(wrong)} of {len(given)}); needed: values from a file or from torch's generator, which is "
+            "seeded alike on all ranks while a module is made"
+        )
+
+
+def _digest(values: Tensor) -> int:
+    data = values.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
+    return int.from_bytes(hashlib.sha256(data).digest()[:7], "little")

@@ -1,0 +1,105 @@
+"""Several layouts beside each other: names, memory and what their times can tell."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.box import SQUARE
+from rich.console import Console
+
+from mm.commands.compare import Run, _round, speedup_interval, summary, table, verdict
+from mm.commands.variants import distinct_names
+from mm.config.schema import from_mapping
+from mm.plan.blueprint import draw_up
+from mm.ranks.launch import RankInfo
+from mm.ranks.memory import OWN
+from tests.mm.harness import CONFIGS, small
+
+NAMES = ["homogeneous-tp2", "homogeneous-tp4", "homogeneous-tp4-sequence-parallel"]
+
+
+def timed(name: str, *rounds: list[float]) -> Run:
+    run = Run(name, None, {}, [*map(list, rounds)], losses=[1.0], grad_norms=[{"llm": 1.0}])  # type: ignore[arg-type]
+    run.tokens = [10] * len(run.step_s)
+    return run
+
+
+def shown(width: int) -> list[str]:
+    """The layout column of a table of this width, a name a row."""
+    runs = [timed(name, [0.1], [0.1], [0.1]) for name in NAMES]
+    out = Console(width=width, file=io.StringIO())
+    found = table({"runs": [summary(run, runs[0]) for run in runs]})
+    found.box, found.show_lines = SQUARE, True  # the same table with lines between its cells
+    out.print(found)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    rows = re.split(r"[├└].*[┤┘]\n", text.partition("┤\n")[2])[:-1]
+    return ["".join(line.split("│")[1].strip() for line in row.splitlines()) for row in rows]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 250])
+def test_names_are_whole_at_any_width(width: int) -> None:
+    assert shown(width) == NAMES
+
+
+def test_two_files_never_have_one_name() -> None:
+    files = [Path(p) for p in ("a/tp.yaml", "b/tp.yaml", "b/dp.yaml", "a/tp.yaml")]
+    assert distinct_names(files) == ["a/tp (1)", "b/tp", "dp", "a/tp (2)"]
+
+
+def test_one_timed_step_tells_nothing() -> None:
+    slow, fast = timed("slow", [1.3]), timed("fast", [0.3])
+    entry = summary(fast, slow)
+    assert entry["speedup"] == pytest.approx(4.33, abs=0.01)
+    assert (entry["speedup_interval"], entry["speedup_verdict"]) == (None, "too few steps")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says"),
+    [
+        ([[1.0], [1.01], [0.99]], [[2.0], [2.02], [2.01]], "faster"),
+        ([[2.0], [2.02], [2.01]], [[1.0], [1.01], [0.99]], "slower"),
+        ([[1.0], [1.4], [0.8]], [[1.1], [1.2], [1.3]], "within noise"),
+        ([[1.0, 1.0, 1.0]], [[2.0, 2.1, 1.9]], "faster"),  # one round: its steps
+        ([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]], [[2.0, 4.1, 7.9], [2.1, 4.0, 8.1]], "faster"),  # steps differ
+        ([[1.0], [1.0]], [[2.0], [2.0]], "too few steps"),
+        # Steps of a round go up and down together: that three rounds have thirty steps proves no more.
+        ([[1.0] * 10, [1.0] * 10, [1.2] * 10], [[1.1] * 10, [1.15] * 10, [1.1] * 10], "within noise"),
+    ],
+)
+def test_a_difference_is_told_from_noise(
+    ours: list[list[float]], theirs: list[list[float]], says: str
+) -> None:
+    assert verdict(speedup_interval(timed("a", *ours), timed("b", *theirs))) == says
+
+
+def test_equal_layouts_are_seldom_called_different() -> None:
+    """At 95 % confidence one comparison in twenty is."""
+    draw, wrong = random.Random(0), 0
+    for _ in range(400):
+        a, b = ([[draw.lognormvariate(0, 0.1) for _ in range(3)] for _ in range(3)] for _ in range(2))
+        wrong += verdict(speedup_interval(timed("a", *a), timed("b", *b))) in ("faster", "slower")
+    assert 5 <= wrong <= 40
+
+
+def peaks(names: list[str]) -> list[int]:
+    """Peak memory under each schedule, in this order; one process."""
+    out = []
+    for name in names:
+        raw = small(schedule={"microbatches": {"whole": 1, "cut": 12}[name]}, train={"global_batch": 48})
+        run = Run(name, draw_up(from_mapping(raw, CONFIGS), 1), {})
+        _round(run, RankInfo(0, 1, torch.device("cpu")), 1, first=True)
+        out.append(run.peak_memory_bytes)
+    return out
+
+
+@pytest.mark.skipif(not (OWN / "clear_refs").exists(), reason="a peak can be forgotten on Linux alone")
+def test_a_layouts_memory_does_not_depend_on_those_before_it(ranks: Any) -> None:
+    before, most, after = ranks(1, peaks, ["cut", "whole", "cut"])[0]
+    assert most - before > 16 << 20 and abs(after - before) < (most - before) / 2

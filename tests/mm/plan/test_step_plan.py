@@ -1,0 +1,212 @@
+"""The step plan: a pure function that accounts for every sample, item and row."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.counts import Counts
+from mm.config.schema import DataConfig, TrainConfig, from_mapping
+from mm.data.index import load_index
+from mm.data.reader import ShardReader
+from mm.data.tokenizer import Tokenizer
+from mm.plan.blueprint import draw_up
+from mm.plan.select import select
+from mm.plan.step_plan import Edge, PlanInputs, StepPlan, deal_by_cost, plan_step, share
+from mm.ranks.batch import IGNORE, Assembler
+from mm.report.plan_text import dry_run, first_step, plan_data, plan_json
+from mm.train.update import learning_rate
+from parallel.boundary import PlanCache, plan_edge
+from parallel.topology.axis import Axes, Axis
+from parallel.topology.layout import Layout
+from tests.mm.harness import CONFIGS, small
+
+INDEX = load_index(["data/digits-train-*.tar"], CONFIGS)
+
+
+def inputs(world: int, layout: dict[str, dict[str, object]], microbatches: int, deal: str) -> PlanInputs:
+    raw = small(layout=layout, schedule={"microbatches": microbatches})
+    for m in ("vision", "audio"):
+        raw["model"][m]["deal"] = deal
+    return replace(draw_up(from_mapping(raw, CONFIGS), world).inputs, depths=3)
+
+
+# Some of them cut to fewer tokens than they have.
+SAMPLES = (
+    *INDEX.samples,
+    *select(
+        INDEX,
+        replace(inputs(1, {}, 1, "cost"), context=40),
+        DataConfig(train=["any"], overlong="truncate", max_skipped=1.0),
+    ).usable,
+)
+
+
+def random_plan(seed: int) -> tuple[StepPlan, PlanInputs, int]:
+    rng = random.Random(seed)
+    world = rng.choice([1, 2, 3, 4, 6, 12])
+    tps = [t for t in (1, 2, 3, 4) if world % t == 0]
+    tp = rng.choice([t for t in tps if t != 3])
+    llm = {"tp": tp, "sequence_parallel": rng.random() < 0.5}
+    llm["cp"] = rng.choice([c for c in (1, 2, 3) if world % (tp * c) == 0])
+    layout: dict[str, dict[str, object]] = {}
+    for m in ("vision", "audio"):
+        layout[m] = {"tp": rng.choice(tps), "sequence_parallel": rng.random() < 0.5}
+        layout[m]["cp"] = rng.choice([c for c in (1, 2, 3) if world % (layout[m]["tp"] * c) == 0])
+    made = inputs(world, {**layout, "llm": llm}, rng.choice([1, 2, 5]), rng.choice(["sample", "cost"]))
+    samples = [rng.choice(SAMPLES) for _ in range(rng.choice([1, 2, 7, 24]))]
+    return plan_step(3, samples, made), made, world
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000))
+def test_every_row_is_held_once_and_enters_at_its_placeholder(seed: int) -> None:
+    plan, made, _ = random_plan(seed)
+    again, _, _ = random_plan(seed)
+    assert plan.digest == again.digest
+    for mb in plan.microbatches:
+        for module, edge in mb.edges.items():
+            items = [p for s in mb.samples for p in s.items(module)]
+            assert [i.part for i in edge.items] == items
+            assert edge.rows == sum(made.rows(module, p) for p in items)
+            for side in (edge.source, edge.dest):
+                cover = np.zeros(edge.rows, dtype=int)
+                for s, n in zip(side.start, side.length, strict=True):
+                    cover[s : s + n] += 1
+                assert (cover == 1).all() and side.rows.sum() == edge.rows
+        for lane, total in enumerate(mb.tokens):
+            used = sum(mb.length[j] for j in mb.lane_samples(lane))
+            assert total % made.granule == 0 and max(used, 1) <= total < used + 2 * made.granule
+
+
+def layouts(made: PlanInputs) -> dict[str, Layout]:
+    return {"llm": made.llm, **{m: use.layout for m, use in made.encoders.items()}}
+
+
+def axes_at(layout: Layout, rank: int) -> Axes:
+    """Axes that know places but cannot communicate: all that a plan needs."""
+    at, no_group = layout.coord(rank), cast(Any, object())
+    tp, cp = (Axis(name, getattr(layout, name), getattr(at, name), no_group) for name in ("tp", "cp"))
+    return Axes(tp=tp, cp=cp, sequence_parallel=layout.sequence_parallel and layout.tp > 1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000))
+def test_tensors_agree_with_the_plan(seed: int) -> None:
+    plan, made, world = random_plan(seed)
+    supervised, routed, further = 0, 0, torch.zeros(made.depths, dtype=torch.int64)
+    for rank in range(world):
+        cpu = torch.device("cpu")
+        axes = {m: axes_at(layout, rank) for m, layout in layouts(made).items()}
+        shapes, plans = {Edge(m, 0): (24,) for m in made.encoders}, PlanCache(rank)
+        assembler = Assembler(
+            made, ShardReader(), Tokenizer(), rank, torch.float64, cpu, axes, "llm", shapes, plans
+        )
+        for mb in plan.microbatches:
+            bad: list[object] = []
+            part = assembler.build(mb, plan.counts, bad)  # type: ignore[arg-type]
+            assert part is not None and part.llm is not None and not bad
+            coord = made.llm.coord(rank)
+            if coord.tp == 0:
+                supervised += int((part.llm.labels != IGNORE).sum())
+                assert part.llm.ahead is not None
+                further += (part.llm.ahead[1] != IGNORE).sum(1)
+                routed += part.llm.n_real
+            assert len(part.llm.ids) * made.llm.cp == mb.tokens[coord.dp]
+            shards = made.llm.tp if made.llm.sequence_parallel else 1
+            first = coord.tp * (len(part.llm.ids) // shards) if shards > 1 else 0
+            for module, places in part.llm.places.items():
+                assert (part.llm.ids[places + first] == Tokenizer().placeholder).all()
+                assert len(places) == part.edges[Edge(module, 0)].forward.rows_out
+                assert part.items[module].values.dtype == torch.float64
+    assert supervised == plan.supervised
+    assert Counts(routed, tuple(further.tolist())) == plan.counts
+
+
+def test_the_digest_sees_a_change() -> None:
+    made = inputs(4, {}, 1, "sample")
+    first = plan_step(0, INDEX.samples[:8], made)
+    assert first.digest != plan_step(1, INDEX.samples[:8], made).digest
+    assert first.digest != plan_step(0, INDEX.samples[1:9], made).digest
+    other = replace(made, encoders={m: replace(u, deal="cost") for m, u in made.encoders.items()})
+    assert first.digest != plan_step(0, INDEX.samples[:8], other).digest
+
+
+@given(st.integers(0, 100), st.integers(1, 20))
+def test_shares_are_contiguous_whole_and_even(n: int, parts: int) -> None:
+    cuts = share(n, parts)
+    assert cuts[0][0] == 0 and cuts[-1][1] == n
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(cuts))
+    assert max(b - a for a, b in cuts) - min(b - a for a, b in cuts) <= 1
+
+
+@given(st.lists(st.floats(1, 100), min_size=1, max_size=40), st.integers(1, 6))
+def test_dealing_by_cost_is_within_the_bound_of_longest_first(costs: list[float], lanes: int) -> None:
+    floor = max(sum(costs) / lanes, max(costs))
+    for homes in ([i % lanes for i in range(len(costs))], [0] * len(costs)):
+        load = np.bincount(deal_by_cost(costs, homes, lanes), weights=costs, minlength=lanes)
+        most = max(floor * 4 / 3, sum(costs) / lanes + max(costs))
+        assert load.max() <= most + 1e-9 * sum(costs)
+    assert deal_by_cost([1.0] * lanes, list(range(lanes)), lanes) == list(range(lanes))
+
+
+def test_the_learning_rate_warms_up_holds_and_decays() -> None:
+    cfg = TrainConfig(steps=100, global_batch=1, lr=1.0, min_lr=0.1, warmup=0.1, decay=0.2)
+    rates = [learning_rate(cfg, s) for s in range(100)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and set(rates[9:79]) == {1.0}
+    assert all(a > b for a, b in itertools.pairwise(rates[79:])) and rates[-1] > 0.1
+
+
+def test_the_plan_of_1024_ranks_is_written_in_seconds(tmp_path: Path) -> None:
+    """All edges, and each distinct program once: not a plan for every rank, which took 17 minutes."""
+    layout = {
+        "vision": {"tp": 2},
+        "audio": {"ranks": "0-511", "cp": 2},
+        "llm": {"tp": 4, "cp": 2, "pp": 4, "ep": 8, "sequence_parallel": True},
+    }
+    train = {"global_batch": 1024}
+    raw = small(layout=layout, schedule={"microbatches": 8}, train=train)
+    blueprint = draw_up(from_mapping(raw, CONFIGS), 1024)
+    begin = time.process_time()
+    written = plan_json(blueprint, INDEX)
+    text = dry_run(blueprint, tmp_path)
+    assert time.process_time() - begin < 20
+    data = json.loads(written)
+    programs = data["schedule"]["programs"]
+    assert sorted(r for p in programs for r in p["ranks"]) == list(range(1024))
+    assert len(programs) <= 8 and len(written) < 200_000
+    assert len(re.findall(r"^ *\d+  (?=dp\d|-)", text, re.MULTILINE)) == 1024  # the rank table
+    assert data["edges"]["vision"]["rows"] > 0 < data["edges"]["audio"]["forward_bytes"]
+
+
+def test_the_bytes_of_an_edge_are_the_sum_of_what_ranks_plan() -> None:
+    layout = {
+        "vision": {"ranks": [2, 0], "cp": 2},
+        "audio": {"tp": 2},
+        "llm": {"tp": 2, "ranks": [3, 1, 2, 0]},
+    }
+    raw = small(layout=layout, schedule={"microbatches": 2})
+    raw["model"]["audio"]["freeze"] = "all"
+    blueprint = draw_up(from_mapping(raw, CONFIGS), 4)
+    plan, data = first_step(blueprint, INDEX), plan_data(blueprint, INDEX)
+    for module in ("vision", "audio"):
+        parts = [
+            plan_edge(module, mb.edges[module].source, mb.edges[module].dest, rank)
+            for mb in plan.microbatches
+            for rank in range(4)
+        ]
+        row = 24 * 8
+        back = sum(t.received_rows for p in parts for t in p.backward) if module == "vision" else 0
+        assert data["edges"][module]["forward_bytes"] == sum(p.forward.received_rows for p in parts) * row > 0
+        assert data["edges"][module]["backward_bytes"] == back * row

@@ -1,0 +1,171 @@
+"""What a run shows and writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mm.errors import Refused
+from mm.train.console import Console, step_line
+from mm.train.evaluate import Evaluation
+
+RESULT = Evaluation(0.5, {"vision": 1.2345, "audio": -0.001}, {"vision": 0.1, "audio": 2.3})
+
+
+def record(step: int, **values: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": 1 / 3,
+        "lr": 1e-3,
+        "grad_norm": 2.0,
+        "grad_norm_by_module": {"vision": 0.5, "llm": 1.5},
+        "step_s": 0.1,
+        "tokens_per_s": 1234.5,
+        "tflops_per_device": 0.0123,
+        "peak_memory_bytes": 3 * 2**20,
+        "data_s": 0.004,
+        "boundary": {"vision": {"bytes": 10, "seconds": 0.002}, "audio": {"bytes": 0, "seconds": 0.001}},
+    } | values
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(run_dir: Path, first: int, last: int) -> None:
+    console = Console(run_dir, 9, first=first, lead=True)
+    for step in range(first + 1, last + 1):
+        console.step(record(step))
+    console.close()
+
+
+def test_a_step_is_one_plain_line_and_one_full_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, 0, 2)
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) == 2 and "\x1b" not in shown  # not a terminal: no bar, no colours
+    assert shown == (tmp_path / "log.txt").read_text()
+    assert lines(tmp_path) == [record(1), record(2)]
+    assert "0.3333333333333333" in (tmp_path / "metrics.jsonl").read_text()  # floats in full
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    console = Console(tmp_path, 9, first=0, lead=True)
+    console.step(record(1))
+    with pytest.raises(Refused, match=r"another run is writing to run\.dir"):
+        Console(tmp_path, 9, first=0, lead=True)
+    Console(tmp_path, 9, first=0, lead=False)
+    assert lines(tmp_path) == [record(1)]
+    console.close()
+    run(tmp_path, 1, 2)
+
+
+def test_the_line_says_what_matters() -> None:
+    line = step_line(record(7), 400, 65.4)
+    for words in (
+        "step   7/400",
+        "loss 0.3333",
+        "vision 0.5 llm 1.5",
+        "1234 tok/s",
+        "0.0123 TFLOPS/dev",
+        "3 MiB",
+        "boundary 3.0 ms",
+        "data 4.0 ms",
+        "ETA 65 s",
+    ):
+        assert words in line
+
+
+def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(tmp_path / "run", 9, first=0, lead=False)
+    console.step(record(1))
+    console.info("hello")
+    console.evaluation(1, RESULT)
+    console.lift_table(RESULT, {"vision": math.log(10)})
+    console.warn("sample 3 cannot be read")
+    console.close()
+    out, err = capsys.readouterr()
+    assert out == "" and err == "warning: sample 3 cannot be read\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluations_are_records_and_a_table_with_a_blind_guess(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(tmp_path, 9, first=0, lead=True)
+    console.evaluation(9, RESULT)
+    console.lift_table(RESULT, {"vision": math.log(10)})
+    console.close()
+    assert lines(tmp_path) == [
+        {"step": 9, "eval_loss": 0.5, "modality_lift": {"vision": 1.2345, "audio": -0.001}}
+    ]
+    for text in (capsys.readouterr().out, (tmp_path / "log.txt").read_text()):
+        row = next(line for line in text.splitlines() if line.startswith("│ vision"))
+        assert [cell.strip() for cell in row.strip("│").split("│")] == [
+            "vision",
+            "0.100",
+            "1.335",
+            "+1.234",
+            "2.303",
+        ]
+
+
+def test_a_new_run_begins_its_files_anew(tmp_path: Path) -> None:
+    run(tmp_path, 0, 5)
+    run(tmp_path, 0, 1)
+    assert [r["step"] for r in lines(tmp_path)] == [1]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    run(tmp_path, 0, 5)  # killed after step 5, while writing; the checkpoint is of step 3
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    run(tmp_path, 3, 6)
+    assert [r["step"] for r in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_warnings_go_to_the_log_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(tmp_path, 9, first=0, lead=True)
+    console.warn("sample 3 cannot be read")
+    console.close()
+    assert "warning: sample 3" in capsys.readouterr().err
+    assert "warning: sample 3" in (tmp_path / "log.txt").read_text()
+
+
+def test_losses_and_lifts_go_to_tensorboard_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[tuple[str, int], float] = {}
+    purged = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert folder == str(tmp_path / "tensorboard")
+            purged.append(purge_step)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written[name, step] = value
+
+        def close(self) -> None:
+            written["closed", 0] = 1.0
+
+    package = types.ModuleType("torch.utils.tensorboard")
+    package.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    for asked in (False, True):
+        console = Console(tmp_path, 9, first=4, lead=True, tensorboard=asked)
+        console.step(record(5))
+        console.evaluation(5, RESULT)
+        console.close()
+        assert bool(written) == asked
+    assert written["loss", 5] == 1 / 3 and written["closed", 0]
+    assert any("vision" in name and value == 1.2345 for (name, _), value in written.items())
+    assert purged == [5]  # what an earlier start wrote of step 5 is made again

@@ -1,0 +1,281 @@
+"""What make_schedule chooses, keeps to and refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel.schedule import Action, Costs, Group, Kind, ModuleUse, SchedulePlan, make_schedule, simulate
+from parallel.schedule.action import COMPUTE
+from parallel.schedule.checker.check import check
+from parallel.schedule.checker.memory import Memory, held_microbatches
+from parallel.topology.layout import make_layout
+from tests.parallel.schedule.cases import entries, plan_of, use
+
+F, B = Kind.FORWARD, Kind.BACKWARD
+
+
+def computed(plan: SchedulePlan, rank: int) -> list[tuple[str, str]]:
+    """What a rank computes, short: ("llm", "F0")."""
+    return [
+        (a.module, f"{a.kind.value[0].upper()}{a.microbatch}")
+        for a in plan.actions(rank)
+        if a.kind in COMPUTE
+    ]
+
+
+def test_auto_takes_the_schedule_that_the_layout_asks_for() -> None:
+    assert plan_of("auto", 4, 4, {"llm": {"pp": 4}}).kind == "1f1b"
+    assert plan_of("auto", 4, 4, {"llm": {"pp": 4, "vpp": 2}}).kind == "interleaved"
+    words = " ".join(
+        f"{m}:{what}" for m, what in computed(plan_of("auto", 2, 2, {"vision": {}, "llm": {}}), 1)
+    )
+    assert words == "vision:F0 llm:F0 llm:B0 vision:B0 vision:F1 llm:F1 llm:B1 vision:B1"
+
+
+def test_ranks_of_one_place_share_one_list() -> None:
+    plan = plan_of("auto", 16, 4, {"vision": {"ranks": "0-7"}, "llm": {"ranks": "8-15", "pp": 2, "tp": 2}})
+    assert len(plan.programs) == 3
+    assert plan.actions(8) is plan.actions(11) and plan.actions(12) is not plan.actions(8)
+    assert plan.actions(16) == ()
+
+
+def test_transfers_name_stage_peer_tag_and_groups() -> None:
+    plan = plan_of("interleaved", 4, 4, {"llm": {"pp": 2, "vpp": 2, "tp": 2}})
+    onward = Group("module", "llm", "pp", "forward")
+    sends = [a for a in plan.actions(0) if a.kind is Kind.SEND_FORWARD]
+    assert {(a.stage, a.peer) for a in sends} == {(0, 1), (2, 3)}
+    assert all(a.groups == (onward,) for a in sends)
+    assert plan.members(onward, 1) == (1, 3) and plan.members(Group("module", "llm", "tp"), 1) == (0, 1)
+    receives = [a for a in plan.actions(2) if a.kind is Kind.RECV_FORWARD]
+    assert [a.tag for a in sends] == [a.tag for a in receives]
+    messages = [(a.tag, a.groups) for a in plan.actions(0) if a.peer is not None]
+    assert len(set(messages)) == len(messages)
+
+
+def test_an_action_is_hashable_data_that_reads_well() -> None:
+    group = Group("module", "llm", "pp", "forward")
+    a = Action(Kind.SEND_FORWARD, "llm", 3, stage=1, peer=2, groups=(group,))
+    assert str(a) == "send_forward(llm.1, 3)" and len({a, a}) == 1
+    assert str(Action(F, "vision", 2, span=3)) == "forward(vision, 2-4)"
+
+
+def test_a_module_without_items_is_skipped_on_all_ranks_alike() -> None:
+    modules = {"vision": use("vision", 4), "audio": use("audio", 4, ranks="0-1"), "llm": use("llm", 4, pp=2)}
+    active: list[set[str]] = [{"vision"}, {"audio"}, set(), {"vision", "audio"}]
+    plan = make_schedule("auto", modules, sink="llm", active=active)
+    check(plan)
+    for m in ("vision", "audio"):
+        here = [{a.microbatch for a in plan.actions(r) if a.module == m} for r in modules[m].layout.ranks]
+        assert all(found == {i for i, a in enumerate(active) if m in a} for found in here)
+
+
+def test_three_phases_and_a_bound_of_micro_batches() -> None:
+    layouts = {"vision": {}, "llm": {"pp": 2}}
+    plan = plan_of("three_phase", 2, 6, layouts)
+    order = [m for m, _ in computed(plan, 0)]
+    assert order == ["vision"] * 6 + ["llm"] * 12 + ["vision"] * 6
+    assert held_microbatches(plan, "vision") == 6
+    for ahead in range(1, 7):  # below 2, the depth of the pipeline, it drains between windows
+        assert held_microbatches(plan_of("auto", 2, 6, layouts, ahead=ahead), "vision") <= ahead
+    times = [simulate(plan_of("auto", 2, 6, layouts, ahead=ahead)).seconds for ahead in range(1, 7)]
+    assert times == sorted(times, reverse=True) and times[0] > times[-1]
+
+
+def test_encoders_take_several_micro_batches_at_once() -> None:
+    layouts = {"vision": {}, "llm": {"pp": 2}}
+    plan = plan_of("auto", 2, 6, layouts, batch={"vision": 3}, ahead=6)
+    check(plan)
+    spans = {(a.microbatch, a.span) for a in plan.actions(0) if a.module == "vision" and a.kind is F}
+    assert spans == {(0, 3), (3, 3)}
+    assert sum(a.kind is Kind.BOUNDARY_FORWARD for a in plan.actions(0)) == 6
+    apart = plan_of("auto", 2, 5, {"vision": {"ranks": 0}, "llm": {"ranks": 1}}, batch={"vision": 2})
+    check(apart)
+    assert [w for m, w in computed(apart, 0)][:2] == ["F0", "F2"]
+
+
+def test_parameters_are_gathered_once_a_step_where_asked() -> None:
+    plan = plan_of("auto", 4, 2, {"vision": {"params": "step"}, "llm": {"pp": 2, "params": "replicated"}})
+    check(plan)
+    words = [str(a) for a in plan.actions(0) if a.kind in (Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC)]
+    assert words == ["gather(vision, 0)", "grad_sync(llm, 0)", "grad_sync(vision, 0)", "free(vision, 0)"]
+    data = Group("module", "vision", "dp")
+    assert all(data not in a.groups for a in plan.actions(0) if a.kind in COMPUTE)
+    each = plan_of("auto", 4, 2, {"vision": {}, "llm": {"pp": 2}})
+    assert {a.groups for a in each.actions(0) if a.module == "vision" and a.kind is F} == {(data,)}
+
+
+def filled(m: int, pp: int, share: float, **options: Any) -> tuple[float, float, float]:
+    """(seconds without encoder, filled, with encoder work at common moments) for an encoder of `share` of the
+    language model's cost."""
+    costs = Costs({("vision", F): share, ("vision", B): 2 * share})
+    specs = {"vision": {"params": "step"}, "llm": {"pp": pp}}
+    alone = simulate(plan_of("auto", pp, m, {"llm": {"pp": pp}}), costs).seconds
+    plan = plan_of("fill", pp, m, specs, costs=costs, ahead=m)
+    check(plan)
+    beside = plan_of("three_phase", pp, m, specs, costs=costs)
+    return alone, simulate(plan, costs).seconds, simulate(beside, costs).seconds
+
+
+@pytest.mark.parametrize(
+    ("m", "pp", "share", "least"), [(8, 2, 0.25, 0.7), (8, 4, 0.4, 0.5), (16, 4, 0.5, 0.95)]
+)
+def test_encoder_work_fills_the_bubble(m: int, pp: int, share: float, least: float) -> None:
+    alone, fill, beside = filled(m, pp, share)
+    bubble, work = 3.0 * (pp - 1), 3 * share * m
+    hidden = (alone + work - fill) / min(bubble, work)
+    assert least <= hidden <= 1 + 1e-9
+    assert fill < beside
+
+
+@st.composite
+def fillable(
+    draw: st.DrawFn,
+) -> tuple[dict[str, ModuleUse], list[set[str]], dict[str, int], int | None, Costs]:
+    pp, vpp, dp = draw(st.integers(2, 4)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    world = pp * dp
+    names = draw(st.sampled_from([["vision"], ["vision", "audio"]]))
+    modules = {m: use(m, world, params=draw(st.sampled_from(["step", "replicated"]))) for m in names}
+    enters = draw(entries(make_layout("llm", world, {"pp": pp, "vpp": vpp})))
+    modules["vision"] = replace(modules["vision"], frozen=draw(st.booleans()), enters=enters)
+    modules["llm"] = use("llm", world, pp=pp, vpp=vpp, frozen=draw(st.booleans()))
+    m = pp * draw(st.integers(1, 3)) if vpp > 1 else draw(st.integers(1, 9))
+    active = [draw(st.sets(st.sampled_from(names))) for _ in range(m)]
+    batch = {name: draw(st.integers(1, 2)) for name in names}
+    share = draw(st.floats(0.05, 2.0))
+    costs = Costs({("vision", F): share, ("vision", B): 2 * share, ("audio", F): share / 2})
+    return modules, active, batch, draw(st.sampled_from([None, 8, 40])), costs
+
+
+@settings(max_examples=25)
+@given(fillable())
+def test_filled_plans_pass_and_are_never_slower(case: Any) -> None:
+    modules, active, batch, ahead, costs = case
+    rest = {"sink": "llm", "active": active, "batch": batch, "ahead": ahead, "costs": costs}
+    plan = make_schedule("fill", modules, **rest)
+    check(plan)
+    for m in plan.sources:
+        if not modules[m].frozen:
+            assert plan.ahead is not None and held_microbatches(plan, m) <= plan.ahead
+    assert (
+        simulate(plan, costs).seconds
+        <= simulate(make_schedule("auto", modules, **rest), costs).seconds + 1e-9
+    )
+
+
+LLM = {"llm": {"pp": 4, "vpp": 2}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "m", "specs", "options", "words"),
+    [
+        (
+            "interleaved",
+            6,
+            LLM,
+            {},
+            r"multiple of 4, given 6; nearest: schedule.microbatches=4 or schedule.microbatches=8$",
+        ),
+        ("interleaved", 3, LLM, {}, r"given 3; nearest: schedule.microbatches=4$"),
+        (
+            "zero_bubble",
+            5,
+            LLM,
+            {},
+            r"given 5; nearest: schedule.microbatches=4 or .*=8 or layout.llm.vpp=1$",
+        ),
+        ("1f1b", 4, LLM, {}, r"vpp=2; nearest: schedule.kind=interleaved or layout.llm.vpp=1"),
+        ("interleaved", 4, {"llm": {"pp": 4}}, {}, r"vpp=1; nearest: schedule.kind=1f1b"),
+        ("zerobubble", 4, LLM, {}, r"given 'zerobubble'; known: auto, .*did you mean zero_bubble\?"),
+        ("auto", 0, LLM, {}, r"at least one micro-batch, given 0"),
+        (
+            "auto",
+            4,
+            {"vision": {"pp": 4, "vpp": 2}, "llm": {}},
+            {},
+            r"vision: vpp=2.* nearest: vpp=1$",
+        ),
+        (
+            "auto",
+            8,
+            {"vision": {}, **LLM},
+            {"ahead": 3},
+            r"ahead=3.* rounds of 4; needed: at least 4; nearest: schedule.ahead=4",
+        ),
+        (
+            "auto",
+            8,
+            {"vision": {}, "llm": {}},
+            {"ahead": 1, "batch": {"vision": 2}},
+            r"take 2 at once; needed: at",
+        ),
+        (
+            "fill",
+            4,
+            {"vision": {}, "llm": {}},
+            {},
+            r"layout.llm.pp=1, which has none; nearest: schedule.kind=auto",
+        ),
+        (
+            "fill",
+            4,
+            {"vision": {}, "llm": {"pp": 4}},
+            {},
+            r"vision .* gathered over dp .*params step.*nearest: schedule.kind=auto",
+        ),
+        ("fill", 4, {"vision": {"ranks": 0}, "llm": {"pp": 4}}, {}, r"given vision on \[0\] with pp=1"),
+        (
+            "fill",
+            4,
+            {"vision": {"tp": 4}, "llm": {"pp": 4}},
+            {},
+            r"vision.tp=4 joins ranks \[0, 1, 2, 3\].*vision.tp=1",
+        ),
+    ],
+)
+def test_refusals_give_numbers_and_what_works(
+    kind: str, m: int, specs: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan_of(kind, 4, m, specs, **options)
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    llm = use("llm", 4, pp=4, vpp=2)
+    with pytest.raises(
+        ValueError, match=r"pp=4 x vpp=2 makes 8 stages, but it has 6 layers.*nearest: pp=2 or vpp=1"
+    ):
+        make_schedule("auto", {"llm": ModuleUse(llm.layout, layers=6)}, sink="llm", active=[()] * 4)
+    with pytest.raises(ValueError, match=r"pp=4 makes 4 stages, but it has 3 layers.*nearest: pp=2"):
+        vision = ModuleUse(use("vision", 4, pp=4).layout, layers=3)
+        make_schedule("auto", {"vision": vision, "llm": use("llm", 4)}, sink="llm", active=[()] * 4)
+
+
+def test_items_of_an_unknown_source_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"micro-batch 1 has items of \['touch'\]; the sources are \['vision'\]"
+    ):
+        modules = {"vision": use("vision", 1), "llm": use("llm", 1)}
+        make_schedule("auto", modules, sink="llm", active=[(), {"touch"}])
+
+
+def test_a_bound_on_memory_names_what_keeps_to_it() -> None:
+    modules = {"vision": use("vision", 4), "llm": use("llm", 4, pp=4)}
+    rest: dict[str, Any] = {"sink": "llm", "active": [{"vision"}] * 8}
+    memory = Memory({"vision": 3.0, "llm": 1.0})
+    with pytest.raises(
+        ValueError, match=r"rank 0 holds .*bound of 10; nearest: schedule.ahead=2, or a bound of"
+    ):
+        make_schedule("auto", modules, **rest, ahead=8, limit=10, memory=memory)
+    plan = make_schedule("auto", modules, **rest, ahead=2, limit=10, memory=memory)
+    assert max(peak.bytes for peak in check(plan, memory=memory)) <= 10
+    with pytest.raises(ValueError, match=r"vision 3, llm 1.*bound of 3; nearest: a bound of 4"):
+        make_schedule("sequential", modules, **rest, limit=3, memory=memory)
+    with pytest.raises(
+        ValueError, match=r"llm 8.*bound of 4; nearest: schedule.kind=sequential, or a bound of 8"
+    ):
+        make_schedule("gpipe", {"llm": modules["llm"]}, sink="llm", active=[()] * 8, limit=4)
