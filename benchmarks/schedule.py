@@ -19,7 +19,8 @@ from typing import Any
 from parallel.schedule import Costs, Kind, ModuleUse, SchedulePlan, make_schedule, simulate
 from parallel.schedule.checker.check import check
 from parallel.schedule.drawing.chart import simulated
-from parallel.schedule.drawing.picture import draw, save
+from parallel.schedule.drawing.draw import draw
+from parallel.schedule.drawing.save import save
 from parallel.schedule.plan import Params
 from parallel.schedule.simulator.costs import USUAL
 from parallel.topology.layout import make_layout

@@ -164,7 +164,7 @@ def _train_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
         check_outline(cfg, world, lambda why: print(f"{why}; looking for what would work", flush=True))
     check_paths(cfg, write=not args.dry_run)
     if args.dry_run:
-        from mm.report.plan_text import dry_run
+        from mm.commands.dry_run import dry_run
 
         print(dry_run(_check_train(cfg, world), args.draw))
         return 0

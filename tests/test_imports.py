@@ -1,10 +1,11 @@
-"""Imports run downwards only: mm -> encoders, llm -> parallel."""
+"""Imports run downwards only, between packages, between the rooms of a package, and between files."""
 
 from __future__ import annotations
 
 import ast
-from graphlib import TopologicalSorter
-from itertools import pairwise
+from collections import defaultdict
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,32 @@ MAY_IMPORT = {
     "encoders": {"encoders", "parallel"},
     "llm": {"llm", "parallel"},
     "parallel": {"parallel"},
+}
+# The rooms of a package, the lowest first: each may import those before it (docs/architecture.md).
+ORDER = {
+    "parallel": (
+        "topology",
+        "sequence",
+        "comm",
+        "sharding",
+        "checkpoint",
+        "tensor_parallel",
+        "expert_parallel",
+        "context_parallel",
+        "boundary",
+        "schedule",
+    ),
+    "parallel/schedule": (
+        "action",
+        "record",
+        "plan",
+        "checker",
+        "simulator",
+        "generators",
+        "executor",
+        "drawing",
+    ),
+    "mm": ("errors", "data", "config", "plan", "ranks", "checkpoint", "report", "train", "commands", "cli"),
 }
 OTHERS = {"tests", "benchmarks", "examples"}
 NO_TORCH = ("parallel/topology/layout.py", "mm/errors.py")
@@ -36,15 +63,81 @@ def head(name: str, n: int = 1) -> str:
     return ".".join(name.split(".")[:n])
 
 
-def files() -> list[str]:
-    return [str(p.relative_to(ROOT)) for room in MAY_IMPORT for p in sorted((ROOT / room).rglob("*.py"))]
+@cache
+def files() -> tuple[str, ...]:
+    return tuple(str(p.relative_to(ROOT)) for room in MAY_IMPORT for p in sorted((ROOT / room).rglob("*.py")))
+
+
+@cache
+def modules() -> dict[str, str]:
+    """Files by the names that they are imported by."""
+    return {f.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): f for f in files()}
+
+
+@cache
+def arrows() -> dict[str, frozenset[str]]:
+    """By file, the files that it imports. A name that a package hands on counts as the package's."""
+    return {
+        file: frozenset(map(source, imported((ROOT / file).read_text()))) - {"", file} for file in files()
+    }
+
+
+def source(name: str) -> str:
+    """The file that an imported name is from: that of the longest part that is a module, or ""."""
+    parts = name.split(".")
+    heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((modules()[h] for h in heads if h in modules()), "")
+
+
+def child(folder: str, file: str) -> str:
+    """The file or the subfolder directly in `folder` that a file below it is, or is in."""
+    return file.removeprefix(folder + "/").split("/")[0].removesuffix(".py")
+
+
+def order_of(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        return list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"these import each other: {' -> '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize("file", files())
-def test_imports_run_downwards(file: str) -> None:
+def test_packages_import_downwards(file: str) -> None:
     used = {head(name) for name in imported((ROOT / file).read_text())}
-    room = file.split("/")[0]
-    assert used & (set(MAY_IMPORT) | OTHERS) <= MAY_IMPORT[room]
+    package = file.split("/")[0]
+    assert used & (set(MAY_IMPORT) | OTHERS) <= MAY_IMPORT[package]
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_rooms_import_downwards(folder: str) -> None:
+    """The order names every room, and no arrow goes to a later one."""
+    order = ORDER[folder]
+    inside = [f for f in files() if f.startswith(folder + "/")]
+    assert {child(folder, f) for f in inside} - {"__init__", "__main__"} == set(order)
+    up = [
+        f"{file} -> {other}"
+        for file in inside
+        for other in arrows()[file]
+        if child(folder, file) in order and other.startswith(folder + "/") and child(folder, other) in order
+        if order.index(child(folder, file)) < order.index(child(folder, other))
+    ]
+    assert not up
+
+
+def test_no_files_import_each_other() -> None:
+    """Not over third ones either. A package whose __init__ hands on names comes after its files."""
+    order_of({file: set(others) for file, others in arrows().items()})
+
+
+@pytest.mark.parametrize("folder", sorted({str(Path(f).parent) for f in files()}))
+def test_no_parts_of_a_folder_import_each_other(folder: str) -> None:
+    """Parts are its files and its subfolders, whatever is below."""
+    used: dict[str, set[str]] = defaultdict(set)
+    for file in files():
+        if file.startswith(folder + "/") and child(folder, file) != "__init__":
+            others = {child(folder, f) for f in arrows()[file] if f.startswith(folder + "/")}
+            used[child(folder, file)] |= others - {child(folder, file), "__init__"}
+    order_of(used)
 
 
 @pytest.mark.parametrize("file", NO_TORCH)
@@ -52,17 +145,15 @@ def test_pure_modules_import_no_torch(file: str) -> None:
     assert not {head(name) for name in imported((ROOT / file).read_text())} & {"torch", "numpy"}
 
 
-def test_no_parts_of_a_room_import_each_other() -> None:
-    """Parts are its modules and its subpackages. Not over a third one either: there is an order in which each
-    comes after those that it imports."""
-    used: dict[str, set[str]] = {}
-    for file in files():
-        part = head(file.removesuffix(".py").replace("/", "."), 2)
-        others = {head(name, 2) for name in imported((ROOT / file).read_text())}
-        used.setdefault(part, set()).update(others - {part})
-    order = list(TopologicalSorter(used).static_order())  # raises CycleError, which names them
-    for earlier, later in pairwise(("parallel.boundary", "parallel.comm.fetch", "parallel.context_parallel")):
-        assert order.index(earlier) < order.index(later)
+def test_every_import_of_ours_is_there() -> None:
+    """Type checkers take a module that is missing for anything at all."""
+    missing = [
+        f"{file}: {name}"
+        for file in files()
+        for name in imported((ROOT / file).read_text())
+        if head(name) in MAY_IMPORT and name not in modules() and name.rpartition(".")[0] not in modules()
+    ]
+    assert not missing
 
 
 def test_the_check_sees_imports_in_functions_and_for_typing() -> None:

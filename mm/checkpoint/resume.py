@@ -21,7 +21,7 @@ from mm.checkpoint.state import candidates
 from mm.config.schema import Config
 from mm.errors import CheckpointError, PolyrankError
 from mm.ranks.launch import RankInfo, restarted
-from mm.train.console import lock
+from mm.ranks.lock import lock
 from parallel.checkpoint import distributed as store
 from parallel.checkpoint import manifest
 

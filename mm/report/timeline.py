@@ -14,7 +14,8 @@ from mm.plan.step_plan import StepPlan
 from mm.ranks.control import Control
 from parallel.schedule import Costs, Kind, Record, SchedulePlan, simulate
 from parallel.schedule.drawing.chart import Chart, measured, simulated
-from parallel.schedule.drawing.picture import draw, save
+from parallel.schedule.drawing.draw import draw
+from parallel.schedule.drawing.save import save
 from parallel.schedule.drawing.trace import save_trace
 from parallel.schedule.simulator.costs import USUAL
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from mm.errors import Refused
+from mm.ranks.lock import lock
 
 if TYPE_CHECKING:
     from mm.train.evaluate import Evaluation
@@ -143,22 +142,6 @@ class Console:
         self._metrics.close()
         self._log.close()
         os.close(self._lock)
-
-
-def lock(run_dir: Path) -> int:
-    """Keep a run's folder to this process until the returned descriptor is closed, or the process ends.
-
-    Raises Refused where another process has it. File systems without locks keep nothing out.
-    """
-    handle = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise Refused(f"another run is writing to run.dir {run_dir}; needed: a folder of its own") from None
-    except OSError:
-        pass
-    return handle
 
 
 def step_line(record: Mapping[str, Any], steps: int, eta_s: float) -> str:

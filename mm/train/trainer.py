@@ -24,7 +24,7 @@ from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed
 from mm.ranks.stop import Asked, Stop
 from mm.report.header import header, memory_warning
-from mm.report.plan_text import plan_json
+from mm.report.plan_json import plan_json
 from mm.report.timeline import draw_measured
 from mm.train.console import Console
 from mm.train.evaluate import Evaluation, blind_guess, evaluate

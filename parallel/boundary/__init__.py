@@ -7,10 +7,11 @@ y = communicator.exchange(plan, x)                                              
 """
 
 from parallel.boundary.cache import PlanCache
-from parallel.boundary.communicator import BoundaryCommunicator, Pending, Stats
+from parallel.boundary.communicator import BoundaryCommunicator, Stats
 from parallel.boundary.plan import EdgePlan, Transfer, edge_rows, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
 from parallel.boundary.sides import dest_side, on_stage, row_places, source_side
+from parallel.comm.pending import Pending
 
 __all__ = [
     "BoundaryCommunicator",

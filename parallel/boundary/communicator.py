@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from parallel.boundary.plan import EdgePlan, Transfer
 from parallel.comm.linear_map import linear_map
+from parallel.comm.pending import Pending
 from parallel.comm.transport import Channel, Finish, move, start_all_to_all, start_p2p, tag_of
 
 Transport = Literal["auto", "p2p", "all_to_all"]
@@ -31,22 +31,6 @@ class Stats:
         """Start again from nothing."""
         self.bytes_received.clear()
         self.seconds.clear()
-
-
-class Pending:
-    """A transfer under way. The input must not change before wait(), which completes the transfer and returns
-    the rows; called again it returns them again."""
-
-    def __init__(self, finish: Callable[[], Tensor]) -> None:
-        self._finish: Callable[[], Tensor] | None = finish
-        self._rows: Tensor | None = None
-
-    def wait(self) -> Tensor:
-        """The rows. Raises RuntimeError naming edge, direction and peer where one does not answer in time."""
-        if self._finish is not None:
-            self._rows, self._finish = self._finish(), None
-        assert self._rows is not None
-        return self._rows
 
 
 class BoundaryCommunicator:

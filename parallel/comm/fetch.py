@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.boundary.communicator import Pending
 from parallel.comm.linear_map import linear_map
+from parallel.comm.pending import Pending
 from parallel.comm.transport import Channel, Finish, move, pick, start_all_to_all, start_p2p, tag_of
 from parallel.sequence.intervals import NONE, Rows, Span, apart, count, outside, overlap, rows_of, size
 from parallel.topology.axis import Axis

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.boundary import Pending
 from parallel.comm.fetch import Fetch, lacking
+from parallel.comm.pending import Pending
 from parallel.context_parallel.block import attend, attend_backward, merge
 from parallel.context_parallel.packing import ContextPacking
 from parallel.sequence.intervals import Span, join, numbers, overlap, size

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from parallel.schedule.action import BOUNDARY, COMPUTE, Kind
-from parallel.schedule.executor.execute import Record
 from parallel.schedule.plan import SchedulePlan
+from parallel.schedule.record import Record
 from parallel.schedule.simulator.simulate import Timeline
 
 

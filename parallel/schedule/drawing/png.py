@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from parallel.schedule.drawing.picture import PAPER, Box, Curve, Picture, Text, control_points
+from parallel.schedule.drawing.shapes import PAPER, Box, Curve, Picture, Text, control_points
 
 OVER = 2  # painted so many times larger and reduced, for smooth edges
 _ANCHOR = {"start": "lm", "middle": "mm", "end": "rm"}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.schedule.executor.execute import Record
+from parallel.schedule.record import Record
 
 
 def trace_events(records: Mapping[int, Sequence[Record]]) -> dict[str, Any]:

@@ -40,24 +40,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from parallel.schedule.action import Action, Kind
+from parallel.schedule.record import Record
 
 Handler = Callable[[Action], float | None]
-Observe = Callable[["Record"], object]
-
-
-class Record(NamedTuple):
-    """An action that was carried out, with host times of time.perf_counter() in seconds.
-
-    ready: when it had what it waited for; `start` where its handler does not say.
-    """
-
-    action: Action
-    start: float
-    end: float
-    ready: float
+Observe = Callable[[Record], object]
 
 
 def execute(

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from parallel.schedule.action import COMPUTE, RECEIVES, SENDS, Action, Kind
-from parallel.schedule.executor.execute import Handler, Record, execute
+from parallel.schedule.executor.execute import Handler, execute
 from parallel.schedule.plan import SchedulePlan
+from parallel.schedule.record import Record
 from parallel.schedule.simulator.costs import Costs
 
 

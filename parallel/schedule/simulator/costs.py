@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from parallel.schedule.action import COMPUTE, Action, Kind
-from parallel.schedule.executor.execute import Record
+from parallel.schedule.record import Record
 
 # A backward costs two forwards, and its halves one each: the customary estimate.
 USUAL = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.BACKWARD_INPUT: 1.0, Kind.BACKWARD_WEIGHT: 1.0}

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mm.commands.dry_run import dry_run
 from mm.config.schema import from_mapping, load_config, resolve_yaml
 from mm.data.index import load_index, parse_segments
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
-from mm.report.plan_text import dry_run
 from mm.train.rank_report import Report
 from parallel.schedule.action import WORLD, Group
 from tests.mm.harness import CONFIGS, largest_difference, small, train_few

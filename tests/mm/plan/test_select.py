@@ -25,7 +25,7 @@ from mm.plan.step_plan import plan_step, sample_length, supervised_tokens
 from mm.ranks.batch import Assembler
 from mm.ranks.feed import Feed
 from mm.ranks.job import open_index
-from mm.report.plan_text import first_step
+from mm.report.plan_json import first_step
 from mm.train.evaluate import blind_guess
 from parallel.boundary import PlanCache
 from tests.mm.harness import small

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.counts import Counts
+from mm.commands.dry_run import dry_run
 from mm.config.schema import DataConfig, TrainConfig, from_mapping
 from mm.data.index import load_index
 from mm.data.reader import ShardReader
@@ -25,7 +26,7 @@ from mm.plan.blueprint import draw_up
 from mm.plan.select import select
 from mm.plan.step_plan import Edge, PlanInputs, StepPlan, deal_by_cost, plan_step, share
 from mm.ranks.batch import IGNORE, Assembler
-from mm.report.plan_text import dry_run, first_step, plan_data, plan_json
+from mm.report.plan_json import first_step, plan_data, plan_json
 from mm.train.update import learning_rate
 from parallel.boundary import PlanCache, plan_edge
 from parallel.topology.axis import Axes, Axis

@@ -11,7 +11,10 @@ from PIL import Image
 from parallel.schedule import Costs, Kind, simulate
 from parallel.schedule.action import COMPUTE
 from parallel.schedule.drawing.chart import Chart, simulated
-from parallel.schedule.drawing.picture import Box, Curve, Text, colours, draw, save, to_svg
+from parallel.schedule.drawing.draw import colours, draw
+from parallel.schedule.drawing.save import save
+from parallel.schedule.drawing.shapes import Box, Curve, Text
+from parallel.schedule.drawing.svg import to_svg
 from tests.parallel.schedule.cases import plan_of
 
 MIXED = {"vision": {"ranks": "1-4"}, "audio": {"ranks": 0}, "llm": {"ranks": "1-4", "pp": 4}}

@@ -13,7 +13,8 @@ import pytest
 from parallel.schedule import Action, Costs, Kind, Record, SchedulePlan, execute, measured_costs, simulate
 from parallel.schedule.action import COMPUTE
 from parallel.schedule.drawing.chart import measured
-from parallel.schedule.drawing.picture import draw, to_svg
+from parallel.schedule.drawing.draw import draw
+from parallel.schedule.drawing.svg import to_svg
 from parallel.schedule.drawing.trace import save_trace
 from parallel.schedule.executor.standin import run_standins
 from parallel.schedule.simulator.costs import USUAL

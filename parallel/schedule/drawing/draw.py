@@ -1,14 +1,10 @@
-"""The picture of a step: a row a rank, time to the right, as SVG or, of the same shapes, PNG."""
+"""The picture of a step: a row a rank, time to the right."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from html import escape
-from pathlib import Path
-from typing import Literal
-
 from parallel.schedule.action import Kind
 from parallel.schedule.drawing.chart import Arrow, Bar, Chart
+from parallel.schedule.drawing.shapes import INK, PAPER, Box, Curve, Picture, Shape, Text
 
 # (forward, backward, weight gradient) of each module: the sink first, then sources. They stay apart in grey
 # and for red-green blindness.
@@ -19,60 +15,8 @@ PALETTE = (
     ("#d9578a", "#8c2450", "#f2bcd2"),
     ("#8a8f98", "#4a4f58", "#d2d5da"),
 )
-INK, SOFT, TRACK, PAPER, GRID = "#1f2430", "#6b7280", "#eceef2", "#ffffff", "#dfe2e8"
+SOFT, TRACK, GRID = "#6b7280", "#eceef2", "#dfe2e8"
 LEFT, RIGHT, TOP, ROW, GAP, WIDTH = 168, 84, 74, 34, 12, 1280
-
-
-@dataclass(frozen=True)
-class Box:
-    """A filled rectangle with rounded corners; opacity 0 to 1."""
-
-    x: float
-    y: float
-    w: float
-    h: float
-    fill: str
-    radius: float = 0.0
-    opacity: float = 1.0
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line from (x1, y1) to (x2, y2) that leaves and arrives upright, with a dot at its end."""
-
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-    colour: str
-    width: float = 1.0
-    opacity: float = 1.0
-    dashed: bool = False
-
-
-@dataclass(frozen=True)
-class Text:
-    """Words, the middle of their height at y."""
-
-    x: float
-    y: float
-    words: str
-    size: float = 12.0
-    colour: str = INK
-    anchor: Literal["start", "middle", "end"] = "start"
-    bold: bool = False
-
-
-Shape = Box | Curve | Text
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Shapes on white paper, in pixels, in the order that they are painted."""
-
-    width: int
-    height: int
-    shapes: tuple[Shape, ...]
 
 
 def draw(chart: Chart, *, title: str | None = None, width: int = WIDTH) -> Picture:
@@ -202,53 +146,3 @@ def _time(value: float, whole: float) -> str:
 
 def _shorten(words: str, n: int) -> str:
     return words if len(words) <= n else words[: n - 2] + ".."
-
-
-def to_svg(picture: Picture) -> str:
-    """The picture as one SVG document."""
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{picture.width}" height="{picture.height}" '
-        f'viewBox="0 0 {picture.width} {picture.height}" font-family="Helvetica, Arial, sans-serif">'
-    )
-    paper = f'<rect width="100%" height="100%" fill="{PAPER}"/>'
-    return "\n".join([head, paper, *(_svg(s) for s in picture.shapes), "</svg>"]) + "\n"
-
-
-def _svg(s: Shape) -> str:
-    if isinstance(s, Box):
-        round_ = f' rx="{s.radius:.2g}"' if s.radius else ""
-        see = f' opacity="{s.opacity:g}"' if s.opacity < 1 else ""
-        place = f'x="{s.x:.2f}" y="{s.y:.2f}" width="{s.w:.2f}" height="{s.h:.2f}"'
-        return f'<rect {place} fill="{s.fill}"{round_}{see}/>'
-    if isinstance(s, Text):
-        weight = ' font-weight="600"' if s.bold else ""
-        return (
-            f'<text x="{s.x:.2f}" y="{s.y:.2f}" font-size="{s.size:g}" fill="{s.colour}" '
-            f'text-anchor="{s.anchor}" dominant-baseline="central"{weight}>{escape(s.words)}</text>'
-        )
-    (x1, y1), (cx1, cy1), (cx2, cy2), (x2, y2) = control_points(s)
-    dash = ' stroke-dasharray="4 3"' if s.dashed else ""
-    path = f"M{x1:.2f} {y1:.2f}C{cx1:.2f} {cy1:.2f} {cx2:.2f} {cy2:.2f} {x2:.2f} {y2:.2f}"
-    return (
-        f'<g stroke="{s.colour}" opacity="{s.opacity:g}"><path d="{path}" fill="none" '
-        f'stroke-width="{s.width:g}"{dash}/><circle cx="{x2:.2f}" cy="{y2:.2f}" r="{s.width + 0.4:.2g}" '
-        f'stroke="none" fill="{s.colour}"/></g>'
-    )
-
-
-def control_points(s: Curve) -> tuple[tuple[float, float], ...]:
-    """The four points of the curve's cubic."""
-    bend = (s.y2 - s.y1) / 2
-    return ((s.x1, s.y1), (s.x1, s.y1 + bend), (s.x2, s.y2 - bend), (s.x2, s.y2))
-
-
-def save(picture: Picture, path: Path) -> None:
-    """Write a picture as .svg or .png, by the name's ending."""
-    if path.suffix == ".svg":
-        path.write_text(to_svg(picture))
-    elif path.suffix == ".png":
-        from parallel.schedule.drawing.png import to_png  # Pillow is needed for this alone
-
-        to_png(picture).save(path)
-    else:
-        raise ValueError(f"a drawing is written as .svg or .png, given {path.name}; nearest: {path.stem}.svg")
