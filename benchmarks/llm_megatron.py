@@ -32,7 +32,7 @@ from llm.config import LLMConfig, check
 from llm.counts import Counts
 from llm.hf.weights import model_tensors
 from llm.model import LLM, LLMBatch
-from llm.moe import MoE, Pass
+from llm.moe import ForwardContext, MoE
 from llm.mtp import IGNORE, ahead
 from parallel.expert_parallel.all_to_all import combine, dispatch, plan_route
 from parallel.sequence.packed import Packing
@@ -92,7 +92,7 @@ def routing(r: random.Random) -> Differences:
     # It has no bias with softmax.
     bias = 0.5 * randn(e) if router == "sigmoid" else torch.zeros(e, dtype=torch.float64)
     x = torch.cat([logits, torch.ones(n, 1, dtype=torch.float64)], 1)
-    ours = telling_moe(cfg, bias)(x, Pass(Packing.of([n]), n))[:, :e]
+    ours = telling_moe(cfg, bias)(x, ForwardContext(Packing.of([n]), n))[:, :e]
     with Widened():
         theirs, _ = peer.moe_utils.topk_routing_with_score_function(
             logits, k, before, groups if groups > 1 else None, best if groups > 1 else None,

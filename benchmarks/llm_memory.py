@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from llm.attention import Attention
 from llm.layer import Layer, run_layer
 from llm.mamba import Mamba
-from llm.moe import MoE, Pass
+from llm.moe import ForwardContext, MoE
 from llm.presets import preset
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import initialise
@@ -59,10 +59,10 @@ def build(symbol: str, width: int, device: str) -> Layer:
     return layer
 
 
-def step(layer: Layer, x: Tensor, told: Pass) -> float:
+def step(layer: Layer, x: Tensor, ctx: ForwardContext) -> float:
     """Seconds of a forward and a backward."""
     start = _now(x)
-    run_layer(layer, x, told).square().sum().backward()
+    run_layer(layer, x, ctx).square().sum().backward()
     return _now(x) - start
 
 
@@ -73,7 +73,7 @@ def _now(x: Tensor) -> float:
     return time.perf_counter()
 
 
-def kept_bytes(layer: Layer, x: Tensor, told: Pass) -> int:
+def kept_bytes(layer: Layer, x: Tensor, ctx: ForwardContext) -> int:
     """Bytes that wait for the backward, apart from weights and from what waits on the host."""
     weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     kept: dict[int, Tensor] = {}
@@ -86,7 +86,7 @@ def kept_bytes(layer: Layer, x: Tensor, told: Pass) -> int:
         return t
 
     with saved_tensors_hooks(pack, lambda t: t):
-        y = run_layer(layer, x, told)
+        y = run_layer(layer, x, ctx)
     assert y.requires_grad
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    told = Pass(Packing.of([args.tokens], args.device), args.tokens)
+    ctx = ForwardContext(Packing.of([args.tokens], args.device), args.tokens)
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(args.tokens, args.width, generator=gen).to(args.device).requires_grad_()
     hidden = x.numel() * x.element_size()
@@ -123,11 +123,11 @@ def main() -> None:
             for way in ways:
                 use(layer, *way)
                 if turn:
-                    seconds[way].append(step(layer, x, told))
+                    seconds[way].append(step(layer, x, ctx))
                 else:
-                    bytes_kept[way] = kept_bytes(layer, x, told)
+                    bytes_kept[way] = kept_bytes(layer, x, ctx)
                     use(layer, *way)
-                    step(layer, x, told)
+                    step(layer, x, ctx)
         for way in ways:
             size, spent = bytes_kept[way], statistics.median(seconds[way])
             whole = bytes_kept[ways[0]], statistics.median(seconds[ways[0]])

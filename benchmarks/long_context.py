@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from llm.config import LLMConfig
 from llm.layer import Layer, run_layer
-from llm.moe import Pass
+from llm.moe import ForwardContext
 from llm.scan import scan
 from parallel.context_parallel import pack
 from parallel.sharding.param import initialise
@@ -65,7 +65,7 @@ def measure(rank: int, cp: int, port: int, args: argparse.Namespace) -> None:
     layers = nn.ModuleList(Layer(s, CFG, axes, device=None, dtype=torch.float32) for s in args.pattern)
     initialise(layers, 0, "layers")
     packing = pack([args.tokens], "cpu", axis, args.order)
-    told = Pass(packing, packing.total)
+    ctx = ForwardContext(packing, packing.total)
     own = {p.untyped_storage().data_ptr() for p in layers.parameters()}
     saved: dict[int, int] = {}
 
@@ -84,7 +84,7 @@ def measure(rank: int, cp: int, port: int, args: argparse.Namespace) -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         for layer in layers:
             assert isinstance(layer, Layer)
-            y = run_layer(layer, y, told)
+            y = run_layer(layer, y, ctx)
     middle = time.perf_counter()
     y.square().sum().backward()
     end = time.perf_counter()

@@ -1,4 +1,7 @@
-"""Encoders: the contract, the registry and the built-in ones."""
+"""Encoders: the contract, the registry, the built-in ones, and encoder with projector as a node of the model.
+
+Authors of encoders import encoders.api. The language model and jobs may not enter.
+"""
 
 from encoders import fastconformer, vit
 from encoders.contract import Encoder, Features, ItemBatch, pack_items

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from encoders.compat import log_mel, read_wav
 from encoders.context import ItemAttention, ItemConvolution
 from encoders.contract import Encoder, Features, ItemBatch, Meta, check_positive
-from encoders.layers import LayerNorm, enter, leave, run_layer, wide
+from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
+from parallel.sharding.dtypes import accumulation_dtype
 from parallel.sharding.param import constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear
@@ -189,7 +190,7 @@ class Block(nn.Module):
         h = enter(self.norm_conv(x), self.axes, here.share)
         h = F.linear(h, local(self.value)) * torch.sigmoid(F.linear(h, local(self.gate)))
         h = here.convolution(h, local(self.depth))
-        groups = h.to(wide(h.dtype)).unflatten(-1, (-1, self.head_dim))
+        groups = h.to(accumulation_dtype(h.dtype)).unflatten(-1, (-1, self.head_dim))
         h = F.rms_norm(groups, (self.head_dim,), None, 1e-5).flatten(1).to(h.dtype) * local(self.group_norm)
         return leave(self.conv_out(F.silu(h)), self.axes, here.share)
 

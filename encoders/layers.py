@@ -15,14 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from encoders.share import Share
 from parallel.comm.collectives import gather_tokens, reduce_tokens
+from parallel.sharding.dtypes import accumulation_dtype
 from parallel.sharding.param import constant, declare, local
 from parallel.tensor_parallel import layers as tensor
 from parallel.topology.axis import Axes
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that norms compute in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class LayerNorm(nn.Module):
@@ -42,7 +38,7 @@ class LayerNorm(nn.Module):
         declare(self, "bias", (width,), constant(0.0), device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        acc = wide(x.dtype)
+        acc = accumulation_dtype(x.dtype)
         weight, bias = local(self.weight).to(acc), local(self.bias).to(acc)
         return F.layer_norm(x.to(acc), weight.shape, weight, bias, self.eps).to(x.dtype)
 

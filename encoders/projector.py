@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.layers import enter, leave, wide
+from encoders.layers import enter, leave
 from encoders.share import Share
+from parallel.sharding.dtypes import accumulation_dtype
 from parallel.sharding.param import constant, declare, local, normal
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
@@ -39,7 +40,7 @@ class Projector(nn.Module):
         """x: the rows that this rank keeps of `share`."""
         weight = local(self.norm)
         x = x.to(weight.dtype)  # an encoder may have computed in a dtype of its own
-        acc = wide(x.dtype)
+        acc = accumulation_dtype(x.dtype)
         x = F.rms_norm(x.to(acc), weight.shape, weight.to(acc), 1e-5).to(x.dtype)
         h = F.relu(self.up(enter(x, self.axes, share))).square()
         return leave(self.down(h), self.axes, share)

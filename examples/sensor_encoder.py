@@ -13,9 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from encoders import Encoder, Features
-from parallel.sharding.param import normal
-from parallel.tensor_parallel.layers import Linear
+from encoders.api import Encoder, Features, Linear, normal
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from encoders import Encoder, Features, adopt
+from encoders.api import Encoder, Features, adopt
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoders import Encoder, Features
-from encoders.share import Share
-from parallel.sharding.param import normal
-from parallel.tensor_parallel.layers import Linear
-from parallel.topology.stage import whole
+from encoders.api import Encoder, Features, Linear, Share, normal, whole
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The hybrid Mamba-2, attention and mixture-of-experts language model."""
+"""The hybrid Mamba-2, attention and mixture-of-experts language model.
+
+It takes rows to put in the place of tokens. What gives them may not enter: encoders and jobs are elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from llm.config import LLMConfig
-from llm.norm import wide
 from llm.recompute import run
 from parallel.context_parallel import ContextPacking, context_attention
 from parallel.sequence.packed import Packing, attention
+from parallel.sharding.dtypes import accumulation_dtype
 from parallel.sharding.param import constant, declare, local, normal
 from parallel.tensor_parallel.heads import share_heads
 from parallel.tensor_parallel.joined import joined_linear
@@ -82,7 +82,7 @@ def rotate(q: Tensor, k: Tensor, position: Tensor, theta: float) -> tuple[Tensor
 
     Feature i turns together with i + D / 2, as published checkpoints have it.
     """
-    acc, half = wide(q.dtype), q.shape[-1] // 2
+    acc, half = accumulation_dtype(q.dtype), q.shape[-1] // 2
     speed = theta ** (-torch.arange(half, dtype=torch.float64, device=q.device) / half)
     angle = position.unsqueeze(-1) * speed  # float64: a float32 angle is off by 0.03 at position 1M
     cos, sin = (f(angle).to(acc).unsqueeze(1) for f in (torch.cos, torch.sin))

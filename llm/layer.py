@@ -12,7 +12,7 @@ from llm.attention import Attention
 from llm.config import LLMConfig
 from llm.mamba import Mamba
 from llm.mlp import MLP, config_mlp
-from llm.moe import Choice, MoE, Pass
+from llm.moe import Choice, ForwardContext, MoE
 from llm.norm import RMSNorm
 from llm.offload import to_host
 from llm.recompute import run
@@ -47,18 +47,18 @@ class Layer(nn.Module):
         else:
             self.mixer = config_mlp(cfg, cfg.mlp_ffn, axes, **kw)
 
-    def forward(self, x: Tensor, told: Pass, choice: Choice | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, choice: Choice | None = None) -> Tensor:
         """x as kept between blocks, [T, d] or this rank's share of it, to the same."""
         h = run("norm" in self.recompute, self.norm, x)
         if isinstance(self.mixer, MoE):
-            return x + self.mixer(h, told, choice)
+            return x + self.mixer(h, ctx, choice)
         if isinstance(self.mixer, MLP):
             return x + run("mlp" in self.recompute, self.mixer, h)
-        return x + self.mixer(h, told.packing)
+        return x + self.mixer(h, ctx.packing)
 
 
-def run_layer(layer: Layer, x: Tensor, told: Pass) -> Tensor:
+def run_layer(layer: Layer, x: Tensor, ctx: ForwardContext) -> Tensor:
     """layer(x), keeping only x where the whole layer is to be computed again."""
     place = nullcontext() if layer.offload is None else to_host(layer, layer.offload)
     with place:
-        return run("full" in layer.recompute, layer, x, told, Choice())
+        return run("full" in layer.recompute, layer, x, ctx, Choice())

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import LLMConfig
-from llm.norm import wide
 from llm.recompute import run
 from llm.scan import added_states, cut, outputs, scan, state_after
 from parallel.comm.collectives import copy_in, reduce_out
@@ -23,6 +22,7 @@ from parallel.context_parallel.halo import context_conv, halo_rows
 from parallel.context_parallel.state import begin_states, plan_pieces, states_taken
 from parallel.context_parallel.ulysses import to_heads, to_tokens
 from parallel.sequence.packed import Packing, depthwise_conv
+from parallel.sharding.dtypes import accumulation_dtype
 from parallel.sharding.param import Init, constant, declare, local, normal, uniform
 from parallel.tensor_parallel.heads import share_heads
 from parallel.tensor_parallel.joined import joined_linear
@@ -238,7 +238,7 @@ class Mamba(nn.Module):
         """x, dt, A, B, C and D as scan() takes them, of this tp rank's heads or `own` of them, which read
         `groups` groups. conv [T, channels of x, B and C]."""
         cfg = self.cfg
-        acc = wide(conv.dtype)
+        acc = accumulation_dtype(conv.dtype)
         a, d, dt_bias = (s if own is None else s[own] for s in self.scalars(acc))
         groups = self.shared.count if groups is None else groups
         bc = groups * cfg.mamba_state

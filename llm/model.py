@@ -18,7 +18,7 @@ from llm.config import LLMConfig, check, embeds_last
 from llm.counts import Counts
 from llm.layer import Layer, run_layer
 from llm.mamba import Mamba, ScanScalars
-from llm.moe import MoE, Pass, Router
+from llm.moe import ForwardContext, MoE, Router
 from llm.mtp import MultiToken, ahead
 from llm.norm import RMSNorm
 from llm.recompute import recompute_parts
@@ -141,16 +141,16 @@ class LLM(nn.Module):
         is added after layer cfg.level_layers[k - 1]. hidden: what the stage before gave, None on the first.
         """
         learns = self.training and torch.is_grad_enabled() and not self.cfg.freeze
-        told = Pass(batch.packing, batch.n_real, batch.counts, learns)
-        x = self.states(batch, rows, told, hidden)
+        ctx = ForwardContext(batch.packing, batch.n_real, batch.counts, learns)
+        x = self.states(batch, rows, ctx, hidden)
         if not self.stage.last:
             return x
         if self.mtp is not None and learns:
-            x = self._further_tokens(self.mtp, x, batch, told)
+            x = self._further_tokens(self.mtp, x, batch, ctx)
         return self._loss(x, batch.labels, None if batch.loss_rows is None else batch.loss_rows[0])
 
     def states(
-        self, batch: LLMBatch, rows: Mapping[str, Tensor], told: Pass, hidden: Tensor | None = None
+        self, batch: LLMBatch, rows: Mapping[str, Tensor], ctx: ForwardContext, hidden: Tensor | None = None
     ) -> Tensor:
         """Hidden states [T', d] after this stage, normed on the last; see forward."""
         assert (hidden is None) == self.stage.first, "the first stage embeds, the others are given states"
@@ -161,7 +161,7 @@ class LLM(nn.Module):
                 hidden = hidden.index_copy(0, places, entering.to(hidden.dtype))
         for i, layer in zip(self.stage.layers, self.layers, strict=True):
             assert isinstance(layer, Layer)
-            hidden = run_layer(layer, hidden, told)
+            hidden = run_layer(layer, hidden, ctx)
             hidden = self._add_levels(hidden, i, batch, rows)
         return hidden if self.norm is None else self.norm(hidden)
 
@@ -194,7 +194,7 @@ class LLM(nn.Module):
         loss = vocab_loss(hidden, self.head_weight(), labels, self.axes.tp, self.cfg.loss_chunk)
         return loss if rows is None else loss.new_zeros(tokens).index_copy(0, rows, loss)
 
-    def _further_tokens(self, block: MultiToken, x: Tensor, batch: LLMBatch, told: Pass) -> Tensor:
+    def _further_tokens(self, block: MultiToken, x: Tensor, batch: LLMBatch, ctx: ForwardContext) -> Tensor:
         """The last states, whose backward carries the loss of further tokens: weight times the mean over
         depths of each depth's mean loss (arXiv 2412.19437, equations 24 and 25). A depth's mean is over the
         tokens that have a loss there, where the paper, which supervises all, divides by the length of the
@@ -205,7 +205,7 @@ class LLM(nn.Module):
         ids, labels = batch.ahead or ahead(batch.ids, batch.labels, batch.packing, depths)
         total, states = torch.zeros_like(self.mtp_sum), x
         for k, scale in enumerate(batch.counts.further_scales(depths)):
-            states = block(states, self.embed_ids(ids[k]), told)
+            states = block(states, self.embed_ids(ids[k]), ctx)
             rows = None if batch.loss_rows is None else batch.loss_rows[k + 1]
             total = total + self._loss(states, labels[k], rows).sum() * scale
         self.mtp_sum += total.detach()

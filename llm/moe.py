@@ -18,7 +18,6 @@ from llm.balance import attach, choose, document_loads, sequence_loss, z_loss
 from llm.config import LLMConfig
 from llm.counts import Counts
 from llm.mlp import MLP, activate, config_mlp
-from llm.norm import wide
 from llm.recompute import run
 from parallel.comm.collectives import join_tokens, split_tokens
 from parallel.expert_parallel.all_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
@@ -34,6 +33,7 @@ from parallel.expert_parallel.all_to_all import (
 )
 from parallel.expert_parallel.expert_tensor import Share, gather_rows, plan_share, reduce_rows
 from parallel.sequence.packed import Packing
+from parallel.sharding.dtypes import accumulation_dtype
 from parallel.sharding.param import declare, declare_buffer, local, normal
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
@@ -51,7 +51,7 @@ class Router(nn.Module):
         declare(self, "weight", (cfg.n_experts, cfg.d_model), normal(cfg.init_std), **kw)
 
     def forward(self, x: Tensor) -> Tensor:
-        acc = wide(x.dtype)
+        acc = accumulation_dtype(x.dtype)
         return F.linear(x.to(acc), local(self.weight).to(acc))
 
 
@@ -100,8 +100,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What layers are told of a forward beside the hidden states.
+class ForwardContext:
+    """What a forward pass gives its layers besides the hidden states.
 
     packing: the documents; n_real: tokens of this rank before the padding; counts: what the objectives are
     means over; learns: a training forward, whose loads and further objectives count.
@@ -144,7 +144,7 @@ class MoE(nn.Module):
         self.shared: MLP | None = None
         if cfg.shared_ffn:
             self.shared = config_mlp(cfg, cfg.shared_ffn, axes, **kw)
-        acc = torch.float32 if dtype is None else wide(dtype)
+        acc = torch.float32 if dtype is None else accumulation_dtype(dtype)
         declare_buffer(self, "expert_bias", (cfg.n_experts,), 0.0, device=device, dtype=acc)
         # Tokens each expert got since the last update of the bias, on this rank.
         counts: dict[str, Any] = {"persistent": False, "device": device}
@@ -153,13 +153,13 @@ class MoE(nn.Module):
         declare_buffer(self, "objectives", (2,), 0.0, dtype=acc, **counts)
         self.recompute: frozenset[str] = frozenset()
 
-    def forward(self, x: Tensor, told: Pass, choice: Choice | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, choice: Choice | None = None) -> Tensor:
         """x as kept between blocks, [T, d] or this rank's share of it, to the same; choice: see Choice."""
         choice = choice or Choice()
         tp, cfg = self.axes.tp, self.cfg
         share = x if self.axes.sequence_parallel else split_tokens(x, tp)
         width = share.shape[0]
-        real = min(max(told.n_real - tp.rank * width, 0), width)
+        real = min(max(ctx.n_real - tp.rank * width, 0), width)
         tokens = share[:real]
         logits = self.router(tokens)
         score = torch.sigmoid(logits) if cfg.router == "sigmoid" else torch.softmax(logits, -1)
@@ -169,13 +169,13 @@ class MoE(nn.Module):
             choice.chosen = choose(biased, cfg.top_k, cfg.expert_groups, cfg.top_groups)
             choice.route = self._plan(choice.chosen, score)
             choice.share = plan_share(choice.route.per_expert, self.axes.etp, x.device)
-            if told.learns:
+            if ctx.learns:
                 self.load += tally(choice.chosen, cfg.n_experts)
         weight = score.gather(1, choice.chosen)
         if cfg.norm_top_k:
             weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-        if told.learns:
-            weight = self._with_objectives(weight, logits, score, told, choice, first)
+        if ctx.learns:
+            weight = self._with_objectives(weight, logits, score, ctx, choice, first)
         rows = tokens if self.latent_in is None else self.latent_in(tokens)
         y = self._routed(rows, weight * cfg.routed_scale, choice.route, choice.share)
         if self.latent_out is not None:
@@ -210,28 +210,28 @@ class MoE(nn.Module):
         return reduce_rows(self.experts(gather_rows(rows, share), share.per_expert, again), share)
 
     def _with_objectives(
-        self, weight: Tensor, logits: Tensor, score: Tensor, told: Pass, choice: Choice, first: bool
+        self, weight: Tensor, logits: Tensor, score: Tensor, ctx: ForwardContext, choice: Choice, first: bool
     ) -> Tensor:
         """The routing weights, which carry the router's own objectives into the backward."""
         cfg = self.cfg
         balance = z = score.new_zeros(())
         if cfg.aux_weight:
-            balance = self._balance(score, told, choice) * told.counts.token_scale
+            balance = self._balance(score, ctx, choice) * ctx.counts.token_scale
             weight = attach(weight, balance, cfg.aux_weight)
         if cfg.z_weight:
-            z = z_loss(logits) * told.counts.token_scale
+            z = z_loss(logits) * ctx.counts.token_scale
             weight = attach(weight, z, cfg.z_weight)
         if first:
             self.objectives += torch.stack([balance, z]).detach()
         return weight
 
-    def _balance(self, score: Tensor, told: Pass, choice: Choice) -> Tensor:
+    def _balance(self, score: Tensor, ctx: ForwardContext, choice: Choice) -> Tensor:
         """This rank's part of the documents' balance losses; score [n, E] of its tokens."""
         tp = self.axes.tp
-        at = tp.rank * (told.packing.total // tp.size)
-        document = told.packing.sequence_id[at : at + len(score)]
+        at = tp.rank * (ctx.packing.total // tp.size)
+        document = ctx.packing.sequence_id[at : at + len(score)]
         if choice.loads is None:
-            documents, over = len(told.packing.lengths), [tp, self.axes.cp]
+            documents, over = len(ctx.packing.lengths), [tp, self.axes.cp]
             # By score alone, as the equation has it: bias and groups correct what is still to be learned.
             best = choose(score.detach(), self.cfg.top_k)
             choice.loads = document_loads(best, document, documents, self.cfg.n_experts, over)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llm.config import LLMConfig
 from llm.layer import Layer, run_layer
-from llm.moe import Pass
+from llm.moe import ForwardContext
 from llm.norm import RMSNorm
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import normal
@@ -55,12 +55,12 @@ class MultiToken(nn.Module):
         self.layers = nn.ModuleList(Layer(s, cfg, axes, **kw) for s in cfg.mtp_pattern)
         self.norm = RMSNorm(d, cfg.norm_eps, partial=sp, **kw)
 
-    def forward(self, hidden: Tensor, embedded: Tensor, told: Pass) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: Tensor, ctx: ForwardContext) -> Tensor:
         """Hidden states [T', d] of the next depth from those of the one before, normed, and embedded [T', d],
         the embeddings of the tokens ahead."""
         x = self.join(torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], -1))
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            x = run_layer(layer, x, told)
+            x = run_layer(layer, x, ctx)
         out: Tensor = self.norm(x)
         return out

@@ -6,12 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.sharding.dtypes import accumulation_dtype
 from parallel.sharding.param import constant, declare, local
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that norms, softmax, scan, router and loss compute in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class RMSNorm(nn.Module):
@@ -31,6 +27,6 @@ class RMSNorm(nn.Module):
         declare(self, "weight", (width,), constant(1.0), partial=partial, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        acc = wide(x.dtype)
+        acc = accumulation_dtype(x.dtype)
         weight = local(self.weight)
         return F.rms_norm(x.to(acc), weight.shape, weight.to(acc), self.eps).to(x.dtype)

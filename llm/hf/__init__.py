@@ -1,4 +1,7 @@
-"""Hugging Face checkpoints of the Nemotron-H family: reading, also sharded, and writing."""
+"""Hugging Face checkpoints of the Nemotron-H family: reading, also sharded, and writing.
+
+Other families and other modules of the job may not enter.
+"""
 
 from llm.hf.causal import CausalLM, load_hf
 from llm.hf.config import read_config, write_config

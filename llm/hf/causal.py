@@ -12,9 +12,9 @@ from llm.hf.config import read_config
 from llm.hf.files import SafeFolder
 from llm.hf.weights import check_tensors, checkpoint_tensors, load_weights, places_by_name
 from llm.model import LLM, LLMBatch
-from llm.moe import Pass
-from llm.norm import wide
+from llm.moe import ForwardContext
 from parallel.sequence.packed import Packing
+from parallel.sharding.dtypes import accumulation_dtype
 
 
 class CausalLM(nn.Module):
@@ -34,8 +34,8 @@ class CausalLM(nn.Module):
         ids, count = input_ids.reshape(-1), batch * length
         packing = packing or Packing.of([length] * batch, input_ids.device)
         text = LLMBatch(ids, ids, packing, count, {})
-        x = F.linear(self.model.states(text, {}, Pass(packing, count)), self.model.head_weight())
-        return x.to(wide(x.dtype)).view(batch, length, -1)
+        x = F.linear(self.model.states(text, {}, ForwardContext(packing, count)), self.model.head_weight())
+        return x.to(accumulation_dtype(x.dtype)).view(batch, length, -1)
 
 
 def load_hf(
@@ -67,5 +67,5 @@ def allocate(model: LLM, dtypes: dict[str, torch.dtype], device: torch.device | 
             setattr(module, name, nn.Parameter(empty, requires_grad=param.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
             kept = dtypes.get(stem + name)
-            kind = buffer.dtype if kept is None else wide(kept)
+            kind = buffer.dtype if kept is None else accumulation_dtype(kept)
             setattr(module, name, torch.zeros(buffer.shape, dtype=kind, device=device))

@@ -19,8 +19,8 @@ from llm.hf.config import write_config
 from llm.hf.files import CONFIG, INDEX, WEIGHTS
 from llm.hf.weights import checkpoint_tensors, join, model_shapes, model_tensors
 from llm.model import LLM
-from llm.norm import wide
 from parallel.checkpoint import distributed as checkpoint
+from parallel.sharding.dtypes import accumulation_dtype
 
 Fetch = Callable[[Sequence[str]], Mapping[str, Tensor]]
 FILE_BYTES = 4 << 30
@@ -103,7 +103,7 @@ def write_folder(
 
 
 def _kept(key: str, dtype: torch.dtype) -> torch.dtype:
-    return wide(dtype) if key.endswith("e_score_correction_bias") else dtype
+    return accumulation_dtype(dtype) if key.endswith("e_score_correction_bias") else dtype
 
 
 class _Files:

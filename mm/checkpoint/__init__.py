@@ -1,0 +1,4 @@
+"""What a job saves, where it goes on from, and published weights in and out.
+
+Entry points: state.save, resume.find, weights.start_from. Files are written by parallel.checkpoint.
+"""

@@ -1,1 +1,4 @@
-"""Data: WebDataset shards with an index, read straight from the tar, in an order that is a pure function."""
+"""Data sets: an index of tar files, the order of samples, and payloads read by offset.
+
+Entry points: index.read_or_build, order.sample_ids, reader.ShardReader. Nothing here knows ranks.
+"""

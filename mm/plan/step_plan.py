@@ -7,7 +7,6 @@ nothing is agreed at run time.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,7 @@ from llm.counts import Counts
 from mm.data.index import Part, Sample
 from mm.errors import DataError
 from parallel.boundary import RowMap, dest_side, row_places, source_side
-from parallel.context_parallel import Order, piece_count
+from parallel.sequence.stream import Order, alignment
 from parallel.topology.layout import Layout
 
 Deal = Literal["cost", "sample"]
@@ -71,9 +70,9 @@ class PlanInputs:
         return self._rows[key]
 
     @property
-    def granule(self) -> int:
+    def alignment(self) -> int:
         """What packed sequences are padded to a multiple of, so that every rank has an equal share."""
-        return math.lcm(piece_count(self.llm.cp, self.order), self.llm.cp * self.llm.tp)
+        return alignment(self.llm.cp, self.llm.tp, self.order)
 
 
 @dataclass(frozen=True)
@@ -279,7 +278,7 @@ def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch
         start.append(filled[lane])
         filled[lane] += n
     # Whole shares for every rank, and at least one token each, so that no collective meets an empty tensor.
-    unit = inputs.granule
+    unit = inputs.alignment
     tokens = [max(1, -(-n // unit)) * unit for n in filled]
     edges = {
         module: _plan_edge(module, samples, lane_of, start, tokens, inputs) for module in inputs.encoders

@@ -1,5 +1,7 @@
 """Rows from any layout to any layout, and their gradients back, with the least bytes.
 
+Plans are pure; communicator.py carries them out. Models and samples may not enter: rows are numbers here.
+
 source = source_side(vision_layout, item_rows, item_lane)                        # who has which rows
 dest = dest_side(llm_layout, item_rows, llm_lane, item_position, tokens)         # who wants which
 plan = plan_edge("vision -> llm", source, dest, rank)                            # pure

@@ -6,7 +6,6 @@ a stream is cut into tiles, one or more for each rank, and an item's rows fall i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from parallel.boundary.rows import RowMap
 from parallel.sequence.intervals import before, column, meet, repeat_groups, sums
-from parallel.sequence.stream import Order, context_spans, piece_count
+from parallel.sequence.stream import Order, alignment, context_spans
 from parallel.topology.layout import Layout
 
 Ints = Sequence[int] | np.ndarray
@@ -130,7 +129,7 @@ def _token_runs(
     _check_streams(layout, rows, owner, position, length, order)
     # All streams are cut alike: tiles of the shortest one that can be, scaled.
     lane, low, high, local = _tiles(layout, order)
-    unit = _granule(layout, order)
+    unit = alignment(layout.cp, layout.token_shards, order)
     scale, base = length[:, None] // unit, before(length)[:, None]
     parts = layout.cp * layout.token_shards
     tile_lane = (np.arange(layout.dp)[:, None] * parts + lane).reshape(-1)
@@ -145,9 +144,9 @@ def _token_runs(
 
 
 def _tiles(layout: Layout, order: Order) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Columns (lane within the dp rank, start, stop, first local token) of a stream of _granule() tokens, in
+    """Columns (lane within the dp rank, start, stop, first local token) of a stream of alignment() tokens, in
     ascending order."""
-    unit, parts = _granule(layout, order), layout.token_shards
+    unit, parts = alignment(layout.cp, layout.token_shards, order), layout.token_shards
     width = unit // layout.cp // parts
     found = []
     for k, spans in enumerate(context_spans(unit, layout.cp, order)):
@@ -160,11 +159,6 @@ def _tiles(layout: Layout, order: Order) -> tuple[np.ndarray, np.ndarray, np.nda
                 low, local = low + n, local + n
     table = np.asarray(sorted(found), dtype=np.int64)
     return table[:, 2], table[:, 0], table[:, 1], table[:, 3]
-
-
-def _granule(layout: Layout, order: Order) -> int:
-    """What the length of a stream must be a multiple of."""
-    return math.lcm(piece_count(layout.cp, order), layout.cp * layout.token_shards)
 
 
 def _lanes(layout: Layout, stages: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -202,7 +196,7 @@ def _check_streams(
             f"{name}: {len(rows)} items at {len(position)} positions in {len(tokens)} streams; needed: a "
             f"position for each item and a stream for each of {layout.dp} dp ranks"
         )
-    unit = _granule(layout, order)
+    unit = alignment(layout.cp, layout.token_shards, order)
     bad = np.flatnonzero((tokens < 0) | (tokens % unit != 0))
     if len(bad):
         n = int(tokens[bad[0]])

@@ -1,7 +1,15 @@
-"""Context parallelism: a sequence's tokens cut over ranks."""
+"""Layers over a packed stream that is split over context-parallel ranks: attention, convolution, scan.
+
+What they fetch is planned once a batch. Weights may not enter.
+"""
 
 from parallel.context_parallel.attention import context_attention
+from parallel.context_parallel.halo import context_conv
 from parallel.context_parallel.packing import ContextPacking, pack
-from parallel.sequence.stream import Order, context_spans, piece_count
 
-__all__ = ["ContextPacking", "Order", "context_attention", "context_spans", "pack", "piece_count"]
+__all__ = [
+    "ContextPacking",
+    "context_attention",
+    "context_conv",
+    "pack",
+]

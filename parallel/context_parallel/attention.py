@@ -27,6 +27,7 @@ from parallel.context_parallel.block import attend, attend_backward, merge
 from parallel.context_parallel.packing import ContextPacking
 from parallel.sequence.intervals import Span, join, numbers, overlap, size
 from parallel.sequence.packed import Packing, attention
+from parallel.sharding.dtypes import accumulation_dtype
 
 Method = Literal["gather", "ring"]
 
@@ -180,7 +181,7 @@ class _Outer(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, scale: float, method: Method
     ) -> Tensor:
-        outs, logs = [q[:0]], [q.new_zeros((0, q.shape[1]), dtype=_wide(q))]
+        outs, logs = [q[:0]], [q.new_zeros((0, q.shape[1]), dtype=accumulation_dtype(q.dtype))]
         for s in plan.own:
             out, lse = attend(q[s], k[s], v[s], causal=True, scale=scale)
             outs.append(out)
@@ -244,10 +245,6 @@ class _Outer(torch.autograd.Function):
             d_q[s] = part
         d_k, d_v = d_keys.to(k.dtype).chunk(2, 1)
         return d_q.to(q.dtype), d_k, d_v, None, None, None
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _blocks(keys: Tensor, kept: Tensor | None, plan: _Plan) -> Iterator[tuple[Tensor, tuple[_Use, ...], int]]:

@@ -1,6 +1,10 @@
-"""Training steps as data: actions, the generators that list them, and the executor."""
+"""A training step as data: actions, what lists them in order, and what proves, times, runs and draws them.
+
+Schedules know modules by name and stages by number. No tensor may enter but in the executor.
+"""
 
 from parallel.schedule.action import Action, Group, Kind
+from parallel.schedule.checker.check import check
 from parallel.schedule.executor.execute import execute
 from parallel.schedule.generators.make import make_schedule
 from parallel.schedule.plan import ModuleUse, SchedulePlan
@@ -17,6 +21,7 @@ __all__ = [
     "Record",
     "SchedulePlan",
     "Timeline",
+    "check",
     "execute",
     "make_schedule",
     "measured_costs",

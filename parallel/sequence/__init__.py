@@ -1,0 +1,20 @@
+"""Sequences packed end to end, on one rank: index arithmetic, attention and convolution that never mix them.
+
+Everything here is local. No process group may enter.
+"""
+
+from parallel.sequence.intervals import Rows, Span
+from parallel.sequence.packed import Packing, attention, depthwise_conv
+from parallel.sequence.stream import Order, alignment, context_spans, piece_count
+
+__all__ = [
+    "Order",
+    "Packing",
+    "Rows",
+    "Span",
+    "alignment",
+    "attention",
+    "context_spans",
+    "depthwise_conv",
+    "piece_count",
+]

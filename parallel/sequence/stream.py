@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from parallel.sequence.intervals import Span
@@ -12,6 +13,12 @@ Order = Literal["contiguous", "zigzag"]
 def piece_count(cp: int, order: Order) -> int:
     """Into how many equal pieces a stream is cut; its length must be a multiple of this."""
     return 2 * cp if order == "zigzag" and cp > 1 else cp
+
+
+def alignment(cp: int, shards: int, order: Order) -> int:
+    """What the length of a packed stream must be a multiple of, so that each of cp ranks has an equal
+    share, which divides further into `shards` over tp."""
+    return math.lcm(piece_count(cp, order), cp * shards)
 
 
 def context_spans(tokens: int, cp: int, order: Order) -> tuple[tuple[Span, ...], ...]:

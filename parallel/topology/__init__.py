@@ -1,0 +1,24 @@
+"""Which ranks a module lives on, what each of them holds, and the process groups between them.
+
+Layouts and stages are pure and need no torch; groups are made in mesh.py, which is imported on its own
+(`from parallel.topology.mesh import build_mesh`). Nothing that moves a tensor may enter.
+"""
+
+from parallel.topology.axis import Axes, Axis
+from parallel.topology.layout import Coord, ExpertCoord, Layout, Unfit, make_layout, nearest_degrees
+from parallel.topology.stage import Stage, cut_layers, stages_of, whole
+
+__all__ = [
+    "Axes",
+    "Axis",
+    "Coord",
+    "ExpertCoord",
+    "Layout",
+    "Stage",
+    "Unfit",
+    "cut_layers",
+    "make_layout",
+    "nearest_degrees",
+    "stages_of",
+    "whole",
+]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llm.config import LLMConfig
 from llm.layer import Layer, run_layer
-from llm.moe import MoE, Pass
+from llm.moe import ForwardContext, MoE
 from parallel.context_parallel import ContextPacking, Order, pack, piece_count
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import ParamSpec, declared, initialise
@@ -129,7 +129,7 @@ def _forward_backward(
     mine = x[rows].requires_grad_()
     if deaf and isinstance(packing, ContextPacking):
         packing = packing.fragments
-    y = run_layer(layer, mine, Pass(packing, n_real))
+    y = run_layer(layer, mine, ForwardContext(packing, n_real))
     # Without sequence parallelism every tp rank has the same loss, which counts once.
     (y * weight[rows]).sum().backward()
     missing = [n for n, p, _ in declared(layer) if p.grad is None]
@@ -144,7 +144,7 @@ def whole(cfg: LLMConfig, symbol: str, lanes: list[tuple[int, ...]], step: int) 
     for lengths in lanes:
         padded, x, weight = stream(lengths, step, cfg.d_model)
         x.requires_grad_()
-        y = run_layer(layer, x, Pass(Packing.of(padded), sum(lengths)))
+        y = run_layer(layer, x, ForwardContext(Packing.of(padded), sum(lengths)))
         (y * weight).sum().backward()
         outs.append({"y": y.detach(), "dx": x.grad})
     return {"lanes": outs, "grads": {name: p.grad for name, p, _ in declared(layer)}}

@@ -13,7 +13,7 @@ from torch import Tensor
 from llm.balance import attach, choose
 from llm.counts import Counts
 from llm.model import LLM
-from llm.moe import MoE, Pass
+from llm.moe import ForwardContext, MoE
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared
 from tests.llm.harness import TINY, Text, build, make_batch, only, weigh
@@ -61,11 +61,11 @@ def test_objectives_are_their_formulas(router: str) -> None:
     layer = moe(router=router, aux_weight=0.3, z_weight=0.2, expert_groups=4, top_groups=3)
     lengths, padding, routed = [7, 0, 1, 5], 3, 39
     x = torch.randn(16, TINY.d_model, dtype=torch.float64, requires_grad=True)
-    told = Pass(Packing.of([*lengths, padding]), 13, Counts(routed), learns=True)
+    ctx = ForwardContext(Packing.of([*lengths, padding]), 13, Counts(routed), learns=True)
     params = [x, layer.router.weight, layer.experts.up]
-    ours = torch.autograd.grad(weigh(layer(x, told).sum(1)), params)
+    ours = torch.autograd.grad(weigh(layer(x, ctx).sum(1)), params)
     balance, z = objectives(layer, x[:13], lengths)
-    bare = layer(x, replace(told, learns=False))
+    bare = layer(x, replace(ctx, learns=False))
     whole = weigh(bare.sum(1)) + (0.3 * balance + 0.2 * z) / routed
     for mine, theirs in zip(ours, torch.autograd.grad(whole, params), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
@@ -78,7 +78,7 @@ def test_an_even_document_has_balance_loss_one() -> None:
     with torch.no_grad():
         layer.router.weight.zero_()  # equal scores: what is chosen does not matter then
         layer.expert_bias.zero_()
-    layer(torch.ones(8, TINY.d_model, dtype=torch.float64), Pass(Packing.of([8]), 8, learns=True))
+    layer(torch.ones(8, TINY.d_model, dtype=torch.float64), ForwardContext(Packing.of([8]), 8, learns=True))
     assert float(layer.objectives[0]) == pytest.approx(8.0)  # one a token, times tokens
 
 

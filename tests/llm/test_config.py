@@ -50,9 +50,9 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
         for p in model.parameters():
             p.fill_(0.01)
     further = ahead(batch.ids, batch.labels, batch.packing, cfg.mtp_layers)[1] if cfg.mtp_layers else None
-    told = replace(batch, loss_rows=loss_rows(batch.labels, further))
+    ctx = replace(batch, loss_rows=loss_rows(batch.labels, further))
     counted = []
-    for b in (batch, told):
+    for b in (batch, ctx):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(b, {"vision": rows})
         counted.append(counter.get_total_flops())

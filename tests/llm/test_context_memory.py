@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm.config import LLMConfig
 from llm.layer import Layer
-from llm.moe import Pass
+from llm.moe import ForwardContext
 from parallel.context_parallel import ContextPacking, Order, pack
 from parallel.context_parallel.attention import choose_method, key_costs
 from parallel.sharding.param import initialise
@@ -51,7 +51,7 @@ def kept(cp: int, symbol: str, order: Order) -> tuple[int, str]:
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(packing.total, CFG.d_model, generator=gen).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        y = layer(x, Pass(packing, packing.total))
+        y = layer(x, ForwardContext(packing, packing.total))
         total = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in own)
     y.sum().backward()
     chosen = (

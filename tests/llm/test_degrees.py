@@ -11,7 +11,7 @@ import torch
 
 from llm.config import LLMConfig
 from llm.layer import Layer
-from llm.moe import Pass
+from llm.moe import ForwardContext
 from llm.recompute import PARTS
 from parallel.sequence.packed import Packing
 from tests.llm.degrees import Degrees, check, held_fraction, make_axes, run
@@ -192,7 +192,7 @@ def unpacked() -> list[str]:
     for symbol in "M*":
         layer = Layer(symbol, CFG, axes, device=None, dtype=torch.float64)
         try:
-            layer(torch.zeros(4, CFG.d_model, dtype=torch.float64), Pass(Packing.of([4]), 4))
+            layer(torch.zeros(4, CFG.d_model, dtype=torch.float64), ForwardContext(Packing.of([4]), 4))
         except AssertionError as error:
             out.append(str(error))
     return out

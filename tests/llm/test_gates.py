@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.layer import Layer
-from llm.moe import Pass
+from llm.moe import ForwardContext
 from llm.mtp import MultiToken
 from parallel.context_parallel import pack
 from parallel.sharding.param import initialise
@@ -43,7 +43,7 @@ DEGREES = {
 def work(kind: str, degrees: Degrees, axes: Axes) -> int:
     """Operations of matrix products in this rank's forward, over its rows of TOKENS tokens."""
     packing = pack([TOKENS], "cpu", axes.cp, degrees.order)
-    told = Pass(packing, packing.total)
+    ctx = ForwardContext(packing, packing.total)
     kw: dict[str, Any] = {"device": None, "dtype": torch.float64}
     further = kind == "further tokens"
     module: Any = MultiToken(WIDE, axes, **kw) if further else Layer(kind, WIDE, axes, **kw)
@@ -51,7 +51,7 @@ def work(kind: str, degrees: Degrees, axes: Axes) -> int:
     cut(module, axes)
     x = torch.randn(packing.total // axes.token_shards, WIDE.d_model, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        y = module(x, x, told) if further else module(x, told)
+        y = module(x, x, ctx) if further else module(x, ctx)
     assert y.shape == x.shape
     return int(counter.get_total_flops())
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm.balance import choose
-from llm.moe import MoE, Pass
+from llm.moe import ForwardContext, MoE
 from parallel.sequence.packed import Packing
 from parallel.topology.axis import Axes
 from tests.llm.harness import TINY, Degrees, Text, build, make_axes, make_batch, only, run_lane
@@ -22,9 +22,9 @@ def moe(**changes: Any) -> MoE:
     return build(replace(only("E"), **changes)).moe_layers()[0]
 
 
-def told(n_real: int, tokens: int) -> Pass:
+def context(n_real: int, tokens: int) -> ForwardContext:
     """A training pass over one document, then padding."""
-    return Pass(Packing.of([n_real, tokens - n_real]), n_real, learns=True)
+    return ForwardContext(Packing.of([n_real, tokens - n_real]), n_real, learns=True)
 
 
 def by_hand(layer: MoE, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def test_chosen_with_bias_weighted_without(changes: dict[str, Any]) -> None:
     layer = moe(**changes)
     x = torch.randn(9, TINY.d_model, dtype=torch.float64, requires_grad=True)
     results = []
-    for y in (layer(x, told(9, 9)), by_hand(layer, x)):
+    for y in (layer(x, context(9, 9)), by_hand(layer, x)):
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -68,12 +68,12 @@ def test_chosen_with_bias_weighted_without(changes: dict[str, Any]) -> None:
 
 def test_capacity_drops_the_least_probable_and_nothing_where_there_is_room() -> None:
     x = torch.randn(16, TINY.d_model, dtype=torch.float64)
-    free = moe()(x, told(16, 16))
+    free = moe()(x, context(16, 16))
     for pad in (False, True):
         roomy = moe(capacity=float(TINY.n_experts), pad_experts=pad)
-        torch.testing.assert_close(roomy(x, told(16, 16)), free, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(roomy(x, context(16, 16)), free, rtol=1e-12, atol=1e-12)
         tight = moe(capacity=0.25, pad_experts=pad)  # two rows an expert at most, of 6 on average
-        y = tight(x, told(16, 16))
+        y = tight(x, context(16, 16))
         assert tight.shared is not None
         routed = (y - tight.shared(x)).abs().sum(1) > 1e-12
         assert 0 < int(routed.sum()) < 16
@@ -90,11 +90,11 @@ def test_padding_is_neither_routed_nor_counted() -> None:
     layer = moe()
     x = torch.randn(12, TINY.d_model, dtype=torch.float64)
     for n_real in (12, 5, 0):
-        y = layer(x, told(n_real, 12))
+        y = layer(x, context(n_real, 12))
         assert layer.load.sum() == n_real * TINY.top_k
         layer.load.zero_()
         torch.testing.assert_close(y[n_real:], layer.shared(x[n_real:]))
-        torch.testing.assert_close(y[:n_real], layer(x, told(12, 12))[:n_real])
+        torch.testing.assert_close(y[:n_real], layer(x, context(12, 12))[:n_real])
         layer.load.zero_()
 
 
@@ -126,7 +126,7 @@ def one_expert_gets_all(degrees: Degrees) -> tuple[list[bool], float]:
     layer = _cut_moe(make_axes(degrees))
     layer.expert_bias.copy_(torch.arange(TINY.n_experts, 0, -1) * 10.0)
     x = torch.ones(4, TINY.d_model, dtype=torch.float64, requires_grad=True)
-    layer(x, told(4, 4)).sum().backward()
+    layer(x, context(4, 4)).sum().backward()
     experts = [layer.experts.up.grad, layer.experts.down.grad]
     return [bool(g.any()) for g in experts], float(x.grad.abs().sum())
 
@@ -159,7 +159,7 @@ def widths_exchanged(latent: int | None, dispatcher: Any) -> set[int]:
     for name in EXCHANGES:
         setattr(dist, name, note(name))
     try:
-        layer(x, told(6, 6)).sum().backward()
+        layer(x, context(6, 6)).sum().backward()
     finally:
         for name, real in saved.items():
             setattr(dist, name, real)

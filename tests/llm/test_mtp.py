@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm.counts import Counts
 from llm.model import LLM, LLMBatch
-from llm.moe import Pass
+from llm.moe import ForwardContext
 from llm.mtp import IGNORE, ahead
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared
@@ -45,9 +45,9 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def further_loss(model: LLM, batch: LLMBatch) -> tuple[Tensor, Tensor]:
     """(loss per token, summed loss of further tokens of each depth) by hand, one document at a time."""
-    told = Pass(batch.packing, batch.n_real)
+    ctx = ForwardContext(batch.packing, batch.n_real)
     assert model.mtp is not None and model.embed is not None
-    states, table, head = model.states(batch, EMPTY, told), model.embed.weight, model.head_weight()
+    states, table, head = model.states(batch, EMPTY, ctx), model.embed.weight, model.head_weight()
     loss = F.cross_entropy(states @ head.T, batch.labels, reduction="none")
     total = torch.zeros(CFG.mtp_layers, dtype=torch.float64)
     block = model.mtp
@@ -60,7 +60,7 @@ def further_loss(model: LLM, batch: LLMBatch) -> tuple[Tensor, Tensor]:
             pair = [norm(table[tokens], block.embed_norm.weight), norm(h, block.hidden_norm.weight)]
             h = torch.cat(pair, 1) @ block.join.weight.T
             for layer in block.layers:
-                h = layer(h, Pass(Packing.of([n]), n))
+                h = layer(h, ForwardContext(Packing.of([n]), n))
             h = norm(h, block.norm.weight)
             of_one = F.cross_entropy(h @ head.T, wanted, ignore_index=IGNORE, reduction="sum")
             total = total + of_one * F.one_hot(torch.tensor(k - 1), CFG.mtp_layers)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from encoders import Encoder, Features, adopt
+from encoders.api import Encoder, Features, adopt
 from parallel.topology.stage import whole
 
 

@@ -88,7 +88,7 @@ def test_every_row_is_held_once_and_enters_at_its_placeholder(seed: int) -> None
                 assert (cover == 1).all() and side.rows.sum() == edge.rows
         for lane, total in enumerate(mb.tokens):
             used = sum(mb.length[j] for j in mb.lane_samples(lane))
-            assert total % made.granule == 0 and max(used, 1) <= total < used + 2 * made.granule
+            assert total % made.alignment == 0 and max(used, 1) <= total < used + 2 * made.alignment
 
 
 def layouts(made: PlanInputs) -> dict[str, Layout]:
