@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from llm.config import LLMConfig
 from llm.layer import Layer, run_layer
 from llm.moe import ForwardContext, MoE
-from parallel.context_parallel import ContextPacking, Order, pack, piece_count
+from parallel.context_parallel import ContextPacking, pack
 from parallel.sequence.packed import Packing
+from parallel.sequence.stream import Order, piece_count
 from parallel.sharding.param import ParamSpec, declared, initialise
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.layout import Layout

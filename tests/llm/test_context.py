@@ -11,8 +11,9 @@ from torch import Tensor
 
 from llm.config import LLMConfig
 from llm.mamba import Mamba, MixerShape, choose_method, mixer_bytes
-from parallel.context_parallel import ContextPacking, Order, pack
+from parallel.context_parallel import ContextPacking, pack
 from parallel.sequence.packed import Packing
+from parallel.sequence.stream import Order
 from parallel.sharding.param import declared, initialise
 from parallel.topology.axis import Axes, Axis
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from llm.config import LLMConfig
 from llm.layer import Layer
 from llm.moe import ForwardContext
-from parallel.context_parallel import ContextPacking, Order, pack
+from parallel.context_parallel import ContextPacking, pack
 from parallel.context_parallel.attention import choose_method, key_costs
+from parallel.sequence.stream import Order
 from parallel.sharding.param import initialise
 from parallel.topology.axis import Axes, Axis
 

@@ -27,7 +27,7 @@ from encoders.contract import ItemBatch
 from encoders.module import build_encoder_module
 from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch
-from llm.moe import Pass
+from llm.moe import ForwardContext
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import initialise
 from parallel.topology.axis import Axes
@@ -138,7 +138,7 @@ class Language:
         for k in range(1, cfg.mtp_layers + 1):
             # Token i is told token i + k and predicts the one after it, as far as there is one.
             embedded = self.model.embed_ids(torch.tensor((ids[k:] + [0] * n)[:n]))
-            states = self.model.mtp(states, embedded, Pass(packing, n))  # type: ignore[misc]
+            states = self.model.mtp(states, embedded, ForwardContext(packing, n))  # type: ignore[misc]
             further = cross_entropy(states, head, (labels[k:] + [-100] * n)[:n]) / per["further"][k - 1]
             found["mtp"] = found["mtp"] + further / cfg.mtp_layers
         for layer in self.model.moe_layers():

@@ -143,7 +143,7 @@ LLM = (
         "moe.padding",
         "padding is routed and counted",
         "llm/moe.py",
-        "real = min(max(told.n_real - tp.rank * width, 0), width)",
+        "real = min(max(ctx.n_real - tp.rank * width, 0), width)",
         "real = width",
         "tests/llm/test_moe.py::test_padding_is_neither_routed_nor_counted",
     ),

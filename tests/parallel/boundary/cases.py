@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from parallel.boundary.rows import RowMap
-from parallel.context_parallel import Order, context_spans
+from parallel.sequence.stream import Order, context_spans
 from parallel.topology.layout import Layout, make_layout
 
 

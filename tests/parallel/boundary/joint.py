@@ -17,7 +17,7 @@ from parallel.boundary import (
     row_places,
     source_side,
 )
-from parallel.context_parallel import Order
+from parallel.sequence.stream import Order
 from parallel.topology.layout import Layout, make_layout
 from tests.parallel.boundary.cases import held_rows, local_tokens
 from tests.parallel.boundary.counter import Counter

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.context_parallel import Order, piece_count
+from parallel.sequence.stream import Order, piece_count
 from parallel.topology.layout import Layout, make_layout
 from tests.parallel.boundary.cases import random_spec
 from tests.parallel.boundary.joint import WORLD, Joint, attempt, check_bytes

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.boundary import dest_side, row_places, source_side
-from parallel.context_parallel import Order, piece_count
+from parallel.sequence.stream import Order, piece_count
 from parallel.topology.layout import make_layout
 from tests.parallel.boundary.cases import held_rows, local_tokens, random_layout, rows_of
 

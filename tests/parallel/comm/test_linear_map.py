@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parallel.comm.linear_map import linear_map
-from parallel.context_parallel import ContextPacking, Order, pack
+from parallel.context_parallel import ContextPacking, pack
 from parallel.context_parallel.ulysses import to_heads, to_tokens
 from parallel.expert_parallel.expert_tensor import gather_rows, plan_share, reduce_rows
+from parallel.sequence.stream import Order
 from parallel.topology.axis import Axis
 
 

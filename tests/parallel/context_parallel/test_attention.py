@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.context_parallel import Order, pack
+from parallel.context_parallel import pack
 from parallel.context_parallel.attention import choose_method, context_attention, key_costs
 from parallel.context_parallel.block import TILE, attend, attend_backward, tiled, tiled_backward
 from parallel.sequence.packed import Packing, attention
+from parallel.sequence.stream import Order
 from parallel.topology.axis import Axis
 
 STREAMS = [(16,), (3, 13), (8, 8), (1, 2, 5, 1, 7), (7, 0, 9), (0, 15, 1), (2,) * 8, (40,)]

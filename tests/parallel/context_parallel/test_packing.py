@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.context_parallel import ContextPacking, Order, pack, piece_count
+from parallel.context_parallel import ContextPacking, pack
 from parallel.sequence.packed import Packing
+from parallel.sequence.stream import Order, piece_count
 from parallel.topology.axis import Axis
 
 lengths_of = st.lists(st.integers(0, 30), max_size=7)
