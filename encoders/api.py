@@ -8,7 +8,9 @@ The contract
 
 Parameters
     declare, declare_buffer, local        a parameter with its global shape, and the part that this rank holds
+    ParamSpec                             how it starts, which dim an axis shards, how its gradient is summed
     constant, normal, uniform             initial values
+    FactoryKwargs                         device and dtype, handed on to the parts of a module
     adopt                                 a module of any make, with the values that it has
 
 Layers
@@ -31,7 +33,8 @@ from encoders.registry import register
 from encoders.share import Share, pieces, reach
 from parallel.sequence.packed import Packing, attention, depthwise_conv
 from parallel.sharding.adopt import adopt
-from parallel.sharding.param import constant, declare, declare_buffer, local, normal, uniform
+from parallel.sharding.dtypes import FactoryKwargs
+from parallel.sharding.param import ParamSpec, constant, declare, declare_buffer, local, normal, uniform
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
 from parallel.topology.stage import Stage, whole
@@ -39,6 +42,7 @@ from parallel.topology.stage import Stage, whole
 __all__ = [
     "Axes",
     "Encoder",
+    "FactoryKwargs",
     "Features",
     "ItemAttention",
     "ItemBatch",
@@ -48,6 +52,7 @@ __all__ = [
     "Meta",
     "Packing",
     "Pairing",
+    "ParamSpec",
     "Share",
     "Stage",
     "adopt",

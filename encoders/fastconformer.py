@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from encoders.contract import Encoder, Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
-from parallel.sharding.dtypes import accumulation_dtype
-from parallel.sharding.param import constant, declare, local, normal
+from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
+from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
@@ -67,15 +66,15 @@ class Subsample(nn.Module):
     ) -> None:
         super().__init__()
         c, self.mels = cfg.channels, cfg.mels
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        declare(self, "conv", (c, 1, 3, 3), normal(0.5), **kw)
-        declare(self, "conv_bias", (c,), constant(0.0), **kw)
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
+        declare(self, "conv", (c, 1, 3, 3), normal(0.5), **factory)
+        declare(self, "conv_bias", (c,), constant(0.0), **factory)
         for i in (1, 2):
-            declare(self, f"depth{i}", (c, 1, 3, 3), normal(0.4), **kw)
-            declare(self, f"point{i}", (c, c, 1, 1), normal((2.0 / c) ** 0.5), **kw)
-            declare(self, f"point_bias{i}", (c,), constant(0.0), **kw)
+            declare(self, f"depth{i}", (c, 1, 3, 3), normal(0.4), **factory)
+            declare(self, f"point{i}", (c, c, 1, 1), normal((2.0 / c) ** 0.5), **factory)
+            declare(self, f"point_bias{i}", (c,), constant(0.0), **factory)
         bands = halved(halved(halved(cfg.mels)))
-        self.out = Linear(c * bands, cfg.width, normal((c * bands) ** -0.5), bias=True, **kw)
+        self.out = Linear(c * bands, cfg.width, normal((c * bands) ** -0.5), bias=True, **factory)
 
     def forward(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
         slots = [8 * (-(-n // 8) + 1) for n in lengths]
@@ -128,10 +127,10 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.axes = axes
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = LayerNorm(cfg.width, **kw)
-        self.up = Linear(cfg.width, cfg.ffn, normal(cfg.width**-0.5), shard="column", bias=True, **kw)
-        self.down = Linear(cfg.ffn, cfg.width, normal(out_std), shard="row", **kw)
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
+        self.norm = LayerNorm(cfg.width, **factory)
+        self.up = Linear(cfg.width, cfg.ffn, normal(cfg.width**-0.5), shard="column", bias=True, **factory)
+        self.down = Linear(cfg.ffn, cfg.width, normal(out_std), shard="row", **factory)
 
     def forward(self, x: Tensor, share: Share) -> Tensor:
         h = F.silu(self.up(enter(self.norm(x), self.axes, share)))
@@ -162,16 +161,19 @@ class Block(nn.Module):
         super().__init__()
         self.axes, self.head_dim = axes, cfg.width // cfg.heads
         d = cfg.width
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         std, out_std = d**-0.5, d**-0.5 / (2 * cfg.layers) ** 0.5
-        self.ff1, self.ff2 = FeedForward(cfg, axes, out_std, **kw), FeedForward(cfg, axes, out_std, **kw)
-        self.norm_att, self.norm_conv, self.norm_out = (LayerNorm(d, **kw) for _ in range(3))
+        self.ff1, self.ff2 = (
+            FeedForward(cfg, axes, out_std, **factory),
+            FeedForward(cfg, axes, out_std, **factory),
+        )
+        self.norm_att, self.norm_conv, self.norm_out = (LayerNorm(d, **factory) for _ in range(3))
         for name in ("q", "k", "v", "value", "gate"):
-            declare(self, name, (d, d), normal(std), shard_dim=0, **kw)
-        self.att_out = Linear(d, d, normal(out_std), shard="row", **kw)
-        declare(self, "depth", (d, cfg.kernel), normal(cfg.kernel**-0.5), shard_dim=0, **kw)
-        declare(self, "group_norm", (d,), constant(1.0), shard_dim=0, **kw)
-        self.conv_out = Linear(d, d, normal(out_std), shard="row", **kw)
+            declare(self, name, (d, d), ParamSpec(normal(std), shard_dim=0), **factory)
+        self.att_out = Linear(d, d, normal(out_std), shard="row", **factory)
+        declare(self, "depth", (d, cfg.kernel), ParamSpec(normal(cfg.kernel**-0.5), shard_dim=0), **factory)
+        declare(self, "group_norm", (d,), ParamSpec(constant(1.0), shard_dim=0), **factory)
+        self.conv_out = Linear(d, d, normal(out_std), shard="row", **factory)
 
     def forward(self, x: Tensor, here: Local) -> Tensor:
         x = x + 0.5 * self.ff1(x, here.share)
@@ -228,10 +230,10 @@ class FastConformer(Encoder):
     ) -> None:
         super().__init__(cfg, axes, device=device, dtype=dtype)
         self.cfg, self.axes, self.stage = cfg, axes, stage or whole(cfg.layers)
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         if self.stage.first:
-            self.subsample = Subsample(cfg, **kw)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, axes, **kw) for i in self.stage.layers})
+            self.subsample = Subsample(cfg, **factory)
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, axes, **factory) for i in self.stage.layers})
 
     @property
     def layers(self) -> Sequence[nn.Module]:

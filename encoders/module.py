@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.projector import Projector
 from encoders.share import Share, pieces
+from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import Given, declared, keep_whole, own_specs
 from parallel.topology.axis import Axes
 from parallel.topology.layout import Unfit, typed
@@ -221,11 +222,11 @@ def build_encoder_module(
     inner, stage = encoder_axes(cls, axes), stage or whole(cls.layer_count(cfg))
     assert cls.context_parallel or axes.cp.size == 1, "check_encoder() refuses this"
     assert cls.pipeline or (stage.first and stage.last), "check_encoder() refuses this"
-    kw: dict[str, Any] = {"device": device, "dtype": dtype}
+    factory: FactoryKwargs = {"device": device, "dtype": dtype}
     staged: dict[str, Any] = {"stage": stage} if cls.pipeline else {}
-    encoder = cls(cfg, inner, **staged, **kw)
+    encoder = cls(cfg, inner, **staged, **factory)
     projectors = [
-        Projector(cls.feature_width(cfg), projector_hidden, d_out, inner, **kw)
+        Projector(cls.feature_width(cfg), projector_hidden, d_out, inner, **factory)
         for _ in range(cls.feature_levels(cfg) if stage.last else 0)
     ]
     module = EncoderModule(encoder, projectors, cfg, axes, stage)

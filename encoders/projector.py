@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders.layers import enter, leave
 from encoders.share import Share
-from parallel.sharding.dtypes import accumulation_dtype
+from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.param import constant, declare, local, normal
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
@@ -31,10 +29,10 @@ class Projector(nn.Module):
     ) -> None:
         super().__init__()
         self.axes = axes
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        declare(self, "norm", (d_in,), constant(1.0), **kw)
-        self.up = Linear(d_in, hidden, normal(d_in**-0.5), shard="column", **kw)
-        self.down = Linear(hidden, d_out, normal(hidden**-0.5), shard="row", **kw)
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
+        declare(self, "norm", (d_in,), constant(1.0), **factory)
+        self.up = Linear(d_in, hidden, normal(d_in**-0.5), shard="column", **factory)
+        self.down = Linear(hidden, d_out, normal(hidden**-0.5), shard="row", **factory)
 
     def forward(self, x: Tensor, share: Share) -> Tensor:
         """x: the rows that this rank keeps of `share`."""

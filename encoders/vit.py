@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,8 @@ from encoders.contract import Encoder, Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
-from parallel.sharding.param import constant, declare, local, normal
+from parallel.sharding.dtypes import FactoryKwargs
+from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
@@ -57,15 +57,15 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         d, self.axes, self.head_dim = cfg.width, axes, cfg.width // cfg.heads
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         std, out_std = d**-0.5 * 0.7, d**-0.5 * 0.7 / (2 * cfg.layers) ** 0.5
-        self.norm1, self.norm2 = LayerNorm(d, **kw), LayerNorm(d, **kw)
+        self.norm1, self.norm2 = LayerNorm(d, **factory), LayerNorm(d, **factory)
         for name in ("q", "k", "v"):
-            declare(self, name, (d, d), normal(std), shard_dim=0, **kw)
-            declare(self, f"bias_{name}", (d,), constant(0.0), shard_dim=0, **kw)
-        self.out = Linear(d, d, normal(out_std), shard="row", **kw)
-        self.up = Linear(d, cfg.mlp, normal(std), shard="column", bias=True, **kw)
-        self.down = Linear(cfg.mlp, d, normal(out_std), shard="row", **kw)
+            declare(self, name, (d, d), ParamSpec(normal(std), shard_dim=0), **factory)
+            declare(self, f"bias_{name}", (d,), ParamSpec(constant(0.0), shard_dim=0), **factory)
+        self.out = Linear(d, d, normal(out_std), shard="row", **factory)
+        self.up = Linear(d, cfg.mlp, normal(std), shard="column", bias=True, **factory)
+        self.down = Linear(cfg.mlp, d, normal(out_std), shard="row", **factory)
 
     def forward(self, x: Tensor, attention: ItemAttention, share: Share) -> Tensor:
         h = enter(self.norm1(x), self.axes, share)
@@ -96,15 +96,15 @@ class ViT(Encoder):
     ) -> None:
         super().__init__(cfg, axes, device=device, dtype=dtype)
         self.cfg, self.axes, self.stage = cfg, axes, stage or whole(cfg.layers)
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         if self.stage.first:
             inputs = cfg.channels * cfg.patch**2
-            self.patch = Linear(inputs, cfg.width, normal(inputs**-0.5), bias=True, **kw)
-            declare(self, "row_position", (cfg.max_grid, cfg.width), normal(0.1), **kw)
-            declare(self, "column_position", (cfg.max_grid, cfg.width), normal(0.1), **kw)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, axes, **kw) for i in self.stage.layers})
+            self.patch = Linear(inputs, cfg.width, normal(inputs**-0.5), bias=True, **factory)
+            declare(self, "row_position", (cfg.max_grid, cfg.width), normal(0.1), **factory)
+            declare(self, "column_position", (cfg.max_grid, cfg.width), normal(0.1), **factory)
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, axes, **factory) for i in self.stage.layers})
         if self.stage.last:
-            self.norm = LayerNorm(cfg.width, **kw)
+            self.norm = LayerNorm(cfg.width, **factory)
 
     @property
     def layers(self) -> Sequence[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from llm.config import LLMConfig
 from llm.recompute import run
 from parallel.context_parallel import ContextPacking, context_attention
 from parallel.sequence.packed import Packing, attention
-from parallel.sharding.dtypes import accumulation_dtype
-from parallel.sharding.param import constant, declare, local, normal
+from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
+from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.heads import share_heads
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear, enter, leave
@@ -34,16 +34,18 @@ class Attention(nn.Module):
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
         own = self.shared.count * cfg.head_dim
         self.sizes = [q // axes.tp.size, own, own]
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         for name, width in {"q": q, "k": kv, "v": kv}.items():
-            how: dict[str, Any] = {"shard_dim": 0} if name == "q" else self.shared.declare_as()
-            declare(self, name, (width, cfg.d_model), normal(cfg.init_std), **how, **kw)
+            init = normal(cfg.init_std)
+            spec = ParamSpec(init, shard_dim=0) if name == "q" else self.shared.spec(init)
+            declare(self, name, (width, cfg.d_model), spec, **factory)
             if cfg.attention_bias:
-                declare(self, f"{name}_bias", (width,), constant(0.0), **how, **kw)
-        self.out = Linear(q, cfg.d_model, normal(cfg.out_std), shard="row", **kw)
+                declare(self, f"{name}_bias", (width,), replace(spec, init=constant(0.0)), **factory)
+        self.out = Linear(q, cfg.d_model, normal(cfg.out_std), shard="row", **factory)
         if cfg.attention_bias:
             # Added after the partial sums are, so that it counts once.
-            declare(self, "bias", (cfg.d_model,), constant(0.0), partial=axes.sequence_parallel, **kw)
+            after = ParamSpec(constant(0.0), partial=axes.sequence_parallel)
+            declare(self, "bias", (cfg.d_model,), after, **factory)
         else:
             self.bias = None
         self.recompute: frozenset[str] = frozenset()

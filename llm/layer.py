@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from llm.moe import Choice, ForwardContext, MoE
 from llm.norm import RMSNorm
 from llm.offload import to_host
 from llm.recompute import run
+from parallel.sharding.dtypes import FactoryKwargs
 from parallel.topology.axis import Axes
 
 
@@ -35,17 +35,17 @@ class Layer(nn.Module):
         super().__init__()
         self.recompute: frozenset[str] = frozenset()
         self.offload: int | None = None
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **kw)
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **factory)
         self.mixer: nn.Module
         if symbol == "M":
-            self.mixer = Mamba(cfg, axes, **kw)
+            self.mixer = Mamba(cfg, axes, **factory)
         elif symbol == "*":
-            self.mixer = Attention(cfg, axes, **kw)
+            self.mixer = Attention(cfg, axes, **factory)
         elif symbol == "E":
-            self.mixer = MoE(cfg, axes, **kw)
+            self.mixer = MoE(cfg, axes, **factory)
         else:
-            self.mixer = config_mlp(cfg, cfg.mlp_ffn, axes, **kw)
+            self.mixer = config_mlp(cfg, cfg.mlp_ffn, axes, **factory)
 
     def forward(self, x: Tensor, ctx: ForwardContext, choice: Choice | None = None) -> Tensor:
         """x as kept between blocks, [T, d] or this rank's share of it, to the same."""

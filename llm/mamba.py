@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from parallel.context_parallel.halo import context_conv, halo_rows
 from parallel.context_parallel.state import begin_states, plan_pieces, states_taken
 from parallel.context_parallel.ulysses import to_heads, to_tokens
 from parallel.sequence.packed import Packing, depthwise_conv
-from parallel.sharding.dtypes import accumulation_dtype
-from parallel.sharding.param import Init, constant, declare, local, normal, uniform
+from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
+from parallel.sharding.param import Init, ParamSpec, constant, declare, local, normal, uniform
 from parallel.tensor_parallel.heads import share_heads
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear, enter, leave
@@ -53,7 +53,9 @@ class ScanScalars(nn.Module):
         super().__init__()
         inits = {"a_log": _log_uniform_a(), "d": constant(1.0), "dt_bias": _time_step_bias()}
         for name, init in inits.items():
-            declare(self, name, (heads,), init, shard_dim=0, precise=True, device=device, dtype=dtype)
+            declare(
+                self, name, (heads,), ParamSpec(init, shard_dim=0, precise=True), device=device, dtype=dtype
+            )
 
     def forward(self, acc: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A (negative), D and dt_bias of the local heads, in dtype acc.
@@ -142,20 +144,22 @@ class Mamba(nn.Module):
         inner, bc = cfg.mamba_inner, cfg.mamba_groups * cfg.mamba_state
         own_bc = self.shared.count * cfg.mamba_state
         self.sizes = [inner // tp.size, inner // tp.size, own_bc, own_bc, self.heads]
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        how: dict[str, dict[str, Any]] = {name: {"shard_dim": 0} for name in ("z", "x", "dt")}
-        how |= {name: self.shared.declare_as() for name in ("b", "c")}
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
+
+        def spec(name: str, init: Init) -> ParamSpec:
+            return self.shared.spec(init) if name in ("b", "c") else ParamSpec(init, shard_dim=0)
+
         widths = {"z": inner, "x": inner, "b": bc, "c": bc, "dt": cfg.mamba_heads}
         for name, width in widths.items():
-            declare(self, f"in_{name}", (width, cfg.d_model), normal(cfg.init_std), **how[name], **kw)
+            declare(self, f"in_{name}", (width, cfg.d_model), spec(name, normal(cfg.init_std)), **factory)
         bound = 1.0 / math.sqrt(cfg.conv_kernel)  # kaiming uniform with a = sqrt(5)
         for name in ("x", "b", "c"):
-            init = uniform(-bound, bound)
-            declare(self, f"conv_{name}", (widths[name], cfg.conv_kernel), init, **how[name], **kw)
-            declare(self, f"conv_bias_{name}", (widths[name],), init, **how[name], **kw)
-        declare(self, "norm", (inner,), constant(1.0), shard_dim=0, **kw)
+            conv = spec(name, uniform(-bound, bound))
+            declare(self, f"conv_{name}", (widths[name], cfg.conv_kernel), conv, **factory)
+            declare(self, f"conv_bias_{name}", (widths[name],), conv, **factory)
+        declare(self, "norm", (inner,), ParamSpec(constant(1.0), shard_dim=0), **factory)
         self.scalars = ScanScalars(cfg.mamba_heads, device=device, dtype=dtype)
-        self.out = Linear(inner, cfg.d_model, normal(cfg.out_std), shard="row", device=device, dtype=dtype)
+        self.out = Linear(inner, cfg.d_model, normal(cfg.out_std), shard="row", **factory)
         self.recompute: frozenset[str] = frozenset()
 
     @property
@@ -292,7 +296,7 @@ class Mamba(nn.Module):
         """Outputs of the scan [T, H, P], gated by z and normed by group: [T, H P] in the dtype of z."""
         cfg, acc = self.cfg, y.dtype
         y = y.flatten(1) * F.silu(z.to(acc))
-        if self.shared.cut:
+        if self.shared.sharded:
             by_group = y.unflatten(1, (self.shared.count, -1))
             y = F.rms_norm(by_group, by_group.shape[-1:], None, cfg.norm_eps).flatten(1)
         else:

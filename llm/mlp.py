@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import Activation, LLMConfig
-from parallel.sharding.param import constant, declare, local, normal
+from parallel.sharding.dtypes import FactoryKwargs
+from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.layers import Linear, enter, leave
 from parallel.topology.axis import Axes
 
@@ -72,13 +73,16 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.axes, self.activation = axes, activation
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.up = Linear(width, hidden, normal(std), shard="column", bias=bias, **kw)
-        self.gate = Linear(width, hidden, normal(std), shard="column", bias=bias, **kw) if gated else None
-        self.down = Linear(hidden, width, normal(out_std), shard="row", **kw)
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
+        self.up = Linear(width, hidden, normal(std), shard="column", bias=bias, **factory)
+        self.gate = (
+            Linear(width, hidden, normal(std), shard="column", bias=bias, **factory) if gated else None
+        )
+        self.down = Linear(hidden, width, normal(out_std), shard="row", **factory)
         if bias:
             # Added after the partial sums are, so that it counts once.
-            declare(self, "bias", (width,), constant(0.0), partial=axes.sequence_parallel, **kw)
+            after = ParamSpec(constant(0.0), partial=axes.sequence_parallel)
+            declare(self, "bias", (width,), after, **factory)
         else:
             self.bias = None
 
@@ -89,7 +93,7 @@ class MLP(nn.Module):
         return y if self.bias is None else y + local(self.bias)
 
 
-def config_mlp(cfg: LLMConfig, ffn: int, axes: Axes, **kw: Any) -> MLP:
+def config_mlp(cfg: LLMConfig, ffn: int, axes: Axes, **factory: Unpack[FactoryKwargs]) -> MLP:
     """The MLP of width `ffn` that a model's config describes: a dense layer, or a shared expert."""
     return MLP(
         cfg.d_model,
@@ -100,5 +104,5 @@ def config_mlp(cfg: LLMConfig, ffn: int, axes: Axes, **kw: Any) -> MLP:
         activation=cfg.activation,
         gated=cfg.mlp_gated,
         bias=cfg.mlp_bias,
-        **kw,
+        **factory,
     )

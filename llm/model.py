@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,8 @@ from llm.norm import RMSNorm
 from llm.recompute import recompute_parts
 from llm.stages import levels_of
 from parallel.sequence.packed import Packing
-from parallel.sharding.param import declare, declare_buffer, local, normal
+from parallel.sharding.dtypes import FactoryKwargs
+from parallel.sharding.param import ParamSpec, declare, declare_buffer, local, normal
 from parallel.tensor_parallel.layers import VocabEmbedding, enter, leave
 from parallel.tensor_parallel.loss import vocab_loss
 from parallel.topology.axis import Axes
@@ -85,22 +85,23 @@ class LLM(nn.Module):
         self.cfg, self.axes = cfg, axes
         self.stage = stage = stage or whole(len(cfg.symbols))
         assert stage.stop <= len(cfg.symbols), (stage, cfg.pattern)
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         self.embed: VocabEmbedding | None = None
         if stage.first or (stage.last and embeds_last(cfg)):
-            self.embed = VocabEmbedding(cfg.vocab_size, cfg.d_model, normal(cfg.init_std), axes.tp, **kw)
+            self.embed = VocabEmbedding(cfg.vocab_size, cfg.d_model, normal(cfg.init_std), axes.tp, **factory)
         # Named by global index, so that initial weights and checkpoints do not know about stages.
         self.layers = nn.ModuleList()
         for i in stage.layers:
-            self.layers.add_module(str(i), Layer(cfg.symbols[i], cfg, axes, **kw))
+            self.layers.add_module(str(i), Layer(cfg.symbols[i], cfg, axes, **factory))
         self.norm: RMSNorm | None = None
         self.mtp: MultiToken | None = None
         if stage.last:
-            self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **kw)
+            self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **factory)
             if not cfg.tied:
-                declare(self, "head", (cfg.vocab_size, cfg.d_model), normal(cfg.init_std), shard_dim=0, **kw)
+                head = ParamSpec(normal(cfg.init_std), shard_dim=0)
+                declare(self, "head", (cfg.vocab_size, cfg.d_model), head, **factory)
             if cfg.mtp_layers:
-                self.mtp = MultiToken(cfg, axes, **kw)
+                self.mtp = MultiToken(cfg, axes, **factory)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         # This rank's part of further tokens' mean loss, unweighted, since it was last taken.
         declare_buffer(self, "mtp_sum", (), 0.0, persistent=False, device=device, dtype=acc)

@@ -7,7 +7,7 @@ balance loss within each document and a z-loss may join it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ from parallel.expert_parallel.all_to_all import (
 )
 from parallel.expert_parallel.expert_tensor import Share, gather_rows, plan_share, reduce_rows
 from parallel.sequence.packed import Packing
-from parallel.sharding.dtypes import accumulation_dtype
-from parallel.sharding.param import declare, declare_buffer, local, normal
+from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
+from parallel.sharding.param import ParamSpec, declare, declare_buffer, local, normal
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
 
@@ -47,8 +47,8 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         # Each tp rank routes its own share of the tokens, so its gradient is a part of the whole.
-        kw: dict[str, Any] = {"partial": axes.tp.size > 1, "precise": True, "device": device, "dtype": dtype}
-        declare(self, "weight", (cfg.n_experts, cfg.d_model), normal(cfg.init_std), **kw)
+        spec = ParamSpec(normal(cfg.init_std), partial=axes.tp.size > 1, precise=True)
+        declare(self, "weight", (cfg.n_experts, cfg.d_model), spec, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         acc = accumulation_dtype(x.dtype)
@@ -67,11 +67,12 @@ class Experts(nn.Module):
         super().__init__()
         self.cfg = cfg
         e, f, w = cfg.n_experts, cfg.expert_ffn, cfg.expert_width
-        kw: dict[str, Any] = {"view": "expert", "shard_dim": 0, "device": device, "dtype": dtype}
-        declare(self, "up", (e, f, w), normal(cfg.init_std), etp_dim=1, **kw)
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
+        up = ParamSpec(normal(cfg.init_std), shard_dim=0, view="expert", etp_dim=1)
+        declare(self, "up", (e, f, w), up, **factory)
         if cfg.mlp_gated:
-            declare(self, "gate", (e, f, w), normal(cfg.init_std), etp_dim=1, **kw)
-        declare(self, "down", (e, w, f), normal(cfg.out_std), etp_dim=2, **kw)
+            declare(self, "gate", (e, f, w), up, **factory)
+        declare(self, "down", (e, w, f), replace(up, init=normal(cfg.out_std), etp_dim=2), **factory)
 
     def forward(self, rows: Tensor, per_expert: list[int], recompute: bool = False) -> Tensor:
         """Rows [m, w] grouped by local expert; recompute: keep what the activation is made of, not itself."""
@@ -131,19 +132,19 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg, self.axes = cfg, axes
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.router = Router(cfg, axes, **kw)
-        self.experts = Experts(cfg, **kw)
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
+        self.router = Router(cfg, axes, **factory)
+        self.experts = Experts(cfg, **factory)
         self.latent_in: Linear | None = None
         self.latent_out: Linear | None = None
         if cfg.latent is not None:
             # Whole on each tp rank, each of which sees its own tokens.
-            own: dict[str, Any] = {"partial": axes.tp.size > 1, **kw}
-            self.latent_in = Linear(cfg.d_model, cfg.latent, normal(cfg.init_std), **own)
-            self.latent_out = Linear(cfg.latent, cfg.d_model, normal(cfg.out_std), **own)
+            partial = axes.tp.size > 1
+            self.latent_in = Linear(cfg.d_model, cfg.latent, normal(cfg.init_std), partial=partial, **factory)
+            self.latent_out = Linear(cfg.latent, cfg.d_model, normal(cfg.out_std), partial=partial, **factory)
         self.shared: MLP | None = None
         if cfg.shared_ffn:
-            self.shared = config_mlp(cfg, cfg.shared_ffn, axes, **kw)
+            self.shared = config_mlp(cfg, cfg.shared_ffn, axes, **factory)
         acc = torch.float32 if dtype is None else accumulation_dtype(dtype)
         declare_buffer(self, "expert_bias", (cfg.n_experts,), 0.0, device=device, dtype=acc)
         # Tokens each expert got since the last update of the bias, on this rank.

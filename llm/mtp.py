@@ -7,8 +7,6 @@ h_k = block(W [norm(embedding of token i + k), norm(h_k-1)]).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from llm.layer import Layer, run_layer
 from llm.moe import ForwardContext
 from llm.norm import RMSNorm
 from parallel.sequence.packed import Packing
+from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import normal
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
@@ -47,13 +46,13 @@ class MultiToken(nn.Module):
     ) -> None:
         super().__init__()
         d, sp = cfg.d_model, axes.sequence_parallel
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.embed_norm = RMSNorm(d, cfg.norm_eps, partial=sp, **kw)
-        self.hidden_norm = RMSNorm(d, cfg.norm_eps, partial=sp, **kw)
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
+        self.embed_norm = RMSNorm(d, cfg.norm_eps, partial=sp, **factory)
+        self.hidden_norm = RMSNorm(d, cfg.norm_eps, partial=sp, **factory)
         # Whole on each tp rank: it works on tokens as kept between blocks and needs no exchange.
-        self.join = Linear(2 * d, d, normal(cfg.init_std), partial=sp, **kw)
-        self.layers = nn.ModuleList(Layer(s, cfg, axes, **kw) for s in cfg.mtp_pattern)
-        self.norm = RMSNorm(d, cfg.norm_eps, partial=sp, **kw)
+        self.join = Linear(2 * d, d, normal(cfg.init_std), partial=sp, **factory)
+        self.layers = nn.ModuleList(Layer(s, cfg, axes, **factory) for s in cfg.mtp_pattern)
+        self.norm = RMSNorm(d, cfg.norm_eps, partial=sp, **factory)
 
     def forward(self, hidden: Tensor, embedded: Tensor, ctx: ForwardContext) -> Tensor:
         """Hidden states [T', d] of the next depth from those of the one before, normed, and embedded [T', d],

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.sharding.dtypes import accumulation_dtype
-from parallel.sharding.param import constant, declare, local
+from parallel.sharding.param import ParamSpec, constant, declare, local
 
 
 class RMSNorm(nn.Module):
@@ -24,7 +24,9 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
-        declare(self, "weight", (width,), constant(1.0), partial=partial, device=device, dtype=dtype)
+        declare(
+            self, "weight", (width,), ParamSpec(constant(1.0), partial=partial), device=device, dtype=dtype
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         acc = accumulation_dtype(x.dtype)

@@ -4,7 +4,7 @@ No layer may enter: layers declare their parameters here.
 """
 
 from parallel.sharding.adopt import adopt
-from parallel.sharding.dtypes import accumulation_dtype
+from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.optim import AdamW, ShardedOptimizer
 from parallel.sharding.param import (
     Init,
@@ -21,6 +21,7 @@ from parallel.sharding.shard import ShardPolicy, materialise, shard_module
 
 __all__ = [
     "AdamW",
+    "FactoryKwargs",
     "Init",
     "ParamSpec",
     "ShardPolicy",

@@ -1,8 +1,21 @@
-"""Which dtype sums are kept in while weights and activations have another."""
+"""Where tensors are made and in which dtype; which dtype sums are kept in."""
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
+
+
+class FactoryKwargs(TypedDict, total=False):
+    """What torch's own modules call factory_kwargs: the two keywords that a layer hands on to its parts.
+
+    factory: FactoryKwargs = {"device": device, "dtype": dtype}
+    self.up = Linear(d, h, normal(std), **factory)
+    """
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

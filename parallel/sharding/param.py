@@ -81,19 +81,17 @@ def declare(
     module: nn.Module,
     name: str,
     shape: tuple[int, ...],
-    init: Init,
+    spec: ParamSpec | Init,
     *,
-    shard_dim: int | None = None,
-    view: View = "dense",
-    partial: bool = False,
-    precise: bool = False,
-    etp_dim: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Register parameter `name` of global `shape` on `module`."""
+    """Register parameter `name` of global `shape` on `module`.
+
+    spec: how it starts, in a ParamSpec where an axis shards it or more is to be said of it.
+    """
     module.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-    set_spec(module, name, ParamSpec(init, shard_dim, view, partial, precise, etp_dim))
+    set_spec(module, name, ParamSpec(spec) if isinstance(spec, Init) else spec)
 
 
 def set_spec(module: nn.Module, name: str, spec: ParamSpec) -> None:

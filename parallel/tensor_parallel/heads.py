@@ -8,21 +8,22 @@ part of the whole, their parameters are declared partial. Pure.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from parallel.sharding.param import Init, ParamSpec
 
 
 @dataclass(frozen=True)
 class SharedHeads:
     """What one tp rank uses of `shared` heads, which `heads` heads read in equal runs.
 
-    cut: whether their weights are cut over tp; first, count: the stretch of all shared heads that this rank
+    sharded: whether tp shards their weights; first, count: the stretch of all shared heads that this rank
     uses; own: heads of this rank; offset, run: own head i reads head (offset + i) // run of the stretch.
     """
 
-    cut: bool
+    sharded: bool
     first: int
     count: int
     own: int
@@ -34,13 +35,13 @@ class SharedHeads:
         """Whether the own heads read the stretch in equal runs, as grouped kernels expect."""
         return self.count == 1 or (self.offset == 0 and self.own == self.count * self.run)
 
-    def declare_as(self) -> dict[str, Any]:
-        """How declare() is told of a parameter whose dim 0 runs over the shared heads."""
-        return {"shard_dim": 0} if self.cut else {"partial": True}
+    def spec(self, init: Init) -> ParamSpec:
+        """The spec of a parameter whose dim 0 runs over the shared heads."""
+        return ParamSpec(init, shard_dim=0) if self.sharded else ParamSpec(init, partial=True)
 
     def used(self, held: Tensor, width: int) -> Tensor:
         """Rows of the heads that this rank uses, of a weight [shared heads held * width, ..]."""
-        return held if self.cut else held.narrow(0, self.first * width, self.count * width)
+        return held if self.sharded else held.narrow(0, self.first * width, self.count * width)
 
     def reads(self, device: torch.device) -> Tensor:
         """Which head of the stretch each own head reads, int64 [own]."""

@@ -7,14 +7,15 @@ parallelism (arXiv 2205.05198) these are an all-gather and a reduce-scatter of t
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.comm.collectives import copy_in, gather_tokens, reduce_out, reduce_tokens
-from parallel.sharding.param import Init, constant, declare, local
+from parallel.sharding.dtypes import FactoryKwargs
+from parallel.sharding.param import Init, ParamSpec, constant, declare, local
 from parallel.topology.axis import Axes, Axis
 
 
@@ -45,17 +46,16 @@ class Linear(nn.Module):
         shard: str | None = None,
         bias: bool = False,
         partial: bool = False,
-        precise: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         assert shard in ("column", "row", None) and not (bias and shard == "row")
         dim = {"column": 0, "row": 1, None: None}[shard]
-        kw: dict[str, Any] = {"partial": partial, "precise": precise, "device": device, "dtype": dtype}
-        declare(self, "weight", (d_out, d_in), init, shard_dim=dim, **kw)
+        spec, factory = ParamSpec(init, dim, partial=partial), FactoryKwargs(device=device, dtype=dtype)
+        declare(self, "weight", (d_out, d_in), spec, **factory)
         if bias:
-            declare(self, "bias", (d_out,), constant(0.0), shard_dim=dim, **kw)
+            declare(self, "bias", (d_out,), replace(spec, init=constant(0.0)), **factory)
         else:
             self.bias = None
 
@@ -89,7 +89,7 @@ class VocabEmbedding(nn.Module):
         if vocab % tp.size:
             raise ValueError(f"vocabulary of {vocab} does not divide by tp={tp.size}; pad it to a multiple")
         self.tp = tp
-        declare(self, "weight", (vocab, width), init, shard_dim=0, device=device, dtype=dtype)
+        declare(self, "weight", (vocab, width), ParamSpec(init, shard_dim=0), device=device, dtype=dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         weight = local(self.weight)

@@ -5,6 +5,7 @@ Layouts and stages are pure and need no torch; groups are made in mesh.py, which
 """
 
 from parallel.topology.axis import Axes, Axis
+from parallel.topology.directions import Directions
 from parallel.topology.layout import Coord, ExpertCoord, Layout, Unfit, make_layout, nearest_degrees
 from parallel.topology.stage import Stage, cut_layers, stages_of, whole
 
@@ -12,6 +13,7 @@ __all__ = [
     "Axes",
     "Axis",
     "Coord",
+    "Directions",
     "ExpertCoord",
     "Layout",
     "Stage",

@@ -11,7 +11,16 @@ from torch import nn
 
 from parallel.sharding.adopt import adopt
 from parallel.sharding.optim import AdamW, ShardedOptimizer
-from parallel.sharding.param import constant, declare, declare_buffer, declared, initialise, local, seeded
+from parallel.sharding.param import (
+    ParamSpec,
+    constant,
+    declare,
+    declare_buffer,
+    declared,
+    initialise,
+    local,
+    seeded,
+)
 from parallel.sharding.shard import ShardPolicy, materialise, shard_module
 from parallel.topology.layout import make_layout
 from parallel.topology.mesh import build_mesh
@@ -44,7 +53,7 @@ class Net(nn.Module):
         super().__init__()
         kw: dict[str, Any] = {"device": device, "dtype": torch.float64}
         self.inner = adopt(Plain(), partial=partial, **kw)
-        declare(self, "out", (5,), constant(2.0), partial=partial, **kw)
+        declare(self, "out", (5,), ParamSpec(constant(2.0), partial=partial), **kw)
         declare_buffer(self, "ones", (3,), 1.0, **kw)
         self.register_buffer("steps", torch.arange(5, **kw))
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from parallel.sharding.param import (
+    ParamSpec,
     constant,
     declare,
     declared,
@@ -60,8 +61,8 @@ def test_declarations() -> None:
     class Leaf(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            declare(self, "w", (4, 3), normal(0.5), shard_dim=0)
-            declare(self, "b", (4,), constant(2.0), partial=True)
+            declare(self, "w", (4, 3), ParamSpec(normal(0.5), shard_dim=0))
+            declare(self, "b", (4,), ParamSpec(constant(2.0), partial=True))
 
     model = nn.ModuleDict({"a": Leaf(), "b": Leaf()})
     assert [(n, s.shard_dim, s.partial) for n, _, s in declared(model)] == [

@@ -11,6 +11,7 @@ from torch import nn
 
 from parallel.sharding.optim import AdamW, ShardedOptimizer
 from parallel.sharding.param import (
+    ParamSpec,
     constant,
     declare,
     declare_buffer,
@@ -28,7 +29,7 @@ class Experts(nn.Module):
     def __init__(self, device: str) -> None:
         super().__init__()
         kw: dict[str, Any] = {"device": device, "dtype": torch.float64}
-        declare(self, "up", (4, 6, 10), normal(1.0), view="expert", shard_dim=0, **kw)
+        declare(self, "up", (4, 6, 10), ParamSpec(normal(1.0), view="expert", shard_dim=0), **kw)
 
 
 class Net(nn.Module):
@@ -37,9 +38,9 @@ class Net(nn.Module):
     def __init__(self, device: str) -> None:
         super().__init__()
         kw: dict[str, Any] = {"device": device, "dtype": torch.float64}
-        declare(self, "row", (8, 12), normal(1.0), shard_dim=0, **kw)
-        declare(self, "column", (5, 8), normal(1.0), shard_dim=1, **kw)
-        declare(self, "vector", (8,), normal(1.0), shard_dim=0, **kw)
+        declare(self, "row", (8, 12), ParamSpec(normal(1.0), shard_dim=0), **kw)
+        declare(self, "column", (5, 8), ParamSpec(normal(1.0), shard_dim=1), **kw)
+        declare(self, "vector", (8,), ParamSpec(normal(1.0), shard_dim=0), **kw)
         declare(self, "uneven", (7, 3), normal(1.0), **kw)
         declare(self, "one", (1,), constant(2.0), **kw)
         self.experts = Experts(device)
