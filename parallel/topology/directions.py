@@ -10,7 +10,7 @@ T = TypeVar("T")
 class Directions(NamedTuple, Generic[T]):
     """Something that there is once for activations and once for gradients: each has an order of its own.
 
-    forward: for activations, from source to sink and on to later stages; backward: for gradients, the other way.
+    forward: activations, from source to sink and on to later stages; backward: gradients, the other way.
     """
 
     forward: T
