@@ -25,12 +25,12 @@ Rows of items, packed end to end
     ItemAttention, ItemConvolution        the same where the keys and neighbours are on other ranks of cp
 """
 
-from encoders.attention import Pairing, attend
 from encoders.context import ItemAttention, ItemConvolution
 from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces, reach
+from parallel.sequence.buckets import Pairing, attend
 from parallel.sequence.packed import Packing, attention, depthwise_conv
 from parallel.sharding.adopt import adopt
 from parallel.sharding.dtypes import FactoryKwargs

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from encoders.attention import Pairing, attend
 from encoders.share import Share, pieces, reach
 from parallel.comm.fetch import Fetch, Span, make_fetch
+from parallel.sequence.buckets import Pairing, attend
 from parallel.sequence.packed import Packing, depthwise_conv
 from parallel.topology.axis import Axis
 

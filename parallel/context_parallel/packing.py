@@ -45,7 +45,7 @@ class ContextPacking(Packing):
     """A Packing whose rows are cut over cp. Make it with pack().
 
     lengths and starts are those of the whole stream's documents; total, sequence_id and position are those
-    of this rank's rows. The rows of a rank are in the order of the stream. `buckets` is refused, so that no
+    of this rank's rows. The rows of a rank are in the order of the stream. `pairing` is refused, so that no
     operation for whole documents can take a cut stream by mistake. timeout_s bounds the waits of fetch().
     """
 
@@ -90,7 +90,7 @@ class ContextPacking(Packing):
         return self._tensor(self.rows - self.starts[self._document(self.rows)])
 
     @property
-    def buckets(self) -> Any:
+    def pairing(self) -> Any:
         raise AssertionError("documents cut over cp: use the operations of parallel.context_parallel")
 
     def _document(self, rows: np.ndarray) -> np.ndarray:

@@ -59,10 +59,10 @@ ENCODERS = (
     Fault(
         "encoders.attention",
         "items see the padding of their batch",
-        "encoders/attention.py",
-        "real = offset[None, :] < n[:, None]",
-        "real = offset[None, :] <= n[:, None]",
-        "tests/encoders/test_share.py::test_queries_see_the_keys_of_their_item",
+        "parallel/sequence/buckets.py",
+        "mask=None if real_key.all() else",
+        "mask=None if True else",
+        "tests/parallel/sequence/test_buckets.py::test_queries_see_the_keys_of_their_sequence",
     ),
     Fault(
         "encoders.reach",

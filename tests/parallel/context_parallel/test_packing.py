@@ -77,4 +77,4 @@ def test_a_stream_that_does_not_cut_is_refused() -> None:
 
 def test_operations_on_whole_documents_refuse_a_cut_stream() -> None:
     with pytest.raises(AssertionError, match="cut over cp"):
-        _ = cut([9], 2, "zigzag")[0].buckets
+        _ = cut([9], 2, "zigzag")[0].pairing
