@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.sequence.intervals import before
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -108,7 +110,8 @@ def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
 
 def _level(lengths: np.ndarray) -> np.ndarray:
     """Sequences of one level have lengths between a power of two and the next."""
-    return np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    level: np.ndarray = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    return level
 
 
 def _bucket(q: np.ndarray, k: np.ndarray, members: np.ndarray, device: torch.device | str) -> Bucket:
@@ -127,7 +130,7 @@ def _bucket(q: np.ndarray, k: np.ndarray, members: np.ndarray, device: torch.dev
 
 def _slots(lengths: np.ndarray, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Packed row of every slot of these sequences [n, L], and which slots are real."""
-    starts, n = (np.cumsum(lengths) - lengths)[members], lengths[members]
+    starts, n = before(lengths)[members], lengths[members]
     offset = np.arange(int(n.max()))
     real = offset[None, :] < n[:, None]
     return starts[:, None] + np.where(real, offset[None, :], 0), real

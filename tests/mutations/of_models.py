@@ -36,8 +36,8 @@ ENCODERS = (
         "fastconformer.convolution",
         "FastConformer has no convolution",
         "encoders/fastconformer.py",
-        "x = x + self._convolve(x, here)",
-        "x = x + 0.0 * self._convolve(x, here)",
+        "x = x + self._convolve(x, ctx)",
+        "x = x + 0.0 * self._convolve(x, ctx)",
         PARAKEET,
     ),
     Fault(
