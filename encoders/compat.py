@@ -100,7 +100,7 @@ def picture_channels(image: Any) -> int:
 
 
 def check_channels(held: int, channels: int) -> None:
-    """Raise ValueError where a picture has more channels (`held`) than an encoder takes (`channels`), since its
+    """Raise ValueError where a picture has more channels (`held`) than an encoder takes (`channels`): its
     colours would be lost. A grey picture fits an encoder for colour: its three channels are equal."""
     if held > channels:
         raise ValueError(

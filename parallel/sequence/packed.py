@@ -106,11 +106,16 @@ def depthwise_conv(
         # One sequence needs no rows between: one copy instead of three.
         head = x.new_zeros(left, x.shape[1])
         head = head if before is None else head.index_copy(0, before[1], before[0])
-        return _Taps.apply(torch.cat([head, x]), weight, bias)
+        return _convolve(torch.cat([head, x]), weight, bias)
     wide, place = spread(x, packing, left, width - 1 - left)
     if before is not None:
         wide = wide.index_copy(0, before[1], before[0])
-    return _Taps.apply(wide, weight, bias).index_select(0, place - left)
+    return _convolve(wide, weight, bias).index_select(0, place - left)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = _Taps.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch does not annotate apply
+    return y
 
 
 class _Taps(torch.autograd.Function):
