@@ -32,7 +32,7 @@ def numbers(spans: Sequence[Span]) -> np.ndarray:
     return np.concatenate([np.arange(*s, dtype=np.int64) for s in spans] or [np.zeros(0, np.int64)])
 
 
-def apart(spans: Sequence[Span]) -> bool:
+def disjoint(spans: Sequence[Span]) -> bool:
     """Whether spans ascend and do not overlap; empty ones may be anywhere."""
     some = [(start, stop) for start, stop in spans if start < stop]
     return all(stop <= start for (_, stop), (start, _) in pairwise(some))

@@ -44,8 +44,8 @@ def partition_layers(
     """Partition layers into n contiguous stages, none empty, so that the costliest stage costs the least.
 
     costs: of each layer, in any one unit. before, after: cost of what the first and the last stage hold
-    besides layers (embeddings; head, loss), in the same unit. Ties go to longer early stages. O(n * layers^2).
-    Raises ValueError for more stages than layers.
+    besides layers (embeddings; head, loss), in the same unit. Ties go to longer early stages.
+    O(n * layers^2). Raises ValueError for more stages than layers.
     """
     layers = len(costs)
     if n > layers:

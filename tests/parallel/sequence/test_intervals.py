@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from parallel.sequence.intervals import (
     Span,
-    apart,
     before,
     column,
     count,
+    disjoint,
     join,
     meet,
     numbers,
@@ -84,7 +84,7 @@ def test_every_interval_is_what_it_shares_with_others_and_what_it_does_not(
 @given(any_spans)
 def test_spans_are_apart_where_their_numbers_ascend(some: list[Span]) -> None:
     listed = [n for span in some for n in range(*span)]
-    assert apart(some) == (listed == sorted(set(listed)))
+    assert disjoint(some) == (listed == sorted(set(listed)))
 
 
 @given(any_spans)
