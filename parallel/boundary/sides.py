@@ -19,8 +19,8 @@ from parallel.topology.layout import Layout
 Ints = Sequence[int] | np.ndarray
 
 
-def source_side(layout: Layout, item_rows: Ints, item_lane: Ints) -> RowMap:
-    """Rows as an encoder holds them: item i, of item_rows[i] rows, is computed by dp rank item_lane[i].
+def source_side(layout: Layout, item_rows: Ints, item_dp: Ints) -> RowMap:
+    """Rows as an encoder holds them: item i, of item_rows[i] rows, is computed by dp rank item_dp[i].
 
     The items of a dp rank lie end to end. They are cut into contiguous shares over cp, share k of n rows
     being [k n // cp, (k + 1) n // cp), and with sequence parallelism each of these over tp in the same way;
@@ -28,7 +28,7 @@ def source_side(layout: Layout, item_rows: Ints, item_lane: Ints) -> RowMap:
 
     Raises ValueError for columns of unequal length, negative counts and dp ranks that do not exist.
     """
-    rows, owner = _items(layout, item_rows, item_lane)
+    rows, owner = _items(layout, item_rows, item_dp)
     total = sums(rows, owner, layout.dp)
     order = np.argsort(owner, kind="stable")
     at = np.empty_like(rows)  # in all streams, one after the other
@@ -55,7 +55,7 @@ def source_side(layout: Layout, item_rows: Ints, item_lane: Ints) -> RowMap:
 def dest_side(
     layout: Layout,
     item_rows: Ints,
-    item_lane: Ints,
+    item_dp: Ints,
     item_position: Ints,
     tokens: Ints,
     *,
@@ -63,7 +63,7 @@ def dest_side(
     stages: Sequence[int] = (0,),
 ) -> RowMap:
     """Rows as a language model reads them: item i's at positions item_position[i] on of the packed stream of
-    dp rank item_lane[i], which is tokens[lane] long.
+    dp rank item_dp[i], which is tokens[lane] long.
 
     Streams are cut over cp by context_spans(order), each rank's share over tp with sequence parallelism;
     otherwise all tp ranks read all of it. A rank's rows are in the order of its local tokens. Every pipeline
@@ -72,7 +72,7 @@ def dest_side(
     Raises ValueError for what source_side() refuses, items that overlap or leave their stream, streams that
     cannot be cut into equal shares, and stages that do not exist.
     """
-    runs = _token_runs(layout, item_rows, item_lane, item_position, tokens, order)
+    runs = _token_runs(layout, item_rows, item_dp, item_position, tokens, order)
     bad = [s for s in stages if not 0 <= s < layout.pp]
     if bad or len(set(stages)) < len(stages):
         raise ValueError(f"{layout.module}: stages {list(stages)} of 0-{layout.pp - 1}; needed: each once")
@@ -95,7 +95,7 @@ def row_places(
     layout: Layout,
     rank: int,
     item_rows: Ints,
-    item_lane: Ints,
+    item_dp: Ints,
     item_position: Ints,
     tokens: Ints,
     *,
@@ -103,7 +103,7 @@ def row_places(
 ) -> np.ndarray:
     """Local token positions, in its own share of its stream, of the rows that `rank` reads by dest_side(), in
     their local order; int64 [R]."""
-    runs = _token_runs(layout, item_rows, item_lane, item_position, tokens, order)
+    runs = _token_runs(layout, item_rows, item_dp, item_position, tokens, order)
     at, parts = layout.coord(rank), layout.token_shards
     lane = (at.dp * layout.cp + at.cp) * parts + (at.tp if parts > 1 else 0)
     mine = np.flatnonzero(runs.lane == lane)
@@ -122,9 +122,9 @@ class _TokenRuns:
 
 
 def _token_runs(
-    layout: Layout, item_rows: Ints, item_lane: Ints, item_position: Ints, tokens: Ints, order: Order
+    layout: Layout, item_rows: Ints, item_dp: Ints, item_position: Ints, tokens: Ints, order: Order
 ) -> _TokenRuns:
-    rows, owner = _items(layout, item_rows, item_lane)
+    rows, owner = _items(layout, item_rows, item_dp)
     position, length = column(item_position), column(tokens)
     _check_streams(layout, rows, owner, position, length, order)
     # All streams are cut alike: tiles of the shortest one that can be, scaled.
@@ -168,8 +168,8 @@ def _lanes(layout: Layout, stages: Sequence[int]) -> tuple[tuple[int, ...], ...]
     return tuple(tuple(ranks[i : i + width]) for i in range(0, len(ranks), width))
 
 
-def _items(layout: Layout, item_rows: Ints, item_lane: Ints) -> tuple[np.ndarray, np.ndarray]:
-    rows, owner = column(item_rows), column(item_lane)
+def _items(layout: Layout, item_rows: Ints, item_dp: Ints) -> tuple[np.ndarray, np.ndarray]:
+    rows, owner = column(item_rows), column(item_dp)
     if len(rows) != len(owner):
         raise ValueError(f"{layout.module}: row counts of {len(rows)} items, but dp ranks of {len(owner)}")
     if len(rows) and rows.min() < 0:
