@@ -17,7 +17,7 @@ import numpy as np
 from llm.counts import Counts
 from mm.data.index import Part, Sample
 from mm.errors import DataError
-from parallel.boundary import RowMap, dest_side, row_places, source_side
+from parallel.boundary import RowMap, dest_side, row_positions, source_side
 from parallel.sequence.stream import Order, alignment
 from parallel.topology.layout import Layout
 
@@ -332,7 +332,9 @@ def _imbalance(costs: Sequence[float], lane: Sequence[int], lanes: int) -> float
     return float(load.max() / load.mean()) if load.sum() > 0 else 1.0
 
 
-def places(edge: EdgePlanInputs, inputs: PlanInputs, rank: int, tokens: Sequence[int]) -> np.ndarray:
+def edge_row_positions(
+    edge: EdgePlanInputs, inputs: PlanInputs, rank: int, tokens: Sequence[int]
+) -> np.ndarray:
     """Token positions, in the share of the language model's `rank`, of its boundary rows in their local
     order; int64 [R]."""
-    return row_places(inputs.llm, rank, *_columns(edge.items), tokens, order=inputs.order)
+    return row_positions(inputs.llm, rank, *_columns(edge.items), tokens, order=inputs.order)

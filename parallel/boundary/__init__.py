@@ -12,7 +12,7 @@ from parallel.boundary.cache import PlanCache
 from parallel.boundary.communicator import BoundaryCommunicator, Stats
 from parallel.boundary.plan import EdgePlan, Transfer, edge_rows, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
-from parallel.boundary.sides import dest_side, on_stage, row_places, source_side
+from parallel.boundary.sides import dest_side, on_stage, row_positions, source_side
 from parallel.comm.pending import Pending
 
 __all__ = [
@@ -28,6 +28,6 @@ __all__ = [
     "on_stage",
     "plan_edge",
     "plan_transfer",
-    "row_places",
+    "row_positions",
     "source_side",
 ]

@@ -91,7 +91,7 @@ def on_stage(layout: Layout, dest: RowMap, stage: int) -> RowMap:
     return replace(dest, lanes=_lanes(layout, [stage]))
 
 
-def row_places(
+def row_positions(
     layout: Layout,
     rank: int,
     item_rows: Ints,
