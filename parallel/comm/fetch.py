@@ -33,6 +33,7 @@ from parallel.comm.pending import Pending
 from parallel.comm.transport import Channel, Finish, move, pick, start_all_to_all, start_p2p, tag_of
 from parallel.sequence.intervals import NONE, Rows, Span, count, disjoint, outside, overlap, rows_of, size
 from parallel.topology.axis import Axis
+from parallel.topology.directions import Directions
 
 Message = tuple[int, Rows]  # (rank of the axis, local rows)
 
@@ -55,12 +56,12 @@ class FetchPlan:
     moves: bool
 
     @property
-    def received(self) -> Span:
-        """Rows that come from other ranks, (forward, backward)."""
+    def received(self) -> Directions[int]:
+        """Rows that this rank receives from others."""
         forward, backward = (
             sum(count(r) for s, r in enumerate(rows) if s != self.me) for rows in (self.take, self.give)
         )
-        return forward, backward
+        return Directions(forward, backward)
 
 
 @dataclass(frozen=True)
