@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parallel.boundary.rows import RowMap
-from parallel.sequence.intervals import before, column, meet, repeat_groups, sums
+from parallel.sequence.intervals import before, column, meet, repeat_groups, share_start, sums
 from parallel.sequence.stream import Order, alignment, context_spans
 from parallel.topology.layout import Layout
 
@@ -22,9 +22,9 @@ Ints = Sequence[int] | np.ndarray
 def source_side(layout: Layout, item_rows: Ints, item_dp: Ints) -> RowMap:
     """Rows as an encoder holds them: item i, of item_rows[i] rows, is computed by dp rank item_dp[i].
 
-    The items of a dp rank lie end to end. They are cut into contiguous shares over cp, share k of n rows
-    being [k n // cp, (k + 1) n // cp), and with sequence parallelism each of these over tp in the same way;
-    otherwise they are equal on all tp ranks. Only the last pipeline stage holds rows.
+    The items of a dp rank lie end to end. Their rows are split into contiguous shares over cp by
+    share_start(). With sequence parallelism each share is split over tp in the same way; otherwise all tp
+    ranks hold equal rows. Only the last pipeline stage holds rows.
 
     Raises ValueError for columns of unequal length, negative counts and dp ranks that do not exist.
     """
@@ -33,12 +33,10 @@ def source_side(layout: Layout, item_rows: Ints, item_dp: Ints) -> RowMap:
     order = np.argsort(owner, kind="stable")
     at = np.empty_like(rows)  # in all streams, one after the other
     at[order] = before(rows[order])
-    shares = np.arange(layout.cp)
-    low, high = (((shares + k) * total[:, None] // layout.cp).reshape(-1) for k in (0, 1))
-    parts = layout.token_shards
-    tp = np.arange(parts)
-    cut = low[:, None] + tp * (high - low)[:, None] // parts
-    start = (cut.reshape(layout.dp, -1) + before(total)[:, None]).reshape(-1)
+    bounds = share_start(total[:, None], layout.cp, np.arange(layout.cp + 1))  # [dp, cp + 1]
+    low, size = bounds[:, :-1, None], np.diff(bounds)[:, :, None]
+    begin = low + share_start(size, layout.token_shards, np.arange(layout.token_shards))  # [dp, cp, tp share]
+    start = (begin + before(total)[:, None, None]).reshape(-1)
     stop = np.append(start[1:], total.sum())
     item, tile, a, b = meet(at, at + rows, start, stop)
     first = before(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.boundary import dest_side, row_positions, source_side
-from parallel.sequence.stream import Order, piece_count
+from parallel.sequence.stream import Order, alignment
 from parallel.topology.layout import make_layout
 from tests.parallel.boundary.cases import held_rows, local_tokens, random_layout, rows_of
 
@@ -34,7 +33,7 @@ def test_the_source_holds_its_items_end_to_end(seed: int) -> None:
 def test_the_destination_reads_rows_where_their_tokens_are(seed: int, order: Order) -> None:
     rng = random.Random(seed)
     layout = random_layout(rng, rng.choice([1, 2, 3, 4, 6, 12]), "llm")
-    unit = math.lcm(piece_count(layout.cp, order), layout.cp * layout.tp)
+    unit = alignment(layout.cp, layout.tp, order)
     tokens = [unit * rng.choice([0, 1, 4]) for _ in range(layout.dp)]
     items, at = [], [0] * layout.dp
     for _ in range(rng.choice([0, 1, 9])):
