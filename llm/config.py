@@ -317,7 +317,7 @@ def layer_flops(cfg: LLMConfig, symbol: str, lengths: Sequence[int]) -> float:
 
 
 def layer_costs(cfg: LLMConfig, lengths: Sequence[int]) -> tuple[float, ...]:
-    """Forward FLOPs of each layer, for cut_layers(); head_flops() is what comes after them."""
+    """Forward FLOPs of each layer, for partition_layers(); head_flops() is what comes after them."""
     by_kind = {symbol: layer_flops(cfg, symbol, lengths) for symbol in set(cfg.symbols)}
     return tuple(by_kind[symbol] for symbol in cfg.symbols)
 

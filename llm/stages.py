@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llm.config import LLMConfig, embeds_last, head_flops, layer_costs
 from parallel.topology.layout import Unfit
-from parallel.topology.stage import Stage, cut_layers, stages_of, whole
+from parallel.topology.stage import Stage, partition_layers, stages_of, whole
 
 
 def cut(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage, ...]:
@@ -19,7 +19,7 @@ def cut(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage
     if n == 1:
         return (whole(len(cfg.symbols)),)
     if len(parts) == 1:
-        return cut_layers(layer_costs(cfg, lengths), n, after=head_flops(cfg, lengths))
+        return partition_layers(layer_costs(cfg, lengths), n, after=head_flops(cfg, lengths))
     if len(parts) != n:
         raise Unfit(
             f"model.llm.pattern {cfg.pattern!r} has {len(parts)} stages, the layout {n} (pp * vpp); needed: "

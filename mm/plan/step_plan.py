@@ -17,7 +17,8 @@ import numpy as np
 from llm.counts import Counts
 from mm.data.index import Part, Sample
 from mm.errors import DataError
-from parallel.boundary import RowMap, dest_side, row_places, source_side
+from parallel.boundary import RowMap, dest_side, row_positions, source_side
+from parallel.sequence.intervals import shares
 from parallel.sequence.stream import Order, alignment
 from parallel.topology.layout import Layout
 
@@ -224,14 +225,9 @@ def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
     return found + (not sample.cut)  # the end marker
 
 
-def share(n: int, parts: int) -> list[tuple[int, int]]:
-    """Cut n things into contiguous shares of nearly equal size, for any n and parts: [(start, stop)]."""
-    return [(k * n // parts, (k + 1) * n // parts) for k in range(parts)]
-
-
 def owner_of(n: int, parts: int) -> list[int]:
     """Which share each of n things falls into."""
-    return [k for k, (a, b) in enumerate(share(n, parts)) for _ in range(b - a)]
+    return [k for k, (a, b) in enumerate(shares(n, parts)) for _ in range(b - a)]
 
 
 def deal_by_cost(costs: Sequence[float], home: Sequence[int], lanes: int) -> list[int]:
@@ -262,7 +258,7 @@ def _longest_first(
 
 def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepPlan:
     """Plan one step over `samples`, the whole global batch in order."""
-    micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in share(len(samples), inputs.microbatches))
+    micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in shares(len(samples), inputs.microbatches))
     ids = tuple(s.id for s in samples)
     further = tuple(map(sum, zip(*(further_tokens(s, inputs) for s in samples), strict=True)))
     return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples), further)
@@ -332,7 +328,9 @@ def _imbalance(costs: Sequence[float], lane: Sequence[int], lanes: int) -> float
     return float(load.max() / load.mean()) if load.sum() > 0 else 1.0
 
 
-def places(edge: EdgePlanInputs, inputs: PlanInputs, rank: int, tokens: Sequence[int]) -> np.ndarray:
+def edge_row_positions(
+    edge: EdgePlanInputs, inputs: PlanInputs, rank: int, tokens: Sequence[int]
+) -> np.ndarray:
     """Token positions, in the share of the language model's `rank`, of its boundary rows in their local
     order; int64 [R]."""
-    return row_places(inputs.llm, rank, *_columns(edge.items), tokens, order=inputs.order)
+    return row_positions(inputs.llm, rank, *_columns(edge.items), tokens, order=inputs.order)

@@ -18,7 +18,7 @@ from llm.mtp import IGNORE, ahead
 from mm.data.index import Sample, parse_segments
 from mm.data.reader import BadSample, ShardReader
 from mm.data.tokenizer import Tokenizer
-from mm.plan.step_plan import Edge, Microbatch, PlanInputs, places
+from mm.plan.step_plan import Edge, Microbatch, PlanInputs, edge_row_positions
 from parallel.boundary import EdgePlan, PlanCache, on_stage
 from parallel.context_parallel import ContextPacking, pack
 from parallel.sequence.packed import Packing
@@ -149,7 +149,7 @@ class Assembler:
         supervises = loss_rows(text[1], None if further is None else further[1])
         entering = {e.source for e in self.row_shapes if e.stage % llm.pp == coord.pp}
         entries = {
-            m: torch.from_numpy(places(e, self.inputs, self.rank, mb.tokens)).to(self.device)
+            m: torch.from_numpy(edge_row_positions(e, self.inputs, self.rank, mb.tokens)).to(self.device)
             for m, e in mb.edges.items()
             if e.items and m in entering
         }

@@ -142,8 +142,8 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     pipes = {}
     for m, mesh in here.items():
         if mesh.pipeline is not None:
-            onward, back = mesh.pipeline
-            pipes[m] = Pipe(m, onward, cfg.run.timeout_s), Pipe(m, back, cfg.run.timeout_s)
+            forward = Pipe(m, mesh.pipeline.forward, cfg.run.timeout_s)
+            pipes[m] = forward, Pipe(m, mesh.pipeline.backward, cfg.run.timeout_s)
     return Job(
         blueprint,
         rank,

@@ -24,7 +24,7 @@ from mm.data.reader import ShardReader
 from mm.data.tokenizer import Tokenizer
 from mm.plan.blueprint import draw_up
 from mm.plan.select import select
-from mm.plan.step_plan import Edge, PlanInputs, StepPlan, deal_by_cost, plan_step, share
+from mm.plan.step_plan import Edge, PlanInputs, StepPlan, deal_by_cost, plan_step
 from mm.ranks.batch import IGNORE, Assembler
 from mm.report.plan_json import first_step, plan_data, plan_json
 from mm.train.update import learning_rate
@@ -142,14 +142,6 @@ def test_the_digest_sees_a_change() -> None:
     assert first.digest != plan_step(0, INDEX.samples[1:9], made).digest
     other = replace(made, encoders={m: replace(u, deal="cost") for m, u in made.encoders.items()})
     assert first.digest != plan_step(0, INDEX.samples[:8], other).digest
-
-
-@given(st.integers(0, 100), st.integers(1, 20))
-def test_shares_are_contiguous_whole_and_even(n: int, parts: int) -> None:
-    cuts = share(n, parts)
-    assert cuts[0][0] == 0 and cuts[-1][1] == n
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(cuts))
-    assert max(b - a for a, b in cuts) - min(b - a for a, b in cuts) <= 1
 
 
 @given(st.lists(st.floats(1, 100), min_size=1, max_size=40), st.integers(1, 6))
