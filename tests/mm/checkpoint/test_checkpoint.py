@@ -225,12 +225,12 @@ def agree(folder: str, store_file: str) -> tuple[str, list[str], float]:
     rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), words, timeout_s=0.5)
     entry_of, summed = manifest.entry_of, list[str]()
 
-    def slowly(file: Path, beat: Any) -> manifest.Entry:
+    def slowly(file: Path, heartbeat: Any) -> manifest.Entry:
         summed.append(f"{file.parent.name}/{file.name}")
         for _ in range(12 if rank.rank == 1 else 0):  # longer than any wait may be, but alive
             time.sleep(0.1)
-            beat()
-        return entry_of(file, beat)
+            heartbeat()
+        return entry_of(file, heartbeat)
 
     manifest.entry_of, resume.BEAT_S, start = slowly, 0.1, time.monotonic()
     try:
