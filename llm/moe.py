@@ -21,17 +21,10 @@ from llm.mlp import MLP, activate, config_mlp
 from llm.recompute import run
 from parallel.comm.collectives import join_tokens, split_tokens
 from parallel.expert_parallel.all_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
-from parallel.expert_parallel.all_to_all import (
-    Route,
-    capacity_rows,
-    combine,
-    dispatch,
-    grouped_linear,
-    plan_route,
-    tally,
-    within_capacity,
-)
+from parallel.expert_parallel.all_to_all import combine, dispatch
 from parallel.expert_parallel.expert_tensor import EtpRows, gather_rows, plan_etp_rows, reduce_rows
+from parallel.expert_parallel.grouped import grouped_linear
+from parallel.expert_parallel.routing import Route, capacity_rows, plan_route, tally, within_capacity
 from parallel.sequence.packed import Packing
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.param import ParamSpec, declare, declare_buffer, local, normal

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm.linear_map import linear_map
-from parallel.expert_parallel.all_to_all import columns, group_by_expert
+from parallel.expert_parallel.routing import columns, group_by_expert
 from parallel.topology.axis import Axis
 
 
