@@ -22,7 +22,7 @@ from mm.config.schema import Config
 from mm.errors import CheckpointError, PolyrankError
 from mm.ranks.launch import RankInfo, restarted
 from mm.ranks.lock import lock
-from parallel.checkpoint import distributed as store
+from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 
 RUN = "run.json"

@@ -23,7 +23,7 @@ from mm.ranks.feed import Feed
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
 from mm.train.trainer import train_on, train_step
-from parallel.checkpoint import distributed as store
+from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 from tests.mm.harness import CONFIGS, largest_difference, small
 from tests.mm.shards import sensor_samples, write_shard
