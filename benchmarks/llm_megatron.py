@@ -34,7 +34,8 @@ from llm.hf.weights import model_tensors
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext, MoE
 from llm.mtp import IGNORE, ahead
-from parallel.expert_parallel.all_to_all import combine, dispatch, plan_route
+from parallel.expert_parallel.all_to_all import combine, dispatch
+from parallel.expert_parallel.routing import plan_route
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared, initialise
 from parallel.topology.axis import Axes, Axis

@@ -25,7 +25,7 @@ from llm.model import LLM
 from llm.presets import PRESETS, preset
 from mm.config.outline import llm_config
 from mm.config.schema import from_mapping
-from parallel.checkpoint import distributed as checkpoint
+from parallel import checkpoint as checkpoint
 from parallel.sharding.shard import ShardPolicy, shard_module
 from parallel.topology.layout import Layout
 from parallel.topology.mesh import build_mesh
