@@ -40,7 +40,7 @@ class LLMConfig:
 
     level_layers: layers after which the second and further levels of an encoder's rows are added (DeepStack,
     arXiv 2406.04334).
-    mtp_layers: how many tokens further one block of pattern mtp_pattern predicts, applied once for each
+    mtp_layers: depths of multi-token prediction: one block of pattern mtp_pattern, applied once a depth
     (arXiv 2512.20856, section 2.3); mtp_weight: of the mean over depths of their mean losses.
     loss_chunk: tokens whose logits exist at a time.
     """
@@ -96,7 +96,7 @@ class LLMConfig:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The kinds of layers there are, in the block that predicts further tokens too."""
+        """The kinds of layers there are, in the block of multi-token prediction too."""
         return frozenset(self.symbols + (self.mtp_pattern if self.mtp_layers else ""))
 
     @property
@@ -116,7 +116,8 @@ class LLMConfig:
 
 
 def embeds_last(cfg: LLMConfig) -> bool:
-    """Whether the last pipeline stage needs the embedding too: for its head, or for tokens further on."""
+    """Whether the last pipeline stage needs the embedding too: for its head or for multi-token
+    prediction."""
     return cfg.tied or cfg.mtp_layers > 0
 
 
@@ -285,7 +286,7 @@ def _mlp_params(cfg: LLMConfig, ffn: int) -> int:
 
 
 def mtp_params(cfg: LLMConfig) -> int:
-    """Parameters of the stored block that predicts further tokens, 0 without one."""
+    """Parameters of the stored block of multi-token prediction, 0 without one."""
     if not cfg.mtp_layers:
         return 0
     own = 2 * cfg.d_model * cfg.d_model + 3 * cfg.d_model
@@ -293,8 +294,8 @@ def mtp_params(cfg: LLMConfig) -> int:
 
 
 def param_count(cfg: LLMConfig) -> tuple[int, int]:
-    """(total, active per token) parameters, embedding and head included. The block that predicts further
-    tokens is in the total only: it is not needed for the next token."""
+    """(total, active per token) parameters, embedding and head included. The block of multi-token
+    prediction is in the total only: it is not needed for the next token."""
     outside = (1 if cfg.tied else 2) * cfg.vocab_size * cfg.d_model + cfg.d_model
     layers = [layer_params(cfg, s) for s in cfg.symbols]
     return outside + sum(t for t, _ in layers) + mtp_params(cfg), outside + sum(a for _, a in layers)
@@ -323,8 +324,8 @@ def layer_costs(cfg: LLMConfig, lengths: Sequence[int]) -> tuple[float, ...]:
 
 
 def head_flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = None) -> float:
-    """Forward FLOPs after the layers: head and loss of `supervised` tokens (None: all), and the prediction of
-    further tokens."""
+    """Forward FLOPs after the layers: head and loss of `supervised` tokens (None: all), and multi-token
+    prediction."""
     tokens = float(sum(lengths))
     head = 2.0 * (tokens if supervised is None else supervised) * cfg.vocab_size * cfg.d_model
     block = 4.0 * tokens * cfg.d_model * cfg.d_model

@@ -39,7 +39,7 @@ class LLMBatch:
     packing: the documents, the last of them the padding if there is any; T is a multiple of tp, T >= 1;
     n_real: tokens before the padding; places: edge -> rows of this rank's token share [R] int64 where the
     edge's rows enter, in their order. counts: what the objectives beside the next token's loss are means
-    over. ahead: ids and labels further on (llm.mtp.ahead), needed only where they cannot be made here: under
+    over. ahead: ids and labels ahead (llm.mtp.ahead), needed only where they cannot be made here: under
     context parallelism. loss_rows: see loss_rows(); the head is spared all other tokens, None: none.
     """
 
@@ -53,13 +53,13 @@ class LLMBatch:
     loss_rows: tuple[Tensor, ...] | None = None
 
 
-def loss_rows(labels: Tensor, further: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Rows [S] int64 that have a loss: of labels [T], then of each depth of labels further on [depths, T].
+def loss_rows(labels: Tensor, mtp_labels: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Rows [S] int64 that have a loss: of labels [T], then of each depth of mtp_labels [depths, T].
 
     For labels on the host, where counting is no wait for a device. What encoders bring, questions and padding
     have no loss, which is most of many multimodal samples.
     """
-    every = [labels] if further is None else [labels, *further]
+    every = [labels] if mtp_labels is None else [labels, *mtp_labels]
     return tuple((row >= 0).nonzero().squeeze(1) for row in every)
 
 
@@ -103,7 +103,7 @@ class LLM(nn.Module):
             if cfg.mtp_layers:
                 self.mtp = MultiToken(cfg, axes, **factory)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
-        # This rank's part of further tokens' mean loss, unweighted, since it was last taken.
+        # This rank's part of the mean loss of multi-token prediction, unweighted, since it was last taken.
         declare_buffer(self, "mtp_sum", (), 0.0, persistent=False, device=device, dtype=acc)
         self._recompute: frozenset[str] = frozenset()
         self._offload: int | None = None
@@ -147,7 +147,7 @@ class LLM(nn.Module):
         if not self.stage.last:
             return x
         if self.mtp is not None and learns:
-            x = self._further_tokens(self.mtp, x, batch, ctx)
+            x = self._with_mtp_loss(self.mtp, x, batch, ctx)
         return self._loss(x, batch.labels, None if batch.loss_rows is None else batch.loss_rows[0])
 
     def states(
@@ -195,17 +195,20 @@ class LLM(nn.Module):
         loss = vocab_loss(hidden, self.head_weight(), labels, self.axes.tp, self.cfg.loss_chunk)
         return loss if rows is None else loss.new_zeros(tokens).index_copy(0, rows, loss)
 
-    def _further_tokens(self, block: MultiToken, x: Tensor, batch: LLMBatch, ctx: ForwardContext) -> Tensor:
-        """The last states, whose backward carries the loss of further tokens: weight times the mean over
-        depths of each depth's mean loss (arXiv 2412.19437, equations 24 and 25). A depth's mean is over the
-        tokens that have a loss there, where the paper, which supervises all, divides by the length of the
-        sequence: so the weight means the same whatever share is supervised."""
+    def _with_mtp_loss(self, block: MultiToken, x: Tensor, batch: LLMBatch, ctx: ForwardContext) -> Tensor:
+        """The last states x, whose backward carries the loss of multi-token prediction.
+
+        That loss is the weight times the mean over depths of each depth's mean loss (arXiv 2412.19437,
+        equations 24 and 25). A depth's mean is over the tokens that have a loss there. The paper, which
+        supervises all tokens, divides by the length of the sequence; here the weight means the same whatever
+        share is supervised.
+        """
         depths = self.cfg.mtp_layers
         if batch.ahead is None:
             assert self.axes.cp.size == 1, "under cp the batch brings the tokens ahead (llm.mtp.ahead)"
         ids, labels = batch.ahead or ahead(batch.ids, batch.labels, batch.packing, depths)
         total, states = torch.zeros_like(self.mtp_sum), x
-        for k, scale in enumerate(batch.counts.further_scales(depths)):
+        for k, scale in enumerate(batch.counts.mtp_scales(depths)):
             states = block(states, self.embed_ids(ids[k]), ctx)
             rows = None if batch.loss_rows is None else batch.loss_rows[k + 1]
             total = total + self._loss(states, labels[k], rows).sum() * scale

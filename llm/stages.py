@@ -46,8 +46,8 @@ def entering_levels(cfg: LLMConfig, stages: Sequence[Stage], levels: int) -> dic
 
 def levels_of(cfg: LLMConfig, stage: Stage) -> tuple[int, ...]:
     """The levels of encoder rows that enter at `stage`, ascending."""
-    further = (k for k, after in enumerate(cfg.level_layers, start=1) if after in stage.layers)
-    return (*((0,) if stage.first else ()), *further)
+    later = (k for k, after in enumerate(cfg.level_layers, start=1) if after in stage.layers)
+    return (*((0,) if stage.first else ()), *later)
 
 
 def shared_parameters(cfg: LLMConfig, stages: Sequence[Stage]) -> tuple[str, ...]:
