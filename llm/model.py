@@ -37,7 +37,7 @@ class LLMBatch:
 
     ids [T] int64, a placeholder's where an encoder row enters; labels [T] int64, the next token or -100;
     packing: the documents, the last of them the padding if there is any; T is a multiple of tp, T >= 1;
-    n_real: tokens before the padding; places: edge -> rows of this rank's token share [R] int64 where the
+    n_real: tokens before the padding; row_positions: edge -> rows of this rank's token share [R] int64 where the
     edge's rows enter, in their order. counts: what the objectives beside the next token's loss are means
     over. ahead: ids and labels ahead (llm.mtp.ahead), needed only where they cannot be made here: under
     context parallelism. loss_rows: see loss_rows(); the head is spared all other tokens, None: none.
@@ -47,7 +47,7 @@ class LLMBatch:
     labels: Tensor
     packing: Packing
     n_real: int
-    places: Mapping[str, Tensor]
+    row_positions: Mapping[str, Tensor]
     counts: Counts = field(default_factory=Counts)
     ahead: tuple[Tensor, Tensor] | None = None
     loss_rows: tuple[Tensor, ...] | None = None
@@ -136,7 +136,7 @@ class LLM(nn.Module):
         """On the last stage the loss of each token [T], zero where unsupervised, equal on all tp ranks; on
         others the hidden states [T', d] for the next one, T' being T or this rank's share of it.
 
-        rows: edge -> encoder rows [R, d] for this rank's token share, as batch.places says, or
+        rows: edge -> encoder rows [R, d] for this rank's token share, as batch.row_positions says, or
         [R, levels, d]: the levels that enter at this stage (llm.stages.levels_of), of an encoder with fewer
         as many as it has; edges without any are left out. The first level enters at the embedding, level k
         is added after layer cfg.level_layers[k - 1]. hidden: what the stage before gave, None on the first.
@@ -157,9 +157,9 @@ class LLM(nn.Module):
         assert (hidden is None) == self.stage.first, "the first stage embeds, the others are given states"
         if hidden is None:
             hidden = self.embed_ids(batch.ids)
-            for edge, places in batch.places.items():
+            for edge, positions in batch.row_positions.items():
                 entering = rows[edge] if rows[edge].ndim == 2 else rows[edge][:, 0]
-                hidden = hidden.index_copy(0, places, entering.to(hidden.dtype))
+                hidden = hidden.index_copy(0, positions, entering.to(hidden.dtype))
         for i, layer in zip(self.stage.layers, self.layers, strict=True):
             assert isinstance(layer, Layer)
             hidden = run_layer(layer, hidden, ctx)
@@ -184,7 +184,7 @@ class LLM(nn.Module):
                 continue
             for edge, values in rows.items():
                 if values.ndim == 3 and column < values.shape[1]:
-                    x = x.index_add(0, batch.places[edge], values[:, column].to(x.dtype))
+                    x = x.index_add(0, batch.row_positions[edge], values[:, column].to(x.dtype))
         return x
 
     def _loss(self, states: Tensor, labels: Tensor, rows: Tensor | None) -> Tensor:

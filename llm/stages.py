@@ -9,7 +9,7 @@ from parallel.topology.layout import Unfit
 from parallel.topology.stage import Stage, cut_layers, stages_of, whole
 
 
-def cut(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage, ...]:
+def partition(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage, ...]:
     """The model in n stages: where the pattern says, else so that the costliest stage is cheapest.
 
     lengths: documents of a typical packed sequence, tokens, which costs are reckoned for. Raises ValueError

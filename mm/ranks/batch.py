@@ -154,14 +154,14 @@ class Assembler:
             if e.items and m in entering
         }
         batch = LLMBatch(
-            text[0].to(self.device),
-            text[1].to(self.device),
-            packing,
-            n_real,
-            entries,
-            counts,
-            None if mtp is None else (mtp[0].to(self.device), mtp[1].to(self.device)),
-            tuple(rows.to(self.device) for rows in supervises),
+            ids=text[0].to(self.device),
+            labels=text[1].to(self.device),
+            packing=packing,
+            n_real=n_real,
+            row_positions=entries,
+            counts=counts,
+            ahead=None if mtp is None else (mtp[0].to(self.device), mtp[1].to(self.device)),
+            loss_rows=tuple(rows.to(self.device) for rows in supervises),
         )
         return batch, {m: f.to(self.device) for m, f in flags.items()}
 

@@ -51,7 +51,7 @@ def step(
     for mb in plan.microbatches:
         part = assembler.build(mb, plan.counts, [])
         assert part is not None and part.llm is not None
-        batches.append(replace(part.llm, places={}))  # placeholders stay what they are
+        batches.append(replace(part.llm, row_positions={}))  # placeholders stay what they are
     reader.close()
     return blueprint.llm, batches
 

@@ -127,9 +127,9 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
             assert len(part.llm.ids) * made.llm.cp == mb.tokens[coord.dp]
             shards = made.llm.tp if made.llm.sequence_parallel else 1
             first = coord.tp * (len(part.llm.ids) // shards) if shards > 1 else 0
-            for module, places in part.llm.places.items():
-                assert (part.llm.ids[places + first] == Tokenizer().placeholder).all()
-                assert len(places) == part.edges[Edge(module, 0)].forward.rows_out
+            for module, positions in part.llm.row_positions.items():
+                assert (part.llm.ids[positions + first] == Tokenizer().placeholder).all()
+                assert len(positions) == part.edges[Edge(module, 0)].forward.rows_out
                 assert part.items[module].values.dtype == torch.float64
     assert supervised == plan.supervised
     assert Counts(routed, tuple(mtp.tolist())) == plan.counts
