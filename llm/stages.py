@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm.config import LLMConfig, embeds_last, head_flops, layer_costs
+from llm.config import LLMConfig, embeds_last
+from llm.flops import head_flops, layer_costs
 from parallel.topology.layout import Unfit
 from parallel.topology.stage import Stage, cut_layers, stages_of, whole
 

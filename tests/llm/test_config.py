@@ -11,7 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm.config import check, flops, layer_params, param_count
+from llm.config import check
+from llm.flops import flops, layer_params, param_count
 from llm.model import LLM, loss_rows
 from llm.mtp import ahead
 from tests.llm.harness import TINY, Text, make_batch, only

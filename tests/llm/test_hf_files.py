@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llm.config import LLMConfig, param_count
+from llm.config import LLMConfig
+from llm.flops import param_count
 from llm.hf import SafeFolder, export_checkpoint, load_hf, load_weights, read_config, save_hf, write_config
 from llm.hf.config import ALIASES
 from llm.hf.weights import checkpoint_tensors, model_tensors

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm.config import check, layer_params, mtp_params, param_count
+from llm.config import check
+from llm.flops import layer_params, mtp_params, param_count
 from llm.mamba import ScanScalars
 from llm.model import LLM
 from llm.presets import PRESETS, preset

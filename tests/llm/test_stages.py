@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm.config import LLMConfig, head_flops, layer_costs
+from llm.config import LLMConfig
 from llm.counts import Counts
+from llm.flops import head_flops, layer_costs
 from llm.model import LLM, LLMBatch
 from llm.stages import entering_levels, partition, shared_parameters
 from parallel.sharding.param import declared, initialise

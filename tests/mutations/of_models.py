@@ -222,7 +222,7 @@ LLM = (
     Fault(
         "config.flops",
         "attention is counted as if not causal",
-        "llm/config.py",
+        "llm/flops.py",
         "2.0 * n * n * cfg.n_heads * cfg.head_dim",
         "4.0 * n * n * cfg.n_heads * cfg.head_dim",
         "tests/llm/test_config.py::test_flops_are_those_of_the_products",

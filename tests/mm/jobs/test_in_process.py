@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from llm.config import flops
+from llm.flops import flops
 from mm.ranks.job import open_data
 from mm.train.trainer import train_step
 from tests.encoders.helpers import png
