@@ -98,7 +98,7 @@ class ForwardContext:
     """What a forward pass gives its layers besides the hidden states.
 
     packing: the documents; n_real: tokens of this rank before the padding; counts: what the objectives are
-    means over; learns: a training forward, whose loads and further objectives count.
+    means over; learns: a training forward, whose loads and other objectives count.
     """
 
     packing: Packing

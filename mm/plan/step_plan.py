@@ -44,7 +44,7 @@ class PlanInputs:
 
     context: longest sample allowed, in tokens (text bytes, encoder rows and two markers).
     microbatches: how many the global batch is cut into, the same for all modules.
-    order: how cp cuts the language model's packed sequences. depths: how many tokens further it predicts.
+    order: how cp cuts the language model's packed sequences. mtp_depths: depths of multi-token prediction.
     """
 
     llm: Layout
@@ -52,7 +52,7 @@ class PlanInputs:
     context: int
     microbatches: int
     order: Order = "contiguous"
-    depths: int = 0
+    mtp_depths: int = 0
     _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
@@ -139,14 +139,14 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """supervised: tokens of the whole step that the loss is divided by (design law 2); further: the same at
-    each depth of further tokens."""
+    """supervised: tokens of the whole step that the loss is divided by (design law 2); mtp_supervised: those
+    with a loss at each depth of multi-token prediction."""
 
     step: int
     sample_ids: tuple[int, ...]
     microbatches: tuple[Microbatch, ...]
     supervised: int
-    further: tuple[int, ...]
+    mtp_supervised: tuple[int, ...]
 
     @cached_property
     def digests(self) -> np.ndarray:
@@ -164,7 +164,7 @@ class StepPlan:
     @cached_property
     def digest(self) -> int:
         """A 63-bit fingerprint that all ranks of a step must share."""
-        return _fingerprint([self.step, self.supervised, *self.further, *self.digests])
+        return _fingerprint([self.step, self.supervised, *self.mtp_supervised, *self.digests])
 
     @property
     def tokens(self) -> int:
@@ -173,8 +173,8 @@ class StepPlan:
 
     @property
     def counts(self) -> Counts:
-        """What the language model's further objectives are means over."""
-        return Counts(self.tokens, self.further)
+        """What the language model's other objectives are means over."""
+        return Counts(self.tokens, self.mtp_supervised)
 
     @property
     def active(self) -> list[set[str]]:
@@ -206,10 +206,11 @@ def supervised_tokens(sample: Sample) -> int:
     return (not sample.cut) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
 
 
-def further_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
-    """Tokens of a sample that carry loss at each depth of further tokens: those that far behind its begin."""
+def mtp_supervised_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
+    """Tokens of a sample that carry loss at each depth of multi-token prediction: those at least
+    that far behind its begin."""
     total = supervised_tokens(sample)
-    return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.depths + 1)]
+    return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.mtp_depths + 1)]
 
 
 def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
@@ -260,8 +261,9 @@ def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepP
     """Plan one step over `samples`, the whole global batch in order."""
     micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in shares(len(samples), inputs.microbatches))
     ids = tuple(s.id for s in samples)
-    further = tuple(map(sum, zip(*(further_tokens(s, inputs) for s in samples), strict=True)))
-    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples), further)
+    by_sample = (mtp_supervised_tokens(s, inputs) for s in samples)
+    mtp = tuple(map(sum, zip(*by_sample, strict=True)))
+    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples), mtp)
 
 
 def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch:

@@ -40,7 +40,7 @@ def inputs(world: int, layout: dict[str, dict[str, object]], microbatches: int, 
     raw = small(layout=layout, schedule={"microbatches": microbatches})
     for m in ("vision", "audio"):
         raw["model"][m]["deal"] = deal
-    return replace(draw_up(from_mapping(raw, CONFIGS), world).inputs, depths=3)
+    return replace(draw_up(from_mapping(raw, CONFIGS), world).inputs, mtp_depths=3)
 
 
 # Some of them cut to fewer tokens than they have.
@@ -106,7 +106,7 @@ def axes_at(layout: Layout, rank: int) -> Axes:
 @given(st.integers(0, 10_000))
 def test_tensors_agree_with_the_plan(seed: int) -> None:
     plan, made, world = random_plan(seed)
-    supervised, routed, further = 0, 0, torch.zeros(made.depths, dtype=torch.int64)
+    supervised, routed, mtp = 0, 0, torch.zeros(made.mtp_depths, dtype=torch.int64)
     for rank in range(world):
         cpu = torch.device("cpu")
         axes = {m: axes_at(layout, rank) for m, layout in layouts(made).items()}
@@ -122,17 +122,17 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
             if coord.tp == 0:
                 supervised += int((part.llm.labels != IGNORE).sum())
                 assert part.llm.ahead is not None
-                further += (part.llm.ahead[1] != IGNORE).sum(1)
+                mtp += (part.llm.ahead[1] != IGNORE).sum(1)
                 routed += part.llm.n_real
             assert len(part.llm.ids) * made.llm.cp == mb.tokens[coord.dp]
             shards = made.llm.tp if made.llm.sequence_parallel else 1
             first = coord.tp * (len(part.llm.ids) // shards) if shards > 1 else 0
-            for module, places in part.llm.places.items():
-                assert (part.llm.ids[places + first] == Tokenizer().placeholder).all()
-                assert len(places) == part.edges[Edge(module, 0)].forward.rows_out
+            for module, positions in part.llm.row_positions.items():
+                assert (part.llm.ids[positions + first] == Tokenizer().placeholder).all()
+                assert len(positions) == part.edges[Edge(module, 0)].forward.rows_out
                 assert part.items[module].values.dtype == torch.float64
     assert supervised == plan.supervised
-    assert Counts(routed, tuple(further.tolist())) == plan.counts
+    assert Counts(routed, tuple(mtp.tolist())) == plan.counts
 
 
 def test_the_digest_sees_a_change() -> None:
