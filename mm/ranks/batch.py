@@ -91,7 +91,7 @@ class Assembler:
     def _items(self, module: str, mb: Microbatch, bad: list[BadSample]) -> tuple[ItemBatch, tuple[str, ...]]:
         use = self.inputs.encoders[module]
         at = use.layout.coord(self.rank)
-        mine = [item for item in mb.edges[module].items if item.source_lane == at.dp]
+        mine = [item for item in mb.edges[module].items if item.source_dp == at.dp]
         metas = [item.part.meta for item in mine]
         # Later pipeline stages, and ranks that compute other rows, need no payload.
         needed = needed_items(use.cls, use.cfg, metas, self.axes[module]) if at.pp == 0 else range(0)
@@ -121,7 +121,7 @@ class Assembler:
         depends = {m: np.zeros(total, dtype=bool) for m in self.inputs.encoders}
         reads = coord.pp in (0, llm.pp - 1)  # stages between need lengths alone
         lengths, n_real = [], 0
-        for j in mb.lane_samples(coord.dp):
+        for j in mb.samples_of(coord.dp):
             try:
                 if reads:
                     self._write_sample(mb.samples[j], n_real, ids, labels, depends)

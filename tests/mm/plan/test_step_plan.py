@@ -86,8 +86,8 @@ def test_every_row_is_held_once_and_enters_at_its_placeholder(seed: int) -> None
                 for s, n in zip(side.start, side.length, strict=True):
                     cover[s : s + n] += 1
                 assert (cover == 1).all() and side.rows.sum() == edge.rows
-        for lane, total in enumerate(mb.tokens):
-            used = sum(mb.length[j] for j in mb.lane_samples(lane))
+        for dp, total in enumerate(mb.tokens):
+            used = sum(mb.length[j] for j in mb.samples_of(dp))
             assert total % made.alignment == 0 and max(used, 1) <= total < used + 2 * made.alignment
 
 
@@ -145,13 +145,13 @@ def test_the_digest_sees_a_change() -> None:
 
 
 @given(st.lists(st.floats(1, 100), min_size=1, max_size=40), st.integers(1, 6))
-def test_dealing_by_cost_is_within_the_bound_of_longest_first(costs: list[float], lanes: int) -> None:
-    floor = max(sum(costs) / lanes, max(costs))
-    for homes in ([i % lanes for i in range(len(costs))], [0] * len(costs)):
-        load = np.bincount(deal_by_cost(costs, homes, lanes), weights=costs, minlength=lanes)
-        most = max(floor * 4 / 3, sum(costs) / lanes + max(costs))
+def test_dealing_by_cost_is_within_the_bound_of_longest_first(costs: list[float], dp: int) -> None:
+    floor = max(sum(costs) / dp, max(costs))
+    for homes in ([i % dp for i in range(len(costs))], [0] * len(costs)):
+        load = np.bincount(deal_by_cost(costs, homes, dp), weights=costs, minlength=dp)
+        most = max(floor * 4 / 3, sum(costs) / dp + max(costs))
         assert load.max() <= most + 1e-9 * sum(costs)
-    assert deal_by_cost([1.0] * lanes, list(range(lanes)), lanes) == list(range(lanes))
+    assert deal_by_cost([1.0] * dp, list(range(dp)), dp) == list(range(dp))
 
 
 def test_the_learning_rate_warms_up_holds_and_decays() -> None:
