@@ -144,7 +144,7 @@ class ViT(StackedEncoder):
 
     @classmethod
     def hidden_width(cls, cfg: ViTConfig, layer: int) -> int:
-        """The levels of earlier stages travel beside the hidden states."""
+        """The levels of earlier stages travel with the hidden states."""
         return cfg.width * (1 + sum(level < layer for level in cfg.levels))
 
     @classmethod
@@ -165,8 +165,8 @@ class ViT(StackedEncoder):
             raise ValueError(
                 f"image is {tuple(image.shape[1:])}, its index says {meta['height']}x{meta['width']}"
             )
-        cut = image.reshape(cfg.channels, down, p, across, p)
-        return cut.permute(1, 3, 0, 2, 4).reshape(down * across, -1).contiguous()
+        patches = image.reshape(cfg.channels, down, p, across, p)
+        return patches.permute(1, 3, 0, 2, 4).reshape(down * across, -1).contiguous()
 
     @classmethod
     def check(cls, cfg: ViTConfig, tp: int) -> None:

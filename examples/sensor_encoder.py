@@ -3,7 +3,7 @@
     model:
       sensor: {encoder: "examples.sensor_encoder:SensorEncoder", options: {channels: 3}}
 
-It is not cut over tp: every tp rank runs all of it. Rows: one for every `stride` points.
+It declares no way to be split, so every tp rank runs it whole. Each `stride` points of a series give one row.
 """
 
 import io
@@ -18,6 +18,8 @@ from encoders.api import Encoder, Features, Linear, normal
 
 @dataclass(frozen=True)
 class SensorConfig:
+    """channels: values a point; stride: points a row; width: features a row."""
+
     channels: int = 3
     stride: int = 4
     width: int = 32

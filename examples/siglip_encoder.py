@@ -4,8 +4,9 @@ called `vision` (or anything else). Needs pip install transformers.
     model:
       vision: {encoder: "examples.siglip_encoder:SiglipEncoder", options: {folder: siglip-base-patch16-224}}
 
-folder: a downloaded model; without one the options give the sizes and the run's seed the weights. Pictures
-are brought to its size; each gives a row for every patch. It is not cut over tp: each tp rank runs all of it.
+With `folder` it is a downloaded model. Without, the options give the sizes, and the weights follow from the
+run's seed. Pictures are resized to the model's size; each gives one row for every patch. It declares no way
+to be split, so every tp rank runs it whole.
 """
 
 import io
@@ -21,7 +22,12 @@ from encoders.api import Encoder, Features, adopt
 
 @dataclass(frozen=True)
 class SiglipOptions:
-    """folder's own sizes must be said here too: rows are counted before anything is loaded."""
+    """folder: of a downloaded model, or "" for new weights. The sizes must be those of the folder's model,
+    because rows are counted before anything is loaded.
+
+    image, patch: sides in pixels; width: of hidden states and features; mlp: hidden width of the MLPs; depth:
+    layers; heads: attention heads.
+    """
 
     folder: str = ""
     image: int = 16
@@ -38,7 +44,7 @@ class SiglipEncoder(Encoder):
     def __init__(self, cfg, axes, *, device=None, dtype=None):
         super().__init__(cfg, axes, device=device, dtype=dtype)
         self.cfg = cfg
-        self.inner = adopt(siglip(cfg), device=device, dtype=dtype)  # all that wrapping takes
+        self.inner = adopt(siglip(cfg), device=device, dtype=dtype)  # the only line that wrapping adds
 
     @property
     def layers(self):
@@ -69,7 +75,7 @@ class SiglipEncoder(Encoder):
 
     def forward(self, batch):
         pictures = batch.values
-        if not len(pictures):  # this rank has none, but takes part: SigLIP does not run on none
+        if not len(pictures):  # no items on this rank: SigLIP cannot run on none, so it runs on zeros
             pictures = pictures.new_zeros((1, *self.input_shape(self.cfg)))
         rows = tuple(self.rows(self.cfg, meta) for meta in batch.metas)
         values = self.inner(pixel_values=pictures).last_hidden_state.flatten(0, 1)
@@ -77,7 +83,7 @@ class SiglipEncoder(Encoder):
 
 
 def siglip(cfg):
-    """The model that is wrapped, without its pooling head."""
+    """The wrapped model, without its pooling head."""
     if cfg.folder:
         return SiglipVisionModel.from_pretrained(cfg.folder, vision_use_head=False)
     sizes = {"hidden_size": cfg.width, "intermediate_size": cfg.mlp, "num_hidden_layers": cfg.depth}

@@ -1,10 +1,10 @@
-"""A plug-in encoder that may be cut over cp and into pipeline stages: a pressure pad's frames, in .npy files.
+"""A plug-in encoder that may be split over cp and pipeline stages: frames of a pressure pad, in .npy files.
 
     model:
       touch: {encoder: "examples.touch_encoder:TouchEncoder", projector: {hidden: 64}, options: {side: 4}}
 
-A row for every frame. Layers see one frame at a time; encoders.context has attention and convolution for
-those that see more of an item than a rank holds.
+Each frame gives one row. These layers see one frame at a time. For layers that see more of an item than a
+rank holds, encoders.api has ItemAttention and ItemConvolution.
 """
 
 import io
@@ -20,6 +20,8 @@ from encoders.api import Encoder, Features, Linear, Share, normal, whole
 
 @dataclass(frozen=True)
 class TouchConfig:
+    """side: of a frame, in sensors; width: of hidden states and features; depth: layers."""
+
     side: int = 4
     width: int = 24
     depth: int = 4
@@ -33,12 +35,12 @@ class TouchEncoder(Encoder):
     def __init__(self, cfg, axes, *, stage=None, device=None, dtype=None):
         super().__init__(cfg, axes, device=device, dtype=dtype)
         self.cfg, self.axes, self.stage = cfg, axes, stage or whole(cfg.depth)
-        kw = {"bias": True, "device": device, "dtype": dtype}
+        options = {"bias": True, "device": device, "dtype": dtype}
         if self.stage.first:
-            self.stem = Linear(cfg.side**2, cfg.width, normal(cfg.side**-1.0), **kw)
+            self.stem = Linear(cfg.side**2, cfg.width, normal(cfg.side**-1.0), **options)
         std = cfg.width**-0.5
-        layers = {str(i): Linear(cfg.width, cfg.width, normal(std), **kw) for i in self.stage.layers}
-        self.blocks = nn.ModuleDict(layers)  # under global numbers, whatever the stage
+        layers = {str(i): Linear(cfg.width, cfg.width, normal(std), **options) for i in self.stage.layers}
+        self.blocks = nn.ModuleDict(layers)  # under their global index, in any stage
 
     @property
     def layers(self):
@@ -74,8 +76,8 @@ class TouchEncoder(Encoder):
         return frames.reshape(-1, cfg.side**2)
 
     def forward(self, batch, hidden=None):
-        rows = tuple(self.rows(self.cfg, meta) for meta in batch.metas)  # of all items of the lane
-        share = Share.of(rows, self.axes)  # share.part: this rank's stretch of them
+        rows = tuple(self.rows(self.cfg, meta) for meta in batch.metas)  # of all items of the dp rank
+        share = Share.of(rows, self.axes)  # share.part: the rows of this rank
         if hidden is None:  # the first stage; batch.values begin with item number batch.first
             start = share.part[0] - sum(rows[: batch.first])
             hidden = self.stem(batch.values[start : start + share.kept])

@@ -1,7 +1,7 @@
 """Sequences laid end to end in one tensor, and the operations that never mix them.
 
-A packed tensor is [T, ..] with T the sum of the sequence lengths; nothing is padded. Lengths are plain
-integers known on the host (they come from the plan), so no operation here waits for a device.
+A packed tensor is [T, ..], with T the sum of the sequence lengths; nothing is padded. Lengths are known on
+the host, because they come from the plan, so no operation here waits for a device.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from parallel.sequence.buckets import Pairing, attend, to_device
 
 @dataclass(frozen=True)
 class Packing:
-    """Lengths of the sequences of a packed tensor, in order; zero lengths are allowed.
+    """Which sequences a packed tensor consists of. Indices are made once and kept: share one between layers.
 
-    The indices that the operations need are made once and kept, so share one Packing between layers.
+    lengths: rows of each sequence, in order; 0 is allowed.
+    device: where the indices are.
     """
 
     lengths: tuple[int, ...]
@@ -48,7 +49,7 @@ class Packing:
 
     @cached_property
     def position(self) -> Tensor:
-        """Place of each row in its own sequence, int64 [T]."""
+        """Index of each row in its own sequence, int64 [T]."""
         return self._tensor(np.arange(self.total) - np.repeat(self.starts[:-1], self.lengths))
 
     @cached_property
@@ -72,15 +73,16 @@ def attention(
 
 
 def spread(x: Tensor, packing: Packing, left: int, right: int) -> tuple[Tensor, Tensor]:
-    """Lay zero rows around every sequence: [T, C] to [T + n * (left + right), C], and the rows' places.
+    """Put zero rows around each of the n sequences: [T, C] to [T + n * (left + right), C]. Returns also the
+    slots there of the T rows, int64 [T].
 
     A convolution over the result sees zeros beyond a sequence's ends and never another sequence.
     """
     n = len(packing.lengths)
-    place = torch.arange(packing.total, device=x.device)
-    place = place + left + packing.sequence_id * (left + right)
+    slot = torch.arange(packing.total, device=x.device)
+    slot = slot + left + packing.sequence_id * (left + right)
     wide = x.new_zeros((packing.total + n * (left + right), *x.shape[1:]))
-    return wide.index_copy(0, place, x), place
+    return wide.index_copy(0, slot, x), slot
 
 
 def depthwise_conv(
@@ -92,11 +94,12 @@ def depthwise_conv(
     causal: bool,
     before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Depthwise convolution along each packed sequence, zeros beyond its ends.
+    """Depthwise convolution along each packed sequence, with zeros beyond its ends: x [T, C] to [T, C].
 
-    x [T, C], weight [C, K], bias [C] or None; causal: output t sees inputs t-K+1..t, else it is centred
-    (K odd). before: rows [m, C] that precede some sequences, where these are parts of longer ones, and their
-    places int64 [m] in spread(x, packing, ..). Returns [T, C].
+    weight: [C, K]; bias: [C] or None.
+    causal: output t sees inputs t - K + 1 to t; otherwise t is the middle of what it sees (K odd).
+    before: where sequences are parts of longer ones, the rows [m, C] that precede them, and their slots in
+        spread(x, packing, ..), int64 [m].
     """
     width = weight.shape[1]
     left = width - 1 if causal else width // 2
@@ -107,10 +110,10 @@ def depthwise_conv(
         head = x.new_zeros(left, x.shape[1])
         head = head if before is None else head.index_copy(0, before[1], before[0])
         return _convolve(torch.cat([head, x]), weight, bias)
-    wide, place = spread(x, packing, left, width - 1 - left)
+    wide, slot = spread(x, packing, left, width - 1 - left)
     if before is not None:
         wide = wide.index_copy(0, before[1], before[0])
-    return _convolve(wide, weight, bias).index_select(0, place - left)
+    return _convolve(wide, weight, bias).index_select(0, slot - left)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,8 +124,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Taps(torch.autograd.Function):
     """y[t] = bias + sum over k of x[t + k] weight[:, k]: x [N, C] to [N - K + 1, C].
 
-    One product a tap, tokens first: torch's depthwise convolution wants channels first, and on CPUs takes
-    twice the time. Summed in float32 or wider.
+    It adds one product a tap, tokens first, in float32 or wider. Torch's depthwise convolution needs channels
+    first, and takes twice the time on CPUs.
     """
 
     @staticmethod

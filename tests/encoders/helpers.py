@@ -73,7 +73,7 @@ def module(
     stage: Stage | None = None,
     **extra: Any,
 ) -> EncoderModule:
-    """A small module, its weights cut over axes.tp. cls: not the registered class; extra: options."""
+    """A small module, its weights sharded over axes.tp. cls: if not the registered one; extra: options."""
     cls = cls or encoders.resolve(name)
     built = build_encoder_module(
         cls,
@@ -112,8 +112,8 @@ def make_axes(cp: int, tp: int, sequence_parallel: bool = False) -> Axes:
 
 
 def gradient_error(nets: Sequence[EncoderModule], whole: EncoderModule) -> float:
-    """Largest error of the gradients of `nets`, stages of one module, against those of `whole`, after the
-    sums over cp and, of partial ones, over tp; relative to the largest gradient."""
+    """Largest error of the gradients of `nets`, the stages of one module, against those of `whole`, relative
+    to the largest gradient. Gradients are first summed over cp, and partial ones over tp."""
     expected = {key: p.grad for key, p in whole.named_parameters()}
     # Some gradients vanish in exact arithmetic (the bias of the keys): measure all against the largest.
     scale = max([float(g.abs().max()) for g in expected.values() if g is not None] + [1e-12])

@@ -1,4 +1,4 @@
-"""Encoders cut over cp, tp, sequence parallelism and stages are the whole encoder, to 1e-9 in float64."""
+"""Encoders split over cp, tp, sequence parallelism and stages equal the whole encoder, to 1e-9 in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAYOUTS = [
 
 
 def draws(name: str) -> list[list[Any]]:
-    """Sizes of batches: nothing, one row, less rows than ranks, one long item, many, items without rows."""
+    """Sizes of items by batch: none, one row, fewer rows than ranks, one long item, no rows, many."""
     rng = random.Random(name)
     if name == "vit":
         fixed: list[list[Any]] = [[], [(4, 4)], [(4, 4), (4, 8)], [(32, 28)]]
@@ -47,7 +47,7 @@ def draws(name: str) -> list[list[Any]]:
 
 
 class Whole(ViT):
-    """Not cut over tp: every tp rank runs all of it."""
+    """Not sharded over tp: every tp rank runs it whole."""
 
     tensor_parallel = False
 
@@ -55,7 +55,8 @@ class Whole(ViT):
 def chained(
     name: str, sizes: list[Any], nets: list[EncoderModule], metas: Sequence[Meta]
 ) -> tuple[Features, list[tuple[Tensor, Tensor]]]:
-    """Features from stages given just the items that they need; what passed between: (given, taken)."""
+    """Features from stages that have only the items they need, and the hidden states between stages as
+    (output of one, input of the next)."""
     seams: list[tuple[Tensor, Tensor]] = []
     found: Any = None
     for net in nets:
@@ -109,7 +110,7 @@ def compare(name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_cut_encoder_is_the_whole_encoder(name: str, layout: tuple[int, int, bool], ranks: Any) -> None:
+def test_a_split_encoder_is_the_whole_encoder(name: str, layout: tuple[int, int, bool], ranks: Any) -> None:
     assert max(ranks(layout[0] * layout[1], compare, name, layout, "plain", {})) < 1e-9
 
 
@@ -130,14 +131,14 @@ def test_a_cut_encoder_is_the_whole_encoder(name: str, layout: tuple[int, int, b
     ],
     ids=str,
 )
-def test_every_way_of_cutting_is_exact(
+def test_every_way_of_splitting_is_exact(
     name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str, Any], ranks: Any
 ) -> None:
     assert max(ranks(layout[0] * layout[1], compare, name, layout, kind, extra)) < 1e-9
 
 
 def silent_peer() -> str:
-    """What rank 0 says when its only cp peer does not come."""
+    """The error of rank 0 when its only cp peer does not answer."""
     axes = make_axes(2, 1)
     if axes.cp.rank == 1:
         time.sleep(2.0)

@@ -1,4 +1,4 @@
-"""Encoders keep their contract: promised rows, items apart, no items, and tensor parallel exactness."""
+"""Encoders keep their contract: promised rows, items that never mix, no items, exact tensor parallelism."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 import encoders
 from encoders import compat
-from encoders.contract import Features, ItemBatch
+from encoders.contract import Encoder, Features, ItemBatch, pack_items
 from encoders.module import RowsMismatch
 from mm.data.probes import metadata
 from tests.encoders.helpers import SIZES, SMALL, batch, gradient_error, make_axes, module, png, wav
@@ -158,7 +158,7 @@ class Untrained(encoders.vit.ViT):
         (Untrained, "Untrained.forward gave values without a gradient"),
     ],
 )
-def test_features_that_cannot_be_used_are_told_in_words(cls: Any, words: str) -> None:
+def test_features_that_cannot_be_used_are_refused(cls: Any, words: str) -> None:
     net = module("vit")
     net.encoder.__class__ = cls
     with pytest.raises((TypeError, ValueError), match=words):
@@ -185,11 +185,11 @@ def test_an_encoder_may_compute_in_a_dtype_of_its_own() -> None:
     assert all(p.grad is not None for p in net.encoder.parameters())
 
 
-def test_inputs_of_another_shape_are_told_in_words() -> None:
+def test_inputs_of_another_shape_are_refused() -> None:
     vit = encoders.resolve("vit")
-    kw: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
+    inputs = torch.zeros(5, 3)
     with pytest.raises(ValueError, match=r"ViT.prepare gave .5, 3.; needed: .n, 4., as input_shape says"):
-        encoders.pack_items(vit, vit.Config(), [torch.zeros(5, 3)], [{}], **kw)
+        pack_items(vit, vit.Config(), [inputs], [{}], device="cpu", dtype=inputs.dtype)
 
 
 class Ids(encoders.vit.ViT):
@@ -198,12 +198,16 @@ class Ids(encoders.vit.ViT):
 
 def test_inputs_come_in_the_dtype_of_the_computation_or_in_the_encoders_own() -> None:
     vit = encoders.resolve("vit")
-    kw: dict[str, Any] = {"device": "cpu", "dtype": torch.bfloat16}
+
+    def packed(cls: type[Encoder], *tensors: torch.Tensor) -> torch.Tensor:
+        metas = [{} for _ in tensors]
+        return pack_items(cls, vit.Config(), tensors, metas, device="cpu", dtype=torch.bfloat16).values
+
     times = torch.tensor([[1001.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    assert encoders.pack_items(vit, vit.Config(), [times], [{}], **kw).values.dtype == torch.bfloat16
-    ids = encoders.pack_items(Ids, vit.Config(), [times.long()], [{}], **kw).values
-    assert ids.dtype == torch.int64 and ids[0, 0] == 1001  # which bfloat16 rounds to 1000
-    assert encoders.pack_items(Ids, vit.Config(), [], [], **kw).values.dtype == torch.int64
+    assert packed(vit, times).dtype == torch.bfloat16
+    ids = packed(Ids, times.long())
+    assert ids.dtype == torch.int64 and ids[0, 0] == 1001  # bfloat16 would round it to 1000
+    assert packed(Ids).dtype == torch.int64
 
 
 def test_unusable_items_are_refused_in_words() -> None:

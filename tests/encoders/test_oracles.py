@@ -61,7 +61,7 @@ def pictures(channels: int = 1) -> list[Tensor]:
 
 
 def patches(images: list[Tensor]) -> ItemBatch:
-    """As the encoder is given them: the pixels of each patch, channel by channel, patches row by row."""
+    """The batch that the encoder receives: patches row by row, the pixels of each channel by channel."""
     columns = [F.unfold(image[None], PATCH, stride=PATCH)[0].T for image in images]
     metas = [{"height": i.shape[1], "width": i.shape[2]} for i in images]
     return ItemBatch(torch.cat(columns), tuple(len(c) for c in columns), tuple(metas))
@@ -81,7 +81,7 @@ def positions(net: Any, size: tuple[int, int]) -> Tensor:
 
 
 def copied(theirs: nn.Module, weights: Mapping[str, Tensor], zero: list[str]) -> None:
-    """Put our weights into `theirs`, zeros into the biases that ours has not."""
+    """Put our weights into `theirs`, and zeros into the biases that ours lacks."""
     named = dict(theirs.named_parameters())
     assert {*weights, *zero} == set(named), {*weights, *zero} ^ set(named)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def copied(theirs: nn.Module, weights: Mapping[str, Tensor], zero: list[str]) ->
 
 
 def siglip(net: Any) -> tuple[SiglipVisionModel, dict[str, Tensor], list[str]]:
-    """transformers' vision model, our parameters by its names, and its names that we have not."""
+    """transformers' vision model, our parameters by its names, and its names that ours lacks."""
     config = SiglipVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=SMALL["vit"]["mlp"],
@@ -162,26 +162,25 @@ def test_the_vision_transformer_is_siglips() -> None:
     copied(theirs, names, zero)
     images = pictures(channels=3)
     found = net(patches(images)).values
-    expected, placed = [], []
+    expected, tables = [], []
     for image, size in zip(images, PICTURES, strict=True):
-        place = positions(net, size)
-        # Theirs are learned for square pictures of one size: each of ours gets a table of its own.
-        table = theirs.embeddings.position_embedding = nn.Embedding.from_pretrained(
-            place.detach(), freeze=False
-        )
-        theirs.embeddings.position_ids = torch.arange(len(place))[None]
+        position = positions(net, size)
+        # Theirs are learned for square pictures of one size: each of our pictures gets a table of its own.
+        table = nn.Embedding.from_pretrained(position.detach(), freeze=False)
+        theirs.embeddings.position_embedding = table
+        theirs.embeddings.position_ids = torch.arange(len(position))[None]
         out = theirs(pixel_values=image[None], output_hidden_states=True)
         levels = [out.last_hidden_state, out.hidden_states[1], out.hidden_states[2]]
         expected.append(torch.stack([fours(x[0], size) for x in levels], 1))
-        placed.append((place, table.weight))
+        tables.append((position, table.weight))
     same(found, torch.cat(expected), "features")
     lift(found).backward()
     lift(torch.cat(expected)).backward()
     hold_gradients(theirs, names, net, ["row_position", "column_position"])
     got = [net.row_position.grad.clone(), net.column_position.grad.clone()]
     net.zero_grad()
-    for place, table in placed:
-        place.backward(table.grad)
+    for position, table in tables:
+        position.backward(table.grad)
     for mine, grad in zip(got, (net.row_position.grad, net.column_position.grad), strict=True):
         assert mine.any()
         same(mine, grad, "positions")
@@ -194,12 +193,13 @@ def test_the_vision_transformer_is_torchvisions() -> None:
 
     net = ours("vit").encoder
     found = net(patches(pictures())).values
-    kw: dict[str, Any] = {"mlp_dim": SMALL["vit"]["mlp"], "dropout": 0.0, "attention_dropout": 0.0}
     expected = []
     for image, size in zip(pictures(), PICTURES, strict=True):
-        place = positions(net, size)
-        theirs = models.Encoder(len(place), LAYERS, HEADS, WIDTH, **kw).double()
-        names = {"pos_embedding": place, "ln.weight": net.norm.weight, "ln.bias": net.norm.bias}
+        position = positions(net, size)
+        theirs = models.Encoder(
+            len(position), LAYERS, HEADS, WIDTH, SMALL["vit"]["mlp"], dropout=0.0, attention_dropout=0.0
+        ).double()
+        names = {"pos_embedding": position, "ln.weight": net.norm.weight, "ln.bias": net.norm.bias}
         zero = []
         for i, b in net.blocks.items():
             at = f"layers.encoder_layer_{i}."
@@ -217,7 +217,7 @@ def test_the_vision_transformer_is_torchvisions() -> None:
 
 
 class GroupNorm(nn.Module):
-    """Where published models have a batch norm ours has this, for reasons that its docstring gives."""
+    """The norm that ours has instead of a batch norm; encoders.fastconformer gives the reasons."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class GroupNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Llama's attention in the place of Parakeet's: rotary positions are the one other difference of ours."""
+    """Llama's attention, put where Parakeet has its own: ours has rotary positions."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How rows of a lane are cut, and which rows of their items a part of them sees. Pure."""
+"""How the rows of a dp rank are split, and which rows of their items a part of them sees. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEGREES = st.tuples(st.integers(1, 5), st.integers(1, 4), st.booleans())
 
 
 @given(LENGTHS, DEGREES)
-def test_rows_are_cut_evenly_and_completely(rows: list[int], degrees: tuple[int, int, bool]) -> None:
+def test_rows_are_split_evenly_and_completely(rows: list[int], degrees: tuple[int, int, bool]) -> None:
     cp, tp, sp = degrees
     spans = encoder_row_spans(rows, cp, tp, sp)
     assert len(spans) == cp and all(len(parts) == tp for parts in spans)
@@ -33,7 +33,7 @@ def test_rows_are_cut_evenly_and_completely(rows: list[int], degrees: tuple[int,
 
 @settings(max_examples=40)
 @given(LENGTHS, DEGREES)
-def test_the_boundary_cuts_rows_in_the_same_way(rows: list[int], degrees: tuple[int, int, bool]) -> None:
+def test_the_boundary_splits_rows_in_the_same_way(rows: list[int], degrees: tuple[int, int, bool]) -> None:
     cp, tp, sp = degrees
     layout = make_layout("vision", cp * tp, {"cp": cp, "tp": tp, "sequence_parallel": sp})
     side = source_side(layout, rows, [0] * len(rows))

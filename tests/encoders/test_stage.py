@@ -14,7 +14,7 @@ from tests.encoders.helpers import SIZES, SMALL, batch, module
 
 
 class Plain(ViT):
-    """An encoder that declares nothing."""
+    """An encoder that declares no way to be split."""
 
     tensor_parallel = context_parallel = pipeline = False
 
@@ -32,7 +32,7 @@ def test_stages_have_the_parameters_of_the_whole_once(name: str) -> None:
 
 
 def test_levels_are_the_outputs_of_their_layers() -> None:
-    """Level k of a deep encoder is the main level of one that ends there, but for the last norm."""
+    """Level k of a deep encoder is the main level, before the last norm, of an encoder that ends there."""
     items = batch("vit", SIZES["vit"])
     deep = module("vit", layers=3, levels=(0, 1))
     values = deep.encoder(items).values
@@ -99,7 +99,7 @@ def test_freezing_the_encoder_leaves_every_projector() -> None:
     assert any(key.startswith("level_projectors.0.") for key in trained)
 
 
-def test_sums_over_tp_are_declared_where_rows_are_cut_over_it() -> None:
+def test_sums_over_tp_are_declared_where_rows_are_split_over_it() -> None:
     from parallel.sharding.param import declared
 
     for cls in (ViT, Plain):

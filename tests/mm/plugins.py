@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from encoders.api import Encoder, Features, adopt
-from parallel.topology.stage import whole
+from encoders.api import Axes, Encoder, FactoryKwargs, Features, ItemBatch, Meta, Stage, adopt, whole
 
 
 class Block(nn.Module):
-    """A plain module: among its parameters a scalar, a tie and an untrained one; buffers of both kinds."""
+    """A plain module with a scalar, a tied and an untrained parameter, and buffers of both kinds."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -34,61 +33,70 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class WrapperConfig:
+    """width: of hidden states and features; depth: blocks."""
+
     width: int = 8
     depth: int = 2
 
 
 class Wrapper(Encoder):
-    """Series [n, 3] in .npy files, a row for each point; with stages of plain blocks, and buffers of its own
-    where it is told to make them."""
+    """Series [n, 3] in .npy files, a row for each point. It has stages of plain blocks, and buffers that it
+    makes on the constructor's device."""
 
     Config = WrapperConfig
     pipeline = True
 
     def __init__(
-        self, cfg: Any, axes: Any, *, stage: Any = None, device: Any = None, dtype: Any = None
+        self,
+        cfg: WrapperConfig,
+        axes: Axes,
+        *,
+        stage: Stage | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(cfg, axes, device=device, dtype=dtype)
         self.cfg, self.stage = cfg, stage or whole(cfg.depth)
-        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         if self.stage.first:
-            self.stem = adopt(lambda: nn.Linear(3, cfg.width), key="stem", **kw)
-        blocks = {str(i): adopt(lambda: Block(cfg.width), key=f"blocks.{i}", **kw) for i in self.stage.layers}
-        self.blocks = nn.ModuleDict(blocks)
-        self.register_buffer("ramp", torch.linspace(0.5, 1.5, cfg.width, **kw))
-        self.register_buffer("offset", torch.full((cfg.width,), 0.25, **kw), persistent=False)
+            self.stem = adopt(lambda: nn.Linear(3, cfg.width), key="stem", **factory)
+        self.blocks = nn.ModuleDict()
+        for i in self.stage.layers:
+            self.blocks[str(i)] = adopt(lambda: Block(cfg.width), key=f"blocks.{i}", **factory)
+        self.register_buffer("ramp", torch.linspace(0.5, 1.5, cfg.width, **factory))
+        self.register_buffer("offset", torch.full((cfg.width,), 0.25, **factory), persistent=False)
 
     @classmethod
-    def feature_width(cls, cfg: Any) -> int:
+    def feature_width(cls, cfg: WrapperConfig) -> int:
         return cfg.width
 
     @classmethod
-    def layer_count(cls, cfg: Any) -> int:
+    def layer_count(cls, cfg: WrapperConfig) -> int:
         return cfg.depth
 
     @classmethod
-    def hidden_width(cls, cfg: Any, layer: int) -> int:
+    def hidden_width(cls, cfg: WrapperConfig, layer: int) -> int:
         return cfg.width
 
     @classmethod
-    def rows(cls, cfg: Any, meta: Any) -> int:
+    def rows(cls, cfg: WrapperConfig, meta: Meta) -> int:
         return meta["dim0"]
 
     @classmethod
-    def cost(cls, cfg: Any, meta: Any) -> float:
+    def cost(cls, cfg: WrapperConfig, meta: Meta) -> float:
         return 2.0 * meta["dim0"] * cfg.width * (3 + cfg.depth * cfg.width)
 
     @classmethod
-    def input_shape(cls, cfg: Any) -> tuple[int, ...]:
+    def input_shape(cls, cfg: WrapperConfig) -> tuple[int, ...]:
         return (3,)
 
     @classmethod
-    def prepare(cls, cfg: Any, payload: bytes, meta: Any) -> torch.Tensor:
+    def prepare(cls, cfg: WrapperConfig, payload: bytes, meta: Meta) -> torch.Tensor:
         return torch.from_numpy(np.load(io.BytesIO(payload), allow_pickle=False))
 
-    def forward(self, batch: Any, hidden: Any = None) -> Any:
+    def forward(self, batch: ItemBatch, hidden: torch.Tensor | None = None) -> Features | torch.Tensor:
         x = hidden
-        if hidden is None:
+        if x is None:
             x = self.stem(batch.values)
             x = x * self.ramp.to(x.dtype) + self.offset.to(x.dtype)
         for block in self.blocks.values():
@@ -97,26 +105,28 @@ class Wrapper(Encoder):
 
 
 class Forgetful(Wrapper):
-    """One that was not told of adopt()."""
+    """It does not adopt one of its modules."""
 
-    def __init__(self, cfg: Any, axes: Any, **kw: Any) -> None:
-        super().__init__(cfg, axes, **kw)
+    def __init__(self, cfg: WrapperConfig, axes: Axes, **options: Any) -> None:
+        super().__init__(cfg, axes, **options)
         self.extra = nn.Linear(2, 2)
 
 
 class Unkeyed(Wrapper):
-    """One whose later stages draw other values than those of the whole."""
+    """It adopts a module without a key: its later stages draw other values than the whole encoder does."""
 
-    def __init__(self, cfg: Any, axes: Any, **kw: Any) -> None:
-        super().__init__(cfg, axes, **kw)
+    def __init__(self, cfg: WrapperConfig, axes: Axes, **options: Any) -> None:
+        super().__init__(cfg, axes, **options)
         self.extra = adopt(nn.Linear(2, 2))
 
 
 class Different(Wrapper):
-    """One that every rank makes otherwise."""
+    """It has different values on each rank."""
 
-    def __init__(self, cfg: Any, axes: Any, **kw: Any) -> None:
-        super().__init__(cfg, axes, **kw)
+    def __init__(self, cfg: WrapperConfig, axes: Axes, **options: Any) -> None:
+        super().__init__(cfg, axes, **options)
         linear = nn.Linear(2, 2)
         linear.weight.data.fill_(np.random.default_rng().random())
-        self.extra = adopt(lambda: linear, key="extra", device=kw.get("device"), dtype=kw.get("dtype"))
+        self.extra = adopt(
+            lambda: linear, key="extra", device=options.get("device"), dtype=options.get("dtype")
+        )
