@@ -63,7 +63,7 @@ class Flight:
                 continue
             sent = self._actions[kind, module, i, stage]
             direction = Kind.FORWARD if kind is Kind.SEND_FORWARD else Kind.BACKWARD
-            self._pipe(sent, direction).let_go(self._peer(sent), sent.tag)
+            self._pipe(sent, direction).release(self._peer(sent), sent.tag)
 
     def finish(self) -> None:
         """Wait for what is still under way. Every tensor in flight has then found its consumer."""
