@@ -41,7 +41,7 @@ class Transfers:
                 sent = self._sends[kind, module, i, stage]
                 pipes = self._pipes(sent)
                 pipe = pipes.forward if kind is Kind.SEND_FORWARD else pipes.backward
-                pipe.let_go(self._peer(sent), sent.tag)
+                pipe.release(self._peer(sent), sent.tag)
 
     def finish(self) -> None:
         """Wait for what is still under way after the last action."""

@@ -60,8 +60,8 @@ PARALLEL = (
         "boundary.send-again",
         "rows are sent to ranks that have them",
         "parallel/boundary/routes.py",
-        "ask, start, stop, shift = _without_own(have, own, ask, start, stop, shift)",
-        "own = own[:0]",
+        "asked = _without_own(have, requests.reader, asked)",
+        "asked = asked",
         PLANS,
     ),
     Fault(
@@ -76,8 +76,8 @@ PARALLEL = (
         "boundary.node-twice",
         "a row crosses to a node for each lane there that wants it",
         "parallel/boundary/nodes.py",
-        "once = one_each(asked)",
-        "once = asked",
+        "entering = each_row_once(lacking)",
+        "entering = lacking",
         PLANS,
     ),
     Fault(
