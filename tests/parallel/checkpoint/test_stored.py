@@ -254,7 +254,10 @@ ODD: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "a part nowhere": (lambda m: m.storage_data.clear(), "is nowhere"),
     "another class": (lambda m: setattr(m, "storage_data", [1]), "a mapping of tensors is expected"),
-    "no dtype": (lambda m: setattr(m.state_dict_metadata["a"].properties, "dtype", "x"), "a dtype is expected"),
+    "no dtype": (
+        lambda m: setattr(m.state_dict_metadata["a"].properties, "dtype", "x"),
+        "a dtype is expected",
+    ),
 }
 
 
