@@ -172,8 +172,8 @@ PARALLEL = (
         "context.merge",
         "joined blocks of keys are averaged",
         "parallel/context_parallel/block.py",
-        "both = torch.logaddexp(lse, more_lse)",
-        "both = torch.maximum(lse, more_lse)",
+        "lse = torch.logaddexp(a.lse, b.lse)",
+        "lse = torch.maximum(a.lse, b.lse)",
         "tests/parallel/context_parallel/test_attention.py::test_blocks_without_a_fused_kernel",
     ),
     Fault(
