@@ -187,7 +187,7 @@ PARALLEL = (
     Fault(
         "packed.leak",
         "one document attends to the next one's padding",
-        "parallel/sequence/packed.py",
+        "parallel/sequence/buckets.py",
         "real = offset[None, :] < n[:, None]",
         "real = offset[None, :] <= n[:, None]",
         "tests/parallel/sequence/test_packed.py::test_attention",
