@@ -11,7 +11,7 @@ from parallel.sharding.param import ParamSpec, constant, declare, local
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim. partial: sees a share of the tokens on each tp rank."""
+    """x / rms(x) * weight over the last dim (arXiv 1910.07467). partial: each tp rank has some tokens."""
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ class SafeFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"{path} is no folder; needed: one with {CONFIG} and *.safetensors")
-        # safe_open has neither a type nor slices that mypy could see.
+        # safetensors has no types for what safe_open gives and its slices.
         self._slices: dict[str, Any] = {}
         self._files: list[Any] = []
         for file, wanted in self._layout().items():
@@ -72,7 +72,8 @@ class SafeFolder:
 
     def read(self, key: str, index: Sequence[slice]) -> Tensor:
         """A block of a tensor; only its bytes are read."""
-        return self._slices[key][tuple(index)] if index else self._slices[key][...]
+        block: Tensor = self._slices[key][tuple(index) if index else ...]
+        return block
 
     def config(self) -> Mapping[str, Any]:
         """config.json."""
