@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,13 @@ class Attention(nn.Module):
     With more tp ranks than key/value heads, each rank computes those that its own query heads read.
     """
 
-    def __init__(
-        self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.axes, self.head_dim, self.rope_theta = axes, cfg.head_dim, cfg.rope_theta
         self.shared = share_heads(cfg.n_heads, cfg.n_kv_heads, axes.tp.size, axes.tp.rank)
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
         own = self.shared.count * cfg.head_dim
         self.sizes = [q // axes.tp.size, own, own]
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         for name, width in {"q": q, "k": kv, "v": kv}.items():
             init = normal(cfg.init_std)
             spec = ParamSpec(init, shard_dim=0) if name == "q" else self.shared.spec(init)

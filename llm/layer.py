@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Unpack
 
-import torch
 from torch import Tensor, nn
 
 from llm.attention import Attention
@@ -26,19 +26,10 @@ class Layer(nn.Module):
     least so many bytes are kept for the backward in host memory; None keeps all on the device.
     """
 
-    def __init__(
-        self,
-        symbol: str,
-        cfg: LLMConfig,
-        axes: Axes,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, symbol: str, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.recompute: frozenset[str] = frozenset()
         self.offload: int | None = None
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **factory)
         self.mixer: nn.Module
         if symbol == "M":

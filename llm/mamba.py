@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +49,11 @@ def _time_step_bias() -> Init:
 class ScanScalars(nn.Module):
     """A_log, D and dt_bias, each [H]; they keep their stored dtype whatever the rest computes in."""
 
-    def __init__(self, heads: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    def __init__(self, heads: int, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         inits = {"a_log": _log_uniform_a(), "d": constant(1.0), "dt_bias": _time_step_bias()}
         for name, init in inits.items():
-            declare(
-                self, name, (heads,), ParamSpec(init, shard_dim=0, precise=True), device=device, dtype=dtype
-            )
+            declare(self, name, (heads,), ParamSpec(init, shard_dim=0, precise=True), **factory)
 
     def forward(self, acc: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A (negative), D and dt_bias of the local heads, in dtype acc.
@@ -140,9 +138,7 @@ class Mamba(nn.Module):
     its own heads read, and the mean square of a group is summed over the ranks that share it.
     """
 
-    def __init__(
-        self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.cfg, self.axes = cfg, axes
         tp = axes.tp
@@ -151,7 +147,6 @@ class Mamba(nn.Module):
         inner, bc = cfg.mamba_inner, cfg.mamba_groups * cfg.mamba_state
         own_bc = self.shared.count * cfg.mamba_state
         self.sizes = [inner // tp.size, inner // tp.size, own_bc, own_bc, self.heads]
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
 
         def spec(name: str, init: Init) -> ParamSpec:
             return self.shared.spec(init) if name in ("b", "c") else ParamSpec(init, shard_dim=0)
@@ -165,7 +160,7 @@ class Mamba(nn.Module):
             declare(self, f"conv_{name}", (widths[name], cfg.conv_kernel), conv, **factory)
             declare(self, f"conv_bias_{name}", (widths[name],), conv, **factory)
         declare(self, "norm", (inner,), ParamSpec(constant(1.0), shard_dim=0), **factory)
-        self.scalars = ScanScalars(cfg.mamba_heads, device=device, dtype=dtype)
+        self.scalars = ScanScalars(cfg.mamba_heads, **factory)
         self.out = Linear(inner, cfg.d_model, normal(cfg.out_std), shard="row", **factory)
         self.recompute: frozenset[str] = frozenset()
 

@@ -86,18 +86,10 @@ class MLPShape:
 class MLP(nn.Module):
     """down(act(up x)); over tp, up and gate are sharded by columns and down by rows."""
 
-    def __init__(
-        self,
-        shape: MLPShape,
-        axes: Axes,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, shape: MLPShape, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.axes, self.activation = axes, shape.activation
         width, hidden, bias = shape.width, shape.hidden, shape.bias
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         self.up = Linear(width, hidden, normal(shape.std), shard="column", bias=bias, **factory)
         self.gate: Linear | None = None
         if shape.gated:

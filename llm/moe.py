@@ -8,6 +8,7 @@ loss; a small balance loss within each document and a z-loss can be added.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +35,11 @@ from parallel.topology.axis import Axes
 class Router(nn.Module):
     """Logits [n, E] of tokens [n, d]: a linear map in float32 (float64), whatever the rest computes in."""
 
-    def __init__(
-        self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         # Each tp rank routes its own share of the tokens, so its gradient is a partial sum.
         spec = ParamSpec(normal(cfg.init_std), partial=axes.tp.size > 1, precise=True)
-        declare(self, "weight", (cfg.n_experts, cfg.d_model), spec, device=device, dtype=dtype)
+        declare(self, "weight", (cfg.n_experts, cfg.d_model), spec, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         acc = accumulation_dtype(x.dtype)
@@ -53,13 +52,10 @@ class Experts(nn.Module):
     Under etp a rank holds some of the F features; its result is a partial sum.
     """
 
-    def __init__(
-        self, cfg: LLMConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.cfg = cfg
         e, f, w = cfg.n_experts, cfg.expert_ffn, cfg.expert_width
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         up = ParamSpec(normal(cfg.init_std), shard_dim=0, view="expert", etp_dim=1)
         declare(self, "up", (e, f, w), up, **factory)
         if cfg.mlp_gated:
@@ -125,12 +121,9 @@ class MoE(nn.Module):
     load: Tensor
     objectives: Tensor
 
-    def __init__(
-        self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.cfg, self.axes = cfg, axes
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         self.router = Router(cfg, axes, **factory)
         self.experts = Experts(cfg, **factory)
         self.latent_in: Linear | None = None
@@ -143,6 +136,7 @@ class MoE(nn.Module):
         self.shared: MLP | None = None
         if cfg.shared_ffn:
             self.shared = config_mlp(cfg, cfg.shared_ffn, axes, **factory)
+        device, dtype = factory.get("device"), factory.get("dtype")
         acc = torch.float32 if dtype is None else accumulation_dtype(dtype)
         declare_buffer(self, "expert_bias", (cfg.n_experts,), 0.0, device=device, dtype=acc)
         # Tokens of this rank that chose each expert since the last update of the bias.

@@ -7,6 +7,8 @@ h_k = block(W [norm(embedding of token i + k), norm(h_k-1)]).
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
@@ -41,12 +43,9 @@ def ahead(ids: Tensor, labels: Tensor, packing: Packing, depths: int) -> tuple[T
 class MultiToken(nn.Module):
     """The block. It shares embedding and head with the model."""
 
-    def __init__(
-        self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         d, sp = cfg.d_model, axes.sequence_parallel
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         self.embed_norm = RMSNorm(d, cfg.norm_eps, partial=sp, **factory)
         self.hidden_norm = RMSNorm(d, cfg.norm_eps, partial=sp, **factory)
         # Each tp rank holds it whole and applies it to the tokens that it holds: no exchange.
