@@ -17,10 +17,10 @@ CONFIG = "config.json"
 
 
 class SafeFolder:
-    """The tensors of a folder: one file, or several with an index. Headers are read first, data on demand."""
+    """The tensors of a folder: one file, or several with an index. Reads headers first, data on demand."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ValueError where there is no such folder, file or tensor, naming what was looked for."""
+        """Raises ValueError, by name, for a folder, file or tensor that is missing."""
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"{path} is no folder; needed: one with {CONFIG} and *.safetensors")
@@ -64,7 +64,7 @@ class SafeFolder:
         return {key: tuple(s.get_shape()) for key, s in self._slices.items()}
 
     def dtype(self, key: str) -> torch.dtype:
-        """dtype of a tensor; ValueError where torch cannot compute in it (quantised weights)."""
+        """dtype of a tensor. Raises ValueError where torch cannot compute in it (quantised weights)."""
         name = self._slices[key].get_dtype()
         if name not in DTYPES:
             raise ValueError(f"{key} is stored as {name}; needed: one of {', '.join(DTYPES)}")
