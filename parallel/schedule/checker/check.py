@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, WORLD, Action, Group, Kind, Way
+from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, WORLD, Action, Direction, Group, Kind
 from parallel.schedule.checker.graph import Deed, Stuck, graph_of
 from parallel.schedule.checker.memory import Memory, Peak, check_limit, peaks
 from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, parameter_groups
@@ -152,9 +152,9 @@ def _groups(kind: Kind, module: str, use: ModuleUse) -> tuple[Group, ...]:
     if kind in COMPUTE:
         return compute_groups(module, use)
     if kind in BOUNDARY:
-        return (Group("edge", module, way=_WAY[kind]),)
+        return (Group("edge", module, direction=_DIRECTION[kind]),)
     if kind in SENDS or kind in RECEIVES:
-        return (Group("module", module, "pp", _WAY[kind]),)
+        return (Group("module", module, "pp", _DIRECTION[kind]),)
     if kind in (Kind.GATHER, Kind.GRAD_SYNC):
         return parameter_groups(module, use)
     return (WORLD,) if kind is Kind.OPTIMIZER else ()
@@ -163,7 +163,9 @@ def _groups(kind: Kind, module: str, use: ModuleUse) -> tuple[Group, ...]:
 # How far the stage at the other end of a message is.
 _PEER = {Kind.SEND_FORWARD: 1, Kind.RECV_FORWARD: -1, Kind.SEND_BACKWARD: -1, Kind.RECV_BACKWARD: 1}
 _FORWARD = (Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.BOUNDARY_FORWARD)
-_WAY: dict[Kind, Way] = {k: "forward" if k in _FORWARD else "backward" for k in SENDS | RECEIVES | BOUNDARY}
+_DIRECTION: dict[Kind, Direction] = {
+    k: "forward" if k in _FORWARD else "backward" for k in SENDS | RECEIVES | BOUNDARY
+}
 _STEPWISE = frozenset({Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC, Kind.OPTIMIZER})
 
 
@@ -230,9 +232,9 @@ def _transfers(plan: SchedulePlan) -> Iterator[str]:
     for p, a in plan:
         if a.kind in SENDS or a.kind in RECEIVES:
             assert a.peer is not None
-            way = _WAY[a.kind]
+            direction = _DIRECTION[a.kind]
             table = sends if a.kind in SENDS else receives
-            table[p, a.module, a.peer % plan.modules[a.module].layout.pp, way].append(a)
+            table[p, a.module, a.peer % plan.modules[a.module].layout.pp, direction].append(a)
     for module, use in plan.modules.items():
         chains = {tuple(plan.program_of[r] for r in ranks) for ranks in use.layout.groups("pp")}
         pairs = {
@@ -243,8 +245,8 @@ def _transfers(plan: SchedulePlan) -> Iterator[str]:
             if i != j
         }
         for p, i, q, j in sorted(pairs):
-            for way in ("forward", "backward"):
-                out, back = sends[p, module, j, way], receives[q, module, i, way]
+            for direction in ("forward", "backward"):
+                out, back = sends[p, module, j, direction], receives[q, module, i, direction]
                 wrong = _differ([_message(a) for a in out], [_message(a) for a in back])
                 if wrong is not None:
                     yield (
