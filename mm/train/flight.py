@@ -20,7 +20,7 @@ from parallel.boundary import Pending
 from parallel.comm.pipeline import Pipe
 from parallel.schedule import Action, Kind, SchedulePlan
 from parallel.schedule.action import BOUNDARY, SENDS
-from parallel.schedule.checker.graph import let_go
+from parallel.schedule.checker.graph import releases
 
 Key = tuple[str, int, int]  # module, stage, micro-batch
 Crossing = tuple[Kind, Edge, int]  # direction, edge, micro-batch
@@ -53,11 +53,11 @@ class Flight:
         rank = self.job.rank.rank
         self._actions = {a[:4]: a for a in self.schedule.actions(rank) if a.kind in SENDS}
         program = self.schedule.program_of.get(rank)
-        self._let_go = {} if program is None else let_go(self.schedule, program)
+        self._releases = {} if program is None else releases(self.schedule, program)
 
     def let_go(self, action: Action) -> None:
         """Give back, before a computation, what others have taken by then: the schedule knows."""
-        for kind, module, i, stage in self._let_go.get(action[:4], ()):
+        for kind, module, i, stage in self._releases.get(action[:4], ()):
             if kind in BOUNDARY:
                 self.crossing.pop((kind, Edge(module, stage), i)).wait()
                 continue

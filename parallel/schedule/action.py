@@ -79,6 +79,10 @@ class Group(NamedTuple):
 
 WORLD = Group("world")
 
+# (kind, module, micro-batch, stage), which is action[:4]: what identifies an action within its list. A plain
+# tuple, because a large plan makes half a million of them.
+ActionKey = tuple[Kind, str, int, int]
+
 
 class Action(NamedTuple):
     """Do `kind` for `module` (for a boundary: its source module) on micro-batch `microbatch`.

@@ -11,9 +11,21 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, WORLD, Action, Direction, Group, Kind
-from parallel.schedule.checker.graph import Deed, Stuck, graph_of
+from parallel.schedule.action import (
+    BOUNDARY,
+    COMPUTE,
+    RECEIVES,
+    SENDS,
+    WORLD,
+    Action,
+    ActionKey,
+    Direction,
+    Group,
+    Kind,
+)
+from parallel.schedule.checker.graph import graph_of
 from parallel.schedule.checker.memory import Memory, Peak, check_limit, peaks
+from parallel.schedule.checker.order import Stuck
 from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, parameter_groups
 
 
@@ -57,29 +69,29 @@ def check(
 
 def _complete(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
     """What a program lacks, has twice or should not have."""
-    have: list[Deed] = [a[:4] for a in actions if a.span == 1 and a.kind not in _STEPWISE]
+    have: list[ActionKey] = [a[:4] for a in actions if a.span == 1 and a.kind not in _STEPWISE]
     for a in actions:
         if a.span > 1 and a.kind in COMPUTE:
             have += [(a.kind, a.module, i, a.stage) for i in _covered(plan, a)]
         elif a.span > 1:
             have.append(a[:4])
-    done, need = set(have), set[Deed]()
+    done, need = set(have), set[ActionKey]()
     for kind, module, stage, microbatches in _needed(plan, p, actions, done):
         need.update([(kind, module, i, stage) for i in microbatches])
     if done == need and len(have) == len(done):
         return
     rank = plan.ranks_of[p][0]
-    for lacking in sorted(map(_say, need - done)):
+    for lacking in sorted(map(_describe, need - done)):
         yield f"rank {rank} lacks {lacking}"
-    for deed, n in Counter(have).items():
-        if deed not in need:
-            yield f"rank {rank} has {_say(deed)}, which nothing needs there"
+    for key, n in Counter(have).items():
+        if key not in need:
+            yield f"rank {rank} has {_describe(key)}, which nothing needs there"
         elif n > 1:
-            yield f"rank {rank} does {_say(deed)} {n} times"
+            yield f"rank {rank} does {_describe(key)} {n} times"
 
 
-def _say(deed: Deed) -> str:
-    return str(Action(*deed))
+def _describe(key: ActionKey) -> str:
+    return str(Action(*key))
 
 
 def _covered(plan: SchedulePlan, a: Action) -> list[int]:
@@ -91,7 +103,7 @@ def _covered(plan: SchedulePlan, a: Action) -> list[int]:
 
 
 def _needed(
-    plan: SchedulePlan, p: int, actions: Sequence[Action], done: Set[Deed]
+    plan: SchedulePlan, p: int, actions: Sequence[Action], done: Set[ActionKey]
 ) -> Iterator[tuple[Kind, str, int, Iterable[int]]]:
     """Everything that the ranks of a program must do once: (kind, module, stage, micro-batches)."""
     every = range(plan.microbatches)
@@ -266,7 +278,7 @@ def _collectives(plan: SchedulePlan) -> Iterator[str]:
         for members in plan.program_sets(group):
             first, *others = sorted(members)
             for p in others:
-                wrong = _differ([_deed(a) for a in of[first]], [_deed(a) for a in of[p]])
+                wrong = _differ([_collective(a) for a in of[first]], [_collective(a) for a in of[p]])
                 if wrong is not None:
                     yield (
                         f"collective {wrong} of group {group}: rank {plan.ranks_of[first][0]} does "
@@ -281,7 +293,7 @@ def _message(a: Action) -> tuple[int, int, int, int]:
     return (*ends, a.microbatch, a.span)
 
 
-def _deed(a: Action) -> tuple[Kind, str, int, int, int]:
+def _collective(a: Action) -> tuple[Kind, str, int, int, int]:
     return (a.kind, a.module, a.stage, a.microbatch, a.span)
 
 
