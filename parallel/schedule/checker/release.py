@@ -1,7 +1,7 @@
 """Where a rank releases the memory of transfers that none of its computations waits for. Pure.
 
 A sender's memory is free once its rows have left. Host backends do not report that: the sender has to wait
-for the transfer, and may block until the other end takes part. So it waits where the transfer is about to end:
+for the transfer, and may block until the other end takes part. So it waits where the transfer will end soon:
 
 - A message from another rank proves which actions that rank has done. Transfers that it has started by then
   are acknowledged, and waiting for them does not block.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from parallel.schedule.checker.reader import Reading, TransferKey
 
-# How many transfers of a flow a rank keeps under way without an acknowledgement: the first that works is taken.
+# How many transfers of a flow a rank keeps under way without an acknowledgement. The first that works counts.
 WINDOWS = (2, 4, 8)
 
 
