@@ -9,16 +9,12 @@ from parallel.schedule.action import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
-    BOUNDARY_BACKWARD,
     COMPUTE,
     FORWARD,
     POSTED,
-    RECV_BACKWARD,
-    RECV_FORWARD,
-    SEND_BACKWARD,
-    SEND_FORWARD,
     Action,
     ActionKey,
+    Kind,
 )
 from parallel.schedule.checker.graph import releases
 from parallel.schedule.plan import SchedulePlan
@@ -168,13 +164,13 @@ class _Moving:
         """(amount, the computation that needs it last, or None: until let go) of a transfer's ends here."""
         module, i, stage = a.module, a.microbatch, a.stage
         learns, hidden = self.plan.learns(module, i), self.memory.hidden
-        if a.kind is RECV_FORWARD:
+        if a.kind is Kind.RECV_FORWARD:
             return [(hidden.get((module, stage), 0.0), (BACKWARD if learns else FORWARD, module, i, stage))]
-        if a.kind is RECV_BACKWARD:
+        if a.kind is Kind.RECV_BACKWARD:
             return [(hidden.get((module, stage + 1), 0.0), (BACKWARD, module, i, stage))]
-        if a.kind is SEND_FORWARD:  # what learns is an activation
+        if a.kind is Kind.SEND_FORWARD:  # what learns is an activation
             return [] if learns else [(hidden.get((module, stage + 1), 0.0), None)]
-        if a.kind is SEND_BACKWARD:
+        if a.kind is Kind.SEND_BACKWARD:
             return [(hidden.get((module, stage), 0.0), None)]
         return self._edge(a, learns)
 
@@ -184,7 +180,7 @@ class _Moving:
         makes, reads = (self.p in end for end in self.plan.ends(source, stage))
         held, read = (of.get((source, stage), 0.0) for of in (self.memory.held, self.memory.read))
         use, sink = self.plan.modules[source], self.plan.sink
-        if a.kind is BOUNDARY_BACKWARD:
+        if a.kind is Kind.BOUNDARY_BACKWARD:
             back: ActionKey = (BACKWARD, source, i, use.stages - 1)
             taken: list[tuple[float, ActionKey | None]] = [(held, back)] if makes else []
             return [*taken, (read, back if makes else None)] if reads else taken

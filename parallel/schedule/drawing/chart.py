@@ -9,7 +9,7 @@ from typing import NamedTuple
 from parallel.schedule.action import BOUNDARY, COMPUTE, Action, Kind
 from parallel.schedule.plan import SchedulePlan
 from parallel.schedule.record import Record
-from parallel.schedule.simulator.simulate import Timeline
+from parallel.schedule.simulator.simulate import Timeline, Transfer
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,8 @@ class Bar:
     chunk: int
 
 
-class Arrow(NamedTuple):
-    """A transfer from one row of the chart to another.
-
-    kind: SEND_FORWARD, SEND_BACKWARD or a boundary's. module: for a boundary its source.
-    start, end: seconds from the start of the step.
-    """
-
-    kind: Kind
-    module: str
-    source: int
-    target: int
-    start: float
-    end: float
+class Arrow(Transfer):
+    """A transfer on a chart, where `source` and `target` are rows."""
 
     @property
     def boundary(self) -> bool:
@@ -49,6 +38,27 @@ class Arrow(NamedTuple):
     def backward(self) -> bool:
         """Whether it carries gradients."""
         return self.kind in (Kind.SEND_BACKWARD, Kind.BOUNDARY_BACKWARD)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rank, or ranks that do the same. lives: the modules and pipeline ranks there. bubble: idle share."""
+
+    label: str
+    lives: str
+    bubble: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A step to be drawn. modules: in the order of their colours."""
+
+    rows: tuple[Row, ...]
+    bars: tuple[Bar, ...]
+    arrows: tuple[Arrow, ...]
+    modules: tuple[str, ...]
+    seconds: float
+    kind: str
 
 
 class Message(NamedTuple):
@@ -71,27 +81,6 @@ class Started(NamedTuple):
 
     time: float
     row: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """A rank, or ranks that do the same. lives: the modules and pipeline ranks there. bubble: idle share."""
-
-    label: str
-    lives: str
-    bubble: float
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A step to be drawn. modules: in the order of their colours."""
-
-    rows: tuple[Row, ...]
-    bars: tuple[Bar, ...]
-    arrows: tuple[Arrow, ...]
-    modules: tuple[str, ...]
-    seconds: float
-    kind: str
 
 
 def simulated(line: Timeline) -> Chart:

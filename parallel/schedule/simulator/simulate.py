@@ -17,9 +17,10 @@ from parallel.schedule.simulator.costs import Costs
 
 
 class Transfer(NamedTuple):
-    """Rows on their way: started by all ends at `start`, there at `end`.
+    """Rows on their way from program `source` to program `target`.
 
-    kind: SEND_FORWARD, SEND_BACKWARD or a boundary's. source, target: programs.
+    kind: SEND_FORWARD, SEND_BACKWARD or a boundary's. module: for a boundary its source.
+    start: when the last end has started it. end: when the rows are there. In seconds.
     """
 
     kind: Kind
