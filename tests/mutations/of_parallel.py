@@ -100,8 +100,8 @@ PARALLEL = (
         "schedule.unproved",
         "what a plan lacks is not reported",
         "parallel/schedule/checker/check.py",
-        "for lacking in sorted(map(_say, need - done)):",
-        "for lacking in sorted(map(_say, done - done)):",
+        "for lacking in sorted(map(_describe, need - done)):",
+        "for lacking in sorted(map(_describe, done - done)):",
         "tests/parallel/schedule/checker/test_check.py::test_a_dropped_or_doubled_action_is_caught",
     ),
     Fault(
