@@ -63,8 +63,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sequence; id counts over all shards of a data set in order. cut: only its beginning is
-    used, so that its end marker is not learned.
+    """One training sequence; id counts over all shards of a data set in order. truncated: only its
+    beginning is used, so that its end marker is not learned.
     """
 
     id: int
@@ -72,7 +72,7 @@ class Sample:
     shard: str
     segments: tuple[Segment, ...]
     json: Part
-    cut: bool = False
+    truncated: bool = False
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""

@@ -96,10 +96,10 @@ def _near(shard: str) -> str:
 
 
 def _file(index: Index, shard: str, samples: Sequence[Sample], lost: int) -> str:
-    cut = sum(s.cut for s in samples)
+    truncated = sum(s.truncated for s in samples)
     more = {
         "left out": lost,
-        "cut to data.context": cut,
+        "truncated to data.context": truncated,
         "files that are no part of a sample": index.ignored.get(shard, 0),
     }
     words = [_count(samples), *(f"{n} {what}" for what, n in more.items() if n)]

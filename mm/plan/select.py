@@ -124,7 +124,7 @@ def _cut(sample: Sample, inputs: PlanInputs) -> Sample | None:
         room -= n
         if room < 0:
             break
-    short = replace(sample, segments=tuple(kept), cut=True)
+    short = replace(sample, segments=tuple(kept), truncated=True)
     return short if supervised_tokens(short) else None
 
 

@@ -159,9 +159,9 @@ class Assembler:
             packing,
             n_real,
             entries,
-            counts,
-            None if further is None else (further[0].to(self.device), further[1].to(self.device)),
-            tuple(rows.to(self.device) for rows in supervises),
+            counts=counts,
+            ahead=None if further is None else (further[0].to(self.device), further[1].to(self.device)),
+            loss_rows=tuple(rows.to(self.device) for rows in supervises),
         )
         return batch, {m: f.to(self.device) for m, f in flags.items()}
 
@@ -199,5 +199,5 @@ class Assembler:
                         depends[seg.depends][at - 1 : at + n - 1] = True
             at += n
         ids[at] = tok.eos
-        if not sample.cut:
+        if not sample.truncated:
             labels[at - 1] = tok.eos

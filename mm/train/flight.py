@@ -136,7 +136,7 @@ class Flight:
         edge, i = Edge(action.module, action.stage), action.microbatch
         held = self._held(edge, i)
         plan = self.prepared.micro[i].edges[edge]
-        pending = self.job.boundaries[edge][0].start_forward(plan, held)
+        pending = self.job.boundaries[edge].forward.start_forward(plan, held)
         self.crossing[Kind.BOUNDARY_FORWARD, edge, i] = pending
 
     def boundary_backward(self, action: Action) -> None:
@@ -147,7 +147,7 @@ class Flight:
         if grad is None:
             assert rows is not None
             grad = torch.zeros_like(rows)
-        pending = self.job.boundaries[edge][1].start_backward(plan, grad)
+        pending = self.job.boundaries[edge].backward.start_backward(plan, grad)
         self.crossing[Kind.BOUNDARY_BACKWARD, edge, i] = pending
 
     def _held(self, edge: Edge, i: int) -> Tensor:
@@ -197,7 +197,8 @@ class Flight:
         )
 
     def _pipe(self, action: Action, direction: Kind) -> Pipe:
-        return self.job.pipes[action.module][0 if direction is Kind.FORWARD else 1]
+        pipes = self.job.pipes[action.module]
+        return pipes.forward if direction is Kind.FORWARD else pipes.backward
 
     def _peer(self, action: Action) -> int:
         """The global rank at the other end of a send or receive."""

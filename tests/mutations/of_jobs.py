@@ -41,7 +41,7 @@ JOB = (
         "plan.supervised",
         "the end marker is not counted as supervised",
         "mm/plan/step_plan.py",
-        "return (not sample.cut) + sum(",
+        "return (not sample.truncated) + sum(",
         "return sum(",
         ONE_STEP,
     ),
