@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from llm.counts import Counts
-from mm.data.index import Part, Sample
+from mm.data.sample import Part, Sample
 from mm.errors import DataError
 from parallel.boundary import RowMap, dest_side, row_places, source_side
 from parallel.sequence.stream import Order, alignment
@@ -193,7 +193,7 @@ def sample_length(sample: Sample, inputs: PlanInputs) -> int:
 
 
 def supervised_tokens(sample: Sample) -> int:
-    """Tokens of a sample that carry loss: supervised text and, unless it is cut off, the end marker."""
+    """Tokens of a sample that carry loss: supervised text and, unless it is truncated, the end marker."""
     return (not sample.truncated) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
 
 
@@ -298,7 +298,7 @@ def _plan_edge(
                 found.append((j, seg.part, n, at))
             at += n
     costs = [float(use.cls.cost(use.cfg, part.meta)) for _, part, _, _ in found]
-    # Samples are cut over the encoder's dp exactly as over the LLM's: equal dp sizes need no traffic.
+    # Samples go to the encoder's dp ranks as to the language model's: equal dp sizes need no traffic.
     home = owner_of(len(samples), use.layout.dp)
     homes = [home[j] for j, *_ in found]
     dealt = deal_by_cost(costs, homes, use.layout.dp) if use.deal == "cost" else homes

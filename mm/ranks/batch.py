@@ -15,8 +15,8 @@ from encoders.module import needed_items
 from llm.counts import Counts
 from llm.model import LLMBatch, loss_rows
 from llm.mtp import IGNORE, ahead
-from mm.data.index import Sample, parse_segments
 from mm.data.reader import BadSample, ShardReader
+from mm.data.sample import Sample, parse_segments
 from mm.data.tokenizer import Tokenizer
 from mm.plan.step_plan import Edge, Microbatch, PlanInputs, places
 from parallel.boundary import EdgePlan, PlanCache, on_stage

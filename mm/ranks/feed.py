@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from mm.data.index import Index, Sample
 from mm.data.order import sample_ids
 from mm.data.reader import BadSample
+from mm.data.sample import Index, Sample
 from mm.errors import DataError
 from mm.plan.step_plan import StepPlan, plan_step
 from mm.ranks.batch import Assembler, RankMicrobatch

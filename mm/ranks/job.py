@@ -15,8 +15,9 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from encoders.module import EncoderModule
 from llm.model import LLM, precise_modules
-from mm.data.index import Index, load_index
+from mm.data.index import load_index
 from mm.data.reader import ShardReader
+from mm.data.sample import Index
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan.blueprint import SINK, Blueprint, bare_module

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mm.data.index import Sample, parse_segments
 from mm.data.order import permute_items
 from mm.data.reader import BadSample, ShardReader
+from mm.data.sample import Sample, parse_segments
 from mm.errors import DataError
 from mm.ranks.batch import RankMicrobatch
 from mm.ranks.feed import prepare

@@ -15,7 +15,7 @@ from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find
 from mm.checkpoint.weights import start_from
 from mm.config.schema import resolve_yaml
-from mm.data.index import Index, Sample
+from mm.data.sample import Index, Sample
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import StepPlan

@@ -13,10 +13,11 @@ from PIL import Image
 
 from mm.cli import main
 from mm.config.schema import from_mapping
-from mm.data.index import Index, load_index
+from mm.data.index import load_index
 from mm.data.inspect import count_lines
 from mm.data.order import sample_ids
 from mm.data.reader import ShardReader
+from mm.data.sample import Index
 from mm.data.tokenizer import Tokenizer
 from mm.errors import DataError
 from mm.plan.blueprint import Blueprint, draw_up
