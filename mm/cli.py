@@ -36,15 +36,15 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(list(argv))
     except PolyrankError as error:
-        if launch.speaks(error):
+        if launch.reports(error):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        if launch.speaks(interrupt):
+        if launch.reports(interrupt):
             print("interrupted", file=sys.stderr, flush=True)
         return 1
     except ModuleNotFoundError as error:
-        if launch.speaks(error):
+        if launch.reports(error):
             print(
                 f"{error.name} is not installed for {sys.executable}; needed: pip install -e . with it, or "
                 "the Python of `make train`, .venv/bin/python",
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        if launch.speaks(error):
+        if launch.reports(error):
             # A file of the user's is named in words; without a name it is the network's, whose place matters.
             if isinstance(error, OSError) and error.filename is not None:
                 print(f"{error.filename}: {error.strerror}", file=sys.stderr, flush=True)

@@ -144,7 +144,7 @@ def began_here(directory: Path, rank: RankInfo | None) -> bool:
         launch, run_id = note["launch"], note["run_id"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if rank.again:
+    if rank.relaunched:
         return launch == rank.launch
     # The store that knew the launch may be lost with its machine: then an id given to torchrun tells.
     return restarted() and _run_id() is not None and run_id == _run_id()

@@ -24,7 +24,7 @@ from mm.plan.blueprint import Blueprint, draw_up
 from mm.ranks.feed import Feed
 from mm.ranks.job import Job, build_job, open_data, open_index
 from mm.ranks.launch import RankInfo, init_distributed
-from mm.ranks.memory import forget_peak
+from mm.ranks.memory import reset_peak
 from mm.train.trainer import open_feed, train_step
 
 
@@ -88,7 +88,7 @@ def compare(cfg: Config, runs: Sequence[Run], *, steps: int, rounds: int, json_o
 
 def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
     cfg = run.blueprint.cfg
-    forget_peak(rank.device)  # of the layouts before, whose order must not matter
+    reset_peak(rank.device)  # of the layouts before, whose order must not matter
     run.rounds.append([])
     index = open_index(run.blueprint, cfg.data.train, cfg.base)
     job = build_job(run.blueprint, rank)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mm.commands.preflight import check_fits
-from mm.data.index import Index
+from mm.data.sample import Index
 from mm.errors import Refused
 from mm.plan.blueprint import SINK, Blueprint
 from mm.ranks.job import open_indexes

@@ -6,8 +6,8 @@ import json
 import math
 from typing import Any
 
-from mm.data.index import Index
 from mm.data.order import sample_ids
+from mm.data.sample import Index
 from mm.plan.blueprint import SINK, Blueprint
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import StepPlan, plan_step

@@ -16,7 +16,7 @@ class Report:
     of one kind is taken for one of another; all ranks have equal keys in equal order.
 
     loss: its part of the mean; sync_s: seconds of the gradients' sums; memory_bytes: peak; stop: 1 where it
-    was asked to end. squares: of its gradients, by module; compute_s: by module; edge_bytes, edge_s: by
+    was signalled to end. squares: of its gradients, by module; compute_s: by module; edge_bytes, edge_s: by
     encoder; objectives: sums over its tokens.
     """
 

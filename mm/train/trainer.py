@@ -15,14 +15,14 @@ from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find
 from mm.checkpoint.weights import start_from
 from mm.config.schema import resolve_yaml
-from mm.data.index import Index, Sample
+from mm.data.sample import Index, Sample
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import StepPlan
-from mm.ranks.feed import Feed
+from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed
-from mm.ranks.stop import Asked, Stop
+from mm.ranks.stop import Stop, StopRequested
 from mm.report.header import header, memory_warning
 from mm.report.plan_json import plan_json
 from mm.report.timeline import draw_measured
@@ -34,7 +34,7 @@ from parallel.schedule import Record
 
 
 def train(blueprint: Blueprint, stop: Stop) -> None:
-    """Train on this rank until done or `stop` is asked; raises PolyrankError where it cannot go on."""
+    """Train on this rank until done or `stop` is requested; raises PolyrankError where it cannot go on."""
     rank = init_distributed(blueprint.cfg)
     try:
         train_on(blueprint, rank, stop)
@@ -100,16 +100,8 @@ def open_feed(
 ) -> Feed:
     """The steps of a job over a data set. bad: samples known to be unreadable."""
     cfg = job.blueprint.cfg
-    return Feed(
-        data.index,
-        data.assembler,
-        job.control,
-        seed=cfg.run.seed,
-        global_batch=cfg.train.global_batch,
-        ahead=cfg.data.prefetch,
-        bad=bad,
-        warn=warn,
-    )
+    options = FeedOptions(cfg.run.seed, cfg.train.global_batch, cfg.data.prefetch)
+    return Feed(data.index, data.assembler, job.control, options, bad=bad, warn=warn)
 
 
 def _loop(
@@ -119,21 +111,21 @@ def _loop(
     steps, every = cfg.train.steps, cfg.checkpoint.every
     done = saved = first
     try:
-        if job.control.any(stop.asked):  # while the run was made ready
-            raise Asked
+        if job.control.any(stop.requested):  # while the run was made ready
+            raise StopRequested
         while done < steps:
             start = time.perf_counter()
-            record = train_step(job, feed, done, stop=stop.asked)
-            asked = record.pop("stop")
+            record = train_step(job, feed, done, stop=stop.requested)
+            stopping = record.pop("stop")
             record["step_s"] = time.perf_counter() - start
             console.step(add_rates(job, record))
             done += 1
-            if every and (asked or done % every == 0 or done == steps):
+            if every and (stopping or done % every == 0 or done == steps):
                 checkpoint.save(job, feed.index, run_dir, done, feed.bad)
                 saved = done
-                asked = asked or job.control.any(stop.asked)  # while it was written
-            if asked:
-                raise Asked
+                stopping = stopping or job.control.any(stop.requested)  # while it was written
+            if stopping:
+                raise StopRequested
             if eval_data is not None and cfg.eval.every and done % cfg.eval.every == 0 and done < steps:
                 console.evaluation(done, run_evaluation(job, eval_data, stop, console.warn))
         if eval_data is not None:
@@ -143,7 +135,7 @@ def _loop(
                 console.lift_table(
                     result, blind_guess(eval_samples(job, eval_data), eval_data.assembler.reader)
                 )
-    except Asked:
+    except StopRequested:
         if every and saved < done:
             checkpoint.save(job, feed.index, run_dir, done, feed.bad)
         console.info(f"stopped by a signal after step {done}")
@@ -186,9 +178,9 @@ def load_imbalance(plan: StepPlan) -> dict[str, dict[str, float]]:
     over the micro-batches in which it has items."""
     out = {}
     for m in plan.microbatches[0].edges:
-        loads = [mb.edges[m].load for mb in plan.microbatches if mb.edges[m].items]
-        if loads:
-            dealt, by_sample = (sum(column) / len(loads) for column in zip(*loads, strict=True))
+        found = [mb.edges[m].imbalance for mb in plan.microbatches if mb.edges[m].items]
+        if found:
+            dealt, by_sample = (sum(column) / len(found) for column in zip(*found, strict=True))
             out[m] = {"dealt": dealt, "by_sample": by_sample}
     return out
 
@@ -203,7 +195,7 @@ def add_rates(job: Job, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:
-    """Evaluate the first eval.samples held-out samples; raises Asked where `stop` is asked on some rank."""
+    """Evaluate the first eval.samples held-out samples; raises StopRequested where `stop` is on some rank."""
     return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed, stop, warn)
 
 

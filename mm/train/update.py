@@ -58,7 +58,7 @@ class Update:
 def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: bool = False) -> Update:
     """Agree on loss and gradient norm in one message, then clip and update, or stop on all ranks alike.
 
-    stop: this rank was asked to end; any rank's wish ends the run on all of them.
+    stop: this rank was signalled to end; any rank's wish ends the run on all of them.
     Raises NonFinite, before anything is updated, naming module and rank.
     """
     start = time.perf_counter()

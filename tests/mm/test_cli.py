@@ -231,7 +231,7 @@ def test_whatever_is_raised_is_told_by_one_rank(
     for rank, told in (("1", True), ("0", False)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(launch, "speaks", lambda error, told=told: told)
+        monkeypatch.setattr(launch, "reports", lambda error, told=told: told)
         assert main(["doctor"]) == 1
         said = capsys.readouterr().err
         assert said.startswith("rank 1 failed:\nTraceback") and "seen" in said if told else not said
