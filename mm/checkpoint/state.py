@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,25 @@ def _is_checkpoint(path: Path) -> bool:
     return any((path / name).is_file() for name in (store.MANIFEST, store.STATE))
 
 
-def load(job: Job, index: Index, path: Path) -> dict[str, Any]:
-    """Fill the job from a checkpoint written under any layout; returns its state (step, bad_samples, ..)."""
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: after `step` steps, with these samples known to be unreadable."""
+
+    step: int
+    bad_samples: frozenset[int]
+
+
+def load(job: Job, index: Index, path: Path) -> Resumed:
+    """Fill the job from a checkpoint written under any layout; every rank calls this.
+
+    Raises CheckpointError where it is damaged or was written by another run.
+    """
     try:
         state = store.load(path, state_tensors(job))
     except store.BadCheckpoint as error:
         raise CheckpointError(str(error)) from error
     _check_same_run(state, job.blueprint, index, path)
-    return state
+    return Resumed(state["step"], frozenset(state["bad_samples"]))
 
 
 def check_resume(blueprint: Blueprint, index: Index, path: Path) -> None:

@@ -107,17 +107,17 @@ def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
 def _timed_step(run: Run, job: Job, feed: Feed, step: int, first: bool) -> None:
     dist.barrier()
     start = time.perf_counter()
-    record = train_step(job, feed, step)
+    metrics = train_step(job, feed, step)
     dist.barrier()
     seconds = time.perf_counter() - start
     if step > 0:  # the first step of a round pays for caches and lazy set-up
         run.rounds[-1].append(seconds)
-        run.tokens.append(record["tokens"])
-        run.boundary_bytes.append(sum(v["bytes"] for v in record["boundary"].values()))
+        run.tokens.append(metrics.tokens)
+        run.boundary_bytes.append(sum(edge.bytes for edge in metrics.boundary.values()))
     if first:
-        run.losses.append(record["loss"])
-        run.grad_norms.append(record["grad_norm_by_module"])
-    run.peak_memory_bytes = max(run.peak_memory_bytes, record["peak_memory_bytes"])
+        run.losses.append(metrics.loss)
+        run.grad_norms.append(dict(metrics.grad_norm_by_module))
+    run.peak_memory_bytes = max(run.peak_memory_bytes, metrics.peak_memory_bytes)
 
 
 def relative_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:

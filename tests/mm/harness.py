@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ def running(raw: dict[str, Any], node_size: int | None = None) -> Iterator[tuple
 def train_few(raw: dict[str, Any], steps: int, node_size: int | None = None) -> list[dict[str, Any]]:
     """Metrics of the first steps; the same on every rank. node_size: ranks a machine, as if of several."""
     with running(raw, node_size) as (job, feed):
-        return [train_step(job, feed, step) for step in range(steps)]
+        return [asdict(train_step(job, feed, step)) for step in range(steps)]
 
 
 Held = dict[str, tuple[list[np.ndarray], np.ndarray]]
@@ -122,7 +123,7 @@ def train_and_weigh(raw: dict[str, Any], steps: int) -> tuple[list[dict[str, Any
     """Metrics as of train_few, and what this rank then holds of weights and buffers: by full name (global
     indices of each dim, values)."""
     with running(raw) as (job, feed):
-        metrics = [train_step(job, feed, step) for step in range(steps)]
+        metrics = [asdict(train_step(job, feed, step)) for step in range(steps)]
         held: Held = {}
         for module, parts in job.parts.items():
             for part in parts.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,10 @@ def run(raw: dict[str, Any], folder: str, first: int, last: int) -> list[dict[st
     data = open_data(job, index)
     if first:
         found = resume.find(blueprint.cfg, Path(folder), rank)
-        assert found is not None and checkpoint.load(job, data.index, found)["step"] == first
+        assert found is not None and checkpoint.load(job, data.index, found).step == first
     feed = Feed(data.index, data.assembler, job.control, seed=1, global_batch=5, ahead=1)
     try:
-        out = [train_step(job, feed, step) for step in range(first, last)]
+        out = [asdict(train_step(job, feed, step)) for step in range(first, last)]
         checkpoint.save(job, data.index, Path(folder), last, feed.bad)
     finally:
         feed.close()

@@ -33,7 +33,7 @@ def two_steps(raw: dict[str, Any], weights: str | None, save: str | None) -> lis
         start_from(job, Path(weights))
     feed = Feed(index, data.assembler, job.control, seed=1, global_batch=12, ahead=1)
     try:
-        losses = [train_step(job, feed, step)["loss"] for step in range(2)]
+        losses = [train_step(job, feed, step).loss for step in range(2)]
         if save is not None:
             checkpoint.save(job, index, Path(save), 2, ())
     finally:

@@ -121,7 +121,7 @@ def test_flops_of_a_step_are_three_forwards(alone: Any) -> None:
                 use = job.blueprint.inputs.encoders[m]
                 project = 2.0 * 24 * (use.cls.feature_width(use.cfg) + job.blueprint.llm.d_model)
                 forward[m] = sum(use.cls.cost(use.cfg, i.part.meta) + i.rows * project for i in edge.items)
-            return {"forward": forward, "step": train_step(job, feed, 0)["flops_by_module"]}
+            return {"forward": forward, "step": train_step(job, feed, 0).flops_by_module}
 
     (found,) = alone(1, one)
     times = {"vision": 3, "audio": 1, "llm": 3}

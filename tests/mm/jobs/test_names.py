@@ -14,7 +14,7 @@ from mm.config.schema import from_mapping, load_config, resolve_yaml
 from mm.data.index import load_index, parse_segments
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
-from mm.train.rank_report import Report
+from mm.train.rank_report import EdgeReport, ModuleReport, Report, Scalars
 from parallel.schedule.action import WORLD, Group
 from tests.mm.harness import CONFIGS, largest_difference, small, train_few
 from tests.mm.shards import npy, sensor_samples, write_shard
@@ -96,7 +96,11 @@ def test_an_item_of_a_module_called_as_a_key_of_text_segments() -> None:
 
 
 def test_a_report_comes_back_from_its_numbers() -> None:
-    both = {"loss": 5.0, "stop": 6.0}
-    one = Report(1.0, 2.0, 3.0, 0.0, both, both | {"loss": 7.0}, {"edge": 8.0}, {"edge": 9.0}, {"mtp": 1.5})
-    row = one.numbers()
-    assert one.read(row) == one and one.read([n + 1 for n in row]).squares == {"loss": 6.0, "stop": 7.0}
+    scalars = Scalars(loss=1.0, sync_s=2.0, memory_bytes=3.0, stop=0.0)
+    modules = {"loss": ModuleReport(squares=5.0, compute_s=7.0), "stop": ModuleReport(6.0, 6.5)}
+    one = Report(scalars, modules, {"edge": EdgeReport(received_bytes=8.0, seconds=9.0)}, {"mtp": 1.5})
+    row, again = one.numbers(), one.read([n + 1 for n in one.numbers()])
+    assert one.read(row) == one and len(row) == 11
+    assert again.scalars == Scalars(loss=2.0, sync_s=3.0, memory_bytes=4.0, stop=1.0)
+    assert {m: x.squares for m, x in again.modules.items()} == {"loss": 6.0, "stop": 7.0}
+    assert again.edges == {"edge": EdgeReport(9.0, 10.0)} and again.objectives == {"mtp": 2.5}
