@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from mm.commands.preflight import check_fits
+from mm.config.outline import SINK
 from mm.data.index import Index
 from mm.errors import Refused
-from mm.plan.blueprint import SINK, Blueprint
+from mm.plan.blueprint import Blueprint
 from mm.ranks.job import open_indexes
 from mm.ranks.launch import choose_device
 from mm.report.header import gib, header, memory_warning
@@ -35,21 +36,18 @@ def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
     for rank in range(blueprint.world):
         cells = [_place(blueprint.layouts[m], rank) for m in modules]
         lines.append(f"{rank:>4}  " + "  ".join(f"{c:<24}" for c in cells))
-    lines += ["", f"first step: {data['tokens']} tokens, {blueprint.cfg.train.global_batch} samples"]
-    for m, edge in data["edges"].items():
-        total = edge["forward_bytes"] + edge["backward_bytes"]
-        lines.append(
-            f"edge {m} -> {SINK}: {edge['rows']} rows, {total / 2**10:.1f} KiB received by all ranks"
-        )
+    lines += ["", f"first step: {data.tokens} tokens, {blueprint.cfg.train.global_batch} samples"]
+    for m, edge in data.edges.items():
+        total = edge.forward_bytes + edge.backward_bytes
+        lines.append(f"edge {m} -> {SINK}: {edge.rows} rows, {total / 2**10:.1f} KiB received by all ranks")
     for m in modules:
         lines.append(
-            f"{m}: {blueprint.layouts[m].describe()}, {data['flops_by_module'][m] / 1e9:.2f} GFLOP a step, "
-            f"{gib(data['weight_bytes_per_rank'][m])} weights and optimizer a rank"
+            f"{m}: {blueprint.layouts[m].describe()}, {data.flops_by_module[m] / 1e9:.2f} GFLOP a step, "
+            f"{gib(data.weight_bytes_per_rank[m])} weights and optimizer a rank"
         )
-    schedule = data["schedule"]
-    for program in schedule["programs"]:
-        lines += ["", f"schedule {schedule['kind']} of ranks {', '.join(map(str, program['ranks']))}:"]
-        lines += [f"  {a}" for a in program["actions"]]
+    for program in data.schedule.programs:
+        lines += ["", f"schedule {data.schedule.kind} of ranks {', '.join(map(str, program.ranks))}:"]
+        lines += [f"  {a}" for a in program.actions]
     if draw is not None:
         drawn = draw_simulated(blueprint, first_step(blueprint, index), draw)
         lines += ["", f"drawn, at {RATE / 1e9:g} GFLOP/s a rank: {', '.join(map(str, drawn))}"]
