@@ -135,7 +135,7 @@ def _objectives(job: Job) -> dict[str, float]:
     for part in job.parts[SINK].values():
         assert isinstance(part, LLM)
         for name, value in part.take_objectives().items():
-            if name in out and (first or name != "mtp"):  # tp ranks have equal sums of mtp
+            if name in out and (first or name != "mtp"):  # "mtp": equal on all tp ranks
                 out[name] += float(value)
     return out
 

@@ -47,7 +47,7 @@ JOB = (
     ),
     Fault(
         "plan.deal",
-        "items go to the fullest lane",
+        "items go to the fullest dp rank",
         "mm/plan/step_plan.py",
         "least = min(load)",
         "least = max(load)",
