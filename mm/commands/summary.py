@@ -49,15 +49,6 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepSeconds:
-    """Seconds of the timed steps of a layout."""
-
-    median: float
-    min: float
-    max: float
-
-
-@dataclass(frozen=True)
 class Summary:
     """One entry of the comparison's JSON, with its keys in its order.
 
@@ -78,6 +69,15 @@ class Summary:
     speedup: float
     speedup_interval: Interval | None
     speedup_verdict: str
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds of the timed steps of a layout."""
+
+    median: float
+    min: float
+    max: float
 
 
 def relative_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -20,6 +20,24 @@ from parallel.topology.layout import Layout
 
 
 @dataclass(frozen=True)
+class PlanData:
+    """What plan.json holds. Mappings are by module; edges and encoders by encoder.
+
+    tokens, flops_by_module: of the first step. weight_bytes_per_rank: weights, gradients and optimizer.
+    stages: [start, stop) of the layers of each pipeline stage. encoders: names of their classes.
+    """
+
+    layouts: Mapping[str, LayoutData]
+    edges: Mapping[str, EdgeData]
+    tokens: int
+    flops_by_module: Mapping[str, float]
+    weight_bytes_per_rank: Mapping[str, int]
+    stages: Mapping[str, tuple[tuple[int, int], ...]]
+    schedule: ScheduleData
+    encoders: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class LayoutData:
     """A module's layout: its ranks in order, and the degree of each axis."""
 
@@ -36,12 +54,11 @@ class LayoutData:
 
 
 @dataclass(frozen=True)
-class EdgeData:
-    """The boundary of an encoder in one step: its rows, and the payload that all ranks receive."""
+class ScheduleData:
+    """The schedule's name and its programs."""
 
-    rows: int
-    forward_bytes: int
-    backward_bytes: int
+    kind: str
+    programs: tuple[ProgramData, ...]
 
 
 @dataclass(frozen=True)
@@ -53,29 +70,12 @@ class ProgramData:
 
 
 @dataclass(frozen=True)
-class ScheduleData:
-    """The schedule's name and its programs."""
+class EdgeData:
+    """The boundary of an encoder in one step: its rows, and the payload that all ranks receive."""
 
-    kind: str
-    programs: tuple[ProgramData, ...]
-
-
-@dataclass(frozen=True)
-class PlanData:
-    """What plan.json holds. Mappings are by module; edges and encoders by encoder.
-
-    tokens, flops_by_module: of the first step. weight_bytes_per_rank: weights, gradients and optimizer.
-    stages: [start, stop) of the layers of each pipeline stage. encoders: names of their classes.
-    """
-
-    layouts: Mapping[str, LayoutData]
-    edges: Mapping[str, EdgeData]
-    tokens: int
-    flops_by_module: Mapping[str, float]
-    weight_bytes_per_rank: Mapping[str, int]
-    stages: Mapping[str, tuple[tuple[int, int], ...]]
-    schedule: ScheduleData
-    encoders: Mapping[str, str]
+    rows: int
+    forward_bytes: int
+    backward_bytes: int
 
 
 def first_step(blueprint: Blueprint, index: Index) -> StepPlan:

@@ -221,8 +221,8 @@ def test_a_launch_that_is_started_again_goes_on_from_its_own(
 
 def agree(folder: str, store_file: str) -> tuple[str, list[str], float]:
     """What this rank finds, which files it has summed up, and how long it waited for the last rank."""
-    words = dist.FileStore(store_file, dist.get_world_size())
-    rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), words, timeout_s=0.5)
+    shared = dist.FileStore(store_file, dist.get_world_size())
+    rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), shared, timeout_s=0.5)
     entry_of, summed = manifest.entry_of, list[str]()
 
     def slowly(file: Path, heartbeat: Any) -> manifest.Entry:
@@ -232,11 +232,11 @@ def agree(folder: str, store_file: str) -> tuple[str, list[str], float]:
             heartbeat()
         return entry_of(file, heartbeat)
 
-    manifest.entry_of, resume.BEAT_S, start = slowly, 0.1, time.monotonic()
+    manifest.entry_of, resume.HEARTBEAT_S, start = slowly, 0.1, time.monotonic()
     try:
         found = auto(Path(folder), rank)
     finally:
-        manifest.entry_of, resume.BEAT_S = entry_of, 1.0
+        manifest.entry_of, resume.HEARTBEAT_S = entry_of, 1.0
     return str(found), summed, time.monotonic() - start
 
 
@@ -247,7 +247,7 @@ def test_ranks_share_the_verifying_and_wait_as_long_as_one_is_alive(
     newest = Path(copy(folder / "step-00000002", folder / "step-00000003"))
     part = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     part.write_bytes(bytes(part.stat().st_size))
-    found = ranks(2, agree, str(folder), str(tmp_path / "words"))
+    found = ranks(2, agree, str(folder), str(tmp_path / "store"))
     assert [f[0] for f in found] == [str(folder / "step-00000002")] * 2
     summed = [name for f in found for name in f[1]]
     assert sorted(summed) == sorted(
