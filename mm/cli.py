@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _explain(error: BaseException) -> None:
-    """Print an error: in words where they can be enough, else with its traceback."""
+    """Print an error: as a message where the user can act on it, else with its traceback."""
     if isinstance(error, PolyrankError):
         message = f"{type(error).__name__}: {error}"
     elif isinstance(error, KeyboardInterrupt):

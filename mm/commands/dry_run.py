@@ -24,7 +24,7 @@ from parallel.topology.layout import Layout
 def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
     """Rank table, edges, bytes, FLOPs, memory and schedule of the first step; writes nothing.
 
-    draw: a folder to draw the step in, which is then written.
+    draw: a folder to draw the step in, the only thing that is then written.
     """
     indexes = open_indexes(blueprint, write=False)
     index = indexes["training"]
@@ -34,7 +34,7 @@ def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
     modules = blueprint.modules
     lines.append("rank  " + "  ".join(f"{m:<24}" for m in modules))
     for rank in range(blueprint.world):
-        cells = [_place(blueprint.layouts[m], rank) for m in modules]
+        cells = [_coordinates(blueprint.layouts[m], rank) for m in modules]
         lines.append(f"{rank:>4}  " + "  ".join(f"{c:<24}" for c in cells))
     lines += ["", f"first step: {data.tokens} tokens, {blueprint.cfg.train.global_batch} samples"]
     for m, edge in data.edges.items():
@@ -55,11 +55,11 @@ def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
 
 
 def _header(blueprint: Blueprint, indexes: Mapping[str, Index]) -> list[str]:
-    """The header of the run and what speaks against it, were it started on this machine."""
+    """The header of the run, and a warning where this machine has too little memory for it."""
     cfg = blueprint.cfg
     try:
         found = choose_device(cfg.run.device, 0, blueprint.world, torch.cuda.device_count())
-    except Refused:  # planned here for another machine
+    except Refused:  # this machine has no such device: the plan is for another one
         found = "cuda"
     device = torch.device(found).type
     text = header(blueprint, indexes, device, dist.get_default_backend_for_device(device))
@@ -67,10 +67,13 @@ def _header(blueprint: Blueprint, indexes: Mapping[str, Index]) -> list[str]:
     return [text, *([f"warning: {warning}"] if warning else [])]
 
 
-def _place(layout: Layout, rank: int) -> str:
+def _coordinates(layout: Layout, rank: int) -> str:
+    """Where a rank stands on a module's axes; "-" where it does not host the module."""
     if rank not in layout.ranks:
         return "-"
     dense, expert = layout.coord(rank), layout.expert_coord(rank)
-    further = [f"{a}{getattr(dense, a)}" for a in ("cp", "pp") if getattr(layout, a) > 1]
-    further += [f"ep{expert.ep}"] if layout.ep > 1 else []
-    return " ".join([f"dp{dense.dp} tp{dense.tp}", *further])
+    parts = [f"dp{dense.dp} tp{dense.tp}"]
+    parts += [f"cp{dense.cp}"] if layout.cp > 1 else []
+    parts += [f"pp{dense.pp}"] if layout.pp > 1 else []
+    parts += [f"ep{expert.ep}"] if layout.ep > 1 else []
+    return " ".join(parts)

@@ -107,7 +107,7 @@ def speedup_interval(run: Measured, base: Measured) -> Interval | None:
 
 
 def verdict(interval: Interval | None) -> str:
-    """A speed-up's interval in words."""
+    """What an interval proves of the speed-up."""
     if interval is None:
         return "too few steps"
     return "faster" if interval.low > 1 else "slower" if interval.high < 1 else "within noise"
@@ -164,8 +164,8 @@ def table(summaries: Sequence[Summary]) -> Table:
 
 
 def _interval_text(run: Summary) -> str:
-    interval, said = run.speedup_interval, run.speedup_verdict
-    if interval is None or said == "baseline":
-        return said
-    noise = ", noise" if said == "within noise" else ""
+    interval = run.speedup_interval
+    if interval is None or run.speedup_verdict == "baseline":
+        return run.speedup_verdict
+    noise = ", noise" if run.speedup_verdict == "within noise" else ""
     return f"{interval.low:.2f} to {interval.high:.2f}{noise}"

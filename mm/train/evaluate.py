@@ -1,4 +1,4 @@
-"""Held-out loss, and what each modality is worth to the model."""
+"""Held-out loss, and how much each modality lowers it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from mm.ranks.job import Data, Job
 from mm.ranks.stop import Asked, Stop
 from mm.train.step import run_step
 
-REPEATS = 5  # how often answers occur on average, for their frequencies to mean something
+REPEATS = 5  # mean occurrences of a text from which on the frequencies of texts are meaningful
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats a supervised token. lift[m]: mean loss of the tokens that depend on module m, with m's items
-    exchanged between samples, minus the same with everything intact; intact[m] is the latter."""
+    """Losses in nats a supervised token.
+
+    loss: over all of them. intact[m]: over those that depend on module m. lift[m]: the same with m's items
+    exchanged between samples, minus intact[m].
+    """
 
     loss: float
     lift: Mapping[str, float]
@@ -33,7 +36,7 @@ class Evaluation:
 
 
 class _Unreadable(Exception):
-    """Samples that some rank could not read, by id; mine: what this rank has to say about them."""
+    """Some ranks could not read samples. ids: all of those samples; mine: this rank's errors."""
 
     def __init__(self, ids: frozenset[int], mine: Sequence[BadSample]) -> None:
         super().__init__(f"unreadable samples {sorted(ids)}")
@@ -48,10 +51,10 @@ def evaluate(
     stop: Stop | None = None,
     warn: Callable[[str], None] = print,
 ) -> Evaluation:
-    """Evaluate `samples` intact and with each modality's items permuted; every rank calls this alike.
+    """Evaluate `samples` intact and with each modality's items permuted; every rank calls this.
 
-    Unreadable samples are named and left out, on all ranks alike. Raises DataError where none is left, and
-    Asked, on all ranks, where `stop` of one of them was asked to end.
+    Unreadable samples are named and left out on all ranks. Raises DataError where none is left, and Asked on
+    all ranks where one of them was asked to end.
     """
     while samples:
         try:
@@ -102,7 +105,7 @@ def _mean_losses(
         if found:
             raise _Unreadable(found, prepared.bad)
         run_step(job, prepared, train=False, on_tokens=add)
-    for sub, training in modes:  # a wrapped module may have parts that always are in eval mode
+    for sub, training in modes:  # a wrapped module may have submodules that are always in eval mode
         sub.training = training
     total = job.control.gather(sums).sum(axis=0)
     means = total[0::2] / total[1::2].clip(min=1.0)
@@ -110,16 +113,16 @@ def _mean_losses(
 
 
 def blind_guess(samples: Sequence[Sample], reader: ShardReader) -> dict[str, float]:
-    """By module, nats a token of a guess that knows only how often each text that depends on it occurs.
+    """By module, the loss in nats a token of a guess from the frequencies of the texts that depend on it.
 
-    That is the entropy of those texts: a model that is blind to the module, and to whom the text around tells
-    nothing of them, can do no better. Modules whose texts hardly repeat, such as captions, are left out.
+    That loss is the entropy of those texts. A model that neither sees the module's items nor learns anything
+    from the text around cannot do better. Modules whose texts hardly repeat, such as captions, are left out.
     """
     texts: dict[str, Counter[str]] = {}
     for sample in (s for s in samples if not s.cut):
         try:
             written = parse_segments(reader.read(sample, sample.json))
-        except BadSample:  # gone since it was evaluated
+        except BadSample:  # it has become unreadable since the evaluation
             continue
         for seg in written:
             if seg.text and seg.depends is not None and seg.loss:

@@ -40,7 +40,7 @@ class StepMetrics:
     seconds_by_module: Mapping[str, float]  # host seconds of the slowest rank's forwards and backwards
     optimizer_s: float  # gradients' sums and update
     boundary: Mapping[str, BoundaryMetrics]  # by encoder
-    objectives: Mapping[str, float]  # beside the next token's loss, unweighted
+    objectives: Mapping[str, float]  # unweighted, without the next token's loss
     imbalance: Mapping[str, Imbalance]  # by encoder
     skipped_items: int
     stop: bool  # a rank was asked to end

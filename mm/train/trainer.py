@@ -35,11 +35,11 @@ from parallel.schedule import Record
 
 
 def train(blueprint: Blueprint, stop: Stop) -> None:
-    """Train on this rank until done or `stop` is asked; raises PolyrankError where it cannot go on."""
+    """Train on this rank until done, or until `stop` is asked; raises PolyrankError where it cannot go on."""
     rank = init_distributed(blueprint.cfg)
     try:
         train_on(blueprint, rank, stop)
-        gc.collect()  # modules hold groups, in circles
+        gc.collect()  # modules hold process groups in reference cycles
     finally:
         dist.destroy_process_group()
 

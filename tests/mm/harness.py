@@ -138,7 +138,7 @@ def train_and_weigh(raw: dict[str, Any], steps: int) -> tuple[list[dict[str, Any
 
 
 class Ended(NamedTuple):
-    """How a rank of a job ended: its exit code, and what it said."""
+    """How a rank of a job ended: its exit code and its output."""
 
     code: int
     out: str
@@ -151,8 +151,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_job(words: list[str], port: int, rank: int = 0, world: int = 1) -> Ended:
-    """`python -m mm WORDS` as one of the ranks that a launcher would start, in this process."""
+def run_job(argv: list[str], port: int, rank: int = 0, world: int = 1) -> Ended:
+    """`python -m mm ARGUMENTS` as one of the ranks that a launcher would start, in this process."""
     place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     out, err = io.StringIO(), io.StringIO()
@@ -162,7 +162,7 @@ def run_job(words: list[str], port: int, rank: int = 0, world: int = 1) -> Ended
     try:
         environment = mock.patch.dict(os.environ, {k: str(v) for k, v in place.items()})
         with environment, redirect_stdout(out), redirect_stderr(err):
-            code = cli.main(words)
+            code = cli.main(argv)
     finally:
         for number, handler in heard:
             signal.signal(number, handler)
@@ -170,12 +170,12 @@ def run_job(words: list[str], port: int, rank: int = 0, world: int = 1) -> Ended
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def run_rank(words: list[str], port: int) -> Ended:
+def run_rank(argv: list[str], port: int) -> Ended:
     """run_job on a rank of the pool, whose default group makes room for the job's own."""
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.barrier()
     dist.destroy_process_group()
-    return run_job(words, port, rank, world)
+    return run_job(argv, port, rank, world)
 
 
 def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:

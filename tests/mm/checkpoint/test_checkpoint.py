@@ -257,7 +257,7 @@ def test_ranks_share_the_verifying_and_wait_as_long_as_one_is_alive(
 
 
 def stop_at(read: int) -> Any:
-    """A request that is heard when it is looked for the `read`-th time, on the last rank alone."""
+    """A request that is noticed when it is looked for the `read`-th time, on the last rank alone."""
 
     class Heard:
         count = 0
@@ -276,8 +276,8 @@ def train_until(raw: dict[str, Any], read: int) -> list[str]:
     rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     train_on(blueprint, rank, stop_at(read))
     folder = Path(blueprint.cfg.run.dir)
-    said = (folder / "log.txt").read_text().splitlines()
-    return [*(p.name for p in store.published(folder)), next((x for x in said if "stopped" in x), "done")]
+    log = (folder / "log.txt").read_text().splitlines()
+    return [*(p.name for p in store.published(folder)), next((x for x in log if "stopped" in x), "done")]
 
 
 def train_several(raw: dict[str, Any], folder: str, reads: list[int]) -> tuple[list[list[str]], int]:
@@ -293,7 +293,7 @@ def train_several(raw: dict[str, Any], folder: str, reads: list[int]) -> tuple[l
 
 
 def group_threads() -> int:
-    """Threads of gloo groups in this process, by their name; 0 where the system does not tell."""
+    """Threads of gloo groups in this process, by their name; 0 where the system does not list them."""
     tasks = Path("/proc/self/task")
     names = [(t / "comm").read_text() for t in tasks.iterdir()] if tasks.exists() else []
     return sum(name.startswith("pt_gloo") for name in names)
@@ -326,7 +326,7 @@ def test_a_request_to_one_rank_ends_the_run_well_whenever_it_comes(ranks: Any, t
 
 
 def refusal(raw: dict[str, Any], folder: str, first: int, last: int) -> str:
-    """What is said where these steps cannot be run and saved."""
+    """The error where these steps cannot be run and saved."""
     try:
         run(raw, folder, first, last)
     except CheckpointError as error:
@@ -334,7 +334,7 @@ def refusal(raw: dict[str, Any], folder: str, first: int, last: int) -> str:
     return "no error"
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_in_words(ranks: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_its_own(ranks: Any, tmp_path: Path) -> None:
     (tmp_path / "step-00000001.tmp").write_text("a file where its folder would be")
     message = ranks(1, refusal, small(train=TRAIN), str(tmp_path), 0, 1)[0]
     assert "the checkpoint of step 1 cannot be written" in message and "MiB free" in message

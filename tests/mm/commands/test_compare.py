@@ -78,7 +78,7 @@ def test_an_entry_of_the_json_has_these_keys_in_this_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "says"),
+    ("ours", "theirs", "expected"),
     [
         ([[1.0], [1.01], [0.99]], [[2.0], [2.02], [2.01]], "faster"),
         ([[2.0], [2.02], [2.01]], [[1.0], [1.01], [0.99]], "slower"),
@@ -90,10 +90,10 @@ def test_an_entry_of_the_json_has_these_keys_in_this_order() -> None:
         ([[1.0] * 10, [1.0] * 10, [1.2] * 10], [[1.1] * 10, [1.15] * 10, [1.1] * 10], "within noise"),
     ],
 )
-def test_a_difference_is_told_from_noise(
-    ours: list[list[float]], theirs: list[list[float]], says: str
+def test_a_difference_is_distinguished_from_noise(
+    ours: list[list[float]], theirs: list[list[float]], expected: str
 ) -> None:
-    assert verdict(speedup_interval(timed("a", *ours), timed("b", *theirs))) == says
+    assert verdict(speedup_interval(timed("a", *ours), timed("b", *theirs))) == expected
 
 
 def test_equal_layouts_are_seldom_called_different() -> None:
@@ -109,7 +109,7 @@ def peaks(names: list[str]) -> list[int]:
     """Peak memory under each schedule, in this order; one process."""
     out = []
     for name in names:
-        raw = small(schedule={"microbatches": {"whole": 1, "cut": 12}[name]}, train={"global_batch": 48})
+        raw = small(schedule={"microbatches": {"whole": 1, "split": 12}[name]}, train={"global_batch": 48})
         run = Run(draw_up(from_mapping(raw, CONFIGS), 1), Measured(name, {}))
         _round(run, RankInfo(0, 1, torch.device("cpu")), 1, first=True)
         out.append(run.measured.peak_memory_bytes)
@@ -118,5 +118,5 @@ def peaks(names: list[str]) -> list[int]:
 
 @pytest.mark.skipif(not (OWN / "clear_refs").exists(), reason="a peak can be forgotten on Linux alone")
 def test_a_layouts_memory_does_not_depend_on_those_before_it(ranks: Any) -> None:
-    before, most, after = ranks(1, peaks, ["cut", "whole", "cut"])[0]
+    before, most, after = ranks(1, peaks, ["split", "whole", "split"])[0]
     assert most - before > 16 << 20 and abs(after - before) < (most - before) / 2

@@ -1,4 +1,4 @@
-"""Whole jobs of one rank in this process, as `python -m mm` runs them, beside what they should give."""
+"""Whole jobs of one rank in this process, as `python -m mm` runs them, and what they must give."""
 
 from __future__ import annotations
 

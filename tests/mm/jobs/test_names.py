@@ -66,8 +66,8 @@ def test_they_are_planned_drawn_and_written_to_yaml(tmp_path: Path) -> None:
     assert all(f"edge {name} -> llm" in out for name in NAMES)
     again = tmp_path / "again.yaml"
     again.write_text(resolve_yaml(blueprint.cfg))
-    words = ["model.stop.freeze=all", "layout.edge.ranks=0", "schedule.encoder_batch.loss=1"]
-    assert draw_up(load_config(again, words), 2).frozen == {"stop"}
+    overrides = ["model.stop.freeze=all", "layout.edge.ranks=0", "schedule.encoder_batch.loss=1"]
+    assert draw_up(load_config(again, overrides), 2).frozen == {"stop"}
     plan = blueprint.schedule([set(NAMES)])
     assert plan.members(Group("module", "edge", "tp"), 1) == (1,)
     assert plan.members(Group("module", "world", "tp"), 1) == (0, 1) == plan.members(WORLD, 0)

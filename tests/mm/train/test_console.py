@@ -1,4 +1,4 @@
-"""What a run shows and writes."""
+"""What a run prints and writes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
 
 def test_the_line_says_what_matters() -> None:
     line = step_line(record(7), 400, 65.4)
-    for words in (
+    for part in (
         "step   7/400",
         "loss 0.3333",
         "vision 0.5 llm 1.5",
@@ -104,7 +104,7 @@ def test_the_line_says_what_matters() -> None:
         "data 4.0 ms",
         "ETA 65 s",
     ):
-        assert words in line
+        assert part in line
 
 
 def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
