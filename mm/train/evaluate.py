@@ -76,22 +76,33 @@ def _evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int, stop: 
     return Evaluation(loss, lift, intact)
 
 
+@dataclass
+class _LossSum:
+    """Sum of the losses of some tokens, in nats, and how many they are."""
+
+    nats: float = 0.0
+    tokens: float = 0.0
+
+    def add(self, nats: Tensor, tokens: Tensor) -> None:
+        """Add the sum of the losses of more tokens, and their number; scalars."""
+        self.nats += float(nats)
+        self.tokens += float(tokens)
+
+
 def _mean_losses(
     job: Job, data: Data, samples: Sequence[Sample], stop: Stop | None
 ) -> tuple[float, dict[str, float]]:
-    """Mean loss over all supervised tokens, and over those that depend on each module."""
-    modules = list(job.blueprint.inputs.encoders)
-    sums = [0.0] * (2 + 2 * len(modules))
+    """Mean loss over all supervised tokens, and by module over those that depend on it."""
+    every, by_module = _LossSum(), {m: _LossSum() for m in job.blueprint.inputs.encoders}
 
     def add(mb: RankMicrobatch, token_loss: Tensor) -> None:
         assert mb.llm is not None
         if not job.counts_loss:
             return
-        sums[0] += float(token_loss.sum())
-        sums[1] += float((mb.llm.labels >= 0).sum())
-        for k, module in enumerate(modules):
-            sums[2 + 2 * k] += float(token_loss[mb.depends[module]].sum())
-            sums[3 + 2 * k] += float(mb.depends[module].sum())
+        every.add(token_loss.sum(), (mb.llm.labels >= 0).sum())
+        for module, own in by_module.items():
+            chosen = mb.depends[module]
+            own.add(token_loss[chosen].sum(), chosen.sum())
 
     batch = job.blueprint.cfg.train.global_batch
     modes = [(sub, sub.training) for part in job.modules() for sub in part.modules()]
@@ -107,9 +118,10 @@ def _mean_losses(
         run_step(job, prepared, train=False, on_tokens=add)
     for sub, training in modes:  # a wrapped module may have submodules that are always in eval mode
         sub.training = training
-    total = job.control.gather(sums).sum(axis=0)
-    means = total[0::2] / total[1::2].clip(min=1.0)
-    return float(means[0]), {m: float(means[1 + k]) for k, m in enumerate(modules)}
+    mine = [x for own in (every, *by_module.values()) for x in (own.nats, own.tokens)]
+    nats, tokens = job.control.gather(mine).sum(axis=0).reshape(-1, 2).T
+    means = [float(mean) for mean in nats / tokens.clip(min=1.0)]
+    return means[0], dict(zip(by_module, means[1:], strict=True))
 
 
 def blind_guess(samples: Sequence[Sample], reader: ShardReader) -> dict[str, float]:

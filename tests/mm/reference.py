@@ -13,6 +13,7 @@ import math
 import tarfile
 import wave
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,15 @@ def cross_entropy(states: Tensor, head: Tensor, labels: Sequence[int]) -> Tensor
     return F.cross_entropy(states @ head.T, torch.tensor(labels), ignore_index=-100, reduction="sum")
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a step's sums are divided by: all tokens, labels, and labels at each depth of MTP."""
+
+    tokens: int
+    next: int
+    mtp: tuple[int, ...] = ()
+
+
 class Language:
     """The language model on one sample, and what its routers thought of it.
 
@@ -122,9 +132,7 @@ class Language:
             layer: torch.zeros(self.model.cfg.n_experts).double() for layer in self.model.moe_layers()
         }
 
-    def learn(
-        self, ids: list[int], labels: list[int], entering: dict[str, Any], per: Mapping[str, Any]
-    ) -> None:
+    def learn(self, ids: list[int], labels: list[int], entering: dict[str, Any], per: Counts) -> None:
         """Add a sample's gradients. per: what its sums are divided by."""
         cfg, n = self.model.cfg, len(ids)
         self.routed = {layer.router: [] for layer in self.model.moe_layers()}
@@ -134,12 +142,12 @@ class Language:
         self.model(LLMBatch(torch.tensor(ids), torch.tensor(labels), packing, n, positions), rows)
         head, states = self.model.head_weight(), self.states
         found = dict.fromkeys(self.totals, torch.zeros(()).double())
-        found["next"] = cross_entropy(states, head, labels) / per["next"]
+        found["next"] = cross_entropy(states, head, labels) / per.next
         for k in range(1, cfg.mtp_layers + 1):
             # Token i is given token i + k and predicts the one after it, as far as there is one.
             embedded = self.model.embed_ids(torch.tensor((ids[k:] + [0] * n)[:n]))
             states = self.model.mtp(states, embedded, ForwardContext(packing, n))  # type: ignore[misc]
-            loss = cross_entropy(states, head, (labels[k:] + [-100] * n)[:n]) / per["mtp"][k - 1]
+            loss = cross_entropy(states, head, (labels[k:] + [-100] * n)[:n]) / per.mtp[k - 1]
             found["mtp"] = found["mtp"] + loss / cfg.mtp_layers
         for layer in self.model.moe_layers():
             for logits in self.routed[layer.router]:
@@ -147,8 +155,8 @@ class Language:
                 fraction = score / score.sum(-1, keepdim=True)
                 best = score.topk(cfg.top_k).indices.flatten().bincount(minlength=cfg.n_experts).double()
                 frequency = best * cfg.n_experts / (cfg.top_k * n)
-                found["balance"] = found["balance"] + (frequency * fraction.mean(0)).sum() * n / per["tokens"]
-                found["z"] = found["z"] + logits.logsumexp(-1).square().sum() / per["tokens"]
+                found["balance"] = found["balance"] + (frequency * fraction.mean(0)).sum() * n / per.tokens
+                found["z"] = found["z"] + logits.logsumexp(-1).square().sum() / per.tokens
                 taken = (score + layer.expert_bias).topk(cfg.top_k).indices
                 self.load[layer] += taken.flatten().bincount(minlength=cfg.n_experts)
         weights = {"next": 1.0, "balance": cfg.aux_weight, "z": cfg.z_weight, "mtp": cfg.mtp_weight}
@@ -185,10 +193,9 @@ def adamw(p: Tensor, state: dict[str, Any], lr: float, train: Mapping[str, Any])
     p -= lr * m / (v.sqrt() + train["eps"])
 
 
-def counts(batch: Sequence[tuple[list[int], list[int], Any]], depths: int) -> dict[str, Any]:
-    """What a step's sums are divided by: all tokens, labels, and labels at each depth of MTP."""
+def counts(batch: Sequence[tuple[list[int], list[int], Any]], depths: int) -> Counts:
     learned = [sum(label >= 0 for _, labels, _ in batch for label in labels[k:]) for k in range(depths + 1)]
-    return {"tokens": sum(len(ids) for ids, _, _ in batch), "next": learned[0], "mtp": learned[1:]}
+    return Counts(sum(len(ids) for ids, _, _ in batch), learned[0], tuple(learned[1:]))
 
 
 def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -220,5 +227,5 @@ def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dic
         means = dict(language.totals)
         by_module = {name: math.sqrt(s) for name, s in squares.items()}
         metrics.append({"loss": means.pop("next"), "lr": lr, "grad_norm": norm, "objectives": means})
-        metrics[-1] |= {"grad_norm_by_module": by_module, "tokens": per["tokens"]}
+        metrics[-1] |= {"grad_norm_by_module": by_module, "tokens": per.tokens}
     return metrics, {f"{m}.{k}": v for m, net in nets.items() for k, v in net.state_dict().items()}

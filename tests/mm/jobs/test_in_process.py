@@ -85,7 +85,7 @@ def mean_loss(raw: dict[str, Any]) -> float:
         ids, labels, entering = reference.sequence(sample, nets)
         only = [label if k == len(ids) - 3 else -100 for k, label in enumerate(labels)]
         before = language.totals["next"]
-        language.learn(ids, only, entering, {"next": 1, "tokens": 1, "mtp": []})
+        language.learn(ids, only, entering, reference.Counts(tokens=1, next=1))
         total += language.totals["next"] - before
     return total / 2
 
