@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from mm.commands.compare import Run, make_runs
+from mm.commands.comparison import Run, make_runs
 from mm.commands.variants import variants
 from mm.config.schema import load_config
 from mm.ranks.feed import Prepared
@@ -182,7 +182,7 @@ def main() -> None:
         for run in make_runs(variants(cfg, files), rank.world):
             steps = measure(run, rank, args.steps, args.cores)
             if rank.rank == 0:
-                print(row(run.name, steps), flush=True)
+                print(row(run.measured.name, steps), flush=True)
     finally:
         dist.destroy_process_group()
 
