@@ -1,6 +1,6 @@
 """Holds multi-token prediction, routing and its objectives against megatron-core's, in float64 on a CPU.
 
-    PYTHONPATH=peers/megatron python benchmarks/llm_megatron.py
+    PYTHONPATH=peers/megatron python -m benchmarks.language_model.megatron_equality
 
 One JSON line a check, with the greatest difference of its random cases, relative to the largest value;
 exits with 1 where one is above the tolerance. Whole models of both are built with the same weights
@@ -11,22 +11,18 @@ word why; docs/llm.md, "Beside megatron-core", lists them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
-
-import llm_megatron_peer as peer
 import torch
 from torch import Tensor, nn
 
+from benchmarks import common
+from benchmarks.language_model import megatron_peer as peer
 from llm.balance import choose, document_loads, sequence_loss, z_loss
 from llm.config import LLMConfig, check
 from llm.counts import Counts
@@ -324,9 +320,7 @@ def run(seed: int, share: float) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the cases, at least one each")
     args = parser.parse_args()
