@@ -16,7 +16,7 @@ from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import Given, declared, keep_whole, own_specs
 from parallel.topology.axis import Axes
 from parallel.topology.layout import Unfit, typed
-from parallel.topology.stage import Stage, cut_layers, whole
+from parallel.topology.stage import Stage, partition_layers, whole
 
 FREEZE = ("none", "encoder", "projector", "all")
 
@@ -176,9 +176,9 @@ def encoder_stages(
     """
     n = cls.layer_count(cfg)
     if meta is None:
-        return cut_layers([1.0] * n, pp)
+        return partition_layers([1.0] * n, pp)
     stem, project = cls.stem_cost(cfg, meta), projector_flops(cls, cfg, meta, d_out, projector_hidden)
-    return cut_layers([(cls.cost(cfg, meta) - stem) / n] * n, pp, before=stem, after=project)
+    return partition_layers([(cls.cost(cfg, meta) - stem) / n] * n, pp, before=stem, after=project)
 
 
 def needed_items(

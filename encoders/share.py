@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from parallel.comm.fetch import Span
+from parallel.sequence.intervals import Span, shares
 from parallel.topology.axis import Axes
 
 
@@ -21,18 +21,13 @@ def encoder_row_spans(
 ) -> tuple[tuple[Span, ...], ...]:
     """Rows [start, stop) of a lane that each rank gives, as spans[cp rank][tp rank].
 
-    Share k of n rows over p ranks is [k n // p, (k + 1) n // p), over cp first; parallel.boundary.source_side
-    says the same. Without sequence parallelism the tp ranks of one cp rank give equal rows.
+    Rows are split by intervals.shares(), over cp first; parallel.boundary.source_side() computes the same.
+    Without sequence parallelism the tp ranks of one cp rank give equal rows.
     """
     out = []
-    for a, b in _cut(0, sum(rows_per_item), cp):
-        out.append(_cut(a, b, tp) if sequence_parallel else ((a, b),) * tp)
+    for a, b in shares(sum(rows_per_item), cp):
+        out.append(shares(b - a, tp, a) if sequence_parallel else ((a, b),) * tp)
     return tuple(out)
-
-
-def _cut(a: int, b: int, parts: int) -> tuple[Span, ...]:
-    n = b - a
-    return tuple((a + k * n // parts, a + (k + 1) * n // parts) for k in range(parts))
 
 
 @dataclass(frozen=True)

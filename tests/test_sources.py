@@ -1,4 +1,4 @@
-"""What the sources show of the design laws by themselves: no ambient state (law 6), no literal backend (law 8)."""
+"""Design laws that the sources show by themselves: no ambient state (law 6), no literal backend (law 8)."""
 
 from __future__ import annotations
 

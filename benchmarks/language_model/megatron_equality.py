@@ -30,7 +30,8 @@ from llm.hf.weights import model_tensors
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext, MoE
 from llm.mtp import IGNORE, ahead
-from parallel.expert_parallel.all_to_all import combine, dispatch, plan_route
+from parallel.expert_parallel.all_to_all import combine, dispatch
+from parallel.expert_parallel.routing import plan_route
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared, initialise
 from parallel.topology.axis import Axes, Axis
@@ -163,22 +164,22 @@ def permutation(r: random.Random) -> Differences:
 
 
 def rolled(r: random.Random) -> Differences:
-    """Tokens and labels further on, in their documents."""
+    """Tokens and labels ahead, in their documents."""
     lengths, depths = lengths_of(r, 6), r.randint(1, 4)
     ids, labels = torch.randint(1, 50, (2, sum(lengths)))
     labels[torch.rand(len(labels)) < 0.3] = IGNORE
-    further = ahead(ids, labels, Packing.of(lengths), depths)
+    mtp = ahead(ids, labels, Packing.of(lengths), depths)
     params, wrong = peer.packed(lengths), 0
     a, b, mask = ids[None], labels[None], (labels != IGNORE)[None].long()
     for depth in range(depths):
         a, b, mask = (peer.mtp.roll_tensor(t, packed_seq_params=params)[0] for t in (a, b, mask))
         wanted = torch.where(mask == 0, IGNORE, b)
-        wrong += int((further[0][depth] != a[0]).sum() + (further[1][depth] != wanted[0]).sum())
+        wrong += int((mtp[0][depth] != a[0]).sum() + (mtp[1][depth] != wanted[0]).sum())
     return {"tokens": float(wrong)}
 
 
 def random_model(r: random.Random) -> LLMConfig:
-    """Any model of attention, dense and expert layers that predicts further tokens."""
+    """Any model of attention, dense and expert layers with multi-token prediction."""
     kv = r.choice([1, 2, 4])
     return LLMConfig(
         pattern="".join(r.choices("*-E", k=r.randint(1, 3))),
@@ -228,7 +229,7 @@ def hear(module: nn.Module) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Task:
-    """One micro-batch for both models. labels: of every token; counts [T]: where they count; known, further:
+    """One micro-batch for both models. labels: of every token; counts [T]: where they count; known, at_depths:
     labels with IGNORE elsewhere, of the next token [T] and of each depth [D, T]."""
 
     cfg: LLMConfig
@@ -238,7 +239,7 @@ class Task:
     labels: Tensor
     counts: Tensor
     known: Tensor
-    further: Tensor
+    at_depths: Tensor
 
     @property
     def scale(self) -> float:
@@ -264,8 +265,8 @@ def random_task(r: random.Random, packed: bool) -> Task:
     # Each depth has a label, which its mean needs there.
     counts = (torch.rand(len(ids)) < 0.7) | (positions(lengths) == cfg.mtp_layers)
     known = torch.where(counts, labels, IGNORE)
-    _, further = ahead(ids, known, Packing.of(lengths), cfg.mtp_layers)
-    return Task(cfg, lengths, packed, ids, labels=labels, counts=counts, known=known, further=further)
+    _, at_depths = ahead(ids, known, Packing.of(lengths), cfg.mtp_layers)
+    return Task(cfg, lengths, packed, ids, labels=labels, counts=counts, known=known, at_depths=at_depths)
 
 
 def positions(lengths: list[int]) -> Tensor:
@@ -273,9 +274,9 @@ def positions(lengths: list[int]) -> Tensor:
 
 
 def step_of_ours(ours: LLM, task: Task) -> tuple[Tensor, Tensor]:
-    """Forward and backward: the loss of each token, and the mean over depths of the further ones."""
+    """Forward and backward: the loss of each token, and the mean over depths of multi-token prediction."""
     n = len(task.ids)
-    means = Counts(n, tuple((task.further != IGNORE).sum(1).tolist()))
+    means = Counts(n, tuple((task.at_depths != IGNORE).sum(1).tolist()))
     loss = ours(LLMBatch(task.ids, task.known, Packing.of(task.lengths), n, {}, means), {})
     (loss.sum() * task.scale).backward()
     return loss, ours.take_objectives()["mtp"]
@@ -286,7 +287,7 @@ def step_of_theirs(theirs: Any, task: Task) -> tuple[Tensor, Tensor]:
     losses: list[Tensor] = []
     compute = theirs.compute_language_model_loss
     theirs.compute_language_model_loss = lambda *a: losses.append(compute(*a)) or losses[-1]
-    peer.aux_scale(routed=1.0 / len(task.ids), further=task.scale)
+    peer.aux_scale(routed=1.0 / len(task.ids), mtp_scale=task.scale)
     with Widened():
         loss = theirs(
             task.ids.view(task.shape),
@@ -299,7 +300,7 @@ def step_of_theirs(theirs: Any, task: Task) -> tuple[Tensor, Tensor]:
         loss = loss.view(-1) * task.counts
         (loss.sum() * task.scale).backward()
     assert len(losses) == task.cfg.mtp_layers + 1
-    depths = zip(losses, task.further, strict=False)
+    depths = zip(losses, task.at_depths, strict=False)
     return loss, torch.stack([one.detach().view(-1)[known != IGNORE].mean() for one, known in depths]).mean()
 
 
@@ -313,8 +314,8 @@ def whole_model(r: random.Random, packed: bool) -> Differences:
     theirs = peer.build(task.cfg, peer.translate(task.cfg, model_tensors(ours)))
     assert ours.mtp is not None
     heard = hear(ours.mtp), hear(theirs.mtp.layers[0].final_layernorm)
-    loss, further_mean = step_of_ours(ours, task)
-    its, its_further = step_of_theirs(theirs, task)
+    loss, mtp_mean = step_of_ours(ours, task)
+    its, its_mtp = step_of_theirs(theirs, task)
     gradients = {name: p.grad for name, p, _ in declared(ours) if p.grad is not None}
     mine = peer.translate(task.cfg, gradients)
     known = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
@@ -324,8 +325,8 @@ def whole_model(r: random.Random, packed: bool) -> Differences:
     states = max(far(a, task.sequence_first(b)) for a, b in zip(*heard, strict=True))
     return {
         "loss": far(loss.detach(), its.detach()),
-        "further_loss": far(further_mean, its_further),
-        "further_states": states,
+        "mtp_loss": far(mtp_mean, its_mtp),
+        "mtp_states": states,
         "gradients": max(far(mine[name], g) for name, g in known.items()),
     }
 

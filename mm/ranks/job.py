@@ -142,8 +142,8 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     pipes = {}
     for m, mesh in here.items():
         if mesh.pipeline is not None:
-            onward, back = mesh.pipeline
-            pipes[m] = Pipe(m, onward, cfg.run.timeout_s), Pipe(m, back, cfg.run.timeout_s)
+            forward = Pipe(m, mesh.pipeline.forward, cfg.run.timeout_s)
+            pipes[m] = forward, Pipe(m, mesh.pipeline.backward, cfg.run.timeout_s)
     return Job(
         blueprint,
         rank,
@@ -175,8 +175,8 @@ def _boundaries(
 def _layers(module: nn.Module) -> list[nn.Module]:
     """What FSDP gathers and frees on its own in module `module`."""
     assert isinstance(module, LLM | EncoderModule)
-    further = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
-    return [*module.layers, *further]
+    mtp_layers = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
+    return [*module.layers, *mtp_layers]
 
 
 def _build_parts(blueprint: Blueprint, name: str, mesh: ModuleMesh, rank: RankInfo) -> dict[int, nn.Module]:

@@ -68,7 +68,7 @@ def _edge_data(blueprint: Blueprint, plan: StepPlan, module: str, frozen: bool) 
         row_bytes = math.prod(blueprint.entry_shape(edge)) * blueprint.dtype.itemsize
         for mb in plan.microbatches:
             sides = mb.edges[module]
-            there, back = edge_rows(sides.source, on_stage(llm, sides.dest, edge.stage % llm.pp))
-            forward += there * row_bytes
-            backward += 0 if frozen else back * row_bytes
+            received = edge_rows(sides.source, on_stage(llm, sides.dest, edge.stage % llm.pp))
+            forward += received.forward * row_bytes
+            backward += 0 if frozen else received.backward * row_bytes
     return {"rows": rows, "forward_bytes": forward, "backward_bytes": backward}

@@ -16,6 +16,7 @@ from parallel.boundary.nodes import Relay, by_nodes
 from parallel.boundary.routes import direct, offers_of, places, split
 from parallel.boundary.rows import RowMap, Runs
 from parallel.sequence.intervals import Rows, before, count, meet, outside, sums
+from parallel.topology.directions import Directions
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,16 @@ def plan_transfer(
     return Transfer(rank, rows_in, rows_out, routes.keep, sends, recvs, relay, covered, moves)
 
 
-def edge_rows(source: RowMap, dest: RowMap) -> tuple[int, int]:
-    """Rows that all ranks of an edge together receive, (forward, backward): the sums of what plan_edge() says
-    of each. O(n log n) in runs and ranks; raises as plan_edge() does."""
-    back = sum(
+def edge_rows(source: RowMap, dest: RowMap) -> Directions[int]:
+    """Rows that all ranks of an edge together receive in each direction: the sums over ranks of
+    Transfer.received_rows. O(n log n) in runs and ranks; raises as plan_edge() does."""
+    gradients = (
         _received(layer, source, _check_held(source, offers_of(layer), True)) for layer in _layers(dest)
     )
-    return _received(source, dest, _check_held(dest, offers_of(source), False)), back
+    return Directions(
+        forward=_received(source, dest, _check_held(dest, offers_of(source), False)),
+        backward=sum(gradients),
+    )
 
 
 def _received(have: RowMap, want: RowMap, found: np.ndarray) -> int:

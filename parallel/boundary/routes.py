@@ -7,7 +7,17 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from parallel.boundary.rows import RowMap, Runs
-from parallel.sequence.intervals import NONE, Rows, before, meet, outside, repeat_groups, rows_of, sums
+from parallel.sequence.intervals import (
+    NONE,
+    Rows,
+    before,
+    meet,
+    outside,
+    repeat_groups,
+    rows_of,
+    share_start,
+    sums,
+)
 
 
 def runs_of(m: RowMap, lane: int) -> Runs:
@@ -205,7 +215,9 @@ def cut(
     base = before(total)[which]
     n, rows = parts[which], total[which]
     at = before(length)
-    i, k, start, stop = meet(at, at + length, base + rows * part // n, base + rows * (part + 1) // n)
+    i, k, start, stop = meet(
+        at, at + length, base + share_start(rows, n, part), base + share_start(rows, n, part + 1)
+    )
     return i, k, local[i] + start - at[i], stop - start
 
 

@@ -19,29 +19,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from parallel.checkpoint import manifest
-from parallel.checkpoint.manifest import MANIFEST, BadCheckpoint, structure, verify
+from parallel.checkpoint.manifest import BadCheckpoint
 from parallel.checkpoint.metadata import SafeReader
-
-__all__ = [
-    "MANIFEST",
-    "STATE",
-    "BadCheckpoint",
-    "describe",
-    "first_cause",
-    "load",
-    "published",
-    "read_state",
-    "save",
-    "step_of",
-    "structure",
-    "verify",
-]
 
 STATE = "state.json"
 
@@ -64,7 +50,7 @@ def save(
         partial.mkdir()
         (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
     dist.barrier()
-    dcp.save(dict(tensors), storage_writer=FileSystemWriter(partial, sync_files=True))
+    save_shards(dict(tensors), storage_writer=FileSystemWriter(partial, sync_files=True))
     sums = _gather_sums(partial)
     if lead:
         manifest.write(partial, sums)
@@ -105,7 +91,7 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     stored = {name: tuple(entry.size) for name, entry in reader.tensors().items()}
     check_fits(path, stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     try:
-        dcp.load(dict(tensors), storage_reader=reader)
+        load_shards(dict(tensors), storage_reader=reader)
     except CheckpointException as error:  # no Exception: nothing else would catch it
         raise BadCheckpoint(f"{path} cannot be read: {first_cause(error)}") from error
     return read_state(path)

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
-BLOCK = 1 << 24  # bytes between two calls of `beat`
+BLOCK = 1 << 24  # bytes between two calls of `heartbeat`
 
 
 class BadCheckpoint(ValueError):
@@ -33,14 +33,14 @@ class Entry(NamedTuple):
     sha256: str
 
 
-def entry_of(file: Path, beat: Callable[[], object] = lambda: None) -> Entry:
-    """The entry of `file` as it is now. beat: called now and then, since large files take long."""
+def entry_of(file: Path, heartbeat: Callable[[], object] = lambda: None) -> Entry:
+    """The entry of `file` as it is now. heartbeat: called now and then, since large files take long."""
     digest, size = hashlib.sha256(), 0
     with file.open("rb", buffering=0) as f:
         while block := f.read(BLOCK):
             digest.update(block)
             size += len(block)
-            beat()
+            heartbeat()
     return Entry(size, digest.hexdigest())
 
 
@@ -107,11 +107,13 @@ def structure(folder: Path) -> list[str]:
     return out
 
 
-def verify(folder: Path, part: int = 0, of: int = 1, beat: Callable[[], object] = lambda: None) -> list[str]:
+def verify(
+    folder: Path, part: int = 0, of: int = 1, heartbeat: Callable[[], object] = lambda: None
+) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each; empty when all is as written.
 
     part, of: sum up this share of the files, for several processes to verify one checkpoint together; part 0
-    tells of names and sizes. beat: called now and then.
+    tells of names and sizes. heartbeat: called now and then.
     """
     out = structure(folder) if part == 0 else []
     try:
@@ -122,7 +124,7 @@ def verify(folder: Path, part: int = 0, of: int = 1, beat: Callable[[], object] 
         try:
             if (folder / name).stat().st_size != listed[name].bytes:
                 continue
-            found = entry_of(folder / name, beat)
+            found = entry_of(folder / name, heartbeat)
         except FileNotFoundError:
             continue
         except OSError as error:

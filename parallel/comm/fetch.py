@@ -31,8 +31,9 @@ from torch import Tensor
 from parallel.comm.linear_map import linear_map
 from parallel.comm.pending import Pending
 from parallel.comm.transport import Channel, Finish, move, pick, start_all_to_all, start_p2p, tag_of
-from parallel.sequence.intervals import NONE, Rows, Span, apart, count, outside, overlap, rows_of, size
+from parallel.sequence.intervals import NONE, Rows, Span, count, disjoint, outside, overlap, rows_of, size
 from parallel.topology.axis import Axis
+from parallel.topology.directions import Directions
 
 Message = tuple[int, Rows]  # (rank of the axis, local rows)
 
@@ -55,12 +56,12 @@ class FetchPlan:
     moves: bool
 
     @property
-    def received(self) -> Span:
-        """Rows that come from other ranks, (forward, backward)."""
+    def received(self) -> Directions[int]:
+        """Rows that this rank receives from others."""
         forward, backward = (
             sum(count(r) for s, r in enumerate(rows) if s != self.me) for rows in (self.take, self.give)
         )
-        return forward, backward
+        return Directions(forward, backward)
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def fetch_plan(
     if len(held) != len(wanted):
         raise ValueError(f"{name}: stretches of {len(held)} ranks are held, but of {len(wanted)} wanted")
     for mine in wanted:
-        if not apart(mine):
+        if not disjoint(mine):
             raise ValueError(f"{name}: the stretches that a rank wants must ascend and not overlap")
     _check_held(name, held, wanted)
     give = tuple(_shared(held[me], theirs, False) for theirs in wanted)
@@ -269,7 +270,7 @@ def _shared(mine: Sequence[Span], others: Sequence[Span], ascending: bool) -> Ro
 
 def _check_held(name: str, held: Sequence[Sequence[Span]], wanted: Sequence[Sequence[Span]]) -> None:
     some = sorted((a, b) for mine in held for a, b in mine if a < b)
-    if not apart(some):
+    if not disjoint(some):
         raise ValueError(f"{name}: a row is held by two ranks, or twice by one; needed: one holder a row")
     asked = [(a, b, r) for r, mine in enumerate(wanted) for a, b in mine if a < b]
     ask, have = (np.asarray(s, dtype=np.int64).reshape(-1, k) for s, k in ((asked, 3), (some, 2)))

@@ -62,7 +62,9 @@ def key_costs(packing: ContextPacking, kv_heads: int, head_dim: int, itemsize: i
     }
 
 
-def choose_method(packing: ContextPacking, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> Method:
+def choose_attention_method(
+    packing: ContextPacking, heads: int, kv_heads: int, head_dim: int, itemsize: int
+) -> Method:
     """gather, which moves a third less, while what it holds is no more than a layer's queries and outputs.
 
     So the memory of a layer stays within a constant of its share of the tokens, whatever cp is. Pure.
@@ -142,7 +144,7 @@ def context_attention(
     """Causal softmax attention within each document of a cut stream; a collective over packing.cp.
 
     q [T, H, D], k and v [T, H_kv, D] are this rank's rows, H_kv dividing H; returns [T, H, D].
-    method: None chooses by choose_method().
+    method: None chooses by choose_attention_method().
     """
     plan = packing.once("attention", lambda: _make_plan(packing))
     if not plan.crosses:
@@ -150,7 +152,7 @@ def context_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if method is None:
         shapes = (q.shape[1], k.shape[1], q.shape[2], k.element_size())
-        method = packing.once(("attention", *shapes), lambda: choose_method(packing, *shapes))
+        method = packing.once(("attention", *shapes), lambda: choose_attention_method(packing, *shapes))
     outer = _Outer.apply(q, k, v, plan, scale, method)
     if not plan.inner_rows:
         return outer

@@ -4,7 +4,9 @@ Routing decisions and experts themselves may not enter.
 """
 
 from parallel.expert_parallel.all_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
-from parallel.expert_parallel.all_to_all import Route, combine, dispatch, grouped_linear, plan_route
+from parallel.expert_parallel.all_to_all import combine, dispatch
+from parallel.expert_parallel.grouped import grouped_linear
+from parallel.expert_parallel.routing import Route, plan_route
 
 __all__ = [
     "GatherRoute",

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.comm.collectives import gather_tokens, reduce_tokens
-from parallel.expert_parallel.all_to_all import Route, combine, dispatch, plan_route
+from parallel.expert_parallel.all_to_all import combine, dispatch
+from parallel.expert_parallel.routing import Route, plan_route
 from parallel.topology.axis import Axis
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 
@@ -32,7 +33,27 @@ def numbers(spans: Sequence[Span]) -> np.ndarray:
     return np.concatenate([np.arange(*s, dtype=np.int64) for s in spans] or [np.zeros(0, np.int64)])
 
 
-def apart(spans: Sequence[Span]) -> bool:
+@overload
+def share_start(n: int, parts: int, k: int) -> int: ...
+@overload
+def share_start(n: np.ndarray, parts: int | np.ndarray, k: int | np.ndarray) -> np.ndarray: ...
+def share_start(n: int | np.ndarray, parts: int | np.ndarray, k: int | np.ndarray) -> int | np.ndarray:
+    """Where share number k begins when n things are split into `parts` contiguous shares: k n // parts.
+
+    Share k is [share_start(n, parts, k), share_start(n, parts, k + 1)). Sizes differ by at most one, for any
+    n and parts. Arguments are ints, or int64 arrays that broadcast. Ranks that exchange rows compute both
+    ends of a share on their own, so every split of rows, items or samples must use this formula (law 4).
+    """
+    return k * n // parts
+
+
+def shares(n: int, parts: int, start: int = 0) -> tuple[Span, ...]:
+    """All shares of the n numbers from `start` on, by share_start()."""
+    bounds = [start + share_start(n, parts, k) for k in range(parts + 1)]
+    return tuple(pairwise(bounds))
+
+
+def disjoint(spans: Sequence[Span]) -> bool:
     """Whether spans ascend and do not overlap; empty ones may be anywhere."""
     some = [(start, stop) for start, stop in spans if start < stop]
     return all(stop <= start for (_, stop), (start, _) in pairwise(some))

@@ -195,7 +195,7 @@ PARALLEL = (
     Fault(
         "expert.capacity",
         "the worst scored remain",
-        "parallel/expert_parallel/all_to_all.py",
+        "parallel/expert_parallel/routing.py",
         "torch.argsort(score.detach().reshape(-1), descending=True",
         "torch.argsort(score.detach().reshape(-1), descending=False",
         "tests/parallel/expert_parallel/test_expert.py::test_the_best_scored_remain",

@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.checkpoint import distributed as store
+from parallel import checkpoint as store
 from parallel.checkpoint import manifest
+from parallel.checkpoint.distributed import _remove
 
 Change = Callable[[Path], object]
 NAMES = torch.distributed.checkpoint.metadata.__name__
@@ -276,5 +277,5 @@ def test_a_checkpoint_that_is_removed_leaves_no_part_under_its_name(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "rmtree", lambda p: None)  # as if cut short
-    store._remove(path)
+    _remove(path)
     assert store.published(path.parent) == [] and not path.exists()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.context_parallel import pack
-from parallel.context_parallel.attention import choose_method, context_attention, key_costs
+from parallel.context_parallel.attention import choose_attention_method, context_attention, key_costs
 from parallel.context_parallel.block import TILE, attend, attend_backward, tiled, tiled_backward
 from parallel.sequence.packed import Packing, attention
 from parallel.sequence.stream import Order
@@ -123,7 +123,7 @@ def test_only_documents_that_continue_move_keys() -> None:
 
 
 def test_the_ring_is_taken_where_gathered_keys_would_outgrow_a_share() -> None:
-    assert choose_method(shape_only(2, "contiguous", [16]), 8, 2, 8, 2) == "gather"
-    assert choose_method(shape_only(2, "contiguous", [16]), 2, 2, 8, 2) == "gather"
-    assert choose_method(shape_only(16, "contiguous", [64]), 4, 2, 8, 2) == "ring"
-    assert choose_method(shape_only(16, "contiguous", [4] * 16), 4, 2, 8, 2) == "gather"
+    assert choose_attention_method(shape_only(2, "contiguous", [16]), 8, 2, 8, 2) == "gather"
+    assert choose_attention_method(shape_only(2, "contiguous", [16]), 2, 2, 8, 2) == "gather"
+    assert choose_attention_method(shape_only(16, "contiguous", [64]), 4, 2, 8, 2) == "ring"
+    assert choose_attention_method(shape_only(16, "contiguous", [4] * 16), 4, 2, 8, 2) == "gather"
