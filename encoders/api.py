@@ -1,12 +1,14 @@
 """What the author of an encoder imports. The names here stay where they are; those of other modules may move.
 
 The contract
+
     Encoder, Features, ItemBatch, Meta    what an encoder is, gives and takes
     Axes                                  the axes of the module's mesh, as its layers see them
     Stage, whole                          the layers of a pipeline stage, or all of them
     register                              a name for it in configs
 
 Parameters
+
     declare, declare_buffer, local        a parameter with its global shape, and the part that this rank holds
     ParamSpec                             how it starts, which dim an axis shards, how its gradient is summed
     constant, normal, uniform             initial values
@@ -14,11 +16,13 @@ Parameters
     adopt                                 a module of any make, with the values that it has
 
 Layers
+
     Linear, LayerNorm                     with declared parameters
     enter, leave                          into and out of weights that are sharded over tp
     run_layer                             a layer whose activations may be recomputed
 
 Rows of items, packed end to end
+
     Packing, attention, depthwise_conv    sequences on one rank that never mix
     Share, pieces, reach                  which rows of a data-parallel rank's items this rank has
     Pairing, attend                       attention of the queries that a rank has to all keys of their items

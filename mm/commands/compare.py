@@ -163,7 +163,7 @@ def verdict(interval: tuple[float, float] | None) -> str:
 
 
 def summary(run: Run, base: Run) -> dict[str, Any]:
-    """One entry of the comparison's JSON (docs: compare)."""
+    """One entry of the comparison's JSON (docs: layouts)."""
     times = run.step_s or [float("nan")]
     interval = speedup_interval(run, base) if run is not base else (1.0, 1.0)
     median = statistics.median(times)
