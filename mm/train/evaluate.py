@@ -53,8 +53,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `samples` intact and with each modality's items permuted; every rank calls this.
 
-    Unreadable samples are named and left out on all ranks. Raises DataError where none is left, and StopRequested on
-    all ranks where one of them was asked to end.
+    Unreadable samples are named and left out on all ranks. Raises DataError where none is left, and
+    StopRequested on all ranks where one of them was asked to end.
     """
     while samples:
         try:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean as mean
 
 import torch.distributed as dist
 
@@ -216,13 +215,13 @@ def load_imbalance(plan: StepPlan) -> dict[str, Imbalance]:
     for m in plan.microbatches[0].edges:
         found = [mb.edges[m].imbalance for mb in plan.microbatches if mb.edges[m].items]
         if found:
-            dealt, by_sample = mean(i.dealt for i in found), mean(i.by_sample for i in found)
-            out[m] = Imbalance(dealt, by_sample)
+            n = len(found)
+            out[m] = Imbalance(sum(i.dealt for i in found) / n, sum(i.by_sample for i in found) / n)
     return out
 
 
 def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:
-    """Evaluate the first eval.samples held-out samples; raises StopRequested where some rank was asked to end."""
+    """Evaluate the first eval.samples held-out samples; StopRequested where a rank was asked to end."""
     return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed, stop, warn)
 
 
