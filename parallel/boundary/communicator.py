@@ -67,7 +67,10 @@ class BoundaryCommunicator:
 
     def close(self) -> None:
         """Destroy the group, where this rank is in it and it is not the default one."""
-        if self.group is not dist.group.WORLD and self.group is not dist.GroupMember.NON_GROUP_MEMBER:
+        outside: object = (
+            dist.GroupMember.NON_GROUP_MEMBER
+        )  # what torch gives to ranks that are not in a group
+        if self.group is not dist.group.WORLD and self.group is not outside:
             dist.destroy_process_group(self.group)
 
     def forward(self, plan: EdgePlan, x: Tensor) -> Tensor:

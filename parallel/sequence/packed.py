@@ -6,7 +6,7 @@ integers known on the host (they come from the plan), so no operation here waits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -162,11 +162,11 @@ def depthwise_conv(
         # One sequence needs no rows between: one copy instead of three.
         head = x.new_zeros(left, x.shape[1])
         head = head if before is None else head.index_copy(0, before[1], before[0])
-        return _Taps.apply(torch.cat([head, x]), weight, bias)
+        return _taps(torch.cat([head, x]), weight, bias)
     wide, place = spread(x, packing, left, width - 1 - left)
     if before is not None:
         wide = wide.index_copy(0, before[1], before[0])
-    return _Taps.apply(wide, weight, bias).index_select(0, place - left)
+    return _taps(wide, weight, bias).index_select(0, place - left)
 
 
 class _Taps(torch.autograd.Function):
@@ -200,3 +200,6 @@ class _Taps(torch.autograd.Function):
             d_taps[k] = (g * rows[k : k + n]).sum(0)
         d_bias = g.sum(0).to(weight.dtype) if ctx.has_bias else None
         return d_x.to(x.dtype), d_taps.T.to(weight.dtype), d_bias
+
+
+_taps: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _Taps.apply  # which torch leaves untyped
