@@ -34,7 +34,8 @@ from llm.hf.weights import model_tensors
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext, MoE
 from llm.mtp import IGNORE, ahead
-from parallel.expert_parallel.all_to_all import combine, dispatch, plan_route
+from parallel.expert_parallel.all_to_all import combine, dispatch
+from parallel.expert_parallel.routing import plan_route
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared, initialise
 from parallel.topology.axis import Axes, Axis
@@ -167,22 +168,22 @@ def permutation(r: random.Random) -> Differences:
 
 
 def rolled(r: random.Random) -> Differences:
-    """Tokens and labels further on, in their documents."""
+    """Tokens and labels ahead, in their documents."""
     lengths, depths = lengths_of(r, 6), r.randint(1, 4)
     ids, labels = torch.randint(1, 50, (2, sum(lengths)))
     labels[torch.rand(len(labels)) < 0.3] = IGNORE
-    further = ahead(ids, labels, Packing.of(lengths), depths)
+    mtp = ahead(ids, labels, Packing.of(lengths), depths)
     params, wrong = peer.packed(lengths), 0
     a, b, mask = ids[None], labels[None], (labels != IGNORE)[None].long()
     for depth in range(depths):
         a, b, mask = (peer.mtp.roll_tensor(t, packed_seq_params=params)[0] for t in (a, b, mask))
         wanted = torch.where(mask == 0, IGNORE, b)
-        wrong += int((further[0][depth] != a[0]).sum() + (further[1][depth] != wanted[0]).sum())
+        wrong += int((mtp[0][depth] != a[0]).sum() + (mtp[1][depth] != wanted[0]).sum())
     return {"tokens": float(wrong)}
 
 
 def random_model(r: random.Random) -> LLMConfig:
-    """Any model of attention, dense and expert layers that predicts further tokens."""
+    """Any model of attention, dense and expert layers with multi-token prediction."""
     kv = r.choice([1, 2, 4])
     return LLMConfig(
         pattern="".join(r.choices("*-E", k=r.randint(1, 3))),
@@ -243,8 +244,8 @@ def whole_model(r: random.Random, packed: bool) -> Differences:
     counts = (torch.rand(len(ids)) < 0.7) | (position == cfg.mtp_layers)
     labels_known = torch.where(counts, labels, IGNORE)
     packing = Packing.of(lengths)
-    _, further = ahead(ids, labels_known, packing, cfg.mtp_layers)
-    at_depth = (further != IGNORE).sum(1)
+    _, at_depths = ahead(ids, labels_known, packing, cfg.mtp_layers)
+    at_depth = (at_depths != IGNORE).sum(1)
     ours = our_model(cfg)
     for moe in ours.moe_layers():
         moe.expert_bias.copy_(0.2 * torch.randn(cfg.n_experts))
@@ -256,13 +257,13 @@ def whole_model(r: random.Random, packed: bool) -> Differences:
 
     loss = ours(LLMBatch(ids, labels_known, packing, len(ids), {}, means), {})
     (loss.sum() * scale).backward()
-    further_mean = ours.take_objectives()["mtp"]
+    mtp_mean = ours.take_objectives()["mtp"]
 
     shape = (1, len(ids)) if packed else (len(lengths), lengths[0])
     losses: list[Tensor] = []
     compute = theirs.compute_language_model_loss
     theirs.compute_language_model_loss = lambda *a: losses.append(compute(*a)) or losses[-1]
-    peer.aux_scale(routed=1.0 / len(ids), further=scale)
+    peer.aux_scale(routed=1.0 / len(ids), mtp_scale=scale)
     with Widened():
         its = (
             theirs(
@@ -277,8 +278,8 @@ def whole_model(r: random.Random, packed: bool) -> Differences:
         )
         (its.sum() * scale).backward()
     assert len(losses) == cfg.mtp_layers + 1
-    its_further = torch.stack(
-        [one.detach().view(-1)[known != IGNORE].mean() for one, known in zip(losses, further, strict=False)]
+    its_mtp = torch.stack(
+        [one.detach().view(-1)[known != IGNORE].mean() for one, known in zip(losses, at_depths, strict=False)]
     ).mean()
     mine = peer.translate(cfg, {name: p.grad for name, p, _ in declared(ours) if p.grad is not None})
     known = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
@@ -292,7 +293,7 @@ def whole_model(r: random.Random, packed: bool) -> Differences:
     states = max(far(a, sequence_first(b)) for a, b in zip(*heard, strict=True))
     return {
         "loss": far(loss.detach(), its.detach()),
-        "further_loss": far(further_mean, its_further),
+        "further_loss": far(mtp_mean, its_mtp),
         "further_states": states,
         "gradients": max(far(mine[name], g) for name, g in known.items()),
     }

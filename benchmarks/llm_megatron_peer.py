@@ -128,11 +128,11 @@ def _spec() -> ModuleSpec:
     )
     mlp = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(**linear))
     experts = get_moe_module_spec(use_te=False, num_experts=8, moe_grouped_gemm=False)
-    further = mtp.MultiTokenPredictionLayerSubmodules(
+    one = mtp.MultiTokenPredictionLayerSubmodules(
         enorm=norm, hnorm=norm, eh_proj=ColumnParallelLinear, mtp_model_layer=None, layer_norm=norm
     )
     block = mtp.MultiTokenPredictionBlockSubmodules(
-        layer_specs=[ModuleSpec(module=mtp.MultiTokenPredictionLayer, submodules=further)]
+        layer_specs=[ModuleSpec(module=mtp.MultiTokenPredictionLayer, submodules=one)]
     )
     return ModuleSpec(
         module=hybrid_block.HybridStack,
@@ -283,8 +283,9 @@ def _joined(cfg: LLMConfig, symbol: str, at: str, ours: Mapping[str, Tensor]) ->
     return out
 
 
-def aux_scale(routed: float, further: float) -> None:
-    """What gradients of its further objectives are multiplied with: routed, those of routers, which it has as
-    sums over tokens; further, those of further tokens, as if as many counted as for the next token."""
+def aux_scale(routed: float, mtp_scale: float) -> None:
+    """What gradients of its other objectives are multiplied with: routed, those of routers, which it has as
+    sums over tokens; mtp_scale, those of multi-token prediction, as if as many counted as for
+    the next token."""
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(routed, dtype=torch.float64))
-    mtp.MTPLossAutoScaler.set_loss_scale(torch.tensor(further, dtype=torch.float64))
+    mtp.MTPLossAutoScaler.set_loss_scale(torch.tensor(mtp_scale, dtype=torch.float64))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.expert_parallel.all_to_all import tally
+from parallel.expert_parallel.routing import tally
 from parallel.topology.axis import Axis
 
 

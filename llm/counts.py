@@ -11,20 +11,20 @@ class Counts:
     that each rank divides its own sums by them and losses and gradients only add up. As they are, the sums
     themselves.
 
-    tokens: that are routed, all but the padding. further: tokens that have a loss at each depth of further
-    tokens, the nearest first; () is 1 at each.
+    tokens: that are routed, all but the padding. mtp: tokens that have a loss at each depth of
+    multi-token prediction, the nearest first; () is 1 at each.
     """
 
     tokens: int = 1
-    further: tuple[int, ...] = ()
+    mtp: tuple[int, ...] = ()
 
     @property
     def token_scale(self) -> float:
         """What a sum over routed tokens is multiplied with for its mean."""
         return 1.0 / max(1, self.tokens)
 
-    def further_scales(self, depths: int) -> tuple[float, ...]:
+    def mtp_scales(self, depths: int) -> tuple[float, ...]:
         """What the summed loss of each depth is multiplied with for the mean over all: 1 / (depths n)."""
-        further = self.further or (1,) * depths
-        assert len(further) == depths, (further, depths)
-        return tuple(1.0 / (depths * max(1, n)) for n in further)
+        mtp = self.mtp or (1,) * depths
+        assert len(mtp) == depths, (mtp, depths)
+        return tuple(1.0 / (depths * max(1, n)) for n in mtp)

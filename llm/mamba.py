@@ -108,7 +108,7 @@ def mixer_bytes(shape: MixerShape, packing: ContextPacking, itemsize: int) -> di
     return out
 
 
-def choose_method(shape: MixerShape, packing: ContextPacking, itemsize: int) -> Method:
+def choose_scan_method(shape: MixerShape, packing: ContextPacking, itemsize: int) -> Method:
     """The one that moves fewer bytes. Pure, alike on every rank."""
     costs = mixer_bytes(shape, packing, itemsize)
     return min(costs, key=lambda method: costs[method])
@@ -234,7 +234,7 @@ class Mamba(nn.Module):
         if not self.shared.even:
             return "states"
         key = ("mamba", self.shape, itemsize)
-        return packing.once(key, lambda: choose_method(self.shape, packing, itemsize))
+        return packing.once(key, lambda: choose_scan_method(self.shape, packing, itemsize))
 
     def _scan_inputs(
         self, conv: Tensor, dt: Tensor, own: slice | None = None, groups: int | None = None

@@ -21,17 +21,10 @@ from llm.mlp import MLP, activate, config_mlp
 from llm.recompute import run
 from parallel.comm.collectives import join_tokens, split_tokens
 from parallel.expert_parallel.all_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
-from parallel.expert_parallel.all_to_all import (
-    Route,
-    capacity_rows,
-    combine,
-    dispatch,
-    grouped_linear,
-    plan_route,
-    tally,
-    within_capacity,
-)
-from parallel.expert_parallel.expert_tensor import Share, gather_rows, plan_share, reduce_rows
+from parallel.expert_parallel.all_to_all import combine, dispatch
+from parallel.expert_parallel.expert_tensor import EtpRows, gather_rows, plan_etp_rows, reduce_rows
+from parallel.expert_parallel.grouped import grouped_linear
+from parallel.expert_parallel.routing import Route, capacity_rows, plan_route, tally, within_capacity
 from parallel.sequence.packed import Packing
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.param import ParamSpec, declare, declare_buffer, local, normal
@@ -91,13 +84,13 @@ class Choice:
     not decide again, as rounding could, nor exchange sizes again.
 
     chosen: experts [n, k] of this rank's tokens; loads: document_loads, where a balance loss needs them;
-    share: whose rows meet in this rank's slices of experts, None without etp.
+    etp_rows: whose rows meet in this rank's slices of experts, None without etp.
     """
 
     chosen: Tensor | None = None
     loads: Tensor | None = None
     route: Route | GatherRoute | None = None
-    share: Share | None = None
+    etp_rows: EtpRows | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class ForwardContext:
     """What a forward pass gives its layers besides the hidden states.
 
     packing: the documents; n_real: tokens of this rank before the padding; counts: what the objectives are
-    means over; learns: a training forward, whose loads and further objectives count.
+    means over; learns: a training forward, whose loads and other objectives count.
     """
 
     packing: Packing
@@ -169,7 +162,7 @@ class MoE(nn.Module):
             biased = score.detach() + self.expert_bias
             choice.chosen = choose(biased, cfg.top_k, cfg.expert_groups, cfg.top_groups)
             choice.route = self._plan(choice.chosen, score)
-            choice.share = plan_share(choice.route.per_expert, self.axes.etp, x.device)
+            choice.etp_rows = plan_etp_rows(choice.route.per_expert, self.axes.etp, x.device)
             if ctx.learns:
                 self.load += tally(choice.chosen, cfg.n_experts)
         weight = score.gather(1, choice.chosen)
@@ -178,7 +171,7 @@ class MoE(nn.Module):
         if ctx.learns:
             weight = self._with_objectives(weight, logits, score, ctx, choice, first)
         rows = tokens if self.latent_in is None else self.latent_in(tokens)
-        y = self._routed(rows, weight * cfg.routed_scale, choice.route, choice.share)
+        y = self._routed(rows, weight * cfg.routed_scale, choice.route, choice.etp_rows)
         if self.latent_out is not None:
             y = self.latent_out(y)
         y = F.pad(y, (0, 0, 0, width - real))
@@ -196,19 +189,21 @@ class MoE(nn.Module):
             return plan_gather(chosen, cfg.n_experts, ep, keep)
         return plan_route(chosen, cfg.n_experts, ep, keep, rows if cfg.pad_experts else None)
 
-    def _routed(self, x: Tensor, weight: Tensor, route: Route | GatherRoute, share: Share | None) -> Tensor:
+    def _routed(
+        self, x: Tensor, weight: Tensor, route: Route | GatherRoute, etp_rows: EtpRows | None
+    ) -> Tensor:
         """Tokens [n, w] through their experts, summed with weights [n, k]."""
         if isinstance(route, GatherRoute):
-            out = self._expert_rows(gather_dispatch(x, route), route.per_expert, share)
+            out = self._expert_rows(gather_dispatch(x, route), route.per_expert, etp_rows)
             return gather_combine(out, weight, route)
-        return combine(self._expert_rows(dispatch(x, route), route.per_expert, share), weight, route)
+        return combine(self._expert_rows(dispatch(x, route), route.per_expert, etp_rows), weight, route)
 
-    def _expert_rows(self, rows: Tensor, per_expert: list[int], share: Share | None) -> Tensor:
+    def _expert_rows(self, rows: Tensor, per_expert: list[int], etp_rows: EtpRows | None) -> Tensor:
         """Rows [m, w] grouped by local expert to their results [m, w]."""
         again = "moe_act" in self.recompute
-        if share is None:
+        if etp_rows is None:
             return self.experts(rows, per_expert, again)
-        return reduce_rows(self.experts(gather_rows(rows, share), share.per_expert, again), share)
+        return reduce_rows(self.experts(gather_rows(rows, etp_rows), etp_rows.per_expert, again), etp_rows)
 
     def _with_objectives(
         self, weight: Tensor, logits: Tensor, score: Tensor, ctx: ForwardContext, choice: Choice, first: bool

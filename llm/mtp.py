@@ -24,7 +24,7 @@ IGNORE = -100
 
 
 def ahead(ids: Tensor, labels: Tensor, packing: Packing, depths: int) -> tuple[Tensor, Tensor]:
-    """Tokens and labels further on: both [depths, T], row k - 1 those k tokens ahead in the same document.
+    """Tokens and labels ahead: both [depths, T], row k - 1 those k tokens later in the same document.
 
     ids, labels [T] of a whole stream, int64. Where the document ends before, the id is 0 and the label
     IGNORE, so that nothing is learned across an edge. A stream that is cut over cp is rolled before the cut.

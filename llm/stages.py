@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm.config import LLMConfig, embeds_last, head_flops, layer_costs
+from llm.config import LLMConfig, embeds_last
+from llm.flops import head_flops, layer_costs
 from parallel.topology.layout import Unfit
 from parallel.topology.stage import Stage, partition_layers, stages_of, whole
 
 
-def cut(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage, ...]:
+def partition(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage, ...]:
     """The model in n stages: where the pattern says, else so that the costliest stage is cheapest.
 
     lengths: documents of a typical packed sequence, tokens, which costs are reckoned for. Raises ValueError
@@ -46,8 +47,8 @@ def entering_levels(cfg: LLMConfig, stages: Sequence[Stage], levels: int) -> dic
 
 def levels_of(cfg: LLMConfig, stage: Stage) -> tuple[int, ...]:
     """The levels of encoder rows that enter at `stage`, ascending."""
-    further = (k for k, after in enumerate(cfg.level_layers, start=1) if after in stage.layers)
-    return (*((0,) if stage.first else ()), *further)
+    later = (k for k, after in enumerate(cfg.level_layers, start=1) if after in stage.layers)
+    return (*((0,) if stage.first else ()), *later)
 
 
 def shared_parameters(cfg: LLMConfig, stages: Sequence[Stage]) -> tuple[str, ...]:

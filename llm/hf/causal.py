@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llm.hf.config import read_config
 from llm.hf.files import SafeFolder
-from llm.hf.weights import check_tensors, checkpoint_tensors, load_weights, places_by_name
+from llm.hf.weights import check_tensors, checkpoint_tensors, load_weights, parts_by_name
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
 from parallel.sequence.packed import Packing
@@ -51,7 +51,7 @@ def load_hf(
     cfg = read_config(folder.config())
     tensors = checkpoint_tensors(cfg)
     check_tensors(tensors, folder.shapes(), str(folder.path))
-    stored = {name: folder.dtype(places[0][0].key) for name, places in places_by_name(tensors).items()}
+    stored = {name: folder.dtype(parts[0][0].key) for name, parts in parts_by_name(tensors).items()}
     model = LLM(cfg, device="meta")
     allocate(model, {name: dtype or stored[name] for name in stored}, device)
     load_weights(model, folder)

@@ -118,8 +118,8 @@ def read_config(data: Mapping[str, Any]) -> LLMConfig:
         raise ValueError(
             f"config.json has num_nextn_predict_layers={stored}; needed: one stored block or none"
         )
-    further = _pattern(data, "mtp_hybrid_override_pattern", "mtp_layers_block_type") or "*E"
-    cfg = LLMConfig(pattern=pattern, mtp_layers=stored, mtp_pattern=further)
+    mtp_pattern = _pattern(data, "mtp_hybrid_override_pattern", "mtp_layers_block_type") or "*E"
+    cfg = LLMConfig(pattern=pattern, mtp_layers=stored, mtp_pattern=mtp_pattern)
     used = {f.ours: data.get(f.theirs, f.default) for f in FIELDS if cfg.kinds & set(f.kinds)}
     for f in FIELDS:
         if used.get(f.ours, f.default) is None and f.default is not None:
@@ -140,7 +140,7 @@ def read_config(data: Mapping[str, Any]) -> LLMConfig:
 def write_config(cfg: LLMConfig, dtype: str) -> dict[str, Any]:
     """config.json of a model; dtype: of its weights ("bfloat16"). ValueError where the format cannot say it.
 
-    Options of training alone (balance losses, capacity, weight of further tokens) are not part of it.
+    Options of training alone (balance losses, capacity, weight of multi-token prediction) are not part of it.
     """
     for ours, needed in UNSAID.items():
         if getattr(cfg, ours) != needed:

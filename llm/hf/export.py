@@ -19,7 +19,7 @@ from llm.hf.config import write_config
 from llm.hf.files import CONFIG, INDEX, WEIGHTS
 from llm.hf.weights import checkpoint_tensors, join, model_shapes, model_tensors
 from llm.model import LLM
-from parallel.checkpoint import distributed as checkpoint
+from parallel import checkpoint as checkpoint
 from parallel.sharding.dtypes import accumulation_dtype
 
 Fetch = Callable[[Sequence[str]], Mapping[str, Tensor]]

@@ -75,13 +75,13 @@ LAYER: dict[str, tuple[Row, ...]] = {
     ),
 }
 
-# Of the block that predicts further tokens: below its first and its last layer there, below mtp here.
-FURTHER_FIRST = (
+# The block of multi-token prediction: below its first and its last layer there, below mtp here.
+MTP_FIRST = (
     Row("enorm.weight", ("embed_norm.weight",)),
     Row("hnorm.weight", ("hidden_norm.weight",)),
     Row("eh_proj.weight", ("join.weight",)),
 )
-FURTHER_LAST = (Row("final_layernorm.weight", ("norm.weight",)),)
+MTP_LAST = (Row("final_layernorm.weight", ("norm.weight",)),)
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ def _rows(cfg: LLMConfig) -> list[tuple[Row, str, str]]:
     for i, symbol in enumerate(cfg.symbols):
         rows += [(row, f"backbone.layers.{i}.", f"layers.{i}.") for row in LAYER[symbol]]
     if cfg.mtp_layers:
-        rows += [(row, "mtp.layers.0.", "mtp.") for row in FURTHER_FIRST]
+        rows += [(row, "mtp.layers.0.", "mtp.") for row in MTP_FIRST]
         for i, symbol in enumerate(cfg.mtp_pattern):
             rows += [(row, f"mtp.layers.{i}.", f"mtp.layers.{i}.") for row in LAYER[symbol]]
-        rows += [(row, f"mtp.layers.{len(cfg.mtp_pattern) - 1}.", "mtp.") for row in FURTHER_LAST]
+        rows += [(row, f"mtp.layers.{len(cfg.mtp_pattern) - 1}.", "mtp.") for row in MTP_LAST]
     return rows
 
 

@@ -78,7 +78,7 @@ def load_weights(model: LLM, folder: SafeFolder, mesh: ModuleMesh | None = None)
     folder's config describes another model, lacks a tensor, has an unknown one, or one of another shape.
     """
     tensors = check_folder(model.cfg, folder)
-    places = places_by_name(tensors)
+    parts = parts_by_name(tensors)
     specs: dict[str, ParamSpec] = {name: spec for name, _, spec in declared(model)}
     for name, target in model_tensors(model).items():
         shape = tuple(target.shape)
@@ -86,13 +86,13 @@ def load_weights(model: LLM, folder: SafeFolder, mesh: ModuleMesh | None = None)
             held = [torch.arange(n) for n in shape]
         else:
             held = held_indices(shape, specs[name], mesh)
-        block = read_block(folder, places[name], held)
+        block = read_block(folder, parts[name], held)
         shard = local(target)
         assert block.shape == shard.shape, (name, block.shape, shard.shape)
         shard.copy_(block)
 
 
-def places_by_name(tensors: Sequence[FileTensor]) -> dict[str, list[tuple[FileTensor, Part]]]:
+def parts_by_name(tensors: Sequence[FileTensor]) -> dict[str, list[tuple[FileTensor, Part]]]:
     """Where each parameter is found."""
     out: dict[str, list[tuple[FileTensor, Part]]] = defaultdict(list)
     for tensor in tensors:
@@ -101,16 +101,16 @@ def places_by_name(tensors: Sequence[FileTensor]) -> dict[str, list[tuple[FileTe
     return out
 
 
-def read_block(folder: SafeFolder, places: list[tuple[FileTensor, Part]], held: list[Tensor]) -> Tensor:
+def read_block(folder: SafeFolder, parts: list[tuple[FileTensor, Part]], held: list[Tensor]) -> Tensor:
     """The block held[0] x held[1] x .. (global indices per dim) of a parameter, from where it is in files."""
-    if places[0][1].expert is None:
-        ((tensor, part),) = places
+    if parts[0][1].expert is None:
+        ((tensor, part),) = parts
         return _read(folder, tensor, [held[0] + part.first, *held[1:]])
-    experts = {part.expert: tensor for tensor, part in places}
+    experts = {part.expert: tensor for tensor, part in parts}
     rows = [_read(folder, experts[e], held[1:]) for e in held[0].tolist()]
     if rows:
         return torch.stack(rows)
-    return torch.empty([len(h) for h in held], dtype=folder.dtype(places[0][0].key))
+    return torch.empty([len(h) for h in held], dtype=folder.dtype(parts[0][0].key))
 
 
 def _read(folder: SafeFolder, tensor: FileTensor, held: list[Tensor]) -> Tensor:

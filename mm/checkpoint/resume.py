@@ -22,7 +22,7 @@ from mm.config.schema import Config
 from mm.errors import CheckpointError, PolyrankError
 from mm.ranks.launch import RankInfo, restarted
 from mm.ranks.lock import lock
-from parallel.checkpoint import distributed as store
+from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 
 RUN = "run.json"
@@ -63,7 +63,7 @@ def verify(path: Path, rank: RankInfo | None = None) -> list[str]:
     if rank is None or rank.world == 1:
         return store.verify(path)
     pulse = _Pulse(rank, f"verify/{path}")
-    mine = store.verify(path, rank.rank, rank.world, pulse.beat)
+    mine = store.verify(path, rank.rank, rank.world, heartbeat=pulse.beat)
     pulse.wait_for_all()
     parts: list[Any] = [None] * rank.world
     dist.all_gather_object(parts, mine)

@@ -18,7 +18,7 @@ from mm.data.index import Index
 from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.ranks.job import Job
-from parallel.checkpoint import distributed as store
+from parallel import checkpoint as store
 from parallel.topology.axis import Axes
 
 

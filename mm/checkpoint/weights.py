@@ -20,7 +20,7 @@ from mm.config.schema import build, from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import SINK, Blueprint
 from mm.ranks.job import Job
-from parallel.checkpoint import distributed as store
+from parallel import checkpoint as store
 
 
 def start_from(job: Job, path: Path) -> None:

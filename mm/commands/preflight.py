@@ -57,7 +57,7 @@ def _could_write(folder: Path) -> None:
 def check_start(cfg: Config) -> None:
     """Refuse a start (checkpoint.resume, checkpoint.weights) from what is not there: CheckpointError."""
     from mm.checkpoint.state import candidates
-    from parallel.checkpoint.distributed import MANIFEST
+    from parallel.checkpoint import MANIFEST
 
     if restarted():  # what it began from may be gone: it goes on from its own
         return

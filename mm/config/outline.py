@@ -14,7 +14,7 @@ from llm.config import LLMConfig
 from llm.config import check as check_llm
 from llm.presets import preset
 from llm.recompute import recompute_parts
-from llm.stages import cut
+from llm.stages import partition
 from mm.config.schema import Config, build
 from mm.data.tokenizer import make_tokenizer
 from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
@@ -54,7 +54,7 @@ def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tupl
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
     check_stages(layouts[SINK], len(llm.symbols), virtual=True)
     _check_schedule(cfg, layouts)
-    return layouts, llm, cut(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
+    return layouts, llm, partition(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
 
 
 def schedule_of(

@@ -4,7 +4,7 @@ the head of tokens without loss not."""
 from __future__ import annotations
 
 from encoders.module import module_flops
-from llm.config import flops as llm_flops
+from llm.flops import flops as llm_flops
 from mm.plan.blueprint import SINK, Blueprint
 from mm.plan.step_plan import Microbatch, StepPlan, supervised_tokens
 

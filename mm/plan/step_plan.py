@@ -44,7 +44,7 @@ class PlanInputs:
 
     context: longest sample allowed, in tokens (text bytes, encoder rows and two markers).
     microbatches: how many the global batch is cut into, the same for all modules.
-    order: how cp cuts the language model's packed sequences. depths: how many tokens further it predicts.
+    order: how cp cuts the language model's packed sequences. mtp_depths: depths of multi-token prediction.
     """
 
     llm: Layout
@@ -52,7 +52,7 @@ class PlanInputs:
     context: int
     microbatches: int
     order: Order = "contiguous"
-    depths: int = 0
+    mtp_depths: int = 0
     _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
@@ -81,16 +81,16 @@ class ItemPlan:
     """One item of a micro-batch.
 
     sample: index of its sample in the micro-batch; position: token position of its first row in the packed
-    sequence of LLM lane llm_lane; source_lane: the encoder dp index that computes it.
+    sequence of LLM dp rank llm_dp; source_dp: the encoder dp rank that computes it.
     """
 
     sample: int
     part: Part
     rows: int
     cost: float
-    llm_lane: int
+    llm_dp: int
     position: int
-    source_lane: int
+    source_dp: int
 
 
 class Edge(NamedTuple):
@@ -105,8 +105,8 @@ class EdgePlanInputs:
     """The items of one encoder in one micro-batch, in order of global row id, and both sides' rows.
 
     dest: as the language model's first pipeline rank reads them; others read their levels of the same rows.
-    load: cost of the items of the costliest encoder lane over the mean (1 is even), as dealt, and as it
-    would be with each item on the lane of its sample.
+    load: cost of the items of the costliest encoder dp rank over the mean (1 is even), as dealt, and as it
+    would be with each item on the dp rank of its sample.
     """
 
     items: tuple[ItemPlan, ...]
@@ -121,32 +121,32 @@ class EdgePlanInputs:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """samples; lane_of[j] and length[j]: LLM dp index and token count of sample j.
+    """samples; dp_of[j] and length[j]: LLM dp rank and token count of sample j.
 
-    tokens[l]: length of lane l's packed sequence, padded so that it can be shared out over tp.
+    tokens[d]: length of dp rank d's packed sequence, padded so that it can be shared out over tp.
     """
 
     samples: tuple[Sample, ...]
-    lane_of: tuple[int, ...]
+    dp_of: tuple[int, ...]
     length: tuple[int, ...]
     tokens: tuple[int, ...]
     edges: Mapping[str, EdgePlanInputs]
 
-    def lane_samples(self, lane: int) -> list[int]:
+    def samples_of(self, dp: int) -> list[int]:
         """Samples of an LLM dp rank, in the order they are packed."""
-        return [j for j, owner in enumerate(self.lane_of) if owner == lane]
+        return [j for j, owner in enumerate(self.dp_of) if owner == dp]
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """supervised: tokens of the whole step that the loss is divided by (design law 2); further: the same at
-    each depth of further tokens."""
+    """supervised: tokens of the whole step that the loss is divided by (design law 2); mtp_supervised: those
+    with a loss at each depth of multi-token prediction."""
 
     step: int
     sample_ids: tuple[int, ...]
     microbatches: tuple[Microbatch, ...]
     supervised: int
-    further: tuple[int, ...]
+    mtp_supervised: tuple[int, ...]
 
     @cached_property
     def digests(self) -> np.ndarray:
@@ -156,15 +156,15 @@ class StepPlan:
             dealt: list[list[int]] = [[] for _ in mb.samples]
             for k, edge in enumerate(mb.edges.values()):
                 for i in edge.items:
-                    dealt[i.sample] += (k, i.rows, i.position, i.source_lane)
+                    dealt[i.sample] += (k, i.rows, i.position, i.source_dp)
             for j, sample in enumerate(mb.samples):
-                out.append(_fingerprint([sample.id, mb.lane_of[j], mb.length[j], *dealt[j]]))
+                out.append(_fingerprint([sample.id, mb.dp_of[j], mb.length[j], *dealt[j]]))
         return np.asarray(out, dtype=np.int64)
 
     @cached_property
     def digest(self) -> int:
         """A 63-bit fingerprint that all ranks of a step must share."""
-        return _fingerprint([self.step, self.supervised, *self.further, *self.digests])
+        return _fingerprint([self.step, self.supervised, *self.mtp_supervised, *self.digests])
 
     @property
     def tokens(self) -> int:
@@ -173,8 +173,8 @@ class StepPlan:
 
     @property
     def counts(self) -> Counts:
-        """What the language model's further objectives are means over."""
-        return Counts(self.tokens, self.further)
+        """What the language model's other objectives are means over."""
+        return Counts(self.tokens, self.mtp_supervised)
 
     @property
     def active(self) -> list[set[str]]:
@@ -206,10 +206,11 @@ def supervised_tokens(sample: Sample) -> int:
     return (not sample.cut) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
 
 
-def further_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
-    """Tokens of a sample that carry loss at each depth of further tokens: those that far behind its begin."""
+def mtp_supervised_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
+    """Tokens of a sample that carry loss at each depth of multi-token prediction: those at least
+    that far behind its begin."""
     total = supervised_tokens(sample)
-    return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.depths + 1)]
+    return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.mtp_depths + 1)]
 
 
 def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
@@ -230,24 +231,25 @@ def owner_of(n: int, parts: int) -> list[int]:
     return [k for k, (a, b) in enumerate(shares(n, parts)) for _ in range(b - a)]
 
 
-def deal_by_cost(costs: Sequence[float], home: Sequence[int], lanes: int) -> list[int]:
-    """Give items to lanes so that the costliest lane is cheap and few items leave their home lane.
+def deal_by_cost(costs: Sequence[float], home: Sequence[int], dp: int) -> list[int]:
+    """Deal items to `dp` ranks: the dp rank of each. The largest load is small, and few items leave home.
 
-    The costliest lane is at most that of longest-first to the least loaded lane (Graham 1969: within 4/3 of
-    the best). Within that bound items stay at home, where their rows need not travel. O(n (log n + lanes)).
+    The largest load is at most that of longest-first to the least loaded rank (Graham 1969: within 4/3 of the
+    best). Within that bound an item stays on its home rank, from where its rows need not travel.
+    O(n (log n + dp)).
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    spread = _longest_first(order, costs, home, lanes, stay=0.0)
+    spread = _longest_first(order, costs, home, dp, stay=0.0)
     bound = max(spread[1], default=0.0)
-    kept = _longest_first(order, costs, home, lanes, stay=bound)
+    kept = _longest_first(order, costs, home, dp, stay=bound)
     return kept[0] if max(kept[1], default=0.0) <= bound else spread[0]
 
 
 def _longest_first(
-    order: Sequence[int], costs: Sequence[float], home: Sequence[int], lanes: int, *, stay: float
+    order: Sequence[int], costs: Sequence[float], home: Sequence[int], dp: int, *, stay: float
 ) -> tuple[list[int], list[float]]:
-    """(lane of each item, load of each lane): an item stays at home up to a load of `stay`, or on a tie."""
-    load, out = [0.0] * lanes, [0] * len(costs)
+    """(dp rank of each item, load of each rank): an item stays home up to a load of `stay`, or on a tie."""
+    load, out = [0.0] * dp, [0] * len(costs)
     for i in order:
         least = min(load)
         here = load[home[i]] + costs[i] <= stay or load[home[i]] == least
@@ -260,32 +262,31 @@ def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepP
     """Plan one step over `samples`, the whole global batch in order."""
     micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in shares(len(samples), inputs.microbatches))
     ids = tuple(s.id for s in samples)
-    further = tuple(map(sum, zip(*(further_tokens(s, inputs) for s in samples), strict=True)))
-    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples), further)
+    by_sample = (mtp_supervised_tokens(s, inputs) for s in samples)
+    mtp = tuple(map(sum, zip(*by_sample, strict=True)))
+    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples), mtp)
 
 
 def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch:
     """Deal samples to LLM dp ranks and items to encoder dp ranks, and map every row on both sides."""
     llm = inputs.llm
-    lane_of = owner_of(len(samples), llm.dp)
+    dp_of = owner_of(len(samples), llm.dp)
     length = [sample_length(s, inputs) for s in samples]
     start, filled = [], [0] * llm.dp
-    for lane, n in zip(lane_of, length, strict=True):
-        start.append(filled[lane])
-        filled[lane] += n
+    for dp, n in zip(dp_of, length, strict=True):
+        start.append(filled[dp])
+        filled[dp] += n
     # Whole shares for every rank, and at least one token each, so that no collective meets an empty tensor.
     unit = inputs.alignment
     tokens = [max(1, -(-n // unit)) * unit for n in filled]
-    edges = {
-        module: _plan_edge(module, samples, lane_of, start, tokens, inputs) for module in inputs.encoders
-    }
-    return Microbatch(tuple(samples), tuple(lane_of), tuple(length), tuple(tokens), edges)
+    edges = {module: _plan_edge(module, samples, dp_of, start, tokens, inputs) for module in inputs.encoders}
+    return Microbatch(tuple(samples), tuple(dp_of), tuple(length), tuple(tokens), edges)
 
 
 def _plan_edge(
     module: str,
     samples: Sequence[Sample],
-    lane_of: Sequence[int],
+    dp_of: Sequence[int],
     start: Sequence[int],
     tokens: Sequence[int],
     inputs: PlanInputs,
@@ -306,25 +307,25 @@ def _plan_edge(
     # Samples are cut over the encoder's dp exactly as over the LLM's: equal dp sizes need no traffic.
     home = owner_of(len(samples), use.layout.dp)
     homes = [home[j] for j, *_ in found]
-    lanes = deal_by_cost(costs, homes, use.layout.dp) if use.deal == "cost" else homes
+    dealt = deal_by_cost(costs, homes, use.layout.dp) if use.deal == "cost" else homes
     items = tuple(
-        ItemPlan(j, part, n, cost, lane_of[j], at, lane)
-        for (j, part, n, at), cost, lane in zip(found, costs, lanes, strict=True)
+        ItemPlan(j, part, n, cost, dp_of[j], at, source_dp)
+        for (j, part, n, at), cost, source_dp in zip(found, costs, dealt, strict=True)
     )
-    rows, lane, position = _columns(items)
-    source = source_side(use.layout, rows, lanes)
-    dest = dest_side(llm, rows, lane, position, tokens, order=inputs.order)
-    load = tuple(_imbalance(costs, where, use.layout.dp) for where in (lanes, homes))
+    rows, llm_dp, position = _columns(items)
+    source = source_side(use.layout, rows, dealt)
+    dest = dest_side(llm, rows, llm_dp, position, tokens, order=inputs.order)
+    load = tuple(_imbalance(costs, where, use.layout.dp) for where in (dealt, homes))
     return EdgePlanInputs(items, source, dest, (load[0], load[1]))
 
 
 def _columns(items: Sequence[ItemPlan]) -> tuple[list[int], list[int], list[int]]:
-    """Rows, LLM lanes and token positions of items."""
-    return [i.rows for i in items], [i.llm_lane for i in items], [i.position for i in items]
+    """Rows, LLM dp ranks and token positions of items."""
+    return [i.rows for i in items], [i.llm_dp for i in items], [i.position for i in items]
 
 
-def _imbalance(costs: Sequence[float], lane: Sequence[int], lanes: int) -> float:
-    load = np.bincount(np.asarray(lane, dtype=np.int64), weights=np.asarray(costs), minlength=lanes)
+def _imbalance(costs: Sequence[float], dp_of: Sequence[int], dp: int) -> float:
+    load = np.bincount(np.asarray(dp_of, dtype=np.int64), weights=np.asarray(costs), minlength=dp)
     return float(load.max() / load.mean()) if load.sum() > 0 else 1.0
 
 

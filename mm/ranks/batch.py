@@ -91,7 +91,7 @@ class Assembler:
     def _items(self, module: str, mb: Microbatch, bad: list[BadSample]) -> tuple[ItemBatch, tuple[str, ...]]:
         use = self.inputs.encoders[module]
         at = use.layout.coord(self.rank)
-        mine = [item for item in mb.edges[module].items if item.source_lane == at.dp]
+        mine = [item for item in mb.edges[module].items if item.source_dp == at.dp]
         metas = [item.part.meta for item in mine]
         # Later pipeline stages, and ranks that compute other rows, need no payload.
         needed = needed_items(use.cls, use.cfg, metas, self.axes[module]) if at.pp == 0 else range(0)
@@ -113,7 +113,7 @@ class Assembler:
     def _text(
         self, mb: Microbatch, counts: Counts, bad: list[BadSample]
     ) -> tuple[LLMBatch, dict[str, Tensor]]:
-        llm, tok, depths = self.inputs.llm, self.tokenizer, self.inputs.depths
+        llm, tok, depths = self.inputs.llm, self.tokenizer, self.inputs.mtp_depths
         coord = llm.coord(self.rank)
         total = mb.tokens[coord.dp]
         ids = np.full(total, tok.pad, dtype=np.int64)
@@ -121,7 +121,7 @@ class Assembler:
         depends = {m: np.zeros(total, dtype=bool) for m in self.inputs.encoders}
         reads = coord.pp in (0, llm.pp - 1)  # stages between need lengths alone
         lengths, n_real = [], 0
-        for j in mb.lane_samples(coord.dp):
+        for j in mb.samples_of(coord.dp):
             try:
                 if reads:
                     self._write_sample(mb.samples[j], n_real, ids, labels, depends)
@@ -139,14 +139,14 @@ class Assembler:
             timeout_s=self.timeout_s,
         )
         text = [torch.from_numpy(ids), torch.from_numpy(labels)]
-        further = ahead(text[0], text[1], Packing.of(lengths), depths) if depths else None
+        mtp = ahead(text[0], text[1], Packing.of(lengths), depths) if depths else None
         flags = {m: torch.from_numpy(d) for m, d in depends.items()}
         if isinstance(packing, ContextPacking):
             own = torch.from_numpy(packing.rows)
             text, flags = [t[own] for t in text], {m: f[own] for m, f in flags.items()}
-            further = None if further is None else (further[0][:, own], further[1][:, own])
+            mtp = None if mtp is None else (mtp[0][:, own], mtp[1][:, own])
             n_real = packing.rows_before(n_real)
-        supervises = loss_rows(text[1], None if further is None else further[1])
+        supervises = loss_rows(text[1], None if mtp is None else mtp[1])
         entering = {e.source for e in self.row_shapes if e.stage % llm.pp == coord.pp}
         entries = {
             m: torch.from_numpy(edge_row_positions(e, self.inputs, self.rank, mb.tokens)).to(self.device)
@@ -154,14 +154,14 @@ class Assembler:
             if e.items and m in entering
         }
         batch = LLMBatch(
-            text[0].to(self.device),
-            text[1].to(self.device),
-            packing,
-            n_real,
-            entries,
-            counts,
-            None if further is None else (further[0].to(self.device), further[1].to(self.device)),
-            tuple(rows.to(self.device) for rows in supervises),
+            ids=text[0].to(self.device),
+            labels=text[1].to(self.device),
+            packing=packing,
+            n_real=n_real,
+            row_positions=entries,
+            counts=counts,
+            ahead=None if mtp is None else (mtp[0].to(self.device), mtp[1].to(self.device)),
+            loss_rows=tuple(rows.to(self.device) for rows in supervises),
         )
         return batch, {m: f.to(self.device) for m, f in flags.items()}
 

@@ -175,8 +175,8 @@ def _boundaries(
 def _layers(module: nn.Module) -> list[nn.Module]:
     """What FSDP gathers and frees on its own in module `module`."""
     assert isinstance(module, LLM | EncoderModule)
-    further = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
-    return [*module.layers, *further]
+    mtp_layers = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
+    return [*module.layers, *mtp_layers]
 
 
 def _build_parts(blueprint: Blueprint, name: str, mesh: ModuleMesh, rank: RankInfo) -> dict[int, nn.Module]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.config import head_flops, layer_costs
+from llm.flops import head_flops, layer_costs
 from mm.plan.blueprint import SINK, Blueprint
 from mm.plan.flops import forward_flops
 from mm.plan.step_plan import StepPlan

@@ -182,7 +182,7 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[s
 
 
 def load_imbalance(plan: StepPlan) -> dict[str, dict[str, float]]:
-    """By encoder: FLOPs of its costliest lane over the mean, as dealt and as if dealt by sample; averages
+    """By encoder: FLOPs of its costliest dp rank over the mean, as dealt and as if dealt by sample; averages
     over the micro-batches in which it has items."""
     out = {}
     for m in plan.microbatches[0].edges:

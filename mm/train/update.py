@@ -122,7 +122,7 @@ def _objectives(job: Job) -> dict[str, float]:
     for part in job.parts[SINK].values():
         assert isinstance(part, LLM)
         for name, value in part.take_objectives().items():
-            if name in out and (first or name != "mtp"):  # of further tokens, tp ranks have equal sums
+            if name in out and (first or name != "mtp"):  # "mtp": equal on all tp ranks
                 out[name] += float(value)
     return out
 

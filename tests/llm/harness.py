@@ -144,9 +144,9 @@ def make_batch(text: Text, vocab: int, axes: Axes | None = None) -> tuple[LLMBat
     width = text.total // axes.token_shards
     first = axes.tp.rank * width if axes.sequence_parallel else 0
     mine = [i for i, at in enumerate(text.rows_at) if first <= at < first + width]
-    places = torch.tensor([text.rows_at[i] - first for i in mine], dtype=torch.int64)
+    positions = torch.tensor([text.rows_at[i] - first for i in mine], dtype=torch.int64)
     lengths = [*text.lengths, text.padding] if text.padding else text.lengths
-    return LLMBatch(ids, labels, Packing.of(lengths), n_real, {"vision": places}), mine
+    return LLMBatch(ids, labels, Packing.of(lengths), n_real, {"vision": positions}), mine
 
 
 def make_rows(text: Text, width: int, dtype: torch.dtype = torch.float64) -> Tensor:

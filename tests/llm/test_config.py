@@ -11,7 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm.config import check, flops, layer_params, param_count
+from llm.config import check
+from llm.flops import flops, layer_params, param_count
 from llm.model import LLM, loss_rows
 from llm.mtp import ahead
 from tests.llm.harness import TINY, Text, make_batch, only
@@ -49,8 +50,8 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(0.01)
-    further = ahead(batch.ids, batch.labels, batch.packing, cfg.mtp_layers)[1] if cfg.mtp_layers else None
-    ctx = replace(batch, loss_rows=loss_rows(batch.labels, further))
+    mtp_labels = ahead(batch.ids, batch.labels, batch.packing, cfg.mtp_layers)[1] if cfg.mtp_layers else None
+    ctx = replace(batch, loss_rows=loss_rows(batch.labels, mtp_labels))
     counted = []
     for b in (batch, ctx):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

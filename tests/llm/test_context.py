@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm.config import LLMConfig
-from llm.mamba import Mamba, MixerShape, choose_method, mixer_bytes
+from llm.mamba import Mamba, MixerShape, choose_scan_method, mixer_bytes
 from parallel.context_parallel import ContextPacking, pack
 from parallel.sequence.packed import Packing
 from parallel.sequence.stream import Order
@@ -135,7 +135,7 @@ def test_bytes_of_states_do_not_grow_with_length() -> None:
 
 
 def test_the_method_that_moves_fewer_bytes_is_taken() -> None:
-    assert choose_method(NANO, shape_only(8, "contiguous", [1 << 20]), 2) == "states"
-    assert choose_method(NANO, shape_only(8, "contiguous", [1 << 10]), 2) == "heads"
+    assert choose_scan_method(NANO, shape_only(8, "contiguous", [1 << 20]), 2) == "states"
+    assert choose_scan_method(NANO, shape_only(8, "contiguous", [1 << 10]), 2) == "heads"
     # 3 ranks do not divide 64 heads.
-    assert choose_method(NANO, shape_only(3, "contiguous", [3 << 8]), 2) == "states"
+    assert choose_scan_method(NANO, shape_only(3, "contiguous", [3 << 8]), 2) == "states"

@@ -13,7 +13,7 @@ from llm.config import LLMConfig
 from llm.layer import Layer
 from llm.moe import ForwardContext
 from parallel.context_parallel import ContextPacking, pack
-from parallel.context_parallel.attention import choose_method, key_costs
+from parallel.context_parallel.attention import choose_attention_method, key_costs
 from parallel.sequence.stream import Order
 from parallel.sharding.param import initialise
 from parallel.topology.axis import Axes, Axis
@@ -85,6 +85,6 @@ def test_only_the_ring_bounds_the_keys_of_many_ranks() -> None:
     for cp in (8, 64):
         packing = pack([1 << 20], "cpu", Axis("cp", cp, 0, group), "zigzag")
         assert isinstance(packing, ContextPacking)
-        assert choose_method(packing, 4, 2, 8, 2) == "ring"
+        assert choose_attention_method(packing, 4, 2, 8, 2) == "ring"
         held.append(key_costs(packing, 2, 8, 2)["ring"].held)
     assert held[0] == pytest.approx(8 * held[1])

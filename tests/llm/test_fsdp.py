@@ -53,8 +53,8 @@ def lane(dp: int, microbatch: int) -> int:
 def sharded(case: Case, mesh: ModuleMesh) -> LLM:
     """This rank's shards, with the initial weights of `build`."""
     model = LLM(case.cfg, mesh.axes, device="meta", dtype=torch.float64)
-    further = [] if model.mtp is None else list(model.mtp.layers)
-    layers = [*model.layers, *further] if case.zero == 3 else []
+    mtp = [] if model.mtp is None else list(model.mtp.layers)
+    layers = [*model.layers, *mtp] if case.zero == 3 else []
     shard_module(model, mesh, ShardPolicy(layers), param_dtype=torch.float64)
     materialise(model, mesh, seed=3, name="llm", device=torch.device("cpu"))
     for moe in model.moe_layers():

@@ -30,7 +30,7 @@ WIDE = replace(
     CFG, d_model=32, n_heads=8, n_kv_heads=8, mamba_heads=8, mamba_groups=4, mamba_head_dim=8,
     expert_ffn=32, shared_ffn=64, mlp_ffn=64, mtp_pattern="*E",
 )  # fmt: skip
-KINDS = ("M", "*", "-", "E", "further tokens")
+KINDS = ("M", "*", "-", "E", "multi-token prediction")
 TOKENS = 32
 DEGREES = {
     "tp": Degrees(2, tp=2),
@@ -45,13 +45,13 @@ def work(kind: str, degrees: Degrees, axes: Axes) -> int:
     packing = pack([TOKENS], "cpu", axes.cp, degrees.order)
     ctx = ForwardContext(packing, packing.total)
     kw: dict[str, Any] = {"device": None, "dtype": torch.float64}
-    further = kind == "further tokens"
-    module: Any = MultiToken(WIDE, axes, **kw) if further else Layer(kind, WIDE, axes, **kw)
+    mtp = kind == "multi-token prediction"
+    module: Any = MultiToken(WIDE, axes, **kw) if mtp else Layer(kind, WIDE, axes, **kw)
     initialise(module, 3, "layer")
     cut(module, axes)
     x = torch.randn(packing.total // axes.token_shards, WIDE.d_model, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        y = module(x, x, ctx) if further else module(x, ctx)
+        y = module(x, x, ctx) if mtp else module(x, ctx)
     assert y.shape == x.shape
     return int(counter.get_total_flops())
 
@@ -74,4 +74,4 @@ def test_work_is_shared(degree: str, ranks: Any, alone: list[int]) -> None:
     for i, kind in enumerate(KINDS):
         worst = max(r[i] for r in results) / alone[i]
         # Without sequence parallelism every tp rank joins all tokens with their embeddings.
-        assert worst < (0.7 if (kind, degree) == ("further tokens", "tp") else 0.55), worst
+        assert worst < (0.7 if (kind, degree) == ("multi-token prediction", "tp") else 0.55), worst

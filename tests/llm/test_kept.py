@@ -41,7 +41,7 @@ CASES = {
     "-": {"mlp_gated": True, "mlp_bias": True},
     "E": {"aux_weight": 0.1, "z_weight": 0.1, "mlp_gated": True},
     "E latent": {"latent": 16, "activation": "silu"},
-    "M further tokens, tied": {"mtp_layers": 2, "tied": True},
+    "M multi-token prediction, tied": {"mtp_layers": 2, "tied": True},
 }
 TOKENS = 64
 

@@ -27,8 +27,8 @@ def results(model: LLM, batch: LLMBatch, text: Text) -> tuple[Tensor, Tensor, di
 
 
 def told(batch: LLMBatch) -> LLMBatch:
-    further = ahead(batch.ids, batch.labels, batch.packing, CFG.mtp_layers)
-    return replace(batch, loss_rows=loss_rows(batch.labels, further[1]))
+    mtp = ahead(batch.ids, batch.labels, batch.packing, CFG.mtp_layers)
+    return replace(batch, loss_rows=loss_rows(batch.labels, mtp[1]))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
@@ -39,11 +39,9 @@ def test_telling_the_rows_changes_nothing(share: float, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
     labels = batch.labels.masked_fill(torch.rand(len(batch.labels), generator=gen) >= share, -100)
     batch = replace(batch, labels=labels)
-    (loss, further, grads), (also, also_further, same) = (
-        results(build(CFG), b, text) for b in (batch, told(batch))
-    )
+    (loss, mtp, grads), (also, also_mtp, same) = (results(build(CFG), b, text) for b in (batch, told(batch)))
     torch.testing.assert_close(also, loss, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(also_further, further, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(also_mtp, mtp, rtol=1e-9, atol=1e-12)
     assert not far(same, grads)
 
 

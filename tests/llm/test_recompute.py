@@ -80,7 +80,7 @@ def test_the_loss_keeps_as_much_for_any_length_and_vocabulary() -> None:
         rows = {"vision": torch.zeros(0, cfg.d_model)}
         kept[tokens, vocab] = kept_bytes(lambda m=model, b=batch, r=rows: m(b, r), model)  # type: ignore[misc]
     assert kept[256, 4000] - kept[64, 4000] == kept[256, 40] - kept[64, 40] > 0
-    # The next token's loss and a further one's keep a chunk each.
+    # The next token's loss and that of multi-token prediction keep a chunk each.
     assert kept[64, 4000] - kept[64, 40] == 2 * 32 * (4000 - 40) * 4
 
 

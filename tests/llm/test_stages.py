@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm.config import LLMConfig, head_flops, layer_costs
+from llm.config import LLMConfig
 from llm.counts import Counts
+from llm.flops import head_flops, layer_costs
 from llm.model import LLM, LLMBatch
-from llm.stages import cut, entering_levels, shared_parameters
+from llm.stages import entering_levels, partition, shared_parameters
 from parallel.sharding.param import declared, initialise
 from parallel.topology.stage import Stage, stages_of
 from tests.llm.harness import TINY, Text, far, make_batch, make_rows, weigh
@@ -113,12 +114,12 @@ def test_rows_are_read_where_levels_enter() -> None:
 
 def test_patterns_cut_themselves() -> None:
     cfg = replace(FULL, pattern="ME|*-E|M")
-    assert cut(cfg, 3) == stages_of([0, 2, 5, 6])
-    assert cut(cfg, 1) == (Stage(0, 6),)
+    assert partition(cfg, 3) == stages_of([0, 2, 5, 6])
+    assert partition(cfg, 1) == (Stage(0, 6),)
     with pytest.raises(ValueError, match="has 3 stages, the layout 2"):
-        cut(cfg, 2)
+        partition(cfg, 2)
     with pytest.raises(ValueError, match="Nearest: 6"):
-        cut(FULL, 7)
+        partition(FULL, 7)
     batch, _ = make_batch(TEXT, cfg.vocab_size)
     empty = {"vision": torch.zeros(5, cfg.d_model, dtype=torch.float64)}
     a, b = (stage_model(c, Stage(0, 6))(batch, empty) for c in (cfg, FULL))
@@ -135,7 +136,7 @@ def test_costliest_stage_is_cheapest() -> None:
         return max([*ends[:-1], ends[-1] + head])
 
     best = min(worst([0, a, b, 12]) for a in range(1, 11) for b in range(a + 1, 12))
-    stages = cut(cfg, 3, [512])
+    stages = partition(cfg, 3, [512])
     assert worst([0, *(s.stop for s in stages)]) == pytest.approx(best)
 
 
@@ -150,7 +151,7 @@ def test_a_level_is_added_after_its_layer() -> None:
     model(batch, {"vision": rows})
     model(batch, {"vision": rows[:, 0]})  # one level only: nothing is added
     added = seen[0] - seen[1]
-    expected = torch.zeros_like(added).index_copy(0, batch.places["vision"], rows[:, 1])
+    expected = torch.zeros_like(added).index_copy(0, batch.row_positions["vision"], rows[:, 1])
     torch.testing.assert_close(added, expected, rtol=1e-9, atol=1e-12)
     with pytest.raises(AssertionError):
         model(LLMBatch(batch.ids, batch.labels, batch.packing, batch.n_real, {}), {}, seen[0])

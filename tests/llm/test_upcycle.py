@@ -28,7 +28,7 @@ def dense_model(seed: int, **change: Any) -> LLM:
 
 def make_text(lengths: tuple[int, ...], seed: int) -> LLMBatch:
     """Documents of random tokens without rows of encoders."""
-    return replace(make_batch(Text(lengths, 0, seed), TINY.vocab_size)[0], places={})
+    return replace(make_batch(Text(lengths, 0, seed), TINY.vocab_size)[0], row_positions={})
 
 
 @pytest.mark.parametrize("seed", range(10))

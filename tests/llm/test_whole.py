@@ -72,14 +72,14 @@ def own_share(batch: LLMBatch, axes: Axes, degrees: Degrees, cfg: LLMConfig) -> 
     if not isinstance(packing, ContextPacking):
         return batch, torch.arange(len(batch.ids))
     rows = torch.from_numpy(packing.rows)
-    further = ahead(batch.ids, batch.labels, batch.packing, cfg.mtp_layers)
+    mtp = ahead(batch.ids, batch.labels, batch.packing, cfg.mtp_layers)
     share = replace(
         batch,
         ids=batch.ids[rows],
         labels=batch.labels[rows],
         packing=packing,
         n_real=packing.rows_before(batch.n_real),
-        ahead=(further[0][:, rows], further[1][:, rows]),
+        ahead=(mtp[0][:, rows], mtp[1][:, rows]),
     )
     return share, rows
 

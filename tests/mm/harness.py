@@ -178,7 +178,7 @@ def run_rank(words: list[str], port: int) -> Ended:
 
 
 def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
-    """Largest relative difference of losses, of further objectives and of per-module gradient norms."""
+    """Largest relative difference of losses, of other objectives and of per-module gradient norms."""
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
         pairs = [(a["loss"], b["loss"])]

@@ -139,8 +139,8 @@ class Language:
             # Token i is told token i + k and predicts the one after it, as far as there is one.
             embedded = self.model.embed_ids(torch.tensor((ids[k:] + [0] * n)[:n]))
             states = self.model.mtp(states, embedded, ForwardContext(packing, n))  # type: ignore[misc]
-            further = cross_entropy(states, head, (labels[k:] + [-100] * n)[:n]) / per["further"][k - 1]
-            found["mtp"] = found["mtp"] + further / cfg.mtp_layers
+            loss = cross_entropy(states, head, (labels[k:] + [-100] * n)[:n]) / per["mtp"][k - 1]
+            found["mtp"] = found["mtp"] + loss / cfg.mtp_layers
         for layer in self.model.moe_layers():
             for logits in self.routed[layer.router]:
                 score = logits.sigmoid()
@@ -186,9 +186,9 @@ def adamw(p: Tensor, state: dict[str, Any], lr: float, train: Mapping[str, Any])
 
 
 def counts(batch: Sequence[tuple[list[int], list[int], Any]], depths: int) -> dict[str, Any]:
-    """What a step's sums are divided by: all tokens, labels, and labels that are further on by each depth."""
+    """What a step's sums are divided by: all tokens, labels, and labels at each depth of MTP."""
     learned = [sum(label >= 0 for _, labels, _ in batch for label in labels[k:]) for k in range(depths + 1)]
-    return {"tokens": sum(len(ids) for ids, _, _ in batch), "next": learned[0], "further": learned[1:]}
+    return {"tokens": sum(len(ids) for ids, _, _ in batch), "next": learned[0], "mtp": learned[1:]}
 
 
 def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

@@ -180,8 +180,8 @@ LLM = (
         OBJECTIVES,
     ),
     Fault(
-        "counts.further",
-        "further tokens' losses are sums, not means",
+        "counts.mtp",
+        "multi-token prediction's losses are sums, not means",
         "llm/counts.py",
         "1.0 / (depths * max(1, n))",
         "1.0 / depths",
@@ -189,7 +189,7 @@ LLM = (
     ),
     Fault(
         "mtp.edge",
-        "further tokens come from the next document",
+        "multi-token prediction reads the next document",
         "llm/mtp.py",
         "inside = there <= left",
         "inside = there <= left.max()",
@@ -222,7 +222,7 @@ LLM = (
     Fault(
         "config.flops",
         "attention is counted as if not causal",
-        "llm/config.py",
+        "llm/flops.py",
         "2.0 * n * n * cfg.n_heads * cfg.head_dim",
         "4.0 * n * n * cfg.n_heads * cfg.head_dim",
         "tests/llm/test_config.py::test_flops_are_those_of_the_products",

@@ -32,7 +32,7 @@ from parallel.schedule.action import (
     Group,
     Kind,
 )
-from parallel.schedule.checker.settle import WINDOWS, Key, Posts, settle
+from parallel.schedule.checker.release import WINDOWS, Key, Posts, settle
 from parallel.schedule.plan import SchedulePlan
 
 START = -1  # stands for the start of the step where a computation is named

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from parallel.schedule.checker.memory import Memory, check_limit, peaks
-from parallel.schedule.generators.job import Job, Times
 from parallel.schedule.generators.orders import ROUNDS
+from parallel.schedule.generators.problem import Job, Times
 from parallel.schedule.generators.refuse import check_ahead, check_fill, check_modules, resolve
 from parallel.schedule.generators.sources import Beat, beat
 from parallel.schedule.plan import ModuleUse, SchedulePlan

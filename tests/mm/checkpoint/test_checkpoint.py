@@ -23,7 +23,7 @@ from mm.ranks.feed import Feed
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
 from mm.train.trainer import train_on, train_step
-from parallel.checkpoint import distributed as store
+from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 from tests.mm.harness import CONFIGS, largest_difference, small
 from tests.mm.shards import sensor_samples, write_shard
@@ -225,12 +225,12 @@ def agree(folder: str, store_file: str) -> tuple[str, list[str], float]:
     rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), words, timeout_s=0.5)
     entry_of, summed = manifest.entry_of, list[str]()
 
-    def slowly(file: Path, beat: Any) -> manifest.Entry:
+    def slowly(file: Path, heartbeat: Any) -> manifest.Entry:
         summed.append(f"{file.parent.name}/{file.name}")
         for _ in range(12 if rank.rank == 1 else 0):  # longer than any wait may be, but alive
             time.sleep(0.1)
-            beat()
-        return entry_of(file, beat)
+            heartbeat()
+        return entry_of(file, heartbeat)
 
     manifest.entry_of, resume.BEAT_S, start = slowly, 0.1, time.monotonic()
     try:

@@ -71,11 +71,11 @@ def counted(raw: dict[str, Any], node_size: int | None) -> dict[str, int]:
 
 
 def holders(layout: Layout, item: ItemPlan) -> set[int]:
-    return {layout.rank_at(tp=t, dp=item.source_lane, pp=layout.pp - 1) for t in range(layout.tp)}
+    return {layout.rank_at(tp=t, dp=item.source_dp, pp=layout.pp - 1) for t in range(layout.tp)}
 
 
 def readers(layout: Layout, item: ItemPlan, pp: int) -> set[int]:
-    return {layout.rank_at(tp=t, dp=item.llm_lane, pp=pp) for t in range(layout.tp)}
+    return {layout.rank_at(tp=t, dp=item.llm_dp, pp=pp) for t in range(layout.tp)}
 
 
 def nodes(ranks: set[int], node_size: int) -> set[int]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from llm.config import flops
+from llm.flops import flops
 from mm.ranks.job import open_data
 from mm.train.trainer import train_step
 from tests.encoders.helpers import png
@@ -85,7 +85,7 @@ def mean_loss(raw: dict[str, Any]) -> float:
         ids, labels, entering = reference.sequence(sample, nets)
         only = [label if k == len(ids) - 3 else -100 for k, label in enumerate(labels)]
         before = language.totals["next"]
-        language.learn(ids, only, entering, {"next": 1, "tokens": 1, "further": []})
+        language.learn(ids, only, entering, {"next": 1, "tokens": 1, "mtp": []})
         total += language.totals["next"] - before
     return total / 2
 

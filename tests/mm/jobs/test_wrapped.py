@@ -20,7 +20,7 @@ from mm.plan.blueprint import bare_module, draw_up
 from mm.ranks.job import build_job
 from mm.ranks.launch import RankInfo
 from mm.train import evaluate
-from parallel.checkpoint import distributed as store
+from parallel import checkpoint as store
 from parallel.sharding.param import declared, global_index, initialise, local, seeded
 from parallel.sharding.shard import held_indices
 from parallel.topology.axis import Axes

@@ -40,7 +40,7 @@ def inputs(world: int, layout: dict[str, dict[str, object]], microbatches: int, 
     raw = small(layout=layout, schedule={"microbatches": microbatches})
     for m in ("vision", "audio"):
         raw["model"][m]["deal"] = deal
-    return replace(draw_up(from_mapping(raw, CONFIGS), world).inputs, depths=3)
+    return replace(draw_up(from_mapping(raw, CONFIGS), world).inputs, mtp_depths=3)
 
 
 # Some of them cut to fewer tokens than they have.
@@ -86,8 +86,8 @@ def test_every_row_is_held_once_and_enters_at_its_placeholder(seed: int) -> None
                 for s, n in zip(side.start, side.length, strict=True):
                     cover[s : s + n] += 1
                 assert (cover == 1).all() and side.rows.sum() == edge.rows
-        for lane, total in enumerate(mb.tokens):
-            used = sum(mb.length[j] for j in mb.lane_samples(lane))
+        for dp, total in enumerate(mb.tokens):
+            used = sum(mb.length[j] for j in mb.samples_of(dp))
             assert total % made.alignment == 0 and max(used, 1) <= total < used + 2 * made.alignment
 
 
@@ -106,7 +106,7 @@ def axes_at(layout: Layout, rank: int) -> Axes:
 @given(st.integers(0, 10_000))
 def test_tensors_agree_with_the_plan(seed: int) -> None:
     plan, made, world = random_plan(seed)
-    supervised, routed, further = 0, 0, torch.zeros(made.depths, dtype=torch.int64)
+    supervised, routed, mtp = 0, 0, torch.zeros(made.mtp_depths, dtype=torch.int64)
     for rank in range(world):
         cpu = torch.device("cpu")
         axes = {m: axes_at(layout, rank) for m, layout in layouts(made).items()}
@@ -122,17 +122,17 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
             if coord.tp == 0:
                 supervised += int((part.llm.labels != IGNORE).sum())
                 assert part.llm.ahead is not None
-                further += (part.llm.ahead[1] != IGNORE).sum(1)
+                mtp += (part.llm.ahead[1] != IGNORE).sum(1)
                 routed += part.llm.n_real
             assert len(part.llm.ids) * made.llm.cp == mb.tokens[coord.dp]
             shards = made.llm.tp if made.llm.sequence_parallel else 1
             first = coord.tp * (len(part.llm.ids) // shards) if shards > 1 else 0
-            for module, places in part.llm.places.items():
-                assert (part.llm.ids[places + first] == Tokenizer().placeholder).all()
-                assert len(places) == part.edges[Edge(module, 0)].forward.rows_out
+            for module, positions in part.llm.row_positions.items():
+                assert (part.llm.ids[positions + first] == Tokenizer().placeholder).all()
+                assert len(positions) == part.edges[Edge(module, 0)].forward.rows_out
                 assert part.items[module].values.dtype == torch.float64
     assert supervised == plan.supervised
-    assert Counts(routed, tuple(further.tolist())) == plan.counts
+    assert Counts(routed, tuple(mtp.tolist())) == plan.counts
 
 
 def test_the_digest_sees_a_change() -> None:
@@ -145,13 +145,13 @@ def test_the_digest_sees_a_change() -> None:
 
 
 @given(st.lists(st.floats(1, 100), min_size=1, max_size=40), st.integers(1, 6))
-def test_dealing_by_cost_is_within_the_bound_of_longest_first(costs: list[float], lanes: int) -> None:
-    floor = max(sum(costs) / lanes, max(costs))
-    for homes in ([i % lanes for i in range(len(costs))], [0] * len(costs)):
-        load = np.bincount(deal_by_cost(costs, homes, lanes), weights=costs, minlength=lanes)
-        most = max(floor * 4 / 3, sum(costs) / lanes + max(costs))
+def test_dealing_by_cost_is_within_the_bound_of_longest_first(costs: list[float], dp: int) -> None:
+    floor = max(sum(costs) / dp, max(costs))
+    for homes in ([i % dp for i in range(len(costs))], [0] * len(costs)):
+        load = np.bincount(deal_by_cost(costs, homes, dp), weights=costs, minlength=dp)
+        most = max(floor * 4 / 3, sum(costs) / dp + max(costs))
         assert load.max() <= most + 1e-9 * sum(costs)
-    assert deal_by_cost([1.0] * lanes, list(range(lanes)), lanes) == list(range(lanes))
+    assert deal_by_cost([1.0] * dp, list(range(dp)), dp) == list(range(dp))
 
 
 def test_the_learning_rate_warms_up_holds_and_decays() -> None:

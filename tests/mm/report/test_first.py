@@ -21,7 +21,7 @@ from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.report import header as header_module
 from mm.report.header import header, memory_warning, parameter_counts, ranks_text
-from parallel.checkpoint import distributed as store
+from parallel import checkpoint as store
 from tests.mm.harness import CONFIGS, small
 from tests.mm.shards import write_shard
 

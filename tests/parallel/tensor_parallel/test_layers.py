@@ -1,4 +1,4 @@
-"""Collectives are adjoint to their backward; cut linears and embeddings are whole ones."""
+"""Collectives are adjoint to their backward; sharded linears and embeddings equal whole ones."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def blocks(axes: Axes) -> dict[str, Tensor]:
     return {"y": y.detach(), **{n: p.grad for n, p in model.named_parameters()}}
 
 
-def cut_blocks(sequence_parallel: bool) -> dict[str, Tensor]:
+def sharded_blocks(sequence_parallel: bool) -> dict[str, Tensor]:
     return blocks(Axes(tp=world(), sequence_parallel=sequence_parallel))
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_cut_layers_are_whole_layers(size: int, sequence_parallel: bool, ranks: Any) -> None:
-    results = ranks(size, cut_blocks, sequence_parallel)
+def test_sharded_layers_are_whole_layers(size: int, sequence_parallel: bool, ranks: Any) -> None:
+    results = ranks(size, sharded_blocks, sequence_parallel)
     whole = blocks(Axes())
     dims = {"embed.weight": 0, "up.weight": 0, "up.bias": 0, "down.weight": 1}
     for name, dim in dims.items():
