@@ -71,9 +71,7 @@ class BoundaryCommunicator:
             transport = "p2p" if self.device.type == "cpu" else "all_to_all"
         self.transport = transport
         self.stats = Stats()
-        self._to_send_on: deque[Finish] = (
-            deque()
-        )  # the first hops of transfers under way that have a second hop
+        self._second_hops: deque[Finish] = deque()  # to start, of transfers under way, in their order
 
     def close(self) -> None:
         """Destroy the group, where this rank is in it and it is not the default one."""
@@ -171,25 +169,25 @@ class BoundaryCommunicator:
         """Start the first hop; the result completes both."""
         channel = Channel(name, self.group, self.timeout_s)
         start = start_p2p if self.transport == "p2p" else start_all_to_all
-        tag, tag_on = (tag_of(f"{name}, hop {hop}") for hop in (1, 2))
+        tag, second_tag = (tag_of(f"{name}, hop {hop}") for hop in (1, 2))
         first = start(channel, t.sends, t.recvs, x, out, tag)
         if t.relay is None:
             return first
         relay, second = t.relay, []
 
-        def send_on() -> None:
+        def start_second() -> None:
             first()
-            second.append(start(channel, relay.sends, relay.recvs, out, out, tag_on))
+            second.append(start(channel, relay.sends, relay.recvs, out, out, second_tag))
 
         def finish() -> None:
             # In order: other ranks may wait for rows that earlier transfers bring here.
             while not second:
-                self._to_send_on.popleft()()
+                self._second_hops.popleft()()
             second[0]()
 
-        self._to_send_on.append(send_on)
+        self._second_hops.append(start_second)
         if self.transport != "p2p" or x.device.type != "cpu":
             # Collectives need one order on all ranks; on a device, its queue waits and not the host.
             while not second:
-                self._to_send_on.popleft()()
+                self._second_hops.popleft()()
         return finish

@@ -65,9 +65,9 @@ def dest_side(
 
     Item i is read by dp rank d = item_dp[i]. Its rows enter at the positions from item_position[i] on of that
     rank's packed stream, which is tokens[d] long. Streams are split over cp by context_spans(order). With
-    sequence parallelism each cp rank's share is split over tp; otherwise all tp ranks read all of it. A rank's
-    rows are in the order of its local tokens. Every pipeline stage in `stages` is a consumer of its own, whose
-    gradient is added.
+    sequence parallelism each cp rank's share is split over tp; otherwise all tp ranks read all of it. The
+    rows of a rank are in the order of its local tokens. Every pipeline stage in `stages` is a consumer of its
+    own, whose gradient is added.
 
     Raises ValueError for what source_side() refuses, items that overlap or leave their stream, streams that
     do not split into equal shares, and stages that do not exist.
