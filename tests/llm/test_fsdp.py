@@ -27,7 +27,7 @@ from tests.llm.test_whole import MODEL, build, own_share, stream
 
 MICROBATCHES = 2
 
-# ZeRO stages (arXiv 1910.02054): all shard the optimizer's state over data, 2 and 3 gradients too, 3 weights too.
+# ZeRO stages (arXiv 1910.02054): all shard the optimizer's state over data, 2 and 3 gradients, 3 weights too.
 # In 1, gradients stay whole until the last micro-batch.
 Zero = Literal[1, 2, 3]
 
