@@ -153,7 +153,7 @@ JOB = (
         "trainer.resume",
         "a resumed run begins with the first samples again",
         "mm/train/trainer.py",
-        'first, bad = state["step"]',
+        "first, bad = state.step",
         "first, bad = 0",
         "tests/mm/jobs/test_in_process.py::test_a_run_that_was_cut_short_goes_on_where_it_was",
     ),

@@ -1,4 +1,4 @@
-"""What the language model learns beside the next token: each objective is a mean of its own over the step."""
+"""Objectives of the language model besides the next token: each is a mean of its own over the step."""
 
 from __future__ import annotations
 

@@ -210,5 +210,5 @@ def test_the_bytes_of_an_edge_are_the_sum_of_what_ranks_plan() -> None:
         ]
         row = 24 * 8
         back = sum(t.received_rows for p in parts for t in p.backward) if module == "vision" else 0
-        assert data["edges"][module]["forward_bytes"] == sum(p.forward.received_rows for p in parts) * row > 0
-        assert data["edges"][module]["backward_bytes"] == back * row
+        assert data.edges[module].forward_bytes == sum(p.forward.received_rows for p in parts) * row > 0
+        assert data.edges[module].backward_bytes == back * row
