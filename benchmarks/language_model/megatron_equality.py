@@ -6,7 +6,7 @@ One JSON line a check, with the greatest difference of its random cases, relativ
 exits with 1 where one is above the tolerance. Whole models of both are built with the same weights
 (attention, dense and expert layers, latent or not; its Mamba-2 needs a GPU) and run on the same documents, as
 a batch of equal lengths and packed. Where definitions differ the cases are chosen so that they meet, with a
-word why; docs/llm.md, "Beside megatron-core", lists them.
+word why; docs/llm.md, "Compared with megatron-core", lists them.
 """
 
 from __future__ import annotations
