@@ -1,8 +1,8 @@
-"""Which ranks have, or want, which rows of a boundary tensor. Pure.
+"""Row maps: which ranks hold, or want, which rows of a boundary tensor. Pure.
 
-Rows of one edge and micro-batch are numbered globally. A lane is a set of ranks with identical copies: the
-tp group of an encoder, or a single rank where the destination is sequence-sharded. A run is a stretch of
-consecutive global rows that lies in consecutive local rows of one lane.
+Rows of one edge and micro-batch are numbered globally. A lane is a set of ranks that hold, or want, identical
+rows: the tp group of an encoder, or a single rank where the destination is sequence-sharded. A run is a
+stretch of consecutive global rows that are consecutive local rows of one lane too.
 """
 
 from __future__ import annotations
@@ -13,52 +13,42 @@ from functools import cached_property
 
 import numpy as np
 
-from parallel.sequence.intervals import before, column, sums
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Stretches of global rows in ascending order; local row = global row + shift."""
-
-    start: np.ndarray
-    stop: np.ndarray
-    lane: np.ndarray
-    shift: np.ndarray
-
-    def take(self, which: np.ndarray) -> Runs:
-        """Some of them."""
-        return Runs(self.start[which], self.stop[which], self.lane[which], self.shift[which])
+from parallel.boundary.runs import Runs
+from parallel.sequence.intervals import Column, before, column, sums
 
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """One side of an edge: who holds, or who wants, which global rows.
+    """One side of an edge: who holds, or who wants, which global rows. Arrays are int64.
 
-    lanes: lane -> global ranks with identical copies. Run k: global rows start[k] .. start[k] + length[k]
-    are the local rows from local[k] on of lane[k]. rows: local row count of each lane; local rows outside
-    every run carry nothing. A row may be in several lanes, and once in each. Arrays are int64.
+    lanes: by lane, the global ranks with identical copies.
+    start, length, lane, local: by run. Run k is global rows [start[k], start[k] + length[k]); they are the
+        local rows from local[k] on of every rank of lane[k].
+    rows: by lane, how many local rows its ranks have; local rows outside every run carry nothing.
+
+    A row may be in several lanes, and once in each.
     """
 
     lanes: tuple[tuple[int, ...], ...]
-    start: np.ndarray
-    length: np.ndarray
-    lane: np.ndarray
-    local: np.ndarray
-    rows: np.ndarray
+    start: Column
+    length: Column
+    lane: Column
+    local: Column
+    rows: Column
 
     @staticmethod
     def of_runs(
         lanes: Sequence[Sequence[int]],
-        start: Sequence[int] | np.ndarray,
-        length: Sequence[int] | np.ndarray,
-        lane: Sequence[int] | np.ndarray,
-        local: Sequence[int] | np.ndarray | None = None,
-        rows: Sequence[int] | np.ndarray | None = None,
+        start: Sequence[int] | Column,
+        length: Sequence[int] | Column,
+        lane: Sequence[int] | Column,
+        local: Sequence[int] | Column | None = None,
+        rows: Sequence[int] | Column | None = None,
     ) -> RowMap:
-        """Any runs. Without `local`, each lane's runs lie end to end in the order given; `rows` is how many
-        local rows each lane has, by default as many as its runs reach.
+        """A map of any runs. Without `local`, each lane's runs lie end to end in the order given. Without
+        `rows`, each lane has as many local rows as its runs reach.
 
-        Raises ValueError, in words, for a map that contradicts itself: see check().
+        Raises ValueError for a map that contradicts itself: see check().
         """
         tuples = tuple(tuple(int(r) for r in ranks) for ranks in lanes)
         starts, lengths, owner = (column(a) for a in (start, length, lane))
@@ -69,27 +59,29 @@ class RowMap:
         _check_lanes(tuples, owner)
         if local is None:
             order = np.argsort(owner, kind="stable")
-            place = np.empty_like(lengths)
-            place[order] = before(lengths[order]) - before(sums(lengths, owner, len(tuples)))[owner[order]]
+            at = np.empty_like(lengths)
+            at[order] = before(lengths[order]) - before(sums(lengths, owner, len(tuples)))[owner[order]]
         else:
-            place = column(local)
+            at = column(local)
         if rows is None:
             reach = np.zeros(len(tuples), dtype=np.int64)
-            np.maximum.at(reach, owner, place + lengths)
+            np.maximum.at(reach, owner, at + lengths)
         else:
             reach = column(rows)
-        made = RowMap(tuples, starts, lengths, owner, place, reach)
+        made = RowMap(lanes=tuples, start=starts, length=lengths, lane=owner, local=at, rows=reach)
         made.check()
         return made
 
     @staticmethod
     def of_items(
         lanes: Sequence[Sequence[int]],
-        item_rows: Sequence[int] | np.ndarray,
-        item_lane: Sequence[int] | np.ndarray,
+        item_rows: Sequence[int] | Column,
+        item_lane: Sequence[int] | Column,
     ) -> RowMap:
-        """Whole items dealt to lanes, end to end in each: item i has item_rows[i] rows, numbered globally on
-        from those of the items before it."""
+        """A map of whole items: item i, of item_rows[i] rows, is in lane item_lane[i].
+
+        Global rows are numbered item after item. The items of a lane lie end to end in it.
+        """
         rows = column(item_rows)
         return RowMap.of_runs(lanes, before(rows), rows, item_lane)
 
@@ -126,7 +118,7 @@ class RowMap:
                 )
 
     @cached_property
-    def stop(self) -> np.ndarray:
+    def stop(self) -> Column:
         """The global row after each run."""
         return self.start + self.length
 
@@ -143,24 +135,30 @@ class RowMap:
         start = self.start[some]
         return Runs(start, self.stop[some], self.lane[some], self.local[some] - start)
 
-    def by_lane(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(start, stop) of the runs of all lanes on one line: row r of lane k is at k size + r; ascending."""
+    def by_lane(self, size: int) -> tuple[Column, Column]:
+        """Columns (start, stop), ascending, of the runs of all lanes on one line: row r of lane k is number
+        k size + r. size: more than any global row."""
         base = self.lane * size
         return np.sort(base + self.start), np.sort(base + self.stop)
 
     @cached_property
-    def members(self) -> tuple[np.ndarray, np.ndarray]:
-        """(rank, lane) of every member, in order; int64."""
+    def members(self) -> tuple[Column, Column]:
+        """Columns (rank, lane), a line for each rank of each lane, in order of lane."""
         size = np.asarray([len(ranks) for ranks in self.lanes], dtype=np.int64)
         rank = np.fromiter((r for ranks in self.lanes for r in ranks), np.int64, int(size.sum()))
         return rank, np.repeat(np.arange(len(self.lanes)), size)
 
     def lane_of(self, rank: int) -> int | None:
-        """The lane a rank is in, None where it is in none."""
+        """The lane of a rank, None where it is in none."""
         at = np.flatnonzero(self.members[0] == rank)
         return int(self.members[1][at[0]]) if len(at) else None
 
-    def lanes_of(self, ranks: np.ndarray) -> np.ndarray:
+    def rows_on(self, rank: int) -> int:
+        """How many local rows a rank has."""
+        lane = self.lane_of(rank)
+        return 0 if lane is None else int(self.rows[lane])
+
+    def lanes_of(self, ranks: Column) -> Column:
         """The lane of each rank, -1 where it is in none."""
         rank, lane = self.members
         if not len(rank):
@@ -176,13 +174,19 @@ class RowMap:
         kept = np.unique(lane[here])
         new = np.full(len(self.lanes), -1)
         new[kept] = np.arange(len(kept))
-        cut = np.split(rank[here], np.flatnonzero(np.diff(lane[here])) + 1) if len(here) else []
+        lanes = np.split(rank[here], np.flatnonzero(np.diff(lane[here])) + 1) if len(here) else []
         runs = np.flatnonzero(new[self.lane] >= 0)
-        columns = (self.start[runs], self.length[runs], new[self.lane[runs]], self.local[runs])
-        return RowMap(tuple(tuple(ranks.tolist()) for ranks in cut), *columns, self.rows[kept])
+        return RowMap(
+            lanes=tuple(tuple(ranks.tolist()) for ranks in lanes),
+            start=self.start[runs],
+            length=self.length[runs],
+            lane=new[self.lane[runs]],
+            local=self.local[runs],
+            rows=self.rows[kept],
+        )
 
 
-def _check_lanes(lanes: tuple[tuple[int, ...], ...], owner: np.ndarray) -> None:
+def _check_lanes(lanes: tuple[tuple[int, ...], ...], owner: Column) -> None:
     everyone = [r for ranks in lanes for r in ranks]
     if len(set(everyone)) < len(everyone):
         raise ValueError(f"a rank is in two lanes of one side: {lanes}; a rank holds one boundary tensor")
