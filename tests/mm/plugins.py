@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -47,17 +47,10 @@ class Wrapper(Encoder):
     pipeline = True
 
     def __init__(
-        self,
-        cfg: WrapperConfig,
-        axes: Axes,
-        *,
-        stage: Stage | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, cfg: WrapperConfig, axes: Axes, *, stage: Stage | None = None, **factory: Unpack[FactoryKwargs]
     ) -> None:
-        super().__init__(cfg, axes, device=device, dtype=dtype)
+        super().__init__(cfg, axes, **factory)
         self.cfg, self.stage = cfg, stage or whole(cfg.depth)
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         if self.stage.first:
             self.stem = adopt(lambda: nn.Linear(3, cfg.width), key="stem", **factory)
         self.blocks = nn.ModuleDict()
