@@ -15,7 +15,8 @@ from llm.config import check as check_llm
 from llm.presets import preset
 from llm.recompute import recompute_parts
 from llm.stages import cut
-from mm.config.schema import Config, build
+from mm.config.build import build
+from mm.config.schema import Config
 from mm.data.tokenizer import make_tokenizer
 from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
 from parallel.schedule.generators.refuse import check_stages

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm.config import LLMConfig
 from llm.recompute import recompute_parts
 from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
+from mm.config.build import build
 from mm.config.outline import SINK as SINK  # users of a blueprint find the name here
 from mm.config.outline import frozen_modules, schedule_of, weights_gathered
-from mm.config.schema import Config, build
+from mm.config.schema import Config
 from mm.errors import Refused
 from parallel.schedule import SchedulePlan
 from parallel.schedule.checker.check import check
@@ -195,7 +196,7 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
 
     enc = cfg.model[name]
     cls = _encoder_class(enc.encoder, name)
-    options = build(cls.Config, enc.options, f"model.{name}.options")
+    options: Any = build(cls.Config, enc.options, f"model.{name}.options")
     degrees = {d: getattr(layout, d) for d in ("tp", "cp", "pp", "ep", "etp")}
     try:
         check_encoder(cls, options, **degrees)
