@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        if launch.speaks(error):
+        if launch.reports(error):
             _explain(error)
         return error.exit_code if isinstance(error, PolyrankError) else 1
 

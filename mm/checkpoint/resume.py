@@ -146,7 +146,7 @@ def began_here(directory: Path, rank: RankInfo | None) -> bool:
         launch, run_id = note["launch"], note["run_id"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if rank.again:
+    if rank.relaunched:
         return bool(launch == rank.launch)
     # Where the launch's store was lost with its machine, an id given to torchrun identifies the launch.
     return restarted() and _run_id() is not None and run_id == _run_id()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mm.config.schema import Config, resolve
-from mm.data.index import Index
+from mm.data.sample import Index
 from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.ranks.job import Job

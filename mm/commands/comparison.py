@@ -21,7 +21,7 @@ from mm.plan.blueprint import Blueprint, draw_up
 from mm.ranks.feed import Feed
 from mm.ranks.job import Job, build_job, open_data, open_index
 from mm.ranks.launch import RankInfo, init_distributed
-from mm.ranks.memory import forget_peak
+from mm.ranks.memory import reset_peak
 from mm.train.trainer import open_feed, train_step
 
 
@@ -73,7 +73,7 @@ def compare(cfg: Config, runs: Sequence[Run], *, steps: int, rounds: int, json_o
 
 def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
     cfg = run.blueprint.cfg
-    forget_peak(rank.device)  # that of the layouts before: their order must not matter
+    reset_peak(rank.device)  # that of the layouts before: their order must not matter
     run.measured.rounds.append([])
     index = open_index(run.blueprint, cfg.data.train, cfg.base)
     job = build_job(run.blueprint, rank)

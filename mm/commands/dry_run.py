@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mm.commands.preflight import check_fits
 from mm.config.outline import SINK
-from mm.data.index import Index
+from mm.data.sample import Index
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint
 from mm.ranks.job import open_indexes

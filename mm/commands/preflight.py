@@ -15,7 +15,7 @@ from mm.errors import CheckpointError, Refused
 from mm.ranks.launch import restarted
 
 if TYPE_CHECKING:
-    from mm.data.index import Index
+    from mm.data.sample import Index
     from mm.plan.blueprint import Blueprint
 
 

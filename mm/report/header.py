@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mm.data.index import Index
 from mm.data.inspect import count_lines
+from mm.data.sample import Index
 from mm.plan.blueprint import Blueprint, bare_module, elements_per_rank
 from mm.ranks.memory import device_memory
 from parallel.topology.axis import Axes

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from mm.config.outline import SINK
-from mm.data.index import Index
 from mm.data.order import sample_ids
+from mm.data.sample import Index
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import StepPlan, plan_step

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mm.data.index import Sample, parse_segments
 from mm.data.order import permute_items
 from mm.data.reader import BadSample, ShardReader
+from mm.data.sample import Sample, parse_segments
 from mm.errors import DataError
 from mm.ranks.batch import RankMicrobatch
 from mm.ranks.feed import prepare
 from mm.ranks.job import Data, Job
-from mm.ranks.stop import Asked, Stop
+from mm.ranks.stop import Stop, StopRequested
 from mm.train.step import run_step
 
 REPEATS = 5  # mean occurrences of a text from which on the frequencies of texts are meaningful
@@ -53,8 +53,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `samples` intact and with each modality's items permuted; every rank calls this.
 
-    Unreadable samples are named and left out on all ranks. Raises DataError where none is left, and Asked on
-    all ranks where one of them was asked to end.
+    Unreadable samples are named and left out on all ranks. Raises DataError where none is left, and
+    StopRequested on all ranks where one of them was asked to end.
     """
     while samples:
         try:
@@ -109,8 +109,8 @@ def _mean_losses(
     for sub, _ in modes:
         sub.training = False
     for step, at in enumerate(range(0, len(samples), batch)):
-        if stop is not None and job.control.any(stop.asked):
-            raise Asked
+        if stop is not None and job.control.any(stop.requested):
+            raise StopRequested
         prepared = prepare(step, samples[at : at + batch], data.assembler)
         found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
         if found:
@@ -131,7 +131,7 @@ def blind_guess(samples: Sequence[Sample], reader: ShardReader) -> dict[str, flo
     from the text around cannot do better. Modules whose texts hardly repeat, such as captions, are left out.
     """
     texts: dict[str, Counter[str]] = {}
-    for sample in (s for s in samples if not s.cut):
+    for sample in (s for s in samples if not s.truncated):
         try:
             written = parse_segments(reader.read(sample, sample.json))
         except BadSample:  # it has become unreadable since the evaluation

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mm.plan.step_plan import Imbalance
+
 
 @dataclass(frozen=True)
 class BoundaryMetrics:
@@ -13,15 +15,6 @@ class BoundaryMetrics:
 
     bytes: int  # payload received from other ranks, summed over ranks
     seconds: float  # of the slowest rank
-
-
-@dataclass(frozen=True)
-class Imbalance:
-    """FLOPs of an encoder's costliest data-parallel rank over the mean (1: even), over the micro-batches in
-    which it has items."""
-
-    dealt: float  # as items were dealt
-    by_sample: float  # as if each item went to the rank of its sample
 
 
 @dataclass(frozen=True)
@@ -41,13 +34,14 @@ class StepMetrics:
     optimizer_s: float  # gradients' sums and update
     boundary: Mapping[str, BoundaryMetrics]  # by encoder
     objectives: Mapping[str, float]  # unweighted, without the next token's loss
-    imbalance: Mapping[str, Imbalance]  # by encoder
+    imbalance: Mapping[str, Imbalance]  # by encoder, averages over micro-batches
     skipped_items: int
     stop: bool  # a rank was asked to end
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON: every field but `stop`."""
         out = asdict(self)
+        out["imbalance"] = {m: found._asdict() for m, found in self.imbalance.items()}
         del out["stop"]
         return out
 

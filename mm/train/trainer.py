@@ -15,20 +15,20 @@ from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find
 from mm.checkpoint.weights import start_from
 from mm.config.schema import resolve_yaml
-from mm.data.index import Index, Sample
+from mm.data.sample import Index, Sample
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
-from mm.plan.step_plan import StepPlan
-from mm.ranks.feed import Feed
+from mm.plan.step_plan import Imbalance, StepPlan
+from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed
-from mm.ranks.stop import Asked, Stop
+from mm.ranks.stop import Stop, StopRequested
 from mm.report.header import header, memory_warning
 from mm.report.plan_json import plan_json
 from mm.report.timeline import draw_measured
 from mm.train.console import Console
 from mm.train.evaluate import Evaluation, blind_guess, evaluate
-from mm.train.metrics import Imbalance, StepMetrics, TimedStep
+from mm.train.metrics import StepMetrics, TimedStep
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
 from parallel.schedule import Record
@@ -110,16 +110,8 @@ def open_feed(
 ) -> Feed:
     """The steps of a job over a data set. bad: samples known to be unreadable."""
     cfg = job.blueprint.cfg
-    return Feed(
-        data.index,
-        data.assembler,
-        job.control,
-        seed=cfg.run.seed,
-        global_batch=cfg.train.global_batch,
-        ahead=cfg.data.prefetch,
-        bad=bad,
-        warn=warn,
-    )
+    options = FeedOptions(cfg.run.seed, cfg.train.global_batch, cfg.data.prefetch)
+    return Feed(data.index, data.assembler, job.control, options, bad=bad, warn=warn)
 
 
 @dataclass
@@ -138,30 +130,30 @@ class _Loop:
     def run(self) -> None:
         """Train and evaluate to the end of the run, or until some rank was asked to end."""
         try:
-            if self.job.control.any(self.stop.asked):  # while the run was made ready
-                raise Asked
+            if self.job.control.any(self.stop.requested):  # while the run was made ready
+                raise StopRequested
             while self.done < self.job.blueprint.cfg.train.steps:
                 self._step()
             self._final_evaluation()
-        except Asked:
+        except StopRequested:
             if self.job.blueprint.cfg.checkpoint.every and self.saved < self.done:
                 self._save()
             self.console.info(f"stopped by a signal after step {self.done}")
 
     def _step(self) -> None:
-        """One step, and the checkpoint and evaluation that are due after it. Raises Asked."""
+        """One step, and the checkpoint and evaluation that are due after it. Raises StopRequested."""
         job, cfg = self.job, self.job.blueprint.cfg
         start = time.perf_counter()
-        metrics = train_step(job, self.feed, self.done, stop=self.stop.asked)
-        asked = metrics.stop
+        metrics = train_step(job, self.feed, self.done, stop=self.stop.requested)
+        stopping = metrics.stop
         self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
         self.done += 1
         every, at_end = cfg.checkpoint.every, self.done == cfg.train.steps
-        if every and (asked or self.done % every == 0 or at_end):
+        if every and (stopping or self.done % every == 0 or at_end):
             self._save()
-            asked = asked or job.control.any(self.stop.asked)  # while it was written
-        if asked:
-            raise Asked
+            stopping = stopping or job.control.any(self.stop.requested)  # while it was written
+        if stopping:
+            raise StopRequested
         if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:
             result = run_evaluation(job, self.eval_data, self.stop, self.console.warn)
             self.console.evaluation(self.done, result)
@@ -221,15 +213,17 @@ def load_imbalance(plan: StepPlan) -> dict[str, Imbalance]:
     """By encoder, averages over the micro-batches in which it has items; left out where it never has."""
     out = {}
     for m in plan.microbatches[0].edges:
-        loads = [mb.edges[m].load for mb in plan.microbatches if mb.edges[m].items]
-        if loads:
-            dealt, by_sample = (sum(column) / len(loads) for column in zip(*loads, strict=True))
-            out[m] = Imbalance(dealt, by_sample)
+        found = [mb.edges[m].imbalance for mb in plan.microbatches if mb.edges[m].items]
+        if found:
+            out[m] = Imbalance(
+                dealt=sum(x.dealt for x in found) / len(found),
+                by_sample=sum(x.by_sample for x in found) / len(found),
+            )
     return out
 
 
 def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:
-    """Evaluate the first eval.samples held-out samples; raises Asked where some rank was asked to end."""
+    """Evaluate the first eval.samples held-out samples; raises StopRequested as evaluate() does."""
     return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed, stop, warn)
 
 

@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from mm import cli
 from mm.config.schema import from_mapping
-from mm.data.index import Index, load_index
+from mm.data.index import load_index
+from mm.data.sample import Index
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.plan.select import select
 from mm.ranks.feed import Feed

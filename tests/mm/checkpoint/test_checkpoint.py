@@ -19,7 +19,7 @@ from mm.checkpoint.weights import export_hf
 from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up
-from mm.ranks.feed import Feed
+from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
 from mm.train.trainer import train_on, train_step
@@ -41,7 +41,7 @@ def run(raw: dict[str, Any], folder: str, first: int, last: int) -> list[dict[st
     if first:
         found = resume.find(blueprint.cfg, Path(folder), rank)
         assert found is not None and checkpoint.load(job, data.index, found).step == first
-    feed = Feed(data.index, data.assembler, job.control, seed=1, global_batch=5, ahead=1)
+    feed = Feed(data.index, data.assembler, job.control, FeedOptions(seed=1, global_batch=5, prefetch=1))
     try:
         out = [asdict(train_step(job, feed, step)) for step in range(first, last)]
         checkpoint.save(job, data.index, Path(folder), last, feed.bad)
@@ -201,7 +201,7 @@ def test_a_launch_that_is_started_again_goes_on_from_its_own(
     folder, other = tmp_path / "run", copy(saved[0], tmp_path / "elsewhere")
     wanted = wanted if wanted == "none" else other
     began = None if wanted == "none" else Path(other) / "step-00000002"
-    again = replace(ALONE, again=True)
+    again = replace(ALONE, relaunched=True)
     assert auto(folder, ALONE, wanted) == began
     assert auto(folder, again, wanted) == began  # it failed before it began
     resume.begin(folder, ALONE, began, 0)
@@ -259,15 +259,15 @@ def test_ranks_share_the_verifying_and_wait_as_long_as_one_is_alive(
 def stop_at(read: int) -> Any:
     """A request that is noticed when it is looked for the `read`-th time, on the last rank alone."""
 
-    class Heard:
+    class Late:
         count = 0
 
         @property
-        def asked(self) -> bool:
+        def requested(self) -> bool:
             self.count += 1
             return dist.get_rank() == dist.get_world_size() - 1 and self.count >= read
 
-    return Heard()
+    return Late()
 
 
 def train_until(raw: dict[str, Any], read: int) -> list[str]:

@@ -11,7 +11,8 @@ import pytest
 
 from mm.commands.dry_run import dry_run
 from mm.config.schema import from_mapping, load_config, resolve_yaml
-from mm.data.index import load_index, parse_segments
+from mm.data.index import load_index
+from mm.data.sample import parse_segments
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
 from mm.train.rank_report import EdgeReport, ModuleReport, Report, Scalars

@@ -13,8 +13,9 @@ from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch
 from llm.mtp import IGNORE, ahead
 from mm.config.schema import from_mapping
-from mm.data.index import Sample, load_index
+from mm.data.index import load_index
 from mm.data.reader import ShardReader
+from mm.data.sample import Sample
 from mm.data.tokenizer import Tokenizer
 from mm.plan.blueprint import draw_up
 from mm.plan.step_plan import plan_step

@@ -112,7 +112,16 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
         axes = {m: axes_at(layout, rank) for m, layout in layouts(made).items()}
         shapes, plans = {Edge(m, 0): (24,) for m in made.encoders}, PlanCache(rank)
         assembler = Assembler(
-            made, ShardReader(), Tokenizer(), rank, torch.float64, cpu, axes, "llm", shapes, plans
+            inputs=made,
+            reader=ShardReader(),
+            tokenizer=Tokenizer(),
+            rank=rank,
+            dtype=torch.float64,
+            device=cpu,
+            axes=axes,
+            sink="llm",
+            row_shapes=shapes,
+            plans=plans,
         )
         for mb in plan.microbatches:
             bad: list[object] = []
