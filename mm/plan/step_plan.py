@@ -91,7 +91,8 @@ class Edge(NamedTuple):
     stage: int  # index among the language model's pp * vpp stages
 
 
-class Imbalance(NamedTuple):
+@dataclass(frozen=True)
+class Imbalance:
     """Cost of the items of an encoder's costliest dp rank over the mean of all its dp ranks; 1 is even."""
 
     dealt: float  # with the items on the dp ranks that compute them

@@ -34,14 +34,13 @@ class StepMetrics:
     optimizer_s: float  # gradients' sums and update
     boundary: Mapping[str, BoundaryMetrics]  # by encoder
     objectives: Mapping[str, float]  # unweighted, without the next token's loss
-    imbalance: Mapping[str, Imbalance]  # by encoder, averages over micro-batches
+    imbalance: Mapping[str, Imbalance]  # by encoder, means over the micro-batches in which it has items
     skipped_items: int
     stop: bool  # a rank was asked to end
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON: every field but `stop`."""
         out = asdict(self)
-        out["imbalance"] = {m: found._asdict() for m, found in self.imbalance.items()}
         del out["stop"]
         return out
 

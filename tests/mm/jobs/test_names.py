@@ -72,7 +72,7 @@ def test_they_are_planned_drawn_and_written_to_yaml(tmp_path: Path) -> None:
     plan = blueprint.schedule([set(NAMES)])
     assert plan.members(Group("module", "edge", "tp"), 1) == (1,)
     assert plan.members(Group("module", "world", "tp"), 1) == (0, 1) == plan.members(WORLD, 0)
-    assert plan.members(Group("edge", "edge", way="forward"), 0) == (0, 1)
+    assert plan.members(Group("edge", "edge", direction="forward"), 0) == (0, 1)
     assert len(load_index([str(tmp_path / "named-*.tar")], CONFIGS).samples[0].items("depends")) == 1
 
 
