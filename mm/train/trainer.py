@@ -74,16 +74,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
         console.info(f"resumed from {resume} at step {first}")
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)
     try:
-        _Loop(
-            job=job,
-            feed=feed,
-            eval_data=eval_data,
-            console=console,
-            run_dir=run_dir,
-            stop=stop,
-            done=first,
-            saved=first,
-        ).run()
+        _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
     finally:
         feed.close()
         console.close()
