@@ -3,6 +3,7 @@
 docs/adding_an_encoder.md explains how they work together. Each name has a docstring with shapes and units.
 
 The contract
+
     Encoder                               the class to subclass
     ItemBatch, Features, Meta             what forward() takes, what it returns, and an item's metadata
     register                              a name for the encoder in configs
@@ -10,6 +11,7 @@ The contract
     Stage, whole                          the layers of one pipeline stage; the stage of all layers
 
 Parameters
+
     declare, declare_buffer               register a parameter of a global shape; register a buffer
     local                                 this rank's shard of a parameter, as a plain tensor
     ParamSpec                             initial values, which dim an axis shards, how gradients are summed
@@ -18,11 +20,13 @@ Parameters
     adopt                                 take in a plain module with the values that it has
 
 Layers
+
     Linear, LayerNorm                     layers with declared parameters
     enter, leave                          before column-parallel and after row-parallel weights
     run_layer                             run a layer, with recomputation if asked
 
 Rows of items, packed end to end
+
     Packing, attention, depthwise_conv    whole items on one rank, which never see each other
     Share, pieces, reach                  which rows a rank has; the items in a range of rows; its neighbours
     Pairing, attend                       attention of a rank's queries to all keys of their items

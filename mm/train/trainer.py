@@ -206,15 +206,13 @@ def load_imbalance(plan: StepPlan) -> dict[str, Imbalance]:
     for m in plan.microbatches[0].edges:
         found = [mb.edges[m].imbalance for mb in plan.microbatches if mb.edges[m].items]
         if found:
-            out[m] = Imbalance(
-                dealt=sum(x.dealt for x in found) / len(found),
-                by_sample=sum(x.by_sample for x in found) / len(found),
-            )
+            n = len(found)
+            out[m] = Imbalance(sum(i.dealt for i in found) / n, sum(i.by_sample for i in found) / n)
     return out
 
 
 def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:
-    """Evaluate the first eval.samples held-out samples; raises StopRequested as evaluate() does."""
+    """Evaluate the first eval.samples held-out samples; StopRequested where a rank was asked to end."""
     return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed, stop, warn)
 
 

@@ -17,7 +17,7 @@ from parallel.comm.waiting import wait_for
 
 
 class _Sent(NamedTuple):
-    """A message under way. work: its torch.distributed.Work; x: its memory, which is kept until it has left."""
+    """A message under way. work: its torch.distributed.Work; x: its memory, kept until it has left."""
 
     work: Any
     x: Tensor

@@ -1,7 +1,7 @@
 """Races the language model against transformers' Nemotron-H: tokens a second, forward and backward, on a CPU.
 
-    python benchmarks/llm_transformers.py                       # the race and the scan's growth with length
-    python benchmarks/llm_transformers.py --only small --rounds 9
+    python -m benchmarks.language_model.transformers_race    # the race, and how the scan grows
+    python -m benchmarks.language_model.transformers_race --only small --rounds 9
 
 Both have the same weights, by way of a published checkpoint, and the same tokens. Losses and gradients are
 compared first, then rounds are interleaved and medians compared. transformers runs with what it chooses
@@ -15,10 +15,8 @@ that a step took. It bounds what any other code around the same products could r
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import common
 from encoders import compat
 from llm.hf import load_hf
 from llm.model import LLMBatch
@@ -214,9 +211,7 @@ def scan_growth(lengths: Sequence[int], rounds: int) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--only", choices=[*SIZES, "scan"], action="append")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)

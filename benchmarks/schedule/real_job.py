@@ -1,7 +1,7 @@
 """Forward and backward of the real default job beside its simulation on as many cores as the machine has.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule_real
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule_real --layouts dp4 mixed
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule.real_job
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule.real_job --layouts dp4 mixed
 
 Only the schedule is timed, from a barrier to the last rank's end: data are read before, nothing is updated.
 The simulator gets the same plan, `--cores`, and for each (module, stage, kind) the mean over ranks and
@@ -18,7 +18,6 @@ left: as all, the ranks sharing only the cores that others left them, on the ave
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import time
@@ -30,6 +29,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from benchmarks import common
 from mm.commands.comparison import Run, make_runs
 from mm.commands.variants import variants
 from mm.config.schema import load_config
@@ -41,7 +41,6 @@ from mm.train.trainer import open_feed
 from parallel.schedule import Costs, Kind, Record, simulate
 from parallel.schedule.action import POSTED
 
-ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = ("dp4", "llm-tp2", "llm-pp2-tp2", "disjoint", "mixed", "llm-zero-bubble")
 HEAD = "| layout | measured | simulated | ratio | actions | posting | threads | all | others | left |"
 Key = tuple[str, int, Kind]
@@ -165,16 +164,14 @@ def row(name: str, steps: Sequence[Step]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "digits.yaml")
+    parser = common.parser(__doc__)
+    parser.add_argument("--config", type=Path, default=common.ROOT / "configs" / "digits.yaml")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, help="names of files in configs/layouts")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="that all ranks share")
     args = parser.parse_args()
     cfg = load_config(args.config)
-    files = [ROOT / "configs" / "layouts" / f"{name}.yaml" for name in args.layouts]
+    files = [common.ROOT / "configs" / "layouts" / f"{name}.yaml" for name in args.layouts]
     rank = init_distributed(cfg)
     try:
         if rank.rank == 0:
