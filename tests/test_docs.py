@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import tokenize
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_commands_exist(page: Path) -> None:
     from mm.cli import COMMANDS
 
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    there = {
+    there: dict[str, Callable[[str], bool]] = {
         "module": runs,
         "script": lambda script: (ROOT / script).exists(),
         "command": lambda word: word in COMMANDS,

@@ -229,8 +229,11 @@ def hear(module: nn.Module) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Task:
-    """One micro-batch for both models. labels: of every token; counts [T]: where they count; known, at_depths:
-    labels with IGNORE elsewhere, of the next token [T] and of each depth [D, T]."""
+    """One micro-batch for both models.
+
+    labels: of every token; counts [T]: where they count; known, at_depths: labels with IGNORE elsewhere, of
+    the next token [T] and of each depth [D, T].
+    """
 
     cfg: LLMConfig
     lengths: list[int]
