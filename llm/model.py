@@ -54,7 +54,7 @@ class LLMBatch:
 
 
 def loss_rows(labels: Tensor, mtp_labels: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Indices [S] int64 of tokens that have a loss: in labels [T], then in each row of mtp_labels [depths, T].
+    """Indices [S] int64 of tokens with a loss: in labels [T], then in each row of mtp_labels [depths, T].
 
     Labels should be on the host: on a device, counting them would wait for it. Encoder rows, questions and
     padding have no loss; they are most tokens of many multimodal samples.

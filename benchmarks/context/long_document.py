@@ -28,7 +28,7 @@ from benchmarks import common
 from llm.config import LLMConfig
 from llm.layer import Layer, run_layer
 from llm.moe import ForwardContext
-from llm.scan import scan
+from llm.scan import ScanInputs, scan
 from parallel.context_parallel import pack
 from parallel.sharding.param import initialise
 from parallel.topology.axis import Axes, Axis
@@ -113,7 +113,7 @@ def scan_times() -> None:
         best = float("inf")
         for _ in range(7):
             start = time.perf_counter()
-            scan(*leaves, document, 64).sum().backward()
+            scan(ScanInputs(*leaves), document, 64).sum().backward()
             best = min(best, time.perf_counter() - start)
         print(
             f"scan {tokens:6d} tokens  {best * 1e3:7.1f} ms  {best / tokens * 1e6:6.2f} us a token",

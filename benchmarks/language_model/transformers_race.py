@@ -33,7 +33,7 @@ from benchmarks import common
 from encoders import compat
 from llm.hf import load_hf
 from llm.model import LLMBatch
-from llm.scan import scan
+from llm.scan import ScanInputs, scan
 from parallel.sequence.packed import Packing
 from tests.llm.oracle import SIZES as TOY  # widths of a test: operator dispatch is all that takes time
 
@@ -197,14 +197,13 @@ def scan_growth(lengths: Sequence[int], rounds: int) -> list[dict[str, float]]:
     for n in lengths:
         x, dt = torch.randn(n, heads, width), torch.rand(n, heads) * 0.1
         b, c = torch.randn(n, groups, state), torch.randn(n, groups, state)
-        inputs = [t.requires_grad_() for t in (x, dt, b, c)]
-        a, document = -torch.rand(heads) - 0.5, torch.zeros(n, dtype=torch.int64)
+        leaves = [t.requires_grad_() for t in (x, dt, b, c)]
+        inputs = ScanInputs(x=x, dt=dt, a=-torch.rand(heads) - 0.5, b=b, c=c)
+        document = torch.zeros(n, dtype=torch.int64)
         seconds = []
         for _ in range(rounds + 1):
             start = time.process_time()
-            torch.autograd.grad(
-                scan(inputs[0], inputs[1], a, inputs[2], inputs[3], document, 128).sum(), inputs
-            )
+            torch.autograd.grad(scan(inputs, document, 128).sum(), leaves)
             seconds.append(time.process_time() - start)
         median = statistics.median(seconds[1:])
         out.append({"tokens": n, "seconds": round(median, 4), "us_per_token": round(1e6 * median / n, 2)})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from parallel.schedule import Costs, Kind, ModuleUse, SchedulePlan, make_schedule, simulate
+from parallel.schedule import Costs, Kind, ModuleUse, ScheduleOptions, SchedulePlan, make_schedule, simulate
 from parallel.schedule.checker.check import check
 from parallel.schedule.drawing.chart import simulated
 from parallel.schedule.drawing.draw import draw
@@ -89,7 +89,8 @@ def pictures(folder: Path) -> None:
         params: Params = "step" if kind == "fill" else "each"
         modules = {m: ModuleUse(make_layout(m, world, spec), params=params) for m, spec in specs.items()}
         active = [set(specs) - {"llm"} - ({"audio"} if i % 3 == 0 else set()) for i in range(8)]
-        plan = make_schedule(kind, modules, sink="llm", active=active, ahead=8, costs=costs)
+        options = ScheduleOptions(ahead=8, costs=costs)
+        plan = make_schedule(kind, modules, sink="llm", active=active, options=options)
         check(plan)
         save(draw(simulated(simulate(plan, costs)), title=title), folder / f"{name}.svg")
 

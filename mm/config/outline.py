@@ -17,7 +17,7 @@ from llm.recompute import recompute_parts
 from llm.stages import partition
 from mm.config.schema import Config, build
 from mm.data.tokenizer import make_tokenizer
-from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
+from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.schedule.generators.refuse import check_stages
 from parallel.schedule.plan import Params
 from parallel.topology.layout import Layout, Unfit, make_layout
@@ -77,9 +77,7 @@ def schedule_of(
         modules,
         sink=SINK,
         active=active,
-        ahead=cfg.schedule.ahead,
-        batch=cfg.schedule.encoder_batch,
-        train=train,
+        options=ScheduleOptions(cfg.schedule.ahead, cfg.schedule.encoder_batch, train=train),
     )
 
 

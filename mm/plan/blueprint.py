@@ -15,7 +15,8 @@ from llm.recompute import recompute_parts
 from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
-from mm.config.outline import SINK, frozen_modules, schedule_of, weights_gathered
+from mm.config.outline import SINK as SINK  # users of a blueprint find the name here
+from mm.config.outline import frozen_modules, schedule_of, weights_gathered
 from mm.config.schema import Config, build
 from mm.errors import Refused
 from parallel.schedule import SchedulePlan

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from llm.counts import Counts
-from mm.data.index import Part, Sample
+from mm.data.sample import Part, Sample
 from mm.errors import DataError
 from parallel.boundary import RowMap, dest_side, row_positions, source_side
 from parallel.sequence.intervals import shares
@@ -27,36 +27,31 @@ Deal = Literal["cost", "sample"]
 
 @dataclass(frozen=True)
 class EncoderUse:
-    """An encoder as the planner needs it: row counts and costs without running anything.
+    """An encoder as the planner needs it: for row counts and costs, without running anything."""
 
-    cls is an encoders.Encoder class and cfg its options; deal says how items go to its dp ranks.
-    """
-
-    cls: Any
-    cfg: Any
+    cls: Any  # an encoders.Encoder class
+    cfg: Any  # its options, an instance of cls.Config
     layout: Layout
-    deal: Deal = "cost"
+    deal: Deal = "cost"  # how items go to its dp ranks: balanced by cost, or with their sample
 
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """Everything but the samples that a step plan depends on.
-
-    context: longest sample allowed, in tokens (text bytes, encoder rows and two markers).
-    microbatches: how many the global batch is cut into, the same for all modules.
-    order: how cp cuts the language model's packed sequences. mtp_depths: depths of multi-token prediction.
-    """
+    """Everything that a step plan depends on, except the samples."""
 
     llm: Layout
-    encoders: Mapping[str, EncoderUse]
-    context: int
-    microbatches: int
-    order: Order = "contiguous"
-    mtp_depths: int = 0
+    encoders: Mapping[str, EncoderUse]  # by module, in the config's order
+    context: int  # longest sample allowed, in tokens: text bytes, encoder rows and two markers
+    microbatches: int  # that the global batch is split into, the same for all modules
+    order: Order = "contiguous"  # how cp splits the language model's packed sequences
+    mtp_depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
     _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
-        """How many rows an item contributes; remembered, since epochs meet an item many times."""
+        """How many rows an item contributes; cached, since every epoch plans each item once.
+
+        Raises ValueError where the item's metadata do not serve its encoder.
+        """
         key = (module, part.shard, part.offset)
         if key not in self._rows:
             use = self.encoders[module]
@@ -72,68 +67,66 @@ class PlanInputs:
 
     @property
     def alignment(self) -> int:
-        """What packed sequences are padded to a multiple of, so that every rank has an equal share."""
+        """Packed sequences are padded to a multiple of so many tokens: every rank then has an equal share."""
         return alignment(self.llm.cp, self.llm.tp, self.order)
 
 
 @dataclass(frozen=True)
 class ItemPlan:
-    """One item of a micro-batch.
+    """One item of a micro-batch."""
 
-    sample: index of its sample in the micro-batch; position: token position of its first row in the packed
-    sequence of LLM dp rank llm_dp; source_dp: the encoder dp rank that computes it.
-    """
-
-    sample: int
+    sample: int  # index of its sample in the micro-batch
     part: Part
-    rows: int
-    cost: float
-    llm_dp: int
-    position: int
-    source_dp: int
+    rows: int  # that its encoder makes of it
+    cost: float  # as its encoder estimates it, in the encoder's own unit
+    llm_dp: int  # dp rank of the language model that packs its sample
+    position: int  # token position of its first row in the packed sequence of llm_dp
+    source_dp: int  # dp rank of the encoder that computes it
 
 
 class Edge(NamedTuple):
     """From an encoder to a stage of the language model that its rows enter."""
 
-    source: str
-    stage: int
+    source: str  # name of the encoder's module
+    stage: int  # index among the language model's pp * vpp stages
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """Cost of the items of an encoder's costliest dp rank over the mean of all its dp ranks; 1 is even."""
+
+    dealt: float  # with the items on the dp ranks that compute them
+    by_sample: float  # were each item on the dp rank of its sample
 
 
 @dataclass(frozen=True)
 class EdgePlanInputs:
-    """The items of one encoder in one micro-batch, in order of global row id, and both sides' rows.
+    """The items of one encoder in one micro-batch, and where their rows are on both sides."""
 
-    dest: as the language model's first pipeline rank reads them; others read their levels of the same rows.
-    load: cost of the items of the costliest encoder dp rank over the mean (1 is even), as dealt, and as it
-    would be with each item on the dp rank of its sample.
-    """
-
-    items: tuple[ItemPlan, ...]
-    source: RowMap
+    items: tuple[ItemPlan, ...]  # in order of global row id
+    source: RowMap  # the rows as the encoder's last pipeline rank gives them
+    # The rows as the language model's first pipeline rank reads them; others read their levels of these rows.
     dest: RowMap
-    load: tuple[float, float]
+    imbalance: Imbalance
 
     @property
     def rows(self) -> int:
+        """Rows of all items."""
         return sum(i.rows for i in self.items)
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """samples; dp_of[j] and length[j]: LLM dp rank and token count of sample j.
-
-    tokens[d]: length of dp rank d's packed sequence, padded so that it can be shared out over tp.
-    """
+    """The plan of one micro-batch."""
 
     samples: tuple[Sample, ...]
-    dp_of: tuple[int, ...]
-    length: tuple[int, ...]
-    tokens: tuple[int, ...]
-    edges: Mapping[str, EdgePlanInputs]
+    dp_of: tuple[int, ...]  # by sample, the dp rank of the language model that packs it
+    length: tuple[int, ...]  # by sample, in tokens
+    tokens: tuple[int, ...]  # by dp rank, length of its packed sequence, padded to PlanInputs.alignment
+    edges: Mapping[str, EdgePlanInputs]  # by encoder module
 
     def samples_of(self, dp: int) -> list[int]:
-        """Samples of an LLM dp rank, in the order they are packed."""
+        """Indices of the samples that a dp rank of the language model packs, in that order."""
         return [j for j, owner in enumerate(self.dp_of) if owner == dp]
 
 
@@ -202,8 +195,8 @@ def sample_length(sample: Sample, inputs: PlanInputs) -> int:
 
 
 def supervised_tokens(sample: Sample) -> int:
-    """Tokens of a sample that carry loss: supervised text and, unless it is cut off, the end marker."""
-    return (not sample.cut) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
+    """Tokens of a sample that carry loss: supervised text and, unless it is truncated, the end marker."""
+    return (not sample.truncated) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
 
 
 def mtp_supervised_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
@@ -223,7 +216,7 @@ def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
         at += n
         if at >= stop:
             return found
-    return found + (not sample.cut)  # the end marker
+    return found + (not sample.truncated)  # the end marker
 
 
 def owner_of(n: int, parts: int) -> list[int]:
@@ -304,19 +297,21 @@ def _plan_edge(
                 found.append((j, seg.part, n, at))
             at += n
     costs = [float(use.cls.cost(use.cfg, part.meta)) for _, part, _, _ in found]
-    # Samples are cut over the encoder's dp exactly as over the LLM's: equal dp sizes need no traffic.
+    # Samples go to the encoder's dp ranks as to the language model's: equal dp sizes need no traffic.
     home = owner_of(len(samples), use.layout.dp)
     homes = [home[j] for j, *_ in found]
     dealt = deal_by_cost(costs, homes, use.layout.dp) if use.deal == "cost" else homes
     items = tuple(
-        ItemPlan(j, part, n, cost, dp_of[j], at, source_dp)
+        ItemPlan(sample=j, part=part, rows=n, cost=cost, llm_dp=dp_of[j], position=at, source_dp=source_dp)
         for (j, part, n, at), cost, source_dp in zip(found, costs, dealt, strict=True)
     )
     rows, llm_dp, position = _columns(items)
     source = source_side(use.layout, rows, dealt)
     dest = dest_side(llm, rows, llm_dp, position, tokens, order=inputs.order)
-    load = tuple(_imbalance(costs, where, use.layout.dp) for where in (dealt, homes))
-    return EdgePlanInputs(items, source, dest, (load[0], load[1]))
+    imbalance = Imbalance(
+        dealt=_imbalance(costs, dealt, use.layout.dp), by_sample=_imbalance(costs, homes, use.layout.dp)
+    )
+    return EdgePlanInputs(items, source, dest, imbalance)
 
 
 def _columns(items: Sequence[ItemPlan]) -> tuple[list[int], list[int], list[int]]:

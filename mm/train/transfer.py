@@ -15,7 +15,7 @@ from mm.train.flight import Flight, Key, Message, key_of
 from parallel.comm.pipeline import Pipe
 from parallel.schedule import Action, Kind
 from parallel.schedule.action import SENDS
-from parallel.schedule.checker.graph import let_go
+from parallel.schedule.checker.graph import releases
 from parallel.topology.directions import Directions
 
 
@@ -28,7 +28,7 @@ class Transfers:
         self._sends = {a[:4]: a for a in schedule.actions(rank) if a.kind in SENDS}
         program = schedule.program_of.get(rank)
         # By computation, the transfers whose tensors are free before it: the schedule knows.
-        self._released = {} if program is None else let_go(schedule, program)
+        self._released = {} if program is None else releases(schedule, program)
 
     def release(self, action: Action) -> None:
         """Before a computation, free what other ranks have taken by then."""
@@ -41,7 +41,7 @@ class Transfers:
                 sent = self._sends[kind, module, i, stage]
                 pipes = self._pipes(sent)
                 pipe = pipes.forward if kind is Kind.SEND_FORWARD else pipes.backward
-                pipe.let_go(self._peer(sent), sent.tag)
+                pipe.release(self._peer(sent), sent.tag)
 
     def finish(self) -> None:
         """Wait for what is still under way after the last action."""

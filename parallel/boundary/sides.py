@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parallel.boundary.rows import RowMap
-from parallel.sequence.intervals import before, column, meet, repeat_groups, share_start, sums
+from parallel.sequence.intervals import Column, before, column, meet, repeat_groups, share_start, sums
 from parallel.sequence.stream import Order, alignment, context_spans
 from parallel.topology.layout import Layout
 
-Ints = Sequence[int] | np.ndarray
+Ints = Sequence[int] | Column
 
 
 def source_side(layout: Layout, item_rows: Ints, item_dp: Ints) -> RowMap:
@@ -98,7 +98,7 @@ def row_positions(
     tokens: Ints,
     *,
     order: Order = "contiguous",
-) -> np.ndarray:
+) -> Column:
     """Local token positions, in its own share of its stream, of the rows that `rank` reads by dest_side(), in
     their local order; int64 [R]."""
     runs = _token_runs(layout, item_rows, item_dp, item_position, tokens, order)
@@ -113,10 +113,10 @@ class _TokenRuns:
     """Stretches of rows in the order of (lane, local token): first global row, length, lane of one stage and
     first local token."""
 
-    row: np.ndarray
-    length: np.ndarray
-    lane: np.ndarray
-    token: np.ndarray
+    row: Column
+    length: Column
+    lane: Column
+    token: Column
 
 
 def _token_runs(
@@ -141,7 +141,7 @@ def _token_runs(
     return _TokenRuns(first[turn], (b - a)[turn], tile_lane[tile][turn], token[turn])
 
 
-def _tiles(layout: Layout, order: Order) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _tiles(layout: Layout, order: Order) -> tuple[Column, Column, Column, Column]:
     """Columns (lane within the dp rank, start, stop, first local token) of a stream of alignment() tokens, in
     ascending order."""
     unit, parts = alignment(layout.cp, layout.token_shards, order), layout.token_shards
@@ -166,7 +166,7 @@ def _lanes(layout: Layout, stages: Sequence[int]) -> tuple[tuple[int, ...], ...]
     return tuple(tuple(ranks[i : i + width]) for i in range(0, len(ranks), width))
 
 
-def _items(layout: Layout, item_rows: Ints, item_dp: Ints) -> tuple[np.ndarray, np.ndarray]:
+def _items(layout: Layout, item_rows: Ints, item_dp: Ints) -> tuple[Column, Column]:
     rows, owner = column(item_rows), column(item_dp)
     if len(rows) != len(owner):
         raise ValueError(f"{layout.module}: row counts of {len(rows)} items, but dp ranks of {len(owner)}")
@@ -182,10 +182,10 @@ def _items(layout: Layout, item_rows: Ints, item_dp: Ints) -> tuple[np.ndarray, 
 
 def _check_streams(
     layout: Layout,
-    rows: np.ndarray,
-    owner: np.ndarray,
-    position: np.ndarray,
-    tokens: np.ndarray,
+    rows: Column,
+    owner: Column,
+    position: Column,
+    tokens: Column,
     order: Order,
 ) -> None:
     name = layout.module

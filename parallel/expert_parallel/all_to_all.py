@@ -17,7 +17,7 @@ from parallel.topology.axis import Axis
 
 
 def _by_choice(rows: Tensor, route: Route, tokens: int) -> Tensor:
-    """Rows [m, d] in the route's order to [tokens, choices, d]; zeros for what was dropped."""
+    """Rows [m, d] in the route's order to [tokens, choices, d]; a dropped row is zero."""
     total = tokens * route.choices
     if route.dropless:
         out = rows.new_empty(rows.shape).index_copy_(0, route.order, rows)
@@ -27,22 +27,24 @@ def _by_choice(rows: Tensor, route: Route, tokens: int) -> Tensor:
 
 
 def _in_order(x: Tensor, index: Tensor, route: Route) -> Tensor:
-    """Rows `index` of x in the route's order; zeros for those beyond the last, which pad an expert."""
+    """Rows `index` of x, in the route's order. An index beyond the last row gives zeros, to pad an expert."""
     if route.dropless:
         return x.index_select(0, index)
     return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, index.clamp(max=x.shape[0]))
 
 
-class _Gather(torch.autograd.Function):
-    """Each token's rows, times its weights, summed. Keeps the rows as they came, where autograd would keep
-    copies of them in another order."""
+class _WeightedSum(torch.autograd.Function):
+    """The sum of each token's rows times its weights.
+
+    It keeps the rows in the order in which they arrived. Autograd would keep a reordered copy of them.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, route: Route) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.route = route
         by_choice = _by_choice(rows, route, weight.shape[0])
-        # Not a product of matrices: those of one row each are slow.
+        # No batched matrix product: with one row for each token it is slow.
         return by_choice.mul_(weight.to(rows.dtype).unsqueeze(-1)).sum(1)
 
     @staticmethod
@@ -56,12 +58,15 @@ class _Gather(torch.autograd.Function):
 
 
 def _reorder(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-    """Rows in another order, which `back` undoes: so the backward is one indexed copy too."""
+    """Rows of x in the order `order`. back: its inverse, which makes the backward one indexed copy too."""
     return linear_map(x, lambda y: y.index_select(0, order), lambda grad: grad.index_select(0, back))
 
 
 def _exchange(x: Tensor, sends: list[int], receives: list[int], axis: Axis) -> Tensor:
-    """The first sends[0] rows to rank 0 of the axis and so on; the result is what came, rank by rank."""
+    """All-to-all: the first sends[0] rows of x go to rank 0 of the axis, and so on.
+
+    Returns the received rows in the order of their ranks, receives[r] of them from rank r.
+    """
 
     def move(y: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
         out = y.new_empty((sum(arriving), *y.shape[1:]))
@@ -72,12 +77,12 @@ def _exchange(x: Tensor, sends: list[int], receives: list[int], axis: Axis) -> T
 
 
 def dispatch(x: Tensor, route: Route) -> Tensor:
-    """Tokens [n, d] to the rows of this rank's experts [m, d], grouped by expert."""
+    """Tokens [n, d] to the rows of this rank's experts [m, d], grouped by expert; a collective over ep."""
     tokens = x.shape[0]
     rows = linear_map(
         x,
         lambda y: _in_order(y, route.order // route.choices, route),
-        # In a fixed order, in which index_select's own backward does not add them on accelerators.
+        # This adds rows in a fixed order. index_select's own backward does not, on accelerators.
         lambda grad: _by_choice(grad, route, tokens).sum(1),
     )
     if route.regroup is None:
@@ -87,8 +92,10 @@ def dispatch(x: Tensor, route: Route) -> Tensor:
 
 
 def combine(rows: Tensor, weight: Tensor, route: Route) -> Tensor:
-    """Expert outputs [m, d] back to tokens [n, d], summed with the router's weights [n, k]."""
+    """Expert outputs [m, d] to tokens [n, d], summed with router weights [n, k]; a collective over ep."""
     if route.regroup is not None:
         rows = _reorder(rows, *reversed(route.regroup))
         rows = _exchange(rows, route.receives, route.sends, route.axis)
-    return _Gather.apply(rows, weight, route)
+    # torch leaves Function.apply untyped.
+    out: Tensor = _WeightedSum.apply(rows, weight, route)  # type: ignore[no-untyped-call]
+    return out

@@ -1,7 +1,7 @@
-"""Which rank and expert each routed row goes to: capacity limits, and the exchange of row counts.
+"""Plans which rank and expert each routed row goes to: capacity limits, and the exchange of row counts.
 
-The router decides how many rows go where, so this is the one place where sizes are exchanged at run time.
-Routing is dropless by default, with uneven splits.
+The router decides at run time how many rows go where, so this room exchanges sizes between ranks; every other
+room derives them (law 4). Routing is dropless by default, with uneven splits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from parallel.topology.axis import Axis
 
 @dataclass(frozen=True)
 class Route:
-    """Where the rows of this rank's tokens go.
+    """Where the rows of a rank's tokens go. n tokens that choose k experts each have n k rows, token major.
 
-    order [m]: rows (token major) sorted by expert, n k of them unless some are dropped, rows n k and on being
-    zeros that pad an expert; sends, receives: rows to and from each rank of the ep axis; regroup: order of
-    the received rows that puts each local expert's together, and the order that undoes it, None where they
-    are together; per_expert: rows of each local expert; dropless: each of the n k rows is in order, once, and
-    nothing else.
+    axis: the expert-parallel axis.
+    order: int64 [m], the rows to send, sorted by expert. A number of n k or more stands for a row of zeros
+        that pads an expert.
+    choices: k.
+    sends, receives: rows to and from each rank of the axis; empty where the axis has one rank.
+    regroup: the order of received rows that puts each local expert's rows together, and its inverse. None
+        where the axis has one rank: its rows are together already.
+    per_expert: rows of each local expert.
+    dropless: True where `order` holds each of the n k rows once and no padding.
     """
 
     axis: Axis
@@ -38,22 +42,28 @@ class Route:
 
 
 def tally(index: Tensor, size: int) -> Tensor:
-    """How often each of 0 .. size - 1 occurs in index (int64): [size]. Unlike bincount it does not wait for
-    an accelerator."""
+    """How often each of 0 .. size - 1 occurs in `index` (int64): int64 [size].
+
+    Unlike torch.bincount() this does not make the host wait for the device.
+    """
     flat = index.reshape(-1)
     return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def capacity_rows(choices: int, n_experts: int, factor: float) -> int:
-    """Rows that an expert may take of a rank's n k = `choices`: factor times its even share, at least one."""
+    """Rows that an expert may take from one rank: `factor` times its even share of them, at least 1.
+
+    choices: rows of the rank, n k. factor: the capacity factor (GShard, arXiv 2006.16668, section 2.2).
+    """
     return max(1, math.ceil(factor * choices / n_experts))
 
 
 def within_capacity(expert: Tensor, score: Tensor, n_experts: int, rows: int) -> Tensor:
-    """Which choices [n, k] (bool) remain if an expert takes at most `rows` of this rank, those scored best.
+    """Which choices remain where an expert takes `rows` rows of this rank, the best scored: bool [n, k].
 
-    expert, score [n, k]. It makes results depend on how tokens are cut over ranks: nothing is dropped
-    without it (GShard, arXiv 2006.16668, section 3.2).
+    expert: int64 [n, k], the chosen experts. score: [n, k], the router's scores.
+
+    A capacity makes results depend on how tokens are split over ranks; without one nothing is dropped.
     """
     flat = expert.reshape(-1)
     best = torch.argsort(score.detach().reshape(-1), descending=True, stable=True)
@@ -64,7 +74,7 @@ def within_capacity(expert: Tensor, score: Tensor, n_experts: int, rows: int) ->
 
 
 def _rank_in_group(counts: Tensor, total: int) -> Tensor:
-    """Place of each row in its own group, groups of these sizes lying one behind another: int64 [total]."""
+    """Index of each row within its own group, for consecutive groups of `counts` rows: int64 [total]."""
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=total)
     return torch.arange(total, device=counts.device) - starts
 
@@ -72,14 +82,16 @@ def _rank_in_group(counts: Tensor, total: int) -> Tensor:
 def plan_route(
     expert: Tensor, n_experts: int, axis: Axis, keep: Tensor | None = None, pad: int | None = None
 ) -> Route:
-    """Route from the chosen experts [n, k] (int64) of n tokens; a collective over `axis`, one host wait.
+    """The route of n tokens to their chosen experts; a collective over `axis`, with one host wait.
 
-    keep [n, k] (bool): choices that are not dropped, None for all. pad: rows that each expert gets of this
-    rank, zeros making up for what lacks; keep must leave no expert more.
+    expert: int64 [n, k], the chosen experts.
+    keep: bool [n, k], False for a dropped choice; None drops none.
+    pad: rows that every expert gets from this rank, filled up with zeros. `keep` must leave no expert more.
+        None: no padding.
     """
     flat = expert.reshape(-1)
     if keep is not None:
-        flat = torch.where(keep.reshape(-1), flat, n_experts)  # dropped ones come last
+        flat = torch.where(keep.reshape(-1), flat, n_experts)  # dropped rows sort last
     order = torch.argsort(flat, stable=True)
     counts = tally(flat, n_experts + 1)[:n_experts]
     if pad is not None:
@@ -87,26 +99,45 @@ def plan_route(
     dropless = keep is None and pad is None
     if axis.size == 1:
         per_expert = counts.tolist()
-        kept = order[: sum(per_expert)]
-        return Route(axis, kept, expert.shape[1], [], [], None, per_expert, dropless)
+        return Route(
+            axis=axis,
+            order=order[: sum(per_expert)],
+            choices=expert.shape[1],
+            sends=[],
+            receives=[],
+            regroup=None,
+            per_expert=per_expert,
+            dropless=dropless,
+        )
     local = n_experts // axis.size
     arriving = torch.empty_like(counts)  # [source rank, local expert]
     dist.all_to_all_single(arriving, counts, group=axis.group)
     table = torch.stack([counts, arriving]).view(2, axis.size, local)
-    leaving, incoming = table.tolist()  # the one wait for the device
+    leaving, incoming = table.tolist()  # the one host wait
     sends, receives = [sum(rows) for rows in leaving], [sum(rows) for rows in incoming]
     regroup = group_by_expert(arriving, local, sum(receives))
     back = torch.empty_like(regroup)
     back[regroup] = torch.arange(len(regroup), device=back.device)
-    kept = order[: sum(sends)]
-    return Route(axis, kept, expert.shape[1], sends, receives, (regroup, back), columns(incoming), dropless)
+    return Route(
+        axis=axis,
+        order=order[: sum(sends)],
+        choices=expert.shape[1],
+        sends=sends,
+        receives=receives,
+        regroup=(regroup, back),
+        per_expert=columns(incoming),
+        dropless=dropless,
+    )
 
 
 def _padded(flat: Tensor, order: Tensor, rows: int, n_experts: int) -> tuple[Tensor, Tensor]:
-    """Order and counts with exactly `rows` for each expert; flat: the expert of each row or n_experts."""
+    """Order and counts with exactly `rows` rows for each expert.
+
+    flat: the expert of each row, n_experts for a dropped one. order: the rows sorted by expert.
+    """
     counts = tally(flat, n_experts + 1)
     expert = flat[order]
-    # Dropped rows and rows that pad share one slot behind the others, which is cut off.
+    # Dropped rows go to one slot after all others, which [:-1] removes.
     slot = expert * rows + _rank_in_group(counts, len(flat))
     slot = torch.where(expert < n_experts, slot, n_experts * rows)
     out = order.new_full((n_experts * rows + 1,), len(flat)).scatter_(0, slot, order)[:-1]
@@ -114,14 +145,15 @@ def _padded(flat: Tensor, order: Tensor, rows: int, n_experts: int) -> tuple[Ten
 
 
 def group_by_expert(counts: Tensor, experts: int, total: int) -> Tensor:
-    """The order of all ranks' rows, end to end, that puts each expert's together: int64 [total].
+    """The order of all ranks' rows, concatenated by rank, that groups them by expert: int64 [total].
 
-    counts [ranks * experts]: the rows of each rank for each expert, in this order already; total: their sum.
+    counts: int64 [ranks * experts], rows of each rank for each expert, rank major; a rank's rows are sorted
+        by expert. total: their sum.
     """
     expert = torch.arange(experts, device=counts.device).repeat(len(counts) // experts)
     return torch.argsort(expert.repeat_interleave(counts, output_size=total), stable=True)
 
 
 def columns(table: list[list[int]]) -> list[int]:
-    """The sum of each column."""
+    """The sum of each column of a table."""
     return [sum(column) for column in zip(*table, strict=True)]

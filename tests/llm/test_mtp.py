@@ -17,9 +17,9 @@ from llm.moe import ForwardContext
 from llm.mtp import IGNORE, ahead
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared
-from tests.llm.harness import TINY, Text, build, far, make_batch, weigh
+from tests.llm.harness import TINY, Text, build, far, make_batch, tiny, weigh
 
-CFG = replace(TINY, pattern="M*E", mtp_layers=2, mtp_pattern="*E", mtp_weight=0.4)
+CFG = tiny(pattern="M*E", mtp_layers=2, mtp_pattern="*E", mtp_weight=0.4)
 EMPTY = {"vision": torch.zeros(0, TINY.d_model, dtype=torch.float64)}
 
 

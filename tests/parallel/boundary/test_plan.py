@@ -40,7 +40,7 @@ def play(transfers: list[Transfer], values: list[np.ndarray]) -> list[np.ndarray
     for t in transfers:
         # Rows that the plan claims to cover start as rubbish, as in memory that was not cleared.
         y = np.full(t.rows_out, np.nan) if t.covered else np.zeros(t.rows_out)
-        y[t.keep[1]] = values[t.rank][t.keep[0]]
+        y[t.keep.dest] = values[t.rank][t.keep.source]
         for peer, rows in t.recvs:
             y[rows] = mail.pop((peer, t.rank))
         out.append(y)
