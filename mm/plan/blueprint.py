@@ -193,7 +193,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
         context=cfg.data.context,
         microbatches=cfg.schedule.microbatches,
         order=order,
-        depths=llm.mtp_layers,
+        mtp_depths=llm.mtp_layers,
     )
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # raises where no schedule fits
