@@ -15,8 +15,9 @@ from llm.hf.weights import check_folder, model_tensors
 from llm.model import LLM
 from mm.checkpoint.resume import verify
 from mm.checkpoint.state import model_shapes
+from mm.config.build import build
 from mm.config.outline import SINK, llm_config
-from mm.config.schema import build, from_mapping
+from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint
 from mm.ranks.job import Job

@@ -1,7 +1,7 @@
 """The step plan: what every rank loads, computes and exchanges in one step, as plain data.
 
-A pure function of (config, index, seed, step, known-bad samples): every rank derives the same plan and
-nothing is agreed at run time.
+It is a pure function of (config, index, seed, step, known-bad samples): every rank derives the same plan, and
+ranks agree on nothing at run time (law 4).
 """
 
 from __future__ import annotations
@@ -156,12 +156,12 @@ class StepPlan:
 
     @cached_property
     def digest(self) -> int:
-        """A 63-bit fingerprint that all ranks of a step must share."""
+        """A 63-bit fingerprint of the whole plan, which must be equal on all ranks."""
         return _fingerprint([self.step, self.supervised, *self.mtp_supervised, *self.digests])
 
     @property
     def tokens(self) -> int:
-        """Of all samples, without padding."""
+        """Tokens of all samples, without padding."""
         return sum(sum(mb.length) for mb in self.microbatches)
 
     @property
@@ -171,7 +171,7 @@ class StepPlan:
 
     @property
     def active(self) -> list[set[str]]:
-        """Per micro-batch, the encoders that have at least one item anywhere."""
+        """By micro-batch, the encoders that have at least one item on any rank."""
         return [{m for m, e in mb.edges.items() if e.items} for mb in self.microbatches]
 
 
@@ -181,8 +181,10 @@ def _fingerprint(numbers: Sequence[int]) -> int:
 
 
 def sample_length(sample: Sample, inputs: PlanInputs) -> int:
-    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker. Raises DataError, by
-    name, for an item that its encoder cannot take."""
+    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker.
+
+    Raises DataError, naming the item, where its encoder cannot take it.
+    """
     n = 2
     for seg in sample.segments:
         try:
@@ -225,11 +227,11 @@ def owner_of(n: int, parts: int) -> list[int]:
 
 
 def deal_by_cost(costs: Sequence[float], home: Sequence[int], dp: int) -> list[int]:
-    """Deal items to `dp` ranks: the dp rank of each. The largest load is small, and few items leave home.
+    """The dp rank of each item, of `dp` ranks, so that loads are even and few items leave their home rank.
 
-    The largest load is at most that of longest-first to the least loaded rank (Graham 1969: within 4/3 of the
-    best). Within that bound an item stays on its home rank, from where its rows need not travel.
-    O(n (log n + dp)).
+    costs, home: by item. The largest load is at most that of the longest-processing-time rule (R. L. Graham,
+    "Bounds on Multiprocessing Timing Anomalies", 1969: within 4/3 of the best). Within that bound an item
+    stays on its home rank, where its rows need no transfer. O(n (log n + dp)).
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     spread = _longest_first(order, costs, home, dp, stay=0.0)
@@ -241,7 +243,10 @@ def deal_by_cost(costs: Sequence[float], home: Sequence[int], dp: int) -> list[i
 def _longest_first(
     order: Sequence[int], costs: Sequence[float], home: Sequence[int], dp: int, *, stay: float
 ) -> tuple[list[int], list[float]]:
-    """(dp rank of each item, load of each rank): an item stays home up to a load of `stay`, or on a tie."""
+    """(dp rank of each item, load of each rank), by the longest-processing-time rule.
+
+    order: the items, the costliest first. An item stays on its home rank up to a load of `stay`, or on a tie.
+    """
     load, out = [0.0] * dp, [0] * len(costs)
     for i in order:
         least = min(load)
@@ -252,7 +257,7 @@ def _longest_first(
 
 
 def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepPlan:
-    """Plan one step over `samples`, the whole global batch in order."""
+    """Plan one step over `samples`, the whole global batch in order. Raises DataError (sample_length)."""
     micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in shares(len(samples), inputs.microbatches))
     ids = tuple(s.id for s in samples)
     by_sample = (mtp_supervised_tokens(s, inputs) for s in samples)
@@ -269,7 +274,7 @@ def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch
     for dp, n in zip(dp_of, length, strict=True):
         start.append(filled[dp])
         filled[dp] += n
-    # Whole shares for every rank, and at least one token each, so that no collective meets an empty tensor.
+    # Every rank gets an equal share of at least one token: no collective then meets an empty tensor.
     unit = inputs.alignment
     tokens = [max(1, -(-n // unit)) * unit for n in filled]
     edges = {module: _plan_edge(module, samples, dp_of, start, tokens, inputs) for module in inputs.encoders}
@@ -284,6 +289,11 @@ def _plan_edge(
     tokens: Sequence[int],
     inputs: PlanInputs,
 ) -> EdgePlanInputs:
+    """Deal the items of encoder `module` to its dp ranks, and map their rows on both sides.
+
+    dp_of, start: by sample, its dp rank of the language model and its first token in the packed sequence.
+    tokens: by dp rank of the language model, the length of its packed sequence.
+    """
     use, llm = inputs.encoders[module], inputs.llm
     found: list[tuple[int, Part, int, int]] = []  # (sample, part, rows, position)
     for j, sample in enumerate(samples):
@@ -315,11 +325,12 @@ def _plan_edge(
 
 
 def _columns(items: Sequence[ItemPlan]) -> tuple[list[int], list[int], list[int]]:
-    """Rows, LLM dp ranks and token positions of items."""
+    """Rows, dp ranks of the language model and token positions of items."""
     return [i.rows for i in items], [i.llm_dp for i in items], [i.position for i in items]
 
 
 def _imbalance(costs: Sequence[float], dp_of: Sequence[int], dp: int) -> float:
+    """Largest load of `dp` ranks over their mean load; 1 where there is no load."""
     load = np.bincount(np.asarray(dp_of, dtype=np.int64), weights=np.asarray(costs), minlength=dp)
     return float(load.max() / load.mean()) if load.sum() > 0 else 1.0
 
