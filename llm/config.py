@@ -82,7 +82,7 @@ class LLMConfig:
     """Weight of the squared log-partition of the router's logits (ST-MoE, arXiv 2202.08906, equation 5)."""
     capacity: float | None = None
     """Rows that an expert takes from a rank, in units of the even share tokens * top_k / n_experts; it drops
-    the least probable rest, so layouts differ in their results. None: no expert drops any."""
+    the least probable rest, which breaks law 1 (results depend on the layout). None: no row is dropped."""
     pad_experts: bool = False
     """Whether each expert's rows are filled with zeros up to its capacity, for static shapes."""
     dispatcher: Literal["all_to_all", "all_gather"] = "all_to_all"

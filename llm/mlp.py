@@ -113,12 +113,6 @@ class MLP(nn.Module):
 def config_mlp(cfg: LLMConfig, ffn: int, axes: Axes, **factory: Unpack[FactoryKwargs]) -> MLP:
     """The MLP of width `ffn` that a model's config describes: a dense layer, or a shared expert."""
     shape = MLPShape(
-        width=cfg.d_model,
-        hidden=ffn,
-        std=cfg.init_std,
-        out_std=cfg.out_std,
-        activation=cfg.activation,
-        gated=cfg.mlp_gated,
-        bias=cfg.mlp_bias,
+        cfg.d_model, ffn, cfg.init_std, cfg.out_std, cfg.activation, gated=cfg.mlp_gated, bias=cfg.mlp_bias
     )
     return MLP(shape, axes, **factory)
