@@ -62,7 +62,7 @@ class Packing:
 
     @cached_property
     def position(self) -> Tensor:
-        """Place of each row in its own sequence, int64 [T]."""
+        """Index of each row in its own sequence, int64 [T]."""
         return self._tensor(np.arange(self.total) - np.repeat(self.starts[:-1], self.lengths))
 
     @cached_property
@@ -128,15 +128,16 @@ def attention(
 
 
 def spread(x: Tensor, packing: Packing, left: int, right: int) -> tuple[Tensor, Tensor]:
-    """Lay zero rows around every sequence: [T, C] to [T + n * (left + right), C], and the rows' places.
+    """Put zero rows around every sequence: [T, C] to [T + n * (left + right), C], and the slot of each row,
+    int64 [T].
 
     A convolution over the result sees zeros beyond a sequence's ends and never another sequence.
     """
     n = len(packing.lengths)
-    place = torch.arange(packing.total, device=x.device)
-    place = place + left + packing.sequence_id * (left + right)
+    slot = torch.arange(packing.total, device=x.device)
+    slot = slot + left + packing.sequence_id * (left + right)
     wide = x.new_zeros((packing.total + n * (left + right), *x.shape[1:]))
-    return wide.index_copy(0, place, x), place
+    return wide.index_copy(0, slot, x), slot
 
 
 def depthwise_conv(
@@ -150,30 +151,30 @@ def depthwise_conv(
 ) -> Tensor:
     """Depthwise convolution along each packed sequence, zeros beyond its ends.
 
-    x [T, C], weight [C, K], bias [C] or None; causal: output t sees inputs t-K+1..t, else it is centred
-    (K odd). before: rows [m, C] that precede some sequences, where these are parts of longer ones, and their
-    places int64 [m] in spread(x, packing, ..). Returns [T, C].
+    x [T, C], weight [C, K], bias [C] or None. causal: output t sees inputs t-K+1..t, else it is centred
+    (K odd). before: for sequences that are parts of longer ones, the rows [m, C] that precede them and their
+    slots int64 [m] in spread(x, packing, ..). Returns [T, C].
     """
     width = weight.shape[1]
     left = width - 1 if causal else width // 2
     if x.shape[0] == 0:
         return x + 0.0 * (weight.sum() + (0.0 if bias is None else bias.sum()))
     if causal and len(packing.lengths) == 1:
-        # One sequence needs no rows between: one copy instead of three.
+        # One sequence needs no rows between sequences: one copy instead of three.
         head = x.new_zeros(left, x.shape[1])
         head = head if before is None else head.index_copy(0, before[1], before[0])
         return _taps(torch.cat([head, x]), weight, bias)
-    wide, place = spread(x, packing, left, width - 1 - left)
+    wide, slot = spread(x, packing, left, width - 1 - left)
     if before is not None:
         wide = wide.index_copy(0, before[1], before[0])
-    return _taps(wide, weight, bias).index_select(0, place - left)
+    return _taps(wide, weight, bias).index_select(0, slot - left)
 
 
 class _Taps(torch.autograd.Function):
     """y[t] = bias + sum over k of x[t + k] weight[:, k]: x [N, C] to [N - K + 1, C].
 
-    One product a tap, tokens first: torch's depthwise convolution wants channels first, and on CPUs takes
-    twice the time. Summed in float32 or wider.
+    One product a tap, tokens first. torch's depthwise convolution needs channels first and takes twice the
+    time on CPUs. Sums are in float32 or wider.
     """
 
     @staticmethod
