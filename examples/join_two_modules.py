@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 -m examples.join_two_modules                            # colocated
     torchrun --nproc-per-node 5 -m examples.join_two_modules --encoder 0-2 --decoder 3-4 --tp 2
 
-A sample is LENGTH tokens, some of them rows of its ragged items, which the encoder computes. Losses and
-gradients are the same for every layout and any number of ranks.
+A sample is LENGTH tokens. Some of them are rows of the sample's ragged items, which the encoder computes.
+Losses and gradients are the same for every layout and any number of ranks.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SAMPLES, LENGTH, WIDTH = 6, 12, 16
 
 
 def batch(step):
-    """One global batch, as every rank can work it out: (sample, position in it, rows) of each item."""
+    """One global batch, equal on every rank: (sample, position in it, rows) of each item, and values."""
     rng = random.Random(step)
     items = [(j, at, rng.randint(0, 4)) for j in range(SAMPLES) for at in (1, 6)]
     values = torch.randn(SAMPLES * LENGTH + 99, 8, generator=torch.Generator().manual_seed(step)).double()
@@ -29,7 +29,7 @@ def batch(step):
 
 
 def train(encoder_spec, decoder_spec, steps=5):
-    """Losses of each step, and the last gradients of the module that this rank hosts, by name."""
+    """Losses of each step, and by name the last gradients of the modules that this rank hosts."""
     rank, world = dist.get_rank(), dist.get_world_size()
     layouts = [make_layout("encoder", world, encoder_spec), make_layout("decoder", world, decoder_spec)]
     enc, dec = layouts
@@ -45,10 +45,11 @@ def train(encoder_spec, decoder_spec, steps=5):
         share = [j * dec.dp // SAMPLES for j in range(SAMPLES)]  # sample -> dp rank of the decoder
         first = {d: share.index(d) for d in share}
         source = source_side(enc, rows, [i % enc.dp for i in range(len(items))])
-        lane = [share[j] for j, *_ in items]
+        item_dp = [share[j] for j, *_ in items]
         position = [(j - first[share[j]]) * LENGTH + at for j, at, _ in items]
         tokens = [LENGTH * share.count(d) for d in range(dec.dp)]
-        plan = plan_edge("encoder -> decoder", source, dest_side(dec, rows, lane, position, tokens), rank)
+        dest = dest_side(dec, rows, item_dp, position, tokens)
+        plan = plan_edge("encoder -> decoder", source, dest, rank)
 
         x = torch.zeros(0, WIDTH, dtype=torch.float64)
         if rank in enc.ranks:  # the items of my dp rank, end to end
@@ -56,10 +57,10 @@ def train(encoder_spec, decoder_spec, steps=5):
             mine = range(enc.coord(rank).dp, len(items), enc.dp)
             x = encoder(torch.cat([values[starts[i] : starts[i] + rows[i]] for i in mine]))
         y = boundary.exchange(plan, x)
-        loss = y.sum()  # no rows, but every rank goes through backward
+        loss = y.sum()  # zero without rows; every rank must run backward
         if rank in dec.ranks:
             here = tokens[dec.coord(rank).dp] // (dec.tp if dec.sequence_parallel else 1)
-            positions = torch.from_numpy(row_positions(dec, rank, rows, lane, position, tokens))
+            positions = torch.from_numpy(row_positions(dec, rank, rows, item_dp, position, tokens))
             hidden = torch.ones(here, WIDTH, dtype=torch.float64).index_copy(0, positions, y)
             loss = decoder(hidden).square().sum() / (SAMPLES * LENGTH)  # by the global number of tokens
         loss.backward()
@@ -83,7 +84,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--encoder", default="all", help="its ranks, all data parallel")
     parser.add_argument("--decoder", default="all", help="its ranks")
-    parser.add_argument("--tp", type=int, default=1, help="ranks that share out the decoder's tokens")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that split the decoder's tokens")
     args = parser.parse_args()
     dist.init_process_group()
     spec = {"ranks": args.decoder, "tp": args.tp, "sequence_parallel": True}

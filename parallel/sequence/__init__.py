@@ -1,4 +1,4 @@
-"""Sequences packed end to end, on one rank: index arithmetic, attention and convolution that never mix them.
+"""Sequences packed end to end on one rank: index arithmetic, attention and convolution within each sequence.
 
 Everything here is local. No process group may enter.
 """

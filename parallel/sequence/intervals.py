@@ -1,7 +1,7 @@
 """Arithmetic on half-open intervals of whole numbers. Pure.
 
 A few intervals, such as the stretches of one rank, are a list of spans. Many, such as the runs of a boundary,
-are columns: int64 arrays of one length.
+are columns: int64 arrays of one length, an entry an interval.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def disjoint(spans: Sequence[Span]) -> bool:
 
 
 def overlap(a: Sequence[Span], b: Sequence[Span]) -> list[Span]:
-    """What two lists of disjoint spans share, ascending."""
+    """The intersection of two lists of disjoint spans, ascending."""
     both = [(max(x[0], y[0]), min(x[1], y[1])) for x in a for y in b]
     return sorted((start, stop) for start, stop in both if start < stop)
 
 
 def join(spans: Sequence[Span]) -> list[Span]:
-    """The numbers in any of the spans, as disjoint, ascending spans that do not touch."""
+    """The union of spans, as disjoint, ascending spans that do not touch."""
     out: list[Span] = []
     for start, stop in sorted(spans):
         if out and start <= out[-1][1]:
@@ -79,24 +79,24 @@ def join(spans: Sequence[Span]) -> list[Span]:
 
 
 def column(values: Sequence[int] | Column) -> Column:
-    """Whole numbers as a column."""
+    """Whole numbers as a column: int64 [n]."""
     return np.asarray(values, dtype=np.int64).reshape(-1)
 
 
 def before(values: Column) -> Column:
-    """The sum of all values before each: where intervals of these lengths, end to end, start."""
+    """Exclusive prefix sums: where intervals of these lengths start when they lie end to end."""
     return np.cumsum(values) - values
 
 
 def sums(values: Column, group: Column, groups: int) -> Column:
-    """The sum of the values of each of 0 .. groups - 1."""
+    """The sum of the values of each group: [groups]. group: of each value, 0 <= group < groups."""
     out = np.zeros(groups, dtype=np.int64)
     np.add.at(out, group, values)
     return out
 
 
 def repeat_groups(first: Column, size: Column) -> tuple[Column, Column]:
-    """(k, first[k]), (k, first[k] + 1), .. size[k] of them, for each k: two columns."""
+    """Columns (k, first[k] + j) for each k and each 0 <= j < size[k], in order of k and then of j."""
     k = np.repeat(np.arange(len(size)), size)
     return k, np.arange(len(k)) - np.repeat(before(size) - first, size)
 
@@ -104,9 +104,10 @@ def repeat_groups(first: Column, size: Column) -> tuple[Column, Column]:
 def meet(
     start: Column, stop: Column, others_start: Column, others_stop: Column
 ) -> tuple[Column, Column, Column, Column]:
-    """What intervals share with `others`, which are disjoint, ascending and may be empty.
+    """Intersections of intervals with `others`, which are disjoint, ascending and may be empty.
 
-    Returns columns (interval, other, start, stop), in order of interval, then ascending.
+    Returns columns (interval, other, start, stop), in order of interval and then ascending. O((n + m) log m)
+    for n intervals and m others, plus the length of the result.
     """
     low = np.searchsorted(others_stop, start, side="right")
     high = np.searchsorted(others_start, stop, side="left")
@@ -119,13 +120,13 @@ def meet(
 def outside(
     start: Column, stop: Column, others_start: Column, others_stop: Column
 ) -> tuple[Column, Column, Column]:
-    """What intervals do not share with `others`, which are disjoint and ascending.
+    """Intervals without `others`, which are disjoint and ascending.
 
-    Returns columns (interval, start, stop), in order of interval, then ascending.
+    Returns columns (interval, start, stop), in order of interval and then ascending.
     """
     low = np.searchsorted(others_stop, start, side="right")
     high = np.searchsorted(others_start, stop, side="left")
-    # The gap before each other that an interval meets, and the one after the last.
+    # An interval has a gap before each other interval that it meets, and one after the last.
     i, k = repeat_groups(low, np.maximum(high - low, 0) + 1)
     ends = np.concatenate([[np.iinfo(np.int64).min], others_stop])  # of the other before k
     begins = np.concatenate([others_start, [np.iinfo(np.int64).max]])
@@ -135,7 +136,7 @@ def outside(
 
 
 def union(start: Column, stop: Column) -> tuple[Column, Column]:
-    """The numbers in any of the intervals, as disjoint, ascending intervals that do not touch."""
+    """The union of intervals, as disjoint, ascending intervals that do not touch."""
     some = np.flatnonzero(start < stop)
     some = some[np.argsort(start[some], kind="stable")]
     start, reach = start[some], np.maximum.accumulate(stop[some])
@@ -144,7 +145,7 @@ def union(start: Column, stop: Column) -> tuple[Column, Column]:
 
 
 def rows_of(start: Column, length: Column) -> Rows:
-    """The numbers in intervals, one after another: a slice where each begins where the last ended."""
+    """The numbers in intervals, one after another: a slice where each begins at the end of the last."""
     if len(start) == 0:
         return NONE
     if np.all(start[:-1] + length[:-1] == start[1:]):

@@ -106,7 +106,7 @@ def depthwise_conv(
     if x.shape[0] == 0:
         return x + 0.0 * (weight.sum() + (0.0 if bias is None else bias.sum()))
     if causal and len(packing.lengths) == 1:
-        # One sequence needs no rows between: one copy instead of three.
+        # One sequence needs no rows between sequences: one copy instead of three.
         head = x.new_zeros(left, x.shape[1])
         head = head if before is None else head.index_copy(0, before[1], before[0])
         return _convolve(torch.cat([head, x]), weight, bias)

@@ -1,6 +1,6 @@
 """One axis of a module's mesh, as a layer sees it.
 
-A layer that communicates is given the axes it needs; there is no "current group" anywhere.
+A layer that communicates takes the axes that it needs; there is no "current group" anywhere (law 6).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Axis:
-    """A named group of ranks and this rank's place in it.
+    """A named group of ranks, as one of them sees it.
 
-    size: number of ranks on the axis; rank: this rank's index, 0 <= rank < size;
-    group: the process group, None only where size is 1.
+    size: number of ranks on the axis.
+    rank: this rank's index, 0 <= rank < size.
+    group: the process group; None only where size is 1.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Axis:
 
     @staticmethod
     def single(name: str) -> Axis:
-        """The axis of a module that is not split: collectives over it do nothing."""
+        """An axis of one rank: collectives over it do nothing."""
         return Axis(name)
 
 
@@ -39,9 +40,11 @@ class Axis:
 class Axes:
     """The axes that layers of one module compute over.
 
-    tp: tensor parallel; ep: expert parallel, etp: tensor parallel inside an expert (both in the expert view
-    of the same ranks); cp: context parallel, which cuts the tokens of a sequence.
-    sequence_parallel: between blocks each tp rank keeps only its share of the tokens.
+    tp: tensor parallel.
+    ep: expert parallel, in the expert view of the same ranks.
+    sequence_parallel: whether each tp rank keeps only its share of the tokens between blocks.
+    cp: context parallel, which splits the tokens of a sequence.
+    etp: tensor parallel inside an expert, in the expert view.
     """
 
     tp: Axis = Axis("tp")
@@ -52,5 +55,5 @@ class Axes:
 
     @property
     def token_shards(self) -> int:
-        """Into how many shares the tokens between blocks are cut."""
+        """Into how many shares the tokens are split between blocks."""
         return self.tp.size if self.sequence_parallel else 1

@@ -8,9 +8,10 @@ T = TypeVar("T")
 
 
 class Directions(NamedTuple, Generic[T]):
-    """Something that there is once for activations and once for gradients: each has an order of its own.
+    """A pair of things, one for activations and one for gradients.
 
-    forward: activations, from source to sink and on to later stages; backward: gradients, the other way.
+    forward: of activations, which go from source to sink and on to later stages.
+    backward: of gradients, which go the other way.
     """
 
     forward: T

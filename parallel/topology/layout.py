@@ -1,4 +1,4 @@
-"""Layouts: how one module is cut over its ranks. Pure; no process group, no torch.
+"""Layouts: how one module is parallelised over its ranks. Pure; no process group, no torch.
 
 Axis order, fastest first: tp, cp, dp, pp in the dense view; etp, ep, edp, pp in the expert view of the same
 ranks (parallel folding, arXiv 2504.14960). Only pp must agree between the two views.
@@ -22,11 +22,13 @@ Changes = Mapping[str, Any]  # a key and its new value
 
 
 class Unfit(ValueError):
-    """A layout or a schedule that cannot be.
+    """A layout or a schedule that is not possible.
 
-    why: what was given, and what is needed. works: alternatives, each a set of changes that is enough for all
-    that its author knows; a caller who knows more may propose others. Keys are those of a layout or of a
-    model (tp), or dotted as in a config (schedule.kind). module: whose they are, where they are not dotted.
+    why: what was given, and what is needed.
+    works: alternatives, each a set of changes that suffices as far as the raising code knows; a caller that
+        knows more may propose others. Keys are those of a layout or of a model (tp), or dotted as in a config
+        (schedule.kind).
+    module: the module that keys without a dot belong to.
     """
 
     def __init__(self, why: str, works: Sequence[Changes] = (), module: str | None = None) -> None:
@@ -35,7 +37,7 @@ class Unfit(ValueError):
 
 
 def with_advice(why: str, works: Sequence[Changes]) -> str:
-    """A refusal in words with its alternatives, each as it is typed: "tp=2 pp=1 or tp=4"."""
+    """A refusal with its alternatives, each as it is typed: "tp=2 pp=1 or tp=4"."""
     return f"{why}; nearest: {' or '.join(map(typed, works))}" if works else why
 
 
@@ -67,7 +69,21 @@ class ExpertCoord(NamedTuple):
 class Layout:
     """Degrees and placement of one module. Make it with make_layout(), which checks it.
 
-    ranks: the global ranks it lives on, in mesh order. dp and edp follow from the rest.
+    Degrees count ranks, but for vpp; 1 is off. They come from the config's layout.MODULE mapping, key by key.
+
+    module: name of the module; the key under `layout`.
+    ranks: global ranks that the module lives on, in mesh order.
+    tp: tensor parallel; ranks that shard one layer's heads, hidden widths and vocabulary (Megatron-LM, arXiv
+        1909.08053).
+    cp: context parallel; ranks that split the tokens of a packed stream, or the rows of an encoder's items.
+    pp: pipeline parallel; ranks that partition the layers into stages.
+    vpp: virtual stages a pipeline rank holds (interleaved schedule, arXiv 2104.04473, section 2.2).
+    ep: expert parallel, in the expert view; ranks that split a layer's experts.
+    etp: expert tensor parallel, in the expert view; ranks that shard one expert.
+    sequence_parallel: whether each tp rank keeps only its share of the tokens between blocks (arXiv
+        2205.05198, section 4.2). Does nothing at tp 1.
+
+    Two degrees follow: dp = ranks / (tp cp pp), edp = ranks / (etp ep pp).
     """
 
     module: str
@@ -82,24 +98,27 @@ class Layout:
 
     @property
     def size(self) -> int:
+        """Number of ranks."""
         return len(self.ranks)
 
     @property
     def dp(self) -> int:
+        """Data parallel: ranks with the same weights and other samples."""
         return self.size // (self.tp * self.cp * self.pp)
 
     @property
     def edp(self) -> int:
+        """Expert data parallel: ranks with the same part of the same experts."""
         return self.size // (self.etp * self.ep * self.pp)
 
     @property
     def degrees(self) -> dict[str, int]:
-        """What was chosen of it, by key."""
+        """The degrees that a config sets, by key."""
         return {name: getattr(self, name) for name in DEGREES}
 
     @property
     def token_shards(self) -> int:
-        """Into how many shares tp cuts the tokens of one cp rank between blocks."""
+        """Into how many shares the tokens of one cp rank are split over tp between blocks."""
         return self.tp if self.sequence_parallel else 1
 
     def shape(self, view: View = "dense") -> tuple[int, ...]:
@@ -182,7 +201,7 @@ def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tup
 
 
 def _named_ranks(spec: Any, world: int) -> tuple[int, ...] | None:
-    """The ranks that `spec` names, in or out of the job; None where it is not a way to name ranks."""
+    """The ranks that `spec` names, in or out of the job; None where `spec` does not name ranks."""
     if spec == "all":
         return tuple(range(world))
     if isinstance(spec, str):
@@ -230,8 +249,8 @@ def make_layout(module: str, world: int, spec: Mapping[str, Any]) -> Layout:
     return layout
 
 
-PAIRS = 12  # of the degrees of a view, the nearest that are looked at for each pp
-TRIES = 300  # sets of changes that are looked at
+PAIRS = 12  # nearest pairs of degrees of a view that are tried for each pp
+TRIES = 300  # sets of changes that are tried
 
 
 def nearest_degrees(
@@ -239,10 +258,10 @@ def nearest_degrees(
     given: Mapping[str, int],
     fits: Callable[[Mapping[str, int]], bool] = lambda degrees: True,
 ) -> list[dict[str, int]]:
-    """One or two sets of changes that make `given` degrees fit `size` ranks and `fits`: [{"tp": 4}]; none
-    where none of the nearest does.
+    """One or two sets of changes that make `given` degrees fit `size` ranks and `fits`: [{"tp": 4}].
 
-    Nearest: the fewest degrees changed, then the smallest factors. fits: of all degrees, changed or not.
+    The nearest ones: those that change the fewest degrees, then by the smallest factors. Empty where none of
+    the nearest fits. fits: takes all degrees, changed or not.
     """
     found: list[dict[str, int]] = []
     for works in itertools.islice(_by_distance(size, given), TRIES):
@@ -257,11 +276,11 @@ def nearest_degrees(
 
 
 def _by_distance(size: int, given: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """All degrees that fit `size` ranks, as far as they are near, the nearest first and then every one 1."""
+    """Degrees that fit `size` ranks, nearest first, at most TRIES; the last has every degree 1."""
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     found = []
     for pp in divisors:
-        # Given pp, the two views are free of each other.
+        # Given pp, the two views do not constrain each other.
         dense = _fitting(divisors, size // pp, given["tp"], given["cp"])
         expert = _fitting(divisors, size // pp, given["etp"], given["ep"])
         for vpp in range(1, given["vpp"] + 1) if pp > 1 else (1,):
@@ -281,12 +300,12 @@ def _fitting(divisors: Sequence[int], n: int, a: int, b: int) -> list[tuple[int,
 
 
 def _distance(moves: Sequence[tuple[int, int]]) -> tuple[int, float]:
-    """(how many of the (new, old) degrees differ, by how large factors together, as a logarithm)."""
+    """(how many of the (new, old) degrees differ, logarithm of the product of their ratios)."""
     return sum(new != old for new, old in moves), sum(abs(math.log(new / old)) for new, old in moves)
 
 
 def nearest(given: int, n: int) -> list[int]:
-    """The divisors of n next below and next above `given` (one of them where it is the only one)."""
+    """The next divisor of n below `given` and the next above it, as far as they exist."""
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     below = [d for d in divisors if d < given][-1:]
     above = [d for d in divisors if d > given][:1]

@@ -1,16 +1,16 @@
-"""Process groups of one module: the dense and the expert view of the same ranks, pipeline ranks apart.
+"""Process groups of one module: the dense and the expert view of the same ranks, for each pipeline rank.
 
-The dense view is pp x dp x cp x tp, the expert view pp x edp x ep x etp (parallel folding, arXiv 2504.14960):
-expert parallelism may cross tensor, context and data parallelism because only the ranks have to agree, not
-the axes. Only pp is common to both, so each pipeline rank has meshes of its own.
+The dense view is pp x dp x cp x tp, the expert view pp x edp x ep x etp (parallel folding, arXiv 2504.14960).
+Expert parallelism may cross tensor, context and data parallelism because only the ranks have to agree, not
+the axes. Only pp is common to both views, so each pipeline rank has meshes of its own.
 
-A group's ranks are in the order of the layout, whatever their numbers: a place in a group is a coordinate.
+A group's ranks are in the order of the layout, whatever their numbers: an index in a group is a coordinate.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -27,11 +27,15 @@ from parallel.topology.layout import Layout, View
 class ModuleMesh:
     """The meshes of a module as one of its ranks sees them.
 
-    dense: DeviceMesh (data, tp) of this pipeline rank, data being dp x cp, over which weights are replicas
-    that see different tokens; expert: DeviceMesh (edp, ep, etp); axes: what layers compute over; stage: all
-    ranks of this pipeline rank. pipeline: the ranks that differ along pp alone, in two groups, for
-    activations and for gradients, which are ordered each for itself; None without pp. ends: this rank and
-    the one at the other end of its pipeline, where first and last stage share weights.
+    layout: the layout that the meshes were made of.
+    dense: DeviceMesh (data, tp) of this pipeline rank. data is dp x cp: replicas of the weights that see
+        different tokens.
+    expert: DeviceMesh (edp, ep, etp) of this pipeline rank.
+    axes: what layers compute over.
+    stage: all ranks of this pipeline rank.
+    pipeline: the ranks that differ along pp alone. Activations and gradients have a group each, since each
+        has an order of its own; None without pp.
+    ends: this rank and the one at the other end of its pipeline, where first and last stage share weights.
     """
 
     layout: Layout
@@ -46,8 +50,10 @@ class ModuleMesh:
     )
 
     def over(self, view: View, *axes: str) -> DeviceMesh:
-        """The mesh of some axes of a view. Each is made once: slicing a DeviceMesh takes milliseconds, and a
-        module has thousands of parameters."""
+        """The mesh of some axes of a view.
+
+        Each is made once: slicing a DeviceMesh takes milliseconds, and a module has thousands of parameters.
+        """
         key = view, axes
         if key not in self._over:
             self._over[key] = (self.dense if view == "dense" else self.expert)[axes]
@@ -55,12 +61,12 @@ class ModuleMesh:
 
     @property
     def data(self) -> DeviceMesh:
-        """What FSDP shards the dense weights over: dp x cp."""
+        """The mesh over which FSDP shards the dense weights: dp x cp."""
         return self.over("dense", "data")
 
     @property
     def folded(self) -> bool:
-        """Whether experts are cut or replicated differently from the dense weights."""
+        """Whether experts are sharded or replicated differently from the dense weights."""
         return any(axis.size > 1 for axis in (self.axes.tp, self.axes.ep, self.axes.etp))
 
     def close(self) -> None:
@@ -79,8 +85,9 @@ def build_mesh(
 ) -> ModuleMesh | None:
     """Make the groups of `layout`; every rank of the job calls this, in the same order of modules.
 
-    timeout_s bounds the waits of all of them. tie_ends: make the groups of first and last pipeline ranks.
-    Returns None on ranks that the module does not live on. Needs an initialised default process group.
+    timeout_s: timeout of all groups, in seconds. tie_ends: whether to make the groups of first and last
+    pipeline ranks. Returns None on ranks that the module does not live on. Needs an initialised default
+    process group.
     """
     rank, limit = dist.get_rank(), timedelta(seconds=timeout_s)
     dense, expert, stages = [], [], []
@@ -123,8 +130,11 @@ def build_mesh(
 def _mesh(
     device_type: str, ranks: torch.Tensor, axes: tuple[str, ...], timeout: timedelta
 ) -> DeviceMesh | None:
-    """The mesh over `ranks`, an axis a dim; None on other ranks. Its groups are made here because those that
-    DeviceMesh makes wait as long as the backend likes: half an hour for some."""
+    """The mesh over `ranks`, an axis a dim; None on other ranks.
+
+    Its groups are made here, since those that DeviceMesh makes have the backend's default timeout, which is
+    half an hour for some.
+    """
     groups = []
     for dim in range(ranks.ndim):
         lines = ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist()
@@ -141,33 +151,35 @@ def _own_group(groups: Iterable[Sequence[int]], timeout: timedelta) -> dist.Proc
 
 
 def ordered_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """new_group() in which ranks[k] is rank k, so that a rank's place in the group is its coordinate on the
-    axis; every rank of the job calls this. On ranks that are not in it, what new_group() returns there."""
-    if "sort_ranks" in inspect.signature(dist.new_group).parameters:
-        return dist.new_group(list(ranks), timeout=timeout, sort_ranks=False)
-    return dist.new_group(in_place(ranks), timeout=timeout)
+    """new_group() in which ranks[k] is rank k, so that a rank's index in the group is its coordinate on the
+    axis. Every rank of the job calls this; those that are not in `ranks` get what new_group() returns there.
+    """
+    new_group: Callable[..., dist.ProcessGroup] = dist.new_group  # which torch leaves untyped
+    if "sort_ranks" in inspect.signature(new_group).parameters:
+        return new_group(list(ranks), timeout=timeout, sort_ranks=False)
+    return new_group(ordered(ranks), timeout=timeout)
 
 
-def in_place(ranks: Sequence[int]) -> list[int]:
+def ordered(ranks: Sequence[int]) -> list[int]:
     """`ranks` as numbers that sorting leaves in this order: torch before 2.12 sorts those of a new group."""
-    return [_Placed(rank, k) for k, rank in enumerate(ranks)]
+    return [_Ordered(rank, k) for k, rank in enumerate(ranks)]
 
 
-class _Placed(int):
-    """A rank that is compared by its place among others."""
+class _Ordered(int):
+    """A rank that is compared by its index among others."""
 
-    place: int
+    index: int
 
-    def __new__(cls, rank: int, place: int) -> _Placed:
+    def __new__(cls, rank: int, index: int) -> _Ordered:
         out = super().__new__(cls, rank)
-        out.place = place
+        out.index = index
         return out
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
 
     def __lt__(self, other: int) -> bool:
-        return self.place < other.place if isinstance(other, _Placed) else int(self) < other
+        return self.index < other.index if isinstance(other, _Ordered) else int(self) < other
 
 
 def _axis(mesh: DeviceMesh, name: str, coordinate: int) -> Axis:

@@ -11,7 +11,9 @@ from itertools import pairwise
 class Stage:
     """The layers [start, stop) of a module, by global index, that one pipeline stage holds.
 
-    first: it takes the module's inputs; last: it gives the module's outputs.
+    start, stop: layers, 0 <= start <= stop.
+    first: whether the stage takes the module's inputs.
+    last: whether the stage returns the module's outputs.
     """
 
     start: int
@@ -24,6 +26,7 @@ class Stage:
 
     @property
     def layers(self) -> range:
+        """Global indices of the stage's layers."""
         return range(self.start, self.stop)
 
 
@@ -33,7 +36,7 @@ def whole(n_layers: int) -> Stage:
 
 
 def stages_of(bounds: Sequence[int]) -> tuple[Stage, ...]:
-    """Stages from their boundaries, [0, .., n_layers]."""
+    """Stages between consecutive bounds, which are layers: [0, .., n_layers]."""
     pairs = list(pairwise(bounds))
     return tuple(Stage(a, b, first=i == 0, last=i == len(pairs) - 1) for i, (a, b) in enumerate(pairs))
 
@@ -59,7 +62,7 @@ def partition_layers(
     def cost(start: int, stop: int, k: int) -> float:
         return sums[stop] - sums[start] + (before if k == 0 else 0.0) + (after if k == n - 1 else 0.0)
 
-    # best[k][i]: (cost of the costliest of the stages k.., layers i.. being left, where stage k ends)
+    # best[k][i]: (cost of the costliest stage from k on when these hold layers i.., where stage k ends)
     best: list[dict[int, tuple[float, int]]] = [{} for _ in range(n)]
     best[n - 1] = {i: (cost(i, layers, n - 1), layers) for i in range(n - 1, layers)}
     for k in range(n - 2, -1, -1):

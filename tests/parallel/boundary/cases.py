@@ -138,14 +138,12 @@ def _shares(rows: list[int], parts: int) -> list[list[int]]:
     return [rows[k * n // parts : (k + 1) * n // parts] for k in range(parts)]
 
 
-def held_rows(layout: Layout, rows: list[int], lane: list[int]) -> dict[int, list[int]]:
-    """Global rows of each rank, cut row by row."""
+def held_rows(layout: Layout, rows: list[int], item_dp: list[int]) -> dict[int, list[int]]:
+    """Global rows of each rank, split row by row."""
     first = np.cumsum([0, *rows])
     held: dict[int, list[int]] = {r: [] for r in layout.ranks}
     for dp in range(layout.dp):
-        stream = [
-            r for i, owner in enumerate(lane) if owner == dp for r in range(first[i], first[i] + rows[i])
-        ]
+        stream = [r for i, d in enumerate(item_dp) if d == dp for r in range(first[i], first[i] + rows[i])]
         for cp, share in enumerate(_shares(stream, layout.cp)):
             parts = _shares(share, layout.tp) if layout.sequence_parallel else [share] * layout.tp
             for tp, part in enumerate(parts):

@@ -28,13 +28,18 @@ TIMEOUT_S = 15.0
 
 @dataclass(frozen=True)
 class Joint:
-    """Two modules' layout keys, and the items between them. wrong: why it has to be refused, if it does."""
+    """Two modules' layout keys, and the items between them.
+
+    rows, source_dp, llm_dp, position: by item, its rows, its dp rank on either side and its first position in
+    the stream of the latter. tokens: length of each stream. tail, dtype: of the rows. wrong: what the refusal
+    has to say, where the case is wrong.
+    """
 
     vision: dict[str, Any]
     llm: dict[str, Any]
     rows: list[int]
-    lane: list[int]
-    llm_lane: list[int]
+    source_dp: list[int]
+    llm_dp: list[int]
     position: list[int]
     tokens: list[int]
     order: Order = "contiguous"
@@ -66,11 +71,12 @@ class Account:
     @staticmethod
     def of(joint: Joint) -> Account:
         vision, llm = joint.layouts
-        held: dict[int, list[int]] = {r: [] for r in range(WORLD)} | held_rows(vision, joint.rows, joint.lane)
+        held: dict[int, list[int]] = {r: [] for r in range(WORLD)}
+        held |= held_rows(vision, joint.rows, joint.source_dp)
         row_at: list[dict[int, int]] = [{} for _ in joint.tokens]
         total = 0
-        for n, lane, at in zip(joint.rows, joint.llm_lane, joint.position, strict=True):
-            row_at[lane] |= {at + k: total + k for k in range(n)}
+        for n, dp, at in zip(joint.rows, joint.llm_dp, joint.position, strict=True):
+            row_at[dp] |= {at + k: total + k for k in range(n)}
             total += n
         read: dict[int, list[int]] = {r: [] for r in range(WORLD)}
         positions: dict[int, list[int]] = {r: [] for r in range(WORLD)}
@@ -111,8 +117,8 @@ def planned(joint: Joint) -> tuple[EdgePlan, list[int]]:
     """This rank's plan, and the local tokens of the rows that it reads. ValueError for a wrong case."""
     rank = dist.get_rank()
     vision, llm = joint.layouts
-    source = source_side(vision, joint.rows, joint.lane)
-    items = (joint.rows, joint.llm_lane, joint.position, joint.tokens)
+    source = source_side(vision, joint.rows, joint.source_dp)
+    items = (joint.rows, joint.llm_dp, joint.position, joint.tokens)
     dest = dest_side(llm, *items, order=joint.order, stages=joint.stages)
     reads = rank in llm.ranks and llm.coord(rank).pp in joint.stages
     positions = row_positions(llm, rank, *items, order=joint.order).tolist() if reads else []

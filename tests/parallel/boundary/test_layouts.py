@@ -1,5 +1,7 @@
-"""Any two layouts, any placement: exact with the least bytes, or refused in words on all ranks before any of
-them waits. A longer run: pytest tests/parallel/boundary/test_layouts.py --cases 5000
+"""Any two layouts, any placement: exact with the fewest bytes, or refused on all ranks
+before any of them waits.
+
+A longer run: pytest tests/parallel/boundary/test_layouts.py --cases 5000
 """
 
 from __future__ import annotations
@@ -29,33 +31,33 @@ def draw(seed: int) -> Joint:
     vision, llm = (make_layout(m, WORLD, s) for m, s in zip(("vision", "llm"), specs, strict=True))
     order: Order = rng.choice(["contiguous", "zigzag"])
     unit = alignment(llm.cp, llm.token_shards, order)
-    filled, rows, llm_lane, position = [0] * llm.dp, [], [], []
+    filled, rows, llm_dp, position = [0] * llm.dp, [], [], []
     for _ in range(rng.choice([0, 1, 3, 9])):
         rows.append(rng.choice([0, 1, 2, 7]))
-        llm_lane.append(rng.randrange(llm.dp))
-        position.append(filled[llm_lane[-1]] + rng.choice([0, 0, 1, 4]))
-        filled[llm_lane[-1]] = position[-1] + rows[-1]
+        llm_dp.append(rng.randrange(llm.dp))
+        position.append(filled[llm_dp[-1]] + rng.choice([0, 0, 1, 4]))
+        filled[llm_dp[-1]] = position[-1] + rows[-1]
     turn = rng.sample(range(len(rows)), len(rows))  # rows need not be in the order of their tokens
-    rows, llm_lane, position = ([of[i] for i in turn] for of in (rows, llm_lane, position))
+    rows, llm_dp, position = ([of[i] for i in turn] for of in (rows, llm_dp, position))
     joint = Joint(
         *specs,
-        rows,
-        [rng.randrange(vision.dp) for _ in rows],
-        llm_lane,
-        position,
-        [-(-n // unit) * unit + unit * rng.choice([0, 1]) for n in filled],
-        order,
-        tuple(sorted(rng.sample(range(llm.pp), rng.randint(1, llm.pp)))),
-        rng.choice([None, 1, 2, 3]),
-        rng.choice(DTYPES),
-        rng.choice(TAILS),
-        rng.choice(["p2p", "all_to_all"]),
+        rows=rows,
+        source_dp=[rng.randrange(vision.dp) for _ in rows],
+        llm_dp=llm_dp,
+        position=position,
+        tokens=[-(-n // unit) * unit + unit * rng.choice([0, 1]) for n in filled],
+        order=order,
+        stages=tuple(sorted(rng.sample(range(llm.pp), rng.randint(1, llm.pp)))),
+        node_size=rng.choice([None, 1, 2, 3]),
+        dtype=rng.choice(DTYPES),
+        tail=rng.choice(TAILS),
+        transport=rng.choice(["p2p", "all_to_all"]),
     )
     return spoil(joint, rng, vision, llm, unit) if rng.random() < 0.2 else joint
 
 
 def spoil(joint: Joint, rng: random.Random, vision: Layout, llm: Layout, unit: int) -> Joint:
-    """Something that no plan can be made of, with the words that must be said of it."""
+    """A case that cannot be planned, with a part of the error that it must raise."""
     some = [i for i, n in enumerate(joint.rows) if n]
     ways = [replace(joint, vision=joint.vision | {"tp": 3 * vision.size}, wrong="needs a multiple of")]
     ways.append(replace(joint, llm=joint.llm | {"ranks": [WORLD]}, wrong="needs rank 4"))
@@ -65,11 +67,15 @@ def spoil(joint: Joint, rng: random.Random, vision: Layout, llm: Layout, unit: i
         ways.append(replace(joint, tokens=[n + 1 for n in joint.tokens], wrong="tokens long"))
     if some:
         i = rng.choice(some)
-        ways.append(replace(joint, lane=[*joint.lane[:i], vision.dp, *joint.lane[i + 1 :]], wrong="dp rank"))
-        far = [*joint.position[:i], joint.tokens[joint.llm_lane[i]], *joint.position[i + 1 :]]
+        ways.append(
+            replace(
+                joint, source_dp=[*joint.source_dp[:i], vision.dp, *joint.source_dp[i + 1 :]], wrong="dp rank"
+            )
+        )
+        far = [*joint.position[:i], joint.tokens[joint.llm_dp[i]], *joint.position[i + 1 :]]
         ways.append(replace(joint, position=far, wrong="tokens long"))
         twice = {
-            k: [*getattr(joint, k), getattr(joint, k)[i]] for k in ("rows", "lane", "llm_lane", "position")
+            k: [*getattr(joint, k), getattr(joint, k)[i]] for k in ("rows", "source_dp", "llm_dp", "position")
         }
         ways.append(replace(joint, **twice, wrong="both at token"))
     return rng.choice(ways)

@@ -1,6 +1,6 @@
-"""What megatron-core 0.19.2's communicators cannot run or get wrong, right here.
+"""What megatron-core 0.19.2's communicators cannot run or get wrong is right here.
 
-docs/layouts.md says what they do; benchmarks/boundary/gaps.py runs them.
+docs/layouts.md lists what they do; benchmarks/boundary/gaps.py runs them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from tests.parallel.boundary.joint import TIMEOUT_S, WORLD, Account, Joint, atte
 
 def joint(vision: dict[str, Any], llm: dict[str, Any], rows: list[int], **more: Any) -> Joint:
     """Items dealt in turn to the dp ranks of both sides, two tokens apart, unless `more` says otherwise."""
-    blank = Joint(vision, llm, rows, [], [], [], [])
+    blank = Joint(vision, llm, rows, source_dp=[], llm_dp=[], position=[], tokens=[])
     source, dest = blank.layouts
-    lanes = [i % dest.dp for i in range(len(rows))]
+    llm_dp = [i % dest.dp for i in range(len(rows))]
     filled, position = [0] * dest.dp, []
-    for n, lane in zip(rows, lanes, strict=True):
-        position.append(filled[lane])
-        filled[lane] += n + 2
-    # Room for any cut of four ranks.
+    for n, dp in zip(rows, llm_dp, strict=True):
+        position.append(filled[dp])
+        filled[dp] += n + 2
+    # Streams that split over any layout of four ranks.
     tokens = [-(-max(n, 1) // 8) * 8 for n in filled]
-    deal = more.pop("lane", [i % source.dp for i in range(len(rows))])
-    return Joint(vision, llm, rows, deal, lanes, position, tokens, **more)
+    dealt = {"source_dp": [i % source.dp for i in range(len(rows))]} | more
+    return Joint(vision, llm, rows, llm_dp=llm_dp, position=position, tokens=tokens, **dealt)
 
 
 RAGGED = [6, 2, 3, 5]
@@ -36,8 +36,8 @@ GAPS = {
     "disjoint fan-in of ragged rows": joint({"ranks": "0-1"}, {"ranks": "2"}, RAGGED),
     "colocated fan-in of ragged rows": joint({}, {"tp": 2}, RAGGED),
     "colocated fan-out of ragged rows": joint({"tp": 2}, {}, RAGGED),
-    "colocated, a rank without items": joint({}, {"tp": 2}, [3, 4], lane=[1, 1]),
-    "disjoint, a rank without items": joint({"ranks": "0-1"}, {"ranks": "2"}, [3, 4], lane=[1, 1]),
+    "colocated, a rank without items": joint({}, {"tp": 2}, [3, 4], source_dp=[1, 1]),
+    "disjoint, a rank without items": joint({"ranks": "0-1"}, {"ranks": "2"}, [3, 4], source_dp=[1, 1]),
     "items without rows": joint({}, {"tp": 4}, [0, 0, 0]),
     "dp 3 to dp 2": joint({"ranks": "0-2"}, {"ranks": "2-3"}, RAGGED),
     "dp 3 to dp 4": joint({"ranks": "0-2"}, {}, RAGGED),

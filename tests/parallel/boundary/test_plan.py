@@ -91,8 +91,14 @@ def check(case: Case, node_size: int | None = None) -> None:
 def only(m: RowMap, lane: int) -> RowMap:
     """The rows of one lane, on its ranks alone."""
     runs = np.flatnonzero(m.lane == lane)
-    columns = (m.start[runs], m.length[runs], m.lane[runs] * 0, m.local[runs])
-    return RowMap((m.lanes[lane],), *columns, m.rows[[lane]])
+    return RowMap(
+        lanes=(m.lanes[lane],),
+        start=m.start[runs],
+        length=m.length[runs],
+        lane=m.lane[runs] * 0,
+        local=m.local[runs],
+        rows=m.rows[[lane]],
+    )
 
 
 def check_backward(case: Case, plans: list[EdgePlan], node_size: int | None) -> None:

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from parallel.topology.layout import make_layout
-from parallel.topology.mesh import build_mesh, in_place
+from parallel.topology.mesh import build_mesh, ordered
 
 
 def groups(spec: dict[str, Any]) -> tuple[dict[str, tuple[list[int], int]], set[timedelta]]:
-    """Global ranks of each of this rank's groups with its place among them, and how long they wait."""
+    """Global ranks of each of this rank's groups with its index among them, and how long they wait."""
     mesh = build_mesh(make_layout("net", dist.get_world_size(), spec), "cpu", timeout_s=77, tie_ends=True)
     assert mesh is not None
     found = {}
@@ -79,11 +79,11 @@ def test_groups_are_the_layouts_and_wait_no_longer_than_told(spec: dict[str, Any
 
 def sorted_by_torch(order: list[int]) -> list[int]:
     """Members of a group made as under a torch that sorts ranks."""
-    group = dist.new_group(in_place(order))
+    group = dist.new_group(ordered(order))
     return dist.get_process_group_ranks(group)
 
 
 def test_an_order_outlives_the_sorting_of_older_versions_of_torch(ranks: Any) -> None:
     order = [2, 0, 3, 1]
-    assert sorted(in_place(order)) == order and in_place(order) == order
+    assert sorted(ordered(order)) == order and ordered(order) == order
     assert ranks(4, sorted_by_torch, order) == [order] * 4
