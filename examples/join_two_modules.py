@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.boundary import BoundaryCommunicator, dest_side, plan_edge, row_places, source_side
+from parallel.boundary import BoundaryCommunicator, dest_side, plan_edge, row_positions, source_side
 from parallel.topology.layout import make_layout
 
 SAMPLES, LENGTH, WIDTH = 6, 12, 16
@@ -59,8 +59,8 @@ def train(encoder_spec, decoder_spec, steps=5):
         loss = y.sum()  # no rows, but every rank goes through backward
         if rank in dec.ranks:
             here = tokens[dec.coord(rank).dp] // (dec.tp if dec.sequence_parallel else 1)
-            places = torch.from_numpy(row_places(dec, rank, rows, lane, position, tokens))
-            hidden = torch.ones(here, WIDTH, dtype=torch.float64).index_copy(0, places, y)
+            positions = torch.from_numpy(row_positions(dec, rank, rows, lane, position, tokens))
+            hidden = torch.ones(here, WIDTH, dtype=torch.float64).index_copy(0, positions, y)
             loss = decoder(hidden).square().sum() / (SAMPLES * LENGTH)  # by the global number of tokens
         loss.backward()
 

@@ -1,10 +1,9 @@
-"""What a language model is: shapes, checks against a layout, parameter and FLOP counts. Pure."""
+"""The config of a language model, and its checks against the degrees of a layout. Pure."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -19,104 +18,138 @@ Activation = Literal["relu2", "gelu", "silu"]
 class LLMConfig:
     """A hybrid model of the Nemotron-H family (arXiv 2504.03624, 2512.20848), or a dense transformer.
 
-    pattern: one symbol a layer, M Mamba-2, E mixture of experts, * attention, - dense MLP; a | between layers
-    cuts pipeline stages there. Widths count features; the inner width of Mamba-2 is
-    mamba_heads * mamba_head_dim.
-
-    rope_theta: base of rotary positions, None for no positions. attention_bias: of all four projections.
-    activation, mlp_gated: of dense MLPs, routed and shared experts alike; gated is act(gate x) * (up x).
-    mlp_bias: of dense MLPs and shared experts. tied: the head is the embedding.
-
-    latent: width that routed experts work in (LatentMoE, arXiv 2601.18089), None for d_model.
-    shared_ffn: 0 for no shared expert. router, norm_top_k: scores, and whether the chosen ones are divided by
-    their sum. expert_groups, top_groups: experts are chosen from the best groups only (DeepSeek-V3, arXiv
-    2412.19437, section 2.1.2). expert_bias_rate: step of the routing bias after each global batch (0 leaves
-    it). aux_weight, z_weight: of the per-document balance loss and of the squared log-partition of the
-    router's logits, means over all tokens of a step. capacity: an expert takes at most
-    capacity * tokens * top_k / n_experts of a rank's rows and drops the least probable rest; this breaks the
-    exactness of layouts, None is dropless. pad_experts: each expert gets exactly its capacity, the rest zero
-    rows, for static shapes.
-    dispatcher: how rows reach their experts; changes no result.
-
-    level_layers: layers after which the second and further levels of an encoder's rows are added (DeepStack,
-    arXiv 2406.04334).
-    mtp_layers: how many tokens further one block of pattern mtp_pattern predicts, applied once for each
-    (arXiv 2512.20856, section 2.3); mtp_weight: of the mean over depths of their mean losses.
-    loss_chunk: tokens whose logits exist at a time.
+    A field in [brackets] is the key of the published models' config.json (llm.hf.config). Widths are in
+    features. Weights of objectives multiply means over a whole step (llm.counts).
     """
 
     pattern: str = "M*E-ME"
+    """One symbol a layer: M Mamba-2, E experts, * attention, - dense MLP; | between layers ends a stage
+    of the pipeline. [hybrid_override_pattern]"""
     d_model: int = 128
+    """Width of the residual stream. [hidden_size]"""
     vocab_size: int = 264
+    """Tokens in the vocabulary: rows of the embedding and of the head. [vocab_size]"""
+
     n_heads: int = 8
+    """Query heads of attention. [num_attention_heads]"""
     n_kv_heads: int = 4
+    """Key/value heads; equal runs of query heads share one (arXiv 2305.13245). [num_key_value_heads]"""
     head_dim: int = 16
+    """Width of an attention head; even with rope_theta. [head_dim]"""
     rope_theta: float | None = None
+    """Base of rotary positions (arXiv 2104.09864); None for no positions, as Nemotron-H."""
     attention_bias: bool = False
+    """Whether the four projections of attention have biases; the published models have none."""
+
     mamba_heads: int = 16
+    """Heads of Mamba-2 (arXiv 2405.21060, section 7). [mamba_num_heads]"""
     mamba_head_dim: int = 16
+    """Width of a Mamba-2 head; mamba_heads * mamba_head_dim is the inner width. [mamba_head_dim]"""
     mamba_state: int = 16
+    """Width of the state that each feature of a head has. [ssm_state_size]"""
     mamba_groups: int = 4
+    """Groups of heads; the heads of one read the same B and C. [n_groups]"""
     conv_kernel: int = 4
+    """Taps of the causal convolution, in tokens. [conv_kernel]"""
     chunk: int = 64
+    """Tokens in a chunk of the scan (arXiv 2405.21060, section 6): speed only. [chunk_size]"""
+
     n_experts: int = 8
+    """Routed experts in an E layer. [n_routed_experts]"""
     top_k: int = 2
+    """Routed experts that a token goes to. [num_experts_per_tok]"""
     expert_ffn: int = 64
+    """Hidden width of a routed expert. [moe_intermediate_size]"""
     shared_ffn: int = 128
+    """Hidden width of the shared expert, 0 for none. [moe_shared_expert_intermediate_size]"""
     latent: int | None = None
+    """Width that routed experts take and give (arXiv 2601.18089); None: d_model. [moe_latent_size]"""
     router: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Scores of a token's experts: sigmoid as in DeepSeek-V3 and Nemotron 3, softmax as in Mixtral."""
     norm_top_k: bool = True
+    """Whether the scores of the chosen experts are divided by their sum. [norm_topk_prob]"""
     routed_scale: float = 2.5
+    """Factor on the routing weights. [routed_scaling_factor]"""
     expert_groups: int = 1
+    """Equal groups of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). [n_group]"""
     top_groups: int = 1
+    """Best groups, from which alone a token's experts are chosen (same section). [topk_group]"""
     expert_bias_rate: float = 1e-3
+    """Step of the routing bias after each global batch, in units of a score (same section); 0 keeps it."""
     aux_weight: float = 0.0
+    """Weight of the balance loss of each document (arXiv 2412.19437, equations 17 to 20)."""
     z_weight: float = 0.0
+    """Weight of the squared log-partition of the router's logits (ST-MoE, arXiv 2202.08906, equation 5)."""
     capacity: float | None = None
+    """Rows that an expert takes from a rank, in units of the even share tokens * top_k / n_experts; it drops
+    the least probable rest, so layouts differ in their results. None: no expert drops any."""
     pad_experts: bool = False
+    """Whether each expert's rows are filled with zeros up to its capacity, for static shapes."""
     dispatcher: Literal["all_to_all", "all_gather"] = "all_to_all"
+    """How rows reach their experts; changes no result."""
+
     mlp_ffn: int = 256
+    """Hidden width of a dense MLP. [intermediate_size]"""
     mlp_gated: bool = False
+    """act(gate x) * (up x) in the place of act(up x) (arXiv 2002.05202); dense MLPs and all experts alike."""
     mlp_bias: bool = False
+    """Whether dense MLPs and shared experts have biases. [mlp_bias]"""
     activation: Activation = "relu2"
+    """act of dense MLPs and of all experts; relu2 is the squared ReLU (arXiv 2109.08668). [mlp_hidden_act]"""
+
     mtp_layers: int = 0
+    """Depths of multi-token prediction: one stored block, applied once a depth (arXiv 2512.20856, section
+    2.3); 0 for none. [num_nextn_predict_layers, which counts stored blocks]"""
     mtp_pattern: str = "*E"
+    """One symbol for each layer of that block. [mtp_hybrid_override_pattern]"""
     mtp_weight: float = 0.3
+    """Weight of the mean over depths of each depth's mean loss (arXiv 2412.19437, equation 25)."""
+
     tied: bool = False
+    """Whether the head is the embedding; the published models are untied. [tie_word_embeddings]"""
     level_layers: tuple[int, ...] = ()
+    """Layers, by index, after which an encoder's levels 1, 2, .. are added (DeepStack, arXiv 2406.04334)."""
     norm_eps: float = 1e-5
+    """Added to the mean square in every norm. [layer_norm_epsilon]"""
     init_std: float = 0.02
+    """Standard deviation of initial weights; out_std follows from it. [initializer_range]"""
     loss_chunk: int = 2048
+    """Tokens whose logits exist at a time: memory only."""
     freeze: bool = False
+    """Whether the model's parameters stay as they are."""
 
     @property
     def symbols(self) -> str:
-        """One symbol a layer: the pattern without its cuts."""
+        """One symbol a layer: the pattern without |."""
         return self.pattern.replace("|", "")
 
     @property
     def kinds(self) -> frozenset[str]:
-        """The kinds of layers there are, in the block that predicts further tokens too."""
+        """The kinds of layers in the model and in its block of multi-token prediction."""
         return frozenset(self.symbols + (self.mtp_pattern if self.mtp_layers else ""))
 
     @property
     def mamba_inner(self) -> int:
+        """Inner width of Mamba-2."""
         return self.mamba_heads * self.mamba_head_dim
 
     @property
     def expert_width(self) -> int:
-        """Features of the rows that routed experts take and give."""
+        """Width of the rows that routed experts take and give."""
         return self.latent or self.d_model
 
     @property
     def out_std(self) -> float:
-        """Initial deviation of projections into the residual stream: std / sqrt(layers), which for a dense
-        transformer, whose blocks are two layers here, is GPT-2's std / sqrt(2 blocks)."""
-        return self.init_std / max(1, len(self.symbols)) ** 0.5
+        """Initial standard deviation of projections into the residual stream: init_std / sqrt(layers).
+
+        For a dense transformer this is GPT-2's init_std / sqrt(2 blocks): a block is two layers here.
+        """
+        std: float = self.init_std / max(1, len(self.symbols)) ** 0.5
+        return std
 
 
 def embeds_last(cfg: LLMConfig) -> bool:
-    """Whether the last pipeline stage needs the embedding too: for its head, or for tokens further on."""
+    """Whether the last pipeline stage needs the embedding too, for its head or for multi-token prediction."""
     return cfg.tied or cfg.mtp_layers > 0
 
 
@@ -125,7 +158,10 @@ MAY_BE_ZERO = ("mtp_layers", "shared_ffn")
 
 
 def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
-    """Refuse a model that is impossible, or that the degrees do not divide; ValueError names what works."""
+    """Raise ValueError for a model that is impossible, or that the degrees tp, ep and etp do not divide.
+
+    The message names values that work.
+    """
     _check_pattern("pattern", cfg.pattern)
     if cfg.mtp_layers:
         _check_pattern("mtp_pattern", cfg.mtp_pattern)
@@ -137,7 +173,7 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
                 f"model.llm.level_layers has {layer}; needed: a layer's index, 0 to {len(cfg.symbols) - 1}"
             )
     _check_routing(cfg)
-    # Key/value heads and groups need not divide: ranks beyond them share (parallel.tensor_parallel.heads).
+    # tp need not divide key/value heads and groups: more ranks share them (parallel.tensor_parallel.heads).
     counts = {"vocab_size": cfg.vocab_size}
     if "*" in cfg.kinds:
         counts["n_heads"] = cfg.n_heads
@@ -152,7 +188,7 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
         check_divides("model.llm.expert_ffn", cfg.expert_ffn, "etp", etp, "llm")
     for what, n in counts.items():
         if n % tp:
-            # What is proposed must divide all of the counts, not only the first that fails.
+            # A proposed degree must divide all of the counts, not only the first that fails.
             works = [{"tp": k} for k in nearest(tp, math.gcd(*counts.values()))]
             raise Unfit(f"model.llm.{what} is {n}, which does not divide by tp={tp}", works, "llm")
     for degree, d in (("ep", ep), ("etp", etp)):
@@ -244,7 +280,7 @@ def _check_routing(cfg: LLMConfig) -> None:
 
 
 def _check_without_experts(cfg: LLMConfig) -> None:
-    """Refuse what would change what is learned if there were experts."""
+    """Refuse options of experts that have no effect because the model has none."""
     off = {"aux_weight": 0.0, "z_weight": 0.0, "capacity": None, "pad_experts": False}
     for what, none in off.items():
         if (value := getattr(cfg, what)) != none:
@@ -254,84 +290,3 @@ def _check_without_experts(cfg: LLMConfig) -> None:
                 [{what: none}],
                 "llm",
             )
-
-
-def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
-    """(parameters held, parameters used per token) of one layer, its norm included."""
-    d = cfg.d_model
-    n = d  # the norm
-    if symbol == "M":
-        di, bc = cfg.mamba_inner, 2 * cfg.mamba_groups * cfg.mamba_state
-        n += d * (2 * di + bc + cfg.mamba_heads) + (di + bc) * (cfg.conv_kernel + 1)
-        n += 3 * cfg.mamba_heads + di + di * d
-    elif symbol == "*":
-        heads = 2 * cfg.n_heads + 2 * cfg.n_kv_heads
-        n += d * cfg.head_dim * heads
-        if cfg.attention_bias:
-            n += cfg.head_dim * (cfg.n_heads + 2 * cfg.n_kv_heads) + d
-    elif symbol == "-":
-        n += _mlp_params(cfg, cfg.mlp_ffn)
-    else:
-        n += cfg.n_experts * d + (_mlp_params(cfg, cfg.shared_ffn) if cfg.shared_ffn else 0)
-        n += 2 * d * cfg.latent if cfg.latent else 0
-        one = (2 + cfg.mlp_gated) * cfg.expert_width * cfg.expert_ffn
-        return n + cfg.n_experts * one, n + cfg.top_k * one
-    return n, n
-
-
-def _mlp_params(cfg: LLMConfig, ffn: int) -> int:
-    matrices = 2 + cfg.mlp_gated
-    return matrices * cfg.d_model * ffn + cfg.mlp_bias * ((matrices - 1) * ffn + cfg.d_model)
-
-
-def mtp_params(cfg: LLMConfig) -> int:
-    """Parameters of the stored block that predicts further tokens, 0 without one."""
-    if not cfg.mtp_layers:
-        return 0
-    own = 2 * cfg.d_model * cfg.d_model + 3 * cfg.d_model
-    return own + sum(layer_params(cfg, s)[0] for s in cfg.mtp_pattern)
-
-
-def param_count(cfg: LLMConfig) -> tuple[int, int]:
-    """(total, active per token) parameters, embedding and head included. The block that predicts further
-    tokens is in the total only: it is not needed for the next token."""
-    outside = (1 if cfg.tied else 2) * cfg.vocab_size * cfg.d_model + cfg.d_model
-    layers = [layer_params(cfg, s) for s in cfg.symbols]
-    return outside + sum(t for t, _ in layers) + mtp_params(cfg), outside + sum(a for _, a in layers)
-
-
-def layer_flops(cfg: LLMConfig, symbol: str, lengths: Sequence[int]) -> float:
-    """Forward FLOPs of one layer over packed documents of these lengths: matrix products, causal attention
-    and the scan."""
-    tokens = float(sum(lengths))
-    out = 2.0 * tokens * layer_params(cfg, symbol)[1]
-    if symbol == "*":
-        # Scores and values over the causal half of each document's square.
-        out += sum(2.0 * n * n * cfg.n_heads * cfg.head_dim for n in lengths)
-    elif symbol == "M":
-        q, heads = cfg.chunk, cfg.mamba_heads
-        within = q * (cfg.mamba_groups * cfg.mamba_state + heads * cfg.mamba_head_dim)
-        across = 2 * heads * cfg.mamba_head_dim * cfg.mamba_state
-        out += 2.0 * tokens * (within + across)
-    return out
-
-
-def layer_costs(cfg: LLMConfig, lengths: Sequence[int]) -> tuple[float, ...]:
-    """Forward FLOPs of each layer, for cut_layers(); head_flops() is what comes after them."""
-    by_kind = {symbol: layer_flops(cfg, symbol, lengths) for symbol in set(cfg.symbols)}
-    return tuple(by_kind[symbol] for symbol in cfg.symbols)
-
-
-def head_flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = None) -> float:
-    """Forward FLOPs after the layers: head and loss of `supervised` tokens (None: all), and the prediction of
-    further tokens."""
-    tokens = float(sum(lengths))
-    head = 2.0 * (tokens if supervised is None else supervised) * cfg.vocab_size * cfg.d_model
-    block = 4.0 * tokens * cfg.d_model * cfg.d_model
-    block += sum(layer_flops(cfg, s, lengths) for s in cfg.mtp_pattern)
-    return head + cfg.mtp_layers * (head + block)
-
-
-def flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = None) -> float:
-    """Forward FLOPs of a training step's packed documents of these lengths; supervised as in head_flops."""
-    return sum(layer_costs(cfg, lengths)) + head_flops(cfg, lengths, supervised)

@@ -33,40 +33,43 @@ from parallel.topology.stage import Stage, whole
 
 @dataclass(frozen=True)
 class LLMBatch:
-    """Packed documents of one data-parallel rank.
-
-    ids [T] int64, a placeholder's where an encoder row enters; labels [T] int64, the next token or -100;
-    packing: the documents, the last of them the padding if there is any; T is a multiple of tp, T >= 1;
-    n_real: tokens before the padding; places: edge -> rows of this rank's token share [R] int64 where the
-    edge's rows enter, in their order. counts: what the objectives beside the next token's loss are means
-    over. ahead: ids and labels further on (llm.mtp.ahead), needed only where they cannot be made here: under
-    context parallelism. loss_rows: see loss_rows(); the head is spared all other tokens, None: none.
-    """
+    """Packed documents of one data-parallel rank: T >= 1 tokens, a multiple of tp."""
 
     ids: Tensor
+    """[T] int64; the placeholder's id where an encoder row enters."""
     labels: Tensor
+    """[T] int64: the next token, or -100 where there is no loss."""
     packing: Packing
+    """The documents in order; padding is a last document of its own."""
     n_real: int
-    places: Mapping[str, Tensor]
+    """Tokens before the padding."""
+    row_positions: Mapping[str, Tensor]
+    """By edge, [R] int64: where its rows enter, in their order, as indices into this rank's token share."""
     counts: Counts = field(default_factory=Counts)
+    """Numbers of tokens that objectives other than the next token's loss are means over."""
     ahead: tuple[Tensor, Tensor] | None = None
+    """llm.mtp.ahead() of ids and labels. Needed under context parallelism; else None, and made here."""
     loss_rows: tuple[Tensor, ...] | None = None
+    """loss_rows() of the labels, so that the head computes no other tokens; None: it computes all."""
 
 
-def loss_rows(labels: Tensor, further: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Rows [S] int64 that have a loss: of labels [T], then of each depth of labels further on [depths, T].
+def loss_rows(labels: Tensor, mtp_labels: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Indices [S] int64 of tokens with a loss: in labels [T], then in each row of mtp_labels [depths, T].
 
-    For labels on the host, where counting is no wait for a device. What encoders bring, questions and padding
-    have no loss, which is most of many multimodal samples.
+    Labels should be on the host: on a device, counting them would wait for it. Encoder rows, questions and
+    padding have no loss; they are most tokens of many multimodal samples.
     """
-    every = [labels] if further is None else [labels, *further]
+    every = [labels] if mtp_labels is None else [labels, *mtp_labels]
     return tuple((row >= 0).nonzero().squeeze(1) for row in every)
 
 
 class LLM(nn.Module):
-    """Hybrid language model (see LLMConfig). axes: what it is cut over; parameters have global shapes until
-    shard_module() cuts them. stage: which layers it holds, all by default; a stage that needs the embedding
-    besides the first one (tied head, multi-token prediction) has it under the same name."""
+    """Hybrid language model (see LLMConfig), or one pipeline stage of it.
+
+    axes: the process groups it is sharded over; parameters have global shapes until shard_module() shards
+    them. stage: the layers it holds, all by default. The last stage holds the embedding too, under the same
+    name, where its head or multi-token prediction needs it. Raises ValueError where check() does.
+    """
 
     mtp_sum: Tensor
 
@@ -89,7 +92,7 @@ class LLM(nn.Module):
         self.embed: VocabEmbedding | None = None
         if stage.first or (stage.last and embeds_last(cfg)):
             self.embed = VocabEmbedding(cfg.vocab_size, cfg.d_model, normal(cfg.init_std), axes.tp, **factory)
-        # Named by global index, so that initial weights and checkpoints do not know about stages.
+        # Named by global index, so that initial weights and checkpoints do not depend on stages.
         self.layers = nn.ModuleList()
         for i in stage.layers:
             self.layers.add_module(str(i), Layer(cfg.symbols[i], cfg, axes, **factory))
@@ -103,14 +106,14 @@ class LLM(nn.Module):
             if cfg.mtp_layers:
                 self.mtp = MultiToken(cfg, axes, **factory)
         acc = torch.float64 if dtype == torch.float64 else torch.float32
-        # This rank's part of further tokens' mean loss, unweighted, since it was last taken.
+        # This rank's part of the mean loss of multi-token prediction, unweighted, since take_objectives().
         declare_buffer(self, "mtp_sum", (), 0.0, persistent=False, device=device, dtype=acc)
         self._recompute: frozenset[str] = frozenset()
         self._offload: int | None = None
 
     @property
     def recompute(self) -> frozenset[str]:
-        """What is computed again in the backward; set it to what llm.recompute.recompute_parts takes."""
+        """Parts that are computed again in the backward; can be set to anything recompute_parts() takes."""
         return self._recompute
 
     @recompute.setter
@@ -122,7 +125,7 @@ class LLM(nn.Module):
 
     @property
     def offload(self) -> int | None:
-        """Least bytes of a tensor that waits for the backward in host memory; None: nothing does."""
+        """Least size, in bytes, of a tensor that is kept for the backward in host memory; None: none is."""
         return self._offload
 
     @offload.setter
@@ -133,13 +136,13 @@ class LLM(nn.Module):
                 module.offload = min_bytes
 
     def forward(self, batch: LLMBatch, rows: Mapping[str, Tensor], hidden: Tensor | None = None) -> Tensor:
-        """On the last stage the loss of each token [T], zero where unsupervised, equal on all tp ranks; on
-        others the hidden states [T', d] for the next one, T' being T or this rank's share of it.
+        """The last stage returns the loss of each token [T], zero where unsupervised, equal on all tp ranks.
+        Other stages return hidden states [T', d] for the next stage; T' is T or this rank's share of it.
 
-        rows: edge -> encoder rows [R, d] for this rank's token share, as batch.places says, or
-        [R, levels, d]: the levels that enter at this stage (llm.stages.levels_of), of an encoder with fewer
-        as many as it has; edges without any are left out. The first level enters at the embedding, level k
-        is added after layer cfg.level_layers[k - 1]. hidden: what the stage before gave, None on the first.
+        rows: by edge, encoder rows [R, d] for this rank's token share at batch.row_positions, or
+        [R, levels, d] with the levels that enter at this stage (llm.stages.levels_of), or as many of them as
+        the encoder has. Edges without rows are left out. Level 0 enters at the embedding; level k is added
+        after layer cfg.level_layers[k - 1]. hidden: the result of the stage before, None on the first.
         """
         learns = self.training and torch.is_grad_enabled() and not self.cfg.freeze
         ctx = ForwardContext(batch.packing, batch.n_real, batch.counts, learns)
@@ -147,19 +150,19 @@ class LLM(nn.Module):
         if not self.stage.last:
             return x
         if self.mtp is not None and learns:
-            x = self._further_tokens(self.mtp, x, batch, ctx)
+            x = self._with_mtp_loss(self.mtp, x, batch, ctx)
         return self._loss(x, batch.labels, None if batch.loss_rows is None else batch.loss_rows[0])
 
     def states(
         self, batch: LLMBatch, rows: Mapping[str, Tensor], ctx: ForwardContext, hidden: Tensor | None = None
     ) -> Tensor:
         """Hidden states [T', d] after this stage, normed on the last; see forward."""
-        assert (hidden is None) == self.stage.first, "the first stage embeds, the others are given states"
+        assert (hidden is None) == self.stage.first, "the first stage embeds, the others take hidden states"
         if hidden is None:
             hidden = self.embed_ids(batch.ids)
-            for edge, places in batch.places.items():
+            for edge, positions in batch.row_positions.items():
                 entering = rows[edge] if rows[edge].ndim == 2 else rows[edge][:, 0]
-                hidden = hidden.index_copy(0, places, entering.to(hidden.dtype))
+                hidden = hidden.index_copy(0, positions, entering.to(hidden.dtype))
         for i, layer in zip(self.stage.layers, self.layers, strict=True):
             assert isinstance(layer, Layer)
             hidden = run_layer(layer, hidden, ctx)
@@ -167,7 +170,7 @@ class LLM(nn.Module):
         return hidden if self.norm is None else self.norm(hidden)
 
     def embed_ids(self, ids: Tensor) -> Tensor:
-        """Token ids [T] to their embeddings, as kept between blocks."""
+        """Embeddings of token ids [T]: [T, d], or this rank's share of it."""
         assert self.embed is not None
         return leave(self.embed(ids), self.axes)
 
@@ -184,28 +187,31 @@ class LLM(nn.Module):
                 continue
             for edge, values in rows.items():
                 if values.ndim == 3 and column < values.shape[1]:
-                    x = x.index_add(0, batch.places[edge], values[:, column].to(x.dtype))
+                    x = x.index_add(0, batch.row_positions[edge], values[:, column].to(x.dtype))
         return x
 
     def _loss(self, states: Tensor, labels: Tensor, rows: Tensor | None) -> Tensor:
-        """Of each token [T]; rows: those that have one, None where that is not known."""
+        """Loss of each token [T]; rows: indices of those that have one, None where that is not known."""
         hidden, tokens = enter(states, self.axes), len(labels)
         if rows is not None:
             hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
         loss = vocab_loss(hidden, self.head_weight(), labels, self.axes.tp, self.cfg.loss_chunk)
         return loss if rows is None else loss.new_zeros(tokens).index_copy(0, rows, loss)
 
-    def _further_tokens(self, block: MultiToken, x: Tensor, batch: LLMBatch, ctx: ForwardContext) -> Tensor:
-        """The last states, whose backward carries the loss of further tokens: weight times the mean over
-        depths of each depth's mean loss (arXiv 2412.19437, equations 24 and 25). A depth's mean is over the
-        tokens that have a loss there, where the paper, which supervises all, divides by the length of the
-        sequence: so the weight means the same whatever share is supervised."""
+    def _with_mtp_loss(self, block: MultiToken, x: Tensor, batch: LLMBatch, ctx: ForwardContext) -> Tensor:
+        """The last states x, whose backward carries the loss of multi-token prediction.
+
+        That loss is the weight times the mean over depths of each depth's mean loss (arXiv 2412.19437,
+        equations 24 and 25). A depth's mean is over the tokens that have a loss there. The paper, which
+        supervises all tokens, divides by the length of the sequence; here the weight means the same whatever
+        share is supervised.
+        """
         depths = self.cfg.mtp_layers
         if batch.ahead is None:
-            assert self.axes.cp.size == 1, "under cp the batch brings the tokens ahead (llm.mtp.ahead)"
+            assert self.axes.cp.size == 1, "under cp the batch needs `ahead` (llm.mtp.ahead)"
         ids, labels = batch.ahead or ahead(batch.ids, batch.labels, batch.packing, depths)
         total, states = torch.zeros_like(self.mtp_sum), x
-        for k, scale in enumerate(batch.counts.further_scales(depths)):
+        for k, scale in enumerate(batch.counts.mtp_scales(depths)):
             states = block(states, self.embed_ids(ids[k]), ctx)
             rows = None if batch.loss_rows is None else batch.loss_rows[k + 1]
             total = total + self._loss(states, labels[k], rows).sum() * scale
@@ -218,12 +224,11 @@ class LLM(nn.Module):
 
     @torch.no_grad()
     def take_objectives(self) -> dict[str, Tensor]:
-        """This rank's parts of the objectives beside the next token's loss since the last call, unweighted
-        scalars that start again at zero: "balance" and "z", means over tokens summed over layers, and "mtp",
-        the mean over depths of means over tokens, all of the tokens that LLMBatch.counts has.
+        """This rank's parts of the other objectives since the last call, as unweighted scalars; resets them.
 
-        Summed over dp and cp, and the first two over tp as well ("mtp" is equal there), they are the global
-        batch's.
+        "balance" and "z" are means over tokens, summed over layers. "mtp" is the mean over depths of means
+        over tokens. LLMBatch.counts gives the numbers of tokens. The sum over dp and cp is the value of the
+        global batch; "balance" and "z" are summed over tp too, where "mtp" is equal.
         """
         out = {
             "balance": self.mtp_sum.new_zeros(()),
@@ -239,5 +244,5 @@ class LLM(nn.Module):
 
 
 def precise_modules(model: LLM) -> list[nn.Module]:
-    """Modules whose weights stay in the stored dtype when the rest computes in bfloat16."""
+    """Modules whose weights keep their stored dtype where the rest computes in bfloat16."""
     return [m for m in model.modules() if isinstance(m, Router | ScanScalars)]

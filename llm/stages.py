@@ -1,25 +1,27 @@
-"""Pipeline stages of the language model: where its layers are cut, and what a stage shares or reads. Pure."""
+"""Pipeline stages of the language model: its layers partitioned, and what a stage shares or reads. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm.config import LLMConfig, embeds_last, head_flops, layer_costs
+from llm.config import LLMConfig, embeds_last
+from llm.flops import head_flops, layer_costs
 from parallel.topology.layout import Unfit
-from parallel.topology.stage import Stage, cut_layers, stages_of, whole
+from parallel.topology.stage import Stage, partition_layers, stages_of, whole
 
 
-def cut(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage, ...]:
-    """The model in n stages: where the pattern says, else so that the costliest stage is cheapest.
+def partition(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage, ...]:
+    """The layers in n stages: at the pattern's |, else so that the costliest stage is as cheap as possible.
 
-    lengths: documents of a typical packed sequence, tokens, which costs are reckoned for. Raises ValueError
-    for a pattern with another number of stages (one stage takes any pattern), or more stages than layers.
+    lengths: tokens of the documents in a typical packed sequence, for which costs are computed. Raises
+    ValueError for a pattern with another number of stages (one stage takes any pattern), and for more stages
+    than layers.
     """
     parts = cfg.pattern.split("|")
     if n == 1:
         return (whole(len(cfg.symbols)),)
     if len(parts) == 1:
-        return cut_layers(layer_costs(cfg, lengths), n, after=head_flops(cfg, lengths))
+        return partition_layers(layer_costs(cfg, lengths), n, after=head_flops(cfg, lengths))
     if len(parts) != n:
         raise Unfit(
             f"model.llm.pattern {cfg.pattern!r} has {len(parts)} stages, the layout {n} (pp * vpp); needed: "
@@ -27,15 +29,17 @@ def cut(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage
             [{"pp": len(parts), "vpp": 1}, {"pattern": cfg.symbols}],
             "llm",
         )
-    cuts = [0]
+    edges = [0]
     for part in parts:
-        cuts.append(cuts[-1] + len(part))
-    return stages_of(cuts)
+        edges.append(edges[-1] + len(part))
+    return stages_of(edges)
 
 
 def entering_levels(cfg: LLMConfig, stages: Sequence[Stage], levels: int) -> dict[int, tuple[int, ...]]:
-    """By index of a stage, in order, which of an encoder's `levels` levels of rows enter there: the first at
-    the embedding, the others after their layers. Stages that none enters are left out."""
+    """By index of a stage, ascending: which of an encoder's `levels` levels of rows enter there.
+
+    Level 0 enters at the embedding, the others after their layers. Stages without a level are left out.
+    """
     out: dict[int, tuple[int, ...]] = {}
     for i, stage in enumerate(stages):
         found = levels_of(cfg, stage)
@@ -46,8 +50,8 @@ def entering_levels(cfg: LLMConfig, stages: Sequence[Stage], levels: int) -> dic
 
 def levels_of(cfg: LLMConfig, stage: Stage) -> tuple[int, ...]:
     """The levels of encoder rows that enter at `stage`, ascending."""
-    further = (k for k, after in enumerate(cfg.level_layers, start=1) if after in stage.layers)
-    return (*((0,) if stage.first else ()), *further)
+    later = (k for k, after in enumerate(cfg.level_layers, start=1) if after in stage.layers)
+    return (*((0,) if stage.first else ()), *later)
 
 
 def shared_parameters(cfg: LLMConfig, stages: Sequence[Stage]) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ from llm.config import LLMConfig
 from llm.config import check as check_llm
 from llm.presets import preset
 from llm.recompute import recompute_parts
-from llm.stages import cut
+from llm.stages import partition
 from mm.config.build import build
 from mm.config.schema import Config
 from mm.data.tokenizer import make_tokenizer
-from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
+from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.schedule.generators.refuse import check_stages
 from parallel.schedule.plan import Params
 from parallel.topology.layout import Layout, Unfit, make_layout
@@ -58,7 +58,7 @@ def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tupl
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
     check_stages(layouts[SINK], len(llm.symbols), virtual=True)
     _check_schedule(cfg, layouts)
-    return layouts, llm, cut(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
+    return layouts, llm, partition(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
 
 
 def schedule_of(
@@ -85,9 +85,7 @@ def schedule_of(
         modules,
         sink=SINK,
         active=active,
-        ahead=cfg.schedule.ahead,
-        batch=cfg.schedule.encoder_batch,
-        train=train,
+        options=ScheduleOptions(cfg.schedule.ahead, cfg.schedule.encoder_batch, train=train),
     )
 
 

@@ -17,8 +17,7 @@ from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
 from mm.config.build import build
-from mm.config.outline import SINK as SINK  # users of a blueprint find the name here
-from mm.config.outline import frozen_modules, schedule_of, weights_gathered
+from mm.config.outline import SINK, frozen_modules, schedule_of, weights_gathered
 from mm.config.schema import Config
 from mm.errors import Refused
 from parallel.schedule import SchedulePlan
@@ -193,7 +192,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
         context=cfg.data.context,
         microbatches=cfg.schedule.microbatches,
         order=order,
-        depths=llm.mtp_layers,
+        mtp_depths=llm.mtp_layers,
     )
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # raises where no schedule fits

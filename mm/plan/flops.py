@@ -6,8 +6,9 @@ Attention and scan are counted. Recomputation is not, nor is the head of tokens 
 from __future__ import annotations
 
 from encoders.module import module_flops
-from llm.config import flops as llm_flops
-from mm.plan.blueprint import SINK, Blueprint
+from llm.flops import flops as llm_flops
+from mm.config.outline import SINK
+from mm.plan.blueprint import Blueprint
 from mm.plan.step_plan import Microbatch, StepPlan, supervised_tokens
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from llm.counts import Counts
 from mm.data.sample import Part, Sample
 from mm.errors import DataError
-from parallel.boundary import RowMap, dest_side, row_places, source_side
+from parallel.boundary import RowMap, dest_side, row_positions, source_side
+from parallel.sequence.intervals import shares
 from parallel.sequence.stream import Order, alignment
 from parallel.topology.layout import Layout
 
@@ -43,7 +44,7 @@ class PlanInputs:
     context: int  # longest sample allowed, in tokens: text bytes, encoder rows and two markers
     microbatches: int  # that the global batch is split into, the same for all modules
     order: Order = "contiguous"  # how cp splits the language model's packed sequences
-    depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
+    mtp_depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
     _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
@@ -90,7 +91,8 @@ class Edge(NamedTuple):
     stage: int  # index among the language model's pp * vpp stages
 
 
-class Imbalance(NamedTuple):
+@dataclass(frozen=True)
+class Imbalance:
     """Cost of the items of an encoder's costliest dp rank over the mean of all its dp ranks; 1 is even."""
 
     dealt: float  # with the items on the dp ranks that compute them
@@ -130,14 +132,14 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """supervised: tokens of the whole step that the loss is divided by (design law 2); further: the same at
-    each depth of further tokens."""
+    """supervised: tokens of the whole step that the loss is divided by (design law 2); mtp_supervised: those
+    with a loss at each depth of multi-token prediction."""
 
     step: int
     sample_ids: tuple[int, ...]
     microbatches: tuple[Microbatch, ...]
     supervised: int
-    further: tuple[int, ...]
+    mtp_supervised: tuple[int, ...]
 
     @cached_property
     def digests(self) -> np.ndarray:
@@ -155,7 +157,7 @@ class StepPlan:
     @cached_property
     def digest(self) -> int:
         """A 63-bit fingerprint of the whole plan, which must be equal on all ranks."""
-        return _fingerprint([self.step, self.supervised, *self.further, *self.digests])
+        return _fingerprint([self.step, self.supervised, *self.mtp_supervised, *self.digests])
 
     @property
     def tokens(self) -> int:
@@ -164,8 +166,8 @@ class StepPlan:
 
     @property
     def counts(self) -> Counts:
-        """What the language model's further objectives are means over."""
-        return Counts(self.tokens, self.further)
+        """What the language model's other objectives are means over."""
+        return Counts(self.tokens, self.mtp_supervised)
 
     @property
     def active(self) -> list[set[str]]:
@@ -199,10 +201,11 @@ def supervised_tokens(sample: Sample) -> int:
     return (not sample.truncated) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
 
 
-def further_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
-    """Tokens of a sample that carry loss at each depth of further tokens: those that far behind its begin."""
+def mtp_supervised_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
+    """Tokens of a sample that carry loss at each depth of multi-token prediction: those at least
+    that far behind its begin."""
     total = supervised_tokens(sample)
-    return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.depths + 1)]
+    return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.mtp_depths + 1)]
 
 
 def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
@@ -218,14 +221,9 @@ def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
     return found + (not sample.truncated)  # the end marker
 
 
-def share(n: int, parts: int) -> list[tuple[int, int]]:
-    """Split n things into contiguous shares of nearly equal size, for any n and parts: [(start, stop)]."""
-    return [(k * n // parts, (k + 1) * n // parts) for k in range(parts)]
-
-
 def owner_of(n: int, parts: int) -> list[int]:
     """Which share each of n things falls into."""
-    return [k for k, (a, b) in enumerate(share(n, parts)) for _ in range(b - a)]
+    return [k for k, (a, b) in enumerate(shares(n, parts)) for _ in range(b - a)]
 
 
 def deal_by_cost(costs: Sequence[float], home: Sequence[int], dp: int) -> list[int]:
@@ -260,10 +258,11 @@ def _longest_first(
 
 def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepPlan:
     """Plan one step over `samples`, the whole global batch in order. Raises DataError (sample_length)."""
-    micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in share(len(samples), inputs.microbatches))
+    micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in shares(len(samples), inputs.microbatches))
     ids = tuple(s.id for s in samples)
-    further = tuple(map(sum, zip(*(further_tokens(s, inputs) for s in samples), strict=True)))
-    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples), further)
+    by_sample = (mtp_supervised_tokens(s, inputs) for s in samples)
+    mtp = tuple(map(sum, zip(*by_sample, strict=True)))
+    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples), mtp)
 
 
 def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch:
@@ -336,7 +335,9 @@ def _imbalance(costs: Sequence[float], dp_of: Sequence[int], dp: int) -> float:
     return float(load.max() / load.mean()) if load.sum() > 0 else 1.0
 
 
-def places(edge: EdgePlanInputs, inputs: PlanInputs, rank: int, tokens: Sequence[int]) -> np.ndarray:
+def edge_row_positions(
+    edge: EdgePlanInputs, inputs: PlanInputs, rank: int, tokens: Sequence[int]
+) -> np.ndarray:
     """Token positions, in the share of the language model's `rank`, of its boundary rows in their local
     order; int64 [R]."""
-    return row_places(inputs.llm, rank, *_columns(edge.items), tokens, order=inputs.order)
+    return row_positions(inputs.llm, rank, *_columns(edge.items), tokens, order=inputs.order)

@@ -18,7 +18,7 @@ from llm.mtp import IGNORE, ahead
 from mm.data.reader import BadSample, ShardReader
 from mm.data.sample import Sample, parse_segments
 from mm.data.tokenizer import Tokenizer
-from mm.plan.step_plan import Edge, Microbatch, PlanInputs, places
+from mm.plan.step_plan import Edge, Microbatch, PlanInputs, edge_row_positions
 from parallel.boundary import EdgePlan, PlanCache, on_stage
 from parallel.context_parallel import ContextPacking, pack
 from parallel.sequence.packed import Packing
@@ -113,7 +113,7 @@ class Assembler:
     def _text(
         self, mb: Microbatch, counts: Counts, bad: list[BadSample]
     ) -> tuple[LLMBatch, dict[str, Tensor]]:
-        llm, tok, depths = self.inputs.llm, self.tokenizer, self.inputs.depths
+        llm, tok, depths = self.inputs.llm, self.tokenizer, self.inputs.mtp_depths
         coord = llm.coord(self.rank)
         total = mb.tokens[coord.dp]
         ids = np.full(total, tok.pad, dtype=np.int64)
@@ -139,28 +139,28 @@ class Assembler:
             timeout_s=self.timeout_s,
         )
         text = [torch.from_numpy(ids), torch.from_numpy(labels)]
-        further = ahead(text[0], text[1], Packing.of(lengths), depths) if depths else None
+        mtp = ahead(text[0], text[1], Packing.of(lengths), depths) if depths else None
         flags = {m: torch.from_numpy(d) for m, d in depends.items()}
         if isinstance(packing, ContextPacking):
             own = torch.from_numpy(packing.rows)
             text, flags = [t[own] for t in text], {m: f[own] for m, f in flags.items()}
-            further = None if further is None else (further[0][:, own], further[1][:, own])
+            mtp = None if mtp is None else (mtp[0][:, own], mtp[1][:, own])
             n_real = packing.rows_before(n_real)
-        supervises = loss_rows(text[1], None if further is None else further[1])
+        supervises = loss_rows(text[1], None if mtp is None else mtp[1])
         entering = {e.source for e in self.row_shapes if e.stage % llm.pp == coord.pp}
         entries = {
-            m: torch.from_numpy(places(e, self.inputs, self.rank, mb.tokens)).to(self.device)
+            m: torch.from_numpy(edge_row_positions(e, self.inputs, self.rank, mb.tokens)).to(self.device)
             for m, e in mb.edges.items()
             if e.items and m in entering
         }
         batch = LLMBatch(
-            text[0].to(self.device),
-            text[1].to(self.device),
-            packing,
-            n_real,
-            entries,
+            ids=text[0].to(self.device),
+            labels=text[1].to(self.device),
+            packing=packing,
+            n_real=n_real,
+            row_positions=entries,
             counts=counts,
-            ahead=None if further is None else (further[0].to(self.device), further[1].to(self.device)),
+            ahead=None if mtp is None else (mtp[0].to(self.device), mtp[1].to(self.device)),
             loss_rows=tuple(rows.to(self.device) for rows in supervises),
         )
         return batch, {m: f.to(self.device) for m, f in flags.items()}

@@ -15,12 +15,13 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from encoders.module import EncoderModule
 from llm.model import LLM, precise_modules
+from mm.config.outline import SINK
 from mm.data.index import load_index
 from mm.data.reader import ShardReader
 from mm.data.sample import Index
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
-from mm.plan.blueprint import SINK, Blueprint, bare_module
+from mm.plan.blueprint import Blueprint, bare_module
 from mm.plan.select import select
 from mm.plan.step_plan import Edge
 from mm.ranks.batch import Assembler
@@ -176,8 +177,8 @@ def _boundaries(blueprint: Blueprint, rank: RankInfo) -> dict[Edge, Directions[B
 def _layers(module: nn.Module) -> list[nn.Module]:
     """The layers of a module that FSDP gathers and frees one at a time."""
     assert isinstance(module, LLM | EncoderModule)
-    further = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
-    return [*module.layers, *further]
+    mtp_layers = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
+    return [*module.layers, *mtp_layers]
 
 
 def _build_parts(blueprint: Blueprint, name: str, mesh: ModuleMesh, rank: RankInfo) -> dict[int, nn.Module]:

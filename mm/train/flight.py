@@ -1,219 +1,171 @@
-"""Tensors in flight between the actions of one step on one rank, and the transfers among them.
+"""What is in flight between the actions of one step on one rank.
 
-mm/train/step.py computes; this moves what it computes. Nothing here waits but what reads a transfer's result.
+There is one InFlight record for each (module, stage, micro-batch). Each of its fields has a lifetime: the
+action that fills it and the action that takes it. forward.py, backward.py and transfer.py are those actions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from encoders.module import hidden_shape
-from mm.plan.blueprint import SINK
-from mm.plan.step_plan import Edge
+from mm.config.outline import SINK
 from mm.ranks.feed import Prepared
 from mm.ranks.job import Job
 from parallel.boundary import Pending
-from parallel.comm.pipeline import Pipe
-from parallel.schedule import Action, Kind, SchedulePlan
-from parallel.schedule.action import BOUNDARY, SENDS
-from parallel.schedule.checker.graph import let_go
+from parallel.schedule import Action, SchedulePlan
+from parallel.schedule.executor.halves import Kept
 
-Key = tuple[str, int, int]  # module, stage, micro-batch
-Crossing = tuple[Kind, Edge, int]  # direction, edge, micro-batch
+T = TypeVar("T")
+Message = Callable[[], Tensor]  # a receive under way; calling it waits and returns what came
+
+
+class Key(NamedTuple):
+    """Names an InFlight record."""
+
+    module: str
+    stage: int
+    microbatch: int
 
 
 def key_of(action: Action) -> Key:
-    """The stage and the micro-batch of a computation or a message."""
-    return action.module, action.stage, action.microbatch
+    """The record of a computation or a message."""
+    return Key(action.module, action.stage, action.microbatch)
+
+
+class Slot(Generic[T]):
+    """Holds one value between two actions: filled once, then taken once, which frees it here."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self) -> None:
+        self._value: T | None = None
+
+    def fill(self, value: T) -> T:
+        """Hold `value`; returns it."""
+        assert self._value is None, "filled twice"
+        self._value = value
+        return value
+
+    def peek(self) -> T | None:
+        """The value, which stays; None where the slot is empty."""
+        return self._value
+
+    def take(self) -> T:
+        """The value, which the slot no longer holds."""
+        value, self._value = self._value, None
+        assert value is not None, "taken before it was filled"
+        return value
+
+    def take_if_filled(self) -> T | None:
+        """The value, which the slot no longer holds; None where the slot is empty."""
+        value, self._value = self._value, None
+        return value
+
+
+@dataclass
+class InFlight:
+    """What is alive of one stage in one micro-batch, in execution order: "A -> B" is filled by A, taken by B.
+
+    BACKWARD stands for BACKWARD_INPUT too, where a backward has two halves. Records of stages that live on
+    other ranks hold only the transfers that this rank sends there.
+    """
+
+    # RECV_FORWARD -> FORWARD. Call it to wait for the states from the stage before.
+    hidden_message: Slot[Message] = field(default_factory=Slot)
+    # BOUNDARY_FORWARD -> FORWARD of the language model's stage; on ranks that only send -> Transfers.release.
+    # By encoder.
+    row_transfers: dict[str, Pending] = field(default_factory=dict)
+    # FORWARD -> SEND_BACKWARD. A leaf: the states from the stage before. Empty where no backward follows.
+    hidden: Slot[Tensor] = field(default_factory=Slot)
+    # FORWARD -> BOUNDARY_BACKWARD. Leaves: rows [R, d] or [R, levels, d], by encoder that learns.
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    # FORWARD -> BACKWARD, or BACKWARD_WEIGHT where that goes through the graph again; where no backward
+    # follows -> SEND_FORWARD, or the last BOUNDARY_FORWARD. Attached to its graph.
+    output: Slot[Tensor] = field(default_factory=Slot)
+    # FORWARD -> BACKWARD of several micro-batches at once, in the record of the first. The `output` of each
+    # is then a part of it, without a graph.
+    joint_output: Slot[Tensor] = field(default_factory=Slot)
+    # RECV_BACKWARD -> BACKWARD. Call it to wait for the gradient of `output`.
+    gradient_message: Slot[Message] = field(default_factory=Slot)
+    # BOUNDARY_BACKWARD -> BACKWARD of an encoder's last stage; on ranks that only send -> Transfers.release.
+    # By stage of the language model.
+    gradient_transfers: dict[int, Pending] = field(default_factory=dict)
+    # BACKWARD_INPUT -> BACKWARD_WEIGHT. The factors of the weights' gradients.
+    products: Slot[list[Kept]] = field(default_factory=Slot)
+    # BACKWARD_INPUT -> BACKWARD_WEIGHT. The gradient of `output`, where BACKWARD_WEIGHT goes through the
+    # graph again. Empty where `output` is the loss.
+    gradient: Slot[Tensor] = field(default_factory=Slot)
+
+    def leaves(self) -> list[Tensor]:
+        """What entered the stage and gets a gradient."""
+        hidden = self.hidden.peek()
+        return [*([] if hidden is None else [hidden]), *self.rows.values()]
+
+    def finish(self) -> None:
+        """Wait for the transfers that nothing has waited for. Everything else must have been taken."""
+        for pending in (*self.row_transfers.values(), *self.gradient_transfers.values()):
+            pending.wait()
+        self.row_transfers.clear()
+        self.gradient_transfers.clear()
+        left: dict[str, Slot[Any]] = {
+            "hidden_message": self.hidden_message,
+            "hidden": self.hidden,
+            "output": self.output,
+            "joint_output": self.joint_output,
+            "gradient_message": self.gradient_message,
+            "products": self.products,
+            "gradient": self.gradient,
+        }
+        names = [name for name, slot in left.items() if slot.peek() is not None]
+        names += ["rows"] if self.rows else []
+        assert not names, f"never taken: {', '.join(names)}"
 
 
 @dataclass
 class Flight:
-    """What one action leaves for another, each until what needs it last.
-
-    inputs: hidden states from the stage before, leaves; outputs: what a part gave, attached to its graph;
-    entries: rows as the language model reads them, by (edge, micro-batch), leaves; crossing: rows and their
-    gradients under way; receiving: messages of pipelines.
-    """
+    """One step on this rank: its job, data and schedule, and the records of what is in flight."""
 
     job: Job
     prepared: Prepared
     schedule: SchedulePlan
-    inputs: dict[Key, Tensor] = field(default_factory=dict)
-    outputs: dict[Key, Tensor] = field(default_factory=dict)
-    entries: dict[tuple[Edge, int], Tensor] = field(default_factory=dict)
-    crossing: dict[Crossing, Pending] = field(default_factory=dict)
-    receiving: dict[tuple[Kind, Key], Callable[[], Tensor]] = field(default_factory=dict)
+    _records: dict[Key, InFlight] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self) -> None:
-        rank = self.job.rank.rank
-        self._actions = {a[:4]: a for a in self.schedule.actions(rank) if a.kind in SENDS}
-        program = self.schedule.program_of.get(rank)
-        self._let_go = {} if program is None else let_go(self.schedule, program)
-
-    def let_go(self, action: Action) -> None:
-        """Give back, before a computation, what others have taken by then: the schedule knows."""
-        for kind, module, i, stage in self._let_go.get(action[:4], ()):
-            if kind in BOUNDARY:
-                self.crossing.pop((kind, Edge(module, stage), i)).wait()
-                continue
-            sent = self._actions[kind, module, i, stage]
-            direction = Kind.FORWARD if kind is Kind.SEND_FORWARD else Kind.BACKWARD
-            self._pipe(sent, direction).let_go(self._peer(sent), sent.tag)
+    def __getitem__(self, key: Key) -> InFlight:
+        """The record of a stage in a micro-batch; made at the first use."""
+        record = self._records.get(key)
+        if record is None:
+            record = self._records[key] = InFlight()
+        return record
 
     def finish(self) -> None:
-        """Wait for what is still under way. Every tensor in flight has then found its consumer."""
-        for pending in self.crossing.values():
-            pending.wait()
-        for pipes in self.job.pipes.values():
-            for pipe in pipes:
-                pipe.finish()
-        left = [*self.receiving, *self.inputs, *self.outputs, *self.entries]
-        assert not left, f"never used: {left}"
+        """Wait for boundary transfers still under way. Every other tensor must have been taken."""
+        for record in self._records.values():
+            record.finish()
 
-    def last_stage(self, module: str, i: int) -> Key:
-        """The last stage of a module in micro-batch i."""
-        return module, len(self.job.blueprint.stages[module]) - 1, i
+    def part(self, key: Key) -> nn.Module:
+        """The module of a stage on this rank."""
+        return self.job.parts[key.module][key.stage]
+
+    def last_stage(self, module: str, microbatch: int) -> Key:
+        """The last stage of a module in a micro-batch."""
+        return Key(module, len(self.job.blueprint.stages[module]) - 1, microbatch)
+
+    def is_loss(self, key: Key) -> bool:
+        """Whether the output of a stage is the loss."""
+        return key == self.last_stage(SINK, key.microbatch)
 
     def learns(self, key: Key) -> bool:
         """Whether a backward of a stage and micro-batch follows."""
-        return self.schedule.learns(key[0], key[2])
+        return self.schedule.learns(key.module, key.microbatch)
 
-    # what computations read
-
-    def hidden(self, key: Key) -> Tensor | None:
-        """What the stage before gave, waited for, a leaf; None for the first stage."""
-        if key[1] == 0:
-            return None
-        hidden = self.receiving.pop((Kind.RECV_FORWARD, key))()
-        if self.learns(key):
-            self.inputs[key] = hidden.requires_grad_()
-        return hidden
-
-    def rows(self, key: Key) -> dict[str, Tensor]:
-        """By encoder, the rows that enter the language model in stage and micro-batch `key`, waited for."""
-        _, stage, i = key
-        active = self.prepared.plan.active[i]
-        edges = [e for e in self.job.blueprint.edges if e.stage == stage and e.source in active]
-        return {e.source: self._entry(e, i) for e in edges}
-
-    def _entry(self, edge: Edge, i: int) -> Tensor:
-        rows = self.crossing.pop((Kind.BOUNDARY_FORWARD, edge, i)).wait().detach()
-        if self.schedule.learns(edge.source, i):
-            self.entries[edge, i] = rows.requires_grad_()
-        return rows
-
-    def leaves(self, key: Key) -> list[Tensor]:
-        """What entered a part."""
-        rows = [x for (edge, j), x in self.entries.items() if (SINK, edge.stage, j) == key]
-        return [*([self.inputs[key]] if key in self.inputs else []), *rows]
-
-    def output_gradient(self, key: Key) -> Tensor | None:
-        """The gradient of a part's output, waited for; None for the loss itself."""
-        module, _, i = key
-        if key != self.last_stage(module, i):
-            return self.receiving.pop((Kind.RECV_BACKWARD, key))()
-        return None if module == SINK else self._row_gradient(module, i)
-
-    def _row_gradient(self, module: str, i: int) -> Tensor:
-        """Of an encoder's rows [R, d] or [R, levels, d]: the levels come back from where they entered."""
-        edges = {e: levels for e, levels in self.job.blueprint.edges.items() if e.source == module}
-        parts = [self.crossing.pop((Kind.BOUNDARY_BACKWARD, e, i)).wait() for e in edges]
-        if len(parts) == 1:
-            return parts[0]
-        grad = parts[0].new_empty(len(parts[0]), *self.job.blueprint.row_shape(module))
-        for part, levels in zip(parts, edges.values(), strict=True):
-            grad[:, list(levels)] = part
-        return grad
-
-    # boundaries
-
-    def boundary_forward(self, action: Action) -> None:
-        edge, i = Edge(action.module, action.stage), action.microbatch
-        held = self._held(edge, i)
-        plan = self.prepared.micro[i].edges[edge]
-        pending = self.job.boundaries[edge].forward.start_forward(plan, held)
-        self.crossing[Kind.BOUNDARY_FORWARD, edge, i] = pending
-
-    def boundary_backward(self, action: Action) -> None:
-        edge, i = Edge(action.module, action.stage), action.microbatch
-        rows = self.entries.pop((edge, i), None)
-        plan = self.prepared.micro[i].edges[edge]
-        grad = self._no_rows(edge) if rows is None else rows.grad
-        if grad is None:
-            assert rows is not None
-            grad = torch.zeros_like(rows)
-        pending = self.job.boundaries[edge].backward.start_backward(plan, grad)
-        self.crossing[Kind.BOUNDARY_BACKWARD, edge, i] = pending
-
-    def _held(self, edge: Edge, i: int) -> Tensor:
-        """This rank's rows of the levels that travel along an edge; none where it only receives."""
-        key = self.last_stage(edge.source, i)
-        held = self.outputs.get(key)
-        if held is None:
-            return self._no_rows(edge)
-        if not self.learns(key) and edge.stage == self.job.blueprint.enters(edge.source)[-1]:
-            del self.outputs[key]  # no other edge and no backward reads it
-        levels, held = self.job.blueprint.edges[edge], held.detach()
-        return held[:, list(levels)] if held.ndim > 2 and len(levels) < held.shape[1] else held
-
-    def _no_rows(self, edge: Edge) -> Tensor:
-        blueprint = self.job.blueprint
-        shape = (0, *blueprint.entry_shape(edge))
-        return torch.empty(shape, dtype=blueprint.dtype, device=self.job.rank.device)
-
-    # pipelines
-
-    def send_forward(self, action: Action) -> None:
-        key = key_of(action)
-        output = (self.outputs[key] if self.learns(key) else self.outputs.pop(key)).detach()
-        self._pipe(action, Kind.FORWARD).send(output, self._peer(action), action.tag)
-
-    def recv_forward(self, action: Action) -> None:
-        key = key_of(action)
-        self._receive(action, Kind.FORWARD, key, self._hidden_shape(key))
-
-    def send_backward(self, action: Action) -> None:
-        hidden = self.inputs.pop(key_of(action))
-        grad = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
-        self._pipe(action, Kind.BACKWARD).send(grad, self._peer(action), action.tag)
-
-    def recv_backward(self, action: Action) -> None:
-        module, stage, i = key = key_of(action)
-        # Of the output, which may not be there yet: what the next stage takes.
-        self._receive(action, Kind.BACKWARD, key, self._hidden_shape((module, stage + 1, i)))
-
-    def _receive(self, action: Action, direction: Kind, key: Key, shape: tuple[int, ...]) -> None:
-        self.receiving[action.kind, key] = self._pipe(action, direction).receive(
-            shape,
-            self._peer(action),
-            action.tag,
-            dtype=self.job.blueprint.dtype,
-            device=self.job.rank.device,
-        )
-
-    def _pipe(self, action: Action, direction: Kind) -> Pipe:
-        pipes = self.job.pipes[action.module]
-        return pipes.forward if direction is Kind.FORWARD else pipes.backward
-
-    def _peer(self, action: Action) -> int:
-        """The global rank at the other end of a send or receive."""
-        layout = self.job.blueprint.layouts[action.module]
-        at = layout.coord(self.job.rank.rank)
-        assert action.peer is not None
-        return layout.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=action.peer % layout.pp)
-
-    def _hidden_shape(self, key: Key) -> tuple[int, ...]:
-        """Shape of what enters a stage, from the plan alone."""
-        module, stage, i = key
-        axes, mb = self.job.meshes[module].axes, self.prepared.micro[i]
-        if module == SINK:
-            assert mb.llm is not None
-            return len(mb.llm.ids) // axes.token_shards, self.job.blueprint.llm.d_model
-        use = self.job.blueprint.inputs.encoders[module]
-        where = self.job.blueprint.stages[module][stage]
-        return hidden_shape(use.cls, use.cfg, mb.items[module].metas, where, axes)
+    def covered(self, action: Action) -> list[Key]:
+        """What a computation covers: of the micro-batches that it spans those with items of its module."""
+        module, stage = action.module, action.stage
+        if action.span == 1:
+            return [key_of(action)]
+        active = self.prepared.plan.active
+        return [Key(module, stage, i) for i in action.microbatches if module in active[i]]

@@ -2,17 +2,17 @@
 
 Plans are pure; communicator.py carries them out. Models and samples may not enter: rows are numbers here.
 
-source = source_side(vision_layout, item_rows, item_lane)                        # who has which rows
-dest = dest_side(llm_layout, item_rows, llm_lane, item_position, tokens)         # who wants which
-plan = plan_edge("vision -> llm", source, dest, rank)                            # pure
-y = communicator.exchange(plan, x)                                               # autograd
+    source = source_side(vision_layout, item_rows, item_dp)                   # who has which rows
+    dest = dest_side(llm_layout, item_rows, llm_dp, item_position, tokens)    # who wants which
+    plan = plan_edge("vision -> llm", source, dest, rank)                     # pure
+    y = communicator.exchange(plan, x)                                        # autograd
 """
 
 from parallel.boundary.cache import PlanCache
 from parallel.boundary.communicator import BoundaryCommunicator, Stats
 from parallel.boundary.plan import EdgePlan, Transfer, edge_rows, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
-from parallel.boundary.sides import dest_side, on_stage, row_places, source_side
+from parallel.boundary.sides import dest_side, on_stage, row_positions, source_side
 from parallel.comm.pending import Pending
 
 __all__ = [
@@ -28,6 +28,6 @@ __all__ = [
     "on_stage",
     "plan_edge",
     "plan_transfer",
-    "row_places",
+    "row_positions",
     "source_side",
 ]

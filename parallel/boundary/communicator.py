@@ -139,7 +139,7 @@ class BoundaryCommunicator:
             out = make((t.rows_out, *x.shape[1:]), dtype=x.dtype, device=x.device)
         land = self._depart(f"edge {edge}, {direction}", t, x, out) if t.moves else None
         if t.view is None:
-            move(out, t.keep[1], x, t.keep[0])  # while the others' rows are on their way
+            move(out, t.keep.dest, x, t.keep.source)  # while the others' rows are on their way
         row = x.shape[1:].numel() * x.element_size()
         self.stats.bytes_received[edge] += t.received_rows * row
         self.stats.seconds[edge] += time.perf_counter() - begin

@@ -1,106 +1,150 @@
 """Two hops where nodes are known: rows cross the slow link once for each node, then spread inside it. Pure.
 
-A rank gets a row from its own node if any rank there has it. Of the others that its node wants, each enters
-the node at one of the ranks that want it, in equal shares, and goes on from there to the rest of them. Every
-rank works out the entries of all nodes: each run counts once for each node that its lane is on.
+A rank gets a row from its own node if any rank there holds it. Every other row that a node wants enters the
+node at one of the ranks that want it, in equal shares, and goes on from there to the rest of them. Every rank
+computes the entries of all nodes; a run counts once for each node that its lane is on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from parallel.boundary.routes import Routes, cut, direct, one_each
-from parallel.boundary.rows import RowMap, Runs
-from parallel.sequence.intervals import Rows, before, meet, outside, repeat_groups, union
+from parallel.boundary.routes import Routes, Shares, Stretches, direct, split_shares
+from parallel.boundary.rows import RowMap
+from parallel.boundary.runs import Runs, each_row_once
+from parallel.comm.transport import Message
+from parallel.sequence.intervals import Column, before, meet, outside, repeat_groups, union
 
 
 @dataclass(frozen=True)
 class Relay:
-    """The second hop of a rank: (peer rank, rows of the output), one entry a peer, after its own are in."""
+    """The second hop of a rank, from rows of the output to rows of the output, once the first hop is done.
+    One message a peer."""
 
-    sends: tuple[tuple[int, Rows], ...]
-    recvs: tuple[tuple[int, Rows], ...]
+    sends: tuple[Message, ...]
+    recvs: tuple[Message, ...]
 
 
-def by_nodes(have: RowMap, want: RowMap, rank: int, node_size: int) -> tuple[Routes, Relay | None]:
-    """The part of `rank` in the first and the second hop; the latter is None on all ranks, or on none.
+class Hops(NamedTuple):
+    """One rank's part of both hops. relay: None on all ranks, or on none."""
 
-    Node k is ranks k node_size .. (k + 1) node_size - 1.
-    """
-    everyone = np.concatenate([have.members[0], want.members[0]]) // node_size
-    if np.all(everyone == everyone[:1]):
-        return direct(have, want, rank), None
-    entry, spreads = _entries(have, want, node_size)
+    routes: Routes
+    relay: Relay | None
+
+
+def by_nodes(have: RowMap, want: RowMap, rank: int, node_size: int) -> Hops:
+    """The part of `rank` where node k is ranks k node_size .. (k + 1) node_size - 1."""
+    nodes = np.concatenate([have.members[0], want.members[0]]) // node_size
+    if np.all(nodes == nodes[:1]):
+        return Hops(direct(have, want, rank), None)
+    entries = _entries(have, want, node_size)
     low = rank // node_size * node_size
     near_have, near_want = (m.on_ranks(low, low + node_size) for m in (have, want))
-    near, far = direct(near_have, near_want, rank), direct(have, entry, rank)
-    routes = Routes(near.keep, [*near.sends, *far.sends], [*near.recvs, *far.recvs])
-    if not spreads:
-        return routes, None
-    again = direct(entry.on_ranks(low, low + node_size), _without(near_want, near_have), rank)
-    return routes, Relay(tuple(again.sends), tuple(again.recvs))
+    near, far = direct(near_have, near_want, rank), direct(have, entries.at, rank)
+    routes = Routes(keep=near.keep, sends=[*near.sends, *far.sends], recvs=[*near.recvs, *far.recvs])
+    if not entries.spread:
+        return Hops(routes, None)
+    spread = direct(entries.at.on_ranks(low, low + node_size), _without(near_want, near_have), rank)
+    return Hops(routes, Relay(tuple(spread.sends), tuple(spread.recvs)))
 
 
-def _entries(have: RowMap, want: RowMap, node_size: int) -> tuple[RowMap, bool]:
-    """Where each row enters each node that wants it and has it not: each rank a lane of its own, with the
-    local rows of `want`. And whether any of these rows goes on to another rank of the node."""
-    cells, held = _Cells(want, node_size), _Cells(have, node_size)
+class _Entries(NamedTuple):
+    """Rows that nodes want and do not hold. at: the rank at which each enters each node, every rank a lane
+    of its own, with the local rows of `want`. spread: whether any goes on to another rank of its node."""
+
+    at: RowMap
+    spread: bool
+
+
+def _entries(have: RowMap, want: RowMap, node_size: int) -> _Entries:
+    cells = _Cells.of(want, node_size)
     # Rows of all nodes on one line, node after node.
     size = 1 + max(want.reach, have.reach)
-    runs = _on_nodes(want, cells, size)
-    runs = _meeting(runs, *union(have.start, have.stop), size)
-    there = _on_nodes(have, held, size)
-    i, start, stop = outside(runs.start, runs.stop, *union(there.start, there.stop))
+    wanted = _on_nodes(want, cells, size)
+    wanted = _held_anywhere(wanted, *union(have.start, have.stop), size)
+    held = _on_nodes(have, _Cells.of(have, node_size), size)
+    i, start, stop = outside(wanted.start, wanted.stop, *union(held.start, held.stop))
     order = np.argsort(start, kind="stable")
-    asked = Runs(start[order], stop[order], runs.lane[i][order], runs.shift[i][order])
-    once = one_each(asked)
+    lacking = Runs(
+        start=start[order], stop=stop[order], lane=wanted.lane[i][order], shift=wanted.shift[i][order]
+    )
+    entering = each_row_once(lacking)
     # Each cell's rows in equal shares to its members.
-    order = np.argsort(once.lane, kind="stable")
-    cell, first = once.lane[order], once.start[order]
-    length = once.stop[order] - first
-    local = first + once.shift[order]
-    which, part = repeat_groups(np.zeros_like(cells.size), cells.size)
-    i, k, place, length = cut(local, length, cell, which, part, cells.size)
-    start = (first[i] + place - local[i]) % size
-    wanted = int(((asked.stop - asked.start) * cells.size[asked.lane]).sum())
-    rows = want.rows[cells.lane[which]]
-    lanes = tuple((r,) for r in cells.rank.tolist())
-    return RowMap(lanes, start, length, k, place, rows), wanted > int(length.sum())
+    entering = entering.take(np.argsort(entering.lane, kind="stable"))
+    local = entering.start + entering.shift
+    shares = Shares.all(cells.size)
+    part = split_shares(Stretches(entering.lane, local, entering.stop - entering.start), shares)
+    at = RowMap(
+        lanes=tuple((rank,) for rank in cells.rank.tolist()),
+        start=(entering.start[part.stretch] + part.local - local[part.stretch]) % size,
+        length=part.length,
+        lane=part.share,
+        local=part.local,
+        rows=want.rows[cells.lane[shares.group]],
+    )
+    readers = int(((lacking.stop - lacking.start) * cells.size[lacking.lane]).sum())
+    return _Entries(at, spread=readers > int(part.length.sum()))
 
 
+@dataclass(frozen=True)
 class _Cells:
-    """The ranks of one lane on one node are a cell. lane, node, size: of each; rank: all members, cell after
-    cell; of_lane, first: how many cells a lane has, and which is its first."""
+    """The ranks of one lane on one node are a cell. Columns; cells are in order of lane, then of node.
 
-    def __init__(self, m: RowMap, node_size: int) -> None:
+    lane, node, size: of each cell, size being its number of ranks. rank: the ranks of all cells, cell after
+    cell. of_lane, first: by lane, how many cells it has and the index of its first.
+    """
+
+    lane: Column
+    node: Column
+    size: Column
+    rank: Column
+    of_lane: Column
+    first: Column
+
+    @staticmethod
+    def of(m: RowMap, node_size: int) -> _Cells:
         rank, lane = m.members
         nodes = 1 + int(rank.max(initial=0)) // node_size
         order = np.lexsort((rank, lane))
-        self.rank = rank[order]
-        cell, self.size = np.unique(lane[order] * nodes + self.rank // node_size, return_counts=True)
-        self.lane, self.node = cell // nodes, cell % nodes
-        self.of_lane = np.bincount(self.lane, minlength=len(m.lanes))
-        self.first = before(self.of_lane)
+        rank = rank[order]
+        cell, size = np.unique(lane[order] * nodes + rank // node_size, return_counts=True)
+        of_lane = np.bincount(cell // nodes, minlength=len(m.lanes))
+        return _Cells(
+            lane=cell // nodes,
+            node=cell % nodes,
+            size=size,
+            rank=rank,
+            of_lane=of_lane,
+            first=before(of_lane),
+        )
 
 
 def _on_nodes(m: RowMap, cells: _Cells, size: int) -> Runs:
-    """The runs of each cell: row r of node n is at n size + r; `lane` is the cell."""
+    """The runs of each cell, whose index stands as `lane`: row r of node n is at n size + r."""
     runs = m.runs
     i, cell = repeat_groups(cells.first[runs.lane], cells.of_lane[runs.lane])
     base = cells.node[cell] * size
-    return Runs(runs.start[i] + base, runs.stop[i] + base, cell, runs.shift[i] - base)
+    return Runs(start=runs.start[i] + base, stop=runs.stop[i] + base, lane=cell, shift=runs.shift[i] - base)
 
 
-def _meeting(runs: Runs, start: np.ndarray, stop: np.ndarray, size: int) -> Runs:
-    """What runs on nodes share with the rows start .. stop (disjoint, ascending) of any node."""
+def _held_anywhere(runs: Runs, start: Column, stop: Column, size: int) -> Runs:
+    """The part of runs on nodes that is in the rows [start, stop) (disjoint, ascending) of any node."""
     base = runs.start // size * size
     i, _, low, high = meet(runs.start - base, runs.stop - base, start, stop)
-    return Runs(low + base[i], high + base[i], runs.lane[i], runs.shift[i])
+    return Runs(start=low + base[i], stop=high + base[i], lane=runs.lane[i], shift=runs.shift[i])
 
 
 def _without(m: RowMap, others: RowMap) -> RowMap:
-    """The map without the rows that are anywhere in `others`; local places stay."""
+    """The map without the rows that `others` has anywhere; local rows keep their numbers."""
     i, low, high = outside(m.start, m.stop, *union(others.start, others.stop))
-    return RowMap(m.lanes, low, high - low, m.lane[i], m.local[i] + low - m.start[i], m.rows)
+    return RowMap(
+        lanes=m.lanes,
+        start=low,
+        length=high - low,
+        lane=m.lane[i],
+        local=m.local[i] + low - m.start[i],
+        rows=m.rows,
+    )

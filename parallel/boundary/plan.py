@@ -1,40 +1,49 @@
-"""Boundary plans: from who has and who wants which rows to what one rank sends, receives and keeps. Pure.
+"""Boundary plans: from who holds and who wants which rows to what one rank sends, receives and keeps. Pure.
 
-Every wanted row that a rank does not have arrives exactly once, from one of the ranks that have it; a row
-that a rank has already stays. That is the information minimum (design law 5). A rank's part is worked out
-from the two maps alone, so all ranks agree without a word. Runs are sorted once and then met by binary
-search: O(n log n) time and O(n) memory in n = runs + ranks + the stretches that this rank has a part in.
+Every wanted row that a rank does not hold arrives exactly once, from one of the ranks that hold it; a row
+that a rank holds already stays. These are the fewest bytes that any exchange needs (law 5). A rank computes
+its part from the two maps alone, so nothing is agreed at run time (law 4). Runs are sorted once and then met
+by binary search: O(n log n) time and O(n) memory in n = runs + ranks + stretches that this rank sends,
+receives or keeps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from parallel.boundary.nodes import Relay, by_nodes
-from parallel.boundary.routes import direct, offers_of, places, split
-from parallel.boundary.rows import RowMap, Runs
-from parallel.sequence.intervals import Rows, before, count, meet, outside, sums
+from parallel.boundary.nodes import Hops, Relay, by_nodes
+from parallel.boundary.routes import Kept, direct, offers_of
+from parallel.boundary.rows import RowMap
+from parallel.boundary.runs import Runs, indices_of, split_at_ends
+from parallel.comm.transport import Message
+from parallel.sequence.intervals import Column, before, count, meet, outside, sums
+from parallel.topology.directions import Directions
 
 
 @dataclass(frozen=True)
 class Transfer:
     """One direction of an edge as one rank sees it.
 
-    rows_in, rows_out: local rows before and after. keep: (rows of the input, rows of the output) that stay.
-    sends, recvs: (peer rank, rows of the input / output), in order of global row for each peer, one entry a
-    peer. relay: the hop after these, from rows of the output to rows of the output, None on all ranks or on
-    none. covered: whether every output row is kept or received; the others are zero. moves: whether any rank
-    of the edge sends anything, equal on all ranks (a collective transport needs all of them to agree).
+    rank: the global rank whose part this is.
+    rows_in, rows_out: local rows before and after.
+    keep: rows of the input that stay, and where they go in the output.
+    sends, recvs: rows of the input that leave and rows of the output that arrive, one message a peer, each in
+        ascending order of global row.
+    relay: a second hop after these, from rows of the output to rows of the output. None on all ranks or on
+        none.
+    covered: whether every output row is kept or received; the others are zero.
+    moves: whether any rank of the edge sends anything. Equal on all ranks, as collective transports need.
     """
 
     rank: int
     rows_in: int
     rows_out: int
-    keep: tuple[Rows, Rows]
-    sends: tuple[tuple[int, Rows], ...]
-    recvs: tuple[tuple[int, Rows], ...]
+    keep: Kept
+    sends: tuple[Message, ...]
+    recvs: tuple[Message, ...]
     relay: Relay | None
     covered: bool
     moves: bool
@@ -43,11 +52,11 @@ class Transfer:
     def received_rows(self) -> int:
         """Rows that come from other ranks."""
         relayed = self.relay.recvs if self.relay else ()
-        return sum(count(rows) for _, rows in (*self.recvs, *relayed))
+        return sum(count(message.rows) for message in (*self.recvs, *relayed))
 
     @property
     def view(self) -> slice | None:
-        """Where the output is a stretch of the input, that stretch."""
+        """The stretch of the input that is the whole output; None where there is no such stretch."""
         source, dest = self.keep
         if (
             self.received_rows
@@ -60,14 +69,20 @@ class Transfer:
 
     @property
     def identity(self) -> bool:
-        """Whether the output is the input, and nothing is sent."""
+        """Whether the output is the input, and this rank sends nothing."""
         return not self.sends and self.view == slice(0, self.rows_in)
 
 
 @dataclass(frozen=True)
 class EdgePlan:
-    """Both directions of an edge for one rank. The results of the backward transfers are added up: there is
-    one for each time that a row has a further, distinct consumer. row_shape: of one row, where known."""
+    """Both directions of an edge for one rank.
+
+    name: what errors call the edge.
+    forward: rows from the source's layout to the destination's.
+    backward: gradients back. One transfer for each further, distinct consumer of a row; their results are
+        added in this order.
+    row_shape: trailing dims of the tensors, where known.
+    """
 
     name: str
     forward: Transfer
@@ -86,18 +101,20 @@ def plan_edge(
 ) -> EdgePlan:
     """Plan both directions of an edge for `rank`.
 
-    Forward: every destination lane gets the rows it wants. Backward: every source replica gets the gradient
-    of its rows. Ranks of one destination lane hold equal gradients, of which one is taken; distinct lanes
-    that consumed the same row are added. node_size: ranks a node, where links inside a node are faster: a row
-    then crosses to each node once, however many of its ranks want it. row_shape: trailing dims of the
-    tensors, to have them checked: two ranks that disagree would break off in the transport, without a word.
-    Raises ValueError where a wanted row is on no rank.
+    Forward: every destination lane gets the rows that it wants. Backward: every source replica gets the
+    gradient of its rows. Ranks of one destination lane hold equal gradients, and one of them is taken; the
+    gradients of distinct lanes that consumed the same row are added.
+
+    node_size: ranks a node, where links inside a node are faster: a row then crosses to each node once,
+    however many of its ranks want it. row_shape: trailing dims of the tensors, which are then checked before
+    anything is sent; otherwise a shape mismatch between two ranks fails inside the transport with no useful
+    error. Raises ValueError where a wanted row is on no rank.
     """
     forward = plan_transfer(source, dest, rank, node_size=node_size)
     backward = tuple(
         plan_transfer(layer, source, rank, node_size=node_size, partial=True) for layer in _layers(dest)
     )
-    return EdgePlan(name, forward, backward, row_shape)
+    return EdgePlan(name=name, forward=forward, backward=backward, row_shape=row_shape)
 
 
 def plan_transfer(
@@ -112,60 +129,82 @@ def plan_transfer(
         raise ValueError(f"node_size is {node_size}; needed: ranks a node, or None where all links are alike")
     found = _check_held(want, offers_of(have), partial)
     if node_size is None:
-        routes, relay = direct(have, want, rank), None
+        hops = Hops(direct(have, want, rank), None)
     else:
-        routes, relay = by_nodes(have, want, rank, node_size)
-    h, w = have.lane_of(rank), want.lane_of(rank)
-    rows_in = 0 if h is None else int(have.rows[h])
-    rows_out = 0 if w is None else int(want.rows[w])
+        hops = by_nodes(have, want, rank, node_size)
+    routes, relay = hops
+    rows_out = want.rows_on(rank)
     arriving = (*routes.recvs, *(relay.recvs if relay else ()))
-    covered = count(routes.keep[1]) + sum(count(r) for _, r in arriving) == rows_out
-    moves = bool(routes.sends or routes.recvs) or _moves(have, want, found)
-    sends, recvs = tuple(routes.sends), tuple(routes.recvs)
-    return Transfer(rank, rows_in, rows_out, routes.keep, sends, recvs, relay, covered, moves)
+    return Transfer(
+        rank=rank,
+        rows_in=have.rows_on(rank),
+        rows_out=rows_out,
+        keep=routes.keep,
+        sends=tuple(routes.sends),
+        recvs=tuple(routes.recvs),
+        relay=relay,
+        covered=count(routes.keep.dest) + sum(count(message.rows) for message in arriving) == rows_out,
+        moves=bool(routes.sends or routes.recvs) or _moves(have, want, found),
+    )
 
 
-def edge_rows(source: RowMap, dest: RowMap) -> tuple[int, int]:
-    """Rows that all ranks of an edge together receive, (forward, backward): the sums of what plan_edge() says
-    of each. O(n log n) in runs and ranks; raises as plan_edge() does."""
-    back = sum(
+def edge_rows(source: RowMap, dest: RowMap) -> Directions[int]:
+    """Rows that all ranks of an edge together receive in each direction: the sums over ranks of
+    Transfer.received_rows. O(n log n) in runs and ranks; raises as plan_edge() does."""
+    gradients = (
         _received(layer, source, _check_held(source, offers_of(layer), True)) for layer in _layers(dest)
     )
-    return _received(source, dest, _check_held(dest, offers_of(source), False)), back
+    return Directions(
+        forward=_received(source, dest, _check_held(dest, offers_of(source), False)),
+        backward=sum(gradients),
+    )
 
 
-def _received(have: RowMap, want: RowMap, found: np.ndarray) -> int:
-    """Rows that all ranks of `want` lack, of those that some rank has; found: _check_held()."""
+def _received(have: RowMap, want: RowMap, found: Column) -> int:
+    """Rows that all ranks of `want` lack, of those that some rank holds; found: of _check_held()."""
     needed = sums(found, want.lane, len(want.lanes))
-    _, w = want.members
-    _, _, ranks, shared = _shared(have, want, np.ones_like(w, dtype=bool))
-    return int(needed[w].sum() - (ranks * shared).sum())
+    _, lane = want.members
+    common = _common(have, want, np.arange(len(lane)))
+    return int(needed[lane].sum() - (common.ranks * common.rows).sum())
 
 
-def _shared(
-    have: RowMap, want: RowMap, which: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of those members of `want` that are in a lane of `have` too: columns (lane of `want`, lane of `have`,
-    how many ranks are in both, rows that both lanes have), each pair of lanes once. which: of which members.
+class _Common(NamedTuple):
+    """Lanes of `want` and `have` with ranks in common, a line a pair of lanes.
+
+    want, have: the lanes. ranks: how many ranks are in both. rows: how many rows are in both.
     """
-    rank, w = (column[which] for column in want.members)
+
+    want: Column
+    have: Column
+    ranks: Column
+    rows: Column
+
+
+def _common(have: RowMap, want: RowMap, members: Column) -> _Common:
+    """What lanes have in common, as far as the members of `want` with these indices are concerned."""
+    rank, w = (column[members] for column in want.members)
     h = have.lanes_of(rank)
     lanes = max(1, len(have.lanes))
     pairs, ranks = np.unique(w[h >= 0] * lanes + h[h >= 0], return_counts=True)
     w, h = np.divmod(pairs, lanes)
+    # The runs of each pair's wanting lane, met with those of its holding lane.
     runs = want.runs
     order = np.argsort(runs.lane, kind="stable")
-    pair, k = places(runs.lane[order], w)
+    pair, index = indices_of(runs.lane[order], w)
+    run = order[index]
     size = 1 + max(want.reach, have.reach)
-    at = h[pair] * size + runs.start[order[k]]
-    i, _, start, stop = meet(at, at + (runs.stop - runs.start)[order[k]], *have.by_lane(size))
-    return w, h, ranks, sums(stop - start, pair[i], len(w))
+    at = h[pair] * size + runs.start[run]
+    i, _, start, stop = meet(at, at + runs.stop[run] - runs.start[run], *have.by_lane(size))
+    return _Common(want=w, have=h, ranks=ranks, rows=sums(stop - start, pair[i], len(w)))
 
 
-def _check_held(want: RowMap, offers: Runs, partial: bool) -> np.ndarray:
-    """Rows of each run of `want` that some rank has, int64 [runs]."""
+def _check_held(want: RowMap, offers: Runs, partial: bool) -> Column:
+    """How many rows of each run of `want` some rank holds, [runs]; offers: those of the holding side.
 
-    def below(row: np.ndarray) -> np.ndarray:
+    Raises ValueError where a row is on no rank, unless `partial`.
+    """
+
+    def below(row: Column) -> Column:
         """Held rows below `row`."""
         k = np.searchsorted(offers.start, row, side="right") - 1
         inside = np.minimum(row - offers.start[k], length[k])
@@ -182,25 +221,32 @@ def _check_held(want: RowMap, offers: Runs, partial: bool) -> np.ndarray:
     return found
 
 
-def _moves(have: RowMap, want: RowMap, found: np.ndarray) -> bool:
-    """Whether any rank lacks a row that it wants and another has."""
+def _moves(have: RowMap, want: RowMap, found: Column) -> bool:
+    """Whether any rank lacks a row that it wants and another holds."""
     needed, held = sums(found, want.lane, len(want.lanes)), sums(have.length, have.lane, len(have.lanes))
-    rank, w = want.members
-    some = needed[w] > 0
+    rank, lane = want.members
+    some = np.flatnonzero(needed[lane] > 0)
     h = have.lanes_of(rank[some])
-    if np.any(h < 0) or np.any(held[h] < needed[w[some]]):
+    if np.any(h < 0) or np.any(held[h] < needed[lane[some]]):
         return True
-    w, _, _, shared = _shared(have, want, some)
-    return bool(np.any(shared < needed[w]))
+    common = _common(have, want, some)
+    return bool(np.any(common.rows < needed[common.want]))
 
 
 def _layers(dest: RowMap) -> list[RowMap]:
-    """Split a map into ones in which every row is in one lane at most; one layer in the usual case."""
-    runs = dest.runs
-    if np.all(runs.stop[:-1] <= runs.start[1:]):
+    """Split a map into maps in which every row is in one lane at most; one map in the usual case."""
+    if dest.runs.disjoint:
         return [dest]
-    pieces, _, nth = split(runs)
+    pieces = split_at_ends(dest.runs)
+    layers = (pieces.runs.take(np.flatnonzero(pieces.nth == k)) for k in range(int(pieces.nth.max()) + 1))
     return [
-        RowMap(dest.lanes, p.start, p.stop - p.start, p.lane, p.start + p.shift, dest.rows)
-        for p in (pieces.take(np.flatnonzero(nth == k)) for k in range(int(nth.max()) + 1))
+        RowMap(
+            lanes=dest.lanes,
+            start=runs.start,
+            length=runs.stop - runs.start,
+            lane=runs.lane,
+            local=runs.start + runs.shift,
+            rows=dest.rows,
+        )
+        for runs in layers
     ]

@@ -1,218 +1,297 @@
-"""Which rank serves whom: formulas of the two maps alone, the same at both ends of every message. Pure."""
+"""Which rank sends which rows to which other, computed from the two row maps alone. Pure.
+
+Both ends of every message compute the same table of requests, so nothing is agreed at run time (law 4).
+
+An example of four ranks and eight global rows. Ranks 0 and 1 are replicas: one lane, whose ranks both hold
+rows 0-5. Rank 2 holds rows 6-7. Rank 1 wants rows 4-7, and rank 3 wants rows 0-3.
+
+>>> have = RowMap.of_runs([(0, 1), (2,)], start=[0, 6], length=[6, 2], lane=[0, 1])
+>>> want = RowMap.of_runs([(1,), (3,)], start=[4, 0], length=[4, 4], lane=[0, 1])
+
+The routes, in global rows:
+
+    rank   holds   wants   keeps   sends             receives
+    0      0-5     -       -       0-1 to rank 3     -
+    1      0-5     4-7     4-5     2-3 to rank 3     6-7 from rank 2
+    2      6-7     -       -       6-7 to rank 1     -
+    3      -       0-3     -       -                 0-1 from rank 0, 2-3 from rank 1
+
+Rank 1 keeps what it holds already. Rank 3 is the only reader of its rows and two replicas hold them, so each
+of the two sends a half. Routes name local rows: rows of the input for what is kept or sent, rows of the
+output for what is received.
+
+>>> for rank in range(4):
+...     routes = direct(have, want, rank)
+...     print(rank, "sends", routes.sends, "receives", routes.recvs)
+0 sends [Message(peer=3, rows=slice(0, 2, None))] receives []
+1 sends [Message(peer=3, rows=slice(2, 4, None))] receives [Message(peer=2, rows=slice(2, 4, None))]
+2 sends [Message(peer=1, rows=slice(0, 2, None))] receives []
+3 sends [] receives [Message(peer=0, rows=slice(0, 2, None)), Message(peer=1, rows=slice(2, 4, None))]
+>>> direct(have, want, 1).keep  # global rows 4-5
+Kept(source=slice(4, 6, None), dest=slice(0, 2, None))
+
+With more readers than replicas the replicas take turns instead: of three readers, ranks 3, 4 and 5, rank 0
+serves the first and the third.
+
+>>> want = RowMap.of_runs([(3, 4, 5)], start=[0], length=[4], lane=[0])
+>>> [message.peer for message in direct(have, want, 0).sends]
+[3, 5]
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
-from parallel.boundary.rows import RowMap, Runs
-from parallel.sequence.intervals import NONE, Rows, before, meet, outside, repeat_groups, rows_of, sums
+from parallel.boundary.rows import RowMap
+from parallel.boundary.runs import Runs, each_row_once, indices_of
+from parallel.comm.transport import Message
+from parallel.sequence.intervals import (
+    NONE,
+    Column,
+    Rows,
+    before,
+    meet,
+    outside,
+    repeat_groups,
+    rows_of,
+    share_start,
+    sums,
+)
 
 
-def runs_of(m: RowMap, lane: int) -> Runs:
-    """The runs of one lane."""
-    return m.runs.take(np.flatnonzero(m.runs.lane == lane))
+class Kept(NamedTuple):
+    """Rows that stay on a rank. source: local rows of the input; dest: where they go in the output."""
 
-
-def distinct_pairs(a: np.ndarray, b: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs (a, b), 0 <= b < n, each once, in ascending order: two columns."""
-    return np.divmod(np.unique(a * n + b), max(1, n))
-
-
-def places(group: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns (k, place) of all places where `group`, which ascends, is wanted[k]."""
-    first, last = (np.searchsorted(group, wanted, side=s) for s in ("left", "right"))
-    return repeat_groups(first, last - first)
-
-
-def split(runs: Runs) -> tuple[Runs, np.ndarray, np.ndarray]:
-    """Cut runs at each other's ends: (pieces by row then lane, how many lanes have that row, which of
-    these lanes a piece is)."""
-    cuts = np.unique(np.concatenate([runs.start, runs.stop]))
-    run, _, start, stop = meet(runs.start, runs.stop, cuts[:-1], cuts[1:])
-    order = np.lexsort((runs.lane[run], start))
-    first = np.flatnonzero(np.diff(start[order], prepend=-1))
-    size = np.diff(np.append(first, len(order)))
-    nth = np.arange(len(order)) - np.repeat(first, size)
-    pieces = Runs(start[order], stop[order], runs.lane[run[order]], runs.shift[run[order]])
-    return pieces, np.repeat(size, size), nth
-
-
-def offers_of(have: RowMap) -> Runs:
-    """Who serves each row to ranks that lack it: the lane that has it; where several do, in turn."""
-    return one_each(have.runs)
-
-
-def one_each(runs: Runs) -> Runs:
-    """Each row once: where several lanes have a row, they take turns. Disjoint and ascending."""
-    if np.all(runs.stop[:-1] <= runs.start[1:]):
-        return runs
-    pieces, holders, nth = split(runs)
-    turn = np.cumsum(np.diff(pieces.start, prepend=-1) != 0) - 1
-    return pieces.take(np.flatnonzero(nth == turn % holders))
+    source: Rows
+    dest: Rows
 
 
 @dataclass(frozen=True)
-class _Asks:
-    """Ranks that ask a lane for rows: columns in order of asked lane, then of place in `want`.
+class Routes:
+    """One rank's part of a hop: what it keeps, sends (rows of the input) and receives (rows of the output).
 
-    A rank is served by the lane's replicas, `size` holders from number `low` on, which take turns. With fewer
-    that ask than replicas each is served by several, in `parts` equal, consecutive parts of its rows; part c
-    by holder low + (c + turn) % size.
+    One message a peer, with its rows in ascending order of global row.
     """
 
-    lane: np.ndarray
-    rank: np.ndarray
-    rank_lane: np.ndarray  # in `want`
-    low: np.ndarray
-    size: np.ndarray
-    parts: np.ndarray
-    turn: np.ndarray
-
-    def take(self, which: np.ndarray) -> _Asks:
-        return _Asks(*(getattr(self, f.name)[which] for f in fields(self)))
+    keep: Kept
+    sends: list[Message]
+    recvs: list[Message]
 
 
-def _holders(have: RowMap) -> tuple[np.ndarray, np.ndarray]:
-    """(rank, lane) of every member of `have`, by rank within a lane."""
+@dataclass(frozen=True)
+class Requests:
+    """Ranks that lack rows, and the lane of `have` that serves them: a table, a line a (lane, reader).
+
+    The order is that of lane, then of the reader among the members of `want`: equal on every rank.
+
+    The ranks of the lane are replicas, which take turns. A reader's rows are split into `shares` consecutive
+    shares, more than one only where the lane has more replicas than readers. Share number s is sent by the
+    lane's replica number (first_turn + s) % replicas. first_replica: index of replica number 0 in
+    _replicas(). reader_lane: the reader's lane in `want`.
+    """
+
+    lane: Column
+    reader: Column
+    reader_lane: Column
+    first_replica: Column
+    replicas: Column
+    shares: Column
+    first_turn: Column
+
+    def take(self, which: Column) -> Requests:
+        """The requests with these indices, in this order."""
+        return Requests(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
+
+    def sender_of(self, request: Column, share: Column) -> Column:
+        """Index in _replicas() of the rank that sends share number share[k] of request[k]."""
+        turn = self.first_turn[request] + share
+        return self.first_replica[request] + turn % self.replicas[request]
+
+    def served_by(self, replica: int) -> tuple[Column, Column]:
+        """Columns (request, share) of what the rank at this index in _replicas() sends: the inverse of
+        sender_of()."""
+        number = replica - self.first_replica
+        share = (number - self.first_turn) % self.replicas
+        request = np.flatnonzero((number >= 0) & (number < self.replicas) & (share < self.shares))
+        return request, share[request]
+
+
+class Stretches(NamedTuple):
+    """Consecutive local rows, a line a stretch: length[i] rows from local[i] on, of group[i]. In order of
+    group, which is a request, a lane or a cell."""
+
+    group: Column
+    local: Column
+    length: Column
+
+
+class Shares(NamedTuple):
+    """Shares of groups of rows, a line a share: share number[k] of group[k]. of: by group, into how many
+    equal shares its rows are split."""
+
+    group: Column
+    number: Column
+    of: Column
+
+    @staticmethod
+    def all(of: Column) -> Shares:
+        """All shares of all groups."""
+        return Shares(*repeat_groups(np.zeros_like(of), of), of)
+
+
+class Part(NamedTuple):
+    """What stretches have in common with shares, a line a pair of them: length[i] rows from local[i] on, of
+    stretch[i] and share[i]."""
+
+    stretch: Column
+    share: Column
+    local: Column
+    length: Column
+
+
+def direct(have: RowMap, want: RowMap, rank: int) -> Routes:
+    """The part of `rank` in bringing every rank of `want` the rows that it lacks, each in one hop.
+
+    A row that several lanes of `have` hold is sent by one of them. Rows that no rank has are left out.
+    """
+    offers = offers_of(have)
+    lane = have.lane_of(rank)
+    keep, recvs = _receive(have, want, offers, rank)
+    return Routes(keep, [] if lane is None else _send(have, want, offers, rank, lane), recvs)
+
+
+def offers_of(have: RowMap) -> Runs:
+    """Which lane sends each row to ranks that lack it. Disjoint runs; lanes that hold a row take turns."""
+    return each_row_once(have.runs)
+
+
+def split_shares(stretches: Stretches, shares: Shares) -> Part:
+    """The stretches of each share, where a group's rows, end to end, are split by share_start()."""
+    total = sums(stretches.length, stretches.group, len(shares.of))
+    rows, of = total[shares.group], shares.of[shares.group]
+    first = before(total)[shares.group]  # groups end to end
+    low, high = (first + share_start(rows, of, shares.number + k) for k in (0, 1))
+    at = before(stretches.length)
+    i, k, start, stop = meet(at, at + stretches.length, low, high)
+    return Part(i, k, stretches.local[i] + start - at[i], stop - start)
+
+
+def _replicas(have: RowMap) -> tuple[Column, Column]:
+    """(rank, lane) of every member of `have`, in order of lane and then of rank."""
     rank, lane = have.members
     order = np.lexsort((rank, lane))
     return rank[order], lane[order]
 
 
-def _asks(have: RowMap, want: RowMap, offers: Runs, lanes: np.ndarray) -> _Asks:
-    """All that ask `lanes` of `have`: the same, in the same order, wherever it is worked out."""
-    some = offers.take(np.flatnonzero(np.isin(offers.lane, lanes)))
-    runs = want.runs
-    i, k, _, _ = meet(runs.start, runs.stop, some.start, some.stop)
-    lane, w = distinct_pairs(some.lane[k], runs.lane[i], len(want.lanes))
-    ranks, rank_lane = want.members
-    of_lane = np.bincount(rank_lane, minlength=len(want.lanes))
-    pair, place = repeat_groups(before(of_lane)[w], of_lane[w])
-    lane, rank, w = lane[pair], ranks[place], w[pair]
-    lacks = have.lanes_of(rank) != lane
-    lane, rank, w = lane[lacks], rank[lacks], w[lacks]
-    holder_lane = _holders(have)[1]
-    low = np.searchsorted(holder_lane, lane, side="left")
-    size = np.searchsorted(holder_lane, lane, side="right") - low
-    begin = np.flatnonzero(np.diff(lane, prepend=-1))
-    asking = np.diff(np.append(begin, len(lane)))
-    nth, each = np.arange(len(lane)) - np.repeat(begin, asking), np.repeat(asking, asking)
-    parts = -(-size // np.minimum(size, each))
-    return _Asks(lane, rank, w, low, size, parts, nth * parts)
+def _requests(have: RowMap, want: RowMap, offers: Runs, lanes: Column) -> Requests:
+    """All requests to `lanes` of `have`: the same, in the same order, on whichever rank computes them."""
+    offered = offers.take(np.flatnonzero(np.isin(offers.lane, lanes)))
+    wanted = want.runs
+    i, k, _, _ = meet(wanted.start, wanted.stop, offered.start, offered.stop)
+    # Each pair of lanes once, then each rank of the wanting lane.
+    pairs = np.unique(offered.lane[k] * len(want.lanes) + wanted.lane[i])
+    lane, reader_lane = np.divmod(pairs, max(1, len(want.lanes)))
+    member, member_lane = want.members
+    members = np.bincount(member_lane, minlength=len(want.lanes))
+    pair, index = repeat_groups(before(members)[reader_lane], members[reader_lane])
+    lane, reader, reader_lane = lane[pair], member[index], reader_lane[pair]
+    lacks = np.flatnonzero(have.lanes_of(reader) != lane)
+    lane, reader, reader_lane = lane[lacks], reader[lacks], reader_lane[lacks]
+
+    _, replica_lane = _replicas(have)
+    first_replica = np.searchsorted(replica_lane, lane, side="left")
+    replicas = np.searchsorted(replica_lane, lane, side="right") - first_replica
+    begin = np.flatnonzero(np.diff(lane, prepend=-1))  # of each lane's requests
+    count = np.diff(np.append(begin, len(lane)))
+    nth, readers = np.arange(len(lane)) - np.repeat(begin, count), np.repeat(count, count)
+    shares = -(-replicas // np.minimum(replicas, readers))
+    return Requests(
+        lane=lane,
+        reader=reader,
+        reader_lane=reader_lane,
+        first_replica=first_replica,
+        replicas=replicas,
+        shares=shares,
+        first_turn=nth * shares,
+    )
 
 
-@dataclass(frozen=True)
-class Routes:
-    """What a rank keeps, as (rows of the input, rows of the output), sends and receives: one entry a peer."""
-
-    keep: tuple[Rows, Rows]
-    sends: list[tuple[int, Rows]]
-    recvs: list[tuple[int, Rows]]
-
-
-def direct(have: RowMap, want: RowMap, rank: int) -> Routes:
-    """The part of `rank` in bringing every rank of `want` the rows that it lacks, each in one message hop.
-
-    Rows that no rank has are left out.
-    """
-    offers = offers_of(have)
-    h, w = have.lane_of(rank), want.lane_of(rank)
-    keep, recvs = ((NONE, NONE), []) if w is None else _receive(have, want, offers, rank, w, h)
-    return Routes(keep, [] if h is None else _send(have, want, offers, rank, h), recvs)
-
-
-def _receive(
-    have: RowMap, want: RowMap, offers: Runs, rank: int, w: int, h: int | None
-) -> tuple[tuple[Rows, Rows], list[tuple[int, Rows]]]:
-    """What `rank`, in lane w of `want` and h of `have`, keeps and receives."""
-    mine = runs_of(want, w)
-    own = runs_of(have, -1 if h is None else h)
-    i, k, start, stop = meet(mine.start, mine.stop, own.start, own.stop)
-    keep = rows_of(start + own.shift[k], stop - start), rows_of(start + mine.shift[i], stop - start)
-    i, start, stop = outside(mine.start, mine.stop, own.start, own.stop)
-    shift = mine.shift[i]
+def _receive(have: RowMap, want: RowMap, offers: Runs, rank: int) -> tuple[Kept, list[Message]]:
+    """What `rank` keeps, and what it receives."""
+    lane, own_lane = want.lane_of(rank), have.lane_of(rank)
+    if lane is None:
+        return Kept(NONE, NONE), []
+    wanted = want.runs.of_lane(lane)
+    own = have.runs.of_lane(-1 if own_lane is None else own_lane)
+    i, k, start, stop = meet(wanted.start, wanted.stop, own.start, own.stop)
+    keep = Kept(
+        source=rows_of(start + own.shift[k], stop - start),
+        dest=rows_of(start + wanted.shift[i], stop - start),
+    )
+    i, start, stop = outside(wanted.start, wanted.stop, own.start, own.stop)
+    shift = wanted.shift[i]
     i, k, start, stop = meet(start, stop, offers.start, offers.stop)
     if not len(start):
         return keep, []
+    # Stretches of lacking rows by the lane that is asked for them, which is the rank's request to it.
     order = np.argsort(offers.lane[k], kind="stable")
-    lane, start, length = offers.lane[k][order], start[order], (stop - start)[order]
-    local = start + shift[i][order]
-    asked, group = np.unique(lane, return_inverse=True)
-    asks = _asks(have, want, offers, asked)
-    asks = asks.take(np.flatnonzero(asks.rank == rank))
-    assert np.array_equal(asks.lane, asked), "a rank that lacks rows asks for them"
-    which, part = repeat_groups(np.zeros_like(asked), asks.parts)
-    _, of, local, length = cut(local, length, group, which, part, asks.parts)
-    q = which[of]
-    sender = _holders(have)[0][asks.low[q] + (part[of] + asks.turn[q]) % asks.size[q]]
-    return keep, _by_peer(sender, local, length, rank)
+    lanes, request = np.unique(offers.lane[k][order], return_inverse=True)
+    lacking = Stretches(request, (start + shift[i])[order], (stop - start)[order])
+    requests = _requests(have, want, offers, lanes)
+    requests = requests.take(np.flatnonzero(requests.reader == rank))
+    assert np.array_equal(requests.lane, lanes), "a rank that lacks rows requests them"
+    shares = Shares.all(requests.shares)
+    part = split_shares(lacking, shares)
+    senders = requests.sender_of(shares.group[part.share], shares.number[part.share])
+    return keep, _messages(_replicas(have)[0][senders], part, rank)
 
 
-def _send(have: RowMap, want: RowMap, offers: Runs, rank: int, h: int) -> list[tuple[int, Rows]]:
-    """What `rank`, in lane h of `have`, sends."""
-    asks = _asks(have, want, offers, np.asarray([h]))
-    # Those that this rank serves, each with the part that it has to serve.
-    holder, holder_lane = _holders(have)
-    me = int(np.flatnonzero((holder == rank) & (holder_lane == h))[0]) - asks.low
-    part = (me - asks.turn) % asks.size
-    served = np.flatnonzero((me >= 0) & (me < asks.size) & (part < asks.parts))
-    asks, part = asks.take(served), part[served]
-    mine = offers.take(np.flatnonzero(offers.lane == h))
-    runs = want.runs
-    i, k, start, stop = meet(runs.start, runs.stop, mine.start, mine.stop)
-    order = np.argsort(runs.lane[i], kind="stable")
-    lane, start, stop, shift = runs.lane[i][order], start[order], stop[order], mine.shift[k][order]
-    ask, piece = places(lane, asks.rank_lane)
-    start, stop, shift = start[piece], stop[piece], shift[piece]
-    # Where rows are in several lanes, an asking rank may have some of them itself.
-    own = have.lanes_of(asks.rank)
-    ask, start, stop, shift = _without_own(have, own, ask, start, stop, shift)
-    _, of, local, length = cut(start + shift, stop - start, ask, np.arange(len(part)), part, asks.parts)
-    return _by_peer(asks.rank[of], local, length, rank)
+def _send(have: RowMap, want: RowMap, offers: Runs, rank: int, lane: int) -> list[Message]:
+    """What `rank`, in this lane of `have`, sends."""
+    requests = _requests(have, want, offers, np.asarray([lane]))
+    replica, replica_lane = _replicas(have)
+    mine = int(np.flatnonzero((replica == rank) & (replica_lane == lane))[0])
+    served, number = requests.served_by(mine)
+    requests = requests.take(served)
+    # What each wanting lane wants of this lane's offers, then for each request of one of its ranks.
+    offered, wanted = offers.of_lane(lane), want.runs
+    i, k, start, stop = meet(wanted.start, wanted.stop, offered.start, offered.stop)
+    order = np.argsort(wanted.lane[i], kind="stable")
+    request, index = indices_of(wanted.lane[i][order], requests.reader_lane)
+    index = order[index]
+    asked = _Asked(request, start[index], stop[index], offered.shift[k][index])
+    # Where several lanes hold a row, the reader may hold it itself.
+    asked = _without_own(have, requests.reader, asked)
+    shares = Shares(np.arange(len(number)), number, requests.shares)
+    part = split_shares(Stretches(asked.request, asked.start + asked.shift, asked.stop - asked.start), shares)
+    return _messages(requests.reader[part.share], part, rank)
 
 
-def _without_own(
-    have: RowMap,
-    lane: np.ndarray,
-    ask: np.ndarray,
-    start: np.ndarray,
-    stop: np.ndarray,
-    shift: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Leave out what the asking rank, in `lane[ask]` of `have` (-1: in none), has itself."""
+class _Asked(NamedTuple):
+    """Global rows [start, stop) of a request, a line a stretch; local row = global row + shift."""
+
+    request: Column
+    start: Column
+    stop: Column
+    shift: Column
+
+
+def _without_own(have: RowMap, reader: Column, asked: _Asked) -> _Asked:
+    """Leave out the rows that the reader of the request, reader[asked.request], holds itself."""
     size = 1 + have.reach
-    base = np.where(lane < 0, len(have.lanes), lane)[ask] * size
-    i, low, high = outside(base + start, base + stop, *have.by_lane(size))
-    return ask[i], low - base[i], high - base[i], shift[i]
+    lane = have.lanes_of(reader)
+    base = np.where(lane < 0, len(have.lanes), lane)[asked.request] * size
+    i, low, high = outside(base + asked.start, base + asked.stop, *have.by_lane(size))
+    return _Asked(asked.request[i], low - base[i], high - base[i], asked.shift[i])
 
 
-def cut(
-    local: np.ndarray,
-    length: np.ndarray,
-    group: np.ndarray,
-    which: np.ndarray,
-    part: np.ndarray,
-    parts: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Cut stretches, ordered by group, into the equal parts of their group's rows.
-
-    Part k is number part[k] of parts[which[k]] of group which[k]. Returns columns (stretch, part k, local,
-    length).
-    """
-    total = sums(length, group, len(parts))
-    base = before(total)[which]
-    n, rows = parts[which], total[which]
-    at = before(length)
-    i, k, start, stop = meet(at, at + length, base + rows * part // n, base + rows * (part + 1) // n)
-    return i, k, local[i] + start - at[i], stop - start
-
-
-def _by_peer(peer: np.ndarray, local: np.ndarray, length: np.ndarray, rank: int) -> list[tuple[int, Rows]]:
-    """Stretches (ascending for each peer) as one entry a peer; ranks above this one first, so that not all
-    ranks start with the same peer."""
+def _messages(peer: Column, part: Part, rank: int) -> list[Message]:
+    """One message a peer: part i goes to, or comes from, peer[i]. Peers above this rank come first, so that
+    not all ranks start with the same one."""
     turn = np.where(peer > rank, peer, peer + int(peer.max(initial=0)) + 1 + rank)
     order = np.argsort(turn, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(turn[order])) + 1) if len(order) else []
-    return [(int(peer[g[0]]), rows_of(local[g], length[g])) for g in groups]
+    return [Message(int(peer[g[0]]), rows_of(part.local[g], part.length[g])) for g in groups]

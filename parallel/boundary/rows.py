@@ -13,21 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
-from parallel.sequence.intervals import before, column, sums
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Stretches of global rows in ascending order; local row = global row + shift."""
-
-    start: np.ndarray
-    stop: np.ndarray
-    lane: np.ndarray
-    shift: np.ndarray
-
-    def take(self, which: np.ndarray) -> Runs:
-        """Some of them."""
-        return Runs(self.start[which], self.stop[which], self.lane[which], self.shift[which])
+from parallel.boundary.runs import Runs
+from parallel.sequence.intervals import Column, before, column, sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +27,20 @@ class RowMap:
     """
 
     lanes: tuple[tuple[int, ...], ...]
-    start: np.ndarray
-    length: np.ndarray
-    lane: np.ndarray
-    local: np.ndarray
-    rows: np.ndarray
+    start: Column
+    length: Column
+    lane: Column
+    local: Column
+    rows: Column
 
     @staticmethod
     def of_runs(
         lanes: Sequence[Sequence[int]],
-        start: Sequence[int] | np.ndarray,
-        length: Sequence[int] | np.ndarray,
-        lane: Sequence[int] | np.ndarray,
-        local: Sequence[int] | np.ndarray | None = None,
-        rows: Sequence[int] | np.ndarray | None = None,
+        start: Sequence[int] | Column,
+        length: Sequence[int] | Column,
+        lane: Sequence[int] | Column,
+        local: Sequence[int] | Column | None = None,
+        rows: Sequence[int] | Column | None = None,
     ) -> RowMap:
         """Any runs. Without `local`, each lane's runs lie end to end in the order given; `rows` is how many
         local rows each lane has, by default as many as its runs reach.
@@ -85,8 +72,8 @@ class RowMap:
     @staticmethod
     def of_items(
         lanes: Sequence[Sequence[int]],
-        item_rows: Sequence[int] | np.ndarray,
-        item_lane: Sequence[int] | np.ndarray,
+        item_rows: Sequence[int] | Column,
+        item_lane: Sequence[int] | Column,
     ) -> RowMap:
         """Whole items dealt to lanes, end to end in each: item i has item_rows[i] rows, numbered globally on
         from those of the items before it."""
@@ -126,7 +113,7 @@ class RowMap:
                 )
 
     @cached_property
-    def stop(self) -> np.ndarray:
+    def stop(self) -> Column:
         """The global row after each run."""
         return self.start + self.length
 
@@ -143,13 +130,13 @@ class RowMap:
         start = self.start[some]
         return Runs(start, self.stop[some], self.lane[some], self.local[some] - start)
 
-    def by_lane(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def by_lane(self, size: int) -> tuple[Column, Column]:
         """(start, stop) of the runs of all lanes on one line: row r of lane k is at k size + r; ascending."""
         base = self.lane * size
         return np.sort(base + self.start), np.sort(base + self.stop)
 
     @cached_property
-    def members(self) -> tuple[np.ndarray, np.ndarray]:
+    def members(self) -> tuple[Column, Column]:
         """(rank, lane) of every member, in order; int64."""
         size = np.asarray([len(ranks) for ranks in self.lanes], dtype=np.int64)
         rank = np.fromiter((r for ranks in self.lanes for r in ranks), np.int64, int(size.sum()))
@@ -160,7 +147,12 @@ class RowMap:
         at = np.flatnonzero(self.members[0] == rank)
         return int(self.members[1][at[0]]) if len(at) else None
 
-    def lanes_of(self, ranks: np.ndarray) -> np.ndarray:
+    def rows_on(self, rank: int) -> int:
+        """How many local rows a rank has."""
+        lane = self.lane_of(rank)
+        return 0 if lane is None else int(self.rows[lane])
+
+    def lanes_of(self, ranks: Column) -> Column:
         """The lane of each rank, -1 where it is in none."""
         rank, lane = self.members
         if not len(rank):
@@ -176,13 +168,19 @@ class RowMap:
         kept = np.unique(lane[here])
         new = np.full(len(self.lanes), -1)
         new[kept] = np.arange(len(kept))
-        cut = np.split(rank[here], np.flatnonzero(np.diff(lane[here])) + 1) if len(here) else []
+        lanes = np.split(rank[here], np.flatnonzero(np.diff(lane[here])) + 1) if len(here) else []
         runs = np.flatnonzero(new[self.lane] >= 0)
-        columns = (self.start[runs], self.length[runs], new[self.lane[runs]], self.local[runs])
-        return RowMap(tuple(tuple(ranks.tolist()) for ranks in cut), *columns, self.rows[kept])
+        return RowMap(
+            lanes=tuple(tuple(ranks.tolist()) for ranks in lanes),
+            start=self.start[runs],
+            length=self.length[runs],
+            lane=new[self.lane[runs]],
+            local=self.local[runs],
+            rows=self.rows[kept],
+        )
 
 
-def _check_lanes(lanes: tuple[tuple[int, ...], ...], owner: np.ndarray) -> None:
+def _check_lanes(lanes: tuple[tuple[int, ...], ...], owner: Column) -> None:
     everyone = [r for ranks in lanes for r in ranks]
     if len(set(everyone)) < len(everyone):
         raise ValueError(f"a rank is in two lanes of one side: {lanes}; a rank holds one boundary tensor")

@@ -12,33 +12,31 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parallel.boundary.rows import RowMap
-from parallel.sequence.intervals import before, column, meet, repeat_groups, sums
+from parallel.sequence.intervals import Column, before, column, meet, repeat_groups, share_start, sums
 from parallel.sequence.stream import Order, alignment, context_spans
 from parallel.topology.layout import Layout
 
-Ints = Sequence[int] | np.ndarray
+Ints = Sequence[int] | Column
 
 
-def source_side(layout: Layout, item_rows: Ints, item_lane: Ints) -> RowMap:
-    """Rows as an encoder holds them: item i, of item_rows[i] rows, is computed by dp rank item_lane[i].
+def source_side(layout: Layout, item_rows: Ints, item_dp: Ints) -> RowMap:
+    """Rows as an encoder holds them: item i, of item_rows[i] rows, is computed by dp rank item_dp[i].
 
-    The items of a dp rank lie end to end. They are cut into contiguous shares over cp, share k of n rows
-    being [k n // cp, (k + 1) n // cp), and with sequence parallelism each of these over tp in the same way;
-    otherwise they are equal on all tp ranks. Only the last pipeline stage holds rows.
+    The items of a dp rank lie end to end. Their rows are split into contiguous shares over cp by
+    share_start(). With sequence parallelism each share is split over tp in the same way; otherwise all tp
+    ranks hold equal rows. Only the last pipeline stage holds rows.
 
     Raises ValueError for columns of unequal length, negative counts and dp ranks that do not exist.
     """
-    rows, owner = _items(layout, item_rows, item_lane)
+    rows, owner = _items(layout, item_rows, item_dp)
     total = sums(rows, owner, layout.dp)
     order = np.argsort(owner, kind="stable")
     at = np.empty_like(rows)  # in all streams, one after the other
     at[order] = before(rows[order])
-    shares = np.arange(layout.cp)
-    low, high = (((shares + k) * total[:, None] // layout.cp).reshape(-1) for k in (0, 1))
-    parts = layout.token_shards
-    tp = np.arange(parts)
-    cut = low[:, None] + tp * (high - low)[:, None] // parts
-    start = (cut.reshape(layout.dp, -1) + before(total)[:, None]).reshape(-1)
+    bounds = share_start(total[:, None], layout.cp, np.arange(layout.cp + 1))  # [dp, cp + 1]
+    low, size = bounds[:, :-1, None], np.diff(bounds)[:, :, None]
+    begin = low + share_start(size, layout.token_shards, np.arange(layout.token_shards))  # [dp, cp, tp share]
+    start = (begin + before(total)[:, None, None]).reshape(-1)
     stop = np.append(start[1:], total.sum())
     item, tile, a, b = meet(at, at + rows, start, stop)
     first = before(rows)
@@ -55,7 +53,7 @@ def source_side(layout: Layout, item_rows: Ints, item_lane: Ints) -> RowMap:
 def dest_side(
     layout: Layout,
     item_rows: Ints,
-    item_lane: Ints,
+    item_dp: Ints,
     item_position: Ints,
     tokens: Ints,
     *,
@@ -63,7 +61,7 @@ def dest_side(
     stages: Sequence[int] = (0,),
 ) -> RowMap:
     """Rows as a language model reads them: item i's at positions item_position[i] on of the packed stream of
-    dp rank item_lane[i], which is tokens[lane] long.
+    dp rank item_dp[i], which is tokens[lane] long.
 
     Streams are cut over cp by context_spans(order), each rank's share over tp with sequence parallelism;
     otherwise all tp ranks read all of it. A rank's rows are in the order of its local tokens. Every pipeline
@@ -72,7 +70,7 @@ def dest_side(
     Raises ValueError for what source_side() refuses, items that overlap or leave their stream, streams that
     cannot be cut into equal shares, and stages that do not exist.
     """
-    runs = _token_runs(layout, item_rows, item_lane, item_position, tokens, order)
+    runs = _token_runs(layout, item_rows, item_dp, item_position, tokens, order)
     bad = [s for s in stages if not 0 <= s < layout.pp]
     if bad or len(set(stages)) < len(stages):
         raise ValueError(f"{layout.module}: stages {list(stages)} of 0-{layout.pp - 1}; needed: each once")
@@ -91,19 +89,19 @@ def on_stage(layout: Layout, dest: RowMap, stage: int) -> RowMap:
     return replace(dest, lanes=_lanes(layout, [stage]))
 
 
-def row_places(
+def row_positions(
     layout: Layout,
     rank: int,
     item_rows: Ints,
-    item_lane: Ints,
+    item_dp: Ints,
     item_position: Ints,
     tokens: Ints,
     *,
     order: Order = "contiguous",
-) -> np.ndarray:
+) -> Column:
     """Local token positions, in its own share of its stream, of the rows that `rank` reads by dest_side(), in
     their local order; int64 [R]."""
-    runs = _token_runs(layout, item_rows, item_lane, item_position, tokens, order)
+    runs = _token_runs(layout, item_rows, item_dp, item_position, tokens, order)
     at, parts = layout.coord(rank), layout.token_shards
     lane = (at.dp * layout.cp + at.cp) * parts + (at.tp if parts > 1 else 0)
     mine = np.flatnonzero(runs.lane == lane)
@@ -115,16 +113,16 @@ class _TokenRuns:
     """Stretches of rows in the order of (lane, local token): first global row, length, lane of one stage and
     first local token."""
 
-    row: np.ndarray
-    length: np.ndarray
-    lane: np.ndarray
-    token: np.ndarray
+    row: Column
+    length: Column
+    lane: Column
+    token: Column
 
 
 def _token_runs(
-    layout: Layout, item_rows: Ints, item_lane: Ints, item_position: Ints, tokens: Ints, order: Order
+    layout: Layout, item_rows: Ints, item_dp: Ints, item_position: Ints, tokens: Ints, order: Order
 ) -> _TokenRuns:
-    rows, owner = _items(layout, item_rows, item_lane)
+    rows, owner = _items(layout, item_rows, item_dp)
     position, length = column(item_position), column(tokens)
     _check_streams(layout, rows, owner, position, length, order)
     # All streams are cut alike: tiles of the shortest one that can be, scaled.
@@ -143,7 +141,7 @@ def _token_runs(
     return _TokenRuns(first[turn], (b - a)[turn], tile_lane[tile][turn], token[turn])
 
 
-def _tiles(layout: Layout, order: Order) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _tiles(layout: Layout, order: Order) -> tuple[Column, Column, Column, Column]:
     """Columns (lane within the dp rank, start, stop, first local token) of a stream of alignment() tokens, in
     ascending order."""
     unit, parts = alignment(layout.cp, layout.token_shards, order), layout.token_shards
@@ -168,8 +166,8 @@ def _lanes(layout: Layout, stages: Sequence[int]) -> tuple[tuple[int, ...], ...]
     return tuple(tuple(ranks[i : i + width]) for i in range(0, len(ranks), width))
 
 
-def _items(layout: Layout, item_rows: Ints, item_lane: Ints) -> tuple[np.ndarray, np.ndarray]:
-    rows, owner = column(item_rows), column(item_lane)
+def _items(layout: Layout, item_rows: Ints, item_dp: Ints) -> tuple[Column, Column]:
+    rows, owner = column(item_rows), column(item_dp)
     if len(rows) != len(owner):
         raise ValueError(f"{layout.module}: row counts of {len(rows)} items, but dp ranks of {len(owner)}")
     if len(rows) and rows.min() < 0:
@@ -184,10 +182,10 @@ def _items(layout: Layout, item_rows: Ints, item_lane: Ints) -> tuple[np.ndarray
 
 def _check_streams(
     layout: Layout,
-    rows: np.ndarray,
-    owner: np.ndarray,
-    position: np.ndarray,
-    tokens: np.ndarray,
+    rows: Column,
+    owner: Column,
+    position: Column,
+    tokens: Column,
     order: Order,
 ) -> None:
     name = layout.module

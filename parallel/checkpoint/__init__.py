@@ -1,6 +1,14 @@
-"""Distributed checkpoints that any layout can load: tensors by global shape, a manifest of every file.
+"""Distributed checkpoints that any layout can load: tensors by global shape, and a manifest of every file.
 
-Reading trusts no file. What a job puts into a checkpoint is not decided here.
+This room trusts no file that it reads: it checks names, sizes and sums, and never runs code from a pickle.
+What a job stores in a checkpoint is decided elsewhere (mm.checkpoint) and may not enter.
+
+    save(directory, step, tensors, state, keep=3)   distributed.py: every rank writes its shards
+    published(directory), read_state(path)          distributed.py: what there is to load
+    verify(path)                                    manifest.py: sizes and sha256 of all files
+    load(path, tensors)                             distributed.py: fills tensors in place, in any layout
+
+metadata.py reads the pickle of torch.distributed.checkpoint without unpickling its classes.
 """
 
 from parallel.checkpoint.distributed import (

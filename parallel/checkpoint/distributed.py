@@ -1,10 +1,10 @@
-"""Distributed checkpoints: written beside the old one, published by a rename, loadable under any layout.
+"""Distributed checkpoints: written to a temporary folder, published by a rename, loadable in any layout.
 
-Tensors go through torch.distributed.checkpoint with their global shapes, so a checkpoint does not know the
-layout it was written under. Everything else is JSON. A manifest lists every file's size and sha256.
+torch.distributed.checkpoint stores tensors by their global shapes, so a checkpoint does not depend on the
+layout that wrote it. Everything else is JSON. A manifest lists the size and sha256 of every file.
 
     DIR/step-00000120/          published; `.metadata`, `__R_N.distcp`, state.json, manifest.json
-    DIR/step-00000120.tmp/      being written, or removed; ignored, and cleared away by the next save
+    DIR/step-00000120.tmp/      being written or removed; readers ignore it, and the next save removes it
 """
 
 from __future__ import annotations
@@ -19,29 +19,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from parallel.checkpoint import manifest
-from parallel.checkpoint.manifest import MANIFEST, BadCheckpoint, structure, verify
+from parallel.checkpoint.manifest import BadCheckpoint
 from parallel.checkpoint.metadata import SafeReader
-
-__all__ = [
-    "MANIFEST",
-    "STATE",
-    "BadCheckpoint",
-    "describe",
-    "first_cause",
-    "load",
-    "published",
-    "read_state",
-    "save",
-    "step_of",
-    "structure",
-    "verify",
-]
 
 STATE = "state.json"
 
@@ -49,10 +35,13 @@ STATE = "state.json"
 def save(
     directory: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int
 ) -> Path:
-    """Write `tensors` (each rank its own shards) and the JSON `state`; every rank of the job calls this.
+    """Write a checkpoint of step `step` below `directory` and return its path; collective over the job.
 
-    The checkpoint appears under its final name only when all ranks have written; then all but the newest
-    `keep` (0: all stay) are removed. Returns its path. Needs storage that all ranks see.
+    tensors: DTensors of which each rank writes its own shards, and plain tensors, by name.
+    state: anything that JSON holds.
+    keep: how many of the newest checkpoints stay; 0 keeps all.
+
+    The checkpoint gets its final name only after all ranks have written. Needs storage that all ranks share.
     """
     final = directory / f"step-{step:08d}"
     partial = final.with_suffix(".tmp")
@@ -64,7 +53,7 @@ def save(
         partial.mkdir()
         (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
     dist.barrier()
-    dcp.save(dict(tensors), storage_writer=FileSystemWriter(partial, sync_files=True))
+    save_shards(dict(tensors), storage_writer=FileSystemWriter(partial, sync_files=True))
     sums = _gather_sums(partial)
     if lead:
         manifest.write(partial, sums)
@@ -79,7 +68,7 @@ def save(
 
 
 def _gather_sums(folder: Path) -> dict[str, manifest.Entry]:
-    """The entries of all files: each rank reads what it has written itself, the first one the others too."""
+    """The manifest entries of all files. Each rank sums the shards it wrote, rank 0 all other files too."""
     rank, world = dist.get_rank(), dist.get_world_size()
     written = {name: re.match(r"__(\d+)_\d+\.distcp$", name) for name in manifest.names(folder)}
     mine = [n for n, m in written.items() if (int(m[1]) == rank if m else rank == 0)]
@@ -89,24 +78,24 @@ def _gather_sums(folder: Path) -> dict[str, manifest.Entry]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint. Under its own name a part of it would be left, should this be cut short."""
-    going = path.with_suffix(".gone.tmp")
-    os.replace(path, going)
-    shutil.rmtree(going)
+    """Remove a checkpoint; renamed first, so an interrupted removal leaves no part under the final name."""
+    renamed = path.with_suffix(".gone.tmp")
+    os.replace(path, renamed)
+    shutil.rmtree(renamed)
 
 
 def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fill `tensors` in place from the checkpoint at `path`, whatever layout wrote it; returns its state.
+    """Fill `tensors` in place from the checkpoint at `path`, whatever layout wrote it; return its state.
 
-    The tensors' files are read as they are: verify() first. Raises BadCheckpoint where they cannot be read,
-    and, naming the keys, where the model has others or other shapes than the checkpoint.
+    This does not check the sums of the tensors' files: call verify() first. Raises BadCheckpoint where a file
+    cannot be read, and where the checkpoint lacks a tensor or has another shape for it.
     """
     reader = SafeReader(path)
     stored = {name: tuple(entry.size) for name, entry in reader.tensors().items()}
     check_fits(path, stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     try:
-        dcp.load(dict(tensors), storage_reader=reader)
-    except CheckpointException as error:  # no Exception: nothing else would catch it
+        load_shards(dict(tensors), storage_reader=reader)
+    except CheckpointException as error:  # a BaseException, which callers would not catch
         raise BadCheckpoint(f"{path} cannot be read: {first_cause(error)}") from error
     return read_state(path)
 
@@ -114,8 +103,11 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def check_fits(
     path: Path, stored: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise BadCheckpoint where a model needs other tensors, or other shapes, than the checkpoint at `path`
-    has; what it has beside them is left."""
+    """Raise BadCheckpoint where the checkpoint at `path` lacks a tensor or has another shape for it.
+
+    stored, needed: global shapes by name, of the checkpoint and of the model. Further stored tensors are
+        fine.
+    """
     missing, unknown = sorted(needed.keys() - stored.keys()), sorted(stored.keys() - needed.keys())
     if missing:
         raise BadCheckpoint(
@@ -128,7 +120,7 @@ def check_fits(
 
 
 def first_cause(error: BaseException) -> str:
-    """The first cause of a failed save or load, in a line."""
+    """The first cause of a failed save or load, in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     while error.__context__ is not None:
@@ -137,7 +129,7 @@ def first_cause(error: BaseException) -> str:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
+    """The JSON state of a checkpoint; raises BadCheckpoint where it is damaged or names no step."""
     content = manifest.read(path, STATE)
     try:
         state = json.loads(content)
@@ -149,17 +141,17 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def published(directory: Path) -> list[Path]:
-    """The checkpoints below `directory`, oldest first: those that are damaged too, which verify() tells."""
+    """The checkpoints below `directory`, oldest first, damaged ones included: verify() finds those."""
     found = [p for p in directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
     return sorted(found, key=lambda p: (step_of(p), p.name))
 
 
 def step_of(path: Path) -> int:
-    """After how many steps a published checkpoint was written, as its name says."""
+    """The step of a published checkpoint, from its name."""
     return int(path.name.removeprefix("step-"))
 
 
 def describe(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Global shape and dtype of every tensor of a checkpoint; reads no tensor data."""
+    """(global shape, dtype) of every tensor of a checkpoint, by name; reads no tensor data."""
     stored = SafeReader(path).tensors()
     return {k: (tuple(m.size), m.properties.dtype) for k, m in stored.items()}

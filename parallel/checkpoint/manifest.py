@@ -1,12 +1,12 @@
-"""What the files of a checkpoint are: each by name, size and sha256, in a list that has a sum of its own.
+"""The manifest of a checkpoint: name, size and sha256 of every file, and a sum of the manifest itself.
 
-Nothing is read from a checkpoint that its manifest does not list, and a folder with other files than those
-that are listed is not whole.
+No file is read from a checkpoint unless its manifest lists it. A folder with unlisted files counts as
+damaged.
 
     {"state.json": {"bytes": 1234, "sha256": ".."}, .., "manifest.json": {"sha256": ".."}}
 
-The last entry is the sum over all the others, as JSON without spaces and with sorted keys. Manifests that
-were written before it was introduced lack it, and are read all the same.
+The last entry is the sha256 of all the others, as JSON without spaces and with sorted keys. Old manifests
+lack this entry; they are read all the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
-BLOCK = 1 << 24  # bytes between two calls of `beat`
+BLOCK = 1 << 24  # bytes between two calls of heartbeat()
 
 
 class BadCheckpoint(ValueError):
@@ -33,19 +33,19 @@ class Entry(NamedTuple):
     sha256: str
 
 
-def entry_of(file: Path, beat: Callable[[], object] = lambda: None) -> Entry:
-    """The entry of `file` as it is now. beat: called now and then, since large files take long."""
+def entry_of(file: Path, heartbeat: Callable[[], object] = lambda: None) -> Entry:
+    """The entry of `file` as it is now. heartbeat: called every BLOCK bytes, since large files take long."""
     digest, size = hashlib.sha256(), 0
     with file.open("rb", buffering=0) as f:
         while block := f.read(BLOCK):
             digest.update(block)
             size += len(block)
-            beat()
+            heartbeat()
     return Entry(size, digest.hexdigest())
 
 
 def write(folder: Path, entries: Mapping[str, Entry]) -> None:
-    """Write the manifest of `folder`, durably."""
+    """Write the manifest of `folder`, and flush it to the disk."""
     listed: dict[str, Any] = {n: {"bytes": e.bytes, "sha256": e.sha256} for n, e in sorted(entries.items())}
     with (folder / MANIFEST).open("w") as f:
         json.dump({**listed, MANIFEST: {"sha256": _sum(listed)}}, f, indent=1)
@@ -55,7 +55,7 @@ def write(folder: Path, entries: Mapping[str, Entry]) -> None:
 
 
 def entries(folder: Path) -> dict[str, Entry]:
-    """The files that the manifest of `folder` lists; raises BadCheckpoint where it is not as written."""
+    """The files that the manifest of `folder` lists; raises BadCheckpoint where the manifest is damaged."""
     try:
         listed = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def entries(folder: Path) -> dict[str, Entry]:
 
 
 def read(folder: Path, name: str) -> bytes:
-    """The content of a file of a checkpoint; raises BadCheckpoint where it is not as listed."""
+    """The content of a checkpoint's file; raises BadCheckpoint where it differs from its manifest entry."""
     try:
         listed = entries(folder)
         if name not in listed:
@@ -92,7 +92,7 @@ def read(folder: Path, name: str) -> bytes:
 
 
 def structure(folder: Path) -> list[str]:
-    """What is wrong with the names and sizes of a checkpoint's files, one line each; reads none of them."""
+    """Errors in the names and sizes of a checkpoint's files, one line each; reads only the manifest."""
     try:
         listed = entries(folder)
         found = {name: (folder / name).stat().st_size for name in names(folder)}
@@ -107,11 +107,14 @@ def structure(folder: Path) -> list[str]:
     return out
 
 
-def verify(folder: Path, part: int = 0, of: int = 1, beat: Callable[[], object] = lambda: None) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each; empty when all is as written.
+def verify(
+    folder: Path, part: int = 0, of: int = 1, heartbeat: Callable[[], object] = lambda: None
+) -> list[str]:
+    """Errors in the files of a checkpoint, one line each; empty where all files are as written.
 
-    part, of: sum up this share of the files, for several processes to verify one checkpoint together; part 0
-    tells of names and sizes. beat: called now and then.
+    part, of: which share of the files to sum, so `of` processes can verify one checkpoint together. Part 0
+        also reports errors in names and sizes.
+    heartbeat: called every BLOCK bytes.
     """
     out = structure(folder) if part == 0 else []
     try:
@@ -122,7 +125,7 @@ def verify(folder: Path, part: int = 0, of: int = 1, beat: Callable[[], object] 
         try:
             if (folder / name).stat().st_size != listed[name].bytes:
                 continue
-            found = entry_of(folder / name, beat)
+            found = entry_of(folder / name, heartbeat)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -134,13 +137,13 @@ def verify(folder: Path, part: int = 0, of: int = 1, beat: Callable[[], object] 
 
 
 def names(folder: Path) -> list[str]:
-    """The files below `folder` but for its manifest, as a manifest names them."""
+    """The names of all files below `folder` except the manifest, as a manifest writes them."""
     files = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return [name for name in files if name != MANIFEST]
 
 
 def sync(folder: Path) -> None:
-    """Have the names in `folder` survive a loss of power."""
+    """Flush the directory `folder` to the disk, so the names in it survive a loss of power."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -149,8 +152,8 @@ def sync(folder: Path) -> None:
 
 
 def _entry(name: str, value: Any) -> Entry:
-    place = PurePosixPath(name)
-    inside = not place.is_absolute() and ".." not in place.parts and str(place) == name
+    path = PurePosixPath(name)
+    inside = not path.is_absolute() and ".." not in path.parts and str(path) == name
     if inside and isinstance(value, dict) and value.keys() == {"bytes", "sha256"}:
         size, digest = value["bytes"], value["sha256"]
         if type(size) is int and size >= 0 and isinstance(digest, str):

@@ -1,8 +1,8 @@
-"""Reads what torch.distributed.checkpoint keeps about a checkpoint, a pickle, without running anything of it.
+"""Reads the metadata of torch.distributed.checkpoint, which are a pickle, without running code from it.
 
-The pickle may name the few classes listed here and no other. In the place of each it is given a plain record,
-made for this one reading, that keeps what it was given; nothing of torch's is reached. The records are then
-looked through, and torch's own objects are made of the names and numbers found in them.
+The pickle may name only the classes listed here. Each of them is replaced by a plain record class, made for
+this one reading, that stores the arguments and state it is given, so unpickling calls nothing of torch. The
+records are then checked, and torch's own objects are built from the names and numbers in them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _RECORDS = {
     (_TORCH, "StorageMeta"),
     (_TORCH, "_MEM_FORMAT_ENCODING"),
     (_FILES, "_StorageInfo"),
-    # The folder that it was written to; Python 3.13 has another name for the class.
+    # The folder that the checkpoint was written to. Python 3.13 names the class differently.
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
 }
@@ -53,18 +53,18 @@ _DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)
 
 
 class SafeReader(FileSystemReader):
-    """Reads a checkpoint's tensors, and their metadata without unpickling anything but plain records.
+    """Reads a checkpoint's tensors; of their metadata it unpickles nothing but plain records.
 
-    Tensors themselves are read by torch.load with weights_only, which makes nothing but tensors.
+    torch.load(weights_only=True) reads the tensors themselves and makes nothing but tensors.
     """
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """What is known of every tensor without reading it."""
+        """Shape, dtype and chunks of every tensor, by name; reads no tensor data."""
         entries = self.read_metadata().state_dict_metadata
         return {k: v for k, v in entries.items() if isinstance(v, TensorStorageMetadata)}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata; raises BadCheckpoint where they are anything but tensors in listed files."""
+        """The metadata; raises BadCheckpoint where they hold anything but tensors in listed files."""
         folder = Path(self.path)
         content = manifest.read(folder, METADATA)
         listed = manifest.entries(folder)
@@ -72,7 +72,7 @@ class SafeReader(FileSystemReader):
             metadata = _Reading().load(content)
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{folder / METADATA}: {error}") from None
-        except Exception as error:  # what a damaged or hostile pickle raises can be anything
+        except Exception as error:  # a damaged or hostile pickle can raise anything
             raise BadCheckpoint(f"{folder / METADATA} is unreadable: {error}") from error
         for info in metadata.storage_data.values():
             if info.relative_path not in listed:
@@ -86,7 +86,7 @@ class SafeReader(FileSystemReader):
 
 
 class _Record:
-    """Stands in for an object: the arguments it was made with, and the state it was given."""
+    """Stands in for an unpickled object: stores its constructor's arguments and its state."""
 
     args: tuple[Any, ...]
     state: Any
@@ -104,7 +104,7 @@ class _Record:
 
 
 class _Reading:
-    """One reading of one pickle. The records' classes are its own: what is done to them ends with it."""
+    """One reading of one pickle. It owns the record classes, so changes to them end with the reading."""
 
     def __init__(self) -> None:
         self.kinds: dict[tuple[str, str], type[_Record]] = {
@@ -114,10 +114,10 @@ class _Reading:
     def load(self, content: bytes) -> Metadata:
         top = _Unpickler(io.BytesIO(content), self.kinds).load()
         fields = self._fields(top, "Metadata")
-        tensors, places = fields["state_dict_metadata"], fields["storage_data"]
-        if type(tensors) is not dict or type(places) is not dict:
-            _refuse("no mapping of tensors", fields)
-        stored = {self._index(k): self._place(v) for k, v in places.items()}
+        tensors, storage = fields["state_dict_metadata"], fields["storage_data"]
+        if type(tensors) is not dict or type(storage) is not dict:
+            _refuse("a mapping of tensors", fields)
+        stored = {self._index(k): self._storage_info(v) for k, v in storage.items()}
         out = {_text(name): self._tensor(name, value) for name, value in tensors.items()}
         for name, tensor in out.items():
             for chunk in tensor.chunks:
@@ -126,10 +126,10 @@ class _Reading:
         return Metadata(state_dict_metadata=dict(out), storage_data=stored)
 
     def _fields(self, value: Any, name: str) -> dict[str, Any]:
-        """The fields of a record of that name."""
+        """The fields of a record of the class `name`; raises BadCheckpoint for any other value."""
         kind = self.kinds[_FILES if name == "_StorageInfo" else _TORCH, name]
         if type(value) is not kind or type(value.state) is not dict:
-            _refuse(f"no {name}", value)
+            _refuse(f"a {name}", value)
         return value.state
 
     def _tensor(self, name: str, value: Any) -> TensorStorageMetadata:
@@ -138,11 +138,11 @@ class _Reading:
         fields = self._fields(value, "TensorStorageMetadata")
         properties = fields["properties"]
         if type(properties) is not self.kinds[_TORCH, "TensorProperties"]:
-            _refuse("no TensorProperties", properties)
-        # Its state is a tuple, dtype first (torch's TensorProperties.__getstate__).
+            _refuse("TensorProperties", properties)
+        # The state of TensorProperties is a tuple, dtype first (its __getstate__).
         dtype = properties.state[0]
         if not isinstance(dtype, torch.dtype):
-            _refuse("no dtype", dtype)
+            _refuse("a dtype", dtype)
         size, chunks = _shape(fields["size"]), []
         for chunk in fields["chunks"]:
             parts = self._fields(chunk, "ChunkStorageMetadata")
@@ -159,10 +159,13 @@ class _Reading:
     def _index(self, value: Any) -> MetadataIndex:
         fields = self._fields(value, "MetadataIndex")
         hint, offset = fields.get("index"), fields.get("offset")
-        place = None if offset is None else _shape(offset)
-        return MetadataIndex(_text(fields["fqn"]), place, None if hint is None else _count(hint))
+        return MetadataIndex(
+            _text(fields["fqn"]),
+            None if offset is None else _shape(offset),
+            None if hint is None else _count(hint),
+        )
 
-    def _place(self, value: Any) -> _StorageInfo:
+    def _storage_info(self, value: Any) -> _StorageInfo:
         fields = self._fields(value, "_StorageInfo")
         if fields.get("transform_descriptors"):
             raise BadCheckpoint("its tensors are transformed; needed: plain ones")
@@ -172,7 +175,7 @@ class _Reading:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes records, tuples, texts and dtypes."""
+    """Makes records, tuples, strings and dtypes; refuses every other class."""
 
     def __init__(self, file: io.BytesIO, kinds: dict[tuple[str, str], type[_Record]]) -> None:
         super().__init__(file)
@@ -190,16 +193,16 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _text(value: Any) -> str:
-    return value if type(value) is str else _refuse("no text", value)
+    return value if type(value) is str else _refuse("text", value)
 
 
 def _count(value: Any) -> int:
-    return value if type(value) is int and value >= 0 else _refuse("no count", value)
+    return value if type(value) is int and value >= 0 else _refuse("a count", value)
 
 
 def _shape(value: Any) -> torch.Size:
-    return torch.Size(map(_count, value)) if type(value) is tuple else _refuse("no shape", value)
+    return torch.Size(map(_count, value)) if type(value) is tuple else _refuse("a shape", value)
 
 
 def _refuse(what: str, value: Any) -> NoReturn:
-    raise BadCheckpoint(f"{what} where one is expected, but a {type(value).__name__}")
+    raise BadCheckpoint(f"{what} is expected, found a value of type {type(value).__name__}")

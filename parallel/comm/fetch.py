@@ -1,26 +1,28 @@
 """Rows of a packed tensor brought together inside one axis.
 
-Each rank of an axis holds a few stretches of the rows, and needs others beside its own: the keys of a
-sequence that goes on elsewhere, the neighbours that a convolution sees, the states of earlier pieces. Who
-gives what follows from the stretches, so nothing is agreed at run time; a row travels once to each rank that
-wants and lacks it, and its gradient comes back the same way and is summed where the row is held.
+Each rank of an axis holds a few stretches of the rows and needs others besides its own: the keys of a
+sequence that goes on elsewhere, the neighbours that a convolution sees, the states of earlier pieces. The
+stretches determine who sends what, so nothing is agreed at run time (law 4). A row travels once to each rank
+that wants and lacks it. Its gradient comes back the same way and is summed where the row is held.
 
     fetch = make_fetch("keys", axes.cp, held, wanted)   # once a batch; pure but for the group
     for layer in layers:
         k = fetch(layer.keys(x))                        # [rows held, ..] to [rows wanted, ..], autograd
 
-All at once, or a round at a time, without autograd: in round i rank r gives to rank r + i and takes from rank
-r - i, a ring without forwarding. start(), start_round() and their ways home return at once.
+start() brings all rows at once. start_round() brings them a round at a time, as a ring without forwarding: in
+round i rank r sends to rank r + i and receives from rank r - i. These two, start_home() and
+start_round_home() return at once and record no autograd graph.
 
-The transport is that of parallel.boundary, its plans are not: there a row may have several holders, and the
-backward is a transfer for each further reader of a row, with a result as long as all rows held. Here a row
-has one holder: one message a pair of ranks, and what arrives is added to its row in the dtype of the sum.
+Fetches share the transport of parallel.boundary but not its plans. At a boundary a row may have several
+holders, and the backward is a transfer for each further reader of a row, with a result as long as all rows
+held. Here a row has one holder, each pair of ranks exchanges one message, and what arrives is added to its
+row in the dtype of the sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -30,20 +32,31 @@ from torch import Tensor
 
 from parallel.comm.linear_map import linear_map
 from parallel.comm.pending import Pending
-from parallel.comm.transport import Channel, Finish, move, pick, start_all_to_all, start_p2p, tag_of
-from parallel.sequence.intervals import NONE, Rows, Span, apart, count, outside, overlap, rows_of, size
+from parallel.comm.transport import (
+    Channel,
+    Finish,
+    Message,
+    move,
+    pick,
+    start_all_to_all,
+    start_p2p,
+    tag_of,
+)
+from parallel.sequence.intervals import NONE, Rows, Span, count, disjoint, outside, overlap, rows_of, size
 from parallel.topology.axis import Axis
-
-Message = tuple[int, Rows]  # (rank of the axis, local rows)
+from parallel.topology.directions import Directions
 
 
 @dataclass(frozen=True)
 class FetchPlan:
     """One rank's part of a fetch.
 
-    me: rank of the axis; held, wanted: how many rows this rank has, and gets. give[s]: local rows for rank s;
-    take[s]: where those of rank s belong among the wanted, both by ascending row; moves: whether any rank
-    gives another a row, equal on all.
+    name: what errors call the fetch.
+    me: this rank's index on the axis.
+    held, wanted: how many rows this rank has, and gets.
+    give: by rank of the axis, the local rows that go to it, by ascending row.
+    take: by rank of the axis, where its rows belong among the wanted, by ascending row.
+    moves: whether any rank sends another one a row; equal on all ranks.
     """
 
     name: str
@@ -55,25 +68,41 @@ class FetchPlan:
     moves: bool
 
     @property
-    def received(self) -> Span:
-        """Rows that come from other ranks, (forward, backward)."""
+    def received(self) -> Directions[int]:
+        """Rows that this rank receives from others."""
         forward, backward = (
             sum(count(r) for s, r in enumerate(rows) if s != self.me) for rows in (self.take, self.give)
         )
-        return forward, backward
+        return Directions(forward, backward)
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """The messages of one call on one rank; peers are ranks of the axis, this rank among them.
+
+    what: direction and round, for errors. gives: rows of the input; takes: rows of the output. together: one
+    collective for all messages, else a message a peer.
+    """
+
+    what: str
+    gives: list[Message]
+    takes: list[Message]
+    together: bool = False
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """A planned fetch, to be shared by the layers of a batch.
+    """A planned fetch, shared by the layers of a batch.
 
     Calls are collective over the axis: every rank makes them in the same order, those that hold and want no
-    rows too. They raise ValueError where rows are not as planned, and RuntimeError, naming whom they waited
-    for, where a rank is silent. Results may share memory with what was given, which must not change before
-    wait().
+    rows too. They raise ValueError where rows are not as planned, and RuntimeError, naming the ranks waited
+    for, where a rank is silent. Results may share memory with the input, which must not change before wait().
 
-    ranks: global ranks of the axis; home: plan.give, on the device; channel: None where no row moves;
-    together: one collective for all rows of a start(), else a message a peer.
+    plan: this rank's part.
+    ranks: global ranks of the axis.
+    home: plan.give, on the device.
+    channel: None where no row moves.
+    together: whether start() and start_home() are one collective, else a message a peer.
     """
 
     plan: FetchPlan
@@ -86,7 +115,7 @@ class Fetch:
         """x [rows held here, ..] to [rows wanted here, ..], by ascending row.
 
         Whether x requires a gradient must be the same on all ranks: no gradient is sent back where it does
-        not. Where one is, every rank must run its backward, those with no rows too.
+        not. Where it does, every rank must run its backward, those with no rows too.
         """
         plan = self.plan
         _check(plan.name, x, plan.held)
@@ -101,54 +130,47 @@ class Fetch:
 
     def start(self, x: Tensor) -> Pending:
         """x [rows held here, ..] to [rows wanted here, ..]; no autograd."""
-        everyone = list(enumerate(self.plan.give)), list(enumerate(self.plan.take))
-        return self._start("forward", x, self.plan.wanted, *everyone, self.together)
+        hop = _Hop("forward", _by_rank(self.plan.give), _by_rank(self.plan.take), self.together)
+        return self._start(hop, x, self.plan.wanted)
 
     def start_home(self, grad: Tensor, into: Tensor) -> Pending:
-        """Gradients [rows wanted here, ..] on their way; wait() adds those that arrive to `into` [rows held
-        here, ..], in place and in its dtype, rank by rank, and returns it."""
-        everyone = list(enumerate(self.plan.take)), list(enumerate(self.plan.give))
+        """Start sending gradients [rows wanted here, ..] to the ranks that hold the rows.
+
+        wait() adds those that arrive to `into` [rows held here, ..], in place and in its dtype, rank by rank,
+        and returns it.
+        """
+        hop = _Hop("backward", _by_rank(self.plan.take), _by_rank(self.plan.give), self.together)
         _check(self.plan.name, grad, self.plan.wanted)
-        return self._start_home("backward", grad, into, *everyone, self.together)
+        return self._start_home(hop, grad, into)
 
     def start_round(self, x: Tensor, i: int) -> Pending:
         """Round i of start(): the rows that come from rank r - i, which are ascending, and no others."""
-        to, source = self._neighbours(i)
-        rows = count(self.plan.take[source])
-        sends, recvs = [(to, self.plan.give[to])], [(source, slice(0, rows))]
-        return self._start(f"forward, round {i}", x, rows, sends, recvs, False)
+        away, here = self._round(i)
+        return self._start(_Hop(f"forward, round {i}", [away], [here]), x, count(here.rows))
 
     def start_round_home(self, grad: Tensor, into: Tensor, i: int) -> Pending:
         """The way back of round i, as start_home(): gradients of what start_round(x, i) brought."""
-        to, source = self._neighbours(i)
-        rows = count(self.plan.take[source])
-        _check(self.plan.name, grad, rows)
-        sends, recvs = [(source, slice(0, rows))], [(to, self.plan.give[to])]
-        return self._start_home(f"backward, round {i}", grad, into, sends, recvs, False)
+        away, here = self._round(i)
+        _check(self.plan.name, grad, count(here.rows))
+        return self._start_home(_Hop(f"backward, round {i}", [here], [away]), grad, into)
 
-    def _neighbours(self, i: int) -> Span:
+    def _round(self, i: int) -> tuple[Message, Message]:
+        """(what goes to rank me + i, what comes from rank me - i) in round i."""
         n, me = len(self.ranks), self.plan.me
-        return (me + i) % n, (me - i) % n
+        to, source = (me + i) % n, (me - i) % n
+        return Message(to, self.plan.give[to]), Message(source, slice(0, count(self.plan.take[source])))
 
-    def _start(
-        self,
-        what: str,
-        x: Tensor,
-        rows: int,
-        gives: Sequence[Message],
-        takes: Sequence[Message],
-        together: bool,
-    ) -> Pending:
-        """[held, ..] to [rows, ..]: gives are of x, takes of the result."""
+    def _start(self, hop: _Hop, x: Tensor, rows: int) -> Pending:
+        """[held, ..] to [rows, ..]: hop.gives are rows of x, hop.takes of the result."""
         _check(self.plan.name, x, self.plan.held)
         x = x.contiguous()
-        own, place = _of(gives, self.plan.me), _of(takes, self.plan.me)
-        same = _all(own, self.plan.held) and _all(place, rows)
+        own, at = _of(hop.gives, self.plan.me), _of(hop.takes, self.plan.me)
+        same = _all(own, self.plan.held) and _all(at, rows)
         # No other view of x: it would keep all of x in memory for a part.
         out = x if same else x.new_empty((rows, *x.shape[1:]))
-        finish = self._depart(what, x, out, gives, takes, together)
+        finish = self._depart(hop, x, out)
         if not same:
-            move(out, place, x, own)  # while the others' rows are on their way
+            move(out, at, x, own)  # while the others' rows are on their way
 
         def wait() -> Tensor:
             finish()
@@ -156,53 +178,41 @@ class Fetch:
 
         return Pending(wait)
 
-    def _start_home(
-        self,
-        what: str,
-        grad: Tensor,
-        into: Tensor,
-        gives: Sequence[Message],
-        takes: Sequence[Message],
-        together: bool,
-    ) -> Pending:
-        """gives are of grad, takes of `into`: each a part of plan.give."""
+    def _start_home(self, hop: _Hop, grad: Tensor, into: Tensor) -> Pending:
+        """hop.gives are rows of grad, hop.takes of `into`: each a part of plan.give."""
         me = self.plan.me
         _check(self.plan.name, into, self.plan.held)
         grad = grad.contiguous()
-        # By rank, each apart: a row may have been read by several.
-        ends = np.cumsum([0, *(0 if s == me else count(rows) for s, rows in takes)]).tolist()
-        landing = [(s, slice(a, b)) for (s, _), (a, b) in zip(takes, pairwise(ends), strict=True)]
+        # Each rank's rows land in a stretch of their own: several ranks may have read the same row.
+        ends = np.cumsum([0, *(0 if s == me else count(rows) for s, rows in hop.takes)]).tolist()
+        landing = [
+            Message(peer, slice(low, high))
+            for (peer, _), (low, high) in zip(hop.takes, pairwise(ends), strict=True)
+        ]
         arriving = grad.new_empty((ends[-1], *grad.shape[1:]))
-        finish = self._depart(what, grad, arriving, gives, landing, together)
-        own = _of(gives, me)
+        finish = self._depart(replace(hop, takes=landing), grad, arriving)
+        own = _of(hop.gives, me)
 
         def wait() -> Tensor:
             finish()
-            for s, at in landing:
+            for peer, at in landing:
                 # Rank by rank: one index_add of all would sum a row in any order on accelerators.
-                _add(into, self.home[s], pick(grad, own) if s == me else arriving[at])
+                _add(into, self.home[peer], pick(grad, own) if peer == me else arriving[at])
             return into
 
         return Pending(wait)
 
-    def _depart(
-        self,
-        what: str,
-        x: Tensor,
-        out: Tensor,
-        gives: Sequence[Message],
-        takes: Sequence[Message],
-        together: bool,
-    ) -> Finish:
+    def _depart(self, hop: _Hop, x: Tensor, out: Tensor) -> Finish:
+        """Start the messages between ranks, from x to out; the result completes them."""
         if self.channel is None:
             return lambda: None
         sends, recvs = (
-            [(self.ranks[s], rows) for s, rows in ends if s != self.plan.me and count(rows)]
-            for ends in (gives, takes)
+            [Message(self.ranks[s], rows) for s, rows in messages if s != self.plan.me and count(rows)]
+            for messages in (hop.gives, hop.takes)
         )
-        name = f"{self.channel.name}, {what}"
+        name = f"{self.channel.name}, {hop.what}"
         channel = Channel(name, self.channel.group, self.channel.timeout_s)
-        start = start_all_to_all if together else start_p2p
+        start = start_all_to_all if hop.together else start_p2p
         return start(channel, sends, recvs, x, out, tag_of(name))
 
 
@@ -211,20 +221,27 @@ def fetch_plan(
 ) -> FetchPlan:
     """The part of rank `me` of an axis in a fetch. Pure.
 
-    held: the stretches of rows that each rank holds, in its local order; no row is held twice, some stretches
-    may be empty. wanted: the stretches that each wants, ascending and apart. Raises ValueError where a wanted
-    row is held by none, or is wanted twice by one rank.
+    held: by rank, the stretches of rows [start, stop) that it holds, in its local order; no row is held
+    twice, stretches may be empty. wanted: by rank, the stretches that it wants, ascending and disjoint.
+    Raises ValueError where a wanted row is held by none, or is wanted twice by one rank.
     """
     if len(held) != len(wanted):
         raise ValueError(f"{name}: stretches of {len(held)} ranks are held, but of {len(wanted)} wanted")
     for mine in wanted:
-        if not apart(mine):
+        if not disjoint(mine):
             raise ValueError(f"{name}: the stretches that a rank wants must ascend and not overlap")
     _check_held(name, held, wanted)
     give = tuple(_shared(held[me], theirs, False) for theirs in wanted)
     take = tuple(_shared(wanted[me], theirs, True) for theirs in held)
-    moves = any(lacking(held, wanted))
-    return FetchPlan(name, me, size(held[me]), size(wanted[me]), give, take, moves)
+    return FetchPlan(
+        name=name,
+        me=me,
+        held=size(held[me]),
+        wanted=size(wanted[me]),
+        give=give,
+        take=take,
+        moves=any(lacking(held, wanted)),
+    )
 
 
 def make_fetch(
@@ -236,40 +253,43 @@ def make_fetch(
     device: torch.device | str = "cpu",
     timeout_s: float = 120.0,
 ) -> Fetch:
-    """Plan a fetch over `axis`; held and wanted are by rank of the axis, known alike on all (fetch_plan).
+    """Plan a fetch over `axis`. held and wanted are those of fetch_plan(), equal on all ranks.
 
-    A message a peer where `device` is the host, which wins there, else one collective. timeout_s bounds every
-    wait (where the device waits, the group's own does).
+    Where `device` is the host each peer gets a message, which is faster there; elsewhere all rows travel in
+    one collective. timeout_s, in seconds, bounds every wait of the host; where the device's queue waits, the
+    group's own timeout does. Raises ValueError as fetch_plan() does.
     """
     plan = fetch_plan(name, held, wanted, axis.rank)
     home = tuple(g if isinstance(g, slice) else torch.from_numpy(g).to(device) for g in plan.give)
     if not plan.moves:
-        return Fetch(plan, tuple(range(axis.size)), home, None, False)
+        return Fetch(plan, tuple(range(axis.size)), home, channel=None, together=False)
     assert axis.group is not None and len(held) == axis.size, (name, axis)
     ranks = tuple(dist.get_process_group_ranks(axis.group))
-    return Fetch(plan, ranks, home, Channel(name, axis.group, timeout_s), torch.device(device).type != "cpu")
+    channel = Channel(name, axis.group, timeout_s)
+    return Fetch(plan, ranks, home, channel, together=torch.device(device).type != "cpu")
 
 
 def lacking(held: Sequence[Sequence[Span]], wanted: Sequence[Sequence[Span]]) -> list[int]:
-    """How many of the rows that it wants each rank does not hold: what it receives. Pure, for costs."""
+    """By rank, how many rows it wants and does not hold, and so receives. Pure; used for costs."""
     return [size(want) - size(overlap(want, mine)) for want, mine in zip(wanted, held, strict=True)]
 
 
 def _shared(mine: Sequence[Span], others: Sequence[Span], ascending: bool) -> Rows:
-    """Places in `mine`, laid end to end, of the rows that are in `others` too, by ascending row."""
+    """Local rows of `mine`, laid end to end, that are in `others` too, by ascending row. ascending: whether
+    `mine` must ascend."""
     assert not ascending or list(mine) == sorted(mine), mine
     found, at = [], 0
     for start, stop in mine:
         found += [(a, a - start + at, b - a) for a, b in overlap([(start, stop)], others)]
         at += stop - start
     found.sort()
-    place, length = (np.asarray([f[k] for f in found], dtype=np.int64) for k in (1, 2))
-    return rows_of(place, length)
+    local, length = (np.asarray([f[k] for f in found], dtype=np.int64) for k in (1, 2))
+    return rows_of(local, length)
 
 
 def _check_held(name: str, held: Sequence[Sequence[Span]], wanted: Sequence[Sequence[Span]]) -> None:
     some = sorted((a, b) for mine in held for a, b in mine if a < b)
-    if not apart(some):
+    if not disjoint(some):
         raise ValueError(f"{name}: a row is held by two ranks, or twice by one; needed: one holder a row")
     asked = [(a, b, r) for r, mine in enumerate(wanted) for a, b in mine if a < b]
     ask, have = (np.asarray(s, dtype=np.int64).reshape(-1, k) for s, k in ((asked, 3), (some, 2)))
@@ -285,6 +305,10 @@ def _check_held(name: str, held: Sequence[Sequence[Span]], wanted: Sequence[Sequ
 def _check(name: str, x: Tensor, rows: int) -> None:
     if x.shape[0] != rows:
         raise ValueError(f"{name}: {x.shape[0]} rows given, the plan has {rows}")
+
+
+def _by_rank(rows: Sequence[Rows]) -> list[Message]:
+    return [Message(s, r) for s, r in enumerate(rows)]
 
 
 def _of(messages: Sequence[Message], rank: int) -> Rows:

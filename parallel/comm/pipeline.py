@@ -1,6 +1,6 @@
-"""Messages between the pipeline ranks of one module: activations onward, gradients back.
+"""Messages between the pipeline ranks of one module: activations to later stages, gradients back.
 
-Shapes follow from the step plan, so nothing is agreed here; empty tensors are not sent at all.
+Shapes follow from the step plan, so no message carries them (law 4). Empty tensors are not sent at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from parallel.comm.waiting import wait_for
 
 
 class _Sent(NamedTuple):
-    """A message under way."""
+    """A message under way. work: its torch.distributed.Work; x: its memory, kept until it has left."""
 
     work: Any
     x: Tensor
@@ -25,7 +25,12 @@ class _Sent(NamedTuple):
 
 @dataclass(frozen=True)
 class Pipe:
-    """One direction of a module's pipeline. name: what errors call it; timeout_s bounds every wait."""
+    """One direction of a module's pipeline.
+
+    name: what errors call it.
+    group: the ranks of the pipeline, in a group of this direction alone.
+    timeout_s: the longest wait, in seconds.
+    """
 
     name: str
     group: dist.ProcessGroup
@@ -33,15 +38,18 @@ class Pipe:
     _sent: dict[tuple[int, int], _Sent] = field(default_factory=dict, repr=False)
 
     def send(self, x: Tensor, peer: int, tag: int) -> None:
-        """Start sending x to global rank `peer`. It is kept until let_go() or finish(): host backends do
-        not say whether a message has left."""
+        """Start sending x to global rank `peer`. x is kept until release() or finish(): host backends do not
+        report when a message has left."""
         if not x.numel():
             return
         x = x.contiguous()
         self._sent[peer, tag] = _Sent(dist.isend(x, peer, group=self.group, tag=tag), x)
 
-    def let_go(self, peer: int, tag: int) -> None:
-        """Wait until a message has left, which it does once `peer` has started to receive it."""
+    def release(self, peer: int, tag: int) -> None:
+        """Wait until a message has left, then free it. It leaves once `peer` has started to receive it.
+
+        Raises RuntimeError naming the pipeline and the peer where that takes longer than timeout_s.
+        """
         sent = self._sent.pop((peer, tag), None)  # empty ones were never sent
         if sent is not None:
             self._wait(sent.work, sent.x.device, "take its message", peer)
@@ -49,7 +57,10 @@ class Pipe:
     def receive(
         self, shape: Sequence[int], peer: int, tag: int, *, dtype: torch.dtype, device: torch.device
     ) -> Callable[[], Tensor]:
-        """Start receiving a tensor from global rank `peer`; the result waits for it and returns it."""
+        """Start receiving a tensor [*shape] from global rank `peer`; the result waits for it and returns it.
+
+        Raises RuntimeError, when called, where the peer does not send within timeout_s.
+        """
         x = torch.empty(tuple(shape), dtype=dtype, device=device)
         if not x.numel():
             return lambda: x
@@ -62,9 +73,9 @@ class Pipe:
         return wait
 
     def finish(self) -> None:
-        """Wait for all sends under way."""
+        """release() all messages under way."""
         for peer, tag in list(self._sent):
-            self.let_go(peer, tag)
+            self.release(peer, tag)
 
     def _wait(self, work: Any, device: torch.device, what: str, peer: int) -> None:
         try:

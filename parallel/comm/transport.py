@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,17 @@ from parallel.comm.waiting import wait_for
 from parallel.sequence.intervals import NONE, Rows, count, rows_of
 
 Finish = Callable[[], None]
-Messages = Sequence[tuple[int, Rows]]  # (peer rank, rows), one entry a peer
+
+
+class Message(NamedTuple):
+    """Rows that go to, or come from, one peer. rows: local rows of the tensor that is sent from or received
+    into."""
+
+    peer: int
+    rows: Rows
+
+
+Messages = Sequence[Message]  # one a peer
 
 
 @dataclass(frozen=True)

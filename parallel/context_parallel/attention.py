@@ -1,14 +1,16 @@
-"""Causal attention over documents that are cut over context-parallel ranks.
+"""Causal attention over documents that are split over context-parallel ranks.
 
-Most documents of a packed stream lie whole in one piece and are attended to as ever. What continues a
-document of an earlier piece (at most one fragment a piece) reads the document's earlier keys from the ranks
-that hold them: no other key moves. They come in one of two ways, with the same result:
+Most documents of a packed stream lie whole in one piece, and plain attention serves them. A fragment that
+continues a document of an earlier piece (at most one in each piece) reads the document's earlier keys from
+the ranks that hold them. No other key moves. Two methods fetch the keys, with the same result:
 
-    gather  one all-to-all; what arrived is kept for the backward, which sends only gradients
-    ring    a rank at a time, the next block under way while one is computed with; two blocks are held, and
-            the backward fetches them again (Ring Attention, arXiv 2310.01889, with packed documents)
+    gather  one all-to-all. The keys that arrive are kept for the backward, which sends only gradients.
+    ring    one rank at a time: the next block of keys is in transit while one is computed with. Two blocks
+        are
+            held, and the backward fetches them again (Ring Attention, Liu et al., arXiv 2310.01889, with
+            packed documents).
 
-The gradient is written out: beside its inputs a layer keeps one output and one logarithm a query.
+The backward is written out, so besides its inputs a layer keeps one output and one logarithm for each query.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from parallel.comm.fetch import Fetch, lacking
 from parallel.comm.pending import Pending
-from parallel.context_parallel.block import attend, attend_backward, merge
+from parallel.context_parallel.block import Attended, attend, attend_backward, merge
 from parallel.context_parallel.packing import ContextPacking
 from parallel.sequence.intervals import Span, join, numbers, overlap, size
 from parallel.sequence.packed import Packing, attention
@@ -34,10 +36,10 @@ Method = Literal["gather", "ring"]
 
 @dataclass(frozen=True)
 class KeyCost:
-    """What the worst-off cp rank pays in one attention layer, in bytes.
+    """The cost of one attention layer in bytes, on the cp rank where it is highest.
 
-    forward, backward: received over the wire; held: keys and values of other ranks in memory at a time, from
-    forward to backward for the gather.
+    forward, backward: bytes received from other ranks.
+    held: keys and values of other ranks in memory at a time; the gather holds them from forward to backward.
     """
 
     forward: int
@@ -46,26 +48,32 @@ class KeyCost:
 
 
 def wanted_keys(packing: ContextPacking) -> list[list[Span]]:
-    """Rows of the stream whose keys each cp rank reads beyond its own fragments. Pure."""
+    """By cp rank, the rows of the stream whose keys its continued fragments read before themselves. Pure."""
     return [join([c.before for c in packing.continued_of(r)]) for r in range(packing.cp.size)]
 
 
 def key_costs(packing: ContextPacking, kv_heads: int, head_dim: int, itemsize: int) -> dict[Method, KeyCost]:
-    """The cost of each method for these documents. Pure, alike on every rank."""
+    """The cost of each method for these documents, equal on every rank. Pure.
+
+    itemsize: bytes of one element of a key.
+    """
     row = 2 * kv_heads * head_dim * itemsize
     wanted = wanted_keys(packing)
-    taken = max(lacking(packing.spans, wanted))
+    received = max(lacking(packing.spans, wanted))
     block = max(size(spans) for spans in packing.spans)
     return {
-        "gather": KeyCost(taken * row, taken * row, taken * row),
-        "ring": KeyCost(taken * row, 2 * taken * row, min(taken, 2 * block) * row),
+        "gather": KeyCost(received * row, received * row, received * row),
+        "ring": KeyCost(received * row, 2 * received * row, min(received, 2 * block) * row),
     }
 
 
-def choose_method(packing: ContextPacking, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> Method:
-    """gather, which moves a third less, while what it holds is no more than a layer's queries and outputs.
+def choose_attention_method(
+    packing: ContextPacking, heads: int, kv_heads: int, head_dim: int, itemsize: int
+) -> Method:
+    """ "gather" where its keys take no more memory than a layer's queries and outputs, else "ring".
 
-    So the memory of a layer stays within a constant of its share of the tokens, whatever cp is. Pure.
+    The gather moves a third less. With this bound a layer's memory stays proportional to its share of the
+    tokens, whatever cp is. Pure, equal on every rank.
     """
     costs = key_costs(packing, kv_heads, head_dim, itemsize)
     own = 2 * (packing.whole // packing.cp.size) * heads * head_dim * itemsize
@@ -73,8 +81,8 @@ def choose_method(packing: ContextPacking, heads: int, kv_heads: int, head_dim: 
 
 
 @dataclass(frozen=True)
-class _Use:
-    """Queries [rows] of the continued fragments (end to end) that read keys [keys] of a block."""
+class _Read:
+    """Queries `rows` of the concatenated continued fragments read the rows `keys` of a block of keys."""
 
     rows: slice
     keys: slice
@@ -82,30 +90,34 @@ class _Use:
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that attention needs to know of one packing.
+    """What attention derives from one packing, for all layers.
 
-    crosses: whether any rank continues a document; fetch: the keys that move; uses[i]: who reads what of the
-    block of round i; at_once: the same for all blocks in ascending order; own: local rows of each continued
-    fragment; inner, inner_rows: the other fragments, and their local rows in order.
+    crosses: whether any rank continues a document.
+    fetch: the exchange of keys.
+    rounds: for each round of the ring, the reads of its block.
+    gathered: the reads of the gathered keys.
+    continued: local rows of each continued fragment.
+    inner: the packing of the other fragments.
+    inner_rows: local rows of the other fragments, ascending.
     """
 
     crosses: bool
     fetch: Fetch
-    uses: tuple[tuple[_Use, ...], ...]
-    at_once: tuple[_Use, ...]
-    own: tuple[slice, ...]
+    rounds: tuple[tuple[_Read, ...], ...]
+    gathered: tuple[_Read, ...]
+    continued: tuple[slice, ...]
     inner: Packing
     inner_rows: tuple[slice, ...]
 
 
-def _uses(rows: np.ndarray, packing: ContextPacking) -> tuple[_Use, ...]:
-    """Which stretch of ascending stream rows each continued fragment reads."""
+def _reads(rows: np.ndarray, packing: ContextPacking) -> tuple[_Read, ...]:
+    """The reads of a block that holds the keys of these stream rows, ascending."""
     out, at = [], 0
     for c in packing.continued:
         n = c.rows[1] - c.rows[0]
         low, high = np.searchsorted(rows, c.before)
         if low < high:
-            out.append(_Use(slice(at, at + n), slice(int(low), int(high))))
+            out.append(_Read(slice(at, at + n), slice(int(low), int(high))))
         at += n
     return tuple(out)
 
@@ -114,19 +126,18 @@ def _make_plan(packing: ContextPacking) -> _Plan:
     wanted = wanted_keys(packing)
     me, cp = packing.cp.rank, packing.cp.size
     blocks = [numbers(overlap(wanted[me], packing.spans[(me - i) % cp])) for i in range(cp)]
-    own = tuple(slice(*c.rows) for c in packing.continued)
     outer = {c.fragment for c in packing.continued}
     inner = [n for i, n in enumerate(packing.fragments.lengths) if i not in outer]
     edges = [0, *(e for c in packing.continued for e in c.rows), packing.total]
     gaps = tuple(slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
     return _Plan(
-        any(wanted),
-        packing.fetch("keys of a continued document", wanted),
-        tuple(_uses(b, packing) for b in blocks),
-        _uses(numbers(wanted[me]), packing),
-        own,
-        Packing(tuple(inner), packing.device),
-        gaps,
+        crosses=any(wanted),
+        fetch=packing.fetch("keys of a continued document", wanted),
+        rounds=tuple(_reads(b, packing) for b in blocks),
+        gathered=_reads(numbers(wanted[me]), packing),
+        continued=tuple(slice(*c.rows) for c in packing.continued),
+        inner=Packing(tuple(inner), packing.device),
+        inner_rows=gaps,
     )
 
 
@@ -139,10 +150,11 @@ def context_attention(
     scale: float | None = None,
     method: Method | None = None,
 ) -> Tensor:
-    """Causal softmax attention within each document of a cut stream; a collective over packing.cp.
+    """Causal softmax attention within each document of a split stream; a collective over packing.cp.
 
-    q [T, H, D], k and v [T, H_kv, D] are this rank's rows, H_kv dividing H; returns [T, H, D].
-    method: None chooses by choose_method().
+    q: [T, H, D], this rank's rows; k, v: [T, H_kv, D] with H_kv dividing H. Returns [T, H, D].
+    scale: of the scores; None: D ** -0.5.
+    method: None leaves the choice to choose_attention_method().
     """
     plan = packing.once("attention", lambda: _make_plan(packing))
     if not plan.crosses:
@@ -150,23 +162,24 @@ def context_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if method is None:
         shapes = (q.shape[1], k.shape[1], q.shape[2], k.element_size())
-        method = packing.once(("attention", *shapes), lambda: choose_method(packing, *shapes))
-    outer = _Outer.apply(q, k, v, plan, scale, method)
+        method = packing.once(("attention", *shapes), lambda: choose_attention_method(packing, *shapes))
+    # torch leaves Function.apply untyped.
+    outer: Tensor = _Outer.apply(q, k, v, plan, scale, method)  # type: ignore[no-untyped-call]
     if not plan.inner_rows:
         return outer
-    qi, ki, vi = (_stretches(x, plan.inner_rows) for x in (q, k, v))
+    qi, ki, vi = (_concatenated(x, plan.inner_rows) for x in (q, k, v))
     inner = attention(qi, ki, vi, plan.inner, causal=True, scale=scale)
-    pieces = dict(_parts(outer, plan.own)) | dict(_parts(inner, plan.inner_rows))
-    # A rank may have no fragment that continues and still owe keys and gradients: outer stays in the graph.
+    pieces = dict(_parts(outer, plan.continued)) | dict(_parts(inner, plan.inner_rows))
+    # A rank without continued fragments may still owe others its keys: outer must stay in the graph.
     return torch.cat([*(pieces[at] for at in sorted(pieces)), outer[:0]])
 
 
 def _parts(x: Tensor, rows: tuple[slice, ...]) -> Iterator[tuple[int, Tensor]]:
-    """Stretches of x, laid end to end, with the local row at which each belongs."""
-    return zip((s.start for s in rows), x.split([_len(s) for s in rows]), strict=True)
+    """The parts of x, which concatenates the rows of these slices, each with the first row of its slice."""
+    return zip((s.start for s in rows), torch.split(x, [_len(s) for s in rows]), strict=True)
 
 
-def _stretches(x: Tensor, rows: tuple[slice, ...]) -> Tensor:
+def _concatenated(x: Tensor, rows: tuple[slice, ...]) -> Tensor:
     return x[rows[0]] if len(rows) == 1 else torch.cat([x[s] for s in rows])
 
 
@@ -175,31 +188,32 @@ def _len(s: slice) -> int:
 
 
 class _Outer(torch.autograd.Function):
-    """Attention of the continued fragments' queries [R, H, D], end to end, to all that they may read."""
+    """Attention of the concatenated queries [R, H, D] of continued fragments over all keys that they read."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, scale: float, method: Method
     ) -> Tensor:
-        outs, logs = [q[:0]], [q.new_zeros((0, q.shape[1]), dtype=accumulation_dtype(q.dtype))]
-        for s in plan.own:
+        acc = accumulation_dtype(q.dtype)
+        outs, logs = [q[:0]], [q.new_zeros((0, q.shape[1]), dtype=acc)]
+        for s in plan.continued:
             out, lse = attend(q[s], k[s], v[s], causal=True, scale=scale)
             outs.append(out)
-            logs.append(lse.to(logs[0].dtype))
-        queries = torch.cat([q[:0], *(q[s] for s in plan.own)])
-        out, lse = torch.cat(outs).to(logs[0].dtype), torch.cat(logs)
+            logs.append(lse.to(acc))
+        queries = torch.cat([q[:0], *(q[s] for s in plan.continued)])
+        total = Attended(torch.cat(outs).to(acc), torch.cat(logs))
         keys = torch.cat([k, v], 1)  # [T, 2 H_kv, D], one message
         kept = None
         if method == "gather":
             kept = plan.fetch.start(keys).wait()
-        for block, uses, _ in _blocks(keys, kept, plan):
-            for use in uses:
-                kb, vb = block[use.keys].chunk(2, 1)
-                more, more_lse = attend(queries[use.rows], kb, vb, causal=False, scale=scale)
-                r = use.rows
-                out[r], lse[r] = merge(out[r], lse[r], more.to(out.dtype), more_lse.to(out.dtype))
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, *([] if kept is None else [kept]))
+        for block, reads, _ in _blocks(keys, kept, plan):
+            for read in reads:
+                kb, vb = block[read.keys].chunk(2, 1)
+                out, lse = attend(queries[read.rows], kb, vb, causal=False, scale=scale)
+                merged = merge(total.rows(read.rows), Attended(out.to(acc), lse.to(acc)))
+                total.out[read.rows], total.lse[read.rows] = merged
+        out = total.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, total.lse, *([] if kept is None else [kept]))
         ctx.plan, ctx.scale = plan, scale
         return out
 
@@ -211,28 +225,29 @@ class _Outer(torch.autograd.Function):
         acc = lse.dtype
         d_q = torch.zeros(q.shape, dtype=acc, device=q.device)
         d_keys = torch.zeros((k.shape[0], 2 * k.shape[1], k.shape[2]), dtype=acc, device=k.device)
-        queries = torch.cat([q[:0], *(q[s] for s in plan.own)])
+        attended = Attended(out, lse)
+        queries = torch.cat([q[:0], *(q[s] for s in plan.continued)])
         d_queries = torch.zeros(queries.shape, dtype=acc, device=q.device)
         at = 0
-        for s in plan.own:
+        for s in plan.continued:
             r = slice(at, at + _len(s))
             at = r.stop
             dq, dk, dv = attend_backward(
-                grad[r], q[s], k[s], v[s], out[r], lse[r], causal=True, scale=ctx.scale
+                grad[r], q[s], k[s], v[s], attended.rows(r), causal=True, scale=ctx.scale
             )
             d_queries[r] += dq
             d_keys[s] += torch.cat([dk, dv], 1)
         returns: list[Pending] = []
-        for block, uses, i in _blocks(torch.cat([k, v], 1), kept, plan):
+        for block, reads, i in _blocks(torch.cat([k, v], 1), kept, plan):
             d_block = torch.zeros(block.shape, dtype=acc, device=block.device)
-            for use in uses:
-                kb, vb = block[use.keys].chunk(2, 1)
-                r = use.rows
+            for read in reads:
+                kb, vb = block[read.keys].chunk(2, 1)
+                r = read.rows
                 dq, dk, dv = attend_backward(
-                    grad[r], queries[r], kb, vb, out[r], lse[r], causal=False, scale=ctx.scale
+                    grad[r], queries[r], kb, vb, attended.rows(r), causal=False, scale=ctx.scale
                 )
                 d_queries[r] += dq
-                d_block[use.keys] += torch.cat([dk, dv], 1)
+                d_block[read.keys] += torch.cat([dk, dv], 1)
             if kept is None:
                 returns.append(plan.fetch.start_round_home(d_block.to(k.dtype), d_keys, i))
                 if len(returns) > 1:
@@ -241,21 +256,24 @@ class _Outer(torch.autograd.Function):
                 plan.fetch.start_home(d_block.to(k.dtype), d_keys).wait()
         for late in returns:
             late.wait()
-        for s, part in zip(plan.own, d_queries.split([_len(s) for s in plan.own]), strict=True):
+        sizes = [_len(s) for s in plan.continued]
+        for s, part in zip(plan.continued, torch.split(d_queries, sizes), strict=True):
             d_q[s] = part
         d_k, d_v = d_keys.to(k.dtype).chunk(2, 1)
         return d_q.to(q.dtype), d_k, d_v, None, None, None
 
 
-def _blocks(keys: Tensor, kept: Tensor | None, plan: _Plan) -> Iterator[tuple[Tensor, tuple[_Use, ...], int]]:
-    """Blocks of keys as they come, with their readers and their round: the gathered one, or one a round."""
+def _blocks(
+    keys: Tensor, kept: Tensor | None, plan: _Plan
+) -> Iterator[tuple[Tensor, tuple[_Read, ...], int]]:
+    """(keys, reads, round) of every block: the gathered keys, or one block for each round of the ring."""
     if kept is not None:
-        yield kept, plan.at_once, 0
+        yield kept, plan.gathered, 0
         return
-    rounds = len(plan.uses)
+    rounds = len(plan.rounds)
     coming = plan.fetch.start_round(keys, 0)
     for i in range(rounds):
         here = coming
         if i + 1 < rounds:
             coming = plan.fetch.start_round(keys, i + 1)
-        yield here.wait(), plan.uses[i], i
+        yield here.wait(), plan.rounds[i], i

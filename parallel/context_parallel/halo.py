@@ -1,4 +1,4 @@
-"""The rows before a piece that a causal convolution reads, from the ranks that hold them."""
+"""Causal convolution over a split stream: the rows before a piece come from the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from parallel.sequence.packed import depthwise_conv
 
 @dataclass(frozen=True)
 class Halo:
-    """fetch: rows that precede fragments, ascending; take [m]: which of them, fragment by fragment (two may
-    share rows); place [m]: where they go in spread(x, fragments, K - 1, 0)."""
+    """The rows before continued fragments that a kernel of K taps reads.
+
+    fetch: the exchange of these rows; they arrive by ascending row of the stream.
+    take: int64 [m], the arrived rows in the order of the fragments. Two fragments may read one row.
+    slots: int64 [m], where these rows go in spread(x, fragments, K - 1, 0).
+    """
 
     fetch: Fetch
     take: Tensor
-    place: Tensor
+    slots: Tensor
 
 
 def _read(fragment: Continued, width: int) -> Span:
-    """The rows before a fragment that it reads: up to `width`, of its own document."""
+    """The rows of its own document that a fragment reads before itself, at most `width`."""
     start, stop = fragment.before
     return max(start, stop - width), stop
 
@@ -35,41 +39,44 @@ def _wanted(packing: ContextPacking, width: int) -> list[list[Span]]:
 
 
 def halo_rows(packing: ContextPacking, kernel: int) -> int:
-    """How many rows the worst-off rank receives for a kernel of this many taps. Pure."""
+    """Rows received for a kernel of this many taps, on the rank that receives most. Pure."""
     return max(lacking(packing.spans, _wanted(packing, kernel - 1)), default=0)
 
 
 def plan_halo(packing: ContextPacking, kernel: int) -> Halo | None:
-    """None where no rank needs a row. Pure but for the group in packing.cp."""
+    """The halo for a kernel of this many taps, None where no rank reads a row of another fragment.
+
+    Every rank derives its part of the exchange; this call does not communicate.
+    """
     width = kernel - 1
     wanted = _wanted(packing, width)
     if not any(wanted):
         return None
     fetch = packing.fetch("rows before a convolution", wanted)
     arrived = numbers(wanted[packing.cp.rank])
-    take, place = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    take, slots = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for c in packing.continued:
         rows = np.arange(*_read(c, width))
         take.append(np.searchsorted(arrived, rows))
-        # A fragment's own rows start behind those before it and one margin for each fragment up to it.
+        # In spread() every fragment has a margin of `width` slots before its own rows.
         start = c.rows[0] + width * (c.fragment + 1)
-        place.append(np.arange(start - len(rows), start))
+        slots.append(np.arange(start - len(rows), start))
     device = packing.device
     return Halo(
         fetch,
         torch.from_numpy(np.concatenate(take)).to(device),
-        torch.from_numpy(np.concatenate(place)).to(device),
+        torch.from_numpy(np.concatenate(slots)).to(device),
     )
 
 
 def context_conv(x: Tensor, weight: Tensor, bias: Tensor | None, packing: ContextPacking) -> Tensor:
-    """Causal depthwise convolution within each document of a cut stream; a collective over packing.cp.
+    """Causal depthwise convolution within each document of a split stream; a collective over packing.cp.
 
-    x [T, C] are this rank's rows, weight [C, K], bias [C] or None; returns [T, C].
+    x: [T, C], this rank's rows; weight: [C, K]; bias: [C] or None. Returns [T, C].
     """
     kernel = weight.shape[1]
     halo = packing.once(("halo", kernel), lambda: plan_halo(packing, kernel))
     before = None
     if halo is not None:
-        before = (halo.fetch(x).index_select(0, halo.take), halo.place)
+        before = (halo.fetch(x).index_select(0, halo.take), halo.slots)
     return depthwise_conv(x, weight, bias, packing.fragments, causal=True, before=before)

@@ -1,9 +1,8 @@
-"""Documents of a packed stream that is cut over context-parallel ranks, as one of the ranks sees them.
+"""The documents of a packed stream that is split over context-parallel ranks, as one of the ranks sees them.
 
-A rank holds a few pieces of the stream (parallel.sequence.stream). A document that lies across a piece's edge
-becomes fragments; at most one fragment of a piece, its first, continues a document, so that whatever a layer
-exchanges between ranks concerns few, long runs of rows, however many documents there are. Pure: every rank
-derives every rank's share.
+A rank holds a few pieces of the stream (parallel.sequence.stream). A document that crosses the edge of a
+piece becomes fragments. Only the first fragment of a piece can continue a document, so layers exchange few,
+long runs of rows, however many documents there are. Pure: every rank derives the rows of all ranks (law 4).
 """
 
 from __future__ import annotations
@@ -30,8 +29,10 @@ T = TypeVar("T")
 class Continued:
     """The first fragment of a piece, where it continues a document of an earlier piece.
 
-    rows: local rows [start, stop) of the fragment; before: global rows [start, stop) of the document up to
-    the fragment; piece: index of the piece in the stream; fragment: index among the rank's fragments.
+    rows: local rows [start, stop) of the fragment.
+    before: stream rows [start, stop) of its document that precede the fragment.
+    piece: index of the piece in the stream.
+    fragment: index of the fragment among the rank's fragments.
     """
 
     rows: Span
@@ -42,11 +43,16 @@ class Continued:
 
 @dataclass(frozen=True)
 class ContextPacking(Packing):
-    """A Packing whose rows are cut over cp. Make it with pack().
+    """A Packing whose rows are split over cp. Make it with pack().
 
-    lengths and starts are those of the whole stream's documents; total, sequence_id and position are those
-    of this rank's rows. The rows of a rank are in the order of the stream. `buckets` is refused, so that no
-    operation for whole documents can take a cut stream by mistake. timeout_s bounds the waits of fetch().
+    `lengths` and `starts` describe the documents of the whole stream; `total`, `sequence_id` and `position`
+    describe this rank's rows, which are in the order of the stream. `pairing` is refused, so no operation for
+    whole documents can take a split stream by mistake.
+
+    cp: the context-parallel axis.
+    order: which pieces of the stream each rank holds.
+    timeout_s: longest wait of a fetch(), in seconds.
+    memo: what once() has made.
     """
 
     cp: Axis = field(default_factory=lambda: Axis.single("cp"))
@@ -56,15 +62,17 @@ class ContextPacking(Packing):
 
     @cached_property
     def whole(self) -> int:
-        """Rows of the stream, of all ranks."""
+        """Rows of the whole stream."""
         return sum(self.lengths)
 
     @property
     def pieces(self) -> int:
+        """Pieces of the stream, on all ranks."""
         return piece_count(self.cp.size, self.order)
 
     @property
     def piece_rows(self) -> int:
+        """Rows of one piece."""
         return self.whole // self.pieces
 
     @cached_property
@@ -78,7 +86,7 @@ class ContextPacking(Packing):
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Place in the stream of each row of this rank, int64 [T]."""
+        """The stream row of each row of this rank, int64 [T]."""
         return numbers(self.spans[self.cp.rank])
 
     @cached_property
@@ -90,20 +98,20 @@ class ContextPacking(Packing):
         return self._tensor(self.rows - self.starts[self._document(self.rows)])
 
     @property
-    def buckets(self) -> Any:
-        raise AssertionError("documents cut over cp: use the operations of parallel.context_parallel")
+    def pairing(self) -> Any:
+        raise AssertionError("documents split over cp: use the operations of parallel.context_parallel")
 
     def _document(self, rows: np.ndarray) -> np.ndarray:
-        # Of documents that start at one row all but the last are empty.
+        # Where several documents start at one row, all but the last are empty.
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def rows_before(self, row: int) -> int:
-        """How many rows of this rank come before `row` of the stream (its real ones, given n_real)."""
+        """How many rows of this rank come before stream row `row`. Given n_real: its rows without padding."""
         return sum(min(max(row - start, 0), stop - start) for start, stop in self.spans[self.cp.rank])
 
     @cached_property
     def fragments(self) -> Packing:
-        """This rank's rows as runs of one document within one piece, none empty."""
+        """This rank's rows as fragments: runs of one document within one piece, none empty."""
         lengths: list[int] = []
         for start, stop in self.spans[self.cp.rank]:
             inner = self.starts[(self.starts > start) & (self.starts < stop)]
@@ -112,7 +120,7 @@ class ContextPacking(Packing):
         return Packing(tuple(n for n in lengths if n), self.device)
 
     def continued_of(self, rank: int) -> tuple[Continued, ...]:
-        """The fragments of `rank` that continue a document, in its local order (at most one a piece)."""
+        """The fragments of `rank` that continue a document, in local order; at most one for each piece."""
         out, at, seen = [], 0, 0
         for start, stop in self.spans[rank]:
             inner = int(np.unique(self.starts[(self.starts > start) & (self.starts < stop)]).size)
@@ -128,15 +136,19 @@ class ContextPacking(Packing):
 
     @cached_property
     def continued(self) -> tuple[Continued, ...]:
+        """The fragments of this rank that continue a document."""
         return self.continued_of(self.cp.rank)
 
     def fetch(self, name: str, wanted: Sequence[Sequence[Span]]) -> Fetch:
-        """Rows that cp ranks want of those that they hold; wanted[r]: disjoint ascending stretches of the
-        stream, rank r's own among them or not, alike on every rank."""
+        """The exchange that brings rows of the stream to the cp ranks that want them.
+
+        wanted[r]: disjoint ascending spans of the stream that rank r wants, its own rows or not. Every rank
+            must pass the same.
+        """
         return make_fetch(name, self.cp, self.spans, wanted, device=self.device, timeout_s=self.timeout_s)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """make(), kept under `key`: plans and indices are made for the first layer and shared by all."""
+        """make(), called once for each `key`: all layers share the plans that the first one makes."""
         if key not in self.memo:
             self.memo[key] = make()
         out: T = self.memo[key]
@@ -150,10 +162,12 @@ def pack(
     order: Order = "contiguous",
     timeout_s: float = 120.0,
 ) -> Packing:
-    """The packing of documents of these lengths, the padding last, as a rank of `cp` sees it.
+    """The packing of documents as a rank of `cp` sees it; a plain Packing where cp has one rank.
 
-    A plain Packing where cp has one rank. The sum of the lengths must be a multiple of the pieces (see
-    piece_count()); ValueError otherwise. timeout_s: the longest wait for rows of others.
+    lengths: rows of each document, the padding last. Raises ValueError where their sum is no multiple of
+        piece_count(cp.size, order).
+    order: which pieces each rank holds.
+    timeout_s: longest wait for rows of other ranks, in seconds.
     """
     whole = Packing.of(lengths, device)
     if cp.size == 1:
@@ -161,7 +175,7 @@ def pack(
     pieces = piece_count(cp.size, order)
     if whole.total % pieces:
         raise ValueError(
-            f"{whole.total} packed tokens do not cut into {pieces} pieces for cp={cp.size} ({order}); "
+            f"{whole.total} packed tokens do not split into {pieces} pieces for cp={cp.size} ({order}); "
             f"nearest: pad to {-(-whole.total // pieces) * pieces}"
         )
     return ContextPacking(whole.lengths, whole.device, cp, order, timeout_s)

@@ -1,8 +1,8 @@
-"""A recurrence over a cut stream: each piece's state from those of the pieces before it.
+"""A linear recurrence over a split stream: the initial state of each piece, from the pieces before it.
 
-A piece p that began with state h ends with keep_p h + s_p: the ranks exchange (s, log keep) of their pieces,
-one small row a piece whatever its length, and each sums up what its own pieces begin with. Only the pieces of
-a document that continues are sent. With zigzag order a rank simply has two pieces.
+A piece p with initial state h ends in the state keep_p h + s_p. The ranks exchange (s, log keep) of their
+pieces, one small row for each piece whatever its length, and each rank computes the initial states of its own
+pieces. Only pieces of a document that continues are sent. With zigzag order a rank has two pieces.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from parallel.sequence.intervals import Span, join, numbers
 
 @dataclass(frozen=True)
 class Pieces:
-    """The exchange of piece states. local[i]: rows of this rank's piece i; fetch: None where no document
-    continues; chains[i]: which of the fetched states piece i begins with, None where it begins a document."""
+    """The exchange of piece states.
+
+    local: local rows of each of this rank's pieces.
+    fetch: None where no document continues on any rank.
+    chains: for each piece, the fetched states that make up its initial state; None where a document begins
+        with the piece.
+    """
 
     local: tuple[slice, ...]
     fetch: Fetch | None
@@ -29,12 +34,12 @@ class Pieces:
 
 
 def _chains_of(packing: ContextPacking, rank: int) -> dict[int, Span]:
-    """For each piece of `rank` that continues a document, by number, the pieces that lead to it."""
+    """By index, each piece of `rank` that continues a document, with the pieces that its state comes from."""
     return {c.piece: (c.before[0] // packing.piece_rows, c.piece) for c in packing.continued_of(rank)}
 
 
-def _stations(packing: ContextPacking) -> ContextPacking:
-    """The pieces themselves as a stream of one row each, cut as the tokens are."""
+def _piece_stream(packing: ContextPacking) -> ContextPacking:
+    """A stream of one row for each piece, split over cp as the tokens are."""
     return replace(packing, lengths=(packing.pieces,), memo={})
 
 
@@ -43,14 +48,14 @@ def _wanted(packing: ContextPacking) -> list[list[Span]]:
 
 
 def plan_pieces(packing: ContextPacking) -> Pieces:
-    """Pure but for the group in packing.cp; alike on every rank."""
+    """The exchange of piece states for one packing. Every rank derives its part, without communication."""
     n = packing.piece_rows
     mine = [start // n for start, _ in packing.spans[packing.cp.rank]] if n else []
     local = tuple(slice(i * n, (i + 1) * n) for i in range(len(mine)))
     wanted = _wanted(packing)
     if not any(wanted):
         return Pieces(local, None, tuple(None for _ in mine))
-    fetch = _stations(packing).fetch("states of a recurrence", wanted)
+    fetch = _piece_stream(packing).fetch("states of a recurrence", wanted)
     arrived = numbers(wanted[packing.cp.rank])
     chains = _chains_of(packing, packing.cp.rank)
     found: list[slice | None] = []
@@ -64,28 +69,29 @@ def plan_pieces(packing: ContextPacking) -> Pieces:
 
 
 def states_taken(packing: ContextPacking) -> int:
-    """How many piece states the worst-off rank receives. Pure."""
-    return max(lacking(_stations(packing).spans, _wanted(packing)), default=0)
+    """Piece states received, on the rank that receives most. Pure."""
+    return max(lacking(_piece_stream(packing).spans, _wanted(packing)), default=0)
 
 
 def begin_states(plan: Pieces, state: Tensor, log_keep: Tensor) -> list[Tensor | None]:
-    """What each of this rank's pieces begins with; a collective over cp where any document continues.
+    """The initial state of each of this rank's pieces; a collective over cp where any document continues.
 
-    state [pieces, H, S]: each piece's last state had it begun with zero; log_keep [pieces, H]: logarithm of
-    what a state before the piece keeps to its end, read only of pieces that lie in one document.
-    Returns [H, S] per piece, or None for all where nothing continues on any rank.
+    state: [pieces, H, S], the last state of each piece for an initial state of zero.
+    log_keep: [pieces, H], logarithm of the factor by which the piece scales its initial state; used only for
+        pieces that lie within one document.
+    Returns [H, S] for each piece, or None for all pieces where no document continues on any rank.
     """
     if plan.fetch is None:
         return [None for _ in plan.local]
-    got = plan.fetch(torch.cat([state, log_keep.unsqueeze(-1)], -1))
-    states, falls = got[..., :-1], got[..., -1]
+    fetched = plan.fetch(torch.cat([state, log_keep.unsqueeze(-1)], -1))
+    states, log_keeps = fetched[..., :-1], fetched[..., -1]
     out: list[Tensor | None] = []
     for chain in plan.chains:
         if chain is None:
-            # Zero, but of the exchange: a rank that begins no piece with a state may still owe its own.
+            # Zero, yet part of the graph: a rank that needs no state may still owe others its own.
             out.append(states[:0].sum(0))
             continue
-        # All of a chain but its first lie in the document, so what is left of a state is a product.
-        later = torch.cat([falls[chain][1:], torch.zeros_like(falls[:1])]).flip(0).cumsum(0).flip(0)
+        # Every piece of a chain after its first lies within the document, so the factors multiply.
+        later = torch.cat([log_keeps[chain][1:], torch.zeros_like(log_keeps[:1])]).flip(0).cumsum(0).flip(0)
         out.append(torch.einsum("qh,qhs->hs", later.exp(), states[chain]))
     return out

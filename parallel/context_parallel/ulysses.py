@@ -1,6 +1,7 @@
-"""Exchange of tokens for heads: all of a stream's tokens of some heads, instead of some tokens of all heads.
+"""Exchange of tokens for heads: a rank gets all tokens of some heads, instead of some tokens of all heads.
 
-Ulysses (arXiv 2309.14509): between the two exchanges a layer that works head by head sees whole documents.
+This is DeepSpeed Ulysses (Jacobs et al., arXiv 2309.14509). Between the two exchanges, a layer that treats
+its heads separately sees whole documents.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from parallel.topology.axis import Axis
 
 
 def _swap(x: Tensor, axis: Axis) -> Tensor:
-    """[cp, m, ..] to [cp, m, ..]: block s goes to rank s, block s of the result came from it."""
+    """All-to-all, [cp, m, ..] to [cp, m, ..]: block s goes to rank s, block s of the result came from it."""
 
     def exchange(y: Tensor) -> Tensor:
         out = y.new_empty(y.shape)
@@ -26,20 +27,20 @@ def _swap(x: Tensor, axis: Axis) -> Tensor:
 
 
 def _by_rank(packing: ContextPacking) -> Tensor:
-    """Where in the stream the rows of all ranks, end to end, belong: int64 [whole]."""
+    """The stream row of each of all ranks' rows, concatenated by rank: int64 [whole]."""
     spans = [span for mine in packing.spans for span in mine]
     return torch.cat([torch.arange(*span, device=packing.device) for span in spans])
 
 
 def to_heads(x: Tensor, packing: ContextPacking) -> Tensor:
-    """Own tokens [T, cp, w], whose part s rank s is to have, to the whole stream's tokens [whole, w]."""
+    """Own tokens [T, cp, w] to all tokens of the stream [whole, w]: x[:, s] goes to rank s."""
     index = packing.once("by rank", lambda: _by_rank(packing))
     got = _swap(x.transpose(0, 1), packing.cp).flatten(0, 1)
     return torch.empty_like(got).index_copy(0, index, got)
 
 
 def to_tokens(x: Tensor, packing: ContextPacking) -> Tensor:
-    """The stream's tokens [whole, w] of this rank's heads to own tokens [T, cp, w] of every rank's heads."""
+    """All tokens of the stream [whole, w], of this rank's heads, to own tokens [T, cp, w] of all heads."""
     index = packing.once("by rank", lambda: _by_rank(packing))
-    out = x.index_select(0, index).unflatten(0, (packing.cp.size, -1))
+    out = torch.unflatten(x.index_select(0, index), 0, (packing.cp.size, -1))
     return _swap(out, packing.cp).transpose(0, 1)

@@ -1,10 +1,20 @@
-"""Tokens to the ranks of their experts and back: by all-to-all, by all-gather, and over slices of experts.
+"""Moves tokens to the ranks of their experts and back: by all-to-all, by all-gather, between expert slices.
 
-Routing decisions and experts themselves may not enter.
+The router's choice of experts and the experts themselves may not enter: both are in llm.
+
+    route = plan_route(chosen, n_experts, axes.ep)     routing.py: exchanges row counts, once a layer
+    rows = dispatch(x, route)                          all_to_all.py: rows to this rank's experts
+    out = grouped_linear(rows, w, route.per_expert)    grouped.py: all experts in one product
+    y = combine(out, weight, route)                    all_to_all.py: back to the tokens, weighted and summed
+
+all_gather.py does the same with plan_gather(), gather_dispatch() and gather_combine(). expert_tensor.py
+surrounds the experts with gather_rows() and reduce_rows() where etp shards each expert's features.
 """
 
 from parallel.expert_parallel.all_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
-from parallel.expert_parallel.all_to_all import Route, combine, dispatch, grouped_linear, plan_route
+from parallel.expert_parallel.all_to_all import combine, dispatch
+from parallel.expert_parallel.grouped import grouped_linear
+from parallel.expert_parallel.routing import Route, plan_route
 
 __all__ = [
     "GatherRoute",

@@ -1,7 +1,7 @@
 """Token dispatch by all-gather: every rank of ep sees all tokens and computes those of its own experts.
 
-It moves each token to every rank, so it pays where a token chooses about as many experts as there are ranks,
-or on a network that is slow with many small messages. The other dispatcher is in all_to_all.py.
+It moves each token to every rank. That pays where a token chooses about as many experts as there are ranks,
+or where the network is slow with many small messages. The other dispatcher is in all_to_all.py.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.comm.collectives import gather_tokens, reduce_tokens
-from parallel.expert_parallel.all_to_all import Route, combine, dispatch, plan_route
+from parallel.expert_parallel.all_to_all import combine, dispatch
+from parallel.expert_parallel.routing import Route, plan_route
 from parallel.topology.axis import Axis
 
 
 @dataclass(frozen=True)
 class GatherRoute:
-    """Which of all ranks' tokens this rank's experts take.
+    """Which tokens of all ranks go to this rank's experts.
 
-    widest: tokens of the rank that has most, which all are padded to for the exchange; own: how the choices
-    that fall to this rank's experts are dealt, of the padded tokens of all ranks.
+    axis: the expert-parallel axis.
+    widest: the largest number of tokens on any rank; every rank pads its tokens to it for the exchange.
+    own: the route, without communication, from the padded tokens of all ranks to this rank's experts.
     """
 
     axis: Axis
@@ -37,9 +39,10 @@ class GatherRoute:
 
 
 def plan_gather(expert: Tensor, n_experts: int, axis: Axis, keep: Tensor | None = None) -> GatherRoute:
-    """Route from the chosen experts [n, k] (int64) of n tokens; collectives over `axis`, two host waits.
+    """The route of n tokens to their chosen experts; two collectives over `axis`, with two host waits.
 
-    keep [n, k] (bool): choices that are not dropped, None for all.
+    expert: int64 [n, k], the chosen experts. n may differ between ranks.
+    keep: bool [n, k], False for a dropped choice; None drops none.
     """
     count = torch.tensor([expert.shape[0]], device=expert.device)
     counts = count.new_empty(axis.size)
@@ -57,13 +60,13 @@ def plan_gather(expert: Tensor, n_experts: int, axis: Axis, keep: Tensor | None 
 
 
 def gather_dispatch(x: Tensor, route: GatherRoute) -> Tensor:
-    """Tokens [n, d] to the rows of this rank's experts [m, d], grouped by expert."""
+    """Tokens [n, d] to the rows of this rank's experts [m, d], grouped by expert; a collective."""
     padded = F.pad(x, (0, 0, 0, route.widest - x.shape[0]))
     return dispatch(gather_tokens(padded, route.axis), route.own)
 
 
 def gather_combine(rows: Tensor, weight: Tensor, route: GatherRoute) -> Tensor:
-    """Expert outputs [m, d] back to tokens [n, d], summed with the router's weights [n, k]."""
+    """Expert outputs [m, d] to tokens [n, d], summed with the router's weights [n, k]; two collectives."""
     n = weight.shape[0]
     everyone = gather_tokens(F.pad(weight, (0, 0, 0, route.widest - n)), route.axis)
     return reduce_tokens(combine(rows, everyone, route.own), route.axis)[:n]

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 Span = tuple[int, int]  # [start, stop)
-Rows = slice | np.ndarray  # numbers to index with: a slice where they are consecutive
+Column = NDArray[np.int64]  # [n]
+Rows = slice | Column  # numbers to index with: a slice where they are consecutive
 
 NONE = slice(0, 0)
 
@@ -27,12 +30,32 @@ def size(spans: Sequence[Span]) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-def numbers(spans: Sequence[Span]) -> np.ndarray:
+def numbers(spans: Sequence[Span]) -> Column:
     """The numbers in spans, one after another: int64."""
     return np.concatenate([np.arange(*s, dtype=np.int64) for s in spans] or [np.zeros(0, np.int64)])
 
 
-def apart(spans: Sequence[Span]) -> bool:
+@overload
+def share_start(n: int, parts: int, k: int) -> int: ...
+@overload
+def share_start(n: Column, parts: int | Column, k: int | Column) -> Column: ...
+def share_start(n: int | Column, parts: int | Column, k: int | Column) -> int | Column:
+    """Where share number k begins when n things are split into `parts` contiguous shares: k n // parts.
+
+    Share k is [share_start(n, parts, k), share_start(n, parts, k + 1)). Sizes differ by at most one, for any
+    n and parts. Arguments are ints, or int64 arrays that broadcast. Ranks that exchange rows compute both
+    ends of a share on their own, so every split of rows, items or samples must use this formula (law 4).
+    """
+    return k * n // parts
+
+
+def shares(n: int, parts: int, start: int = 0) -> tuple[Span, ...]:
+    """All shares of the n numbers from `start` on, by share_start()."""
+    bounds = [start + share_start(n, parts, k) for k in range(parts + 1)]
+    return tuple(pairwise(bounds))
+
+
+def disjoint(spans: Sequence[Span]) -> bool:
     """Whether spans ascend and do not overlap; empty ones may be anywhere."""
     some = [(start, stop) for start, stop in spans if start < stop]
     return all(stop <= start for (_, stop), (start, _) in pairwise(some))
@@ -55,32 +78,32 @@ def join(spans: Sequence[Span]) -> list[Span]:
     return out
 
 
-def column(values: Sequence[int] | np.ndarray) -> np.ndarray:
+def column(values: Sequence[int] | Column) -> Column:
     """Whole numbers as a column."""
     return np.asarray(values, dtype=np.int64).reshape(-1)
 
 
-def before(values: np.ndarray) -> np.ndarray:
+def before(values: Column) -> Column:
     """The sum of all values before each: where intervals of these lengths, end to end, start."""
     return np.cumsum(values) - values
 
 
-def sums(values: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+def sums(values: Column, group: Column, groups: int) -> Column:
     """The sum of the values of each of 0 .. groups - 1."""
     out = np.zeros(groups, dtype=np.int64)
     np.add.at(out, group, values)
     return out
 
 
-def repeat_groups(first: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def repeat_groups(first: Column, size: Column) -> tuple[Column, Column]:
     """(k, first[k]), (k, first[k] + 1), .. size[k] of them, for each k: two columns."""
     k = np.repeat(np.arange(len(size)), size)
     return k, np.arange(len(k)) - np.repeat(before(size) - first, size)
 
 
 def meet(
-    start: np.ndarray, stop: np.ndarray, others_start: np.ndarray, others_stop: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    start: Column, stop: Column, others_start: Column, others_stop: Column
+) -> tuple[Column, Column, Column, Column]:
     """What intervals share with `others`, which are disjoint, ascending and may be empty.
 
     Returns columns (interval, other, start, stop), in order of interval, then ascending.
@@ -94,8 +117,8 @@ def meet(
 
 
 def outside(
-    start: np.ndarray, stop: np.ndarray, others_start: np.ndarray, others_stop: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    start: Column, stop: Column, others_start: Column, others_stop: Column
+) -> tuple[Column, Column, Column]:
     """What intervals do not share with `others`, which are disjoint and ascending.
 
     Returns columns (interval, start, stop), in order of interval, then ascending.
@@ -111,7 +134,7 @@ def outside(
     return i[some], a[some], b[some]
 
 
-def union(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def union(start: Column, stop: Column) -> tuple[Column, Column]:
     """The numbers in any of the intervals, as disjoint, ascending intervals that do not touch."""
     some = np.flatnonzero(start < stop)
     some = some[np.argsort(start[some], kind="stable")]
@@ -120,7 +143,7 @@ def union(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return start[begins], reach[np.append(begins[1:], len(start)) - 1] if len(start) else reach
 
 
-def rows_of(start: np.ndarray, length: np.ndarray) -> Rows:
+def rows_of(start: Column, length: Column) -> Rows:
     """The numbers in intervals, one after another: a slice where each begins where the last ended."""
     if len(start) == 0:
         return NONE

@@ -1,6 +1,18 @@
 """Parameters: declared once by global shape, sharded over a mesh, initialised and updated shard by shard.
 
-No layer may enter: layers declare their parameters here.
+Layers may not enter: a layer declares its parameters here and lives in another room.
+
+A module passes through these calls, in this order:
+
+    declare(self, "weight", shape, ParamSpec(normal(0.02), shard_dim=0))   param.py: in a layer's __init__
+    adopt(module)                        adopt.py: declares the parameters of an ordinary module
+    shard_module(module, mesh, policy)   shard.py: DTensors over tp and ep, then FSDP2 over the data ranks
+    materialise(module, mesh, ..)        shard.py: allocates and fills this rank's shards
+    ShardedOptimizer([module], mesh, ..) optim.py: AdamW on the local shards
+    local(self.weight)                   param.py: this rank's shard as a plain tensor, in a layer's forward
+
+Initial values are a function of (seed, name, global index) alone, so every layout starts from the same
+weights.
 """
 
 from parallel.sharding.adopt import adopt

@@ -1,4 +1,4 @@
-"""Modules of any make, taken in as they are: their parameters declared with the values that they have."""
+"""Ordinary modules, taken as they are: their parameters are declared with their present values."""
 
 from __future__ import annotations
 
@@ -23,28 +23,32 @@ def adopt(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Declare every plain parameter below a module, in place, with the value that it has; returns the module.
+    """Declare every undeclared parameter below a module with its present value, in place; return the module.
 
-    Adopted parameters are whole on each tp rank, and FSDP shards them like any others. Buffers stay, tied
-    parameters stay tied, and parameters that ask for no gradient are never trained.
+    Adopted parameters are replicated over tp, and FSDP shards them like any others. Buffers stay, tied
+    parameters stay tied, and parameters with requires_grad=False are never trained.
 
-    made: the module, not on the meta device, or a function that makes it. Then `key`, its name in what it
-        becomes part of, decides what torch's generator draws, whatever was made before: a module of a
-        pipeline stage needs that, since ranks of other stages make other modules.
-    partial: where each tp rank runs it on other tokens or heads, inside a block whose weights tp cuts; its
-        gradients are then summed over tp. Sequence parallelism between blocks needs nothing.
-    device: where the parameters go; on the meta device their values wait for materialise().
-    dtype: of the parameters, and of floating buffers that it can hold without loss; None: as they are.
+    made: the module, not on the meta device; or a function that makes it, which needs `key`.
+    key: the module's name in the module that it becomes part of. It seeds torch's generator while `made`
+        runs, so the values do not depend on what was made before. A module of a pipeline stage needs this,
+        because ranks of other stages make other modules.
+    partial: True where tp ranks run the module on different tokens or heads, inside a block whose weights tp
+        shards. The gradients are then summed over tp. Sequence parallelism between blocks does not need it.
+    device: where the parameters go. On the meta device their values are kept aside until materialise().
+    dtype: of the floating parameters, and of floating buffers that it holds without loss. None: unchanged.
 
-    Raises ValueError for what has no value yet, and for layers whose output would depend on the layout:
+    Raises ValueError for a parameter without a value, and for layers whose output would depend on the layout:
     dropout, and batch norm that is not in eval mode.
     """
     if not isinstance(made, nn.Module):
         if key is None:
-            raise ValueError("adopt() of a function needs key=, the module's name in what it becomes part of")
+            raise ValueError(
+                "adopt() of a function needs key=, the module's name in the module that it becomes part of"
+            )
         with seeded(key, torch.initial_seed()):
             made = made()
-    taken: dict[int, nn.Parameter] = {}  # and their like for buffers: ties stay
+    # New parameters and buffers by the id of the old, so ties stay.
+    taken: dict[int, nn.Parameter] = {}
     moved: dict[int, Tensor] = {}
     for prefix, sub in made.named_modules():
         _check(f"{type(made).__name__}{'.' if prefix else ''}{prefix}", sub)
@@ -65,47 +69,52 @@ def adopt(
 
 
 def _check(where: str, sub: nn.Module) -> None:
-    """Refuse what cannot be adopted."""
+    """Raise ValueError for a submodule that cannot be adopted. where: its name in messages."""
     for name, param in sub.named_parameters(recurse=False):
         if name not in own_specs(sub) and (is_lazy(param) or param.is_meta):
             why = "has no shape before its first batch" if is_lazy(param) else "is on the meta device"
             raise ValueError(
-                f"adopt(): parameter {name} of {where} {why}, so that it has no value to keep; needed: a "
-                "module made whole on the CPU"
+                f"adopt(): parameter {name} of {where} {why}, so it has no value to keep; needed: a module "
+                "made whole on the CPU"
             )
-    chance = (
+    dropout = (
         sub.p if isinstance(sub, _DropoutNd) else sub.dropout if isinstance(sub, nn.MultiheadAttention) else 0
     )
-    if chance and sub.training:
+    if dropout and sub.training:
         raise ValueError(
-            f"adopt(): {where} drops values at random (p={chance:g}), others on each rank, so that training "
-            "would depend on the layout; needed: p=0 (often the option dropout=0.0 of what contains it)"
+            f"adopt(): {where} drops values at random (p={dropout:g}), different ones on each rank, so "
+            "training would depend on the layout; needed: p=0 (often the option dropout=0.0 of the enclosing "
+            "module)"
         )
     if isinstance(sub, _BatchNorm) and sub.training:
         raise ValueError(
-            f"adopt(): {where} is a batch norm over the items that a rank happens to have, so that training "
-            "would depend on the layout; needed: eval() on it, which uses its running averages, or a layer "
-            "or group norm"
+            f"adopt(): {where} is a batch norm over the items that a rank happens to have, so training would "
+            "depend on the layout; needed: eval() on it, which uses its running averages, or a layer or "
+            "group norm"
         )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None, *, exact: bool) -> Tensor:
-    """A floating tensor in `dtype`; exact: only where no value changes."""
+    """A floating tensor in `dtype`, any other unchanged. exact: cast only where `dtype` holds every value."""
     if dtype is None or not tensor.is_floating_point():
         return tensor
     return tensor if exact and torch.promote_types(tensor.dtype, dtype) != dtype else tensor.to(dtype)
 
 
 def check_given(given: Mapping[str, Tensor], group: dist.ProcessGroup, device: torch.device) -> None:
-    """Raise ValueError naming those of the given values, by parameter, that are not the same on all ranks of
-    `group`; each of them calls this with the same names."""
+    """Raise ValueError naming the parameters whose given values differ between ranks of `group`.
+
+    given: values by parameter name. Collective over `group`: each rank passes the same names in the same
+        order.
+    """
     if not given or group.size() == 1:
         return
-    marks = torch.tensor([_digest(v) for v in given.values()], dtype=torch.int64, device=device)
-    both = torch.cat([marks, -marks])
+    digests = torch.tensor([_digest(v) for v in given.values()], dtype=torch.int64, device=device)
+    # One reduction for both bounds: the maximum of the negated digests is the negated minimum.
+    both = torch.cat([digests, -digests])
     dist.all_reduce(both, dist.ReduceOp.MAX, group)
-    most, least = both.chunk(2)
-    wrong = [name for name, differs in zip(given, (most != -least).tolist(), strict=True) if differs]
+    highest, lowest = both.chunk(2)
+    wrong = [name for name, differs in zip(given, (highest != -lowest).tolist(), strict=True) if differs]
     if wrong:
         raise ValueError(
             f"adopted parameters differ between ranks: {', '.join(wrong[:3])}{', ..' if wrong[3:] else ''} "
@@ -115,5 +124,6 @@ def check_given(given: Mapping[str, Tensor], group: dist.ProcessGroup, device: t
 
 
 def _digest(values: Tensor) -> int:
+    """56 bits of the sha256 of a tensor's bytes, which an int64 holds with either sign."""
     data = values.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
     return int.from_bytes(hashlib.sha256(data).digest()[:7], "little")

@@ -1,4 +1,4 @@
-"""Where tensors are made and in which dtype; which dtype sums are kept in."""
+"""The device and dtype that tensors are made with, and the dtype that sums accumulate in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class FactoryKwargs(TypedDict, total=False):
-    """What torch's own modules call factory_kwargs: the two keywords that a layer hands on to its parts.
+    """The keywords that a layer passes on to its parts; torch's own modules call them factory_kwargs.
 
     factory: FactoryKwargs = {"device": device, "dtype": dtype}
     self.up = Linear(d, h, normal(std), **factory)
@@ -19,6 +19,8 @@ class FactoryKwargs(TypedDict, total=False):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What norms, softmax, scan, router and loss of inputs of `dtype` compute in: float32, or float64 where
-    they are float64."""
+    """The dtype that norms, softmax, scan, router and loss compute in, for inputs of `dtype`.
+
+    float64 for float64 inputs, float32 for all others.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32

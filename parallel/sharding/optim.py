@@ -1,7 +1,7 @@
-"""AdamW over the local shards of sharded modules, and the true global gradient norm.
+"""AdamW over the local shards of sharded modules, and the global gradient norm.
 
-The update runs on plain local tensors in one fused call; DTensors appear only at the edges (checkpoint,
-global shapes), because dispatching every elementwise update through them costs more than the update.
+The update runs on plain local tensors in one fused call. DTensors appear only at the edges (checkpoints,
+global shapes), because dispatching every elementwise update through them costs more than the update itself.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.sharding.param import declared, local
-from parallel.sharding.shard import model_cuts
+from parallel.sharding.shard import sharded_dims
 from parallel.topology.mesh import ModuleMesh
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """Hyper-parameters (Loshchilov and Hutter, arXiv 1711.05101). Weight decay spares vectors and scalars."""
+    """Hyper-parameters of AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+
+    betas: decay rates of the first and the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled decay, times the learning rate. Vectors and scalars do not decay.
+    """
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -30,9 +35,16 @@ class AdamW:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One parameter as the optimizer sees it: `weight` is 1 / number of ranks that hold the same elements;
-    partial: its gradient is summed over tp; shared: over the first and the last pipeline rank; scalar: over
-    the ranks that FSDP shards the others over."""
+    """One parameter as the optimizer sees it.
+
+    name: full name in the module.
+    param: the module's parameter, a DTensor where it is sharded.
+    local: this rank's shard as a plain parameter, sharing memory with `param`.
+    weight: 1 / number of ranks that hold the same elements, its weight in the gradient norm.
+    partial: whether its gradient is summed over tp.
+    shared: whether its gradient is summed over the first and the last pipeline rank.
+    scalar: whether its gradient is summed over the data ranks, which FSDP does for all others.
+    """
 
     name: str
     param: nn.Parameter
@@ -44,12 +56,15 @@ class _Shard:
 
 
 class ShardedOptimizer:
-    """Optimizer of the parts of one module on this rank; state is sharded exactly as the parameters are.
+    """AdamW of one module's parameters on this rank; its state is sharded exactly as the parameters are.
 
-    parts: its pipeline stages here, which name parameters as the whole module does. shared: parameters that
-    the first and the last stage both hold, with equal values: they get the sum of their gradients.
-    Call order of a step: collect(), norm_squared() (summed over the job by the caller), scale(), step().
-    A parameter without gradient (its module was skipped for the whole step) keeps value and state.
+    parts: the module's pipeline stages on this rank, whose parameters have the names of the whole module.
+    shared: names of parameters that the first and the last stage both hold, with equal values. Both get the
+        sum of their gradients.
+
+    A step calls collect(), norm_squared() (which the caller sums over the job), scale() and step(), in this
+    order. A parameter without a gradient keeps its value and state: its module was skipped for the whole
+    step.
     """
 
     def __init__(
@@ -65,12 +80,18 @@ class ShardedOptimizer:
         for name, param, spec in (entry for part in parts for entry in declared(part)):
             if not param.requires_grad:
                 continue
-            replicas = mesh.axes.tp.size if spec.view == "dense" and not model_cuts(spec, mesh) else 1
-            partial, twice = spec.partial and replicas > 1, name in shared
-            data = local(param.detach())
-            copies = mesh.data.size() if not param.ndim else 1
-            weight = 1.0 / (replicas * copies * (2 if twice else 1))
-            shard = _Shard(name, param, nn.Parameter(data), weight, partial, twice, not param.ndim)
+            replicas = mesh.axes.tp.size if spec.view == "dense" and not sharded_dims(spec, mesh) else 1
+            scalar, twice = not param.ndim, name in shared
+            copies = replicas * (mesh.data.size() if scalar else 1) * (2 if twice else 1)
+            shard = _Shard(
+                name=name,
+                param=param,
+                local=nn.Parameter(local(param.detach())),
+                weight=1.0 / copies,
+                partial=spec.partial and replicas > 1,
+                shared=twice,
+                scalar=scalar,
+            )
             self.shards.append(shard)
         assert mesh.ends is not None or not any(s.shared for s in self.shards), "the mesh must tie its ends"
         decay = [s.local for s in self.shards if s.param.ndim > 1]
@@ -88,21 +109,25 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Bring the gradients onto the local shards; sum those of scalars over the data, those that are
-        partial over tp, and those of weights that both ends of the pipeline hold, in one message each."""
+        """Move the gradients to the local shards and complete their sums over ranks.
+
+        Gradients of scalars are summed over the data ranks, partial ones over tp, and those of shared
+        parameters over both ends of the pipeline: one message for each of the three groups.
+        """
         for s in self.shards:
             s.local.grad = None if s.param.grad is None else local(s.param.grad)
         data = self.mesh.data
         _sum([s for s in self.shards if s.scalar], data.get_group() if data.size() > 1 else None)
-        # By declaration, not by presence: whether a module ran in a step is the same on all its ranks.
+        # Declarations choose the parameters. Gradients are absent only where the module was skipped, and a
+        # module is skipped on all its ranks or on none, so the messages match.
         _sum([s for s in self.shards if s.partial], self.mesh.axes.tp.group)
         _sum([s for s in self.shards if s.shared], self.mesh.ends)
 
     @torch.no_grad()
     def norm_squared(self) -> float:
-        """This rank's share of the squared gradient norm: summed over the module's ranks it is the true one.
+        """This rank's part of the squared gradient norm, whose sum over the module's ranks is the whole.
 
-        Replicated parameters count once. Not finite where any gradient here is not.
+        Each replica of a parameter contributes an equal part. Not finite where a gradient here is not finite.
         """
         pairs = [(s.local.grad, s.weight) for s in self.shards if s.local.grad is not None]
         if not pairs:
@@ -113,13 +138,13 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
-        """Multiply every gradient, for clipping."""
+        """Multiply every gradient by `factor`, for clipping."""
         grads = [s.local.grad for s in self.shards if s.local.grad is not None]
         if grads and factor != 1.0:
             torch._foreach_mul_(grads, factor)
 
     def step(self, lr: float) -> None:
-        """Update with learning rate `lr` and drop the gradients."""
+        """Update the parameters with learning rate `lr` and drop the gradients."""
         if self.adam is not None:
             for group in self.adam.param_groups:
                 group["lr"] = lr
@@ -129,9 +154,10 @@ class ShardedOptimizer:
             s.local.grad = None
 
     def moments(self) -> dict[str, Tensor]:
-        """Optimizer state: "name.exp_avg" and "name.exp_avg_sq" laid out as the parameter, and "name.step".
+        """Optimizer state: "NAME.exp_avg" and "NAME.exp_avg_sq", sharded as the parameter, and "NAME.step".
 
-        Missing state (no step yet) is created as zeros, so that a checkpoint can be loaded into it in place.
+        State that does not exist before the first step is created as zeros, so a checkpoint can be loaded in
+        place.
         """
         out: dict[str, Tensor] = {}
         for s in self.shards:
@@ -148,18 +174,18 @@ class ShardedOptimizer:
 
 
 def _sum(shards: Sequence[_Shard], group: dist.ProcessGroup | None) -> None:
-    """Add up the gradients of `shards` over `group`."""
+    """Sum the gradients of `shards` over `group`, in place and in one message."""
     grads = [s.local.grad for s in shards if s.local.grad is not None]
     if not grads or group is None:
         return
     flat = torch.cat([g.reshape(-1) for g in grads])
     dist.all_reduce(flat, group=group)
-    for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+    for g, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
         g.copy_(part.view_as(g))
 
 
 def shaped_as(param: Tensor, shard: Tensor) -> Tensor:
-    """`shard` as a DTensor laid out like `param`, sharing memory; plain where the parameter is plain."""
+    """`shard` as a DTensor that is sharded like `param` and shares memory; plain where `param` is plain."""
     if not isinstance(param, DTensor):
         return shard
     return DTensor.from_local(

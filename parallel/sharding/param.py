@@ -1,12 +1,12 @@
-"""Parameters declared once, by their global shape: how they start, and how they are cut.
+"""Parameters declared once, by their global shape: how they start, and how they are sharded.
 
 A layer declares every parameter with its global shape, an initial distribution and the dim that an axis
-cuts. Nothing else in the project needs to know a parameter's name: sharding, initialisation, gradient
-norms and checkpoints all work from these declarations.
+shards. Sharding, initialisation, gradient norms and checkpoints all work from these declarations, so nothing
+else in the project needs to know a parameter's name.
 
-Initial values are a function of (seed, full name, global element index) alone (design law 3), so a layout
-never changes what a run starts from. A counter-based generator (splitmix64) makes any shard of a tensor
-directly, on any device.
+Initial values are a function of (seed, full name, global element index) alone (law 3), so a layout never
+changes what a run starts from. A counter-based generator (splitmix64; Steele et al., OOPSLA 2014) makes any
+shard of a tensor directly, on any device.
 """
 
 from __future__ import annotations
@@ -26,29 +26,36 @@ from parallel.topology.layout import View
 
 @dataclass(frozen=True)
 class Init:
-    """An initial distribution: two independent uniforms in (0, 1), float64, to values of the same shape."""
+    """An initial distribution.
+
+    draw: maps two independent uniforms in (0, 1), float64 tensors of one shape, to values of that shape.
+    """
 
     draw: Callable[[Tensor, Tensor], Tensor]
 
 
 def constant(value: float) -> Init:
+    """Every element is `value`."""
     return Init(lambda u, v: torch.full_like(u, value))
 
 
 def normal(std: float) -> Init:
-    """Box-Muller in float64."""
+    """Normal with mean 0 and deviation `std`, by Box-Muller in float64."""
     return Init(lambda u, v: std * torch.sqrt(-2.0 * torch.log(u)) * torch.cos(2.0 * math.pi * v))
 
 
 def uniform(low: float, high: float) -> Init:
+    """Uniform in (low, high)."""
     return Init(lambda u, v: low + (high - low) * u)
 
 
 @dataclass(frozen=True)
 class Given:
-    """Initial values that are there already, of a parameter's global shape.
+    """Initial values that exist already.
 
-    keyed: they do not depend on what was made before them, as those from a generator's sequence do.
+    values: a tensor of the parameter's global shape.
+    keyed: True where the values depend on a key alone. Values drawn from a running generator are not keyed:
+        they depend on what was drawn before them.
     """
 
     values: Tensor
@@ -57,15 +64,16 @@ class Given:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """What must be known of a parameter beyond its global shape.
+    """What sharding, initialisation and the optimizer know of a parameter beyond its global shape.
 
-    init: how it starts; None once values that were Given are in place, for they are not kept twice.
-    shard_dim: the dim cut evenly over the view's axis (tp for dense, ep for expert), None if replicated.
-    etp_dim: a second dim of an expert parameter, cut evenly over etp; None where each expert is whole.
-    partial: a replicated parameter whose gradient differs between tp ranks because they saw different
-        tokens; the gradients are summed over tp once per step.
-    precise: kept and gathered in the parameter dtype when the rest computes in bfloat16.
-    trained: False for one that is never trained, whatever its module does.
+    init: how it starts. None once Given values are in the parameter itself, which frees the copy here.
+    shard_dim: the dim sharded evenly over the view's axis (tp for dense, ep for expert). None: replicated.
+    view: "dense" (sharded over tp and the data ranks) or "expert" (over ep, etp and edp).
+    partial: True for a replicated parameter whose gradient differs between tp ranks, because they saw
+        different tokens or heads. These gradients are summed over tp once a step.
+    precise: True for a parameter that is gathered in its stored dtype where the rest computes in bfloat16.
+    etp_dim: a second dim of an expert parameter, sharded evenly over etp. None: each expert is whole.
+    trained: False for a parameter that is never trained, whatever its module does.
     """
 
     init: Init | Given | None
@@ -88,14 +96,15 @@ def declare(
 ) -> None:
     """Register parameter `name` of global `shape` on `module`.
 
-    spec: how it starts, in a ParamSpec where an axis shards it or more is to be said of it.
+    spec: a bare Init declares a replicated dense parameter; anything else needs a ParamSpec.
+    device, dtype: of the parameter, as torch.empty() takes them.
     """
     module.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
     set_spec(module, name, ParamSpec(spec) if isinstance(spec, Init) else spec)
 
 
 def set_spec(module: nn.Module, name: str, spec: ParamSpec) -> None:
-    """Declare what `spec` says of the parameter `name` that is registered on `module`."""
+    """Attach `spec` to the parameter `name` that is registered on `module`."""
     module.__dict__.setdefault("_param_specs", {})[name] = spec
 
 
@@ -109,25 +118,33 @@ def declare_buffer(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Register buffer `name` that starts with `value` everywhere, on any device, the meta device too."""
+    """Register buffer `name` of `shape`, filled with `value`.
+
+    The value is recorded, so materialise() can restore a buffer that was made on the meta device.
+    """
     buffer = torch.full(shape, value, device=device, dtype=dtype)
     module.register_buffer(name, buffer, persistent=persistent)
     module.__dict__.setdefault("_buffer_values", {})[name] = value
 
 
 def buffer_value(module: nn.Module, name: str) -> float | None:
-    """What a buffer on `module` itself was declared to start with; None where it was not declared."""
-    return module.__dict__.get("_buffer_values", {}).get(name)
+    """The value that buffer `name` of `module` itself was declared with; None where it was not declared."""
+    values: dict[str, float] = module.__dict__.get("_buffer_values", {})
+    return values.get(name)
 
 
 def own_specs(module: nn.Module) -> dict[str, ParamSpec]:
     """The declarations of the parameters registered on `module` itself, by short name."""
-    return module.__dict__.get("_param_specs", {})
+    specs: dict[str, ParamSpec] = module.__dict__.get("_param_specs", {})
+    return specs
 
 
 def declared(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:
-    """(full name, parameter, spec) of every parameter below `module`, in registration order; one that has
-    several names comes once. Raises ValueError for a parameter that was not declared."""
+    """(full name, parameter, spec) of every parameter below `module`, in registration order.
+
+    A parameter with several names comes once, under its first. Raises ValueError for a parameter that was
+    not declared.
+    """
     seen: set[int] = set()
     for prefix, sub in module.named_modules():
         specs = own_specs(sub)
@@ -136,8 +153,8 @@ def declared(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]
             if name not in specs:
                 raise ValueError(
                     f"parameter {full} was not declared; needed: parallel.sharding.adopt(module) around the "
-                    f"{type(sub).__name__} that has it, or around what that is part of, which keeps the "
-                    "values that it has now, or parallel.sharding.declare() in place of nn.Parameter"
+                    f"{type(sub).__name__} that has it, or around a module that contains it, which keeps the "
+                    "present values; or parallel.sharding.declare() in place of nn.Parameter"
                 )
             if id(param) not in seen:
                 seen.add(id(param))
@@ -145,7 +162,7 @@ def declared(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]
 
 
 def keep_whole(module: nn.Module) -> None:
-    """Declare that no axis cuts the parameters below `module`: each tp or ep rank holds them whole."""
+    """Declare that no axis shards the parameters below `module`: each tp or ep rank holds them whole."""
     for sub in module.modules():
         specs = own_specs(sub)
         specs.update({name: replace(spec, shard_dim=None, etp_dim=None) for name, spec in specs.items()})
@@ -154,7 +171,7 @@ def keep_whole(module: nn.Module) -> None:
 def local(param: Tensor | nn.Module) -> Tensor:
     """This rank's shard of a parameter as a plain tensor, differentiable.
 
-    The type admits modules only because that is how type checkers see an attribute of a module.
+    The annotation admits modules because type checkers see a module's attribute as Tensor | Module.
     """
     assert isinstance(param, Tensor)
     return param.to_local() if isinstance(param, DTensor) else param
@@ -171,7 +188,7 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    # int64 shifts are arithmetic; splitmix64 wants logical ones.
+    # int64 shifts are arithmetic; splitmix64 needs logical ones.
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -183,7 +200,7 @@ def _splitmix64(counter: Tensor, key: int) -> Tensor:
 
 
 def _unit(bits: Tensor) -> Tensor:
-    # 53 bits, centred in their cell: never 0 and never 1, so that log() is finite.
+    # The top 53 bits, centred in their cell: never 0 and never 1, so log() is finite.
     return (_shift_right(bits, 11).to(torch.float64) + 0.5) * 2.0**-53
 
 
@@ -193,17 +210,21 @@ def _key(seed: int, name: str) -> int:
 
 @contextmanager
 def seeded(name: str, seed: int) -> Iterator[None]:
-    """Torch's generator on the CPU begins as a function of (seed, name), and goes on afterwards as if nothing
-    had been drawn. For modules that draw their initial values themselves."""
+    """Seed torch's CPU generator from (seed, name), for modules that draw their own initial values.
+
+    On exit the generator returns to its state from before.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_key(seed, name) >> 1)
         yield
 
 
 def initial_values(name: str, seed: int, init: Init | Given | None, index: Tensor) -> Tensor:
-    """Initial values of the elements of parameter `name` with global linear `index` (int64): float64, or in
-    the dtype in which they are given."""
-    assert init is not None, f"{name}: its given values are in place and not kept"
+    """Initial values of the elements of parameter `name` at the global linear indices `index` (int64).
+
+    The result is float64, or has the dtype of Given values; its shape is that of `index`.
+    """
+    assert init is not None, f"{name}: its given values are in the parameter and no longer kept"
     if isinstance(init, Given):
         return init.values.reshape(-1)[index.to(init.values.device)].to(index.device)
     key = _signed(_key(seed, name))
@@ -213,7 +234,10 @@ def initial_values(name: str, seed: int, init: Init | Given | None, index: Tenso
 
 
 def global_index(shape: tuple[int, ...], held: list[Tensor]) -> Tensor:
-    """Linear indices in a tensor of global `shape` of the block held[0] x held[1] x .. (indices per dim)."""
+    """Linear indices, in a tensor of global `shape`, of a block of its elements.
+
+    held[d]: the block's indices in dim d. Returns int64 [len(held[0]), len(held[1]), ..].
+    """
     index = torch.zeros((), dtype=torch.int64, device=held[0].device if held else None)
     for size, dim_index in zip(shape, held, strict=True):
         index = index.unsqueeze(-1) * size + dim_index
@@ -222,7 +246,7 @@ def global_index(shape: tuple[int, ...], held: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, name: str) -> None:
-    """Fill the whole, unsharded parameters of `module`, called `name` in the model graph."""
+    """Fill the parameters of an unsharded `module`, called `name` in the model graph; see materialise()."""
     for full, param, spec in declared(module):
         held = [torch.arange(n, device=param.device) for n in param.shape]
         values = initial_values(f"{name}.{full}", seed, spec.init, global_index(tuple(param.shape), held))

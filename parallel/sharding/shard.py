@@ -1,7 +1,8 @@
 """Sharding a module over its mesh, and making its initial weights shard by shard.
 
-Weights declared with a shard dim become DTensors over tp (dense view) or ep (expert view); then FSDP2 cuts
-everything over dp, or edp for experts. Gradients are pure sums (design law 2): no averaging anywhere.
+Weights declared with a shard dim become DTensors over tp (dense view) or ep and etp (expert view). Then FSDP2
+shards every parameter over the data ranks (dp with cp), or over edp for experts. Gradients are summed and
+never averaged (law 2).
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from parallel.topology.mesh import ModuleMesh
 
 @dataclass(frozen=True)
 class ShardPolicy:
-    """How FSDP2 holds a module.
+    """How FSDP2 shards a module.
 
-    layers: submodules that are gathered and freed on their own; empty means the module as one unit, which
-        costs two collectives a step and keeps the gathered weights from forward to backward.
-    compute_dtype: dtype that weights are gathered in (None: as stored); gradients are reduced in the stored
-        dtype. precise: submodules whose weights are gathered as stored all the same.
+    layers: submodules that are gathered and freed on their own. Empty: the module is one unit, which costs
+        two collectives a step and keeps the gathered weights from forward to backward.
+    compute_dtype: dtype that weights are gathered in; None: the stored dtype. Gradients are reduced in the
+        stored dtype either way.
+    precise: submodules whose weights are gathered in the stored dtype whatever compute_dtype is.
     """
 
     layers: Sequence[nn.Module] = ()
@@ -51,13 +53,15 @@ class ShardPolicy:
 def shard_module(
     module: nn.Module, mesh: ModuleMesh, policy: ShardPolicy, *, param_dtype: torch.dtype
 ) -> None:
-    """Cut `module`, built on the meta device with its global shapes, over `mesh`, in place.
+    """Shard `module`, built on the meta device with its global shapes, over `mesh`, in place.
 
-    Afterwards call materialise(). Every rank of the module must call this alike.
+    Collective over the module's ranks: each must call it with the same arguments. Call materialise() next.
+    param_dtype: dtype that parameters are stored in and gradients are reduced in. Raises ValueError for a dim
+    that its axes do not divide.
     """
     for sub in module.modules():
         for name, spec in own_specs(sub).items():
-            _cut(sub, name, spec, mesh)
+            _to_dtensor(sub, name, spec, mesh)
     mixed = MixedPrecisionPolicy(
         param_dtype=policy.compute_dtype, reduce_dtype=param_dtype, cast_forward_inputs=False
     )
@@ -75,19 +79,19 @@ def shard_module(
     _fully_shard(module, mesh, "dense", mixed, False)
     for sub in module.modules():
         if isinstance(sub, FSDPModule):
-            # The order matters: gloo has no pre-multiplied sum, which a bare divide factor would choose.
+            # The order matters: a divide factor alone would choose a pre-multiplied sum, which gloo lacks.
             sub.set_force_sum_reduction_for_comms(True)
             sub.set_gradient_divide_factor(1.0)
 
 
-def _cut(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
-    """Replace a parameter of global shape (on meta) by a DTensor over tp, ep or etp, if it is cut."""
-    cuts = model_cuts(spec, mesh)
-    if not cuts:
+def _to_dtensor(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
+    """Replace a parameter of global shape (on meta) by a DTensor over tp, ep or etp, where these shard it."""
+    sharded = sharded_dims(spec, mesh)
+    if not sharded:
         return
     old = getattr(sub, name)
     shape = list(old.shape)
-    for axis, dim in cuts.items():
+    for axis, dim in sharded.items():
         size = mesh.over(spec.view, axis).size()
         if shape[dim] % size:
             raise ValueError(
@@ -96,8 +100,8 @@ def _cut(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
             )
         shape[dim] //= size
     shard = torch.empty(shape, dtype=old.dtype, device=old.device)
-    over = mesh.over(spec.view, *cuts)
-    tensor = DTensor.from_local(shard, over, [Shard(dim) for dim in cuts.values()], run_check=False)
+    over = mesh.over(spec.view, *sharded)
+    tensor = DTensor.from_local(shard, over, [Shard(dim) for dim in sharded.values()], run_check=False)
     setattr(sub, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
 
 
@@ -106,25 +110,29 @@ def _fully_shard(
 ) -> None:
     over = mesh.data if view == "dense" else mesh.over("expert", "edp")
     dims = {
-        id(param): data_dim(tuple(local(param).shape), model_cuts(spec, mesh).values(), over.size())
+        id(param): data_dim(tuple(local(param).shape), sharded_dims(spec, mesh).values(), over.size())
         for _, param, spec in declared(sub)
         if param.ndim
     }
-    sub.register_forward_hook(_own)  # before FSDP's own, which hooks into the backward of the output
+    # Registered before FSDP's own hook, which attaches FSDP's backward to the output.
+    sub.register_forward_hook(_without_views)
     fully_shard(
         sub,
         mesh=over,
         mp_policy=mp_policy,
         reshard_after_forward=reshard,
         shard_placement_fn=lambda p: Shard(dims[id(p)]),
-        # FSDP takes no scalars: these are whole on each rank, and the optimizer sums their gradients.
+        # FSDP refuses scalars. They stay whole on each rank, and the optimizer sums their gradients.
         ignored_params={p for p in sub.parameters() if not p.ndim},
     )
 
 
-def _own(sub: nn.Module, args: Any, output: Any) -> Any:
-    """The output without views: FSDP's hook on a view is lost, and gradients are wrong, once the view is
-    written to; it warns of every one."""
+def _without_views(sub: nn.Module, args: Any, output: Any) -> Any:
+    """The output with every view cloned.
+
+    An in-place write to a view drops the hook that FSDP put on it, and gradients are then wrong. FSDP warns
+    of every view.
+    """
     if not torch.is_grad_enabled():
         return output
     return tree_map_only(
@@ -132,40 +140,46 @@ def _own(sub: nn.Module, args: Any, output: Any) -> Any:
     )
 
 
-def model_cuts(spec: ParamSpec, mesh: ModuleMesh) -> dict[str, int]:
-    """The axes that cut a parameter in this layout, each with the dim that it cuts; empty where it is whole
-    on each rank."""
+def sharded_dims(spec: ParamSpec, mesh: ModuleMesh) -> dict[str, int]:
+    """By axis (tp, ep, etp), the dim of a parameter that it shards in this layout.
+
+    Axes of one rank are left out. Empty where every model-parallel rank holds the parameter whole.
+    """
     wanted = {"tp": spec.shard_dim} if spec.view == "dense" else {"ep": spec.shard_dim, "etp": spec.etp_dim}
     axes = {"tp": mesh.axes.tp, "ep": mesh.axes.ep, "etp": mesh.axes.etp}
     return {axis: dim for axis, dim in wanted.items() if dim is not None and axes[axis].size > 1}
 
 
 def data_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
-    """The mesh axis that FSDP cuts a parameter over: dp, or edp for experts where that differs."""
+    """The mesh that FSDP shards a parameter over: the data ranks, or edp for experts where that differs."""
     return mesh.over("expert", "edp") if spec.view == "expert" and mesh.folded else mesh.data
 
 
-def data_dim(shape: tuple[int, ...], cuts: Collection[int], size: int) -> int:
-    """Which dim FSDP cuts over `size` ranks, for a parameter of `shape` after its dims `cuts` were cut.
+def data_dim(shape: tuple[int, ...], sharded: Collection[int], size: int) -> int:
+    """The dim that FSDP shards over `size` ranks.
 
-    Dim 0 may be cut unevenly, others only evenly (FSDP2). A dim that is cut already is left alone where
-    another one divides, since a dim cut twice is interleaved in the global tensor.
+    shape: of the parameter, after model-parallel axes have sharded its dims `sharded`. FSDP2 may shard dim 0
+    unevenly, and other dims only evenly. An unsharded dim that divides is preferred, because a dim that is
+    sharded twice is interleaved in the global tensor.
     """
-    if 0 not in cuts or size == 1:
+    if 0 not in sharded or size == 1:
         return 0
-    return next((d for d in range(1, len(shape)) if d not in cuts and shape[d] % size == 0), 0)
+    return next((d for d in range(1, len(shape)) if d not in sharded and shape[d] % size == 0), 0)
 
 
 def held_indices(shape: tuple[int, ...], spec: ParamSpec, mesh: ModuleMesh) -> list[Tensor]:
-    """Global indices per dim of the elements that this rank holds of a parameter of global `shape`."""
+    """Global indices, int64 for each dim, of the elements that this rank holds of a parameter.
+
+    shape: the parameter's global shape.
+    """
     held = [torch.arange(n) for n in shape]
-    cuts = model_cuts(spec, mesh)
-    for axis, dim in cuts.items():
+    sharded = sharded_dims(spec, mesh)
+    for axis, dim in sharded.items():
         held[dim] = _chunk(held[dim], mesh.over(spec.view, axis))
     if not shape:
         return held
     over = data_mesh(spec, mesh)
-    dim = data_dim(tuple(len(h) for h in held), cuts.values(), over.size())
+    dim = data_dim(tuple(len(h) for h in held), sharded.values(), over.size())
     held[dim] = _chunk(held[dim], over)
     return held
 
@@ -186,19 +200,23 @@ def materialise(
     device: torch.device,
     again: Callable[[], nn.Module] | None = None,
 ) -> None:
-    """Allocate this rank's shards and fill them with the initial weights of the module called `name`.
+    """Allocate this rank's shards of a sharded module and fill them with its initial weights.
 
-    No rank ever holds more than its own shard, but of values that a parameter was given, which are freed.
-    Buffers have the values that the module was made with. again: makes the module on the CPU, which is called
-    where a buffer was made on the meta device and so has no value. Every rank of the module must call this
-    alike; raises ValueError for a buffer without a value, and for given values that differ between ranks.
+    Collective over the module's ranks: each must call it with the same arguments. A rank never holds more
+    than its own shards, except for Given values, which this call frees. Buffers keep the values that the
+    module was made with.
+
+    seed, name: initial weights are a function of both; `name` is the module's name in the model graph.
+    again: makes the module on the CPU. It is called only where a buffer was made on the meta device, and so
+        has no value.
+    Raises ValueError for a buffer without a value, and for given values that differ between ranks.
     """
     given = {full: spec.init.values for full, _, spec in declared(module) if isinstance(spec.init, Given)}
     check_given(given, mesh.stage, device)
     del given
     buffers, ties = _buffers(module, again), _ties(module)
     module.to_empty(device=device)
-    for tie in ties:  # to_empty makes a parameter for each name
+    for tie in ties:  # to_empty() makes a separate parameter for each name
         for sub, key in tie[1:]:
             setattr(sub, key, getattr(*tie[0]))
     for sub, key, value in buffers:
@@ -216,17 +234,19 @@ def materialise(
 
 
 def _ties(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The places, module and name, of each parameter that has several."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    """For each tied parameter, the modules that register it, each with the name that it has there."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for sub in module.modules():
         for key, param in sub.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(id(param), []).append((sub, key))
-    return [found for found in places.values() if len(found) > 1]
+            owners.setdefault(id(param), []).append((sub, key))
+    return [found for found in owners.values() if len(found) > 1]
 
 
 def _buffers(module: nn.Module, again: Callable[[], nn.Module] | None) -> list[tuple[nn.Module, str, Tensor]]:
-    """(module, name, value on the CPU or where it is) of every buffer; one that has several names is one
-    tensor afterwards too."""
+    """(module, name, value) of every buffer, on the CPU or on the device it was made on.
+
+    A buffer with several names is one tensor here too. again: see materialise().
+    """
     values: dict[int, Tensor] = {}
     made: dict[str, Tensor] = {}
     out = []
@@ -250,7 +270,7 @@ def _made_again(full: str, buffer: Tensor, made: Mapping[str, Tensor]) -> Tensor
     found = made.get(full)
     if found is None or found.is_meta or (found.shape, found.dtype) != (buffer.shape, buffer.dtype):
         raise ValueError(
-            f"buffer {full} was made on the meta device, so that it has no value; needed: buffers made on "
-            "the CPU, without device=, or parallel.sharding.param.declare_buffer()"
+            f"buffer {full} was made on the meta device, so it has no value; needed: buffers made on the "
+            "CPU, without device=, or parallel.sharding.param.declare_buffer()"
         )
     return found.contiguous()

@@ -1,8 +1,8 @@
 """One product with several weights that read the same input, each a parameter of its own.
 
-Joined weights that autograd keeps for the backward are a copy of them for every micro-batch in flight, which
-sharding does not free. Here the parts are kept, which are the weights themselves, and are joined again in the
-backward: one copy more in passing, for none kept.
+F.linear(x, torch.cat(weights)) would keep the joined copy of the weights for the backward of every
+micro-batch in flight, and FSDP could not free it. This function keeps the weights themselves and joins them
+again in the backward. It trades one temporary copy for none kept.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ from torch import Tensor
 
 
 def joined_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None = None) -> Tensor:
-    """x [T, d_in] times each of the weights [n, d_in], with their biases [n]: [T, sum of all n]."""
-    return _JoinedLinear.apply(x, *weights, *(biases or ()))
+    """x [T, d_in] times each weight [n_i, d_in], plus its bias [n_i]: [T, sum of n_i]."""
+    # torch leaves Function.apply untyped.
+    out: Tensor = _JoinedLinear.apply(x, *weights, *(biases or ()))  # type: ignore[no-untyped-call]
+    return out
 
 
-# The name of the product's autograd node, whose inputs are x, the weights, and as many biases or none.
+# The name of the product's autograd node. Its inputs are x, the weights, then as many biases or none.
 NODE = "_JoinedLinearBackward"
 
 
 def let_weights_wait(node: Any) -> None:
-    """The node's backward will leave out the weights' gradients, which weights_factors() are for."""
+    """Make the node's backward skip the weights' gradients; weights_factors() gives them later."""
     node.weights_wait = True
 
 
 def weights_factors(node: Any, grad: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """(a, b, rows of each weight): a @ b is the gradient of the weights, one below another. grad: of the
-    product, before its backward is through."""
+    """(a, b, rows of each weight), where a @ b is the gradient of the concatenated weights.
+
+    grad: the gradient of the product. Call this before the node's backward frees its saved tensors.
+    """
     x, *weights = node.saved_tensors
     return grad.mT, x, tuple(len(w) for w in weights)
 
@@ -54,7 +58,7 @@ class _JoinedLinear(torch.autograd.Function):
         d_biases: Sequence[Tensor | None] = [None] * (len(needs) - len(sizes))
         d_x = grad @ torch.cat(weights) if needs_x else None
         if any(needs[: len(sizes)]) and not ctx.weights_wait:
-            d_weights = (grad.mT @ x).split(sizes)
+            d_weights = torch.split(grad.mT @ x, sizes)
         if any(needs[len(sizes) :]):
-            d_biases = grad.sum(0).split(sizes)
+            d_biases = torch.split(grad.sum(0), sizes)
         return d_x, *d_weights, *d_biases

@@ -1,8 +1,9 @@
 """Tensor-parallel linear layers and the vocabulary-parallel embedding.
 
-Megatron's pair (arXiv 1909.08053): a column-parallel layer cuts the output features, a row-parallel one the
-input features, so that a block needs one collective going in and one coming out. With sequence
-parallelism (arXiv 2205.05198) these are an all-gather and a reduce-scatter of tokens instead.
+Megatron-LM's pair (Shoeybi et al., arXiv 1909.08053, section 3): a column-parallel layer shards the output
+features and a row-parallel layer the input features, so a block needs one collective on entry and one on
+exit. With sequence parallelism (Korthikanti et al., arXiv 2205.05198, section 4.2) they become an all-gather
+and a reduce-scatter of tokens.
 """
 
 from __future__ import annotations
@@ -20,21 +21,26 @@ from parallel.topology.axis import Axes, Axis
 
 
 def enter(x: Tensor, axes: Axes) -> Tensor:
-    """Tokens as kept between blocks to all tokens [T, ..], ready for column-parallel weights."""
+    """Tokens as kept between blocks, to all tokens [T, ..] for column-parallel weights.
+
+    Between blocks a rank keeps its [T / tp, ..] with sequence parallelism, else all tokens.
+    """
     return gather_tokens(x, axes.tp) if axes.sequence_parallel else copy_in(x, axes.tp)
 
 
 def leave(x: Tensor, axes: Axes) -> Tensor:
-    """Partial sums [T, ..] of row-parallel weights to tokens as kept between blocks."""
+    """Partial sums [T, ..] of row-parallel weights to their sum over tp, of tokens kept between blocks."""
     return reduce_tokens(x, axes.tp) if axes.sequence_parallel else reduce_out(x, axes.tp)
 
 
 class Linear(nn.Module):
-    """y = x W^T + b with W [d_out, d_in]; `shard` cuts it over tp: "column" d_out, "row" d_in, None nothing.
+    """y = x W^T + b with W [d_out, d_in] and b [d_out]; x [.., d_in], y [.., d_out].
 
-    The layer does no communication of its own: surround it with enter() and leave(). A row-parallel bias
-    would be added once per rank, so only column and unsharded layers have one.
-    partial: the layer sees different tokens on each tp rank (its gradients are summed over tp).
+    The layer does not communicate: surround it with enter() and leave().
+
+    shard: what tp shards: "column" d_out, "row" d_in, None nothing.
+    bias: not with "row", where every rank would add it.
+    partial: True where tp ranks pass different tokens; the gradients are then summed over tp.
     """
 
     def __init__(
@@ -65,15 +71,20 @@ class Linear(nn.Module):
 
 
 def held_rows(ids: Tensor, rows: int, tp: Axis) -> tuple[Tensor, Tensor]:
-    """Where ids [T] are among the `rows` rows that this rank holds of a vocabulary cut over tp, and whether
-    they are (bool). The place is 0 for those that are not; negative ids are on no rank."""
+    """(row, held), both [T]: local row of each id in a vocabulary sharded over tp, and whether it is here.
+
+    rows: rows of the vocabulary on each rank. Where held is False the row is 0; negative ids are on no rank.
+    """
     own = ids - tp.rank * rows
     held = (own >= 0) & (own < rows)
     return own * held, held
 
 
 class VocabEmbedding(nn.Module):
-    """Embedding table [V, d] cut over tp by vocabulary. ids [T] give partial sums [T, d]: use leave()."""
+    """Embedding table [V, d], sharded over tp by vocabulary. ids [T] give partial sums [T, d] for leave().
+
+    Raises ValueError where tp does not divide the vocabulary.
+    """
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ Layouts and stages are pure and need no torch; groups are made in mesh.py, which
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.directions import Directions
 from parallel.topology.layout import Coord, ExpertCoord, Layout, Unfit, make_layout, nearest_degrees
-from parallel.topology.stage import Stage, cut_layers, stages_of, whole
+from parallel.topology.stage import Stage, partition_layers, stages_of, whole
 
 __all__ = [
     "Axes",
@@ -18,9 +18,9 @@ __all__ = [
     "Layout",
     "Stage",
     "Unfit",
-    "cut_layers",
     "make_layout",
     "nearest_degrees",
+    "partition_layers",
     "stages_of",
     "whole",
 ]

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.topology.axis import Axes, Axis
+from parallel.topology.directions import Directions
 from parallel.topology.layout import Layout, View
 
 
@@ -38,7 +39,7 @@ class ModuleMesh:
     expert: DeviceMesh
     axes: Axes
     stage: dist.ProcessGroup
-    pipeline: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+    pipeline: Directions[dist.ProcessGroup] | None = None
     ends: dist.ProcessGroup | None = None
     _over: dict[tuple[View, tuple[str, ...]], DeviceMesh] = field(
         default_factory=dict, compare=False, repr=False
@@ -107,8 +108,16 @@ def build_mesh(
     pipeline = None
     if pipes:
         assert pipes[0] is not None and pipes[1] is not None
-        pipeline = pipes[0], pipes[1]
-    return ModuleMesh(layout, own_dense, own_expert, axes, stages[at.pp], pipeline, ends)
+        pipeline = Directions(forward=pipes[0], backward=pipes[1])
+    return ModuleMesh(
+        layout=layout,
+        dense=own_dense,
+        expert=own_expert,
+        axes=axes,
+        stage=stages[at.pp],
+        pipeline=pipeline,
+        ends=ends,
+    )
 
 
 def _mesh(

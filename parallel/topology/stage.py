@@ -32,20 +32,20 @@ def whole(n_layers: int) -> Stage:
     return Stage(0, n_layers)
 
 
-def stages_of(cuts: Sequence[int]) -> tuple[Stage, ...]:
+def stages_of(bounds: Sequence[int]) -> tuple[Stage, ...]:
     """Stages from their boundaries, [0, .., n_layers]."""
-    pairs = list(pairwise(cuts))
+    pairs = list(pairwise(bounds))
     return tuple(Stage(a, b, first=i == 0, last=i == len(pairs) - 1) for i, (a, b) in enumerate(pairs))
 
 
-def cut_layers(
+def partition_layers(
     costs: Sequence[float], n: int, *, before: float = 0.0, after: float = 0.0
 ) -> tuple[Stage, ...]:
-    """Cut layers of these costs into n contiguous stages, none empty, so that the costliest is cheapest.
+    """Partition layers into n contiguous stages, none empty, so that the costliest stage costs the least.
 
-    before, after: cost of what the first and the last stage hold beside layers (embeddings; head, loss).
-    Of the best cuts, the one with the earliest stages longest. O(n * layers^2). Raises ValueError for more
-    stages than layers.
+    costs: of each layer, in any one unit. before, after: cost of what the first and the last stage hold
+    besides layers (embeddings; head, loss), in the same unit. Ties go to longer early stages.
+    O(n * layers^2). Raises ValueError for more stages than layers.
     """
     layers = len(costs)
     if n > layers:
@@ -66,7 +66,7 @@ def cut_layers(
         for i in range(k, layers - (n - k) + 1):
             ends = range(layers - (n - k - 1), i, -1)  # longest first, so that ties keep early stages long
             best[k][i] = min(((max(cost(i, j, k), best[k + 1][j][0]), j) for j in ends), key=lambda c: c[0])
-    cuts = [0]
+    bounds = [0]
     for k in range(n):
-        cuts.append(best[k][cuts[-1]][1])
-    return stages_of(cuts)
+        bounds.append(best[k][bounds[-1]][1])
+    return stages_of(bounds)

@@ -16,7 +16,7 @@ from encoders.contract import Features, Meta
 from encoders.module import EncoderModule, hidden_shape, needed_items
 from encoders.share import encoder_row_spans
 from encoders.vit import ViT
-from parallel.topology.stage import cut_layers, whole
+from parallel.topology.stage import partition_layers, whole
 from tests.encoders.helpers import batch, gradient_error, make_axes, module
 
 NAMES = ["vit", "fastconformer"]
@@ -77,7 +77,7 @@ def compare(name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str
     axes = make_axes(*layout)
     cls = Whole if kind == "whole" else encoders.resolve(name)
     layers = extra.get("layers", 2)
-    stages = cut_layers([1.0] * layers, 2) if kind == "stages" else (whole(layers),)
+    stages = partition_layers([1.0] * layers, 2) if kind == "stages" else (whole(layers),)
     nets = [module(name, axes, cls=cls, stage=stage, **extra) for stage in stages]
     alone = module(name, cls=cls, **extra)
     for net in nets:

@@ -9,7 +9,7 @@ import encoders
 from encoders.module import build_encoder_module, check_encoder, encoder_stages, module_flops
 from encoders.vit import ViT, ViTConfig
 from parallel.topology.axis import Axes
-from parallel.topology.stage import Stage, cut_layers
+from parallel.topology.stage import Stage, partition_layers
 from tests.encoders.helpers import SIZES, SMALL, batch, module
 
 
@@ -23,7 +23,7 @@ class Plain(ViT):
 def test_stages_have_the_parameters_of_the_whole_once(name: str) -> None:
     alone = dict(module(name, layers=4).named_parameters())
     found: dict[str, torch.Tensor] = {}
-    for stage in cut_layers([1.0] * 4, 3):
+    for stage in partition_layers([1.0] * 4, 3):
         part = dict(module(name, layers=4, stage=stage).named_parameters())
         assert not found.keys() & part.keys()
         found |= part

@@ -9,29 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.config import LLMConfig
 from llm.layer import Layer
 from llm.moe import ForwardContext
 from parallel.context_parallel import ContextPacking, pack
-from parallel.context_parallel.attention import choose_method, key_costs
+from parallel.context_parallel.attention import choose_attention_method, key_costs
 from parallel.sequence.stream import Order
 from parallel.sharding.param import initialise
 from parallel.topology.axis import Axes, Axis
+from tests.llm.harness import tiny
 
-CFG = LLMConfig(
-    d_model=16,
-    n_heads=2,
-    n_kv_heads=2,
-    head_dim=8,
-    mamba_heads=4,
-    mamba_head_dim=8,
-    mamba_state=8,
-    mamba_groups=2,
-    n_experts=4,
-    top_k=2,
-    expert_ffn=8,
-    shared_ffn=8,
-)
+CFG = tiny(
+    n_heads=2, n_kv_heads=2, head_dim=8, mamba_heads=4, mamba_head_dim=8, mamba_state=8, mamba_groups=2,
+    chunk=64, n_experts=4, top_k=2, expert_ffn=8, mlp_ffn=256, init_std=0.02,
+)  # fmt: skip
 TOKENS = 1 << 12
 
 
@@ -85,6 +75,6 @@ def test_only_the_ring_bounds_the_keys_of_many_ranks() -> None:
     for cp in (8, 64):
         packing = pack([1 << 20], "cpu", Axis("cp", cp, 0, group), "zigzag")
         assert isinstance(packing, ContextPacking)
-        assert choose_method(packing, 4, 2, 8, 2) == "ring"
+        assert choose_attention_method(packing, 4, 2, 8, 2) == "ring"
         held.append(key_costs(packing, 2, 8, 2)["ring"].held)
     assert held[0] == pytest.approx(8 * held[1])

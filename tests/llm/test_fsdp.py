@@ -45,7 +45,7 @@ def only(symbol: str) -> LLMConfig:
     return replace(MODEL, pattern=symbol, mtp_layers=0, **weights)
 
 
-def lane(dp: int, microbatch: int) -> int:
+def stream_of(dp: int, microbatch: int) -> int:
     """Which stream a data-parallel rank computes."""
     return MICROBATCHES * dp + microbatch
 
@@ -53,8 +53,8 @@ def lane(dp: int, microbatch: int) -> int:
 def sharded(case: Case, mesh: ModuleMesh) -> LLM:
     """This rank's shards, with the initial weights of `build`."""
     model = LLM(case.cfg, mesh.axes, device="meta", dtype=torch.float64)
-    further = [] if model.mtp is None else list(model.mtp.layers)
-    layers = [*model.layers, *further] if case.zero == 3 else []
+    mtp = [] if model.mtp is None else list(model.mtp.layers)
+    layers = [*model.layers, *mtp] if case.zero == 3 else []
     shard_module(model, mesh, ShardPolicy(layers), param_dtype=torch.float64)
     materialise(model, mesh, seed=3, name="llm", device=torch.device("cpu"))
     for moe in model.moe_layers():
@@ -78,7 +78,7 @@ def run_case(case: Case, mesh: ModuleMesh) -> dict[str, Any]:
         last = i == MICROBATCHES - 1
         model.set_requires_gradient_sync(case.zero > 1 or last)
         model.set_is_last_backward(case.zero > 1 or last)
-        batch, weight = stream(lane(coord.dp, i), case.degrees.step, case.cfg)
+        batch, weight = stream(stream_of(coord.dp, i), case.degrees.step, case.cfg)
         share, rows = own_share(batch, mesh.axes, case.degrees, case.cfg)
         loss = model(share, {})
         sizes["forward"] = weights_held(model)
@@ -87,12 +87,12 @@ def run_case(case: Case, mesh: ModuleMesh) -> dict[str, Any]:
             sizes["gradients"] = sum(local(p.grad).numel() for p in model.parameters() if p.grad is not None)
     sizes["end"] = weights_held(model)
     optimizer.collect()
-    grads, places = {}, {}
+    grads, held = {}, {}
     for name, p, spec in declared(model):
         assert p.grad is not None, name
         grads[name] = local(p.grad).clone()
-        places[name] = held_indices(tuple(p.shape), spec, mesh)
-    return {"grads": grads, "places": places, "sizes": sizes}
+        held[name] = held_indices(tuple(p.shape), spec, mesh)
+    return {"grads": grads, "held": held, "sizes": sizes}
 
 
 def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def whole_gradients(cfg: LLMConfig, dp: int, step: int) -> dict[str, Tensor]:
     (model,) = build(cfg, Axes(), (Stage(0, len(cfg.symbols)),))
     for at in range(dp):
         for i in range(MICROBATCHES):
-            batch, weight = stream(lane(at, i), step, cfg)
+            batch, weight = stream(stream_of(at, i), step, cfg)
             (model(batch, {}) * weight).sum().backward()
     return {name: p.grad for name, p, _ in declared(model)}
 
@@ -126,13 +126,13 @@ def check(case: Case, results: list[dict[str, Any]]) -> None:
     for result in results:
         for name, grad in result["grads"].items():
             expected = whole[name]
-            for dim, index in enumerate(result["places"][name]):
+            for dim, index in enumerate(result["held"][name]):
                 expected = expected.index_select(dim, index)
             if grad.numel():
                 scale = float(whole[name].abs().max())
                 assert float((grad - expected).abs().max()) <= 1e-9 * max(scale, 1e-3), (name, case)
     for name, grad in whole.items():
-        held = [global_index(tuple(grad.shape), r["places"][name]).flatten() for r in results]
+        held = [global_index(tuple(grad.shape), r["held"][name]).flatten() for r in results]
         assert len(torch.cat(held).unique()) == grad.numel(), (name, case)  # every element is somewhere
 
 

@@ -1,8 +1,8 @@
 """No degree is ignored by any kind of layer: tp, sp and cp take work off a rank.
 
-A layer that did everything on every rank would be right, so parity alone would not notice. That ep, etp and
-tp cut weights is in test_degrees, that stages hold their own layers in test_stages, that weights are sharded
-over data in test_fsdp.
+A layer that did everything on every rank would be right, so parity alone would not notice. test_degrees shows
+that ep, etp and tp shard weights, test_stages that stages hold their own layers, test_fsdp that dp shards
+weights.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from llm.layer import Layer
 from llm.moe import ForwardContext
 from llm.mtp import MultiToken
 from parallel.context_parallel import pack
+from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import initialise
 from parallel.topology.axis import Axes
 from tests.llm.degrees import Degrees, make_axes
-from tests.llm.harness import cut
+from tests.llm.harness import shard_by_hand
 from tests.llm.test_degrees import CFG
 
 WIDE = replace(
     CFG, d_model=32, n_heads=8, n_kv_heads=8, mamba_heads=8, mamba_groups=4, mamba_head_dim=8,
     expert_ffn=32, shared_ffn=64, mlp_ffn=64, mtp_pattern="*E",
 )  # fmt: skip
-KINDS = ("M", "*", "-", "E", "further tokens")
+KINDS = ("M", "*", "-", "E", "multi-token prediction")
 TOKENS = 32
 DEGREES = {
     "tp": Degrees(2, tp=2),
@@ -44,14 +45,14 @@ def work(kind: str, degrees: Degrees, axes: Axes) -> int:
     """Operations of matrix products in this rank's forward, over its rows of TOKENS tokens."""
     packing = pack([TOKENS], "cpu", axes.cp, degrees.order)
     ctx = ForwardContext(packing, packing.total)
-    kw: dict[str, Any] = {"device": None, "dtype": torch.float64}
-    further = kind == "further tokens"
-    module: Any = MultiToken(WIDE, axes, **kw) if further else Layer(kind, WIDE, axes, **kw)
+    factory: FactoryKwargs = {"device": None, "dtype": torch.float64}
+    mtp = kind == "multi-token prediction"
+    module: Any = MultiToken(WIDE, axes, **factory) if mtp else Layer(kind, WIDE, axes, **factory)
     initialise(module, 3, "layer")
-    cut(module, axes)
+    shard_by_hand(module, axes)
     x = torch.randn(packing.total // axes.token_shards, WIDE.d_model, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        y = module(x, x, ctx) if further else module(x, ctx)
+        y = module(x, x, ctx) if mtp else module(x, ctx)
     assert y.shape == x.shape
     return int(counter.get_total_flops())
 
@@ -74,4 +75,4 @@ def test_work_is_shared(degree: str, ranks: Any, alone: list[int]) -> None:
     for i, kind in enumerate(KINDS):
         worst = max(r[i] for r in results) / alone[i]
         # Without sequence parallelism every tp rank joins all tokens with their embeddings.
-        assert worst < (0.7 if (kind, degree) == ("further tokens", "tp") else 0.55), worst
+        assert worst < (0.7 if (kind, degree) == ("multi-token prediction", "tp") else 0.55), worst

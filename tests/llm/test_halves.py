@@ -53,7 +53,7 @@ def gradients(model: LLM) -> dict[str, Tensor]:
 def test_gradients_of_weights_wait(change: dict[str, object], dtype: torch.dtype) -> None:
     cfg = replace(CFG, **change)  # type: ignore[arg-type]
     batch, _ = make_batch(TEXT, cfg.vocab_size)
-    batch = replace(batch, places={})
+    batch = replace(batch, row_positions={})
     gen = torch.Generator().manual_seed(1)
     x, grad = (torch.randn(TEXT.total, cfg.d_model, generator=gen).to(dtype) for _ in range(2))
     plain, halves = stage(cfg, dtype), stage(cfg, dtype)

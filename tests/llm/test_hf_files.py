@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llm.config import LLMConfig, param_count
+from llm.config import LLMConfig
+from llm.flops import param_count
 from llm.hf import SafeFolder, export_checkpoint, load_hf, load_weights, read_config, save_hf, write_config
 from llm.hf.config import ALIASES
 from llm.hf.weights import checkpoint_tensors, model_tensors
@@ -25,37 +26,23 @@ from llm.model import LLM
 from llm.presets import PRESETS, preset
 from mm.config.outline import llm_config
 from mm.config.schema import from_mapping
-from parallel.checkpoint import distributed as checkpoint
+from parallel import checkpoint as checkpoint
 from parallel.sharding.shard import ShardPolicy, shard_module
 from parallel.topology.layout import Layout
 from parallel.topology.mesh import build_mesh
 from parallel.topology.stage import Stage
-from tests.llm.harness import Text, make_batch
+from tests.llm.harness import Text, make_batch, tiny
 from tests.llm.oracle import oracle, run, save
 from tests.mm.harness import CONFIGS, small
 
-SMALL = LLMConfig(
-    pattern="ME*-EM",
-    d_model=24,
-    vocab_size=40,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=6,
-    mamba_heads=8,
-    mamba_head_dim=4,
-    mamba_state=5,
-    mamba_groups=2,
-    chunk=8,
-    n_experts=6,
-    top_k=2,
-    expert_ffn=10,
-    shared_ffn=14,
-    mlp_ffn=18,
-)
+SMALL = tiny(
+    pattern="ME*-EM", d_model=24, vocab_size=40, n_heads=4, n_kv_heads=2, head_dim=6, mamba_head_dim=4,
+    mamba_groups=2, n_experts=6, top_k=2, expert_ffn=10, shared_ffn=14, mlp_ffn=18, init_std=0.02,
+)  # fmt: skip
 
 
 def random_config(seed: int) -> LLMConfig:
-    """Any pattern, latent or not, grouped or not, with or without further tokens and biases."""
+    """Any pattern, latent or not, grouped or not, with or without multi-token prediction and biases."""
     r = random.Random(seed)
     latent = r.choice([None, 8])
     return replace(
@@ -152,12 +139,12 @@ def test_published_models_have_all_their_tensors(name: str) -> None:
     assert experts == 2 * cfg.n_experts * blocks
 
 
-def further_keys(pattern: str) -> set[str]:
+def mtp_keys(pattern: str) -> set[str]:
     cfg = replace(SMALL, mtp_layers=1, mtp_pattern=pattern)
     return {t.key for t in checkpoint_tensors(cfg) if t.key.startswith("mtp.")}
 
 
-def test_further_tokens_have_their_published_names() -> None:
+def test_multi_token_prediction_has_its_published_names() -> None:
     """Those of Nemotron 3 Super: what joins is in the block's first layer, the last norm in its last."""
     experts = {f"1.mixer.experts.{e}.{n}_proj.weight" for e in range(SMALL.n_experts) for n in ("up", "down")}
     shared = {f"1.mixer.shared_experts.{n}_proj.weight" for n in ("up", "down")}
@@ -165,9 +152,9 @@ def test_further_tokens_have_their_published_names() -> None:
     norms = {"0.enorm.weight", "0.hnorm.weight", "0.norm.weight", "1.norm.weight", "1.final_layernorm.weight"}
     attention = {f"0.mixer.{n}_proj.weight" for n in "qkvo"}
     expected = {"0.eh_proj.weight"} | norms | attention | gate | shared | experts
-    assert further_keys("*E") == {f"mtp.layers.{key}" for key in expected}
+    assert mtp_keys("*E") == {f"mtp.layers.{key}" for key in expected}
     joins = {"enorm", "hnorm", "eh_proj", "final_layernorm"}
-    assert {k for k in further_keys("-") if k.split(".")[3] in joins} == {
+    assert {k for k in mtp_keys("-") if k.split(".")[3] in joins} == {
         f"mtp.layers.0.{n}.weight" for n in joins
     }
 
@@ -184,15 +171,15 @@ def test_a_stored_block_is_applied_as_often_as_asked(tmp_path: Path) -> None:
     assert named().mtp_layers == 1
     twice = named(mtp_layers=2)
     assert twice == replace(named(), mtp_layers=2)
-    further = []
+    mtp = []
     for asked in (named(), twice):
         model = LLM(asked, dtype=torch.float32)
         load_weights(model, SafeFolder(folder))
         model(make_batch(Text((9, 4), 0, seed=1), 512)[0], {"vision": torch.zeros(0, cfg.d_model)})
-        further.append(float(model.take_objectives()["mtp"]))
+        mtp.append(float(model.take_objectives()["mtp"]))
         save_hf(model, tmp_path / f"out{asked.mtp_layers}")
         assert not differing(read_all(tmp_path / f"out{asked.mtp_layers}"), files)
-    assert 2 * further[1] > 1.5 * further[0] > 0  # a mean over depths
+    assert 2 * mtp[1] > 1.5 * mtp[0] > 0  # a mean over depths
     # Whether there is a block at all is part of the model.
     with pytest.raises(ValueError, match="num_nextn_predict_layers is 1 there and 0 here"):
         load_weights(LLM(named(mtp_layers=0)), SafeFolder(folder))
@@ -265,7 +252,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_straight_into_a_layout_and_back(tmp_path: Path, ranks: Any, layout: dict[str, Any]) -> None:
-    # Fewer key/value heads and scan groups than tp ranks: theirs are shared, not cut.
+    # Fewer key/value heads and scan groups than tp ranks: ranks share them.
     cfg = replace(SMALL, latent=8, mtp_layers=1, n_kv_heads=1, mamba_groups=1)
     files = write_random(cfg, tmp_path / "in", files=2)
     results = ranks(2, into_layout, str(tmp_path / "in"), cfg, layout, str(tmp_path / "job"))
@@ -277,12 +264,12 @@ def test_straight_into_a_layout_and_back(tmp_path: Path, ranks: Any, layout: dic
     assert not differing(read_all(tmp_path / "out"), files)
 
 
-@pytest.mark.parametrize("cut", [1, 3])
-def test_a_stage_reads_its_own_layers(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize("edge", [1, 3])
+def test_a_stage_reads_its_own_layers(tmp_path: Path, edge: int) -> None:
     files = write_random(SMALL, tmp_path / "in", files=2)
     whole = model_tensors(load_hf(tmp_path / "in").model)
     seen = {}
-    for stage in (Stage(0, cut, last=False), Stage(cut, 6, first=False)):
+    for stage in (Stage(0, edge, last=False), Stage(edge, 6, first=False)):
         part = LLM(SMALL, stage=stage)
         source = Counting(tmp_path / "in")
         load_weights(part, source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +14,11 @@ from llm.balance import choose
 from llm.moe import ForwardContext, MoE
 from parallel.sequence.packed import Packing
 from parallel.topology.axis import Axes
-from tests.llm.harness import TINY, Degrees, Text, build, make_axes, make_batch, only, run_lane
+from tests.llm.harness import TINY, Degrees, Text, build, make_axes, make_batch, run_text, tiny
 
 
 def moe(**changes: Any) -> MoE:
-    return build(replace(only("E"), **changes)).moe_layers()[0]
+    return build(tiny(pattern="E", **changes)).moe_layers()[0]
 
 
 def context(n_real: int, tokens: int) -> ForwardContext:
@@ -101,10 +100,10 @@ def test_padding_is_neither_routed_nor_counted() -> None:
 def test_counted_once_a_training_forward() -> None:
     text = Text((9, 4), 3, seed=5)
     for recompute in (False, True):
-        model = build(only("EME"))
+        model = build(tiny(pattern="EME"))
         model.recompute = recompute
         for times in (1, 2):
-            run_lane(model, text)
+            run_text(model, text)
             assert [int(m.load.sum()) for m in model.moe_layers()] == [13 * TINY.top_k * times] * 2
         with torch.no_grad():
             model(make_batch(text, TINY.vocab_size)[0], {"vision": torch.zeros(0, TINY.d_model)})
@@ -132,7 +131,7 @@ def one_expert_gets_all(degrees: Degrees) -> tuple[list[bool], float]:
 
 
 def _cut_moe(axes: Axes) -> MoE:
-    return build(only("E"), axes).moe_layers()[0]
+    return build(tiny(pattern="E"), axes).moe_layers()[0]
 
 
 def test_ranks_without_tokens_keep_their_gradients(ranks: Any) -> None:
@@ -154,7 +153,7 @@ def widths_exchanged(latent: int | None, dispatcher: Any) -> set[int]:
         return call
 
     axes = make_axes(Degrees(2, ep=2))
-    layer = build(replace(only("E"), latent=latent, dispatcher=dispatcher), axes).moe_layers()[0]
+    layer = build(tiny(pattern="E", latent=latent, dispatcher=dispatcher), axes).moe_layers()[0]
     x = torch.randn(6, TINY.d_model, dtype=torch.float64, requires_grad=True)
     for name in EXCHANGES:
         setattr(dist, name, note(name))

@@ -1,4 +1,4 @@
-"""Further tokens: what is predicted from what, and how it is weighted."""
+"""Multi-token prediction: what is predicted from what, and how it is weighted."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from llm.moe import ForwardContext
 from llm.mtp import IGNORE, ahead
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared
-from tests.llm.harness import TINY, Text, build, far, make_batch, weigh
+from tests.llm.harness import TINY, Text, build, far, make_batch, tiny, weigh
 
-CFG = replace(TINY, pattern="M*E", mtp_layers=2, mtp_pattern="*E", mtp_weight=0.4)
+CFG = tiny(pattern="M*E", mtp_layers=2, mtp_pattern="*E", mtp_weight=0.4)
 EMPTY = {"vision": torch.zeros(0, TINY.d_model, dtype=torch.float64)}
 
 
@@ -27,24 +27,24 @@ EMPTY = {"vision": torch.zeros(0, TINY.d_model, dtype=torch.float64)}
 def test_ahead_stays_in_the_document(lengths: list[int], depths: int) -> None:
     total = sum(lengths)
     ids, labels = torch.arange(1, total + 1), torch.arange(101, total + 101)
-    further_ids, further_labels = ahead(ids, labels, Packing.of(lengths), depths)
+    mtp_ids, mtp_labels = ahead(ids, labels, Packing.of(lengths), depths)
     at = 0
     for n in lengths:
         for i in range(n):
             for k in range(1, depths + 1):
                 inside = i + k < n
-                assert further_ids[k - 1, at + i] == (ids[at + i + k] if inside else 0)
-                assert further_labels[k - 1, at + i] == (labels[at + i + k] if inside else IGNORE)
+                assert mtp_ids[k - 1, at + i] == (ids[at + i + k] if inside else 0)
+                assert mtp_labels[k - 1, at + i] == (labels[at + i + k] if inside else IGNORE)
         at += n
-    assert further_ids.shape == further_labels.shape == (depths, total)
+    assert mtp_ids.shape == mtp_labels.shape == (depths, total)
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + CFG.norm_eps).sqrt() * weight
 
 
-def further_loss(model: LLM, batch: LLMBatch) -> tuple[Tensor, Tensor]:
-    """(loss per token, summed loss of further tokens of each depth) by hand, one document at a time."""
+def mtp_loss(model: LLM, batch: LLMBatch) -> tuple[Tensor, Tensor]:
+    """(loss per token, summed loss of each further depth) by hand, one document at a time."""
     ctx = ForwardContext(batch.packing, batch.n_real)
     assert model.mtp is not None and model.embed is not None
     states, table, head = model.states(batch, EMPTY, ctx), model.embed.weight, model.head_weight()
@@ -68,18 +68,18 @@ def further_loss(model: LLM, batch: LLMBatch) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_further_tokens_by_hand(tied: bool) -> None:
+def test_multi_token_prediction_by_hand(tied: bool) -> None:
     cfg = replace(CFG, tied=tied)
     batch, _ = make_batch(Text((9, 1, 2, 13), 0, seed=4), cfg.vocab_size)
-    batch = replace(batch, counts=Counts(further=(7, 3)))
+    batch = replace(batch, counts=Counts(mtp=(7, 3)))
     ours, hand = build(cfg), build(cfg)
     loss = ours(batch, EMPTY)
     weigh(loss).backward()
-    plain, total = further_loss(hand, batch)
+    plain, total = mtp_loss(hand, batch)
     torch.testing.assert_close(loss, plain, rtol=1e-9, atol=1e-12)
-    further = (total[0] / 7 + total[1] / 3) / 2
-    (weigh(plain) + 0.4 * further).backward()
-    torch.testing.assert_close(ours.take_objectives()["mtp"], further.detach(), rtol=1e-9, atol=1e-12)
+    mean = (total[0] / 7 + total[1] / 3) / 2
+    (weigh(plain) + 0.4 * mean).backward()
+    torch.testing.assert_close(ours.take_objectives()["mtp"], mean.detach(), rtol=1e-9, atol=1e-12)
     grads = [{n: p.grad for n, p, _ in declared(m)} for m in (ours, hand)]
     assert not far(*grads)
 
@@ -96,7 +96,7 @@ def test_tokens_ahead_may_come_with_the_batch() -> None:
     assert all(torch.equal(grads[0][n], g) for n, g in grads[1].items())
 
 
-def test_nothing_further_is_computed_without_learning() -> None:
+def test_multi_token_prediction_is_not_computed_without_learning() -> None:
     batch, _ = make_batch(Text((9, 4), 3, seed=4), CFG.vocab_size)
     model = build(CFG)
     with torch.no_grad():

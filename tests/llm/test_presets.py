@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm.config import check, layer_params, mtp_params, param_count
+from llm.config import check
+from llm.flops import layer_params, mtp_params, param_count
 from llm.mamba import ScanScalars
 from llm.model import LLM
 from llm.presets import PRESETS, preset
@@ -31,7 +32,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_the_published_ones(name: str) -> None:
-    cfg = preset(name, mtp_layers=0)  # reports do not count the block that predicts further tokens
+    cfg = preset(name, mtp_layers=0)  # reports do not count the block of multi-token prediction
     total, active, kinds = PUBLISHED[name]
     ours = param_count(cfg)
     for count, said in zip(ours, (total, active or total), strict=True):
@@ -51,8 +52,8 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     assert param_count(cfg)[0] == sum(p.numel() for p in model.parameters())
     for layer, symbol in zip(model.layers, cfg.symbols, strict=True):
         assert layer_params(cfg, symbol)[0] == sum(p.numel() for p in layer.parameters())
-    further = 0 if model.mtp is None else sum(p.numel() for p in model.mtp.parameters())
-    assert mtp_params(cfg) == further
+    mtp = 0 if model.mtp is None else sum(p.numel() for p in model.mtp.parameters())
+    assert mtp_params(cfg) == mtp
 
 
 def test_initial_weights_are_the_published_ones() -> None:

@@ -1,4 +1,4 @@
-"""A model in stages is the model: losses, gradients and names, wherever it is cut."""
+"""A model in stages is the model: losses, gradients and names, wherever stages end."""
 
 from __future__ import annotations
 
@@ -12,24 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm.config import LLMConfig, head_flops, layer_costs
+from llm.config import LLMConfig
 from llm.counts import Counts
+from llm.flops import head_flops, layer_costs
 from llm.model import LLM, LLMBatch
-from llm.stages import cut, entering_levels, shared_parameters
+from llm.stages import entering_levels, partition, shared_parameters
 from parallel.sharding.param import declared, initialise
 from parallel.topology.stage import Stage, stages_of
-from tests.llm.harness import TINY, Text, far, make_batch, make_rows, weigh
+from tests.llm.harness import Text, far, make_batch, make_rows, tiny, weigh
 
-FULL = replace(
-    TINY,
-    pattern="ME*-EM",
-    latent=6,
-    mtp_layers=2,
-    mtp_pattern="*E",
-    aux_weight=0.1,
-    z_weight=0.05,
-    level_layers=(0, 3),
-)
+FULL = tiny(pattern="ME*-EM", latent=6, mtp_layers=2, aux_weight=0.1, z_weight=0.05, level_layers=(0, 3))
 TEXT = Text((11, 1, 18), 2, seed=1, rows_at=(0, 5, 6, 7, 29))
 
 
@@ -79,9 +71,9 @@ WHOLE = {tied: chain(replace(FULL, tied=tied), (Stage(0, 6),)) for tied in (Fals
 
 @settings(max_examples=12, deadline=None)
 @given(st.sets(st.integers(1, 5), min_size=1, max_size=4), st.booleans())
-def test_stages_chained_are_the_whole(cuts: set[int], tied: bool) -> None:
+def test_stages_chained_are_the_whole(edges: set[int], tied: bool) -> None:
     cfg = replace(FULL, tied=tied)
-    stages = stages_of([0, *sorted(cuts), 6])
+    stages = stages_of([0, *sorted(edges), 6])
     loss, grads, d_rows, loads = chain(cfg, stages)
     whole_loss, whole_grads, whole_rows, whole_loads = WHOLE[tied]
     torch.testing.assert_close(loss, whole_loss, rtol=1e-9, atol=1e-12)
@@ -111,14 +103,14 @@ def test_rows_are_read_where_levels_enter() -> None:
     assert entering_levels(replace(FULL, level_layers=()), stages_of([0, 3, 6]), 1) == {0: (0,)}
 
 
-def test_patterns_cut_themselves() -> None:
+def test_patterns_may_mark_their_stages() -> None:
     cfg = replace(FULL, pattern="ME|*-E|M")
-    assert cut(cfg, 3) == stages_of([0, 2, 5, 6])
-    assert cut(cfg, 1) == (Stage(0, 6),)
+    assert partition(cfg, 3) == stages_of([0, 2, 5, 6])
+    assert partition(cfg, 1) == (Stage(0, 6),)
     with pytest.raises(ValueError, match="has 3 stages, the layout 2"):
-        cut(cfg, 2)
+        partition(cfg, 2)
     with pytest.raises(ValueError, match="Nearest: 6"):
-        cut(FULL, 7)
+        partition(FULL, 7)
     batch, _ = make_batch(TEXT, cfg.vocab_size)
     empty = {"vision": torch.zeros(5, cfg.d_model, dtype=torch.float64)}
     a, b = (stage_model(c, Stage(0, 6))(batch, empty) for c in (cfg, FULL))
@@ -126,22 +118,22 @@ def test_patterns_cut_themselves() -> None:
 
 
 def test_costliest_stage_is_cheapest() -> None:
-    cfg = replace(TINY, pattern="M" * 7 + "*" * 5, vocab_size=2048)
+    cfg = tiny(pattern="M" * 7 + "*" * 5, vocab_size=2048)
     costs = layer_costs(cfg, [512])
     head = head_flops(cfg, [512])
 
-    def worst(cuts: list[int]) -> float:
-        ends = [sum(costs[a:b]) for a, b in itertools.pairwise(cuts)]
+    def worst(edges: list[int]) -> float:
+        ends = [sum(costs[a:b]) for a, b in itertools.pairwise(edges)]
         return max([*ends[:-1], ends[-1] + head])
 
     best = min(worst([0, a, b, 12]) for a in range(1, 11) for b in range(a + 1, 12))
-    stages = cut(cfg, 3, [512])
+    stages = partition(cfg, 3, [512])
     assert worst([0, *(s.stop for s in stages)]) == pytest.approx(best)
 
 
 def test_a_level_is_added_after_its_layer() -> None:
     """By hand: the same model, whose layers are called one by one."""
-    cfg = replace(TINY, pattern="-M-", level_layers=(1,))
+    cfg = tiny(pattern="-M-", level_layers=(1,))
     batch, _ = make_batch(TEXT, cfg.vocab_size)
     model = stage_model(cfg, Stage(0, 3))
     rows = torch.stack([make_rows(TEXT, cfg.d_model), 2.0 * make_rows(TEXT, cfg.d_model)], 1)
@@ -150,7 +142,7 @@ def test_a_level_is_added_after_its_layer() -> None:
     model(batch, {"vision": rows})
     model(batch, {"vision": rows[:, 0]})  # one level only: nothing is added
     added = seen[0] - seen[1]
-    expected = torch.zeros_like(added).index_copy(0, batch.places["vision"], rows[:, 1])
+    expected = torch.zeros_like(added).index_copy(0, batch.row_positions["vision"], rows[:, 1])
     torch.testing.assert_close(added, expected, rtol=1e-9, atol=1e-12)
     with pytest.raises(AssertionError):
         model(LLMBatch(batch.ids, batch.labels, batch.packing, batch.n_real, {}), {}, seen[0])

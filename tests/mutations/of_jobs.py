@@ -56,7 +56,7 @@ JOB = (
     Fault(
         "step.loss",
         "a micro-batch's loss is its own mean",
-        "mm/train/step.py",
+        "mm/train/forward.py",
         "loss = out.sum() / self.supervised",
         "loss = out.sum() / out.count_nonzero()",
         "tests/mm/jobs/test_reference.py::test_one_process_is_the_straight_line_program[micro-batches]",
@@ -64,9 +64,9 @@ JOB = (
     Fault(
         "step.encoders",
         "encoders learn nothing",
-        "mm/train/flight.py",
-        "self.entries[edge, i] = rows.requires_grad_()",
-        "self.entries[edge, i] = rows",
+        "mm/train/transfer.py",
+        "record.rows[edge.source] = rows.requires_grad_()",
+        "record.rows[edge.source] = rows",
         ONE_STEP,
     ),
     Fault(
@@ -153,7 +153,7 @@ JOB = (
         "trainer.resume",
         "a resumed run begins with the first samples again",
         "mm/train/trainer.py",
-        'first, bad = state["step"]',
+        "first, bad = state.step",
         "first, bad = 0",
         "tests/mm/jobs/test_in_process.py::test_a_run_that_was_cut_short_goes_on_where_it_was",
     ),

@@ -36,8 +36,8 @@ ENCODERS = (
         "fastconformer.convolution",
         "FastConformer has no convolution",
         "encoders/fastconformer.py",
-        "x = x + self._convolve(x, here)",
-        "x = x + 0.0 * self._convolve(x, here)",
+        "x = x + self._convolve(x, ctx)",
+        "x = x + 0.0 * self._convolve(x, ctx)",
         PARAKEET,
     ),
     Fault(
@@ -59,10 +59,10 @@ ENCODERS = (
     Fault(
         "encoders.attention",
         "items see the padding of their batch",
-        "encoders/attention.py",
-        "real = offset[None, :] < n[:, None]",
-        "real = offset[None, :] <= n[:, None]",
-        "tests/encoders/test_share.py::test_queries_see_the_keys_of_their_item",
+        "parallel/sequence/buckets.py",
+        "mask=None if real_key.all() else",
+        "mask=None if True else",
+        "tests/parallel/sequence/test_buckets.py::test_queries_see_the_keys_of_their_sequence",
     ),
     Fault(
         "encoders.reach",
@@ -180,8 +180,8 @@ LLM = (
         OBJECTIVES,
     ),
     Fault(
-        "counts.further",
-        "further tokens' losses are sums, not means",
+        "counts.mtp",
+        "multi-token prediction's losses are sums, not means",
         "llm/counts.py",
         "1.0 / (depths * max(1, n))",
         "1.0 / depths",
@@ -189,7 +189,7 @@ LLM = (
     ),
     Fault(
         "mtp.edge",
-        "further tokens come from the next document",
+        "multi-token prediction reads the next document",
         "llm/mtp.py",
         "inside = there <= left",
         "inside = there <= left.max()",
@@ -222,7 +222,7 @@ LLM = (
     Fault(
         "config.flops",
         "attention is counted as if not causal",
-        "llm/config.py",
+        "llm/flops.py",
         "2.0 * n * n * cfg.n_heads * cfg.head_dim",
         "4.0 * n * n * cfg.n_heads * cfg.head_dim",
         "tests/llm/test_config.py::test_flops_are_those_of_the_products",

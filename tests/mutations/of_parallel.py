@@ -60,8 +60,8 @@ PARALLEL = (
         "boundary.send-again",
         "rows are sent to ranks that have them",
         "parallel/boundary/routes.py",
-        "ask, start, stop, shift = _without_own(have, own, ask, start, stop, shift)",
-        "own = own[:0]",
+        "asked = _without_own(have, requests.reader, asked)",
+        "asked = asked",
         PLANS,
     ),
     Fault(
@@ -76,8 +76,8 @@ PARALLEL = (
         "boundary.node-twice",
         "a row crosses to a node for each lane there that wants it",
         "parallel/boundary/nodes.py",
-        "once = one_each(asked)",
-        "once = asked",
+        "entering = each_row_once(lacking)",
+        "entering = lacking",
         PLANS,
     ),
     Fault(
@@ -100,8 +100,8 @@ PARALLEL = (
         "schedule.unproved",
         "what a plan lacks is not reported",
         "parallel/schedule/checker/check.py",
-        "for lacking in sorted(map(_say, need - done)):",
-        "for lacking in sorted(map(_say, done - done)):",
+        "for lacking in sorted(map(_describe, need - done)):",
+        "for lacking in sorted(map(_describe, done - done)):",
         "tests/parallel/schedule/checker/test_check.py::test_a_dropped_or_doubled_action_is_caught",
     ),
     Fault(
@@ -156,8 +156,8 @@ PARALLEL = (
         "loss.target",
         "the loss of chunks but the last has no target in its gradient",
         "parallel/tensor_parallel/loss.py",
-        "-(held[s] * scale[s]).unsqueeze(1)",
-        "-(held[s] * scale[s] * (s.stop >= hidden.shape[0])).unsqueeze(1)",
+        "-(kept.held[s] * scale[s]).unsqueeze(1)",
+        "-(kept.held[s] * scale[s] * (s.stop >= hidden.shape[0])).unsqueeze(1)",
         "tests/parallel/tensor_parallel/test_loss.py::test_any_chunk_is_cross_entropy",
     ),
     Fault(
@@ -172,8 +172,8 @@ PARALLEL = (
         "context.merge",
         "joined blocks of keys are averaged",
         "parallel/context_parallel/block.py",
-        "both = torch.logaddexp(lse, more_lse)",
-        "both = torch.maximum(lse, more_lse)",
+        "lse = torch.logaddexp(a.lse, b.lse)",
+        "lse = torch.maximum(a.lse, b.lse)",
         "tests/parallel/context_parallel/test_attention.py::test_blocks_without_a_fused_kernel",
     ),
     Fault(
@@ -187,7 +187,7 @@ PARALLEL = (
     Fault(
         "packed.leak",
         "one document attends to the next one's padding",
-        "parallel/sequence/packed.py",
+        "parallel/sequence/buckets.py",
         "real = offset[None, :] < n[:, None]",
         "real = offset[None, :] <= n[:, None]",
         "tests/parallel/sequence/test_packed.py::test_attention",
@@ -195,7 +195,7 @@ PARALLEL = (
     Fault(
         "expert.capacity",
         "the worst scored remain",
-        "parallel/expert_parallel/all_to_all.py",
+        "parallel/expert_parallel/routing.py",
         "torch.argsort(score.detach().reshape(-1), descending=True",
         "torch.argsort(score.detach().reshape(-1), descending=False",
         "tests/parallel/expert_parallel/test_expert.py::test_the_best_scored_remain",

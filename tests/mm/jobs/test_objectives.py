@@ -1,4 +1,4 @@
-"""What the language model learns beside the next token: each objective is a mean of its own over the step."""
+"""Objectives of the language model besides the next token: each is a mean of its own over the step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def step(
     for mb in plan.microbatches:
         part = assembler.build(mb, plan.counts, [])
         assert part is not None and part.llm is not None
-        batches.append(replace(part.llm, places={}))  # placeholders stay what they are
+        batches.append(replace(part.llm, row_positions={}))  # placeholders stay what they are
     reader.close()
     return blueprint.llm, batches
 
@@ -108,7 +108,7 @@ def of_router(logits: Tensor, lengths: list[int], cfg: LLMConfig) -> tuple[Tenso
 
 
 def by_hand(cfg: LLMConfig, batches: list[LLMBatch]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The same as learned(), from what routers and the block for further tokens give."""
+    """The same as learned(), from what routers and the block of multi-token prediction give."""
     model = build(replace(cfg, aux_weight=0.0, z_weight=0.0, mtp_weight=0.0))
     logits: list[Tensor] = []
     states: list[Tensor] = []
@@ -128,8 +128,8 @@ def by_hand(cfg: LLMConfig, batches: list[LLMBatch]) -> tuple[dict[str, Tensor],
             of_balance, of_z = of_router(one, lengths, cfg)
             balance, z = balance + of_balance, z + of_z
         routed += batch.n_real
-        _, further = ahead(batch.ids, batch.labels, batch.packing, cfg.mtp_layers)
-        for k, (h, labels) in enumerate(zip(states, further, strict=True)):
+        _, mtp_labels = ahead(batch.ids, batch.labels, batch.packing, cfg.mtp_layers)
+        for k, (h, labels) in enumerate(zip(states, mtp_labels, strict=True)):
             own = F.cross_entropy(h @ model.head_weight().T, labels, reduction="sum", ignore_index=IGNORE)
             sums[k], counts[k] = sums[k] + own, counts[k] + int((labels != IGNORE).sum())
     means = torch.stack([s / n for s, n in zip(sums, counts, strict=True)])

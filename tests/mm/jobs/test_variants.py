@@ -1,5 +1,5 @@
 """The first law for jobs that differ in more than their layout: levels, frozen modules, dtypes, prediction of
-further tokens; and rows that break their promise."""
+multi-token prediction; and rows that break their promise."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def with_levels_in_any_order(raw: dict[str, Any]) -> None:
     raw["model"]["llm"] |= {"level_layers": [3, 0], "pattern": "ME*-"}
 
 
-def with_further_tokens(raw: dict[str, Any]) -> None:
-    raw["data"] |= {"context": 36, "overlong": "truncate"}  # labels end where samples are cut
+def with_multi_token_prediction(raw: dict[str, Any]) -> None:
+    raw["data"] |= {"context": 36, "overlong": "truncate"}  # labels end where samples are truncated
     raw["model"]["llm"] |= {"mtp_layers": 2, "mtp_pattern": "*E", "aux_weight": 0.01, "z_weight": 0.01}
 
 
@@ -67,7 +67,7 @@ VARIANTS = [
     with_levels,
     with_levels_in_later_stages,
     with_levels_in_any_order,
-    with_further_tokens,
+    with_multi_token_prediction,
     with_latent_experts,
     with_frozen_vision,
     with_frozen_llm,

@@ -224,7 +224,7 @@ def test_a_script_that_makes_the_data_is_named(capsys: pytest.CaptureFixture[str
     root = Path(__file__).resolve().parents[3]
     missing = "data.train=[../runs/none/*.tar]"
     assert main(["train", str(root / "configs" / "many-images.yaml"), missing, "--dry-run"]) == 3
-    assert "python benchmarks/many_images.py" in capsys.readouterr().err
+    assert "python -m benchmarks.placement.many_images" in capsys.readouterr().err
 
 
 def test_the_blind_guess_is_the_entropy_of_what_depends(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from mm.data.reader import ShardReader
 from mm.data.tokenizer import Tokenizer
 from mm.plan.blueprint import draw_up
 from mm.plan.select import select
-from mm.plan.step_plan import Edge, PlanInputs, StepPlan, deal_by_cost, plan_step, share
+from mm.plan.step_plan import Edge, PlanInputs, StepPlan, deal_by_cost, plan_step
 from mm.ranks.batch import IGNORE, Assembler
 from mm.report.plan_json import first_step, plan_data, plan_json
 from mm.train.update import learning_rate
@@ -40,7 +40,7 @@ def inputs(world: int, layout: dict[str, dict[str, object]], microbatches: int, 
     raw = small(layout=layout, schedule={"microbatches": microbatches})
     for m in ("vision", "audio"):
         raw["model"][m]["deal"] = deal
-    return replace(draw_up(from_mapping(raw, CONFIGS), world).inputs, depths=3)
+    return replace(draw_up(from_mapping(raw, CONFIGS), world).inputs, mtp_depths=3)
 
 
 # Some of them cut to fewer tokens than they have.
@@ -106,7 +106,7 @@ def axes_at(layout: Layout, rank: int) -> Axes:
 @given(st.integers(0, 10_000))
 def test_tensors_agree_with_the_plan(seed: int) -> None:
     plan, made, world = random_plan(seed)
-    supervised, routed, further = 0, 0, torch.zeros(made.depths, dtype=torch.int64)
+    supervised, routed, mtp = 0, 0, torch.zeros(made.mtp_depths, dtype=torch.int64)
     for rank in range(world):
         cpu = torch.device("cpu")
         axes = {m: axes_at(layout, rank) for m, layout in layouts(made).items()}
@@ -131,17 +131,17 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
             if coord.tp == 0:
                 supervised += int((part.llm.labels != IGNORE).sum())
                 assert part.llm.ahead is not None
-                further += (part.llm.ahead[1] != IGNORE).sum(1)
+                mtp += (part.llm.ahead[1] != IGNORE).sum(1)
                 routed += part.llm.n_real
             assert len(part.llm.ids) * made.llm.cp == mb.tokens[coord.dp]
             shards = made.llm.tp if made.llm.sequence_parallel else 1
             first = coord.tp * (len(part.llm.ids) // shards) if shards > 1 else 0
-            for module, places in part.llm.places.items():
-                assert (part.llm.ids[places + first] == Tokenizer().placeholder).all()
-                assert len(places) == part.edges[Edge(module, 0)].forward.rows_out
+            for module, positions in part.llm.row_positions.items():
+                assert (part.llm.ids[positions + first] == Tokenizer().placeholder).all()
+                assert len(positions) == part.edges[Edge(module, 0)].forward.rows_out
                 assert part.items[module].values.dtype == torch.float64
     assert supervised == plan.supervised
-    assert Counts(routed, tuple(further.tolist())) == plan.counts
+    assert Counts(routed, tuple(mtp.tolist())) == plan.counts
 
 
 def test_the_digest_sees_a_change() -> None:
@@ -151,14 +151,6 @@ def test_the_digest_sees_a_change() -> None:
     assert first.digest != plan_step(0, INDEX.samples[1:9], made).digest
     other = replace(made, encoders={m: replace(u, deal="cost") for m, u in made.encoders.items()})
     assert first.digest != plan_step(0, INDEX.samples[:8], other).digest
-
-
-@given(st.integers(0, 100), st.integers(1, 20))
-def test_shares_are_contiguous_whole_and_even(n: int, parts: int) -> None:
-    cuts = share(n, parts)
-    assert cuts[0][0] == 0 and cuts[-1][1] == n
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(cuts))
-    assert max(b - a for a, b in cuts) - min(b - a for a, b in cuts) <= 1
 
 
 @given(st.lists(st.floats(1, 100), min_size=1, max_size=40), st.integers(1, 6))
@@ -218,5 +210,5 @@ def test_the_bytes_of_an_edge_are_the_sum_of_what_ranks_plan() -> None:
         ]
         row = 24 * 8
         back = sum(t.received_rows for p in parts for t in p.backward) if module == "vision" else 0
-        assert data["edges"][module]["forward_bytes"] == sum(p.forward.received_rows for p in parts) * row > 0
-        assert data["edges"][module]["backward_bytes"] == back * row
+        assert data.edges[module].forward_bytes == sum(p.forward.received_rows for p in parts) * row > 0
+        assert data.edges[module].backward_bytes == back * row

@@ -14,7 +14,7 @@ from parallel.boundary import (
     EdgePlan,
     dest_side,
     plan_edge,
-    row_places,
+    row_positions,
     source_side,
 )
 from parallel.sequence.stream import Order
@@ -54,13 +54,13 @@ class Joint:
 class Account:
     """Who has and who reads which rows, and what must move, from lists of single rows.
 
-    held, read: rank -> global rows in local order; places: rank -> local tokens of the rows that it reads;
+    held, read: rank -> global rows in local order; positions: rank -> local tokens of the rows that it reads;
     consumers: the ranks of each, with their rows and pipeline stage.
     """
 
     held: dict[int, list[int]]
     read: dict[int, list[int]]
-    places: dict[int, list[int]]
+    positions: dict[int, list[int]]
     consumers: list[tuple[set[int], set[int], int]]
 
     @staticmethod
@@ -73,19 +73,19 @@ class Account:
             row_at[lane] |= {at + k: total + k for k in range(n)}
             total += n
         read: dict[int, list[int]] = {r: [] for r in range(WORLD)}
-        places: dict[int, list[int]] = {r: [] for r in range(WORLD)}
+        positions: dict[int, list[int]] = {r: [] for r in range(WORLD)}
         consumers: dict[tuple[int, ...], tuple[set[int], set[int], int]] = {}
         for rank, tokens in local_tokens(llm, joint.tokens, joint.order).items():
             at = llm.coord(rank)
             for stage in joint.stages:
                 same = llm.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=stage)
-                places[same] = [k for k, t in enumerate(tokens) if t in row_at[at.dp]]
-                read[same] = [row_at[at.dp][tokens[k]] for k in places[same]]
+                positions[same] = [k for k, t in enumerate(tokens) if t in row_at[at.dp]]
+                read[same] = [row_at[at.dp][tokens[k]] for k in positions[same]]
                 key = (stage, at.dp, at.cp, at.tp if llm.sequence_parallel else 0)
                 ranks, rows, _ = consumers.setdefault(key, (set(), set(read[same]), stage))
                 assert rows == set(read[same]), "replicas read the same"
                 ranks.add(same)
-        return Account(held, read, places, list(consumers.values()))
+        return Account(held, read, positions, list(consumers.values()))
 
     def least(self, node_size: int) -> list[int]:
         """Rows received, then those that cross nodes: forward, backward."""
@@ -115,18 +115,18 @@ def planned(joint: Joint) -> tuple[EdgePlan, list[int]]:
     items = (joint.rows, joint.llm_lane, joint.position, joint.tokens)
     dest = dest_side(llm, *items, order=joint.order, stages=joint.stages)
     reads = rank in llm.ranks and llm.coord(rank).pp in joint.stages
-    places = row_places(llm, rank, *items, order=joint.order).tolist() if reads else []
-    return plan_edge("vision -> llm", source, dest, rank, node_size=joint.node_size), places
+    positions = row_positions(llm, rank, *items, order=joint.order).tolist() if reads else []
+    return plan_edge("vision -> llm", source, dest, rank, node_size=joint.node_size), positions
 
 
 def attempt(joint: Joint) -> str | list[int]:
     """Why a case is refused, or what this rank sent: [forward, of it across nodes, backward, of it ..]."""
     try:
-        plan, places = planned(joint)
+        plan, positions = planned(joint)
     except ValueError as error:
         return str(error)
     account = Account.of(joint)
-    assert places == account.places[dist.get_rank()]
+    assert positions == account.positions[dist.get_rank()]
     communicator = BoundaryCommunicator(dist.group.WORLD, transport=joint.transport, timeout_s=TIMEOUT_S)
     return play(joint, account, plan, communicator)
 

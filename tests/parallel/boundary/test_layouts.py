@@ -4,7 +4,6 @@ them waits. A longer run: pytest tests/parallel/boundary/test_layouts.py --cases
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.sequence.stream import Order, piece_count
+from parallel.sequence.stream import Order, alignment
 from parallel.topology.layout import Layout, make_layout
 from tests.parallel.boundary.cases import random_spec
 from tests.parallel.boundary.joint import WORLD, Joint, attempt, check_bytes
@@ -29,7 +28,7 @@ def draw(seed: int) -> Joint:
         specs[1] = random_spec(rng, len(specs[0]["ranks"]), WORLD) | {"ranks": specs[0]["ranks"]}
     vision, llm = (make_layout(m, WORLD, s) for m, s in zip(("vision", "llm"), specs, strict=True))
     order: Order = rng.choice(["contiguous", "zigzag"])
-    unit = math.lcm(piece_count(llm.cp, order), llm.cp * llm.token_shards)
+    unit = alignment(llm.cp, llm.token_shards, order)
     filled, rows, llm_lane, position = [0] * llm.dp, [], [], []
     for _ in range(rng.choice([0, 1, 3, 9])):
         rows.append(rng.choice([0, 1, 2, 7]))

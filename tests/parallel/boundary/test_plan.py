@@ -17,6 +17,7 @@ from parallel.boundary.nodes import Relay
 from parallel.boundary.plan import EdgePlan, Transfer, edge_rows, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
 from parallel.sequence.intervals import count
+from parallel.topology.directions import Directions
 from tests.parallel.boundary.cases import (
     Case,
     least_crossings,
@@ -39,7 +40,7 @@ def play(transfers: list[Transfer], values: list[np.ndarray]) -> list[np.ndarray
     for t in transfers:
         # Rows that the plan claims to cover start as rubbish, as in memory that was not cleared.
         y = np.full(t.rows_out, np.nan) if t.covered else np.zeros(t.rows_out)
-        y[t.keep[1]] = values[t.rank][t.keep[0]]
+        y[t.keep.dest] = values[t.rank][t.keep.source]
         for peer, rows in t.recvs:
             y[rows] = mail.pop((peer, t.rank))
         out.append(y)
@@ -81,8 +82,10 @@ def check(case: Case, node_size: int | None = None) -> None:
         crossed = crossing([p.forward for p in plans], node_size)
         assert crossed == least_crossings(case.source, case.dest, case.world, node_size)
     check_backward(case, plans, node_size)
-    received = sum(t.received_rows for p in plans for t in p.backward)
-    assert edge_rows(case.source, case.dest) == (sum(p.forward.received_rows for p in plans), received)
+    assert edge_rows(case.source, case.dest) == Directions(
+        forward=sum(p.forward.received_rows for p in plans),
+        backward=sum(t.received_rows for p in plans for t in p.backward),
+    )
 
 
 def only(m: RowMap, lane: int) -> RowMap:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 
@@ -11,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.boundary import dest_side, row_places, source_side
-from parallel.sequence.stream import Order, piece_count
+from parallel.boundary import dest_side, row_positions, source_side
+from parallel.sequence.stream import Order, alignment
 from parallel.topology.layout import make_layout
 from tests.parallel.boundary.cases import held_rows, local_tokens, random_layout, rows_of
 
@@ -34,7 +33,7 @@ def test_the_source_holds_its_items_end_to_end(seed: int) -> None:
 def test_the_destination_reads_rows_where_their_tokens_are(seed: int, order: Order) -> None:
     rng = random.Random(seed)
     layout = random_layout(rng, rng.choice([1, 2, 3, 4, 6, 12]), "llm")
-    unit = math.lcm(piece_count(layout.cp, order), layout.cp * layout.tp)
+    unit = alignment(layout.cp, layout.tp, order)
     tokens = [unit * rng.choice([0, 1, 4]) for _ in range(layout.dp)]
     items, at = [], [0] * layout.dp
     for _ in range(rng.choice([0, 1, 9])):
@@ -53,13 +52,13 @@ def test_the_destination_reads_rows_where_their_tokens_are(seed: int, order: Ord
     side.check()
     for rank, held in local_tokens(layout, tokens, order).items():
         coord = layout.coord(rank)
-        places = [k for k, t in enumerate(held) if t in row_at[coord.dp]]
+        positions = [k for k, t in enumerate(held) if t in row_at[coord.dp]]
         for pp in range(layout.pp):
             same = layout.rank_at(tp=coord.tp, cp=coord.cp, dp=coord.dp, pp=pp)
-            wanted = [row_at[coord.dp][held[k]] for k in places] if pp in stages else []
+            wanted = [row_at[coord.dp][held[k]] for k in positions] if pp in stages else []
             assert rows_of(side, same) == wanted
-            found = row_places(layout, same, rows, lane, position, tokens, order=order)
-            assert found.dtype == np.int64 and found.tolist() == places
+            found = row_positions(layout, same, rows, lane, position, tokens, order=order)
+            assert found.dtype == np.int64 and found.tolist() == positions
 
 
 LLM = make_layout("llm", 4, {"tp": 2, "sequence_parallel": True})  # tp2 dp2
@@ -77,7 +76,7 @@ LLM = make_layout("llm", 4, {"tp": 2, "sequence_parallel": True})  # tp2 dp2
         (lambda: dest_side(LLM, [3], [1], [2], [8, 4]), "item 0 is at tokens 2-4 of dp rank 1, .* 4 tokens"),
         (lambda: dest_side(LLM, [3, 3], [1, 1], [3, 1], [8, 8]), "items 1 and 0 are both at token 3"),
         (lambda: dest_side(LLM, [3], [1], [0], [4, 4], stages=(1,)), r"stages \[1\] of 0-0"),
-        (lambda: row_places(LLM, 0, [1], [0], [0], [4, 5]), "dp rank 1 is 5 tokens long"),
+        (lambda: row_positions(LLM, 0, [1], [0], [0], [4, 5]), "dp rank 1 is 5 tokens long"),
     ],
 )
 def test_sides_that_cannot_be_are_refused(make: Callable[[], object], words: str) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint's files may say: nothing that is not listed is believed, and nothing of it is run."""
+"""Checkpoint files are untrusted: an unlisted file is refused, and no code of a pickle is run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.checkpoint import distributed as store
+from parallel import checkpoint as store
 from parallel.checkpoint import manifest
+from parallel.checkpoint.distributed import _remove
 
 Change = Callable[[Path], object]
 NAMES = torch.distributed.checkpoint.metadata.__name__
@@ -92,7 +93,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "empty": (both(text("{}"), flip), "manifest.json lists no file"),
     "a list": (text("[]"), "manifest.json is no list of files by name"),
     "null": (text("null"), "manifest.json is no list"),
-    "cut short": (text('{"state.json": {"by'), "manifest.json is unreadable"),
+    "truncated": (text('{"state.json": {"by'), "manifest.json is unreadable"),
     "gone": (lambda path: (path / manifest.MANIFEST).unlink(), "manifest.json is missing"),
     "an entry of null": (edit(lambda m: m.update({"state.json": None})), "manifest.json differs"),
     "unsigned, an entry of null": (
@@ -117,11 +118,11 @@ WRONG: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG.keys())
-def test_what_is_not_as_listed_is_told(change: Change, words: str, path: Path) -> None:
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_not_as_listed_is_reported(change: Change, message: str, path: Path) -> None:
     change(path)
-    told = store.verify(path)
-    assert told and words in told[0]
+    errors = store.verify(path)
+    assert errors and message in errors[0]
     if change is not flip:
         assert store.structure(path)  # without reading the files
 
@@ -181,7 +182,7 @@ def an_attribute_of_what_is_allowed(code: str) -> bytes:
 
 
 def hostile(mark: Path) -> dict[str, bytes]:
-    """Pickles that make the file `mark` where they are believed."""
+    """Pickles that make the file `mark` where they are run."""
     code, shell = f"open({str(mark)!r}, 'w')", f"touch {mark}"
     inner = {"a": Does(os.system, shell)}
     metadata = torch.distributed.checkpoint.metadata.Metadata
@@ -214,8 +215,8 @@ def test_a_hostile_tensor_is_refused_and_nothing_is_run(plain: bool, path: Path,
     mark, payload = tmp_path / "ran", io.BytesIO()
     evil = Does(eval, f"open({str(mark)!r}, 'w')")
     torch.save(evil, payload, _use_new_zipfile_serialization=not plain)
-    change_metadata(path, lambda m: [setattr(i, "length", payload.tell()) for i in places(m)])
-    change_metadata(path, lambda m: [setattr(i, "offset", 0) for i in places(m)])
+    change_metadata(path, lambda m: [setattr(i, "length", payload.tell()) for i in storage_infos(m)])
+    change_metadata(path, lambda m: [setattr(i, "offset", 0) for i in storage_infos(m)])
     (path / "__0_0.distcp").write_bytes(payload.getvalue())
     sign(path)
     with pytest.raises(store.BadCheckpoint, match="cannot be read"):
@@ -223,7 +224,7 @@ def test_a_hostile_tensor_is_refused_and_nothing_is_run(plain: bool, path: Path,
     assert not mark.exists()
 
 
-def places(metadata: Any) -> list[Any]:
+def storage_infos(metadata: Any) -> list[Any]:
     return list(metadata.storage_data.values())
 
 
@@ -241,26 +242,29 @@ def as_bytes(metadata: Any) -> None:
 ODD: dict[str, tuple[Callable[[Any], object], str]] = {
     "no tensor": (as_bytes, "b is not a tensor; refusing to unpickle it"),
     "outside": (
-        lambda m: [setattr(i, "relative_path", "../state.json") for i in places(m)],
+        lambda m: [setattr(i, "relative_path", "../state.json") for i in storage_infos(m)],
         r"'../state.json', no listed file",
     ),
-    "too long": (lambda m: setattr(places(m)[0], "length", 1 << 40), "beyond the end"),
-    "before the start": (lambda m: setattr(places(m)[0], "offset", -1), "no count"),
-    "transformed": (lambda m: setattr(places(m)[0], "transform_descriptors", ["x"]), "transformed"),
+    "too long": (lambda m: setattr(storage_infos(m)[0], "length", 1 << 40), "beyond the end"),
+    "before the start": (lambda m: setattr(storage_infos(m)[0], "offset", -1), "a count is expected"),
+    "transformed": (lambda m: setattr(storage_infos(m)[0], "transform_descriptors", ["x"]), "transformed"),
     "a lost part": (
         lambda m: m.state_dict_metadata["a"].chunks.clear(),
         r"a: its parts do not make up \[2, 3\]",
     ),
     "a part nowhere": (lambda m: m.storage_data.clear(), "is nowhere"),
-    "another class": (lambda m: setattr(m, "storage_data", [1]), "no mapping"),
-    "no dtype": (lambda m: setattr(m.state_dict_metadata["a"].properties, "dtype", "x"), "no dtype"),
+    "another class": (lambda m: setattr(m, "storage_data", [1]), "a mapping of tensors is expected"),
+    "no dtype": (
+        lambda m: setattr(m.state_dict_metadata["a"].properties, "dtype", "x"),
+        "a dtype is expected",
+    ),
 }
 
 
-@pytest.mark.parametrize(("change", "words"), ODD.values(), ids=ODD.keys())
-def test_metadata_that_do_not_fit_are_refused_in_words(change: Any, words: str, path: Path) -> None:
+@pytest.mark.parametrize(("change", "message"), ODD.values(), ids=ODD.keys())
+def test_metadata_that_do_not_fit_are_refused_in_words(change: Any, message: str, path: Path) -> None:
     change_metadata(path, change)
-    with pytest.raises(store.BadCheckpoint, match=words):
+    with pytest.raises(store.BadCheckpoint, match=message):
         store.describe(path)
 
 
@@ -275,6 +279,6 @@ def test_metadata_that_are_none_are_refused_in_words(content: bytes, path: Path)
 def test_a_checkpoint_that_is_removed_leaves_no_part_under_its_name(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "rmtree", lambda p: None)  # as if cut short
-    store._remove(path)
+    monkeypatch.setattr(shutil, "rmtree", lambda p: None)  # as if interrupted
+    _remove(path)
     assert store.published(path.parent) == [] and not path.exists()

@@ -118,9 +118,8 @@ def test_only_rows_that_a_rank_lacks_travel_and_only_once() -> None:
         has, wants = ([{row for a, b in side for row in range(a, b)} for side in s] for s in (held, wanted))
         for r in range(n):
             plan = fetch_plan("rows", held, wanted, r)
-            forward, backward = plan.received
-            assert forward == len(wants[r] - has[r]) == lacking(held, wanted)[r]
-            assert backward == sum(len(wants[s] & has[r]) for s in range(n) if s != r)
+            assert plan.received.forward == len(wants[r] - has[r]) == lacking(held, wanted)[r]
+            assert plan.received.backward == sum(len(wants[s] & has[r]) for s in range(n) if s != r)
             assert plan.moves == any(wants[s] - has[s] for s in range(n))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from parallel.comm.linear_map import linear_map
 from parallel.context_parallel import ContextPacking, pack
 from parallel.context_parallel.ulysses import to_heads, to_tokens
-from parallel.expert_parallel.expert_tensor import gather_rows, plan_share, reduce_rows
+from parallel.expert_parallel.expert_tensor import gather_rows, plan_etp_rows, reduce_rows
 from parallel.sequence.stream import Order
 from parallel.topology.axis import Axis
 
@@ -77,14 +77,14 @@ def products(order: Order) -> dict[str, tuple[float, float]]:
     packing = pack([5, 0, 8 * n - 5], "cpu", axis, order)
     assert isinstance(packing, ContextPacking)
     per_expert = [rank + 1, 0, 2]
-    share = plan_share(per_expert, axis, torch.device("cpu"))
-    assert share is not None
+    etp_rows = plan_etp_rows(per_expert, axis, torch.device("cpu"))
+    assert etp_rows is not None
     return {
         "to_heads": both_ways(lambda x: to_heads(x, packing), make(rank, 8, n, 3), 10 + rank),
         "to_tokens": both_ways(lambda x: to_tokens(x, packing), make(rank, 8 * n, 3), 10 + rank),
-        "gather_rows": both_ways(lambda x: gather_rows(x, share), make(rank, rank + 3, 2), 10 + rank),
+        "gather_rows": both_ways(lambda x: gather_rows(x, etp_rows), make(rank, rank + 3, 2), 10 + rank),
         "reduce_rows": both_ways(
-            lambda x: reduce_rows(x, share), make(rank, sum(share.per_expert), 2), 10 + rank
+            lambda x: reduce_rows(x, etp_rows), make(rank, sum(etp_rows.per_expert), 2), 10 + rank
         ),
     }
 

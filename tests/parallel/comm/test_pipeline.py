@@ -24,7 +24,7 @@ class Work:
         self.waited = True
 
 
-def test_messages_are_kept_until_they_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_are_kept_until_they_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
     works: list[Work] = []
 
     def isend(x: torch.Tensor, peer: int, **how: Any) -> Work:
@@ -41,8 +41,8 @@ def test_messages_are_kept_until_they_are_let_go(monkeypatch: pytest.MonkeyPatch
     pipe.send(torch.ones(0), 1, 7)  # empty: never sent
     gc.collect()
     assert all(ref() is not None for ref in gone)
-    pipe.let_go(2, 1)
-    pipe.let_go(1, 7)
+    pipe.release(2, 1)
+    pipe.release(1, 7)
     gc.collect()
     assert [w.waited for w in works] == [False, True, False]
     assert [ref() is None for ref in gone] == [False, True, False]

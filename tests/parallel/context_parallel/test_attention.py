@@ -1,4 +1,4 @@
-"""Attention over a cut stream is attention over the whole one, both ways, by gather and by ring."""
+"""Attention over a split stream equals attention over the whole one, by gather and by ring."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.context_parallel import pack
-from parallel.context_parallel.attention import choose_method, context_attention, key_costs
-from parallel.context_parallel.block import TILE, attend, attend_backward, tiled, tiled_backward
+from parallel.context_parallel.attention import choose_attention_method, context_attention, key_costs
+from parallel.context_parallel.block import TILE, Attended, attend, attend_backward, tiled, tiled_backward
 from parallel.sequence.packed import Packing, attention
 from parallel.sequence.stream import Order
 from parallel.topology.axis import Axis
@@ -31,7 +31,7 @@ def inputs(total: int, heads: int, kv_heads: int) -> list[Tensor]:
     ]
 
 
-def cut_attention(cp: int, kv_heads: int) -> list[tuple[Any, ...]]:
+def split_attention(cp: int, kv_heads: int) -> list[tuple[Any, ...]]:
     out = []
     over = axis(cp)
     for lengths in STREAMS:
@@ -47,8 +47,8 @@ def cut_attention(cp: int, kv_heads: int) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(("cp", "kv_heads"), [(2, 2), (4, 1), (4, 4)])
-def test_cut_attention_is_whole_attention(cp: int, kv_heads: int, ranks: Any) -> None:
-    results = ranks(cp, cut_attention, cp, kv_heads)
+def test_split_attention_is_whole_attention(cp: int, kv_heads: int, ranks: Any) -> None:
+    results = ranks(cp, split_attention, cp, kv_heads)
     for i, lengths in enumerate(s for s in STREAMS for _ in range(4)):
         q, k, v, weight = inputs(sum(lengths), 4, kv_heads)
         whole = [x.requires_grad_() for x in (q, k, v)]
@@ -95,13 +95,13 @@ def test_blocks_without_a_fused_kernel() -> None:
         rows = [x.squeeze(0).transpose(0, 1) for x in (q, k, v)]
         one = [rows[0], rows[1][:, :1], rows[2][:, :1]]
         out, lse = attend(*one, causal=causal, scale=0.3)
-        plain, plain_lse = tiled(q, k, v, causal, 0.3)
+        plain, plain_lse = tiled(q, k, v, causal=causal, scale=0.3)
         torch.testing.assert_close(plain.squeeze(0).transpose(0, 1), out)
         torch.testing.assert_close(plain_lse.squeeze(0).T, lse)
         d_q, d_k, d_v = attend_backward(
-            grad.squeeze(0).transpose(0, 1), *one, out, lse, causal=causal, scale=0.3
+            grad.squeeze(0).transpose(0, 1), *one, Attended(out, lse), causal=causal, scale=0.3
         )
-        p_q, p_k, p_v = tiled_backward(grad, q, k, v, plain, plain_lse, causal, 0.3)
+        p_q, p_k, p_v = tiled_backward(grad, q, k, v, Attended(plain, plain_lse), causal=causal, scale=0.3)
         torch.testing.assert_close(p_q.squeeze(0).transpose(0, 1), d_q)
         torch.testing.assert_close(p_k.sum(1).transpose(0, 1), d_k)
         torch.testing.assert_close(p_v.sum(1).transpose(0, 1), d_v)
@@ -123,7 +123,7 @@ def test_only_documents_that_continue_move_keys() -> None:
 
 
 def test_the_ring_is_taken_where_gathered_keys_would_outgrow_a_share() -> None:
-    assert choose_method(shape_only(2, "contiguous", [16]), 8, 2, 8, 2) == "gather"
-    assert choose_method(shape_only(2, "contiguous", [16]), 2, 2, 8, 2) == "gather"
-    assert choose_method(shape_only(16, "contiguous", [64]), 4, 2, 8, 2) == "ring"
-    assert choose_method(shape_only(16, "contiguous", [4] * 16), 4, 2, 8, 2) == "gather"
+    assert choose_attention_method(shape_only(2, "contiguous", [16]), 8, 2, 8, 2) == "gather"
+    assert choose_attention_method(shape_only(2, "contiguous", [16]), 2, 2, 8, 2) == "gather"
+    assert choose_attention_method(shape_only(16, "contiguous", [64]), 4, 2, 8, 2) == "ring"
+    assert choose_attention_method(shape_only(16, "contiguous", [4] * 16), 4, 2, 8, 2) == "gather"

@@ -10,14 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.expert_parallel.all_gather import gather_combine, gather_dispatch, plan_gather
-from parallel.expert_parallel.all_to_all import (
-    capacity_rows,
-    combine,
-    dispatch,
-    grouped_linear,
-    plan_route,
-    within_capacity,
-)
+from parallel.expert_parallel.all_to_all import combine, dispatch
+from parallel.expert_parallel.grouped import grouped_linear
+from parallel.expert_parallel.routing import capacity_rows, plan_route, within_capacity
 from parallel.topology.axis import Axis
 
 EXPERTS, WIDTH, CHOICES = 8, 3, 2

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from parallel.sequence.intervals import (
     Span,
-    apart,
     before,
     column,
     count,
+    disjoint,
     join,
     meet,
     numbers,
@@ -22,6 +22,8 @@ from parallel.sequence.intervals import (
     overlap,
     repeat_groups,
     rows_of,
+    share_start,
+    shares,
     size,
     sums,
     union,
@@ -48,7 +50,7 @@ def columns(of: list[Span]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(any_spans)
-def test_joined_spans_are_apart_and_have_the_same_numbers(some: list[Span]) -> None:
+def test_joined_spans_are_disjoint_and_have_the_same_numbers(some: list[Span]) -> None:
     joined = join(some)
     assert members(joined) == members(some) and size(joined) == len(members(some))
     edges = [edge for span in joined for edge in span]
@@ -82,9 +84,19 @@ def test_every_interval_is_what_it_shares_with_others_and_what_it_does_not(
 
 
 @given(any_spans)
-def test_spans_are_apart_where_their_numbers_ascend(some: list[Span]) -> None:
+def test_spans_are_disjoint_where_their_numbers_ascend(some: list[Span]) -> None:
     listed = [n for span in some for n in range(*span)]
-    assert apart(some) == (listed == sorted(set(listed)))
+    assert disjoint(some) == (listed == sorted(set(listed)))
+
+
+@given(st.integers(0, 100), st.integers(1, 20), st.integers(0, 9))
+def test_shares_are_contiguous_whole_and_even(n: int, parts: int, start: int) -> None:
+    split = shares(n, parts, start)
+    assert len(split) == parts and split[0][0] == start and split[-1][1] == start + n
+    assert all(a[1] == b[0] for a, b in pairwise(split))
+    assert max(b - a for a, b in split) - min(b - a for a, b in split) <= 1
+    begins = share_start(np.asarray([n, 2 * n]), parts, np.arange(parts)[:, None])
+    assert begins.tolist() == [[share_start(n, parts, k), share_start(2 * n, parts, k)] for k in range(parts)]
 
 
 @given(any_spans)

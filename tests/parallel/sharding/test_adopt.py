@@ -1,4 +1,4 @@
-"""Modules of any make keep their values, their buffers and their ties in every layout, and learn as one."""
+"""Adopted modules keep their values, buffers and ties in every layout, and learn as the whole does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.sharding.adopt import adopt
+from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.optim import AdamW, ShardedOptimizer
 from parallel.sharding.param import (
     ParamSpec,
@@ -27,7 +28,7 @@ from parallel.topology.mesh import build_mesh
 
 
 class Plain(nn.Module):
-    """What people write: plain parameters, a scalar, a tie, one that is not trained, and buffers."""
+    """An ordinary module: plain parameters, a scalar, a tied one, one that is not trained, and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,16 +47,18 @@ class Plain(nn.Module):
 
 
 class Net(nn.Module):
-    """Declared and adopted parameters, and buffers made on the meta device; kept: its tp ranks see other
-    tokens."""
+    """Declared and adopted parameters, and buffers made on the meta device.
+
+    partial: its tp ranks see different tokens.
+    """
 
     def __init__(self, device: str | None, *, partial: bool = False) -> None:
         super().__init__()
-        kw: dict[str, Any] = {"device": device, "dtype": torch.float64}
-        self.inner = adopt(Plain(), partial=partial, **kw)
-        declare(self, "out", (5,), ParamSpec(constant(2.0), partial=partial), **kw)
-        declare_buffer(self, "ones", (3,), 1.0, **kw)
-        self.register_buffer("steps", torch.arange(5, **kw))
+        factory: FactoryKwargs = {"device": device, "dtype": torch.float64}
+        self.inner = adopt(Plain(), partial=partial, **factory)
+        declare(self, "out", (5,), ParamSpec(constant(2.0), partial=partial), **factory)
+        declare_buffer(self, "ones", (3,), 1.0, **factory)
+        self.register_buffer("steps", torch.arange(5, **factory))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x) * local(self.out) + self.steps
@@ -73,7 +76,7 @@ def tokens() -> torch.Tensor:
 
 
 def learn(spec: dict[str, Any], layers: bool) -> dict[str, Any]:
-    """Losses and norms of three steps of a sharded net and of the whole one, and how far they end apart."""
+    """Three steps of a sharded net and of the whole one: what was kept, and the largest relative error."""
     layout = make_layout("net", dist.get_world_size(), spec)
     mesh = build_mesh(layout, "cpu")
     assert mesh is not None
@@ -168,7 +171,7 @@ def test_a_buffer_without_a_value_is_named(ranks: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "words"),
+    ("made", "message"),
     [
         (nn.Linear(2, 2, device="meta"), "parameter weight of Linear is on the meta device"),
         (nn.LazyLinear(2), "parameter weight of LazyLinear has no shape before its first batch"),
@@ -178,8 +181,8 @@ def test_a_buffer_without_a_value_is_named(ranks: Any) -> None:
         (lambda: nn.Linear(2, 2), "needs key="),
     ],
 )
-def test_what_cannot_be_adopted_is_refused_in_words(made: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_what_cannot_be_adopted_is_refused_in_words(made: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         adopt(made)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.optim import AdamW, ShardedOptimizer
 from parallel.sharding.param import (
     ParamSpec,
@@ -28,21 +29,21 @@ from parallel.topology.mesh import ModuleMesh, build_mesh
 class Experts(nn.Module):
     def __init__(self, device: str) -> None:
         super().__init__()
-        kw: dict[str, Any] = {"device": device, "dtype": torch.float64}
-        declare(self, "up", (4, 6, 10), ParamSpec(normal(1.0), view="expert", shard_dim=0), **kw)
+        factory: FactoryKwargs = {"device": device, "dtype": torch.float64}
+        declare(self, "up", (4, 6, 10), ParamSpec(normal(1.0), view="expert", shard_dim=0), **factory)
 
 
 class Net(nn.Module):
-    """Parameters of all kinds: cut by rows, by columns, not at all, uneven, experts."""
+    """Parameters of all kinds: sharded by rows, by columns, not at all, uneven, experts."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
-        kw: dict[str, Any] = {"device": device, "dtype": torch.float64}
-        declare(self, "row", (8, 12), ParamSpec(normal(1.0), shard_dim=0), **kw)
-        declare(self, "column", (5, 8), ParamSpec(normal(1.0), shard_dim=1), **kw)
-        declare(self, "vector", (8,), ParamSpec(normal(1.0), shard_dim=0), **kw)
-        declare(self, "uneven", (7, 3), normal(1.0), **kw)
-        declare(self, "one", (1,), constant(2.0), **kw)
+        factory: FactoryKwargs = {"device": device, "dtype": torch.float64}
+        declare(self, "row", (8, 12), ParamSpec(normal(1.0), shard_dim=0), **factory)
+        declare(self, "column", (5, 8), ParamSpec(normal(1.0), shard_dim=1), **factory)
+        declare(self, "vector", (8,), ParamSpec(normal(1.0), shard_dim=0), **factory)
+        declare(self, "uneven", (7, 3), normal(1.0), **factory)
+        declare(self, "one", (1,), constant(2.0), **factory)
         self.experts = Experts(device)
         declare_buffer(self, "count", (3,), 2.5, device=device)
         self.register_buffer("order", torch.arange(3, 0, -1))
@@ -54,7 +55,7 @@ def whole_values() -> dict[str, torch.Tensor]:
     return {k: p.detach() for k, p in net.named_parameters()}
 
 
-def held_places(net: nn.Module, mesh: ModuleMesh) -> dict[str, torch.Tensor]:
+def held_index(net: nn.Module, mesh: ModuleMesh) -> dict[str, torch.Tensor]:
     """Linear indices of the elements of each parameter that this rank holds, in the shape of its shard."""
     return {
         key: global_index(tuple(p.shape), held_indices(tuple(p.shape), spec, mesh))
@@ -62,20 +63,20 @@ def held_places(net: nn.Module, mesh: ModuleMesh) -> dict[str, torch.Tensor]:
     }
 
 
-def difference(net: nn.Module, whole: dict[str, torch.Tensor], places: dict[str, torch.Tensor]) -> float:
+def difference(net: nn.Module, whole: dict[str, torch.Tensor], index: dict[str, torch.Tensor]) -> float:
     """Largest difference between this rank's shards and the same elements of the whole."""
     worst = 0.0
     for key, p in net.named_parameters():
-        shard, part = p.detach().to_local(), whole[key].reshape(-1)[places[key]]
+        shard, part = p.detach().to_local(), whole[key].reshape(-1)[index[key]]
         assert shard.shape == part.shape, key
         worst = max(worst, float((shard - part).abs().max()) if shard.numel() else 0.0)
     return worst
 
 
-def check_cover(net: nn.Module, places: dict[str, torch.Tensor]) -> None:
+def check_cover(net: nn.Module, index: dict[str, torch.Tensor]) -> None:
     """Every element is held somewhere, and all of a parameter's elements equally often."""
     for key, p in net.named_parameters():
-        held = torch.bincount(places[key].reshape(-1), minlength=p.numel())
+        held = torch.bincount(index[key].reshape(-1), minlength=p.numel())
         dist.all_reduce(held)
         assert held.min() == held.max() >= 1, (key, held)
 
@@ -88,8 +89,8 @@ def shards(spec: dict[str, Any]) -> tuple[float, float]:
     net, whole = Net("meta"), whole_values()
     shard_module(net, mesh, ShardPolicy(), param_dtype=torch.float64)
     materialise(net, mesh, seed=3, name="net", device=torch.device("cpu"))
-    places = held_places(net, mesh)
-    worst = difference(net, whole, places)
+    index = held_index(net, mesh)
+    worst = difference(net, whole, index)
     assert net.get_buffer("count").tolist() == [2.5] * 3 and net.get_buffer("order").tolist() == [3, 2, 1]
     optimizer = ShardedOptimizer([net], mesh, AdamW())
     reference = torch.optim.AdamW(
@@ -112,8 +113,8 @@ def shards(spec: dict[str, Any]) -> tuple[float, float]:
         norm = max(norm, abs(float(square) - expected) / expected)
         optimizer.step(0.1)
         reference.step()
-    worst = max(worst, difference(net, whole, places))
-    check_cover(net, places)
+    worst = max(worst, difference(net, whole, index))
+    check_cover(net, index)
     mesh.close()
     return worst, norm
 

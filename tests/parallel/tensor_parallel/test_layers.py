@@ -1,4 +1,4 @@
-"""Collectives are adjoint to their backward; cut linears and embeddings are whole ones."""
+"""Collectives are adjoint to their backward; sharded linears and embeddings equal whole ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parallel.comm import collectives as c
 from parallel.sharding.param import initialise, normal
 from parallel.tensor_parallel.layers import Linear, VocabEmbedding, enter, leave
 from parallel.topology.axis import Axes, Axis
-from tests.llm.harness import cut
+from tests.llm.harness import shard_by_hand
 
 TOKENS, WIDTH, HIDDEN, VOCAB = 8, 6, 12, 20
 
@@ -74,7 +74,7 @@ def blocks(axes: Axes) -> dict[str, Tensor]:
     down = Linear(HIDDEN, WIDTH, normal(1.0), shard="row", dtype=torch.float64)
     model = torch.nn.ModuleDict({"embed": embed, "up": up, "down": down})
     initialise(model, 0, "block")
-    cut(model, axes)
+    shard_by_hand(model, axes)
     ids = torch.arange(TOKENS) * 7 % VOCAB
     x = leave(embed(ids), axes)
     y = x + leave(down(torch.tanh(up(enter(x, axes)))), axes)
@@ -84,14 +84,14 @@ def blocks(axes: Axes) -> dict[str, Tensor]:
     return {"y": y.detach(), **{n: p.grad for n, p in model.named_parameters()}}
 
 
-def cut_blocks(sequence_parallel: bool) -> dict[str, Tensor]:
+def sharded_blocks(sequence_parallel: bool) -> dict[str, Tensor]:
     return blocks(Axes(tp=world(), sequence_parallel=sequence_parallel))
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_cut_layers_are_whole_layers(size: int, sequence_parallel: bool, ranks: Any) -> None:
-    results = ranks(size, cut_blocks, sequence_parallel)
+def test_sharded_layers_are_whole_layers(size: int, sequence_parallel: bool, ranks: Any) -> None:
+    results = ranks(size, sharded_blocks, sequence_parallel)
     whole = blocks(Axes())
     dims = {"embed.weight": 0, "up.weight": 0, "up.bias": 0, "down.weight": 1}
     for name, dim in dims.items():

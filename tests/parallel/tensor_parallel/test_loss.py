@@ -1,4 +1,4 @@
-"""Cross entropy over a cut vocabulary is cross entropy, at any chunk, without the logits of all tokens."""
+"""Cross entropy over a sharded vocabulary is exact at any chunk, and never holds the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_any_chunk_is_cross_entropy(chunk: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def cut_loss(chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def sharded_loss(chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, this rank's part of the hidden gradient, and the gradient of its vocabulary shard."""
     tp = Axis("tp", dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
     hidden, weight, labels, tilt = inputs()
@@ -53,8 +53,8 @@ def cut_loss(chunk: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_cut_vocabulary(world: int, ranks: Any) -> None:
-    results = ranks(world, cut_loss, 9)
+def test_sharded_vocabulary(world: int, ranks: Any) -> None:
+    results = ranks(world, sharded_loss, 9)
     loss, d_hidden, d_weight = reference()
     for r in results:
         torch.testing.assert_close(r[0], loss, rtol=1e-9, atol=1e-12)

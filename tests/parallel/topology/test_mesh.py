@@ -29,7 +29,7 @@ def groups(spec: dict[str, Any]) -> tuple[dict[str, tuple[list[int], int]], set[
             assert axis.group.rank() == axis.rank
             found |= {axis.name: axis.group}
     if mesh.pipeline is not None:
-        found |= {"onward": mesh.pipeline[0], "back": mesh.pipeline[1]}
+        found |= {"onward": mesh.pipeline.forward, "back": mesh.pipeline.backward}
     if mesh.ends is not None:
         found |= {"ends": mesh.ends}
     waits = {g._get_backend(torch.device("cpu")).options._timeout for g in found.values()}

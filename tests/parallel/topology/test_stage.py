@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.topology.stage import cut_layers, whole
+from parallel.topology.stage import partition_layers, whole
 
 COSTS = st.lists(st.integers(0, 9), min_size=1, max_size=8)
 
@@ -16,7 +16,7 @@ COSTS = st.lists(st.integers(0, 9), min_size=1, max_size=8)
 @given(COSTS, st.integers(1, 8), st.integers(0, 9), st.integers(0, 9))
 def test_the_costliest_stage_is_as_cheap_as_can_be(costs: list[int], n: int, before: int, after: int) -> None:
     n = min(n, len(costs))
-    stages = cut_layers(costs, n, before=before, after=after)
+    stages = partition_layers(costs, n, before=before, after=after)
     assert [k for s in stages for k in s.layers] == list(range(len(costs))) and all(s.layers for s in stages)
     assert [s.first for s in stages] == [True] + [False] * (n - 1)
     assert [s.last for s in stages] == [False] * (n - 1) + [True]
@@ -32,6 +32,6 @@ def test_the_costliest_stage_is_as_cheap_as_can_be(costs: list[int], n: int, bef
 
 
 def test_more_stages_than_layers_are_refused_with_the_nearest() -> None:
-    assert cut_layers([1.0, 1.0], 1) == (whole(2),)
+    assert partition_layers([1.0, 1.0], 1) == (whole(2),)
     with pytest.raises(ValueError, match=r"4 pipeline stages for 3 layers.*Nearest: 3"):
-        cut_layers([1.0] * 3, 4)
+        partition_layers([1.0] * 3, 4)

@@ -1,0 +1,92 @@
+"""Parameters and forward FLOPs of a language model, from its config alone. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llm.config import LLMConfig
+
+
+def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
+    """(parameters held, parameters used per token) of one layer, its norm included."""
+    d = cfg.d_model
+    n = d  # the norm
+    if symbol == "M":
+        di, bc = cfg.mamba_inner, 2 * cfg.mamba_groups * cfg.mamba_state
+        n += d * (2 * di + bc + cfg.mamba_heads) + (di + bc) * (cfg.conv_kernel + 1)
+        n += 3 * cfg.mamba_heads + di + di * d
+    elif symbol == "*":
+        heads = 2 * cfg.n_heads + 2 * cfg.n_kv_heads
+        n += d * cfg.head_dim * heads
+        if cfg.attention_bias:
+            n += cfg.head_dim * (cfg.n_heads + 2 * cfg.n_kv_heads) + d
+    elif symbol == "-":
+        n += _mlp_params(cfg, cfg.mlp_ffn)
+    else:
+        n += cfg.n_experts * d + (_mlp_params(cfg, cfg.shared_ffn) if cfg.shared_ffn else 0)
+        n += 2 * d * cfg.latent if cfg.latent else 0
+        one = (2 + cfg.mlp_gated) * cfg.expert_width * cfg.expert_ffn
+        return n + cfg.n_experts * one, n + cfg.top_k * one
+    return n, n
+
+
+def _mlp_params(cfg: LLMConfig, ffn: int) -> int:
+    matrices = 2 + cfg.mlp_gated
+    return matrices * cfg.d_model * ffn + cfg.mlp_bias * ((matrices - 1) * ffn + cfg.d_model)
+
+
+def mtp_params(cfg: LLMConfig) -> int:
+    """Parameters of the stored block of multi-token prediction, 0 without one."""
+    if not cfg.mtp_layers:
+        return 0
+    own = 2 * cfg.d_model * cfg.d_model + 3 * cfg.d_model
+    return own + sum(layer_params(cfg, s)[0] for s in cfg.mtp_pattern)
+
+
+def param_count(cfg: LLMConfig) -> tuple[int, int]:
+    """(total, active per token) parameters, embedding and head included.
+
+    The block of multi-token prediction counts in the total only: the next token does not need it.
+    """
+    outside = (1 if cfg.tied else 2) * cfg.vocab_size * cfg.d_model + cfg.d_model
+    layers = [layer_params(cfg, s) for s in cfg.symbols]
+    return outside + sum(t for t, _ in layers) + mtp_params(cfg), outside + sum(a for _, a in layers)
+
+
+def layer_flops(cfg: LLMConfig, symbol: str, lengths: Sequence[int]) -> float:
+    """Forward FLOPs of one layer over packed documents of these lengths, in tokens.
+
+    Counts matrix products, causal attention and the scan.
+    """
+    tokens = float(sum(lengths))
+    out = 2.0 * tokens * layer_params(cfg, symbol)[1]
+    if symbol == "*":
+        # Scores and values, each over the causal half of the document's n x n pairs.
+        out += sum(2.0 * n * n * cfg.n_heads * cfg.head_dim for n in lengths)
+    elif symbol == "M":
+        q, heads = cfg.chunk, cfg.mamba_heads
+        within = q * (cfg.mamba_groups * cfg.mamba_state + heads * cfg.mamba_head_dim)
+        across = 2 * heads * cfg.mamba_head_dim * cfg.mamba_state
+        out += 2.0 * tokens * (within + across)
+    return out
+
+
+def layer_costs(cfg: LLMConfig, lengths: Sequence[int]) -> tuple[float, ...]:
+    """Forward FLOPs of each layer, by which layers are partitioned; head_flops() is the work after them."""
+    by_kind = {symbol: layer_flops(cfg, symbol, lengths) for symbol in set(cfg.symbols)}
+    return tuple(by_kind[symbol] for symbol in cfg.symbols)
+
+
+def head_flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = None) -> float:
+    """Forward FLOPs after the layers: head and loss of `supervised` tokens (None: all), and multi-token
+    prediction over all tokens."""
+    tokens = float(sum(lengths))
+    head = 2.0 * (tokens if supervised is None else supervised) * cfg.vocab_size * cfg.d_model
+    block = 4.0 * tokens * cfg.d_model * cfg.d_model
+    block += sum(layer_flops(cfg, s, lengths) for s in cfg.mtp_pattern)
+    return head + cfg.mtp_layers * (head + block)
+
+
+def flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = None) -> float:
+    """Forward FLOPs of packed documents of these lengths in a training step; supervised: as in head_flops."""
+    return sum(layer_costs(cfg, lengths)) + head_flops(cfg, lengths, supervised)

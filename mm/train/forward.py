@@ -1,0 +1,88 @@
+"""Forward computations of one step: a stage of an encoder, or a stage of the language model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from encoders.contract import join_batches
+from encoders.module import RowsMismatch
+from mm.config.outline import SINK
+from mm.errors import DataError
+from mm.ranks.batch import RankMicrobatch
+from mm.train.flight import Flight, Key, key_of
+from mm.train.transfer import Transfers
+from parallel.schedule import Action
+
+OnTokens = Callable[[RankMicrobatch, Tensor], None]
+
+
+class Forward:
+    """Handler of FORWARD. loss: float64 scalar, this rank's part of the step's loss so far."""
+
+    def __init__(self, flight: Flight, transfers: Transfers, on_tokens: OnTokens | None) -> None:
+        self.flight, self.transfers, self.on_tokens = flight, transfers, on_tokens
+        self.micro, self.supervised = flight.prepared.micro, flight.prepared.plan.supervised
+        self.loss = torch.zeros((), dtype=torch.float64, device=flight.job.rank.device)
+
+    def forward(self, action: Action) -> float:
+        """Run a stage; returns when its inputs had come."""
+        key = key_of(action)
+        self.transfers.release(action)
+        hidden = self.transfers.hidden(key)
+        if action.module == SINK:
+            return self._sink(key, hidden)
+        ready = time.perf_counter()
+        self._source(action, hidden)
+        return ready
+
+    def _source(self, action: Action, hidden: Tensor | None) -> None:
+        keys = self.flight.covered(action)
+        values = self._encode(keys, hidden)
+        if len(keys) == 1:
+            self.flight[keys[0]].output.fill(values)
+            return
+        if self.flight.learns(keys[0]):
+            self.flight[keys[0]].joint_output.fill(values)
+        edge = next(e for e in self.flight.job.blueprint.edges if e.source == action.module)
+        rows = [self.micro[key.microbatch].edges[edge].forward.rows_in for key in keys]
+        for key, own in zip(keys, torch.split(values.detach(), rows), strict=True):
+            self.flight[key].output.fill(own)
+
+    def _encode(self, keys: list[Key], hidden: Tensor | None) -> Tensor:
+        """The output of an encoder's stage. Raises DataError naming the sample that it cannot take."""
+        module, part = keys[0].module, self.flight.part(keys[0])
+        mine = [self.micro[key.microbatch] for key in keys]
+        try:
+            if hidden is not None:
+                out = part(mine[0].items[module], hidden)
+            elif len(mine) > 1:
+                out = part(join_batches([mb.items[module] for mb in mine]))
+            else:
+                out = part(mine[0].items[module])
+        except RowsMismatch as error:
+            names = [name for mb in mine for name in mb.names[module]]
+            raise DataError(f"module {module}, sample {names[error.item]}: {error.why}") from error
+        values: Tensor = out if isinstance(out, Tensor) else out.values
+        return values
+
+    def _sink(self, key: Key, hidden: Tensor | None) -> float:
+        mb, part = self.micro[key.microbatch], self.flight.part(key)
+        assert mb.llm is not None
+        rows = self.transfers.rows(key)
+        ready = time.perf_counter()
+        out = part(mb.llm, rows) if hidden is None else part(mb.llm, rows, hidden)
+        if not self.flight.is_loss(key):
+            self.flight[key].output.fill(out)
+            return ready
+        if self.on_tokens is not None:
+            self.on_tokens(mb, out)
+        loss = out.sum() / self.supervised
+        if self.flight.learns(key):
+            self.flight[key].output.fill(loss)
+        if self.flight.job.counts_loss:
+            self.loss += loss.detach()
+        return ready
