@@ -21,8 +21,8 @@ def encoder_row_spans(
 ) -> tuple[tuple[Span, ...], ...]:
     """Rows [start, stop) of a dp rank that each rank outputs, as spans[cp rank][tp rank].
 
-    Rows are split by intervals.shares(), over cp first; parallel.boundary.source_side()
-    splits rows in the same way. Without sequence parallelism all tp ranks of a cp rank output its rows.
+    Rows are split by intervals.shares(), over cp first; parallel.boundary.source_side() computes the same.
+    Without sequence parallelism all tp ranks of a cp rank output its rows.
     """
     out = []
     for a, b in shares(sum(rows_per_item), cp):

@@ -6,7 +6,7 @@ One JSON line a check, with the greatest difference of its random cases, relativ
 exits with 1 where one is above the tolerance. Whole models of both are built with the same weights
 (attention, dense and expert layers, latent or not; its Mamba-2 needs a GPU) and run on the same documents, as
 a batch of equal lengths and packed. Where definitions differ the cases are chosen so that they meet, with a
-word why; docs/llm.md, "Beside megatron-core", lists them.
+word why; docs/llm.md, "Compared with megatron-core", lists them.
 """
 
 from __future__ import annotations
@@ -92,9 +92,15 @@ def routing(r: random.Random) -> Differences:
     ours = telling_moe(cfg, bias)(x, ForwardContext(Packing.of([n]), n))[:, :e]
     with Widened():
         theirs, _ = peer.moe_utils.topk_routing_with_score_function(
-            logits, k, before, groups if groups > 1 else None, best if groups > 1 else None,
-            cfg.routed_scale, router, bias if router == "sigmoid" else None,
-        )  # fmt: skip
+            logits,
+            k,
+            use_pre_softmax=before,
+            num_groups=groups if groups > 1 else None,
+            group_topk=best if groups > 1 else None,
+            scaling_factor=cfg.routed_scale,
+            score_function=router,
+            expert_bias=bias if router == "sigmoid" else None,
+        )
     weight = randn(n, e)
     mine, its = (torch.autograd.grad((y * weight).sum(), logits)[0] for y in (ours, theirs))
     return {"weights": far(ours, theirs), "gradient": far(mine, its)}
@@ -229,8 +235,11 @@ def hear(module: nn.Module) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Task:
-    """One micro-batch for both models. labels: of all tokens; counts [T]: where they count; known, at_depths:
-    labels with IGNORE elsewhere, of the next token [T] and of each depth [D, T]."""
+    """One micro-batch for both models.
+
+    labels: of every token; counts [T]: where they count; known, at_depths: labels with IGNORE elsewhere, of
+    the next token [T] and of each depth [D, T].
+    """
 
     cfg: LLMConfig
     lengths: list[int]

@@ -121,14 +121,14 @@ def compare_step(job: Job, prepared: Prepared, spent: Sequence[Spent], cores: in
     wall = max(one.wall for one in spent)
     others = max(0.0, max(one.machine for one in spent) - process)
     return Step(
-        wall,
-        simulate(plan, Costs(costs, cores=cores)).seconds,
-        simulate(plan, Costs(every, cores=cores)).seconds,
-        simulate(plan, Costs(every, cores=cores - others / wall)).seconds,
-        actions,
-        posting,
-        process - actions - posting,
-        others,
+        measured=wall,
+        simulated=simulate(plan, Costs(costs, cores=cores)).seconds,
+        simulated_all=simulate(plan, Costs(every, cores=cores)).seconds,
+        simulated_left=simulate(plan, Costs(every, cores=cores - others / wall)).seconds,
+        actions=actions,
+        posting=posting,
+        threads=process - actions - posting,
+        others=others,
     )
 
 
@@ -156,10 +156,17 @@ def measure(run: Run, rank: RankInfo, steps: int, cores: int) -> list[Step]:
 
 def row(name: str, steps: Sequence[Step]) -> str:
     """A row of the table; times in ms."""
-    ms = [f"{median(s[i] for s in steps) * 1e3:.0f}" for i in (0, 1, 4, 5, 6, 7)]
-    ratios, every, left = ([s.measured / s[i] for s in steps] for i in (1, 2, 3))
+    ms = {
+        field: f"{median(getattr(s, field) for s in steps) * 1e3:.0f}"
+        for field in ("measured", "simulated", "actions", "posting", "threads", "others")
+    }
+    ratios, every, left = (
+        [s.measured / getattr(s, field) for s in steps]
+        for field in ("simulated", "simulated_all", "simulated_left")
+    )
     ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    cells = [f"`{name}`", *ms[:2], ratio, *ms[2:5], f"{median(every):.2f}", ms[5], f"{median(left):.2f}"]
+    cells = [f"`{name}`", ms["measured"], ms["simulated"], ratio, ms["actions"], ms["posting"], ms["threads"]]
+    cells += [f"{median(every):.2f}", ms["others"], f"{median(left):.2f}"]
     return f"| {' | '.join(cells)} |"
 
 

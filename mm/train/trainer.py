@@ -74,16 +74,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
         console.info(f"resumed from {resume} at step {first}")
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)
     try:
-        _Loop(
-            job=job,
-            feed=feed,
-            eval_data=eval_data,
-            console=console,
-            run_dir=run_dir,
-            stop=stop,
-            done=first,
-            saved=first,
-        ).run()
+        _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
     finally:
         feed.close()
         console.close()
@@ -145,14 +136,14 @@ class _Loop:
         job, cfg = self.job, self.job.blueprint.cfg
         start = time.perf_counter()
         metrics = train_step(job, self.feed, self.done, stop=self.stop.requested)
-        asked = metrics.stop
+        stopping = metrics.stop
         self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
         self.done += 1
         every, at_end = cfg.checkpoint.every, self.done == cfg.train.steps
-        if every and (asked or self.done % every == 0 or at_end):
+        if every and (stopping or self.done % every == 0 or at_end):
             self._save()
-            asked = asked or job.control.any(self.stop.requested)  # while it was written
-        if asked:
+            stopping = stopping or job.control.any(self.stop.requested)  # while it was written
+        if stopping:
             raise StopRequested
         if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:
             result = run_evaluation(job, self.eval_data, self.stop, self.console.warn)

@@ -1,6 +1,6 @@
-"""Rows from any layout to any layout, and their gradients back, with the least bytes.
+"""Rows from any layout to any layout, and their gradients back, with the fewest bytes.
 
-Plans are pure; communicator.py carries them out. Models and samples may not enter: rows are numbers here.
+Plans are pure; communicator.py executes them. Models and samples may not enter: rows are numbers here.
 
     source = source_side(vision_layout, item_rows, item_dp)                   # who has which rows
     dest = dest_side(llm_layout, item_rows, llm_dp, item_position, tokens)    # who wants which

@@ -1,4 +1,4 @@
-"""Plans made once for rows that lie as before."""
+"""Plans that are made once and reused while the row maps stay equal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from parallel.boundary.rows import RowMap
 class PlanCache:
     """plan_edge() for one rank, which remembers its last `keep` plans.
 
-    Batches of pictures of one size, or the micro-batches of an evaluation that comes again, lie alike: what
-    is left is to read both maps once. Not shared between threads.
+    Batches of pictures of one size have equal row maps, and so have the micro-batches of a repeated
+    evaluation. A remembered plan costs a hash of both maps. Not to be shared between threads.
+
+    rank: the global rank to plan for. node_size: of plan_edge(). keep: plans remembered, over all edges.
     """
 
     def __init__(self, rank: int, *, node_size: int | None = None, keep: int = 64) -> None:
@@ -24,12 +26,12 @@ class PlanCache:
     def plan(
         self, name: str, source: RowMap, dest: RowMap, *, row_shape: tuple[int, ...] | None = None
     ) -> EdgePlan:
-        """The plan of edge `name`, the same object where it is remembered. Raises as plan_edge() does."""
+        """The plan of edge `name`; a remembered one is the same object. Raises as plan_edge() does."""
         key = (name, row_shape, source.lanes, dest.lanes, _digest(source), _digest(dest))
         found = self._plans.pop(key, None)
         if found is None:
             found = plan_edge(name, source, dest, self.rank, node_size=self.node_size, row_shape=row_shape)
-        self._plans[key] = found  # now the latest
+        self._plans[key] = found  # now the most recently used
         while len(self._plans) > self.keep:
             self._plans.popitem(last=False)
         return found

@@ -1,4 +1,4 @@
-"""Carries out boundary plans: rows to the destination's layout, gradients back to the source's."""
+"""Executes boundary plans: rows to the destination's layout, gradients back to the source's."""
 
 from __future__ import annotations
 
@@ -21,27 +21,35 @@ Transport = Literal["auto", "p2p", "all_to_all"]
 
 @dataclass
 class Stats:
-    """Payload received from other ranks in bytes, and host time spent in seconds, by edge name since the
-    last reset."""
+    """Sums since the last reset, by edge name.
+
+    bytes_received: payload received from other ranks, in bytes.
+    seconds: host time spent in transfers, in seconds.
+    """
 
     bytes_received: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Set all sums to zero."""
         self.bytes_received.clear()
         self.seconds.clear()
 
 
 class BoundaryCommunicator:
-    """Moves rows between layouts over `group`, which holds every rank of both sides of its edges.
+    """Moves rows between layouts.
 
-    transport: "p2p" sends each peer just its rows; "all_to_all" is one collective of the group with uneven
-    splits; "auto" is p2p where `device` is the host, which wins there, else all_to_all. Nothing is sent for
-    an edge that moves no row. timeout_s bounds every wait (where the device waits, the group's own does).
-    All ranks of an edge start its transfers in the same order; over all_to_all, and on backends without tags,
-    those of all edges. A plan with node_size has ranks send on what they receive: over p2p they do so in
-    wait(), so no rank may leave one out, or put it off for long.
+    group: holds every rank of both sides of the communicator's edges.
+    device: where the rows are.
+    timeout_s: the longest wait of the host, in seconds; where the device's queue waits, the group's own
+        timeout is the bound.
+    transport: "p2p" sends each peer just its rows. "all_to_all" is one collective of the group with uneven
+        splits. "auto" is p2p where `device` is the host, where it is faster, and all_to_all elsewhere.
+        Nothing is sent for an edge that moves no row.
+
+    All ranks of an edge must start its transfers in the same order. Over all_to_all, and on backends without
+    tags, the order of all edges' transfers must be the same. In a plan with node_size, ranks forward rows
+    that they receive; over p2p they do so in wait(), so no rank may omit a wait(), or delay it for long.
 
     Tensors are [rows, ..] of any dtype and trailing dims, equal on all ranks; ranks that hold nothing pass 0
     rows. A plan that knows its row_shape has it checked before anything is sent. Results may share memory
@@ -63,32 +71,36 @@ class BoundaryCommunicator:
             transport = "p2p" if self.device.type == "cpu" else "all_to_all"
         self.transport = transport
         self.stats = Stats()
-        self._to_send_on: deque[Finish] = deque()  # of transfers under way that have a second hop
+        self._second_hops: deque[Finish] = deque()  # to start, of transfers under way, in their order
 
     def close(self) -> None:
         """Destroy the group, where this rank is in it and it is not the default one."""
-        if self.group is not dist.group.WORLD and self.group is not dist.GroupMember.NON_GROUP_MEMBER:
+        outside: object = dist.GroupMember.NON_GROUP_MEMBER  # a rank that is not in it
+        if self.group is not dist.group.WORLD and self.group is not outside:
             dist.destroy_process_group(self.group)
 
     def forward(self, plan: EdgePlan, x: Tensor) -> Tensor:
         """x [rows held here, ..] to [rows wanted here, ..]; no autograd.
 
-        Raises ValueError where x has other rows than the plan, in number or shape; RuntimeError naming the
-        edge, the direction and the rank waited for when a peer does not answer in time.
+        Raises ValueError where the number or shape of x's rows is not that of the plan; RuntimeError naming
+        the edge, the direction and the rank waited for when a peer does not answer in time.
         """
         return self.start_forward(plan, x).wait()
 
     def start_forward(self, plan: EdgePlan, x: Tensor) -> Pending:
-        """The same without waiting: work until wait() overlaps with the transfer."""
+        """forward() without waiting: work until wait() overlaps with the transfer."""
         return self._start(plan, "forward", plan.forward, x)
 
     def backward(self, plan: EdgePlan, grad: Tensor) -> Tensor:
-        """Gradients [rows wanted here, ..] to [rows held here, ..]; no autograd. Distinct consumers of a row
-        are summed, always in the same order; rows that nobody consumed get zero."""
+        """Gradients [rows wanted here, ..] to [rows held here, ..]; no autograd.
+
+        Gradients of distinct consumers of a row are added, always in the same order; a row that nobody
+        consumed gets zero. Raises as forward() does.
+        """
         return self.start_backward(plan, grad).wait()
 
     def start_backward(self, plan: EdgePlan, grad: Tensor) -> Pending:
-        """The same without waiting."""
+        """backward() without waiting."""
         parts = [self._start(plan, "backward", t, grad) for t in plan.backward]
         if len(parts) == 1:
             return parts[0]
@@ -105,17 +117,17 @@ class BoundaryCommunicator:
     def exchange(self, plan: EdgePlan, x: Tensor, *, grads: bool = True) -> Tensor:
         """forward() with autograd: the gradient goes back through backward().
 
-        Every rank must then run its backward, those with no rows too: their result is part of the graph, so
-        let it enter the loss (its sum is zero). With `grads` False, on all ranks alike, no gradient is
-        returned: for a source that does not learn.
+        Every rank must then run its backward, those with no rows too. Their result is part of the graph, so
+        it has to enter the loss (its sum is zero). `grads` must be equal on all ranks; False is for a source
+        that does not learn, and sends no gradient back.
         """
         if not grads:
             return self.forward(plan, x.detach())
         if torch.is_grad_enabled() and not x.requires_grad:
-            # A rank that only receives takes part in the backward all the same.
+            # A rank that only receives takes part in the backward too.
             x = x.detach().requires_grad_()
         if all(t.identity and not t.moves for t in (plan.forward, *plan.backward)):
-            return self.forward(plan, x)  # x itself, and its gradient is the result's: nothing to record
+            return self.forward(plan, x)  # x itself, whose gradient is that of the result: nothing to record
         return linear_map(x, lambda y: self.forward(plan, y), lambda grad: self.backward(plan, grad))
 
     def _start(self, plan: EdgePlan, direction: str, t: Transfer, x: Tensor) -> Pending:
@@ -134,7 +146,7 @@ class BoundaryCommunicator:
         if t.view is not None:
             out = x if t.view == slice(0, t.rows_in) else x[t.view]
         else:
-            # Rows that nobody has are zero: gradients of rows without a consumer.
+            # Output rows that no rank holds are zero: the gradients of rows without a consumer.
             make = torch.empty if t.covered else torch.zeros
             out = make((t.rows_out, *x.shape[1:]), dtype=x.dtype, device=x.device)
         land = self._depart(f"edge {edge}, {direction}", t, x, out) if t.moves else None
@@ -154,28 +166,28 @@ class BoundaryCommunicator:
         return Pending(wait)
 
     def _depart(self, name: str, t: Transfer, x: Tensor, out: Tensor) -> Finish:
-        """Start the first hop; the result completes the transfer."""
+        """Start the first hop; the result completes both."""
         channel = Channel(name, self.group, self.timeout_s)
         start = start_p2p if self.transport == "p2p" else start_all_to_all
-        tag, tag_on = (tag_of(f"{name}, hop {hop}") for hop in (1, 2))
+        tag, second_tag = (tag_of(f"{name}, hop {hop}") for hop in (1, 2))
         first = start(channel, t.sends, t.recvs, x, out, tag)
         if t.relay is None:
             return first
         relay, second = t.relay, []
 
-        def send_on() -> None:
+        def start_second() -> None:
             first()
-            second.append(start(channel, relay.sends, relay.recvs, out, out, tag_on))
+            second.append(start(channel, relay.sends, relay.recvs, out, out, second_tag))
 
         def finish() -> None:
-            # Others may wait for the rows that earlier transfers bring here.
+            # In order: other ranks may wait for rows that earlier transfers bring here.
             while not second:
-                self._to_send_on.popleft()()
+                self._second_hops.popleft()()
             second[0]()
 
-        self._to_send_on.append(send_on)
+        self._second_hops.append(start_second)
         if self.transport != "p2p" or x.device.type != "cpu":
-            # Collectives need one order on all ranks; a device's queue does the waiting.
+            # Collectives need one order on all ranks; on a device, its queue waits and not the host.
             while not second:
-                self._to_send_on.popleft()()
+                self._second_hops.popleft()()
         return finish

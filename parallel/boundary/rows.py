@@ -1,8 +1,8 @@
-"""Which ranks have, or want, which rows of a boundary tensor. Pure.
+"""Row maps: which ranks hold, or want, which rows of a boundary tensor. Pure.
 
-Rows of one edge and micro-batch are numbered globally. A lane is a set of ranks with identical copies: the
-tp group of an encoder, or a single rank where the destination is sequence-sharded. A run is a stretch of
-consecutive global rows that lies in consecutive local rows of one lane.
+Rows of one edge and micro-batch are numbered globally. A lane is a set of ranks that hold, or want, identical
+rows: the tp group of an encoder, or a single rank where the destination is sequence-sharded. A run is a
+stretch of consecutive global rows that are consecutive local rows of one lane too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from parallel.sequence.intervals import Column, before, column, sums
 
 @dataclass(frozen=True, eq=False)
 class RowMap:
-    """One side of an edge: who holds, or who wants, which global rows.
+    """One side of an edge: who holds, or who wants, which global rows. Arrays are int64.
 
-    lanes: lane -> global ranks with identical copies. Run k: global rows start[k] .. start[k] + length[k]
-    are the local rows from local[k] on of lane[k]. rows: local row count of each lane; local rows outside
-    every run carry nothing. A row may be in several lanes, and once in each. Arrays are int64.
+    lanes: by lane, the global ranks with identical copies.
+    start, length, lane, local: by run. Run k is global rows [start[k], start[k] + length[k]); they are the
+        local rows from local[k] on of every rank of lane[k].
+    rows: by lane, how many local rows its ranks have; local rows outside every run carry nothing.
+
+    A row may be in several lanes, and once in each.
     """
 
     lanes: tuple[tuple[int, ...], ...]
@@ -42,10 +45,10 @@ class RowMap:
         local: Sequence[int] | Column | None = None,
         rows: Sequence[int] | Column | None = None,
     ) -> RowMap:
-        """Any runs. Without `local`, each lane's runs lie end to end in the order given; `rows` is how many
-        local rows each lane has, by default as many as its runs reach.
+        """A map of any runs. Without `local`, each lane's runs lie end to end in the order given. Without
+        `rows`, each lane has as many local rows as its runs reach.
 
-        Raises ValueError, in words, for a map that contradicts itself: see check().
+        Raises ValueError for a map that contradicts itself: see check().
         """
         tuples = tuple(tuple(int(r) for r in ranks) for ranks in lanes)
         starts, lengths, owner = (column(a) for a in (start, length, lane))
@@ -56,16 +59,16 @@ class RowMap:
         _check_lanes(tuples, owner)
         if local is None:
             order = np.argsort(owner, kind="stable")
-            place = np.empty_like(lengths)
-            place[order] = before(lengths[order]) - before(sums(lengths, owner, len(tuples)))[owner[order]]
+            at = np.empty_like(lengths)
+            at[order] = before(lengths[order]) - before(sums(lengths, owner, len(tuples)))[owner[order]]
         else:
-            place = column(local)
+            at = column(local)
         if rows is None:
             reach = np.zeros(len(tuples), dtype=np.int64)
-            np.maximum.at(reach, owner, place + lengths)
+            np.maximum.at(reach, owner, at + lengths)
         else:
             reach = column(rows)
-        made = RowMap(tuples, starts, lengths, owner, place, reach)
+        made = RowMap(lanes=tuples, start=starts, length=lengths, lane=owner, local=at, rows=reach)
         made.check()
         return made
 
@@ -75,8 +78,10 @@ class RowMap:
         item_rows: Sequence[int] | Column,
         item_lane: Sequence[int] | Column,
     ) -> RowMap:
-        """Whole items dealt to lanes, end to end in each: item i has item_rows[i] rows, numbered globally on
-        from those of the items before it."""
+        """A map of whole items: item i, of item_rows[i] rows, is in lane item_lane[i].
+
+        Global rows are numbered item after item. The items of a lane lie end to end in it.
+        """
         rows = column(item_rows)
         return RowMap.of_runs(lanes, before(rows), rows, item_lane)
 
@@ -131,19 +136,20 @@ class RowMap:
         return Runs(start, self.stop[some], self.lane[some], self.local[some] - start)
 
     def by_lane(self, size: int) -> tuple[Column, Column]:
-        """(start, stop) of the runs of all lanes on one line: row r of lane k is at k size + r; ascending."""
+        """Columns (start, stop), ascending, of the runs of all lanes on one line: row r of lane k is number
+        k size + r. size: more than any global row."""
         base = self.lane * size
         return np.sort(base + self.start), np.sort(base + self.stop)
 
     @cached_property
     def members(self) -> tuple[Column, Column]:
-        """(rank, lane) of every member, in order; int64."""
+        """Columns (rank, lane), a line for each rank of each lane, in order of lane."""
         size = np.asarray([len(ranks) for ranks in self.lanes], dtype=np.int64)
         rank = np.fromiter((r for ranks in self.lanes for r in ranks), np.int64, int(size.sum()))
         return rank, np.repeat(np.arange(len(self.lanes)), size)
 
     def lane_of(self, rank: int) -> int | None:
-        """The lane a rank is in, None where it is in none."""
+        """The lane of a rank, None where it is in none."""
         at = np.flatnonzero(self.members[0] == rank)
         return int(self.members[1][at[0]]) if len(at) else None
 

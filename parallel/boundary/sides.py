@@ -1,13 +1,15 @@
-"""Both sides of an edge as layouts give them: which ranks hold an encoder's rows, which read them. Pure.
+"""Both sides of an edge, derived from layouts: which ranks hold an encoder's rows, which read them. Pure.
 
-Rows are numbered globally, item after item. A side's rows lie in streams, one for each dp rank of its module;
-a stream is cut into tiles, one or more for each rank, and an item's rows fall into the tiles that they meet.
+Rows are numbered globally, item after item. Each dp rank of a module has one stream of rows or tokens. A
+stream is split into tiles, at least one for each rank of the dp rank; an item's rows are on the ranks of the
+tiles that they meet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,25 +30,24 @@ def source_side(layout: Layout, item_rows: Ints, item_dp: Ints) -> RowMap:
 
     Raises ValueError for columns of unequal length, negative counts and dp ranks that do not exist.
     """
-    rows, owner = _items(layout, item_rows, item_dp)
-    total = sums(rows, owner, layout.dp)
-    order = np.argsort(owner, kind="stable")
-    at = np.empty_like(rows)  # in all streams, one after the other
+    rows, dp = _items(layout, item_rows, item_dp)
+    total = sums(rows, dp, layout.dp)
+    order = np.argsort(dp, kind="stable")
+    at = np.empty_like(rows)  # first row of each item, in all streams end to end
     at[order] = before(rows[order])
     bounds = share_start(total[:, None], layout.cp, np.arange(layout.cp + 1))  # [dp, cp + 1]
-    low, size = bounds[:, :-1, None], np.diff(bounds)[:, :, None]
-    begin = low + share_start(size, layout.token_shards, np.arange(layout.token_shards))  # [dp, cp, tp share]
+    size, parts = np.diff(bounds)[:, :, None], layout.token_shards
+    begin = bounds[:, :-1, None] + share_start(size, parts, np.arange(parts))  # [dp, cp, tp share]
     start = (begin + before(total)[:, None, None]).reshape(-1)
     stop = np.append(start[1:], total.sum())
-    item, tile, a, b = meet(at, at + rows, start, stop)
-    first = before(rows)
+    item, tile, low, high = meet(at, at + rows, start, stop)
     return RowMap(
-        _lanes(layout, [layout.pp - 1]),
-        first[item] + a - at[item],
-        b - a,
-        tile,
-        a - start[tile],
-        stop - start,
+        lanes=_lanes(layout, [layout.pp - 1]),
+        start=before(rows)[item] + low - at[item],
+        length=high - low,
+        lane=tile,
+        local=low - start[tile],
+        rows=stop - start,
     )
 
 
@@ -60,15 +61,16 @@ def dest_side(
     order: Order = "contiguous",
     stages: Sequence[int] = (0,),
 ) -> RowMap:
-    """Rows as a language model reads them: item i's at positions item_position[i] on of the packed stream of
-    dp rank item_dp[i], which is tokens[lane] long.
+    """Rows as a language model reads them.
 
-    Streams are cut over cp by context_spans(order), each rank's share over tp with sequence parallelism;
-    otherwise all tp ranks read all of it. A rank's rows are in the order of its local tokens. Every pipeline
-    stage in `stages` reads the rows as a consumer of its own: their gradients are summed.
+    Item i is read by dp rank d = item_dp[i]. Its rows enter at the positions from item_position[i] on of that
+    rank's packed stream, which is tokens[d] long. Streams are split over cp by context_spans(order). With
+    sequence parallelism each cp rank's share is split over tp; otherwise all tp ranks read all of it. The
+    rows of a rank are in the order of its local tokens. Every pipeline stage in `stages` is a consumer of its
+    own, whose gradient is added.
 
     Raises ValueError for what source_side() refuses, items that overlap or leave their stream, streams that
-    cannot be cut into equal shares, and stages that do not exist.
+    do not split into equal shares, and stages that do not exist.
     """
     runs = _token_runs(layout, item_rows, item_dp, item_position, tokens, order)
     bad = [s for s in stages if not 0 <= s < layout.pp]
@@ -77,15 +79,20 @@ def dest_side(
     lanes = layout.dp * layout.cp * layout.token_shards
     rows = sums(runs.length, runs.lane, lanes)
     local = before(runs.length) - before(rows)[runs.lane]
-    n = len(stages)
-    lane = (np.arange(n)[:, None] * lanes + runs.lane).reshape(-1)
-    columns = (np.tile(runs.row, n), np.tile(runs.length, n), lane, np.tile(local, n), np.tile(rows, n))
-    return RowMap(_lanes(layout, stages), *columns)
+    n = len(stages)  # the same runs for each stage, on lanes of its own
+    return RowMap(
+        lanes=_lanes(layout, stages),
+        start=np.tile(runs.row, n),
+        length=np.tile(runs.length, n),
+        lane=(np.arange(n)[:, None] * lanes + runs.lane).reshape(-1),
+        local=np.tile(local, n),
+        rows=np.tile(rows, n),
+    )
 
 
 def on_stage(layout: Layout, dest: RowMap, stage: int) -> RowMap:
-    """The rows of a dest_side() of one stage as pipeline stage `stage` reads them: its ranks share the
-    streams in the same way."""
+    """A dest_side() of one stage, moved to pipeline stage `stage`, whose ranks split the streams in the same
+    way."""
     return replace(dest, lanes=_lanes(layout, [stage]))
 
 
@@ -99,8 +106,10 @@ def row_positions(
     *,
     order: Order = "contiguous",
 ) -> Column:
-    """Local token positions, in its own share of its stream, of the rows that `rank` reads by dest_side(), in
-    their local order; int64 [R]."""
+    """Token positions of the rows that `rank` reads by dest_side(), in their local order; int64 [R].
+
+    A position counts from the first token of the rank's own share of its stream.
+    """
     runs = _token_runs(layout, item_rows, item_dp, item_position, tokens, order)
     at, parts = layout.coord(rank), layout.token_shards
     lane = (at.dp * layout.cp + at.cp) * parts + (at.tp if parts > 1 else 0)
@@ -110,8 +119,10 @@ def row_positions(
 
 @dataclass(frozen=True)
 class _TokenRuns:
-    """Stretches of rows in the order of (lane, local token): first global row, length, lane of one stage and
-    first local token."""
+    """Stretches of rows, a line a stretch, in order of lane and then of local token.
+
+    row: first global row. length: rows. lane: among those of one pipeline stage. token: first local token.
+    """
 
     row: Column
     length: Column
@@ -122,28 +133,37 @@ class _TokenRuns:
 def _token_runs(
     layout: Layout, item_rows: Ints, item_dp: Ints, item_position: Ints, tokens: Ints, order: Order
 ) -> _TokenRuns:
-    rows, owner = _items(layout, item_rows, item_dp)
+    rows, dp = _items(layout, item_rows, item_dp)
     position, length = column(item_position), column(tokens)
-    _check_streams(layout, rows, owner, position, length, order)
-    # All streams are cut alike: tiles of the shortest one that can be, scaled.
-    lane, low, high, local = _tiles(layout, order)
+    _check_streams(layout, rows, dp, position, length, order)
+    tiles = _tiles(layout, order)
+    # All streams are split alike: the tiles of the shortest possible stream, scaled.
     unit = alignment(layout.cp, layout.token_shards, order)
     scale, base = length[:, None] // unit, before(length)[:, None]
     parts = layout.cp * layout.token_shards
-    tile_lane = (np.arange(layout.dp)[:, None] * parts + lane).reshape(-1)
-    start, stop = (low * scale + base).reshape(-1), (high * scale + base).reshape(-1)
-    token = (local * scale).reshape(-1)
-    at = position + before(length)[owner]
-    item, tile, a, b = meet(at, at + rows, start, stop)
-    token = token[tile] + a - start[tile]
-    turn = np.lexsort((token, tile_lane[tile]))
-    first = before(rows)[item] + a - at[item]
-    return _TokenRuns(first[turn], (b - a)[turn], tile_lane[tile][turn], token[turn])
+    tile_lane = (np.arange(layout.dp)[:, None] * parts + tiles.lane).reshape(-1)
+    start, stop = (tiles.start * scale + base).reshape(-1), (tiles.stop * scale + base).reshape(-1)
+    tile_token = (tiles.token * scale).reshape(-1)
+    at = position + before(length)[dp]  # first token of each item, in all streams end to end
+    item, tile, low, high = meet(at, at + rows, start, stop)
+    row, lane = before(rows)[item] + low - at[item], tile_lane[tile]
+    token = tile_token[tile] + low - start[tile]
+    turn = np.lexsort((token, lane))
+    return _TokenRuns(row=row[turn], length=(high - low)[turn], lane=lane[turn], token=token[turn])
 
 
-def _tiles(layout: Layout, order: Order) -> tuple[Column, Column, Column, Column]:
-    """Columns (lane within the dp rank, start, stop, first local token) of a stream of alignment() tokens, in
-    ascending order."""
+class _Tiles(NamedTuple):
+    """Tiles of one stream, a line a tile, ascending: tokens [start, stop) are those from local `token` on of
+    `lane`, which counts within the dp rank."""
+
+    lane: Column
+    start: Column
+    stop: Column
+    token: Column
+
+
+def _tiles(layout: Layout, order: Order) -> _Tiles:
+    """The tiles of a stream of alignment() tokens."""
     unit, parts = alignment(layout.cp, layout.token_shards, order), layout.token_shards
     width = unit // layout.cp // parts
     found = []
@@ -156,7 +176,7 @@ def _tiles(layout: Layout, order: Order) -> tuple[Column, Column, Column, Column
                 found.append((low, low + n, k * parts + part, at))
                 low, local = low + n, local + n
     table = np.asarray(sorted(found), dtype=np.int64)
-    return table[:, 2], table[:, 0], table[:, 1], table[:, 3]
+    return _Tiles(lane=table[:, 2], start=table[:, 0], stop=table[:, 1], token=table[:, 3])
 
 
 def _lanes(layout: Layout, stages: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -167,23 +187,24 @@ def _lanes(layout: Layout, stages: Sequence[int]) -> tuple[tuple[int, ...], ...]
 
 
 def _items(layout: Layout, item_rows: Ints, item_dp: Ints) -> tuple[Column, Column]:
-    rows, owner = column(item_rows), column(item_dp)
-    if len(rows) != len(owner):
-        raise ValueError(f"{layout.module}: row counts of {len(rows)} items, but dp ranks of {len(owner)}")
+    """(rows, dp rank) of each item, checked."""
+    rows, dp = column(item_rows), column(item_dp)
+    if len(rows) != len(dp):
+        raise ValueError(f"{layout.module}: row counts of {len(rows)} items, but dp ranks of {len(dp)}")
     if len(rows) and rows.min() < 0:
         raise ValueError(f"{layout.module}: item {rows.argmin()} has {rows.min()} rows")
-    bad = np.flatnonzero((owner < 0) | (owner >= layout.dp))
+    bad = np.flatnonzero((dp < 0) | (dp >= layout.dp))
     if len(bad):
         raise ValueError(
-            f"{layout.module}: item {bad[0]} is on dp rank {owner[bad[0]]}; there are 0-{layout.dp - 1}"
+            f"{layout.module}: item {bad[0]} is on dp rank {dp[bad[0]]}; there are 0-{layout.dp - 1}"
         )
-    return rows, owner
+    return rows, dp
 
 
 def _check_streams(
     layout: Layout,
     rows: Column,
-    owner: Column,
+    dp: Column,
     position: Column,
     tokens: Column,
     order: Order,
@@ -203,16 +224,16 @@ def _check_streams(
             f"a multiple of {unit}; nearest: {max(0, -(-n // unit) * unit)}"
         )
     some = np.flatnonzero(rows)
-    out = some[(position[some] < 0) | (position[some] + rows[some] > tokens[owner[some]])]
+    out = some[(position[some] < 0) | (position[some] + rows[some] > tokens[dp[some]])]
     if len(out):
         i = out[0]
         raise ValueError(
-            f"{name}: item {i} is at tokens {position[i]}-{position[i] + rows[i] - 1} of dp rank {owner[i]}, "
-            f"whose stream is {tokens[owner[i]]} tokens long"
+            f"{name}: item {i} is at tokens {position[i]}-{position[i] + rows[i] - 1} of dp rank {dp[i]}, "
+            f"whose stream is {tokens[dp[i]]} tokens long"
         )
-    turn = some[np.lexsort((position[some], owner[some]))]
+    turn = some[np.lexsort((position[some], dp[some]))]
     ahead = (position[turn] + rows[turn])[:-1] > position[turn][1:]
-    twice = np.flatnonzero(ahead & (owner[turn][:-1] == owner[turn][1:]))
+    twice = np.flatnonzero(ahead & (dp[turn][:-1] == dp[turn][1:]))
     if len(twice):
         i, j = turn[twice[0]], turn[twice[0] + 1]
-        raise ValueError(f"{name}: items {i} and {j} are both at token {position[j]} of dp rank {owner[j]}")
+        raise ValueError(f"{name}: items {i} and {j} are both at token {position[j]} of dp rank {dp[j]}")

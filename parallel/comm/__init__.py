@@ -1,6 +1,6 @@
 """Messages between ranks: autograd collectives, rows fetched inside an axis, pipeline sends, bounded waits.
 
-A caller says which rows or tokens go where. No layout and no technique may enter.
+Callers decide which rows or tokens go where. No layout and no parallel technique may enter.
 """
 
 from parallel.comm.collectives import (

@@ -1,7 +1,7 @@
 """Autograd collectives over an Axis.
 
-Each function is named for what happens to the data; the gradient is the exact adjoint under the law that
-losses are summed, never averaged. "Tokens" are dim 0. Over an axis of size 1 each function is the identity.
+Each function is named for what happens to the data. Its backward is the exact adjoint, given that losses are
+summed and never averaged (law 2). "Tokens" are dim 0. Over an axis of size 1 each function is the identity.
 
     function       forward               backward              used where
     copy_in        identity              all-reduce            replicated tokens into sharded weights
@@ -60,13 +60,14 @@ def _check_even(x: Tensor, axis: Axis) -> None:
 def _over(
     axis: Axis, x: Tensor, there: Callable[[Tensor, Axis], Tensor], back: Callable[[Tensor, Axis], Tensor]
 ) -> Tensor:
+    """`there` with the adjoint `back`. The six collectives below differ in this pair alone."""
     if axis.size == 1:
         return x
     return linear_map(x, lambda y: there(y, axis), lambda grad: back(grad, axis))
 
 
 def copy_in(x: Tensor, axis: Axis) -> Tensor:
-    """Replicated [..] in, the same out; the ranks' gradients are summed on the way back."""
+    """Replicated [..] in, the same out. The backward sums the ranks' gradients."""
     return _over(axis, x, _same, _all_reduce)
 
 
@@ -76,12 +77,12 @@ def reduce_out(x: Tensor, axis: Axis) -> Tensor:
 
 
 def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
-    """[T/size, ..] in, [T, ..] out; gradients of the ranks are summed and scattered."""
+    """Shares [T/size, ..] in, all tokens [T, ..] out. The backward scatters the sum of gradients."""
     return _over(axis, x, _all_gather, _reduce_scatter)
 
 
 def reduce_tokens(x: Tensor, axis: Axis) -> Tensor:
-    """Partial sums [T, ..] in, each rank's share of the sum [T/size, ..] out."""
+    """Partial sums [T, ..] in, each rank's share of their sum [T/size, ..] out."""
     return _over(axis, x, _reduce_scatter, _all_gather)
 
 
@@ -91,5 +92,5 @@ def split_tokens(x: Tensor, axis: Axis) -> Tensor:
 
 
 def join_tokens(x: Tensor, axis: Axis) -> Tensor:
-    """Shares [T/size, ..] in, replicated [T, ..] out, whose gradient is equal on every rank."""
+    """Shares [T/size, ..] in, replicated [T, ..] out. The result's gradient must be equal on every rank."""
     return _over(axis, x, _all_gather, _own_share)

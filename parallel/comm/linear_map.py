@@ -1,4 +1,4 @@
-"""A linear map that autograd does not know, and its adjoint: communication, and rows in another order."""
+"""A linear map that autograd has no formula for, with its adjoint: communication, or reordered rows."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ Map = Callable[[Tensor], Tensor]
 
 
 def linear_map(x: Tensor, there: Map, back: Map) -> Tensor:
-    """there(x); a gradient of it goes to x through back(), which must be the adjoint of there().
+    """there(x), whose gradient goes to x through back().
 
-    For a map over several ranks that is the adjoint of what all of them do together. Nothing of x is kept,
-    so let neither function hold on to it. Both may return what they are given, or a view of it.
+    back() must be the adjoint of there(). For a map over several ranks, it is the adjoint of what all of them
+    do together. x is not saved for the backward, so neither function may keep a reference to it. Both may
+    return what they are given, or a view of it. Gradients of gradients work too.
     """
-    out: Tensor = _LinearMap.apply(x, there, back)
-    return out
+    apply: Callable[[Tensor, Map, Map], Tensor] = _LinearMap.apply  # which torch leaves untyped
+    return apply(x, there, back)
 
 
 class _LinearMap(torch.autograd.Function):
@@ -30,6 +31,6 @@ class _LinearMap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # Recorded only for gradients of gradients: the adjoint is a linear map too, and this its adjoint.
+        # Recorded for gradients of gradients only: `back` is a linear map too, and its adjoint is `there`.
         d_x = linear_map(grad, ctx.back, ctx.there) if torch.is_grad_enabled() else ctx.back(grad)
         return d_x, None, None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,9 @@ from parallel.comm.waiting import wait_for
 
 
 class _Sent(NamedTuple):
-    """A message under way. work: its torch.distributed.Work; x: its memory, kept until it has left."""
+    """A message under way, and its memory, which is kept until the message has left."""
 
-    work: Any
+    work: dist.Work
     x: Tensor
 
 
@@ -43,7 +43,9 @@ class Pipe:
         if not x.numel():
             return
         x = x.contiguous()
-        self._sent[peer, tag] = _Sent(dist.isend(x, peer, group=self.group, tag=tag), x)
+        work = dist.isend(x, peer, group=self.group, tag=tag)
+        assert work is not None, "a rank sends in groups that it is in"
+        self._sent[peer, tag] = _Sent(work, x)
 
     def release(self, peer: int, tag: int) -> None:
         """Wait until a message has left, then free it. It leaves once `peer` has started to receive it.
@@ -65,6 +67,7 @@ class Pipe:
         if not x.numel():
             return lambda: x
         work = dist.irecv(x, peer, group=self.group, tag=tag)
+        assert work is not None, "a rank receives in groups that it is in"
 
         def wait() -> Tensor:
             self._wait(work, device, "send", peer)
@@ -77,7 +80,7 @@ class Pipe:
         for peer, tag in list(self._sent):
             self.release(peer, tag)
 
-    def _wait(self, work: Any, device: torch.device, what: str, peer: int) -> None:
+    def _wait(self, work: dist.Work, device: torch.device, what: str, peer: int) -> None:
         try:
             wait_for(work, device, self.timeout_s)
         except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""How the rows of one hop travel: rows of x to the peers of `sends`, rows of `out` from those of `recvs`.
+"""How the messages of one hop travel: rows of x to the peers of `sends`, rows of `out` from those of `recvs`.
 
-Each start_* puts everything under way and returns what completes it.
+Each start_* starts all messages at once and returns a function that completes them.
 
-Where a peer's rows are consecutive they are sent from, and received in, their place without a copy.
+Rows of a peer that are consecutive are sent from, and received into, the tensor itself without a copy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm.waiting import wait_for
-from parallel.sequence.intervals import NONE, Rows, count, rows_of
+from parallel.sequence.intervals import NONE, Column, Rows, count, rows_of
 
+T = TypeVar("T")
 Finish = Callable[[], None]
 
 
@@ -38,14 +39,19 @@ Messages = Sequence[Message]  # one a peer
 
 @dataclass(frozen=True)
 class Channel:
-    """What a transfer is called in errors, the group that it runs in and the longest wait, in seconds."""
+    """Where a transfer runs.
+
+    name: what errors call it.
+    group: the process group of its messages.
+    timeout_s: the longest wait, in seconds.
+    """
 
     name: str
     group: dist.ProcessGroup
     timeout_s: float
 
-    def call(self, peers: list[int], call: Callable[[], Any]) -> Any:
-        """call(), its failure told in words: RuntimeError naming the edge, the direction and `peers`."""
+    def call(self, peers: list[int], call: Callable[[], T]) -> T:
+        """call(). Where it fails, RuntimeError names the edge, the direction and `peers`."""
         try:
             return call()
         except RuntimeError as error:
@@ -58,14 +64,14 @@ class Channel:
 
 
 def tag_of(name: str) -> int:
-    """The tag of a hop's messages: by it, hops that pass each other between two ranks are told apart."""
+    """The tag of a hop's messages. It keeps hops apart that are under way between the same two ranks."""
     return zlib.crc32(name.encode()) >> 1
 
 
 def start_p2p(channel: Channel, sends: Messages, recvs: Messages, x: Tensor, out: Tensor, tag: int) -> Finish:
-    """One message for each peer, of exactly its rows. tag: keeps the hops of transfers under way apart."""
+    """One message for each peer, of exactly its rows. tag: of tag_of()."""
     ops, landing, peers = [], [], []
-    # Receives first: what arrives then goes straight to its place.
+    # Receives first: what arrives then goes straight to its buffer.
     for peer, rows in recvs:
         buffer = out[rows] if isinstance(rows, slice) else out.new_empty((len(rows), *out.shape[1:]))
         landing.append((rows, buffer))
@@ -89,7 +95,7 @@ def start_p2p(channel: Channel, sends: Messages, recvs: Messages, x: Tensor, out
         if not single:
             for rows, buffer in landing:
                 unpack(rows, buffer)
-        ops.clear()  # the messages' memory, which was ours to keep until here
+        ops.clear()  # frees the messages' memory, which had to stay until here
 
     def unpack(rows: Rows, buffer: Tensor) -> None:
         if not isinstance(rows, slice):
@@ -101,14 +107,16 @@ def start_p2p(channel: Channel, sends: Messages, recvs: Messages, x: Tensor, out
 def start_all_to_all(
     channel: Channel, sends: Messages, recvs: Messages, x: Tensor, out: Tensor, tag: int
 ) -> Finish:
-    """One collective with uneven splits, in which every rank of the group takes part. Collectives have no
-    tag: all ranks start them in the same order."""
+    """One collective with uneven splits, in which every rank of the group takes part.
+
+    Collectives have no tag: all ranks must start them in the same order.
+    """
     ranks = dist.get_process_group_ranks(channel.group)
     to, of = dict(sends), dict(recvs)
     out_rows, in_rows = [of.get(r, NONE) for r in ranks], [to.get(r, NONE) for r in ranks]
-    packed, place = pick(x, joined(in_rows)), joined(out_rows)
+    packed, arriving = pick(x, joined(in_rows)), joined(out_rows)
     splits_in, splits_out = [count(rows) for rows in in_rows], [count(rows) for rows in out_rows]
-    landed = out[place] if isinstance(place, slice) else out.new_empty((len(place), *out.shape[1:]))
+    landed = out[arriving] if isinstance(arriving, slice) else out.new_empty((len(arriving), *out.shape[1:]))
     work = channel.call(
         ranks,
         lambda: dist.all_to_all_single(
@@ -119,8 +127,8 @@ def start_all_to_all(
     def finish() -> None:
         others = [r for r in ranks if r != dist.get_rank()]
         channel.call(others, partial(wait_for, work, x.device, channel.timeout_s))
-        if not isinstance(place, slice):
-            put(out, place, landed)
+        if not isinstance(arriving, slice):
+            put(out, arriving, landed)
 
     return finish
 
@@ -139,7 +147,7 @@ def put(out: Tensor, rows: Rows, values: Tensor) -> None:
 
 
 def move(out: Tensor, to: Rows, x: Tensor, rows: Rows) -> None:
-    """Copy rows of x to rows of out, in one pass wherever the one or the other are consecutive."""
+    """Copy rows of x to rows of out, in one pass where either side is consecutive."""
     if isinstance(to, slice) and not isinstance(rows, slice):
         torch.index_select(x, 0, _index(rows, x), out=out[to])
     else:
@@ -147,7 +155,7 @@ def move(out: Tensor, to: Rows, x: Tensor, rows: Rows) -> None:
 
 
 def joined(parts: list[Rows]) -> Rows:
-    """All parts in this order."""
+    """The rows of all parts, one part after another."""
     start = np.concatenate([[rows.start] if isinstance(rows, slice) else rows for rows in parts])
     length = np.concatenate(
         [[count(rows)] if isinstance(rows, slice) else np.ones_like(rows) for rows in parts]
@@ -156,7 +164,7 @@ def joined(parts: list[Rows]) -> Rows:
     return rows_of(start[some], length[some])
 
 
-def _index(rows: np.ndarray, like: Tensor) -> Tensor:
+def _index(rows: Column, like: Tensor) -> Tensor:
     index = torch.from_numpy(rows)
-    # From pinned memory the copy waits for nothing.
+    # A copy from pinned memory does not block the host.
     return index if like.device.type == "cpu" else index.pin_memory().to(like.device, non_blocking=True)

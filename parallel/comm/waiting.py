@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
-def wait_for(work: Any, device: torch.device, timeout_s: float) -> None:
-    """Have what follows on `device` come after `work`, a message of its tensors.
+def wait_for(work: dist.Work, device: torch.device, timeout_s: float) -> None:
+    """Order what follows on `device` after `work`, a message of tensors on it.
 
-    The host waits for the host's own, no longer than timeout_s: RuntimeError then. For an accelerator its
-    queue waits and the host goes on: a timeout given to wait() would stop the host until the message is
-    there (torch.distributed.Work.wait), so that the group's own timeout is the bound.
+    On the CPU the host waits, for at most timeout_s seconds, then raises RuntimeError. On an accelerator the
+    device's queue waits and the host goes on; the group's own timeout is then the bound. A timeout given to
+    Work.wait() would block the host there until the message has arrived.
     """
     if device.type == "cpu":
         work.wait(timedelta(seconds=max(timeout_s, 0.001)))

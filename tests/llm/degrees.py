@@ -83,7 +83,7 @@ def build(cfg: LLMConfig, symbol: str, axes: Axes, recompute: frozenset[str]) ->
 
 
 def stream(lengths: tuple[int, ...], step: int, width: int) -> tuple[list[int], Tensor, Tensor]:
-    """Documents with their padding, hidden states [T, width] and output weights [T, width]."""
+    """Lengths of documents and padding, hidden states [T, width] and output weights [T, width]."""
     padded = [*lengths, -sum(lengths) % step]
     gen = torch.Generator().manual_seed(sum(lengths))
     x, weight = torch.randn(2, sum(padded), width, generator=gen, dtype=torch.float64)
@@ -153,7 +153,7 @@ def check(
     streams: list[tuple[int, ...]],
     results: list[dict[str, Any]],
 ) -> None:
-    """Ranks' results against one process: outputs, input gradients, every weight's gradient, to 1e-9."""
+    """Compare all ranks with one process: outputs, gradients of inputs and of every weight, to 1e-9."""
     ref = whole(cfg, symbol, streams, degrees.step)
     for result in results:
         expected = ref["streams"][result["dp"]]
@@ -166,8 +166,10 @@ def check(
 def check_gradients(
     module: nn.Module, axes: Axes, results: list[dict[str, Any]], expected: dict[str, Tensor], what: str
 ) -> None:
-    """Ranks' gradients, put together, against one process's. module: as rank 0 declares it; of each rank,
-    "grads" and where each of them belongs: this rank's index on the axes that shard it, and its replica."""
+    """Compare the gradients of all ranks, put together, with those of one process.
+
+    module: as rank 0 declares it. Results have "grads", and in "at" the shard_ranks() of each.
+    """
     for name, _, spec in declared(module):
         by_ranks: dict[tuple[int, ...], Tensor] = {}
         for result in results:
@@ -179,7 +181,7 @@ def check_gradients(
 
 
 def shard_ranks(specs: dict[str, ParamSpec], axes: Axes) -> dict[str, tuple[int, ...]]:
-    """Where this rank's gradients belong, by name; see check_gradients."""
+    """By parameter: this rank's index on each axis that shards it, then its replica over tp."""
     return {
         name: (*(over.rank for _, over in sharded_dims(spec, axes)), _replica(spec, axes))
         for name, spec in specs.items()
@@ -187,12 +189,12 @@ def shard_ranks(specs: dict[str, ParamSpec], axes: Axes) -> dict[str, tuple[int,
 
 
 def _replica(spec: ParamSpec, axes: Axes) -> int:
-    """Which replica over tp a dense parameter is, unless its gradients are summed anyway."""
+    """Index of a dense parameter's replica over tp; 0 where its gradients are summed over tp."""
     return axes.tp.rank if spec.view == "dense" and spec.shard_dim is None and not spec.partial else 0
 
 
 def shape_axes(degrees: Degrees) -> Axes:
-    """The axes of rank 0, without groups: enough to declare by."""
+    """The axes of rank 0, without groups: enough to declare parameters."""
     group: Any = object()
     made = {n: Axis(n, getattr(degrees, n), 0, group) for n in ("tp", "cp", "ep", "etp")}
     return Axes(made["tp"], made["ep"], degrees.sp and degrees.tp > 1, made["cp"], made["etp"])
@@ -205,7 +207,7 @@ def shape_only(cfg: LLMConfig, symbol: str, degrees: Degrees) -> tuple[Layer, Ax
 
 
 def held_fraction(cfg: LLMConfig, symbol: str, degrees: Degrees) -> float:
-    """How much of the layer's weights a rank holds."""
+    """Fraction of the layer's weights that a rank holds."""
     layer, axes = shape_only(cfg, symbol, degrees)
     held = whole = 0.0
     for _, param, spec in declared(layer):

@@ -96,7 +96,7 @@ class Text:
 
 
 def axis(name: str, groups: list[list[int]]) -> Axis:
-    """The axis over `groups` of global ranks as this rank sees it; every rank calls this alike."""
+    """This rank's axis over `groups` of global ranks; every rank calls this with the same arguments."""
     rank = dist.get_rank()
     made = [(g, ordered_group(g, timedelta(seconds=60))) for g in groups if len(g) > 1]
     for members, group in made:
@@ -119,7 +119,7 @@ def build(cfg: LLMConfig, axes: Axes | None = None, dtype: torch.dtype = torch.f
     initialise(model, 3, "llm")
     shard_by_hand(model, axes)
     for i, moe in enumerate(model.moe_layers()):
-        # Far from zero, so that selecting with the bias differs from weighting without it.
+        # Far from zero, so that choosing with the bias differs from weighting without it.
         moe.expert_bias.copy_(0.2 * torch.cos(torch.arange(cfg.n_experts) * (i + 1.0)))
     return model
 
@@ -206,7 +206,7 @@ def run_whole(cfg: LLMConfig, texts: list[Text]) -> dict[str, Any]:
 
 
 def assemble(cfg: LLMConfig, degrees: Degrees, results: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Gradients of global shape from the ranks' own: the sums that the trainer would make."""
+    """Gradients of global shape from those of the ranks, summed as the trainer sums them."""
     # Axes only decide which gradients are partial; they need no group for that.
     fake = Axes(_shape_only("tp", degrees.tp), _shape_only("ep", degrees.ep), degrees.sp)
     out = {}

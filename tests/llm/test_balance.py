@@ -40,7 +40,7 @@ def test_experts_come_from_the_best_groups(seed: int, limits: tuple[int, int]) -
 
 
 def objectives(layer: MoE, x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Balance loss, each document's times its tokens, and z-loss of one layer's tokens, as sums."""
+    """(sum over documents of balance loss times tokens, sum of z-loss over tokens) of one layer."""
     cfg = layer.cfg
     logits = x @ layer.router.weight.T
     score = torch.sigmoid(logits) if cfg.router == "sigmoid" else torch.softmax(logits, -1)

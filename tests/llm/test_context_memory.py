@@ -26,8 +26,8 @@ TOKENS = 1 << 12
 
 
 def kept(cp: int, symbol: str, order: Order) -> tuple[int, str]:
-    """Bytes of the distinct tensors that a layer saves for its backward over one document of TOKENS, and the
-    way that attention chose."""
+    """(bytes of the distinct tensors that a layer saves for its backward over one document of TOKENS,
+    attention's method)."""
     axis = Axis("cp", cp, dist.get_rank(), dist.group.WORLD) if cp > 1 else Axis.single("cp")
     layer = Layer(symbol, CFG, Axes(cp=axis), device=None, dtype=torch.float32)
     initialise(layer, 0, "layer")

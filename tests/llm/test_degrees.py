@@ -1,4 +1,4 @@
-"""The first law for every kind of layer: under every degree, pairs of them, and random combinations."""
+"""Law 1 for every kind of layer: under every degree, pairs of degrees, and random combinations."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PAIRS = {
 
 
 def layouts(symbol: str) -> list[str]:
-    """Those that concern a kind of layer: degrees inside experts do nothing elsewhere."""
+    """Names of the layouts that matter to a kind of layer: ep and etp matter to experts alone."""
     return [n for n, d in PAIRS.items() if symbol == "E" or d.ep == d.etp == 1]
 
 
@@ -135,7 +135,8 @@ def draw(rng: random.Random) -> Case:
     )
     symbol = rng.choice(KINDS)
     ranks = tuple(rng.sample(range(4), 4))
-    degrees = Degrees(4, tp, cp, ep, etp, rng.random() < 0.5, order, ranks)  # type: ignore[arg-type]
+    sp = rng.random() < 0.5
+    degrees = Degrees(4, tp=tp, cp=cp, ep=ep, etp=etp, sp=sp, order=order, ranks=ranks)  # type: ignore[arg-type]
     return cfg, symbol, degrees, frozenset()
 
 

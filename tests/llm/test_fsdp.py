@@ -1,5 +1,7 @@
-"""Weights, gradients and updates sharded over data: every layer, every way of holding them, in pairs with
-every other degree. Both views: dense weights over dp and cp, experts over what ep and etp leave."""
+"""Weights, gradients and updates sharded over data: every layer and ZeRO stage, paired with every degree.
+
+Both views are covered: dense weights over dp and cp, experts over the ranks that ep and etp leave.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from tests.llm.test_whole import MODEL, build, own_share, stream
 
 MICROBATCHES = 2
 
-# What is sharded over data beside the optimizer's state, as ZeRO (arXiv 1910.02054) numbers it: nothing until
-# the last micro-batch, gradients too, weights too.
+# ZeRO stages (arXiv 1910.02054): all shard the optimizer's state over data, 2 and 3 gradients, 3 weights too.
+# In 1, gradients stay whole until the last micro-batch.
 Zero = Literal[1, 2, 3]
 
 
@@ -68,7 +70,7 @@ def weights_held(model: LLM) -> int:
 
 
 def run_case(case: Case, mesh: ModuleMesh) -> dict[str, Any]:
-    """This rank's gradients of two micro-batches, which elements they are of, and what is held when."""
+    """This rank's gradients of two micro-batches, the indices of their elements, and sizes held over time."""
     model = sharded(case, mesh)
     assert isinstance(model, FSDPModule)
     optimizer = ShardedOptimizer([model], mesh, AdamW())
@@ -120,7 +122,7 @@ def whole_gradients(cfg: LLMConfig, dp: int, step: int) -> dict[str, Tensor]:
 
 
 def check(case: Case, results: list[dict[str, Any]]) -> None:
-    """Every rank's shard of every gradient is that part of one process's."""
+    """Every rank's shard of every gradient equals the same elements in one process."""
     dp = case.degrees.layout.dp
     whole = whole_gradients(case.cfg, dp, case.degrees.step)
     for result in results:

@@ -1,4 +1,4 @@
-"""Published folders: every byte there and back, whole or in a layout, and what is refused."""
+"""Published folders: read and written byte for byte, whole or in a layout; and what is refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def write_random(
     """A published folder of random values in `files` files; mixed: in several dtypes."""
     gen, r = torch.Generator().manual_seed(seed), random.Random(seed)
     path.mkdir()
-    kinds: dict[str, torch.dtype] = {}  # the parts of one of our parameters are alike
+    kinds: dict[str, torch.dtype] = {}  # one for all parts of one of our parameters
     out = {}
     for t in checkpoint_tensors(cfg):
         kind = r.choice([torch.bfloat16, torch.float32, torch.float16]) if mixed else torch.float32
@@ -113,7 +113,7 @@ def test_bytes_there_and_back(tmp_path: Path, seed: int) -> None:
     assert model.cfg == read_config(write_config(cfg, "float32"))
     save_hf(model, tmp_path / "out", file_bytes=4096)
     assert not differing(read_all(tmp_path / "out"), files)
-    # And what was written is read again by way of its own index and config.
+    # The written folder can be read again, by its own index and config.
     again = model_tensors(load_hf(tmp_path / "out").model)
     assert not differing(again, model_tensors(model))
 
@@ -145,7 +145,7 @@ def mtp_keys(pattern: str) -> set[str]:
 
 
 def test_multi_token_prediction_has_its_published_names() -> None:
-    """Those of Nemotron 3 Super: what joins is in the block's first layer, the last norm in its last."""
+    """As in Nemotron 3 Super: joining weights are in the block's first layer, the last norm in its last."""
     experts = {f"1.mixer.experts.{e}.{n}_proj.weight" for e in range(SMALL.n_experts) for n in ("up", "down")}
     shared = {f"1.mixer.shared_experts.{n}_proj.weight" for n in ("up", "down")}
     gate = {"1.mixer.gate.weight", "1.mixer.gate.e_score_correction_bias"}

@@ -1,4 +1,4 @@
-"""What is kept from forward to backward: activations, and no copies of weights beside them."""
+"""What is kept from forward to backward: activations, and no copies of weights."""
 
 from __future__ import annotations
 

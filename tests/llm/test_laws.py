@@ -1,4 +1,4 @@
-"""The first law for the language model: every layout computes what one process computes."""
+"""Law 1 for the language model: every layout computes what one process computes."""
 
 from __future__ import annotations
 

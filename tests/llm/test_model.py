@@ -1,4 +1,4 @@
-"""What the whole model promises apart from layouts."""
+"""Properties of the whole model that do not concern layouts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def gradients(model: LLM) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", TINY.pattern])
-def test_packed_documents_are_documents_apart(pattern: str) -> None:
+def test_packed_documents_are_separate_documents(pattern: str) -> None:
     text = Text((13, 1, 22, 5), 3, seed=8)
     batch, _ = make_batch(text, TINY.vocab_size)
-    packed, apart = build(tiny(pattern=pattern)), build(tiny(pattern=pattern))
+    packed, separate = build(tiny(pattern=pattern)), build(tiny(pattern=pattern))
     loss = packed(batch, {"vision": make_rows(text, TINY.d_model)})
     loss.sum().backward()
     losses = []
@@ -39,11 +39,11 @@ def test_packed_documents_are_documents_apart(pattern: str) -> None:
             int(last - first),
             {},
         )
-        losses.append(apart(one, {}))
+        losses.append(separate(one, {}))
         losses[-1].sum().backward()
     torch.testing.assert_close(loss[: batch.n_real], torch.cat(losses), rtol=1e-9, atol=1e-12)
     assert not loss[batch.n_real :].any()
-    assert not far(gradients(packed), gradients(apart))
+    assert not far(gradients(packed), gradients(separate))
 
 
 def test_padding_changes_nothing() -> None:
@@ -98,7 +98,7 @@ def test_an_edge_without_rows_stays_in_the_graph() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [TINY, EVERYTHING], ids=["tiny", "everything"])
-def test_narrow_weights_beside_precise_ones(kind: LLMConfig, dtype: torch.dtype) -> None:
+def test_narrow_weights_with_precise_ones(kind: LLMConfig, dtype: torch.dtype) -> None:
     """bfloat16 weights with precise ones in float32, as mixed precision gathers them."""
     cfg = replace(kind, d_model=32, expert_ffn=16, init_std=0.05)
     text = Text((20, 13), 3, seed=6, rows_at=(4,))

@@ -1,4 +1,4 @@
-"""Routing: who is chosen, how they are weighted, who is counted, and how the bias follows."""
+"""Routing: choice of experts, their weights, counted tokens, and how the bias follows the load."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_capacity_drops_the_least_probable_and_nothing_where_there_is_room() -> 
         assert tight.shared is not None
         routed = (y - tight.shared(x)).abs().sum(1) > 1e-12
         assert 0 < int(routed.sum()) < 16
-        assert int(tight.load.sum()) == 16 * TINY.top_k  # the load is what the router wants
+        assert int(tight.load.sum()) == 16 * TINY.top_k  # counts choices, dropped or not
 
 
 def test_ties_go_to_the_lowest_index() -> None:
@@ -170,7 +170,7 @@ EXCHANGES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tens
 
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
 def test_both_exchanges_move_latent_rows(dispatcher: str, ranks: Any) -> None:
-    k = TINY.top_k  # the all-gather dispatcher also shows every rank who is chosen, with what weight
+    k = TINY.top_k  # the all-gather dispatcher also gathers choices and weights
     for latent in (None, 6):
         for widths in ranks(2, widths_exchanged, latent, dispatcher):
             assert widths - {k} == {latent or TINY.d_model}

@@ -60,7 +60,7 @@ def test_each_part_keeps_less(symbol: str, part: str) -> None:
 
 
 def test_the_loss_keeps_as_much_for_any_length_and_vocabulary() -> None:
-    """But for one chunk of logits: what more tokens keep does not depend on the vocabulary."""
+    """Apart from one chunk of logits, kept bytes a token do not depend on the vocabulary."""
     kept: dict[tuple[int, int], int] = {}
     for tokens, vocab in itertools.product((64, 256), (40, 4000)):
         cfg = tiny(pattern="-", vocab_size=vocab, loss_chunk=32, mtp_layers=1, mtp_pattern="-")
@@ -77,9 +77,9 @@ def test_the_loss_keeps_as_much_for_any_length_and_vocabulary() -> None:
 def test_what_each_part_no_longer_keeps() -> None:
     """Counted by hand: T = 256 tokens in float32."""
     t = 256 * 4
-    # The activation, whose input is not kept, and which the product after it keeps too.
+    # The activation's output, which the product after it keeps too; its input is not kept.
     assert layer_bytes("-", "none") - layer_bytes("-", "mlp") >= 256 * t
-    # With a gate: the two factors and their product give way to what they are made of.
+    # With a gate: the results of up and gate are kept, and nothing that the activation computes from them.
     assert layer_bytes("E", "none", **GATED) - layer_bytes("E", "moe_act", **GATED) >= 2 * 3 * 128 * t
 
 
@@ -99,7 +99,7 @@ def test_a_norm_keeps_its_input_only() -> None:
 
 
 def test_routing_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recomputed layers take the route that the forward took, though the bias has changed meanwhile."""
+    """Recomputed layers take the route of the forward, although the bias has changed since."""
     calls = []
     real = llm.moe.plan_route
     monkeypatch.setattr(llm.moe, "plan_route", lambda *a: calls.append(1) or real(*a))

@@ -90,9 +90,9 @@ def test_a_stage_holds_its_own_layers_only() -> None:
     twice = {n for i, a in enumerate(names) for b in names[i + 1 :] for n in a & b}
     assert twice == set(shared_parameters(FULL, stages)) == {"embed.weight"}
     assert {n.split(".")[1] for n in names[1]} == {"2", "3", "4"}
-    apart = replace(FULL, mtp_layers=0)
-    assert shared_parameters(apart, stages) == ()
-    assert not any(n.startswith("embed") for n, _, _ in declared(LLM(apart, stage=stages[2], device="meta")))
+    untied = replace(FULL, mtp_layers=0)
+    assert shared_parameters(untied, stages) == ()
+    assert not any(n.startswith("embed") for n, _, _ in declared(LLM(untied, stage=stages[2], device="meta")))
 
 
 def test_rows_are_read_where_levels_enter() -> None:

@@ -70,7 +70,7 @@ def test_upcycled_checkpoints_parameter_by_parameter(tmp_path: Path) -> None:
     torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-12)
 
 
-def test_copies_grow_apart() -> None:
+def test_copies_come_to_differ() -> None:
     """Experts of different groups start equal, but learn from other tokens."""
     dense = dense_model(1)
     mixture = upcycle(dense, upcycled_config(dense.cfg, granularity=2, n_experts=6, top_k=2), seed=1)

@@ -243,7 +243,7 @@ def test_whatever_is_raised_is_reported_by_one_rank(
     for rank, reports in (("1", True), ("0", False)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(launch, "speaks", lambda error, reports=reports: reports)
+        monkeypatch.setattr(launch, "reports", lambda error, reports=reports: reports)
         assert main(["doctor"]) == 1
         err = capsys.readouterr().err
         assert err.startswith("rank 1 failed:\nTraceback") and "seen" in err if reports else not err

@@ -19,7 +19,7 @@ from mm.checkpoint.weights import export_hf
 from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up
-from mm.ranks.feed import Feed
+from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
 from mm.train.trainer import train_on, train_step
@@ -41,7 +41,7 @@ def run(raw: dict[str, Any], folder: str, first: int, last: int) -> list[dict[st
     if first:
         found = resume.find(blueprint.cfg, Path(folder), rank)
         assert found is not None and checkpoint.load(job, data.index, found).step == first
-    feed = Feed(data.index, data.assembler, job.control, seed=1, global_batch=5, ahead=1)
+    feed = Feed(data.index, data.assembler, job.control, FeedOptions(seed=1, global_batch=5, prefetch=1))
     try:
         out = [asdict(train_step(job, feed, step)) for step in range(first, last)]
         checkpoint.save(job, data.index, Path(folder), last, feed.bad)

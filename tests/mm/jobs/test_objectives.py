@@ -45,7 +45,16 @@ def step(
     shapes = {edge: blueprint.entry_shape(edge) for edge in blueprint.edges}
     reader, cpu = ShardReader(), torch.device("cpu")
     assembler = Assembler(
-        blueprint.inputs, reader, Tokenizer(), 0, torch.float64, cpu, axes, "llm", shapes, PlanCache(0)
+        blueprint.inputs,
+        reader,
+        Tokenizer(),
+        rank=0,
+        dtype=torch.float64,
+        device=cpu,
+        axes=axes,
+        sink="llm",
+        row_shapes=shapes,
+        plans=PlanCache(0),
     )
     plan = plan_step(0, samples, blueprint.inputs)
     batches = []

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from mm.errors import Refused
+from mm.plan.step_plan import Imbalance
 from mm.train.console import Console, step_line
 from mm.train.evaluate import Evaluation
-from mm.train.metrics import BoundaryMetrics, Imbalance, StepMetrics, TimedStep
+from mm.train.metrics import BoundaryMetrics, StepMetrics, TimedStep
 
 RESULT = Evaluation(0.5, {"vision": 1.2345, "audio": -0.001}, {"vision": 0.1, "audio": 2.3})
 
