@@ -127,6 +127,7 @@ class Speaker:
         self._heard = []
         text = word.encode() + b"\0"
         utf8 = 1
+        # A C function: its arguments have positions only.
         self._lib.espeak_Synth(text, len(text), 0, 0, 0, utf8, None, None)
         return _wav(_resample(np.concatenate(self._heard).astype(np.float64), self._rate))
 

@@ -1,4 +1,4 @@
-"""The index of a data set: for each shard a file beside it, which says where every payload lies.
+"""The index of a data set: for each shard a file beside it, with the offset of every payload.
 
 A shard is indexed once. Its index file records what made it: for another format, another probe or another
 shard it is made again. Text stays in the tar; the index has only its length.

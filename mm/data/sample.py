@@ -1,4 +1,4 @@
-"""What a sample is: as its json in a shard says it, and as a run uses it.
+"""What a sample is: as its json in a shard has it, and as a run uses it.
 
 A sample is `KEY.json` with its parts `KEY.img0.png`, `KEY.aud0.wav`, .. in a WebDataset tar. The json gives
 their order:

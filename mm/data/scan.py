@@ -1,6 +1,6 @@
-"""Scan a shard once: what its index file says, made from the tar itself.
+"""Scan a shard: make the content of its index file from the tar itself.
 
-The entries here are the JSON of an index file (mm/data/index.py).
+The entries here are the JSON of that file; mm/data/index.py reads and writes it.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
 from mm.config.build import build
-from mm.config.outline import SINK as SINK  # users of a blueprint find the name here
-from mm.config.outline import frozen_modules, schedule_of, weights_gathered
+from mm.config.outline import SINK, frozen_modules, schedule_of, weights_gathered
 from mm.config.schema import Config
 from mm.errors import Refused
 from parallel.schedule import SchedulePlan

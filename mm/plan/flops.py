@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from encoders.module import module_flops
 from llm.flops import flops as llm_flops
-from mm.plan.blueprint import SINK, Blueprint
+from mm.config.outline import SINK
+from mm.plan.blueprint import Blueprint
 from mm.plan.step_plan import Microbatch, StepPlan, supervised_tokens
 
 

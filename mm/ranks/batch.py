@@ -1,10 +1,9 @@
-"""From a step plan to one rank's tensors: text to token ids, payloads to encoder inputs."""
+"""Turn a step plan into one rank's tensors: text into token ids, payloads into encoder inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,45 +26,35 @@ from parallel.topology.axis import Axes
 
 @dataclass(frozen=True)
 class RankMicrobatch:
-    """What one rank needs for one micro-batch; entries are absent for modules it does not host.
+    """The tensors of one rank for one micro-batch; modules that the rank does not host are absent."""
 
-    items: encoder inputs by module; names: sample key of each of those items, for errors;
-    llm: the packed text; depends: by module, which labels depend on it, bool [T];
-    edges: this rank's boundary plans of the edges whose encoders have items anywhere.
-    """
-
-    items: Mapping[str, ItemBatch]
-    names: Mapping[str, tuple[str, ...]]
-    llm: LLMBatch | None
-    depends: Mapping[str, Tensor]
-    edges: Mapping[Edge, EdgePlan]
+    items: Mapping[str, ItemBatch]  # by module, inputs of the encoder
+    names: Mapping[str, tuple[str, ...]]  # by module, the sample key of each item, for errors
+    llm: LLMBatch | None  # the packed text; None on ranks without the language model
+    depends: Mapping[str, Tensor]  # by module, which labels depend on it: bool [T]
+    edges: Mapping[Edge, EdgePlan]  # by edge whose encoder has items on any rank, this rank's boundary plan
 
 
 @dataclass(frozen=True)
 class Assembler:
-    """Builds RankMicrobatches on the host for `rank`. dtype: what encoders compute in, and so take.
-
-    axes: of the modules on this rank; sink: the language model's name; row_shapes: by edge, the trailing
-    shape of the rows that enter there; plans: where boundary plans are made, and kept for rows that lie
-    alike; timeout_s bounds waits for rows of other cp ranks.
-    """
+    """Builds the RankMicrobatches of one rank, on the host."""
 
     inputs: PlanInputs
     reader: ShardReader
     tokenizer: Tokenizer
     rank: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of encoder inputs: what encoders compute in
     device: torch.device
-    axes: Mapping[str, Axes]
-    sink: str
-    row_shapes: Mapping[Edge, tuple[int, ...]]
-    plans: PlanCache
-    timeout_s: float = 120.0
+    axes: Mapping[str, Axes]  # by module on this rank
+    sink: str  # the language model's module
+    row_shapes: Mapping[Edge, tuple[int, ...]]  # by edge, trailing shape of the rows that enter there
+    plans: PlanCache  # of boundary plans
+    timeout_s: float = 120.0  # longest wait for rows of other cp ranks, seconds
 
     def build(self, mb: Microbatch, counts: Counts, bad: list[BadSample]) -> RankMicrobatch | None:
-        """Read and pack this rank's part of `mb`; unreadable samples are appended to `bad`, then None.
+        """Read and pack this rank's part of `mb`; None where a sample of it is unreadable.
 
-        counts: of the whole step (StepPlan.counts).
+        counts: of the whole step (StepPlan.counts). bad: unreadable samples are appended to it.
         """
         before = len(bad)
         items, names = {}, {}
@@ -89,6 +78,7 @@ class Assembler:
         return self.plans.plan(name, rows.source, dest, row_shape=self.row_shapes[edge])
 
     def _items(self, module: str, mb: Microbatch, bad: list[BadSample]) -> tuple[ItemBatch, tuple[str, ...]]:
+        """The inputs of an encoder here, and the sample key of each item."""
         use = self.inputs.encoders[module]
         at = use.layout.coord(self.rank)
         mine = [item for item in mb.edges[module].items if item.source_dp == at.dp]
@@ -104,22 +94,23 @@ class Assembler:
             except BadSample as error:
                 bad.append(error)
             except (ValueError, OSError, EOFError) as error:
-                # The payload is what the index says but does not decode: the sample is as bad as a torn one.
+                # The payload matches its index but cannot be decoded: the sample counts as unreadable.
                 bad.append(BadSample(sample, f"{item.part.name}: {error}"))
-        kw: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "first": needed.start}
-        batch = pack_items(use.cls, use.cfg, tensors, metas, **kw)
+        device, dtype = self.device, self.dtype
+        batch = pack_items(use.cls, use.cfg, tensors, metas, device=device, dtype=dtype, first=needed.start)
         return batch, tuple(mb.samples[item.sample].key for item in mine)
 
     def _text(
         self, mb: Microbatch, counts: Counts, bad: list[BadSample]
     ) -> tuple[LLMBatch, dict[str, Tensor]]:
+        """The packed text of this rank, and by module which labels depend on it: bool [T]."""
         llm, tok, depths = self.inputs.llm, self.tokenizer, self.inputs.mtp_depths
         coord = llm.coord(self.rank)
         total = mb.tokens[coord.dp]
         ids = np.full(total, tok.pad, dtype=np.int64)
         labels = np.full(total, IGNORE, dtype=np.int64)
         depends = {m: np.zeros(total, dtype=bool) for m in self.inputs.encoders}
-        reads = coord.pp in (0, llm.pp - 1)  # stages between need lengths alone
+        reads = coord.pp in (0, llm.pp - 1)  # stages between need no text, only lengths
         lengths, n_real = [], 0
         for j in mb.samples_of(coord.dp):
             try:
@@ -173,12 +164,16 @@ class Assembler:
         labels: np.ndarray,
         depends: Mapping[str, np.ndarray],
     ) -> None:
+        """Write a sample from token `start` on into the packed columns; raises BadSample.
+
+        ids, labels, depends: of the whole packed sequence, [T]. A token's label is one position before it.
+        """
         tok = self.tokenizer
         written = parse_segments(self.reader.read(sample, sample.json))
         at = start
         ids[at] = tok.bos
         at += 1
-        # The index decides lengths and order (evaluation may have exchanged items); the payload has the text.
+        # Lengths and order come from the index (evaluation may have exchanged items), text from the payload.
         texts = [s.text for s in written if s.text is not None]
         for seg in sample.segments:
             if seg.part is not None:
@@ -187,9 +182,9 @@ class Assembler:
             else:
                 new = tok.encode(texts.pop(0))
                 n = seg.text_bytes
-                said = n if seg.written_bytes is None else seg.written_bytes
-                if len(new) != said:
-                    why = f"a text segment has {len(new)} tokens but the index says {said}; re-index"
+                indexed = n if seg.written_bytes is None else seg.written_bytes
+                if len(new) != indexed:
+                    why = f"a text segment has {len(new)} tokens but the index says {indexed}; re-index"
                     raise BadSample(sample, why)
                 new = new[:n]
                 ids[at : at + n] = new

@@ -15,12 +15,13 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from encoders.module import EncoderModule
 from llm.model import LLM, precise_modules
+from mm.config.outline import SINK
 from mm.data.index import load_index
 from mm.data.reader import ShardReader
 from mm.data.sample import Index
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
-from mm.plan.blueprint import SINK, Blueprint, bare_module
+from mm.plan.blueprint import Blueprint, bare_module
 from mm.plan.select import select
 from mm.plan.step_plan import Edge
 from mm.ranks.batch import Assembler

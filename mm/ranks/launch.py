@@ -57,7 +57,7 @@ def launched() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun says that it has started these ranks before."""
+    """Whether torchrun has started these ranks before, by its own count."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 

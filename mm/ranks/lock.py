@@ -1,4 +1,4 @@
-"""A run's folder belongs to one run at a time."""
+"""Lock a run's folder, so that one run at a time writes to it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mm.errors import Refused
 
 
 def lock(run_dir: Path) -> int:
-    """Keep a run's folder to this process until the returned descriptor is closed, or the process ends.
+    """Lock a run's folder until the returned file descriptor is closed or the process ends.
 
-    Raises Refused where another process has it. File systems without locks keep nothing out.
+    Raises Refused where another process holds the lock. On a file system without locks this does nothing.
     """
     handle = os.open(run_dir, os.O_RDONLY)
     try:

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mm.config.outline import SINK
 from mm.config.schema import from_mapping
-from mm.plan.blueprint import SINK, draw_up
+from mm.plan.blueprint import draw_up
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
 from mm.train.trainer import open_feed, train_step

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mm.config.outline import SINK
 from mm.config.schema import from_mapping
-from mm.plan.blueprint import SINK, draw_up
+from mm.plan.blueprint import draw_up
 from mm.plan.step_plan import ItemPlan
 from mm.ranks.feed import prepare
 from mm.ranks.job import build_job, open_data, open_index

@@ -15,8 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mm.config.outline import SINK
 from mm.config.schema import from_mapping
-from mm.plan.blueprint import SINK, draw_up
+from mm.plan.blueprint import draw_up
 from mm.ranks.feed import prepare
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
