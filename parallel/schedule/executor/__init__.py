@@ -1,6 +1,6 @@
-"""Plans carried out: handlers of actions in order, a backward in two halves, and stand-ins for real work.
+"""Carries out plans: calls handlers in order, splits a backward in two halves, stands in for real work.
 
-What an action does to tensors is its handler's affair.
+Only handlers decide what an action does to tensors.
 """
 
 from parallel.schedule.executor.execute import execute
