@@ -27,13 +27,13 @@ from parallel.topology.layout import make_layout
 
 
 def wide(world: int, microbatches: int) -> SchedulePlan:
-    """Vision beside the language model, audio on the other half of the ranks, which is a power of two."""
+    """Vision colocated with the language model, audio on the other half of the ranks (a power of two)."""
     half = world // 2
-    beside = f"{half}-{world - 1}"
+    upper = f"{half}-{world - 1}"
     specs: dict[str, dict[str, Any]] = {
-        "vision": {"ranks": beside},
+        "vision": {"ranks": upper},
         "audio": {"ranks": f"0-{half - 1}"},
-        "llm": {"ranks": beside, "pp": min(16, half // 2), "tp": 2},
+        "llm": {"ranks": upper, "pp": min(16, half // 2), "tp": 2},
     }
     modules = {m: ModuleUse(make_layout(m, world, spec)) for m, spec in specs.items()}
     active = [{"vision", "audio"} if i % 3 else {"vision"} for i in range(microbatches)]

@@ -1,6 +1,6 @@
-"""A training step as data: actions, what lists them in order, and what proves, times, runs and draws them.
+"""A training step as data: generators list its actions in order; the others check, time, run and draw them.
 
-Schedules know modules by name and stages by number. No tensor may enter but in the executor.
+Schedules know modules by name and stages by number. Only the executor may see tensors.
 """
 
 from parallel.schedule.action import Action, Group, Kind

@@ -7,16 +7,16 @@ from typing import Literal, NamedTuple
 
 
 class Kind(Enum):
-    """What an action does; a boundary action is named by its source module.
+    """What an action does. parallel.schedule.executor.execute describes each kind for its handler.
 
-    Forward and backward compute and may run collectives of their groups; GATHER, FREE, GRAD_SYNC and
-    OPTIMIZER act on parameters. Sends, receives and boundary actions only put a transfer under way: who
-    consumes it waits for it (see parallel.schedule.executor.execute).
+    Forwards and backwards compute, and may run collectives of their groups. GATHER, FREE, GRAD_SYNC and
+    OPTIMIZER act on parameters. Sends, receives and boundary actions only start a transfer: the action that
+    uses its result waits for it. A boundary action carries the name of its source module.
     """
 
     FORWARD = "forward"
     BACKWARD = "backward"
-    BACKWARD_INPUT = "backward_input"  # gradients of a stage's inputs alone: what the stage before waits for
+    BACKWARD_INPUT = "backward_input"  # gradients of a stage's inputs, which the stage before waits for
     BACKWARD_WEIGHT = "backward_weight"  # gradients of its weights, later
     BOUNDARY_FORWARD = "boundary_forward"
     BOUNDARY_BACKWARD = "boundary_backward"
@@ -29,11 +29,11 @@ class Kind(Enum):
     GRAD_SYNC = "grad_sync"  # a stage's gradients, summed over dp
     OPTIMIZER = "optimizer"
 
-    # Members are singletons: identity is the hash. Enum's own hashes the name, in Python, at each lookup.
+    # Members are singletons, so identity can be the hash. Enum's own hash runs Python code at each look-up.
     __hash__ = object.__hash__
 
 
-# For code that goes through many actions: a look-up in an Enum class costs several calls of a function.
+# For loops over many actions: looking a member up in its Enum class costs several function calls.
 FORWARD = Kind.FORWARD
 BACKWARD = Kind.BACKWARD
 BACKWARD_INPUT = Kind.BACKWARD_INPUT
@@ -50,7 +50,7 @@ SENDS = frozenset({SEND_FORWARD, SEND_BACKWARD})
 RECEIVES = frozenset({RECV_FORWARD, RECV_BACKWARD})
 BOUNDARY = frozenset({BOUNDARY_FORWARD, BOUNDARY_BACKWARD})
 _GRADIENTS = (SEND_BACKWARD, RECV_BACKWARD)
-POSTED = SENDS | RECEIVES | BOUNDARY  # what is only put under way
+POSTED = SENDS | RECEIVES | BOUNDARY  # actions that only start a transfer
 
 Scope = Literal["module", "edge", "world"]
 Direction = Literal["", "forward", "backward"]
@@ -85,16 +85,16 @@ ActionKey = tuple[Kind, str, int, int]
 
 
 class Action(NamedTuple):
-    """Do `kind` for `module` (for a boundary: its source module) on micro-batch `microbatch`.
+    """Do `kind` for `module` on micro-batch `microbatch`.
 
-    stage: global index of the module's virtual stage; stage s lives on pipeline rank s % pp. Of a boundary:
-        the sink's stage that the rows enter.
-    last: the stage's last backward of the step, after which its gradients are reduced over dp.
-    peer: sends and receives: the stage at the other end, on the rank that differs along pp alone.
-    span: the action covers micro-batches [microbatch, microbatch + span), for encoders that take several
+    module: for a boundary its source module.
+    stage: global index of the module's virtual stage; stage s is on pipeline rank s % pp. For a boundary the
+        sink's stage that the rows enter.
+    last: whether this is the stage's last backward of the step. Its gradients are reduced over dp after it.
+    peer: for sends and receives the stage at the other end. It is on the rank that differs along pp alone.
+    span: the action covers micro-batches [microbatch, microbatch + span). Encoders may take several
         micro-batches of the language model at once.
-    groups: the process groups that it uses, in order, the rank's own of each name. SchedulePlan.members()
-        gives the ranks.
+    groups: names of the process groups that it uses, in order. SchedulePlan.members() gives their ranks.
     """
 
     kind: Kind
@@ -108,12 +108,12 @@ class Action(NamedTuple):
 
     @property
     def microbatches(self) -> range:
-        """Those that it covers."""
+        """The micro-batches that it covers."""
         return range(self.microbatch, self.microbatch + self.span)
 
     @property
     def tag(self) -> int:
-        """A message tag for sends and receives: equal at both ends, distinct within a step and group."""
+        """The message tag of a send or receive: equal at both ends, distinct within a step and group."""
         assert self.peer is not None, self
         return 2 * (self.microbatch * 4096 + max(self.stage, self.peer)) + (self.kind in _GRADIENTS)
 

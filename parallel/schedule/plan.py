@@ -1,7 +1,8 @@
 """A schedule for all ranks, as data.
 
-Ranks at the same pipeline place of every module do the same things in the same order, so they share one list
-of actions, a program. A job of 1,024 ranks has as many programs as distinct places, not as ranks.
+The place of a rank is its pipeline rank in every module. Ranks at the same place do the same actions in the
+same order, so they share one list of actions, a program. A job of 1,024 ranks has as many programs as it has
+distinct places.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ Params = Literal["each", "step", "replicated"]
 class ModuleUse:
     """A module as a schedule needs it.
 
-    frozen: it needs no backward of its own; gradients still pass through a frozen language model.
-    params: "each" forward and backward gathers its parameters over dp, as FSDP does, and the last backward
-        reduces its gradients; "step" gathers them once a step (GATHER, FREE); "replicated" ranks hold them
-        whole. The last two reduce gradients in GRAD_SYNC.
-    layers: how many it has, so that more stages than layers are refused.
-    enters: of a source, the stages of the sink that its rows enter. Each is sent rows of its own.
+    frozen: its weights have no gradients. Gradients still pass through a frozen language model to encoders.
+    params: where its parameters are held and gathered. "each": sharded over dp; each forward and backward
+        gathers them, as FSDP does, and the last backward reduces their gradients. "step": sharded over dp;
+        GATHER and FREE gather them once a step, and GRAD_SYNC reduces gradients. "replicated": every rank
+        holds them whole, and GRAD_SYNC reduces gradients.
+    layers: how many it has, so that more stages than layers are refused; None if not known.
+    enters: for a source, the stages of the sink that its rows enter. Each gets rows of its own.
     """
 
     layout: Layout
@@ -45,18 +47,21 @@ class ModuleUse:
         return range(pp, self.stages, self.layout.pp)
 
 
-Place = tuple[int | None, ...]  # pipeline rank of each module, None where it does not live
+Place = tuple[int | None, ...]  # by module, the pipeline rank; None for a module that is not on the rank
 
 
 @dataclass(frozen=True)
 class SchedulePlan:
     """One step of all ranks.
 
-    kind: the schedule it is. modules: sources, then the sink (the language model), in a fixed order.
-    active: per micro-batch, the sources with items on any rank; a source without is skipped on all ranks
-    alike. programs: lists of actions; program_of: the program of each rank. train: with backward.
-    ahead: for how many micro-batches a source may hold activations at once where it lives with the sink.
-    memo: what follows from the plan and is worked out once, by name.
+    kind: the schedule's name.
+    modules: sources (encoders), then the sink (the language model), in the order that all ranks use.
+    active: by micro-batch, the sources that have items in it on any rank. All ranks skip the others.
+    programs: lists of actions.
+    program_of: by rank, the index of its program.
+    train: whether the step has backwards.
+    ahead: for how many micro-batches a colocated source may hold activations at once; None without a bound.
+    memo: by name, what is worked out from the plan once.
     """
 
     kind: str
@@ -87,7 +92,7 @@ class SchedulePlan:
 
     @cached_property
     def ranks_of(self) -> tuple[tuple[int, ...], ...]:
-        """The ranks that run each program."""
+        """By program, the ranks that run it."""
         out: list[list[int]] = [[] for _ in self.programs]
         for rank, p in self.program_of.items():
             out[p].append(rank)
@@ -95,16 +100,16 @@ class SchedulePlan:
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
-        """Where each program stands in every module's pipeline."""
+        """By program, the place of its ranks."""
         where = places({m: u.layout for m, u in self.modules.items()})
         return tuple(where[ranks[0]] for ranks in self.ranks_of)
 
     def actions(self, rank: int) -> tuple[Action, ...]:
-        """What `rank` does, in order; nothing where no module lives on it."""
+        """The actions of `rank`, in order; none if no module is on it."""
         return self.programs[self.program_of[rank]] if rank in self.program_of else ()
 
     def __iter__(self) -> Iterator[tuple[int, Action]]:
-        """(program, action) of every program in order."""
+        """(program, action) of all programs, in order."""
         return ((p, a) for p, actions in enumerate(self.programs) for a in actions)
 
     @property
@@ -113,14 +118,13 @@ class SchedulePlan:
         return sum(len(self.programs[p]) for p in self.program_of.values())
 
     def hosts(self, module: str, stage: int) -> frozenset[int]:
-        """The programs on whose ranks a virtual stage lives."""
+        """The programs of the ranks that have a virtual stage."""
         at = list(self.modules).index(module)
         pp = stage % self.modules[module].layout.pp
         return frozenset(p for p, place in enumerate(self.places) if place[at] == pp)
 
     def ends(self, source: str, stage: int) -> tuple[frozenset[int], frozenset[int]]:
-        """(programs that hold an edge's rows, programs that want them): last stage of the source, `stage` of
-        the sink."""
+        """(programs with the source's last stage, programs with the sink's `stage`): the ends of an edge."""
         return self.hosts(source, self.modules[source].stages - 1), self.hosts(self.sink, stage)
 
     def entering(self, stage: int) -> tuple[str, ...]:
@@ -128,8 +132,11 @@ class SchedulePlan:
         return tuple(s for s in self.sources if stage in self.modules[s].enters)
 
     def learns(self, module: str, microbatch: int) -> bool:
-        """Whether a backward follows its forward: it has items and is not frozen, or it is the sink and
-        gradients pass through it to a source that has and is not."""
+        """Whether a backward follows the forward of a module in a micro-batch.
+
+        It does for a source that has items and is not frozen, and for a sink that is not frozen. It also does
+        for a frozen sink if such a source needs gradients through it.
+        """
         if not self.train:
             return False
         if module != self.sink:
@@ -139,11 +146,11 @@ class SchedulePlan:
         return any(not self.modules[s].frozen for s in self.active[microbatch])
 
     def members(self, group: Group, rank: int) -> tuple[int, ...]:
-        """The ranks of the process group that an action of `rank` names."""
+        """The ranks of the group of this name that `rank` is in."""
         return next(ranks for ranks in self.instances(group) if rank in ranks)
 
     def instances(self, group: Group) -> tuple[tuple[int, ...], ...]:
-        """All process groups of a name, as ranks."""
+        """All process groups of a name, each as its ranks."""
         if group.scope == "world":
             return (self.ranks,)
         if group.scope == "edge":
@@ -152,7 +159,7 @@ class SchedulePlan:
         return self.modules[group.module].layout.groups(group.axis)
 
     def program_sets(self, group: Group) -> tuple[frozenset[int], ...]:
-        """The distinct sets of programs that process groups of a name join: what orders must agree on."""
+        """The distinct sets of programs that groups of a name join; members must agree on an order."""
         if group not in self._sets:
             sets = {frozenset(self.program_of[r] for r in ranks) for ranks in self.instances(group)}
             self._sets[group] = tuple(sorted(sets, key=sorted))
@@ -160,7 +167,7 @@ class SchedulePlan:
 
 
 def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:
-    """Pipeline rank of every module at each rank of the job, None where a module does not live."""
+    """The place of every rank that has a module."""
     out: dict[int, list[int | None]] = {r: [] for r in sorted({r for x in layouts.values() for r in x.ranks})}
     for n, layout in enumerate(layouts.values()):
         per_stage = layout.size // layout.pp
@@ -173,7 +180,7 @@ def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:
 
 
 def compute_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
-    """The groups that a forward or backward of a module runs collectives of, in order."""
+    """The groups whose collectives a forward or backward of a module runs, in order."""
     axes = [a for a in ("tp", "cp", "ep", "etp") if getattr(use.layout, a) > 1]
     return (
         *(parameter_groups(module, use) if use.params == "each" else ()),
@@ -182,7 +189,7 @@ def compute_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
 
 
 def parameter_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
-    """The groups that parameters are gathered and gradients summed over: dp, and edp with cut experts."""
+    """The groups over which parameters are gathered and gradients summed: dp, and edp for sharded experts."""
     layout = use.layout
     axes: Sequence[str] = ("dp", "edp") if layout.ep * layout.etp > 1 else ("dp",)
     return tuple(Group("module", module, a) for a in axes if getattr(layout, a) > 1)

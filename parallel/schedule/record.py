@@ -1,4 +1,4 @@
-"""What an executor tells of an action, and what costs, drawings and traces are made of."""
+"""The record of an executed action: what costs, drawings and traces are made from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from parallel.schedule.action import Action
 class Record(NamedTuple):
     """An action that was carried out, with host times of time.perf_counter() in seconds.
 
-    ready: when it had what it waited for; `start` where its handler does not say.
+    ready: when its inputs were there; equal to `start` if its handler does not report it.
     """
 
     action: Action

@@ -1,6 +1,6 @@
-"""Proofs about a plan without running it: complete, in order, free of deadlock, within a bound of memory.
+"""Proofs about a plan without running it: complete, in order, free of deadlock, within a memory bound.
 
-graph.py says what waits for what, for the simulator too. Durations may not enter.
+graph.py holds what waits for what, for the simulator too. Durations may not enter.
 """
 
 from parallel.schedule.checker.check import PlanError, check

@@ -1,9 +1,13 @@
 """Proves a plan before it is carried out, for any number of ranks and without a process group.
 
-A plan that passes is complete, in dependency order and free of deadlocks: every rank computes each of its
-stages exactly once for every micro-batch that needs it; sends and receives between two ranks come in the same
-order at both ends; all members of a process group see the same collectives in the same order; and run by the
-rules of the executor, every action gets what it waits for. Ranks of one program are checked once.
+A plan that passes is complete, in dependency order and free of deadlocks:
+
+- Every rank computes each of its stages exactly once for every micro-batch that needs it.
+- Sends and receives between two ranks come in the same order at both ends.
+- All members of a process group run the same collectives in the same order.
+- Under the executor's rules, every action gets what it waits for.
+
+Ranks that share a program are checked once.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, para
 
 
 class PlanError(ValueError):
-    """A plan that must not be executed. problems: all that was found, each naming ranks and actions."""
+    """A plan that must not be executed. problems: everything found, each with its ranks and actions."""
 
     def __init__(self, kind: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -41,9 +45,10 @@ class PlanError(ValueError):
 def check(
     plan: SchedulePlan, *, limit: float | None = None, memory: Memory | None = None
 ) -> tuple[Peak, ...]:
-    """Raise PlanError where `plan` is wrong, ValueError where a rank holds activations above `limit`.
+    """The activation high-water mark of each program.
 
-    Returns the activation high-water mark of each program.
+    Raises PlanError where `plan` is wrong, and ValueError where a rank holds activations above `limit`, in
+    units of `memory`.
     """
     problems = [
         problem
@@ -68,7 +73,7 @@ def check(
 
 
 def _complete(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
-    """What a program lacks, has twice or should not have."""
+    """The actions that a program lacks, has twice or should not have."""
     have: list[ActionKey] = [a[:4] for a in actions if a.span == 1 and a.kind not in _STEPWISE]
     for a in actions:
         if a.span > 1 and a.kind in COMPUTE:
@@ -98,14 +103,14 @@ def _covered(plan: SchedulePlan, a: Action) -> list[int]:
     """The micro-batches that a computation is for: of a source, those with items."""
     covered = a.microbatches
     if a.module not in plan.sources or covered.stop > plan.microbatches:
-        return list(covered)  # what does not exist is reported as such
+        return list(covered)  # micro-batches that do not exist are reported as not needed
     return [i for i in covered if a.module in plan.active[i]] or list(covered)
 
 
 def _needed(
     plan: SchedulePlan, p: int, actions: Sequence[Action], done: Set[ActionKey]
 ) -> Iterator[tuple[Kind, str, int, Iterable[int]]]:
-    """Everything that the ranks of a program must do once: (kind, module, stage, micro-batches)."""
+    """What the ranks of a program must do exactly once: (kind, module, stage, micro-batches)."""
     every = range(plan.microbatches)
     for module, pp in zip(plan.modules, plan.places[p], strict=True):
         if pp is None:
@@ -120,7 +125,7 @@ def _needed(
             for half in halves[: 1 if use.frozen else 2]:
                 yield half, module, stage, split
             yield Kind.BACKWARD, module, stage, [i for i in learns if i not in split]
-            # A source's messages are those of its computations, named by their first micro-batches.
+            # A message of a source carries the first micro-batch of its computation.
             starts, back = takes, learns
             if not sink:
                 forward = (Kind.FORWARD, module, stage)
@@ -143,11 +148,11 @@ def _needed(
 
 
 def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
-    """Actions that do not name the groups and the peer that they use."""
+    """Actions with other groups or another peer than they use."""
     uses = {(kind, m): _groups(kind, m, use) for kind in Kind for m, use in plan.modules.items()}
     for a in actions:
         if a.module not in plan.modules:
-            continue  # not needed anywhere, which is reported
+            continue  # reported as not needed
         wanted, step = uses[a.kind, a.module], _PEER.get(a.kind)
         if a.kind in BOUNDARY:
             wanted = (wanted[0]._replace(stage=a.stage),)
@@ -172,7 +177,7 @@ def _groups(kind: Kind, module: str, use: ModuleUse) -> tuple[Group, ...]:
     return (WORLD,) if kind is Kind.OPTIMIZER else ()
 
 
-# How far the stage at the other end of a message is.
+# How many stages further the other end of a message is.
 _PEER = {Kind.SEND_FORWARD: 1, Kind.RECV_FORWARD: -1, Kind.SEND_BACKWARD: -1, Kind.RECV_BACKWARD: 1}
 _FORWARD = (Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.BOUNDARY_FORWARD)
 _DIRECTION: dict[Kind, Direction] = {
@@ -182,10 +187,10 @@ _STEPWISE = frozenset({Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC, Kind.OPTIMIZER})
 
 
 def _parameters(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
-    """Parameters are there when used, gradients summed when whole, and once."""
+    """Parameters that are not there when used, and gradients that are not summed once when complete."""
     rank = plan.ranks_of[p][0]
-    used: dict[tuple[str, int], list[int]] = defaultdict(list)  # computations, by place in the list
-    last: dict[tuple[str, int], list[int]] = defaultdict(list)  # those that say that they are the last
+    used: dict[tuple[str, int], list[int]] = defaultdict(list)  # indices of computations
+    last: dict[tuple[str, int], list[int]] = defaultdict(list)  # of actions marked as last
     on: dict[tuple[str, int], dict[Kind, list[int]]] = defaultdict(lambda: defaultdict(list))
     for k, a in enumerate(actions):
         if a.kind in COMPUTE:
@@ -217,11 +222,11 @@ def _of_stage(
     if list(last) != ([] if final is None else [final]):
         marked = ", ".join(str(actions[k]) for k in last) or "none"
         yield f"marks {marked} as last of {name}, which is {'none' if final is None else actions[final]}"
-    cut = bool(parameter_groups(module, use)) and bool(used)
+    sharded = bool(parameter_groups(module, use)) and bool(used)
     wanted = {Kind.GATHER: 0, Kind.FREE: 0, Kind.GRAD_SYNC: 0}
-    if use.params == "step" and cut:
+    if use.params == "step" and sharded:
         wanted |= {Kind.GATHER: 1, Kind.FREE: 1}
-    if use.params != "each" and cut and final is not None and not use.frozen:
+    if use.params != "each" and sharded and final is not None and not use.frozen:
         wanted[Kind.GRAD_SYNC] = 1
     found = {kind: on.get(kind, ()) for kind in wanted}
     for kind, n in wanted.items():
@@ -238,7 +243,7 @@ def _of_stage(
 
 
 def _transfers(plan: SchedulePlan) -> Iterator[str]:
-    """Sends of one rank to another and receives there, in the same order."""
+    """Sends of one rank and receives of another that are not in the same order."""
     sends: dict[tuple[int, str, int, str], list[Action]] = defaultdict(list)
     receives: dict[tuple[int, str, int, str], list[Action]] = defaultdict(list)
     for p, a in plan:
@@ -268,7 +273,7 @@ def _transfers(plan: SchedulePlan) -> Iterator[str]:
 
 
 def _collectives(plan: SchedulePlan) -> Iterator[str]:
-    """The same order of collectives on all members of every process group."""
+    """Process groups whose members do not run the same collectives in the same order."""
     seen: dict[Group, dict[int, list[Action]]] = defaultdict(lambda: defaultdict(list))
     for p, a in plan:
         if a.kind not in SENDS and a.kind not in RECEIVES:

@@ -1,4 +1,4 @@
-"""Activation memory that a plan holds at most, by rank. Pure."""
+"""The most activation memory that a plan holds, by rank. Pure."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from parallel.schedule.plan import SchedulePlan
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes (or any unit) on one rank.
+    """Sizes on one rank, in bytes or any other unit.
 
-    activation: by module, or (module, stage): what a forward keeps for one micro-batch until its backward.
-        A module that is in neither counts 1, so that the unit is activations of a stage.
-    weight_share: the share that BACKWARD_WEIGHT still needs after BACKWARD_INPUT; by default all of it, which
-        is a bound.
-    load: by (module, micro-batch), a factor, for ragged batches.
-    hidden: by (module, stage), what enters a stage from the one before; held, read: by (source, stage of the
-        sink), the rows of an edge where they are made and where they enter. What is in none of them takes
-        nothing. They count where they are no part of an activation: while under way, with gradients from
-        the backward that makes them to the one that takes them, and where nothing learns, from the forward
-        on.
+    activation: by module or by (module, stage), what a forward keeps for one micro-batch until its backward.
+        A module in neither counts 1; the unit is then the activations of one stage.
+    weight_share: the fraction of an activation that BACKWARD_WEIGHT still needs after BACKWARD_INPUT. The
+        default, all of it, is an upper bound.
+    load: by (module, micro-batch), a factor for ragged batches; 1 where it is not named.
+    hidden: by (module, stage), the hidden states that enter a stage from the one before.
+    held: by (source, stage of the sink), the rows of an edge on the ranks that make them.
+    read: by (source, stage of the sink), the rows of an edge on the ranks that read them.
+
+    What `hidden`, `held` and `read` do not name takes nothing. They count while they are not part of an
+    activation: during their transfer; as gradients, from the backward that makes them to the one that uses
+    them; and from the forward on where no backward follows.
     """
 
     activation: Mapping[str | tuple[str, int], float] = field(default_factory=dict)
@@ -45,18 +47,21 @@ class Memory:
 
     @property
     def moves(self) -> bool:
-        """Whether transfers take anything."""
+        """Whether transfers take memory."""
         return bool(self.hidden or self.held or self.read)
 
     def of(self, module: str, stage: int) -> float:
-        """What one stage keeps of a micro-batch of load 1."""
+        """What one stage keeps for a micro-batch of load 1."""
         return self.activation.get((module, stage), self.activation.get(module, 1.0))
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that ranks hold at once. ranks: those that do; held: at that moment, by module, rows under
-    their source; action: what reaches it."""
+    """The most that the ranks of a program hold at once.
+
+    bytes: in the unit of Memory. ranks: those of the program. held: by module, what they hold at that moment;
+    rows of an edge count under their source. action: the one that reaches the peak.
+    """
 
     bytes: float
     ranks: tuple[int, ...]
@@ -65,9 +70,9 @@ class Peak:
 
 
 def peaks(plan: SchedulePlan, memory: Memory | None = None) -> tuple[Peak, ...]:
-    """The high-water mark of each program, from its order alone.
+    """By program, its high-water mark, from the order of its actions alone.
 
-    Micro-batches in which a source has no items hold nothing of it.
+    A source holds nothing for micro-batches in which it has no items.
     """
     memory = memory or Memory()
     loads = _loads(plan, memory)
@@ -75,7 +80,7 @@ def peaks(plan: SchedulePlan, memory: Memory | None = None) -> tuple[Peak, ...]:
 
 
 def held_microbatches(plan: SchedulePlan, module: str) -> int:
-    """For how many micro-batches any rank holds activations of a module's stage at once, at most."""
+    """The most micro-batches for which any rank holds activations of one stage of a module at once."""
     only = Memory({m: float(m == module) for m in plan.modules})
     return max((round(peak.bytes) for peak in peaks(plan, only)), default=0)
 
@@ -83,7 +88,10 @@ def held_microbatches(plan: SchedulePlan, module: str) -> int:
 def check_limit(
     plan: SchedulePlan, limit: float, memory: Memory | None = None, *, nearest: str = ""
 ) -> tuple[Peak, ...]:
-    """The peaks, refused with ValueError where one is above `limit`. nearest: what works, for the message."""
+    """By program, its high-water mark. Raises ValueError where one is above `limit`.
+
+    nearest: what works, for the message.
+    """
     found = peaks(plan, memory)
     worst = max(found, key=lambda peak: peak.bytes)
     if worst.bytes > limit:
@@ -129,17 +137,16 @@ def _activation(a: Action, memory: Memory, loads: Mapping[str, Sequence[float]])
 
 
 class _Moving:
-    """What transfers take on the ranks of a program: from the action that makes room for it to the one that
-    needs it last."""
+    """Memory of transfers on the ranks of a program, from the action that allocates it to its last use."""
 
     def __init__(self, plan: SchedulePlan, p: int, memory: Memory) -> None:
         self.plan, self.p, self.memory = plan, p, memory
         self.releases = releases(plan, p)
-        self.until: dict[ActionKey, list[tuple[str, float]]] = {}  # what a computation frees
-        self.sent: dict[ActionKey, tuple[str, float]] = {}  # under way, by the action that starts it
+        self.until: dict[ActionKey, list[tuple[str, float]]] = {}  # by computation, what it frees
+        self.sent: dict[ActionKey, tuple[str, float]] = {}  # by the action that starts it, to be released
 
     def before(self, a: Action) -> list[tuple[str, float]]:
-        """What an action takes, and what is let go before it (negative)."""
+        """What an action allocates, and what is released before it (negative)."""
         if a.kind not in POSTED:
             gone = [self.sent.pop(key) for key in self.releases.get(a[:4], ()) if key in self.sent]
             return [(module, -amount) for module, amount in gone]
@@ -161,21 +168,24 @@ class _Moving:
         return [item for i in a.microbatches for item in self.until.pop((kind, a.module, i, a.stage), ())]
 
     def _takes(self, a: Action) -> list[tuple[float, ActionKey | None]]:
-        """(amount, the computation that needs it last, or None: until let go) of a transfer's ends here."""
+        """What the ends of a transfer here take: (amount, last computation that needs it).
+
+        The computation is None for memory that a later computation releases.
+        """
         module, i, stage = a.module, a.microbatch, a.stage
         learns, hidden = self.plan.learns(module, i), self.memory.hidden
         if a.kind is Kind.RECV_FORWARD:
             return [(hidden.get((module, stage), 0.0), (BACKWARD if learns else FORWARD, module, i, stage))]
         if a.kind is Kind.RECV_BACKWARD:
             return [(hidden.get((module, stage + 1), 0.0), (BACKWARD, module, i, stage))]
-        if a.kind is Kind.SEND_FORWARD:  # what learns is an activation
+        if a.kind is Kind.SEND_FORWARD:  # with a backward, it is part of the activation
             return [] if learns else [(hidden.get((module, stage + 1), 0.0), None)]
         if a.kind is Kind.SEND_BACKWARD:
             return [(hidden.get((module, stage), 0.0), None)]
         return self._edge(a, learns)
 
     def _edge(self, a: Action, learns: bool) -> list[tuple[float, ActionKey | None]]:
-        """The same for the rows of an edge."""
+        """_takes() for the rows of an edge."""
         source, i, stage = a.module, a.microbatch, a.stage
         makes, reads = (self.p in end for end in self.plan.ends(source, stage))
         held, read = (of.get((source, stage), 0.0) for of in (self.memory.held, self.memory.read))
@@ -185,7 +195,7 @@ class _Moving:
             taken: list[tuple[float, ActionKey | None]] = [(held, back)] if makes else []
             return [*taken, (read, back if makes else None)] if reads else taken
         taken = []
-        if makes and (not learns or len(use.enters) > 1):  # else they are an activation, sent as they lie
+        if makes and (not learns or len(use.enters) > 1):  # else they are part of the activation
             taken.append((held, (FORWARD, sink, i, stage) if reads else None))
         if reads:
             taken.append((read, (BACKWARD if learns else FORWARD, sink, i, stage)))
@@ -193,7 +203,7 @@ class _Moving:
 
 
 def _loads(plan: SchedulePlan, memory: Memory) -> dict[str, list[float]]:
-    """By module, the load of each micro-batch; 0 where it keeps nothing, because no backward follows."""
+    """By module, the load of each micro-batch; 0 where no backward follows, so that nothing is kept."""
     every = range(plan.microbatches)
     keeps = {m: [plan.learns(m, i) for i in every] for m in plan.modules}
     return {m: [memory.load.get((m, i), 1.0) * keeps[m][i] for i in every] for m in plan.modules}

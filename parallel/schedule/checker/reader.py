@@ -1,8 +1,8 @@
 """Reads each list of a plan by itself: its computations, what they wait for, where transfers start. Pure.
 
 A program stands for all of its ranks (see parallel.schedule.plan). The rules are those of the executor's
-handlers. A computation waits for its inputs and for the other members of its groups. A transfer takes place
-beside the computations, once every end has started it.
+handlers. A computation waits for its inputs and for the other members of its groups. A transfer runs
+concurrently with computations, once every end has started it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Stop(NamedTuple):
 
 @dataclass
 class Reading:
-    """What the lists of a plan say, with actions numbered through all programs.
+    """What was read from the lists of a plan, with actions numbered through all programs.
 
     A computation is, here, every action that does not only start a transfer.
 

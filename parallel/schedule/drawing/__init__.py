@@ -1,6 +1,6 @@
 """Pictures of a step, simulated or measured, as SVG or PNG, and its trace for Perfetto.
 
-Pictures are shapes in a list. Drawing may not change what it draws.
+A picture is a list of shapes. Drawing may not change what it draws.
 """
 
 from parallel.schedule.drawing.chart import Chart, measured, simulated

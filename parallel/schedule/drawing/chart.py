@@ -1,4 +1,4 @@
-"""What a drawing shows of a step, from a simulated plan and from a measured run alike."""
+"""The content of a drawing of a step, from a simulated plan or from a measured run."""
 
 from __future__ import annotations
 
@@ -42,10 +42,13 @@ class Arrow(Transfer):
 
 @dataclass(frozen=True)
 class Row:
-    """A rank, or ranks that do the same. lives: the modules and pipeline ranks there. bubble: idle share."""
+    """A rank, or several with the same program.
+
+    modules: those on the ranks, with pipeline ranks. bubble: idle fraction of the step.
+    """
 
     label: str
-    lives: str
+    modules: str
     bubble: float
 
 
@@ -94,7 +97,7 @@ def simulated(line: Timeline) -> Chart:
                 bars.append(Bar(p, start, end, a, chunk))
     arrows = [Arrow(*transfer) for transfer in line.transfers]
     rows = tuple(
-        Row(_ranks(ranks), _lives(plan, p), line.bubble(ranks[0])) for p, ranks in enumerate(plan.ranks_of)
+        Row(_ranks(ranks), _modules(plan, p), line.bubble(ranks[0])) for p, ranks in enumerate(plan.ranks_of)
     )
     return Chart(rows, tuple(bars), tuple(arrows), tuple(plan.modules), line.seconds, plan.kind)
 
@@ -120,7 +123,9 @@ def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Cha
                 stage = action.stage if action.kind in BOUNDARY else None
                 message = Message(action.kind, action.module, action.peer, stage, action.microbatch)
                 sent.setdefault(message, []).append(Started(begin - first, row))
-        rows.append(Row(f"rank {rank}", _lives(plan, plan.program_of[rank]), 1 - busy / end if end else 0.0))
+        rows.append(
+            Row(f"rank {rank}", _modules(plan, plan.program_of[rank]), 1 - busy / end if end else 0.0)
+        )
     arrows = [arrow for bar in bars for arrow in _arrows(plan, sorted(records), bar, sent)]
     return Chart(tuple(rows), tuple(bars), tuple(arrows), tuple(plan.modules), end, f"{plan.kind}, measured")
 
@@ -186,8 +191,8 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"{len(ranks)} ranks from {ranks[0]}"
 
 
-def _lives(plan: SchedulePlan, program: int) -> str:
-    """The modules at a place; with their pipeline rank where they have several."""
+def _modules(plan: SchedulePlan, program: int) -> str:
+    """The modules of a program's ranks, with the pipeline rank where there are several."""
     found = [
         m if plan.modules[m].layout.pp == 1 else f"{m} {pp + 1}/{plan.modules[m].layout.pp}"
         for m, pp in zip(plan.modules, plan.places[program], strict=True)

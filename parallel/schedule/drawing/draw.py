@@ -1,4 +1,4 @@
-"""The picture of a step: a row a rank, time to the right."""
+"""The picture of a step: one row for each rank, time from left to right."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def draw(chart: Chart, *, title: str | None = None, width: int = WIDTH) -> Pictu
         y = TOP + k * (ROW + GAP)
         shapes.append(Box(LEFT, y, width - LEFT - RIGHT, ROW, TRACK, 4))
         shapes.append(Text(16, y + ROW / 2 - 7, row.label, 13, bold=True))
-        shapes.append(Text(16, y + ROW / 2 + 8, _shorten(row.lives, 26), 10.5, SOFT))
+        shapes.append(Text(16, y + ROW / 2 + 8, _shorten(row.modules, 26), 10.5, SOFT))
         shapes.append(Text(width - 16, y + ROW / 2, f"{100 * row.bubble:.0f} % idle", 11, SOFT, "end"))
-    # Transfers pass behind the bars, which keeps the numbers legible: thin ones along pipelines, strong ones
-    # between modules.
+    # Transfers are drawn behind the bars, so that numbers stay legible. Those between modules are thicker
+    # than those along pipelines.
     for arrow in sorted(chart.arrows, key=lambda a: a.boundary):
         shapes.append(_arrow(chart, arrow, scale))
     for bar in chart.bars:
@@ -44,8 +44,8 @@ def draw(chart: Chart, *, title: str | None = None, width: int = WIDTH) -> Pictu
 
 def colours(chart: Chart, module: str) -> tuple[str, str, str]:
     """(forward, backward, weight gradient) of a module: the last module, the sink, has the first."""
-    place = (list(chart.modules).index(module) + 1) % len(chart.modules)
-    return PALETTE[min(place, len(PALETTE) - 1)]
+    index = (list(chart.modules).index(module) + 1) % len(chart.modules)
+    return PALETTE[min(index, len(PALETTE) - 1)]
 
 
 def _head(chart: Chart, title: str | None, width: int) -> list[Shape]:

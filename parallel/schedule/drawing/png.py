@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from parallel.schedule.drawing.shapes import PAPER, Box, Curve, Picture, Text, control_points
 
-OVER = 2  # painted so many times larger and reduced, for smooth edges
+OVER = 2  # supersampling factor, for smooth edges
 _ANCHOR = {"start": "lm", "middle": "mm", "end": "rm"}
 
 
@@ -51,10 +51,10 @@ def _curve(paint: ImageDraw.ImageDraw, c: Curve, s: int) -> None:
 
 
 def _text(paint: ImageDraw.ImageDraw, t: Text, s: int) -> None:
-    # The font has one weight: bold is the same letters with an outline of their own colour.
+    # The font has one weight: bold text is drawn with an outline of its own colour.
     stroke = s / 8 if t.bold else 0
     paint.text(
-        (t.x * s, t.y * s), t.words, t.colour, _font(t.size * s), _ANCHOR[t.anchor], stroke_width=stroke
+        (t.x * s, t.y * s), t.text, t.colour, _font(t.size * s), _ANCHOR[t.anchor], stroke_width=stroke
     )
 
 

@@ -23,7 +23,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line from (x1, y1) to (x2, y2) that leaves and arrives upright, with a dot at its end."""
+    """A curve from (x1, y1) to (x2, y2), vertical at both ends, with a dot at its end."""
 
     x1: float
     y1: float
@@ -37,11 +37,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Text:
-    """Words, the middle of their height at y."""
+    """A line of text. y is the middle of its height; x is where `anchor` lies."""
 
     x: float
     y: float
-    words: str
+    text: str
     size: float = 12.0
     colour: str = INK
     anchor: Literal["start", "middle", "end"] = "start"
@@ -53,7 +53,7 @@ Shape = Box | Curve | Text
 
 @dataclass(frozen=True)
 class Picture:
-    """Shapes on white paper, in pixels, in the order that they are painted."""
+    """Shapes on white paper, in pixels, in the order in which they are painted."""
 
     width: int
     height: int

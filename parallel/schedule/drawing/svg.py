@@ -21,13 +21,13 @@ def _svg(s: Shape) -> str:
     if isinstance(s, Box):
         round_ = f' rx="{s.radius:.2g}"' if s.radius else ""
         see = f' opacity="{s.opacity:g}"' if s.opacity < 1 else ""
-        place = f'x="{s.x:.2f}" y="{s.y:.2f}" width="{s.w:.2f}" height="{s.h:.2f}"'
-        return f'<rect {place} fill="{s.fill}"{round_}{see}/>'
+        box = f'x="{s.x:.2f}" y="{s.y:.2f}" width="{s.w:.2f}" height="{s.h:.2f}"'
+        return f'<rect {box} fill="{s.fill}"{round_}{see}/>'
     if isinstance(s, Text):
         weight = ' font-weight="600"' if s.bold else ""
         return (
             f'<text x="{s.x:.2f}" y="{s.y:.2f}" font-size="{s.size:g}" fill="{s.colour}" '
-            f'text-anchor="{s.anchor}" dominant-baseline="central"{weight}>{escape(s.words)}</text>'
+            f'text-anchor="{s.anchor}" dominant-baseline="central"{weight}>{escape(s.text)}</text>'
         )
     (x1, y1), (cx1, cy1), (cx2, cy2), (x2, y2) = control_points(s)
     dash = ' stroke-dasharray="4 3"' if s.dashed else ""

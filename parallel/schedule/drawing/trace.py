@@ -1,4 +1,4 @@
-"""A measured run as a trace that chrome://tracing and Perfetto open."""
+"""A measured run as a trace file for chrome://tracing and Perfetto."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from parallel.schedule.record import Record
 
 
 def trace_events(records: Mapping[int, Sequence[Record]]) -> dict[str, Any]:
-    """Trace Event Format: a process a rank, a thread a module, times in microseconds from the first start.
+    """Trace Event Format: a process for each rank, a thread for each module, times in microseconds.
 
     The clocks of the ranks must agree, as they do on one machine.
     """

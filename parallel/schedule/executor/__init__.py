@@ -1,5 +1,5 @@
-"""Plans carried out: handlers of actions in order, a backward in two halves, and stand-ins for real work.
+"""Carries out plans: calls handlers in order, splits a backward in two halves, stands in for real work.
 
-What an action does to tensors is its handler's affair. Entry points: execute.execute, standin.run_standins.
-Names are not handed on, since stand-ins need torch: its import takes seconds, and refusals come without it.
+Only handlers decide what an action does to tensors. Entry points: execute.execute, standin.run_standins.
+The package imports nothing itself: stand-ins need torch, and refusals must come without it.
 """

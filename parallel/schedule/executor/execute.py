@@ -1,38 +1,51 @@
 """The executor: carries out a list of actions and times each kind of work.
 
+A handler is called with an action, on the ranks whose list has that action.
+
+- It may return the time.perf_counter() at which its inputs were there, so that records separate waiting from
+  work.
+- It may keep tensors between actions in tables keyed by (module, stage, micro-batch).
+- An action with span > 1 covers several micro-batches.
+- No send, receive or boundary handler waits. If one did, ranks at different depths would block each other.
+- Each direction of a pipeline or an edge has a process group of its own, because transfers of opposite
+  directions are not ordered among each other. A backend that matches messages by tag can use one group.
+- After the last action, the caller waits for all sends and transfers that are still under way.
+
 What a handler must do, by kind
 -------------------------------
-A handler is called with its action, on the ranks whose list has it. It may return the time.perf_counter() at
-which it had what it waited for, so that records tell waiting from work. It may keep tensors in tables
-keyed by (module, stage, micro-batch). An action with span > 1 covers several micro-batches.
-
-FORWARD          Wait for the inputs: for stage > 0 what RECV_FORWARD put under way, for stage 0 of the sink
-                 the rows of each active source from BOUNDARY_FORWARD. Make them leaves that require grad.
-                 Run the stage; keep its output attached. The last stage of the sink makes the loss.
-BACKWARD         Wait for the output's gradient: from RECV_BACKWARD, on the last stage of a source from
-                 BOUNDARY_BACKWARD, on the last stage of the sink from the loss. Free the output after.
-                 `last`: the stage's last backward of the step (FSDP reduces gradients in it).
-BACKWARD_INPUT   The same for gradients of the stage's inputs; what those of weights still need is kept
-                 (parallel.schedule.executor.halves).
-BACKWARD_WEIGHT  The gradients of the weights, from what was kept; free it. Carries `last`.
-SEND_FORWARD     Start sending the stage's output to stage `peer` (isend, `tag`) and return. The tensor must
-                 live until the send is complete: graph.let_go() says before which computation to wait for
-                 that and give it back, without blocking the other end for good.
-RECV_FORWARD     Start receiving the input from stage `peer` (irecv, `tag`) and return. Shapes follow from the
-                 step plan.
-SEND_BACKWARD    The same with the gradient of the stage's input, to the stage before.
-RECV_BACKWARD    The same with the gradient of its output, from the stage after.
-BOUNDARY_FORWARD Start the edge's transfer (BoundaryCommunicator.start_forward) and return; never wait here,
-                 or ranks that run at different depths block each other. A rank at both ends passes its rows
-                 and gets its share; one that holds no rows passes none. FORWARD of the sink waits.
-BOUNDARY_BACKWARD  The same with gradients (start_backward); BACKWARD of the source's last stage waits.
-GATHER, FREE     Make the stage's parameters whole on every rank of its dp axis; give the memory back.
-GRAD_SYNC        Sum the stage's gradients over dp.
-OPTIMIZER        Norm, clip, update.
-
-Transfers of opposite directions are ordered each for itself, so they need groups of their own ("..forward",
-"..backward"); on a backend that matches messages by tag one group can serve both. After the last action wait
-for the sends and transfers still under way.
+FORWARD
+    Wait for the inputs: the hidden states of RECV_FORWARD (stage > 0), and in the sink the rows of each
+    active source that enter at this stage (BOUNDARY_FORWARD). Make them leaves that require grad. Run the
+    stage and keep its output attached to the graph. The sink's last stage computes the loss.
+BACKWARD
+    Wait for the gradient of the output. It comes from RECV_BACKWARD; on the last stage of a source from
+    BOUNDARY_BACKWARD; on the last stage of the sink from the loss. Run the backward, then free the output.
+    `last` marks the stage's last backward of the step, in which FSDP reduces the gradients.
+BACKWARD_INPUT
+    As BACKWARD, but only for the gradients of the stage's inputs. Keep what the weight gradients need
+    (parallel.schedule.executor.halves).
+BACKWARD_WEIGHT
+    Compute the weight gradients from what was kept, then free it. This half carries `last`.
+SEND_FORWARD
+    Start to send the stage's output to stage `peer` (isend with `tag`) and return. The tensor must live until
+    the send is complete. checker.graph.releases() lists the computation before which to wait for that.
+RECV_FORWARD
+    Start to receive the stage's input from stage `peer` (irecv with `tag`) and return. Its shape follows from
+    the step plan.
+SEND_BACKWARD, RECV_BACKWARD
+    The same for gradients: send that of the stage's input to the stage before; receive that of the stage's
+    output from the stage after.
+BOUNDARY_FORWARD
+    Start the edge's transfer (BoundaryCommunicator.start_forward) and return. A rank passes the rows that it
+    has made, none if it makes none, and receives the rows that it reads. FORWARD of the sink waits for them.
+BOUNDARY_BACKWARD
+    The same for gradients (start_backward). BACKWARD of the source's last stage waits for them.
+GATHER, FREE
+    Gather the stage's parameters on every rank of its dp axis; release that memory.
+GRAD_SYNC
+    Sum the stage's gradients over dp.
+OPTIMIZER
+    Compute the gradient norm, clip and update.
 """
 
 from __future__ import annotations
@@ -51,11 +64,12 @@ Observe = Callable[[Record], object]
 def execute(
     actions: Sequence[Action], handlers: Mapping[Kind, Handler], *, observe: Observe | None = None
 ) -> dict[tuple[Kind, str], float]:
-    """Run `actions` in order; returns the seconds spent by (kind, module).
+    """Run `actions` in order; returns the seconds spent, by (kind, module).
 
-    observe: called after each action with its Record: `records.append` keeps what a drawing or a trace shows,
-    and what a caller reads there (processor time, memory) is that of the action since the call before. The
-    times are host times. On an accelerator they measure issue, not execution, of asynchronous work.
+    observe: called with the Record of each action after it, for example `records.append`. A meter that it
+        reads (processor time, memory) has then advanced by exactly this action since the call before.
+
+    Times are host times. On an accelerator they measure issue, not execution, of asynchronous work.
     """
     seconds: dict[tuple[Kind, str], float] = defaultdict(float)
     clock = time.perf_counter

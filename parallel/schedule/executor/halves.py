@@ -1,10 +1,10 @@
 """A backward in two halves: gradients of what entered a graph first, of its weights later (arXiv 2401.10241).
 
-Autograd can be asked for some gradients alone, but asked for the rest later it goes through the whole graph a
-second time. So the first half keeps, of every matrix product with weights, the other factor and the gradient
-of the result, which is all that the second half needs, and gives back the rest of the graph. Weights that are
-used otherwise (norms, convolutions, in most autograd functions of our own) get their gradients in the first
-half, and so do those of nodes that another version of torch names otherwise.
+Autograd can compute some gradients alone, but for the others it would traverse the whole graph a second time.
+So the first half keeps two things of every matrix product with weights: the other factor and the gradient of
+the result. The second half needs nothing else, and the rest of the graph is freed. Weights that are used in
+other operations (norms, convolutions, most autograd functions of our own) get their gradients in the first
+half. So do weights of nodes whose names another version of torch has changed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from parallel.tensor_parallel import joined
 
 @dataclass(frozen=True)
 class Kept:
-    """What the gradient of a product's weights is made of.
+    """The factors of the gradient of a product's weights.
 
-    edges: where it goes, one below another by `sizes` rows where there are several; left, right: its factors;
-    ends: of a grouped product, the last row of each group (in columns of left and rows of right); turned: it
-    goes there transposed.
+    edges: where the gradient goes. Several edges take consecutive blocks of its rows.
+    left, right: its factors, [m, k] and [k, n].
+    sizes: rows of each block, where there are several edges.
+    ends: for a grouped product, the end of each group among the k columns of left and rows of right.
+    turned: the gradient is transposed before it goes to its edges.
     """
 
     edges: tuple[GradientEdge, ...]
@@ -39,7 +41,7 @@ class Kept:
     turned: bool = False
 
     def gradients(self) -> Sequence[Tensor]:
-        """One for each edge."""
+        """The gradients, one for each edge."""
         if self.ends is None:
             made = self.left @ self.right
         else:
@@ -48,13 +50,16 @@ class Kept:
         return torch.split(made, list(self.sizes)) if self.sizes else (made,)
 
 
-# What to keep of a node, of the gradient of its result and of the edges to its weights.
+# Makes Kept from a node, the gradient of its result and the edges to its weights.
 _Keep = Callable[[Any, Tensor, tuple[GradientEdge, ...]], Kept]
 
 
 @dataclass(frozen=True)
 class _Product:
-    """A product with weights. edges: to them; leaves: that they are made of."""
+    """A product with weights.
+
+    node: its autograd node. edges: to its weights. how: makes Kept. leaves: what its weights are made from.
+    """
 
     node: Any
     edges: tuple[GradientEdge, ...]
@@ -62,7 +67,7 @@ class _Product:
     leaves: frozenset[Any]
 
     def keep(self, into: list[Kept], grads: Sequence[Tensor | None]) -> None:
-        """Called with the gradient of the product, before its node passes it on."""
+        """Called with the gradient of the product, before its node propagates it."""
         if grads[0] is not None:
             into.append(self.how(self.node, grads[0], self.edges))
 
@@ -70,8 +75,8 @@ class _Product:
 def backward_input(output: Tensor, grad: Tensor | None, inputs: Sequence[Tensor]) -> list[Kept]:
     """Add gradients of `output` to the leaves `inputs`; returns what backward_weight needs for the others.
 
-    grad: of `output`; None for a scalar's own. The graph can be used no more. Its saved tensors must allow
-    being read twice, which those of recomputed layers do not.
+    grad: the gradient of `output`; None for a scalar. The graph is freed. Its saved tensors are read twice,
+    which those of recomputed layers do not allow.
     """
     root = output.grad_fn
     assert root is not None
@@ -91,17 +96,17 @@ def backward_input(output: Tensor, grad: Tensor | None, inputs: Sequence[Tensor]
 
 @torch.no_grad()
 def backward_weight(kept: Sequence[Kept]) -> None:
-    """Add the gradients of the weights that backward_input has left out."""
+    """Add the gradients of the weights that backward_input has deferred."""
     if kept:
         gradients = [grad for k in kept for grad in k.gradients()]
         torch.autograd.backward([edge for k in kept for edge in k.edges], gradients)
 
 
 def _weights(root: Node, inputs: Sequence[Tensor]) -> tuple[list[_Product], list[Tensor]]:
-    """(products whose weights can wait, all other leaves) of a graph."""
+    """(products whose weight gradients can be deferred, all other leaves) of a graph."""
     wanted = {get_gradient_edge(x).node for x in inputs}
-    onward: set[Any] = set()  # nodes on the way to what is wanted
-    leaves: dict[Any, frozenset[Any]] = {}  # of nodes that are not
+    onward: set[Any] = set()  # nodes on a path to the wanted inputs
+    leaves: dict[Any, frozenset[Any]] = {}  # by node on no such path
     products: list[_Product] = []
     others: frozenset[Any] = frozenset()
     for node in _children_first(root):
@@ -121,7 +126,7 @@ def _weights(root: Node, inputs: Sequence[Tensor]) -> tuple[list[_Product], list
         )
     if root not in onward:
         others = leaves[root]
-    # A weight that is also used otherwise does not wait, nor does what is used together with it.
+    # A weight that is also used in another operation is not deferred, nor is any weight of the same product.
     while mixed := [p for p in products if p.leaves & others]:
         others = others.union(*(p.leaves for p in mixed))
         products = [p for p in products if p not in mixed]
@@ -129,8 +134,10 @@ def _weights(root: Node, inputs: Sequence[Tensor]) -> tuple[list[_Product], list
 
 
 def _waiting(node: Any, aside: Collection[int]) -> tuple[_Keep | None, tuple[int, ...]]:
-    """(what to keep of `node`, which of its inputs are the weights whose gradients can wait), if it is a
-    product that is known here. aside: the inputs that are made of weights alone."""
+    """(how to keep `node`, which of its inputs are the deferred weights); (None, ()) for other nodes.
+
+    aside: the inputs that are computed from weights alone.
+    """
     name = node.name()
     if name in _MATRICES and getattr(node, "_saved_alpha", 1) == 1:
         first, *names = _MATRICES[name]
@@ -146,8 +153,8 @@ def _waiting(node: Any, aside: Collection[int]) -> tuple[_Keep | None, tuple[int
     return None, ()
 
 
-# Products of matrices a @ b by their autograd nodes: where a is among the inputs, b being the next, and under
-# what names the node keeps the two.
+# Matrix products a @ b, by the name of their autograd node: the index of a among its inputs (b is the next),
+# and the attributes in which the node keeps a and b.
 _MATRICES = {
     "MmBackward0": (0, "_saved_self", "_saved_mat2"),
     "AddmmBackward0": (1, "_saved_mat1", "_saved_mat2"),
@@ -157,18 +164,18 @@ _MATRICES = {
 def _keep_matrices(
     other: str, second: bool, node: Any, grad: Tensor, edges: tuple[GradientEdge, ...]
 ) -> Kept:
-    """second: the weight is the second factor; other: the name under which the node keeps the first."""
+    """second: whether the weight is the second factor. other: the attribute that holds the other factor."""
     factor = getattr(node, other)
     return Kept(edges, factor.mT, grad) if second else Kept(edges, grad, factor.mT)
 
 
-# What a grouped product of rows [m, k] and weights [E, k, n] must have kept.
+# The attributes that the node of a grouped product of rows [m, k] and weights [E, k, n] must have.
 _GROUPED = ("_saved_self", "_saved_offs", "_saved_mat2_sym_strides")
 
 
 def _keep_grouped(node: Any, grad: Tensor, edges: tuple[GradientEdge, ...]) -> Kept:
     rows, ends = node._saved_self, node._saved_offs
-    # Weights that are used transposed get their gradient as they lie in memory.
+    # The gradient of weights that are used transposed gets their memory layout.
     if node._saved_mat2_sym_strides[-1] != 1:
         return Kept(edges, grad.mT, rows, ends=ends, turned=True)
     return Kept(edges, rows.mT, grad, ends=ends)
@@ -180,7 +187,7 @@ def _keep_joined(node: Any, grad: Tensor, edges: tuple[GradientEdge, ...]) -> Ke
 
 
 def _children_first(root: Node) -> list[Any]:
-    """All nodes of a graph, each after those that it passes gradients to."""
+    """All nodes of a graph, each after the nodes to which it passes gradients."""
     order: list[Any] = []
     seen: set[Any] = set()
     stack: list[tuple[Any, bool]] = [(root, False)]

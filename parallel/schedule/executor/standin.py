@@ -1,7 +1,7 @@
-"""Handlers that carry out a plan without a model: computations sleep for what a cost model says.
+"""Handlers that carry out a plan without a model: computations sleep for the time of a cost model.
 
-The transfers are real, of one number each, so the order and the waiting are those of a run. A plan and its
-simulation can so be tried on real ranks, more of them than there are cores.
+Transfers are real messages of one number each, so order and waiting are those of a real run. A plan and its
+simulation can be tried in this way on more ranks than there are cores.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from parallel.schedule.simulator.costs import Costs
 
 
 def run_standins(plan: SchedulePlan, costs: Costs, unit: float = 1.0) -> list[Record]:
-    """Carry out this rank's actions, every cost taking `unit` times its seconds; returns the records.
+    """Carry out this rank's actions and return their records.
 
-    All ranks of the default process group call this, with equal arguments; those without a module wait. The
-    costs of transfers and of shared cores are not acted out.
+    All ranks of the default process group call this with equal arguments; ranks without a module only wait.
+
+    unit: seconds of sleep for each second of `costs.compute`. Costs of transfers and of shared cores are
+        ignored.
     """
     groups = _groups(plan)
-    stand = _StandIns(plan, costs, unit, groups)
+    handlers = _StandIns(plan, costs, unit, groups)
     records: list[Record] = []
     dist.barrier()
-    execute(plan.actions(dist.get_rank()), stand.handlers, observe=records.append)
-    for work in stand.sent:
+    execute(plan.actions(dist.get_rank()), handlers.handlers, observe=records.append)
+    for work in handlers.sent:
         work.wait()
     dist.barrier()
     for group in groups.values():
@@ -71,7 +73,7 @@ class _StandIns:
         self.handlers[Kind.BOUNDARY_FORWARD] = self.handlers[Kind.BOUNDARY_BACKWARD] = self.boundary
 
     def nothing(self, action: Action) -> None:
-        """Parameters and updates: there are none."""
+        """For actions on parameters: there are none."""
 
     def compute(self, a: Action) -> float:
         for key in self._consumes(a):
@@ -108,7 +110,7 @@ class _StandIns:
                     self._isend(peer, tag)
 
     def _consumes(self, a: Action) -> list[tuple[Kind, str, int, int]]:
-        """What a computation waits for, of what this rank has started to receive."""
+        """The receives of this rank that a computation waits for."""
         if a.kind is Kind.BACKWARD_WEIGHT:
             return []
         if a.kind is Kind.FORWARD:

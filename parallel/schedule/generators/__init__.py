@@ -1,6 +1,6 @@
 """Where plans come from: orders of computations on each pipeline rank, lowered to actions of all ranks.
 
-Each generator is a pure function. What no schedule can do is refused here, in words.
+Each generator is a pure function. What no schedule can do is refused here, with the nearest that works.
 """
 
 from parallel.schedule.generators.make import make_schedule

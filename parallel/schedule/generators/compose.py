@@ -1,4 +1,4 @@
-"""Plans from the sink's pipeline and the sources' works, by where the sources live. Pure."""
+"""Plans from the sink's pipeline and the sources' works, for disjoint and colocated sources. Pure."""
 
 from __future__ import annotations
 

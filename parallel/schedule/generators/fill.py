@@ -1,9 +1,9 @@
 """Encoder work in the idle time of the language model's pipeline (compare Optimus, arXiv 2408.03505).
 
-The pipeline's order stays as it is. Each of its ranks computes the encoders' forwards and backwards where, by
-the cost model, it would wait: late ranks ahead of their first micro-batch, early ranks between warm-up and
-first gradient, all after their last. So encoder actions of one micro-batch take place at different times on
-different ranks, which only encoders can whose forward and backward need no collective across pipeline stages.
+The pipeline's order does not change. Each of its ranks computes encoder forwards and backwards where the cost
+model has it wait: late ranks before their first micro-batch, early ranks between warm-up and first gradient,
+all ranks after their last. Encoder actions of one micro-batch therefore happen at different times on
+different ranks. Only encoders that need no collective across pipeline stages can do that.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from parallel.schedule.simulator.costs import Costs
 
 @dataclass(frozen=True)
 class Rules:
-    """How eagerly encoder work goes before the pipeline's.
+    """How eagerly encoder work is put before the pipeline's.
 
-    early: a forward is due when less than so many times its own length are left until its rows are read.
-    fit: idle time is used when it is at least so many times as long as the work.
+    early: a forward is due once less than (1 + early) times its duration is left until its rows are read.
+    fit: idle time is used if it is at least `fit` times as long as the work.
     """
 
     early: float
@@ -43,18 +43,18 @@ RULES_TRIED = tuple(Rules(early, fit) for early in (0.0, 1.0, 2.0, 4.0) for fit 
 
 @dataclass
 class _Rank:
-    """What a pipeline rank has done of its lists."""
+    """How far a pipeline rank has come in its lists."""
 
     sink: Sequence[Work]
     starts: Sequence[float]  # of the pipeline alone
-    at: int = 0  # works of the sink begun
-    ahead: int = 0  # encoder forwards begun
-    back: int = 0  # encoder backwards begun
+    begun: int = 0  # works of the sink
+    forwards: int = 0  # encoder forwards begun
+    backwards: int = 0  # encoder backwards begun
     # Micro-batches between forward and backward, by encoder.
     held: Counter[str] = field(default_factory=Counter)
     busy: Work | None = None
     until: float = 0.0
-    late: float = 0.0  # how far the pipeline is behind its time alone
+    late: float = 0.0  # seconds that the pipeline is behind its time alone
     out: list[tuple[float, Work]] = field(default_factory=list)
 
 
@@ -84,7 +84,7 @@ class FillProblem:
 
 
 def fill(given: FillProblem, rules: Rules) -> list[list[Work]]:
-    """Everything that each pipeline rank computes, in order."""
+    """By pipeline rank, everything that it computes, in order."""
     run = _Fill(given, rules)
     run.play()
     return run.lists()
@@ -95,7 +95,7 @@ class _Fill:
         self.given, self.rules = given, rules
         self.ranks = [_Rank(works, at) for works, at in zip(given.pipeline, given.starts, strict=True)]
         self.gradients = [w._replace(kind=BACKWARD) for w in given.forwards if w.module in given.learn]
-        # (kind, stage, micro-batch) of the sink, backward as one
+        # (kind, stage, micro-batch) of the sink; an input gradient counts as the backward
         self.done: set[tuple[Kind, int, int]] = set()
         self.rows = [0] * len(given.active)  # encoder forwards done, over ranks and encoders
         first = zip(given.pipeline[0], given.starts[0], strict=True)
@@ -105,7 +105,7 @@ class _Fill:
         self.now = 0.0
 
     def play(self) -> None:
-        """Run all ranks side by side, each taking what its rules say whenever it is free."""
+        """Simulate all ranks together: a free rank begins what the rules choose."""
         events: list[tuple[float, int]] = []
         while True:
             for r, rank in enumerate(self.ranks):
@@ -117,10 +117,12 @@ class _Fill:
             self.now = events[0][0]
             while events and events[0][0] == self.now:
                 self._end(self.ranks[heapq.heappop(events)[1]])
-        assert all(r.at == len(r.sink) and r.back == len(self.gradients) for r in self.ranks), "no progress"
+        assert all(r.begun == len(r.sink) and r.backwards == len(self.gradients) for r in self.ranks), (
+            "no progress"
+        )
 
     def lists(self) -> list[list[Work]]:
-        """The works of each rank; gradients start to come back when they leave the sink, on all ranks."""
+        """The works of each rank, with the receive of a gradient where it leaves the sink, on all ranks."""
         back = [
             (self.returned[s, i], 0, k, Work(BOUNDARY_BACKWARD, w.module, s, i))
             for k, w in enumerate(self.gradients)
@@ -146,13 +148,13 @@ class _Fill:
         rank.busy, rank.until = w, self.now + self._seconds(w)
         rank.out.append((self.now, w))
         if w.module == rank.sink[0].module:
-            rank.late = max(0.0, self.now - rank.starts[rank.at])
-            rank.at += 1
+            rank.late = max(0.0, self.now - rank.starts[rank.begun])
+            rank.begun += 1
         elif w.kind is FORWARD:
-            rank.ahead += 1
+            rank.forwards += 1
             rank.held[w.module] += w.span * (w.module in self.given.learn)
         else:
-            rank.back += 1
+            rank.backwards += 1
 
     def _end(self, rank: _Rank) -> None:
         w, rank.busy = rank.busy, None
@@ -171,14 +173,14 @@ class _Fill:
 
     def _choose(self, rank: _Rank) -> Work | None:
         """What a free rank does now; None to wait."""
-        forward = self.given.forwards[rank.ahead] if rank.ahead < len(self.given.forwards) else None
-        gradient = self.gradients[rank.back] if rank.back < len(self.gradients) else None
+        forward = self.given.forwards[rank.forwards] if rank.forwards < len(self.given.forwards) else None
+        gradient = self.gradients[rank.backwards] if rank.backwards < len(self.gradients) else None
         if gradient is not None and not self._came_back(gradient):
             gradient = None
         full = forward is not None and rank.held[forward.module] + forward.span > self.given.ahead
         if full:
             forward = None  # until a backward makes room
-        work = rank.sink[rank.at] if rank.at < len(rank.sink) else None
+        work = rank.sink[rank.begun] if rank.begun < len(rank.sink) else None
         if forward is not None:
             left = self.read_at[forward.microbatch] + self.ranks[0].late - self.now
             soon = self._seconds(work) if work is not None and self._ready(work) else 0.0
@@ -209,7 +211,7 @@ class _Fill:
         return (BACKWARD, w.stage + 1, w.microbatch)
 
     def _ready_in(self, w: Work) -> float | None:
-        """Seconds until what `w` waits for is done, where another rank is at it."""
+        """Seconds until what `w` waits for is done, if another rank is computing it."""
         need = self._need(w)
         for other in self.ranks:
             b = other.busy

@@ -61,7 +61,7 @@ def lower(
 
 
 class _Writer:
-    """Writes the actions of one place after the other."""
+    """Writes the actions of each place."""
 
     def __init__(self, problem: Problem, late: Collection[str]) -> None:
         self.problem, self.modules, self.sink, self.late = problem, problem.modules, problem.sink, late

@@ -42,7 +42,7 @@ def make_schedule(
         disjoint or overlap.
     active: per micro-batch, the sources that have items in it on any rank.
 
-    Raises ValueError that gives what was asked, what is needed and the nearest choice that works.
+    Raises ValueError with what was given, what is needed and the nearest choice that works.
     """
     options = options or ScheduleOptions()
     present = tuple(frozenset(a) for a in active)

@@ -1,7 +1,7 @@
 """Pipelines: in which order each pipeline rank of one module computes. Pure.
 
-Each generator gives, for pipeline rank `r` of `p`, with `v` virtual stages a rank and `m` micro-batches, the
-list of (kind, stage, micro-batch). Virtual stage s lives on rank s % p.
+Each generator takes a pipeline rank `r` of `p`, the number `v` of virtual stages a rank and the number `m` of
+micro-batches. It returns a list of (kind, stage, micro-batch). Virtual stage s is on rank s % p.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from parallel.schedule.action import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, 
 
 
 class Work(NamedTuple):
-    """One computation, or the receive of a boundary at an early moment.
+    """One computation, or the receive of a boundary where it is started earlier than lower() would.
 
     span: it covers micro-batches [microbatch, microbatch + span).
     """
@@ -25,13 +25,13 @@ class Work(NamedTuple):
     span: int = 1
 
 
-Step = tuple[Kind, int, int]  # (kind, stage, micro-batch)
-Order = list[Step]
+StageWork = tuple[Kind, int, int]  # (kind, stage, micro-batch)
+Order = list[StageWork]
 Pipeline = Callable[[int, int, int, int], Order]  # (r, p, v, m)
 
 
 def sequential(r: int, p: int, v: int, m: int) -> Order:
-    """One micro-batch at a time through all stages and back: the reference, and the least memory."""
+    """One micro-batch at a time through all stages and back: the reference, with the least memory."""
     stages = range(r, p * v, p)
     out: Order = []
     for i in range(m):
@@ -50,18 +50,19 @@ def gpipe(r: int, p: int, v: int, m: int) -> Order:
 def one_f_one_b(r: int, p: int, v: int, m: int) -> Order:
     """1F1B (PipeDream-flush, arXiv 2006.09503), with v > 1 interleaved (arXiv 2104.04473, section 2.2).
 
-    Rank r runs ahead by as many forwards as the last rank needs to send its first gradient back, then
-    alternates. Interleaved, micro-batches go through the chunks of a rank in rounds of p, so m must be a
+    In the warm-up, rank r computes as many forwards as it takes until its first gradient comes back. In the
+    steady state it alternates forwards and backwards, and in the cool-down it computes the backwards that are
+    left. Interleaved, micro-batches go through the virtual stages of a rank in rounds of p, so m must be a
     multiple of p.
     """
     assert v == 1 or m % p == 0, (p, v, m)
     total = m * v
 
-    def forward(k: int) -> Step:
+    def forward(k: int) -> StageWork:
         turn, within = divmod(k, p * v)
         return (FORWARD, (within // p) * p + r, turn * p + within % p)
 
-    def backward(k: int) -> Step:
+    def backward(k: int) -> StageWork:
         turn, within = divmod(k, p * v)
         return (BACKWARD, (v - 1 - within // p) * p + r, turn * p + within % p)
 
@@ -75,12 +76,13 @@ def one_f_one_b(r: int, p: int, v: int, m: int) -> Order:
 def zero_bubble(r: int, p: int, v: int, m: int) -> Order:
     """1F1B with backward split: ZB-H1 of arXiv 2401.10241 for v = 1, and the same rule interleaved.
 
-    Weight gradients wait until rank r has r more input gradients done, so that the stage before gets its
-    gradient early, and fill the ranks' idle time at the end. Rank r then holds p - r micro-batches for their
-    backward and r for their weights: p as the first rank of 1F1B does.
+    A weight gradient waits until rank r has r more input gradients done. So the stage before gets its
+    gradient early, and the weight gradients fill the idle time at the end. Rank r then holds p - r
+    micro-batches for their backward and r for their weight gradients: p together, as the first rank of 1F1B
+    does.
     """
     out: Order = []
-    waiting: list[Step] = []
+    waiting: list[StageWork] = []
     for kind, stage, i in one_f_one_b(r, p, v, m):
         if kind is FORWARD:
             out.append((kind, stage, i))
@@ -93,7 +95,7 @@ def zero_bubble(r: int, p: int, v: int, m: int) -> Order:
 
 
 def windows(pipeline: Pipeline, sizes: Iterable[int], r: int, p: int, v: int) -> Order:
-    """A pipeline filled and drained once for each of consecutive windows of micro-batches."""
+    """A pipeline that fills and drains once for each of consecutive windows of `sizes` micro-batches."""
     out: Order = []
     first = 0
     for n in sizes:

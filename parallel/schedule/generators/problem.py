@@ -1,4 +1,4 @@
-"""What a generator is given: the modules, where they live, their items by micro-batch, and options."""
+"""The input of the generators: modules with their layouts, the active sources by micro-batch, and options."""
 
 from __future__ import annotations
 

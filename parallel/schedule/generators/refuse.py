@@ -1,4 +1,4 @@
-"""What a schedule cannot do, said with the numbers and the nearest choice that works."""
+"""Refusals of what no schedule can do, with the numbers and the nearest choice that works."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_modules(
     active: Sequence[Collection[str]],
     batch: Mapping[str, int],
 ) -> None:
-    """Refuse a graph that no schedule can serve."""
+    """Refuse modules and micro-batches that no schedule can serve."""
     if sink not in modules:
         raise ValueError(f"the sink {sink!r} is not among the modules {list(modules)}")
     if not active:
@@ -43,7 +43,7 @@ def check_modules(
 
 
 def check_stages(layout: Layout, layers: int | None, *, virtual: bool) -> None:
-    """Refuse more stages than layers (None: not known), and virtual stages where they may not be."""
+    """Refuse more stages than layers (None: not known), and, unless `virtual`, more than one stage a rank."""
 
     def fits(degrees: Mapping[str, int]) -> bool:
         enough = layers is None or degrees["pp"] * degrees["vpp"] <= layers
@@ -64,7 +64,7 @@ def check_stages(layout: Layout, layers: int | None, *, virtual: bool) -> None:
 
 
 def check_fill(modules: Mapping[str, ModuleUse], sink: str) -> None:
-    """Refuse encoders whose work cannot be at different times on different ranks of the sink's pipeline."""
+    """Refuse encoders that cannot compute at different times on different pipeline ranks of the sink."""
     ranks, pp = set(modules[sink].layout.ranks), modules[sink].layout.pp
     if pp == 1:
         raise Unfit(
@@ -130,20 +130,20 @@ def resolve(kind: str, layout: Layout, microbatches: int) -> str:
 
 
 def _inside(modules: Mapping[str, ModuleUse], sink: str, stage_of: Mapping[int, int]) -> Changes:
-    """What keeps every group of the encoders inside a stage."""
+    """The changes that keep every group of the encoders inside a stage of the sink."""
     sources = [(name, use.layout) for name, use in modules.items() if name != sink]
     return {f"layout.{m}.{a}": 1 for m, layout in sources for a in AXES if _crosses(layout, a, stage_of)}
 
 
 def _crosses(layout: Layout, axis: str, stage_of: Mapping[int, int]) -> list[tuple[int, ...]]:
-    """The groups of an axis whose ranks are in different stages."""
+    """The groups of an axis that join ranks of different stages of the sink."""
     return [g for g in layout.groups(axis) if len({stage_of[r] for r in g}) > 1]
 
 
 def check_ahead(ahead: int, quantum: int, unit: int) -> int:
-    """The window of micro-batches that a bound of `ahead` allows; refused where it is none.
+    """The largest multiple of `quantum` micro-batches within a bound of `ahead`; refused if there is none.
 
-    quantum: a window is a multiple of it.
+    unit: how many micro-batches encoders take at once, for the message.
     """
     if ahead < quantum:
         why = (

@@ -1,6 +1,6 @@
 """A plan in time: what its actions cost, and when each of them begins and ends.
 
-Real clocks enter only as records that costs are measured from.
+Measured times may enter only as records, from which costs are taken.
 """
 
 from parallel.schedule.simulator.costs import Costs, measured_costs

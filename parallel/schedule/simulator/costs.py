@@ -1,4 +1,4 @@
-"""What actions cost: the numbers a simulation needs."""
+"""What actions cost, in seconds: the input of a simulation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import median
 from parallel.schedule.action import COMPUTE, Action, Kind
 from parallel.schedule.record import Record
 
-# A backward costs two forwards, and its halves one each: the customary estimate.
+# The customary estimate: a backward costs two forwards, and each of its halves one.
 USUAL = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.BACKWARD_INPUT: 1.0, Kind.BACKWARD_WEIGHT: 1.0}
 
 
@@ -18,12 +18,12 @@ USUAL = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.BACKWARD_INPUT: 1.0, Kind.B
 class Costs:
     """Seconds of actions.
 
-    compute: by (module, kind), or by (module, stage, kind), which goes before; what is in neither takes
-        USUAL, and actions on parameters nothing. They are for one micro-batch.
-    transfer: by (module, kind) with kind SEND_FORWARD, SEND_BACKWARD or a boundary's: from the moment that
-        all ends have started it until the rows are there; what is not in it takes nothing.
-    load: by (module, micro-batch), a factor on what the module computes in it, for ragged batches.
-    cores: all ranks share so many cores, each action being able to use one; None where each has its own.
+    compute: for one micro-batch, by (module, stage, kind) or else by (module, kind). Computations in neither
+        take USUAL; actions on parameters in neither take nothing.
+    transfer: by (module, kind), with kind SEND_FORWARD, SEND_BACKWARD or a boundary's: from the moment at
+        which all ends have started it until the rows are there. Transfers that are not named take nothing.
+    load: by (module, micro-batch), a factor on the module's computations, for ragged batches.
+    cores: how many cores all ranks share, where an action uses at most one; None if each rank has its own.
     """
 
     compute: Mapping[tuple[str, Kind] | tuple[str, int, Kind], float] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Costs:
     cores: float | None = None
 
     def seconds(self, a: Action) -> float:
-        """What a computation or an action on parameters takes."""
+        """The duration of a computation or an action on parameters."""
         one = self.compute.get((a.module, a.stage, a.kind))
         if one is None:
             one = self.compute.get((a.module, a.kind), USUAL.get(a.kind, 0.0))
@@ -44,10 +44,10 @@ class Costs:
 
 
 def measured_costs(records: Mapping[int, Sequence[Record]], *, cores: float | None = None) -> Costs:
-    """Costs of the computations of a run: the median over ranks and micro-batches, waiting left out.
+    """Costs of the computations of a run: medians over ranks and micro-batches, without waiting.
 
-    cores: what the ranks to be simulated share. The run should then have had a core for each of its ranks, or
-    its times hold the sharing already.
+    cores: how many cores the simulated ranks share. The measured run should then have had a core for each of
+        its ranks; otherwise its times already contain the sharing.
     """
     seen: dict[tuple[str, int, Kind], list[float]] = defaultdict(list)
     for run in records.values():

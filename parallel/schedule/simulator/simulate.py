@@ -1,4 +1,4 @@
-"""Runs a plan without a process group: when each action starts and ends under a cost model."""
+"""Simulates a plan: when each action starts and ends under a cost model, without a process group."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """When things happen, in seconds. begins, ends: of computations, by their number in the plan's graph;
-    what is only put under way takes no time."""
+    """When the actions of a plan happen, in seconds from the start of the step.
+
+    begins, ends: by number in the plan's graph, of computations. Actions that only start a transfer take no
+        time.
+    """
 
     plan: SchedulePlan
     costs: Costs
@@ -71,25 +74,25 @@ class Timeline:
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
-        """Seconds that each program computes."""
+        """By program, the seconds that it computes."""
         first = graph_of(self.plan).first
         spans = [b - a for a, b in zip(self.begins, self.ends, strict=True)]
         return tuple(sum(spans[first[p] : first[p + 1]]) for p in range(len(self.plan.programs)))
 
     def bubble(self, rank: int) -> float:
-        """The share of the step that a rank is idle."""
+        """The fraction of the step for which a rank is idle."""
         return 1 - self.busy[self.plan.program_of[rank]] / self.seconds if self.seconds else 0.0
 
     @property
     def mean_bubble(self) -> float:
-        """The idle share of all ranks together."""
+        """The mean of bubble() over all ranks."""
         whole = self.seconds * len(self.plan.ranks)
         used = sum(b * len(r) for b, r in zip(self.busy, self.plan.ranks_of, strict=True))
         return 1 - used / whole if whole else 0.0
 
     @cached_property
     def transfers(self) -> tuple[Transfer, ...]:
-        """All transfers between programs, by when they start."""
+        """All transfers between programs, ordered by when they start."""
         out = []
         graph = graph_of(self.plan)
         delays = _delays(graph, self.costs)
@@ -110,7 +113,7 @@ class Timeline:
 
     @cached_property
     def critical_path(self) -> tuple[tuple[int, Action], ...]:
-        """(rank, action) of the chain of computations that the step time follows, first to last."""
+        """(rank, action) of the computations whose costs and delays add up to the step time, in order."""
         graph = graph_of(self.plan)
         delays = _delays(graph, self.costs)
         met = {n: members for members in graph.order for n in members}
@@ -128,7 +131,10 @@ class Timeline:
 
 
 def simulate(plan: SchedulePlan, costs: Costs | None = None) -> Timeline:
-    """Time `plan`. Linear in the actions of its programs. Raises Stuck where it cannot finish."""
+    """The timeline of `plan`, in time linear in the actions of its programs.
+
+    Raises Stuck if the plan cannot finish.
+    """
     graph, costs = graph_of(plan), costs or Costs()
     seconds = [0.0 if a.kind in POSTED else costs.seconds(a) for _, a in plan]
     if costs.cores is None:
@@ -144,7 +150,7 @@ def _delays(graph: Graph, costs: Costs) -> list[float]:
 
 
 def _own_cores(graph: Graph, seconds: Sequence[float], costs: Costs) -> tuple[list[float], list[float]]:
-    """(begins, ends) where every rank computes at full speed: everything starts when its inputs are there."""
+    """(begins, ends) where every rank has a core: every action starts once its inputs are there."""
     begins, ends = [0.0] * len(seconds), [0.0] * (len(seconds) + 1)  # the last is of START
     transfers, waits, before, delays = graph.transfers, graph.waits, graph.before, _delays(graph, costs)
     for members in graph.order:
@@ -162,17 +168,17 @@ def _own_cores(graph: Graph, seconds: Sequence[float], costs: Costs) -> tuple[li
 
 
 class _SharedCores:
-    """Event by event: how fast a rank computes depends on how many others do at that moment."""
+    """Event by event, where the speed of a rank depends on how many others compute at that moment."""
 
     def __init__(self, graph: Graph, seconds: Sequence[float], costs: Costs, many: Sequence[int]) -> None:
         assert costs.cores is not None
         self.graph, self.seconds, self.delays, self.cores = graph, seconds, _delays(graph, costs), costs.cores
         self.ranks = [n for p, n in enumerate(many) for _ in range(graph.first[p], graph.first[p + 1])]
         self.begins, self.ends = [0.0] * len(seconds), [0.0] * len(seconds)
-        # What each computation and each transfer lets go on, and how much of that is still to come.
-        self.starts: dict[int, list[TransferKey]] = defaultdict(list)  # transfers, by computation
-        self.follows: dict[int, list[int]] = defaultdict(list)  # places in `order`, by computation
-        self.arrives: dict[TransferKey, list[int]] = defaultdict(list)  # places in `order`, by transfer
+        # What waits for each computation and each transfer. Entries of graph.order are given by index.
+        self.starts: dict[int, list[TransferKey]] = defaultdict(list)  # transfers that wait for a computation
+        self.follows: dict[int, list[int]] = defaultdict(list)  # entries that wait for a computation
+        self.arrives: dict[TransferKey, list[int]] = defaultdict(list)  # entries that wait for a transfer
         for at, members in enumerate(graph.order):
             for n in members:
                 self.follows[graph.before[n]].append(at)
@@ -181,9 +187,11 @@ class _SharedCores:
         for key, after in graph.transfers.items():
             for n in after:
                 self.starts[n].append(key)
+        # How many computations and transfers each entry and each transfer still waits for.
         self.lacks = [sum(1 + len(graph.waits.get(n, ())) for n in members) for members in graph.order]
         self.unsent = {key: len(after) for key, after in graph.transfers.items()}
-        self.now = self.clock = 0.0  # seconds, and how far a computation running all the time has come
+        self.now = 0.0  # seconds
+        self.clock = 0.0  # seconds of work that a computation has done if it has run since the start
         self.running = 0  # ranks that compute
         self.computing: list[tuple[float, int]] = []  # (clock at its end, computation)
         self.arriving: list[tuple[float, TransferKey]] = []  # (second, transfer)
@@ -197,7 +205,7 @@ class _SharedCores:
                 second, key = heapq.heappop(self.arriving)
                 self.clock += (second - self.now) * rate
                 self.now = second
-                self._go(self.arrives[key])
+                self._advance(self.arrives[key])
                 continue
             assert finish is not None
             self.clock, n = heapq.heappop(self.computing)
@@ -211,11 +219,11 @@ class _SharedCores:
             self.unsent[key] -= 1
             if not self.unsent[key]:
                 heapq.heappush(self.arriving, (self.now + self.delays[key[0]], key))
-        self._go(self.follows[computation])
+        self._advance(self.follows[computation])
 
-    def _go(self, places: Sequence[int]) -> None:
-        """Count one thing less that these wait for, and start those that wait for nothing more."""
-        for at in places:
+    def _advance(self, entries: Sequence[int]) -> None:
+        """Count one thing less for which these entries wait; start those that wait for nothing more."""
+        for at in entries:
             self.lacks[at] -= 1
             if self.lacks[at]:
                 continue

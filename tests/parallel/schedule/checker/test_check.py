@@ -26,7 +26,7 @@ def test_every_generated_plan_passes(case: Case) -> None:
 
 @settings(max_examples=60)
 @given(cases(train=True))
-def test_sources_beside_the_sink_hold_no_more_than_the_bound(case: Case) -> None:
+def test_colocated_sources_hold_no_more_than_the_bound(case: Case) -> None:
     plan = case.plan()
     sink = set(case.modules["llm"].layout.ranks)
     for m in plan.sources:
@@ -48,7 +48,7 @@ def test_a_dropped_or_doubled_action_is_caught(case: Case, rng: random.Random) -
         return
     actions = list(plan.programs[p])
     k = rng.randrange(len(actions))
-    # The update is asked for, not needed: a plan without it is one too, if all ranks are without it.
+    # The update is optional: a plan without it is valid too, if no rank has it.
     if actions[k].kind is Kind.OPTIMIZER and len(plan.programs) == 1:
         return
     for broken in (actions[:k] + actions[k + 1 :], [*actions[: k + 1], *actions[k:]]):
@@ -59,7 +59,7 @@ def test_a_dropped_or_doubled_action_is_caught(case: Case, rng: random.Random) -
 
 
 def matters(plan: SchedulePlan, p: int, a: Action, b: Action) -> bool:
-    """Whether two neighbours of a list may not change places: the rules, said a second time."""
+    """Whether two neighbours of a list may not be swapped: the rules, written a second time."""
     same = (a.module, a.stage) == (b.module, b.stage)
     if a.kind in COMPUTE and b.kind in COMPUTE:
         shared = {
@@ -85,7 +85,7 @@ def matters(plan: SchedulePlan, p: int, a: Action, b: Action) -> bool:
 
 @settings(max_examples=30)
 @given(cases())
-def test_neighbours_that_depend_on_each_other_cannot_change_places(case: Case) -> None:
+def test_neighbours_that_depend_on_each_other_cannot_be_swapped(case: Case) -> None:
     plan = case.plan()
     for p, program in enumerate(plan.programs):
         found = [k for k in range(len(program) - 1) if matters(plan, p, program[k], program[k + 1])]

@@ -43,7 +43,7 @@ def test_everything_lies_on_the_paper_and_idle_time_stays_uncovered() -> None:
     picture = draw(found)
     boxes = [s for s in picture.shapes if isinstance(s, Box)]
     assert all(b.x >= 0 and b.x + b.w <= picture.width and b.y + b.h <= picture.height for b in boxes)
-    labels = [s.words for s in picture.shapes if isinstance(s, Text)]
+    labels = [s.text for s in picture.shapes if isinstance(s, Text)]
     assert {"rank 0", "rank 4", "0", "5", "audio forward", "idle", "boundary"} <= set(labels)
     for k in range(len(found.rows)):
         busy = sum(b.end - b.start for b in found.bars if b.row == k)

@@ -70,7 +70,7 @@ def test_stand_ins_take_the_simulated_time_in_the_simulated_order(name: str, ran
     costs = Costs({**VISION, ("llm", Kind.BACKWARD): 2.0} if "vpp" not in str(specs) else {})
     plan = plan_of(kind, 4, m, specs, costs=costs, **options)
     line = simulate(plan, costs)
-    for unit in UNITS:  # a busy machine wakes sleepers late: longer sleeps tell that from a wrong model
+    for unit in UNITS:  # a busy machine wakes sleepers late; with longer sleeps that no longer matters
         runs = ranks(4, run_standins, plan, costs, unit)
         took = max(r[-1].end for r in runs if r) - min(r[0].start for r in runs if r)
         ratio = took / (unit * line.seconds)

@@ -38,13 +38,13 @@ def computed(plan: SchedulePlan, rank: int) -> list[tuple[str, str]]:
     ]
 
 
-def test_auto_takes_the_schedule_that_the_layout_asks_for() -> None:
+def test_auto_takes_the_schedule_that_fits_the_layout() -> None:
     assert plan_of("auto", 4, 4, {"llm": {"pp": 4}}).kind == "1f1b"
     assert plan_of("auto", 4, 4, {"llm": {"pp": 4, "vpp": 2}}).kind == "interleaved"
-    words = " ".join(
+    order = " ".join(
         f"{m}:{what}" for m, what in computed(plan_of("auto", 2, 2, {"vision": {}, "llm": {}}), 1)
     )
-    assert words == "vision:F0 llm:F0 llm:B0 vision:B0 vision:F1 llm:F1 llm:B1 vision:B1"
+    assert order == "vision:F0 llm:F0 llm:B0 vision:B0 vision:F1 llm:F1 llm:B1 vision:B1"
 
 
 def test_ranks_of_one_place_share_one_list() -> None:
@@ -103,16 +103,16 @@ def test_encoders_take_several_micro_batches_at_once() -> None:
     spans = {(a.microbatch, a.span) for a in plan.actions(0) if a.module == "vision" and a.kind is F}
     assert spans == {(0, 3), (3, 3)}
     assert sum(a.kind is Kind.BOUNDARY_FORWARD for a in plan.actions(0)) == 6
-    apart = plan_of("auto", 2, 5, {"vision": {"ranks": 0}, "llm": {"ranks": 1}}, batch={"vision": 2})
-    check(apart)
-    assert [w for m, w in computed(apart, 0)][:2] == ["F0", "F2"]
+    disjoint = plan_of("auto", 2, 5, {"vision": {"ranks": 0}, "llm": {"ranks": 1}}, batch={"vision": 2})
+    check(disjoint)
+    assert [w for m, w in computed(disjoint, 0)][:2] == ["F0", "F2"]
 
 
-def test_parameters_are_gathered_once_a_step_where_asked() -> None:
+def test_parameters_are_gathered_once_a_step_on_request() -> None:
     plan = plan_of("auto", 4, 2, {"vision": {"params": "step"}, "llm": {"pp": 2, "params": "replicated"}})
     check(plan)
-    words = [str(a) for a in plan.actions(0) if a.kind in (Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC)]
-    assert words == ["gather(vision, 0)", "grad_sync(llm, 0)", "grad_sync(vision, 0)", "free(vision, 0)"]
+    found = [str(a) for a in plan.actions(0) if a.kind in (Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC)]
+    assert found == ["gather(vision, 0)", "grad_sync(llm, 0)", "grad_sync(vision, 0)", "free(vision, 0)"]
     data = Group("module", "vision", "dp")
     assert all(data not in a.groups for a in plan.actions(0) if a.kind in COMPUTE)
     each = plan_of("auto", 4, 2, {"vision": {}, "llm": {"pp": 2}})
@@ -127,19 +127,19 @@ def filled(m: int, pp: int, share: float, **options: Any) -> tuple[float, float,
     alone = simulate(plan_of("auto", pp, m, {"llm": {"pp": pp}}), costs).seconds
     plan = plan_of("fill", pp, m, specs, costs=costs, ahead=m)
     check(plan)
-    beside = plan_of("three_phase", pp, m, specs, costs=costs)
-    return alone, simulate(plan, costs).seconds, simulate(beside, costs).seconds
+    common = plan_of("three_phase", pp, m, specs, costs=costs)
+    return alone, simulate(plan, costs).seconds, simulate(common, costs).seconds
 
 
 @pytest.mark.parametrize(
     ("m", "pp", "share", "least"), [(8, 2, 0.25, 0.7), (8, 4, 0.4, 0.5), (16, 4, 0.5, 0.95)]
 )
 def test_encoder_work_fills_the_bubble(m: int, pp: int, share: float, least: float) -> None:
-    alone, fill, beside = filled(m, pp, share)
+    alone, fill, common = filled(m, pp, share)
     bubble, work = 3.0 * (pp - 1), 3 * share * m
     hidden = (alone + work - fill) / min(bubble, work)
     assert least <= hidden <= 1 + 1e-9
-    assert fill < beside
+    assert fill < common
 
 
 @st.composite
@@ -182,7 +182,7 @@ LLM = {"llm": {"pp": 4, "vpp": 2}}
 
 
 @pytest.mark.parametrize(
-    ("kind", "m", "specs", "options", "words"),
+    ("kind", "m", "specs", "options", "message"),
     [
         (
             "interleaved",
@@ -249,9 +249,9 @@ LLM = {"llm": {"pp": 4, "vpp": 2}}
     ],
 )
 def test_refusals_give_numbers_and_what_works(
-    kind: str, m: int, specs: dict[str, Any], options: dict[str, Any], words: str
+    kind: str, m: int, specs: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         plan_of(kind, 4, m, specs, **options)
 
 

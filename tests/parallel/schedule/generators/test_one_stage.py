@@ -22,12 +22,12 @@ def colocated(
     return make_schedule("auto", uses, sink=sink, active=active, options=options).actions(0)
 
 
-def words(actions: tuple[Action, ...]) -> list[str]:
+def names(actions: tuple[Action, ...]) -> list[str]:
     return [str(a) for a in actions]
 
 
 def test_a_module_is_skipped_where_it_has_no_items_and_reduces_once() -> None:
-    got = words(colocated([{"vision"}, {"vision", "audio"}, set()], sources=["vision", "audio"], sink="llm"))
+    got = names(colocated([{"vision"}, {"vision", "audio"}, set()], sources=["vision", "audio"], sink="llm"))
     assert "forward(audio, 0)" not in got and "forward(vision, 2)" not in got
     assert [w for w in got if "last" in w] == [
         "backward(vision, 1, last)",
@@ -37,7 +37,7 @@ def test_a_module_is_skipped_where_it_has_no_items_and_reduces_once() -> None:
 
 
 def test_forward_comes_before_backward_and_boundaries_between() -> None:
-    got = words(colocated([{"vision"}], sources=["vision"], sink="llm"))
+    got = names(colocated([{"vision"}], sources=["vision"], sink="llm"))
     assert got == [
         "forward(vision, 0)",
         "boundary_forward(vision, 0)",
@@ -50,11 +50,11 @@ def test_forward_comes_before_backward_and_boundaries_between() -> None:
 
 def test_frozen_modules_send_and_do_nothing_back() -> None:
     both = {"sources": ["vision", "audio"], "sink": "llm"}
-    got = words(colocated([{"vision", "audio"}], **both, frozen={"audio"}))
+    got = names(colocated([{"vision", "audio"}], **both, frozen={"audio"}))
     assert not [w for w in got if "backward" in w and "audio" in w]
-    got = words(colocated([{"vision"}], **both, frozen={"vision", "audio", "llm"}))
+    got = names(colocated([{"vision"}], **both, frozen={"vision", "audio", "llm"}))
     assert not [w for w in got if "backward" in w]
-    got = words(colocated([{"vision"}], **both, frozen={"llm"}))
+    got = names(colocated([{"vision"}], **both, frozen={"llm"}))
     assert "backward(llm, 0, last)" in got  # gradients pass through a frozen language model
 
 
