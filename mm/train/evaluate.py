@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -89,6 +90,22 @@ class _LossSum:
         self.tokens += float(tokens)
 
 
+@contextmanager
+def _eval_mode(job: Job) -> Iterator[None]:
+    """Put all modules into eval mode, and back into the mode that each of their submodules had, on errors too.
+
+    A wrapped module may have submodules that are always in eval mode.
+    """
+    modes = [(sub, sub.training) for part in job.modules() for sub in part.modules()]
+    try:
+        for sub, _ in modes:
+            sub.training = False
+        yield
+    finally:
+        for sub, training in modes:
+            sub.training = training
+
+
 def _mean_losses(
     job: Job, data: Data, samples: Sequence[Sample], stop: Stop | None
 ) -> tuple[float, dict[str, float]]:
@@ -105,19 +122,15 @@ def _mean_losses(
             own.add(token_loss[chosen].sum(), chosen.sum())
 
     batch = job.blueprint.cfg.train.global_batch
-    modes = [(sub, sub.training) for part in job.modules() for sub in part.modules()]
-    for sub, _ in modes:
-        sub.training = False
-    for step, at in enumerate(range(0, len(samples), batch)):
-        if stop is not None and job.control.any(stop.requested):
-            raise StopRequested
-        prepared = prepare(step, samples[at : at + batch], data.assembler)
-        found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
-        if found:
-            raise _Unreadable(found, prepared.bad)
-        run_step(job, prepared, train=False, on_tokens=add)
-    for sub, training in modes:  # a wrapped module may have submodules that are always in eval mode
-        sub.training = training
+    with _eval_mode(job):
+        for step, at in enumerate(range(0, len(samples), batch)):
+            if stop is not None and job.control.any(stop.requested):
+                raise StopRequested
+            prepared = prepare(step, samples[at : at + batch], data.assembler)
+            found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
+            if found:
+                raise _Unreadable(found, prepared.bad)
+            run_step(job, prepared, train=False, on_tokens=add)
     mine = [x for own in (every, *by_module.values()) for x in (own.nats, own.tokens)]
     nats, tokens = job.control.gather(mine).sum(axis=0).reshape(-1, 2).T
     means = [float(mean) for mean in nats / tokens.clip(min=1.0)]

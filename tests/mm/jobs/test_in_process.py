@@ -108,6 +108,27 @@ def test_the_lift_is_the_loss_with_exchanged_pictures_minus_that_without(tmp_pat
     assert abs(gain) > 1e-3
 
 
+def test_an_unreadable_sample_leaves_the_modules_in_training(tmp_path: Path, alone: Any) -> None:
+    from mm.train.evaluate import evaluate
+
+    raw = pictured(tmp_path, "own", [png(8, 8, seed=1), png(4, 12, seed=2)])
+
+    def modes() -> tuple[list[str], set[bool], set[bool]]:
+        warned: list[str] = []
+        with running(raw) as (job, feed):
+            shard = tmp_path / "own-000000.tar"
+            payload = bytearray(shard.read_bytes())
+            payload[payload.index(b"sees ")] ^= 1  # the json of the first sample no longer matches the index
+            shard.write_bytes(bytes(payload))
+            before = {sub.training for part in job.modules() for sub in part.modules()}
+            evaluate(job, open_data(job, feed.index), feed.index.samples, seed=0, warn=warned.append)
+            return warned, before, {sub.training for part in job.modules() for sub in part.modules()}
+
+    ((warned, before, after),) = alone(1, modes)
+    assert len(warned) == 1 and "s0" in warned[0]
+    assert before == after == {True}
+
+
 def test_flops_of_a_step_are_three_forwards(alone: Any) -> None:
     raw = small(train={"global_batch": 3})
     raw["model"]["audio"]["freeze"] = "all"
