@@ -112,8 +112,8 @@ def test_the_first_rank_tells_which_have_not_started_yet(
     store.set("here/2", "")
     threading.Timer(0.25, lambda: store.set("here/1", "")).start()
     launch._meet(0, 3, 60.0)
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "2 of 3 ranks have started, not yet: 1" and told[-1] == "all 3 ranks have started"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "2 of 3 ranks have started, not yet: 1" and printed[-1] == "all 3 ranks have started"
     launch._meet(1, 3, 60.0)
     assert capsys.readouterr().out == ""
 
