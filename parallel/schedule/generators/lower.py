@@ -16,7 +16,6 @@ from parallel.schedule.action import (
     SEND_FORWARD,
     WORLD,
     Action,
-    Direction,
     Group,
     Kind,
 )
@@ -76,6 +75,14 @@ class _Writer:
             )
             for m in self.modules
         }
+        self.edges = {
+            (s, stage): Directions(
+                forward=(Group("edge", s, direction="forward", stage=stage),),
+                backward=(Group("edge", s, direction="backward", stage=stage),),
+            )
+            for s in self.sources
+            for stage in self.modules[s].enters
+        }
 
     def program(self, place: Place, works: Sequence[Work]) -> tuple[Action, ...]:
         """The actions of a place, from what it computes."""
@@ -97,7 +104,8 @@ class _Writer:
                 continue
             key = (w.module, w.stage)
             last = final.get(key) == k
-            out.append(self._computation(w, last))
+            groups = self.compute[w.module]
+            out.append(Action(w.kind, w.module, w.microbatch, w.stage, last=last, span=w.span, groups=groups))
             out += self._after(w)
             if w.module not in self.late:
                 out += self._closing(key, last, end[key] == k and key in stepwise)
@@ -107,10 +115,6 @@ class _Writer:
         if self.problem.options.optimizer and self.problem.options.train:
             out.append(Action(Kind.OPTIMIZER, self.sink, 0, groups=(WORLD,)))
         return tuple(out)
-
-    def _computation(self, w: Work, last: bool) -> Action:
-        groups = self.compute[w.module]
-        return Action(w.kind, w.module, w.microbatch, w.stage, last=last, span=w.span, groups=groups)
 
     def _closing(self, key: StageKey, after_last: bool, free: bool) -> list[Action]:
         """What a stage's parameters need after its last backward, and after its last computation."""
@@ -189,6 +193,6 @@ class _Writer:
 
     def _edge(self, kind: Kind, source: str, stage: int, microbatch: int) -> Action:
         """A boundary action."""
-        direction: Direction = "forward" if kind is BOUNDARY_FORWARD else "backward"
-        group = Group("edge", source, direction=direction, stage=stage)
-        return Action(kind, source, microbatch, stage, groups=(group,))
+        edge = self.edges[source, stage]
+        groups = edge.forward if kind is BOUNDARY_FORWARD else edge.backward
+        return Action(kind, source, microbatch, stage, groups=groups)
