@@ -1,6 +1,6 @@
-"""Encoders: the contract, the registry, the built-in ones, and encoder with projector as a node of the model.
+"""Encoders: their contract and registry, the built-in ones, and an encoder with its projector as one module.
 
-Authors of encoders import encoders.api. The language model and jobs may not enter.
+Authors of encoders import encoders.api alone. The language model and jobs may not enter.
 """
 
 from encoders import fastconformer, vit

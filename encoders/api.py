@@ -1,36 +1,44 @@
-"""What the author of an encoder imports. The names here stay where they are; those of other modules may move.
+"""The API for authors of encoders. Import from here alone: these names stay, wherever their code moves.
+
+docs/adding_an_encoder.md explains how they work together. Each name has a docstring with shapes and units.
 
 The contract
-    Encoder, Features, ItemBatch, Meta    what an encoder is, gives and takes
-    Axes                                  the axes of the module's mesh, as its layers see them
-    Stage, whole                          the layers of a pipeline stage, or all of them
-    register                              a name for it in configs
+
+    Encoder                               the class to subclass
+    ItemBatch, Features, Meta             what forward() takes, what it returns, and an item's metadata
+    register                              a name for the encoder in configs
+    Axes                                  the axes of the module's mesh, which its layers compute over
+    Stage, whole                          the layers of one pipeline stage; the stage of all layers
 
 Parameters
-    declare, declare_buffer, local        a parameter with its global shape, and the part that this rank holds
-    ParamSpec                             how it starts, which dim an axis shards, how its gradient is summed
-    constant, normal, uniform             initial values
-    FactoryKwargs                         device and dtype, handed on to the parts of a module
-    adopt                                 a module of any make, with the values that it has
+
+    declare, declare_buffer               register a parameter of a global shape; register a buffer
+    local                                 this rank's shard of a parameter, as a plain tensor
+    ParamSpec                             initial values, which dim an axis shards, how gradients are summed
+    constant, normal, uniform             initial values, equal in every layout
+    FactoryKwargs                         the device and dtype that a module hands to its parts
+    adopt                                 take in a plain module with the values that it has
 
 Layers
-    Linear, LayerNorm                     with declared parameters
-    enter, leave                          into and out of weights that are sharded over tp
-    run_layer                             a layer whose activations may be recomputed
+
+    Linear, LayerNorm                     layers with declared parameters
+    enter, leave                          before column-parallel and after row-parallel weights
+    run_layer                             run a layer, with recomputation if asked
 
 Rows of items, packed end to end
-    Packing, attention, depthwise_conv    sequences on one rank that never mix
-    Share, pieces, reach                  which rows of a data-parallel rank's items this rank has
-    Pairing, attend                       attention of the queries that a rank has to all keys of their items
+
+    Packing, attention, depthwise_conv    whole items on one rank, which never see each other
+    Share, pieces, reach                  which rows a rank has; the items in a range of rows; its neighbours
+    Pairing, attend                       attention of a rank's queries to all keys of their items
     ItemAttention, ItemConvolution        the same where the keys and neighbours are on other ranks of cp
 """
 
-from encoders.attention import Pairing, attend
 from encoders.context import ItemAttention, ItemConvolution
 from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces, reach
+from parallel.sequence.buckets import Pairing, attend
 from parallel.sequence.packed import Packing, attention, depthwise_conv
 from parallel.sharding.adopt import adopt
 from parallel.sharding.dtypes import FactoryKwargs

@@ -1,10 +1,12 @@
-"""The one import-compatibility module: torchvision and torchaudio beside a CPU build of torch.
+"""Imports of torchvision and torchaudio that also work with a CPU build of torch; pictures and sound.
 
-The wheels of both are built for CUDA. Beside a CPU torch their native parts do not load and their imports
-fail, although everything used here is plain Python. Each is imported when first asked for; where that fails,
-the missing native part is declared absent and the import is tried once more; where that fails too, a small
-implementation of our own takes over. A working install is never touched. Packages that plug-ins import need
-the same (transformers imports torchvision): repair() comes before any code of others.
+The wheels of both packages are built for CUDA. With a CPU torch their native parts do not load and their
+imports fail, although everything used here is plain Python. So each is imported when it is first needed. If
+that fails, its missing native part is declared absent and the import is tried once more. If that fails too, a
+small implementation of our own takes over. A working install is never changed.
+
+Packages that plug-ins import need the same repair (transformers imports torchvision): repair() runs before
+any code of others is imported.
 """
 
 from __future__ import annotations
@@ -26,24 +28,24 @@ from torch import Tensor
 
 @cache
 def torchvision() -> tuple[types.ModuleType | None, str]:
-    """(the module or None, how it was had: native, shimmed or fallback with the reason)."""
+    """(the module or None, the path that was taken: native, shimmed or fallback with the reason)."""
     return _import("torchvision", _declare_torchvision_ops)
 
 
 @cache
 def torchaudio() -> tuple[types.ModuleType | None, str]:
-    """(the module or None, how it was had: native, shimmed or fallback with the reason)."""
+    """(the module or None, the path that was taken: native, shimmed or fallback with the reason)."""
     return _import("torchaudio", _stub_torchaudio_extension)
 
 
 def repair() -> None:
-    """Import both, so that packages that import them (transformers does) find them whole. Call it before
-    code of others is imported."""
+    """Import both, so that other packages that import them find them whole. Call it before these packages are
+    imported."""
     status()
 
 
 def status() -> dict[str, str]:
-    """Which path is live for each package, for people."""
+    """The path that was taken for each package, for people to read."""
     return {"torchvision": torchvision()[1], "torchaudio": torchaudio()[1]}
 
 
@@ -65,14 +67,16 @@ def _import(name: str, shim: Callable[[], None]) -> tuple[types.ModuleType | Non
         return None, f"fallback: {str(error).splitlines()[0][:90]}"
 
 
-# Held for the life of the process: a library that is collected takes its operators with it.
+# Kept for the life of the process: the operators of a library vanish when it is garbage-collected.
 _libraries: list[torch.library.Library] = []
 
 
 def _declare_torchvision_ops() -> None:
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    # torch.library has no annotations.
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for op in ("nms", "qnms"):
-        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        schema = f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        library.define(schema)  # type: ignore[no-untyped-call]
     _libraries.append(library)
 
 
@@ -88,7 +92,7 @@ def _stub_torchaudio_extension() -> None:
 
 
 def picture_channels(image: Any) -> int:
-    """What an opened PIL image holds: 1 (grey, also as a palette or with alpha) or 3 (colour)."""
+    """Channels of an opened PIL image: 1 (grey, also as a palette or with alpha) or 3 (colour)."""
     if image.mode in ("P", "PA"):
         shades = image.getpalette("RGB")
         return 1 if shades[0::3] == shades[1::3] == shades[2::3] else 3
@@ -96,8 +100,8 @@ def picture_channels(image: Any) -> int:
 
 
 def check_channels(held: int, channels: int) -> None:
-    """Refuse to lose the colours of a picture that holds `held` channels where `channels` are asked for.
-    The other way round nothing is lost: a grey picture in colour has three equal channels."""
+    """Raise ValueError where a picture has more channels (`held`) than an encoder takes (`channels`): its
+    colours would be lost. A grey picture fits an encoder for colour: its three channels are equal."""
     if held > channels:
         raise ValueError(
             f"a colour picture, of {held} channels (RGB), where the option channels is {channels} (grey), so "
@@ -107,8 +111,10 @@ def check_channels(held: int, channels: int) -> None:
 
 
 def decode_image(payload: bytes, channels: int) -> Tensor:
-    """PNG or JPEG bytes to uint8 [channels, height, width]; channels 1 (grey) or 3 (RGB). Grey pictures may
-    become RGB; ValueError for the reverse. Of 16 bits the upper 8 are taken."""
+    """PNG or JPEG bytes to uint8 [channels, height, width]; channels: 1 (grey) or 3 (RGB).
+
+    A grey picture may become RGB; for the reverse it raises ValueError. Of 16 bits the upper 8 are taken.
+    """
     from PIL import Image
 
     image: Image.Image = Image.open(io.BytesIO(payload))
@@ -118,7 +124,9 @@ def decode_image(payload: bytes, channels: int) -> Tensor:
     image = image.convert("L" if channels == 1 else "RGB")
     module, _ = torchvision()
     if module is not None:
-        return importlib.import_module("torchvision.transforms.v2.functional").pil_to_tensor(image)
+        transforms = importlib.import_module("torchvision.transforms.v2.functional")
+        planes: Tensor = transforms.pil_to_tensor(image)
+        return planes
     return image_tensor(np.asarray(image))
 
 
@@ -129,7 +137,8 @@ def image_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def read_wav(payload: bytes) -> tuple[Tensor, int]:
-    """PCM wav (8 bit unsigned, 16 or 32 bit signed) to mono float32 samples [n] in [-1, 1], and the rate."""
+    """PCM wav (8 bit unsigned, 16 or 32 bit signed) to mono float32 samples [n] in [-1, 1], and samples a
+    second. Raises ValueError for other widths."""
     with wave.open(io.BytesIO(payload)) as f:
         width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
         raw = f.readframes(f.getnframes())
@@ -143,15 +152,16 @@ def read_wav(payload: bytes) -> tuple[Tensor, int]:
 
 @cache
 def mel_filters(bins: int, mels: int, rate: int) -> Tensor:
-    """Triangular mel filters (HTK scale, no normalisation), float32 [bins, mels]."""
+    """Triangular mel filters (HTK scale, no normalisation) from 0 to rate / 2 Hz: float32 [bins, mels]."""
     module, _ = torchaudio()
     if module is not None:
-        return module.functional.melscale_fbanks(bins, 0.0, rate / 2, mels, rate)
+        filters: Tensor = module.functional.melscale_fbanks(bins, 0.0, rate / 2, mels, rate)
+        return filters
     return own_mel_filters(bins, mels, rate)
 
 
 def own_mel_filters(bins: int, mels: int, rate: int) -> Tensor:
-    """mel_filters() without torchaudio, equal to its."""
+    """mel_filters() without torchaudio; a test holds the two equal."""
     frequency = torch.linspace(0, rate // 2, bins)
     top = 2595.0 * math.log10(1.0 + rate / 2 / 700.0)
     points = 700.0 * (10.0 ** (torch.linspace(0.0, top, mels + 2) / 2595.0) - 1.0)
@@ -162,9 +172,10 @@ def own_mel_filters(bins: int, mels: int, rate: int) -> Tensor:
 
 
 def log_mel(samples: Tensor, *, rate: int, mels: int, window: int, hop: int) -> Tensor:
-    """Log-mel frames [samples // hop + 1, mels] of mono samples [n], n >= 1; window and hop in samples.
+    """Log-mel frames [n // hop + 1, mels] of mono samples [n], n >= 1, at `rate` samples a second. window and
+    hop are in samples.
 
-    The power spectrogram is torch.stft with centred frames, which is what torchaudio's MelSpectrogram does.
+    The power spectrogram is that of torchaudio's MelSpectrogram: torch.stft with centred frames.
     """
     size = 1 << (window - 1).bit_length()
     short = max(0, size // 2 + 1 - samples.shape[0])  # reflection needs more samples than it mirrors

@@ -1,7 +1,7 @@
 """What an encoder is: the contract that built-in and plug-in encoders fulfil.
 
-Row counts and costs follow from an item's metadata alone, without running anything, because the step plan is
-made from them on every rank. Inputs and features are packed end to end; an encoder must run on no items.
+Row counts and costs follow from an item's metadata alone, because every rank makes the step plan from them
+before anything runs (law 4). Inputs and features are packed end to end. An encoder must run on no items.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ Meta = Mapping[str, int]
 
 @dataclass(frozen=True)
 class ItemBatch:
-    """Items packed end to end: values [sum of lengths, *input_shape], inputs per item, metadata per item.
+    """Prepared items, packed end to end.
 
-    Where rows are cut over ranks, `metas` has all items of the lane, while values and lengths may have only
-    those that this rank computes from (module.needed_items), item number `first` and the ones after it.
+    values: [sum of lengths, *input_shape], in the encoder's input_dtype.
+    lengths: how many inputs each item has that is in `values`.
+    metas: metadata of all items of this dp rank in the batch, also of those that are not in `values`.
+    first: index in `metas` of the first item in `values`. Where rows are split over cp, a rank is given the
+        items that it computes from, and no others (encoders.module.needed_items).
     """
 
     values: Tensor
@@ -35,10 +38,12 @@ class ItemBatch:
 
 
 class Features(NamedTuple):
-    """values [rows, width] (several levels: [rows, levels, width]), and the rows of each item in order.
+    """What an encoder's forward() returns. It is a tuple, so that FSDP finds the tensor in it.
 
-    Where cp or sequence parallelism cuts the rows, values are this rank's stretch of them, from row `first`
-    on, and `rows` still counts those of all items. A tuple, so that FSDP sees the tensor.
+    values: [rows, width], or [rows, levels, width] where feature_levels is above 1. Where cp or sequence
+        parallelism splits the rows, these are the rows of this rank only.
+    rows: how many rows each item of the dp rank has, in order, wherever these rows are.
+    first: index of the first row of `values` among all rows of the dp rank.
     """
 
     values: Tensor
@@ -47,27 +52,32 @@ class Features(NamedTuple):
 
     @property
     def cu_seqlens(self) -> tuple[int, ...]:
-        """First row of each item, and the total."""
+        """First row of each item, and the total: [items + 1]."""
         return (0, *accumulate(self.rows))
 
 
 class Encoder(nn.Module, ABC):
     """An encoder of one modality. Register it, or name it `package.module:Class` in the config.
 
-    Config: a frozen dataclass of its options. Parameters are declared with declare() or built from the layers
-    of encoders.api, and read through local(); plain modules are taken in, with the values that they have, by
-    adopt(). They are stored in the constructor's `dtype`, float32 where
-    train.dtype is bfloat16, and compute in train.dtype. Buffers keep their values, and their dtype always.
-    tensor_parallel: whether its weights are cut over axes.tp; if not, every tp rank runs the whole encoder on
-    the same items. context_parallel: whether it gives just the rows of its place on axes.cp. pipeline:
-    whether it takes `stage` (encoders.api.Stage, or None for all), builds only that stage's layers under
-    their global names, and its forward takes the hidden states of the stage before as a second argument.
-    What it does not declare is refused (encoders.module.check_encoder).
-    input_dtype: in what dtype ItemBatch.values come, whatever prepare() gave: None for that in which the
-    weights compute (train.dtype), so that layers take them as they are; torch.int64 for ids, or torch.float32
-    for what bfloat16 would round too coarsely, such as times.
-    recompute: keep only the layers' inputs and run them again in the backward; an encoder may ignore it.
-    timeout_s: the longest wait for rows of another cp rank, in seconds.
+    Parameters are declared with declare(), or belong to layers of encoders.api, and are read through local();
+    adopt() declares those of plain modules. They are stored in the constructor's `dtype`, which is float32
+    where train.dtype is bfloat16, and compute in train.dtype. Buffers keep their values and their dtype.
+
+    Config: frozen dataclass of the encoder's options.
+    tensor_parallel: whether its weights are sharded over axes.tp. If not, every tp rank runs the whole
+        encoder on the same items.
+    context_parallel: whether it returns only the rows of its rank on axes.cp.
+    pipeline: whether it takes the keyword `stage` (a Stage, or None for all layers), builds the layers of
+        that stage only, under their global index, and takes the hidden states of the stage before as a second
+        argument of forward().
+    input_dtype: dtype of ItemBatch.values. None: the dtype that the weights compute in (train.dtype),
+        whatever prepare() gave. torch.int64 suits ids; torch.float32 suits what bfloat16 would round, such as
+        times.
+    recompute: keep only the inputs of the layers and compute the rest again in the backward. An encoder may
+        ignore it.
+    timeout_s: longest wait for rows of another cp rank, in seconds.
+
+    A degree that is not declared here is refused before anything runs (encoders.module.check_encoder).
     """
 
     Config: ClassVar[type]
@@ -82,76 +92,79 @@ class Encoder(nn.Module, ABC):
     def __init__(
         self, cfg: Any, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
+        """cfg: a Config; axes: the axes that the encoder computes over. Parameters are made with their global
+        shapes on `device`, in `dtype`. An encoder that declares pipeline also takes the keyword `stage`."""
         super().__init__()
 
     @classmethod
     @abstractmethod
     def feature_width(cls, cfg: Any) -> int:
-        """Width of the rows that forward() gives."""
+        """Width of a feature row."""
 
     @classmethod
     @abstractmethod
     def rows(cls, cfg: Any, meta: Meta) -> int:
-        """How many rows an item gives."""
+        """How many feature rows an item has. Raises ValueError for an item that the encoder cannot take."""
 
     @classmethod
     @abstractmethod
     def cost(cls, cfg: Any, meta: Meta) -> float:
-        """Forward FLOPs of an item."""
+        """FLOPs of the forward of an item, without the projector."""
 
     @classmethod
     @abstractmethod
     def prepare(cls, cfg: Any, payload: bytes, meta: Meta) -> Tensor:
-        """An item's file to its input [n, *input_shape] on the CPU, which input_dtype says what becomes of;
-        ValueError if unusable."""
+        """An item's file, as bytes, to its inputs [n, *input_shape] on the CPU, in any dtype: it becomes
+        input_dtype later. Raises ValueError for a file that cannot be used; its sample is then skipped."""
 
     @classmethod
     @abstractmethod
     def input_shape(cls, cfg: Any) -> tuple[int, ...]:
-        """Trailing shape of an item's input."""
+        """Shape of one input: the trailing dims of ItemBatch.values."""
 
     @classmethod
     def check(cls, cfg: Any, tp: int) -> None:
-        """Refuse impossible options, or a tp that does not divide them: ValueError naming what works."""
+        """Raise ValueError, naming what works, for impossible options and for those that tp does not divide.
+        tp is 1 for an encoder that does not declare tensor_parallel."""
 
     @classmethod
     def feature_levels(cls, cfg: Any) -> int:
-        """Feature rows for each row of the item: the last layer's first, then those of earlier layers."""
+        """Features of each row: those of the last layer come first, then those of earlier layers."""
         return 1
 
     @classmethod
     def layer_count(cls, cfg: Any) -> int:
-        """How many layers pipeline stages may be cut between."""
+        """How many layers pipeline stages may share out."""
         return 1
 
     @classmethod
     def stem_cost(cls, cfg: Any, meta: Meta) -> float:
-        """The part of cost() that comes before the first layer; the layers have equal parts of the rest."""
+        """FLOPs of what comes before the first layer. The layers have equal parts of the rest of cost()."""
         return 0.0
 
     @classmethod
     def hidden_width(cls, cfg: Any, layer: int) -> int:
-        """Width of the hidden states that enter layer number `layer`, from the stage before."""
+        """Width of the hidden states that a stage which begins at layer number `layer` receives."""
         raise ValueError(f"{cls.__name__} has no pipeline stages")
 
     @classmethod
     def tokens_per_row(cls, cfg: Any) -> int:
-        """Hidden states between layers for each row of the output."""
+        """Hidden states between layers for each feature row."""
         return 1
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        """Submodules that may be gathered, freed and recomputed on their own, in order."""
+        """Submodules, in order, that FSDP may gather and free one at a time."""
         return ()
 
     @abstractmethod
     def forward(self, batch: ItemBatch) -> Features | Tensor:
-        """Features of the items, in order. All stages of a pipeline but the last give hidden states instead,
+        """Features of the items, in order. Stages of a pipeline other than the last return hidden states,
         [this rank's rows * tokens_per_row, hidden_width]."""
 
 
-def check_positive(name: str, cfg: Any, *options: str) -> None:
-    """Refuse whole-number options of an encoder that are below 1."""
+def check_positive(name: str, cfg: Any, options: Sequence[str]) -> None:
+    """Raise ValueError for one of these whole-number options of the encoder `name` that is below 1."""
     for option in options:
         value = getattr(cfg, option)
         if value < 1:
@@ -168,9 +181,12 @@ def pack_items(
     dtype: torch.dtype,
     first: int = 0,
 ) -> ItemBatch:
-    """Lay prepared items end to end; no items give an empty batch. metas may have more items than tensors,
-    which are then those from number `first` on. dtype: what the weights compute in; values come in it where
-    the encoder does not name an input_dtype of its own."""
+    """Prepared items as a batch on `device`; no items give an empty batch.
+
+    tensors: [n, *input_shape] of each item from number `first` of `metas` on.
+    dtype: what the weights compute in; values have it where the encoder names no input_dtype.
+    Raises ValueError for a tensor of another shape than input_shape says.
+    """
     shape = tuple(cls.input_shape(cfg))
     for tensor in tensors:
         if tuple(tensor.shape[1:]) != shape:
@@ -183,8 +199,8 @@ def pack_items(
 
 
 def join_batches(batches: Sequence[ItemBatch]) -> ItemBatch:
-    """The items of several batches as one; each must have all of its items (no rows cut over ranks)."""
-    assert all(len(b.lengths) == len(b.metas) for b in batches), "a batch with some of its items only"
+    """The items of several batches as one batch. Each batch must have the values of all its items."""
+    assert all(len(b.lengths) == len(b.metas) for b in batches), "a batch without the values of some items"
     if len(batches) == 1:
         return batches[0]
     lengths = tuple(n for b in batches for n in b.lengths)

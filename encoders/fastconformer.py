@@ -1,14 +1,15 @@
 """A FastConformer (arXiv 2305.05084): log-mel frames, 8x convolutional subsampling, conformer blocks.
 
-Differences from the published one, and why: rotary instead of relative positions, so that attention is one
-fused call; a group RMS norm instead of batch norm in the convolution module, because statistics over the
-batch would depend on dp and those over all channels on tp.
+It differs from the published one twice. Positions are rotary instead of relative, so that attention is one
+fused call. The convolution module has an RMS norm over groups of channels instead of a batch norm, because
+statistics over the batch would depend on dp and statistics over all channels on tp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -17,22 +18,33 @@ from torch import Tensor, nn
 
 from encoders.compat import log_mel, read_wav
 from encoders.context import ItemAttention, ItemConvolution
-from encoders.contract import Encoder, Features, ItemBatch, Meta, check_positive
+from encoders.contract import Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
+from encoders.stacked import StackedEncoder
+from parallel.sequence.intervals import before, column, numbers
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
 from parallel.topology.layout import check_divides
-from parallel.topology.stage import Stage, whole
 
 
 @dataclass(frozen=True)
 class FastConformerConfig:
-    """rate: samples a second that clips must have; kernel: frames of the depthwise convolution, odd."""
+    """Sizes of a FastConformer.
+
+    rate: samples a second; clips of another rate are refused.
+    mels: mel bands of a frame.
+    channels: of the convolutions that subsample.
+    width: of hidden states and features.
+    heads: attention heads, and groups of the norm in the convolution module; they divide width.
+    layers: blocks.
+    ffn: hidden width of the feed-forward modules.
+    kernel: rows that a row's depthwise convolution sees, odd.
+    """
 
     rate: int = 8000
     mels: int = 40
@@ -55,18 +67,15 @@ class FastConformerConfig:
 
 
 class Subsample(nn.Module):
-    """Three convolutions of stride 2 over time and frequency, the second and third depthwise separable.
+    """Three convolutions of stride 2 over time and frequency; the second and third are depthwise separable.
 
-    All clips lie along one time axis, each from a multiple of 8 frames on with a gap after it that is zeroed
-    after every stage: a clip sees zeros beyond its ends, as if it were alone.
+    All clips lie along one time axis. Each begins at a multiple of 8 frames and has a gap after it. The gaps
+    are zeroed after every convolution, so that a clip sees zeros beyond its ends, as if it were alone.
     """
 
-    def __init__(
-        self, cfg: FastConformerConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: FastConformerConfig, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         c, self.mels = cfg.channels, cfg.mels
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         declare(self, "conv", (c, 1, 3, 3), normal(0.5), **factory)
         declare(self, "conv_bias", (c,), constant(0.0), **factory)
         for i in (1, 2):
@@ -77,9 +86,10 @@ class Subsample(nn.Module):
         self.out = Linear(c * bands, cfg.width, normal((c * bands) ** -0.5), bias=True, **factory)
 
     def forward(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
+        """frames [sum of lengths, mels] of clips to their rows [sum of ceil(length / 8), width]."""
         slots = [8 * (-(-n // 8) + 1) for n in lengths]
         total = sum(slots) or 8
-        starts = np.cumsum([0, *slots[:-1]]) if slots else np.zeros(0, dtype=np.int64)
+        starts = before(column(slots))
         x = frames.new_zeros((total, self.mels)).index_copy(0, self._rows(starts, lengths, frames), frames)
         x = x.view(1, 1, total, self.mels)
         counts, at = list(lengths), starts
@@ -88,23 +98,21 @@ class Subsample(nn.Module):
                 x = F.conv2d(x, local(self.conv), local(self.conv_bias), stride=2, padding=1)
             else:
                 x = F.conv2d(x, local(getattr(self, f"depth{stage}")), None, 2, 1, groups=x.shape[1])
-                point, bias = (
-                    local(getattr(self, f"point{stage}")),
-                    local(getattr(self, f"point_bias{stage}")),
-                )
-                x = F.conv2d(x, point, bias)
+                bias = local(getattr(self, f"point_bias{stage}"))
+                x = F.conv2d(x, local(getattr(self, f"point{stage}")), bias)
             counts, at = [halved(n) for n in counts], at // 2
             rows = self._rows(at, counts, frames)
             real = torch.zeros(x.shape[2], dtype=x.dtype, device=x.device)
             real[rows] = 1.0
             x = F.silu(x) * real.view(1, 1, -1, 1)
         x = x[0].transpose(0, 1).flatten(1).index_select(0, rows)  # [rows, channels * bands]
-        return self.out(x)
+        y: Tensor = self.out(x)
+        return y
 
     @staticmethod
     def _rows(starts: np.ndarray, counts: Sequence[int], like: Tensor) -> Tensor:
-        spans = [np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
-        rows = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
+        """starts[i], starts[i] + 1, .. counts[i] of them, for each i: int64, on the device of `like`."""
+        rows = numbers([(s, s + n) for s, n in zip(starts, counts, strict=True)])
         return torch.from_numpy(rows).to(like.device)
 
 
@@ -114,20 +122,13 @@ def halved(n: int) -> int:
 
 
 class FeedForward(nn.Module):
-    """norm, up, SiLU, down."""
+    """norm, up, SiLU, down; the hidden width is sharded over tp."""
 
     def __init__(
-        self,
-        cfg: FastConformerConfig,
-        axes: Axes,
-        out_std: float,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        self, cfg: FastConformerConfig, axes: Axes, out_std: float, **factory: Unpack[FactoryKwargs]
     ) -> None:
         super().__init__()
         self.axes = axes
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         self.norm = LayerNorm(cfg.width, **factory)
         self.up = Linear(cfg.width, cfg.ffn, normal(cfg.width**-0.5), shard="column", bias=True, **factory)
         self.down = Linear(cfg.ffn, cfg.width, normal(out_std), shard="row", **factory)
@@ -138,8 +139,13 @@ class FeedForward(nn.Module):
 
 
 @dataclass(frozen=True)
-class Local:
-    """What the blocks need of a batch: this rank's share of it, how its rows see others, rotary angles."""
+class BlockContext:
+    """What all blocks use of a batch.
+
+    share: which rows this rank has.
+    attention, convolution: how these rows see the other rows of their items.
+    angles: cosine and sine [rows, 1, head_dim / 2] of the rows' positions in their items.
+    """
 
     share: Share
     attention: ItemAttention
@@ -148,25 +154,15 @@ class Local:
 
 
 class Block(nn.Module):
-    """Half feed-forward, attention, convolution, half feed-forward, norm; heads and channels cut over tp."""
+    """Half feed-forward, attention, convolution, half feed-forward, norm; heads and channels are sharded over
+    tp."""
 
-    def __init__(
-        self,
-        cfg: FastConformerConfig,
-        axes: Axes,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, cfg: FastConformerConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.axes, self.head_dim = axes, cfg.width // cfg.heads
         d = cfg.width
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         std, out_std = d**-0.5, d**-0.5 / (2 * cfg.layers) ** 0.5
-        self.ff1, self.ff2 = (
-            FeedForward(cfg, axes, out_std, **factory),
-            FeedForward(cfg, axes, out_std, **factory),
-        )
+        self.ff1, self.ff2 = (FeedForward(cfg, axes, out_std, **factory) for _ in range(2))
         self.norm_att, self.norm_conv, self.norm_out = (LayerNorm(d, **factory) for _ in range(3))
         for name in ("q", "k", "v", "value", "gate"):
             declare(self, name, (d, d), ParamSpec(normal(std), shard_dim=0), **factory)
@@ -175,26 +171,27 @@ class Block(nn.Module):
         declare(self, "group_norm", (d,), ParamSpec(constant(1.0), shard_dim=0), **factory)
         self.conv_out = Linear(d, d, normal(out_std), shard="row", **factory)
 
-    def forward(self, x: Tensor, here: Local) -> Tensor:
-        x = x + 0.5 * self.ff1(x, here.share)
-        x = x + self._attend(x, here)
-        x = x + self._convolve(x, here)
-        return self.norm_out(x + 0.5 * self.ff2(x, here.share))
+    def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
+        x = x + 0.5 * self.ff1(x, ctx.share)
+        x = x + self._attend(x, ctx)
+        x = x + self._convolve(x, ctx)
+        y: Tensor = self.norm_out(x + 0.5 * self.ff2(x, ctx.share))
+        return y
 
-    def _attend(self, x: Tensor, here: Local) -> Tensor:
-        h = enter(self.norm_att(x), self.axes, here.share)
+    def _attend(self, x: Tensor, ctx: BlockContext) -> Tensor:
+        h = enter(self.norm_att(x), self.axes, ctx.share)
         weights = [local(self.q), local(self.k), local(self.v)]
-        q, k, v = joined_linear(h, weights).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
-        y = here.attention(rotate(q, here.angles), torch.stack([rotate(k, here.angles), v], 1))
-        return leave(self.att_out(y.flatten(1)), self.axes, here.share)
+        q, k, v = torch.unflatten(joined_linear(h, weights), -1, (3, -1, self.head_dim)).unbind(1)
+        y = ctx.attention(rotate(q, ctx.angles), torch.stack([rotate(k, ctx.angles), v], 1))
+        return leave(self.att_out(y.flatten(1)), self.axes, ctx.share)
 
-    def _convolve(self, x: Tensor, here: Local) -> Tensor:
-        h = enter(self.norm_conv(x), self.axes, here.share)
+    def _convolve(self, x: Tensor, ctx: BlockContext) -> Tensor:
+        h = enter(self.norm_conv(x), self.axes, ctx.share)
         h = F.linear(h, local(self.value)) * torch.sigmoid(F.linear(h, local(self.gate)))
-        h = here.convolution(h, local(self.depth))
-        groups = h.to(accumulation_dtype(h.dtype)).unflatten(-1, (-1, self.head_dim))
+        h = ctx.convolution(h, local(self.depth))
+        groups = torch.unflatten(h.to(accumulation_dtype(h.dtype)), -1, (-1, self.head_dim))
         h = F.rms_norm(groups, (self.head_dim,), None, 1e-5).flatten(1).to(h.dtype) * local(self.group_norm)
-        return leave(self.conv_out(F.silu(h)), self.axes, here.share)
+        return leave(self.conv_out(F.silu(h)), self.axes, ctx.share)
 
 
 def rotary_angles(position: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -213,35 +210,21 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @register("fastconformer")
-class FastConformer(Encoder):
+class FastConformer(StackedEncoder):
     """Clips (PCM wav at cfg.rate) to ceil(frames / 8) rows, a frame every 10 ms."""
 
     Config = FastConformerConfig
-    tensor_parallel = context_parallel = pipeline = True
+    cfg: FastConformerConfig
 
-    def __init__(
-        self,
-        cfg: FastConformerConfig,
-        axes: Axes,
-        *,
-        stage: Stage | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(cfg, axes, device=device, dtype=dtype)
-        self.cfg, self.axes, self.stage = cfg, axes, stage or whole(cfg.layers)
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
-        if self.stage.first:
-            self.subsample = Subsample(cfg, **factory)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, axes, **factory) for i in self.stage.layers})
+    def add_stem(self, **factory: Unpack[FactoryKwargs]) -> None:
+        self.subsample = Subsample(self.cfg, **factory)
 
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return list(self.blocks.values())
+    def make_block(self, **factory: Unpack[FactoryKwargs]) -> Block:
+        return Block(self.cfg, self.axes, **factory)
 
     @classmethod
     def frames(cls, cfg: FastConformerConfig, meta: Meta) -> int:
-        """Log-mel frames of a clip."""
+        """Log-mel frames of a clip. Raises ValueError for a clip of another rate."""
         if meta["rate"] != cfg.rate:
             raise ValueError(f"clip of {meta['rate']} samples a second; this encoder needs {cfg.rate}")
         return meta["samples"] // cfg.hop + 1 if meta["samples"] else 0
@@ -263,18 +246,10 @@ class FastConformer(Encoder):
     @classmethod
     def stem_cost(cls, cfg: FastConformerConfig, meta: Meta) -> float:
         n, d, c = float(cls.rows(cfg, meta)), cfg.width, cfg.channels
-        # Output places of the three stages, time x frequency, per row.
-        full, half, quarter = (n * 4 ** (2 - i) * cfg.mels / 2 ** (i + 1) * 2**i for i in range(3))
-        stages = 2 * c * (9 * full + (9 + c) * (half + quarter))
-        return stages + 2 * n * d * c * cfg.mels / 8
-
-    @classmethod
-    def layer_count(cls, cfg: FastConformerConfig) -> int:
-        return cfg.layers
-
-    @classmethod
-    def hidden_width(cls, cfg: FastConformerConfig, layer: int) -> int:
-        return cfg.width
+        # Outputs of each of the three convolutions, time x frequency.
+        first, second, third = (n * 4 ** (2 - i) * cfg.mels / 2 ** (i + 1) * 2**i for i in range(3))
+        convolutions = 2 * c * (9 * first + (9 + c) * (second + third))
+        return float(convolutions + 2 * n * d * c * cfg.mels / 8)
 
     @classmethod
     def input_shape(cls, cfg: FastConformerConfig) -> tuple[int, ...]:
@@ -294,7 +269,7 @@ class FastConformer(Encoder):
     @classmethod
     def check(cls, cfg: FastConformerConfig, tp: int) -> None:
         sizes = ("rate", "mels", "channels", "width", "heads", "layers", "ffn", "kernel")
-        check_positive("fastconformer", cfg, *sizes)
+        check_positive("fastconformer", cfg, sizes)
         check_divides("fastconformer width", cfg.width, "heads", cfg.heads)
         check_divides("fastconformer heads", cfg.heads, "tp", tp)
         check_divides("fastconformer ffn", cfg.ffn, "tp", tp)
@@ -307,31 +282,31 @@ class FastConformer(Encoder):
         rows = tuple(-(-n // 8) for n in frames)
         share = Share.of(rows, self.axes)
         x = self._embed(batch, frames, share) if hidden is None else hidden
-        own = [np.arange(p.start, p.stop) for p in pieces(share.lengths, share.own)]
-        position = np.concatenate(own) if own else np.zeros(0, dtype=np.int64)
-        here = Local(
-            share,
-            ItemAttention.of(share, cp, x.device, self.timeout_s),
-            ItemConvolution.of(share, cp, cfg.kernel, x.device, self.timeout_s),
-            rotary_angles(torch.from_numpy(position).to(x.device), cfg.width // cfg.heads, x.dtype),
+        position = numbers([(p.start, p.stop) for p in pieces(share.lengths, share.own)])
+        ctx = BlockContext(
+            share=share,
+            attention=ItemAttention.of(share, cp, x.device, self.timeout_s),
+            convolution=ItemConvolution.of(share, cp, cfg.kernel, x.device, self.timeout_s),
+            angles=rotary_angles(torch.from_numpy(position).to(x.device), cfg.width // cfg.heads, x.dtype),
         )
         for block in self.blocks.values():
-            x = run_layer(block, self.recompute, x, here)
+            x = run_layer(block, self.recompute, x, ctx)
         return Features(x, rows, share.part[0]) if self.stage.last else x
 
     def _embed(self, batch: ItemBatch, frames: Sequence[int], share: Share) -> Tensor:
-        """Subsampled rows that this rank keeps, [kept, width], from the frames of all clips.
+        """The rows that this rank keeps, subsampled from the frames in the batch: [kept, width].
 
-        Row r sees frames 8 r - 7 to 8 r + 7: a rank that starts inside a clip computes the row before too.
-        Frames are at hand, so that no intermediate rows need to travel.
+        Row r sees frames 8 r - 7 to 8 r + 7, so a rank that starts inside a clip computes the row before too.
+        The batch has the frames that this needs: nothing is fetched from other ranks.
         """
         own = pieces(share.lengths, share.part)
         extra = 1 if own and own[0].start else 0
-        first = np.cumsum([0, *frames]) - sum(frames[: batch.first])  # place in values, of items there
+        first = np.cumsum([0, *frames]) - sum(frames[: batch.first])  # row in values of an item's first frame
         spans = []
         for i, p in enumerate(own):
             start = 8 * (p.start - (extra if i == 0 else 0))
             spans.append((int(first[p.item]) + start, int(first[p.item]) + min(8 * p.stop, frames[p.item])))
         low, high = (spans[0][0], spans[-1][1]) if spans else (0, 0)
         needed = batch.values[low:high].to(local(self.subsample.conv).dtype)
-        return self.subsample(needed, [b - a for a, b in spans])[extra:]
+        x: Tensor = self.subsample(needed, [b - a for a, b in spans])
+        return x[extra:]

@@ -1,7 +1,7 @@
-"""What the encoders' layers share: norms, ways in and out of weights cut over tp, recomputation.
+"""What the encoders' layers share: a norm, entering and leaving tensor-parallel weights, recomputation.
 
-Between blocks each tp rank has all tokens of its cp rank, or with sequence parallelism its part of them; the
-parts need not be equal.
+Between blocks each tp rank keeps all tokens of its cp rank, or with sequence parallelism a part of them. The
+parts of the tp ranks may differ in length.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from parallel.topology.axis import Axes
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over the last dim, computed in float32 (float64)."""
+    """Layer norm over the last dim, `width` wide, with a declared weight and bias.
+
+    It computes in float32, or float64 for float64 inputs, and returns the dtype of its input.
+    """
 
     def __init__(
         self,
@@ -44,10 +47,10 @@ class LayerNorm(nn.Module):
 
 
 def enter(x: Tensor, axes: Axes, share: Share) -> Tensor:
-    """Tokens as kept between blocks [kept, ..] to all of this cp rank [tokens, ..], for column-parallel
-    weights."""
+    """Tokens as kept between blocks [share.kept, ..] to all tokens of this cp rank [share.tokens, ..]: put it
+    before column-parallel weights. A collective over tp."""
     if share.tokens == 0:
-        return x  # on all tp ranks alike
+        return x  # no collective is needed; all tp ranks come here
     if not axes.sequence_parallel:
         return tensor.enter(x, axes)
     sizes = [b - a for a, b in share.parts]
@@ -61,7 +64,8 @@ def enter(x: Tensor, axes: Axes, share: Share) -> Tensor:
 
 
 def leave(x: Tensor, axes: Axes, share: Share) -> Tensor:
-    """Partial sums of row-parallel weights [tokens, ..] to tokens as kept between blocks [kept, ..]."""
+    """Partial sums [share.tokens, ..], which row-parallel weights give, to the tokens that are kept between
+    blocks [share.kept, ..]. A collective over tp."""
     if share.tokens == 0:
         return x
     if not axes.sequence_parallel:
@@ -70,12 +74,15 @@ def leave(x: Tensor, axes: Axes, share: Share) -> Tensor:
     width = max(sizes)
     if min(sizes) < width:
         gaps = [x.new_zeros((width - n, *x.shape[1:])) for n in sizes]
-        x = torch.cat([y for pair in zip(x.split(sizes), gaps, strict=True) for y in pair])
+        x = torch.cat([y for pair in zip(torch.split(x, sizes), gaps, strict=True) for y in pair])
     return reduce_tokens(x, axes.tp)[: share.kept]
 
 
 def run_layer(layer: nn.Module, recompute: bool, *args: Any) -> Tensor:
-    """layer(*args); with `recompute` only the arguments are kept, and it runs again in the backward."""
+    """layer(*args). With `recompute` only the arguments are kept; the layer runs again in the backward."""
+    y: Tensor
     if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
-    return layer(*args)
+        y = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+    else:
+        y = layer(*args)
+    return y

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +18,17 @@ from parallel.topology.axis import Axes
 from parallel.topology.layout import Unfit, typed
 from parallel.topology.stage import Stage, partition_layers, whole
 
-FREEZE = ("none", "encoder", "projector", "all")
+FREEZE = ("none", "encoder", "projector", "all")  # what freeze() takes
 
 
 class EncoderModule(nn.Module):
-    """ItemBatch to Features of the language model's width, or one stage of the way.
+    """An encoder and its projectors, or one pipeline stage of them: ItemBatch to Features d_out wide.
 
-    cfg: the encoder's options; axes: those of the module, which decide the rows that this rank gives;
-    projectors: one for each feature level, empty on all stages but the last.
+    encoder: the encoder, or the layers of it that the stage has.
+    projectors: one for each feature level; none on stages other than the last.
+    cfg: the encoder's options.
+    axes: of the module; they decide which rows this rank outputs.
+    stage: which layers of the encoder these are.
     """
 
     def __init__(
@@ -37,29 +40,31 @@ class EncoderModule(nn.Module):
         self.level_projectors = nn.ModuleList(projectors[1:])
 
     def forward(self, batch: ItemBatch, hidden: Tensor | None = None) -> Features | Tensor:
-        """Features of this rank's rows, values [rows, d_out] (several levels: [rows, levels, d_out]).
+        """Features of this rank's rows: values [rows, d_out], or [rows, levels, d_out] for several levels.
 
-        Stages after the first take the hidden states of the one before, of hidden_shape(), and of the items
-        only the metadata; all but the last give hidden states. Raises ValueError naming the item
-        where the encoder gives other rows than its rows() promised.
+        Stages other than the last return hidden states. Stages after the first receive those of the stage
+        before, of hidden_shape(), as `hidden`; of the items they need only the metadata. Raises RowsMismatch
+        naming the item where the encoder returns other rows than its rows() promised, and TypeError or
+        ValueError for features that the projectors cannot take.
         """
         assert (hidden is None) == self.stage.first, "hidden states go to the stages after the first"
-        found = self.encoder(batch) if hidden is None else self.encoder(batch, hidden)
+        found: Any = self.encoder(batch) if hidden is None else self.encoder(batch, hidden)
         if not self.stage.last:
-            return found
+            states: Tensor = found
+            return states
+        features = self._checked(found)
         promised = tuple(self.encoder.rows(self.cfg, meta) for meta in batch.metas)
-        self._check_features(found)
         given = Share.of(promised, encoder_axes(type(self.encoder), self.axes))
-        if found.rows != promised or found.values.shape[0] != given.kept:
-            raise _mismatch(type(self.encoder).__name__, found, promised, given)
-        self._check_gradient(found.values)
+        if features.rows != promised or features.values.shape[0] != given.kept:
+            raise _mismatch(type(self.encoder).__name__, features, promised, given)
+        self._check_gradient(features.values)
         share = Share.of(promised, self.axes)
-        # Where every tp rank has run the whole encoder, it goes on with its own part.
-        values = found.values.narrow(0, share.part[0] - given.part[0], share.kept)
+        # Where every tp rank ran the whole encoder, each continues with its own part of the rows.
+        values = features.values.narrow(0, share.part[0] - given.part[0], share.kept)
         return Features(self._project(values, given), promised, share.part[0])
 
-    def _check_features(self, found: Any) -> None:
-        """Say in words what an encoder gave that the projectors cannot take."""
+    def _checked(self, found: Any) -> Features:
+        """What the encoder returned. Raises TypeError or ValueError where the projectors cannot take it."""
         name, cls = type(self.encoder).__name__, type(self.encoder)
         if not isinstance(found, Features):
             raise TypeError(f"{name}.forward gave {type(found).__name__}; needed: encoders.Features")
@@ -70,9 +75,10 @@ class EncoderModule(nn.Module):
                 f"{name}.forward gave values {list(found.values.shape)}; needed: [rows, "
                 f"{', '.join(map(str, shape))}], as feature_width (and feature_levels) say"
             )
+        return found
 
     def _check_gradient(self, values: Tensor) -> None:
-        """Refuse an encoder that would silently not be trained."""
+        """Raise ValueError for an encoder that has weights to train but whose features have no gradient."""
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
         if trained and len(values) and not values.requires_grad:
             name = type(self.encoder).__name__
@@ -84,23 +90,24 @@ class EncoderModule(nn.Module):
     def _project(self, values: Tensor, share: Share) -> Tensor:
         assert self.projector is not None
         if not self.level_projectors:
-            return self.projector(values, share)
+            projected: Tensor = self.projector(values, share)
+            return projected
         nets = [self.projector, *self.level_projectors]
         return torch.stack([net(x, share) for net, x in zip(nets, values.unbind(1), strict=True)], 1)
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        """Submodules that may be gathered and freed on their own."""
+        """Submodules that FSDP may gather and free one at a time."""
         return self.encoder.layers
 
     def groups(self) -> Mapping[str, list[nn.Parameter]]:
-        """Trainable groups by name."""
+        """Parameters of the encoder and of the projectors, as freeze() names them."""
         encoder = list(self.encoder.parameters())
         inside = {id(p) for p in encoder}
         return {"encoder": encoder, "projector": [p for p in self.parameters() if id(p) not in inside]}
 
     def freeze(self, what: str) -> None:
-        """Stop training a group: none, encoder, projector or all."""
+        """Stop training one of FREEZE; the other group is trained, except what was declared untrained."""
         never = {id(p) for _, p, spec in declared(self) if not spec.trained}
         for name, params in self.groups().items():
             for p in params:
@@ -108,7 +115,11 @@ class EncoderModule(nn.Module):
 
 
 class RowsMismatch(ValueError):
-    """Features do not fit their placeholders. item: index in the batch's metas."""
+    """The features of an item do not fill its placeholders.
+
+    item: index of the item in the batch's metas.
+    why: what was returned and what was promised.
+    """
 
     def __init__(self, item: int, why: str) -> None:
         super().__init__(f"item {item}: {why}")
@@ -127,7 +138,7 @@ def _mismatch(name: str, found: Features, promised: tuple[int, ...], given: Shar
 
 
 def encoder_axes(cls: type[Encoder], axes: Axes) -> Axes:
-    """What an encoder and its projector compute over: cp, and tp where the encoder is cut over it."""
+    """The axes that an encoder and its projector compute over: cp, and tp if its weights are sharded."""
     if not cls.tensor_parallel:
         return Axes(cp=axes.cp)
     return Axes(tp=axes.tp, cp=axes.cp, sequence_parallel=axes.sequence_parallel)
@@ -136,7 +147,7 @@ def encoder_axes(cls: type[Encoder], axes: Axes) -> Axes:
 def check_encoder(
     cls: type[Encoder], cfg: Any, *, tp: int = 1, cp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1
 ) -> None:
-    """Refuse options and degrees that the encoder cannot have: ValueError with the nearest that works."""
+    """Raise ValueError, naming the nearest that works, for options and degrees that the encoder refuses."""
     name = cls.__name__
     if ep > 1 or etp > 1:
         given = {d: n for d, n in (("ep", ep), ("etp", etp)) if n > 1}
@@ -169,10 +180,11 @@ def encoder_stages(
     d_out: int = 0,
     projector_hidden: int = 0,
 ) -> tuple[Stage, ...]:
-    """Cut an encoder into pp stages, as even as its layers allow.
+    """Partition an encoder into pp stages of costs as equal as its layers allow.
 
-    meta: a typical item, to weigh the stem and the projector by; without it only layers count. Raises
-    ValueError for more stages than layers.
+    meta: of a typical item, for the costs of the stem and of the projectors; without it only layers count.
+    d_out, projector_hidden: output and hidden width of the projectors.
+    Raises ValueError for more stages than layers.
     """
     n = cls.layer_count(cfg)
     if meta is None:
@@ -184,8 +196,8 @@ def encoder_stages(
 def needed_items(
     cls: type[Encoder], cfg: Any, metas: Sequence[Meta], axes: Axes, stage: Stage | None = None
 ) -> range:
-    """The items of a data-parallel lane, by number, whose inputs the rank at axes.cp, axes.tp computes from;
-    no others need be read on it. Stages after the first need none."""
+    """Indices in `metas`, the items of a dp rank, of those that the rank at axes.cp, axes.tp computes from.
+    Only these must be read on it. Stages after the first need none."""
     if stage is not None and not stage.first:
         return range(0)
     if not cls.context_parallel:
@@ -198,8 +210,8 @@ def needed_items(
 def hidden_shape(
     cls: type[Encoder], cfg: Any, metas: Sequence[Meta], stage: Stage, axes: Axes
 ) -> tuple[int, int]:
-    """Shape of the hidden states that `stage`, not the first, takes for the items of a data-parallel lane, on
-    the rank at axes.cp, axes.tp. From metadata alone, so that a receiver needs no handshake."""
+    """Shape [tokens, width] of the hidden states that `stage`, not the first, receives for the items of a dp
+    rank, on the rank at axes.cp, axes.tp. It follows from metadata: a receiver needs no handshake (law 4)."""
     rows = [cls.rows(cfg, meta) for meta in metas]
     share = Share.of(rows, encoder_axes(cls, axes), cls.tokens_per_row(cfg))
     return share.kept, cls.hidden_width(cfg, stage.start)
@@ -216,15 +228,19 @@ def build_encoder_module(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> EncoderModule:
-    """Build an encoder and its projector, or one stage of them, with global shapes, which
-    parallel.sharding.shard cuts later. Parameters have the same names and initial values in any stage. Raises
-    ValueError for parameters that are not declared."""
+    """An encoder and its projectors, or one stage of them, with parameters of global shapes.
+
+    d_out, projector_hidden: output and hidden width of the projectors.
+    stage: which layers to build; None for all. A parameter has one name and initial value in any stage.
+    device, dtype: of the parameters, which parallel.sharding.shard shards later.
+    Raises ValueError for parameters that are not declared.
+    """
     inner, stage = encoder_axes(cls, axes), stage or whole(cls.layer_count(cfg))
     assert cls.context_parallel or axes.cp.size == 1, "check_encoder() refuses this"
     assert cls.pipeline or (stage.first and stage.last), "check_encoder() refuses this"
     factory: FactoryKwargs = {"device": device, "dtype": dtype}
-    staged: dict[str, Any] = {"stage": stage} if cls.pipeline else {}
-    encoder = cls(cfg, inner, **staged, **factory)
+    make: Callable[..., Encoder] = cls
+    encoder = make(cfg, inner, stage=stage, **factory) if cls.pipeline else make(cfg, inner, **factory)
     projectors = [
         Projector(cls.feature_width(cfg), projector_hidden, d_out, inner, **factory)
         for _ in range(cls.feature_levels(cfg) if stage.last else 0)
@@ -239,7 +255,7 @@ def build_encoder_module(
 
 
 def _check_parameters(module: EncoderModule, name: str) -> None:
-    """Refuse parameters that were not declared, or whose values would depend on the pipeline's stages."""
+    """Raise ValueError for parameters that were not declared or whose values would depend on the stage."""
     try:
         found = list(declared(module))
     except ValueError as error:
@@ -256,17 +272,18 @@ def _check_parameters(module: EncoderModule, name: str) -> None:
 
 
 def _sum_over_tp(module: nn.Module) -> None:
-    """Declare that parameters that tp does not cut see other rows on each tp rank."""
+    """Declare that gradients of parameters that tp does not shard are sums over tp: each tp rank has other
+    rows."""
     for sub in module.modules():
         specs = own_specs(sub)
         specs.update({name: replace(s, partial=s.shard_dim is None) for name, s in specs.items()})
 
 
 def projector_flops(cls: type[Encoder], cfg: Any, meta: Meta, d_out: int, hidden: int) -> float:
-    """Forward FLOPs of one item in the projectors, d_out wide."""
+    """FLOPs of the forward of an item in the projectors. d_out, hidden: their output and hidden width."""
     return 2.0 * cls.feature_levels(cfg) * cls.rows(cfg, meta) * hidden * (cls.feature_width(cfg) + d_out)
 
 
 def module_flops(cls: type[Encoder], cfg: Any, meta: Meta, d_out: int, hidden: int) -> float:
-    """Forward FLOPs of one item, projector (d_out wide) included."""
+    """FLOPs of the forward of an item in the encoder and its projectors."""
     return cls.cost(cfg, meta) + projector_flops(cls, cfg, meta, d_out, hidden)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Unpack
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,29 +16,21 @@ from parallel.topology.axis import Axes
 
 
 class Projector(nn.Module):
-    """[rows, d_in] to [rows, d_out], the hidden width cut over tp where that divides it."""
+    """[rows, d_in] to [rows, d_out]; the hidden width is sharded over tp."""
 
     def __init__(
-        self,
-        d_in: int,
-        hidden: int,
-        d_out: int,
-        axes: Axes,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        self, d_in: int, hidden: int, d_out: int, axes: Axes, **factory: Unpack[FactoryKwargs]
     ) -> None:
         super().__init__()
         self.axes = axes
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         declare(self, "norm", (d_in,), constant(1.0), **factory)
         self.up = Linear(d_in, hidden, normal(d_in**-0.5), shard="column", **factory)
         self.down = Linear(hidden, d_out, normal(hidden**-0.5), shard="row", **factory)
 
     def forward(self, x: Tensor, share: Share) -> Tensor:
-        """x: the rows that this rank keeps of `share`."""
+        """[share.kept, d_in], the rows that this rank keeps between blocks, to [share.kept, d_out]."""
         weight = local(self.norm)
-        x = x.to(weight.dtype)  # an encoder may have computed in a dtype of its own
+        x = x.to(weight.dtype)  # encoders may compute in another dtype
         acc = accumulation_dtype(x.dtype)
         x = F.rms_norm(x.to(acc), weight.shape, weight.to(acc), 1e-5).to(x.dtype)
         h = F.relu(self.up(enter(x, self.axes, share))).square()

@@ -14,7 +14,7 @@ _registry: dict[str, type[Encoder]] = {}
 
 
 def register(name: str) -> Callable[[type[Encoder]], type[Encoder]]:
-    """Class decorator: make an encoder known as `name`. Raises ValueError where the name is taken."""
+    """Class decorator: `name` in a config means this encoder. Raises ValueError if the name is taken."""
 
     def add(cls: type[Encoder]) -> type[Encoder]:
         if _registry.get(name, cls) is not cls:
@@ -26,7 +26,11 @@ def register(name: str) -> Callable[[type[Encoder]], type[Encoder]]:
 
 
 def resolve(name: str) -> type[Encoder]:
-    """The encoder registered as `name`, or the class at `package.module:Class`."""
+    """The encoder that is registered as `name`, or the class at `package.module:Class`.
+
+    Raises ValueError for an unknown name, a module that cannot be imported, and a class that is no Encoder or
+    lacks some of its methods.
+    """
     if name in _registry:
         return _registry[name]
     if ":" not in name:
@@ -34,10 +38,10 @@ def resolve(name: str) -> type[Encoder]:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_registry))}."
         raise ValueError(f"no encoder named {name!r}; {hint} An encoder of your own is package.module:Class")
     module, _, attribute = name.partition(":")
-    compat.repair()  # what a plug-in imports may import torchvision or torchaudio, at any time
+    compat.repair()  # the plug-in may import packages that import torchvision or torchaudio
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a file of the user's raises while it is imported
+    except Exception as error:  # a plug-in may raise anything while it is imported
         raise ValueError(
             f"{name!r} cannot be imported: {type(error).__name__}: {error}; needed: package.module:Class, "
             "importable from the working folder or PYTHONPATH"

@@ -1,8 +1,8 @@
-"""Which rows of a data-parallel lane's items each context- and tensor-parallel rank has. Pure.
+"""Which rows of the items of a dp rank each context- and tensor-parallel rank has. Pure.
 
-The items of a lane lie end to end; their rows are numbered through. The cp ranks cut them into contiguous
-stretches without regard to items, so that items longer than a stretch and lanes of fewer items than ranks are
-as even as any. With sequence parallelism the tp ranks cut each stretch further.
+The items of a dp rank lie end to end and their rows are numbered from the first to the last. The rows are
+split over the cp ranks into contiguous spans, whatever items these cross: the split is even also for one long
+item, and for fewer items than ranks. With sequence parallelism each span is split over the tp ranks too.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from parallel.topology.axis import Axes
 def encoder_row_spans(
     rows_per_item: Sequence[int], cp: int, tp: int = 1, sequence_parallel: bool = False
 ) -> tuple[tuple[Span, ...], ...]:
-    """Rows [start, stop) of a lane that each rank gives, as spans[cp rank][tp rank].
+    """Rows [start, stop) of a dp rank that each rank outputs, as spans[cp rank][tp rank].
 
     Rows are split by intervals.shares(), over cp first; parallel.boundary.source_side() computes the same.
-    Without sequence parallelism the tp ranks of one cp rank give equal rows.
+    Without sequence parallelism all tp ranks of a cp rank output its rows.
     """
     out = []
     for a, b in shares(sum(rows_per_item), cp):
@@ -32,7 +32,7 @@ def encoder_row_spans(
 
 @dataclass(frozen=True)
 class Piece:
-    """The rows [start, stop) of item number `item`, counted from the item's first row."""
+    """Tokens [start, stop) of item number `item`, counted from the item's first token."""
 
     item: int
     start: int
@@ -40,8 +40,8 @@ class Piece:
 
 
 def pieces(lengths: Sequence[int], span: Span) -> list[Piece]:
-    """The parts of items of these lengths, end to end, that lie in `span`; items without a row in it are
-    left out."""
+    """The pieces of items of these lengths, end to end, that lie in `span`; an item without a token in it has
+    no piece."""
     first = (0, *accumulate(lengths))
     a, b = span
     if b <= a:
@@ -52,8 +52,8 @@ def pieces(lengths: Sequence[int], span: Span) -> list[Piece]:
 
 
 def reach(lengths: Sequence[int], span: Span, n: int | None = None) -> Span:
-    """`span` and n tokens on either side of it, not beyond the items that have a token in it (None: all of
-    these items)."""
+    """`span` extended by n tokens on either side, but not beyond the items that have a token in `span`. None:
+    to the ends of these items."""
     touched = pieces(lengths, span)
     if not touched:
         return span
@@ -64,10 +64,13 @@ def reach(lengths: Sequence[int], span: Span, n: int | None = None) -> Span:
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank has of a lane, in tokens: `unit` of them make a row.
+    """What one rank has of the items of a dp rank. Spans are [start, stop) in the tokens of all items.
 
-    lengths: tokens of each item; spans: the stretch of each cp rank; own: this cp rank's; parts: what each of
-    its tp ranks keeps of it between blocks, all of it without sequence parallelism; part: this rank's.
+    lengths: tokens of each item.
+    spans: the span of each cp rank.
+    own: the span of this cp rank.
+    parts: what each of its tp ranks keeps of it between blocks: all without sequence parallelism.
+    part: what this rank keeps.
     """
 
     lengths: tuple[int, ...]
@@ -78,7 +81,7 @@ class Share:
 
     @staticmethod
     def of(rows_per_item: Sequence[int], axes: Axes, unit: int = 1) -> Share:
-        """The share of the rank at axes.cp, axes.tp."""
+        """The share of the rank at axes.cp, axes.tp. unit: tokens that make one row."""
         rows = encoder_row_spans(rows_per_item, axes.cp.size, axes.tp.size, axes.sequence_parallel)
         tokens = [tuple((unit * a, unit * b) for a, b in parts) for parts in rows]
         spans = tuple((parts[0][0], parts[-1][1]) for parts in tokens)
@@ -93,5 +96,5 @@ class Share:
 
     @property
     def kept(self) -> int:
-        """Tokens that this tp rank keeps of them."""
+        """Tokens that this rank keeps between blocks."""
         return self.part[1] - self.part[0]

@@ -1,14 +1,15 @@
 """A vision transformer at native resolution: images of any size packed end to end, none padded.
 
 Patch embedding, learned row and column positions, pre-norm blocks, then a 2x2 pixel shuffle that makes one
-row of four neighbouring patches (arXiv 2404.16821, section 3.1). Patches are brought in the order of these
-fours at once, so that a stretch of rows is a stretch of patches on its whole way.
+row of four neighbouring patches (arXiv 2404.16821, section 3.1). The embedding puts patches in the order of
+these fours, so that a range of rows is a range of patches in every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -17,26 +18,32 @@ from torch import Tensor, nn
 
 from encoders.compat import check_channels, decode_image
 from encoders.context import ItemAttention
-from encoders.contract import Encoder, Features, ItemBatch, Meta, check_positive
+from encoders.contract import Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
+from encoders.stacked import StackedEncoder
+from parallel.sequence.intervals import before
 from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
 from parallel.topology.layout import check_divides
-from parallel.topology.stage import Stage, whole
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """patch: pixels a side; channels: 1 for grey pictures, 3 for colour and grey ones; max_grid: patches a
-    side of the largest image.
+    """Sizes of a ViT.
 
-    levels: layers, by index, whose outputs are features of their own beside the last layer's (DeepStack,
-    arXiv 2406.04334).
+    patch: side of a patch, in pixels.
+    channels: 1 for grey pictures, 3 for colour and grey ones.
+    width: of hidden states; a row has 4 * width features.
+    heads: attention heads; they divide width.
+    layers: blocks.
+    mlp: hidden width of the MLP.
+    max_grid: side of the largest image, in patches.
+    levels: indices of earlier layers whose outputs are features too (DeepStack, arXiv 2406.04334).
     """
 
     patch: int = 2
@@ -50,14 +57,11 @@ class ViTConfig:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each x + f(norm(x)), heads and hidden width cut over tp."""
+    """Attention and MLP, each x + f(norm(x)); heads and hidden width are sharded over tp."""
 
-    def __init__(
-        self, cfg: ViTConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: ViTConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         d, self.axes, self.head_dim = cfg.width, axes, cfg.width // cfg.heads
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         std, out_std = d**-0.5 * 0.7, d**-0.5 * 0.7 / (2 * cfg.layers) ** 0.5
         self.norm1, self.norm2 = LayerNorm(d, **factory), LayerNorm(d, **factory)
         for name in ("q", "k", "v"):
@@ -71,7 +75,7 @@ class Block(nn.Module):
         h = enter(self.norm1(x), self.axes, share)
         weights = [local(self.q), local(self.k), local(self.v)]
         biases = [local(self.bias_q), local(self.bias_k), local(self.bias_v)]
-        qkv = joined_linear(h, weights, biases).unflatten(-1, (3, -1, self.head_dim))
+        qkv = torch.unflatten(joined_linear(h, weights, biases), -1, (3, -1, self.head_dim))
         y = attention(qkv[:, 0], qkv[:, 1:])
         x = x + leave(self.out(y.flatten(1)), self.axes, share)
         h = F.gelu(self.up(enter(self.norm2(x), self.axes, share)))
@@ -79,40 +83,28 @@ class Block(nn.Module):
 
 
 @register("vit")
-class ViT(Encoder):
+class ViT(StackedEncoder):
     """Images (PNG or JPEG; height and width multiples of two patches) to (h / 2p) * (w / 2p) rows."""
 
     Config = ViTConfig
-    tensor_parallel = context_parallel = pipeline = True
+    cfg: ViTConfig
 
-    def __init__(
-        self,
-        cfg: ViTConfig,
-        axes: Axes,
-        *,
-        stage: Stage | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(cfg, axes, device=device, dtype=dtype)
-        self.cfg, self.axes, self.stage = cfg, axes, stage or whole(cfg.layers)
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
-        if self.stage.first:
-            inputs = cfg.channels * cfg.patch**2
-            self.patch = Linear(inputs, cfg.width, normal(inputs**-0.5), bias=True, **factory)
-            declare(self, "row_position", (cfg.max_grid, cfg.width), normal(0.1), **factory)
-            declare(self, "column_position", (cfg.max_grid, cfg.width), normal(0.1), **factory)
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, axes, **factory) for i in self.stage.layers})
-        if self.stage.last:
-            self.norm = LayerNorm(cfg.width, **factory)
+    def add_stem(self, **factory: Unpack[FactoryKwargs]) -> None:
+        cfg = self.cfg
+        inputs = cfg.channels * cfg.patch**2
+        self.patch = Linear(inputs, cfg.width, normal(inputs**-0.5), bias=True, **factory)
+        declare(self, "row_position", (cfg.max_grid, cfg.width), normal(0.1), **factory)
+        declare(self, "column_position", (cfg.max_grid, cfg.width), normal(0.1), **factory)
 
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return list(self.blocks.values())
+    def make_block(self, **factory: Unpack[FactoryKwargs]) -> Block:
+        return Block(self.cfg, self.axes, **factory)
+
+    def add_norm(self, **factory: Unpack[FactoryKwargs]) -> None:
+        self.norm = LayerNorm(self.cfg.width, **factory)
 
     @classmethod
     def grid(cls, cfg: ViTConfig, meta: Meta) -> tuple[int, int]:
-        """Patches down and across; ValueError where the image does not fit the patches."""
+        """Patches down and across. Raises ValueError where the image does not fit the patches."""
         height, width = meta["height"], meta["width"]
         side = 2 * cfg.patch
         if height % side or width % side or not height or not width:
@@ -131,7 +123,7 @@ class ViT(Encoder):
     @classmethod
     def rows(cls, cfg: ViTConfig, meta: Meta) -> int:
         down, across = cls.grid(cfg, meta)
-        check_channels(meta.get("channels", 1), cfg.channels)  # other indexes may not say
+        check_channels(meta.get("channels", 1), cfg.channels)  # some indexes lack it
         return down * across // 4
 
     @classmethod
@@ -151,12 +143,8 @@ class ViT(Encoder):
         return 1 + len(cfg.levels)
 
     @classmethod
-    def layer_count(cls, cfg: ViTConfig) -> int:
-        return cfg.layers
-
-    @classmethod
     def hidden_width(cls, cfg: ViTConfig, layer: int) -> int:
-        """Levels that earlier stages have made come along."""
+        """The levels of earlier stages travel beside the hidden states."""
         return cfg.width * (1 + sum(level < layer for level in cfg.levels))
 
     @classmethod
@@ -169,7 +157,7 @@ class ViT(Encoder):
 
     @classmethod
     def prepare(cls, cfg: ViTConfig, payload: bytes, meta: Meta) -> Tensor:
-        """Patches [n, channels p p] in [-1, 1], row by row."""
+        """Patches [n, channels * patch * patch], float32 in [-1, 1], row by row of the grid."""
         image = decode_image(payload, cfg.channels).to(torch.float32) / 127.5 - 1.0
         down, across = cls.grid(cfg, meta)
         p = cfg.patch
@@ -182,7 +170,7 @@ class ViT(Encoder):
 
     @classmethod
     def check(cls, cfg: ViTConfig, tp: int) -> None:
-        check_positive("vit", cfg, "patch", "width", "heads", "layers", "mlp", "max_grid")
+        check_positive("vit", cfg, ("patch", "width", "heads", "layers", "mlp", "max_grid"))
         if cfg.channels not in (1, 3):
             raise ValueError(f"vit channels is {cfg.channels}; needed: 1 (grey) or 3 (colour)")
         check_divides("vit width", cfg.width, "heads", cfg.heads)
@@ -199,7 +187,7 @@ class ViT(Encoder):
         grids = [self.grid(cfg, m) for m in batch.metas]
         rows = tuple(a * b // 4 for a, b in grids)
         share = Share.of(rows, self.axes, 4)
-        states = [self._embed(batch, grids, share)] if hidden is None else hidden.split(cfg.width, 1)
+        states = [self._embed(batch, grids, share)] if hidden is None else torch.split(hidden, cfg.width, 1)
         x, levels = states[0], list(states[1:])
         attention = ItemAttention.of(share, self.axes.cp, x.device, self.timeout_s)
         for i, block in zip(self.stage.layers, self.blocks.values(), strict=True):
@@ -212,16 +200,17 @@ class ViT(Encoder):
         return Features(torch.stack(found, 1) if levels else found[0], rows, share.part[0] // 4)
 
     def _embed(self, batch: ItemBatch, grids: Sequence[tuple[int, int]], share: Share) -> Tensor:
-        """Patches that this rank keeps, [kept, width]."""
-        places = _places(grids, share)
-        places[0] -= sum(share.lengths[: batch.first])  # items without values here
-        patch, row, column = torch.from_numpy(places).to(batch.values.device)
-        x = self.patch(batch.values.index_select(0, patch).to(local(self.patch.weight).dtype))
+        """The patches that this rank keeps, embedded: [kept, width]."""
+        kept = _kept_patches(grids, share)
+        kept[0] -= sum(share.lengths[: batch.first])  # batch.values lack the items before batch.first
+        patch, row, column = torch.from_numpy(kept).to(batch.values.device)
+        x: Tensor = self.patch(batch.values.index_select(0, patch).to(local(self.patch.weight).dtype))
         return x + local(self.row_position)[row] + local(self.column_position)[column]
 
 
-def _places(grids: Sequence[tuple[int, int]], share: Share) -> np.ndarray:
-    """Packed number, grid row and column [3, kept] of this rank's patches, in the order of 2x2 blocks."""
+def _kept_patches(grids: Sequence[tuple[int, int]], share: Share) -> np.ndarray:
+    """Packed index, grid row and grid column of this rank's patches, in the order of 2x2 blocks: int64
+    [3, kept]."""
     own = pieces(share.lengths, share.part)
     length = np.asarray([p.stop - p.start for p in own], dtype=np.int64)
     first = np.cumsum([0, *share.lengths])
@@ -230,10 +219,8 @@ def _places(grids: Sequence[tuple[int, int]], share: Share) -> np.ndarray:
         return np.repeat(np.asarray(of_piece, dtype=np.int64), length)
 
     across = each([grids[p.item][1] for p in own])
-    place = (
-        np.arange(length.sum()) + each([p.start for p in own]) - each((np.cumsum(length) - length).tolist())
-    )
-    block, corner = place // 4, place % 4
+    in_item = np.arange(length.sum()) + each([p.start for p in own]) - each(before(length).tolist())
+    block, corner = in_item // 4, in_item % 4
     row = 2 * (block // (across // 2)) + corner // 2
     column = 2 * (block % (across // 2)) + corner % 2
     return np.stack([each([int(first[p.item]) for p in own]) + row * across + column, row, column])

@@ -1,6 +1,6 @@
 """The hybrid Mamba-2, attention and mixture-of-experts language model.
 
-It takes rows to put in the place of tokens. What gives them may not enter: encoders and jobs are elsewhere.
+Encoder rows enter it as tensors, in the place of token embeddings. Encoders and jobs may not enter this room.
 """
 
 from __future__ import annotations

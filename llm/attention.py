@@ -1,8 +1,9 @@
-"""Grouped-query attention, with rotary positions or none, cut over tp by heads and over cp by tokens."""
+"""Grouped-query attention, with rotary positions or none: heads over tp, tokens over cp."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +21,18 @@ from parallel.topology.axis import Axes
 
 
 class Attention(nn.Module):
-    """Causal attention within each document; several query heads share a key/value head.
+    """Causal attention within each document; several query heads share a key/value head (arXiv 2305.13245).
 
-    Where tp exceeds the key/value heads, each rank computes those that its own query heads read.
+    With more tp ranks than key/value heads, each rank computes those that its own query heads read.
     """
 
-    def __init__(
-        self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.axes, self.head_dim, self.rope_theta = axes, cfg.head_dim, cfg.rope_theta
         self.shared = share_heads(cfg.n_heads, cfg.n_kv_heads, axes.tp.size, axes.tp.rank)
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
         own = self.shared.count * cfg.head_dim
         self.sizes = [q // axes.tp.size, own, own]
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         for name, width in {"q": q, "k": kv, "v": kv}.items():
             init = normal(cfg.init_std)
             spec = ParamSpec(init, shard_dim=0) if name == "q" else self.shared.spec(init)
@@ -43,7 +41,7 @@ class Attention(nn.Module):
                 declare(self, f"{name}_bias", (width,), replace(spec, init=constant(0.0)), **factory)
         self.out = Linear(q, cfg.d_model, normal(cfg.out_std), shard="row", **factory)
         if cfg.attention_bias:
-            # Added after the partial sums are, so that it counts once.
+            # Added after the sum over tp, so that it counts once.
             after = ParamSpec(constant(0.0), partial=axes.sequence_parallel)
             declare(self, "bias", (cfg.d_model,), after, **factory)
         else:
@@ -51,19 +49,19 @@ class Attention(nn.Module):
         self.recompute: frozenset[str] = frozenset()
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """x as kept between blocks, [T, d] or this rank's share of it, to the same."""
+        """x [T, d], or this rank's share of it under sequence parallelism, to the same."""
         x = enter(x, self.axes)
         biases = None if self.bias is None else self._used("_bias")
+        joined = joined_linear(x, self._used(""), biases)
         q, k, v = (
-            t.unflatten(-1, (-1, self.head_dim))
-            for t in joined_linear(x, self._used(""), biases).split(self.sizes, dim=-1)
+            torch.unflatten(t, -1, (-1, self.head_dim)) for t in torch.split(joined, self.sizes, dim=-1)
         )
         y = run("attention_core" in self.recompute, self._core, q, k, v, packing)
         y = leave(self.out(y.flatten(1)), self.axes)
         return y if self.bias is None else y + local(self.bias)
 
     def _used(self, suffix: str) -> list[Tensor]:
-        """Weights or biases of q, k and v for the heads of this rank."""
+        """Rows of the weights (or biases) of q, k and v for the heads of this rank."""
         q, k, v = (local(getattr(self, name + suffix)) for name in ("q", "k", "v"))
         return [q, *(self.shared.used(w, self.head_dim) for w in (k, v))]
 
@@ -80,13 +78,13 @@ class Attention(nn.Module):
 
 
 def rotate(q: Tensor, k: Tensor, position: Tensor, theta: float) -> tuple[Tensor, Tensor]:
-    """Rotary positions (arXiv 2104.09864): q and k [T, H, D] turned by position [T] in their document.
+    """Rotary positions (arXiv 2104.09864): q and k [T, H, D], rotated by position [T] in their document.
 
-    Feature i turns together with i + D / 2, as published checkpoints have it.
+    Feature i is paired with i + D / 2, as in published checkpoints.
     """
     acc, half = accumulation_dtype(q.dtype), q.shape[-1] // 2
     speed = theta ** (-torch.arange(half, dtype=torch.float64, device=q.device) / half)
-    angle = position.unsqueeze(-1) * speed  # float64: a float32 angle is off by 0.03 at position 1M
+    angle = position.unsqueeze(-1) * speed  # float64: in float32 the angle is off by 0.03 at 1M
     cos, sin = (f(angle).to(acc).unsqueeze(1) for f in (torch.cos, torch.sin))
 
     def turn(x: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""Keeping experts evenly loaded: choice by groups, and losses of the router's own.
+"""Load balance of experts: choice by groups, and the router's own losses.
 
-Objectives are sums over tokens here, so that no layout changes them; the caller divides them by the number of
-all routed tokens of the step (llm.counts), whatever share of those is supervised. They enter the backward
-where they arise (attach), which spares a second output of every layer and pipeline stage.
+Losses here are sums over tokens, so that no layout changes them. The caller divides them by the number of all
+routed tokens of the step (llm.counts), supervised or not. attach() adds them to the backward where they are
+computed, so layers and pipeline stages need no second output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from parallel.topology.axis import Axis
 
 
 def choose(score: Tensor, k: int, groups: int = 1, top_groups: int = 1) -> Tensor:
-    """The k best columns of each row [n, k] of score [n, E]; of equal scores the lowest index comes first.
+    """Columns of the k largest values in each row of score [n, E]: [n, k]; ties go to the lowest index.
 
-    With groups, only experts of the top_groups groups whose two best scores have the largest sum
-    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    With groups, only experts of the top_groups best groups count; a group is rated by the sum of its two
+    largest scores (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
     """
     if top_groups < groups:
-        grouped = score.unflatten(1, (groups, -1))
+        grouped = torch.unflatten(score, 1, (groups, -1))
         strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # [n, groups]
         barred = torch.ones_like(strength, dtype=torch.bool).scatter_(1, _best(strength, top_groups), False)
         score = grouped.masked_fill(barred.unsqueeze(-1), -torch.inf).flatten(1)
@@ -38,10 +39,10 @@ def _best(score: Tensor, k: int) -> Tensor:
 def document_loads(
     chosen: Tensor, document: Tensor, documents: int, experts: int, over: list[Axis]
 ) -> Tensor:
-    """How many choices fell on each expert in each document, int64 [documents, experts], over all ranks.
+    """Tokens of each document that chose each expert, int64 [documents, experts], over all ranks.
 
-    chosen [n, k] and document [n], int64, of this rank's tokens. A collective over each axis of `over`,
-    which together hold the documents' tokens.
+    chosen [n, k] and document [n], int64: of this rank's tokens. Calls a collective over each axis of `over`;
+    the ranks of these axes together hold the documents' tokens.
     """
     loads = tally(document.unsqueeze(1) * experts + chosen, documents * experts)
     for axis in over:
@@ -51,14 +52,14 @@ def document_loads(
 
 
 def sequence_loss(share: Tensor, loads: Tensor, document: Tensor) -> Tensor:
-    """Balance loss of each document times its tokens, summed over this rank's tokens; a scalar.
+    """Balance loss of each document times its number of tokens, summed over this rank's tokens; a scalar.
 
-    share [n, E]: each token's scores as fractions of their sum; loads: document_loads of all ranks;
-    document [n]. A document of t tokens, k experts each, has the loss sum_e f_e P_e with
-    f_e = E / (k t) loads_e and P_e = 1 / t (sum of share_e over its tokens), 1 where it is even (DeepSeek-V3,
-    arXiv 2412.19437, equations 17 to 20; its form is that of Switch, arXiv 2101.03961, equation 4). Divided
-    by all routed tokens the result is the mean over documents, weighted by their tokens. loads are whole
-    numbers without a gradient, so ranks' parts simply add up.
+    share [n, E]: each token's scores as fractions of their sum. loads: document_loads() over all ranks.
+    document [n]: each token's document. A document of t tokens with k experts each has the loss
+    sum_e f_e P_e with f_e = E / (k t) loads_e and P_e = 1 / t (sum of share_e over its tokens); an even load
+    gives 1 (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20; the form of Switch, arXiv 2101.03961,
+    equation 4). The result over all routed tokens is the mean over documents, weighted by their tokens.
+    loads are whole numbers without a gradient, so the parts of all ranks add up.
     """
     loads = loads.to(share.dtype)
     rate = loads * (loads.shape[1] / loads.sum(1, keepdim=True).clamp(min=1))  # sum is k t
@@ -66,8 +67,10 @@ def sequence_loss(share: Tensor, loads: Tensor, document: Tensor) -> Tensor:
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """Sum over tokens of the squared log of the partition sum of logits [n, E]; divided by all routed tokens
-    it is the loss of ST-MoE (arXiv 2202.08906, equation 5)."""
+    """Sum over tokens of the squared logsumexp of logits [n, E]; a scalar.
+
+    Divided by the number of all routed tokens it is the z-loss of ST-MoE (arXiv 2202.08906, equation 5).
+    """
     return torch.logsumexp(logits, -1).square().sum()
 
 
@@ -82,6 +85,9 @@ class _Attach(torch.autograd.Function):
         return grad, torch.full_like(ctx.like, ctx.scale), None
 
 
+_attach: Callable[[Tensor, Tensor, float], Tensor] = _Attach.apply
+
+
 def attach(x: Tensor, objective: Tensor, scale: float) -> Tensor:
-    """x itself, whose backward also adds the gradients of scale * objective (a scalar)."""
-    return _Attach.apply(x, objective, scale)
+    """x itself; its backward adds the gradients of scale * objective, a scalar."""
+    return _attach(x, objective, scale)

@@ -144,7 +144,8 @@ class LLMConfig:
 
         For a dense transformer this is GPT-2's init_std / sqrt(2 blocks): a block is two layers here.
         """
-        return self.init_std / max(1, len(self.symbols)) ** 0.5
+        std: float = self.init_std / max(1, len(self.symbols)) ** 0.5
+        return std
 
 
 def embeds_last(cfg: LLMConfig) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Unpack
 
-import torch
 from torch import Tensor, nn
 
 from llm.attention import Attention
@@ -20,22 +20,16 @@ from parallel.topology.axis import Axes
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)). recompute: parts that are computed again in the backward (llm.recompute.PARTS).
-    offload: tensors of at least so many bytes wait for the backward in host memory, None: on the device."""
+    """x + mixer(norm(x)); symbol: the kind of mixer, as in LLMConfig.pattern.
 
-    def __init__(
-        self,
-        symbol: str,
-        cfg: LLMConfig,
-        axes: Axes,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    recompute: parts that are computed again in the backward (llm.recompute.PARTS). offload: tensors of at
+    least so many bytes are kept for the backward in host memory; None keeps all on the device.
+    """
+
+    def __init__(self, symbol: str, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.recompute: frozenset[str] = frozenset()
         self.offload: int | None = None
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **factory)
         self.mixer: nn.Module
         if symbol == "M":
@@ -48,17 +42,18 @@ class Layer(nn.Module):
             self.mixer = config_mlp(cfg, cfg.mlp_ffn, axes, **factory)
 
     def forward(self, x: Tensor, ctx: ForwardContext, choice: Choice | None = None) -> Tensor:
-        """x as kept between blocks, [T, d] or this rank's share of it, to the same."""
+        """x [T, d], or this rank's share of it under sequence parallelism, to the same."""
         h = run("norm" in self.recompute, self.norm, x)
         if isinstance(self.mixer, MoE):
-            return x + self.mixer(h, ctx, choice)
+            y: Tensor = self.mixer(h, ctx, choice)
+            return x + y
         if isinstance(self.mixer, MLP):
             return x + run("mlp" in self.recompute, self.mixer, h)
-        return x + self.mixer(h, ctx.packing)
+        y = self.mixer(h, ctx.packing)
+        return x + y
 
 
 def run_layer(layer: Layer, x: Tensor, ctx: ForwardContext) -> Tensor:
-    """layer(x), keeping only x where the whole layer is to be computed again."""
-    place = nullcontext() if layer.offload is None else to_host(layer, layer.offload)
-    with place:
+    """layer(x, ctx); keeps only x for the backward where the whole layer is recomputed."""
+    with nullcontext() if layer.offload is None else to_host(layer, layer.offload):
         return run("full" in layer.recompute, layer, x, ctx, Choice())

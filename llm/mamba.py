@@ -1,13 +1,13 @@
-"""The Mamba-2 mixer with Nemotron-H semantics, cut over tp by heads and groups, over cp by tokens or heads.
+"""The Mamba-2 mixer with Nemotron-H semantics: heads and groups over tp, tokens or heads over cp.
 
-Every projection is a parameter of its own, so that each is cut evenly; they are joined into one product.
+Every projection is a parameter of its own, so that each is sharded evenly; one product computes them all.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llm.config import LLMConfig
 from llm.recompute import run
-from llm.scan import added_states, cut, outputs, scan, state_after
+from llm.scan import ScanInputs, added_states, into_chunks, outputs, scan, state_after
 from parallel.comm.collectives import copy_in, reduce_out
 from parallel.context_parallel import ContextPacking
 from parallel.context_parallel.halo import context_conv, halo_rows
@@ -36,7 +36,7 @@ def _log_uniform_a() -> Init:
 
 
 def _time_step_bias() -> Init:
-    """Inverse softplus of a time step, log-uniform in (1e-3, 1e-1), at least 1e-4."""
+    """Inverse softplus of a time step that is log-uniform in (1e-3, 1e-1), at least 1e-4."""
     low, high = math.log(1e-3), math.log(1e-1)
 
     def draw(u: Tensor, v: Tensor) -> Tensor:
@@ -47,20 +47,18 @@ def _time_step_bias() -> Init:
 
 
 class ScanScalars(nn.Module):
-    """A_log, D and dt_bias, one each a head; kept precise whatever the rest computes in."""
+    """A_log, D and dt_bias, each [H]; they keep their stored dtype whatever the rest computes in."""
 
-    def __init__(self, heads: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    def __init__(self, heads: int, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         inits = {"a_log": _log_uniform_a(), "d": constant(1.0), "dt_bias": _time_step_bias()}
         for name, init in inits.items():
-            declare(
-                self, name, (heads,), ParamSpec(init, shard_dim=0, precise=True), device=device, dtype=dtype
-            )
+            declare(self, name, (heads,), ParamSpec(init, shard_dim=0, precise=True), **factory)
 
     def forward(self, acc: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A (negative), D and dt_bias of the local heads, in dtype acc.
 
-        Copies: what sharding gathers for this module may be gone when the scan's backward reads them.
+        They are copies: sharding may have freed the gathered weights when the scan's backward reads them.
         """
         return (
             -local(self.a_log).to(acc).exp(),
@@ -69,36 +67,41 @@ class ScanScalars(nn.Module):
         )
 
 
-Method = Literal["states", "heads"]
+ScanMethod = Literal["states", "heads"]
+"""How a scan crosses cp: ranks exchange states at the edges of their pieces, or exchange tokens for heads."""
 
 
 @dataclass(frozen=True)
 class MixerShape:
-    """What one tp rank's mixer works on: heads of width head_dim, groups that they read in equal runs."""
+    """Sizes of one tp rank's mixer."""
 
     heads: int
     head_dim: int
+    """Features of a head, P."""
     groups: int
+    """Groups that equal runs of heads read."""
     state: int
+    """State size, N."""
     kernel: int
+    """Taps of the convolution."""
 
     @property
     def sizes(self) -> list[int]:
-        """Channels of x, B and C, which the convolution runs over."""
+        """Channels of x, B and C, the inputs of the convolution."""
         bc = self.groups * self.state
         return [self.heads * self.head_dim, bc, bc]
 
 
-def mixer_bytes(shape: MixerShape, packing: ContextPacking, itemsize: int) -> dict[Method, int]:
-    """What the worst-off cp rank receives in a forward, in bytes; as much again in a backward. Pure.
+def mixer_bytes(shape: MixerShape, packing: ContextPacking, itemsize: int) -> dict[ScanMethod, int]:
+    """Bytes that the busiest cp rank receives in a forward, by method; the backward receives as many. Pure.
 
-    states: the rows that the convolution reads across an edge, and a state a piece. heads: tokens for heads
-    and back; only where cp cuts the heads, and groups evenly.
+    states: the rows that the convolution reads across an edge, and one state a piece. heads: tokens for heads
+    and back; only where the heads, and the groups, split evenly over cp.
     """
     acc = max(itemsize, 4)
     one = shape.heads * (shape.head_dim * shape.state + 1) * acc
     halo = halo_rows(packing, shape.kernel) * sum(shape.sizes) * itemsize
-    out: dict[Method, int] = {"states": states_taken(packing) * one + halo}
+    out: dict[ScanMethod, int] = {"states": states_taken(packing) * one + halo}
     cp = packing.cp.size
     if shape.heads % cp == 0 and (shape.groups % cp == 0 or cp % shape.groups == 0):
         own = shape.heads // cp
@@ -108,34 +111,34 @@ def mixer_bytes(shape: MixerShape, packing: ContextPacking, itemsize: int) -> di
     return out
 
 
-def choose_scan_method(shape: MixerShape, packing: ContextPacking, itemsize: int) -> Method:
-    """The one that moves fewer bytes. Pure, alike on every rank."""
+def choose_scan_method(shape: MixerShape, packing: ContextPacking, itemsize: int) -> ScanMethod:
+    """The method that moves fewer bytes (law 5). Pure: every rank chooses the same."""
     costs = mixer_bytes(shape, packing, itemsize)
     return min(costs, key=lambda method: costs[method])
 
 
 @dataclass(frozen=True)
 class Carry:
-    """What a document leaves behind for its next tokens: the convolution's last inputs [K - 1, channels], and
-    the state [G, N, heads per group, P]. Keeps its graph; detach to cut it."""
+    """What the next tokens of a document need from those before. Keeps its graph; see detach()."""
 
     conv: Tensor
+    """Last inputs of the convolution, [K - 1, channels]."""
     state: Tensor
+    """State after the last token, [G, N, heads per group, P]."""
 
     def detach(self) -> Carry:
+        """The same values without their graph."""
         return Carry(self.conv.detach(), self.state.detach())
 
 
 class Mamba(nn.Module):
     """[z, x, B, C, dt] = W x; x, B, C through a causal convolution and SiLU; scan; gated group norm; out.
 
-    Where tp exceeds the groups, each rank computes those that its own heads read, and the norm of a group is
-    summed over the ranks that share it.
+    Mamba-2: arXiv 2405.21060, section 7. With more tp ranks than groups, each rank computes the groups that
+    its own heads read, and the mean square of a group is summed over the ranks that share it.
     """
 
-    def __init__(
-        self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.cfg, self.axes = cfg, axes
         tp = axes.tp
@@ -144,7 +147,6 @@ class Mamba(nn.Module):
         inner, bc = cfg.mamba_inner, cfg.mamba_groups * cfg.mamba_state
         own_bc = self.shared.count * cfg.mamba_state
         self.sizes = [inner // tp.size, inner // tp.size, own_bc, own_bc, self.heads]
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
 
         def spec(name: str, init: Init) -> ParamSpec:
             return self.shared.spec(init) if name in ("b", "c") else ParamSpec(init, shard_dim=0)
@@ -158,42 +160,43 @@ class Mamba(nn.Module):
             declare(self, f"conv_{name}", (widths[name], cfg.conv_kernel), conv, **factory)
             declare(self, f"conv_bias_{name}", (widths[name],), conv, **factory)
         declare(self, "norm", (inner,), ParamSpec(constant(1.0), shard_dim=0), **factory)
-        self.scalars = ScanScalars(cfg.mamba_heads, device=device, dtype=dtype)
+        self.scalars = ScanScalars(cfg.mamba_heads, **factory)
         self.out = Linear(inner, cfg.d_model, normal(cfg.out_std), shard="row", **factory)
         self.recompute: frozenset[str] = frozenset()
 
     @property
     def shape(self) -> MixerShape:
+        """Sizes of this tp rank's mixer."""
         cfg = self.cfg
         return MixerShape(self.heads, cfg.mamba_head_dim, self.shared.count, cfg.mamba_state, cfg.conv_kernel)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """x as kept between blocks, [T, d] or this rank's share of it, to the same."""
+        """x [T, d], or this rank's share of it under sequence parallelism, to the same."""
         z, mixed, dt = self._project(x)
         y = run("scan" in self.recompute, self._core, z, mixed, dt, packing)
         return leave(self.out(y), self.axes)
 
     def resume(self, x: Tensor, carry: Carry | None = None) -> tuple[Tensor, Carry]:
-        """The next tokens of one document, after those that left `carry`: (their outputs, a new carry).
+        """(outputs of the next tokens of one document, carry after them); carry: after those before, or None.
 
-        x as in forward; a document given part by part has the outputs of the whole. Not under cp.
+        x as in forward. The parts of a document give the same outputs as the whole. Not under cp.
         """
-        assert self.axes.cp.size == 1, "under cp the parts of a document meet by its packing, not by a carry"
+        assert self.axes.cp.size == 1, "under cp the packing joins the parts of a document, not a carry"
         z, mixed, dt = self._project(x)
         packing, width = Packing.of([len(mixed)], mixed.device), self.cfg.conv_kernel - 1
         first = mixed.new_zeros(width, mixed.shape[1]) if carry is None else carry.conv
-        place = torch.arange(width, device=mixed.device)
+        slots = torch.arange(width, device=mixed.device)
         kernel, bias = self._taps()
-        conv = depthwise_conv(mixed, kernel, bias, packing, causal=True, before=(first, place))
-        u, dt, a, b, c, d = self._scan_inputs(F.silu(conv), dt)
-        chunks = cut(u, dt, a, b, c, packing.sequence_id, self.cfg.chunk)
+        conv = depthwise_conv(mixed, kernel, bias, packing, causal=True, before=(first, slots))
+        inputs = self._scan_inputs(F.silu(conv), dt)
+        chunks = into_chunks(inputs, packing.sequence_id, self.cfg.chunk)
         added = added_states(chunks)
         state, fall = state_after(chunks, added)
         before = None
         if carry is not None:
             before = carry.state
             state = state + fall.exp().unsqueeze(1).unsqueeze(-1) * before
-        y = self._gated_norm(outputs(chunks, d, before, added), z)
+        y = self._gated_norm(outputs(chunks, before, added), z)
         after = Carry(torch.cat([first, mixed])[len(mixed) :], state)
         return leave(self.out(y), self.axes), after
 
@@ -201,11 +204,11 @@ class Mamba(nn.Module):
         """z [T, inner], the convolution's inputs [T, channels] and raw time steps [T, heads]."""
         parts = {n: local(getattr(self, f"in_{n}")) for n in ("z", "x", "b", "c", "dt")}
         y = joined_linear(enter(x, self.axes), self._used(parts))
-        z, mixed, dt = y.split([self.sizes[0], sum(self.sizes[1:4]), self.sizes[4]], dim=-1)
+        z, mixed, dt = torch.split(y, [self.sizes[0], sum(self.sizes[1:4]), self.sizes[4]], dim=-1)
         return z, mixed, dt
 
     def _used(self, parts: dict[str, Tensor]) -> list[Tensor]:
-        """The rows of each weight that belong to heads of this rank, or to groups that they read."""
+        """The rows of each weight for this rank's heads, or for the groups that they read."""
         state = self.cfg.mamba_state
         return [self.shared.used(w, state) if n in ("b", "c") else w for n, w in parts.items()]
 
@@ -222,15 +225,14 @@ class Mamba(nn.Module):
             )
             kernel, bias = self._taps()
             conv = F.silu(depthwise_conv(mixed, kernel, bias, packing, causal=True))
-            u, dt, a, b, c, d = self._scan_inputs(conv, dt)
-            y = scan(u, dt, a, b, c, packing.sequence_id, self.cfg.chunk, d=d)
+            y = scan(self._scan_inputs(conv, dt), packing.sequence_id, self.cfg.chunk)
         elif self._method(packing, mixed.element_size()) == "states":
             y = self._by_states(mixed, dt, packing)
         else:
             y = self._by_heads(mixed, dt, packing)
         return self._gated_norm(y, z)
 
-    def _method(self, packing: ContextPacking, itemsize: int) -> Method:
+    def _method(self, packing: ContextPacking, itemsize: int) -> ScanMethod:
         if not self.shared.even:
             return "states"
         key = ("mamba", self.shape, itemsize)
@@ -238,30 +240,33 @@ class Mamba(nn.Module):
 
     def _scan_inputs(
         self, conv: Tensor, dt: Tensor, own: slice | None = None, groups: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x, dt, A, B, C and D as scan() takes them, of this tp rank's heads or `own` of them, which read
-        `groups` groups. conv [T, channels of x, B and C]."""
+    ) -> ScanInputs:
+        """Inputs of the scan for this tp rank's heads, or for `own` of them, which read `groups` groups.
+
+        conv [T, channels of x, B and C]: the convolution's outputs; dt [T, heads]: raw time steps.
+        """
         cfg = self.cfg
         acc = accumulation_dtype(conv.dtype)
         a, d, dt_bias = (s if own is None else s[own] for s in self.scalars(acc))
         groups = self.shared.count if groups is None else groups
         bc = groups * cfg.mamba_state
-        u, b, c = conv.to(acc).split([len(a) * cfg.mamba_head_dim, bc, bc], dim=-1)
+        x, b, c = torch.split(conv.to(acc), [len(a) * cfg.mamba_head_dim, bc, bc], dim=-1)
         dt = F.softplus(dt.to(acc) + dt_bias)
-        b, c = (t.unflatten(-1, (groups, cfg.mamba_state)) for t in (b, c))
+        x = torch.unflatten(x, -1, (len(a), cfg.mamba_head_dim))
+        b, c = (torch.unflatten(t, -1, (groups, cfg.mamba_state)) for t in (b, c))
         if own is None:
             b, c = self.shared.spread(b), self.shared.spread(c)
-        return u.unflatten(-1, (len(a), cfg.mamba_head_dim)), dt, a, b, c, d
+        return ScanInputs(x=x, dt=dt, a=a, b=b, c=c, d=d)
 
     def _by_states(self, mixed: Tensor, dt: Tensor, packing: ContextPacking) -> Tensor:
-        """Each rank scans its own pieces; a piece's last state goes to the pieces that continue it."""
+        """Each rank scans its own pieces and sends a piece's last state to the pieces that continue it."""
         kernel, bias = self._taps()
-        u, dt, a, b, c, d = self._scan_inputs(F.silu(context_conv(mixed, kernel, bias, packing)), dt)
+        inputs = self._scan_inputs(F.silu(context_conv(mixed, kernel, bias, packing)), dt)
         document, size = packing.fragments.sequence_id, self.cfg.chunk
         pieces = packing.once("pieces", lambda: plan_pieces(packing))
         if pieces.fetch is None:
-            return scan(u, dt, a, b, c, document, size, d=d)
-        chunks = [cut(u[s], dt[s], a, b[s], c[s], document[s], size) for s in pieces.local]
+            return scan(inputs, document, size)
+        chunks = [into_chunks(inputs.tokens(s), document[s], size) for s in pieces.local]
         added = [added_states(ch) for ch in chunks]
         ends = [state_after(ch, add) for ch, add in zip(chunks, added, strict=True)]
         # By head, as its decays are: [pieces, H, N P].
@@ -271,7 +276,7 @@ class Mamba(nn.Module):
         for ch, add, h in zip(chunks, added, begins, strict=True):
             assert h is not None
             by_group = h.view(*ch.x.shape[2:4], ch.b.shape[-1], -1).transpose(1, 2)
-            out.append(outputs(ch, d, by_group, add))
+            out.append(outputs(ch, by_group, add))
         return torch.cat(out) if len(out) > 1 else out[0]
 
     def _by_heads(self, mixed: Tensor, dt: Tensor, packing: ContextPacking) -> Tensor:
@@ -280,39 +285,38 @@ class Mamba(nn.Module):
         columns = packing.once(("columns", shape), lambda: head_columns(shape, cp.size).to(mixed.device))
         parts = torch.cat([mixed, dt], -1).index_select(1, columns.flatten())
         own = shape.heads // cp.size
-        conv, steps = to_heads(parts.unflatten(1, columns.shape), packing).split(
-            [columns.shape[1] - own, own], dim=-1
-        )
+        heads = to_heads(torch.unflatten(parts, 1, columns.shape), packing)
+        conv, steps = torch.split(heads, [columns.shape[1] - own, own], dim=-1)
         kernel, bias = (t.index_select(0, columns[cp.rank, :-own]) for t in self._taps())
         whole = packing.once("whole", lambda: Packing(packing.lengths, packing.device))
         conv = F.silu(depthwise_conv(conv, kernel, bias, whole, causal=True))
         mine = slice(cp.rank * own, (cp.rank + 1) * own)
         groups = share_heads(shape.heads, shape.groups, cp.size, cp.rank).count
-        u, steps, a, b, c, d = self._scan_inputs(conv, steps, mine, groups)
-        y = scan(u, steps, a, b, c, whole.sequence_id, self.cfg.chunk, d=d)
+        y = scan(self._scan_inputs(conv, steps, mine, groups), whole.sequence_id, self.cfg.chunk)
         return to_tokens(y.flatten(1), packing).reshape(-1, shape.heads, shape.head_dim)
 
     def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        """Outputs of the scan [T, H, P], gated by z and normed by group: [T, H P] in the dtype of z."""
+        """y [T, H, P] of the scan, gated by z [T, H P] and normed by group: [T, H P] in the dtype of z."""
         cfg, acc = self.cfg, y.dtype
         y = y.flatten(1) * F.silu(z.to(acc))
         if self.shared.sharded:
-            by_group = y.unflatten(1, (self.shared.count, -1))
+            by_group = torch.unflatten(y, 1, (self.shared.count, -1))
             y = F.rms_norm(by_group, by_group.shape[-1:], None, cfg.norm_eps).flatten(1)
         else:
-            # This rank's heads are parts of groups: their sums of squares join over tp, both ways.
+            # This rank has parts of groups: their sums of squares are summed over tp, in the backward too.
             group = self.shared.first + self.shared.reads(y.device)
             member = (group.unsqueeze(1) == torch.arange(cfg.mamba_groups, device=y.device)).to(acc)  # [H, G]
-            squares = y.unflatten(1, (self.heads, -1)).square().sum(-1) @ member
+            by_head = torch.unflatten(y, 1, (self.heads, -1))
+            squares = by_head.square().sum(-1) @ member
             squares = copy_in(reduce_out(squares, self.axes.tp), self.axes.tp)
             mean = squares @ member.T * (cfg.mamba_groups / cfg.mamba_inner)
-            y = (y.unflatten(1, (self.heads, -1)) * (mean + cfg.norm_eps).rsqrt().unsqueeze(-1)).flatten(1)
+            y = (by_head * (mean + cfg.norm_eps).rsqrt().unsqueeze(-1)).flatten(1)
         return (y * local(self.norm).to(acc)).to(z.dtype)
 
 
 def head_columns(shape: MixerShape, cp: int) -> Tensor:
-    """For each cp rank the columns of [x, B, C, dt] that its heads need, int64 [cp, w]."""
-    x, b, c = torch.arange(sum(shape.sizes)).split(shape.sizes)
+    """Columns of [x, B, C, dt] that the heads of each cp rank need, int64 [cp, w]."""
+    x, b, c = torch.split(torch.arange(sum(shape.sizes)), shape.sizes)
     dt = torch.arange(shape.heads) + sum(shape.sizes)
     rows = []
     for rank in range(cp):

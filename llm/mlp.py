@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -17,8 +19,10 @@ from parallel.topology.axis import Axes
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """relu(x)^2, which keeps its output only, as the product after it does anyway. The root of a square is
-    the number again, so the gradient 2 relu(x) loses nothing but the root's own rounding."""
+    """relu(x)^2, which keeps only its output for the backward, as the product after it does anyway.
+
+    The gradient 2 relu(x) is twice the root of the output; it loses no more than that root's rounding.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -32,9 +36,15 @@ class _SquaredReLU(torch.autograd.Function):
         return _root(y).mul_(2).mul_(grad)
 
 
+_squared_relu: Callable[[Tensor], Tensor] = _SquaredReLU.apply
+
+
 def _root(y: Tensor) -> Tensor:
-    """y.sqrt(), zero below the smallest normal number. On CPUs the root of an exact zero, which half of all
-    squared ReLUs are, takes torch eight times as long as another."""
+    """y.sqrt(), but zero below the smallest normal number.
+
+    On CPUs torch takes the root of an exact zero eight times as slowly as others; half of all squared ReLUs
+    are zero.
+    """
     if y.device.type != "cpu":
         return y.sqrt()
     tiny = torch.finfo(y.dtype).tiny
@@ -46,7 +56,7 @@ def activate(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor
     (arXiv 2109.08668), gelu the exact one."""
     x = up if gate is None else gate
     if kind == "relu2":
-        y = _SquaredReLU.apply(x)
+        y = _squared_relu(x)
     elif kind == "gelu":
         y = F.gelu(x)
     else:
@@ -54,31 +64,37 @@ def activate(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor
     return y if gate is None else y * up
 
 
-class MLP(nn.Module):
-    """down(act(up x)), up and gate cut by columns and down by rows. x [T, width] as kept between blocks."""
+@dataclass(frozen=True)
+class MLPShape:
+    """What a dense MLP is, whatever it is sharded over."""
 
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        axes: Axes,
-        *,
-        std: float,
-        out_std: float,
-        activation: Activation = "relu2",
-        gated: bool = False,
-        bias: bool = False,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    width: int
+    """Features in and out."""
+    hidden: int
+    """Features between up and down."""
+    std: float
+    """Standard deviation of the initial weights of up and gate."""
+    out_std: float
+    """The same of down."""
+    activation: Activation = "relu2"
+    gated: bool = False
+    """act(gate x) * (up x) in the place of act(up x)."""
+    bias: bool = False
+    """Whether up, gate and down have biases."""
+
+
+class MLP(nn.Module):
+    """down(act(up x)); over tp, up and gate are sharded by columns and down by rows."""
+
+    def __init__(self, shape: MLPShape, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
-        self.axes, self.activation = axes, activation
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
-        self.up = Linear(width, hidden, normal(std), shard="column", bias=bias, **factory)
-        self.gate = (
-            Linear(width, hidden, normal(std), shard="column", bias=bias, **factory) if gated else None
-        )
-        self.down = Linear(hidden, width, normal(out_std), shard="row", **factory)
+        self.axes, self.activation = axes, shape.activation
+        width, hidden, bias = shape.width, shape.hidden, shape.bias
+        self.up = Linear(width, hidden, normal(shape.std), shard="column", bias=bias, **factory)
+        self.gate: Linear | None = None
+        if shape.gated:
+            self.gate = Linear(width, hidden, normal(shape.std), shard="column", bias=bias, **factory)
+        self.down = Linear(hidden, width, normal(shape.out_std), shard="row", **factory)
         if bias:
             # Added after the partial sums are, so that it counts once.
             after = ParamSpec(constant(0.0), partial=axes.sequence_parallel)
@@ -87,6 +103,7 @@ class MLP(nn.Module):
             self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [T, width] or this rank's share of it, to the same."""
         x = enter(x, self.axes)
         gate = None if self.gate is None else self.gate(x)
         y = leave(self.down(activate(self.activation, self.up(x), gate)), self.axes)
@@ -95,14 +112,13 @@ class MLP(nn.Module):
 
 def config_mlp(cfg: LLMConfig, ffn: int, axes: Axes, **factory: Unpack[FactoryKwargs]) -> MLP:
     """The MLP of width `ffn` that a model's config describes: a dense layer, or a shared expert."""
-    return MLP(
-        cfg.d_model,
-        ffn,
-        axes,
+    shape = MLPShape(
+        width=cfg.d_model,
+        hidden=ffn,
         std=cfg.init_std,
         out_std=cfg.out_std,
         activation=cfg.activation,
         gated=cfg.mlp_gated,
         bias=cfg.mlp_bias,
-        **factory,
     )
+    return MLP(shape, axes, **factory)

@@ -1,6 +1,6 @@
 """The language model: embedding, a pattern of layers with one residual branch each, head and loss.
 
-It may be one stage of a pipeline, which holds some of the layers under their global names.
+An instance may be one stage of a pipeline; it then holds some of the layers, under their global names.
 """
 
 from __future__ import annotations

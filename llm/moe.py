@@ -1,14 +1,14 @@
 """Mixture of experts: router with a selection bias, routed experts in full or latent width, a shared one.
 
 Nemotron 3 and DeepSeek-V3 routing (arXiv 2512.20848; 2412.19437, section 2.1.2): experts are chosen by score
-plus bias, weighted by score alone. The bias follows the load, once a global batch, instead of a loss; a small
-balance loss within each document and a z-loss may join it.
+plus bias and weighted by score alone. The bias follows the load once a global batch and replaces a balance
+loss; a small balance loss within each document and a z-loss can be added.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,13 @@ from parallel.topology.axis import Axes
 
 
 class Router(nn.Module):
-    """Logits [n, E] in float32 (float64) of a linear map, whatever the rest computes in."""
+    """Logits [n, E] of tokens [n, d]: a linear map in float32 (float64), whatever the rest computes in."""
 
-    def __init__(
-        self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
-        # Each tp rank routes its own share of the tokens, so its gradient is a part of the whole.
+        # Each tp rank routes its own share of the tokens, so its gradient is a partial sum.
         spec = ParamSpec(normal(cfg.init_std), partial=axes.tp.size > 1, precise=True)
-        declare(self, "weight", (cfg.n_experts, cfg.d_model), spec, device=device, dtype=dtype)
+        declare(self, "weight", (cfg.n_experts, cfg.d_model), spec, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         acc = accumulation_dtype(x.dtype)
@@ -49,18 +47,15 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts of this rank: an activation between up (and gate) [E, F, w] and down [E, w, F].
+    """The routed experts of this rank: up (and gate) [E, F, w], an activation, down [E, w, F].
 
-    Under etp a rank holds some of the F features; its result is a part of the whole.
+    Under etp a rank holds some of the F features; its result is a partial sum.
     """
 
-    def __init__(
-        self, cfg: LLMConfig, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.cfg = cfg
         e, f, w = cfg.n_experts, cfg.expert_ffn, cfg.expert_width
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         up = ParamSpec(normal(cfg.init_std), shard_dim=0, view="expert", etp_dim=1)
         declare(self, "up", (e, f, w), up, **factory)
         if cfg.mlp_gated:
@@ -68,7 +63,10 @@ class Experts(nn.Module):
         declare(self, "down", (e, w, f), replace(up, init=normal(cfg.out_std), etp_dim=2), **factory)
 
     def forward(self, rows: Tensor, per_expert: list[int], recompute: bool = False) -> Tensor:
-        """Rows [m, w] grouped by local expert; recompute: keep what the activation is made of, not itself."""
+        """Rows [m, w], grouped by local expert, to their results [m, w].
+
+        recompute: keep the inputs of the activation for the backward, not its result.
+        """
 
         def act_down(up: Tensor, gate: Tensor | None) -> Tensor:
             hidden = activate(self.cfg.activation, up, gate)
@@ -80,75 +78,79 @@ class Experts(nn.Module):
 
 @dataclass
 class Choice:
-    """Who goes to which expert, decided once for a forward: a layer that is run again for its backward must
-    not decide again, as rounding could, nor exchange sizes again.
+    """The experts of each token, chosen once a forward.
 
-    chosen: experts [n, k] of this rank's tokens; loads: document_loads, where a balance loss needs them;
-    etp_rows: whose rows meet in this rank's slices of experts, None without etp.
+    A layer that is computed again for its backward reads them here: rounding could make it choose others, and
+    the exchange of sizes is saved.
     """
 
     chosen: Tensor | None = None
+    """Experts [n, k] of this rank's tokens."""
     loads: Tensor | None = None
+    """document_loads(), where a balance loss needs them."""
     route: Route | GatherRoute | None = None
+    """How rows reach their experts."""
     etp_rows: EtpRows | None = None
+    """The rows that meet in this rank's slices of experts; None without etp."""
 
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What a forward pass gives its layers besides the hidden states.
-
-    packing: the documents; n_real: tokens of this rank before the padding; counts: what the objectives are
-    means over; learns: a training forward, whose loads and other objectives count.
-    """
+    """What a forward pass gives its layers besides the hidden states."""
 
     packing: Packing
+    """The documents."""
     n_real: int
+    """Tokens of this rank before the padding."""
     counts: Counts = field(default_factory=Counts)
+    """Numbers of tokens that the objectives are means over."""
     learns: bool = False
+    """Whether this is a training forward: it counts loads and adds the router's objectives."""
 
 
 class MoE(nn.Module):
     """Routed experts over ep plus a shared expert over tp.
 
-    Each tp rank routes a distinct share of the tokens (its own with sequence parallelism), so the expert axis
-    may cross tp and dp. Padding tokens, the last of the sequence, are neither routed nor counted. With a
-    latent width, routed rows are projected before they are sent and after they came back and were summed, so
-    that both exchanges move latent rows (LatentMoE, arXiv 2601.18089).
+    Each tp rank routes a share of the tokens of its own (the one it holds under sequence parallelism), so the
+    expert axis may cross tp and dp. Padding tokens, the last of the sequence, are neither routed nor counted.
+    With a latent width, rows are projected to it before dispatch and back after combine, so both exchanges
+    move latent rows (LatentMoE, arXiv 2601.18089).
     """
 
     expert_bias: Tensor
     load: Tensor
     objectives: Tensor
 
-    def __init__(
-        self, cfg: LLMConfig, axes: Axes, *, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.cfg, self.axes = cfg, axes
-        factory: FactoryKwargs = {"device": device, "dtype": dtype}
         self.router = Router(cfg, axes, **factory)
         self.experts = Experts(cfg, **factory)
         self.latent_in: Linear | None = None
         self.latent_out: Linear | None = None
         if cfg.latent is not None:
-            # Whole on each tp rank, each of which sees its own tokens.
+            # Each tp rank holds them whole and applies them to its own tokens.
             partial = axes.tp.size > 1
             self.latent_in = Linear(cfg.d_model, cfg.latent, normal(cfg.init_std), partial=partial, **factory)
             self.latent_out = Linear(cfg.latent, cfg.d_model, normal(cfg.out_std), partial=partial, **factory)
         self.shared: MLP | None = None
         if cfg.shared_ffn:
             self.shared = config_mlp(cfg, cfg.shared_ffn, axes, **factory)
+        device, dtype = factory.get("device"), factory.get("dtype")
         acc = torch.float32 if dtype is None else accumulation_dtype(dtype)
         declare_buffer(self, "expert_bias", (cfg.n_experts,), 0.0, device=device, dtype=acc)
-        # Tokens each expert got since the last update of the bias, on this rank.
-        counts: dict[str, Any] = {"persistent": False, "device": device}
-        declare_buffer(self, "load", (cfg.n_experts,), 0, dtype=torch.int64, **counts)
-        # This rank's parts of the mean balance loss and z-loss, unweighted, since they were last taken.
-        declare_buffer(self, "objectives", (2,), 0.0, dtype=acc, **counts)
+        # Tokens of this rank that chose each expert since the last update of the bias.
+        experts = (cfg.n_experts,)
+        declare_buffer(self, "load", experts, 0, persistent=False, device=device, dtype=torch.int64)
+        # This rank's parts of the mean balance loss and z-loss, unweighted, since LLM.take_objectives().
+        declare_buffer(self, "objectives", (2,), 0.0, persistent=False, device=device, dtype=acc)
         self.recompute: frozenset[str] = frozenset()
 
     def forward(self, x: Tensor, ctx: ForwardContext, choice: Choice | None = None) -> Tensor:
-        """x as kept between blocks, [T, d] or this rank's share of it, to the same; choice: see Choice."""
+        """x [T, d], or this rank's share of it under sequence parallelism, to the same.
+
+        choice: filled where it is empty, followed where it is not.
+        """
         choice = choice or Choice()
         tp, cfg = self.axes.tp, self.cfg
         share = x if self.axes.sequence_parallel else split_tokens(x, tp)
@@ -192,7 +194,7 @@ class MoE(nn.Module):
     def _routed(
         self, x: Tensor, weight: Tensor, route: Route | GatherRoute, etp_rows: EtpRows | None
     ) -> Tensor:
-        """Tokens [n, w] through their experts, summed with weights [n, k]."""
+        """Rows x [n, w] through their experts; the results summed with weights [n, k]: [n, w]."""
         if isinstance(route, GatherRoute):
             out = self._expert_rows(gather_dispatch(x, route), route.per_expert, etp_rows)
             return gather_combine(out, weight, route)
@@ -202,13 +204,15 @@ class MoE(nn.Module):
         """Rows [m, w] grouped by local expert to their results [m, w]."""
         again = "moe_act" in self.recompute
         if etp_rows is None:
-            return self.experts(rows, per_expert, again)
-        return reduce_rows(self.experts(gather_rows(rows, etp_rows), etp_rows.per_expert, again), etp_rows)
+            whole: Tensor = self.experts(rows, per_expert, again)
+            return whole
+        results = self.experts(gather_rows(rows, etp_rows), etp_rows.per_expert, again)
+        return reduce_rows(results, etp_rows)
 
     def _with_objectives(
         self, weight: Tensor, logits: Tensor, score: Tensor, ctx: ForwardContext, choice: Choice, first: bool
     ) -> Tensor:
-        """The routing weights, which carry the router's own objectives into the backward."""
+        """The routing weights, whose backward adds the router's own objectives."""
         cfg = self.cfg
         balance = z = score.new_zeros(())
         if cfg.aux_weight:
@@ -222,21 +226,21 @@ class MoE(nn.Module):
         return weight
 
     def _balance(self, score: Tensor, ctx: ForwardContext, choice: Choice) -> Tensor:
-        """This rank's part of the documents' balance losses; score [n, E] of its tokens."""
+        """This rank's part of the balance losses of all documents; score [n, E]: of its tokens."""
         tp = self.axes.tp
         at = tp.rank * (ctx.packing.total // tp.size)
         document = ctx.packing.sequence_id[at : at + len(score)]
         if choice.loads is None:
             documents, over = len(ctx.packing.lengths), [tp, self.axes.cp]
-            # By score alone, as the equation has it: bias and groups correct what is still to be learned.
+            # By score alone (equation 18): bias and groups correct what the router still has to learn.
             best = choose(score.detach(), self.cfg.top_k)
             choice.loads = document_loads(best, document, documents, self.cfg.n_experts, over)
         return sequence_loss(score / (score.sum(-1, keepdim=True) + 1e-20), choice.loads, document)
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
-        """Move the bias towards experts below the mean of the global `load` [E]; forget the counts."""
-        # mean - load, times E so that whole numbers decide the sign.
+        """Raise the bias of experts below the mean of the global `load` [E], lower others'; reset counts."""
+        # The sign of mean - load, from whole numbers: both times E.
         below = torch.sign(load.sum() - load * self.cfg.n_experts)
         self.expert_bias += self.cfg.expert_bias_rate * below.to(self.expert_bias.dtype)
         self.load.zero_()

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Unpack
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.sharding.dtypes import accumulation_dtype
+from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.param import ParamSpec, constant, declare, local
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim. partial: sees a share of the tokens on each tp rank."""
+    """x / rms(x) * weight over the last dim (arXiv 1910.07467). partial: each tp rank has some tokens."""
 
-    def __init__(
-        self,
-        width: int,
-        eps: float,
-        *,
-        partial: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, width: int, eps: float, *, partial: bool, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.eps = eps
-        declare(
-            self, "weight", (width,), ParamSpec(constant(1.0), partial=partial), device=device, dtype=dtype
-        )
+        declare(self, "weight", (width,), ParamSpec(constant(1.0), partial=partial), **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         acc = accumulation_dtype(x.dtype)

@@ -1,4 +1,4 @@
-"""Keeping what the backward needs in the host's memory instead of the device's."""
+"""Tensors that the backward needs, kept in host memory instead of the device's."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from parallel.sharding.param import local
 
 @dataclass(frozen=True)
 class OnHost:
-    """A copy in host memory, pinned where an accelerator can copy it while it computes."""
+    """A copy in host memory; pinned if it comes from an accelerator, which then copies while it computes."""
 
     copy: Tensor
     device: torch.device
 
     @staticmethod
     def of(x: Tensor) -> OnHost:
-        # The strides stay, so that the backward runs the same products.
+        # Same strides, so that the backward computes the same products.
         copy = torch.empty_like(x, device="cpu", pin_memory=x.device.type != "cpu")
         return OnHost(copy.copy_(x.detach(), non_blocking=True), x.device)
 
@@ -29,10 +29,9 @@ class OnHost:
 
 
 def to_host(module: nn.Module, min_bytes: int) -> saved_tensors_hooks:
-    """A context in which tensors of at least min_bytes that are kept for a backward go to the host.
+    """A context that moves tensors of at least min_bytes, kept for a backward, to the host.
 
-    Weights of `module` stay, which the backward reads where they are. Recomputed parts keep their inputs
-    only, which go to the host too.
+    Weights of `module` stay on the device. Recomputed parts keep only their inputs, which go to the host too.
     """
 
     def pack(x: Tensor) -> Tensor | OnHost:
@@ -47,6 +46,6 @@ def to_host(module: nn.Module, min_bytes: int) -> saved_tensors_hooks:
 
 
 def _shares(x: Tensor, module: nn.Module) -> bool:
-    """Whether x is a view of a weight; asked anew each time because sharded weights come and go."""
+    """Whether x is a view of a weight; looked up each time, since the memory of sharded weights changes."""
     at = x.untyped_storage().data_ptr()
     return any(local(p).untyped_storage().data_ptr() == at for p in module.parameters())

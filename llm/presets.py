@@ -13,6 +13,7 @@ from typing import Any
 
 from llm.config import LLMConfig
 
+# Each model names the fields in which it differs from the one that it is made of: alike in form, not in fact.
 _NEMOTRON_H_8B = LLMConfig(
     pattern="M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-",
     d_model=4096,
@@ -41,6 +42,21 @@ _NANO_3 = replace(
     routed_scale=2.5,
     aux_weight=1e-4,
     init_std=0.0173,
+)
+
+_SUPER_3 = replace(
+    _NANO_3,
+    pattern="MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+    d_model=4096,
+    mamba_heads=128,
+    n_experts=512,
+    top_k=22,
+    expert_ffn=2688,
+    shared_ffn=5376,
+    latent=1024,
+    routed_scale=5.0,
+    mtp_layers=2,
+    init_std=0.014,
 )
 
 _LLAMA_3_8B = LLMConfig(
@@ -88,22 +104,9 @@ PRESETS = {
         mlp_ffn=15680,
     ),
     "nemotron-3-nano-30b-a3b": _NANO_3,
-    "nemotron-3-super-120b-a12b": replace(
-        _NANO_3,
-        pattern="MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
-        d_model=4096,
-        mamba_heads=128,
-        n_experts=512,
-        top_k=22,
-        expert_ffn=2688,
-        shared_ffn=5376,
-        latent=1024,
-        routed_scale=5.0,
-        mtp_layers=2,
-        init_std=0.014,
-    ),
+    "nemotron-3-super-120b-a12b": _SUPER_3,
     "nemotron-3-ultra-550b-a55b": replace(
-        _NANO_3,
+        _SUPER_3,
         pattern=(
             "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*"
             "EMEMEMEM*EMEMEMEME"
@@ -111,13 +114,9 @@ PRESETS = {
         d_model=8192,
         n_heads=64,
         mamba_heads=256,
-        n_experts=512,
-        top_k=22,
         expert_ffn=5120,
         shared_ffn=10240,
         latent=2048,
-        routed_scale=5.0,
-        mtp_layers=2,
         init_std=0.0099,
     ),
     "llama-3-8b": _LLAMA_3_8B,
@@ -145,7 +144,7 @@ PRESETS = {
 
 
 def preset(name: str, **changes: Any) -> LLMConfig:
-    """The published model `name`, some fields changed. ValueError for an unknown name, with the nearest."""
+    """The model `name`, with some fields changed. Raises ValueError for an unknown name, with the nearest."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(PRESETS)}"

@@ -1,4 +1,4 @@
-"""What is kept from forward to backward: everything, or parts that are computed again."""
+"""Activation recomputation: parts of a layer that the backward computes again instead of keeping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = {
 
 
 def recompute_parts(value: bool | str | Collection[str]) -> frozenset[str]:
-    """The parts to compute again: True for full, False or "none" for nothing, a name, or several names.
+    """The parts to compute again, given True (full), False or "none" (nothing), a name, or several names.
 
     Raises ValueError for a name that is not in PARTS.
     """
@@ -36,8 +36,8 @@ def recompute_parts(value: bool | str | Collection[str]) -> frozenset[str]:
 
 
 def run(again: bool, fn: Callable[..., Tensor], *args: Any) -> Tensor:
-    """fn(*args); with `again` only the arguments are kept for the backward, which calls fn once more."""
-    # Imported here because the names of parts are checked where torch is not imported yet.
+    """fn(*args); with `again` the backward keeps only the arguments and calls fn once more."""
+    # Imported here because recompute_parts() is used where torch is not imported.
     import torch
     from torch.utils.checkpoint import checkpoint
 

@@ -1,69 +1,84 @@
 """The Mamba-2 state space scan over packed documents, in chunks (SSD, arXiv 2405.21060, section 6).
 
 Shapes: T tokens, n chunks of Q tokens, G groups, K heads a group (H = G K), P head dim, N state size.
-Nothing passes from one document to the next. Work and memory are linear in T: T Q for the part within
-chunks, one state per chunk for the part across.
+No state passes from one document to the next. Work and memory are linear in T: T Q within chunks, and one
+state a chunk across them.
 
-Gradients are written out. Beside its inputs the scan keeps the states; everything of size Q x Q is made
-again, a few chunks at a time. The gradient of the decays is what flows from each token to each later one,
-rows minus columns of one Q x Q tensor. y . dy - xd . dxd is the same without that tensor, but its two terms
-round apart, and what is left of them in float32 has twenty times the error.
+The backward is written out. The scan keeps its inputs and the states; the backward computes tensors of size
+Q x Q again, a few chunks at a time. The gradient of the decays is the flow from each token to each later one:
+rows minus columns of one Q x Q tensor. The cheaper identity y . dy - xd . dxd needs no such tensor but
+suffers cancellation: about 20 times the error in float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bytes of Q x Q tensors that exist at a time: what a core's cache holds, or enough to fill an accelerator.
+# Bytes of Q x Q tensors that exist at a time: the size of a core's cache, or enough to fill an accelerator.
 BLOCK_BYTES = {"cpu": 1 << 21}
 BLOCK_BYTES_OTHER = 1 << 28
 
 
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    document: Tensor,
-    chunk: int,
-    *,
-    d: Tensor | None = None,
-    before: Tensor | None = None,
-) -> Tensor:
+class ScanInputs(NamedTuple):
+    """What a scan reads, in float32 or float64; the heads of a group follow each other."""
+
+    x: Tensor
+    """[T, H, P]"""
+    dt: Tensor
+    """[T, H], not negative."""
+    a: Tensor
+    """[H], negative."""
+    b: Tensor
+    """[T, G, N]"""
+    c: Tensor
+    """[T, G, N]"""
+    d: Tensor | None = None
+    """[H], or None for no skip connection."""
+
+    def tokens(self, at: slice) -> ScanInputs:
+        """The inputs of a run of tokens."""
+        return self._replace(x=self.x[at], dt=self.dt[at], b=self.b[at], c=self.c[at])
+
+
+def scan(inputs: ScanInputs, document: Tensor, chunk: int, *, before: Tensor | None = None) -> Tensor:
     """y_t = C_t h_t + D x_t with h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, h = 0 before each document.
 
-    x [T, H, P], dt [T, H] (not negative), a [H] (negative), b and c [T, G, N], document [T] int64, one value
-    per document; d [H] or None. before [G, N, K, P]: the state that the first document begins with, None for
-    zero. Returns [T, H, P] in the dtype of x, which should be float32 or float64.
+    document [T] int64: one value per document. chunk: tokens in a chunk, Q. before [G, N, K, P]: the state
+    that the first document begins with, None for zero. Returns [T, H, P] in the dtype of x.
     """
-    return outputs(cut(x, dt, a, b, c, document, chunk), d, before)
+    return outputs(into_chunks(inputs, document, chunk), before)
 
 
 class Chunks(NamedTuple):
-    """Inputs of a scan as n chunks; rows past the last token have dt = 0 and so change nothing.
-
-    x [n, Q, G, K, P], dt [n, Q, G, K], b and c [n, Q, G, N], total [n, G, K, Q]: dt A summed up to each
-    token of its chunk, doc [n, Q]; tokens: T.
-    """
+    """Inputs of a scan as n chunks; rows past the last token have dt = 0 and so change nothing."""
 
     x: Tensor
+    """[n, Q, G, K, P]"""
     dt: Tensor
+    """[n, Q, G, K]"""
     b: Tensor
+    """[n, Q, G, N]"""
     c: Tensor
+    """[n, Q, G, N]"""
+    d: Tensor | None
+    """[H] or None"""
     total: Tensor
+    """[n, G, K, Q]: dt A summed up to each token of its chunk."""
     doc: Tensor
+    """[n, Q]: each token's document."""
     tokens: int
+    """T, without the rows past the last token."""
 
 
-def cut(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, document: Tensor, chunk: int) -> Chunks:
-    """The inputs of scan() in chunks."""
+def into_chunks(inputs: ScanInputs, document: Tensor, chunk: int) -> Chunks:
+    """The inputs of scan() in chunks of `chunk` tokens."""
+    x, dt, a, b, c, d = inputs
     tokens, heads, width = x.shape
     groups, state = b.shape[1:]
     q = max(1, min(chunk, tokens))
@@ -75,18 +90,19 @@ def cut(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, document: Tensor
     dt = dt.view(n, q, groups, heads // groups)
     total = (dt * a.view(groups, -1)).permute(0, 2, 3, 1).cumsum(-1)
     return Chunks(
-        x.reshape(n, q, groups, heads // groups, width),
-        dt,
-        b.reshape(n, q, groups, state),
-        c.reshape(n, q, groups, state),
-        total,
-        document.view(n, q),
-        tokens,
+        x=x.reshape(n, q, groups, heads // groups, width),
+        dt=dt,
+        b=b.reshape(n, q, groups, state),
+        c=c.reshape(n, q, groups, state),
+        d=d,
+        total=total,
+        doc=document.view(n, q),
+        tokens=tokens,
     )
 
 
-def outputs(ch: Chunks, d: Tensor | None, before: Tensor | None, added: Tensor | None = None) -> Tensor:
-    """The scan's result [T, H, P]. added: added_states(ch) where it was made already."""
+def outputs(ch: Chunks, before: Tensor | None, added: Tensor | None = None) -> Tensor:
+    """The scan's result [T, H, P]. added: added_states(ch), computed here where it is None."""
     n, q, groups, per_group, width = ch.x.shape
     states = None
     if ch.tokens and (n > 1 or before is not None):
@@ -94,20 +110,22 @@ def outputs(ch: Chunks, d: Tensor | None, before: Tensor | None, added: Tensor |
         # What a chunk's end keeps of the state before it: nothing if a document began inside.
         last = torch.cat([ch.doc[:1, 0], ch.doc[:-1, -1]])
         whole = (ch.doc[:, -1] == last)[:, None, None]
-        states = _Recurrence.apply(added, (flushed_exp(ch.total[..., -1]) * whole)[:-1], before)
-    y = _Outputs.apply(ch.x, ch.dt, ch.total, ch.b, ch.c, d, states, ch.doc)
+        states = _recurrence(added, (flushed_exp(ch.total[..., -1]) * whole)[:-1], before)
+    y = _outputs(
+        *_OutputTensors(x=ch.x, dt=ch.dt, total=ch.total, b=ch.b, c=ch.c, d=ch.d, states=states, doc=ch.doc)
+    )
     return y.view(n * q, groups * per_group, width)[: ch.tokens]
 
 
 def added_states(ch: Chunks, count: int | None = None) -> Tensor:
     """What each chunk's last document adds to the state at the chunk's end, [n, G, N, K, P]; of the first
     `count` chunks, None for all."""
-    return _Added.apply(ch.x, ch.dt, ch.total, ch.b, ch.doc, len(ch.x) if count is None else count)
+    return _added(ch.x, ch.dt, ch.total, ch.b, ch.doc, len(ch.x) if count is None else count)
 
 
 def state_after(ch: Chunks, added: Tensor) -> tuple[Tensor, Tensor]:
-    """The state [G, N, K, P] after the last token if that before the first was zero, and the logarithm
-    [G, K] of what remains of a state before the first, should all tokens be of one document."""
+    """(state [G, N, K, P] after the last token, from a zero state before the first; logarithm [G, K] of the
+    factor on a state before the first, if all tokens are of one document)."""
     falls = ch.total[..., -1].flip(0).cumsum(0).flip(0)  # of chunk k and all later ones
     later = torch.cat([falls[1:], torch.zeros_like(falls[:1])])
     same = (ch.doc[:, -1] == ch.doc[-1, -1])[:, None, None]
@@ -118,8 +136,8 @@ def state_after(ch: Chunks, added: Tensor) -> tuple[Tensor, Tensor]:
 def flushed_exp(x: Tensor) -> Tensor:
     """exp of x <= 0, exactly 0 below the square root of the smallest normal number.
 
-    Such decays are far below rounding, but they and their products would be denormal numbers, which CPUs
-    compute with many times slower.
+    Such decays are far below rounding. They and their products would be denormal numbers, on which CPUs
+    compute many times slower.
     """
     return F.threshold(x, _floor(x.dtype), -math.inf).exp()
 
@@ -154,7 +172,7 @@ def _wide_rows(x: Tensor) -> Tensor:
 
 def _heads_of(x: Tensor, per_group: int) -> Tensor:
     """[n, G, Q, K P] to [n, G, K, Q, P]."""
-    return x.unflatten(3, (per_group, -1)).transpose(2, 3)
+    return torch.unflatten(x, 3, (per_group, -1)).transpose(2, 3)
 
 
 def _decays(total: Tensor, doc: Tensor) -> Tensor:
@@ -171,13 +189,13 @@ def _decays(total: Tensor, doc: Tensor) -> Tensor:
 
 
 def _to_end(total: Tensor, doc: Tensor) -> Tensor:
-    """What of each token remains at its chunk's end, [n, G, K, Q, 1]: 0 where its document ended before."""
+    """Decay from each token to its chunk's end, [n, G, K, Q, 1]: 0 where its document ended before."""
     stays = (doc == doc[:, -1:])[:, None, None]
     return (flushed_exp(total[..., -1:] - total) * stays).unsqueeze(-1)
 
 
 def _from_start(total: Tensor, doc: Tensor, at: slice) -> Tensor:
-    """What of the state before its chunk each token reads, [n, G, K, Q, 1]: 0 in later documents."""
+    """Decay from the state before its chunk to each token, [n, G, K, Q, 1]: 0 in later documents."""
     last = doc[:1, 0] if at.start == 0 else doc[at.start - 1 : at.start, -1]
     last = torch.cat([last, doc[at][:-1, -1]])
     return (flushed_exp(total[at]) * (doc[at] == last.unsqueeze(1))[:, None, None]).unsqueeze(-1)
@@ -195,7 +213,7 @@ class _Added(torch.autograd.Function):
         for at in _blocks(total, count):
             kept = _heads_first(x[at] * dt[at].unsqueeze(-1)) * _to_end(total[at], doc[at])
             torch.matmul(b[at].permute(0, 2, 3, 1), _wide_rows(kept), out=out[at])
-        return out.unflatten(3, (per_group, width))
+        return torch.unflatten(out, 3, (per_group, width))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -215,6 +233,9 @@ class _Added(torch.autograd.Function):
             fall = torch.mul(lost, ts.squeeze(-1), out=d_total[at]).neg_()
             fall[..., -1] -= fall.sum(-1)
         return d_x, d_dt, d_total, d_b, None, None
+
+
+_added: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor] = _Added.apply
 
 
 class _Recurrence(torch.autograd.Function):
@@ -246,22 +267,29 @@ class _Recurrence(torch.autograd.Function):
         return d_added, d_keep, total[0] if ctx.begins else None
 
 
+_recurrence: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _Recurrence.apply
+
+
+class _OutputTensors(NamedTuple):
+    """Arguments of _Outputs: an autograd function takes and keeps tensors only as arguments of its own."""
+
+    x: Tensor
+    dt: Tensor
+    total: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor | None
+    states: Tensor | None
+    doc: Tensor
+
+
 class _Outputs(torch.autograd.Function):
     """y_i = D x_i + from_start_i C_i state + sum over tokens j <= i of i's chunk and document of
-    (C_i . B_j) exp(total_i - total_j) xd_j; [n, Q, G, K, P]. states None: all zero."""
+    (C_i . B_j) exp(total_i - total_j) xd_j; [n, Q, G, K, P]. Takes _OutputTensors; states None: all zero."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        total: Tensor,
-        b: Tensor,
-        c: Tensor,
-        d: Tensor | None,
-        states: Tensor | None,
-        doc: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *tensors: Any) -> Tensor:
+        x, dt, total, b, c, d, states, doc = _OutputTensors(*tensors)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         per_group = x.shape[3]
         for at in _blocks(total):
@@ -274,12 +302,12 @@ class _Outputs(torch.autograd.Function):
             y[at] = _rows_first(part)
         if d is not None:
             y.addcmul_(x, d.view(*x.shape[2:4], 1))
-        ctx.save_for_backward(x, dt, total, b, c, d, states, doc)
+        ctx.save_for_backward(*tensors)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, total, b, c, d, states, doc = ctx.saved_tensors
+        x, dt, total, b, c, d, states, doc = _OutputTensors(*ctx.saved_tensors)
         d_x, d_dt, d_b, d_c, d_total = (torch.empty_like(t) for t in (x, dt, b, c, total))
         d_states = None if states is None else torch.empty_like(states)
         skip = None if d is None else d.view(*x.shape[2:4], 1)
@@ -313,3 +341,6 @@ class _Outputs(torch.autograd.Function):
             _heads_first(d_x[at]).copy_(d_xs)
         d_d = None if d is None or d_skip is None else d_skip.view(d.shape)
         return d_x, d_dt, d_total, d_b, d_c, d_d, d_states, None
+
+
+_outputs: Callable[..., Tensor] = _Outputs.apply

@@ -1,4 +1,4 @@
-"""Pipeline stages of the language model: where its layers are cut, and what a stage shares or reads. Pure."""
+"""Pipeline stages of the language model: its layers partitioned, and what a stage shares or reads. Pure."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from parallel.topology.stage import Stage, partition_layers, stages_of, whole
 
 
 def partition(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple[Stage, ...]:
-    """The model in n stages: where the pattern says, else so that the costliest stage is cheapest.
+    """The layers in n stages: at the pattern's |, else so that the costliest stage is as cheap as possible.
 
-    lengths: documents of a typical packed sequence, tokens, which costs are reckoned for. Raises ValueError
-    for a pattern with another number of stages (one stage takes any pattern), or more stages than layers.
+    lengths: tokens of the documents in a typical packed sequence, for which costs are computed. Raises
+    ValueError for a pattern with another number of stages (one stage takes any pattern), and for more stages
+    than layers.
     """
     parts = cfg.pattern.split("|")
     if n == 1:
@@ -28,15 +29,17 @@ def partition(cfg: LLMConfig, n: int, lengths: Sequence[int] = (4096,)) -> tuple
             [{"pp": len(parts), "vpp": 1}, {"pattern": cfg.symbols}],
             "llm",
         )
-    cuts = [0]
+    edges = [0]
     for part in parts:
-        cuts.append(cuts[-1] + len(part))
-    return stages_of(cuts)
+        edges.append(edges[-1] + len(part))
+    return stages_of(edges)
 
 
 def entering_levels(cfg: LLMConfig, stages: Sequence[Stage], levels: int) -> dict[int, tuple[int, ...]]:
-    """By index of a stage, in order, which of an encoder's `levels` levels of rows enter there: the first at
-    the embedding, the others after their layers. Stages that none enters are left out."""
+    """By index of a stage, ascending: which of an encoder's `levels` levels of rows enter there.
+
+    Level 0 enters at the embedding, the others after their layers. Stages without a level are left out.
+    """
     out: dict[int, tuple[int, ...]] = {}
     for i, stage in enumerate(stages):
         found = levels_of(cfg, stage)

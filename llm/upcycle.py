@@ -1,13 +1,13 @@
 """A dense model turned into a mixture of experts that computes the same function at the start.
 
-Virtual-group initialisation (arXiv 2410.07524, section 3): the hidden features of a dense MLP are cut into
+Virtual-group initialisation (arXiv 2410.07524, section 3) splits the hidden features of a dense MLP into
 `granularity` shards. Each expert is one shard, and consecutive experts are the shards of one copy, a virtual
-group. The experts of a group share their router weights, so the router chooses whole groups, whose shards
-together are the dense MLP. The weights are scaled so that the routing weights, which divide by the number of
-experts chosen, leave the sum as it was.
+group. The experts of a group share their router weights, so the router chooses whole groups, and the shards
+of a group together are the dense MLP. Routing weights divide by the number of chosen experts; the weights of
+experts are scaled up to compensate.
 
-The paper scales non-homogeneous activations only about right. Here scales go to the factors that a product of
-weights is exactly linear in, so that the function is preserved to rounding.
+The paper's scales are approximate for activations that are not homogeneous. Here only weights that the output
+is exactly homogeneous in are scaled, so the function is preserved to rounding.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def upcycled_config(
     routed_scale: float = 1.0,
     layers: Collection[int] | None = None,
 ) -> LLMConfig:
-    """The mixture that `dense` becomes: every - layer, or those of `layers` (by index), is an E layer.
+    """The mixture of experts that `dense` becomes: its - layers, or those in `layers`, become E layers.
 
-    granularity: shards of each dense MLP; n_experts: of a layer, copies * granularity; top_k: experts a token
-    goes to, a multiple of granularity; shared_ffn: width of a shared expert, which starts by adding nothing.
-    ValueError where the numbers do not fit, with the nearest that do.
+    granularity: shards of each dense MLP. n_experts: of a layer, copies * granularity. top_k: experts that a
+    token goes to, a multiple of granularity. shared_ffn: hidden width of a shared expert, whose output starts
+    at zero. layers: indices of - layers, None for all. Raises ValueError where the numbers do not fit, and
+    names the nearest that do.
     """
     wanted = {i for i, s in enumerate(dense.symbols) if s == "-"} if layers is None else set(layers)
     for i in sorted(wanted):
@@ -79,9 +80,9 @@ def upcycled_config(
 
 
 def upcycle(dense: LLM, cfg: LLMConfig, *, seed: int, name: str = "llm") -> LLM:
-    """The whole model of `cfg` (from upcycled_config) with the weights of the whole model `dense`.
+    """The unsharded model of `cfg`, from upcycled_config(), with the weights of the unsharded model `dense`.
 
-    Weights that are new (routers, shared experts) start as those of a model called `name` do from `seed`.
+    New weights (routers, shared experts) start as in a model called `name` with this `seed`.
     """
     given = model_tensors(dense)
     first = next(iter(dense.parameters()))
@@ -96,9 +97,10 @@ def upcycle(dense: LLM, cfg: LLMConfig, *, seed: int, name: str = "llm") -> LLM:
 def upcycled(
     fetch: Callable[[str], Tensor], dense: LLMConfig, cfg: LLMConfig, *, seed: int, name: str = "llm"
 ) -> Callable[[str], Tensor]:
-    """Any parameter or buffer of the mixture by name, from those of the dense model by name: fetch(name).
+    """A function from the name of a parameter or buffer of the mixture to its value.
 
-    So a checkpoint is converted parameter by parameter, without a whole model in memory.
+    fetch gives those of the dense model by name. A checkpoint is thus converted parameter by parameter,
+    without a whole model in memory.
     """
     meta = LLM(cfg, device="meta")
     specs = {key: (tuple(p.shape), spec.init) for key, p, spec in declared(meta)}
@@ -123,21 +125,20 @@ def upcycled(
         if kind == "shared":
             return torch.zeros(specs[key][0]) if part == "down" else fresh(key)
         whole = fetch(f"{stem}.mixer.{part}.weight")
-        cut = (
-            whole.unflatten(1, (shards, -1)).transpose(0, 1)
-            if part == "down"
-            else whole.unflatten(0, (shards, -1))
-        )
-        return (cut * _scales(cfg, shards)[part]).repeat(copies, 1, 1)
+        if part == "down":
+            split = torch.unflatten(whole, 1, (shards, -1)).transpose(0, 1)
+        else:
+            split = torch.unflatten(whole, 0, (shards, -1))
+        return (split * _scales(cfg, shards)[part]).repeat(copies, 1, 1)
 
     return value
 
 
 def _scales(cfg: LLMConfig, shards: int) -> dict[str, float]:
-    """What each weight of an expert is multiplied with, so that its output grows by shards / routed_scale.
+    """Factor on each weight of an expert, so that the expert's output grows by shards / routed_scale.
 
-    The weights of the chosen experts sum to routed_scale, so each of a group's shards gets 1 / shards of what
-    its group gets.
+    The routing weights of the chosen experts sum to routed_scale, and each shard of a group gets 1 / shards
+    of its group's weight.
     """
     whole = shards / cfg.routed_scale
     if cfg.activation == "relu2":

@@ -9,8 +9,8 @@ from mm.ranks.launch import launched
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     if code and launched():
-        # A rank that failed may have messages under way. A thread of theirs that lets go of a tensor while
-        # the interpreter ends is stopped there, which ends the process with SIGABRT and loses the reason.
+        # A rank that failed may have messages under way. Where one of their threads frees a tensor while the
+        # interpreter shuts down, the process ends with SIGABRT and the reason is lost.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

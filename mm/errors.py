@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class PolyrankError(Exception):
-    """Anything a user can be told in a sentence."""
+    """An error whose message is enough for the user: no traceback is printed."""
 
     exit_code = 1
 

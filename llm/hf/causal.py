@@ -1,4 +1,4 @@
-"""A language model as others know it: token ids in, logits out."""
+"""A language model with the usual interface: token ids in, logits out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from parallel.sharding.dtypes import accumulation_dtype
 
 
 class CausalLM(nn.Module):
-    """An LLM in one process whose forward gives logits. model: the LLM, which trains as any other."""
+    """An LLM in one process whose forward returns logits. model: the LLM; train it as any other."""
 
     def __init__(self, model: LLM) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class CausalLM(nn.Module):
     def forward(self, input_ids: Tensor, packing: Packing | None = None) -> Tensor:
         """Logits [batch, length, vocab] of ids [batch, length], float32 (float64 for a float64 model).
 
-        packing: the documents that the batch * length tokens consist of, in order; each sequence is one if
-        not given. No document sees another.
+        packing: the documents that the batch * length tokens consist of, in order; None: each sequence is
+        one. No document attends to another.
         """
         batch, length = input_ids.shape
         ids, count = input_ids.reshape(-1), batch * length
@@ -43,9 +43,9 @@ def load_hf(
 ) -> CausalLM:
     """A model of the Nemotron-H family from a folder with config.json and *.safetensors, in one process.
 
-    dtype: of all weights, None for what the files hold, tensor by tensor; the selection bias of routers is
-    float32 at least. Raises ValueError where the config describes a model that ours cannot be, and where
-    tensors are missing, unknown or of another shape. To load into a layout: load_weights() with a mesh.
+    dtype: of all weights, None for that of each tensor in the files; the routing bias is float32 at least.
+    Raises ValueError where the config describes a model that ours cannot be, and where tensors are missing,
+    unknown or of another shape. For a sharded model see load_weights().
     """
     folder = SafeFolder(path)
     cfg = read_config(folder.config())
@@ -59,7 +59,7 @@ def load_hf(
 
 
 def allocate(model: LLM, dtypes: dict[str, torch.dtype], device: torch.device | str) -> None:
-    """Give every parameter and buffer of a model on the meta device memory, in a dtype of its own."""
+    """Allocate every parameter and buffer of a model that is on the meta device; dtypes: by name."""
     for prefix, module in model.named_modules():
         stem = f"{prefix}." if prefix else ""
         for name, param in list(module.named_parameters(recurse=False)):

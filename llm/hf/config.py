@@ -20,15 +20,18 @@ KIND_NAMES = {
 
 @dataclass(frozen=True)
 class Field:
-    """One field: ours, theirs, what theirs is where a file lacks it, and the kinds of layers it is of."""
+    """One field of a config, under our name and under theirs."""
 
     ours: str
     theirs: str
     default: Any
+    """The value of theirs where a file lacks it."""
     kinds: str = "ME*-"
+    """The kinds of layers that read it."""
 
 
-# Defaults are those of the published configuration class, which writes differences from them only.
+# Defaults are those of the published configuration class, which writes only differences from them.
+# A table, so its rows are alike in form.
 FIELDS = (
     Field("vocab_size", "vocab_size", 131072),
     Field("d_model", "hidden_size", 4096),
@@ -56,7 +59,7 @@ FIELDS = (
     Field("mlp_bias", "mlp_bias", False, "E-"),
 )
 
-# Other names of fields: theirs in some versions of the published class -> theirs as above.
+# Names of fields in some versions of the published class -> their names above.
 ALIASES = {
     "layer_types": "layers_block_type",
     "num_local_experts": "n_routed_experts",
@@ -69,7 +72,7 @@ ALIASES = {
 
 ACTIVATIONS = {"relu2": "relu2", "silu": "silu", "gelu": "gelu"}
 
-# What this model cannot be otherwise: theirs -> the value needed, also where a file leaves it out.
+# Options that our model does not have: theirs -> the value needed, which is also that of a file without it.
 # attention_bias and rope_theta are in published files, but the published code uses neither.
 FIXED: dict[str, Any] = {
     "model_type": "nemotron_h",
@@ -84,7 +87,7 @@ FIXED: dict[str, Any] = {
     "hidden_dropout": 0.0,
 }
 
-# What a published checkpoint cannot say: ours -> the value needed to export.
+# Options that a published checkpoint cannot express: ours -> the value needed to export.
 UNSAID: dict[str, Any] = {
     "rope_theta": None,
     "attention_bias": False,
@@ -95,10 +98,11 @@ UNSAID: dict[str, Any] = {
 
 
 def read_config(data: Mapping[str, Any]) -> LLMConfig:
-    """The model that config.json describes; ValueError where ours cannot be it, with what would be needed.
+    """The model that config.json describes.
 
-    Fields of layer kinds that the pattern lacks keep our defaults. mtp_layers is the number of stored blocks,
-    one at most: how often the block is applied is not in the file, and may be changed for the same weights.
+    Fields of layer kinds that are not in the pattern keep our defaults. mtp_layers is the number of stored
+    blocks, one at most. The file does not give how often the block is applied; mtp_layers may be raised for
+    the same weights. Raises ValueError, with the value needed, where our model cannot be it.
     """
     data = {ALIASES.get(theirs, theirs): value for theirs, value in data.items()}
     for theirs, needed in FIXED.items():
@@ -138,9 +142,10 @@ def read_config(data: Mapping[str, Any]) -> LLMConfig:
 
 
 def write_config(cfg: LLMConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a model; dtype: of its weights ("bfloat16"). ValueError where the format cannot say it.
+    """config.json of a model; dtype: of its weights ("bfloat16").
 
-    Options of training alone (balance losses, capacity, weight of multi-token prediction) are not part of it.
+    Options that only training reads (balance losses, capacity, mtp_weight) are not part of it. Raises
+    ValueError where the format cannot express the model.
     """
     for ours, needed in UNSAID.items():
         if getattr(cfg, ours) != needed:
@@ -150,7 +155,7 @@ def write_config(cfg: LLMConfig, dtype: str) -> dict[str, Any]:
     if "E" in cfg.kinds and not cfg.shared_ffn:
         raise ValueError("a Nemotron-H checkpoint cannot say shared_ffn=0; needed: a shared expert")
     out: dict[str, Any] = {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, **FIXED}
-    # Both spellings: readers of one ignore the other.
+    # Both spellings: a reader of one ignores the other.
     out["hybrid_override_pattern"] = cfg.symbols
     out["layers_block_type"] = [KIND_NAMES[s][0] for s in cfg.symbols]
     out["num_hidden_layers"] = len(cfg.symbols)
@@ -164,12 +169,12 @@ def write_config(cfg: LLMConfig, dtype: str) -> dict[str, Any]:
     return out
 
 
-# What may differ from the file: how the scan runs, how weights start.
+# Keys that may differ from the file: the chunk of the scan, initial weights.
 FREE = ("chunk_size", "initializer_range")
 
 
 def check_same(cfg: LLMConfig, published: LLMConfig) -> None:
-    """ValueError, with the fields by their published names, where one has weights for another model."""
+    """Raise ValueError where the weights of `published` do not fit `cfg`; it names the published fields."""
     here, there = write_config(cfg, ""), write_config(published, "")
     wrong = [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
@@ -181,12 +186,12 @@ def check_same(cfg: LLMConfig, published: LLMConfig) -> None:
 
 
 def _number(value: Any) -> float:
-    """A float, which files may spell as an object where JSON has no word for it."""
+    """A float; files may write infinity as an object, for which JSON has no number."""
     return float(value["__float__"] if isinstance(value, Mapping) else value)
 
 
 def _pattern(data: Mapping[str, Any], as_string: str, as_list: str) -> str | None:
-    """One symbol a layer, from whichever of the two spellings there is."""
+    """One symbol a layer, from either of the two spellings; None where the file has neither."""
     if data.get(as_string) is not None:
         return str(data[as_string])
     names = data.get(as_list)

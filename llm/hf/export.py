@@ -1,4 +1,4 @@
-"""Writing a folder that transformers and others read: config.json, safetensors files and their index."""
+"""Writes a folder that transformers and others read: config.json, safetensors files and their index."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def export_checkpoint(
 ) -> Path:
     """Write the language model of a distributed checkpoint, saved under any layout, to a new folder.
 
-    source: a published checkpoint (parallel.checkpoint); name: of the module in it. One process, which holds
-    one parameter and one file at a time. See write_folder().
+    source: a complete checkpoint (parallel.checkpoint); name: of the module in it. Runs in one process, which
+    holds one parameter and one file at a time. See write_folder().
     """
     stored = checkpoint.describe(source)
 
@@ -58,7 +58,7 @@ def export_checkpoint(
             shape, kind = stored[f"{name}.{n}"]
             out[n] = torch.empty(shape, dtype=kind)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is ")  # one process is what is meant
+            warnings.filterwarnings("ignore", "torch.distributed is ")  # one process is intended
             checkpoint.load(source, {f"{name}.{n}": t for n, t in out.items()})
         return out
 
@@ -68,12 +68,12 @@ def export_checkpoint(
 def write_folder(
     cfg: LLMConfig, fetch: Fetch, path: str | Path, dtype: torch.dtype | None, file_bytes: int
 ) -> Path:
-    """Write a published checkpoint of a model to the new folder `path`, which appears when it is complete.
+    """Write a checkpoint of a model to the new folder `path`, which appears when it is complete.
 
-    fetch: whole parameters by name, asked for in file order, each once. dtype: of the tensors, None for their
-    own; the selection bias of routers is float32 at least. file_bytes: a file is closed once it holds as
-    much. Raises ValueError where the format cannot say what the model is, where the path exists, and where a
-    parameter has another shape than the config says.
+    fetch: gives whole parameters by name; called in file order, once for each. dtype: of the tensors, None
+    for their own; the routing bias is float32 at least. file_bytes: a file is closed once it holds as many.
+    Raises ValueError where the format cannot express the model, where the path exists, and where a parameter
+    has another shape than the config gives.
     """
     path = Path(path)
     if path.exists():

@@ -17,14 +17,14 @@ CONFIG = "config.json"
 
 
 class SafeFolder:
-    """The tensors of a folder: one file, or several with an index. Headers are read first, data on demand."""
+    """The tensors of a folder: one file, or several with an index. Reads headers first, data on demand."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ValueError where there is no such folder, file or tensor, naming what was looked for."""
+        """Raises ValueError, by name, for a folder, file or tensor that is missing."""
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"{path} is no folder; needed: one with {CONFIG} and *.safetensors")
-        # safe_open has neither a type nor slices that mypy could see.
+        # safetensors has no types for what safe_open gives and its slices.
         self._slices: dict[str, Any] = {}
         self._files: list[Any] = []
         for file, wanted in self._layout().items():
@@ -64,7 +64,7 @@ class SafeFolder:
         return {key: tuple(s.get_shape()) for key, s in self._slices.items()}
 
     def dtype(self, key: str) -> torch.dtype:
-        """dtype of a tensor; ValueError where torch cannot compute in it (quantised weights)."""
+        """dtype of a tensor. Raises ValueError where torch cannot compute in it (quantised weights)."""
         name = self._slices[key].get_dtype()
         if name not in DTYPES:
             raise ValueError(f"{key} is stored as {name}; needed: one of {', '.join(DTYPES)}")
@@ -72,7 +72,8 @@ class SafeFolder:
 
     def read(self, key: str, index: Sequence[slice]) -> Tensor:
         """A block of a tensor; only its bytes are read."""
-        return self._slices[key][tuple(index)] if index else self._slices[key][...]
+        block: Tensor = self._slices[key][tuple(index) if index else ...]
+        return block
 
     def config(self) -> Mapping[str, Any]:
         """config.json."""

@@ -1,7 +1,7 @@
-"""Tensors of a published Nemotron-H checkpoint beside our parameters: one table, read in both directions.
+"""Tensors of a published Nemotron-H checkpoint and our parameters: one table, read in both directions.
 
-Published checkpoints fuse the input projection and the convolution of Mamba-2, which are apart here so that
-tp cuts each evenly, and list experts one by one, which are stacked here for grouped products.
+Published checkpoints fuse the input projections and the convolutions of Mamba-2; here each is a parameter of
+its own, which tp shards evenly. They list experts one by one; here experts are stacked for grouped products.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """theirs: one tensor of a file; ours: the parameters that it holds end to end along dim 0.
-
-    {e} in theirs: one tensor an expert, which ours stacks along dim 0. depthwise: theirs [C, 1, K], ours
-    [C, K]. Rows whose parameters a model lacks do not count (latent projections, say).
-    """
+    """One tensor of a file and its parameters here. Rows whose parameters a model lacks do not count."""
 
     theirs: str
+    """The tensor's key; {e} in it: one tensor an expert, which ours stacks along dim 0."""
     ours: tuple[str, ...]
+    """The parameters that the tensor holds one after another along dim 0."""
     depthwise: bool = False
+    """Whether theirs is [C, 1, K] where ours is [C, K]."""
 
 
 OUTSIDE = (
@@ -33,7 +32,7 @@ OUTSIDE = (
     Row("lm_head.weight", ("head",)),
 )
 
-# Below backbone.layers.N there and layers.N here.
+# Below backbone.layers.N there and layers.N here. A table, so its rows are alike in form.
 LAYER: dict[str, tuple[Row, ...]] = {
     "M": (
         Row("norm.weight", ("norm.weight",)),
@@ -86,7 +85,7 @@ MTP_LAST = (Row("final_layernorm.weight", ("norm.weight",)),)
 
 @dataclass(frozen=True)
 class Part:
-    """Where parameter `name` lies in a tensor of a file: from row `first` on, or what `expert` of it is."""
+    """Where parameter `name` lies in a tensor of a file: from row `first` on, or as its expert `expert`."""
 
     name: str
     first: int = 0
@@ -103,9 +102,9 @@ class FileTensor:
 
 
 def file_tensors(cfg: LLMConfig, shapes: Mapping[str, Shape]) -> list[FileTensor]:
-    """The tensors that a model's checkpoint consists of, in the order of layers.
+    """The tensors of a model's checkpoint, in the order of layers.
 
-    shapes: global shape of each of the model's parameters and kept buffers.
+    shapes: global shape of each parameter and persistent buffer of the model, by name.
     """
     out: list[FileTensor] = []
     for row, there, here in _rows(cfg):
@@ -118,7 +117,7 @@ def file_tensors(cfg: LLMConfig, shapes: Mapping[str, Shape]) -> list[FileTensor
 
 
 def _rows(cfg: LLMConfig) -> list[tuple[Row, str, str]]:
-    """(row, prefix there, prefix here) of all that a model of this config may have."""
+    """(row, prefix there, prefix here) of every tensor that a model of this config may have."""
     rows = [(row, "", "") for row in OUTSIDE]
     for i, symbol in enumerate(cfg.symbols):
         rows += [(row, f"backbone.layers.{i}.", f"layers.{i}.") for row in LAYER[symbol]]

@@ -1,4 +1,4 @@
-"""Filling a model's parameters, whole or sharded, from published tensors, and writing them back."""
+"""Reads published tensors into a model's parameters, whole or sharded, and joins them for writing."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def checkpoint_tensors(cfg: LLMConfig) -> list[FileTensor]:
 
 
 def model_shapes(model: nn.Module) -> dict[str, Shape]:
-    """Global shape of every parameter and kept buffer of a model, by name."""
+    """Global shape of every parameter and persistent buffer of a model, by name."""
     return {name: tuple(t.shape) for name, t in model_tensors(model).items()}
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and kept buffer of a model, by name; DTensors where it is sharded."""
+    """Every parameter and persistent buffer of a model, by name; DTensors where it is sharded."""
     return {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
 
 
 def check_tensors(needed: Sequence[FileTensor], given: Mapping[str, Shape], where: str) -> None:
-    """ValueError unless a checkpoint has exactly the tensors needed, with their shapes."""
+    """Raise ValueError unless `given`, by key, are exactly the tensors needed, with their shapes."""
     shapes = {t.key: t.shape for t in needed}
     wrong = [f"missing: {_some(shapes.keys() - given.keys())}"] if shapes.keys() - given.keys() else []
     if given.keys() - shapes.keys():
@@ -60,12 +60,12 @@ def _some(keys: set[str]) -> str:
 
 
 def check_folder(cfg: LLMConfig, folder: SafeFolder) -> list[FileTensor]:
-    """The tensors of a folder that holds this model; ValueError for any other. Reads no tensor data."""
+    """The tensors of a folder. Raises ValueError unless it holds this model. Reads no tensor data."""
     check_same(cfg, read_config(folder.config()))
     tensors = checkpoint_tensors(cfg)
     check_tensors(tensors, folder.shapes(), str(folder.path))
     for tensor in tensors:
-        folder.dtype(tensor.key)  # refuses quantised weights, which a copy would take for numbers
+        folder.dtype(tensor.key)  # refuses quantised weights, whose bits are no numbers
     return tensors
 
 
@@ -73,9 +73,9 @@ def check_folder(cfg: LLMConfig, folder: SafeFolder) -> list[FileTensor]:
 def load_weights(model: LLM, folder: SafeFolder, mesh: ModuleMesh | None = None) -> None:
     """Fill `model` in place with published weights, cast to its dtypes.
 
-    mesh: what shard_module() cut the model over, None where it is whole; each rank then reads only what it
-    holds. A pipeline stage reads its own layers. Raises ValueError, before any weight is read, where the
-    folder's config describes another model, lacks a tensor, has an unknown one, or one of another shape.
+    mesh: the mesh of shard_module(), where each rank reads only its shards; None for a whole model. A
+    pipeline stage reads its own layers. Raises ValueError, before it reads any weight, where the folder's
+    config describes another model, and where a tensor is missing, unknown or of another shape.
     """
     tensors = check_folder(model.cfg, folder)
     parts = parts_by_name(tensors)
@@ -93,7 +93,7 @@ def load_weights(model: LLM, folder: SafeFolder, mesh: ModuleMesh | None = None)
 
 
 def parts_by_name(tensors: Sequence[FileTensor]) -> dict[str, list[tuple[FileTensor, Part]]]:
-    """Where each parameter is found."""
+    """By parameter: the tensors that hold it, each with its part of that tensor."""
     out: dict[str, list[tuple[FileTensor, Part]]] = defaultdict(list)
     for tensor in tensors:
         for part in tensor.parts:
@@ -102,19 +102,20 @@ def parts_by_name(tensors: Sequence[FileTensor]) -> dict[str, list[tuple[FileTen
 
 
 def read_block(folder: SafeFolder, parts: list[tuple[FileTensor, Part]], held: list[Tensor]) -> Tensor:
-    """The block held[0] x held[1] x .. (global indices per dim) of a parameter, from where it is in files."""
-    if parts[0][1].expert is None:
-        ((tensor, part),) = parts
+    """The block held[0] x held[1] x .. (global indices by dim) of a parameter, read from its parts."""
+    tensor, part = parts[0]
+    if part.expert is None:
+        assert len(parts) == 1, part.name
         return _read(folder, tensor, [held[0] + part.first, *held[1:]])
-    experts = {part.expert: tensor for tensor, part in parts}
+    experts = {p.expert: t for t, p in parts}
     rows = [_read(folder, experts[e], held[1:]) for e in held[0].tolist()]
     if rows:
         return torch.stack(rows)
-    return torch.empty([len(h) for h in held], dtype=folder.dtype(parts[0][0].key))
+    return torch.empty([len(h) for h in held], dtype=folder.dtype(tensor.key))
 
 
 def _read(folder: SafeFolder, tensor: FileTensor, held: list[Tensor]) -> Tensor:
-    """Rows and columns `held` of a file's tensor, without its dims of size 1 that the parameter lacks."""
+    """The block at indices `held` of a file's tensor, without the dims of size 1 that the parameter lacks."""
     spans = [slice(int(h[0]), int(h[-1]) + 1) if len(h) else slice(0, 0) for h in held]
     extra = len(tensor.shape) - len(held)
     block = folder.read(tensor.key, [spans[0], *[slice(0, 1)] * extra, *spans[1:]])

@@ -1,8 +1,8 @@
-"""Where a run goes on from, agreed by all ranks, and what happens to the checkpoints that it does not follow.
+"""Where a run resumes, agreed by all ranks, and what happens to the checkpoints that it does not follow.
 
-run.json in the run's folder says which launch began there last, and from what. A launch that torchrun
-starts again finds itself in it, and goes on from its own newest checkpoint, whatever checkpoint.resume says:
-that was for its beginning.
+run.json in the run's folder names the launch that began there last, and what it began from. A launch that
+torchrun starts again finds itself in it. It goes on from its own newest checkpoint, whatever
+checkpoint.resume says: that key is for a launch's beginning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -26,15 +26,15 @@ from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 
 RUN = "run.json"
-BEAT_S = 1.0  # between two signs of life of a rank that sums up files
+HEARTBEAT_S = 1.0  # least time between two heartbeats of a rank
 T = TypeVar("T")
 
 
 def find(cfg: Config, directory: Path, rank: RankInfo | None = None) -> Path | None:
-    """The checkpoint to resume from: the newest whole one of candidates(), None where there are none. Every
-    rank of the job calls this, and has the same answer; rank: None in a process alone.
+    """The checkpoint to resume from: the newest undamaged one of candidates(), None where there are none.
 
-    Raises CheckpointError where all of them are damaged, so that no run begins anew over what is left.
+    Every rank of the job calls this and gets the same answer. rank: None in a process without a job.
+    Raises CheckpointError where all candidates are damaged: otherwise a run would begin anew over them.
     """
 
     def choose() -> list[Path]:
@@ -56,43 +56,45 @@ def find(cfg: Config, directory: Path, rank: RankInfo | None = None) -> Path | N
 
 
 def verify(path: Path, rank: RankInfo | None = None) -> list[str]:
-    """What is wrong with the files of a checkpoint, on every rank: each sums up its share of them.
+    """What is wrong with the files of a checkpoint, on every rank: each reads its share of them.
 
-    However long that takes, ranks that are ready wait as long as one of the others shows signs of life.
+    However long that takes, ranks that are done wait as long as some other rank's heartbeat goes on.
     """
     if rank is None or rank.world == 1:
         return store.verify(path)
-    pulse = _Pulse(rank, f"verify/{path}")
-    mine = store.verify(path, rank.rank, rank.world, heartbeat=pulse.beat)
-    pulse.wait_for_all()
+    heartbeat = _Heartbeat(rank, f"verify/{path}")
+    mine = store.verify(path, rank.rank, rank.world, heartbeat=heartbeat.beat)
+    heartbeat.wait_for_all()
     parts: list[Any] = [None] * rank.world
     dist.all_gather_object(parts, mine)
     return [line for part in parts for line in part]
 
 
-class _Pulse:
-    """Signs of life in the job's store, for waits that have no bound but that something moves."""
+class _Heartbeat:
+    """Heartbeats in the job's store, for waits without a bound: they last as long as some rank works on."""
 
     def __init__(self, rank: RankInfo, key: str) -> None:
         self._rank, self._key, self._last = rank, key, time.monotonic()
 
     def beat(self) -> None:
-        """This rank works on."""
-        if self._rank.store is not None and time.monotonic() - self._last > BEAT_S:
+        """Count a heartbeat of this rank, at most one every HEARTBEAT_S."""
+        if self._rank.store is not None and time.monotonic() - self._last > HEARTBEAT_S:
             self._last = time.monotonic()
             self._rank.store.add(f"{self._key}/beat", 1)
 
     def wait_for_all(self) -> None:
-        """Until every rank has come here. Raises PolyrankError when none of the others moves for as long as
-        run.timeout_s."""
-        words = self._rank.store
-        if words is None:
+        """Wait until every rank has called this.
+
+        Raises PolyrankError when no rank's heartbeat has been counted for run.timeout_s.
+        """
+        store = self._rank.store
+        if store is None:
             return
-        # A count that only grows: the same checkpoint may be looked at again.
-        target = -(-words.add(f"{self._key}/done", 1) // self._rank.world) * self._rank.world
+        # The count only grows, because the same checkpoint may be verified again.
+        target = -(-store.add(f"{self._key}/done", 1) // self._rank.world) * self._rank.world
         seen, since = -1, time.monotonic()
-        while words.add(f"{self._key}/done", 0) < target:
-            now = words.add(f"{self._key}/beat", 0) + words.add(f"{self._key}/done", 0)
+        while store.add(f"{self._key}/done", 0) < target:
+            now = store.add(f"{self._key}/beat", 0) + store.add(f"{self._key}/done", 0)
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > self._rank.timeout_s:
@@ -103,16 +105,16 @@ class _Pulse:
 
 
 def begin(directory: Path, rank: RankInfo, resumed: Path | None, first: int) -> list[Path]:
-    """Make `directory` this launch's, after all ranks have read what they start from; every rank calls this.
+    """Claim `directory` for this launch, once all ranks have read what they start from.
 
-    Checkpoints that the run does not follow are renamed to replaced-step-*: those after step `first`, or all,
-    where it did not resume from one of this folder. Under their names they would count as the run's own: a
-    resume would take them, and a save would remove its own. Returns them under their new names.
+    Every rank calls this. Checkpoints that the run does not follow are renamed to replaced-step-*: those
+    after step `first`, or all where it did not resume from one of this folder. Otherwise a resume would take
+    them for the run's own, and a save would remove the run's own for them. Returns their new names.
     """
 
     def claim() -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
-        held = lock(directory)  # not while another run writes here
+        held = lock(directory)  # refuses where another run writes here
         try:
             own = resumed is not None and resumed.resolve().parent == directory.resolve()
             moved = [_aside(p) for p in store.published(directory) if not own or store.step_of(p) > first]
@@ -136,7 +138,7 @@ def begin(directory: Path, rank: RankInfo, resumed: Path | None, first: int) -> 
 
 
 def began_here(directory: Path, rank: RankInfo | None) -> bool:
-    """Whether this very launch has begun in `directory` before: torchrun has started its ranks again."""
+    """Whether this launch has begun in `directory` before, and torchrun has started its ranks again."""
     if rank is None or rank.rank != 0:
         return False
     try:
@@ -144,9 +146,9 @@ def began_here(directory: Path, rank: RankInfo | None) -> bool:
         launch, run_id = note["launch"], note["run_id"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if rank.again:
-        return launch == rank.launch
-    # The store that knew the launch may be lost with its machine: then an id given to torchrun tells.
+    if rank.relaunched:
+        return bool(launch == rank.launch)
+    # Where the launch's store was lost with its machine, an id given to torchrun identifies the launch.
     return restarted() and _run_id() is not None and run_id == _run_id()
 
 
@@ -157,7 +159,7 @@ def _run_id() -> str | None:
 
 
 def _aside(path: Path) -> Path:
-    """Rename a checkpoint so that it no longer counts."""
+    """Rename a checkpoint so that it is no longer taken for the run's; returns its new name."""
     name, n = path.with_name(f"replaced-{path.name}"), 1
     while name.exists():
         n += 1
@@ -167,17 +169,18 @@ def _aside(path: Path) -> Path:
 
 
 def _of_the_lead(rank: RankInfo | None, decide: Callable[[], T]) -> T:
-    """What rank 0 decides, on every rank; its PolyrankError is raised on all of them."""
+    """decide() of rank 0, on every rank; its PolyrankError is raised on all of them."""
     if rank is None or rank.world == 1:
         return decide()
-    box: list[Any] = [None]
+    box: list[tuple[T, None] | tuple[None, PolyrankError] | None] = [None]
     if rank.rank == 0:
         try:
             box = [(decide(), None)]
         except PolyrankError as error:
             box = [(None, error)]
     dist.broadcast_object_list(box, src=0, device=rank.device)
+    assert box[0] is not None
     answer, refused = box[0]
     if refused is not None:
         raise refused
-    return answer
+    return cast(T, answer)

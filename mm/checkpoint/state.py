@@ -1,4 +1,4 @@
-"""Checkpoints of a job: which tensors, which words, and which of them a config names."""
+"""Checkpoints of a job: their tensors, their state.json, and the ones that a config names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mm.config.schema import Config, resolve
-from mm.data.index import Index
+from mm.data.sample import Index
 from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.ranks.job import Job
@@ -38,7 +39,10 @@ def state_tensors(job: Job) -> dict[str, Tensor]:
 
 
 def fingerprint(blueprint: Blueprint, index: Index) -> str:
-    """What must stay the same between saving and resuming for the run to be the same run: not the layout."""
+    """A digest of what must not change between saving and resuming: model, data, seed, global batch.
+
+    The layout may change.
+    """
     cfg = resolve(blueprint.cfg)
     kept = {"model": cfg["model"], "data": index.digest, "seed": cfg["run"]["seed"]}
     kept["global_batch"] = cfg["train"]["global_batch"]
@@ -55,7 +59,7 @@ def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int
     }
     try:
         return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)
-    except (OSError, CheckpointException) as error:  # torch's is no Exception: nothing else would catch it
+    except (OSError, CheckpointException) as error:  # CheckpointException is a BaseException of torch's
         free = shutil.disk_usage(directory).free / 2**20
         raise CheckpointError(
             f"the checkpoint of step {step} cannot be written to {directory} ({free:.0f} MiB free): "
@@ -64,8 +68,11 @@ def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int
 
 
 def candidates(cfg: Config, directory: Path) -> list[Path]:
-    """The checkpoints that checkpoint.resume names, newest first: those of the run's folder (auto), none, or
-    one at a path. Raises CheckpointError where the path has none."""
+    """The checkpoints that checkpoint.resume names, newest first.
+
+    They are those of the run's folder (auto), none, or one at a path. Raises CheckpointError where the path
+    has none.
+    """
     wanted = cfg.checkpoint.resume
     if wanted == "none":
         return []
@@ -83,18 +90,29 @@ def _is_checkpoint(path: Path) -> bool:
     return any((path / name).is_file() for name in (store.MANIFEST, store.STATE))
 
 
-def load(job: Job, index: Index, path: Path) -> dict[str, Any]:
-    """Fill the job from a checkpoint written under any layout; returns its state (step, bad_samples, ..)."""
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: after `step` steps, with these samples known to be unreadable."""
+
+    step: int
+    bad_samples: frozenset[int]
+
+
+def load(job: Job, index: Index, path: Path) -> Resumed:
+    """Fill the job from a checkpoint written under any layout; every rank calls this.
+
+    Raises CheckpointError where it is damaged or was written by another run.
+    """
     try:
         state = store.load(path, state_tensors(job))
     except store.BadCheckpoint as error:
         raise CheckpointError(str(error)) from error
     _check_same_run(state, job.blueprint, index, path)
-    return state
+    return Resumed(state["step"], frozenset(state["bad_samples"]))
 
 
 def check_resume(blueprint: Blueprint, index: Index, path: Path) -> None:
-    """Refuse a checkpoint that a run cannot resume from, from names and shapes; reads no tensor data."""
+    """Refuse a checkpoint that a run cannot resume from, by names and shapes; reads no tensor data."""
     try:
         stored = {name: shape for name, (shape, _) in store.describe(path).items()}
         for m in blueprint.modules:
@@ -140,7 +158,7 @@ def inspect_text(path: Path) -> str:
 
 
 def verify_text(path: Path) -> str:
-    """Say that a checkpoint is whole; raises CheckpointError naming every damaged file."""
+    """A line that a checkpoint is undamaged; raises CheckpointError naming every damaged file."""
     wrong = store.verify(path)
     if wrong:
         raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")

@@ -15,10 +15,11 @@ from llm.hf.weights import check_folder, model_tensors
 from llm.model import LLM
 from mm.checkpoint.resume import verify
 from mm.checkpoint.state import model_shapes
-from mm.config.outline import llm_config
-from mm.config.schema import build, from_mapping
+from mm.config.build import build
+from mm.config.outline import SINK, llm_config
+from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
-from mm.plan.blueprint import SINK, Blueprint
+from mm.plan.blueprint import Blueprint
 from mm.ranks.job import Job
 from parallel import checkpoint as store
 
@@ -26,8 +27,9 @@ from parallel import checkpoint as store
 def start_from(job: Job, path: Path) -> None:
     """Fill the job's weights from `path` before its first step; every rank calls this.
 
-    path: a Hugging Face folder, for the language model alone, of which each rank reads what it holds; or a
-    checkpoint of ours under any layout, from which every module that it has takes its weights.
+    path: a Hugging Face folder, whose weights are the language model's; or a checkpoint of ours, written
+    under any layout, with weights of any of the modules. Each rank reads what it holds.
+    Raises CheckpointError where they do not fit or are damaged.
     """
     try:
         if (path / "config.json").is_file():
@@ -65,7 +67,7 @@ def check_weights(blueprint: Blueprint, path: Path) -> None:
 
 
 def _describe(path: Path, blueprint: Blueprint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """store.describe(), refused where the checkpoint has none of the model's modules."""
+    """store.describe(); raises ValueError where the checkpoint has none of the model's modules."""
     stored = store.describe(path)
     theirs = sorted({key.partition(".")[0] for key in stored})
     if not set(theirs) & set(blueprint.modules):
@@ -86,10 +88,12 @@ def import_hf(folder: Path, out: Path) -> str:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     tensors = {f"{SINK}.{key}": t for key, t in model_tensors(model).items()}
-    with TemporaryDirectory() as place:  # a checkpoint is written by a process group, here of one
+    with (
+        TemporaryDirectory() as folder_of_store
+    ):  # a process group writes a checkpoint, here one of one process
         dist.init_process_group(
             dist.get_default_backend_for_device("cpu"),
-            init_method=f"file://{place}/store",
+            init_method=f"file://{folder_of_store}/store",
             rank=0,
             world_size=1,
         )
@@ -103,7 +107,8 @@ def import_hf(folder: Path, out: Path) -> str:
 def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> str:
     """Write the language model of a checkpoint, saved under any layout, as a new Hugging Face folder.
 
-    dtype: of the tensors, None for the checkpoint's. Raises CheckpointError in words.
+    dtype: of the tensors; None keeps the checkpoint's. Raises CheckpointError where the checkpoint is damaged
+    or has no language model.
     """
     try:
         wrong = store.verify(checkpoint)

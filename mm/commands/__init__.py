@@ -1,5 +1,5 @@
-"""One file a command of the command line, and the checks that commands make before ranks start.
+"""One file a command of the command line (its options and what runs it), and what only commands need.
 
-Entry points: preflight.check_paths, dry_run.dry_run, compare.compare, doctor.examine.
-Arguments are parsed in mm/cli.py.
+Entry points: command.Command, preflight.check_paths, dry_run.dry_run, comparison.compare, doctor.examine.
+mm/cli.py parses arguments and picks the command. Commands import torch only once their arguments are right.
 """

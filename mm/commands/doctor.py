@@ -1,7 +1,8 @@
-"""Examines a machine: what is installed, what works, whether the default job can run."""
+"""`doctor`: what is installed on a machine, what works there, whether the default job can run."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import platform
@@ -13,15 +14,29 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from mm.commands.command import Command
+from mm.errors import Refused
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# What the default job imports; the code has fallbacks for the other pinned packages.
+# What the default job imports. The code has fallbacks for the other pinned packages.
 NEEDED = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "rich")
 
 
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.positional:
+        raise Refused(f"doctor takes no arguments, given {' '.join(args.positional)}")
+    text, healthy = examine()
+    print(text)
+    return 0 if healthy else 1
+
+
+COMMAND = Command(_run, "examine this machine: can the default job run?", "none")
+
+
 def examine() -> tuple[str, bool]:
-    """(report, whether the default job can run here). Runs where packages are missing, and says which."""
+    """(report, whether the default job can run here). Works where packages are missing, and names them."""
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     lines.append(f"cores {os.cpu_count()}, free disk {shutil.disk_usage(ROOT).free / 2**30:.0f} GiB")
     wrong = [] if sys.version_info >= (3, 11) else ["Python is older than 3.11"]
@@ -70,7 +85,7 @@ def _examine_torch() -> tuple[list[str], list[str]]:
 
 
 def _transformers() -> str:
-    """Whether plug-ins can wrap models of the transformers package, once the imports are repaired."""
+    """Whether the transformers package can be imported, whose models some plug-ins wrap."""
     if (found := _version("transformers")) is None:
         return "transformers is not installed (only some plug-ins want it)"
     try:
@@ -81,7 +96,7 @@ def _transformers() -> str:
 
 
 def pins() -> list[tuple[str, str]]:
-    """(package, version) of the exact pins in pyproject.toml, those of other systems left out."""
+    """(package, version) of the exact pins in pyproject.toml that apply to this system."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -112,7 +127,7 @@ dist.destroy_process_group()
 
 
 def ping(timeout_s: float = 60.0) -> tuple[float, str | None]:
-    """Seconds for two processes to greet each other over gloo, and what went wrong."""
+    """(seconds for two processes to start and meet over gloo, what went wrong if anything)."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

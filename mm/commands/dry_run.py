@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from mm.commands.preflight import check_fits
-from mm.data.index import Index
+from mm.config.outline import SINK
+from mm.data.sample import Index
 from mm.errors import Refused
-from mm.plan.blueprint import SINK, Blueprint
+from mm.plan.blueprint import Blueprint
 from mm.ranks.job import open_indexes
 from mm.ranks.launch import choose_device
 from mm.report.header import gib, header, memory_warning
@@ -23,7 +24,7 @@ from parallel.topology.layout import Layout
 def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
     """Rank table, edges, bytes, FLOPs, memory and schedule of the first step; writes nothing.
 
-    draw: a folder to draw the step in, which is then written.
+    draw: a folder to draw the step in, the only thing that is then written.
     """
     indexes = open_indexes(blueprint, write=False)
     index = indexes["training"]
@@ -33,23 +34,20 @@ def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
     modules = blueprint.modules
     lines.append("rank  " + "  ".join(f"{m:<24}" for m in modules))
     for rank in range(blueprint.world):
-        cells = [_place(blueprint.layouts[m], rank) for m in modules]
+        cells = [_coordinates(blueprint.layouts[m], rank) for m in modules]
         lines.append(f"{rank:>4}  " + "  ".join(f"{c:<24}" for c in cells))
-    lines += ["", f"first step: {data['tokens']} tokens, {blueprint.cfg.train.global_batch} samples"]
-    for m, edge in data["edges"].items():
-        total = edge["forward_bytes"] + edge["backward_bytes"]
-        lines.append(
-            f"edge {m} -> {SINK}: {edge['rows']} rows, {total / 2**10:.1f} KiB received by all ranks"
-        )
+    lines += ["", f"first step: {data.tokens} tokens, {blueprint.cfg.train.global_batch} samples"]
+    for m, edge in data.edges.items():
+        total = edge.forward_bytes + edge.backward_bytes
+        lines.append(f"edge {m} -> {SINK}: {edge.rows} rows, {total / 2**10:.1f} KiB received by all ranks")
     for m in modules:
         lines.append(
-            f"{m}: {blueprint.layouts[m].describe()}, {data['flops_by_module'][m] / 1e9:.2f} GFLOP a step, "
-            f"{gib(data['weight_bytes_per_rank'][m])} weights and optimizer a rank"
+            f"{m}: {blueprint.layouts[m].describe()}, {data.flops_by_module[m] / 1e9:.2f} GFLOP a step, "
+            f"{gib(data.weight_bytes_per_rank[m])} weights and optimizer a rank"
         )
-    schedule = data["schedule"]
-    for program in schedule["programs"]:
-        lines += ["", f"schedule {schedule['kind']} of ranks {', '.join(map(str, program['ranks']))}:"]
-        lines += [f"  {a}" for a in program["actions"]]
+    for program in data.schedule.programs:
+        lines += ["", f"schedule {data.schedule.kind} of ranks {', '.join(map(str, program.ranks))}:"]
+        lines += [f"  {a}" for a in program.actions]
     if draw is not None:
         drawn = draw_simulated(blueprint, first_step(blueprint, index), draw)
         lines += ["", f"drawn, at {RATE / 1e9:g} GFLOP/s a rank: {', '.join(map(str, drawn))}"]
@@ -57,11 +55,11 @@ def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
 
 
 def _header(blueprint: Blueprint, indexes: Mapping[str, Index]) -> list[str]:
-    """The header of the run and what speaks against it, were it started on this machine."""
+    """The header of the run, and a warning where this machine has too little memory for it."""
     cfg = blueprint.cfg
     try:
         found = choose_device(cfg.run.device, 0, blueprint.world, torch.cuda.device_count())
-    except Refused:  # planned here for another machine
+    except Refused:  # this machine has no such device: the plan is for another one
         found = "cuda"
     device = torch.device(found).type
     text = header(blueprint, indexes, device, dist.get_default_backend_for_device(device))
@@ -69,10 +67,13 @@ def _header(blueprint: Blueprint, indexes: Mapping[str, Index]) -> list[str]:
     return [text, *([f"warning: {warning}"] if warning else [])]
 
 
-def _place(layout: Layout, rank: int) -> str:
+def _coordinates(layout: Layout, rank: int) -> str:
+    """Where a rank stands on a module's axes; "-" where it does not host the module."""
     if rank not in layout.ranks:
         return "-"
     dense, expert = layout.coord(rank), layout.expert_coord(rank)
-    further = [f"{a}{getattr(dense, a)}" for a in ("cp", "pp") if getattr(layout, a) > 1]
-    further += [f"ep{expert.ep}"] if layout.ep > 1 else []
-    return " ".join([f"dp{dense.dp} tp{dense.tp}", *further])
+    parts = [f"dp{dense.dp} tp{dense.tp}"]
+    parts += [f"cp{dense.cp}"] if layout.cp > 1 else []
+    parts += [f"pp{dense.pp}"] if layout.pp > 1 else []
+    parts += [f"ep{expert.ep}"] if layout.ep > 1 else []
+    return " ".join(parts)

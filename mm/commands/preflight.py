@@ -1,4 +1,4 @@
-"""What a run reads and writes, looked at before any rank starts: ranks take seconds to say the same."""
+"""Checks of what a run reads and writes, before any rank starts: starting ranks takes seconds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mm.errors import CheckpointError, Refused
 from mm.ranks.launch import restarted
 
 if TYPE_CHECKING:
-    from mm.data.index import Index
+    from mm.data.sample import Index
     from mm.plan.blueprint import Blueprint
 
 
 def check_paths(cfg: Config, *, write: bool = True) -> None:
-    """Refuse a run folder that cannot be written, data that is not there, and a board that is not installed.
+    """Refuse a run folder that cannot be written, missing data, and TensorBoard where it is not installed.
 
-    Needs no torch. write: the run folder is made; without it nothing is written. Raises Refused or DataError.
+    Needs no torch. write: make the run folder; otherwise nothing is written. Raises Refused or DataError.
     """
     folder = Path(cfg.run.dir)
     try:
@@ -46,7 +46,7 @@ def check_paths(cfg: Config, *, write: bool = True) -> None:
 
 
 def _could_write(folder: Path) -> None:
-    """Raise the OSError that making a file in `folder`, and the folder itself, would meet; makes nothing."""
+    """Raise the OSError that making `folder` and a file in it would raise; makes nothing."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -55,11 +55,11 @@ def _could_write(folder: Path) -> None:
 
 
 def check_start(cfg: Config) -> None:
-    """Refuse a start (checkpoint.resume, checkpoint.weights) from what is not there: CheckpointError."""
+    """Raise CheckpointError where what checkpoint.resume or checkpoint.weights names does not exist."""
     from mm.checkpoint.state import candidates
     from parallel.checkpoint import MANIFEST
 
-    if restarted():  # what it began from may be gone: it goes on from its own
+    if restarted():  # it resumes from its own checkpoints; what it began from may be gone
         return
     candidates(cfg, Path(cfg.run.dir))
     weights = cfg.checkpoint.weights
@@ -73,8 +73,10 @@ def check_start(cfg: Config) -> None:
 
 
 def check_fits(blueprint: Blueprint, index: Index) -> None:
-    """Refuse a start from a checkpoint, or from weights, of another model: from names and shapes alone, as a
-    dry run must. Raises CheckpointError."""
+    """Raise CheckpointError where the checkpoint or the weights to start from are of another model.
+
+    Compares names and shapes alone, as a dry run must.
+    """
     from mm.checkpoint.state import candidates, check_resume
     from mm.checkpoint.weights import check_weights
 

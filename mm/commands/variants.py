@@ -1,4 +1,4 @@
-"""One config under several layout files, each by a name of its own. Needs no torch."""
+"""One config under several layout files, each with a distinct name. Needs no torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def variants(cfg: Config, files: Sequence[Path]) -> list[Variant]:
 
 
 def check_variants(found: Sequence[Variant], world: int) -> None:
-    """Check each but for its encoders on `world` ranks; raises Refused naming the file."""
+    """Check each on `world` ranks, all but its encoders; raises Refused naming the file."""
     for variant in found:
         try:
             check_outline(variant.cfg, world)
@@ -45,8 +45,8 @@ def check_variants(found: Sequence[Variant], world: int) -> None:
 
 
 def distinct_names(files: Sequence[Path]) -> list[str]:
-    """A name for each file: its stem, with its folder where two have one stem, and a number where a file
-    is given twice."""
+    """A name for each file: its stem; with its folder where two have one stem; with a number where a file is
+    given twice."""
     stems = Counter(path.stem for path in files)
     names = [p.stem if stems[p.stem] == 1 else str(p.with_suffix("")) for p in files]
     return [

@@ -1,4 +1,5 @@
-"""The config: strict YAML, what of it can be checked without torch, and advice where it is refused.
+"""The config: strict YAML, the checks that need no torch, and advice where a config is refused.
 
-Entry points: schema.load_config, outline.check_outline. Data is not opened and nothing is built here.
+Entry points: schema.load_config, build.build, outline.check_outline. No data is opened and no module is built
+here.
 """

@@ -1,5 +1,7 @@
-"""What would work instead of a refused layout or schedule: each proposal is tried by the whole check of the
-config, so that what is named can be typed as it stands."""
+"""Find what would work instead of a refused layout or schedule.
+
+Each proposal passes the whole check of the config before it is named: the user can type it as it stands.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,17 @@ from mm.config.schema import Config, from_mapping, resolve
 from mm.errors import PolyrankError
 from parallel.topology.layout import DEGREES, Changes, Unfit, nearest_degrees, parse_ranks, with_advice
 
-Check = Callable[[Config], object]  # raises ValueError or PolyrankError for a config that cannot be
+Check = Callable[[Config], object]  # raises ValueError or PolyrankError for a config that does not work
 
-Accepts = Callable[[Changes], bool]
+Accepts = Callable[[Changes], bool]  # whether the config works with these changes
 
-MOST = 2  # alternatives that are named
+MOST = 2  # alternatives that an error names
 
 
 def advise(cfg: Config, error: Unfit, world: int, check: Check) -> str:
-    """The words of a refusal, with the nearest changes of `cfg` that `check` accepts, as they are typed.
+    """The text of a refusal, with the nearest changes of `cfg` that `check` accepts, as a user types them.
 
-    world: ranks of the job. Where the config has other faults too, the changes mend this one.
+    world: ranks of the job. Where the config has other faults too, the changes correct this one only.
     """
     for accepts in (_accepts(cfg, check), _accepts(cfg, check, error)):
         works = list(_proposed(cfg, error, accepts)) or _searched(cfg, error, world, accepts)
@@ -30,7 +32,7 @@ def advise(cfg: Config, error: Unfit, world: int, check: Check) -> str:
 
 
 def _proposed(cfg: Config, error: Unfit, accepts: Accepts) -> Iterator[Changes]:
-    """What the author of the refusal names, as far as it works."""
+    """The changes that the refusal itself proposes, as far as they work."""
     for work in error.works:
         dotted = _dotted(error.module, work)
         changes = {
@@ -41,7 +43,7 @@ def _proposed(cfg: Config, error: Unfit, accepts: Accepts) -> Iterator[Changes]:
 
 
 def _searched(cfg: Config, error: Unfit, world: int, accepts: Accepts) -> list[Changes]:
-    """Degrees of the module in question that work; on all ranks where its own cannot be."""
+    """Nearby degrees of the refused module that work, on its own ranks and on the ranks that are proposed."""
     if error.module is None:
         return []
     module, spec = error.module, cfg.layout.get(error.module, {})
@@ -62,18 +64,18 @@ def _searched(cfg: Config, error: Unfit, world: int, accepts: Accepts) -> list[C
 
 
 def _accepts(cfg: Config, check: Check, about: Unfit | None = None) -> Accepts:
-    """Whether the config passes with some changes; with `about`, whether it does but for other faults."""
+    """Whether the config passes with some changes; where `about` is given, other faults do not count."""
 
     def accepts(changes: Changes) -> bool:
-        mended: set[str | None] = set()
+        corrected: set[str | None] = set()
         while True:
             try:
                 check(with_changes(cfg, changes))
             except Unfit as error:
                 same = about is None or (error.module is not None and error.module == about.module)
-                if same or error.module in mended:
+                if same or error.module in corrected:
                     return False
-                mended.add(error.module)
+                corrected.add(error.module)
                 changes = {**_plain(cfg, error.module), **changes}
             except (ValueError, PolyrankError):
                 return False
@@ -84,20 +86,20 @@ def _accepts(cfg: Config, check: Check, about: Unfit | None = None) -> Accepts:
 
 
 def _plain(cfg: Config, module: str | None) -> Changes:
-    """The schedule (None), or a module's layout, as nothing is wrong with it."""
+    """Changes that make the schedule (None), or a module's layout, so plain that it has no fault."""
     if module is not None and module in cfg.model:
         return {f"layout.{module}": {}}
-    rounds = cfg.schedule.microbatches * get(cfg, "layout.llm.pp", 1)  # as virtual stages need them
+    rounds = cfg.schedule.microbatches * get(cfg, "layout.llm.pp", 1)  # virtual stages need a multiple of pp
     plain: dict[str, Any] = {"schedule.kind": "auto", "schedule.ahead": None, "schedule.encoder_batch": {}}
     return plain | ({"schedule.microbatches": rounds} if module is None else {f"layout.{module}": {}})
 
 
 def _dotted(module: str | None, changes: Changes) -> dict[str, Any]:
-    """Changes by their place in the config."""
-    return {_place(module, key): value for key, value in changes.items()}
+    """Changes by their dotted keys in the config."""
+    return {_dotted_key(module, key): value for key, value in changes.items()}
 
 
-def _place(module: str | None, key: str) -> str:
+def _dotted_key(module: str | None, key: str) -> str:
     if "." in key:
         return key
     if key in DEGREES or key == "ranks":
@@ -118,7 +120,7 @@ def with_changes(cfg: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def get(cfg: Config, key: str, otherwise: Any = None) -> Any:
-    """The value of a dotted key, `otherwise` where it is not given."""
+    """The value of a dotted key, or `otherwise` where the config lacks it."""
     at: Any = resolve(cfg)
     for name in key.split("."):
         if not isinstance(at, dict) or name not in at:

@@ -1,6 +1,6 @@
-"""What a config says that needs no encoder: layouts, the language model, its stages, the schedule.
+"""The outline of a config, which needs no encoder: layouts, the language model, its stages, the schedule.
 
-Needs no torch, whose import takes seconds: what can be refused without it is refused at once.
+It needs no torch, whose import takes seconds, so that most faults of a config are refused at once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from llm.config import check as check_llm
 from llm.presets import preset
 from llm.recompute import recompute_parts
 from llm.stages import partition
-from mm.config.schema import Config, build
+from mm.config.build import build
+from mm.config.schema import Config
 from mm.data.tokenizer import make_tokenizer
-from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
+from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.schedule.generators.refuse import check_stages
 from parallel.schedule.plan import Params
 from parallel.topology.layout import Layout, Unfit, make_layout
@@ -27,14 +28,17 @@ SINK = "llm"
 
 
 def check_outline(cfg: Config, world: int) -> None:
-    """Raise ValueError where the outline of a config cannot be, or no schedule serves it."""
+    """Raise ValueError (Unfit) or Refused where the outline of a config has a fault or no schedule."""
     layouts, llm, stages = outline(cfg, world)
     frozen, active = frozen_modules(cfg, llm), [set(cfg.model)] * cfg.schedule.microbatches
     schedule_of(cfg, layouts, {SINK: stages[-1].stop}, frozen, active, {}, train=True)
 
 
 def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tuple[Stage, ...]]:
-    """The layouts, the language model and its pipeline stages: all that needs no encoder."""
+    """The layouts by module, the language model and its pipeline stages.
+
+    Raises ValueError (Unfit) or Refused for what is wrong with them.
+    """
     for name in cfg.model:
         if name == "text" or not name.isidentifier():
             raise ValueError(
@@ -67,7 +71,11 @@ def schedule_of(
     *,
     train: bool,
 ) -> SchedulePlan:
-    """The schedule that a config asks for; layers, enters: of the modules where they are known."""
+    """The schedule that a config asks for; raises ValueError (Unfit) where there is none.
+
+    layers: number of layers, by module. enters: by encoder, the stages of the language model that its rows
+    enter. Both may lack modules that are not known yet. active: by micro-batch, the encoders with items.
+    """
     modules = {
         m: ModuleUse(layouts[m], m in frozen, weights_gathered(cfg, m), layers.get(m), enters.get(m, (0,)))
         for m in [*cfg.model, SINK]
@@ -77,26 +85,27 @@ def schedule_of(
         modules,
         sink=SINK,
         active=active,
-        ahead=cfg.schedule.ahead,
-        batch=cfg.schedule.encoder_batch,
-        train=train,
+        options=ScheduleOptions(cfg.schedule.ahead, cfg.schedule.encoder_batch, train=train),
     )
 
 
 def weights_gathered(cfg: Config, module: str) -> Params:
-    """When a module's weights are gathered: for "each" forward and backward, as FSDP does, or once a
-    "step" where the schedule has ranks of one dp group run an encoder at different times."""
+    """When a module's weights are gathered: "each" for every forward and backward, as FSDP does, or once a
+    "step", where the schedule lets ranks of one dp group run an encoder at different times."""
     return "step" if cfg.schedule.kind == "fill" and module != SINK else "each"
 
 
 def frozen_modules(cfg: Config, llm: LLMConfig) -> set[str]:
-    """Modules without a single trainable parameter."""
+    """Modules without any trainable parameter."""
     return {m for m, enc in cfg.model.items() if enc.freeze == "all"} | ({SINK} if llm.freeze else set())
 
 
 def llm_config(cfg: Config) -> LLMConfig:
-    """The language model: model.llm's options over those of its preset, which is a published model's name or
-    a folder with a Hugging Face config.json."""
+    """The language model: the options of model.llm, over those of its preset where it names one.
+
+    A preset is a published model's name or a folder with a Hugging Face config.json. Raises ValueError for an
+    unknown preset or too small a vocabulary, Refused for unknown options.
+    """
     vocab = make_tokenizer(cfg.data.tokenizer).vocab_size
     options, base = dict(cfg.llm), {"vocab_size": vocab}
     name = options.pop("preset", None)
@@ -108,14 +117,14 @@ def llm_config(cfg: Config) -> LLMConfig:
         base = asdict(read_config(SafeFolder(name).config()))
     elif name is not None:
         base = asdict(preset(name))
-    llm = build(LLMConfig, {**base, **options}, "model.llm")
+    llm: LLMConfig = build(LLMConfig, {**base, **options}, "model.llm")
     if llm.vocab_size < vocab:
         raise ValueError(f"model.llm.vocab_size is {llm.vocab_size}; the tokenizer needs at least {vocab}")
     return llm
 
 
 def _check_recompute(cfg: Config, llm: LLMConfig) -> None:
-    """Refuse parts to compute again that are unknown, or in none of the model's layers."""
+    """Refuse parts to recompute that are unknown, or that no layer of the model has."""
     kinds, parts = llm.kinds, recompute_parts(cfg.train.recompute)
     present = {
         "mlp": "-" in kinds or ("E" in kinds and llm.shared_ffn > 0),
@@ -125,16 +134,16 @@ def _check_recompute(cfg: Config, llm: LLMConfig) -> None:
     }
     for part in sorted(parts):
         if not present.get(part, True):
-            left = sorted(p for p in parts if present.get(p, True))
+            others = sorted(p for p in parts if present.get(p, True))
             raise Unfit(
                 f"train.recompute has {part}, but no layer of model.llm.pattern {llm.pattern!r} has it: it "
                 "would have no effect",
-                [{"train.recompute": left or False}],
+                [{"train.recompute": others or False}],
             )
 
 
 def _check_schedule(cfg: Config, layouts: Mapping[str, Layout]) -> None:
-    """Refuse keys of the schedule that cannot be, or that would have no effect."""
+    """Refuse values of schedule.ahead and schedule.encoder_batch that are impossible or without effect."""
     for name, n in cfg.schedule.encoder_batch.items():
         _check_batch(name, n, layouts, cfg.schedule.microbatches)
     ahead, sink = cfg.schedule.ahead, set(layouts[SINK].ranks)
@@ -158,10 +167,10 @@ def _check_batch(name: str, n: int, layouts: Mapping[str, Layout], microbatches:
     if n > microbatches:
         why = f"{key}={n}, but the step has schedule.microbatches={microbatches}; needed: at most as many"
         raise Unfit(why, [{key: microbatches}, {"schedule.microbatches": n}, {key: 1}])
-    cut = {a: getattr(layout, a) for a in ("cp", "pp") if getattr(layout, a) > 1}
-    cut |= {"sequence_parallel": True} if layout.sequence_parallel and layout.tp > 1 else {}
-    if n > 1 and cut:
-        given = ", ".join(f"{a}={v}" for a, v in cut.items())
+    splits = {a: getattr(layout, a) for a in ("cp", "pp") if getattr(layout, a) > 1}
+    splits |= {"sequence_parallel": True} if layout.sequence_parallel and layout.tp > 1 else {}
+    if n > 1 and splits:
+        given = ", ".join(f"{a}={v}" for a, v in splits.items())
         raise Unfit(
             f"{key}={n} with layout.{name} {given}: several micro-batches at once need rows that are whole "
             "on each rank",

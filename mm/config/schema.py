@@ -1,161 +1,194 @@
-"""The config: strict YAML, one section a concern, every key with a type.
+"""The config: strict YAML, one section for each concern, each key with a type and a description.
 
 An unknown key is refused with the nearest known one. `key=value` on the command line overrides a dotted key.
+docs/config.md lists the keys with the descriptions given here (tested).
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
+from mm.config.build import Section, build, unknown_key
 from mm.errors import Refused
 
 
-class Section(BaseModel):
-    """A frozen section that knows its keys and no others."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class RunConfig(Section):
-    """dir: where the run writes, relative to the working folder; timeout_s bounds every wait; trace: number
-    of a step that is drawn as it ran, and traced for Perfetto; tensorboard: write the numbers for it too.
-    """
+    """The run itself: its folder, its ranks and what it writes."""
 
-    dir: str = Field("runs/run", min_length=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    nproc: int = Field(4, ge=1)
-    timeout_s: float = Field(120.0, gt=0)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    trace: int | None = Field(None, ge=1)
-    tensorboard: bool = False
+    dir: str = Field(
+        "runs/run", min_length=1, description="folder that the run writes to, from the working folder"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the weights and of the samples' order")
+    nproc: int = Field(4, ge=1, description="local ranks to start outside torchrun; --nproc overrides it")
+    timeout_s: float = Field(120.0, gt=0, description="longest wait for another rank, in seconds")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="cpu, cuda, or auto: CUDA where each local rank has a device"
+    )
+    trace: int | None = Field(
+        None, ge=1, description="number of a step to draw as it ran, with a trace for Perfetto"
+    )
+    tensorboard: bool = Field(False, description="write losses, norms, rates and lifts for TensorBoard too")
 
 
 class ProjectorConfig(Section):
-    """hidden: width between the projector's two linear maps."""
+    """The projector between an encoder and the language model: two linear maps."""
 
-    hidden: int = Field(256, ge=1)
+    hidden: int = Field(256, ge=1, description="width between the projector's two linear maps")
 
 
 class EncoderConfig(Section):
-    """encoder: a registered name or package.module:Class; options: the encoder's own.
+    """An encoder module."""
 
-    deal: how items go to the encoder's dp ranks, balanced by cost or by their sample's place.
-    """
-
-    encoder: str
+    encoder: str = Field(description="the encoder: vit, fastconformer, or package.module:Class")
     projector: ProjectorConfig = ProjectorConfig()
-    freeze: Literal["none", "encoder", "projector", "all"] = "none"
-    deal: Literal["cost", "sample"] = "cost"
-    options: dict[str, Any] = {}
+    freeze: Literal["none", "encoder", "projector", "all"] = Field(
+        "none", description="weights that are not trained: none, encoder, projector or all"
+    )
+    deal: Literal["cost", "sample"] = Field(
+        "cost", description="how items go to the encoder's dp ranks: balanced by cost, or with their sample"
+    )
+    options: dict[str, Any] = Field({}, description="the encoder's own options")
 
 
 class ScheduleConfig(Section):
-    """kind: auto follows placement, pp and vpp. microbatches: how many the global batch is cut into, the same
-    for all modules. ahead: for how many of them an encoder on the language model's ranks may hold
-    activations; as few as keep the pipeline full where it is not given. encoder_batch: by encoder, for how
-    many micro-batches it computes at once (1).
-    """
+    """The order of a step's work."""
 
-    kind: str = "auto"
-    ahead: int | None = Field(None, ge=1)
-    encoder_batch: dict[str, Annotated[int, Field(ge=1)]] = {}
-    microbatches: int = Field(1, ge=1)
+    kind: str = Field("auto", description="the schedule; auto follows placement, pp and vpp")
+    ahead: int | None = Field(
+        None,
+        ge=1,
+        description="micro-batches whose activations an encoder on the language model's ranks may hold; by "
+        "default the fewest that keep the pipeline full",
+    )
+    encoder_batch: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="by encoder, the micro-batches that it computes at once; 1 by default"
+    )
+    microbatches: int = Field(
+        1, ge=1, description="micro-batches that the global batch is split into, the same for all modules"
+    )
 
 
 class DataConfig(Section):
-    """train, eval: shard patterns relative to the config file; made_by: the command that makes those shards,
-    for errors; context: longest sample in tokens.
+    """The samples."""
 
-    overlong, misfit: what becomes of samples that are longer, and of those with an item that its encoder
-    cannot take; max_skipped: the largest share of samples that may be lost or left out.
-    """
-
-    train: list[str] = Field(min_length=1)
-    eval: list[str] = []
-    made_by: str | None = None
-    overlong: Literal["refuse", "skip", "truncate"] = "refuse"
-    misfit: Literal["refuse", "skip"] = "refuse"
-    max_skipped: float = Field(0.01, ge=0, le=1)
-    tokenizer: str = "bytes"
-    context: int = Field(256, ge=3)
-    prefetch: int = Field(2, ge=1)
+    train: list[str] = Field(
+        min_length=1, description="patterns of the training shards, from the config's folder"
+    )
+    eval: list[str] = Field([], description="patterns of the held-out shards, from the config's folder")
+    made_by: str | None = Field(
+        None, description="command that makes the shards, named in the error where one is missing"
+    )
+    overlong: Literal["refuse", "skip", "truncate"] = Field(
+        "refuse",
+        description="samples longer than data.context: refuse, skip, or truncate to their beginning, without "
+        "the end marker",
+    )
+    misfit: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="samples with an item that its encoder cannot take, such as a picture of an odd size: "
+        "refuse or skip",
+    )
+    max_skipped: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="largest share of samples that may be unreadable or skipped; a torn shard counts as a "
+        "whole one",
+    )
+    tokenizer: str = Field("bytes", description="the tokenizer; bytes is the only one")
+    context: int = Field(256, ge=3, description="length of the longest sample, in tokens")
+    prefetch: int = Field(2, ge=1, description="steps that are read ahead")
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
-    """warmup, decay: fractions of steps, together at most 1. min_lr: at most lr. clip: bound on the global
-    gradient norm, 0 for none.
+    """The training recipe."""
 
-    shard: FSDP gathers each module as a whole, or layer by layer. recompute: true for whole layers, or parts
-    of them by name (llm.recompute); encoders know whole layers only. offload: the language model's
-    activations of at least so many bytes wait on the host.
-    """
-
-    steps: int = Field(ge=1)
-    global_batch: int = Field(ge=1)
-    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
-    lr: float = Field(1e-3, gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    warmup: float = Field(0.05, ge=0, le=1)
-    decay: float = Field(0.2, ge=0, le=1)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip: float = Field(1.0, ge=0)
-    recompute: bool | str | list[str] = False
-    offload: int | None = Field(None, ge=1)
-    shard: Literal["module", "layer"] = "module"
+    steps: int = Field(ge=1, description="steps of the run")
+    global_batch: int = Field(ge=1, description="samples a step, over all ranks")
+    dtype: Literal["float64", "float32", "bfloat16"] = Field(
+        "float32", description="dtype that modules compute in: float64, float32 or bfloat16"
+    )
+    lr: float = Field(1e-3, gt=0, description="highest learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate that the decay ends at, at most train.lr")
+    warmup: float = Field(
+        0.05, ge=0, le=1, description="share of the steps in which the rate rises linearly to train.lr"
+    )
+    decay: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="share of the steps in which the rate falls linearly to train.min_lr; together with "
+        "train.warmup at most 1",
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's decay rates of its two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's term in the denominator")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay")
+    clip: float = Field(1.0, ge=0, description="bound on the global gradient norm, 0 for none")
+    recompute: bool | str | list[str] = Field(
+        False,
+        description="true to recompute whole layers in the backward, or names of their parts; encoders know "
+        "whole layers only",
+    )
+    offload: int | None = Field(
+        None,
+        ge=1,
+        description="least size in bytes of the language model's activations that wait on the host",
+    )
+    shard: Literal["module", "layer"] = Field(
+        "module", description="what FSDP gathers at once: a module, or each layer"
+    )
 
 
 class EvalConfig(Section):
-    """every: steps between evaluations, 0 for one at the end; samples: how many held-out samples."""
+    """Evaluation on held-out samples."""
 
-    every: int = Field(0, ge=0)
-    samples: int = Field(96, ge=1)
+    every: int = Field(0, ge=0, description="steps between evaluations, 0 for one at the end")
+    samples: int = Field(96, ge=1, description="held-out samples that are evaluated")
 
 
 class CheckpointConfig(Section):
-    """every: steps between checkpoints, 0 for none; keep: how many stay; resume: auto, none or a path;
-    weights: what a run that does not resume starts from, a Hugging Face folder or a checkpoint.
-    """
+    """Checkpoints, and where a run starts from."""
 
-    every: int = Field(0, ge=0)
-    keep: int = Field(2, ge=0)
-    resume: str = "auto"
-    weights: str | None = None
+    every: int = Field(
+        0, ge=0, description="steps between checkpoints, with one after the last step too; 0 for none"
+    )
+    keep: int = Field(2, ge=0, description="checkpoints that stay, 0 for all")
+    resume: str = Field(
+        "auto",
+        description="checkpoint to resume from: auto for the newest whole one of run.dir, if any, none, or a "
+        "path",
+    )
+    weights: str | None = Field(
+        None, description="checkpoint or Hugging Face folder that a run that does not resume starts from"
+    )
 
 
 class Config(Section):
-    """A whole run. model: encoder modules by name; llm: the language model's options (llm.LLMConfig).
-
-    base: folder of the config file, which data paths are relative to.
-    """
+    """A whole run."""
 
     run: RunConfig = RunConfig()
-    model: dict[str, EncoderConfig]
-    llm: dict[str, Any]
-    layout: dict[str, dict[str, Any]] = {}
+    model: dict[str, EncoderConfig] = Field(description="encoder modules by name")
+    llm: dict[str, Any] = Field(description="options of the language model")
+    layout: dict[str, dict[str, Any]] = Field({}, description="by module, ranks and parallel degrees")
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    base: Path
+    base: Path = Field(description="folder of the config file, where data paths start; not a key of the file")
 
 
-INTERNAL = ("base", "llm")  # fields of Config that are no top-level keys of the file
+INTERNAL = ("base", "llm")  # fields of Config that are not top-level keys of the file
 LAYOUT_FILE = {"layout", "schedule"}  # what a layout file may hold
 
 
@@ -175,7 +208,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would silently keep the last."""
+    """Refuses a key that is given twice: YAML would silently keep the last value."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -198,7 +231,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    """A YAML error's problem and place, without the excerpt that would take several lines."""
+    """A YAML error's problem and position, without the excerpt, which would take several lines."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
@@ -206,7 +239,10 @@ def _one_line(error: Exception) -> str:
 
 
 def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
-    """A config from its YAML mapping, in which `model` holds the encoders and llm together."""
+    """A config from the mapping of its file, where `model` holds encoders and llm; base: the file's folder.
+
+    Raises Refused.
+    """
     rest = copy.deepcopy(dict(raw))
     model = rest.pop("model", None)
     if not isinstance(model, dict) or not isinstance(model.get("llm"), dict):
@@ -218,20 +254,20 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
     for name in rest.keys() - sections:
         if name in ("llm", *model):
             raise Refused(f"unknown key {name}; did you mean model.{name}?")
-        raise Refused(_unknown(str(name), name, sections))
+        raise Refused(unknown_key(str(name), name, sections))
     cfg = build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
     _check_train(cfg)
     return cfg
 
 
 def _check_train(cfg: Config) -> None:
-    """Refuse values that are each legal, but not together."""
+    """Refuse values that are legal alone but not together."""
     train, trace = cfg.train, cfg.run.trace
     if train.min_lr > train.lr:
         raise Refused(f"train.min_lr is {train.min_lr}; needed: at most train.lr, {train.lr}")
     if train.warmup + train.decay > 1:
         rest = round(1 - train.warmup, 6)
-        rest -= 1e-6 * (train.warmup + rest > 1)  # in few digits, and never too much
+        rest -= 1e-6 * (train.warmup + rest > 1)  # few digits, rounded so that the sum is at most 1
         raise Refused(
             f"train.warmup={train.warmup} and train.decay={train.decay} are fractions of the steps; needed: "
             f"together at most 1; nearest: train.decay={rest:.6g}"
@@ -252,7 +288,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise Refused(f"override {text!r} is not key=value, such as train.lr=0.001")
     at = raw
     for name in path[:-1]:
-        if at.get(name) is None:  # a section that is absent, or empty in the file
+        if at.get(name) is None:  # the section is absent or empty in the file
             at[name] = {}
         at = at[name]
         if not isinstance(at, dict):
@@ -263,91 +299,6 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise Refused(f"override {text!r}: {value!r} is not YAML: {_one_line(error)}") from error
 
 
-# Both are slow to make, and advice builds many configs.
-_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
-_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
-
-
-def build(kind: type[Any], mapping: Mapping[str, Any], path: str) -> Any:
-    """Build a frozen dataclass or a section strictly from a mapping; `path` is its dotted place, for errors.
-
-    Raises Refused naming the key, what was given and, for an unknown key, the nearest known one.
-    """
-    _check_keys(kind, mapping, path)
-    try:
-        return _adapter(kind).validate_python(dict(mapping))
-    except ValidationError as error:
-        raise Refused("; ".join(_explain(e, path, mapping) for e in error.errors())) from None
-
-
-NUMBERS = (int, float, int | None, float | None)
-
-
-def _check_keys(kind: Any, value: Any, path: str) -> None:
-    """Refuse keys that a dataclass or section, or one inside it, does not know, and true for a number.
-
-    Dataclasses would ignore keys, sections would not name the nearest known one, and both take true for 1.
-    """
-    if isinstance(value, bool) and kind in NUMBERS:
-        raise Refused(f"{path}: given {value}; needed: a number")
-    if not isinstance(value, Mapping):
-        return
-    if getattr(kind, "__origin__", None) is dict:
-        for key, inner in value.items():
-            _check_keys(get_args(kind)[-1], inner, _join(path, key))
-        return
-    if not (dataclasses.is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, Section))):
-        return
-    hints = _hints(kind)
-    known = _known_keys(kind)
-    for key, inner in value.items():
-        if key not in known:
-            raise Refused(_unknown(_join(path, key), key, known))
-        _check_keys(hints[key], inner, _join(path, key))
-
-
-def _known_keys(kind: Any) -> list[str]:
-    if dataclasses.is_dataclass(kind):
-        return [f.name for f in dataclasses.fields(kind)]
-    return list(kind.model_fields)
-
-
-def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
-
-
-def _unknown(where: str, key: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(key).lower(), known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key {where}; {hint}"
-
-
-def _explain(error: Any, path: str, mapping: Mapping[str, Any]) -> str:
-    loc = error["loc"]
-    where = path
-    for name in loc:
-        where = _join(where, name)
-    if error["type"] != "missing":
-        return f"{where}: given {error['input']!r}; {_needed(error['msg'])}"
-    if len(loc) == 3 and loc[0] == "model":  # a mistyped module in an override looks like a new module
-        others = [m for m in mapping["model"] if m != loc[1] and "encoder" in mapping["model"][m]]
-        near = difflib.get_close_matches(loc[1], others, 1)
-        return f"{where} is missing" + (f"; did you mean model.{near[0]}?" if near else "")
-    return f"{where} is missing"
-
-
-def _needed(message: str) -> str:
-    """A validator's message in our words: what is needed, without the names of classes."""
-    message = message.replace("a valid dictionary or instance of ", "a mapping, of ").partition(", of ")[0]
-    for theirs, ours in (
-        ("Input should be", "needed:"),
-        ("a valid dictionary", "a mapping"),
-        ("a valid ", "a "),
-    ):
-        message = message.replace(theirs, ours)
-    return "needed: at least one" if message.startswith("List should have at least 1") else message
-
-
 def resolve(cfg: Config) -> dict[str, Any]:
     """The whole config as plain data, defaults filled in, in the shape of the YAML file."""
     raw = cfg.model_dump(mode="json", exclude={"base", "llm"})
@@ -356,7 +307,7 @@ def resolve(cfg: Config) -> dict[str, Any]:
 
 
 def resolve_yaml(cfg: Config) -> str:
-    """resolve() as the YAML text of a file in run.dir: its data paths start there, so that it runs again."""
+    """resolve() as the text of a YAML file in run.dir, where its data paths start: the file can be run."""
     raw = resolve(cfg)
     for name in ("train", "eval"):
         raw["data"][name] = [os.path.relpath(cfg.base / p, cfg.run.dir) for p in raw["data"][name]]
@@ -372,7 +323,7 @@ def load_layout_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise Refused(f"layout file {path} has no layout: mapping")
     for key, value in raw.items():
         if key not in ("layout", "schedule"):
-            raise Refused(f"{path}: {_unknown(key, key, ['layout', 'schedule'])}")
+            raise Refused(f"{path}: {unknown_key(key, key, ['layout', 'schedule'])}")
         if not isinstance(value, dict | None):
             raise Refused(f"{path}: {key} is {value!r}; needed: a mapping")
     return raw["layout"] or {}, raw.get("schedule") or {}

@@ -1,4 +1,4 @@
-"""Makes the shipped digits data set: handwritten digits, spoken digits and text about both.
+"""Make the shipped digits data set: handwritten digits, spoken digits and text about both.
 
 Images are the UCI handwritten digits (through scikit-learn), speech is synthesised with eSpeak NG (through
 espeakng-loader): `pip install -e .[data]`. Evaluation images and evaluation voices never occur in training.
@@ -43,10 +43,10 @@ ATTRIBUTION = """# Attribution
 
 @dataclass(frozen=True)
 class Pool:
-    """Digits to draw from: images by label (pixels 0-255), clips by label (wav bytes)."""
+    """Digits to draw from."""
 
-    images: dict[int, list[np.ndarray]]
-    clips: dict[int, list[bytes]]
+    images: dict[int, list[np.ndarray]]  # by label, uint8 [8, 8] from 0 to 255
+    clips: dict[int, list[bytes]]  # by label, wav files
 
 
 def prepare_digits(out: Path, seed: int = 0, train_samples: int = 860, eval_samples: int = 144) -> list[Path]:
@@ -75,9 +75,9 @@ def _images(rng: random.Random) -> tuple[dict[int, list[np.ndarray]], dict[int, 
     data = load_digits()
     order = list(range(len(data.target)))
     rng.shuffle(order)
-    cut = len(order) // 6
+    held_out = len(order) // 6
     pools = []
-    for ids in (order[cut:], order[:cut]):
+    for ids in (order[held_out:], order[:held_out]):
         pool: dict[int, list[np.ndarray]] = {d: [] for d in range(10)}
         for i in ids:
             pool[int(data.target[i])].append((data.images[i] * (255.0 / 16.0)).astype(np.uint8))
@@ -98,7 +98,7 @@ def _clips(
 
 
 class Speaker:
-    """eSpeak NG through ctypes, in its synchronous mode that hands samples back."""
+    """eSpeak NG through ctypes, in the synchronous mode that passes samples to a callback."""
 
     def __init__(self) -> None:
         import espeakng_loader
@@ -109,16 +109,16 @@ class Speaker:
         self._rate = self._lib.espeak_Initialize(synchronous, 0, data, 0)
         self._heard: list[np.ndarray] = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        self._callback = kind(self._hear)  # kept: ctypes does not hold a reference
+        self._callback = kind(self._hear)  # kept here: ctypes holds no reference
         self._lib.espeak_SetSynthCallback(self._callback)
 
     def _hear(self, samples: object, count: int, events: object) -> int:
         if samples and count > 0:
-            self._heard.append(np.ctypeslib.as_array(samples, (count,)).copy())  # type: ignore[call-overload]
+            self._heard.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
     def say(self, word: str, voice: str, speed: int, pitch: int) -> bytes:
-        """A word as 8 kHz, 8-bit wav; ValueError where the voice does not exist."""
+        """A word as 8 kHz, 8-bit wav; raises ValueError where the voice does not exist."""
         if self._lib.espeak_SetVoiceByName(voice.encode()):
             raise ValueError(f"eSpeak NG has no voice {voice!r}")
         rate_parameter, pitch_parameter = 1, 3
@@ -132,13 +132,14 @@ class Speaker:
 
 
 def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """To 8 kHz, band-limited, by cutting the spectrum; silence trimmed from both ends; peak 0.9."""
+    """Resample to 8 kHz by truncating the spectrum; trim silence from both ends; scale the peak to 0.9."""
     n = round(len(samples) * RATE / rate)
     spectrum = np.fft.rfft(samples)[: n // 2 + 1]
-    out = np.fft.irfft(spectrum, n)
+    out: np.ndarray = np.fft.irfft(spectrum, n)
     loud = np.flatnonzero(np.abs(out) > 0.03 * np.abs(out).max())
     out = out[max(0, loud[0] - 80) : loud[-1] + 80]
-    return 0.9 * out / np.abs(out).max()
+    scaled: np.ndarray = 0.9 * out / np.abs(out).max()
+    return scaled
 
 
 def _wav(samples: np.ndarray) -> bytes:
@@ -152,7 +153,7 @@ def _wav(samples: np.ndarray) -> bytes:
 
 
 def _png(pixels: np.ndarray, rng: random.Random) -> bytes:
-    """A digit, sometimes in the corner of a larger blank canvas so that row counts differ."""
+    """A digit as PNG, sometimes in the corner of a larger blank canvas, so that row counts differ."""
     from PIL import Image
 
     canvas = rng.choices([(8, 8), (8, 12), (12, 8), (12, 12)], weights=[9, 1, 1, 1])[0]
@@ -164,7 +165,7 @@ def _png(pixels: np.ndarray, rng: random.Random) -> bytes:
 
 
 def _samples(pool: Pool, n: int, rng: random.Random, prefix: str) -> Iterator[dict[str, bytes | str]]:
-    """Samples of no to three images and no to two clips, at least one item each."""
+    """n samples of up to three images and up to two clips, with at least one item each."""
     counts = [(1, 1)] * 12 + [(2, 1)] * 4 + [(3, 1), (1, 2), (2, 2), (1, 0), (0, 1)]
     taken = {d: 0 for d in range(10)}
     spoken = {d: 0 for d in range(10)}
@@ -190,7 +191,7 @@ def _samples(pool: Pool, n: int, rng: random.Random, prefix: str) -> Iterator[di
 
 
 def _text(verb: str, digits: Sequence[int], module: str) -> list[dict[str, object]]:
-    """The words " sees 3 5" as segments whose digits depend on the module."""
+    """Segments that read " sees 3 5"; the digits depend on the module."""
     if not digits:
         return [{"text": f"{verb} none"}]
     out: list[dict[str, object]] = [{"text": verb}]

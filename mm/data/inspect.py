@@ -1,4 +1,4 @@
-"""What is in a data set, for people."""
+"""Text that describes a data set: `data index`, `data inspect` and the header of a run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from mm.data.index import Index, Sample, find_shards, index_path, load_index, read_or_build, stored_index
+from mm.data.index import find_shards, index_path, load_index, read_or_build, stored_index
+from mm.data.sample import Index, Sample
 from mm.errors import DataError
 
-SHOWN = 3  # reasons a shard
-SHARDS_SHOWN = 8
+SHOWN = 3  # reasons that are listed for one shard
+SHARDS_SHOWN = 8  # shards that are listed
 
 
 def index_text(patterns: Sequence[str], base: Path) -> str:
-    """Make the indexes that are missing; a line a shard, and what it has lost.
+    """Make the indexes that are missing; returns a line for each shard, and what it has lost.
 
     Raises DataError where a shard has no sample, or its index cannot be written.
     """
@@ -39,7 +40,7 @@ def index_text(patterns: Sequence[str], base: Path) -> str:
 
 
 def inspect_text(patterns: Sequence[str], base: Path) -> str:
-    """Counts, items a sample and module, text lengths, and what is broken."""
+    """Counts of samples and shards, text lengths, items by module and sample, and what is broken."""
     index = load_index(patterns, base)
     text = [sum(seg.text_bytes for seg in s.segments) for s in index.samples]
     lines = [
@@ -63,9 +64,9 @@ def modules_of(samples: Sequence[Sample]) -> list[str]:
 
 
 def count_lines(name: str, index: Index, modules: Collection[str] = ()) -> list[str]:
-    """What a run reads of the data set `name`: counts in all and by file, and what it does not read and why.
+    """What a run reads of the data set `name`: counts in total and by file, and what is left out and why.
 
-    Of many files those that have lost most are shown. modules: those that should have items here.
+    Of many files only those with most losses are listed. modules: each is warned of where it has no item.
     """
     out, lost = [f"{name} data: {_count(index.usable)} in {len(index.shards)} files"], Counter[str]()
     shards: dict[str, list[Sample]] = {shard: [] for shard in index.shards}
@@ -76,8 +77,8 @@ def count_lines(name: str, index: Index, modules: Collection[str] = ()) -> list[
         if sample.id not in index.skipped:
             shards[sample.shard].append(sample)
         else:
-            kind, why = index.skipped[sample.id]
-            reasons[sample.shard].append(f"{kind}: {why}")
+            skip = index.skipped[sample.id]
+            reasons[sample.shard].append(f"{skip.kind}: {skip.why}")
     lost.update({shard: len(why) for shard, why in reasons.items()})
     shown = [shard for shard, _ in lost.most_common(SHARDS_SHOWN)]
     for shard in (s for s in shards if s in shown):
@@ -90,20 +91,20 @@ def count_lines(name: str, index: Index, modules: Collection[str] = ()) -> list[
 
 
 def _near(shard: str) -> str:
-    """The path of a shard, from the working folder where it is inside."""
+    """The path of a shard; relative to the working folder where it is inside it."""
     here = Path.cwd()
     return str(Path(shard).relative_to(here)) if Path(shard).is_relative_to(here) else shard
 
 
 def _file(index: Index, shard: str, samples: Sequence[Sample], lost: int) -> str:
-    cut = sum(s.cut for s in samples)
+    truncated = sum(s.truncated for s in samples)
     more = {
         "left out": lost,
-        "cut to data.context": cut,
+        "truncated to data.context": truncated,
         "files that are no part of a sample": index.ignored.get(shard, 0),
     }
-    words = [_count(samples), *(f"{n} {what}" for what, n in more.items() if n)]
-    return ", ".join([*words, *(["torn"] if shard in index.torn else [])])
+    counts = [_count(samples), *(f"{n} {what}" for what, n in more.items() if n)]
+    return ", ".join([*counts, *(["torn"] if shard in index.torn else [])])
 
 
 def _count(samples: Sequence[Sample]) -> str:

@@ -1,4 +1,4 @@
-"""Which samples a step takes: a function of (seed, step, known-bad samples) alone. Pure."""
+"""Which samples a step takes: a pure function of (seed, step, known-bad samples)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mm.data.index import Part, Sample
+from mm.data.sample import Part, Sample
 from mm.errors import DataError
 
 
@@ -18,22 +18,23 @@ def _epoch(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def sample_ids(seed: int, step: int, global_batch: int, n: int, bad: frozenset[int]) -> tuple[int, ...]:
-    """Sample ids of a step, from n samples: each epoch is a permutation, and steps run through them.
+    """Sample ids of a step, from n samples: each epoch is a permutation, and steps run through the epochs.
 
-    A bad sample's place is taken by another draw that depends on (seed, place) alone, so that finding one
-    never moves any other sample.
+    A bad sample is replaced by another draw, which depends on the seed and the bad sample's position in the
+    run alone: a sample that is found to be bad moves no other sample. Raises DataError where all are bad.
     """
     if len(bad) >= n:
         raise DataError(f"all {n} samples are unreadable or left out")
     first = step * global_batch
-    return tuple(_at(seed, place, n, bad) for place in range(first, first + global_batch))
+    return tuple(_at(seed, position, n, bad) for position in range(first, first + global_batch))
 
 
-def _at(seed: int, place: int, n: int, bad: frozenset[int]) -> int:
-    found = int(_epoch(seed, place // n, n)[place % n])
+def _at(seed: int, position: int, n: int, bad: frozenset[int]) -> int:
+    """The sample at a position of the run, counted over all steps."""
+    found = int(_epoch(seed, position // n, n)[position % n])
     if found not in bad:
         return found
-    draws = np.random.default_rng([seed, place, n])
+    draws = np.random.default_rng([seed, position, n])
     while True:
         found = int(draws.integers(n))
         if found not in bad:
@@ -43,8 +44,8 @@ def _at(seed: int, place: int, n: int, bad: frozenset[int]) -> int:
 def permute_items(samples: Sequence[Sample], module: str, seed: int) -> list[Sample]:
     """The samples with `module`'s items exchanged between them; each sample keeps its number of items.
 
-    Every item goes to another sample where there are enough of them: slots are visited in a random order
-    and each takes the item of the next slot, swapped on where that would be its own sample's.
+    Slots are put in a random order, and each takes the item of the next slot. Where that is an item of its
+    own sample, two slots swap, so that every item goes to another sample where that is possible.
     """
     slots = [
         (j, k)

@@ -1,4 +1,4 @@
-"""How the metadata of payloads are read, by extension."""
+"""Probes: functions that read a payload's metadata (sizes), by file extension."""
 
 from __future__ import annotations
 
@@ -46,12 +46,15 @@ _probes: dict[str, Probe] = {
 
 
 def register_probe(extension: str, probe: Probe) -> None:
-    """Say how to read the metadata of payloads with a new extension (without dot)."""
+    """Register the probe that reads the metadata of payloads with an extension (without dot)."""
     _probes[extension.lower()] = probe
 
 
 def metadata(extension: str, payload: bytes) -> dict[str, Any]:
-    """What the extension's probe says, as plain numbers; nothing where there is no probe."""
+    """What the extension's probe reads from a payload, as plain numbers; empty where there is no probe.
+
+    Raises whatever the probe raises for a payload that it cannot read.
+    """
     if extension not in _probes:
         return {}
     found = _probes[extension](payload)
@@ -60,11 +63,11 @@ def metadata(extension: str, payload: bytes) -> dict[str, Any]:
 
 @lru_cache
 def _identity(probe: Probe) -> str:
-    """A probe's name and a hash of its source, by which an index knows that another one made it."""
+    """A probe's name and a hash of its source: an index that another probe has made differs in it."""
     named = probe if hasattr(probe, "__qualname__") else type(probe)
     try:
         source = inspect.getsource(named)
-    except (OSError, TypeError):  # typed in, or not written in Python: the name has to do
+    except (OSError, TypeError):  # no source file, or not written in Python: the name must suffice
         source = ""
     return f"{named.__module__}.{named.__qualname__} {hashlib.sha256(source.encode()).hexdigest()[:12]}"
 

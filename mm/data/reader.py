@@ -1,4 +1,4 @@
-"""Payloads straight from the shards."""
+"""Read payloads from the shards, by the offsets of the index."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 
-from mm.data.index import Part, Sample
+from mm.data.sample import Part, Sample
 
 
 class BadSample(Exception):
@@ -18,7 +18,7 @@ class BadSample(Exception):
 
 
 class ShardReader:
-    """Reads parts by offset; may be used from several threads. Files stay open until close()."""
+    """Reads payloads by offset. Threads may share it. Files stay open until close()."""
 
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
@@ -44,6 +44,7 @@ class ShardReader:
             return self._files[shard]
 
     def close(self) -> None:
+        """Close all files; they are opened again on demand."""
         with self._lock:
             for fd in self._files.values():
                 os.close(fd)

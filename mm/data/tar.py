@@ -1,8 +1,8 @@
-"""What lies where in a tar, also in a damaged one.
+"""The files of a tar and their offsets, also of a damaged tar.
 
-Every header has a checksum. One that fails it is noted, and reading goes on at the next one that holds, so
-that a damaged header costs a file and not the rest. What extended headers (PAX, GNU) say has no checksum: it
-is held against the header that it extends, where that has room for the same.
+Every header has a checksum. A header that fails it is noted, and the scan goes on at the next valid header: a
+damaged header costs one file, and not those after it. The content of extended headers (PAX, GNU) has no
+checksum: it is compared with the header that it extends, where that header has a field for the same fact.
 
 Formats: POSIX.1-2017, pax, "pax Interchange Format"; GNU tar manual, "Basic Tar Format".
 """
@@ -18,13 +18,13 @@ from typing import BinaryIO
 
 from mm.errors import DataError
 
-BLOCK = 512  # tars are made of blocks of this size: a header, then a payload padded with zeros
+BLOCK = 512  # bytes: a tar consists of blocks of this size; a header is one, a payload is padded with zeros
 CHUNK = 2**20  # bytes that are searched at once
-LONGEST = 2**20  # of an extended header in bytes: names and times, never more
-USTAR_SIZES = 8 * 2**30  # sizes that a header has room for, so that PAX need not say them again
+LONGEST = 2**20  # bytes: an extended header holds names and times, so a longer one is damaged
+USTAR_SIZES = 8 * 2**30  # bytes: a header has room for smaller sizes, so PAX need not repeat them
 RECORDS = {"atime", "charset", "comment", "ctime", "gid", "gname", "hdrcharset", "linkpath"} | {
     *("mtime", "path", "size", "uid", "uname")
-}  # keywords of PAX headers; those of vendors have a dot
+}  # keywords of PAX headers; vendors' own keywords have a dot
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip -k"),
     b"BZh": ("bzip2", "bunzip2 -k"),
@@ -44,27 +44,27 @@ class File:
 
 @dataclass(frozen=True)
 class Loss:
-    """What cannot be read: its name, "" where none is known, and why. sure: the name is not damaged too."""
+    """A file, or a stretch of the tar, that cannot be read."""
 
-    name: str
+    name: str  # "" where none is known
     why: str
-    sure: bool = True
+    sure: bool = True  # the name itself is not damaged
 
 
 @dataclass(frozen=True)
 class Contents:
-    """files: in order. torn: the tar ends before its end mark, so that nothing says how much is missing."""
+    """What a scan has found."""
 
-    files: tuple[File, ...]
+    files: tuple[File, ...]  # in order
     lost: tuple[Loss, ...]
-    torn: bool
+    torn: bool  # the tar ends before its end mark: how much is missing is unknown
 
 
 def split_name(name: str) -> tuple[str, str] | None:
     """(key, part) of a file's name by WebDataset's rule: the key ends at the first dot after the last slash.
 
-    The folder belongs to the key. None for names that make no sample there either: hidden ones (`._k.json`),
-    those without an extension, and metadata (`__name__`).
+    The folder belongs to the key. Returns None for names that WebDataset ignores: hidden files (`._k.json`),
+    files without an extension, and metadata (`__name__`).
     """
     folder, slash, base = name.rpartition("/")
     stem, _, part = base.partition(".")
@@ -74,7 +74,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def read_contents(path: Path) -> Contents:
-    """Walk the headers of a tar; payloads are not read. Raises DataError for a compressed file."""
+    """Scan the headers of a tar; payloads are not read. Raises DataError for a compressed file."""
     with path.open("rb") as file:
         first = file.read(BLOCK)
         kind = next((kind for magic, kind in COMPRESSED.items() if first.startswith(magic)), None)
@@ -87,7 +87,7 @@ def read_contents(path: Path) -> Contents:
 
 
 def _header(block: bytes) -> tarfile.TarInfo | None:
-    """The header in a block, None where it is none or does not hold its checksum."""
+    """The header in a block; None where it is no header or fails its checksum."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
     except tarfile.HeaderError:
@@ -96,7 +96,7 @@ def _header(block: bytes) -> tarfile.TarInfo | None:
 
 
 def _records(body: bytes) -> dict[str, str]:
-    """The records of a PAX header, "LENGTH KEYWORD=VALUE\\n" each; ValueError where it is damaged."""
+    """The records of a PAX header, each "LENGTH KEYWORD=VALUE\\n"; raises ValueError where it is damaged."""
     out, at = {}, 0
     while at < len(body):
         match = re.compile(rb"([1-9]\d*) ([!-<>-~]+)=").match(body, at)
@@ -112,7 +112,7 @@ def _records(body: bytes) -> dict[str, str]:
 
 
 class _Scan:
-    """A walk over the headers of a tar of `size` bytes."""
+    """One scan over the headers of a tar of `size` bytes."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
@@ -120,9 +120,9 @@ class _Scan:
         self.lost: list[Loss] = []
         self.torn = False
         self.headers = 0
-        self.extended: dict[str, str] = {}  # what extended headers say about the next file
+        self.extended: dict[str, str] = {}  # records of extended headers, about the next file
         self.doubt = ""  # why the next file cannot be trusted
-        self.cut = False  # whether a damaged header came before, which may have had the next file's long name
+        self.after_damage = False  # a damaged header came before: the next file's long name may be lost
 
     def run(self) -> Contents:
         at: int | None = 0
@@ -168,7 +168,7 @@ class _Scan:
         return found
 
     def _damaged(self, at: int, block: bytes) -> int | None:
-        """Note a header that does not hold, and find the next one that does."""
+        """Note an invalid header; returns where the next valid one is, None at the end."""
         found = self._next_header(at + BLOCK)
         if found is None and not self.headers:
             self._tear("", "it is no tar archive")
@@ -180,11 +180,11 @@ class _Scan:
         to = self.size if found is None else found
         why = f"the header at byte {at} is damaged; bytes {at}-{to} are not read"
         self.lost.append(Loss(name, why, "path" in self.extended))
-        self.extended, self.doubt, self.cut = {}, "", True
+        self.extended, self.doubt, self.after_damage = {}, "", True
         return found
 
     def _extension(self, at: int, header: tarfile.TarInfo, block: bytes) -> int | None:
-        """Keep what an extended header says about the next file."""
+        """Keep the records of an extended header for the next file."""
         if header.size > LONGEST:
             return self._damaged(at, block)
         body = self._read(at + BLOCK, header.size)
@@ -208,20 +208,20 @@ class _Scan:
         return _after(at, header.size)
 
     def _member(self, at: int, header: tarfile.TarInfo, block: bytes) -> int | None:
-        extended, doubt, cut = self.extended, self.doubt, self.cut
+        extended, doubt, after_damage = self.extended, self.doubt, self.after_damage
         name, size = extended.get("path", header.name), header.size
         if "size" in extended:
-            said = int(extended["size"]) if extended["size"].isdecimal() else -1
-            if said < 0 or (size and said != size and said < USTAR_SIZES):
+            given = int(extended["size"]) if extended["size"].isdecimal() else -1
+            if given < 0 or (size and given != size and given < USTAR_SIZES):
                 return self._damaged(at, block)
-            size = said
-        self.extended, self.doubt, self.cut = {}, "", False
+            size = given
+        self.extended, self.doubt, self.after_damage = {}, "", False
         if not (header.isreg() or header.type not in tarfile.SUPPORTED_TYPES):
             size = 0  # links, folders and devices have no payload
         if at + BLOCK + size > self.size:
             self._tear(name, f"its payload ends after {self.size - at - BLOCK} of {size} bytes")
             return None
-        doubt = doubt or _name_doubt(block, extended.get("path"), cut)
+        doubt = doubt or _name_doubt(block, extended.get("path"), after_damage)
         if doubt:
             self.lost.append(Loss(name, doubt, sure=False))
         elif header.type == tarfile.GNUTYPE_SPARSE or any(k.startswith("GNU.sparse") for k in extended):
@@ -237,7 +237,7 @@ class _Scan:
         return _after(at, size)
 
     def _past_zeros(self, at: int) -> int | None:
-        """The first block from `at` on that is not all zeros."""
+        """Offset of the first block from `at` on that is not all zeros; None where there is none."""
         for begin in range(at, self.size, CHUNK):
             chunk = self._read(begin, CHUNK)
             rest = len(chunk.lstrip(b"\0"))
@@ -246,7 +246,7 @@ class _Scan:
         return None
 
     def _next_header(self, at: int) -> int | None:
-        """The first block from `at` on that is a header; only blocks with the mark of one are looked into."""
+        """Offset of the first valid header from `at` on; only blocks with the magic of one are parsed."""
         for begin in range(at, self.size, CHUNK):
             chunk = self._read(begin, CHUNK)
             for match in re.finditer(rb"ustar", chunk):
@@ -257,20 +257,21 @@ class _Scan:
 
 
 def _after(at: int, size: int) -> int:
-    """Where the header after a payload of `size` bytes is."""
+    """Offset of the header that follows the header at `at` and its payload of `size` bytes."""
     return at + BLOCK + -(-size // BLOCK) * BLOCK
 
 
-def _name_doubt(block: bytes, path: str | None, cut: bool) -> str:
+def _name_doubt(block: bytes, path: str | None, after_damage: bool) -> str:
     """Why a file's name cannot be trusted, "" where it can.
 
-    A name that is long or not ASCII stands in an extended header, and its beginning in the header too, with ?
-    for what is not ASCII: few letters that differ are damage, many are a writer that shortens in its own way.
-    Without its extended header such a name is cut off. The end of a long name has no second copy.
+    An extended header holds a name that is long or not ASCII. The header itself repeats the beginning of that
+    name, with ? for letters that are not ASCII. Where one or two letters differ, one copy is damaged; where
+    more differ, the writer shortens names in its own way. Without its extended header a name is incomplete.
+    The end of a long name has no second copy.
     """
     raw = block[:100].rstrip(b"\0")
     if path is None:
-        shortened = cut and (len(raw) == 100 or b"?" in raw)
+        shortened = after_damage and (len(raw) == 100 or b"?" in raw)
         return "its name may be cut, for the header before it is damaged" if shortened else ""
     short = raw.decode("utf-8", "replace")
     differ = sum(a != b and a not in "?\ufffd" for a, b in zip(short, path, strict=False))

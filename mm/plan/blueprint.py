@@ -1,6 +1,7 @@
-"""What a config means on a number of ranks, worked out and checked before any process group exists.
+"""A blueprint: what a config means on a number of ranks, checked before any process group exists.
 
-check_outline() needs no torch (mm/config/outline.py). An encoder is a torch module: draw_up() imports it.
+check_outline() checks all but the encoders, without torch (mm/config/outline.py). draw_up() imports the
+encoders, which are torch modules, checks them too and returns the blueprint.
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm.config import LLMConfig
 from llm.recompute import recompute_parts
 from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
-from mm.config.outline import SINK, frozen_modules, schedule_of, weights_gathered
-from mm.config.schema import Config, build
+from mm.config.build import build
+from mm.config.outline import SINK as SINK  # users of a blueprint find the name here
+from mm.config.outline import frozen_modules, schedule_of, weights_gathered
+from mm.config.schema import Config
 from mm.errors import Refused
 from parallel.schedule import SchedulePlan
 from parallel.schedule.checker.check import check
@@ -37,34 +40,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A checked config. encoders: in the config's order, which is the order of their actions.
-
-    stages: by module, the layers of each of its pp * vpp pipeline stages.
-    """
+    """A checked config on `world` ranks."""
 
     cfg: Config
-    world: int
+    world: int  # ranks of the job
     llm: LLMConfig
-    layouts: Mapping[str, Layout]
-    stages: Mapping[str, tuple[Stage, ...]]
-    inputs: PlanInputs
+    layouts: Mapping[str, Layout]  # by module
+    stages: Mapping[str, tuple[Stage, ...]]  # by module, the layers of each of its pp * vpp pipeline stages
+    inputs: PlanInputs  # its encoders are in the config's order, which is the order of their actions
+    # By (train, active encoders of each micro-batch).
     _schedules: dict[tuple[bool, tuple[frozenset[str], ...]], SchedulePlan] = field(
         default_factory=dict, compare=False, repr=False
     )
 
     @property
     def modules(self) -> list[str]:
-        """All modules, encoders first, in one order on every rank."""
+        """All modules in the same order on every rank, encoders first."""
         return [*self.inputs.encoders, SINK]
 
     @property
     def frozen(self) -> set[str]:
-        """Modules without a single trainable parameter."""
+        """Modules without any trainable parameter."""
         return frozen_modules(self.cfg, self.llm)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What modules compute in."""
+        """Dtype that modules compute in."""
         return torch_dtype(self.cfg.train.dtype)
 
     @property
@@ -79,15 +80,17 @@ class Blueprint:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """What the language model learns beside the next token: balance, z, mtp."""
+        """The language model's further losses that have a weight: balance, z, mtp."""
         llm = self.llm
         weights = {"balance": llm.aux_weight, "z": llm.z_weight, "mtp": llm.mtp_layers * llm.mtp_weight}
         return tuple(name for name, weight in weights.items() if weight)
 
     @cached_property
     def edges(self) -> Mapping[Edge, tuple[int, ...]]:
-        """From encoders to the stages of the language model that their rows enter, in order: which levels
-        of the rows enter there. Each level is sent where it is read, and nowhere else."""
+        """By edge, in order: the levels of the encoder's rows that enter that stage of the language model.
+
+        Each level is sent only to the stage that reads it.
+        """
         from mm.plan.step_plan import Edge
 
         return {
@@ -106,7 +109,7 @@ class Blueprint:
         return (d,) if levels == 1 else (levels, d)
 
     def entry_shape(self, edge: Edge) -> tuple[int, ...]:
-        """Trailing shape of the rows that travel along an edge: [d], or [levels, d] of those that enter."""
+        """Trailing shape of the rows sent along an edge: [d], or [levels, d] of the levels that enter."""
         whole = self.row_shape(edge.source)
         return whole if len(whole) == 1 else (len(self.edges[edge]), *whole[1:])
 
@@ -115,13 +118,14 @@ class Blueprint:
         return int(use.cls.feature_levels(use.cfg))
 
     def params(self, module: str) -> Params:
-        """When a module's weights are gathered (weights_gathered)."""
+        """When a module's weights are gathered (outline.weights_gathered)."""
         return weights_gathered(self.cfg, module)
 
     def schedule(self, active: Sequence[Collection[str]], *, train: bool = True) -> SchedulePlan:
-        """The schedule of a step whose micro-batches have items of the encoders in `active`.
+        """The schedule of a step. active: by micro-batch, the encoders that have items in it.
 
-        Made and checked once for each pattern of active encoders.
+        It is made and checked once for each pattern of active encoders. Raises ValueError (Unfit) where no
+        schedule fits.
         """
         key = (train, tuple(frozenset(a) for a in active))
         if key not in self._schedules:
@@ -134,67 +138,76 @@ class Blueprint:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a name that train.dtype may have."""
+    """The dtype that a value of train.dtype names."""
     import torch
 
     return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def draw_up(cfg: Config, world: int) -> Blueprint:
-    """Check a config against `world` ranks and work out its layouts; raises Refused in words."""
+    """Check a config on `world` ranks, encoders included, and return its blueprint.
+
+    Raises Refused, with the nearest changes that work.
+    """
     try:
-        return _draw_up(cfg, world)
+        return _unadvised(cfg, world)
     except Unfit as error:
-        raise Refused(advise(cfg, error, world, lambda changed: _draw_up(changed, world))) from error
+        raise Refused(advise(cfg, error, world, lambda changed: _unadvised(changed, world))) from error
     except ValueError as error:
         raise Refused(str(error)) from error
 
 
-def check_outline(cfg: Config, world: int, say: Callable[[str], object] = lambda why: None) -> None:
-    """Check all of a config but its encoders, without torch; raises Refused as draw_up() would.
+def check_outline(cfg: Config, world: int, report: Callable[[str], object] = lambda why: None) -> None:
+    """Check all of a config except its encoders, without torch; raises Refused as draw_up() would.
 
-    say: called with what is wrong before what would work is searched with encoders, which takes seconds.
+    report: called with the fault before a search that needs the encoders, and so takes seconds.
     """
     try:
         outline.check_outline(cfg, world)
     except Unfit as error:
         check: Callable[[Config, int], object] = outline.check_outline
-        if error.module not in (None, SINK):  # what an encoder can do only it knows
-            say(error.why)
-            check = _draw_up
+        if error.module not in (None, SINK):  # only the encoder knows which degrees it supports
+            report(error.why)
+            check = _unadvised
         raise Refused(advise(cfg, error, world, lambda changed: check(changed, world))) from error
     except ValueError as error:
         raise Refused(str(error)) from error
 
 
-def _draw_up(cfg: Config, world: int) -> Blueprint:
+def _unadvised(cfg: Config, world: int) -> Blueprint:
+    """The blueprint of a config; raises Unfit, ValueError or Refused without advice."""
     from encoders.module import encoder_stages
     from mm.plan.step_plan import PlanInputs
 
     layouts, llm, llm_stages = outline.outline(cfg, world)
-    uses, stages = {}, {}
-    for name in cfg.model:
-        uses[name] = use = _encoder_use(cfg, name, layouts[name])
-        stages[name] = encoder_stages(use.cls, use.cfg, layouts[name].pp)
-    _check_levels(uses, llm)
+    uses = {name: _encoder_use(cfg, name, layouts[name]) for name in cfg.model}
+    stages = {m: encoder_stages(use.cls, use.cfg, layouts[m].pp) for m, use in uses.items()}
     stages[SINK] = llm_stages
-    # Causal attention is even over cp in zigzag order; a scan alone has its neighbours nearer in the other.
+    _check_levels(uses, llm)
+    # Zigzag order balances causal attention over cp. Without attention the contiguous order is better: a scan
+    # then exchanges its states between neighbouring ranks.
     order: Order = "zigzag" if "*" in llm.kinds else "contiguous"
     inputs = PlanInputs(
-        layouts[SINK], uses, cfg.data.context, cfg.schedule.microbatches, order, llm.mtp_layers
+        llm=layouts[SINK],
+        encoders=uses,
+        context=cfg.data.context,
+        microbatches=cfg.schedule.microbatches,
+        order=order,
+        mtp_depths=llm.mtp_layers,
     )
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
-    blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # refuses what no schedule can do
+    blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # raises where no schedule fits
     return blueprint
 
 
 def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
+    """Import the encoder of module `name` and check its options and its layout."""
     from encoders.module import check_encoder
     from mm.plan.step_plan import EncoderUse
 
     enc = cfg.model[name]
     cls = _encoder_class(enc.encoder, name)
-    options = build(cls.Config, enc.options, f"model.{name}.options")
+    options: Any = build(cls.Config, enc.options, f"model.{name}.options")
     degrees = {d: getattr(layout, d) for d in ("tp", "cp", "pp", "ep", "etp")}
     try:
         check_encoder(cls, options, **degrees)
@@ -218,13 +231,14 @@ def _encoder_class(encoder: str, module: str) -> type[encoders.Encoder]:
 
 
 def _check_levels(uses: Mapping[str, EncoderUse], llm: LLMConfig) -> None:
-    """Refuse levels of rows that enter nowhere, and layers that no level enters."""
-    given, layers = {m: use.cls.feature_levels(use.cfg) - 1 for m, use in uses.items()}, llm.level_layers
-    most = max(given.values(), default=0)
-    for name, further in given.items():
-        if further > len(layers):
+    """Refuse levels of rows that enter no layer, and layers that no level enters."""
+    # The first level enters with the tokens; each other one enters after a layer of its own.
+    after_layers = {m: use.cls.feature_levels(use.cfg) - 1 for m, use in uses.items()}
+    layers, most = llm.level_layers, max(after_layers.values(), default=0)
+    for name, n in after_layers.items():
+        if n > len(layers):
             raise Unfit(
-                f"model.{name} gives {further + 1} levels of rows, but model.llm.level_layers names "
+                f"model.{name} gives {n + 1} levels of rows, but model.llm.level_layers names "
                 f"{len(layers)} layers; needed: one for each level after the first",
                 _other_levels(layers, most, len(llm.symbols)),
             )
@@ -237,7 +251,7 @@ def _check_levels(uses: Mapping[str, EncoderUse], llm: LLMConfig) -> None:
 
 
 def _other_levels(layers: Sequence[int], n: int, of: int) -> list[Changes]:
-    """So many layers for levels to enter after, these first."""
+    """Changes that give n of the model's `of` layers to levels, the layers that are named already first."""
     more = [*layers, *(k for k in range(of) if k not in layers)]
     return [{"model.llm.level_layers": more[:n]}] if n <= len(more) else []
 
@@ -245,8 +259,10 @@ def _other_levels(layers: Sequence[int], n: int, of: int) -> list[Changes]:
 def bare_module(
     blueprint: Blueprint, name: str, axes: Axes, stage: Stage, device: torch.device | str = "meta"
 ) -> nn.Module:
-    """A stage of module `name` with its global shapes, on the meta device: declarations without memory.
-    Raises Refused where an encoder's constructor does, in words, or leaves parameters undeclared."""
+    """A stage of module `name` with its global shapes; on the meta device it takes no memory.
+
+    Raises Refused where an encoder's constructor raises ValueError, or leaves parameters undeclared.
+    """
     from encoders.module import build_encoder_module
     from llm.model import LLM
     from parallel.sharding.param import seeded
@@ -261,7 +277,7 @@ def bare_module(
         return module
     use, enc = blueprint.inputs.encoders[name], cfg.model[name]
     try:
-        with seeded(name, cfg.run.seed):  # for what an encoder draws itself
+        with seeded(name, cfg.run.seed):  # for random values that an encoder draws itself
             module = build_encoder_module(
                 use.cls,
                 use.cfg,
@@ -281,7 +297,7 @@ def bare_module(
 
 
 def elements_per_rank(blueprint: Blueprint, name: str) -> int:
-    """Weights of module `name` on the rank that holds most of them, by even shares."""
+    """Weights of module `name` on the rank that holds most of them, as if every share were even."""
     from parallel.sharding.param import declared
 
     layout = blueprint.layouts[name]
@@ -289,12 +305,11 @@ def elements_per_rank(blueprint: Blueprint, name: str) -> int:
     held = [0] * layout.pp
     for i, stage in enumerate(blueprint.stages[name]):
         for _, param, spec in declared(bare_module(blueprint, name, Axes(), stage)):
-            cut = spec.shard_dim is not None
+            sharded = spec.shard_dim is not None
             if spec.view == "expert" and folded:
-                ranks = (
-                    layout.edp * (layout.ep if cut else 1) * (layout.etp if spec.etp_dim is not None else 1)
-                )
+                etp = layout.etp if spec.etp_dim is not None else 1
+                ranks = layout.edp * (layout.ep if sharded else 1) * etp
             else:
-                ranks = data * (layout.tp if cut and spec.view == "dense" else 1)
+                ranks = data * (layout.tp if sharded and spec.view == "dense" else 1)
             held[i % layout.pp] += -(-param.numel() // ranks)
     return max(held)

@@ -1,5 +1,7 @@
-"""True floating point operations of a step, by module: attention and scan included, recomputation and
-the head of tokens without loss not."""
+"""Floating point operations of a step, by module.
+
+Attention and scan are counted. Recomputation is not, nor is the head of tokens without loss.
+"""
 
 from __future__ import annotations
 

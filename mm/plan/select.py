@@ -1,7 +1,7 @@
-"""Which samples of a data set train: those that are whole and fit the model, and what becomes of the others.
+"""Select the samples of a data set that train: those that are whole and fit the model.
 
-Pure, a function of (index, config): every rank leaves out the same samples without a word to the others. They
-keep their ids and count as known to be bad, so that they move no other sample.
+A pure function of (index, config): every rank leaves out the same samples, and no message is needed. A sample
+that is left out keeps its id and counts as known to be bad, so that no other sample moves.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mm.config.schema import DataConfig
-from mm.data.index import Index, Sample, Segment
+from mm.data.sample import Index, Sample, Segment, Skipped
 from mm.errors import DataError
 from mm.plan.step_plan import PlanInputs, sample_length, supervised_tokens
 
 
 def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
-    """The index with the samples that do not fit left out or cut, as data.misfit and data.overlong say.
+    """The index with the samples that do not fit left out or truncated, by data.misfit and data.overlong.
 
-    Raises DataError where these say to refuse, with all counts, where more than data.max_skipped of the
-    samples are lost or left out, and where a sample names a module that the model lacks.
+    Raises DataError with all counts where these keys refuse such samples, where more than data.max_skipped of
+    the samples are lost or left out, and where a sample names a module that the model lacks.
     """
     misfit: dict[int, str] = {}
     overlong: dict[int, int] = {}
@@ -34,26 +34,26 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
         if n > inputs.context:
             overlong[sample.id] = n
     _refuse(index, misfit, overlong, rules)
-    skipped = {i: ("misfit", why) for i, why in misfit.items()}
-    cut: dict[int, Sample] = {}
+    skipped = {i: Skipped("misfit", why) for i, why in misfit.items()}
+    truncated: dict[int, Sample] = {}
     for i, n in overlong.items():
-        short = _cut(index.samples[i], inputs) if rules.overlong == "truncate" else None
+        short = _truncated(index.samples[i], inputs) if rules.overlong == "truncate" else None
         if short is None:
             where = f"sample {index.samples[i].key} of {index.samples[i].shard}"
-            skipped[i] = ("overlong", f"{where} is {n} tokens long, data.context is {inputs.context}")
+            why = f"{where} is {n} tokens long, data.context is {inputs.context}"
+            skipped[i] = Skipped("overlong", why)
         else:
-            cut[i] = short
-    chosen = replace(
-        index, samples=tuple(cut.get(s.id, s) for s in index.samples), skipped=dict(sorted(skipped.items()))
-    )
+            truncated[i] = short
+    samples = tuple(truncated.get(s.id, s) for s in index.samples)
+    chosen = replace(index, samples=samples, skipped=dict(sorted(skipped.items())))
     _check_share(chosen, rules.max_skipped)
     return chosen
 
 
 def lost_samples(index: Index) -> int:
-    """How many samples could not be indexed, as far as is known: by key, or one for a loss without a key.
+    """How many samples could not be indexed, as far as is known: one a key, and one a loss without a key.
 
-    A torn shard does not say how much it lacks: it counts as a whole one more.
+    Nobody knows how much a torn shard lacks: it counts as one more whole shard, of average size.
     """
     return len(_lost(index)) + len(index.torn) * -(-len(index.samples) // max(1, len(index.shards)))
 
@@ -74,27 +74,27 @@ def _check_modules(sample: Sample, inputs: PlanInputs) -> None:
 
 
 def _refuse(index: Index, misfit: Mapping[int, str], overlong: Mapping[int, int], rules: DataConfig) -> None:
-    """Raise DataError with all that the config says to refuse, and what would leave it out."""
-    said, total = [], len(index.samples)
+    """Raise DataError with all samples that the config refuses, and the keys that would leave them out."""
+    refusals, total = [], len(index.samples)
     if misfit and rules.misfit == "refuse":
         hint = _skip_hint(index, rules, "misfit", len(misfit))
         example = next(iter(misfit.values()))
-        said.append(f"{example} ({len(misfit)} of {total} samples have an item that does not fit{hint})")
+        refusals.append(f"{example} ({len(misfit)} of {total} samples have an item that does not fit{hint})")
     if overlong and rules.overlong == "refuse":
         first, longest = (index.samples[i] for i in (min(overlong), max(overlong, key=overlong.__getitem__)))
         most, hint = overlong[longest.id], _skip_hint(index, rules, "overlong", len(overlong))
         also = "" if first is longest else f", the first sample {first.key} with {overlong[first.id]}"
-        said.append(
+        refusals.append(
             f"{len(overlong)} of {total} samples are longer than data.context: the longest is sample "
             f"{longest.key} of {longest.shard} with {most} tokens{also}; raise data.context to {most}, or "
             f"keep their beginnings: data.overlong=truncate{hint}"
         )
-    if said:
-        raise DataError("; ".join(said))
+    if refusals:
+        raise DataError("; ".join(refusals))
 
 
 def _skip_hint(index: Index, rules: DataConfig, key: str, n: int) -> str:
-    """How to leave out n samples, where that leaves any."""
+    """How to leave out these n samples; "" where none would be left."""
     if n == len(index.samples):
         return ""
     needed = _needed(index, n, rules.max_skipped)
@@ -103,16 +103,16 @@ def _skip_hint(index: Index, rules: DataConfig, key: str, n: int) -> str:
 
 
 def _needed(index: Index, left_out: int, bound: float) -> float | None:
-    """The bound that lost samples and `left_out` more need, in four digits; None where `bound` is enough."""
+    """The data.max_skipped that losses and `left_out` need, in four digits; None where `bound` is enough."""
     lost = lost_samples(index)
     missing, total = lost + left_out, lost + len(index.samples)
     return None if missing / total <= bound else -(-missing * 10_000 // total) / 10_000
 
 
-def _cut(sample: Sample, inputs: PlanInputs) -> Sample | None:
+def _truncated(sample: Sample, inputs: PlanInputs) -> Sample | None:
     """The beginning of a sample that fits the context; None where nothing of it would be learned.
 
-    Text is cut to the byte, an item is whole or absent, and what follows either is gone.
+    Text is truncated to the byte, an item is kept whole or dropped. All that follows is dropped too.
     """
     room, kept = inputs.context - 2, []
     for seg in sample.segments:
@@ -124,7 +124,7 @@ def _cut(sample: Sample, inputs: PlanInputs) -> Sample | None:
         room -= n
         if room < 0:
             break
-    short = replace(sample, segments=tuple(kept), cut=True)
+    short = replace(sample, segments=tuple(kept), truncated=True)
     return short if supervised_tokens(short) else None
 
 
@@ -147,9 +147,9 @@ def _check_share(index: Index, bound: float) -> None:
 
 
 def _counts(index: Index) -> list[str]:
-    """How many are lost or left out, for each reason and shard."""
+    """How many samples are lost or left out, for each reason and shard; the most numerous first."""
     shard_of = [s.shard for s in index.samples]
-    found = Counter((shard_of[i], kind) for i, (kind, _) in index.skipped.items())
+    found = Counter((shard_of[i], str(skip.kind)) for i, skip in index.skipped.items())
     found += Counter((shard, "unreadable") for shard, _ in _lost(index))
     found += Counter((shard, "torn") for shard in index.torn)
     return [f"{n} {kind} in {shard}" for (shard, kind), n in found.most_common(8)]
@@ -157,4 +157,4 @@ def _counts(index: Index) -> list[str]:
 
 def _reasons(index: Index) -> Sequence[str]:
     lost = [f"{key or 'a part'} of {shard}: {why}" for shard, key, why in index.broken]
-    return lost + [why for _, why in index.skipped.values()]
+    return lost + [skip.why for skip in index.skipped.values()]

@@ -1,7 +1,7 @@
 """The step plan: what every rank loads, computes and exchanges in one step, as plain data.
 
-A pure function of (config, index, seed, step, known-bad samples): every rank derives the same plan and
-nothing is agreed at run time.
+It is a pure function of (config, index, seed, step, known-bad samples): every rank derives the same plan, and
+ranks agree on nothing at run time (law 4).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from llm.counts import Counts
-from mm.data.index import Part, Sample
+from mm.data.sample import Part, Sample
 from mm.errors import DataError
 from parallel.boundary import RowMap, dest_side, row_positions, source_side
 from parallel.sequence.intervals import shares
@@ -27,36 +27,31 @@ Deal = Literal["cost", "sample"]
 
 @dataclass(frozen=True)
 class EncoderUse:
-    """An encoder as the planner needs it: row counts and costs without running anything.
+    """An encoder as the planner needs it: for row counts and costs, without running anything."""
 
-    cls is an encoders.Encoder class and cfg its options; deal says how items go to its dp ranks.
-    """
-
-    cls: Any
-    cfg: Any
+    cls: Any  # an encoders.Encoder class
+    cfg: Any  # its options, an instance of cls.Config
     layout: Layout
-    deal: Deal = "cost"
+    deal: Deal = "cost"  # how items go to its dp ranks: balanced by cost, or with their sample
 
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """Everything but the samples that a step plan depends on.
-
-    context: longest sample allowed, in tokens (text bytes, encoder rows and two markers).
-    microbatches: how many the global batch is cut into, the same for all modules.
-    order: how cp cuts the language model's packed sequences. mtp_depths: depths of multi-token prediction.
-    """
+    """Everything that a step plan depends on, except the samples."""
 
     llm: Layout
-    encoders: Mapping[str, EncoderUse]
-    context: int
-    microbatches: int
-    order: Order = "contiguous"
-    mtp_depths: int = 0
+    encoders: Mapping[str, EncoderUse]  # by module, in the config's order
+    context: int  # longest sample allowed, in tokens: text bytes, encoder rows and two markers
+    microbatches: int  # that the global batch is split into, the same for all modules
+    order: Order = "contiguous"  # how cp splits the language model's packed sequences
+    mtp_depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
     _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
-        """How many rows an item contributes; remembered, since epochs meet an item many times."""
+        """How many rows an item contributes; cached, since every epoch plans each item once.
+
+        Raises ValueError where the item's metadata do not serve its encoder.
+        """
         key = (module, part.shard, part.offset)
         if key not in self._rows:
             use = self.encoders[module]
@@ -72,68 +67,66 @@ class PlanInputs:
 
     @property
     def alignment(self) -> int:
-        """What packed sequences are padded to a multiple of, so that every rank has an equal share."""
+        """Packed sequences are padded to a multiple of so many tokens: every rank then has an equal share."""
         return alignment(self.llm.cp, self.llm.tp, self.order)
 
 
 @dataclass(frozen=True)
 class ItemPlan:
-    """One item of a micro-batch.
+    """One item of a micro-batch."""
 
-    sample: index of its sample in the micro-batch; position: token position of its first row in the packed
-    sequence of LLM dp rank llm_dp; source_dp: the encoder dp rank that computes it.
-    """
-
-    sample: int
+    sample: int  # index of its sample in the micro-batch
     part: Part
-    rows: int
-    cost: float
-    llm_dp: int
-    position: int
-    source_dp: int
+    rows: int  # that its encoder makes of it
+    cost: float  # as its encoder estimates it, in the encoder's own unit
+    llm_dp: int  # dp rank of the language model that packs its sample
+    position: int  # token position of its first row in the packed sequence of llm_dp
+    source_dp: int  # dp rank of the encoder that computes it
 
 
 class Edge(NamedTuple):
     """From an encoder to a stage of the language model that its rows enter."""
 
-    source: str
-    stage: int
+    source: str  # name of the encoder's module
+    stage: int  # index among the language model's pp * vpp stages
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """Cost of the items of an encoder's costliest dp rank over the mean of all its dp ranks; 1 is even."""
+
+    dealt: float  # with the items on the dp ranks that compute them
+    by_sample: float  # were each item on the dp rank of its sample
 
 
 @dataclass(frozen=True)
 class EdgePlanInputs:
-    """The items of one encoder in one micro-batch, in order of global row id, and both sides' rows.
+    """The items of one encoder in one micro-batch, and where their rows are on both sides."""
 
-    dest: as the language model's first pipeline rank reads them; others read their levels of the same rows.
-    load: cost of the items of the costliest encoder dp rank over the mean (1 is even), as dealt, and as it
-    would be with each item on the dp rank of its sample.
-    """
-
-    items: tuple[ItemPlan, ...]
-    source: RowMap
+    items: tuple[ItemPlan, ...]  # in order of global row id
+    source: RowMap  # the rows as the encoder's last pipeline rank gives them
+    # The rows as the language model's first pipeline rank reads them; others read their levels of these rows.
     dest: RowMap
-    load: tuple[float, float]
+    imbalance: Imbalance
 
     @property
     def rows(self) -> int:
+        """Rows of all items."""
         return sum(i.rows for i in self.items)
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """samples; dp_of[j] and length[j]: LLM dp rank and token count of sample j.
-
-    tokens[d]: length of dp rank d's packed sequence, padded so that it can be shared out over tp.
-    """
+    """The plan of one micro-batch."""
 
     samples: tuple[Sample, ...]
-    dp_of: tuple[int, ...]
-    length: tuple[int, ...]
-    tokens: tuple[int, ...]
-    edges: Mapping[str, EdgePlanInputs]
+    dp_of: tuple[int, ...]  # by sample, the dp rank of the language model that packs it
+    length: tuple[int, ...]  # by sample, in tokens
+    tokens: tuple[int, ...]  # by dp rank, length of its packed sequence, padded to PlanInputs.alignment
+    edges: Mapping[str, EdgePlanInputs]  # by encoder module
 
     def samples_of(self, dp: int) -> list[int]:
-        """Samples of an LLM dp rank, in the order they are packed."""
+        """Indices of the samples that a dp rank of the language model packs, in that order."""
         return [j for j, owner in enumerate(self.dp_of) if owner == dp]
 
 
@@ -163,12 +156,12 @@ class StepPlan:
 
     @cached_property
     def digest(self) -> int:
-        """A 63-bit fingerprint that all ranks of a step must share."""
+        """A 63-bit fingerprint of the whole plan, which must be equal on all ranks."""
         return _fingerprint([self.step, self.supervised, *self.mtp_supervised, *self.digests])
 
     @property
     def tokens(self) -> int:
-        """Of all samples, without padding."""
+        """Tokens of all samples, without padding."""
         return sum(sum(mb.length) for mb in self.microbatches)
 
     @property
@@ -178,7 +171,7 @@ class StepPlan:
 
     @property
     def active(self) -> list[set[str]]:
-        """Per micro-batch, the encoders that have at least one item anywhere."""
+        """By micro-batch, the encoders that have at least one item on any rank."""
         return [{m for m, e in mb.edges.items() if e.items} for mb in self.microbatches]
 
 
@@ -188,8 +181,10 @@ def _fingerprint(numbers: Sequence[int]) -> int:
 
 
 def sample_length(sample: Sample, inputs: PlanInputs) -> int:
-    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker. Raises DataError, by
-    name, for an item that its encoder cannot take."""
+    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker.
+
+    Raises DataError, naming the item, where its encoder cannot take it.
+    """
     n = 2
     for seg in sample.segments:
         try:
@@ -202,8 +197,8 @@ def sample_length(sample: Sample, inputs: PlanInputs) -> int:
 
 
 def supervised_tokens(sample: Sample) -> int:
-    """Tokens of a sample that carry loss: supervised text and, unless it is cut off, the end marker."""
-    return (not sample.cut) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
+    """Tokens of a sample that carry loss: supervised text and, unless it is truncated, the end marker."""
+    return (not sample.truncated) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
 
 
 def mtp_supervised_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
@@ -223,7 +218,7 @@ def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
         at += n
         if at >= stop:
             return found
-    return found + (not sample.cut)  # the end marker
+    return found + (not sample.truncated)  # the end marker
 
 
 def owner_of(n: int, parts: int) -> list[int]:
@@ -232,11 +227,11 @@ def owner_of(n: int, parts: int) -> list[int]:
 
 
 def deal_by_cost(costs: Sequence[float], home: Sequence[int], dp: int) -> list[int]:
-    """Deal items to `dp` ranks: the dp rank of each. The largest load is small, and few items leave home.
+    """The dp rank of each item, of `dp` ranks, so that loads are even and few items leave their home rank.
 
-    The largest load is at most that of longest-first to the least loaded rank (Graham 1969: within 4/3 of the
-    best). Within that bound an item stays on its home rank, from where its rows need not travel.
-    O(n (log n + dp)).
+    costs, home: by item. The largest load is at most that of the longest-processing-time rule (R. L. Graham,
+    "Bounds on Multiprocessing Timing Anomalies", 1969: within 4/3 of the best). Within that bound an item
+    stays on its home rank, where its rows need no transfer. O(n (log n + dp)).
     """
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
     spread = _longest_first(order, costs, home, dp, stay=0.0)
@@ -248,7 +243,10 @@ def deal_by_cost(costs: Sequence[float], home: Sequence[int], dp: int) -> list[i
 def _longest_first(
     order: Sequence[int], costs: Sequence[float], home: Sequence[int], dp: int, *, stay: float
 ) -> tuple[list[int], list[float]]:
-    """(dp rank of each item, load of each rank): an item stays home up to a load of `stay`, or on a tie."""
+    """(dp rank of each item, load of each rank), by the longest-processing-time rule.
+
+    order: the items, the costliest first. An item stays on its home rank up to a load of `stay`, or on a tie.
+    """
     load, out = [0.0] * dp, [0] * len(costs)
     for i in order:
         least = min(load)
@@ -259,7 +257,7 @@ def _longest_first(
 
 
 def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepPlan:
-    """Plan one step over `samples`, the whole global batch in order."""
+    """Plan one step over `samples`, the whole global batch in order. Raises DataError (sample_length)."""
     micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in shares(len(samples), inputs.microbatches))
     ids = tuple(s.id for s in samples)
     by_sample = (mtp_supervised_tokens(s, inputs) for s in samples)
@@ -276,7 +274,7 @@ def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch
     for dp, n in zip(dp_of, length, strict=True):
         start.append(filled[dp])
         filled[dp] += n
-    # Whole shares for every rank, and at least one token each, so that no collective meets an empty tensor.
+    # Every rank gets an equal share of at least one token: no collective then meets an empty tensor.
     unit = inputs.alignment
     tokens = [max(1, -(-n // unit)) * unit for n in filled]
     edges = {module: _plan_edge(module, samples, dp_of, start, tokens, inputs) for module in inputs.encoders}
@@ -291,6 +289,11 @@ def _plan_edge(
     tokens: Sequence[int],
     inputs: PlanInputs,
 ) -> EdgePlanInputs:
+    """Deal the items of encoder `module` to its dp ranks, and map their rows on both sides.
+
+    dp_of, start: by sample, its dp rank of the language model and its first token in the packed sequence.
+    tokens: by dp rank of the language model, the length of its packed sequence.
+    """
     use, llm = inputs.encoders[module], inputs.llm
     found: list[tuple[int, Part, int, int]] = []  # (sample, part, rows, position)
     for j, sample in enumerate(samples):
@@ -304,27 +307,30 @@ def _plan_edge(
                 found.append((j, seg.part, n, at))
             at += n
     costs = [float(use.cls.cost(use.cfg, part.meta)) for _, part, _, _ in found]
-    # Samples are cut over the encoder's dp exactly as over the LLM's: equal dp sizes need no traffic.
+    # Samples go to the encoder's dp ranks as to the language model's: equal dp sizes need no traffic.
     home = owner_of(len(samples), use.layout.dp)
     homes = [home[j] for j, *_ in found]
     dealt = deal_by_cost(costs, homes, use.layout.dp) if use.deal == "cost" else homes
     items = tuple(
-        ItemPlan(j, part, n, cost, dp_of[j], at, source_dp)
+        ItemPlan(sample=j, part=part, rows=n, cost=cost, llm_dp=dp_of[j], position=at, source_dp=source_dp)
         for (j, part, n, at), cost, source_dp in zip(found, costs, dealt, strict=True)
     )
     rows, llm_dp, position = _columns(items)
     source = source_side(use.layout, rows, dealt)
     dest = dest_side(llm, rows, llm_dp, position, tokens, order=inputs.order)
-    load = tuple(_imbalance(costs, where, use.layout.dp) for where in (dealt, homes))
-    return EdgePlanInputs(items, source, dest, (load[0], load[1]))
+    imbalance = Imbalance(
+        dealt=_imbalance(costs, dealt, use.layout.dp), by_sample=_imbalance(costs, homes, use.layout.dp)
+    )
+    return EdgePlanInputs(items, source, dest, imbalance)
 
 
 def _columns(items: Sequence[ItemPlan]) -> tuple[list[int], list[int], list[int]]:
-    """Rows, LLM dp ranks and token positions of items."""
+    """Rows, dp ranks of the language model and token positions of items."""
     return [i.rows for i in items], [i.llm_dp for i in items], [i.position for i in items]
 
 
 def _imbalance(costs: Sequence[float], dp_of: Sequence[int], dp: int) -> float:
+    """Largest load of `dp` ranks over their mean load; 1 where there is no load."""
     load = np.bincount(np.asarray(dp_of, dtype=np.int64), weights=np.asarray(costs), minlength=dp)
     return float(load.max() / load.mean()) if load.sum() > 0 else 1.0
 

@@ -15,8 +15,8 @@ from encoders.module import needed_items
 from llm.counts import Counts
 from llm.model import LLMBatch, loss_rows
 from llm.mtp import IGNORE, ahead
-from mm.data.index import Sample, parse_segments
 from mm.data.reader import BadSample, ShardReader
+from mm.data.sample import Sample, parse_segments
 from mm.data.tokenizer import Tokenizer
 from mm.plan.step_plan import Edge, Microbatch, PlanInputs, edge_row_positions
 from parallel.boundary import EdgePlan, PlanCache, on_stage
@@ -199,5 +199,5 @@ class Assembler:
                         depends[seg.depends][at - 1 : at + n - 1] = True
             at += n
         ids[at] = tok.eos
-        if not sample.cut:
+        if not sample.truncated:
             labels[at - 1] = tok.eos

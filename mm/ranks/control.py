@@ -1,4 +1,4 @@
-"""The few words that ranks exchange outside the model: one small message at each end of a step."""
+"""The only messages that ranks exchange outside the model: a small one before each step and one after it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,8 +15,11 @@ import torch.distributed as dist
 from mm.errors import PolyrankError
 from mm.plan.step_plan import StepPlan
 
-SLOTS = 14  # bad sample ids that fit one message; more of them take another round
-GRACE_S = 3.0  # what the others get to arrive at a message that has failed, before one of them is blamed
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]  # public, not in __all__
+
+SLOTS = 14  # ids of bad samples that fit one message; more of them take another round
+GRACE_S = 3.0  # seconds that other ranks have to arrive at a failed message before they are named as missing
 
 
 def whole_job() -> dist.ProcessGroup:
@@ -27,19 +31,17 @@ def whole_job() -> dist.ProcessGroup:
 
 @dataclass(frozen=True)
 class Control:
-    """Control messages over `group`, which holds every rank of the job.
+    """Control messages between all ranks of the job."""
 
-    store: where ranks leave word of each message that they have come to, so that the one that everybody waits
-    for can be named; without it the error is the backend's.
-    """
-
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup  # of every rank of the job
     device: torch.device
-    store: dist.Store | None = None
+    # Ranks record here which message they have reached, so that an error can name the rank that is missing;
+    # without it the error is the backend's.
+    store: Store | None = None
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1), repr=False)
 
     def __post_init__(self) -> None:
-        if self.store is not None:  # an earlier job of this process may have left its word
+        if self.store is not None:  # an earlier job of this process may have left a number
             self.store.set(self._key(dist.get_rank(self.group)), "0")
 
     def gather(self, values: Sequence[float]) -> np.ndarray:
@@ -70,7 +72,7 @@ class Control:
         return frozenset(int(i) for row in table for i in row[2 : 2 + row[1]])
 
     def _first_other(self, plan: StepPlan, odd: Sequence[int]) -> str:
-        """Where the plan of a rank in `odd` leaves rank 0's; every rank asks."""
+        """The first sample whose plan on a rank in `odd` differs from rank 0's. Every rank calls this."""
         n = len(plan.sample_ids)
         counts = self._gather(torch.tensor([n], device=self.device))[:, 0]
         mine = torch.full((2, int(counts.max())), -1, dtype=torch.int64)
@@ -94,7 +96,7 @@ class Control:
         return out.view(world, len(mine)).cpu().numpy()
 
     def _missing(self, number: int, world: int, why: str) -> str:
-        """Who has not come to message `number`."""
+        """The text of an error that names the ranks that have not reached message `number`."""
         absent = list(range(world)) if self.store is not None else []
         deadline = time.monotonic() + GRACE_S
         while absent and time.monotonic() < deadline:
@@ -106,7 +108,7 @@ class Control:
         return f"no word from {who}, which has ended or hangs; all others wait for it ({why})"
 
     def _last(self, rank: int) -> int:
-        """The number of the last message that a rank has come to."""
+        """The number of the last message that a rank has reached, 0 for none."""
         assert self.store is not None
         key = self._key(rank)
         return int(self.store.get(key)) if self.store.check([key]) else 0

@@ -1,7 +1,7 @@
 """Step plans and their tensors, prepared ahead in a background thread.
 
-Unreadable samples are found while prefetching. They are the one thing that ranks must tell each other: one
-small message a step carries them, together with a fingerprint of the plan, before the step is used.
+Prefetching finds unreadable samples. Other ranks cannot derive these, so each step begins with one small
+message between all ranks: the unreadable samples and a fingerprint of the plan (Control.agree).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from mm.data.index import Index, Sample
 from mm.data.order import sample_ids
 from mm.data.reader import BadSample
+from mm.data.sample import Index, Sample
 from mm.errors import DataError
 from mm.plan.step_plan import StepPlan, plan_step
 from mm.ranks.batch import Assembler, RankMicrobatch
@@ -23,8 +23,17 @@ MAX_BAD_IN_A_ROW = 100
 
 
 @dataclass(frozen=True)
+class FeedOptions:
+    """Which samples a step takes, and how far ahead steps are prepared."""
+
+    seed: int  # of the samples' order
+    global_batch: int  # samples a step, over all ranks
+    prefetch: int  # steps prepared ahead; at least 1
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A step ready to run on this rank; micro is incomplete where a sample was unreadable."""
+    """A step that is ready to run on this rank, unless `bad` has samples: `micro` is incomplete then."""
 
     plan: StepPlan
     micro: tuple[RankMicrobatch, ...]
@@ -40,36 +49,35 @@ def prepare(step: int, samples: Sequence[Sample], assembler: Assembler) -> Prepa
 
 
 class Feed:
-    """Training steps in order. `bad` is the set of samples known so far to be unreadable, or left out by
-    config, equal on all ranks."""
+    """Training steps in order.
+
+    bad: ids of samples that are known to be unreadable or left out by config, equal on all ranks; it grows.
+    """
 
     def __init__(
         self,
         index: Index,
         assembler: Assembler,
         control: Control,
+        options: FeedOptions,
         *,
-        seed: int,
-        global_batch: int,
-        ahead: int,
         bad: Collection[int] = (),
         warn: Callable[[str], None] = print,
     ) -> None:
         self.bad = frozenset(bad) | frozenset(index.skipped)
         self.index, self._assembler, self._control = index, assembler, control
-        self._seed, self._global_batch, self._ahead = seed, global_batch, max(1, ahead)
-        self._warn = warn
+        self._options, self._warn = options, warn
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._pending: dict[int, Future[Prepared]] = {}
 
     def next(self, step: int, stop: int) -> tuple[Prepared, float]:
-        """Step number `step` and the seconds spent waiting for it; nothing from `stop` on is prefetched.
+        """Step number `step` and the seconds spent waiting for it. Steps from `stop` on are not prefetched.
 
-        Raises DataError after 100 unreadable samples without a good step between them.
+        Raises DataError after MAX_BAD_IN_A_ROW unreadable samples without a good step between them.
         """
         start, in_a_row = time.perf_counter(), 0
         while True:
-            for s in range(step, min(step + self._ahead + 1, stop)):
+            for s in range(step, min(step + max(1, self._options.prefetch) + 1, stop)):
                 if s not in self._pending:
                     self._pending[s] = self._pool.submit(self._prepare, s, self.bad)
             prepared = self._pending.pop(step).result()
@@ -93,11 +101,11 @@ class Feed:
         self._pending.clear()
 
     def _prepare(self, step: int, known_bad: frozenset[int]) -> Prepared:
-        samples = self.index.samples
-        ids = sample_ids(self._seed, step, self._global_batch, len(samples), known_bad)
+        samples, options = self.index.samples, self._options
+        ids = sample_ids(options.seed, step, options.global_batch, len(samples), known_bad)
         return prepare(step, [samples[i] for i in ids], self._assembler)
 
     def close(self) -> None:
-        """Stop the thread; what it was preparing is dropped."""
+        """Stop the thread and drop what it was preparing."""
         self._drop_pending()
         self._pool.shutdown(wait=True)

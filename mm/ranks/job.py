@@ -1,4 +1,4 @@
-"""A blueprint built on this rank: meshes, modules, optimizers, boundaries and data."""
+"""Build a blueprint on this rank: meshes, modules, optimizers, boundaries and data."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from encoders.module import EncoderModule
 from llm.model import LLM, precise_modules
-from mm.data.index import Index, load_index
+from mm.data.index import load_index
 from mm.data.reader import ShardReader
+from mm.data.sample import Index
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan.blueprint import SINK, Blueprint, bare_module
@@ -29,6 +30,7 @@ from parallel.boundary import BoundaryCommunicator, PlanCache
 from parallel.comm.pipeline import Pipe
 from parallel.sharding.optim import AdamW, ShardedOptimizer
 from parallel.sharding.shard import ShardPolicy, materialise, shard_module
+from parallel.topology.directions import Directions
 from parallel.topology.mesh import ModuleMesh, build_mesh
 
 Parts = Mapping[int, nn.Module]
@@ -36,7 +38,7 @@ Parts = Mapping[int, nn.Module]
 
 @dataclass(frozen=True)
 class Data:
-    """One data set: its index, and what turns its samples into this rank's tensors."""
+    """One data set: its index, and the assembler that turns its samples into this rank's tensors."""
 
     index: Index
     assembler: Assembler
@@ -44,25 +46,20 @@ class Data:
 
 @dataclass(frozen=True)
 class Job:
-    """Whatever a module has is absent on ranks that do not host it.
-
-    parts: by module, its pipeline stages here, by stage index. boundaries: by edge, on the ranks at either
-    end of it, (forward, backward): each direction has an order of its own. pipes: by module, its
-    (forward, backward) messages.
-    """
+    """All that this rank trains with. A mapping lacks the modules and edges that this rank does not host."""
 
     blueprint: Blueprint
     rank: RankInfo
-    parts: Mapping[str, Parts]
-    meshes: Mapping[str, ModuleMesh]
-    optimizers: Mapping[str, ShardedOptimizer]
-    boundaries: Mapping[Edge, tuple[BoundaryCommunicator, BoundaryCommunicator]]
-    pipes: Mapping[str, tuple[Pipe, Pipe]]
+    parts: Mapping[str, Parts]  # by module, its pipeline stages here, by stage index
+    meshes: Mapping[str, ModuleMesh]  # by module
+    optimizers: Mapping[str, ShardedOptimizer]  # by module
+    boundaries: Mapping[Edge, Directions[BoundaryCommunicator]]  # by edge, on the ranks at either end of it
+    pipes: Mapping[str, Directions[Pipe]]  # by module, where it has several pipeline stages
     control: Control
 
     @property
     def counts_loss(self) -> bool:
-        """Whether this rank's token losses are counted: the last stage's, and only one of tp's replicas."""
+        """Whether this rank's token losses count: it has the last stage and is the first of its tp ranks."""
         layout = self.blueprint.layouts[SINK]
         if SINK not in self.parts:
             return False
@@ -74,22 +71,24 @@ class Job:
         return [part for parts in self.parts.values() for part in parts.values()]
 
     def close(self) -> None:
-        """Destroy the job's process groups but the default one; every rank calls this.
+        """Destroy the job's process groups except the default one; every rank calls this.
 
-        Torch's caches of how DTensors are cut keep meshes, and so the groups and their threads, after their
-        end: they are cleared.
+        Torch's caches of DTensor sharding keep meshes alive, and with them groups and their threads. They are
+        cleared here.
         """
         for mesh in self.meshes.values():
             mesh.close()
-        for onward, back in self.boundaries.values():
-            onward.close()
-            back.close()
-        _clear_sharding_prop_cache()
+        for boundary in self.boundaries.values():
+            for communicator in boundary:
+                communicator.close()
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: bool = True) -> Index:
-    """Load the index of the shards and check every sample against the model; write: keep indexes that are
-    made beside their shards."""
+    """Load the index of the shards and check every sample against the model.
+
+    write: store an index that had to be made beside its shard. Raises DataError (load_index, select).
+    """
     rules = blueprint.cfg.data
     index = load_index(patterns, base, made_by=rules.made_by, write=write)
     return select(index, blueprint.inputs, rules)
@@ -106,16 +105,16 @@ def open_data(job: Job, index: Index) -> Data:
     """The samples of an index as this rank reads them."""
     blueprint = job.blueprint
     assembler = Assembler(
-        blueprint.inputs,
-        ShardReader(),
-        make_tokenizer(blueprint.cfg.data.tokenizer),
-        job.rank.rank,
-        blueprint.dtype,
-        job.rank.device,
-        {m: mesh.axes for m, mesh in job.meshes.items()},
-        SINK,
-        {edge: blueprint.entry_shape(edge) for edge in blueprint.edges},
-        PlanCache(job.rank.rank, node_size=job.rank.node_size),
+        inputs=blueprint.inputs,
+        reader=ShardReader(),
+        tokenizer=make_tokenizer(blueprint.cfg.data.tokenizer),
+        rank=job.rank.rank,
+        dtype=blueprint.dtype,
+        device=job.rank.device,
+        axes={m: mesh.axes for m, mesh in job.meshes.items()},
+        sink=SINK,
+        row_shapes={edge: blueprint.entry_shape(edge) for edge in blueprint.edges},
+        plans=PlanCache(job.rank.rank, node_size=job.rank.node_size),
         timeout_s=blueprint.cfg.run.timeout_s,
     )
     return Data(index, assembler)
@@ -124,7 +123,7 @@ def open_data(job: Job, index: Index) -> Data:
 def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     """Make groups, modules, initial weights and optimizers. Every rank of the job calls this."""
     cfg = blueprint.cfg
-    # Groups first, by every rank in one order; then the modules that live here.
+    # First all groups, which every rank makes in the same order; then the modules that this rank hosts.
     meshes = {}
     for m in blueprint.modules:
         tied = m == SINK and bool(blueprint.shared)
@@ -139,27 +138,28 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
         m: ShardedOptimizer(list(own.values()), here[m], hyper, shared=blueprint.shared if m == SINK else ())
         for m, own in parts.items()
     }
-    pipes = {}
-    for m, mesh in here.items():
-        if mesh.pipeline is not None:
-            forward = Pipe(m, mesh.pipeline.forward, cfg.run.timeout_s)
-            pipes[m] = forward, Pipe(m, mesh.pipeline.backward, cfg.run.timeout_s)
+    pipes = {
+        m: Directions(*(Pipe(m, group, cfg.run.timeout_s) for group in mesh.pipeline))
+        for m, mesh in here.items()
+        if mesh.pipeline is not None
+    }
     return Job(
-        blueprint,
-        rank,
-        parts,
-        here,
-        optimizers,
-        boundaries,
-        pipes,
-        Control(whole_job(), rank.device, rank.store),
+        blueprint=blueprint,
+        rank=rank,
+        parts=parts,
+        meshes=here,
+        optimizers=optimizers,
+        boundaries=boundaries,
+        pipes=pipes,
+        control=Control(whole_job(), rank.device, rank.store),
     )
 
 
-def _boundaries(
-    blueprint: Blueprint, rank: RankInfo
-) -> dict[Edge, tuple[BoundaryCommunicator, BoundaryCommunicator]]:
-    """Two communicators for each edge, on the ranks of its encoder's last stage and of the sink's stage."""
+def _boundaries(blueprint: Blueprint, rank: RankInfo) -> dict[Edge, Directions[BoundaryCommunicator]]:
+    """The communicators of each edge of this rank: the edge joins its encoder's last stage and a sink stage.
+
+    Each direction has a process group of its own, so that its messages have an order of their own.
+    """
     timeout = blueprint.cfg.run.timeout_s
     out = {}
     for edge in blueprint.edges:
@@ -167,13 +167,14 @@ def _boundaries(
         ranks = sorted({*source.stage_ranks(source.pp - 1), *dest.stage_ranks(edge.stage % dest.pp)})
         groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for _ in range(2)]
         if rank.rank in ranks:
-            onward, back = (BoundaryCommunicator(g, device=rank.device, timeout_s=timeout) for g in groups)
-            out[edge] = onward, back
+            out[edge] = Directions(
+                *(BoundaryCommunicator(g, device=rank.device, timeout_s=timeout) for g in groups)
+            )
     return out
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """What FSDP gathers and frees on its own in module `module`."""
+    """The layers of a module that FSDP gathers and frees one at a time."""
     assert isinstance(module, LLM | EncoderModule)
     mtp_layers = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
     return [*module.layers, *mtp_layers]
@@ -195,7 +196,7 @@ def _build_part(
     layers = _layers(module) if cfg.train.shard == "layer" else []
     policy = ShardPolicy(layers, compute if compute != stored else None, precise)
     shard_module(module, mesh, policy, param_dtype=stored)
-    again = partial(make, "cpu") if name != SINK else None  # whose buffers are declared
+    again = partial(make, "cpu") if name != SINK else None  # the language model declares its buffers
     try:
         materialise(module, mesh, seed=cfg.run.seed, name=name, device=device, again=again)
     except ValueError as error:

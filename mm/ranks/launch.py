@@ -1,4 +1,7 @@
-"""Starting ranks: this machine's by ourselves, or joining those that torchrun started."""
+"""Start the ranks of this machine, or join as a rank that torchrun or launch_local has started.
+
+The launcher calls launch_local(). A rank calls follow_launcher(), then init_distributed().
+"""
 
 from __future__ import annotations
 
@@ -18,39 +21,34 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from mm.errors import PolyrankError, Refused
-from mm.ranks.stop import Requests, Stop, hear_requests, hold_requests, on_request
+from mm.ranks.stop import Requests, Stop, block_requests, on_request, unblock_requests
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import PrefixStore, Store
+    from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public, not in __all__
 
     from mm.config.schema import Config
 
-# Let glibc keep freed memory between steps: giving it back costs a page fault for each page used again.
+# glibc keeps freed memory between steps: a page returned to the kernel costs a page fault when used again.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-GRACE_S = 15.0  # for the others to end by themselves once a rank has failed
-TELL_S = 5.0  # between words about what is waited for
+GRACE_S = 15.0  # seconds that the other ranks have to end by themselves once a rank has failed
+PROGRESS_S = 5.0  # seconds between two lines that name what is being waited for
 LOCALHOST = "127.0.0.1"
-LAUNCHER = "POLYRANK_LAUNCHER"  # from launch_local to its ranks: its process id
+LAUNCHER = "POLYRANK_LAUNCHER"  # environment variable with launch_local's process id, set for its ranks
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process's place in the job, its device, and the job's store for words about who is where.
-
-    node_size: ranks a machine, None where one machine has all. timeout_s: bounds every wait. launch: a name
-    of this launch, for rank 0, the same when torchrun starts the ranks again; again: an earlier start of them
-    left it.
-    """
+    """This process as a rank of the job."""
 
     rank: int
-    world: int
+    world: int  # ranks of the job
     device: torch.device
-    store: Store | None = None
-    node_size: int | None = None
-    timeout_s: float = 120.0
-    launch: str = ""
-    again: bool = False
+    store: Store | None = None  # the job's key-value store, None where a test needs none
+    node_size: int | None = None  # ranks a machine, None where one machine has all of them
+    timeout_s: float = 120.0  # longest wait for another rank, seconds
+    launch: str = ""  # on rank 0 a name of this launch, the same when torchrun starts the ranks again
+    relaunched: bool = False  # on rank 0: an earlier start of these ranks has made the name
 
 
 def launched() -> bool:
@@ -73,13 +71,16 @@ def launch_local(
 ) -> int:
     """Run `python -m mm ARGV` as nproc ranks on this machine; returns the exit code of the job.
 
-    check: what is left to check of the job, done while the ranks import torch; they end where it raises.
-    When a rank fails the others get a moment to end by themselves, then are stopped. The code is that of a
-    failing rank with a known meaning (2 to 5), else 1. SIGINT and SIGTERM reach the ranks as SIGTERM; after a
-    second request they have GRACE_S to end. Where `stop` was asked already, none is started.
+    check: checks the rest of the job while the ranks import torch; where it raises, the ranks are ended.
+    stop: where an end was requested already, no rank is started.
+
+    When a rank fails, the others have GRACE_S to end by themselves; then they are killed. The exit code is
+    that of a failing rank if it has a known meaning (2 to 5), else 1. SIGINT and SIGTERM reach the ranks as
+    SIGTERM; after a second request they have GRACE_S to end.
     """
-    # We host the store of the rendezvous, as torchrun does: no race for a port, and it outlives every rank.
-    # Its port is open before the store is: ranks that come early wait, and all import torch at one time.
+    # The launcher hosts the store of the rendezvous, as torchrun does: the store outlives every rank, and
+    # nobody races for its port. The port is open before the store serves it: ranks that come early wait, and
+    # all processes import torch at the same time.
     listener = socket.create_server((LOCALHOST, 0), backlog=nproc)
     common = {
         "WORLD_SIZE": str(nproc),
@@ -90,28 +91,28 @@ def launch_local(
         LAUNCHER: str(os.getpid()),
     }
     ranks: list[subprocess.Popen[bytes]] = []
-    with on_request(lambda: _ask_to_end(ranks)) as requests:
-        if stop is not None and stop.asked:
+    with on_request(lambda: _terminate(ranks)) as requests:
+        if stop is not None and stop.requested:
             print("stopped by a signal before the first step", flush=True)
             return 0
         try:
             for r in range(nproc):
                 ranks.append(_start(argv, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}))
-            with _telling("importing torch"):
+            with _progress("importing torch"):
                 check()
                 store = _host(listener)
-            if requests.count:  # while they were started: not all of them have heard of it
-                _ask_to_end(ranks)
+            if requests.count:  # it came while ranks were being started, and has not reached all of them
+                _terminate(ranks)
             codes = _wait(ranks, requests)
-            del store  # it had to outlive them
+            del store  # kept until here: it must outlive the ranks
         finally:
             listener.close()
             for p in ranks:
                 p.kill()
     if not requests.count:
-        _tell_of_signals(codes)
+        _report_signals(codes)
     elif -signal.SIGTERM in codes.values() or not codes:
-        print("interrupted", file=sys.stderr, flush=True)  # before a rank could say so
+        print("interrupted", file=sys.stderr, flush=True)  # no rank was able to report it
     known = [c for c in codes.values() if c in (2, 3, 4, 5)]
     if known:
         return known[0]
@@ -119,15 +120,15 @@ def launch_local(
 
 
 @contextlib.contextmanager
-def _telling(what: str) -> Iterator[None]:
-    """Say every TELL_S seconds what is still being done."""
+def _progress(what: str) -> Iterator[None]:
+    """Print every PROGRESS_S seconds that `what` goes on inside."""
     done, start = threading.Event(), time.monotonic()
 
-    def tell() -> None:
-        while not done.wait(TELL_S):
+    def report() -> None:
+        while not done.wait(PROGRESS_S):
             print(f"{what}, {time.monotonic() - start:.0f} s", flush=True)
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield
@@ -137,8 +138,8 @@ def _telling(what: str) -> Iterator[None]:
 
 
 def _host(listener: socket.socket) -> Store:
-    """The store of the rendezvous on a port that is open already."""
-    from torch.distributed import TCPStore
+    """The store of the rendezvous, served on a listener that is open already."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
     port = listener.getsockname()[1]
     return TCPStore(
@@ -146,25 +147,25 @@ def _host(listener: socket.socket) -> Store:
     )
 
 
-def _ask_to_end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    # Always SIGTERM: of SIGINT, a rank that is still importing makes a traceback.
+def _terminate(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    # Always SIGTERM: a rank that is still importing would answer SIGINT with a traceback.
     for p in ranks:
         with contextlib.suppress(ProcessLookupError):
             p.send_signal(signal.SIGTERM)
 
 
 def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    # One thread a rank: ranks share the cores, and threads of their own would fight over them.
-    with hold_requests():  # until the rank can end well
+    # One thread a rank: the ranks share the cores, and more threads would compete for them.
+    with block_requests():  # until the rank unblocks them
         return subprocess.Popen(
             [sys.executable, "-m", "mm", *argv],
             env={**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": "1", **env},
-            start_new_session=True,  # a Ctrl-C reaches the ranks once, through us
+            start_new_session=True,  # a Ctrl-C reaches the ranks once, through the launcher
         )
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], requests: Requests) -> dict[int, int]:
-    """Exit codes by rank, in the order of ending; a rank that had to be stopped has none."""
+    """Exit codes by rank, in the order of ending; a rank that has not ended in time has none."""
     codes: dict[int, int] = {}
     deadline: float | None = None
     while len(codes) < len(ranks):
@@ -179,48 +180,49 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], requests: Requests) -> dict[
     return codes
 
 
-def _tell_of_signals(codes: Mapping[int, int]) -> None:
-    """A rank that a signal ended could not say anything itself."""
+def _report_signals(codes: Mapping[int, int]) -> None:
+    """Name the ranks that a signal has ended: they could not report it themselves."""
     for r, code in codes.items():
         if code < 0:
             print(f"rank {r} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
 
 
 def follow_launcher() -> None:
-    """Hear of requests to end from here on, which launch_local has held back while this rank was started.
+    """Receive signals from here on: launch_local has blocked them while this rank was started.
 
-    Have the kernel send it SIGTERM should launch_local be killed: no rank is left behind.
+    Should launch_local be killed, the kernel sends this rank SIGTERM, so that no rank is left behind. Does
+    nothing in a process that launch_local has not started.
     """
     if LAUNCHER not in os.environ:
         return
-    hear_requests()
+    unblock_requests()
     if sys.platform != "linux":
         return
     import ctypes
 
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.environ[LAUNCHER] != str(os.getppid()):  # it was killed before we asked
+    if os.environ[LAUNCHER] != str(os.getppid()):  # it was killed before prctl
         raise KeyboardInterrupt
 
 
-def speaks(error: BaseException) -> bool:
-    """Whether this process reports `error`: of all the ranks of a job one does, which knows the reason.
+def reports(error: BaseException) -> bool:
+    """Whether this process reports `error`: one rank of a job does, the one that knows the reason.
 
-    A failing rank breaks the others' communication. Those errors wait, so that the reason is told first.
+    A failing rank breaks the others' communication. Their errors wait here, so that the reason comes first.
     """
     if not launched():
         return True
     time.sleep(_patience(error))
     try:
         return _store(5.0).add("failures", 1) == 1
-    except Exception:  # no store to ask, whatever the reason; a known one may be that very thing
+    except Exception:  # the store is not reached, for any reason; a known `error` may be just that
         return isinstance(error, PolyrankError) or os.environ["RANK"] == "0"
 
 
 def _store(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
-    """The store of the rendezvous, for words of this job's; hosts: this process is to run it."""
-    from torch.distributed import PrefixStore, TCPStore
+    """The store of the rendezvous, prefixed for this start of the ranks; hosts: this process serves it."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
     store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -231,12 +233,13 @@ def _store(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    # A restarted job must not read the words of the one before.
+    # Restarted ranks must not read the keys of the ranks before them.
     return PrefixStore(f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _patience(error: BaseException) -> float:
-    """Seconds: none for a known reason, some for an unknown one, more where communication broke."""
+    """Seconds to wait before `error` is reported: 0 for a known reason, more for an unknown one, most where
+    communication broke."""
     if isinstance(error, PolyrankError | KeyboardInterrupt):
         return 0.0
     at = error.__traceback__
@@ -266,8 +269,9 @@ def init_distributed(cfg: Config) -> RankInfo:
     """Join the job's default process group. Its waits are bounded by run.timeout_s."""
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
 
-    # Newer torch renames the tensor collectives; the old names are the ones that torch 2.11 has.
+    # Newer torch renames the tensor collectives; torch 2.11 has only the old names.
     warnings.filterwarnings("ignore", r"`torch.distributed.*` is deprecated", FutureWarning)
     rank, world = int(os.environ["RANK"]), world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -284,34 +288,43 @@ def init_distributed(cfg: Config) -> RankInfo:
                 f"for CUDA start at most {count} ranks (--nproc {count})",
                 file=sys.stderr,
             )
-    words = _meet(rank, world, cfg.run.timeout_s)
-    # The backend follows from the device; torch knows which one serves it.
+    store = _meet(rank, world, cfg.run.timeout_s)
+    # The backend follows from the device: torch knows which one serves it.
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
-        store=dist.PrefixStore("group", words),
+        store=PrefixStore("group", store),
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=cfg.run.timeout_s),
     )
-    name, again = _name_launch(words) if rank == 0 else ("", False)
+    name, relaunched = _name_launch(store) if rank == 0 else ("", False)
     node_size = local_ranks if local_ranks < world else None
-    return RankInfo(rank, world, device, words, node_size, cfg.run.timeout_s, name, again)
+    return RankInfo(
+        rank,
+        world,
+        device,
+        store=store,
+        node_size=node_size,
+        timeout_s=cfg.run.timeout_s,
+        launch=name,
+        relaunched=relaunched,
+    )
 
 
-def _name_launch(words: PrefixStore) -> tuple[str, bool]:
+def _name_launch(store: PrefixStore) -> tuple[str, bool]:
     """A name of this launch, and whether an earlier start of its ranks has made it."""
     own = uuid.uuid4().hex
-    # Beside the words of each start: torchrun's store outlives the ranks that it starts again.
-    name = words.underlying_store.compare_set("polyrank/launch", "", own).decode()
+    # Without the prefix of this start: torchrun's store outlives the ranks that it starts again.
+    name = store.underlying_store.compare_set("polyrank/launch", "", own).decode()
     return name, name != own
 
 
 def _meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
     """The job's store, once every rank has come to it. Raises PolyrankError naming those that have not."""
-    # torchrun and launch_local host it; ranks that were started otherwise have rank 0 do so.
+    # torchrun and launch_local host it; where ranks are started otherwise, rank 0 does.
     hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
     try:
-        words = _store(timeout_s, hosts=hosts)
+        store = _store(timeout_s, hosts=hosts)
     except RuntimeError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise PolyrankError(
@@ -319,14 +332,14 @@ def _meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
             f"torchrun must run there, and the port be free ({str(error).splitlines()[0]})"
         ) from error
     keys = [f"here/{r}" for r in range(world)]
-    words.set(keys[rank], "")
+    store.set(keys[rank], "")
     start = time.monotonic()
     while True:
         left = max(0.001, start + timeout_s - time.monotonic())
         try:
-            words.wait(keys, timedelta(seconds=min(left, TELL_S) if rank == 0 else left))
+            store.wait(keys, timedelta(seconds=min(left, PROGRESS_S) if rank == 0 else left))
         except RuntimeError as error:
-            absent = [r for r, key in enumerate(keys) if not words.check([key])]
+            absent = [r for r, key in enumerate(keys) if not store.check([key])]
             some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")
             if rank == 0 and time.monotonic() < start + timeout_s:
                 print(f"{world - len(absent)} of {world} ranks have started, not yet: {some}", flush=True)
@@ -337,4 +350,4 @@ def _meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
             ) from error
         if rank == 0 and world > 1:
             print(f"all {world} ranks have started", flush=True)
-        return words
+        return store

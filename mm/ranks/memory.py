@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-OWN = Path("/proc/self")
+OWN = Path("/proc/self")  # this process
+# Memory limits of the container: cgroup v2, then v1.
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-RESET_PEAK = "5"  # written to clear_refs (proc_pid_clear_refs(5)): the peak resident set begins anew
+RESET_PEAK = "5"  # written to clear_refs (proc_pid_clear_refs(5)): resets the peak resident set
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: peak allocated on an accelerator, peak resident set of the process on a CPU, since forget_peak()
-    or the start."""
+    """Bytes at the peak since reset_peak() or the start: allocated on an accelerator, resident on a CPU."""
     import torch
 
     if device.type == "cuda":
@@ -32,10 +32,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def forget_peak(device: torch.device) -> None:
-    """Have peak_memory() tell of what comes from now on; memory that is free is given back first.
+def reset_peak(device: torch.device) -> None:
+    """Start peak_memory() anew; free memory is returned to the device or the system first.
 
-    On a CPU it takes Linux; elsewhere the peak stays that of the whole process.
+    On a CPU this needs Linux; elsewhere the peak stays that of the whole process.
     """
     import torch
 
@@ -44,7 +44,7 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
-    # Freed memory stays resident until glibc is asked (see launch.ALLOCATOR).
+    # glibc keeps freed memory resident until malloc_trim() (see launch.ALLOCATOR).
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
@@ -52,7 +52,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def device_memory(kind: str) -> int | None:
-    """Bytes of one device of this machine, for "cpu" of the whole host; None where it is not known."""
+    """Bytes of one device of this machine, for "cpu" of the whole host; None where that is unknown."""
     import torch
 
     if kind == "cpu":
@@ -61,16 +61,16 @@ def device_memory(kind: str) -> int | None:
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that all processes here may use together: the machine's, or its container's bound."""
+    """Bytes that all processes here may use together: the machine's, or its container's limit if lower."""
     found = [_kib(Path("/proc/meminfo"), "MemTotal:")]
     for file in LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no bound
+        with contextlib.suppress(OSError, ValueError):  # "max" means no limit
             found.append(int(file.read_text()))
     return min((n for n in found if n is not None), default=None)
 
 
 def _kib(file: Path, name: str) -> int | None:
-    """Bytes that a line `NAME: N kB` of a file of the kernel's says."""
+    """Bytes in the line `NAME: N kB` of a file under /proc; None where it has no such line."""
     try:
         line = next(line for line in file.read_text().splitlines() if line.startswith(name))
     except (OSError, StopIteration):

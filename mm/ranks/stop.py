@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as one request to end well, to whichever processes of a job they are sent."""
+"""SIGINT and SIGTERM as one request to end in order, whichever processes of a job receive them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from types import FrameType, TracebackType
 from typing import Any
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM)
-# Signals this close together are one request: a scheduler reaches a rank itself and through the launcher, and
-# a busy machine delivers late.
+# Seconds. Signals this close together are one request: a scheduler signals a rank both directly and through
+# the launcher, and a busy machine delivers late.
 AGAIN_S = 5.0
 
 
-class Asked(Exception):
-    """Raised on all ranks alike where one of them was asked to end, in work that can be left."""
+class StopRequested(Exception):
+    """Raised on all ranks alike where one of them was signalled to end, in work that can be abandoned."""
 
 
 class Requests:
-    """Which of the signals that come are requests of their own."""
+    """Counts requests: signals within AGAIN_S of the last request belong to it."""
 
     def __init__(self) -> None:
         self.count, self._last = 0, 0.0
 
     def another(self) -> bool:
-        """Whether the signal that has come now is one; it counts."""
+        """Whether the signal that has come now is a request of its own; if so, it is counted."""
         now = time.monotonic()
         if self.count and now - self._last < AGAIN_S:
             return False
@@ -36,20 +36,20 @@ class Requests:
 
 
 class Stop:
-    """Until its end, a request only sets `asked`: whoever works looks at it where work can end well. A second
-    request, well after the first, does not wait: it raises KeyboardInterrupt.
+    """Inside, a request only sets `requested`: the work polls it where it can end in order.
 
-    rank: this process is a rank, and no request is to end it once its work is done.
+    A second request, AGAIN_S or more after the first, raises KeyboardInterrupt at once.
+    rank: this process is a rank; signals stay blocked after the block, so that none ends a rank that is done.
     """
 
     def __init__(self, *, rank: bool) -> None:
-        self.asked = False
+        self.requested = False
         self._rank, self._requests = rank, Requests()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._ask) for s in REQUESTS}
+            self._previous = {s: signal.signal(s, self._on_signal) for s in REQUESTS}
         return self
 
     def __exit__(
@@ -60,15 +60,15 @@ class Stop:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._requests.another() and self.asked:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._requests.another() and self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
 
 @contextlib.contextmanager
-def hold_requests() -> Iterator[None]:
-    """Processes started inside begin with requests held back, until they hear_requests()."""
+def block_requests() -> Iterator[None]:
+    """Processes started inside begin with SIGINT and SIGTERM blocked, until they call unblock_requests()."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
     try:
         yield
@@ -76,14 +76,14 @@ def hold_requests() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def hear_requests() -> None:
-    """Have what was held back come, and what follows."""
+def unblock_requests() -> None:
+    """Receive the signals that were blocked, and those that follow."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
 
 
 @contextlib.contextmanager
 def on_request(act: Callable[[], object]) -> Iterator[Requests]:
-    """Inside, act() is called for each request, in the main thread; earlier handlers are back after."""
+    """Call act() in the main thread for each request that comes inside; then restore the earlier handlers."""
     requests = Requests()
 
     def handle(number: int, frame: object) -> None:

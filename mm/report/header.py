@@ -1,21 +1,22 @@
-"""What a run is, for people: said at its start and by a dry run."""
+"""The header of a run, for people: printed at its start and by a dry run."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from mm.data.index import Index
 from mm.data.inspect import count_lines
+from mm.data.sample import Index
 from mm.plan.blueprint import Blueprint, bare_module, elements_per_rank
 from mm.ranks.memory import device_memory
 from parallel.topology.axis import Axes
 
 
 def header(blueprint: Blueprint, indexes: Mapping[str, Index], device: str, backend: str) -> str:
-    """Run folder, ranks, schedule, each module's parameters and layout, and what is read of each data set.
+    """Lines on run folder, ranks, schedule, each module's parameters and layout, and each data set.
 
-    indexes: by data set; device, backend: of the ranks and of their messages.
+    indexes: by data set. device: the ranks'; backend: of their messages.
     """
     cfg = blueprint.cfg
     train, counts = cfg.train, parameter_counts(blueprint)
@@ -32,17 +33,26 @@ def header(blueprint: Blueprint, indexes: Mapping[str, Index], device: str, back
     rows: list[tuple[str, ...]] = [("module", "trained", "frozen", "ranks", "layout")]
     for m in blueprint.modules:
         layout = blueprint.layouts[m]
-        trained, frozen = counts[m]
-        rows.append((m, f"{trained:,}", f"{frozen:,}", ranks_text(layout.ranks), layout.describe()))
-    every = [sum(n) for n in zip(*counts.values(), strict=True)]
-    rows.append(("all", *(f"{n:,}" for n in every), "", ""))
+        count = counts[m]
+        rows.append(
+            (m, f"{count.trained:,}", f"{count.frozen:,}", ranks_text(layout.ranks), layout.describe())
+        )
+    trained, frozen = (sum(n) for n in zip(*counts.values(), strict=True))
+    rows.append(("all", f"{trained:,}", f"{frozen:,}", "", ""))
     learn = {"training": list(blueprint.inputs.encoders)}
     data = [line for name, i in indexes.items() for line in count_lines(name, i, learn.get(name, ()))]
     return "\n".join([*lines, *_aligned(rows), *data])
 
 
-def parameter_counts(blueprint: Blueprint) -> dict[str, tuple[int, int]]:
-    """By module, parameters of the whole model that are trained, and that are frozen."""
+class ParameterCount(NamedTuple):
+    """Parameters of a whole module."""
+
+    trained: int
+    frozen: int
+
+
+def parameter_counts(blueprint: Blueprint) -> dict[str, ParameterCount]:
+    """By module, parameters of the whole model, counted once however it is laid out."""
     out = {}
     for m in blueprint.modules:
         # By name: the first and the last stage may both hold an embedding.
@@ -54,12 +64,12 @@ def parameter_counts(blueprint: Blueprint) -> dict[str, tuple[int, int]]:
         sizes: Counter[bool] = Counter()
         for p in found.values():
             sizes[p.requires_grad] += p.numel()
-        out[m] = sizes[True], sizes[False]
+        out[m] = ParameterCount(trained=sizes[True], frozen=sizes[False])
     return out
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Ranks in their layout's order, runs of them as a-b."""
+    """Ranks in their layout's order, ascending runs as a-b."""
     runs: list[list[int]] = []
     for r in ranks:
         if runs and r == runs[-1][-1] + 1:
@@ -70,7 +80,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines: the first column and those after the numbers to the left, numbers to the right."""
+    """Rows as lines. The two columns of numbers are aligned to the right, all others to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -82,15 +92,17 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def weight_bytes(blueprint: Blueprint) -> dict[str, int]:
-    """Weights, gradients and AdamW moments that a rank keeps of each module, by even shares."""
+    """By module, bytes of weights, gradients and AdamW moments on a rank, taking shards as even."""
     item = 8 if blueprint.cfg.train.dtype == "float64" else 4
     copies = {m: 1 if m in blueprint.frozen else 4 for m in blueprint.modules}
     return {m: elements_per_rank(blueprint, m) * item * copies[m] for m in blueprint.modules}
 
 
 def memory_warning(blueprint: Blueprint, device: str, ranks_here: int) -> str | None:
-    """What to say where weights, gradients and optimizer alone exceed a rank's memory on this machine; None
-    where they fit. device: "cpu", whose memory `ranks_here` ranks share, or "cuda"."""
+    """A warning where weights, gradients and optimizer alone exceed a rank's memory here, else None.
+
+    device: "cpu", whose memory `ranks_here` ranks share, or "cuda".
+    """
     held, needed = weight_bytes(blueprint), Counter[int]()
     for m, layout in blueprint.layouts.items():
         for r in layout.ranks:

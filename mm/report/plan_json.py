@@ -1,20 +1,81 @@
-"""The plan of a job for tools: plan.json."""
+"""The plan of a job as data for tools: plan.json. The records have its keys in its order."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
-from mm.data.index import Index
+from mm.config.outline import SINK
 from mm.data.order import sample_ids
-from mm.plan.blueprint import SINK, Blueprint
+from mm.data.sample import Index
+from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import StepPlan, plan_step
 from mm.report.header import weight_bytes
 from parallel.boundary import edge_rows, on_stage
 from parallel.schedule import SchedulePlan
 from parallel.topology.layout import Layout
+
+
+@dataclass(frozen=True)
+class PlanData:
+    """What plan.json holds. Mappings are by module; edges and encoders by encoder.
+
+    tokens, flops_by_module: of the first step. weight_bytes_per_rank: weights, gradients and optimizer.
+    stages: [start, stop) of the layers of each pipeline stage. encoders: names of their classes.
+    """
+
+    layouts: Mapping[str, LayoutData]
+    edges: Mapping[str, EdgeData]
+    tokens: int
+    flops_by_module: Mapping[str, float]
+    weight_bytes_per_rank: Mapping[str, int]
+    stages: Mapping[str, tuple[tuple[int, int], ...]]
+    schedule: ScheduleData
+    encoders: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LayoutData:
+    """A module's layout: its ranks in order, and the degree of each axis."""
+
+    ranks: tuple[int, ...]
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    vpp: int
+    ep: int
+    edp: int
+    etp: int
+    sequence_parallel: bool
+
+
+@dataclass(frozen=True)
+class ScheduleData:
+    """The schedule's name and its programs."""
+
+    kind: str
+    programs: tuple[ProgramData, ...]
+
+
+@dataclass(frozen=True)
+class ProgramData:
+    """Ranks that do the same, and their actions in order."""
+
+    ranks: tuple[int, ...]
+    actions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EdgeData:
+    """The boundary of an encoder in one step: its rows, and the payload that all ranks receive."""
+
+    rows: int
+    forward_bytes: int
+    backward_bytes: int
 
 
 def first_step(blueprint: Blueprint, index: Index) -> StepPlan:
@@ -24,40 +85,51 @@ def first_step(blueprint: Blueprint, index: Index) -> StepPlan:
     return plan_step(0, [index.samples[i] for i in ids], blueprint.inputs)
 
 
-def plan_data(blueprint: Blueprint, index: Index) -> dict[str, Any]:
-    """Layouts, ranks, edges of the first step with their bytes, FLOPs, memory and schedule, as plain data."""
+def plan_data(blueprint: Blueprint, index: Index) -> PlanData:
+    """The plan of a job, with the data of its first step."""
     plan = first_step(blueprint, index)
     frozen = blueprint.frozen
-    return {
-        "layouts": {m: _layout_data(layout) for m, layout in blueprint.layouts.items()},
-        "edges": {m: _edge_data(blueprint, plan, m, m in frozen) for m in blueprint.inputs.encoders},
-        "tokens": plan.tokens,
-        "flops_by_module": step_flops(blueprint, plan),
-        "weight_bytes_per_rank": weight_bytes(blueprint),
-        "stages": {m: [[s.start, s.stop] for s in stages] for m, stages in blueprint.stages.items()},
-        "schedule": _schedule_data(blueprint.schedule(plan.active)),
-        "encoders": {m: use.cls.__name__ for m, use in blueprint.inputs.encoders.items()},
-    }
-
-
-def _schedule_data(schedule: SchedulePlan) -> dict[str, Any]:
-    """The schedule's name, and the actions of each set of ranks that does the same."""
-    programs = zip(schedule.ranks_of, schedule.programs, strict=True)
-    lists = [{"ranks": list(ranks), "actions": [str(a) for a in actions]} for ranks, actions in programs]
-    return {"kind": schedule.kind, "programs": lists}
+    return PlanData(
+        layouts={m: _layout_data(layout) for m, layout in blueprint.layouts.items()},
+        edges={m: _edge_data(blueprint, plan, m, m in frozen) for m in blueprint.inputs.encoders},
+        tokens=plan.tokens,
+        flops_by_module=step_flops(blueprint, plan),
+        weight_bytes_per_rank=weight_bytes(blueprint),
+        stages={m: tuple((s.start, s.stop) for s in stages) for m, stages in blueprint.stages.items()},
+        schedule=_schedule_data(blueprint.schedule(plan.active)),
+        encoders={m: use.cls.__name__ for m, use in blueprint.inputs.encoders.items()},
+    )
 
 
 def plan_json(blueprint: Blueprint, index: Index) -> str:
     """plan_data() as JSON text."""
-    return json.dumps(plan_data(blueprint, index), indent=1)
+    return json.dumps(asdict(plan_data(blueprint, index)), indent=1)
 
 
-def _layout_data(layout: Layout) -> dict[str, Any]:
-    names = ("tp", "cp", "dp", "pp", "vpp", "ep", "edp", "etp", "sequence_parallel")
-    return {"ranks": list(layout.ranks), **{n: getattr(layout, n) for n in names}}
+def _layout_data(layout: Layout) -> LayoutData:
+    return LayoutData(
+        ranks=tuple(layout.ranks),
+        tp=layout.tp,
+        cp=layout.cp,
+        dp=layout.dp,
+        pp=layout.pp,
+        vpp=layout.vpp,
+        ep=layout.ep,
+        edp=layout.edp,
+        etp=layout.etp,
+        sequence_parallel=layout.sequence_parallel,
+    )
 
 
-def _edge_data(blueprint: Blueprint, plan: StepPlan, module: str, frozen: bool) -> dict[str, int]:
+def _schedule_data(schedule: SchedulePlan) -> ScheduleData:
+    programs = zip(schedule.ranks_of, schedule.programs, strict=True)
+    return ScheduleData(
+        schedule.kind,
+        tuple(ProgramData(tuple(ranks), tuple(map(str, actions))) for ranks, actions in programs),
+    )
+
+
+def _edge_data(blueprint: Blueprint, plan: StepPlan, module: str, frozen: bool) -> EdgeData:
     """Rows of an edge in one step, and the payload that ranks receive for it in both directions."""
     llm = blueprint.layouts[SINK]
     rows = sum(mb.edges[module].rows for mb in plan.microbatches)
@@ -71,4 +143,4 @@ def _edge_data(blueprint: Blueprint, plan: StepPlan, module: str, frozen: bool) 
             received = edge_rows(sides.source, on_stage(llm, sides.dest, edge.stage % llm.pp))
             forward += received.forward * row_bytes
             backward += 0 if frozen else received.backward * row_bytes
-    return {"rows": rows, "forward_bytes": forward, "backward_bytes": backward}
+    return EdgeData(rows, forward, backward)

@@ -1,4 +1,4 @@
-"""The picture of a step: simulated from FLOPs before anything runs, measured from one that ran."""
+"""Drawings of a step: simulated from FLOPs before anything runs, or measured from a step that ran."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from llm.flops import head_flops, layer_costs
-from mm.plan.blueprint import SINK, Blueprint
+from mm.config.outline import SINK
+from mm.plan.blueprint import Blueprint
 from mm.plan.flops import forward_flops
 from mm.plan.step_plan import StepPlan
 from mm.ranks.control import Control
@@ -40,7 +41,7 @@ def flop_costs(blueprint: Blueprint, plan: StepPlan) -> Costs:
 
 
 def _stage_shares(blueprint: Blueprint, module: str) -> list[float]:
-    """The part of a module's FLOPs that each of its stages has."""
+    """The fraction of a module's FLOPs in each of its stages."""
     stages = blueprint.stages[module]
     if module != SINK:
         return [len(s.layers) / stages[-1].stop for s in stages]
@@ -51,7 +52,7 @@ def _stage_shares(blueprint: Blueprint, module: str) -> list[float]:
 
 
 def draw_simulated(blueprint: Blueprint, plan: StepPlan, folder: Path) -> list[Path]:
-    """Draw a step as its FLOPs would have it: schedule.svg and schedule.png in `folder`."""
+    """Draw a step with times from its FLOPs alone: schedule.svg and schedule.png in `folder`."""
     line = simulate(blueprint.schedule(plan.active), flop_costs(blueprint, plan))
     return _save(simulated(line), folder, "schedule")
 
@@ -59,11 +60,11 @@ def draw_simulated(blueprint: Blueprint, plan: StepPlan, folder: Path) -> list[P
 def draw_measured(
     schedule: SchedulePlan, records: list[Record], control: Control, rank: int, folder: Path, step: int
 ) -> list[Path]:
-    """Draw a step that ran, and write its trace for Perfetto; every rank calls this, the first one writes.
+    """Draw a step that ran, and write its trace for Perfetto; every rank calls this, rank 0 writes.
 
-    Times are of the wall clock, which machines are taken to agree on.
+    Times are wall-clock times: machines' clocks are taken to agree.
     """
-    # What each rank did is in the plan: only times are gathered.
+    # Every rank knows from the plan what each rank did, so that only times are gathered.
     most = max(len(actions) for actions in schedule.programs)
     times = np.zeros((most, 3))
     wall = time.time() - time.perf_counter()

@@ -1,4 +1,4 @@
-"""The loop: a step forward and backward, its update, evaluation, and what is shown and written of it.
+"""The training loop: a step forward and backward, its update, evaluation, and what a run prints and writes.
 
-Entry points: trainer.train, step.run_step, evaluate.evaluate. Layouts are not told apart here.
+Entry points: trainer.train, step.run_step, evaluate.evaluate. No code here may depend on a particular layout.
 """

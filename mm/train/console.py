@@ -1,4 +1,4 @@
-"""What a run shows and writes: a line a step, a bar, tables; metrics.jsonl, log.txt, TensorBoard."""
+"""Output of a run: a line a step, a progress bar, tables; metrics.jsonl, log.txt, TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from mm.ranks.lock import lock
 
 if TYPE_CHECKING:
     from mm.train.evaluate import Evaluation
+    from mm.train.metrics import TimedStep
 
 
 class Console:
-    """Output of a run; only the lead rank shows and writes anything but warnings.
+    """Output of a run; ranks other than the lead write warnings alone.
 
     first: steps done before this start, whose metrics are kept. tensorboard: write its files too.
+    Raises Refused where another run is writing to `run_dir`.
     """
 
     def __init__(
@@ -63,18 +65,25 @@ class Console:
             self._progress.start()
         self._began, self._first = time.monotonic(), first
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, timed: TimedStep) -> None:
         """Show and write one step's metrics."""
         if not self.lead:
             return
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.write(json.dumps(timed.to_json()) + "\n")
         self._metrics.flush()
-        self._say(step_line(record, self.steps, self._eta(record["step"])))
+        metrics = timed.metrics
+        self._say(step_line(timed, self.steps, self._eta(metrics.step)))
         if self._progress is not None:
-            self._progress.update(self._task, completed=record["step"])
-        shown = {key: record[key] for key in ("loss", "grad_norm", "lr", "tokens_per_s", "step_s")}
-        shown |= {f"grad_norm/{m}": norm for m, norm in record["grad_norm_by_module"].items()}
-        self._plot(record["step"], shown)
+            self._progress.update(self._task, completed=metrics.step)
+        shown = {
+            "loss": metrics.loss,
+            "grad_norm": metrics.grad_norm,
+            "lr": metrics.lr,
+            "tokens_per_s": timed.tokens_per_s,
+            "step_s": timed.step_s,
+        }
+        shown |= {f"grad_norm/{m}": norm for m, norm in metrics.grad_norm_by_module.items()}
+        self._plot(metrics.step, shown)
 
     def _plot(self, step: int, values: Mapping[str, float]) -> None:
         if self._board is not None:
@@ -116,7 +125,7 @@ class Console:
             self._say(text)
 
     def note(self, text: str) -> None:
-        """A line for the log alone, of what was said already."""
+        """A line for the log alone, of what was printed before the log was open."""
         if self.lead:
             self._log.write(text + "\n")
 
@@ -144,20 +153,21 @@ class Console:
         os.close(self._lock)
 
 
-def step_line(record: Mapping[str, Any], steps: int, eta_s: float) -> str:
+def step_line(timed: TimedStep, steps: int, eta_s: float) -> str:
     """One line of progress."""
-    norms = " ".join(f"{m} {v:.3g}" for m, v in record["grad_norm_by_module"].items())
-    boundary = sum(v["seconds"] for v in record["boundary"].values())
+    metrics = timed.metrics
+    norms = " ".join(f"{m} {v:.3g}" for m, v in metrics.grad_norm_by_module.items())
+    boundary = sum(edge.seconds for edge in metrics.boundary.values())
     return (
-        f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.4f}  grad {norms}  "
-        f"{record['tokens_per_s']:.0f} tok/s  {record['tflops_per_device']:.4f} TFLOPS/dev  "
-        f"{record['peak_memory_bytes'] / 2**20:.0f} MiB  boundary {boundary * 1e3:.1f} ms  "
-        f"data {record['data_s'] * 1e3:.1f} ms  ETA {eta_s:.0f} s"
+        f"step {metrics.step:>{len(str(steps))}}/{steps}  loss {metrics.loss:.4f}  grad {norms}  "
+        f"{timed.tokens_per_s:.0f} tok/s  {timed.tflops_per_device:.4f} TFLOPS/dev  "
+        f"{metrics.peak_memory_bytes / 2**20:.0f} MiB  boundary {boundary * 1e3:.1f} ms  "
+        f"data {metrics.data_s * 1e3:.1f} ms  ETA {eta_s:.0f} s"
     )
 
 
 def _forget_after(metrics: Path, step: int) -> None:
-    """Drop the records of later steps: those since the checkpoint that is resumed from will be made again.
+    """Drop the records of steps after `step`: a run that resumes makes them again.
 
     A last line that a killed run left unfinished is dropped too.
     """
@@ -173,7 +183,7 @@ def _forget_after(metrics: Path, step: int) -> None:
 
 
 def _tensorboard(run_dir: Path, first: int) -> Any:
-    """A TensorBoard writer; what earlier starts wrote of steps after `first` is no longer shown."""
+    """A TensorBoard writer; it hides what earlier starts wrote of steps after `first`."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)

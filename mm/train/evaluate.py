@@ -1,4 +1,4 @@
-"""Held-out loss, and what each modality is worth to the model."""
+"""Held-out loss, and how much each modality lowers it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mm.data.index import Sample, parse_segments
 from mm.data.order import permute_items
 from mm.data.reader import BadSample, ShardReader
+from mm.data.sample import Sample, parse_segments
 from mm.errors import DataError
 from mm.ranks.batch import RankMicrobatch
 from mm.ranks.feed import prepare
 from mm.ranks.job import Data, Job
-from mm.ranks.stop import Asked, Stop
+from mm.ranks.stop import Stop, StopRequested
 from mm.train.step import run_step
 
-REPEATS = 5  # how often answers occur on average, for their frequencies to mean something
+REPEATS = 5  # mean occurrences of a text from which on the frequencies of texts are meaningful
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats a supervised token. lift[m]: mean loss of the tokens that depend on module m, with m's items
-    exchanged between samples, minus the same with everything intact; intact[m] is the latter."""
+    """Losses in nats a supervised token.
+
+    loss: over all of them. intact[m]: over those that depend on module m. lift[m]: the same with m's items
+    exchanged between samples, minus intact[m].
+    """
 
     loss: float
     lift: Mapping[str, float]
@@ -33,7 +36,7 @@ class Evaluation:
 
 
 class _Unreadable(Exception):
-    """Samples that some rank could not read, by id; mine: what this rank has to say about them."""
+    """Some ranks could not read samples. ids: all of those samples; mine: this rank's errors."""
 
     def __init__(self, ids: frozenset[int], mine: Sequence[BadSample]) -> None:
         super().__init__(f"unreadable samples {sorted(ids)}")
@@ -48,10 +51,10 @@ def evaluate(
     stop: Stop | None = None,
     warn: Callable[[str], None] = print,
 ) -> Evaluation:
-    """Evaluate `samples` intact and with each modality's items permuted; every rank calls this alike.
+    """Evaluate `samples` intact and with each modality's items permuted; every rank calls this.
 
-    Unreadable samples are named and left out, on all ranks alike. Raises DataError where none is left, and
-    Asked, on all ranks, where `stop` of one of them was asked to end.
+    Unreadable samples are named and left out on all ranks. Raises DataError where none is left, and
+    StopRequested on all ranks where one of them was asked to end.
     """
     while samples:
         try:
@@ -73,53 +76,65 @@ def _evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int, stop: 
     return Evaluation(loss, lift, intact)
 
 
+@dataclass
+class _LossSum:
+    """Sum of the losses of some tokens, in nats, and how many they are."""
+
+    nats: float = 0.0
+    tokens: float = 0.0
+
+    def add(self, nats: Tensor, tokens: Tensor) -> None:
+        """Add the sum of the losses of more tokens, and their number; scalars."""
+        self.nats += float(nats)
+        self.tokens += float(tokens)
+
+
 def _mean_losses(
     job: Job, data: Data, samples: Sequence[Sample], stop: Stop | None
 ) -> tuple[float, dict[str, float]]:
-    """Mean loss over all supervised tokens, and over those that depend on each module."""
-    modules = list(job.blueprint.inputs.encoders)
-    sums = [0.0] * (2 + 2 * len(modules))
+    """Mean loss over all supervised tokens, and by module over those that depend on it."""
+    every, by_module = _LossSum(), {m: _LossSum() for m in job.blueprint.inputs.encoders}
 
     def add(mb: RankMicrobatch, token_loss: Tensor) -> None:
         assert mb.llm is not None
         if not job.counts_loss:
             return
-        sums[0] += float(token_loss.sum())
-        sums[1] += float((mb.llm.labels >= 0).sum())
-        for k, module in enumerate(modules):
-            sums[2 + 2 * k] += float(token_loss[mb.depends[module]].sum())
-            sums[3 + 2 * k] += float(mb.depends[module].sum())
+        every.add(token_loss.sum(), (mb.llm.labels >= 0).sum())
+        for module, own in by_module.items():
+            chosen = mb.depends[module]
+            own.add(token_loss[chosen].sum(), chosen.sum())
 
     batch = job.blueprint.cfg.train.global_batch
     modes = [(sub, sub.training) for part in job.modules() for sub in part.modules()]
     for sub, _ in modes:
         sub.training = False
     for step, at in enumerate(range(0, len(samples), batch)):
-        if stop is not None and job.control.any(stop.asked):
-            raise Asked
+        if stop is not None and job.control.any(stop.requested):
+            raise StopRequested
         prepared = prepare(step, samples[at : at + batch], data.assembler)
         found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
         if found:
             raise _Unreadable(found, prepared.bad)
         run_step(job, prepared, train=False, on_tokens=add)
-    for sub, training in modes:  # a wrapped module may have parts that always are in eval mode
+    for sub, training in modes:  # a wrapped module may have submodules that are always in eval mode
         sub.training = training
-    total = job.control.gather(sums).sum(axis=0)
-    means = total[0::2] / total[1::2].clip(min=1.0)
-    return float(means[0]), {m: float(means[1 + k]) for k, m in enumerate(modules)}
+    mine = [x for own in (every, *by_module.values()) for x in (own.nats, own.tokens)]
+    nats, tokens = job.control.gather(mine).sum(axis=0).reshape(-1, 2).T
+    means = [float(mean) for mean in nats / tokens.clip(min=1.0)]
+    return means[0], dict(zip(by_module, means[1:], strict=True))
 
 
 def blind_guess(samples: Sequence[Sample], reader: ShardReader) -> dict[str, float]:
-    """By module, nats a token of a guess that knows only how often each text that depends on it occurs.
+    """By module, the loss in nats a token of a guess from the frequencies of the texts that depend on it.
 
-    That is the entropy of those texts: a model that is blind to the module, and to whom the text around tells
-    nothing of them, can do no better. Modules whose texts hardly repeat, such as captions, are left out.
+    That loss is the entropy of those texts. A model that neither sees the module's items nor learns anything
+    from the text around cannot do better. Modules whose texts hardly repeat, such as captions, are left out.
     """
     texts: dict[str, Counter[str]] = {}
-    for sample in (s for s in samples if not s.cut):
+    for sample in (s for s in samples if not s.truncated):
         try:
             written = parse_segments(reader.read(sample, sample.json))
-        except BadSample:  # gone since it was evaluated
+        except BadSample:  # it has become unreadable since the evaluation
             continue
         for seg in written:
             if seg.text and seg.depends is not None and seg.loss:

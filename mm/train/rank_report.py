@@ -1,56 +1,74 @@
-"""What each rank says at the end of a step, as one row of numbers, and what all of them together mean."""
+"""What each rank reports at the end of a step, as one row of numbers for the control message."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 Reduce = Callable[[Sequence[float]], float]
 Name = TypeVar("Name")
 
 
+class Scalars(NamedTuple):
+    """What a rank reports once."""
+
+    loss: float  # sum of this rank's token losses over the step's supervised tokens; ranks' losses add up
+    sync_s: float  # seconds spent summing gradients
+    memory_bytes: float  # peak
+    stop: float  # 1 where this rank was asked to end, else 0
+
+
+class ModuleReport(NamedTuple):
+    """What a rank reports of one module."""
+
+    squares: float  # sum of its gradients' squares; ranks' sums add up
+    compute_s: float  # host seconds of its forwards and backwards
+
+
+class EdgeReport(NamedTuple):
+    """What a rank reports of the boundary of one encoder, both directions together."""
+
+    received_bytes: float  # payload from other ranks
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Report:
-    """One rank's share of a step. Mappings are by module, by encoder (edge) or by objective, so that no name
-    of one kind is taken for one of another; all ranks have equal keys in equal order.
+    """One rank's report of a step. All ranks have equal names in equal order.
 
-    loss: its part of the mean; sync_s: seconds of the gradients' sums; memory_bytes: peak; stop: 1 where it
-    was asked to end. squares: of its gradients, by module; compute_s: by module; edge_bytes, edge_s: by
-    encoder; objectives: sums over its tokens.
+    modules, edges: by module and by encoder. objectives: by objective, sums over this rank's tokens. They are
+    separate fields, so that no module's name is taken for another kind of name.
     """
 
-    loss: float
-    sync_s: float
-    memory_bytes: float
-    stop: float
-    squares: Mapping[str, float]
-    compute_s: Mapping[str, float]
-    edge_bytes: Mapping[str, float]
-    edge_s: Mapping[str, float]
+    scalars: Scalars
+    modules: Mapping[str, ModuleReport]
+    edges: Mapping[str, EdgeReport]
     objectives: Mapping[str, float]
 
     def numbers(self) -> list[float]:
-        """All of it in a row."""
-        out: list[float] = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            out += value.values() if isinstance(value, Mapping) else [value]
-        return out
+        """The report as a row: scalars, then modules, edges and objectives in their order."""
+        return [
+            *self.scalars,
+            *chain.from_iterable(self.modules.values()),
+            *chain.from_iterable(self.edges.values()),
+            *self.objectives.values(),
+        ]
 
     def read(self, row: Sequence[float]) -> Report:
-        """Another rank's report from its row: the names are those of this one."""
+        """Another rank's report from its row; names are those of this report."""
         numbers = iter(map(float, row))
-        found: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Mapping):
-                found[f.name] = {name: next(numbers) for name in value}
-            else:
-                found[f.name] = next(numbers)
-        return Report(**found)
+        return Report(
+            scalars=Scalars(
+                loss=next(numbers), sync_s=next(numbers), memory_bytes=next(numbers), stop=next(numbers)
+            ),
+            modules={m: ModuleReport(squares=next(numbers), compute_s=next(numbers)) for m in self.modules},
+            edges={m: EdgeReport(received_bytes=next(numbers), seconds=next(numbers)) for m in self.edges},
+            objectives={name: next(numbers) for name in self.objectives},
+        )
 
 
 def over_ranks(reduce: Reduce, rows: Sequence[Mapping[Name, float]]) -> dict[Name, float]:
-    """By name, what `reduce` (sum, max) makes of all ranks' values."""
+    """By name, `reduce` (sum, max) of all ranks' values."""
     return {name: reduce([row[name] for row in rows]) for name in rows[0]}

@@ -6,8 +6,8 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -15,36 +15,37 @@ from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find
 from mm.checkpoint.weights import start_from
 from mm.config.schema import resolve_yaml
-from mm.data.index import Index, Sample
+from mm.data.sample import Index, Sample
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
-from mm.plan.step_plan import StepPlan
-from mm.ranks.feed import Feed
+from mm.plan.step_plan import Imbalance, StepPlan
+from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed
-from mm.ranks.stop import Asked, Stop
+from mm.ranks.stop import Stop, StopRequested
 from mm.report.header import header, memory_warning
 from mm.report.plan_json import plan_json
 from mm.report.timeline import draw_measured
 from mm.train.console import Console
 from mm.train.evaluate import Evaluation, blind_guess, evaluate
+from mm.train.metrics import StepMetrics, TimedStep
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
 from parallel.schedule import Record
 
 
 def train(blueprint: Blueprint, stop: Stop) -> None:
-    """Train on this rank until done or `stop` is asked; raises PolyrankError where it cannot go on."""
+    """Train on this rank until done, or until `stop` is asked; raises PolyrankError where it cannot go on."""
     rank = init_distributed(blueprint.cfg)
     try:
         train_on(blueprint, rank, stop)
-        gc.collect()  # modules hold groups, in circles
+        gc.collect()  # modules hold process groups in reference cycles
     finally:
         dist.destroy_process_group()
 
 
 def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
-    """The same in a default process group that is there already."""
+    """Train in a default process group that is initialised already."""
     cfg = blueprint.cfg
     indexes = open_indexes(blueprint)
     about = _introduce(blueprint, rank, indexes)
@@ -56,7 +57,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
     resume = find(cfg, run_dir, rank)
     if resume is not None:
         state = checkpoint.load(job, train_data.index, resume)
-        first, bad = state["step"], frozenset(state["bad_samples"])
+        first, bad = state.step, state.bad_samples
     elif cfg.checkpoint.weights is not None:
         start_from(job, Path(cfg.checkpoint.weights))
     aside = begin(run_dir, rank, resume, first)
@@ -73,18 +74,18 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
         console.info(f"resumed from {resume} at step {first}")
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)
     try:
-        _loop(job, feed, eval_data, console, run_dir, first, stop)
+        _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
     finally:
         feed.close()
         console.close()
-    job.control.any(False)  # all have come to the end: nobody closes what another still uses
+    job.control.any(False)  # every rank waits here, so that none closes what another still uses
     for opened in data.values():
         opened.assembler.reader.close()
     job.close()
 
 
 def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index]) -> str:
-    """Say what the run is, on one rank, before anything takes memory; returns it."""
+    """Print the header on rank 0, before anything takes memory; returns it ("" on other ranks)."""
     if rank.rank:
         return ""
     about = header(blueprint, indexes, str(rank.device), dist.get_backend())
@@ -100,57 +101,75 @@ def open_feed(
 ) -> Feed:
     """The steps of a job over a data set. bad: samples known to be unreadable."""
     cfg = job.blueprint.cfg
-    return Feed(
-        data.index,
-        data.assembler,
-        job.control,
-        seed=cfg.run.seed,
-        global_batch=cfg.train.global_batch,
-        ahead=cfg.data.prefetch,
-        bad=bad,
-        warn=warn,
-    )
+    options = FeedOptions(cfg.run.seed, cfg.train.global_batch, cfg.data.prefetch)
+    return Feed(data.index, data.assembler, job.control, options, bad=bad, warn=warn)
 
 
-def _loop(
-    job: Job, feed: Feed, eval_data: Data | None, console: Console, run_dir: Path, first: int, stop: Stop
-) -> None:
-    cfg = job.blueprint.cfg
-    steps, every = cfg.train.steps, cfg.checkpoint.every
-    done = saved = first
-    try:
-        if job.control.any(stop.asked):  # while the run was made ready
-            raise Asked
-        while done < steps:
-            start = time.perf_counter()
-            record = train_step(job, feed, done, stop=stop.asked)
-            asked = record.pop("stop")
-            record["step_s"] = time.perf_counter() - start
-            console.step(add_rates(job, record))
-            done += 1
-            if every and (asked or done % every == 0 or done == steps):
-                checkpoint.save(job, feed.index, run_dir, done, feed.bad)
-                saved = done
-                asked = asked or job.control.any(stop.asked)  # while it was written
-            if asked:
-                raise Asked
-            if eval_data is not None and cfg.eval.every and done % cfg.eval.every == 0 and done < steps:
-                console.evaluation(done, run_evaluation(job, eval_data, stop, console.warn))
-        if eval_data is not None:
-            result = run_evaluation(job, eval_data, stop, console.warn)
-            console.evaluation(steps, result)
-            if job.rank.rank == 0:
-                console.lift_table(
-                    result, blind_guess(eval_samples(job, eval_data), eval_data.assembler.reader)
-                )
-    except Asked:
-        if every and saved < done:
-            checkpoint.save(job, feed.index, run_dir, done, feed.bad)
-        console.info(f"stopped by a signal after step {done}")
+@dataclass
+class _Loop:
+    """A run's steps. done: steps so far; saved: those of the last checkpoint."""
+
+    job: Job
+    feed: Feed
+    eval_data: Data | None
+    console: Console
+    run_dir: Path
+    stop: Stop
+    done: int
+    saved: int
+
+    def run(self) -> None:
+        """Train and evaluate to the end of the run, or until some rank was asked to end."""
+        try:
+            if self.job.control.any(self.stop.requested):  # while the run was made ready
+                raise StopRequested
+            while self.done < self.job.blueprint.cfg.train.steps:
+                self._step()
+            self._final_evaluation()
+        except StopRequested:
+            if self.job.blueprint.cfg.checkpoint.every and self.saved < self.done:
+                self._save()
+            self.console.info(f"stopped by a signal after step {self.done}")
+
+    def _step(self) -> None:
+        """One step, and the checkpoint and evaluation that are due after it. Raises StopRequested."""
+        job, cfg = self.job, self.job.blueprint.cfg
+        start = time.perf_counter()
+        metrics = train_step(job, self.feed, self.done, stop=self.stop.requested)
+        stopping = metrics.stop
+        self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
+        self.done += 1
+        every, at_end = cfg.checkpoint.every, self.done == cfg.train.steps
+        if every and (stopping or self.done % every == 0 or at_end):
+            self._save()
+            stopping = stopping or job.control.any(self.stop.requested)  # while it was written
+        if stopping:
+            raise StopRequested
+        if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:
+            result = run_evaluation(job, self.eval_data, self.stop, self.console.warn)
+            self.console.evaluation(self.done, result)
+
+    def _final_evaluation(self) -> None:
+        if self.eval_data is None:
+            return
+        result = run_evaluation(self.job, self.eval_data, self.stop, self.console.warn)
+        self.console.evaluation(self.job.blueprint.cfg.train.steps, result)
+        if self.job.rank.rank == 0:
+            samples = eval_samples(self.job, self.eval_data)
+            self.console.lift_table(result, blind_guess(samples, self.eval_data.assembler.reader))
+
+    def _save(self) -> None:
+        checkpoint.save(self.job, self.feed.index, self.run_dir, self.done, self.feed.bad)
+        self.saved = self.done
 
 
-def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[str, Any]:
-    """One step: data, forward and backward, update. Returns its metrics, equal on all ranks but for times."""
+def devices(job: Job) -> int:
+    """How many ranks of the job host a module."""
+    return len({r for layout in job.blueprint.layouts.values() for r in layout.ranks})
+
+
+def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMetrics:
+    """One step: data, forward and backward, update. step counts from 0; stop: this rank was asked to end."""
     cfg = job.blueprint.cfg
     prepared, waited = feed.next(step, cfg.train.steps)
     records: list[Record] = []
@@ -161,49 +180,39 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> dict[s
         draw_measured(schedule, records, job.control, job.rank.rank, Path(cfg.run.dir), step + 1)
     lr = learning_rate(cfg.train, step)
     update = finish_step(job, result, step, lr, stop=stop)
-    return {
-        "step": step + 1,
-        "loss": update.loss,
-        "tokens": prepared.plan.tokens,
-        "lr": lr,
-        "grad_norm": update.grad_norm,
-        "grad_norm_by_module": dict(update.grad_norm_by_module),
-        "flops_by_module": step_flops(job.blueprint, prepared.plan),
-        "peak_memory_bytes": update.peak_memory_bytes,
-        "data_s": waited,
-        "seconds_by_module": dict(update.compute_s),
-        "optimizer_s": update.optimizer_s,
-        "boundary": {m: dict(v) for m, v in update.boundary.items()},
-        "objectives": dict(update.objectives),
-        "imbalance": {m: dict(v) for m, v in load_imbalance(prepared.plan).items()},
-        "skipped_items": len(feed.bad),
-        "stop": update.stop,
-    }
+    return StepMetrics(
+        step=step + 1,
+        loss=update.loss,
+        tokens=prepared.plan.tokens,
+        lr=lr,
+        grad_norm=update.grad_norm,
+        grad_norm_by_module=update.grad_norm_by_module,
+        flops_by_module=step_flops(job.blueprint, prepared.plan),
+        peak_memory_bytes=update.peak_memory_bytes,
+        data_s=waited,
+        seconds_by_module=update.compute_s,
+        optimizer_s=update.optimizer_s,
+        boundary=update.boundary,
+        objectives=update.objectives,
+        imbalance=load_imbalance(prepared.plan),
+        skipped_items=len(feed.bad),
+        stop=update.stop,
+    )
 
 
-def load_imbalance(plan: StepPlan) -> dict[str, dict[str, float]]:
-    """By encoder: FLOPs of its costliest dp rank over the mean, as dealt and as if dealt by sample; averages
-    over the micro-batches in which it has items."""
+def load_imbalance(plan: StepPlan) -> dict[str, Imbalance]:
+    """By encoder, averages over the micro-batches in which it has items; left out where it never has."""
     out = {}
     for m in plan.microbatches[0].edges:
-        loads = [mb.edges[m].load for mb in plan.microbatches if mb.edges[m].items]
-        if loads:
-            dealt, by_sample = (sum(column) / len(loads) for column in zip(*loads, strict=True))
-            out[m] = {"dealt": dealt, "by_sample": by_sample}
+        found = [mb.edges[m].imbalance for mb in plan.microbatches if mb.edges[m].items]
+        if found:
+            n = len(found)
+            out[m] = Imbalance(sum(i.dealt for i in found) / n, sum(i.by_sample for i in found) / n)
     return out
 
 
-def add_rates(job: Job, record: dict[str, Any]) -> dict[str, Any]:
-    """Rates from a step's metrics and its wall time."""
-    record["tokens_per_s"] = record["tokens"] / record["step_s"]
-    flops = sum(record["flops_by_module"].values())
-    devices = len({r for layout in job.blueprint.layouts.values() for r in layout.ranks})
-    record["tflops_per_device"] = flops / record["step_s"] / devices / 1e12
-    return record
-
-
 def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:
-    """Evaluate the first eval.samples held-out samples; raises Asked where `stop` is asked on some rank."""
+    """Evaluate the first eval.samples held-out samples; StopRequested where a rank was asked to end."""
     return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed, stop, warn)
 
 

@@ -15,7 +15,7 @@ from mm.train.flight import Flight, Key, Message, key_of
 from parallel.comm.pipeline import Pipe
 from parallel.schedule import Action, Kind
 from parallel.schedule.action import SENDS
-from parallel.schedule.checker.graph import let_go
+from parallel.schedule.checker.graph import releases
 from parallel.topology.directions import Directions
 
 
@@ -28,7 +28,7 @@ class Transfers:
         self._sends = {a[:4]: a for a in schedule.actions(rank) if a.kind in SENDS}
         program = schedule.program_of.get(rank)
         # By computation, the transfers whose tensors are free before it: the schedule knows.
-        self._released = {} if program is None else let_go(schedule, program)
+        self._released = {} if program is None else releases(schedule, program)
 
     def release(self, action: Action) -> None:
         """Before a computation, free what other ranks have taken by then."""
@@ -98,8 +98,8 @@ class Transfers:
         """Start sending an encoder's rows to the stage of the language model that they enter."""
         edge, i = Edge(action.module, action.stage), action.microbatch
         held = self._held(edge, i)
-        both = Directions(*self.job.boundaries[edge])
-        pending = both.forward.start_forward(self.prepared.micro[i].edges[edge], held)
+        boundary = self.job.boundaries[edge].forward
+        pending = boundary.start_forward(self.prepared.micro[i].edges[edge], held)
         self.flight[Key(SINK, edge.stage, i)].row_transfers[edge.source] = pending
 
     def boundary_backward(self, action: Action) -> None:
@@ -107,8 +107,8 @@ class Transfers:
         edge, i = Edge(action.module, action.stage), action.microbatch
         rows = self.flight[Key(SINK, edge.stage, i)].rows.pop(edge.source, None)
         grad = self._no_rows(edge) if rows is None else _gradient(rows)
-        both = Directions(*self.job.boundaries[edge])
-        pending = both.backward.start_backward(self.prepared.micro[i].edges[edge], grad)
+        boundary = self.job.boundaries[edge].backward
+        pending = boundary.start_backward(self.prepared.micro[i].edges[edge], grad)
         source = self.flight[self.flight.last_stage(edge.source, i)]
         source.gradient_transfers[edge.stage] = pending
 
@@ -162,7 +162,7 @@ class Transfers:
         return pipe.receive(shape, self._peer(action), action.tag, dtype=dtype, device=device)
 
     def _pipes(self, action: Action) -> Directions[Pipe]:
-        return Directions(*self.job.pipes[action.module])
+        return self.job.pipes[action.module]
 
     def _peer(self, action: Action) -> int:
         """The global rank at the other end of a send or receive."""

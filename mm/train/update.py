@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from llm.model import LLM
+from mm.config.outline import SINK
 from mm.config.schema import TrainConfig
 from mm.errors import NonFinite
-from mm.plan.blueprint import SINK
 from mm.ranks.job import Job
 from mm.ranks.memory import peak_memory
-from mm.train.rank_report import Report, over_ranks
+from mm.train.metrics import BoundaryMetrics
+from mm.train.rank_report import EdgeReport, ModuleReport, Report, Scalars, over_ranks
 from mm.train.step import StepResult
 from parallel.schedule.action import COMPUTE
 
@@ -38,28 +39,29 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 @dataclass(frozen=True)
 class Update:
-    """What all ranks know after a step: sums over ranks, equal everywhere.
+    """What all ranks know after a step, equal everywhere.
 
-    compute_s: of the slowest rank, by module; optimizer_s: gradients' sums and update. objectives:
-    unweighted, as LLM.take_objectives has them.
+    grad_norm: before clipping. compute_s: of the slowest rank, by module; optimizer_s: seconds of the
+    gradients' sums and the update. objectives: unweighted, as LLM.take_objectives gives them. stop: some rank
+    was asked to end.
     """
 
     loss: float
     grad_norm: float
-    grad_norm_by_module: Mapping[str, float]
-    boundary: Mapping[str, Mapping[str, float]]
-    compute_s: Mapping[str, float]
+    grad_norm_by_module: dict[str, float]
+    boundary: dict[str, BoundaryMetrics]
+    compute_s: dict[str, float]
     optimizer_s: float
     peak_memory_bytes: int
-    objectives: Mapping[str, float]
+    objectives: dict[str, float]
     stop: bool
 
 
 def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: bool = False) -> Update:
-    """Agree on loss and gradient norm in one message, then clip and update, or stop on all ranks alike.
+    """Agree on loss and gradient norm in one message, then clip and update.
 
-    stop: this rank was asked to end; any rank's wish ends the run on all of them.
-    Raises NonFinite, before anything is updated, naming module and rank.
+    stop: this rank was asked to end; the run then ends on all ranks.
+    Raises NonFinite on all ranks, before anything is updated, naming module and rank.
     """
     start = time.perf_counter()
     squares = dict.fromkeys(job.blueprint.modules, 0.0)
@@ -69,7 +71,7 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
     mine = _report(job, result, squares, time.perf_counter() - start, stop)
     ranks = [mine.read(row) for row in job.control.gather(mine.numbers())]
     _check_finite(ranks, step)
-    total = {m: math.sqrt(n) for m, n in over_ranks(sum, [r.squares for r in ranks]).items()}
+    total = {m: math.sqrt(n) for m, n in over_ranks(sum, [_squares(r) for r in ranks]).items()}
     norm = math.sqrt(sum(n * n for n in total.values()))
     clip = job.blueprint.cfg.train.clip
     factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
@@ -78,43 +80,54 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
         optimizer.scale(factor)
         optimizer.step(lr)
     _update_expert_bias(job)
-    edge_bytes = over_ranks(sum, [r.edge_bytes for r in ranks])
-    edge_s = over_ranks(max, [r.edge_s for r in ranks])
     return Update(
-        loss=sum(r.loss for r in ranks),
+        loss=sum(r.scalars.loss for r in ranks),
         grad_norm=norm,
         grad_norm_by_module=total,
-        boundary={m: {"bytes": int(edge_bytes[m]), "seconds": edge_s[m]} for m in edge_bytes},
-        compute_s=over_ranks(max, [r.compute_s for r in ranks]),
-        optimizer_s=max(r.sync_s for r in ranks) + time.perf_counter() - start,
-        peak_memory_bytes=int(max(r.memory_bytes for r in ranks)),
+        boundary={m: _boundary([r.edges[m] for r in ranks]) for m in mine.edges},
+        compute_s=over_ranks(max, [{m: x.compute_s for m, x in r.modules.items()} for r in ranks]),
+        optimizer_s=max(r.scalars.sync_s for r in ranks) + time.perf_counter() - start,
+        peak_memory_bytes=int(max(r.scalars.memory_bytes for r in ranks)),
         objectives=over_ranks(sum, [r.objectives for r in ranks]),
-        stop=any(r.stop for r in ranks),
+        stop=any(r.scalars.stop for r in ranks),
     )
 
 
+def _squares(report: Report) -> dict[str, float]:
+    return {m: x.squares for m, x in report.modules.items()}
+
+
+def _boundary(ranks: Sequence[EdgeReport]) -> BoundaryMetrics:
+    return BoundaryMetrics(int(sum(r.received_bytes for r in ranks)), max(r.seconds for r in ranks))
+
+
 def _report(job: Job, result: StepResult, squares: Mapping[str, float], sync_s: float, stop: bool) -> Report:
-    """What this rank has to say of the step."""
+    """This rank's report of the step."""
     compute_s = dict.fromkeys(job.blueprint.modules, 0.0)
     for (kind, module), seconds in result.seconds.items():
         compute_s[module] += seconds if kind in COMPUTE else 0.0
-    edges = list(job.blueprint.inputs.encoders)
-    stats = {m: [b.stats for e, both in job.boundaries.items() if e.source == m for b in both] for m in edges}
     return Report(
-        loss=result.loss,
-        sync_s=sync_s,
-        memory_bytes=float(peak_memory(job.rank.device)),
-        stop=float(stop),
-        squares=squares,
-        compute_s=compute_s,
-        edge_bytes={m: float(sum(sum(s.bytes_received.values()) for s in stats[m])) for m in edges},
-        edge_s={m: float(sum(sum(s.seconds.values()) for s in stats[m])) for m in edges},
+        scalars=Scalars(
+            loss=result.loss,
+            sync_s=sync_s,
+            memory_bytes=float(peak_memory(job.rank.device)),
+            stop=float(stop),
+        ),
+        modules={m: ModuleReport(squares[m], compute_s[m]) for m in job.blueprint.modules},
+        edges={m: _edge_report(job, m) for m in job.blueprint.inputs.encoders},
         objectives=_objectives(job),
     )
 
 
+def _edge_report(job: Job, module: str) -> EdgeReport:
+    """What this rank has received from and for an encoder, over all stages that its rows enter."""
+    stats = [b.stats for edge, both in job.boundaries.items() if edge.source == module for b in both]
+    received = float(sum(sum(s.bytes_received.values()) for s in stats))
+    return EdgeReport(received, float(sum(sum(s.seconds.values()) for s in stats)))
+
+
 def _objectives(job: Job) -> dict[str, float]:
-    """This rank's parts of what the language model learns beside the next token."""
+    """This rank's sums of the language model's objectives beside the next token's loss."""
     out = dict.fromkeys(job.blueprint.objectives, 0.0)
     if not out or SINK not in job.parts:
         return out
@@ -128,9 +141,9 @@ def _objectives(job: Job) -> dict[str, float]:
 
 
 def _check_finite(ranks: Sequence[Report], step: int) -> None:
-    _refuse_infinite([r.loss for r in ranks], f"loss of module {SINK}", step)
-    for m in ranks[0].squares:
-        _refuse_infinite([r.squares[m] for r in ranks], f"gradient of module {m}", step)
+    _refuse_infinite([r.scalars.loss for r in ranks], f"loss of module {SINK}", step)
+    for m in ranks[0].modules:
+        _refuse_infinite([r.modules[m].squares for r in ranks], f"gradient of module {m}", step)
 
 
 def _refuse_infinite(values: Sequence[float], what: str, step: int) -> None:

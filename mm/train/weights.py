@@ -10,7 +10,7 @@ from parallel.schedule import Action
 
 
 class Weights:
-    """Handlers of GATHER, FREE and GRAD_SYNC, and what a backward tells FSDP before it runs."""
+    """Handlers of GATHER, FREE and GRAD_SYNC, and what FSDP must know before a backward."""
 
     def __init__(self, flight: Flight) -> None:
         self.flight = flight

@@ -2,10 +2,10 @@
 
 Plans are pure; communicator.py executes them. Models and samples may not enter: rows are numbers here.
 
-source = source_side(vision_layout, item_rows, item_dp)                        # who has which rows
-dest = dest_side(llm_layout, item_rows, llm_dp, item_position, tokens)         # who wants which
-plan = plan_edge("vision -> llm", source, dest, rank)                            # pure
-y = communicator.exchange(plan, x)                                               # autograd
+    source = source_side(vision_layout, item_rows, item_dp)                   # who has which rows
+    dest = dest_side(llm_layout, item_rows, llm_dp, item_position, tokens)    # who wants which
+    plan = plan_edge("vision -> llm", source, dest, rank)                     # pure
+    y = communicator.exchange(plan, x)                                        # autograd
 """
 
 from parallel.boundary.cache import PlanCache

@@ -37,7 +37,8 @@ def save(
 ) -> Path:
     """Write a checkpoint of step `step` below `directory` and return its path; collective over the job.
 
-    tensors: DTensors of which each rank writes its own shards, and plain tensors, by name.
+    tensors: by name. Each rank writes its own shards of a DTensor; plain tensors are equal on all ranks that
+        pass them.
     state: anything that JSON holds.
     keep: how many of the newest checkpoints stay; 0 keeps all.
 
@@ -105,8 +106,8 @@ def check_fits(
 ) -> None:
     """Raise BadCheckpoint where the checkpoint at `path` lacks a tensor or has another shape for it.
 
-    stored, needed: global shapes by name, of the checkpoint and of the model. Further stored tensors are
-        fine.
+    stored, needed: global shapes by name, of the checkpoint and of the model. More stored tensors than needed
+        are fine.
     """
     missing, unknown = sorted(needed.keys() - stored.keys()), sorted(stored.keys() - needed.keys())
     if missing:

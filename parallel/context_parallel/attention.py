@@ -6,8 +6,7 @@ the ranks that hold them. No other key moves. Two methods fetch the keys, with t
 
     gather  one all-to-all. The keys that arrive are kept for the backward, which sends only gradients.
     ring    one rank at a time: the next block of keys is in transit while one is computed with. Two blocks
-        are
-            held, and the backward fetches them again (Ring Attention, Liu et al., arXiv 2310.01889, with
+            are held, and the backward fetches them again (Ring Attention, Liu et al., arXiv 2310.01889, with
             packed documents).
 
 The backward is written out, so besides its inputs a layer keeps one output and one logarithm for each query.
@@ -70,7 +69,7 @@ def key_costs(packing: ContextPacking, kv_heads: int, head_dim: int, itemsize: i
 def choose_attention_method(
     packing: ContextPacking, heads: int, kv_heads: int, head_dim: int, itemsize: int
 ) -> Method:
-    """ "gather" where its keys take no more memory than a layer's queries and outputs, else "ring".
+    """Choose "gather" where its keys take no more memory than a layer's queries and outputs, else "ring".
 
     The gather moves a third less. With this bound a layer's memory stays proportional to its share of the
     tokens, whatever cp is. Pure, equal on every rank.

@@ -46,7 +46,7 @@ class ContextPacking(Packing):
     """A Packing whose rows are split over cp. Make it with pack().
 
     `lengths` and `starts` describe the documents of the whole stream; `total`, `sequence_id` and `position`
-    describe this rank's rows, which are in the order of the stream. `buckets` is refused, so no operation for
+    describe this rank's rows, which are in the order of the stream. `pairing` is refused, so no operation for
     whole documents can take a split stream by mistake.
 
     cp: the context-parallel axis.
@@ -98,7 +98,7 @@ class ContextPacking(Packing):
         return self._tensor(self.rows - self.starts[self._document(self.rows)])
 
     @property
-    def buckets(self) -> Any:
+    def pairing(self) -> Any:
         raise AssertionError("documents split over cp: use the operations of parallel.context_parallel")
 
     def _document(self, rows: np.ndarray) -> np.ndarray:

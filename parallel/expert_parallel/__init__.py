@@ -13,17 +13,25 @@ surrounds the experts with gather_rows() and reduce_rows() where etp shards each
 
 from parallel.expert_parallel.all_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
 from parallel.expert_parallel.all_to_all import combine, dispatch
+from parallel.expert_parallel.expert_tensor import EtpRows, gather_rows, plan_etp_rows, reduce_rows
 from parallel.expert_parallel.grouped import grouped_linear
-from parallel.expert_parallel.routing import Route, plan_route
+from parallel.expert_parallel.routing import Route, capacity_rows, plan_route, tally, within_capacity
 
 __all__ = [
+    "EtpRows",
     "GatherRoute",
     "Route",
+    "capacity_rows",
     "combine",
     "dispatch",
     "gather_combine",
     "gather_dispatch",
+    "gather_rows",
     "grouped_linear",
+    "plan_etp_rows",
     "plan_gather",
     "plan_route",
+    "reduce_rows",
+    "tally",
+    "within_capacity",
 ]

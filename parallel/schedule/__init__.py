@@ -7,6 +7,7 @@ from parallel.schedule.action import Action, Group, Kind
 from parallel.schedule.checker.check import check
 from parallel.schedule.executor.execute import execute
 from parallel.schedule.generators.make import make_schedule
+from parallel.schedule.generators.problem import ScheduleOptions
 from parallel.schedule.plan import ModuleUse, SchedulePlan
 from parallel.schedule.record import Record
 from parallel.schedule.simulator.costs import Costs, measured_costs
@@ -19,6 +20,7 @@ __all__ = [
     "Kind",
     "ModuleUse",
     "Record",
+    "ScheduleOptions",
     "SchedulePlan",
     "Timeline",
     "check",

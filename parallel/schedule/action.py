@@ -53,30 +53,35 @@ _GRADIENTS = (SEND_BACKWARD, RECV_BACKWARD)
 POSTED = SENDS | RECEIVES | BOUNDARY  # what is only put under way
 
 Scope = Literal["module", "edge", "world"]
-Way = Literal["", "forward", "backward"]
+Direction = Literal["", "forward", "backward"]
 
 
 class Group(NamedTuple):
     """The name of a process group; SchedulePlan.instances() gives the ranks.
 
-    scope: "module": along `axis` of `module`'s layout, one for each `way` where the axis is a pipeline's;
-        "edge": all ranks at either end of the edge from `module` to the sink's `stage`, one for each `way`;
-        "world": all ranks of the job. A module may so have any name.
+    scope: "module": the ranks along `axis` of `module`'s layout. "edge": all ranks at either end of the edge
+        from `module` to the sink's `stage`. "world": all ranks of the job. Because the scope is a field of
+        its own, a module may have any name.
+    direction: of the axis "pp" and of edges, which have a group for each direction.
     """
 
     scope: Scope
     module: str = ""
     axis: str = ""
-    way: Way = ""
+    direction: Direction = ""
     stage: int = 0
 
     def __str__(self) -> str:
         head = self.scope if self.scope != "module" else ""
         stage = str(self.stage) if self.stage else ""
-        return ".".join(part for part in (head, self.module, stage, self.axis, self.way) if part)
+        return ".".join(part for part in (head, self.module, stage, self.axis, self.direction) if part)
 
 
 WORLD = Group("world")
+
+# (kind, module, micro-batch, stage), which is action[:4]: what identifies an action within its list. A plain
+# tuple, because a large plan makes half a million of them.
+ActionKey = tuple[Kind, str, int, int]
 
 
 class Action(NamedTuple):

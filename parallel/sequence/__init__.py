@@ -3,6 +3,7 @@
 Everything here is local. No process group may enter.
 """
 
+from parallel.sequence.buckets import Pairing, attend
 from parallel.sequence.intervals import Rows, Span
 from parallel.sequence.packed import Packing, attention, depthwise_conv
 from parallel.sequence.stream import Order, alignment, context_spans, piece_count
@@ -10,9 +11,11 @@ from parallel.sequence.stream import Order, alignment, context_spans, piece_coun
 __all__ = [
     "Order",
     "Packing",
+    "Pairing",
     "Rows",
     "Span",
     "alignment",
+    "attend",
     "attention",
     "context_spans",
     "depthwise_conv",

@@ -13,23 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Sequences of similar length, attended to as one padded batch.
-
-    gather [n, L]: packed row of each slot (padding repeats row 0 of the sequence);
-    mask [n, 1, 1, L] or None: slots that are real, None where all are.
-    packed [m], slot [m]: packed row and flat slot of every real row.
-    """
-
-    gather: Tensor
-    mask: Tensor | None
-    packed: Tensor
-    slot: Tensor
+from parallel.sequence.buckets import Pairing, attend, to_device
 
 
 @dataclass(frozen=True)
@@ -66,65 +52,23 @@ class Packing:
         return self._tensor(np.arange(self.total) - np.repeat(self.starts[:-1], self.lengths))
 
     @cached_property
-    def buckets(self) -> tuple[_Bucket, ...]:
-        """Sequences grouped so that padding less than doubles any of them; none is empty."""
-        lengths = np.asarray(self.lengths, dtype=np.int64)
-        out = []
-        level = np.where(lengths > 0, np.ceil(np.log2(np.maximum(lengths, 1))), -1)
-        for value in np.unique(level[level >= 0]):
-            members = np.flatnonzero(level == value)
-            n = lengths[members]
-            offset = np.arange(int(n.max()))
-            real = offset[None, :] < n[:, None]
-            gather = self.starts[members][:, None] + np.where(real, offset[None, :], 0)
-            out.append(
-                _Bucket(
-                    gather=self._tensor(gather),
-                    mask=None if real.all() else self._tensor(real)[:, None, None, :],
-                    packed=self._tensor(gather[real]),
-                    slot=self._tensor(np.flatnonzero(real.reshape(-1))),
-                )
-            )
-        return tuple(out)
+    def pairing(self) -> Pairing:
+        """Each row with the rows of its own sequence, for attention()."""
+        return Pairing.of(self.lengths, self.lengths, self.device)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return to_device(array, self.device)
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, causal: bool, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention within each packed sequence; [T, H, D], k and v [T, H_kv, D], H_kv dividing H.
+    """Softmax attention within each packed sequence: q [T, H, D], k and v [T, H_kv, D], H_kv dividing H, to
+    [T, H, D].
 
-    Each bucket of sequences runs as one scaled_dot_product_attention call. Causal attention needs no mask
-    for the padding: padded keys come after every real query of their sequence.
+    causal: each row sees itself and the rows before it. scale: of the scores, D ** -0.5 by default.
     """
-    if q.shape[0] == 0:
-        # Keep the graph whole: a rank without rows must still send gradients (of zero) to its weights.
-        return q + 0.0 * (k.sum() + v.sum())
-    grouped = q.shape[1] != k.shape[1]
-    if len(packing.buckets) == 1 and packing.buckets[0].mask is None:
-        # All of one length: the rows are a batch as they lie.
-        size = packing.buckets[0].gather.shape
-        qb, kb, vb = (x.unflatten(0, size).transpose(1, 2) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(qb, kb, vb, is_causal=causal, scale=scale, enable_gqa=grouped)
-        return y.transpose(1, 2).flatten(0, 1)
-    out = torch.zeros_like(q)
-    flat_shape = (-1, *q.shape[1:])
-    for b in packing.buckets:
-        qb, kb, vb = (x[b.gather].transpose(1, 2) for x in (q, k, v))  # [n, H, L, D]
-        y = F.scaled_dot_product_attention(
-            qb,
-            kb,
-            vb,
-            attn_mask=None if causal else b.mask,
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=grouped,
-        )
-        rows = y.transpose(1, 2).reshape(flat_shape)
-        out = out.index_copy(0, b.packed, rows if b.mask is None else rows.index_select(0, b.slot))
-    return out
+    return attend(q, k, v, packing.pairing, causal=causal, scale=scale)
 
 
 def spread(x: Tensor, packing: Packing, left: int, right: int) -> tuple[Tensor, Tensor]:
@@ -163,11 +107,16 @@ def depthwise_conv(
         # One sequence needs no rows between sequences: one copy instead of three.
         head = x.new_zeros(left, x.shape[1])
         head = head if before is None else head.index_copy(0, before[1], before[0])
-        return _taps(torch.cat([head, x]), weight, bias)
+        return _convolve(torch.cat([head, x]), weight, bias)
     wide, slot = spread(x, packing, left, width - 1 - left)
     if before is not None:
         wide = wide.index_copy(0, before[1], before[0])
-    return _taps(wide, weight, bias).index_select(0, slot - left)
+    return _convolve(wide, weight, bias).index_select(0, slot - left)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _Taps.apply  # which torch leaves untyped
+    return apply(x, weight, bias)
 
 
 class _Taps(torch.autograd.Function):
@@ -201,6 +150,3 @@ class _Taps(torch.autograd.Function):
             d_taps[k] = (g * rows[k : k + n]).sum(0)
         d_bias = g.sum(0).to(weight.dtype) if ctx.has_bias else None
         return d_x.to(x.dtype), d_taps.T.to(weight.dtype), d_bias
-
-
-_taps: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _Taps.apply  # which torch leaves untyped

@@ -19,21 +19,29 @@ from parallel.sharding.adopt import adopt
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.optim import AdamW, ShardedOptimizer
 from parallel.sharding.param import (
+    Given,
     Init,
     ParamSpec,
     constant,
     declare,
     declare_buffer,
     declared,
+    global_index,
+    initial_values,
+    initialise,
+    keep_whole,
     local,
     normal,
+    own_specs,
+    seeded,
     uniform,
 )
-from parallel.sharding.shard import ShardPolicy, materialise, shard_module
+from parallel.sharding.shard import ShardPolicy, held_indices, materialise, shard_module
 
 __all__ = [
     "AdamW",
     "FactoryKwargs",
+    "Given",
     "Init",
     "ParamSpec",
     "ShardPolicy",
@@ -44,9 +52,16 @@ __all__ = [
     "declare",
     "declare_buffer",
     "declared",
+    "global_index",
+    "held_indices",
+    "initial_values",
+    "initialise",
+    "keep_whole",
     "local",
     "materialise",
     "normal",
+    "own_specs",
+    "seeded",
     "shard_module",
     "uniform",
 ]

@@ -351,7 +351,7 @@ def test_the_convolution_is_torchaudios(kernel: int) -> None:
     copied(theirs, names, [])
     seen: list[Tensor] = []
     convolve = block._convolve
-    block._convolve = lambda x, here: seen.extend((x, convolve(x, here))) or seen[1]
+    block._convolve = lambda x, ctx: seen.extend((x, convolve(x, ctx))) or seen[1]
     rng = np.random.default_rng(0)
     frames = [torch.from_numpy(rng.normal(size=(n // 80 + 1, 16))) for n in CLIPS]
     metas = tuple({"samples": n, "rate": 8000} for n in CLIPS)

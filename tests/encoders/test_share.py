@@ -1,15 +1,13 @@
-"""How rows of a lane are cut, and what attention and convolution of a part of them see. Pure."""
+"""How rows of a lane are cut, and which rows of their items a part of them sees. Pure."""
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
 
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoders.attention import Pairing, attend
 from encoders.share import encoder_row_spans, pieces, reach
 from parallel.boundary import source_side
 from parallel.topology.layout import make_layout
@@ -68,19 +66,3 @@ def test_reach_is_what_a_span_sees_and_no_more(lengths: list[int], cp: int, n: i
         ]
         low, high = reach(lengths, (a, b), n)
         assert list(range(low, high)) == near
-
-
-@settings(max_examples=40)
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20)), max_size=6), st.integers(0, 99))
-def test_queries_see_the_keys_of_their_item(counts: list[tuple[int, int]], seed: int) -> None:
-    gen = torch.Generator().manual_seed(seed)
-    queries, keys = [q for q, _ in counts], [k for _, k in counts]
-    q, k, v = (
-        torch.randn(n, 2, 4, dtype=torch.float64, generator=gen) for n in (sum(queries), *[sum(keys)] * 2)
-    )
-    parts = []
-    for one, ks, vs in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
-        scores = torch.einsum("qhd,khd->hqk", one, ks) / 2.0
-        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vs))
-    expected = torch.cat(parts) if parts else q
-    assert torch.allclose(attend(q, k, v, Pairing.of(queries, keys)), expected, rtol=0, atol=1e-12)

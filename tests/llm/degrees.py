@@ -19,7 +19,7 @@ from parallel.sequence.stream import Order, piece_count
 from parallel.sharding.param import ParamSpec, declared, initialise
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.layout import Layout
-from tests.llm.harness import axis
+from tests.llm.harness import axis, shard_by_hand
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Degrees:
 
     @property
     def step(self) -> int:
-        """What the length of a lane's stream must be a multiple of."""
+        """What the length of a stream must be a multiple of."""
         return math.lcm(piece_count(self.cp, self.order), self.cp * self.tp)
 
 
@@ -61,8 +61,8 @@ def make_axes(degrees: Degrees) -> Axes:
     return Axes(made["tp"], made["ep"], degrees.sp and degrees.tp > 1, made["cp"], made["etp"])
 
 
-def cut_dims(spec: ParamSpec, axes: Axes) -> list[tuple[int, Axis]]:
-    """The dims of a parameter that are cut, and over what."""
+def sharded_dims(spec: ParamSpec, axes: Axes) -> list[tuple[int, Axis]]:
+    """The sharded dims of a parameter, each with its axis."""
     if spec.view == "dense":
         pairs = [(spec.shard_dim, axes.tp)]
     else:
@@ -73,12 +73,7 @@ def cut_dims(spec: ParamSpec, axes: Axes) -> list[tuple[int, Axis]]:
 def build(cfg: LLMConfig, symbol: str, axes: Axes, recompute: frozenset[str]) -> Layer:
     layer = Layer(symbol, cfg, axes, device=None, dtype=torch.float64)
     initialise(layer, 3, "layer")
-    for full, param, spec in list(declared(layer)):
-        shard = param.detach()
-        for dim, over in cut_dims(spec, axes):
-            shard = shard.chunk(over.size, dim)[over.rank]
-        owner, _, name = full.rpartition(".")
-        setattr(layer.get_submodule(owner), name, nn.Parameter(shard.clone()))
+    shard_by_hand(layer, axes)
     layer.recompute = recompute
     if hasattr(layer.mixer, "recompute"):
         layer.mixer.recompute = recompute
@@ -88,7 +83,7 @@ def build(cfg: LLMConfig, symbol: str, axes: Axes, recompute: frozenset[str]) ->
 
 
 def stream(lengths: tuple[int, ...], step: int, width: int) -> tuple[list[int], Tensor, Tensor]:
-    """Documents with their padding, hidden states [T, width] and output weights [T, width]."""
+    """Lengths of documents and padding, hidden states [T, width] and output weights [T, width]."""
     padded = [*lengths, -sum(lengths) % step]
     gen = torch.Generator().manual_seed(sum(lengths))
     x, weight = torch.randn(2, sum(padded), width, generator=gen, dtype=torch.float64)
@@ -99,27 +94,27 @@ def run(
     cfg: LLMConfig,
     symbol: str,
     degrees: Degrees,
-    lanes: list[tuple[int, ...]],
+    streams: list[tuple[int, ...]],
     recompute: frozenset[str],
     axes: Axes,
-    deaf: bool = False,
+    ignores_cp: bool = False,
 ) -> dict[str, Any]:
-    """Forward and backward of this rank's share of its lane: outputs, and gradients of input and weights.
+    """Forward and backward of this rank's share of its stream: outputs, and gradients of input and weights.
 
-    deaf: the layer knows nothing of cp, and takes its rows for a whole stream.
+    ignores_cp: the layer has no cp axis and takes its rows for a whole stream.
     """
     coord = degrees.layout.coord(dist.get_rank())
-    layer = build(cfg, symbol, replace(axes, cp=Axis.single("cp")) if deaf else axes, recompute)
-    found = _forward_backward(layer, lanes[coord.dp], axes, degrees, deaf)
+    layer = build(cfg, symbol, replace(axes, cp=Axis.single("cp")) if ignores_cp else axes, recompute)
+    found = _forward_backward(layer, streams[coord.dp], axes, degrees, ignores_cp)
     return found | {
-        "lane": coord.dp,
+        "dp": coord.dp,
         "grads": {name: p.grad for name, p, _ in declared(layer)},
-        "at": places({name: spec for name, _, spec in declared(layer)}, axes),
+        "at": shard_ranks({name: spec for name, _, spec in declared(layer)}, axes),
     }
 
 
 def _forward_backward(
-    layer: Layer, lengths: tuple[int, ...], axes: Axes, degrees: Degrees, deaf: bool
+    layer: Layer, lengths: tuple[int, ...], axes: Axes, degrees: Degrees, ignores_cp: bool
 ) -> dict[str, Any]:
     padded, x, weight = stream(lengths, degrees.step, layer.norm.weight.shape[0])
     packing = pack(padded, "cpu", axes.cp, degrees.order)
@@ -128,7 +123,7 @@ def _forward_backward(
     if axes.sequence_parallel:
         rows = rows.chunk(axes.tp.size)[axes.tp.rank]
     mine = x[rows].requires_grad_()
-    if deaf and isinstance(packing, ContextPacking):
+    if ignores_cp and isinstance(packing, ContextPacking):
         packing = packing.fragments
     y = run_layer(layer, mine, ForwardContext(packing, n_real))
     # Without sequence parallelism every tp rank has the same loss, which counts once.
@@ -138,30 +133,30 @@ def _forward_backward(
     return {"rows": rows, "y": y.detach(), "dx": mine.grad}
 
 
-def whole(cfg: LLMConfig, symbol: str, lanes: list[tuple[int, ...]], step: int) -> dict[str, Any]:
-    """The same in one process, lane after lane."""
+def whole(cfg: LLMConfig, symbol: str, streams: list[tuple[int, ...]], step: int) -> dict[str, Any]:
+    """The same in one process, stream after stream."""
     layer = build(cfg, symbol, Axes(), frozenset())
     outs = []
-    for lengths in lanes:
+    for lengths in streams:
         padded, x, weight = stream(lengths, step, cfg.d_model)
         x.requires_grad_()
         y = run_layer(layer, x, ForwardContext(Packing.of(padded), sum(lengths)))
         (y * weight).sum().backward()
         outs.append({"y": y.detach(), "dx": x.grad})
-    return {"lanes": outs, "grads": {name: p.grad for name, p, _ in declared(layer)}}
+    return {"streams": outs, "grads": {name: p.grad for name, p, _ in declared(layer)}}
 
 
 def check(
     cfg: LLMConfig,
     symbol: str,
     degrees: Degrees,
-    lanes: list[tuple[int, ...]],
+    streams: list[tuple[int, ...]],
     results: list[dict[str, Any]],
 ) -> None:
-    """Ranks' results against one process: outputs, input gradients, every weight's gradient, to 1e-9."""
-    ref = whole(cfg, symbol, lanes, degrees.step)
+    """Compare all ranks with one process: outputs, gradients of inputs and of every weight, to 1e-9."""
+    ref = whole(cfg, symbol, streams, degrees.step)
     for result in results:
-        expected = ref["lanes"][result["lane"]]
+        expected = ref["streams"][result["dp"]]
         for key in ("y", "dx"):
             close(result[key], expected[key][result["rows"]], f"{symbol} {key} {degrees}")
     layer, axes = shape_only(cfg, symbol, degrees)
@@ -171,33 +166,35 @@ def check(
 def check_gradients(
     module: nn.Module, axes: Axes, results: list[dict[str, Any]], expected: dict[str, Tensor], what: str
 ) -> None:
-    """Ranks' gradients, put together, against one process's. module: as rank 0 declares it; of each rank,
-    "grads" and where each of them belongs: its place along the axes that cut it, and which replica it is."""
+    """Compare the gradients of all ranks, put together, with those of one process.
+
+    module: as rank 0 declares it. Results have "grads", and in "at" the shard_ranks() of each.
+    """
     for name, _, spec in declared(module):
-        by_place: dict[tuple[int, ...], Tensor] = {}
+        by_ranks: dict[tuple[int, ...], Tensor] = {}
         for result in results:
             at, grad = result["at"][name], result["grads"][name]
-            by_place[at] = by_place[at] + grad if at in by_place else grad
-        for replica in {at[-1] for at in by_place}:
-            shards = {at[:-1]: g for at, g in by_place.items() if at[-1] == replica}
-            close(put_together(shards, cut_dims(spec, axes)), expected[name], f"{name} of {what}")
+            by_ranks[at] = by_ranks[at] + grad if at in by_ranks else grad
+        for replica in {at[-1] for at in by_ranks}:
+            shards = {at[:-1]: g for at, g in by_ranks.items() if at[-1] == replica}
+            close(put_together(shards, sharded_dims(spec, axes)), expected[name], f"{name} of {what}")
 
 
-def places(specs: dict[str, ParamSpec], axes: Axes) -> dict[str, tuple[int, ...]]:
-    """Where this rank's gradients belong, by name; see check_gradients."""
+def shard_ranks(specs: dict[str, ParamSpec], axes: Axes) -> dict[str, tuple[int, ...]]:
+    """By parameter: this rank's index on each axis that shards it, then its replica over tp."""
     return {
-        name: (*(over.rank for _, over in cut_dims(spec, axes)), _replica(spec, axes))
+        name: (*(over.rank for _, over in sharded_dims(spec, axes)), _replica(spec, axes))
         for name, spec in specs.items()
     }
 
 
 def _replica(spec: ParamSpec, axes: Axes) -> int:
-    """Which replica over tp a dense parameter is, unless its gradients are summed anyway."""
+    """Index of a dense parameter's replica over tp; 0 where its gradients are summed over tp."""
     return axes.tp.rank if spec.view == "dense" and spec.shard_dim is None and not spec.partial else 0
 
 
 def shape_axes(degrees: Degrees) -> Axes:
-    """The axes of rank 0, without groups: enough to declare by."""
+    """The axes of rank 0, without groups: enough to declare parameters."""
     group: Any = object()
     made = {n: Axis(n, getattr(degrees, n), 0, group) for n in ("tp", "cp", "ep", "etp")}
     return Axes(made["tp"], made["ep"], degrees.sp and degrees.tp > 1, made["cp"], made["etp"])
@@ -210,19 +207,19 @@ def shape_only(cfg: LLMConfig, symbol: str, degrees: Degrees) -> tuple[Layer, Ax
 
 
 def held_fraction(cfg: LLMConfig, symbol: str, degrees: Degrees) -> float:
-    """How much of the layer's weights a rank holds."""
+    """Fraction of the layer's weights that a rank holds."""
     layer, axes = shape_only(cfg, symbol, degrees)
     held = whole = 0.0
     for _, param, spec in declared(layer):
         whole += param.numel()
-        held += param.numel() / math.prod(over.size for _, over in cut_dims(spec, axes))
+        held += param.numel() / math.prod(over.size for _, over in sharded_dims(spec, axes))
     return held / whole
 
 
-def put_together(shards: dict[tuple[int, ...], Tensor], cuts: list[tuple[int, Axis]]) -> Tensor:
-    if not cuts:
+def put_together(shards: dict[tuple[int, ...], Tensor], dims: list[tuple[int, Axis]]) -> Tensor:
+    if not dims:
         return shards[()]
-    (dim, over), *rest = cuts
+    (dim, over), *rest = dims
     parts = [
         put_together({at[1:]: g for at, g in shards.items() if at[0] == i}, rest) for i in range(over.size)
     ]

@@ -1,4 +1,4 @@
-"""A language model cut by hand over gloo ranks, and its gradients put together again.
+"""A tiny language model, sharded by hand over gloo ranks, and its gradients put together again.
 
 Each declared parameter is replaced by this rank's plain shard, so these tests need neither FSDP nor DTensor.
 """
@@ -44,9 +44,13 @@ TINY = LLMConfig(
 )
 
 
+def tiny(**changes: Any) -> LLMConfig:
+    """The tiny model with some fields changed."""
+    return replace(TINY, **changes)
+
+
 # Every option at once that changes what is computed.
-EVERYTHING = replace(
-    TINY,
+EVERYTHING = tiny(
     pattern="E-M*E",
     latent=8,
     expert_groups=4,
@@ -79,7 +83,7 @@ class Degrees:
 
 @dataclass(frozen=True)
 class Text:
-    """One data-parallel lane: documents, padding rows behind them, and rows entering at some places."""
+    """A data-parallel rank's documents, the padding behind them, and the positions where rows enter."""
 
     lengths: tuple[int, ...]
     padding: int
@@ -92,7 +96,7 @@ class Text:
 
 
 def axis(name: str, groups: list[list[int]]) -> Axis:
-    """The axis over `groups` of global ranks as this rank sees it; every rank calls this alike."""
+    """This rank's axis over `groups` of global ranks; every rank calls this with the same arguments."""
     rank = dist.get_rank()
     made = [(g, ordered_group(g, timedelta(seconds=60))) for g in groups if len(g) > 1]
     for members, group in made:
@@ -109,31 +113,31 @@ def make_axes(degrees: Degrees) -> Axes:
 
 
 def build(cfg: LLMConfig, axes: Axes | None = None, dtype: torch.dtype = torch.float64) -> LLM:
-    """The model with its initial weights, cut to this rank's shards."""
+    """The model with its initial weights, sharded to this rank's part."""
     axes = axes or Axes()
     model = LLM(cfg, axes, dtype=dtype)
     initialise(model, 3, "llm")
-    cut(model, axes)
+    shard_by_hand(model, axes)
     for i, moe in enumerate(model.moe_layers()):
-        # Far from zero, so that selecting with the bias differs from weighting without it.
+        # Far from zero, so that choosing with the bias differs from weighting without it.
         moe.expert_bias.copy_(0.2 * torch.cos(torch.arange(cfg.n_experts) * (i + 1.0)))
     return model
 
 
-def cut(module: nn.Module, axes: Axes) -> None:
+def shard_by_hand(module: nn.Module, axes: Axes) -> None:
     """Replace every declared parameter of `module` by this rank's plain shard."""
     for full, param, spec in list(declared(module)):
         over = axes.tp if spec.view == "dense" else axes.ep
         shard = param.detach()
-        for dim, cutting in ((spec.shard_dim, over), (spec.etp_dim, axes.etp)):
+        for dim, axis_of_dim in ((spec.shard_dim, over), (spec.etp_dim, axes.etp)):
             if dim is not None:
-                shard = shard.chunk(cutting.size, dim)[cutting.rank]
+                shard = shard.chunk(axis_of_dim.size, dim)[axis_of_dim.rank]
         owner, _, name = full.rpartition(".")
         setattr(module.get_submodule(owner), name, nn.Parameter(shard.clone()))
 
 
 def make_batch(text: Text, vocab: int, axes: Axes | None = None) -> tuple[LLMBatch, list[int]]:
-    """The lane's batch as this rank gets it, and which of the lane's rows enter in its token share."""
+    """The text as this rank's batch, and which of the text's rows enter in its token share."""
     axes = axes or Axes()
     gen = torch.Generator().manual_seed(text.seed)
     n_real = sum(text.lengths)
@@ -150,7 +154,7 @@ def make_batch(text: Text, vocab: int, axes: Axes | None = None) -> tuple[LLMBat
 
 
 def make_rows(text: Text, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Encoder rows [R, width] of the lane."""
+    """Encoder rows [R, width] of the text."""
     gen = torch.Generator().manual_seed(text.seed + 1)
     return torch.randn(len(text.rows_at), width, generator=gen, dtype=torch.float64).to(dtype)
 
@@ -160,8 +164,8 @@ def weigh(loss: Tensor) -> Tensor:
     return (loss * torch.cos(torch.arange(len(loss), dtype=loss.dtype))).sum()
 
 
-def run_lane(model: LLM, text: Text) -> dict[str, Any]:
-    """Forward and backward of one lane; gradients accumulate in the model."""
+def run_text(model: LLM, text: Text) -> dict[str, Any]:
+    """Forward and backward of one text; gradients accumulate in the model."""
     dtype = model.head_weight().dtype
     batch, mine = make_batch(text, model.cfg.vocab_size, model.axes)
     batch = replace(batch, counts=Counts(10, (7, 4)[: model.cfg.mtp_layers]))
@@ -171,12 +175,12 @@ def run_lane(model: LLM, text: Text) -> dict[str, Any]:
     return {"loss": loss.detach(), "rows": dict(zip(mine, rows.grad, strict=True))}
 
 
-def run_rank(cfg: LLMConfig, degrees: Degrees, lanes: list[Text], recompute: bool) -> dict[str, Any]:
-    """What one rank computes of its lane, with its local gradients and where they belong."""
+def run_rank(cfg: LLMConfig, degrees: Degrees, texts: list[Text], recompute: bool) -> dict[str, Any]:
+    """What one rank computes of its text, with its local gradients and where they belong."""
     axes = make_axes(degrees)
     model = build(cfg, axes)
     model.recompute = recompute
-    out = run_lane(model, lanes[dist.get_rank() // degrees.tp])
+    out = run_text(model, texts[dist.get_rank() // degrees.tp])
     missing = [n for n, p, _ in declared(model) if p.grad is None]
     assert not missing, f"no gradient: {missing}"
     return out | {
@@ -188,10 +192,10 @@ def run_rank(cfg: LLMConfig, degrees: Degrees, lanes: list[Text], recompute: boo
     }
 
 
-def run_whole(cfg: LLMConfig, lanes: list[Text]) -> dict[str, Any]:
-    """The same lanes in one process, one after another."""
+def run_whole(cfg: LLMConfig, texts: list[Text]) -> dict[str, Any]:
+    """The same texts in one process, one after another."""
     model = build(cfg)
-    outs = [run_lane(model, text) for text in lanes]
+    outs = [run_text(model, text) for text in texts]
     return {
         "loss": [o["loss"] for o in outs],
         "rows": [o["rows"] for o in outs],
@@ -202,7 +206,7 @@ def run_whole(cfg: LLMConfig, lanes: list[Text]) -> dict[str, Any]:
 
 
 def assemble(cfg: LLMConfig, degrees: Degrees, results: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Gradients of global shape from the ranks' own: the sums that the trainer would make."""
+    """Gradients of global shape from those of the ranks, summed as the trainer sums them."""
     # Axes only decide which gradients are partial; they need no group for that.
     fake = Axes(_shape_only("tp", degrees.tp), _shape_only("ep", degrees.ep), degrees.sp)
     out = {}
@@ -235,8 +239,3 @@ def far(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, f
         for name, t in theirs.items()
     }
     return {name: e for name, e in errors.items() if not e < 1e-9}
-
-
-def only(pattern: str) -> LLMConfig:
-    """The tiny model with another pattern."""
-    return replace(TINY, pattern=pattern)

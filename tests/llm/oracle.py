@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' Nemotron-H, made from config objects, to check ours against."""
+"""Tiny random models of Nemotron-H in transformers, made from config objects: the oracle of ours."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def oracle(
             if param.ndim == 1 and "A_log" not in name:
                 param.add_(0.3 * torch.randn_like(param))
             elif "proj" in name:
-                param.mul_(4.0)  # the default deviation leaves branches too weak beside the residual
+                param.mul_(4.0)  # the default deviation makes branches too weak next to the residual
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 # Far from zero, so that choosing with the bias differs from weighting without it.

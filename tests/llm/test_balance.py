@@ -16,11 +16,11 @@ from llm.model import LLM
 from llm.moe import ForwardContext, MoE
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared
-from tests.llm.harness import TINY, Text, build, make_batch, only, weigh
+from tests.llm.harness import TINY, Text, build, make_batch, tiny, weigh
 
 
 def moe(**changes: object) -> MoE:
-    return build(replace(only("E"), **changes)).moe_layers()[0]  # type: ignore[arg-type]
+    return build(tiny(pattern="E", **changes)).moe_layers()[0]
 
 
 @given(st.integers(0, 10**6), st.sampled_from([(1, 1), (2, 1), (4, 1), (4, 2), (4, 3), (8, 5)]))
@@ -40,7 +40,7 @@ def test_experts_come_from_the_best_groups(seed: int, limits: tuple[int, int]) -
 
 
 def objectives(layer: MoE, x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Balance loss, each document's times its tokens, and z-loss of one layer's tokens, as sums."""
+    """(sum over documents of balance loss times tokens, sum of z-loss over tokens) of one layer."""
     cfg = layer.cfg
     logits = x @ layer.router.weight.T
     score = torch.sigmoid(logits) if cfg.router == "sigmoid" else torch.softmax(logits, -1)
@@ -83,7 +83,7 @@ def test_an_even_document_has_balance_loss_one() -> None:
 
 
 def test_objectives_are_counted_once_and_taken() -> None:
-    cfg = replace(TINY, pattern="EME", aux_weight=0.3, z_weight=0.2, mtp_layers=1)
+    cfg = tiny(pattern="EME", aux_weight=0.3, z_weight=0.2, mtp_layers=1)
     batch, _ = make_batch(Text((9, 4), 3, seed=5), cfg.vocab_size)
     rows = {"vision": torch.zeros(0, cfg.d_model, dtype=torch.float64)}
     taken = []
@@ -102,7 +102,7 @@ def test_objectives_are_counted_once_and_taken() -> None:
 def test_objectives_do_not_touch_the_reported_loss() -> None:
     batch, _ = make_batch(Text((9, 4), 3, seed=5), TINY.vocab_size)
     rows = {"vision": torch.zeros(0, TINY.d_model, dtype=torch.float64)}
-    plain, weighted = build(TINY), build(replace(TINY, aux_weight=0.3, z_weight=0.2))
+    plain, weighted = build(TINY), build(tiny(aux_weight=0.3, z_weight=0.2))
     ours, theirs = weighted(batch, rows), plain(batch, rows)
     assert torch.equal(ours, theirs)
     ours.sum().backward()

@@ -15,7 +15,7 @@ from llm.config import check
 from llm.flops import flops, layer_params, param_count
 from llm.model import LLM, loss_rows
 from llm.mtp import ahead
-from tests.llm.harness import TINY, Text, make_batch, only
+from tests.llm.harness import TINY, Text, make_batch, tiny
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", TINY.pattern])
@@ -29,7 +29,7 @@ from tests.llm.harness import TINY, Text, make_batch, only
     ids=str,
 )
 def test_count_is_what_the_model_has(pattern: str, changes: dict[str, Any]) -> None:
-    cfg = replace(only(pattern), **changes)
+    cfg = tiny(pattern=pattern, **changes)
     model = LLM(cfg, device="meta")
     assert param_count(cfg)[0] == sum(p.numel() for p in model.parameters())
     assert layer_params(cfg, pattern[0])[0] == sum(p.numel() for p in model.layers[0].parameters())
@@ -42,8 +42,8 @@ def test_count_is_what_the_model_has(pattern: str, changes: dict[str, Any]) -> N
     + [("-", {"mtp_layers": 2})],
 )
 def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) -> None:
-    cfg = replace(only(pattern), d_model=64, head_dim=32, mamba_head_dim=32, mamba_state=16, expert_ffn=48)
-    cfg = replace(cfg, **changes)
+    wide = {"d_model": 64, "head_dim": 32, "mamba_head_dim": 32, "mamba_state": 16, "expert_ffn": 48}
+    cfg = tiny(pattern=pattern, **{**wide, **changes})
     batch, _ = make_batch(Text((128,), 0, seed=0), cfg.vocab_size)
     model = LLM(cfg, dtype=torch.float64)
     rows = torch.zeros(0, cfg.d_model, dtype=torch.float64)
@@ -107,16 +107,16 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
     ],
 )
 def test_refusals_say_what_works(change: dict[str, object], degrees: dict[str, int], words: str) -> None:
-    cfg = replace(TINY, vocab_size=32, **change)  # type: ignore[arg-type]
+    cfg = tiny(vocab_size=32, **change)
     with pytest.raises(ValueError, match=re.escape(words)):
         check(cfg, **degrees)
 
 
 def test_what_is_proposed_works() -> None:
     with pytest.raises(ValueError, match=r"nearest: tp=4$"):
-        check(replace(TINY, vocab_size=40), tp=5)
-    check(replace(TINY, vocab_size=40), tp=4, ep=8)
+        check(tiny(vocab_size=40), tp=5)
+    check(tiny(vocab_size=40), tp=4, ep=8)
 
 
 def test_tp_may_exceed_key_value_heads_and_groups() -> None:
-    check(replace(TINY, pattern="M*", vocab_size=32, n_kv_heads=1, mamba_groups=2), tp=8)
+    check(tiny(pattern="M*", vocab_size=32, n_kv_heads=1, mamba_groups=2), tp=8)

@@ -9,24 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.config import LLMConfig
 from llm.mamba import Mamba, MixerShape, choose_scan_method, mixer_bytes
 from parallel.context_parallel import ContextPacking, pack
 from parallel.sequence.packed import Packing
 from parallel.sequence.stream import Order
 from parallel.sharding.param import declared, initialise
 from parallel.topology.axis import Axes, Axis
+from tests.llm.harness import tiny
 
-CFG = LLMConfig(
-    pattern="M",
-    d_model=8,
-    mamba_heads=8,
-    mamba_head_dim=3,
-    mamba_state=4,
-    mamba_groups=2,
-    chunk=4,
-    init_std=0.3,
-)
+CFG = tiny(d_model=8, mamba_head_dim=3, mamba_state=4, mamba_groups=2, chunk=4, init_std=0.3)
 # 16 tokens on 4 ranks in zigzag are pieces of 2, shorter than the convolution reaches.
 STREAMS = [(16,), (1, 2, 5, 1, 7), (7, 0, 9), (2,) * 8, (40, 8)]
 

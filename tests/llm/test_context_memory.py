@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.config import LLMConfig
 from llm.layer import Layer
 from llm.moe import ForwardContext
 from parallel.context_parallel import ContextPacking, pack
@@ -17,27 +16,18 @@ from parallel.context_parallel.attention import choose_attention_method, key_cos
 from parallel.sequence.stream import Order
 from parallel.sharding.param import initialise
 from parallel.topology.axis import Axes, Axis
+from tests.llm.harness import tiny
 
-CFG = LLMConfig(
-    d_model=16,
-    n_heads=2,
-    n_kv_heads=2,
-    head_dim=8,
-    mamba_heads=4,
-    mamba_head_dim=8,
-    mamba_state=8,
-    mamba_groups=2,
-    n_experts=4,
-    top_k=2,
-    expert_ffn=8,
-    shared_ffn=8,
-)
+CFG = tiny(
+    n_heads=2, n_kv_heads=2, head_dim=8, mamba_heads=4, mamba_head_dim=8, mamba_state=8, mamba_groups=2,
+    chunk=64, n_experts=4, top_k=2, expert_ffn=8, mlp_ffn=256, init_std=0.02,
+)  # fmt: skip
 TOKENS = 1 << 12
 
 
 def kept(cp: int, symbol: str, order: Order) -> tuple[int, str]:
-    """Bytes of the distinct tensors that a layer saves for its backward over one document of TOKENS, and the
-    way that attention chose."""
+    """(bytes of the distinct tensors that a layer saves for its backward over one document of TOKENS,
+    attention's method)."""
     axis = Axis("cp", cp, dist.get_rank(), dist.group.WORLD) if cp > 1 else Axis.single("cp")
     layer = Layer(symbol, CFG, Axes(cp=axis), device=None, dtype=torch.float32)
     initialise(layer, 0, "layer")

@@ -1,4 +1,4 @@
-"""The first law for every kind of layer: under every degree, pairs of them, and random combinations."""
+"""Law 1 for every kind of layer: under every degree, pairs of degrees, and random combinations."""
 
 from __future__ import annotations
 
@@ -15,31 +15,16 @@ from llm.moe import ForwardContext
 from llm.recompute import PARTS
 from parallel.sequence.packed import Packing
 from tests.llm.degrees import Degrees, check, held_fraction, make_axes, run
+from tests.llm.harness import tiny
 
-CFG = LLMConfig(
-    d_model=8,
-    vocab_size=24,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=4,
-    rope_theta=100.0,
-    attention_bias=True,
-    mamba_heads=4,
-    mamba_head_dim=3,
-    mamba_state=5,
-    mamba_groups=2,
-    chunk=4,
-    n_experts=4,
-    top_k=2,
-    expert_ffn=8,
-    shared_ffn=8,
-    mlp_ffn=12,
-    mlp_bias=True,
-    init_std=0.2,
-)
+CFG = tiny(
+    d_model=8, n_heads=4, n_kv_heads=2, rope_theta=100.0, attention_bias=True,
+    mamba_heads=4, mamba_head_dim=3, mamba_groups=2, chunk=4,
+    n_experts=4, top_k=2, expert_ffn=8, mlp_ffn=12, mlp_bias=True,
+)  # fmt: skip
 KINDS = "M*-E"
 Case = tuple[LLMConfig, str, Degrees, frozenset[str]]
-LANES = [(11, 1, 18), (30,), (), (2, 0, 17, 3)]
+STREAMS = [(11, 1, 18), (30,), (), (2, 0, 17, 3)]
 
 PAIRS = {
     "tp2": Degrees(2, tp=2),
@@ -69,24 +54,24 @@ PAIRS = {
 
 
 def layouts(symbol: str) -> list[str]:
-    """Those that concern a kind of layer: degrees inside experts do nothing elsewhere."""
+    """Names of the layouts that matter to a kind of layer: ep and etp matter to experts alone."""
     return [n for n, d in PAIRS.items() if symbol == "E" or d.ep == d.etp == 1]
 
 
-def run_many(cases: list[Case], lanes: list[tuple[int, ...]]) -> list[dict[str, Any]]:
+def run_many(cases: list[Case], streams: list[tuple[int, ...]]) -> list[dict[str, Any]]:
     out = []
     axes: dict[Degrees, Any] = {}
     for cfg, symbol, degrees, recompute in cases:
         if degrees not in axes:
             axes[degrees] = make_axes(degrees)
-        out.append(run(cfg, symbol, degrees, lanes[: degrees.layout.dp], recompute, axes[degrees]))
+        out.append(run(cfg, symbol, degrees, streams[: degrees.layout.dp], recompute, axes[degrees]))
     return out
 
 
-def check_many(ranks: Any, world: int, cases: list[Case], lanes: list[tuple[int, ...]] = LANES) -> None:
-    results = ranks(world, run_many, cases, lanes, timeout=120)
+def check_many(ranks: Any, world: int, cases: list[Case], streams: list[tuple[int, ...]] = STREAMS) -> None:
+    results = ranks(world, run_many, cases, streams, timeout=120)
     for i, (cfg, symbol, degrees, _) in enumerate(cases):
-        check(cfg, symbol, degrees, lanes[: degrees.layout.dp], [r[i] for r in results])
+        check(cfg, symbol, degrees, streams[: degrees.layout.dp], [r[i] for r in results])
 
 
 @pytest.mark.parametrize("symbol", KINDS)
@@ -98,7 +83,7 @@ def test_every_degree_and_pair(symbol: str, world: int, ranks: Any) -> None:
 
 def test_more_ranks_than_key_value_heads_and_groups(ranks: Any) -> None:
     few = replace(CFG, n_kv_heads=1, mamba_groups=1)
-    # 6 heads in 3 runs on 2 ranks: the middle run is cut, so a rank's heads read unevenly.
+    # 6 heads in 3 runs on 2 ranks: the middle run is on both, so a rank's heads read unevenly.
     uneven = replace(CFG, n_heads=6, n_kv_heads=3, mamba_heads=6, mamba_groups=3)
     cases = [(few, s, Degrees(4, tp=4, sp=sp), frozenset[str]()) for s in "M*" for sp in (False, True)]
     cases += [(few, s, Degrees(4, tp=2, cp=2, sp=True), frozenset()) for s in "M*"]
@@ -150,44 +135,45 @@ def draw(rng: random.Random) -> Case:
     )
     symbol = rng.choice(KINDS)
     ranks = tuple(rng.sample(range(4), 4))
-    degrees = Degrees(4, tp, cp, ep, etp, rng.random() < 0.5, order, ranks)  # type: ignore[arg-type]
+    sp = rng.random() < 0.5
+    degrees = Degrees(4, tp=tp, cp=cp, ep=ep, etp=etp, sp=sp, order=order, ranks=ranks)  # type: ignore[arg-type]
     return cfg, symbol, degrees, frozenset()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_combinations(seed: int, ranks: Any) -> None:
     rng = random.Random(seed)
-    lanes = [tuple(rng.choice([0, 1, 2, 5, 9, 20]) for _ in range(rng.randint(1, 5))) for _ in range(4)]
-    check_many(ranks, 4, [draw(rng) for _ in range(12)], lanes)
+    streams = [tuple(rng.choice([0, 1, 2, 5, 9, 20]) for _ in range(rng.randint(1, 5))) for _ in range(4)]
+    check_many(ranks, 4, [draw(rng) for _ in range(12)], streams)
 
 
 @pytest.mark.parametrize(
     ("symbol", "degrees"),
     [(s, Degrees(2, tp=2)) for s in KINDS] + [("E", Degrees(2, ep=2)), ("E", Degrees(2, etp=2))],
 )
-def test_weights_are_cut(symbol: str, degrees: Degrees) -> None:
+def test_weights_are_sharded(symbol: str, degrees: Degrees) -> None:
     wide = replace(CFG, d_model=64, mlp_ffn=64)
-    # The routed experts are cut by ep and etp, the rest of an E layer by tp; norms and routers by nothing.
+    # ep and etp shard the routed experts, tp the rest of an E layer; nothing shards norms and routers.
     shape = {"expert_ffn": 128, "shared_ffn": 8} if degrees.tp == 1 else {"expert_ffn": 1, "shared_ffn": 512}
     assert held_fraction(replace(wide, **shape), symbol, degrees) < 0.56
 
 
-def deaf(symbols: str, degrees: Degrees) -> list[dict[str, Any]]:
+def without_cp(symbols: str, degrees: Degrees) -> list[dict[str, Any]]:
     axes = make_axes(degrees)
-    return [run(CFG, s, degrees, LANES[:1], frozenset(), axes, deaf=True) for s in symbols]
+    return [run(CFG, s, degrees, STREAMS[:1], frozenset(), axes, ignores_cp=True) for s in symbols]
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_a_layer_that_ignored_cp_would_be_found(order: Any, ranks: Any) -> None:
     degrees = Degrees(2, cp=2, order=order)
-    results = ranks(2, deaf, "M*", degrees)
+    results = ranks(2, without_cp, "M*", degrees)
     for i, symbol in enumerate("M*"):
         with pytest.raises(AssertionError, match="off by"):
-            check(CFG, symbol, degrees, LANES[:1], [r[i] for r in results])
+            check(CFG, symbol, degrees, STREAMS[:1], [r[i] for r in results])
 
 
 def unpacked() -> list[str]:
-    """What a layer under cp says of a packing that knows nothing of cp."""
+    """The errors of layers under cp that are given a packing without cp."""
     axes, out = make_axes(Degrees(2, cp=2)), []
     for symbol in "M*":
         layer = Layer(symbol, CFG, axes, device=None, dtype=torch.float64)
@@ -199,5 +185,5 @@ def unpacked() -> list[str]:
 
 
 def test_a_whole_packing_under_cp_is_refused(ranks: Any) -> None:
-    for said in ranks(2, unpacked):
-        assert len(said) == 2 and all("under cp" in words for words in said)
+    for errors in ranks(2, unpacked):
+        assert len(errors) == 2 and all("under cp" in error for error in errors)

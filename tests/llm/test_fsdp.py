@@ -1,5 +1,7 @@
-"""Weights, gradients and updates sharded over data: every layer, every way of holding them, in pairs with
-every other degree. Both views: dense weights over dp and cp, experts over what ep and etp leave."""
+"""Weights, gradients and updates sharded over data: every layer and ZeRO stage, paired with every degree.
+
+Both views are covered: dense weights over dp and cp, experts over the ranks that ep and etp leave.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from tests.llm.test_whole import MODEL, build, own_share, stream
 
 MICROBATCHES = 2
 
-# What is sharded over data beside the optimizer's state, as ZeRO (arXiv 1910.02054) numbers it: nothing until
-# the last micro-batch, gradients too, weights too.
+# ZeRO stages (arXiv 1910.02054): all shard the optimizer's state over data, 2 and 3 gradients, 3 weights too.
+# In 1, gradients stay whole until the last micro-batch.
 Zero = Literal[1, 2, 3]
 
 
@@ -45,7 +47,7 @@ def only(symbol: str) -> LLMConfig:
     return replace(MODEL, pattern=symbol, mtp_layers=0, **weights)
 
 
-def lane(dp: int, microbatch: int) -> int:
+def stream_of(dp: int, microbatch: int) -> int:
     """Which stream a data-parallel rank computes."""
     return MICROBATCHES * dp + microbatch
 
@@ -68,7 +70,7 @@ def weights_held(model: LLM) -> int:
 
 
 def run_case(case: Case, mesh: ModuleMesh) -> dict[str, Any]:
-    """This rank's gradients of two micro-batches, which elements they are of, and what is held when."""
+    """This rank's gradients of two micro-batches, the indices of their elements, and sizes held over time."""
     model = sharded(case, mesh)
     assert isinstance(model, FSDPModule)
     optimizer = ShardedOptimizer([model], mesh, AdamW())
@@ -78,7 +80,7 @@ def run_case(case: Case, mesh: ModuleMesh) -> dict[str, Any]:
         last = i == MICROBATCHES - 1
         model.set_requires_gradient_sync(case.zero > 1 or last)
         model.set_is_last_backward(case.zero > 1 or last)
-        batch, weight = stream(lane(coord.dp, i), case.degrees.step, case.cfg)
+        batch, weight = stream(stream_of(coord.dp, i), case.degrees.step, case.cfg)
         share, rows = own_share(batch, mesh.axes, case.degrees, case.cfg)
         loss = model(share, {})
         sizes["forward"] = weights_held(model)
@@ -87,12 +89,12 @@ def run_case(case: Case, mesh: ModuleMesh) -> dict[str, Any]:
             sizes["gradients"] = sum(local(p.grad).numel() for p in model.parameters() if p.grad is not None)
     sizes["end"] = weights_held(model)
     optimizer.collect()
-    grads, places = {}, {}
+    grads, held = {}, {}
     for name, p, spec in declared(model):
         assert p.grad is not None, name
         grads[name] = local(p.grad).clone()
-        places[name] = held_indices(tuple(p.shape), spec, mesh)
-    return {"grads": grads, "places": places, "sizes": sizes}
+        held[name] = held_indices(tuple(p.shape), spec, mesh)
+    return {"grads": grads, "held": held, "sizes": sizes}
 
 
 def run_cases(cases: list[Case]) -> list[dict[str, Any]]:
@@ -114,25 +116,25 @@ def whole_gradients(cfg: LLMConfig, dp: int, step: int) -> dict[str, Tensor]:
     (model,) = build(cfg, Axes(), (Stage(0, len(cfg.symbols)),))
     for at in range(dp):
         for i in range(MICROBATCHES):
-            batch, weight = stream(lane(at, i), step, cfg)
+            batch, weight = stream(stream_of(at, i), step, cfg)
             (model(batch, {}) * weight).sum().backward()
     return {name: p.grad for name, p, _ in declared(model)}
 
 
 def check(case: Case, results: list[dict[str, Any]]) -> None:
-    """Every rank's shard of every gradient is that part of one process's."""
+    """Every rank's shard of every gradient equals the same elements in one process."""
     dp = case.degrees.layout.dp
     whole = whole_gradients(case.cfg, dp, case.degrees.step)
     for result in results:
         for name, grad in result["grads"].items():
             expected = whole[name]
-            for dim, index in enumerate(result["places"][name]):
+            for dim, index in enumerate(result["held"][name]):
                 expected = expected.index_select(dim, index)
             if grad.numel():
                 scale = float(whole[name].abs().max())
                 assert float((grad - expected).abs().max()) <= 1e-9 * max(scale, 1e-3), (name, case)
     for name, grad in whole.items():
-        held = [global_index(tuple(grad.shape), r["places"][name]).flatten() for r in results]
+        held = [global_index(tuple(grad.shape), r["held"][name]).flatten() for r in results]
         assert len(torch.cat(held).unique()) == grad.numel(), (name, case)  # every element is somewhere
 
 

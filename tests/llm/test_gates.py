@@ -1,8 +1,8 @@
 """No degree is ignored by any kind of layer: tp, sp and cp take work off a rank.
 
-A layer that did everything on every rank would be right, so parity alone would not notice. That ep, etp and
-tp cut weights is in test_degrees, that stages hold their own layers in test_stages, that weights are sharded
-over data in test_fsdp.
+A layer that did everything on every rank would be right, so parity alone would not notice. test_degrees shows
+that ep, etp and tp shard weights, test_stages that stages hold their own layers, test_fsdp that dp shards
+weights.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from llm.layer import Layer
 from llm.moe import ForwardContext
 from llm.mtp import MultiToken
 from parallel.context_parallel import pack
+from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import initialise
 from parallel.topology.axis import Axes
 from tests.llm.degrees import Degrees, make_axes
-from tests.llm.harness import cut
+from tests.llm.harness import shard_by_hand
 from tests.llm.test_degrees import CFG
 
 WIDE = replace(
@@ -44,11 +45,11 @@ def work(kind: str, degrees: Degrees, axes: Axes) -> int:
     """Operations of matrix products in this rank's forward, over its rows of TOKENS tokens."""
     packing = pack([TOKENS], "cpu", axes.cp, degrees.order)
     ctx = ForwardContext(packing, packing.total)
-    kw: dict[str, Any] = {"device": None, "dtype": torch.float64}
+    factory: FactoryKwargs = {"device": None, "dtype": torch.float64}
     mtp = kind == "multi-token prediction"
-    module: Any = MultiToken(WIDE, axes, **kw) if mtp else Layer(kind, WIDE, axes, **kw)
+    module: Any = MultiToken(WIDE, axes, **factory) if mtp else Layer(kind, WIDE, axes, **factory)
     initialise(module, 3, "layer")
-    cut(module, axes)
+    shard_by_hand(module, axes)
     x = torch.randn(packing.total // axes.token_shards, WIDE.d_model, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         y = module(x, x, ctx) if mtp else module(x, ctx)

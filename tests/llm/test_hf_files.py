@@ -1,4 +1,4 @@
-"""Published folders: every byte there and back, whole or in a layout, and what is refused."""
+"""Published folders: read and written byte for byte, whole or in a layout; and what is refused."""
 
 from __future__ import annotations
 
@@ -31,28 +31,14 @@ from parallel.sharding.shard import ShardPolicy, shard_module
 from parallel.topology.layout import Layout
 from parallel.topology.mesh import build_mesh
 from parallel.topology.stage import Stage
-from tests.llm.harness import Text, make_batch
+from tests.llm.harness import Text, make_batch, tiny
 from tests.llm.oracle import oracle, run, save
 from tests.mm.harness import CONFIGS, small
 
-SMALL = LLMConfig(
-    pattern="ME*-EM",
-    d_model=24,
-    vocab_size=40,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=6,
-    mamba_heads=8,
-    mamba_head_dim=4,
-    mamba_state=5,
-    mamba_groups=2,
-    chunk=8,
-    n_experts=6,
-    top_k=2,
-    expert_ffn=10,
-    shared_ffn=14,
-    mlp_ffn=18,
-)
+SMALL = tiny(
+    pattern="ME*-EM", d_model=24, vocab_size=40, n_heads=4, n_kv_heads=2, head_dim=6, mamba_head_dim=4,
+    mamba_groups=2, n_experts=6, top_k=2, expert_ffn=10, shared_ffn=14, mlp_ffn=18, init_std=0.02,
+)  # fmt: skip
 
 
 def random_config(seed: int) -> LLMConfig:
@@ -81,7 +67,7 @@ def write_random(
     """A published folder of random values in `files` files; mixed: in several dtypes."""
     gen, r = torch.Generator().manual_seed(seed), random.Random(seed)
     path.mkdir()
-    kinds: dict[str, torch.dtype] = {}  # the parts of one of our parameters are alike
+    kinds: dict[str, torch.dtype] = {}  # one for all parts of one of our parameters
     out = {}
     for t in checkpoint_tensors(cfg):
         kind = r.choice([torch.bfloat16, torch.float32, torch.float16]) if mixed else torch.float32
@@ -127,7 +113,7 @@ def test_bytes_there_and_back(tmp_path: Path, seed: int) -> None:
     assert model.cfg == read_config(write_config(cfg, "float32"))
     save_hf(model, tmp_path / "out", file_bytes=4096)
     assert not differing(read_all(tmp_path / "out"), files)
-    # And what was written is read again by way of its own index and config.
+    # The written folder can be read again, by its own index and config.
     again = model_tensors(load_hf(tmp_path / "out").model)
     assert not differing(again, model_tensors(model))
 
@@ -159,7 +145,7 @@ def mtp_keys(pattern: str) -> set[str]:
 
 
 def test_multi_token_prediction_has_its_published_names() -> None:
-    """Those of Nemotron 3 Super: what joins is in the block's first layer, the last norm in its last."""
+    """As in Nemotron 3 Super: joining weights are in the block's first layer, the last norm in its last."""
     experts = {f"1.mixer.experts.{e}.{n}_proj.weight" for e in range(SMALL.n_experts) for n in ("up", "down")}
     shared = {f"1.mixer.shared_experts.{n}_proj.weight" for n in ("up", "down")}
     gate = {"1.mixer.gate.weight", "1.mixer.gate.e_score_correction_bias"}
@@ -266,7 +252,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_straight_into_a_layout_and_back(tmp_path: Path, ranks: Any, layout: dict[str, Any]) -> None:
-    # Fewer key/value heads and scan groups than tp ranks: theirs are shared, not cut.
+    # Fewer key/value heads and scan groups than tp ranks: ranks share them.
     cfg = replace(SMALL, latent=8, mtp_layers=1, n_kv_heads=1, mamba_groups=1)
     files = write_random(cfg, tmp_path / "in", files=2)
     results = ranks(2, into_layout, str(tmp_path / "in"), cfg, layout, str(tmp_path / "job"))
@@ -278,12 +264,12 @@ def test_straight_into_a_layout_and_back(tmp_path: Path, ranks: Any, layout: dic
     assert not differing(read_all(tmp_path / "out"), files)
 
 
-@pytest.mark.parametrize("cut", [1, 3])
-def test_a_stage_reads_its_own_layers(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize("edge", [1, 3])
+def test_a_stage_reads_its_own_layers(tmp_path: Path, edge: int) -> None:
     files = write_random(SMALL, tmp_path / "in", files=2)
     whole = model_tensors(load_hf(tmp_path / "in").model)
     seen = {}
-    for stage in (Stage(0, cut, last=False), Stage(cut, 6, first=False)):
+    for stage in (Stage(0, edge, last=False), Stage(edge, 6, first=False)):
         part = LLM(SMALL, stage=stage)
         source = Counting(tmp_path / "in")
         load_weights(part, source)

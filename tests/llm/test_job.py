@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def learn(raw: dict[str, Any], steps: int) -> tuple[list[dict[str, Any]], dict[s
     data = open_data(job, index)
     feed = open_feed(job, data)
     try:
-        metrics = [train_step(job, feed, step) for step in range(steps)]
+        metrics = [asdict(train_step(job, feed, step)) for step in range(steps)]
         buffers = [b for part in job.parts[SINK].values() for b in part.named_buffers()]
         return metrics, {name: b.clone() for name, b in buffers if name.endswith("expert_bias")}
     finally:

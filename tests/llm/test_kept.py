@@ -1,4 +1,4 @@
-"""What is kept from forward to backward: activations, and no copies of weights beside them."""
+"""What is kept from forward to backward: activations, and no copies of weights."""
 
 from __future__ import annotations
 
@@ -17,23 +17,13 @@ from parallel.sharding.shard import ShardPolicy, materialise, shard_module
 from parallel.topology.layout import make_layout
 from parallel.topology.mesh import build_mesh
 from tests.kept import beside_activations
+from tests.llm.harness import tiny
 
-CFG = LLMConfig(
-    d_model=64,
-    vocab_size=96,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=16,
-    mamba_heads=8,
-    mamba_head_dim=16,
-    mamba_groups=2,
-    chunk=32,
-    n_experts=4,
-    expert_ffn=64,
-    shared_ffn=64,
-    mlp_ffn=128,
-    loss_chunk=1024,
-)
+CFG = tiny(
+    d_model=64, vocab_size=96, n_heads=4, n_kv_heads=2, head_dim=16, mamba_head_dim=16, mamba_state=16,
+    mamba_groups=2, chunk=32, n_experts=4, top_k=2, expert_ffn=64, shared_ffn=64, mlp_ffn=128,
+    init_std=0.02, loss_chunk=1024,
+)  # fmt: skip
 # Every way to hold weights, with the rest of the model around it.
 CASES = {
     "M": {},

@@ -1,4 +1,4 @@
-"""The first law for the language model: every layout computes what one process computes."""
+"""Law 1 for the language model: every layout computes what one process computes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llm.harness import EVERYTHING, TINY, Degrees, Text, assemble, far, only, run_rank, run_whole
+from tests.llm.harness import EVERYTHING, TINY, Degrees, Text, assemble, far, run_rank, run_whole, tiny
 
 MODELS = {
-    **{pattern: only(pattern) for pattern in ("M", "*", "-", "E", TINY.pattern)},
+    **{pattern: tiny(pattern=pattern) for pattern in ("M", "*", "-", "E", TINY.pattern)},
     "everything": EVERYTHING,
-    "softmax, no shared expert": replace(
-        only("E*"), router="softmax", norm_top_k=False, shared_ffn=0, activation="gelu", aux_weight=0.5
+    "softmax, no shared expert": tiny(
+        pattern="E*", router="softmax", norm_top_k=False, shared_ffn=0, activation="gelu", aux_weight=0.5
     ),
-    "all-gather": replace(only("E"), latent=6, dispatcher="all_gather"),
+    "all-gather": tiny(pattern="E", latent=6, dispatcher="all_gather"),
 }
 LAYOUTS = {
     "tp2": Degrees(2, tp=2),
@@ -32,7 +32,7 @@ LAYOUTS = {
     "tp2 sp dp2 ep4 across both": Degrees(4, tp=2, ep=4, sp=True),
     "dp4 ep2": Degrees(4, ep=2),
 }
-LANES = [
+TEXTS = [
     Text((11, 1, 18), 2, seed=1, rows_at=(0, 5, 6, 7, 29)),
     Text((), 4, seed=2),  # a rank without real tokens
     Text((20,), 0, seed=3, rows_at=(2, 3)),
@@ -45,14 +45,14 @@ def layout_of(name: str, degrees: Degrees) -> Degrees:
     return degrees if "E" in MODELS[name].kinds else replace(degrees, ep=1)
 
 
-def run_all(degrees: Degrees, lanes: list[Text], recompute: bool) -> list[dict[str, Any]]:
-    return [run_rank(cfg, layout_of(m, degrees), lanes, recompute) for m, cfg in MODELS.items()]
+def run_all(degrees: Degrees, texts: list[Text], recompute: bool) -> list[dict[str, Any]]:
+    return [run_rank(cfg, layout_of(m, degrees), texts, recompute) for m, cfg in MODELS.items()]
 
 
 @pytest.fixture(scope="module")
 def whole() -> dict[tuple[str, int], dict[str, Any]]:
-    """One-process results by model and number of lanes."""
-    return {(m, n): run_whole(cfg, LANES[:n]) for m, cfg in MODELS.items() for n in (1, 2, 4)}
+    """One-process results by model and number of texts."""
+    return {(m, n): run_whole(cfg, TEXTS[:n]) for m, cfg in MODELS.items() for n in (1, 2, 4)}
 
 
 @pytest.mark.parametrize(
@@ -63,21 +63,21 @@ def test_every_layer_in_every_layout(
     name: str, recompute: bool, ranks: Any, whole: dict[tuple[str, int], dict[str, Any]]
 ) -> None:
     degrees = LAYOUTS[name]
-    lanes = LANES[: degrees.dp]
-    results = ranks(degrees.world, run_all, degrees, lanes, recompute)
+    texts = TEXTS[: degrees.dp]
+    results = ranks(degrees.world, run_all, degrees, texts, recompute)
     for i, model in enumerate(MODELS):
         compare(model, layout_of(model, degrees), [r[i] for r in results], whole[model, degrees.dp])
 
 
 def compare(model: str, degrees: Degrees, results: list[dict[str, Any]], ref: dict[str, Any]) -> None:
     for rank, result in enumerate(results):
-        lane = rank // degrees.tp
-        torch.testing.assert_close(result["loss"], ref["loss"][lane], rtol=1e-9, atol=1e-12)
+        dp = rank // degrees.tp
+        torch.testing.assert_close(result["loss"], ref["loss"][dp], rtol=1e-9, atol=1e-12)
         for row, grad in result["rows"].items():
-            torch.testing.assert_close(grad, ref["rows"][lane][row], rtol=1e-9, atol=1e-10)
-    for lane in range(degrees.dp):
-        seen = {row for r in results[lane * degrees.tp : (lane + 1) * degrees.tp] for row in r["rows"]}
-        assert seen == set(ref["rows"][lane])
+            torch.testing.assert_close(grad, ref["rows"][dp][row], rtol=1e-9, atol=1e-10)
+    for dp in range(degrees.dp):
+        seen = {row for r in results[dp * degrees.tp : (dp + 1) * degrees.tp] for row in r["rows"]}
+        assert seen == set(ref["rows"][dp])
     assert not far(assemble(MODELS[model], degrees, results), ref["grads"]), model
     for layer, load in enumerate(ref["load"]):
         assert torch.equal(sum(r["load"][layer] for r in results), load)

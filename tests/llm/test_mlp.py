@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.mlp import MLP, activate
+from llm.mlp import MLP, MLPShape, activate
 from parallel.sharding.param import initialise
 from parallel.topology.axis import Axes
 
@@ -40,10 +40,8 @@ def test_activations(kind: Any, gated: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_gated_mlp_by_hand(bias: bool) -> None:
-    mlp = MLP(
-        6, 10, Axes(), std=0.5, out_std=0.4, activation="silu", gated=True, bias=bias, device=None,
-        dtype=torch.float64,
-    )  # fmt: skip
+    shape = MLPShape(6, 10, std=0.5, out_std=0.4, activation="silu", gated=True, bias=bias)
+    mlp = MLP(shape, Axes(), device=None, dtype=torch.float64)
     initialise(mlp, 1, "mlp")
     with torch.no_grad():
         for name, p in mlp.named_parameters():

@@ -1,4 +1,4 @@
-"""What the whole model promises apart from layouts."""
+"""Properties of the whole model that do not concern layouts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch, precise_modules
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared, initialise
-from tests.llm.harness import EVERYTHING, TINY, Text, build, far, make_batch, make_rows, only, run_lane, weigh
+from tests.llm.harness import EVERYTHING, TINY, Text, build, far, make_batch, make_rows, run_text, tiny, weigh
 
 
 def gradients(model: LLM) -> dict[str, torch.Tensor]:
@@ -24,10 +24,10 @@ def gradients(model: LLM) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", TINY.pattern])
-def test_packed_documents_are_documents_apart(pattern: str) -> None:
+def test_packed_documents_are_separate_documents(pattern: str) -> None:
     text = Text((13, 1, 22, 5), 3, seed=8)
     batch, _ = make_batch(text, TINY.vocab_size)
-    packed, apart = build(only(pattern)), build(only(pattern))
+    packed, separate = build(tiny(pattern=pattern)), build(tiny(pattern=pattern))
     loss = packed(batch, {"vision": make_rows(text, TINY.d_model)})
     loss.sum().backward()
     losses = []
@@ -39,16 +39,16 @@ def test_packed_documents_are_documents_apart(pattern: str) -> None:
             int(last - first),
             {},
         )
-        losses.append(apart(one, {}))
+        losses.append(separate(one, {}))
         losses[-1].sum().backward()
     torch.testing.assert_close(loss[: batch.n_real], torch.cat(losses), rtol=1e-9, atol=1e-12)
     assert not loss[batch.n_real :].any()
-    assert not far(gradients(packed), gradients(apart))
+    assert not far(gradients(packed), gradients(separate))
 
 
 def test_padding_changes_nothing() -> None:
     whole, padded = build(TINY), build(TINY)
-    loss = run_lane(whole, Text((13, 9), 0, seed=4))["loss"]
+    loss = run_text(whole, Text((13, 9), 0, seed=4))["loss"]
     ids = make_batch(Text((13, 9), 0, seed=4), TINY.vocab_size)[0]
     longer = LLMBatch(
         F.pad(ids.ids, (0, 6), value=1),
@@ -69,7 +69,7 @@ def test_recomputation_changes_nothing() -> None:
     for recompute in (False, True):
         model = build(TINY)
         model.recompute = recompute
-        out = run_lane(model, text)
+        out = run_text(model, text)
         results.append((out["loss"], gradients(model)))
     torch.testing.assert_close(*(r[0] for r in results))
     assert not far(results[1][1], results[0][1])
@@ -98,12 +98,12 @@ def test_an_edge_without_rows_stays_in_the_graph() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [TINY, EVERYTHING], ids=["tiny", "everything"])
-def test_narrow_weights_beside_precise_ones(kind: LLMConfig, dtype: torch.dtype) -> None:
+def test_narrow_weights_with_precise_ones(kind: LLMConfig, dtype: torch.dtype) -> None:
     """bfloat16 weights with precise ones in float32, as mixed precision gathers them."""
     cfg = replace(kind, d_model=32, expert_ffn=16, init_std=0.05)
     text = Text((20, 13), 3, seed=6, rows_at=(4,))
     exact = build(cfg)
-    expected = run_lane(exact, text)["loss"].sum()
+    expected = run_text(exact, text)["loss"].sum()
     model = LLM(cfg, dtype=torch.float32)
     initialise(model, 3, "llm")
     kept = {p for module in precise_modules(model) for p in module.parameters()}
@@ -112,7 +112,7 @@ def test_narrow_weights_beside_precise_ones(kind: LLMConfig, dtype: torch.dtype)
         p.data = p.data if p in kept else p.data.to(dtype)
     for moe, reference in zip(model.moe_layers(), exact.moe_layers(), strict=True):
         moe.expert_bias.copy_(reference.expert_bias)
-    loss = run_lane(model, text)["loss"]
+    loss = run_text(model, text)["loss"]
     assert loss.dtype == torch.float32
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert abs(float(loss.sum() - expected)) < tolerance * float(expected)

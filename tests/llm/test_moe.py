@@ -1,8 +1,7 @@
-"""Routing: who is chosen, how they are weighted, who is counted, and how the bias follows."""
+"""Routing: choice of experts, their weights, counted tokens, and how the bias follows the load."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +14,11 @@ from llm.balance import choose
 from llm.moe import ForwardContext, MoE
 from parallel.sequence.packed import Packing
 from parallel.topology.axis import Axes
-from tests.llm.harness import TINY, Degrees, Text, build, make_axes, make_batch, only, run_lane
+from tests.llm.harness import TINY, Degrees, Text, build, make_axes, make_batch, run_text, tiny
 
 
 def moe(**changes: Any) -> MoE:
-    return build(replace(only("E"), **changes)).moe_layers()[0]
+    return build(tiny(pattern="E", **changes)).moe_layers()[0]
 
 
 def context(n_real: int, tokens: int) -> ForwardContext:
@@ -77,7 +76,7 @@ def test_capacity_drops_the_least_probable_and_nothing_where_there_is_room() -> 
         assert tight.shared is not None
         routed = (y - tight.shared(x)).abs().sum(1) > 1e-12
         assert 0 < int(routed.sum()) < 16
-        assert int(tight.load.sum()) == 16 * TINY.top_k  # the load is what the router wants
+        assert int(tight.load.sum()) == 16 * TINY.top_k  # counts choices, dropped or not
 
 
 def test_ties_go_to_the_lowest_index() -> None:
@@ -101,10 +100,10 @@ def test_padding_is_neither_routed_nor_counted() -> None:
 def test_counted_once_a_training_forward() -> None:
     text = Text((9, 4), 3, seed=5)
     for recompute in (False, True):
-        model = build(only("EME"))
+        model = build(tiny(pattern="EME"))
         model.recompute = recompute
         for times in (1, 2):
-            run_lane(model, text)
+            run_text(model, text)
             assert [int(m.load.sum()) for m in model.moe_layers()] == [13 * TINY.top_k * times] * 2
         with torch.no_grad():
             model(make_batch(text, TINY.vocab_size)[0], {"vision": torch.zeros(0, TINY.d_model)})
@@ -132,7 +131,7 @@ def one_expert_gets_all(degrees: Degrees) -> tuple[list[bool], float]:
 
 
 def _cut_moe(axes: Axes) -> MoE:
-    return build(only("E"), axes).moe_layers()[0]
+    return build(tiny(pattern="E"), axes).moe_layers()[0]
 
 
 def test_ranks_without_tokens_keep_their_gradients(ranks: Any) -> None:
@@ -154,7 +153,7 @@ def widths_exchanged(latent: int | None, dispatcher: Any) -> set[int]:
         return call
 
     axes = make_axes(Degrees(2, ep=2))
-    layer = build(replace(only("E"), latent=latent, dispatcher=dispatcher), axes).moe_layers()[0]
+    layer = build(tiny(pattern="E", latent=latent, dispatcher=dispatcher), axes).moe_layers()[0]
     x = torch.randn(6, TINY.d_model, dtype=torch.float64, requires_grad=True)
     for name in EXCHANGES:
         setattr(dist, name, note(name))
@@ -171,7 +170,7 @@ EXCHANGES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tens
 
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
 def test_both_exchanges_move_latent_rows(dispatcher: str, ranks: Any) -> None:
-    k = TINY.top_k  # the all-gather dispatcher also shows every rank who is chosen, with what weight
+    k = TINY.top_k  # the all-gather dispatcher also gathers choices and weights
     for latent in (None, 6):
         for widths in ranks(2, widths_exchanged, latent, dispatcher):
             assert widths - {k} == {latent or TINY.d_model}

@@ -17,9 +17,9 @@ from llm.moe import ForwardContext
 from llm.mtp import IGNORE, ahead
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared
-from tests.llm.harness import TINY, Text, build, far, make_batch, weigh
+from tests.llm.harness import TINY, Text, build, far, make_batch, tiny, weigh
 
-CFG = replace(TINY, pattern="M*E", mtp_layers=2, mtp_pattern="*E", mtp_weight=0.4)
+CFG = tiny(pattern="M*E", mtp_layers=2, mtp_pattern="*E", mtp_weight=0.4)
 EMPTY = {"vision": torch.zeros(0, TINY.d_model, dtype=torch.float64)}
 
 
@@ -52,7 +52,7 @@ def mtp_loss(model: LLM, batch: LLMBatch) -> tuple[Tensor, Tensor]:
     total = torch.zeros(CFG.mtp_layers, dtype=torch.float64)
     block = model.mtp
     for start, stop in zip(batch.packing.starts[:-1], batch.packing.starts[1:], strict=True):
-        # Tokens beyond the end are never a cause of what counts: causal layers, so any stand-in will do.
+        # Layers are causal, so tokens past the end cannot change a loss that counts: any ids will do.
         h, n = states[start:stop], int(stop - start)
         for k in range(1, CFG.mtp_layers + 1):
             tokens = torch.cat([batch.ids[start + k : stop], torch.full((min(k, n),), 3)])[:n]

@@ -44,7 +44,7 @@ def test_sizes_are_the_published_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_counts_are_those_of_the_model(name: str) -> None:
-    """One layer of each kind in the model's width: what the counts say is what the module has."""
+    """One layer of each kind in the model's width: the counts are the module's parameters."""
     cfg = preset(name)
     check(cfg)
     cfg = replace(cfg, pattern="".join(sorted(cfg.kinds)), vocab_size=64, n_experts=cfg.top_k)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,25 +15,16 @@ from llm.offload import OnHost, to_host
 from llm.recompute import PARTS, recompute_parts
 from parallel.sharding.param import declared, initialise
 from tests.kept import kept_bytes
-from tests.llm.harness import TINY, Text, build, make_batch, run_lane
+from tests.llm.harness import TINY, Text, build, make_batch, run_text, tiny
 
-CFG = replace(
-    TINY,
-    pattern="M*E-",
-    latent=8,
-    mtp_layers=1,
-    mtp_pattern="*E",
-    aux_weight=0.1,
-    z_weight=0.1,
-    mlp_gated=True,
-)
+CFG = tiny(pattern="M*E-", latent=8, mtp_layers=1, aux_weight=0.1, z_weight=0.1, mlp_gated=True)
 TEXT = Text((40, 23), 1, seed=3)
 
 
 def run_with(recompute: Any, offload: int | None = None, cfg: Any = CFG) -> dict[str, Tensor]:
     model = build(cfg)
     model.recompute, model.offload = recompute, offload
-    loss = run_lane(model, TEXT)["loss"]
+    loss = run_text(model, TEXT)["loss"]
     grads = {name: p.grad for name, p, _ in declared(model) if p.grad is not None}
     loads = {f"load {i}": m.load for i, m in enumerate(model.moe_layers())}
     return {"loss": loss, **grads, **loads, **model.take_objectives()}
@@ -53,7 +43,7 @@ GATED: dict[str, Any] = {"mlp_gated": True, "activation": "silu"}
 
 
 def layer_bytes(symbol: str, recompute: Any, **changes: Any) -> int:
-    cfg = replace(TINY, pattern=symbol, d_model=32, mlp_ffn=256, expert_ffn=128, shared_ffn=64, **changes)
+    cfg = tiny(pattern=symbol, d_model=32, mlp_ffn=256, expert_ffn=128, shared_ffn=64, **changes)
     model = LLM(cfg, dtype=torch.float32)
     initialise(model, 3, "llm")
     model.recompute = recompute
@@ -70,10 +60,10 @@ def test_each_part_keeps_less(symbol: str, part: str) -> None:
 
 
 def test_the_loss_keeps_as_much_for_any_length_and_vocabulary() -> None:
-    """But for one chunk of logits: what more tokens keep does not depend on the vocabulary."""
+    """Apart from one chunk of logits, kept bytes a token do not depend on the vocabulary."""
     kept: dict[tuple[int, int], int] = {}
     for tokens, vocab in itertools.product((64, 256), (40, 4000)):
-        cfg = replace(TINY, pattern="-", vocab_size=vocab, loss_chunk=32, mtp_layers=1, mtp_pattern="-")
+        cfg = tiny(pattern="-", vocab_size=vocab, loss_chunk=32, mtp_layers=1, mtp_pattern="-")
         model = LLM(cfg, dtype=torch.float32)
         initialise(model, 3, "llm")
         batch, _ = make_batch(Text((tokens,), 0, seed=1), vocab)
@@ -87,15 +77,15 @@ def test_the_loss_keeps_as_much_for_any_length_and_vocabulary() -> None:
 def test_what_each_part_no_longer_keeps() -> None:
     """Counted by hand: T = 256 tokens in float32."""
     t = 256 * 4
-    # The activation, whose input is not kept, and which the product after it keeps too.
+    # The activation's output, which the product after it keeps too; its input is not kept.
     assert layer_bytes("-", "none") - layer_bytes("-", "mlp") >= 256 * t
-    # With a gate: the two factors and their product give way to what they are made of.
+    # With a gate: the results of up and gate are kept, and nothing that the activation computes from them.
     assert layer_bytes("E", "none", **GATED) - layer_bytes("E", "moe_act", **GATED) >= 2 * 3 * 128 * t
 
 
 def test_a_norm_keeps_its_input_only() -> None:
     """In bfloat16, where the norm computes in float32, its wide copy is not kept."""
-    cfg = replace(TINY, pattern="-", d_model=64, mlp_ffn=8)
+    cfg = tiny(pattern="-", d_model=64, mlp_ffn=8)
     bytes_kept = []
     for recompute in ("none", "norm"):
         model = LLM(cfg, dtype=torch.bfloat16)
@@ -109,13 +99,13 @@ def test_a_norm_keeps_its_input_only() -> None:
 
 
 def test_routing_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recomputed layers take the route that the forward took, though the bias has changed meanwhile."""
+    """Recomputed layers take the route of the forward, although the bias has changed since."""
     calls = []
     real = llm.moe.plan_route
     monkeypatch.setattr(llm.moe, "plan_route", lambda *a: calls.append(1) or real(*a))
     grads = []
     for disturb in (False, True):
-        model = build(replace(TINY, pattern="EE"))
+        model = build(tiny(pattern="EE"))
         model.recompute = "full"
         batch, _ = make_batch(TEXT, TINY.vocab_size)
         loss = model(batch, {"vision": torch.zeros(0, TINY.d_model, dtype=torch.float64)}).sum()
@@ -148,7 +138,7 @@ def test_which_tensors_go(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Tensor] = []
     real = OnHost.of
     monkeypatch.setattr(OnHost, "of", staticmethod(lambda x: sent.append(x) or real(x)))
-    model = build(replace(TINY, pattern="-*"))
+    model = build(tiny(pattern="-*"))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     batch, _ = make_batch(TEXT, TINY.vocab_size)
     rows = {"vision": torch.zeros(0, TINY.d_model, dtype=torch.float64)}

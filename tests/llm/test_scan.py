@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm.scan import BLOCK_BYTES, added_states, cut, outputs, scan, state_after
+from llm.scan import BLOCK_BYTES, ScanInputs, added_states, into_chunks, outputs, scan, state_after
 
 
 def recurrence(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, document: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def test_scan_is_the_recurrence(lengths: list[int]) -> None:
     args, doc = inputs(lengths), documents(lengths)
     weight = torch.randn_like(args[0])
     results = []
-    for y in (scan(*args, doc, 16), recurrence(*args, doc)):
+    for y in (scan(ScanInputs(*args), doc, 16), recurrence(*args, doc)):
         results.append([y, *torch.autograd.grad((y * weight).sum(), args)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -62,10 +62,9 @@ def test_a_scan_in_two_parts_is_one_scan() -> None:
         for at in (slice(0, edge), slice(edge, 40)):
             if at.start == at.stop:
                 continue
-            x, dt, b, c = (args[i][at] for i in (0, 1, 3, 4))
-            chunks = cut(x, dt, args[2], b, c, doc[at], 16)
+            chunks = into_chunks(ScanInputs(*args, d=skip).tokens(at), doc[at], 16)
             added = added_states(chunks)
-            parts.append(outputs(chunks, skip, state, added))
+            parts.append(outputs(chunks, state, added))
             state = state_after(chunks, added)[0]
         y = torch.cat(parts)
         results.append([y, *torch.autograd.grad((y * weight).sum(), leaves)])
@@ -80,10 +79,10 @@ def test_a_scan_in_two_parts_is_one_scan() -> None:
 def test_blocks_of_chunks_change_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [19, 40, 3]
     args, doc = inputs(lengths), documents(lengths)
-    expected = scan(*args, doc, 4)
+    expected = scan(ScanInputs(*args), doc, 4)
     grads = torch.autograd.grad(expected.square().sum(), args)
     monkeypatch.setitem(BLOCK_BYTES, "cpu", budget)
-    y = scan(*args, doc, 4)
+    y = scan(ScanInputs(*args), doc, 4)
     found = [y, *torch.autograd.grad(y.square().sum(), args)]
     for ours, theirs in zip(found, [expected, *grads], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -96,7 +95,7 @@ def test_steep_decays_in_float32_are_finite_and_close() -> None:
     doc = documents(lengths)
     results = []
     for args in (wide, narrow):
-        y = scan(*args, doc, 32)
+        y = scan(ScanInputs(*args), doc, 32)
         results.append([y, *torch.autograd.grad(y.square().sum(), args)])
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert (ours.double() - theirs).abs().max() < 1e-4 * theirs.abs().max()
@@ -106,19 +105,21 @@ def test_chunk_does_not_matter() -> None:
     lengths = [19, 40]
     args, doc = inputs(lengths), documents(lengths)
     for chunk in (1, 7, 64):
-        torch.testing.assert_close(scan(*args, doc, chunk), scan(*args, doc, 16), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            scan(ScanInputs(*args), doc, chunk), scan(ScanInputs(*args), doc, 16), rtol=1e-10, atol=1e-12
+        )
 
 
 def test_no_tokens() -> None:
     args = inputs([3])
     empty = [t[:0] if t.ndim > 1 else t for t in args]
-    assert scan(*empty, documents([]), 16).shape == (0, 6, 4)
+    assert scan(ScanInputs(*empty), documents([]), 16).shape == (0, 6, 4)
 
 
 def test_cost_is_linear_in_length() -> None:
     costs = []
     for t in (256, 1024):
         with FlopCounterMode(display=False) as counter:
-            scan(*inputs([t]), documents([t]), 32).sum().backward()
+            scan(ScanInputs(*inputs([t])), documents([t]), 32).sum().backward()
         costs.append(counter.get_total_flops())
     assert 3.9 < costs[1] / costs[0] < 4.2

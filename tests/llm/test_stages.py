@@ -1,4 +1,4 @@
-"""A model in stages is the model: losses, gradients and names, wherever it is cut."""
+"""A model in stages is the model: losses, gradients and names, wherever stages end."""
 
 from __future__ import annotations
 
@@ -19,18 +19,9 @@ from llm.model import LLM, LLMBatch
 from llm.stages import entering_levels, partition, shared_parameters
 from parallel.sharding.param import declared, initialise
 from parallel.topology.stage import Stage, stages_of
-from tests.llm.harness import TINY, Text, far, make_batch, make_rows, weigh
+from tests.llm.harness import Text, far, make_batch, make_rows, tiny, weigh
 
-FULL = replace(
-    TINY,
-    pattern="ME*-EM",
-    latent=6,
-    mtp_layers=2,
-    mtp_pattern="*E",
-    aux_weight=0.1,
-    z_weight=0.05,
-    level_layers=(0, 3),
-)
+FULL = tiny(pattern="ME*-EM", latent=6, mtp_layers=2, aux_weight=0.1, z_weight=0.05, level_layers=(0, 3))
 TEXT = Text((11, 1, 18), 2, seed=1, rows_at=(0, 5, 6, 7, 29))
 
 
@@ -80,9 +71,9 @@ WHOLE = {tied: chain(replace(FULL, tied=tied), (Stage(0, 6),)) for tied in (Fals
 
 @settings(max_examples=12, deadline=None)
 @given(st.sets(st.integers(1, 5), min_size=1, max_size=4), st.booleans())
-def test_stages_chained_are_the_whole(cuts: set[int], tied: bool) -> None:
+def test_stages_chained_are_the_whole(edges: set[int], tied: bool) -> None:
     cfg = replace(FULL, tied=tied)
-    stages = stages_of([0, *sorted(cuts), 6])
+    stages = stages_of([0, *sorted(edges), 6])
     loss, grads, d_rows, loads = chain(cfg, stages)
     whole_loss, whole_grads, whole_rows, whole_loads = WHOLE[tied]
     torch.testing.assert_close(loss, whole_loss, rtol=1e-9, atol=1e-12)
@@ -99,9 +90,9 @@ def test_a_stage_holds_its_own_layers_only() -> None:
     twice = {n for i, a in enumerate(names) for b in names[i + 1 :] for n in a & b}
     assert twice == set(shared_parameters(FULL, stages)) == {"embed.weight"}
     assert {n.split(".")[1] for n in names[1]} == {"2", "3", "4"}
-    apart = replace(FULL, mtp_layers=0)
-    assert shared_parameters(apart, stages) == ()
-    assert not any(n.startswith("embed") for n, _, _ in declared(LLM(apart, stage=stages[2], device="meta")))
+    untied = replace(FULL, mtp_layers=0)
+    assert shared_parameters(untied, stages) == ()
+    assert not any(n.startswith("embed") for n, _, _ in declared(LLM(untied, stage=stages[2], device="meta")))
 
 
 def test_rows_are_read_where_levels_enter() -> None:
@@ -112,7 +103,7 @@ def test_rows_are_read_where_levels_enter() -> None:
     assert entering_levels(replace(FULL, level_layers=()), stages_of([0, 3, 6]), 1) == {0: (0,)}
 
 
-def test_patterns_cut_themselves() -> None:
+def test_patterns_may_mark_their_stages() -> None:
     cfg = replace(FULL, pattern="ME|*-E|M")
     assert partition(cfg, 3) == stages_of([0, 2, 5, 6])
     assert partition(cfg, 1) == (Stage(0, 6),)
@@ -127,12 +118,12 @@ def test_patterns_cut_themselves() -> None:
 
 
 def test_costliest_stage_is_cheapest() -> None:
-    cfg = replace(TINY, pattern="M" * 7 + "*" * 5, vocab_size=2048)
+    cfg = tiny(pattern="M" * 7 + "*" * 5, vocab_size=2048)
     costs = layer_costs(cfg, [512])
     head = head_flops(cfg, [512])
 
-    def worst(cuts: list[int]) -> float:
-        ends = [sum(costs[a:b]) for a, b in itertools.pairwise(cuts)]
+    def worst(edges: list[int]) -> float:
+        ends = [sum(costs[a:b]) for a, b in itertools.pairwise(edges)]
         return max([*ends[:-1], ends[-1] + head])
 
     best = min(worst([0, a, b, 12]) for a in range(1, 11) for b in range(a + 1, 12))
@@ -142,7 +133,7 @@ def test_costliest_stage_is_cheapest() -> None:
 
 def test_a_level_is_added_after_its_layer() -> None:
     """By hand: the same model, whose layers are called one by one."""
-    cfg = replace(TINY, pattern="-M-", level_layers=(1,))
+    cfg = tiny(pattern="-M-", level_layers=(1,))
     batch, _ = make_batch(TEXT, cfg.vocab_size)
     model = stage_model(cfg, Stage(0, 3))
     rows = torch.stack([make_rows(TEXT, cfg.d_model), 2.0 * make_rows(TEXT, cfg.d_model)], 1)

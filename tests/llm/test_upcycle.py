@@ -16,11 +16,11 @@ from llm.hf.weights import model_tensors
 from llm.model import LLM, LLMBatch
 from llm.upcycle import upcycle, upcycled, upcycled_config
 from parallel.sharding.param import initialise
-from tests.llm.harness import TINY, Text, make_batch
+from tests.llm.harness import TINY, Text, make_batch, tiny
 
 
 def dense_model(seed: int, **change: Any) -> LLM:
-    cfg = replace(TINY, **{"pattern": "M-*-", "mlp_ffn": 24, **change})
+    cfg = tiny(**{"pattern": "M-*-", "mlp_ffn": 24, **change})
     model = LLM(cfg, dtype=torch.float64)
     initialise(model, seed, "llm")
     return model
@@ -70,7 +70,7 @@ def test_upcycled_checkpoints_parameter_by_parameter(tmp_path: Path) -> None:
     torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-12)
 
 
-def test_copies_grow_apart() -> None:
+def test_copies_come_to_differ() -> None:
     """Experts of different groups start equal, but learn from other tokens."""
     dense = dense_model(1)
     mixture = upcycle(dense, upcycled_config(dense.cfg, granularity=2, n_experts=6, top_k=2), seed=1)
@@ -97,7 +97,7 @@ def test_copies_grow_apart() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(dense: dict[str, Any], change: dict[str, Any], words: str) -> None:
-    cfg = replace(TINY, **{"pattern": "M-*-", "mlp_ffn": 24, **dense})
+    cfg = tiny(**{"pattern": "M-*-", "mlp_ffn": 24, **dense})
     wanted: dict[str, Any] = {"granularity": 2, "n_experts": 6, "top_k": 2, **change}
     with pytest.raises(ValueError, match=words):
         upcycled_config(cfg, **wanted)

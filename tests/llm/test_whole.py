@@ -20,8 +20,8 @@ from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared, initialise
 from parallel.topology.axis import Axes
 from parallel.topology.stage import Stage, stages_of
-from tests.llm.degrees import Degrees, check_gradients, close, make_axes, places, shape_axes
-from tests.llm.harness import EVERYTHING, cut
+from tests.llm.degrees import Degrees, check_gradients, close, make_axes, shape_axes, shard_ranks
+from tests.llm.harness import EVERYTHING, shard_by_hand
 
 MODEL = replace(EVERYTHING, vocab_size=32)
 LENGTHS = ((11, 1, 25), (), (20,), (3, 0, 2))
@@ -31,34 +31,34 @@ SALT = 134  # of the random cases: chosen so that few of them have every degree,
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run the model; cuts: layers at which a further stage begins."""
+    """One way to run the model; edges: layers at which stages after the first begin."""
 
     cfg: LLMConfig
     degrees: Degrees
-    cuts: tuple[int, ...] = ()
+    edges: tuple[int, ...] = ()
     recompute: str = "none"
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return stages_of([0, *self.cuts, len(self.cfg.symbols)])
+        return stages_of([0, *self.edges, len(self.cfg.symbols)])
 
 
 def build(cfg: LLMConfig, axes: Axes, stages: tuple[Stage, ...], device: str | None = None) -> list[LLM]:
     models = [LLM(cfg, axes, stage=s, device=device, dtype=torch.float64) for s in stages]
     for model in models if device is None else []:
         initialise(model, 3, "llm")
-        cut(model, axes)
+        shard_by_hand(model, axes)
         for moe in model.moe_layers():
             moe.expert_bias.copy_(0.2 * torch.cos(torch.arange(cfg.n_experts)))
     return models
 
 
-def stream(lane: int, step: int, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:
-    """A lane's whole stream, and what each token's loss is multiplied with."""
-    lengths = LENGTHS[lane % len(LENGTHS)] or (0,)
+def stream(index: int, step: int, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:
+    """A whole stream of documents, and the weight of each token's loss."""
+    lengths = LENGTHS[index % len(LENGTHS)] or (0,)
     real = sum(lengths)
     padding = max(step, -(-real // step) * step) - real
-    gen = torch.Generator().manual_seed(lane)
+    gen = torch.Generator().manual_seed(index)
     ids, labels = torch.randint(0, cfg.vocab_size, (2, real + padding), generator=gen)
     labels[torch.rand(len(labels), generator=gen) < 0.3] = -100
     labels[real:] = -100
@@ -67,7 +67,7 @@ def stream(lane: int, step: int, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:
 
 
 def own_share(batch: LLMBatch, axes: Axes, degrees: Degrees, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:
-    """This cp rank's part of a lane's batch, and its rows."""
+    """This cp rank's part of a stream's batch, and its rows."""
     packing = pack(batch.packing.lengths, "cpu", axes.cp, degrees.order)
     if not isinstance(packing, ContextPacking):
         return batch, torch.arange(len(batch.ids))
@@ -125,7 +125,7 @@ def run_rank(cases: list[Case]) -> list[dict[str, Any]]:
         specs = {name: spec for model in models for name, _, spec in declared(model)}
         out.append(
             collect(models)
-            | {"loss": loss, "rows": rows, "lane": coord.dp, "at": places(specs, axes), "tp": axes.tp.rank}
+            | {"loss": loss, "rows": rows, "dp": coord.dp, "at": shard_ranks(specs, axes), "tp": axes.tp.rank}
         )
     return out
 
@@ -133,8 +133,8 @@ def run_rank(cases: list[Case]) -> list[dict[str, Any]]:
 def run_whole(case: Case) -> dict[str, Any]:
     models = build(case.cfg, Axes(), (Stage(0, len(case.cfg.symbols)),))
     losses = []
-    for lane in range(case.degrees.layout.dp):
-        batch, weight = stream(lane, case.degrees.step, case.cfg)
+    for dp in range(case.degrees.layout.dp):
+        batch, weight = stream(dp, case.degrees.step, case.cfg)
         losses.append(chain(models, batch, weight))
     return collect(models) | {"losses": losses}
 
@@ -142,7 +142,7 @@ def run_whole(case: Case) -> dict[str, Any]:
 def compare(case: Case, results: list[dict[str, Any]]) -> None:
     ref = run_whole(case)
     for result in results:
-        close(result["loss"], ref["losses"][result["lane"]][result["rows"]], f"loss of {case}")
+        close(result["loss"], ref["losses"][result["dp"]][result["rows"]], f"loss of {case}")
     for name, value in ref["sums"].items():
         total = sum(r["sums"][name] for r in results if name != "mtp" or r["tp"] == 0)
         assert isinstance(total, Tensor)
@@ -162,10 +162,10 @@ def draw(seed: int, world: int) -> Case:
     order = r.choice(("contiguous", "zigzag"))
     degrees = Degrees(world, tp, cp, ep, etp, sp=r.random() < 0.5, order=order)
     cfg = replace(MODEL, tied=r.random() < 0.5, dispatcher=r.choice(("all_to_all", "all_gather")))
-    cuts = tuple(sorted(r.sample(range(1, 5), r.randrange(3))))
+    edges = tuple(sorted(r.sample(range(1, 5), r.randrange(3))))
     recompute = r.choice(("none", "full", "mlp", "moe_act", "norm", "scan"))
     ranks = tuple(r.sample(range(world), world))
-    return Case(cfg, replace(degrees, ranks=ranks), cuts, recompute)
+    return Case(cfg, replace(degrees, ranks=ranks), edges, recompute)
 
 
 @pytest.mark.parametrize("world", [2, 4])

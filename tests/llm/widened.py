@@ -1,4 +1,4 @@
-"""Others' code in float64 where it asks for float32."""
+"""Runs other code in float64 where it requests float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Widened(TorchFunctionMode):
-    """Turns the float32 that an oracle asks for in its code into float64."""
+    """Turns the float32 that an oracle requests in its code into float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:

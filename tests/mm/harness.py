@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ import torch.distributed as dist
 
 from mm import cli
 from mm.config.schema import from_mapping
-from mm.data.index import Index, load_index
+from mm.data.index import load_index
+from mm.data.sample import Index
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.plan.select import select
 from mm.ranks.feed import Feed
@@ -112,7 +114,7 @@ def running(raw: dict[str, Any], node_size: int | None = None) -> Iterator[tuple
 def train_few(raw: dict[str, Any], steps: int, node_size: int | None = None) -> list[dict[str, Any]]:
     """Metrics of the first steps; the same on every rank. node_size: ranks a machine, as if of several."""
     with running(raw, node_size) as (job, feed):
-        return [train_step(job, feed, step) for step in range(steps)]
+        return [asdict(train_step(job, feed, step)) for step in range(steps)]
 
 
 Held = dict[str, tuple[list[np.ndarray], np.ndarray]]
@@ -122,7 +124,7 @@ def train_and_weigh(raw: dict[str, Any], steps: int) -> tuple[list[dict[str, Any
     """Metrics as of train_few, and what this rank then holds of weights and buffers: by full name (global
     indices of each dim, values)."""
     with running(raw) as (job, feed):
-        metrics = [train_step(job, feed, step) for step in range(steps)]
+        metrics = [asdict(train_step(job, feed, step)) for step in range(steps)]
         held: Held = {}
         for module, parts in job.parts.items():
             for part in parts.values():
@@ -137,7 +139,7 @@ def train_and_weigh(raw: dict[str, Any], steps: int) -> tuple[list[dict[str, Any
 
 
 class Ended(NamedTuple):
-    """How a rank of a job ended: its exit code, and what it said."""
+    """How a rank of a job ended: its exit code and its output."""
 
     code: int
     out: str
@@ -150,8 +152,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_job(words: list[str], port: int, rank: int = 0, world: int = 1) -> Ended:
-    """`python -m mm WORDS` as one of the ranks that a launcher would start, in this process."""
+def run_job(argv: list[str], port: int, rank: int = 0, world: int = 1) -> Ended:
+    """`python -m mm ARGUMENTS` as one of the ranks that a launcher would start, in this process."""
     place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     out, err = io.StringIO(), io.StringIO()
@@ -161,7 +163,7 @@ def run_job(words: list[str], port: int, rank: int = 0, world: int = 1) -> Ended
     try:
         environment = mock.patch.dict(os.environ, {k: str(v) for k, v in place.items()})
         with environment, redirect_stdout(out), redirect_stderr(err):
-            code = cli.main(words)
+            code = cli.main(argv)
     finally:
         for number, handler in heard:
             signal.signal(number, handler)
@@ -169,12 +171,12 @@ def run_job(words: list[str], port: int, rank: int = 0, world: int = 1) -> Ended
     return Ended(code, out.getvalue(), err.getvalue())
 
 
-def run_rank(words: list[str], port: int) -> Ended:
+def run_rank(argv: list[str], port: int) -> Ended:
     """run_job on a rank of the pool, whose default group makes room for the job's own."""
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.barrier()
     dist.destroy_process_group()
-    return run_job(words, port, rank, world)
+    return run_job(argv, port, rank, world)
 
 
 def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:

@@ -39,8 +39,7 @@ class WrapperConfig:
 
 
 class Wrapper(Encoder):
-    """Series [n, 3] in .npy files, a row for each point; with stages of plain blocks, and buffers of its own
-    where it is told to make them."""
+    """Series [n, 3] in .npy files, a row for each point. Its stages are plain blocks; it has buffers."""
 
     Config = WrapperConfig
     pipeline = True
@@ -97,7 +96,7 @@ class Wrapper(Encoder):
 
 
 class Forgetful(Wrapper):
-    """One that was not told of adopt()."""
+    """One that does not adopt() all of its modules."""
 
     def __init__(self, cfg: Any, axes: Any, **kw: Any) -> None:
         super().__init__(cfg, axes, **kw)
@@ -105,7 +104,7 @@ class Forgetful(Wrapper):
 
 
 class Unkeyed(Wrapper):
-    """One whose later stages draw other values than those of the whole."""
+    """One whose later stages draw other values than the whole encoder would."""
 
     def __init__(self, cfg: Any, axes: Any, **kw: Any) -> None:
         super().__init__(cfg, axes, **kw)
@@ -113,7 +112,7 @@ class Unkeyed(Wrapper):
 
 
 class Different(Wrapper):
-    """One that every rank makes otherwise."""
+    """One that every rank makes with other values."""
 
     def __init__(self, cfg: Any, axes: Any, **kw: Any) -> None:
         super().__init__(cfg, axes, **kw)

@@ -13,6 +13,7 @@ import math
 import tarfile
 import wave
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def read(patterns: Sequence[str]) -> list[Sample]:
 
 
 def sizes(payload: bytes) -> dict[str, int]:
-    """What an encoder is told of a picture or a clip."""
+    """The metadata of a picture or a clip, as an encoder gets it."""
     if payload.startswith(b"RIFF"):
         with wave.open(io.BytesIO(payload)) as clip:
             return {"samples": clip.getnframes(), "rate": clip.getframerate()}
@@ -72,7 +73,7 @@ def build(raw: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def sequence(sample: Sample, nets: Mapping[str, Any]) -> tuple[list[int], list[int], dict[str, Any]]:
-    """ids and labels of a sample, and by module the places and rows of its items.
+    """ids and labels of a sample, and by module the positions and rows of its items.
 
     A begin marker, the bytes of texts and a placeholder for each row of items as they follow, an end marker.
     The label of a token is the next token where that is learned: texts without "loss": false, the end marker.
@@ -87,8 +88,8 @@ def sequence(sample: Sample, nets: Mapping[str, Any]) -> tuple[list[int], list[i
             encoder, meta = nets[module].encoder, sizes(sample[file])
             values = encoder.prepare(encoder.cfg, sample[file], meta).double()
             rows = nets[module](ItemBatch(values, (len(values),), (meta,))).values
-            places, held = entering.setdefault(module, ([], []))
-            places += range(len(ids), len(ids) + len(rows))
+            positions, held = entering.setdefault(module, ([], []))
+            positions += range(len(ids), len(ids) + len(rows))
             held.append(rows)
             new, learn = [PLACE] * len(rows), False
         ids, learned = ids + new, learned + [learn] * len(new)
@@ -100,6 +101,15 @@ def sequence(sample: Sample, nets: Mapping[str, Any]) -> tuple[list[int], list[i
 def cross_entropy(states: Tensor, head: Tensor, labels: Sequence[int]) -> Tensor:
     """Sum over the labels that are tokens."""
     return F.cross_entropy(states @ head.T, torch.tensor(labels), ignore_index=-100, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step's sums are divided by: all tokens, labels, and labels at each depth of MTP."""
+
+    tokens: int
+    next: int
+    mtp: tuple[int, ...] = ()
 
 
 class Language:
@@ -122,24 +132,22 @@ class Language:
             layer: torch.zeros(self.model.cfg.n_experts).double() for layer in self.model.moe_layers()
         }
 
-    def learn(
-        self, ids: list[int], labels: list[int], entering: dict[str, Any], per: Mapping[str, Any]
-    ) -> None:
+    def learn(self, ids: list[int], labels: list[int], entering: dict[str, Any], per: Counts) -> None:
         """Add a sample's gradients. per: what its sums are divided by."""
         cfg, n = self.model.cfg, len(ids)
         self.routed = {layer.router: [] for layer in self.model.moe_layers()}
         packing = Packing.of([n])
-        places = {m: torch.tensor(at) for m, (at, _) in entering.items()}
+        positions = {m: torch.tensor(at) for m, (at, _) in entering.items()}
         rows = {m: torch.cat(held) for m, (_, held) in entering.items()}
-        self.model(LLMBatch(torch.tensor(ids), torch.tensor(labels), packing, n, places), rows)
+        self.model(LLMBatch(torch.tensor(ids), torch.tensor(labels), packing, n, positions), rows)
         head, states = self.model.head_weight(), self.states
         found = dict.fromkeys(self.totals, torch.zeros(()).double())
-        found["next"] = cross_entropy(states, head, labels) / per["next"]
+        found["next"] = cross_entropy(states, head, labels) / per.next
         for k in range(1, cfg.mtp_layers + 1):
-            # Token i is told token i + k and predicts the one after it, as far as there is one.
+            # Token i is given token i + k and predicts the one after it, as far as there is one.
             embedded = self.model.embed_ids(torch.tensor((ids[k:] + [0] * n)[:n]))
             states = self.model.mtp(states, embedded, ForwardContext(packing, n))  # type: ignore[misc]
-            loss = cross_entropy(states, head, (labels[k:] + [-100] * n)[:n]) / per["mtp"][k - 1]
+            loss = cross_entropy(states, head, (labels[k:] + [-100] * n)[:n]) / per.mtp[k - 1]
             found["mtp"] = found["mtp"] + loss / cfg.mtp_layers
         for layer in self.model.moe_layers():
             for logits in self.routed[layer.router]:
@@ -147,8 +155,8 @@ class Language:
                 fraction = score / score.sum(-1, keepdim=True)
                 best = score.topk(cfg.top_k).indices.flatten().bincount(minlength=cfg.n_experts).double()
                 frequency = best * cfg.n_experts / (cfg.top_k * n)
-                found["balance"] = found["balance"] + (frequency * fraction.mean(0)).sum() * n / per["tokens"]
-                found["z"] = found["z"] + logits.logsumexp(-1).square().sum() / per["tokens"]
+                found["balance"] = found["balance"] + (frequency * fraction.mean(0)).sum() * n / per.tokens
+                found["z"] = found["z"] + logits.logsumexp(-1).square().sum() / per.tokens
                 taken = (score + layer.expert_bias).topk(cfg.top_k).indices
                 self.load[layer] += taken.flatten().bincount(minlength=cfg.n_experts)
         weights = {"next": 1.0, "balance": cfg.aux_weight, "z": cfg.z_weight, "mtp": cfg.mtp_weight}
@@ -185,20 +193,19 @@ def adamw(p: Tensor, state: dict[str, Any], lr: float, train: Mapping[str, Any])
     p -= lr * m / (v.sqrt() + train["eps"])
 
 
-def counts(batch: Sequence[tuple[list[int], list[int], Any]], depths: int) -> dict[str, Any]:
-    """What a step's sums are divided by: all tokens, labels, and labels at each depth of MTP."""
+def counts(batch: Sequence[tuple[list[int], list[int], Any]], depths: int) -> Counts:
     learned = [sum(label >= 0 for _, labels, _ in batch for label in labels[k:]) for k in range(depths + 1)]
-    return {"tokens": sum(len(ids) for ids, _, _ in batch), "next": learned[0], "mtp": learned[1:]}
+    return Counts(sum(len(ids) for ids, _, _ in batch), learned[0], tuple(learned[1:]))
 
 
 def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """(metrics of each step, final weights and routing biases by full name) of a config as a mapping."""
-    told, samples, nets = raw["train"], read(raw["data"]["train"]), build(raw)
+    options, samples, nets = raw["train"], read(raw["data"]["train"]), build(raw)
     language = Language(nets["llm"])  # type: ignore[arg-type]
     state: dict[Tensor, dict[str, Any]] = {}
     metrics = []
     for step in range(steps):
-        at = np.arange(step * told["global_batch"], (step + 1) * told["global_batch"])
+        at = np.arange(step * options["global_batch"], (step + 1) * options["global_batch"])
         # Every epoch is a permutation of its own.
         n, seed = len(samples), raw["run"]["seed"]
         ids = [int(np.random.default_rng([seed, k // n]).permutation(n)[k % n]) for k in at]
@@ -211,14 +218,14 @@ def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dic
             name: sum(float(p.grad.square().sum()) for p in net.parameters() if p.grad is not None)
             for name, net in nets.items()
         }
-        norm, lr = math.sqrt(sum(squares.values())), rate(told, step)
+        norm, lr = math.sqrt(sum(squares.values())), rate(options, step)
         for p in (p for net in nets.values() for p in net.parameters() if p.grad is not None):
-            p.grad *= min(1.0, told["clip"] / (norm + 1e-6)) if told["clip"] else 1.0  # type: ignore[operator]
-            adamw(p, state.setdefault(p, {}), lr, told)
+            p.grad *= min(1.0, options["clip"] / (norm + 1e-6)) if options["clip"] else 1.0  # type: ignore[operator]
+            adamw(p, state.setdefault(p, {}), lr, options)
             p.grad = None
         language.rebalance()
         means = dict(language.totals)
         by_module = {name: math.sqrt(s) for name, s in squares.items()}
         metrics.append({"loss": means.pop("next"), "lr": lr, "grad_norm": norm, "objectives": means})
-        metrics[-1] |= {"grad_norm_by_module": by_module, "tokens": per["tokens"]}
+        metrics[-1] |= {"grad_norm_by_module": by_module, "tokens": per.tokens}
     return metrics, {f"{m}.{k}": v for m, net in nets.items() for k, v in net.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The command line: words in any order, exit codes, one message, and clean ends."""
+"""The command line: arguments in any order, exit codes, one message, and clean ends."""
 
 from __future__ import annotations
 
@@ -31,120 +31,132 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize(
-    ("line", "code", "words"),
-    [
-        ("", 2, "no command; commands: train, compare, data, checkpoint, doctor"),
-        ("trian x", 2, "unknown command trian; did you mean train?"),
-        ("train", 2, "needed: one CONFIG file, given none"),
-        (f"train {CONFIG} other.yaml", 2, f"given {CONFIG} and other.yaml"),
-        ("train configs/digit.yaml", 2, "no config file configs/digit.yaml; there: configs/digits.yaml"),
-        (f"train {CONFIG} --steps 3", 2, "unrecognized arguments: --steps"),
-        ("train configs", 2, "configs is a folder, not a config file; there: configs/digits.yaml"),
-        ("train README.md", 2, "README.md cannot be read as YAML"),
-        ("train configs/layouts/dp4.yaml", 2, "is a layout file; needed: a config"),
-        (f"train {CONFIG} train.lr", 2, "an override is key=value, so train.lr=.."),
-        (
-            f"train {CONFIG} --nproc 1000000 --dry-run",
-            2,
-            "1000000 ranks (--nproc, run.nproc); needed: at most",
-        ),
-        (f"train {CONFIG} run.dir=README.md", 2, "run.dir README.md cannot be written: File exists"),
-        (f"train {CONFIG} data.train=[none.tar]", 3, "no shard matches 'none.tar'"),
-        (
-            f"train {CONFIG} checkpoint.resume=none/here",
-            4,
-            "checkpoint.resume=none/here does not exist",
-        ),
-        (
-            f"train {CONFIG} checkpoint.resume=docs",
-            4,
-            "checkpoint.resume=docs is no checkpoint, and has none inside",
-        ),
-        (f"train {CONFIG} checkpoint.weights=docs", 4, "docs is neither a checkpoint (with a manifest.json)"),
-        (f"train {CONFIG} layout.visoin.tp=2", 2, "unknown key layout.visoin; did you mean vision?"),
-        (f"train {CONFIG} layout.llm.TP=2", 2, "unknown key layout.llm.TP; known keys: ranks, tp"),
-        (f"train {CONFIG} model.text.encoder=vit", 2, "model.text: no module can have this name"),
-        (f"train {CONFIG} model.llm.preset=3", 2, "model.llm.preset is 3; needed: a name or a folder"),
-        (
-            f"train {CONFIG} model.vision.encoder=os:path",
-            2,
-            "model.vision.encoder: 'os:path' is not a subclass",
-        ),
-        (
-            f"train {CONFIG} model.vision.encoder=os:no",
-            2,
-            "module 'os' has no attribute 'no'; needed: package",
-        ),
-        (
-            f"train {CONFIG} model.vision.encoder=encoders:Encoder",
-            2,
-            "no whole encoder: it lacks __init__, cost",
-        ),
-        (
-            f"train {CONFIG} model.vision.options.patch=0",
-            2,
-            "model.vision: vit patch is 0; needed: at least 1",
-        ),
-        (f"train {CONFIG} model.vision.options.channels=2", 2, "vit channels is 2; needed: 1 (grey) or 3"),
-        (f"train {CONFIG} model.audio.options.mels=0", 2, "model.audio: fastconformer mels is 0"),
-        (
-            f"train {CONFIG} --dry-run model.vision.options.patch=3",
-            3,
-            "does not fit model.vision: image of 8x12",
-        ),
-        (f"train {CONFIG} --dry-run model.audio.options.rate=9000", 3, "this encoder needs 9000"),
-        (
-            f"train {CONFIG} --dry-run model.audio={{encoder: vit}}",
-            3,
-            "ViT needs the metadata 'height', it has",
-        ),
-        (f"train {CONFIG} --nproc 0", 2, "--nproc 0; needed: at least 1"),
-        (f"train {CONFIG} --nproc two", 2, "argument --nproc: invalid int value"),
-        (f"train {CONFIG} train.stpes=3", 2, "unknown key train.stpes; did you mean steps?"),
-        (
-            f"train {CONFIG} layout.llm.tp=3",
-            2,
-            "tp=3 needs a multiple of 3 ranks, given 4; nearest: layout.llm.tp=4 or layout.llm.tp=2",
-        ),
-        (
-            f"train {CONFIG} layout.llm.etp=4 model.llm.expert_ffn=30",
-            2,
-            "does not divide by etp=4; nearest: layout.llm.etp=2",
-        ),
-        (f"train {CONFIG} model.llm.preset=nemotron-3-nao", 2, "did you mean nemotron-3-nano"),
-        (f"train {CONFIG} schedule.kind=gpip", 2, "given 'gpip'; known: auto"),
-        (f"train {CONFIG} layout.llm.pp=2 layout.llm.vpp=2", 2, "nearest: schedule.microbatches=2"),
-        (f"train {CONFIG} layout.llm.pp=4 model.llm.pattern=M*E", 2, "nearest: layout.llm.pp=2"),
-        (f"train {CONFIG} layout.llm.ranks=0-7", 2, "needs rank 4, but the job has 4 ranks"),
-        (f"train {CONFIG} layout.lmm.tp=2", 2, "lmm"),
-        (f"train {CONFIG} model.llm.d_modle=3", 2, "unknown key model.llm.d_modle; did you mean d_model?"),
-        (f"train {CONFIG} model.vision.encoder=vti", 2, "did you mean 'vit'?"),
-        (f"compare {CONFIG}", 2, "needed: --layouts FILE"),
-        (f"compare --layouts a.yaml {CONFIG}", 2, "needed: one CONFIG file, before --layouts"),
-        (f"compare {CONFIG} --layouts none.yaml", 2, "no layout file none.yaml"),
-        (
-            f"compare {CONFIG} --layouts configs/layouts/dp4.yaml configs/layouts/disjoint-dp3-dp2.yaml",
-            2,
-            "configs/layouts/disjoint-dp3-dp2.yaml: layout.llm.ranks '3-4' needs rank 4",
-        ),
-        (f"compare {CONFIG} --layouts a.yaml --steps 1", 2, "needed: at least 2 steps"),
-        ("data", 2, "needed: data prepare digits --out DIR"),
-        ("data prepare digits", 2, "needed: data prepare digits --out DIR"),
-        ("data inspect none-*.tar", 3, "no shard matches"),
-        ("checkpoint verify", 2, "needed: checkpoint inspect PATH"),
-        ("checkpoint verify none", 4, "none is damaged"),
-        ("doctor now", 2, "doctor takes no arguments"),
-    ],
-)
+# After "$" a command line, below it the exit code and a part of the message. CONFIG: the shipped config.
+REFUSALS = """
+$
+2 no command; commands: train, compare, data, checkpoint, doctor
+$ trian x
+2 unknown command trian; did you mean train?
+$ train
+2 needed: one CONFIG file, given none
+$ train CONFIG other.yaml
+2 given configs/digits.yaml and other.yaml
+$ train configs/digit.yaml
+2 no config file configs/digit.yaml; there: configs/digits.yaml
+$ train CONFIG --steps 3
+2 unrecognized arguments: --steps
+$ train configs
+2 configs is a folder, not a config file; there: configs/digits.yaml
+$ train README.md
+2 README.md cannot be read as YAML
+$ train configs/layouts/dp4.yaml
+2 is a layout file; needed: a config
+$ train CONFIG train.lr
+2 an override is key=value, so train.lr=..
+$ train CONFIG --nproc 1000000 --dry-run
+2 1000000 ranks (--nproc, run.nproc); needed: at most
+$ train CONFIG run.dir=README.md
+2 run.dir README.md cannot be written: File exists
+$ train CONFIG data.train=[none.tar]
+3 no shard matches 'none.tar'
+$ train CONFIG checkpoint.resume=none/here
+4 checkpoint.resume=none/here does not exist
+$ train CONFIG checkpoint.resume=docs
+4 checkpoint.resume=docs is no checkpoint, and has none inside
+$ train CONFIG checkpoint.weights=docs
+4 docs is neither a checkpoint (with a manifest.json)
+$ train CONFIG layout.visoin.tp=2
+2 unknown key layout.visoin; did you mean vision?
+$ train CONFIG layout.llm.TP=2
+2 unknown key layout.llm.TP; known keys: ranks, tp
+$ train CONFIG model.text.encoder=vit
+2 model.text: no module can have this name
+$ train CONFIG model.llm.preset=3
+2 model.llm.preset is 3; needed: a name or a folder
+$ train CONFIG model.vision.encoder=os:path
+2 model.vision.encoder: 'os:path' is not a subclass
+$ train CONFIG model.vision.encoder=os:no
+2 module 'os' has no attribute 'no'; needed: package
+$ train CONFIG model.vision.encoder=encoders:Encoder
+2 no whole encoder: it lacks __init__, cost
+$ train CONFIG model.vision.options.patch=0
+2 model.vision: vit patch is 0; needed: at least 1
+$ train CONFIG model.vision.options.channels=2
+2 vit channels is 2; needed: 1 (grey) or 3
+$ train CONFIG model.audio.options.mels=0
+2 model.audio: fastconformer mels is 0
+$ train CONFIG --dry-run model.vision.options.patch=3
+3 does not fit model.vision: image of 8x12
+$ train CONFIG --dry-run model.audio.options.rate=9000
+3 this encoder needs 9000
+$ train CONFIG --dry-run model.audio={encoder: vit}
+3 ViT needs the metadata 'height', it has
+$ train CONFIG --nproc 0
+2 --nproc 0; needed: at least 1
+$ train CONFIG --nproc two
+2 argument --nproc: invalid int value
+$ train CONFIG train.stpes=3
+2 unknown key train.stpes; did you mean steps?
+$ train CONFIG layout.llm.tp=3
+2 tp=3 needs a multiple of 3 ranks, given 4; nearest: layout.llm.tp=4 or layout.llm.tp=2
+$ train CONFIG layout.llm.etp=4 model.llm.expert_ffn=30
+2 does not divide by etp=4; nearest: layout.llm.etp=2
+$ train CONFIG model.llm.preset=nemotron-3-nao
+2 did you mean nemotron-3-nano
+$ train CONFIG schedule.kind=gpip
+2 given 'gpip'; known: auto
+$ train CONFIG layout.llm.pp=2 layout.llm.vpp=2
+2 nearest: schedule.microbatches=2
+$ train CONFIG layout.llm.pp=4 model.llm.pattern=M*E
+2 nearest: layout.llm.pp=2
+$ train CONFIG layout.llm.ranks=0-7
+2 needs rank 4, but the job has 4 ranks
+$ train CONFIG layout.lmm.tp=2
+2 lmm
+$ train CONFIG model.llm.d_modle=3
+2 unknown key model.llm.d_modle; did you mean d_model?
+$ train CONFIG model.vision.encoder=vti
+2 did you mean 'vit'?
+$ compare CONFIG
+2 needed: --layouts FILE
+$ compare --layouts a.yaml CONFIG
+2 needed: one CONFIG file, before --layouts
+$ compare CONFIG --layouts none.yaml
+2 no layout file none.yaml
+$ compare CONFIG --layouts configs/layouts/dp4.yaml configs/layouts/disjoint-dp3-dp2.yaml
+2 configs/layouts/disjoint-dp3-dp2.yaml: layout.llm.ranks '3-4' needs rank 4
+$ compare CONFIG --layouts a.yaml --steps 1
+2 needed: at least 2 steps
+$ data
+2 needed: data prepare digits --out DIR
+$ data prepare digits
+2 needed: data prepare digits --out DIR
+$ data inspect none-*.tar
+3 no shard matches
+$ checkpoint verify
+2 needed: checkpoint inspect PATH
+$ checkpoint verify none
+4 none is damaged
+$ doctor now
+2 doctor takes no arguments
+"""
+
+
+def refusals() -> list[tuple[str, int, str]]:
+    """(command line, exit code, a part of the message) of each of REFUSALS."""
+    found = re.findall(r"^\$ ?(.*)\n(\d) (.*)$", REFUSALS, re.M)
+    return [(line.replace("CONFIG", CONFIG), int(code), part) for line, code, part in found]
+
+
+@pytest.mark.parametrize(("line", "code", "part"), refusals())
 def test_refusals_are_one_message_and_an_exit_code(
-    line: str, code: int, words: str, capsys: pytest.CaptureFixture[str]
+    line: str, code: int, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words_of = re.split(" (?![^{]*})", line) if line else []
-    dry = ["--dry-run"] if words_of[:2] == ["train", CONFIG] and "--dry-run" not in words_of else []
-    assert main(words_of + dry) == code  # dry: the same checks, and no rank is started meanwhile
+    argv = re.split(" (?![^{]*})", line) if line else []
+    dry = ["--dry-run"] if argv[:2] == ["train", CONFIG] and "--dry-run" not in argv else []
+    assert main(argv + dry) == code  # dry: the same checks, and no rank is started meanwhile
     out, err = capsys.readouterr()
-    assert words in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+    assert part in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
     assert out == ""
 
 
@@ -218,7 +230,7 @@ def test_layouts_may_be_followed_by_overrides(tmp_path: Path, capsys: pytest.Cap
     assert "tp=3 needs a multiple of 3 ranks, given 5" in capsys.readouterr().err
 
 
-def test_whatever_is_raised_is_told_by_one_rank(
+def test_whatever_is_raised_is_reported_by_one_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class NoException(BaseException):  # as torch's CheckpointException
@@ -228,18 +240,18 @@ def test_whatever_is_raised_is_told_by_one_rank(
         raise NoException("seen")
 
     monkeypatch.setitem(COMMANDS, "doctor", replace(COMMANDS["doctor"], run=fail))
-    for rank, told in (("1", True), ("0", False)):
+    for rank, reports in (("1", True), ("0", False)):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr(launch, "speaks", lambda error, told=told: told)
+        monkeypatch.setattr(launch, "reports", lambda error, reports=reports: reports)
         assert main(["doctor"]) == 1
-        said = capsys.readouterr().err
-        assert said.startswith("rank 1 failed:\nTraceback") and "seen" in said if told else not said
+        err = capsys.readouterr().err
+        assert err.startswith("rank 1 failed:\nTraceback") and "seen" in err if reports else not err
 
 
-def command(tmp_path: Path, *words: str) -> list[str]:
+def command(tmp_path: Path, *more: str) -> list[str]:
     small = ["train.global_batch=4", "data.eval=[]", f"run.dir={tmp_path}", "model.llm.pattern=M*"]
-    return ["train", CONFIG, *small, *words]
+    return ["train", CONFIG, *small, *more]
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -267,7 +279,7 @@ def wait_for(condition: Any, seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells ranks of their launcher's end on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals ranks when their launcher ends")
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path, processes: None) -> None:
     with started(command(tmp_path, "--nproc", "1", "train.steps=100000"), tmp_path) as job:
         ranks = children(job.pid)
@@ -293,11 +305,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_missing_package_is_said_in_words(
+def test_a_missing_package_is_reported_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "mm.plan.blueprint", raising=False)
     assert main(["train", CONFIG, "--dry-run"]) == 1
-    said = capsys.readouterr().err
-    assert "is not installed for" in said and ".venv/bin/python" in said and "Traceback" not in said
+    err = capsys.readouterr().err
+    assert "is not installed for" in err and ".venv/bin/python" in err and "Traceback" not in err

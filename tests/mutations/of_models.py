@@ -36,8 +36,8 @@ ENCODERS = (
         "fastconformer.convolution",
         "FastConformer has no convolution",
         "encoders/fastconformer.py",
-        "x = x + self._convolve(x, here)",
-        "x = x + 0.0 * self._convolve(x, here)",
+        "x = x + self._convolve(x, ctx)",
+        "x = x + 0.0 * self._convolve(x, ctx)",
         PARAKEET,
     ),
     Fault(
@@ -59,10 +59,10 @@ ENCODERS = (
     Fault(
         "encoders.attention",
         "items see the padding of their batch",
-        "encoders/attention.py",
-        "real = offset[None, :] < n[:, None]",
-        "real = offset[None, :] <= n[:, None]",
-        "tests/encoders/test_share.py::test_queries_see_the_keys_of_their_item",
+        "parallel/sequence/buckets.py",
+        "mask=None if real_key.all() else",
+        "mask=None if True else",
+        "tests/parallel/sequence/test_buckets.py::test_queries_see_the_keys_of_their_sequence",
     ),
     Fault(
         "encoders.reach",

@@ -60,8 +60,8 @@ PARALLEL = (
         "boundary.send-again",
         "rows are sent to ranks that have them",
         "parallel/boundary/routes.py",
-        "asked = _without_own(have, requests.reader, asked)",
-        "asked = asked",
+        "requested = _without_own(have, requests.reader, requested)",
+        "requested = requested",
         PLANS,
     ),
     Fault(
@@ -100,8 +100,8 @@ PARALLEL = (
         "schedule.unproved",
         "what a plan lacks is not reported",
         "parallel/schedule/checker/check.py",
-        "for lacking in sorted(map(_say, need - done)):",
-        "for lacking in sorted(map(_say, done - done)):",
+        "for lacking in sorted(map(_describe, need - done)):",
+        "for lacking in sorted(map(_describe, done - done)):",
         "tests/parallel/schedule/checker/test_check.py::test_a_dropped_or_doubled_action_is_caught",
     ),
     Fault(
@@ -187,7 +187,7 @@ PARALLEL = (
     Fault(
         "packed.leak",
         "one document attends to the next one's padding",
-        "parallel/sequence/packed.py",
+        "parallel/sequence/buckets.py",
         "real = offset[None, :] < n[:, None]",
         "real = offset[None, :] <= n[:, None]",
         "tests/parallel/sequence/test_packed.py::test_attention",

@@ -4,8 +4,9 @@ graph.py says what waits for what, for the simulator too. Durations may not ente
 """
 
 from parallel.schedule.checker.check import PlanError, check
-from parallel.schedule.checker.graph import Graph, Stuck, graph_of
+from parallel.schedule.checker.graph import Graph, graph_of
 from parallel.schedule.checker.memory import Memory, Peak, check_limit, peaks
+from parallel.schedule.checker.order import Stuck
 
 __all__ = [
     "Graph",

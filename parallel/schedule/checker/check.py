@@ -11,9 +11,21 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, WORLD, Action, Group, Kind, Way
-from parallel.schedule.checker.graph import Deed, Stuck, graph_of
+from parallel.schedule.action import (
+    BOUNDARY,
+    COMPUTE,
+    RECEIVES,
+    SENDS,
+    WORLD,
+    Action,
+    ActionKey,
+    Direction,
+    Group,
+    Kind,
+)
+from parallel.schedule.checker.graph import graph_of
 from parallel.schedule.checker.memory import Memory, Peak, check_limit, peaks
+from parallel.schedule.checker.order import Stuck
 from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, parameter_groups
 
 
@@ -57,29 +69,29 @@ def check(
 
 def _complete(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
     """What a program lacks, has twice or should not have."""
-    have: list[Deed] = [a[:4] for a in actions if a.span == 1 and a.kind not in _STEPWISE]
+    have: list[ActionKey] = [a[:4] for a in actions if a.span == 1 and a.kind not in _STEPWISE]
     for a in actions:
         if a.span > 1 and a.kind in COMPUTE:
             have += [(a.kind, a.module, i, a.stage) for i in _covered(plan, a)]
         elif a.span > 1:
             have.append(a[:4])
-    done, need = set(have), set[Deed]()
+    done, need = set(have), set[ActionKey]()
     for kind, module, stage, microbatches in _needed(plan, p, actions, done):
         need.update([(kind, module, i, stage) for i in microbatches])
     if done == need and len(have) == len(done):
         return
     rank = plan.ranks_of[p][0]
-    for lacking in sorted(map(_say, need - done)):
+    for lacking in sorted(map(_describe, need - done)):
         yield f"rank {rank} lacks {lacking}"
-    for deed, n in Counter(have).items():
-        if deed not in need:
-            yield f"rank {rank} has {_say(deed)}, which nothing needs there"
+    for key, n in Counter(have).items():
+        if key not in need:
+            yield f"rank {rank} has {_describe(key)}, which nothing needs there"
         elif n > 1:
-            yield f"rank {rank} does {_say(deed)} {n} times"
+            yield f"rank {rank} does {_describe(key)} {n} times"
 
 
-def _say(deed: Deed) -> str:
-    return str(Action(*deed))
+def _describe(key: ActionKey) -> str:
+    return str(Action(*key))
 
 
 def _covered(plan: SchedulePlan, a: Action) -> list[int]:
@@ -91,7 +103,7 @@ def _covered(plan: SchedulePlan, a: Action) -> list[int]:
 
 
 def _needed(
-    plan: SchedulePlan, p: int, actions: Sequence[Action], done: Set[Deed]
+    plan: SchedulePlan, p: int, actions: Sequence[Action], done: Set[ActionKey]
 ) -> Iterator[tuple[Kind, str, int, Iterable[int]]]:
     """Everything that the ranks of a program must do once: (kind, module, stage, micro-batches)."""
     every = range(plan.microbatches)
@@ -152,9 +164,9 @@ def _groups(kind: Kind, module: str, use: ModuleUse) -> tuple[Group, ...]:
     if kind in COMPUTE:
         return compute_groups(module, use)
     if kind in BOUNDARY:
-        return (Group("edge", module, way=_WAY[kind]),)
+        return (Group("edge", module, direction=_DIRECTION[kind]),)
     if kind in SENDS or kind in RECEIVES:
-        return (Group("module", module, "pp", _WAY[kind]),)
+        return (Group("module", module, "pp", _DIRECTION[kind]),)
     if kind in (Kind.GATHER, Kind.GRAD_SYNC):
         return parameter_groups(module, use)
     return (WORLD,) if kind is Kind.OPTIMIZER else ()
@@ -163,7 +175,9 @@ def _groups(kind: Kind, module: str, use: ModuleUse) -> tuple[Group, ...]:
 # How far the stage at the other end of a message is.
 _PEER = {Kind.SEND_FORWARD: 1, Kind.RECV_FORWARD: -1, Kind.SEND_BACKWARD: -1, Kind.RECV_BACKWARD: 1}
 _FORWARD = (Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.BOUNDARY_FORWARD)
-_WAY: dict[Kind, Way] = {k: "forward" if k in _FORWARD else "backward" for k in SENDS | RECEIVES | BOUNDARY}
+_DIRECTION: dict[Kind, Direction] = {
+    k: "forward" if k in _FORWARD else "backward" for k in SENDS | RECEIVES | BOUNDARY
+}
 _STEPWISE = frozenset({Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC, Kind.OPTIMIZER})
 
 
@@ -230,9 +244,9 @@ def _transfers(plan: SchedulePlan) -> Iterator[str]:
     for p, a in plan:
         if a.kind in SENDS or a.kind in RECEIVES:
             assert a.peer is not None
-            way = _WAY[a.kind]
+            direction = _DIRECTION[a.kind]
             table = sends if a.kind in SENDS else receives
-            table[p, a.module, a.peer % plan.modules[a.module].layout.pp, way].append(a)
+            table[p, a.module, a.peer % plan.modules[a.module].layout.pp, direction].append(a)
     for module, use in plan.modules.items():
         chains = {tuple(plan.program_of[r] for r in ranks) for ranks in use.layout.groups("pp")}
         pairs = {
@@ -243,8 +257,8 @@ def _transfers(plan: SchedulePlan) -> Iterator[str]:
             if i != j
         }
         for p, i, q, j in sorted(pairs):
-            for way in ("forward", "backward"):
-                out, back = sends[p, module, j, way], receives[q, module, i, way]
+            for direction in ("forward", "backward"):
+                out, back = sends[p, module, j, direction], receives[q, module, i, direction]
                 wrong = _differ([_message(a) for a in out], [_message(a) for a in back])
                 if wrong is not None:
                     yield (
@@ -264,7 +278,7 @@ def _collectives(plan: SchedulePlan) -> Iterator[str]:
         for members in plan.program_sets(group):
             first, *others = sorted(members)
             for p in others:
-                wrong = _differ([_deed(a) for a in of[first]], [_deed(a) for a in of[p]])
+                wrong = _differ([_collective(a) for a in of[first]], [_collective(a) for a in of[p]])
                 if wrong is not None:
                     yield (
                         f"collective {wrong} of group {group}: rank {plan.ranks_of[first][0]} does "
@@ -279,7 +293,7 @@ def _message(a: Action) -> tuple[int, int, int, int]:
     return (*ends, a.microbatch, a.span)
 
 
-def _deed(a: Action) -> tuple[Kind, str, int, int, int]:
+def _collective(a: Action) -> tuple[Kind, str, int, int, int]:
     return (a.kind, a.module, a.stage, a.microbatch, a.span)
 
 

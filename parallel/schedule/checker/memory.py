@@ -9,17 +9,14 @@ from parallel.schedule.action import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
-    BOUNDARY_BACKWARD,
     COMPUTE,
     FORWARD,
     POSTED,
-    RECV_BACKWARD,
-    RECV_FORWARD,
-    SEND_BACKWARD,
-    SEND_FORWARD,
     Action,
+    ActionKey,
+    Kind,
 )
-from parallel.schedule.checker.graph import Deed, let_go
+from parallel.schedule.checker.graph import releases
 from parallel.schedule.plan import SchedulePlan
 
 
@@ -137,14 +134,14 @@ class _Moving:
 
     def __init__(self, plan: SchedulePlan, p: int, memory: Memory) -> None:
         self.plan, self.p, self.memory = plan, p, memory
-        self.let_go = let_go(plan, p)
-        self.until: dict[Deed, list[tuple[str, float]]] = {}  # what a computation frees
-        self.sent: dict[Deed, tuple[str, float]] = {}  # under way, by the action that starts it
+        self.releases = releases(plan, p)
+        self.until: dict[ActionKey, list[tuple[str, float]]] = {}  # what a computation frees
+        self.sent: dict[ActionKey, tuple[str, float]] = {}  # under way, by the action that starts it
 
     def before(self, a: Action) -> list[tuple[str, float]]:
         """What an action takes, and what is let go before it (negative)."""
         if a.kind not in POSTED:
-            gone = [self.sent.pop(deed) for deed in self.let_go.get(a[:4], ()) if deed in self.sent]
+            gone = [self.sent.pop(key) for key in self.releases.get(a[:4], ()) if key in self.sent]
             return [(module, -amount) for module, amount in gone]
         out = []
         for amount, free in self._takes(a):
@@ -163,29 +160,29 @@ class _Moving:
         kind = BACKWARD if a.kind is BACKWARD_INPUT else a.kind
         return [item for i in a.microbatches for item in self.until.pop((kind, a.module, i, a.stage), ())]
 
-    def _takes(self, a: Action) -> list[tuple[float, Deed | None]]:
+    def _takes(self, a: Action) -> list[tuple[float, ActionKey | None]]:
         """(amount, the computation that needs it last, or None: until let go) of a transfer's ends here."""
         module, i, stage = a.module, a.microbatch, a.stage
         learns, hidden = self.plan.learns(module, i), self.memory.hidden
-        if a.kind is RECV_FORWARD:
+        if a.kind is Kind.RECV_FORWARD:
             return [(hidden.get((module, stage), 0.0), (BACKWARD if learns else FORWARD, module, i, stage))]
-        if a.kind is RECV_BACKWARD:
+        if a.kind is Kind.RECV_BACKWARD:
             return [(hidden.get((module, stage + 1), 0.0), (BACKWARD, module, i, stage))]
-        if a.kind is SEND_FORWARD:  # what learns is an activation
+        if a.kind is Kind.SEND_FORWARD:  # what learns is an activation
             return [] if learns else [(hidden.get((module, stage + 1), 0.0), None)]
-        if a.kind is SEND_BACKWARD:
+        if a.kind is Kind.SEND_BACKWARD:
             return [(hidden.get((module, stage), 0.0), None)]
         return self._edge(a, learns)
 
-    def _edge(self, a: Action, learns: bool) -> list[tuple[float, Deed | None]]:
+    def _edge(self, a: Action, learns: bool) -> list[tuple[float, ActionKey | None]]:
         """The same for the rows of an edge."""
         source, i, stage = a.module, a.microbatch, a.stage
         makes, reads = (self.p in end for end in self.plan.ends(source, stage))
         held, read = (of.get((source, stage), 0.0) for of in (self.memory.held, self.memory.read))
         use, sink = self.plan.modules[source], self.plan.sink
-        if a.kind is BOUNDARY_BACKWARD:
-            back: Deed = (BACKWARD, source, i, use.stages - 1)
-            taken: list[tuple[float, Deed | None]] = [(held, back)] if makes else []
+        if a.kind is Kind.BOUNDARY_BACKWARD:
+            back: ActionKey = (BACKWARD, source, i, use.stages - 1)
+            taken: list[tuple[float, ActionKey | None]] = [(held, back)] if makes else []
             return [*taken, (read, back if makes else None)] if reads else taken
         taken = []
         if makes and (not learns or len(use.enters) > 1):  # else they are an activation, sent as they lie

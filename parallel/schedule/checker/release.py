@@ -1,109 +1,85 @@
-"""When a transfer that its own rank does not wait for can be let go. Pure.
+"""Where a rank releases the memory of transfers that none of its computations waits for. Pure.
 
-A sender's memory is free once its rows have left, which host backends do not say: they have to be asked, and
-the answer waits for the other end to take part. So it is asked where the answer is near. A message from
-another rank tells what that rank has started before it. Where nothing ever comes back (evaluation, frozen
-sources, the last gradients of a pipeline) a rank keeps a few transfers of a lane under way, and then waits
-for the oldest.
+A sender's memory is free once its rows have left. Host backends do not report that: the sender has to wait
+for the transfer, and may block until the other end takes part. So it waits where the transfer will end soon:
+
+- A message from another rank proves which actions that rank has done. Transfers that it has started by then
+  are acknowledged, and waiting for them does not block.
+- Where no message comes back (evaluation, frozen sources, the last gradients of a pipeline), a rank keeps a
+  few transfers of a flow under way and then waits for the oldest, which may block.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-# Transfers of a lane that a rank has under way without a word from the other end: the least that works.
+from parallel.schedule.checker.reader import Reading, TransferKey
+
+# How many transfers of a flow a rank keeps under way without an acknowledgement. The first that works counts.
 WINDOWS = (2, 4, 8)
-
-Key = tuple[int, int]  # a transfer: (number of its lane, micro-batch)
-
-
-@dataclass
-class Posts:
-    """What a plan's lists say of transfers, by number of action. of: the transfers that an action starts; at:
-    by transfer, the number of its start in each program; meets: by computation, the numbers of those that
-    begin with it, by program."""
-
-    of: dict[int, list[Key]] = field(default_factory=dict)
-    at: dict[Key, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
-    meets: dict[int, Mapping[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Settled:
-    """By computation, the transfers that its rank lets go before it computes. known: of these it has heard
-    that the other end has started them; asked: of these not, so that it may wait."""
+class Releases:
+    """By computation, the transfers whose memory its rank releases before it computes.
 
-    known: dict[int, list[Key]]
-    asked: dict[int, list[Key]]
-
-
-def settle(
-    first: Sequence[int],
-    computations: Sequence[Sequence[int]],
-    before: Sequence[int],
-    waits: Mapping[int, Sequence[Key]],
-    posts: Posts,
-    window: int,
-) -> Settled:
-    """Where the transfers of all programs are let go that no computation waits for. Those that are left, a
-    few of a lane, are under way at the end of the step. Linear in the actions.
-
-    first: number of each program's first action; computations: of each program, in order; before: by action,
-    the last computation before it; waits: by computation, the transfers that it waits for; window: transfers
-    of a lane under way without a word from the other end.
+    acknowledged: the other end has started them, so waiting for them does not block.
+    blocking: not known to be started, so waiting for them may block.
     """
-    found = Settled({}, {})
-    for p, mine in enumerate(computations):
-        own = {key for n in mine for key in waits.get(n, ())}
-        left = _hear(p, range(first[p], first[p + 1]), set(mine), own, waits, posts, found.known)
-        for queue in left:
-            _ask(p, queue, before, posts, window, found.asked)
+
+    acknowledged: dict[int, list[TransferKey]]
+    blocking: dict[int, list[TransferKey]]
+
+
+def place_releases(reading: Reading, window: int) -> Releases:
+    """Where all programs release the transfers that no computation waits for. Linear in the actions.
+
+    The last few transfers of a flow are in neither table: they are under way when the list ends.
+
+    window: how many transfers of a flow may be under way without an acknowledgement.
+    """
+    found = Releases({}, {})
+    for p in range(len(reading.computations)):
+        for queue in _acknowledged(reading, p, found.acknowledged):
+            _blocking(reading, p, queue, window, found.blocking)
     return found
 
 
-def _hear(
-    p: int,
-    actions: range,
-    mine: Collection[int],
-    own: Collection[Key],
-    waits: Mapping[int, Sequence[Key]],
-    posts: Posts,
-    known: dict[int, list[Key]],
-) -> list[list[Key]]:
-    """Let go what program p hears of; returns what is left of each lane."""
-    came: dict[int, int] = {}  # how far each other program is known to have come
-    pending: dict[int, deque[Key]] = defaultdict(deque)
-    for n in actions:
-        for key in posts.of.get(n, ()):
-            if key not in own:
+def _acknowledged(reading: Reading, p: int, out: dict[int, list[TransferKey]]) -> list[list[TransferKey]]:
+    """Put into `out` what is acknowledged to program p; returns what is left, by flow."""
+    starts, started_by, together, waits = reading.starts, reading.started_by, reading.together, reading.waits
+    computations = set(reading.computations[p])
+    awaited = {key for n in computations for key in waits.get(n, ())}
+    progress: dict[int, int] = {}  # by other program, the last of its actions that it is known to have begun
+    pending: dict[int, deque[TransferKey]] = defaultdict(deque)  # by flow
+    for n in range(reading.first[p], reading.first[p + 1]):
+        for key in starts.get(n, ()):
+            if key not in awaited:
                 pending[key[0]].append(key)
-        if n not in mine:
+        if n not in computations:
             continue
-        for there in (*(posts.at[key] for key in waits.get(n, ())), posts.meets.get(n, {})):
+        for there in (*(started_by[key] for key in waits.get(n, ())), together.get(n, {})):
             for q, at in there.items():
-                came[q] = max(came.get(q, -1), at)
+                progress[q] = max(progress.get(q, -1), at)
         for queue in pending.values():
-            while queue and all(q == p or came.get(q, -1) >= at for q, at in posts.at[queue[0]].items()):
-                known.setdefault(n, []).append(queue.popleft())
+            while queue and all(
+                q == p or progress.get(q, -1) >= at for q, at in started_by[queue[0]].items()
+            ):
+                out.setdefault(n, []).append(queue.popleft())
     return [list(queue) for queue in pending.values()]
 
 
-def _ask(
-    p: int,
-    queue: Sequence[Key],
-    before: Sequence[int],
-    posts: Posts,
-    window: int,
-    asked: dict[int, list[Key]],
+def _blocking(
+    reading: Reading, p: int, queue: Sequence[TransferKey], window: int, out: dict[int, list[TransferKey]]
 ) -> None:
-    """Let go each of `queue` before what makes one that comes `window` later."""
-    makes = [before[posts.at[key][p]] for key in queue]
+    """Release each transfer of `queue` before the computation that makes the one `window` places later."""
+    makes = [reading.before[reading.started_by[key][p]] for key in queue]
     k = window
     for j, key in enumerate(queue):
         k = max(k, j + window)
-        while k < len(queue) and makes[k] <= posts.at[key][p]:  # made together with it
+        while k < len(queue) and makes[k] <= reading.started_by[key][p]:  # made by the same computation
             k += 1
         if k < len(queue):
-            asked.setdefault(makes[k], []).append(key)
+            out.setdefault(makes[k], []).append(key)

@@ -4,43 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from parallel.schedule.action import BOUNDARY, COMPUTE, Kind
+from parallel.schedule.action import BOUNDARY, COMPUTE, Action, Kind
 from parallel.schedule.plan import SchedulePlan
 from parallel.schedule.record import Record
-from parallel.schedule.simulator.simulate import Timeline
+from parallel.schedule.simulator.simulate import Timeline, Transfer
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A computation on a row. chunk: which of the rank's virtual stages, from 0; seconds from the start."""
+    """A computation on a row of the chart.
+
+    start, end: seconds from the start of the step. chunk: which of the rank's virtual stages, from 0.
+    """
 
     row: int
     start: float
     end: float
-    module: str
-    kind: Kind
-    microbatch: int
-    span: int = 1
-    chunk: int = 0
+    action: Action
+    chunk: int
 
 
-@dataclass(frozen=True)
-class Arrow:
-    """Rows that go from one row of the chart to another. boundary: between modules, else along a pipeline."""
+class Arrow(Transfer):
+    """A transfer on a chart, where `source` and `target` are rows."""
 
-    source: int
-    start: float
-    target: int
-    end: float
-    module: str
-    boundary: bool
-    backward: bool
+    @property
+    def boundary(self) -> bool:
+        """Whether it goes from module to module, not along a pipeline."""
+        return self.kind in BOUNDARY
+
+    @property
+    def backward(self) -> bool:
+        """Whether it carries gradients."""
+        return self.kind in (Kind.SEND_BACKWARD, Kind.BOUNDARY_BACKWARD)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A rank, or ranks that do the same. lives: the modules and pipeline ranks there; bubble: idle share."""
+    """A rank, or ranks that do the same. lives: the modules and pipeline ranks there. bubble: idle share."""
 
     label: str
     lives: str
@@ -59,18 +61,38 @@ class Chart:
     kind: str
 
 
+class Message(NamedTuple):
+    """What identifies a transfer in the records of a run, at all of its ends.
+
+    kind: SEND_FORWARD, SEND_BACKWARD or a boundary's. module: for a boundary its source.
+    peer: the receiving stage of a send; None for a boundary.
+    stage: the sink's stage that a boundary's rows enter; None for a send.
+    """
+
+    kind: Kind
+    module: str
+    peer: int | None
+    stage: int | None
+    microbatch: int
+
+
+class Started(NamedTuple):
+    """That a row has started its end of a transfer, in seconds from the start of the step."""
+
+    time: float
+    row: int
+
+
 def simulated(line: Timeline) -> Chart:
     """The chart of a simulation, one row for all ranks of a program."""
     plan = line.plan
-    bars, arrows = [], []
+    bars = []
     for p, program in enumerate(plan.programs):
         for a, start, end in zip(program, line.start[p], line.end[p], strict=True):
             if a.kind in COMPUTE and end > start:
                 chunk = a.stage // plan.modules[a.module].layout.pp
-                bars.append(Bar(p, start, end, a.module, a.kind, a.microbatch, a.span, chunk))
-    for t in line.transfers:
-        backward = t.kind in (Kind.SEND_BACKWARD, Kind.BOUNDARY_BACKWARD)
-        arrows.append(Arrow(t.source, t.start, t.target, t.end, t.module, t.kind in BOUNDARY, backward))
+                bars.append(Bar(p, start, end, a, chunk))
+    arrows = [Arrow(*transfer) for transfer in line.transfers]
     rows = tuple(
         Row(_ranks(ranks), _lives(plan, p), line.bubble(ranks[0])) for p, ranks in enumerate(plan.ranks_of)
     )
@@ -80,12 +102,12 @@ def simulated(line: Timeline) -> Chart:
 def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Chart:
     """The chart of a run, from the records of its ranks (observe=records.append), whose clocks must agree.
 
-    An arrow stands where the last of the senders of what a computation waited for had it ready.
+    An arrow stands where the last sender of what a computation waited for started to send it.
     """
     first = min((r[0].start for r in records.values() if r), default=0.0)
     bars: list[Bar] = []
     rows: list[Row] = []
-    sent: dict[tuple[object, ...], list[tuple[int, float]]] = {}
+    sent: dict[Message, list[Started]] = {}
     end = max((r[-1].end for r in records.values() if r), default=0.0) - first
     for row, rank in enumerate(sorted(records)):
         busy = 0.0
@@ -93,12 +115,11 @@ def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Cha
             if action.kind in COMPUTE:
                 chunk = action.stage // plan.modules[action.module].layout.pp
                 busy += stop - ready
-                where = (row, ready - first, stop - first, action.module, action.kind)
-                bars.append(Bar(*where, action.microbatch, action.span, chunk))
+                bars.append(Bar(row, ready - first, stop - first, action, chunk))
             elif action.kind in _SENT:
                 stage = action.stage if action.kind in BOUNDARY else None
-                key = (action.kind, action.module, action.peer, stage, action.microbatch)
-                sent.setdefault(key, []).append((row, begin - first))
+                message = Message(action.kind, action.module, action.peer, stage, action.microbatch)
+                sent.setdefault(message, []).append(Started(begin - first, row))
         rows.append(Row(f"rank {rank}", _lives(plan, plan.program_of[rank]), 1 - busy / end if end else 0.0))
     arrows = [arrow for bar in bars for arrow in _arrows(plan, sorted(records), bar, sent)]
     return Chart(tuple(rows), tuple(bars), tuple(arrows), tuple(plan.modules), end, f"{plan.kind}, measured")
@@ -108,47 +129,53 @@ _SENT = (Kind.SEND_FORWARD, Kind.SEND_BACKWARD, Kind.BOUNDARY_FORWARD, Kind.BOUN
 
 
 def _arrows(
-    plan: SchedulePlan,
-    ranks: Sequence[int],
-    bar: Bar,
-    sent: Mapping[tuple[object, ...], list[tuple[int, float]]],
+    plan: SchedulePlan, ranks: Sequence[int], bar: Bar, sent: Mapping[Message, Sequence[Started]]
 ) -> list[Arrow]:
-    """What a computation waited for, among what other rows have started to send."""
-    use = plan.modules[bar.module]
-    stage = bar.chunk * use.layout.pp + use.layout.coord(ranks[bar.row]).pp
-    forward = bar.kind is Kind.FORWARD
-    keys: list[tuple[object, ...]] = []
-    if forward and stage:
-        keys = [(Kind.SEND_FORWARD, bar.module, stage, None, bar.microbatch)]
-    if forward and bar.module == plan.sink:
-        entering = [m for m in plan.entering(stage) if m in plan.active[bar.microbatch]]
-        keys += [(Kind.BOUNDARY_FORWARD, m, None, stage, bar.microbatch) for m in entering]
-    elif forward or bar.kind is Kind.BACKWARD_WEIGHT:
-        pass
-    elif stage + 1 < use.stages:
-        keys = [(Kind.SEND_BACKWARD, bar.module, stage, None, bar.microbatch)]
-    elif bar.module != plan.sink:
-        covered = range(bar.microbatch, bar.microbatch + bar.span)
-        keys = [(Kind.BOUNDARY_BACKWARD, bar.module, None, s, i) for i in covered for s in use.enters]
+    """From the rows that sent what a computation waited for. ranks: by row."""
+    rank, layout = ranks[bar.row], plan.modules[bar.action.module].layout
     out = []
-    for key in keys:
-        boundary = key[2] is None
-        peers = ranks if boundary else use.layout.peers(ranks[bar.row], "pp")
-        senders = [(t, row) for row, t in sent.get(key, ()) if ranks[row] in peers and t <= bar.start]
-        start, row = max((s for s in senders if _sends(plan, ranks[s[1]], key)), default=(0.0, bar.row))
-        if row != bar.row:
-            out.append(Arrow(row, start, bar.row, start, str(key[1]), boundary, not forward))
+    for message in _inputs(plan, bar.action):
+        peers = layout.peers(rank, "pp") if message.stage is None else ranks
+        senders = [
+            started
+            for started in sent.get(message, ())
+            if ranks[started.row] in peers
+            and started.time <= bar.start
+            and _makes(plan, ranks[started.row], message)
+        ]
+        last = max(senders, default=Started(0.0, bar.row))
+        if last.row != bar.row:
+            out.append(Arrow(message.kind, message.module, last.row, bar.row, last.time, last.time))
     return out
 
 
-def _sends(plan: SchedulePlan, rank: int, key: tuple[object, ...]) -> bool:
-    """Whether a rank is where the rows of a boundary come from, not only where they go."""
-    source = sink = frozenset[int]()
-    if isinstance(key[3], int):
-        source, sink = plan.ends(str(key[1]), key[3])
-    if key[0] is Kind.BOUNDARY_FORWARD:
-        return plan.program_of[rank] in source
-    return key[0] is not Kind.BOUNDARY_BACKWARD or plan.program_of[rank] in sink
+def _inputs(plan: SchedulePlan, a: Action) -> list[Message]:
+    """The messages that a computation waits for."""
+    use = plan.modules[a.module]
+    if a.kind is Kind.FORWARD:
+        along = [Message(Kind.SEND_FORWARD, a.module, a.stage, None, a.microbatch)] if a.stage else []
+        if a.module != plan.sink:
+            return along
+        entering = [m for m in plan.entering(a.stage) if m in plan.active[a.microbatch]]
+        return [
+            *along,
+            *(Message(Kind.BOUNDARY_FORWARD, m, None, a.stage, a.microbatch) for m in entering),
+        ]
+    if a.kind is Kind.BACKWARD_WEIGHT:
+        return []
+    if a.stage + 1 < use.stages:
+        return [Message(Kind.SEND_BACKWARD, a.module, a.stage, None, a.microbatch)]
+    if a.module == plan.sink:
+        return []
+    return [Message(Kind.BOUNDARY_BACKWARD, a.module, None, s, i) for i in a.microbatches for s in use.enters]
+
+
+def _makes(plan: SchedulePlan, rank: int, message: Message) -> bool:
+    """Whether a rank that starts its end of a message sends rows, rather than only receiving them."""
+    if message.stage is None:
+        return True
+    source, sink = plan.ends(message.module, message.stage)
+    return plan.program_of[rank] in (source if message.kind is Kind.BOUNDARY_FORWARD else sink)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

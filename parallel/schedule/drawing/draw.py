@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from parallel.schedule.action import Kind
 from parallel.schedule.drawing.chart import Arrow, Bar, Chart
 from parallel.schedule.drawing.shapes import INK, PAPER, Box, Curve, Picture, Shape, Text
 
-# (forward, backward, weight gradient) of each module: the sink first, then sources. They stay apart in grey
-# and for red-green blindness.
+# (forward, backward, weight gradient) of each module: the sink first, then sources. They can be told apart in
+# greyscale and with red-green colour blindness.
 PALETTE = (
     ("#5b6ee1", "#2f3c96", "#b6bff5"),
     ("#14a38b", "#0a5f52", "#a5e0d5"),
@@ -68,23 +70,29 @@ def _axis(chart: Chart, scale: float, bottom: float) -> list[Shape]:
 
 
 def _bar(chart: Chart, bar: Bar, scale: float) -> list[Shape]:
-    forward, backward, weight = colours(chart, bar.module)
+    action = bar.action
+    forward, backward, weight = colours(chart, action.module)
     fill = {
         Kind.FORWARD: forward,
         Kind.BACKWARD: backward,
         Kind.BACKWARD_INPUT: backward,
         Kind.BACKWARD_WEIGHT: weight,
-    }[bar.kind]
+    }[action.kind]
     x, w = LEFT + bar.start * scale, (bar.end - bar.start) * scale
     y = TOP + bar.row * (ROW + GAP)
     inset = min(0.6, w / 8)
-    out: list[Shape] = [Box(x + inset, y + 2, w - 2 * inset, ROW - 4, fill, min(3, w / 4))]
-    ink = INK if bar.kind is Kind.BACKWARD_WEIGHT else PAPER
+    body = Box(x=x + inset, y=y + 2, w=w - 2 * inset, h=ROW - 4, fill=fill, radius=min(3, w / 4))
+    ink = INK if action.kind is Kind.BACKWARD_WEIGHT else PAPER
+    out: list[Shape] = [body]
     if bar.chunk:  # later virtual stages carry a light band
-        out.append(Box(x + inset, y + 2, w - 2 * inset, 3.5 * bar.chunk, PAPER, 0, 0.45))
-    words = f"{bar.microbatch}" if bar.span == 1 else f"{bar.microbatch}-{bar.microbatch + bar.span - 1}"
-    if w >= 7 * len(words) + 2:
-        out.append(Text(x + w / 2, y + ROW / 2 + (1 if bar.chunk else 0), words, 11.5, ink, "middle", True))
+        out.append(replace(body, h=3.5 * bar.chunk, fill=PAPER, radius=0, opacity=0.45))
+    covered = action.microbatches
+    label = f"{covered[0]}" if len(covered) == 1 else f"{covered[0]}-{covered[-1]}"
+    if w >= 7 * len(label) + 2:
+        middle = y + ROW / 2 + (1 if bar.chunk else 0)
+        out.append(
+            Text(x + w / 2, middle, label, size=11.5, colour=ink, anchor="middle", bold=True),
+        )
     return out
 
 
@@ -94,31 +102,33 @@ def _arrow(chart: Chart, arrow: Arrow, scale: float) -> Curve:
     y2 = TOP + arrow.target * (ROW + GAP) + (-1 if down else ROW + 1)
     x1, x2 = LEFT + arrow.start * scale, LEFT + arrow.end * scale
     if not arrow.boundary:
-        return Curve(x1, y1, x2, y2, SOFT, 0.9, 0.55, arrow.backward)
-    colour = colours(chart, arrow.module)[1 if arrow.backward else 0]
-    return Curve(x1, y1, x2, y2, colour, 1.8, 0.9, arrow.backward)
+        return Curve(x1, y1, x2, y2, SOFT, width=0.9, opacity=0.55, dashed=arrow.backward)
+    forward, backward, _ = colours(chart, arrow.module)
+    colour = backward if arrow.backward else forward
+    return Curve(x1, y1, x2, y2, colour, width=1.8, opacity=0.9, dashed=arrow.backward)
 
 
 def _legend(chart: Chart, y: float, width: int) -> list[Shape]:
     out: list[Shape] = []
     x = float(LEFT)
-    split = any(b.kind is Kind.BACKWARD_WEIGHT for b in chart.bars)
+    split = {b.action.module for b in chart.bars if b.action.kind is Kind.BACKWARD_WEIGHT}
     for module in (*chart.modules[-1:], *chart.modules[:-1]):
         names = [f"{module} forward", "backward"]
-        if split and any(b.kind is Kind.BACKWARD_WEIGHT and b.module == module for b in chart.bars):
+        if module in split:
             names = [f"{module} forward", "input gradient", "weight gradient"]
         for name, fill in zip(names, colours(chart, module), strict=False):
             out += [Box(x, y - 6, 12, 12, fill, 3), Text(x + 17, y, name, 11, SOFT)]
             x += 30 + 6.2 * len(name)
         x += 14
     if any(b.chunk for b in chart.bars):
-        out += [Box(x, y - 6, 12, 12, SOFT, 3), Box(x, y - 6, 12, 4, PAPER, 0, 0.45)]
+        out += [Box(x, y - 6, 12, 12, SOFT, 3), Box(x, y - 6, 12, 4, PAPER, opacity=0.45)]
         out.append(Text(x + 17, y, "later virtual stage", 11, SOFT))
         x += 150
     out += [Box(x, y - 6, 12, 12, TRACK, 3), Text(x + 17, y, "idle", 11, SOFT)]
     x += 60
     if any(a.boundary for a in chart.arrows):
-        out += [Curve(x, y + 5, x + 12, y - 5, colours(chart, chart.modules[0])[0], 1.8, 0.9)]
+        colour = colours(chart, chart.modules[0])[0]
+        out += [Curve(x, y + 5, x + 12, y - 5, colour, width=1.8, opacity=0.9)]
         out.append(Text(x + 20, y, "boundary", 11, SOFT))
     return out
 
@@ -144,5 +154,5 @@ def _time(value: float, whole: float) -> str:
     raise AssertionError
 
 
-def _shorten(words: str, n: int) -> str:
-    return words if len(words) <= n else words[: n - 2] + ".."
+def _shorten(text: str, n: int) -> str:
+    return text if len(text) <= n else text[: n - 2] + ".."

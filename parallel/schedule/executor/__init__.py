@@ -1,12 +1,5 @@
 """Plans carried out: handlers of actions in order, a backward in two halves, and stand-ins for real work.
 
-What an action does to tensors is its handler's affair.
+What an action does to tensors is its handler's affair. Entry points: execute.execute, standin.run_standins.
+Names are not handed on, since stand-ins need torch: its import takes seconds, and refusals come without it.
 """
-
-from parallel.schedule.executor.execute import execute
-from parallel.schedule.executor.standin import run_standins
-
-__all__ = [
-    "execute",
-    "run_standins",
-]

@@ -45,7 +45,7 @@ class Kept:
         else:
             made = F.grouped_mm(self.left, self.right, offs=self.ends)
         made = made.mT if self.turned else made
-        return made.split(self.sizes) if self.sizes else (made,)
+        return torch.split(made, list(self.sizes)) if self.sizes else (made,)
 
 
 # What to keep of a node, of the gradient of its result and of the edges to its weights.
@@ -82,7 +82,7 @@ def backward_input(output: Tensor, grad: Tensor | None, inputs: Sequence[Tensor]
             joined.let_weights_wait(p.node)
     handles = [p.node.register_prehook(partial(p.keep, kept)) for p in products]
     try:
-        output.backward(grad, inputs=[*inputs, *others])
+        torch.autograd.backward(output, grad, inputs=[*inputs, *others])
     finally:
         for handle in handles:
             handle.remove()

@@ -38,7 +38,7 @@ class Rules:
     fit: float
 
 
-TRIED = tuple(Rules(early, fit) for early in (0.0, 1.0, 2.0, 4.0) for fit in (0.0, 0.5, 1.0))
+RULES_TRIED = tuple(Rules(early, fit) for early in (0.0, 1.0, 2.0, 4.0) for fit in (0.0, 0.5, 1.0))
 
 
 @dataclass
@@ -59,13 +59,17 @@ class _Rank:
 
 
 @dataclass(frozen=True)
-class Spare:
+class FillProblem:
     """A pipeline with idle time, and the encoder work to go into it.
 
-    pipeline, starts: the sink's works and when they start alone, by rank. stages: its virtual stages.
-    forwards: the encoders' by micro-batch, the same on every rank.     learn: the encoders with a backward.
+    pipeline: the sink's works, by pipeline rank.
+    starts: when each of them starts if the pipeline runs alone, in simulated seconds, by pipeline rank.
+    stages: the sink's virtual stages.
+    forwards: the encoders' forwards, by micro-batch, the same on every rank.
+    learn: the encoders that have backwards.
     enters: by encoder, the sink's stages that its rows enter.
-    ahead: for how many micro-batches a rank may hold encoder activations, enough for the pipeline as it is.
+    active: by micro-batch, the encoders that have items in it.
+    ahead: for how many micro-batches a rank may hold encoder activations; at least what the pipeline needs.
     """
 
     pipeline: Sequence[Sequence[Work]]
@@ -79,22 +83,22 @@ class Spare:
     costs: Costs
 
 
-def fill(spare: Spare, rules: Rules) -> list[list[Work]]:
+def fill(given: FillProblem, rules: Rules) -> list[list[Work]]:
     """Everything that each pipeline rank computes, in order."""
-    run = _Fill(spare, rules)
+    run = _Fill(given, rules)
     run.play()
     return run.lists()
 
 
 class _Fill:
-    def __init__(self, spare: Spare, rules: Rules) -> None:
-        self.spare, self.rules = spare, rules
-        self.ranks = [_Rank(works, at) for works, at in zip(spare.pipeline, spare.starts, strict=True)]
-        self.gradients = [w._replace(kind=BACKWARD) for w in spare.forwards if w.module in spare.learn]
+    def __init__(self, given: FillProblem, rules: Rules) -> None:
+        self.given, self.rules = given, rules
+        self.ranks = [_Rank(works, at) for works, at in zip(given.pipeline, given.starts, strict=True)]
+        self.gradients = [w._replace(kind=BACKWARD) for w in given.forwards if w.module in given.learn]
         # (kind, stage, micro-batch) of the sink, backward as one
         self.done: set[tuple[Kind, int, int]] = set()
-        self.rows = [0] * len(spare.active)  # encoder forwards done, over ranks and encoders
-        first = zip(spare.pipeline[0], spare.starts[0], strict=True)
+        self.rows = [0] * len(given.active)  # encoder forwards done, over ranks and encoders
+        first = zip(given.pipeline[0], given.starts[0], strict=True)
         self.read_at = {w.microbatch: t for w, t in first if w.stage == 0 and w.kind is FORWARD}
         # By (stage of the sink, micro-batch), when its gradient left.
         self.returned: dict[tuple[int, int], float] = {}
@@ -121,7 +125,7 @@ class _Fill:
             (self.returned[s, i], 0, k, Work(BOUNDARY_BACKWARD, w.module, s, i))
             for k, w in enumerate(self.gradients)
             for i in self._rows_of(w)
-            for s in self.spare.enters[w.module]
+            for s in self.given.enters[w.module]
         ]
         out = []
         for r, rank in enumerate(self.ranks):
@@ -133,10 +137,10 @@ class _Fill:
     def _rows_of(self, w: Work) -> list[int]:
         """The micro-batches of an encoder's work that have items."""
         covered = range(w.microbatch, w.microbatch + w.span)
-        return [i for i in covered if w.module in self.spare.active[i]]
+        return [i for i in covered if w.module in self.given.active[i]]
 
     def _seconds(self, w: Work) -> float:
-        return self.spare.costs.seconds(Action(w.kind, w.module, w.microbatch, stage=w.stage, span=w.span))
+        return self.given.costs.seconds(Action(w.kind, w.module, w.microbatch, stage=w.stage, span=w.span))
 
     def _begin(self, rank: _Rank, w: Work) -> None:
         rank.busy, rank.until = w, self.now + self._seconds(w)
@@ -146,7 +150,7 @@ class _Fill:
             rank.at += 1
         elif w.kind is FORWARD:
             rank.ahead += 1
-            rank.held[w.module] += w.span * (w.module in self.spare.learn)
+            rank.held[w.module] += w.span * (w.module in self.given.learn)
         else:
             rank.back += 1
 
@@ -167,11 +171,11 @@ class _Fill:
 
     def _choose(self, rank: _Rank) -> Work | None:
         """What a free rank does now; None to wait."""
-        forward = self.spare.forwards[rank.ahead] if rank.ahead < len(self.spare.forwards) else None
+        forward = self.given.forwards[rank.ahead] if rank.ahead < len(self.given.forwards) else None
         gradient = self.gradients[rank.back] if rank.back < len(self.gradients) else None
         if gradient is not None and not self._came_back(gradient):
             gradient = None
-        full = forward is not None and rank.held[forward.module] + forward.span > self.spare.ahead
+        full = forward is not None and rank.held[forward.module] + forward.span > self.given.ahead
         if full:
             forward = None  # until a backward makes room
         work = rank.sink[rank.at] if rank.at < len(rank.sink) else None
@@ -193,14 +197,14 @@ class _Fill:
 
     def _ready(self, w: Work) -> bool:
         if w.kind is FORWARD and w.stage == 0:
-            return self.rows[w.microbatch] == len(self.ranks) * len(self.spare.active[w.microbatch])
+            return self.rows[w.microbatch] == len(self.ranks) * len(self.given.active[w.microbatch])
         need = self._need(w)
         return need is None or need in self.done
 
     def _need(self, w: Work) -> tuple[Kind, int, int] | None:
         if w.kind is FORWARD:
             return (FORWARD, w.stage - 1, w.microbatch)
-        if w.kind is BACKWARD_WEIGHT or w.stage + 1 == self.spare.stages:
+        if w.kind is BACKWARD_WEIGHT or w.stage + 1 == self.given.stages:
             return None
         return (BACKWARD, w.stage + 1, w.microbatch)
 

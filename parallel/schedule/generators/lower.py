@@ -16,75 +16,71 @@ from parallel.schedule.action import (
     SEND_FORWARD,
     WORLD,
     Action,
+    Direction,
     Group,
     Kind,
-    Way,
 )
 from parallel.schedule.generators.orders import Work
-from parallel.schedule.plan import (
-    ModuleUse,
-    Place,
-    SchedulePlan,
-    compute_groups,
-    parameter_groups,
-    places,
-)
+from parallel.schedule.generators.problem import Problem
+from parallel.schedule.plan import Place, SchedulePlan, compute_groups, parameter_groups, places
+from parallel.topology.directions import Directions
+
+StageKey = tuple[str, int]  # (module, stage)
 
 
 def lower(
-    kind: str,
-    modules: Mapping[str, ModuleUse],
-    sink: str,
-    active: Sequence[frozenset[str]],
+    problem: Problem,
     works: Mapping[Place, Sequence[Work]],
     *,
-    train: bool = True,
     ahead: int | None = None,
-    optimizer: bool = False,
     late: Collection[str] = (),
 ) -> SchedulePlan:
     """The plan in which the ranks at each place do the `works` of that place, in order.
 
-    A transfer is started right after what makes its rows, and its receive one computation before what needs
-    them, unless `works` has the receive of a boundary itself. optimizer: end with the update. late: modules
-    whose gradients are summed at the end, for places that come to their last backward in different orders.
+    A transfer is started right after the computation that makes its rows. Its receive is started one
+    computation before the one that needs the rows, unless `works` has the receive of a boundary itself.
+
+    ahead: SchedulePlan.ahead.
+    late: modules whose gradients are summed at the end, because places come to their last backward in
+        different orders.
     """
-    where = places({m: u.layout for m, u in modules.items()})
+    where = places({m: u.layout for m, u in problem.modules.items()})
     distinct = list(dict.fromkeys(where.values()))
     number = {place: p for p, place in enumerate(distinct)}
-    program_of = {rank: number[place] for rank, place in where.items()}
-    writer = _Writer(modules, sink, active, train, late)
-    programs = tuple(writer.program(place, works[place], optimizer) for place in distinct)
-    return SchedulePlan(kind, modules, sink, tuple(active), programs, program_of, train, ahead)
+    writer = _Writer(problem, late)
+    return SchedulePlan(
+        kind=problem.kind,
+        modules=problem.modules,
+        sink=problem.sink,
+        active=problem.active,
+        programs=tuple(writer.program(place, works[place]) for place in distinct),
+        program_of={rank: number[place] for rank, place in where.items()},
+        train=problem.options.train,
+        ahead=ahead,
+    )
 
 
 class _Writer:
-    def __init__(
-        self,
-        modules: Mapping[str, ModuleUse],
-        sink: str,
-        active: Sequence[frozenset[str]],
-        train: bool,
-        late: Collection[str],
-    ) -> None:
-        self.modules, self.sink, self.active, self.train, self.late = modules, sink, active, train, late
-        self.sources = [m for m in modules if m != sink]
-        self.compute = {m: compute_groups(m, u) for m, u in modules.items()}
-        self.parameters = {m: parameter_groups(m, u) for m, u in modules.items()}
+    """Writes the actions of one place after the other."""
+
+    def __init__(self, problem: Problem, late: Collection[str]) -> None:
+        self.problem, self.modules, self.sink, self.late = problem, problem.modules, problem.sink, late
+        self.active = problem.active
+        self.sources = [m for m in self.modules if m != self.sink]
+        self.compute = {m: compute_groups(m, u) for m, u in self.modules.items()}
+        self.parameters = {m: parameter_groups(m, u) for m, u in self.modules.items()}
         self.links = {
-            m: ((Group("module", m, "pp", "forward"),), (Group("module", m, "pp", "backward"),))
-            for m in modules
+            m: Directions(
+                forward=(Group("module", m, "pp", "forward"),),
+                backward=(Group("module", m, "pp", "backward"),),
+            )
+            for m in self.modules
         }
 
-    def program(self, place: Place, works: Sequence[Work], optimizer: bool) -> tuple[Action, ...]:
-        # The sources that this place holds rows of, and the stages of the sink that read rows here.
-        pp = dict(zip(self.modules, place, strict=True))
-        holds = {s for s in self.sources if pp[s] is not None and pp[s] == self.modules[s].layout.pp - 1}
-        at = pp[self.sink]
-        reads = set() if at is None else set(self.modules[self.sink].stages_at(at))
-        given = {w[1:4] for w in works if w.kind is BOUNDARY_BACKWARD}
-        final: dict[tuple[str, int], int] = {}  # the last backward of each stage
-        end: dict[tuple[str, int], int] = {}  # its last computation
+    def program(self, place: Place, works: Sequence[Work]) -> tuple[Action, ...]:
+        """The actions of a place, from what it computes."""
+        final: dict[StageKey, int] = {}  # the last backward of each stage, by index in `works`
+        end: dict[StageKey, int] = {}  # its last computation
         for k, w in enumerate(works):
             if w.kind in COMPUTE:
                 end[w.module, w.stage] = k
@@ -92,42 +88,56 @@ class _Writer:
                 final[w.module, w.stage] = k
         stepwise = [key for key in end if self.modules[key[0]].params == "step" and self.parameters[key[0]]]
         out = [self._on_parameters(Kind.GATHER, key) for key in sorted(stepwise)]
-        posts = [self._before(w, holds, reads, given) for w in works] + [[]]
-        out += posts[0] if works else []
+        receives = [*self._receives(place, works), []]
+        out += receives[0]
         for k, w in enumerate(works):
-            out += posts[k + 1]
+            out += receives[k + 1]
             if w.kind not in COMPUTE:
                 out.append(self._edge(w.kind, w.module, w.stage, w.microbatch))
                 continue
             key = (w.module, w.stage)
             last = final.get(key) == k
-            groups = self.compute[w.module]
-            out.append(Action(w.kind, w.module, w.microbatch, w.stage, last, None, w.span, groups))
+            out.append(self._computation(w, last))
             out += self._after(w)
             if w.module not in self.late:
                 out += self._closing(key, last, end[key] == k and key in stepwise)
         for key in sorted(end):
             if key[0] in self.late:
                 out += self._closing(key, key in final, key in stepwise)
-        if optimizer and self.train:
+        if self.problem.options.optimizer and self.problem.options.train:
             out.append(Action(Kind.OPTIMIZER, self.sink, 0, groups=(WORLD,)))
         return tuple(out)
 
-    def _closing(self, key: tuple[str, int], after_last: bool, free: bool) -> list[Action]:
+    def _computation(self, w: Work, last: bool) -> Action:
+        groups = self.compute[w.module]
+        return Action(w.kind, w.module, w.microbatch, w.stage, last=last, span=w.span, groups=groups)
+
+    def _closing(self, key: StageKey, after_last: bool, free: bool) -> list[Action]:
         """What a stage's parameters need after its last backward, and after its last computation."""
         use = self.modules[key[0]]
         sums = after_last and use.params != "each" and not use.frozen and bool(self.parameters[key[0]])
         kinds = [kind for kind, needed in ((Kind.GRAD_SYNC, sums), (Kind.FREE, free)) if needed]
         return [self._on_parameters(kind, key) for kind in kinds]
 
-    def _on_parameters(self, kind: Kind, key: tuple[str, int]) -> Action:
-        groups = () if kind is Kind.FREE else self.parameters[key[0]]
-        return Action(kind, key[0], 0, stage=key[1], groups=groups)
+    def _on_parameters(self, kind: Kind, key: StageKey) -> Action:
+        module, stage = key
+        groups = () if kind is Kind.FREE else self.parameters[module]
+        return Action(kind, module, 0, stage=stage, groups=groups)
+
+    def _receives(self, place: Place, works: Sequence[Work]) -> list[list[Action]]:
+        """By work, the receives that it waits for and that no computation of this place starts."""
+        pp = dict(zip(self.modules, place, strict=True))
+        # The sources whose rows are made here, and the stages of the sink that read rows here.
+        holds = {s for s in self.sources if pp[s] is not None and pp[s] == self.modules[s].layout.pp - 1}
+        at = pp[self.sink]
+        reads = set() if at is None else set(self.modules[self.sink].stages_at(at))
+        explicit = {w[1:4] for w in works if w.kind is BOUNDARY_BACKWARD}  # receives that `works` has itself
+        return [self._before(w, holds, reads, explicit) for w in works]
 
     def _before(
-        self, w: Work, holds: set[str], reads: set[int], given: set[tuple[str, int, int]]
+        self, w: Work, holds: set[str], reads: set[int], explicit: set[tuple[str, int, int]]
     ) -> list[Action]:
-        """Receives that `w` waits for and that no computation of this place starts."""
+        """The receives of one work."""
         if w.kind not in COMPUTE:
             return []
         if w.kind is FORWARD:
@@ -139,7 +149,7 @@ class _Writer:
                 return [self._link(RECV_BACKWARD, w, w.stage + 1)]
             if w.module != self.sink:
                 far = [s for s in self.modules[w.module].enters if s not in reads]
-                rows = [(s, i) for i in self._covered(w) for s in far if (w.module, s, i) not in given]
+                rows = [(s, i) for i in self._covered(w) for s in far if (w.module, s, i) not in explicit]
                 return [self._edge(BOUNDARY_BACKWARD, w.module, s, i) for s, i in rows]
         return []
 
@@ -172,9 +182,13 @@ class _Writer:
         return [i for i in range(w.microbatch, w.microbatch + w.span) if w.module in self.active[i]]
 
     def _link(self, kind: Kind, w: Work, peer: int) -> Action:
-        groups = self.links[w.module][kind in (SEND_BACKWARD, RECV_BACKWARD)]
-        return Action(kind, w.module, w.microbatch, w.stage, False, peer, w.span, groups)
+        """A send or receive along the pipeline of w's module."""
+        links = self.links[w.module]
+        groups = links.backward if kind in (SEND_BACKWARD, RECV_BACKWARD) else links.forward
+        return Action(kind, w.module, w.microbatch, w.stage, peer=peer, span=w.span, groups=groups)
 
     def _edge(self, kind: Kind, source: str, stage: int, microbatch: int) -> Action:
-        way: Way = "forward" if kind is BOUNDARY_FORWARD else "backward"
-        return Action(kind, source, microbatch, stage, groups=(Group("edge", source, "", way, stage),))
+        """A boundary action."""
+        direction: Direction = "forward" if kind is BOUNDARY_FORWARD else "backward"
+        group = Group("edge", source, direction=direction, stage=stage)
+        return Action(kind, source, microbatch, stage, groups=(group,))

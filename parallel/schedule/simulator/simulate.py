@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from parallel.schedule.action import BOUNDARY, BOUNDARY_BACKWARD, POSTED, Action, Kind
-from parallel.schedule.checker.graph import START, Graph, Key, Lane, graph_of
+from parallel.schedule.action import BOUNDARY_BACKWARD, POSTED, Action, Kind
+from parallel.schedule.checker.graph import Graph, graph_of
+from parallel.schedule.checker.reader import START, Flow, TransferKey
 from parallel.schedule.plan import SchedulePlan
 from parallel.schedule.simulator.costs import Costs
 
 
 class Transfer(NamedTuple):
-    """Rows on their way: started by all ends at `start`, there at `end`.
+    """Rows on their way from program `source` to program `target`.
 
-    kind: SEND_FORWARD, SEND_BACKWARD or a boundary's. source, target: programs.
+    kind: SEND_FORWARD, SEND_BACKWARD or a boundary's. module: for a boundary its source.
+    start: when the last end has started it. end: when the rows are there. In seconds.
     """
 
     kind: Kind
@@ -91,19 +93,18 @@ class Timeline:
         out = []
         graph = graph_of(self.plan)
         delays = _delays(graph, self.costs)
-        pairs = [self._pairs(lane) for lane in graph.lanes]
+        pairs = [self._pairs(flow) for flow in graph.flows]
         for (n, _), after in graph.transfers.items():
-            start = max(map(self._end, after))
-            kind, module = graph.lanes[n][:2]
-            out += [Transfer(kind, module, a, b, start, start + delays[n]) for a, b in pairs[n]]
+            start, flow = max(map(self._end, after)), graph.flows[n]
+            out += [Transfer(flow.kind, flow.module, a, b, start, start + delays[n]) for a, b in pairs[n]]
         return tuple(sorted(out, key=lambda t: t.start))
 
-    def _pairs(self, lane: Lane) -> Sequence[tuple[int, int]]:
-        """The programs that the transfers of a lane go from and to."""
-        if lane[0] not in BOUNDARY:
-            return (lane[3:],)
-        sources, targets = self.plan.ends(*lane[1:])
-        if lane[0] is BOUNDARY_BACKWARD:
+    def _pairs(self, flow: Flow) -> Sequence[tuple[int, int]]:
+        """The programs that the transfers of a flow go from and to."""
+        if flow.ends is not None:
+            return (flow.ends,)
+        sources, targets = self.plan.ends(flow.module, flow.stage)
+        if flow.kind is BOUNDARY_BACKWARD:
             sources, targets = targets, sources
         return [(s, t) for s in sources for t in targets if s != t]
 
@@ -138,8 +139,8 @@ def simulate(plan: SchedulePlan, costs: Costs | None = None) -> Timeline:
 
 
 def _delays(graph: Graph, costs: Costs) -> list[float]:
-    """By lane, what a transfer takes once it is under way."""
-    return [costs.transfer.get((module, kind), 0.0) for kind, module, *_ in graph.lanes]
+    """By flow, the seconds that a transfer takes once all its ends have started it."""
+    return [costs.transfer.get((flow.module, flow.kind), 0.0) for flow in graph.flows]
 
 
 def _own_cores(graph: Graph, seconds: Sequence[float], costs: Costs) -> tuple[list[float], list[float]]:
@@ -169,9 +170,9 @@ class _SharedCores:
         self.ranks = [n for p, n in enumerate(many) for _ in range(graph.first[p], graph.first[p + 1])]
         self.begins, self.ends = [0.0] * len(seconds), [0.0] * len(seconds)
         # What each computation and each transfer lets go on, and how much of that is still to come.
-        self.starts: dict[int, list[Key]] = defaultdict(list)  # transfers, by computation
+        self.starts: dict[int, list[TransferKey]] = defaultdict(list)  # transfers, by computation
         self.follows: dict[int, list[int]] = defaultdict(list)  # places in `order`, by computation
-        self.arrives: dict[Key, list[int]] = defaultdict(list)  # places in `order`, by transfer
+        self.arrives: dict[TransferKey, list[int]] = defaultdict(list)  # places in `order`, by transfer
         for at, members in enumerate(graph.order):
             for n in members:
                 self.follows[graph.before[n]].append(at)
@@ -185,7 +186,7 @@ class _SharedCores:
         self.now = self.clock = 0.0  # seconds, and how far a computation running all the time has come
         self.running = 0  # ranks that compute
         self.computing: list[tuple[float, int]] = []  # (clock at its end, computation)
-        self.arriving: list[tuple[float, Key]] = []  # (second, transfer)
+        self.arriving: list[tuple[float, TransferKey]] = []  # (second, transfer)
 
     def run(self) -> tuple[list[float], list[float]]:
         self._ended(START)

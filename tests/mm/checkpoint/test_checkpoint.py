@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mm.checkpoint.weights import export_hf
 from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up
-from mm.ranks.feed import Feed
+from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
 from mm.train.trainer import train_on, train_step
@@ -40,10 +40,10 @@ def run(raw: dict[str, Any], folder: str, first: int, last: int) -> list[dict[st
     data = open_data(job, index)
     if first:
         found = resume.find(blueprint.cfg, Path(folder), rank)
-        assert found is not None and checkpoint.load(job, data.index, found)["step"] == first
-    feed = Feed(data.index, data.assembler, job.control, seed=1, global_batch=5, ahead=1)
+        assert found is not None and checkpoint.load(job, data.index, found).step == first
+    feed = Feed(data.index, data.assembler, job.control, FeedOptions(seed=1, global_batch=5, prefetch=1))
     try:
-        out = [train_step(job, feed, step) for step in range(first, last)]
+        out = [asdict(train_step(job, feed, step)) for step in range(first, last)]
         checkpoint.save(job, data.index, Path(folder), last, feed.bad)
     finally:
         feed.close()
@@ -201,7 +201,7 @@ def test_a_launch_that_is_started_again_goes_on_from_its_own(
     folder, other = tmp_path / "run", copy(saved[0], tmp_path / "elsewhere")
     wanted = wanted if wanted == "none" else other
     began = None if wanted == "none" else Path(other) / "step-00000002"
-    again = replace(ALONE, again=True)
+    again = replace(ALONE, relaunched=True)
     assert auto(folder, ALONE, wanted) == began
     assert auto(folder, again, wanted) == began  # it failed before it began
     resume.begin(folder, ALONE, began, 0)
@@ -221,8 +221,8 @@ def test_a_launch_that_is_started_again_goes_on_from_its_own(
 
 def agree(folder: str, store_file: str) -> tuple[str, list[str], float]:
     """What this rank finds, which files it has summed up, and how long it waited for the last rank."""
-    words = dist.FileStore(store_file, dist.get_world_size())
-    rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), words, timeout_s=0.5)
+    shared = dist.FileStore(store_file, dist.get_world_size())
+    rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), shared, timeout_s=0.5)
     entry_of, summed = manifest.entry_of, list[str]()
 
     def slowly(file: Path, heartbeat: Any) -> manifest.Entry:
@@ -232,11 +232,11 @@ def agree(folder: str, store_file: str) -> tuple[str, list[str], float]:
             heartbeat()
         return entry_of(file, heartbeat)
 
-    manifest.entry_of, resume.BEAT_S, start = slowly, 0.1, time.monotonic()
+    manifest.entry_of, resume.HEARTBEAT_S, start = slowly, 0.1, time.monotonic()
     try:
         found = auto(Path(folder), rank)
     finally:
-        manifest.entry_of, resume.BEAT_S = entry_of, 1.0
+        manifest.entry_of, resume.HEARTBEAT_S = entry_of, 1.0
     return str(found), summed, time.monotonic() - start
 
 
@@ -247,7 +247,7 @@ def test_ranks_share_the_verifying_and_wait_as_long_as_one_is_alive(
     newest = Path(copy(folder / "step-00000002", folder / "step-00000003"))
     part = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     part.write_bytes(bytes(part.stat().st_size))
-    found = ranks(2, agree, str(folder), str(tmp_path / "words"))
+    found = ranks(2, agree, str(folder), str(tmp_path / "store"))
     assert [f[0] for f in found] == [str(folder / "step-00000002")] * 2
     summed = [name for f in found for name in f[1]]
     assert sorted(summed) == sorted(
@@ -257,17 +257,17 @@ def test_ranks_share_the_verifying_and_wait_as_long_as_one_is_alive(
 
 
 def stop_at(read: int) -> Any:
-    """A request that is heard when it is looked for the `read`-th time, on the last rank alone."""
+    """A request that is noticed when it is looked for the `read`-th time, on the last rank alone."""
 
-    class Heard:
+    class Late:
         count = 0
 
         @property
-        def asked(self) -> bool:
+        def requested(self) -> bool:
             self.count += 1
             return dist.get_rank() == dist.get_world_size() - 1 and self.count >= read
 
-    return Heard()
+    return Late()
 
 
 def train_until(raw: dict[str, Any], read: int) -> list[str]:
@@ -276,8 +276,8 @@ def train_until(raw: dict[str, Any], read: int) -> list[str]:
     rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     train_on(blueprint, rank, stop_at(read))
     folder = Path(blueprint.cfg.run.dir)
-    said = (folder / "log.txt").read_text().splitlines()
-    return [*(p.name for p in store.published(folder)), next((x for x in said if "stopped" in x), "done")]
+    log = (folder / "log.txt").read_text().splitlines()
+    return [*(p.name for p in store.published(folder)), next((x for x in log if "stopped" in x), "done")]
 
 
 def train_several(raw: dict[str, Any], folder: str, reads: list[int]) -> tuple[list[list[str]], int]:
@@ -293,7 +293,7 @@ def train_several(raw: dict[str, Any], folder: str, reads: list[int]) -> tuple[l
 
 
 def group_threads() -> int:
-    """Threads of gloo groups in this process, by their name; 0 where the system does not tell."""
+    """Threads of gloo groups in this process, by their name; 0 where the system does not list them."""
     tasks = Path("/proc/self/task")
     names = [(t / "comm").read_text() for t in tasks.iterdir()] if tasks.exists() else []
     return sum(name.startswith("pt_gloo") for name in names)
@@ -326,7 +326,7 @@ def test_a_request_to_one_rank_ends_the_run_well_whenever_it_comes(ranks: Any, t
 
 
 def refusal(raw: dict[str, Any], folder: str, first: int, last: int) -> str:
-    """What is said where these steps cannot be run and saved."""
+    """The error where these steps cannot be run and saved."""
     try:
         run(raw, folder, first, last)
     except CheckpointError as error:
@@ -334,7 +334,7 @@ def refusal(raw: dict[str, Any], folder: str, first: int, last: int) -> str:
     return "no error"
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_in_words(ranks: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_its_own(ranks: Any, tmp_path: Path) -> None:
     (tmp_path / "step-00000001.tmp").write_text("a file where its folder would be")
     message = ranks(1, refusal, small(train=TRAIN), str(tmp_path), 0, 1)[0]
     assert "the checkpoint of step 1 cannot be written" in message and "MiB free" in message

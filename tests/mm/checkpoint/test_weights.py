@@ -17,7 +17,7 @@ from mm.checkpoint.weights import export_hf, import_hf, start_from
 from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up
-from mm.ranks.feed import Feed
+from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
 from mm.train.trainer import train_step
@@ -31,9 +31,9 @@ def two_steps(raw: dict[str, Any], weights: str | None, save: str | None) -> lis
     data = open_data(job, index)
     if weights is not None:
         start_from(job, Path(weights))
-    feed = Feed(index, data.assembler, job.control, seed=1, global_batch=12, ahead=1)
+    feed = Feed(index, data.assembler, job.control, FeedOptions(seed=1, global_batch=12, prefetch=1))
     try:
-        losses = [train_step(job, feed, step)["loss"] for step in range(2)]
+        losses = [train_step(job, feed, step).loss for step in range(2)]
         if save is not None:
             checkpoint.save(job, index, Path(save), 2, ())
     finally:
@@ -56,8 +56,8 @@ def test_weights_go_out_in_and_into_any_layout(ranks: Any, tmp_path: Path) -> No
             got = ranks(4, two_steps, small(layout={"llm": layout}), at, None)[0]
             assert got == pytest.approx(expected, rel=1e-9)
     whole = ranks(1, two_steps, raw, str(saved), None)[0]
-    apart = small(layout={"vision": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}})
-    assert ranks(4, two_steps, apart, str(saved), None)[0] == pytest.approx(whole, rel=1e-9)
+    disjoint = small(layout={"vision": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}})
+    assert ranks(4, two_steps, disjoint, str(saved), None)[0] == pytest.approx(whole, rel=1e-9)
     assert abs(whole[0] / expected[0] - 1) > 1e-3  # the encoders' weights too
     published = load_hf(folder).model
     assert isinstance(published.cfg, LLMConfig) and published.embed is not None

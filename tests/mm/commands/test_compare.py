@@ -1,10 +1,12 @@
-"""Several layouts beside each other: names, memory and what their times can tell."""
+"""Several layouts compared: their names, their memory and what their times prove."""
 
 from __future__ import annotations
 
 import io
+import json
 import random
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 from rich.box import SQUARE
 from rich.console import Console
 
-from mm.commands.compare import Run, _round, speedup_interval, summary, table, verdict
+from mm.commands.comparison import Run, _round
+from mm.commands.summary import Measured, speedup_interval, summarise, table, verdict
 from mm.commands.variants import distinct_names
 from mm.config.schema import from_mapping
 from mm.plan.blueprint import draw_up
@@ -24,8 +27,8 @@ from tests.mm.harness import CONFIGS, small
 NAMES = ["homogeneous-tp2", "homogeneous-tp4", "homogeneous-tp4-sequence-parallel"]
 
 
-def timed(name: str, *rounds: list[float]) -> Run:
-    run = Run(name, None, {}, [*map(list, rounds)], losses=[1.0], grad_norms=[{"llm": 1.0}])  # type: ignore[arg-type]
+def timed(name: str, *rounds: list[float]) -> Measured:
+    run = Measured(name, {}, [*map(list, rounds)], losses=[1.0], grad_norms=[{"llm": 1.0}])
     run.tokens = [10] * len(run.step_s)
     return run
 
@@ -34,7 +37,7 @@ def shown(width: int) -> list[str]:
     """The layout column of a table of this width, a name a row."""
     runs = [timed(name, [0.1], [0.1], [0.1]) for name in NAMES]
     out = Console(width=width, file=io.StringIO())
-    found = table({"runs": [summary(run, runs[0]) for run in runs]})
+    found = table([summarise(run, runs[0]) for run in runs])
     found.box, found.show_lines = SQUARE, True  # the same table with lines between its cells
     out.print(found)
     text = out.file.getvalue()  # type: ignore[attr-defined]
@@ -55,13 +58,27 @@ def test_two_files_never_have_one_name() -> None:
 
 def test_one_timed_step_tells_nothing() -> None:
     slow, fast = timed("slow", [1.3]), timed("fast", [0.3])
-    entry = summary(fast, slow)
-    assert entry["speedup"] == pytest.approx(4.33, abs=0.01)
-    assert (entry["speedup_interval"], entry["speedup_verdict"]) == (None, "too few steps")
+    entry = summarise(fast, slow)
+    assert entry.speedup == pytest.approx(4.33, abs=0.01)
+    assert (entry.speedup_interval, entry.speedup_verdict) == (None, "too few steps")
+
+
+def test_an_entry_of_the_json_has_these_keys_in_this_order() -> None:
+    """Other people's scripts read it."""
+    base = timed("base", [1.0], [1.1], [1.2])
+    written = json.loads(json.dumps(asdict(summarise(base, base))))
+    assert ",".join(written) == (
+        "name,layout,step_s,tokens_per_s,peak_memory_bytes,boundary_bytes_per_step,losses,"
+        "grad_norms_by_module,max_rel_loss_diff,max_rel_grad_norm_diff,speedup,speedup_interval,"
+        "speedup_verdict"
+    )
+    assert list(written["step_s"].items()) == [("median", 1.1), ("min", 1.0), ("max", 1.2)]
+    assert written["speedup_interval"] == [1.0, 1.0] and written["speedup_verdict"] == "baseline"
+    assert written["grad_norms_by_module"] == [{"llm": 1.0}]
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "says"),
+    ("ours", "theirs", "expected"),
     [
         ([[1.0], [1.01], [0.99]], [[2.0], [2.02], [2.01]], "faster"),
         ([[2.0], [2.02], [2.01]], [[1.0], [1.01], [0.99]], "slower"),
@@ -73,10 +90,10 @@ def test_one_timed_step_tells_nothing() -> None:
         ([[1.0] * 10, [1.0] * 10, [1.2] * 10], [[1.1] * 10, [1.15] * 10, [1.1] * 10], "within noise"),
     ],
 )
-def test_a_difference_is_told_from_noise(
-    ours: list[list[float]], theirs: list[list[float]], says: str
+def test_a_difference_is_distinguished_from_noise(
+    ours: list[list[float]], theirs: list[list[float]], expected: str
 ) -> None:
-    assert verdict(speedup_interval(timed("a", *ours), timed("b", *theirs))) == says
+    assert verdict(speedup_interval(timed("a", *ours), timed("b", *theirs))) == expected
 
 
 def test_equal_layouts_are_seldom_called_different() -> None:
@@ -92,14 +109,14 @@ def peaks(names: list[str]) -> list[int]:
     """Peak memory under each schedule, in this order; one process."""
     out = []
     for name in names:
-        raw = small(schedule={"microbatches": {"whole": 1, "cut": 12}[name]}, train={"global_batch": 48})
-        run = Run(name, draw_up(from_mapping(raw, CONFIGS), 1), {})
+        raw = small(schedule={"microbatches": {"whole": 1, "split": 12}[name]}, train={"global_batch": 48})
+        run = Run(draw_up(from_mapping(raw, CONFIGS), 1), Measured(name, {}))
         _round(run, RankInfo(0, 1, torch.device("cpu")), 1, first=True)
-        out.append(run.peak_memory_bytes)
+        out.append(run.measured.peak_memory_bytes)
     return out
 
 
 @pytest.mark.skipif(not (OWN / "clear_refs").exists(), reason="a peak can be forgotten on Linux alone")
 def test_a_layouts_memory_does_not_depend_on_those_before_it(ranks: Any) -> None:
-    before, most, after = ranks(1, peaks, ["cut", "whole", "cut"])[0]
+    before, most, after = ranks(1, peaks, ["split", "whole", "split"])[0]
     assert most - before > 16 << 20 and abs(after - before) < (most - before) / 2

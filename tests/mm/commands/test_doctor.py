@@ -1,4 +1,4 @@
-"""The doctor says what is there, what is missing and whether the default job can run."""
+"""The doctor reports what is installed, what is missing and whether the default job can run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_this_machine_is_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ping", lambda: (1.5, None))
     text, healthy = doctor.examine()
     assert healthy and text.endswith("the default job can run")
-    for words in (
+    for part in (
         "python 3.",
         "cores",
         "free disk",
@@ -40,11 +40,11 @@ def test_this_machine_is_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
         "1.5 s",
         "plug-ins: find both so, before their code is imported; transformers",
     ):
-        assert words in text
+        assert part in text
 
 
 @pytest.mark.parametrize(
-    ("package", "healthy", "words"),
+    ("package", "healthy", "part"),
     [
         ("pydantic", False, "the default job cannot run: pydantic is missing (pip install -e .)"),
         ("torch", False, "torch is missing"),
@@ -52,18 +52,18 @@ def test_this_machine_is_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_missing_package_is_named(
-    package: str, healthy: bool, words: str, monkeypatch: pytest.MonkeyPatch
+    package: str, healthy: bool, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == package else found(name))
     monkeypatch.setattr(doctor, "_transformers", lambda: "transformers")
     monkeypatch.setattr(doctor, "ping", lambda: (1.5, None))
     text, well = doctor.examine()
-    assert well is healthy and words in text
+    assert well is healthy and part in text
 
 
 @pytest.mark.parametrize(
-    ("found", "imports", "words"),
+    ("found", "imports", "end"),
     [
         (None, "", "transformers is not installed (only some plug-ins want it)"),
         ("5.1", "", "transformers 5.1 can be imported"),
@@ -75,7 +75,7 @@ def test_a_missing_package_is_named(
     ],
 )
 def test_plug_ins_are_told_what_they_find(
-    found: str | None, imports: str, words: str, monkeypatch: pytest.MonkeyPatch
+    found: str | None, imports: str, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(name: str) -> None:
         assert name.startswith("transformers")
@@ -84,7 +84,7 @@ def test_plug_ins_are_told_what_they_find(
 
     monkeypatch.setattr(doctor, "_version", lambda name: found)
     monkeypatch.setattr(doctor.importlib, "import_module", load)
-    assert doctor._transformers().endswith(words)
+    assert doctor._transformers().endswith(end)
 
 
 def test_missing_data_and_a_broken_backend_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

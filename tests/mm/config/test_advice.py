@@ -15,7 +15,7 @@ from mm.config.advice import with_changes
 from mm.config.schema import Config, from_mapping
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
-from parallel.schedule import ModuleUse, make_schedule
+from parallel.schedule import ModuleUse, ScheduleOptions, make_schedule
 from parallel.topology.layout import Unfit, make_layout
 from tests.mm.harness import CONFIGS, small
 
@@ -205,9 +205,8 @@ def attempt(specs: dict[str, Any], options: dict[str, Any]) -> Unfit | None:
     modules = {m: ModuleUse(make_layout(m, 8, s), layers=7, params="step") for m, s in specs.items()}
     active = [{"vision"}] * options["schedule.microbatches"]
     try:
-        make_schedule(
-            options["schedule.kind"], modules, sink="llm", active=active, ahead=options["schedule.ahead"]
-        )
+        bound = ScheduleOptions(ahead=options["schedule.ahead"])
+        make_schedule(options["schedule.kind"], modules, sink="llm", active=active, options=bound)
     except Unfit as error:
         return error
     return None

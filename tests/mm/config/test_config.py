@@ -11,11 +11,10 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
+from mm.config.build import Section, build
 from mm.config.schema import (
     Config,
     EncoderConfig,
-    Section,
-    build,
     load_config,
     load_layout_file,
     resolve,

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from mm.cli import main
-from mm.data.index import build_index, load_index
+from mm.data.index import load_index
 from mm.data.inspect import index_text, inspect_text
+from mm.data.scan import build_index
 from mm.data.tar import BLOCK, read_contents, split_name
 from mm.errors import DataError
 from tests.mm.shards import sensor_samples, write_shard

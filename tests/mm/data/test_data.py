@@ -15,18 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm.data.index import (
-    Sample,
-    build_index,
-    index_path,
-    load_index,
-    parse_segments,
-    register_probe,
-    stored_index,
-)
+from mm.data.index import index_path, load_index, register_probe, stored_index
 from mm.data.inspect import index_text, inspect_text
 from mm.data.order import permute_items, sample_ids
 from mm.data.reader import BadSample, ShardReader
+from mm.data.sample import Sample, parse_segments
+from mm.data.scan import build_index
 from mm.data.tokenizer import Tokenizer
 from mm.errors import DataError
 from tests.mm.harness import CONFIGS

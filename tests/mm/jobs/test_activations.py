@@ -65,7 +65,7 @@ class _Holder:
 
 
 def run(raw: dict[str, Any]) -> tuple[dict[tuple[str, int, int], int], int, list[float]]:
-    """(bytes that each forward leaves, most bytes held at once, what the checker says of that), here."""
+    """(bytes that each forward leaves, most bytes held at once, what the checker states of that), here."""
     world, rank = dist.get_world_size(), dist.get_rank()
     blueprint = draw_up(from_mapping(raw, CONFIGS), world)
     job = build_job(blueprint, RankInfo(rank, world, torch.device("cpu")))

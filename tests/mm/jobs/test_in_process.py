@@ -1,4 +1,4 @@
-"""Whole jobs of one rank in this process, as `python -m mm` runs them, beside what they should give."""
+"""Whole jobs of one rank in this process, as `python -m mm` runs them, and what they must give."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def mean_loss(raw: dict[str, Any]) -> float:
         ids, labels, entering = reference.sequence(sample, nets)
         only = [label if k == len(ids) - 3 else -100 for k, label in enumerate(labels)]
         before = language.totals["next"]
-        language.learn(ids, only, entering, {"next": 1, "tokens": 1, "mtp": []})
+        language.learn(ids, only, entering, reference.Counts(tokens=1, next=1))
         total += language.totals["next"] - before
     return total / 2
 
@@ -121,7 +121,7 @@ def test_flops_of_a_step_are_three_forwards(alone: Any) -> None:
                 use = job.blueprint.inputs.encoders[m]
                 project = 2.0 * 24 * (use.cls.feature_width(use.cfg) + job.blueprint.llm.d_model)
                 forward[m] = sum(use.cls.cost(use.cfg, i.part.meta) + i.rows * project for i in edge.items)
-            return {"forward": forward, "step": train_step(job, feed, 0)["flops_by_module"]}
+            return {"forward": forward, "step": train_step(job, feed, 0).flops_by_module}
 
     (found,) = alone(1, one)
     times = {"vision": 3, "audio": 1, "llm": 3}

@@ -44,9 +44,9 @@ def sensor_config(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def mm(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def mm(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mm", *words],
+        [sys.executable, "-m", "mm", *arguments],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -60,7 +60,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started; none where the system does not tell."""
+    """The processes that a process has started; none where the system does not list them."""
     tasks = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(p) for p in tasks.read_text().split()] if tasks.exists() else []
 
@@ -73,10 +73,10 @@ def test_a_job_writes_its_files_and_two_torchrun_agents_do_the_same(tmp_path: Pa
     alone = metrics(tmp_path)
     for name in ("config.yaml", "plan.json", "log.txt"):
         assert (tmp_path / "run" / name).stat().st_size > 0
-    said = done.stdout.splitlines()
-    assert said[0] == f"{config}: starting 2 ranks on this machine, run folder {tmp_path}/run"
-    for words in ("all 2 ranks have started", "ranks     2 on cpu, messages by gloo"):
-        assert said.count(words) == 1
+    out = done.stdout.splitlines()
+    assert out[0] == f"{config}: starting 2 ranks on this machine, run folder {tmp_path}/run"
+    for line in ("all 2 ranks have started", "ranks     2 on cpu, messages by gloo"):
+        assert out.count(line) == 1
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "training data: 20 samples" in log and "evaluation data: 20 samples" in log
     contract = "step loss tokens lr grad_norm grad_norm_by_module step_s tokens_per_s tflops_per_device "
@@ -121,15 +121,15 @@ def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path, ranks: A
     at = payload.index(b"level ")
     payload[at] ^= 1  # the json of the first sample no longer matches the index
     shard.write_bytes(bytes(payload))
-    words = ["train", str(config), "train.steps=2", "train.global_batch=12"]
-    ended = ranks(2, run_rank, words, free_port())
-    said = "".join(e.err for e in ended)
-    assert [e.code for e in ended] == [0, 0], said
-    assert "s000" in said and "sha256" in said
-    for told in (ended[0].out, (tmp_path / "run" / "log.txt").read_text()):
-        assert "training data: 12 samples" in told and "sensor-000000.tar: 12 samples" in told
+    argv = ["train", str(config), "train.steps=2", "train.global_batch=12"]
+    ended = ranks(2, run_rank, argv, free_port())
+    err = "".join(e.err for e in ended)
+    assert [e.code for e in ended] == [0, 0], err
+    assert "s000" in err and "sha256" in err
+    for text in (ended[0].out, (tmp_path / "run" / "log.txt").read_text()):
+        assert "training data: 12 samples" in text and "sensor-000000.tar: 12 samples" in text
     assert metrics(tmp_path)[0]["skipped_items"] == 1
-    assert "not evaluated: sample s000" in said and "eval_loss" in metrics(tmp_path)[-1]
+    assert "not evaluated: sample s000" in err and "eval_loss" in metrics(tmp_path)[-1]
 
 
 def test_a_data_set_without_a_readable_sample_ends_with_code_3(tmp_path: Path, ranks: Any) -> None:
@@ -137,8 +137,8 @@ def test_a_data_set_without_a_readable_sample_ends_with_code_3(tmp_path: Path, r
     write_shard(tmp_path / "sensor-000000.tar", samples)
     ended = ranks(2, run_rank, ["train", str(sensor_config(tmp_path))], free_port())
     assert [e.code for e in ended] == [3, 3]
-    told = "".join(e.err for e in ended)
-    assert "gone.npy" in told and "Traceback" not in told
+    err = "".join(e.err for e in ended)
+    assert "gone.npy" in err and "Traceback" not in err
 
 
 def test_a_gradient_that_is_not_finite_ends_all_ranks_with_code_5(tmp_path: Path, ranks: Any) -> None:
@@ -148,8 +148,8 @@ def test_a_gradient_that_is_not_finite_ends_all_ranks_with_code_5(tmp_path: Path
     write_shard(tmp_path / "sensor-000000.tar", samples)
     ended = ranks(2, run_rank, ["train", str(sensor_config(tmp_path))], free_port())
     assert [e.code for e in ended] == [5, 5]
-    told = "".join(e.err for e in ended)
-    assert told.count("not finite on rank") == 1 and "Traceback" not in told
+    err = "".join(e.err for e in ended)
+    assert err.count("not finite on rank") == 1 and "Traceback" not in err
 
 
 def test_a_signal_to_every_process_ends_the_run_after_the_step_with_a_checkpoint(
@@ -157,9 +157,9 @@ def test_a_signal_to_every_process_ends_the_run_after_the_step_with_a_checkpoint
 ) -> None:
     write_shard(tmp_path / "sensor-000000.tar", sensor_samples(20))
     config = sensor_config(tmp_path, checkpoint={"every": 1000})
-    words = ["train", str(config), "train.steps=100000"]
+    argv = ["train", str(config), "train.steps=100000"]
     job = subprocess.Popen(
-        [sys.executable, "-m", "mm", *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "mm", *argv], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 200
@@ -186,10 +186,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_done_is_refused_in_a_sentence(words: list[str], capsys: Any) -> None:
-    expected = next(k for k, v in REFUSED.items() if v is words)
-    assert main([*words, "--dry-run"]) == 2
+@pytest.mark.parametrize("argv", REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_done_is_refused_in_a_sentence(argv: list[str], capsys: Any) -> None:
+    expected = next(k for k, v in REFUSED.items() if v is argv)
+    assert main([*argv, "--dry-run"]) == 2
     message = capsys.readouterr().err
     wanted = "no config file" if expected == "no such file" else expected.replace("ranks 0-7", "'0-7'")
     assert wanted in message and "Traceback" not in message
@@ -212,8 +212,8 @@ def test_dry_run_prints_the_plan(capsys: Any) -> None:
         assert text in out
 
 
-def apart(config: str, ports: list[int]) -> Ended:
-    """A rank that looks for the other one where it is not."""
+def alone_at_a_port(config: str, ports: list[int]) -> Ended:
+    """A rank that looks for the other one at a port where it is not."""
     rank = dist.get_rank()
     dist.destroy_process_group()
     return run_job(["train", config, "run.timeout_s=3"], ports[rank], rank, 2)
@@ -221,7 +221,7 @@ def apart(config: str, ports: list[int]) -> Ended:
 
 def test_ranks_that_do_not_come_are_named(tmp_path: Path, ranks: Any) -> None:
     write_shard(tmp_path / "sensor-0.tar", sensor_samples(4))
-    first, second = ranks(2, apart, str(sensor_config(tmp_path)), [free_port(), free_port()])
+    first, second = ranks(2, alone_at_a_port, str(sensor_config(tmp_path)), [free_port(), free_port()])
     assert "1 of 2 ranks have not come within 3 s (run.timeout_s): 1; start all of them" in first.err
     assert "rank 1 does not reach the job's store at 127.0.0.1:" in second.err, second.err[-1500:]
     assert (first.code, second.code) == (1, 1) and "Traceback" not in first.err + second.err

@@ -103,7 +103,7 @@ SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
         {"microbatches": 3, "kind": "gpipe"},
     ),
     "three phases, tp": ({"llm": {"pp": 2, "tp": 2}}, {"microbatches": 4, "kind": "three_phase"}),
-    "sequential, apart": (
+    "sequential, disjoint": (
         {"vision": {"ranks": "0-1"}, "audio": {"ranks": "2-3"}, "llm": {"ranks": "2-3", "pp": 2}},
         {"microbatches": 3, "kind": "sequential"},
     ),

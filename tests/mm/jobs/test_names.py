@@ -11,10 +11,11 @@ import pytest
 
 from mm.commands.dry_run import dry_run
 from mm.config.schema import from_mapping, load_config, resolve_yaml
-from mm.data.index import load_index, parse_segments
+from mm.data.index import load_index
+from mm.data.sample import parse_segments
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
-from mm.train.rank_report import Report
+from mm.train.rank_report import EdgeReport, ModuleReport, Report, Scalars
 from parallel.schedule.action import WORLD, Group
 from tests.mm.harness import CONFIGS, largest_difference, small, train_few
 from tests.mm.shards import npy, sensor_samples, write_shard
@@ -66,12 +67,12 @@ def test_they_are_planned_drawn_and_written_to_yaml(tmp_path: Path) -> None:
     assert all(f"edge {name} -> llm" in out for name in NAMES)
     again = tmp_path / "again.yaml"
     again.write_text(resolve_yaml(blueprint.cfg))
-    words = ["model.stop.freeze=all", "layout.edge.ranks=0", "schedule.encoder_batch.loss=1"]
-    assert draw_up(load_config(again, words), 2).frozen == {"stop"}
+    overrides = ["model.stop.freeze=all", "layout.edge.ranks=0", "schedule.encoder_batch.loss=1"]
+    assert draw_up(load_config(again, overrides), 2).frozen == {"stop"}
     plan = blueprint.schedule([set(NAMES)])
     assert plan.members(Group("module", "edge", "tp"), 1) == (1,)
     assert plan.members(Group("module", "world", "tp"), 1) == (0, 1) == plan.members(WORLD, 0)
-    assert plan.members(Group("edge", "edge", way="forward"), 0) == (0, 1)
+    assert plan.members(Group("edge", "edge", direction="forward"), 0) == (0, 1)
     assert len(load_index([str(tmp_path / "named-*.tar")], CONFIGS).samples[0].items("depends")) == 1
 
 
@@ -96,7 +97,11 @@ def test_an_item_of_a_module_called_as_a_key_of_text_segments() -> None:
 
 
 def test_a_report_comes_back_from_its_numbers() -> None:
-    both = {"loss": 5.0, "stop": 6.0}
-    one = Report(1.0, 2.0, 3.0, 0.0, both, both | {"loss": 7.0}, {"edge": 8.0}, {"edge": 9.0}, {"mtp": 1.5})
-    row = one.numbers()
-    assert one.read(row) == one and one.read([n + 1 for n in row]).squares == {"loss": 6.0, "stop": 7.0}
+    scalars = Scalars(loss=1.0, sync_s=2.0, memory_bytes=3.0, stop=0.0)
+    modules = {"loss": ModuleReport(squares=5.0, compute_s=7.0), "stop": ModuleReport(6.0, 6.5)}
+    one = Report(scalars, modules, {"edge": EdgeReport(received_bytes=8.0, seconds=9.0)}, {"mtp": 1.5})
+    row, again = one.numbers(), one.read([n + 1 for n in one.numbers()])
+    assert one.read(row) == one and len(row) == 11
+    assert again.scalars == Scalars(loss=2.0, sync_s=3.0, memory_bytes=4.0, stop=1.0)
+    assert {m: x.squares for m, x in again.modules.items()} == {"loss": 6.0, "stop": 7.0}
+    assert again.edges == {"edge": EdgeReport(9.0, 10.0)} and again.objectives == {"mtp": 2.5}

@@ -1,4 +1,4 @@
-"""What the language model learns beside the next token: each objective is a mean of its own over the step."""
+"""Objectives of the language model besides the next token: each is a mean of its own over the step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch
 from llm.mtp import IGNORE, ahead
 from mm.config.schema import from_mapping
-from mm.data.index import Sample, load_index
+from mm.data.index import load_index
 from mm.data.reader import ShardReader
+from mm.data.sample import Sample
 from mm.data.tokenizer import Tokenizer
 from mm.plan.blueprint import draw_up
 from mm.plan.step_plan import plan_step
@@ -44,7 +45,16 @@ def step(
     shapes = {edge: blueprint.entry_shape(edge) for edge in blueprint.edges}
     reader, cpu = ShardReader(), torch.device("cpu")
     assembler = Assembler(
-        blueprint.inputs, reader, Tokenizer(), 0, torch.float64, cpu, axes, "llm", shapes, PlanCache(0)
+        blueprint.inputs,
+        reader,
+        Tokenizer(),
+        rank=0,
+        dtype=torch.float64,
+        device=cpu,
+        axes=axes,
+        sink="llm",
+        row_shapes=shapes,
+        plans=PlanCache(0),
     )
     plan = plan_step(0, samples, blueprint.inputs)
     batches = []

@@ -120,7 +120,7 @@ def same_metrics(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> No
 
 
 def hold(name: str, folder: Path, expected: Any, run: Any) -> None:
-    """Train as LAYOUTS[name] says by run(ranks, function, *args), and compare."""
+    """Train under LAYOUTS[name] by run(ranks, function, *args), and compare."""
     model, world, layout, schedule = LAYOUTS[name]
     clip, metrics, weights = expected[model]
     raw = config(folder, model, clip) | {"layout": layout, "schedule": schedule}

@@ -46,7 +46,7 @@ def with_levels_in_any_order(raw: dict[str, Any]) -> None:
 
 
 def with_multi_token_prediction(raw: dict[str, Any]) -> None:
-    raw["data"] |= {"context": 36, "overlong": "truncate"}  # labels end where samples are cut
+    raw["data"] |= {"context": 36, "overlong": "truncate"}  # labels end where samples are truncated
     raw["model"]["llm"] |= {"mtp_layers": 2, "mtp_pattern": "*E", "aux_weight": 0.01, "z_weight": 0.01}
 
 

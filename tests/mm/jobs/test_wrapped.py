@@ -174,7 +174,7 @@ def build(encoder: str, pp: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "pp", "words"),
+    ("encoder", "pp", "part"),
     [
         (
             "Forgetful",
@@ -184,8 +184,8 @@ def build(encoder: str, pp: int, folder: Path) -> None:
         ("Unkeyed", 2, r"encoder\.extra\.weight was adopted in a stage of a pipeline.*key="),
     ],
 )
-def test_what_is_not_adopted_is_told_in_words(encoder: str, pp: int, words: str, series: Path) -> None:
-    with pytest.raises(Refused, match=words):
+def test_what_is_not_adopted_is_refused(encoder: str, pp: int, part: str, series: Path) -> None:
+    with pytest.raises(Refused, match=part):
         build(encoder, pp, series)
     build("Wrapper", pp, series)
 
@@ -215,8 +215,8 @@ def differing(raw: dict[str, Any]) -> str:
 
 def test_values_that_differ_between_ranks_are_refused(series: Path, ranks: Any) -> None:
     raw = raw_with("tests.mm.plugins:Different", series)
-    for said in ranks(2, differing, raw):
-        assert "adopted parameters differ between ranks: encoder.extra.weight (1 of" in said
+    for message in ranks(2, differing, raw):
+        assert "adopted parameters differ between ranks: encoder.extra.weight (1 of" in message
 
 
 def test_evaluation_leaves_modes_as_they_were() -> None:

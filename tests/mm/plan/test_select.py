@@ -13,17 +13,18 @@ from PIL import Image
 
 from mm.cli import main
 from mm.config.schema import from_mapping
-from mm.data.index import Index, load_index
+from mm.data.index import load_index
 from mm.data.inspect import count_lines
 from mm.data.order import sample_ids
 from mm.data.reader import ShardReader
+from mm.data.sample import Index
 from mm.data.tokenizer import Tokenizer
 from mm.errors import DataError
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.plan.select import lost_samples
 from mm.plan.step_plan import plan_step, sample_length, supervised_tokens
 from mm.ranks.batch import Assembler
-from mm.ranks.feed import Feed
+from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import open_index
 from mm.report.plan_json import first_step
 from mm.train.evaluate import blind_guess
@@ -112,7 +113,7 @@ def test_more_than_the_bound_is_refused_and_the_share_that_is_named_is_enough(tm
 def test_samples_that_are_left_out_move_no_other(tmp_path: Path) -> None:
     index = chosen(tmp_path, ALL, misfit="skip", overlong="skip", max_skipped=0.2)
     assert [s.id for s in index.samples] == list(range(20)) and len(index.usable) == 17
-    feed = Feed(index, None, None, seed=3, global_batch=4, ahead=1, bad=[7])  # type: ignore[arg-type]
+    feed = Feed(index, None, None, FeedOptions(seed=3, global_batch=4, prefetch=1), bad=[7])  # type: ignore[arg-type]
     assert feed.bad == {7, *index.skipped}
     feed.close()
     for step in range(5):
@@ -155,25 +156,34 @@ def test_a_torn_shard_counts_as_a_whole_one(tmp_path: Path) -> None:
     assert any(line.endswith("torn") for line in count_lines("training", index))
 
 
-def test_long_samples_are_cut_to_their_beginning(tmp_path: Path) -> None:
+def test_long_samples_are_truncated_to_their_beginning(tmp_path: Path) -> None:
     index = chosen(tmp_path, [s for s in ALL if s is not ODD], overlong="truncate")
     made = blueprint()
-    cut = {s.key: s for s in index.samples if s.cut}
-    assert sorted(cut) == ["long", "longer"] and not index.skipped
-    assert [s.text_bytes for s in cut["long"].segments] == [0, 14]  # 20 - 2 markers - 4 rows
-    assert [s.text_bytes for s in cut["longer"].segments] == [0, 0, 8]
-    for s in cut.values():
+    truncated = {s.key: s for s in index.samples if s.truncated}
+    assert sorted(truncated) == ["long", "longer"] and not index.skipped
+    assert [s.text_bytes for s in truncated["long"].segments] == [0, 14]  # 20 - 2 markers - 4 rows
+    assert [s.text_bytes for s in truncated["longer"].segments] == [0, 0, 8]
+    for s in truncated.values():
         assert sample_length(s, made.inputs) == 20
         assert supervised_tokens(s) == s.segments[-1].text_bytes  # and no end marker
     assert index.digest == load_index(["a-*.tar"], tmp_path).digest
 
 
-def test_the_tensors_of_cut_samples_are_beginnings(tmp_path: Path) -> None:
+def test_the_tensors_of_truncated_samples_are_beginnings(tmp_path: Path) -> None:
     index = chosen(tmp_path, [LONG, LONGER], overlong="truncate")
     made = blueprint()
     reader, tok = ShardReader(), Tokenizer()
     assembler = Assembler(
-        made.inputs, reader, tok, 0, torch.float64, torch.device("cpu"), {}, "llm", {}, PlanCache(0)
+        inputs=made.inputs,
+        reader=reader,
+        tokenizer=tok,
+        rank=0,
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+        axes={},
+        sink="llm",
+        row_shapes={},
+        plans=PlanCache(0),
     )
     for s, words in zip(index.samples, (b"x" * 14, b"y" * 8), strict=True):
         ids, labels = np.full(20, -1), np.full(20, -100)
@@ -205,7 +215,7 @@ def test_counts_tell_files_items_and_reasons(tmp_path: Path) -> None:
     index = chosen(tmp_path, ALL, misfit="skip", overlong="truncate", max_skipped=0.5)
     lines = count_lines("training", index)
     assert lines[0] == "training data: 36 samples, 37 vision items in 2 files"
-    assert lines[1].endswith("a-0.tar: 19 samples, 20 vision items, 1 left out, 2 cut to data.context")
+    assert lines[1].endswith("a-0.tar: 19 samples, 20 vision items, 1 left out, 2 truncated to data.context")
     assert lines[2].startswith("    misfit: i1.png of sample odd")
     assert lines[3].endswith("a-1.tar: 17 samples, 17 vision items") and len(lines) == 4
 
@@ -214,7 +224,7 @@ def test_a_script_that_makes_the_data_is_named(capsys: pytest.CaptureFixture[str
     root = Path(__file__).resolve().parents[3]
     missing = "data.train=[../runs/none/*.tar]"
     assert main(["train", str(root / "configs" / "many-images.yaml"), missing, "--dry-run"]) == 3
-    assert "python benchmarks/many_images.py" in capsys.readouterr().err
+    assert "python -m benchmarks.placement.many_images" in capsys.readouterr().err
 
 
 def test_the_blind_guess_is_the_entropy_of_what_depends(tmp_path: Path) -> None:

@@ -112,7 +112,16 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
         axes = {m: axes_at(layout, rank) for m, layout in layouts(made).items()}
         shapes, plans = {Edge(m, 0): (24,) for m in made.encoders}, PlanCache(rank)
         assembler = Assembler(
-            made, ShardReader(), Tokenizer(), rank, torch.float64, cpu, axes, "llm", shapes, plans
+            inputs=made,
+            reader=ShardReader(),
+            tokenizer=Tokenizer(),
+            rank=rank,
+            dtype=torch.float64,
+            device=cpu,
+            axes=axes,
+            sink="llm",
+            row_shapes=shapes,
+            plans=plans,
         )
         for mb in plan.microbatches:
             bad: list[object] = []
@@ -201,5 +210,5 @@ def test_the_bytes_of_an_edge_are_the_sum_of_what_ranks_plan() -> None:
         ]
         row = 24 * 8
         back = sum(t.received_rows for p in parts for t in p.backward) if module == "vision" else 0
-        assert data["edges"][module]["forward_bytes"] == sum(p.forward.received_rows for p in parts) * row > 0
-        assert data["edges"][module]["backward_bytes"] == back * row
+        assert data.edges[module].forward_bytes == sum(p.forward.received_rows for p in parts) * row > 0
+        assert data.edges[module].backward_bytes == back * row

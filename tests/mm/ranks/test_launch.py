@@ -16,7 +16,7 @@ import pytest
 
 from mm.errors import PolyrankError, Refused
 from mm.ranks import launch, stop
-from mm.ranks.stop import hold_requests
+from mm.ranks.stop import block_requests
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_ranks_start_before_the_rest_is_checked_and_end_where_it_is_refused(run:
 def test_a_rank_that_comes_before_the_store_waits_for_it(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch, "TELL_S", 0.05)
+    monkeypatch.setattr(launch, "PROGRESS_S", 0.05)
     code = f"""
 import socket
 ours = socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
@@ -103,7 +103,7 @@ def test_the_first_rank_tells_which_have_not_started_yet(
 
     store = HashStore()
     monkeypatch.setattr(launch, "_store", lambda timeout_s, hosts: store)
-    monkeypatch.setattr(launch, "TELL_S", 0.1)
+    monkeypatch.setattr(launch, "PROGRESS_S", 0.1)
     with pytest.raises(
         PolyrankError, match=r"2 of 3 ranks have not come within 0.35 s \(run.timeout_s\): 1, 2"
     ):
@@ -199,7 +199,7 @@ while len(os.listdir(here)) < 3:  # what follows is a race: it starts when all h
     time.sleep(0.01)
 time.sleep(0.1 * rank)
 error = DataError("bad shard") if rank == 1 else RuntimeError("connection closed by peer")
-if launch.speaks(error):
+if launch.reports(error):
     open({str(tmp_path)!r} + f"/{{rank}}", "w").write(str(error))
 """
     assert run(3, code) == 0
@@ -207,7 +207,7 @@ if launch.speaks(error):
 
 
 def test_outside_a_job_every_process_speaks() -> None:
-    assert launch.speaks(ValueError("x"))
+    assert launch.reports(ValueError("x"))
 
 
 @pytest.mark.parametrize(
@@ -243,15 +243,15 @@ def test_requests_while_a_rank_starts_wait_until_it_can_end_well(tmp_path: Path,
 import os, signal, sys, time
 open({str(tmp_path)!r} + "/here", "w").close()
 time.sleep(0.3)
-from mm.ranks.stop import Stop, hear_requests
+from mm.ranks.stop import Stop, unblock_requests
 with Stop(rank=True) as stop:
-    hear_requests()
-    asked = stop.asked
+    unblock_requests()
+    asked = stop.requested
     os.kill(os.getpid(), signal.SIGTERM)  # the same request, from elsewhere
 os.kill(os.getpid(), signal.SIGTERM)  # after its end
 sys.exit(0 if asked else 1)
 """
-    with hold_requests():
+    with block_requests():
         rank = subprocess.Popen([sys.executable, "-c", code])
     while not (tmp_path / "here").exists():
         time.sleep(0.02)
@@ -263,11 +263,11 @@ sys.exit(0 if asked else 1)
 def test_a_later_request_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop, "AGAIN_S", 0.05)
     before = signal.getsignal(signal.SIGTERM)
-    with stop.Stop(rank=False) as asked:
-        assert not asked.asked
+    with stop.Stop(rank=False) as stopping:
+        assert not stopping.requested
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert asked.asked
+        assert stopping.requested
         time.sleep(0.1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -277,9 +277,9 @@ def test_a_later_request_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_request_before_the_ranks_starts_none(run: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    with stop.Stop(rank=False) as asked:
+    with stop.Stop(rank=False) as stopping:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert launch.launch_local(2, ["sys.exit(3)"], stop=asked) == 0
+        assert launch.launch_local(2, ["sys.exit(3)"], stop=stopping) == 0
     assert capfd.readouterr().out.strip() == "stopped by a signal before the first step"
 
 

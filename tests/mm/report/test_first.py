@@ -1,4 +1,4 @@
-"""What is said and checked before a job runs: header, memory, dry run."""
+"""What is printed and checked before a job runs: header, memory, dry run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_header_says_what_a_run_is() -> None:
 def test_parameters_are_counted_once_for_any_layout() -> None:
     alone = parameter_counts(blueprint(1))
     # A tied embedding is on the first and on the last stage.
-    cut, whole = (
+    staged, unstaged = (
         parameter_counts(
             blueprint(
                 4, model=small()["model"] | {"llm": small()["model"]["llm"] | {"tied": True}}, layout=layout
@@ -62,11 +62,11 @@ def test_parameters_are_counted_once_for_any_layout() -> None:
         )
         for layout in ({"llm": {"pp": 4}, "vision": {"tp": 2, "pp": 2}}, {})
     )
-    assert cut == whole and cut["vision"] == alone["vision"]
-    assert cut["llm"][0] < alone["llm"][0]
+    assert staged == unstaged and staged["vision"] == alone["vision"]
+    assert staged["llm"][0] < alone["llm"][0]
 
 
-def test_frozen_parameters_are_counted_apart() -> None:
+def test_frozen_parameters_are_counted_separately() -> None:
     model = small()["model"]
     model["vision"]["freeze"], model["audio"]["freeze"], model["llm"]["freeze"] = "all", "encoder", True
     trained, open_ = parameter_counts(blueprint(1, model=model)), parameter_counts(blueprint(1))
@@ -82,15 +82,17 @@ def test_ranks_are_named_in_their_own_order(ranks: tuple[int, ...], text: str) -
     assert ranks_text(ranks) == text
 
 
-def test_what_does_not_fit_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     run = blueprint(4, layout={"vision": {"ranks": 0}, "audio": {"ranks": 1}, "llm": {"ranks": "2-3"}})
     held = header_module.weight_bytes(run)
     assert max(held, key=lambda m: held[m]) == "audio"
     monkeypatch.setattr(header_module, "device_memory", lambda kind: held["audio"])
     assert memory_warning(run, "cuda", 4) is None  # a device is a rank's own
-    said = memory_warning(run, "cpu", 4) or ""  # a host is not
+    warning = memory_warning(run, "cpu", 4) or ""  # a host is not
     assert (
-        said.startswith("rank 1 needs") and "for 4 ranks" in said and "will not fit on this machine" in said
+        warning.startswith("rank 1 needs")
+        and "for 4 ranks" in warning
+        and "will not fit on this machine" in warning
     )
     assert memory_warning(run, "cpu", 1) is None
     monkeypatch.setattr(header_module, "device_memory", lambda kind: held["audio"] - 1)
@@ -118,8 +120,8 @@ def tree(folder: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in [folder, *folder.rglob("*")]}
 
 
-def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    code = main(["train", "c.yaml", "--dry-run", *words])
+def dry_run(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
+    code = main(["train", "c.yaml", "--dry-run", *more])
     return (code, *capsys.readouterr())
 
 

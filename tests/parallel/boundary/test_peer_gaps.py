@@ -1,6 +1,6 @@
 """What megatron-core 0.19.2's communicators cannot run or get wrong is right here.
 
-docs/layouts.md lists what they do; benchmarks/boundary_gaps.py runs them.
+docs/layouts.md lists what they do; benchmarks/boundary/gaps.py runs them.
 """
 
 from __future__ import annotations

@@ -78,4 +78,4 @@ def test_a_stream_that_does_not_split_is_refused() -> None:
 
 def test_operations_on_whole_documents_refuse_a_split_stream() -> None:
     with pytest.raises(AssertionError, match="split over cp"):
-        _ = split([9], 2, "zigzag")[0].buckets
+        _ = split([9], 2, "zigzag")[0].pairing

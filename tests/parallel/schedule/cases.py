@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from parallel.schedule import ModuleUse, SchedulePlan, make_schedule
+from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.topology.layout import Layout, make_layout
 
 
@@ -23,7 +23,7 @@ def plan_of(
     """A plan of modules {name: layout keys}, "llm" the sink, in which every source is always active."""
     modules = {m: use(m, world, **spec) for m, spec in specs.items()}
     active = [set(specs) - {"llm"}] * microbatches
-    return make_schedule(kind, modules, sink="llm", active=active, **options)
+    return make_schedule(kind, modules, sink="llm", active=active, options=ScheduleOptions(**options))
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,8 @@ class Case:
     train: bool
 
     def plan(self) -> SchedulePlan:
-        return make_schedule(
-            self.kind,
-            self.modules,
-            sink="llm",
-            active=self.active,
-            ahead=self.ahead,
-            batch=self.batch,
-            train=self.train,
-            optimizer=True,
-        )
+        options = ScheduleOptions(self.ahead, self.batch, train=self.train, optimizer=True)
+        return make_schedule(self.kind, self.modules, sink="llm", active=self.active, options=options)
 
 
 def layouts(module: str, world: int, *, vpp: bool = False) -> st.SearchStrategy[Layout]:

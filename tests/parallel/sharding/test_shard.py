@@ -9,19 +9,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.sharding.dtypes import FactoryKwargs
-from parallel.sharding.optim import AdamW, ShardedOptimizer
-from parallel.sharding.param import (
+from parallel.sharding import (
+    AdamW,
+    FactoryKwargs,
     ParamSpec,
+    ShardedOptimizer,
+    ShardPolicy,
     constant,
     declare,
     declare_buffer,
     declared,
     global_index,
+    held_indices,
     initialise,
+    materialise,
     normal,
+    shard_module,
 )
-from parallel.sharding.shard import ShardPolicy, held_indices, materialise, shard_module
 from parallel.topology.layout import make_layout
 from parallel.topology.mesh import ModuleMesh, build_mesh
 

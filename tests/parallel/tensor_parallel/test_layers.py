@@ -14,7 +14,7 @@ from parallel.comm import collectives as c
 from parallel.sharding.param import initialise, normal
 from parallel.tensor_parallel.layers import Linear, VocabEmbedding, enter, leave
 from parallel.topology.axis import Axes, Axis
-from tests.llm.harness import cut
+from tests.llm.harness import shard_by_hand
 
 TOKENS, WIDTH, HIDDEN, VOCAB = 8, 6, 12, 20
 
@@ -74,7 +74,7 @@ def blocks(axes: Axes) -> dict[str, Tensor]:
     down = Linear(HIDDEN, WIDTH, normal(1.0), shard="row", dtype=torch.float64)
     model = torch.nn.ModuleDict({"embed": embed, "up": up, "down": down})
     initialise(model, 0, "block")
-    cut(model, axes)
+    shard_by_hand(model, axes)
     ids = torch.arange(TOKENS) * 7 % VOCAB
     x = leave(embed(ids), axes)
     y = x + leave(down(torch.tanh(up(enter(x, axes)))), axes)

@@ -59,7 +59,8 @@ def test_svg_is_well_formed_and_png_shows_the_same_colours(tmp_path: Path) -> No
     save(picture, tmp_path / "step.png")
     image = Image.open(tmp_path / "step.png").convert("RGB")
     assert image.size == (2 * picture.width, 2 * picture.height)
-    wanted = {colours(found, b.module)[0 if b.kind is Kind.FORWARD else 1] for b in found.bars}
+    bars = [b.action for b in found.bars]
+    wanted = {colours(found, a.module)[0 if a.kind is Kind.FORWARD else 1] for a in bars}
     seen = {f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b) in image.getcolors(1 << 24) or []}
     assert len(wanted) == 6 and wanted <= seen
     with pytest.raises(ValueError, match=r"\.svg or \.png, given step\.pdf; nearest: step\.svg"):

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.schedule import Action, Costs, Group, Kind, ModuleUse, SchedulePlan, make_schedule, simulate
+from parallel.schedule import (
+    Action,
+    Costs,
+    Group,
+    Kind,
+    ModuleUse,
+    ScheduleOptions,
+    SchedulePlan,
+    make_schedule,
+    simulate,
+)
 from parallel.schedule.action import COMPUTE
 from parallel.schedule.checker.check import check
 from parallel.schedule.checker.memory import Memory, held_microbatches
@@ -155,7 +165,8 @@ def fillable(
 @given(fillable())
 def test_filled_plans_pass_and_are_never_slower(case: Any) -> None:
     modules, active, batch, ahead, costs = case
-    rest = {"sink": "llm", "active": active, "batch": batch, "ahead": ahead, "costs": costs}
+    options = ScheduleOptions(ahead, batch, costs)
+    rest: dict[str, Any] = {"sink": "llm", "active": active, "options": options}
     plan = make_schedule("fill", modules, **rest)
     check(plan)
     for m in plan.sources:
@@ -270,12 +281,13 @@ def test_a_bound_on_memory_names_what_keeps_to_it() -> None:
     with pytest.raises(
         ValueError, match=r"rank 0 holds .*bound of 10; nearest: schedule.ahead=2, or a bound of"
     ):
-        make_schedule("auto", modules, **rest, ahead=8, limit=10, memory=memory)
-    plan = make_schedule("auto", modules, **rest, ahead=2, limit=10, memory=memory)
+        make_schedule("auto", modules, **rest, options=ScheduleOptions(8, limit=10, memory=memory))
+    plan = make_schedule("auto", modules, **rest, options=ScheduleOptions(2, limit=10, memory=memory))
     assert max(peak.bytes for peak in check(plan, memory=memory)) <= 10
     with pytest.raises(ValueError, match=r"vision 3, llm 1.*bound of 3; nearest: a bound of 4"):
-        make_schedule("sequential", modules, **rest, limit=3, memory=memory)
+        make_schedule("sequential", modules, **rest, options=ScheduleOptions(limit=3, memory=memory))
     with pytest.raises(
         ValueError, match=r"llm 8.*bound of 4; nearest: schedule.kind=sequential, or a bound of 8"
     ):
-        make_schedule("gpipe", {"llm": modules["llm"]}, sink="llm", active=[()] * 8, limit=4)
+        alone, options = {"llm": modules["llm"]}, ScheduleOptions(limit=4)
+        make_schedule("gpipe", alone, sink="llm", active=[()] * 8, options=options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from parallel.schedule import Action, Kind, ModuleUse, execute, make_schedule
+from parallel.schedule import Action, Kind, ModuleUse, ScheduleOptions, execute, make_schedule
 from parallel.topology.layout import Layout
 
 
@@ -18,7 +18,8 @@ def colocated(
     train: bool = True,
 ) -> tuple[Action, ...]:
     uses = {m: ModuleUse(Layout(m, (0,)), frozen=m in frozen) for m in (*sources, sink)}
-    return make_schedule("auto", uses, sink=sink, active=active, train=train).actions(0)
+    options = ScheduleOptions(train=train)
+    return make_schedule("auto", uses, sink=sink, active=active, options=options).actions(0)
 
 
 def words(actions: tuple[Action, ...]) -> list[str]:

@@ -1,7 +1,7 @@
 """Races the language model against transformers' Nemotron-H: tokens a second, forward and backward, on a CPU.
 
-    python benchmarks/llm_transformers.py                       # the race and the scan's growth with length
-    python benchmarks/llm_transformers.py --only small --rounds 9
+    python -m benchmarks.language_model.transformers_race    # the race, and how the scan grows
+    python -m benchmarks.language_model.transformers_race --only small --rounds 9
 
 Both have the same weights, by way of a published checkpoint, and the same tokens. Losses and gradients are
 compared first, then rounds are interleaved and medians compared. transformers runs with what it chooses
@@ -15,10 +15,8 @@ that a step took. It bounds what any other code around the same products could r
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,16 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import common
 from encoders import compat
 from llm.hf import load_hf
 from llm.model import LLMBatch
-from llm.scan import scan
+from llm.scan import ScanInputs, scan
 from parallel.sequence.packed import Packing
 from tests.llm.oracle import SIZES as TOY  # widths of a test: operator dispatch is all that takes time
 
@@ -200,14 +197,13 @@ def scan_growth(lengths: Sequence[int], rounds: int) -> list[dict[str, float]]:
     for n in lengths:
         x, dt = torch.randn(n, heads, width), torch.rand(n, heads) * 0.1
         b, c = torch.randn(n, groups, state), torch.randn(n, groups, state)
-        inputs = [t.requires_grad_() for t in (x, dt, b, c)]
-        a, document = -torch.rand(heads) - 0.5, torch.zeros(n, dtype=torch.int64)
+        leaves = [t.requires_grad_() for t in (x, dt, b, c)]
+        inputs = ScanInputs(x=x, dt=dt, a=-torch.rand(heads) - 0.5, b=b, c=c)
+        document = torch.zeros(n, dtype=torch.int64)
         seconds = []
         for _ in range(rounds + 1):
             start = time.process_time()
-            torch.autograd.grad(
-                scan(inputs[0], inputs[1], a, inputs[2], inputs[3], document, 128).sum(), inputs
-            )
+            torch.autograd.grad(scan(inputs, document, 128).sum(), leaves)
             seconds.append(time.process_time() - start)
         median = statistics.median(seconds[1:])
         out.append({"tokens": n, "seconds": round(median, 4), "us_per_token": round(1e6 * median / n, 2)})
@@ -215,9 +211,7 @@ def scan_growth(lengths: Sequence[int], rounds: int) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--only", choices=[*SIZES, "scan"], action="append")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)

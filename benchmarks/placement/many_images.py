@@ -1,11 +1,10 @@
 """Makes the data of configs/many-images.yaml: samples of 32 pictures of 32 x 32 pixels and a line of text.
 
-python benchmarks/many_images.py [--out runs/many-images-data] [--samples 16] [--pictures 32]
+python -m benchmarks.placement.many_images [--out runs/many-images-data] [--samples 16] [--pictures 32]
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import tarfile
@@ -14,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from webdataset import TarWriter
+
+from benchmarks import common
 
 
 def picture(rng: np.random.Generator) -> bytes:
@@ -25,9 +26,7 @@ def picture(rng: np.random.Generator) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/many-images-data"))
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--pictures", type=int, default=32)

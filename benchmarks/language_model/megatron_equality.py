@@ -1,32 +1,28 @@
 """Holds multi-token prediction, routing and its objectives against megatron-core's, in float64 on a CPU.
 
-    PYTHONPATH=peers/megatron python benchmarks/llm_megatron.py
+    PYTHONPATH=peers/megatron python -m benchmarks.language_model.megatron_equality
 
 One JSON line a check, with the greatest difference of its random cases, relative to the largest value;
 exits with 1 where one is above the tolerance. Whole models of both are built with the same weights
 (attention, dense and expert layers, latent or not; its Mamba-2 needs a GPU) and run on the same documents, as
 a batch of equal lengths and packed. Where definitions differ the cases are chosen so that they meet, with a
-word why; docs/llm.md, "Beside megatron-core", lists them.
+word why; docs/llm.md, "Compared with megatron-core", lists them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
-
-import llm_megatron_peer as peer
 import torch
 from torch import Tensor, nn
 
+from benchmarks import common
+from benchmarks.language_model import megatron_peer as peer
 from llm.balance import choose, document_loads, sequence_loss, z_loss
 from llm.config import LLMConfig, check
 from llm.counts import Counts
@@ -96,9 +92,15 @@ def routing(r: random.Random) -> Differences:
     ours = telling_moe(cfg, bias)(x, ForwardContext(Packing.of([n]), n))[:, :e]
     with Widened():
         theirs, _ = peer.moe_utils.topk_routing_with_score_function(
-            logits, k, before, groups if groups > 1 else None, best if groups > 1 else None,
-            cfg.routed_scale, router, bias if router == "sigmoid" else None,
-        )  # fmt: skip
+            logits,
+            k,
+            use_pre_softmax=before,
+            num_groups=groups if groups > 1 else None,
+            group_topk=best if groups > 1 else None,
+            scaling_factor=cfg.routed_scale,
+            score_function=router,
+            expert_bias=bias if router == "sigmoid" else None,
+        )
     weight = randn(n, e)
     mine, its = (torch.autograd.grad((y * weight).sum(), logits)[0] for y in (ours, theirs))
     return {"weights": far(ours, theirs), "gradient": far(mine, its)}
@@ -231,70 +233,109 @@ def hear(module: nn.Module) -> list[Tensor]:
     return heard
 
 
-def whole_model(r: random.Random, packed: bool) -> Differences:
-    """Losses of all depths, their hidden states, and every gradient of a whole model; of a step of one
-    micro-batch, since its depths are means over each micro-batch, ours over the step."""
+@dataclass(frozen=True)
+class Task:
+    """One micro-batch for both models.
+
+    labels: of every token; counts [T]: where they count; known, at_depths: labels with IGNORE elsewhere, of
+    the next token [T] and of each depth [D, T].
+    """
+
+    cfg: LLMConfig
+    lengths: list[int]
+    packed: bool
+    ids: Tensor
+    labels: Tensor
+    counts: Tensor
+    known: Tensor
+    at_depths: Tensor
+
+    @property
+    def scale(self) -> float:
+        """What the summed loss is multiplied by."""
+        return 1.0 / int(self.counts.sum())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of its batch, [sequences, length]; packed it is one sequence."""
+        return (1, len(self.ids)) if self.packed else (len(self.lengths), self.lengths[0])
+
+    def sequence_first(self, x: Tensor) -> Tensor:
+        """Its hidden states in our order of tokens."""
+        return x.flatten(0, 1) if self.packed else x.transpose(0, 1).flatten(0, 1)
+
+
+def random_task(r: random.Random, packed: bool) -> Task:
     cfg = random_model(r)
     if not packed and r.random() < 0.7:  # its balance loss takes a packed stream for one sequence
         cfg = replace(cfg, aux_weight=0.3)
     lengths = [*lengths_of(r, 5), 9] if packed else [r.choice([9, 14])] * r.randint(1, 3)
     ids, labels = torch.randint(0, cfg.vocab_size, (2, sum(lengths)))
-    position = torch.cat([torch.arange(n) for n in lengths])
     # Each depth has a label, which its mean needs there.
-    counts = (torch.rand(len(ids)) < 0.7) | (position == cfg.mtp_layers)
-    labels_known = torch.where(counts, labels, IGNORE)
-    packing = Packing.of(lengths)
-    _, at_depths = ahead(ids, labels_known, packing, cfg.mtp_layers)
-    at_depth = (at_depths != IGNORE).sum(1)
-    ours = our_model(cfg)
-    for moe in ours.moe_layers():
-        moe.expert_bias.copy_(0.2 * torch.randn(cfg.n_experts))
-    theirs = peer.build(cfg, peer.translate(cfg, model_tensors(ours)))
-    scale = 1.0 / int(counts.sum())
-    means = Counts(len(ids), tuple(at_depth.tolist()))
-    assert ours.mtp is not None
-    heard = hear(ours.mtp), hear(theirs.mtp.layers[0].final_layernorm)
+    counts = (torch.rand(len(ids)) < 0.7) | (positions(lengths) == cfg.mtp_layers)
+    known = torch.where(counts, labels, IGNORE)
+    _, at_depths = ahead(ids, known, Packing.of(lengths), cfg.mtp_layers)
+    return Task(cfg, lengths, packed, ids, labels=labels, counts=counts, known=known, at_depths=at_depths)
 
-    loss = ours(LLMBatch(ids, labels_known, packing, len(ids), {}, means), {})
-    (loss.sum() * scale).backward()
-    mtp_mean = ours.take_objectives()["mtp"]
 
-    shape = (1, len(ids)) if packed else (len(lengths), lengths[0])
+def positions(lengths: list[int]) -> Tensor:
+    return torch.cat([torch.arange(n) for n in lengths])
+
+
+def step_of_ours(ours: LLM, task: Task) -> tuple[Tensor, Tensor]:
+    """Forward and backward: the loss of each token, and the mean over depths of multi-token prediction."""
+    n = len(task.ids)
+    means = Counts(n, tuple((task.at_depths != IGNORE).sum(1).tolist()))
+    loss = ours(LLMBatch(task.ids, task.known, Packing.of(task.lengths), n, {}, means), {})
+    (loss.sum() * task.scale).backward()
+    return loss, ours.take_objectives()["mtp"]
+
+
+def step_of_theirs(theirs: Any, task: Task) -> tuple[Tensor, Tensor]:
+    """The same of megatron-core's model."""
     losses: list[Tensor] = []
     compute = theirs.compute_language_model_loss
     theirs.compute_language_model_loss = lambda *a: losses.append(compute(*a)) or losses[-1]
-    peer.aux_scale(routed=1.0 / len(ids), mtp_scale=scale)
+    peer.aux_scale(routed=1.0 / len(task.ids), mtp_scale=task.scale)
     with Widened():
-        its = (
-            theirs(
-                ids.view(shape),
-                position.view(shape),
-                None,
-                labels=labels.view(shape),
-                loss_mask=counts.view(shape).double(),
-                packed_seq_params=peer.packed(lengths) if packed else None,
-            ).view(-1)
-            * counts
+        loss = theirs(
+            task.ids.view(task.shape),
+            positions(task.lengths).view(task.shape),
+            None,
+            labels=task.labels.view(task.shape),
+            loss_mask=task.counts.view(task.shape).double(),
+            packed_seq_params=peer.packed(task.lengths) if task.packed else None,
         )
-        (its.sum() * scale).backward()
-    assert len(losses) == cfg.mtp_layers + 1
-    its_mtp = torch.stack(
-        [one.detach().view(-1)[known != IGNORE].mean() for one, known in zip(losses, at_depths, strict=False)]
-    ).mean()
-    mine = peer.translate(cfg, {name: p.grad for name, p, _ in declared(ours) if p.grad is not None})
+        loss = loss.view(-1) * task.counts
+        (loss.sum() * task.scale).backward()
+    assert len(losses) == task.cfg.mtp_layers + 1
+    depths = zip(losses, task.at_depths, strict=False)
+    return loss, torch.stack([one.detach().view(-1)[known != IGNORE].mean() for one, known in depths]).mean()
+
+
+def whole_model(r: random.Random, packed: bool) -> Differences:
+    """Losses of all depths, their hidden states, and every gradient of a whole model; of a step of one
+    micro-batch, since its depths are means over each micro-batch, ours over the step."""
+    task = random_task(r, packed)
+    ours = our_model(task.cfg)
+    for moe in ours.moe_layers():
+        moe.expert_bias.copy_(0.2 * torch.randn(task.cfg.n_experts))
+    theirs = peer.build(task.cfg, peer.translate(task.cfg, model_tensors(ours)))
+    assert ours.mtp is not None
+    heard = hear(ours.mtp), hear(theirs.mtp.layers[0].final_layernorm)
+    loss, mtp_mean = step_of_ours(ours, task)
+    its, its_mtp = step_of_theirs(theirs, task)
+    gradients = {name: p.grad for name, p, _ in declared(ours) if p.grad is not None}
+    mine = peer.translate(task.cfg, gradients)
     known = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     # Experts without a token have no gradient there, and zeros here.
     assert known.keys() <= mine.keys(), known.keys() - mine.keys()
     assert not any(mine[name].any() for name in mine.keys() - known.keys())
-
-    def sequence_first(x: Tensor) -> Tensor:
-        return x.flatten(0, 1) if packed else x.transpose(0, 1).flatten(0, 1)
-
-    states = max(far(a, sequence_first(b)) for a, b in zip(*heard, strict=True))
+    states = max(far(a, task.sequence_first(b)) for a, b in zip(*heard, strict=True))
     return {
         "loss": far(loss.detach(), its.detach()),
-        "further_loss": far(mtp_mean, its_mtp),
-        "further_states": states,
+        "mtp_loss": far(mtp_mean, its_mtp),
+        "mtp_states": states,
         "gradients": max(far(mine[name], g) for name, g in known.items()),
     }
 
@@ -325,9 +366,7 @@ def run(seed: int, share: float) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the cases, at least one each")
     args = parser.parse_args()

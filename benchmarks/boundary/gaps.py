@@ -1,6 +1,6 @@
 """What megatron-core's communicators do in cases outside their reach, beside this project's: run and seen.
 
-    PYTHONPATH=peers/megatron python benchmarks/boundary_gaps.py
+    PYTHONPATH=peers/megatron python -m benchmarks.boundary.gaps
 
 Rows go forward and their negatives back, and every rank checks all of its own: exact, wrong rows, wrong
 gradients, or the first error that is not another rank's. Ranks that hang are replaced.
@@ -8,21 +8,15 @@ gradients, or the first error that is not another rank's. Ranks that hang are re
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MEGATRON_LOGGING", "0")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
-
-import boundary_peer as peer
 import torch
 import torch.distributed as dist
-from boundary_peer import Layout
 
+from benchmarks import common
+from benchmarks.boundary import peer
+from benchmarks.boundary.peer import Layout
 from parallel.boundary import BoundaryCommunicator, RowMap, plan_edge, source_side
 from parallel.topology.layout import make_layout
 from tests.pool import Pool, RankFailed
@@ -156,9 +150,7 @@ def verdict(pool: Pool, name: str, party: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--only", default="", help="run the cases with this in their name")
     args = parser.parse_args()
     if peer.version() is None:

@@ -1,6 +1,6 @@
 """What planning costs one rank, from 8 to 4,096 ranks: time and peak memory, without any process group.
 
-    python benchmarks/boundary_plan.py [--node-size 8]
+    python -m benchmarks.boundary.plan [--node-size 8]
 
 About ten items a rank, of 1 to 63 rows: vision tp2 dealt at random to the llm's tp8 cp2, both on all ranks.
 `sides`: the row maps from layouts and items. `plan`: one rank's part of the edge, both directions. `again`:
@@ -9,18 +9,14 @@ the same from a PlanCache that has it. Times are processor time, the minimum of 
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 import numpy as np
 
+from benchmarks import common
 from parallel.boundary import PlanCache, RowMap, dest_side, plan_edge, source_side
 from parallel.topology.layout import make_layout
 
@@ -63,9 +59,7 @@ def peak(call: Callable[[], object]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--node-size", type=int, help="plan two hops for nodes of so many ranks")
     args = parser.parse_args()
     for shard in (False, True):

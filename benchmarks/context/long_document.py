@@ -1,8 +1,10 @@
 """Forward and backward of layers over one long document, cut over 1, 2 and 4 ranks: time and memory a rank.
 
-    python benchmarks/long_context.py                                  # M and E layers, 1M tokens
-    python benchmarks/long_context.py --pattern '*' --tokens 131072    # attention, by ring from 4 ranks on
-    python benchmarks/long_context.py --scan                           # the scan alone, 1K to 32K tokens
+    python -m benchmarks.context.long_document    # M and E layers, 1M tokens
+    python -m benchmarks.context.long_document --pattern '*' --tokens 131072
+    python -m benchmarks.context.long_document --scan    # the scan alone, 1K to 32K tokens
+
+The second is attention, by ring from 4 ranks on.
 
 kept: distinct tensors saved for the backward; peak: growth of the resident set. Both of the rank with most.
 """
@@ -13,22 +15,20 @@ import argparse
 import os
 import re
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from benchmarks import common
 from llm.config import LLMConfig
 from llm.layer import Layer, run_layer
 from llm.moe import ForwardContext
-from llm.scan import scan
+from llm.scan import ScanInputs, scan
 from parallel.context_parallel import pack
 from parallel.sharding.param import initialise
 from parallel.topology.axis import Axes, Axis
@@ -113,7 +113,7 @@ def scan_times() -> None:
         best = float("inf")
         for _ in range(7):
             start = time.perf_counter()
-            scan(*leaves, document, 64).sum().backward()
+            scan(ScanInputs(*leaves), document, 64).sum().backward()
             best = min(best, time.perf_counter() - start)
         print(
             f"scan {tokens:6d} tokens  {best * 1e3:7.1f} ms  {best / tokens * 1e6:6.2f} us a token",
@@ -122,9 +122,7 @@ def scan_times() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--pattern", default="ME")
     parser.add_argument("--tokens", type=int, default=1 << 20)
     parser.add_argument("--order", default="contiguous", choices=["contiguous", "zigzag"])

@@ -1,7 +1,7 @@
 """Races the boundary against megatron-core's communicators, or an all-gather where that is not importable.
 
-    torchrun --standalone --nproc-per-node 4 benchmarks/boundary.py     # one launch, one size
-    python benchmarks/boundary.py --launches 3                          # medians of launches, two sizes
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.boundary.race    # one launch, one size
+    python -m benchmarks.boundary.race --launches 3                         # medians of launches, two sizes
 
 A race interleaves the parties, each between two barriers, in one process group, and compares minima: a
 shared machine drifts, a minimum less so. `cpu` compares processor time of all ranks together. With --launches
@@ -27,14 +27,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MEGATRON_LOGGING", "0")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
-
-import boundary_peer as peer
 import torch
 import torch.distributed as dist
-from boundary_peer import Layout, Step
 
+from benchmarks import common
+from benchmarks.boundary import peer
+from benchmarks.boundary.peer import Layout, Step
 from mm.ranks.launch import ALLOCATOR
 from parallel.boundary import BoundaryCommunicator, RowMap, plan_edge
 
@@ -236,21 +234,14 @@ def line(name: str, parties: dict[str, dict[str, float]]) -> str:
 
 def drive(args: argparse.Namespace) -> None:
     """Several launches of each size; medians of each launch's ratio of minima."""
-    here = Path(__file__).resolve()
     report = {}
     for rows, hidden, dtype in SIZES:
         runs = []
         for _ in range(args.launches):
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    "--nproc-per-node",
-                    str(WORLD),
-                ]
-                command += [str(here), "--rows", str(rows), "--hidden", str(hidden), "--dtype", dtype]
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+                command += ["--nproc-per-node", str(WORLD), "-m", "benchmarks.boundary.race"]
+                command += ["--rows", str(rows), "--hidden", str(hidden), "--dtype", dtype]
                 command += ["--iters", str(args.iters), "--json", file.name, "--only", args.only]
                 command += ["--transport", args.transport]
                 environment = os.environ | ALLOCATOR | {"OMP_NUM_THREADS": "1"}
@@ -276,9 +267,7 @@ def middle(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--rows", type=int, default=4096, help="rows of the whole boundary tensor")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))

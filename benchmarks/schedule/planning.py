@@ -1,7 +1,7 @@
 """How long planning, checking and simulating a step takes, from 8 to 1,024 ranks with 64 micro-batches.
 
-    python -m benchmarks.schedule [--microbatches 64] [--ranks 8 16 ... 1024]
-    python -m benchmarks.schedule --draw docs/schedules      the pictures of docs/schedules.md
+    python -m benchmarks.schedule.planning [--microbatches 64] [--ranks 8 16 ... 1024]
+    python -m benchmarks.schedule.planning --draw docs/schedules      the pictures of docs/schedules.md
 
 Two families of jobs. "wide": tp 2, pp up to 16, the rest dp, a vision encoder on the same ranks and an audio
 encoder on ranks of its own; many ranks share a program. "deep": one pipeline stage a rank, so that no two
@@ -10,13 +10,13 @@ share one, the worst case. Prints processor seconds, and microseconds per action
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.schedule import Costs, Kind, ModuleUse, SchedulePlan, make_schedule, simulate
+from benchmarks import common
+from parallel.schedule import Costs, Kind, ModuleUse, ScheduleOptions, SchedulePlan, make_schedule, simulate
 from parallel.schedule.checker.check import check
 from parallel.schedule.drawing.chart import simulated
 from parallel.schedule.drawing.draw import draw
@@ -89,13 +89,14 @@ def pictures(folder: Path) -> None:
         params: Params = "step" if kind == "fill" else "each"
         modules = {m: ModuleUse(make_layout(m, world, spec), params=params) for m, spec in specs.items()}
         active = [set(specs) - {"llm"} - ({"audio"} if i % 3 == 0 else set()) for i in range(8)]
-        plan = make_schedule(kind, modules, sink="llm", active=active, ahead=8, costs=costs)
+        options = ScheduleOptions(ahead=8, costs=costs)
+        plan = make_schedule(kind, modules, sink="llm", active=active, options=options)
         check(plan)
         save(draw(simulated(simulate(plan, costs)), title=title), folder / f"{name}.svg")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = common.parser(__doc__)
     parser.add_argument("--microbatches", type=int, default=64)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024])
     parser.add_argument("--draw", type=Path, help="draw pictures into this folder instead")

@@ -1,7 +1,7 @@
 """What each way of saving memory costs: bytes kept for the backward and seconds, by kind of layer.
 
-    python benchmarks/llm_memory.py                 # a CPU; --device cuda where there is one
-    python benchmarks/llm_memory.py --tokens 8192 --width 1024
+    python -m benchmarks.language_model.memory           # a CPU; --device cuda where there is one
+    python -m benchmarks.language_model.memory --tokens 8192 --width 1024
 
 One layer of each kind in the proportions of Nemotron 3 Nano, forward and backward, float32. Bytes are those
 of distinct storages that autograd keeps, weights aside; with offload, of those that stay on the device.
@@ -11,18 +11,14 @@ process on its one thread, so that a shared machine disturbs little.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks import common
 from llm.attention import Attention
 from llm.layer import Layer, run_layer
 from llm.mamba import Mamba
@@ -99,7 +95,7 @@ def use(layer: Layer, way: str, offload: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)

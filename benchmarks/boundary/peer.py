@@ -8,12 +8,17 @@ computes it only for a debug log on every message.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from benchmarks.common import release
+
+os.environ.setdefault("MEGATRON_LOGGING", "0")  # read when it is imported
 
 
 class Layout(NamedTuple):
@@ -40,7 +45,7 @@ def version() -> str | None:
         import megatron.core
     except ImportError:
         return None
-    return str(megatron.core.__version__).split("+")[0]  # what follows is the commit of the folder we run in
+    return release(megatron.core.__version__)
 
 
 @contextlib.contextmanager

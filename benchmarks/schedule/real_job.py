@@ -1,7 +1,7 @@
 """Forward and backward of the real default job beside its simulation on as many cores as the machine has.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule_real
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule_real --layouts dp4 mixed
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule.real_job
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule.real_job --layouts dp4 mixed
 
 Only the schedule is timed, from a barrier to the last rank's end: data are read before, nothing is updated.
 The simulator gets the same plan, `--cores`, and for each (module, stage, kind) the mean over ranks and
@@ -18,7 +18,6 @@ left: as all, the ranks sharing only the cores that others left them, on the ave
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import time
@@ -30,7 +29,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from mm.commands.compare import Run, make_runs
+from benchmarks import common
+from mm.commands.comparison import Run, make_runs
 from mm.commands.variants import variants
 from mm.config.schema import load_config
 from mm.ranks.feed import Prepared
@@ -41,7 +41,6 @@ from mm.train.trainer import open_feed
 from parallel.schedule import Costs, Kind, Record, simulate
 from parallel.schedule.action import POSTED
 
-ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = ("dp4", "llm-tp2", "llm-pp2-tp2", "disjoint", "mixed", "llm-zero-bubble")
 HEAD = "| layout | measured | simulated | ratio | actions | posting | threads | all | others | left |"
 Key = tuple[str, int, Kind]
@@ -122,14 +121,14 @@ def compare_step(job: Job, prepared: Prepared, spent: Sequence[Spent], cores: in
     wall = max(one.wall for one in spent)
     others = max(0.0, max(one.machine for one in spent) - process)
     return Step(
-        wall,
-        simulate(plan, Costs(costs, cores=cores)).seconds,
-        simulate(plan, Costs(every, cores=cores)).seconds,
-        simulate(plan, Costs(every, cores=cores - others / wall)).seconds,
-        actions,
-        posting,
-        process - actions - posting,
-        others,
+        measured=wall,
+        simulated=simulate(plan, Costs(costs, cores=cores)).seconds,
+        simulated_all=simulate(plan, Costs(every, cores=cores)).seconds,
+        simulated_left=simulate(plan, Costs(every, cores=cores - others / wall)).seconds,
+        actions=actions,
+        posting=posting,
+        threads=process - actions - posting,
+        others=others,
     )
 
 
@@ -157,24 +156,29 @@ def measure(run: Run, rank: RankInfo, steps: int, cores: int) -> list[Step]:
 
 def row(name: str, steps: Sequence[Step]) -> str:
     """A row of the table; times in ms."""
-    ms = [f"{median(s[i] for s in steps) * 1e3:.0f}" for i in (0, 1, 4, 5, 6, 7)]
-    ratios, every, left = ([s.measured / s[i] for s in steps] for i in (1, 2, 3))
+    ms = {
+        field: f"{median(getattr(s, field) for s in steps) * 1e3:.0f}"
+        for field in ("measured", "simulated", "actions", "posting", "threads", "others")
+    }
+    ratios, every, left = (
+        [s.measured / getattr(s, field) for s in steps]
+        for field in ("simulated", "simulated_all", "simulated_left")
+    )
     ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    cells = [f"`{name}`", *ms[:2], ratio, *ms[2:5], f"{median(every):.2f}", ms[5], f"{median(left):.2f}"]
+    cells = [f"`{name}`", ms["measured"], ms["simulated"], ratio, ms["actions"], ms["posting"], ms["threads"]]
+    cells += [f"{median(every):.2f}", ms["others"], f"{median(left):.2f}"]
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "digits.yaml")
+    parser = common.parser(__doc__)
+    parser.add_argument("--config", type=Path, default=common.ROOT / "configs" / "digits.yaml")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, help="names of files in configs/layouts")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="that all ranks share")
     args = parser.parse_args()
     cfg = load_config(args.config)
-    files = [ROOT / "configs" / "layouts" / f"{name}.yaml" for name in args.layouts]
+    files = [common.ROOT / "configs" / "layouts" / f"{name}.yaml" for name in args.layouts]
     rank = init_distributed(cfg)
     try:
         if rank.rank == 0:
@@ -182,7 +186,7 @@ def main() -> None:
         for run in make_runs(variants(cfg, files), rank.world):
             steps = measure(run, rank, args.steps, args.cores)
             if rank.rank == 0:
-                print(row(run.name, steps), flush=True)
+                print(row(run.measured.name, steps), flush=True)
     finally:
         dist.destroy_process_group()
 

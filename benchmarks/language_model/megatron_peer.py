@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common import release
 from llm.config import LLMConfig
 from tests.llm.widened import Widened
 
@@ -62,9 +63,7 @@ def started(store: str) -> Iterator[str]:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     try:
-        yield str(megatron.core.__version__).split("+")[
-            0
-        ]  # what follows is the commit of the folder we run in
+        yield release(megatron.core.__version__)
     finally:
         dist.destroy_process_group()
 

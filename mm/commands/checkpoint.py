@@ -1,0 +1,47 @@
+"""`checkpoint inspect|verify|import|export`: look at checkpoints, and bring published models in and out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mm.commands.command import Command
+from mm.errors import Refused
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    kinds = ("float64", "float32", "bfloat16")
+    parser.add_argument("--dtype", choices=kinds, help="of exported tensors (default: as the checkpoint's)")
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
+    verb, *rest = args.positional or [""]
+    if verb in ("import", "export") and len(rest) == 2:
+        import torch
+
+        from mm.checkpoint.weights import export_hf, import_hf
+
+        source, out = Path(rest[0]), Path(rest[1])
+        if verb == "import":
+            print(import_hf(source, out))
+        else:
+            print(export_hf(source, out, None if args.dtype is None else getattr(torch, args.dtype)))
+        return 0
+    if verb not in ("inspect", "verify") or len(rest) != 1:
+        raise Refused(
+            "needed: checkpoint inspect PATH, checkpoint verify PATH, checkpoint import HF_FOLDER OUT, or "
+            "checkpoint export PATH HF_FOLDER"
+        )
+    from mm.checkpoint.state import inspect_text, verify_text
+
+    print(inspect_text(Path(rest[0])) if verb == "inspect" else verify_text(Path(rest[0])))
+    return 0
+
+
+COMMAND = Command(
+    _run,
+    "checkpoint inspect|verify PATH | import HF_FOLDER OUT | export PATH HF_FOLDER",
+    "inspect PATH or verify PATH: a checkpoint's folder; import a Hugging Face folder of the Nemotron-H "
+    "family to a checkpoint in OUT; export a checkpoint's language model to a new folder",
+    _options,
+)

@@ -1,0 +1,78 @@
+"""A command of the command line, and what several of them do with their arguments. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mm.errors import Refused
+from mm.ranks import launch
+
+if TYPE_CHECKING:
+    from mm.config.schema import Config
+
+MOST_RANKS = 16384  # of one plan: a mistyped number should not plan, or start, for hours
+OVERRIDES = "CONFIG and key=value overrides, such as train.lr=0.001"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the command line.
+
+    run: does it, given its parsed arguments and the whole command line; returns the exit code. summary: one
+    line of help. positional: help on its positional arguments, which are in `positional` of the parsed ones.
+    options: adds its options to a parser.
+
+    Importing torch takes seconds, which help and refusals must not wait for, and doctor runs where packages
+    are missing. So a command's file imports none of them at its top.
+    """
+
+    run: Callable[[argparse.Namespace, list[str]], int]
+    summary: str
+    positional: str
+    options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+
+
+def config_of(args: argparse.Namespace, extra: Sequence[str] = ()) -> Config:
+    """The config that positional arguments name, with their overrides and those in `extra`."""
+    from mm.config.schema import load_config
+
+    given = [*args.positional, *extra]
+    files = [x for x in given if "=" not in x]
+    if len(files) != 1:
+        stray = next((f for f in files[1:] if not Path(f).suffix.startswith(".y")), None)
+        hint = "" if stray is None else f"; an override is key=value, so {stray}=.."
+        raise Refused(f"needed: one CONFIG file, given {' and '.join(files) or 'none'}{hint}")
+    return load_config(Path(files[0]), [x for x in given if "=" in x])
+
+
+def world_of(args: argparse.Namespace, cfg: Config) -> int:
+    """Ranks of the job: those that exist, or those to start."""
+    if args.nproc is not None and args.nproc < 1:
+        raise Refused(f"--nproc {args.nproc}; needed: at least 1")
+    if not launch.launched():
+        world: int = args.nproc or cfg.run.nproc
+        if world > MOST_RANKS:
+            raise Refused(f"{world} ranks (--nproc, run.nproc); needed: at most {MOST_RANKS}")
+        return world
+    if args.nproc not in (None, launch.world_size()):
+        raise Refused(
+            f"--nproc {args.nproc}, but {launch.world_size()} ranks were started; leave --nproc out"
+        )
+    launch.follow_launcher()
+    return launch.world_size()
+
+
+def announce(args: argparse.Namespace, world: int, what: str) -> None:
+    """Print one line before ranks start: they are silent while they import torch."""
+    config = next(x for x in args.positional if "=" not in x)
+    ranks = f"{world} rank{'s' if world > 1 else ''}"
+    print(f"{config}: starting {ranks} on this machine, {what}", flush=True)
+
+
+def nproc_option(parser: argparse.ArgumentParser) -> None:
+    """--nproc, as every command that starts ranks has it."""
+    parser.add_argument("--nproc", type=int, help="local ranks to start outside torchrun (default run.nproc)")

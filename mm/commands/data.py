@@ -1,0 +1,47 @@
+"""`data prepare|index|inspect`: make shards, index them, look into them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mm.commands.command import Command
+from mm.errors import Refused
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help="prepare: folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="prepare: seed (default 0)")
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
+    verb, *rest = args.positional or [""]
+    if verb == "prepare":
+        return _prepare(args, rest)
+    if verb not in ("index", "inspect") or not rest:
+        raise Refused("needed: data prepare digits --out DIR, data index SHARDS, or data inspect SHARDS")
+    from mm.data.inspect import index_text, inspect_text
+
+    print(index_text(rest, Path()) if verb == "index" else inspect_text(rest, Path()))
+    return 0
+
+
+def _prepare(args: argparse.Namespace, names: list[str]) -> int:
+    if names != ["digits"] or args.out is None:
+        raise Refused(f"data prepare {' '.join(names)}: needed: data prepare digits --out DIR")
+    from mm.data.digits import prepare_digits
+
+    try:
+        shards = prepare_digits(args.out, args.seed)
+    except ModuleNotFoundError as error:
+        raise Refused(f"data prepare needs {error.name}: pip install -e '.[data]'") from error
+    print(*shards, sep="\n")
+    return 0
+
+
+COMMAND = Command(
+    _run,
+    "data prepare digits --out DIR | index SHARDS | inspect SHARDS",
+    "prepare digits, index SHARDS or inspect SHARDS; SHARDS are file names or patterns",
+    _options,
+)

@@ -1,0 +1,73 @@
+"""Metrics of one training step, as metrics.jsonl has them (docs/config.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mm.plan.step_plan import Imbalance
+
+
+@dataclass(frozen=True)
+class BoundaryMetrics:
+    """The boundary of one encoder in a step, both directions together."""
+
+    bytes: int  # payload received from other ranks, summed over ranks
+    seconds: float  # of the slowest rank
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One step's metrics, equal on all ranks but for data_s. Fields are written in this order, but `stop`."""
+
+    step: int  # from 1
+    loss: float  # nats a supervised token
+    tokens: int  # of all samples, without padding
+    lr: float
+    grad_norm: float  # before clipping
+    grad_norm_by_module: Mapping[str, float]
+    flops_by_module: Mapping[str, float]  # forward and backward, over all ranks
+    peak_memory_bytes: int  # of the rank with most
+    data_s: float  # waited for data on this rank
+    seconds_by_module: Mapping[str, float]  # host seconds of the slowest rank's forwards and backwards
+    optimizer_s: float  # gradients' sums and update
+    boundary: Mapping[str, BoundaryMetrics]  # by encoder
+    objectives: Mapping[str, float]  # unweighted, without the next token's loss
+    imbalance: Mapping[str, Imbalance]  # by encoder, means over the micro-batches in which it has items
+    skipped_items: int
+    stop: bool  # a rank was asked to end
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON: every field but `stop`."""
+        out = asdict(self)
+        del out["stop"]
+        return out
+
+
+@dataclass(frozen=True)
+class TimedStep:
+    """A step's metrics and its wall time. devices: ranks that host a module."""
+
+    metrics: StepMetrics
+    step_s: float
+    devices: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all samples a second of wall time."""
+        return self.metrics.tokens / self.step_s
+
+    @property
+    def tflops_per_device(self) -> float:
+        """1e12 floating point operations a second and device."""
+        return sum(self.metrics.flops_by_module.values()) / self.step_s / self.devices / 1e12
+
+    def to_json(self) -> dict[str, Any]:
+        """The step's line of metrics.jsonl as plain data."""
+        return {
+            **self.metrics.to_json(),
+            "step_s": self.step_s,
+            "tokens_per_s": self.tokens_per_s,
+            "tflops_per_device": self.tflops_per_device,
+        }

@@ -1,0 +1,290 @@
+"""Reads each list of a plan by itself: its computations, what they wait for, where transfers start. Pure.
+
+A program stands for all of its ranks (see parallel.schedule.plan). The rules are those of the executor's
+handlers. A computation waits for its inputs and for the other members of its groups. A transfer takes place
+beside the computations, once every end has started it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+from parallel.schedule.action import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    BOUNDARY,
+    BOUNDARY_BACKWARD,
+    BOUNDARY_FORWARD,
+    COMPUTE,
+    FORWARD,
+    POSTED,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    Action,
+    ActionKey,
+    Group,
+    Kind,
+)
+from parallel.schedule.plan import SchedulePlan
+
+START = -1  # the start of the step, where the number of a computation is expected
+
+# A transfer: (number of its flow, micro-batch). A plain tuple, because a plan has up to a million of them.
+TransferKey = tuple[int, int]
+
+
+class _Message(NamedTuple):
+    """The message that an action starts or waits for.
+
+    kind: SEND_FORWARD or SEND_BACKWARD. sends: whether the action's rank sends it. step: how many stages
+    further its other end is.
+    """
+
+    kind: Kind
+    sends: bool
+    step: int
+
+
+_MESSAGE = {
+    SEND_FORWARD: _Message(SEND_FORWARD, True, 1),
+    RECV_FORWARD: _Message(SEND_FORWARD, False, -1),
+    FORWARD: _Message(SEND_FORWARD, False, -1),
+    SEND_BACKWARD: _Message(SEND_BACKWARD, True, -1),
+    RECV_BACKWARD: _Message(SEND_BACKWARD, False, 1),
+    BACKWARD: _Message(SEND_BACKWARD, False, 1),
+    BACKWARD_INPUT: _Message(SEND_BACKWARD, False, 1),
+}
+# The kind of result, computed on its own rank, that an action needs, and the kind that a computation leaves.
+_NEEDS = {
+    BACKWARD: FORWARD,
+    BACKWARD_INPUT: FORWARD,
+    BACKWARD_WEIGHT: BACKWARD,
+    SEND_FORWARD: FORWARD,
+    SEND_BACKWARD: BACKWARD,
+}
+_LEAVES = {FORWARD: FORWARD, BACKWARD: BACKWARD, BACKWARD_INPUT: BACKWARD}
+Result = tuple[str, int, int]  # of a forward or backward: (module, micro-batch, stage), action[1:4]
+
+
+class Flow(NamedTuple):
+    """The messages of one kind between two ends. Each micro-batch of a flow is one transfer.
+
+    kind: SEND_FORWARD or SEND_BACKWARD along a pipeline; BOUNDARY_FORWARD or BOUNDARY_BACKWARD on an edge.
+    module: the module of the pipeline; the source of the edge.
+    stage: the later of the two stages; the sink's stage that the edge's rows enter.
+    ends: (sending program, receiving program); None on an edge, where SchedulePlan.ends() gives them.
+    """
+
+    kind: Kind
+    module: str
+    stage: int
+    ends: tuple[int, int] | None = None
+
+
+class _FlowNumbers(NamedTuple):
+    """Flows by number. every: with a transfer for every micro-batch of an action. rows: (flow, source) of
+    edges, with a transfer where the source has items alone."""
+
+    every: list[int]
+    rows: list[tuple[int, str]]
+
+
+class Collective(NamedTuple):
+    """A computation that several programs begin together, because they share a group."""
+
+    action: ActionKey
+    programs: frozenset[int]
+
+
+class Stop(NamedTuple):
+    """Where a program stops whatever the others do: `action` needs a result that its rank never computes."""
+
+    action: Action
+    kind: Kind
+    result: Result
+
+
+@dataclass
+class Reading:
+    """What the lists of a plan say, with actions numbered through all programs.
+
+    A computation is, here, every action that does not only start a transfer.
+
+    first: the number of each program's first action, then how many actions there are.
+    before: by action, the last computation before it in its program, or START.
+    computations: by program, the numbers of its computations, in order.
+    waits: by computation, the transfers that it waits for.
+    transfers: by transfer, for each of its ends the last computation before that end is started.
+    starts: by action, the transfers whose end it starts.
+    started_by: by transfer, {program: number of the action that starts its end there}.
+    collectives: by computation, what it begins together with other programs.
+    together: by computation, {program: number of the computation that begins with it}, itself included.
+    flows: by number.
+    stopped: by program, where it stops whatever the others do; it has no computations from there on.
+    """
+
+    first: tuple[int, ...]
+    before: list[int]
+    computations: list[list[int]] = field(default_factory=list)
+    waits: dict[int, list[TransferKey]] = field(default_factory=dict)
+    transfers: dict[TransferKey, list[int]] = field(default_factory=lambda: defaultdict(list))
+    starts: dict[int, list[TransferKey]] = field(default_factory=dict)
+    started_by: dict[TransferKey, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    collectives: dict[int, Collective] = field(default_factory=dict)
+    together: dict[int, Mapping[int, int]] = field(default_factory=dict)
+    flows: list[Flow] = field(default_factory=list)
+    stopped: dict[int, Stop] = field(default_factory=dict)
+
+
+def read(plan: SchedulePlan) -> Reading:
+    """Read all lists of a plan. Linear in their actions."""
+    return _Reader(plan).run()
+
+
+class _Reader:
+    def __init__(self, plan: SchedulePlan) -> None:
+        self.plan = plan
+        first = (0, *accumulate(len(program) for program in plan.programs))
+        self.reading = Reading(first, [START] * first[-1])
+        self.numbers: dict[Flow, int] = {}
+        # By (program, kind, module, stage) of actions.
+        self.known: dict[tuple[int, Kind, str, int], _FlowNumbers] = {}
+        self.peers, self.members = _peers(plan), _Members(plan)
+        self.readers = {(s, e): plan.ends(s, e)[1] for s in plan.sources for e in plan.modules[s].enters}
+        self.holders = {s: plan.hosts(s, plan.modules[s].stages - 1) for s in plan.sources}
+
+    def run(self) -> Reading:
+        found = self.reading
+        found.computations = [self._read(p) for p in range(len(self.plan.programs))]
+        found.flows = list(self.numbers)
+        together: dict[Collective, dict[int, int]] = defaultdict(dict)
+        for p, mine in enumerate(found.computations):
+            for n in mine:
+                if n in found.collectives:
+                    together[found.collectives[n]][p] = n
+        found.together.update({n: together[c] for n, c in found.collectives.items()})
+        return found
+
+    def _read(self, p: int) -> list[int]:
+        """The computations of a program, as far as it gets if others do all that it waits for."""
+        last, computations, found = START, list[int](), self.reading
+        done: dict[Kind, set[Result]] = {FORWARD: set(), BACKWARD: set()}  # on the program's own ranks
+        for number, a in enumerate(self.plan.programs[p], found.first[p]):
+            lacks = self._lacks(p, a, done)
+            if lacks is not None:
+                found.stopped[p] = Stop(a, *lacks)
+                return computations
+            found.before[number] = last
+            if a.kind in POSTED:
+                keys = found.starts[number] = self._transfers(p, a)
+                for key in keys:
+                    found.transfers[key].append(last)
+                    found.started_by[key][p] = number
+                continue
+            if keys := self._transfers(p, a):
+                found.waits[number] = keys
+            if a.groups and len(members := self.members[a.groups, p]) > 1:
+                found.collectives[number] = Collective(a[:4], members)
+            if a.kind in _LEAVES and a.span == 1:
+                done[_LEAVES[a.kind]].add(a[1:4])
+            elif a.kind in _LEAVES:
+                done[_LEAVES[a.kind]].update([(a.module, i, a.stage) for i in a.microbatches])
+            computations.append(number)
+            last = number
+        return computations
+
+    def _lacks(self, p: int, a: Action, done: Mapping[Kind, Set[Result]]) -> tuple[Kind, Result] | None:
+        """A result on its own ranks that an action needs and that is not there."""
+        need = _NEEDS.get(a.kind)
+        if need is not None:
+            if a.span == 1:
+                return None if a[1:4] in done[need] else (need, a[1:4])
+            results = [(a.module, i, a.stage) for i in a.microbatches]
+        elif a.kind is BOUNDARY_FORWARD and p in self.holders[a.module]:
+            need, results = FORWARD, [(a.module, a.microbatch, self.plan.modules[a.module].stages - 1)]
+        elif a.kind is BOUNDARY_BACKWARD and p in self.readers[a.module, a.stage]:
+            need, results = BACKWARD, [(self.plan.sink, a.microbatch, a.stage)]
+        else:
+            return None
+        return next(((need, r) for r in results if r not in done[need]), None)
+
+    def _transfers(self, p: int, a: Action) -> list[TransferKey]:
+        """The transfers whose end in program p an action starts, or that a computation waits for."""
+        use = (p, a.kind, a.module, a.stage)
+        known = self.known.get(use)
+        if known is None:
+            known = self.known[use] = self._flow_numbers(*use)
+        every, rows = known
+        keys = [(flow, a.microbatch) for flow in every]
+        if rows:
+            keys += [(flow, i) for flow, s in rows for i in a.microbatches if s in self.plan.active[i]]
+        return keys
+
+    def _flow_numbers(self, p: int, kind: Kind, module: str, stage: int) -> _FlowNumbers:
+        """The flows of actions of a kind and stage, numbered as they are met."""
+        found = _FlowNumbers([], [])
+        for flow in self._flows(p, kind, module, stage):
+            number = self.numbers.setdefault(flow, len(self.numbers))
+            if kind in COMPUTE and flow.ends is None:
+                found.rows.append((number, flow.module))
+            else:
+                found.every.append(number)
+        return found
+
+    def _flows(self, p: int, kind: Kind, module: str, stage: int) -> list[Flow]:
+        """The flows of the transfers that actions of a kind and stage start or wait for."""
+        sink = module == self.plan.sink
+        if kind in BOUNDARY:
+            return [Flow(kind, module, stage)]
+        use = self.plan.modules[module]
+        if kind in (BACKWARD, BACKWARD_INPUT) and stage + 1 == use.stages:
+            return [] if sink else [Flow(BOUNDARY_BACKWARD, module, s) for s in use.enters]
+        if kind not in _MESSAGE:
+            return []
+        entering = self.plan.entering(stage) if kind is FORWARD and sink else ()
+        rows = [Flow(BOUNDARY_FORWARD, s, stage) for s in entering]
+        if kind is FORWARD and stage == 0:
+            return rows
+        message = _MESSAGE[kind]
+        others = self.peers.get((module, (stage + message.step) % use.layout.pp, p), ())
+        later = max(stage, stage + message.step)
+        ends = [(p, q) if message.sends else (q, p) for q in others]
+        return [*(Flow(message.kind, module, later, pair) for pair in ends), *rows]
+
+
+def _peers(plan: SchedulePlan) -> dict[tuple[str, int, int], tuple[int, ...]]:
+    """By (module, pipeline rank, program): the programs there that share a pipeline with the program."""
+    found: dict[tuple[str, int, int], set[int]] = defaultdict(set)
+    for module, use in plan.modules.items():
+        if use.layout.pp == 1:
+            continue
+        chains = {tuple(plan.program_of[r] for r in ranks) for ranks in use.layout.groups("pp")}
+        for chain in chains:
+            for pp, q in enumerate(chain):
+                for p in (chain[pp - 1], chain[(pp + 1) % len(chain)]):
+                    found[module, pp, p].add(q)
+    return {key: tuple(sorted(q)) for key, q in found.items()}
+
+
+class _Members(dict[tuple[tuple[Group, ...], int], frozenset[int]]):
+    """By (groups of an action, program): the programs that carry it out together; worked out on first use."""
+
+    def __init__(self, plan: SchedulePlan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def __missing__(self, key: tuple[tuple[Group, ...], int]) -> frozenset[int]:
+        groups, p = key
+        sets = [s for g in groups for s in self.plan.program_sets(g)]
+        joined = {p}
+        while more := set().union(*(s for s in sets if s & joined)) - joined:
+            joined |= more
+        self[key] = frozenset(joined)
+        return self[key]

@@ -1,0 +1,145 @@
+"""Plans from the sink's pipeline and the sources' works, by where the sources live. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from parallel.schedule.action import BACKWARD_WEIGHT, FORWARD
+from parallel.schedule.generators.fill import RULES_TRIED, FillProblem, fill
+from parallel.schedule.generators.lower import lower
+from parallel.schedule.generators.orders import PIPELINES, Work, windows
+from parallel.schedule.generators.problem import Problem
+from parallel.schedule.generators.sources import (
+    FirstStageOrder,
+    MicrobatchGroup,
+    Slot,
+    by_slot,
+    disjoint_works,
+    first_stage_order,
+    insert,
+    microbatch_groups,
+    source_spans,
+)
+from parallel.schedule.generators.times import Times
+from parallel.schedule.plan import Place, SchedulePlan
+from parallel.schedule.simulator.costs import Costs
+
+Pipelines = Sequence[Sequence[Work]]  # the sink's works, by pipeline rank
+
+
+class Grouping(NamedTuple):
+    """How sources on ranks of the sink group their work.
+
+    size: micro-batches in a group. lead: how many forwards of the sink's first stage earlier than needed a
+    group is computed.
+    """
+
+    size: int
+    lead: int = 0
+
+
+def sink_works(problem: Problem, sizes: Sequence[int]) -> list[list[Work]]:
+    """The sink's works by pipeline rank. sizes: micro-batches for which the pipeline fills and drains."""
+    sink, layout = problem.sink, problem.modules[problem.sink].layout
+    frozen = {m for m, u in problem.modules.items() if u.frozen}
+    back = [problem.options.train and (sink not in frozen or bool(a - frozen)) for a in problem.active]
+    out = []
+    for r in range(layout.pp):
+        order = windows(PIPELINES[problem.kind], sizes, r, layout.pp, layout.vpp)
+        works = [Work(k, sink, s, i) for k, s, i in order if k is FORWARD or back[i]]
+        if sink in frozen:  # no weight has a gradient, so the backward of the inputs is the whole backward
+            works = [w for w in works if w.kind is not BACKWARD_WEIGHT]
+        out.append(works)
+    return out
+
+
+def disjoint_plan(problem: Problem, works: Pipelines) -> SchedulePlan:
+    """The plan where no source shares a rank with the sink."""
+    order = first_stage_order(works[0])
+    lists = {}
+    for place in problem.places:
+        r, here = problem.at(place)
+        lists[place] = works[r] if r is not None else by_slot(_disjoint(problem, here, order))
+    return lower(problem, lists)
+
+
+def colocated_plan(
+    problem: Problem, works: Pipelines, times: Times, grouping: Grouping, ahead: int
+) -> SchedulePlan:
+    """The plan where sources on ranks of the sink compute groups of micro-batches.
+
+    Every rank computes a group at the same moment of the sink's pipeline, so that collectives meet.
+    """
+    order, lead = first_stage_order(works[0]), grouping.lead
+    moments = [
+        (times.insertion_slot(group, order, lead), times.insertion_time(group, lead), group)
+        for group in microbatch_groups(len(problem.active), grouping.size, problem.options.train)
+        if not group.backward or times.returns(group)
+    ]
+    moments.sort(key=lambda moment: moment[0])
+    lists: dict[Place, Sequence[Work]] = {}
+    for place in problem.places:
+        r, here = problem.at(place)
+        parts = [(slot, second, _group_works(problem, group, here)) for slot, second, group in moments]
+        if r is not None:
+            lists[place] = insert(works[r], times.starts[r], [(t, found) for _, t, found in parts])
+        else:
+            together = [(slot, w) for slot, _, found in parts for w in found]
+            lists[place] = by_slot([*_disjoint(problem, here, order), together])
+    return lower(problem, lists, ahead=ahead)
+
+
+def fill_plans(problem: Problem, works: Pipelines, times: Times, ahead: int) -> list[SchedulePlan]:
+    """Plans where sources on ranks of the sink compute in its idle time, one for each of RULES_TRIED."""
+    forwards = [
+        Work(FORWARD, m, 0, i, span)
+        for m in problem.colocated
+        for i, span in source_spans(0, len(problem.active), problem.batch[m], problem.active, m)
+    ]
+    forwards.sort(key=lambda w: w.microbatch)  # stable: the sources' order within a micro-batch
+    given = FillProblem(
+        pipeline=works,
+        starts=times.starts,
+        stages=problem.modules[problem.sink].stages,
+        forwards=forwards,
+        learn=[m for m in problem.colocated if problem.learns(m)],
+        enters={m: problem.modules[m].enters for m in problem.colocated},
+        active=problem.active,
+        ahead=ahead,
+        costs=problem.options.costs or Costs(),
+    )
+    plans = []
+    for rules in RULES_TRIED:
+        lists = fill(given, rules)
+        by_place = {place: lists[problem.at(place)[0] or 0] for place in problem.places}
+        plans.append(lower(problem, by_place, ahead=ahead, late=problem.colocated))
+    return plans
+
+
+def _disjoint(
+    problem: Problem, here: Mapping[str, range], order: FirstStageOrder
+) -> list[list[tuple[Slot, Work]]]:
+    """Works, at a place with the stages `here`, of the sources that share no rank with the sink."""
+    out = []
+    for m, stages in here.items():
+        if m in problem.colocated:
+            continue
+        for s in stages:
+            works = disjoint_works(
+                source=m,
+                stage=s,
+                lead=problem.modules[m].stages - s if problem.kind != "sequential" else 0,
+                order=order,
+                active=problem.active,
+                size=problem.batch[m],
+                backward=problem.learns(m),
+            )
+            out.append(works)
+    return out
+
+
+def _group_works(problem: Problem, group: MicrobatchGroup, here: Mapping[str, range]) -> list[Work]:
+    """What the colocated sources with stages `here` compute of a group."""
+    doing = [m for m in here if m in problem.colocated and not (group.backward and problem.modules[m].frozen)]
+    return [w for m in doing for w in group.works(m, here[m], problem.active, problem.batch[m])]
