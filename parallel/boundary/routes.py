@@ -236,7 +236,7 @@ def _receive(have: RowMap, want: RowMap, offers: Runs, rank: int) -> tuple[Kept,
     i, k, start, stop = meet(start, stop, offers.start, offers.stop)
     if not len(start):
         return keep, []
-    # Stretches of lacking rows by the lane that is requested for them, which is the rank's request to it.
+    # Stretches of lacking rows, grouped by the lane that serves them: a group is one request of this rank.
     order = np.argsort(offers.lane[k], kind="stable")
     lanes, request = np.unique(offers.lane[k][order], return_inverse=True)
     lacking = Stretches(request, (start + shift[i])[order], (stop - start)[order])
