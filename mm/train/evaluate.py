@@ -92,7 +92,7 @@ class _LossSum:
 
 @contextmanager
 def _eval_mode(job: Job) -> Iterator[None]:
-    """Put all modules into eval mode, and back into the mode that each of their submodules had, on errors too.
+    """Put all modules into eval mode, then each submodule back into the mode that it had, on errors too.
 
     A wrapped module may have submodules that are always in eval mode.
     """

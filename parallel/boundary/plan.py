@@ -216,8 +216,8 @@ def _check_held(want: RowMap, offers: Runs, partial: bool) -> Column:
     if not partial and int(found.sum()) < int(want.length.sum()):
         run, low, high = outside(want.start, want.stop, offers.start, offers.stop)
         k = int(np.argmin(low))
-        asking = want.lanes[int(want.lane[run[k]])]
-        raise ValueError(f"rows {low[k]}-{high[k] - 1} are wanted by ranks {asking}, but no rank has them")
+        readers = want.lanes[int(want.lane[run[k]])]
+        raise ValueError(f"rows {low[k]}-{high[k] - 1} are wanted by ranks {readers}, but no rank has them")
     return found
 
 

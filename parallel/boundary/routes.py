@@ -236,7 +236,7 @@ def _receive(have: RowMap, want: RowMap, offers: Runs, rank: int) -> tuple[Kept,
     i, k, start, stop = meet(start, stop, offers.start, offers.stop)
     if not len(start):
         return keep, []
-    # Stretches of lacking rows by the lane that is asked for them, which is the rank's request to it.
+    # Stretches of lacking rows, grouped by the lane that serves them: a group is one request of this rank.
     order = np.argsort(offers.lane[k], kind="stable")
     lanes, request = np.unique(offers.lane[k][order], return_inverse=True)
     lacking = Stretches(request, (start + shift[i])[order], (stop - start)[order])
@@ -262,15 +262,18 @@ def _send(have: RowMap, want: RowMap, offers: Runs, rank: int, lane: int) -> lis
     order = np.argsort(wanted.lane[i], kind="stable")
     request, index = indices_of(wanted.lane[i][order], requests.reader_lane)
     index = order[index]
-    asked = _Asked(request, start[index], stop[index], offered.shift[k][index])
+    requested = _Requested(request, start[index], stop[index], offered.shift[k][index])
     # Where several lanes hold a row, the reader may hold it itself.
-    asked = _without_own(have, requests.reader, asked)
+    requested = _without_own(have, requests.reader, requested)
     shares = Shares(np.arange(len(number)), number, requests.shares)
-    part = split_shares(Stretches(asked.request, asked.start + asked.shift, asked.stop - asked.start), shares)
+    part = split_shares(
+        Stretches(requested.request, requested.start + requested.shift, requested.stop - requested.start),
+        shares,
+    )
     return _messages(requests.reader[part.share], part, rank)
 
 
-class _Asked(NamedTuple):
+class _Requested(NamedTuple):
     """Global rows [start, stop) of a request, a line a stretch; local row = global row + shift."""
 
     request: Column
@@ -279,13 +282,13 @@ class _Asked(NamedTuple):
     shift: Column
 
 
-def _without_own(have: RowMap, reader: Column, asked: _Asked) -> _Asked:
-    """Leave out the rows that the reader of the request, reader[asked.request], holds itself."""
+def _without_own(have: RowMap, reader: Column, requested: _Requested) -> _Requested:
+    """Leave out the rows that the reader of the request, reader[requested.request], holds itself."""
     size = 1 + have.reach
     lane = have.lanes_of(reader)
-    base = np.where(lane < 0, len(have.lanes), lane)[asked.request] * size
-    i, low, high = outside(base + asked.start, base + asked.stop, *have.by_lane(size))
-    return _Asked(asked.request[i], low - base[i], high - base[i], asked.shift[i])
+    base = np.where(lane < 0, len(have.lanes), lane)[requested.request] * size
+    i, low, high = outside(base + requested.start, base + requested.stop, *have.by_lane(size))
+    return _Requested(requested.request[i], low - base[i], high - base[i], requested.shift[i])
 
 
 def _messages(peer: Column, part: Part, rank: int) -> list[Message]:

@@ -291,13 +291,13 @@ def _check_held(name: str, held: Sequence[Sequence[Span]], wanted: Sequence[Sequ
     some = sorted((a, b) for mine in held for a, b in mine if a < b)
     if not disjoint(some):
         raise ValueError(f"{name}: a row is held by two ranks, or twice by one; needed: one holder a row")
-    asked = [(a, b, r) for r, mine in enumerate(wanted) for a, b in mine if a < b]
-    ask, have = (np.asarray(s, dtype=np.int64).reshape(-1, k) for s, k in ((asked, 3), (some, 2)))
-    which, low, high = outside(ask[:, 0], ask[:, 1], have[:, 0], have[:, 1])
+    listed = [(a, b, r) for r, mine in enumerate(wanted) for a, b in mine if a < b]
+    want, have = (np.asarray(s, dtype=np.int64).reshape(-1, k) for s, k in ((listed, 3), (some, 2)))
+    which, low, high = outside(want[:, 0], want[:, 1], have[:, 0], have[:, 1])
     if len(low):
         k = int(np.argmin(low))
         raise ValueError(
-            f"{name}: rows {low[k]}-{high[k] - 1} are wanted by rank {ask[which[k], 2]} of the axis, "
+            f"{name}: rows {low[k]}-{high[k] - 1} are wanted by rank {want[which[k], 2]} of the axis, "
             "but no rank has them"
         )
 

@@ -6,7 +6,7 @@ the host, because they come from the plan, so no operation here waits for a devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -117,8 +117,8 @@ def depthwise_conv(
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = _Taps.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch does not annotate apply
-    return y
+    apply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _Taps.apply  # which torch leaves untyped
+    return apply(x, weight, bias)
 
 
 class _Taps(torch.autograd.Function):

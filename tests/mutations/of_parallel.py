@@ -60,8 +60,8 @@ PARALLEL = (
         "boundary.send-again",
         "rows are sent to ranks that have them",
         "parallel/boundary/routes.py",
-        "asked = _without_own(have, requests.reader, asked)",
-        "asked = asked",
+        "requested = _without_own(have, requests.reader, requested)",
+        "requested = requested",
         PLANS,
     ),
     Fault(
