@@ -39,7 +39,8 @@ READERS_OWN = {"configs/mine.yaml"}
 # underscores. Add a word when the last identifier that has it is renamed.
 RETIRED = (
     *("granule", "granules", "pulse", "Beat", "told", "Pass", "cut_layers"),
-    *("beside", "apart", "says", "asks", "whom", "deed", "Deed"),
+    *("beside", "apart", "says", "asks", "whom", "deed", "Deed", "Lane", "Meeting"),
+    *("beat", "kw", "cut", "cuts", "words", "further", "settle", "let_go", "choose_method"),
 )
 
 

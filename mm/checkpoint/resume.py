@@ -63,7 +63,7 @@ def verify(path: Path, rank: RankInfo | None = None) -> list[str]:
     if rank is None or rank.world == 1:
         return store.verify(path)
     heartbeat = _Heartbeat(rank, f"verify/{path}")
-    mine = store.verify(path, rank.rank, rank.world, heartbeat=heartbeat.beat)
+    mine = store.verify(path, rank.rank, rank.world, heartbeat=heartbeat.count)
     heartbeat.wait_for_all()
     parts: list[Any] = [None] * rank.world
     dist.all_gather_object(parts, mine)
@@ -76,7 +76,7 @@ class _Heartbeat:
     def __init__(self, rank: RankInfo, key: str) -> None:
         self._rank, self._key, self._last = rank, key, time.monotonic()
 
-    def beat(self) -> None:
+    def count(self) -> None:
         """Count a heartbeat of this rank, at most one every HEARTBEAT_S."""
         if self._rank.store is not None and time.monotonic() - self._last > HEARTBEAT_S:
             self._last = time.monotonic()

@@ -172,8 +172,8 @@ class Layout:
     def describe(self) -> str:
         """Degrees above one, for tables: "dp4", "tp2 dp2 ep4"."""
         names = [a for a in ("tp", "cp", "pp", "vpp", "dp", "ep", "etp") if getattr(self, a) > 1]
-        words = [f"{a}{getattr(self, a)}" for a in names] + (["sp"] if self.sequence_parallel else [])
-        return " ".join(words) or "one rank"
+        parts = [f"{a}{getattr(self, a)}" for a in names] + (["sp"] if self.sequence_parallel else [])
+        return " ".join(parts) or "one rank"
 
 
 def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tuple[int, ...]:
