@@ -107,8 +107,9 @@ class _Writer:
             groups = self.compute[w.module]
             out.append(Action(w.kind, w.module, w.microbatch, w.stage, last=last, span=w.span, groups=groups))
             out += self._after(w)
-            if w.module not in self.late:
-                out += self._closing(key, last, end[key] == k and key in stepwise)
+            free = end[key] == k and key in stepwise
+            if (last or free) and w.module not in self.late:
+                out += self._closing(key, last, free)
         for key in sorted(end):
             if key[0] in self.late:
                 out += self._closing(key, key in final, key in stepwise)
