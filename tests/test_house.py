@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("parallel", "encoders", "llm", "mm")
+from tests.pages import PACKAGES, ROOT, name_of
+
 OTHERS = ("tests", "benchmarks", "examples")
-FILES = sorted(
-    str(p.relative_to(ROOT)) for folder in (*PACKAGES, *OTHERS) for p in (ROOT / folder).rglob("*.py")
-)
+FILES = sorted(name_of(p) for folder in (*PACKAGES, *OTHERS) for p in (ROOT / folder).rglob("*.py"))
 LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 7
 POSITIONAL = 7  # so many values in a row and nobody knows which is which
 FACTORY = {"device", "dtype"}  # count as one, as in torch

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.pages import ROOT, name_of
+
 MAY_IMPORT = {
     "mm": {"mm", "encoders", "llm", "parallel"},
     "encoders": {"encoders", "parallel"},
@@ -71,7 +72,7 @@ def head(name: str, n: int = 1) -> str:
 
 @cache
 def files() -> tuple[str, ...]:
-    return tuple(str(p.relative_to(ROOT)) for room in MAY_IMPORT for p in sorted((ROOT / room).rglob("*.py")))
+    return tuple(name_of(p) for room in MAY_IMPORT for p in sorted((ROOT / room).rglob("*.py")))
 
 
 @cache

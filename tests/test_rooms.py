@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("parallel", "encoders", "llm", "mm")
+from tests.pages import PACKAGES, ROOT
+
 ROOMS = sorted(
     str(init.parent.relative_to(ROOT)).replace("/", ".")
     for package in PACKAGES

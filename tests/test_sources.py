@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("parallel", "encoders", "llm", "mm")
+from tests.pages import PACKAGES, ROOT, name_of
+
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 CHANGES = {
     "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popleft", "remove",
@@ -53,17 +52,13 @@ def test_the_check_sees_what_functions_change() -> None:
 
 
 def test_only_registries_are_state_at_module_level() -> None:
-    found = {
-        (str(file.relative_to(ROOT)), name)
-        for file in FILES
-        for name in changed_by_functions(file.read_text())
-    }
+    found = {(name_of(file), name) for file in FILES for name in changed_by_functions(file.read_text())}
     assert found <= REGISTRIES | COMPATIBILITY
 
 
 def test_no_backend_is_a_literal() -> None:
     found = {
-        str(file.relative_to(ROOT))
+        name_of(file)
         for file in FILES
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant) and node.value in ("gloo", "nccl", "mpi", "ucc")

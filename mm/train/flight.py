@@ -7,8 +7,8 @@ action that fills it and the action that takes it. forward.py, backward.py and t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -56,7 +56,7 @@ class Slot(Generic[T]):
 
     def take(self) -> T:
         """The value, which the slot no longer holds."""
-        value, self._value = self._value, None
+        value = self.take_if_filled()
         assert value is not None, "taken before it was filled"
         return value
 
@@ -111,18 +111,9 @@ class InFlight:
             pending.wait()
         self.row_transfers.clear()
         self.gradient_transfers.clear()
-        left: dict[str, Slot[Any]] = {
-            "hidden_message": self.hidden_message,
-            "hidden": self.hidden,
-            "output": self.output,
-            "joint_output": self.joint_output,
-            "gradient_message": self.gradient_message,
-            "products": self.products,
-            "gradient": self.gradient,
-        }
-        names = [name for name, slot in left.items() if slot.peek() is not None]
-        names += ["rows"] if self.rows else []
-        assert not names, f"never taken: {', '.join(names)}"
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        left = [n for n, x in held.items() if (x.peek() is not None if isinstance(x, Slot) else x)]
+        assert not left, f"never taken: {', '.join(left)}"
 
 
 @dataclass

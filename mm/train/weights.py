@@ -22,9 +22,8 @@ class Weights:
 
     def free(self, action: Action) -> None:
         """Give the memory of whole weights back."""
-        for module in self.flight.part(key_of(action)).modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self._fsdp_modules(key_of(action)):
+            module.reshard()
 
     def grad_sync(self, action: Action) -> None:
         """Reduce the gradients that all backwards of the step have added up.
@@ -53,14 +52,17 @@ class Weights:
 
     def unshard(self, key: Key) -> None:
         """Make the stage's weights whole now."""
-        for module in self.flight.part(key).modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()
+        for module in self._fsdp_modules(key):
+            module.unshard()
 
     def _reduce_in_next_backward(self, key: Key, reduce: bool) -> None:
         part = self._fsdp(key)
         part.set_requires_gradient_sync(reduce)
         part.set_is_last_backward(reduce)
+
+    def _fsdp_modules(self, key: Key) -> list[FSDPModule]:
+        """The stage and the layers of it that FSDP gathers on their own."""
+        return [m for m in self.flight.part(key).modules() if isinstance(m, FSDPModule)]
 
     def _fsdp(self, key: Key) -> FSDPModule:
         part = self.flight.part(key)

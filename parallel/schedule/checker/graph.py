@@ -64,7 +64,7 @@ def _make_graph(plan: SchedulePlan, reading: Reading) -> Graph:
             before=reading.before,
             waits=waits,
             released=released,
-            transfers=dict(reading.transfers),
+            transfers=reading.transfers,
             flows=reading.flows,
             order=order,
         )

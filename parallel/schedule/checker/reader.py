@@ -134,7 +134,7 @@ class Reading:
     before: list[int]
     computations: list[list[int]] = field(default_factory=list)
     waits: dict[int, list[TransferKey]] = field(default_factory=dict)
-    transfers: dict[TransferKey, list[int]] = field(default_factory=lambda: defaultdict(list))
+    transfers: defaultdict[TransferKey, list[int]] = field(default_factory=lambda: defaultdict(list))
     starts: dict[int, list[TransferKey]] = field(default_factory=dict)
     started_by: dict[TransferKey, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     collectives: dict[int, Collective] = field(default_factory=dict)
@@ -164,6 +164,7 @@ class _Reader:
         found = self.reading
         found.computations = [self._read(p) for p in range(len(self.plan.programs))]
         found.flows = list(self.numbers)
+        found.transfers.default_factory = None  # all are there: from here on another key is an error
         together: dict[Collective, dict[int, int]] = defaultdict(dict)
         for p, mine in enumerate(found.computations):
             for n in mine:
