@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import NamedTuple
+
+from parallel.topology.groups import Group
 
 
 class Kind(Enum):
@@ -51,33 +53,6 @@ RECEIVES = frozenset({RECV_FORWARD, RECV_BACKWARD})
 BOUNDARY = frozenset({BOUNDARY_FORWARD, BOUNDARY_BACKWARD})
 _GRADIENTS = (SEND_BACKWARD, RECV_BACKWARD)
 POSTED = SENDS | RECEIVES | BOUNDARY  # actions that only start a transfer
-
-Scope = Literal["module", "edge", "world"]
-Direction = Literal["", "forward", "backward"]
-
-
-class Group(NamedTuple):
-    """The name of a process group; SchedulePlan.instances() gives the ranks.
-
-    scope: "module": the ranks along `axis` of `module`'s layout. "edge": all ranks at either end of the edge
-        from `module` to the sink's `stage`. "world": all ranks of the job. Because the scope is a field of
-        its own, a module may have any name.
-    direction: of the axis "pp" and of edges, which have a group for each direction.
-    """
-
-    scope: Scope
-    module: str = ""
-    axis: str = ""
-    direction: Direction = ""
-    stage: int = 0
-
-    def __str__(self) -> str:
-        head = self.scope if self.scope != "module" else ""
-        stage = str(self.stage) if self.stage else ""
-        return ".".join(part for part in (head, self.module, stage, self.axis, self.direction) if part)
-
-
-WORLD = Group("world")
 
 # (kind, module, micro-batch, stage), which is action[:4]: what identifies an action within its list. A plain
 # tuple, because a large plan makes half a million of them.

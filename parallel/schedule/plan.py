@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from parallel.schedule.action import Action, Group
+from parallel.schedule.action import Action
+from parallel.topology.groups import Group
 from parallel.topology.layout import Layout
 
 Params = Literal["each", "step", "replicated"]

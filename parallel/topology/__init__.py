@@ -6,15 +6,18 @@ Layouts and stages are pure and need no torch; groups are made in mesh.py, which
 
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.directions import Directions
+from parallel.topology.groups import WORLD, Group
 from parallel.topology.layout import Coord, ExpertCoord, Layout, Unfit, make_layout, nearest_degrees
 from parallel.topology.stage import Stage, partition_layers, stages_of, whole
 
 __all__ = [
+    "WORLD",
     "Axes",
     "Axis",
     "Coord",
     "Directions",
     "ExpertCoord",
+    "Group",
     "Layout",
     "Stage",
     "Unfit",

@@ -20,17 +20,15 @@ from parallel.schedule.action import (
     COMPUTE,
     RECEIVES,
     SENDS,
-    WORLD,
     Action,
     ActionKey,
-    Direction,
-    Group,
     Kind,
 )
 from parallel.schedule.checker.graph import graph_of
 from parallel.schedule.checker.memory import Memory, Peak, check_limit, peaks
 from parallel.schedule.checker.order import Stuck
 from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, parameter_groups
+from parallel.topology.groups import WORLD, Direction, Group
 
 
 class PlanError(ValueError):

@@ -29,10 +29,10 @@ from parallel.schedule.action import (
     SEND_FORWARD,
     Action,
     ActionKey,
-    Group,
     Kind,
 )
 from parallel.schedule.plan import SchedulePlan
+from parallel.topology.groups import Group
 
 START = -1  # the start of the step, where the number of a computation is expected
 

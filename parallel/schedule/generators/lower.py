@@ -14,15 +14,14 @@ from parallel.schedule.action import (
     RECV_FORWARD,
     SEND_BACKWARD,
     SEND_FORWARD,
-    WORLD,
     Action,
-    Group,
     Kind,
 )
 from parallel.schedule.generators.orders import Work
 from parallel.schedule.generators.problem import Problem
 from parallel.schedule.plan import Place, SchedulePlan, compute_groups, parameter_groups, places
 from parallel.topology.directions import Directions
+from parallel.topology.groups import WORLD, Group
 
 StageKey = tuple[str, int]  # (module, stage)
 

@@ -16,7 +16,7 @@ from mm.data.sample import parse_segments
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
 from mm.train.rank_report import EdgeReport, ModuleReport, Report, Scalars
-from parallel.schedule.action import WORLD, Group
+from parallel.topology.groups import WORLD, Group
 from tests.mm.harness import CONFIGS, largest_difference, small, train_few
 from tests.mm.shards import npy, sensor_samples, write_shard
 

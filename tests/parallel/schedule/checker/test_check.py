@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.schedule import Kind, SchedulePlan
-from parallel.schedule.action import COMPUTE, POSTED, WORLD, Action
+from parallel.schedule.action import COMPUTE, POSTED, Action
 from parallel.schedule.checker.check import PlanError, check
 from parallel.schedule.checker.memory import check_limit, held_microbatches, peaks
+from parallel.topology.groups import WORLD
 from tests.parallel.schedule.cases import Case, cases, plan_of
 
 
