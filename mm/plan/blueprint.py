@@ -180,7 +180,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
 
     layouts, llm, llm_stages = outline.outline(cfg, world)
     uses = {name: _encoder_use(cfg, name, layouts[name]) for name in cfg.model}
-    stages = {m: encoder_stages(use.cls, use.cfg, layouts[m].pp) for m, use in uses.items()}
+    stages = {m: encoder_stages(use.cls, use.cfg, layouts[m].pp * layouts[m].vpp) for m, use in uses.items()}
     stages[SINK] = llm_stages
     _check_levels(uses, llm)
     # Zigzag order balances causal attention over cp. Without attention the contiguous order is better: a scan
@@ -214,7 +214,7 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
         raise Unfit(f"model.{name}: {error.why}", error.works, name) from error
     except ValueError as error:
         raise ValueError(f"model.{name}: {error}") from error
-    check_stages(layout, cls.layer_count(options), virtual=False)
+    check_stages(layout, cls.layer_count(options))
     tp = layout.tp if cls.tensor_parallel else 1
     check_divides(f"model.{name}.projector.hidden", enc.projector.hidden, "tp", tp, name)
     return EncoderUse(cls, options, layout, enc.deal)

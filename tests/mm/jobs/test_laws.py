@@ -80,8 +80,8 @@ SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
         {"microbatches": 5, "encoder_batch": {"vision": 2, "audio": 3}},
     ),
     "gpipe": ({"llm": {"pp": 4}}, {"microbatches": 3, "kind": "gpipe"}),
-    "three phases": ({"llm": {"pp": 2}}, {"microbatches": 3, "kind": "three_phase"}),
-    "virtual stages": ({"llm": {"pp": 2, "vpp": 2}}, {"microbatches": 4}),
+    "three phases": ({"llm": {"pp": 2, "vpp": 2}}, {"microbatches": 3, "kind": "three_phase"}),
+    "virtual stages": ({"llm": {"pp": 2, "vpp": 2}}, {"microbatches": 3}),
     "zero bubble": ({"llm": {"pp": 2, "tp": 2}}, {"microbatches": 3, "kind": "zero_bubble"}),
     "zero bubble, disjoint": (
         {"vision": {"ranks": "0-1"}, "audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}},
@@ -89,7 +89,7 @@ SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
     ),
     "virtual stages, disjoint": (
         {"vision": {"ranks": "0-1"}, "audio": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2, "vpp": 2}},
-        {"microbatches": 4},
+        {"microbatches": 5},
     ),
     "zero bubble, ranks from last to first": (
         {
