@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parallel.expert_parallel.all_gather import gather_combine, gather_dispatch, plan_gather
 from parallel.expert_parallel.all_to_all import combine, dispatch
-from parallel.expert_parallel.grouped import grouped_linear
+from parallel.expert_parallel.grouped import ExpertRows, grouped_linear
 from parallel.expert_parallel.routing import capacity_rows, plan_route, within_capacity
 from parallel.topology.axis import Axis
 
@@ -50,13 +50,16 @@ def exchange(
     axis = world()
     x, chosen, weight = tokens_of(axis.rank, counts, spread)
     weight.requires_grad_()
-    keep, rows_each = kept(chosen, weight, factor)
+    keep, _ = kept(chosen, weight, factor)
     if gather:
-        gathered = plan_gather(chosen, EXPERTS, axis, keep)
-        per_expert, rows = gathered.per_expert, gather_dispatch(x, gathered)
+        gathered = plan_gather(chosen, EXPERTS, axis, counts, keep=keep)
+        experts, rows = gathered.experts, gather_dispatch(x, gathered)
     else:
-        route = plan_route(chosen, EXPERTS, axis, keep, rows_each if pad else None)
-        per_expert, rows = route.per_expert, dispatch(x, route)
+        room = [[capacity_rows(n * CHOICES, EXPERTS, factor or 0.0) for n in counts]]
+        route = plan_route(chosen, EXPERTS, axis, keep=keep, pad=room if pad else None)
+        experts, rows = route.experts, dispatch(x, route)
+    per_expert = experts.listed()
+    assert experts.total == sum(per_expert)
     local = EXPERTS // axis.size
     expert = torch.arange(local).repeat_interleave(torch.tensor(per_expert)) + axis.rank * local
     out = rows * (expert + 1.0).unsqueeze(1)
@@ -120,6 +123,10 @@ def test_the_best_scored_remain() -> None:
     assert capacity_rows(0, EXPERTS, 0.5) == 1
 
 
+def grouped(x: Tensor, weight: Tensor, per_expert: list[int]) -> Tensor:
+    return grouped_linear(x, weight, ExpertRows(torch.tensor(per_expert), sum(per_expert)))
+
+
 def by_loop(x: Tensor, weight: Tensor, per_expert: list[int]) -> Tensor:
     return torch.cat([p @ w.T for p, w in zip(x.split(per_expert), weight.unbind(0), strict=True)])
 
@@ -143,7 +150,7 @@ def test_grouped_product(
     rows = torch.randn(sum(per_expert), d_in, generator=gen, dtype=torch.float64)
     weight = torch.randn(len(per_expert), d_out, d_in, generator=gen, dtype=torch.float64)
     results = []
-    for kind, fn in ((dtype, grouped_linear), (torch.float64, by_loop)):
+    for kind, fn in ((dtype, grouped), (torch.float64, by_loop)):
         x, w = rows.to(kind).requires_grad_(), weight.to(kind).requires_grad_()
         y = fn(x, w, per_expert)
         results.append([y, *torch.autograd.grad(y.square().sum(), (x, w))])
