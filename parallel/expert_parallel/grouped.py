@@ -28,8 +28,9 @@ class ExpertRows:
         """Where the rows of each expert end, int32 [E]; made once for all products of a layer."""
         return self.counts.cumsum(0, dtype=torch.int32)
 
+    @cached_property
     def listed(self) -> list[int]:
-        """The counts on the host, which waits for the device."""
+        """The counts on the host, which waits for the device the first time."""
         out: list[int] = self.counts.tolist()
         return out
 
@@ -47,7 +48,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, experts: ExpertRows) -> Tensor:
     # The grouped product, and its gradient, leave rows after the last expert's end uninitialised.
     assert rows.shape[0] == experts.total, (rows.shape, experts.total)
     if rows.dtype == torch.float64 or not experts.total:
-        per_expert = experts.listed() if experts.total else [0] * len(weight)
+        per_expert = experts.listed if experts.total else [0] * len(weight)
         parts = torch.split(rows, per_expert)
         return torch.cat([F.linear(x, w) for x, w in zip(parts, weight.unbind(0), strict=True)])
     unit = ALIGNMENT // rows.element_size()
