@@ -40,10 +40,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, experts: ExpertRows) -> Tensor:
 
     experts: rows of each expert, m in all.
 
-    One grouped product, for which the host does not wait; rows that are no multiple of 16 bytes are widened
-    by zeros for it. In float64, which torch's grouped product lacks, it is a product for each expert, with a
-    host wait on accelerators: that is for comparisons, not for training. The weight of an expert without rows
-    is in the graph too, so every rank reduces the same gradients.
+    One grouped product, which reads the rows' ends on the device; rows that are no multiple of 16 bytes are
+    widened by zeros for it. Where torch has no kernel for it, it makes the host wait (docs/llm.md). In
+    float64, which it lacks, there is a product for each expert, with a host wait on accelerators: that is for
+    comparisons, not for training. The weight of an expert without rows is in the graph too, so every rank
+    reduces the same gradients.
     """
     # The grouped product, and its gradient, leave rows after the last expert's end uninitialised.
     assert rows.shape[0] == experts.total, (rows.shape, experts.total)

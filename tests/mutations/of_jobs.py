@@ -110,6 +110,22 @@ JOB = (
         "tests/mm/jobs/test_in_process.py::test_a_gradient_that_is_not_finite_updates_nothing",
     ),
     Fault(
+        "update.wait",
+        "the loss is read before the step's message",
+        "mm/train/step.py",
+        "StepResult(forward.loss, seconds)",
+        "StepResult(forward.loss + 0 * forward.loss.item(), seconds)",
+        "tests/mm/jobs/test_host_waits.py::test_alone_the_host_waits_once_a_step",
+    ),
+    Fault(
+        "batch.routed",
+        "ranks ask each other what the plan knows",
+        "mm/ranks/batch.py",
+        "routed=self._routed(mb),",
+        "routed=None,",
+        "tests/mm/jobs/test_host_waits.py::test_the_host_waits_once_a_layer_of_experts_and_never_where_they_are_padded",
+    ),
+    Fault(
         "order.epochs",
         "every epoch is the first",
         "mm/data/order.py",
