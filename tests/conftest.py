@@ -1,5 +1,5 @@
-"""Shared fixtures, and marks: a test that uses `ranks`, `strict` or `pool` is marked dist, one that uses `processes`
-e2e, and no other can start a process. `make check` runs those others."""
+"""Shared fixtures, and marks: a test that uses `ranks`, `strict` or `pool` is marked dist, one that uses
+`processes` e2e, and no other can start a process. `make check` runs those others."""
 
 from __future__ import annotations
 

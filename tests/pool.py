@@ -136,7 +136,7 @@ class Pool:
     ) -> list[Any]:
         """fn(*args) on n ranks; results in rank order. Raises RankFailed with the remote tracebacks.
 
-        begin: makes a rank's default process group, given rank, world size, a file for its store and `timeout`.
+        begin: makes a rank's default process group, given rank, world size, a file for its store, `timeout`.
         Ranks that do not answer within `timeout` seconds are named, with their stacks, and replaced.
         """
         self._grow(n)

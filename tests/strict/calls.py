@@ -19,9 +19,9 @@ class Comm(NamedTuple):
 class Op(NamedTuple):
     """One operation as one rank calls it.
 
-    kind: "send", "recv" or the name of a collective. peer: the other global rank of a message. numel: elements
-    of what must be equal on all members. detail: what else must be (reduction, root). splits: elements (sent to,
-    received from) each member, of an exchange with splits.
+    kind: "send", "recv" or the name of a collective. numel: elements of what must be alike on all members.
+    peer: the other global rank of a message. detail: what else must be alike (reduction, root). splits: of an
+    exchange with splits, elements (sent to, received from) each member.
     """
 
     kind: str
@@ -38,7 +38,8 @@ class Op(NamedTuple):
 
     def __str__(self) -> str:
         if self.message:
-            return f"{self.kind} {'to' if self.kind == 'send' else 'from'} {self.peer} [{self.numel} {self.dtype}]"
+            word = "to" if self.kind == "send" else "from"
+            return f"{self.kind} {word} {self.peer} [{self.numel} {self.dtype}]"
         what = (
             f"sends {list(self.splits[0])}, takes {list(self.splits[1])}" if self.splits else str(self.numel)
         )
@@ -67,10 +68,10 @@ def direction(rank: int, op: Op) -> tuple[int, int]:
 
 
 def meetings(rank: int, call: Call, eager: bool) -> list[set[Key]]:
-    """Where the host of `rank` meets other hosts before a call, unless it has done so before: stage by stage.
+    """Where the host of `rank` meets others before a call, unless it has done so before: stage by stage.
 
-    First the members of a communicator make it, unless it was made with its group (eager). Then both ends of a
-    message connect, and all members before their first collective.
+    First the members of a communicator make it, unless it was made with its group (eager). Then both ends of
+    a message connect, and all members before their first collective.
     """
     make = set() if eager and not call.comm.pair else {(call.comm, "make")}
     connect: set[Key] = {

@@ -1,7 +1,7 @@
 """A process group under the referee's rules, whose data a gloo group carries.
 
-It is registered as the backend "strict". Collectives of gloo itself, tags and buffering never decide an order: an
-operation reaches the inner group when the referee has started it on all of its ranks.
+It is registered as the backend "strict". An operation reaches the inner group when the referee has started it
+on all of its ranks, so gloo's own buffers and queues never decide an order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class StrictWork(dist.Work):
 
 
 class StrictGroup(dist.ProcessGroup):
-    """A group of `ranks` (global). Operations without elements on any rank are dropped, as NCCL drops them."""
+    """A group of `ranks` (global). Collectives without elements are dropped, as NCCL drops them."""
 
     def __init__(self, given: Any, link: Link) -> None:
         rank, size = given.group_rank, given.group_size
@@ -131,7 +131,7 @@ class StrictGroup(dist.ProcessGroup):
         detail: str = "",
         n: int | None = None,
     ) -> dist.Work:
-        """x: what must be alike on all members; n: its elements, where they are not x's. keep: tensors in use."""
+        """x: what must be alike on all members; n: its elements, where not x's. keep: tensors in use."""
         op = Op(kind, x.numel() if n is None else n, _dtype(x), detail=detail)
         return self._together(op, call, keep) if op.numel else StrictWork(self.link, None)
 
@@ -199,7 +199,7 @@ class StrictGroup(dist.ProcessGroup):
     def all_to_all_single(
         self, output: Tensor, x: Tensor, out_splits: list[int], in_splits: list[int], opts: Any = None
     ) -> dist.Work:
-        """With splits its messages of no elements are sent too, so all members meet (facts of NCCL, order)."""
+        """With splits NCCL sends messages of no elements too, so all members meet."""
         call = partial(
             self._inner.alltoall_base, output, x, out_splits, in_splits, opts or dist.AllToAllOptions()
         )

@@ -20,8 +20,8 @@ Start = Callable[[int], Any]  # starts an operation in the inner group with a ta
 
 @dataclass
 class Posted:
-    """A call under way. works: of the inner group, by operation. complete: all have started; `done` is set too where
-    the run was cut off."""
+    """A call under way. works: of the inner group, by operation. complete: all have started. `done` is set
+    where the run was cut off too."""
 
     call: Call
     starts: Sequence[Start]

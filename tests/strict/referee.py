@@ -1,9 +1,9 @@
 """NCCL's rules as a state machine: ranks post calls, and it says which may start. Pure.
 
 - Each communicator has one queue a rank. The call at its head starts when its other ends are at their heads.
-- A message starts when its send and its receive are both at the head: nothing is buffered and there are no tags. The
-  k-th send from a to b meets the k-th receive. Messages of one batch progress independently between peers, and the
-  batch leaves the queue when all of them have started.
+- A message starts when its send and its receive are both at the head: nothing is buffered, tags do not exist.
+  The k-th send from a to b meets the k-th receive. Messages of one batch progress independently between
+  peers, and the batch leaves the queue when all of them have started.
 - A collective starts when it is at the head on all members, with the same operation and sizes.
 - First uses block the calling host (calls.meetings), before the call enters its queue.
 """
@@ -19,8 +19,8 @@ from tests.strict.calls import Call, Comm, Key, Op, direction, meetings, needed_
 
 
 class Reply(NamedTuple):
-    """A message to a rank: its call number is "passed" (the host goes on), "start"s operation `op` with `tag`, or
-    is "done"."""
+    """A message to a rank. kind: its call `number` is "passed" (the host goes on) or "done"; or "start", its
+    operation `op` with `tag`."""
 
     rank: int
     kind: str
@@ -182,7 +182,7 @@ class Referee:
     # what is wrong
 
     def stuck(self) -> bool:
-        """Whether the hosts of all ranks wait for others. No rank can go on, unless another thread of it does."""
+        """Whether the hosts of all ranks wait for others, so that none goes on unless it has more threads."""
         blocked = [r for r in range(self.world) if self._blocked(r)]
         return bool(blocked) and len(self.left.union(blocked)) == self.world
 

@@ -14,6 +14,8 @@ from tests.strict.group import BACKEND, Options, StrictGroup, register
 from tests.strict.link import Link
 from tests.strict.server import Server
 
+LATER_S = 3.0  # the pool's limit is that much later, so that ranks can say what they wait for
+
 
 class Hang(RankFailed):
     """A run that was cut off, because its ranks waited for each other or broke a rule of NCCL."""
@@ -24,14 +26,16 @@ def run_strict(
 ) -> list[Any]:
     """fn(*args) on n ranks under NCCL's rules; results in rank order.
 
-    eager: whether groups are bound to the device, and so have one communicator for all messages; else unbatched
-    messages have one for each pair of ranks. timeout: the longest wait in seconds. Where all ranks wait for others
-    the run is cut off at once. Raises Hang with what every rank waits for; RankFailed for other failures.
+    eager: whether groups are bound to the device, and so have one communicator for all messages; else
+    unbatched messages have one for each pair of ranks. timeout: the longest wait in seconds. Where all ranks
+    wait for others the run is cut off at once.
+
+    Raises Hang with what every rank waits for; RankFailed for other failures.
     """
     server = Server(n, eager=eager)
-    begin = partial(begin_strict, server.address, eager)
+    begin = partial(begin_strict, server.address, eager, timeout)
     try:
-        return pool.run(n, refereed, fn, *args, timeout=timeout, begin=begin)
+        return pool.run(n, refereed, fn, *args, timeout=timeout + LATER_S, begin=begin)
     except RankFailed as error:
         if server.verdict is not None:
             raise Hang(server.verdict) from error
@@ -40,10 +44,12 @@ def run_strict(
         server.close()
 
 
-def begin_strict(address: str, eager: bool, rank: int, world: int, store: str, timeout: float) -> None:
-    """Make the default group of a rank."""
+def begin_strict(
+    address: str, eager: bool, limit: float, rank: int, world: int, store: str, timeout: float
+) -> None:
+    """Make the default group of a rank. limit: its longest wait; timeout: that of torch's own waits."""
     register()
-    link = Link(address, rank, eager=eager, timeout_s=timeout)
+    link = Link(address, rank, eager=eager, timeout_s=limit)
     dist.init_process_group(
         BACKEND,
         store=dist.FileStore(store, world),

@@ -17,7 +17,7 @@ GRACE_S = 0.3
 
 
 class Server:
-    """Serves one run of `world` ranks. address: where they call. verdict: why the run was cut off, if it was."""
+    """Serves one run of `world` ranks. address: where they call. verdict: why it was cut off, if it was."""
 
     def __init__(self, world: int, *, eager: bool) -> None:
         self.referee = Referee(world, eager)

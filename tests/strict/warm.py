@@ -13,8 +13,8 @@ from tests.strict.group import StrictGroup
 def warm_up() -> None:
     """Called by all ranks of a strict run, when its groups are made.
 
-    All ranks take their groups, and the pairs in them, in one order and wait for each step: the first step that is
-    not done by all its ranks can go on, so this cannot hang.
+    All ranks take their groups, and the pairs in them, in one order and wait for each step. The first step
+    that is not done yet can therefore go on, so this cannot hang.
     """
     world = dist.group.WORLD
     assert isinstance(world, StrictGroup)
