@@ -64,7 +64,7 @@ def ranks(pool: Pool) -> Callable[..., list[Any]]:
 
 @pytest.fixture
 def strict(pool: Pool) -> Callable[..., list[Any]]:
-    """strict(n, fn, *args, eager=False, timeout=60): as `ranks`, under NCCL's rules (tests/strict)."""
+    """strict(n, fn, *args, eager=False, timeout=120): as `ranks`, under NCCL's rules (tests/strict)."""
     from tests.strict.run import run_strict
 
     return partial(run_strict, pool)

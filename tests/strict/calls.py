@@ -73,7 +73,7 @@ def meetings(rank: int, call: Call, eager: bool) -> list[set[Key]]:
     First the members of a communicator make it, unless it was made with its group (eager). Then both ends of
     a message connect, and all members before their first collective.
     """
-    make = set() if eager and not call.comm.pair else {(call.comm, "make")}
+    make = set[Key]() if eager else {(call.comm, "make")}
     connect: set[Key] = {
         (call.comm, *direction(rank, op)) if op.message else (call.comm, "connect") for op in call.ops
     }

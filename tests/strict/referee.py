@@ -42,14 +42,9 @@ class _Entry:
     stages: list[set[Key]]
     open: list[int] = field(default_factory=list)
 
-    def next_ops(self) -> Iterator[tuple[int, Op]]:
-        """The first open operation of each peer and direction."""
-        seen = set()
-        for k in self.open:
-            op = self.call.ops[k]
-            if (op.kind, op.peer) not in seen:
-                seen.add((op.kind, op.peer))
-                yield k, op
+    def open_ops(self) -> list[tuple[int, Op]]:
+        """Operations that have not started, in order, each with its index in the call."""
+        return [(k, self.call.ops[k]) for k in self.open]
 
 
 class Referee:
@@ -150,9 +145,9 @@ class Referee:
 
     def _messages(self, entry: _Entry) -> Iterator[Reply]:
         comm, rank = entry.call.comm, entry.rank
-        for k, op in list(entry.next_ops()):
-            peer = self._head(comm, op.peer)
-            for j, other in list(peer.next_ops()) if peer is not None else ():
+        for k, op in entry.open_ops():
+            peer = self._head(comm, op.peer) if k in entry.open else None  # a rank's own messages meet here
+            for j, other in peer.open_ops() if peer is not None else ():
                 if other.message and other.kind != op.kind and other.peer == rank:
                     assert peer is not None
                     _check_message(entry, op, peer, other)
@@ -237,7 +232,7 @@ class Referee:
         comm = entry.call.comm
         head = self.queues[comm, entry.rank][0]
         if head.call.ops[0].message:
-            return {op.peer for _, op in head.next_ops()}
+            return {op.peer for _, op in head.open_ops()}
         return {r for r in comm.ranks if (h := self._head(comm, r)) is None or h.call.ops[0].message}
 
     def _gate_text(self, entry: _Entry) -> str:

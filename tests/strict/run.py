@@ -22,7 +22,7 @@ class Hang(RankFailed):
 
 
 def run_strict(
-    pool: Pool, n: int, fn: Callable[..., Any], *args: Any, eager: bool = False, timeout: float = 60.0
+    pool: Pool, n: int, fn: Callable[..., Any], *args: Any, eager: bool = False, timeout: float = 120.0
 ) -> list[Any]:
     """fn(*args) on n ranks under NCCL's rules; results in rank order.
 

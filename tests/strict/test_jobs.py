@@ -56,7 +56,7 @@ LEARNT = ("loss", "grad_norm_by_module", "objectives")
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_learns_what_it_learns_on_gloo(name: str, ranks: Any, strict: Any) -> None:
     raw = config(name)
-    on_gloo = ranks(4, train_few, raw, STEPS)
+    on_gloo = ranks(4, train_few, raw, STEPS, timeout=120)  # the first one imports the packages
     for eager in (False, True):
         cold = partial(strict, 4, train_few, raw, STEPS, eager=eager)
         if (name, eager) in UNCURED:

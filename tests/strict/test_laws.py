@@ -122,7 +122,7 @@ def test_what_nccl_hangs_on_is_cut_off_and_named(fn: Any, eager: bool, strict: A
     with pytest.raises(Hang) as caught:
         strict(n, fn, eager=eager)
     assert re.search(texts[eager] or "", str(caught.value)), caught.value
-    assert time.monotonic() - start < 30  # not the timeout of a minute
+    assert time.monotonic() - start < 60  # not the timeout of two minutes
 
 
 def mirrored() -> list[float]:

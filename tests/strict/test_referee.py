@@ -81,7 +81,27 @@ CASES: dict[str, tuple[Scripts, bool, bool]] = {
         False,
         False,
     ),
+    "crossed sends between ranks that have exchanged messages": (
+        {
+            r: [
+                Step(TWO, (send(1 - r), recv(1 - r)), True),
+                Step(TWO, (send(1 - r),)),
+                Step(TWO, (recv(1 - r),)),
+            ]
+            for r in (0, 1)
+        },
+        False,
+        False,
+    ),
     "a mirrored batch": ({r: [Step(TWO, (send(1 - r), recv(1 - r)))] for r in (0, 1)}, True, True),
+    "a message to itself, in a batch": (
+        {
+            0: [Step(TWO, (ALL,)), Step(TWO, (send(0), recv(0)))],
+            1: [Step(TWO, (ALL,)), Step(TWO, (recv(1), send(1)))],
+        },
+        True,
+        True,
+    ),
     "a send without a receive": ({0: [Step(TWO, (send(1),))], 1: []}, False, False),
     "a first batch of some members": (
         {0: [Step(THREE, (send(1),))], 1: [Step(THREE, (recv(0),))], 2: []},
