@@ -101,13 +101,15 @@ class Blueprint:
 
     @cached_property
     def groups(self) -> GroupPlan:
-        """The process groups of the job."""
+        """The process groups of the job. Encoders have no experts."""
+        llm = self.layouts[SINK]
         return group_plan(
             {m: self.layouts[m] for m in self.modules},
             world=self.world,
             edges=[(edge.source, edge.stage) for edge in self.edges],
             sink=SINK,
             tied=(SINK,) if self.shared else (),
+            experts=(SINK,) if "E" in self.llm.kinds or llm.ep * llm.etp > 1 else (),
         )
 
     def enters(self, module: str) -> tuple[int, ...]:

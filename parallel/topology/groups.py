@@ -148,15 +148,19 @@ def group_plan(
     edges: Sequence[tuple[str, int]] = (),
     sink: str = "",
     tied: Collection[str] = (),
+    experts: Collection[str] | None = None,
 ) -> GroupPlan:
     """Derive all groups of a job; O(ranks x names).
 
     layouts: by module, in the order of the job. edges: (source, stage of the sink), in order. sink: the
-    module that edges lead to. tied: modules whose first and last stage share weights.
+    module that edges lead to. tied: modules whose first and last stage share weights. experts: modules that
+    have experts; None: all may have some.
     """
     named: dict[Group, tuple[Ranks, ...]] = {WORLD: (tuple(range(world)),)}
     for module, layout in layouts.items():
-        for name in _module_names(module, layout, module in tied):
+        # Only where a model-parallel axis is on are experts replicated differently from the dense weights.
+        folded = max(layout.tp, layout.ep, layout.etp) > 1 and (experts is None or module in experts)
+        for name in _module_names(module, folded, module in tied):
             named[name] = along(layout, name.axis)
     for source, stage in edges:
         ranks = edge_ranks(layouts[source], layouts[sink], stage)
@@ -165,11 +169,9 @@ def group_plan(
     return GroupPlan(world, {name: groups for name, groups in several.items() if groups})
 
 
-def _module_names(module: str, layout: Layout, tied: bool) -> Iterator[Group]:
-    """The groups of a module, in order."""
-    # Only where a model-parallel axis is on are experts replicated differently from the dense weights.
-    parameters = PARAMETERS if max(layout.tp, layout.ep, layout.etp) > 1 else PARAMETERS[:1]
-    for axis in (*parameters, *COMPUTE, "stage", *(("ends",) if tied else ())):
+def _module_names(module: str, folded: bool, tied: bool) -> Iterator[Group]:
+    """The groups of a module, in order. folded: whether its experts have data ranks of their own."""
+    for axis in (*(PARAMETERS if folded else PARAMETERS[:1]), *COMPUTE, "stage", *(("ends",) if tied else ())):
         yield Group("module", module, axis)
     for way in DIRECTIONS:
         yield Group("module", module, "pp", way)

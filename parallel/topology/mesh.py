@@ -9,6 +9,7 @@ A group's ranks are in the order of the layout, whatever their numbers: an index
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.directions import Directions
-from parallel.topology.groups import DIRECTIONS, Group, group_plan
+from parallel.topology.groups import BETWEEN, COMPUTE, DIRECTIONS, PARAMETERS, Group, group_plan
 from parallel.topology.layout import Layout, View
 from parallel.topology.process_groups import Groups, make_groups
 
@@ -29,7 +30,8 @@ class ModuleMesh:
     layout: the layout that the meshes were made of.
     dense: DeviceMesh (data, tp) of this pipeline rank. data is dp x cp: replicas of the weights that see
         different tokens. It has no tp where that is one rank.
-    expert: DeviceMesh (edp, ep, etp) of this pipeline rank, without ep and etp where they are one rank.
+    expert: DeviceMesh (edp, ep, etp) of this pipeline rank, without ep and etp where they are one rank. None
+        where the plan of the groups has no experts in this module.
     axes: what layers compute over.
     groups: all groups of the job that this rank is in.
     stage: all ranks of this pipeline rank; None where that is one.
@@ -40,7 +42,7 @@ class ModuleMesh:
 
     layout: Layout
     dense: DeviceMesh
-    expert: DeviceMesh
+    expert: DeviceMesh | None
     axes: Axes
     groups: Groups
     stage: dist.ProcessGroup | None = None
@@ -57,7 +59,9 @@ class ModuleMesh:
         """
         key = view, axes
         if key not in self._over:
-            self._over[key] = (self.dense if view == "dense" else self.expert)[axes]
+            whole = self.dense if view == "dense" else self.expert
+            assert whole is not None, f"{self.layout.module} has an expert, but its groups were made for none"
+            self._over[key] = whole[axes]
         return self._over[key]
 
     @property
@@ -100,19 +104,23 @@ def build_mesh(
     ranks = torch.tensor(layout.stage_ranks(at.pp))
     sizes = {"tp": layout.tp, "cp": layout.cp, "ep": layout.ep, "etp": layout.etp}
     places = {"tp": at.tp, "cp": at.cp, "ep": inside.ep, "etp": inside.etp}
-    found = {name: groups.find(Group("module", layout.module, name)) for name in sizes}
-    axes = {name: _axis(name, n, places[name], found[name]) for name, n in sizes.items()}
+    name = {axis: Group("module", layout.module, axis) for axis in (*PARAMETERS, *COMPUTE, *BETWEEN)}
+    axes = {axis: _axis(axis, n, places[axis], groups.find(name[axis])) for axis, n in sizes.items()}
+    dense = {"data": name["data"], "tp": name["tp"]}
+    # Without a model-parallel axis the data ranks of experts are those of the dense weights.
+    edp = name["edp"] if max(layout.tp, layout.ep, layout.etp) > 1 else name["data"]
+    expert = {"edp": edp, "ep": name["ep"], "etp": name["etp"]}
+    dense_mesh = _mesh(device_type, ranks.view(-1, layout.tp), dense, groups)
+    assert dense_mesh is not None, f"the groups were made without {layout.module}"
     return ModuleMesh(
         layout=layout,
-        dense=_mesh(device_type, ranks.view(-1, layout.tp), ("data", "tp"), layout.module, groups),
-        expert=_mesh(
-            device_type, ranks.view(-1, layout.ep, layout.etp), ("edp", "ep", "etp"), layout.module, groups
-        ),
+        dense=dense_mesh,
+        expert=_mesh(device_type, ranks.view(-1, layout.ep, layout.etp), expert, groups),
         axes=Axes(**axes, sequence_parallel=layout.sequence_parallel and layout.tp > 1),
         groups=groups,
-        stage=groups.find(Group("module", layout.module, "stage")),
+        stage=groups.find(name["stage"]),
         pipeline=_pipeline(layout, groups),
-        ends=groups.find(Group("module", layout.module, "ends")),
+        ends=groups.find(name["ends"]),
     )
 
 
@@ -123,27 +131,24 @@ def _pipeline(layout: Layout, groups: Groups) -> Directions[dist.ProcessGroup] |
 
 
 def _mesh(
-    device_type: str, ranks: torch.Tensor, axes: tuple[str, ...], module: str, groups: Groups
-) -> DeviceMesh:
-    """The mesh over `ranks`, an axis a dim.
+    device_type: str, ranks: torch.Tensor, axes: Mapping[str, Group], groups: Groups
+) -> DeviceMesh | None:
+    """The mesh over `ranks`, an axis a dim; None where a group is not in the plan.
 
-    Axes of one rank have no group, and are left out. The first one, over which FSDP shards, is there always:
-    FSDP needs a mesh, and sends nothing over one rank.
+    axes: by name of the dim, its group. Axes of one rank have no group, and are left out. The first one, over
+    which FSDP shards, is there always: FSDP needs a mesh, and sends nothing over one rank.
     """
-    # Where only the first axis has several ranks, its group may go by the name of the dense view.
-    found = {axis: groups.find(Group("module", module, axis)) for axis in axes}
-    if axes[0] == "edp" and found["edp"] is None:
-        found["edp"] = groups.find(Group("module", module, "data"))
     kept = [k for k in range(ranks.ndim) if k == 0 or ranks.shape[k] > 1]
-    members = []
-    for k in kept:
-        group = found[axes[k]] if ranks.shape[k] > 1 else groups.alone()
-        assert group is not None, (module, axes[k])
-        members.append(group)
+    names = [list(axes)[k] for k in kept]
+    found = [
+        groups.find(axes[name]) if ranks.shape[k] > 1 else groups.alone()
+        for k, name in zip(kept, names, strict=True)
+    ]
+    members = [group for group in found if group is not None]
+    if len(members) < len(found):
+        return None
     shape = [ranks.shape[k] for k in kept]
-    return DeviceMesh.from_group(
-        members, device_type, ranks.reshape(shape), mesh_dim_names=tuple(axes[k] for k in kept)
-    )
+    return DeviceMesh.from_group(members, device_type, ranks.reshape(shape), mesh_dim_names=tuple(names))
 
 
 def _axis(name: str, size: int, coordinate: int, group: dist.ProcessGroup | None) -> Axis:

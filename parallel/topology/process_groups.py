@@ -19,41 +19,55 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from parallel.topology.groups import WORLD, Group, GroupPlan, Ranks
 
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]  # public, not in __all__
+
 
 @dataclass(frozen=True)
 class Roll:
-    """Which ranks have come to which meeting, kept in the store of the default group so that errors can name
-    those that have not. prefix: of this job's keys."""
+    """Which ranks have come to which meeting, so that errors can name those that have not.
 
-    store: Any  # torch.distributed.Store, which torch does not export
+    store: of the job; without it errors name the group alone. prefix: of the keys.
+    """
+
+    store: Store | None
     prefix: str
 
     @contextmanager
     def call(self, what: str, name: str, ranks: Sequence[int], timeout_s: float) -> Iterator[None]:
         """Note that this rank has come; a RuntimeError inside then names the group and who is missing."""
-        self.store.set(self._key(what, name, dist.get_rank()), "")
+        if self.store is not None:
+            self.store.set(self._key(what, name, dist.get_rank()), "")
         try:
             yield
         except RuntimeError as error:
-            missing = [r for r in ranks if not self.store.check([self._key(what, name, r)])]
-            some = ", ".join(map(str, missing[:8])) + (", .." if len(missing) > 8 else "")
-            who = f"not yet there: rank{'s' if len(missing) > 1 else ''} {some}"
-            if not missing:
-                who = "all its ranks are there, so a connection between them has failed"
             raise RuntimeError(
-                f"group {name} of {len(ranks)} ranks was not {what} within {timeout_s:g} s; {who} "
-                f"({str(error).splitlines()[0]})"
+                f"group {name} of {len(ranks)} ranks was not {what} within {timeout_s:g} s; "
+                f"{self._absent(what, name, ranks)} ({str(error).splitlines()[0]})"
             ) from error
+
+    def _absent(self, what: str, name: str, ranks: Sequence[int]) -> str:
+        """Who has not come, in words."""
+        if self.store is None:
+            return f"its ranks are {_some(ranks)}"
+        missing = [r for r in ranks if not self.store.check([self._key(what, name, r)])]
+        if not missing:
+            return "all its ranks have come to it, so a connection between them has failed"
+        return f"not yet there: rank{'s' if len(missing) > 1 else ''} {_some(missing)}"
 
     def _key(self, what: str, name: str, rank: int) -> str:
         return f"{self.prefix}/{what}/{name}/{rank}"
+
+
+def _some(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", .." if len(ranks) > 8 else "")
 
 
 @dataclass(frozen=True)
@@ -107,11 +121,11 @@ class Groups:
         self._ranks.clear()
 
 
-def make_groups(plan: GroupPlan, *, timeout_s: float) -> Groups:
+def make_groups(plan: GroupPlan, *, timeout_s: float, store: Store | None = None) -> Groups:
     """Make this rank's groups; every rank of the default process group calls this, with an equal plan.
 
-    timeout_s: of all groups but the default one, which keeps its own. Raises RuntimeError naming the group
-    and the ranks that are missing where some do not come within it.
+    timeout_s: of all groups but the default one, which keeps its own. store: of the job. Raises RuntimeError
+    naming the group, and with a store the ranks that are missing, where some do not come in time.
     """
     rank, limit = dist.get_rank(), timedelta(seconds=timeout_s)
     assert plan.world == dist.get_world_size(), (plan.world, dist.get_world_size())
@@ -120,7 +134,7 @@ def make_groups(plan: GroupPlan, *, timeout_s: float) -> Groups:
     made: dict[tuple[str, Ranks], dist.ProcessGroup] = {(WORLD.lane, tuple(range(plan.world))): world}
     # The number is equal on all ranks: those of groups of an earlier plan differ from those of this one.
     number = c10d._process_group_name([], use_hashed_name=False)
-    roll = Roll(c10d._world.pg_map[world][1], str(number))
+    roll = Roll(store, f"groups/{number}")
     for name, groups in plan.families:
         mine = next((g for g in groups if rank in g), None)
         if _bound():

@@ -98,7 +98,7 @@ def running(raw: dict[str, Any], node_size: int | None = None) -> Iterator[tuple
     """The job of a config on this rank, and its steps; closed at the end. node_size: as in train_few."""
     world = dist.get_world_size()
     blueprint = draw_up(from_mapping(raw, CONFIGS), world)
-    rank = RankInfo(dist.get_rank(), world, torch.device("cpu"), node_size=node_size)
+    rank = RankInfo(dist.get_rank(), world, torch.device("cpu"), node_size=node_size or blueprint.cfg.run.node_size)
     index = _index(blueprint)
     job = build_job(blueprint, rank)
     data = open_data(job, index)

@@ -20,6 +20,7 @@ def groups(spec: dict[str, Any]) -> tuple[dict[str, tuple[list[int], int]], set[
     assert mesh is not None
     found = {}
     for view in (mesh.dense, mesh.expert):
+        assert view is not None
         coordinate = dict(zip(view.mesh_dim_names or (), view.get_coordinate() or (), strict=True))
         for name, at in coordinate.items():
             found[name] = view.get_group(name)
