@@ -34,8 +34,8 @@ class RunConfig(Section):
     node_size: int | None = Field(
         None,
         ge=1,
-        description="ranks a node: the first so many ranks are one node, the next so many another; by default "
-        "those that torchrun starts on each machine",
+        description="ranks a node: ranks 0 to N-1 are one, the next N another; by default those that "
+        "torchrun starts on a machine",
     )
     trace: int | None = Field(
         None, ge=1, description="number of a step to draw as it ran, with a trace for Perfetto"

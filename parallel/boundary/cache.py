@@ -17,7 +17,8 @@ class PlanCache:
     Batches of pictures of one size have equal row maps, and so have the micro-batches of a repeated
     evaluation. A remembered plan costs a hash of both maps. Not to be shared between threads.
 
-    rank: the global rank to plan for. node_size, spares: of plan_edge(). keep: plans remembered, over all edges.
+    rank: the global rank to plan for. node_size, spares: of plan_edge(). keep: plans remembered, over all
+    edges.
     """
 
     def __init__(

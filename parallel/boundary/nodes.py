@@ -60,9 +60,9 @@ def by_nodes(have: RowMap, want: RowMap, rank: int, node_size: int, spares: floa
 
 
 class _Entries(NamedTuple):
-    """Rows that nodes want and do not hold. at: the ranks at which each enters each node, with the local rows
-    of `want`: one of them where rows spread, else all that want it. spread: whether any row goes on to another
-    rank of its node."""
+    """Rows that nodes want and do not hold. at: the ranks at which each enters each node, with local rows
+    of `want`: one of them where rows spread, else all that want it. spread: whether rows go on to others of
+    their node."""
 
     at: RowMap
     spread: bool

@@ -109,9 +109,9 @@ def plan_edge(
 
     node_size: ranks a node, where links inside a node are faster: a row then crosses to each node once,
     however many of its ranks want it. spares: the least share of the rows crossing to nodes that this must
-    spare; else rows go straight to each rank that wants them. row_shape: trailing dims of the tensors, which are then checked before
-    anything is sent; otherwise a shape mismatch between two ranks fails inside the transport with no useful
-    error. Raises ValueError where a wanted row is on no rank.
+    spare; else rows go straight to each rank that wants them. row_shape: trailing dims of the tensors, which
+    are then checked before anything is sent; otherwise a shape mismatch between two ranks fails inside the
+    transport with no useful error. Raises ValueError where a wanted row is on no rank.
     """
     plan = functools.partial(plan_transfer, rank=rank, node_size=node_size, spares=spares)
     forward = plan(source, dest)

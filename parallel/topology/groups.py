@@ -161,20 +161,29 @@ def group_plan(
         # Only where a model-parallel axis is on are experts replicated differently from the dense weights.
         folded = max(layout.tp, layout.ep, layout.etp) > 1 and (experts is None or module in experts)
         for name in _module_names(module, folded, module in tied):
-            named[name] = along(layout, name.axis)
+            if size_along(layout, name.axis) > 1:
+                named[name] = along(layout, name.axis)
     for source, stage in edges:
         ranks = edge_ranks(layouts[source], layouts[sink], stage)
         named |= {Group("edge", source, "", way, stage): (ranks,) for way in DIRECTIONS}
-    several = {name: tuple(g for g in groups if len(g) > 1) for name, groups in named.items()}
-    return GroupPlan(world, {name: groups for name, groups in several.items() if groups})
+    # All groups of a name have one size.
+    return GroupPlan(world, {name: groups for name, groups in named.items() if len(groups[0]) > 1})
 
 
 def _module_names(module: str, folded: bool, tied: bool) -> Iterator[Group]:
     """The groups of a module, in order. folded: whether its experts have data ranks of their own."""
-    for axis in (*(PARAMETERS if folded else PARAMETERS[:1]), *COMPUTE, "stage", *(("ends",) if tied else ())):
+    parameters = PARAMETERS if folded else PARAMETERS[:1]
+    for axis in (*parameters, *COMPUTE, *(BETWEEN if tied else BETWEEN[:1])):
         yield Group("module", module, axis)
     for way in DIRECTIONS:
         yield Group("module", module, "pp", way)
+
+
+def size_along(layout: Layout, axis: str) -> int:
+    """Ranks of each group along the axis of a Group."""
+    sizes = {"data": layout.dp * layout.cp, "stage": layout.size // layout.pp, "ends": min(2, layout.pp)}
+    found: int = sizes[axis] if axis in sizes else getattr(layout, axis)
+    return found
 
 
 def along(layout: Layout, axis: str) -> tuple[Ranks, ...]:

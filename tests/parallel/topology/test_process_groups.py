@@ -96,7 +96,9 @@ class Recorder:
         return ("new", tuple(ranks))
 
 
-def test_bound_to_a_device_all_ranks_make_the_same_calls_one_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bound_to_a_device_all_ranks_make_the_same_calls_one_a_family(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The calls of every rank of a job, whose default group is taken to be bound."""
     layouts = {
         "vision": make_layout("vision", 8, {"ranks": "0-3"}),
