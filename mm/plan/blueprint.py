@@ -25,6 +25,7 @@ from parallel.schedule.checker.check import check
 from parallel.schedule.generators.refuse import check_stages
 from parallel.schedule.plan import Params
 from parallel.topology.axis import Axes
+from parallel.topology.groups import GroupPlan, group_plan
 from parallel.topology.layout import Changes, Layout, Unfit, check_divides
 from parallel.topology.stage import Stage
 
@@ -97,6 +98,19 @@ class Blueprint:
             for m in self.inputs.encoders
             for stage, levels in entering_levels(self.llm, self.stages[SINK], self._levels(m)).items()
         }
+
+    @cached_property
+    def groups(self) -> GroupPlan:
+        """The process groups of the job. Encoders have no experts."""
+        llm = self.layouts[SINK]
+        return group_plan(
+            {m: self.layouts[m] for m in self.modules},
+            world=self.world,
+            edges=[(edge.source, edge.stage) for edge in self.edges],
+            sink=SINK,
+            tied=(SINK,) if self.shared else (),
+            experts=(SINK,) if "E" in self.llm.kinds or llm.ep * llm.etp > 1 else (),
+        )
 
     def enters(self, module: str) -> tuple[int, ...]:
         """The stages of the language model that an encoder's rows enter."""

@@ -162,6 +162,7 @@ def _update_expert_bias(job: Job) -> None:
     layers = [m for part in job.parts[SINK].values() if isinstance(part, LLM) for m in part.moe_layers()]
     if layers:
         load = torch.stack([m.load for m in layers])
-        dist.all_reduce(load, group=job.meshes[SINK].stage)
+        if job.meshes[SINK].stage is not None:
+            dist.all_reduce(load, group=job.meshes[SINK].stage)
         for layer, counts in zip(layers, load, strict=True):
             layer.update_bias(counts)

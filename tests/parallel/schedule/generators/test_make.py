@@ -113,7 +113,7 @@ def test_parameters_are_gathered_once_a_step_on_request() -> None:
     check(plan)
     found = [str(a) for a in plan.actions(0) if a.kind in (Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC)]
     assert found == ["gather(vision, 0)", "grad_sync(llm, 0)", "grad_sync(vision, 0)", "free(vision, 0)"]
-    data = Group("module", "vision", "dp")
+    data = Group("module", "vision", "data")
     assert all(data not in a.groups for a in plan.actions(0) if a.kind in COMPUTE)
     each = plan_of("auto", 4, 2, {"vision": {}, "llm": {"pp": 2}})
     assert {a.groups for a in each.actions(0) if a.module == "vision" and a.kind is F} == {(data,)}
