@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 from parallel.schedule.action import BACKWARD_WEIGHT, FORWARD
-from parallel.schedule.generators.fill import RULES_TRIED, FillProblem, fill
+from parallel.schedule.generators.fill import RULES_TRIED, Filler, FillProblem, NoProgress, Unit, fill
 from parallel.schedule.generators.lower import lower
 from parallel.schedule.generators.orders import PIPELINES, Work, windows
 from parallel.schedule.generators.problem import Problem
@@ -82,28 +83,33 @@ def colocated_plan(
 
 def fill_plans(problem: Problem, works: Pipelines, times: Times, ahead: int) -> list[SchedulePlan]:
     """Plans where sources on ranks of the sink compute in its idle time, one for each of RULES_TRIED."""
-    forwards = [
-        Work(FORWARD, m, 0, i, span)
-        for m in problem.colocated
-        for i, span in source_spans(0, len(problem.active), problem.batch[m], problem.active, m)
-    ]
-    forwards.sort(key=lambda w: w.microbatch)  # stable: the sources' order within a micro-batch
+    order, sources = first_stage_order(works[0]), problem.colocated
+    at = {place: problem.at(place) for place in problem.places}
+    homes = [(place, r, here) for place, (r, here) in at.items() if r is not None]
     given = FillProblem(
         pipeline=works,
         starts=times.starts,
         stages=problem.modules[problem.sink].stages,
-        forwards=forwards,
-        learn=[m for m in problem.colocated if problem.learns(m)],
-        enters={m: problem.modules[m].enters for m in problem.colocated},
+        units=[Unit(r, {m: here[m] for m in sources if m in here}) for _, r, here in homes],
+        fillers={
+            m: Filler(
+                spans=source_spans(0, len(problem.active), problem.batch[m], problem.active, m),
+                stages=problem.modules[m].stages,
+                learns=problem.learns(m),
+                enters=problem.modules[m].enters,
+            )
+            for m in sources
+        },
         active=problem.active,
         ahead=ahead,
         costs=problem.options.costs or Costs(),
     )
+    lists = {p: by_slot(_disjoint(problem, here, order, 1)) for p, (r, here) in at.items() if r is None}
     plans = []
     for rules in RULES_TRIED:
-        lists = fill(given, rules)
-        by_place = {place: lists[problem.at(place)[0] or 0] for place in problem.places}
-        plans.append(lower(problem, by_place, ahead=ahead, late=problem.colocated))
+        with contextlib.suppress(NoProgress):
+            filled = dict(zip((place for place, *_ in homes), fill(given, rules), strict=True))
+            plans.append(lower(problem, {**lists, **filled}, ahead=ahead, late=sources))
     return plans
 
 

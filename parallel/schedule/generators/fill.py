@@ -9,13 +9,13 @@ different ranks. Only encoders that need no collective across pipeline stages ca
 from __future__ import annotations
 
 import heapq
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from parallel.schedule.action import (
     BACKWARD,
-    BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FORWARD,
     Action,
@@ -40,21 +40,28 @@ class Rules:
 RULES_TRIED = tuple(Rules(early, fit) for early in (0.0, 1.0, 2.0, 4.0) for fit in (0.0, 0.5, 1.0))
 
 
-@dataclass
-class _Rank:
-    """How far a pipeline rank has come in its lists."""
+class Unit(NamedTuple):
+    """Ranks that compute the same: those of one place.
 
-    sink: Sequence[Work]
-    starts: Sequence[float]  # of the pipeline alone
-    begun: int = 0  # works of the sink
-    forwards: int = 0  # encoder forwards begun
-    backwards: int = 0  # encoder backwards begun
-    # Micro-batches between forward and backward, by encoder.
-    held: Counter[str] = field(default_factory=Counter)
-    busy: Work | None = None
-    until: float = 0.0
-    late: float = 0.0  # seconds that the pipeline is behind its time alone
-    out: list[tuple[float, Work]] = field(default_factory=list)
+    pp: their pipeline rank in the sink. stages: by encoder that they have, its stages.
+    """
+
+    pp: int
+    stages: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Filler:
+    """An encoder whose work fills idle time.
+
+    spans: (first micro-batch, span) of its computations. stages: how many. learns: whether it has backwards.
+    enters: the sink's stages that its rows enter.
+    """
+
+    spans: Sequence[tuple[int, int]]
+    stages: int
+    learns: bool
+    enters: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -64,65 +71,108 @@ class FillProblem:
     pipeline: the sink's works, by pipeline rank.
     starts: when each of them starts if the pipeline runs alone, in simulated seconds, by pipeline rank.
     stages: the sink's virtual stages.
-    forwards: the encoders' forwards, by micro-batch, the same on every rank.
-    learn: the encoders that have backwards.
-    enters: by encoder, the sink's stages that its rows enter.
-    active: by micro-batch, the encoders that have items in it.
+    units: who computes.
+    fillers: the encoders, by module.
+    active: by micro-batch, the modules that have items in it.
     ahead: for how many micro-batches a rank may hold encoder activations; at least what the pipeline needs.
     """
 
     pipeline: Sequence[Sequence[Work]]
     starts: Sequence[Sequence[float]]
     stages: int
-    forwards: Sequence[Work]
-    learn: Collection[str]
-    enters: Mapping[str, Sequence[int]]
+    units: Sequence[Unit]
+    fillers: Mapping[str, Filler]
     active: Sequence[frozenset[str]]
     ahead: int
     costs: Costs
 
 
+Done = tuple[Kind, str, int, int]  # (FORWARD or BACKWARD, module, stage, micro-batch)
+
+
+@dataclass
+class _Progress:
+    """How far a unit has come in its lists."""
+
+    pp: int
+    sink: Sequence[Work]
+    starts: Sequence[float]  # of the pipeline alone
+    forwards: deque[Work]  # of encoders, not begun
+    backwards: deque[Work]
+    begun: int = 0  # works of the sink
+    # Micro-batches between forward and backward, by encoder and stage.
+    held: Counter[tuple[str, int]] = field(default_factory=Counter)
+    busy: Work | None = None
+    until: float = 0.0
+    late: float = 0.0  # seconds that the pipeline is behind its time alone
+    out: list[Work] = field(default_factory=list)
+
+
+class NoProgress(ValueError):
+    """Under some rules a bound on memory leaves nothing that a unit may do."""
+
+
 def fill(given: FillProblem, rules: Rules) -> list[list[Work]]:
-    """By pipeline rank, everything that it computes, in order."""
+    """By unit, everything that it computes, in order. Raises NoProgress."""
     run = _Fill(given, rules)
     run.play()
-    return run.lists()
+    return [unit.out for unit in run.units]
 
 
 class _Fill:
     def __init__(self, given: FillProblem, rules: Rules) -> None:
         self.given, self.rules = given, rules
-        self.ranks = [_Rank(works, at) for works, at in zip(given.pipeline, given.starts, strict=True)]
-        self.gradients = [w._replace(kind=BACKWARD) for w in given.forwards if w.module in given.learn]
-        # (kind, stage, micro-batch) of the sink; an input gradient counts as the backward
-        self.done: set[tuple[Kind, int, int]] = set()
-        self.rows = [0] * len(given.active)  # encoder forwards done, over ranks and encoders
-        first = zip(given.pipeline[0], given.starts[0], strict=True)
+        self.sink = given.pipeline[0][0].module
+        self.units = [self._progress(unit) for unit in given.units]
+        self.first = next(unit for unit in self.units if unit.pp == 0)
+        # By what is done, on how many units it is still to be done.
+        self.left = Counter((k, m, s, i) for u in self.units for w in u.sink for k, m, s, i in self._does(w))
+        for unit in self.units:
+            for w in (*unit.forwards, *unit.backwards):
+                self.left.update(self._does(w))
+        first = zip(self.first.sink, self.first.starts, strict=True)
         self.read_at = {w.microbatch: t for w, t in first if w.stage == 0 and w.kind is FORWARD}
-        # By (stage of the sink, micro-batch), when its gradient left.
-        self.returned: dict[tuple[int, int], float] = {}
         self.now = 0.0
 
+    def _progress(self, unit: Unit) -> _Progress:
+        """The start of a unit."""
+        forwards, backwards = [], []
+        for m, stages in unit.stages.items():
+            filler = self.given.fillers[m]
+            forwards += [Work(FORWARD, m, s, i, span) for i, span in filler.spans for s in stages]
+            if filler.learns:
+                spans = [(s, i, span) for i, span in filler.spans for s in reversed(stages)]
+                backwards += [Work(BACKWARD, m, s, i, span) for s, i, span in spans]
+        # Stable: the order of encoders and of their stages within a micro-batch.
+        forwards.sort(key=lambda w: w.microbatch)
+        backwards.sort(key=lambda w: w.microbatch)
+        pp = unit.pp
+        return _Progress(
+            pp, self.given.pipeline[pp], self.given.starts[pp], deque(forwards), deque(backwards)
+        )
+
     def play(self) -> None:
-        """Simulate all ranks together: a free rank begins what the rules choose."""
+        """Simulate all units together: a free unit begins what the rules choose."""
         events: list[tuple[float, int]] = []
         while True:
-            for r, rank in enumerate(self.ranks):
-                if rank.busy is None and (work := self._choose(rank)) is not None:
-                    self._begin(rank, work)
-                    heapq.heappush(events, (rank.until, r))
+            for n, unit in enumerate(self.units):
+                if unit.busy is None and (work := self._choose(unit)) is not None:
+                    self._begin(unit, work)
+                    heapq.heappush(events, (unit.until, n))
             if not events:
                 break
             self.now = events[0][0]
             while events and events[0][0] == self.now:
-                self._end(self.ranks[heapq.heappop(events)[1]])
-        assert all(r.begun == len(r.sink) and r.backwards == len(self.gradients) for r in self.ranks), (
-            "no progress"
-        )
+                self._end(self.units[heapq.heappop(events)[1]])
+        if any(u.begun < len(u.sink) or u.forwards or u.backwards for u in self.units):
+            raise NoProgress(str(self.rules))
 
-    def lists(self) -> list[list[Work]]:
-        """The works of each rank."""
-        return [[w for _, w in rank.out] for rank in self.ranks]
+    def _does(self, w: Work) -> list[Done]:
+        """What is done when `w` is, on its unit."""
+        if w.kind is BACKWARD_WEIGHT:
+            return []
+        kind = FORWARD if w.kind is FORWARD else BACKWARD
+        return [(kind, w.module, w.stage, i) for i in range(w.microbatch, w.microbatch + w.span)]
 
     def _rows_of(self, w: Work) -> list[int]:
         """The micro-batches of an encoder's work that have items."""
@@ -132,47 +182,43 @@ class _Fill:
     def _seconds(self, w: Work) -> float:
         return self.given.costs.seconds(Action(w.kind, w.module, w.microbatch, stage=w.stage, span=w.span))
 
-    def _begin(self, rank: _Rank, w: Work) -> None:
-        rank.busy, rank.until = w, self.now + self._seconds(w)
-        rank.out.append((self.now, w))
-        if w.module == rank.sink[0].module:
-            rank.late = max(0.0, self.now - rank.starts[rank.begun])
-            rank.begun += 1
+    def _begin(self, unit: _Progress, w: Work) -> None:
+        unit.busy, unit.until = w, self.now + self._seconds(w)
+        unit.out.append(w)
+        if w.module == self.sink:
+            unit.late = max(0.0, self.now - unit.starts[unit.begun])
+            unit.begun += 1
         elif w.kind is FORWARD:
-            rank.forwards += 1
-            rank.held[w.module] += w.span * (w.module in self.given.learn)
+            unit.forwards.popleft()
+            unit.held[w.module, w.stage] += w.span * self.given.fillers[w.module].learns
         else:
-            rank.backwards += 1
+            unit.backwards.popleft()
 
-    def _end(self, rank: _Rank) -> None:
-        w, rank.busy = rank.busy, None
+    def _end(self, unit: _Progress) -> None:
+        w, unit.busy = unit.busy, None
         assert w is not None
-        if w.module != rank.sink[0].module:
-            if w.kind is BACKWARD:
-                rank.held[w.module] -= w.span
-            else:
-                for i in self._rows_of(w):
-                    self.rows[i] += 1
-            return
-        kind = BACKWARD if w.kind is BACKWARD_INPUT else w.kind
-        self.done.add((kind, w.stage, w.microbatch))
-        if kind is BACKWARD:
-            self.returned[w.stage, w.microbatch] = self.now
+        if w.module != self.sink and w.kind is BACKWARD:
+            unit.held[w.module, w.stage] -= w.span
+        self.left.subtract(self._does(w))
 
-    def _choose(self, rank: _Rank) -> Work | None:
-        """What a free rank does now; None to wait."""
-        forward = self.given.forwards[rank.forwards] if rank.forwards < len(self.given.forwards) else None
-        gradient = self.gradients[rank.backwards] if rank.backwards < len(self.gradients) else None
-        if gradient is not None and not self._came_back(gradient):
-            gradient = None
-        full = forward is not None and rank.held[forward.module] + forward.span > self.given.ahead
+    def _choose(self, unit: _Progress) -> Work | None:
+        """What a free unit does now; None to wait."""
+        forward = unit.forwards[0] if unit.forwards and self._ready(unit.forwards[0]) else None
+        gradient = unit.backwards[0] if unit.backwards and self._ready(unit.backwards[0]) else None
+        full = False
+        if forward is not None:
+            held = unit.held[forward.module, forward.stage]
+            full = held + forward.span > self.given.ahead
         if full:
             forward = None  # until a backward makes room
-        work = rank.sink[rank.begun] if rank.begun < len(rank.sink) else None
+        work = unit.sink[unit.begun] if unit.begun < len(unit.sink) else None
         if forward is not None:
-            left = self.read_at[forward.microbatch] + self.ranks[0].late - self.now
+            left = self.read_at[forward.microbatch] + self.first.late - self.now
             soon = self._seconds(work) if work is not None and self._ready(work) else 0.0
-            if left - soon < (1 + self.rules.early) * self._seconds(forward):
+            follow = (
+                self.given.fillers[forward.module].stages - forward.stage
+            )  # this stage and those after it
+            if left - soon < (follow + self.rules.early) * self._seconds(forward):
                 return forward
         if work is None or not self._ready(work):
             other = gradient or forward
@@ -182,29 +228,35 @@ class _Fill:
             return other if idle is None or idle >= self.rules.fit * self._seconds(other) else None
         return gradient if gradient is not None and full else work
 
-    def _came_back(self, w: Work) -> bool:
-        return all((0, i) in self.returned for i in self._rows_of(w))  # the first stage's come last
-
     def _ready(self, w: Work) -> bool:
-        if w.kind is FORWARD and w.stage == 0:
-            return self.rows[w.microbatch] == len(self.ranks) * len(self.given.active[w.microbatch])
-        need = self._need(w)
-        return need is None or need in self.done
+        return not any(self.left[need] for need in self._needs(w))
 
-    def _need(self, w: Work) -> tuple[Kind, int, int] | None:
-        if w.kind is FORWARD:
-            return (FORWARD, w.stage - 1, w.microbatch)
-        if w.kind is BACKWARD_WEIGHT or w.stage + 1 == self.given.stages:
-            return None
-        return (BACKWARD, w.stage + 1, w.microbatch)
+    def _needs(self, w: Work) -> list[Done]:
+        """What must be done on other units before `w`."""
+        back = w.kind is not FORWARD
+        if w.kind is BACKWARD_WEIGHT:
+            return []
+        if w.module == self.sink:
+            if back:
+                after = (BACKWARD, w.module, w.stage + 1, w.microbatch)
+                return [after] if w.stage + 1 < self.given.stages else []
+            if w.stage:
+                return [(FORWARD, w.module, w.stage - 1, w.microbatch)]
+            present = [m for m in self.given.fillers if m in self.given.active[w.microbatch]]
+            return [(FORWARD, m, self.given.fillers[m].stages - 1, w.microbatch) for m in present]
+        filler = self.given.fillers[w.module]
+        if not back:
+            return [(FORWARD, w.module, w.stage - 1, w.microbatch)] if w.stage else []
+        if w.stage + 1 < filler.stages:
+            return [(BACKWARD, w.module, w.stage + 1, w.microbatch)]
+        return [(BACKWARD, self.sink, s, i) for s in filler.enters for i in self._rows_of(w)]
 
     def _ready_in(self, w: Work) -> float | None:
-        """Seconds until what `w` waits for is done, if another rank is computing it."""
-        need = self._need(w)
-        for other in self.ranks:
-            b = other.busy
-            if b is not None and need is not None and (b.stage, b.microbatch) == need[1:]:
-                same = b.module == w.module and (b.kind is FORWARD) == (need[0] is FORWARD)
-                if same and b.kind is not BACKWARD_WEIGHT:
-                    return other.until - self.now
-        return None
+        """Seconds until what `w` waits for is done, if the units that lack it are computing it."""
+        waits = []
+        for need in self._needs(w):
+            doing = [u.until for u in self.units if u.busy is not None and need in self._does(u.busy)]
+            if self.left[need] > len(doing):
+                return None
+            waits += doing
+        return max(waits) - self.now if waits else None

@@ -69,12 +69,12 @@ def check_fill(modules: Mapping[str, ModuleUse], sink: str) -> None:
         )
     stage_of = {r: k for k in range(pp) for r in modules[sink].layout.stage_ranks(k)}
     for name, use in modules.items():
-        if name == sink:
-            continue
-        if set(use.layout.ranks) != ranks or use.layout.pp > 1:
+        if name == sink or not ranks & set(use.layout.ranks):
+            continue  # an encoder on other ranks is a pipeline stage ahead
+        if not ranks >= set(use.layout.ranks):
             raise Unfit(
-                f"schedule.kind fill needs every encoder on the ranks of {sink} with pp=1, given {name} on "
-                f"{list(use.layout.ranks)} with pp={use.layout.pp}",
+                f"schedule.kind fill needs each encoder on ranks of {sink} alone, or on others alone, given "
+                f"{name} on {list(use.layout.ranks)} and {sink} on {sorted(ranks)}",
                 [AUTO],
             )
         if use.params == "each" and use.layout.dp > 1:

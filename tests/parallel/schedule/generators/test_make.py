@@ -20,7 +20,7 @@ from parallel.schedule import (
     make_schedule,
     simulate,
 )
-from parallel.schedule.action import COMPUTE
+from parallel.schedule.action import BOUNDARY, COMPUTE
 from parallel.schedule.checker.check import check
 from parallel.schedule.checker.memory import Memory, held_microbatches
 from parallel.topology.layout import make_layout
@@ -143,21 +143,33 @@ def test_encoder_work_fills_the_bubble(m: int, pp: int, share: float, least: flo
 
 
 @st.composite
+def beside(draw: st.DrawFn, module: str, pp: int, dp: int) -> ModuleUse:
+    """An encoder on ranks of a pipeline of pp stages of dp ranks, on some of them, or on a rank of its own;
+    with stages of its own or without."""
+    ranks = list(range(pp * dp))
+    ranks = draw(st.sampled_from([ranks, ranks, ranks[:dp], ranks[dp:], ranks[::dp], [pp * dp]]))
+    stages = draw(st.sampled_from([d for d in (1, 1, 2) if len(ranks) % d == 0]))
+    params = draw(st.sampled_from(["step", "replicated"]))
+    return use(module, pp * dp + 1, ranks=ranks, pp=stages, params=params)
+
+
+@st.composite
 def fillable(
     draw: st.DrawFn,
 ) -> tuple[dict[str, ModuleUse], list[set[str]], dict[str, int], int | None, Costs]:
     pp, vpp, dp = draw(st.integers(2, 4)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    world = pp * dp
+    world = pp * dp + 1  # one rank is not the language model's
     names = draw(st.sampled_from([["vision"], ["vision", "audio"]]))
-    modules = {m: use(m, world, params=draw(st.sampled_from(["step", "replicated"]))) for m in names}
-    enters = draw(entries(make_layout("llm", world, {"pp": pp, "vpp": vpp})))
+    modules = {m: draw(beside(m, pp, dp)) for m in names}
+    enters = draw(entries(make_layout("llm", pp * dp, {"pp": pp, "vpp": vpp})))
     modules["vision"] = replace(modules["vision"], frozen=draw(st.booleans()), enters=enters)
-    modules["llm"] = use("llm", world, pp=pp, vpp=vpp, frozen=draw(st.booleans()))
+    modules["llm"] = use("llm", world, ranks=f"0-{world - 2}", pp=pp, vpp=vpp, frozen=draw(st.booleans()))
     m = draw(st.integers(1, 9))
     active = [draw(st.sets(st.sampled_from(names))) for _ in range(m)]
     batch = {name: draw(st.integers(1, 2)) for name in names}
     share = draw(st.floats(0.05, 2.0))
-    costs = Costs({("vision", F): share, ("vision", B): 2 * share, ("audio", F): share / 2})
+    rows = {(m, kind): 0.1 for m in names for kind in BOUNDARY}
+    costs = Costs({("vision", F): share, ("vision", B): 2 * share, ("audio", F): share / 2}, rows)
     return modules, active, batch, draw(st.sampled_from([None, 8, 40])), costs
 
 
@@ -172,6 +184,28 @@ def test_a_last_round_of_fewer_micro_batches_costs_no_more_than_a_whole_one(kind
         assert times == sorted(times)
         for m in range(pp + 1, 2 * pp):  # and no less than its share of the work, which all stages share
             assert times[m - 1] <= times[2 * pp - 1] and times[m - 1] >= times[pp - 1] + 3 * (m - pp)
+
+
+def test_fill_hides_encoders_with_stages_of_their_own_on_some_ranks_and_beside_others() -> None:
+    """What fill takes longer than the pipeline alone, as a share of what it takes longer without."""
+    costs = Costs({(m, kind): n for m in ("vision", "audio") for kind, n in ((F, 0.25), (B, 0.5))})
+    audio = {"audio": {"ranks": 4}}
+    for most, specs in (
+        (0.34, {"vision": {"ranks": "0-3"}, **audio}),
+        (0.67, {"vision": {"ranks": "0-3", "pp": 2}}),
+        (0.40, {"vision": {"ranks": "0-1"}}),
+        (1.00, {"vision": {"ranks": "2-3", "pp": 2}, **audio}),  # late ranks are idle at the start anyway
+    ):
+        modules = {m: use(m, 5, params="step", **spec) for m, spec in specs.items()}
+        modules["llm"] = use("llm", 5, ranks="0-3", pp=4)
+        rest: dict[str, Any] = {"sink": "llm", "active": [set(specs)] * 8}
+        found = {}
+        for kind in ("auto", "fill"):
+            plan = make_schedule(kind, modules, **rest, options=ScheduleOptions(8, costs=costs))
+            check(plan)
+            found[kind] = simulate(plan, costs).seconds
+        alone = simulate(plan_of("1f1b", 4, 8, {"llm": {"pp": 4}}), costs).seconds
+        assert (found["fill"] - alone) / (found["auto"] - alone) <= most + 1e-9
 
 
 def test_encoders_have_virtual_stages() -> None:
@@ -194,8 +228,9 @@ def test_filled_plans_pass_and_are_never_slower(case: Any) -> None:
     rest: dict[str, Any] = {"sink": "llm", "active": active, "options": options}
     plan = make_schedule("fill", modules, **rest)
     check(plan)
+    home = set(modules["llm"].layout.ranks)
     for m in plan.sources:
-        if not modules[m].frozen:
+        if not modules[m].frozen and home & set(modules[m].layout.ranks):
             assert plan.ahead is not None and held_microbatches(plan, m) <= plan.ahead
     assert (
         simulate(plan, costs).seconds
@@ -234,7 +269,13 @@ LLM = {"llm": {"pp": 4, "vpp": 2}}
             {},
             r"vision .* gathered over dp .*params step.*nearest: schedule.kind=auto",
         ),
-        ("fill", 4, {"vision": {"ranks": 0}, "llm": {"pp": 4}}, {}, r"given vision on \[0\] with pp=1"),
+        (
+            "fill",
+            4,
+            {"vision": {"ranks": "0-1"}, "llm": {"ranks": "1-2", "pp": 2}},
+            {},
+            r"given vision on \[0, 1\] and llm on \[1, 2\]; nearest: schedule.kind=auto",
+        ),
         (
             "fill",
             4,
