@@ -105,8 +105,8 @@ $ train CONFIG model.llm.preset=nemotron-3-nao
 2 did you mean nemotron-3-nano
 $ train CONFIG schedule.kind=gpip
 2 given 'gpip'; known: auto
-$ train CONFIG layout.llm.pp=2 layout.llm.vpp=2
-2 nearest: schedule.microbatches=2
+$ train CONFIG layout.llm.pp=2 layout.llm.vpp=2 schedule.kind=1f1b
+2 nearest: schedule.kind=interleaved
 $ train CONFIG layout.llm.pp=4 model.llm.pattern=M*E
 2 nearest: layout.llm.pp=2
 $ train CONFIG layout.llm.ranks=0-7

@@ -1,14 +1,16 @@
 """Handlers that carry out a plan without a model: computations sleep for the time of a cost model.
 
 Transfers are real messages of one number each, in the groups that the plan names, so order and waiting are
-those of a real run. A plan and its simulation can be tried in this way on more ranks than there are cores.
+those of a real run. The number is when the transfer was started: its reader waits until the link would have
+brought it, by the cost model. A plan and its simulation can be tried in this way on more ranks than there are
+cores.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,8 +33,8 @@ def run_standins(
 
     All ranks of the default process group call this with equal arguments; ranks without a module only wait.
 
-    unit: seconds of sleep for each second of `costs.compute`. Costs of transfers and of shared cores are
-        ignored.
+    unit: seconds of sleep for each second of `costs`. Shared cores are ignored. Ranks of several machines
+        need clocks that agree.
     begin: called on all ranks before the first action, when all groups are made.
     """
     groups = _groups(plan)
@@ -61,13 +63,32 @@ def _groups(plan: SchedulePlan) -> dict[_Key, Any]:
     return {key: dist.new_group(sorted(key[1]), group_desc=key[0]) for key in sorted(wanted)}
 
 
+class _Coming(NamedTuple):
+    """A transfer that this rank reads.
+
+    stamps: when others started it, once it has come. started: when this rank did. seconds: how long it takes
+    from when all have.
+    """
+
+    works: list[dist.Work]
+    stamps: list[torch.Tensor]
+    started: float
+    seconds: float
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+        there = max([self.started, *(float(stamp) for stamp in self.stamps)]) + self.seconds
+        time.sleep(max(0.0, there - time.monotonic()))
+
+
 class _StandIns:
     def __init__(self, plan: SchedulePlan, costs: Costs, unit: float, groups: Mapping[_Key, Any]) -> None:
         self.plan, self.costs, self.unit, self.groups = plan, costs, unit, groups
         self.rank = dist.get_rank()
         self.sent: dict[ActionKey, list[dist.Work]] = {}  # by what started them
-        self.coming: dict[ActionKey, list[dist.Work]] = {}  # receives, by what started them
-        self.tensors: list[torch.Tensor] = []  # of messages under way
+        self.coming: dict[ActionKey, _Coming] = {}  # by what started them
+        self.tensors: list[torch.Tensor] = []  # of messages
         program = plan.program_of.get(self.rank)
         self.released = {} if program is None else releases(plan, program)
         ranks = plan.ranks_of
@@ -93,8 +114,8 @@ class _StandIns:
             for work in self.sent.pop(key, ()):
                 work.wait()
         for key in self._consumes(a):
-            for work in self.coming.pop(key, ()):
-                work.wait()
+            if key in self.coming:
+                self.coming.pop(key).wait()
         self.meet(a)
         ready = time.perf_counter()
         time.sleep(self.unit * self.costs.seconds(a))
@@ -105,10 +126,14 @@ class _StandIns:
         assert a.peer is not None
         layout = self.plan.modules[a.module].layout
         peer = layout.peers(self.rank, "pp")[a.peer % layout.pp]
-        start, table = (dist.isend, self.sent) if a.kind in SENDS else (dist.irecv, self.coming)
-        work = start(self._tensor(), peer, group=self._group(a.groups[0]), tag=a.tag)
+        sends, stamp = a.kind in SENDS, self._stamp()
+        work = (dist.isend if sends else dist.irecv)(stamp, peer, group=self._group(a.groups[0]), tag=a.tag)
         assert work is not None, "a rank is in the groups of its messages"
-        table[a[:4]] = [work]
+        if sends:
+            self.sent[a[:4]] = [work]
+            return
+        kind = Kind.SEND_FORWARD if a.kind is Kind.RECV_FORWARD else Kind.SEND_BACKWARD
+        self.coming[a[:4]] = self._coming([work], [stamp], a.module, kind)
 
     def boundary(self, a: Action) -> None:
         """The messages of a boundary: from every rank that makes rows to every other one that reads them."""
@@ -118,17 +143,27 @@ class _StandIns:
         recvs = [r for r in sources if self.rank in targets and r != self.rank]
         sends = [r for r in targets if self.rank in sources and r != self.rank]
         group, tag = self._group(a.groups[0]), a.microbatch
-        ops = [dist.P2POp(dist.irecv, self._tensor(), peer, group, tag) for peer in recvs]
-        ops += [dist.P2POp(dist.isend, self._tensor(), peer, group, tag) for peer in sends]
+        stamps = [self._stamp() for _ in recvs]
+        ops = [dist.P2POp(dist.irecv, x, peer, group, tag) for x, peer in zip(stamps, recvs, strict=True)]
+        ops += [dist.P2POp(dist.isend, self._stamp(), peer, group, tag) for peer in sends]
         works = dist.batch_isend_irecv(ops) if ops else []
         # One handle of a whole batch, where the backend has that, is waited for by both.
         single = len(works) == len(ops)
-        self.coming[a[:4]] = works[: len(recvs)] if single else works
+        if recvs:
+            self.coming[a[:4]] = self._coming(
+                works[: len(recvs)] if single else works, stamps, a.module, a.kind
+            )
         self.sent[a[:4]] = works[len(recvs) :] if single else works
+
+    def _coming(self, works: list[dist.Work], stamps: list[torch.Tensor], module: str, kind: Kind) -> _Coming:
+        seconds = self.unit * self.costs.transfer.get((module, kind), 0.0)
+        return _Coming(works, stamps, time.monotonic(), seconds)
 
     def finish(self) -> None:
         """Wait for what is still under way after the last action."""
-        for work in [w for table in (self.coming, self.sent) for works in table.values() for w in works]:
+        for coming in self.coming.values():
+            coming.wait()
+        for work in [work for works in self.sent.values() for work in works]:
             work.wait()
 
     def _consumes(self, a: Action) -> list[ActionKey]:
@@ -147,6 +182,7 @@ class _StandIns:
         """The process group of a name that this rank is in; None where its ranks all run one program."""
         return self.groups.get((name.lane, self.plan.members(name, self.rank)))
 
-    def _tensor(self) -> torch.Tensor:
-        self.tensors.append(torch.zeros(1))
+    def _stamp(self) -> torch.Tensor:
+        """Now. It lives until the end of the run, since a message may still be under way."""
+        self.tensors.append(torch.tensor([time.monotonic()], dtype=torch.float64))
         return self.tensors[-1]

@@ -167,7 +167,7 @@ def same(a: Action, b: Action) -> bool:
 
 def test_groups_of_one_lane_and_no_others_may_share_a_communicator() -> None:
     compute = [Group("module", m, axis) for m in ("a", "b") for axis in ("tp", "cp", "ep", "etp")]
-    gathers = [Group("module", "a", "dp"), Group("module", "b", "edp")]
+    gathers = [Group("module", "a", "data"), Group("module", "b", "edp")]
     ways: tuple[Direction, ...] = ("forward", "backward")
     pipes = [Group("module", "a", "pp", way) for way in ways]
     edges = [Group("edge", m, direction=way, stage=s) for m in ("a", "pp") for way in ways for s in (0, 1)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from parallel.schedule import Action, Costs, Kind, Record, SchedulePlan, execute, measured_costs, simulate
-from parallel.schedule.action import COMPUTE
+from parallel.schedule.action import BOUNDARY, COMPUTE, SENDS
 from parallel.schedule.drawing.chart import measured
 from parallel.schedule.drawing.draw import draw
 from parallel.schedule.drawing.svg import to_svg
@@ -67,7 +67,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_stand_ins_take_the_simulated_time_in_the_simulated_order(name: str, ranks: Any) -> None:
     kind, m, specs, options = CASES[name]
-    costs = Costs({**VISION, ("llm", Kind.BACKWARD): 2.0} if "vpp" not in str(specs) else {})
+    compute = {**VISION, ("llm", Kind.BACKWARD): 2.0} if "vpp" not in str(specs) else {}
+    costs = Costs(compute, {(module, kind): 0.3 for module in specs for kind in SENDS | BOUNDARY})
     plan = plan_of(kind, 4, m, specs, costs=costs, **options)
     line = simulate(plan, costs)
     for unit in UNITS:  # a busy machine wakes sleepers late; with longer sleeps that no longer matters

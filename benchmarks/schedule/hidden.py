@@ -1,0 +1,92 @@
+"""How much of the time of transfers a run hides, of what its plan says it can hide.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.schedule.hidden [--unit 0.05] [--delay 0.3]
+
+Plans are carried out by stand-ins on gloo ranks: computations sleep, and links are as slow as the cost model
+says. A unit is the forward of a stage of the language model; an encoder's forward costs half of it, backwards
+twice their forwards, each transfer `--delay` of it.
+
+transfers: what the busiest rank's transfers take together, in units. planned: the share of it that costs the
+simulated step nothing. hidden: the same share of the measured step, as the difference between the step with
+slow links and the step with links that take no time, best of `--runs`. of planned: hidden / planned.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch.distributed as dist
+
+from benchmarks import common
+from parallel.schedule import Costs, Kind, ModuleUse, ScheduleOptions, SchedulePlan, make_schedule, simulate
+from parallel.schedule.action import BOUNDARY, SENDS
+from parallel.schedule.checker.reader import reading_of
+from parallel.schedule.executor.standin import run_standins
+from parallel.topology.layout import make_layout
+
+WORLD, MICROBATCHES = 4, 12
+CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "boundary, colocated": ("auto", {"vision": {}, "llm": {"tp": 2}}),
+    "boundary, colocated with pp2": ("auto", {"vision": {}, "llm": {"pp": 2, "tp": 2}}),
+    "boundary, disjoint": ("auto", {"vision": {"ranks": "0-1"}, "llm": {"ranks": "2-3"}}),
+    "boundary and pipeline, disjoint": (
+        "auto",
+        {"vision": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}},
+    ),
+    "boundary and pipeline, fill": ("fill", {"vision": {}, "llm": {"pp": 4}}),
+    "pipeline": ("1f1b", {"llm": {"pp": 4}}),
+    "pipeline, interleaved": ("interleaved", {"llm": {"pp": 4, "vpp": 2}}),
+    "pipeline, zero-bubble": ("zero_bubble", {"llm": {"pp": 4}}),
+}
+COMPUTE = {("vision", Kind.FORWARD): 0.5, ("vision", Kind.BACKWARD): 1.0}
+
+
+def main() -> None:
+    """Every rank runs this; rank 0 prints."""
+    args = common.parser(__doc__)
+    args.add_argument("--unit", type=float, default=0.05, help="seconds of a forward (default 0.05)")
+    args.add_argument(
+        "--delay", type=float, default=0.3, help="of a unit that a transfer takes (default 0.3)"
+    )
+    args.add_argument("--runs", type=int, default=3, help="of each plan (default 3)")
+    given = args.parse_args()
+    dist.init_process_group("gloo")
+    if dist.get_world_size() != WORLD:
+        raise SystemExit(f"started with {dist.get_world_size()} ranks; needed: {WORLD}")
+    if dist.get_rank() == 0:
+        print("| plan | transfers | planned | hidden | of planned |\n|---|---|---|---|---|")
+    for name, (kind, specs) in CASES.items():
+        links = {(m, k): given.delay for m in specs for k in SENDS | BOUNDARY}
+        slow, fast = Costs(COMPUTE, links), Costs(COMPUTE)
+        modules = {m: ModuleUse(make_layout(m, WORLD, spec), params="step") for m, spec in specs.items()}
+        active = [specs.keys() - {"llm"}] * MICROBATCHES
+        plan = make_schedule(kind, modules, sink="llm", active=active, options=ScheduleOptions(costs=slow))
+        total = given.delay * most_received(plan)
+        planned = total - (simulate(plan, slow).seconds - simulate(plan, fast).seconds)
+        took = {id(c): min(seconds(plan, c, given.unit) for _ in range(given.runs)) for c in (slow, fast)}
+        hidden = total - (took[id(slow)] - took[id(fast)]) / given.unit
+        if dist.get_rank() == 0:
+            shares = f"{planned / total:.0%} | {hidden / total:.0%} | {hidden / planned:.0%}"
+            print(f"| {name} | {total:.1f} | {shares} |", flush=True)
+    dist.destroy_process_group()
+
+
+def most_received(plan: SchedulePlan) -> int:
+    """The transfers that the rank with the most of them waits for."""
+    reading = reading_of(plan)
+    spans = itertools.pairwise(reading.first)
+    return max(sum(len(reading.waits.get(n, ())) for n in range(low, high)) for low, high in spans)
+
+
+def seconds(plan: SchedulePlan, costs: Costs, unit: float) -> float:
+    """How long a step takes, from the first rank's start to the last one's end."""
+    records = run_standins(plan, costs, unit)
+    span: list[Any] = [None] * WORLD
+    dist.all_gather_object(span, (records[0].start, records[-1].end) if records else None)
+    some = [s for s in span if s is not None]
+    return max(end for _, end in some) - min(start for start, _ in some)
+
+
+if __name__ == "__main__":
+    main()
