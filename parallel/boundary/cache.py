@@ -8,6 +8,7 @@ from collections.abc import Hashable
 
 from parallel.boundary.plan import EdgePlan, plan_edge
 from parallel.boundary.rows import RowMap
+from parallel.boundary.stack import Stack, plan_stack
 
 
 class PlanCache:
@@ -35,6 +36,12 @@ class PlanCache:
         while len(self._plans) > self.keep:
             self._plans.popitem(last=False)
         return found
+
+    def plan_stack(
+        self, name: str, stack: Stack, *, row_shape: tuple[int, ...] | None = None
+    ) -> tuple[EdgePlan, ...]:
+        """plan_stack() for this rank; not remembered, as the batches of a training run differ."""
+        return plan_stack(name, stack, self.rank, node_size=self.node_size, row_shape=row_shape)
 
 
 def _digest(m: RowMap) -> bytes:

@@ -7,16 +7,17 @@ computes the entries of all nodes; a run counts once for each node that its lane
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from parallel.boundary.routes import Routes, Shares, Stretches, direct, split_shares
+from parallel.boundary.routes import Own, Routes, Shares, Stretches, direct_all, split_shares
 from parallel.boundary.rows import RowMap
 from parallel.boundary.runs import Runs, each_row_once
 from parallel.comm.transport import Message
-from parallel.sequence.intervals import Column, before, meet, outside, repeat_groups, union
+from parallel.sequence.intervals import Column, before, meet, outside, repeat_groups, sums, union
 
 
 @dataclass(frozen=True)
@@ -35,32 +36,49 @@ class Hops(NamedTuple):
     relay: Relay | None
 
 
-def by_nodes(have: RowMap, want: RowMap, rank: int, node_size: int) -> Hops:
-    """The part of `rank` where node k is ranks k node_size .. (k + 1) node_size - 1."""
-    nodes = np.concatenate([have.members[0], want.members[0]]) // node_size
-    if np.all(nodes == nodes[:1]):
-        return Hops(direct(have, want, rank), None)
-    entries = _entries(have, want, node_size)
-    low = rank // node_size * node_size
-    near_have, near_want = (m.on_ranks(low, low + node_size) for m in (have, want))
-    near, far = direct(near_have, near_want, rank), direct(have, entries.at, rank)
-    routes = Routes(keep=near.keep, sends=[*near.sends, *far.sends], recvs=[*near.recvs, *far.recvs])
-    if not entries.spread:
-        return Hops(routes, None)
-    spread = direct(entries.at.on_ranks(low, low + node_size), _without(near_want, near_have), rank)
-    return Hops(routes, Relay(tuple(spread.sends), tuple(spread.recvs)))
+def by_nodes(
+    have: RowMap, want: RowMap, own: Own, node_size: int, relayed: Sequence[bool] | None = None
+) -> list[Hops]:
+    """The part of each rank of `own`, each on a node of its own, where node k is ranks k node_size ..
+    (k + 1) node_size - 1.
+
+    relayed: by rank, whether any row goes on from one rank of a node to another; None where the maps are
+    whole, from which it follows.
+    """
+    nodes = np.unique(np.concatenate([have.members[0], want.members[0]]) // node_size)
+    if relayed is None and len(nodes) <= 1:
+        return [Hops(routes, None) for routes in direct_all(have, want, own)]
+    entries = entries_of(have, want, node_size)
+    here = own.rank // node_size
+    near_have, near_want = (m.on_nodes(here, node_size) for m in (have, want))
+    near, far = direct_all(near_have, near_want, own), direct_all(have, entries.at, own)
+    routes = [
+        Routes(keep=n.keep, sends=[*n.sends, *f.sends], recvs=[*n.recvs, *f.recvs])
+        for n, f in zip(near, far, strict=True)
+    ]
+    if relayed is None:
+        relayed = [len(entries.relays) > 0] * len(own.rank)
+    if not any(relayed):
+        return [Hops(one, None) for one in routes]
+    spread = direct_all(entries.at.on_nodes(here, node_size), _without(near_want, near_have), own)
+    return [
+        Hops(one, Relay(tuple(on.sends), tuple(on.recvs)) if relay else None)
+        for one, on, relay in zip(routes, spread, relayed, strict=True)
+    ]
 
 
-class _Entries(NamedTuple):
+class Entries(NamedTuple):
     """Rows that nodes want and do not hold. at: the rank at which each enters each node, every rank a lane
-    of its own, with the local rows of `want`. spread: whether any goes on to another rank of its node."""
+    of its own, with the local rows of `want`. relays: nodes in which some go on to another rank."""
 
     at: RowMap
-    spread: bool
+    relays: Column
 
 
-def _entries(have: RowMap, want: RowMap, node_size: int) -> _Entries:
+def entries_of(have: RowMap, want: RowMap, node_size: int) -> Entries:
+    """Where rows of `have` enter the nodes of `want`."""
     cells = _Cells.of(want, node_size)
+    nodes = 1 + int(cells.node.max(initial=0))
     # Rows of all nodes on one line, node after node.
     size = 1 + max(want.reach, have.reach)
     wanted = _on_nodes(want, cells, size)
@@ -85,8 +103,10 @@ def _entries(have: RowMap, want: RowMap, node_size: int) -> _Entries:
         local=part.local,
         rows=want.rows[cells.lane[shares.group]],
     )
-    readers = int(((lacking.stop - lacking.start) * cells.size[lacking.lane]).sum())
-    return _Entries(at, spread=readers > int(part.length.sum()))
+    # More readers on a node than rows that enter it.
+    more = sums((lacking.stop - lacking.start) * cells.size[lacking.lane], lacking.start // size, nodes)
+    more -= sums(entering.stop - entering.start, entering.start // size, nodes)
+    return Entries(at, relays=np.flatnonzero(more))
 
 
 @dataclass(frozen=True)

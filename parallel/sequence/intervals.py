@@ -151,3 +151,18 @@ def rows_of(start: Column, length: Column) -> Rows:
     if np.all(start[:-1] + length[:-1] == start[1:]):
         return slice(int(start[0]), int(start[-1] + length[-1]))
     return repeat_groups(start, length)[1]
+
+
+def rows_of_each(start: Column, length: Column, bounds: Sequence[int]) -> list[Rows]:
+    """rows_of() of each group of intervals: group k is intervals bounds[k] .. bounds[k + 1] - 1."""
+    stop = start + length
+    gaps = np.cumsum(np.append(0, stop[:-1] != start[1:])).tolist()  # in front of each interval
+    starts, stops = start.tolist(), stop.tolist()
+    return [
+        NONE
+        if a == b
+        else slice(starts[a], stops[b - 1])
+        if gaps[a] == gaps[b - 1]
+        else repeat_groups(start[a:b], length[a:b])[1]
+        for a, b in pairwise(bounds)
+    ]

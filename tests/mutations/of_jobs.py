@@ -40,7 +40,7 @@ JOB = (
     Fault(
         "plan.supervised",
         "the end marker is not counted as supervised",
-        "mm/plan/step_plan.py",
+        "mm/plan/inputs.py",
         "return (not sample.truncated) + sum(",
         "return sum(",
         ONE_STEP,
@@ -48,10 +48,10 @@ JOB = (
     Fault(
         "plan.deal",
         "items go to the fullest dp rank",
-        "mm/plan/step_plan.py",
-        "least = min(load)",
-        "least = max(load)",
-        "tests/mm/plan/test_step_plan.py::test_dealing_by_cost_is_within_the_bound_of_longest_first",
+        "parallel/sequence/dealing.py",
+        "turn = np.argsort(own, axis=1,",
+        "turn = np.argsort(-own, axis=1,",
+        "tests/mm/plan/test_dealing.py::test_items_are_within_the_bound_of_longest_first",
     ),
     Fault(
         "step.loss",

@@ -68,8 +68,8 @@ PARALLEL = (
         "boundary.consumers",
         "of several consumers' gradients one is taken",
         "parallel/boundary/plan.py",
-        "partial=True) for layer in _layers(dest)",
-        "partial=True) for layer in _layers(dest)[:1]",
+        "partial=True) for layer in layers_of(dest)",
+        "partial=True) for layer in layers_of(dest)[:1]",
         PLANS,
     ),
     Fault(
