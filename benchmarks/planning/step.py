@@ -6,8 +6,8 @@
 Processor time of rank 7, milliseconds, the minimum of five runs:
 
 gather: take the batch out of the data set's columns. samples, items: deal them. columns: the rest of what is
-equal on all ranks. digest: its fingerprint. maps: both sides of this rank's part of two edges. edges: its plans
-of them. all: the sum, in one go. receive: what the rank itself spends on a plan from the planner's process.
+equal on all ranks. digest: its fingerprint. maps: both sides of this rank's part of two edges. edges: its
+plans of them. all: the sum, in one go. receive: what the rank itself spends on a plan that it is sent.
 
 --streams: samples a packed sequence.
 """
