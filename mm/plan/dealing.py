@@ -16,7 +16,7 @@ from parallel.sequence.dealing import loads, longest_first
 from parallel.sequence.intervals import Column, before, column, share_start
 
 SLACK = 1e-9  # relative; sums of costs in another order differ by less
-SPREAD = 4 / 3  # an encoder's share of its costliest micro-batch over an even share that is always allowed
+SPREAD = 1.5  # an encoder's share of its costliest micro-batch over an even share that is always allowed
 
 
 class Seats(NamedTuple):

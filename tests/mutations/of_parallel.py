@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.fault import ONE_STEP, Fault
 
+STACK = "tests/parallel/boundary/test_stack.py::test_the_plans_of_a_stack_are_those_of_its_maps"
 PLANS = "tests/parallel/boundary/test_plan.py::test_random_boundaries"
 HALVES = "tests/parallel/schedule/executor/test_halves.py::test_two_halves_are_one_backward"
 
@@ -71,6 +72,30 @@ PARALLEL = (
         "partial=True) for layer in layers_of(dest)",
         "partial=True) for layer in layers_of(dest)[:1]",
         PLANS,
+    ),
+    Fault(
+        "stack.readers",
+        "a rank plans without the other readers of the lanes that serve it",
+        "parallel/boundary/stack.py",
+        "forward = own_held | with_streams(own_read, held, helds)",
+        "forward = own_held | own_read",
+        STACK,
+    ),
+    Fault(
+        "stack.nodes",
+        "a rank plans without the rest of what a reader wants on its node",
+        "parallel/boundary/stack.py",
+        "forward = with_streams(forward, read, reads)",
+        "forward = forward.copy()",
+        STACK,
+    ),
+    Fault(
+        "stack.moves",
+        "micro-batches in which only some ranks move rows are said not to",
+        "parallel/boundary/stack.py",
+        "moving[k][: len(found)] |= found",
+        "moving[k][: len(found)] &= found",
+        STACK,
     ),
     Fault(
         "boundary.node-twice",
