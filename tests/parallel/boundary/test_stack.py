@@ -82,7 +82,7 @@ def random_stack(seed: int) -> tuple[Stack, int]:
     ), world
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 100_000))
 def test_the_plans_of_a_stack_are_those_of_its_maps(seed: int) -> None:
     stack, world = random_stack(seed)
@@ -92,7 +92,7 @@ def test_the_plans_of_a_stack_are_those_of_its_maps(seed: int) -> None:
         source = source_side(stack.source, c.rows[a:b], c.source_dp[a:b])
         whole = dest_side(stack.dest, c.rows[a:b], c.dest_dp[a:b], c.position[a:b], tokens, order=stack.order)
         maps.append((source, on_stage(stack.dest, whole, stack.stage)))
-    for node_size in (None, 1, 2, 3, 4):
+    for node_size in (None, 1 + seed % 4):
         for rank in range(world):
             found = plan_stack("edge", stack, rank, node_size=node_size, row_shape=(4,))
             for one, (have, want) in zip(found, maps, strict=True):
