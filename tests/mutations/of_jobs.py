@@ -67,7 +67,7 @@ JOB = (
         "mm/plan/dealing.py",
         "within = new.longest <= old.longest and",
         "within = new.longest > 0 and",
-        "tests/mm/plan/test_dealing.py::test_samples_are_dealt_no_worse_than_by_number",
+        "tests/mm/plan/test_dealing.py::test_equal_costs_of_unequal_lengths_need_no_more_memory",
     ),
     Fault(
         "plan.encoders",

@@ -170,3 +170,10 @@ def test_the_language_model_is_in_the_imbalance() -> None:
     assert all(i is not None and i.dealt == i.by_sample == 1 for i in alone.imbalance(None))
     few = plan_step(0, samples(3), inputs(64, 8))
     assert [i is None for i in few.imbalance(None)].count(False) == 3
+
+
+def test_equal_costs_of_unequal_lengths_need_no_more_memory() -> None:
+    """Where attention is all, one long sample costs what fifty short ones do, which together are longer."""
+    tokens = np.asarray([100] + [10] * 50)
+    seats = deal_samples(tokens.astype(float) ** 2, tokens, [], 1, 2)
+    assert by_place(tokens, seats, 1, 2).tolist() == [[300, 300]]
