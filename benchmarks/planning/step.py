@@ -26,6 +26,7 @@ from mm.plan.inputs import PlanInputs
 from mm.plan.step_plan import Edge, StepPlan, plan_table
 from mm.plan.table import SampleTable
 from mm.ranks.batch import RankBoundary
+from mm.ranks.job import TWO_HOPS_SPARE
 from mm.ranks.planner import Planned, Planner
 from parallel.boundary import EdgePlan, Stack, own_maps, plan_stack, stack_positions
 from parallel.sequence.dealing import loads
@@ -57,7 +58,10 @@ def whole(
     edges: list[dict[Edge, EdgePlan]] = [{} for _ in range(MICROBATCHES)]
     positions: list[dict[str, np.ndarray]] = [{} for _ in range(MICROBATCHES)]
     for m, stack in stacks(plan).items():
-        both = plan_stack(m, stack, rank, node_size=node_size), stack_positions(stack, rank)
+        both = (
+            plan_stack(m, stack, rank, node_size=node_size, spares=TWO_HOPS_SPARE),
+            stack_positions(stack, rank),
+        )
         for k, (edge, tokens) in enumerate(zip(*both, strict=True)):
             edges[k][Edge(m, 0)], positions[k][m] = edge, tokens
     return plan, [RankBoundary(*own) for own in zip(edges, positions, strict=True)]
@@ -95,7 +99,7 @@ def breakdown(table: SampleTable, made: PlanInputs, order: np.ndarray, node_size
     maps = ms(lambda: [own_maps(s, rank, node_size) for s in stacks(plan).values()])
     edges = ms(
         lambda: [
-            (plan_stack(m, s, rank, node_size=node_size), stack_positions(s, rank))
+            (plan_stack(m, s, rank, node_size=node_size, spares=TWO_HOPS_SPARE), stack_positions(s, rank))
             for m, s in stacks(plan).items()
         ]
     )

@@ -56,7 +56,7 @@ def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tupl
         why = f"eval.every={cfg.eval.every} would have no effect: data.eval names no held-out samples"
         raise Unfit(why, [{"eval.every": 0}])
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
-    check_stages(layouts[SINK], len(llm.symbols), virtual=True)
+    check_stages(layouts[SINK], len(llm.symbols))
     _check_schedule(cfg, layouts)
     return layouts, llm, partition(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
 

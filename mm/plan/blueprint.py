@@ -26,6 +26,7 @@ from parallel.schedule.checker.check import check
 from parallel.schedule.generators.refuse import check_stages
 from parallel.schedule.plan import Params
 from parallel.topology.axis import Axes
+from parallel.topology.groups import GroupPlan, group_plan
 from parallel.topology.layout import Changes, Layout, Unfit, check_divides
 from parallel.topology.stage import Stage
 
@@ -99,6 +100,19 @@ class Blueprint:
             for m in self.inputs.encoders
             for stage, levels in entering_levels(self.llm, self.stages[SINK], self._levels(m)).items()
         }
+
+    @cached_property
+    def groups(self) -> GroupPlan:
+        """The process groups of the job. Encoders have no experts."""
+        llm = self.layouts[SINK]
+        return group_plan(
+            {m: self.layouts[m] for m in self.modules},
+            world=self.world,
+            edges=[(edge.source, edge.stage) for edge in self.edges],
+            sink=SINK,
+            tied=(SINK,) if self.shared else (),
+            experts=(SINK,) if "E" in self.llm.kinds or llm.ep * llm.etp > 1 else (),
+        )
 
     def enters(self, module: str) -> tuple[int, ...]:
         """The stages of the language model that an encoder's rows enter."""
@@ -182,7 +196,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
 
     layouts, llm, llm_stages = outline.outline(cfg, world)
     uses = {name: _encoder_use(cfg, name, layouts[name]) for name in cfg.model}
-    stages = {m: encoder_stages(use.cls, use.cfg, layouts[m].pp) for m, use in uses.items()}
+    stages = {m: encoder_stages(use.cls, use.cfg, layouts[m].pp * layouts[m].vpp) for m, use in uses.items()}
     stages[SINK] = llm_stages
     _check_levels(uses, llm)
     # Zigzag order balances causal attention over cp. Without attention the contiguous order is better: a scan
@@ -217,7 +231,7 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
         raise Unfit(f"model.{name}: {error.why}", error.works, name) from error
     except ValueError as error:
         raise ValueError(f"model.{name}: {error}") from error
-    check_stages(layout, cls.layer_count(options), virtual=False)
+    check_stages(layout, cls.layer_count(options))
     tp = layout.tp if cls.tensor_parallel else 1
     check_divides(f"model.{name}.projector.hidden", enc.projector.hidden, "tp", tp, name)
     return EncoderUse(cls, options, layout, enc.deal)

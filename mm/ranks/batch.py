@@ -21,6 +21,8 @@ from mm.plan.inputs import PlanInputs
 from mm.plan.step_plan import Edge, Microbatch, StepPlan
 from parallel.boundary import EdgePlan, PlanCache, Stack, stack_positions
 from parallel.context_parallel import ContextPacking, pack
+from parallel.expert_parallel import Table, routed_tokens
+from parallel.sequence.host import to_device
 from parallel.sequence.intervals import Column
 from parallel.sequence.packed import Packing
 from parallel.topology.axis import Axes
@@ -168,18 +170,27 @@ class Assembler:
             mtp = None if mtp is None else (mtp[0][:, own], mtp[1][:, own])
             n_real = packing.rows_before(n_real)
         supervises = loss_rows(text[1], None if mtp is None else mtp[1])
-        entries = {m: torch.from_numpy(own).to(self.device) for m, own in positions.items()}
+        entries = {m: to_device(own, self.device) for m, own in positions.items()}
         batch = LLMBatch(
-            ids=text[0].to(self.device),
-            labels=text[1].to(self.device),
+            ids=to_device(text[0], self.device),
+            labels=to_device(text[1], self.device),
             packing=packing,
             n_real=n_real,
             row_positions=entries,
             counts=counts,
-            ahead=None if mtp is None else (mtp[0].to(self.device), mtp[1].to(self.device)),
-            loss_rows=tuple(rows.to(self.device) for rows in supervises),
+            ahead=None if mtp is None else (to_device(mtp[0], self.device), to_device(mtp[1], self.device)),
+            routed=self._routed(mb),
+            loss_rows=tuple(to_device(rows, self.device) for rows in supervises),
         )
-        return batch, {m: f.to(self.device) for m, f in flags.items()}
+        return batch, {m: to_device(f, self.device) for m, f in flags.items()}
+
+    def _routed(self, mb: Microbatch) -> Table | None:
+        """Tokens that each rank routes, of those that share experts with this one."""
+        llm = self.inputs.llm
+        if llm.ep * llm.etp == 1:
+            return None
+        real = mb.plan.filled[mb.index].tolist()
+        return routed_tokens(llm, self.rank, mb.tokens, real, self.inputs.order)
 
     def _write_sample(
         self,

@@ -45,7 +45,7 @@ class RankInfo:
     world: int  # ranks of the job
     device: torch.device
     store: Store | None = None  # the job's key-value store, None where a test needs none
-    node_size: int | None = None  # ranks a machine, None where one machine has all of them
+    node_size: int | None = None  # ranks a node, None where one node has all of them
     timeout_s: float = 120.0  # longest wait for another rank, seconds
     launch: str = ""  # on rank 0 a name of this launch, the same when torchrun starts the ranks again
     relaunched: bool = False  # on rank 0: an earlier start of these ranks has made the name
@@ -265,6 +265,13 @@ def choose_device(wanted: str, local_rank: int, local_ranks: int, cuda_devices: 
     return f"cuda:{local_rank}"
 
 
+def node_size(cfg: Config, world: int) -> int | None:
+    """Ranks a node: run.node_size, else those that were started on this machine. None where one node has all
+    ranks."""
+    size = cfg.run.node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return size if size < world else None
+
+
 def init_distributed(cfg: Config) -> RankInfo:
     """Join the job's default process group. Its waits are bounded by run.timeout_s."""
     import torch
@@ -296,15 +303,16 @@ def init_distributed(cfg: Config) -> RankInfo:
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=cfg.run.timeout_s),
+        # Bound, groups connect when they are made; unbound, at a first use that nobody has ordered.
+        device_id=device if device.type == "cuda" else None,
     )
     name, relaunched = _name_launch(store) if rank == 0 else ("", False)
-    node_size = local_ranks if local_ranks < world else None
     return RankInfo(
         rank,
         world,
         device,
         store=store,
-        node_size=node_size,
+        node_size=node_size(cfg, world),
         timeout_s=cfg.run.timeout_s,
         launch=name,
         relaunched=relaunched,

@@ -3,21 +3,30 @@
 A rank gets a row from its own node if any rank there holds it. Every other row that a node wants enters the
 node at one of the ranks that want it, in equal shares, and goes on from there to the rest of them. Every rank
 computes the entries of all nodes; a run counts once for each node that its lane is on.
+
+A second hop spares the slow link the rows that several ranks of a node want, and costs every rank that takes
+part a second message, which starts only when the first has come. Where it would spare nothing, or less than
+an asked share of what crosses, each rank gets its rows straight from afar. All ranks decide alike, since the
+decision counts the rows of all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parallel.boundary.routes import Own, Routes, Shares, Stretches, direct_all, split_shares
 from parallel.boundary.rows import RowMap
 from parallel.boundary.runs import Runs, each_row_once
 from parallel.comm.transport import Message
 from parallel.sequence.intervals import Column, before, meet, outside, repeat_groups, sums, union
+
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -37,76 +46,114 @@ class Hops(NamedTuple):
 
 
 def by_nodes(
-    have: RowMap, want: RowMap, own: Own, node_size: int, relayed: Sequence[bool] | None = None
+    have: RowMap,
+    want: RowMap,
+    own: Own,
+    node_size: int,
+    spares: float = 0.0,
+    relayed: Sequence[bool] | None = None,
 ) -> list[Hops]:
     """The part of each rank of `own`, each on a node of its own, where node k is ranks k node_size ..
     (k + 1) node_size - 1.
 
-    relayed: by rank, whether any row goes on from one rank of a node to another; None where the maps are
-    whole, from which it follows.
+    spares: the least share of the rows that cross without a second hop which one must spare. relayed: by
+    rank, whether its map takes second hops; None where the maps are whole, from which it follows.
     """
     nodes = np.unique(np.concatenate([have.members[0], want.members[0]]) // node_size)
-    if relayed is None and len(nodes) <= 1:
+    if len(nodes) <= 1 and not any(relayed or ()):
         return [Hops(routes, None) for routes in direct_all(have, want, own)]
-    entries = entries_of(have, want, node_size)
+    lacking, first_node = _Lacking.of(have, want, node_size), own.base // node_size
+    if relayed is None:
+        relayed = lacking.spare(first_node, spares).tolist()
+    at = lacking.entries(want, np.asarray(relayed)[_map_of(lacking.cells.node, first_node)])
     here = own.rank // node_size
     near_have, near_want = (m.on_nodes(here, node_size) for m in (have, want))
-    near, far = direct_all(near_have, near_want, own), direct_all(have, entries.at, own)
+    near, far = direct_all(near_have, near_want, own), direct_all(have, at, own)
     routes = [
         Routes(keep=n.keep, sends=[*n.sends, *f.sends], recvs=[*n.recvs, *f.recvs])
         for n, f in zip(near, far, strict=True)
     ]
-    if relayed is None:
-        relayed = [len(entries.relays) > 0] * len(own.rank)
     if not any(relayed):
         return [Hops(one, None) for one in routes]
-    spread = direct_all(entries.at.on_nodes(here, node_size), _without(near_want, near_have), own)
+    spread = direct_all(at.on_nodes(here, node_size), _without(near_want, near_have), own)
     return [
         Hops(one, Relay(tuple(on.sends), tuple(on.recvs)) if relay else None)
         for one, on, relay in zip(routes, spread, relayed, strict=True)
     ]
 
 
-class Entries(NamedTuple):
-    """Rows that nodes want and do not hold. at: the rank at which each enters each node, every rank a lane
-    of its own, with the local rows of `want`. relays: nodes in which some go on to another rank."""
-
-    at: RowMap
-    relays: Column
+def second_hops(have: RowMap, want: RowMap, node_size: int, spares: float, base: Column) -> Flags:
+    """Whether by_nodes() takes second hops, by map, for whole maps that are stacked as one. base: first rank
+    of each, ascending."""
+    return _Lacking.of(have, want, node_size).spare(base // node_size, spares)
 
 
-def entries_of(have: RowMap, want: RowMap, node_size: int) -> Entries:
-    """Where rows of `have` enter the nodes of `want`."""
-    cells = _Cells.of(want, node_size)
-    nodes = 1 + int(cells.node.max(initial=0))
-    # Rows of all nodes on one line, node after node.
-    size = 1 + max(want.reach, have.reach)
-    wanted = _on_nodes(want, cells, size)
-    wanted = _held_anywhere(wanted, *union(have.start, have.stop), size)
-    held = _on_nodes(have, _Cells.of(have, node_size), size)
-    i, start, stop = outside(wanted.start, wanted.stop, *union(held.start, held.stop))
-    order = np.argsort(start, kind="stable")
-    lacking = Runs(
-        start=start[order], stop=stop[order], lane=wanted.lane[i][order], shift=wanted.shift[i][order]
-    )
-    entering = each_row_once(lacking)
-    # Each cell's rows in equal shares to its members.
-    entering = entering.take(np.argsort(entering.lane, kind="stable"))
-    local = entering.start + entering.shift
-    shares = Shares.all(cells.size)
-    part = split_shares(Stretches(entering.lane, local, entering.stop - entering.start), shares)
-    at = RowMap(
-        lanes=tuple((rank,) for rank in cells.rank.tolist()),
-        start=(entering.start[part.stretch] + part.local - local[part.stretch]) % size,
-        length=part.length,
-        lane=part.share,
-        local=part.local,
-        rows=want.rows[cells.lane[shares.group]],
-    )
-    # More readers on a node than rows that enter it.
-    more = sums((lacking.stop - lacking.start) * cells.size[lacking.lane], lacking.start // size, nodes)
-    more -= sums(entering.stop - entering.start, entering.start // size, nodes)
-    return Entries(at, relays=np.flatnonzero(more))
+def spare_enough(spared: Column, readers: Column, spares: float) -> Flags:
+    """Whether second hops spare some rows, and at least the share `spares` of those that `readers` ranks
+    would get from afar."""
+    return (spared > 0) & (spared >= spares * readers)
+
+
+@dataclass(frozen=True)
+class _Lacking:
+    """Rows that nodes want and do not hold, all nodes on one line: row r of node n is n size + r.
+
+    cells: of the wanting side. runs: what each cell lacks, its index standing as `lane`. once: the same rows,
+    each once a node.
+    """
+
+    cells: _Cells
+    runs: Runs
+    once: Runs
+    size: int
+
+    @staticmethod
+    def of(have: RowMap, want: RowMap, node_size: int) -> _Lacking:
+        cells = _Cells.of(want, node_size)
+        size = 1 + max(want.reach, have.reach)
+        wanted = _on_nodes(want, cells, size)
+        wanted = _held_anywhere(wanted, *union(have.start, have.stop), size)
+        held = _on_nodes(have, _Cells.of(have, node_size), size)
+        i, start, stop = outside(wanted.start, wanted.stop, *union(held.start, held.stop))
+        order = np.argsort(start, kind="stable")
+        runs = Runs(
+            start=start[order], stop=stop[order], lane=wanted.lane[i][order], shift=wanted.shift[i][order]
+        )
+        return _Lacking(cells, runs, each_row_once(runs), size)
+
+    def spare(self, first_node: Column, spares: float) -> Flags:
+        """By map, whether second hops spare enough. first_node: of each map, ascending."""
+        n, runs, once = len(first_node), self.runs, self.once
+        ranks = (runs.stop - runs.start) * self.cells.size[runs.lane]
+        readers = sums(ranks, _map_of(runs.start // self.size, first_node), n)
+        entering = sums(once.stop - once.start, _map_of(once.start // self.size, first_node), n)
+        return spare_enough(readers - entering, readers, spares)
+
+    def entries(self, want: RowMap, spread: Flags) -> RowMap:
+        """The ranks at which rows enter nodes, with local rows of `want`. spread: by cell, whether rows enter
+        at one of its ranks, in equal shares; else at all of them."""
+        # Of several maps that are stacked as one, each has a row in one lane: both columns are the same.
+        assert self.once is self.runs or spread.all() or not spread.any()
+        cells, entering = self.cells, self.once if spread.any() else self.runs
+        entering = entering.take(np.argsort(entering.lane, kind="stable"))
+        local = entering.start + entering.shift
+        shares = Shares.all(np.where(spread, cells.size, 1))
+        part = split_shares(Stretches(entering.lane, local, entering.stop - entering.start), shares)
+        ends = np.cumsum(np.where(spread, 1, cells.size)[shares.group]).tolist()
+        ranks = cells.rank.tolist()
+        return RowMap(
+            lanes=tuple(tuple(ranks[a:b]) for a, b in pairwise([0, *ends])),
+            start=(entering.start[part.stretch] + part.local - local[part.stretch]) % self.size,
+            length=part.length,
+            lane=part.share,
+            local=part.local,
+            rows=want.rows[cells.lane[shares.group]],
+        )
+
+
+def _map_of(node: Column, first_node: Column) -> Column:
+    """The map that each node is of, where maps are stacked as one. first_node: of each map, ascending."""
+    return np.searchsorted(first_node, node, side="right") - 1
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ receives or keeps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -99,6 +100,7 @@ def plan_edge(
     rank: int,
     *,
     node_size: int | None = None,
+    spares: float = 0.0,
     row_shape: tuple[int, ...] | None = None,
 ) -> EdgePlan:
     """Plan both directions of an edge for `rank`.
@@ -108,19 +110,25 @@ def plan_edge(
     gradients of distinct lanes that consumed the same row are added.
 
     node_size: ranks a node, where links inside a node are faster: a row then crosses to each node once,
-    however many of its ranks want it. row_shape: trailing dims of the tensors, which are then checked before
-    anything is sent; otherwise a shape mismatch between two ranks fails inside the transport with no useful
-    error. Raises ValueError where a wanted row is on no rank.
+    however many of its ranks want it. spares: the least share of the rows crossing to nodes that this must
+    spare; else rows go straight to each rank that wants them. row_shape: trailing dims of the tensors, which
+    are then checked before anything is sent; otherwise a shape mismatch between two ranks fails inside the
+    transport with no useful error. Raises ValueError where a wanted row is on no rank.
     """
-    forward = plan_transfer(source, dest, rank, node_size=node_size)
-    backward = tuple(
-        plan_transfer(layer, source, rank, node_size=node_size, partial=True) for layer in layers_of(dest)
-    )
+    plan = functools.partial(plan_transfer, rank=rank, node_size=node_size, spares=spares)
+    forward = plan(source, dest)
+    backward = tuple(plan(layer, source, partial=True) for layer in layers_of(dest))
     return EdgePlan(name=name, forward=forward, backward=backward, row_shape=row_shape)
 
 
 def plan_transfer(
-    have: RowMap, want: RowMap, rank: int, *, node_size: int | None = None, partial: bool = False
+    have: RowMap,
+    want: RowMap,
+    rank: int,
+    *,
+    node_size: int | None = None,
+    spares: float = 0.0,
+    partial: bool = False,
 ) -> Transfer:
     """What `rank` sends, receives and keeps so that every rank of `want` gets its rows.
 
@@ -130,7 +138,7 @@ def plan_transfer(
     if node_size is not None and node_size < 1:
         raise ValueError(f"node_size is {node_size}; needed: ranks a node, or None where all links are alike")
     found = check_held(want, offers_of(have), partial)
-    own = transfers(have, want, Own.alone(rank), node_size=node_size)[0]
+    own = transfers(have, want, Own.alone(rank), node_size=node_size, spares=spares)[0]
     return replace(own, moves=bool(own.sends or own.recvs) or bool(moves(have, want, found)[0]))
 
 
@@ -140,15 +148,16 @@ def transfers(
     own: Own,
     *,
     node_size: int | None = None,
+    spares: float = 0.0,
     relayed: Sequence[bool] | None = None,
     moving: Sequence[bool] | None = None,
 ) -> list[Transfer]:
-    """The transfer of each rank of `own`. relayed: as in by_nodes(). moving: by rank, Transfer.moves; None
-    leaves it False."""
+    """The transfer of each rank of `own`. spares, relayed: as in by_nodes(). moving: by rank, Transfer.moves;
+    None leaves it False."""
     if node_size is None:
         hops = [Hops(routes, None) for routes in direct_all(have, want, own)]
     else:
-        hops = by_nodes(have, want, own, node_size, relayed)
+        hops = by_nodes(have, want, own, node_size, spares, relayed)
     rows_in, rows_out = have.rows_on_all(own.rank).tolist(), want.rows_on_all(own.rank).tolist()
     out = []
     for k, (routes, relay) in enumerate(hops):

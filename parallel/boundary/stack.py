@@ -14,9 +14,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from parallel.boundary.nodes import entries_of
+from parallel.boundary.nodes import Flags, second_hops, spare_enough
 from parallel.boundary.plan import EdgePlan, check_held, moves, transfers
 from parallel.boundary.routes import Own, offers_of
 from parallel.boundary.rows import RowMap
@@ -24,8 +23,6 @@ from parallel.boundary.sides import TokenRuns, held_runs, held_tiles, lane_ranks
 from parallel.sequence.intervals import Column, before, repeat_groups, sums
 from parallel.sequence.stream import Order
 from parallel.topology.layout import Layout
-
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,7 @@ def plan_stack(
     rank: int,
     *,
     node_size: int | None = None,
+    spares: float = 0.0,
     row_shape: tuple[int, ...] | None = None,
 ) -> tuple[EdgePlan, ...]:
     """plan_edge() of `rank` for each micro-batch, from source_side() and dest_side() of its items.
@@ -110,7 +108,7 @@ def plan_stack(
     source, dest = own_maps(stack, rank, node_size)
     base = np.arange(stack.batches) * places.stride
     own = Own(rank + base, base)
-    forward, backward = _facts(stack, places, node_size)
+    forward, backward = _facts(stack, places, node_size, spares)
     there = transfers(source, dest, own, node_size=node_size, relayed=forward.relayed, moving=forward.moving)
     back = transfers(dest, source, own, node_size=node_size, relayed=backward.relayed, moving=backward.moving)
     return tuple(EdgePlan(name, f, (b,), row_shape) for f, b in zip(there, back, strict=True))
@@ -218,19 +216,19 @@ def _stacked(end: tuple[Layout, int], streams: Column, stride: int, runs: TokenR
 
 
 class _Facts(NamedTuple):
-    """Of one direction, what is equal on all ranks: by micro-batch, whether any row moves, and whether any
-    goes on from one rank of a node to another."""
+    """Of one direction, what is equal on all ranks: by micro-batch, whether any row moves, and whether
+    rows take second hops."""
 
     moving: Sequence[bool]
     relayed: Sequence[bool]
 
 
-def _facts(stack: Stack, places: _Places, node_size: int | None) -> tuple[_Facts, _Facts]:
+def _facts(stack: Stack, places: _Places, node_size: int | None, spares: float) -> tuple[_Facts, _Facts]:
     """Those of both directions, forward first.
 
-    An item whose two dp ranks have no rank in common moves in both directions, and one between nodes is
-    relayed where every lane that wants it has two ranks on a node. Micro-batches without such an item are
-    looked at rank by rank.
+    An item whose two dp ranks have no rank in common moves in both directions. One whose dp ranks have no
+    node in common enters every node that wants it, and is relayed where all ranks that share a lane and a
+    node are enough to share what enters. Other micro-batches are looked at rank by rank.
     """
     ends = [lane_ranks(e, [s]) for e, s in ((stack.source, stack.source.pp - 1), (stack.dest, stack.stage))]
     separate = _separate(stack, ends, 1)
@@ -240,10 +238,9 @@ def _facts(stack: Stack, places: _Places, node_size: int | None) -> tuple[_Facts
     if node_size is not None:
         far = _separate(stack, ends, node_size)
         for k, wanting in enumerate(ends[::-1]):
-            node = np.sort(wanting // node_size, axis=1)
-            pairs = (node[:, 1:] == node[:, :-1]).any(axis=1)
-            relayed[k] = far & bool(pairs.all())
-            unsure |= ~relayed[k] if pairs.any() else False
+            every, some = _hops_spare(wanting // node_size, spares)
+            relayed[k] = far & every
+            unsure |= ~relayed[k] & some
     which = np.flatnonzero(unsure[stack.items.batch] & (stack.items.rows > 0))
     if len(which):
         sides = _maps(stack, which, places.stride)
@@ -253,9 +250,18 @@ def _facts(stack: Stack, places: _Places, node_size: int | None) -> tuple[_Facts
             )
             moving[k][: len(found)] |= found
             if node_size is not None:
-                entered = entries_of(have, want, node_size).relays
-                relayed[k][np.unique(entered * node_size // places.stride)] = True
+                base = np.arange(stack.batches) * places.stride
+                relayed[k] |= second_hops(have, want, node_size, spares, base)
     return _Facts(moving[0].tolist(), relayed[0].tolist()), _Facts(moving[1].tolist(), relayed[1].tolist())
+
+
+def _hops_spare(node: Column, spares: float) -> tuple[bool, bool]:
+    """Whether second hops spare enough wherever rows cross, and whether they may anywhere. node: of the ranks
+    of each lane that wants rows, [lanes, ranks a lane]."""
+    size = (node[:, :, None] == node[:, None, :]).sum(axis=2)  # ranks of the lane on the node of each
+    # A share that is enough everywhere is enough of all, and likewise one that is too few.
+    every = (size - 1 >= spares * size).all() and (size > 1).any(axis=1).all()
+    return bool(every), bool(spare_enough(size - 1, size, spares).any())
 
 
 def _separate(stack: Stack, ends: Sequence[Column], unit: int) -> Flags:

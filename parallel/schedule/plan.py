@@ -7,13 +7,13 @@ distinct places.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from parallel.schedule.action import Action
-from parallel.topology.groups import Group
+from parallel.topology.groups import COMPUTE, Group, along, edge_ranks
 from parallel.topology.layout import Layout
 
 Params = Literal["each", "step", "replicated"]
@@ -155,9 +155,9 @@ class SchedulePlan:
         if group.scope == "world":
             return (self.ranks,)
         if group.scope == "edge":
-            both = frozenset().union(*self.ends(group.module, group.stage))
-            return (tuple(r for r, p in self.program_of.items() if p in both),)
-        return self.modules[group.module].layout.groups(group.axis)
+            source, sink = self.modules[group.module].layout, self.modules[self.sink].layout
+            return (edge_ranks(source, sink, group.stage),)
+        return along(self.modules[group.module].layout, group.axis)
 
     def program_sets(self, group: Group) -> tuple[frozenset[int], ...]:
         """The distinct sets of programs that groups of a name join; members must agree on an order."""
@@ -182,7 +182,7 @@ def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:
 
 def compute_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
     """The groups whose collectives a forward or backward of a module runs, in order."""
-    axes = [a for a in ("tp", "cp", "ep", "etp") if getattr(use.layout, a) > 1]
+    axes = [a for a in COMPUTE if getattr(use.layout, a) > 1]
     return (
         *(parameter_groups(module, use) if use.params == "each" else ()),
         *(Group("module", module, a) for a in axes),
@@ -190,7 +190,10 @@ def compute_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
 
 
 def parameter_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
-    """The groups over which parameters are gathered and gradients summed: dp, and edp for sharded experts."""
+    """The groups over which parameters are gathered and gradients summed: "data", which is dp x cp, and edp
+    for sharded experts."""
     layout = use.layout
-    axes: Sequence[str] = ("dp", "edp") if layout.ep * layout.etp > 1 else ("dp",)
-    return tuple(Group("module", module, a) for a in axes if getattr(layout, a) > 1)
+    sizes = {"data": layout.dp * layout.cp}
+    if layout.ep * layout.etp > 1:
+        sizes["edp"] = layout.edp
+    return tuple(Group("module", module, axis) for axis, size in sizes.items() if size > 1)

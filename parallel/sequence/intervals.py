@@ -166,3 +166,13 @@ def rows_of_each(start: Column, length: Column, bounds: Sequence[int]) -> list[R
         else repeat_groups(start[a:b], length[a:b])[1]
         for a, b in pairwise(bounds)
     ]
+
+
+def join_rows(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, one part after another."""
+    start = np.concatenate([[rows.start] if isinstance(rows, slice) else rows for rows in parts])
+    length = np.concatenate(
+        [[count(rows)] if isinstance(rows, slice) else np.ones_like(rows) for rows in parts]
+    )
+    some = np.flatnonzero(length)
+    return rows_of(start[some], length[some])

@@ -94,11 +94,11 @@ def _index(blueprint: Blueprint) -> Index:
 
 
 @contextmanager
-def running(raw: dict[str, Any], node_size: int | None = None) -> Iterator[tuple[Job, Feed]]:
-    """The job of a config on this rank, and its steps; closed at the end. node_size: as in train_few."""
+def running(raw: dict[str, Any]) -> Iterator[tuple[Job, Feed]]:
+    """The job of a config on this rank, and its steps; closed at the end."""
     world = dist.get_world_size()
     blueprint = draw_up(from_mapping(raw, CONFIGS), world)
-    rank = RankInfo(dist.get_rank(), world, torch.device("cpu"), node_size=node_size)
+    rank = RankInfo(dist.get_rank(), world, torch.device("cpu"), node_size=blueprint.cfg.run.node_size)
     index = _index(blueprint)
     job = build_job(blueprint, rank)
     data = open_data(job, index)
@@ -111,9 +111,9 @@ def running(raw: dict[str, Any], node_size: int | None = None) -> Iterator[tuple
         job.close()
 
 
-def train_few(raw: dict[str, Any], steps: int, node_size: int | None = None) -> list[dict[str, Any]]:
-    """Metrics of the first steps; the same on every rank. node_size: ranks a machine, as if of several."""
-    with running(raw, node_size) as (job, feed):
+def train_few(raw: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """Metrics of the first steps; the same on every rank."""
+    with running(raw) as (job, feed):
         return [asdict(train_step(job, feed, step)) for step in range(steps)]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from tests.mutations.fault import ONE_STEP, Fault
 
-STACK = "tests/parallel/boundary/test_stack.py::test_the_plans_of_a_stack_are_those_of_its_maps"
-PLANS = "tests/parallel/boundary/test_plan.py::test_random_boundaries"
 HALVES = "tests/parallel/schedule/executor/test_halves.py::test_two_halves_are_one_backward"
 
 PARALLEL = (
@@ -34,6 +32,38 @@ PARALLEL = (
         "tests/parallel/topology/test_layout.py::test_both_views_put_the_same_ranks_on_each_stage",
     ),
     Fault(
+        "groups.lane",
+        "both directions of a pipeline are one communicator",
+        "parallel/topology/groups.py",
+        'return "compute" if self.scope == "module" and not self.direction else str(self)',
+        'return "compute" if self.scope == "module" else str(self)',
+        "tests/parallel/topology/test_groups.py::test_directions_are_never_one",
+    ),
+    Fault(
+        "groups.order",
+        "groups with the same ranks in another order are one",
+        "parallel/topology/groups.py",
+        "new = tuple(g for g in groups if (name.lane, g) not in have)",
+        "new = tuple(g for g in groups if (name.lane, tuple(sorted(g))) not in have)",
+        "tests/parallel/topology/test_groups.py::test_groups_of_one_lane_and_the_same_ranks_in_one_order_are_one",
+    ),
+    Fault(
+        "warm-up.direction",
+        "gradients of a pipeline are warmed up in the direction of activations",
+        "parallel/comm/warm_up.py",
+        'way = 1 if name.direction == "forward" else -1',
+        "way = 1",
+        "tests/parallel/comm/test_warm_up.py::test_every_message_of_a_pipeline_is_connected_before_the_first_step",
+    ),
+    Fault(
+        "warm-up.mirror",
+        "a source of an edge meets its sinks in another round than they meet it",
+        "parallel/comm/warm_up.py",
+        "to = sink[(s + i) % m] if",
+        "to = sink[(s - i) % m] if",
+        "tests/parallel/comm/test_warm_up.py::test_an_edge_connects_every_source_with_every_sink",
+    ),
+    Fault(
         "mesh.sequence-parallel",
         "sequence parallelism is told to no layer",
         "parallel/topology/mesh.py",
@@ -48,62 +78,6 @@ PARALLEL = (
         "(r, pieces - 1 - r)",
         "(2 * r, 2 * r + 1)",
         "tests/parallel/context_parallel/test_packing.py::test_zigzag_shares_causal_attention_evenly",
-    ),
-    Fault(
-        "boundary.source-stage",
-        "rows are said to be on the encoder's first stage",
-        "parallel/boundary/sides.py",
-        "_lanes(layout, [layout.pp - 1])",
-        "_lanes(layout, [0])",
-        "tests/parallel/boundary/test_sides.py::test_the_source_holds_its_items_end_to_end",
-    ),
-    Fault(
-        "boundary.send-again",
-        "rows are sent to ranks that have them",
-        "parallel/boundary/routes.py",
-        "requested = _without_own(have, requests.reader, requested)",
-        "requested = requested",
-        PLANS,
-    ),
-    Fault(
-        "boundary.consumers",
-        "of several consumers' gradients one is taken",
-        "parallel/boundary/plan.py",
-        "partial=True) for layer in layers_of(dest)",
-        "partial=True) for layer in layers_of(dest)[:1]",
-        PLANS,
-    ),
-    Fault(
-        "stack.readers",
-        "a rank plans without the other readers of the lanes that serve it",
-        "parallel/boundary/stack.py",
-        "forward = own_held | with_streams(own_read, held, helds)",
-        "forward = own_held | own_read",
-        STACK,
-    ),
-    Fault(
-        "stack.nodes",
-        "a rank plans without the rest of what a reader wants on its node",
-        "parallel/boundary/stack.py",
-        "forward = with_streams(forward, read, reads)",
-        "forward = forward.copy()",
-        STACK,
-    ),
-    Fault(
-        "stack.moves",
-        "micro-batches in which only some ranks move rows are said not to",
-        "parallel/boundary/stack.py",
-        "moving[k][: len(found)] |= found",
-        "moving[k][: len(found)] &= found",
-        STACK,
-    ),
-    Fault(
-        "boundary.node-twice",
-        "a row crosses to a node for each lane there that wants it",
-        "parallel/boundary/nodes.py",
-        "entering = each_row_once(lacking)",
-        "entering = lacking",
-        PLANS,
     ),
     Fault(
         "schedule.warm-up",
@@ -226,6 +200,38 @@ PARALLEL = (
         "tests/parallel/expert_parallel/test_expert.py::test_the_best_scored_remain",
     ),
     Fault(
+        "expert.wait",
+        "sizes that are known are read from the device",
+        "parallel/expert_parallel/routing.py",
+        "known = keep is None and axis.size == etp.size == 1",
+        "known = False",
+        "tests/parallel/expert_parallel/test_expert.py::test_without_an_exchange_only_dropped_rows_are_counted",
+    ),
+    Fault(
+        "expert.widened",
+        "widened results keep their zeros",
+        "parallel/expert_parallel/grouped.py",
+        "return out.narrow(1, 0, out.shape[1] - more_out) if more_out else out",
+        "return out",
+        "tests/parallel/expert_parallel/test_expert.py::test_grouped_product",
+    ),
+    Fault(
+        "expert.routed",
+        "ranks take another's padding for their own",
+        "parallel/expert_parallel/routed.py",
+        "routed = (before_padding - at % tp * width).clip(0, width)",
+        "routed = before_padding.clip(0, width)",
+        "tests/parallel/expert_parallel/test_routed.py",
+    ),
+    Fault(
+        "host.indices",
+        "all plans' indices are those of the first array",
+        "parallel/sequence/host.py",
+        "key = id(rows), device",
+        "key = 0, device",
+        "tests/parallel/sequence/test_host.py",
+    ),
+    Fault(
         "expert.weight",
         "routing weights get no gradient",
         "parallel/expert_parallel/all_to_all.py",
@@ -296,5 +302,39 @@ PARALLEL = (
         "torch._foreach_mul_(grads, factor)",
         "torch._foreach_mul_(grads, 1.0)",
         ONE_STEP,
+    ),
+    Fault(
+        "posting.turn",
+        "transfers of one second are started in any order",
+        "parallel/schedule/generators/posting.py",
+        "return {n: (ends[n], turn) for turn, entry in enumerate(graph.order) for n in entry}",
+        "return {n: (ends[n], -turn) for turn, entry in enumerate(graph.order) for n in entry}",
+        "tests/parallel/schedule/checker/test_streams.py::test_things_that_take_no_time_keep_their_order",
+    ),
+    Fault(
+        "posting.joined",
+        "messages of peers with a rank in common have moments of their own",
+        "parallel/schedule/generators/posting.py",
+        "parent[root(n)] = root(other)",
+        "pass",
+        "tests/parallel/schedule/checker/test_streams.py::test_every_generated_plan_has_one_order_of_operations",
+    ),
+    Fault(
+        "streams.fifo",
+        "a stream carries out any of its operations",
+        "parallel/schedule/checker/streams.py",
+        "            if len(queue) == 1:\n                self._lead(n)",
+        "            self._lead(n)",
+        "tests/parallel/schedule/checker/test_streams.py"
+        "::test_both_directions_over_one_pair_hang_unless_their_calls_have_one_order[interleaved]",
+    ),
+    Fault(
+        "streams.one",
+        "collectives pass by transfers that were started before them",
+        "parallel/schedule/checker/streams.py",
+        'if self.one and n in self.reading.collectives and self.queues[_At(p, "")]:',
+        "if False:",
+        "tests/parallel/schedule/checker/test_streams.py"
+        "::test_collectives_have_their_place_among_the_messages",
     ),
 )
