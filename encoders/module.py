@@ -281,7 +281,12 @@ def _sum_over_tp(module: nn.Module) -> None:
 
 def projector_flops(cls: type[Encoder], cfg: Any, meta: Meta, d_out: int, hidden: int) -> float:
     """FLOPs of the forward of an item in the projectors. d_out, hidden: their output and hidden width."""
-    return 2.0 * cls.feature_levels(cfg) * cls.rows(cfg, meta) * hidden * (cls.feature_width(cfg) + d_out)
+    return cls.rows(cfg, meta) * row_flops(cls, cfg, d_out, hidden)
+
+
+def row_flops(cls: type[Encoder], cfg: Any, d_out: int, hidden: int) -> float:
+    """FLOPs of the forward of one row in the projectors."""
+    return 2.0 * cls.feature_levels(cfg) * hidden * (cls.feature_width(cfg) + d_out)
 
 
 def module_flops(cls: type[Encoder], cfg: Any, meta: Meta, d_out: int, hidden: int) -> float:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llm.config import LLMConfig
 
@@ -90,3 +94,24 @@ def head_flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = 
 def flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = None) -> float:
     """Forward FLOPs of packed documents of these lengths in a training step; supervised: as in head_flops."""
     return sum(layer_costs(cfg, lengths)) + head_flops(cfg, lengths, supervised)
+
+
+class DocumentCost(NamedTuple):
+    """flops() of one document as a polynomial: FLOPs a token, a squared token and a supervised token."""
+
+    token: float
+    square: float
+    supervised: float
+
+    def of(self, lengths: NDArray[np.int64], supervised: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Forward FLOPs of each document, [n]. lengths, supervised: in tokens, [n]."""
+        n = lengths.astype(np.float64)
+        return (self.token + self.square * n) * n + self.supervised * supervised
+
+
+def document_cost(cfg: LLMConfig) -> DocumentCost:
+    """The cost of a document of this model. flops() is of degree two in a document's length and of degree one
+    in its supervised tokens, so three of its values determine it."""
+    one, two = flops(cfg, [1], 0), flops(cfg, [2], 0)
+    square = (two - 2.0 * one) / 2.0
+    return DocumentCost(one - square, square, flops(cfg, [0], 1))

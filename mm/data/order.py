@@ -25,15 +25,19 @@ def sample_ids(seed: int, step: int, global_batch: int, n: int, bad: frozenset[i
     """
     if len(bad) >= n:
         raise DataError(f"all {n} samples are unreadable or left out")
-    first = step * global_batch
-    return tuple(_at(seed, position, n, bad) for position in range(first, first + global_batch))
+    position = step * global_batch + np.arange(global_batch)  # in the run, counted over all steps
+    found = np.empty(global_batch, dtype=np.int64)
+    for epoch in np.unique(position // n).tolist():
+        here = position // n == epoch
+        found[here] = _epoch(seed, epoch, n)[position[here] % n]
+    if bad:
+        for k in np.flatnonzero(np.isin(found, list(bad))).tolist():
+            found[k] = _another(seed, int(position[k]), n, bad)
+    return tuple(found.tolist())
 
 
-def _at(seed: int, position: int, n: int, bad: frozenset[int]) -> int:
-    """The sample at a position of the run, counted over all steps."""
-    found = int(_epoch(seed, position // n, n)[position % n])
-    if found not in bad:
-        return found
+def _another(seed: int, position: int, n: int, bad: frozenset[int]) -> int:
+    """A good sample in place of the bad one at this position."""
     draws = np.random.default_rng([seed, position, n])
     while True:
         found = int(draws.integers(n))

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llm.config import LLMConfig
+from llm.flops import document_cost
 from llm.recompute import recompute_parts
 from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     import encoders
-    from mm.plan.step_plan import Edge, EncoderUse, PlanInputs
+    from mm.plan.inputs import EncoderUse, PlanInputs
+    from mm.plan.step_plan import Edge
     from parallel.sequence.stream import Order
 
 
@@ -190,7 +192,7 @@ def check_outline(cfg: Config, world: int, report: Callable[[str], object] = lam
 def _unadvised(cfg: Config, world: int) -> Blueprint:
     """The blueprint of a config; raises Unfit, ValueError or Refused without advice."""
     from encoders.module import encoder_stages
-    from mm.plan.step_plan import PlanInputs
+    from mm.plan.inputs import PlanInputs
 
     layouts, llm, llm_stages = outline.outline(cfg, world)
     uses = {name: _encoder_use(cfg, name, layouts[name]) for name in cfg.model}
@@ -207,6 +209,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
         microbatches=cfg.schedule.microbatches,
         order=order,
         mtp_depths=llm.mtp_layers,
+        llm_cost=document_cost(llm),
     )
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # raises where no schedule fits
@@ -216,7 +219,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
 def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
     """Import the encoder of module `name` and check its options and its layout."""
     from encoders.module import check_encoder
-    from mm.plan.step_plan import EncoderUse
+    from mm.plan.inputs import EncoderUse
 
     enc = cfg.model[name]
     cls = _encoder_class(enc.encoder, name)

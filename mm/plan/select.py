@@ -13,7 +13,7 @@ from dataclasses import replace
 from mm.config.schema import DataConfig
 from mm.data.sample import Index, Sample, Segment, Skipped
 from mm.errors import DataError
-from mm.plan.step_plan import PlanInputs, sample_length, supervised_tokens
+from mm.plan.inputs import PlanInputs, sample_length, supervised_tokens
 
 
 def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:

@@ -1,74 +1,35 @@
 """The step plan: what every rank loads, computes and exchanges in one step, as plain data.
 
 It is a pure function of (config, index, seed, step, known-bad samples): every rank derives the same plan, and
-ranks agree on nothing at run time (law 4).
+ranks agree on nothing at run time (law 4). What all ranks need of each other is in columns over the whole
+step. Micro-batches are views of them, and what only some ranks or tools need is made when it is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from llm.counts import Counts
 from mm.data.sample import Part, Sample
-from mm.errors import DataError
-from parallel.boundary import RowMap, dest_side, row_positions, source_side
-from parallel.sequence.intervals import shares
-from parallel.sequence.stream import Order, alignment
-from parallel.topology.layout import Layout
-
-Deal = Literal["cost", "sample"]
-
-
-@dataclass(frozen=True)
-class EncoderUse:
-    """An encoder as the planner needs it: for row counts and costs, without running anything."""
-
-    cls: Any  # an encoders.Encoder class
-    cfg: Any  # its options, an instance of cls.Config
-    layout: Layout
-    deal: Deal = "cost"  # how items go to its dp ranks: balanced by cost, or with their sample
+from mm.plan.dealing import Seats, by_count, deal_items, deal_samples, home_ranks, load_imbalance
+from mm.plan.inputs import PlanInputs
+from mm.plan.table import Costs, SampleTable
+from parallel.boundary import ItemColumns, RowMap, dest_side, row_positions, source_side
+from parallel.sequence.dealing import loads
+from parallel.sequence.intervals import Column, before, repeat_groups, sums
 
 
-@dataclass(frozen=True)
-class PlanInputs:
-    """Everything that a step plan depends on, except the samples."""
+class Edge(NamedTuple):
+    """From an encoder to a stage of the language model that its rows enter."""
 
-    llm: Layout
-    encoders: Mapping[str, EncoderUse]  # by module, in the config's order
-    context: int  # longest sample allowed, in tokens: text bytes, encoder rows and two markers
-    microbatches: int  # that the global batch is split into, the same for all modules
-    order: Order = "contiguous"  # how cp splits the language model's packed sequences
-    mtp_depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
-    _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
-
-    def rows(self, module: str, part: Part) -> int:
-        """How many rows an item contributes; cached, since every epoch plans each item once.
-
-        Raises ValueError where the item's metadata do not serve its encoder.
-        """
-        key = (module, part.shard, part.offset)
-        if key not in self._rows:
-            use = self.encoders[module]
-            try:
-                n = int(use.cls.rows(use.cfg, part.meta))
-            except KeyError as error:
-                have = ", ".join(part.meta) or "none: no probe knows this kind of file"
-                raise ValueError(f"{use.cls.__name__} needs the metadata {error}, it has {have}") from error
-            if n < 0:
-                raise ValueError(f"{use.cls.__name__}.rows gave {n}; needed: at least 0")
-            self._rows[key] = n
-        return self._rows[key]
-
-    @property
-    def alignment(self) -> int:
-        """Packed sequences are padded to a multiple of so many tokens: every rank then has an equal share."""
-        return alignment(self.llm.cp, self.llm.tp, self.order)
+    source: str  # name of the encoder's module
+    stage: int  # index among the language model's pp * vpp stages
 
 
 @dataclass(frozen=True)
@@ -84,260 +45,349 @@ class ItemPlan:
     source_dp: int  # dp rank of the encoder that computes it
 
 
-class Edge(NamedTuple):
-    """From an encoder to a stage of the language model that its rows enter."""
-
-    source: str  # name of the encoder's module
-    stage: int  # index among the language model's pp * vpp stages
-
-
 @dataclass(frozen=True)
 class Imbalance:
-    """Cost of the items of an encoder's costliest dp rank over the mean of all its dp ranks; 1 is even."""
+    """Cost of a module's costliest dp rank over the mean of all its dp ranks; 1 is even.
 
-    dealt: float  # with the items on the dp ranks that compute them
-    by_sample: float  # were each item on the dp rank of its sample
+    dealt: as items, or samples, are dealt. by_sample: were each item on the dp rank of its sample; for the
+    language model, were samples dealt in order and by number.
+    """
 
-
-@dataclass(frozen=True)
-class EdgePlanInputs:
-    """The items of one encoder in one micro-batch, and where their rows are on both sides."""
-
-    items: tuple[ItemPlan, ...]  # in order of global row id
-    source: RowMap  # the rows as the encoder's last pipeline rank gives them
-    # The rows as the language model's first pipeline rank reads them; others read their levels of these rows.
-    dest: RowMap
-    imbalance: Imbalance
-
-    @property
-    def rows(self) -> int:
-        """Rows of all items."""
-        return sum(i.rows for i in self.items)
+    dealt: float
+    by_sample: float
 
 
-@dataclass(frozen=True)
-class Microbatch:
-    """The plan of one micro-batch."""
+@dataclass(frozen=True, eq=False)
+class EdgeItems:
+    """The items of one encoder in a step, a line an item, in order of micro-batch and then of global row.
 
-    samples: tuple[Sample, ...]
-    dp_of: tuple[int, ...]  # by sample, the dp rank of the language model that packs it
-    length: tuple[int, ...]  # by sample, in tokens
-    tokens: tuple[int, ...]  # by dp rank, length of its packed sequence, padded to PlanInputs.alignment
-    edges: Mapping[str, EdgePlanInputs]  # by encoder module
+    bounds: by micro-batch and at the end, the index of its first item, [microbatches + 1]. sample: its line
+    in StepPlan.table. home: the encoder's dp rank beside its sample. cost: in the encoder's unit. columns:
+    everything that the boundary needs.
+    """
 
-    def samples_of(self, dp: int) -> list[int]:
-        """Indices of the samples that a dp rank of the language model packs, in that order."""
-        return [j for j, owner in enumerate(self.dp_of) if owner == dp]
+    bounds: Column
+    sample: Column
+    home: Column
+    cost: Costs
+    columns: ItemColumns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepPlan:
-    """supervised: tokens of the whole step that the loss is divided by (design law 2); mtp_supervised: those
-    with a loss at each depth of multi-token prediction."""
+    """A step, with its samples in order of micro-batch and then of the batch: "lines" are in this order.
+
+    order: by line, the sample's index in the batch. table: of the samples. bounds: by micro-batch and at the
+    end, its first line, [microbatches + 1]. seats: by line, where the sample goes. start: by line, the
+    sample's first token in the packed sequence. filled: tokens of each packed sequence without padding, and
+    tokens: with it, [microbatches, dp]. items: by encoder.
+    """
 
     step: int
-    sample_ids: tuple[int, ...]
-    microbatches: tuple[Microbatch, ...]
-    supervised: int
-    mtp_supervised: tuple[int, ...]
+    inputs: PlanInputs
+    order: Column
+    table: SampleTable
+    bounds: Column
+    seats: Seats
+    start: Column
+    filled: Column
+    padded: Column
+    items: Mapping[str, EdgeItems]
+
+    @cached_property
+    def microbatches(self) -> tuple[Microbatch, ...]:
+        """By micro-batch, a view of its part of the plan."""
+        return tuple(Microbatch(self, k) for k in range(len(self.bounds) - 1))
+
+    @cached_property
+    def sample_ids(self) -> tuple[int, ...]:
+        """Ids of the samples in order of the batch."""
+        return tuple(self._of_batch(self.table.ids).tolist())
+
+    @cached_property
+    def supervised(self) -> int:
+        """Tokens of the whole step that the loss is divided by (law 2)."""
+        return int(self.table.supervised.sum())
+
+    @cached_property
+    def mtp_supervised(self) -> tuple[int, ...]:
+        """Tokens with a loss at each depth of multi-token prediction."""
+        return tuple(self.table.mtp.sum(axis=1).tolist())
 
     @cached_property
     def digests(self) -> np.ndarray:
         """A 63-bit fingerprint of each sample's part of the plan, in order of the batch; int64 [samples]."""
-        out = []
-        for mb in self.microbatches:
-            dealt: list[list[int]] = [[] for _ in mb.samples]
-            for k, edge in enumerate(mb.edges.values()):
-                for i in edge.items:
-                    dealt[i.sample] += (k, i.rows, i.position, i.source_dp)
-            for j, sample in enumerate(mb.samples):
-                out.append(_fingerprint([sample.id, mb.dp_of[j], mb.length[j], *dealt[j]]))
-        return np.asarray(out, dtype=np.int64)
+        parts: list[list[int]] = [
+            list(line)
+            for line in zip(
+                self.table.ids.tolist(),
+                self.seats.microbatch.tolist(),
+                self.seats.dp.tolist(),
+                self.table.length.tolist(),
+                strict=True,
+            )
+        ]
+        for k, items in enumerate(self.items.values()):
+            c = items.columns
+            columns = (items.sample, c.rows, c.position, c.source_dp)
+            for j, *numbers in zip(*(column.tolist() for column in columns), strict=True):
+                parts[j] += (k, *numbers)
+        found = np.asarray([_fingerprint(np.asarray(p, dtype=np.int64)) for p in parts], dtype=np.int64)
+        return self._of_batch(found)
 
     @cached_property
     def digest(self) -> int:
         """A 63-bit fingerprint of the whole plan, which must be equal on all ranks."""
-        return _fingerprint([self.step, self.supervised, *self.mtp_supervised, *self.digests])
+        table, edges = self.table, [e.columns for e in self.items.values()]
+        head = np.asarray([self.step, self.supervised, *self.mtp_supervised, len(self.order)], dtype=np.int64)
+        samples = (self.order, table.ids, table.length, self.seats.microbatch, self.seats.dp, self.padded)
+        items = [c for e in edges for c in (e.batch, e.rows, e.position, e.dest_dp, e.source_dp)]
+        return _fingerprint(head, *samples, *items)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens of all samples, without padding."""
-        return sum(sum(mb.length) for mb in self.microbatches)
+        return int(self.table.length.sum())
 
     @property
     def counts(self) -> Counts:
         """What the language model's other objectives are means over."""
         return Counts(self.tokens, self.mtp_supervised)
 
-    @property
+    @cached_property
     def active(self) -> list[set[str]]:
         """By micro-batch, the encoders that have at least one item on any rank."""
-        return [{m for m, e in mb.edges.items() if e.items} for mb in self.microbatches]
+        return [
+            {m for m, e in self.items.items() if e.bounds[k] < e.bounds[k + 1]}
+            for k in range(len(self.bounds) - 1)
+        ]
+
+    @cached_property
+    def llm_cost(self) -> Costs:
+        """By line, the forward FLOPs of the sample in the language model."""
+        return self.inputs.llm_cost.of(self.table.length, self.table.supervised)
+
+    def imbalance(self, module: str | None) -> list[Imbalance | None]:
+        """By micro-batch, that of an encoder, or of the language model for None; None where it has none."""
+        n, inputs = len(self.bounds) - 1, self.inputs
+        if module is None:
+            cost, dp = self.llm_cost, inputs.llm.dp
+            plain = by_count(len(cost), n, dp)
+            dealt = load_imbalance(cost, *self.seats, n, dp)
+            other = load_imbalance(self._of_batch(cost), *plain, n, dp)
+            some = np.diff(self.bounds) > 0
+        else:
+            e, dp = self.items[module], inputs.encoders[module].layout.dp
+            dealt = load_imbalance(e.cost, e.columns.batch, e.columns.source_dp, n, dp)
+            other = load_imbalance(e.cost, e.columns.batch, e.home, n, dp)
+            some = np.diff(e.bounds) > 0
+        both = zip(some.tolist(), dealt.tolist(), other.tolist(), strict=True)
+        return [Imbalance(now, plain) if any_ else None for any_, now, plain in both]
+
+    def _of_batch(self, column: np.ndarray) -> np.ndarray:
+        """A column over lines in the order of the batch."""
+        out = np.empty_like(column)
+        out[self.order] = column
+        return out
 
 
-def _fingerprint(numbers: Sequence[int]) -> int:
-    data = np.asarray(numbers, dtype=np.int64).tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+@dataclass(frozen=True, eq=False)
+class Microbatch:
+    """One micro-batch of a step: a view. Its samples are in the order of the batch."""
+
+    plan: StepPlan
+    index: int
+
+    @property
+    def _lines(self) -> slice:
+        return slice(int(self.plan.bounds[self.index]), int(self.plan.bounds[self.index + 1]))
+
+    @cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        """Its samples."""
+        return tuple(map(self.sample, range(self._lines.stop - self._lines.start)))
+
+    def sample(self, j: int) -> Sample:
+        """One of its samples; a rank looks up only those that it reads."""
+        return self.plan.table.sample(self._lines.start + j)
+
+    @cached_property
+    def dp_of(self) -> tuple[int, ...]:
+        """By sample, the dp rank of the language model that packs it."""
+        return tuple(self.plan.seats.dp[self._lines].tolist())
+
+    @cached_property
+    def length(self) -> tuple[int, ...]:
+        """By sample, in tokens."""
+        return tuple(self.plan.table.length[self._lines].tolist())
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """By dp rank, length of its packed sequence, padded to PlanInputs.alignment."""
+        return tuple(self.plan.padded[self.index].tolist())
+
+    @cached_property
+    def edges(self) -> Mapping[str, MicrobatchEdge]:
+        """By encoder module."""
+        return {module: MicrobatchEdge(self, module) for module in self.plan.items}
+
+    def samples_of(self, dp: int) -> list[int]:
+        """Indices of the samples that a dp rank of the language model packs, in that order."""
+        return np.flatnonzero(self.plan.seats.dp[self._lines] == dp).tolist()
 
 
-def sample_length(sample: Sample, inputs: PlanInputs) -> int:
-    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker.
+@dataclass(frozen=True, eq=False)
+class MicrobatchEdge:
+    """The items of one encoder in one micro-batch, and where their rows are on both sides: a view."""
 
-    Raises DataError, naming the item, where its encoder cannot take it.
-    """
-    n = 2
-    for seg in sample.segments:
-        try:
-            n += seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
-        except ValueError as error:
-            assert seg.part is not None
-            where = f"{seg.part.name} of sample {sample.key} of {sample.shard}"
-            raise DataError(f"{where} does not fit model.{seg.kind}: {error}") from error
-    return n
+    microbatch: Microbatch
+    module: str
 
+    @property
+    def _lines(self) -> slice:
+        bounds, k = self.microbatch.plan.items[self.module].bounds, self.microbatch.index
+        return slice(int(bounds[k]), int(bounds[k + 1]))
 
-def supervised_tokens(sample: Sample) -> int:
-    """Tokens of a sample that carry loss: supervised text and, unless it is truncated, the end marker."""
-    return (not sample.truncated) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
+    @cached_property
+    def _columns(self) -> ItemColumns:
+        which = np.arange(self._lines.start, self._lines.stop)
+        return self.microbatch.plan.items[self.module].columns.take(which)
 
+    @property
+    def count(self) -> int:
+        """How many items."""
+        return len(self._columns.rows)
 
-def mtp_supervised_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
-    """Tokens of a sample that carry loss at each depth of multi-token prediction: those at least
-    that far behind its begin."""
-    total = supervised_tokens(sample)
-    return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.mtp_depths + 1)]
+    @cached_property
+    def rows(self) -> int:
+        """Rows of all items."""
+        return int(self._columns.rows.sum())
 
+    @cached_property
+    def cost(self) -> float:
+        """Cost of all items, in the encoder's unit."""
+        return float(self.microbatch.plan.items[self.module].cost[self._lines].sum())
 
-def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
-    """Labels at positions below `stop`; that of a token stands one position before it."""
-    at, found = 0, 0
-    for seg in sample.segments:
-        n = seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
-        if seg.part is None and seg.loss:
-            found += max(0, min(at + n, stop) - at)
-        at += n
-        if at >= stop:
-            return found
-    return found + (not sample.truncated)  # the end marker
+    @cached_property
+    def items(self) -> tuple[ItemPlan, ...]:
+        """In order of global row id."""
+        return self._plans(np.arange(self.count))
 
+    def items_on(self, dp: int) -> tuple[ItemPlan, ...]:
+        """The items that a dp rank of the encoder computes, in order of global row id."""
+        return self._plans(np.flatnonzero(self._columns.source_dp == dp))
 
-def owner_of(n: int, parts: int) -> list[int]:
-    """Which share each of n things falls into."""
-    return [k for k, (a, b) in enumerate(shares(n, parts)) for _ in range(b - a)]
+    def _plans(self, which: Column) -> tuple[ItemPlan, ...]:
+        plan, lines = self.microbatch.plan, self._lines.start + which
+        items, table = plan.items[self.module], plan.table
+        nth = lines - table.items[self.module].first[items.sample[lines]]
+        c = items.columns
+        columns = (items.sample, items.cost, c.rows, c.dest_dp, c.position, c.source_dp)
+        return tuple(
+            ItemPlan(
+                sample=line - int(plan.bounds[self.microbatch.index]),
+                part=table.part(self.module, line, k),
+                rows=rows,
+                cost=cost,
+                llm_dp=llm_dp,
+                position=position,
+                source_dp=source_dp,
+            )
+            for k, line, cost, rows, llm_dp, position, source_dp in zip(
+                nth.tolist(), *(column[lines].tolist() for column in columns), strict=True
+            )
+        )
 
+    @cached_property
+    def source(self) -> RowMap:
+        """The rows as the encoder's last pipeline rank gives them."""
+        layout = self.microbatch.plan.inputs.encoders[self.module].layout
+        return source_side(layout, self._columns.rows, self._columns.source_dp)
 
-def deal_by_cost(costs: Sequence[float], home: Sequence[int], dp: int) -> list[int]:
-    """The dp rank of each item, of `dp` ranks, so that loads are even and few items leave their home rank.
+    @cached_property
+    def dest(self) -> RowMap:
+        """The rows as the language model's first pipeline rank reads them; others read their levels of these
+        rows."""
+        inputs, c = self.microbatch.plan.inputs, self._columns
+        tokens = self.microbatch.tokens
+        return dest_side(inputs.llm, c.rows, c.dest_dp, c.position, tokens, order=inputs.order)
 
-    costs, home: by item. The largest load is at most that of the longest-processing-time rule (R. L. Graham,
-    "Bounds on Multiprocessing Timing Anomalies", 1969: within 4/3 of the best). Within that bound an item
-    stays on its home rank, where its rows need no transfer. O(n (log n + dp)).
-    """
-    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    spread = _longest_first(order, costs, home, dp, stay=0.0)
-    bound = max(spread[1], default=0.0)
-    kept = _longest_first(order, costs, home, dp, stay=bound)
-    return kept[0] if max(kept[1], default=0.0) <= bound else spread[0]
-
-
-def _longest_first(
-    order: Sequence[int], costs: Sequence[float], home: Sequence[int], dp: int, *, stay: float
-) -> tuple[list[int], list[float]]:
-    """(dp rank of each item, load of each rank), by the longest-processing-time rule.
-
-    order: the items, the costliest first. An item stays on its home rank up to a load of `stay`, or on a tie.
-    """
-    load, out = [0.0] * dp, [0] * len(costs)
-    for i in order:
-        least = min(load)
-        here = load[home[i]] + costs[i] <= stay or load[home[i]] == least
-        out[i] = home[i] if here else load.index(least)
-        load[out[i]] += costs[i]
-    return out, load
+    def row_positions(self, rank: int) -> Column:
+        """Token positions, in the share of the language model's `rank`, of its boundary rows in their local
+        order; int64 [R]."""
+        inputs, mb = self.microbatch.plan.inputs, self.microbatch
+        c = self._columns.take(np.flatnonzero(self._columns.dest_dp == inputs.llm.coord(rank).dp))
+        return row_positions(inputs.llm, rank, c.rows, c.dest_dp, c.position, mb.tokens, order=inputs.order)
 
 
 def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepPlan:
     """Plan one step over `samples`, the whole global batch in order. Raises DataError (sample_length)."""
-    micro = tuple(plan_microbatch(samples[a:b], inputs) for a, b in shares(len(samples), inputs.microbatches))
-    ids = tuple(s.id for s in samples)
-    by_sample = (mtp_supervised_tokens(s, inputs) for s in samples)
-    mtp = tuple(map(sum, zip(*by_sample, strict=True)))
-    return StepPlan(step, ids, micro, sum(supervised_tokens(s) for s in samples), mtp)
+    return plan_table(step, SampleTable.of(samples, inputs), inputs)
 
 
-def plan_microbatch(samples: Sequence[Sample], inputs: PlanInputs) -> Microbatch:
-    """Deal samples to LLM dp ranks and items to encoder dp ranks, and map every row on both sides."""
-    llm = inputs.llm
-    dp_of = owner_of(len(samples), llm.dp)
-    length = [sample_length(s, inputs) for s in samples]
-    start, filled = [], [0] * llm.dp
-    for dp, n in zip(dp_of, length, strict=True):
-        start.append(filled[dp])
-        filled[dp] += n
+def plan_table(step: int, batch: SampleTable, inputs: PlanInputs) -> StepPlan:
+    """plan_step() over samples in columns, without a loop over samples: O(n log n) in samples and items."""
+    n, dp = inputs.microbatches, inputs.llm.dp
+    cost = inputs.llm_cost.of(batch.length, batch.supervised)
+    others = [_by_sample(items.cost, items.of) for items in batch.items.values()]
+    dealt = deal_samples(cost, batch.length, others, n, dp)
+    order = np.argsort(dealt.microbatch, kind="stable")
+    table, seats = batch.take(order), Seats(dealt.microbatch[order], dealt.dp[order])
+    place = seats.microbatch * dp + seats.dp
+    filled = sums(table.length, place, n * dp)
+    # A dp rank packs its samples end to end in their order.
+    turn = np.argsort(place, kind="stable")
+    start = np.empty_like(place)
+    start[turn] = before(table.length[turn]) - before(filled)[place[turn]]
     # Every rank gets an equal share of at least one token: no collective then meets an empty tensor.
     unit = inputs.alignment
-    tokens = [max(1, -(-n // unit)) * unit for n in filled]
-    edges = {module: _plan_edge(module, samples, dp_of, start, tokens, inputs) for module in inputs.encoders}
-    return Microbatch(tuple(samples), tuple(dp_of), tuple(length), tuple(tokens), edges)
+    return StepPlan(
+        step=step,
+        inputs=inputs,
+        order=order,
+        table=table,
+        bounds=np.searchsorted(seats.microbatch, np.arange(n + 1)),
+        seats=seats,
+        start=start,
+        filled=filled.reshape(n, dp),
+        padded=(np.maximum(1, -(-filled // unit)) * unit).reshape(n, dp),
+        items={module: _edge_items(module, table, seats, start, inputs) for module in inputs.encoders},
+    )
 
 
-def _plan_edge(
-    module: str,
-    samples: Sequence[Sample],
-    dp_of: Sequence[int],
-    start: Sequence[int],
-    tokens: Sequence[int],
-    inputs: PlanInputs,
-) -> EdgePlanInputs:
-    """Deal the items of encoder `module` to its dp ranks, and map their rows on both sides.
-
-    dp_of, start: by sample, its dp rank of the language model and its first token in the packed sequence.
-    tokens: by dp rank of the language model, the length of its packed sequence.
-    """
-    use, llm = inputs.encoders[module], inputs.llm
-    found: list[tuple[int, Part, int, int]] = []  # (sample, part, rows, position)
-    for j, sample in enumerate(samples):
-        at = start[j] + 1
-        for seg in sample.segments:
-            if seg.part is None:
-                at += seg.text_bytes
-                continue
-            n = inputs.rows(seg.kind, seg.part)
-            if seg.kind == module:
-                found.append((j, seg.part, n, at))
-            at += n
-    costs = [float(use.cls.cost(use.cfg, part.meta)) for _, part, _, _ in found]
+def _edge_items(
+    module: str, table: SampleTable, seats: Seats, start: Column, inputs: PlanInputs
+) -> EdgeItems:
+    """Deal the items of encoder `module` to its dp ranks. start: by sample, its first token."""
+    use, items, n = inputs.encoders[module], table.items[module], inputs.microbatches
+    sample = repeat_groups(np.zeros_like(items.of), items.of)[0]
+    microbatch = seats.microbatch[sample]
     # Samples go to the encoder's dp ranks as to the language model's: equal dp sizes need no traffic.
-    home = owner_of(len(samples), use.layout.dp)
-    homes = [home[j] for j, *_ in found]
-    dealt = deal_by_cost(costs, homes, use.layout.dp) if use.deal == "cost" else homes
-    items = tuple(
-        ItemPlan(sample=j, part=part, rows=n, cost=cost, llm_dp=dp_of[j], position=at, source_dp=source_dp)
-        for (j, part, n, at), cost, source_dp in zip(found, costs, dealt, strict=True)
+    home = home_ranks(*seats, inputs.llm.dp, use.layout.dp)[sample]
+    by_cost = use.deal == "cost"
+    dealt = deal_items(items.cost, microbatch, home, n, use.layout.dp) if by_cost else home
+    return EdgeItems(
+        bounds=np.searchsorted(microbatch, np.arange(n + 1)),
+        sample=sample,
+        home=home,
+        cost=items.cost,
+        columns=ItemColumns(
+            batch=microbatch,
+            rows=items.rows,
+            source_dp=dealt,
+            dest_dp=seats.dp[sample],
+            position=start[sample] + items.offset,
+        ),
     )
-    rows, llm_dp, position = _columns(items)
-    source = source_side(use.layout, rows, dealt)
-    dest = dest_side(llm, rows, llm_dp, position, tokens, order=inputs.order)
-    imbalance = Imbalance(
-        dealt=_imbalance(costs, dealt, use.layout.dp), by_sample=_imbalance(costs, homes, use.layout.dp)
-    )
-    return EdgePlanInputs(items, source, dest, imbalance)
 
 
-def _columns(items: Sequence[ItemPlan]) -> tuple[list[int], list[int], list[int]]:
-    """Rows, dp ranks of the language model and token positions of items."""
-    return [i.rows for i in items], [i.llm_dp for i in items], [i.position for i in items]
+def _by_sample(cost: Costs, of: Column) -> Costs:
+    """Sums of the costs of each sample's items."""
+    return loads(cost, np.repeat(np.arange(len(of)), of), len(of))
 
 
-def _imbalance(costs: Sequence[float], dp_of: Sequence[int], dp: int) -> float:
-    """Largest load of `dp` ranks over their mean load; 1 where there is no load."""
-    load = np.bincount(np.asarray(dp_of, dtype=np.int64), weights=np.asarray(costs), minlength=dp)
-    return float(load.max() / load.mean()) if load.sum() > 0 else 1.0
-
-
-def edge_row_positions(
-    edge: EdgePlanInputs, inputs: PlanInputs, rank: int, tokens: Sequence[int]
-) -> np.ndarray:
-    """Token positions, in the share of the language model's `rank`, of its boundary rows in their local
-    order; int64 [R]."""
-    return row_positions(inputs.llm, rank, *_columns(edge.items), tokens, order=inputs.order)
+def _fingerprint(*columns: Column) -> int:
+    found = hashlib.blake2b(digest_size=8)
+    for column in columns:
+        found.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
+    return int.from_bytes(found.digest(), "little") >> 1

@@ -17,11 +17,13 @@ from llm.mtp import IGNORE, ahead
 from mm.data.reader import BadSample, ShardReader
 from mm.data.sample import Sample, parse_segments
 from mm.data.tokenizer import Tokenizer
-from mm.plan.step_plan import Edge, Microbatch, PlanInputs, edge_row_positions
-from parallel.boundary import EdgePlan, PlanCache, on_stage
+from mm.plan.inputs import PlanInputs
+from mm.plan.step_plan import Edge, Microbatch, StepPlan
+from parallel.boundary import EdgePlan, PlanCache, Stack, stack_positions
 from parallel.context_parallel import ContextPacking, pack
 from parallel.expert_parallel import Table, routed_tokens
 from parallel.sequence.host import to_device
+from parallel.sequence.intervals import Column
 from parallel.sequence.packed import Packing
 from parallel.topology.axis import Axes
 
@@ -35,6 +37,18 @@ class RankMicrobatch:
     llm: LLMBatch | None  # the packed text; None on ranks without the language model
     depends: Mapping[str, Tensor]  # by module, which labels depend on it: bool [T]
     edges: Mapping[Edge, EdgePlan]  # by edge whose encoder has items on any rank, this rank's boundary plan
+
+
+@dataclass(frozen=True)
+class RankBoundary:
+    """What one rank exchanges in one micro-batch.
+
+    edges: by edge whose encoder has items on any rank, this rank's plan. positions: by module whose rows
+    enter the language model here, their token positions in this rank's share; int64 [R].
+    """
+
+    edges: Mapping[Edge, EdgePlan]
+    positions: Mapping[str, Column]
 
 
 @dataclass(frozen=True)
@@ -53,43 +67,58 @@ class Assembler:
     plans: PlanCache  # of boundary plans
     timeout_s: float = 120.0  # longest wait for rows of other cp ranks, seconds
 
-    def build(self, mb: Microbatch, counts: Counts, bad: list[BadSample]) -> RankMicrobatch | None:
+    def boundary(self, plan: StepPlan) -> list[RankBoundary]:
+        """This rank's part of all edges, by micro-batch. The micro-batches are planned together."""
+        llm, n = self.inputs.llm, len(plan.microbatches)
+        edges: list[dict[Edge, EdgePlan]] = [{} for _ in range(n)]
+        positions: list[dict[str, Column]] = [{} for _ in range(n)]
+        for edge, shape in self.row_shapes.items():
+            stage, items = edge.stage % llm.pp, plan.items[edge.source]
+            source = self.inputs.encoders[edge.source].layout
+            stack = Stack(source, llm, stage, items.columns, plan.padded, self.inputs.order)
+            name = f"{edge.source} -> {self.sink}" + (f".{edge.stage}" if edge.stage else "")
+            found = self.plans.plan_stack(name, stack, row_shape=shape)
+            reads = self.rank in llm.stage_ranks(stage)
+            entries = stack_positions(stack, self.rank) if reads else ()
+            for k in np.flatnonzero(np.diff(items.bounds)).tolist():
+                edges[k][edge] = found[k]
+                if reads:
+                    positions[k][edge.source] = entries[k]
+        return [RankBoundary(*both) for both in zip(edges, positions, strict=True)]
+
+    def build(
+        self, mb: Microbatch, counts: Counts, bad: list[BadSample], boundary: RankBoundary
+    ) -> RankMicrobatch | None:
         """Read and pack this rank's part of `mb`; None where a sample of it is unreadable.
 
-        counts: of the whole step (StepPlan.counts). bad: unreadable samples are appended to it.
+        counts: of the whole step (StepPlan.counts). bad: unreadable samples are appended to it. boundary: of
+        this micro-batch.
         """
         before = len(bad)
         items, names = {}, {}
         for module, edge in mb.edges.items():
             layout = self.inputs.encoders[module].layout
-            if edge.items and self.rank in layout.ranks:
+            if edge.count and self.rank in layout.ranks:
                 items[module], names[module] = self._items(module, mb, bad)
         llm: LLMBatch | None = None
         depends: dict[str, Tensor] = {}
         if self.rank in self.inputs.llm.ranks:
-            llm, depends = self._text(mb, counts, bad)
+            llm, depends = self._text(mb, counts, bad, boundary.positions)
         if len(bad) > before:
             return None
-        edges = {e: self._edge(e, mb) for e in self.row_shapes if mb.edges[e.source].items}
-        return RankMicrobatch(items, names, llm, depends, edges)
-
-    def _edge(self, edge: Edge, mb: Microbatch) -> EdgePlan:
-        rows, llm = mb.edges[edge.source], self.inputs.llm
-        dest = on_stage(llm, rows.dest, edge.stage % llm.pp)
-        name = f"{edge.source} -> {self.sink}" + (f".{edge.stage}" if edge.stage else "")
-        return self.plans.plan(name, rows.source, dest, row_shape=self.row_shapes[edge])
+        return RankMicrobatch(items, names, llm, depends, boundary.edges)
 
     def _items(self, module: str, mb: Microbatch, bad: list[BadSample]) -> tuple[ItemBatch, tuple[str, ...]]:
         """The inputs of an encoder here, and the sample key of each item."""
         use = self.inputs.encoders[module]
         at = use.layout.coord(self.rank)
-        mine = [item for item in mb.edges[module].items if item.source_dp == at.dp]
+        mine = mb.edges[module].items_on(at.dp)
         metas = [item.part.meta for item in mine]
         # Later pipeline stages, and ranks that compute other rows, need no payload.
         needed = needed_items(use.cls, use.cfg, metas, self.axes[module]) if at.pp == 0 else range(0)
         tensors = []
         for item in (mine[k] for k in needed):
-            sample = mb.samples[item.sample]
+            sample = mb.sample(item.sample)
             try:
                 payload = self.reader.read(sample, item.part)
                 tensors.append(use.cls.prepare(use.cfg, payload, item.part.meta))
@@ -100,12 +129,13 @@ class Assembler:
                 bad.append(BadSample(sample, f"{item.part.name}: {error}"))
         device, dtype = self.device, self.dtype
         batch = pack_items(use.cls, use.cfg, tensors, metas, device=device, dtype=dtype, first=needed.start)
-        return batch, tuple(mb.samples[item.sample].key for item in mine)
+        return batch, tuple(mb.sample(item.sample).key for item in mine)
 
     def _text(
-        self, mb: Microbatch, counts: Counts, bad: list[BadSample]
+        self, mb: Microbatch, counts: Counts, bad: list[BadSample], positions: Mapping[str, Column]
     ) -> tuple[LLMBatch, dict[str, Tensor]]:
-        """The packed text of this rank, and by module which labels depend on it: bool [T]."""
+        """The packed text of this rank, and by module which labels depend on it: bool [T]. positions: by
+        module whose rows enter here, those of its rows."""
         llm, tok, depths = self.inputs.llm, self.tokenizer, self.inputs.mtp_depths
         coord = llm.coord(self.rank)
         total = mb.tokens[coord.dp]
@@ -117,7 +147,7 @@ class Assembler:
         for j in mb.samples_of(coord.dp):
             try:
                 if reads:
-                    self._write_sample(mb.samples[j], n_real, ids, labels, depends)
+                    self._write_sample(mb.sample(j), n_real, ids, labels, depends)
             except BadSample as error:
                 bad.append(error)
             n_real += mb.length[j]
@@ -140,12 +170,7 @@ class Assembler:
             mtp = None if mtp is None else (mtp[0][:, own], mtp[1][:, own])
             n_real = packing.rows_before(n_real)
         supervises = loss_rows(text[1], None if mtp is None else mtp[1])
-        entering = {e.source for e in self.row_shapes if e.stage % llm.pp == coord.pp}
-        entries = {
-            m: to_device(edge_row_positions(e, self.inputs, self.rank, mb.tokens), self.device)
-            for m, e in mb.edges.items()
-            if e.items and m in entering
-        }
+        entries = {m: to_device(own, self.device) for m, own in positions.items()}
         batch = LLMBatch(
             ids=to_device(text[0], self.device),
             labels=to_device(text[1], self.device),
@@ -164,9 +189,8 @@ class Assembler:
         llm = self.inputs.llm
         if llm.ep * llm.etp == 1:
             return None
-        real = np.zeros(llm.dp, dtype=np.int64)
-        np.add.at(real, np.asarray(mb.dp_of, dtype=np.int64), mb.length)
-        return routed_tokens(llm, self.rank, mb.tokens, real.tolist(), self.inputs.order)
+        real = mb.plan.filled[mb.index].tolist()
+        return routed_tokens(llm, self.rank, mb.tokens, real, self.inputs.order)
 
     def _write_sample(
         self,

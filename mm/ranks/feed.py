@@ -1,4 +1,4 @@
-"""Step plans and their tensors, prepared ahead in a background thread.
+"""Step plans and their tensors, prepared ahead: planned in a process, read in a background thread.
 
 Prefetching finds unreadable samples. Other ranks cannot derive these, so each step begins with one small
 message between all ranks: the unreadable samples and a fingerprint of the plan (Control.agree).
@@ -11,13 +11,17 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from mm.data.order import sample_ids
 from mm.data.reader import BadSample
 from mm.data.sample import Index, Sample
 from mm.errors import DataError
-from mm.plan.step_plan import StepPlan, plan_step
-from mm.ranks.batch import Assembler, RankMicrobatch
+from mm.plan.step_plan import StepPlan, plan_step, plan_table
+from mm.plan.table import SampleTable
+from mm.ranks.batch import Assembler, RankBoundary, RankMicrobatch
 from mm.ranks.control import Control
+from mm.ranks.planner import Planned, Planner
 
 MAX_BAD_IN_A_ROW = 100
 
@@ -43,8 +47,16 @@ class Prepared:
 def prepare(step: int, samples: Sequence[Sample], assembler: Assembler) -> Prepared:
     """Plan a step over `samples` and read this rank's part of it."""
     plan = plan_step(step, samples, assembler.inputs)
+    return read_step(plan, assembler.boundary(plan), assembler)
+
+
+def read_step(plan: StepPlan, boundary: Sequence[RankBoundary], assembler: Assembler) -> Prepared:
+    """This rank's part of a planned step. boundary: Assembler.boundary() of the plan."""
     bad: list[BadSample] = []
-    micro = [assembler.build(mb, plan.counts, bad) for mb in plan.microbatches]
+    micro = [
+        assembler.build(mb, plan.counts, bad, own)
+        for mb, own in zip(plan.microbatches, boundary, strict=True)
+    ]
     return Prepared(plan, tuple(m for m in micro if m is not None), tuple(bad))
 
 
@@ -69,6 +81,7 @@ class Feed:
         self._options, self._warn = options, warn
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._pending: dict[int, Future[Prepared]] = {}
+        self._planner: Planner | None = None
 
     def next(self, step: int, stop: int) -> tuple[Prepared, float]:
         """Step number `step` and the seconds spent waiting for it. Steps from `stop` on are not prefetched.
@@ -76,6 +89,8 @@ class Feed:
         Raises DataError after MAX_BAD_IN_A_ROW unreadable samples without a good step between them.
         """
         start, in_a_row = time.perf_counter(), 0
+        if self._planner is None:
+            self._planner = self._start_planner()
         while True:
             for s in range(step, min(step + max(1, self._options.prefetch) + 1, stop)):
                 if s not in self._pending:
@@ -100,12 +115,27 @@ class Feed:
             future.cancel()
         self._pending.clear()
 
+    def _start_planner(self) -> Planner:
+        """The planner is forked here, by the thread that trains and before there is another."""
+        assembler, options = self._assembler, self._options
+        table = SampleTable.of(self.index.samples, assembler.inputs, self.index.skipped)
+
+        def plan(step: int, known_bad: frozenset[int]) -> Planned:
+            ids = sample_ids(options.seed, step, options.global_batch, len(table.ids), known_bad)
+            made = plan_table(step, table.take(np.asarray(ids, dtype=np.int64)), assembler.inputs)
+            return Planned(made, assembler.boundary(made))
+
+        return Planner(plan, table, assembler.inputs, assembler.rank)
+
     def _prepare(self, step: int, known_bad: frozenset[int]) -> Prepared:
-        samples, options = self.index.samples, self._options
-        ids = sample_ids(options.seed, step, options.global_batch, len(samples), known_bad)
-        return prepare(step, [samples[i] for i in ids], self._assembler)
+        assert self._planner is not None
+        plan, boundary = self._planner.plan(step, known_bad)
+        return read_step(plan, boundary, self._assembler)
 
     def close(self) -> None:
-        """Stop the thread and drop what it was preparing."""
+        """Stop the thread and the planner, and drop what they were preparing."""
         self._drop_pending()
         self._pool.shutdown(wait=True)
+        if self._planner is not None:
+            self._planner.close()
+            self._planner = None

@@ -27,12 +27,12 @@ def flop_costs(blueprint: Blueprint, plan: StepPlan) -> Costs:
     """Costs of a step's actions by FLOPs alone, at RATE a rank; transfers cost nothing."""
     compute: dict[tuple[str, Kind] | tuple[str, int, Kind], float] = {}
     load: dict[tuple[str, int], float] = {}
-    work = [forward_flops(blueprint, mb) for mb in plan.microbatches]
+    work = forward_flops(blueprint, plan)
     for m in blueprint.modules:
         layout = blueprint.layouts[m]
-        mean = sum(w[m] for w in work) / len(work)
-        for i, w in enumerate(work):
-            load[m, i] = w[m] / mean if mean else 0.0
+        mean = float(work[m].mean())
+        for i, flops in enumerate(work[m].tolist()):
+            load[m, i] = flops / mean if mean else 0.0
         for stage, share in enumerate(_stage_shares(blueprint, m)):
             one = mean * share / (layout.size // layout.pp) / RATE
             for kind, times in USUAL.items():

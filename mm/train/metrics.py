@@ -34,7 +34,7 @@ class StepMetrics:
     optimizer_s: float  # gradients' sums and update
     boundary: Mapping[str, BoundaryMetrics]  # by encoder
     objectives: Mapping[str, float]  # unweighted, without the next token's loss
-    imbalance: Mapping[str, Imbalance]  # by encoder, means over the micro-batches in which it has items
+    imbalance: Mapping[str, Imbalance]  # by module, means over the micro-batches in which it has work
     skipped_items: int
     stop: bool  # a rank was asked to end
 

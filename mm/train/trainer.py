@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find
 from mm.checkpoint.weights import start_from
+from mm.config.outline import SINK
 from mm.config.schema import resolve_yaml
 from mm.data.sample import Index, Sample
 from mm.plan.blueprint import Blueprint
@@ -201,13 +202,14 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMe
 
 
 def load_imbalance(plan: StepPlan) -> dict[str, Imbalance]:
-    """By encoder, averages over the micro-batches in which it has items; left out where it never has."""
+    """By module, averages over the micro-batches in which it has items, or samples; left out where it never
+    has."""
     out = {}
-    for m in plan.microbatches[0].edges:
-        found = [mb.edges[m].imbalance for mb in plan.microbatches if mb.edges[m].items]
+    for module in (*plan.items, SINK):
+        found = [i for i in plan.imbalance(None if module == SINK else module) if i is not None]
         if found:
             n = len(found)
-            out[m] = Imbalance(sum(i.dealt for i in found) / n, sum(i.by_sample for i in found) / n)
+            out[module] = Imbalance(sum(i.dealt for i in found) / n, sum(i.by_sample for i in found) / n)
     return out
 
 

@@ -13,21 +13,27 @@ from parallel.boundary.communicator import BoundaryCommunicator, Stats
 from parallel.boundary.plan import EdgePlan, Transfer, edge_rows, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
 from parallel.boundary.sides import dest_side, on_stage, row_positions, source_side
+from parallel.boundary.stack import ItemColumns, Stack, own_maps, plan_stack, stack_positions
 from parallel.comm.pending import Pending
 
 __all__ = [
     "BoundaryCommunicator",
     "EdgePlan",
+    "ItemColumns",
     "Pending",
     "PlanCache",
     "RowMap",
+    "Stack",
     "Stats",
     "Transfer",
     "dest_side",
     "edge_rows",
     "on_stage",
+    "own_maps",
     "plan_edge",
+    "plan_stack",
     "plan_transfer",
     "row_positions",
     "source_side",
+    "stack_positions",
 ]

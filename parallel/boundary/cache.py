@@ -9,6 +9,7 @@ from functools import partial
 
 from parallel.boundary.plan import EdgePlan, plan_edge
 from parallel.boundary.rows import RowMap
+from parallel.boundary.stack import Stack, plan_stack
 
 
 class PlanCache:
@@ -26,6 +27,7 @@ class PlanCache:
     ) -> None:
         self.rank, self.keep = rank, keep
         self._plan = partial(plan_edge, rank=rank, node_size=node_size, spares=spares)
+        self._plan_stack = partial(plan_stack, rank=rank, node_size=node_size, spares=spares)
         self._plans: OrderedDict[Hashable, EdgePlan] = OrderedDict()
 
     def plan(
@@ -40,6 +42,12 @@ class PlanCache:
         while len(self._plans) > self.keep:
             self._plans.popitem(last=False)
         return found
+
+    def plan_stack(
+        self, name: str, stack: Stack, *, row_shape: tuple[int, ...] | None = None
+    ) -> tuple[EdgePlan, ...]:
+        """plan_stack() for this rank; not remembered, as the batches of a training run differ."""
+        return self._plan_stack(name, stack, row_shape=row_shape)
 
 
 def _digest(m: RowMap) -> bytes:

@@ -12,16 +12,21 @@ decision counts the rows of all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from parallel.boundary.routes import Routes, Shares, Stretches, direct, split_shares
+from parallel.boundary.routes import Own, Routes, Shares, Stretches, direct_all, split_shares
 from parallel.boundary.rows import RowMap
 from parallel.boundary.runs import Runs, each_row_once
 from parallel.comm.transport import Message
-from parallel.sequence.intervals import Column, before, meet, outside, repeat_groups, union
+from parallel.sequence.intervals import Column, before, meet, outside, repeat_groups, sums, union
+
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -40,74 +45,115 @@ class Hops(NamedTuple):
     relay: Relay | None
 
 
-def by_nodes(have: RowMap, want: RowMap, rank: int, node_size: int, spares: float = 0.0) -> Hops:
-    """The part of `rank` where node k is ranks k node_size .. (k + 1) node_size - 1.
+def by_nodes(
+    have: RowMap,
+    want: RowMap,
+    own: Own,
+    node_size: int,
+    spares: float = 0.0,
+    relayed: Sequence[bool] | None = None,
+) -> list[Hops]:
+    """The part of each rank of `own`, each on a node of its own, where node k is ranks k node_size ..
+    (k + 1) node_size - 1.
 
-    spares: the least share of the rows that cross without a second hop which one must spare.
+    spares: the least share of the rows that cross without a second hop which one must spare. relayed: by
+    rank, whether its map takes second hops; None where the maps are whole, from which it follows.
     """
-    nodes = np.concatenate([have.members[0], want.members[0]]) // node_size
-    if np.all(nodes == nodes[:1]):
-        return Hops(direct(have, want, rank), None)
-    entries = _entries(have, want, node_size, spares)
-    low = rank // node_size * node_size
-    near_have, near_want = (m.on_ranks(low, low + node_size) for m in (have, want))
-    near, far = direct(near_have, near_want, rank), direct(have, entries.at, rank)
-    routes = Routes(keep=near.keep, sends=[*near.sends, *far.sends], recvs=[*near.recvs, *far.recvs])
-    if not entries.spread:
-        return Hops(routes, None)
-    spread = direct(entries.at.on_ranks(low, low + node_size), _without(near_want, near_have), rank)
-    return Hops(routes, Relay(tuple(spread.sends), tuple(spread.recvs)))
+    nodes = np.unique(np.concatenate([have.members[0], want.members[0]]) // node_size)
+    if len(nodes) <= 1 and not any(relayed or ()):
+        return [Hops(routes, None) for routes in direct_all(have, want, own)]
+    lacking, first_node = _Lacking.of(have, want, node_size), own.base // node_size
+    if relayed is None:
+        relayed = lacking.spare(first_node, spares).tolist()
+    at = lacking.entries(want, np.asarray(relayed)[_map_of(lacking.cells.node, first_node)])
+    here = own.rank // node_size
+    near_have, near_want = (m.on_nodes(here, node_size) for m in (have, want))
+    near, far = direct_all(near_have, near_want, own), direct_all(have, at, own)
+    routes = [
+        Routes(keep=n.keep, sends=[*n.sends, *f.sends], recvs=[*n.recvs, *f.recvs])
+        for n, f in zip(near, far, strict=True)
+    ]
+    if not any(relayed):
+        return [Hops(one, None) for one in routes]
+    spread = direct_all(at.on_nodes(here, node_size), _without(near_want, near_have), own)
+    return [
+        Hops(one, Relay(tuple(on.sends), tuple(on.recvs)) if relay else None)
+        for one, on, relay in zip(routes, spread, relayed, strict=True)
+    ]
 
 
-class _Entries(NamedTuple):
-    """Rows that nodes want and do not hold. at: the ranks at which each enters each node, with local rows
-    of `want`: one of them where rows spread, else all that want it. spread: whether rows go on to others of
-    their node."""
-
-    at: RowMap
-    spread: bool
+def second_hops(have: RowMap, want: RowMap, node_size: int, spares: float, base: Column) -> Flags:
+    """Whether by_nodes() takes second hops, by map, for whole maps that are stacked as one. base: first rank
+    of each, ascending."""
+    return _Lacking.of(have, want, node_size).spare(base // node_size, spares)
 
 
-def _entries(have: RowMap, want: RowMap, node_size: int, spares: float) -> _Entries:
-    cells = _Cells.of(want, node_size)
-    # Rows of all nodes on one line, node after node.
-    size = 1 + max(want.reach, have.reach)
-    wanted = _on_nodes(want, cells, size)
-    wanted = _held_anywhere(wanted, *union(have.start, have.stop), size)
-    held = _on_nodes(have, _Cells.of(have, node_size), size)
-    i, start, stop = outside(wanted.start, wanted.stop, *union(held.start, held.stop))
-    order = np.argsort(start, kind="stable")
-    lacking = Runs(
-        start=start[order], stop=stop[order], lane=wanted.lane[i][order], shift=wanted.shift[i][order]
-    )
-    entering = each_row_once(lacking)
-    readers = int(((lacking.stop - lacking.start) * cells.size[lacking.lane]).sum())
-    spared = readers - int((entering.stop - entering.start).sum())
-    if not spared or spared < spares * readers:
-        members = np.split(cells.rank, np.cumsum(cells.size)[:-1])
-        straight = RowMap(
-            lanes=tuple(tuple(ranks.tolist()) for ranks in members),
-            start=lacking.start % size,
-            length=lacking.stop - lacking.start,
-            lane=lacking.lane,
-            local=lacking.start + lacking.shift,
-            rows=want.rows[cells.lane],
+def spare_enough(spared: Column, readers: Column, spares: float) -> Flags:
+    """Whether second hops spare some rows, and at least the share `spares` of those that `readers` ranks
+    would get from afar."""
+    return (spared > 0) & (spared >= spares * readers)
+
+
+@dataclass(frozen=True)
+class _Lacking:
+    """Rows that nodes want and do not hold, all nodes on one line: row r of node n is n size + r.
+
+    cells: of the wanting side. runs: what each cell lacks, its index standing as `lane`. once: the same rows,
+    each once a node.
+    """
+
+    cells: _Cells
+    runs: Runs
+    once: Runs
+    size: int
+
+    @staticmethod
+    def of(have: RowMap, want: RowMap, node_size: int) -> _Lacking:
+        cells = _Cells.of(want, node_size)
+        size = 1 + max(want.reach, have.reach)
+        wanted = _on_nodes(want, cells, size)
+        wanted = _held_anywhere(wanted, *union(have.start, have.stop), size)
+        held = _on_nodes(have, _Cells.of(have, node_size), size)
+        i, start, stop = outside(wanted.start, wanted.stop, *union(held.start, held.stop))
+        order = np.argsort(start, kind="stable")
+        runs = Runs(
+            start=start[order], stop=stop[order], lane=wanted.lane[i][order], shift=wanted.shift[i][order]
         )
-        return _Entries(straight, spread=False)
-    # Each cell's rows in equal shares to its members.
-    entering = entering.take(np.argsort(entering.lane, kind="stable"))
-    local = entering.start + entering.shift
-    shares = Shares.all(cells.size)
-    part = split_shares(Stretches(entering.lane, local, entering.stop - entering.start), shares)
-    at = RowMap(
-        lanes=tuple((rank,) for rank in cells.rank.tolist()),
-        start=(entering.start[part.stretch] + part.local - local[part.stretch]) % size,
-        length=part.length,
-        lane=part.share,
-        local=part.local,
-        rows=want.rows[cells.lane[shares.group]],
-    )
-    return _Entries(at, spread=True)
+        return _Lacking(cells, runs, each_row_once(runs), size)
+
+    def spare(self, first_node: Column, spares: float) -> Flags:
+        """By map, whether second hops spare enough. first_node: of each map, ascending."""
+        n, runs, once = len(first_node), self.runs, self.once
+        ranks = (runs.stop - runs.start) * self.cells.size[runs.lane]
+        readers = sums(ranks, _map_of(runs.start // self.size, first_node), n)
+        entering = sums(once.stop - once.start, _map_of(once.start // self.size, first_node), n)
+        return spare_enough(readers - entering, readers, spares)
+
+    def entries(self, want: RowMap, spread: Flags) -> RowMap:
+        """The ranks at which rows enter nodes, with local rows of `want`. spread: by cell, whether rows enter
+        at one of its ranks, in equal shares; else at all of them."""
+        # Of several maps that are stacked as one, each has a row in one lane: both columns are the same.
+        assert self.once is self.runs or spread.all() or not spread.any()
+        cells, entering = self.cells, self.once if spread.any() else self.runs
+        entering = entering.take(np.argsort(entering.lane, kind="stable"))
+        local = entering.start + entering.shift
+        shares = Shares.all(np.where(spread, cells.size, 1))
+        part = split_shares(Stretches(entering.lane, local, entering.stop - entering.start), shares)
+        ends = np.cumsum(np.where(spread, 1, cells.size)[shares.group]).tolist()
+        ranks = cells.rank.tolist()
+        return RowMap(
+            lanes=tuple(tuple(ranks[a:b]) for a, b in pairwise([0, *ends])),
+            start=(entering.start[part.stretch] + part.local - local[part.stretch]) % self.size,
+            length=part.length,
+            lane=part.share,
+            local=part.local,
+            rows=want.rows[cells.lane[shares.group]],
+        )
+
+
+def _map_of(node: Column, first_node: Column) -> Column:
+    """The map that each node is of, where maps are stacked as one. first_node: of each map, ascending."""
+    return np.searchsorted(first_node, node, side="right") - 1
 
 
 @dataclass(frozen=True)

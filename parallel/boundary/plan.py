@@ -10,13 +10,15 @@ receives or keeps.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parallel.boundary.nodes import Hops, Relay, by_nodes
-from parallel.boundary.routes import Kept, direct, offers_of
+from parallel.boundary.routes import Kept, Own, direct_all, offers_of
 from parallel.boundary.rows import RowMap
 from parallel.boundary.runs import Runs, indices_of, split_at_ends
 from parallel.comm.transport import Message
@@ -115,7 +117,7 @@ def plan_edge(
     """
     plan = functools.partial(plan_transfer, rank=rank, node_size=node_size, spares=spares)
     forward = plan(source, dest)
-    backward = tuple(plan(layer, source, partial=True) for layer in _layers(dest))
+    backward = tuple(plan(layer, source, partial=True) for layer in layers_of(dest))
     return EdgePlan(name=name, forward=forward, backward=backward, row_shape=row_shape)
 
 
@@ -135,41 +137,61 @@ def plan_transfer(
     """
     if node_size is not None and node_size < 1:
         raise ValueError(f"node_size is {node_size}; needed: ranks a node, or None where all links are alike")
-    found = _check_held(want, offers_of(have), partial)
+    found = check_held(want, offers_of(have), partial)
+    own = transfers(have, want, Own.alone(rank), node_size=node_size, spares=spares)[0]
+    return replace(own, moves=bool(own.sends or own.recvs) or bool(moves(have, want, found)[0]))
+
+
+def transfers(
+    have: RowMap,
+    want: RowMap,
+    own: Own,
+    *,
+    node_size: int | None = None,
+    spares: float = 0.0,
+    relayed: Sequence[bool] | None = None,
+    moving: Sequence[bool] | None = None,
+) -> list[Transfer]:
+    """The transfer of each rank of `own`. spares, relayed: as in by_nodes(). moving: by rank, Transfer.moves;
+    None leaves it False."""
     if node_size is None:
-        hops = Hops(direct(have, want, rank), None)
+        hops = [Hops(routes, None) for routes in direct_all(have, want, own)]
     else:
-        hops = by_nodes(have, want, rank, node_size, spares)
-    routes, relay = hops
-    rows_out = want.rows_on(rank)
-    arriving = (*routes.recvs, *(relay.recvs if relay else ()))
-    return Transfer(
-        rank=rank,
-        rows_in=have.rows_on(rank),
-        rows_out=rows_out,
-        keep=routes.keep,
-        sends=tuple(routes.sends),
-        recvs=tuple(routes.recvs),
-        relay=relay,
-        covered=count(routes.keep.dest) + sum(count(message.rows) for message in arriving) == rows_out,
-        moves=bool(routes.sends or routes.recvs) or _moves(have, want, found),
-    )
+        hops = by_nodes(have, want, own, node_size, spares, relayed)
+    rows_in, rows_out = have.rows_on_all(own.rank).tolist(), want.rows_on_all(own.rank).tolist()
+    out = []
+    for k, (routes, relay) in enumerate(hops):
+        arriving = (*routes.recvs, *(relay.recvs if relay else ()))
+        out.append(
+            Transfer(
+                rank=int(own.rank[k] - own.base[k]),
+                rows_in=rows_in[k],
+                rows_out=rows_out[k],
+                keep=routes.keep,
+                sends=tuple(routes.sends),
+                recvs=tuple(routes.recvs),
+                relay=relay,
+                covered=count(routes.keep.dest) + sum(count(m.rows) for m in arriving) == rows_out[k],
+                moves=moving is not None and moving[k],
+            )
+        )
+    return out
 
 
 def edge_rows(source: RowMap, dest: RowMap) -> Directions[int]:
     """Rows that all ranks of an edge together receive in each direction: the sums over ranks of
     Transfer.received_rows. O(n log n) in runs and ranks; raises as plan_edge() does."""
     gradients = (
-        _received(layer, source, _check_held(source, offers_of(layer), True)) for layer in _layers(dest)
+        _received(layer, source, check_held(source, offers_of(layer), True)) for layer in layers_of(dest)
     )
     return Directions(
-        forward=_received(source, dest, _check_held(dest, offers_of(source), False)),
+        forward=_received(source, dest, check_held(dest, offers_of(source), False)),
         backward=sum(gradients),
     )
 
 
 def _received(have: RowMap, want: RowMap, found: Column) -> int:
-    """Rows that all ranks of `want` lack, of those that some rank holds; found: of _check_held()."""
+    """Rows that all ranks of `want` lack, of those that some rank holds; found: of check_held()."""
     needed = sums(found, want.lane, len(want.lanes))
     _, lane = want.members
     common = _common(have, want, np.arange(len(lane)))
@@ -206,7 +228,7 @@ def _common(have: RowMap, want: RowMap, members: Column) -> _Common:
     return _Common(want=w, have=h, ranks=ranks, rows=sums(stop - start, pair[i], len(w)))
 
 
-def _check_held(want: RowMap, offers: Runs, partial: bool) -> Column:
+def check_held(want: RowMap, offers: Runs, partial: bool) -> Column:
     """How many rows of each run of `want` some rank holds, [runs]; offers: those of the holding side.
 
     Raises ValueError where a row is on no rank, unless `partial`.
@@ -229,19 +251,30 @@ def _check_held(want: RowMap, offers: Runs, partial: bool) -> Column:
     return found
 
 
-def _moves(have: RowMap, want: RowMap, found: Column) -> bool:
-    """Whether any rank lacks a row that it wants and another holds."""
+def moves(have: RowMap, want: RowMap, found: Column, stack: Column | None = None) -> NDArray[np.bool_]:
+    """Whether any rank lacks a row that it wants and another holds, of each of several maps stacked as one.
+
+    found: of each run of `want`, how many rows some rank holds. stack: of each member of `want`, the number
+    of its map; None for one map.
+    """
     needed, held = sums(found, want.lane, len(want.lanes)), sums(have.length, have.lane, len(have.lanes))
     rank, lane = want.members
+    own = np.zeros_like(rank) if stack is None else stack
+    out = np.zeros(1 + int(own.max(initial=0)), dtype=bool)
     some = np.flatnonzero(needed[lane] > 0)
     h = have.lanes_of(rank[some])
-    if np.any(h < 0) or np.any(held[h] < needed[lane[some]]):
-        return True
-    common = _common(have, want, some)
-    return bool(np.any(common.rows < needed[common.want]))
+    short = h < 0
+    short[~short] = held[h[~short]] < needed[lane[some[~short]]]
+    out[own[some[short]]] = True
+    rest = some[~out[own[some]]]
+    if len(rest):
+        common = _common(have, want, rest)
+        lacking = common.want[common.rows < needed[common.want]]
+        out[own[np.isin(lane, lacking) & (needed[lane] > 0) & ~out[own]]] = True
+    return out
 
 
-def _layers(dest: RowMap) -> list[RowMap]:
+def layers_of(dest: RowMap) -> list[RowMap]:
     """Split a map into maps in which every row is in one lane at most; one map in the usual case."""
     if dest.runs.disjoint:
         return [dest]

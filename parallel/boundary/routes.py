@@ -49,14 +49,13 @@ from parallel.boundary.rows import RowMap
 from parallel.boundary.runs import Runs, each_row_once, indices_of
 from parallel.comm.transport import Message
 from parallel.sequence.intervals import (
-    NONE,
     Column,
     Rows,
     before,
     meet,
     outside,
     repeat_groups,
-    rows_of,
+    rows_of_each,
     share_start,
     sums,
 )
@@ -110,14 +109,6 @@ class Requests:
         turn = self.first_turn[request] + share
         return self.first_replica[request] + turn % self.replicas[request]
 
-    def served_by(self, replica: int) -> tuple[Column, Column]:
-        """Columns (request, share) of what the rank at this index in _replicas() sends: the inverse of
-        sender_of()."""
-        number = replica - self.first_replica
-        share = (number - self.first_turn) % self.replicas
-        request = np.flatnonzero((number >= 0) & (number < self.replicas) & (share < self.shares))
-        return request, share[request]
-
 
 class Stretches(NamedTuple):
     """Consecutive local rows, a line a stretch: length[i] rows from local[i] on, of group[i]. In order of
@@ -152,15 +143,36 @@ class Part(NamedTuple):
     length: Column
 
 
+class Own(NamedTuple):
+    """The ranks that plan, each its own part: one, or one in each of several maps that are stacked as one.
+
+    rank: as the maps number them, ascending. base: by rank, what to subtract from numbers of its map to get
+    global ranks: 0 where maps are not stacked.
+    """
+
+    rank: Column
+    base: Column
+
+    @staticmethod
+    def alone(rank: int) -> Own:
+        """A rank in a map that is not stacked."""
+        return Own(np.asarray([rank]), np.zeros(1, dtype=np.int64))
+
+
 def direct(have: RowMap, want: RowMap, rank: int) -> Routes:
     """The part of `rank` in bringing every rank of `want` the rows that it lacks, each in one hop.
 
     A row that several lanes of `have` hold is sent by one of them. Rows that no rank has are left out.
     """
+    return direct_all(have, want, Own.alone(rank))[0]
+
+
+def direct_all(have: RowMap, want: RowMap, own: Own) -> list[Routes]:
+    """direct() of each of these ranks."""
     offers = offers_of(have)
-    lane = have.lane_of(rank)
-    keep, recvs = _receive(have, want, offers, rank)
-    return Routes(keep, [] if lane is None else _send(have, want, offers, rank, lane), recvs)
+    kept, recvs = _receive(have, want, offers, own)
+    sends = _send(have, want, offers, own)
+    return [Routes(*parts) for parts in zip(kept, sends, recvs, strict=True)]
 
 
 def offers_of(have: RowMap) -> Runs:
@@ -219,58 +231,100 @@ def _requests(have: RowMap, want: RowMap, offers: Runs, lanes: Column) -> Reques
     )
 
 
-def _receive(have: RowMap, want: RowMap, offers: Runs, rank: int) -> tuple[Kept, list[Message]]:
-    """What `rank` keeps, and what it receives."""
-    lane, own_lane = want.lane_of(rank), have.lane_of(rank)
-    if lane is None:
-        return Kept(NONE, NONE), []
-    wanted = want.runs.of_lane(lane)
-    own = have.runs.of_lane(-1 if own_lane is None else own_lane)
-    i, k, start, stop = meet(wanted.start, wanted.stop, own.start, own.stop)
-    keep = Kept(
-        source=rows_of(start + own.shift[k], stop - start),
-        dest=rows_of(start + wanted.shift[i], stop - start),
-    )
-    i, start, stop = outside(wanted.start, wanted.stop, own.start, own.stop)
-    shift = wanted.shift[i]
-    i, k, start, stop = meet(start, stop, offers.start, offers.stop)
+def _receive(have: RowMap, want: RowMap, offers: Runs, own: Own) -> tuple[list[Kept], list[list[Message]]]:
+    """What each rank keeps, and what it receives."""
+    n, size = len(own.rank), 1 + max(want.reach, have.reach)
+    # Each rank's rows on one line: row r of own rank k is number k size + r.
+    k, wanted = _runs_on(want, own.rank)
+    begin, end = k * size + wanted.start, k * size + wanted.stop
+    h, held = _runs_on(have, own.rank)
+    held_begin, held_end = h * size + held.start, h * size + held.stop
+    i, j, start, stop = meet(begin, end, held_begin, held_end)
+    kept = _kept(k[i], start - k[i] * size, stop - start, held.shift[j], wanted.shift[i], n)
+    i, start, stop = outside(begin, end, held_begin, held_end)
+    k, shift, base = k[i], wanted.shift[i], k[i] * size
+    i, j, start, stop = meet(start - base, stop - base, offers.start, offers.stop)
     if not len(start):
-        return keep, []
-    # Stretches of lacking rows, grouped by the lane that serves them: a group is one request of this rank.
-    order = np.argsort(offers.lane[k], kind="stable")
-    lanes, request = np.unique(offers.lane[k][order], return_inverse=True)
-    lacking = Stretches(request, (start + shift[i])[order], (stop - start)[order])
-    requests = _requests(have, want, offers, lanes)
-    requests = requests.take(np.flatnonzero(requests.reader == rank))
-    assert np.array_equal(requests.lane, lanes), "a rank that lacks rows requests them"
+        return kept, [[] for _ in range(n)]
+    # Stretches of lacking rows, grouped by rank and the lane that serves it: a group is one of its requests.
+    lanes = len(have.lanes)
+    key = k[i] * lanes + offers.lane[j]
+    order = np.argsort(key, kind="stable")
+    wants, group = np.unique(key[order], return_inverse=True)
+    lacking = Stretches(group, (start + shift[i])[order], (stop - start)[order])
+    requests = _requests(have, want, offers, np.unique(offers.lane[j]))
+    reader = np.searchsorted(own.rank, requests.reader)
+    mine = np.flatnonzero(own.rank[np.minimum(reader, n - 1)] == requests.reader)
+    made = reader[mine] * lanes + requests.lane[mine]
+    turn = np.argsort(made, kind="stable")
+    at = np.searchsorted(made[turn], wants)
+    assert np.array_equal(made[turn][at], wants), "a rank that lacks rows requests them"
+    requests = requests.take(mine[turn[at]])
     shares = Shares.all(requests.shares)
     part = split_shares(lacking, shares)
     senders = requests.sender_of(shares.group[part.share], shares.number[part.share])
-    return keep, _messages(_replicas(have)[0][senders], part, rank)
+    at = (wants // lanes)[shares.group[part.share]]
+    return kept, _messages(own, at, _replicas(have)[0][senders], part)
 
 
-def _send(have: RowMap, want: RowMap, offers: Runs, rank: int, lane: int) -> list[Message]:
-    """What `rank`, in this lane of `have`, sends."""
-    requests = _requests(have, want, offers, np.asarray([lane]))
+def _runs_on(m: RowMap, rank: Column) -> tuple[Column, Runs]:
+    """Columns (k, run): the runs of rank[k], in order of k and then of first row."""
+    order, ascending = m.lane_order
+    k, index = indices_of(ascending, m.lanes_of(rank))
+    return k, m.runs.take(order[index])
+
+
+def _kept(
+    k: Column, start: Column, length: Column, source_shift: Column, dest_shift: Column, n: int
+) -> list[Kept]:
+    """Stretches of rank k[i], in order of k: local rows are global rows + shift."""
+    bounds = np.searchsorted(k, np.arange(n + 1)).tolist()
+    source = rows_of_each(start + source_shift, length, bounds)
+    dest = rows_of_each(start + dest_shift, length, bounds)
+    return [Kept(*both) for both in zip(source, dest, strict=True)]
+
+
+def _send(have: RowMap, want: RowMap, offers: Runs, own: Own) -> list[list[Message]]:
+    """What each rank sends."""
+    lane = have.lanes_of(own.rank)
+    some = np.flatnonzero(lane >= 0)
+    lanes = np.unique(lane[some])
+    requests = _requests(have, want, offers, lanes)
     replica, replica_lane = _replicas(have)
-    mine = int(np.flatnonzero((replica == rank) & (replica_lane == lane))[0])
-    served, number = requests.served_by(mine)
-    requests = requests.take(served)
-    # What each wanting lane wants of this lane's offers, then for each request of one of its ranks.
-    offered, wanted = offers.of_lane(lane), want.runs
-    i, k, start, stop = meet(wanted.start, wanted.stop, offered.start, offered.stop)
-    order = np.argsort(wanted.lane[i], kind="stable")
-    request, index = indices_of(wanted.lane[i][order], requests.reader_lane)
+    # Pairs of a rank and a request to its lane, as far as it serves a share.
+    k, request = indices_of(requests.lane, lane[some])
+    k = some[k]
+    numbers = _index_in(replica_lane, replica, lane[some], own.rank[some])
+    mine = np.zeros_like(lane)
+    mine[some] = numbers
+    asked = requests.take(request)
+    number = mine[k] - asked.first_replica
+    share = (number - asked.first_turn) % asked.replicas
+    served = np.flatnonzero(share < asked.shares)
+    k, requests, number = k[served], asked.take(served), share[served]
+    # What each wanting lane wants of each of these lanes' offers, then for each request of one of its ranks.
+    offered, wanted = offers.take(np.flatnonzero(np.isin(offers.lane, lanes))), want.runs
+    i, j, start, stop = meet(wanted.start, wanted.stop, offered.start, offered.stop)
+    key = offered.lane[j] * len(want.lanes) + wanted.lane[i]
+    order = np.argsort(key, kind="stable")
+    request, index = indices_of(key[order], requests.lane * len(want.lanes) + requests.reader_lane)
     index = order[index]
-    requested = _Requested(request, start[index], stop[index], offered.shift[k][index])
-    # Where several lanes hold a row, the reader may hold it itself.
-    requested = _without_own(have, requests.reader, requested)
+    requested = _Requested(request, start[index], stop[index], offered.shift[j][index])
+    if not have.runs.disjoint:
+        # Where several lanes hold a row, the reader may hold it itself.
+        requested = _without_own(have, requests.reader, requested)
     shares = Shares(np.arange(len(number)), number, requests.shares)
     part = split_shares(
         Stretches(requested.request, requested.start + requested.shift, requested.stop - requested.start),
         shares,
     )
-    return _messages(requests.reader[part.share], part, rank)
+    return _messages(own, k[part.share], requests.reader[part.share], part)
+
+
+def _index_in(lanes: Column, ranks: Column, lane: Column, rank: Column) -> Column:
+    """The index of each (lane, rank) in columns in order of lane and then of rank."""
+    size = 1 + int(ranks.max(initial=0))
+    return np.searchsorted(lanes * size + ranks, lane * size + rank)
 
 
 class _Requested(NamedTuple):
@@ -291,10 +345,18 @@ def _without_own(have: RowMap, reader: Column, requested: _Requested) -> _Reques
     return _Requested(requested.request[i], low - base[i], high - base[i], requested.shift[i])
 
 
-def _messages(peer: Column, part: Part, rank: int) -> list[Message]:
-    """One message a peer: part i goes to, or comes from, peer[i]. Peers above this rank come first, so that
-    not all ranks start with the same one."""
-    turn = np.where(peer > rank, peer, peer + int(peer.max(initial=0)) + 1 + rank)
-    order = np.argsort(turn, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(turn[order])) + 1) if len(order) else []
-    return [Message(int(peer[g[0]]), rows_of(part.local[g], part.length[g])) for g in groups]
+def _messages(own: Own, k: Column, peer: Column, part: Part) -> list[list[Message]]:
+    """By rank, one message a peer: part i is between own rank k[i] and peer[i]. Peers above the rank come
+    first, so that not all ranks start with the same one."""
+    size = 1 + int(peer.max(initial=0))
+    key = (2 * k + (peer <= own.rank[k])) * size + peer
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    bounds = [*np.flatnonzero(np.diff(key, prepend=-1)).tolist(), len(key)]
+    rows = rows_of_each(part.local[order], part.length[order], bounds)
+    heads = order[bounds[:-1]]
+    whose, peers = k[heads].tolist(), (peer[heads] - own.base[k[heads]]).tolist()
+    out: list[list[Message]] = [[] for _ in own.rank]
+    for rank, other, own_rows in zip(whose, peers, rows, strict=True):
+        out[rank].append(Message(other, own_rows))
+    return out

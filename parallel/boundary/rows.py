@@ -135,6 +135,12 @@ class RowMap:
         start = self.start[some]
         return Runs(start, self.stop[some], self.lane[some], self.local[some] - start)
 
+    @cached_property
+    def lane_order(self) -> tuple[Column, Column]:
+        """Indices of `runs` by lane and then by first row, and the lanes in that order."""
+        order = np.argsort(self.runs.lane, kind="stable")
+        return order, self.runs.lane[order]
+
     def by_lane(self, size: int) -> tuple[Column, Column]:
         """Columns (start, stop), ascending, of the runs of all lanes on one line: row r of lane k is number
         k size + r. size: more than any global row."""
@@ -158,19 +164,31 @@ class RowMap:
         lane = self.lane_of(rank)
         return 0 if lane is None else int(self.rows[lane])
 
+    def rows_on_all(self, ranks: Column) -> Column:
+        """How many local rows each rank has."""
+        lane = self.lanes_of(ranks)
+        return np.append(self.rows, 0)[lane]
+
     def lanes_of(self, ranks: Column) -> Column:
         """The lane of each rank, -1 where it is in none."""
-        rank, lane = self.members
+        rank, lane = self._by_rank
         if not len(rank):
             return np.full(len(ranks), -1)
-        order = np.argsort(rank)
-        k = order[np.minimum(np.searchsorted(rank[order], ranks), len(rank) - 1)]
+        k = np.minimum(np.searchsorted(rank, ranks), len(rank) - 1)
         return np.where(rank[k] == ranks, lane[k], -1)
 
-    def on_ranks(self, low: int, high: int) -> RowMap:
-        """The part of the map on ranks low .. high - 1; lanes without any are left out."""
+    @cached_property
+    def _by_rank(self) -> tuple[Column, Column]:
+        """`members` in order of rank."""
         rank, lane = self.members
-        here = np.flatnonzero((rank >= low) & (rank < high))
+        order = np.argsort(rank)
+        return rank[order], lane[order]
+
+    def on_nodes(self, nodes: Column, node_size: int) -> RowMap:
+        """The part of the map on these nodes: node k is ranks k node_size .. (k + 1) node_size - 1. Lanes
+        without any are left out."""
+        rank, lane = self.members
+        here = np.flatnonzero(np.isin(rank // node_size, nodes))
         kept = np.unique(lane[here])
         new = np.full(len(self.lanes), -1)
         new[kept] = np.arange(len(kept))

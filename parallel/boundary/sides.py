@@ -35,20 +35,37 @@ def source_side(layout: Layout, item_rows: Ints, item_dp: Ints) -> RowMap:
     order = np.argsort(dp, kind="stable")
     at = np.empty_like(rows)  # first row of each item, in all streams end to end
     at[order] = before(rows[order])
-    bounds = share_start(total[:, None], layout.cp, np.arange(layout.cp + 1))  # [dp, cp + 1]
-    size, parts = np.diff(bounds)[:, :, None], layout.token_shards
-    begin = bounds[:, :-1, None] + share_start(size, parts, np.arange(parts))  # [dp, cp, tp share]
-    start = (begin + before(total)[:, None, None]).reshape(-1)
-    stop = np.append(start[1:], total.sum())
-    item, tile, low, high = meet(at, at + rows, start, stop)
+    runs = held_runs(layout, rows, at, total)
+    start, stop = held_tiles(layout, total)
     return RowMap(
         lanes=_lanes(layout, [layout.pp - 1]),
-        start=before(rows)[item] + low - at[item],
-        length=high - low,
-        lane=tile,
-        local=low - start[tile],
+        start=runs.row,
+        length=runs.length,
+        lane=runs.lane,
+        local=runs.token,
         rows=stop - start,
     )
+
+
+def held_tiles(layout: Layout, total: Column) -> tuple[Column, Column]:
+    """Columns (start, stop) of the tiles of an encoder's streams, of `total` rows each, all streams end to
+    end: in order of (stream, cp, tp share)."""
+    bounds = share_start(total[:, None], layout.cp, np.arange(layout.cp + 1))  # [streams, cp + 1]
+    size, parts = np.diff(bounds)[:, :, None], layout.token_shards
+    begin = bounds[:, :-1, None] + share_start(size, parts, np.arange(parts))  # [streams, cp, tp share]
+    start = (begin + before(total)[:, None, None]).reshape(-1)
+    return start, np.append(start[1:], total.sum())
+
+
+def held_runs(layout: Layout, rows: Column, at: Column, total: Column) -> TokenRuns:
+    """The runs of an encoder's items; a lane is a tile of held_tiles(), and `token` a local row of it.
+
+    rows: by item. at: its first row, all streams end to end. total: rows of each stream.
+    """
+    start, stop = held_tiles(layout, total)
+    item, tile, low, high = meet(at, at + rows, start, stop)
+    row = before(rows)[item] + low - at[item]
+    return TokenRuns(row=row, length=high - low, lane=tile, token=low - start[tile])
 
 
 def dest_side(
@@ -118,10 +135,11 @@ def row_positions(
 
 
 @dataclass(frozen=True)
-class _TokenRuns:
-    """Stretches of rows, a line a stretch, in order of lane and then of local token.
+class TokenRuns:
+    """Stretches of rows, a line a stretch.
 
-    row: first global row. length: rows. lane: among those of one pipeline stage. token: first local token.
+    row: first global row. length: rows. lane: among those of one pipeline stage. token: first local token, or
+    local row of an encoder.
     """
 
     row: Column
@@ -132,24 +150,32 @@ class _TokenRuns:
 
 def _token_runs(
     layout: Layout, item_rows: Ints, item_dp: Ints, item_position: Ints, tokens: Ints, order: Order
-) -> _TokenRuns:
+) -> TokenRuns:
     rows, dp = _items(layout, item_rows, item_dp)
     position, length = column(item_position), column(tokens)
     _check_streams(layout, rows, dp, position, length, order)
+    return read_runs(layout, rows, position + before(length)[dp], length, order)
+
+
+def read_runs(layout: Layout, rows: Column, at: Column, length: Column, order: Order) -> TokenRuns:
+    """The runs of items in packed streams, in order of lane and then of local token; lanes are in order of
+    (stream, cp, tp share).
+
+    rows: by item. at: its first token, all streams end to end. length: of each stream, in tokens.
+    """
     tiles = _tiles(layout, order)
     # All streams are split alike: the tiles of the shortest possible stream, scaled.
     unit = alignment(layout.cp, layout.token_shards, order)
     scale, base = length[:, None] // unit, before(length)[:, None]
     parts = layout.cp * layout.token_shards
-    tile_lane = (np.arange(layout.dp)[:, None] * parts + tiles.lane).reshape(-1)
+    tile_lane = (np.arange(len(length))[:, None] * parts + tiles.lane).reshape(-1)
     start, stop = (tiles.start * scale + base).reshape(-1), (tiles.stop * scale + base).reshape(-1)
     tile_token = (tiles.token * scale).reshape(-1)
-    at = position + before(length)[dp]  # first token of each item, in all streams end to end
     item, tile, low, high = meet(at, at + rows, start, stop)
     row, lane = before(rows)[item] + low - at[item], tile_lane[tile]
     token = tile_token[tile] + low - start[tile]
     turn = np.lexsort((token, lane))
-    return _TokenRuns(row=row[turn], length=(high - low)[turn], lane=lane[turn], token=token[turn])
+    return TokenRuns(row=row[turn], length=(high - low)[turn], lane=lane[turn], token=token[turn])
 
 
 class _Tiles(NamedTuple):
@@ -180,10 +206,13 @@ def _tiles(layout: Layout, order: Order) -> _Tiles:
 
 
 def _lanes(layout: Layout, stages: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The ranks of each lane, in order of (stage, dp, cp, tp share)."""
+    return tuple(tuple(ranks) for ranks in lane_ranks(layout, stages).tolist())
+
+
+def lane_ranks(layout: Layout, stages: Sequence[int]) -> Column:
+    """The ranks of each lane, in order of (stage, dp, cp, tp share): [lanes, ranks a lane]."""
     ranks = [rank for stage in stages for rank in layout.stage_ranks(stage)]
-    width = layout.tp // layout.token_shards
-    return tuple(tuple(ranks[i : i + width]) for i in range(0, len(ranks), width))
+    return np.asarray(ranks, dtype=np.int64).reshape(-1, layout.tp // layout.token_shards)
 
 
 def _items(layout: Layout, item_rows: Ints, item_dp: Ints) -> tuple[Column, Column]:

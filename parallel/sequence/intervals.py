@@ -153,6 +153,21 @@ def rows_of(start: Column, length: Column) -> Rows:
     return repeat_groups(start, length)[1]
 
 
+def rows_of_each(start: Column, length: Column, bounds: Sequence[int]) -> list[Rows]:
+    """rows_of() of each group of intervals: group k is intervals bounds[k] .. bounds[k + 1] - 1."""
+    stop = start + length
+    gaps = np.cumsum(np.append(0, stop[:-1] != start[1:])).tolist()  # in front of each interval
+    starts, stops = start.tolist(), stop.tolist()
+    return [
+        NONE
+        if a == b
+        else slice(starts[a], stops[b - 1])
+        if gaps[a] == gaps[b - 1]
+        else repeat_groups(start[a:b], length[a:b])[1]
+        for a, b in pairwise(bounds)
+    ]
+
+
 def join_rows(parts: Sequence[Rows]) -> Rows:
     """The rows of all parts, one part after another."""
     start = np.concatenate([[rows.start] if isinstance(rows, slice) else rows for rows in parts])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tests.mutations.fault import Fault
+from tests.mutations.of_boundary import BOUNDARY
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import ENCODERS, LLM
 from tests.mutations.of_parallel import PARALLEL
 
-FAULTS: tuple[Fault, ...] = PARALLEL + ENCODERS + LLM + JOB
+FAULTS: tuple[Fault, ...] = PARALLEL + BOUNDARY + ENCODERS + LLM + JOB

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tests.mutations.fault import ONE_STEP, Fault
 
-PLANS = "tests/parallel/boundary/test_plan.py::test_random_boundaries"
 HALVES = "tests/parallel/schedule/executor/test_halves.py::test_two_halves_are_one_backward"
 
 PARALLEL = (
@@ -65,14 +64,6 @@ PARALLEL = (
         "tests/parallel/comm/test_warm_up.py::test_an_edge_connects_every_source_with_every_sink",
     ),
     Fault(
-        "boundary.second-hop",
-        "a second hop is taken whatever it spares",
-        "parallel/boundary/nodes.py",
-        "if not spared or spared < spares * readers:",
-        "if not spared:",
-        "tests/parallel/boundary/test_plan.py::test_a_second_hop_is_taken_where_it_spares_enough",
-    ),
-    Fault(
         "mesh.sequence-parallel",
         "sequence parallelism is told to no layer",
         "parallel/topology/mesh.py",
@@ -87,38 +78,6 @@ PARALLEL = (
         "(r, pieces - 1 - r)",
         "(2 * r, 2 * r + 1)",
         "tests/parallel/context_parallel/test_packing.py::test_zigzag_shares_causal_attention_evenly",
-    ),
-    Fault(
-        "boundary.source-stage",
-        "rows are said to be on the encoder's first stage",
-        "parallel/boundary/sides.py",
-        "_lanes(layout, [layout.pp - 1])",
-        "_lanes(layout, [0])",
-        "tests/parallel/boundary/test_sides.py::test_the_source_holds_its_items_end_to_end",
-    ),
-    Fault(
-        "boundary.send-again",
-        "rows are sent to ranks that have them",
-        "parallel/boundary/routes.py",
-        "requested = _without_own(have, requests.reader, requested)",
-        "requested = requested",
-        PLANS,
-    ),
-    Fault(
-        "boundary.consumers",
-        "of several consumers' gradients one is taken",
-        "parallel/boundary/plan.py",
-        "partial=True) for layer in _layers(dest)",
-        "partial=True) for layer in _layers(dest)[:1]",
-        PLANS,
-    ),
-    Fault(
-        "boundary.node-twice",
-        "a row crosses to a node for each lane there that wants it",
-        "parallel/boundary/nodes.py",
-        "entering = each_row_once(lacking)",
-        "entering = lacking",
-        PLANS,
     ),
     Fault(
         "schedule.warm-up",

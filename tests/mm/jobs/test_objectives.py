@@ -58,8 +58,8 @@ def step(
     )
     plan = plan_step(0, samples, blueprint.inputs)
     batches = []
-    for mb in plan.microbatches:
-        part = assembler.build(mb, plan.counts, [])
+    for mb, own in zip(plan.microbatches, assembler.boundary(plan), strict=True):
+        part = assembler.build(mb, plan.counts, [], own)
         assert part is not None and part.llm is not None
         batches.append(replace(part.llm, row_positions={}))  # placeholders stay what they are
     reader.close()

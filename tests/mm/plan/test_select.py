@@ -21,8 +21,9 @@ from mm.data.sample import Index
 from mm.data.tokenizer import Tokenizer
 from mm.errors import DataError
 from mm.plan.blueprint import Blueprint, draw_up
+from mm.plan.inputs import sample_length, supervised_tokens
 from mm.plan.select import lost_samples
-from mm.plan.step_plan import plan_step, sample_length, supervised_tokens
+from mm.plan.step_plan import plan_step
 from mm.ranks.batch import Assembler
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import open_index

@@ -1,0 +1,225 @@
+"""Who computes what: samples to micro-batches and dp ranks of the language model, items to those of encoders.
+
+Both are dealt by cost, and all micro-batches of a step at once. The set of samples of a step does not depend
+on how they are dealt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mm.plan.table import Costs
+from parallel.sequence.dealing import loads, longest_first
+from parallel.sequence.intervals import Column, before, column, share_start
+
+SLACK = 1e-9  # relative; sums of costs in another order differ by less
+SPREAD = 1.5  # an encoder's share of its costliest micro-batch over an even share that is always allowed
+
+
+class Seats(NamedTuple):
+    """Where samples go, a line a sample: its micro-batch, and the dp rank of the language model there."""
+
+    microbatch: Column
+    dp: Column
+
+
+def by_count(samples: int, microbatches: int, dp: int) -> Seats:
+    """Samples in order, in shares of nearly equal number."""
+    microbatch = _owners(np.asarray([samples]), microbatches)
+    return Seats(microbatch, _owners(np.bincount(microbatch, minlength=microbatches), dp))
+
+
+def _owners(sizes: Column, parts: int) -> Column:
+    """By thing, which of `parts` shares of its group it falls into, where groups of these sizes follow one
+    another; shares as by share_start()."""
+    bounds = share_start(sizes[:, None], parts, np.arange(parts + 1))
+    return np.repeat(np.tile(np.arange(parts), len(sizes)), np.diff(bounds).reshape(-1))
+
+
+def deal_samples(cost: Costs, tokens: Column, others: Sequence[Costs], microbatches: int, dp: int) -> Seats:
+    """Deal samples so that every (micro-batch, dp rank) has an equal cost, as far as samples allow.
+
+    cost, tokens: of each sample in the language model, [samples]. others: of each sample in each encoder.
+
+    Bins, one a (micro-batch, dp rank), are filled by longest_first(). Where costs of samples differ so much
+    that bins do too, bins of like cost share a micro-batch, as its dp ranks wait for the costliest: no other
+    grouping of these bins has a smaller sum of the costliest dp ranks over micro-batches. By construction:
+
+    - No dp rank of a micro-batch has more tokens than the fullest of by_count(), so that activations need no
+      more memory, nor a higher cost than the costliest of by_count().
+    - An encoder's costliest micro-batch is at most SPREAD times an even share, or what it is by_count(),
+      where some grouping allows that.
+
+    Where by_count() is as even, it is kept. O(n log n) for n samples and bins.
+    """
+    plain = by_count(len(cost), microbatches, dp)
+    if not len(cost):
+        return plain
+    old = _Loads.of(plain, cost, tokens, microbatches, dp)
+    allowed = [
+        max(SPREAD * float(own.sum()) / microbatches, _most(own, plain.microbatch, microbatches))
+        for own in others
+    ]
+    found, least = plain, old.waited
+    # Where attention dominates, equal costs are unequal lengths: bins of equal length may be what is allowed.
+    for weight in (cost, tokens.astype(np.float64)):
+        seats = _Bins.fill(weight, cost, microbatches, dp).seats(others, allowed)
+        new = _Loads.of(seats, cost, tokens, microbatches, dp)
+        within = new.longest <= old.longest and new.costliest <= old.costliest * (1 + SLACK)
+        if within and new.waited < least * (1 - SLACK):
+            found, least = seats, new.waited
+    return found
+
+
+class _Loads(NamedTuple):
+    """Of all dp ranks in all micro-batches: most tokens, highest cost, and what a step waits for: the
+    costliest dp rank of each micro-batch, and once more the costliest of all, while a pipeline fills."""
+
+    longest: int
+    costliest: float
+    waited: float
+
+    @staticmethod
+    def of(seats: Seats, cost: Costs, tokens: Column, microbatches: int, dp: int) -> _Loads:
+        place, n = seats.microbatch * dp + seats.dp, microbatches * dp
+        longest = np.bincount(place, tokens, n).max()
+        most = loads(cost, place, n).reshape(microbatches, dp).max(axis=1)
+        return _Loads(int(longest), float(most.max()), float(most.sum() + most.max()))
+
+
+def _most(cost: Costs, microbatch: Column, microbatches: int) -> float:
+    return float(loads(cost, microbatch, microbatches).max())
+
+
+class _Bins(NamedTuple):
+    """Bins in order of falling cost. of: by sample, its bin. cost: of each bin. used: by micro-batch, how
+    many bins it takes. dp: of the language model."""
+
+    of: Column
+    cost: Costs
+    used: Column
+    dp: int
+
+    @staticmethod
+    def fill(weight: Costs, cost: Costs, microbatches: int, dp: int) -> _Bins:
+        """Fill bins with equal sums of `weight`; no more bins than samples."""
+        n = min(len(weight), microbatches * dp)
+        of = longest_first(weight, np.zeros(len(weight), dtype=np.int64), np.zeros((1, n))).bin
+        sums = loads(cost, of, n)
+        order = np.argsort(-sums, kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(n)
+        used = np.diff(np.arange(microbatches + 1) * n // microbatches)
+        return _Bins(rank[of], sums[order], used, dp)
+
+    def seats(self, others: Sequence[Costs], allowed: Sequence[float]) -> Seats:
+        """Bins of like cost share a micro-batch, as far as encoders' bounds allow."""
+        width = 1
+        while True:
+            microbatch = self._grouped(width)
+            of_sample, n = microbatch[self.of], len(self.used)
+            fits = all(
+                _most(own, of_sample, n) <= most * (1 + SLACK)
+                for own, most in zip(others, allowed, strict=True)
+            )
+            if fits or width >= n:
+                return Seats(of_sample, self._ranks(microbatch)[self.of])
+            width *= 2
+
+    def _grouped(self, width: int) -> Column:
+        """By bin, its micro-batch, where `width` micro-batches at a time share out bins of like cost, to and
+        fro. Costly micro-batches are spread over the step: a pipeline holds a few neighbours at once."""
+        n = len(self.used)
+        band = np.arange(n) // width
+        # The nth bin of a micro-batch comes in the nth turn of its band; every other turn runs backwards.
+        group = np.repeat(np.arange(n), self.used)
+        turn = np.arange(len(group)) - np.repeat(before(self.used), self.used)
+        order = np.lexsort((np.where(turn % 2, -group, group), turn, band[group]))
+        # Multiples of an irrational number, here the golden ratio, fill the unit interval evenly.
+        place = np.argsort(np.argsort(np.arange(n) * 2654435769 % 2**32, kind="stable"), kind="stable")
+        # `used` differs by at most one between micro-batches: places are changed among equals only.
+        place = _among_equals(place, self.used)
+        return column(place[group[order]])
+
+    def _ranks(self, microbatch: Column) -> Column:
+        """By bin, its dp rank: in each micro-batch the costliest goes to the rank with least so far."""
+        out, load = np.empty_like(microbatch), np.zeros(self.dp)
+        order, at = np.argsort(microbatch, kind="stable"), 0
+        for used in np.bincount(microbatch, minlength=len(self.used)).tolist():
+            bins = order[at : at + used]
+            ranks = np.argsort(load, kind="stable")[:used]
+            out[bins] = ranks
+            load[ranks] += self.cost[bins]
+            at += used
+        return out
+
+
+def _among_equals(place: Column, size: Column) -> Column:
+    """A permutation like `place`, which moves nothing to a place of another size."""
+    out: Column = np.arange(len(place))
+    for one in np.unique(size):
+        same = np.flatnonzero(size == one)
+        out[same] = same[np.argsort(np.argsort(place[same], kind="stable"), kind="stable")]
+    return out
+
+
+def home_ranks(microbatch: Column, dp_of: Column, dp: int, encoder_dp: int) -> Column:
+    """By sample, the dp rank of an encoder that has its share: the samples of each dp rank of the language
+    model, in order, are split over that part of the encoder's dp ranks which lies beside it."""
+    place = microbatch * dp + dp_of
+    order = np.argsort(place, kind="stable")
+    size = np.bincount(place)
+    nth = np.empty_like(place)
+    nth[order] = np.arange(len(place)) - np.repeat(before(size), size)
+    n = size[place]
+    return column((dp_of * n + nth) * encoder_dp // (n * dp))
+
+
+def deal_items(cost: Costs, microbatch: Column, home: Column, microbatches: int, dp: int) -> Column:
+    """The dp rank of each item, so that loads are even in every micro-batch and few items leave home.
+
+    cost, microbatch, home: by item. The largest load of a micro-batch is at most that of longest_first().
+    Within that bound an item stays on its home rank, where its rows need no transfer. O(n log n) for n items,
+    and a round for each item of the rank with most.
+    """
+    if dp == 1:
+        return np.zeros_like(home)
+    empty = np.zeros((microbatches, dp))
+    spread = longest_first(cost, microbatch, empty)
+    bound = spread.load.max(axis=1)
+    stays, load = _staying(cost, microbatch * dp + home, np.repeat(bound, dp))
+    kept = home.copy()
+    leaving = np.flatnonzero(~stays)
+    rest = longest_first(cost[leaving], microbatch[leaving], load.reshape(microbatches, dp))
+    kept[leaving] = rest.bin
+    good = rest.load.max(axis=1) <= bound * (1 + SLACK)
+    return column(np.where(good[microbatch], kept, spread.bin))
+
+
+def _staying(cost: Costs, place: Column, bound: Costs) -> tuple[np.ndarray, Costs]:
+    """Which items stay at their place, the costliest first as long as they fit its bound: bool [n], and the
+    load of each place."""
+    order = np.lexsort((-cost, place))
+    size = np.bincount(place, minlength=len(bound))
+    first, load = before(size), np.zeros(len(bound))
+    stays = np.zeros(len(cost), dtype=bool)
+    for nth in range(int(size.max(initial=0))):
+        here = np.flatnonzero(size > nth)
+        item = order[first[here] + nth]
+        after = load[here] + cost[item]
+        fits = after <= bound[here]
+        load[here] = np.where(fits, after, load[here])
+        stays[item] = fits
+    return stays, load
+
+
+def load_imbalance(cost: Costs, microbatch: Column, dp_of: Column, microbatches: int, dp: int) -> Costs:
+    """By micro-batch, the largest load of its dp ranks over their mean; 1 where there is no load."""
+    load = loads(cost, microbatch * dp + dp_of, microbatches * dp).reshape(microbatches, dp)
+    mean = load.mean(axis=1)
+    out = np.ones(microbatches)
+    np.divide(load.max(axis=1), mean, out=out, where=mean > 0)
+    return out

@@ -1,0 +1,105 @@
+"""What a step plan depends on besides the samples, and what follows for one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llm.flops import DocumentCost
+from mm.data.sample import Part, Sample
+from mm.errors import DataError
+from parallel.sequence.stream import Order, alignment
+from parallel.topology.layout import Layout
+
+BY_LENGTH = DocumentCost(1.0, 0.0, 0.0)
+
+Deal = Literal["cost", "sample"]
+
+
+@dataclass(frozen=True)
+class EncoderUse:
+    """An encoder as the planner needs it: for row counts and costs, without running anything."""
+
+    cls: Any  # an encoders.Encoder class
+    cfg: Any  # its options, an instance of cls.Config
+    layout: Layout
+    deal: Deal = "cost"  # how items go to its dp ranks: balanced by cost, or with their sample
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """Everything that a step plan depends on, except the samples."""
+
+    llm: Layout
+    encoders: Mapping[str, EncoderUse]  # by module, in the config's order
+    context: int  # longest sample allowed, in tokens: text bytes, encoder rows and two markers
+    microbatches: int  # that the global batch is split into, the same for all modules
+    order: Order = "contiguous"  # how cp splits the language model's packed sequences
+    mtp_depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
+    llm_cost: DocumentCost = BY_LENGTH  # of a sample, by which samples go to dp ranks
+    _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
+
+    def rows(self, module: str, part: Part) -> int:
+        """How many rows an item contributes; cached, since every epoch plans each item once.
+
+        Raises ValueError where the item's metadata do not serve its encoder.
+        """
+        key = (module, part.shard, part.offset)
+        if key not in self._rows:
+            use = self.encoders[module]
+            try:
+                n = int(use.cls.rows(use.cfg, part.meta))
+            except KeyError as error:
+                have = ", ".join(part.meta) or "none: no probe knows this kind of file"
+                raise ValueError(f"{use.cls.__name__} needs the metadata {error}, it has {have}") from error
+            if n < 0:
+                raise ValueError(f"{use.cls.__name__}.rows gave {n}; needed: at least 0")
+            self._rows[key] = n
+        return self._rows[key]
+
+    @property
+    def alignment(self) -> int:
+        """Packed sequences are padded to a multiple of so many tokens: every rank then has an equal share."""
+        return alignment(self.llm.cp, self.llm.tp, self.order)
+
+
+def sample_length(sample: Sample, inputs: PlanInputs) -> int:
+    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker.
+
+    Raises DataError, naming the item, where its encoder cannot take it.
+    """
+    n = 2
+    for seg in sample.segments:
+        try:
+            n += seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+        except ValueError as error:
+            assert seg.part is not None
+            where = f"{seg.part.name} of sample {sample.key} of {sample.shard}"
+            raise DataError(f"{where} does not fit model.{seg.kind}: {error}") from error
+    return n
+
+
+def supervised_tokens(sample: Sample) -> int:
+    """Tokens of a sample that carry loss: supervised text and, unless it is truncated, the end marker."""
+    return (not sample.truncated) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
+
+
+def mtp_supervised_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
+    """Tokens of a sample that carry loss at each depth of multi-token prediction: those at least
+    that far behind its begin."""
+    total = supervised_tokens(sample)
+    return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.mtp_depths + 1)]
+
+
+def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
+    """Labels at positions below `stop`; that of a token stands one position before it."""
+    at, found = 0, 0
+    for seg in sample.segments:
+        n = seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+        if seg.part is None and seg.loss:
+            found += max(0, min(at + n, stop) - at)
+        at += n
+        if at >= stop:
+            return found
+    return found + (not sample.truncated)  # the end marker

@@ -1,0 +1,133 @@
+"""Samples as columns: what the planner needs to know of each, worked out once and gathered for every step.
+
+Encoders answer for one item at a time, in Python. A job asks them once for its whole data set, O(samples +
+items); a step then takes its samples' entries from the columns, without a loop over samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm.data.sample import Part, Sample
+from mm.plan.inputs import PlanInputs, mtp_supervised_tokens, sample_length, supervised_tokens
+from parallel.sequence.intervals import Column, before, repeat_groups
+
+Costs = NDArray[np.float64]  # [n]
+
+
+@dataclass(frozen=True)
+class Items:
+    """The items of one encoder, a line an item, in order of sample and then as they come in it.
+
+    of: by sample, how many items it has. rows: that an item contributes. offset: of its first row among its
+    sample's tokens. cost: in the encoder's own unit.
+    """
+
+    of: Column
+    rows: Column
+    offset: Column
+    cost: Costs
+
+    @cached_property
+    def first(self) -> Column:
+        """By sample, the index of its first item."""
+        return before(self.of)
+
+    def take(self, which: Column) -> Items:
+        """The items of the samples with these indices, in this order."""
+        of = self.of[which]
+        item = repeat_groups(self.first[which], of)[1]
+        return Items(of, self.rows[item], self.offset[item], self.cost[item])
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """Samples, a line a sample.
+
+    samples, which: line j is samples[which[j]]. ids: of the samples. length, supervised: in tokens. mtp:
+    supervised tokens at each depth of multi-token prediction, [depths, lines]. items: by encoder.
+    """
+
+    samples: Sequence[Sample]
+    which: Column
+    ids: Column
+    length: Column
+    supervised: Column
+    mtp: Column
+    items: Mapping[str, Items]
+
+    @staticmethod
+    def of(samples: Sequence[Sample], inputs: PlanInputs, skip: Collection[int] = ()) -> SampleTable:
+        """The table of `samples`. skip: ids that are never drawn; their lines are empty. Raises DataError
+        (sample_length)."""
+        length, supervised, mtp = [], [], []
+        found: dict[str, list[tuple[int, int, float]]] = {m: [] for m in inputs.encoders}
+        of: dict[str, list[int]] = {m: [] for m in inputs.encoders}
+        for sample in samples:
+            drawn = sample.id not in skip
+            length.append(sample_length(sample, inputs) if drawn else 0)
+            supervised.append(supervised_tokens(sample) if drawn else 0)
+            mtp.append(mtp_supervised_tokens(sample, inputs) if drawn else [0] * inputs.mtp_depths)
+            already = {m: len(items) for m, items in found.items()}
+            if drawn:
+                _append_items(sample, inputs, found)
+            for m, n in already.items():
+                of[m].append(len(found[m]) - n)
+        return SampleTable(
+            samples=samples,
+            which=np.arange(len(samples)),
+            ids=np.asarray([s.id for s in samples], dtype=np.int64),
+            length=np.asarray(length, dtype=np.int64),
+            supervised=np.asarray(supervised, dtype=np.int64),
+            mtp=np.asarray(mtp, dtype=np.int64).reshape(len(samples), inputs.mtp_depths).T,
+            items={m: _items(of[m], found[m]) for m in inputs.encoders},
+        )
+
+    def take(self, which: Column) -> SampleTable:
+        """The samples with these indices, in this order."""
+        return SampleTable(
+            samples=self.samples,
+            which=self.which[which],
+            ids=self.ids[which],
+            length=self.length[which],
+            supervised=self.supervised[which],
+            mtp=self.mtp[:, which],
+            items={m: items.take(which) for m, items in self.items.items()},
+        )
+
+    def sample(self, line: int) -> Sample:
+        """The sample of a line."""
+        return self.samples[int(self.which[line])]
+
+    def part(self, module: str, line: int, nth: int) -> Part:
+        """The part of item number `nth` of a line's items of a module."""
+        return self.sample(line).items(module)[nth]
+
+
+def _append_items(
+    sample: Sample, inputs: PlanInputs, found: Mapping[str, list[tuple[int, int, float]]]
+) -> None:
+    """Append (rows, offset, cost) of each item of a sample to its module's list."""
+    at = 1  # after the begin marker
+    for seg in sample.segments:
+        if seg.part is None:
+            at += seg.text_bytes
+            continue
+        rows, use = inputs.rows(seg.kind, seg.part), inputs.encoders[seg.kind]
+        found[seg.kind].append((rows, at, float(use.cls.cost(use.cfg, seg.part.meta))))
+        at += rows
+
+
+def _items(of: Sequence[int], found: Sequence[tuple[int, int, float]]) -> Items:
+    rows, offset, cost = zip(*found, strict=True) if found else ((), (), ())
+    return Items(
+        of=np.asarray(of, dtype=np.int64),
+        rows=np.asarray(rows, dtype=np.int64),
+        offset=np.asarray(offset, dtype=np.int64),
+        cost=np.asarray(cost, dtype=np.float64),
+    )

@@ -1,0 +1,132 @@
+"""Steps are planned in a process of their own, so that planning takes no time from the launching of kernels.
+
+A thread would: what it computes in Python, and each hand-over of the interpreter's lock, holds up the thread
+that launches. The process is forked from its rank, as the workers of torch's DataLoader are, and shares the
+columns of the data set with it. It computes with numpy alone, and uses no device, no group and no thread.
+
+Plans come back through a pipe that only the rank and its process have; nothing else is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection, Pipe
+from typing import NamedTuple
+
+from mm.errors import DataError, PolyrankError
+from mm.plan.inputs import PlanInputs
+from mm.plan.step_plan import StepPlan
+from mm.plan.table import SampleTable
+from mm.ranks.batch import RankBoundary
+
+POLL_S = 1.0  # how often a process without work looks whether its rank is still there
+GRACE_S = 2.0  # that a process has to end after its pipe has
+
+
+class Planned(NamedTuple):
+    """A step's plan, and this rank's part of its edges by micro-batch."""
+
+    plan: StepPlan
+    boundary: list[RankBoundary]
+
+
+class _Failed(NamedTuple):
+    """Why a step could not be planned. of_data: whether its data are at fault."""
+
+    why: str
+    of_data: bool
+
+
+PlanStep = Callable[[int, frozenset[int]], Planned]  # of a step and the samples that are known to be bad
+
+
+class Planner:
+    """A process that plans one step after the other for its rank.
+
+    plan: pure, and made of what is there when the planner is made. table, inputs: of all its plans. rank: for
+    errors.
+    """
+
+    def __init__(self, plan: PlanStep, table: SampleTable, inputs: PlanInputs, rank: int) -> None:
+        self._table, self._inputs, self._rank = table, inputs, rank
+        self._pipe, theirs = Pipe()
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self._pipe.close()
+                _serve(theirs, plan, parent)
+            finally:
+                os._exit(0)  # nothing of the rank's is run or flushed twice
+        theirs.close()
+
+    def plan(self, step: int, known_bad: frozenset[int]) -> Planned:
+        """The plan of a step. Raises DataError as planning does, and PolyrankError naming the process where
+        it has failed or ended."""
+        try:
+            self._pipe.send((step, known_bad))
+            found = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise PolyrankError(f"step {step + 1}: {self._ended()}") from error
+        if isinstance(found, _Failed):
+            if found.of_data:
+                raise DataError(found.why)
+            raise PolyrankError(f"step {step + 1}: the planner of rank {self._rank} failed:\n{found.why}")
+        assert isinstance(found, Planned)
+        table = replace(found.plan.table, samples=self._table.samples)
+        return Planned(replace(found.plan, table=table, inputs=self._inputs), found.boundary)
+
+    def _ended(self) -> str:
+        deadline, done, status = time.monotonic() + GRACE_S, 0, 0
+        while self.pid and not done and time.monotonic() < deadline:
+            time.sleep(0.01)
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+        who = f"the planner process of rank {self._rank}"
+        if not done:
+            return f"{who} does not answer"
+        self.pid = 0
+        code = os.waitstatus_to_exitcode(status)
+        if code >= 0:
+            return f"{who} ended with exit code {code}"
+        memory = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
+        return f"{who} was ended by {signal.Signals(-code).name}{memory}"
+
+    def close(self) -> None:
+        """End the process and wait for it."""
+        self._pipe.close()
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)  # it holds nothing that must be put away
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+
+def _serve(pipe: Connection, plan: PlanStep, parent: int) -> None:
+    """Answer until the rank closes its end or has ended."""
+    # A request to stop goes to the rank, which ends this process when it is done.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # a collection would write to, and so copy, what is shared
+    while os.getppid() == parent:
+        try:
+            if pipe.poll(POLL_S):
+                pipe.send(_answer(plan, *pipe.recv()))
+        except (EOFError, OSError):
+            return
+
+
+def _answer(plan: PlanStep, step: int, bad: frozenset[int]) -> Planned | _Failed:
+    """The plan without what its rank has."""
+    try:
+        made, boundary = plan(step, bad)
+    except DataError as error:
+        return _Failed(str(error), of_data=True)
+    except Exception:
+        return _Failed(traceback.format_exc(), of_data=False)
+    bare = replace(made.inputs, encoders={}, _rows={})
+    return Planned(replace(made, table=replace(made.table, samples=()), inputs=bare), boundary)

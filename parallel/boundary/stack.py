@@ -1,0 +1,283 @@
+"""One rank's plans of an edge for all micro-batches of a step at once. Pure.
+
+The maps of the micro-batches are stacked as one: rank r of map b is number b stride + r. Of each map only
+those items are in it that can matter to this rank: the items of its own streams, and of the streams that
+these are exchanged with. So a rank plans its own part: what is left that grows with all items is O(items) in
+a few columns, namely where items lie in their streams and whether any rank moves anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from parallel.boundary.nodes import Flags, second_hops, spare_enough
+from parallel.boundary.plan import EdgePlan, check_held, moves, transfers
+from parallel.boundary.routes import Own, offers_of
+from parallel.boundary.rows import RowMap
+from parallel.boundary.sides import TokenRuns, held_runs, held_tiles, lane_ranks, read_runs
+from parallel.sequence.intervals import Column, before, repeat_groups, sums
+from parallel.sequence.stream import Order
+from parallel.topology.layout import Layout
+
+
+@dataclass(frozen=True)
+class ItemColumns:
+    """Items of an edge, a line an item, in order of micro-batch and then of global row.
+
+    batch: its micro-batch. rows: that it has. source_dp, dest_dp: dp ranks that compute it and that read it.
+    position: of its first row in the packed stream of dest_dp.
+    """
+
+    batch: Column
+    rows: Column
+    source_dp: Column
+    dest_dp: Column
+    position: Column
+
+    def take(self, which: Column) -> ItemColumns:
+        """The items with these indices, in this order."""
+        return ItemColumns(*(getattr(self, f.name)[which] for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """An edge in all micro-batches of a step.
+
+    source, dest: layouts of the encoder and of the language model. stage: pipeline rank of dest that reads.
+    items: their dp ranks exist, and they lie in their streams without overlap. tokens: length of each packed
+    stream, [batches, dp of dest]. order: how cp splits streams.
+    """
+
+    source: Layout
+    dest: Layout
+    stage: int
+    items: ItemColumns
+    tokens: Column
+    order: Order
+
+    @property
+    def batches(self) -> int:
+        """How many micro-batches."""
+        return len(self.tokens)
+
+    @cached_property
+    def source_stream(self) -> Column:
+        """By item, the encoder's stream that it is in, numbered over micro-batches."""
+        return self.items.batch * self.source.dp + self.items.source_dp
+
+    @cached_property
+    def dest_stream(self) -> Column:
+        """By item, the language model's stream that it is in, numbered over micro-batches."""
+        return self.items.batch * self.dest.dp + self.items.dest_dp
+
+    @cached_property
+    def source_total(self) -> Column:
+        """Rows of each of the encoder's streams."""
+        return sums(self.items.rows, self.source_stream, self.batches * self.source.dp)
+
+    @cached_property
+    def source_at(self) -> Column:
+        """By item, its first row in the encoder's stream."""
+        stream, rows = self.source_stream, self.items.rows
+        order = np.argsort(stream, kind="stable")
+        at = np.empty_like(rows)
+        at[order] = before(rows[order]) - before(self.source_total)[stream[order]]
+        return at
+
+
+def plan_stack(
+    name: str,
+    stack: Stack,
+    rank: int,
+    *,
+    node_size: int | None = None,
+    spares: float = 0.0,
+    row_shape: tuple[int, ...] | None = None,
+) -> tuple[EdgePlan, ...]:
+    """plan_edge() of `rank` for each micro-batch, from source_side() and dest_side() of its items.
+
+    O(n log n) time in what this rank and those that it exchanges rows with hold and want; O(items + ranks)
+    in a few columns.
+    """
+    places = _Places.of(stack, rank, node_size)
+    source, dest = own_maps(stack, rank, node_size)
+    base = np.arange(stack.batches) * places.stride
+    own = Own(rank + base, base)
+    forward, backward = _facts(stack, places, node_size, spares)
+    there = transfers(source, dest, own, node_size=node_size, relayed=forward.relayed, moving=forward.moving)
+    back = transfers(dest, source, own, node_size=node_size, relayed=backward.relayed, moving=backward.moving)
+    return tuple(EdgePlan(name, f, (b,), row_shape) for f, b in zip(there, back, strict=True))
+
+
+def own_maps(stack: Stack, rank: int, node_size: int | None = None) -> tuple[RowMap, RowMap]:
+    """Both sides of the items that matter to this rank, micro-batches stacked."""
+    places = _Places.of(stack, rank, node_size)
+    return _maps(stack, _relevant(stack, places, node_size is not None), places.stride)
+
+
+def stack_positions(stack: Stack, rank: int) -> tuple[Column, ...]:
+    """row_positions() of `rank`, which is one of the language model's, in each micro-batch."""
+    at, parts = stack.dest.coord(rank), stack.dest.token_shards
+    own = np.arange(stack.batches) * stack.dest.dp + at.dp
+    items = stack.items.take(np.flatnonzero(stack.items.dest_dp == at.dp))
+    length = stack.tokens.reshape(-1)[own]
+    runs = read_runs(
+        stack.dest, items.rows, items.position + before(length)[items.batch], length, stack.order
+    )
+    lane = at.cp * parts + (at.tp if parts > 1 else 0)
+    batch, part = np.divmod(runs.lane, stack.dest.cp * parts)
+    mine = np.flatnonzero(part == lane)
+    token = repeat_groups(runs.token[mine], runs.length[mine])[1]
+    ends = np.cumsum(np.bincount(batch[mine], runs.length[mine], stack.batches).astype(np.int64))
+    return tuple(np.split(token, ends[:-1]))
+
+
+class _Places(NamedTuple):
+    """Where this rank is: its dp rank in the source's last stage, and in the reading stage of dest; -1 where
+    it has no rows of that side. stride: ranks of a map in a stack."""
+
+    source_dp: int
+    dest_dp: int
+    stride: int
+
+    @staticmethod
+    def of(stack: Stack, rank: int, node_size: int | None) -> _Places:
+        ends = ((stack.source, stack.source.pp - 1), (stack.dest, stack.stage))
+        at = [e.coord(rank) if rank in e.stage_ranks(stage) else None for e, stage in ends]
+        unit = node_size or 1
+        highest = max(rank, *stack.source.ranks, *stack.dest.ranks)
+        dp = [-1 if coord is None else coord.dp for coord in at]
+        return _Places(dp[0], dp[1], (highest // unit + 1) * unit)
+
+
+def _relevant(stack: Stack, places: _Places, nodes: bool) -> Column:
+    """Indices of the items that matter to this rank.
+
+    A rank gets rows from the lanes that hold what it wants, and gives to those that want what it holds. Which
+    replica sends to whom follows from all readers of a lane: so from all items of its stream. With nodes,
+    where rows enter a node follows from all rows that a reader's lane wants there.
+    """
+    held, read = stack.source_stream, stack.dest_stream
+    own_held, own_read = stack.items.source_dp == places.source_dp, stack.items.dest_dp == places.dest_dp
+
+    def with_streams(chosen: Flags, stream: Column, streams: int) -> Flags:
+        """All items of the streams of the chosen items."""
+        touched = np.zeros(streams, dtype=bool)
+        touched[stream[chosen]] = True
+        return touched[stream]
+
+    helds, reads = (stack.batches * layout.dp for layout in (stack.source, stack.dest))
+    forward = own_held | with_streams(own_read, held, helds)
+    backward = own_read | with_streams(own_held, read, reads)
+    if nodes:
+        forward = with_streams(forward, read, reads)
+        backward = with_streams(backward, held, helds)
+    return np.flatnonzero((forward | backward) & (stack.items.rows > 0))
+
+
+def _maps(stack: Stack, which: Column, stride: int) -> tuple[RowMap, RowMap]:
+    """Both sides of these items, micro-batches stacked; lanes without any of their rows are left out."""
+    rows = stack.items.rows[which]
+    streams, stream = np.unique(stack.source_stream[which], return_inverse=True)
+    total = stack.source_total[streams]
+    runs = held_runs(stack.source, rows, stack.source_at[which] + before(total)[stream], total)
+    start, stop = held_tiles(stack.source, total)
+    source = _stacked((stack.source, stack.source.pp - 1), streams, stride, runs, stop - start)
+    streams, stream = np.unique(stack.dest_stream[which], return_inverse=True)
+    length = stack.tokens.reshape(-1)[streams]
+    at = stack.items.position[which] + before(length)[stream]
+    runs = read_runs(stack.dest, rows, at, length, stack.order)
+    size = sums(runs.length, runs.lane, len(streams) * stack.dest.cp * stack.dest.token_shards)
+    packed = replace(runs, token=before(runs.length) - before(size)[runs.lane])
+    return source, _stacked((stack.dest, stack.stage), streams, stride, packed, size)
+
+
+def _stacked(end: tuple[Layout, int], streams: Column, stride: int, runs: TokenRuns, rows: Column) -> RowMap:
+    """A map of the lanes that have runs. end: a layout and its pipeline rank. streams: as numbered over
+    micro-batches. runs: with local rows for tokens. rows: by lane of the runs."""
+    layout, stage = end
+    used, lane = np.unique(runs.lane, return_inverse=True)
+    parts = layout.cp * layout.token_shards
+    batch, dp = np.divmod(streams[used // parts], layout.dp)
+    ranks = lane_ranks(layout, [stage])[dp * parts + used % parts] + (batch * stride)[:, None]
+    return RowMap(
+        lanes=tuple(map(tuple, ranks.tolist())),
+        start=runs.row,
+        length=runs.length,
+        lane=lane,
+        local=runs.token,
+        rows=rows[used],
+    )
+
+
+class _Facts(NamedTuple):
+    """Of one direction, what is equal on all ranks: by micro-batch, whether any row moves, and whether
+    rows take second hops."""
+
+    moving: Sequence[bool]
+    relayed: Sequence[bool]
+
+
+def _facts(stack: Stack, places: _Places, node_size: int | None, spares: float) -> tuple[_Facts, _Facts]:
+    """Those of both directions, forward first.
+
+    An item whose two dp ranks have no rank in common moves in both directions. One whose dp ranks have no
+    node in common enters every node that wants it, and is relayed where all ranks that share a lane and a
+    node are enough to share what enters. Other micro-batches are looked at rank by rank.
+    """
+    ends = [lane_ranks(e, [s]) for e, s in ((stack.source, stack.source.pp - 1), (stack.dest, stack.stage))]
+    separate = _separate(stack, ends, 1)
+    moving = [separate.copy(), separate.copy()]
+    relayed = [np.zeros_like(separate), np.zeros_like(separate)]
+    unsure = ~separate
+    if node_size is not None:
+        far = _separate(stack, ends, node_size)
+        for k, wanting in enumerate(ends[::-1]):
+            every, some = _hops_spare(wanting // node_size, spares)
+            relayed[k] = far & every
+            unsure |= ~relayed[k] & some
+    which = np.flatnonzero(unsure[stack.items.batch] & (stack.items.rows > 0))
+    if len(which):
+        sides = _maps(stack, which, places.stride)
+        for k, (have, want) in enumerate((sides, sides[::-1])):
+            found = moves(
+                have, want, check_held(want, offers_of(have), True), want.members[0] // places.stride
+            )
+            moving[k][: len(found)] |= found
+            if node_size is not None:
+                base = np.arange(stack.batches) * places.stride
+                relayed[k] |= second_hops(have, want, node_size, spares, base)
+    return _Facts(moving[0].tolist(), relayed[0].tolist()), _Facts(moving[1].tolist(), relayed[1].tolist())
+
+
+def _hops_spare(node: Column, spares: float) -> tuple[bool, bool]:
+    """Whether second hops spare enough wherever rows cross, and whether they may anywhere. node: of the ranks
+    of each lane that wants rows, [lanes, ranks a lane]."""
+    size = (node[:, :, None] == node[:, None, :]).sum(axis=2)  # ranks of the lane on the node of each
+    # A share that is enough everywhere is enough of all, and likewise one that is too few.
+    every = (size - 1 >= spares * size).all() and (size > 1).any(axis=1).all()
+    return bool(every), bool(spare_enough(size - 1, size, spares).any())
+
+
+def _separate(stack: Stack, ends: Sequence[Column], unit: int) -> Flags:
+    """By micro-batch, whether an item's two dp ranks have no group of `unit` ranks in common. ends: ranks of
+    each lane, of both sides."""
+    layouts, items = (stack.source, stack.dest), stack.items
+    shared = np.zeros((stack.source.dp, stack.dest.dp), dtype=bool)
+    of_dp = []
+    for layout, lanes in zip(layouts, ends, strict=True):
+        group = lanes.reshape(layout.dp, -1) // unit
+        keys = np.unique(np.arange(layout.dp)[:, None] + group * layout.dp)
+        of_dp.append(np.divmod(keys, layout.dp))
+    (held_group, held_dp), (read_group, read_dp) = of_dp
+    first = np.searchsorted(read_group, held_group, side="left")
+    size = np.searchsorted(read_group, held_group, side="right") - first
+    k, index = repeat_groups(first, size)
+    shared[held_dp[k], read_dp[index]] = True
+    witness = ~shared[items.source_dp, items.dest_dp] & (items.rows > 0)
+    return np.bincount(items.batch, witness, stack.batches) > 0

@@ -1,0 +1,91 @@
+"""Faults in `parallel.boundary`."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+STACK = "tests/parallel/boundary/test_stack.py"
+PLANS = "tests/parallel/boundary/test_plan.py::test_random_boundaries"
+
+BOUNDARY = (
+    Fault(
+        "boundary.second-hop",
+        "a second hop is taken whatever it spares",
+        "parallel/boundary/nodes.py",
+        "(spared > 0) & (spared >= spares * readers)",
+        "spared > 0",
+        "tests/parallel/boundary/test_plan.py::test_a_second_hop_is_taken_where_it_spares_enough",
+    ),
+    Fault(
+        "boundary.source-stage",
+        "rows are said to be on the encoder's first stage",
+        "parallel/boundary/sides.py",
+        "_lanes(layout, [layout.pp - 1])",
+        "_lanes(layout, [0])",
+        "tests/parallel/boundary/test_sides.py::test_the_source_holds_its_items_end_to_end",
+    ),
+    Fault(
+        "boundary.send-again",
+        "rows are sent to ranks that have them",
+        "parallel/boundary/routes.py",
+        "requested = _without_own(have, requests.reader, requested)",
+        "requested = requested",
+        PLANS,
+    ),
+    Fault(
+        "boundary.consumers",
+        "of several consumers' gradients one is taken",
+        "parallel/boundary/plan.py",
+        "partial=True) for layer in layers_of(dest)",
+        "partial=True) for layer in layers_of(dest)[:1]",
+        PLANS,
+    ),
+    Fault(
+        "stack.readers",
+        "a rank plans without the other readers of the lanes that serve it",
+        "parallel/boundary/stack.py",
+        "forward = own_held | with_streams(own_read, held, helds)",
+        "forward = own_held | own_read",
+        STACK,
+    ),
+    Fault(
+        "stack.nodes",
+        "a rank plans without the rest of what a reader wants on its node",
+        "parallel/boundary/stack.py",
+        "forward = with_streams(forward, read, reads)",
+        "forward = forward.copy()",
+        STACK,
+    ),
+    Fault(
+        "stack.moves",
+        "micro-batches in which only some ranks move rows are said not to",
+        "parallel/boundary/stack.py",
+        "moving[k][: len(found)] |= found",
+        "moving[k][: len(found)] &= found",
+        STACK,
+    ),
+    Fault(
+        "stack.second-hop",
+        "all micro-batches take second hops where lanes have two ranks on a node",
+        "parallel/boundary/stack.py",
+        "every = (size - 1 >= spares * size).all() and",
+        "every = (size > 0).all() and",
+        STACK,
+    ),
+    Fault(
+        "stack.spares",
+        "the planner does not know how much second hops must spare",
+        "parallel/boundary/cache.py",
+        "partial(plan_stack, rank=rank, node_size=node_size, spares=spares)",
+        "partial(plan_stack, rank=rank, node_size=node_size, spares=0.0)",
+        STACK,
+    ),
+    Fault(
+        "boundary.node-twice",
+        "a row crosses to a node for each lane there that wants it",
+        "parallel/boundary/nodes.py",
+        "_Lacking(cells, runs, each_row_once(runs), size)",
+        "_Lacking(cells, runs, runs, size)",
+        PLANS,
+    ),
+)
