@@ -34,6 +34,9 @@ class RunConfig(Section):
     trace: int | None = Field(
         None, ge=1, description="number of a step to draw as it ran, with a trace for Perfetto"
     )
+    node_size: int | None = Field(
+        None, ge=1, description="ranks a node; by default as many as torchrun starts on each"
+    )
     tensorboard: bool = Field(False, description="write losses, norms, rates and lifts for TensorBoard too")
 
 

@@ -6,6 +6,7 @@ encoders, which are torch modules, checks them too and returns the blueprint.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,14 +18,14 @@ from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
 from mm.config.build import build
-from mm.config.outline import SINK, frozen_modules, schedule_of, weights_gathered
+from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
 from mm.config.schema import Config
 from mm.errors import Refused
-from parallel.schedule import SchedulePlan
+from parallel.schedule import ModuleUse, SchedulePlan
 from parallel.schedule.checker.check import check
 from parallel.schedule.generators.refuse import check_stages
-from parallel.schedule.plan import Params
 from parallel.topology.axis import Axes
+from parallel.topology.data_parallel import Policy, Shards, shards_of
 from parallel.topology.layout import Changes, Layout, Unfit, check_divides
 from parallel.topology.stage import Stage
 
@@ -116,9 +117,37 @@ class Blueprint:
         use = self.inputs.encoders[module]
         return int(use.cls.feature_levels(use.cfg))
 
-    def params(self, module: str) -> Params:
-        """When a module's weights are gathered (outline.weights_gathered)."""
-        return weights_gathered(self.cfg, module)
+    @property
+    def node_size(self) -> int | None:
+        """Ranks a node, by the config or as torchrun starts them; None where one node has all of them."""
+        n = self.cfg.run.node_size or int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        return n if n < self.world else None
+
+    def shards(self, module: str) -> Shards:
+        """Into how many shards a module's weights are split; raises Unfit where nodes do not allow it."""
+        return shards_of(self.layouts[module], self.policies[module], self.node_size)
+
+    @cached_property
+    def policies(self) -> Mapping[str, Policy]:
+        """By module, its data-parallel policy: the config's, or by the module's size."""
+        from mm.plan.data_parallel import default_policy
+
+        return {m: given_policy(self.cfg, x) or default_policy(self, m) for m, x in self.layouts.items()}
+
+    @cached_property
+    def uses(self) -> Mapping[str, ModuleUse]:
+        """The modules as schedules need them."""
+        out = {}
+        for m in self.modules:
+            use = ModuleUse(
+                self.layouts[m],
+                m in self.frozen,
+                experts=m == SINK and "E" in self.llm.kinds,
+                layers=self.stages[m][-1].stop,
+                enters=(0,) if m == SINK else self.enters(m),
+            )
+            out[m] = with_policy(use, self.policies[m])
+        return out
 
     def schedule(self, active: Sequence[Collection[str]], *, train: bool = True) -> SchedulePlan:
         """The schedule of a step. active: by micro-batch, the encoders that have items in it.
@@ -128,9 +157,7 @@ class Blueprint:
         """
         key = (train, tuple(frozenset(a) for a in active))
         if key not in self._schedules:
-            layers = {m: stages[-1].stop for m, stages in self.stages.items()}
-            enters = {m: self.enters(m) for m in self.inputs.encoders}
-            plan = schedule_of(self.cfg, self.layouts, layers, self.frozen, active, enters, train=train)
+            plan = schedule_of(self.cfg, self.uses, active, train=train)
             check(plan)
             self._schedules[key] = plan
         return self._schedules[key]
@@ -195,6 +222,8 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
         mtp_depths=llm.mtp_layers,
     )
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
+    for m in blueprint.modules:
+        blueprint.shards(m)  # raises where nodes do not allow it
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # raises where no schedule fits
     return blueprint
 
@@ -293,22 +322,3 @@ def bare_module(
     module.encoder.timeout_s = cfg.run.timeout_s
     module.freeze(enc.freeze)
     return module
-
-
-def elements_per_rank(blueprint: Blueprint, name: str) -> int:
-    """Weights of module `name` on the rank that holds most of them, as if every share were even."""
-    from parallel.sharding.param import declared
-
-    layout = blueprint.layouts[name]
-    data, folded = layout.dp * layout.cp, max(layout.tp, layout.ep, layout.etp) > 1
-    held = [0] * layout.pp
-    for i, stage in enumerate(blueprint.stages[name]):
-        for _, param, spec in declared(bare_module(blueprint, name, Axes(), stage)):
-            sharded = spec.shard_dim is not None
-            if spec.view == "expert" and folded:
-                etp = layout.etp if spec.etp_dim is not None else 1
-                ranks = layout.edp * (layout.ep if sharded else 1) * etp
-            else:
-                ranks = data * (layout.tp if sharded and spec.view == "dense" else 1)
-            held[i % layout.pp] += -(-param.numel() // ranks)
-    return max(held)

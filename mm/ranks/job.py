@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from encoders.module import EncoderModule
 from llm.model import LLM, precise_modules
 from mm.config.outline import SINK
 from mm.data.index import load_index
@@ -22,6 +21,7 @@ from mm.data.sample import Index
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, bare_module
+from mm.plan.data_parallel import layers_of
 from mm.plan.select import select
 from mm.plan.step_plan import Edge
 from mm.ranks.batch import Assembler
@@ -129,7 +129,11 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     for m in blueprint.modules:
         tied = m == SINK and bool(blueprint.shared)
         meshes[m] = build_mesh(
-            blueprint.layouts[m], rank.device.type, timeout_s=cfg.run.timeout_s, tie_ends=tied
+            blueprint.layouts[m],
+            rank.device.type,
+            timeout_s=cfg.run.timeout_s,
+            tie_ends=tied,
+            shards=blueprint.shards(m),
         )
     boundaries = _boundaries(blueprint, rank)
     here = {m: mesh for m, mesh in meshes.items() if mesh is not None}
@@ -174,13 +178,6 @@ def _boundaries(blueprint: Blueprint, rank: RankInfo) -> dict[Edge, Directions[B
     return out
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of a module that FSDP gathers and frees one at a time."""
-    assert isinstance(module, LLM | EncoderModule)
-    mtp_layers = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
-    return [*module.layers, *mtp_layers]
-
-
 def _build_parts(blueprint: Blueprint, name: str, mesh: ModuleMesh, rank: RankInfo) -> dict[int, nn.Module]:
     layout, stages = blueprint.layouts[name], blueprint.stages[name]
     mine = range(layout.coord(rank.rank).pp, len(stages), layout.pp)
@@ -194,8 +191,9 @@ def _build_part(
     make = partial(bare_module, blueprint, name, mesh.axes, blueprint.stages[name][stage])
     module = make()
     precise = precise_modules(module) if isinstance(module, LLM) else []
-    layers = _layers(module) if cfg.train.shard == "layer" else []
-    policy = ShardPolicy(layers, compute if compute != stored else None, precise)
+    layers = layers_of(module) if cfg.train.shard == "layer" else []
+    held = blueprint.uses[name].params != "each"
+    policy = ShardPolicy(layers, compute if compute != stored else None, precise, keep=held)
     shard_module(module, mesh, policy, param_dtype=stored)
     again = partial(make, "cpu") if name != SINK else None  # the language model declares its buffers
     try:

@@ -298,13 +298,13 @@ def init_distributed(cfg: Config) -> RankInfo:
         timeout=timedelta(seconds=cfg.run.timeout_s),
     )
     name, relaunched = _name_launch(store) if rank == 0 else ("", False)
-    node_size = local_ranks if local_ranks < world else None
+    node_size = cfg.run.node_size or local_ranks
     return RankInfo(
         rank,
         world,
         device,
         store=store,
-        node_size=node_size,
+        node_size=node_size if node_size < world else None,
         timeout_s=cfg.run.timeout_s,
         launch=name,
         relaunched=relaunched,

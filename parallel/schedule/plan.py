@@ -7,16 +7,15 @@ distinct places.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-from parallel.schedule.action import Action
+from parallel.schedule.action import BACKWARD, BACKWARD_WEIGHT, Action, Kind
+from parallel.topology.data_parallel import Params, Sums
 from parallel.topology.groups import Group
 from parallel.topology.layout import Layout
-
-Params = Literal["each", "step", "replicated"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,11 @@ class ModuleUse:
     """A module as a schedule needs it.
 
     frozen: its weights have no gradients. Gradients still pass through a frozen language model to encoders.
-    params: where its parameters are held and gathered. "each": sharded over dp; each forward and backward
-        gathers them, as FSDP does, and the last backward reduces their gradients. "step": sharded over dp;
-        GATHER and FREE gather them once a step, and GRAD_SYNC reduces gradients. "replicated": every rank
-        holds them whole, and GRAD_SYNC reduces gradients.
+    params: when its weights are whole. "each": each forward and backward gathers them, as FSDP does. "step":
+        GATHER and FREE do, once a step. "replicated": before the step and after it too.
+    sums: when its gradients are summed over the data ranks: in each "backward", or once a "step". The last
+        backward does that, or GRAD_SYNC where places come to their last backward in different orders.
+    experts: whether it has any, which data ranks of their own (edp) hold.
     layers: how many it has, so that more stages than layers are refused; None if not known.
     enters: for a source, the stages of the sink that its rows enter. Each gets rows of its own.
     """
@@ -35,8 +35,14 @@ class ModuleUse:
     layout: Layout
     frozen: bool = False
     params: Params = "each"
+    sums: Sums = "step"
+    experts: bool = False
     layers: int | None = None
     enters: tuple[int, ...] = (0,)
+
+    def sums_in(self, kind: Kind, last: bool) -> bool:
+        """Whether a computation sums gradients over the data ranks. last: it is the stage's last backward."""
+        return kind in (BACKWARD, BACKWARD_WEIGHT) and not self.frozen and (last or self.sums == "backward")
 
     @property
     def stages(self) -> int:
@@ -157,7 +163,8 @@ class SchedulePlan:
         if group.scope == "edge":
             both = frozenset().union(*self.ends(group.module, group.stage))
             return (tuple(r for r, p in self.program_of.items() if p in both),)
-        return self.modules[group.module].layout.groups(group.axis)
+        axes = ("cp", "dp") if group.axis == "data" else group.axis
+        return self.modules[group.module].layout.groups(axes)
 
     def program_sets(self, group: Group) -> tuple[frozenset[int], ...]:
         """The distinct sets of programs that groups of a name join; members must agree on an order."""
@@ -180,17 +187,23 @@ def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:
     return {rank: tuple(row) for rank, row in out.items()}
 
 
-def compute_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
-    """The groups whose collectives a forward or backward of a module runs, in order."""
+def compute_groups(module: str, use: ModuleUse, kind: Kind, summed: bool) -> tuple[Group, ...]:
+    """The groups whose collectives a computation of a module runs, in order.
+
+    summed: whether it sums the gradients of the step, as the last backward does where GRAD_SYNC does not.
+    """
     axes = [a for a in ("tp", "cp", "ep", "etp") if getattr(use.layout, a) > 1]
+    moved = use.params == "each" or use.sums_in(kind, summed)
     return (
-        *(parameter_groups(module, use) if use.params == "each" else ()),
+        *(parameter_groups(module, use) if moved else ()),
         *(Group("module", module, a) for a in axes),
     )
 
 
 def parameter_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
-    """The groups over which parameters are gathered and gradients summed: dp, and edp for sharded experts."""
+    """The groups over which parameters are gathered and gradients summed: "data", which is dp x cp, and edp
+    for sharded experts."""
     layout = use.layout
-    axes: Sequence[str] = ("dp", "edp") if layout.ep * layout.etp > 1 else ("dp",)
-    return tuple(Group("module", module, a) for a in axes if getattr(layout, a) > 1)
+    folded = layout.ep * layout.etp > 1 or (use.experts and layout.tp > 1)
+    sizes = {"data": layout.dp * layout.cp, "edp": layout.edp if folded else 1}
+    return tuple(Group("module", module, a) for a, n in sizes.items() if n > 1)

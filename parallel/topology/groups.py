@@ -43,7 +43,7 @@ class Group(NamedTuple):
         """
         if self.scope == "world":
             return "world"
-        if self.axis in ("dp", "edp"):
+        if self.axis in ("data", "edp"):
             return "parameters"
         return "compute" if self.scope == "module" and not self.direction else str(self)
 

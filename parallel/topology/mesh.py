@@ -19,8 +19,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.topology.axis import Axes, Axis
+from parallel.topology.data_parallel import Shards
 from parallel.topology.directions import Directions
 from parallel.topology.layout import Layout, View
+
+REPLICA = "replica"  # the axis of ranks that hold the same shards
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class ModuleMesh:
     """The meshes of a module as one of its ranks sees them.
 
     layout: the layout that the meshes were made of.
-    dense: DeviceMesh (data, tp) of this pipeline rank. data is dp x cp: replicas of the weights that see
-        different tokens.
-    expert: DeviceMesh (edp, ep, etp) of this pipeline rank.
+    dense: DeviceMesh (data, tp) of this pipeline rank. data is dp x cp: the ranks that see different tokens,
+        over which weights are sharded. Where it has more ranks than shards, (replica, data, tp).
+    expert: DeviceMesh (edp, ep, etp) of this pipeline rank, or (replica, edp, ep, etp).
     axes: what layers compute over.
     stage: all ranks of this pipeline rank.
     pipeline: the ranks that differ along pp alone. Activations and gradients have a group each, since each
@@ -61,8 +64,26 @@ class ModuleMesh:
 
     @property
     def data(self) -> DeviceMesh:
-        """The mesh over which FSDP shards the dense weights: dp x cp."""
+        """The mesh over which FSDP shards the dense weights: dp x cp, or the part of it with one replica."""
         return self.over("dense", "data")
+
+    def replicas(self, view: View) -> int:
+        """How many data ranks hold the same shard of a weight."""
+        mesh = self.dense if view == "dense" else self.expert
+        names = mesh.mesh_dim_names or ()
+        return mesh.size(names.index(REPLICA)) if REPLICA in names else 1
+
+    def data_parallel(self, view: View) -> DeviceMesh:
+        """The mesh that FSDP takes: (data) or (replica, data), with edp for data in the expert view."""
+        data = "data" if view == "dense" else "edp"
+        mesh = self.dense if view == "dense" else self.expert
+        return self.over(view, *(n for n in (REPLICA, data) if n in (mesh.mesh_dim_names or ())))
+
+    @property
+    def data_groups(self) -> list[dist.ProcessGroup]:
+        """Groups such that sums over one after the other are sums over dp x cp."""
+        mesh = self.data_parallel("dense")
+        return [mesh.get_group(k) for k in range(mesh.ndim) if mesh.size(k) > 1]
 
     @property
     def folded(self) -> bool:
@@ -81,20 +102,28 @@ class ModuleMesh:
 
 
 def build_mesh(
-    layout: Layout, device_type: str, *, timeout_s: float = 120.0, tie_ends: bool = False
+    layout: Layout,
+    device_type: str,
+    *,
+    timeout_s: float = 120.0,
+    tie_ends: bool = False,
+    shards: Shards | None = None,
 ) -> ModuleMesh | None:
     """Make the groups of `layout`; every rank of the job calls this, in the same order of modules.
 
     timeout_s: timeout of all groups, in seconds. tie_ends: whether to make the groups of first and last
-    pipeline ranks. Returns None on ranks that the module does not live on. Needs an initialised default
+    pipeline ranks. shards: into how many shards weights are split (data_parallel.shards_of); None: as many as
+    there are data ranks. Returns None on ranks that the module does not live on. Needs an initialised default
     process group.
     """
+    n = shards or Shards(layout.dp * layout.cp, layout.edp)
     rank, limit = dist.get_rank(), timedelta(seconds=timeout_s)
     dense, expert, stages = [], [], []
     for pp in range(layout.pp):
         ranks = torch.tensor(layout.stage_ranks(pp))
-        dense.append(_mesh(device_type, ranks.view(-1, layout.tp), ("data", "tp"), limit))
-        expert.append(_mesh(device_type, ranks.view(-1, layout.ep, layout.etp), ("edp", "ep", "etp"), limit))
+        by_tp, by_expert = ranks.view(-1, layout.tp), ranks.view(-1, layout.ep, layout.etp)
+        dense.append(_mesh(device_type, *_replicated(by_tp, ("data", "tp"), n.dense), limit))
+        expert.append(_mesh(device_type, *_replicated(by_expert, ("edp", "ep", "etp"), n.expert), limit))
         stages.append(ordered_group(ranks.tolist(), limit))
     cp = _own_group(layout.groups("cp"), limit) if layout.cp > 1 else None
     lines = layout.groups("pp") if layout.pp > 1 else ()
@@ -125,6 +154,15 @@ def build_mesh(
         pipeline=pipeline,
         ends=ends,
     )
+
+
+def _replicated(
+    ranks: torch.Tensor, axes: tuple[str, ...], shards: int
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """`ranks` and the names of its dims; with a dim for replicas, where dim 0 has more ranks than shards."""
+    if ranks.shape[0] == shards:
+        return ranks, axes
+    return ranks.view(-1, shards, *ranks.shape[1:]), (REPLICA, *axes)
 
 
 def _mesh(

@@ -147,11 +147,18 @@ def _needed(
 
 def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
     """Actions with other groups or another peer than they use."""
-    uses = {(kind, m): _groups(kind, m, use) for kind in Kind for m, use in plan.modules.items()}
+    uses = {
+        (kind, m, summed): _groups(kind, m, use, summed)
+        for kind in Kind
+        for m, use in plan.modules.items()
+        for summed in (False, True)
+    }
+    late = {(a.module, a.stage) for a in actions if a.kind is Kind.GRAD_SYNC}
     for a in actions:
         if a.module not in plan.modules:
             continue  # reported as not needed
-        wanted, step = uses[a.kind, a.module], _PEER.get(a.kind)
+        summed = a.last and (a.module, a.stage) not in late
+        wanted, step = uses[a.kind, a.module, summed], _PEER.get(a.kind)
         if a.kind in BOUNDARY:
             wanted = (wanted[0]._replace(stage=a.stage),)
         peer = None if step is None else a.stage + step
@@ -162,10 +169,10 @@ def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[st
             )
 
 
-def _groups(kind: Kind, module: str, use: ModuleUse) -> tuple[Group, ...]:
-    """The groups that an action uses."""
+def _groups(kind: Kind, module: str, use: ModuleUse, summed: bool) -> tuple[Group, ...]:
+    """The groups that an action uses. summed: it sums the gradients of the step."""
     if kind in COMPUTE:
-        return compute_groups(module, use)
+        return compute_groups(module, use, kind, summed)
     if kind in BOUNDARY:
         return (Group("edge", module, direction=_DIRECTION[kind]),)
     if kind in SENDS or kind in RECEIVES:
@@ -224,8 +231,9 @@ def _of_stage(
     wanted = {Kind.GATHER: 0, Kind.FREE: 0, Kind.GRAD_SYNC: 0}
     if use.params == "step" and sharded:
         wanted |= {Kind.GATHER: 1, Kind.FREE: 1}
-    if use.params != "each" and sharded and final is not None and not use.frozen:
-        wanted[Kind.GRAD_SYNC] = 1
+    alone = use.params != "each" and use.sums == "step" and not use.frozen
+    if alone and sharded and final is not None and on.get(Kind.GRAD_SYNC):
+        wanted[Kind.GRAD_SYNC] = 1  # else the last backward sums: _named() asks for its groups
     found = {kind: on.get(kind, ()) for kind in wanted}
     for kind, n in wanted.items():
         if len(found[kind]) != n:

@@ -65,7 +65,13 @@ class _Writer:
         self.problem, self.modules, self.sink, self.late = problem, problem.modules, problem.sink, late
         self.active = problem.active
         self.sources = [m for m in self.modules if m != self.sink]
-        self.compute = {m: compute_groups(m, u) for m, u in self.modules.items()}
+        # By what compute_groups() takes, for plans have many computations and few kinds of them.
+        self.compute = {
+            (m, kind, summed): compute_groups(m, u, kind, summed)
+            for m, u in self.modules.items()
+            for kind in COMPUTE
+            for summed in (False, True)
+        }
         self.parameters = {m: parameter_groups(m, u) for m, u in self.modules.items()}
         self.links = {
             m: Directions(
@@ -103,7 +109,7 @@ class _Writer:
                 continue
             key = (w.module, w.stage)
             last = final.get(key) == k
-            groups = self.compute[w.module]
+            groups = self.compute[w.module, w.kind, last and w.module not in self.late]
             out.append(Action(w.kind, w.module, w.microbatch, w.stage, last=last, span=w.span, groups=groups))
             out += self._after(w)
             free = end[key] == k and key in stepwise
@@ -119,7 +125,8 @@ class _Writer:
     def _closing(self, key: StageKey, after_last: bool, free: bool) -> list[Action]:
         """What a stage's parameters need after its last backward, and after its last computation."""
         use = self.modules[key[0]]
-        sums = after_last and use.params != "each" and not use.frozen and bool(self.parameters[key[0]])
+        late = after_last and key[0] in self.late
+        sums = late and use.params != "each" and not use.frozen and bool(self.parameters[key[0]])
         kinds = [kind for kind, needed in ((Kind.GRAD_SYNC, sums), (Kind.FREE, free)) if needed]
         return [self._on_parameters(kind, key) for kind in kinds]
 

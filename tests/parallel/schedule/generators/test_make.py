@@ -112,11 +112,22 @@ def test_parameters_are_gathered_once_a_step_on_request() -> None:
     plan = plan_of("auto", 4, 2, {"vision": {"params": "step"}, "llm": {"pp": 2, "params": "replicated"}})
     check(plan)
     found = [str(a) for a in plan.actions(0) if a.kind in (Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC)]
-    assert found == ["gather(vision, 0)", "grad_sync(llm, 0)", "grad_sync(vision, 0)", "free(vision, 0)"]
-    data = Group("module", "vision", "dp")
-    assert all(data not in a.groups for a in plan.actions(0) if a.kind in COMPUTE)
+    assert found == ["gather(vision, 0)", "free(vision, 0)"]
+    data = Group("module", "vision", "data")
+    moved = [a for a in plan.actions(0) if a.kind in COMPUTE and data in a.groups]
+    assert moved == [a for a in plan.actions(0) if a.module == "vision" and a.last]  # it sums gradients
+    filled = plan_of("fill", 4, 4, {"vision": {"params": "step"}, "llm": {"pp": 2, "params": "replicated"}})
+    check(filled)
+    at_end = [str(a) for a in filled.actions(0)][-2:]
+    assert at_end == ["grad_sync(vision, 0)", "free(vision, 0)"]
+    assert all(data not in a.groups for a in filled.actions(0) if a.kind in COMPUTE)
     each = plan_of("auto", 4, 2, {"vision": {}, "llm": {"pp": 2}})
     assert {a.groups for a in each.actions(0) if a.module == "vision" and a.kind is F} == {(data,)}
+    sharded = {"vision": {"params": "replicated", "sums": "backward"}, "llm": {"pp": 2}}
+    plan = plan_of("auto", 4, 2, sharded)
+    check(plan)
+    held = {(a.kind, a.groups) for a in plan.actions(0) if a.module == "vision" and a.kind in COMPUTE}
+    assert held == {(F, ()), (B, (data,))}
 
 
 def filled(m: int, pp: int, share: float, **options: Any) -> tuple[float, float, float]:
