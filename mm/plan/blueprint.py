@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     import encoders
+    from mm.plan.data_parallel import Weight
     from mm.plan.step_plan import Edge, EncoderUse, PlanInputs
     from parallel.sequence.stream import Order
 
@@ -50,6 +51,11 @@ class Blueprint:
     inputs: PlanInputs  # its encoders are in the config's order, which is the order of their actions
     # By (train, active encoders of each micro-batch).
     _schedules: dict[tuple[bool, tuple[frozenset[str], ...]], SchedulePlan] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    # By module and stage, what mm/plan/data_parallel.py has found of its weights.
+    weights: dict[tuple[str, int], list[list[Weight]]] = field(
         default_factory=dict, compare=False, repr=False
     )
 

@@ -6,14 +6,15 @@ not divide is padded.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from parallel.schedule.action import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, COMPUTE, FORWARD, Action
+from parallel.schedule.action import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Action, Kind
 from parallel.topology.axis import Axes
-from parallel.topology.data_parallel import POLICIES, Policy, Shards, shards_of
+from parallel.topology.data_parallel import POLICIES, Holding, Policy, Shards, shards_of
 from parallel.topology.layout import Layout, Unfit
 
 if TYPE_CHECKING:
@@ -131,52 +132,88 @@ def default_policy(blueprint: Blueprint, name: str) -> Policy:
     return "step" if max(held) <= MOST_HELD else "zero3"
 
 
+class Weight(NamedTuple):
+    """A weight as a rank holds it before the data ranks share it.
+
+    sharded: dims that tp, ep or etp shard. item: bytes of an element as it is gathered.
+    """
+
+    shape: tuple[int, ...]
+    sharded: tuple[int, ...]
+    trained: bool
+    expert: bool
+    item: int
+    own_layer: bool
+
+
 def units_of(blueprint: Blueprint, name: str, stage: int, shards: Shards) -> list[Unit]:
-    """The units of a stage, in the order in which FSDP takes their weights (sharding.shard_module)."""
+    """The units of a stage, in the order in which FSDP takes their weights."""
+    layout, out = blueprint.layouts[name], []
+    for weights in _weights(blueprint, name, stage):
+        expert = weights[0].expert
+        n = shards.expert if expert else shards.dense
+        ranks = layout.edp if expert else layout.dp * layout.cp
+        pairs = [(math.prod(w.shape), _shard(w, n)) for w in weights]
+        learns = [w.trained for w in weights]
+        whole, shard = (
+            Size(sum(column), sum(itertools.compress(column, learns))) for column in zip(*pairs, strict=True)
+        )
+        first = weights[0]
+        out.append(Unit(whole, shard, n, ranks // n, item=first.item, own_layer=first.own_layer))
+    return out
+
+
+def _shard(weight: Weight, shards: int) -> int:
+    """Elements of the first of the shards of a weight."""
+    from parallel.sharding.shard import data_dim
+
+    dim = data_dim(weight.shape, weight.sharded, shards)
+    return math.prod(weight.shape) // max(weight.shape[dim], 1) * -(-weight.shape[dim] // shards)
+
+
+def _weights(blueprint: Blueprint, name: str, stage: int) -> list[list[Weight]]:
+    """The weights of a stage by unit, as sharding.shard_module makes units; found once."""
     from llm.model import LLM, precise_modules
     from mm.plan.blueprint import bare_module
     from parallel.sharding.param import declared, own_specs
 
-    layout, stored = blueprint.layouts[name], blueprint.stored_dtype.itemsize
+    if (name, stage) in blueprint.weights:
+        return blueprint.weights[name, stage]
+    layout, stored, item = blueprint.layouts[name], blueprint.stored_dtype.itemsize, blueprint.dtype.itemsize
     module = bare_module(blueprint, name, Axes(), blueprint.stages[name][stage])
     by_layer = blueprint.cfg.train.shard == "layer"
     roots: list[tuple[nn.Module, bool, int]] = []  # (module, whether of experts, bytes of an element)
-    if blueprint.dtype != blueprint.stored_dtype and isinstance(module, LLM):
+    if item != stored and isinstance(module, LLM):
         roots += [(sub, False, stored) for sub in precise_modules(module)]
-    folded = max(layout.tp, layout.ep, layout.etp) > 1
-    if folded:
+    if max(layout.tp, layout.ep, layout.etp) > 1:
         subs = (sub for sub in module.modules() for s in own_specs(sub).values() if s.view == "expert")
-        roots += [(sub, True, blueprint.dtype.itemsize) for sub in dict.fromkeys(subs)]
-    whole_units = [*(layers_of(module) if by_layer else ()), module]
-    roots += [(sub, False, blueprint.dtype.itemsize) for sub in whole_units]
+        roots += [(sub, True, item) for sub in dict.fromkeys(subs)]
+    roots += [(sub, False, item) for sub in (*(layers_of(module) if by_layer else ()), module)]
     taken: set[int] = set()
-    out = []
-    for root, expert, item in roots:
-        n = shards.expert if expert else shards.dense
-        ranks = layout.edp if expert else layout.dp * layout.cp
+    units = []
+    for root, expert, size in roots:
         found = []
         for _, param, spec in declared(root):
             if id(param) not in taken and param.ndim:
                 taken.add(id(param))
-                found.append((_sizes(tuple(param.shape), spec, layout, n), param.requires_grad))
-        if found:
-            pairs = [sizes for sizes, _ in found], [sizes for sizes, learns in found if learns]
-            whole, shard = (Size(*(sum(x[k] for x in sizes) for sizes in pairs)) for k in (0, 1))
-            own_layer = by_layer and root is not module
-            out.append(Unit(whole, shard, n, ranks // n, item=item, own_layer=own_layer))
-    return out
+                shape, sharded = _local(tuple(param.shape), spec, layout)
+                own_layer = by_layer and root is not module
+                found.append(
+                    Weight(shape, sharded, param.requires_grad, expert, item=size, own_layer=own_layer)
+                )
+        units += [found] if found else []
+    blueprint.weights[name, stage] = units
+    return units
 
 
-def _sizes(shape: tuple[int, ...], spec: ParamSpec, layout: Layout, shards: int) -> tuple[int, int]:
-    """Elements of a weight on a rank before the data ranks share it, and of the first shard of `shards`."""
-    from parallel.sharding.shard import data_dim
-
+def _local(
+    shape: tuple[int, ...], spec: ParamSpec, layout: Layout
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape of a rank's part, its dims that are sharded) by tp, or by ep and etp."""
     wanted = {"tp": spec.shard_dim} if spec.view == "dense" else {"ep": spec.shard_dim, "etp": spec.etp_dim}
     sizes = {"tp": layout.tp, "ep": layout.ep, "etp": layout.etp}
     over = {dim: sizes[axis] for axis, dim in wanted.items() if dim is not None and sizes[axis] > 1}
-    local = tuple(n // over.get(k, 1) for k, n in enumerate(shape))
-    dim, elements = data_dim(local, over.keys(), shards), math.prod(local)
-    return elements, elements // max(local[dim], 1) * -(-local[dim] // shards)
+    return tuple(n // over.get(k, 1) for k, n in enumerate(shape)), tuple(over)
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
@@ -198,27 +235,54 @@ def cost(
     optimizer has them, and of gradients' sums.
     """
     holding, flat = POLICIES[policy], [u for own in units.values() for u in own]
-    learns = any(a.kind in COMPUTE and a.kind is not FORWARD for a in actions)
-    layers = [u for u in flat if u.own_layer]
-    gathered = sum(u.gathered for u in flat)
-    rest = step = sum(u.shard.every + 2 * u.shard.trained for u in flat) * stored
-    rest += gathered if holding.params == "replicated" else 0
-    # Layers that are freed after a forward or a backward are whole in it only, one at a time.
-    step += gathered - sum(u.gathered for u in layers) if holding.params == "each" else gathered
-    peak = max((u.gathered for u in layers), default=0) if holding.params == "each" else 0
-    if learns and holding.sums == "step":
-        step += sum(u.whole.trained for u in flat) * stored
-    elif learns:
-        step += sum(u.shard.trained for u in flat) * stored
-        peak += sum(u.whole.trained * u.item for u in flat if not u.own_layer)
-        peak += max((u.whole.trained * u.item for u in layers), default=0)
-    moved = (_moved(units[s], policy, [a for a in actions if a.stage == s], stored) for s in units)
-    return PolicyCost(rest, step, step + peak, sum(moved, start=Moved()))
+    fixed = sum(u.shard.every + 2 * u.shard.trained for u in flat) * stored
+    # FSDP frees after a backward. Without one, as in a frozen encoder, weights stay as a forward leaves them.
+    stay = holding.params == "each" and not any(a.kind in (BACKWARD, BACKWARD_INPUT) for a in actions)
+    whole = sum(u.gathered for u in flat if holding.params == "replicated" or (stay and not u.own_layer))
+    step, peak = _most_held(units, holding, actions, stored)
+    moved = (_moved(units[s], holding, [a for a in actions if a.stage == s], stored) for s in units)
+    return PolicyCost(fixed + whole, fixed + step, fixed + peak, sum(moved, start=Moved()))
 
 
-def _moved(units: Sequence[Unit], policy: Policy, actions: Sequence[Action], stored: int) -> Moved:
+def _most_held(
+    units: Mapping[int, Sequence[Unit]], holding: Holding, actions: Sequence[Action], stored: int
+) -> tuple[int, int]:
+    """The most bytes of whole weights and of gradients between the actions of a step, and in one of them."""
+    weights, gradients = dict.fromkeys(units, 0), dict.fromkeys(units, 0)
+    late = {a.stage for a in actions if a.kind is Kind.GRAD_SYNC}
+    if holding.params == "replicated":
+        weights = {s: sum(u.gathered for u in own) for s, own in units.items()}
+    step = peak = sum(weights.values())
+    for a in actions:
+        if a.stage not in units:
+            continue
+        own = units[a.stage]
+        lasting = [u for u in own if holding.params != "each" or not u.own_layer]
+        # Layers that are freed after a forward or a backward are whole in it only, one at a time.
+        passing = [u for u in own if u.own_layer]
+        shards = sum(u.shard.trained for u in own) * stored
+        if a.kind in (FORWARD, BACKWARD, BACKWARD_INPUT, Kind.GATHER):
+            weights[a.stage] = sum(u.gathered for u in lasting)
+        during = 0 if holding.params != "each" else max((u.gathered for u in passing), default=0)
+        if a.kind in (BACKWARD, BACKWARD_WEIGHT):
+            if holding.sums == "step":
+                gradients[a.stage] = sum(u.whole.trained for u in own) * stored
+            else:
+                gradients[a.stage] = shards
+                during += sum(u.whole.trained * u.item for u in own if not u.own_layer)
+                during += max((u.whole.trained * u.item for u in passing), default=0)
+        peak = max(peak, sum(weights.values()) + sum(gradients.values()) + during)
+        freed = holding.params == "each" and a.kind in (BACKWARD, BACKWARD_INPUT)
+        if freed or a.kind is Kind.FREE:
+            weights[a.stage] = 0
+        if (a.last and a.stage not in late) or a.kind is Kind.GRAD_SYNC:
+            gradients[a.stage] = shards
+        step = max(step, sum(weights.values()) + sum(gradients.values()))
+    return step, peak
+
+
+def _moved(units: Sequence[Unit], holding: Holding, actions: Sequence[Action], stored: int) -> Moved:
     """What the units of one stage move in a step."""
-    holding = POLICIES[policy]
     backwards = sum(a.kind in (BACKWARD, BACKWARD_WEIGHT) for a in actions)
     out = Moved()
     for u in units:
@@ -237,12 +301,13 @@ def _moved(units: Sequence[Unit], policy: Policy, actions: Sequence[Action], sto
     return out
 
 
-def gathers(actions: Iterable[Action], own_layer: bool) -> int:
+def gathers(actions: Sequence[Action], own_layer: bool) -> int:
     """How often FSDP gathers a unit around the computations of its stage, in order.
 
-    A unit stays whole from a forward to the next backward, and a layer of its own to the end of the forward.
+    A unit stays whole from a forward to the next backward, for good if there is none, and a layer of its own
+    to the end of the forward.
     """
-    n, whole = 0, False
+    n, whole = 0, not own_layer and not any(a.kind in (BACKWARD, BACKWARD_INPUT) for a in actions)
     for a in actions:
         if a.kind in (FORWARD, BACKWARD, BACKWARD_INPUT):
             n += not whole

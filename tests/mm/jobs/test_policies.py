@@ -219,4 +219,9 @@ def test_each_policy_moves_and_holds_what_the_plan_states(ranks: Any) -> None:
             cases.append(raw)
     for raw, found in zip(cases, ranks(4, measure, cases, timeout=240)[0], strict=True):
         for m, (stated, did) in found.items():
-            assert stated == did, (raw["layout"][m], raw["schedule"], m)
+            split = (
+                "kind" in raw["schedule"] and m == "llm"
+            )  # the first half of a backward makes some gradients
+            n = 2 if split else 3
+            assert stated[:n] == did[:n], (raw["layout"][m], raw["schedule"], m)
+            assert not split or did[2] == pytest.approx(stated[2], rel=0.1)
