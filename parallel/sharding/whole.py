@@ -49,9 +49,15 @@ def sum_now(module: nn.Module, summed: bool, *, final: bool) -> None:
     FSDP has no public call for it. Its callback at the end of a backward does this for the units that no
     backward has gone through, which is all of them here.
     """
-    sum_in_backward(module, summed, final=final)
     assert isinstance(module, FSDPModule)
-    module._get_fsdp_state()._root_post_backward_final_callback()
+    end_of_backward = module._get_fsdp_state()._root_post_backward_final_callback
+    # First without a sum: gradients of this and of an earlier moment may have two dtypes, which are added up
+    # in that of the sum.
+    sum_in_backward(module, False, final=False)
+    end_of_backward()
+    if summed:
+        sum_in_backward(module, True, final=final)
+        end_of_backward()
 
 
 def _units(module: nn.Module) -> Iterator[FSDPModule]:

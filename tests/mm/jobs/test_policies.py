@@ -205,17 +205,17 @@ def measure(raws: list[dict[str, Any]]) -> list[dict[str, tuple[Any, Any]]]:
 def test_each_policy_moves_and_holds_what_the_plan_states(ranks: Any) -> None:
     """Rank 0 has the largest shards. Only its policies differ between the jobs of a schedule."""
     cases = []
-    for layout, schedule, by_layer, policies in (
-        ({"ep": 2}, {}, False, POLICIES),
-        ({"pp": 2}, {}, True, ("zero2", "zero3")),
-        ({"pp": 2}, {"kind": "zero_bubble"}, False, ("zero1", "zero3")),
+    for layout, schedule, train, policies in (
+        ({"ep": 2}, {}, {}, POLICIES),
+        ({"pp": 2}, {}, {"shard": "layer"}, ("zero2", "zero3")),
+        ({"pp": 2}, {"kind": "zero_bubble"}, {"dtype": "bfloat16"}, ("zero1", "zero3")),
     ):
         for policy in policies:
             raw = small(layout={m: {"data_parallel": policy} for m in MODULES})
             raw["layout"]["llm"] |= layout
             raw |= {"schedule": {"microbatches": 3, **schedule}}
             raw["run"] = {**raw["run"], "node_size": 2}
-            raw["train"] = {**raw["train"], "shard": "layer" if by_layer else "module"}
+            raw["train"] |= train
             cases.append(raw)
     for raw, found in zip(cases, ranks(4, measure, cases, timeout=240)[0], strict=True):
         for m, (stated, did) in found.items():

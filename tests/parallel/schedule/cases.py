@@ -12,9 +12,11 @@ from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_sch
 from parallel.topology.layout import Layout, make_layout
 
 
-def use(module: str, world: int, *, frozen: bool = False, params: Any = "each", **spec: Any) -> ModuleUse:
+def use(
+    module: str, world: int, *, frozen: bool = False, params: Any = "each", sums: Any = "step", **spec: Any
+) -> ModuleUse:
     """A module with layout keys `spec` on a job of `world` ranks."""
-    return ModuleUse(make_layout(module, world, spec), frozen=frozen, params=params)
+    return ModuleUse(make_layout(module, world, spec), frozen=frozen, params=params, sums=sums)
 
 
 def plan_of(

@@ -180,7 +180,7 @@ def test_collectives_in_another_order_on_one_member_are_found() -> None:
     first = [k for k, a in enumerate(actions) if a.module == "vision" and a.kind is Kind.FORWARD][:2]
     actions[first[0]], actions[first[1]] = actions[first[1]], actions[first[0]]
     with pytest.raises(
-        PlanError, match=r"group vision.dp: rank 0 does forward\(vision, 0\), rank 1 does forward"
+        PlanError, match=r"group vision.data: rank 0 does forward\(vision, 0\), rank 1 does forward"
     ):
         check(with_program(plan, p, actions))
 

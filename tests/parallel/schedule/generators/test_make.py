@@ -247,7 +247,7 @@ LLM = {"llm": {"pp": 4, "vpp": 2}}
             4,
             {"vision": {}, "llm": {"pp": 4}},
             {},
-            r"vision .* gathered over dp .*params step.*nearest: schedule.kind=auto",
+            r"vision at different times.*gathers weights in each.*nearest: layout.vision.data_parallel=step",
         ),
         ("fill", 4, {"vision": {"ranks": 0}, "llm": {"pp": 4}}, {}, r"given vision on \[0\] with pp=1"),
         (
