@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     import encoders
-    from mm.plan.data_parallel import Weight
     from mm.plan.step_plan import Edge, EncoderUse, PlanInputs
+    from mm.plan.weights import Weight
     from parallel.sequence.stream import Order
 
 
@@ -54,8 +54,8 @@ class Blueprint:
         default_factory=dict, compare=False, repr=False
     )
 
-    # By module and stage, what mm/plan/data_parallel.py has found of its weights.
-    weights: dict[tuple[str, int], list[list[Weight]]] = field(
+    # By module and stage.
+    _weights: dict[tuple[str, int], list[list[Weight]]] = field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -135,10 +135,32 @@ class Blueprint:
 
     @cached_property
     def policies(self) -> Mapping[str, Policy]:
-        """By module, its data-parallel policy: the config's, or by the module's size."""
-        from mm.plan.data_parallel import default_policy
+        """By module, its data-parallel policy: the config's, or the default.
 
-        return {m: given_policy(self.cfg, x) or default_policy(self, m) for m, x in self.layouts.items()}
+        That is zero3 where a step has one micro-batch, whose weights have to be gathered anyway, else as the
+        module's size has it.
+        """
+        return {m: given_policy(self.cfg, x) or self._default(m) for m, x in self.layouts.items()}
+
+    def _default(self, module: str) -> Policy:
+        from mm.plan.weights import default_policy
+
+        if self.cfg.schedule.microbatches == 1:
+            return "zero3"
+        stages = [self.weights(module, s) for s in range(len(self.stages[module]))]
+        return default_policy(stages, self.layouts[module].pp, self.stored_dtype.itemsize)
+
+    def weights(self, module: str, stage: int) -> list[list[Weight]]:
+        """The weights of a stage, by what FSDP gathers at once; found once."""
+        from mm.plan.weights import Items, stage_weights
+
+        key = module, stage
+        if key not in self._weights:
+            made = bare_module(self, module, Axes(), self.stages[module][stage])
+            items = Items(self.dtype.itemsize, self.stored_dtype.itemsize)
+            by_layer = self.cfg.train.shard == "layer"
+            self._weights[key] = stage_weights(made, self.layouts[module], items, by_layer=by_layer)
+        return self._weights[key]
 
     @cached_property
     def uses(self) -> Mapping[str, ModuleUse]:

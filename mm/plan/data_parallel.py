@@ -1,4 +1,4 @@
-"""What each data-parallel policy costs a module: bytes that a rank holds and moves, and the default by size.
+"""What each data-parallel policy costs a module: bytes that a rank holds and moves.
 
 docs/layouts.md has the table of policies. Sizes are those of FSDP's own buffers: a dim that the data ranks do
 not divide is padded.
@@ -6,54 +6,14 @@ not divide is padded.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
+from mm.plan.blueprint import Blueprint
+from mm.plan.weights import Unit, units_of
 from parallel.schedule.action import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Action, Kind
-from parallel.topology.axis import Axes
-from parallel.topology.data_parallel import POLICIES, Holding, Policy, Shards, shards_of
-from parallel.topology.layout import Layout, Unfit
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from mm.plan.blueprint import Blueprint
-    from parallel.sharding.param import ParamSpec
-
-# Whole weights and gradients of a module on a rank, in bytes, up to which the default policy keeps them for a
-# step: a twentieth of a device with 80 GB.
-MOST_HELD = 4 * 2**30
-
-
-class Size(NamedTuple):
-    """Elements of some weights, and of the trained ones among them."""
-
-    every: int
-    trained: int
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Weights of a stage that FSDP gathers at once, of which this rank has a part by tp, ep and etp.
-
-    whole: before the data ranks share it. shard: of one data rank, padded. shards, replicas: data ranks.
-    item: bytes of an element as it is gathered. own_layer: gathered and freed within a forward.
-    """
-
-    whole: Size
-    shard: Size
-    shards: int
-    replicas: int
-    item: int
-    own_layer: bool
-
-    @property
-    def gathered(self) -> int:
-        """Bytes of the gathered weights."""
-        return self.shard.every * self.shards * self.item
+from parallel.topology.data_parallel import POLICIES, Holding, Policy, shards_of
+from parallel.topology.layout import Unfit
 
 
 @dataclass(frozen=True)
@@ -108,122 +68,12 @@ def policy_costs(blueprint: Blueprint, name: str) -> dict[Policy, PolicyCost]:
         for pp in range(layout.pp):
             actions = [a for a in schedule.actions(layout.rank_at(pp=pp)) if a.module == name]
             units = {
-                s: units_of(blueprint, name, s, shards)
+                s: units_of(blueprint.weights(name, s), layout, shards)
                 for s in range(pp, len(blueprint.stages[name]), layout.pp)
             }
             found.append(cost(units, policy, actions, blueprint.stored_dtype.itemsize))
         out[policy] = max(found, key=lambda c: c.step)
     return out
-
-
-def default_policy(blueprint: Blueprint, name: str) -> Policy:
-    """The policy of a module that names none.
-
-    zero3 where a step has one micro-batch, whose weights have to be gathered anyway; else step, unless whole
-    weights and gradients take more than MOST_HELD on a rank.
-    """
-    if blueprint.cfg.schedule.microbatches == 1:
-        return "zero3"
-    pp, stored = blueprint.layouts[name].pp, blueprint.stored_dtype.itemsize
-    held = [0] * pp
-    for s in range(len(blueprint.stages[name])):
-        for u in units_of(blueprint, name, s, Shards(1, 1)):
-            held[s % pp] += u.whole.every * u.item + u.whole.trained * stored
-    return "step" if max(held) <= MOST_HELD else "zero3"
-
-
-class Weight(NamedTuple):
-    """A weight as a rank holds it before the data ranks share it.
-
-    sharded: dims that tp, ep or etp shard. item: bytes of an element as it is gathered.
-    """
-
-    shape: tuple[int, ...]
-    sharded: tuple[int, ...]
-    trained: bool
-    expert: bool
-    item: int
-    own_layer: bool
-
-
-def units_of(blueprint: Blueprint, name: str, stage: int, shards: Shards) -> list[Unit]:
-    """The units of a stage, in the order in which FSDP takes their weights."""
-    layout, out = blueprint.layouts[name], []
-    for weights in _weights(blueprint, name, stage):
-        expert = weights[0].expert
-        n = shards.expert if expert else shards.dense
-        ranks = layout.edp if expert else layout.dp * layout.cp
-        pairs = [(math.prod(w.shape), _shard(w, n)) for w in weights]
-        learns = [w.trained for w in weights]
-        whole, shard = (
-            Size(sum(column), sum(itertools.compress(column, learns))) for column in zip(*pairs, strict=True)
-        )
-        first = weights[0]
-        out.append(Unit(whole, shard, n, ranks // n, item=first.item, own_layer=first.own_layer))
-    return out
-
-
-def _shard(weight: Weight, shards: int) -> int:
-    """Elements of the first of the shards of a weight."""
-    from parallel.sharding.shard import data_dim
-
-    dim = data_dim(weight.shape, weight.sharded, shards)
-    return math.prod(weight.shape) // max(weight.shape[dim], 1) * -(-weight.shape[dim] // shards)
-
-
-def _weights(blueprint: Blueprint, name: str, stage: int) -> list[list[Weight]]:
-    """The weights of a stage by unit, as sharding.shard_module makes units; found once."""
-    from llm.model import LLM, precise_modules
-    from mm.plan.blueprint import bare_module
-    from parallel.sharding.param import declared, own_specs
-
-    if (name, stage) in blueprint.weights:
-        return blueprint.weights[name, stage]
-    layout, stored, item = blueprint.layouts[name], blueprint.stored_dtype.itemsize, blueprint.dtype.itemsize
-    module = bare_module(blueprint, name, Axes(), blueprint.stages[name][stage])
-    by_layer = blueprint.cfg.train.shard == "layer"
-    roots: list[tuple[nn.Module, bool, int]] = []  # (module, whether of experts, bytes of an element)
-    if item != stored and isinstance(module, LLM):
-        roots += [(sub, False, stored) for sub in precise_modules(module)]
-    if max(layout.tp, layout.ep, layout.etp) > 1:
-        subs = (sub for sub in module.modules() for s in own_specs(sub).values() if s.view == "expert")
-        roots += [(sub, True, item) for sub in dict.fromkeys(subs)]
-    roots += [(sub, False, item) for sub in (*(layers_of(module) if by_layer else ()), module)]
-    taken: set[int] = set()
-    units = []
-    for root, expert, size in roots:
-        found = []
-        for _, param, spec in declared(root):
-            if id(param) not in taken and param.ndim:
-                taken.add(id(param))
-                shape, sharded = _local(tuple(param.shape), spec, layout)
-                own_layer = by_layer and root is not module
-                found.append(
-                    Weight(shape, sharded, param.requires_grad, expert, item=size, own_layer=own_layer)
-                )
-        units += [found] if found else []
-    blueprint.weights[name, stage] = units
-    return units
-
-
-def _local(
-    shape: tuple[int, ...], spec: ParamSpec, layout: Layout
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(shape of a rank's part, its dims that are sharded) by tp, or by ep and etp."""
-    wanted = {"tp": spec.shard_dim} if spec.view == "dense" else {"ep": spec.shard_dim, "etp": spec.etp_dim}
-    sizes = {"tp": layout.tp, "ep": layout.ep, "etp": layout.etp}
-    over = {dim: sizes[axis] for axis, dim in wanted.items() if dim is not None and sizes[axis] > 1}
-    return tuple(n // over.get(k, 1) for k, n in enumerate(shape)), tuple(over)
-
-
-def layers_of(module: nn.Module) -> list[nn.Module]:
-    """The layers of a module that FSDP can gather and free one at a time."""
-    from encoders.module import EncoderModule
-    from llm.model import LLM
-
-    assert isinstance(module, LLM | EncoderModule)
-    mtp_layers = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
-    return [*module.layers, *mtp_layers]
 
 
 def cost(

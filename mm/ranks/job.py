@@ -21,9 +21,9 @@ from mm.data.sample import Index
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, bare_module
-from mm.plan.data_parallel import layers_of
 from mm.plan.select import select
 from mm.plan.step_plan import Edge
+from mm.plan.weights import layers_of
 from mm.ranks.batch import Assembler
 from mm.ranks.control import Control, whole_job
 from mm.ranks.launch import RankInfo
