@@ -14,8 +14,9 @@ CHANGES = {
 # Registries, by the file that owns them.
 REGISTRIES = {("encoders/registry.py", "_registry"), ("mm/data/probes.py", "_probes")}
 COMPATIBILITY = {("encoders/compat.py", "_libraries")}  # repairs imports of other packages, once a process
-# The doctor reports which backends a machine has, and joins two ranks over one of them.
-NAMES_BACKENDS = {"mm/commands/doctor.py"}
+# The doctor reports which backends a machine has, and joins two ranks over one of them; the checker has a
+# model of each.
+NAMES_BACKENDS = {"mm/commands/doctor.py", "parallel/schedule/checker/check.py"}
 
 
 def names_at_module_level(tree: ast.Module) -> set[str]:

@@ -312,4 +312,38 @@ PARALLEL = (
         "last",
         "tests/parallel/schedule/generators/test_make.py::test_parameters_are_gathered_once_a_step_on_request",
     ),
+    Fault(
+        "posting.turn",
+        "transfers of one second are started in any order",
+        "parallel/schedule/generators/posting.py",
+        "return {n: (ends[n], turn) for turn, entry in enumerate(graph.order) for n in entry}",
+        "return {n: (ends[n], -turn) for turn, entry in enumerate(graph.order) for n in entry}",
+        "tests/parallel/schedule/checker/test_streams.py::test_things_that_take_no_time_keep_their_order",
+    ),
+    Fault(
+        "posting.joined",
+        "messages of peers with a rank in common have moments of their own",
+        "parallel/schedule/generators/posting.py",
+        "parent[root(n)] = root(other)",
+        "pass",
+        "tests/parallel/schedule/checker/test_streams.py::test_every_generated_plan_has_one_order_of_operations",
+    ),
+    Fault(
+        "streams.fifo",
+        "a stream carries out any of its operations",
+        "parallel/schedule/checker/streams.py",
+        "            if len(queue) == 1:\n                self._lead(n)",
+        "            self._lead(n)",
+        "tests/parallel/schedule/checker/test_streams.py"
+        "::test_both_directions_over_one_pair_hang_unless_their_calls_have_one_order[interleaved]",
+    ),
+    Fault(
+        "streams.one",
+        "collectives pass by transfers that were started before them",
+        "parallel/schedule/checker/streams.py",
+        'if self.one and n in self.reading.collectives and self.queues[_At(p, "")]:',
+        "if False:",
+        "tests/parallel/schedule/checker/test_streams.py"
+        "::test_collectives_have_their_place_among_the_messages",
+    ),
 )

@@ -5,7 +5,8 @@ A plan that passes is complete, in dependency order and free of deadlocks:
 - Every rank computes each of its stages exactly once for every micro-batch that needs it.
 - Sends and receives between two ranks come in the same order at both ends.
 - All members of a process group run the same collectives in the same order.
-- Under the executor's rules, every action gets what it waits for.
+- Under the executor's rules, every action gets what it waits for, on gloo and, unless that alone is asked
+  for, on NCCL (streams.py).
 
 Ranks that share a program are checked once.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Literal
 
 from parallel.schedule.action import (
     BOUNDARY,
@@ -27,6 +29,7 @@ from parallel.schedule.action import (
 from parallel.schedule.checker.graph import graph_of
 from parallel.schedule.checker.memory import Memory, Peak, check_limit, peaks
 from parallel.schedule.checker.order import Stuck
+from parallel.schedule.checker.streams import FirstUse, find_ring
 from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, parameter_groups
 from parallel.topology.groups import WORLD, Direction, Group
 
@@ -40,10 +43,22 @@ class PlanError(ValueError):
         super().__init__(f"schedule {kind}: " + "; ".join(problems[:6]) + more)
 
 
+Backend = Literal["gloo", "nccl"]
+
+
 def check(
-    plan: SchedulePlan, *, limit: float | None = None, memory: Memory | None = None
+    plan: SchedulePlan,
+    *,
+    backend: Backend = "nccl",
+    first_use: FirstUse = "connected",
+    limit: float | None = None,
+    memory: Memory | None = None,
 ) -> tuple[Peak, ...]:
     """The activation high-water mark of each program.
+
+    backend: what the plan is to run on. "gloo" buffers and honours tags; what passes "nccl" passes "gloo".
+    first_use: what the first use of a communicator waits for on NCCL, as in streams.find_ring(); a job that
+        has used all of them before its first step is "connected".
 
     Raises PlanError where `plan` is wrong, and ValueError where a rank holds activations above `limit`, in
     units of `memory`.
@@ -65,9 +80,22 @@ def check(
             graph_of(plan)
         except Stuck as stuck:
             problems = [str(stuck)]
+    if not problems and backend == "nccl":
+        problems = _ring(plan, first_use)
     if problems:
         raise PlanError(plan.kind, problems)
     return peaks(plan, memory) if limit is None else check_limit(plan, limit, memory)
+
+
+def _ring(plan: SchedulePlan, first_use: FirstUse) -> list[str]:
+    """Why a plan that gloo can run may not be run on NCCL."""
+    ring = find_ring(plan, "one", first_use)
+    if ring is None:
+        return []
+    sure = find_ring(plan, "each", first_use)
+    if sure is not None:
+        return [f"it hangs on NCCL, whose communicators carry out one call after the other: {sure}"]
+    return [f"its ranks have no common order of operations, which NCCL needs: {ring}"]
 
 
 def _complete(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:

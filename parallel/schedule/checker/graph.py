@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from parallel.schedule.action import SEND_FORWARD, ActionKey
 from parallel.schedule.checker.order import Stuck, find_order
-from parallel.schedule.checker.reader import Flow, Reading, TransferKey, read
+from parallel.schedule.checker.reader import Flow, Reading, TransferKey, reading_of
 from parallel.schedule.checker.release import WINDOWS, place_releases
 from parallel.schedule.plan import SchedulePlan
 
@@ -41,7 +41,7 @@ class Graph:
 def graph_of(plan: SchedulePlan) -> Graph:
     """The graph of a plan, worked out once. Linear in its actions. Raises Stuck where it cannot finish."""
     if "graph" not in plan.memo:
-        plan.memo["graph"] = _make_graph(plan, read(plan))
+        plan.memo["graph"] = _make_graph(plan, reading_of(plan))
     found: Graph = plan.memo["graph"]
     return found
 

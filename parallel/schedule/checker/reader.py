@@ -143,9 +143,12 @@ class Reading:
     stopped: dict[int, Stop] = field(default_factory=dict)
 
 
-def read(plan: SchedulePlan) -> Reading:
-    """Read all lists of a plan. Linear in their actions."""
-    return _Reader(plan).run()
+def reading_of(plan: SchedulePlan) -> Reading:
+    """What is read from all lists of a plan, worked out once. Linear in their actions."""
+    if "reading" not in plan.memo:
+        plan.memo["reading"] = _Reader(plan).run()
+    found: Reading = plan.memo["reading"]
+    return found
 
 
 class _Reader:

@@ -17,7 +17,6 @@ from parallel.schedule.action import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
-    BOUNDARY_BACKWARD,
     FORWARD,
     Action,
     Kind,
@@ -122,19 +121,8 @@ class _Fill:
         )
 
     def lists(self) -> list[list[Work]]:
-        """The works of each rank, with the receive of a gradient where it leaves the sink, on all ranks."""
-        back = [
-            (self.returned[s, i], 0, k, Work(BOUNDARY_BACKWARD, w.module, s, i))
-            for k, w in enumerate(self.gradients)
-            for i in self._rows_of(w)
-            for s in self.given.enters[w.module]
-        ]
-        out = []
-        for r, rank in enumerate(self.ranks):
-            own = [(t, 1, k, w) for k, (t, w) in enumerate(rank.out)]
-            far = [b for b in back if b[3].stage % len(self.ranks) != r]
-            out.append([w for *_, w in sorted([*own, *far], key=lambda f: f[:3])])
-        return out
+        """The works of each rank."""
+        return [[w for _, w in rank.out] for rank in self.ranks]
 
     def _rows_of(self, w: Work) -> list[int]:
         """The micro-batches of an encoder's work that have items."""

@@ -35,8 +35,8 @@ def lower(
 ) -> SchedulePlan:
     """The plan in which the ranks at each place do the `works` of that place, in order.
 
-    A transfer is started right after the computation that makes its rows. Its receive is started one
-    computation before the one that needs the rows, unless `works` has the receive of a boundary itself.
+    A transfer is started right after the computation that makes its rows. Receives are at the head of each
+    list: in_one_order() puts them, and what they meet, where they belong.
 
     ahead: SchedulePlan.ahead.
     late: modules whose gradients are summed at the end, because places come to their last backward in
@@ -94,19 +94,13 @@ class _Writer:
         final: dict[StageKey, int] = {}  # the last backward of each stage, by index in `works`
         end: dict[StageKey, int] = {}  # its last computation
         for k, w in enumerate(works):
-            if w.kind in COMPUTE:
-                end[w.module, w.stage] = k
-            if w.kind in COMPUTE and w.kind is not FORWARD:
+            end[w.module, w.stage] = k
+            if w.kind is not FORWARD:
                 final[w.module, w.stage] = k
         stepwise = [key for key in end if self.modules[key[0]].params == "step" and self.parameters[key[0]]]
         out = [self._on_parameters(Kind.GATHER, key) for key in sorted(stepwise)]
-        receives = [*self._receives(place, works), []]
-        out += receives[0]
+        out += self._receives(place, works)
         for k, w in enumerate(works):
-            out += receives[k + 1]
-            if w.kind not in COMPUTE:
-                out.append(self._edge(w.kind, w.module, w.stage, w.microbatch))
-                continue
             key = (w.module, w.stage)
             last = final.get(key) == k
             groups = self.compute[w.module, w.kind, last and w.module not in self.late]
@@ -135,22 +129,17 @@ class _Writer:
         groups = () if kind is Kind.FREE else self.parameters[module]
         return Action(kind, module, 0, stage=stage, groups=groups)
 
-    def _receives(self, place: Place, works: Sequence[Work]) -> list[list[Action]]:
-        """By work, the receives that it waits for and that no computation of this place starts."""
+    def _receives(self, place: Place, works: Sequence[Work]) -> list[Action]:
+        """The receives that the works wait for and that no computation of this place starts."""
         pp = dict(zip(self.modules, place, strict=True))
         # The sources whose rows are made here, and the stages of the sink that read rows here.
         holds = {s for s in self.sources if pp[s] is not None and pp[s] == self.modules[s].layout.pp - 1}
         at = pp[self.sink]
         reads = set() if at is None else set(self.modules[self.sink].stages_at(at))
-        explicit = {w[1:4] for w in works if w.kind is BOUNDARY_BACKWARD}  # receives that `works` has itself
-        return [self._before(w, holds, reads, explicit) for w in works]
+        return [a for w in works for a in self._before(w, holds, reads)]
 
-    def _before(
-        self, w: Work, holds: set[str], reads: set[int], explicit: set[tuple[str, int, int]]
-    ) -> list[Action]:
+    def _before(self, w: Work, holds: set[str], reads: set[int]) -> list[Action]:
         """The receives of one work."""
-        if w.kind not in COMPUTE:
-            return []
         if w.kind is FORWARD:
             out = [self._link(RECV_FORWARD, w, w.stage - 1)] if w.stage else []
             sources = [s for s in self._entering(w) if s not in holds]
@@ -160,8 +149,7 @@ class _Writer:
                 return [self._link(RECV_BACKWARD, w, w.stage + 1)]
             if w.module != self.sink:
                 far = [s for s in self.modules[w.module].enters if s not in reads]
-                rows = [(s, i) for i in self._covered(w) for s in far if (w.module, s, i) not in explicit]
-                return [self._edge(BOUNDARY_BACKWARD, w.module, s, i) for s, i in rows]
+                return [self._edge(BOUNDARY_BACKWARD, w.module, s, i) for i in self._covered(w) for s in far]
         return []
 
     def _after(self, w: Work) -> list[Action]:

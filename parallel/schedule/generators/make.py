@@ -16,6 +16,7 @@ from parallel.schedule.generators.compose import (
     sink_works,
 )
 from parallel.schedule.generators.orders import ROUNDS
+from parallel.schedule.generators.posting import in_one_order
 from parallel.schedule.generators.problem import Problem, ScheduleOptions
 from parallel.schedule.generators.refuse import check_ahead, check_fill, check_modules, resolve
 from parallel.schedule.generators.sources import FirstStageOrder, first_stage_order
@@ -51,7 +52,7 @@ def make_schedule(
     if kind == "fill":
         check_fill(modules, sink)
     problem = replace(problem, kind=resolve(kind, modules[sink].layout, len(present)))
-    plan = _plan(problem, options.ahead)
+    plan = in_one_order(_plan(problem, options.ahead), options.costs)
     limit, memory = options.limit, options.memory
     if limit is not None and max(peak.bytes for peak in peaks(plan, memory)) > limit:
         check_limit(plan, limit, memory, nearest=_within_limit(problem, plan, limit))

@@ -13,10 +13,7 @@ from parallel.schedule.action import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, 
 
 
 class Work(NamedTuple):
-    """One computation, or the receive of a boundary where it is started earlier than lower() would.
-
-    span: it covers micro-batches [microbatch, microbatch + span).
-    """
+    """One computation. span: it covers micro-batches [microbatch, microbatch + span)."""
 
     kind: Kind
     module: str

@@ -135,13 +135,16 @@ def simulate(plan: SchedulePlan, costs: Costs | None = None) -> Timeline:
 
     Raises Stuck if the plan cannot finish.
     """
-    graph, costs = graph_of(plan), costs or Costs()
+    costs = costs or Costs()
+    return Timeline(plan, costs, *run_graph(graph_of(plan), plan, costs))
+
+
+def run_graph(graph: Graph, plan: SchedulePlan, costs: Costs) -> tuple[list[float], list[float]]:
+    """When each computation begins and ends, in seconds, by number in a graph of `plan`."""
     seconds = [0.0 if a.kind in POSTED else costs.seconds(a) for _, a in plan]
     if costs.cores is None:
-        begins, ends = _own_cores(graph, seconds, costs)
-    else:
-        begins, ends = _SharedCores(graph, seconds, costs, [len(ranks) for ranks in plan.ranks_of]).run()
-    return Timeline(plan, costs, begins, ends)
+        return _own_cores(graph, seconds, costs)
+    return _SharedCores(graph, seconds, costs, [len(ranks) for ranks in plan.ranks_of]).run()
 
 
 def _delays(graph: Graph, costs: Costs) -> list[float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
 
-from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
+from parallel.schedule import Kind, ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
+from parallel.schedule.action import COMPUTE, RECEIVES
 from parallel.topology.layout import Layout, make_layout
 
 
@@ -26,6 +27,22 @@ def plan_of(
     modules = {m: use(m, world, **spec) for m, spec in specs.items()}
     active = [set(specs) - {"llm"}] * microbatches
     return make_schedule(kind, modules, sink="llm", active=active, options=ScheduleOptions(**options))
+
+
+def receives_early(plan: SchedulePlan) -> SchedulePlan:
+    """The plan with every receive one computation before the one that reads it: what gloo can run, and what
+    a backend without buffers and tags cannot always."""
+    programs = []
+    for program in plan.programs:
+        out = [a for a in program if a.kind not in RECEIVES]
+        for a in (a for a in program if a.kind in RECEIVES):
+            reads = {Kind.FORWARD} if a.kind is Kind.RECV_FORWARD else {Kind.BACKWARD, Kind.BACKWARD_INPUT}
+            same = (a.module, a.microbatch, a.stage)
+            k = next(k for k, b in enumerate(out) if b.kind in reads and b[1:4] == same)
+            earlier = [j for j in range(k) if out[j].kind in COMPUTE]
+            out.insert(earlier[-1] if earlier else 0, a)
+        programs.append(tuple(out))
+    return replace(plan, programs=tuple(programs))
 
 
 @dataclass(frozen=True)
