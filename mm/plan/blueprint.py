@@ -143,12 +143,13 @@ class Blueprint:
         return {m: given_policy(self.cfg, x) or self._default(m) for m, x in self.layouts.items()}
 
     def _default(self, module: str) -> Policy:
-        from mm.plan.weights import default_policy
+        from mm.plan.weights import MOST_HELD_ENCODER, MOST_HELD_LLM, default_policy
 
         if self.cfg.schedule.microbatches == 1:
             return "zero3"
         stages = [self.weights(module, s) for s in range(len(self.stages[module]))]
-        return default_policy(stages, self.layouts[module].pp, self.stored_dtype.itemsize)
+        most = MOST_HELD_LLM if module == SINK else MOST_HELD_ENCODER
+        return default_policy(stages, self.layouts[module].pp, self.stored_dtype.itemsize, most)
 
     def weights(self, module: str, stage: int) -> list[list[Weight]]:
         """The weights of a stage, by what FSDP gathers at once; found once."""

@@ -18,8 +18,8 @@ from parallel.topology.data_parallel import Policy, Shards
 from parallel.topology.layout import Layout
 
 # Whole weights and gradients of a module on a rank, in bytes, up to which the default policy keeps them for a
-# step: a twentieth of a device with 80 GB.
-MOST_HELD = 4 * 2**30
+# step: of an encoder a twentieth of a device with 80 GB, of the language model a fifth.
+MOST_HELD_ENCODER, MOST_HELD_LLM = 4 * 2**30, 16 * 2**30
 
 
 class Weight(NamedTuple):
@@ -136,13 +136,13 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     return [*module.layers, *mtp_layers]
 
 
-def default_policy(stages: Sequence[Sequence[Sequence[Weight]]], pp: int, stored: int) -> Policy:
+def default_policy(stages: Sequence[Sequence[Sequence[Weight]]], pp: int, stored: int, most: int) -> Policy:
     """The policy, in a step of several micro-batches, of a module that names none.
 
-    step, unless whole weights and gradients take more than MOST_HELD on a rank; else zero3.
+    step, unless whole weights and gradients take more than `most` bytes on a rank; else zero3.
     stages: stage_weights() of each. stored: bytes of an element of a gradient.
     """
     held = [0] * pp
     for s, units in enumerate(stages):
         held[s % pp] += sum(math.prod(w.shape) * (w.item + w.trained * stored) for u in units for w in u)
-    return "step" if max(held) <= MOST_HELD else "zero3"
+    return "step" if max(held) <= most else "zero3"

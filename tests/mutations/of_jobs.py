@@ -113,7 +113,7 @@ JOB = (
         "data_parallel.default",
         "modules of any size are held whole for a step",
         "mm/plan/weights.py",
-        'return "step" if max(held) <= MOST_HELD else "zero3"',
+        'return "step" if max(held) <= most else "zero3"',
         'return "step"',
         "tests/mm/plan/test_data_parallel.py::test_the_default_follows_from_size_and_micro_batches",
     ),
