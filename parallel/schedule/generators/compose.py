@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from parallel.schedule.action import BACKWARD_WEIGHT, FORWARD
 from parallel.schedule.generators.fill import RULES_TRIED, FillProblem, fill
@@ -12,6 +11,7 @@ from parallel.schedule.generators.orders import PIPELINES, Work, windows
 from parallel.schedule.generators.problem import Problem
 from parallel.schedule.generators.sources import (
     FirstStageOrder,
+    Grouping,
     MicrobatchGroup,
     Slot,
     by_slot,
@@ -26,17 +26,6 @@ from parallel.schedule.plan import Place, SchedulePlan
 from parallel.schedule.simulator.costs import Costs
 
 Pipelines = Sequence[Sequence[Work]]  # the sink's works, by pipeline rank
-
-
-class Grouping(NamedTuple):
-    """How sources on ranks of the sink group their work.
-
-    size: micro-batches in a group. lead: how many forwards of the sink's first stage earlier than needed a
-    group is computed.
-    """
-
-    size: int
-    lead: int = 0
 
 
 def sink_works(problem: Problem, sizes: Sequence[int]) -> list[list[Work]]:
@@ -54,13 +43,14 @@ def sink_works(problem: Problem, sizes: Sequence[int]) -> list[list[Work]]:
     return out
 
 
-def disjoint_plan(problem: Problem, works: Pipelines) -> SchedulePlan:
-    """The plan where no source shares a rank with the sink."""
+def disjoint_plan(problem: Problem, works: Pipelines, slack: int) -> SchedulePlan:
+    """The plan where no source shares a rank with the sink. slack: how many micro-batches sources are ahead
+    beyond their stages, so that transfers run beside computations."""
     order = first_stage_order(works[0])
     lists = {}
     for place in problem.places:
         r, here = problem.at(place)
-        lists[place] = works[r] if r is not None else by_slot(_disjoint(problem, here, order))
+        lists[place] = works[r] if r is not None else by_slot(_disjoint(problem, here, order, slack))
     return lower(problem, lists)
 
 
@@ -71,9 +61,9 @@ def colocated_plan(
 
     Every rank computes a group at the same moment of the sink's pipeline, so that collectives meet.
     """
-    order, lead = first_stage_order(works[0]), grouping.lead
+    order = first_stage_order(works[0])
     moments = [
-        (times.insertion_slot(group, order, lead), times.insertion_time(group, lead), group)
+        (*times.insertion(group, order, grouping), group)
         for group in microbatch_groups(len(problem.active), grouping.size, problem.options.train)
         if not group.backward or times.returns(group)
     ]
@@ -86,7 +76,7 @@ def colocated_plan(
             lists[place] = insert(works[r], times.starts[r], [(t, found) for _, t, found in parts])
         else:
             together = [(slot, w) for slot, _, found in parts for w in found]
-            lists[place] = by_slot([*_disjoint(problem, here, order), together])
+            lists[place] = by_slot([*_disjoint(problem, here, order, grouping.slack), together])
     return lower(problem, lists, ahead=ahead)
 
 
@@ -118,7 +108,7 @@ def fill_plans(problem: Problem, works: Pipelines, times: Times, ahead: int) -> 
 
 
 def _disjoint(
-    problem: Problem, here: Mapping[str, range], order: FirstStageOrder
+    problem: Problem, here: Mapping[str, range], order: FirstStageOrder, slack: int
 ) -> list[list[tuple[Slot, Work]]]:
     """Works, at a place with the stages `here`, of the sources that share no rank with the sink."""
     out = []
@@ -129,7 +119,7 @@ def _disjoint(
             works = disjoint_works(
                 source=m,
                 stage=s,
-                lead=problem.modules[m].stages - s if problem.kind != "sequential" else 0,
+                lead=problem.modules[m].stages - s + slack if problem.kind != "sequential" else 0,
                 order=order,
                 active=problem.active,
                 size=problem.batch[m],

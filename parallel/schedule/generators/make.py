@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from parallel.schedule.action import BOUNDARY
 from parallel.schedule.checker.memory import check_limit, peaks
 from parallel.schedule.generators.compose import (
-    Grouping,
     colocated_plan,
     disjoint_plan,
     fill_plans,
@@ -19,9 +20,10 @@ from parallel.schedule.generators.orders import ROUNDS
 from parallel.schedule.generators.posting import in_one_order
 from parallel.schedule.generators.problem import Problem, ScheduleOptions
 from parallel.schedule.generators.refuse import check_ahead, check_fill, check_modules, resolve
-from parallel.schedule.generators.sources import FirstStageOrder, first_stage_order
+from parallel.schedule.generators.sources import FirstStageOrder, Grouping, first_stage_order
 from parallel.schedule.generators.times import Times
 from parallel.schedule.plan import ModuleUse, SchedulePlan
+from parallel.schedule.simulator.costs import Costs
 from parallel.schedule.simulator.simulate import simulate
 
 
@@ -52,24 +54,37 @@ def make_schedule(
     if kind == "fill":
         check_fill(modules, sink)
     problem = replace(problem, kind=resolve(kind, modules[sink].layout, len(present)))
-    plan = in_one_order(_plan(problem, options.ahead), options.costs)
-    limit, memory = options.limit, options.memory
-    if limit is not None and max(peak.bytes for peak in peaks(plan, memory)) > limit:
-        check_limit(plan, limit, memory, nearest=_within_limit(problem, plan, limit))
+    if problem.kind == "sequential":  # it is there for its memory
+        problem = replace(problem, options=replace(options, slack=False))
+    plan = _plan(problem, options.ahead)
+    limit = options.limit
+    if limit is not None and _holds(plan, options) > limit:
+        problem = replace(problem, options=replace(options, slack=False))
+        plan = _plan(problem, options.ahead)
+        if _holds(plan, options) > limit:
+            check_limit(plan, limit, options.memory, nearest=_within_limit(problem, plan, limit))
     return plan
+
+
+def _holds(plan: SchedulePlan, options: ScheduleOptions) -> float:
+    """The activation memory of the rank that holds most."""
+    return max(peak.bytes for peak in peaks(plan, options.memory))
 
 
 def _plan(problem: Problem, ahead: int | None) -> SchedulePlan:
     """The fastest, by simulation, of the plans that a problem and a bound allow."""
-    layout, m, costs = problem.modules[problem.sink].layout, len(problem.active), problem.options.costs
-    works = sink_works(problem, [m])
+    layout, m = problem.modules[problem.sink].layout, len(problem.active)
+    works, slacks = sink_works(problem, [m]), (1, 0) if problem.options.slack else (0,)
     if not problem.colocated:
-        return disjoint_plan(problem, works)
+        return _fastest(problem, [disjoint_plan(problem, works, slack) for slack in slacks])
     unit = math.lcm(*(problem.batch[s] for s in problem.colocated))
     order = first_stage_order(works[0])
-    full = order.in_flight(unit)  # what sources hold when the pipeline never waits for the bound
-    ahead = ahead or min(full if layout.pp == 1 else 2 * full, max(m, unit))
-    groupings = groupings_within(order, ahead, unit)
+    full = order.in_flight(Grouping(unit))  # what sources hold when the pipeline never waits for the bound
+    if ahead is None:
+        hidden = order.in_flight(Grouping(unit, slack=slacks[0]))
+        least = layout.pp == 1 or problem.kind == "sequential"
+        ahead = min(hidden if least else max(hidden, 2 * full), max(m, unit))
+    groupings = groupings_within(order, ahead, unit, slacks)
     if problem.kind == "three_phase":
         groupings, ahead = [Grouping(_round_up(m, unit))], m
     elif not problem.options.train:
@@ -83,29 +98,41 @@ def _plan(problem: Problem, ahead: int | None) -> SchedulePlan:
     plans = [colocated_plan(problem, works, times, grouping, ahead) for grouping in groupings]
     if problem.kind == "fill" and full <= ahead:
         plans += fill_plans(problem, works, times, ahead)
-    return min(plans, key=lambda plan: simulate(plan, costs).seconds) if len(plans) > 1 else plans[0]
+    return _fastest(problem, plans)
+
+
+def _fastest(problem: Problem, plans: Sequence[SchedulePlan]) -> SchedulePlan:
+    """The plan that takes the least simulated time, in one order; the first of equal ones."""
+    costs = problem.options.costs or Costs()
+    # Rows take time. Where nobody says how much, a tenth of a forward: plans that hide them win.
+    rows = {(m, kind): 0.1 for m in problem.batch for kind in BOUNDARY}
+    priced = replace(costs, transfer={**rows, **costs.transfer})
+    best = plans[0] if len(plans) == 1 else min(plans, key=lambda plan: simulate(plan, priced).seconds)
+    return in_one_order(best, problem.options.costs)
 
 
 def _within_limit(problem: Problem, plan: SchedulePlan, limit: float) -> str:
     """What keeps to a limit that `plan` exceeds: a smaller `ahead` or another kind; empty if nothing does."""
-    memory = problem.options.memory
     for ahead in range((plan.ahead or 1) - 1, 0, -1):
         with contextlib.suppress(ValueError):  # no multiple of a round
-            if max(peak.bytes for peak in peaks(_plan(problem, ahead), memory)) <= limit:
+            if _holds(_plan(problem, ahead), problem.options) <= limit:
                 return f"schedule.ahead={ahead}, or "
     one = _plan(replace(problem, kind="sequential"), 1 if set(problem.batch.values()) <= {1} else None)
-    return "schedule.kind=sequential, or " if max(p.bytes for p in peaks(one, memory)) <= limit else ""
+    return "schedule.kind=sequential, or " if _holds(one, problem.options) <= limit else ""
 
 
-def groupings_within(order: FirstStageOrder, ahead: int, unit: int) -> list[Grouping]:
+def groupings_within(order: FirstStageOrder, ahead: int, unit: int, slacks: Sequence[int]) -> list[Grouping]:
     """Groupings, in multiples of `unit`, under which a source has at most `ahead` micro-batches in flight.
 
-    Large groups make ranks meet at few moments. A lead gives late ranks time to come to them.
+    Large groups make ranks meet at few moments. A lead gives late ranks time to come to them; slack gives
+    transfers time.
     """
-    sizes = range(unit, ahead + unit, unit)
-    fits = {lead: [n for n in sizes if order.in_flight(n, lead) <= ahead] for lead in (0, 1, 2)}
-    found = [Grouping(n, lead) for lead, ns in fits.items() if ns for n in {ns[0], ns[-1]}]
-    return sorted(found) or [Grouping(unit)]
+    found: list[Grouping] = []
+    for lead, slack in itertools.product((0, 1, 2), slacks):
+        sizes = [Grouping(n, lead, slack) for n in range(unit, ahead + unit, unit)]
+        fits = [grouping for grouping in sizes if order.in_flight(grouping) <= ahead]
+        found += {fits[0], fits[-1]} if fits else ()
+    return sorted(found, key=lambda g: (g.size, g.lead, -g.slack)) or [Grouping(unit)]
 
 
 def _round_up(n: int, unit: int) -> int:

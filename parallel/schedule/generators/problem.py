@@ -20,6 +20,8 @@ class ScheduleOptions:
         pipeline is filled and drained once for each `ahead` micro-batches.
     batch: by source, how many micro-batches it computes at once; 1 where it is not named.
     costs: seconds of actions, for kinds whose order depends on time. None takes the defaults of Costs.
+    slack: sources may be a computation further ahead than they need to be, so that rows and their gradients
+        travel beside computations.
     train: the step has backwards.
     optimizer: the step ends with the update.
     limit: the most activation memory that a rank may hold, in units of `memory`. A plan above it is refused.
@@ -29,6 +31,7 @@ class ScheduleOptions:
     ahead: int | None = None
     batch: Mapping[str, int] = field(default_factory=dict)
     costs: Costs | None = None
+    slack: bool = True
     train: bool = True
     optimizer: bool = False
     limit: float | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from parallel.schedule.action import BACKWARD, BACKWARD_WEIGHT, FORWARD
@@ -29,56 +30,79 @@ class Slot(NamedTuple):
     microbatch: int
 
 
+class Grouping(NamedTuple):
+    """How sources on ranks of the sink group their work.
+
+    size: micro-batches in a group. lead: how many forwards of the sink's first stage earlier than needed a
+    group is computed. slack: how many computations of the sink's first rank lie between a group's forward and
+    the reader of its rows, and between its gradients and its backward: transfers run beside them.
+    """
+
+    size: int
+    lead: int = 0
+    slack: int = 0
+
+
 @dataclass(frozen=True)
 class FirstStageOrder:
     """The order of forwards and backwards at the sink's first stage.
 
-    microbatches: how many forwards.
     backward: the micro-batches that have a backward, in order.
-    forwards_before: by backward, how many forwards precede it.
+    at_forward, at_backward: by forward and by backward, its index among all works of the first pipeline rank.
     """
 
-    microbatches: int
     backward: tuple[int, ...]
-    forwards_before: tuple[int, ...]
+    at_forward: tuple[int, ...]
+    at_backward: tuple[int, ...]
 
-    def forward_slot(self, microbatch: int, lead: int) -> Slot:
-        """When a stage that is `lead` stages ahead of the sink computes a micro-batch."""
-        before = self.forwards_before
-        j = next((j for j, n in enumerate(before) if n + lead > microbatch), len(before))
-        return Slot(j, 0, microbatch)
+    @property
+    def microbatches(self) -> int:
+        """How many forwards."""
+        return len(self.at_forward)
 
-    def backward_slot(self, microbatch: int) -> Slot:
-        """When the gradient of a micro-batch comes."""
-        return Slot(bisect_left(self.backward, microbatch), 1, microbatch)
+    def forward_index(self, microbatch: int, lead: int, slack: int = 0) -> int:
+        """The index of the work before which a source computes a micro-batch, `lead` forwards early."""
+        return max(0, self.at_forward[max(0, microbatch - lead)] - slack)
 
-    def in_flight(self, size: int, lead: int = 0) -> int:
-        """The most micro-batches that a source has in flight, between their forward and their backward.
+    def backward_index(self, microbatch: int, slack: int = 0) -> int:
+        """The index of the work before which a source computes the backward of a micro-batch."""
+        return self.at_backward[bisect_left(self.backward, microbatch)] + 1 + slack
 
-        size: micro-batches in one group. lead: how many forwards of the sink early it computes a group.
-        """
-        begun = peak = 0
-        for j, forwards in enumerate((*self.forwards_before, self.microbatches)):
-            finished = self.backward[j - 1] + 1 if j else 0
-            needed = min(forwards + lead, self.microbatches)
-            while begun < needed:  # begin the group that holds the sink's next forward
-                begun += min(size, self.microbatches - begun)
-                peak = max(peak, begun - finished // size * size)
-        return peak
+    def forward_slot(self, microbatch: int, lead: int, slack: int = 0) -> Slot:
+        """When a source that is `lead` forwards ahead of the sink computes a micro-batch."""
+        return Slot(bisect_left(self.at_backward, self.forward_index(microbatch, lead, slack)), 0, microbatch)
+
+    def backward_slot(self, microbatch: int, slack: int = 0) -> Slot:
+        """When a source computes the backward of a micro-batch: when its gradient comes, or later."""
+        if not slack:
+            return Slot(bisect_left(self.backward, microbatch), 1, microbatch)
+        # Before the forwards that are due then: it makes room for them.
+        return Slot(bisect_left(self.at_backward, self.backward_index(microbatch, slack)), 0, -1)
+
+    def in_flight(self, grouping: Grouping) -> int:
+        """The most micro-batches that a source has in flight, between their forward and their backward; all
+        where there is no backward."""
+        if not self.backward:
+            return self.microbatches
+        events = []
+        for start in range(0, self.microbatches, grouping.size):
+            stop = min(start + grouping.size, self.microbatches)
+            back = [i for i in self.backward[bisect_left(self.backward, start) :] if i < stop]
+            if back:
+                events.append((self.forward_slot(start, grouping.lead, grouping.slack), stop - start))
+                events.append((self.backward_slot(back[-1], grouping.slack), start - stop))
+        return max(accumulate((n for _, n in sorted(events)), initial=0))
 
 
 def first_stage_order(first_rank: Sequence[Work]) -> FirstStageOrder:
     """The order at the sink's first stage, from the works of its first pipeline rank."""
-    forwards, backward, forwards_before = 0, [], []
-    for w in first_rank:
-        if w.stage:
-            continue
-        if w.kind is FORWARD:
-            forwards += 1
-        elif w.kind is not BACKWARD_WEIGHT:
-            backward.append(w.microbatch)
-            forwards_before.append(forwards)
-    return FirstStageOrder(forwards, tuple(backward), tuple(forwards_before))
+    found = [(k, w) for k, w in enumerate(first_rank) if w.stage == 0 and w.kind is not BACKWARD_WEIGHT]
+    back = [(k, w.microbatch) for k, w in found if w.kind is not FORWARD]
+    return FirstStageOrder(
+        backward=tuple(i for _, i in back),
+        at_forward=tuple(k for k, w in found if w.kind is FORWARD),
+        at_backward=tuple(k for k, _ in back),
+    )
 
 
 def source_spans(

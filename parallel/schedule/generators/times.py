@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from parallel.schedule.action import BACKWARD_WEIGHT, COMPUTE, FORWARD
 from parallel.schedule.generators.lower import lower
 from parallel.schedule.generators.orders import Work
 from parallel.schedule.generators.problem import Problem
-from parallel.schedule.generators.sources import FirstStageOrder, MicrobatchGroup, Slot
+from parallel.schedule.generators.sources import FirstStageOrder, Grouping, MicrobatchGroup, Slot
 from parallel.schedule.plan import Place
 from parallel.schedule.simulator.simulate import simulate
 
@@ -19,12 +20,10 @@ class Times:
     """Simulated times, in seconds, of the sink's works without any source.
 
     starts: by pipeline rank, when each of its works starts.
-    begin: by micro-batch, when its forward at the first stage starts.
     finish: by micro-batch, when its backward at the first stage ends; absent where it has none.
     """
 
     starts: Sequence[Sequence[float]]
-    begin: Mapping[int, float]
     finish: Mapping[int, float]
 
     @staticmethod
@@ -40,7 +39,6 @@ class Times:
         lists: dict[Place, Sequence[Work]] = {(r,): w for r, w in enumerate(works)}
         line = simulate(lower(alone, lists), problem.options.costs)
         starts: list[list[float]] = [[] for _ in works]
-        begin: dict[int, float] = {}
         finish: dict[int, float] = {}
         for p, actions in enumerate(line.plan.programs):
             r = line.plan.places[p][0]
@@ -49,24 +47,25 @@ class Times:
                 if a.kind not in COMPUTE:
                     continue
                 starts[r].append(start)
-                if a.stage == 0 and a.kind is FORWARD:
-                    begin[a.microbatch] = start
-                elif a.stage == 0 and a.kind is not BACKWARD_WEIGHT:
+                if a.stage == 0 and a.kind not in (FORWARD, BACKWARD_WEIGHT):
                     finish[a.microbatch] = end
-        return Times(starts, begin, finish)
+        return Times(starts, finish)
 
     def returns(self, group: MicrobatchGroup) -> list[int]:
         """The micro-batches of a group whose gradients come back."""
         return [i for i in range(group.start, group.stop) if i in self.finish]
 
-    def insertion_time(self, group: MicrobatchGroup, lead: int) -> float:
-        """Simulated time at which the group's source work is inserted on every rank."""
-        if group.backward:
-            return self.finish[self.returns(group)[-1]]
-        return self.begin[max(0, group.start - lead)]
-
-    def insertion_slot(self, group: MicrobatchGroup, order: FirstStageOrder, lead: int) -> Slot:
-        """Where the same moment lies in the order of the sink's first stage."""
-        if group.backward:
-            return order.backward_slot(self.returns(group)[-1])
-        return order.forward_slot(group.start, lead)
+    def insertion(
+        self, group: MicrobatchGroup, order: FirstStageOrder, grouping: Grouping
+    ) -> tuple[Slot, float]:
+        """Where a group's work is inserted: in the order of the sink's first stage, and the simulated second
+        of it, which is the same on every rank."""
+        lead, slack, starts = grouping.lead, grouping.slack, self.starts[0]
+        if not group.backward:
+            at = order.forward_index(group.start, lead, slack)
+            return order.forward_slot(group.start, lead, slack), starts[at]
+        last = self.returns(group)[-1]
+        slot, at = order.backward_slot(last, slack), order.backward_index(last, slack)
+        if not slack:
+            return slot, self.finish[last]
+        return slot, starts[at] if at < len(starts) else math.inf

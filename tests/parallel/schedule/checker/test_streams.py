@@ -75,7 +75,7 @@ def test_things_that_take_no_time_keep_their_order(case: Case) -> None:
 
 
 def test_collectives_have_their_place_among_the_messages() -> None:
-    plan = plan_of("1f1b", 2, 4, {"vision": {}, "llm": {"pp": 2}})  # vision's gathers join both stages
+    plan = plan_of("three_phase", 2, 4, {"vision": {}, "llm": {"pp": 2}})  # vision's gathers join both stages
     program = list(plan.programs[0])
     rows = next(a for a in reversed(program) if a.kind is Kind.BOUNDARY_BACKWARD)
     program.remove(rows)

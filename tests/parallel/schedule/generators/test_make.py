@@ -44,7 +44,7 @@ def test_auto_takes_the_schedule_that_fits_the_layout() -> None:
     order = " ".join(
         f"{m}:{what}" for m, what in computed(plan_of("auto", 2, 2, {"vision": {}, "llm": {}}), 1)
     )
-    assert order == "vision:F0 llm:F0 llm:B0 vision:B0 vision:F1 llm:F1 llm:B1 vision:B1"
+    assert order == "vision:F0 vision:F1 llm:F0 llm:B0 llm:F1 llm:B1 vision:B0 vision:B1"
 
 
 def test_ranks_of_one_place_share_one_list() -> None:
