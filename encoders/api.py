@@ -29,6 +29,7 @@ Rows of items, packed end to end
 
     Packing, attention, depthwise_conv    whole items on one rank, which never see each other
     Share, pieces, reach                  which rows a rank has; the items in a range of rows; its neighbours
+    to_device                             indices of the host on the device, without waiting for it
     Pairing, attend                       attention of a rank's queries to all keys of their items
     ItemAttention, ItemConvolution        the same where the keys and neighbours are on other ranks of cp
 """
@@ -39,6 +40,7 @@ from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces, reach
 from parallel.sequence.buckets import Pairing, attend
+from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing, attention, depthwise_conv
 from parallel.sharding.adopt import adopt
 from parallel.sharding.dtypes import FactoryKwargs
@@ -78,6 +80,7 @@ __all__ = [
     "reach",
     "register",
     "run_layer",
+    "to_device",
     "uniform",
     "whole",
 ]

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from parallel.sequence.host import to_device
 from parallel.topology.axis import Axes
 
 Meta = Mapping[str, int]
@@ -193,9 +194,8 @@ def pack_items(
             wanted = f"[n, {', '.join(map(str, shape))}], as input_shape says"
             raise ValueError(f"{cls.__name__}.prepare gave {list(tensor.shape)}; needed: {wanted}")
     values = torch.cat(list(tensors)) if tensors else torch.zeros((0, *shape))
-    return ItemBatch(
-        values.to(device, cls.input_dtype or dtype), tuple(len(t) for t in tensors), tuple(metas), first
-    )
+    values = to_device(values.to(cls.input_dtype or dtype), device)
+    return ItemBatch(values, tuple(len(t) for t in tensors), tuple(metas), first)
 
 
 def join_batches(batches: Sequence[ItemBatch]) -> ItemBatch:

@@ -23,6 +23,7 @@ from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
 from encoders.stacked import StackedEncoder
+from parallel.sequence.host import to_device
 from parallel.sequence.intervals import before, column, numbers
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
@@ -113,7 +114,7 @@ class Subsample(nn.Module):
     def _rows(starts: np.ndarray, counts: Sequence[int], like: Tensor) -> Tensor:
         """starts[i], starts[i] + 1, .. counts[i] of them, for each i: int64, on the device of `like`."""
         rows = numbers([(s, s + n) for s, n in zip(starts, counts, strict=True)])
-        return torch.from_numpy(rows).to(like.device)
+        return to_device(rows, like.device)
 
 
 def halved(n: int) -> int:
@@ -287,7 +288,7 @@ class FastConformer(StackedEncoder):
             share=share,
             attention=ItemAttention.of(share, cp, x.device, self.timeout_s),
             convolution=ItemConvolution.of(share, cp, cfg.kernel, x.device, self.timeout_s),
-            angles=rotary_angles(torch.from_numpy(position).to(x.device), cfg.width // cfg.heads, x.dtype),
+            angles=rotary_angles(to_device(position, x.device), cfg.width // cfg.heads, x.dtype),
         )
         for block in self.blocks.values():
             x = run_layer(block, self.recompute, x, ctx)

@@ -23,6 +23,7 @@ from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces
 from encoders.stacked import StackedEncoder
+from parallel.sequence.host import to_device
 from parallel.sequence.intervals import before
 from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
@@ -203,7 +204,7 @@ class ViT(StackedEncoder):
         """The patches that this rank keeps, embedded: [kept, width]."""
         kept = _kept_patches(grids, share)
         kept[0] -= sum(share.lengths[: batch.first])  # batch.values lack the items before batch.first
-        patch, row, column = torch.from_numpy(kept).to(batch.values.device)
+        patch, row, column = to_device(kept, batch.values.device)
         x: Tensor = self.patch(batch.values.index_select(0, patch).to(local(self.patch.weight).dtype))
         return x + local(self.row_position)[row] + local(self.column_position)[column]
 

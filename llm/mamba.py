@@ -21,6 +21,7 @@ from parallel.context_parallel import ContextPacking
 from parallel.context_parallel.halo import context_conv, halo_rows
 from parallel.context_parallel.state import begin_states, plan_pieces, states_taken
 from parallel.context_parallel.ulysses import to_heads, to_tokens
+from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing, depthwise_conv
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.param import Init, ParamSpec, constant, declare, local, normal, uniform
@@ -282,7 +283,9 @@ class Mamba(nn.Module):
     def _by_heads(self, mixed: Tensor, dt: Tensor, packing: ContextPacking) -> Tensor:
         """Each rank scans the whole stream for its share of the heads."""
         cp, shape = packing.cp, self.shape
-        columns = packing.once(("columns", shape), lambda: head_columns(shape, cp.size).to(mixed.device))
+        columns = packing.once(
+            ("columns", shape), lambda: to_device(head_columns(shape, cp.size), mixed.device)
+        )
         parts = torch.cat([mixed, dt], -1).index_select(1, columns.flatten())
         own = shape.heads // cp.size
         heads = to_heads(torch.unflatten(parts, 1, columns.shape), packing)

@@ -22,6 +22,7 @@ from llm.mtp import MultiToken, ahead
 from llm.norm import RMSNorm
 from llm.recompute import recompute_parts
 from llm.stages import levels_of
+from parallel.expert_parallel.routing import Table
 from parallel.sequence.packed import Packing
 from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import ParamSpec, declare, declare_buffer, local, normal
@@ -49,6 +50,8 @@ class LLMBatch:
     """Numbers of tokens that objectives other than the next token's loss are means over."""
     ahead: tuple[Tensor, Tensor] | None = None
     """llm.mtp.ahead() of ids and labels. Needed under context parallelism; else None, and made here."""
+    routed: Table | None = None
+    """routed_tokens() of the ranks that share experts; None: layers that need it exchange it."""
     loss_rows: tuple[Tensor, ...] | None = None
     """loss_rows() of the labels, so that the head computes no other tokens; None: it computes all."""
 
@@ -145,7 +148,7 @@ class LLM(nn.Module):
         after layer cfg.level_layers[k - 1]. hidden: the result of the stage before, None on the first.
         """
         learns = self.training and torch.is_grad_enabled() and not self.cfg.freeze
-        ctx = ForwardContext(batch.packing, batch.n_real, batch.counts, learns)
+        ctx = ForwardContext(batch.packing, batch.n_real, batch.counts, routed=batch.routed, learns=learns)
         x = self.states(batch, rows, ctx, hidden)
         if not self.stage.last:
             return x

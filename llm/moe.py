@@ -22,9 +22,17 @@ from llm.recompute import run
 from parallel.comm.collectives import join_tokens, split_tokens
 from parallel.expert_parallel.all_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
 from parallel.expert_parallel.all_to_all import combine, dispatch
-from parallel.expert_parallel.expert_tensor import EtpRows, gather_rows, plan_etp_rows, reduce_rows
-from parallel.expert_parallel.grouped import grouped_linear
-from parallel.expert_parallel.routing import Route, capacity_rows, plan_route, tally, within_capacity
+from parallel.expert_parallel.expert_tensor import gather_rows, reduce_rows
+from parallel.expert_parallel.grouped import ExpertRows, grouped_linear
+from parallel.expert_parallel.routing import (
+    Route,
+    Table,
+    capacity_rows,
+    exchange_tokens,
+    plan_route,
+    tally,
+    within_capacity,
+)
 from parallel.sequence.packed import Packing
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.param import ParamSpec, declare, declare_buffer, local, normal
@@ -62,7 +70,7 @@ class Experts(nn.Module):
             declare(self, "gate", (e, f, w), up, **factory)
         declare(self, "down", (e, w, f), replace(up, init=normal(cfg.out_std), etp_dim=2), **factory)
 
-    def forward(self, rows: Tensor, per_expert: list[int], recompute: bool = False) -> Tensor:
+    def forward(self, rows: Tensor, experts: ExpertRows, recompute: bool = False) -> Tensor:
         """Rows [m, w], grouped by local expert, to their results [m, w].
 
         recompute: keep the inputs of the activation for the backward, not its result.
@@ -70,10 +78,10 @@ class Experts(nn.Module):
 
         def act_down(up: Tensor, gate: Tensor | None) -> Tensor:
             hidden = activate(self.cfg.activation, up, gate)
-            return grouped_linear(hidden, local(self.down), per_expert)
+            return grouped_linear(hidden, local(self.down), experts)
 
-        gate = grouped_linear(rows, local(self.gate), per_expert) if self.cfg.mlp_gated else None
-        return run(recompute, act_down, grouped_linear(rows, local(self.up), per_expert), gate)
+        gate = grouped_linear(rows, local(self.gate), experts) if self.cfg.mlp_gated else None
+        return run(recompute, act_down, grouped_linear(rows, local(self.up), experts), gate)
 
 
 @dataclass
@@ -90,8 +98,6 @@ class Choice:
     """document_loads(), where a balance loss needs them."""
     route: Route | GatherRoute | None = None
     """How rows reach their experts."""
-    etp_rows: EtpRows | None = None
-    """The rows that meet in this rank's slices of experts; None without etp."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,8 @@ class ForwardContext:
     """Tokens of this rank before the padding."""
     counts: Counts = field(default_factory=Counts)
     """Numbers of tokens that the objectives are means over."""
+    routed: Table | None = None
+    """LLMBatch.routed."""
     learns: bool = False
     """Whether this is a training forward: it counts loads and adds the router's objectives."""
 
@@ -163,8 +171,7 @@ class MoE(nn.Module):
         if choice.chosen is None or choice.route is None:
             biased = score.detach() + self.expert_bias
             choice.chosen = choose(biased, cfg.top_k, cfg.expert_groups, cfg.top_groups)
-            choice.route = self._plan(choice.chosen, score)
-            choice.etp_rows = plan_etp_rows(choice.route.per_expert, self.axes.etp, x.device)
+            choice.route = self._plan(choice.chosen, score, ctx.routed)
             if ctx.learns:
                 self.load += tally(choice.chosen, cfg.n_experts)
         weight = score.gather(1, choice.chosen)
@@ -173,7 +180,7 @@ class MoE(nn.Module):
         if ctx.learns:
             weight = self._with_objectives(weight, logits, score, ctx, choice, first)
         rows = tokens if self.latent_in is None else self.latent_in(tokens)
-        y = self._routed(rows, weight * cfg.routed_scale, choice.route, choice.etp_rows)
+        y = self._routed(rows, weight * cfg.routed_scale, choice.route)
         if self.latent_out is not None:
             y = self.latent_out(y)
         y = F.pad(y, (0, 0, 0, width - real))
@@ -181,33 +188,37 @@ class MoE(nn.Module):
             y = join_tokens(y, tp)
         return y if self.shared is None else y + run("mlp" in self.recompute, self.shared, x)
 
-    def _plan(self, chosen: Tensor, score: Tensor) -> Route | GatherRoute:
-        cfg, ep = self.cfg, self.axes.ep
-        keep, rows = None, None
+    def _plan(self, chosen: Tensor, score: Tensor, routed: Table | None) -> Route | GatherRoute:
+        cfg, ep, etp = self.cfg, self.axes.ep, self.axes.etp
+        gathers = cfg.dispatcher == "all_gather" and ep.size > 1
+        keep = pad = None
+        if routed is None and (gathers or cfg.pad_experts):
+            routed = exchange_tokens(len(chosen), ep, etp, chosen.device)
         if cfg.capacity is not None:
             rows = capacity_rows(chosen.numel(), cfg.n_experts, cfg.capacity)
             keep = within_capacity(chosen, score.gather(1, chosen), cfg.n_experts, rows)
-        if cfg.dispatcher == "all_gather" and ep.size > 1:
-            return plan_gather(chosen, cfg.n_experts, ep, keep)
-        return plan_route(chosen, cfg.n_experts, ep, keep, rows if cfg.pad_experts else None)
+        if gathers:
+            assert routed is not None
+            return plan_gather(chosen, cfg.n_experts, ep, routed[etp.rank], etp=etp, keep=keep)
+        if cfg.pad_experts:
+            assert routed is not None and cfg.capacity is not None
+            assert routed[etp.rank][ep.rank] == len(chosen), (routed, len(chosen))
+            pad = [[capacity_rows(n * cfg.top_k, cfg.n_experts, cfg.capacity) for n in r] for r in routed]
+        return plan_route(chosen, cfg.n_experts, ep, etp=etp, keep=keep, pad=pad)
 
-    def _routed(
-        self, x: Tensor, weight: Tensor, route: Route | GatherRoute, etp_rows: EtpRows | None
-    ) -> Tensor:
+    def _routed(self, x: Tensor, weight: Tensor, route: Route | GatherRoute) -> Tensor:
         """Rows x [n, w] through their experts; the results summed with weights [n, k]: [n, w]."""
         if isinstance(route, GatherRoute):
-            out = self._expert_rows(gather_dispatch(x, route), route.per_expert, etp_rows)
-            return gather_combine(out, weight, route)
-        return combine(self._expert_rows(dispatch(x, route), route.per_expert, etp_rows), weight, route)
+            return gather_combine(self._expert_rows(gather_dispatch(x, route), route), weight, route)
+        return combine(self._expert_rows(dispatch(x, route), route), weight, route)
 
-    def _expert_rows(self, rows: Tensor, per_expert: list[int], etp_rows: EtpRows | None) -> Tensor:
+    def _expert_rows(self, rows: Tensor, route: Route | GatherRoute) -> Tensor:
         """Rows [m, w] grouped by local expert to their results [m, w]."""
-        again = "moe_act" in self.recompute
-        if etp_rows is None:
-            whole: Tensor = self.experts(rows, per_expert, again)
+        again, etp = "moe_act" in self.recompute, route.etp
+        if etp is None:
+            whole: Tensor = self.experts(rows, route.experts, again)
             return whole
-        results = self.experts(gather_rows(rows, etp_rows), etp_rows.per_expert, again)
-        return reduce_rows(results, etp_rows)
+        return reduce_rows(self.experts(gather_rows(rows, etp), etp.experts, again), etp)
 
     def _with_objectives(
         self, weight: Tensor, logits: Tensor, score: Tensor, ctx: ForwardContext, choice: Choice, first: bool

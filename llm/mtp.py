@@ -16,6 +16,7 @@ from llm.config import LLMConfig
 from llm.layer import Layer, run_layer
 from llm.moe import ForwardContext
 from llm.norm import RMSNorm
+from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing
 from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import normal
@@ -32,7 +33,7 @@ def ahead(ids: Tensor, labels: Tensor, packing: Packing, depths: int) -> tuple[T
     nothing is learned across documents. Under cp call this before the stream is split over the ranks.
     """
     # The last token of each token's document.
-    left = torch.from_numpy(packing.starts[1:]).to(ids.device)[packing.sequence_id] - 1
+    left = to_device(packing.starts[1:], ids.device)[packing.sequence_id] - 1
     at = torch.arange(len(ids), device=ids.device)
     there = at + torch.arange(1, depths + 1, device=ids.device).unsqueeze(1)  # [depths, T]
     inside = there <= left

@@ -1,10 +1,11 @@
-"""Shared fixtures, and marks: a test that uses `ranks` or `pool` is marked dist, one that uses `processes`
-e2e, and no other can start a process. `make check` runs those others."""
+"""Shared fixtures, and marks: a test that uses `ranks`, `strict` or `pool` is marked dist, one that uses
+`processes` e2e, and no other can start a process. `make check` runs those others."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -59,6 +60,14 @@ def pool() -> Iterator[Pool]:
 def ranks(pool: Pool) -> Callable[..., list[Any]]:
     """ranks(n, fn, *args, timeout=60): fn(*args) on n gloo ranks, results in rank order."""
     return pool.run
+
+
+@pytest.fixture
+def strict(pool: Pool) -> Callable[..., list[Any]]:
+    """strict(n, fn, *args, eager=False, timeout=120): as `ranks`, under NCCL's rules (tests/strict)."""
+    from tests.strict.run import run_strict
+
+    return partial(run_strict, pool)
 
 
 @pytest.fixture

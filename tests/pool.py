@@ -76,18 +76,25 @@ def _run(message: bytes) -> tuple[bool, Any]:
     if _threads(os.getpid()) > FEW_THREADS:
         gc.collect()
     try:
-        fn, args, rank, world, store, timeout = pickle.loads(message)  # imports the test's module
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, world),
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=timeout),
-        )
-        dist.barrier()  # all are connected, should one fail at once
+        fn, args, begin, rank, world, store, timeout = pickle.loads(message)  # imports the test's module
+        begin(rank, world, store, timeout)
         return True, fn(*args)
     except BaseException:
         return False, traceback.format_exc()
+
+
+def begin_gloo(rank: int, world: int, store: str, timeout: float) -> None:
+    """Make the default process group. store: a file; timeout in seconds."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+    )
+    dist.barrier()  # all are connected, should one fail at once
 
 
 class Pool:
@@ -119,9 +126,17 @@ class Pool:
         self._workers.append(worker)
         return worker
 
-    def run(self, n: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(
+        self,
+        n: int,
+        fn: Callable[..., Any],
+        *args: Any,
+        timeout: float = 60.0,
+        begin: Callable[[int, int, str, float], None] = begin_gloo,
+    ) -> list[Any]:
         """fn(*args) on n ranks; results in rank order. Raises RankFailed with the remote tracebacks.
 
+        begin: makes a rank's default process group, given rank, world size, a file for its store, `timeout`.
         Ranks that do not answer within `timeout` seconds are named, with their stacks, and replaced.
         """
         self._grow(n)
@@ -129,7 +144,7 @@ class Pool:
         store = str(self._folder / f"store-{self._runs}")
         workers = self._workers[:n]
         for rank, worker in enumerate(workers):
-            worker.pipe.send_bytes(pickle.dumps((fn, args, rank, n, store, timeout)))
+            worker.pipe.send_bytes(pickle.dumps((fn, args, begin, rank, n, store, timeout)))
         replies, dead = _collect(workers, timeout)
         silent = [r for r in range(n) if r not in replies and r not in dead]
         stacks = {r: _stacks(workers[r]) for r in silent}

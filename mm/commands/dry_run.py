@@ -15,6 +15,7 @@ from mm.errors import Refused
 from mm.plan.blueprint import Blueprint
 from mm.ranks.job import open_indexes
 from mm.ranks.launch import choose_device
+from mm.report.groups import communicator_lines
 from mm.report.header import gib, header, memory_warning
 from mm.report.plan_json import PlanData, first_step, plan_data
 from mm.report.timeline import RATE, draw_simulated
@@ -45,6 +46,7 @@ def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
             f"{m}: {blueprint.layouts[m].describe()}, {data.flops_by_module[m] / 1e9:.2f} GFLOP a step, "
             f"{gib(data.weight_bytes_per_rank[m])} weights and optimizer a rank"
         )
+    lines += communicator_lines(data.communicators)
     lines += ["", *_policies(data)]
     for program in data.schedule.programs:
         lines += ["", f"schedule {data.schedule.kind} of ranks {', '.join(map(str, program.ranks))}:"]

@@ -89,9 +89,8 @@ def _plain(cfg: Config, module: str | None) -> Changes:
     """Changes that make the schedule (None), or a module's layout, so plain that it has no fault."""
     if module is not None and module in cfg.model:
         return {f"layout.{module}": {}}
-    rounds = cfg.schedule.microbatches * get(cfg, "layout.llm.pp", 1)  # virtual stages need a multiple of pp
     plain: dict[str, Any] = {"schedule.kind": "auto", "schedule.ahead": None, "schedule.encoder_batch": {}}
-    return plain | ({"schedule.microbatches": rounds} if module is None else {f"layout.{module}": {}})
+    return plain | ({} if module is None else {f"layout.{module}": {}})
 
 
 def _dotted(module: str | None, changes: Changes) -> dict[str, Any]:

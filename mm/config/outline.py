@@ -16,12 +16,13 @@ from llm.presets import preset
 from llm.recompute import recompute_parts
 from llm.stages import partition
 from mm.config.build import build
+from mm.config.nodes import node_size
 from mm.config.schema import Config
 from mm.data.tokenizer import make_tokenizer
 from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.schedule.generators.refuse import check_stages
 from parallel.schedule.plan import parameter_groups
-from parallel.topology.data_parallel import AUTO, POLICIES, Policy, check_policy
+from parallel.topology.data_parallel import AUTO, POLICIES, Policy, check_policy, shards_of
 from parallel.topology.layout import Layout, Unfit, make_layout
 from parallel.topology.stage import Stage
 
@@ -35,7 +36,7 @@ def check_outline(cfg: Config, world: int) -> None:
     modules = {}
     for m, layout in layouts.items():
         use = ModuleUse(layout, m in frozen, layers=layers.get(m), experts=m == SINK and "E" in llm.kinds)
-        modules[m] = with_policy(use, given_policy(cfg, layout) or "zero3")
+        modules[m] = with_policy(use, given_policy(cfg, layout) or "zero3", node_size(cfg, world))
     schedule_of(cfg, modules, [set(cfg.model)] * cfg.schedule.microbatches, train=True)
 
 
@@ -61,7 +62,7 @@ def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tupl
         why = f"eval.every={cfg.eval.every} would have no effect: data.eval names no held-out samples"
         raise Unfit(why, [{"eval.every": 0}])
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
-    check_stages(layouts[SINK], len(llm.symbols), virtual=True)
+    check_stages(layouts[SINK], len(llm.symbols))
     _check_schedule(cfg, layouts)
     return layouts, llm, partition(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
 
@@ -93,11 +94,15 @@ def given_policy(cfg: Config, layout: Layout) -> Policy | None:
     return check_policy(layout)
 
 
-def with_policy(use: ModuleUse, policy: Policy) -> ModuleUse:
-    """A module under a data-parallel policy, which means nothing where each weight is on one rank only."""
+def with_policy(use: ModuleUse, policy: Policy, node_size: int | None) -> ModuleUse:
+    """A module under a data-parallel policy, which means nothing where each weight is on one rank only.
+
+    Raises Unfit where nodes of `node_size` ranks do not allow it.
+    """
+    shards = shards_of(use.layout, policy, node_size)
     if not parameter_groups(use.layout.module, use):
         return use
-    return replace(use, params=POLICIES[policy].params, sums=POLICIES[policy].sums)
+    return replace(use, params=POLICIES[policy].params, sums=POLICIES[policy].sums, shards=shards)
 
 
 def frozen_modules(cfg: Config, llm: LLMConfig) -> set[str]:

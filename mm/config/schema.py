@@ -31,11 +31,14 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="cpu, cuda, or auto: CUDA where each local rank has a device"
     )
+    node_size: int | None = Field(
+        None,
+        ge=1,
+        description="ranks a node: ranks 0 to N-1 are one, the next N another; by default those that "
+        "torchrun starts on a machine",
+    )
     trace: int | None = Field(
         None, ge=1, description="number of a step to draw as it ran, with a trace for Perfetto"
-    )
-    node_size: int | None = Field(
-        None, ge=1, description="ranks a node; by default as many as torchrun starts on each"
     )
     tensorboard: bool = Field(False, description="write losses, norms, rates and lifts for TensorBoard too")
 

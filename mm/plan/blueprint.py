@@ -6,7 +6,6 @@ encoders, which are torch modules, checks them too and returns the blueprint.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
 from mm.config.build import build
+from mm.config.nodes import node_size
 from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
 from mm.config.schema import Config
 from mm.errors import Refused
@@ -26,6 +26,7 @@ from parallel.schedule.checker.check import check
 from parallel.schedule.generators.refuse import check_stages
 from parallel.topology.axis import Axes
 from parallel.topology.data_parallel import Policy, Shards, shards_of
+from parallel.topology.groups import GroupPlan, group_plan
 from parallel.topology.layout import Changes, Layout, Unfit, check_divides
 from parallel.topology.stage import Stage
 
@@ -105,6 +106,19 @@ class Blueprint:
             for stage, levels in entering_levels(self.llm, self.stages[SINK], self._levels(m)).items()
         }
 
+    @cached_property
+    def groups(self) -> GroupPlan:
+        """The process groups of the job. Encoders have no experts."""
+        return group_plan(
+            {m: self.layouts[m] for m in self.modules},
+            world=self.world,
+            edges=[(edge.source, edge.stage) for edge in self.edges],
+            sink=SINK,
+            tied=(SINK,) if self.shared else (),
+            experts=(SINK,) if "E" in self.llm.kinds else (),
+            shards={m: self.shards(m) for m in self.modules},
+        )
+
     def enters(self, module: str) -> tuple[int, ...]:
         """The stages of the language model that an encoder's rows enter."""
         return tuple(e.stage for e in self.edges if e.source == module)
@@ -126,8 +140,7 @@ class Blueprint:
     @property
     def node_size(self) -> int | None:
         """Ranks a node, by the config or as torchrun starts them; None where one node has all of them."""
-        n = self.cfg.run.node_size or int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        return n if n < self.world else None
+        return node_size(self.cfg, self.world)
 
     def shards(self, module: str) -> Shards:
         """Into how many shards a module's weights are split; raises Unfit where nodes do not allow it."""
@@ -175,7 +188,7 @@ class Blueprint:
                 layers=self.stages[m][-1].stop,
                 enters=(0,) if m == SINK else self.enters(m),
             )
-            out[m] = with_policy(use, self.policies[m])
+            out[m] = with_policy(use, self.policies[m], self.node_size)
         return out
 
     def schedule(self, active: Sequence[Collection[str]], *, train: bool = True) -> SchedulePlan:
@@ -236,7 +249,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
 
     layouts, llm, llm_stages = outline.outline(cfg, world)
     uses = {name: _encoder_use(cfg, name, layouts[name]) for name in cfg.model}
-    stages = {m: encoder_stages(use.cls, use.cfg, layouts[m].pp) for m, use in uses.items()}
+    stages = {m: encoder_stages(use.cls, use.cfg, layouts[m].pp * layouts[m].vpp) for m, use in uses.items()}
     stages[SINK] = llm_stages
     _check_levels(uses, llm)
     # Zigzag order balances causal attention over cp. Without attention the contiguous order is better: a scan
@@ -272,7 +285,7 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
         raise Unfit(f"model.{name}: {error.why}", error.works, name) from error
     except ValueError as error:
         raise ValueError(f"model.{name}: {error}") from error
-    check_stages(layout, cls.layer_count(options), virtual=False)
+    check_stages(layout, cls.layer_count(options))
     tp = layout.tp if cls.tensor_parallel else 1
     check_divides(f"model.{name}.projector.hidden", enc.projector.hidden, "tp", tp, name)
     return EncoderUse(cls, options, layout, enc.deal)

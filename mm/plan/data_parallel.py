@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mm.plan.blueprint import Blueprint
 from mm.plan.weights import Unit, units_of
 from parallel.schedule.action import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Action, Kind
+from parallel.schedule.plan import parameter_groups
 from parallel.topology.data_parallel import POLICIES, Holding, Policy, shards_of
 from parallel.topology.layout import Unfit
 
@@ -51,40 +52,43 @@ class PolicyCost:
 
 
 def policy_costs(blueprint: Blueprint, name: str) -> dict[Policy, PolicyCost]:
-    """By policy, what it costs the rank of a module that holds most.
+    """By policy, what it costs the rank of a module that holds most; as stage_costs()."""
+    found = [stage_costs(blueprint, name, pp) for pp in range(blueprint.layouts[name].pp)]
+    return {policy: max((costs[policy] for costs in found), key=lambda c: c.step) for policy in found[0]}
+
+
+def stage_costs(blueprint: Blueprint, name: str, pp: int) -> dict[Policy, PolicyCost]:
+    """By policy, what it costs a module's pipeline rank `pp`, on the data rank with the largest shards.
 
     Every step is taken to have items of all encoders in each micro-batch. Without hsdp where nodes do not
     allow it.
     """
     layout, cfg = blueprint.layouts[name], blueprint.cfg
     schedule = blueprint.schedule([set(cfg.model)] * cfg.schedule.microbatches)
+    actions = [a for a in schedule.actions(layout.rank_at(pp=pp)) if a.module == name]
+    stages = range(pp, len(blueprint.stages[name]), layout.pp)
     out = {}
     for policy in POLICIES:
         try:
             shards = shards_of(layout, policy, blueprint.node_size)
         except Unfit:
             continue
-        found = []
-        for pp in range(layout.pp):
-            actions = [a for a in schedule.actions(layout.rank_at(pp=pp)) if a.module == name]
-            units = {
-                s: units_of(blueprint.weights(name, s), layout, shards)
-                for s in range(pp, len(blueprint.stages[name]), layout.pp)
-            }
-            found.append(cost(units, policy, actions, blueprint.stored_dtype.itemsize))
-        out[policy] = max(found, key=lambda c: c.step)
+        units = {s: units_of(blueprint.weights(name, s), layout, shards) for s in stages}
+        # Where each weight is on one rank only, all policies are one.
+        holding = POLICIES[policy if parameter_groups(name, blueprint.uses[name]) else "zero3"]
+        out[policy] = cost(units, holding, actions, blueprint.stored_dtype.itemsize)
     return out
 
 
 def cost(
-    units: Mapping[int, Sequence[Unit]], policy: Policy, actions: Sequence[Action], stored: int
+    units: Mapping[int, Sequence[Unit]], holding: Holding, actions: Sequence[Action], stored: int
 ) -> PolicyCost:
     """What a policy costs a rank.
 
     units: by stage. actions: the rank's, of this module. stored: bytes of an element of weights as the
     optimizer has them, and of gradients' sums.
     """
-    holding, flat = POLICIES[policy], [u for own in units.values() for u in own]
+    flat = [u for own in units.values() for u in own]
     fixed = sum(u.shard.every + 2 * u.shard.trained for u in flat) * stored
     # FSDP frees after a backward. Without one, as in a frozen encoder, weights stay as a forward leaves them.
     stay = holding.params == "each" and not any(a.kind in (BACKWARD, BACKWARD_INPUT) for a in actions)

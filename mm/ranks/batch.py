@@ -20,6 +20,8 @@ from mm.data.tokenizer import Tokenizer
 from mm.plan.step_plan import Edge, Microbatch, PlanInputs, edge_row_positions
 from parallel.boundary import EdgePlan, PlanCache, on_stage
 from parallel.context_parallel import ContextPacking, pack
+from parallel.expert_parallel import Table, routed_tokens
+from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing
 from parallel.topology.axis import Axes
 
@@ -140,21 +142,31 @@ class Assembler:
         supervises = loss_rows(text[1], None if mtp is None else mtp[1])
         entering = {e.source for e in self.row_shapes if e.stage % llm.pp == coord.pp}
         entries = {
-            m: torch.from_numpy(edge_row_positions(e, self.inputs, self.rank, mb.tokens)).to(self.device)
+            m: to_device(edge_row_positions(e, self.inputs, self.rank, mb.tokens), self.device)
             for m, e in mb.edges.items()
             if e.items and m in entering
         }
         batch = LLMBatch(
-            ids=text[0].to(self.device),
-            labels=text[1].to(self.device),
+            ids=to_device(text[0], self.device),
+            labels=to_device(text[1], self.device),
             packing=packing,
             n_real=n_real,
             row_positions=entries,
             counts=counts,
-            ahead=None if mtp is None else (mtp[0].to(self.device), mtp[1].to(self.device)),
-            loss_rows=tuple(rows.to(self.device) for rows in supervises),
+            ahead=None if mtp is None else (to_device(mtp[0], self.device), to_device(mtp[1], self.device)),
+            routed=self._routed(mb),
+            loss_rows=tuple(to_device(rows, self.device) for rows in supervises),
         )
-        return batch, {m: f.to(self.device) for m, f in flags.items()}
+        return batch, {m: to_device(f, self.device) for m, f in flags.items()}
+
+    def _routed(self, mb: Microbatch) -> Table | None:
+        """Tokens that each rank routes, of those that share experts with this one."""
+        llm = self.inputs.llm
+        if llm.ep * llm.etp == 1:
+            return None
+        real = np.zeros(llm.dp, dtype=np.int64)
+        np.add.at(real, np.asarray(mb.dp_of, dtype=np.int64), mb.length)
+        return routed_tokens(llm, self.rank, mb.tokens, real.tolist(), self.inputs.order)
 
     def _write_sample(
         self,

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mm.errors import PolyrankError
 from mm.plan.step_plan import StepPlan
+from parallel.sequence.host import to_device
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # public, not in __all__
@@ -44,9 +46,16 @@ class Control:
         if self.store is not None:  # an earlier job of this process may have left a number
             self.store.set(self._key(dist.get_rank(self.group)), "0")
 
-    def gather(self, values: Sequence[float]) -> np.ndarray:
-        """Every rank's `values`, float64 [world, n], the same on all ranks."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def gather(self, values: Sequence[float | Tensor]) -> np.ndarray:
+        """Every rank's `values`, float64 [world, n], the same on all ranks; one host wait.
+
+        values: numbers, and scalars on the device, which go into the message without being read.
+        """
+        tensors = {i: v for i, v in enumerate(values) if isinstance(v, Tensor)}
+        numbers = [0.0 if i in tensors else v for i, v in enumerate(values)]
+        mine = to_device(np.array(numbers, dtype=np.float64), self.device)
+        for i, scalar in tensors.items():
+            mine[i].copy_(scalar)
         return self._gather(mine)
 
     def any(self, flag: bool) -> bool:
@@ -61,7 +70,7 @@ class Control:
         """
         ids = sorted(bad)[:SLOTS]
         message = [plan.digest, len(ids), *ids, *[-1] * (SLOTS - len(ids))]
-        table = self._gather(torch.tensor(message, dtype=torch.int64, device=self.device))
+        table = self._gather(to_device(np.array(message, dtype=np.int64), self.device))
         odd = [r for r in range(len(table)) if table[r, 0] != table[0, 0]]
         if odd:
             raise PolyrankError(
@@ -74,17 +83,17 @@ class Control:
     def _first_other(self, plan: StepPlan, odd: Sequence[int]) -> str:
         """The first sample whose plan on a rank in `odd` differs from rank 0's. Every rank calls this."""
         n = len(plan.sample_ids)
-        counts = self._gather(torch.tensor([n], device=self.device))[:, 0]
-        mine = torch.full((2, int(counts.max())), -1, dtype=torch.int64)
-        mine[0, :n], mine[1, :n] = torch.tensor(plan.sample_ids), torch.from_numpy(plan.digests)
-        table = self._gather(mine.reshape(-1).to(self.device)).reshape(len(counts), 2, -1)
+        counts = self._gather(to_device(np.array([n]), self.device))[:, 0]
+        mine = np.full((2, int(counts.max())), -1, dtype=np.int64)
+        mine[0, :n], mine[1, :n] = plan.sample_ids, plan.digests
+        table = self._gather(to_device(mine.reshape(-1), self.device)).reshape(len(counts), 2, -1)
         for j, r in itertools.product(range(table.shape[2]), odd):
             if (table[r, :, j] != table[0, :, j]).any():
                 ours, theirs = table[0, 0, j], table[r, 0, j]
                 return f"first in sample {j} of the batch (id {ours} on rank 0, {theirs} on rank {r})"
         return "though every sample is planned alike"
 
-    def _gather(self, mine: torch.Tensor) -> np.ndarray:
+    def _gather(self, mine: Tensor) -> np.ndarray:
         world, number = dist.get_world_size(self.group), next(self._numbers)
         out = mine.new_empty(world * len(mine))
         if self.store is not None:

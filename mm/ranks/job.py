@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
@@ -29,10 +27,17 @@ from mm.ranks.control import Control, whole_job
 from mm.ranks.launch import RankInfo
 from parallel.boundary import BoundaryCommunicator, PlanCache
 from parallel.comm.pipeline import Pipe
+from parallel.comm.warm_up import Ends, warm_up
 from parallel.sharding.optim import AdamW, ShardedOptimizer
 from parallel.sharding.shard import ShardPolicy, materialise, shard_module
 from parallel.topology.directions import Directions
+from parallel.topology.groups import DIRECTIONS, Group, edge_ranks
 from parallel.topology.mesh import ModuleMesh, build_mesh
+from parallel.topology.process_groups import Groups, make_groups
+
+# Rows take two hops where they spare a quarter of what crosses to other nodes. Ranks of tp that read the same
+# rows spare half or more; the few rows that two shares of a stream both see are not worth a second message.
+TWO_HOPS_SPARE = 0.25
 
 Parts = Mapping[int, nn.Module]
 
@@ -52,6 +57,7 @@ class Job:
     blueprint: Blueprint
     rank: RankInfo
     parts: Mapping[str, Parts]  # by module, its pipeline stages here, by stage index
+    groups: Groups
     meshes: Mapping[str, ModuleMesh]  # by module
     optimizers: Mapping[str, ShardedOptimizer]  # by module
     boundaries: Mapping[Edge, Directions[BoundaryCommunicator]]  # by edge, on the ranks at either end of it
@@ -77,11 +83,7 @@ class Job:
         Torch's caches of DTensor sharding keep meshes alive, and with them groups and their threads. They are
         cleared here.
         """
-        for mesh in self.meshes.values():
-            mesh.close()
-        for boundary in self.boundaries.values():
-            for communicator in boundary:
-                communicator.close()
+        self.groups.close()
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch has no types here
 
 
@@ -115,7 +117,7 @@ def open_data(job: Job, index: Index) -> Data:
         axes={m: mesh.axes for m, mesh in job.meshes.items()},
         sink=SINK,
         row_shapes={edge: blueprint.entry_shape(edge) for edge in blueprint.edges},
-        plans=PlanCache(job.rank.rank, node_size=job.rank.node_size),
+        plans=PlanCache(job.rank.rank, node_size=job.rank.node_size, spares=TWO_HOPS_SPARE),
         timeout_s=blueprint.cfg.run.timeout_s,
     )
     return Data(index, assembler)
@@ -124,19 +126,15 @@ def open_data(job: Job, index: Index) -> Data:
 def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     """Make groups, modules, initial weights and optimizers. Every rank of the job calls this."""
     cfg = blueprint.cfg
-    # First all groups, which every rank makes in the same order; then the modules that this rank hosts.
-    meshes = {}
-    for m in blueprint.modules:
-        tied = m == SINK and bool(blueprint.shared)
-        meshes[m] = build_mesh(
-            blueprint.layouts[m],
-            rank.device.type,
-            timeout_s=cfg.run.timeout_s,
-            tie_ends=tied,
-            shards=blueprint.shards(m),
-        )
-    boundaries = _boundaries(blueprint, rank)
+    groups = make_groups(blueprint.groups, timeout_s=cfg.run.timeout_s, store=rank.store)
+    # Before anything else is sent: later first uses would meet in whatever order the ranks come to them.
+    warm_up(groups, rank.device, _ends(blueprint), node_size=rank.node_size)
+    meshes = {
+        m: build_mesh(layout, rank.device.type, groups=groups, shards=blueprint.shards(m))
+        for m, layout in blueprint.layouts.items()
+    }
     here = {m: mesh for m, mesh in meshes.items() if mesh is not None}
+    boundaries = _boundaries(groups, blueprint, rank)
     parts = {m: _build_parts(blueprint, m, mesh, rank) for m, mesh in here.items()}
     hyper = AdamW(cfg.train.betas, cfg.train.eps, cfg.train.weight_decay)
     optimizers = {
@@ -152,6 +150,7 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
         blueprint=blueprint,
         rank=rank,
         parts=parts,
+        groups=groups,
         meshes=here,
         optimizers=optimizers,
         boundaries=boundaries,
@@ -160,7 +159,20 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     )
 
 
-def _boundaries(blueprint: Blueprint, rank: RankInfo) -> dict[Edge, Directions[BoundaryCommunicator]]:
+def _ends(blueprint: Blueprint) -> dict[tuple[str, int], Ends]:
+    """By (source, stage) of an edge, the ranks at its two ends."""
+    sink, layouts = blueprint.layouts[SINK], blueprint.layouts
+    return {
+        (e.source, e.stage): Ends(
+            layouts[e.source].stage_ranks(layouts[e.source].pp - 1), sink.stage_ranks(e.stage % sink.pp)
+        )
+        for e in blueprint.edges
+    }
+
+
+def _boundaries(
+    groups: Groups, blueprint: Blueprint, rank: RankInfo
+) -> dict[Edge, Directions[BoundaryCommunicator]]:
     """The communicators of each edge of this rank: the edge joins its encoder's last stage and a sink stage.
 
     Each direction has a process group of its own, so that its messages have an order of their own.
@@ -169,11 +181,12 @@ def _boundaries(blueprint: Blueprint, rank: RankInfo) -> dict[Edge, Directions[B
     out = {}
     for edge in blueprint.edges:
         source, dest = blueprint.layouts[edge.source], blueprint.layouts[SINK]
-        ranks = sorted({*source.stage_ranks(source.pp - 1), *dest.stage_ranks(edge.stage % dest.pp)})
-        groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for _ in range(2)]
-        if rank.rank in ranks:
+        if rank.rank in edge_ranks(source, dest, edge.stage):
+            names = (Group("edge", edge.source, "", way, edge.stage) for way in DIRECTIONS)
+            # An edge within one rank sends nothing, and has no group of its own.
+            ways = (groups.find(name) or groups.alone() for name in names)
             out[edge] = Directions(
-                *(BoundaryCommunicator(g, device=rank.device, timeout_s=timeout) for g in groups)
+                *(BoundaryCommunicator(g, device=rank.device, timeout_s=timeout) for g in ways)
             )
     return out
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from mm.config.nodes import node_size
 from mm.errors import PolyrankError, Refused
 from mm.ranks.stop import Requests, Stop, block_requests, on_request, unblock_requests
 
@@ -45,7 +46,7 @@ class RankInfo:
     world: int  # ranks of the job
     device: torch.device
     store: Store | None = None  # the job's key-value store, None where a test needs none
-    node_size: int | None = None  # ranks a machine, None where one machine has all of them
+    node_size: int | None = None  # ranks a node, None where one node has all of them
     timeout_s: float = 120.0  # longest wait for another rank, seconds
     launch: str = ""  # on rank 0 a name of this launch, the same when torchrun starts the ranks again
     relaunched: bool = False  # on rank 0: an earlier start of these ranks has made the name
@@ -296,15 +297,16 @@ def init_distributed(cfg: Config) -> RankInfo:
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=cfg.run.timeout_s),
+        # Bound, groups connect when they are made; unbound, at a first use that nobody has ordered.
+        device_id=device if device.type == "cuda" else None,
     )
     name, relaunched = _name_launch(store) if rank == 0 else ("", False)
-    node_size = cfg.run.node_size or local_ranks
     return RankInfo(
         rank,
         world,
         device,
         store=store,
-        node_size=node_size if node_size < world else None,
+        node_size=node_size(cfg, world),
         timeout_s=cfg.run.timeout_s,
         launch=name,
         relaunched=relaunched,

@@ -14,6 +14,7 @@ from mm.plan.blueprint import Blueprint
 from mm.plan.data_parallel import PolicyCost, policy_costs
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import StepPlan, plan_step
+from mm.report.groups import CommunicatorData, communicator_data
 from mm.report.header import weight_bytes
 from parallel.boundary import edge_rows, on_stage
 from parallel.schedule import SchedulePlan
@@ -38,6 +39,7 @@ class PlanData:
     stages: Mapping[str, tuple[tuple[int, int], ...]]
     schedule: ScheduleData
     encoders: Mapping[str, str]
+    communicators: CommunicatorData
     data_parallel: Mapping[str, PolicyData]
 
 
@@ -110,6 +112,7 @@ def plan_data(blueprint: Blueprint, index: Index) -> PlanData:
         stages={m: tuple((s.start, s.stop) for s in stages) for m, stages in blueprint.stages.items()},
         schedule=_schedule_data(blueprint.schedule(plan.active)),
         encoders={m: use.cls.__name__ for m, use in blueprint.inputs.encoders.items()},
+        communicators=communicator_data(blueprint),
         data_parallel={
             m: PolicyData(policy, policy_costs(blueprint, m)) for m, policy in blueprint.policies.items()
         },

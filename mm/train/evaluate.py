@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mm.data.order import permute_items
@@ -79,15 +80,15 @@ def _evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int, stop: 
 
 @dataclass
 class _LossSum:
-    """Sum of the losses of some tokens, in nats, and how many they are."""
+    """Sum of the losses of some tokens, in nats, and how many they are; on the device once there are any."""
 
-    nats: float = 0.0
-    tokens: float = 0.0
+    nats: Tensor | float = 0.0
+    tokens: Tensor | float = 0.0
 
-    def add(self, nats: Tensor, tokens: Tensor) -> None:
-        """Add the sum of the losses of more tokens, and their number; scalars."""
-        self.nats += float(nats)
-        self.tokens += float(tokens)
+    def add(self, token_loss: Tensor, chosen: Tensor) -> None:
+        """Add the losses [T] of the tokens that are chosen (bool [T])."""
+        self.nats = self.nats + torch.where(chosen, token_loss, 0.0).sum(dtype=torch.float64)
+        self.tokens = self.tokens + chosen.sum(dtype=torch.float64)
 
 
 @contextmanager
@@ -116,10 +117,9 @@ def _mean_losses(
         assert mb.llm is not None
         if not job.counts_loss:
             return
-        every.add(token_loss.sum(), (mb.llm.labels >= 0).sum())
+        every.add(token_loss, mb.llm.labels >= 0)
         for module, own in by_module.items():
-            chosen = mb.depends[module]
-            own.add(token_loss[chosen].sum(), chosen.sum())
+            own.add(token_loss, mb.depends[module])
 
     batch = job.blueprint.cfg.train.global_batch
     with _eval_mode(job):

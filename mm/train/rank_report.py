@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-Reduce = Callable[[Sequence[float]], float]
-Name = TypeVar("Name")
+import numpy as np
+from torch import Tensor
+
+N = TypeVar("N")
+"""A number (float, or a scalar on the device) of one rank, or a column [ranks] of those of all ranks."""
+
+Own = float | Tensor
 
 
-class Scalars(NamedTuple):
+class Scalars(NamedTuple, Generic[N]):
     """What a rank reports once."""
 
-    loss: float  # sum of this rank's token losses over the step's supervised tokens; ranks' losses add up
-    sync_s: float  # seconds spent summing gradients
-    memory_bytes: float  # peak
-    stop: float  # 1 where this rank was asked to end, else 0
+    loss: N  # sum of this rank's token losses over the step's supervised tokens; ranks' losses add up
+    sync_s: N  # seconds spent summing gradients
+    memory_bytes: N  # peak
+    stop: N  # 1 where this rank was asked to end, else 0
 
 
-class ModuleReport(NamedTuple):
+class ModuleReport(NamedTuple, Generic[N]):
     """What a rank reports of one module."""
 
-    squares: float  # sum of its gradients' squares; ranks' sums add up
-    compute_s: float  # host seconds of its forwards and backwards
+    squares: N  # sum of its gradients' squares; ranks' sums add up
+    compute_s: N  # host seconds of its forwards and backwards
 
 
-class EdgeReport(NamedTuple):
+class EdgeReport(NamedTuple, Generic[N]):
     """What a rank reports of the boundary of one encoder, both directions together."""
 
-    received_bytes: float  # payload from other ranks
-    seconds: float
+    received_bytes: N  # payload from other ranks
+    seconds: N
 
 
 @dataclass(frozen=True)
-class Report:
-    """One rank's report of a step. All ranks have equal names in equal order.
+class Report(Generic[N]):
+    """One rank's report of a step, or the columns of all ranks' reports. All have equal names in equal order.
 
     modules, edges: by module and by encoder. objectives: by objective, sums over this rank's tokens. They are
     separate fields, so that no module's name is taken for another kind of name.
     """
 
-    scalars: Scalars
-    modules: Mapping[str, ModuleReport]
-    edges: Mapping[str, EdgeReport]
-    objectives: Mapping[str, float]
+    scalars: Scalars[N]
+    modules: Mapping[str, ModuleReport[N]]
+    edges: Mapping[str, EdgeReport[N]]
+    objectives: Mapping[str, N]
 
-    def numbers(self) -> list[float]:
+    def numbers(self) -> list[N]:
         """The report as a row: scalars, then modules, edges and objectives in their order."""
         return [
             *self.scalars,
@@ -56,19 +61,12 @@ class Report:
             *self.objectives.values(),
         ]
 
-    def read(self, row: Sequence[float]) -> Report:
-        """Another rank's report from its row; names are those of this report."""
-        numbers = iter(map(float, row))
+    def read(self, table: np.ndarray) -> Report[np.ndarray]:
+        """All ranks' reports from their rows [ranks, numbers], by column; names are those of this report."""
+        columns: Iterator[np.ndarray] = iter(table.T)
         return Report(
-            scalars=Scalars(
-                loss=next(numbers), sync_s=next(numbers), memory_bytes=next(numbers), stop=next(numbers)
-            ),
-            modules={m: ModuleReport(squares=next(numbers), compute_s=next(numbers)) for m in self.modules},
-            edges={m: EdgeReport(received_bytes=next(numbers), seconds=next(numbers)) for m in self.edges},
-            objectives={name: next(numbers) for name in self.objectives},
+            scalars=Scalars(*(next(columns) for _ in Scalars._fields)),
+            modules={m: ModuleReport(squares=next(columns), compute_s=next(columns)) for m in self.modules},
+            edges={m: EdgeReport(received_bytes=next(columns), seconds=next(columns)) for m in self.edges},
+            objectives={name: next(columns) for name in self.objectives},
         )
-
-
-def over_ranks(reduce: Reduce, rows: Sequence[Mapping[Name, float]]) -> dict[Name, float]:
-    """By name, `reduce` (sum, max) of all ranks' values."""
-    return {name: reduce([row[name] for row in rows]) for name in rows[0]}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from mm.ranks.feed import Prepared
 from mm.ranks.job import Job
@@ -27,10 +28,11 @@ class StepResult:
     """This rank's share of a step.
 
     loss: sum of its supervised tokens' losses divided by the step's global count; one replica counts, so that
-    summing over ranks gives the loss. seconds: host time by (kind, module).
+    summing over ranks gives the loss; a float64 scalar on the device, which finish_step() reads.
+    seconds: host time by (kind, module).
     """
 
-    loss: float = 0.0
+    loss: Tensor
     seconds: dict[tuple[Kind, str], float] = field(default_factory=dict)
 
 
@@ -59,7 +61,7 @@ def run_step(
         handlers = _handlers(flight, transfers, forward)
         seconds = execute(schedule.actions(job.rank.rank), handlers, observe=observe)
     transfers.finish()
-    return StepResult(float(forward.loss), seconds)
+    return StepResult(forward.loss, seconds)
 
 
 def _handlers(flight: Flight, transfers: Transfers, forward: Forward) -> Mapping[Kind, Handler]:

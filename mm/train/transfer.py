@@ -89,7 +89,8 @@ class Transfers:
             return parts[0]
         grad = parts[0].new_empty(len(parts[0]), *blueprint.row_shape(key.module))
         for part, levels in zip(parts, edges.values(), strict=True):
-            grad[:, list(levels)] = part
+            for level, own in zip(levels, part.unbind(1), strict=True):  # a list of them would be uploaded
+                grad[:, level] = own
         return grad
 
     # boundaries
@@ -122,7 +123,9 @@ class Transfers:
         if not self.flight.learns(key) and edge.stage == self.job.blueprint.enters(edge.source)[-1]:
             output.take()  # no other edge and no backward reads it
         levels, held = self.job.blueprint.edges[edge], held.detach()
-        return held[:, list(levels)] if held.ndim > 2 and len(levels) < held.shape[1] else held
+        if held.ndim == 2 or len(levels) == held.shape[1]:
+            return held
+        return torch.stack([held[:, level] for level in levels], 1)
 
     def _no_rows(self, edge: Edge) -> Tensor:
         blueprint = self.job.blueprint

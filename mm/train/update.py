@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,7 +18,7 @@ from mm.errors import NonFinite
 from mm.ranks.job import Job
 from mm.ranks.memory import peak_memory
 from mm.train.metrics import BoundaryMetrics
-from mm.train.rank_report import EdgeReport, ModuleReport, Report, Scalars, over_ranks
+from mm.train.rank_report import EdgeReport, ModuleReport, Own, Report, Scalars
 from mm.train.step import StepResult
 from mm.train.weights import refresh_held
 from parallel.schedule.action import COMPUTE
@@ -65,14 +66,15 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
     Raises NonFinite on all ranks, before anything is updated, naming module and rank.
     """
     start = time.perf_counter()
-    squares = dict.fromkeys(job.blueprint.modules, 0.0)
+    squares: dict[str, Own] = dict.fromkeys(job.blueprint.modules, 0.0)
     for m, optimizer in job.optimizers.items():
         optimizer.collect()
         squares[m] = optimizer.norm_squared()
     mine = _report(job, result, squares, time.perf_counter() - start, stop)
-    ranks = [mine.read(row) for row in job.control.gather(mine.numbers())]
+    # The one time that a step's host waits for its device.
+    ranks = mine.read(job.control.gather(mine.numbers()))
     _check_finite(ranks, step)
-    total = {m: math.sqrt(n) for m, n in over_ranks(sum, [_squares(r) for r in ranks]).items()}
+    total = {m: math.sqrt(x.squares.sum()) for m, x in ranks.modules.items()}
     norm = math.sqrt(sum(n * n for n in total.values()))
     clip = job.blueprint.cfg.train.clip
     factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
@@ -83,27 +85,24 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
     refresh_held(job)
     _update_expert_bias(job)
     return Update(
-        loss=sum(r.scalars.loss for r in ranks),
+        loss=float(ranks.scalars.loss.sum()),
         grad_norm=norm,
         grad_norm_by_module=total,
-        boundary={m: _boundary([r.edges[m] for r in ranks]) for m in mine.edges},
-        compute_s=over_ranks(max, [{m: x.compute_s for m, x in r.modules.items()} for r in ranks]),
-        optimizer_s=max(r.scalars.sync_s for r in ranks) + time.perf_counter() - start,
-        peak_memory_bytes=int(max(r.scalars.memory_bytes for r in ranks)),
-        objectives=over_ranks(sum, [r.objectives for r in ranks]),
-        stop=any(r.scalars.stop for r in ranks),
+        boundary={
+            m: BoundaryMetrics(int(x.received_bytes.sum()), float(x.seconds.max()))
+            for m, x in ranks.edges.items()
+        },
+        compute_s={m: float(x.compute_s.max()) for m, x in ranks.modules.items()},
+        optimizer_s=float(ranks.scalars.sync_s.max()) + time.perf_counter() - start,
+        peak_memory_bytes=int(ranks.scalars.memory_bytes.max()),
+        objectives={name: float(sums.sum()) for name, sums in ranks.objectives.items()},
+        stop=bool(ranks.scalars.stop.any()),
     )
 
 
-def _squares(report: Report) -> dict[str, float]:
-    return {m: x.squares for m, x in report.modules.items()}
-
-
-def _boundary(ranks: Sequence[EdgeReport]) -> BoundaryMetrics:
-    return BoundaryMetrics(int(sum(r.received_bytes for r in ranks)), max(r.seconds for r in ranks))
-
-
-def _report(job: Job, result: StepResult, squares: Mapping[str, float], sync_s: float, stop: bool) -> Report:
+def _report(
+    job: Job, result: StepResult, squares: Mapping[str, Own], sync_s: float, stop: bool
+) -> Report[Own]:
     """This rank's report of the step."""
     compute_s = dict.fromkeys(job.blueprint.modules, 0.0)
     for (kind, module), seconds in result.seconds.items():
@@ -115,22 +114,22 @@ def _report(job: Job, result: StepResult, squares: Mapping[str, float], sync_s: 
             memory_bytes=float(peak_memory(job.rank.device)),
             stop=float(stop),
         ),
-        modules={m: ModuleReport(squares[m], compute_s[m]) for m in job.blueprint.modules},
+        modules={m: ModuleReport[Own](squares[m], compute_s[m]) for m in job.blueprint.modules},
         edges={m: _edge_report(job, m) for m in job.blueprint.inputs.encoders},
         objectives=_objectives(job),
     )
 
 
-def _edge_report(job: Job, module: str) -> EdgeReport:
+def _edge_report(job: Job, module: str) -> EdgeReport[Own]:
     """What this rank has received from and for an encoder, over all stages that its rows enter."""
     stats = [b.stats for edge, both in job.boundaries.items() if edge.source == module for b in both]
     received = float(sum(sum(s.bytes_received.values()) for s in stats))
     return EdgeReport(received, float(sum(sum(s.seconds.values()) for s in stats)))
 
 
-def _objectives(job: Job) -> dict[str, float]:
+def _objectives(job: Job) -> dict[str, Own]:
     """This rank's sums of the language model's objectives beside the next token's loss."""
-    out = dict.fromkeys(job.blueprint.objectives, 0.0)
+    out: dict[str, Own] = dict.fromkeys(job.blueprint.objectives, 0.0)
     if not out or SINK not in job.parts:
         return out
     first = job.blueprint.layouts[SINK].coord(job.rank.rank).tp == 0
@@ -138,19 +137,19 @@ def _objectives(job: Job) -> dict[str, float]:
         assert isinstance(part, LLM)
         for name, value in part.take_objectives().items():
             if name in out and (first or name != "mtp"):  # "mtp": equal on all tp ranks
-                out[name] += float(value)
+                out[name] = out[name] + value
     return out
 
 
-def _check_finite(ranks: Sequence[Report], step: int) -> None:
-    _refuse_infinite([r.scalars.loss for r in ranks], f"loss of module {SINK}", step)
-    for m in ranks[0].modules:
-        _refuse_infinite([r.modules[m].squares for r in ranks], f"gradient of module {m}", step)
+def _check_finite(ranks: Report[np.ndarray], step: int) -> None:
+    _refuse_infinite(ranks.scalars.loss, f"loss of module {SINK}", step)
+    for m, x in ranks.modules.items():
+        _refuse_infinite(x.squares, f"gradient of module {m}", step)
 
 
-def _refuse_infinite(values: Sequence[float], what: str, step: int) -> None:
-    """Raise NonFinite naming the ranks whose value of `what` is not finite."""
-    bad = [rank for rank, value in enumerate(values) if not math.isfinite(value)]
+def _refuse_infinite(values: np.ndarray, what: str, step: int) -> None:
+    """Raise NonFinite naming the ranks whose value [ranks] of `what` is not finite."""
+    bad = np.flatnonzero(~np.isfinite(values)).tolist()
     if bad:
         raise NonFinite(
             f"step {step + 1}: the {what} is not finite on rank {', '.join(map(str, bad))}; nothing was "
@@ -165,6 +164,7 @@ def _update_expert_bias(job: Job) -> None:
     layers = [m for part in job.parts[SINK].values() if isinstance(part, LLM) for m in part.moe_layers()]
     if layers:
         load = torch.stack([m.load for m in layers])
-        dist.all_reduce(load, group=job.meshes[SINK].stage)
+        if job.meshes[SINK].stage is not None:
+            dist.all_reduce(load, group=job.meshes[SINK].stage)
         for layer, counts in zip(layers, load, strict=True):
             layer.update_bias(counts)

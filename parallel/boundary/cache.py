@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable
+from functools import partial
 
 from parallel.boundary.plan import EdgePlan, plan_edge
 from parallel.boundary.rows import RowMap
@@ -16,11 +17,15 @@ class PlanCache:
     Batches of pictures of one size have equal row maps, and so have the micro-batches of a repeated
     evaluation. A remembered plan costs a hash of both maps. Not to be shared between threads.
 
-    rank: the global rank to plan for. node_size: of plan_edge(). keep: plans remembered, over all edges.
+    rank: the global rank to plan for. node_size, spares: of plan_edge(). keep: plans remembered, over all
+    edges.
     """
 
-    def __init__(self, rank: int, *, node_size: int | None = None, keep: int = 64) -> None:
-        self.rank, self.node_size, self.keep = rank, node_size, keep
+    def __init__(
+        self, rank: int, *, node_size: int | None = None, spares: float = 0.0, keep: int = 64
+    ) -> None:
+        self.rank, self.keep = rank, keep
+        self._plan = partial(plan_edge, rank=rank, node_size=node_size, spares=spares)
         self._plans: OrderedDict[Hashable, EdgePlan] = OrderedDict()
 
     def plan(
@@ -30,7 +35,7 @@ class PlanCache:
         key = (name, row_shape, source.lanes, dest.lanes, _digest(source), _digest(dest))
         found = self._plans.pop(key, None)
         if found is None:
-            found = plan_edge(name, source, dest, self.rank, node_size=self.node_size, row_shape=row_shape)
+            found = self._plan(name, source, dest, row_shape=row_shape)
         self._plans[key] = found  # now the most recently used
         while len(self._plans) > self.keep:
             self._plans.popitem(last=False)

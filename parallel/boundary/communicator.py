@@ -15,6 +15,7 @@ from parallel.boundary.plan import EdgePlan, Transfer
 from parallel.comm.linear_map import linear_map
 from parallel.comm.pending import Pending
 from parallel.comm.transport import Channel, Finish, move, start_all_to_all, start_p2p, tag_of
+from parallel.sequence.host import Indices
 
 Transport = Literal["auto", "p2p", "all_to_all"]
 
@@ -151,7 +152,7 @@ class BoundaryCommunicator:
             out = make((t.rows_out, *x.shape[1:]), dtype=x.dtype, device=x.device)
         land = self._depart(f"edge {edge}, {direction}", t, x, out) if t.moves else None
         if t.view is None:
-            move(out, t.keep.dest, x, t.keep.source)  # while the others' rows are on their way
+            move(out, t.keep.dest, x, t.keep.source, Indices())  # while the others' rows are on their way
         row = x.shape[1:].numel() * x.element_size()
         self.stats.bytes_received[edge] += t.received_rows * row
         self.stats.seconds[edge] += time.perf_counter() - begin

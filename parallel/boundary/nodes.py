@@ -3,6 +3,11 @@
 A rank gets a row from its own node if any rank there holds it. Every other row that a node wants enters the
 node at one of the ranks that want it, in equal shares, and goes on from there to the rest of them. Every rank
 computes the entries of all nodes; a run counts once for each node that its lane is on.
+
+A second hop spares the slow link the rows that several ranks of a node want, and costs every rank that takes
+part a second message, which starts only when the first has come. Where it would spare nothing, or less than
+an asked share of what crosses, each rank gets its rows straight from afar. All ranks decide alike, since the
+decision counts the rows of all.
 """
 
 from __future__ import annotations
@@ -35,12 +40,15 @@ class Hops(NamedTuple):
     relay: Relay | None
 
 
-def by_nodes(have: RowMap, want: RowMap, rank: int, node_size: int) -> Hops:
-    """The part of `rank` where node k is ranks k node_size .. (k + 1) node_size - 1."""
+def by_nodes(have: RowMap, want: RowMap, rank: int, node_size: int, spares: float = 0.0) -> Hops:
+    """The part of `rank` where node k is ranks k node_size .. (k + 1) node_size - 1.
+
+    spares: the least share of the rows that cross without a second hop which one must spare.
+    """
     nodes = np.concatenate([have.members[0], want.members[0]]) // node_size
     if np.all(nodes == nodes[:1]):
         return Hops(direct(have, want, rank), None)
-    entries = _entries(have, want, node_size)
+    entries = _entries(have, want, node_size, spares)
     low = rank // node_size * node_size
     near_have, near_want = (m.on_ranks(low, low + node_size) for m in (have, want))
     near, far = direct(near_have, near_want, rank), direct(have, entries.at, rank)
@@ -52,14 +60,15 @@ def by_nodes(have: RowMap, want: RowMap, rank: int, node_size: int) -> Hops:
 
 
 class _Entries(NamedTuple):
-    """Rows that nodes want and do not hold. at: the rank at which each enters each node, every rank a lane
-    of its own, with the local rows of `want`. spread: whether any goes on to another rank of its node."""
+    """Rows that nodes want and do not hold. at: the ranks at which each enters each node, with local rows
+    of `want`: one of them where rows spread, else all that want it. spread: whether rows go on to others of
+    their node."""
 
     at: RowMap
     spread: bool
 
 
-def _entries(have: RowMap, want: RowMap, node_size: int) -> _Entries:
+def _entries(have: RowMap, want: RowMap, node_size: int, spares: float) -> _Entries:
     cells = _Cells.of(want, node_size)
     # Rows of all nodes on one line, node after node.
     size = 1 + max(want.reach, have.reach)
@@ -72,6 +81,19 @@ def _entries(have: RowMap, want: RowMap, node_size: int) -> _Entries:
         start=start[order], stop=stop[order], lane=wanted.lane[i][order], shift=wanted.shift[i][order]
     )
     entering = each_row_once(lacking)
+    readers = int(((lacking.stop - lacking.start) * cells.size[lacking.lane]).sum())
+    spared = readers - int((entering.stop - entering.start).sum())
+    if not spared or spared < spares * readers:
+        members = np.split(cells.rank, np.cumsum(cells.size)[:-1])
+        straight = RowMap(
+            lanes=tuple(tuple(ranks.tolist()) for ranks in members),
+            start=lacking.start % size,
+            length=lacking.stop - lacking.start,
+            lane=lacking.lane,
+            local=lacking.start + lacking.shift,
+            rows=want.rows[cells.lane],
+        )
+        return _Entries(straight, spread=False)
     # Each cell's rows in equal shares to its members.
     entering = entering.take(np.argsort(entering.lane, kind="stable"))
     local = entering.start + entering.shift
@@ -85,8 +107,7 @@ def _entries(have: RowMap, want: RowMap, node_size: int) -> _Entries:
         local=part.local,
         rows=want.rows[cells.lane[shares.group]],
     )
-    readers = int(((lacking.stop - lacking.start) * cells.size[lacking.lane]).sum())
-    return _Entries(at, spread=readers > int(part.length.sum()))
+    return _Entries(at, spread=True)
 
 
 @dataclass(frozen=True)

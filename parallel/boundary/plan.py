@@ -9,6 +9,7 @@ receives or keeps.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,6 +98,7 @@ def plan_edge(
     rank: int,
     *,
     node_size: int | None = None,
+    spares: float = 0.0,
     row_shape: tuple[int, ...] | None = None,
 ) -> EdgePlan:
     """Plan both directions of an edge for `rank`.
@@ -106,19 +108,25 @@ def plan_edge(
     gradients of distinct lanes that consumed the same row are added.
 
     node_size: ranks a node, where links inside a node are faster: a row then crosses to each node once,
-    however many of its ranks want it. row_shape: trailing dims of the tensors, which are then checked before
-    anything is sent; otherwise a shape mismatch between two ranks fails inside the transport with no useful
-    error. Raises ValueError where a wanted row is on no rank.
+    however many of its ranks want it. spares: the least share of the rows crossing to nodes that this must
+    spare; else rows go straight to each rank that wants them. row_shape: trailing dims of the tensors, which
+    are then checked before anything is sent; otherwise a shape mismatch between two ranks fails inside the
+    transport with no useful error. Raises ValueError where a wanted row is on no rank.
     """
-    forward = plan_transfer(source, dest, rank, node_size=node_size)
-    backward = tuple(
-        plan_transfer(layer, source, rank, node_size=node_size, partial=True) for layer in _layers(dest)
-    )
+    plan = functools.partial(plan_transfer, rank=rank, node_size=node_size, spares=spares)
+    forward = plan(source, dest)
+    backward = tuple(plan(layer, source, partial=True) for layer in _layers(dest))
     return EdgePlan(name=name, forward=forward, backward=backward, row_shape=row_shape)
 
 
 def plan_transfer(
-    have: RowMap, want: RowMap, rank: int, *, node_size: int | None = None, partial: bool = False
+    have: RowMap,
+    want: RowMap,
+    rank: int,
+    *,
+    node_size: int | None = None,
+    spares: float = 0.0,
+    partial: bool = False,
 ) -> Transfer:
     """What `rank` sends, receives and keeps so that every rank of `want` gets its rows.
 
@@ -131,7 +139,7 @@ def plan_transfer(
     if node_size is None:
         hops = Hops(direct(have, want, rank), None)
     else:
-        hops = by_nodes(have, want, rank, node_size)
+        hops = by_nodes(have, want, rank, node_size, spares)
     routes, relay = hops
     rows_out = want.rows_on(rank)
     arriving = (*routes.recvs, *(relay.recvs if relay else ()))

@@ -22,7 +22,7 @@ row in the dtype of the sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -42,6 +42,7 @@ from parallel.comm.transport import (
     start_p2p,
     tag_of,
 )
+from parallel.sequence.host import Indices
 from parallel.sequence.intervals import NONE, Rows, Span, count, disjoint, outside, overlap, rows_of, size
 from parallel.topology.axis import Axis
 from parallel.topology.directions import Directions
@@ -103,6 +104,7 @@ class Fetch:
     home: plan.give, on the device.
     channel: None where no row moves.
     together: whether start() and start_home() are one collective, else a message a peer.
+    indices: the plan's row numbers on the device, for all layers.
     """
 
     plan: FetchPlan
@@ -110,6 +112,7 @@ class Fetch:
     home: tuple[slice | Tensor, ...]
     channel: Channel | None
     together: bool
+    indices: Indices = field(default_factory=Indices, repr=False)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows held here, ..] to [rows wanted here, ..], by ascending row.
@@ -121,7 +124,7 @@ class Fetch:
         _check(plan.name, x, plan.held)
         if not plan.moves:
             rows = plan.give[plan.me]
-            return x if _all(rows, plan.held) else pick(x, rows)
+            return x if _all(rows, plan.held) else pick(x, rows, self.indices)
         return linear_map(x, lambda y: self.start(y).wait(), self._sum_home)
 
     def _sum_home(self, grad: Tensor) -> Tensor:
@@ -170,7 +173,7 @@ class Fetch:
         out = x if same else x.new_empty((rows, *x.shape[1:]))
         finish = self._depart(hop, x, out)
         if not same:
-            move(out, at, x, own)  # while the others' rows are on their way
+            move(out, at, x, own, self.indices)  # while the others' rows are on their way
 
         def wait() -> Tensor:
             finish()
@@ -197,7 +200,7 @@ class Fetch:
             finish()
             for peer, at in landing:
                 # Rank by rank: one index_add of all would sum a row in any order on accelerators.
-                _add(into, self.home[peer], pick(grad, own) if peer == me else arriving[at])
+                _add(into, self.home[peer], pick(grad, own, self.indices) if peer == me else arriving[at])
             return into
 
         return Pending(wait)
@@ -211,7 +214,7 @@ class Fetch:
             for messages in (hop.gives, hop.takes)
         )
         name = f"{self.channel.name}, {hop.what}"
-        channel = Channel(name, self.channel.group, self.channel.timeout_s)
+        channel = replace(self.channel, name=name)
         start = start_all_to_all if hop.together else start_p2p
         return start(channel, sends, recvs, x, out, tag_of(name))
 
@@ -260,13 +263,15 @@ def make_fetch(
     group's own timeout does. Raises ValueError as fetch_plan() does.
     """
     plan = fetch_plan(name, held, wanted, axis.rank)
-    home = tuple(g if isinstance(g, slice) else torch.from_numpy(g).to(device) for g in plan.give)
+    indices = Indices()
+    home = tuple(g if isinstance(g, slice) else indices.on(g, torch.device(device)) for g in plan.give)
     if not plan.moves:
-        return Fetch(plan, tuple(range(axis.size)), home, channel=None, together=False)
+        return Fetch(plan, tuple(range(axis.size)), home, channel=None, together=False, indices=indices)
     assert axis.group is not None and len(held) == axis.size, (name, axis)
     ranks = tuple(dist.get_process_group_ranks(axis.group))
-    channel = Channel(name, axis.group, timeout_s)
-    return Fetch(plan, ranks, home, channel, together=torch.device(device).type != "cpu")
+    channel = Channel(name, axis.group, timeout_s, indices)
+    together = torch.device(device).type != "cpu"
+    return Fetch(plan, ranks, home, channel, together=together, indices=indices)
 
 
 def lacking(held: Sequence[Sequence[Span]], wanted: Sequence[Sequence[Span]]) -> list[int]:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm.waiting import wait_for
-from parallel.sequence.intervals import NONE, Column, Rows, count, rows_of
+from parallel.sequence.host import Indices
+from parallel.sequence.intervals import NONE, Rows, count
 
 T = TypeVar("T")
 Finish = Callable[[], None]
@@ -44,11 +44,13 @@ class Channel:
     name: what errors call it.
     group: the process group of its messages.
     timeout_s: the longest wait, in seconds.
+    indices: the plan's row numbers on the device.
     """
 
     name: str
     group: dist.ProcessGroup
     timeout_s: float
+    indices: Indices = field(default_factory=Indices, repr=False)
 
     def call(self, peers: list[int], call: Callable[[], T]) -> T:
         """call(). Where it fails, RuntimeError names the edge, the direction and `peers`."""
@@ -78,7 +80,7 @@ def start_p2p(channel: Channel, sends: Messages, recvs: Messages, x: Tensor, out
         ops.append(dist.P2POp(dist.irecv, buffer, peer, channel.group, tag))
         peers.append(peer)
     for peer, rows in sends:
-        ops.append(dist.P2POp(dist.isend, pick(x, rows), peer, channel.group, tag))
+        ops.append(dist.P2POp(dist.isend, pick(x, rows, channel.indices), peer, channel.group, tag))
         peers.append(peer)
     works = channel.call(peers, lambda: dist.batch_isend_irecv(ops)) if ops else []
     # gloo has one handle a message, in order; other backends may have one for the batch.
@@ -99,7 +101,7 @@ def start_p2p(channel: Channel, sends: Messages, recvs: Messages, x: Tensor, out
 
     def unpack(rows: Rows, buffer: Tensor) -> None:
         if not isinstance(rows, slice):
-            put(out, rows, buffer)
+            put(out, rows, buffer, channel.indices)
 
     return finish
 
@@ -114,7 +116,8 @@ def start_all_to_all(
     ranks = dist.get_process_group_ranks(channel.group)
     to, of = dict(sends), dict(recvs)
     out_rows, in_rows = [of.get(r, NONE) for r in ranks], [to.get(r, NONE) for r in ranks]
-    packed, arriving = pick(x, joined(in_rows)), joined(out_rows)
+    indices = channel.indices
+    packed, arriving = pick(x, indices.joined(in_rows), indices), indices.joined(out_rows)
     splits_in, splits_out = [count(rows) for rows in in_rows], [count(rows) for rows in out_rows]
     landed = out[arriving] if isinstance(arriving, slice) else out.new_empty((len(arriving), *out.shape[1:]))
     work = channel.call(
@@ -128,43 +131,27 @@ def start_all_to_all(
         others = [r for r in ranks if r != dist.get_rank()]
         channel.call(others, partial(wait_for, work, x.device, channel.timeout_s))
         if not isinstance(arriving, slice):
-            put(out, arriving, landed)
+            put(out, arriving, landed, indices)
 
     return finish
 
 
-def pick(x: Tensor, rows: Rows) -> Tensor:
+def pick(x: Tensor, rows: Rows, indices: Indices) -> Tensor:
     """Rows of x: a view where they are consecutive, else one indexed copy."""
-    return x[rows] if isinstance(rows, slice) else x.index_select(0, _index(rows, x))
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, indices.on(rows, x.device))
 
 
-def put(out: Tensor, rows: Rows, values: Tensor) -> None:
+def put(out: Tensor, rows: Rows, values: Tensor, indices: Indices) -> None:
     """Write `values` to rows of out."""
     if not isinstance(rows, slice):
-        out.index_copy_(0, _index(rows, out), values)
+        out.index_copy_(0, indices.on(rows, out.device), values)
     elif rows.stop > rows.start:
         out[rows].copy_(values)
 
 
-def move(out: Tensor, to: Rows, x: Tensor, rows: Rows) -> None:
+def move(out: Tensor, to: Rows, x: Tensor, rows: Rows, indices: Indices) -> None:
     """Copy rows of x to rows of out, in one pass where either side is consecutive."""
     if isinstance(to, slice) and not isinstance(rows, slice):
-        torch.index_select(x, 0, _index(rows, x), out=out[to])
+        torch.index_select(x, 0, indices.on(rows, x.device), out=out[to])
     else:
-        put(out, to, pick(x, rows))
-
-
-def joined(parts: list[Rows]) -> Rows:
-    """The rows of all parts, one part after another."""
-    start = np.concatenate([[rows.start] if isinstance(rows, slice) else rows for rows in parts])
-    length = np.concatenate(
-        [[count(rows)] if isinstance(rows, slice) else np.ones_like(rows) for rows in parts]
-    )
-    some = np.flatnonzero(length)
-    return rows_of(start[some], length[some])
-
-
-def _index(rows: Column, like: Tensor) -> Tensor:
-    index = torch.from_numpy(rows)
-    # A copy from pinned memory does not block the host.
-    return index if like.device.type == "cpu" else index.pin_memory().to(like.device, non_blocking=True)
+        put(out, to, pick(x, rows, indices), indices)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from parallel.comm.fetch import Fetch, lacking
 from parallel.context_parallel.packing import ContextPacking, Continued
+from parallel.sequence.host import to_device
 from parallel.sequence.intervals import Span, join, numbers
 from parallel.sequence.packed import depthwise_conv
 
@@ -64,8 +64,8 @@ def plan_halo(packing: ContextPacking, kernel: int) -> Halo | None:
     device = packing.device
     return Halo(
         fetch,
-        torch.from_numpy(np.concatenate(take)).to(device),
-        torch.from_numpy(np.concatenate(slots)).to(device),
+        to_device(np.concatenate(take), device),
+        to_device(np.concatenate(slots), device),
     )
 
 

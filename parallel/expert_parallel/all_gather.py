@@ -6,16 +6,17 @@ or where the network is slow with many small messages. The other dispatcher is i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.comm.collectives import gather_tokens, reduce_tokens
 from parallel.expert_parallel.all_to_all import combine, dispatch
-from parallel.expert_parallel.routing import Route, plan_route
+from parallel.expert_parallel.grouped import ExpertRows
+from parallel.expert_parallel.routing import EtpRows, Route, plan_route
 from parallel.topology.axis import Axis
 
 
@@ -33,21 +34,32 @@ class GatherRoute:
     own: Route
 
     @property
-    def per_expert(self) -> list[int]:
+    def experts(self) -> ExpertRows:
         """Rows of each local expert."""
-        return self.own.per_expert
+        return self.own.experts
+
+    @property
+    def etp(self) -> EtpRows | None:
+        """The rows that meet in this rank's slices of its experts."""
+        return self.own.etp
 
 
-def plan_gather(expert: Tensor, n_experts: int, axis: Axis, keep: Tensor | None = None) -> GatherRoute:
-    """The route of n tokens to their chosen experts; two collectives over `axis`, with two host waits.
+def plan_gather(
+    expert: Tensor,
+    n_experts: int,
+    axis: Axis,
+    tokens: Sequence[int],
+    *,
+    etp: Axis | None = None,
+    keep: Tensor | None = None,
+) -> GatherRoute:
+    """The route of n tokens to their chosen experts; collectives over `axis` and etp, with one host wait.
 
     expert: int64 [n, k], the chosen experts. n may differ between ranks.
-    keep: bool [n, k], False for a dropped choice; None drops none.
+    tokens: n of each rank of `axis`.
+    etp, keep: as in plan_route().
     """
-    count = torch.tensor([expert.shape[0]], device=expert.device)
-    counts = count.new_empty(axis.size)
-    dist.all_gather_into_tensor(counts, count, group=axis.group)
-    widest = int(counts.max())
+    widest = max(tokens)
     if keep is not None:
         expert = torch.where(keep, expert, n_experts)
     padded = F.pad(expert, (0, 0, 0, widest - expert.shape[0]), value=n_experts)
@@ -55,7 +67,7 @@ def plan_gather(expert: Tensor, n_experts: int, axis: Axis, keep: Tensor | None 
     local = n_experts // axis.size
     here = everyone - axis.rank * local
     falls_here = (here >= 0) & (here < local)
-    own = plan_route(here.clamp(0, local - 1), local, Axis.single("ep"), falls_here)
+    own = plan_route(here.clamp(0, local - 1), local, Axis.single("ep"), etp=etp, keep=falls_here)
     return GatherRoute(axis, widest, own)
 
 

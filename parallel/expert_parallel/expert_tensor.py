@@ -7,48 +7,12 @@ the row came from (Liu et al., MoE Parallel Folding, arXiv 2504.14960, section 3
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm.linear_map import linear_map
-from parallel.expert_parallel.routing import columns, group_by_expert
-from parallel.topology.axis import Axis
-
-
-@dataclass(frozen=True)
-class EtpRows:
-    """The rows that etp ranks bring to the experts whose features are sharded over them.
-
-    axis: the etp axis.
-    rows: rows of each rank.
-    regroup: int64 [sum(rows)], the order of all ranks' rows, concatenated by rank, that puts each expert's
-        rows together.
-    per_expert: rows of each expert, from all ranks.
-    """
-
-    axis: Axis
-    rows: list[int]
-    regroup: Tensor
-    per_expert: list[int]
-
-
-def plan_etp_rows(per_expert: list[int], axis: Axis, device: torch.device) -> EtpRows | None:
-    """The plan of gather_rows() and reduce_rows(), None where `axis` has one rank.
-
-    per_expert: rows of each expert on this rank. A collective over `axis`, with one host wait.
-    """
-    if axis.size == 1:
-        return None
-    mine = torch.tensor(per_expert, device=device)
-    counts = mine.new_empty(axis.size * len(per_expert))  # [rank, expert]
-    dist.all_gather_into_tensor(counts, mine, group=axis.group)
-    table = counts.view(axis.size, -1).tolist()
-    rows = [sum(r) for r in table]
-    regroup = group_by_expert(counts, len(per_expert), sum(rows))
-    return EtpRows(axis, rows, regroup, columns(table))
+from parallel.expert_parallel.routing import EtpRows
 
 
 def _gather(x: Tensor, etp: EtpRows) -> Tensor:

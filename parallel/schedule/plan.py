@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from parallel.schedule.action import BACKWARD, BACKWARD_WEIGHT, Action, Kind
-from parallel.topology.data_parallel import Params, Sums
-from parallel.topology.groups import Group
+from parallel.topology.data_parallel import Params, Shards, Sums
+from parallel.topology.groups import COMPUTE, Group, along, edge_ranks, parameter_axes, size_along
 from parallel.topology.layout import Layout
 
 
@@ -27,7 +27,8 @@ class ModuleUse:
         GATHER and FREE do, once a step. "replicated": before the step and after it too.
     sums: when its gradients are summed over the data ranks: in each "backward", or once a "step". The last
         backward does that, or GRAD_SYNC where places come to their last backward in different orders.
-    experts: whether it has any, which data ranks of their own (edp) hold.
+    experts: whether it has any, which data ranks of their own (edp) hold. Expert degrees say so too.
+    shards: into how many shards its weights are split; None: as many as there are data ranks.
     layers: how many it has, so that more stages than layers are refused; None if not known.
     enters: for a source, the stages of the sink that its rows enter. Each gets rows of its own.
     """
@@ -37,6 +38,7 @@ class ModuleUse:
     params: Params = "each"
     sums: Sums = "step"
     experts: bool = False
+    shards: Shards | None = None
     layers: int | None = None
     enters: tuple[int, ...] = (0,)
 
@@ -161,10 +163,10 @@ class SchedulePlan:
         if group.scope == "world":
             return (self.ranks,)
         if group.scope == "edge":
-            both = frozenset().union(*self.ends(group.module, group.stage))
-            return (tuple(r for r, p in self.program_of.items() if p in both),)
-        axes = ("cp", "dp") if group.axis == "data" else group.axis
-        return self.modules[group.module].layout.groups(axes)
+            source, sink = self.modules[group.module].layout, self.modules[self.sink].layout
+            return (edge_ranks(source, sink, group.stage),)
+        use = self.modules[group.module]
+        return along(use.layout, group.axis, use.shards)
 
     def program_sets(self, group: Group) -> tuple[frozenset[int], ...]:
         """The distinct sets of programs that groups of a name join; members must agree on an order."""
@@ -190,20 +192,34 @@ def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:
 def compute_groups(module: str, use: ModuleUse, kind: Kind, summed: bool) -> tuple[Group, ...]:
     """The groups whose collectives a computation of a module runs, in order.
 
-    summed: whether it sums the gradients of the step, as the last backward does where GRAD_SYNC does not.
+    summed: whether it completes the sums of the step, as the last backward does where GRAD_SYNC does not.
+    Only then are shards summed over their replicas.
     """
-    axes = [a for a in ("tp", "cp", "ep", "etp") if getattr(use.layout, a) > 1]
-    moved = use.params == "each" or use.sums_in(kind, summed)
-    return (
-        *(parameter_groups(module, use) if moved else ()),
-        *(Group("module", module, a) for a in axes),
-    )
+    axes = [a for a in COMPUTE if getattr(use.layout, a) > 1]
+    sums = use.sums_in(kind, summed)
+    moved = _data_groups(module, use, shard=sums or use.params == "each", replica=sums and summed)
+    return (*moved, *(Group("module", module, a) for a in axes))
+
+
+def gather_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
+    """The groups over which whole weights are gathered."""
+    return _data_groups(module, use, shard=True, replica=False)
 
 
 def parameter_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
-    """The groups over which parameters are gathered and gradients summed: "data", which is dp x cp, and edp
-    for sharded experts."""
+    """The groups over which weights are gathered and gradients summed: the data ranks (dp x cp), and edp for
+    experts that are replicated differently."""
+    return _data_groups(module, use, shard=True, replica=True)
+
+
+def _data_groups(module: str, use: ModuleUse, *, shard: bool, replica: bool) -> tuple[Group, ...]:
+    """Groups of several data ranks: those that share a copy of the weights, those that have equal shards."""
     layout = use.layout
-    folded = layout.ep * layout.etp > 1 or (use.experts and layout.tp > 1)
-    sizes = {"data": layout.dp * layout.cp, "edp": layout.edp if folded else 1}
-    return tuple(Group("module", module, a) for a, n in sizes.items() if n > 1)
+    experts = use.experts or layout.ep * layout.etp > 1
+    axes = [
+        axis
+        for of_view in parameter_axes(layout, use.shards, experts=experts)
+        for axis, wanted in zip(of_view, (shard, replica), strict=True)
+        if axis and wanted and size_along(layout, axis, use.shards) > 1
+    ]
+    return tuple(Group("module", module, axis) for axis in axes)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.sequence.host import to_device
 from parallel.sequence.intervals import before
 
 
@@ -101,11 +102,6 @@ def attend(
         y = y.transpose(1, 2).flatten(0, 1)
         out = out.index_copy(0, b.rows, y if b.slots is None else y.index_select(0, b.slots))
     return out
-
-
-def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
-    """A tensor of the array's values."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
 def _level(lengths: np.ndarray) -> np.ndarray:

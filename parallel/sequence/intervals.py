@@ -151,3 +151,13 @@ def rows_of(start: Column, length: Column) -> Rows:
     if np.all(start[:-1] + length[:-1] == start[1:]):
         return slice(int(start[0]), int(start[-1] + length[-1]))
     return repeat_groups(start, length)[1]
+
+
+def join_rows(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, one part after another."""
+    start = np.concatenate([[rows.start] if isinstance(rows, slice) else rows for rows in parts])
+    length = np.concatenate(
+        [[count(rows)] if isinstance(rows, slice) else np.ones_like(rows) for rows in parts]
+    )
+    some = np.flatnonzero(length)
+    return rows_of(start[some], length[some])

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.sequence.buckets import Pairing, attend, to_device
+from parallel.sequence.buckets import Pairing, attend
+from parallel.sequence.host import to_device
 
 
 @dataclass(frozen=True)

@@ -101,13 +101,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, *, exact: bool) -> Tensor:
     return tensor if exact and torch.promote_types(tensor.dtype, dtype) != dtype else tensor.to(dtype)
 
 
-def check_given(given: Mapping[str, Tensor], group: dist.ProcessGroup, device: torch.device) -> None:
+def check_given(given: Mapping[str, Tensor], group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Raise ValueError naming the parameters whose given values differ between ranks of `group`.
 
     given: values by parameter name. Collective over `group`: each rank passes the same names in the same
-        order.
+        order. None is a group of one rank.
     """
-    if not given or group.size() == 1:
+    if not given or group is None:
         return
     digests = torch.tensor([_digest(v) for v in given.values()], dtype=torch.int64, device=device)
     # One reduction for both bounds: the maximum of the negated digests is the negated minimum.

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from parallel.sequence.host import to_device
 from parallel.sharding.param import declared, local
 from parallel.sharding.shard import data_view, sharded_dims
 from parallel.topology.mesh import ModuleMesh
@@ -76,6 +78,7 @@ class ShardedOptimizer:
         shared: Collection[str] = (),
     ) -> None:
         self.mesh = mesh
+        self.device = next(param.device for part in parts for _, param, _ in declared(part))
         self.shards: list[_Shard] = []
         for name, param, spec in (entry for part in parts for entry in declared(part)):
             if not param.requires_grad:
@@ -95,6 +98,8 @@ class ShardedOptimizer:
             )
             self.shards.append(shard)
         assert mesh.ends is not None or not any(s.shared for s in self.shards), "the mesh must tie its ends"
+        weights = np.asarray([s.weight for s in self.shards], dtype=np.float64)
+        self._weights = to_device(weights, self.device).unbind()
         decay = [s.local for s in self.shards if s.param.ndim > 1]
         plain = [s.local for s in self.shards if s.param.ndim <= 1]
         groups = [
@@ -125,17 +130,19 @@ class ShardedOptimizer:
         _sum([s for s in self.shards if s.shared], self.mesh.ends)
 
     @torch.no_grad()
-    def norm_squared(self) -> float:
-        """This rank's part of the squared gradient norm, whose sum over the module's ranks is the whole.
+    def norm_squared(self) -> Tensor:
+        """This rank's part of the squared gradient norm, whose sum over the module's ranks is the whole: a
+        float64 scalar on the device, which the caller reads once for all modules.
 
         Each replica of a parameter contributes an equal part. Not finite where a gradient here is not finite.
         """
-        pairs = [(s.local.grad, s.weight) for s in self.shards if s.local.grad is not None]
-        if not pairs:
-            return 0.0
-        norms = torch.stack(torch._foreach_norm([g for g, _ in pairs])).to(torch.float64)
-        weights = torch.tensor([w for _, w in pairs], dtype=torch.float64, device=norms.device)
-        return float((norms.square() * weights).sum())
+        pairs = zip(self.shards, self._weights, strict=True)
+        learnt = [(s.local.grad, weight) for s, weight in pairs if s.local.grad is not None]
+        if not learnt:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        norms = torch.stack(torch._foreach_norm([g for g, _ in learnt])).to(torch.float64)
+        weights = torch.stack([w for _, w in learnt])
+        return (norms.square() * weights).sum()
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -165,7 +172,7 @@ class ShardedOptimizer:
             assert self.adam is not None
             state = self.adam.state[s.local]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=s.local.device)
                 state["exp_avg"] = torch.zeros_like(s.local)
                 state["exp_avg_sq"] = torch.zeros_like(s.local)
             out[f"{s.name}.step"] = state["step"]

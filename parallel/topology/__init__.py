@@ -6,7 +6,7 @@ Layouts and stages are pure and need no torch; groups are made in mesh.py, which
 
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.directions import Directions
-from parallel.topology.groups import WORLD, Group
+from parallel.topology.groups import WORLD, Group, GroupPlan, group_plan
 from parallel.topology.layout import Coord, ExpertCoord, Layout, Unfit, make_layout, nearest_degrees
 from parallel.topology.stage import Stage, partition_layers, stages_of, whole
 
@@ -18,9 +18,11 @@ __all__ = [
     "Directions",
     "ExpertCoord",
     "Group",
+    "GroupPlan",
     "Layout",
     "Stage",
     "Unfit",
+    "group_plan",
     "make_layout",
     "nearest_degrees",
     "partition_layers",

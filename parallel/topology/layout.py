@@ -160,12 +160,16 @@ class Layout:
         wanted = (axes,) if isinstance(axes, str) else tuple(axes)
         view: View = "dense" if set(wanted) <= set(AXES["dense"]) else "expert"
         assert set(wanted) <= set(AXES[view]), f"axes {wanted} are not of one view"
-        keep = [i for i, axis in enumerate(AXES[view]) if axis not in wanted]
-        found: dict[tuple[int, ...], list[int]] = {}
-        for index, rank in enumerate(self.ranks):
-            coord = self._coord_at(index, view)
-            found.setdefault(tuple(coord[i] for i in keep), []).append(rank)
-        return tuple(tuple(g) for g in found.values())
+        inside, between = [0], [0]  # indices of a group's ranks from its first; indices of first ranks
+        stride = 1
+        for axis, n in zip(AXES[view], self.shape(view), strict=True):
+            steps = range(0, n * stride, stride)
+            if axis in wanted:
+                inside = [a + b for a in steps for b in inside]
+            else:
+                between = [a + b for a in steps for b in between]
+            stride *= n
+        return tuple(tuple([self.ranks[first + i] for i in inside]) for first in between)
 
     def peers(self, rank: int, axes: str | tuple[str, ...]) -> tuple[int, ...]:
         """The group of `rank` along `axes`."""

@@ -9,10 +9,8 @@ A group's ranks are in the order of the layout, whatever their numbers: an index
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,9 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.data_parallel import Shards
 from parallel.topology.directions import Directions
+from parallel.topology.groups import BETWEEN, COMPUTE, DIRECTIONS, Group, data_axes, group_plan
 from parallel.topology.layout import Layout, View
+from parallel.topology.process_groups import Groups, make_groups
 
-REPLICA = "replica"  # the axis of ranks that hold the same shards
+REPLICA = "replica"  # the dim of ranks that hold the same shards
+Dim = tuple[str, Group]  # of a mesh: its name, and its group
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,14 @@ class ModuleMesh:
     """The meshes of a module as one of its ranks sees them.
 
     layout: the layout that the meshes were made of.
-    dense: DeviceMesh (data, tp) of this pipeline rank. data is dp x cp: the ranks that see different tokens,
-        over which weights are sharded. Where it has more ranks than shards, (replica, data, tp).
-    expert: DeviceMesh (edp, ep, etp) of this pipeline rank, or (replica, edp, ep, etp).
+    dense: DeviceMesh (replica, data, tp) of this pipeline rank. Over data a copy of the weights is sharded,
+        and replica has the copies; together they are dp x cp, the ranks that see different tokens. It lacks
+        replica and tp where they are one rank.
+    expert: DeviceMesh (replica, edp, ep, etp) of this pipeline rank, without all but edp where they are one
+        rank. None where the plan of the groups has no experts in this module.
     axes: what layers compute over.
-    stage: all ranks of this pipeline rank.
+    groups: all groups of the job that this rank is in.
+    stage: all ranks of this pipeline rank; None where that is one.
     pipeline: the ranks that differ along pp alone. Activations and gradients have a group each, since each
         has an order of its own; None without pp.
     ends: this rank and the one at the other end of its pipeline, where first and last stage share weights.
@@ -43,9 +47,10 @@ class ModuleMesh:
 
     layout: Layout
     dense: DeviceMesh
-    expert: DeviceMesh
+    expert: DeviceMesh | None
     axes: Axes
-    stage: dist.ProcessGroup
+    groups: Groups
+    stage: dist.ProcessGroup | None = None
     pipeline: Directions[dist.ProcessGroup] | None = None
     ends: dist.ProcessGroup | None = None
     _over: dict[tuple[View, tuple[str, ...]], DeviceMesh] = field(
@@ -59,8 +64,13 @@ class ModuleMesh:
         """
         key = view, axes
         if key not in self._over:
-            self._over[key] = (self.dense if view == "dense" else self.expert)[axes]
+            self._over[key] = self._whole(view)[axes]
         return self._over[key]
+
+    def _whole(self, view: View) -> DeviceMesh:
+        whole = self.dense if view == "dense" else self.expert
+        assert whole is not None, f"{self.layout.module} has an expert, but its groups were made for none"
+        return whole
 
     @property
     def data(self) -> DeviceMesh:
@@ -69,15 +79,14 @@ class ModuleMesh:
 
     def replicas(self, view: View) -> int:
         """How many data ranks hold the same shard of a weight."""
-        mesh = self.dense if view == "dense" else self.expert
+        mesh = self._whole(view)
         names = mesh.mesh_dim_names or ()
         return mesh.size(names.index(REPLICA)) if REPLICA in names else 1
 
     def data_parallel(self, view: View) -> DeviceMesh:
         """The mesh that FSDP takes: (data) or (replica, data), with edp for data in the expert view."""
-        data = "data" if view == "dense" else "edp"
-        mesh = self.dense if view == "dense" else self.expert
-        return self.over(view, *(n for n in (REPLICA, data) if n in (mesh.mesh_dim_names or ())))
+        data, names = "data" if view == "dense" else "edp", self._whole(view).mesh_dim_names or ()
+        return self.over(view, *(n for n in (REPLICA, data) if n in names))
 
     @property
     def data_groups(self) -> list[dist.ProcessGroup]:
@@ -91,14 +100,8 @@ class ModuleMesh:
         return any(axis.size > 1 for axis in (self.axes.tp, self.axes.ep, self.axes.etp))
 
     def close(self) -> None:
-        """Destroy the module's process groups; every rank of the module calls this."""
-        meshes = [
-            mesh.get_group(axis) for mesh in (self.dense, self.expert) for axis in mesh.mesh_dim_names or ()
-        ]
-        others = [self.stage, *(self.pipeline or ()), self.ends, self.axes.cp.group]
-        for group in {id(g): g for g in [*meshes, *others] if g is not None}.values():
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
+        """Destroy all of `groups`, those of other modules too; every rank calls this."""
+        self.groups.close()
 
 
 def build_mesh(
@@ -107,123 +110,89 @@ def build_mesh(
     *,
     timeout_s: float = 120.0,
     tie_ends: bool = False,
+    groups: Groups | None = None,
     shards: Shards | None = None,
 ) -> ModuleMesh | None:
-    """Make the groups of `layout`; every rank of the job calls this, in the same order of modules.
+    """The meshes of `layout` on this rank; None on ranks that the module does not live on.
 
-    timeout_s: timeout of all groups, in seconds. tie_ends: whether to make the groups of first and last
-    pipeline ranks. shards: into how many shards weights are split (data_parallel.shards_of); None: as many as
-    there are data ranks. Returns None on ranks that the module does not live on. Needs an initialised default
-    process group.
+    groups: of the job, whose plan has the module. Without it they are made for this module alone: every rank
+    of the default process group then calls this, in the same order of modules. timeout_s: of the groups that
+    are made, in seconds. tie_ends: whether to make the groups of first and last pipeline ranks. shards: into
+    how many shards weights are split (data_parallel.shards_of), the same as in that plan; None: as many as
+    there are data ranks.
     """
-    n = shards or Shards(layout.dp * layout.cp, layout.edp)
-    rank, limit = dist.get_rank(), timedelta(seconds=timeout_s)
-    dense, expert, stages = [], [], []
-    for pp in range(layout.pp):
-        ranks = torch.tensor(layout.stage_ranks(pp))
-        by_tp, by_expert = ranks.view(-1, layout.tp), ranks.view(-1, layout.ep, layout.etp)
-        dense.append(_mesh(device_type, *_replicated(by_tp, ("data", "tp"), n.dense), limit))
-        expert.append(_mesh(device_type, *_replicated(by_expert, ("edp", "ep", "etp"), n.expert), limit))
-        stages.append(ordered_group(ranks.tolist(), limit))
-    cp = _own_group(layout.groups("cp"), limit) if layout.cp > 1 else None
-    lines = layout.groups("pp") if layout.pp > 1 else ()
-    pipes = [_own_group(lines, limit) for _ in range(2)] if lines else []
-    ends = _own_group([(line[0], line[-1]) for line in lines], limit) if tie_ends and lines else None
+    rank = dist.get_rank()
+    if groups is None:
+        tied = (layout.module,) if tie_ends else ()
+        split = {} if shards is None else {layout.module: shards}
+        plan = group_plan({layout.module: layout}, world=dist.get_world_size(), tied=tied, shards=split)
+        groups = make_groups(plan, timeout_s=timeout_s)
     if rank not in layout.ranks:
         return None
     at, inside = layout.coord(rank), layout.expert_coord(rank)
-    own_dense, own_expert = dense[at.pp], expert[at.pp]
-    assert own_dense is not None and own_expert is not None
-    axes = Axes(
-        tp=_axis(own_dense, "tp", at.tp),
-        ep=_axis(own_expert, "ep", inside.ep),
-        etp=_axis(own_expert, "etp", inside.etp),
-        sequence_parallel=layout.sequence_parallel and layout.tp > 1,
-        cp=Axis("cp", layout.cp, at.cp, cp) if cp is not None else Axis.single("cp"),
+    ranks = torch.tensor(layout.stage_ranks(at.pp))
+    sizes = {"tp": layout.tp, "cp": layout.cp, "ep": layout.ep, "etp": layout.etp}
+    places = {"tp": at.tp, "cp": at.cp, "ep": inside.ep, "etp": inside.etp}
+    name = {axis: Group("module", layout.module, axis) for axis in (*COMPUTE, *BETWEEN)}
+    axes = {axis: _axis(axis, n, places[axis], groups.find(name[axis])) for axis, n in sizes.items()}
+    n = shards or Shards(layout.dp * layout.cp, layout.edp)
+    dense = _mesh(
+        device_type,
+        ranks.view(-1, n.dense, layout.tp),
+        (*_data_dims(layout, "data", "data", n), ("tp", name["tp"])),
+        groups,
     )
-    pipeline = None
-    if pipes:
-        assert pipes[0] is not None and pipes[1] is not None
-        pipeline = Directions(forward=pipes[0], backward=pipes[1])
+    # Without a model-parallel axis the data ranks of experts are those of the dense weights.
+    of_experts = "edp" if max(layout.tp, layout.ep, layout.etp) > 1 else "data"
+    expert = _mesh(
+        device_type,
+        ranks.view(-1, n.expert, layout.ep, layout.etp),
+        (*_data_dims(layout, "edp", of_experts, n), ("ep", name["ep"]), ("etp", name["etp"])),
+        groups,
+    )
+    assert dense is not None, f"the groups were made without {layout.module}, or for other shards"
     return ModuleMesh(
         layout=layout,
-        dense=own_dense,
-        expert=own_expert,
-        axes=axes,
-        stage=stages[at.pp],
-        pipeline=pipeline,
-        ends=ends,
+        dense=dense,
+        expert=expert,
+        axes=Axes(**axes, sequence_parallel=layout.sequence_parallel and layout.tp > 1),
+        groups=groups,
+        stage=groups.find(name["stage"]),
+        pipeline=_pipeline(layout, groups),
+        ends=groups.find(name["ends"]),
     )
 
 
-def _replicated(
-    ranks: torch.Tensor, axes: tuple[str, ...], shards: int
-) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """`ranks` and the names of its dims; with a dim for replicas, where dim 0 has more ranks than shards."""
-    if ranks.shape[0] == shards:
-        return ranks, axes
-    return ranks.view(-1, shards, *ranks.shape[1:]), (REPLICA, *axes)
+def _pipeline(layout: Layout, groups: Groups) -> Directions[dist.ProcessGroup] | None:
+    if layout.pp == 1:
+        return None
+    return Directions(*(groups[Group("module", layout.module, "pp", way)] for way in DIRECTIONS))
 
 
-def _mesh(
-    device_type: str, ranks: torch.Tensor, axes: tuple[str, ...], timeout: timedelta
-) -> DeviceMesh | None:
-    """The mesh over `ranks`, an axis a dim; None on other ranks.
+def _data_dims(layout: Layout, dim: str, axis: str, shards: Shards) -> tuple[Dim, Dim]:
+    """The dims of replicas and of shards. dim: name of the latter. axis: of the data ranks of the view."""
+    shard, replica = data_axes(layout, axis, shards)
+    return (REPLICA, Group("module", layout.module, replica)), (dim, Group("module", layout.module, shard))
 
-    Its groups are made here, since those that DeviceMesh makes have the backend's default timeout, which is
-    half an hour for some.
+
+def _mesh(device_type: str, ranks: torch.Tensor, dims: Sequence[Dim], groups: Groups) -> DeviceMesh | None:
+    """The mesh over `ranks` [replica, shard, ..]; None where a group is not in the plan.
+
+    Dims of one rank have no group, and are left out. That of shards is there always: FSDP needs a mesh, and
+    sends nothing over one rank.
     """
-    groups = []
-    for dim in range(ranks.ndim):
-        lines = ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist()
-        groups.append(_own_group(lines, timeout))
-    made = [g for g in groups if g is not None]
-    return DeviceMesh.from_group(made, device_type, ranks, mesh_dim_names=axes) if made else None
+    kept = [k for k, n in enumerate(ranks.shape) if k == 1 or n > 1]
+    found = [groups.find(dims[k][1]) if ranks.shape[k] > 1 else groups.alone() for k in kept]
+    members = [group for group in found if group is not None]
+    if len(members) < len(found):
+        return None
+    shape, names = [ranks.shape[k] for k in kept], tuple(dims[k][0] for k in kept)
+    return DeviceMesh.from_group(members, device_type, ranks.reshape(shape), mesh_dim_names=names)
 
 
-def _own_group(groups: Iterable[Sequence[int]], timeout: timedelta) -> dist.ProcessGroup | None:
-    """Make all of `groups`, as every rank must, and return this rank's."""
-    rank = dist.get_rank()
-    made = [(ranks, ordered_group(ranks, timeout)) for ranks in groups]
-    return next((group for ranks, group in made if rank in ranks), None)
-
-
-def ordered_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """new_group() in which ranks[k] is rank k, so that a rank's index in the group is its coordinate on the
-    axis. Every rank of the job calls this; those that are not in `ranks` get what new_group() returns there.
-    """
-    new_group: Callable[..., dist.ProcessGroup] = dist.new_group  # which torch leaves untyped
-    if "sort_ranks" in inspect.signature(new_group).parameters:
-        return new_group(list(ranks), timeout=timeout, sort_ranks=False)
-    return new_group(ordered(ranks), timeout=timeout)
-
-
-def ordered(ranks: Sequence[int]) -> list[int]:
-    """`ranks` as numbers that sorting leaves in this order: torch before 2.12 sorts those of a new group."""
-    return [_Ordered(rank, k) for k, rank in enumerate(ranks)]
-
-
-class _Ordered(int):
-    """A rank that is compared by its index among others."""
-
-    index: int
-
-    def __new__(cls, rank: int, index: int) -> _Ordered:
-        out = super().__new__(cls, rank)
-        out.index = index
-        return out
-
-    def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (int(self),)
-
-    def __lt__(self, other: int) -> bool:
-        return self.index < other.index if isinstance(other, _Ordered) else int(self) < other
-
-
-def _axis(mesh: DeviceMesh, name: str, coordinate: int) -> Axis:
-    sub = mesh[name]
-    if sub.size() == 1:
+def _axis(name: str, size: int, coordinate: int, group: dist.ProcessGroup | None) -> Axis:
+    if size == 1:
         return Axis.single(name)
     # Plans are made by the layout's coordinates, collectives put shards in the order of the group's ranks.
-    assert sub.get_group().rank() == coordinate, (name, sub.mesh.tolist(), coordinate)
-    return Axis(name, sub.size(), coordinate, sub.get_group())
+    assert group is not None and group.rank() == coordinate, (name, group, coordinate)
+    return Axis(name, size, coordinate, group)

@@ -20,7 +20,7 @@ from llm.model import LLM, LLMBatch
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared, initialise
 from parallel.topology.axis import Axes, Axis
-from parallel.topology.mesh import ordered_group
+from parallel.topology.process_groups import ordered_group
 
 TINY = LLMConfig(
     pattern="ME*-E",

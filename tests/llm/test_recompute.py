@@ -102,7 +102,7 @@ def test_routing_is_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recomputed layers take the route of the forward, although the bias has changed since."""
     calls = []
     real = llm.moe.plan_route
-    monkeypatch.setattr(llm.moe, "plan_route", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(llm.moe, "plan_route", lambda *a, **k: calls.append(1) or real(*a, **k))
     grads = []
     for disturb in (False, True):
         model = build(tiny(pattern="EE"))

@@ -6,5 +6,6 @@ from tests.mutations.fault import Fault
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import ENCODERS, LLM
 from tests.mutations.of_parallel import PARALLEL
+from tests.mutations.of_schedules import SCHEDULES
 
-FAULTS: tuple[Fault, ...] = PARALLEL + ENCODERS + LLM + JOB
+FAULTS: tuple[Fault, ...] = PARALLEL + SCHEDULES + ENCODERS + LLM + JOB

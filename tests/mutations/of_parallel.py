@@ -1,11 +1,10 @@
-"""Faults in `parallel`."""
+"""Faults in `parallel` but its schedules."""
 
 from __future__ import annotations
 
 from tests.mutations.fault import ONE_STEP, Fault
 
 PLANS = "tests/parallel/boundary/test_plan.py::test_random_boundaries"
-HALVES = "tests/parallel/schedule/executor/test_halves.py::test_two_halves_are_one_backward"
 
 PARALLEL = (
     Fault(
@@ -31,6 +30,46 @@ PARALLEL = (
         "return self.ranks[pp * n : (pp + 1) * n]",
         "return self.ranks[(self.pp - 1 - pp) * n : (self.pp - pp) * n]",
         "tests/parallel/topology/test_layout.py::test_both_views_put_the_same_ranks_on_each_stage",
+    ),
+    Fault(
+        "groups.lane",
+        "both directions of a pipeline are one communicator",
+        "parallel/topology/groups.py",
+        'return "compute" if self.scope == "module" and not self.direction else str(self)',
+        'return "compute" if self.scope == "module" else str(self)',
+        "tests/parallel/topology/test_groups.py::test_directions_are_never_one",
+    ),
+    Fault(
+        "groups.order",
+        "groups with the same ranks in another order are one",
+        "parallel/topology/groups.py",
+        "new = tuple(g for g in groups if (name.lane, g) not in have)",
+        "new = tuple(g for g in groups if (name.lane, tuple(sorted(g))) not in have)",
+        "tests/parallel/topology/test_groups.py::test_groups_of_one_lane_and_the_same_ranks_in_one_order_are_one",
+    ),
+    Fault(
+        "warm-up.direction",
+        "gradients of a pipeline are warmed up in the direction of activations",
+        "parallel/comm/warm_up.py",
+        'way = 1 if name.direction == "forward" else -1',
+        "way = 1",
+        "tests/parallel/comm/test_warm_up.py::test_every_message_of_a_pipeline_is_connected_before_the_first_step",
+    ),
+    Fault(
+        "warm-up.mirror",
+        "a source of an edge meets its sinks in another round than they meet it",
+        "parallel/comm/warm_up.py",
+        "to = sink[(s + i) % m] if",
+        "to = sink[(s - i) % m] if",
+        "tests/parallel/comm/test_warm_up.py::test_an_edge_connects_every_source_with_every_sink",
+    ),
+    Fault(
+        "boundary.second-hop",
+        "a second hop is taken whatever it spares",
+        "parallel/boundary/nodes.py",
+        "if not spared or spared < spares * readers:",
+        "if not spared:",
+        "tests/parallel/boundary/test_plan.py::test_a_second_hop_is_taken_where_it_spares_enough",
     ),
     Fault(
         "mesh.sequence-parallel",
@@ -79,62 +118,6 @@ PARALLEL = (
         "entering = each_row_once(lacking)",
         "entering = lacking",
         PLANS,
-    ),
-    Fault(
-        "schedule.warm-up",
-        "1F1B runs one forward further ahead",
-        "parallel/schedule/generators/orders.py",
-        "(p - r - 1) * (1 if v == 1 else 2)",
-        "(p - r) * (1 if v == 1 else 2)",
-        "tests/parallel/schedule/checker/test_check.py::test_high_water_marks_are_those_of_the_literature",
-    ),
-    Fault(
-        "schedule.zero-bubble",
-        "weight gradients do not wait",
-        "parallel/schedule/generators/orders.py",
-        "if len(waiting) > r:",
-        "if waiting:",
-        "tests/parallel/schedule/simulator/test_simulate.py::test_bubble_of_zero_bubble",
-    ),
-    Fault(
-        "schedule.unproved",
-        "what a plan lacks is not reported",
-        "parallel/schedule/checker/check.py",
-        "for lacking in sorted(map(_describe, need - done)):",
-        "for lacking in sorted(map(_describe, done - done)):",
-        "tests/parallel/schedule/checker/test_check.py::test_a_dropped_or_doubled_action_is_caught",
-    ),
-    Fault(
-        "schedule.transfers-free",
-        "transfers take no time",
-        "parallel/schedule/simulator/simulate.py",
-        "start = max(start, ends[k] + delays[key[0]])",
-        "start = max(start, ends[k])",
-        "tests/parallel/schedule/simulator/test_simulate.py::test_transfers_are_paid_where_nothing_hides_them",
-    ),
-    Fault(
-        "schedule.peak",
-        "a backward frees nothing",
-        "parallel/schedule/checker/memory.py",
-        "total, held[module] = total - amount, held[module] - amount",
-        "total, held[module] = total, held[module] - amount",
-        "tests/parallel/schedule/checker/test_check.py::test_high_water_marks_are_those_of_the_literature",
-    ),
-    Fault(
-        "schedule.halves-twice",
-        "a weight that is used otherwise too waits all the same",
-        "parallel/schedule/executor/halves.py",
-        "while mixed := [p for p in products if p.leaves & others]:",
-        "while mixed := [p for p in products if p.leaves & others and False]:",
-        HALVES,
-    ),
-    Fault(
-        "schedule.halves-order",
-        "weight gradients of second factors are transposed",
-        "parallel/schedule/executor/halves.py",
-        "Kept(edges, factor.mT, grad) if second",
-        "Kept(edges, grad.mT, factor) if second",
-        HALVES,
     ),
     Fault(
         "collectives.copy-in",
@@ -199,6 +182,38 @@ PARALLEL = (
         "torch.argsort(score.detach().reshape(-1), descending=True",
         "torch.argsort(score.detach().reshape(-1), descending=False",
         "tests/parallel/expert_parallel/test_expert.py::test_the_best_scored_remain",
+    ),
+    Fault(
+        "expert.wait",
+        "sizes that are known are read from the device",
+        "parallel/expert_parallel/routing.py",
+        "known = keep is None and axis.size == etp.size == 1",
+        "known = False",
+        "tests/parallel/expert_parallel/test_expert.py::test_without_an_exchange_only_dropped_rows_are_counted",
+    ),
+    Fault(
+        "expert.widened",
+        "widened results keep their zeros",
+        "parallel/expert_parallel/grouped.py",
+        "return out.narrow(1, 0, out.shape[1] - more_out) if more_out else out",
+        "return out",
+        "tests/parallel/expert_parallel/test_expert.py::test_grouped_product",
+    ),
+    Fault(
+        "expert.routed",
+        "ranks take another's padding for their own",
+        "parallel/expert_parallel/routed.py",
+        "routed = (before_padding - at % tp * width).clip(0, width)",
+        "routed = before_padding.clip(0, width)",
+        "tests/parallel/expert_parallel/test_routed.py",
+    ),
+    Fault(
+        "host.indices",
+        "all plans' indices are those of the first array",
+        "parallel/sequence/host.py",
+        "key = id(rows), device",
+        "key = 0, device",
+        "tests/parallel/sequence/test_host.py",
     ),
     Fault(
         "expert.weight",
@@ -278,7 +293,7 @@ PARALLEL = (
         "parallel/sharding/optim.py",
         "copies = replicas * mesh.replicas(data_view(spec, mesh))",
         "copies = replicas",
-        "tests/mm/jobs/test_policies.py::test_every_policy_learns_what_one_process_learns[True]",
+        "tests/mm/jobs/test_policies.py::test_every_policy_learns_what_one_process_learns_at_its_price[True]",
     ),
     Fault(
         "whole.sum",
@@ -286,7 +301,7 @@ PARALLEL = (
         "parallel/sharding/whole.py",
         "    if summed:",
         "    if summed and not final:",
-        "tests/mm/jobs/test_policies.py::test_every_policy_learns_what_one_process_learns[True]",
+        "tests/mm/jobs/test_policies.py::test_every_policy_learns_what_one_process_learns_at_its_price[True]",
     ),
     Fault(
         "whole.replicas",
@@ -294,7 +309,23 @@ PARALLEL = (
         "parallel/sharding/whole.py",
         "unit.set_requires_all_reduce(summed and final",
         "unit.set_requires_all_reduce(summed",
-        "tests/mm/jobs/test_policies.py::test_each_policy_moves_and_holds_what_the_plan_states",
+        "tests/mm/jobs/test_policies.py::test_every_policy_learns_what_one_process_learns_at_its_price[False]",
+    ),
+    Fault(
+        "groups.replicas",
+        "ranks with other shards sum theirs",
+        "parallel/topology/groups.py",
+        "line[k::n] for line in lines for k in range(n)",
+        "line[k : k + len(line) // n] for line in lines for k in range(0, len(line), len(line) // n)",
+        "tests/parallel/topology/test_groups.py::test_shards_and_replicas_of_them_divide_the_data_ranks",
+    ),
+    Fault(
+        "mesh.shards",
+        "shards are counted along the copies",
+        "parallel/topology/mesh.py",
+        "ranks.view(-1, n.dense, layout.tp)",
+        "ranks.view(n.dense, -1, layout.tp).transpose(0, 1)",
+        "tests/parallel/topology/test_process_groups.py::test_meshes_of_copies",
     ),
     Fault(
         "data_parallel.nodes",
@@ -303,47 +334,5 @@ PARALLEL = (
         "all(len({r // node_size for r in run}) == 1 for run in runs)",
         "all(len({r // node_size for r in run}) < 3 for run in runs)",
         "tests/parallel/topology/test_data_parallel.py::test_shards_within_nodes",
-    ),
-    Fault(
-        "plan.sums",
-        "the plan knows nothing of sums before the last backward",
-        "parallel/schedule/plan.py",
-        '(last or self.sums == "backward")',
-        "last",
-        "tests/parallel/schedule/generators/test_make.py::test_parameters_are_gathered_once_a_step_on_request",
-    ),
-    Fault(
-        "posting.turn",
-        "transfers of one second are started in any order",
-        "parallel/schedule/generators/posting.py",
-        "return {n: (ends[n], turn) for turn, entry in enumerate(graph.order) for n in entry}",
-        "return {n: (ends[n], -turn) for turn, entry in enumerate(graph.order) for n in entry}",
-        "tests/parallel/schedule/checker/test_streams.py::test_things_that_take_no_time_keep_their_order",
-    ),
-    Fault(
-        "posting.joined",
-        "messages of peers with a rank in common have moments of their own",
-        "parallel/schedule/generators/posting.py",
-        "parent[root(n)] = root(other)",
-        "pass",
-        "tests/parallel/schedule/checker/test_streams.py::test_every_generated_plan_has_one_order_of_operations",
-    ),
-    Fault(
-        "streams.fifo",
-        "a stream carries out any of its operations",
-        "parallel/schedule/checker/streams.py",
-        "            if len(queue) == 1:\n                self._lead(n)",
-        "            self._lead(n)",
-        "tests/parallel/schedule/checker/test_streams.py"
-        "::test_both_directions_over_one_pair_hang_unless_their_calls_have_one_order[interleaved]",
-    ),
-    Fault(
-        "streams.one",
-        "collectives pass by transfers that were started before them",
-        "parallel/schedule/checker/streams.py",
-        'if self.one and n in self.reading.collectives and self.queues[_At(p, "")]:',
-        "if False:",
-        "tests/parallel/schedule/checker/test_streams.py"
-        "::test_collectives_have_their_place_among_the_messages",
     ),
 )

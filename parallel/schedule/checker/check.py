@@ -30,7 +30,13 @@ from parallel.schedule.checker.graph import graph_of
 from parallel.schedule.checker.memory import Memory, Peak, check_limit, peaks
 from parallel.schedule.checker.order import Stuck
 from parallel.schedule.checker.streams import FirstUse, find_ring
-from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, parameter_groups
+from parallel.schedule.plan import (
+    ModuleUse,
+    SchedulePlan,
+    compute_groups,
+    gather_groups,
+    parameter_groups,
+)
 from parallel.topology.groups import WORLD, Direction, Group
 
 
@@ -205,7 +211,9 @@ def _groups(kind: Kind, module: str, use: ModuleUse, summed: bool) -> tuple[Grou
         return (Group("edge", module, direction=_DIRECTION[kind]),)
     if kind in SENDS or kind in RECEIVES:
         return (Group("module", module, "pp", _DIRECTION[kind]),)
-    if kind in (Kind.GATHER, Kind.GRAD_SYNC):
+    if kind is Kind.GATHER:
+        return gather_groups(module, use)
+    if kind is Kind.GRAD_SYNC:
         return parameter_groups(module, use)
     return (WORLD,) if kind is Kind.OPTIMIZER else ()
 
@@ -257,7 +265,7 @@ def _of_stage(
         yield f"marks {marked} as last of {name}, which is {'none' if final is None else actions[final]}"
     sharded = bool(parameter_groups(module, use)) and bool(used)
     wanted = {Kind.GATHER: 0, Kind.FREE: 0, Kind.GRAD_SYNC: 0}
-    if use.params == "step" and sharded:
+    if use.params == "step" and gather_groups(module, use) and used:
         wanted |= {Kind.GATHER: 1, Kind.FREE: 1}
     alone = use.params != "each" and use.sums == "step" and not use.frozen
     if alone and sharded and final is not None and on.get(Kind.GRAD_SYNC):

@@ -80,9 +80,10 @@ def peaks(plan: SchedulePlan, memory: Memory | None = None) -> tuple[Peak, ...]:
 
 
 def held_microbatches(plan: SchedulePlan, module: str) -> int:
-    """The most micro-batches for which any rank holds activations of one stage of a module at once."""
-    only = Memory({m: float(m == module) for m in plan.modules})
-    return max((round(peak.bytes) for peak in peaks(plan, only)), default=0)
+    """The most micro-batches for which any rank holds activations of a module at once. Of several virtual
+    stages each holds its part."""
+    only, parts = Memory({m: float(m == module) for m in plan.modules}), plan.modules[module].layout.vpp
+    return max((-(-round(peak.bytes) // parts) for peak in peaks(plan, only)), default=0)
 
 
 def check_limit(

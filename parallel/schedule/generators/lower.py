@@ -19,7 +19,14 @@ from parallel.schedule.action import (
 )
 from parallel.schedule.generators.orders import Work
 from parallel.schedule.generators.problem import Problem
-from parallel.schedule.plan import Place, SchedulePlan, compute_groups, parameter_groups, places
+from parallel.schedule.plan import (
+    Place,
+    SchedulePlan,
+    compute_groups,
+    gather_groups,
+    parameter_groups,
+    places,
+)
 from parallel.topology.directions import Directions
 from parallel.topology.groups import WORLD, Group
 
@@ -72,6 +79,7 @@ class _Writer:
             for kind in COMPUTE
             for summed in (False, True)
         }
+        self.gathered = {m: gather_groups(m, u) for m, u in self.modules.items()}
         self.parameters = {m: parameter_groups(m, u) for m, u in self.modules.items()}
         self.links = {
             m: Directions(
@@ -97,7 +105,7 @@ class _Writer:
             end[w.module, w.stage] = k
             if w.kind is not FORWARD:
                 final[w.module, w.stage] = k
-        stepwise = [key for key in end if self.modules[key[0]].params == "step" and self.parameters[key[0]]]
+        stepwise = [key for key in end if self.modules[key[0]].params == "step" and self.gathered[key[0]]]
         out = [self._on_parameters(Kind.GATHER, key) for key in sorted(stepwise)]
         out += self._receives(place, works)
         for k, w in enumerate(works):
@@ -126,8 +134,8 @@ class _Writer:
 
     def _on_parameters(self, kind: Kind, key: StageKey) -> Action:
         module, stage = key
-        groups = () if kind is Kind.FREE else self.parameters[module]
-        return Action(kind, module, 0, stage=stage, groups=groups)
+        groups = {Kind.GATHER: self.gathered[module], Kind.GRAD_SYNC: self.parameters[module]}
+        return Action(kind, module, 0, stage=stage, groups=groups.get(kind, ()))
 
     def _receives(self, place: Place, works: Sequence[Work]) -> list[Action]:
         """The receives that the works wait for and that no computation of this place starts."""

@@ -16,7 +16,6 @@ from parallel.schedule.generators.compose import (
     fill_plans,
     sink_works,
 )
-from parallel.schedule.generators.orders import ROUNDS
 from parallel.schedule.generators.posting import in_one_order
 from parallel.schedule.generators.problem import Problem, ScheduleOptions
 from parallel.schedule.generators.refuse import check_ahead, check_fill, check_modules, resolve
@@ -53,7 +52,7 @@ def make_schedule(
     check_modules(modules, sink, present, problem.batch)
     if kind == "fill":
         check_fill(modules, sink)
-    problem = replace(problem, kind=resolve(kind, modules[sink].layout, len(present)))
+    problem = replace(problem, kind=resolve(kind, modules[sink].layout))
     if problem.kind == "sequential":  # it is there for its memory
         problem = replace(problem, options=replace(options, slack=False))
     plan = _plan(problem, options.ahead)
@@ -90,8 +89,7 @@ def _plan(problem: Problem, ahead: int | None) -> SchedulePlan:
     elif not problem.options.train:
         groupings = [Grouping(_round_up(ahead, unit))]
     elif full > ahead:
-        quantum = math.lcm(unit, layout.pp if layout.vpp > 1 and problem.kind in ROUNDS else 1)
-        size = check_ahead(ahead, quantum, unit)
+        size = check_ahead(ahead, unit)
         works = sink_works(problem, [min(size, m - i) for i in range(0, m, size)])
         groupings = [Grouping(size)]
     times = Times.of(problem, works)
@@ -114,7 +112,7 @@ def _fastest(problem: Problem, plans: Sequence[SchedulePlan]) -> SchedulePlan:
 def _within_limit(problem: Problem, plan: SchedulePlan, limit: float) -> str:
     """What keeps to a limit that `plan` exceeds: a smaller `ahead` or another kind; empty if nothing does."""
     for ahead in range((plan.ahead or 1) - 1, 0, -1):
-        with contextlib.suppress(ValueError):  # no multiple of a round
+        with contextlib.suppress(ValueError):  # less than encoders take at once
             if _holds(_plan(problem, ahead), problem.options) <= limit:
                 return f"schedule.ahead={ahead}, or "
     one = _plan(replace(problem, kind="sequential"), 1 if set(problem.batch.values()) <= {1} else None)

@@ -49,11 +49,10 @@ def one_f_one_b(r: int, p: int, v: int, m: int) -> Order:
 
     In the warm-up, rank r computes as many forwards as it takes until its first gradient comes back. In the
     steady state it alternates forwards and backwards, and in the cool-down it computes the backwards that are
-    left. Interleaved, micro-batches go through the virtual stages of a rank in rounds of p, so m must be a
-    multiple of p.
+    left. Interleaved, micro-batches go through the virtual stages of a rank in rounds of p. A last round of
+    fewer has the order of a whole one, without the micro-batches that do not exist.
     """
-    assert v == 1 or m % p == 0, (p, v, m)
-    total = m * v
+    total = (m if v == 1 else -(-m // p) * p) * v
 
     def forward(k: int) -> StageWork:
         turn, within = divmod(k, p * v)
@@ -67,7 +66,8 @@ def one_f_one_b(r: int, p: int, v: int, m: int) -> Order:
     out = [forward(k) for k in range(warm)]
     for k in range(warm, total):
         out += [forward(k), backward(k - warm)]
-    return out + [backward(k) for k in range(total - warm, total)]
+    out += [backward(k) for k in range(total - warm, total)]
+    return [work for work in out if work[2] < m]
 
 
 def zero_bubble(r: int, p: int, v: int, m: int) -> Order:
@@ -110,6 +110,3 @@ PIPELINES: Mapping[str, Pipeline] = {
     "zero_bubble": zero_bubble,
     "fill": one_f_one_b,
 }
-
-# Pipelines that pass micro-batches on in rounds of p where they have virtual stages.
-ROUNDS = ("interleaved", "zero_bubble", "fill")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 
-from parallel.schedule.generators.orders import PIPELINES, ROUNDS
+from parallel.schedule.generators.orders import PIPELINES
 from parallel.schedule.plan import ModuleUse, parameter_groups
 from parallel.topology.layout import Changes, Layout, Unfit, nearest_degrees
 
@@ -31,7 +31,7 @@ def check_modules(
                 f"micro-batch {i} has items of {unknown}; the sources are {sorted(set(modules) - {sink})}"
             )
     for name, use in modules.items():
-        check_stages(use.layout, use.layers, virtual=name == sink)
+        check_stages(use.layout, use.layers)
         beyond = [s for s in use.enters if not 0 <= s < modules[sink].stages]
         if name != sink and (beyond or len(set(use.enters)) < len(use.enters) or not use.enters):
             raise ValueError(
@@ -42,24 +42,20 @@ def check_modules(
             raise ValueError(f"batch of {name} is {batch[name]} micro-batches; needed: at least 1")
 
 
-def check_stages(layout: Layout, layers: int | None, *, virtual: bool) -> None:
-    """Refuse more stages than layers (None: not known), and, unless `virtual`, more than one stage a rank."""
+def check_stages(layout: Layout, layers: int | None) -> None:
+    """Refuse more stages than layers (None: not known)."""
 
     def fits(degrees: Mapping[str, int]) -> bool:
-        enough = layers is None or degrees["pp"] * degrees["vpp"] <= layers
-        return enough and (virtual or degrees["vpp"] == 1)
+        return layers is None or degrees["pp"] * degrees["vpp"] <= layers
 
     if fits(layout.degrees):
         return
     works = nearest_degrees(layout.size, layout.degrees, fits)
     name, given = layout.module, f"pp={layout.pp}" + (f" x vpp={layout.vpp}" if layout.vpp > 1 else "")
-    if not virtual and layout.vpp > 1:
-        why = f"layout.{name}: vpp={layout.vpp}, but only the language model has virtual stages"
-    else:
-        why = (
-            f"layout.{name}: {given} makes {layout.pp * layout.vpp} stages, but it has {layers} layers; "
-            f"needed: at most one stage a layer"
-        )
+    why = (
+        f"layout.{name}: {given} makes {layout.pp * layout.vpp} stages, but it has {layers} layers; "
+        f"needed: at most one stage a layer"
+    )
     raise Unfit(why, works, name)
 
 
@@ -108,7 +104,7 @@ def check_fill(modules: Mapping[str, ModuleUse], sink: str) -> None:
                 )
 
 
-def resolve(kind: str, layout: Layout, microbatches: int) -> str:
+def resolve(kind: str, layout: Layout) -> str:
     """The schedule that `kind` means for a sink of this layout."""
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, 1)
@@ -116,25 +112,15 @@ def resolve(kind: str, layout: Layout, microbatches: int) -> str:
             f"schedule.kind: given {kind!r}; known: {', '.join(KINDS)}"
             + (f"; did you mean {near[0]}?" if near else "")
         )
-    given, vpp, pp = kind, layout.vpp, layout.pp
-    flat = {f"layout.{layout.module}.vpp": 1}
+    vpp = layout.vpp
     if kind == "auto":
-        kind = "interleaved" if vpp > 1 else "1f1b"
-    if kind in ("1f1b", "three_phase") and vpp > 1:
-        rounds = [] if microbatches % pp else [{"schedule.kind": "interleaved"}]
-        why = f"schedule.kind {kind} runs one stage a rank, given layout.{layout.module}.vpp={vpp}"
-        raise Unfit(why, [*rounds, flat])
+        return "interleaved" if vpp > 1 else "1f1b"
+    if kind == "1f1b" and vpp > 1:
+        why = f"schedule.kind 1f1b runs one stage a rank, given layout.{layout.module}.vpp={vpp}"
+        raise Unfit(why, [{"schedule.kind": "interleaved"}, {f"layout.{layout.module}.vpp": 1}])
     if kind == "interleaved" and vpp == 1:
         why = f"schedule.kind interleaved needs virtual stages, given layout.{layout.module}.vpp=1"
         raise Unfit(why, [{"schedule.kind": "1f1b"}])
-    if kind in ROUNDS and vpp > 1 and microbatches % pp:
-        below, above = microbatches // pp * pp, -(-microbatches // pp) * pp
-        works: list[Changes] = [{"schedule.microbatches": n} for n in dict.fromkeys((below, above)) if n]
-        raise Unfit(
-            f"schedule.kind {kind} with vpp={vpp} passes micro-batches on in rounds of pp={pp}; needed: a "
-            f"multiple of {pp}, given {microbatches}",
-            works if given == "interleaved" else [*works, flat],
-        )
     return kind
 
 
@@ -149,18 +135,15 @@ def _crosses(layout: Layout, axis: str, stage_of: Mapping[int, int]) -> list[tup
     return [g for g in layout.groups(axis) if len({stage_of[r] for r in g}) > 1]
 
 
-def check_ahead(ahead: int, quantum: int, unit: int) -> int:
-    """The largest multiple of `quantum` micro-batches within a bound of `ahead`; refused if there is none.
+def check_ahead(ahead: int, unit: int) -> int:
+    """The largest multiple of `unit` micro-batches within a bound of `ahead`; refused if there is none.
 
-    unit: how many micro-batches encoders take at once, for the message.
+    unit: how many micro-batches encoders take at once.
     """
-    if ahead < quantum:
-        why = (
-            f"encoders take {unit} at once" if unit == quantum else f"virtual stages need rounds of {quantum}"
-        )
+    if ahead < unit:
         raise Unfit(
             f"schedule.ahead={ahead}: encoder activations of at most so many micro-batches may be held, but "
-            f"{why}; needed: at least {quantum}",
-            [{"schedule.ahead": quantum}],
+            f"encoders take {unit} at once; needed: at least {unit}",
+            [{"schedule.ahead": unit}],
         )
-    return ahead // quantum * quantum
+    return ahead // unit * unit

@@ -182,6 +182,11 @@ def insert(
 
 
 def by_slot(lists: Sequence[Sequence[tuple[Slot, Work]]]) -> list[Work]:
-    """Works of several sources on one rank, in the order of their slots."""
-    found = [(slot, n, k, w) for n, works in enumerate(lists) for k, (slot, w) in enumerate(works)]
+    """Works of several stages of sources on one rank, in the order of their slots: of one slot forwards from
+    the first list on, backwards from the last."""
+    found = [
+        (slot, n if w.kind is FORWARD else -n, k, w)
+        for n, works in enumerate(lists)
+        for k, (slot, w) in enumerate(works)
+    ]
     return [w for *_, w in sorted(found, key=lambda f: f[:3])]

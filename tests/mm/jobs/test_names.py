@@ -100,8 +100,9 @@ def test_a_report_comes_back_from_its_numbers() -> None:
     scalars = Scalars(loss=1.0, sync_s=2.0, memory_bytes=3.0, stop=0.0)
     modules = {"loss": ModuleReport(squares=5.0, compute_s=7.0), "stop": ModuleReport(6.0, 6.5)}
     one = Report(scalars, modules, {"edge": EdgeReport(received_bytes=8.0, seconds=9.0)}, {"mtp": 1.5})
-    row, again = one.numbers(), one.read([n + 1 for n in one.numbers()])
-    assert one.read(row) == one and len(row) == 11
-    assert again.scalars == Scalars(loss=2.0, sync_s=3.0, memory_bytes=4.0, stop=1.0)
-    assert {m: x.squares for m, x in again.modules.items()} == {"loss": 6.0, "stop": 7.0}
-    assert again.edges == {"edge": EdgeReport(9.0, 10.0)} and again.objectives == {"mtp": 2.5}
+    row = np.array(one.numbers())
+    all_ranks = one.read(np.stack([row, row + 1]))
+    assert len(row) == 11 and np.array_equal(all_ranks.numbers(), [[n, n + 1] for n in one.numbers()])
+    assert [c.tolist() for c in all_ranks.scalars] == [[1.0, 2.0], [2.0, 3.0], [3.0, 4.0], [0.0, 1.0]]
+    assert {m: x.squares[1] for m, x in all_ranks.modules.items()} == {"loss": 6.0, "stop": 7.0}
+    assert all_ranks.edges["edge"].seconds[1] == 10.0 and all_ranks.objectives["mtp"][1] == 2.5

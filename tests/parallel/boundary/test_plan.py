@@ -333,3 +333,27 @@ def _seconds(call: Callable[[], object]) -> float:
     start = time.process_time()  # of this process alone: the machine may be busy
     call()
     return time.process_time() - start
+
+
+@settings(max_examples=150)
+@given(seed=st.integers(0, 2**32), node_size=st.sampled_from([2, 4]), spares=st.sampled_from([0.1, 0.3, 0.6]))
+def test_a_second_hop_is_taken_where_it_spares_enough(seed: int, node_size: int, spares: float) -> None:
+    """All ranks decide alike, every row arrives, and rows cross once a reader or once a node."""
+    case = random_case(seed, consumers=3, holders=2)
+    plans = [
+        plan_transfer(case.source, case.dest, r, node_size=node_size, spares=spares)
+        for r in range(case.world)
+    ]
+    value = np.random.default_rng(case.rows).normal(size=case.rows)
+    for r, y in enumerate(play(plans, [value[rows_of(case.source, r)] for r in range(case.world)])):
+        assert np.array_equal(y, value[rows_of(case.dest, r)]), r
+    assert len({plan.relay is None for plan in plans}) == 1
+    least = least_crossings(case.source, case.dest, case.world, node_size)
+    straight = 0
+    for r in range(case.world):
+        near = range(r // node_size * node_size, min((r // node_size + 1) * node_size, case.world))
+        held = {row for other in near for row in rows_of(case.source, other)}
+        straight += len(set(rows_of(case.dest, r)) - held)
+    hops = straight > least and straight - least >= spares * straight
+    assert (plans[0].relay is not None) == hops
+    assert crossing(plans, node_size) == (least if hops else straight)

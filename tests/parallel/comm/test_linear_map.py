@@ -17,7 +17,8 @@ from torch import Tensor
 from parallel.comm.linear_map import linear_map
 from parallel.context_parallel import ContextPacking, pack
 from parallel.context_parallel.ulysses import to_heads, to_tokens
-from parallel.expert_parallel.expert_tensor import gather_rows, plan_etp_rows, reduce_rows
+from parallel.expert_parallel.expert_tensor import gather_rows, reduce_rows
+from parallel.expert_parallel.routing import etp_rows
 from parallel.sequence.stream import Order
 from parallel.topology.axis import Axis
 
@@ -76,16 +77,13 @@ def products(order: Order) -> dict[str, tuple[float, float]]:
     axis = Axis("cp", n, rank, dist.group.WORLD)
     packing = pack([5, 0, 8 * n - 5], "cpu", axis, order)
     assert isinstance(packing, ContextPacking)
-    per_expert = [rank + 1, 0, 2]
-    etp_rows = plan_etp_rows(per_expert, axis, torch.device("cpu"))
-    assert etp_rows is not None
+    meeting = torch.tensor([[r + 1, 0, 2] for r in range(n)])  # rows of each rank by expert
+    etp = etp_rows(meeting, meeting.sum(1).tolist(), axis)
     return {
         "to_heads": both_ways(lambda x: to_heads(x, packing), make(rank, 8, n, 3), 10 + rank),
         "to_tokens": both_ways(lambda x: to_tokens(x, packing), make(rank, 8 * n, 3), 10 + rank),
-        "gather_rows": both_ways(lambda x: gather_rows(x, etp_rows), make(rank, rank + 3, 2), 10 + rank),
-        "reduce_rows": both_ways(
-            lambda x: reduce_rows(x, etp_rows), make(rank, sum(etp_rows.per_expert), 2), 10 + rank
-        ),
+        "gather_rows": both_ways(lambda x: gather_rows(x, etp), make(rank, rank + 3, 2), 10 + rank),
+        "reduce_rows": both_ways(lambda x: reduce_rows(x, etp), make(rank, etp.experts.total, 2), 10 + rank),
     }
 
 

@@ -9,11 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.expert_parallel.all_gather import gather_combine, gather_dispatch, plan_gather
+from parallel.expert_parallel.all_gather import GatherRoute, gather_combine, gather_dispatch, plan_gather
 from parallel.expert_parallel.all_to_all import combine, dispatch
-from parallel.expert_parallel.grouped import grouped_linear
-from parallel.expert_parallel.routing import capacity_rows, plan_route, within_capacity
+from parallel.expert_parallel.expert_tensor import gather_rows, reduce_rows
+from parallel.expert_parallel.grouped import ExpertRows, grouped_linear
+from parallel.expert_parallel.routing import (
+    Route,
+    capacity_rows,
+    exchange_tokens,
+    plan_route,
+    within_capacity,
+)
 from parallel.topology.axis import Axis
+from tests.host_waits import HostWaits
 
 EXPERTS, WIDTH, CHOICES = 8, 3, 2
 
@@ -50,13 +58,16 @@ def exchange(
     axis = world()
     x, chosen, weight = tokens_of(axis.rank, counts, spread)
     weight.requires_grad_()
-    keep, rows_each = kept(chosen, weight, factor)
+    keep, _ = kept(chosen, weight, factor)
     if gather:
-        gathered = plan_gather(chosen, EXPERTS, axis, keep)
-        per_expert, rows = gathered.per_expert, gather_dispatch(x, gathered)
+        gathered = plan_gather(chosen, EXPERTS, axis, counts, keep=keep)
+        experts, rows = gathered.experts, gather_dispatch(x, gathered)
     else:
-        route = plan_route(chosen, EXPERTS, axis, keep, rows_each if pad else None)
-        per_expert, rows = route.per_expert, dispatch(x, route)
+        room = [[capacity_rows(n * CHOICES, EXPERTS, factor or 0.0) for n in counts]]
+        route = plan_route(chosen, EXPERTS, axis, keep=keep, pad=room if pad else None)
+        experts, rows = route.experts, dispatch(x, route)
+    per_expert = experts.listed
+    assert experts.total == sum(per_expert)
     local = EXPERTS // axis.size
     expert = torch.arange(local).repeat_interleave(torch.tensor(per_expert)) + axis.rank * local
     out = rows * (expert + 1.0).unsqueeze(1)
@@ -108,6 +119,80 @@ def there_and_back(
     assert all(len(r[4]) == r[3].sum() for r in results)
 
 
+def folded() -> tuple[Axis, Axis]:
+    """ep and etp of 2 ranks each, etp the faster."""
+    rank, pairs = dist.get_rank(), {"ep": ((0, 2), (1, 3)), "etp": ((0, 1), (2, 3))}
+    made = {name: [dist.new_group(list(p)) for p in both] for name, both in pairs.items()}
+    at = {"ep": divmod(rank, 2)[::-1], "etp": divmod(rank, 2)}  # (which of the pairs, which in it)
+    ep, etp = (Axis(name, 2, at[name][1], made[name][at[name][0]]) for name in pairs)
+    return ep, etp
+
+
+def fold(counts: list[int], ways: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """exchange() where each expert is two slices, whose partial results are a quarter and three of the whole;
+    by way, (outputs, input gradients, waits of the host)."""
+    ep, etp = folded()
+    table = [[counts[2 * e + r] for e in range(2)] for r in range(2)]
+    out = []
+    for way in ways:
+        x, chosen, weight = tokens_of(dist.get_rank(), counts, "any")
+        keep, _ = kept(chosen, weight, way.get("factor"))
+        with HostWaits() as waits:
+            assert exchange_tokens(counts[dist.get_rank()], ep, etp, x.device) == table
+            waits.places.clear()
+            route: Route | GatherRoute
+            if way.get("gather"):
+                route = plan_gather(chosen, EXPERTS, ep, table[etp.rank], etp=etp, keep=keep)
+                rows = gather_dispatch(x, route)
+            else:
+                room = [
+                    [capacity_rows(n * CHOICES, EXPERTS, way.get("factor", 0.0)) for n in r] for r in table
+                ]
+                pad = room if way.get("pad") else None
+                route = plan_route(chosen, EXPERTS, ep, etp=etp, keep=keep, pad=pad)
+                rows = dispatch(x, route)
+            assert route.etp is not None
+            ends = route.etp.experts.ends  # what a grouped product reads
+            expert = torch.searchsorted(ends, torch.arange(route.etp.experts.total), right=True) + 4 * ep.rank
+            parts = gather_rows(rows, route.etp) * ((expert + 1) * (0.25 + 0.5 * etp.rank)).unsqueeze(1)
+            rows = reduce_rows(parts, route.etp)
+            y = (
+                combine(rows, weight, route)
+                if isinstance(route, Route)
+                else gather_combine(rows, weight, route)
+            )
+            torch.autograd.backward(y.square().sum())
+        out.append((y.detach(), x.grad, len(waits.places)))
+    return out
+
+
+def test_there_and_back_between_slices_with_one_wait(ranks: Any) -> None:
+    counts = [3, 0, 9, 1]
+    for rank, results in enumerate(ranks(4, fold, counts, WAYS)):
+        for way, (y, d_x, waits) in zip(WAYS, results, strict=True):
+            x, chosen, weight = tokens_of(rank, counts, "any")
+            keep, _ = kept(chosen, weight, way.get("factor"))
+            left = torch.ones_like(chosen, dtype=torch.bool) if keep is None else keep
+            expected = (weight * left * (chosen + 1.0)).sum(1, keepdim=True) * x
+            torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-14)
+            torch.autograd.backward(expected.square().sum())
+            torch.testing.assert_close(d_x, x.grad, rtol=1e-12, atol=1e-13)
+            assert waits == (0 if way.get("pad") else 1)
+
+
+@pytest.mark.parametrize(("factor", "waits"), [(None, 0), (0.7, 1)])
+def test_without_an_exchange_only_dropped_rows_are_counted(factor: float | None, waits: int) -> None:
+    x, chosen, weight = tokens_of(0, [9], "any")
+    keep, _ = kept(chosen, weight, factor)
+    with HostWaits() as found:
+        route = plan_route(chosen, EXPERTS, Axis.single("ep"), keep=keep)
+        rows = dispatch(x.float(), route)
+        weights = torch.ones(EXPERTS, 4, WIDTH)
+        y = combine(grouped_linear(rows, weights, route.experts), weight.float(), route)
+        torch.autograd.backward(y.sum())
+    assert len(found.places) == waits
+
+
 def test_the_best_scored_remain() -> None:
     gen = torch.Generator().manual_seed(0)
     chosen = torch.rand(20, EXPERTS, generator=gen).argsort(1)[:, :CHOICES]
@@ -120,6 +205,10 @@ def test_the_best_scored_remain() -> None:
     assert capacity_rows(0, EXPERTS, 0.5) == 1
 
 
+def grouped(x: Tensor, weight: Tensor, per_expert: list[int]) -> Tensor:
+    return grouped_linear(x, weight, ExpertRows(torch.tensor(per_expert), sum(per_expert)))
+
+
 def by_loop(x: Tensor, weight: Tensor, per_expert: list[int]) -> Tensor:
     return torch.cat([p @ w.T for p, w in zip(x.split(per_expert), weight.unbind(0), strict=True)])
 
@@ -130,6 +219,7 @@ def by_loop(x: Tensor, weight: Tensor, per_expert: list[int]) -> Tensor:
     [
         (torch.float32, (8, 12), 1e-5),
         (torch.float32, (7, 12), 1e-5),  # rows that are not a multiple of 16 bytes
+        (torch.float32, (8, 7), 1e-5),  # nor are results
         (torch.float64, (8, 12), 1e-12),
         (torch.bfloat16, (8, 16), 2e-2),
         (torch.bfloat16, (12, 16), 2e-2),
@@ -143,7 +233,7 @@ def test_grouped_product(
     rows = torch.randn(sum(per_expert), d_in, generator=gen, dtype=torch.float64)
     weight = torch.randn(len(per_expert), d_out, d_in, generator=gen, dtype=torch.float64)
     results = []
-    for kind, fn in ((dtype, grouped_linear), (torch.float64, by_loop)):
+    for kind, fn in ((dtype, grouped), (torch.float64, by_loop)):
         x, w = rows.to(kind).requires_grad_(), weight.to(kind).requires_grad_()
         y = fn(x, w, per_expert)
         results.append([y, *torch.autograd.grad(y.square().sum(), (x, w))])

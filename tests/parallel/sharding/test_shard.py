@@ -111,7 +111,7 @@ def shards(spec: dict[str, Any]) -> tuple[float, float]:
             p.grad = p.detach() * 0.5
             whole[key].grad = whole[key] * 0.5
         optimizer.collect()
-        square = torch.tensor(optimizer.norm_squared(), dtype=torch.float64)
+        square = optimizer.norm_squared()
         dist.all_reduce(square)
         expected = sum(float(p.grad.square().sum()) for p in whole.values())
         norm = max(norm, abs(float(square) - expected) / expected)
