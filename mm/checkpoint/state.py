@@ -20,6 +20,7 @@ from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.ranks.job import Job
 from parallel import checkpoint as store
+from parallel.sharding import whole
 from parallel.topology.axis import Axes
 
 
@@ -28,6 +29,7 @@ def state_tensors(job: Job) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, parts in job.parts.items():
         for part in parts.values():
+            whole.free(part)  # to read the shards
             for key, param in part.named_parameters():
                 out[f"{name}.{key}"] = param.detach()
             for key, value in part.state_dict().items():

@@ -17,7 +17,7 @@ from mm.ranks.job import open_indexes
 from mm.ranks.launch import choose_device
 from mm.report.groups import communicator_lines
 from mm.report.header import gib, header, memory_warning
-from mm.report.plan_json import first_step, plan_data
+from mm.report.plan_json import PlanData, first_step, plan_data
 from mm.report.timeline import RATE, draw_simulated
 from parallel.topology.layout import Layout
 
@@ -47,6 +47,7 @@ def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
             f"{gib(data.weight_bytes_per_rank[m])} weights and optimizer a rank"
         )
     lines += communicator_lines(data.communicators)
+    lines += ["", *_policies(data)]
     for program in data.schedule.programs:
         lines += ["", f"schedule {data.schedule.kind} of ranks {', '.join(map(str, program.ranks))}:"]
         lines += [f"  {a}" for a in program.actions]
@@ -67,6 +68,24 @@ def _header(blueprint: Blueprint, indexes: Mapping[str, Index]) -> list[str]:
     text = header(blueprint, indexes, device, dist.get_default_backend_for_device(device))
     warning = memory_warning(blueprint, device, blueprint.world)
     return [text, *([f"warning: {warning}"] if warning else [])]
+
+
+def _policies(data: PlanData) -> list[str]:
+    """What each data-parallel policy costs a rank of each module; "*" marks the module's own."""
+    head = ("data parallel", "at rest", "in a step", "peak", "gathers", "reduce-scatters", "all-reduces")
+    rows: list[tuple[str, ...]] = [head]
+    for m, found in data.data_parallel.items():
+        for policy, cost in found.costs.items():
+            moved, mark = cost.moved, " *" if policy == found.policy else ""
+            held = tuple(gib(n) for n in (cost.rest, cost.step, cost.peak))
+            pairs = (
+                (moved.gathers, moved.gather_bytes),
+                (moved.scatters, moved.scatter_bytes),
+                (moved.sums, moved.sum_bytes),
+            )
+            rows.append((f"{m} {policy}{mark}", *held, *(f"{n} of {gib(b)}" if n else "-" for n, b in pairs)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _coordinates(layout: Layout, rank: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from llm.config import LLMConfig
@@ -16,11 +16,13 @@ from llm.presets import preset
 from llm.recompute import recompute_parts
 from llm.stages import partition
 from mm.config.build import build
+from mm.config.nodes import node_size
 from mm.config.schema import Config
 from mm.data.tokenizer import make_tokenizer
 from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.schedule.generators.refuse import check_stages
-from parallel.schedule.plan import Params
+from parallel.schedule.plan import parameter_groups
+from parallel.topology.data_parallel import AUTO, POLICIES, Policy, check_policy, shards_of
 from parallel.topology.layout import Layout, Unfit, make_layout
 from parallel.topology.stage import Stage
 
@@ -30,8 +32,12 @@ SINK = "llm"
 def check_outline(cfg: Config, world: int) -> None:
     """Raise ValueError (Unfit) or Refused where the outline of a config has a fault or no schedule."""
     layouts, llm, stages = outline(cfg, world)
-    frozen, active = frozen_modules(cfg, llm), [set(cfg.model)] * cfg.schedule.microbatches
-    schedule_of(cfg, layouts, {SINK: stages[-1].stop}, frozen, active, {}, train=True)
+    frozen, layers = frozen_modules(cfg, llm), {SINK: stages[-1].stop}
+    modules = {}
+    for m, layout in layouts.items():
+        use = ModuleUse(layout, m in frozen, layers=layers.get(m), experts=m == SINK and "E" in llm.kinds)
+        modules[m] = with_policy(use, given_policy(cfg, layout) or "zero3", node_size(cfg, world))
+    schedule_of(cfg, modules, [set(cfg.model)] * cfg.schedule.microbatches, train=True)
 
 
 def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tuple[Stage, ...]]:
@@ -62,24 +68,12 @@ def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tupl
 
 
 def schedule_of(
-    cfg: Config,
-    layouts: Mapping[str, Layout],
-    layers: Mapping[str, int],
-    frozen: Collection[str],
-    active: Sequence[Collection[str]],
-    enters: Mapping[str, tuple[int, ...]],
-    *,
-    train: bool,
+    cfg: Config, modules: Mapping[str, ModuleUse], active: Sequence[Collection[str]], *, train: bool
 ) -> SchedulePlan:
     """The schedule that a config asks for; raises ValueError (Unfit) where there is none.
 
-    layers: number of layers, by module. enters: by encoder, the stages of the language model that its rows
-    enter. Both may lack modules that are not known yet. active: by micro-batch, the encoders with items.
+    active: by micro-batch, the encoders with items.
     """
-    modules = {
-        m: ModuleUse(layouts[m], m in frozen, weights_gathered(cfg, m), layers.get(m), enters.get(m, (0,)))
-        for m in [*cfg.model, SINK]
-    }
     return make_schedule(
         cfg.schedule.kind,
         modules,
@@ -89,10 +83,26 @@ def schedule_of(
     )
 
 
-def weights_gathered(cfg: Config, module: str) -> Params:
-    """When a module's weights are gathered: "each" for every forward and backward, as FSDP does, or once a
-    "step", where the schedule lets ranks of one dp group run an encoder at different times."""
-    return "step" if cfg.schedule.kind == "fill" and module != SINK else "each"
+def given_policy(cfg: Config, layout: Layout) -> Policy | None:
+    """The data-parallel policy that a config fixes for a module; None where its size decides.
+
+    Under fill, an encoder's ranks of one dp group compute at different times, so its weights are gathered
+    once a step.
+    """
+    if layout.data_parallel == AUTO and cfg.schedule.kind == "fill" and layout.module != SINK:
+        return "step"
+    return check_policy(layout)
+
+
+def with_policy(use: ModuleUse, policy: Policy, node_size: int | None) -> ModuleUse:
+    """A module under a data-parallel policy, which means nothing where each weight is on one rank only.
+
+    Raises Unfit where nodes of `node_size` ranks do not allow it.
+    """
+    shards = shards_of(use.layout, policy, node_size)
+    if not parameter_groups(use.layout.module, use):
+        return use
+    return replace(use, params=POLICIES[policy].params, sums=POLICIES[policy].sums, shards=shards)
 
 
 def frozen_modules(cfg: Config, llm: LLMConfig) -> set[str]:

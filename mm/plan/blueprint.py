@@ -18,14 +18,15 @@ from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
 from mm.config.build import build
-from mm.config.outline import SINK, frozen_modules, schedule_of, weights_gathered
+from mm.config.nodes import node_size
+from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
 from mm.config.schema import Config
 from mm.errors import Refused
-from parallel.schedule import SchedulePlan
+from parallel.schedule import ModuleUse, SchedulePlan
 from parallel.schedule.checker.check import check
 from parallel.schedule.generators.refuse import check_stages
-from parallel.schedule.plan import Params
 from parallel.topology.axis import Axes
+from parallel.topology.data_parallel import Policy, Shards, shards_of
 from parallel.topology.groups import GroupPlan, group_plan
 from parallel.topology.layout import Changes, Layout, Unfit, check_divides
 from parallel.topology.stage import Stage
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import encoders
     from mm.plan.inputs import EncoderUse, PlanInputs
     from mm.plan.step_plan import Edge
+    from mm.plan.weights import Weight
     from parallel.sequence.stream import Order
 
 
@@ -52,6 +54,11 @@ class Blueprint:
     inputs: PlanInputs  # its encoders are in the config's order, which is the order of their actions
     # By (train, active encoders of each micro-batch).
     _schedules: dict[tuple[bool, tuple[frozenset[str], ...]], SchedulePlan] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    # By module and stage.
+    _weights: dict[tuple[str, int], list[list[Weight]]] = field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -104,14 +111,14 @@ class Blueprint:
     @cached_property
     def groups(self) -> GroupPlan:
         """The process groups of the job. Encoders have no experts."""
-        llm = self.layouts[SINK]
         return group_plan(
             {m: self.layouts[m] for m in self.modules},
             world=self.world,
             edges=[(edge.source, edge.stage) for edge in self.edges],
             sink=SINK,
             tied=(SINK,) if self.shared else (),
-            experts=(SINK,) if "E" in self.llm.kinds or llm.ep * llm.etp > 1 else (),
+            experts=(SINK,) if "E" in self.llm.kinds else (),
+            shards={m: self.shards(m) for m in self.modules},
         )
 
     def enters(self, module: str) -> tuple[int, ...]:
@@ -132,9 +139,59 @@ class Blueprint:
         use = self.inputs.encoders[module]
         return int(use.cls.feature_levels(use.cfg))
 
-    def params(self, module: str) -> Params:
-        """When a module's weights are gathered (outline.weights_gathered)."""
-        return weights_gathered(self.cfg, module)
+    @property
+    def node_size(self) -> int | None:
+        """Ranks a node, by the config or as torchrun starts them; None where one node has all of them."""
+        return node_size(self.cfg, self.world)
+
+    def shards(self, module: str) -> Shards:
+        """Into how many shards a module's weights are split; raises Unfit where nodes do not allow it."""
+        return shards_of(self.layouts[module], self.policies[module], self.node_size)
+
+    @cached_property
+    def policies(self) -> Mapping[str, Policy]:
+        """By module, its data-parallel policy: the config's, or the default.
+
+        That is zero3 where a step has one micro-batch, whose weights have to be gathered anyway, else as the
+        module's size has it.
+        """
+        return {m: given_policy(self.cfg, x) or self._default(m) for m, x in self.layouts.items()}
+
+    def _default(self, module: str) -> Policy:
+        from mm.plan.weights import MOST_HELD_ENCODER, MOST_HELD_LLM, default_policy
+
+        if self.cfg.schedule.microbatches == 1:
+            return "zero3"
+        stages = [self.weights(module, s) for s in range(len(self.stages[module]))]
+        most = MOST_HELD_LLM if module == SINK else MOST_HELD_ENCODER
+        return default_policy(stages, self.layouts[module].pp, self.stored_dtype.itemsize, most)
+
+    def weights(self, module: str, stage: int) -> list[list[Weight]]:
+        """The weights of a stage, by what FSDP gathers at once; found once."""
+        from mm.plan.weights import Items, stage_weights
+
+        key = module, stage
+        if key not in self._weights:
+            made = bare_module(self, module, Axes(), self.stages[module][stage])
+            items = Items(self.dtype.itemsize, self.stored_dtype.itemsize)
+            by_layer = self.cfg.train.shard == "layer"
+            self._weights[key] = stage_weights(made, self.layouts[module], items, by_layer=by_layer)
+        return self._weights[key]
+
+    @cached_property
+    def uses(self) -> Mapping[str, ModuleUse]:
+        """The modules as schedules need them."""
+        out = {}
+        for m in self.modules:
+            use = ModuleUse(
+                self.layouts[m],
+                m in self.frozen,
+                experts=m == SINK and "E" in self.llm.kinds,
+                layers=self.stages[m][-1].stop,
+                enters=(0,) if m == SINK else self.enters(m),
+            )
+            out[m] = with_policy(use, self.policies[m], self.node_size)
+        return out
 
     def schedule(self, active: Sequence[Collection[str]], *, train: bool = True) -> SchedulePlan:
         """The schedule of a step. active: by micro-batch, the encoders that have items in it.
@@ -144,9 +201,7 @@ class Blueprint:
         """
         key = (train, tuple(frozenset(a) for a in active))
         if key not in self._schedules:
-            layers = {m: stages[-1].stop for m, stages in self.stages.items()}
-            enters = {m: self.enters(m) for m in self.inputs.encoders}
-            plan = schedule_of(self.cfg, self.layouts, layers, self.frozen, active, enters, train=train)
+            plan = schedule_of(self.cfg, self.uses, active, train=train)
             check(plan)
             self._schedules[key] = plan
         return self._schedules[key]
@@ -212,6 +267,8 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
         llm_cost=document_cost(llm),
     )
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
+    for m in blueprint.modules:
+        blueprint.shards(m)  # raises where nodes do not allow it
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # raises where no schedule fits
     return blueprint
 
@@ -310,22 +367,3 @@ def bare_module(
     module.encoder.timeout_s = cfg.run.timeout_s
     module.freeze(enc.freeze)
     return module
-
-
-def elements_per_rank(blueprint: Blueprint, name: str) -> int:
-    """Weights of module `name` on the rank that holds most of them, as if every share were even."""
-    from parallel.sharding.param import declared
-
-    layout = blueprint.layouts[name]
-    data, folded = layout.dp * layout.cp, max(layout.tp, layout.ep, layout.etp) > 1
-    held = [0] * layout.pp
-    for i, stage in enumerate(blueprint.stages[name]):
-        for _, param, spec in declared(bare_module(blueprint, name, Axes(), stage)):
-            sharded = spec.shard_dim is not None
-            if spec.view == "expert" and folded:
-                etp = layout.etp if spec.etp_dim is not None else 1
-                ranks = layout.edp * (layout.ep if sharded else 1) * etp
-            else:
-                ranks = data * (layout.tp if sharded and spec.view == "dense" else 1)
-            held[i % layout.pp] += -(-param.numel() // ranks)
-    return max(held)

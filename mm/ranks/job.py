@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from encoders.module import EncoderModule
 from llm.model import LLM, precise_modules
 from mm.config.outline import SINK
 from mm.data.index import load_index
@@ -22,6 +21,7 @@ from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.plan.select import select
 from mm.plan.step_plan import Edge
+from mm.plan.weights import layers_of
 from mm.ranks.batch import Assembler
 from mm.ranks.control import Control, whole_job
 from mm.ranks.launch import RankInfo
@@ -130,7 +130,8 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     # Before anything else is sent: later first uses would meet in whatever order the ranks come to them.
     warm_up(groups, rank.device, _ends(blueprint), node_size=rank.node_size)
     meshes = {
-        m: build_mesh(layout, rank.device.type, groups=groups) for m, layout in blueprint.layouts.items()
+        m: build_mesh(layout, rank.device.type, groups=groups, shards=blueprint.shards(m))
+        for m, layout in blueprint.layouts.items()
     }
     here = {m: mesh for m, mesh in meshes.items() if mesh is not None}
     boundaries = _boundaries(groups, blueprint, rank)
@@ -190,13 +191,6 @@ def _boundaries(
     return out
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of a module that FSDP gathers and frees one at a time."""
-    assert isinstance(module, LLM | EncoderModule)
-    mtp_layers = module.mtp.layers if isinstance(module, LLM) and module.mtp is not None else ()
-    return [*module.layers, *mtp_layers]
-
-
 def _build_parts(blueprint: Blueprint, name: str, mesh: ModuleMesh, rank: RankInfo) -> dict[int, nn.Module]:
     layout, stages = blueprint.layouts[name], blueprint.stages[name]
     mine = range(layout.coord(rank.rank).pp, len(stages), layout.pp)
@@ -210,8 +204,9 @@ def _build_part(
     make = partial(bare_module, blueprint, name, mesh.axes, blueprint.stages[name][stage])
     module = make()
     precise = precise_modules(module) if isinstance(module, LLM) else []
-    layers = _layers(module) if cfg.train.shard == "layer" else []
-    policy = ShardPolicy(layers, compute if compute != stored else None, precise)
+    layers = layers_of(module) if cfg.train.shard == "layer" else []
+    held = blueprint.uses[name].params != "each"
+    policy = ShardPolicy(layers, compute if compute != stored else None, precise, keep=held)
     shard_module(module, mesh, policy, param_dtype=stored)
     again = partial(make, "cpu") if name != SINK else None  # the language model declares its buffers
     try:

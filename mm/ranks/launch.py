@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from mm.config.nodes import node_size
 from mm.errors import PolyrankError, Refused
 from mm.ranks.stop import Requests, Stop, block_requests, on_request, unblock_requests
 
@@ -263,13 +264,6 @@ def choose_device(wanted: str, local_rank: int, local_ranks: int, cuda_devices: 
     if wanted == "cpu" or cuda_devices < local_ranks:
         return "cpu"
     return f"cuda:{local_rank}"
-
-
-def node_size(cfg: Config, world: int) -> int | None:
-    """Ranks a node: run.node_size, else those that were started on this machine. None where one node has all
-    ranks."""
-    size = cfg.run.node_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return size if size < world else None
 
 
 def init_distributed(cfg: Config) -> RankInfo:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mm.plan.blueprint import Blueprint
-from mm.ranks.launch import node_size
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class CommunicatorData:
 
 def communicator_data(blueprint: Blueprint) -> CommunicatorData:
     """The groups of a job, placed on nodes by run.node_size or by what torchrun started here."""
-    plan, size = blueprint.groups, node_size(blueprint.cfg, blueprint.world)
+    plan, size = blueprint.groups, blueprint.node_size
     crossing = plan.crossing(size) if size else {}
     return CommunicatorData(
         node_size=size,

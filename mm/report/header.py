@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from mm.data.inspect import count_lines
 from mm.data.sample import Index
-from mm.plan.blueprint import Blueprint, bare_module, elements_per_rank
+from mm.plan.blueprint import Blueprint, bare_module
+from mm.plan.data_parallel import policy_costs
 from mm.ranks.memory import device_memory
 from parallel.topology.axis import Axes
 
@@ -92,10 +93,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def weight_bytes(blueprint: Blueprint) -> dict[str, int]:
-    """By module, bytes of weights, gradients and AdamW moments on a rank, taking shards as even."""
-    item = 8 if blueprint.cfg.train.dtype == "float64" else 4
-    copies = {m: 1 if m in blueprint.frozen else 4 for m in blueprint.modules}
-    return {m: elements_per_rank(blueprint, m) * item * copies[m] for m in blueprint.modules}
+    """By module, bytes of weights, gradients and AdamW moments on a rank during a step (policy_costs)."""
+    return {m: policy_costs(blueprint, m)[blueprint.policies[m]].step for m in blueprint.modules}
 
 
 def memory_warning(blueprint: Blueprint, device: str, ranks_here: int) -> str | None:

@@ -11,12 +11,14 @@ from mm.config.outline import SINK
 from mm.data.order import sample_ids
 from mm.data.sample import Index
 from mm.plan.blueprint import Blueprint
+from mm.plan.data_parallel import PolicyCost, policy_costs
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import StepPlan, plan_step
 from mm.report.groups import CommunicatorData, communicator_data
 from mm.report.header import weight_bytes
 from parallel.boundary import edge_rows, on_stage
 from parallel.schedule import SchedulePlan
+from parallel.topology.data_parallel import Policy
 from parallel.topology.layout import Layout
 
 
@@ -26,6 +28,7 @@ class PlanData:
 
     tokens, flops_by_module: of the first step. weight_bytes_per_rank: weights, gradients and optimizer.
     stages: [start, stop) of the layers of each pipeline stage. encoders: names of their classes.
+    data_parallel: the policy of each module, and what every one would cost a rank.
     """
 
     layouts: Mapping[str, LayoutData]
@@ -37,6 +40,7 @@ class PlanData:
     schedule: ScheduleData
     encoders: Mapping[str, str]
     communicators: CommunicatorData
+    data_parallel: Mapping[str, PolicyData]
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,14 @@ class LayoutData:
     edp: int
     etp: int
     sequence_parallel: bool
+
+
+@dataclass(frozen=True)
+class PolicyData:
+    """A module's data-parallel policy, and by policy what it would cost the rank that holds most."""
+
+    policy: Policy
+    costs: Mapping[Policy, PolicyCost]
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,9 @@ def plan_data(blueprint: Blueprint, index: Index) -> PlanData:
         schedule=_schedule_data(blueprint.schedule(plan.active)),
         encoders={m: use.cls.__name__ for m, use in blueprint.inputs.encoders.items()},
         communicators=communicator_data(blueprint),
+        data_parallel={
+            m: PolicyData(policy, policy_costs(blueprint, m)) for m, policy in blueprint.policies.items()
+        },
     )
 
 

@@ -22,12 +22,11 @@ class Backward:
         self.flight, self.transfers, self.weights = flight, transfers, weights
         train = flight.job.blueprint.cfg.train
         self._recomputes = bool(train.recompute or train.offload)
-        self._last = {key_of(a) for a in flight.schedule.actions(flight.job.rank.rank) if a.last}
 
     def backward(self, action: Action) -> float:
         """Gradients of a stage's weights and of what entered it; returns when its output's gradient came."""
         keys = self.flight.covered(action)
-        self.weights.before_backward(keys[0], action.last)
+        self.weights.before_backward(action)
         self.transfers.release(action)
         outputs = [self.flight[key].output.take() for key in keys]
         grads = [self.transfers.output_gradient(key) for key in keys]
@@ -44,16 +43,15 @@ class Backward:
         """Gradients of what entered a stage; keeps what those of its weights need."""
         key = key_of(action)
         record = self.flight[key]
-        self.weights.before_backward(key, False)
         self.transfers.release(action)
         grad = self.transfers.output_gradient(key)
         ready = time.perf_counter()
         leaves = [t for t in record.leaves() if t.requires_grad]
         weights_follow = key.module not in self.flight.job.blueprint.frozen
-        # BACKWARD_WEIGHT goes through the graph again in a stage's last backward, since FSDP reduces only in
-        # a backward of the whole, and where layers are recomputed or nothing is to be done first.
-        again = weights_follow and (not leaves or key in self._last or self._recomputes)
-        self.weights.keep(key, again)
+        # BACKWARD_WEIGHT goes through the graph again where layers are recomputed or nothing is to be done
+        # first.
+        again = weights_follow and (not leaves or self._recomputes)
+        self.weights.before_inputs(key, again)
         if not weights_follow:
             output = record.output.take()
             if leaves:
@@ -80,10 +78,10 @@ class Backward:
         products = record.products.take_if_filled()
         if products is not None:
             backward_weight(products)
+            self.weights.after_weights(action)
             return
-        self.weights.before_backward(key, action.last)
+        self.weights.before_backward(action)
         output, grad = record.output.take(), record.gradient.take_if_filled()
-        self.weights.keep(key, not action.last)
         self.weights.unshard(key)  # the graph's leaves are the gathered weights
         weights = [p for p in self.flight.part(key).parameters() if p.requires_grad]
         if weights and output.requires_grad:

@@ -18,7 +18,7 @@ from mm.train.backward import Backward
 from mm.train.flight import Flight
 from mm.train.forward import Forward, OnTokens
 from mm.train.transfer import Transfers
-from mm.train.weights import Weights
+from mm.train.weights import Weights, gather_held
 from parallel.schedule import Kind, execute
 from parallel.schedule.executor.execute import Handler, Observe
 
@@ -56,6 +56,7 @@ def run_step(
     for both in job.boundaries.values():
         for boundary in both:
             boundary.stats.reset()
+    gather_held(job)
     with torch.set_grad_enabled(train):
         handlers = _handlers(flight, transfers, forward)
         seconds = execute(schedule.actions(job.rank.rank), handlers, observe=observe)

@@ -20,6 +20,7 @@ from mm.ranks.memory import peak_memory
 from mm.train.metrics import BoundaryMetrics
 from mm.train.rank_report import EdgeReport, ModuleReport, Own, Report, Scalars
 from mm.train.step import StepResult
+from mm.train.weights import refresh_held
 from parallel.schedule.action import COMPUTE
 
 
@@ -81,6 +82,7 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
     for optimizer in job.optimizers.values():
         optimizer.scale(factor)
         optimizer.step(lr)
+    refresh_held(job)
     _update_expert_bias(job)
     return Update(
         loss=float(ranks.scalars.loss.sum()),

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-from parallel.schedule.action import Action
-from parallel.topology.groups import COMPUTE, Group, along, edge_ranks
+from parallel.schedule.action import BACKWARD, BACKWARD_WEIGHT, Action, Kind
+from parallel.topology.data_parallel import Params, Shards, Sums
+from parallel.topology.groups import COMPUTE, Group, along, edge_ranks, parameter_axes, size_along
 from parallel.topology.layout import Layout
-
-Params = Literal["each", "step", "replicated"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,12 @@ class ModuleUse:
     """A module as a schedule needs it.
 
     frozen: its weights have no gradients. Gradients still pass through a frozen language model to encoders.
-    params: where its parameters are held and gathered. "each": sharded over dp; each forward and backward
-        gathers them, as FSDP does, and the last backward reduces their gradients. "step": sharded over dp;
-        GATHER and FREE gather them once a step, and GRAD_SYNC reduces gradients. "replicated": every rank
-        holds them whole, and GRAD_SYNC reduces gradients.
+    params: when its weights are whole. "each": each forward and backward gathers them, as FSDP does. "step":
+        GATHER and FREE do, once a step. "replicated": before the step and after it too.
+    sums: when its gradients are summed over the data ranks: in each "backward", or once a "step". The last
+        backward does that, or GRAD_SYNC where places come to their last backward in different orders.
+    experts: whether it has any, which data ranks of their own (edp) hold. Expert degrees say so too.
+    shards: into how many shards its weights are split; None: as many as there are data ranks.
     layers: how many it has, so that more stages than layers are refused; None if not known.
     enters: for a source, the stages of the sink that its rows enter. Each gets rows of its own.
     """
@@ -35,8 +36,15 @@ class ModuleUse:
     layout: Layout
     frozen: bool = False
     params: Params = "each"
+    sums: Sums = "step"
+    experts: bool = False
+    shards: Shards | None = None
     layers: int | None = None
     enters: tuple[int, ...] = (0,)
+
+    def sums_in(self, kind: Kind, last: bool) -> bool:
+        """Whether a computation sums gradients over the data ranks. last: it is the stage's last backward."""
+        return kind in (BACKWARD, BACKWARD_WEIGHT) and not self.frozen and (last or self.sums == "backward")
 
     @property
     def stages(self) -> int:
@@ -157,7 +165,8 @@ class SchedulePlan:
         if group.scope == "edge":
             source, sink = self.modules[group.module].layout, self.modules[self.sink].layout
             return (edge_ranks(source, sink, group.stage),)
-        return along(self.modules[group.module].layout, group.axis)
+        use = self.modules[group.module]
+        return along(use.layout, group.axis, use.shards)
 
     def program_sets(self, group: Group) -> tuple[frozenset[int], ...]:
         """The distinct sets of programs that groups of a name join; members must agree on an order."""
@@ -180,20 +189,37 @@ def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:
     return {rank: tuple(row) for rank, row in out.items()}
 
 
-def compute_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
-    """The groups whose collectives a forward or backward of a module runs, in order."""
+def compute_groups(module: str, use: ModuleUse, kind: Kind, summed: bool) -> tuple[Group, ...]:
+    """The groups whose collectives a computation of a module runs, in order.
+
+    summed: whether it completes the sums of the step, as the last backward does where GRAD_SYNC does not.
+    Only then are shards summed over their replicas.
+    """
     axes = [a for a in COMPUTE if getattr(use.layout, a) > 1]
-    return (
-        *(parameter_groups(module, use) if use.params == "each" else ()),
-        *(Group("module", module, a) for a in axes),
-    )
+    sums = use.sums_in(kind, summed)
+    moved = _data_groups(module, use, shard=sums or use.params == "each", replica=sums and summed)
+    return (*moved, *(Group("module", module, a) for a in axes))
+
+
+def gather_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
+    """The groups over which whole weights are gathered."""
+    return _data_groups(module, use, shard=True, replica=False)
 
 
 def parameter_groups(module: str, use: ModuleUse) -> tuple[Group, ...]:
-    """The groups over which parameters are gathered and gradients summed: "data", which is dp x cp, and edp
-    for sharded experts."""
+    """The groups over which weights are gathered and gradients summed: the data ranks (dp x cp), and edp for
+    experts that are replicated differently."""
+    return _data_groups(module, use, shard=True, replica=True)
+
+
+def _data_groups(module: str, use: ModuleUse, *, shard: bool, replica: bool) -> tuple[Group, ...]:
+    """Groups of several data ranks: those that share a copy of the weights, those that have equal shards."""
     layout = use.layout
-    sizes = {"data": layout.dp * layout.cp}
-    if layout.ep * layout.etp > 1:
-        sizes["edp"] = layout.edp
-    return tuple(Group("module", module, axis) for axis, size in sizes.items() if size > 1)
+    experts = use.experts or layout.ep * layout.etp > 1
+    axes = [
+        axis
+        for of_view in parameter_axes(layout, use.shards, experts=experts)
+        for axis, wanted in zip(of_view, (shard, replica), strict=True)
+        if axis and wanted and size_along(layout, axis, use.shards) > 1
+    ]
+    return tuple(Group("module", module, axis) for axis in axes)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.sequence.host import to_device
 from parallel.sharding.param import declared, local
-from parallel.sharding.shard import sharded_dims
+from parallel.sharding.shard import data_view, sharded_dims
 from parallel.topology.mesh import ModuleMesh
 
 
@@ -85,7 +85,8 @@ class ShardedOptimizer:
                 continue
             replicas = mesh.axes.tp.size if spec.view == "dense" and not sharded_dims(spec, mesh) else 1
             scalar, twice = not param.ndim, name in shared
-            copies = replicas * (mesh.data.size() if scalar else 1) * (2 if twice else 1)
+            copies = replicas * mesh.replicas(data_view(spec, mesh)) * (2 if twice else 1)
+            copies *= mesh.data.size() if scalar else 1
             shard = _Shard(
                 name=name,
                 param=param,
@@ -117,12 +118,12 @@ class ShardedOptimizer:
         """Move the gradients to the local shards and complete their sums over ranks.
 
         Gradients of scalars are summed over the data ranks, partial ones over tp, and those of shared
-        parameters over both ends of the pipeline: one message for each of the three groups.
+        parameters over both ends of the pipeline: one message for each of these groups.
         """
         for s in self.shards:
             s.local.grad = None if s.param.grad is None else local(s.param.grad)
-        data = self.mesh.data
-        _sum([s for s in self.shards if s.scalar], data.get_group() if data.size() > 1 else None)
+        for group in self.mesh.data_groups:
+            _sum([s for s in self.shards if s.scalar], group)
         # Declarations choose the parameters. Gradients are absent only where the module was skipped, and a
         # module is skipped on all its ranks or on none, so the messages match.
         _sum([s for s in self.shards if s.partial], self.mesh.axes.tp.group)

@@ -43,11 +43,13 @@ class ShardPolicy:
     compute_dtype: dtype that weights are gathered in; None: the stored dtype. Gradients are reduced in the
         stored dtype either way.
     precise: submodules whose weights are gathered in the stored dtype whatever compute_dtype is.
+    keep: gathered weights stay until the caller frees them (whole.py), whatever runs in between.
     """
 
     layers: Sequence[nn.Module] = ()
     compute_dtype: torch.dtype | None = None
     precise: Sequence[nn.Module] = ()
+    keep: bool = False
 
 
 def shard_module(
@@ -66,7 +68,7 @@ def shard_module(
         param_dtype=policy.compute_dtype, reduce_dtype=param_dtype, cast_forward_inputs=False
     )
     stored = MixedPrecisionPolicy(cast_forward_inputs=False)
-    reshard = bool(policy.layers)
+    reshard = bool(policy.layers) and not policy.keep
     if policy.compute_dtype is not None:
         for sub in policy.precise:
             _fully_shard(sub, mesh, "dense", stored, reshard)
@@ -82,6 +84,7 @@ def shard_module(
             # The order matters: a divide factor alone would choose a pre-multiplied sum, which gloo lacks.
             sub.set_force_sum_reduction_for_comms(True)
             sub.set_gradient_divide_factor(1.0)
+            sub.set_reshard_after_backward(not policy.keep, recurse=False)
 
 
 def _to_dtensor(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:
@@ -108,9 +111,10 @@ def _to_dtensor(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) ->
 def _fully_shard(
     sub: nn.Module, mesh: ModuleMesh, view: View, mp_policy: MixedPrecisionPolicy, reshard: bool
 ) -> None:
-    over = mesh.data if view == "dense" else mesh.over("expert", "edp")
+    over = mesh.data_parallel(view)
+    shards = over.size(over.ndim - 1)
     dims = {
-        id(param): data_dim(tuple(local(param).shape), sharded_dims(spec, mesh).values(), over.size())
+        id(param): data_dim(tuple(local(param).shape), sharded_dims(spec, mesh).values(), shards)
         for _, param, spec in declared(sub)
         if param.ndim
     }
@@ -150,9 +154,14 @@ def sharded_dims(spec: ParamSpec, mesh: ModuleMesh) -> dict[str, int]:
     return {axis: dim for axis, dim in wanted.items() if dim is not None and axes[axis].size > 1}
 
 
+def data_view(spec: ParamSpec, mesh: ModuleMesh) -> View:
+    """The view whose data ranks share a parameter: the expert view for experts, where that differs."""
+    return "expert" if spec.view == "expert" and mesh.folded else "dense"
+
+
 def data_mesh(spec: ParamSpec, mesh: ModuleMesh) -> DeviceMesh:
-    """The mesh that FSDP shards a parameter over: the data ranks, or edp for experts where that differs."""
-    return mesh.over("expert", "edp") if spec.view == "expert" and mesh.folded else mesh.data
+    """The mesh that FSDP shards a parameter over."""
+    return mesh.over("expert", "edp") if data_view(spec, mesh) == "expert" else mesh.data
 
 
 def data_dim(shape: tuple[int, ...], sharded: Collection[int], size: int) -> int:

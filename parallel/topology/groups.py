@@ -18,11 +18,12 @@ llm.pp.backward ((0, 2), (1, 3))
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+from parallel.topology.data_parallel import Shards
 from parallel.topology.layout import Layout
 
 Scope = Literal["module", "edge", "world"]
@@ -30,6 +31,8 @@ Direction = Literal["", "forward", "backward"]
 Ranks = tuple[int, ...]
 DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 PARAMETERS = ("data", "edp")  # axes over which parameters are gathered and gradients summed
+# The two parts of such an axis where weights have several shards, and several ranks have each of them.
+SHARD, REPLICA = "_shard", "_replica"
 COMPUTE = ("tp", "cp", "ep", "etp")
 BETWEEN = ("stage", "ends")  # not axes of a view, but sets of ranks that exchange messages between steps
 
@@ -41,7 +44,9 @@ class Group(NamedTuple):
         from `module` to the sink's `stage`. "world": all ranks of the job. Because the scope is a field of
         its own, a module may have any name.
     axis: an axis of the layout, or "data" (dp x cp: replicas of the dense weights), "stage" (all ranks of a
-        pipeline rank), "ends" (the first and the last rank of a pipeline, which share tied weights).
+        pipeline rank), "ends" (the first and the last rank of a pipeline, which share tied weights). "data"
+        and "edp" in two parts (data_axes) are "data_shard" (ranks that share one copy of the weights) and
+        "data_replica" (ranks that have the same shard), and so for edp.
     direction: of the axis "pp" and of edges, which have a group for each direction.
     """
 
@@ -69,7 +74,7 @@ class Group(NamedTuple):
         """
         if self.scope == "world" or self.axis in BETWEEN:
             return "world"
-        if self.axis in PARAMETERS:
+        if self.axis.removesuffix(SHARD).removesuffix(REPLICA) in PARAMETERS:
             return "parameters"
         return "compute" if self.scope == "module" and not self.direction else str(self)
 
@@ -149,20 +154,22 @@ def group_plan(
     sink: str = "",
     tied: Collection[str] = (),
     experts: Collection[str] | None = None,
+    shards: Mapping[str, Shards] | None = None,
 ) -> GroupPlan:
     """Derive all groups of a job; O(ranks x names).
 
     layouts: by module, in the order of the job. edges: (source, stage of the sink), in order. sink: the
     module that edges lead to. tied: modules whose first and last stage share weights. experts: modules that
-    have experts; None: all may have some.
+    have experts; None: all may have some. shards: into how many shards modules' weights are split, where that
+    is not as many as there are data ranks.
     """
     named: dict[Group, tuple[Ranks, ...]] = {WORLD: (tuple(range(world)),)}
     for module, layout in layouts.items():
-        # Only where a model-parallel axis is on are experts replicated differently from the dense weights.
-        folded = max(layout.tp, layout.ep, layout.etp) > 1 and (experts is None or module in experts)
-        for name in _module_names(module, folded, module in tied):
-            if size_along(layout, name.axis) > 1:
-                named[name] = along(layout, name.axis)
+        split = None if shards is None else shards.get(module)
+        own = parameter_axes(layout, split, experts=experts is None or module in experts)
+        for name in _module_names(module, own, module in tied):
+            if size_along(layout, name.axis, split) > 1:
+                named[name] = along(layout, name.axis, split)
     for source, stage in edges:
         ranks = edge_ranks(layouts[source], layouts[sink], stage)
         named |= {Group("edge", source, "", way, stage): (ranks,) for way in DIRECTIONS}
@@ -170,24 +177,73 @@ def group_plan(
     return GroupPlan(world, {name: groups for name, groups in named.items() if len(groups[0]) > 1})
 
 
-def _module_names(module: str, folded: bool, tied: bool) -> Iterator[Group]:
-    """The groups of a module, in order. folded: whether its experts have data ranks of their own."""
-    parameters = PARAMETERS if folded else PARAMETERS[:1]
-    for axis in (*parameters, *COMPUTE, *(BETWEEN if tied else BETWEEN[:1])):
+def _module_names(module: str, parameters: Iterable[DataAxes], tied: bool) -> Iterator[Group]:
+    """The groups of a module, in order. parameters: parameter_axes()."""
+    own = [axis for axes in parameters for axis in axes if axis]
+    for axis in (*own, *COMPUTE, *(BETWEEN if tied else BETWEEN[:1])):
         yield Group("module", module, axis)
     for way in DIRECTIONS:
         yield Group("module", module, "pp", way)
 
 
-def size_along(layout: Layout, axis: str) -> int:
-    """Ranks of each group along the axis of a Group."""
+class DataAxes(NamedTuple):
+    """Axes of groups over the data ranks of a weight; empty where each has one rank.
+
+    shard: the ranks that share one copy of it: gathers, and sums into shards. replica: the ranks that have
+    the same shard: sums of shards.
+    """
+
+    shard: str
+    replica: str
+
+
+def data_axes(layout: Layout, axis: str, shards: Shards | None = None) -> DataAxes:
+    """How the data ranks of a view are split. axis: "data" or "edp". shards: None: as many as ranks."""
+    ranks, n = size_along(layout, axis), _shards_along(layout, axis, shards)
+    if n == ranks:
+        return DataAxes(axis, "")
+    return DataAxes("", axis) if n == 1 else DataAxes(axis + SHARD, axis + REPLICA)
+
+
+def parameter_axes(layout: Layout, shards: Shards | None, *, experts: bool) -> list[DataAxes]:
+    """data_axes() of a module's dense weights and, where they have data ranks of their own, of its experts.
+
+    experts: whether it has any.
+    """
+    # Only where a model-parallel axis is on are experts replicated differently from the dense weights.
+    folded = experts and max(layout.tp, layout.ep, layout.etp) > 1
+    return [data_axes(layout, axis, shards) for axis in (PARAMETERS if folded else PARAMETERS[:1])]
+
+
+def _shards_along(layout: Layout, axis: str, shards: Shards | None) -> int:
+    """Shards of a weight whose data ranks are those of `axis`."""
+    if shards is None:
+        return size_along(layout, axis)
+    return shards.dense if axis == "data" else shards.expert
+
+
+def size_along(layout: Layout, axis: str, shards: Shards | None = None) -> int:
+    """Ranks of each group along the axis of a Group. shards: of the module's weights, as in data_axes()."""
+    whole = axis.removesuffix(SHARD).removesuffix(REPLICA)
+    if whole != axis:
+        n = _shards_along(layout, whole, shards)
+        return n if axis.endswith(SHARD) else size_along(layout, whole) // n
     sizes = {"data": layout.dp * layout.cp, "stage": layout.size // layout.pp, "ends": min(2, layout.pp)}
     found: int = sizes[axis] if axis in sizes else getattr(layout, axis)
     return found
 
 
-def along(layout: Layout, axis: str) -> tuple[Ranks, ...]:
-    """The groups of a layout along the axis of a Group, those of one rank among them."""
+def along(layout: Layout, axis: str, shards: Shards | None = None) -> tuple[Ranks, ...]:
+    """The groups of a layout along the axis of a Group, those of one rank among them.
+
+    shards: of the module's weights, as in data_axes(). Data ranks next to each other share one copy.
+    """
+    whole = axis.removesuffix(SHARD).removesuffix(REPLICA)
+    if whole != axis:
+        n, lines = _shards_along(layout, whole, shards), along(layout, whole)
+        if axis.endswith(SHARD):
+            return tuple(line[k : k + n] for line in lines for k in range(0, len(line), n))
+        return tuple(line[k::n] for line in lines for k in range(n))
     if axis == "stage":
         return tuple(layout.stage_ranks(pp) for pp in range(layout.pp))
     if axis == "ends":

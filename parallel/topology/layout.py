@@ -82,6 +82,7 @@ class Layout:
     etp: expert tensor parallel, in the expert view; ranks that shard one expert.
     sequence_parallel: whether each tp rank keeps only its share of the tokens between blocks (arXiv
         2205.05198, section 4.2). Does nothing at tp 1.
+    data_parallel: the policy of its data ranks (parallel/topology/data_parallel.py), or auto.
 
     Two degrees follow: dp = ranks / (tp cp pp), edp = ranks / (etp ep pp).
     """
@@ -95,6 +96,7 @@ class Layout:
     ep: int = 1
     etp: int = 1
     sequence_parallel: bool = False
+    data_parallel: str = "auto"
 
     @property
     def size(self) -> int:
@@ -226,7 +228,7 @@ def make_layout(module: str, world: int, spec: Mapping[str, Any]) -> Layout:
 
     Raises ValueError saying what was given, what is needed and the nearest layout that works.
     """
-    known = ("ranks", *DEGREES, "sequence_parallel")
+    known = ("ranks", *DEGREES, "sequence_parallel", "data_parallel")
     for key in spec:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
@@ -240,7 +242,8 @@ def make_layout(module: str, world: int, spec: Mapping[str, Any]) -> Layout:
     sp = spec.get("sequence_parallel", False)
     if not isinstance(sp, bool):
         raise ValueError(f"layout.{module}.sequence_parallel is {sp!r}; needed: true or false")
-    layout = Layout(module, ranks, **degrees, sequence_parallel=sp)
+    policy = str(spec.get("data_parallel", "auto"))
+    layout = Layout(module, ranks, **degrees, sequence_parallel=sp, data_parallel=policy)
     for names in (("tp", "cp", "pp"), ("etp", "ep", "pp")):
         product = math.prod(degrees[n] for n in names)
         if layout.size % product:

@@ -98,7 +98,7 @@ def running(raw: dict[str, Any]) -> Iterator[tuple[Job, Feed]]:
     """The job of a config on this rank, and its steps; closed at the end."""
     world = dist.get_world_size()
     blueprint = draw_up(from_mapping(raw, CONFIGS), world)
-    rank = RankInfo(dist.get_rank(), world, torch.device("cpu"), node_size=blueprint.cfg.run.node_size)
+    rank = RankInfo(dist.get_rank(), world, torch.device("cpu"), node_size=blueprint.node_size)
     index = _index(blueprint)
     job = build_job(blueprint, rank)
     data = open_data(job, index)
@@ -121,21 +121,25 @@ Held = dict[str, tuple[list[np.ndarray], np.ndarray]]
 
 
 def train_and_weigh(raw: dict[str, Any], steps: int) -> tuple[list[dict[str, Any]], Held]:
-    """Metrics as of train_few, and what this rank then holds of weights and buffers: by full name (global
-    indices of each dim, values)."""
+    """Metrics as of train_few, and what this rank then holds (weigh)."""
     with running(raw) as (job, feed):
         metrics = [asdict(train_step(job, feed, step)) for step in range(steps)]
-        held: Held = {}
-        for module, parts in job.parts.items():
-            for part in parts.values():
-                kept = part.state_dict()
-                for name, param, spec in declared(part):
-                    index = held_indices(tuple(param.shape), spec, job.meshes[module])
-                    value = local(kept.pop(name)).numpy().copy()
-                    held[f"{module}.{name}"] = [i.numpy() for i in index], value
-                for name, buffer in kept.items():  # alike on all ranks
-                    held[f"{module}.{name}"] = [np.arange(n) for n in buffer.shape], buffer.numpy().copy()
-        return metrics, held
+        return metrics, weigh(job)
+
+
+def weigh(job: Job) -> Held:
+    """What this rank holds of weights and buffers: by full name (global indices of each dim, values)."""
+    held: Held = {}
+    for module, parts in job.parts.items():
+        for part in parts.values():
+            kept = part.state_dict()
+            for name, param, spec in declared(part):
+                index = held_indices(tuple(param.shape), spec, job.meshes[module])
+                value = local(kept.pop(name)).numpy().copy()
+                held[f"{module}.{name}"] = [i.numpy() for i in index], value
+            for name, buffer in kept.items():  # alike on all ranks
+                held[f"{module}.{name}"] = [np.arange(n) for n in buffer.shape], buffer.numpy().copy()
+    return held
 
 
 class Ended(NamedTuple):

@@ -7,5 +7,6 @@ from tests.mutations.of_boundary import BOUNDARY
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import ENCODERS, LLM
 from tests.mutations.of_parallel import PARALLEL
+from tests.mutations.of_schedules import SCHEDULES
 
-FAULTS: tuple[Fault, ...] = PARALLEL + BOUNDARY + ENCODERS + LLM + JOB
+FAULTS: tuple[Fault, ...] = PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + LLM + JOB

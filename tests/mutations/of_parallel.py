@@ -1,10 +1,8 @@
-"""Faults in `parallel`."""
+"""Faults in `parallel` but its schedules."""
 
 from __future__ import annotations
 
 from tests.mutations.fault import ONE_STEP, Fault
-
-HALVES = "tests/parallel/schedule/executor/test_halves.py::test_two_halves_are_one_backward"
 
 PARALLEL = (
     Fault(
@@ -78,62 +76,6 @@ PARALLEL = (
         "(r, pieces - 1 - r)",
         "(2 * r, 2 * r + 1)",
         "tests/parallel/context_parallel/test_packing.py::test_zigzag_shares_causal_attention_evenly",
-    ),
-    Fault(
-        "schedule.warm-up",
-        "1F1B runs one forward further ahead",
-        "parallel/schedule/generators/orders.py",
-        "(p - r - 1) * (1 if v == 1 else 2)",
-        "(p - r) * (1 if v == 1 else 2)",
-        "tests/parallel/schedule/checker/test_check.py::test_high_water_marks_are_those_of_the_literature",
-    ),
-    Fault(
-        "schedule.zero-bubble",
-        "weight gradients do not wait",
-        "parallel/schedule/generators/orders.py",
-        "if len(waiting) > r:",
-        "if waiting:",
-        "tests/parallel/schedule/simulator/test_simulate.py::test_bubble_of_zero_bubble",
-    ),
-    Fault(
-        "schedule.unproved",
-        "what a plan lacks is not reported",
-        "parallel/schedule/checker/check.py",
-        "for lacking in sorted(map(_describe, need - done)):",
-        "for lacking in sorted(map(_describe, done - done)):",
-        "tests/parallel/schedule/checker/test_check.py::test_a_dropped_or_doubled_action_is_caught",
-    ),
-    Fault(
-        "schedule.transfers-free",
-        "transfers take no time",
-        "parallel/schedule/simulator/simulate.py",
-        "start = max(start, ends[k] + delays[key[0]])",
-        "start = max(start, ends[k])",
-        "tests/parallel/schedule/simulator/test_simulate.py::test_transfers_are_paid_where_nothing_hides_them",
-    ),
-    Fault(
-        "schedule.peak",
-        "a backward frees nothing",
-        "parallel/schedule/checker/memory.py",
-        "total, held[module] = total - amount, held[module] - amount",
-        "total, held[module] = total, held[module] - amount",
-        "tests/parallel/schedule/checker/test_check.py::test_high_water_marks_are_those_of_the_literature",
-    ),
-    Fault(
-        "schedule.halves-twice",
-        "a weight that is used otherwise too waits all the same",
-        "parallel/schedule/executor/halves.py",
-        "while mixed := [p for p in products if p.leaves & others]:",
-        "while mixed := [p for p in products if p.leaves & others and False]:",
-        HALVES,
-    ),
-    Fault(
-        "schedule.halves-order",
-        "weight gradients of second factors are transposed",
-        "parallel/schedule/executor/halves.py",
-        "Kept(edges, factor.mT, grad) if second",
-        "Kept(edges, grad.mT, factor) if second",
-        HALVES,
     ),
     Fault(
         "collectives.copy-in",
@@ -304,37 +246,51 @@ PARALLEL = (
         ONE_STEP,
     ),
     Fault(
-        "posting.turn",
-        "transfers of one second are started in any order",
-        "parallel/schedule/generators/posting.py",
-        "return {n: (ends[n], turn) for turn, entry in enumerate(graph.order) for n in entry}",
-        "return {n: (ends[n], -turn) for turn, entry in enumerate(graph.order) for n in entry}",
-        "tests/parallel/schedule/checker/test_streams.py::test_things_that_take_no_time_keep_their_order",
+        "optim.replicas",
+        "replicas of a shard count more than once in the norm",
+        "parallel/sharding/optim.py",
+        "copies = replicas * mesh.replicas(data_view(spec, mesh))",
+        "copies = replicas",
+        "tests/mm/jobs/test_policies.py::test_every_policy_learns_what_one_process_learns_at_its_price[True]",
     ),
     Fault(
-        "posting.joined",
-        "messages of peers with a rank in common have moments of their own",
-        "parallel/schedule/generators/posting.py",
-        "parent[root(n)] = root(other)",
-        "pass",
-        "tests/parallel/schedule/checker/test_streams.py::test_every_generated_plan_has_one_order_of_operations",
+        "whole.sum",
+        "gradients of weights that came without a backward are not summed",
+        "parallel/sharding/whole.py",
+        "    if summed:",
+        "    if summed and not final:",
+        "tests/mm/jobs/test_policies.py::test_every_policy_learns_what_one_process_learns_at_its_price[True]",
     ),
     Fault(
-        "streams.fifo",
-        "a stream carries out any of its operations",
-        "parallel/schedule/checker/streams.py",
-        "            if len(queue) == 1:\n                self._lead(n)",
-        "            self._lead(n)",
-        "tests/parallel/schedule/checker/test_streams.py"
-        "::test_both_directions_over_one_pair_hang_unless_their_calls_have_one_order[interleaved]",
+        "whole.replicas",
+        "nodes sum their gradients in every backward",
+        "parallel/sharding/whole.py",
+        "unit.set_requires_all_reduce(summed and final",
+        "unit.set_requires_all_reduce(summed",
+        "tests/mm/jobs/test_policies.py::test_every_policy_learns_what_one_process_learns_at_its_price[False]",
     ),
     Fault(
-        "streams.one",
-        "collectives pass by transfers that were started before them",
-        "parallel/schedule/checker/streams.py",
-        'if self.one and n in self.reading.collectives and self.queues[_At(p, "")]:',
-        "if False:",
-        "tests/parallel/schedule/checker/test_streams.py"
-        "::test_collectives_have_their_place_among_the_messages",
+        "groups.replicas",
+        "ranks with other shards sum theirs",
+        "parallel/topology/groups.py",
+        "line[k::n] for line in lines for k in range(n)",
+        "line[k : k + len(line) // n] for line in lines for k in range(0, len(line), len(line) // n)",
+        "tests/parallel/topology/test_groups.py::test_shards_and_replicas_of_them_divide_the_data_ranks",
+    ),
+    Fault(
+        "mesh.shards",
+        "shards are counted along the copies",
+        "parallel/topology/mesh.py",
+        "ranks.view(-1, n.dense, layout.tp)",
+        "ranks.view(n.dense, -1, layout.tp).transpose(0, 1)",
+        "tests/parallel/topology/test_process_groups.py::test_meshes_of_copies",
+    ),
+    Fault(
+        "data_parallel.nodes",
+        "a shard may be spread over two nodes",
+        "parallel/topology/data_parallel.py",
+        "all(len({r // node_size for r in run}) == 1 for run in runs)",
+        "all(len({r // node_size for r in run}) < 3 for run in runs)",
+        "tests/parallel/topology/test_data_parallel.py::test_shards_within_nodes",
     ),
 )

@@ -30,7 +30,13 @@ from parallel.schedule.checker.graph import graph_of
 from parallel.schedule.checker.memory import Memory, Peak, check_limit, peaks
 from parallel.schedule.checker.order import Stuck
 from parallel.schedule.checker.streams import FirstUse, find_ring
-from parallel.schedule.plan import ModuleUse, SchedulePlan, compute_groups, parameter_groups
+from parallel.schedule.plan import (
+    ModuleUse,
+    SchedulePlan,
+    compute_groups,
+    gather_groups,
+    parameter_groups,
+)
 from parallel.topology.groups import WORLD, Direction, Group
 
 
@@ -175,11 +181,18 @@ def _needed(
 
 def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
     """Actions with other groups or another peer than they use."""
-    uses = {(kind, m): _groups(kind, m, use) for kind in Kind for m, use in plan.modules.items()}
+    uses = {
+        (kind, m, summed): _groups(kind, m, use, summed)
+        for kind in Kind
+        for m, use in plan.modules.items()
+        for summed in (False, True)
+    }
+    late = {(a.module, a.stage) for a in actions if a.kind is Kind.GRAD_SYNC}
     for a in actions:
         if a.module not in plan.modules:
             continue  # reported as not needed
-        wanted, step = uses[a.kind, a.module], _PEER.get(a.kind)
+        summed = a.last and (a.module, a.stage) not in late
+        wanted, step = uses[a.kind, a.module, summed], _PEER.get(a.kind)
         if a.kind in BOUNDARY:
             wanted = (wanted[0]._replace(stage=a.stage),)
         peer = None if step is None else a.stage + step
@@ -190,15 +203,17 @@ def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[st
             )
 
 
-def _groups(kind: Kind, module: str, use: ModuleUse) -> tuple[Group, ...]:
-    """The groups that an action uses."""
+def _groups(kind: Kind, module: str, use: ModuleUse, summed: bool) -> tuple[Group, ...]:
+    """The groups that an action uses. summed: it sums the gradients of the step."""
     if kind in COMPUTE:
-        return compute_groups(module, use)
+        return compute_groups(module, use, kind, summed)
     if kind in BOUNDARY:
         return (Group("edge", module, direction=_DIRECTION[kind]),)
     if kind in SENDS or kind in RECEIVES:
         return (Group("module", module, "pp", _DIRECTION[kind]),)
-    if kind in (Kind.GATHER, Kind.GRAD_SYNC):
+    if kind is Kind.GATHER:
+        return gather_groups(module, use)
+    if kind is Kind.GRAD_SYNC:
         return parameter_groups(module, use)
     return (WORLD,) if kind is Kind.OPTIMIZER else ()
 
@@ -250,10 +265,11 @@ def _of_stage(
         yield f"marks {marked} as last of {name}, which is {'none' if final is None else actions[final]}"
     sharded = bool(parameter_groups(module, use)) and bool(used)
     wanted = {Kind.GATHER: 0, Kind.FREE: 0, Kind.GRAD_SYNC: 0}
-    if use.params == "step" and sharded:
+    if use.params == "step" and gather_groups(module, use) and used:
         wanted |= {Kind.GATHER: 1, Kind.FREE: 1}
-    if use.params != "each" and sharded and final is not None and not use.frozen:
-        wanted[Kind.GRAD_SYNC] = 1
+    alone = use.params != "each" and use.sums == "step" and not use.frozen
+    if alone and sharded and final is not None and on.get(Kind.GRAD_SYNC):
+        wanted[Kind.GRAD_SYNC] = 1  # else the last backward sums: _named() asks for its groups
     found = {kind: on.get(kind, ()) for kind in wanted}
     for kind, n in wanted.items():
         if len(found[kind]) != n:

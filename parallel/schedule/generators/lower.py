@@ -8,6 +8,7 @@ from parallel.schedule.action import (
     BACKWARD_WEIGHT,
     BOUNDARY_BACKWARD,
     BOUNDARY_FORWARD,
+    COMPUTE,
     FORWARD,
     RECV_BACKWARD,
     RECV_FORWARD,
@@ -18,7 +19,14 @@ from parallel.schedule.action import (
 )
 from parallel.schedule.generators.orders import Work
 from parallel.schedule.generators.problem import Problem
-from parallel.schedule.plan import Place, SchedulePlan, compute_groups, parameter_groups, places
+from parallel.schedule.plan import (
+    Place,
+    SchedulePlan,
+    compute_groups,
+    gather_groups,
+    parameter_groups,
+    places,
+)
 from parallel.topology.directions import Directions
 from parallel.topology.groups import WORLD, Group
 
@@ -64,7 +72,14 @@ class _Writer:
         self.problem, self.modules, self.sink, self.late = problem, problem.modules, problem.sink, late
         self.active = problem.active
         self.sources = [m for m in self.modules if m != self.sink]
-        self.compute = {m: compute_groups(m, u) for m, u in self.modules.items()}
+        # By what compute_groups() takes, for plans have many computations and few kinds of them.
+        self.compute = {
+            (m, kind, summed): compute_groups(m, u, kind, summed)
+            for m, u in self.modules.items()
+            for kind in COMPUTE
+            for summed in (False, True)
+        }
+        self.gathered = {m: gather_groups(m, u) for m, u in self.modules.items()}
         self.parameters = {m: parameter_groups(m, u) for m, u in self.modules.items()}
         self.links = {
             m: Directions(
@@ -90,13 +105,13 @@ class _Writer:
             end[w.module, w.stage] = k
             if w.kind is not FORWARD:
                 final[w.module, w.stage] = k
-        stepwise = [key for key in end if self.modules[key[0]].params == "step" and self.parameters[key[0]]]
+        stepwise = [key for key in end if self.modules[key[0]].params == "step" and self.gathered[key[0]]]
         out = [self._on_parameters(Kind.GATHER, key) for key in sorted(stepwise)]
         out += self._receives(place, works)
         for k, w in enumerate(works):
             key = (w.module, w.stage)
             last = final.get(key) == k
-            groups = self.compute[w.module]
+            groups = self.compute[w.module, w.kind, last and w.module not in self.late]
             out.append(Action(w.kind, w.module, w.microbatch, w.stage, last=last, span=w.span, groups=groups))
             out += self._after(w)
             free = end[key] == k and key in stepwise
@@ -112,14 +127,15 @@ class _Writer:
     def _closing(self, key: StageKey, after_last: bool, free: bool) -> list[Action]:
         """What a stage's parameters need after its last backward, and after its last computation."""
         use = self.modules[key[0]]
-        sums = after_last and use.params != "each" and not use.frozen and bool(self.parameters[key[0]])
+        late = after_last and key[0] in self.late
+        sums = late and use.params != "each" and not use.frozen and bool(self.parameters[key[0]])
         kinds = [kind for kind, needed in ((Kind.GRAD_SYNC, sums), (Kind.FREE, free)) if needed]
         return [self._on_parameters(kind, key) for kind in kinds]
 
     def _on_parameters(self, kind: Kind, key: StageKey) -> Action:
         module, stage = key
-        groups = () if kind is Kind.FREE else self.parameters[module]
-        return Action(kind, module, 0, stage=stage, groups=groups)
+        groups = {Kind.GATHER: self.gathered[module], Kind.GRAD_SYNC: self.parameters[module]}
+        return Action(kind, module, 0, stage=stage, groups=groups.get(kind, ()))
 
     def _receives(self, place: Place, works: Sequence[Work]) -> list[Action]:
         """The receives that the works wait for and that no computation of this place starts."""

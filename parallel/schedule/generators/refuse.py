@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 from parallel.schedule.generators.orders import PIPELINES
-from parallel.schedule.plan import ModuleUse
+from parallel.schedule.plan import ModuleUse, parameter_groups
 from parallel.topology.layout import Changes, Layout, Unfit, nearest_degrees
 
 KINDS = ("auto", *PIPELINES)
@@ -77,12 +77,21 @@ def check_fill(modules: Mapping[str, ModuleUse], sink: str) -> None:
                 f"{name} on {list(use.layout.ranks)} and {sink} on {sorted(ranks)}",
                 [AUTO],
             )
-        if use.params == "each" and use.layout.dp > 1:
+        each = [
+            what
+            for what, moved in (
+                ("gathers weights in each forward and backward", use.params == "each"),
+                ("sums gradients in each backward", use.sums == "backward" and not use.frozen),
+            )
+            if moved and parameter_groups(name, use)
+        ]
+        if each:
+            key = f"layout.{name}.data_parallel"
             raise Unfit(
-                f"schedule.kind fill computes {name} at different times on different pipeline ranks, but its "
-                f"parameters are gathered over dp in each forward and backward; needed: gathered once a step "
-                "(params step) or replicated",
-                [AUTO],
+                f"schedule.kind fill computes {name} at different times on different pipeline ranks, but "
+                f"{key}={use.layout.data_parallel} {' and '.join(each)}, which data ranks do together; "
+                "needed: step, zero1 or replicate",
+                [{key: "step"}, AUTO],
             )
         for axis in AXES:
             across = _crosses(use.layout, axis, stage_of)

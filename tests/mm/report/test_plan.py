@@ -17,7 +17,8 @@ def test_the_keys_of_a_plan_in_their_order() -> None:
     index = load_index(raw["data"]["train"], CONFIGS, write=False)
     plan = json.loads(plan_json(draw_up(from_mapping(raw, CONFIGS), 2), index))
     assert ",".join(plan) == (
-        "layouts,edges,tokens,flops_by_module,weight_bytes_per_rank,stages,schedule,encoders,communicators"
+        "layouts,edges,tokens,flops_by_module,weight_bytes_per_rank,stages,schedule,encoders,"
+        "communicators,data_parallel"
     )
     assert ",".join(plan["layouts"]["llm"]) == "ranks,tp,cp,dp,pp,vpp,ep,edp,etp,sequence_parallel"
     assert plan["layouts"]["vision"]["ranks"] == [1] and plan["layouts"]["llm"]["pp"] == 2
@@ -29,6 +30,8 @@ def test_the_keys_of_a_plan_in_their_order() -> None:
     assert all(isinstance(a, str) for a in plan["schedule"]["programs"][0]["actions"])
     assert ",".join(plan["communicators"]) == "node_size,calls,a_rank,names"
     assert plan["communicators"]["names"]["llm.pp.forward"] == {"groups": 1, "ranks": 2, "across_nodes": 0}
+    assert [",".join(found) for found in plan["data_parallel"].values()] == ["policy,costs"] * 3
+    assert ",".join(plan["data_parallel"]["llm"]["costs"]["zero1"]) == "rest,step,peak,moved"
     assert plan["encoders"] == {"audio": "FastConformer", "vision": "ViT"}
 
 

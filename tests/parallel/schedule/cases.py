@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 
 from parallel.schedule import Kind, ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.schedule.action import COMPUTE, RECEIVES
+from parallel.topology.data_parallel import Shards
 from parallel.topology.layout import Layout, make_layout
 
+USE = ("frozen", "params", "sums", "experts", "shards")
 
-def use(module: str, world: int, *, frozen: bool = False, params: Any = "each", **spec: Any) -> ModuleUse:
-    """A module with layout keys `spec` on a job of `world` ranks."""
-    return ModuleUse(make_layout(module, world, spec), frozen=frozen, params=params)
+
+def use(module: str, world: int, **spec: Any) -> ModuleUse:
+    """A module with layout keys and fields of ModuleUse (USE) on a job of `world` ranks."""
+    fields = {key: spec.pop(key) for key in USE if key in spec}
+    return ModuleUse(make_layout(module, world, spec), **fields)
 
 
 def plan_of(
@@ -77,6 +81,15 @@ def layouts(module: str, world: int, *, vpp: bool = False) -> st.SearchStrategy[
     return build()
 
 
+def splits(layout: Layout) -> st.SearchStrategy[Shards | None]:
+    """Into how many shards the weights of a module may be split."""
+
+    def divisors(n: int) -> st.SearchStrategy[int]:
+        return st.sampled_from([d for d in range(1, n + 1) if n % d == 0])
+
+    return st.one_of(st.none(), st.builds(Shards, divisors(layout.dp * layout.cp), divisors(layout.edp)))
+
+
 def entries(sink: Layout) -> st.SearchStrategy[tuple[int, ...]]:
     """The stages of the sink that a source's rows enter: the first alone as a rule."""
     some = st.sets(st.integers(0, sink.pp * sink.vpp - 1), min_size=1).map(lambda s: tuple(sorted(s)))
@@ -88,14 +101,18 @@ def cases(draw: st.DrawFn, *, world: int = 8, train: bool | None = None) -> Case
     """Any accepted schedule: placements, pipelines, missing modalities, frozen modules, memory bounds."""
     llm = draw(layouts("llm", world, vpp=True))
     names = draw(st.sampled_from([(), ("vision",), ("vision", "audio")]))
+    found = {m: draw(layouts(m, world, vpp=True)) if m != "llm" else llm for m in (*names, "llm")}
     modules = {
         m: ModuleUse(
-            draw(layouts(m, world, vpp=True)) if m != "llm" else llm,
+            layout,
             frozen=draw(st.sampled_from([False, False, True])),
             params=draw(st.sampled_from(["each", "step", "replicated"])),
+            sums=draw(st.sampled_from(["step", "backward"])),
+            experts=draw(st.booleans()),
+            shards=draw(splits(layout)),
             enters=draw(entries(llm)) if m != "llm" else (0,),
         )
-        for m in (*names, "llm")
+        for m, layout in found.items()
     }
     m = draw(st.integers(1, 9))
     kinds = ["auto", "gpipe", "sequential", "zero_bubble", "three_phase"]

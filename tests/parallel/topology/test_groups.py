@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.topology.groups import WORLD, Group, GroupPlan, Ranks, group_plan
+from parallel.topology.data_parallel import Shards
+from parallel.topology.groups import (
+    WORLD,
+    Group,
+    GroupPlan,
+    Ranks,
+    along,
+    data_axes,
+    group_plan,
+    size_along,
+)
 from parallel.topology.layout import Layout, make_layout
 from tests.parallel.schedule.cases import Case, cases
 
@@ -90,10 +100,43 @@ def test_every_group_that_a_schedule_names_is_there(case: Case) -> None:
     schedule = case.plan()
     layouts = {m: use.layout for m, use in schedule.modules.items()}
     edges = [(s, stage) for s in schedule.sources for stage in schedule.modules[s].enters]
-    plan = group_plan(layouts, world=max(schedule.ranks) + 1, edges=edges, sink=schedule.sink)
+    shards = {m: use.shards for m, use in schedule.modules.items() if use.shards is not None}
+    world = max(schedule.ranks) + 1
+    plan = group_plan(layouts, world=world, edges=edges, sink=schedule.sink, shards=shards)
     for name in {g for _, a in schedule for g in a.groups} - {WORLD}:
         several = tuple(ranks for ranks in schedule.instances(name) if len(ranks) > 1)
         assert several == plan.named.get(name, ()), name
+
+
+@given(cases())
+def test_shards_and_replicas_of_them_divide_the_data_ranks(case: Case) -> None:
+    """A rank of each data group is in one group of shards and in one of replicas, which meet in it alone."""
+    for use in case.modules.values():
+        for axis in ("data", "edp"):
+            wanted = size_along(use.layout, axis)
+            if use.shards is not None:
+                wanted = use.shards.dense if axis == "data" else use.shards.expert
+            shard, replica = data_axes(use.layout, axis, use.shards)
+            share = along(use.layout, shard, use.shards) if shard else ()
+            same = along(use.layout, replica, use.shards) if replica else ()
+            for line in along(use.layout, axis):
+                for place, rank in enumerate(line):
+                    near = next((g for g in share if rank in g), (rank,))
+                    far = next((g for g in same if rank in g), (rank,))
+                    assert len(near) == wanted and len(near) * len(far) == len(line)
+                    assert set(near) & set(far) == {rank} and {*near, *far} <= set(line)
+                    assert near.index(rank) == place % wanted, "FSDP counts shards in the order of data ranks"
+
+
+def test_names_where_nodes_have_copies() -> None:
+    layout = make_layout("llm", 8, {"tp": 2, "ep": 2})
+    named = group_plan({"llm": layout}, world=8, shards={"llm": Shards(2, 1)}).named
+    found = {name.axis: ranks for name, ranks in named.items() if name.lane == "parameters"}
+    assert found == {
+        "data_shard": ((0, 2), (4, 6), (1, 3), (5, 7)),
+        "data_replica": ((0, 4), (2, 6), (1, 5), (3, 7)),
+        "edp": ((0, 2, 4, 6), (1, 3, 5, 7)),
+    }
 
 
 def test_groups_of_one_lane_and_the_same_ranks_in_one_order_are_one() -> None:

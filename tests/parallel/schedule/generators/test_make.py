@@ -23,6 +23,7 @@ from parallel.schedule import (
 from parallel.schedule.action import BOUNDARY, COMPUTE
 from parallel.schedule.checker.check import check
 from parallel.schedule.checker.memory import Memory, held_microbatches
+from parallel.topology.data_parallel import Shards
 from parallel.topology.layout import make_layout
 from tests.parallel.schedule.cases import entries, plan_of, use
 
@@ -112,11 +113,41 @@ def test_parameters_are_gathered_once_a_step_on_request() -> None:
     plan = plan_of("auto", 4, 2, {"vision": {"params": "step"}, "llm": {"pp": 2, "params": "replicated"}})
     check(plan)
     found = [str(a) for a in plan.actions(0) if a.kind in (Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC)]
-    assert found == ["gather(vision, 0)", "grad_sync(llm, 0)", "grad_sync(vision, 0)", "free(vision, 0)"]
+    assert found == ["gather(vision, 0)", "free(vision, 0)"]
     data = Group("module", "vision", "data")
-    assert all(data not in a.groups for a in plan.actions(0) if a.kind in COMPUTE)
+    moved = [a for a in plan.actions(0) if a.kind in COMPUTE and data in a.groups]
+    assert moved == [a for a in plan.actions(0) if a.module == "vision" and a.last]  # it sums gradients
+    filled = plan_of("fill", 4, 4, {"vision": {"params": "step"}, "llm": {"pp": 2, "params": "replicated"}})
+    check(filled)
+    at_end = [str(a) for a in filled.actions(0)][-2:]
+    assert at_end == ["grad_sync(vision, 0)", "free(vision, 0)"]
+    assert all(data not in a.groups for a in filled.actions(0) if a.kind in COMPUTE)
     each = plan_of("auto", 4, 2, {"vision": {}, "llm": {"pp": 2}})
     assert {a.groups for a in each.actions(0) if a.module == "vision" and a.kind is F} == {(data,)}
+    sharded = {"vision": {"params": "replicated", "sums": "backward"}, "llm": {"pp": 2}}
+    plan = plan_of("auto", 4, 2, sharded)
+    check(plan)
+    held = {(a.kind, a.groups) for a in plan.actions(0) if a.module == "vision" and a.kind in COMPUTE}
+    assert held == {(F, ()), (B, (data,))}
+
+
+def test_copies_of_shards_are_summed_once_a_step() -> None:
+    """In nodes of 4 ranks: the data ranks of dense weights are 2 x 2, those of an expert on two nodes."""
+    spec = {"tp": 2, "ep": 2, "shards": Shards(2, 1), "sums": "backward"}
+    plan = plan_of("auto", 8, 2, {"llm": spec})
+    check(plan)
+    groups = [[g.axis for g in a.groups if g.lane == "parameters"] for a in plan.actions(0)]
+    near = ["data_shard"]
+    assert groups == [near, near, near, ["data_shard", "data_replica", "edp"]]
+    assert [a.last for a in plan.actions(0)] == [False, False, False, True]
+    assert plan.instances(Group("module", "llm", "data_replica")) == ((0, 4), (2, 6), (1, 5), (3, 7))
+
+
+def test_whole_experts_have_data_ranks_of_their_own_under_tensor_parallelism() -> None:
+    plan = plan_of("auto", 4, 1, {"llm": {"tp": 2, "experts": True}})
+    check(plan)
+    assert {g.axis for a in plan.actions(0) for g in a.groups} == {"data", "edp", "tp"}
+    assert plan.instances(Group("module", "llm", "edp")) == ((0, 1, 2, 3),)
 
 
 def filled(m: int, pp: int, share: float, **options: Any) -> tuple[float, float, float]:
@@ -267,7 +298,7 @@ LLM = {"llm": {"pp": 4, "vpp": 2}}
             4,
             {"vision": {}, "llm": {"pp": 4}},
             {},
-            r"vision .* gathered over dp .*params step.*nearest: schedule.kind=auto",
+            r"vision at different times.*gathers weights in each.*nearest: layout.vision.data_parallel=step",
         ),
         (
             "fill",

@@ -1,0 +1,116 @@
+"""Faults in `parallel/schedule`."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+HALVES = "tests/parallel/schedule/executor/test_halves.py::test_two_halves_are_one_backward"
+
+SCHEDULES = (
+    Fault(
+        "plan.replicas",
+        "the plan knows nothing of sums over copies of shards",
+        "parallel/schedule/plan.py",
+        "replica=sums and summed",
+        "replica=False",
+        "tests/parallel/schedule/generators/test_make.py::test_copies_of_shards_are_summed_once_a_step",
+    ),
+    Fault(
+        "schedule.warm-up",
+        "1F1B runs one forward further ahead",
+        "parallel/schedule/generators/orders.py",
+        "(p - r - 1) * (1 if v == 1 else 2)",
+        "(p - r) * (1 if v == 1 else 2)",
+        "tests/parallel/schedule/checker/test_check.py::test_high_water_marks_are_those_of_the_literature",
+    ),
+    Fault(
+        "schedule.zero-bubble",
+        "weight gradients do not wait",
+        "parallel/schedule/generators/orders.py",
+        "if len(waiting) > r:",
+        "if waiting:",
+        "tests/parallel/schedule/simulator/test_simulate.py::test_bubble_of_zero_bubble",
+    ),
+    Fault(
+        "schedule.unproved",
+        "what a plan lacks is not reported",
+        "parallel/schedule/checker/check.py",
+        "for lacking in sorted(map(_describe, need - done)):",
+        "for lacking in sorted(map(_describe, done - done)):",
+        "tests/parallel/schedule/checker/test_check.py::test_a_dropped_or_doubled_action_is_caught",
+    ),
+    Fault(
+        "schedule.transfers-free",
+        "transfers take no time",
+        "parallel/schedule/simulator/simulate.py",
+        "start = max(start, ends[k] + delays[key[0]])",
+        "start = max(start, ends[k])",
+        "tests/parallel/schedule/simulator/test_simulate.py::test_transfers_are_paid_where_nothing_hides_them",
+    ),
+    Fault(
+        "schedule.peak",
+        "a backward frees nothing",
+        "parallel/schedule/checker/memory.py",
+        "total, held[module] = total - amount, held[module] - amount",
+        "total, held[module] = total, held[module] - amount",
+        "tests/parallel/schedule/checker/test_check.py::test_high_water_marks_are_those_of_the_literature",
+    ),
+    Fault(
+        "schedule.halves-twice",
+        "a weight that is used otherwise too waits all the same",
+        "parallel/schedule/executor/halves.py",
+        "while mixed := [p for p in products if p.leaves & others]:",
+        "while mixed := [p for p in products if p.leaves & others and False]:",
+        HALVES,
+    ),
+    Fault(
+        "schedule.halves-order",
+        "weight gradients of second factors are transposed",
+        "parallel/schedule/executor/halves.py",
+        "Kept(edges, factor.mT, grad) if second",
+        "Kept(edges, grad.mT, factor) if second",
+        HALVES,
+    ),
+    Fault(
+        "plan.sums",
+        "the plan knows nothing of sums before the last backward",
+        "parallel/schedule/plan.py",
+        '(last or self.sums == "backward")',
+        "last",
+        "tests/parallel/schedule/generators/test_make.py::test_parameters_are_gathered_once_a_step_on_request",
+    ),
+    Fault(
+        "posting.turn",
+        "transfers of one second are started in any order",
+        "parallel/schedule/generators/posting.py",
+        "return {n: (ends[n], turn) for turn, entry in enumerate(graph.order) for n in entry}",
+        "return {n: (ends[n], -turn) for turn, entry in enumerate(graph.order) for n in entry}",
+        "tests/parallel/schedule/checker/test_streams.py::test_things_that_take_no_time_keep_their_order",
+    ),
+    Fault(
+        "posting.joined",
+        "messages of peers with a rank in common have moments of their own",
+        "parallel/schedule/generators/posting.py",
+        "parent[root(n)] = root(other)",
+        "pass",
+        "tests/parallel/schedule/checker/test_streams.py::test_every_generated_plan_has_one_order_of_operations",
+    ),
+    Fault(
+        "streams.fifo",
+        "a stream carries out any of its operations",
+        "parallel/schedule/checker/streams.py",
+        "            if len(queue) == 1:\n                self._lead(n)",
+        "            self._lead(n)",
+        "tests/parallel/schedule/checker/test_streams.py"
+        "::test_both_directions_over_one_pair_hang_unless_their_calls_have_one_order[interleaved]",
+    ),
+    Fault(
+        "streams.one",
+        "collectives pass by transfers that were started before them",
+        "parallel/schedule/checker/streams.py",
+        'if self.one and n in self.reading.collectives and self.queues[_At(p, "")]:',
+        "if False:",
+        "tests/parallel/schedule/checker/test_streams.py"
+        "::test_collectives_have_their_place_among_the_messages",
+    ),
+)
