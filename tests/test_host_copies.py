@@ -28,6 +28,7 @@ ALLOWED = {
     ("mm/ranks/batch.py", "_text", "from_numpy"): "text on the host, before to_device()",
     ("llm/model.py", "loss_rows", "nonzero"): "of labels on the host, while a batch is prepared",
     ("llm/offload.py", "back", "to"): "what was kept is pinned",
+    ("parallel/schedule/executor/standin.py", "_stamp", "tensor"): "stand-ins have no device",
     ("mm/ranks/control.py", "_gather", "cpu"): "the messages before and after a step",
 }
 

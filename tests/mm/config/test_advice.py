@@ -194,7 +194,7 @@ def test_a_schedule_alone_says_what_works() -> None:
                     again[module if degree else str(error.module)][degree or key] = value
             left = attempt(again, options | changes)
             assert left is None or kind_of(left) != kind_of(error), (str(error), changes, str(left))
-    assert len(seen) >= 5, seen
+    assert len(seen) >= 4, seen
 
 
 def kind_of(error: Unfit) -> str:

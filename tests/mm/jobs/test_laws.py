@@ -74,7 +74,10 @@ SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
         {"microbatches": 4},
     ),
     "encoder pipelines": ({"vision": {"pp": 2}, "audio": {"pp": 2, "tp": 2}}, {"microbatches": 2}),
-    "encoders in bubbles": ({"llm": {"pp": 2}}, {"microbatches": 4, "kind": "fill"}),
+    "encoders in bubbles": (
+        {"vision": {"ranks": "0-1", "pp": 2}, "audio": {"ranks": 3}, "llm": {"ranks": [2, 0, 1], "pp": 3}},
+        {"microbatches": 4, "kind": "fill"},
+    ),
     "encoders in bubbles, pp4": (
         {"vision": {"tp": 1}, "llm": {"pp": 4}},
         {"microbatches": 6, "kind": "fill", "ahead": 6},
