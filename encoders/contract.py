@@ -124,7 +124,7 @@ class Encoder(nn.Module, ABC):
 
     @classmethod
     def input_count(cls, cfg: Any, meta: Meta) -> int:
-        """How many inputs prepare() makes of an item: the first dim. Asked only where nothing is read, as in a
+        """How many inputs prepare() makes of an item: the first dim. Asked where nothing is read, as in a
         virtual step."""
         return cls.rows(cfg, meta) * cls.tokens_per_row(cfg)
 

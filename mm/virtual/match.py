@@ -272,18 +272,12 @@ def _check_collective(calls: Sequence[Call], channel: Channel, problems: list[st
     """Compare one collective on all members; appends what differs."""
     first = calls[0]
     for rank, call in zip(channel.ranks, calls, strict=True):
-        if (call.op, call.dtype) != (first.op, first.dtype) or bool(call.sends) != bool(first.sends):
-            problems.append(
-                f"{channel.name}: rank {channel.ranks[0]} calls {first.op} of {first.dtype} in {first.during}, "
-                f"but rank {rank} {call.op} of {call.dtype} in {call.during}"
-            )
-            return
-        if not first.sends and call.bytes != first.bytes:
-            problems.append(
-                f"{channel.name}: {first.op} of {first.bytes} bytes on rank {channel.ranks[0]} in {first.during}, "
-                f"but of {call.bytes} on rank {rank} in {call.during}"
-            )
-            return
+        alike = (call.op, call.dtype, bool(call.sends)) == (first.op, first.dtype, bool(first.sends))
+        if alike and (first.sends or call.bytes == first.bytes):
+            continue
+        ours, theirs = (f"{c.op} of {c.bytes} bytes of {c.dtype} in {c.during}" for c in (first, call))
+        problems.append(f"{channel.name}: {ours} on rank {channel.ranks[0]}, but {theirs} on rank {rank}")
+        return
     if first.sends:
         _check_splits(calls, channel, problems)
 
