@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from mm.virtual.records import Kernel
+from mm.virtual.values import device_type
 
-_Key = tuple[str, str, tuple[tuple[int, ...], ...], str, tuple[tuple[int, ...], ...]]
+_Shapes = tuple[tuple[int, ...], ...]
+_Key = tuple[str, Any, _Shapes, _Shapes, torch.dtype]  # (module, operation, shapes given and made, dtype)
 
 
 class Kernels:
@@ -29,11 +31,10 @@ class Kernels:
 
     def add(self, module: str, func: Any, given: list[Tensor], made: list[Tensor], call: Any) -> None:
         """Count a call. given, made: its tensors; call: its (args, kwargs, result)."""
-        if not made or all(t.device.type != self.device.type for t in made):
+        if not made or all(device_type(t) != self.device.type for t in made):
             return
-        shapes = tuple(tuple(t.shape) for t in given)
         results = tuple(tuple(t.shape) for t in made)
-        key = module, str(func), shapes, str(made[0].dtype).removeprefix("torch."), results
+        key = module, func, tuple(tuple(t.shape) for t in given), results, made[0].dtype
         self._count[key] += 1
         if key not in self._cost:
             size = sum(t.numel() * t.element_size() for t in (*given, *made))
@@ -42,10 +43,16 @@ class Kernels:
     def all(self) -> tuple[Kernel, ...]:
         """All classes, in the order of their first calls."""
         return tuple(
-            Kernel(module=m, op=op, shapes=shapes, dtype=dtype, count=n, flops=cost[0], bytes=cost[1])
-            for ((m, op, shapes, dtype, _), n), cost in (
-                ((k, n), self._cost[k]) for k, n in self._count.items()
+            Kernel(
+                module=module,
+                op=str(func),
+                shapes=shapes,
+                dtype=str(dtype).removeprefix("torch."),
+                count=n,
+                flops=self._cost[module, func, shapes, results, dtype][0],
+                bytes=self._cost[module, func, shapes, results, dtype][1],
             )
+            for (module, func, shapes, results, dtype), n in self._count.items()
         )
 
 
@@ -53,11 +60,34 @@ def flops_of(func: Any, call: Any, given: list[Tensor]) -> int:
     """FLOPs of a call, a multiply and an add as two; 0 for what is no product."""
     args, kwargs, out = call
     packet = func._overloadpacket
+    if packet in _ATTENTION:
+        if packet.__name__.endswith("backward"):  # of which the gradient comes first
+            return attention_flops(*given[1:4], backward=True)
+        return attention_flops(*given[:3])
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet is torch.ops.aten._grouped_mm:
         return grouped_flops(given[0], given[1], out)
     return 0
+
+
+_aten = torch.ops.aten
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_efficient_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu,
+    _aten._scaled_dot_product_flash_attention_backward,
+    _aten._scaled_dot_product_efficient_attention_backward,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+}
+
+
+def attention_flops(q: Tensor, k: Tensor, v: Tensor, *, backward: bool = False) -> int:
+    """FLOPs of fused attention; q [B, H, L, D], k and v [B, H_kv, S, D]. As torch counts them: a causal mask
+    saves nothing, and a backward computes the scores again, five products for two."""
+    pairs = math.prod(q.shape[:-1]) * k.shape[-2]
+    widths = 3 * q.shape[-1] + 2 * v.shape[-1] if backward else q.shape[-1] + v.shape[-1]
+    return 2 * pairs * widths
 
 
 def grouped_flops(a: Tensor, b: Tensor, out: Tensor) -> int:

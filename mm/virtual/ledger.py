@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mm.virtual.records import Live, Memory
 from mm.virtual.source import Site
+from mm.virtual.values import device_type
 
 KINDS = (
     "parameters",
@@ -70,8 +71,10 @@ class Ledger:
 
     def made(self, x: Tensor, op: str, site: Callable[[], Site]) -> None:
         """Follow the storage of a result of `op`, unless it is followed already."""
+        if device_type(x) != self.device.type:
+            return
         storage = x.untyped_storage()
-        if hasattr(storage, "_entry") or x.device.type != self.device.type:
+        if hasattr(storage, "_entry"):
             return
         entry = Entry(storage.nbytes(), op, site(), self.now, self.now.module)
         self._follow(storage, entry)
@@ -87,7 +90,7 @@ class Ledger:
             storage = x.untyped_storage()
             entry: Entry | None = getattr(storage, "_entry", None)
             if entry is None:
-                if x.device.type != self.device.type:
+                if device_type(x) != self.device.type:
                     continue
                 entry = Entry(storage.nbytes(), kind, Site("", 0, ""), self.now, module)
                 self._follow(storage, entry)

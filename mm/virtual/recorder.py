@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,6 +96,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         if func is _aten.is_pinned.default and self.values is not None:
             return is_pinned(args[0])
         given = _tensors(args, kwargs)
+        if self.values is not None and self._on_host(given, kwargs):
+            with unset_fake_temporarily():
+                return self._host(func, args, kwargs)
         if self.recording:
             why = self.waits.why(func, args, kwargs, given)
             if why:
@@ -111,6 +115,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         if self.recording:
             self._count(func, args, kwargs, given, out)
         return out
+
+    def _on_host(self, given: list[Tensor], kwargs: Mapping[str, Any]) -> bool:
+        """Whether an operation is as it is in a real job: on meta tensors, or, beside an accelerator, on the
+        host. Where the device is the host, its tensors are fake like all."""
+        to = kwargs.get("device")
+        to = None if to is None else torch.device(to).type
+        beside = self.device.type != "cpu"
+        if not given:
+            return to == "meta" or (beside and to in (None, "cpu"))
+        if (to is not None and to == self.device.type) or any(isinstance(t, FakeTensor) for t in given):
+            return False
+        return beside or all(t.is_meta for t in given)
+
+    def _host(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is not _aten._pin_memory.default:
+            return func(*args, **kwargs)
+        pinned = args[0].clone()
+        pin(pinned)
+        return pinned
 
     def _count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], out: Any) -> None:
         made = [out] if isinstance(out, Tensor) else _tensors((out,), {})
@@ -224,15 +247,51 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self.ledger.now = moment
 
 
-class HostReads(TorchFunctionMode):
-    """Gives numpy() of a fake tensor its values; no operation shows it."""
+class Stands(TorchFunctionMode):
+    """What the accelerator has and its stand-in lacks: numpy() of a fake tensor that has values, which no
+    operation shows, and fused attention, for which torch asks what the device's library can do."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.fused = device.type != "cpu"
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is Tensor.numpy and value_of(args[0]) is not None:
             return _numpy(args[0])
+        if func is F.scaled_dot_product_attention and self.fused:
+            return fused_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention [B, H, L, D] as CUDA runs it: flash attention, with a mask or in float32 the kernel called
+    efficient, for which key and value heads are repeated."""
+    if attn_mask is None and q.dtype in (torch.bfloat16, torch.float16):
+        out: Tensor = _aten._scaled_dot_product_flash_attention(
+            q, k, v, dropout_p, is_causal, False, scale=scale
+        )[0]
+        return out
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    bias = None
+    if attn_mask is not None:
+        bias = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+    kept = torch.is_grad_enabled()
+    fused: Tensor = _aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, kept, dropout_p, is_causal, scale=scale
+    )[0]
+    return fused
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -26,7 +26,7 @@ from mm.ranks.launch import RankInfo
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
 from mm.virtual.ledger import Ledger, Moment
-from mm.virtual.recorder import HostReads, Recorder
+from mm.virtual.recorder import Recorder, Stands
 from mm.virtual.records import Exchanged, Trace
 from mm.virtual.samples import VirtualAssembler, VirtualData
 from mm.virtual.values import Values
@@ -198,8 +198,8 @@ def virtual_rank(
         node_size=node_size,
         told=told or {},
     )
-    with fake_groups(rank, world, device), fake, recorder, HostReads():
-        job = build_job(blueprint, info)
+    with fake_groups(rank, world, device), fake, recorder, Stands(device):
+        job = build_job(blueprint, info, draw=False)
         names.update(group_names(job))
         recorder.calls.clear()
         recorder.exchanged.clear()

@@ -52,6 +52,11 @@ def _shares(n: int, skew: float) -> np.ndarray:
     return share
 
 
+def device_type(x: Tensor) -> str:
+    """x.device.type; asking a fake tensor for its device is an operation of its own, which takes its time."""
+    return (x.fake_device if isinstance(x, FakeTensor) else x.device).type
+
+
 def value_of(x: object) -> Tensor | None:
     """The real values of a tensor; None where it has none."""
     if not isinstance(x, FakeTensor):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mm.virtual.records import HostWait
 from mm.virtual.source import Site
+from mm.virtual.values import device_type
 
 _aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ class HostWaits:
 
     def why(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> str:
         """Why the host waits in an operation, "" where it does not."""
-        if not any(t.device.type == self.device.type for t in given):
+        if not any(device_type(t) == self.device.type for t in given):
             to = kwargs.get("device")
             if (
                 func is _aten._to_copy.default
@@ -51,9 +52,9 @@ class HostWaits:
             to = kwargs.get("device")
             if to is not None and torch.device(to).type != self.device.type:
                 return "" if kwargs.get("non_blocking", False) else "copy"
-        if func is _aten.copy_.default and given[0].device.type != given[1].device.type:
+        if func is _aten.copy_.default and device_type(given[0]) != device_type(given[1]):
             late = bool(args[2]) if len(args) > 2 else bool(kwargs.get("non_blocking", False))
-            if given[0].device.type == self.device.type:
+            if device_type(given[0]) == self.device.type:
                 return self._of_copy(given[1], late)
             return "" if late else "copy"
         return ""
