@@ -70,8 +70,7 @@ def read_call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gi
     named = {a.name: x for a, x in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
     op = NAMES[func._schema.name.split("::")[-1]]
     group = dist.ProcessGroup.unbox(named["process_group"])
-    into = _first(named, "output_tensor", "output_tensors", "output", "outputs", "tensors", "tensor")
-    of = _first(named, "input_tensor", "input_tensors", "input", "inputs", "tensors", "tensor")
+    into, of = _side(named, "output"), _side(named, "input")
     peer = named.get("dst", named.get("src"))
     return Given(
         op=op,
@@ -102,8 +101,9 @@ def size_of(given: Given) -> tuple[int, str]:
     return size, str(some[0].dtype).removeprefix("torch.") if some else ""
 
 
-def _first(named: Mapping[str, Any], *keys: str) -> list[Tensor]:
-    for key in keys:
+def _side(named: Mapping[str, Any], side: str) -> list[Tensor]:
+    """The tensors of one side of a call; those of a call in place are both."""
+    for key in (f"{side}_tensor", f"{side}_tensors", side, f"{side}s", "tensors", "tensor"):
         if key in named:
             return _flat(named[key])
     return []

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from mm.virtual.records import Call, Trace
 
-Backend = Literal["nccl", "gloo"]
 SHOWN = 5  # problems and ranks that a message names
 
 
@@ -99,14 +98,17 @@ def program_of(trace: Trace) -> Program:
     return Program(trace.rank, order, [tuple(p) for p in posts], channels, channels)
 
 
-def match(traces: Iterable[Trace], backend: Backend = "nccl") -> Result:
-    """Run the traces of all ranks of a job against each other."""
-    return match_programs([program_of(t) for t in traces], backend)
+def match(traces: Iterable[Trace], *, buffered: bool = False) -> Result:
+    """Run the traces of all ranks of a job against each other.
+
+    buffered: by the rules of host backends: a send is done at once, messages are found by their tags.
+    """
+    return match_programs([program_of(t) for t in traces], buffered=buffered)
 
 
-def match_programs(programs: Sequence[Program], backend: Backend = "nccl") -> Result:
+def match_programs(programs: Sequence[Program], *, buffered: bool = False) -> Result:
     """match() of programs. Their communicators must hold only ranks that have one."""
-    run = _Run(programs, backend)
+    run = _Run(programs, buffered)
     run.go()
     return run.result()
 
@@ -114,8 +116,8 @@ def match_programs(programs: Sequence[Program], backend: Backend = "nccl") -> Re
 class _Run:
     """All programs side by side, each as far as it has come."""
 
-    def __init__(self, programs: Sequence[Program], backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self, programs: Sequence[Program], buffered: bool) -> None:
+        self.buffered = buffered
         self.programs = {p.rank: p for p in programs}
         self.at = dict.fromkeys(self.programs, 0)
         self.done = {p.rank: bytearray(len(p.posts)) for p in programs}
@@ -159,7 +161,7 @@ class _Run:
     def _post(self, posted: Posted) -> None:
         self.calls += len(posted.calls)
         queue = self.queues[posted.channel, posted.rank]
-        if self.backend == "gloo" and not posted.collective:
+        if self.buffered and not posted.collective:
             self._post_tagged(posted)
             return
         queue.append(posted)
@@ -242,7 +244,7 @@ class _Run:
             return [f"{len(waiting)} of {len(self.programs)} ranks wait for ever: {shown}"]
         left = [q[0] for q in self.queues.values() if q]
         lost = [k for found in (self.sent, self.awaited) for k, q in found.items() if q]
-        return [f"rank {x.rank}: {_words(x)} meets nothing" for x in left[:SHOWN]] + [
+        return [f"rank {x.rank}: {_described(x)} meets nothing" for x in left[:SHOWN]] + [
             f"{k.channel.name}: a message of rank {k.source} to rank {k.dest} is left over"
             for k in lost[:SHOWN]
         ]
@@ -251,8 +253,8 @@ class _Run:
         program = self.programs[rank]
         posted = self._posted(program, program.steps[self.at[rank]][1])
         queue = self.queues[posted.channel, rank]
-        behind = f" behind {_words(queue[0])}" if queue and queue[0].number != posted.number else ""
-        return f"rank {rank} for {_words(posted)}{behind}"
+        behind = f" behind {_described(queue[0])}" if queue and queue[0].number != posted.number else ""
+        return f"rank {rank} for {_described(posted)}{behind}"
 
 
 class _Ends(NamedTuple):
@@ -262,7 +264,7 @@ class _Ends(NamedTuple):
     tag: int
 
 
-def _words(posted: Posted) -> str:
+def _described(posted: Posted) -> str:
     call, peer = posted.calls[0]
     ends = "" if peer is None else f" {'to' if call.op == 'send' else 'from'} rank {peer}"
     return f"{call.op} of {posted.channel.name}{ends} in {call.during}"

@@ -19,7 +19,7 @@ import torch
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.step_plan import Microbatch, StepPlan
-from mm.virtual.match import Backend, Channel, Program, Result, match_programs, program_of
+from mm.virtual.match import Channel, Program, Result, match_programs, program_of
 from mm.virtual.records import Call, Exchanged, Trace
 from mm.virtual.run import first_plan, virtual_rank
 from mm.virtual.samples import virtual_data
@@ -37,25 +37,21 @@ def match_all(
     """Trace every rank and match the traces.
 
     Row counts that ranks tell each other follow from what each has drawn: the ranks are traced again with
-    what the others have told them, until that changes no more.
+    what the others gave them, until that changes no more.
     """
     data = virtual_data(blueprint)
-    told: dict[int, Exchanged] = {}
+    gave: dict[int, Exchanged] = {}
     traces: list[Trace] = []
     for _ in range(PASSES):
         traces = [
-            virtual_rank(blueprint, r, device, data=data, skew=skew, node_size=node_size, told=told)
+            virtual_rank(blueprint, r, device, data=data, skew=skew, node_size=node_size, gave=gave)
             for r in range(blueprint.world)
         ]
         now = {t.rank: t.exchanged for t in traces}
-        if _equal(told, now):
+        if _equal(gave, now):
             break
-        told = now
-    return traces, match_programs([program_of(t) for t in traces], _rules(device))
-
-
-def _rules(device: torch.device) -> Backend:
-    return "gloo" if device.type == "cpu" else "nccl"
+        gave = now
+    return traces, match_programs([program_of(t) for t in traces], buffered=device.type == "cpu")
 
 
 def _equal(a: Mapping[int, Exchanged], b: Mapping[int, Exchanged]) -> bool:
@@ -86,7 +82,7 @@ def match_representatives(
         problems += unlike(first, last)
         programs += [rosters.program(program_of(without_edges(first)), r) for r in ranks]
     problems += edge_problems(blueprint, plan, node_size)
-    result = match_programs(programs, _rules(device))
+    result = match_programs(programs, buffered=device.type == "cpu")
     return list(traced.values()), replace(result, problems=problems + result.problems)
 
 

@@ -36,7 +36,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
     values: runs operations on fake tensors; None where tensors and process groups are real.
     names: what a process group is called.
     node_size: ranks of a machine, None where one has all.
-    told: by rank, what it has given to collectives in an earlier trace.
+    gave: by rank, what it has given to collectives in an earlier trace.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         values: Values | None,
         names: Names,
         node_size: int | None = None,
-        told: Mapping[int, Exchanged] | None = None,
+        gave: Mapping[int, Exchanged] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.rank, self.values = device, rank, values
         self.names, self.node_size = names, node_size
-        self.told = told or {}
+        self.gave = gave or {}
         self.exchanged: dict[tuple[str, tuple[int, ...]], list[np.ndarray]] = {}
         self.ledger = Ledger(device)
         self.kernels, self.waits = Kernels(device), HostWaits(device)
@@ -117,16 +117,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return out
 
     def _on_host(self, given: list[Tensor], kwargs: Mapping[str, Any]) -> bool:
-        """Whether an operation is as it is in a real job: on meta tensors, or, beside an accelerator, on the
+        """Whether an operation is as it is in a real job: on meta tensors, or, next to an accelerator, on the
         host. Where the device is the host, its tensors are fake like all."""
         to = kwargs.get("device")
         to = None if to is None else torch.device(to).type
-        beside = self.device.type != "cpu"
+        accelerated = self.device.type != "cpu"
         if not given:
-            return to == "meta" or (beside and to in (None, "cpu"))
+            return to == "meta" or (accelerated and to in (None, "cpu"))
         if (to is not None and to == self.device.type) or any(isinstance(t, FakeTensor) for t in given):
             return False
-        return beside or all(t.is_meta for t in given)
+        return accelerated or all(t.is_meta for t in given)
 
     def _host(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is not _aten._pin_memory.default:
@@ -143,7 +143,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         kernel = self._kernel.get(func)
         if kernel is None:
             kernel = self._kernel[func] = is_kernel(func)
-        if kernel:
+        if kernel and self.waits.phase != "data":
             self.kernels.add(self.ledger.now.module, func, given, made, (args, kwargs, out))
         if func.namespace == "fsdp":
             self.ledger.look_again()
@@ -227,7 +227,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             old.untyped_storage()._stale = True  # type: ignore[attr-defined]
 
     def _held_by_members(self, given: Given, mine: Tensor) -> list[Tensor]:
-        """The values of the input on each member: as they told, else as here."""
+        """The values of the input on each member: as they gave, else as here."""
         ranks = self._members[given.group.group_name]
         key = self.names(given.group), ranks
         if mine.dtype != torch.int64:
@@ -236,7 +236,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         sent.append(mine.numpy().copy())
         number, out = len(sent) - 1, []
         for r in ranks:
-            theirs = self.told.get(r, {}).get(key, ())
+            theirs = self.gave.get(r, {}).get(key, ())
             known = r != self.rank and number < len(theirs) and theirs[number].shape == tuple(mine.shape)
             out.append(torch.from_numpy(theirs[number]) if known else mine)
         return out
@@ -265,32 +265,20 @@ class Stands(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention [B, H, L, D] as CUDA runs it: flash attention, with a mask or in float32 the kernel called
-    efficient, for which key and value heads are repeated."""
-    if attn_mask is None and q.dtype in (torch.bfloat16, torch.float16):
-        out: Tensor = _aten._scaled_dot_product_flash_attention(
-            q, k, v, dropout_p, is_causal, False, scale=scale
-        )[0]
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
+    """Attention [B, H, L, D] as CUDA runs it, with the arguments of scaled_dot_product_attention(): flash
+    attention, with a mask or in float32 the kernel called efficient, which repeats shared heads."""
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)) | named
+    mask, scale = given.get("attn_mask"), given.get("scale")
+    kind = {"dropout_p": given.get("dropout_p", 0.0), "is_causal": given.get("is_causal", False)}
+    if mask is None and q.dtype in (torch.bfloat16, torch.float16):
+        out: Tensor = _aten._scaled_dot_product_flash_attention(q, k, v, **kind, scale=scale)[0]
         return out
-    if enable_gqa:
+    if given.get("enable_gqa"):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    bias = None
-    if attn_mask is not None:
-        bias = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+    bias = None if mask is None else mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
     kept = torch.is_grad_enabled()
-    fused: Tensor = _aten._scaled_dot_product_efficient_attention(
-        q, k, v, bias, kept, dropout_p, is_causal, scale=scale
-    )[0]
+    fused: Tensor = _aten._scaled_dot_product_efficient_attention(q, k, v, bias, kept, **kind, scale=scale)[0]
     return fused
 
 

@@ -178,12 +178,12 @@ def virtual_rank(
     data: VirtualData,
     skew: float = 1.0,
     node_size: int | None = None,
-    told: Mapping[int, Exchanged] | None = None,
+    gave: Mapping[int, Exchanged] | None = None,
 ) -> Trace:
     """One step of a rank of the job, by its real code: data, forward and backward, update.
 
-    device: accelerator(), or the CPU, where host waits for copies cannot be told. skew: of drawn_choices().
-    node_size: ranks of a machine, None where one has all. told: by rank, Trace.exchanged of an earlier trace;
+    device: accelerator(), or the CPU, where host waits for copies cannot be seen. skew: of drawn_choices().
+    node_size: ranks of a machine, None where one has all. gave: by rank, Trace.exchanged of an earlier trace;
     where it is not given, the others are taken to hold the same integers as this rank.
     """
     world, cfg = blueprint.world, blueprint.cfg
@@ -196,7 +196,7 @@ def virtual_rank(
         values=Values(fake, skew),
         names=lambda group: names.get(group.group_name, group.group_name),
         node_size=node_size,
-        told=told or {},
+        gave=gave or {},
     )
     with fake_groups(rank, world, device), fake, recorder, Stands(device):
         job = build_job(blueprint, info, draw=False)

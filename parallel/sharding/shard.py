@@ -222,7 +222,9 @@ def materialise(
             setattr(sub, key, getattr(*tie[0]))
     for sub, key, value in buffers:
         setattr(sub, key, value.to(device))
-    for full, param, spec in declared(module) if seed is not None else ():
+    for full, param, spec in declared(module):
+        if seed is None:
+            break
         shard = local(param)
         held = held_indices(tuple(param.shape), spec, mesh)
         index = global_index(tuple(param.shape), held).to(device)
