@@ -1,0 +1,244 @@
+"""All ranks of a job matched: each traced where they are few, else one of each kind in place of all.
+
+Ranks are of one kind where they run the same program of the schedule on tensors of the same shapes, as far as
+the step plan shows: equal stages, equal lengths, equal items. Such ranks are traced twice, the first and the
+last of their kind, and the two traces must be equal. Each other rank then has its program, with its own
+groups and peers. What an edge brings from and to each rank differs even among ranks of one kind: that is
+compared for all ranks from their plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import torch
+
+from mm.config.outline import SINK
+from mm.plan.blueprint import Blueprint
+from mm.plan.step_plan import Microbatch, StepPlan
+from mm.virtual.match import Channel, Program, Result, match_programs, program_of
+from mm.virtual.records import Call, Exchanged, Trace
+from mm.virtual.run import first_plan, virtual_rank
+from mm.virtual.samples import virtual_data
+from parallel.boundary import PlanCache, on_stage
+from parallel.boundary.plan import Transfer
+from parallel.sequence.intervals import count
+from parallel.topology.layout import Layout
+
+PASSES = 4  # of all ranks, until what they tell each other no longer changes
+
+
+def match_all(
+    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, node_size: int | None = None
+) -> tuple[list[Trace], Result]:
+    """Trace every rank and match the traces.
+
+    Row counts that ranks tell each other follow from what each has drawn: the ranks are traced again with
+    what the others gave them, until that changes no more.
+    """
+    data = virtual_data(blueprint)
+    gave: dict[int, Exchanged] = {}
+    traces: list[Trace] = []
+    for _ in range(PASSES):
+        traces = [
+            virtual_rank(blueprint, r, device, data=data, skew=skew, node_size=node_size, gave=gave)
+            for r in range(blueprint.world)
+        ]
+        now = {t.rank: t.exchanged for t in traces}
+        if _equal(gave, now):
+            break
+        gave = now
+    return traces, match_programs([program_of(t) for t in traces], buffered=device.type == "cpu")
+
+
+def _equal(a: Mapping[int, Exchanged], b: Mapping[int, Exchanged]) -> bool:
+    if not any(b.values()):
+        return True  # nobody tells anybody anything
+    if a.keys() != b.keys() or any(a[r].keys() != b[r].keys() for r in a):
+        return False
+    return all(
+        len(a[r][c]) == len(b[r][c]) and all(map(np.array_equal, a[r][c], b[r][c])) for r in a for c in a[r]
+    )
+
+
+def match_representatives(
+    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, node_size: int | None = None
+) -> tuple[list[Trace], Result]:
+    """Trace the first and the last rank of each kind, on samples of one length, and match all ranks."""
+    data = virtual_data(blueprint, even=True)
+    plan = first_plan(blueprint, data.index)
+    kinds = kinds_of(blueprint, plan)
+    traced: dict[int, Trace] = {}
+    problems: list[str] = []
+    programs: list[Program] = []
+    rosters = Rosters(blueprint)
+    for ranks in kinds.values():
+        for rank in dict.fromkeys((ranks[0], ranks[-1])):
+            traced[rank] = virtual_rank(blueprint, rank, device, data=data, skew=skew, node_size=node_size)
+        first, last = traced[ranks[0]], traced[ranks[-1]]
+        problems += unlike(first, last)
+        programs += [rosters.program(program_of(without_edges(first)), r) for r in ranks]
+    problems += edge_problems(blueprint, plan, node_size)
+    result = match_programs(programs, buffered=device.type == "cpu")
+    return list(traced.values()), replace(result, problems=problems + result.problems)
+
+
+def kinds_of(blueprint: Blueprint, plan: StepPlan) -> dict[Hashable, list[int]]:
+    """The ranks of each kind, in order."""
+    schedule = blueprint.schedule(plan.active)
+    items = {
+        (m, k, dp): tuple(found)
+        for k, mb in enumerate(plan.microbatches)
+        for m in mb.edges
+        for dp, found in _items_of(mb, m).items()
+    }
+    out: dict[Hashable, list[int]] = {}
+    for rank in range(blueprint.world):
+        kind: list[Hashable] = [schedule.program_of.get(rank)]
+        for m, layout in blueprint.layouts.items():
+            if rank not in _set(layout):
+                kind.append(None)
+                continue
+            at = layout.coord(rank)
+            micro = range(len(plan.microbatches))
+            if m == SINK:
+                shapes: list[Hashable] = [
+                    (mb.tokens[at.dp], tuple(mb.length[j] for j in mb.samples_of(at.dp)))
+                    for mb in plan.microbatches
+                ]
+                padded = any(
+                    mb.tokens[at.dp] != sum(mb.length[j] for j in mb.samples_of(at.dp))
+                    for mb in plan.microbatches
+                )
+            else:
+                shapes = [items.get((m, k, at.dp), ()) for k in micro]
+                padded = True
+            # Ranks that share a stream have equal parts of it, unless some of it is padding.
+            parts = (at.tp, at.cp) if padded and (layout.cp > 1 or layout.tp > 1) else ()
+            kind.append((at.pp, parts, tuple(shapes)))
+        out.setdefault(tuple(kind), []).append(rank)
+    return out
+
+
+@cache
+def _set(layout: Layout) -> frozenset[int]:
+    return frozenset(layout.ranks)
+
+
+def _items_of(mb: Microbatch, module: str) -> dict[int, list[Hashable]]:
+    """By dp rank of an encoder, the rows and costs of its items."""
+    out: dict[int, list[Hashable]] = {}
+    for item in mb.edges[module].items:
+        out.setdefault(item.source_dp, []).append((item.rows, item.cost))
+    return out
+
+
+def unlike(a: Trace, b: Trace) -> list[str]:
+    """What differs between the traces of two ranks of one kind, in words: at most one line."""
+    if a is b:
+        return []
+    ours, theirs = (list(map(_likeness, t.calls)) for t in (a, b))
+    for k, (x, y) in enumerate(zip(ours, theirs, strict=False)):
+        if x != y:
+            return [f"ranks {a.rank} and {b.rank} should be alike, but call {k} is {x} and {y}"]
+    if len(ours) != len(theirs) or a.waits != b.waits:
+        return [f"ranks {a.rank} and {b.rank} should be alike, but make {len(ours)} and {len(theirs)} calls"]
+    return []
+
+
+def _likeness(call: Call) -> tuple[object, ...]:
+    size = 0 if call.group.startswith("edge.") else call.bytes
+    return call.op, call.group, size, call.dtype, call.during, call.posted
+
+
+def without_edges(trace: Trace) -> Trace:
+    """The trace with edges' collectives that have no sizes: these differ between ranks of one kind."""
+    calls = tuple(
+        replace(c, bytes=0, sends=(), receives=()) if c.group.startswith("edge.") else c for c in trace.calls
+    )
+    assert all(c.peer is None for c in calls if c.group.startswith("edge.")), "edges must be collectives here"
+    return replace(trace, calls=calls)
+
+
+class Rosters:
+    """The ranks of every process group, by its name and any of its ranks, from the layouts alone."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        self.blueprint = blueprint
+        self._found: dict[str, dict[int, tuple[int, ...]]] = {}
+
+    def program(self, traced: Program, rank: int) -> Program:
+        """The program of another rank of the same kind."""
+        if rank == traced.rank:
+            return traced
+        channels = {own: Channel(c.name, self.ranks(c.name, rank)) for own, c in traced.traced.items()}
+        return replace(traced, rank=rank, channels=channels)
+
+    def ranks(self, name: str, rank: int) -> tuple[int, ...]:
+        """The ranks of the group called `name` that `rank` is in."""
+        first = name.split("=")[0]  # groups that share a communicator have the same ranks
+        if first not in self._found:
+            self._found[first] = {r: group for group in self._groups(first) for r in group}
+        return self._found[first][rank]
+
+    def _groups(self, name: str) -> Iterator[tuple[int, ...]]:
+        layouts = self.blueprint.layouts
+        if name == "world":
+            yield tuple(range(self.blueprint.world))
+            return
+        head, *rest = name.split(".")
+        if head == "edge":
+            source, dest = layouts[rest[0]], layouts[SINK]
+            stage = int(rest[1]) if rest[1].isdecimal() else 0
+            ranks = {*source.stage_ranks(source.pp - 1), *dest.stage_ranks(stage % dest.pp)}
+            yield tuple(sorted(ranks))
+            return
+        layout = layouts[head]
+        if rest[0] == "stage":
+            yield from (layout.stage_ranks(pp) for pp in range(layout.pp))
+        elif rest[0] == "ends":
+            yield from ((line[0], line[-1]) for line in layout.groups("pp"))
+        else:
+            yield from layout.groups(("cp", "dp") if rest[0] == "dp" else rest[0])
+
+
+def edge_problems(blueprint: Blueprint, plan: StepPlan, node_size: int | None) -> list[str]:
+    """Compare what every rank sends over the edges with what every other rank expects, from their plans."""
+    for edge in blueprint.edges:
+        source, dest = blueprint.layouts[edge.source], blueprint.layouts[SINK]
+        stage = edge.stage % dest.pp
+        ranks = sorted({*source.stage_ranks(source.pp - 1), *dest.stage_ranks(stage)})
+        caches = {r: PlanCache(r, node_size=node_size) for r in ranks}
+        seen: set[Hashable] = set()
+        for mb in plan.microbatches:
+            rows = mb.edges[edge.source]
+            shape = tuple((i.rows, i.llm_dp, i.position, i.source_dp) for i in rows.items)
+            if not rows.items or shape in seen:
+                continue
+            seen.add(shape)
+            to = on_stage(dest, rows.dest, stage)
+            plans = {r: caches[r].plan(str(edge), rows.source, to) for r in ranks}
+            hops = [_hops([plans[r].forward for r in ranks])]
+            hops += [_hops(list(t)) for t in zip(*(plans[r].backward for r in ranks), strict=True)]
+            for sends, receives in (pair for found in hops for pair in found):
+                if sends != receives:
+                    odd = sorted(sends.items() ^ receives.items())[0]
+                    return [f"edge of {edge.source}: rank {odd[0][0]} and rank {odd[0][1]} plan other rows"]
+    return []
+
+
+_Sizes = dict[tuple[int, int], int]
+
+
+def _hops(transfers: list[Transfer]) -> list[tuple[_Sizes, _Sizes]]:
+    """By hop, rows that ranks send and that they expect, by (from, to)."""
+    out: list[tuple[_Sizes, _Sizes]] = [({}, {}), ({}, {})]
+    for t in transfers:
+        for hop, part in zip(out, (t, t.relay), strict=True):
+            if part is not None:
+                hop[0].update({(t.rank, m.peer): count(m.rows) for m in part.sends if count(m.rows)})
+                hop[1].update({(m.peer, t.rank): count(m.rows) for m in part.recvs if count(m.rows)})
+    return out
