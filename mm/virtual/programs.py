@@ -70,7 +70,7 @@ def match_representatives(
     """Trace the first and the last rank of each kind, on samples of one length, and match all ranks."""
     data = virtual_data(blueprint, even=True)
     plan = first_plan(blueprint, data.index)
-    kinds = kinds_of(blueprint, plan)
+    kinds = kinds_of(blueprint, plan, skew)
     traced: dict[int, Trace] = {}
     problems: list[str] = []
     programs: list[Program] = []
@@ -86,8 +86,8 @@ def match_representatives(
     return list(traced.values()), replace(result, problems=problems + result.problems)
 
 
-def kinds_of(blueprint: Blueprint, plan: StepPlan) -> dict[Hashable, list[int]]:
-    """The ranks of each kind, in order."""
+def kinds_of(blueprint: Blueprint, plan: StepPlan, skew: float = 1.0) -> dict[Hashable, list[int]]:
+    """The ranks of each kind, in order. skew: of drawn_choices()."""
     schedule = blueprint.schedule(plan.active)
     items = {
         (m, k, dp): tuple(found)
@@ -118,9 +118,22 @@ def kinds_of(blueprint: Blueprint, plan: StepPlan) -> dict[Hashable, list[int]]:
                 padded = True
             # Ranks that share a stream have equal parts of it, unless some of it is padding.
             parts = (at.tp, at.cp) if padded and (layout.cp > 1 or layout.tp > 1) else ()
-            kind.append((at.pp, parts, tuple(shapes)))
+            # With equal rows for every expert, so have the ranks of ep.
+            even = m != SINK or _even_rows(blueprint, plan, at.dp, skew)
+            kind.append((at.pp, parts, () if even else layout.expert_coord(rank).ep, tuple(shapes)))
         out.setdefault(tuple(kind), []).append(rank)
     return out
+
+
+def _even_rows(blueprint: Blueprint, plan: StepPlan, dp: int, skew: float) -> bool:
+    """Whether every expert gets equally many rows from a rank of the language model."""
+    llm, layout = blueprint.llm, blueprint.layouts[SINK]
+    if layout.ep == 1 or not llm.n_experts:
+        return True
+    ranks = layout.tp * layout.cp
+    return skew <= 1 and all(
+        mb.tokens[dp] // ranks * llm.top_k % llm.n_experts == 0 for mb in plan.microbatches
+    )
 
 
 @cache
@@ -150,15 +163,23 @@ def unlike(a: Trace, b: Trace) -> list[str]:
 
 
 def _likeness(call: Call) -> tuple[object, ...]:
-    size = 0 if call.group.startswith("edge.") else call.bytes
+    size = 0 if _differs(call) else call.bytes
     return call.op, call.group, size, call.dtype, call.during, call.posted
 
 
+def _differs(call: Call) -> bool:
+    """Whether the size of a call may differ between ranks of one kind.
+
+    Rows over an edge do. So does the sum over tp of gradients in the update: it is of this rank's shards,
+    and where FSDP shards a parameter unevenly the last ranks have none. The members of a tp group are at one
+    place of the data ranks, and so have equal shards.
+    """
+    return call.group.startswith("edge.") or (call.during == "update" and call.group.endswith(".tp"))
+
+
 def without_edges(trace: Trace) -> Trace:
-    """The trace with edges' collectives that have no sizes: these differ between ranks of one kind."""
-    calls = tuple(
-        replace(c, bytes=0, sends=(), receives=()) if c.group.startswith("edge.") else c for c in trace.calls
-    )
+    """The trace without the sizes that differ between ranks of one kind."""
+    calls = tuple(replace(c, bytes=0, sends=(), receives=()) if _differs(c) else c for c in trace.calls)
     assert all(c.peer is None for c in calls if c.group.startswith("edge.")), "edges must be collectives here"
     return replace(trace, calls=calls)
 

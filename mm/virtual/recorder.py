@@ -136,6 +136,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return pinned
 
     def _count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], out: Any) -> None:
+        if self.waits.phase == "data":
+            return
         made = [out] if isinstance(out, Tensor) else _tensors((out,), {})
         name = func._schema.name
         for x in made:
@@ -143,7 +145,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         kernel = self._kernel.get(func)
         if kernel is None:
             kernel = self._kernel[func] = is_kernel(func)
-        if kernel and self.waits.phase != "data":
+        if kernel:
             self.kernels.add(self.ledger.now.module, func, given, made, (args, kwargs, out))
         if func.namespace == "fsdp":
             self.ledger.look_again()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from mm.config.outline import SINK
 from mm.data.order import sample_ids
@@ -60,9 +61,10 @@ def record_step(job: Job, recorder: Recorder, prepare_step: Callable[[], Prepare
             ledger.mark((local(p.detach()) for p in part.parameters()), "parameters", m)
             ledger.mark(part.buffers(), "other", m)
         ledger.mark(map(local, job.optimizers[m].moments().values()), "optimizer", m)
-    recorder.recording = True
+    recorder.recording, recorder.waits.phase = True, "data"
     recorder.moment(Moment(1, "data", SINK, False))
     prepared = prepare_step()
+    _mark_inputs(prepared, ledger)
     schedule = job.blueprint.schedule(prepared.plan.active)
     actions = schedule.actions(rank)
     upcoming = iter([*map(_moment, count(2), actions), Moment(len(actions) + 2, "update", SINK, False)])
@@ -70,12 +72,13 @@ def record_step(job: Job, recorder: Recorder, prepare_step: Callable[[], Prepare
     recorder.moment(next(upcoming))
 
     def observe(record: Record) -> None:
-        _mark_gradients(job, ledger)
+        if record.action.kind in _BACKWARDS:
+            _mark_gradients(job, ledger, [record.action.module])
         recorder.moment(next(upcoming))
 
     result = run_step(job, prepared, train=True, observe=observe)
     recorder.waits.phase = "update"
-    _mark_gradients(job, ledger)
+    _mark_gradients(job, ledger, job.parts)
     finish_step(job, result, 0, learning_rate(job.blueprint.cfg.train, 0))
     recorder.recording = False
 
@@ -84,11 +87,24 @@ def _moment(number: int, action: Action) -> Moment:
     return Moment(number, str(action), action.module, action.kind is Kind.FORWARD)
 
 
-def _mark_gradients(job: Job, ledger: Ledger) -> None:
+def _mark_inputs(prepared: Prepared, ledger: Ledger) -> None:
+    """Follow what a step is given. What reading and decoding use is not the step's."""
+    for mb in prepared.micro:
+        for m, items in mb.items.items():
+            ledger.mark([items.values], "other", m)
+        if mb.llm is not None:
+            given = [mb.llm.ids, mb.llm.labels, *mb.llm.row_positions.values(), *(mb.llm.ahead or ())]
+            ledger.mark([*given, *(mb.llm.loss_rows or ()), *mb.depends.values()], "other", SINK)
+
+
+_BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT, Kind.GRAD_SYNC)
+
+
+def _mark_gradients(job: Job, ledger: Ledger, modules: Iterable[str]) -> None:
     """Name the gradients of weights, sharded or whole, that are there now."""
-    for m, parts in job.parts.items():
-        for part in parts.values():
-            sharded = [local(p.grad) for p in part.parameters() if p.grad is not None]
+    for m in modules:
+        for part in job.parts[m].values():
+            sharded = [_held(p.grad) for p in part.parameters() if p.grad is not None]
             ledger.mark(sharded, "gradients", m)
             ledger.mark(_whole_gradients(part), "gradients", m)
 
@@ -103,7 +119,12 @@ def _whole_gradients(part: nn.Module) -> Iterator[Tensor]:
         for held in (p for group in groups if group is not None for p in group.fsdp_params):
             whole = getattr(held, "_unsharded_param", None)
             grads = [held.unsharded_accumulated_grad, None if whole is None else whole.grad]
-            yield from (local(g) for g in grads if g is not None)
+            yield from (_held(g) for g in grads if g is not None)
+
+
+def _held(x: Tensor) -> Tensor:
+    """The local tensor of a DTensor, as it is: to_local() would be an operation of its own."""
+    return x._local_tensor if isinstance(x, DTensor) else x
 
 
 def group_names(job: Job) -> dict[str, str]:

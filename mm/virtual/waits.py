@@ -20,7 +20,7 @@ class HostWaits:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.phase = "data"
+        self.phase = "step"
         self._count: Counter[tuple[str, int, str, str]] = Counter()
 
     def add(self, why: str, site: Site) -> None:
