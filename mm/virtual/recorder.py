@@ -67,6 +67,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self._kernel: dict[Any, bool] = {}
         self._reading: object = None  # the call of tolist() that reads values now
 
+    def forget(self) -> None:
+        """Drop the calls so far, those of the building of a job; the step's come next."""
+        for found in (self.calls, self.call_waits, self._works, self._members, self.exchanged):
+            found.clear()
+        self._at = 0
+
     def trace(self, world: int, notes: tuple[str, ...]) -> Trace:
         """All that was recorded."""
         return Trace(

@@ -166,7 +166,8 @@ def fake_groups(rank: int, world: int, device: torch.device) -> Iterator[None]:
         raise RuntimeError("a virtual rank needs a process without a default process group; this one has one")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        backend = ",".join(f"{on}:fake" for on in dict.fromkeys(("cpu", device.type)))
+        dist.init_process_group(backend, rank=rank, world_size=world, store=FakeStore())
     try:
         yield
     finally:
@@ -204,8 +205,7 @@ def virtual_rank(
     with fake_groups(rank, world, device), fake, recorder, Stands(device):
         job = build_job(blueprint, info, draw=False)
         names.update(group_names(job))
-        recorder.calls.clear()
-        recorder.exchanged.clear()
+        recorder.forget()
         record_step(job, recorder, lambda: virtual_step(job, data))
         job.close()
         gc.collect()
