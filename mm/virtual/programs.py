@@ -9,7 +9,7 @@ compared for all ranks from their plans.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -26,6 +26,7 @@ from mm.virtual.samples import virtual_data
 from parallel.boundary import PlanCache, on_stage
 from parallel.boundary.plan import Transfer
 from parallel.sequence.intervals import count
+from parallel.topology.groups import GroupPlan, Ranks
 from parallel.topology.layout import Layout
 
 PASSES = 4  # of all ranks, until what they tell each other no longer changes
@@ -74,13 +75,14 @@ def match_representatives(
     traced: dict[int, Trace] = {}
     problems: list[str] = []
     programs: list[Program] = []
-    rosters = Rosters(blueprint)
+    named = communicators(blueprint.groups)
     for ranks in kinds.values():
         for rank in dict.fromkeys((ranks[0], ranks[-1])):
             traced[rank] = virtual_rank(blueprint, rank, device, data=data, skew=skew, node_size=node_size)
         first, last = traced[ranks[0]], traced[ranks[-1]]
         problems += unlike(first, last)
-        programs += [rosters.program(program_of(without_edges(first)), r) for r in ranks]
+        program = program_of(without_edges(first))
+        programs += [program_at(program, r, named[r]) for r in ranks]
     problems += edge_problems(blueprint, plan, node_size)
     result = match_programs(programs, buffered=device.type == "cpu")
     return list(traced.values()), replace(result, problems=problems + result.problems)
@@ -88,7 +90,7 @@ def match_representatives(
 
 def kinds_of(blueprint: Blueprint, plan: StepPlan, skew: float = 1.0) -> dict[Hashable, list[int]]:
     """The ranks of each kind, in order. skew: of drawn_choices()."""
-    schedule = blueprint.schedule(plan.active)
+    schedule, named = blueprint.schedule(plan.active), communicators(blueprint.groups)
     items = {
         (m, k, dp): tuple(found)
         for k, mb in enumerate(plan.microbatches)
@@ -97,7 +99,7 @@ def kinds_of(blueprint: Blueprint, plan: StepPlan, skew: float = 1.0) -> dict[Ha
     }
     out: dict[Hashable, list[int]] = {}
     for rank in range(blueprint.world):
-        kind: list[Hashable] = [schedule.program_of.get(rank)]
+        kind: list[Hashable] = [schedule.program_of.get(rank), tuple(named[rank])]
         for m, layout in blueprint.layouts.items():
             if rank not in _set(layout):
                 kind.append(None)
@@ -174,7 +176,9 @@ def _differs(call: Call) -> bool:
     and where FSDP shards a parameter unevenly the last ranks have none. The members of a tp group are at one
     place of the data ranks, and so have equal shards.
     """
-    return call.group.startswith("edge.") or (call.during == "update" and call.group.endswith(".tp"))
+    names = call.group.split("=")
+    edge, tp = names[0].startswith("edge."), any(name.endswith(".tp") for name in names)
+    return edge or (tp and call.during == "update")
 
 
 def without_edges(trace: Trace) -> Trace:
@@ -184,46 +188,22 @@ def without_edges(trace: Trace) -> Trace:
     return replace(trace, calls=calls)
 
 
-class Rosters:
-    """The ranks of every process group, by its name and any of its ranks, from the layouts alone."""
+def communicators(plan: GroupPlan) -> list[dict[str, Ranks]]:
+    """By rank, the ranks of its communicators by name; names that share one are joined as in group_names()."""
+    named: list[dict[tuple[str, Ranks], list[str]]] = [{} for _ in range(plan.world)]
+    for name, groups in plan.named.items():
+        for ranks in groups:
+            for r in ranks:
+                named[r].setdefault((name.lane, ranks), []).append(str(name))
+    return [{"=".join(found): ranks for (_, ranks), found in own.items()} for own in named]
 
-    def __init__(self, blueprint: Blueprint) -> None:
-        self.blueprint = blueprint
-        self._found: dict[str, dict[int, tuple[int, ...]]] = {}
 
-    def program(self, traced: Program, rank: int) -> Program:
-        """The program of another rank of the same kind."""
-        if rank == traced.rank:
-            return traced
-        channels = {own: Channel(c.name, self.ranks(c.name, rank)) for own, c in traced.traced.items()}
-        return replace(traced, rank=rank, channels=channels)
-
-    def ranks(self, name: str, rank: int) -> tuple[int, ...]:
-        """The ranks of the group called `name` that `rank` is in."""
-        first = name.split("=")[0]  # groups that share a communicator have the same ranks
-        if first not in self._found:
-            self._found[first] = {r: group for group in self._groups(first) for r in group}
-        return self._found[first][rank]
-
-    def _groups(self, name: str) -> Iterator[tuple[int, ...]]:
-        layouts = self.blueprint.layouts
-        if name == "world":
-            yield tuple(range(self.blueprint.world))
-            return
-        head, *rest = name.split(".")
-        if head == "edge":
-            source, dest = layouts[rest[0]], layouts[SINK]
-            stage = int(rest[1]) if rest[1].isdecimal() else 0
-            ranks = {*source.stage_ranks(source.pp - 1), *dest.stage_ranks(stage % dest.pp)}
-            yield tuple(sorted(ranks))
-            return
-        layout = layouts[head]
-        if rest[0] == "stage":
-            yield from (layout.stage_ranks(pp) for pp in range(layout.pp))
-        elif rest[0] == "ends":
-            yield from ((line[0], line[-1]) for line in layout.groups("pp"))
-        else:
-            yield from layout.groups(("cp", "dp") if rest[0] == "dp" else rest[0])
+def program_at(traced: Program, rank: int, named: Mapping[str, Ranks]) -> Program:
+    """The program of another rank of the same kind. named: its communicators."""
+    if rank == traced.rank:
+        return traced
+    channels = {own: Channel(c.name, named[c.name]) for own, c in traced.traced.items()}
+    return replace(traced, rank=rank, channels=channels)
 
 
 def edge_problems(blueprint: Blueprint, plan: StepPlan, node_size: int | None) -> list[str]:
