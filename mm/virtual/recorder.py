@@ -65,7 +65,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self._works: list[dist.Work] = []
         self._members: dict[str, tuple[int, ...]] = {}
         self._kernel: dict[Any, bool] = {}
-        self._reading: object = None  # the call of tolist() that reads values now
+        self._reading = False  # whether a tolist() under way has been counted
 
     def forget(self) -> None:
         """Drop the calls so far, those of the building of a job; the step's come next."""
@@ -105,6 +105,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         if self.values is not None and self._on_host(given, kwargs):
             with unset_fake_temporarily():
                 return self._host(func, args, kwargs)
+        if func is _aten.unbind.int and _depth("tolist") == 1:
+            self._reading = False  # another tolist() begins
         if self.recording:
             why = self.waits.why(func, args, kwargs, given)
             if why:
@@ -157,10 +159,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             self.ledger.look_again()
 
     def _wait(self, why: str) -> None:
-        reading = _caller("tolist")
-        if reading is None or reading is not self._reading:
+        inside = why == "read" and _depth("tolist") > 0
+        if not (inside and self._reading):
             self.waits.add(why, site())
-        self._reading = reading
+        self._reading = inside
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = read_call(func, args, kwargs)
@@ -322,6 +324,19 @@ def _scalar(x: Tensor) -> Any:
         f"{at.file}:{at.line} reads a value that depends on data, {x.dtype} and nothing stands in for it; "
         "only what follows from the choice of experts, or from the plan, has values"
     )
+
+
+def _depth(name: str) -> int:
+    """How many calls of a function of this name are under way near by. No frame is kept: it would keep what
+    its callers hold."""
+    frame: FrameType | None = sys._getframe(2)
+    found = 0
+    for _ in range(16):
+        if frame is None:
+            break
+        found += frame.f_code.co_name == name
+        frame = frame.f_back
+    return found
 
 
 def _caller(name: str) -> object:
