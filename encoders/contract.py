@@ -124,6 +124,18 @@ class Encoder(nn.Module, ABC):
         """Shape of one input: the trailing dims of ItemBatch.values."""
 
     @classmethod
+    def input_count(cls, cfg: Any, meta: Meta) -> int:
+        """How many inputs prepare() makes of an item: the first dim. Asked where nothing is read, as in a
+        virtual step."""
+        return cls.rows(cfg, meta) * cls.tokens_per_row(cfg)
+
+    @classmethod
+    def example(cls, cfg: Any, rows: int) -> Meta | None:
+        """Metadata of some item of at most about `rows` rows, for plans without data; None where the encoder
+        names none."""
+        return None
+
+    @classmethod
     def check(cls, cfg: Any, tp: int) -> None:
         """Raise ValueError, naming what works, for impossible options and for those that tp does not divide.
         tp is 1 for an encoder that does not declare tensor_parallel."""

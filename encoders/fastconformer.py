@@ -268,6 +268,14 @@ class FastConformer(StackedEncoder):
         return (frames + 2.0) / 3.5  # about zero mean and unit spread for speech at full level
 
     @classmethod
+    def input_count(cls, cfg: FastConformerConfig, meta: Meta) -> int:
+        return cls.frames(cfg, meta)
+
+    @classmethod
+    def example(cls, cfg: FastConformerConfig, rows: int) -> Meta:
+        return {"samples": cfg.hop * (8 * rows - 1), "rate": cfg.rate}
+
+    @classmethod
     def check(cls, cfg: FastConformerConfig, tp: int) -> None:
         sizes = ("rate", "mels", "channels", "width", "heads", "layers", "ffn", "kernel")
         check_positive("fastconformer", cfg, sizes)

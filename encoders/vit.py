@@ -7,6 +7,7 @@ these fours, so that a range of rows is a range of patches in every layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Unpack
@@ -168,6 +169,11 @@ class ViT(StackedEncoder):
             )
         patches = image.reshape(cfg.channels, down, p, across, p)
         return patches.permute(1, 3, 0, 2, 4).reshape(down * across, -1).contiguous()
+
+    @classmethod
+    def example(cls, cfg: ViTConfig, rows: int) -> Meta:
+        side = 2 * max(1, min(math.isqrt(rows), cfg.max_grid // 2)) * cfg.patch
+        return {"height": side, "width": side, "channels": cfg.channels}
 
     @classmethod
     def check(cls, cfg: ViTConfig, tp: int) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 from tests.pages import PACKAGES, ROOT, name_of
 
-# What runs before the first step or after the last: initial weights, checkpoints, commands.
+# What runs before the first step or after the last (initial weights, checkpoints, commands), and virtual steps.
 COLD = (
     "parallel/checkpoint/", "parallel/sharding/adopt.py", "parallel/sharding/param.py",
     "parallel/sharding/shard.py", "parallel/topology/mesh.py", "llm/hf/", "llm/upcycle.py", "mm/checkpoint/",
-    "mm/commands/", "mm/data/",
+    "mm/commands/", "mm/data/", "mm/virtual/",
 )  # fmt: skip
 MAKERS = {"tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"}  # of torch: from lists and arrays
 METHODS = {"item", "cpu", "cuda", "nonzero", "pin_memory"}

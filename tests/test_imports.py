@@ -42,7 +42,19 @@ ORDER = {
         "executor",
         "drawing",
     ),
-    "mm": ("errors", "data", "config", "plan", "ranks", "checkpoint", "report", "train", "commands", "cli"),
+    "mm": (
+        "errors",
+        "data",
+        "config",
+        "plan",
+        "ranks",
+        "checkpoint",
+        "report",
+        "train",
+        "virtual",
+        "commands",
+        "cli",
+    ),
 }
 OTHERS = {"tests", "benchmarks", "examples"}
 NO_TORCH = ("parallel/topology/layout.py", "mm/errors.py")

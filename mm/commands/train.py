@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.commands.command import OVERRIDES, Command, announce, config_of, nproc_option, world_of
+from mm.commands.virtual import virtual, virtual_options, virtual_world
 from mm.errors import Refused
 from mm.ranks import launch
 from mm.ranks.stop import Stop
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def _options(parser: argparse.ArgumentParser) -> None:
     nproc_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start and write nothing")
+    virtual_options(parser)
     parser.add_argument("--draw", type=Path, metavar="DIR", help="with --dry-run: draw the step, into DIR")
 
 
@@ -32,6 +34,10 @@ def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
     if args.draw is not None and not args.dry_run:
         raise Refused(f"--draw {args.draw} without --dry-run; a step that ran is drawn by run.trace=STEP")
     cfg = config_of(args)
+    if args.virtual is not None:
+        return virtual(args, cfg, virtual_world(args, cfg))
+    if args.world is not None or args.json is not None or args.skew != 1.0:
+        raise Refused("--world, --json and --skew go with --virtual; ranks to start: --nproc")
     world = world_of(args, cfg)
     from mm.commands.preflight import check_paths
     from mm.plan.blueprint import check_outline

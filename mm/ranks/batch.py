@@ -15,9 +15,9 @@ from llm.counts import Counts
 from llm.model import LLMBatch, loss_rows
 from llm.mtp import IGNORE, ahead
 from mm.data.reader import BadSample, ShardReader
-from mm.data.sample import Sample, parse_segments
+from mm.data.sample import Part, Sample, parse_segments
 from mm.data.tokenizer import Tokenizer
-from mm.plan.inputs import PlanInputs
+from mm.plan.inputs import EncoderUse, PlanInputs
 from mm.plan.step_plan import Edge, Microbatch, StepPlan
 from parallel.boundary import EdgePlan, PlanCache, Stack, stack_positions
 from parallel.context_parallel import ContextPacking, pack
@@ -120,8 +120,7 @@ class Assembler:
         for item in (mine[k] for k in needed):
             sample = mb.sample(item.sample)
             try:
-                payload = self.reader.read(sample, item.part)
-                tensors.append(use.cls.prepare(use.cfg, payload, item.part.meta))
+                tensors.append(self._prepared(use, sample, item.part))
             except BadSample as error:
                 bad.append(error)
             except (ValueError, OSError, EOFError) as error:
@@ -130,6 +129,11 @@ class Assembler:
         device, dtype = self.device, self.dtype
         batch = pack_items(use.cls, use.cfg, tensors, metas, device=device, dtype=dtype, first=needed.start)
         return batch, tuple(mb.sample(item.sample).key for item in mine)
+
+    def _prepared(self, use: EncoderUse, sample: Sample, part: Part) -> Tensor:
+        """The inputs of an item [n, *input_shape], on the host."""
+        out: Tensor = use.cls.prepare(use.cfg, self.reader.read(sample, part), part.meta)
+        return out
 
     def _text(
         self, mb: Microbatch, counts: Counts, bad: list[BadSample], positions: Mapping[str, Column]

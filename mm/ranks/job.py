@@ -123,8 +123,11 @@ def open_data(job: Job, index: Index) -> Data:
     return Data(index, assembler)
 
 
-def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
-    """Make groups, modules, initial weights and optimizers. Every rank of the job calls this."""
+def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job:
+    """Make groups, modules, initial weights and optimizers. Every rank of the job calls this.
+
+    draw: whether weights get their initial values; not where tensors have no values (mm.virtual).
+    """
     cfg = blueprint.cfg
     groups = make_groups(blueprint.groups, timeout_s=cfg.run.timeout_s, store=rank.store)
     # Before anything else is sent: later first uses would meet in whatever order the ranks come to them.
@@ -135,7 +138,7 @@ def build_job(blueprint: Blueprint, rank: RankInfo) -> Job:
     }
     here = {m: mesh for m, mesh in meshes.items() if mesh is not None}
     boundaries = _boundaries(groups, blueprint, rank)
-    parts = {m: _build_parts(blueprint, m, mesh, rank) for m, mesh in here.items()}
+    parts = {m: _build_parts(blueprint, m, mesh, rank, draw) for m, mesh in here.items()}
     hyper = AdamW(cfg.train.betas, cfg.train.eps, cfg.train.weight_decay)
     optimizers = {
         m: ShardedOptimizer(list(own.values()), here[m], hyper, shared=blueprint.shared if m == SINK else ())
@@ -191,14 +194,16 @@ def _boundaries(
     return out
 
 
-def _build_parts(blueprint: Blueprint, name: str, mesh: ModuleMesh, rank: RankInfo) -> dict[int, nn.Module]:
+def _build_parts(
+    blueprint: Blueprint, name: str, mesh: ModuleMesh, rank: RankInfo, draw: bool
+) -> dict[int, nn.Module]:
     layout, stages = blueprint.layouts[name], blueprint.stages[name]
     mine = range(layout.coord(rank.rank).pp, len(stages), layout.pp)
-    return {s: _build_part(blueprint, name, s, mesh, rank.device) for s in mine}
+    return {s: _build_part(blueprint, name, s, mesh, rank.device, draw) for s in mine}
 
 
 def _build_part(
-    blueprint: Blueprint, name: str, stage: int, mesh: ModuleMesh, device: torch.device
+    blueprint: Blueprint, name: str, stage: int, mesh: ModuleMesh, device: torch.device, draw: bool
 ) -> nn.Module:
     cfg, stored, compute = blueprint.cfg, blueprint.stored_dtype, blueprint.dtype
     make = partial(bare_module, blueprint, name, mesh.axes, blueprint.stages[name][stage])
@@ -210,7 +215,7 @@ def _build_part(
     shard_module(module, mesh, policy, param_dtype=stored)
     again = partial(make, "cpu") if name != SINK else None  # the language model declares its buffers
     try:
-        materialise(module, mesh, seed=cfg.run.seed, name=name, device=device, again=again)
+        materialise(module, mesh, seed=cfg.run.seed if draw else None, name=name, device=device, again=again)
     except ValueError as error:
         raise Refused(f"model.{name}: {error}") from error
     return module

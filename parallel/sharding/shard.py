@@ -204,7 +204,7 @@ def materialise(
     module: nn.Module,
     mesh: ModuleMesh,
     *,
-    seed: int,
+    seed: int | None,
     name: str,
     device: torch.device,
     again: Callable[[], nn.Module] | None = None,
@@ -215,7 +215,8 @@ def materialise(
     than its own shards, except for Given values, which this call frees. Buffers keep the values that the
     module was made with.
 
-    seed, name: initial weights are a function of both; `name` is the module's name in the model graph.
+    seed, name: initial weights are a function of both; `name` is the module's name in the model graph. Where
+        seed is None, weights are allocated and not filled.
     again: makes the module on the CPU. It is called only where a buffer was made on the meta device, and so
         has no value.
     Raises ValueError for a buffer without a value, and for given values that differ between ranks.
@@ -231,6 +232,8 @@ def materialise(
     for sub, key, value in buffers:
         setattr(sub, key, value.to(device))
     for full, param, spec in declared(module):
+        if seed is None:
+            break
         shard = local(param)
         held = held_indices(tuple(param.shape), spec, mesh)
         index = global_index(tuple(param.shape), held).to(device)

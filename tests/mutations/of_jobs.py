@@ -6,6 +6,22 @@ from tests.mutations.fault import ONE_STEP, Fault
 
 JOB = (
     Fault(
+        "virtual.sizes",
+        "a send and its receive may differ in size",
+        "mm/virtual/match.py",
+        "if (send.bytes, send.dtype) != (receive.bytes, receive.dtype):",
+        "if send.dtype != receive.dtype:",
+        "tests/mm/virtual/test_match.py::test_tags_are_honoured_on_gloo_alone",
+    ),
+    Fault(
+        "virtual.free",
+        "memory that is given back still counts at the peak of a virtual step",
+        "mm/virtual/ledger.py",
+        "entry.changes.append((self._clock, -entry.size))",
+        "entry.changes.append((self._clock, 0))",
+        "tests/mm/virtual/test_recorder.py::test_the_peak_of_an_mlp_is_what_it_keeps_and_what_it_works_with",
+    ),
+    Fault(
         "batch.labels",
         "labels are the current token, so the answer leaks",
         "mm/ranks/batch.py",

@@ -1,0 +1,245 @@
+"""All ranks of a job matched: each traced where they are few, else one of each kind in place of all.
+
+Ranks are of one kind where they run the same program of the schedule on tensors of the same shapes, as far as
+the step plan shows: equal stages, equal lengths, equal items. Such ranks are traced twice, the first and the
+last of their kind, and the two traces must be equal. Each other rank then has its program, with its own
+groups and peers. What an edge brings from and to each rank differs even among ranks of one kind: that is
+compared for all ranks from their plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import torch
+
+from mm.config.outline import SINK
+from mm.plan.blueprint import Blueprint
+from mm.plan.step_plan import Microbatch, StepPlan
+from mm.virtual.match import Channel, Program, Result, match_programs, program_of
+from mm.virtual.records import Call, Exchanged, Trace
+from mm.virtual.run import first_plan, virtual_rank
+from mm.virtual.samples import virtual_data
+from parallel.boundary import PlanCache, on_stage
+from parallel.boundary.plan import Transfer
+from parallel.sequence.intervals import count
+from parallel.topology.groups import GroupPlan, Ranks
+from parallel.topology.layout import Layout
+
+PASSES = 4  # of all ranks, until what they tell each other no longer changes
+
+
+def match_all(
+    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, node_size: int | None = None
+) -> tuple[list[Trace], Result]:
+    """Trace every rank and match the traces.
+
+    Row counts that ranks tell each other follow from what each has drawn: the ranks are traced again with
+    what the others gave them, until that changes no more.
+    """
+    data = virtual_data(blueprint)
+    gave: dict[int, Exchanged] = {}
+    traces: list[Trace] = []
+    for _ in range(PASSES):
+        traces = [
+            virtual_rank(blueprint, r, device, data=data, skew=skew, node_size=node_size, gave=gave)
+            for r in range(blueprint.world)
+        ]
+        now = {t.rank: t.exchanged for t in traces}
+        if _equal(gave, now):
+            break
+        gave = now
+    return traces, match_programs([program_of(t) for t in traces], buffered=device.type == "cpu")
+
+
+def _equal(a: Mapping[int, Exchanged], b: Mapping[int, Exchanged]) -> bool:
+    if not any(b.values()):
+        return True  # nobody tells anybody anything
+    if a.keys() != b.keys() or any(a[r].keys() != b[r].keys() for r in a):
+        return False
+    return all(
+        len(a[r][c]) == len(b[r][c]) and all(map(np.array_equal, a[r][c], b[r][c])) for r in a for c in a[r]
+    )
+
+
+def match_representatives(
+    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, node_size: int | None = None
+) -> tuple[list[Trace], Result]:
+    """Trace the first and the last rank of each kind, on samples of one length, and match all ranks."""
+    data = virtual_data(blueprint, even=True)
+    plan = first_plan(blueprint, data.index)
+    kinds = kinds_of(blueprint, plan, skew)
+    traced: dict[int, Trace] = {}
+    problems: list[str] = []
+    programs: list[Program] = []
+    named = communicators(blueprint.groups)
+    for ranks in kinds.values():
+        for rank in dict.fromkeys((ranks[0], ranks[-1])):
+            traced[rank] = virtual_rank(blueprint, rank, device, data=data, skew=skew, node_size=node_size)
+        first, last = traced[ranks[0]], traced[ranks[-1]]
+        problems += unlike(first, last)
+        program = program_of(without_edges(first))
+        programs += [program_at(program, r, named[r]) for r in ranks]
+    problems += edge_problems(blueprint, plan, node_size)
+    result = match_programs(programs, buffered=device.type == "cpu")
+    return list(traced.values()), replace(result, problems=problems + result.problems)
+
+
+def kinds_of(blueprint: Blueprint, plan: StepPlan, skew: float = 1.0) -> dict[Hashable, list[int]]:
+    """The ranks of each kind, in order. skew: of drawn_choices()."""
+    schedule, named = blueprint.schedule(plan.active), communicators(blueprint.groups)
+    items = {
+        (m, k, dp): tuple(found)
+        for k, mb in enumerate(plan.microbatches)
+        for m in mb.edges
+        for dp, found in _items_of(mb, m).items()
+    }
+    out: dict[Hashable, list[int]] = {}
+    for rank in range(blueprint.world):
+        kind: list[Hashable] = [schedule.program_of.get(rank), tuple(named[rank])]
+        for m, layout in blueprint.layouts.items():
+            if rank not in _set(layout):
+                kind.append(None)
+                continue
+            at = layout.coord(rank)
+            micro = range(len(plan.microbatches))
+            if m == SINK:
+                shapes: list[Hashable] = [
+                    (mb.tokens[at.dp], tuple(mb.length[j] for j in mb.samples_of(at.dp)))
+                    for mb in plan.microbatches
+                ]
+                padded = any(
+                    mb.tokens[at.dp] != sum(mb.length[j] for j in mb.samples_of(at.dp))
+                    for mb in plan.microbatches
+                )
+            else:
+                shapes = [items.get((m, k, at.dp), ()) for k in micro]
+                padded = True
+            # Ranks that share a stream have equal parts of it, unless some of it is padding.
+            parts = (at.tp, at.cp) if padded and (layout.cp > 1 or layout.tp > 1) else ()
+            # With equal rows for every expert, so have the ranks of ep.
+            even = m != SINK or _even_rows(blueprint, plan, at.dp, skew)
+            kind.append((at.pp, parts, () if even else layout.expert_coord(rank).ep, tuple(shapes)))
+        out.setdefault(tuple(kind), []).append(rank)
+    return out
+
+
+def _even_rows(blueprint: Blueprint, plan: StepPlan, dp: int, skew: float) -> bool:
+    """Whether every expert gets equally many rows from a rank of the language model."""
+    llm, layout = blueprint.llm, blueprint.layouts[SINK]
+    if layout.ep == 1 or not llm.n_experts:
+        return True
+    ranks = layout.tp * layout.cp
+    return skew <= 1 and all(
+        mb.tokens[dp] // ranks * llm.top_k % llm.n_experts == 0 for mb in plan.microbatches
+    )
+
+
+@cache
+def _set(layout: Layout) -> frozenset[int]:
+    return frozenset(layout.ranks)
+
+
+def _items_of(mb: Microbatch, module: str) -> dict[int, list[Hashable]]:
+    """By dp rank of an encoder, the rows and costs of its items."""
+    out: dict[int, list[Hashable]] = {}
+    for item in mb.edges[module].items:
+        out.setdefault(item.source_dp, []).append((item.rows, item.cost))
+    return out
+
+
+def unlike(a: Trace, b: Trace) -> list[str]:
+    """What differs between the traces of two ranks of one kind, in words: at most one line."""
+    if a is b:
+        return []
+    ours, theirs = (list(map(_likeness, t.calls)) for t in (a, b))
+    for k, (x, y) in enumerate(zip(ours, theirs, strict=False)):
+        if x != y:
+            return [f"ranks {a.rank} and {b.rank} should be alike, but call {k} is {x} and {y}"]
+    if len(ours) != len(theirs) or a.waits != b.waits:
+        return [f"ranks {a.rank} and {b.rank} should be alike, but make {len(ours)} and {len(theirs)} calls"]
+    return []
+
+
+def _likeness(call: Call) -> tuple[object, ...]:
+    size = 0 if _differs(call) else call.bytes
+    return call.op, call.group, size, call.dtype, call.during, call.posted
+
+
+def _differs(call: Call) -> bool:
+    """Whether the size of a call may differ between ranks of one kind.
+
+    Rows over an edge do. So does the sum over tp of gradients in the update: it is of this rank's shards,
+    and where FSDP shards a parameter unevenly the last ranks have none. The members of a tp group are at one
+    place of the data ranks, and so have equal shards.
+    """
+    names = call.group.split("=")
+    edge, tp = names[0].startswith("edge."), any(name.endswith(".tp") for name in names)
+    return edge or (tp and call.during == "update")
+
+
+def without_edges(trace: Trace) -> Trace:
+    """The trace without the sizes that differ between ranks of one kind."""
+    calls = tuple(replace(c, bytes=0, sends=(), receives=()) if _differs(c) else c for c in trace.calls)
+    assert all(c.peer is None for c in calls if c.group.startswith("edge.")), "edges must be collectives here"
+    return replace(trace, calls=calls)
+
+
+def communicators(plan: GroupPlan) -> list[dict[str, Ranks]]:
+    """By rank, the ranks of its communicators by name. Shared ones join names as group_names() does."""
+    named: list[dict[tuple[str, Ranks], list[str]]] = [{} for _ in range(plan.world)]
+    for name, groups in plan.named.items():
+        for ranks in groups:
+            for r in ranks:
+                named[r].setdefault((name.lane, ranks), []).append(str(name))
+    return [{"=".join(found): ranks for (_, ranks), found in own.items()} for own in named]
+
+
+def program_at(traced: Program, rank: int, named: Mapping[str, Ranks]) -> Program:
+    """The program of another rank of the same kind. named: its communicators."""
+    if rank == traced.rank:
+        return traced
+    channels = {own: Channel(c.name, named[c.name]) for own, c in traced.traced.items()}
+    return replace(traced, rank=rank, channels=channels)
+
+
+def edge_problems(blueprint: Blueprint, plan: StepPlan, node_size: int | None) -> list[str]:
+    """Compare what every rank sends over the edges with what every other rank expects, from their plans."""
+    for edge in blueprint.edges:
+        source, dest = blueprint.layouts[edge.source], blueprint.layouts[SINK]
+        stage = edge.stage % dest.pp
+        ranks = sorted({*source.stage_ranks(source.pp - 1), *dest.stage_ranks(stage)})
+        caches = {r: PlanCache(r, node_size=node_size) for r in ranks}
+        seen: set[Hashable] = set()
+        for mb in plan.microbatches:
+            rows = mb.edges[edge.source]
+            shape = tuple((i.rows, i.llm_dp, i.position, i.source_dp) for i in rows.items)
+            if not rows.items or shape in seen:
+                continue
+            seen.add(shape)
+            to = on_stage(dest, rows.dest, stage)
+            plans = {r: caches[r].plan(str(edge), rows.source, to) for r in ranks}
+            hops = [_hops([plans[r].forward for r in ranks])]
+            hops += [_hops(list(t)) for t in zip(*(plans[r].backward for r in ranks), strict=True)]
+            for sends, receives in (pair for found in hops for pair in found):
+                if sends != receives:
+                    odd = sorted(sends.items() ^ receives.items())[0]
+                    return [f"edge of {edge.source}: rank {odd[0][0]} and rank {odd[0][1]} plan other rows"]
+    return []
+
+
+_Sizes = dict[tuple[int, int], int]
+
+
+def _hops(transfers: list[Transfer]) -> list[tuple[_Sizes, _Sizes]]:
+    """By hop, rows that ranks send and that they expect, by (from, to)."""
+    out: list[tuple[_Sizes, _Sizes]] = [({}, {}), ({}, {})]
+    for t in transfers:
+        for hop, part in zip(out, (t, t.relay), strict=True):
+            if part is not None:
+                hop[0].update({(t.rank, m.peer): count(m.rows) for m in part.sends if count(m.rows)})
+                hop[1].update({(m.peer, t.rank): count(m.rows) for m in part.recvs if count(m.rows)})
+    return out
