@@ -1,5 +1,5 @@
-# make train: the default job. make test: lint, types and the suite. make check: lint, types and the tests that
-# start no processes, in about a minute. make docs: API pages in build/api. All set up .venv when it is missing.
+# make train: the default job. make test: lint, types and the suite. make all: its slow tests too. make check: lint,
+# types and the tests that start no processes, in about a minute. make docs: API pages in build/api. All set up .venv when it is missing.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.ready
@@ -9,16 +9,19 @@ PACKAGES := parallel encoders llm mm
 # Two at a time: one fills the cores while the other waits. A file stays in one process, with its fixtures.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test check lint docs
+.PHONY: train test all check lint docs
 
 train: $(READY)
 	$(BIN)/python -m mm train configs/digits.yaml
 
 test: lint
+	$(PYTEST) -m "not slow"
+
+all: lint
 	$(PYTEST)
 
 check: lint
-	$(PYTEST) -m "not dist and not e2e"
+	$(PYTEST) -m "not dist and not e2e and not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from tests.pages import PACKAGES, ROOT, name_of
 
-# What runs before the first step or after the last (initial weights, checkpoints, commands), and virtual steps.
+# What runs before the first step or after the last (weights, checkpoints, commands), and virtual steps.
 COLD = (
     "parallel/checkpoint/", "parallel/sharding/adopt.py", "parallel/sharding/param.py",
     "parallel/sharding/shard.py", "parallel/topology/mesh.py", "llm/hf/", "llm/upcycle.py", "mm/checkpoint/",

@@ -116,22 +116,13 @@ class StepPlan:
 
     @cached_property
     def digests(self) -> np.ndarray:
-        """A 63-bit fingerprint of each sample's part of the plan, in order of the batch; int64 [samples]."""
-        parts: list[list[int]] = [
-            list(line)
-            for line in zip(
-                self.table.ids.tolist(),
-                self.seats.microbatch.tolist(),
-                self.seats.dp.tolist(),
-                self.table.length.tolist(),
-                strict=True,
-            )
-        ]
+        """A 63-bit fingerprint of what is planned from each sample alone, in order of the batch; int64
+        [samples]. Where a sample goes depends on all others, so it would name samples that are alike."""
+        lines = zip(self.table.ids.tolist(), self.table.length.tolist(), strict=True)
+        parts = [list(line) for line in lines]
         for k, items in enumerate(self.items.values()):
-            c = items.columns
-            columns = (items.sample, c.rows, c.position, c.source_dp)
-            for j, *numbers in zip(*(column.tolist() for column in columns), strict=True):
-                parts[j] += (k, *numbers)
+            for j, rows in zip(items.sample.tolist(), items.columns.rows.tolist(), strict=True):
+                parts[j] += (k, rows)
         found = np.asarray([_fingerprint(np.asarray(p, dtype=np.int64)) for p in parts], dtype=np.int64)
         return self._of_batch(found)
 

@@ -169,6 +169,7 @@ def test_every_layer_under_data_and_another_degree(world: int, ranks: Any) -> No
 WHOLE = [Degrees(2), Degrees(4, tp=2, ep=2, ranks=(3, 1, 2, 0)), Degrees(4, cp=2, ep=4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", WHOLE, ids=str)
 def test_every_way_of_holding_a_whole_model(degrees: Degrees, ranks: Any) -> None:
     cases = [Case(MODEL, degrees, zero) for zero in (1, 2, 3)]

@@ -93,6 +93,7 @@ def run(raw: dict[str, Any]) -> tuple[dict[tuple[str, int, int], int], int, list
     return left, saved.peak, stated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["1f1b", "gpipe", "three_phase"])
 def test_the_stated_peak_is_within_a_tenth_of_what_is_kept(kind: str, ranks: Any) -> None:
     raw = small(

@@ -99,6 +99,7 @@ def test_variants_learn_what_one_process_learns(change: Any, ranks: Any) -> None
             )
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_loss_curve_is_that_of_one_process(ranks: Any) -> None:
     train = {"steps": 8, "dtype": "bfloat16", "lr": 1e-2, "warmup": 0.0}
     exact = ranks(1, train_few, small(train=train | {"dtype": "float32"}), 8)[0]

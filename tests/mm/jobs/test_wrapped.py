@@ -76,6 +76,7 @@ def siglip(raw: dict[str, Any]) -> tuple[float, float, list[dict[str, Any]]]:
     return float((found[0] - expected).abs().max()), float(expected.abs().max()), train_few(raw, 2)
 
 
+@pytest.mark.slow
 def test_a_wrapped_siglip_gives_the_features_of_the_model_alone(pictures: Path, ranks: Any) -> None:
     raw = raw_with(SIGLIP, pictures, "vision", train={**small()["train"], "shard": "layer"})
     (expected,) = ranks(1, siglip, raw)

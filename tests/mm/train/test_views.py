@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import warnings
 from typing import Any
 
@@ -17,6 +19,7 @@ def warned(raws: list[dict[str, Any]]) -> list[str]:
     return sorted({str(w.message)[:60] for w in found if "FSDP2" in str(w.message)})
 
 
+@pytest.mark.slow
 def test_no_module_gives_a_view(ranks: Any) -> None:
     train = {**small()["train"], "global_batch": 4}
     latent = small(train=train, schedule={"microbatches": 1})

@@ -151,6 +151,7 @@ def come_and_go(times: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]
     return counts[0], counts[1]
 
 
+@pytest.mark.slow
 def test_hundreds_of_communicators_leave_nothing_behind(ranks: Any) -> None:
     for few, many in ranks(2, come_and_go, 200, timeout=90):
         assert all(b <= a for a, b in zip(few, many, strict=True)), (few, many)

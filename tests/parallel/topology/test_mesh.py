@@ -38,6 +38,7 @@ def groups(spec: dict[str, Any]) -> tuple[dict[str, tuple[list[int], int]], set[
     made = [g for g in found.values() if g is not dist.group.WORLD]
     waits = {g._get_backend(torch.device("cpu")).options._timeout for g in made if g.size() > 1}
     ranks = {name: (dist.get_process_group_ranks(g), g.rank()) for name, g in found.items()}
+    dist.barrier()  # a group must not end while another member is still making it
     mesh.close()
     return ranks, waits
 
