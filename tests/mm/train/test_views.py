@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 import warnings
 from typing import Any
+
+import pytest
 
 from tests.mm.harness import small, train_few
 
