@@ -189,7 +189,7 @@ def without_edges(trace: Trace) -> Trace:
 
 
 def communicators(plan: GroupPlan) -> list[dict[str, Ranks]]:
-    """By rank, the ranks of its communicators by name. Shared ones join names as group_names() does."""
+    """By rank, the ranks of its communicators by name. Names of one are joined as group_names() does."""
     named: list[dict[tuple[str, Ranks], list[str]]] = [{} for _ in range(plan.world)]
     for name, groups in plan.named.items():
         for ranks in groups:
