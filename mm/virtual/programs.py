@@ -1,10 +1,10 @@
 """All ranks of a job matched: each traced where they are few, else one of each kind in place of all.
 
 Ranks are of one kind where they run the same program of the schedule on tensors of the same shapes, as far as
-the step plan shows: equal stages, equal lengths, equal items. Such ranks are traced twice, the first and the
-last of their kind, and the two traces must be equal. Each other rank then has its program, with its own
-groups and peers. What an edge brings from and to each rank differs even among ranks of one kind: that is
-compared for all ranks from their plans.
+the step plan shows: equal stages, equal lengths, equal items. The first rank of each kind is traced, of the
+first kind the last one too, and these two traces must be equal. Each other rank then has its program, with
+its own groups and peers. What an edge brings from and to each rank differs even among ranks of one kind: that
+is compared for all ranks, from their plans.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _equal(a: Mapping[int, Exchanged], b: Mapping[int, Exchanged]) -> bool:
 def match_representatives(
     blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, node_size: int | None = None
 ) -> tuple[list[Trace], Result]:
-    """Trace the first and the last rank of each kind, on samples of one length, and match all ranks."""
+    """Trace the first rank of each kind, on samples of one length, and match all ranks."""
     data = virtual_data(blueprint, even=True)
     plan = first_plan(blueprint, data.index)
     kinds = kinds_of(blueprint, plan, skew)
@@ -76,11 +76,11 @@ def match_representatives(
     problems: list[str] = []
     programs: list[Program] = []
     named = communicators(blueprint.groups)
-    for ranks in kinds.values():
-        for rank in dict.fromkeys((ranks[0], ranks[-1])):
+    for k, ranks in enumerate(kinds.values()):
+        for rank in dict.fromkeys((ranks[0], ranks[-1] if k == 0 else ranks[0])):
             traced[rank] = virtual_rank(blueprint, rank, device, data=data, skew=skew, node_size=node_size)
-        first, last = traced[ranks[0]], traced[ranks[-1]]
-        problems += unlike(first, last)
+        first = traced[ranks[0]]
+        problems += unlike(first, traced.get(ranks[-1], first))
         program = program_of(without_edges(first))
         programs += [program_at(program, r, named[r]) for r in ranks]
     problems += edge_problems(blueprint, plan, node_size)

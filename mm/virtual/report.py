@@ -89,7 +89,7 @@ def _calls(trace: Trace) -> list[str]:
 def match_text(result: Result) -> str:
     """A match for people."""
     if result.ok:
-        return f"all {result.calls} calls on {result.communicators} queues of communicators meet"
+        return f"all {result.calls} calls on {result.communicators} communicators meet"
     return "calls do not meet: " + "; ".join(result.problems)
 
 
