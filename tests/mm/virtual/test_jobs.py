@@ -20,6 +20,8 @@ from mm.plan.blueprint import Blueprint, draw_up
 from mm.virtual import match, match_all, virtual_data, virtual_rank
 from tests.mm.harness import CONFIGS, small
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 DIGITS = str(CONFIGS / "digits.yaml")
 KEYS = ("rank", "world", "peak_memory_bytes", "memory_by_kind", "memory_by_module", "flops_by_module")
