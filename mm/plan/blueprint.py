@@ -22,8 +22,8 @@ from mm.config.nodes import node_size
 from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
 from mm.config.schema import Config
 from mm.errors import Refused
+from mm.plan.schedules import Schedules
 from parallel.schedule import ModuleUse, SchedulePlan
-from parallel.schedule.checker.check import check
 from parallel.schedule.generators.refuse import check_stages
 from parallel.topology.axis import Axes
 from parallel.topology.data_parallel import Policy, Shards, shards_of
@@ -52,11 +52,6 @@ class Blueprint:
     layouts: Mapping[str, Layout]  # by module
     stages: Mapping[str, tuple[Stage, ...]]  # by module, the layers of each of its pp * vpp pipeline stages
     inputs: PlanInputs  # its encoders are in the config's order, which is the order of their actions
-    # By (train, active encoders of each micro-batch).
-    _schedules: dict[tuple[bool, tuple[frozenset[str], ...]], SchedulePlan] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-
     # By module and stage.
     _weights: dict[tuple[str, int], list[list[Weight]]] = field(
         default_factory=dict, compare=False, repr=False
@@ -199,12 +194,12 @@ class Blueprint:
         It is made and checked once for each pattern of active encoders. Raises ValueError (Unfit) where no
         schedule fits.
         """
-        key = (train, tuple(frozenset(a) for a in active))
-        if key not in self._schedules:
-            plan = schedule_of(self.cfg, self.uses, active, train=train)
-            check(plan)
-            self._schedules[key] = plan
-        return self._schedules[key]
+        return self.schedules.get(active, train=train)
+
+    @cached_property
+    def schedules(self) -> Schedules:
+        """The schedules that have been made."""
+        return Schedules(lambda active, train: schedule_of(self.cfg, self.uses, active, train=train))
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -17,6 +17,7 @@ from mm.data.order import sample_ids
 from mm.data.reader import BadSample
 from mm.data.sample import Index, Sample
 from mm.errors import DataError
+from mm.plan.schedules import Schedules
 from mm.plan.step_plan import StepPlan, plan_step, plan_table
 from mm.plan.table import SampleTable
 from mm.ranks.batch import Assembler, RankBoundary, RankMicrobatch
@@ -64,6 +65,7 @@ class Feed:
     """Training steps in order.
 
     bad: ids of samples that are known to be unreadable or left out by config, equal on all ranks; it grows.
+    schedules: where the schedules of steps are kept; None where nobody asks for them.
     """
 
     def __init__(
@@ -73,12 +75,13 @@ class Feed:
         control: Control,
         options: FeedOptions,
         *,
+        schedules: Schedules | None = None,
         bad: Collection[int] = (),
         warn: Callable[[str], None] = print,
     ) -> None:
         self.bad = frozenset(bad) | frozenset(index.skipped)
         self.index, self._assembler, self._control = index, assembler, control
-        self._options, self._warn = options, warn
+        self._options, self._warn, self._schedules = options, warn, schedules
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._pending: dict[int, Future[Prepared]] = {}
         self._planner: Planner | None = None
@@ -117,20 +120,23 @@ class Feed:
 
     def _start_planner(self) -> Planner:
         """The planner is forked here, by the thread that trains and before there is another."""
-        assembler, options = self._assembler, self._options
+        assembler, options, schedules = self._assembler, self._options, self._schedules
         table = SampleTable.of(self.index.samples, assembler.inputs, self.index.skipped)
 
         def plan(step: int, known_bad: frozenset[int]) -> Planned:
             ids = sample_ids(options.seed, step, options.global_batch, len(table.ids), known_bad)
             made = plan_table(step, table.take(np.asarray(ids, dtype=np.int64)), assembler.inputs)
-            return Planned(made, assembler.boundary(made))
+            schedule = None if schedules is None else schedules.new(made.active)
+            return Planned(made, assembler.boundary(made), schedule)
 
         return Planner(plan, table, assembler.inputs, assembler.rank)
 
     def _prepare(self, step: int, known_bad: frozenset[int]) -> Prepared:
         assert self._planner is not None
-        plan, boundary = self._planner.plan(step, known_bad)
-        return read_step(plan, boundary, self._assembler)
+        planned = self._planner.plan(step, known_bad)
+        if planned.schedule is not None and self._schedules is not None:
+            self._schedules.add(planned.schedule)
+        return read_step(planned.plan, planned.boundary, self._assembler)
 
     def close(self) -> None:
         """Stop the thread and the planner, and drop what they were preparing."""

@@ -2,7 +2,8 @@
 
 A thread would: what it computes in Python, and each hand-over of the interpreter's lock, holds up the thread
 that launches. The process is forked from its rank, as the workers of torch's DataLoader are, and shares the
-columns of the data set with it. It computes with numpy alone, and uses no device, no group and no thread.
+columns of the data set with it. It computes with Python and numpy, and uses no device, group or thread.
+Schedules that the rank lacks come with the plans.
 
 Plans come back through a pipe that only the rank and its process have; nothing else is ever unpickled.
 """
@@ -24,16 +25,21 @@ from mm.plan.inputs import PlanInputs
 from mm.plan.step_plan import StepPlan
 from mm.plan.table import SampleTable
 from mm.ranks.batch import RankBoundary
+from parallel.schedule import SchedulePlan
 
 POLL_S = 1.0  # how often a process without work looks whether its rank is still there
 GRACE_S = 2.0  # that a process has to end after its pipe has
 
 
 class Planned(NamedTuple):
-    """A step's plan, and this rank's part of its edges by micro-batch."""
+    """A step's plan, and this rank's part of its edges by micro-batch.
+
+    schedule: the step's, where the rank does not have it yet.
+    """
 
     plan: StepPlan
     boundary: list[RankBoundary]
+    schedule: SchedulePlan | None = None
 
 
 class _Failed(NamedTuple):
@@ -80,7 +86,7 @@ class Planner:
             raise PolyrankError(f"step {step + 1}: the planner of rank {self._rank} failed:\n{found.why}")
         assert isinstance(found, Planned)
         table = replace(found.plan.table, samples=self._table.samples)
-        return Planned(replace(found.plan, table=table, inputs=self._inputs), found.boundary)
+        return found._replace(plan=replace(found.plan, table=table, inputs=self._inputs))
 
     def _ended(self) -> str:
         deadline, done, status = time.monotonic() + GRACE_S, 0, 0
@@ -123,10 +129,11 @@ def _serve(pipe: Connection, plan: PlanStep, parent: int) -> None:
 def _answer(plan: PlanStep, step: int, bad: frozenset[int]) -> Planned | _Failed:
     """The plan without what its rank has."""
     try:
-        made, boundary = plan(step, bad)
+        found = plan(step, bad)
     except DataError as error:
         return _Failed(str(error), of_data=True)
     except Exception:
         return _Failed(traceback.format_exc(), of_data=False)
+    made = found.plan
     bare = replace(made.inputs, encoders={}, _rows={})
-    return Planned(replace(made, table=replace(made.table, samples=()), inputs=bare), boundary)
+    return found._replace(plan=replace(made, table=replace(made.table, samples=()), inputs=bare))

@@ -103,7 +103,8 @@ def open_feed(
     """The steps of a job over a data set. bad: samples known to be unreadable."""
     cfg = job.blueprint.cfg
     options = FeedOptions(cfg.run.seed, cfg.train.global_batch, cfg.data.prefetch)
-    return Feed(data.index, data.assembler, job.control, options, bad=bad, warn=warn)
+    schedules = job.blueprint.schedules
+    return Feed(data.index, data.assembler, job.control, options, schedules=schedules, bad=bad, warn=warn)
 
 
 @dataclass
