@@ -1,4 +1,8 @@
-"""The only messages that ranks exchange outside the model: a small one before each step and one after it."""
+"""The only messages that ranks exchange outside the model: a small one after each step.
+
+It carries what a rank says of the next step too (notice). Where some rank has not prepared that yet, one more
+message before the step does.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,20 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # public, not in __all__
 
 SLOTS = 14  # ids of bad samples that fit one message; more of them take another round
+NOTICE = 4 + SLOTS  # numbers of a notice
 GRACE_S = 3.0  # seconds that other ranks have to arrive at a failed message before they are named as missing
+
+
+def notice(plan: StepPlan | None, bad: Collection[int]) -> list[float]:
+    """What a rank tells the others of a step before it runs: NOTICE numbers, for Control.compare().
+
+    plan: the step's, or None where it is not prepared. bad: its samples that are unreadable.
+    """
+    if plan is None:
+        return [0.0] * NOTICE
+    ids = sorted(bad)[:SLOTS]
+    high, low = divmod(plan.digest, 1 << 32)  # a float64 holds 53 bits
+    return [1.0, float(high), float(low), float(len(ids)), *map(float, ids), *[-1.0] * (SLOTS - len(ids))]
 
 
 def whole_job() -> dist.ProcessGroup:
@@ -63,22 +80,26 @@ class Control:
         return bool(self.gather([float(flag)]).any())
 
     def agree(self, plan: StepPlan, bad: Collection[int]) -> frozenset[int]:
+        """compare() by a message of its own."""
+        return self.compare(plan, self.gather(notice(plan, bad)))
+
+    def compare(self, plan: StepPlan, notices: np.ndarray) -> frozenset[int]:
         """Union over ranks of the samples found unreadable; empty means the step may run.
+
+        notices: every rank's [world, NOTICE], all of them ready.
 
         Raises PolyrankError naming the ranks whose plan differs from rank 0's, and the first sample in which
         it does.
         """
-        ids = sorted(bad)[:SLOTS]
-        message = [plan.digest, len(ids), *ids, *[-1] * (SLOTS - len(ids))]
-        table = self._gather(to_device(np.array(message, dtype=np.int64), self.device))
-        odd = [r for r in range(len(table)) if table[r, 0] != table[0, 0]]
+        _, high, low, count, *_ = notices.T
+        odd = np.flatnonzero((high != high[0]) | (low != low[0])).tolist()
         if odd:
             raise PolyrankError(
                 f"step {plan.step + 1}: ranks {odd} planned another step than rank 0, "
                 f"{self._first_other(plan, odd)}; the data, its index or the config differ between machines: "
                 "compare them and start again"
             )
-        return frozenset(int(i) for row in table for i in row[2 : 2 + row[1]])
+        return frozenset(int(i) for row, n in zip(notices, count, strict=True) for i in row[4 : 4 + int(n)])
 
     def _first_other(self, plan: StepPlan, odd: Sequence[int]) -> str:
         """The first sample whose plan on a rank in `odd` differs from rank 0's. Every rank calls this."""

@@ -1,7 +1,8 @@
 """Step plans and their tensors, prepared ahead: planned in a process, read in a background thread.
 
-Prefetching finds unreadable samples. Other ranks cannot derive these, so each step begins with one small
-message between all ranks: the unreadable samples and a fingerprint of the plan (Control.agree).
+Prefetching finds unreadable samples. Other ranks cannot derive these, so all ranks tell each other before a
+step runs: the unreadable samples and a fingerprint of the plan. That goes with the message at the end of the
+step before, or with one of its own where some rank has not prepared the step by then.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mm.plan.schedules import Schedules
 from mm.plan.step_plan import StepPlan, plan_step, plan_table
 from mm.plan.table import SampleTable
 from mm.ranks.batch import Assembler, RankBoundary, RankMicrobatch
-from mm.ranks.control import Control
+from mm.ranks.control import Control, notice
 from mm.ranks.planner import Planned, Planner
 
 MAX_BAD_IN_A_ROW = 100
@@ -85,6 +86,20 @@ class Feed:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._pending: dict[int, Future[Prepared]] = {}
         self._planner: Planner | None = None
+        self._heard: tuple[int, np.ndarray] | None = None  # a step, and what all ranks say of it
+
+    def notice(self, step: int) -> list[float]:
+        """What this rank tells the others of a step that is to come, with a message that goes anyway."""
+        future = self._pending.get(step)
+        if future is None or not future.done() or future.exception() is not None:
+            return notice(None, ())
+        prepared = future.result()
+        return notice(prepared.plan, [b.sample_id for b in prepared.bad])
+
+    def hear(self, step: int, notices: np.ndarray) -> None:
+        """Take note of what all ranks say of a step: [world, NOTICE], equal on all ranks."""
+        ready = notices[:, 0].all()
+        self._heard = (step, notices) if ready else None
 
     def next(self, step: int, stop: int) -> tuple[Prepared, float]:
         """Step number `step` and the seconds spent waiting for it. Steps from `stop` on are not prefetched.
@@ -99,7 +114,7 @@ class Feed:
                 if s not in self._pending:
                     self._pending[s] = self._pool.submit(self._prepare, s, self.bad)
             prepared = self._pending.pop(step).result()
-            found = self._control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
+            found = self._agreed(step, prepared)
             if not found:
                 return prepared, time.perf_counter() - start
             for error in prepared.bad:
@@ -112,6 +127,13 @@ class Feed:
                 )
             self.bad |= found
             self._drop_pending()
+
+    def _agreed(self, step: int, prepared: Prepared) -> frozenset[int]:
+        """The samples of a step that some rank cannot read, by what ranks have said already or by asking."""
+        heard, self._heard = self._heard, None
+        if heard is not None and heard[0] == step:
+            return self._control.compare(prepared.plan, heard[1])
+        return self._control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
 
     def _drop_pending(self) -> None:
         for future in self._pending.values():

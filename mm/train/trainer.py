@@ -181,7 +181,8 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMe
         schedule = job.blueprint.schedule(prepared.plan.active)
         draw_measured(schedule, records, job.control, job.rank.rank, Path(cfg.run.dir), step + 1)
     lr = learning_rate(cfg.train, step)
-    update = finish_step(job, result, step, lr, stop=stop)
+    update = finish_step(job, result, step, lr, stop=stop, notice=feed.notice(step + 1))
+    feed.hear(step + 1, update.notices)
     return StepMetrics(
         step=step + 1,
         loss=update.loss,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,7 @@ class Update:
 
     grad_norm: before clipping. compute_s: of the slowest rank, by module; optimizer_s: seconds of the
     gradients' sums and the update. objectives: unweighted, as LLM.take_objectives gives them. stop: some rank
-    was asked to end.
+    was asked to end. notices: what each rank says of the step to come, [world, n].
     """
 
     loss: float
@@ -57,12 +57,15 @@ class Update:
     peak_memory_bytes: int
     objectives: dict[str, float]
     stop: bool
+    notices: np.ndarray
 
 
-def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: bool = False) -> Update:
+def finish_step(
+    job: Job, result: StepResult, step: int, lr: float, *, stop: bool = False, notice: Sequence[float] = ()
+) -> Update:
     """Agree on loss and gradient norm in one message, then clip and update.
 
-    stop: this rank was asked to end; the run then ends on all ranks.
+    stop: this rank was asked to end; the run then ends on all ranks. notice: what it says of the next step.
     Raises NonFinite on all ranks, before anything is updated, naming module and rank.
     """
     start = time.perf_counter()
@@ -72,7 +75,9 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
         squares[m] = optimizer.norm_squared()
     mine = _report(job, result, squares, time.perf_counter() - start, stop)
     # The one time that a step's host waits for its device.
-    ranks = mine.read(job.control.gather(mine.numbers()))
+    table = job.control.gather([*mine.numbers(), *notice])
+    reports, notices = np.split(table, [table.shape[1] - len(notice)], axis=1)
+    ranks = mine.read(reports)
     _check_finite(ranks, step)
     total = {m: math.sqrt(x.squares.sum()) for m, x in ranks.modules.items()}
     norm = math.sqrt(sum(n * n for n in total.values()))
@@ -97,6 +102,7 @@ def finish_step(job: Job, result: StepResult, step: int, lr: float, *, stop: boo
         peak_memory_bytes=int(ranks.scalars.memory_bytes.max()),
         objectives={name: float(sums.sum()) for name, sums in ranks.objectives.items()},
         stop=bool(ranks.scalars.stop.any()),
+        notices=notices,
     )
 
 

@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from mm.data.index import load_index
 from mm.errors import PolyrankError
 from mm.plan.blueprint import draw_up
 from mm.plan.step_plan import plan_step
-from mm.ranks.control import Control, whole_job
+from mm.ranks.control import Control, notice, whole_job
 from tests.mm.harness import CONFIGS, small
 
 
@@ -37,6 +38,12 @@ def test_a_rank_with_another_plan_is_named_with_the_first_sample(ranks: Any) -> 
     for message in ranks(3, disagree, "sample"):
         assert "step 8: ranks [2] planned another step" in message
         assert "first in sample 4 of the batch (id 4 on rank 0, 9 on rank 2)" in message
+
+
+def test_every_bit_of_a_fingerprint_counts() -> None:
+    digests = [0, 1, 1 << 32, 1 << 62, (1 << 63) - 1, (1 << 63) - 2]
+    said = {tuple(notice(mock.Mock(digest=digest), [])) for digest in digests}
+    assert len(said) == len(digests)
 
 
 def stay_away(path: str) -> str:
