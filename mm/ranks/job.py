@@ -28,6 +28,7 @@ from mm.ranks.launch import RankInfo
 from parallel.boundary import BoundaryCommunicator, PlanCache
 from parallel.comm.pipeline import Pipe
 from parallel.comm.warm_up import Ends, warm_up
+from parallel.sharding import whole
 from parallel.sharding.optim import AdamW, ShardedOptimizer
 from parallel.sharding.shard import ShardPolicy, materialise, shard_module
 from parallel.topology.directions import Directions
@@ -83,6 +84,9 @@ class Job:
         Torch's caches of DTensor sharding keep meshes alive, and with them groups and their threads. They are
         cleared here.
         """
+        for parts in self.parts.values():
+            for part in parts.values():
+                whole.wait(part)  # the last update has started a gather
         self.groups.close()
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch has no types here
 

@@ -53,19 +53,22 @@ def run_step(
     flight = Flight(job, prepared, schedule)
     transfers = Transfers(flight)
     forward = Forward(flight, transfers, on_tokens)
+    weights = Weights(flight)
     for both in job.boundaries.values():
         for boundary in both:
             boundary.stats.reset()
     gather_held(job)
     with torch.set_grad_enabled(train):
-        handlers = _handlers(flight, transfers, forward)
+        handlers = _handlers(flight, transfers, forward, weights)
         seconds = execute(schedule.actions(job.rank.rank), handlers, observe=observe)
     transfers.finish()
+    weights.finish()
     return StepResult(forward.loss, seconds)
 
 
-def _handlers(flight: Flight, transfers: Transfers, forward: Forward) -> Mapping[Kind, Handler]:
-    weights = Weights(flight)
+def _handlers(
+    flight: Flight, transfers: Transfers, forward: Forward, weights: Weights
+) -> Mapping[Kind, Handler]:
     backward = Backward(flight, transfers, weights)
     return {
         Kind.FORWARD: forward.forward,

@@ -1,10 +1,17 @@
-"""The weights of the stages on this rank: when they are whole, and when their gradients are summed."""
+"""The weights of the stages on this rank: when they are whole, and when their gradients are summed.
+
+Gathers and sums are started here. The forward that needs whole weights waits for them; the end of the step
+waits for the sums.
+"""
 
 from __future__ import annotations
 
+import sys
+
 from mm.ranks.job import Job
 from mm.train.flight import Flight, Key, key_of
-from parallel.schedule import Action, Kind
+from parallel.schedule import Action, Kind, ModuleUse
+from parallel.schedule.plan import gather_groups, parameter_groups
 from parallel.sharding import whole
 
 
@@ -16,9 +23,16 @@ class Weights:
         actions = flight.schedule.actions(flight.job.rank.rank)
         # Stages whose gradients are summed after their last backward, not in it.
         self._after = {(a.module, a.stage) for a in actions if a.kind is Kind.GRAD_SYNC}
+        learnt = [key_of(a) for a in actions if a.last and not self.uses[a.module].frozen]
+        self._parts = {(key.module, key.stage): flight.part(key) for key in learnt}
+        self._posted = {
+            stage: whole.post_sums(part)
+            for stage, part in self._parts.items()
+            if whole.on_host(part) and _summed_once(stage[0], self.uses[stage[0]])
+        }
 
     def gather(self, action: Action) -> None:
-        """Make a stage's weights whole on all its data ranks, until they are freed."""
+        """Start to make a stage's weights whole on all its data ranks, until they are freed."""
         whole.gather(self.flight.part(key_of(action)))
 
     def free(self, action: Action) -> None:
@@ -26,8 +40,18 @@ class Weights:
         whole.free(self.flight.part(key_of(action)))
 
     def grad_sync(self, action: Action) -> None:
-        """Sum the gradients that all backwards of the step have added up."""
+        """Start to sum the gradients that all backwards of the step have added up."""
+        posted = self._posted.get((action.module, action.stage))
+        if posted is not None:
+            posted.most = sys.maxsize  # the gradients are there, whether a sum reads them or not
         whole.sum_now(self.flight.part(key_of(action)), True, final=True)
+
+    def finish(self) -> None:
+        """Wait for the sums of the step."""
+        for posted in self._posted.values():
+            posted.wait()
+        for part in self._parts.values():
+            whole.finish_sums(part)
 
     def before_backward(self, action: Action) -> None:
         """Say whether the next backward of a stage sums gradients, and whether it frees whole weights."""
@@ -53,6 +77,7 @@ class Weights:
     def unshard(self, key: Key) -> None:
         """Make the stage's weights whole now."""
         whole.gather(self.flight.part(key))
+        whole.wait(self.flight.part(key))
 
     def _sums(self, action: Action) -> bool:
         """Whether the backward of an action sums gradients over the data ranks."""
@@ -60,8 +85,14 @@ class Weights:
         return last or self.uses[action.module].sums == "backward"
 
 
+def _summed_once(module: str, use: ModuleUse) -> bool:
+    """Whether FSDP reads no gradient after its sum: it adds none to it, and sums it over no replicas."""
+    return use.sums == "step" and gather_groups(module, use) == parameter_groups(module, use)
+
+
 def gather_held(job: Job) -> None:
-    """Make the weights whole that are so between steps; nothing where they are. Every rank calls this."""
+    """Start to make the weights whole that are so between steps; nothing where they are. Every rank calls
+    this."""
     for module, parts in job.parts.items():
         if job.blueprint.uses[module].params == "replicated":
             for part in parts.values():

@@ -12,8 +12,9 @@ class Kind(Enum):
     """What an action does. parallel.schedule.executor.execute describes each kind for its handler.
 
     Forwards and backwards compute, and may run collectives of their groups. GATHER, FREE, GRAD_SYNC and
-    OPTIMIZER act on parameters. Sends, receives and boundary actions only start a transfer: the action that
-    uses its result waits for it. A boundary action carries the name of its source module.
+    OPTIMIZER act on parameters. Gathers, sums of gradients, sends, receives and boundary actions only start a
+    transfer: the action that uses its result waits for it. A boundary action carries the name of its source
+    module.
     """
 
     FORWARD = "forward"
@@ -51,8 +52,9 @@ COMPUTE = frozenset({FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT})
 SENDS = frozenset({SEND_FORWARD, SEND_BACKWARD})
 RECEIVES = frozenset({RECV_FORWARD, RECV_BACKWARD})
 BOUNDARY = frozenset({BOUNDARY_FORWARD, BOUNDARY_BACKWARD})
+OVER_DATA = frozenset({Kind.GATHER, Kind.GRAD_SYNC})  # of a stage's parameters, over all its data ranks
 _GRADIENTS = (SEND_BACKWARD, RECV_BACKWARD)
-POSTED = SENDS | RECEIVES | BOUNDARY  # actions that only start a transfer
+POSTED = SENDS | RECEIVES | BOUNDARY | OVER_DATA  # actions that only start a transfer
 
 # (kind, module, micro-batch, stage), which is action[:4]: what identifies an action within its list. A plain
 # tuple, because a large plan makes half a million of them.

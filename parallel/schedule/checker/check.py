@@ -196,6 +196,8 @@ def _named(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[st
         if a.kind in BOUNDARY:
             wanted = (wanted[0]._replace(stage=a.stage),)
         peer = None if step is None else a.stage + step
+        if a.kind in _STEPWISE and a.microbatches != range(1):
+            yield f"rank {plan.ranks_of[p][0]}: {a} is for a whole step, so its micro-batch must be 0"
         if a.groups != wanted or a.peer != peer:
             yield (
                 f"rank {plan.ranks_of[p][0]}: {a} names groups [{', '.join(map(str, a.groups))}] and peer "

@@ -11,6 +11,7 @@ from parallel.schedule.action import (
     BACKWARD_WEIGHT,
     COMPUTE,
     FORWARD,
+    OVER_DATA,
     POSTED,
     Action,
     ActionKey,
@@ -32,6 +33,7 @@ class Memory:
     hidden: by (module, stage), the hidden states that enter a stage from the one before.
     held: by (source, stage of the sink), the rows of an edge on the ranks that make them.
     read: by (source, stage of the sink), the rows of an edge on the ranks that read them.
+    whole: by (module, stage), the weights that a GATHER makes whole. They count from its start until FREE.
 
     What `hidden`, `held` and `read` do not name takes nothing. They count while they are not part of an
     activation: during their transfer; as gradients, from the backward that makes them to the one that uses
@@ -44,6 +46,7 @@ class Memory:
     hidden: Mapping[tuple[str, int], float] = field(default_factory=dict)
     held: Mapping[tuple[str, int], float] = field(default_factory=dict)
     read: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    whole: Mapping[tuple[str, int], float] = field(default_factory=dict)
 
     @property
     def moves(self) -> bool:
@@ -115,8 +118,8 @@ def _peak(plan: SchedulePlan, p: int, memory: Memory, loads: Mapping[str, Sequen
             for module, amount in moving.before(a):
                 total, held[module] = total + amount, held[module] + amount
             freed = moving.after(a)
-        if a.kind is FORWARD or (a.kind in POSTED and moving is not None):
-            amount = _activation(a, memory, loads) if a.kind is FORWARD else 0.0
+        if a.kind is FORWARD or a.kind is Kind.GATHER or (a.kind in POSTED and moving is not None):
+            amount = _activation(a, memory, loads) if a.kind is FORWARD else _gathered(a, memory)
             total, held[a.module] = total + amount, held[a.module] + amount
             if total > best:
                 best, at, then = total, a, dict(held)
@@ -126,6 +129,8 @@ def _peak(plan: SchedulePlan, p: int, memory: Memory, loads: Mapping[str, Sequen
                 later = a.kind is BACKWARD_WEIGHT
                 amount *= memory.weight_share if later else 1 - memory.weight_share
             freed = [*freed, (a.module, amount)]
+        elif a.kind is Kind.FREE:
+            freed = [(a.module, memory.whole.get((a.module, a.stage), 0.0))]
         for module, amount in freed:
             total, held[module] = total - amount, held[module] - amount
     return Peak(best, plan.ranks_of[p], then, str(at or "nothing"))
@@ -135,6 +140,11 @@ def _activation(a: Action, memory: Memory, loads: Mapping[str, Sequence[float]])
     load = loads[a.module]
     amount = load[a.microbatch] if a.span == 1 else sum(load[a.microbatch : a.microbatch + a.span])
     return amount * memory.of(a.module, a.stage)
+
+
+def _gathered(a: Action, memory: Memory) -> float:
+    """What a transfer makes whole: a stage's weights, or nothing."""
+    return memory.whole.get((a.module, a.stage), 0.0) if a.kind is Kind.GATHER else 0.0
 
 
 class _Moving:
@@ -183,6 +193,8 @@ class _Moving:
             return [] if learns else [(hidden.get((module, stage + 1), 0.0), None)]
         if a.kind is Kind.SEND_BACKWARD:
             return [(hidden.get((module, stage), 0.0), None)]
+        if a.kind in OVER_DATA:
+            return []
         return self._edge(a, learns)
 
     def _edge(self, a: Action, learns: bool) -> list[tuple[float, ActionKey | None]]:

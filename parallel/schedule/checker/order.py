@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from parallel.schedule.action import SEND_FORWARD, Action
+from parallel.schedule.action import OVER_DATA, SEND_FORWARD, Action
 from parallel.schedule.checker.reader import START, Collective, Flow, Reading, TransferKey
 from parallel.schedule.plan import SchedulePlan
 
@@ -99,7 +99,7 @@ class _Order:
     def _ends(self, flow: Flow) -> int:
         """How many programs must start a transfer of a flow."""
         if flow.ends is not None:
-            return 2
+            return len(flow.ends)
         return len(frozenset().union(*self.plan.ends(flow.module, flow.stage)))
 
     def _reason(self, p: int) -> str:
@@ -130,6 +130,8 @@ class _Order:
         module, stage = flow.module, flow.stage
         if flow.ends is None:
             return f"{Action(flow.kind, module, i, stage)} to be started by every rank of the edge"
+        if flow.kind in OVER_DATA:
+            return f"{Action(flow.kind, module, i, stage)} to be started by all of its data ranks"
         carries = "activations" if flow.kind is SEND_FORWARD else "gradients"
         where = f"between {module}.{stage - 1} and {module}.{stage} from {self._ranks(flow.ends[:1])}"
         return f"{carries} of micro-batch {i} {where}"

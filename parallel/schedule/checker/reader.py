@@ -22,6 +22,7 @@ from parallel.schedule.action import (
     BOUNDARY_FORWARD,
     COMPUTE,
     FORWARD,
+    OVER_DATA,
     POSTED,
     RECV_BACKWARD,
     RECV_FORWARD,
@@ -31,7 +32,7 @@ from parallel.schedule.action import (
     ActionKey,
     Kind,
 )
-from parallel.schedule.plan import SchedulePlan
+from parallel.schedule.plan import SchedulePlan, gather_groups, parameter_groups
 from parallel.topology.groups import Group
 
 START = -1  # the start of the step, where the number of a computation is expected
@@ -74,18 +75,20 @@ Result = tuple[str, int, int]  # of a forward or backward: (module, micro-batch,
 
 
 class Flow(NamedTuple):
-    """The messages of one kind between two ends. Each micro-batch of a flow is one transfer.
+    """The messages of one kind between its ends. Each micro-batch of a flow is one transfer.
 
-    kind: SEND_FORWARD or SEND_BACKWARD along a pipeline; BOUNDARY_FORWARD or BOUNDARY_BACKWARD on an edge.
-    module: the module of the pipeline; the source of the edge.
-    stage: the later of the two stages; the sink's stage that the edge's rows enter.
-    ends: (sending program, receiving program); None on an edge, where SchedulePlan.ends() gives them.
+    kind: SEND_FORWARD or SEND_BACKWARD along a pipeline; BOUNDARY_FORWARD or BOUNDARY_BACKWARD on an edge;
+        GATHER or GRAD_SYNC over data ranks, one transfer a step, whose micro-batch is 0.
+    module: the module of the pipeline or the parameters; the source of the edge.
+    stage: the later of the two stages; the sink's stage that the edge's rows enter; that of the parameters.
+    ends: (sending program, receiving program), or the programs of the data ranks; None on an edge, where
+        SchedulePlan.ends() gives them.
     """
 
     kind: Kind
     module: str
     stage: int
-    ends: tuple[int, int] | None = None
+    ends: tuple[int, ...] | None = None
 
 
 class _FlowNumbers(NamedTuple):
@@ -179,6 +182,8 @@ class _Reader:
     def _read(self, p: int) -> list[int]:
         """The computations of a program, as far as it gets if others do all that it waits for."""
         last, computations, found = START, list[int](), self.reading
+        gathers: dict[tuple[str, int], list[TransferKey]] = {}  # by stage, until a computation waits for it
+        sums: list[TransferKey] = []
         done: dict[Kind, set[Result]] = {FORWARD: set(), BACKWARD: set()}  # on the program's own ranks
         for number, a in enumerate(self.plan.programs[p], found.first[p]):
             lacks = self._lacks(p, a, done)
@@ -191,8 +196,17 @@ class _Reader:
                 for key in keys:
                     found.transfers[key].append(last)
                     found.started_by[key][p] = number
+                if a.kind is Kind.GATHER:
+                    gathers[a.module, a.stage] = keys
+                elif a.kind is Kind.GRAD_SYNC:
+                    sums += keys
                 continue
-            if keys := self._transfers(p, a):
+            keys = self._transfers(p, a)
+            if gathers and a.kind in COMPUTE:
+                keys = keys + gathers.pop((a.module, a.stage), [])
+            elif a.kind is Kind.OPTIMIZER:
+                keys = keys + sums
+            if keys:
                 found.waits[number] = keys
             if a.groups and len(members := self.members[a.groups, p]) > 1:
                 found.collectives[number] = Collective(a[:4], members)
@@ -248,6 +262,9 @@ class _Reader:
         if kind in BOUNDARY:
             return [Flow(kind, module, stage)]
         use = self.plan.modules[module]
+        if kind in OVER_DATA:
+            groups = (gather_groups if kind is Kind.GATHER else parameter_groups)(module, use)
+            return [Flow(kind, module, stage, tuple(sorted(self.members[groups, p])))]
         if kind in (BACKWARD, BACKWARD_INPUT) and stage + 1 == use.stages:
             return [] if sink else [Flow(BOUNDARY_BACKWARD, module, s) for s in use.enters]
         if kind not in _MESSAGE:

@@ -5,6 +5,8 @@ for the transfer, and may block until the other end takes part. So it waits wher
 
 - A message from another rank proves which actions that rank has done. Transfers that it has started by then
   are acknowledged, and waiting for them does not block.
+- Sums of gradients that a rank waits for after its last action prove the same: what they acknowledge is
+  waited for there.
 - Where no message comes back (evaluation, frozen sources, the last gradients of a pipeline), a rank keeps a
   few transfers of a flow under way and then waits for the oldest, which may block.
 """
@@ -12,9 +14,10 @@ for the transfer, and may block until the other end takes part. So it waits wher
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from parallel.schedule.action import OVER_DATA, Kind
 from parallel.schedule.checker.reader import Reading, TransferKey
 
 # How many transfers of a flow a rank keeps under way without an acknowledgement. The first that works counts.
@@ -54,21 +57,35 @@ def _acknowledged(reading: Reading, p: int, out: dict[int, list[TransferKey]]) -
     awaited = {key for n in computations for key in waits.get(n, ())}
     progress: dict[int, int] = {}  # by other program, the last of its actions that it is known to have begun
     pending: dict[int, deque[TransferKey]] = defaultdict(deque)  # by flow
+    sums: list[TransferKey] = []
     for n in range(reading.first[p], reading.first[p + 1]):
         for key in starts.get(n, ()):
-            if key not in awaited:
+            kind = reading.flows[key[0]].kind
+            if kind is Kind.GRAD_SYNC:
+                sums.append(key)
+            elif key not in awaited and kind not in OVER_DATA:
                 pending[key[0]].append(key)
         if n not in computations:
             continue
         for there in (*(started_by[key] for key in waits.get(n, ())), together.get(n, {})):
-            for q, at in there.items():
-                progress[q] = max(progress.get(q, -1), at)
+            _reach(progress, there)
         for queue in pending.values():
-            while queue and all(
-                q == p or progress.get(q, -1) >= at for q, at in started_by[queue[0]].items()
-            ):
+            while queue and _is_started(started_by[queue[0]], p, progress):
                 out.setdefault(n, []).append(queue.popleft())
-    return [list(queue) for queue in pending.values()]
+    for key in sums:
+        _reach(progress, started_by[key])
+    return [[k for k in queue if not _is_started(started_by[k], p, progress)] for queue in pending.values()]
+
+
+def _reach(progress: dict[int, int], there: Mapping[int, int]) -> None:
+    """Other programs are known to have come as far as `there` says."""
+    for q, at in there.items():
+        progress[q] = max(progress.get(q, -1), at)
+
+
+def _is_started(ends: Mapping[int, int], p: int, progress: Mapping[int, int]) -> bool:
+    """Whether all ends of a transfer but that of program p are known to be started."""
+    return all(q == p or progress.get(q, -1) >= at for q, at in ends.items())
 
 
 def _blocking(

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from typing import Literal, NamedTuple
 
-from parallel.schedule.action import Action
+from parallel.schedule.action import OVER_DATA, Action
 from parallel.schedule.checker.graph import graph_of
 from parallel.schedule.checker.reader import Collective, TransferKey, reading_of
 from parallel.schedule.plan import SchedulePlan
@@ -176,9 +176,13 @@ class _Run:
         """The first uses that action n may be part of."""
         group, found = self._action(n).groups[0], []
         for key in self.reading.starts[n]:
-            ends = self.reading.flows[key[0]].ends
-            order = ends or tuple(sorted(self.reading.started_by[key]))
-            way = ends if self.first_use == "eager" else None  # lazy: one communicator for both directions
+            flow = self.reading.flows[key[0]]
+            if flow.kind in OVER_DATA and self.first_use == "eager":
+                continue  # its communicator exists and has no directions
+            order = flow.ends or tuple(sorted(self.reading.started_by[key]))
+            way = None  # lazy: one communicator for both directions
+            if self.first_use == "eager" and flow.ends is not None:
+                way = (flow.ends[0], flow.ends[1])
             found.append(_FirstUse(group, frozenset(order), way))
         return found
 

@@ -95,7 +95,7 @@ def simulated(line: Timeline) -> Chart:
             if a.kind in COMPUTE and end > start:
                 chunk = a.stage // plan.modules[a.module].layout.pp
                 bars.append(Bar(p, start, end, a, chunk))
-    arrows = [Arrow(*transfer) for transfer in line.transfers]
+    arrows = [Arrow(*transfer) for transfer in line.transfers if transfer.source != transfer.target]
     rows = tuple(
         Row(_ranks(ranks), _modules(plan, p), line.bubble(ranks[0])) for p, ranks in enumerate(plan.ranks_of)
     )

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from parallel.schedule.action import BOUNDARY
+from parallel.schedule.action import BOUNDARY, OVER_DATA, Kind
 from parallel.schedule.checker.memory import check_limit, peaks
 from parallel.schedule.generators.compose import (
     colocated_plan,
@@ -104,9 +104,32 @@ def _fastest(problem: Problem, plans: Sequence[SchedulePlan]) -> SchedulePlan:
     costs = problem.options.costs or Costs()
     # Rows take time. Where nobody says how much, a tenth of a forward: plans that hide them win.
     rows = {(m, kind): 0.1 for m in problem.batch for kind in BOUNDARY}
+    rows |= {(m, kind): 0.1 for m in problem.modules for kind in OVER_DATA}
     priced = replace(costs, transfer={**rows, **costs.transfer})
     best = plans[0] if len(plans) == 1 else min(plans, key=lambda plan: simulate(plan, priced).seconds)
-    return in_one_order(best, problem.options.costs)
+    if not any(a.kind is Kind.GATHER for _, a in best):
+        return in_one_order(best, problem.options.costs)
+    return _gathered_late(problem, best, priced)
+
+
+# How many computations before its weights are needed a gather may start; None: with the step. Fewer hold the
+# weights for less time.
+LEADS = (0, 1, 2, 4, None)
+
+
+def _gathered_late(problem: Problem, plan: SchedulePlan, priced: Costs) -> SchedulePlan:
+    """The plan in one order, whose gathers start as late as costs no simulated time, and within the limit."""
+    options, least, best = problem.options, math.inf, plan
+    most = math.inf if options.limit is None else options.limit
+    fastest = simulate(in_one_order(plan, options.costs, None), priced).seconds
+    for lead in LEADS:
+        found = in_one_order(plan, options.costs, lead)
+        took = simulate(found, priced).seconds
+        if lead == LEADS[0] or (took < least and _holds(found, options) <= most):
+            least, best = took, found
+        if least <= fastest:
+            break
+    return best
 
 
 def _within_limit(problem: Problem, plan: SchedulePlan, limit: float) -> str:

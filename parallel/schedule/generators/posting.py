@@ -6,7 +6,10 @@ Moments follow one another in the same order on every rank. All operations of th
 order, whatever the communicators they run on, and each could wait for the other end without a deadlock: no
 backend needs buffers, tags or a stream for each direction (checker/streams.py proves it of every plan).
 
-lower() leaves receives at the head of each list; they would be started far too early.
+A stage's gradients are summed once they are complete on all of its data ranks. Its weights are gathered a
+number of computations before the first of these ranks needs them, or at the start of the step.
+
+lower() leaves receives and gathers at the head of each list; they would be started far too early.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from parallel.schedule.action import BOUNDARY, BOUNDARY_FORWARD, SENDS, Action, Kind
+from parallel.schedule.action import BOUNDARY, BOUNDARY_FORWARD, COMPUTE, SENDS, Action, Kind
 from parallel.schedule.checker.graph import Graph
 from parallel.schedule.checker.order import find_order
-from parallel.schedule.checker.reader import Flow, reading_of
+from parallel.schedule.checker.reader import START, Flow, reading_of
 from parallel.schedule.plan import SchedulePlan
 from parallel.schedule.simulator.costs import Costs
 from parallel.schedule.simulator.simulate import run_graph
@@ -30,15 +33,17 @@ _Moment = tuple[float, int]
 _Message = tuple[int, int]
 
 
-def in_one_order(plan: SchedulePlan, costs: Costs | None) -> SchedulePlan:
+def in_one_order(plan: SchedulePlan, costs: Costs | None, lead: int | None = 1) -> SchedulePlan:
     """The plan with every transfer at its moment. Linear in its actions but for a sort of each list.
 
+    lead: how many computations at least run between the start of a gather and the first that needs it; None
+        starts all gathers with the step.
     Raises Stuck where the plan has no order.
     """
     reading = reading_of(plan)
     joined = _joined_flows(reading.flows)
     ends = _ends(plan, joined, costs)
-    ready = _ready(plan, joined, ends)
+    ready = {**_gathers(plan, joined, ends, lead), **_ready(plan, joined, ends)}
     # Equal moments are told apart by a number that is the same on all ranks.
     numbered = {message: (*moment, k) for k, (message, moment) in enumerate(ready.items())}
     programs = []
@@ -96,15 +101,45 @@ def _ends(plan: SchedulePlan, joined: Sequence[int], costs: Costs | None) -> Map
     return {n: (ends[n], turn) for turn, entry in enumerate(graph.order) for n in entry}
 
 
+def _gathers(
+    plan: SchedulePlan, joined: Sequence[int], ends: Mapping[int, _Moment], lead: int | None
+) -> dict[_Message, _Moment]:
+    """By gather, when it is started on all of its ranks."""
+    found: dict[_Message, _Moment] = {}
+    reading = reading_of(plan)
+    for program, low in zip(plan.programs, reading.first[:-1], strict=True):
+        waiting: dict[tuple[str, int], _Message] = {}
+        computed = [START]  # the computations so far
+        for n, a in enumerate(program, low):
+            if a.kind is Kind.GATHER:
+                flow, microbatch = reading.starts[n][0]
+                waiting[a.module, a.stage] = (joined[flow], microbatch)
+            elif a.kind in COMPUTE:
+                message = waiting.pop((a.module, a.stage), None)
+                if message is not None:
+                    after = START if lead is None else computed[max(0, len(computed) - 1 - lead)]
+                    found[message] = min(found.get(message, ends[n]), _moment(ends, after))
+                computed.append(n)
+    return found
+
+
+def _moment(ends: Mapping[int, _Moment], computation: int) -> _Moment:
+    return (0.0, -1) if computation == START else ends[computation]
+
+
 def _ready(plan: SchedulePlan, joined: Sequence[int], ends: Mapping[int, _Moment]) -> dict[_Message, _Moment]:
     """By message, when its rows are there on all ranks that send them."""
     found: dict[_Message, _Moment] = {}
     reading = reading_of(plan)
     for p, (program, low) in enumerate(zip(plan.programs, reading.first[:-1], strict=True)):
+        final: dict[tuple[str, int], int] = {}  # by stage, its last backward
         for n, a in enumerate(program, low):
-            if a.kind in SENDS or (a.kind in BOUNDARY and _sends(plan, p, a)):
+            if a.last:
+                final[a.module, a.stage] = n
+            if a.kind in SENDS or a.kind is Kind.GRAD_SYNC or (a.kind in BOUNDARY and _sends(plan, p, a)):
                 flow, microbatch = reading.starts[n][0]
-                message, moment = (joined[flow], microbatch), ends[reading.before[n]]
+                before = reading.before[n] if a.kind is not Kind.GRAD_SYNC else final[a.module, a.stage]
+                message, moment = (joined[flow], microbatch), ends[before]
                 if message not in found or moment > found[message]:
                     found[message] = moment
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from parallel.schedule.action import BOUNDARY_BACKWARD, POSTED, Action, Kind
+from parallel.schedule.action import BOUNDARY_BACKWARD, OVER_DATA, POSTED, Action, Kind
 from parallel.schedule.checker.graph import Graph, graph_of
 from parallel.schedule.checker.reader import START, Flow, TransferKey
 from parallel.schedule.plan import SchedulePlan
@@ -17,9 +17,10 @@ from parallel.schedule.simulator.costs import Costs
 
 
 class Transfer(NamedTuple):
-    """Rows on their way from program `source` to program `target`.
+    """Rows on their way from program `source` to program `target`, or what a program gathers or sums.
 
-    kind: SEND_FORWARD, SEND_BACKWARD or a boundary's. module: for a boundary its source.
+    kind: SEND_FORWARD, SEND_BACKWARD or a boundary's; for GATHER and GRAD_SYNC source and target are one.
+    module: for a boundary its source.
     start: when the last end has started it. end: when the rows are there. In seconds.
     """
 
@@ -69,8 +70,12 @@ class Timeline:
 
     @cached_property
     def seconds(self) -> float:
-        """The step time."""
-        return max(self.ends, default=0.0)
+        """The step time: until all is computed and summed."""
+        graph = graph_of(self.plan)
+        delays = _delays(graph, self.costs)
+        summed = [(n, 0) for n, flow in enumerate(graph.flows) if flow.kind is Kind.GRAD_SYNC]
+        sums = [max(map(self._end, graph.transfers[key])) + delays[key[0]] for key in summed]
+        return max((*self.ends, *sums), default=0.0)
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
@@ -103,9 +108,12 @@ class Timeline:
         return tuple(sorted(out, key=lambda t: t.start))
 
     def _pairs(self, flow: Flow) -> Sequence[tuple[int, int]]:
-        """The programs that the transfers of a flow go from and to."""
+        """The programs that the transfers of a flow go from and to; of what travels over data ranks, each of
+        its programs alone."""
+        if flow.kind in OVER_DATA:
+            return [(p, p) for p in flow.ends or ()]
         if flow.ends is not None:
-            return (flow.ends,)
+            return [(flow.ends[0], flow.ends[1])]
         sources, targets = self.plan.ends(flow.module, flow.stage)
         if flow.kind is BOUNDARY_BACKWARD:
             sources, targets = targets, sources

@@ -24,6 +24,7 @@ from mm.train.step import run_step
 from mm.train.trainer import train_step
 from mm.train.update import finish_step, learning_rate
 from parallel.schedule import Record
+from parallel.sharding import whole
 from tests.mm.harness import Held, largest_difference, running, small, weigh
 
 MODULES = ("vision", "audio", "llm")
@@ -151,6 +152,8 @@ def second_step(job: Job, feed: Feed) -> tuple[dict[str, Any], Cost]:
     with Recorder() as recorder:
         result = run_step(job, prepared, train=True, observe=observe if job.rank.rank == 0 else None)
         update = finish_step(job, result, 1, learning_rate(job.blueprint.cfg.train, 1))
+    for part in (part for parts in job.parts.values() for part in parts.values()):
+        whole.wait(part)  # the update has started gathers
     return asdict(update), Cost(moved(job, recorder), {m: (held(job, m), most[m]) for m in job.parts})
 
 
