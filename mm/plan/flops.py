@@ -18,7 +18,9 @@ def forward_flops(blueprint: Blueprint, plan: StepPlan) -> dict[str, Costs]:
     n, out = len(plan.microbatches), {}
     for module, items in plan.items.items():
         use, hidden = blueprint.inputs.encoders[module], blueprint.cfg.model[module].projector.hidden
-        cost = items.cost + row_flops(use.cls, use.cfg, blueprint.llm.d_model, hidden) * items.columns.rows
+        cost = (
+            items.cost + row_flops(use.cls, use.cfg, blueprint.llm.d_model, hidden) * items.columns.own_rows
+        )
         out[module] = loads(cost, items.columns.batch, n)
     out[SINK] = loads(plan.llm_cost, plan.seats.microbatch, n)
     return out

@@ -17,12 +17,13 @@ import numpy as np
 
 from llm.counts import Counts
 from mm.data.sample import Part, Sample
-from mm.plan.dealing import Seats, by_count, deal_items, deal_samples, home_ranks, load_imbalance
+from mm.plan.dealing import Seats, by_count, deal_samples, load_imbalance
 from mm.plan.inputs import PlanInputs
+from mm.plan.items import EdgeItems, edge_items
 from mm.plan.table import Costs, SampleTable
-from parallel.boundary import ItemColumns, RowMap, dest_side, row_positions, source_side
+from parallel.boundary import ItemColumns, RowMap, dest_side, row_positions, sharing, source_side
 from parallel.sequence.dealing import loads
-from parallel.sequence.intervals import Column, before, repeat_groups, sums
+from parallel.sequence.intervals import Column, before, sums
 
 
 class Edge(NamedTuple):
@@ -43,6 +44,7 @@ class ItemPlan:
     llm_dp: int  # dp rank of the language model that packs its sample
     position: int  # token position of its first row in the packed sequence of llm_dp
     source_dp: int  # dp rank of the encoder that computes it
+    same_as: int | None  # the earlier item of the micro-batch whose rows it reads; None where it has its own
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,6 @@ class Imbalance:
 
     dealt: float
     by_sample: float
-
-
-@dataclass(frozen=True, eq=False)
-class EdgeItems:
-    """The items of one encoder in a step, a line an item, in order of micro-batch and then of global row.
-
-    bounds: by micro-batch and at the end, the index of its first item, [microbatches + 1]. sample: its line
-    in StepPlan.table. home: the encoder's dp rank beside its sample. cost: in the encoder's unit. columns:
-    everything that the boundary needs.
-    """
-
-    bounds: Column
-    sample: Column
-    home: Column
-    cost: Costs
-    columns: ItemColumns
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +118,7 @@ class StepPlan:
         table, edges = self.table, [e.columns for e in self.items.values()]
         head = np.asarray([self.step, self.supervised, *self.mtp_supervised, len(self.order)], dtype=np.int64)
         samples = (self.order, table.ids, table.length, self.seats.microbatch, self.seats.dp, self.padded)
-        items = [c for e in edges for c in (e.batch, e.rows, e.position, e.dest_dp, e.source_dp)]
+        items = [c for e in edges for c in (e.batch, e.own_rows, e.position, e.dest_dp, e.source_dp)]
         return _fingerprint(head, *samples, *items)
 
     @cached_property
@@ -251,8 +237,8 @@ class MicrobatchEdge:
 
     @cached_property
     def rows(self) -> int:
-        """Rows of all items."""
-        return int(self._columns.rows.sum())
+        """Rows of all items, those that are read several times once."""
+        return int(self._columns.own_rows.sum())
 
     @cached_property
     def cost(self) -> float:
@@ -266,14 +252,16 @@ class MicrobatchEdge:
 
     def items_on(self, dp: int) -> tuple[ItemPlan, ...]:
         """The items that a dp rank of the encoder computes, in order of global row id."""
-        return self._plans(np.flatnonzero(self._columns.source_dp == dp))
+        mine, own = self._columns.source_dp == dp, self._columns.own
+        return self._plans(np.flatnonzero(mine if own is None else mine & own))
 
     def _plans(self, which: Column) -> tuple[ItemPlan, ...]:
         plan, lines = self.microbatch.plan, self._lines.start + which
         items, table = plan.items[self.module], plan.table
         nth = lines - table.items[self.module].first[items.sample[lines]]
         c = items.columns
-        columns = (items.sample, items.cost, c.rows, c.dest_dp, c.position, c.source_dp)
+        first = np.arange(len(c.rows)) if c.first is None else c.first
+        columns = (items.sample, items.cost, c.rows, c.dest_dp, c.position, c.source_dp, first)
         return tuple(
             ItemPlan(
                 sample=line - int(plan.bounds[self.microbatch.index]),
@@ -283,9 +271,10 @@ class MicrobatchEdge:
                 llm_dp=llm_dp,
                 position=position,
                 source_dp=source_dp,
+                same_as=None if own == at else own - self._lines.start,
             )
-            for k, line, cost, rows, llm_dp, position, source_dp in zip(
-                nth.tolist(), *(column[lines].tolist() for column in columns), strict=True
+            for at, k, line, cost, rows, llm_dp, position, source_dp, own in zip(
+                lines.tolist(), nth.tolist(), *(column[lines].tolist() for column in columns), strict=True
             )
         )
 
@@ -293,7 +282,9 @@ class MicrobatchEdge:
     def source(self) -> RowMap:
         """The rows as the encoder's last pipeline rank gives them."""
         layout = self.microbatch.plan.inputs.encoders[self.module].layout
-        return source_side(layout, self._columns.rows, self._columns.source_dp)
+        c = self._columns
+        own = slice(None) if c.own is None else c.own
+        return source_side(layout, c.rows[own], c.source_dp[own])
 
     @cached_property
     def dest(self) -> RowMap:
@@ -301,7 +292,8 @@ class MicrobatchEdge:
         rows."""
         inputs, c = self.microbatch.plan.inputs, self._columns
         tokens = self.microbatch.tokens
-        return dest_side(inputs.llm, c.rows, c.dest_dp, c.position, tokens, order=inputs.order)
+        side = dest_side(inputs.llm, c.rows, c.dest_dp, c.position, tokens, order=inputs.order)
+        return side if c.first is None else sharing(side, c.rows, c.first)
 
     def row_positions(self, rank: int) -> Column:
         """Token positions, in the share of the language model's `rank`, of its boundary rows in their local
@@ -342,33 +334,7 @@ def plan_table(step: int, batch: SampleTable, inputs: PlanInputs) -> StepPlan:
         start=start,
         filled=filled.reshape(n, dp),
         padded=(np.maximum(1, -(-filled // unit)) * unit).reshape(n, dp),
-        items={module: _edge_items(module, table, seats, start, inputs) for module in inputs.encoders},
-    )
-
-
-def _edge_items(
-    module: str, table: SampleTable, seats: Seats, start: Column, inputs: PlanInputs
-) -> EdgeItems:
-    """Deal the items of encoder `module` to its dp ranks. start: by sample, its first token."""
-    use, items, n = inputs.encoders[module], table.items[module], inputs.microbatches
-    sample = repeat_groups(np.zeros_like(items.of), items.of)[0]
-    microbatch = seats.microbatch[sample]
-    # Samples go to the encoder's dp ranks as to the language model's: equal dp sizes need no traffic.
-    home = home_ranks(*seats, inputs.llm.dp, use.layout.dp)[sample]
-    by_cost = use.deal == "cost"
-    dealt = deal_items(items.cost, microbatch, home, n, use.layout.dp) if by_cost else home
-    return EdgeItems(
-        bounds=np.searchsorted(microbatch, np.arange(n + 1)),
-        sample=sample,
-        home=home,
-        cost=items.cost,
-        columns=ItemColumns(
-            batch=microbatch,
-            rows=items.rows,
-            source_dp=dealt,
-            dest_dp=seats.dp[sample],
-            position=start[sample] + items.offset,
-        ),
+        items={module: edge_items(module, table, seats, start, inputs) for module in inputs.encoders},
     )
 
 

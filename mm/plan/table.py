@@ -6,9 +6,11 @@ items); a step then takes its samples' entries from the columns, without a loop 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +27,14 @@ class Items:
     """The items of one encoder, a line an item, in order of sample and then as they come in it.
 
     of: by sample, how many items it has. rows: that an item contributes. offset: of its first row among its
-    sample's tokens. cost: in the encoder's own unit.
+    sample's tokens. cost: in the encoder's own unit. content: a number from 0 on, equal where payloads are.
     """
 
     of: Column
     rows: Column
     offset: Column
     cost: Costs
+    content: Column
 
     @cached_property
     def first(self) -> Column:
@@ -42,7 +45,16 @@ class Items:
         """The items of the samples with these indices, in this order."""
         of = self.of[which]
         item = repeat_groups(self.first[which], of)[1]
-        return Items(of, self.rows[item], self.offset[item], self.cost[item])
+        return Items(of, self.rows[item], self.offset[item], self.cost[item], self.content[item])
+
+
+class _Found(NamedTuple):
+    """An item; content: of _content()."""
+
+    rows: int
+    offset: int
+    cost: float
+    content: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class SampleTable:
         """The table of `samples`. skip: ids that are never drawn; their lines are empty. Raises DataError
         (sample_length)."""
         length, supervised, mtp = [], [], []
-        found: dict[str, list[tuple[int, int, float]]] = {m: [] for m in inputs.encoders}
+        found: dict[str, list[_Found]] = {m: [] for m in inputs.encoders}
         of: dict[str, list[int]] = {m: [] for m in inputs.encoders}
         for sample in samples:
             drawn = sample.id not in skip
@@ -109,25 +121,33 @@ class SampleTable:
         return self.sample(line).items(module)[nth]
 
 
-def _append_items(
-    sample: Sample, inputs: PlanInputs, found: Mapping[str, list[tuple[int, int, float]]]
-) -> None:
-    """Append (rows, offset, cost) of each item of a sample to its module's list."""
+def _append_items(sample: Sample, inputs: PlanInputs, found: Mapping[str, list[_Found]]) -> None:
+    """Append each item of a sample to its module's list."""
     at = 1  # after the begin marker
     for seg in sample.segments:
         if seg.part is None:
             at += seg.text_bytes
             continue
         rows, use = inputs.rows(seg.kind, seg.part), inputs.encoders[seg.kind]
-        found[seg.kind].append((rows, at, float(use.cls.cost(use.cfg, seg.part.meta))))
+        cost = float(use.cls.cost(use.cfg, seg.part.meta))
+        content = _content(seg.part, len(found[seg.kind]))
+        found[seg.kind].append(_Found(rows, at, cost, content))
         at += rows
 
 
-def _items(of: Sequence[int], found: Sequence[tuple[int, int, float]]) -> Items:
-    rows, offset, cost = zip(*found, strict=True) if found else ((), (), ())
+def _content(part: Part, nth: int) -> int:
+    """63 bits that are equal where payloads and their sizes are. A part of unknown payload, which is made up,
+    is equal to itself alone: nth is its number."""
+    what = f"{part.sha256 or nth} {sorted(part.meta.items())}"
+    return int.from_bytes(hashlib.blake2b(what.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _items(of: Sequence[int], found: Sequence[_Found]) -> Items:
+    rows, offset, cost, content = zip(*found, strict=True) if found else ((), (), (), ())
     return Items(
         of=np.asarray(of, dtype=np.int64),
         rows=np.asarray(rows, dtype=np.int64),
         offset=np.asarray(offset, dtype=np.int64),
         cost=np.asarray(cost, dtype=np.float64),
+        content=np.unique(np.asarray(content, dtype=np.int64), return_inverse=True)[1].astype(np.int64),
     )

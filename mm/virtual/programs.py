@@ -146,7 +146,7 @@ def _set(layout: Layout) -> frozenset[int]:
 def _items_of(mb: Microbatch, module: str) -> dict[int, list[Hashable]]:
     """By dp rank of an encoder, the rows and costs of its items."""
     out: dict[int, list[Hashable]] = {}
-    for item in mb.edges[module].items:
+    for item in (i for i in mb.edges[module].items if i.same_as is None):
         out.setdefault(item.source_dp, []).append((item.rows, item.cost))
     return out
 
@@ -216,7 +216,7 @@ def edge_problems(blueprint: Blueprint, plan: StepPlan, node_size: int | None) -
         seen: set[Hashable] = set()
         for mb in plan.microbatches:
             rows = mb.edges[edge.source]
-            shape = tuple((i.rows, i.llm_dp, i.position, i.source_dp) for i in rows.items)
+            shape = tuple((i.rows, i.llm_dp, i.position, i.source_dp, i.same_as) for i in rows.items)
             if not rows.items or shape in seen:
                 continue
             seen.add(shape)

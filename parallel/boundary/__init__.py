@@ -12,7 +12,7 @@ from parallel.boundary.cache import PlanCache
 from parallel.boundary.communicator import BoundaryCommunicator, Stats
 from parallel.boundary.plan import EdgePlan, Transfer, edge_rows, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
-from parallel.boundary.sides import dest_side, on_stage, row_positions, source_side
+from parallel.boundary.sides import dest_side, on_stage, row_positions, sharing, source_side
 from parallel.boundary.stack import ItemColumns, Stack, own_maps, plan_stack, stack_positions
 from parallel.comm.pending import Pending
 
@@ -34,6 +34,7 @@ __all__ = [
     "plan_stack",
     "plan_transfer",
     "row_positions",
+    "sharing",
     "source_side",
     "stack_positions",
 ]

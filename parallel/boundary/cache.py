@@ -52,7 +52,7 @@ class PlanCache:
 
 def _digest(m: RowMap) -> bytes:
     h = hashlib.blake2b(digest_size=16)
-    for column in (m.start, m.length, m.lane, m.local, m.rows):
+    for column in (m.start, m.length, m.lane, m.local, m.rows, *(m.copies or ())):
         h.update(len(column).to_bytes(8, "little"))
         h.update(column.tobytes())
     return h.digest()

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.boundary.plan import EdgePlan, Transfer
+from parallel.boundary.repeats import Repeats
 from parallel.comm.linear_map import linear_map
 from parallel.comm.pending import Pending
-from parallel.comm.transport import Channel, Finish, move, start_all_to_all, start_p2p, tag_of
+from parallel.comm.transport import Channel, Finish, move, pick, start_all_to_all, start_p2p, tag_of
 from parallel.sequence.host import Indices
 
 Transport = Literal["auto", "p2p", "all_to_all"]
@@ -90,7 +91,8 @@ class BoundaryCommunicator:
 
     def start_forward(self, plan: EdgePlan, x: Tensor) -> Pending:
         """forward() without waiting: work until wait() overlaps with the transfer."""
-        return self._start(plan, "forward", plan.forward, x)
+        pending, repeats = self._start(plan, "forward", plan.forward, x), plan.repeats
+        return pending if repeats is None else Pending(lambda: _copied(pending.wait(), repeats))
 
     def backward(self, plan: EdgePlan, grad: Tensor) -> Tensor:
         """Gradients [rows wanted here, ..] to [rows held here, ..]; no autograd.
@@ -102,16 +104,20 @@ class BoundaryCommunicator:
 
     def start_backward(self, plan: EdgePlan, grad: Tensor) -> Pending:
         """backward() without waiting."""
+        if plan.repeats is not None:
+            self._check_rows(plan, "backward", plan.backward[0], grad)
+            grad = _summed(grad, plan.repeats)
         parts = [self._start(plan, "backward", t, grad) for t in plan.backward]
         if len(parts) == 1:
             return parts[0]
 
         def add() -> Tensor:
             first, *others = [part.wait() for part in parts]
-            total = first + others[0]  # not in place: `first` may be a view of the gradient
-            for other in others[1:]:
+            # Not in place, as `first` may be a view of the gradient.
+            total = first.to(_sum_dtype(first), copy=True)
+            for other in others:
                 total += other
-            return total
+            return total.to(first.dtype)
 
         return Pending(add)
 
@@ -127,11 +133,12 @@ class BoundaryCommunicator:
         if torch.is_grad_enabled() and not x.requires_grad:
             # A rank that only receives takes part in the backward too.
             x = x.detach().requires_grad_()
-        if all(t.identity and not t.moves for t in (plan.forward, *plan.backward)):
+        transfers = (plan.forward, *plan.backward)
+        if plan.repeats is None and all(t.identity and not t.moves for t in transfers):
             return self.forward(plan, x)  # x itself, whose gradient is that of the result: nothing to record
         return linear_map(x, lambda y: self.forward(plan, y), lambda grad: self.backward(plan, grad))
 
-    def _start(self, plan: EdgePlan, direction: str, t: Transfer, x: Tensor) -> Pending:
+    def _check_rows(self, plan: EdgePlan, direction: str, t: Transfer, x: Tensor) -> None:
         edge = plan.name
         if x.shape[0] != t.rows_in:
             raise ValueError(
@@ -142,12 +149,16 @@ class BoundaryCommunicator:
                 f"edge {edge}, {direction}: rank {t.rank} gave rows of shape {list(x.shape[1:])}, "
                 f"the plan has {list(plan.row_shape)}"
             )
+
+    def _start(self, plan: EdgePlan, direction: str, t: Transfer, x: Tensor) -> Pending:
+        self._check_rows(plan, direction, t, x)
+        edge = plan.name
         begin = time.perf_counter()
         x = x.contiguous()
         if t.view is not None:
             out = x if t.view == slice(0, t.rows_in) else x[t.view]
         else:
-            # Output rows that no rank holds are zero: the gradients of rows without a consumer.
+            # Rows that do not come are zero: the gradients of rows without a consumer.
             make = torch.empty if t.covered else torch.zeros
             out = make((t.rows_out, *x.shape[1:]), dtype=x.dtype, device=x.device)
         land = self._depart(f"edge {edge}, {direction}", t, x, out) if t.moves else None
@@ -192,3 +203,25 @@ class BoundaryCommunicator:
             while not second:
                 self._second_hops.popleft()()
         return finish
+
+
+def _copied(out: Tensor, repeats: Repeats) -> Tensor:
+    """Fill the further places of rows that are read several times, from their first places; in place."""
+    indices = Indices()
+    for _, of, to in repeats.rounds:
+        out.index_copy_(0, indices.on(to, out.device), pick(out, of, indices))
+    return out
+
+
+def _summed(grad: Tensor, repeats: Repeats) -> Tensor:
+    """The gradient with those of further places added to the first one, in one order on every device."""
+    indices = Indices()
+    total = pick(grad, repeats.first, indices).to(_sum_dtype(grad))
+    for which, _, to in repeats.rounds:  # each row once a round, so that no two additions race
+        total.index_add_(0, indices.on(which, grad.device), pick(grad, to, indices).to(total.dtype))
+    return grad.index_copy(0, indices.on(repeats.first, grad.device), total.to(grad.dtype))
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """What gradients are summed in: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -132,9 +132,12 @@ class _Lacking:
     def entries(self, want: RowMap, spread: Flags) -> RowMap:
         """The ranks at which rows enter nodes, with local rows of `want`. spread: by cell, whether rows enter
         at one of its ranks, in equal shares; else at all of them."""
-        # Of several maps that are stacked as one, each has a row in one lane: both columns are the same.
-        assert self.once is self.runs or spread.all() or not spread.any()
-        cells, entering = self.cells, self.once if spread.any() else self.runs
+        cells = self.cells
+        entering = self.once if spread.any() else self.runs
+        if self.once is not self.runs and not spread.all():
+            # Of several maps that are stacked as one, only some take second hops.
+            entering = self.once.take(np.flatnonzero(spread[self.once.lane]))
+            entering = entering.join(self.runs.take(np.flatnonzero(~spread[self.runs.lane])))
         entering = entering.take(np.argsort(entering.lane, kind="stable"))
         local = entering.start + entering.shift
         shares = Shares.all(np.where(spread, cells.size, 1))

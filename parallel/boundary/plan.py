@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel.boundary.nodes import Hops, Relay, by_nodes
+from parallel.boundary.repeats import Repeats, repeats_of
 from parallel.boundary.routes import Kept, Own, direct_all, offers_of
 from parallel.boundary.rows import RowMap
 from parallel.boundary.runs import Runs, indices_of, split_at_ends
@@ -85,12 +86,16 @@ class EdgePlan:
     backward: gradients back. One transfer for each further, distinct consumer of a row; their results are
         added in this order.
     row_shape: trailing dims of the tensors, where known.
+    repeats: rows of the destination that this rank reads at several places; None without any. Transfers know
+        their first places only: the others are copied from these after `forward`, and their gradients are
+        added to these before `backward`.
     """
 
     name: str
     forward: Transfer
     backward: tuple[Transfer, ...]
     row_shape: tuple[int, ...] | None = None
+    repeats: Repeats | None = None
 
 
 def plan_edge(
@@ -105,20 +110,28 @@ def plan_edge(
 ) -> EdgePlan:
     """Plan both directions of an edge for `rank`.
 
-    Forward: every destination lane gets the rows that it wants. Backward: every source replica gets the
-    gradient of its rows. Ranks of one destination lane hold equal gradients, and one of them is taken; the
-    gradients of distinct lanes that consumed the same row are added.
+    Forward: every destination lane gets the rows that it wants, each once, however often it reads it.
+    Backward: every source replica gets the gradient of its rows. Ranks of one destination lane hold equal
+    gradients, and one of them is taken; the gradients of distinct lanes that consumed the same row are added.
 
     node_size: ranks a node, where links inside a node are faster: a row then crosses to each node once,
     however many of its ranks want it. spares: the least share of the rows crossing to nodes that this must
     spare; else rows go straight to each rank that wants them. row_shape: trailing dims of the tensors, which
     are then checked before anything is sent; otherwise a shape mismatch between two ranks fails inside the
-    transport with no useful error. Raises ValueError where a wanted row is on no rank.
+    transport with no useful error. Raises ValueError where a wanted row is on no rank, or a source lane holds
+    a row twice.
     """
+    if source.copies is not None:
+        ranks, place = source.lanes[int(source.copies.lane[0])], int(source.copies.to[0])
+        raise ValueError(
+            f"edge {name}: ranks {ranks} hold a row twice, the second time as local row {place}; "
+            "needed: each row once in a lane of the source"
+        )
     plan = functools.partial(plan_transfer, rank=rank, node_size=node_size, spares=spares)
     forward = plan(source, dest)
     backward = tuple(plan(layer, source, partial=True) for layer in layers_of(dest))
-    return EdgePlan(name=name, forward=forward, backward=backward, row_shape=row_shape)
+    repeats = repeats_of(dest.copies, dest.lanes_of(np.asarray([rank])))[0]
+    return EdgePlan(name=name, forward=forward, backward=backward, row_shape=row_shape, repeats=repeats)
 
 
 def plan_transfer(
@@ -133,7 +146,7 @@ def plan_transfer(
     """What `rank` sends, receives and keeps so that every rank of `want` gets its rows.
 
     A row in several lanes of `have` is taken from one of them. Raises ValueError where a wanted row is in no
-    lane of `have`; with `partial`, such rows become zero instead.
+    lane of `have`; with `partial`, such rows become zero instead. Copies within a lane are no part of this.
     """
     if node_size is not None and node_size < 1:
         raise ValueError(f"node_size is {node_size}; needed: ranks a node, or None where all links are alike")
@@ -274,12 +287,14 @@ def moves(have: RowMap, want: RowMap, found: Column, stack: Column | None = None
     return out
 
 
-def layers_of(dest: RowMap) -> list[RowMap]:
-    """Split a map into maps in which every row is in one lane at most; one map in the usual case."""
-    if dest.runs.disjoint:
+def layers_of(dest: RowMap, layers: int = 1) -> list[RowMap]:
+    """Split a map into maps in which every row is in one lane at most; one map in the usual case. layers: how
+    many maps at least; the last ones may be empty."""
+    if layers == 1 and dest.runs.disjoint:
         return [dest]
     pieces = split_at_ends(dest.runs)
-    layers = (pieces.runs.take(np.flatnonzero(pieces.nth == k)) for k in range(int(pieces.nth.max()) + 1))
+    n = max(layers, int(pieces.copies.max(initial=1)))
+    of_layer = (pieces.runs.take(np.flatnonzero(pieces.nth == k)) for k in range(n))
     return [
         RowMap(
             lanes=dest.lanes,
@@ -289,5 +304,5 @@ def layers_of(dest: RowMap) -> list[RowMap]:
             local=runs.start + runs.shift,
             rows=dest.rows,
         )
-        for runs in layers
+        for runs in of_layer
     ]

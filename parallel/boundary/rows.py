@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from parallel.boundary.repeats import Copies, once_a_lane
 from parallel.boundary.runs import Runs
 from parallel.sequence.intervals import Column, before, column, sums
 
@@ -24,9 +25,10 @@ class RowMap:
     lanes: by lane, the global ranks with identical copies.
     start, length, lane, local: by run. Run k is global rows [start[k], start[k] + length[k]); they are the
         local rows from local[k] on of every rank of lane[k].
-    rows: by lane, how many local rows its ranks have; local rows outside every run carry nothing.
+    rows: by lane, how many local rows its ranks have; local rows outside every run and copy carry nothing.
+    copies: further local rows of a lane with rows that are in its runs already; None where there are none.
 
-    A row may be in several lanes, and once in each.
+    A row may be in several lanes, and is in the runs of each once.
     """
 
     lanes: tuple[tuple[int, ...], ...]
@@ -35,6 +37,7 @@ class RowMap:
     lane: Column
     local: Column
     rows: Column
+    copies: Copies | None = None
 
     @staticmethod
     def of_runs(
@@ -46,7 +49,8 @@ class RowMap:
         rows: Sequence[int] | Column | None = None,
     ) -> RowMap:
         """A map of any runs. Without `local`, each lane's runs lie end to end in the order given. Without
-        `rows`, each lane has as many local rows as its runs reach.
+        `rows`, each lane has as many local rows as its runs reach. Where runs of a lane have a row in common,
+        the first of its local rows stays in the runs and the others become copies.
 
         Raises ValueError for a map that contradicts itself: see check().
         """
@@ -70,7 +74,7 @@ class RowMap:
             reach = column(rows)
         made = RowMap(lanes=tuples, start=starts, length=lengths, lane=owner, local=at, rows=reach)
         made.check()
-        return made
+        return made.once()
 
     @staticmethod
     def of_items(
@@ -87,8 +91,8 @@ class RowMap:
 
     def check(self) -> None:
         """Raise ValueError where the map contradicts itself: arrays of unequal length, a lane that does not
-        exist, a rank in two lanes, a negative count, runs past their lane's rows, two runs in one local row,
-        a row twice in one lane."""
+        exist, a rank in two lanes, a negative count, runs past their lane's rows, two runs in one local
+        row."""
         if not len(self.start) == len(self.length) == len(self.lane) == len(self.local):
             raise ValueError("the columns of the runs have unequal lengths")
         if len(self.rows) != len(self.lanes):
@@ -104,18 +108,33 @@ class RowMap:
                 f"lane {lane} (ranks {self.lanes[lane]}) has {self.rows[lane]} local rows, but run {k} "
                 f"reaches to {self.local[k] + self.length[k]}"
             )
-        for what, begin in (("local", self.local), ("global", self.start)):
-            some = np.flatnonzero(self.length)
-            order = some[np.lexsort((begin[some], self.lane[some]))]
-            end = begin[order] + self.length[order]
-            same = self.lane[order][1:] == self.lane[order][:-1]
-            twice = np.flatnonzero(same & (end[:-1] > begin[order][1:]))
-            if len(twice):
-                k = order[twice[0] + 1]
-                raise ValueError(
-                    f"{what} row {begin[k]} is twice in lane {self.lane[k]} "
-                    f"(ranks {self.lanes[int(self.lane[k])]}); a lane has each row once"
-                )
+        some = np.flatnonzero(self.length)
+        order = some[np.lexsort((self.local[some], self.lane[some]))]
+        end = self.local[order] + self.length[order]
+        same = self.lane[order][1:] == self.lane[order][:-1]
+        twice = np.flatnonzero(same & (end[:-1] > self.local[order][1:]))
+        if len(twice):
+            k = order[twice[0] + 1]
+            raise ValueError(
+                f"local row {self.local[k]} is twice in lane {self.lane[k]} "
+                f"(ranks {self.lanes[int(self.lane[k])]}); a local row holds one row"
+            )
+
+    def once(self) -> RowMap:
+        """The map with each row once in the runs of a lane, and its further places as copies."""
+        found = once_a_lane(self.start, self.stop, self.lane, self.local)
+        if found is None:
+            return self
+        runs, copies = found
+        return RowMap(
+            lanes=self.lanes,
+            start=runs.start,
+            length=runs.stop - runs.start,
+            lane=runs.lane,
+            local=runs.start + runs.shift,
+            rows=self.rows,
+            copies=copies,
+        )
 
     @cached_property
     def stop(self) -> Column:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,11 @@ class Runs:
     def of_lane(self, lane: int) -> Runs:
         """The runs of one lane."""
         return self.take(np.flatnonzero(self.lane == lane))
+
+    def join(self, other: Runs) -> Runs:
+        """These runs and then those of `other`, in no order."""
+        columns = (np.concatenate([getattr(one, f.name) for one in (self, other)]) for f in fields(self))
+        return Runs(*columns)
 
     @property
     def disjoint(self) -> bool:
@@ -64,12 +69,17 @@ def split_at_ends(runs: Runs) -> Pieces:
 
 
 def each_row_once(runs: Runs) -> Runs:
-    """Disjoint runs of the same rows: where several lanes have a row, they take turns."""
+    """Disjoint runs of the same rows: where several lanes have a row, they take turns.
+
+    Whose turn it is follows from the local row in the first of these lanes alone, so that a rank that has
+    only some runs of a map finds what all others find; scattered bits of it make turns even.
+    """
     if runs.disjoint:
         return runs
     pieces, copies, nth = split_at_ends(runs)
-    turn = np.cumsum(np.diff(pieces.start, prepend=-1) != 0) - 1
-    return pieces.take(np.flatnonzero(nth == turn % copies))
+    first = np.arange(len(nth)) - nth
+    local = (pieces.start + pieces.shift)[first]
+    return pieces.take(np.flatnonzero(nth == (local * 0x9E3779B1 >> 16) % copies))
 
 
 def indices_of(ascending: Column, wanted: Column) -> tuple[Column, Column]:

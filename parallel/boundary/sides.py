@@ -107,6 +107,39 @@ def dest_side(
     )
 
 
+def sharing(dest: RowMap, item_rows: Ints, first: Ints) -> RowMap:
+    """A dest_side() of these items, some of which read the rows of another.
+
+    first: by item, the item whose rows it reads: itself where it has rows of its own. Only such items are in
+    source_side(), and rows are numbered over them.
+
+    Raises ValueError where an item reads those of one that has none of its own, or another number of rows.
+    """
+    rows, of = column(item_rows), column(first)
+    if len(of) != len(rows):
+        raise ValueError(f"row counts of {len(rows)} items, but whose rows they read of {len(of)}")
+    inside = (of >= 0) & (of < len(rows))
+    held = np.where(inside, of, 0)
+    wrong = np.flatnonzero(~inside | (of[held] != of) | (rows[held] != rows))
+    if len(wrong):
+        i = wrong[0]
+        raise ValueError(
+            f"item {i}, of {rows[i]} rows, reads those of item {of[i]}; needed: an item that has rows of its "
+            "own, and as many"
+        )
+    some = np.flatnonzero(rows)  # an item of no rows begins where the next one does
+    at = before(rows)
+    item = some[np.searchsorted(at[some], dest.start, side="right") - 1]
+    return replace(dest, start=dest.start - at[item] + shared_rows(rows, of)[item]).once()
+
+
+def shared_rows(rows: Column, first: Column) -> Column:
+    """By item, the number of its first row, where rows are numbered over the items that have their own.
+    first: by item, the item whose rows it reads."""
+    own = first == np.arange(len(rows))
+    return before(np.where(own, rows, 0))[first]
+
+
 def on_stage(layout: Layout, dest: RowMap, stage: int) -> RowMap:
     """A dest_side() of one stage, moved to pipeline stage `stage`, whose ranks split the streams in the same
     way."""
@@ -157,11 +190,14 @@ def _token_runs(
     return read_runs(layout, rows, position + before(length)[dp], length, order)
 
 
-def read_runs(layout: Layout, rows: Column, at: Column, length: Column, order: Order) -> TokenRuns:
+def read_runs(
+    layout: Layout, rows: Column, at: Column, length: Column, order: Order, row: Column | None = None
+) -> TokenRuns:
     """The runs of items in packed streams, in order of lane and then of local token; lanes are in order of
     (stream, cp, tp share).
 
-    rows: by item. at: its first token, all streams end to end. length: of each stream, in tokens.
+    rows: by item. at: its first token, all streams end to end. length: of each stream, in tokens. row: by
+    item, the number of its first row; None where rows are numbered item after item.
     """
     tiles = _tiles(layout, order)
     # All streams are split alike: the tiles of the shortest possible stream, scaled.
@@ -172,7 +208,7 @@ def read_runs(layout: Layout, rows: Column, at: Column, length: Column, order: O
     start, stop = (tiles.start * scale + base).reshape(-1), (tiles.stop * scale + base).reshape(-1)
     tile_token = (tiles.token * scale).reshape(-1)
     item, tile, low, high = meet(at, at + rows, start, stop)
-    row, lane = before(rows)[item] + low - at[item], tile_lane[tile]
+    row, lane = (before(rows) if row is None else row)[item] + low - at[item], tile_lane[tile]
     token = tile_token[tile] + low - start[tile]
     turn = np.lexsort((token, lane))
     return TokenRuns(row=row[turn], length=(high - low)[turn], lane=lane[turn], token=token[turn])

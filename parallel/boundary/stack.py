@@ -9,17 +9,19 @@ a few columns, namely where items lie in their streams and whether any rank move
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from parallel.boundary.nodes import Flags, second_hops, spare_enough
-from parallel.boundary.plan import EdgePlan, check_held, moves, transfers
+from parallel.boundary.plan import EdgePlan, check_held, layers_of, moves, transfers
+from parallel.boundary.repeats import repeats_of
 from parallel.boundary.routes import Own, offers_of
 from parallel.boundary.rows import RowMap
-from parallel.boundary.sides import TokenRuns, held_runs, held_tiles, lane_ranks, read_runs
+from parallel.boundary.runs import split_at_ends
+from parallel.boundary.sides import TokenRuns, held_runs, held_tiles, lane_ranks, read_runs, shared_rows
 from parallel.sequence.intervals import Column, before, repeat_groups, sums
 from parallel.sequence.stream import Order
 from parallel.topology.layout import Layout
@@ -30,7 +32,9 @@ class ItemColumns:
     """Items of an edge, a line an item, in order of micro-batch and then of global row.
 
     batch: its micro-batch. rows: that it has. source_dp, dest_dp: dp ranks that compute it and that read it.
-    position: of its first row in the packed stream of dest_dp.
+    position: of its first row in the packed stream of dest_dp. first: by item, the index of the item whose
+        rows it reads: itself, or an earlier one of its micro-batch, both dp ranks and number of rows, which
+        is then computed and sent once. None where each has rows of its own.
     """
 
     batch: Column
@@ -38,10 +42,44 @@ class ItemColumns:
     source_dp: Column
     dest_dp: Column
     position: Column
+    first: Column | None = None
 
     def take(self, which: Column) -> ItemColumns:
-        """The items with these indices, in this order."""
-        return ItemColumns(*(getattr(self, f.name)[which] for f in fields(self)))
+        """The items with these indices, in this order, which have those whose rows they read among them."""
+        return ItemColumns(
+            batch=self.batch[which],
+            rows=self.rows[which],
+            source_dp=self.source_dp[which],
+            dest_dp=self.dest_dp[which],
+            position=self.position[which],
+            first=self.first_of(which),
+        )
+
+    def first_of(self, which: Column) -> Column | None:
+        """`first` of the items with these indices, as indices into `which`."""
+        if self.first is None:
+            return None
+        at = np.zeros_like(self.rows)
+        at[which] = np.arange(len(which))
+        return at[self.first[which]]
+
+    @cached_property
+    def own(self) -> Flags | None:
+        """Whether an item has rows of its own; None where all have."""
+        return None if self.first is None else self.first == np.arange(len(self.rows))
+
+    @cached_property
+    def own_rows(self) -> Column:
+        """By item, the rows of its own."""
+        return self.rows if self.own is None else np.where(self.own, self.rows, 0)
+
+    @cached_property
+    def shared(self) -> Column:
+        """Indices of the items whose rows several items read."""
+        if self.first is None:
+            return np.zeros(0, dtype=np.int64)
+        readers = np.bincount(self.first, minlength=len(self.rows))
+        return np.flatnonzero((readers[self.first] > 1) & (self.rows > 0))
 
 
 @dataclass(frozen=True)
@@ -78,12 +116,12 @@ class Stack:
     @cached_property
     def source_total(self) -> Column:
         """Rows of each of the encoder's streams."""
-        return sums(self.items.rows, self.source_stream, self.batches * self.source.dp)
+        return sums(self.items.own_rows, self.source_stream, self.batches * self.source.dp)
 
     @cached_property
     def source_at(self) -> Column:
         """By item, its first row in the encoder's stream."""
-        stream, rows = self.source_stream, self.items.rows
+        stream, rows = self.source_stream, self.items.own_rows
         order = np.argsort(stream, kind="stable")
         at = np.empty_like(rows)
         at[order] = before(rows[order]) - before(self.source_total)[stream[order]]
@@ -102,16 +140,24 @@ def plan_stack(
     """plan_edge() of `rank` for each micro-batch, from source_side() and dest_side() of its items.
 
     O(n log n) time in what this rank and those that it exchanges rows with hold and want; O(items + ranks)
-    in a few columns.
+    in a few columns, and O(n log n) in all items whose rows are read several times.
     """
     places = _Places.of(stack, rank, node_size)
     source, dest = own_maps(stack, rank, node_size)
     base = np.arange(stack.batches) * places.stride
     own = Own(rank + base, base)
-    forward, backward = _facts(stack, places, node_size, spares)
+    forward, first = _facts(stack, places, node_size, spares)
+    count, more = _more_layers(stack, places.stride, node_size, spares)
     there = transfers(source, dest, own, node_size=node_size, relayed=forward.relayed, moving=forward.moving)
-    back = transfers(dest, source, own, node_size=node_size, relayed=backward.relayed, moving=backward.moving)
-    return tuple(EdgePlan(name, f, (b,), row_shape) for f, b in zip(there, back, strict=True))
+    back = [
+        transfers(layer, source, own, node_size=node_size, relayed=facts.relayed, moving=facts.moving)
+        for layer, facts in zip(layers_of(dest, 1 + len(more)), [first, *more], strict=True)
+    ]
+    repeats = repeats_of(dest.copies, dest.lanes_of(own.rank))
+    return tuple(
+        EdgePlan(name, f, tuple(b[:n]), row_shape, again)
+        for n, f, again, *b in zip(count.tolist(), there, repeats, *back, strict=True)
+    )
 
 
 def own_maps(stack: Stack, rank: int, node_size: int | None = None) -> tuple[RowMap, RowMap]:
@@ -182,19 +228,22 @@ def _relevant(stack: Stack, places: _Places, nodes: bool) -> Column:
 
 def _maps(stack: Stack, which: Column, stride: int) -> tuple[RowMap, RowMap]:
     """Both sides of these items, micro-batches stacked; lanes without any of their rows are left out."""
-    rows = stack.items.rows[which]
-    streams, stream = np.unique(stack.source_stream[which], return_inverse=True)
+    rows, first = stack.items.rows[which], stack.items.first_of(which)
+    held = np.arange(len(which)) if first is None else np.flatnonzero(first == np.arange(len(which)))
+    streams, stream = np.unique(stack.source_stream[which[held]], return_inverse=True)
     total = stack.source_total[streams]
-    runs = held_runs(stack.source, rows, stack.source_at[which] + before(total)[stream], total)
+    runs = held_runs(stack.source, rows[held], stack.source_at[which[held]] + before(total)[stream], total)
     start, stop = held_tiles(stack.source, total)
     source = _stacked((stack.source, stack.source.pp - 1), streams, stride, runs, stop - start)
     streams, stream = np.unique(stack.dest_stream[which], return_inverse=True)
     length = stack.tokens.reshape(-1)[streams]
     at = stack.items.position[which] + before(length)[stream]
-    runs = read_runs(stack.dest, rows, at, length, stack.order)
+    row = None if first is None else shared_rows(rows, first)
+    runs = read_runs(stack.dest, rows, at, length, stack.order, row)
     size = sums(runs.length, runs.lane, len(streams) * stack.dest.cp * stack.dest.token_shards)
     packed = replace(runs, token=before(runs.length) - before(size)[runs.lane])
-    return source, _stacked((stack.dest, stack.stage), streams, stride, packed, size)
+    dest = _stacked((stack.dest, stack.stage), streams, stride, packed, size)
+    return source, dest if first is None else dest.once()
 
 
 def _stacked(end: tuple[Layout, int], streams: Column, stride: int, runs: TokenRuns, rows: Column) -> RowMap:
@@ -216,19 +265,20 @@ def _stacked(end: tuple[Layout, int], streams: Column, stride: int, runs: TokenR
 
 
 class _Facts(NamedTuple):
-    """Of one direction, what is equal on all ranks: by micro-batch, whether any row moves, and whether
+    """Of one transfer, what is equal on all ranks: by micro-batch, whether any row moves, and whether
     rows take second hops."""
 
     moving: Sequence[bool]
     relayed: Sequence[bool]
 
 
-def _facts(stack: Stack, places: _Places, node_size: int | None, spares: float) -> tuple[_Facts, _Facts]:
-    """Those of both directions, forward first.
+def _facts(stack: Stack, places: _Places, node_size: int | None, spares: float) -> list[_Facts]:
+    """Those of the forward, and of the first layer of the backward.
 
     An item whose two dp ranks have no rank in common moves in both directions. One whose dp ranks have no
     node in common enters every node that wants it, and is relayed where all ranks that share a lane and a
-    node are enough to share what enters. Other micro-batches are looked at rank by rank.
+    node are enough to share what enters; the more so where several lanes read a row. Other micro-batches are
+    looked at rank by rank.
     """
     ends = [lane_ranks(e, [s]) for e, s in ((stack.source, stack.source.pp - 1), (stack.dest, stack.stage))]
     separate = _separate(stack, ends, 1)
@@ -241,18 +291,47 @@ def _facts(stack: Stack, places: _Places, node_size: int | None, spares: float) 
             every, some = _hops_spare(wanting // node_size, spares)
             relayed[k] = far & every
             unsure |= ~relayed[k] & some
+        unsure[stack.items.batch[stack.items.shared]] = True
     which = np.flatnonzero(unsure[stack.items.batch] & (stack.items.rows > 0))
     if len(which):
-        sides = _maps(stack, which, places.stride)
-        for k, (have, want) in enumerate((sides, sides[::-1])):
-            found = moves(
-                have, want, check_held(want, offers_of(have), True), want.members[0] // places.stride
-            )
-            moving[k][: len(found)] |= found
-            if node_size is not None:
-                base = np.arange(stack.batches) * places.stride
-                relayed[k] |= second_hops(have, want, node_size, spares, base)
-    return _Facts(moving[0].tolist(), relayed[0].tolist()), _Facts(moving[1].tolist(), relayed[1].tolist())
+        source, dest = _maps(stack, which, places.stride)
+        for k, (have, want) in enumerate(((source, dest), (layers_of(dest)[0], source))):
+            found = _looked_at(stack, (have, want), places.stride, node_size, spares)
+            moving[k] |= found[0]
+            relayed[k] |= found[1]
+    return [_Facts(m.tolist(), r.tolist()) for m, r in zip(moving, relayed, strict=True)]
+
+
+def _looked_at(
+    stack: Stack, sides: tuple[RowMap, RowMap], stride: int, node_size: int | None, spares: float
+) -> tuple[Flags, Flags]:
+    """By micro-batch, whether any row moves and whether rows take second hops. sides: who has rows and who
+    wants them, of all ranks, micro-batches stacked."""
+    have, want = sides
+    moving, relayed = np.zeros((2, stack.batches), dtype=bool)
+    found = moves(have, want, check_held(want, offers_of(have), True), want.members[0] // stride)
+    moving[: len(found)] = found
+    if node_size is not None:
+        relayed = second_hops(have, want, node_size, spares, np.arange(stack.batches) * stride)
+    return moving, relayed
+
+
+def _more_layers(
+    stack: Stack, stride: int, node_size: int | None, spares: float
+) -> tuple[Column, list[_Facts]]:
+    """By micro-batch, how many layers its gradients take: the most lanes that read one row. And the facts of
+    the layers after the first, which only items with several readers have."""
+    layers, facts = np.ones(stack.batches, dtype=np.int64), []
+    if len(stack.items.shared):
+        source, dest = _maps(stack, stack.items.shared, stride)
+        pieces = split_at_ends(dest.runs)
+        rank, lane = dest.members
+        batch = rank[np.searchsorted(lane, pieces.runs.lane)] // stride
+        np.maximum.at(layers, batch, pieces.copies)
+        for layer in layers_of(dest)[1:]:
+            found = _looked_at(stack, (layer, source), stride, node_size, spares)
+            facts.append(_Facts(found[0].tolist(), found[1].tolist()))
+    return layers, facts
 
 
 def _hops_spare(node: Column, spares: float) -> tuple[bool, bool]:

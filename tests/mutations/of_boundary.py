@@ -5,6 +5,9 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 
 STACK = "tests/parallel/boundary/test_stack.py"
+COMMUNICATOR = (
+    "tests/parallel/boundary/test_communicator.py::test_random_boundaries_are_exact_with_least_bytes"
+)
 PLANS = "tests/parallel/boundary/test_plan.py::test_random_boundaries"
 
 BOUNDARY = (
@@ -41,6 +44,46 @@ BOUNDARY = (
         PLANS,
     ),
     Fault(
+        "boundary.copies",
+        "a row that is read three times is copied once",
+        "parallel/boundary/communicator.py",
+        "for _, of, to in repeats.rounds:",
+        "for _, of, to in repeats.rounds[:1]:",
+        COMMUNICATOR,
+    ),
+    Fault(
+        "boundary.sum-of-copies",
+        "gradients of a row that is read three times are added once",
+        "parallel/boundary/communicator.py",
+        "for which, _, to in repeats.rounds:",
+        "for which, _, to in repeats.rounds[:1]:",
+        COMMUNICATOR,
+    ),
+    Fault(
+        "boundary.nodes-mixed",
+        "rows with several readers enter nodes once where their micro-batch takes no second hop",
+        "parallel/boundary/nodes.py",
+        "if self.once is not self.runs and not spread.all():",
+        "if self.once is not self.runs and not spread.any():",
+        "tests/parallel/boundary/test_stack.py::test_so_they_are_where_items_are_read_several_times",
+    ),
+    Fault(
+        "stack.layers",
+        "a micro-batch has as many backward transfers as another",
+        "parallel/boundary/stack.py",
+        "np.maximum.at(layers, batch, pieces.copies)",
+        "np.maximum.at(layers, batch, pieces.copies.max())",
+        "tests/parallel/boundary/test_stack.py::test_so_they_are_where_items_are_read_several_times",
+    ),
+    Fault(
+        "plan.same-content",
+        "items of unlike payloads and equal sizes count as one",
+        "mm/plan/table.py",
+        "{part.sha256 or nth} {sorted",
+        "{len(part.sha256) or nth} {sorted",
+        "tests/mm/plan/test_step_plan.py::test_an_item_that_a_stream_has_several_times_is_computed_once",
+    ),
+    Fault(
         "stack.readers",
         "a rank plans without the other readers of the lanes that serve it",
         "parallel/boundary/stack.py",
@@ -60,8 +103,8 @@ BOUNDARY = (
         "stack.moves",
         "micro-batches in which only some ranks move rows are said not to",
         "parallel/boundary/stack.py",
-        "moving[k][: len(found)] |= found",
-        "moving[k][: len(found)] &= found",
+        "moving[k] |= found[0]",
+        "moving[k] &= found[0]",
         STACK,
     ),
     Fault(

@@ -28,6 +28,7 @@ def written(n: int, seed: int, key: str) -> list[dict[str, Any]]:
             height, width = rng.choice([(8, 8), (4, 12), (12, 8)])
             parts[f"img{i}.png"] = png(height, width, seed=100 * seed + 10 * k + i)
             segments += [{"vision": f"img{i}.png"}, {"text": f" {height}", "depends": "vision"}]
+            segments += [{"vision": "img0.png"}] * (k % 3)  # seen again, up to twice, and so computed once
         for i in range(rng.choice([0, 1, 1, 2])):
             length = rng.choice([700, 1600, 2345])
             parts[f"aud{i}.wav"] = wav(length, width=2, seed=100 * seed + 10 * k + i)

@@ -28,9 +28,11 @@ from mm.plan.blueprint import draw_up
 from mm.plan.inputs import PlanInputs
 from mm.plan.select import select
 from mm.plan.step_plan import Edge, StepPlan, plan_step
+from mm.plan.table import SampleTable
 from mm.ranks.batch import IGNORE, Assembler
 from mm.report.plan_json import first_step, plan_data, plan_json
 from mm.train.update import learning_rate
+from mm.virtual.samples import made_up
 from parallel.boundary import PlanCache, plan_edge
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.layout import Layout
@@ -83,12 +85,16 @@ def test_every_row_is_held_once_and_enters_at_its_placeholder(seed: int) -> None
         for module, edge in mb.edges.items():
             items = [p for s in mb.samples for p in s.items(module)]
             assert [i.part for i in edge.items] == items
-            assert edge.rows == sum(made.rows(module, p) for p in items)
+            homes = zip(mb.dp_of, mb.samples, strict=True)
+            read = {(dp, p.sha256): made.rows(module, p) for dp, s in homes for p in s.items(module)}
+            assert edge.rows == sum(read.values())
             for side in (edge.source, edge.dest):
                 cover = np.zeros(edge.rows, dtype=int)
                 for s, n in zip(side.start, side.length, strict=True):
                     cover[s : s + n] += 1
-                assert (cover == 1).all() and side.rows.sum() == edge.rows
+                assert (cover == 1).all() if side is edge.source else (cover >= 1).all()
+            assert edge.source.rows.sum() == edge.rows
+            assert edge.dest.rows.sum() == sum(made.rows(module, p) for p in items)
         for dp, total in enumerate(mb.tokens):
             used = sum(mb.length[j] for j in mb.samples_of(dp))
             assert total % made.alignment == 0 and max(used, 1) <= total < used + 2 * made.alignment
@@ -145,6 +151,30 @@ def test_tensors_agree_with_the_plan(seed: int) -> None:
                 assert part.items[module].values.dtype == torch.float64
     assert supervised == plan.supervised
     assert Counts(routed, tuple(mtp.tolist())) == plan.counts
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000))
+def test_an_item_that_a_stream_has_several_times_is_computed_once(seed: int) -> None:
+    plan, made, _ = random_plan(seed)
+    for mb in plan.microbatches:
+        for module, edge in mb.edges.items():
+            dealt = [edge.items_on(dp) for dp in range(made.encoders[module].layout.dp)]
+            own = [(i.llm_dp, i.part.sha256, i.rows) for i in itertools.chain.from_iterable(dealt)]
+            assert sorted(own) == sorted({(i.llm_dp, i.part.sha256, i.rows) for i in edge.items})
+            assert edge.rows == sum(rows for _, _, rows in own)
+            for item in edge.items:
+                if item.same_as is not None:
+                    first = edge.items[item.same_as]
+                    assert first.same_as is None and first.part.sha256 == item.part.sha256
+                    assert (first.llm_dp, first.source_dp) == (item.llm_dp, item.source_dp) and item.cost == 0
+
+
+def test_items_of_unknown_payload_are_all_computed() -> None:
+    made = inputs(2, {}, 1, "cost")
+    table = SampleTable.of(made_up(made, 4, even=True).samples, made)
+    for items in table.items.values():
+        assert len(np.unique(items.content)) == len(items.content) > 1
 
 
 def test_the_digest_sees_a_change() -> None:

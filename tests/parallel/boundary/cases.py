@@ -23,10 +23,13 @@ class Case:
     dest: RowMap
 
 
-def random_case(seed: int, world: int | None = None, consumers: int = 1, holders: int = 1) -> Case:
+def random_case(
+    seed: int, world: int | None = None, consumers: int = 1, holders: int = 1, *, again: bool = False
+) -> Case:
     """Random tp x dp on both sides (colocated or not, any ratio), ragged and empty items, maybe sharded.
 
-    consumers, holders: in how many lanes, at most, a row may be on either side."""
+    consumers, holders: in how many lanes, at most, a row may be on either side. again: a lane may read one
+    several times."""
     rng = random.Random(seed)
     world = world or rng.choice([1, 2, 3, 4, 6])
     src = random_lanes(rng, world)
@@ -38,7 +41,8 @@ def random_case(seed: int, world: int | None = None, consumers: int = 1, holders
         deal = zip(source.start.tolist(), source.length.tolist(), source.lane.tolist(), strict=True)
         source = _of(src, _once_a_lane([*deal, *more]))
     dst = random_lanes(rng, world)
-    runs = _once_a_lane([r for _ in range(consumers) for r in _random_runs(rng, total, len(dst))])
+    runs = [r for _ in range(consumers) for r in _random_runs(rng, total, len(dst))]
+    runs = runs if again else _once_a_lane(runs)
     rng.shuffle(runs)
     return Case(world, total, source, _of(dst, runs))
 
@@ -98,6 +102,9 @@ def rows_of(side: RowMap, rank: int) -> list[int]:
             for s, n, ln, at in zip(side.start, side.length, side.lane, side.local, strict=True):
                 if ln == lane:
                     table[at : at + n] = range(s, s + n)
+            for ln, of, to, n in zip(*side.copies, strict=True) if side.copies else ():
+                if ln == lane:
+                    table[to : to + n] = table[of : of + n]
             return table
     return []
 

@@ -23,7 +23,8 @@ def run_cases(seeds: range, transport: str, dtype: torch.dtype) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     comm = BoundaryCommunicator(dist.group.WORLD, transport=transport, timeout_s=20.0)
     for seed in seeds:
-        case = random_case(seed, world=world, consumers=1 + seed % 3, holders=1 + seed % 2)
+        again = seed % 4 == 3
+        case = random_case(seed, world, consumers=1 + seed % 3 + again, holders=1 + seed % 2, again=again)
         node_size = [None, 2, 3][seed // 2 % 3]
         plan = plan_edge("vision -> llm", case.source, case.dest, rank, node_size=node_size)
         value = torch.randn(case.rows, *SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)

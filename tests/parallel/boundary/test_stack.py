@@ -20,9 +20,11 @@ from parallel.boundary import (
     on_stage,
     plan_edge,
     row_positions,
+    sharing,
     source_side,
     stack_positions,
 )
+from parallel.boundary.repeats import Repeats
 from parallel.comm.transport import Message
 from parallel.sequence.intervals import Rows
 from parallel.sequence.stream import alignment
@@ -46,7 +48,12 @@ def as_data(plan: EdgePlan) -> list[Any]:
             None if t.relay is None else (messages(t.relay.sends), messages(t.relay.recvs)),
         )
         for t in (plan.forward, *plan.backward)
-    ]
+    ] + [places_of(plan.repeats)]
+
+
+def places_of(repeats: Repeats | None) -> list[list[list[int]]]:
+    """Of rows that are read several times, the rounds of their further places."""
+    return [] if repeats is None else [[plain(of), plain(to)] for _, of, to in repeats.rounds]
 
 
 def random_layout(rng: random.Random, module: str, world: int, ranks: list[int]) -> Layout:
@@ -68,7 +75,8 @@ def random_ranks(rng: random.Random, world: int) -> tuple[list[int], list[int]]:
     return line[: sizes[0]], line[world - sizes[1] :]
 
 
-def random_stack(seed: int) -> tuple[Stack, int]:
+def random_stack(seed: int, again: float = 0.0) -> tuple[Stack, int]:
+    """again: the share of items that read the rows of an earlier one."""
     rng = random.Random(seed)
     world = rng.choice([2, 4, 8, 8, 12, 16])
     near = rng.random() < 0.3
@@ -79,18 +87,29 @@ def random_stack(seed: int) -> tuple[Stack, int]:
     home = near and rng.random() < 0.5  # every item beside its sample: nothing moves where layouts are equal
     order = rng.choice(["contiguous", "zigzag"])
     unit = alignment(dest.cp, dest.token_shards, order)
-    lines, tokens = [], []
+    lines: list[tuple[int, int, int, int, int]] = []
+    first: list[int] = []
+    tokens = []
     for batch in range(rng.choice([1, 3, 6])):
         filled = [rng.randrange(3)] * dest.dp
         for _ in range(rng.choice([0, 1, 2, 3, 4, 6, 20])):
             d, rows = rng.randrange(dest.dp), rng.choice([0, 1, 2, 7, 30])
             s = d * source.dp // dest.dp if home else rng.randrange(source.dp)
+            alike = [i for i, line in enumerate(lines) if line[0] == batch and line[3] == d]
+            first.append(first[rng.choice(alike)] if alike and rng.random() < again else len(lines))
+            if first[-1] < len(lines):
+                _, rows, s, _, _ = lines[first[-1]]
             lines.append((batch, rows, s, d, filled[d]))
             filled[d] += rows + rng.choice([0, 1, 9])
         tokens.append([max(1, -(-n // unit)) * unit for n in filled])
     columns = np.asarray(lines, dtype=np.int64).reshape(-1, 5).T
     return Stack(
-        source, dest, rng.randrange(dest.pp), ItemColumns(*columns), np.asarray(tokens), order
+        source,
+        dest,
+        rng.randrange(dest.pp),
+        ItemColumns(*columns, first=np.asarray(first, dtype=np.int64) if again else None),
+        np.asarray(tokens),
+        order,
     ), world
 
 
@@ -115,8 +134,12 @@ def check(stack: Stack, ranks: Sequence[int], node_size: int | None, spares: flo
     c, bounds = stack.items, np.searchsorted(stack.items.batch, np.arange(stack.batches + 1)).tolist()
     maps = []
     for (a, b), tokens in zip(pairwise(bounds), stack.tokens, strict=True):
-        source = source_side(stack.source, c.rows[a:b], c.source_dp[a:b])
-        whole = dest_side(stack.dest, c.rows[a:b], c.dest_dp[a:b], c.position[a:b], tokens, order=stack.order)
+        own = np.arange(a, b) if c.first is None else np.flatnonzero(c.first[a:b] == np.arange(a, b)) + a
+        first = None if c.first is None else c.first[a:b] - a
+        source = source_side(stack.source, c.rows[own], c.source_dp[own])
+        items = (c.rows[a:b], c.dest_dp[a:b], c.position[a:b])
+        whole = dest_side(stack.dest, *items, tokens, order=stack.order)
+        whole = whole if first is None else sharing(whole, c.rows[a:b], first)
         maps.append((source, on_stage(stack.dest, whole, stack.stage)))
     for rank in ranks:
         found = PlanCache(rank, node_size=node_size, spares=spares).plan_stack("edge", stack, row_shape=(4,))
@@ -139,6 +162,20 @@ def check(stack: Stack, ranks: Sequence[int], node_size: int | None, spares: flo
 )
 def test_the_plans_of_a_stack_are_those_of_its_maps(seed: int, node_size: int | None, spares: float) -> None:
     stack, world = random_stack(seed)
+    check(stack, random.Random(seed).sample(range(world), min(world, 3)), node_size, spares)
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 100_000),
+    node_size=st.sampled_from([None, 2, 3, 4]),
+    spares=st.sampled_from([0.0, 0.25, 0.5]),
+    again=st.sampled_from([0.2, 0.8]),
+)
+def test_so_they_are_where_items_are_read_several_times(
+    seed: int, node_size: int | None, spares: float, again: float
+) -> None:
+    stack, world = random_stack(seed, again)
     check(stack, random.Random(seed).sample(range(world), min(world, 3)), node_size, spares)
 
 

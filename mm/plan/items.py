@@ -1,0 +1,79 @@
+"""The items of one encoder in a step: who computes each, once however often a stream has it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mm.plan.dealing import Seats, deal_items, home_ranks
+from mm.plan.inputs import PlanInputs
+from mm.plan.table import Costs, SampleTable
+from parallel.boundary import ItemColumns
+from parallel.sequence.intervals import Column, repeat_groups
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeItems:
+    """The items of one encoder in a step, a line an item, in order of micro-batch and then of global row.
+
+    bounds: by micro-batch and at the end, the index of its first item, [microbatches + 1]. sample: its line
+    in StepPlan.table. home: the encoder's dp rank beside its sample. cost: in the encoder's unit, 0 where an
+    item reads the rows of an earlier one. columns: everything that the boundary needs.
+
+    An item that a dp rank of the language model reads several times in a micro-batch is computed once.
+    """
+
+    bounds: Column
+    sample: Column
+    home: Column
+    cost: Costs
+    columns: ItemColumns
+
+
+def edge_items(module: str, table: SampleTable, seats: Seats, start: Column, inputs: PlanInputs) -> EdgeItems:
+    """Deal the items of encoder `module` to its dp ranks. start: by sample, its first token."""
+    use, items, n = inputs.encoders[module], table.items[module], inputs.microbatches
+    sample = repeat_groups(np.zeros_like(items.of), items.of)[0]
+    microbatch = seats.microbatch[sample]
+    # Samples go to the encoder's dp ranks as to the language model's: equal dp sizes need no traffic.
+    home = home_ranks(*seats, inputs.llm.dp, use.layout.dp)[sample]
+    same = _same_items(seats, sample, items.content, inputs.llm.dp)
+    dealt, cost = home, items.cost
+    if same is None:
+        if use.deal == "cost":
+            dealt = deal_items(cost, microbatch, home, n, use.layout.dp)
+    else:
+        own = same == np.arange(len(same))
+        cost = np.where(own, cost, 0.0)
+        if use.deal == "cost":
+            dealt = home.copy()
+            dealt[own] = deal_items(cost[own], microbatch[own], home[own], n, use.layout.dp)
+        dealt = dealt[same]
+    return EdgeItems(
+        bounds=np.searchsorted(microbatch, np.arange(n + 1)),
+        sample=sample,
+        home=home,
+        cost=cost,
+        columns=ItemColumns(
+            batch=microbatch,
+            rows=items.rows,
+            source_dp=dealt,
+            dest_dp=seats.dp[sample],
+            position=start[sample] + items.offset,
+            first=same,
+        ),
+    )
+
+
+def _same_items(seats: Seats, sample: Column, content: Column, dp: int) -> Column | None:
+    """By item, the first with its content that the same dp rank of the language model reads in the same
+    micro-batch; None where all are the first. O(n log n) in items."""
+    place = seats.microbatch[sample] * dp + seats.dp[sample]
+    key = place * (1 + int(content.max(initial=0))) + content
+    ascending = np.sort(key)
+    if np.all(ascending[1:] != ascending[:-1]):
+        return None
+    found = np.unique(key, return_index=True, return_inverse=True)
+    first: Column = found[1][found[2]]
+    return first
