@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -211,11 +211,17 @@ def pack_items(
 
 
 def join_batches(batches: Sequence[ItemBatch]) -> ItemBatch:
-    """The items of several batches as one batch. Each batch must have the values of all its items."""
-    assert all(len(b.lengths) == len(b.metas) for b in batches), "a batch without the values of some items"
+    """The items of several batches as one batch. The items whose values are there follow each other in it."""
     if len(batches) == 1:
         return batches[0]
-    lengths = tuple(n for b in batches for n in b.lengths)
+    metas = tuple(m for b in batches for m in b.metas)
+    ends = accumulate(len(b.metas) for b in batches)
+    firsts = [end - len(b.metas) + b.first for end, b in zip(ends, batches, strict=True)]
+    spans = [(n, n + len(b.lengths)) for n, b in zip(firsts, batches, strict=True) if b.lengths]
+    assert all(stop == start for (_, stop), (start, _) in pairwise(spans)), "values of some items are missing"
     return ItemBatch(
-        torch.cat([b.values for b in batches]), lengths, tuple(m for b in batches for m in b.metas)
+        torch.cat([b.values for b in batches]),
+        tuple(n for b in batches for n in b.lengths),
+        metas,
+        spans[0][0] if spans else 0,
     )

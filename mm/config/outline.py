@@ -173,16 +173,7 @@ def _check_batch(name: str, n: int, layouts: Mapping[str, Layout], microbatches:
         raise ValueError(
             f"schedule.encoder_batch names {name}; the encoders are {sorted({*layouts} - {SINK})}"
         )
-    key, layout = f"schedule.encoder_batch.{name}", layouts[name]
+    key = f"schedule.encoder_batch.{name}"
     if n > microbatches:
         why = f"{key}={n}, but the step has schedule.microbatches={microbatches}; needed: at most as many"
         raise Unfit(why, [{key: microbatches}, {"schedule.microbatches": n}, {key: 1}])
-    splits = {a: getattr(layout, a) for a in ("cp", "pp") if getattr(layout, a) > 1}
-    splits |= {"sequence_parallel": True} if layout.sequence_parallel and layout.tp > 1 else {}
-    if n > 1 and splits:
-        given = ", ".join(f"{a}={v}" for a, v in splits.items())
-        raise Unfit(
-            f"{key}={n} with layout.{name} {given}: several micro-batches at once need rows that are whole "
-            "on each rank",
-            [{key: 1}],
-        )

@@ -286,7 +286,7 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
     check_stages(layout, cls.layer_count(options))
     tp = layout.tp if cls.tensor_parallel else 1
     check_divides(f"model.{name}.projector.hidden", enc.projector.hidden, "tp", tp, name)
-    return EncoderUse(cls, options, layout, enc.deal)
+    return EncoderUse(cls, options, layout, enc.deal, cfg.schedule.encoder_batch.get(name, 1))
 
 
 def _encoder_class(encoder: str, module: str) -> type[encoders.Encoder]:

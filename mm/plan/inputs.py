@@ -25,6 +25,7 @@ class EncoderUse:
     cfg: Any  # its options, an instance of cls.Config
     layout: Layout
     deal: Deal = "cost"  # how items go to its dp ranks: balanced by cost, or with their sample
+    at_once: int = 1  # micro-batches that it computes at once
 
 
 @dataclass(frozen=True)

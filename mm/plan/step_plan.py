@@ -21,7 +21,16 @@ from mm.plan.dealing import Seats, by_count, deal_samples, load_imbalance
 from mm.plan.inputs import PlanInputs
 from mm.plan.items import EdgeItems, edge_items
 from mm.plan.table import Costs, SampleTable
-from parallel.boundary import ItemColumns, RowMap, dest_side, row_positions, sharing, source_side
+from parallel.boundary import (
+    ItemColumns,
+    Joint,
+    RowMap,
+    dest_side,
+    joint_streams,
+    row_positions,
+    sharing,
+    source_side,
+)
 from parallel.sequence.dealing import loads
 from parallel.sequence.intervals import Column, before, sums
 
@@ -284,7 +293,26 @@ class MicrobatchEdge:
         layout = self.microbatch.plan.inputs.encoders[self.module].layout
         c = self._columns
         own = slice(None) if c.own is None else c.own
-        return source_side(layout, c.rows[own], c.source_dp[own])
+        return source_side(layout, c.rows[own], c.source_dp[own], self._joint)
+
+    @property
+    def _joint(self) -> Joint | None:
+        plan, k = self.microbatch.plan, self.microbatch.index
+        use, c = plan.inputs.encoders[self.module], plan.items[self.module].columns
+        if use.at_once == 1:
+            return None
+        n, dp = len(plan.bounds) - 1, use.layout.dp
+        joint = joint_streams(sums(c.own_rows, c.batch * dp + c.source_dp, n * dp), dp, use.at_once)
+        return Joint(*(a[k * dp : (k + 1) * dp] for a in joint))
+
+    def items_at_once(self, dp: int) -> tuple[int, list[ItemPlan]]:
+        """What a dp rank of the encoder computes together with these items: how many items of earlier
+        micro-batches, and all."""
+        plan, k = self.microbatch.plan, self.microbatch.index
+        n = plan.inputs.encoders[self.module].at_once
+        group = plan.microbatches[k // n * n : k // n * n + n]
+        found = [mb.edges[self.module].items_on(dp) for mb in group]
+        return sum(map(len, found[: k % n])), [item for items in found for item in items]
 
     @cached_property
     def dest(self) -> RowMap:

@@ -18,7 +18,7 @@ from mm.data.reader import BadSample, ShardReader
 from mm.data.sample import Part, Sample, parse_segments
 from mm.data.tokenizer import Tokenizer
 from mm.plan.inputs import EncoderUse, PlanInputs
-from mm.plan.step_plan import Edge, Microbatch, StepPlan
+from mm.plan.step_plan import Edge, Microbatch, MicrobatchEdge, StepPlan
 from parallel.boundary import EdgePlan, PlanCache, Stack, stack_positions
 from parallel.context_parallel import ContextPacking, pack
 from parallel.expert_parallel import Table, routed_tokens
@@ -75,7 +75,8 @@ class Assembler:
         for edge, shape in self.row_shapes.items():
             stage, items = edge.stage % llm.pp, plan.items[edge.source]
             source = self.inputs.encoders[edge.source].layout
-            stack = Stack(source, llm, stage, items.columns, plan.padded, self.inputs.order)
+            at_once = self.inputs.encoders[edge.source].at_once
+            stack = Stack(source, llm, stage, items.columns, plan.padded, self.inputs.order, at_once=at_once)
             name = f"{edge.source} -> {self.sink}" + (f".{edge.stage}" if edge.stage else "")
             found = self.plans.plan_stack(name, stack, row_shape=shape)
             reads = self.rank in llm.stage_ranks(stage)
@@ -115,7 +116,7 @@ class Assembler:
         mine = mb.edges[module].items_on(at.dp)
         metas = [item.part.meta for item in mine]
         # Later pipeline stages, and ranks that compute other rows, need no payload.
-        needed = needed_items(use.cls, use.cfg, metas, self.axes[module]) if at.pp == 0 else range(0)
+        needed = self._needed(use, mb.edges[module]) if at.pp == 0 else range(0)
         tensors = []
         for item in (mine[k] for k in needed):
             sample = mb.sample(item.sample)
@@ -129,6 +130,15 @@ class Assembler:
         device, dtype = self.device, self.dtype
         batch = pack_items(use.cls, use.cfg, tensors, metas, device=device, dtype=dtype, first=needed.start)
         return batch, tuple(mb.sample(item.sample).key for item in mine)
+
+    def _needed(self, use: EncoderUse, edge: MicrobatchEdge) -> range:
+        """Indices of the items of a micro-batch that this rank computes from, of those of its dp rank."""
+        dp, axes = use.layout.coord(self.rank).dp, self.axes[edge.module]
+        mine = edge.items_on(dp)
+        before, every = (0, list(mine)) if use.at_once == 1 else edge.items_at_once(dp)
+        found = needed_items(use.cls, use.cfg, [item.part.meta for item in every], axes)
+        low, high = (min(max(k - before, 0), len(mine)) for k in (found.start, found.stop))
+        return range(low, high)
 
     def _prepared(self, use: EncoderUse, sample: Sample, part: Part) -> Tensor:
         """The inputs of an item [n, *input_shape], on the host."""

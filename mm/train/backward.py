@@ -25,7 +25,7 @@ class Backward:
 
     def backward(self, action: Action) -> float:
         """Gradients of a stage's weights and of what entered it; returns when its output's gradient came."""
-        keys = self.flight.covered(action)
+        keys = [key_of(action)] if self.flight.joins(action) else self.flight.covered(action)
         self.weights.before_backward(action)
         self.transfers.release(action)
         outputs = [self.flight[key].output.take() for key in keys]

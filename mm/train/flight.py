@@ -145,6 +145,11 @@ class Flight:
         """The last stage of a module in a micro-batch."""
         return Key(module, len(self.job.blueprint.stages[module]) - 1, microbatch)
 
+    def joins(self, action: Action) -> bool:
+        """Whether the output of a computation is one tensor of several micro-batches, for the next stage. It
+        is then in the record of the first of them, whether that has items or not."""
+        return action.span > 1 and action.stage + 1 < len(self.job.blueprint.stages[action.module])
+
     def is_loss(self, key: Key) -> bool:
         """Whether the output of a stage is the loss."""
         return key == self.last_stage(SINK, key.microbatch)
@@ -153,8 +158,12 @@ class Flight:
         """Whether a backward of a stage and micro-batch follows."""
         return self.schedule.learns(key.module, key.microbatch)
 
+    def learns_from(self, action: Action) -> bool:
+        """Whether a backward of what a computation or a pipeline message covers follows."""
+        return self.learns(self.covered(action)[0])
+
     def covered(self, action: Action) -> list[Key]:
-        """What a computation covers: of the micro-batches that it spans those with items of its module."""
+        """What an action covers: of the micro-batches that it spans those with items of its module."""
         module, stage = action.module, action.stage
         if action.span == 1:
             return [key_of(action)]

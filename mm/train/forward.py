@@ -32,7 +32,7 @@ class Forward:
         """Run a stage; returns when its inputs had come."""
         key = key_of(action)
         self.transfers.release(action)
-        hidden = self.transfers.hidden(key)
+        hidden = self.transfers.hidden(action)
         if action.module == SINK:
             return self._sink(key, hidden)
         ready = time.perf_counter()
@@ -42,6 +42,9 @@ class Forward:
     def _source(self, action: Action, hidden: Tensor | None) -> None:
         keys = self.flight.covered(action)
         values = self._encode(keys, hidden)
+        if self.flight.joins(action):
+            self.flight[key_of(action)].output.fill(values)
+            return
         if len(keys) == 1:
             self.flight[keys[0]].output.fill(values)
             return
@@ -57,12 +60,8 @@ class Forward:
         module, part = keys[0].module, self.flight.part(keys[0])
         mine = [self.micro[key.microbatch] for key in keys]
         try:
-            if hidden is not None:
-                out = part(mine[0].items[module], hidden)
-            elif len(mine) > 1:
-                out = part(join_batches([mb.items[module] for mb in mine]))
-            else:
-                out = part(mine[0].items[module])
+            batch = join_batches([mb.items[module] for mb in mine])
+            out = part(batch) if hidden is None else part(batch, hidden)
         except RowsMismatch as error:
             names = [name for mb in mine for name in mb.names[module]]
             raise DataError(f"module {module}, sample {names[error.item]}: {error.why}") from error

@@ -52,13 +52,14 @@ class Transfers:
 
     # what computations read
 
-    def hidden(self, key: Key) -> Tensor | None:
-        """The output of the stage before, waited for, a leaf; None for the first stage."""
-        if key.stage == 0:
+    def hidden(self, action: Action) -> Tensor | None:
+        """What a forward reads of the stage before, waited for, a leaf; None for the first stage."""
+        if action.stage == 0:
             return None
-        record = self.flight[key]
+        record = self.flight[key_of(action)]
         hidden = record.hidden_message.take()()
-        return record.hidden.fill(hidden.requires_grad_()) if self.flight.learns(key) else hidden
+        learns = self.flight.learns_from(action)
+        return record.hidden.fill(hidden.requires_grad_()) if learns else hidden
 
     def rows(self, key: Key) -> dict[str, Tensor]:
         """By encoder, the rows that enter the language model in a stage and micro-batch, waited for."""
@@ -138,14 +139,14 @@ class Transfers:
         """Start sending a stage's output to the next stage."""
         key = key_of(action)
         slot = self.flight[key].output
-        output = slot.peek() if self.flight.learns(key) else slot.take()
+        output = slot.peek() if self.flight.learns_from(action) else slot.take()
         assert output is not None
         self._pipes(action).forward.send(output.detach(), self._peer(action), action.tag)
 
     def recv_forward(self, action: Action) -> None:
         """Start receiving the states that enter a stage."""
         key = key_of(action)
-        message = self._receive(self._pipes(action).forward, action, self._hidden_shape(key))
+        message = self._receive(self._pipes(action).forward, action, self._hidden_shape(action, key.stage))
         self.flight[key].hidden_message.fill(message)
 
     def send_backward(self, action: Action) -> None:
@@ -156,7 +157,7 @@ class Transfers:
     def recv_backward(self, action: Action) -> None:
         """Start receiving the gradient of a stage's output, which may not be there yet."""
         key = key_of(action)
-        shape = self._hidden_shape(key._replace(stage=key.stage + 1))  # what the next stage takes
+        shape = self._hidden_shape(action, key.stage + 1)  # what the next stage takes
         message = self._receive(self._pipes(action).backward, action, shape)
         self.flight[key].gradient_message.fill(message)
 
@@ -174,15 +175,17 @@ class Transfers:
         assert action.peer is not None
         return layout.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=action.peer % layout.pp)
 
-    def _hidden_shape(self, key: Key) -> tuple[int, ...]:
-        """Shape of what enters a stage, from the plan alone."""
-        axes, mb = self.job.meshes[key.module].axes, self.prepared.micro[key.microbatch]
-        if key.module == SINK:
-            assert mb.llm is not None
-            return len(mb.llm.ids) // axes.token_shards, self.job.blueprint.llm.d_model
-        use = self.job.blueprint.inputs.encoders[key.module]
-        stage = self.job.blueprint.stages[key.module][key.stage]
-        return hidden_shape(use.cls, use.cfg, mb.items[key.module].metas, stage, axes)
+    def _hidden_shape(self, action: Action, index: int) -> tuple[int, ...]:
+        """Shape of what enters stage number `index` for what an action covers, from the plan alone."""
+        module, micro = action.module, self.prepared.micro
+        axes = self.job.meshes[module].axes
+        if module == SINK:
+            text = micro[action.microbatch].llm
+            assert text is not None
+            return len(text.ids) // axes.token_shards, self.job.blueprint.llm.d_model
+        use = self.job.blueprint.inputs.encoders[module]
+        metas = [m for key in self.flight.covered(action) for m in micro[key.microbatch].items[module].metas]
+        return hidden_shape(use.cls, use.cfg, metas, self.job.blueprint.stages[module][index], axes)
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -217,9 +217,10 @@ def edge_problems(blueprint: Blueprint, plan: StepPlan, node_size: int | None) -
         for mb in plan.microbatches:
             rows = mb.edges[edge.source]
             shape = tuple((i.rows, i.llm_dp, i.position, i.source_dp, i.same_as) for i in rows.items)
-            if not rows.items or shape in seen:
+            held = tuple(rows.source.rows.tolist())  # with micro-batches that are computed at once too
+            if not rows.items or (shape, held) in seen:
                 continue
-            seen.add(shape)
+            seen.add((shape, held))
             to = on_stage(dest, rows.dest, stage)
             plans = {r: caches[r].plan(str(edge), rows.source, to) for r in ranks}
             hops = [_hops([plans[r].forward for r in ranks])]

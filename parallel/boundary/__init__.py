@@ -12,7 +12,15 @@ from parallel.boundary.cache import PlanCache
 from parallel.boundary.communicator import BoundaryCommunicator, Stats
 from parallel.boundary.plan import EdgePlan, Transfer, edge_rows, plan_edge, plan_transfer
 from parallel.boundary.rows import RowMap
-from parallel.boundary.sides import dest_side, on_stage, row_positions, sharing, source_side
+from parallel.boundary.sides import (
+    Joint,
+    dest_side,
+    joint_streams,
+    on_stage,
+    row_positions,
+    sharing,
+    source_side,
+)
 from parallel.boundary.stack import ItemColumns, Stack, own_maps, plan_stack, stack_positions
 from parallel.comm.pending import Pending
 
@@ -20,6 +28,7 @@ __all__ = [
     "BoundaryCommunicator",
     "EdgePlan",
     "ItemColumns",
+    "Joint",
     "Pending",
     "PlanCache",
     "RowMap",
@@ -28,6 +37,7 @@ __all__ = [
     "Transfer",
     "dest_side",
     "edge_rows",
+    "joint_streams",
     "on_stage",
     "own_maps",
     "plan_edge",

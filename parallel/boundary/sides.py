@@ -21,12 +21,38 @@ from parallel.topology.layout import Layout
 Ints = Sequence[int] | Column
 
 
-def source_side(layout: Layout, item_rows: Ints, item_dp: Ints) -> RowMap:
+class Joint(NamedTuple):
+    """Where streams of rows lie in streams that several micro-batches have together, because an encoder
+    computes these at once. before: by stream, the rows of earlier micro-batches. total: rows of all."""
+
+    before: Column
+    total: Column
+
+
+def joint_streams(total: Column, dp: int, at_once: int) -> Joint:
+    """Where streams lie, of which every `at_once` micro-batches are computed at once, from the first on.
+
+    total: rows of each stream, in order of micro-batch and then of dp rank.
+    """
+    batches = len(total) // dp
+    n = -(-batches // at_once) * at_once
+    by_group = np.zeros((n, dp), dtype=np.int64)
+    by_group[:batches] = total.reshape(batches, dp)
+    groups = by_group.reshape(-1, at_once, dp)
+    ahead = np.cumsum(groups, axis=1) - groups
+    whole = np.broadcast_to(groups.sum(axis=1, keepdims=True), groups.shape)
+    return Joint(*(a.reshape(n, dp)[:batches].reshape(-1) for a in (ahead, whole)))
+
+
+def source_side(layout: Layout, item_rows: Ints, item_dp: Ints, joint: Joint | None = None) -> RowMap:
     """Rows as an encoder holds them: item i, of item_rows[i] rows, is computed by dp rank item_dp[i].
 
     The items of a dp rank lie end to end. Their rows are split into contiguous shares over cp by
     share_start(). With sequence parallelism each share is split over tp in the same way; otherwise all tp
     ranks hold equal rows. Only the last pipeline stage holds rows.
+
+    joint: by dp rank, for an encoder that computes several micro-batches at once. The rows of all of them are
+    then split, and a rank holds those of this micro-batch that are in its share.
 
     Raises ValueError for columns of unequal length, negative counts and dp ranks that do not exist.
     """
@@ -35,34 +61,37 @@ def source_side(layout: Layout, item_rows: Ints, item_dp: Ints) -> RowMap:
     order = np.argsort(dp, kind="stable")
     at = np.empty_like(rows)  # first row of each item, in all streams end to end
     at[order] = before(rows[order])
-    runs = held_runs(layout, rows, at, total)
-    start, stop = held_tiles(layout, total)
+    tiles = held_tiles(layout, total, joint)
+    runs = held_runs(rows, at, tiles)
     return RowMap(
         lanes=_lanes(layout, [layout.pp - 1]),
         start=runs.row,
         length=runs.length,
         lane=runs.lane,
         local=runs.token,
-        rows=stop - start,
+        rows=tiles[1] - tiles[0],
     )
 
 
-def held_tiles(layout: Layout, total: Column) -> tuple[Column, Column]:
+def held_tiles(layout: Layout, total: Column, joint: Joint | None = None) -> tuple[Column, Column]:
     """Columns (start, stop) of the tiles of an encoder's streams, of `total` rows each, all streams end to
-    end: in order of (stream, cp, tp share)."""
-    bounds = share_start(total[:, None], layout.cp, np.arange(layout.cp + 1))  # [streams, cp + 1]
+    end: in order of (stream, cp, tp share). joint: by stream; tiles may then be empty."""
+    whole = total if joint is None else joint.total
+    bounds = share_start(whole[:, None], layout.cp, np.arange(layout.cp + 1))  # [streams, cp + 1]
     size, parts = np.diff(bounds)[:, :, None], layout.token_shards
     begin = bounds[:, :-1, None] + share_start(size, parts, np.arange(parts))  # [streams, cp, tp share]
+    if joint is not None:
+        begin = np.clip(begin - joint.before[:, None, None], 0, total[:, None, None])
     start = (begin + before(total)[:, None, None]).reshape(-1)
     return start, np.append(start[1:], total.sum())
 
 
-def held_runs(layout: Layout, rows: Column, at: Column, total: Column) -> TokenRuns:
+def held_runs(rows: Column, at: Column, tiles: tuple[Column, Column]) -> TokenRuns:
     """The runs of an encoder's items; a lane is a tile of held_tiles(), and `token` a local row of it.
 
-    rows: by item. at: its first row, all streams end to end. total: rows of each stream.
+    rows: by item. at: its first row, all streams end to end.
     """
-    start, stop = held_tiles(layout, total)
+    start, stop = tiles
     item, tile, low, high = meet(at, at + rows, start, stop)
     row = before(rows)[item] + low - at[item]
     return TokenRuns(row=row, length=high - low, lane=tile, token=low - start[tile])

@@ -21,7 +21,16 @@ from parallel.boundary.repeats import repeats_of
 from parallel.boundary.routes import Own, offers_of
 from parallel.boundary.rows import RowMap
 from parallel.boundary.runs import split_at_ends
-from parallel.boundary.sides import TokenRuns, held_runs, held_tiles, lane_ranks, read_runs, shared_rows
+from parallel.boundary.sides import (
+    Joint,
+    TokenRuns,
+    held_runs,
+    held_tiles,
+    joint_streams,
+    lane_ranks,
+    read_runs,
+    shared_rows,
+)
 from parallel.sequence.intervals import Column, before, repeat_groups, sums
 from parallel.sequence.stream import Order
 from parallel.topology.layout import Layout
@@ -88,7 +97,8 @@ class Stack:
 
     source, dest: layouts of the encoder and of the language model. stage: pipeline rank of dest that reads.
     items: their dp ranks exist, and they lie in their streams without overlap. tokens: length of each packed
-    stream, [batches, dp of dest]. order: how cp splits streams.
+    stream, [batches, dp of dest]. order: how cp splits streams. at_once: micro-batches that the encoder
+    computes at once, from the first on: its ranks split the rows of all of them.
     """
 
     source: Layout
@@ -97,6 +107,7 @@ class Stack:
     items: ItemColumns
     tokens: Column
     order: Order
+    at_once: int = 1
 
     @property
     def batches(self) -> int:
@@ -117,6 +128,12 @@ class Stack:
     def source_total(self) -> Column:
         """Rows of each of the encoder's streams."""
         return sums(self.items.own_rows, self.source_stream, self.batches * self.source.dp)
+
+    @cached_property
+    def joint(self) -> Joint | None:
+        """By stream of the encoder, where it lies in what micro-batches have together; None where each is
+        computed alone."""
+        return None if self.at_once == 1 else joint_streams(self.source_total, self.source.dp, self.at_once)
 
     @cached_property
     def source_at(self) -> Column:
@@ -232,9 +249,10 @@ def _maps(stack: Stack, which: Column, stride: int) -> tuple[RowMap, RowMap]:
     held = np.arange(len(which)) if first is None else np.flatnonzero(first == np.arange(len(which)))
     streams, stream = np.unique(stack.source_stream[which[held]], return_inverse=True)
     total = stack.source_total[streams]
-    runs = held_runs(stack.source, rows[held], stack.source_at[which[held]] + before(total)[stream], total)
-    start, stop = held_tiles(stack.source, total)
-    source = _stacked((stack.source, stack.source.pp - 1), streams, stride, runs, stop - start)
+    joint = stack.joint and Joint(*(column[streams] for column in stack.joint))
+    tiles = held_tiles(stack.source, total, joint)
+    runs = held_runs(rows[held], stack.source_at[which[held]] + before(total)[stream], tiles)
+    source = _stacked((stack.source, stack.source.pp - 1), streams, stride, runs, tiles[1] - tiles[0])
     streams, stream = np.unique(stack.dest_stream[which], return_inverse=True)
     length = stack.tokens.reshape(-1)[streams]
     at = stack.items.position[which] + before(length)[stream]

@@ -84,6 +84,15 @@ BOUNDARY = (
         "tests/mm/plan/test_step_plan.py::test_an_item_that_a_stream_has_several_times_is_computed_once",
     ),
     Fault(
+        "boundary.joint",
+        "micro-batches that are computed at once are split as if each began the stream",
+        "parallel/boundary/sides.py",
+        "np.clip(begin - joint.before[:, None, None], 0",
+        "np.clip(begin, 0",
+        "tests/parallel/boundary/test_sides.py"
+        "::test_micro_batches_that_are_computed_at_once_are_split_together",
+    ),
+    Fault(
         "stack.readers",
         "a rank plans without the other readers of the lanes that serve it",
         "parallel/boundary/stack.py",

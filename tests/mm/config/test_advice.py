@@ -129,7 +129,6 @@ def test_following_advice_ends_where_everything_works(seed: int, world: int) -> 
             {"encoder_batch": {"vision": 3}, "microbatches": 2},
             "nearest: schedule.encoder_batch.vision=2",
         ),
-        (2, {"vision": {"cp": 2}}, {"encoder_batch": {"vision": 2}, "microbatches": 2}, "cp=2: several"),
         (4, {"llm": {"ranks": "0-7", "tp": 8}}, {}, "nearest: layout.llm.ranks=all layout.llm.tp=4"),
     ],
 )

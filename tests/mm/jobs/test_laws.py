@@ -86,6 +86,22 @@ SCHEDULES: dict[str, tuple[dict[str, dict[str, object]], dict[str, object]]] = {
         {"audio": {"ranks": "0-1"}, "llm": {"pp": 2}},
         {"microbatches": 5, "encoder_batch": {"vision": 2, "audio": 3}},
     ),
+    "encoders by twos, their rows split": (
+        {
+            "vision": {"tp": 2, "cp": 2, "sequence_parallel": True},
+            "audio": {"cp": 2, "pp": 2},
+            "llm": {"pp": 2, "tp": 2},
+        },
+        {"microbatches": 5, "encoder_batch": {"vision": 2, "audio": 2}},
+    ),
+    "encoders by twos and threes, disjoint pipelines": (
+        {
+            "vision": {"ranks": [1, 0], "pp": 2},
+            "audio": {"ranks": "0-1", "tp": 2, "sequence_parallel": True},
+            "llm": {"ranks": "2-3", "pp": 2},
+        },
+        {"microbatches": 5, "encoder_batch": {"vision": 2, "audio": 3}},
+    ),
     "gpipe": ({"llm": {"pp": 4}}, {"microbatches": 3, "kind": "gpipe"}),
     "three phases": ({"llm": {"pp": 2, "vpp": 2}}, {"microbatches": 3, "kind": "three_phase"}),
     "virtual stages": ({"llm": {"pp": 2, "vpp": 2}}, {"microbatches": 3}),

@@ -65,7 +65,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
         "next token",
         4,
         {"vision": SP, "audio": {"cp": 2, "pp": 2}, "llm": {"tp": 2, "ep": 4, "sequence_parallel": True}},
-        {"microbatches": 2},
+        {"microbatches": 4, "encoder_batch": {"vision": 3, "audio": 2}},
     ),
     "disjoint, pipelines": (
         "next token",

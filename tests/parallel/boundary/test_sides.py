@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.boundary import dest_side, row_positions, source_side
+from parallel.boundary import Joint, dest_side, joint_streams, row_positions, source_side
 from parallel.sequence.stream import Order, alignment
 from parallel.topology.layout import make_layout
 from tests.parallel.boundary.cases import held_rows, local_tokens, random_layout, rows_of
@@ -27,6 +27,33 @@ def test_the_source_holds_its_items_end_to_end(seed: int) -> None:
     assert {r: rows_of(side, r) for r in layout.ranks} == held_rows(layout, rows, lane)
     if not layout.sequence_parallel:
         assert {len(ranks) for ranks in side.lanes} == {layout.tp}, "replicas share a lane"
+
+
+@given(seed=st.integers(0, 2**32))
+def test_micro_batches_that_are_computed_at_once_are_split_together(seed: int) -> None:
+    """What a rank has of all of them, end to end, is its share of all rows."""
+    rng = random.Random(seed)
+    layout = random_layout(rng, rng.choice([1, 2, 4, 6, 12]), "vision")
+    at_once, n = rng.choice([1, 2, 3]), rng.choice([1, 2, 5])
+    dealt = [
+        [(rng.choice([0, 1, 3, 8]), rng.randrange(layout.dp)) for _ in range(rng.choice([0, 1, 4]))]
+        for _ in range(n)
+    ]
+    total = [[sum(r for r, d in items if d == dp) for dp in range(layout.dp)] for items in dealt]
+    joint = joint_streams(np.asarray(total).reshape(-1), layout.dp, at_once)
+    for first in range(0, n, at_once):
+        group = [item for items in dealt[first : first + at_once] for item in items]
+        held: dict[int, list[int]] = {rank: [] for rank in layout.ranks}
+        ahead = 0
+        for k in range(first, min(n, first + at_once)):
+            part = slice(k * layout.dp, (k + 1) * layout.dp)
+            rows, dp = [r for r, _ in dealt[k]], [d for _, d in dealt[k]]
+            side = source_side(layout, rows, dp, Joint(joint.before[part], joint.total[part]))
+            side.check()
+            for rank in layout.ranks:
+                held[rank] += [ahead + row for row in rows_of(side, rank)]
+            ahead += sum(rows)
+        assert held == held_rows(layout, [r for r, _ in group], [d for _, d in group])
 
 
 @given(seed=st.integers(0, 2**32), order=st.sampled_from(["contiguous", "zigzag"]))

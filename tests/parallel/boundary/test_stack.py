@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from parallel.boundary import (
     EdgePlan,
     ItemColumns,
+    Joint,
     PlanCache,
     Stack,
     dest_side,
@@ -26,7 +27,7 @@ from parallel.boundary import (
 )
 from parallel.boundary.repeats import Repeats
 from parallel.comm.transport import Message
-from parallel.sequence.intervals import Rows
+from parallel.sequence.intervals import Column, Rows
 from parallel.sequence.stream import alignment
 from parallel.topology.layout import Layout, make_layout
 
@@ -110,6 +111,7 @@ def random_stack(seed: int, again: float = 0.0) -> tuple[Stack, int]:
         ItemColumns(*columns, first=np.asarray(first, dtype=np.int64) if again else None),
         np.asarray(tokens),
         order,
+        rng.choice([1, 1, 2, 4]),
     ), world
 
 
@@ -129,6 +131,20 @@ def sparse_stack(rng: random.Random) -> Stack:
     return Stack(source, dest, 0, ItemColumns(*np.asarray(lines).T), np.maximum(filled, 1), "contiguous")
 
 
+def joint_of(stack: Stack, batch: int) -> Joint | None:
+    """By dp rank of the encoder, what it computes at once with the items of a micro-batch."""
+    if stack.at_once == 1:
+        return None
+    c, first = stack.items, batch // stack.at_once * stack.at_once
+    own = np.ones(len(c.rows), dtype=bool) if c.first is None else c.first == np.arange(len(c.rows))
+
+    def rows(stop: int) -> Column:
+        some = own & (c.batch >= first) & (c.batch < stop)
+        return np.bincount(c.source_dp[some], c.rows[some], stack.source.dp).astype(np.int64)
+
+    return Joint(rows(batch), rows(first + stack.at_once))
+
+
 def check(stack: Stack, ranks: Sequence[int], node_size: int | None, spares: float) -> None:
     """A stack's plans are plan_edge()'s of its maps, and its positions row_positions()."""
     c, bounds = stack.items, np.searchsorted(stack.items.batch, np.arange(stack.batches + 1)).tolist()
@@ -136,7 +152,7 @@ def check(stack: Stack, ranks: Sequence[int], node_size: int | None, spares: flo
     for (a, b), tokens in zip(pairwise(bounds), stack.tokens, strict=True):
         own = np.arange(a, b) if c.first is None else np.flatnonzero(c.first[a:b] == np.arange(a, b)) + a
         first = None if c.first is None else c.first[a:b] - a
-        source = source_side(stack.source, c.rows[own], c.source_dp[own])
+        source = source_side(stack.source, c.rows[own], c.source_dp[own], joint_of(stack, len(maps)))
         items = (c.rows[a:b], c.dest_dp[a:b], c.position[a:b])
         whole = dest_side(stack.dest, *items, tokens, order=stack.order)
         whole = whole if first is None else sharing(whole, c.rows[a:b], first)
