@@ -4,7 +4,8 @@
 
 Plans are carried out by stand-ins on gloo ranks: computations sleep, and links are as slow as the cost model
 says. A unit is the forward of a stage of the language model; an encoder's forward costs half of it, backwards
-twice their forwards, each transfer `--delay` of it.
+twice their forwards, each message `--delay` of it, each gather of a stage's weights and each sum of its
+gradients DATA times as much.
 
 transfers: what the busiest rank's transfers take together, in units. planned: the share of it that costs the
 simulated step nothing. hidden: the same share of the measured step, as the difference between the step with
@@ -14,30 +15,47 @@ slow links and the step with links that take no time, best of `--runs`. of plann
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from benchmarks import common
 from parallel.schedule import Costs, Kind, ModuleUse, ScheduleOptions, SchedulePlan, make_schedule, simulate
-from parallel.schedule.action import BOUNDARY, SENDS
+from parallel.schedule.action import BOUNDARY, OVER_DATA, SENDS
 from parallel.schedule.checker.reader import reading_of
 from parallel.schedule.executor.standin import run_standins
 from parallel.topology.layout import make_layout
 
-WORLD, MICROBATCHES = 4, 12
-CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "boundary, colocated": ("auto", {"vision": {}, "llm": {"tp": 2}}),
-    "boundary, colocated with pp2": ("auto", {"vision": {}, "llm": {"pp": 2, "tp": 2}}),
-    "boundary, disjoint": ("auto", {"vision": {"ranks": "0-1"}, "llm": {"ranks": "2-3"}}),
-    "boundary and pipeline, disjoint": (
-        "auto",
-        {"vision": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}},
+WORLD, MICROBATCHES = 4, 8
+DATA = 4
+MESSAGES: frozenset[Kind] = SENDS | BOUNDARY
+GATHERS, SUMS = frozenset({Kind.GATHER}), frozenset({Kind.GRAD_SYNC})
+
+
+class Case(NamedTuple):
+    """A plan and its slow transfers. kind: of the schedule. specs: layout keys by module."""
+
+    kind: str
+    specs: dict[str, dict[str, Any]]
+    slow: frozenset[Kind] = MESSAGES
+
+
+COLOCATED: dict[str, dict[str, Any]] = {"vision": {}, "llm": {"pp": 2}}
+CASES = {
+    "boundary, colocated": Case("auto", {"vision": {}, "llm": {"tp": 2}}),
+    "boundary, colocated with pp2": Case("auto", {"vision": {}, "llm": {"pp": 2, "tp": 2}}),
+    "boundary, disjoint": Case("auto", {"vision": {"ranks": "0-1"}, "llm": {"ranks": "2-3"}}),
+    "boundary and pipeline, disjoint": Case(
+        "auto", {"vision": {"ranks": "0-1"}, "llm": {"ranks": "2-3", "pp": 2}}
     ),
-    "boundary and pipeline, fill": ("fill", {"vision": {}, "llm": {"pp": 4}}),
-    "pipeline": ("1f1b", {"llm": {"pp": 4}}),
-    "pipeline, interleaved": ("interleaved", {"llm": {"pp": 4, "vpp": 2}}),
-    "pipeline, zero-bubble": ("zero_bubble", {"llm": {"pp": 4}}),
+    "boundary and pipeline, fill": Case("fill", {"vision": {}, "llm": {"pp": 4}}),
+    "pipeline": Case("1f1b", {"llm": {"pp": 4}}),
+    "pipeline, interleaved": Case("interleaved", {"llm": {"pp": 4, "vpp": 2}}),
+    "pipeline, zero-bubble": Case("zero_bubble", {"llm": {"pp": 4}}),
+    "data ranks, gathers of a step": Case("auto", COLOCATED, GATHERS),
+    "data ranks, sums": Case("auto", COLOCATED, SUMS),
+    "data ranks, sums of virtual stages": Case("interleaved", {"llm": {"pp": 2, "vpp": 2}}, SUMS),
+    "data ranks, gathers and sums, fill": Case("fill", COLOCATED, GATHERS | SUMS),
 }
 COMPUTE = {("vision", Kind.FORWARD): 0.5, ("vision", Kind.BACKWARD): 1.0}
 
@@ -56,13 +74,10 @@ def main() -> None:
         raise SystemExit(f"started with {dist.get_world_size()} ranks; needed: {WORLD}")
     if dist.get_rank() == 0:
         print("| plan | transfers | planned | hidden | of planned |\n|---|---|---|---|---|")
-    for name, (kind, specs) in CASES.items():
-        links = {(m, k): given.delay for m in specs for k in SENDS | BOUNDARY}
-        slow, fast = Costs(COMPUTE, links), Costs(COMPUTE)
-        modules = {m: ModuleUse(make_layout(m, WORLD, spec), params="step") for m, spec in specs.items()}
-        active = [specs.keys() - {"llm"}] * MICROBATCHES
-        plan = make_schedule(kind, modules, sink="llm", active=active, options=ScheduleOptions(costs=slow))
-        total = given.delay * most_received(plan)
+    for name, case in CASES.items():
+        slow, fast = costs_of(case, given.delay), Costs(COMPUTE)
+        plan = plan_of(case, slow)
+        total = most_moved(plan, slow)
         planned = total - (simulate(plan, slow).seconds - simulate(plan, fast).seconds)
         took = {id(c): min(seconds(plan, c, given.unit) for _ in range(given.runs)) for c in (slow, fast)}
         hidden = total - (took[id(slow)] - took[id(fast)]) / given.unit
@@ -72,11 +87,29 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def most_received(plan: SchedulePlan) -> int:
-    """The transfers that the rank with the most of them waits for."""
+def costs_of(case: Case, delay: float) -> Costs:
+    """Of a case whose messages take `delay`."""
+    each = {kind: delay * (DATA if kind in OVER_DATA else 1) for kind in case.slow}
+    return Costs(COMPUTE, {(m, kind): seconds for m in case.specs for kind, seconds in each.items()})
+
+
+def plan_of(case: Case, costs: Costs) -> SchedulePlan:
+    """Its plan, in which weights are whole for the step."""
+    modules = {m: ModuleUse(make_layout(m, WORLD, spec), params="step") for m, spec in case.specs.items()}
+    active = [case.specs.keys() - {"llm"}] * MICROBATCHES
+    options = ScheduleOptions(costs=costs, optimizer=True)  # which waits for the sums
+    return make_schedule(case.kind, modules, sink="llm", active=active, options=options)
+
+
+def most_moved(plan: SchedulePlan, costs: Costs) -> float:
+    """What the transfers take that the rank with the most of them waits for."""
     reading = reading_of(plan)
-    spans = itertools.pairwise(reading.first)
-    return max(sum(len(reading.waits.get(n, ())) for n in range(low, high)) for low, high in spans)
+    takes = [costs.transfer.get((flow.module, flow.kind), 0.0) for flow in reading.flows]
+    waited = [
+        sum(takes[flow] for n in range(low, high) for flow, _ in reading.waits.get(n, ()))
+        for low, high in itertools.pairwise(reading.first)
+    ]
+    return max(waited)
 
 
 def seconds(plan: SchedulePlan, costs: Costs, unit: float) -> float:

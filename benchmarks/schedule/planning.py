@@ -84,7 +84,9 @@ def pictures(folder: Path) -> None:
         costs = Costs(
             {("vision", Kind.FORWARD): 0.4, ("vision", Kind.BACKWARD): 0.8, ("audio", Kind.BACKWARD): 1.2}
             | {("llm", k): v / specs["llm"].get("vpp", 1) for k, v in USUAL.items()},
-            {("audio", Kind.BOUNDARY_FORWARD): 0.3, ("audio", Kind.BOUNDARY_BACKWARD): 0.3},
+            {("audio", Kind.BOUNDARY_FORWARD): 0.3, ("audio", Kind.BOUNDARY_BACKWARD): 0.3}
+            | {("vision", Kind.BOUNDARY_FORWARD): 0.2, ("vision", Kind.BOUNDARY_BACKWARD): 0.2}
+            | {("vision", Kind.GATHER): 0.3, ("vision", Kind.GRAD_SYNC): 0.6},
         )
         params: Params = "step" if kind == "fill" else "each"
         modules = {m: ModuleUse(make_layout(m, world, spec), params=params) for m, spec in specs.items()}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from tests.mutations.fault import Fault
 
+GATHERS_AND_SUMS = (
+    "tests/parallel/schedule/checker/test_streams.py"
+    "::test_gathers_start_before_their_first_rank_needs_them_and_sums_once_the_last_has_its_gradients"
+)
 HALVES = "tests/parallel/schedule/executor/test_halves.py::test_two_halves_are_one_backward"
 
 SCHEDULES = (
@@ -94,6 +98,66 @@ SCHEDULES = (
         "parent[root(n)] = root(other)",
         "pass",
         "tests/parallel/schedule/checker/test_streams.py::test_every_generated_plan_has_one_order_of_operations",
+    ),
+    Fault(
+        "posting.gathers",
+        "a gather starts when the last of its ranks needs it",
+        "parallel/schedule/generators/posting.py",
+        "min(found.get(message, moment), moment)",
+        "max(found.get(message, moment), moment)",
+        GATHERS_AND_SUMS,
+    ),
+    Fault(
+        "posting.sums",
+        "gradients are summed after all other work",
+        "parallel/schedule/generators/posting.py",
+        "before = reading.before[n] if a.kind is not Kind.GRAD_SYNC else final[a.module, a.stage]",
+        "before = reading.before[n]",
+        GATHERS_AND_SUMS,
+    ),
+    Fault(
+        "reader.gathers",
+        "no computation waits for a gather",
+        "parallel/schedule/checker/reader.py",
+        "keys = keys + gathers.pop((a.module, a.stage), [])",
+        "keys = keys + []",
+        "tests/parallel/schedule/simulator/test_simulate.py"
+        "::test_gathers_and_sums_are_paid_where_nothing_hides_them",
+    ),
+    Fault(
+        "reader.sums",
+        "the optimizer does not wait for sums",
+        "parallel/schedule/checker/reader.py",
+        "keys = keys + sums",
+        "keys = keys + []",
+        "tests/parallel/schedule/simulator/test_simulate.py::test_the_optimizer_waits_for_sums",
+    ),
+    Fault(
+        "simulate.sums",
+        "a step ends before its sums are there",
+        "parallel/schedule/simulator/simulate.py",
+        "return max((*self.ends, *sums), default=0.0)",
+        "return max(self.ends, default=0.0)",
+        "tests/parallel/schedule/simulator/test_simulate.py"
+        "::test_gathers_and_sums_are_paid_where_nothing_hides_them",
+    ),
+    Fault(
+        "traffic.units",
+        "gathers in a computation are hidden but for their first unit, however long they take",
+        "parallel/schedule/simulator/costs.py",
+        "max(moved / units, moved - self.seconds(a) * (1 - 1 / units))",
+        "moved / units",
+        "tests/parallel/schedule/simulator/test_simulate.py"
+        "::test_gathers_in_each_computation_expose_their_first_unit",
+    ),
+    Fault(
+        "memory.whole",
+        "gathers start early whatever memory they take",
+        "parallel/schedule/generators/make.py",
+        "(took < least and _holds(found, options) <= most)",
+        "took < least",
+        "tests/parallel/schedule/generators/test_make.py"
+        "::test_a_gather_starts_later_where_memory_does_not_allow_it",
     ),
     Fault(
         "streams.fifo",

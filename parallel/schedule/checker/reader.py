@@ -83,12 +83,14 @@ class Flow(NamedTuple):
     stage: the later of the two stages; the sink's stage that the edge's rows enter; that of the parameters.
     ends: (sending program, receiving program), or the programs of the data ranks; None on an edge, where
         SchedulePlan.ends() gives them.
+    within: for sums of gradients in the last backward, that action. They are started by its end.
     """
 
     kind: Kind
     module: str
     stage: int
     ends: tuple[int, ...] | None = None
+    within: Action | None = None
 
 
 class _FlowNumbers(NamedTuple):
@@ -127,6 +129,7 @@ class Reading:
     transfers: by transfer, for each of its ends the last computation before that end is started.
     starts: by action, the transfers whose end it starts.
     started_by: by transfer, {program: number of the action that starts its end there}.
+    closes: by last backward, the sums that it has started by its end.
     collectives: by computation, what it begins together with other programs.
     together: by computation, {program: number of the computation that begins with it}, itself included.
     flows: by number.
@@ -140,6 +143,7 @@ class Reading:
     transfers: defaultdict[TransferKey, list[int]] = field(default_factory=lambda: defaultdict(list))
     starts: dict[int, list[TransferKey]] = field(default_factory=dict)
     started_by: dict[TransferKey, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    closes: dict[int, TransferKey] = field(default_factory=dict)
     collectives: dict[int, Collective] = field(default_factory=dict)
     together: dict[int, Mapping[int, int]] = field(default_factory=dict)
     flows: list[Flow] = field(default_factory=list)
@@ -184,6 +188,7 @@ class _Reader:
         last, computations, found = START, list[int](), self.reading
         gathers: dict[tuple[str, int], list[TransferKey]] = {}  # by stage, until a computation waits for it
         sums: list[TransferKey] = []
+        late = {a[1:4] for a in self.plan.programs[p] if a.kind is Kind.GRAD_SYNC}
         done: dict[Kind, set[Result]] = {FORWARD: set(), BACKWARD: set()}  # on the program's own ranks
         for number, a in enumerate(self.plan.programs[p], found.first[p]):
             lacks = self._lacks(p, a, done)
@@ -214,9 +219,24 @@ class _Reader:
                 done[_LEAVES[a.kind]].add(a[1:4])
             elif a.kind in _LEAVES:
                 done[_LEAVES[a.kind]].update([(a.module, i, a.stage) for i in a.microbatches])
+            closed = self._closed(p, a, late) if a.last else None
+            if closed is not None:
+                found.closes[number] = closed
+                found.transfers[closed].append(number)
+                found.started_by[closed][p] = number
+                sums.append(closed)
             computations.append(number)
             last = number
         return computations
+
+    def _closed(self, p: int, a: Action, late: Set[Result]) -> TransferKey | None:
+        """The sums in a last backward; None where it has none. late: what GRAD_SYNC sums."""
+        use = self.plan.modules[a.module]
+        groups = parameter_groups(a.module, use)
+        if not groups or not use.sums_in(a.kind, a.last) or (a.module, 0, a.stage) in late:
+            return None
+        flow = Flow(Kind.GRAD_SYNC, a.module, a.stage, tuple(sorted(self.members[groups, p])), a)
+        return self.numbers.setdefault(flow, len(self.numbers)), 0
 
     def _lacks(self, p: int, a: Action, done: Mapping[Kind, Set[Result]]) -> tuple[Kind, Result] | None:
         """A result on its own ranks that an action needs and that is not there."""

@@ -116,7 +116,7 @@ class _Run:
             return False
         collective = self.reading.collectives.get(n)
         if collective is None:
-            self.at[p] = n + 1
+            self._pass(p)
             return True
         came = self.arrived[collective]
         if p not in came:
@@ -124,9 +124,15 @@ class _Run:
         if len(came) < len(collective.programs):
             return False
         for q in came:
-            self.at[q] += 1
+            self._pass(q)
         self.free.extend(q for q in came if q != p)
         return True
+
+    def _pass(self, p: int) -> None:
+        """Program p has done its computation. Sums in it are among its collectives, which have all met."""
+        if self.at[p] in self.reading.closes:
+            self.done.add(self.reading.closes[self.at[p]])
+        self.at[p] += 1
 
     def _waited(self, p: int, n: int) -> _At | None:
         """The stream in which something lies that computation n of program p waits for."""

@@ -26,6 +26,19 @@ class Bar:
     chunk: int
 
 
+class Move(NamedTuple):
+    """What travels to a row or between it and its data ranks, while its computations go on.
+
+    kind: GATHER, GRAD_SYNC, or that of a message. start, end: seconds from the start of the step.
+    """
+
+    row: int
+    start: float
+    end: float
+    kind: Kind
+    module: str
+
+
 class Arrow(Transfer):
     """A transfer on a chart, where `source` and `target` are rows."""
 
@@ -54,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Chart:
-    """A step to be drawn. modules: in the order of their colours."""
+    """A step to be drawn. modules: in the order of their colours. moves: of a simulation."""
 
     rows: tuple[Row, ...]
     bars: tuple[Bar, ...]
@@ -62,6 +75,7 @@ class Chart:
     modules: tuple[str, ...]
     seconds: float
     kind: str
+    moves: tuple[Move, ...] = ()
 
 
 class Message(NamedTuple):
@@ -96,10 +110,11 @@ def simulated(line: Timeline) -> Chart:
                 chunk = a.stage // plan.modules[a.module].layout.pp
                 bars.append(Bar(p, start, end, a, chunk))
     arrows = [Arrow(*transfer) for transfer in line.transfers if transfer.source != transfer.target]
+    moves = tuple(Move(t.target, t.start, t.end, t.kind, t.module) for t in line.transfers if t.end > t.start)
     rows = tuple(
         Row(_ranks(ranks), _modules(plan, p), line.bubble(ranks[0])) for p, ranks in enumerate(plan.ranks_of)
     )
-    return Chart(rows, tuple(bars), tuple(arrows), tuple(plan.modules), line.seconds, plan.kind)
+    return Chart(rows, tuple(bars), tuple(arrows), tuple(plan.modules), line.seconds, plan.kind, moves=moves)
 
 
 def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Chart:

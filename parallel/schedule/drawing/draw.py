@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from parallel.schedule.action import Kind
-from parallel.schedule.drawing.chart import Arrow, Bar, Chart
+from parallel.schedule.action import OVER_DATA, Kind
+from parallel.schedule.drawing.chart import Arrow, Bar, Chart, Move
 from parallel.schedule.drawing.shapes import INK, PAPER, Box, Curve, Picture, Shape, Text
 
 # (forward, backward, weight gradient) of each module: the sink first, then sources. They can be told apart in
@@ -36,6 +36,7 @@ def draw(chart: Chart, *, title: str | None = None, width: int = WIDTH) -> Pictu
     # than those along pipelines.
     for arrow in sorted(chart.arrows, key=lambda a: a.boundary):
         shapes.append(_arrow(chart, arrow, scale))
+    shapes += [_move(chart, move, scale) for move in chart.moves]
     for bar in chart.bars:
         shapes += _bar(chart, bar, scale)
     shapes += _legend(chart, bottom + 34, width)
@@ -96,6 +97,20 @@ def _bar(chart: Chart, bar: Bar, scale: float) -> list[Shape]:
     return out
 
 
+def _move(chart: Chart, move: Move, scale: float) -> Box:
+    """A thin bar below its row: gathers and sums above, messages below them."""
+    x, w = LEFT + move.start * scale, (move.end - move.start) * scale
+    y = TOP + move.row * (ROW + GAP) + ROW + (1 if move.kind in OVER_DATA else 6)
+    forward, backward, _ = colours(chart, move.module)
+    fill = backward if move.kind in _OF_GRADIENTS else forward
+    return Box(
+        x=x + min(0.6, w / 8), y=y, w=w - 2 * min(0.6, w / 8), h=4, fill=fill, radius=1.5, opacity=0.75
+    )
+
+
+_OF_GRADIENTS = (Kind.GRAD_SYNC, Kind.SEND_BACKWARD, Kind.BOUNDARY_BACKWARD)
+
+
 def _arrow(chart: Chart, arrow: Arrow, scale: float) -> Curve:
     down = arrow.target > arrow.source
     y1 = TOP + arrow.source * (ROW + GAP) + (ROW if down else 0)
@@ -126,6 +141,10 @@ def _legend(chart: Chart, y: float, width: int) -> list[Shape]:
         x += 150
     out += [Box(x, y - 6, 12, 12, TRACK, 3), Text(x + 17, y, "idle", 11, SOFT)]
     x += 60
+    if chart.moves:
+        out += [Box(x, y - 5, 12, 4, SOFT, 1.5), Box(x, y + 1, 12, 4, SOFT, 1.5)]
+        out.append(Text(x + 17, y, "on the way: weights and sums, messages", 11, SOFT))
+        x += 250
     if any(a.boundary for a in chart.arrows):
         colour = colours(chart, chart.modules[0])[0]
         out += [Curve(x, y + 5, x + 12, y - 5, colour, width=1.8, opacity=0.9)]

@@ -6,7 +6,8 @@ A handler is called with an action, on the ranks whose list has that action.
   work.
 - It may keep tensors between actions in tables keyed by (module, stage, micro-batch).
 - An action with span > 1 covers several micro-batches.
-- No send, receive or boundary handler waits. If one did, ranks at different depths would block each other.
+- No handler of a send, a receive, a boundary, GATHER or GRAD_SYNC waits. If one did, ranks at different
+  depths would block each other.
 - Each direction of a pipeline or an edge has a process group of its own, because transfers of opposite
   directions are not ordered among each other. A backend that matches messages by tag can use one group.
 - After the last action, the caller waits for all sends and transfers that are still under way.
@@ -20,7 +21,7 @@ FORWARD
 BACKWARD
     Wait for the gradient of the output. It comes from RECV_BACKWARD; on the last stage of a source from
     BOUNDARY_BACKWARD; on the last stage of the sink from the loss. Run the backward, then free the output.
-    `last` marks the stage's last backward of the step, in which FSDP reduces the gradients.
+    `last` marks the stage's last backward of the step, in which FSDP starts to sum the gradients.
 BACKWARD_INPUT
     As BACKWARD, but only for the gradients of the stage's inputs. Keep what the weight gradients need
     (parallel.schedule.executor.halves).
@@ -40,12 +41,16 @@ BOUNDARY_FORWARD
     has made, none if it makes none, and receives the rows that it reads. FORWARD of the sink waits for them.
 BOUNDARY_BACKWARD
     The same for gradients (start_backward). BACKWARD of the source's last stage waits for them.
-GATHER, FREE
-    Gather the stage's parameters on every rank of its dp axis; release that memory.
+GATHER
+    Start to gather the stage's parameters on all of its data ranks and return. The stage's first computation
+    waits for them.
+FREE
+    Release that memory.
 GRAD_SYNC
-    Sum the stage's gradients over dp.
+    Start to sum the stage's gradients over its data ranks and return.
 OPTIMIZER
-    Compute the gradient norm, clip and update.
+    Wait for all sums, also for those in last backwards. Compute the gradient norm, clip and update. Where the
+    plan leaves it out, the caller waits for the sums after the last action.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 Transfers are real messages of one number each, in the groups that the plan names, so order and waiting are
 those of a real run. The number is when the transfer was started: its reader waits until the link would have
-brought it, by the cost model. A plan and its simulation can be tried in this way on more ranks than there are
-cores.
+brought it, by the cost model. Gathers and sums of gradients are reductions to the last moment at which a data
+rank has started them. A plan and its simulation can be tried in this way on more ranks than there are cores.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,10 @@ import torch.distributed as dist
 from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, Action, ActionKey, Kind
 from parallel.schedule.checker.graph import releases
 from parallel.schedule.executor.execute import Handler, execute
-from parallel.schedule.plan import SchedulePlan
+from parallel.schedule.plan import SchedulePlan, parameter_groups
 from parallel.schedule.record import Record
 from parallel.schedule.simulator.costs import Costs
+from parallel.schedule.simulator.traffic import with_traffic
 from parallel.topology.groups import Group
 
 _Key = tuple[str, tuple[int, ...]]  # of a process group: its lane and its ranks
@@ -51,16 +52,25 @@ def run_standins(
 
 
 def _groups(plan: SchedulePlan) -> dict[_Key, Any]:
-    """The process groups of a plan, made in one order on all ranks: those of messages, and of collectives in
-    which ranks of different programs meet. Ranks of one program sleep alike: their collectives are left out.
+    """The process groups of a plan, made in one order on all ranks: of messages, of gathers and sums, and of
+    collectives in which ranks of different programs meet. Ranks of one program sleep alike: their other
+    collectives are left out.
     """
     wanted = {
         (group.lane, ranks)
         for group in {g for _, a in plan for g in a.groups}
         for ranks in plan.instances(group)
-        if (group.direction and len(ranks) > 1) or len({plan.program_of[r] for r in ranks}) > 1
+        if len(ranks) > 1
+        and (group.direction or group.lane == "parameters" or len({plan.program_of[r] for r in ranks}) > 1)
     }
     return {key: dist.new_group(sorted(key[1]), group_desc=key[0]) for key in sorted(wanted)}
+
+
+def _seconds(plan: SchedulePlan, program: int, costs: Costs) -> dict[ActionKey, float]:
+    """By computation of a program, what it takes, with the gathers and sums in it."""
+    actions = plan.programs[program]
+    seconds = with_traffic([costs.seconds(a) for a in actions], plan, actions, costs)
+    return {a[:4]: took for a, took in zip(actions, seconds, strict=True) if a.kind in COMPUTE}
 
 
 class _Coming(NamedTuple):
@@ -88,9 +98,14 @@ class _StandIns:
         self.rank = dist.get_rank()
         self.sent: dict[ActionKey, list[dist.Work]] = {}  # by what started them
         self.coming: dict[ActionKey, _Coming] = {}  # by what started them
+        self.gathers: dict[tuple[str, int], _Coming] = {}  # by stage, until it computes
+        self.sums: list[_Coming] = []
         self.tensors: list[torch.Tensor] = []  # of messages
         program = plan.program_of.get(self.rank)
         self.released = {} if program is None else releases(plan, program)
+        self.seconds = {} if program is None else _seconds(plan, program, costs)
+        actions = plan.actions(self.rank)
+        self.late = {a[1:4] for a in actions if a.kind is Kind.GRAD_SYNC}
         ranks = plan.ranks_of
         self.ends = {
             (s, e): tuple(tuple(r for p in sorted(end) for r in ranks[p]) for end in plan.ends(s, e))
@@ -101,13 +116,34 @@ class _StandIns:
         self.handlers.update(dict.fromkeys(COMPUTE, self.compute))
         self.handlers.update(dict.fromkeys(SENDS | RECEIVES, self.message))
         self.handlers.update(dict.fromkeys(BOUNDARY, self.boundary))
+        self.handlers[Kind.GATHER] = self.gather
+        self.handlers[Kind.GRAD_SYNC] = self.grad_sync
+        self.handlers[Kind.OPTIMIZER] = self.optimizer
 
     def meet(self, a: Action) -> None:
-        """The collectives of an action."""
+        """The collectives of an action in which ranks of different programs meet."""
         for name in a.groups:
             group = self._group(name)
-            if group is not None:
+            if (
+                group is not None
+                and len({self.plan.program_of[r] for r in self.plan.members(name, self.rank)}) > 1
+            ):
                 dist.barrier(group)
+
+    def gather(self, a: Action) -> None:
+        """Start a stage's gather, which its first computation waits for."""
+        self.gathers[a.module, a.stage] = self._reduce(
+            a.groups, self.costs.transfer.get((a.module, a.kind), 0.0)
+        )
+
+    def grad_sync(self, a: Action) -> None:
+        """Start the sum of a stage's gradients, which the end of the step waits for."""
+        self.sums.append(self._reduce(a.groups, self.costs.transfer.get((a.module, a.kind), 0.0)))
+
+    def optimizer(self, a: Action) -> None:
+        """Wait for the sums, then for everyone."""
+        self._wait_for_sums()
+        self.meet(a)
 
     def compute(self, a: Action) -> float:
         for key in self.released.get(a[:4], ()):
@@ -116,9 +152,15 @@ class _StandIns:
         for key in self._consumes(a):
             if key in self.coming:
                 self.coming.pop(key).wait()
+        if (a.module, a.stage) in self.gathers:
+            self.gathers.pop((a.module, a.stage)).wait()
         self.meet(a)
         ready = time.perf_counter()
-        time.sleep(self.unit * self.costs.seconds(a))
+        time.sleep(self.unit * self.seconds[a[:4]])
+        use = self.plan.modules[a.module]
+        if a.last and use.sums_in(a.kind, a.last) and (a.module, 0, a.stage) not in self.late:
+            groups = parameter_groups(a.module, use)
+            self.sums.append(self._reduce(groups, self.costs.beyond(a, Kind.GRAD_SYNC)))
         return ready
 
     def message(self, a: Action) -> None:
@@ -161,10 +203,26 @@ class _StandIns:
 
     def finish(self) -> None:
         """Wait for what is still under way after the last action."""
+        self._wait_for_sums()
         for coming in self.coming.values():
             coming.wait()
         for work in [work for works in self.sent.values() for work in works]:
             work.wait()
+
+    def _wait_for_sums(self) -> None:
+        for coming in self.sums:
+            coming.wait()
+        self.sums.clear()
+
+    def _reduce(self, groups: Sequence[Group], seconds: float) -> _Coming:
+        """A collective of all members of these groups; it is there some seconds after the last has come."""
+        stamps, works = [], []
+        for name in groups:
+            group = self._group(name)
+            if group is not None:
+                stamps.append(self._stamp())
+                works.append(dist.all_reduce(stamps[-1], dist.ReduceOp.MAX, group, async_op=True))
+        return _Coming(works, stamps, time.monotonic(), self.unit * seconds)
 
     def _consumes(self, a: Action) -> list[ActionKey]:
         """The receives of this rank that a computation waits for."""
@@ -179,7 +237,7 @@ class _StandIns:
         return [(Kind.RECV_BACKWARD, a.module, a.microbatch, a.stage), *rows]
 
     def _group(self, name: Group) -> Any:
-        """The process group of a name that this rank is in; None where its ranks all run one program."""
+        """The process group of a name that this rank is in; None where the run has none."""
         return self.groups.get((name.lane, self.plan.members(name, self.rank)))
 
     def _stamp(self) -> torch.Tensor:

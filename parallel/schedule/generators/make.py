@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from parallel.schedule.action import BOUNDARY, OVER_DATA, Kind
+from parallel.schedule.action import BOUNDARY, Kind
 from parallel.schedule.checker.memory import check_limit, peaks
 from parallel.schedule.generators.compose import (
     colocated_plan,
@@ -104,7 +104,7 @@ def _fastest(problem: Problem, plans: Sequence[SchedulePlan]) -> SchedulePlan:
     costs = problem.options.costs or Costs()
     # Rows take time. Where nobody says how much, a tenth of a forward: plans that hide them win.
     rows = {(m, kind): 0.1 for m in problem.batch for kind in BOUNDARY}
-    rows |= {(m, kind): 0.1 for m in problem.modules for kind in OVER_DATA}
+    rows |= {(m, Kind.GATHER): 0.1 for m, use in problem.modules.items() if use.params == "step"}
     priced = replace(costs, transfer={**rows, **costs.transfer})
     best = plans[0] if len(plans) == 1 else min(plans, key=lambda plan: simulate(plan, priced).seconds)
     if not any(a.kind is Kind.GATHER for _, a in best):

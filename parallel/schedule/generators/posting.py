@@ -109,17 +109,18 @@ def _gathers(
     reading = reading_of(plan)
     for program, low in zip(plan.programs, reading.first[:-1], strict=True):
         waiting: dict[tuple[str, int], _Message] = {}
-        computed = [START]  # the computations so far
+        computed: list[int] = []  # the computations so far
         for n, a in enumerate(program, low):
             if a.kind is Kind.GATHER:
                 flow, microbatch = reading.starts[n][0]
                 waiting[a.module, a.stage] = (joined[flow], microbatch)
             elif a.kind in COMPUTE:
+                computed.append(n)
                 message = waiting.pop((a.module, a.stage), None)
                 if message is not None:
-                    after = START if lead is None else computed[max(0, len(computed) - 1 - lead)]
-                    found[message] = min(found.get(message, ends[n]), _moment(ends, after))
-                computed.append(n)
+                    since = computed[0 if lead is None else max(0, len(computed) - 1 - lead)]
+                    moment = _moment(ends, reading.before[since])
+                    found[message] = min(found.get(message, moment), moment)
     return found
 
 

@@ -22,14 +22,18 @@ class Costs:
         take USUAL; actions on parameters in neither take nothing.
     transfer: by (module, kind), with kind SEND_FORWARD, SEND_BACKWARD or a boundary's: from the moment at
         which all ends have started it until the rows are there. Transfers that are not named take nothing.
+        GATHER and GRAD_SYNC: of a stage's weights or gradients, also where computations move them.
     load: by (module, micro-batch), a factor on the module's computations, for ragged batches.
     cores: how many cores all ranks share, where an action uses at most one; None if each rank has its own.
+    units: by module, in how many units FSDP gathers the weights of a stage in a computation, or sums its
+        gradients, one beside the computation of another; 1 where it is not named.
     """
 
     compute: Mapping[tuple[str, Kind] | tuple[str, int, Kind], float] = field(default_factory=dict)
     transfer: Mapping[tuple[str, Kind], float] = field(default_factory=dict)
     load: Mapping[tuple[str, int], float] = field(default_factory=dict)
     cores: float | None = None
+    units: Mapping[str, int] = field(default_factory=dict)
 
     def seconds(self, a: Action) -> float:
         """The duration of a computation or an action on parameters."""
@@ -41,6 +45,14 @@ class Costs:
         if not self.load:
             return one * a.span
         return one * sum(self.load.get((a.module, i), 1.0) for i in a.microbatches)
+
+    def beyond(self, a: Action, kind: Kind) -> float:
+        """Seconds that a stage's gather begins before a computation in which it goes on, or a sum ends after.
+
+        One unit at least. kind: GATHER or GRAD_SYNC.
+        """
+        moved, units = self.transfer.get((a.module, kind), 0.0), self.units.get(a.module, 1)
+        return max(moved / units, moved - self.seconds(a) * (1 - 1 / units)) if moved else 0.0
 
 
 def measured_costs(records: Mapping[int, Sequence[Record]], *, cores: float | None = None) -> Costs:

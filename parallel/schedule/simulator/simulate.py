@@ -14,6 +14,7 @@ from parallel.schedule.checker.graph import Graph, graph_of
 from parallel.schedule.checker.reader import START, Flow, TransferKey
 from parallel.schedule.plan import SchedulePlan
 from parallel.schedule.simulator.costs import Costs
+from parallel.schedule.simulator.traffic import with_traffic
 
 
 class Transfer(NamedTuple):
@@ -149,15 +150,22 @@ def simulate(plan: SchedulePlan, costs: Costs | None = None) -> Timeline:
 
 def run_graph(graph: Graph, plan: SchedulePlan, costs: Costs) -> tuple[list[float], list[float]]:
     """When each computation begins and ends, in seconds, by number in a graph of `plan`."""
-    seconds = [0.0 if a.kind in POSTED else costs.seconds(a) for _, a in plan]
+    seconds = []
+    for program in plan.programs:
+        alone = [0.0 if a.kind in POSTED else costs.seconds(a) for a in program]
+        seconds += with_traffic(alone, plan, program, costs)
     if costs.cores is None:
         return _own_cores(graph, seconds, costs)
     return _SharedCores(graph, seconds, costs, [len(ranks) for ranks in plan.ranks_of]).run()
 
 
 def _delays(graph: Graph, costs: Costs) -> list[float]:
-    """By flow, the seconds that a transfer takes once all its ends have started it."""
-    return [costs.transfer.get((flow.module, flow.kind), 0.0) for flow in graph.flows]
+    """By flow, the seconds that a transfer takes once all its ends have started it; of sums in a backward,
+    those that they outlast it."""
+    return [
+        costs.transfer.get((f.module, f.kind), 0.0) if f.within is None else costs.beyond(f.within, f.kind)
+        for f in graph.flows
+    ]
 
 
 def _own_cores(graph: Graph, seconds: Sequence[float], costs: Costs) -> tuple[list[float], list[float]]:

@@ -15,8 +15,8 @@ from parallel.sharding.param import local
 
 
 def gathered_after_an_update() -> tuple[Tensor, int, int]:
-    """A weight [4, 4] of ones to which one is added while it is gathered; how many buffers FSDP keeps for sums
-    after a last backward as on an accelerator, and after they are waited for."""
+    """A weight [4, 4] of ones to which one is added while it is gathered; how many buffers FSDP keeps for
+    sums after a last backward as on an accelerator, and after they are waited for."""
     module = nn.Linear(4, 4, bias=False)
     nn.init.ones_(module.weight)
     fully_shard(module, mesh=init_device_mesh("cpu", (2,)))

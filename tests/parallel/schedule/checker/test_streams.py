@@ -14,13 +14,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.schedule import Action, Costs, Group, Kind, SchedulePlan
+from parallel.schedule import (
+    Action,
+    Costs,
+    Group,
+    Kind,
+    ScheduleOptions,
+    SchedulePlan,
+    make_schedule,
+    simulate,
+)
 from parallel.schedule.action import COMPUTE, POSTED
 from parallel.schedule.checker.check import PlanError, check
 from parallel.schedule.checker.streams import find_ring
 from parallel.schedule.generators.posting import in_one_order
 from parallel.topology.groups import Direction
-from tests.parallel.schedule.cases import Case, cases, plan_of, receives_early
+from tests.parallel.schedule.cases import Case, cases, plan_of, receives_early, use
 
 EVERY_KIND = ("1f1b", "interleaved", "zero_bubble", "fill", "sequential", "gpipe")
 
@@ -72,6 +81,28 @@ def test_every_generated_plan_has_one_order_of_operations(case: Case) -> None:
 def test_things_that_take_no_time_keep_their_order(case: Case) -> None:
     nothing = {(m, kind): 0.0 for m in case.modules for kind in COMPUTE}
     check(in_one_order(case.plan(), Costs(nothing)))
+
+
+def test_gathers_start_before_their_first_rank_needs_them_and_sums_once_the_last_has_its_gradients() -> None:
+    """Early stages of the pipeline compute the second encoder's only items long after late ones."""
+    specs = {"vision": {"params": "step"}, "audio": {"params": "step"}, "llm": {"pp": 4}}
+    modules = {m: use(m, 4, **spec) for m, spec in specs.items()}
+    active = [{"vision"}] * 5 + [{"vision", "audio"}]
+    plan = make_schedule("fill", modules, sink="llm", active=active, options=ScheduleOptions(ahead=6))
+    check(plan)
+    line, needed = simulate(plan), []
+    for program, starts in zip(plan.programs, line.start, strict=True):
+        audio = [k for k, a in enumerate(program) if a.module == "audio"]
+        assert program[audio[0]].kind is Kind.GATHER
+        needed.append(starts[audio[1]])
+    gathers = {t.start for t in line.transfers if (t.kind, t.module) == (Kind.GATHER, "audio")}
+    assert max(needed) > min(needed) and len(gathers) == 1 and gathers.pop() <= min(needed)
+    last: dict[str, float] = {}
+    for program, ends in zip(plan.programs, line.end, strict=True):
+        for a, end in zip(program, ends, strict=True):
+            last[a.module] = max(end * a.last, last.get(a.module, 0.0))
+    sums = {t.module: t.start for t in line.transfers if t.kind is Kind.GRAD_SYNC}
+    assert sums["vision"] == last["vision"] < sums["audio"] == last["audio"]
 
 
 def test_collectives_have_their_place_among_the_messages() -> None:

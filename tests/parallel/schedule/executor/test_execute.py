@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from parallel.schedule import Action, Costs, Kind, Record, SchedulePlan, execute, measured_costs, simulate
-from parallel.schedule.action import BOUNDARY, COMPUTE, SENDS
+from parallel.schedule.action import BOUNDARY, COMPUTE, OVER_DATA, SENDS
 from parallel.schedule.drawing.chart import measured
 from parallel.schedule.drawing.draw import draw
 from parallel.schedule.drawing.svg import to_svg
@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "interleaved": ("interleaved", 4, {"llm": {"pp": 4, "vpp": 2}}, {}),
     "zero-bubble": ("zero_bubble", 7, {"llm": {"pp": 4}}, {}),
     "filled": ("fill", 6, {"vision": {"params": "step"}, "llm": {"pp": 4}}, {"ahead": 6}),
+    "gathered": ("auto", 4, {"vision": {"params": "step"}, "llm": {"pp": 2, "params": "step"}}, {}),
 }
 
 
@@ -68,8 +69,10 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
 def test_stand_ins_take_the_simulated_time_in_the_simulated_order(name: str, ranks: Any) -> None:
     kind, m, specs, options = CASES[name]
     compute = {**VISION, ("llm", Kind.BACKWARD): 2.0} if "vpp" not in str(specs) else {}
-    costs = Costs(compute, {(module, kind): 0.3 for module in specs for kind in SENDS | BOUNDARY})
-    plan = plan_of(kind, 4, m, specs, costs=costs, **options)
+    each = dict.fromkeys(SENDS | BOUNDARY, 0.3) | dict.fromkeys(OVER_DATA, 1.2)
+    moved = {(module, kind): seconds for module in specs for kind, seconds in each.items()}
+    costs = Costs(compute, moved, units={"llm": 3})
+    plan = plan_of(kind, 4, m, specs, costs=costs, optimizer=True, **options)
     line = simulate(plan, costs)
     for unit in UNITS:  # a busy machine wakes sleepers late; with longer sleeps that no longer matters
         runs = ranks(4, run_standins, plan, costs, unit)

@@ -22,7 +22,7 @@ from parallel.schedule import (
 )
 from parallel.schedule.action import BOUNDARY, COMPUTE
 from parallel.schedule.checker.check import check
-from parallel.schedule.checker.memory import Memory, held_microbatches
+from parallel.schedule.checker.memory import Memory, held_microbatches, peaks
 from parallel.topology.data_parallel import Shards
 from parallel.topology.layout import make_layout
 from tests.parallel.schedule.cases import entries, plan_of, use
@@ -130,6 +130,30 @@ def test_parameters_are_gathered_once_a_step_on_request() -> None:
     check(plan)
     held = {(a.kind, a.groups) for a in plan.actions(0) if a.module == "vision" and a.kind in COMPUTE}
     assert held == {(F, ()), (B, (data,))}
+
+
+@pytest.mark.parametrize(("seconds", "before"), [(0.0, 0), (0.5, 1), (1.4, 2), (2.5, 4), (9.0, 4)])
+def test_a_gather_starts_as_late_as_costs_no_time(seconds: float, before: int) -> None:
+    """The language model computes after four forwards of the encoder, of a second each."""
+    specs = {"vision": {"params": "step"}, "llm": {"params": "step"}}
+    costs = Costs(transfer={("llm", Kind.GATHER): seconds})
+    plan = plan_of("three_phase", 2, 4, specs, costs=costs)
+    check(plan)
+    found = [(a.kind, a.module) for a in plan.actions(0) if a.kind in (Kind.GATHER, F)]
+    between = found[found.index((Kind.GATHER, "llm")) : found.index((F, "llm"))]
+    assert between.count((F, "vision")) == before
+
+
+def test_a_gather_starts_later_where_memory_does_not_allow_it() -> None:
+    """The encoder's weights are freed before those of the language model are gathered."""
+    specs = {"vision": {"params": "step"}, "llm": {"params": "step"}}
+    costs = Costs(transfer={("llm", Kind.GATHER): 1.4})
+    memory = Memory(whole={("vision", 0): 10.0, ("llm", 0): 10.0})
+    options: dict[str, Any] = {"costs": costs, "memory": memory, "train": False, "slack": False, "ahead": 4}
+    early = plan_of("auto", 2, 4, specs, **options)
+    late = plan_of("auto", 2, 4, specs, limit=15.0, **options)
+    assert [peak.bytes for peak in (*peaks(early, memory), *peaks(late, memory))] == [20.0, 10.0]
+    assert simulate(late, costs).seconds == simulate(early, costs).seconds + 1.4
 
 
 def test_copies_of_shards_are_summed_once_a_step() -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 
-from parallel.schedule import Costs, Kind, make_schedule, simulate
+from parallel.schedule import Costs, Kind, check, make_schedule, simulate
 from parallel.schedule.action import COMPUTE
 from tests.parallel.schedule.cases import Case, cases, plan_of
 
@@ -97,3 +97,49 @@ def test_timelines_keep_order_and_the_critical_path_explains_the_step(case: Case
     work = sum(costs.seconds(a) for _, a in line.critical_path)
     assert work == pytest.approx(line.seconds)
     assert 0 <= line.mean_bubble < 1
+
+
+def test_gathers_and_sums_are_paid_where_nothing_hides_them() -> None:
+    """Weights whole for the step: the gather of the first module is exposed, that of the second beside it."""
+    specs = {"vision": {"params": "step"}, "llm": {"params": "step"}}
+    moved = {("llm", Kind.GATHER): 0.5, ("vision", Kind.GATHER): 0.25, ("llm", Kind.GRAD_SYNC): 1.5}
+    plan = plan_of("sequential", 2, 1, specs, costs=Costs(transfer=moved))
+    check(plan)
+    free = simulate(plan).seconds  # vision's forward, the language model's, both backwards
+    assert free == 6 and simulate(plan, Costs(transfer=moved)).seconds == 6.25
+    # The sums of the language model run beside the encoder's backward; the encoder's own end after the step's
+    # last computation, by one unit at least.
+    sums = {("vision", Kind.GRAD_SYNC): 1.0}
+    assert simulate(plan, Costs(transfer=sums)).seconds == 7
+    assert simulate(plan, Costs(transfer=sums, units={"vision": 4})).seconds == 6.25
+    assert (
+        simulate(plan, Costs(transfer={("vision", Kind.GRAD_SYNC): 4.0}, units={"vision": 4})).seconds == 8.5
+    )
+    kinds = [(t.kind, t.module, t.start, t.end) for t in simulate(plan, Costs(transfer=moved)).transfers]
+    assert (Kind.GATHER, "llm", 0.0, 0.5) in kinds and (Kind.GRAD_SYNC, "llm", 4.25, 5.75) in kinds
+
+
+def test_gathers_in_each_computation_expose_their_first_unit() -> None:
+    plan = plan_of("1f1b", 2, 3, {"llm": {"sums": "backward"}})
+    costs = Costs(transfer={("llm", Kind.GATHER): 0.8}, units={"llm": 4})
+    assert simulate(plan, costs).seconds == pytest.approx(9 + 6 * 0.2)
+    slow = Costs(transfer={("llm", Kind.GATHER): 2.0}, units={"llm": 4})
+    assert simulate(plan, slow).seconds == pytest.approx(9 + 3 * (2 - 0.75) + 3 * (2 - 1.5))
+    # One unit stays whole from a forward to its backward.
+    assert simulate(plan, Costs(transfer={("llm", Kind.GATHER): 0.8})).seconds == pytest.approx(9 + 3 * 0.8)
+    sums = Costs(transfer={("llm", Kind.GRAD_SYNC): 2.5}, units={"llm": 5})
+    assert simulate(plan, sums).seconds == pytest.approx(9 + 2 * 0.5 + (2.5 - 2 * 0.8))
+
+
+@pytest.mark.parametrize("cores", [None, 64.0])
+def test_the_optimizer_waits_for_sums(cores: float | None) -> None:
+    moved = Costs(transfer={("llm", Kind.GRAD_SYNC): 0.5, ("vision", Kind.GRAD_SYNC): 2.0}, cores=cores)
+    specs = {"vision": {"params": "step"}, "llm": {"pp": 2, "params": "step"}}
+    for kind in ("fill", "1f1b"):
+        plan = plan_of(kind, 4, 4, specs, optimizer=True)
+        line = simulate(plan, moved)
+        check(plan)
+        assert line.seconds > simulate(plan).seconds
+        for program, starts in zip(plan.programs, line.start, strict=True):
+            assert program[-1].kind is Kind.OPTIMIZER
+            assert starts[-1] == max(t.end for t in line.transfers if t.kind is Kind.GRAD_SYNC)
