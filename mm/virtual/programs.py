@@ -1,15 +1,15 @@
 """All ranks of a job matched: each traced where they are few, else one of each kind in place of all.
 
 Ranks are of one kind where they run the same program of the schedule on tensors of the same shapes, as far as
-the step plan shows: equal stages, equal lengths, equal items. The first rank of each kind is traced, of the
-first kind the last one too, and these two traces must be equal. Each other rank then has its program, with
-its own groups and peers. What an edge brings from and to each rank differs even among ranks of one kind: that
-is compared for all ranks, from their plans.
+the step plan shows: equal stages, equal lengths, equal items. The first rank of each kind is traced, and
+some more, its twins, whose traces must be equal. Each other rank then has its program, with its own groups
+and peers. What an edge brings from and to each rank differs even among ranks of one kind: edges.py compares
+that for all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -19,13 +19,12 @@ import torch
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.step_plan import Microbatch, StepPlan
+from mm.virtual.edges import edge_problems
 from mm.virtual.match import Channel, Program, Result, match_programs, program_of
 from mm.virtual.records import Call, Exchanged, Trace
 from mm.virtual.run import first_plan, virtual_rank
 from mm.virtual.samples import virtual_data
-from parallel.boundary import PlanCache, on_stage
-from parallel.boundary.plan import Transfer
-from parallel.sequence.intervals import count
+from mm.virtual.workers import trace_ranks
 from parallel.topology.groups import GroupPlan, Ranks
 from parallel.topology.layout import Layout
 
@@ -33,21 +32,22 @@ PASSES = 4  # of all ranks, until what they tell each other no longer changes
 
 
 def match_all(
-    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, node_size: int | None = None
+    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, workers: int = 1
 ) -> tuple[list[Trace], Result]:
     """Trace every rank and match the traces.
 
     Row counts that ranks tell each other follow from what each has drawn: the ranks are traced again with
-    what the others gave them, until that changes no more.
+    what the others gave them, until that changes no more. workers: of trace_ranks().
     """
     data = virtual_data(blueprint)
     gave: dict[int, Exchanged] = {}
     traces: list[Trace] = []
+
+    def trace(rank: int) -> Trace:
+        return virtual_rank(blueprint, rank, device, data=data, skew=skew, gave=gave)
+
     for _ in range(PASSES):
-        traces = [
-            virtual_rank(blueprint, r, device, data=data, skew=skew, node_size=node_size, gave=gave)
-            for r in range(blueprint.world)
-        ]
+        traces = trace_ranks(trace, range(blueprint.world), workers)
         now = {t.rank: t.exchanged for t in traces}
         if _equal(gave, now):
             break
@@ -66,26 +66,46 @@ def _equal(a: Mapping[int, Exchanged], b: Mapping[int, Exchanged]) -> bool:
 
 
 def match_representatives(
-    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, node_size: int | None = None
+    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, twins: int = 1, workers: int = 1
 ) -> tuple[list[Trace], Result]:
-    """Trace the first rank of each kind, on samples of one length, and match all ranks."""
+    """Trace the first rank of each kind and its twins, on samples of one length, and match all ranks.
+
+    device: an accelerator; on hosts edges are messages, which this cannot place on other ranks. twins: more
+    ranks of each kind that are traced, the last first, as its shards are the shortest, then some that the
+    job's seed chooses. workers: of trace_ranks().
+    """
+    if device.type == "cpu":
+        raise ValueError("programs of ranks are for run.device: cuda; on the CPU every rank has to be traced")
     data = virtual_data(blueprint, even=True)
     plan = first_plan(blueprint, data.index)
-    kinds = kinds_of(blueprint, plan, skew)
-    traced: dict[int, Trace] = {}
+    kinds = [
+        (ranks, twins_of(ranks, twins, blueprint.cfg.run.seed))
+        for ranks in kinds_of(blueprint, plan, skew).values()
+    ]
+    chosen = [r for ranks, more in kinds for r in (ranks[0], *more)]
+    found = trace_ranks(lambda r: virtual_rank(blueprint, r, device, data=data, skew=skew), chosen, workers)
+    traced = dict(zip(chosen, found, strict=True))
     problems: list[str] = []
     programs: list[Program] = []
     named = communicators(blueprint.groups)
-    for k, ranks in enumerate(kinds.values()):
-        for rank in dict.fromkeys((ranks[0], ranks[-1] if k == 0 else ranks[0])):
-            traced[rank] = virtual_rank(blueprint, rank, device, data=data, skew=skew, node_size=node_size)
+    for ranks, more in kinds:
         first = traced[ranks[0]]
-        problems += unlike(first, traced.get(ranks[-1], first))
+        problems += [why for twin in more for why in unlike(first, traced[twin])]
         program = program_of(without_edges(first))
         programs += [program_at(program, r, named[r]) for r in ranks]
-    problems += edge_problems(blueprint, plan, node_size)
-    result = match_programs(programs, buffered=device.type == "cpu")
-    return list(traced.values()), replace(result, problems=problems + result.problems)
+    problems += edge_problems(blueprint, plan, found)
+    result = match_programs(programs)
+    return found, replace(result, problems=problems + result.problems)
+
+
+def twins_of(ranks: Sequence[int], twins: int, seed: int) -> list[int]:
+    """Up to `twins` further ranks of a kind: the last, then some drawn by `seed`."""
+    rest = (
+        [*ranks[-1:], *np.random.default_rng(seed).permutation(ranks[1:-1]).tolist()]
+        if len(ranks) > 1
+        else []
+    )
+    return rest[:twins]
 
 
 def kinds_of(blueprint: Blueprint, plan: StepPlan, skew: float = 1.0) -> dict[Hashable, list[int]]:
@@ -204,42 +224,3 @@ def program_at(traced: Program, rank: int, named: Mapping[str, Ranks]) -> Progra
         return traced
     channels = {own: Channel(c.name, named[c.name]) for own, c in traced.traced.items()}
     return replace(traced, rank=rank, channels=channels)
-
-
-def edge_problems(blueprint: Blueprint, plan: StepPlan, node_size: int | None) -> list[str]:
-    """Compare what every rank sends over the edges with what every other rank expects, from their plans."""
-    for edge in blueprint.edges:
-        source, dest = blueprint.layouts[edge.source], blueprint.layouts[SINK]
-        stage = edge.stage % dest.pp
-        ranks = sorted({*source.stage_ranks(source.pp - 1), *dest.stage_ranks(stage)})
-        caches = {r: PlanCache(r, node_size=node_size) for r in ranks}
-        seen: set[Hashable] = set()
-        for mb in plan.microbatches:
-            rows = mb.edges[edge.source]
-            shape = tuple((i.rows, i.llm_dp, i.position, i.source_dp) for i in rows.items)
-            if not rows.items or shape in seen:
-                continue
-            seen.add(shape)
-            to = on_stage(dest, rows.dest, stage)
-            plans = {r: caches[r].plan(str(edge), rows.source, to) for r in ranks}
-            hops = [_hops([plans[r].forward for r in ranks])]
-            hops += [_hops(list(t)) for t in zip(*(plans[r].backward for r in ranks), strict=True)]
-            for sends, receives in (pair for found in hops for pair in found):
-                if sends != receives:
-                    odd = sorted(sends.items() ^ receives.items())[0]
-                    return [f"edge of {edge.source}: rank {odd[0][0]} and rank {odd[0][1]} plan other rows"]
-    return []
-
-
-_Sizes = dict[tuple[int, int], int]
-
-
-def _hops(transfers: list[Transfer]) -> list[tuple[_Sizes, _Sizes]]:
-    """By hop, rows that ranks send and that they expect, by (from, to)."""
-    out: list[tuple[_Sizes, _Sizes]] = [({}, {}), ({}, {})]
-    for t in transfers:
-        for hop, part in zip(out, (t, t.relay), strict=True):
-            if part is not None:
-                hop[0].update({(t.rank, m.peer): count(m.rows) for m in part.sends if count(m.rows)})
-                hop[1].update({(m.peer, t.rank): count(m.rows) for m in part.recvs if count(m.rows)})
-    return out

@@ -26,6 +26,7 @@ from mm.virtual.waits import HostWaits, is_pinned, pin
 
 _aten = torch.ops.aten
 _PASSED = ("prim", "profiler")
+_DEVICE = torch.ops.prim.device.default
 _PLAIN = {Tensor, torch.nn.Parameter, FakeTensor}
 Names = Callable[[dist.ProcessGroup], str]
 
@@ -91,6 +92,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device  # most of all calls: autograd asks for the device of all it handles
         kwargs = kwargs or {}
         self._batch = None if func.namespace != "c10d" else self._batch
         if not _PLAIN.issuperset(types):
