@@ -70,7 +70,7 @@ class Memo:
         out = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta")
         if made.base is not None:
             storage = given[made.base].untyped_storage()
-            out.set_(storage, made.offset, made.shape, made.stride)  # type: ignore[call-overload]
+            out.set_(storage, made.offset, made.shape, made.stride)
         return FakeTensor(self.fake, out, made.device)
 
 
@@ -134,8 +134,11 @@ def _result(func: Any, given: list[Tensor], out: Any) -> _Result | None:
     if func._schema.is_mutable:
         return None
     many = None if isinstance(out, Tensor) else type(out)
-    tensors = [out] if isinstance(out, Tensor) else out
-    if many not in (None, list, tuple) or not all(type(x) is FakeTensor for x in tensors):
+    found = [out] if isinstance(out, Tensor) else out
+    if many not in (None, list, tuple):
+        return None
+    tensors = [x for x in found if type(x) is FakeTensor]
+    if len(tensors) < len(found):
         return None
     bases = {x.untyped_storage()._cdata: k for k, x in reversed(list(enumerate(given)))}
     made = []
@@ -143,7 +146,8 @@ def _result(func: Any, given: list[Tensor], out: Any) -> _Result | None:
         base = bases.get(x.untyped_storage()._cdata)
         if base is None and (x.storage_offset() or _bytes(x) != x.untyped_storage().nbytes()):
             return None
-        made.append(_Made(tuple(x.shape), x.stride(), x.storage_offset(), x.dtype, x.fake_device, base))
+        at = int(x.storage_offset())
+        made.append(_Made(tuple(x.shape), x.stride(), at, x.dtype, x.fake_device, base))
     alone = {x.untyped_storage()._cdata for x in tensors}
     if len(alone) < len(tensors) and any(m.base is None for m in made):
         return None
