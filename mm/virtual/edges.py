@@ -41,7 +41,7 @@ Calls = dict[tuple[Edge, str], list[Hop]]  # by edge and direction, in the order
 
 
 def edge_problems(blueprint: Blueprint, plan: StepPlan, traces: Sequence[Trace]) -> list[str]:
-    """What does not fit, in words: at most one line for each of the two comparisons."""
+    """What does not fit: at most one line for each of the two comparisons."""
     calls = planned(blueprint, plan)
     return [*_unmet(calls), *_unlike(blueprint, calls, traces)]
 
@@ -105,13 +105,13 @@ def _unmet(calls: dict[int, Calls]) -> list[str]:
                 for peer, n in hop.receives.items():
                     given = sent.pop((edge, way, k, peer, rank), 0)
                     if given != n:
-                        return [_words(edge, way, k, (peer, given), (rank, n))]
+                        return [_said(edge, way, k, (peer, given), (rank, n))]
     for (edge, way, k, rank, peer), n in sent.items():
-        return [_words(edge, way, k, (rank, n), (peer, 0))]
+        return [_said(edge, way, k, (rank, n), (peer, 0))]
     return []
 
 
-def _words(edge: Edge, way: str, k: int, sender: tuple[int, int], reader: tuple[int, int]) -> str:
+def _said(edge: Edge, way: str, k: int, sender: tuple[int, int], reader: tuple[int, int]) -> str:
     return (
         f"edge of {edge.source}, {way}, hop {k}: rank {sender[0]} plans to send {sender[1]} rows to rank "
         f"{reader[0]}, which plans to receive {reader[1]}"

@@ -9,7 +9,7 @@ that for all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -24,6 +24,7 @@ from mm.virtual.match import Channel, Program, Result, match_programs, program_o
 from mm.virtual.records import Call, Exchanged, Trace
 from mm.virtual.run import first_plan, virtual_rank
 from mm.virtual.samples import virtual_data
+from mm.virtual.sums import is_sum, sum_problems, sums_at
 from mm.virtual.workers import trace_ranks
 from parallel.topology.groups import GroupPlan, Ranks
 from parallel.topology.layout import Layout
@@ -78,34 +79,36 @@ def match_representatives(
         raise ValueError("programs of ranks are for run.device: cuda; on the CPU every rank has to be traced")
     data = virtual_data(blueprint, even=True)
     plan = first_plan(blueprint, data.index)
-    kinds = [
-        (ranks, twins_of(ranks, twins, blueprint.cfg.run.seed))
-        for ranks in kinds_of(blueprint, plan, skew).values()
-    ]
-    chosen = [r for ranks, more in kinds for r in (ranks[0], *more)]
-    found = trace_ranks(lambda r: virtual_rank(blueprint, r, device, data=data, skew=skew), chosen, workers)
-    traced = dict(zip(chosen, found, strict=True))
+    kinds = list(kinds_of(blueprint, plan, skew).values())
+    seed = blueprint.cfg.run.seed
+    chosen = [r for ranks in kinds for r in (ranks[0], *twins_of(ranks, twins, seed))]
+    traces = trace_ranks(lambda r: virtual_rank(blueprint, r, device, data=data, skew=skew), chosen, workers)
+    return traces, match_kinds(blueprint, plan, kinds, traces)
+
+
+def match_kinds(
+    blueprint: Blueprint, plan: StepPlan, kinds: Iterable[Sequence[int]], traces: Sequence[Trace]
+) -> Result:
+    """Match all ranks. kinds: the ranks of each, in order; traces: of the first of each and its twins."""
+    traced = {t.rank: t for t in traces}
     problems: list[str] = []
     programs: list[Program] = []
     named = communicators(blueprint.groups)
-    for ranks, more in kinds:
-        first = traced[ranks[0]]
-        problems += [why for twin in more for why in unlike(first, traced[twin])]
-        program = program_of(without_edges(first))
-        programs += [program_at(program, r, named[r]) for r in ranks]
-    problems += edge_problems(blueprint, plan, found)
+    for ranks in kinds:
+        first, *twins = (traced[r] for r in ranks if r in traced)
+        problems += [why for twin in twins for why in unlike(first, twin)]
+        problems += [why for t in (first, *twins) for why in sum_problems(t, named[t.rank])]
+        bare = without_edges(first)
+        programs += [program_at(bare, program_of(bare), r, named[r]) for r in ranks]
+    problems += edge_problems(blueprint, plan, traces)
     result = match_programs(programs)
-    return found, replace(result, problems=problems + result.problems)
+    return replace(result, problems=problems + result.problems)
 
 
 def twins_of(ranks: Sequence[int], twins: int, seed: int) -> list[int]:
     """Up to `twins` further ranks of a kind: the last, then some drawn by `seed`."""
-    rest = (
-        [*ranks[-1:], *np.random.default_rng(seed).permutation(ranks[1:-1]).tolist()]
-        if len(ranks) > 1
-        else []
-    )
-    return rest[:twins]
+    drawn = np.random.default_rng(seed).permutation(ranks[1:-1])
+    return [*ranks[1:][-1:], *map(int, drawn)][:twins]
 
 
 def kinds_of(blueprint: Blueprint, plan: StepPlan, skew: float = 1.0) -> dict[Hashable, list[int]]:
@@ -175,7 +178,7 @@ def unlike(a: Trace, b: Trace) -> list[str]:
     """What differs between the traces of two ranks of one kind, in words: at most one line."""
     if a is b:
         return []
-    ours, theirs = (list(map(_likeness, t.calls)) for t in (a, b))
+    ours, theirs = ([_likeness(c, t) for c in t.calls] for t in (a, b))
     for k, (x, y) in enumerate(zip(ours, theirs, strict=False)):
         if x != y:
             return [f"ranks {a.rank} and {b.rank} should be alike, but call {k} is {x} and {y}"]
@@ -184,27 +187,19 @@ def unlike(a: Trace, b: Trace) -> list[str]:
     return []
 
 
-def _likeness(call: Call) -> tuple[object, ...]:
-    size = 0 if _differs(call) else call.bytes
-    return call.op, call.group, size, call.dtype, call.during, call.posted
+def _likeness(call: Call, trace: Trace) -> tuple[object, ...]:
+    size = 0 if _is_edge(call) or is_sum(call, trace) else call.bytes
+    return call.op, call.group, size, call.dtype, call.during, call.posted, call.sends if size else ()
 
 
-def _differs(call: Call) -> bool:
-    """Whether the size of a call may differ between ranks of one kind.
-
-    Rows over an edge do. So does the sum over tp of gradients in the update: it is of this rank's shards,
-    and where FSDP shards a parameter unevenly the last ranks have none. The members of a tp group are at one
-    place of the data ranks, and so have equal shards.
-    """
-    names = call.group.split("=")
-    edge, tp = names[0].startswith("edge."), any(name.endswith(".tp") for name in names)
-    return edge or (tp and call.during == "update")
+def _is_edge(call: Call) -> bool:
+    return call.group.startswith("edge.")
 
 
 def without_edges(trace: Trace) -> Trace:
-    """The trace without the sizes that differ between ranks of one kind."""
-    calls = tuple(replace(c, bytes=0, sends=(), receives=()) if _differs(c) else c for c in trace.calls)
-    assert all(c.peer is None for c in calls if c.group.startswith("edge.")), "edges must be collectives here"
+    """The trace without the sizes of calls over edges, which differ between ranks of one kind."""
+    calls = tuple(replace(c, bytes=0, sends=(), receives=()) if _is_edge(c) else c for c in trace.calls)
+    assert all(c.peer is None for c in calls if _is_edge(c)), "edges must be collectives here"
     return replace(trace, calls=calls)
 
 
@@ -218,9 +213,15 @@ def communicators(plan: GroupPlan) -> list[dict[str, Ranks]]:
     return [{"=".join(found): ranks for (_, ranks), found in own.items()} for own in named]
 
 
-def program_at(traced: Program, rank: int, named: Mapping[str, Ranks]) -> Program:
-    """The program of another rank of the same kind. named: its communicators."""
-    if rank == traced.rank:
+def program_at(trace: Trace, traced: Program, rank: int, named: Mapping[str, Ranks]) -> Program:
+    """The program of another rank of the same kind. traced: that of the trace. named: its communicators."""
+    if rank == trace.rank:
         return traced
     channels = {own: Channel(c.name, named[c.name]) for own, c in traced.traced.items()}
-    return replace(traced, rank=rank, channels=channels)
+    posts, at = list(traced.posts), {id(c): k for k, c in enumerate(trace.calls)}
+    sizes = dict(sums_at(trace, rank, named))
+    for k, post in enumerate(posts):
+        size = sizes.get(at[id(post[0])])
+        if size is not None:
+            posts[k] = (replace(post[0], bytes=size),)
+    return replace(traced, rank=rank, posts=posts, channels=channels)

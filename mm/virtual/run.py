@@ -30,6 +30,7 @@ from mm.virtual.ledger import Ledger, Moment
 from mm.virtual.recorder import Recorder, Stands
 from mm.virtual.records import Exchanged, Trace
 from mm.virtual.samples import VirtualAssembler, VirtualData
+from mm.virtual.sums import sums_of
 from mm.virtual.values import Values
 from parallel.schedule import Action, Kind
 from parallel.schedule.record import Record
@@ -205,6 +206,7 @@ def virtual_rank(
         job = build_job(blueprint, info, draw=False)
         names.update(group_names(job))
         recorder.forget()
+        recorder.sums = sums_of(job, names)
         record_step(job, recorder, lambda: virtual_step(job, data))
         job.close()
         gc.collect()
