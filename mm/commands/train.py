@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.commands.command import OVERRIDES, Command, announce, config_of, nproc_option, world_of
-from mm.commands.virtual import virtual, virtual_options, virtual_world
+from mm.commands.virtual import WITH_VIRTUAL, virtual, virtual_options, virtual_world
 from mm.errors import Refused
 from mm.ranks import launch
 from mm.ranks.stop import Stop
@@ -36,8 +36,8 @@ def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
     cfg = config_of(args)
     if args.virtual is not None:
         return virtual(args, cfg, virtual_world(args, cfg))
-    if args.world is not None or args.json is not None or args.skew != 1.0:
-        raise Refused("--world, --json and --skew go with --virtual; ranks to start: --nproc")
+    if any(getattr(args, name) != default for name, default in WITH_VIRTUAL.items()):
+        raise Refused(f"--{', --'.join(WITH_VIRTUAL)} go with --virtual; ranks to start: --nproc")
     world = world_of(args, cfg)
     from mm.commands.preflight import check_paths
     from mm.plan.blueprint import check_outline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from mm.config.schema import Config
 
 MANY = ("all", "programs")
+WITH_VIRTUAL = {"world": None, "json": None, "skew": 1.0, "twins": 1, "workers": None}  # options: defaults
 MOST_TRACED = 64  # ranks that "all" traces
 
 
@@ -34,6 +36,19 @@ def virtual_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="with --virtual: rows of the fullest expert over the mean",
     )
+    parser.add_argument(
+        "--twins",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --virtual programs: ranks of each kind that are traced besides its first, to be equal",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="with --virtual all or programs: processes; default: one a core",
+    )
 
 
 def virtual_world(args: argparse.Namespace, cfg: Config) -> int:
@@ -45,6 +60,10 @@ def virtual_world(args: argparse.Namespace, cfg: Config) -> int:
         raise Refused(f"--virtual {args.virtual} of {world} ranks; needed: 0-{world - 1}, all or programs")
     if args.virtual == "all" and world > MOST_TRACED:
         raise Refused(f"--virtual all of {world} ranks; needed: at most {MOST_TRACED}, or --virtual programs")
+    if args.virtual == "programs" and cfg.run.device == "cpu":
+        raise Refused("--virtual programs with run.device=cpu; needed: run.device=cuda, or --virtual all")
+    if args.twins < 0 or (args.workers is not None and args.workers < 1):
+        raise Refused(f"--twins {args.twins} --workers {args.workers}; needed: at least 0 and 1")
     if not args.skew >= 1.0:
         raise Refused(f"--skew {args.skew}; needed: at least 1, which is even")
     return world
@@ -63,15 +82,20 @@ def virtual(args: argparse.Namespace, cfg: Config, world: int) -> int:
 
     blueprint = draw_up(cfg, world)
     device = torch.device("cpu") if cfg.run.device == "cpu" else accelerator()
-    many = {"all": match_all, "programs": match_representatives}.get(args.virtual)
     code, out = 0, None
-    if many is None:
+    if args.virtual not in MANY:
         data = virtual_data(blueprint)
         trace = virtual_rank(blueprint, int(args.virtual), device, data=data, skew=args.skew)
         print(text(trace))
         out = as_json(trace)
     else:
-        traces, result = many(blueprint, device, skew=args.skew)
+        workers = args.workers or os.cpu_count() or 1
+        if args.virtual == "all":
+            traces, result = match_all(blueprint, device, skew=args.skew, workers=workers)
+        else:
+            traces, result = match_representatives(
+                blueprint, device, skew=args.skew, twins=args.twins, workers=workers
+            )
         print("\n\n".join(map(text, traces)), match_text(result), sep="\n\n")
         ranks: list[dict[str, Any]] = [as_json(t) for t in traces]
         out = {"world": world, "ranks": ranks, "match": match_json(result)}

@@ -1,15 +1,15 @@
 """All ranks of a job matched: each traced where they are few, else one of each kind in place of all.
 
 Ranks are of one kind where they run the same program of the schedule on tensors of the same shapes, as far as
-the step plan shows: equal stages, equal lengths, equal items. The first rank of each kind is traced, of the
-first kind the last one too, and these two traces must be equal. Each other rank then has its program, with
-its own groups and peers. What an edge brings from and to each rank differs even among ranks of one kind: that
-is compared for all ranks, from their plans.
+the step plan shows: equal stages, equal lengths, equal items. The first rank of each kind is traced, and
+some more, its twins, whose traces must be equal. Each other rank then has its program, with its own groups
+and peers. What an edge brings from and to each rank differs even among ranks of one kind: edges.py compares
+that for all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -19,13 +19,13 @@ import torch
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.step_plan import Microbatch, StepPlan
+from mm.virtual.edges import edge_problems
 from mm.virtual.match import Channel, Program, Result, match_programs, program_of
 from mm.virtual.records import Call, Exchanged, Trace
 from mm.virtual.run import first_plan, virtual_rank
 from mm.virtual.samples import virtual_data
-from parallel.boundary import PlanCache, on_stage
-from parallel.boundary.plan import Transfer
-from parallel.sequence.intervals import count
+from mm.virtual.sums import is_sum, sum_problems, sums_at
+from mm.virtual.workers import trace_ranks
 from parallel.topology.groups import GroupPlan, Ranks
 from parallel.topology.layout import Layout
 
@@ -33,21 +33,22 @@ PASSES = 4  # of all ranks, until what they tell each other no longer changes
 
 
 def match_all(
-    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, node_size: int | None = None
+    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, workers: int = 1
 ) -> tuple[list[Trace], Result]:
     """Trace every rank and match the traces.
 
     Row counts that ranks tell each other follow from what each has drawn: the ranks are traced again with
-    what the others gave them, until that changes no more.
+    what the others gave them, until that changes no more. workers: of trace_ranks().
     """
     data = virtual_data(blueprint)
     gave: dict[int, Exchanged] = {}
     traces: list[Trace] = []
+
+    def trace(rank: int) -> Trace:
+        return virtual_rank(blueprint, rank, device, data=data, skew=skew, gave=gave)
+
     for _ in range(PASSES):
-        traces = [
-            virtual_rank(blueprint, r, device, data=data, skew=skew, node_size=node_size, gave=gave)
-            for r in range(blueprint.world)
-        ]
+        traces = trace_ranks(trace, range(blueprint.world), workers)
         now = {t.rank: t.exchanged for t in traces}
         if _equal(gave, now):
             break
@@ -66,26 +67,48 @@ def _equal(a: Mapping[int, Exchanged], b: Mapping[int, Exchanged]) -> bool:
 
 
 def match_representatives(
-    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, node_size: int | None = None
+    blueprint: Blueprint, device: torch.device, *, skew: float = 1.0, twins: int = 1, workers: int = 1
 ) -> tuple[list[Trace], Result]:
-    """Trace the first rank of each kind, on samples of one length, and match all ranks."""
+    """Trace the first rank of each kind and its twins, on samples of one length, and match all ranks.
+
+    device: an accelerator; on hosts edges are messages, which this cannot place on other ranks. twins: more
+    ranks of each kind that are traced, the last first, as its shards are the shortest, then some that the
+    job's seed chooses. workers: of trace_ranks().
+    """
+    if device.type == "cpu":
+        raise ValueError("programs of ranks are for run.device: cuda; on the CPU every rank has to be traced")
     data = virtual_data(blueprint, even=True)
     plan = first_plan(blueprint, data.index)
-    kinds = kinds_of(blueprint, plan, skew)
-    traced: dict[int, Trace] = {}
+    kinds = list(kinds_of(blueprint, plan, skew).values())
+    seed = blueprint.cfg.run.seed
+    chosen = [r for ranks in kinds for r in (ranks[0], *twins_of(ranks, twins, seed))]
+    traces = trace_ranks(lambda r: virtual_rank(blueprint, r, device, data=data, skew=skew), chosen, workers)
+    return traces, match_kinds(blueprint, plan, kinds, traces)
+
+
+def match_kinds(
+    blueprint: Blueprint, plan: StepPlan, kinds: Iterable[Sequence[int]], traces: Sequence[Trace]
+) -> Result:
+    """Match all ranks. kinds: the ranks of each, in order; traces: of the first of each and its twins."""
+    traced = {t.rank: t for t in traces}
     problems: list[str] = []
     programs: list[Program] = []
     named = communicators(blueprint.groups)
-    for k, ranks in enumerate(kinds.values()):
-        for rank in dict.fromkeys((ranks[0], ranks[-1] if k == 0 else ranks[0])):
-            traced[rank] = virtual_rank(blueprint, rank, device, data=data, skew=skew, node_size=node_size)
-        first = traced[ranks[0]]
-        problems += unlike(first, traced.get(ranks[-1], first))
-        program = program_of(without_edges(first))
-        programs += [program_at(program, r, named[r]) for r in ranks]
-    problems += edge_problems(blueprint, plan, node_size)
-    result = match_programs(programs, buffered=device.type == "cpu")
-    return list(traced.values()), replace(result, problems=problems + result.problems)
+    for ranks in kinds:
+        first, *twins = (traced[r] for r in ranks if r in traced)
+        problems += [why for twin in twins for why in unlike(first, twin)]
+        problems += [why for t in (first, *twins) for why in sum_problems(t, named[t.rank])]
+        bare = without_edges(first)
+        programs += [program_at(bare, program_of(bare), r, named[r]) for r in ranks]
+    problems += edge_problems(blueprint, plan, traces)
+    result = match_programs(programs)
+    return replace(result, problems=problems + result.problems)
+
+
+def twins_of(ranks: Sequence[int], twins: int, seed: int) -> list[int]:
+    """Up to `twins` further ranks of a kind: the last, then some drawn by `seed`."""
+    drawn = np.random.default_rng(seed).permutation(ranks[1:-1])
+    return [*ranks[1:][-1:], *map(int, drawn)][:twins]
 
 
 def kinds_of(blueprint: Blueprint, plan: StepPlan, skew: float = 1.0) -> dict[Hashable, list[int]]:
@@ -155,7 +178,7 @@ def unlike(a: Trace, b: Trace) -> list[str]:
     """What differs between the traces of two ranks of one kind, in words: at most one line."""
     if a is b:
         return []
-    ours, theirs = (list(map(_likeness, t.calls)) for t in (a, b))
+    ours, theirs = ([_likeness(c, t) for c in t.calls] for t in (a, b))
     for k, (x, y) in enumerate(zip(ours, theirs, strict=False)):
         if x != y:
             return [f"ranks {a.rank} and {b.rank} should be alike, but call {k} is {x} and {y}"]
@@ -164,27 +187,19 @@ def unlike(a: Trace, b: Trace) -> list[str]:
     return []
 
 
-def _likeness(call: Call) -> tuple[object, ...]:
-    size = 0 if _differs(call) else call.bytes
-    return call.op, call.group, size, call.dtype, call.during, call.posted
+def _likeness(call: Call, trace: Trace) -> tuple[object, ...]:
+    size = 0 if _is_edge(call) or is_sum(call, trace) else call.bytes
+    return call.op, call.group, size, call.dtype, call.during, call.posted, call.sends if size else ()
 
 
-def _differs(call: Call) -> bool:
-    """Whether the size of a call may differ between ranks of one kind.
-
-    Rows over an edge do. So does the sum over tp of gradients in the update: it is of this rank's shards,
-    and where FSDP shards a parameter unevenly the last ranks have none. The members of a tp group are at one
-    place of the data ranks, and so have equal shards.
-    """
-    names = call.group.split("=")
-    edge, tp = names[0].startswith("edge."), any(name.endswith(".tp") for name in names)
-    return edge or (tp and call.during == "update")
+def _is_edge(call: Call) -> bool:
+    return call.group.startswith("edge.")
 
 
 def without_edges(trace: Trace) -> Trace:
-    """The trace without the sizes that differ between ranks of one kind."""
-    calls = tuple(replace(c, bytes=0, sends=(), receives=()) if _differs(c) else c for c in trace.calls)
-    assert all(c.peer is None for c in calls if c.group.startswith("edge.")), "edges must be collectives here"
+    """The trace without the sizes of calls over edges, which differ between ranks of one kind."""
+    calls = tuple(replace(c, bytes=0, sends=(), receives=()) if _is_edge(c) else c for c in trace.calls)
+    assert all(c.peer is None for c in calls if _is_edge(c)), "edges must be collectives here"
     return replace(trace, calls=calls)
 
 
@@ -198,49 +213,15 @@ def communicators(plan: GroupPlan) -> list[dict[str, Ranks]]:
     return [{"=".join(found): ranks for (_, ranks), found in own.items()} for own in named]
 
 
-def program_at(traced: Program, rank: int, named: Mapping[str, Ranks]) -> Program:
-    """The program of another rank of the same kind. named: its communicators."""
-    if rank == traced.rank:
+def program_at(trace: Trace, traced: Program, rank: int, named: Mapping[str, Ranks]) -> Program:
+    """The program of another rank of the same kind. traced: that of the trace. named: its communicators."""
+    if rank == trace.rank:
         return traced
     channels = {own: Channel(c.name, named[c.name]) for own, c in traced.traced.items()}
-    return replace(traced, rank=rank, channels=channels)
-
-
-def edge_problems(blueprint: Blueprint, plan: StepPlan, node_size: int | None) -> list[str]:
-    """Compare what every rank sends over the edges with what every other rank expects, from their plans."""
-    for edge in blueprint.edges:
-        source, dest = blueprint.layouts[edge.source], blueprint.layouts[SINK]
-        stage = edge.stage % dest.pp
-        ranks = sorted({*source.stage_ranks(source.pp - 1), *dest.stage_ranks(stage)})
-        caches = {r: PlanCache(r, node_size=node_size) for r in ranks}
-        seen: set[Hashable] = set()
-        for mb in plan.microbatches:
-            rows = mb.edges[edge.source]
-            shape = tuple((i.rows, i.llm_dp, i.position, i.source_dp, i.same_as) for i in rows.items)
-            held = tuple(rows.source.rows.tolist())  # with micro-batches that are computed at once too
-            if not rows.items or (shape, held) in seen:
-                continue
-            seen.add((shape, held))
-            to = on_stage(dest, rows.dest, stage)
-            plans = {r: caches[r].plan(str(edge), rows.source, to) for r in ranks}
-            hops = [_hops([plans[r].forward for r in ranks])]
-            hops += [_hops(list(t)) for t in zip(*(plans[r].backward for r in ranks), strict=True)]
-            for sends, receives in (pair for found in hops for pair in found):
-                if sends != receives:
-                    odd = sorted(sends.items() ^ receives.items())[0]
-                    return [f"edge of {edge.source}: rank {odd[0][0]} and rank {odd[0][1]} plan other rows"]
-    return []
-
-
-_Sizes = dict[tuple[int, int], int]
-
-
-def _hops(transfers: list[Transfer]) -> list[tuple[_Sizes, _Sizes]]:
-    """By hop, rows that ranks send and that they expect, by (from, to)."""
-    out: list[tuple[_Sizes, _Sizes]] = [({}, {}), ({}, {})]
-    for t in transfers:
-        for hop, part in zip(out, (t, t.relay), strict=True):
-            if part is not None:
-                hop[0].update({(t.rank, m.peer): count(m.rows) for m in part.sends if count(m.rows)})
-                hop[1].update({(m.peer, t.rank): count(m.rows) for m in part.recvs if count(m.rows)})
-    return out
+    posts, at = list(traced.posts), {id(c): k for k, c in enumerate(trace.calls)}
+    sizes = dict(sums_at(trace, rank, named))
+    for k, post in enumerate(posts):
+        size = sizes.get(at[id(post[0])])
+        if size is not None:
+            posts[k] = (replace(post[0], bytes=size),)
+    return replace(traced, rank=rank, posts=posts, channels=channels)

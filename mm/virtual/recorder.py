@@ -19,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mm.virtual.calls import DoneWork, Given, read_call, result, size_of, values_after
 from mm.virtual.kernels import Kernels, is_kernel
 from mm.virtual.ledger import Ledger, Moment
-from mm.virtual.records import Call, Exchanged, Trace
+from mm.virtual.records import Call, Exchanged, Part, Trace
 from mm.virtual.source import site
 from mm.virtual.values import Values, give, value_of
 from mm.virtual.waits import HostWaits, is_pinned, pin
 
 _aten = torch.ops.aten
 _PASSED = ("prim", "profiler")
+_DEVICE = torch.ops.prim.device.default
 _PLAIN = {Tensor, torch.nn.Parameter, FakeTensor}
 Names = Callable[[dist.ProcessGroup], str]
 
@@ -58,6 +59,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self.kernels, self.waits = Kernels(device), HostWaits(device)
         self.calls: list[Call] = []
         self.call_waits: list[tuple[int, int]] = []
+        self.sums: Mapping[str, tuple[tuple[Part, ...], ...]] = {}  # of Trace; the caller sets it
         self.recording = False  # whether storages and kernels are: not while the job is built
         self._at = 0
         self._batch: object = None  # the call of batch_isend_irecv() that starts messages now
@@ -85,12 +87,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             host_waits=self.waits.all(),
             groups=dict(self._members),
             exchanged=self.exchanged,
+            sums=self.sums,
             notes=notes,
         )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0].fake_device  # most of all calls: autograd asks for the device of all it handles
         kwargs = kwargs or {}
         self._batch = None if func.namespace != "c10d" else self._batch
         if not _PLAIN.issuperset(types):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -107,6 +108,18 @@ class Memory:
     live: tuple[Live, ...]
 
 
+class Part(NamedTuple):
+    """A weight in a message that sums gradients.
+
+    rows: of the dim that data ranks split. row_bytes: of one row of its gradient. split_over: label of the
+    communicator over whose ranks it is split, "" where every rank has it whole.
+    """
+
+    rows: int
+    row_bytes: int
+    split_over: str
+
+
 @dataclass(frozen=True)
 class Trace:
     """One step of one rank."""
@@ -120,6 +133,7 @@ class Trace:
     host_waits: tuple[HostWait, ...]
     groups: Mapping[str, tuple[int, ...]]  # by communicator, its global ranks in order
     exchanged: Exchanged  # integers with values that collectives were given
+    sums: Mapping[str, tuple[tuple[Part, ...], ...]]  # by label of a communicator, what the update sums there
     notes: tuple[str, ...] = ()  # what stands in for what
 
     @property

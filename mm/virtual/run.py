@@ -30,6 +30,7 @@ from mm.virtual.ledger import Ledger, Moment
 from mm.virtual.recorder import Recorder, Stands
 from mm.virtual.records import Exchanged, Trace
 from mm.virtual.samples import VirtualAssembler, VirtualData
+from mm.virtual.sums import sums_of
 from mm.virtual.values import Values
 from parallel.schedule import Action, Kind
 from parallel.schedule.record import Record
@@ -181,16 +182,15 @@ def virtual_rank(
     *,
     data: VirtualData,
     skew: float = 1.0,
-    node_size: int | None = None,
     gave: Mapping[int, Exchanged] | None = None,
 ) -> Trace:
     """One step of a rank of the job, by its real code: data, forward and backward, update.
 
     device: accelerator(), or the CPU, where host waits for copies cannot be seen. skew: of drawn_choices().
-    node_size: ranks of a machine, None where one has all. gave: by rank, Trace.exchanged of an earlier trace;
-    where it is not given, the others are taken to hold the same integers as this rank.
+    gave: by rank, Trace.exchanged of an earlier trace; where it is not given, others are taken to hold the
+    same integers as this rank. Machines have blueprint.node_size ranks.
     """
-    world, cfg = blueprint.world, blueprint.cfg
+    world, cfg, node_size = blueprint.world, blueprint.cfg, blueprint.node_size
     info = RankInfo(rank, world, device, node_size=node_size, timeout_s=cfg.run.timeout_s)
     names: dict[str, str] = {}
     fake = fake_mode()
@@ -206,6 +206,7 @@ def virtual_rank(
         job = build_job(blueprint, info, draw=False)
         names.update(group_names(job))
         recorder.forget()
+        recorder.sums = sums_of(job, names)
         record_step(job, recorder, lambda: virtual_step(job, data))
         job.close()
         gc.collect()

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
+from mm.virtual.memo import Memo
+
 MOST = {True: 1 << 22, False: 1 << 18}  # elements of a tensor that keeps values: of integers, of others
 _aten = torch.ops.aten
 _CHOOSES = (_aten.topk.default,)
 _SORTS = (_aten.sort.default, _aten.sort.stable, _aten.argsort.stable, _aten.argsort.default)
+_DRAWS = {*_CHOOSES, *_SORTS, _aten.slice.Tensor}
 
 
 def drawn_choices(tokens: int, choices: int, experts: int, skew: float) -> np.ndarray:
@@ -81,6 +84,8 @@ class Values:
 
     def __init__(self, fake: FakeTensorMode, skew: float) -> None:
         self.fake, self.skew = fake, skew
+        self._memo = Memo(fake)
+        self._seeded: dict[Any, bool] = {}
 
     def imported(self, x: Tensor) -> Tensor:
         """A tensor of the host as a fake one that has its values."""
@@ -100,12 +105,16 @@ class Values:
         known = self._known(func, tensors)
         if known and func in _DYNAMIC:
             return self._wrapped(self._compute(func, args, kwargs), tensors[0])
-        out = _grouped(*args, **kwargs) if func is _aten._grouped_mm.default else func(*args, **kwargs)
+        if func is _aten._grouped_mm.default:
+            out = _grouped(*args, **kwargs)
+        else:
+            out = self._memo.run(func, args, kwargs, tensors)
         if known:
             self._follow(func, args, kwargs, out)
         elif tensors:
-            with unset_fake_temporarily():
-                self._draw(func, args, out)
+            if func in _DRAWS:
+                with unset_fake_temporarily():
+                    self._draw(func, args, out)
             if func._schema.is_mutable:
                 _forget(func, args, kwargs)
         return out
@@ -113,7 +122,9 @@ class Values:
     def _known(self, func: Any, tensors: list[Tensor]) -> bool:
         if func in _CONSTANT:
             return True
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if func not in self._seeded:
+            self._seeded[func] = torch.Tag.nondeterministic_seeded in func.tags
+        if self._seeded[func]:
             return False
         return bool(tensors) and all(value_of(t) is not None for t in tensors)
 
