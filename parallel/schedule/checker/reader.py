@@ -8,7 +8,7 @@ concurrently with computations, once every end has started it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -115,11 +115,13 @@ class Stop(NamedTuple):
 class Reading:
     """What was read from the lists of a plan, with actions numbered through all programs.
 
-    A computation is, here, every action that does not only start a transfer.
+    A computation is, here, every action that does not only start a transfer. The two of a pair begin as one:
+    the forward waits for what both wait for, and the backward is in `second` alone.
 
     first: the number of each program's first action, then how many actions there are.
     before: by action, the last computation before it in its program, or START.
     computations: by program, the numbers of its computations, in order.
+    second: by forward of a pair, its backward. forward: the same the other way round.
     waits: by computation, the transfers that it waits for.
     transfers: by transfer, for each of its ends the last computation before that end is started.
     starts: by action, the transfers whose end it starts.
@@ -133,6 +135,8 @@ class Reading:
     first: tuple[int, ...]
     before: list[int]
     computations: list[list[int]] = field(default_factory=list)
+    second: dict[int, int] = field(default_factory=dict)
+    forward: dict[int, int] = field(default_factory=dict)
     waits: dict[int, list[TransferKey]] = field(default_factory=dict)
     transfers: defaultdict[TransferKey, list[int]] = field(default_factory=lambda: defaultdict(list))
     starts: dict[int, list[TransferKey]] = field(default_factory=dict)
@@ -141,6 +145,10 @@ class Reading:
     together: dict[int, Mapping[int, int]] = field(default_factory=dict)
     flows: list[Flow] = field(default_factory=list)
     stopped: dict[int, Stop] = field(default_factory=dict)
+
+    def begins(self, n: int) -> int:
+        """The number of the computation with which n begins: itself, or the forward of its pair."""
+        return self.forward.get(n, n)
 
 
 def reading_of(plan: SchedulePlan) -> Reading:
@@ -178,7 +186,7 @@ class _Reader:
 
     def _read(self, p: int) -> list[int]:
         """The computations of a program, as far as it gets if others do all that it waits for."""
-        last, computations, found = START, list[int](), self.reading
+        last, forward, computations, found = START, START, list[int](), self.reading
         done: dict[Kind, set[Result]] = {FORWARD: set(), BACKWARD: set()}  # on the program's own ranks
         for number, a in enumerate(self.plan.programs[p], found.first[p]):
             lacks = self._lacks(p, a, done)
@@ -192,17 +200,30 @@ class _Reader:
                     found.transfers[key].append(last)
                     found.started_by[key][p] = number
                 continue
-            if keys := self._transfers(p, a):
-                found.waits[number] = keys
-            if a.groups and len(members := self.members[a.groups, p]) > 1:
-                found.collectives[number] = Collective(a[:4], members)
-            if a.kind in _LEAVES and a.span == 1:
-                done[_LEAVES[a.kind]].add(a[1:4])
-            elif a.kind in _LEAVES:
-                done[_LEAVES[a.kind]].update([(a.module, i, a.stage) for i in a.microbatches])
-            computations.append(number)
+            if a.paired:
+                forward = number  # of a pair: both begin with the backward, which comes next
+                continue
+            begun, first = [a], number
+            if forward != START:
+                begun, first = [self.plan.programs[p][forward - found.first[p]], a], forward
+                found.second[forward], found.forward[number], forward = number, forward, START
+            self._begin(p, first, begun)
+            for b in begun:
+                if b.kind in _LEAVES and b.span == 1:
+                    done[_LEAVES[b.kind]].add(b[1:4])
+                elif b.kind in _LEAVES:
+                    done[_LEAVES[b.kind]].update([(b.module, i, b.stage) for i in b.microbatches])
+            computations.append(first)
             last = number
         return computations
+
+    def _begin(self, p: int, number: int, begun: Sequence[Action]) -> None:
+        """What a computation, or the two of a pair, wait for before they begin."""
+        if keys := [key for a in begun for key in self._transfers(p, a)]:
+            self.reading.waits[number] = keys
+        groups = begun[0].groups if len(begun) == 1 else tuple(g for a in begun for g in a.groups)
+        if groups and len(members := self.members[groups, p]) > 1:
+            self.reading.collectives[number] = Collective(begun[0][:4], members)
 
     def _lacks(self, p: int, a: Action, done: Mapping[Kind, Set[Result]]) -> tuple[Kind, Result] | None:
         """A result on its own ranks that an action needs and that is not there."""
