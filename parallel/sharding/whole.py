@@ -7,7 +7,8 @@ same steps at times of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -58,6 +59,32 @@ def sum_now(module: nn.Module, summed: bool, *, final: bool) -> None:
     if summed:
         sum_in_backward(module, True, final=final)
         end_of_backward()
+
+
+class Phases:
+    """Where FSDP takes modules to be: in a forward, in a backward, or in neither.
+
+    It has one such state for all of a module's computations. Two that take turns each need their own, or a
+    forward would leave out its hooks where the backward of another micro-batch is. Weights must stay whole.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._at: list[tuple[Any, str]] = []
+        for unit in (unit for module in modules for unit in _units(module)):
+            state: Any = unit._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            self._at += [(x, "_training_state") for x in (state, *groups) if x is not None]
+            if (state._state_ctx, "iter_forward_root") not in self._at:
+                self._at.append((state._state_ctx, "iter_forward_root"))
+
+    def save(self) -> list[Any]:
+        """The phase of every part."""
+        return [getattr(x, name) for x, name in self._at]
+
+    def load(self, saved: list[Any]) -> None:
+        """Make these the phases."""
+        for (x, name), value in zip(self._at, saved, strict=True):
+            setattr(x, name, value)
 
 
 def _units(module: nn.Module) -> Iterator[FSDPModule]:

@@ -154,7 +154,8 @@ def _seconds(problem: Problem, plan: SchedulePlan) -> float:
     costs = problem.options.costs or Costs()
     rows = {(m, kind): 0.1 for m in problem.batch for kind in BOUNDARY}
     exchange = dict(costs.exchange)
-    if not exchange and problem.modules[problem.sink].layout.ep > 1:
+    layout = problem.modules[problem.sink].layout
+    if not exchange and layout.ep * layout.etp > 1:
         forward = replace(costs, load={}).seconds(Action(FORWARD, problem.sink, 0))
         exchange = {(problem.sink, kind): (0.05 * forward,) * 2 for kind in (FORWARD, BACKWARD)}
     priced = replace(costs, transfer={**rows, **costs.transfer}, exchange=exchange)

@@ -113,8 +113,10 @@ def check_pairs(kind: str, modules: Mapping[str, ModuleUse], sink: str, microbat
             f"{key} pairs a forward and a backward, which schedule.kind {kind} does not; needed: {kinds}",
             [{"schedule.kind": "auto"}, {key: False}],
         )
-    if use.layout.ep == 1:
-        raise Unfit(f"{key} has no effect with layout.{sink}.ep=1: no rows are exchanged", [{key: False}])
+    if use.layout.ep * use.layout.etp == 1:
+        raise Unfit(
+            f"{key} has no effect with layout.{sink}.ep=1 and etp=1: no rows are exchanged", [{key: False}]
+        )
     if microbatches == 1:
         raise Unfit(
             f"{key} has no effect with schedule.microbatches=1: it needs a forward and a backward of two "

@@ -147,7 +147,7 @@ def test_broken_pairs_are_caught() -> None:
     ("kind", "m", "llm", "options", "words"),
     [
         ("zero_bubble", 4, {"pp": 2, **WHOLE}, {}, "zero_bubble does not; needed: 1f1b or interleaved"),
-        ("1f1b", 4, {"params": "step"}, {}, "ep=1: no rows are exchanged"),
+        ("1f1b", 4, {"params": "step"}, {}, "ep=1 and etp=1: no rows are exchanged"),
         ("1f1b", 1, WHOLE, {}, "no effect with schedule.microbatches=1"),
         ("1f1b", 4, {"ep": 2}, {}, "data_parallel=auto each gathers and frees its own; needed: .* step"),
         ("1f1b", 4, {"ep": 4, "tp": 4}, {}, "with one data rank each gathers"),
