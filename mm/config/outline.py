@@ -74,12 +74,18 @@ def schedule_of(
 
     active: by micro-batch, the encoders with items.
     """
+    pairs = cfg.schedule.overlap_experts
     return make_schedule(
         cfg.schedule.kind,
         modules,
         sink=SINK,
         active=active,
-        options=ScheduleOptions(cfg.schedule.ahead, cfg.schedule.encoder_batch, train=train),
+        options=ScheduleOptions(
+            cfg.schedule.ahead,
+            cfg.schedule.encoder_batch,
+            overlap_experts=None if pairs == "auto" else pairs,
+            train=train,
+        ),
     )
 
 

@@ -76,6 +76,11 @@ class ScheduleConfig(Section):
     encoder_batch: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {}, description="by encoder, the micro-batches that it computes at once; 1 by default"
     )
+    overlap_experts: bool | Literal["auto"] = Field(
+        False,
+        description="expert exchanges of one micro-batch beside the computation of another, for twice the "
+        "activations of the language model; auto: where the simulated step is shorter",
+    )
     microbatches: int = Field(
         1, ge=1, description="micro-batches that the global batch is split into, the same for all modules"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from mm.ranks.control import Control, whole_job
 from mm.ranks.launch import RankInfo
 from parallel.boundary import BoundaryCommunicator, PlanCache
 from parallel.comm.pipeline import Pipe
+from parallel.comm.turns import Turns
 from parallel.comm.warm_up import Ends, warm_up
 from parallel.sharding import whole
 from parallel.sharding.optim import AdamW, ShardedOptimizer
@@ -64,6 +65,7 @@ class Job:
     boundaries: Mapping[Edge, Directions[BoundaryCommunicator]]  # by edge, on the ranks at either end of it
     pipes: Mapping[str, Directions[Pipe]]  # by module, where it has several pipeline stages
     control: Control
+    turns: Turns  # of two computations of the language model
 
     @property
     def counts_loss(self) -> bool:
@@ -140,7 +142,8 @@ def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job
         m: build_mesh(layout, rank.device.type, groups=groups, shards=blueprint.shards(m))
         for m, layout in blueprint.layouts.items()
     }
-    here = {m: mesh for m, mesh in meshes.items() if mesh is not None}
+    turns = Turns(rank.device)
+    here = {m: _taking(turns, mesh) for m, mesh in meshes.items() if mesh is not None}
     boundaries = _boundaries(groups, blueprint, rank)
     parts = {m: _build_parts(blueprint, m, mesh, rank, draw) for m, mesh in here.items()}
     hyper = AdamW(cfg.train.betas, cfg.train.eps, cfg.train.weight_decay)
@@ -163,7 +166,15 @@ def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job
         boundaries=boundaries,
         pipes=pipes,
         control=Control(whole_job(), rank.device, rank.store),
+        turns=turns,
     )
+
+
+def _taking(turns: Turns, mesh: ModuleMesh) -> ModuleMesh:
+    """The mesh with axes on which exchanges of experts' rows take turns."""
+    axes = mesh.axes
+    ep, etp = (replace(axis, turns=turns) for axis in (axes.ep, axes.etp))
+    return replace(mesh, axes=replace(axes, ep=ep, etp=etp))
 
 
 def _ends(blueprint: Blueprint) -> dict[tuple[str, int], Ends]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mm.config.outline import SINK
 from mm.ranks.feed import Prepared
 from mm.ranks.job import Job
 from mm.train.backward import Backward
@@ -19,8 +20,10 @@ from mm.train.flight import Flight
 from mm.train.forward import Forward, OnTokens
 from mm.train.transfer import Transfers
 from mm.train.weights import Weights, gather_held
+from parallel.comm.turns import Ran
 from parallel.schedule import Kind, execute
-from parallel.schedule.executor.execute import Handler, Observe
+from parallel.schedule.executor.execute import Half, Handler, Observe
+from parallel.sharding.whole import Phases
 
 
 @dataclass
@@ -60,10 +63,28 @@ def run_step(
     gather_held(job)
     with torch.set_grad_enabled(train):
         handlers = _handlers(flight, transfers, forward, weights)
-        seconds = execute(schedule.actions(job.rank.rank), handlers, observe=observe)
+        try:
+            seconds = execute(
+                schedule.actions(job.rank.rank), handlers, observe=observe, together=_Together(job)
+            )
+        finally:
+            job.turns.close()
     transfers.finish()
     weights.finish()
     return StepResult(forward.loss, seconds)
+
+
+class _Together:
+    """Runs the two of a pair: computations of the language model, whose stages FSDP has states of."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._phases: Phases | None = None  # looked up once a step, at its first pair
+
+    def __call__(self, first: Half, second: Half) -> tuple[Ran, Ran]:
+        if self._phases is None:
+            self._phases = Phases(self.job.parts[SINK].values())
+        return self.job.turns.run(first, second, self._phases)
 
 
 def _handlers(

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm.linear_map import linear_map
+from parallel.expert_parallel.exchange import exchange_rows
 from parallel.expert_parallel.routing import Route
 from parallel.topology.axis import Axis
 
@@ -68,12 +68,11 @@ def _exchange(x: Tensor, sends: list[int], receives: list[int], axis: Axis) -> T
     Returns the received rows in the order of their ranks, receives[r] of them from rank r.
     """
 
-    def move(y: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
-        out = y.new_empty((sum(arriving), *y.shape[1:]))
-        dist.all_to_all_single(out, y.contiguous(), arriving, leaving, group=axis.group)
-        return out
-
-    return linear_map(x, lambda y: move(y, sends, receives), lambda grad: move(grad, receives, sends))
+    return linear_map(
+        x,
+        lambda y: exchange_rows(y, sends, receives, axis),
+        lambda grad: exchange_rows(grad, receives, sends, axis),
+    )
 
 
 def dispatch(x: Tensor, route: Route) -> Tensor:

@@ -8,26 +8,23 @@ the row came from (Liu et al., MoE Parallel Folding, arXiv 2504.14960, section 3
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm.linear_map import linear_map
+from parallel.expert_parallel.exchange import exchange_rows
 from parallel.expert_parallel.routing import EtpRows
 
 
 def _gather(x: Tensor, etp: EtpRows) -> Tensor:
     size, own = etp.axis.size, etp.rows[etp.axis.rank]
-    out = x.new_empty((sum(etp.rows), *x.shape[1:]))
     leaving = x.repeat(size, *(1 for _ in x.shape[1:]))
-    dist.all_to_all_single(out, leaving, etp.rows, [own] * size, group=etp.axis.group)
-    return out.index_select(0, etp.regroup)
+    return exchange_rows(leaving, [own] * size, etp.rows, etp.axis).index_select(0, etp.regroup)
 
 
 def _reduce(x: Tensor, etp: EtpRows) -> Tensor:
     size, own = etp.axis.size, etp.rows[etp.axis.rank]
     by_rank = x.new_empty(x.shape).index_copy_(0, etp.regroup, x)
-    out = x.new_empty((size * own, *x.shape[1:]))
-    dist.all_to_all_single(out, by_rank, [own] * size, etp.rows, group=etp.axis.group)
+    out = exchange_rows(by_rank, etp.rows, [own] * size, etp.axis)
     return torch.unflatten(out, 0, (size, own)).sum(0)
 
 

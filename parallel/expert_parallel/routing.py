@@ -175,6 +175,8 @@ def _exchanged(counts: Tensor, ep: Axis, etp: Axis) -> _Counts:
     """What all ranks choose. counts: int64 [n_experts], this rank's rows for each expert."""
     leaving = arriving = counts.view(ep.size, -1)
     if ep.size > 1:
+        # No turn is given away here: the host reads the counts at once, and a forward would take three turns
+        # a layer where a backward takes two.
         arriving = torch.empty_like(leaving)
         dist.all_to_all_single(arriving, leaving, group=ep.group)
     meeting = mine = arriving.sum(0, keepdim=True)

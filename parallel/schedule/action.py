@@ -72,6 +72,9 @@ class Action(NamedTuple):
     span: the action covers micro-batches [microbatch, microbatch + span). Encoders may take several
         micro-batches of the language model at once.
     groups: names of the process groups that it uses, in order. SchedulePlan.members() gives their ranks.
+    paired: of a FORWARD, that it runs together with the BACKWARD after it in the list, which is of the same
+        module and another micro-batch. Both begin when the inputs of both are there. They take turns: one
+        computes while an expert exchange of the other is under way.
     """
 
     kind: Kind
@@ -82,6 +85,7 @@ class Action(NamedTuple):
     peer: int | None = None
     span: int = 1
     groups: tuple[Group, ...] = ()
+    paired: bool = False
 
     @property
     def microbatches(self) -> range:
@@ -97,4 +101,5 @@ class Action(NamedTuple):
     def __str__(self) -> str:
         where = f"{self.module}.{self.stage}" if self.stage or self.peer is not None else self.module
         many = f"-{self.microbatch + self.span - 1}" if self.span > 1 else ""
-        return f"{self.kind.value}({where}, {self.microbatch}{many}{', last' if self.last else ''})"
+        marks = f"{', last' if self.last else ''}{', paired' if self.paired else ''}"
+        return f"{self.kind.value}({where}, {self.microbatch}{many}{marks})"

@@ -8,7 +8,7 @@ same steps at times of its own. Gathers and sums are only started here; what nee
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -128,6 +128,31 @@ def _end_of_backward(module: nn.Module) -> None:
     """
     assert isinstance(module, FSDPModule)
     module._get_fsdp_state()._root_post_backward_final_callback()
+
+
+class Phases:
+    """Where FSDP takes modules to be: in a forward, in a backward, or in neither.
+
+    It has one such state for all of a module's computations. Two that take turns each need their own, or a
+    forward would leave out its hooks where the backward of another micro-batch is. Weights must stay whole.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._at: list[tuple[Any, str]] = []
+        for unit in (unit for module in modules for unit in _units(module)):
+            state: Any = unit._get_fsdp_state()
+            self._at += [(x, "_training_state") for x in (state, *_groups(unit))]
+            if (state._state_ctx, "iter_forward_root") not in self._at:
+                self._at.append((state._state_ctx, "iter_forward_root"))
+
+    def save(self) -> list[Any]:
+        """The phase of every part."""
+        return [getattr(x, name) for x, name in self._at]
+
+    def load(self, saved: list[Any]) -> None:
+        """Make these the phases."""
+        for (x, name), value in zip(self._at, saved, strict=True):
+            setattr(x, name, value)
 
 
 def _units(module: nn.Module) -> Iterator[FSDPModule]:

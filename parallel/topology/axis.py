@@ -6,10 +6,21 @@ A layer that communicates takes the axes that it needs; there is no "current gro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class HandsOver(Protocol):
+    """Lets another computation of this rank run while an exchange is under way (parallel.comm.turns)."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is another computation."""
+
+    def hand_over(self) -> None:
+        """Return when it is this computation's turn again."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +30,14 @@ class Axis:
     size: number of ranks on the axis.
     rank: this rank's index, 0 <= rank < size.
     group: the process group; None only where size is 1.
+    turns: who computes while an exchange of experts' rows on this axis is under way; None: nobody.
     """
 
     name: str
     size: int = 1
     rank: int = 0
     group: ProcessGroup | None = None
+    turns: HandsOver | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.size, (self.name, self.rank, self.size)

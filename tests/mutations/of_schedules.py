@@ -23,9 +23,26 @@ SCHEDULES = (
         "schedule.warm-up",
         "1F1B runs one forward further ahead",
         "parallel/schedule/generators/orders.py",
-        "(p - r - 1) * (1 if v == 1 else 2)",
-        "(p - r) * (1 if v == 1 else 2)",
+        "min(2, v) * (p - r - 1)",
+        "min(2, v) * (p - r)",
         "tests/parallel/schedule/checker/test_check.py::test_high_water_marks_are_those_of_the_literature",
+    ),
+    Fault(
+        "checker.pair-waits",
+        "a pair begins without the input of its backward",
+        "parallel/schedule/checker/reader.py",
+        "[key for a in begun for key in self._transfers(p, a)]",
+        "self._transfers(p, begun[0])",
+        "tests/parallel/schedule/generators/test_pairs.py::test_a_pair_that_waits_for_itself_is_caught",
+    ),
+    Fault(
+        "simulator.pair-link",
+        "two exchanges of a pair use a rank's link at once",
+        "parallel/schedule/simulator/costs.py",
+        "there[turn] = link = max(now, link)",
+        "there[turn] = now",
+        "tests/parallel/schedule/generators/test_pairs.py"
+        "::test_turns_take_no_less_than_either_resource_and_no_more_than_both",
     ),
     Fault(
         "schedule.zero-bubble",

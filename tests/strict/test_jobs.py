@@ -25,11 +25,12 @@ JOBS: dict[str, tuple[dict[str, Any], tuple[bool, ...]]] = {
     ),
     "colocated dp4": ({}, (False,)),
     "llm cp4 ep4": ({"llm": {"cp": 4, "ep": 4}}, (False, True)),
+    "pairs, pp2 ep2": ({"llm": {"pp": 2, "ep": 2, "data_parallel": "step"}}, (True,)),
 }
 
 
 def config(name: str) -> dict[str, Any]:
-    raw = small(layout=JOBS[name][0], schedule={"microbatches": 3})
+    raw = small(layout=JOBS[name][0], schedule={"microbatches": 3, "overlap_experts": "pairs" in name})
     raw["model"]["vision"]["options"] = DEEP  # a layer for each of four stages
     return raw
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import zip_longest
 from typing import Literal
 
 from parallel.schedule.action import (
@@ -75,6 +76,7 @@ def check(
         for problem in (
             *_complete(plan, p, actions),
             *_named(plan, p, actions),
+            *_pairs(plan, p, actions),
             *_parameters(plan, p, actions),
         )
     ]
@@ -229,6 +231,19 @@ _DIRECTION: dict[Kind, Direction] = {
 _STEPWISE = frozenset({Kind.GATHER, Kind.FREE, Kind.GRAD_SYNC, Kind.OPTIMIZER})
 
 
+def _pairs(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
+    """Pairs of something else than a forward and a backward that may take turns."""
+    for a, b in zip_longest(actions, actions[1:]):
+        if not a.paired or a.module not in plan.modules:
+            continue
+        what = f"rank {plan.ranks_of[p][0]}: {a} is paired with {b or 'nothing'}"
+        both = b is not None and (a.kind, b.kind) == (Kind.FORWARD, Kind.BACKWARD) and not b.paired
+        if not both or a.module != b.module or set(a.microbatches) & set(b.microbatches):
+            yield f"{what}; needed: a backward of another micro-batch of {a.module}"
+        elif plan.modules[a.module].params == "each":
+            yield f"{what}, but weights of {a.module} do not stay whole between the two"
+
+
 def _parameters(plan: SchedulePlan, p: int, actions: Sequence[Action]) -> Iterator[str]:
     """Parameters that are not there when used, and gradients that are not summed once when complete."""
     rank = plan.ranks_of[p][0]
@@ -342,8 +357,8 @@ def _message(a: Action) -> tuple[int, int, int, int]:
     return (*ends, a.microbatch, a.span)
 
 
-def _collective(a: Action) -> tuple[Kind, str, int, int, int]:
-    return (a.kind, a.module, a.stage, a.microbatch, a.span)
+def _collective(a: Action) -> tuple[Kind, str, int, int, int, bool]:
+    return (a.kind, a.module, a.stage, a.microbatch, a.span, a.paired)
 
 
 def _differ(a: Sequence[object], b: Sequence[object]) -> int | None:

@@ -25,8 +25,9 @@ class Graph:
     released: by computation, the transfers whose memory its ranks release before it.
     transfers: by transfer, for each of its ends the last computation before that end is started.
     flows: by number.
+    second: by forward of a pair, its backward, which waits for nothing of its own.
     order: the computations in an order in which they can be done. Those that begin together, because their
-        collectives meet, are one entry.
+        collectives meet or they are a pair, are one entry.
     """
 
     first: tuple[int, ...]
@@ -35,6 +36,7 @@ class Graph:
     released: dict[int, list[TransferKey]]
     transfers: dict[TransferKey, list[int]]
     flows: list[Flow]
+    second: dict[int, int]
     order: list[tuple[int, ...]]
 
 
@@ -66,6 +68,7 @@ def _make_graph(plan: SchedulePlan, reading: Reading) -> Graph:
             released=released,
             transfers=reading.transfers,
             flows=reading.flows,
+            second=reading.second,
             order=order,
         )
     raise AssertionError("unreachable")

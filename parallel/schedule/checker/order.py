@@ -62,7 +62,7 @@ class _Order:
 
     def _advance(self, p: int) -> list[int]:
         """Take program p as far as it gets; returns the programs that may now get further."""
-        mine, free = self.computations[p], list[int]()
+        mine, free, second = self.computations[p], list[int](), self.reading.second
         while self.at[p] < len(mine):
             number = mine[self.at[p]]
             missing = self._missing(number)
@@ -78,10 +78,14 @@ class _Order:
                 if len(together) < len(collective.programs):
                     break
                 free += together[:-1]
-            self.order.append(tuple([self.computations[q][self.at[q]] for q in together]))
-            for q, n in zip(together, self.order[-1], strict=True):
-                self.done[n] = True
+            begun = [self.computations[q][self.at[q]] for q in together]
+            if begun[0] in second:
+                begun += [second[n] for n in begun]
+            self.order.append(tuple(begun))
+            for q in together:
                 self.at[q] += 1
+            for n in begun:
+                self.done[n] = True
                 if n in self.waiters:
                     free += self.waiters.pop(n)
         return free

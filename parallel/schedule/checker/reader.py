@@ -8,7 +8,7 @@ concurrently with computations, once every end has started it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -120,11 +120,13 @@ class Stop(NamedTuple):
 class Reading:
     """What was read from the lists of a plan, with actions numbered through all programs.
 
-    A computation is, here, every action that does not only start a transfer.
+    A computation is, here, every action that does not only start a transfer. The two of a pair begin as one:
+    the forward waits for what both wait for, and the backward is in `second` alone.
 
     first: the number of each program's first action, then how many actions there are.
     before: by action, the last computation before it in its program, or START.
     computations: by program, the numbers of its computations, in order.
+    second: by forward of a pair, its backward. forward: the same the other way round.
     waits: by computation, the transfers that it waits for.
     transfers: by transfer, for each of its ends the last computation before that end is started.
     starts: by action, the transfers whose end it starts.
@@ -139,6 +141,8 @@ class Reading:
     first: tuple[int, ...]
     before: list[int]
     computations: list[list[int]] = field(default_factory=list)
+    second: dict[int, int] = field(default_factory=dict)
+    forward: dict[int, int] = field(default_factory=dict)
     waits: dict[int, list[TransferKey]] = field(default_factory=dict)
     transfers: defaultdict[TransferKey, list[int]] = field(default_factory=lambda: defaultdict(list))
     starts: dict[int, list[TransferKey]] = field(default_factory=dict)
@@ -148,6 +152,10 @@ class Reading:
     together: dict[int, Mapping[int, int]] = field(default_factory=dict)
     flows: list[Flow] = field(default_factory=list)
     stopped: dict[int, Stop] = field(default_factory=dict)
+
+    def begins(self, n: int) -> int:
+        """The number of the computation with which n begins: itself, or the forward of its pair."""
+        return self.forward.get(n, n)
 
 
 def reading_of(plan: SchedulePlan) -> Reading:
@@ -185,7 +193,7 @@ class _Reader:
 
     def _read(self, p: int) -> list[int]:
         """The computations of a program, as far as it gets if others do all that it waits for."""
-        last, computations, found = START, list[int](), self.reading
+        last, forward, computations, found = START, START, list[int](), self.reading
         gathers: dict[tuple[str, int], list[TransferKey]] = {}  # by stage, until a computation waits for it
         sums: list[TransferKey] = []
         late = {a[1:4] for a in self.plan.programs[p] if a.kind is Kind.GRAD_SYNC}
@@ -206,28 +214,39 @@ class _Reader:
                 elif a.kind is Kind.GRAD_SYNC:
                     sums += keys
                 continue
-            keys = self._transfers(p, a)
+            if a.paired:
+                forward = number  # of a pair: both begin with the backward, which comes next
+                continue
+            begun, first = [a], number
+            if forward != START:
+                begun, first = [self.plan.programs[p][forward - found.first[p]], a], forward
+                found.second[forward], found.forward[number], forward = number, forward, START
+            more = sums if a.kind is Kind.OPTIMIZER else []
             if gathers and a.kind in COMPUTE:
-                keys = keys + gathers.pop((a.module, a.stage), [])
-            elif a.kind is Kind.OPTIMIZER:
-                keys = keys + sums
-            if keys:
-                found.waits[number] = keys
-            if a.groups and len(members := self.members[a.groups, p]) > 1:
-                found.collectives[number] = Collective(a[:4], members)
-            if a.kind in _LEAVES and a.span == 1:
-                done[_LEAVES[a.kind]].add(a[1:4])
-            elif a.kind in _LEAVES:
-                done[_LEAVES[a.kind]].update([(a.module, i, a.stage) for i in a.microbatches])
+                more = [key for b in begun for key in gathers.pop((b.module, b.stage), ())]
+            self._begin(p, first, begun, more)
+            for b in begun:
+                if b.kind in _LEAVES and b.span == 1:
+                    done[_LEAVES[b.kind]].add(b[1:4])
+                elif b.kind in _LEAVES:
+                    done[_LEAVES[b.kind]].update([(b.module, i, b.stage) for i in b.microbatches])
             closed = self._closed(p, a, late) if a.last else None
             if closed is not None:
                 found.closes[number] = closed
                 found.transfers[closed].append(number)
                 found.started_by[closed][p] = number
                 sums.append(closed)
-            computations.append(number)
+            computations.append(first)
             last = number
         return computations
+
+    def _begin(self, p: int, number: int, begun: Sequence[Action], more: Sequence[TransferKey]) -> None:
+        """What a computation, or the two of a pair, wait for before they begin. more: gathers and sums."""
+        if keys := [*(key for a in begun for key in self._transfers(p, a)), *more]:
+            self.reading.waits[number] = keys
+        groups = begun[0].groups if len(begun) == 1 else tuple(g for a in begun for g in a.groups)
+        if groups and len(members := self.members[groups, p]) > 1:
+            self.reading.collectives[number] = Collective(begun[0][:4], members)
 
     def _closed(self, p: int, a: Action, late: Set[Result]) -> TransferKey | None:
         """The sums in a last backward; None where it has none. late: what GRAD_SYNC sums."""

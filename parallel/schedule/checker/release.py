@@ -92,7 +92,7 @@ def _blocking(
     reading: Reading, p: int, queue: Sequence[TransferKey], window: int, out: dict[int, list[TransferKey]]
 ) -> None:
     """Release each transfer of `queue` before the computation that makes the one `window` places later."""
-    makes = [reading.before[reading.started_by[key][p]] for key in queue]
+    makes = [reading.begins(reading.before[reading.started_by[key][p]]) for key in queue]
     k = window
     for j, key in enumerate(queue):
         k = max(k, j + window)

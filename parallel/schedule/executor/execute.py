@@ -10,6 +10,8 @@ A handler is called with an action, on the ranks whose list has that action.
   depths would block each other.
 - Each direction of a pipeline or an edge has a process group of its own, because transfers of opposite
   directions are not ordered among each other. A backend that matches messages by tag can use one group.
+- A paired FORWARD and the BACKWARD after it (Action.paired) are handled together, each as it is alone. Both
+  handlers wait for their inputs, and may let the other one run where they exchange rows of experts.
 - After the last action, the caller waits for all sends and transfers that are still under way.
 
 What a handler must do, by kind
@@ -58,27 +60,46 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from parallel.schedule.action import Action, Kind
 from parallel.schedule.record import Record
 
 Handler = Callable[[Action], float | None]
 Observe = Callable[[Record], object]
+Half = Callable[[], float | None]  # a handler with its action
+# Runs both; of each what it returned, its start and its end, and for how many seconds it had the turn.
+Together = Callable[[Half, Half], Sequence[tuple[float | None, float, float, float]]]
 
 
 def execute(
-    actions: Sequence[Action], handlers: Mapping[Kind, Handler], *, observe: Observe | None = None
+    actions: Sequence[Action],
+    handlers: Mapping[Kind, Handler],
+    *,
+    observe: Observe | None = None,
+    together: Together | None = None,
 ) -> dict[tuple[Kind, str], float]:
     """Run `actions` in order; returns the seconds spent, by (kind, module).
 
     observe: called with the Record of each action after it, for example `records.append`. A meter that it
-        reads (processor time, memory) has then advanced by exactly this action since the call before.
+        reads (processor time, memory) has then advanced by exactly this action since the call before. Those
+        of a pair follow both: it has advanced by both at the first.
+    together: runs the two computations of a pair (parallel.comm.turns); None: one after the other.
 
     Times are host times. On an accelerator they measure issue, not execution, of asynchronous work.
     """
     seconds: dict[tuple[Kind, str], float] = defaultdict(float)
-    clock = time.perf_counter
-    for action in actions:
+    clock, queue = time.perf_counter, iter(actions)
+    for action in queue:
+        if action.paired and together is not None:
+            both = (action, next(queue))
+            ran = together(*(partial(handlers[a.kind], a) for a in both))
+            for a, (_, _, _, spent) in zip(both, ran, strict=True):
+                seconds[a.kind, a.module] += spent
+            if observe is not None:
+                for a, (ready, start, end, _) in zip(both, ran, strict=True):
+                    observe(Record(a, start, end, start if ready is None else ready))
+            continue
         start = clock()
         ready = handlers[action.kind](action)
         end = clock()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from parallel.schedule.action import BACKWARD_WEIGHT, FORWARD
 from parallel.schedule.generators.fill import RULES_TRIED, Filler, FillProblem, NoProgress, Unit, fill
 from parallel.schedule.generators.lower import lower
-from parallel.schedule.generators.orders import PIPELINES, Work, windows
+from parallel.schedule.generators.orders import PAIRED, PIPELINES, Work, windows
 from parallel.schedule.generators.problem import Problem
 from parallel.schedule.generators.sources import (
     FirstStageOrder,
@@ -36,8 +36,17 @@ def sink_works(problem: Problem, sizes: Sequence[int]) -> list[list[Work]]:
     back = [problem.options.train and (sink not in frozen or bool(a - frozen)) for a in problem.active]
     out = []
     for r in range(layout.pp):
-        order = windows(PIPELINES[problem.kind], sizes, r, layout.pp, layout.vpp)
-        works = [Work(k, sink, s, i) for k, s, i in order if k is FORWARD or back[i]]
+        pipeline = (PAIRED if problem.paired else PIPELINES)[problem.kind]
+        order = windows(pipeline, sizes, r, layout.pp, layout.vpp)
+        # A forward without a backward of its own may be the last that its stage computes.
+        paired = [
+            w.paired and back[w.microbatch] and back[order[k + 1].microbatch] for k, w in enumerate(order)
+        ]
+        works = [
+            Work(w.kind, sink, w.stage, w.microbatch, paired=both)
+            for w, both in zip(order, paired, strict=True)
+            if w.kind is FORWARD or back[w.microbatch]
+        ]
         if sink in frozen:  # no weight has a gradient, so the backward of the inputs is the whole backward
             works = [w for w in works if w.kind is not BACKWARD_WEIGHT]
         out.append(works)

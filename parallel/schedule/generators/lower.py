@@ -112,8 +112,11 @@ class _Writer:
             key = (w.module, w.stage)
             last = final.get(key) == k
             groups = self.compute[w.module, w.kind, last and w.module not in self.late]
-            out.append(Action(w.kind, w.module, w.microbatch, w.stage, last=last, span=w.span, groups=groups))
-            out += self._after(w)
+            at = (w.kind, w.module, w.microbatch, w.stage)
+            out.append(Action(*at, last=last, span=w.span, groups=groups, paired=w.paired))
+            if not w.paired:  # what a pair has made leaves after both
+                begun = works[k - 1 : k + 1] if k and works[k - 1].paired else [w]
+                out += [a for one in begun for a in self._after(one)]
             free = end[key] == k and key in stepwise
             if (last or free) and w.module not in self.late:
                 out += self._closing(key, last, free)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from parallel.schedule.action import BOUNDARY, Kind
+from parallel.schedule.action import BACKWARD, BOUNDARY, FORWARD, Action, Kind
 from parallel.schedule.checker.memory import check_limit, peaks
 from parallel.schedule.generators.compose import (
     colocated_plan,
@@ -18,7 +18,14 @@ from parallel.schedule.generators.compose import (
 )
 from parallel.schedule.generators.posting import in_one_order
 from parallel.schedule.generators.problem import Problem, ScheduleOptions
-from parallel.schedule.generators.refuse import check_ahead, check_fill, check_modules, resolve
+from parallel.schedule.generators.refuse import (
+    check_ahead,
+    check_effect,
+    check_fill,
+    check_modules,
+    check_pairs,
+    resolve,
+)
 from parallel.schedule.generators.sources import FirstStageOrder, Grouping, first_stage_order
 from parallel.schedule.generators.times import Times
 from parallel.schedule.plan import ModuleUse, SchedulePlan
@@ -55,7 +62,12 @@ def make_schedule(
     problem = replace(problem, kind=resolve(kind, modules[sink].layout))
     if problem.kind == "sequential":  # it is there for its memory
         problem = replace(problem, options=replace(options, slack=False))
+    pairs = None if options.overlap_experts is False else _in_pairs(problem)
+    if pairs is not None and options.overlap_experts:
+        return pairs
     plan = _plan(problem, options.ahead)
+    if pairs is not None and _seconds(problem, pairs) < _seconds(problem, plan):
+        return pairs
     limit = options.limit
     if limit is not None and _holds(plan, options) > limit:
         problem = replace(problem, options=replace(options, slack=False))
@@ -63,6 +75,32 @@ def make_schedule(
         if _holds(plan, options) > limit:
             check_limit(plan, limit, options.memory, nearest=_within_limit(problem, plan, limit))
     return plan
+
+
+def _in_pairs(problem: Problem) -> SchedulePlan | None:
+    """The plan whose expert exchanges run beside computations; None where there is none within the limit.
+
+    Raises ValueError (Unfit) instead where pairs were asked for.
+    """
+    options = problem.options
+    if not options.train:
+        return None
+    try:
+        check_pairs(problem.kind, problem.modules, problem.sink, len(problem.active))
+        for slack in (options.slack, False):
+            tried = replace(problem, paired=True, options=replace(options, slack=slack))
+            plan = _plan(tried, options.ahead)
+            if not any(a.paired for _, a in plan):
+                check_effect(problem.modules[problem.sink], options.ahead)
+                return None
+            if options.limit is None or _holds(plan, options) <= options.limit:
+                return plan
+        assert options.limit is not None
+        check_limit(plan, options.limit, options.memory, nearest="schedule.overlap_experts=false, or ")
+    except ValueError:
+        if options.overlap_experts:
+            raise
+    return None
 
 
 def _holds(plan: SchedulePlan, options: ScheduleOptions) -> float:
@@ -73,9 +111,11 @@ def _holds(plan: SchedulePlan, options: ScheduleOptions) -> float:
 def _plan(problem: Problem, ahead: int | None) -> SchedulePlan:
     """The fastest, by simulation, of the plans that a problem and a bound allow."""
     layout, m = problem.modules[problem.sink].layout, len(problem.active)
-    works, slacks = sink_works(problem, [m]), (1, 0) if problem.options.slack else (0,)
+    works, slacks = sink_works(problem, [m]), [1, 0] if problem.options.slack else [0]
     if not problem.colocated:
         return _fastest(problem, [disjoint_plan(problem, works, slack) for slack in slacks])
+    if problem.paired:  # a pair is two computations
+        slacks = [2 * slack for slack in slacks]
     unit = math.lcm(*(problem.batch[s] for s in problem.colocated))
     order = first_stage_order(works[0])
     full = order.in_flight(Grouping(unit))  # what sources hold when the pipeline never waits for the bound
@@ -101,15 +141,10 @@ def _plan(problem: Problem, ahead: int | None) -> SchedulePlan:
 
 def _fastest(problem: Problem, plans: Sequence[SchedulePlan]) -> SchedulePlan:
     """The plan that takes the least simulated time, in one order; the first of equal ones."""
-    costs = problem.options.costs or Costs()
-    # Rows take time. Where nobody says how much, a tenth of a forward: plans that hide them win.
-    rows = {(m, kind): 0.1 for m in problem.batch for kind in BOUNDARY}
-    rows |= {(m, Kind.GATHER): 0.1 for m, use in problem.modules.items() if use.params == "step"}
-    priced = replace(costs, transfer={**rows, **costs.transfer})
-    best = plans[0] if len(plans) == 1 else min(plans, key=lambda plan: simulate(plan, priced).seconds)
+    best = plans[0] if len(plans) == 1 else min(plans, key=lambda plan: _seconds(problem, plan))
     if not any(a.kind is Kind.GATHER for _, a in best):
         return in_one_order(best, problem.options.costs)
-    return _gathered_late(problem, best, priced)
+    return _gathered_late(problem, best)
 
 
 # How many computations before its weights are needed a gather may start; None: with the step. Fewer hold the
@@ -117,19 +152,37 @@ def _fastest(problem: Problem, plans: Sequence[SchedulePlan]) -> SchedulePlan:
 LEADS = (0, 1, 2, 4, None)
 
 
-def _gathered_late(problem: Problem, plan: SchedulePlan, priced: Costs) -> SchedulePlan:
+def _gathered_late(problem: Problem, plan: SchedulePlan) -> SchedulePlan:
     """The plan in one order, whose gathers start as late as costs no simulated time, and within the limit."""
     options, least, best = problem.options, math.inf, plan
     most = math.inf if options.limit is None else options.limit
-    fastest = simulate(in_one_order(plan, options.costs, None), priced).seconds
+    fastest = _seconds(problem, in_one_order(plan, options.costs, None))
     for lead in LEADS:
         found = in_one_order(plan, options.costs, lead)
-        took = simulate(found, priced).seconds
+        took = _seconds(problem, found)
         if lead == LEADS[0] or (took < least and _holds(found, options) <= most):
             least, best = took, found
         if least <= fastest:
             break
     return best
+
+
+def _seconds(problem: Problem, plan: SchedulePlan) -> float:
+    """The simulated time of a plan, in which rows take time: plans that hide it win.
+
+    Where nobody says how much, each transfer takes a tenth of a forward, and so do the two expert exchanges
+    of a forward, or of a backward, together.
+    """
+    costs = problem.options.costs or Costs()
+    rows = {(m, kind): 0.1 for m in problem.batch for kind in BOUNDARY}
+    rows |= {(m, Kind.GATHER): 0.1 for m, use in problem.modules.items() if use.params == "step"}
+    exchange = dict(costs.exchange)
+    layout = problem.modules[problem.sink].layout
+    if not exchange and layout.ep * layout.etp > 1:
+        forward = replace(costs, load={}).seconds(Action(FORWARD, problem.sink, 0))
+        exchange = {(problem.sink, kind): (0.05 * forward,) * 2 for kind in (FORWARD, BACKWARD)}
+    priced = replace(costs, transfer={**rows, **costs.transfer}, exchange=exchange)
+    return simulate(plan, priced).seconds
 
 
 def _within_limit(problem: Problem, plan: SchedulePlan, limit: float) -> str:

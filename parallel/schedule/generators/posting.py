@@ -95,6 +95,7 @@ def _ends(plan: SchedulePlan, joined: Sequence[int], costs: Costs | None) -> Map
         released={},
         transfers=reading.transfers,
         flows=reading.flows,
+        second=reading.second,
         order=find_order(plan, reading, waits),
     )
     _, ends = run_graph(graph, plan, costs or Costs())

@@ -22,6 +22,9 @@ class ScheduleOptions:
     costs: seconds of actions, for kinds whose order depends on time. None takes the defaults of Costs.
     slack: sources may be a computation further ahead than they need to be, so that rows and their gradients
         travel beside computations.
+    overlap_experts: whether expert exchanges of one micro-batch of the sink run beside the computation of
+        another, in pairs of a forward and a backward (Action.paired). None: where the simulated step is
+        shorter so, and `limit` allows. It takes twice the activations of the sink.
     train: the step has backwards.
     optimizer: the step ends with the update.
     limit: the most activation memory that a rank may hold, in units of `memory`. A plan above it is refused.
@@ -32,6 +35,7 @@ class ScheduleOptions:
     batch: Mapping[str, int] = field(default_factory=dict)
     costs: Costs | None = None
     slack: bool = True
+    overlap_experts: bool | None = False
     train: bool = True
     optimizer: bool = False
     limit: float | None = None
@@ -45,6 +49,7 @@ class Problem:
     kind: a schedule's name, not "auto".
     modules: sources (encoders) and the sink (the language model), by name.
     active: by micro-batch, the sources that have items in it on any rank.
+    paired: whether forwards and backwards of the sink run in pairs (orders.PAIRED).
     """
 
     kind: str
@@ -52,6 +57,7 @@ class Problem:
     sink: str
     active: tuple[frozenset[str], ...]
     options: ScheduleOptions
+    paired: bool = False
 
     @cached_property
     def batch(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 
-from parallel.schedule.generators.orders import PIPELINES
+from parallel.schedule.generators.orders import PAIRED, PIPELINES
 from parallel.schedule.plan import ModuleUse, parameter_groups
 from parallel.topology.layout import Changes, Layout, Unfit, nearest_degrees
 
@@ -102,6 +102,48 @@ def check_fill(modules: Mapping[str, ModuleUse], sink: str) -> None:
                     f"{len(ranks) // pp} ranks in a row",
                     [_inside(modules, sink, stage_of), AUTO],
                 )
+
+
+def check_pairs(kind: str, modules: Mapping[str, ModuleUse], sink: str, microbatches: int) -> None:
+    """Refuse pairs of a forward and a backward where they are impossible or without effect."""
+    key, use = "schedule.overlap_experts", modules[sink]
+    if kind not in PAIRED:
+        kinds = " or ".join(PAIRED)
+        raise Unfit(
+            f"{key} pairs a forward and a backward, which schedule.kind {kind} does not; needed: {kinds}",
+            [{"schedule.kind": "auto"}, {key: False}],
+        )
+    if use.layout.ep * use.layout.etp == 1:
+        raise Unfit(
+            f"{key} has no effect with layout.{sink}.ep=1 and etp=1: no rows are exchanged", [{key: False}]
+        )
+    if microbatches == 1:
+        raise Unfit(
+            f"{key} has no effect with schedule.microbatches=1: it needs a forward and a backward of two "
+            "micro-batches",
+            [{"schedule.microbatches": 2}, {key: False}],
+        )
+    if use.params == "each":
+        policy, several = f"layout.{sink}.data_parallel", bool(parameter_groups(sink, use))
+        given = f"{policy}={use.layout.data_parallel}" if several else "one data rank"
+        raise Unfit(
+            f"{key}: a forward and a backward that take turns need weights that stay whole between them, but "
+            f"with {given} each gathers and frees its own; needed: {policy} step, replicate, zero1 or zero2"
+            + ("" if several else " on several data ranks"),
+            [*([{policy: "step"}] if several else []), {key: False}],
+        )
+
+
+def check_effect(sink: ModuleUse, ahead: int | None) -> None:
+    """Refuse a bound under which a pipeline that should have pairs has none. A frozen sink has backwards in
+    some steps only."""
+    if not sink.frozen:
+        key, least = "schedule.overlap_experts", 2 * sink.layout.pp
+        raise Unfit(
+            f"{key} has no effect with schedule.ahead={ahead}: the two of a pair are of two micro-batches in "
+            f"flight; needed: at least 2, best {least}",
+            [{"schedule.ahead": least}, {key: False}],
+        )
 
 
 def resolve(kind: str, layout: Layout) -> str:

@@ -83,6 +83,8 @@ class Timeline:
         """By program, the seconds that it computes."""
         first = graph_of(self.plan).first
         spans = [b - a for a, b in zip(self.begins, self.ends, strict=True)]
+        for n in graph_of(self.plan).second.values():
+            spans[n] = 0.0  # the forward of the pair counts
         return tuple(sum(spans[first[p] : first[p + 1]]) for p in range(len(self.plan.programs)))
 
     def bubble(self, rank: int) -> float:
@@ -150,10 +152,15 @@ def simulate(plan: SchedulePlan, costs: Costs | None = None) -> Timeline:
 
 def run_graph(graph: Graph, plan: SchedulePlan, costs: Costs) -> tuple[list[float], list[float]]:
     """When each computation begins and ends, in seconds, by number in a graph of `plan`."""
-    seconds = []
+    actions = [a for _, a in plan]
+    seconds: list[float] = []
     for program in plan.programs:
         alone = [0.0 if a.kind in POSTED else costs.seconds(a) for a in program]
         seconds += with_traffic(alone, plan, program, costs)
+    for pair in graph.second.items():
+        forward, backward = (actions[n] for n in pair)
+        traffic = sum(seconds[n] for n in pair) - costs.seconds(forward) - costs.seconds(backward)
+        seconds[pair[0]] = seconds[pair[1]] = costs.pair_seconds(forward, backward) + traffic
     if costs.cores is None:
         return _own_cores(graph, seconds, costs)
     return _SharedCores(graph, seconds, costs, [len(ranks) for ranks in plan.ranks_of]).run()
@@ -193,6 +200,8 @@ class _SharedCores:
         assert costs.cores is not None
         self.graph, self.seconds, self.delays, self.cores = graph, seconds, _delays(graph, costs), costs.cores
         self.ranks = [n for p, n in enumerate(many) for _ in range(graph.first[p], graph.first[p + 1])]
+        for n in graph.second.values():
+            self.ranks[n] = 0  # a pair needs one core
         self.begins, self.ends = [0.0] * len(seconds), [0.0] * len(seconds)
         # What waits for each computation and each transfer. Entries of graph.order are given by index.
         self.starts: dict[int, list[TransferKey]] = defaultdict(list)  # transfers that wait for a computation

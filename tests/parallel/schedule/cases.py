@@ -57,9 +57,12 @@ class Case:
     ahead: int | None
     batch: Mapping[str, int]
     train: bool
+    pairs: bool | None = False
 
     def plan(self) -> SchedulePlan:
-        options = ScheduleOptions(self.ahead, self.batch, train=self.train, optimizer=True)
+        options = ScheduleOptions(
+            self.ahead, self.batch, overlap_experts=self.pairs, train=self.train, optimizer=True
+        )
         return make_schedule(self.kind, self.modules, sink="llm", active=self.active, options=options)
 
 
@@ -88,6 +91,22 @@ def splits(layout: Layout) -> st.SearchStrategy[Shards | None]:
         return st.sampled_from([d for d in range(1, n + 1) if n % d == 0])
 
     return st.one_of(st.none(), st.builds(Shards, divisors(layout.dp * layout.cp), divisors(layout.edp)))
+
+
+@st.composite
+def paired_cases(draw: st.DrawFn, *, world: int = 8) -> Case:
+    """Schedules with pairs of a forward and a backward."""
+    case = draw(cases(world=world, train=True))
+    llm = draw(layouts("llm", world, vpp=True).filter(lambda layout: layout.ep > 1))
+    whole = draw(st.sampled_from(["step", "replicated"]))
+    modules = {m: replace(u, enters=draw(entries(llm))) for m, u in case.modules.items() if m != "llm"}
+    sink = replace(case.modules["llm"], layout=llm, params=whole, frozen=False, shards=draw(splits(llm)))
+    return replace(case, kind="auto", modules={**modules, "llm": sink}, active=case.active * 2, pairs=True)
+
+
+def any_cases(*, world: int = 8) -> st.SearchStrategy[Case]:
+    """Any accepted schedule, every second one with pairs."""
+    return st.one_of(cases(world=world), paired_cases(world=world))
 
 
 def entries(sink: Layout) -> st.SearchStrategy[tuple[int, ...]]:
@@ -125,4 +144,5 @@ def cases(draw: st.DrawFn, *, world: int = 8, train: bool | None = None) -> Case
         draw(st.sampled_from([None, enough, 2 * enough])),
         batch,
         draw(st.booleans()) if train is None else train,
+        draw(st.sampled_from([False, None])),
     )

@@ -14,7 +14,7 @@ from parallel.schedule.action import COMPUTE, POSTED, Action
 from parallel.schedule.checker.check import PlanError, check
 from parallel.schedule.checker.memory import check_limit, held_microbatches, peaks
 from parallel.topology.groups import WORLD
-from tests.parallel.schedule.cases import Case, cases, plan_of
+from tests.parallel.schedule.cases import Case, any_cases, cases, plan_of
 
 
 @settings(max_examples=80)
@@ -41,7 +41,7 @@ def with_program(plan: SchedulePlan, p: int, actions: list[Action]) -> ScheduleP
 
 
 @settings(max_examples=60)
-@given(cases(), st.randoms(use_true_random=False))
+@given(any_cases(), st.randoms(use_true_random=False))
 def test_a_dropped_or_doubled_action_is_caught(case: Case, rng: random.Random) -> None:
     plan = case.plan()
     p = rng.randrange(len(plan.programs))
@@ -85,7 +85,7 @@ def matters(plan: SchedulePlan, p: int, a: Action, b: Action) -> bool:
 
 
 @settings(max_examples=30)
-@given(cases())
+@given(any_cases())
 def test_neighbours_that_depend_on_each_other_cannot_be_swapped(case: Case) -> None:
     plan = case.plan()
     for p, program in enumerate(plan.programs):
@@ -125,7 +125,7 @@ def test_a_plan_that_passes_after_any_move_still_holds_the_same(case: Case, rng:
 
 
 @settings(max_examples=80)
-@given(cases(), st.randoms(use_true_random=False))
+@given(any_cases(), st.randoms(use_true_random=False))
 def test_an_action_changed_in_any_field_is_caught(case: Case, rng: random.Random) -> None:
     plan = case.plan()
     p = rng.randrange(len(plan.programs))

@@ -1,0 +1,26 @@
+"""The exchange of experts' rows, beside which another computation of the rank may run."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.topology.axis import Axis
+
+
+def exchange_rows(x: Tensor, leaving: list[int], arriving: list[int], axis: Axis) -> Tensor:
+    """All-to-all: leaving[r] rows of x [m, ..] go to rank r of the axis, arriving[r] rows come from it.
+
+    Both are in the order of their ranks. A collective. Where the axis has turns and another computation is
+    there to take one, it runs while the rows travel; all ranks of the axis must then have one.
+    """
+    out = x.new_empty((sum(arriving), *x.shape[1:]))
+    x, turns = x.contiguous(), axis.turns
+    work = dist.all_to_all_single(
+        out, x, arriving, leaving, group=axis.group, async_op=turns is not None and turns.shared
+    )
+    if work is not None:
+        assert turns is not None
+        turns.hand_over()
+        work.wait()
+    return out
