@@ -31,8 +31,8 @@ SCHEDULES = (
         "checker.pair-waits",
         "a pair begins without the input of its backward",
         "parallel/schedule/checker/reader.py",
-        "[key for a in begun for key in self._transfers(p, a)]",
-        "self._transfers(p, begun[0])",
+        "*(key for a in begun for key in self._transfers(p, a))",
+        "*self._transfers(p, begun[0])",
         "tests/parallel/schedule/generators/test_pairs.py::test_a_pair_that_waits_for_itself_is_caught",
     ),
     Fault(
@@ -136,8 +136,8 @@ SCHEDULES = (
         "reader.gathers",
         "no computation waits for a gather",
         "parallel/schedule/checker/reader.py",
-        "keys = keys + gathers.pop((a.module, a.stage), [])",
-        "keys = keys + []",
+        "for key in gathers.pop((b.module, b.stage), ())",
+        "for key in ()",
         "tests/parallel/schedule/simulator/test_simulate.py"
         "::test_gathers_and_sums_are_paid_where_nothing_hides_them",
     ),
@@ -145,8 +145,8 @@ SCHEDULES = (
         "reader.sums",
         "the optimizer does not wait for sums",
         "parallel/schedule/checker/reader.py",
-        "keys = keys + sums",
-        "keys = keys + []",
+        "more = sums if a.kind is Kind.OPTIMIZER else []",
+        "more: list[TransferKey] = []",
         "tests/parallel/schedule/simulator/test_simulate.py::test_the_optimizer_waits_for_sums",
     ),
     Fault(
