@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, Action, ActionKey, Kind
 from parallel.schedule.checker.graph import releases
+from parallel.schedule.executor.exchanging import Exchanging
 from parallel.schedule.executor.execute import Handler, execute
 from parallel.schedule.plan import SchedulePlan
 from parallel.schedule.record import Record
@@ -37,11 +38,12 @@ def run_standins(
         need clocks that agree.
     begin: called on all ranks before the first action, when all groups are made.
     """
-    groups = _groups(plan)
+    groups = _groups(plan, exchanging=bool(costs.exchange))
     handlers = _StandIns(plan, costs, unit, groups)
     records: list[Record] = []
     begin()
-    execute(plan.actions(dist.get_rank()), handlers.handlers, observe=records.append)
+    together = handlers.exchanging.turns.run
+    execute(plan.actions(dist.get_rank()), handlers.handlers, observe=records.append, together=together)
     handlers.finish()
     dist.barrier()
     for group in groups.values():
@@ -50,15 +52,17 @@ def run_standins(
     return records
 
 
-def _groups(plan: SchedulePlan) -> dict[_Key, Any]:
+def _groups(plan: SchedulePlan, *, exchanging: bool) -> dict[_Key, Any]:
     """The process groups of a plan, made in one order on all ranks: those of messages, and of collectives in
-    which ranks of different programs meet. Ranks of one program sleep alike: their collectives are left out.
+    which ranks of different programs meet. Ranks of one program sleep alike: their collectives are left out,
+    but for expert exchanges where these take time.
     """
     wanted = {
         (group.lane, ranks)
         for group in {g for _, a in plan for g in a.groups}
         for ranks in plan.instances(group)
-        if (group.direction and len(ranks) > 1) or len({plan.program_of[r] for r in ranks}) > 1
+        if ((group.direction or (exchanging and group.axis == "ep")) and len(ranks) > 1)
+        or len({plan.program_of[r] for r in ranks}) > 1
     }
     return {key: dist.new_group(sorted(key[1]), group_desc=key[0]) for key in sorted(wanted)}
 
@@ -89,6 +93,7 @@ class _StandIns:
         self.sent: dict[ActionKey, list[dist.Work]] = {}  # by what started them
         self.coming: dict[ActionKey, _Coming] = {}  # by what started them
         self.tensors: list[torch.Tensor] = []  # of messages
+        self.exchanging = Exchanging(unit)
         program = plan.program_of.get(self.rank)
         self.released = {} if program is None else releases(plan, program)
         ranks = plan.ranks_of
@@ -118,7 +123,8 @@ class _StandIns:
                 self.coming.pop(key).wait()
         self.meet(a)
         ready = time.perf_counter()
-        time.sleep(self.unit * self.costs.seconds(a))
+        experts = next((self._group(g) for g in a.groups if g.axis == "ep"), None)
+        self.exchanging.compute(self.costs.turns(a), experts)
         return ready
 
     def message(self, a: Action) -> None:
@@ -161,6 +167,7 @@ class _StandIns:
 
     def finish(self) -> None:
         """Wait for what is still under way after the last action."""
+        self.exchanging.turns.close()
         for coming in self.coming.values():
             coming.wait()
         for work in [work for works in self.sent.values() for work in works]:

@@ -60,6 +60,12 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     ),
     "interleaved": ("interleaved", 4, {"llm": {"pp": 4, "vpp": 2}}, {}),
     "zero-bubble": ("zero_bubble", 7, {"llm": {"pp": 4}}, {}),
+    "pairs": (
+        "interleaved",
+        6,
+        {"llm": {"pp": 2, "vpp": 2, "ep": 2, "params": "step"}},
+        {"overlap_experts": True},
+    ),
     "filled": ("fill", 6, {"vision": {"params": "step"}, "llm": {"pp": 4}}, {"ahead": 6}),
 }
 
@@ -68,7 +74,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
 def test_stand_ins_take_the_simulated_time_in_the_simulated_order(name: str, ranks: Any) -> None:
     kind, m, specs, options = CASES[name]
     compute = {**VISION, ("llm", Kind.BACKWARD): 2.0} if "vpp" not in str(specs) else {}
-    costs = Costs(compute, {(module, kind): 0.3 for module in specs for kind in SENDS | BOUNDARY})
+    exchange = {("llm", k): (0.2, 0.2) for k in (Kind.FORWARD, Kind.BACKWARD)} if name == "pairs" else {}
+    costs = Costs(compute, {(module, kind): 0.3 for module in specs for kind in SENDS | BOUNDARY}, exchange)
     plan = plan_of(kind, 4, m, specs, costs=costs, **options)
     line = simulate(plan, costs)
     for unit in UNITS:  # a busy machine wakes sleepers late; with longer sleeps that no longer matters
