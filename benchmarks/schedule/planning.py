@@ -74,6 +74,12 @@ PICTURES: dict[str, tuple[str, int, str, dict[str, Any]]] = {
     ),
     "interleaved": ("Interleaved: two virtual stages a rank", 4, "interleaved", {"llm": {"pp": 4, "vpp": 2}}),
     "zero_bubble": ("Zero-bubble: weight gradients later", 4, "zero_bubble", {"llm": {"pp": 4}}),
+    "pairs": (
+        "Pairs: a forward and a backward take turns at their expert exchanges",
+        4,
+        "1f1b",
+        {"vision": {}, "llm": {"pp": 2, "ep": 2}},
+    ),
 }
 
 
@@ -87,11 +93,12 @@ def pictures(folder: Path) -> None:
             {("audio", Kind.BOUNDARY_FORWARD): 0.3, ("audio", Kind.BOUNDARY_BACKWARD): 0.3}
             | {("vision", Kind.BOUNDARY_FORWARD): 0.2, ("vision", Kind.BOUNDARY_BACKWARD): 0.2}
             | {("vision", Kind.GATHER): 0.3, ("vision", Kind.GRAD_SYNC): 0.6},
+            {("llm", k): (0.2, 0.2) for k in (Kind.FORWARD, Kind.BACKWARD) if name == "pairs"},
         )
-        params: Params = "step" if kind == "fill" else "each"
+        params: Params = "step" if name in ("fill", "pairs") else "each"
         modules = {m: ModuleUse(make_layout(m, world, spec), params=params) for m, spec in specs.items()}
         active = [set(specs) - {"llm"} - ({"audio"} if i % 3 == 0 else set()) for i in range(8)]
-        options = ScheduleOptions(ahead=8, costs=costs)
+        options = ScheduleOptions(ahead=8, costs=costs, overlap_experts=None)
         plan = make_schedule(kind, modules, sink="llm", active=active, options=options)
         check(plan)
         save(draw(simulated(simulate(plan, costs)), title=title), folder / f"{name}.svg")

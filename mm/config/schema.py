@@ -78,8 +78,8 @@ class ScheduleConfig(Section):
     )
     overlap_experts: bool | Literal["auto"] = Field(
         False,
-        description="expert exchanges of one micro-batch beside the computation of another, for twice the "
-        "activations of the language model; auto: where the simulated step is shorter",
+        description="expert exchanges of one micro-batch beside the computation of another, for up to "
+        "twice the language model's activations; auto: where the simulated step is shorter",
     )
     microbatches: int = Field(
         1, ge=1, description="micro-batches that the global batch is split into, the same for all modules"

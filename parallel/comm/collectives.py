@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm.linear_map import linear_map
+from parallel.comm.turns import in_turns
 from parallel.topology.axis import Axis
 
 
@@ -36,14 +37,27 @@ def _all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def _all_gather(x: Tensor, axis: Axis) -> Tensor:
     y = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(y, x.contiguous(), group=axis.group)
+    x = x.contiguous()
+
+    def start(later: bool) -> dist.Work | None:
+        work: dist.Work | None = dist.all_gather_into_tensor(y, x, group=axis.group, async_op=later)
+        return work
+
+    # Choices of experts are numbers that the host reads at once.
+    in_turns(axis.turns if x.is_floating_point() else None, start)
     return y
 
 
 def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     _check_even(x, axis)
     y = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(y, x.contiguous(), group=axis.group)
+    x = x.contiguous()
+
+    def start(later: bool) -> dist.Work | None:
+        work: dist.Work | None = dist.reduce_scatter_tensor(y, x, group=axis.group, async_op=later)
+        return work
+
+    in_turns(axis.turns, start)
     return y
 
 

@@ -16,8 +16,11 @@ from threading import Semaphore
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from parallel.topology.axis import HandsOver
 
 Computation = Callable[[], Any]
 
@@ -152,6 +155,19 @@ class Turns:
             self._saved[me] = self._own.save()
             self._own.load(self._saved[1 - me])
         self._go[1 - me].release()
+
+
+def in_turns(turns: HandsOver | None, start: Callable[[bool], dist.Work | None]) -> None:
+    """Carry out an operation, while another computation of the rank runs where one is there.
+
+    start: starts the operation; given True it returns at once with a handle. All ranks of the operation must
+    have another computation there, or none of them.
+    """
+    work = start(turns is not None and turns.shared)
+    if work is not None:
+        assert turns is not None
+        turns.hand_over()
+        work.wait()
 
 
 def _inherited(device: torch.device) -> Callable[[], ExitStack]:

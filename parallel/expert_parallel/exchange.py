@@ -1,10 +1,11 @@
-"""The exchange of experts' rows, beside which another computation of the rank may run."""
+"""The exchange of experts' rows, during which another computation of the rank may run."""
 
 from __future__ import annotations
 
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.comm.turns import in_turns
 from parallel.topology.axis import Axis
 
 
@@ -15,12 +16,13 @@ def exchange_rows(x: Tensor, leaving: list[int], arriving: list[int], axis: Axis
     there to take one, it runs while the rows travel; all ranks of the axis must then have one.
     """
     out = x.new_empty((sum(arriving), *x.shape[1:]))
-    x, turns = x.contiguous(), axis.turns
-    work = dist.all_to_all_single(
-        out, x, arriving, leaving, group=axis.group, async_op=turns is not None and turns.shared
-    )
-    if work is not None:
-        assert turns is not None
-        turns.hand_over()
-        work.wait()
+    x = x.contiguous()
+
+    def start(later: bool) -> dist.Work | None:
+        work: dist.Work | None = dist.all_to_all_single(
+            out, x, arriving, leaving, group=axis.group, async_op=later
+        )
+        return work
+
+    in_turns(axis.turns, start)
     return out

@@ -30,7 +30,8 @@ class Axis:
     size: number of ranks on the axis.
     rank: this rank's index, 0 <= rank < size.
     group: the process group; None only where size is 1.
-    turns: who computes while an exchange of experts' rows on this axis is under way; None: nobody.
+    turns: of a rank's computations, for which this axis's messages of experts' rows are occasions; None: no
+        other one computes meanwhile.
     """
 
     name: str

@@ -318,6 +318,22 @@ PARALLEL = (
         "tests/parallel/topology/test_process_groups.py::test_meshes_of_copies",
     ),
     Fault(
+        "turns.state",
+        "two computations that take turns share FSDP's state",
+        "parallel/comm/turns.py",
+        "self._own.load(self._saved[1 - me])",
+        "self._own.save()",
+        "tests/parallel/comm/test_turns.py::test_fsdp_sums_what_was_computed_in_turns",
+    ),
+    Fault(
+        "experts.turns",
+        "expert exchanges give no turn away",
+        "parallel/expert_parallel/exchange.py",
+        "in_turns(axis.turns, start)",
+        "in_turns(None, start)",
+        "tests/mm/jobs/test_pairs.py::test_exchanges_are_under_way_while_another_micro_batch_computes",
+    ),
+    Fault(
         "data_parallel.nodes",
         "a shard may be spread over two nodes",
         "parallel/topology/data_parallel.py",

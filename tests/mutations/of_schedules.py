@@ -36,6 +36,14 @@ SCHEDULES = (
         "tests/parallel/schedule/generators/test_pairs.py::test_a_pair_that_waits_for_itself_is_caught",
     ),
     Fault(
+        "schedule.pair-warm-up",
+        "a rank warms up for pairs as for 1F1B, and one forward more",
+        "parallel/schedule/generators/orders.py",
+        "2 * (p - r - 1) + (v - 1) * p + 1, paired=True",
+        "min(2, v) * (p - r - 1) + (v - 1) * p + 1, paired=True",
+        "tests/parallel/schedule/generators/test_pairs.py::test_pairs_cost_activations_and_no_bubble",
+    ),
+    Fault(
         "simulator.pair-link",
         "two exchanges of a pair use a rank's link at once",
         "parallel/schedule/simulator/costs.py",

@@ -17,6 +17,7 @@ class Bar:
     """A computation on a row of the chart.
 
     start, end: seconds from the start of the step. chunk: which of the rank's virtual stages, from 0.
+    half: of the row: 1 the upper, with the forward of a pair, 2 the lower, with its backward, 0 all of it.
     """
 
     row: int
@@ -24,6 +25,7 @@ class Bar:
     end: float
     action: Action
     chunk: int
+    half: int = 0
 
 
 class Move(NamedTuple):
@@ -105,10 +107,12 @@ def simulated(line: Timeline) -> Chart:
     plan = line.plan
     bars = []
     for p, program in enumerate(plan.programs):
+        paired = False
         for a, start, end in zip(program, line.start[p], line.end[p], strict=True):
             if a.kind in COMPUTE and end > start:
                 chunk = a.stage // plan.modules[a.module].layout.pp
-                bars.append(Bar(p, start, end, a, chunk))
+                bars.append(Bar(p, start, end, a, chunk, _half(a, paired)))
+            paired = a.paired
     arrows = [Arrow(*transfer) for transfer in line.transfers if transfer.source != transfer.target]
     moves = tuple(Move(t.target, t.start, t.end, t.kind, t.module) for t in line.transfers if t.end > t.start)
     rows = tuple(
@@ -128,12 +132,15 @@ def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Cha
     sent: dict[Message, list[Started]] = {}
     end = max((r[-1].end for r in records.values() if r), default=0.0) - first
     for row, rank in enumerate(sorted(records)):
-        busy = 0.0
+        busy, paired, until = 0.0, False, 0.0
         for action, begin, stop, ready in records[rank]:
             if action.kind in COMPUTE:
                 chunk = action.stage // plan.modules[action.module].layout.pp
-                busy += stop - ready
-                bars.append(Bar(row, ready - first, stop - first, action, chunk))
+                busy += max(
+                    0.0, stop - max(ready, until)
+                )  # the two of a pair have most of their time in common
+                bars.append(Bar(row, ready - first, stop - first, action, chunk, _half(action, paired)))
+                paired, until = action.paired, max(until, stop)
             elif action.kind in _SENT:
                 stage = action.stage if action.kind in BOUNDARY else None
                 message = Message(action.kind, action.module, action.peer, stage, action.microbatch)
@@ -143,6 +150,11 @@ def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Cha
         )
     arrows = [arrow for bar in bars for arrow in _arrows(plan, sorted(records), bar, sent)]
     return Chart(tuple(rows), tuple(bars), tuple(arrows), tuple(plan.modules), end, f"{plan.kind}, measured")
+
+
+def _half(a: Action, paired: bool) -> int:
+    """Bar.half of a computation. paired: whether the one before it is the forward of a pair."""
+    return 1 if a.paired else 2 * paired
 
 
 _SENT = (Kind.SEND_FORWARD, Kind.SEND_BACKWARD, Kind.BOUNDARY_FORWARD, Kind.BOUNDARY_BACKWARD)

@@ -82,17 +82,21 @@ def _bar(chart: Chart, bar: Bar, scale: float) -> list[Shape]:
     x, w = LEFT + bar.start * scale, (bar.end - bar.start) * scale
     y = TOP + bar.row * (ROW + GAP)
     inset = min(0.6, w / 8)
-    body = Box(x=x + inset, y=y + 2, w=w - 2 * inset, h=ROW - 4, fill=fill, radius=min(3, w / 4))
+    top, high = y + 2.0, ROW - 4.0
+    if bar.half:  # the two of a pair, one above the other
+        top, high = top + (bar.half - 1) * (high / 2 + 0.5), high / 2 - 0.5
+    body = Box(x=x + inset, y=top, w=w - 2 * inset, h=high, fill=fill, radius=min(3, w / 4))
     ink = INK if action.kind is Kind.BACKWARD_WEIGHT else PAPER
     out: list[Shape] = [body]
     if bar.chunk:  # later virtual stages carry a light band
-        out.append(replace(body, h=3.5 * bar.chunk, fill=PAPER, radius=0, opacity=0.45))
+        band = min(3.5 * bar.chunk, high / 2)
+        out.append(replace(body, h=band, fill=PAPER, radius=0, opacity=0.45))
     covered = action.microbatches
     label = f"{covered[0]}" if len(covered) == 1 else f"{covered[0]}-{covered[-1]}"
     if w >= 7 * len(label) + 2:
-        middle = y + ROW / 2 + (1 if bar.chunk else 0)
+        middle, size = top + high / 2 + (1 if bar.chunk else 0), 9.5 if bar.half else 11.5
         out.append(
-            Text(x + w / 2, middle, label, size=11.5, colour=ink, anchor="middle", bold=True),
+            Text(x + w / 2, middle, label, size=size, colour=ink, anchor="middle", bold=True),
         )
     return out
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from parallel.schedule.action import BOUNDARY, COMPUTE, RECEIVES, SENDS, Action, ActionKey, Kind
 from parallel.schedule.checker.graph import releases
+from parallel.schedule.executor.exchanging import Exchanging
 from parallel.schedule.executor.execute import Handler, execute
 from parallel.schedule.plan import SchedulePlan, parameter_groups
 from parallel.schedule.record import Record
@@ -38,11 +39,12 @@ def run_standins(
         need clocks that agree.
     begin: called on all ranks before the first action, when all groups are made.
     """
-    groups = _groups(plan)
+    groups = _groups(plan, exchanging=bool(costs.exchange))
     handlers = _StandIns(plan, costs, unit, groups)
     records: list[Record] = []
     begin()
-    execute(plan.actions(dist.get_rank()), handlers.handlers, observe=records.append)
+    together = handlers.exchanging.turns.run
+    execute(plan.actions(dist.get_rank()), handlers.handlers, observe=records.append, together=together)
     handlers.finish()
     dist.barrier()
     for group in groups.values():
@@ -51,26 +53,32 @@ def run_standins(
     return records
 
 
-def _groups(plan: SchedulePlan) -> dict[_Key, Any]:
+def _groups(plan: SchedulePlan, *, exchanging: bool) -> dict[_Key, Any]:
     """The process groups of a plan, made in one order on all ranks: of messages, of gathers and sums, and of
     collectives in which ranks of different programs meet. Ranks of one program sleep alike: their other
-    collectives are left out.
+    collectives are left out, but for expert exchanges where these take time.
     """
     wanted = {
         (group.lane, ranks)
         for group in {g for _, a in plan for g in a.groups}
         for ranks in plan.instances(group)
         if len(ranks) > 1
-        and (group.direction or group.lane == "parameters" or len({plan.program_of[r] for r in ranks}) > 1)
+        and (
+            group.direction
+            or group.lane == "parameters"
+            or (exchanging and group.axis == "ep")
+            or len({plan.program_of[r] for r in ranks}) > 1
+        )
     }
     return {key: dist.new_group(sorted(key[1]), group_desc=key[0]) for key in sorted(wanted)}
 
 
-def _seconds(plan: SchedulePlan, program: int, costs: Costs) -> dict[ActionKey, float]:
-    """By computation of a program, what it takes, with the gathers and sums in it."""
+def _traffic(plan: SchedulePlan, program: int, costs: Costs) -> dict[ActionKey, float]:
+    """By computation of a program, what the gathers and sums in it add."""
     actions = plan.programs[program]
-    seconds = with_traffic([costs.seconds(a) for a in actions], plan, actions, costs)
-    return {a[:4]: took for a, took in zip(actions, seconds, strict=True) if a.kind in COMPUTE}
+    alone = [costs.seconds(a) for a in actions]
+    both = with_traffic(alone, plan, actions, costs)
+    return {a[:4]: took - own for a, took, own in zip(actions, both, alone, strict=True) if a.kind in COMPUTE}
 
 
 class _Coming(NamedTuple):
@@ -101,9 +109,10 @@ class _StandIns:
         self.gathers: dict[tuple[str, int], _Coming] = {}  # by stage, until it computes
         self.sums: list[_Coming] = []
         self.tensors: list[torch.Tensor] = []  # of messages
+        self.exchanging = Exchanging(unit)
         program = plan.program_of.get(self.rank)
         self.released = {} if program is None else releases(plan, program)
-        self.seconds = {} if program is None else _seconds(plan, program, costs)
+        self.traffic = {} if program is None else _traffic(plan, program, costs)
         actions = plan.actions(self.rank)
         self.late = {a[1:4] for a in actions if a.kind is Kind.GRAD_SYNC}
         ranks = plan.ranks_of
@@ -156,7 +165,9 @@ class _StandIns:
             self.gathers.pop((a.module, a.stage)).wait()
         self.meet(a)
         ready = time.perf_counter()
-        time.sleep(self.unit * self.seconds[a[:4]])
+        time.sleep(self.unit * self.traffic[a[:4]])
+        experts = next((self._group(g) for g in a.groups if g.axis == "ep"), None)
+        self.exchanging.compute(self.costs.turns(a), experts)
         use = self.plan.modules[a.module]
         if a.last and use.sums_in(a.kind, a.last) and (a.module, 0, a.stage) not in self.late:
             groups = parameter_groups(a.module, use)
@@ -203,6 +214,7 @@ class _StandIns:
 
     def finish(self) -> None:
         """Wait for what is still under way after the last action."""
+        self.exchanging.turns.close()
         self._wait_for_sums()
         for coming in self.coming.values():
             coming.wait()

@@ -24,7 +24,7 @@ class ScheduleOptions:
         travel beside computations.
     overlap_experts: whether expert exchanges of one micro-batch of the sink run beside the computation of
         another, in pairs of a forward and a backward (Action.paired). None: where the simulated step is
-        shorter so, and `limit` allows. It takes twice the activations of the sink.
+        shorter so, and `limit` allows. The sink holds up to twice the activations.
     train: the step has backwards.
     optimizer: the step ends with the update.
     limit: the most activation memory that a rank may hold, in units of `memory`. A plan above it is refused.

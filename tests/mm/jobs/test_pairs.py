@@ -32,11 +32,11 @@ JOBS: dict[str, Job] = {
         {},
         {},
     ),
-    "virtual stages": (
+    "virtual stages, tokens gathered": (
         {"llm": {"pp": 2, "vpp": 2, "ep": 2, "data_parallel": "zero1"}},
         5,
         {"offload": 1 << 10},
-        {"pattern": "EM*E"},
+        {"pattern": "EM*E", "dispatcher": "all_gather"},
     ),
 }
 LEARNT = ("loss", "grad_norm_by_module", "objectives")

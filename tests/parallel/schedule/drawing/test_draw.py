@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from parallel.schedule import Costs, Kind, simulate
+from parallel.schedule import Action, Costs, Kind, Record, simulate
 from parallel.schedule.action import COMPUTE
-from parallel.schedule.drawing.chart import Chart, simulated
+from parallel.schedule.drawing.chart import Chart, measured, simulated
 from parallel.schedule.drawing.draw import colours, draw
 from parallel.schedule.drawing.save import save
 from parallel.schedule.drawing.shapes import Box, Curve, Text
@@ -48,6 +49,31 @@ def test_everything_lies_on_the_paper_and_idle_time_stays_uncovered() -> None:
     for k in range(len(found.rows)):
         busy = sum(b.end - b.start for b in found.bars if b.row == k)
         assert found.rows[k].bubble == pytest.approx(1 - busy / found.seconds)
+
+
+def test_the_two_of_a_pair_share_a_row() -> None:
+    plan = plan_of("1f1b", 2, 3, {"llm": {"ep": 2, "params": "step"}}, overlap_experts=True)
+    records = [
+        Record(Action(kind, "llm", i, paired=paired), start, end, start)
+        for kind, i, paired, start, end in (
+            (Kind.FORWARD, 0, False, 0.0, 1.0),
+            (Kind.FORWARD, 1, True, 1.0, 3.5),
+            (Kind.BACKWARD, 0, False, 1.5, 4.0),
+            (Kind.FORWARD, 2, True, 4.0, 7.0),
+            (Kind.BACKWARD, 1, False, 4.5, 7.0),
+            (Kind.BACKWARD, 2, False, 7.0, 9.0),
+        )
+    ]
+    for found in (simulated(simulate(plan)), measured(plan, {0: records})):
+        halves = {(b.action.kind, b.action.microbatch): b.half for b in found.bars}
+        forward, backward = ([halves[kind, i] for i in range(3)] for kind in (Kind.FORWARD, Kind.BACKWARD))
+        assert (forward, backward) == ([0, 1, 1], [2, 2, 0])
+        assert found.rows[0].bubble == 0  # the time that both take counts once
+        fills = {colours(found, "llm")[k] for k in (0, 1)}
+        boxes = [s for s in draw(found).shapes if isinstance(s, Box) and s.fill in fills][: len(found.bars)]
+        for a, b in itertools.combinations(boxes, 2):
+            aside = a.x + a.w <= b.x + 1e-6 or b.x + b.w <= a.x + 1e-6
+            assert aside or a.y + a.h <= b.y or b.y + b.h <= a.y
 
 
 def test_svg_is_well_formed_and_png_shows_the_same_colours(tmp_path: Path) -> None:

@@ -60,6 +60,12 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     ),
     "interleaved": ("interleaved", 4, {"llm": {"pp": 4, "vpp": 2}}, {}),
     "zero-bubble": ("zero_bubble", 7, {"llm": {"pp": 4}}, {}),
+    "pairs": (
+        "interleaved",
+        6,
+        {"llm": {"pp": 2, "vpp": 2, "ep": 2, "params": "step"}},
+        {"overlap_experts": True},
+    ),
     "filled": ("fill", 6, {"vision": {"params": "step"}, "llm": {"pp": 4}}, {"ahead": 6}),
     "gathered": ("auto", 4, {"vision": {"params": "step"}, "llm": {"pp": 2, "params": "step"}}, {}),
 }
@@ -71,7 +77,8 @@ def test_stand_ins_take_the_simulated_time_in_the_simulated_order(name: str, ran
     compute = {**VISION, ("llm", Kind.BACKWARD): 2.0} if "vpp" not in str(specs) else {}
     each = dict.fromkeys(SENDS | BOUNDARY, 0.3) | dict.fromkeys(OVER_DATA, 1.2)
     moved = {(module, kind): seconds for module in specs for kind, seconds in each.items()}
-    costs = Costs(compute, moved, units={"llm": 3})
+    exchange = {("llm", k): (0.2, 0.2) for k in (Kind.FORWARD, Kind.BACKWARD)} if name == "pairs" else {}
+    costs = Costs(compute, moved, exchange, units={"llm": 3})
     plan = plan_of(kind, 4, m, specs, costs=costs, optimizer=True, **options)
     line = simulate(plan, costs)
     for unit in UNITS:  # a busy machine wakes sleepers late; with longer sleeps that no longer matters
