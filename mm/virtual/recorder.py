@@ -20,7 +20,7 @@ from mm.virtual.calls import DoneWork, Given, read_call, result, size_of, values
 from mm.virtual.kernels import Kernels, is_kernel
 from mm.virtual.ledger import Ledger, Moment
 from mm.virtual.records import Call, Exchanged, Part, Trace
-from mm.virtual.source import site
+from mm.virtual.source import Site, site
 from mm.virtual.values import Values, give, value_of
 from mm.virtual.waits import HostWaits, is_pinned, pin
 
@@ -29,6 +29,10 @@ _PASSED = ("prim", "profiler")
 _DEVICE = torch.ops.prim.device.default
 _PLAIN = {Tensor, torch.nn.Parameter, FakeTensor}
 Names = Callable[[dist.ProcessGroup], str]
+# The one place that reads floats: losses and squared norms of all ranks, which are 1 there. They decide that
+# the step is finite, and whether gradients are clipped: they are where the sum of a one per rank and module
+# is more than train.clip.
+MESSAGE = "mm/ranks/control.py"
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
@@ -273,7 +277,7 @@ class Stands(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.numpy and (value_of(args[0]) is not None or is_nameless_float(args[0])):
+        if func is Tensor.numpy and isinstance(args[0], FakeTensor):
             return _numpy(args[0])
         if func is F.scaled_dot_product_attention and self.fused:
             return fused_attention(*args, **(kwargs or {}))
@@ -297,17 +301,15 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -
     return fused
 
 
-def is_nameless_float(x: Tensor) -> bool:
-    """Whether x is a fake tensor of floats, which are 1 where they are read."""
-    return isinstance(x, FakeTensor) and x.dtype.is_floating_point
-
-
 def _numpy(x: Tensor) -> np.ndarray:
     value = value_of(x)
-    if value is None:
-        return np.ones(tuple(x.shape))
-    with _plain():
-        return np.array(value.numpy(), copy=True)
+    if value is not None:
+        with _plain():
+            return np.array(value.numpy(), copy=True)
+    at = site()
+    if at.file != MESSAGE or not x.dtype.is_floating_point:
+        raise _unknown(at, x)
+    return np.ones(tuple(x.shape))
 
 
 def _plain() -> Any:
@@ -317,15 +319,16 @@ def _plain() -> Any:
 
 
 def _scalar(x: Tensor) -> Any:
-    """The value of a tensor of one element; of a float that nothing gives a value, 1."""
+    """The value of a tensor of one element."""
     value = value_of(x)
-    if value is not None:
-        with _plain():
-            return value.item()
-    if x.dtype.is_floating_point:
-        return 1.0
-    at = site()
-    raise RuntimeError(
+    if value is None:
+        raise _unknown(site(), x)
+    with _plain():
+        return value.item()
+
+
+def _unknown(at: Site, x: Tensor) -> RuntimeError:
+    return RuntimeError(
         f"{at.file}:{at.line} reads a value that depends on data, {x.dtype} and nothing stands in for it; "
         "only what follows from the choice of experts, or from the plan, has values"
     )

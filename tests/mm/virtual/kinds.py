@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mm.config.schema import from_mapping
-from mm.plan.blueprint import draw_up
+from mm.plan.blueprint import Blueprint, draw_up
 from mm.virtual import accelerator, virtual_data, virtual_rank
 from mm.virtual.programs import kinds_of, match_kinds, twins_of
 from mm.virtual.records import Trace
@@ -28,16 +28,26 @@ LAYOUT = {
 }
 
 
-def main() -> None:
-    """Print the host waits, the calls across nodes, what is found of the job, and which changes are not."""
+def drawn_up(layout: dict[str, Any], **llm: Any) -> Blueprint:
     raw = small(
-        layout=LAYOUT,
+        layout=layout,
         schedule={"microbatches": 2},
         train={"dtype": "bfloat16", "global_batch": 16},
         data={"train": ["nowhere/*.tar"], "context": 128},
         run={"node_size": 4},
     )
-    blueprint = draw_up(from_mapping(raw, CONFIGS), 16)
+    raw["model"]["llm"] |= llm
+    return draw_up(from_mapping(raw, CONFIGS), 16)
+
+
+def waits(trace: Trace) -> list[tuple[str, str, int]]:
+    """Where the host waited for the device, how often."""
+    return [(w.phase, w.file, w.count) for w in trace.host_waits]
+
+
+def main() -> None:
+    """Print host waits, calls across nodes, what is found of the job, and which changes are not."""
+    blueprint = drawn_up(LAYOUT)
     device = accelerator()
     data = virtual_data(blueprint, even=True)
     plan = first_plan(blueprint, data.index)
@@ -55,11 +65,15 @@ def main() -> None:
         for k, other in enumerate(others):
             if not problems([*traces[:n], other, *traces[n + 1 :]]):
                 missed.append((n, k))
+    # With room for all rows, so that nothing is dropped.
+    padded = drawn_up({**LAYOUT, "llm": {"cp": 2, "etp": 2}}, capacity=8.0, pad_experts=True)
     found: dict[str, Any] = {
         "kinds": [len(ranks) for ranks in kinds],
         "problems": problems(traces),
         "missed": missed,
         "changes": 2 * len(others),
+        "waits": waits(traces[0]),
+        "padded": waits(virtual_rank(padded, 0, device, data=virtual_data(padded))),
         "crossing": sum(c.crosses_nodes for t in traces for c in t.calls),
         "hops": [sum(c.group.startswith("edge.") for c in t.calls) for t in traces],
         "sums": [sum(map(len, t.sums.values())) for t in traces],

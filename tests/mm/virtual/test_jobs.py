@@ -117,4 +117,8 @@ def test_a_changed_call_of_one_rank_is_found_where_ranks_stand_for_their_kinds(p
     found = json.loads(done.stdout)
     assert found["problems"] == [] and found["kinds"] == [4] * 4
     assert found["changes"] > 60 and found["missed"] == []
+    # The only expert layer of the first stage reads its row counts, in each of two micro-batches.
+    step = ["update", "mm/ranks/control.py", 1]
+    assert found["waits"] == [["step", "parallel/expert_parallel/routing.py", 2], step]
+    assert found["padded"] == [step]
     assert found["crossing"] and all(found["hops"]) and all(found["sums"])
