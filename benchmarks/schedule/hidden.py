@@ -82,7 +82,8 @@ def main() -> None:
         took = {id(c): min(seconds(plan, c, given.unit) for _ in range(given.runs)) for c in (slow, fast)}
         hidden = total - (took[id(slow)] - took[id(fast)]) / given.unit
         if dist.get_rank() == 0:
-            shares = f"{planned / total:.0%} | {hidden / total:.0%} | {hidden / planned:.0%}"
+            of_planned = f"{hidden / planned:.0%}" if planned > 0.01 * total else "none planned"
+            shares = f"{planned / total:.0%} | {hidden / total:.0%} | {of_planned}"
             print(f"| {name} | {total:.1f} | {shares} |", flush=True)
     dist.destroy_process_group()
 
