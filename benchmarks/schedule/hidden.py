@@ -103,7 +103,8 @@ def report(name: str, plan: SchedulePlan, total: float, links: tuple[Costs, Cost
     took = [min(seconds(plan, costs, given.unit) for _ in range(given.runs)) for costs in links]
     hidden = total - (took[0] - took[1]) / given.unit
     if dist.get_rank() == 0:
-        shares = f"{planned / total:.0%} | {hidden / total:.0%} | {hidden / planned:.0%}"
+        of_planned = f"{hidden / planned:.0%}" if planned > 0.01 * total else "none planned"
+        shares = f"{planned / total:.0%} | {hidden / total:.0%} | {of_planned}"
         print(f"| {name} | {total:.1f} | {shares} |", flush=True)
 
 

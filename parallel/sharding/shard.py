@@ -7,6 +7,7 @@ never averaged (law 2).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,6 +86,21 @@ def shard_module(
             sub.set_force_sum_reduction_for_comms(True)
             sub.set_gradient_divide_factor(1.0)
             sub.set_reshard_after_backward(not policy.keep, recurse=False)
+    if mesh.data.device_type == "cpu":
+        _prefetch([module, *policy.layers])
+
+
+def _prefetch(units: Sequence[nn.Module]) -> None:
+    """Have each unit start the gather of the next one before it computes; FSDP does so in backwards.
+
+    On accelerators FSDP does both of itself, on streams. A host waits in gathers that are not asynchronous.
+    """
+    for unit, following in itertools.pairwise(units):
+        assert isinstance(unit, FSDPModule) and isinstance(following, FSDPModule)
+        unit.set_modules_to_forward_prefetch([following])
+    for unit in units[:1]:
+        assert isinstance(unit, FSDPModule)
+        unit._set_unshard_async_op(True)
 
 
 def _to_dtensor(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:

@@ -270,6 +270,22 @@ PARALLEL = (
         "tests/mm/jobs/test_policies.py::test_every_policy_learns_what_one_process_learns_at_its_price[False]",
     ),
     Fault(
+        "shard.prefetch",
+        "gathers on a host block",
+        "parallel/sharding/shard.py",
+        "unit._set_unshard_async_op(True)",
+        "unit._set_unshard_async_op(False)",
+        "tests/parallel/sharding/test_whole.py",
+    ),
+    Fault(
+        "shard.prefetch-forward",
+        "no unit is gathered ahead in a forward",
+        "parallel/sharding/shard.py",
+        "unit.set_modules_to_forward_prefetch([following])",
+        "unit.set_modules_to_forward_prefetch([])",
+        "tests/parallel/sharding/test_whole.py",
+    ),
+    Fault(
         "whole.posted",
         "sums of gradients block the backward",
         "parallel/sharding/whole.py",
