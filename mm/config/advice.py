@@ -89,7 +89,12 @@ def _plain(cfg: Config, module: str | None) -> Changes:
     """Changes that make the schedule (None), or a module's layout, so plain that it has no fault."""
     if module is not None and module in cfg.model:
         return {f"layout.{module}": {}}
-    plain: dict[str, Any] = {"schedule.kind": "auto", "schedule.ahead": None, "schedule.encoder_batch": {}}
+    plain: dict[str, Any] = {
+        "schedule.kind": "auto",
+        "schedule.ahead": None,
+        "schedule.encoder_batch": {},
+        "schedule.overlap_experts": False,
+    }
     return plain | ({} if module is None else {f"layout.{module}": {}})
 
 

@@ -36,7 +36,9 @@ def check_outline(cfg: Config, world: int) -> None:
     modules = {}
     for m, layout in layouts.items():
         use = ModuleUse(layout, m in frozen, layers=layers.get(m), experts=m == SINK and "E" in llm.kinds)
-        modules[m] = with_policy(use, given_policy(cfg, layout) or "zero3", node_size(cfg, world))
+        # By default a small language model keeps its weights whole, as pairs need; sizes are not known here.
+        likely: Policy = "step" if m == SINK and cfg.schedule.overlap_experts else "zero3"
+        modules[m] = with_policy(use, given_policy(cfg, layout) or likely, node_size(cfg, world))
     schedule_of(cfg, modules, [set(cfg.model)] * cfg.schedule.microbatches, train=True)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mm.config.advice import with_changes
 from mm.config.schema import Config, from_mapping
 from mm.errors import Refused
-from mm.plan.blueprint import draw_up
+from mm.plan.blueprint import check_outline, draw_up
 from parallel.schedule import ModuleUse, ScheduleOptions, make_schedule
 from parallel.topology.layout import Unfit, make_layout
 from tests.mm.harness import CONFIGS, small
@@ -209,3 +209,31 @@ def attempt(specs: dict[str, Any], options: dict[str, Any]) -> Unfit | None:
     except Unfit as error:
         return error
     return None
+
+
+@pytest.mark.parametrize(
+    ("llm", "schedule", "words"),
+    [
+        ({"ep": 2}, {"microbatches": 1}, "microbatches=1"),
+        ({}, {"microbatches": 2}, "ep=1 and etp=1"),
+        ({"ep": 2, "data_parallel": "zero3"}, {"microbatches": 2}, "data_parallel=zero3"),
+        ({"ep": 2, "pp": 2}, {"microbatches": 2, "kind": "zero_bubble"}, "kind zero_bubble"),
+        ({"ep": 4, "tp": 4}, {"microbatches": 2}, "one data rank"),
+    ],
+)
+def test_pairs_that_cannot_be_are_refused_with_what_works(
+    llm: dict[str, Any], schedule: dict[str, Any], words: str
+) -> None:
+    cfg = config({"llm": llm}, {**schedule, "overlap_experts": True})
+    message = refusal(cfg, 4)
+    assert message is not None and words in message
+    named = alternatives(message)
+    assert named and all(refusal(with_changes(cfg, changes), 4) is None for changes in named)
+    assert refusal(with_changes(cfg, {"schedule.overlap_experts": "auto"}), 4) is None
+
+
+def test_a_small_model_of_default_policy_may_have_pairs() -> None:
+    cfg = config({"llm": {"ep": 2}}, {"microbatches": 2, "overlap_experts": True})
+    check_outline(cfg, 4)
+    plan = draw_up(cfg, 4).schedule([set(cfg.model)] * 2)
+    assert any(a.paired for _, a in plan)

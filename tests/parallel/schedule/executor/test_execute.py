@@ -61,9 +61,9 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "interleaved": ("interleaved", 4, {"llm": {"pp": 4, "vpp": 2}}, {}),
     "zero-bubble": ("zero_bubble", 7, {"llm": {"pp": 4}}, {}),
     "pairs": (
-        "interleaved",
+        "1f1b",
         6,
-        {"llm": {"pp": 2, "vpp": 2, "ep": 2, "params": "step"}},
+        {"llm": {"pp": 2, "ep": 2, "params": "step"}},
         {"overlap_experts": True},
     ),
     "filled": ("fill", 6, {"vision": {"params": "step"}, "llm": {"pp": 4}}, {"ahead": 6}),
