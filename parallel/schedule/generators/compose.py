@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 from parallel.schedule.action import BACKWARD_WEIGHT, FORWARD
+from parallel.schedule.checker.graph import graph_of
+from parallel.schedule.checker.order import Stuck
 from parallel.schedule.generators.fill import RULES_TRIED, Filler, FillProblem, NoProgress, Unit, fill
 from parallel.schedule.generators.lower import lower
 from parallel.schedule.generators.orders import PAIRED, PIPELINES, Work, windows
@@ -116,9 +118,13 @@ def fill_plans(problem: Problem, works: Pipelines, times: Times, ahead: int) -> 
     lists = {p: by_slot(_disjoint(problem, here, order, 1)) for p, (r, here) in at.items() if r is None}
     plans = []
     for rules in RULES_TRIED:
-        with contextlib.suppress(NoProgress):
+        # Ranks of the sink that gather or sum together may have sources' works of different lengths between:
+        # fill() knows no such meetings, so that an order of its own can be one that gets stuck.
+        with contextlib.suppress(NoProgress, Stuck):
             filled = dict(zip((place for place, *_ in homes), fill(given, rules), strict=True))
-            plans.append(lower(problem, {**lists, **filled}, ahead=ahead, late=sources))
+            plan = lower(problem, {**lists, **filled}, ahead=ahead, late=sources)
+            graph_of(plan)
+            plans.append(plan)
     return plans
 
 
