@@ -47,28 +47,26 @@ def keep(module: nn.Module, kept: bool) -> None:
         unit.set_reshard_after_backward(not kept, recurse=False)
 
 
-class PostedSums(DefaultReduceScatter):
+class PostedSums:
     """Sums of a module's gradients over its data ranks that run beside what the host does next.
 
     For backends whose waits block the host; on others FSDP's streams do the same. A gradient may not be read
-    before wait(), nor summed a second time, since that would be added to it at once.
+    before wait().
     """
 
     def __init__(self, most: int) -> None:
         """most: how many sums may be under way, each with the gradients that it reads."""
-        super().__init__()
         self.most = most
-        self._under_way: deque[tuple[dist.Work, Tensor, Tensor]] = deque()  # with the tensors in use
+        self._under_way: deque[tuple[dist.Work, Tensor, Tensor]] = deque()
 
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> dist.Work:
-        """Start the sum of `input_tensor` [n * ranks] into `output_tensor` [n]."""
+    def begun(self, work: dist.Work, into: Tensor, of: Tensor) -> None:
+        """Take note of a sum that has begun, and keep its tensors until it is there."""
+        self._under_way.append((work, into, of))
+
+    def make_room(self) -> None:
+        """Wait until one sum more may be under way."""
         while len(self._under_way) >= self.most:
             self._under_way.popleft()[0].wait()
-        work = super().__call__(output_tensor, input_tensor, group, op, True)
-        self._under_way.append((work, input_tensor, output_tensor))
-        return work
 
     def wait(self) -> None:
         """Wait for all sums."""
@@ -76,11 +74,32 @@ class PostedSums(DefaultReduceScatter):
             self._under_way.popleft()[0].wait()
 
 
+class _UnitSums(DefaultReduceScatter):
+    """The sums of one unit, started by FSDP. FSDP adds a second one of a step to the first at once, so that
+    one has to be there: a unit has several where a backward comes to it several times."""
+
+    def __init__(self, posted: PostedSums) -> None:
+        super().__init__()
+        self._posted, self._again = posted, False
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> dist.Work:
+        """Start the sum of `input_tensor` [n * ranks] into `output_tensor` [n]."""
+        self._posted.make_room()
+        work = super().__call__(output_tensor, input_tensor, group, op, True)
+        self._posted.begun(work, output_tensor, input_tensor)
+        if self._again:
+            self._posted.wait()
+        self._again = True
+        return work
+
+
 def post_sums(module: nn.Module, most: int = 1) -> PostedSums:
     """Have the coming sums of a module only started; they are there after wait() of what is returned."""
     posted = PostedSums(most)
     for unit in _units(module):
-        unit.set_custom_reduce_scatter(posted)
+        unit.set_custom_reduce_scatter(_UnitSums(posted))
     return posted
 
 

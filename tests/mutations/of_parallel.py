@@ -6,6 +6,14 @@ from tests.mutations.fault import ONE_STEP, Fault
 
 PARALLEL = (
     Fault(
+        "whole.again",
+        "a unit's second sum of a step is added before it is there",
+        "parallel/sharding/whole.py",
+        "if self._again:",
+        "if False:",
+        "tests/llm/test_job.py::test_layouts_learn_what_one_process_learns[pp2 tp2]",
+    ),
+    Fault(
         "layout.rank-order",
         "cp and dp change places in a rank's number",
         "parallel/topology/layout.py",
