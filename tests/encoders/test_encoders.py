@@ -22,6 +22,7 @@ from encoders.module import RowsMismatch
 from mm.data.probes import metadata
 from tests.encoders.helpers import SIZES, SMALL, batch, gradient_error, make_axes, module, png, wav
 from tests.kept import beside_activations
+from tests.slow import on_demand
 
 NAMES = ["vit", "fastconformer"]
 
@@ -81,7 +82,7 @@ def tensor_parallel(name: str) -> float:
     return max(worst, gradient_error([net], whole))
 
 
-@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("tp", on_demand([2, 3, 4], [2, 3]))
 @pytest.mark.parametrize("name", NAMES)
 def test_tensor_parallel_is_exact(name: str, tp: int, ranks: Any) -> None:
     assert max(ranks(tp, tensor_parallel, name)) < 1e-9

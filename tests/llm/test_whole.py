@@ -22,6 +22,7 @@ from parallel.topology.axis import Axes
 from parallel.topology.stage import Stage, stages_of
 from tests.llm.degrees import Degrees, check_gradients, close, make_axes, shape_axes, shard_ranks
 from tests.llm.harness import EVERYTHING, shard_by_hand
+from tests.slow import on_demand
 
 MODEL = replace(EVERYTHING, vocab_size=32)
 LENGTHS = ((11, 1, 25), (), (20,), (3, 0, 2))
@@ -168,7 +169,7 @@ def draw(seed: int, world: int) -> Case:
     return Case(cfg, replace(degrees, ranks=ranks), edges, recompute)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", on_demand([2, 4], [2]))
 def test_any_degrees_at_once(world: int, ranks: Any) -> None:
     cases = [draw(seed, world) for seed in range(6)]
     results = ranks(world, run_rank, cases, timeout=120)

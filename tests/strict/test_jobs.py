@@ -11,6 +11,7 @@ import torch.distributed as dist
 from parallel.comm.fetch import make_fetch
 from parallel.topology.axis import Axis
 from tests.mm.harness import small, train_few
+from tests.slow import on_demand
 from tests.strict.run import Hang
 from tests.strict.warm import warm_up
 
@@ -38,7 +39,7 @@ def config(name: str) -> dict[str, Any]:
 LEARNT = ("loss", "grad_norm_by_module", "objectives")
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", on_demand(JOBS, ["vision pp4, llm tp4", "llm cp4 ep4"]))
 def test_a_job_learns_what_it_learns_on_gloo(name: str, ranks: Any, strict: Any) -> None:
     raw = config(name)
     on_gloo = ranks(4, train_few, raw, STEPS, timeout=120)  # the first one imports the packages

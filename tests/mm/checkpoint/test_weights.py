@@ -42,6 +42,7 @@ def two_steps(raw: dict[str, Any], weights: str | None, save: str | None) -> lis
     return losses
 
 
+@pytest.mark.slow
 def test_weights_go_out_in_and_into_any_layout(ranks: Any, tmp_path: Path) -> None:
     raw = small()
     ranks(2, two_steps, small(layout={"llm": {"tp": 2}}), None, str(tmp_path / "run"))

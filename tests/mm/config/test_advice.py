@@ -71,6 +71,7 @@ def spoil(rng: random.Random, layout: dict[str, Any], schedule: dict[str, Any], 
         layout[module][what] = rng.randint(2, 9)
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(st.integers(0, 2**32), st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
 def test_what_a_refusal_names_is_accepted(seed: int, world: int) -> None:

@@ -44,6 +44,7 @@ def named(folder: Path, layout: dict[str, Any] | None = None) -> dict[str, Any]:
     return raw
 
 
+@pytest.mark.slow
 def test_encoders_called_as_metrics_groups_and_keys_train_as_any_other(ranks: Any, tmp_path: Path) -> None:
     alone = ranks(1, train_few, named(tmp_path), 2)[0]
     layout = {"stop": {"tp": 2}, "edge": {"ranks": 1}, "world": {"ranks": 0}, "llm": {"tp": 2}}

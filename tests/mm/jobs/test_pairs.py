@@ -15,6 +15,7 @@ import mm.train.step
 from mm.train.step import run_step
 from parallel.schedule import Record, execute
 from tests.mm.harness import largest_difference, running, small, train_few
+from tests.slow import on_demand
 
 WEIGHTS = {"aux_weight": 0.7, "z_weight": 0.3, "mtp_weight": 0.9, "mtp_layers": 1}
 Job = tuple[dict[str, Any], int, dict[str, Any], dict[str, Any]]  # layout, micro-batches, train, model.llm
@@ -52,7 +53,7 @@ def one_after_the_other(raw: dict[str, Any], steps: int) -> list[dict[str, Any]]
         return train_few(raw, steps)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", on_demand(JOBS, ["virtual stages, tokens gathered"]))
 def test_pairs_learn_what_one_process_learns(name: str, ranks: Any) -> None:
     layout, microbatches, train, llm = JOBS[name]
     raw = small(layout=layout, train={**train, "steps": 2})

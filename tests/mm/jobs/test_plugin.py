@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.mm.harness import largest_difference, small, train_few
 from tests.mm.shards import sensor_samples, write_shard
 
@@ -23,6 +25,7 @@ def test_a_sensor_encoder_trains_in_any_layout(tmp_path: Path, ranks: Any) -> No
             assert largest_difference(result, expected) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_touch_encoder_is_cut_every_way(tmp_path: Path, ranks: Any) -> None:
     write_shard(tmp_path / "touch-000000.tar", sensor_samples(20, module="touch", shape=(4, 4)))
     raw = small(data={"train": [str(tmp_path / "touch-*.tar")]})

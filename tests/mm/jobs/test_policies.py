@@ -239,6 +239,7 @@ def test_every_policy_learns_what_one_process_learns_at_its_price(
             assert_as_stated(by_rank[0][name], raw, name)
 
 
+@pytest.mark.slow
 def test_the_price_in_two_dtypes(ranks: Any, tmp_path: Path) -> None:
     """Weights are gathered in bfloat16, gradients summed in float32."""
     raw = job_of("zero bubble")

@@ -12,6 +12,7 @@ from encoders.contract import Features, ItemBatch
 from encoders.vit import ViT
 from mm.errors import DataError
 from tests.mm.harness import largest_difference, small, train_few
+from tests.slow import on_demand
 
 APART = {"vision": {"ranks": 0}, "audio": {"ranks": 1}, "llm": {"ranks": [3, 2], "tp": 2}}
 MIXED = {
@@ -73,6 +74,7 @@ VARIANTS = [
     with_frozen_llm,
 ]
 
+SLOW = [with_levels, with_levels_in_any_order, with_latent_experts, with_frozen_vision]
 
 LAYOUTS = {
     with_levels_in_later_stages: [APART, MIXED, PIPED, DEEP, VIRTUAL_APART],
@@ -80,7 +82,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("change", VARIANTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", on_demand(VARIANTS, SLOW), ids=lambda f: f.__name__)
 def test_variants_learn_what_one_process_learns(change: Any, ranks: Any) -> None:
     def raw(**sections: Any) -> dict[str, Any]:
         out = copy.deepcopy(small(**sections))

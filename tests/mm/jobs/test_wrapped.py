@@ -144,6 +144,7 @@ def every_dtype(raws: list[dict[str, Any]]) -> list[float]:
     return [train_few(raw, 1)[0]["loss"] for raw in raws]
 
 
+@pytest.mark.slow
 def test_every_example_trains_in_every_dtype(
     series: Path, pictures: Path, tmp_path: Path, ranks: Any
 ) -> None:

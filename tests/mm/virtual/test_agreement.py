@@ -19,6 +19,7 @@ from mm.virtual.records import Trace
 from mm.virtual.run import first_samples, group_names, record_step, virtual_rank
 from mm.virtual.samples import virtual_data
 from tests.mm.harness import CONFIGS, small
+from tests.slow import on_demand
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -51,7 +52,7 @@ def recorded(layout: dict[str, Any]) -> Trace:
     return recorder.trace(world, ())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", on_demand(LAYOUTS, ["colocated, every degree but ep"]))
 def test_memory_and_bytes_are_those_of_four_real_ranks(ranks: Callable[..., list[Any]], name: str) -> None:
     real: list[Trace] = ranks(4, recorded, LAYOUTS[name])
     blueprint = blueprint_of(LAYOUTS[name], 4)
