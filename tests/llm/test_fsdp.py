@@ -24,6 +24,7 @@ from parallel.topology.mesh import ModuleMesh, build_mesh
 from parallel.topology.stage import Stage
 from tests.llm.degrees import Degrees
 from tests.llm.test_whole import MODEL, build, own_share, stream
+from tests.slow import on_demand
 
 MICROBATCHES = 2
 
@@ -152,7 +153,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", on_demand([2, 4], [4]))
 def test_every_layer_under_data_and_another_degree(world: int, ranks: Any) -> None:
     zeros: tuple[Zero, ...] = (1, 2, 3)
     cases = [

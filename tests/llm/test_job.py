@@ -17,6 +17,7 @@ from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
 from mm.train.trainer import open_feed, train_step
 from tests.mm.harness import CONFIGS, SMALL, largest_difference, small
+from tests.slow import on_demand
 
 OPTIONS: dict[str, Any] = {
     "pattern": "E-M*E",
@@ -78,7 +79,7 @@ def reference(pool: Any) -> Learned:
     return out
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", on_demand(LAYOUTS, ["cp2 ep2", "tp2 sp ep4"]))
 def test_layouts_learn_what_one_process_learns(name: str, ranks: Any, reference: Learned) -> None:
     llm, schedule = LAYOUTS[name]
     shard = {"shard": "layer"} if name == "tp2 sp ep4" else {}

@@ -26,6 +26,7 @@ from mm.train.update import finish_step, learning_rate
 from parallel.schedule import Record
 from parallel.sharding import whole
 from tests.mm.harness import Held, largest_difference, running, small, weigh
+from tests.slow import on_demand
 
 MODULES = ("vision", "audio", "llm")
 
@@ -224,7 +225,7 @@ def one_process(raw: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, np
         return [*metrics, asdict(train_step(job, feed, 2))], weights
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", on_demand([False, True], [False]))
 def test_every_policy_learns_what_one_process_learns_at_its_price(
     frozen: bool, ranks: Any, tmp_path: Path
 ) -> None:

@@ -52,7 +52,7 @@ def recorded(layout: dict[str, Any]) -> Trace:
     return recorder.trace(world, ())
 
 
-@pytest.mark.parametrize("name", on_demand(LAYOUTS, ["colocated, every degree but ep"]))
+@pytest.mark.parametrize("name", on_demand(LAYOUTS, LAYOUTS))
 def test_memory_and_bytes_are_those_of_four_real_ranks(ranks: Callable[..., list[Any]], name: str) -> None:
     real: list[Trace] = ranks(4, recorded, LAYOUTS[name])
     blueprint = blueprint_of(LAYOUTS[name], 4)
