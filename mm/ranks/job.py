@@ -32,6 +32,7 @@ from parallel.comm.warm_up import Ends, warm_up
 from parallel.sharding import whole
 from parallel.sharding.optim import AdamW, ShardedOptimizer
 from parallel.sharding.shard import ShardPolicy, materialise, shard_module
+from parallel.topology.axis import Axes
 from parallel.topology.directions import Directions
 from parallel.topology.groups import DIRECTIONS, Group, edge_ranks
 from parallel.topology.mesh import ModuleMesh, build_mesh
@@ -112,21 +113,25 @@ def open_indexes(blueprint: Blueprint, *, write: bool = True) -> dict[str, Index
 
 def open_data(job: Job, index: Index) -> Data:
     """The samples of an index as this rank reads them."""
-    blueprint = job.blueprint
-    assembler = Assembler(
+    axes = {m: mesh.axes for m, mesh in job.meshes.items()}
+    return Data(index, assembler_of(job.blueprint, job.rank, axes))
+
+
+def assembler_of(blueprint: Blueprint, rank: RankInfo, axes: Mapping[str, Axes]) -> Assembler:
+    """What plans and builds a rank's part of a step. axes: by module here; one that only plans needs none."""
+    return Assembler(
         inputs=blueprint.inputs,
         reader=ShardReader(),
         tokenizer=make_tokenizer(blueprint.cfg.data.tokenizer),
-        rank=job.rank.rank,
+        rank=rank.rank,
         dtype=blueprint.dtype,
-        device=job.rank.device,
-        axes={m: mesh.axes for m, mesh in job.meshes.items()},
+        device=rank.device,
+        axes=axes,
         sink=SINK,
         row_shapes={edge: blueprint.entry_shape(edge) for edge in blueprint.edges},
-        plans=PlanCache(job.rank.rank, node_size=job.rank.node_size, spares=TWO_HOPS_SPARE),
+        plans=PlanCache(rank.rank, node_size=rank.node_size, spares=TWO_HOPS_SPARE),
         timeout_s=blueprint.cfg.run.timeout_s,
     )
-    return Data(index, assembler)
 
 
 def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job:

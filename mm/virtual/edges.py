@@ -13,15 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from mm.config.outline import SINK
-from mm.data.reader import ShardReader
-from mm.data.tokenizer import make_tokenizer
 from mm.plan.blueprint import Blueprint
 from mm.plan.step_plan import Edge, StepPlan
-from mm.ranks.batch import Assembler
-from mm.ranks.job import TWO_HOPS_SPARE
+from mm.ranks.job import assembler_of
+from mm.ranks.launch import RankInfo
 from mm.virtual.records import Trace
-from parallel.boundary import PlanCache
 from parallel.boundary.plan import EdgePlan, Transfer
 from parallel.comm.transport import Messages
 from parallel.schedule import Kind
@@ -51,7 +47,8 @@ def planned(blueprint: Blueprint, plan: StepPlan) -> dict[int, Calls]:
     schedule, out = blueprint.schedule(plan.active), {}
     ends = {r for layout in blueprint.layouts.values() for r in layout.ranks}
     for rank in sorted(ends):
-        boundary = _assembler(blueprint, rank).boundary(plan)
+        info = RankInfo(rank, blueprint.world, torch.device("cpu"), node_size=blueprint.node_size)
+        boundary = assembler_of(blueprint, info, {}).boundary(plan)
         calls: Calls = {}
         for action in schedule.actions(rank):
             if action.kind in (Kind.BOUNDARY_FORWARD, Kind.BOUNDARY_BACKWARD):
@@ -61,22 +58,6 @@ def planned(blueprint: Blueprint, plan: StepPlan) -> dict[int, Calls]:
                 calls.setdefault((edge, way), []).extend(_hops(own, way))
         out[rank] = calls
     return out
-
-
-def _assembler(blueprint: Blueprint, rank: int) -> Assembler:
-    """One that plans for `rank`, and builds nothing."""
-    return Assembler(
-        inputs=blueprint.inputs,
-        reader=ShardReader(),
-        tokenizer=make_tokenizer(blueprint.cfg.data.tokenizer),
-        rank=rank,
-        dtype=blueprint.dtype,
-        device=torch.device("cpu"),
-        axes={},
-        sink=SINK,
-        row_shapes={edge: blueprint.entry_shape(edge) for edge in blueprint.edges},
-        plans=PlanCache(rank, node_size=blueprint.node_size, spares=TWO_HOPS_SPARE),
-    )
 
 
 def _hops(plan: EdgePlan, way: str) -> Iterator[Hop]:

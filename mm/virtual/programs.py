@@ -130,22 +130,20 @@ def kinds_of(blueprint: Blueprint, plan: StepPlan, skew: float = 1.0) -> dict[Ha
             at = layout.coord(rank)
             micro = range(len(plan.microbatches))
             if m == SINK:
-                shapes: list[Hashable] = [
+                streams = [
                     (mb.tokens[at.dp], tuple(mb.length[j] for j in mb.samples_of(at.dp)))
                     for mb in plan.microbatches
                 ]
-                padded = any(
-                    mb.tokens[at.dp] != sum(mb.length[j] for j in mb.samples_of(at.dp))
-                    for mb in plan.microbatches
-                )
+                padded = any(tokens != sum(lengths) for tokens, lengths in streams)
+                shapes: tuple[Hashable, ...] = tuple(streams)
             else:
-                shapes = [items.get((m, k, at.dp), ()) for k in micro]
+                shapes = tuple(items.get((m, k, at.dp), ()) for k in micro)
                 padded = True
             # Ranks that share a stream have equal parts of it, unless some of it is padding.
             parts = (at.tp, at.cp) if padded and (layout.cp > 1 or layout.tp > 1) else ()
             # With equal rows for every expert, so have the ranks of ep.
             even = m != SINK or _even_rows(blueprint, plan, at.dp, skew)
-            kind.append((at.pp, parts, () if even else layout.expert_coord(rank).ep, tuple(shapes)))
+            kind.append((at.pp, parts, () if even else layout.expert_coord(rank).ep, shapes))
         out.setdefault(tuple(kind), []).append(rank)
     return out
 

@@ -7,13 +7,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mm.config.outline import SINK
@@ -35,6 +33,7 @@ from mm.virtual.values import Values
 from parallel.schedule import Action, Kind
 from parallel.schedule.record import Record
 from parallel.sharding.param import local
+from parallel.sharding.whole import param_groups, units
 
 
 class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch has no types here
@@ -112,15 +111,11 @@ def _mark_gradients(job: Job, ledger: Ledger, modules: Iterable[str]) -> None:
 
 def _whole_gradients(part: nn.Module) -> Iterator[Tensor]:
     """Gradients of gathered weights, which FSDP keeps until it reduces them."""
-    for module in part.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        state: Any = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for held in (p for group in groups if group is not None for p in group.fsdp_params):
-            whole = getattr(held, "_unsharded_param", None)
-            grads = [held.unsharded_accumulated_grad, None if whole is None else whole.grad]
-            yield from (_held(g) for g in grads if g is not None)
+    groups = (group for unit in units(part) for group in param_groups(unit))
+    for held in (p for group in groups for p in group.fsdp_params):
+        whole = getattr(held, "_unsharded_param", None)
+        grads = [held.unsharded_accumulated_grad, None if whole is None else whole.grad]
+        yield from (_held(g) for g in grads if g is not None)
 
 
 def _held(x: Tensor) -> Tensor:

@@ -294,15 +294,4 @@ def layers_of(dest: RowMap, layers: int = 1) -> list[RowMap]:
         return [dest]
     pieces = split_at_ends(dest.runs)
     n = max(layers, int(pieces.copies.max(initial=1)))
-    of_layer = (pieces.runs.take(np.flatnonzero(pieces.nth == k)) for k in range(n))
-    return [
-        RowMap(
-            lanes=dest.lanes,
-            start=runs.start,
-            length=runs.stop - runs.start,
-            lane=runs.lane,
-            local=runs.start + runs.shift,
-            rows=dest.rows,
-        )
-        for runs in of_layer
-    ]
+    return [dest.with_runs(pieces.runs.take(np.flatnonzero(pieces.nth == k))) for k in range(n)]

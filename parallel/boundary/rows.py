@@ -125,7 +125,10 @@ class RowMap:
         found = once_a_lane(self.start, self.stop, self.lane, self.local)
         if found is None:
             return self
-        runs, copies = found
+        return self.with_runs(*found)
+
+    def with_runs(self, runs: Runs, copies: Copies | None = None) -> RowMap:
+        """A map of the same lanes and local rows, with these runs and copies instead."""
         return RowMap(
             lanes=self.lanes,
             start=runs.start,

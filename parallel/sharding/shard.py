@@ -98,9 +98,9 @@ def _prefetch(units: Sequence[nn.Module]) -> None:
     for unit, following in itertools.pairwise(units):
         assert isinstance(unit, FSDPModule) and isinstance(following, FSDPModule)
         unit.set_modules_to_forward_prefetch([following])
-    for unit in units[:1]:
-        assert isinstance(unit, FSDPModule)
-        unit._set_unshard_async_op(True)
+    whole = units[0]
+    assert isinstance(whole, FSDPModule)
+    whole._set_unshard_async_op(True)
 
 
 def _to_dtensor(sub: nn.Module, name: str, spec: ParamSpec, mesh: ModuleMesh) -> None:

@@ -22,28 +22,28 @@ def gather(module: nn.Module) -> None:
 
     The forward of each unit waits for its weights. Anything else that reads them calls wait() first.
     """
-    for unit in _units(module):
+    for unit in units(module):
         unit.unshard(async_op=True)
 
 
 def wait(module: nn.Module) -> None:
     """Wait for a gather under way, on the current stream; nothing where there is none."""
-    for unit in _units(module):
+    for unit in units(module):
         # What the handle that unshard() returns does. This needs none, so that a gather may outlive a step.
-        for group in _groups(unit):
+        for group in param_groups(unit):
             group.wait_for_unshard()
 
 
 def free(module: nn.Module) -> None:
     """Give the memory of whole weights back; the shards are the module's parameters again."""
     wait(module)  # else a gather under way would bring these weights back after an update
-    for unit in _units(module):
+    for unit in units(module):
         unit.reshard()
 
 
 def keep(module: nn.Module, kept: bool) -> None:
     """Whether whole weights stay after the next backward."""
-    for unit in _units(module):
+    for unit in units(module):
         unit.set_reshard_after_backward(not kept, recurse=False)
 
 
@@ -63,14 +63,9 @@ class PostedSums:
         """Take note of a sum that has begun, and keep its tensors until it is there."""
         self._under_way.append((work, into, of))
 
-    def make_room(self) -> None:
-        """Wait until one sum more may be under way."""
-        while len(self._under_way) >= self.most:
-            self._under_way.popleft()[0].wait()
-
-    def wait(self) -> None:
-        """Wait for all sums."""
-        while self._under_way:
+    def wait(self, left: int = 0) -> None:
+        """Wait, in the order in which they began, until at most `left` sums are under way."""
+        while len(self._under_way) > left:
             self._under_way.popleft()[0].wait()
 
 
@@ -86,7 +81,7 @@ class _UnitSums(DefaultReduceScatter):
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> dist.Work:
         """Start the sum of `input_tensor` [n * ranks] into `output_tensor` [n]."""
-        self._posted.make_room()
+        self._posted.wait(self._posted.most - 1)
         work = super().__call__(output_tensor, input_tensor, group, op, True)
         self._posted.begun(work, output_tensor, input_tensor)
         if self._again:
@@ -98,7 +93,7 @@ class _UnitSums(DefaultReduceScatter):
 def post_sums(module: nn.Module, most: int = 1) -> PostedSums:
     """Have the coming sums of a module only started; they are there after wait() of what is returned."""
     posted = PostedSums(most)
-    for unit in _units(module):
+    for unit in units(module):
         unit.set_custom_reduce_scatter(_UnitSums(posted))
     return posted
 
@@ -109,11 +104,12 @@ def sum_in_backward(module: nn.Module, summed: bool, *, final: bool) -> None:
     final: it is the step's last, in which shards that have replicas are summed over these too. Nothing waits
     for the sums before finish_sums().
     """
-    for unit in _units(module):
+    # In the last backward FSDP waits for its streams. A host has none, and only frees buffers in it.
+    waits = final and on_host(module)
+    for unit in units(module):
         unit.set_requires_gradient_sync(summed, recurse=False)
         unit.set_requires_all_reduce(summed and final, recurse=False)
-        # In the last backward FSDP waits for its streams. A host has none, and only frees buffers in it.
-        unit.set_is_last_backward(final and on_host(module))
+        unit.set_is_last_backward(waits)
 
 
 def sum_now(module: nn.Module, summed: bool, *, final: bool) -> None:
@@ -129,7 +125,7 @@ def sum_now(module: nn.Module, summed: bool, *, final: bool) -> None:
 
 def finish_sums(module: nn.Module) -> None:
     """Wait for all sums of the step, on the current stream, and drop what FSDP keeps between backwards."""
-    for unit in _units(module):
+    for unit in units(module):
         unit.set_requires_gradient_sync(False, recurse=False)
         unit.set_is_last_backward(True)
     _end_of_backward(module)
@@ -158,9 +154,9 @@ class Phases:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._at: list[tuple[Any, str]] = []
-        for unit in (unit for module in modules for unit in _units(module)):
+        for unit in (unit for module in modules for unit in units(module)):
             state: Any = unit._get_fsdp_state()
-            self._at += [(x, "_training_state") for x in (state, *_groups(unit))]
+            self._at += [(x, "_training_state") for x in (state, *param_groups(unit))]
             if (state._state_ctx, "iter_forward_root") not in self._at:
                 self._at.append((state._state_ctx, "iter_forward_root"))
 
@@ -174,12 +170,12 @@ class Phases:
             setattr(x, name, value)
 
 
-def _units(module: nn.Module) -> Iterator[FSDPModule]:
+def units(module: nn.Module) -> Iterator[FSDPModule]:
     """The module and the parts of it that FSDP gathers on their own."""
     return (sub for sub in module.modules() if isinstance(sub, FSDPModule))
 
 
-def _groups(unit: FSDPModule) -> Iterator[Any]:
+def param_groups(unit: FSDPModule) -> Iterator[Any]:
     """The parameters of a unit, as FSDP groups them: versions of torch differ in how many there may be."""
     state: Any = unit._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]

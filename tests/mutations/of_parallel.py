@@ -281,8 +281,8 @@ PARALLEL = (
         "shard.prefetch",
         "gathers on a host block",
         "parallel/sharding/shard.py",
-        "unit._set_unshard_async_op(True)",
-        "unit._set_unshard_async_op(False)",
+        "whole._set_unshard_async_op(True)",
+        "whole._set_unshard_async_op(False)",
         "tests/parallel/sharding/test_whole.py",
     ),
     Fault(

@@ -67,10 +67,15 @@ def _groups(plan: SchedulePlan, *, exchanging: bool) -> dict[_Key, Any]:
             group.direction
             or group.lane == "parameters"
             or (exchanging and group.axis == "ep")
-            or len({plan.program_of[r] for r in ranks}) > 1
+            or _differ(plan, ranks)
         )
     }
     return {key: dist.new_group(sorted(key[1]), group_desc=key[0]) for key in sorted(wanted)}
+
+
+def _differ(plan: SchedulePlan, ranks: Sequence[int]) -> bool:
+    """Whether ranks run different programs."""
+    return len({plan.program_of[r] for r in ranks}) > 1
 
 
 def _traffic(plan: SchedulePlan, program: int, costs: Costs) -> dict[ActionKey, float]:
@@ -133,21 +138,16 @@ class _StandIns:
         """The collectives of an action in which ranks of different programs meet."""
         for name in a.groups:
             group = self._group(name)
-            if (
-                group is not None
-                and len({self.plan.program_of[r] for r in self.plan.members(name, self.rank)}) > 1
-            ):
+            if group is not None and _differ(self.plan, self.plan.members(name, self.rank)):
                 dist.barrier(group)
 
     def gather(self, a: Action) -> None:
         """Start a stage's gather, which its first computation waits for."""
-        self.gathers[a.module, a.stage] = self._reduce(
-            a.groups, self.costs.transfer.get((a.module, a.kind), 0.0)
-        )
+        self.gathers[a.module, a.stage] = self._reduce(a.groups, self._priced(a.module, a.kind))
 
     def grad_sync(self, a: Action) -> None:
         """Start the sum of a stage's gradients, which the end of the step waits for."""
-        self.sums.append(self._reduce(a.groups, self.costs.transfer.get((a.module, a.kind), 0.0)))
+        self.sums.append(self._reduce(a.groups, self._priced(a.module, a.kind)))
 
     def optimizer(self, a: Action) -> None:
         """Wait for the sums, then for everyone."""
@@ -209,8 +209,10 @@ class _StandIns:
         self.sent[a[:4]] = works[len(recvs) :] if single else works
 
     def _coming(self, works: list[dist.Work], stamps: list[torch.Tensor], module: str, kind: Kind) -> _Coming:
-        seconds = self.unit * self.costs.transfer.get((module, kind), 0.0)
-        return _Coming(works, stamps, time.monotonic(), seconds)
+        return _Coming(works, stamps, time.monotonic(), self.unit * self._priced(module, kind))
+
+    def _priced(self, module: str, kind: Kind) -> float:
+        return self.costs.transfer.get((module, kind), 0.0)
 
     def finish(self) -> None:
         """Wait for what is still under way after the last action."""

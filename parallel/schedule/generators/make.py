@@ -156,10 +156,11 @@ def _gathered_late(problem: Problem, plan: SchedulePlan) -> SchedulePlan:
     """The plan in one order, whose gathers start as late as costs no simulated time, and within the limit."""
     options, least, best = problem.options, math.inf, plan
     most = math.inf if options.limit is None else options.limit
-    fastest = _seconds(problem, in_one_order(plan, options.costs, None))
+    at_once = in_one_order(plan, options.costs, None)
+    fastest = _seconds(problem, at_once)
     for lead in LEADS:
-        found = in_one_order(plan, options.costs, lead)
-        took = _seconds(problem, found)
+        found = at_once if lead is None else in_one_order(plan, options.costs, lead)
+        took = fastest if lead is None else _seconds(problem, found)
         if lead == LEADS[0] or (took < least and _holds(found, options) <= most):
             least, best = took, found
         if least <= fastest:
