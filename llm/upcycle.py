@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from llm.config import LLMConfig, check
-from llm.hf.weights import model_tensors
 from llm.model import LLM
+from parallel.published import module_tensors
 from parallel.sharding.param import declared, global_index, initial_values
 from parallel.topology.layout import nearest
 
@@ -84,12 +84,12 @@ def upcycle(dense: LLM, cfg: LLMConfig, *, seed: int, name: str = "llm") -> LLM:
 
     New weights (routers, shared experts) start as in a model called `name` with this `seed`.
     """
-    given = model_tensors(dense)
+    given = module_tensors(dense)
     first = next(iter(dense.parameters()))
     model = LLM(cfg, device=first.device, dtype=first.dtype)
     value = upcycled(lambda n: given[n], dense.cfg, cfg, seed=seed, name=name)
     with torch.no_grad():
-        for key, target in model_tensors(model).items():
+        for key, target in module_tensors(model).items():
             target.copy_(value(key))
     return model
 

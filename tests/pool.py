@@ -49,7 +49,10 @@ class Worker:
 def _serve(pipe: Connection, stacks: str) -> None:
     import torch
 
+    import mm.train.trainer  # noqa: F401  most of what tests import
+
     torch.set_num_threads(1)
+    gc.freeze()  # a full collection would look at all of it, for 0.3 s in the midst of a test
     with open(stacks, "w") as file:
         # The parent asks with a signal, which works in a blocked collective too.
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)

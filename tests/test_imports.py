@@ -26,6 +26,7 @@ ORDER = {
         "comm",
         "sharding",
         "checkpoint",
+        "published",
         "tensor_parallel",
         "expert_parallel",
         "context_parallel",

@@ -26,12 +26,12 @@ from benchmarks.language_model import megatron_peer as peer
 from llm.balance import choose, document_loads, sequence_loss, z_loss
 from llm.config import LLMConfig, check
 from llm.counts import Counts
-from llm.hf.weights import model_tensors
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext, MoE
 from llm.mtp import IGNORE, ahead
 from parallel.expert_parallel.all_to_all import combine, dispatch
 from parallel.expert_parallel.routing import plan_route
+from parallel.published import module_tensors
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared, initialise
 from parallel.topology.axis import Axes, Axis
@@ -320,7 +320,7 @@ def whole_model(r: random.Random, packed: bool) -> Differences:
     ours = our_model(task.cfg)
     for moe in ours.moe_layers():
         moe.expert_bias.copy_(0.2 * torch.randn(task.cfg.n_experts))
-    theirs = peer.build(task.cfg, peer.translate(task.cfg, model_tensors(ours)))
+    theirs = peer.build(task.cfg, peer.translate(task.cfg, module_tensors(ours)))
     assert ours.mtp is not None
     heard = hear(ours.mtp), hear(theirs.mtp.layers[0].final_layernorm)
     loss, mtp_mean = step_of_ours(ours, task)

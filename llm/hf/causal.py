@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.hf.config import read_config
-from llm.hf.files import SafeFolder
-from llm.hf.weights import check_tensors, checkpoint_tensors, load_weights, parts_by_name
+from llm.hf.weights import checkpoint_tensors, load_weights
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
+from parallel.published import SafeFolder, allocate, check_tensors, stored_dtypes
 from parallel.sequence.packed import Packing
 from parallel.sharding.dtypes import accumulation_dtype
 
@@ -51,21 +51,8 @@ def load_hf(
     cfg = read_config(folder.config())
     tensors = checkpoint_tensors(cfg)
     check_tensors(tensors, folder.shapes(), str(folder.path))
-    stored = {name: folder.dtype(parts[0][0].key) for name, parts in parts_by_name(tensors).items()}
+    stored = stored_dtypes(tensors, folder)
     model = LLM(cfg, device="meta")
     allocate(model, {name: dtype or stored[name] for name in stored}, device)
     load_weights(model, folder)
     return CausalLM(model)
-
-
-def allocate(model: LLM, dtypes: dict[str, torch.dtype], device: torch.device | str) -> None:
-    """Allocate every parameter and buffer of a model that is on the meta device; dtypes: by name."""
-    for prefix, module in model.named_modules():
-        stem = f"{prefix}." if prefix else ""
-        for name, param in list(module.named_parameters(recurse=False)):
-            empty = torch.empty(param.shape, dtype=dtypes[stem + name], device=device)
-            setattr(module, name, nn.Parameter(empty, requires_grad=param.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            kept = dtypes.get(stem + name)
-            kind = buffer.dtype if kept is None else accumulation_dtype(kept)
-            setattr(module, name, torch.zeros(buffer.shape, dtype=kind, device=device))

@@ -6,25 +6,8 @@ its own, which tp shards evenly. They list experts one by one; here experts are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 from llm.config import LLMConfig
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of a file and its parameters here. Rows whose parameters a model lacks do not count."""
-
-    theirs: str
-    """The tensor's key; {e} in it: one tensor an expert, which ours stacks along dim 0."""
-    ours: tuple[str, ...]
-    """The parameters that the tensor holds one after another along dim 0."""
-    depthwise: bool = False
-    """Whether theirs is [C, 1, K] where ours is [C, K]."""
-
+from parallel.published import Row
 
 OUTSIDE = (
     Row("backbone.embeddings.weight", ("embed.weight",)),
@@ -37,7 +20,7 @@ LAYER: dict[str, tuple[Row, ...]] = {
     "M": (
         Row("norm.weight", ("norm.weight",)),
         Row("mixer.in_proj.weight", tuple(f"mixer.in_{n}" for n in ("z", "x", "b", "c", "dt"))),
-        Row("mixer.conv1d.weight", tuple(f"mixer.conv_{n}" for n in ("x", "b", "c")), depthwise=True),
+        Row("mixer.conv1d.weight", tuple(f"mixer.conv_{n}" for n in ("x", "b", "c")), tail=(1, -1)),
         Row("mixer.conv1d.bias", tuple(f"mixer.conv_bias_{n}" for n in ("x", "b", "c"))),
         Row("mixer.A_log", ("mixer.scalars.a_log",)),
         Row("mixer.D", ("mixer.scalars.d",)),
@@ -83,40 +66,7 @@ MTP_FIRST = (
 MTP_LAST = (Row("final_layernorm.weight", ("norm.weight",)),)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Where parameter `name` lies in a tensor of a file: from row `first` on, or as its expert `expert`."""
-
-    name: str
-    first: int = 0
-    expert: int | None = None
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """One tensor of a published checkpoint: its key, its shape, and the parameters in it, along dim 0."""
-
-    key: str
-    shape: Shape
-    parts: tuple[Part, ...]
-
-
-def file_tensors(cfg: LLMConfig, shapes: Mapping[str, Shape]) -> list[FileTensor]:
-    """The tensors of a model's checkpoint, in the order of layers.
-
-    shapes: global shape of each parameter and persistent buffer of the model, by name.
-    """
-    out: list[FileTensor] = []
-    for row, there, here in _rows(cfg):
-        names = [here + name for name in row.ours]
-        if names[0] in shapes:
-            out += _tensors(row, there + row.theirs, names, [shapes[n] for n in names])
-    covered = {part.name for tensor in out for part in tensor.parts}
-    assert covered == set(shapes), f"the table does not know {sorted(set(shapes) - covered)}"
-    return out
-
-
-def _rows(cfg: LLMConfig) -> list[tuple[Row, str, str]]:
+def table_rows(cfg: LLMConfig) -> list[tuple[Row, str, str]]:
     """(row, prefix there, prefix here) of every tensor that a model of this config may have."""
     rows = [(row, "", "") for row in OUTSIDE]
     for i, symbol in enumerate(cfg.symbols):
@@ -127,14 +77,3 @@ def _rows(cfg: LLMConfig) -> list[tuple[Row, str, str]]:
             rows += [(row, f"mtp.layers.{i}.", f"mtp.layers.{i}.") for row in LAYER[symbol]]
         rows += [(row, f"mtp.layers.{len(cfg.mtp_pattern) - 1}.", "mtp.") for row in MTP_LAST]
     return rows
-
-
-def _tensors(row: Row, key: str, names: list[str], shapes: list[Shape]) -> list[FileTensor]:
-    rest = shapes[0][1:]
-    if "{e}" in key:
-        return [FileTensor(key.format(e=e), rest, (Part(names[0], expert=e),)) for e in range(shapes[0][0])]
-    parts, rows = [], 0
-    for name, shape in zip(names, shapes, strict=True):
-        parts.append(Part(name, rows))
-        rows += shape[0]
-    return [FileTensor(key, (rows, 1, *rest) if row.depthwise else (rows, *rest), tuple(parts))]

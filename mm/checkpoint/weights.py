@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from llm.config import LLMConfig
-from llm.hf import SafeFolder, export_checkpoint, load_hf, load_weights
-from llm.hf.weights import check_folder, model_tensors
+from llm.hf import export_checkpoint, load_hf, load_weights
+from llm.hf.weights import check_folder
 from llm.model import LLM
 from mm.checkpoint.resume import verify
 from mm.checkpoint.state import model_shapes
@@ -22,6 +22,7 @@ from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint
 from mm.ranks.job import Job
 from parallel import checkpoint as store
+from parallel.published import SafeFolder, module_tensors
 
 
 def start_from(job: Job, path: Path) -> None:
@@ -46,7 +47,7 @@ def start_from(job: Job, path: Path) -> None:
         for name, parts in job.parts.items():
             if any(key.startswith(f"{name}.") for key in stored):
                 for part in parts.values():
-                    tensors |= {f"{name}.{key}": t for key, t in model_tensors(part).items()}
+                    tensors |= {f"{name}.{key}": t for key, t in module_tensors(part).items()}
         store.load(path, tensors)
     except ValueError as error:
         raise CheckpointError(f"cannot start from {path}: {error}") from error
@@ -87,7 +88,7 @@ def import_hf(folder: Path, out: Path) -> str:
         model = load_hf(folder).model
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    tensors = {f"{SINK}.{key}": t for key, t in model_tensors(model).items()}
+    tensors = {f"{SINK}.{key}": t for key, t in module_tensors(model).items()}
     with (
         TemporaryDirectory() as folder_of_store
     ):  # a process group writes a checkpoint, here one of one process

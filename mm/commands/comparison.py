@@ -22,6 +22,7 @@ from mm.ranks.feed import Feed
 from mm.ranks.job import Job, build_job, open_data, open_index
 from mm.ranks.launch import RankInfo, init_distributed
 from mm.ranks.memory import reset_peak
+from mm.train.garbage import set_aside
 from mm.train.trainer import open_feed, train_step
 
 
@@ -80,8 +81,9 @@ def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
     data = open_data(job, index)
     feed = open_feed(job, data)
     try:
-        for step in range(steps):
-            _timed_step(run, job, feed, step, first)
+        with set_aside():
+            for step in range(steps):
+                _timed_step(run, job, feed, step, first)
     finally:
         feed.close()
         data.assembler.reader.close()

@@ -130,7 +130,8 @@ def llm_config(cfg: Config) -> LLMConfig:
     if not isinstance(name, str | None):
         raise ValueError(f"model.llm.preset is {name!r}; needed: a name or a folder")
     if name is not None and Path(name).is_dir():
-        from llm.hf import SafeFolder, read_config
+        from llm.hf import read_config
+        from parallel.published import SafeFolder
 
         base = asdict(read_config(SafeFolder(name).config()))
     elif name is not None:

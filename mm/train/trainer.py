@@ -29,6 +29,7 @@ from mm.report.plan_json import plan_json
 from mm.report.timeline import draw_measured
 from mm.train.console import Console
 from mm.train.evaluate import Evaluation, blind_guess, evaluate
+from mm.train.garbage import set_aside
 from mm.train.metrics import StepMetrics, TimedStep
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
@@ -75,7 +76,8 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
         console.info(f"resumed from {resume} at step {first}")
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)
     try:
-        _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
+        with set_aside():
+            _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
     finally:
         feed.close()
         console.close()

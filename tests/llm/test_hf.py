@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from llm import load_hf
 from llm.hf import CausalLM
-from llm.hf.weights import checkpoint_tensors, join
+from llm.hf.weights import checkpoint_tensors
+from parallel.published import join
 from parallel.sequence.packed import Packing
 from tests.llm.oracle import oracle, run, save
 

@@ -19,14 +19,15 @@ from torch.distributed.tensor import DTensor
 
 from llm.config import LLMConfig
 from llm.flops import param_count
-from llm.hf import SafeFolder, export_checkpoint, load_hf, load_weights, read_config, save_hf, write_config
+from llm.hf import export_checkpoint, load_hf, load_weights, read_config, save_hf, write_config
 from llm.hf.config import ALIASES
-from llm.hf.weights import checkpoint_tensors, model_tensors
+from llm.hf.weights import checkpoint_tensors
 from llm.model import LLM
 from llm.presets import PRESETS, preset
 from mm.config.outline import llm_config
 from mm.config.schema import from_mapping
 from parallel import checkpoint as checkpoint
+from parallel.published import SafeFolder, module_tensors
 from parallel.sharding.shard import ShardPolicy, shard_module
 from parallel.topology.layout import Layout
 from parallel.topology.mesh import build_mesh
@@ -114,8 +115,8 @@ def test_bytes_there_and_back(tmp_path: Path, seed: int) -> None:
     save_hf(model, tmp_path / "out", file_bytes=4096)
     assert not differing(read_all(tmp_path / "out"), files)
     # The written folder can be read again, by its own index and config.
-    again = model_tensors(load_hf(tmp_path / "out").model)
-    assert not differing(again, model_tensors(model))
+    again = module_tensors(load_hf(tmp_path / "out").model)
+    assert not differing(again, module_tensors(model))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -231,7 +232,7 @@ def into_layout(folder: str, cfg: LLMConfig, layout: dict[str, Any], out: str) -
     model.to_empty(device="cpu")
     source = Counting(folder)
     load_weights(model, source, mesh)
-    tensors = model_tensors(model)
+    tensors = module_tensors(model)
     checkpoint.save(Path(out), 0, {f"llm.{n}": t for n, t in tensors.items()}, {}, keep=1)
     held = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors.values())
     mesh.close()
@@ -267,14 +268,14 @@ def test_straight_into_a_layout_and_back(tmp_path: Path, ranks: Any, layout: dic
 @pytest.mark.parametrize("edge", [1, 3])
 def test_a_stage_reads_its_own_layers(tmp_path: Path, edge: int) -> None:
     files = write_random(SMALL, tmp_path / "in", files=2)
-    whole = model_tensors(load_hf(tmp_path / "in").model)
+    whole = module_tensors(load_hf(tmp_path / "in").model)
     seen = {}
     for stage in (Stage(0, edge, last=False), Stage(edge, 6, first=False)):
         part = LLM(SMALL, stage=stage)
         source = Counting(tmp_path / "in")
         load_weights(part, source)
         assert source.count < sum(t.numel() for t in files.values())
-        seen |= model_tensors(part)
+        seen |= module_tensors(part)
     assert not differing(seen, whole)
 
 

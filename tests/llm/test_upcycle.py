@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from llm.hf import load_hf, save_hf
-from llm.hf.export import write_folder
-from llm.hf.weights import model_tensors
+from llm.hf.export import write_model
 from llm.model import LLM, LLMBatch
 from llm.upcycle import upcycle, upcycled, upcycled_config
+from parallel.published import module_tensors
 from parallel.sharding.param import initialise
 from tests.llm.harness import TINY, Text, make_batch, tiny
 
@@ -62,9 +62,9 @@ def test_upcycled_checkpoints_parameter_by_parameter(tmp_path: Path) -> None:
     save_hf(dense_model(5), tmp_path / "dense")
     dense = load_hf(tmp_path / "dense").model
     cfg = upcycled_config(dense.cfg, granularity=2, n_experts=8, top_k=4, shared_ffn=8, routed_scale=2.5)
-    given = model_tensors(dense)
+    given = module_tensors(dense)
     value = upcycled(given.__getitem__, dense.cfg, cfg, seed=1)
-    write_folder(cfg, lambda names: {n: value(n) for n in names}, tmp_path / "mixture", torch.float64, 4096)
+    write_model(cfg, lambda names: {n: value(n) for n in names}, tmp_path / "mixture", torch.float64, 4096)
     ids = torch.arange(20).view(2, 10)
     before, after = load_hf(tmp_path / "dense")(ids), load_hf(tmp_path / "mixture")(ids)
     torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-12)

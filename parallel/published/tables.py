@@ -1,0 +1,123 @@
+"""Tensors of published files and parameters: a table of rows, read in both directions.
+
+A tensor of a file may hold several parameters, one after another: published files fuse what tp shards evenly
+only when it is apart. A parameter may be many tensors: files list experts that are stacked here for grouped
+products.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a file and its parameters here. Rows whose parameters a model lacks do not count."""
+
+    theirs: str
+    """The tensor's key; {e} in it: one tensor an expert, which ours stacks along dim 0."""
+    ours: tuple[str, ...]
+    """The parameters that the tensor holds one after another along dim 0."""
+    tail: Shape = ()
+    """Dims of the file's tensor after the first where ours has others of as many elements, such as (3, p, p)
+    of a convolution that is a linear map here; -1 is what remains."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where parameter `name` lies in a tensor of a file: from row `first` on, or as its expert `expert`."""
+
+    name: str
+    first: int = 0
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """One tensor of a published checkpoint: its key, its shape, and the parameters in it, along dim 0."""
+
+    key: str
+    shape: Shape
+    parts: tuple[Part, ...]
+
+
+def file_tensors(rows: Iterable[tuple[Row, str, str]], shapes: Mapping[str, Shape]) -> list[FileTensor]:
+    """The tensors of a model's files, in the order of `rows`.
+
+    rows: each with the prefix of its key there and of its parameters here.
+    shapes: global shape of each parameter and persistent buffer of the model, by name.
+    """
+    out: list[FileTensor] = []
+    for row, there, here in rows:
+        names = [here + name for name in row.ours]
+        if names[0] in shapes:
+            out += _tensors(row, there + row.theirs, names, [shapes[n] for n in names])
+    covered = {part.name for tensor in out for part in tensor.parts}
+    assert covered == set(shapes), f"the table does not know {sorted(set(shapes) - covered)}"
+    return out
+
+
+def _tensors(row: Row, key: str, names: list[str], shapes: list[Shape]) -> list[FileTensor]:
+    rest = shapes[0][1:]
+    if "{e}" in key:
+        return [FileTensor(key.format(e=e), rest, (Part(names[0], expert=e),)) for e in range(shapes[0][0])]
+    parts, rows = [], 0
+    for name, shape in zip(names, shapes, strict=True):
+        parts.append(Part(name, rows))
+        rows += shape[0]
+    return [FileTensor(key, (rows, *_dims(row.tail, rest)), tuple(parts))]
+
+
+def _dims(tail: Shape, rest: Shape) -> Shape:
+    """The dims of a file's tensor after the first; rest: those of ours."""
+    if not tail:
+        return rest
+    known = abs(_product(tail))
+    assert _product(rest) % known == 0, (tail, rest)
+    return tuple(_product(rest) // known if n == -1 else n for n in tail)
+
+
+def _product(dims: Shape) -> int:
+    out = 1
+    for n in dims:
+        out *= n
+    return out
+
+
+def parts_by_name(tensors: Sequence[FileTensor]) -> dict[str, list[tuple[FileTensor, Part]]]:
+    """By parameter: the tensors that hold it, each with its part of that tensor."""
+    out: dict[str, list[tuple[FileTensor, Part]]] = defaultdict(list)
+    for tensor in tensors:
+        for part in tensor.parts:
+            out[part.name].append((tensor, part))
+    return out
+
+
+def check_tensors(needed: Sequence[FileTensor], given: Mapping[str, Shape], where: str) -> None:
+    """Raise ValueError unless `given`, by key, are exactly the tensors needed, with their shapes."""
+    shapes = {t.key: t.shape for t in needed}
+    wrong = [f"missing: {_some(shapes.keys() - given.keys())}"] if shapes.keys() - given.keys() else []
+    if given.keys() - shapes.keys():
+        wrong.append(f"unknown: {_some(given.keys() - shapes.keys())}")
+    wrong += [
+        f"{key} has shape {list(given[key])}, expected {list(shape)}"
+        for key, shape in shapes.items()
+        if key in given and given[key] != shape
+    ][:LISTED]
+    if wrong:
+        raise ValueError(
+            f"{where} is not a checkpoint of the model that its config describes. " + "; ".join(wrong)
+        )
+
+
+LISTED = 20
+
+
+def _some(keys: set[str]) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
