@@ -168,7 +168,8 @@ class Block(nn.Module):
         for name in ("q", "k", "v", "value", "gate"):
             declare(self, name, (d, d), ParamSpec(normal(std), shard_dim=0), **factory)
         self.att_out = Linear(d, d, normal(out_std), shard="row", **factory)
-        declare(self, "depth", (d, cfg.kernel), ParamSpec(normal(cfg.kernel**-0.5), shard_dim=0), **factory)
+        depth = ParamSpec(normal(cfg.kernel**-0.5), shard_dim=0, matrix=False)
+        declare(self, "depth", (d, cfg.kernel), depth, **factory)
         declare(self, "group_norm", (d,), ParamSpec(constant(1.0), shard_dim=0), **factory)
         self.conv_out = Linear(d, d, normal(out_std), shard="row", **factory)
 

@@ -95,8 +95,9 @@ class ViT(StackedEncoder):
         cfg = self.cfg
         inputs = cfg.channels * cfg.patch**2
         self.patch = Linear(inputs, cfg.width, normal(inputs**-0.5), bias=True, **factory)
-        declare(self, "row_position", (cfg.max_grid, cfg.width), normal(0.1), **factory)
-        declare(self, "column_position", (cfg.max_grid, cfg.width), normal(0.1), **factory)
+        position = ParamSpec(normal(0.1), matrix=False)
+        declare(self, "row_position", (cfg.max_grid, cfg.width), position, **factory)
+        declare(self, "column_position", (cfg.max_grid, cfg.width), position, **factory)
 
     def make_block(self, **factory: Unpack[FactoryKwargs]) -> Block:
         return Block(self.cfg, self.axes, **factory)

@@ -6,7 +6,7 @@ Every projection is a parameter of its own, so that each is sharded evenly; one 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Unpack
 
 import torch
@@ -157,7 +157,7 @@ class Mamba(nn.Module):
             declare(self, f"in_{name}", (width, cfg.d_model), spec(name, normal(cfg.init_std)), **factory)
         bound = 1.0 / math.sqrt(cfg.conv_kernel)  # kaiming uniform with a = sqrt(5)
         for name in ("x", "b", "c"):
-            conv = spec(name, uniform(-bound, bound))
+            conv = replace(spec(name, uniform(-bound, bound)), matrix=False)
             declare(self, f"conv_{name}", (widths[name], cfg.conv_kernel), conv, **factory)
             declare(self, f"conv_bias_{name}", (widths[name],), conv, **factory)
         declare(self, "norm", (inner,), ParamSpec(constant(1.0), shard_dim=0), **factory)

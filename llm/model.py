@@ -104,7 +104,7 @@ class LLM(nn.Module):
         if stage.last:
             self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **factory)
             if not cfg.tied:
-                head = ParamSpec(normal(cfg.init_std), shard_dim=0)
+                head = ParamSpec(normal(cfg.init_std), shard_dim=0, matrix=False)
                 declare(self, "head", (cfg.vocab_size, cfg.d_model), head, **factory)
             if cfg.mtp_layers:
                 self.mtp = MultiToken(cfg, axes, **factory)

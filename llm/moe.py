@@ -46,7 +46,7 @@ class Router(nn.Module):
     def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         # Each tp rank routes its own share of the tokens, so its gradient is a partial sum.
-        spec = ParamSpec(normal(cfg.init_std), partial=axes.tp.size > 1, precise=True)
+        spec = ParamSpec(normal(cfg.init_std), partial=axes.tp.size > 1, precise=True, matrix=False)
         declare(self, "weight", (cfg.n_experts, cfg.d_model), spec, **factory)
 
     def forward(self, x: Tensor) -> Tensor:

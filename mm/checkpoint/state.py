@@ -35,8 +35,8 @@ def state_tensors(job: Job) -> dict[str, Tensor]:
             for key, value in part.state_dict().items():
                 if f"{name}.{key}" not in out and isinstance(value, torch.Tensor):
                     out[f"{name}.{key}"] = value
-        for key, value in job.optimizers[name].moments().items():
-            out[f"{name}.adam.{key}"] = value
+        for key, value in job.optimizers[name].state().items():
+            out[f"{name}.{key}"] = value
     return out
 
 

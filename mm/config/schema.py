@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field
 
 from mm.config.build import Section, build, unknown_key
+from mm.config.training import TrainConfig, check_train
 from mm.errors import Refused
 
 
@@ -116,48 +117,6 @@ class DataConfig(Section):
     tokenizer: str = Field("bytes", description="the tokenizer; bytes is the only one")
     context: int = Field(256, ge=3, description="length of the longest sample, in tokens")
     prefetch: int = Field(2, ge=1, description="steps that are read ahead")
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class TrainConfig(Section):
-    """The training recipe."""
-
-    steps: int = Field(ge=1, description="steps of the run")
-    global_batch: int = Field(ge=1, description="samples a step, over all ranks")
-    dtype: Literal["float64", "float32", "bfloat16"] = Field(
-        "float32", description="dtype that modules compute in: float64, float32 or bfloat16"
-    )
-    lr: float = Field(1e-3, gt=0, description="highest learning rate")
-    min_lr: float = Field(0.0, ge=0, description="learning rate that the decay ends at, at most train.lr")
-    warmup: float = Field(
-        0.05, ge=0, le=1, description="share of the steps in which the rate rises linearly to train.lr"
-    )
-    decay: float = Field(
-        0.2,
-        ge=0,
-        le=1,
-        description="share of the steps in which the rate falls linearly to train.min_lr; together with "
-        "train.warmup at most 1",
-    )
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's decay rates of its two moments")
-    eps: float = Field(1e-8, gt=0, description="AdamW's term in the denominator")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay")
-    clip: float = Field(1.0, ge=0, description="bound on the global gradient norm, 0 for none")
-    recompute: bool | str | list[str] = Field(
-        False,
-        description="true to recompute whole layers in the backward, or names of their parts; encoders know "
-        "whole layers only",
-    )
-    offload: int | None = Field(
-        None,
-        ge=1,
-        description="least size in bytes of the language model's activations that wait on the host",
-    )
-    shard: Literal["module", "layer"] = Field(
-        "module", description="what FSDP gathers at once: a module, or each layer"
-    )
 
 
 class EvalConfig(Section):
@@ -267,29 +226,8 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
             raise Refused(f"unknown key {name}; did you mean model.{name}?")
         raise Refused(unknown_key(str(name), name, sections))
     cfg = build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
-    _check_train(cfg)
+    check_train(cfg.train, [*cfg.model], cfg.run.trace)
     return cfg
-
-
-def _check_train(cfg: Config) -> None:
-    """Refuse values that are legal alone but not together."""
-    train, trace = cfg.train, cfg.run.trace
-    if train.min_lr > train.lr:
-        raise Refused(f"train.min_lr is {train.min_lr}; needed: at most train.lr, {train.lr}")
-    if train.warmup + train.decay > 1:
-        rest = round(1 - train.warmup, 6)
-        rest -= 1e-6 * (train.warmup + rest > 1)  # few digits, rounded so that the sum is at most 1
-        raise Refused(
-            f"train.warmup={train.warmup} and train.decay={train.decay} are fractions of the steps; needed: "
-            f"together at most 1; nearest: train.decay={rest:.6g}"
-        )
-    if train.min_lr > 0 and train.decay == 0:
-        raise Refused(
-            f"train.min_lr={train.min_lr} is where the rate goes down to, but train.decay=0 leaves it as it "
-            "is, so it would have no effect; nearest: train.min_lr=0"
-        )
-    if trace is not None and trace > train.steps:
-        raise Refused(f"run.trace is {trace}; needed: a step of the run, at most train.steps={train.steps}")
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

@@ -163,12 +163,13 @@ class Blueprint:
 
     def weights(self, module: str, stage: int) -> list[list[Weight]]:
         """The weights of a stage, by what FSDP gathers at once; found once."""
+        from mm.plan.recipe import update_rule
         from mm.plan.weights import Items, stage_weights
 
         key = module, stage
         if key not in self._weights:
             made = bare_module(self, module, Axes(), self.stages[module][stage])
-            items = Items(self.dtype.itemsize, self.stored_dtype.itemsize)
+            items = Items(self.dtype.itemsize, self.stored_dtype.itemsize, update_rule(self.cfg.train))
             by_layer = self.cfg.train.shard == "layer"
             self._weights[key] = stage_weights(made, self.layouts[module], items, by_layer=by_layer)
         return self._weights[key]

@@ -89,7 +89,7 @@ def cost(
     optimizer has them, and of gradients' sums.
     """
     flat = [u for own in units.values() for u in own]
-    fixed = sum(u.shard.every + 2 * u.shard.trained for u in flat) * stored
+    fixed = sum(u.shard.every * stored + u.state for u in flat)
     # FSDP frees after a backward. Without one, as in a frozen encoder, weights stay as a forward leaves them.
     stay = holding.params == "each" and not any(a.kind in (BACKWARD, BACKWARD_INPUT) for a in actions)
     whole = sum(u.gathered for u in flat if holding.params == "replicated" or (stay and not u.own_layer))

@@ -12,7 +12,9 @@ from torch import nn
 
 from encoders.module import EncoderModule
 from llm.model import LLM, precise_modules
+from parallel.sharding.optim import state_bytes
 from parallel.sharding.param import ParamSpec, declared, own_specs
+from parallel.sharding.rules import AdamW, Muon
 from parallel.sharding.shard import data_dim
 from parallel.topology.data_parallel import Policy, Shards
 from parallel.topology.layout import Layout
@@ -25,7 +27,8 @@ MOST_HELD_ENCODER, MOST_HELD_LLM = 4 * 2**30, 16 * 2**30
 class Weight(NamedTuple):
     """A weight as a rank holds it before the data ranks share it.
 
-    sharded: dims that tp, ep or etp shard. item: bytes of an element as it is gathered.
+    sharded: dims that tp, ep or etp shard. item: bytes of an element as it is gathered. state: bytes of
+    optimizer state for an element.
     """
 
     shape: tuple[int, ...]
@@ -34,6 +37,7 @@ class Weight(NamedTuple):
     expert: bool
     item: int
     own_layer: bool
+    state: int
 
 
 class Size(NamedTuple):
@@ -48,7 +52,8 @@ class Unit:
     """Weights of a stage that FSDP gathers at once, of which this rank has a part by tp, ep and etp.
 
     whole: before the data ranks share it. shard: of one data rank, padded. shards, replicas: data ranks.
-    item: bytes of an element as it is gathered. own_layer: gathered and freed within a forward.
+    item: bytes of an element as it is gathered. own_layer: gathered and freed within a forward. state: bytes
+    of optimizer state of a shard.
     """
 
     whole: Size
@@ -57,6 +62,7 @@ class Unit:
     replicas: int
     item: int
     own_layer: bool
+    state: int
 
     @property
     def gathered(self) -> int:
@@ -65,10 +71,12 @@ class Unit:
 
 
 class Items(NamedTuple):
-    """Bytes of an element: as weights are gathered, and as they and sums of gradients are stored."""
+    """Bytes of an element: as weights are gathered, and as they and sums of gradients are stored; and what
+    updates them."""
 
     gathered: int
     stored: int
+    rule: AdamW | Muon
 
 
 def stage_weights(module: nn.Module, layout: Layout, item: Items, *, by_layer: bool) -> list[list[Weight]]:
@@ -92,7 +100,10 @@ def stage_weights(module: nn.Module, layout: Layout, item: Items, *, by_layer: b
                 taken.add(id(param))
                 part = _local(tuple(param.shape), spec, layout)
                 own_layer = by_layer and root is not module
-                found.append(Weight(*part, param.requires_grad, expert, item=size, own_layer=own_layer))
+                state = state_bytes(item.rule, spec, param.ndim, item.stored)
+                found.append(
+                    Weight(*part, param.requires_grad, expert, item=size, own_layer=own_layer, state=state)
+                )
         units += [found] if found else []
     return units
 
@@ -119,7 +130,8 @@ def units_of(stage: Iterable[Sequence[Weight]], layout: Layout, shards: Shards) 
         whole, shard = (
             Size(sum(column), sum(itertools.compress(column, learns))) for column in zip(*pairs, strict=True)
         )
-        out.append(Unit(whole, shard, n, ranks // n, item=first.item, own_layer=first.own_layer))
+        state = sum(size * w.state for (_, size), w in zip(pairs, weights, strict=True) if w.trained)
+        out.append(Unit(whole, shard, n, ranks // n, item=first.item, own_layer=first.own_layer, state=state))
     return out
 
 

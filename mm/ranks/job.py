@@ -19,6 +19,8 @@ from mm.data.sample import Index
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, bare_module
+from mm.plan.rates import rates
+from mm.plan.recipe import update_rule
 from mm.plan.select import select
 from mm.plan.step_plan import Edge
 from mm.plan.weights import layers_of
@@ -30,7 +32,7 @@ from parallel.comm.pipeline import Pipe
 from parallel.comm.turns import Turns
 from parallel.comm.warm_up import Ends, warm_up
 from parallel.sharding import whole
-from parallel.sharding.optim import AdamW, ShardedOptimizer
+from parallel.sharding.optim import ShardedOptimizer
 from parallel.sharding.shard import ShardPolicy, materialise, shard_module
 from parallel.topology.axis import Axes
 from parallel.topology.directions import Directions
@@ -151,9 +153,14 @@ def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job
     here = {m: _taking(turns, mesh) for m, mesh in meshes.items() if mesh is not None}
     boundaries = _boundaries(groups, blueprint, rank)
     parts = {m: _build_parts(blueprint, m, mesh, rank, draw) for m, mesh in here.items()}
-    hyper = AdamW(cfg.train.betas, cfg.train.eps, cfg.train.weight_decay)
     optimizers = {
-        m: ShardedOptimizer(list(own.values()), here[m], hyper, shared=blueprint.shared if m == SINK else ())
+        m: ShardedOptimizer(
+            list(own.values()),
+            here[m],
+            update_rule(cfg.train),
+            shared=blueprint.shared if m == SINK else (),
+            rate=rates(blueprint, m),
+        )
         for m, own in parts.items()
     }
     pipes = {

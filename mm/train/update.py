@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from llm.model import LLM
 from mm.config.outline import SINK
-from mm.config.schema import TrainConfig
+from mm.config.training import TrainConfig
 from mm.errors import NonFinite
 from mm.ranks.job import Job
 from mm.ranks.memory import peak_memory
@@ -25,9 +25,10 @@ from parallel.schedule.action import COMPUTE
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Warm-up, stable, decay (WSD, arXiv 2404.06395): linear up, constant, linear down to min_lr.
+    """Warm-up, stable, decay (WSD, arXiv 2404.06395): linear up, constant, then down to min_lr.
 
-    step counts from 0; warmup and decay are fractions of train.steps.
+    step counts from 0; warmup and decay are fractions of train.steps. The decay is linear, a cosine (arXiv
+    1608.03983), or 1 - sqrt (arXiv 2405.18392, section 4.1).
     """
     warmup = round(train.warmup * train.steps)
     decay = round(train.decay * train.steps)
@@ -35,7 +36,13 @@ def learning_rate(train: TrainConfig, step: int) -> float:
         return train.lr * (step + 1) / warmup
     left = train.steps - step
     if left <= decay:
-        return train.min_lr + (train.lr - train.min_lr) * left / (decay + 1)
+        done = 1 - left / (decay + 1)
+        shapes = {
+            "linear": 1 - done,
+            "cosine": (1 + math.cos(math.pi * done)) / 2,
+            "sqrt": 1 - math.sqrt(done),
+        }
+        return train.min_lr + (train.lr - train.min_lr) * shapes[train.decay_shape]
     return train.lr
 
 

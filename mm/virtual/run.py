@@ -60,7 +60,7 @@ def record_step(job: Job, recorder: Recorder, prepare_step: Callable[[], Prepare
         for part in parts.values():
             ledger.mark((local(p.detach()) for p in part.parameters()), "parameters", m)
             ledger.mark(part.buffers(), "other", m)
-        ledger.mark(map(local, job.optimizers[m].moments().values()), "optimizer", m)
+        ledger.mark(map(local, job.optimizers[m].state().values()), "optimizer", m)
     recorder.recording, recorder.waits.phase = True, "data"
     recorder.moment(Moment(1, "data", SINK, False))
     prepared = prepare_step()

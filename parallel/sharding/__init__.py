@@ -8,7 +8,7 @@ A module passes through these calls, in this order:
     adopt(module)                        adopt.py: declares the parameters of an ordinary module
     shard_module(module, mesh, policy)   shard.py: DTensors over tp and ep, then FSDP2 over the data ranks
     materialise(module, mesh, ..)        shard.py: allocates and fills this rank's shards
-    ShardedOptimizer([module], mesh, ..) optim.py: AdamW on the local shards
+    ShardedOptimizer([module], mesh, ..) optim.py: gradients' sums and norm; rules.py: AdamW; muon.py: Muon
     local(self.weight)                   param.py: this rank's shard as a plain tensor, in a layer's forward
 
 Initial values are a function of (seed, name, global index) alone, so every layout starts from the same
@@ -17,7 +17,7 @@ weights.
 
 from parallel.sharding.adopt import adopt
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
-from parallel.sharding.optim import AdamW, ShardedOptimizer
+from parallel.sharding.optim import ShardedOptimizer
 from parallel.sharding.param import (
     Given,
     Init,
@@ -36,6 +36,7 @@ from parallel.sharding.param import (
     seeded,
     uniform,
 )
+from parallel.sharding.rules import AdamW, Muon
 from parallel.sharding.shard import ShardPolicy, held_indices, materialise, shard_module
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "FactoryKwargs",
     "Given",
     "Init",
+    "Muon",
     "ParamSpec",
     "ShardPolicy",
     "ShardedOptimizer",

@@ -62,7 +62,9 @@ def adopt(
                 taken[id(param)] = nn.Parameter(new, requires_grad=param.requires_grad)
             setattr(sub, name, taken[id(param)])
             given = Given(value, keyed=key is not None)
-            set_spec(sub, name, ParamSpec(given, partial=partial, trained=param.requires_grad))
+            matrix = not isinstance(sub, nn.Embedding)
+            spec = ParamSpec(given, partial=partial, trained=param.requires_grad, matrix=matrix)
+            set_spec(sub, name, spec)
         for name, buffer in list(sub.named_buffers(recurse=False, remove_duplicate=False)):
             setattr(sub, name, moved.setdefault(id(buffer), _cast(buffer, dtype, exact=True)))
     return made

@@ -1,12 +1,11 @@
-"""AdamW over the local shards of sharded modules, and the global gradient norm.
+"""The optimizer of a sharded module: sums of gradients, their global norm, and updates by a rule (rules.py).
 
-The update runs on plain local tensors in one fused call. DTensors appear only at the edges (checkpoints,
-global shapes), because dispatching every elementwise update through them costs more than the update itself.
+It works on plain local tensors. DTensors appear only at the edges (checkpoints, global shapes).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,41 +15,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.sequence.host import to_device
-from parallel.sharding.param import declared, local
+from parallel.sharding.muon import MuonRule, is_matrix
+from parallel.sharding.param import ParamSpec, declared, local
+from parallel.sharding.rules import AdamW, Muon, Rule, Shard, adam_rule
 from parallel.sharding.shard import data_view, sharded_dims
 from parallel.topology.mesh import ModuleMesh
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """Hyper-parameters of AdamW (Loshchilov and Hutter, arXiv 1711.05101).
-
-    betas: decay rates of the first and the second moment.
-    eps: added to the root of the second moment.
-    weight_decay: decoupled decay, times the learning rate. Vectors and scalars do not decay.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-
-
-@dataclass(frozen=True)
-class _Shard:
+class _Shard(Shard):
     """One parameter as the optimizer sees it.
 
-    name: full name in the module.
-    param: the module's parameter, a DTensor where it is sharded.
-    local: this rank's shard as a plain parameter, sharing memory with `param`.
     weight: 1 / number of ranks that hold the same elements, its weight in the gradient norm.
     partial: whether its gradient is summed over tp.
     shared: whether its gradient is summed over the first and the last pipeline rank.
     scalar: whether its gradient is summed over the data ranks, which FSDP does for all others.
     """
 
-    name: str
-    param: nn.Parameter
-    local: nn.Parameter
     weight: float
     partial: bool
     shared: bool
@@ -58,9 +39,11 @@ class _Shard:
 
 
 class ShardedOptimizer:
-    """AdamW of one module's parameters on this rank; its state is sharded exactly as the parameters are.
+    """Updates one module's parameters on this rank; its state is sharded exactly as the parameters are.
 
     parts: the module's pipeline stages on this rank, whose parameters have the names of the whole module.
+    hyper: of AdamW, or of Muon for matrices.
+    rate: by parameter's name, a factor on the learning rate.
     shared: names of parameters that the first and the last stage both hold, with equal values. Both get the
         sum of their gradients.
 
@@ -73,9 +56,10 @@ class ShardedOptimizer:
         self,
         parts: Sequence[nn.Module],
         mesh: ModuleMesh,
-        hyper: AdamW,
+        hyper: AdamW | Muon,
         *,
         shared: Collection[str] = (),
+        rate: Callable[[str], float] = lambda _: 1.0,
     ) -> None:
         self.mesh = mesh
         self.device = next(param.device for part in parts for _, param, _ in declared(part))
@@ -91,6 +75,8 @@ class ShardedOptimizer:
                 name=name,
                 param=param,
                 local=nn.Parameter(local(param.detach())),
+                spec=spec,
+                rate=rate(name),
                 weight=1.0 / copies,
                 partial=spec.partial and replicas > 1,
                 shared=twice,
@@ -100,18 +86,7 @@ class ShardedOptimizer:
         assert mesh.ends is not None or not any(s.shared for s in self.shards), "the mesh must tie its ends"
         weights = np.asarray([s.weight for s in self.shards], dtype=np.float64)
         self._weights = to_device(weights, self.device).unbind()
-        decay = [s.local for s in self.shards if s.param.ndim > 1]
-        plain = [s.local for s in self.shards if s.param.ndim <= 1]
-        groups = [
-            {"params": decay, "weight_decay": hyper.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        groups = [g for g in groups if g["params"]]
-        self.adam = (
-            torch.optim.AdamW(groups, lr=0.0, betas=hyper.betas, eps=hyper.eps, fused=True)
-            if groups
-            else None
-        )
+        self.rules = make_rules(self.shards, mesh, hyper)
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -153,32 +128,47 @@ class ShardedOptimizer:
 
     def step(self, lr: float) -> None:
         """Update the parameters with learning rate `lr` and drop the gradients."""
-        if self.adam is not None:
-            for group in self.adam.param_groups:
-                group["lr"] = lr
-            self.adam.step()
+        for rule in self.rules.values():
+            rule.step(lr)
         for s in self.shards:
             s.param.grad = None
             s.local.grad = None
 
-    def moments(self) -> dict[str, Tensor]:
-        """Optimizer state: "NAME.exp_avg" and "NAME.exp_avg_sq", sharded as the parameter, and "NAME.step".
+    def state(self) -> dict[str, Tensor]:
+        """Optimizer state by "RULE.NAME.KEY": "adam.NAME.exp_avg", sharded as the parameter.
 
         State that does not exist before the first step is created as zeros, so a checkpoint can be loaded in
         place.
         """
-        out: dict[str, Tensor] = {}
-        for s in self.shards:
-            assert self.adam is not None
-            state = self.adam.state[s.local]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=s.local.device)
-                state["exp_avg"] = torch.zeros_like(s.local)
-                state["exp_avg_sq"] = torch.zeros_like(s.local)
-            out[f"{s.name}.step"] = state["step"]
-            for key in ("exp_avg", "exp_avg_sq"):
-                out[f"{s.name}.{key}"] = shaped_as(s.param, state[key])
-        return out
+        params = {s.name: s.param for s in self.shards}
+        return {
+            f"{rule}.{name}.{key}": shaped_as(params[name], value) if key != "step" else value
+            for rule, updates in self.rules.items()
+            for name, kept in updates.state().items()
+            for key, value in kept.items()
+        }
+
+
+def make_rules(shards: Sequence[Shard], mesh: ModuleMesh, hyper: AdamW | Muon) -> dict[str, Rule]:
+    """The rules that update these parameters, by name; none for no parameters."""
+    rules: dict[str, Rule] = {}
+    if isinstance(hyper, Muon):
+        matrices = [s for s in shards if is_matrix(s.spec, s.param.ndim)]
+        if matrices:
+            rules["muon"] = MuonRule(matrices, mesh, hyper)
+        shards, hyper = [s for s in shards if not is_matrix(s.spec, s.param.ndim)], hyper.rest
+    if shards:
+        rules["adam"] = adam_rule(shards, hyper)
+    return rules
+
+
+def state_bytes(hyper: AdamW | Muon, spec: ParamSpec, ndim: int, stored: int) -> int:
+    """Bytes of state for an element of a parameter whose elements take `stored`."""
+    if isinstance(hyper, Muon):
+        if is_matrix(spec, ndim):
+            return stored
+        hyper = hyper.rest
+    return 2 * (stored if hyper.moments is None else hyper.moments.itemsize)
 
 
 def _sum(shards: Sequence[_Shard], group: dist.ProcessGroup | None) -> None:

@@ -74,6 +74,8 @@ class ParamSpec:
     precise: True for a parameter that is gathered in its stored dtype where the rest computes in bfloat16.
     etp_dim: a second dim of an expert parameter, sharded evenly over etp. None: each expert is whole.
     trained: False for a parameter that is never trained, whatever its module does.
+    matrix: False for two dims that are no linear map of features: an embedding, a head, taps of a
+        convolution. Muon leaves these to AdamW.
     """
 
     init: Init | Given | None
@@ -83,6 +85,7 @@ class ParamSpec:
     precise: bool = False
     etp_dim: int | None = None
     trained: bool = True
+    matrix: bool = True
 
 
 def declare(

@@ -100,7 +100,8 @@ class VocabEmbedding(nn.Module):
         if vocab % tp.size:
             raise ValueError(f"vocabulary of {vocab} does not divide by tp={tp.size}; pad it to a multiple")
         self.tp = tp
-        declare(self, "weight", (vocab, width), ParamSpec(init, shard_dim=0), device=device, dtype=dtype)
+        spec = ParamSpec(init, shard_dim=0, matrix=False)
+        declare(self, "weight", (vocab, width), spec, device=device, dtype=dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         weight = local(self.weight)

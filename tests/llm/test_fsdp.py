@@ -16,8 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from llm.config import LLMConfig
 from llm.model import LLM
-from parallel.sharding.optim import AdamW, ShardedOptimizer
+from parallel.sharding.optim import ShardedOptimizer
 from parallel.sharding.param import declared, global_index, local
+from parallel.sharding.rules import AdamW
 from parallel.sharding.shard import ShardPolicy, held_indices, materialise, shard_module
 from parallel.topology.axis import Axes
 from parallel.topology.mesh import ModuleMesh, build_mesh

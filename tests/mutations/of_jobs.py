@@ -185,8 +185,8 @@ JOB = (
         "update.decay",
         "the rate ends at zero whatever min_lr is",
         "mm/train/update.py",
-        "return train.min_lr + (train.lr - train.min_lr) * left / (decay + 1)",
-        "return train.lr * left / (decay + 1)",
+        "return train.min_lr + (train.lr - train.min_lr) * shapes[train.decay_shape]",
+        "return train.lr * shapes[train.decay_shape]",
         ONE_STEP,
     ),
     Fault(

@@ -25,6 +25,7 @@ from mm.train.trainer import train_step
 from mm.train.update import finish_step, learning_rate
 from parallel.schedule import Record
 from parallel.sharding import whole
+from parallel.sharding.rules import FusedAdamW
 from tests.mm.harness import Held, largest_difference, running, small, weigh
 from tests.slow import on_demand
 
@@ -126,9 +127,9 @@ def held(job: Job, module: str) -> int:
                 whole = getattr(p, "_unsharded_param", None)
                 found += [p.sharded_param, p.sharded_param.grad, *p.all_gather_outputs]
                 found += [p.unsharded_accumulated_grad, None if whole is None else whole.grad]
-    adam = job.optimizers[module].adam
-    if adam is not None:
-        found += [s[k] for s in adam.state.values() for k in ("exp_avg", "exp_avg_sq") if s]
+    for rule in job.optimizers[module].rules.values():
+        assert isinstance(rule, FusedAdamW)
+        found += [s[k] for s in rule.adam.state.values() for k in ("exp_avg", "exp_avg_sq") if s]
     plain = [x._local_tensor if isinstance(x, DTensor) else x for x in found if x is not None]
     return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in plain}.values())
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +23,8 @@ from benchmarks.planning import step as step_cost
 from benchmarks.planning import synthetic
 from llm.counts import Counts
 from mm.commands.dry_run import dry_run
-from mm.config.schema import DataConfig, TrainConfig, from_mapping
+from mm.config.schema import DataConfig, from_mapping
+from mm.config.training import TrainConfig
 from mm.data.index import load_index
 from mm.data.reader import ShardReader
 from mm.data.tokenizer import Tokenizer
@@ -191,6 +195,16 @@ def test_the_learning_rate_warms_up_holds_and_decays() -> None:
     rates = [learning_rate(cfg, s) for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and set(rates[9:79]) == {1.0}
     assert all(a > b for a, b in itertools.pairwise(rates[79:])) and rates[-1] > 0.1
+    shapes: dict[str, Callable[[float], float]] = {
+        "linear": lambda done: 1 - done,
+        "cosine": lambda done: math.cos(math.pi * done / 2) ** 2,
+        "sqrt": lambda done: 1 - done**0.5,
+    }
+    for shape, left in shapes.items():
+        falls = cfg.model_copy(update={"decay_shape": shape})
+        for step in range(80, 100):
+            done = (step - 79) / 21
+            assert learning_rate(falls, step) == pytest.approx(0.1 + 0.9 * left(done)), (shape, step)
 
 
 def test_the_plan_of_1024_ranks_is_written_in_seconds(tmp_path: Path) -> None:

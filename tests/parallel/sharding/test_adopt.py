@@ -11,7 +11,7 @@ from torch import nn
 
 from parallel.sharding.adopt import adopt
 from parallel.sharding.dtypes import FactoryKwargs
-from parallel.sharding.optim import AdamW, ShardedOptimizer
+from parallel.sharding.optim import ShardedOptimizer
 from parallel.sharding.param import (
     ParamSpec,
     constant,
@@ -22,6 +22,7 @@ from parallel.sharding.param import (
     local,
     seeded,
 )
+from parallel.sharding.rules import AdamW
 from parallel.sharding.shard import ShardPolicy, materialise, shard_module
 from parallel.topology.layout import make_layout
 from parallel.topology.mesh import build_mesh
