@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PolyrankError(Exception):
     """An error whose message is enough for the user: no traceback is printed."""
@@ -31,3 +34,14 @@ class NonFinite(PolyrankError):
     """A loss or a gradient is not finite."""
 
     exit_code = 5
+
+
+@contextmanager
+def of_stage(name: str) -> Iterator[None]:
+    """Name the stage of a run in errors raised inside; "" names none."""
+    try:
+        yield
+    except PolyrankError as error:
+        if not name:
+            raise
+        raise type(error)(f"stage {name}: {error}") from error

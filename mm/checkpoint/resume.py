@@ -55,6 +55,12 @@ def find(cfg: Config, directory: Path, rank: RankInfo | None = None) -> Path | N
     return None
 
 
+def last_of(directory: Path, rank: RankInfo | None = None) -> Path | None:
+    """The newest checkpoint of a folder, undamaged or not; every rank calls this and gets the same answer."""
+    found = _of_the_lead(rank, lambda: store.published(directory)[-1:])
+    return found[0] if found else None
+
+
 def verify(path: Path, rank: RankInfo | None = None) -> list[str]:
     """What is wrong with the files of a checkpoint, on every rank: each reads its share of them.
 

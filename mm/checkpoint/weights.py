@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,30 +26,40 @@ from parallel import checkpoint as store
 from parallel.published import SafeFolder, module_tensors
 
 
-def start_from(job: Job, path: Path) -> None:
-    """Fill the job's weights from `path` before its first step; every rank calls this.
+def start_from(job: Job, paths: Sequence[Path]) -> None:
+    """Fill the job's weights before its first step; every rank calls this.
 
-    path: a Hugging Face folder, whose weights are the language model's; or a checkpoint of ours, written
-    under any layout, with weights of any of the modules. Each rank reads what it holds.
-    Raises CheckpointError where they do not fit or are damaged.
+    paths: Hugging Face folders, whose weights are the language model's; or checkpoints of ours, written under
+    any layout, with weights of any of the modules. A module takes the first that has it. Each rank reads what
+    it holds. Raises CheckpointError where they do not fit or are damaged.
     """
+    left = set(job.blueprint.modules)
+    for path in paths:
+        left -= _start_from(job, path, left)
+
+
+def _start_from(job: Job, path: Path, wanted: Collection[str]) -> set[str]:
+    """Fill the wanted modules that `path` has; returns these, also where this rank does not host them."""
     try:
         if (path / "config.json").is_file():
             folder = SafeFolder(path)
-            for part in job.parts.get(SINK, {}).values():
+            for part in job.parts.get(SINK, {}).values() if SINK in wanted else ():
                 assert isinstance(part, LLM)
                 load_weights(part, folder, job.meshes[SINK])
-            return
+            return {SINK}
         wrong = verify(path, job.rank)
         if wrong:
             raise CheckpointError(f"cannot start from {path}: it is damaged: {'; '.join(wrong)}")
-        stored = _describe(path, job.blueprint)
-        tensors: dict[str, torch.Tensor] = {}
-        for name, parts in job.parts.items():
-            if any(key.startswith(f"{name}.") for key in stored):
-                for part in parts.values():
-                    tensors |= {f"{name}.{key}": t for key, t in module_tensors(part).items()}
+        found = {key.partition(".")[0] for key in _describe(path, job.blueprint)}
+        tensors = {
+            f"{name}.{key}": t
+            for name, parts in job.parts.items()
+            if name in found & set(wanted)
+            for part in parts.values()
+            for key, t in module_tensors(part).items()
+        }
         store.load(path, tensors)
+        return found
     except ValueError as error:
         raise CheckpointError(f"cannot start from {path}: {error}") from error
 

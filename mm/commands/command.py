@@ -13,6 +13,7 @@ from mm.ranks import launch
 
 if TYPE_CHECKING:
     from mm.config.schema import Config
+    from mm.config.stages import Stage
 
 MOST_RANKS = 16384  # of one plan: a mistyped number should not plan, or start, for hours
 OVERRIDES = "CONFIG and key=value overrides, such as train.lr=0.001"
@@ -36,8 +37,11 @@ class Command:
     options: Callable[[argparse.ArgumentParser], object] = lambda parser: None
 
 
-def config_of(args: argparse.Namespace, extra: Sequence[str] = ()) -> Config:
-    """The config that positional arguments name, with their overrides and those in `extra`."""
+def config_of(args: argparse.Namespace, extra: Sequence[str] = (), *, stages: bool = False) -> Config:
+    """The config that positional arguments name, with their overrides and those in `extra`.
+
+    stages: whether the command takes a config with stages; where not, it is refused.
+    """
     from mm.config.schema import load_config
 
     given = [*args.positional, *extra]
@@ -46,7 +50,19 @@ def config_of(args: argparse.Namespace, extra: Sequence[str] = ()) -> Config:
         stray = next((f for f in files[1:] if not Path(f).suffix.startswith(".y")), None)
         hint = "" if stray is None else f"; an override is key=value, so {stray}=.."
         raise Refused(f"needed: one CONFIG file, given {' and '.join(files) or 'none'}{hint}")
-    return load_config(Path(files[0]), [x for x in given if "=" in x])
+    cfg = load_config(Path(files[0]), [x for x in given if "=" in x])
+    if cfg.stages and not stages:
+        raise Refused(
+            f"{files[0]} has stages; needed: the config of one, such as the config.yaml in its run's folder"
+        )
+    return cfg
+
+
+def only_stage(stages: Sequence[Stage]) -> Stage:
+    """The one stage that a command is about; raises Refused where there are several."""
+    if len(stages) > 1:
+        raise Refused(f"the config has stages; needed: --stage, one of {', '.join(s.name for s in stages)}")
+    return stages[0]
 
 
 def world_of(args: argparse.Namespace, cfg: Config) -> int:

@@ -62,14 +62,12 @@ def check_start(cfg: Config) -> None:
     if restarted():  # it resumes from its own checkpoints; what it began from may be gone
         return
     candidates(cfg, Path(cfg.run.dir))
-    weights = cfg.checkpoint.weights
-    if weights is not None and not any(
-        (Path(weights) / name).is_file() for name in (MANIFEST, "config.json")
-    ):
-        raise CheckpointError(
-            f"checkpoint.weights={weights} is neither a checkpoint (with a {MANIFEST}) nor a Hugging Face "
-            "folder (with a config.json)"
-        )
+    for weights in cfg.checkpoint.starts:
+        if not any((Path(weights) / name).is_file() for name in (MANIFEST, "config.json")):
+            raise CheckpointError(
+                f"checkpoint.weights={weights} is neither a checkpoint (with a {MANIFEST}) nor a Hugging "
+                "Face folder (with a config.json)"
+            )
 
 
 def check_fits(blueprint: Blueprint, index: Index) -> None:
@@ -84,5 +82,5 @@ def check_fits(blueprint: Blueprint, index: Index) -> None:
     resumed = candidates(cfg, Path(cfg.run.dir))[:1]
     for path in resumed:
         check_resume(blueprint, index, path)
-    if cfg.checkpoint.weights is not None and not resumed:
-        check_weights(blueprint, Path(cfg.checkpoint.weights))
+    for start in cfg.checkpoint.starts if not resumed else ():
+        check_weights(blueprint, Path(start))

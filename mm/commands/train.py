@@ -6,20 +6,21 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm.commands.command import OVERRIDES, Command, announce, config_of, nproc_option, world_of
+from mm.commands.command import OVERRIDES, Command, announce, config_of, nproc_option, only_stage, world_of
 from mm.commands.virtual import WITH_VIRTUAL, virtual, virtual_options, virtual_world
-from mm.errors import Refused
+from mm.errors import Refused, of_stage
 from mm.ranks import launch
 from mm.ranks.stop import Stop
 
 if TYPE_CHECKING:
-    from mm.config.schema import Config
+    from mm.config.stages import Stage
     from mm.plan.blueprint import Blueprint
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     nproc_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start and write nothing")
+    parser.add_argument("--stage", metavar="NAME", help="this stage of the config alone")
     virtual_options(parser)
     parser.add_argument("--draw", type=Path, metavar="DIR", help="with --dry-run: draw the step, into DIR")
 
@@ -33,8 +34,12 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
     if args.draw is not None and not args.dry_run:
         raise Refused(f"--draw {args.draw} without --dry-run; a step that ran is drawn by run.trace=STEP")
-    cfg = config_of(args)
+    from mm.config.stages import stages_of
+
+    cfg = config_of(args, stages=True)
+    stages = stages_of(cfg, args.stage)
     if args.virtual is not None:
+        cfg = only_stage(stages).cfg
         return virtual(args, cfg, virtual_world(args, cfg))
     if any(getattr(args, name) != default for name, default in WITH_VIRTUAL.items()):
         raise Refused(f"--{', --'.join(WITH_VIRTUAL)} go with --virtual; ranks to start: --nproc")
@@ -43,31 +48,37 @@ def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
     from mm.plan.blueprint import check_outline
 
     # Without torch, whose import takes seconds: a mistyped key need not wait for it.
-    if not launch.launched():
-        check_outline(cfg, world, lambda why: print(f"{why}; looking for what would work", flush=True))
-    check_paths(cfg, write=not args.dry_run)
+    for stage in stages:
+        with of_stage(stage.name):
+            if not launch.launched():
+                look = lambda why: print(f"{why}; looking for what would work", flush=True)  # noqa: E731
+                check_outline(stage.cfg, world, look)
+            check_paths(stage.cfg, write=not args.dry_run)
     if args.dry_run:
         from mm.commands.dry_run import dry_run
 
-        print(dry_run(_check(cfg, world), args.draw))
+        for stage in stages:
+            title = f"stage {stage.name}: {stage.cfg.train.steps} steps\n" if stage.name else ""
+            print(title + dry_run(_check(stage, world), args.draw and args.draw / stage.name))
         return 0
     if not launch.launched():
         announce(args, world, f"run folder {cfg.run.dir}")
-        return launch.launch_local(world, argv, lambda: _check(cfg, world), stop)
-    from mm.train.trainer import train
+        return launch.launch_local(world, argv, lambda: [_check(stage, world) for stage in stages], stop)
+    from mm.train.trainer import Run, train
 
-    train(_check(cfg, world), stop)
+    train([Run(_check(stage, world), stage.name, stage.before) for stage in stages], stop)
     return 0
 
 
-def _check(cfg: Config, world: int) -> Blueprint:
-    """The job's blueprint; raises Refused or CheckpointError where it cannot start."""
+def _check(stage: Stage, world: int) -> Blueprint:
+    """The blueprint of a job, or of a stage; raises Refused or CheckpointError where it cannot start."""
     from mm.commands.preflight import check_start
     from mm.plan.blueprint import draw_up
 
-    blueprint = draw_up(cfg, world)
-    check_start(cfg)
-    return blueprint
+    with of_stage(stage.name):
+        blueprint = draw_up(stage.cfg, world)
+        check_start(stage.cfg)
+        return blueprint
 
 
 COMMAND = Command(_run, "train CONFIG: run a job", OVERRIDES, _options)

@@ -138,9 +138,16 @@ class CheckpointConfig(Section):
         description="checkpoint to resume from: auto for the newest whole one of run.dir, if any, none, or a "
         "path",
     )
-    weights: str | None = Field(
-        None, description="checkpoint or Hugging Face folder that a run that does not resume starts from"
+    weights: str | list[str] | None = Field(
+        None,
+        description="checkpoint or Hugging Face folder that a run that does not resume starts from; of a "
+        "list, each module takes the first that has it",
     )
+
+    @property
+    def starts(self) -> list[str]:
+        """The folders of `weights`."""
+        return [self.weights] if isinstance(self.weights, str) else self.weights or []
 
 
 class Config(Section):
@@ -155,6 +162,11 @@ class Config(Section):
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    stages: list[dict[str, Any]] = Field(
+        [],
+        description="runs one after another, each from the weights of those before: name, steps, and what is "
+        "different in it",
+    )
     base: Path = Field(description="folder of the config file, where data paths start; not a key of the file")
 
 
@@ -225,9 +237,24 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
         if name in ("llm", *model):
             raise Refused(f"unknown key {name}; did you mean model.{name}?")
         raise Refused(unknown_key(str(name), name, sections))
+    _count_steps(rest)
     cfg = build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
     check_train(cfg.train, [*cfg.model], cfg.run.trace)
     return cfg
+
+
+def _count_steps(raw: dict[str, Any]) -> None:
+    """train.steps of a config with stages: theirs together."""
+    stages, train = raw.get("stages"), raw.get("train")
+    if not stages or not isinstance(stages, list) or not isinstance(train, dict):
+        return
+    steps = [s.get("steps") for s in stages if isinstance(s, dict)]
+    total = max(1, sum(n for n in steps if isinstance(n, int)))  # a stage without steps is named later
+    if train.setdefault("steps", total) != total:
+        raise Refused(
+            f"train.steps is {train['steps']}, but the config has stages, of {total} steps together; needed: "
+            "steps of each stage, and no train.steps"
+        )
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from mm.checkpoint import state as checkpoint
-from mm.checkpoint.resume import begin, find
+from mm.checkpoint.resume import begin, find, last_of
 from mm.checkpoint.weights import start_from
 from mm.config.outline import SINK
 from mm.config.schema import resolve_yaml
 from mm.data.sample import Index, Sample
+from mm.errors import of_stage
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import Imbalance, StepPlan
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
-from mm.ranks.launch import RankInfo, init_distributed
+from mm.ranks.launch import RankInfo, init_distributed, restarted
 from mm.ranks.stop import Stop, StopRequested
 from mm.report.header import header, memory_warning
 from mm.report.plan_json import plan_json
@@ -33,21 +35,62 @@ from mm.train.garbage import set_aside
 from mm.train.metrics import StepMetrics, TimedStep
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
+from parallel.checkpoint import step_of
 from parallel.schedule import Record
 
 
-def train(blueprint: Blueprint, stop: Stop) -> None:
-    """Train on this rank until done, or until `stop` is asked; raises PolyrankError where it cannot go on."""
-    rank = init_distributed(blueprint.cfg)
+class Run(NamedTuple):
+    """blueprint: of a run, or of one stage of it. name: of the stage, "" without stages. before: folders of
+    the stages before it."""
+
+    blueprint: Blueprint
+    name: str = ""
+    before: Sequence[Path] = ()
+
+
+def train(runs: Sequence[Run], stop: Stop) -> None:
+    """Train on this rank, a run after the other, until done, or until `stop` is asked.
+
+    Stages that are done are passed over. Raises PolyrankError where a run cannot go on.
+    """
+    rank = init_distributed(runs[0].blueprint.cfg)
     try:
-        train_on(blueprint, rank, stop)
-        gc.collect()  # modules hold process groups in reference cycles
+        left = [run for run in runs if not (run.name and _done(run, rank))]
+        for run in left[1:]:
+            with of_stage(run.name):
+                open_indexes(run.blueprint)  # a later stage's data is refused now, not when its turn comes
+        for run in left:
+            if not train_on(_started(run, rank), rank, stop):
+                return
+            gc.collect()  # modules hold process groups in reference cycles
     finally:
         dist.destroy_process_group()
 
 
-def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
-    """Train in a default process group that is initialised already."""
+def _done(run: Run, rank: RankInfo) -> bool:
+    """Whether a stage has its last checkpoint."""
+    cfg = run.blueprint.cfg
+    if cfg.checkpoint.resume == "none" and not restarted():
+        return False
+    last = last_of(Path(cfg.run.dir), rank)
+    done = last is not None and step_of(last) == cfg.train.steps
+    if rank.rank == 0:
+        print(f"stage {run.name}: {f'done, {last}' if done else f'{cfg.train.steps} steps'}", flush=True)
+    return done
+
+
+def _started(run: Run, rank: RankInfo) -> Blueprint:
+    """The blueprint of a stage that starts from what the stages before it have left, the latest first."""
+    cfg = run.blueprint.cfg
+    left = [str(path) for folder in reversed(run.before) if (path := last_of(folder, rank)) is not None]
+    if not left:
+        return run.blueprint
+    starts = cfg.checkpoint.model_copy(update={"weights": [*left, *cfg.checkpoint.starts]})
+    return replace(run.blueprint, cfg=cfg.model_copy(update={"checkpoint": starts}))
+
+
+def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
+    """Train in a default process group that is initialised already; returns whether all steps are done."""
     cfg = blueprint.cfg
     indexes = open_indexes(blueprint)
     about = _introduce(blueprint, rank, indexes)
@@ -60,8 +103,8 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
     if resume is not None:
         state = checkpoint.load(job, train_data.index, resume)
         first, bad = state.step, state.bad_samples
-    elif cfg.checkpoint.weights is not None:
-        start_from(job, Path(cfg.checkpoint.weights))
+    else:
+        start_from(job, [Path(path) for path in cfg.checkpoint.starts])
     aside = begin(run_dir, rank, resume, first)
     console = Console(
         run_dir, cfg.train.steps, first=first, lead=rank.rank == 0, tensorboard=cfg.run.tensorboard
@@ -77,7 +120,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)
     try:
         with set_aside():
-            _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
+            done = _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
     finally:
         feed.close()
         console.close()
@@ -85,6 +128,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
     for opened in data.values():
         opened.assembler.reader.close()
     job.close()
+    return done
 
 
 def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index]) -> str:
@@ -122,18 +166,21 @@ class _Loop:
     done: int
     saved: int
 
-    def run(self) -> None:
-        """Train and evaluate to the end of the run, or until some rank was asked to end."""
+    def run(self) -> bool:
+        """Train and evaluate to the end of the run, or until some rank was asked to end; returns whether it
+        came to the end."""
         try:
             if self.job.control.any(self.stop.requested):  # while the run was made ready
                 raise StopRequested
             while self.done < self.job.blueprint.cfg.train.steps:
                 self._step()
             self._final_evaluation()
+            return True
         except StopRequested:
             if self.job.blueprint.cfg.checkpoint.every and self.saved < self.done:
                 self._save()
             self.console.info(f"stopped by a signal after step {self.done}")
+            return False
 
     def _step(self) -> None:
         """One step, and the checkpoint and evaluation that are due after it. Raises StopRequested."""

@@ -30,7 +30,7 @@ def two_steps(raw: dict[str, Any], weights: str | None, save: str | None) -> lis
     job = build_job(blueprint, RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
     data = open_data(job, index)
     if weights is not None:
-        start_from(job, Path(weights))
+        start_from(job, [Path(weights)])
     feed = Feed(index, data.assembler, job.control, FeedOptions(seed=1, global_batch=12, prefetch=1))
     try:
         losses = [train_step(job, feed, step).loss for step in range(2)]

@@ -35,7 +35,7 @@ def rows() -> dict[str, tuple[Any, str]]:
     return {
         key: (yaml.safe_load(default), re.sub(r" \(\[.*?\]\(.*?\)\)", "", text))
         for key, default, text in plain
-        if "." in key or key == "layout"
+        if "." in key or key in ("layout", "stages")
     }
 
 
