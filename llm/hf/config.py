@@ -94,6 +94,17 @@ UNSAID: dict[str, Any] = {
     "router": "sigmoid",
     "mlp_gated": False,
     "tied": False,
+    "qkv_bias": False,
+    "qk_norm": "none",
+    "window": None,
+    "attention_scale": None,
+    "attention_cap": None,
+    "norms": "before",
+    "norm_shift": False,
+    "embed_scale": 1.0,
+    "branch_scale": 1.0,
+    "logit_scale": 1.0,
+    "logit_cap": None,
 }
 
 
