@@ -5,7 +5,9 @@ Authors of encoders import encoders.api alone. The language model and jobs may n
 
 from encoders import fastconformer, vit
 from encoders.contract import Encoder, Features, ItemBatch, pack_items
+from encoders.hf import load_hf
 from encoders.registry import register, resolve
+from encoders.vision import families as vision
 from parallel.sharding.adopt import adopt
 
 __all__ = [
@@ -14,8 +16,10 @@ __all__ = [
     "ItemBatch",
     "adopt",
     "fastconformer",
+    "load_hf",
     "pack_items",
     "register",
     "resolve",
+    "vision",
     "vit",
 ]
