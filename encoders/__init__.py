@@ -3,17 +3,19 @@
 Authors of encoders import encoders.api alone. The language model and jobs may not enter.
 """
 
-from encoders import fastconformer, vit
+from encoders import adapter, fastconformer, vit
 from encoders.contract import Encoder, Features, ItemBatch, pack_items
-from encoders.registry import register, resolve
+from encoders.registry import implied_options, register, resolve
 from parallel.sharding.adopt import adopt
 
 __all__ = [
     "Encoder",
     "Features",
     "ItemBatch",
+    "adapter",
     "adopt",
     "fastconformer",
+    "implied_options",
     "pack_items",
     "register",
     "resolve",

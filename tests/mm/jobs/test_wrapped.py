@@ -25,7 +25,7 @@ from parallel.sharding.param import declared, global_index, initialise, local, s
 from parallel.sharding.shard import held_indices
 from parallel.topology.axis import Axes
 from parallel.topology.stage import whole
-from tests.encoders.helpers import png
+from tests.encoders.helpers import png, wav
 from tests.mm.checkpoint import test_checkpoint
 from tests.mm.harness import CONFIGS, largest_difference, small, train_few
 from tests.mm.shards import sensor_samples, write_shard
@@ -240,3 +240,40 @@ def test_evaluation_leaves_modes_as_they_were() -> None:
     data: Any = None
     evaluate._mean_losses(job, data, [], None)
     assert seen == [[True, True, False]]
+
+
+def clips(folder: Path) -> Path:
+    """Samples of up to two clips of several lengths and rates."""
+    rng, samples = random.Random(2), []
+    for k in range(12):
+        sizes = [(rng.choice([700, 1300]), rng.choice([8000, 16000])) for _ in range(rng.choice([0, 1, 2]))]
+        parts = {f"aud{i}.wav": wav(n, rate, 2, seed=k) for i, (n, rate) in enumerate(sizes)}
+        segments = [*({"audio": name} for name in parts), {"text": str(k), "depends": "audio"}]
+        samples.append({"key": f"s{k}", "segments": segments, "parts": parts})
+    return write_shard(folder / "a.tar", samples).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Wav2Vec2Model", "SiglipVisionModel"])
+def test_a_folder_of_transformers_trains_alike_in_any_layout(
+    name: str, pictures: Path, tmp_path: Path, ranks: Any
+) -> None:
+    """Items of several shapes as one FSDP unit, of one shape by layers; frozen and recomputed too."""
+    from tests.encoders.foreign import folder
+
+    made, data = f"hf:{folder(name, tmp_path / 'made')}", pictures if "Vision" in name else tmp_path
+    module = "vision" if "Vision" in name else "audio"
+    if module == "audio":
+        clips(tmp_path)
+    raw = raw_with(made, data, module, train={**small()["train"], "shard": "layer"})
+    raw["data"]["context"] = 160
+    expected = ranks(1, train_few, raw, 3)[0]
+    assert expected[0]["grad_norm_by_module"][module] > 0
+    raw["train"]["recompute"] = True
+    for layout in ({}, {module: {"tp": 2, "sequence_parallel": True}}, {module: {"ranks": "1"}}):
+        for steps in ranks(2, train_few, {**raw, "layout": layout}, 3):
+            assert largest_difference(steps, expected) < 1e-9
+    raw["model"][module]["freeze"] = "encoder"
+    frozen = [*ranks(1, train_few, raw, 2), *ranks(2, train_few, raw, 2)]
+    assert all(largest_difference(steps, frozen[0]) < 1e-9 for steps in frozen)
+    assert largest_difference(frozen[0], expected[:2]) > 1e-6
