@@ -20,6 +20,7 @@ from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.foreign import ForeignOptions, Probe, Size
 from encoders.layers import run_layer
 from encoders.registry import register
+from parallel.sequence.host import to_device
 from parallel.sharding.adopt import adopt
 from parallel.sharding.dtypes import FactoryKwargs
 from parallel.topology.axis import Axes
@@ -144,7 +145,7 @@ class ForeignEncoder(Encoder):
     def _run(self, known: Probe, items: list[Tensor]) -> list[Tensor]:
         """The rows of each of these items, whose inputs differ in content alone."""
         device, n = items[0].device, len(items)
-        others = {k: torch.cat([v] * n).to(device) for k, v in known.others.items()}
+        others = {k: to_device(torch.cat([v] * n), device) for k, v in known.others.items()}
         features = run_layer(self.core, self.recompute, known.main, torch.cat(items), others)
         each = features.chunk(n) if n > 1 else [features]
         return [foreign.table(x, self.cfg.drop) for x in each]

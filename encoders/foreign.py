@@ -201,9 +201,9 @@ def _dry(
     """The encoder without its weights, and its features of zeros: on the meta device, or on the CPU for a
     class that looks at values."""
     try:
-        inner, device = skeleton(opts), "meta"
-        given = {k: v.to(device) for k, v in others.items()}
-        output = inner(**{main: torch.zeros(shape, device=device)}, **given)
+        inner = skeleton(opts)
+        given = {k: torch.empty_like(v, device="meta") for k, v in others.items()}
+        output = inner(**{main: torch.zeros(shape, device="meta")}, **given)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error):
             raise
