@@ -5,7 +5,9 @@ Authors of encoders import encoders.api alone. The language model and jobs may n
 
 from encoders import adapter, fastconformer, vit
 from encoders.contract import Encoder, Features, ItemBatch, pack_items
+from encoders.hf import load_hf
 from encoders.registry import implied_options, register, resolve
+from encoders.vision import families as vision
 from parallel.sharding.adopt import adopt
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "adopt",
     "fastconformer",
     "implied_options",
+    "load_hf",
     "pack_items",
     "register",
     "resolve",
+    "vision",
     "vit",
 ]

@@ -165,6 +165,11 @@ class Encoder(nn.Module, ABC):
         """Hidden states between layers for each feature row."""
         return 1
 
+    @classmethod
+    def prefix_tokens(cls, cfg: Any) -> int:
+        """Hidden states between layers that each item has before those of its rows, such as a class token."""
+        return 0
+
     @property
     def layers(self) -> Sequence[nn.Module]:
         """Submodules, in order, that FSDP may gather and free one at a time."""
@@ -173,7 +178,7 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: ItemBatch) -> Features | Tensor:
         """Features of the items, in order. Stages of a pipeline other than the last return hidden states,
-        [this rank's rows * tokens_per_row, hidden_width]."""
+        [this rank's rows * tokens_per_row and prefixes, hidden_width]."""
 
 
 def check_positive(name: str, cfg: Any, options: Sequence[str]) -> None:

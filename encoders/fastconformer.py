@@ -220,7 +220,7 @@ class FastConformer(StackedEncoder):
     def add_stem(self, **factory: Unpack[FactoryKwargs]) -> None:
         self.subsample = Subsample(self.cfg, **factory)
 
-    def make_block(self, **factory: Unpack[FactoryKwargs]) -> Block:
+    def make_block(self, layer: int, **factory: Unpack[FactoryKwargs]) -> Block:
         return Block(self.cfg, self.axes, **factory)
 
     @classmethod

@@ -46,6 +46,27 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.to(acc), weight.shape, weight, bias, self.eps).to(x.dtype)
 
 
+class RMSNorm(nn.Module):
+    """RMS norm over the last dim, `width` wide, with a declared weight; computed as LayerNorm is."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        declare(self, "weight", (width,), constant(1.0), device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        acc = accumulation_dtype(x.dtype)
+        weight = local(self.weight).to(acc)
+        return F.rms_norm(x.to(acc), weight.shape, weight, self.eps).to(x.dtype)
+
+
 def enter(x: Tensor, axes: Axes, share: Share) -> Tensor:
     """Tokens as kept between blocks [share.kept, ..] to all tokens of this cp rank [share.tokens, ..]: put it
     before column-parallel weights. A collective over tp."""

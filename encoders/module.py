@@ -213,7 +213,7 @@ def hidden_shape(
     """Shape [tokens, width] of the hidden states that `stage`, not the first, receives for the items of a dp
     rank, on the rank at axes.cp, axes.tp. It follows from metadata: a receiver needs no handshake (law 4)."""
     rows = [cls.rows(cfg, meta) for meta in metas]
-    share = Share.of(rows, encoder_axes(cls, axes), cls.tokens_per_row(cfg))
+    share = Share.of(rows, encoder_axes(cls, axes), cls.tokens_per_row(cfg), cls.prefix_tokens(cfg))
     return share.kept, cls.hidden_width(cfg, stage.start)
 
 

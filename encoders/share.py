@@ -8,7 +8,7 @@ item, and for fewer items than ranks. With sequence parallelism each span is spl
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -80,13 +80,19 @@ class Share:
     part: Span
 
     @staticmethod
-    def of(rows_per_item: Sequence[int], axes: Axes, unit: int = 1) -> Share:
-        """The share of the rank at axes.cp, axes.tp. unit: tokens that make one row."""
+    def of(rows_per_item: Sequence[int], axes: Axes, unit: int = 1, prefix: int = 0) -> Share:
+        """The share of the rank at axes.cp, axes.tp.
+
+        unit: tokens that make one row. prefix: further tokens of each item, before those of its rows; they
+        are where the item's first row is, so that each rank has one stretch of tokens whatever it has of
+        rows.
+        """
         rows = encoder_row_spans(rows_per_item, axes.cp.size, axes.tp.size, axes.sequence_parallel)
-        tokens = [tuple((unit * a, unit * b) for a, b in parts) for parts in rows]
+        token = _token_numbers(rows_per_item, unit, prefix)
+        tokens = [tuple((token(a), token(b)) for a, b in parts) for parts in rows]
         spans = tuple((parts[0][0], parts[-1][1]) for parts in tokens)
         parts = tokens[axes.cp.rank]
-        lengths = tuple(unit * n for n in rows_per_item)
+        lengths = tuple(unit * n + prefix for n in rows_per_item)
         return Share(lengths, spans, spans[axes.cp.rank], parts, parts[axes.tp.rank])
 
     @property
@@ -98,3 +104,18 @@ class Share:
     def kept(self) -> int:
         """Tokens that this rank keeps between blocks."""
         return self.part[1] - self.part[0]
+
+
+def _token_numbers(rows_per_item: Sequence[int], unit: int, prefix: int) -> Callable[[int], int]:
+    """By row number, the token that a share which begins with the row begins with; see Share.of()."""
+    if prefix == 0:
+        return lambda row: unit * row
+    # An item without rows would have a prefix on no rank.
+    assert all(n > 0 for n in rows_per_item), rows_per_item
+    first = (0, *accumulate(rows_per_item))
+
+    def number(row: int) -> int:
+        items = bisect_left(first, row)  # that begin before the row
+        return unit * row + prefix * items
+
+    return number

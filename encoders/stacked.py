@@ -38,7 +38,7 @@ class StackedEncoder(Encoder):
         factory: FactoryKwargs = {"device": device, "dtype": dtype}
         if self.stage.first:
             self.add_stem(**factory)
-        self.blocks = nn.ModuleDict({str(i): self.make_block(**factory) for i in self.stage.layers})
+        self.blocks = nn.ModuleDict({str(i): self.make_block(i, **factory) for i in self.stage.layers})
         if self.stage.last:
             self.add_norm(**factory)
 
@@ -47,8 +47,8 @@ class StackedEncoder(Encoder):
         """Register what comes before the first block."""
 
     @abstractmethod
-    def make_block(self, **factory: Unpack[FactoryKwargs]) -> nn.Module:
-        """One block."""
+    def make_block(self, layer: int, **factory: Unpack[FactoryKwargs]) -> nn.Module:
+        """The block of layer number `layer`."""
 
     def add_norm(self, **factory: Unpack[FactoryKwargs]) -> None:
         """Register what comes after the last block; nothing by default."""

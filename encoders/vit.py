@@ -98,7 +98,7 @@ class ViT(StackedEncoder):
         declare(self, "row_position", (cfg.max_grid, cfg.width), normal(0.1), **factory)
         declare(self, "column_position", (cfg.max_grid, cfg.width), normal(0.1), **factory)
 
-    def make_block(self, **factory: Unpack[FactoryKwargs]) -> Block:
+    def make_block(self, layer: int, **factory: Unpack[FactoryKwargs]) -> Block:
         return Block(self.cfg, self.axes, **factory)
 
     def add_norm(self, **factory: Unpack[FactoryKwargs]) -> None:

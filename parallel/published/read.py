@@ -68,11 +68,13 @@ def read_block(
 def _read(folder: SafeFolder, tensor: FileTensor, held: list[Tensor], shape: Shape) -> Tensor:
     """The block at indices `held` of a file's tensor; its dims after the first are those of `shape` here."""
     spans = [slice(int(h[0]), int(h[-1]) + 1) if len(h) else slice(0, 0) for h in held]
-    if tensor.shape[1:] != shape[1:]:  # as many elements in other dims: all of these rows
-        block = folder.read(tensor.key, spans[:1]).reshape(spans[0].stop - spans[0].start, *shape[1:])
-        block = block[(slice(None), *spans[1:])]
+    lead = (slice(None),) * tensor.lead
+    if tensor.shape[tensor.lead + 1 :] != shape[1:]:  # as many elements in other dims: all of these rows
+        block = folder.read(tensor.key, (*lead, *spans[:1]))
+        block = block.reshape(spans[0].stop - spans[0].start, *shape[1:])[(slice(None), *spans[1:])]
     else:
-        block = folder.read(tensor.key, spans)
+        block = folder.read(tensor.key, (*lead, *spans))
+        block = block.reshape(block.shape[tensor.lead :])
     for dim, h in enumerate(held):
         if len(h) != block.shape[dim]:
             block = block.index_select(dim, h - h[0])

@@ -25,6 +25,8 @@ class Row:
     tail: Shape = ()
     """Dims of the file's tensor after the first where ours has others of as many elements, such as (3, p, p)
     of a convolution that is a linear map here; -1 is what remains."""
+    lead: int = 0
+    """Dims of 1 that the file's tensor has before those of ours, such as the batch of a class token."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,15 @@ class Part:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """One tensor of a published checkpoint: its key, its shape, and the parameters in it, along dim 0."""
+    """One tensor of a published checkpoint: its key, its shape, and the parameters in it, along dim 0.
+
+    lead: how many dims of 1 come before that dim 0.
+    """
 
     key: str
     shape: Shape
     parts: tuple[Part, ...]
+    lead: int = 0
 
 
 def file_tensors(rows: Iterable[tuple[Row, str, str]], shapes: Mapping[str, Shape]) -> list[FileTensor]:
@@ -69,7 +75,7 @@ def _tensors(row: Row, key: str, names: list[str], shapes: list[Shape]) -> list[
     for name, shape in zip(names, shapes, strict=True):
         parts.append(Part(name, rows))
         rows += shape[0]
-    return [FileTensor(key, (rows, *_dims(row.tail, rest)), tuple(parts))]
+    return [FileTensor(key, (*(1,) * row.lead, rows, *_dims(row.tail, rest)), tuple(parts), row.lead)]
 
 
 def _dims(tail: Shape, rest: Shape) -> Shape:

@@ -1,0 +1,138 @@
+"""A folder of published weights, opened for the encoder in it: which family it is of, and its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from encoders.contract import Encoder
+from encoders.hf.family import Family, Part
+from encoders.hf.vision import FAMILIES as VISION
+from encoders.registry import resolve
+from parallel.published import FileTensor, SafeFolder, check_tensors, file_tensors, module_shapes
+from parallel.published.read import stored_dtypes
+from parallel.topology.axis import Axes
+
+FAMILIES: tuple[Family, ...] = VISION
+
+# Sections of the config of a whole model that an encoder's config may be.
+SECTIONS = ("vision_config", "audio_config", "sound_config", "encoder_config", "thinker_config")
+
+# Keys of other parts of whole models, which are left alone.
+BESIDE = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"(.*\.)?(text_model|language_model|vision_tower|audio_tower|sound_encoder|decoder)\..*",
+        r"(model\.)?(layers|norm|embed_tokens|lm_head|proj_out|image_newline)(\..*)?",
+        r"(.*\.)?(multi_modal_projector|mlp1|sound_projection|input_conditioner)\..*",
+        r"(visual|text)_projection\.weight|logit_(scale|bias)|.*summary_idxs",
+        r"(classifier|decoder|head|lm_head|ctc_head|pooler)\..*",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A folder with one of its encoders.
+
+    cls, cfg: the encoder as the folder has it, with all layers.
+    tensors: its parameters' tensors.
+    unused: keys in the folder that it does not read: of other parts of a whole model, or of a head.
+    """
+
+    part: Part
+    family: Family
+    cls: type[Encoder]
+    cfg: Any
+    tensors: list[FileTensor]
+    unused: tuple[str, ...]
+
+
+def open_folder(path: str | Path, encoder: str | None = None) -> Opened:
+    """The encoder in a folder, of any known family or of that registered as `encoder`.
+
+    Whole models are taken too: their other parts are left alone and listed as unused. Reads no tensor data.
+    Raises ValueError for an unknown family, options that ours cannot have, and tensors that are missing,
+    unknown or of another shape, by name.
+    """
+    folder = SafeFolder(path)
+    family, config = _find(folder, encoder)
+    part = Part(config, _processor(folder.path), _prefix(folder, family.probe), folder)
+    cls = resolve(family.encoder)
+    cfg = make_config(cls, family.options(part))
+    cls.check(cfg, 1)
+    shapes = module_shapes(cls(cfg, Axes(), device="meta", dtype=None))
+    rows = [(row, part.prefix + there, here) for row, there, here in family.rows(cfg)]
+    tensors = file_tensors(rows, shapes)
+    wanted, given = {t.key for t in tensors}, folder.shapes()
+    unused = tuple(sorted(k for k in given if k not in wanted and _is_unused(k, part.prefix, family)))
+    check_tensors(tensors, {k: s for k, s in given.items() if k not in unused}, str(folder.path))
+    stored_dtypes(tensors, folder)  # refuses quantised weights, whose bits are no numbers
+    return Opened(part, family, cls, cfg, tensors, unused)
+
+
+def make_config(cls: type[Encoder], options: Mapping[str, Any]) -> Any:
+    """A Config of these options; mappings and lists in them become records and tuples."""
+    defaults = cls.Config()
+    given = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            value = dataclasses.replace(getattr(defaults, name), **value)
+        given[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(defaults, **given)
+
+
+def _find(folder: SafeFolder, encoder: str | None) -> tuple[Family, Mapping[str, Any]]:
+    """The family of a folder's encoder, and its section of config.json."""
+    whole = folder.config()
+    families = [f for f in FAMILIES if encoder in (None, f.encoder)]
+    sections = [whole[s] for s in SECTIONS if isinstance(whole.get(s), Mapping)]
+    sections += [x[s] for x in sections for s in SECTIONS if isinstance(x.get(s), Mapping)]
+    for config in (*sections, whole):
+        for family in families:
+            if config.get("model_type") in family.model_types:
+                return family, config
+    for family in families:  # sections of older files do not say their type
+        if whole.get("model_type") in family.model_types and sections:
+            return family, sections[0]
+    said = [str(c.get("model_type")) for c in (whole, *sections)]
+    known = ", ".join(t for f in families for t in f.model_types)
+    raise ValueError(
+        f"{folder.path} is of model_type {', in it '.join(said)}, and no encoder that is known here"
+        f"{f' as {encoder}' if encoder else ''}; known: {known}"
+    )
+
+
+def _prefix(folder: SafeFolder, probe: str) -> str:
+    """What the keys of the encoder's tensors begin with, told by the one that ends with `probe`."""
+    found = sorted(k for k in folder.shapes() if k == probe or k.endswith("." + probe))
+    if not found:
+        raise ValueError(f"{folder.path} has no tensor {probe}, as its family has; needed: the whole folder")
+    return min(found, key=len).removesuffix(probe)
+
+
+def _is_unused(key: str, prefix: str, family: Family) -> bool:
+    if key.startswith(prefix) and any(re.fullmatch(p, key.removeprefix(prefix)) for p in family.unused):
+        return True
+    if prefix and key.startswith(prefix):
+        return False
+    return any(p.fullmatch(key) for p in BESIDE)
+
+
+def _processor(path: Path) -> Mapping[str, Any]:
+    """The settings of the processor, from either of the files that hold them; of images or of sound."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = path / name
+        if file.is_file():
+            try:
+                found = json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(f"{file} is unreadable: {error}") from error
+            inner = found.get("image_processor", found.get("feature_extractor", found))
+            return inner if isinstance(inner, Mapping) else found
+    return {}

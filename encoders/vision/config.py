@@ -1,0 +1,126 @@
+"""The options of a vision transformer: switches by which the published families differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+Fit = Literal["exact", "crop", "smart", "patches", "none"]
+Interpolation = Literal["bicubic", "bicubic_antialias", "bilinear_antialias", "longer_side", "corners"]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is made of a picture before its patches, as the family's image processor does it.
+
+    fit: exact: resized to height x width. crop: resized until its shorter side is `edge`, then height x width
+        from the centre. smart: each side rounded to whole blocks, the area between least and most pixels
+        (Qwen). patches: at most `most` patches at its own aspect (SigLIP2). none: as it is, less what is left
+        over of a patch.
+    height, width: in pixels, of exact and crop.
+    edge: in pixels, of crop.
+    least, most: pixels of smart; most: patches of patches.
+    resample: bilinear or bicubic.
+    after_scale: whether it is resized as numbers in [0, 1] (DINOv3), not as 8-bit pixels.
+    mean, std: of each channel, of pixels in [0, 1].
+    """
+
+    fit: Fit = "exact"
+    height: int = 224
+    width: int = 224
+    edge: int = 224
+    least: int = 1
+    most: int = 1
+    resample: Literal["bilinear", "bicubic"] = "bicubic"
+    after_scale: bool = False
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes and switches of a vision transformer. Each family has defaults of its own.
+
+    patch: side of a patch, in pixels.
+    channels: 1 (grey) or 3 (colour).
+    frames: pictures of a video that a patch spans; a still picture is repeated.
+    channels_last: whether a patch lists the channels of each pixel, not the pixels of each channel.
+    width: of hidden states.
+    heads: attention heads; they divide width.
+    layers: blocks.
+    mlp: hidden width of the MLP.
+    activation: gelu, gelu_tanh, quick_gelu, silu or relu2.
+    gated: whether the MLP multiplies by a second linear map of its input.
+    norm: layer (LayerNorm) or rms.
+    eps: of the norms.
+    biases: which linear maps have a bias: patch, q, k, v, out, mlp.
+    class_tokens, registers: learned tokens before each picture's patches. They see the patches and are seen.
+    pre_norm, final_norm: whether a norm comes before the first and after the last block.
+    layer_scale: whether each branch is multiplied by a learned vector.
+    table: side of the square table of learned positions, in patches; 0 for none.
+    class_position: whether the class token has a position of its own, the first.
+    interpolation: how the table is made to fit another grid.
+    rope: none; axial: rotary angles by row and column; centred: by coordinates in [-1, 1] (DINOv3).
+    rope_base: base of the rotary frequencies.
+    merge: side of the squares of patches that make one row.
+    merged: width of the rows that an MLP makes of the merged patches; 0: they are left side by side.
+    levels: indices of earlier layers whose outputs are features too (DeepStack).
+    window: side of the windows of attention, in patches; 0 for none.
+    full_layers: layers whose attention knows no windows.
+    prefix_rows: whether class tokens and registers are rows too, before those of the patches.
+    pictures: what is made of a picture first.
+    """
+
+    patch: int = 16
+    channels: int = 3
+    frames: int = 1
+    channels_last: bool = False
+    width: int = 768
+    heads: int = 12
+    layers: int = 12
+    mlp: int = 3072
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu2"] = "gelu"
+    gated: bool = False
+    norm: Literal["layer", "rms"] = "layer"
+    eps: float = 1e-6
+    biases: tuple[str, ...] = ("patch", "q", "k", "v", "out", "mlp")
+    class_tokens: int = 0
+    registers: int = 0
+    pre_norm: bool = False
+    final_norm: bool = True
+    layer_scale: bool = False
+    table: int = 0
+    class_position: bool = False
+    interpolation: Interpolation = "bicubic"
+    rope: Literal["none", "axial", "centred"] = "none"
+    rope_base: float = 10000.0
+    merge: int = 1
+    merged: int = 0
+    levels: tuple[int, ...] = ()
+    window: int = 0
+    full_layers: tuple[int, ...] = ()
+    prefix_rows: bool = False
+    pictures: Pictures = field(default_factory=Pictures)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of a picture before its patches."""
+        return self.class_tokens + self.registers
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.width // self.heads
+
+    @property
+    def inputs(self) -> int:
+        """Numbers in a patch."""
+        return self.channels * self.frames * self.patch**2
+
+    @property
+    def side(self) -> int:
+        """Side of the square of pixels that makes one row."""
+        return self.patch * self.merge
