@@ -25,9 +25,10 @@ from parallel.sharding.param import declared, global_index, initialise, local, s
 from parallel.sharding.shard import held_indices
 from parallel.topology.axis import Axes
 from parallel.topology.stage import whole
-from tests.encoders.helpers import png, wav
+from tests.encoders.helpers import png
 from tests.mm.checkpoint import test_checkpoint
 from tests.mm.harness import CONFIGS, largest_difference, small, train_few
+from tests.mm.jobs.test_speech import clips
 from tests.mm.shards import sensor_samples, write_shard
 
 LLM = {"pattern": "*-", "n_experts": 4, "top_k": 1}
@@ -240,17 +241,6 @@ def test_evaluation_leaves_modes_as_they_were() -> None:
     data: Any = None
     evaluate._mean_losses(job, data, [], None)
     assert seen == [[True, True, False]]
-
-
-def clips(folder: Path) -> Path:
-    """Samples of up to two clips of several lengths and rates."""
-    rng, samples = random.Random(2), []
-    for k in range(12):
-        sizes = [(rng.choice([700, 1300]), rng.choice([8000, 16000])) for _ in range(rng.choice([0, 1, 2]))]
-        parts = {f"aud{i}.wav": wav(n, rate, 2, seed=k) for i, (n, rate) in enumerate(sizes)}
-        segments = [*({"audio": name} for name in parts), {"text": str(k), "depends": "audio"}]
-        samples.append({"key": f"s{k}", "segments": segments, "parts": parts})
-    return write_shard(folder / "a.tar", samples).parent
 
 
 @pytest.mark.slow
