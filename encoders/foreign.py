@@ -160,7 +160,7 @@ def probe(opts: ForeignOptions, size: Size) -> Probe:
     rows, width, flops, batched = _run_once(opts, main, shape, _Others(_by_value(others), others))
     if not rows:
         raise ValueError(f"{_named(opts)} gives no row of size {size} where {opts.drop} are dropped")
-    return Probe(main, shape, others, rows, width, flops, batched)
+    return Probe(main=main, shape=shape, others=others, rows=rows, width=width, flops=flops, batched=batched)
 
 
 @dataclass(frozen=True)

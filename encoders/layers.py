@@ -47,7 +47,10 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the last dim, `width` wide, with a declared weight; computed as LayerNorm is."""
+    """RMS norm over the last dim, `width` wide, with a declared weight; computed as LayerNorm is.
+
+    single: whether a float64 input is normalised in float32 too, as some published code does.
+    """
 
     def __init__(
         self,
@@ -56,13 +59,18 @@ class RMSNorm(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         eps: float = 1e-6,
+        single: bool = False,
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.single = eps, single
         declare(self, "weight", (width,), constant(1.0), device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         acc = accumulation_dtype(x.dtype)
+        if self.single and acc != torch.float32:
+            y = x.to(torch.float32)
+            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+            return local(self.weight) * y.to(x.dtype)
         weight = local(self.weight).to(acc)
         return F.rms_norm(x.to(acc), weight.shape, weight, self.eps).to(x.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -105,14 +106,14 @@ def mel_filters(bins: int, mels: int, rate: int, top: float) -> Tensor:
     return (torch.minimum(rising, falling).clamp(min=0.0) * 2.0 / (edges[2:] - edges[:-2])).float()
 
 
-BREAK, STEP = 1000.0, torch.log(torch.tensor(6.4, dtype=torch.float64)).item() / 27.0  # of Slaney's scale
+BREAK, STEP = 1000.0, math.log(6.4) / 27.0  # of Slaney's scale
 
 
 def _mel(hertz: float) -> float:
     """Slaney's mel: linear below 1,000 Hz, logarithmic above."""
     if hertz < BREAK:
         return hertz * 3.0 / 200.0
-    return 15.0 + float(torch.log(torch.tensor(hertz / BREAK, dtype=torch.float64))) / STEP
+    return 15.0 + math.log(hertz / BREAK) / STEP
 
 
 def _hertz(mel: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ class Wav2Vec2Config:
     input_norm: whether a norm comes before the linear map to the width.
     reach: rows that a row's position depends on; groups: of that convolution.
     norm_first: whether norms come before attention and MLP, not after (stable layer norm).
-    old_names: whether the folder names the parts of that convolution's weight weight_g and weight_v.
     sound: rate, length and scale of samples.
     """
 
@@ -55,7 +54,6 @@ class Wav2Vec2Config:
     reach: int = 128
     groups: int = 16
     norm_first: bool = False
-    old_names: bool = False
     sound: Sound = field(default_factory=lambda: Sound(unit=True))
 
     @property

@@ -13,7 +13,8 @@ from encoders.audio.wav2vec2 import Wav2Vec2
 from encoders.audio.whisper import Whisper
 from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.hf.family import Family, Part, Rows
-from encoders.hf.vision import activation, blocks, both, fields, row_parallel, separate
+from encoders.hf.maps import Pairs, blocks, both, row_parallel, rows, separate
+from encoders.hf.vision import activation, fields
 from parallel.published import Row
 
 FREE = ("sound", "layers")
@@ -74,7 +75,7 @@ def whisper_options(part: Part) -> dict[str, Any]:
 
 WHISPER_BLOCK = [
     *both("self_attn_layer_norm", "norm1"),
-    *separate("self_attn.", ("q_proj", "k_proj", "v_proj")),  # keys have no bias
+    *separate([f"self_attn.{n}_proj" for n in "qkv"]),  # keys have no bias
     *row_parallel("self_attn.out_proj", "attention.out"),
     *both("final_layer_norm", "norm2"),
     *both("fc1", "mlp.up"),
@@ -83,11 +84,10 @@ WHISPER_BLOCK = [
 
 
 def whisper_rows(cfg: Any) -> Rows:
-    stem: list[tuple[str, tuple[str, ...]]] = [(f"{c}.weight", (c,)) for c in ("conv1", "conv2")]
+    stem: Pairs = [(f"{c}.weight", (c,)) for c in ("conv1", "conv2")]
     stem += [(f"{c}.bias", (f"{c}_bias",)) for c in ("conv1", "conv2")]
     stem += [("embed_positions.weight", ("position",)), *both("layer_norm", "norm")]
-    rows = [(Row(there, here), "", "") for there, here in stem]
-    return [*rows, *blocks(WHISPER_BLOCK, cfg.layers, "layers.{n}.")]
+    return [*rows(stem), *blocks(WHISPER_BLOCK, cfg.layers, "layers.{n}.")]
 
 
 def whisper_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
@@ -135,13 +135,12 @@ def wav2vec2_options(part: Part) -> dict[str, Any]:
     return {
         **fields(part, names),
         "activation": activation(part, "gelu"),
-        "old_names": "encoder.pos_conv_embed.conv.weight_g" in part.shapes(),
         "sound": sound(part, {"rate": EXTRACTOR["rate"], "unit": ("do_normalize", True)}),
     }
 
 
 WAV2VEC2_BLOCK = [
-    *separate("attention.", ("q_proj", "k_proj", "v_proj")),
+    *separate([f"attention.{n}_proj" for n in "qkv"]),
     *row_parallel("attention.out_proj", "attention.out"),
     *both("layer_norm", "norm1"),
     *both("feed_forward.intermediate_dense", "mlp.up"),
@@ -151,7 +150,7 @@ WAV2VEC2_BLOCK = [
 
 
 def wav2vec2_rows(cfg: Any) -> Rows:
-    stem: list[tuple[str, tuple[str, ...]]] = []
+    stem: Pairs = []
     for i in range(len(cfg.channels)):
         at = f"feature_extractor.conv_layers.{i}."
         stem += [(f"{at}conv.weight", (f"conv{i}",)), (f"{at}conv.bias", (f"conv{i}_bias",))]
@@ -160,22 +159,16 @@ def wav2vec2_rows(cfg: Any) -> Rows:
             (f"{at}layer_norm.bias", (f"conv{i}_shift",)),
         ]
     near = "encoder.pos_conv_embed.conv."
-    length, direction = (
-        ("weight_g", "weight_v")
-        if cfg.old_names
-        else ("parametrizations.weight.original0", "parametrizations.weight.original1")
-    )
     stem += both("feature_projection.layer_norm", "input_norm") + both(
         "feature_projection.projection", "input"
     )
     stem += [
-        (near + length, ("near_length",)),
-        (near + direction, ("near",)),
+        (f"{near}weight_g", ("near_length",)),
+        (f"{near}weight_v", ("near",)),
         (f"{near}bias", ("near_bias",)),
     ]
     stem += both("encoder.layer_norm", "norm" if cfg.norm_first else "first_norm")
-    rows = [(Row(there, here), "", "") for there, here in stem]
-    return [*rows, *blocks(WAV2VEC2_BLOCK, cfg.layers, "encoder.layers.{n}.")]
+    return [*rows(stem), *blocks(WAV2VEC2_BLOCK, cfg.layers, "encoder.layers.{n}.")]
 
 
 def wav2vec2_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
@@ -195,6 +188,10 @@ WAV2VEC2 = Family(
     unused=("masked_spec_embed",),
     features=wav2vec2_features,
     free=FREE,
+    spellings=(
+        (r"parametrizations\.weight\.original0$", "weight_g"),
+        (r"parametrizations\.weight\.original1$", "weight_v"),
+    ),
 )
 
 
@@ -231,7 +228,7 @@ def parakeet_options(part: Part) -> dict[str, Any]:
 
 def parakeet_block() -> list[Row]:
     """The rows of a block, less their prefixes."""
-    plain: list[tuple[str, tuple[str, ...]]] = []
+    plain: Pairs = []
     for theirs, ours in (
         ("norm_feed_forward1", "norm_ff1"),
         ("norm_self_att", "norm_att"),
@@ -245,7 +242,7 @@ def parakeet_block() -> list[Row]:
     plain += row_parallel("feed_forward1.linear2", "ff1.down") + row_parallel(
         "feed_forward2.linear2", "ff2.down"
     )
-    plain += separate("self_attn.", ("q_proj", "k_proj", "v_proj"))
+    plain += separate([f"self_attn.{n}_proj" for n in "qkv"])
     plain += [("self_attn.relative_k_proj.weight", ("attention.distance",))]
     plain += [
         ("self_attn.bias_u", ("attention.to_content",)),
@@ -279,10 +276,10 @@ def parakeet_rows(cfg: Any) -> Rows:
     }.items():
         at = f"subsampling.layers.{i}."
         stem += [(f"{at}weight", (f"subsample.{weight}",)), (f"{at}bias", (f"subsample.{bias}",))]
-    rows = [(Row(there, here), "", "") for there, here in stem]
+    out = rows(stem)
     for n in range(cfg.layers):
-        rows += [(row, f"layers.{n}.", f"blocks.{n}.") for row in parakeet_block()]
-    return rows
+        out += [(row, f"layers.{n}.", f"blocks.{n}.") for row in parakeet_block()]
+    return out
 
 
 def parakeet_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:

@@ -53,6 +53,7 @@ class Family:
     unused: patterns of keys, without the prefix, that the last hidden state does not depend on.
     features: the last hidden state as the transformers class gives it, from what its processor gives.
     free: options that a config may give otherwise than the folder, as they change no tensor.
+    spellings: patterns in keys, without the prefix, and how the table writes them: folders differ.
     """
 
     encoder: str
@@ -63,3 +64,4 @@ class Family:
     unused: tuple[str, ...]
     features: Callable[[Encoder, Mapping[str, Any]], Tensor]
     free: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from encoders.contract import Encoder
 from encoders.hf.audio import FAMILIES as AUDIO
 from encoders.hf.family import Family, Part
+from encoders.hf.qwen import FAMILIES as QWEN
 from encoders.hf.vision import FAMILIES as VISION
 from encoders.registry import resolve
 from parallel.published import FileTensor, SafeFolder, check_tensors, file_tensors, module_shapes
 from parallel.published.read import stored_dtypes
 from parallel.topology.axis import Axes
 
-FAMILIES: tuple[Family, ...] = (*VISION, *AUDIO)
+FAMILIES: tuple[Family, ...] = (*VISION, *QWEN, *AUDIO)
 
 # Sections of the config of a whole model that an encoder's config may be.
 SECTIONS = ("vision_config", "audio_config", "sound_config", "encoder_config", "thinker_config")
@@ -69,8 +69,10 @@ def open_folder(path: str | Path, encoder: str | None = None) -> Opened:
     cfg = make_config(cls, family.options(part))
     cls.check(cfg, 1)
     shapes = module_shapes(cls(cfg, Axes(), device="meta", dtype=None))
-    rows = [(row, part.prefix + there, here) for row, there, here in family.rows(cfg)]
-    tensors = file_tensors(rows, shapes)
+    keys = {_spelled(k, family): part.prefix + k for k in part.shapes()}
+    tensors = [
+        replace(t, key=keys.get(t.key, part.prefix + t.key)) for t in file_tensors(family.rows(cfg), shapes)
+    ]
     wanted, given = {t.key for t in tensors}, folder.shapes()
     unused = tuple(sorted(k for k in given if k not in wanted and _is_unused(k, part.prefix, family)))
     check_tensors(tensors, {k: s for k, s in given.items() if k not in unused}, str(folder.path))
@@ -84,9 +86,9 @@ def make_config(cls: type[Encoder], options: Mapping[str, Any]) -> Any:
     given = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
-            value = dataclasses.replace(getattr(defaults, name), **value)
+            value = replace(getattr(defaults, name), **value)
         given[name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(defaults, **given)
+    return replace(defaults, **given)
 
 
 def _find(folder: SafeFolder, encoder: str | None) -> tuple[Family, Mapping[str, Any]]:
@@ -116,6 +118,13 @@ def _prefix(folder: SafeFolder, probe: str) -> str:
     if not found:
         raise ValueError(f"{folder.path} has no tensor {probe}, as its family has; needed: the whole folder")
     return min(found, key=len).removesuffix(probe)
+
+
+def _spelled(key: str, family: Family) -> str:
+    """A key without its prefix as the family's table writes it."""
+    for pattern, ours in family.spellings:
+        key = re.sub(pattern, ours, key)
+    return key
 
 
 def _is_unused(key: str, prefix: str, family: Family) -> bool:

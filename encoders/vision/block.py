@@ -46,8 +46,10 @@ class Around(NamedTuple):
 
 def make_norm(cfg: VisionConfig, width: int, **factory: Unpack[FactoryKwargs]) -> nn.Module:
     """A norm of the family's kind."""
-    kind = {"layer": LayerNorm, "rms": RMSNorm}[cfg.norm]
-    return kind(width, eps=cfg.eps, device=factory.get("device"), dtype=factory.get("dtype"))
+    device, dtype = factory.get("device"), factory.get("dtype")
+    if cfg.norm == "layer":
+        return LayerNorm(width, eps=cfg.eps, device=device, dtype=dtype)
+    return RMSNorm(width, eps=cfg.eps, single=cfg.single, device=device, dtype=dtype)
 
 
 class Attention(nn.Module):
@@ -55,7 +57,7 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: VisionConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
-        d, self.axes, self.head_dim = cfg.width, axes, cfg.head_dim
+        d, self.axes, self.head_dim, self.single = cfg.width, axes, cfg.head_dim, cfg.single
         for name in ("q", "k", "v"):
             declare(self, name, (d, d), ParamSpec(normal(d**-0.5), shard_dim=0), **factory)
             if name in cfg.biases:
@@ -76,7 +78,7 @@ class Attention(nn.Module):
             ]
         q, k, v = torch.unflatten(joined_linear(h, weights, biases), -1, (3, -1, self.head_dim)).unbind(1)
         if around.rotary is not None:
-            q, k = turn(q, *around.rotary), turn(k, *around.rotary)
+            q, k = (turn(x, *around.rotary, single=self.single) for x in (q, k))
         attention = around.windows if windowed else around.attention
         assert attention is not None
         y = attention(q, torch.stack([k, v], 1)).flatten(1)

@@ -6,10 +6,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu2"]
+Norm = Literal["layer", "rms"]
+Rope = Literal["none", "axial", "centred"]
+
 Fit = Literal["exact", "crop", "smart", "patches", "none"]
-Interpolation = Literal["bicubic", "bicubic_antialias", "bilinear_antialias", "longer_side", "corners"]
+Interpolation = Literal[
+    "bicubic", "bicubic_single", "bicubic_antialias", "bilinear_antialias", "longer_side", "corners"
+]
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,11 @@ class VisionConfig:
     layer_scale: whether each branch is multiplied by a learned vector.
     table: side of the square table of learned positions, in patches; 0 for none.
     class_position: whether the class token has a position of its own, the first.
-    interpolation: how the table is made to fit another grid.
+    interpolation: how the table is made to fit another grid, in float32 but for bicubic. longer_side: that
+        of a square as long as the longer side, cut. corners: bilinear, the corners of both at one place.
     rope: none; axial: rotary angles by row and column; centred: by coordinates in [-1, 1] (DINOv3).
     rope_base: base of the rotary frequencies.
+    single: whether rotation and RMS norms are float32 in a float64 model too, as in the family's own code.
     merge: side of the squares of patches that make one row.
     merged: width of the rows that an MLP makes of the merged patches; 0: they are left side by side.
     levels: indices of earlier layers whose outputs are features too (DeepStack).
@@ -82,9 +91,9 @@ class VisionConfig:
     heads: int = 12
     layers: int = 12
     mlp: int = 3072
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu2"] = "gelu"
+    activation: Activation = "gelu"
     gated: bool = False
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Norm = "layer"
     eps: float = 1e-6
     biases: tuple[str, ...] = ("patch", "q", "k", "v", "out", "mlp")
     class_tokens: int = 0
@@ -95,8 +104,9 @@ class VisionConfig:
     table: int = 0
     class_position: bool = False
     interpolation: Interpolation = "bicubic"
-    rope: Literal["none", "axial", "centred"] = "none"
+    rope: Rope = "none"
     rope_base: float = 10000.0
+    single: bool = False
     merge: int = 1
     merged: int = 0
     levels: tuple[int, ...] = ()

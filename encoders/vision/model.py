@@ -19,7 +19,7 @@ from encoders.vision.attention import frame_attention, window_attention
 from encoders.vision.block import Around, Block, Merger, make_norm
 from encoders.vision.config import VisionConfig
 from encoders.vision.pictures import check_pictures, fitted, picture_patches
-from encoders.vision.position import resized, rotary
+from encoders.vision.position import resized_all, rotary
 from encoders.vision.tokens import Grid, Places, patches_before, places, table_rows, token_rows
 from parallel.sequence.host import to_device
 from parallel.sharding.dtypes import FactoryKwargs
@@ -218,12 +218,10 @@ class VisionTransformer(StackedEncoder):
         table = table[int(self.cfg.class_position) :]
         items = [p.item for p in pieces(share.lengths, share.part)]
         sizes = list(dict.fromkeys((grids[i].down, grids[i].across) for i in items))
-        tables = [resized(table, *size, self.cfg.interpolation) for size in sizes]
         ends = accumulate((down * across for down, across in sizes), initial=0)
         starts = dict(zip(sizes, ends, strict=False))
         index = to_device(table_rows(at, [starts.get((g.down, g.across), 0) for g in grids]), table.device)
-        joined = tables[0] if len(tables) == 1 else torch.cat([table[:0], *tables])
-        return joined.index_select(0, index)
+        return resized_all(table, sizes, self.cfg.interpolation).index_select(0, index)
 
     def _with_prefix(self, x: Tensor, at: Places) -> Tensor:
         """Patches [patches, width] among the class tokens and registers of this rank: [kept, width]."""

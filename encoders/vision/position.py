@@ -7,6 +7,7 @@ float32 whatever the model's dtype is. Rotary angles are float32, as in the fami
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,22 @@ from parallel.sequence.host import to_device
 from parallel.sharding.dtypes import accumulation_dtype
 
 
+def resized_all(table: Tensor, sizes: Sequence[tuple[int, int]], how: Interpolation) -> Tensor:
+    """resized() to each of the sizes (down, across), end to end: [positions, d]."""
+    # Cast once, as its family does, so that gradients of several sizes add up in float32 too.
+    shared = table.to(torch.float32) if how == "bilinear_antialias" else table
+    found = [resized(shared, *size, how).to(table.dtype) for size in sizes]
+    return found[0] if len(found) == 1 else torch.cat([table[:0], *found])
+
+
 def resized(table: Tensor, down: int, across: int, how: Interpolation) -> Tensor:
     """A square table [side * side, d], row by row, as one of down x across positions: [down * across, d]."""
     side = math.isqrt(len(table))
-    if (down, across) == (side, side):
+    if how.startswith("bicubic") and (down, across) == (side, side):
         return table
     if how == "corners":
         return _between_corners(table, side, down, across)
-    # A filter that is not in its family's float32 is in the model's dtype, though never below float32.
+    # The others' own code is in float32 in a float64 model too, where the grid is the table's also.
     acc = accumulation_dtype(table.dtype) if how == "bicubic" else torch.float32
     planes = table.to(acc).view(1, side, side, -1).permute(0, 3, 1, 2)
     if how == "longer_side":
@@ -33,9 +42,9 @@ def resized(table: Tensor, down: int, across: int, how: Interpolation) -> Tensor
         planes = F.interpolate(planes, (most, most), mode="bilinear", align_corners=False)
         planes = planes[..., :down, :across]
     else:
-        mode, _, antialias = how.partition("_")
+        mode, _, more = how.partition("_")
         planes = F.interpolate(
-            planes, (down, across), mode=mode, align_corners=False, antialias=bool(antialias)
+            planes, (down, across), mode=mode, align_corners=False, antialias=more == "antialias"
         )
     return planes[0].flatten(1).T.to(table.dtype)
 
@@ -48,9 +57,8 @@ def _between_corners(table: Tensor, side: int, down: int, across: int) -> Tensor
         index = torch.arange(size, dtype=torch.float32, device=table.device)
         source = index * (side - 1) / max(size - 1, 1)
         low = source.floor()
-        part = source - low
-        at = torch.stack([low, low + 1]).long().clamp(max=side - 1)
-        return at, torch.stack([1 - part, part])
+        taps = torch.stack([low, low + 1])
+        return taps.long().clamp(max=side - 1), (1 - (source - taps).abs()).clamp(min=0)
 
     (row, of_row), (column, of_column) = taps(down), taps(across)
     at = row[:, None, :, None] * side + column[None, :, None, :]  # [2, 2, down, across]
@@ -87,9 +95,10 @@ def rotary(cfg: VisionConfig, at: Places, device: torch.device) -> tuple[Tensor,
     return angle.cos()[:, None], angle.sin()[:, None]
 
 
-def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """x [tokens, heads, head_dim] turned by rotary(); computed in float32, or float64 for float64 inputs."""
-    acc = accumulation_dtype(x.dtype)
+def turn(x: Tensor, cosine: Tensor, sine: Tensor, *, single: bool) -> Tensor:
+    """x [tokens, heads, head_dim] turned by rotary(), computed in float32; in float64 where x is so, except
+    where `single` says that the family turns these in float32 too."""
+    acc = torch.float32 if single else accumulation_dtype(x.dtype)
     y = x.to(acc)
     first, second = y.chunk(2, -1)
     return (y * cosine.to(acc) + torch.cat([-second, first], -1) * sine.to(acc)).to(x.dtype)

@@ -68,6 +68,8 @@ def read_block(
 def _read(folder: SafeFolder, tensor: FileTensor, held: list[Tensor], shape: Shape) -> Tensor:
     """The block at indices `held` of a file's tensor; its dims after the first are those of `shape` here."""
     spans = [slice(int(h[0]), int(h[-1]) + 1) if len(h) else slice(0, 0) for h in held]
+    if tensor.lead < 0:
+        return folder.read(tensor.key, spans[1:])[None][spans[0]]
     lead = (slice(None),) * tensor.lead
     if tensor.shape[tensor.lead + 1 :] != shape[1:]:  # as many elements in other dims: all of these rows
         block = folder.read(tensor.key, (*lead, *spans[:1]))

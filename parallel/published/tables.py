@@ -26,7 +26,8 @@ class Row:
     """Dims of the file's tensor after the first where ours has others of as many elements, such as (3, p, p)
     of a convolution that is a linear map here; -1 is what remains."""
     lead: int = 0
-    """Dims of 1 that the file's tensor has before those of ours, such as the batch of a class token."""
+    """Dims of 1 that the file's tensor has before those of ours, such as the batch of a class token; -1 where
+    it lacks our first dim, of 1."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Part:
 class FileTensor:
     """One tensor of a published checkpoint: its key, its shape, and the parameters in it, along dim 0.
 
-    lead: how many dims of 1 come before that dim 0.
+    lead: how many dims of 1 come before that dim 0; -1 where it is absent.
     """
 
     key: str
@@ -75,7 +76,12 @@ def _tensors(row: Row, key: str, names: list[str], shapes: list[Shape]) -> list[
     for name, shape in zip(names, shapes, strict=True):
         parts.append(Part(name, rows))
         rows += shape[0]
-    return [FileTensor(key, (*(1,) * row.lead, rows, *_dims(row.tail, rest)), tuple(parts), row.lead)]
+    return [FileTensor(key, _led(row.lead, (rows, *_dims(row.tail, rest))), tuple(parts), row.lead)]
+
+
+def _led(lead: int, shape: Shape) -> Shape:
+    assert lead >= 0 or shape[0] == 1, shape
+    return (1,) * lead + shape if lead >= 0 else shape[1:]
 
 
 def _dims(tail: Shape, rest: Shape) -> Shape:

@@ -1,0 +1,127 @@
+"""Settings of published image processors as options, and what processors give as batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoders.contract import Encoder, ItemBatch, Meta
+from encoders.hf.family import Part
+from encoders.vision.config import Pictures, VisionConfig
+from encoders.vision.model import VisionTransformer
+from encoders.vision.pictures import patches_of
+
+RESAMPLE = {2: "bilinear", 3: "bicubic"}
+
+
+def pictures(part: Part, default: Pictures) -> dict[str, Any]:
+    """Options of pictures from the folder's image processor, those of `default` where it says nothing.
+
+    Raises ValueError for settings that ours has not.
+    """
+    said = {k: v for k, v in part.processor.items() if v is not None}
+    out: dict[str, Any] = dict(vars(default))
+    if abs(said.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9 or not said.get("do_rescale", True):
+        raise ValueError("the image processor does not divide pixels by 255; needed: one that does")
+    if said.get("resample") in RESAMPLE:
+        out["resample"] = RESAMPLE[said["resample"]]
+    elif "resample" in said:
+        raise ValueError(f"the image processor has resample={said['resample']}; known: 2 and 3")
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if theirs in said and said.get("do_normalize", True):
+            out[ours] = tuple(said[theirs])
+    if default.fit in ("exact", "crop"):
+        out |= _fit(said, default)
+    elif default.fit == "patches":
+        out["most"] = said.get("max_num_patches", default.most)
+    elif default.fit == "smart":
+        size = said.get("size", {})
+        out["least"] = said.get("min_pixels", size.get("shortest_edge", default.least))
+        out["most"] = said.get("max_pixels", size.get("longest_edge", default.most))
+    return out
+
+
+def _fit(said: Mapping[str, Any], default: Pictures) -> dict[str, Any]:
+    """The resize and crop of a processor of pictures of one size."""
+    if not said.get("do_resize", True):
+        return {"fit": "none"}
+    size = said.get("size")
+    crop = said.get("crop_size") if said.get("do_center_crop", default.fit == "crop") else None
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    if isinstance(size, int):  # of old files: the shorter side where a crop follows
+        size = {"shortest_edge": size} if crop else {"height": size, "width": size}
+    if size is None:
+        return {}
+    if "shortest_edge" in size and crop:
+        return {"fit": "crop", "edge": size["shortest_edge"], **crop}
+    if "height" in size and "width" in size and (crop is None or crop == size):
+        return {"fit": "exact", "height": size["height"], "width": size["width"]}
+    raise ValueError(
+        f"the image processor has size={size}, crop_size={crop}; needed: height and width, or shortest_edge "
+        "and a crop"
+    )
+
+
+def encoder_config(encoder: Encoder) -> tuple[VisionTransformer, VisionConfig]:
+    assert isinstance(encoder, VisionTransformer)
+    return encoder, encoder.cfg
+
+
+def dense_batch(cfg: VisionConfig, pixels: Tensor) -> ItemBatch:
+    """pixel_values [n, channels, height, width] as a batch."""
+    down, across = (cfg.merge * (size // cfg.side) for size in pixels.shape[-2:])
+    meta: Meta = {"down": down, "across": across}
+    values = torch.cat([pixels.new_zeros(0, cfg.inputs), *(patches_of(cfg, x) for x in pixels)])
+    return ItemBatch(values, (down * across,) * len(pixels), (meta,) * len(pixels))
+
+
+def dense_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
+    """Last hidden state [n, tokens, width] of pixel_values."""
+    vision, cfg = encoder_config(encoder)
+    pixels = inputs["pixel_values"]
+    tokens = vision.states(dense_batch(cfg, pixels))
+    return tokens.view(len(pixels), -1, cfg.width) if len(pixels) else tokens[None][:0]
+
+
+def packed_batch(values: Tensor, grids: Sequence[Sequence[int]]) -> ItemBatch:
+    """Patches end to end as a batch. grids: (down, across) or (frames, down, across) of each item."""
+    metas: list[Meta] = []
+    for g in grids:
+        frames, down, across = (1, *g)[-3:]
+        metas.append({"frames": frames, "down": down, "across": across})
+    return ItemBatch(values, tuple(math.prod(g) for g in grids), tuple(metas))
+
+
+def padded_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
+    """SigLIP 2's last hidden state [n, most, width] of padded patches; that of padding is zero."""
+    vision, cfg = encoder_config(encoder)
+    pixels, grids = inputs["pixel_values"], inputs["spatial_shapes"].tolist()
+    lengths = [math.prod(g) for g in grids]
+    values = torch.cat(
+        [pixels.new_zeros(0, cfg.inputs), *(x[:n] for x, n in zip(pixels, lengths, strict=True))]
+    )
+    states = torch.split(vision.states(packed_batch(values, grids)), lengths)
+    out = values.new_zeros(len(pixels), pixels.shape[1], cfg.width, dtype=states[0].dtype if states else None)
+    for i, (state, n) in enumerate(zip(states, lengths, strict=True)):
+        out[i, :n] = state
+    return out
+
+
+def radio_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
+    """RADIO's last hidden state: [n, tokens, width] of pictures in [0, 1], or [all tokens, width] of packed
+    patches with image_grid_hw."""
+    vision, cfg = encoder_config(encoder)
+    pixels = inputs["pixel_values"]
+    grids = inputs.get("image_grid_hw")
+    planes = pixels if grids is None else pixels.view(-1, cfg.channels, cfg.patch, cfg.patch)
+    mean, std = (planes.new_tensor(x, dtype=torch.float32) for x in (cfg.pictures.mean, cfg.pictures.std))
+    planes = (planes.float() - mean[:, None, None]) / std[:, None, None]
+    planes = planes.to(pixels.dtype)
+    if grids is None:
+        return dense_features(encoder, {"pixel_values": planes})
+    return vision.states(packed_batch(planes.flatten(1), grids.tolist()))
