@@ -3,10 +3,10 @@
 Authors of encoders import encoders.api alone. The language model and jobs may not enter.
 """
 
-from encoders import fastconformer, vit
+from encoders import adapter, fastconformer, vit
 from encoders.contract import Encoder, Features, ItemBatch, pack_items
 from encoders.hf import load_hf
-from encoders.registry import register, resolve
+from encoders.registry import implied_options, register, resolve
 from encoders.vision import families as vision
 from parallel.sharding.adopt import adopt
 
@@ -14,8 +14,10 @@ __all__ = [
     "Encoder",
     "Features",
     "ItemBatch",
+    "adapter",
     "adopt",
     "fastconformer",
+    "implied_options",
     "load_hf",
     "pack_items",
     "register",

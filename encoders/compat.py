@@ -150,6 +150,21 @@ def read_wav(payload: bytes) -> tuple[Tensor, int]:
     return torch.from_numpy(samples.reshape(-1, channels).mean(axis=1)), rate
 
 
+def resample(samples: Tensor, given: int, wanted: int) -> Tensor:
+    """Samples [n] at `given` a second to [ceil(n wanted / given)] at `wanted` a second, band-limited as
+    torchaudio does it. Raises ValueError where that is not installed and the rates differ."""
+    if given == wanted:
+        return samples
+    module, path = torchaudio()
+    if module is None:
+        raise ValueError(
+            f"a clip of {given} samples a second is resampled to {wanted} by torchaudio, which is missing "
+            f"({path}); needed: torchaudio, or clips of {wanted} samples a second"
+        )
+    out: Tensor = module.functional.resample(samples, given, wanted)
+    return out
+
+
 @cache
 def mel_filters(bins: int, mels: int, rate: int) -> Tensor:
     """Triangular mel filters (HTK scale, no normalisation) from 0 to rate / 2 Hz: float32 [bins, mels]."""

@@ -74,17 +74,22 @@ class Subsample(nn.Module):
     are zeroed after every convolution, so that a clip sees zeros beyond its ends, as if it were alone.
     """
 
-    def __init__(self, cfg: FastConformerConfig, **factory: Unpack[FactoryKwargs]) -> None:
+    def __init__(
+        self, mels: int, channels: int, width: int, published: bool = False, **factory: Unpack[FactoryKwargs]
+    ) -> None:
+        """width: of a row. published: as in Parakeet, ReLU between, biases on depthwise convolutions."""
         super().__init__()
-        c, self.mels = cfg.channels, cfg.mels
+        c, self.mels, self.published = channels, mels, published
         declare(self, "conv", (c, 1, 3, 3), normal(0.5), **factory)
         declare(self, "conv_bias", (c,), constant(0.0), **factory)
         for i in (1, 2):
             declare(self, f"depth{i}", (c, 1, 3, 3), normal(0.4), **factory)
+            if published:
+                declare(self, f"depth_bias{i}", (c,), constant(0.0), **factory)
             declare(self, f"point{i}", (c, c, 1, 1), normal((2.0 / c) ** 0.5), **factory)
             declare(self, f"point_bias{i}", (c,), constant(0.0), **factory)
-        bands = halved(halved(halved(cfg.mels)))
-        self.out = Linear(c * bands, cfg.width, normal((c * bands) ** -0.5), bias=True, **factory)
+        bands = halved(halved(halved(mels)))
+        self.out = Linear(c * bands, width, normal((c * bands) ** -0.5), bias=True, **factory)
 
     def forward(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
         """frames [sum of lengths, mels] of clips to their rows [sum of ceil(length / 8), width]."""
@@ -98,14 +103,15 @@ class Subsample(nn.Module):
             if stage == 0:
                 x = F.conv2d(x, local(self.conv), local(self.conv_bias), stride=2, padding=1)
             else:
-                x = F.conv2d(x, local(getattr(self, f"depth{stage}")), None, 2, 1, groups=x.shape[1])
+                depth_bias = local(getattr(self, f"depth_bias{stage}")) if self.published else None
+                x = F.conv2d(x, local(getattr(self, f"depth{stage}")), depth_bias, 2, 1, groups=x.shape[1])
                 bias = local(getattr(self, f"point_bias{stage}"))
                 x = F.conv2d(x, local(getattr(self, f"point{stage}")), bias)
             counts, at = [halved(n) for n in counts], at // 2
             rows = self._rows(at, counts, frames)
             real = torch.zeros(x.shape[2], dtype=x.dtype, device=x.device)
             real[rows] = 1.0
-            x = F.silu(x) * real.view(1, 1, -1, 1)
+            x = (F.relu(x) if self.published else F.silu(x)) * real.view(1, 1, -1, 1)
         x = x[0].transpose(0, 1).flatten(1).index_select(0, rows)  # [rows, channels * bands]
         y: Tensor = self.out(x)
         return y
@@ -219,7 +225,7 @@ class FastConformer(StackedEncoder):
     cfg: FastConformerConfig
 
     def add_stem(self, **factory: Unpack[FactoryKwargs]) -> None:
-        self.subsample = Subsample(self.cfg, **factory)
+        self.subsample = Subsample(self.cfg.mels, self.cfg.channels, self.cfg.width, **factory)
 
     def make_block(self, layer: int, **factory: Unpack[FactoryKwargs]) -> Block:
         return Block(self.cfg, self.axes, **factory)
@@ -304,19 +310,24 @@ class FastConformer(StackedEncoder):
         return Features(x, rows, share.part[0]) if self.stage.last else x
 
     def _embed(self, batch: ItemBatch, frames: Sequence[int], share: Share) -> Tensor:
-        """The rows that this rank keeps, subsampled from the frames in the batch: [kept, width].
+        """The rows that this rank keeps, subsampled from the frames in the batch: [kept, width]."""
+        return subsampled(self.subsample, batch, frames, share)
 
-        Row r sees frames 8 r - 7 to 8 r + 7, so a rank that starts inside a clip computes the row before too.
-        The batch has the frames that this needs: nothing is fetched from other ranks.
-        """
-        own = pieces(share.lengths, share.part)
-        extra = 1 if own and own[0].start else 0
-        first = np.cumsum([0, *frames]) - sum(frames[: batch.first])  # row in values of an item's first frame
-        spans = []
-        for i, p in enumerate(own):
-            start = 8 * (p.start - (extra if i == 0 else 0))
-            spans.append((int(first[p.item]) + start, int(first[p.item]) + min(8 * p.stop, frames[p.item])))
-        low, high = (spans[0][0], spans[-1][1]) if spans else (0, 0)
-        needed = batch.values[low:high].to(local(self.subsample.conv).dtype)
-        x: Tensor = self.subsample(needed, [b - a for a, b in spans])
-        return x[extra:]
+
+def subsampled(subsample: Subsample, batch: ItemBatch, frames: Sequence[int], share: Share) -> Tensor:
+    """The rows that a rank keeps, of clips of so many frames: [kept, width].
+
+    Row r sees frames 8 r - 7 to 8 r + 7, so a rank that starts inside a clip computes the row before too.
+    The batch has the frames that this needs: nothing is fetched from other ranks.
+    """
+    own = pieces(share.lengths, share.part)
+    extra = 1 if own and own[0].start else 0
+    first = np.cumsum([0, *frames]) - sum(frames[: batch.first])  # row in values of an item's first frame
+    spans = []
+    for i, p in enumerate(own):
+        start = 8 * (p.start - (extra if i == 0 else 0))
+        spans.append((int(first[p.item]) + start, int(first[p.item]) + min(8 * p.stop, frames[p.item])))
+    low, high = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+    needed = batch.values[low:high].to(local(subsample.conv).dtype)
+    x: Tensor = subsample(needed, [b - a for a, b in spans])
+    return x[extra:]

@@ -6,11 +6,15 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from importlib.metadata import entry_points
+from typing import Any
 
 from encoders import compat
 from encoders.contract import Encoder
 
 _registry: dict[str, type[Encoder]] = {}
+GROUP = "polyrank.encoders"  # of entry points
+FOLDER = "hf:"  # before the folder of a transformers model
 
 
 def register(name: str) -> Callable[[type[Encoder]], type[Encoder]]:
@@ -28,24 +32,48 @@ def register(name: str) -> Callable[[type[Encoder]], type[Encoder]]:
 def resolve(name: str) -> type[Encoder]:
     """The encoder that is registered as `name`, or the class at `package.module:Class`.
 
-    Raises ValueError for an unknown name, a module that cannot be imported, and a class that is no Encoder or
-    lacks some of its methods.
+    A name may also be that of an entry point of the group polyrank.encoders, which any installed package may
+    have, and hf:FOLDER, for a class of the transformers package. Raises ValueError for an unknown name, a
+    module that cannot be imported, and a class that is no Encoder or lacks some of its methods.
     """
     if name in _registry:
         return _registry[name]
-    if ":" not in name:
-        near = difflib.get_close_matches(name, _registry, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(_registry))}."
-        raise ValueError(f"no encoder named {name!r}; {hint} An encoder of your own is package.module:Class")
-    module, _, attribute = name.partition(":")
+    if name.startswith(FOLDER):
+        return _registry[FOLDER.removesuffix(":")]
+    if ":" in name:
+        return _checked(name, _imported(name, "importable from the working folder or PYTHONPATH"))
+    plugins = {point.name: point for point in entry_points(group=GROUP)}
+    if name in plugins:
+        where = f"the entry point {plugins[name].value!r} of an installed package"
+        return _checked(name, _imported(plugins[name].value, where))
+    known = sorted({*_registry, *plugins} - {FOLDER.removesuffix(":")})
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
+    raise ValueError(
+        f"no encoder named {name!r}; {hint} An encoder of your own is package.module:Class, one of the "
+        "transformers package hf:FOLDER"
+    )
+
+
+def implied_options(name: str) -> dict[str, str]:
+    """The options that an encoder's name gives: the folder of hf:FOLDER."""
+    return {"folder": name.removeprefix(FOLDER)} if name.startswith(FOLDER) else {}
+
+
+def _imported(path: str, where: str) -> Any:
+    """What is at package.module:Class."""
+    module, _, attribute = path.partition(":")
     compat.repair()  # the plug-in may import packages that import torchvision or torchaudio
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a plug-in may raise anything while it is imported
         raise ValueError(
-            f"{name!r} cannot be imported: {type(error).__name__}: {error}; needed: package.module:Class, "
-            "importable from the working folder or PYTHONPATH"
+            f"{path!r} cannot be imported: {type(error).__name__}: {error}; needed: package.module:Class, "
+            f"{where}"
         ) from error
+
+
+def _checked(name: str, found: Any) -> type[Encoder]:
     if not (isinstance(found, type) and issubclass(found, Encoder)):
         raise ValueError(f"{name!r} is not a subclass of encoders.Encoder")
     lacks = sorted(getattr(found, "__abstractmethods__", ()))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.contract import Encoder
+from encoders.hf.audio import FAMILIES as AUDIO
 from encoders.hf.family import Family, Part
 from encoders.hf.qwen import FAMILIES as QWEN
 from encoders.hf.vision import FAMILIES as VISION
@@ -18,7 +19,7 @@ from parallel.published import FileTensor, SafeFolder, check_tensors, file_tenso
 from parallel.published.read import stored_dtypes
 from parallel.topology.axis import Axes
 
-FAMILIES: tuple[Family, ...] = (*VISION, *QWEN)
+FAMILIES: tuple[Family, ...] = (*VISION, *QWEN, *AUDIO)
 
 # Sections of the config of a whole model that an encoder's config may be.
 SECTIONS = ("vision_config", "audio_config", "sound_config", "encoder_config", "thinker_config")
@@ -32,6 +33,7 @@ BESIDE = tuple(
         r"(.*\.)?(multi_modal_projector|mlp1|sound_projection|input_conditioner)\..*",
         r"(visual|text)_projection\.weight|logit_(scale|bias)|.*summary_idxs",
         r"(classifier|decoder|head|lm_head|ctc_head|pooler)\..*",
+        r"(joint|encoder_projector|quantizer|project_q|project_hid|projector|layer_weights)(\..*)?",
     )
 )
 

@@ -53,7 +53,9 @@ class ProjectorConfig(Section):
 class EncoderConfig(Section):
     """An encoder module."""
 
-    encoder: str = Field(description="the encoder: vit, fastconformer, or package.module:Class")
+    encoder: str = Field(
+        description="the encoder: vit, fastconformer, hf:FOLDER, a plug-in's name, or package.module:Class"
+    )
     projector: ProjectorConfig = ProjectorConfig()
     freeze: Literal["none", "encoder", "projector", "all"] = Field(
         "none", description="weights that are not trained: none, encoder, projector or all"

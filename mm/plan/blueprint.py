@@ -272,11 +272,13 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
 def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
     """Import the encoder of module `name` and check its options and its layout."""
     from encoders.module import check_encoder
+    from encoders.registry import implied_options
     from mm.plan.inputs import EncoderUse
 
     enc = cfg.model[name]
     cls = _encoder_class(enc.encoder, name)
-    options: Any = build(cls.Config, enc.options, f"model.{name}.options")
+    given = {**implied_options(enc.encoder), **enc.options}
+    options: Any = build(cls.Config, given, f"model.{name}.options")
     degrees = {d: getattr(layout, d) for d in ("tp", "cp", "pp", "ep", "etp")}
     try:
         check_encoder(cls, options, **degrees)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 
 import encoders
+from encoders.audio.sound import Sound
 from encoders.contract import Encoder, ItemBatch, pack_items
 from encoders.module import EncoderModule, build_encoder_module
 from parallel.sharding.param import declared, initialise, own_specs
@@ -22,6 +23,33 @@ from parallel.topology.stage import Stage
 SMALL: dict[str, dict[str, Any]] = {
     "vit": {"width": 24, "heads": 12, "layers": 2, "mlp": 48, "max_grid": 16},
     "fastconformer": {"mels": 16, "channels": 4, "width": 24, "heads": 12, "layers": 2, "ffn": 48},
+    "whisper": {
+        "width": 24,
+        "heads": 12,
+        "layers": 2,
+        "mlp": 48,
+        "positions": 50,
+        "sound": Sound(mels=16, seconds=1.0),
+    },
+    "wav2vec2": {
+        "width": 24,
+        "heads": 12,
+        "layers": 2,
+        "mlp": 48,
+        "channels": (4, 6, 5),
+        "kernels": (10, 3, 2),
+        "strides": (5, 8, 4),
+        "reach": 6,
+        "groups": 2,
+    },
+    "parakeet": {
+        "width": 24,
+        "heads": 12,
+        "layers": 2,
+        "ffn": 48,
+        "channels": 4,
+        "sound": Sound(mels=16, size=512, emphasis=0.97),
+    },
 }
 
 
@@ -85,6 +113,9 @@ def module(
         dtype=dtype,
     )
     initialise(built, 0, name)
+    for key, buffer in built.named_buffers():
+        if key.endswith((".mean", ".variance")):  # of a batch norm: not 0 and 1, which would hide mistakes
+            buffer.copy_(torch.linspace(0.5, 1.5, buffer.numel()))
     tp = built.axes.tp
     for sub in built.modules():
         for key, spec in own_specs(sub).items():
@@ -140,4 +171,7 @@ def gradient_error(nets: Sequence[EncoderModule], whole: EncoderModule) -> float
 SIZES: dict[str, list[Any]] = {
     "vit": [(8, 8), (4, 12), (8, 8), (12, 8)],
     "fastconformer": [3000, 1, 0, 4111, 799, 800],
+    "whisper": [3000, 1],
+    "wav2vec2": [3000, 400, 4111, 400],
+    "parakeet": [3000, 160, 4111],
 }

@@ -53,8 +53,8 @@ ENCODERS = (
         "fastconformer.ends",
         "a clip sees the one before",
         "encoders/fastconformer.py",
-        "x = F.silu(x) * real.view(1, 1, -1, 1)",
-        "x = F.silu(x)",
+        "(F.relu(x) if self.published else F.silu(x)) * real.view(1, 1, -1, 1)",
+        "F.silu(x)",
         PARAKEET,
     ),
     Fault(

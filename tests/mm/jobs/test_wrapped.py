@@ -28,6 +28,7 @@ from parallel.topology.stage import whole
 from tests.encoders.helpers import png
 from tests.mm.checkpoint import test_checkpoint
 from tests.mm.harness import CONFIGS, largest_difference, small, train_few
+from tests.mm.jobs.test_speech import clips
 from tests.mm.shards import sensor_samples, write_shard
 
 LLM = {"pattern": "*-", "n_experts": 4, "top_k": 1}
@@ -240,3 +241,29 @@ def test_evaluation_leaves_modes_as_they_were() -> None:
     data: Any = None
     evaluate._mean_losses(job, data, [], None)
     assert seen == [[True, True, False]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Wav2Vec2Model", "SiglipVisionModel"])
+def test_a_folder_of_transformers_trains_alike_in_any_layout(
+    name: str, pictures: Path, tmp_path: Path, ranks: Any
+) -> None:
+    """Items of several shapes as one FSDP unit, of one shape by layers; frozen and recomputed too."""
+    from tests.encoders.foreign import folder
+
+    made, data = f"hf:{folder(name, tmp_path / 'made')}", pictures if "Vision" in name else tmp_path
+    module = "vision" if "Vision" in name else "audio"
+    if module == "audio":
+        clips(tmp_path)
+    raw = raw_with(made, data, module, train={**small()["train"], "shard": "layer"})
+    raw["data"]["context"] = 160
+    expected = ranks(1, train_few, raw, 3)[0]
+    assert expected[0]["grad_norm_by_module"][module] > 0
+    raw["train"]["recompute"] = True
+    for layout in ({}, {module: {"tp": 2, "sequence_parallel": True}}, {module: {"ranks": "1"}}):
+        for steps in ranks(2, train_few, {**raw, "layout": layout}, 3):
+            assert largest_difference(steps, expected) < 1e-9
+    raw["model"][module]["freeze"] = "encoder"
+    frozen = [*ranks(1, train_few, raw, 2), *ranks(2, train_few, raw, 2)]
+    assert all(largest_difference(steps, frozen[0]) < 1e-9 for steps in frozen)
+    assert largest_difference(frozen[0], expected[:2]) > 1e-6
