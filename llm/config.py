@@ -117,6 +117,9 @@ class LLMConfig:
     """Tokens whose logits exist at a time: memory only."""
     freeze: bool = False
     """Whether the model's parameters stay as they are."""
+    family: str | None = None
+    """The family of published models that it was read from; it is written as the same where that can say it.
+    [model_type]"""
 
     @property
     def symbols(self) -> str:

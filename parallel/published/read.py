@@ -31,14 +31,17 @@ def read_into(
 ) -> None:
     """Fill `module` in place with published tensors, cast to its dtypes.
 
-    tensors: of the whole module, checked against the folder (check_tensors). mesh: the mesh of
-    shard_module(), where each rank reads only its shards; None for a whole module. A pipeline stage reads its
-    own layers.
+    tensors: of the whole module, checked against the folder (check_tensors); what none of them holds becomes
+    zero (file_tensors). mesh: the mesh of shard_module(), where each rank reads only its shards; None for a
+    whole module. A pipeline stage reads its own layers.
     """
     parts = parts_by_name(tensors)
     specs: dict[str, ParamSpec] = {name: spec for name, _, spec in declared(module)}
     for name, target in module_tensors(module).items():
         shape = tuple(target.shape)
+        if name not in parts:
+            local(target).zero_()
+            continue
         if mesh is None or name not in specs:
             held = [torch.arange(n) for n in shape]
         else:

@@ -8,7 +8,7 @@ products.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
@@ -45,18 +45,21 @@ class FileTensor:
     parts: tuple[Part, ...]
 
 
-def file_tensors(rows: Iterable[tuple[Row, str, str]], shapes: Mapping[str, Shape]) -> list[FileTensor]:
+def file_tensors(
+    rows: Iterable[tuple[Row, str, str]], shapes: Mapping[str, Shape], zero: Collection[str] = ()
+) -> list[FileTensor]:
     """The tensors of a model's files, in the order of `rows`.
 
     rows: each with the prefix of its key there and of its parameters here.
     shapes: global shape of each parameter and persistent buffer of the model, by name.
+    zero: names that the files lack, which are zero.
     """
     out: list[FileTensor] = []
     for row, there, here in rows:
         names = [here + name for name in row.ours]
         if names[0] in shapes:
             out += _tensors(row, there + row.theirs, names, [shapes[n] for n in names])
-    covered = {part.name for tensor in out for part in tensor.parts}
+    covered = {part.name for tensor in out for part in tensor.parts} | set(zero)
     assert covered == set(shapes), f"the table does not know {sorted(set(shapes) - covered)}"
     return out
 
