@@ -1,13 +1,13 @@
 """Published language models of Hugging Face's format: reading, also sharded, and writing, family by family.
 
-Other modules of the job may not enter. families.py lists what is known; nemotron_h.py is the hybrid family,
-the others are decoders made of parts.py, rope.py and decoder.py.
+Other modules of the job may not enter. families.py describes them, each by parts of config.json (parts.py,
+rope.py, windows.py, experts.py, hybrid.py) and rows of tensors (decoder.py); nemotron_h.py is one of its own.
 """
 
 from llm.hf.causal import CausalLM, load_hf
 from llm.hf.config import export_family, read_config, write_config
 from llm.hf.export import export_checkpoint, save_hf
-from llm.hf.families import FAMILIES
+from llm.hf.registry import FAMILIES
 from llm.hf.weights import load_weights
 
 __all__ = [

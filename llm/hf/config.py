@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from llm.config import LLMConfig
-from llm.hf.families import FAMILIES, family_named, family_of
-from llm.hf.family import Data, Family, cannot_say, computed
+from llm.hf.family import Data, Family, alike, cannot_say, computed
+from llm.hf.registry import FAMILIES, family_named, family_of
 
 
 def read_config(data: Data) -> LLMConfig:
@@ -53,8 +53,11 @@ def config_of(family: Family, cfg: LLMConfig, dtype: str) -> dict[str, Any]:
     return {**head, "torch_dtype": dtype, **family.write(cfg)}
 
 
-# Keys that may differ from the file: the chunk of the scan, initial weights.
-FREE = ("chunk_size", "mamba_chunk_size", "initializer_range")
+# Keys that may differ from the file: the chunk of the scan, initial weights, what other programs read.
+FREE = (
+    *("chunk_size", "mamba_chunk_size", "initializer_range", "max_position_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 def check_same(cfg: LLMConfig, published: LLMConfig) -> None:
@@ -63,7 +66,7 @@ def check_same(cfg: LLMConfig, published: LLMConfig) -> None:
     assert published.family is not None
     family = family_named(published.family)
     here, there = computed(cfg), computed(published)
-    if here == there:
+    if all(alike(here.get(key), there.get(key)) for key in {**here, **there}):
         return
     wrong = []
     try:
@@ -78,6 +81,6 @@ def check_same(cfg: LLMConfig, published: LLMConfig) -> None:
     wrong = wrong or [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
         for key in {**there, **here}
-        if here.get(key) != there.get(key)
+        if not alike(here.get(key), there.get(key))
     ]
     raise ValueError(f"config.json describes another model: {'; '.join(wrong)}")

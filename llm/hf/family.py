@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,7 +71,8 @@ READ_BY = {
 # multi-token prediction are compared in a form of their own.
 UNSAID = (
     "pattern mtp_layers mtp_pattern mtp_weight chunk init_std expert_bias_rate aux_weight z_weight capacity "
-    "pad_experts dispatcher level_layers loss_chunk freeze family"
+    "pad_experts dispatcher level_layers loss_chunk freeze family "
+    "context bos_id eos_ids pad_id"
 )
 
 
@@ -84,7 +86,23 @@ def computed(cfg: LLMConfig) -> dict[str, Any]:
     for name in UNSAID.split():
         out.pop(name, None)
     blocks = cfg.mtp_pattern if cfg.mtp_layers else ""
-    return {"pattern": cfg.symbols, "mtp_layers": min(cfg.mtp_layers, 1), "mtp_pattern": blocks, **out}
+    out |= {"pattern": cfg.symbols, "mtp_layers": min(cfg.mtp_layers, 1), "mtp_pattern": blocks}
+    return out | (_attention(cfg) if "*" in cfg.kinds else {})
+
+
+def _attention(cfg: LLMConfig) -> dict[str, Any]:
+    """Options of attention for which several values are the same model."""
+    attention = tuple(i for i, symbol in enumerate(cfg.symbols) if symbol == "*")
+    out: dict[str, Any] = {
+        "rope_skips": tuple(sorted(cfg.rope_skips)),
+        "attention_scale": cfg.attention_scale or cfg.head_dim**-0.5,
+    }
+    if cfg.window is not None:
+        windowed = attention if cfg.window_layers is None else cfg.window_layers
+        out["window_layers"] = tuple(sorted(windowed))
+        if cfg.rope_scaling is None:
+            out["window_rope_theta"] = cfg.window_rope_theta or cfg.rope_theta
+    return out
 
 
 def cannot_say(family: Family, cfg: LLMConfig) -> str | None:
@@ -96,6 +114,13 @@ def cannot_say(family: Family, cfg: LLMConfig) -> str | None:
     here, there = computed(cfg), computed(back)
     for name in {**here, **there}:
         ours, needed = here.get(name), there.get(name)
-        if ours != needed:
+        if not alike(ours, needed):
             return f"a {family.title} checkpoint cannot say {name}={ours!r}; needed: {needed!r}"
     return None
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same, numbers to the rounding of their inverse."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-14)
+    return bool(one == other)

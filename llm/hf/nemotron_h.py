@@ -13,6 +13,7 @@ from typing import Any
 
 from llm.config import LLMConfig, check
 from llm.hf.family import Data, Family, Field, TableRow
+from llm.hf.parts import read_beside, write_beside
 from parallel.published.tables import Row
 
 # Names of layer kinds in config.json, the newest first; older ones are read too.
@@ -93,11 +94,7 @@ def read(data: Data) -> LLMConfig:
         given = data.get(theirs, needed)
         if given != needed:
             raise ValueError(f"config.json has {theirs}={given!r}; needed: {needed!r}")
-    limits = [_number(x) for x in data.get("time_step_limit") or (0.0, math.inf)]
-    if limits != [0.0, math.inf]:
-        raise ValueError(
-            f"config.json clamps time steps to {limits}; needed: time_step_limit=[0.0, Infinity]"
-        )
+    time_steps_are_free(data)
     pattern = _pattern(data, "hybrid_override_pattern", "layers_block_type")
     if pattern is None:
         raise ValueError("config.json has neither hybrid_override_pattern nor layers_block_type")
@@ -120,7 +117,7 @@ def read(data: Data) -> LLMConfig:
         raise ValueError(
             "config.json has mlp_bias with moe_latent_size; needed: latent projections without bias"
         )
-    cfg = replace(cfg, **used)
+    cfg = replace(cfg, **used, **read_beside(data))
     check(cfg)
     return cfg
 
@@ -137,11 +134,21 @@ def write(cfg: LLMConfig) -> dict[str, Any]:
     out["mlp_hidden_act"] = cfg.activation
     out["attention_bias"] = False
     out |= {f.theirs: getattr(cfg, f.ours) for f in FIELDS if cfg.kinds & set(f.kinds)}
+    out |= {key: value for key, value in write_beside(cfg).items() if value is not None}
     out["num_nextn_predict_layers"] = min(cfg.mtp_layers, 1)
     if cfg.mtp_layers:
         out["mtp_hybrid_override_pattern"] = cfg.mtp_pattern
         out["mtp_layers_block_type"] = [KIND_NAMES[s][0] for s in cfg.mtp_pattern]
     return out
+
+
+def time_steps_are_free(data: Data) -> None:
+    """Refuse a config.json that clamps the time steps of Mamba-2, which ours does not."""
+    limits = [_number(x) for x in data.get("time_step_limit") or (0.0, math.inf)]
+    if limits != [0.0, math.inf]:
+        raise ValueError(
+            f"config.json clamps time steps to {limits}; needed: time_step_limit=[0.0, Infinity]"
+        )
 
 
 def _number(value: Any) -> float:
@@ -169,19 +176,24 @@ OUTSIDE = (
     Row("lm_head.weight", ("head",)),
 )
 
+
+def mamba_rows(stem: str) -> tuple[Row, ...]:
+    """The mixer of Mamba-2 below `stem`."""
+    return (
+        Row(f"{stem}.in_proj.weight", tuple(f"mixer.in_{n}" for n in ("z", "x", "b", "c", "dt"))),
+        Row(f"{stem}.conv1d.weight", tuple(f"mixer.conv_{n}" for n in ("x", "b", "c")), tail=(1, -1)),
+        Row(f"{stem}.conv1d.bias", tuple(f"mixer.conv_bias_{n}" for n in ("x", "b", "c"))),
+        Row(f"{stem}.A_log", ("mixer.scalars.a_log",)),
+        Row(f"{stem}.D", ("mixer.scalars.d",)),
+        Row(f"{stem}.dt_bias", ("mixer.scalars.dt_bias",)),
+        Row(f"{stem}.norm.weight", ("mixer.norm",)),
+        Row(f"{stem}.out_proj.weight", ("mixer.out.weight",)),
+    )
+
+
 # Below backbone.layers.N there and layers.N here. A table, so its rows are alike in form.
 LAYER: dict[str, tuple[Row, ...]] = {
-    "M": (
-        Row("norm.weight", ("norm.weight",)),
-        Row("mixer.in_proj.weight", tuple(f"mixer.in_{n}" for n in ("z", "x", "b", "c", "dt"))),
-        Row("mixer.conv1d.weight", tuple(f"mixer.conv_{n}" for n in ("x", "b", "c")), tail=(1, -1)),
-        Row("mixer.conv1d.bias", tuple(f"mixer.conv_bias_{n}" for n in ("x", "b", "c"))),
-        Row("mixer.A_log", ("mixer.scalars.a_log",)),
-        Row("mixer.D", ("mixer.scalars.d",)),
-        Row("mixer.dt_bias", ("mixer.scalars.dt_bias",)),
-        Row("mixer.norm.weight", ("mixer.norm",)),
-        Row("mixer.out_proj.weight", ("mixer.out.weight",)),
-    ),
+    "M": (Row("norm.weight", ("norm.weight",)), *mamba_rows("mixer")),
     "*": (
         Row("norm.weight", ("norm.weight",)),
         Row("mixer.q_proj.weight", ("mixer.q",)),

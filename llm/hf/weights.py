@@ -6,8 +6,8 @@ import torch
 
 from llm.config import LLMConfig
 from llm.hf.config import check_same, read_config
-from llm.hf.families import family_named
 from llm.hf.family import Family
+from llm.hf.registry import family_named
 from llm.model import LLM
 from parallel.published import (
     FileTensor,

@@ -60,7 +60,8 @@ def read_block(
     tensor, part = parts[0]
     if part.expert is None:
         assert len(parts) == 1, part.name
-        return _read(folder, tensor, [h + part.first if dim == 0 else h for dim, h in enumerate(held)], shape)
+        shifted = [h + part.first if dim == tensor.dim else h for dim, h in enumerate(held)]
+        return _read(folder, tensor, shifted, shape)
     experts = {p.expert: t for t, p in parts}
     rows = [_read(folder, experts[e], held[1:], shape[1:]) for e in held[0].tolist()]
     if rows:
@@ -71,7 +72,7 @@ def read_block(
 def _read(folder: SafeFolder, tensor: FileTensor, held: list[Tensor], shape: Shape) -> Tensor:
     """The block at indices `held` of a file's tensor; its dims after the first are those of `shape` here."""
     spans = [slice(int(h[0]), int(h[-1]) + 1) if len(h) else slice(0, 0) for h in held]
-    if tensor.shape[1:] != shape[1:]:  # as many elements in other dims: all of these rows
+    if tensor.dim == 0 and tensor.shape[1:] != shape[1:]:  # as many elements in other dims: all of these rows
         block = folder.read(tensor.key, spans[:1]).reshape(spans[0].stop - spans[0].start, *shape[1:])
         block = block[(slice(None), *spans[1:])]
     else:

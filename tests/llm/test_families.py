@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from llm.hf import CausalLM, load_hf, save_hf
+from llm.hf import CausalLM, load_hf
 from llm.hf.weights import checkpoint_tensors
 from parallel.published import join
 from tests.llm.families import RANDOM, ids_of, loss, run, save, tiny
-
-from transformers import AutoModelForCausalLM  # isort: skip
 
 
 def far(ours: Tensor, theirs: Tensor, least: float = 1e-30) -> float:
