@@ -179,6 +179,19 @@ class LLMConfig:
         """Features of a head that positions turn, the first."""
         return int(self.head_dim * self.rope_share)
 
+    def window_of(self, layer: int | None) -> int | None:
+        """The window of an attention layer, None where it sees all; layer: its index, None in the block of
+        multi-token prediction."""
+        return self.window if self.window_layers is None or layer in self.window_layers else None
+
+    def rope_of(self, layer: int | None) -> tuple[float | None, RopeScaling | None]:
+        """Base (None: no positions) and scaling of the rotary positions of an attention layer."""
+        if layer in self.rope_skips:
+            return None, None
+        if self.window_rope_theta is not None and self.window_of(layer) is not None:
+            return self.window_rope_theta, None
+        return self.rope_theta, self.rope_scaling
+
     @property
     def mamba_inner(self) -> int:
         """Inner width of Mamba-2."""
@@ -225,7 +238,6 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
     _check_numbers(cfg)
     _check_layers(cfg)
     _check_attention(cfg)
-    _check_not_yet(cfg)
     _check_routing(cfg)
     # tp need not divide key/value heads and groups: more ranks share them (parallel.tensor_parallel.heads).
     counts = {"vocab_size": cfg.vocab_size}
@@ -328,6 +340,8 @@ def _check_attention(cfg: LLMConfig) -> None:
         if cfg.window is None and getattr(cfg, what) != none:
             why = f"model.llm.{what} without window would have no effect; needed: a window, or none of it"
             raise Unfit(why, [{what: none}], "llm")
+    if cfg.window is not None or cfg.attention_cap is not None:
+        raise ValueError("model.llm.window and attention_cap are not built yet; needed: null")
     if cfg.rope_theta is None and cfg.rope_scaling is not None:
         raise ValueError("model.llm.rope_scaling without rope_theta; needed: rope_theta, such as 10000")
     if cfg.rope_theta is None and cfg.window_rope_theta is None:
@@ -347,22 +361,6 @@ def _check_attention(cfg: LLMConfig) -> None:
         )
     if cfg.rope_scaling is not None:
         check_scaling(cfg.rope_scaling, cfg.rope_width // 2)
-
-
-# Switches that nothing computes yet, with the value at which they are off.
-NOT_YET = {
-    "qkv_bias": False, "qk_norm": "none", "rope_scaling": None, "rope_share": 1.0, "rope_skips": (),
-    "window": None, "attention_scale": None, "attention_cap": None, "norms": "before", "norm_shift": False,
-    "embed_scale": 1.0, "branch_scale": 1.0, "logit_scale": 1.0, "logit_cap": None,
-}  # fmt: skip
-
-
-def _check_not_yet(cfg: LLMConfig) -> None:
-    for what, off in NOT_YET.items():
-        if (value := getattr(cfg, what)) != off:
-            raise ValueError(f"model.llm.{what} is {value!r}, which is not built yet; needed: {off!r}")
-    if cfg.activation == "gelu_tanh":
-        raise ValueError("model.llm.activation is 'gelu_tanh', which is not built yet; known: gelu")
 
 
 def _check_routing(cfg: LLMConfig) -> None:

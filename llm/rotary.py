@@ -136,5 +136,5 @@ def _yarn_kept(theta: float, pairs: int, scaling: RopeScaling) -> Floats:
     # The published code bounds the last by the features, not the pairs, less one.
     first, last = max(first, 0), min(last, 2 * pairs - 1)
     # Bounds that coincide make a step.
-    ramp: Floats = (np.arange(pairs) - first) / (last - first if last != first else 0.001)
-    return 1.0 - ramp.clip(0.0, 1.0)
+    ramp = (np.arange(pairs) - first) / (last - first if last != first else 0.001)
+    return np.asarray(1.0 - np.clip(ramp, 0.0, 1.0), dtype=np.float64)

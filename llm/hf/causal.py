@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.hf.config import read_config
@@ -14,7 +13,7 @@ from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
 from parallel.published import SafeFolder, allocate, read_into, stored_dtypes
 from parallel.sequence.packed import Packing
-from parallel.sharding.dtypes import accumulation_dtype
+from parallel.tensor_parallel.loss import logits
 
 
 class CausalLM(nn.Module):
@@ -34,8 +33,9 @@ class CausalLM(nn.Module):
         ids, count = input_ids.reshape(-1), batch * length
         packing = packing or Packing.of([length] * batch, input_ids.device)
         text = LLMBatch(ids, ids, packing, count, {})
-        x = F.linear(self.model.states(text, {}, ForwardContext(packing, count)), self.model.head_weight())
-        return x.to(accumulation_dtype(x.dtype)).view(batch, length, -1)
+        cfg, states = self.model.cfg, self.model.states(text, {}, ForwardContext(packing, count))
+        x = logits(states, self.model.head_weight(), cfg.logit_scale, cfg.logit_cap)
+        return x.view(batch, length, -1)
 
 
 def load_hf(
