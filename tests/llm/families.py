@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -243,29 +244,47 @@ RANDOM: dict[str, Callable[[random.Random], Options]] = {
 }
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Any:
-    """A random model of a family, in which nothing is at a special value that could hide a mistake.
+def options(name: str, seed: int) -> Options:
+    """The options of a random model of a family."""
+    return SIZES | RANDOM[name](random.Random(seed))
 
-    options: of its config, over the random ones of `seed`. In float64 its rotary angles are too; transformers
-    has them in float32, whatever the model is converted to.
+
+def even(name: str, seed: int) -> Options:
+    """The same, of sizes that two ranks divide."""
+    return options(name, seed) | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def config_of(name: str, given: Options) -> Any:
+    """A config object of transformers."""
+    return transformers.AutoConfig.for_model(name, **given, attn_implementation="eager")
+
+
+def build(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """A random model in which nothing is at a special value that could hide a mistake.
+
+    In float64 its rotary angles are too; transformers has them in float32, whatever the model is converted to.
     """
     torch.manual_seed(seed)
-    given = SIZES | RANDOM[name](random.Random(seed)) | options
-    config = transformers.AutoConfig.for_model(name, **given, attn_implementation="eager")
-    if dtype == torch.float64:
-        with Widened():
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
-    else:
+    with Widened() if dtype == torch.float64 else nullcontext():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
+    eager(model)
     with torch.no_grad():
         for n, param in model.named_parameters():
             if param.ndim == 1 and "A_log" not in n:
                 param.add_(0.3 * torch.randn_like(param))
             else:
                 param.mul_(4.0)  # the default deviation makes branches too weak next to the residual
+        for n, buffer in model.named_buffers():
+            if n.endswith("e_score_correction_bias"):
+                # Far from zero, so that choosing with the bias differs from weighting without it.
+                buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel())[torch.randperm(buffer.numel())])
     return model.train()
+
+
+def eager(model: Any) -> None:
+    """Experts one by one: grouped products do not know float64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
 
 
 def save(model: nn.Module, path: Path, **options: Any) -> Path:
