@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from llm.rotary import RopeScaling, check_scaling
+from llm.source import Source
 from parallel.topology.layout import Unfit, check_divides, nearest
 
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
@@ -151,6 +152,8 @@ class LLMConfig:
     """Tokens whose logits exist at a time: memory only."""
     freeze: bool = False
     """Whether the model's parameters stay as they are."""
+    source: Source | None = None
+    """The published model that it was read from (llm.hf.read_config)."""
 
     @property
     def symbols(self) -> str:
