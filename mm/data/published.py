@@ -260,6 +260,12 @@ def _placeholder(core: tokenizers.Tokenizer, notes: _Notes, kind: str) -> str:
         return named
     for key in (f"{kind}_token_id", f"{kind}_token_index"):
         given = notes.ids.get(key)
-        if isinstance(given, int) and (text := core.id_to_token(given)) is not None:
+        if isinstance(given, int):
+            text = core.id_to_token(given)
+            if text is None:
+                raise ValueError(
+                    f"config.json has {key}={given}, beyond the vocabulary of {core.get_vocab_size()} "
+                    f"tokens of the {TOKENIZER} beside it; needed: the id of one of them"
+                )
             return str(text)
     return f"<{kind}>"

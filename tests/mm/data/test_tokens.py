@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from mm.commands.preflight import check_start
 from mm.config.schema import from_mapping
 from mm.data import tokens
 from mm.data.index import load_index
@@ -202,3 +203,32 @@ def test_too_small_an_embedding_is_refused(tmp_path: Path, tokenizer: PublishedT
     raw["model"]["llm"]["vocab_size"] = tokenizer.needed - 1
     with pytest.raises(Refused, match=f"the tokenizer .*t needs at least {tokenizer.needed}"):
         draw_up(from_mapping(raw, tmp_path), 1)
+
+
+def test_weights_of_another_vocabulary_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "weights", byte_bpe())
+    raw = small(data={"train": ["a.tar"]}, checkpoint={"weights": str(folder)})
+
+    def refuses(match: str, name: str = "bytes", **llm: Any) -> None:
+        changed = {**raw, "data": {**raw["data"], "tokenizer": name}}
+        changed["model"] = {"llm": {**raw["model"]["llm"], **llm}}
+        with pytest.raises(Refused, match=match):
+            check_start(from_mapping(changed, tmp_path))
+
+    (folder / "config.json").write_text('{"vocab_size": 384}')
+    refuses(r"data.tokenizer is bytes, but the weights .* were trained with the tokens")
+    other = write_tokenizer(tmp_path / "other", unigram())
+    refuses(
+        r"another vocabulary than the weights .*tokens differ, such as .*needed: data.tokenizer=", str(other)
+    )
+    rows = read_tokenizer(folder).vocab_size
+    refuses(f"has 384 rows, model.llm.vocab_size is {rows + 128}", str(folder), vocab_size=rows + 128)
+    more = byte_bpe()
+    more.add_special_tokens(["<one more>"])  # which published ids do not see
+    write_tokenizer(tmp_path / "more", more)
+    raw["model"]["llm"]["vocab_size"] = 384 + 128
+    (folder / "config.json").write_text('{"vocab_size": 512}')
+    for fits in (folder, folder / "tokenizer.json", tmp_path / "more"):
+        check_start(from_mapping({**raw, "data": {**raw["data"], "tokenizer": str(fits)}}, tmp_path))
+    (folder / "config.json").write_text('{"vocab_size": 512, "image_token_id": 511}')
+    refuses("image_token_id=511, beyond the vocabulary", str(folder))
