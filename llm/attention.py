@@ -8,6 +8,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from llm.cache import CachedPacking, attend_cached
 from llm.config import LLMConfig
 from llm.recompute import run
 from parallel.context_parallel import ContextPacking, context_attention
@@ -74,6 +75,10 @@ class Attention(nn.Module):
         assert self.axes.cp.size == 1, (
             "under cp a layer needs the packing of parallel.context_parallel.pack()"
         )
+        if isinstance(packing, CachedPacking):
+            kept = packing.keep(self, k, v)
+            if not packing.begins:
+                return attend_cached(q, kept, packing.position)
         return attention(q, k, v, packing, causal=True)
 
 

@@ -6,6 +6,7 @@ from tests.mutations.fault import Fault
 
 CHATS = "tests/mm/data/test_chat.py"
 TOKENIZERS = "tests/mm/data/test_tokenizer.py"
+ANSWERS = "tests/llm/test_decode.py"
 
 TEXT = (
     Fault(
@@ -55,5 +56,29 @@ TEXT = (
         "at = int(sample.markers)",
         "at = 1",
         "tests/mm/data/test_tokens.py::test_rows_of_a_conversation_enter_at_its_placeholder",
+    ),
+    Fault(
+        "decode.position",
+        "a next token stands at the beginning of its document",
+        "llm/cache.py",
+        "self.starts[:-1] - np.asarray(self.past, dtype=np.int64)",
+        "self.starts[:-1]",
+        f"{ANSWERS}::test_a_token_at_a_time_is_the_whole_document_at_once[rotary]",
+    ),
+    Fault(
+        "decode.window",
+        "the convolution forgets the token before",
+        "llm/mamba.py",
+        "Carry(window[:, 1:], state)",
+        "Carry(window[:, :-1], state)",
+        f"{ANSWERS}::test_a_token_at_a_time_is_the_whole_document_at_once[Mamba alone]",
+    ),
+    Fault(
+        "decode.top_p",
+        "the token at which the sum reaches top_p is left out",
+        "llm/decode.py",
+        "before = ordered.cumsum(-1) - ordered",
+        "before = ordered.cumsum(-1)",
+        f"{ANSWERS}::test_draws_follow_the_probabilities_within_top_p",
     ),
 )
