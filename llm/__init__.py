@@ -19,7 +19,7 @@ __all__ = ["load_hf"]
 def load_hf(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> CausalLM:
-    """A published model of the Nemotron-H family: see llm.hf.load_hf."""
+    """A published model: see llm.hf.load_hf."""
     # Imported here because llm.config is pure and used where torch is not.
     from llm import hf
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Unpack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llm.cache import CachedPacking, attend_cached
 from llm.config import LLMConfig
+from llm.norm import norm_start, norms_of_all_heads, rms_norm
 from llm.recompute import run
+from llm.rotary import attention_factor, speeds
 from parallel.context_parallel import ContextPacking, context_attention
+from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing, attention
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
@@ -25,21 +29,32 @@ class Attention(nn.Module):
     """Causal attention within each document; several query heads share a key/value head (arXiv 2305.13245).
 
     With more tp ranks than key/value heads, each rank computes those that its own query heads read.
+    layer: its index in the model, None in the block of multi-token prediction.
     """
 
-    def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
+    def __init__(
+        self, cfg: LLMConfig, axes: Axes, layer: int | None = None, **factory: Unpack[FactoryKwargs]
+    ) -> None:
         super().__init__()
-        self.axes, self.head_dim, self.rope_theta = axes, cfg.head_dim, cfg.rope_theta
+        self.cfg, self.axes, self.head_dim = cfg, axes, cfg.head_dim
+        self.rope = Rotation(cfg, layer) if cfg.rope_of(layer)[0] is not None else None
         self.shared = share_heads(cfg.n_heads, cfg.n_kv_heads, axes.tp.size, axes.tp.rank)
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
         own = self.shared.count * cfg.head_dim
         self.sizes = [q // axes.tp.size, own, own]
+        self.biased = cfg.attention_bias or cfg.qkv_bias
         for name, width in {"q": q, "k": kv, "v": kv}.items():
             init = normal(cfg.init_std)
             spec = ParamSpec(init, shard_dim=0) if name == "q" else self.shared.spec(init)
             declare(self, name, (width, cfg.d_model), spec, **factory)
-            if cfg.attention_bias:
+            if self.biased:
                 declare(self, f"{name}_bias", (width,), replace(spec, init=constant(0.0)), **factory)
+            if name != "v" and cfg.qk_norm == "full":
+                declare(self, f"{name}_norm", (width,), replace(spec, init=norm_start(cfg)), **factory)
+            elif name != "v" and cfg.qk_norm == "head":
+                # Each tp rank norms heads of its own with the one weight.
+                each = ParamSpec(norm_start(cfg), partial=axes.tp.size > 1)
+                declare(self, f"{name}_norm", (cfg.head_dim,), each, **factory)
         self.out = Linear(q, cfg.d_model, normal(cfg.out_std), shard="row", **factory)
         if cfg.attention_bias:
             # Added after the sum over tp, so that it counts once.
@@ -52,7 +67,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """x [T, d], or this rank's share of it under sequence parallelism, to the same."""
         x = enter(x, self.axes)
-        biases = None if self.bias is None else self._used("_bias")
+        biases = self._used("_bias") if self.biased else None
         joined = joined_linear(x, self._used(""), biases)
         q, k, v = (
             torch.unflatten(t, -1, (-1, self.head_dim)) for t in torch.split(joined, self.sizes, dim=-1)
@@ -67,33 +82,63 @@ class Attention(nn.Module):
         return [q, *(self.shared.used(w, self.head_dim) for w in (k, v))]
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-        if self.rope_theta is not None:
-            q, k = rotate(q, k, packing.position, self.rope_theta)
+        if self.cfg.qk_norm != "none":
+            q, k = self._normed(q, k)
+        if self.rope is not None:
+            q, k = self.rope(q, k, packing)
         k, v = self.shared.spread(k), self.shared.spread(v)
         if isinstance(packing, ContextPacking):
-            return context_attention(q, k, v, packing)
+            return context_attention(q, k, v, packing, scale=self.cfg.attention_scale)
         assert self.axes.cp.size == 1, (
             "under cp a layer needs the packing of parallel.context_parallel.pack()"
         )
         if isinstance(packing, CachedPacking):
             kept = packing.keep(self, k, v)
             if not packing.begins:
-                return attend_cached(q, kept, packing.position)
-        return attention(q, k, v, packing, causal=True)
+                return attend_cached(q, kept, packing.position, scale=self.cfg.attention_scale)
+        return attention(q, k, v, packing, causal=True, scale=self.cfg.attention_scale)
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The norms of queries and keys, of each head or over all heads of all tp ranks."""
+        cfg, q_norm, k_norm = self.cfg, local(self.q_norm), local(self.k_norm)
+        if cfg.qk_norm == "head":
+            return rms_norm(q, q_norm, cfg), rms_norm(k, k_norm, cfg)
+        parts = [(q, q_norm, 0), (k, self.shared.used(k_norm, self.head_dim), self.shared.copies)]
+        q, k = norms_of_all_heads(parts, [cfg.n_heads, cfg.n_kv_heads], cfg, self.axes.tp)
+        return q, k
 
 
-def rotate(q: Tensor, k: Tensor, position: Tensor, theta: float) -> tuple[Tensor, Tensor]:
-    """Rotary positions (arXiv 2104.09864): q and k [T, H, D], rotated by position [T] in their document.
+class Rotation:
+    """Rotary positions of one layer (arXiv 2104.09864).
 
-    Feature i is paired with i + D / 2, as in published checkpoints.
+    Of the first `rope_width` features of a head, feature i is paired with the one half that width later, as
+    in published checkpoints; the others have no positions.
     """
-    acc, half = accumulation_dtype(q.dtype), q.shape[-1] // 2
-    speed = theta ** (-torch.arange(half, dtype=torch.float64, device=q.device) / half)
-    angle = position.unsqueeze(-1) * speed  # float64: in float32 the angle is off by 0.03 at 1M
-    cos, sin = (f(angle).to(acc).unsqueeze(1) for f in (torch.cos, torch.sin))
 
-    def turn(x: Tensor) -> Tensor:
-        low, high = x.to(acc).chunk(2, -1)
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)
+    def __init__(self, cfg: LLMConfig, layer: int | None) -> None:
+        theta, scaling = cfg.rope_of(layer)
+        assert theta is not None
+        self.width = cfg.rope_width
+        self.speeds = speeds(theta, self.width // 2, scaling)
+        self.factor = attention_factor(scaling)
+        self.original = (scaling and scaling.original) or 0
 
-    return turn(q), turn(k)
+    def __call__(self, q: Tensor, k: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """q and k [T, H, D], turned by the positions of the T rows in their documents."""
+        acc = accumulation_dtype(q.dtype)
+        speed = to_device(self.speeds, q.device)
+        if len(speed) > 1:
+            # Of documents, not of batches: what is packed together changes nothing.
+            whole = packing.whole if isinstance(packing, CachedPacking) else packing.lengths
+            longer = np.asarray(whole, dtype=np.int64) > self.original
+            speed = speed[to_device(longer.astype(np.int64), q.device)[packing.sequence_id]]
+        angle = packing.position.unsqueeze(-1) * speed  # float64: in float32 the angle is off by 0.03 at 1M
+        cos, sin = ((f(angle) * self.factor).to(acc).unsqueeze(1) for f in (torch.cos, torch.sin))
+
+        def turn(x: Tensor) -> Tensor:
+            turned, rest = x[..., : self.width], x[..., self.width :]
+            low, high = turned.to(acc).chunk(2, -1)
+            y = torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)
+            return torch.cat([y, rest], -1) if rest.shape[-1] else y
+
+        return turn(q), turn(k)

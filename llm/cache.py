@@ -73,25 +73,25 @@ class CachedPacking(Packing):
         return to_device(np.arange(self.total) - np.repeat(before, self.lengths), self.device)
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest document, the next ones included."""
-        return max(n + p for n, p in zip(self.lengths, self.past, strict=True))
+    def whole(self) -> tuple[int, ...]:
+        """Tokens of each document, the next ones included."""
+        return tuple(n + p for n, p in zip(self.lengths, self.past, strict=True))
 
     def keep(self, layer: Hashable, k: Tensor, v: Tensor) -> KeyValues:
         """All keys and values of a layer, with k and v [T, H_kv, D] of the next tokens."""
         kept = self.cache.layers.setdefault(layer, KeyValues.empty(k, v, len(self.lengths)))
         assert isinstance(kept, KeyValues)
-        kept.write(self.sequence_id, self.position, k, v, self.longest)
+        kept.write(self.sequence_id, self.position, k, v, max(self.whole))
         return kept
 
 
-def attend_cached(q: Tensor, kept: KeyValues, position: Tensor) -> Tensor:
+def attend_cached(q: Tensor, kept: KeyValues, position: Tensor, *, scale: float | None = None) -> Tensor:
     """Attention of one token a document: q [B, H, D] at positions [B] to the keys up to it."""
     at = torch.arange(kept.k.shape[1], device=q.device)
     seen = at <= position.unsqueeze(1)
     k, v = kept.k.transpose(1, 2), kept.v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(
-        q.unsqueeze(2), k, v, attn_mask=seen[:, None, None], enable_gqa=grouped
+        q.unsqueeze(2), k, v, attn_mask=seen[:, None, None], scale=scale, enable_gqa=grouped
     )
     return y.squeeze(2)

@@ -7,11 +7,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from llm.rotary import RopeScaling, check_scaling
 from parallel.topology.layout import Unfit, check_divides, nearest
 
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
 
-Activation = Literal["relu2", "gelu", "silu"]
+Activation = Literal["relu2", "gelu", "gelu_tanh", "silu"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,26 @@ class LLMConfig:
     """Base of rotary positions (arXiv 2104.09864); None for no positions, as Nemotron-H."""
     attention_bias: bool = False
     """Whether the four projections of attention have biases; the published models have none."""
+    qkv_bias: bool = False
+    """Whether those of queries, keys and values have them, but that of the output has not."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMS norm of queries and keys before positions: of each head (Qwen 3), or over all heads (OLMo 2)."""
+    rope_scaling: RopeScaling | None = None
+    """Change of rotary speeds for longer contexts."""
+    rope_share: float = 1.0
+    """Share of a head's features, the first, that positions turn. [partial_rotary_factor]"""
+    rope_skips: tuple[int, ...] = ()
+    """Attention layers, by index, without positions (arXiv 2501.18795)."""
+    window: int | None = None
+    """Keys that a token of a windowed layer sees, the last ones, its own included. [sliding_window]"""
+    window_layers: tuple[int, ...] | None = None
+    """Attention layers, by index, that have the window; None: all."""
+    window_rope_theta: float | None = None
+    """Base of rotary positions in windowed layers, then without rope_scaling; None: as in other layers."""
+    attention_scale: float | None = None
+    """Factor on attention's scores; None: head_dim ** -0.5."""
+    attention_cap: float | None = None
+    """c in c tanh(score / c), which bounds scores (Gemma 2, arXiv 2408.00118, section 2); None: no bound."""
 
     mamba_heads: int = 16
     """Heads of Mamba-2 (arXiv 2405.21060, section 7). [mamba_num_heads]"""
@@ -95,7 +116,8 @@ class LLMConfig:
     mlp_bias: bool = False
     """Whether dense MLPs and shared experts have biases. [mlp_bias]"""
     activation: Activation = "relu2"
-    """act of dense MLPs and of all experts; relu2 is the squared ReLU (arXiv 2109.08668). [mlp_hidden_act]"""
+    """act of dense MLPs and of all experts; relu2 is the squared ReLU (arXiv 2109.08668), gelu_tanh the
+    approximation of gelu (arXiv 1606.08415, section 2). [mlp_hidden_act]"""
 
     mtp_layers: int = 0
     """Depths of multi-token prediction: one stored block, applied once a depth (arXiv 2512.20856, section
@@ -109,6 +131,18 @@ class LLMConfig:
     """Whether the head is the embedding; the published models are untied. [tie_word_embeddings]"""
     level_layers: tuple[int, ...] = ()
     """Layers, by index, after which an encoder's levels 1, 2, .. are added (DeepStack, arXiv 2406.04334)."""
+    norms: Literal["before", "after", "both"] = "before"
+    """Where a residual branch has norms: before its mixer, after it (OLMo 2, arXiv 2501.00656), or both."""
+    norm_shift: bool = False
+    """Whether norms multiply by 1 + weight, which starts at 0 (Gemma), not by weight, which starts at 1."""
+    embed_scale: float = 1.0
+    """Factor on embeddings of tokens; rows of encoders enter after it. [embedding_multiplier]"""
+    branch_scale: float = 1.0
+    """Factor on each residual branch. [residual_multiplier]"""
+    logit_scale: float = 1.0
+    """Factor on logits. [1 / logits_scaling]"""
+    logit_cap: float | None = None
+    """c in c tanh(logit / c), after logit_scale; None: no bound. [final_logit_softcapping]"""
     norm_eps: float = 1e-5
     """Added to the mean square in every norm. [layer_norm_epsilon]"""
     init_std: float = 0.02
@@ -117,6 +151,18 @@ class LLMConfig:
     """Tokens whose logits exist at a time: memory only."""
     freeze: bool = False
     """Whether the model's parameters stay as they are."""
+    family: str | None = None
+    """The family of published models that it was read from; it is written as the same where that can say it.
+    [model_type]"""
+    context: int | None = None
+    """Tokens of the longest document that it was made for; like the ids below it acts in other programs
+    alone. [max_position_embeddings]"""
+    bos_id: int | None = None
+    """Id of the token that begins a document. [bos_token_id]"""
+    eos_ids: tuple[int, ...] = ()
+    """Ids of tokens that end one. [eos_token_id]"""
+    pad_id: int | None = None
+    """Id of the token that fills batches. [pad_token_id]"""
 
     @property
     def symbols(self) -> str:
@@ -127,6 +173,24 @@ class LLMConfig:
     def kinds(self) -> frozenset[str]:
         """The kinds of layers in the model and in its block of multi-token prediction."""
         return frozenset(self.symbols + (self.mtp_pattern if self.mtp_layers else ""))
+
+    @property
+    def rope_width(self) -> int:
+        """Features of a head that positions turn, the first."""
+        return int(self.head_dim * self.rope_share)
+
+    def window_of(self, layer: int | None) -> int | None:
+        """The window of an attention layer, None where it sees all; layer: its index, None in the block of
+        multi-token prediction."""
+        return self.window if self.window_layers is None or layer in self.window_layers else None
+
+    def rope_of(self, layer: int | None) -> tuple[float | None, RopeScaling | None]:
+        """Base (None: no positions) and scaling of the rotary positions of an attention layer."""
+        if layer in self.rope_skips:
+            return None, None
+        if self.window_rope_theta is not None and self.window_of(layer) is not None:
+            return self.window_rope_theta, None
+        return self.rope_theta, self.rope_scaling
 
     @property
     def mamba_inner(self) -> int:
@@ -154,7 +218,12 @@ def embeds_last(cfg: LLMConfig) -> bool:
 
 
 # Integers that may be 0, which then means "none".
-MAY_BE_ZERO = ("mtp_layers", "shared_ffn")
+MAY_BE_ZERO = ("mtp_layers", "shared_ffn", "bos_id", "pad_id")
+# Numbers, some of which may be None, that are more than 0.
+ABOVE_ZERO = (
+    *("routed_scale", "norm_eps", "init_std", "capacity", "embed_scale", "branch_scale", "logit_scale"),
+    *("rope_theta", "window_rope_theta", "attention_scale", "attention_cap", "logit_cap"),
+)
 
 
 def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
@@ -167,11 +236,8 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
         _check_pattern("mtp_pattern", cfg.mtp_pattern)
     _check_choices(cfg)
     _check_numbers(cfg)
-    for layer in cfg.level_layers:
-        if not 0 <= layer < len(cfg.symbols):
-            raise ValueError(
-                f"model.llm.level_layers has {layer}; needed: a layer's index, 0 to {len(cfg.symbols) - 1}"
-            )
+    _check_layers(cfg)
+    _check_attention(cfg)
     _check_routing(cfg)
     # tp need not divide key/value heads and groups: more ranks share them (parallel.tensor_parallel.heads).
     counts = {"vocab_size": cfg.vocab_size}
@@ -231,7 +297,7 @@ def _check_numbers(cfg: LLMConfig) -> None:
         if type(value) is int and value < (what not in MAY_BE_ZERO):
             least = 0 if what in MAY_BE_ZERO else 1
             raise ValueError(f"model.llm.{what} is {value}; needed: at least {least}")
-    for what in ("routed_scale", "norm_eps", "init_std", "rope_theta", "capacity"):
+    for what in ABOVE_ZERO:
         value = getattr(cfg, what)
         if value is not None and value <= 0:
             raise ValueError(f"model.llm.{what} is {value}; needed: more than 0")
@@ -240,14 +306,61 @@ def _check_numbers(cfg: LLMConfig) -> None:
             raise ValueError(f"model.llm.{what} is {getattr(cfg, what)}; needed: 0 (off) or more")
     if cfg.latent is not None and cfg.latent < 1:
         raise ValueError(f"model.llm.latent is {cfg.latent}; needed: at least 1, or null for d_model")
-    if cfg.rope_theta is not None and cfg.head_dim % 2:
-        even = [{"head_dim": n} for n in (cfg.head_dim - 1, cfg.head_dim + 1) if n]
-        raise Unfit(f"model.llm.head_dim={cfg.head_dim} with rope_theta; needed: even", even, "llm")
     for many, few in (("n_heads", "n_kv_heads"), ("mamba_heads", "mamba_groups")):
         n, d = getattr(cfg, many), getattr(cfg, few)
         if n % d:
             works = [{few: k} for k in nearest(d, n)]
             raise Unfit(f"model.llm.{many}={n} is no multiple of {few}={d}", works, "llm")
+
+
+def _check_layers(cfg: LLMConfig) -> None:
+    """Refuse indices of layers that the pattern does not have, or not of the kind that an option is of."""
+    for layer in cfg.level_layers:
+        if not 0 <= layer < len(cfg.symbols):
+            raise ValueError(
+                f"model.llm.level_layers has {layer}; needed: a layer's index, 0 to {len(cfg.symbols) - 1}"
+            )
+    attention = [i for i, symbol in enumerate(cfg.symbols) if symbol == "*"]
+    for what in ("rope_skips", "window_layers"):
+        for layer in getattr(cfg, what) or ():
+            if layer not in attention:
+                known = ", ".join(map(str, attention)) or "none"
+                raise ValueError(
+                    f"model.llm.{what} has {layer}; needed: the index of an attention layer of "
+                    f"{cfg.pattern!r}: {known}"
+                )
+
+
+def _check_attention(cfg: LLMConfig) -> None:
+    """Refuse options of attention that contradict each other, or that would have no effect."""
+    if cfg.attention_bias and cfg.qkv_bias:
+        why = "model.llm.attention_bias and qkv_bias are both true; attention_bias has the biases of both"
+        raise Unfit(why, [{"qkv_bias": False}, {"attention_bias": False}], "llm")
+    for what, none in {"window_layers": None, "window_rope_theta": None}.items():
+        if cfg.window is None and getattr(cfg, what) != none:
+            why = f"model.llm.{what} without window would have no effect; needed: a window, or none of it"
+            raise Unfit(why, [{what: none}], "llm")
+    if cfg.window is not None or cfg.attention_cap is not None:
+        raise ValueError("model.llm.window and attention_cap are not built yet; needed: null")
+    if cfg.rope_theta is None and cfg.rope_scaling is not None:
+        raise ValueError("model.llm.rope_scaling without rope_theta; needed: rope_theta, such as 10000")
+    if cfg.rope_theta is None and cfg.window_rope_theta is None:
+        for what, unset in {"rope_share": 1.0, "rope_skips": ()}.items():
+            if getattr(cfg, what) != unset:
+                raise ValueError(f"model.llm.{what} without rope_theta; needed: rope_theta, such as 10000")
+        return
+    if not 0 < cfg.rope_share <= 1:
+        raise ValueError(f"model.llm.rope_share is {cfg.rope_share}; needed: more than 0, at most 1")
+    if cfg.rope_share == 1 and cfg.head_dim % 2:
+        even = [{"head_dim": n} for n in (cfg.head_dim - 1, cfg.head_dim + 1) if n]
+        raise Unfit(f"model.llm.head_dim={cfg.head_dim} with rope_theta; needed: even", even, "llm")
+    if cfg.rope_width % 2 or not cfg.rope_width:
+        raise ValueError(
+            f"model.llm.rope_share={cfg.rope_share} of head_dim={cfg.head_dim} is {cfg.rope_width} features; "
+            "needed: an even number, at least 2"
+        )
+    if cfg.rope_scaling is not None:
+        check_scaling(cfg.rope_scaling, cfg.rope_width // 2)
 
 
 def _check_routing(cfg: LLMConfig) -> None:

@@ -7,17 +7,17 @@ A prompt is computed as in training, rows of encoders included; then each layer 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llm.cache import Cache, CachedPacking
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
+from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing
-from parallel.sharding.dtypes import accumulation_dtype
+from parallel.tensor_parallel.loss import logits
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def decode(
     device = prompts[0].ids.device
     generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
     cache, past, open_ = Cache(), [0] * len(prompts), [True] * len(prompts)
+    said: list[list[int]] = [[] for _ in prompts]
     ids, rows, positions = _joined(prompts)
     lengths = tuple(len(p.ids) for p in prompts)
     for step in range(limit):
@@ -85,7 +86,16 @@ def decode(
         if not any(open_) or step == limit - 1:
             return
         past = [n + p for n, p in zip(lengths, past, strict=True)]
-        ids, rows, positions, lengths = torch.tensor(new, device=device), {}, {}, (1,) * len(new)
+        said = [[*own, token] for own, token in zip(said, new, strict=True)]
+        if _turns_long(model, packing.whole):
+            # Longer documents have other rotary positions from their beginning on: they are computed anew.
+            cache, past = Cache(), [0] * len(new)
+            longer = [replace(p, ids=_with(p.ids, more)) for p, more in zip(prompts, said, strict=True)]
+            ids, rows, positions = _joined(longer)
+            lengths = tuple(len(p.ids) for p in longer)
+        else:
+            ids, rows, positions = to_device(torch.tensor(new), device), {}, {}
+            lengths = (1,) * len(new)
 
 
 def generate(
@@ -98,6 +108,16 @@ def generate(
     """The answers of decode(), each with the id that ended it."""
     steps = list(decode(model, prompts, limit, sampling, stops))
     return [[token for token in own if token is not None] for own in zip(*steps, strict=True)]
+
+
+def _turns_long(model: LLM, lengths: Sequence[int]) -> bool:
+    """Whether one more token makes a document long for longrope (arXiv 2402.13753)."""
+    scaling = model.cfg.rope_scaling
+    return scaling is not None and scaling.kind == "longrope" and scaling.original in lengths
+
+
+def _with(ids: Tensor, more: Sequence[int]) -> Tensor:
+    return torch.cat([ids, to_device(torch.tensor(more, dtype=ids.dtype), ids.device)])
 
 
 def _joined(prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -114,20 +134,19 @@ def _joined(prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor], dict[
 
 def next_logits(model: LLM, states: Tensor, packing: CachedPacking) -> Tensor:
     """Logits [B, vocab] after the last of each document's tokens, float32 at least."""
-    last = torch.from_numpy(packing.starts[1:] - 1).to(states.device)
-    logits = F.linear(states[last], model.head_weight())
-    return logits.to(accumulation_dtype(logits.dtype))
+    last = to_device(packing.starts[1:] - 1, states.device)
+    return logits(states[last], model.head_weight(), model.cfg.logit_scale, model.cfg.logit_cap)
 
 
-def _choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+def _choose(scores: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
     """The next token of each prompt."""
     if sampling.temperature == 0:
-        return [int(n) for n in logits.argmax(-1).tolist()]
-    probability = torch.softmax(logits.double() / sampling.temperature, -1).cpu()
+        return [int(n) for n in scores.argmax(-1).tolist()]
+    probability = torch.softmax(scores.double() / sampling.temperature, -1).cpu()
     ordered, tokens = torch.sort(probability, dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     kept = torch.where(before < sampling.top_p, ordered, 0.0)
     reached = kept.cumsum(-1)
     draws = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
     at = torch.searchsorted(reached, torch.stack(draws).unsqueeze(1) * reached[:, -1:], right=True)
-    return [int(n) for n in tokens.gather(1, at.clamp(max=logits.shape[1] - 1)).squeeze(1).tolist()]
+    return [int(n) for n in tokens.gather(1, at.clamp(max=scores.shape[1] - 1)).squeeze(1).tolist()]

@@ -14,7 +14,7 @@ from llm.config import LLMConfig
 def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
     """(parameters held, parameters used per token) of one layer, its norm included."""
     d = cfg.d_model
-    n = d  # the norm
+    n = 2 * d if cfg.norms == "both" else d  # norms
     if symbol == "M":
         di, bc = cfg.mamba_inner, 2 * cfg.mamba_groups * cfg.mamba_state
         n += d * (2 * di + bc + cfg.mamba_heads) + (di + bc) * (cfg.conv_kernel + 1)
@@ -22,8 +22,10 @@ def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
     elif symbol == "*":
         heads = 2 * cfg.n_heads + 2 * cfg.n_kv_heads
         n += d * cfg.head_dim * heads
-        if cfg.attention_bias:
-            n += cfg.head_dim * (cfg.n_heads + 2 * cfg.n_kv_heads) + d
+        if cfg.attention_bias or cfg.qkv_bias:
+            n += cfg.head_dim * (cfg.n_heads + 2 * cfg.n_kv_heads) + d * cfg.attention_bias
+        if cfg.qk_norm != "none":
+            n += cfg.head_dim * (2 if cfg.qk_norm == "head" else cfg.n_heads + cfg.n_kv_heads)
     elif symbol == "-":
         n += _mlp_params(cfg, cfg.mlp_ffn)
     else:

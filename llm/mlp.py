@@ -59,6 +59,8 @@ def activate(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor
         y = _squared_relu(x)
     elif kind == "gelu":
         y = F.gelu(x)
+    elif kind == "gelu_tanh":
+        y = F.gelu(x, approximate="tanh")
     else:
         y = F.silu(x)
     return y if gate is None else y * up

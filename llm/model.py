@@ -98,11 +98,11 @@ class LLM(nn.Module):
         # Named by global index, so that initial weights and checkpoints do not depend on stages.
         self.layers = nn.ModuleList()
         for i in stage.layers:
-            self.layers.add_module(str(i), Layer(cfg.symbols[i], cfg, axes, **factory))
+            self.layers.add_module(str(i), Layer(cfg.symbols[i], cfg, axes, i, **factory))
         self.norm: RMSNorm | None = None
         self.mtp: MultiToken | None = None
         if stage.last:
-            self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, partial=axes.sequence_parallel, **factory)
+            self.norm = RMSNorm(cfg, axes, **factory)
             if not cfg.tied:
                 head = ParamSpec(normal(cfg.init_std), shard_dim=0)
                 declare(self, "head", (cfg.vocab_size, cfg.d_model), head, **factory)
@@ -175,7 +175,8 @@ class LLM(nn.Module):
     def embed_ids(self, ids: Tensor) -> Tensor:
         """Embeddings of token ids [T]: [T, d], or this rank's share of it."""
         assert self.embed is not None
-        return leave(self.embed(ids), self.axes)
+        x = leave(self.embed(ids), self.axes)
+        return x if self.cfg.embed_scale == 1 else x * self.cfg.embed_scale
 
     def head_weight(self) -> Tensor:
         """This tp rank's rows of the head [V / tp, d]."""
@@ -198,7 +199,10 @@ class LLM(nn.Module):
         hidden, tokens = enter(states, self.axes), len(labels)
         if rows is not None:
             hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
-        loss = vocab_loss(hidden, self.head_weight(), labels, self.axes.tp, self.cfg.loss_chunk)
+        cfg, head = self.cfg, self.head_weight()
+        loss = vocab_loss(
+            hidden, head, labels, self.axes.tp, cfg.loss_chunk, scale=cfg.logit_scale, cap=cfg.logit_cap
+        )
         return loss if rows is None else loss.new_zeros(tokens).index_copy(0, rows, loss)
 
     def _with_mtp_loss(self, block: MultiToken, x: Tensor, batch: LLMBatch, ctx: ForwardContext) -> Tensor:

@@ -47,12 +47,12 @@ class MultiToken(nn.Module):
     def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         d, sp = cfg.d_model, axes.sequence_parallel
-        self.embed_norm = RMSNorm(d, cfg.norm_eps, partial=sp, **factory)
-        self.hidden_norm = RMSNorm(d, cfg.norm_eps, partial=sp, **factory)
+        self.embed_norm = RMSNorm(cfg, axes, **factory)
+        self.hidden_norm = RMSNorm(cfg, axes, **factory)
         # Each tp rank holds it whole and applies it to the tokens that it holds: no exchange.
         self.join = Linear(2 * d, d, normal(cfg.init_std), partial=sp, **factory)
-        self.layers = nn.ModuleList(Layer(s, cfg, axes, **factory) for s in cfg.mtp_pattern)
-        self.norm = RMSNorm(d, cfg.norm_eps, partial=sp, **factory)
+        self.layers = nn.ModuleList(Layer(s, cfg, axes, None, **factory) for s in cfg.mtp_pattern)
+        self.norm = RMSNorm(cfg, axes, **factory)
 
     def forward(self, hidden: Tensor, embedded: Tensor, ctx: ForwardContext) -> Tensor:
         """Normed hidden states [T', d] of the next depth.

@@ -1,16 +1,20 @@
-"""Hugging Face checkpoints of the Nemotron-H family: reading, also sharded, and writing.
+"""Published language models of Hugging Face's format: reading, also sharded, and writing, family by family.
 
-Other families and other modules of the job may not enter.
+Other modules of the job may not enter. families.py describes them, each by parts of config.json (parts.py,
+rope.py, windows.py, experts.py, hybrid.py) and rows of tensors (decoder.py); nemotron_h.py is one of its own.
 """
 
 from llm.hf.causal import CausalLM, load_hf
-from llm.hf.config import read_config, write_config
+from llm.hf.config import export_family, read_config, write_config
 from llm.hf.export import export_checkpoint, save_hf
+from llm.hf.registry import FAMILIES
 from llm.hf.weights import load_weights
 
 __all__ = [
+    "FAMILIES",
     "CausalLM",
     "export_checkpoint",
+    "export_family",
     "load_hf",
     "load_weights",
     "read_config",

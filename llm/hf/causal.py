@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.hf.config import read_config
-from llm.hf.weights import checkpoint_tensors, load_weights
+from llm.hf.weights import check_folder
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
-from parallel.published import SafeFolder, allocate, check_tensors, stored_dtypes
+from parallel.published import SafeFolder, allocate, read_into, stored_dtypes
 from parallel.sequence.packed import Packing
-from parallel.sharding.dtypes import accumulation_dtype
+from parallel.tensor_parallel.loss import logits
 
 
 class CausalLM(nn.Module):
@@ -34,25 +33,26 @@ class CausalLM(nn.Module):
         ids, count = input_ids.reshape(-1), batch * length
         packing = packing or Packing.of([length] * batch, input_ids.device)
         text = LLMBatch(ids, ids, packing, count, {})
-        x = F.linear(self.model.states(text, {}, ForwardContext(packing, count)), self.model.head_weight())
-        return x.to(accumulation_dtype(x.dtype)).view(batch, length, -1)
+        cfg, states = self.model.cfg, self.model.states(text, {}, ForwardContext(packing, count))
+        x = logits(states, self.model.head_weight(), cfg.logit_scale, cfg.logit_cap)
+        return x.view(batch, length, -1)
 
 
 def load_hf(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> CausalLM:
-    """A model of the Nemotron-H family from a folder with config.json and *.safetensors, in one process.
+    """A published model from a folder with config.json and *.safetensors, in one process.
 
     dtype: of all weights, None for that of each tensor in the files; the routing bias is float32 at least.
-    Raises ValueError where the config describes a model that ours cannot be, and where tensors are missing,
-    unknown or of another shape. For a sharded model see load_weights().
+    Raises ValueError where the family is not known (llm.hf.families), where the config describes a model that
+    ours cannot be, and where tensors are missing, unknown or of another shape. For a sharded model see
+    load_weights().
     """
     folder = SafeFolder(path)
     cfg = read_config(folder.config())
-    tensors = checkpoint_tensors(cfg)
-    check_tensors(tensors, folder.shapes(), str(folder.path))
-    stored = stored_dtypes(tensors, folder)
+    tensors, view = check_folder(cfg, folder)
+    stored = stored_dtypes(tensors, view)
     model = LLM(cfg, device="meta")
     allocate(model, {name: dtype or stored[name] for name in stored}, device)
-    load_weights(model, folder)
+    read_into(model, tensors, view)
     return CausalLM(model)

@@ -1,204 +1,86 @@
-"""config.json of the Nemotron-H family to LLMConfig and back, from one table of fields. Pure."""
+"""config.json to LLMConfig and back, in the family that it names. Pure."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from llm.config import LLMConfig, check
-
-# Names of layer kinds in config.json, the newest first; older ones are read too.
-KIND_NAMES = {
-    "M": ("linear_attention", "mamba"),
-    "E": ("moe",),
-    "*": ("full_attention", "attention"),
-    "-": ("mlp",),
-}
+from llm.config import LLMConfig
+from llm.hf.family import Data, Family, alike, cannot_say, computed
+from llm.hf.registry import FAMILIES, family_named, family_of
 
 
-@dataclass(frozen=True)
-class Field:
-    """One field of a config, under our name and under theirs."""
-
-    ours: str
-    theirs: str
-    default: Any
-    """The value of theirs where a file lacks it."""
-    kinds: str = "ME*-"
-    """The kinds of layers that read it."""
-
-
-# Defaults are those of the published configuration class, which writes only differences from them.
-# A table, so its rows are alike in form.
-FIELDS = (
-    Field("vocab_size", "vocab_size", 131072),
-    Field("d_model", "hidden_size", 4096),
-    Field("norm_eps", "layer_norm_epsilon", 1e-5),
-    Field("init_std", "initializer_range", 0.02),
-    Field("n_heads", "num_attention_heads", 32, "*"),
-    Field("n_kv_heads", "num_key_value_heads", 8, "*"),
-    Field("head_dim", "head_dim", 128, "*"),
-    Field("mamba_heads", "mamba_num_heads", 128, "M"),
-    Field("mamba_head_dim", "mamba_head_dim", 64, "M"),
-    Field("mamba_state", "ssm_state_size", 128, "M"),
-    Field("mamba_groups", "n_groups", 8, "M"),
-    Field("conv_kernel", "conv_kernel", 4, "M"),
-    Field("chunk", "chunk_size", 128, "M"),
-    Field("n_experts", "n_routed_experts", 8, "E"),
-    Field("top_k", "num_experts_per_tok", 2, "E"),
-    Field("expert_ffn", "moe_intermediate_size", 7688, "E"),
-    Field("shared_ffn", "moe_shared_expert_intermediate_size", 7688, "E"),
-    Field("latent", "moe_latent_size", None, "E"),
-    Field("routed_scale", "routed_scaling_factor", 1.0, "E"),
-    Field("norm_top_k", "norm_topk_prob", True, "E"),
-    Field("expert_groups", "n_group", 1, "E"),
-    Field("top_groups", "topk_group", 1, "E"),
-    Field("mlp_ffn", "intermediate_size", 21504, "-"),
-    Field("mlp_bias", "mlp_bias", False, "E-"),
-)
-
-# Names of fields in some versions of the published class -> their names above.
-ALIASES = {
-    "layer_types": "layers_block_type",
-    "num_local_experts": "n_routed_experts",
-    "mamba_n_groups": "n_groups",
-    "mamba_d_conv": "conv_kernel",
-    "mamba_chunk_size": "chunk_size",
-    "mamba_conv_bias": "use_conv_bias",
-    "mamba_dt_limit": "time_step_limit",
-}
-
-ACTIVATIONS = {"relu2": "relu2", "silu": "silu", "gelu": "gelu"}
-
-# Options that our model does not have: theirs -> the value needed, which is also that of a file without it.
-# attention_bias and rope_theta are in published files, but the published code uses neither.
-FIXED: dict[str, Any] = {
-    "model_type": "nemotron_h",
-    "tie_word_embeddings": False,
-    "use_bias": False,
-    "mamba_proj_bias": False,
-    "use_conv_bias": True,
-    "mamba_hidden_act": "silu",
-    "n_shared_experts": 1,
-    "sliding_window": None,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-}
-
-# Options that a published checkpoint cannot express: ours -> the value needed to export.
-UNSAID: dict[str, Any] = {
-    "rope_theta": None,
-    "attention_bias": False,
-    "router": "sigmoid",
-    "mlp_gated": False,
-    "tied": False,
-}
-
-
-def read_config(data: Mapping[str, Any]) -> LLMConfig:
+def read_config(data: Data) -> LLMConfig:
     """The model that config.json describes.
 
-    Fields of layer kinds that are not in the pattern keep our defaults. mtp_layers is the number of stored
-    blocks, one at most. The file does not give how often the block is applied; mtp_layers may be raised for
-    the same weights. Raises ValueError, with the value needed, where our model cannot be it.
+    Raises ValueError for an unknown model_type, and, with the value needed, where our model cannot be it.
     """
-    data = {ALIASES.get(theirs, theirs): value for theirs, value in data.items()}
-    for theirs, needed in FIXED.items():
-        given = data.get(theirs, needed)
-        if given != needed:
-            raise ValueError(f"config.json has {theirs}={given!r}; needed: {needed!r}")
-    limits = [_number(x) for x in data.get("time_step_limit") or (0.0, math.inf)]
-    if limits != [0.0, math.inf]:
-        raise ValueError(
-            f"config.json clamps time steps to {limits}; needed: time_step_limit=[0.0, Infinity]"
-        )
-    pattern = _pattern(data, "hybrid_override_pattern", "layers_block_type")
-    if pattern is None:
-        raise ValueError("config.json has neither hybrid_override_pattern nor layers_block_type")
-    stored = data.get("num_nextn_predict_layers") or 0
-    if stored > 1:
-        raise ValueError(
-            f"config.json has num_nextn_predict_layers={stored}; needed: one stored block or none"
-        )
-    mtp_pattern = _pattern(data, "mtp_hybrid_override_pattern", "mtp_layers_block_type") or "*E"
-    cfg = LLMConfig(pattern=pattern, mtp_layers=stored, mtp_pattern=mtp_pattern)
-    used = {f.ours: data.get(f.theirs, f.default) for f in FIELDS if cfg.kinds & set(f.kinds)}
-    for f in FIELDS:
-        if used.get(f.ours, f.default) is None and f.default is not None:
-            raise ValueError(f"config.json has {f.theirs}=null; needed: a value, such as {f.default!r}")
-    used["activation"] = data.get("mlp_hidden_act", "relu2")
-    if used["activation"] not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"config.json has mlp_hidden_act={used['activation']!r}; known: {known}")
-    if used.get("mlp_bias") and used.get("latent"):
-        raise ValueError(
-            "config.json has mlp_bias with moe_latent_size; needed: latent projections without bias"
-        )
-    cfg = replace(cfg, **used)
-    check(cfg)
-    return cfg
+    family = family_of(data)
+    return replace(family.read(data), family=family.name)
 
 
-def write_config(cfg: LLMConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a model; dtype: of its weights ("bfloat16").
+def export_family(cfg: LLMConfig, name: str | None = None) -> Family:
+    """The family that a model is written as: `name`; else the one that it was read from, or the first of
+    FAMILIES, whose config.json can say it. Raises ValueError, with the reasons, where none can."""
+    if name is not None:
+        family = family_named(name)
+        why = cannot_say(family, cfg)
+        if why:
+            raise ValueError(why)
+        return family
+    first = [family_named(cfg.family)] if cfg.family else []
+    reasons = []
+    for family in [*first, *(f for f in FAMILIES.values() if f not in first)]:
+        why = cannot_say(family, cfg)
+        if not why:
+            return family
+        reasons.append(why)
+    raise ValueError("; ".join(reasons))
+
+
+def write_config(cfg: LLMConfig, dtype: str, family: str | None = None) -> dict[str, Any]:
+    """config.json of a model; dtype: of its weights ("bfloat16"); family: see export_family().
 
     Options that only training reads (balance losses, capacity, mtp_weight) are not part of it. Raises
-    ValueError where the format cannot express the model.
+    ValueError where no family can express the model.
     """
-    for ours, needed in UNSAID.items():
-        if getattr(cfg, ours) != needed:
-            raise ValueError(
-                f"a Nemotron-H checkpoint cannot say {ours}={getattr(cfg, ours)!r}; needed: {needed!r}"
-            )
-    if "E" in cfg.kinds and not cfg.shared_ffn:
-        raise ValueError("a Nemotron-H checkpoint cannot say shared_ffn=0; needed: a shared expert")
-    out: dict[str, Any] = {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, **FIXED}
-    # Both spellings: a reader of one ignores the other.
-    out["hybrid_override_pattern"] = cfg.symbols
-    out["layers_block_type"] = [KIND_NAMES[s][0] for s in cfg.symbols]
-    out["num_hidden_layers"] = len(cfg.symbols)
-    out["mlp_hidden_act"] = cfg.activation
-    out["attention_bias"] = False
-    out |= {f.theirs: getattr(cfg, f.ours) for f in FIELDS if cfg.kinds & set(f.kinds)}
-    out["num_nextn_predict_layers"] = min(cfg.mtp_layers, 1)
-    if cfg.mtp_layers:
-        out["mtp_hybrid_override_pattern"] = cfg.mtp_pattern
-        out["mtp_layers_block_type"] = [KIND_NAMES[s][0] for s in cfg.mtp_pattern]
-    return out
+    return config_of(export_family(cfg, family), cfg, dtype)
 
 
-# Keys that may differ from the file: the chunk of the scan, initial weights.
-FREE = ("chunk_size", "initializer_range")
+def config_of(family: Family, cfg: LLMConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a model in a family that can say it."""
+    head = {"architectures": [f"{family.architecture}ForCausalLM"], "model_type": family.name}
+    return {**head, "torch_dtype": dtype, **family.write(cfg)}
+
+
+# Keys that may differ from the file: the chunk of the scan, initial weights, what other programs read.
+FREE = (
+    *("chunk_size", "mamba_chunk_size", "initializer_range", "max_position_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 def check_same(cfg: LLMConfig, published: LLMConfig) -> None:
-    """Raise ValueError where the weights of `published` do not fit `cfg`; it names the published fields."""
-    here, there = write_config(cfg, ""), write_config(published, "")
-    wrong = [
+    """Raise ValueError where the weights of `published`, from read_config(), do not fit `cfg`; it names the
+    published fields."""
+    assert published.family is not None
+    family = family_named(published.family)
+    here, there = computed(cfg), computed(published)
+    if all(alike(here.get(key), there.get(key)) for key in {**here, **there}):
+        return
+    wrong = []
+    try:
+        mine, theirs = family.write(cfg), family.write(published)
+        wrong = [
+            f"{key} is {theirs.get(key)!r} there and {mine.get(key)!r} here"
+            for key in {**theirs, **mine}
+            if key not in FREE and mine.get(key) != theirs.get(key)
+        ]
+    except ValueError:
+        pass  # the family has no words for ours: our own fields follow
+    wrong = wrong or [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
         for key in {**there, **here}
-        if key not in FREE and here.get(key) != there.get(key)
+        if not alike(here.get(key), there.get(key))
     ]
-    if wrong:
-        raise ValueError(f"config.json describes another model: {'; '.join(wrong)}")
-
-
-def _number(value: Any) -> float:
-    """A float; files may write infinity as an object, for which JSON has no number."""
-    return float(value["__float__"] if isinstance(value, Mapping) else value)
-
-
-def _pattern(data: Mapping[str, Any], as_string: str, as_list: str) -> str | None:
-    """One symbol a layer, from either of the two spellings; None where the file has neither."""
-    if data.get(as_string) is not None:
-        return str(data[as_string])
-    names = data.get(as_list)
-    if names is None:
-        return None
-    symbols = {name: symbol for symbol, known in KIND_NAMES.items() for name in known}
-    unknown = sorted({str(n) for n in names} - symbols.keys())
-    if unknown:
-        raise ValueError(f"config.json has {unknown[0]!r} in {as_list}; known: {', '.join(symbols)}")
-    return "".join(symbols[n] for n in names)
+    raise ValueError(f"config.json describes another model: {'; '.join(wrong)}")

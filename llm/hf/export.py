@@ -10,27 +10,34 @@ import torch
 from torch import Tensor
 
 from llm.config import LLMConfig
-from llm.hf.config import write_config
-from llm.hf.keys import table_rows
+from llm.hf.config import config_of, export_family
+from llm.hf.weights import model_tensors
 from llm.model import LLM
 from parallel import checkpoint as checkpoint
 from parallel.published import (
     FILE_BYTES,
     Contents,
     Fetch,
-    file_tensors,
-    module_shapes,
     module_tensors,
     write_folder,
 )
 
 
 def save_hf(
-    model: LLM, path: str | Path, *, dtype: torch.dtype | None = None, file_bytes: int = FILE_BYTES
+    model: LLM,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = FILE_BYTES,
+    family: str | None = None,
 ) -> Path:
     """Write a whole, unsharded model to a new folder; see write_model()."""
     tensors = module_tensors(model)
-    return write_model(model.cfg, lambda names: {n: tensors[n] for n in names}, path, dtype, file_bytes)
+
+    def fetch(names: Sequence[str]) -> dict[str, Tensor]:
+        return {n: tensors[n] for n in names}
+
+    return write_model(model.cfg, fetch, path, dtype, file_bytes, family)
 
 
 def export_checkpoint(
@@ -41,6 +48,7 @@ def export_checkpoint(
     name: str = "llm",
     dtype: torch.dtype | None = None,
     file_bytes: int = FILE_BYTES,
+    family: str | None = None,
 ) -> Path:
     """Write the language model of a distributed checkpoint, saved under any layout, to a new folder.
 
@@ -61,23 +69,34 @@ def export_checkpoint(
             checkpoint.load(source, {f"{name}.{n}": t for n, t in out.items()})
         return out
 
-    return write_model(cfg, fetch, path, dtype, file_bytes)
+    return write_model(cfg, fetch, path, dtype, file_bytes, family)
 
 
 def write_model(
-    cfg: LLMConfig, fetch: Fetch, path: str | Path, dtype: torch.dtype | None, file_bytes: int
+    cfg: LLMConfig,
+    fetch: Fetch,
+    path: str | Path,
+    dtype: torch.dtype | None,
+    file_bytes: int,
+    family: str | None = None,
 ) -> Path:
     """Write a checkpoint of a model to the new folder `path`; see parallel.published.write_folder().
 
-    dtype: of the tensors, None for their own; the routing bias is float32 at least. Raises ValueError where
-    the format cannot express the model too.
+    dtype: of the tensors, None for their own; the routing bias is float32 at least. family: its model_type;
+    None: see llm.hf.config.export_family(). Raises ValueError where the family cannot express the model too.
     """
-    config = write_config(cfg, "float32")  # refuses what the table does not know
-    shapes = module_shapes(LLM(cfg, device="meta"))
+    chosen = export_family(cfg, family)  # refuses what the table does not know
+    tensors, shapes, zero = model_tensors(cfg, chosen)
+    for name in zero:
+        if fetch([name])[name].any():
+            raise ValueError(
+                f"{name} is not zero, and a {chosen.title} checkpoint has no such tensor; needed: a model "
+                "trained with expert_bias_rate=0"
+            )
     contents = Contents(
-        file_tensors(table_rows(cfg), shapes),
+        tensors,
         shapes,
-        config,
+        config_of(chosen, cfg, "float32"),
         precise=lambda key: key.endswith("e_score_correction_bias"),
     )
     return write_folder(contents, fetch, path, dtype, file_bytes)

@@ -105,11 +105,12 @@ def import_hf(folder: Path, out: Path) -> str:
     return f"{path}: {len(tensors)} tensors; start a run from it with checkpoint.weights={path}"
 
 
-def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> str:
+def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: str | None = None) -> str:
     """Write the language model of a checkpoint, saved under any layout, as a new Hugging Face folder.
 
-    dtype: of the tensors; None keeps the checkpoint's. Raises CheckpointError where the checkpoint is damaged
-    or has no language model.
+    dtype: of the tensors; None keeps the checkpoint's. family: its model_type; None: the one that the model
+    came from, or the first that can say it. Raises CheckpointError where the checkpoint is damaged or has no
+    language model, and where the family cannot say it.
     """
     try:
         wrong = store.verify(checkpoint)
@@ -120,6 +121,6 @@ def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None) -> str:
             cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")
         else:
             cfg = llm_config(from_mapping(state["config"], checkpoint))
-        return str(export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype))
+        return str(export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype, family=family))
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"cannot export {checkpoint}: {error}") from error

@@ -12,6 +12,9 @@ from mm.errors import Refused
 def _options(parser: argparse.ArgumentParser) -> None:
     kinds = ("float64", "float32", "bfloat16")
     parser.add_argument("--dtype", choices=kinds, help="of exported tensors (default: as the checkpoint's)")
+    parser.add_argument(
+        "--family", help="export as this model_type (default: the one that the model was imported from)"
+    )
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
@@ -25,7 +28,8 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         if verb == "import":
             print(import_hf(source, out))
         else:
-            print(export_hf(source, out, None if args.dtype is None else getattr(torch, args.dtype)))
+            dtype = None if args.dtype is None else getattr(torch, args.dtype)
+            print(export_hf(source, out, dtype, args.family))
         return 0
     if verb not in ("inspect", "verify") or len(rest) != 1:
         raise Refused(
@@ -41,7 +45,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 COMMAND = Command(
     _run,
     "checkpoint inspect|verify PATH | import HF_FOLDER OUT | export PATH HF_FOLDER",
-    "inspect PATH or verify PATH: a checkpoint's folder; import a Hugging Face folder of the Nemotron-H "
-    "family to a checkpoint in OUT; export a checkpoint's language model to a new folder",
+    "inspect PATH or verify PATH: a checkpoint's folder; import the language model of a Hugging "
+    "Face folder to a checkpoint in OUT; export a checkpoint's to a new folder",
     _options,
 )

@@ -9,7 +9,8 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -57,6 +58,8 @@ def _check_keys(kind: Any, value: Any, path: str) -> None:
         raise Refused(f"{path}: given {value}; needed: a number")
     if not isinstance(value, Mapping):
         return
+    if get_origin(kind) in (Union, UnionType):  # a record or null
+        kind = next((k for k in get_args(kind) if dataclasses.is_dataclass(k)), kind)
     if getattr(kind, "__origin__", None) is dict:
         for key, inner in value.items():
             _check_keys(get_args(kind)[-1], inner, _join(path, key))
@@ -105,7 +108,9 @@ def _explain(error: ErrorDetails, path: str, mapping: Mapping[str, Any]) -> str:
 
 def _needed(message: str) -> str:
     """What a value needs to be, from pydantic's message, without names of classes."""
-    message = message.replace("a valid dictionary or instance of ", "a mapping, of ").partition(", of ")[0]
+    for record in ("a valid dictionary or instance of ", "a dictionary or an instance of "):
+        message = message.replace(record, "a mapping, of ")
+    message = message.partition(", of ")[0]
     for theirs, ours in (
         ("Input should be", "needed:"),
         ("a valid dictionary", "a mapping"),

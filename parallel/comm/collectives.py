@@ -10,6 +10,7 @@ summed and never averaged (law 2). "Tokens" are dim 0. Over an axis of size 1 ea
     reduce_tokens  reduce-scatter        all-gather tokens     partial sums out, token shares
     split_tokens   own share of tokens   all-gather tokens     replicated in, each rank works on a share
     join_tokens    all-gather tokens     own share of tokens   shares back to replicated tokens
+    sum_parts      all-reduce            all-reduce            a sum over ranks' features, which all read
 """
 
 from __future__ import annotations
@@ -108,3 +109,9 @@ def split_tokens(x: Tensor, axis: Axis) -> Tensor:
 def join_tokens(x: Tensor, axis: Axis) -> Tensor:
     """Shares [T/size, ..] in, replicated [T, ..] out. The result's gradient must be equal on every rank."""
     return _over(axis, x, _all_gather, _own_share)
+
+
+def sum_parts(x: Tensor, axis: Axis) -> Tensor:
+    """Parts of a sum [..] in, the sum out on every rank, which uses it for features of its own. The backward
+    sums the ranks' gradients."""
+    return _over(axis, x, _all_reduce, _all_reduce)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,14 @@ class SafeFolder:
         """A block of a tensor; only its bytes are read."""
         block: Tensor = self._slices[key][tuple(index) if index else ...]
         return block
+
+    def renamed(self, names: Mapping[str, str]) -> SafeFolder:
+        """The same files under other keys; names: by key, those of the tensors that are left."""
+        if all(key == name for key, name in names.items()) and names.keys() == self._slices.keys():
+            return self
+        out = copy.copy(self)
+        out._slices = {name: self._slices[key] for key, name in names.items()}
+        return out
 
     def config(self) -> Mapping[str, Any]:
         """config.json."""

@@ -31,14 +31,17 @@ def read_into(
 ) -> None:
     """Fill `module` in place with published tensors, cast to its dtypes.
 
-    tensors: of the whole module, checked against the folder (check_tensors). mesh: the mesh of
-    shard_module(), where each rank reads only its shards; None for a whole module. A pipeline stage reads its
-    own layers.
+    tensors: of the whole module, checked against the folder (check_tensors); what none of them holds becomes
+    zero (file_tensors). mesh: the mesh of shard_module(), where each rank reads only its shards; None for a
+    whole module. A pipeline stage reads its own layers.
     """
     parts = parts_by_name(tensors)
     specs: dict[str, ParamSpec] = {name: spec for name, _, spec in declared(module)}
     for name, target in module_tensors(module).items():
         shape = tuple(target.shape)
+        if name not in parts:
+            local(target).zero_()
+            continue
         if mesh is None or name not in specs:
             held = [torch.arange(n) for n in shape]
         else:
@@ -57,7 +60,8 @@ def read_block(
     tensor, part = parts[0]
     if part.expert is None:
         assert len(parts) == 1, part.name
-        return _read(folder, tensor, [h + part.first if dim == 0 else h for dim, h in enumerate(held)], shape)
+        shifted = [h + part.first if dim == tensor.dim else h for dim, h in enumerate(held)]
+        return _read(folder, tensor, shifted, shape)
     experts = {p.expert: t for t, p in parts}
     rows = [_read(folder, experts[e], held[1:], shape[1:]) for e in held[0].tolist()]
     if rows:
@@ -68,7 +72,7 @@ def read_block(
 def _read(folder: SafeFolder, tensor: FileTensor, held: list[Tensor], shape: Shape) -> Tensor:
     """The block at indices `held` of a file's tensor; its dims after the first are those of `shape` here."""
     spans = [slice(int(h[0]), int(h[-1]) + 1) if len(h) else slice(0, 0) for h in held]
-    if tensor.shape[1:] != shape[1:]:  # as many elements in other dims: all of these rows
+    if tensor.dim == 0 and tensor.shape[1:] != shape[1:]:  # as many elements in other dims: all of these rows
         block = folder.read(tensor.key, spans[:1]).reshape(spans[0].stop - spans[0].start, *shape[1:])
         block = block[(slice(None), *spans[1:])]
     else:

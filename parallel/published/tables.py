@@ -8,7 +8,7 @@ products.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
@@ -21,15 +21,17 @@ class Row:
     theirs: str
     """The tensor's key; {e} in it: one tensor an expert, which ours stacks along dim 0."""
     ours: tuple[str, ...]
-    """The parameters that the tensor holds one after another along dim 0."""
+    """The parameters that the tensor holds one after another along `dim`."""
     tail: Shape = ()
     """Dims of the file's tensor after the first where ours has others of as many elements, such as (3, p, p)
     of a convolution that is a linear map here; -1 is what remains."""
+    dim: int = 0
+    """The dim along which parameters follow each other, such as 1 for gate and up of stacked experts."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where parameter `name` lies in a tensor of a file: from row `first` on, or as its expert `expert`."""
+    """Where parameter `name` lies in a tensor of a file: from index `first` on, or as its expert `expert`."""
 
     name: str
     first: int = 0
@@ -38,25 +40,29 @@ class Part:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """One tensor of a published checkpoint: its key, its shape, and the parameters in it, along dim 0."""
+    """One tensor of a published checkpoint: its key, its shape, and the parameters in it, along `dim`."""
 
     key: str
     shape: Shape
     parts: tuple[Part, ...]
+    dim: int = 0
 
 
-def file_tensors(rows: Iterable[tuple[Row, str, str]], shapes: Mapping[str, Shape]) -> list[FileTensor]:
+def file_tensors(
+    rows: Iterable[tuple[Row, str, str]], shapes: Mapping[str, Shape], zero: Collection[str] = ()
+) -> list[FileTensor]:
     """The tensors of a model's files, in the order of `rows`.
 
     rows: each with the prefix of its key there and of its parameters here.
     shapes: global shape of each parameter and persistent buffer of the model, by name.
+    zero: names that the files lack, which are zero.
     """
     out: list[FileTensor] = []
     for row, there, here in rows:
         names = [here + name for name in row.ours]
-        if names[0] in shapes:
+        if names[0] in shapes and names[0] not in zero:
             out += _tensors(row, there + row.theirs, names, [shapes[n] for n in names])
-    covered = {part.name for tensor in out for part in tensor.parts}
+    covered = {part.name for tensor in out for part in tensor.parts} | set(zero)
     assert covered == set(shapes), f"the table does not know {sorted(set(shapes) - covered)}"
     return out
 
@@ -68,7 +74,10 @@ def _tensors(row: Row, key: str, names: list[str], shapes: list[Shape]) -> list[
     parts, rows = [], 0
     for name, shape in zip(names, shapes, strict=True):
         parts.append(Part(name, rows))
-        rows += shape[0]
+        rows += shape[row.dim]
+    if row.dim:
+        whole = (*shapes[0][: row.dim], rows, *shapes[0][row.dim + 1 :])
+        return [FileTensor(key, whole, tuple(parts), row.dim)]
     return [FileTensor(key, (rows, *_dims(row.tail, rest)), tuple(parts))]
 
 

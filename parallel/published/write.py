@@ -75,7 +75,8 @@ def write_folder(
 def join(tensor: FileTensor, values: Mapping[str, Tensor]) -> Tensor:
     """A file's tensor from the whole parameters in it."""
     parts = [values[p.name] if p.expert is None else values[p.name][p.expert] for p in tensor.parts]
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(tensor.shape).contiguous()
+    whole = torch.cat(parts, tensor.dim) if len(parts) > 1 else parts[0]
+    return whole.reshape(tensor.shape).contiguous()
 
 
 class _Files:

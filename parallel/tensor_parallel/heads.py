@@ -37,6 +37,11 @@ class SharedHeads:
         """Whether the own heads read the used shared heads in equal runs, as grouped kernels expect."""
         return self.count == 1 or (self.offset == 0 and self.own == self.count * self.run)
 
+    @property
+    def copies(self) -> int:
+        """How many of the used heads, the first of them, an earlier rank uses too: one or none."""
+        return int(self.offset > 0)
+
     def spec(self, init: Init) -> ParamSpec:
         """The ParamSpec of a parameter whose dim 0 runs over the shared heads."""
         return ParamSpec(init, shard_dim=0) if self.sharded else ParamSpec(init, partial=True)

@@ -73,6 +73,7 @@ def sharded_dims(spec: ParamSpec, axes: Axes) -> list[tuple[int, Axis]]:
 def build(cfg: LLMConfig, symbol: str, axes: Axes, recompute: frozenset[str]) -> Layer:
     layer = Layer(symbol, cfg, axes, device=None, dtype=torch.float64)
     initialise(layer, 3, "layer")
+    vary(layer)
     shard_by_hand(layer, axes)
     layer.recompute = recompute
     if hasattr(layer.mixer, "recompute"):
@@ -80,6 +81,14 @@ def build(cfg: LLMConfig, symbol: str, axes: Axes, recompute: frozenset[str]) ->
     if isinstance(layer.mixer, MoE):
         layer.mixer.expert_bias.copy_(0.2 * torch.cos(torch.arange(cfg.n_experts)))
     return layer
+
+
+@torch.no_grad()
+def vary(module: nn.Module) -> None:
+    """Change weights of norms and biases, which start as constants, so that none is like another."""
+    for _, param, _ in declared(module):
+        if param.ndim == 1:
+            param.add_(0.3 * torch.cos(torch.arange(len(param), dtype=param.dtype)))
 
 
 def stream(lengths: tuple[int, ...], step: int, width: int) -> tuple[list[int], Tensor, Tensor]:
@@ -105,7 +114,8 @@ def run(
     """
     coord = degrees.layout.coord(dist.get_rank())
     layer = build(cfg, symbol, replace(axes, cp=Axis.single("cp")) if ignores_cp else axes, recompute)
-    found = _forward_backward(layer, streams[coord.dp], axes, degrees, ignores_cp)
+    given = stream(streams[coord.dp], degrees.step, cfg.d_model)
+    found = _forward_backward(layer, given, axes, degrees, ignores_cp)
     return found | {
         "dp": coord.dp,
         "grads": {name: p.grad for name, p, _ in declared(layer)},
@@ -114,12 +124,13 @@ def run(
 
 
 def _forward_backward(
-    layer: Layer, lengths: tuple[int, ...], axes: Axes, degrees: Degrees, ignores_cp: bool
+    layer: Layer, given: tuple[list[int], Tensor, Tensor], axes: Axes, degrees: Degrees, ignores_cp: bool
 ) -> dict[str, Any]:
-    padded, x, weight = stream(lengths, degrees.step, layer.norm.weight.shape[0])
+    padded, x, weight = given
+    n_real = sum(padded[:-1])  # the last is padding
     packing = pack(padded, "cpu", axes.cp, degrees.order)
     rows = torch.from_numpy(packing.rows) if isinstance(packing, ContextPacking) else torch.arange(len(x))
-    n_real = packing.rows_before(sum(lengths)) if isinstance(packing, ContextPacking) else sum(lengths)
+    n_real = packing.rows_before(n_real) if isinstance(packing, ContextPacking) else n_real
     if axes.sequence_parallel:
         rows = rows.chunk(axes.tp.size)[axes.tp.rank]
     mine = x[rows].requires_grad_()

@@ -15,6 +15,7 @@ from llm.config import check
 from llm.flops import flops, layer_params, param_count
 from llm.model import LLM, loss_rows
 from llm.mtp import ahead
+from llm.rotary import RopeScaling
 from tests.llm.harness import TINY, Text, make_batch, tiny
 
 
@@ -25,6 +26,8 @@ from tests.llm.harness import TINY, Text, make_batch, tiny
         {},
         {"latent": 6, "mtp_layers": 2, "tied": True},
         {"mlp_gated": True, "mlp_bias": True, "shared_ffn": 0},
+        {"qkv_bias": True, "qk_norm": "head", "norms": "after"},
+        {"attention_bias": True, "qk_norm": "full", "norms": "both", "mtp_layers": 1},
     ],
     ids=str,
 )
@@ -89,7 +92,7 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
         ({"expert_groups": 8, "top_groups": 2}, {}, "which hold 2; needed: at most 2; nearest: top_k=2"),
         ({"z_weight": -0.1}, {}, "z_weight is -0.1; needed: 0 (off) or more"),
         ({"routed_scale": 0.0}, {}, "routed_scale is 0.0; needed: more than 0"),
-        ({"activation": "swish"}, {}, "activation is 'swish'; known: relu2, gelu, silu"),
+        ({"activation": "swish"}, {}, "activation is 'swish'; known: relu2, gelu, gelu_tanh, silu"),
         ({"router": "sigmoit"}, {}, "did you mean sigmoid?"),
         ({"dispatcher": "allgather"}, {}, "did you mean all_gather?"),
         ({"pad_experts": True}, {}, "nearest: capacity=1.25"),
@@ -104,12 +107,44 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
         ({"pattern": "M-"}, {"ep": 2}, "nearest: ep=1"),
         ({"pattern": "M-", "z_weight": 0.1}, {}, "would have no effect; nearest: z_weight=0.0"),
         ({"pattern": "M-", "capacity": 2.0}, {}, "would have no effect; nearest: capacity=null"),
+        ({"attention_bias": True, "qkv_bias": True}, {}, "nearest: qkv_bias=False or attention_bias=False"),
+        ({"qk_norm": "heads"}, {}, "did you mean head?"),
+        ({"norms": "post"}, {}, "norms is 'post'; known: before, after, both"),
+        ({"window": 0}, {}, "window is 0; needed: at least 1"),
+        ({"window_layers": (2,)}, {}, "window_layers without window would have no effect"),
+        ({"window": 4, "window_layers": (2, 3)}, {}, "window_layers has 3; needed: the index of an"),
+        ({"rope_theta": 1e4, "rope_skips": (0,)}, {}, "of an attention layer of 'ME*-E': 2"),
+        ({"rope_skips": (2,)}, {}, "rope_skips without rope_theta"),
+        ({"rope_theta": 1e4, "rope_share": 0.0}, {}, "rope_share is 0.0; needed: more than 0, at most 1"),
+        ({"rope_theta": 1e4, "rope_share": 0.3}, {}, "rope_share=0.3 of head_dim=4 is 1 features"),
+        ({"rope_scaling": RopeScaling("linear", 2.0)}, {}, "rope_scaling without rope_theta"),
+        ({"embed_scale": 0.0}, {}, "embed_scale is 0.0; needed: more than 0"),
+        ({"logit_cap": -3.0}, {}, "logit_cap is -3.0; needed: more than 0"),
     ],
 )
 def test_refusals_say_what_works(change: dict[str, object], degrees: dict[str, int], words: str) -> None:
     cfg = tiny(vocab_size=32, **change)
     with pytest.raises(ValueError, match=re.escape(words)):
         check(cfg, **degrees)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"kind": "dynamic"}, "kind is 'dynamic'; known: linear, llama3, yarn, longrope"),
+        ({"kind": "llama3"}, "kind=llama3 needs original"),
+        ({"kind": "linear", "original": 8}, "original=8 is not of kind=linear, which has factor"),
+        ({"kind": "llama3", "original": 8, "low": 4.0}, "low=4.0 with high=4.0; needed: low below high"),
+        ({"kind": "yarn", "original": 8, "beta_slow": 32.0}, "needed: beta_slow below beta_fast"),
+        ({"kind": "yarn", "original": 8, "attention_factor": 0.0}, "attention_factor is 0.0; needed: more"),
+        ({"kind": "longrope", "original": 8, "short": (1.0, 1.0), "long": (1.0,)}, "long has 1 factors"),
+        ({"kind": "linear", "factor": -2.0}, "factor is -2.0; needed: more than 0"),
+    ],
+)
+def test_refusals_of_rotary_scaling(given: dict[str, Any], words: str) -> None:
+    scaling = RopeScaling(**{"factor": 2.0, **given})
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check(tiny(rope_theta=1e4, rope_scaling=scaling))
 
 
 def test_what_is_proposed_works() -> None:

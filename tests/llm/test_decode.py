@@ -19,9 +19,12 @@ from llm.decode import Prompt, Sampling, _choose, decode, generate, next_logits
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
 from parallel.sequence.packed import Packing
+from tests.llm import families
+from tests.llm.families import RANDOM
 from tests.llm.harness import TINY, build, tiny
 from tests.llm.oracle import oracle, save
 from tests.llm.widened import Widened
+from tests.slow import on_demand
 
 PATTERNS = {
     "all kinds": {"pattern": "ME*-M*"},
@@ -95,6 +98,18 @@ def test_greedy_answers_are_those_of_transformers(pattern: str, tmp_path: Path) 
         assert generate(ours, [Prompt(ids[0])], 24)[0] == expected[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("name", on_demand([*RANDOM], keep=("gemma2", "bamba")))
+def test_greedy_answers_of_every_family(name: str, tmp_path: Path) -> None:
+    """Longer than windows, and than the context of training of long rotary positions."""
+    for seed in range(2):
+        theirs = families.tiny(name, seed=seed).eval()
+        ours = load_hf(families.save(theirs, tmp_path / str(seed)), dtype=torch.float64).model.eval()
+        ids = families.ids_of(length=9)[:1]
+        with Widened():
+            expected = theirs.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=None)
+        assert generate(ours, [Prompt(ids[0])], 20)[0] == expected[0, 9:].tolist()
+
+
 def test_an_answer_ends_at_a_stop_and_others_go_on() -> None:
     model = model_of()
     prompts = [Prompt(torch.tensor([1, 2, 3])), Prompt(torch.tensor([4]))]
@@ -151,7 +166,7 @@ def test_a_seed_repeats_an_answer_whatever_is_beside_it() -> None:
 
 def test_the_packing_of_next_tokens() -> None:
     packing = CachedPacking((1, 1), torch.device("cpu"), (4, 7), Cache())
-    assert packing.position.tolist() == [4, 7] and packing.longest == 8 and not packing.begins
+    assert packing.position.tolist() == [4, 7] and packing.whole == (5, 8) and not packing.begins
     states = torch.eye(5, TINY.d_model, dtype=torch.float64)
     first = CachedPacking((2, 3), torch.device("cpu"), (0, 0), Cache())
     assert first.position.tolist() == [0, 1, 0, 1, 2] and first.begins

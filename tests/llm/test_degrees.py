@@ -13,6 +13,7 @@ from llm.config import LLMConfig
 from llm.layer import Layer
 from llm.moe import ForwardContext
 from llm.recompute import PARTS
+from llm.rotary import RopeScaling
 from parallel.sequence.packed import Packing
 from tests.llm.degrees import Degrees, check, held_fraction, make_axes, run
 from tests.llm.harness import tiny
@@ -88,6 +89,9 @@ def test_more_ranks_than_key_value_heads_and_groups(ranks: Any) -> None:
     cases = [(few, s, Degrees(4, tp=4, sp=sp), frozenset[str]()) for s in "M*" for sp in (False, True)]
     cases += [(few, s, Degrees(4, tp=2, cp=2, sp=True), frozenset()) for s in "M*"]
     cases += [(uneven, s, Degrees(4, tp=2, cp=2, order="zigzag"), frozenset()) for s in "M*"]
+    # A key head that two ranks use counts once in a norm over all heads.
+    for cfg, tp in ((few, 4), (uneven, 2), (replace(CFG, n_kv_heads=4), 2)):
+        cases += [(replace(cfg, qk_norm=n), "*", Degrees(4, tp=tp, sp=True), frozenset()) for n in NORMED]
     check_many(ranks, 4, cases)
 
 
@@ -115,6 +119,27 @@ def test_parts_computed_again_under_cp(ranks: Any) -> None:
     check_many(ranks, 2, cases)
 
 
+NORMED: tuple[Any, ...] = ("head", "full")
+
+
+def switches(rng: random.Random) -> dict[str, Any]:
+    """Fields of other families' layers."""
+    longrope = RopeScaling("longrope", 2.0, 8, short=(1.0,), long=(3.0,))
+    return {
+        "attention_bias": False,
+        "qkv_bias": rng.random() < 0.5,
+        "qk_norm": rng.choice(["none", "head", "full"]),
+        "rope_theta": 50.0,
+        "rope_scaling": rng.choice([None, RopeScaling("yarn", 4.0, 64), longrope]),
+        "rope_share": 0.5,
+        "norms": rng.choice(["before", "after", "both"]),
+        "norm_shift": rng.random() < 0.5,
+        "branch_scale": rng.choice([1.0, 0.3]),
+        "attention_scale": rng.choice([None, 0.4]),
+        "activation": rng.choice(["gelu_tanh", "silu"]),
+    }
+
+
 def draw(rng: random.Random) -> Case:
     """Any layer under any layout of 4 ranks, in any order."""
     tp, cp = rng.choice([(t, c) for t in (1, 2, 4) for c in (1, 2, 4) if t * c <= 4])
@@ -134,10 +159,13 @@ def draw(rng: random.Random) -> Case:
         dispatcher=rng.choice(["all_to_all", "all_gather"]),
     )
     symbol = rng.choice(KINDS)
+    if rng.random() < 0.5:
+        cfg = replace(cfg, **switches(rng))
     ranks = tuple(rng.sample(range(4), 4))
     sp = rng.random() < 0.5
     degrees = Degrees(4, tp=tp, cp=cp, ep=ep, etp=etp, sp=sp, order=order, ranks=ranks)  # type: ignore[arg-type]
-    return cfg, symbol, degrees, frozenset()
+    again = rng.choice([(), ("full",), ("norm", "attention_core")])
+    return cfg, symbol, degrees, frozenset(again)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

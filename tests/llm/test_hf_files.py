@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from llm.config import LLMConfig
 from llm.flops import param_count
 from llm.hf import export_checkpoint, load_hf, load_weights, read_config, save_hf, write_config
-from llm.hf.config import ALIASES
+from llm.hf.nemotron_h import ALIASES
 from llm.hf.weights import checkpoint_tensors
 from llm.model import LLM
 from llm.presets import PRESETS, preset
@@ -314,7 +314,7 @@ def test_other_tensors_are_refused(tmp_path: Path, change: Any, words: str) -> N
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama"}, "model_type='llama'; needed: 'nemotron_h'"),
+        ({"model_type": "bloom"}, "model_type='bloom'; known: nemotron_h, llama"),
         ({"use_bias": True}, "use_bias=True; needed: False"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
         ({"hybrid_override_pattern": "MX"}, "'X' at layer 1"),

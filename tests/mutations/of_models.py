@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.fault import OBJECTIVES, Fault
 
 SIGLIP = "tests/encoders/test_oracles.py::test_the_vision_transformer_is_siglips"
+SWITCH = "tests/llm/test_switches.py::test_each_switch_is_the_straight_line_program"
 PARAKEET = "tests/encoders/test_oracles.py::test_the_fastconformer_is_parakeets"
 
 ENCODERS = (
@@ -122,6 +123,62 @@ LLM = (
         "high * cos + low * sin",
         "high * cos - low * sin",
         "tests/llm/test_dense_oracle.py::test_losses_and_gradients_are_theirs[llama]",
+    ),
+    Fault(
+        "attention.norm-copies",
+        "a key head on two ranks counts twice in a norm over all heads",
+        "llm/norm.py",
+        "x[:, copies:].square()",
+        "x.square()",
+        "tests/llm/test_degrees.py::test_more_ranks_than_key_value_heads_and_groups",
+    ),
+    Fault(
+        "attention.norm-sum",
+        "a norm over all heads has no gradient through other ranks",
+        "parallel/comm/collectives.py",
+        "return _over(axis, x, _all_reduce, _all_reduce)",
+        "return _over(axis, x, _all_reduce, _same)",
+        "tests/llm/test_degrees.py::test_more_ranks_than_key_value_heads_and_groups",
+    ),
+    Fault(
+        "attention.norm-head",
+        "the weight of a norm of heads is not summed over tp",
+        "llm/attention.py",
+        "partial=axes.tp.size > 1",
+        "partial=False",
+        "tests/llm/test_degrees.py::test_more_ranks_than_key_value_heads_and_groups",
+    ),
+    Fault(
+        "rotary.yarn",
+        "yarn divides the pairs that it should keep",
+        "llm/rotary.py",
+        "np.asarray(1.0 - np.clip(ramp, 0.0, 1.0)",
+        "np.asarray(np.clip(ramp, 0.0, 1.0)",
+        f"{SWITCH}[rope yarn]",
+    ),
+    Fault(
+        "rotary.longrope",
+        "all documents take the factors of long ones",
+        "llm/attention.py",
+        "> self.original",
+        "> 0",
+        f"{SWITCH}[rope longrope]",
+    ),
+    Fault(
+        "layer.norm-shift",
+        "norms do not add 1 to their weight",
+        "llm/norm.py",
+        "factor = 1.0 + weight.to(acc) if cfg.norm_shift else weight.to(acc)",
+        "factor = weight.to(acc)",
+        f"{SWITCH}[norms both, shifted]",
+    ),
+    Fault(
+        "loss.cap",
+        "the bound of logits has no slope",
+        "parallel/tensor_parallel/loss.py",
+        "d_logits.mul_(1.0 - (x / cap).square_())",
+        "d_logits.mul_(1.0)",
+        "tests/parallel/tensor_parallel/test_loss.py::test_any_chunk_is_cross_entropy",
     ),
     Fault(
         "moe.bias",

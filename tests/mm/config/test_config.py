@@ -220,6 +220,7 @@ class Outer:
     name: str
     inner: Inner = field(default_factory=Inner)
     sizes: tuple[int, ...] = ()
+    maybe: Inner | None = None
 
 
 def test_build_makes_plain_dataclasses() -> None:
@@ -237,6 +238,8 @@ def test_build_makes_plain_dataclasses() -> None:
         ({"name": "a", "inner": {"width": True}}, "model.x.inner.width: given True; needed: a number"),
         ({"name": "a", "inner": {"width": "wide"}}, "model.x.inner.width: given 'wide'"),
         ({"name": 3}, "model.x.name: given 3"),
+        ({"name": "a", "maybe": {"widht": 5}}, "unknown key model.x.maybe.widht; did you mean width?"),
+        ({"name": "a", "maybe": 5}, "model.x.maybe: given 5; needed: a mapping"),
     ],
 )
 def test_build_is_strict(mapping: dict[str, Any], words: str) -> None:

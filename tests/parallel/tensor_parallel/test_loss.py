@@ -28,34 +28,37 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, 
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels, tilt
 
 
-def reference() -> tuple[Tensor, Tensor, Tensor]:
+def reference(scale: float = 1.0, cap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, labels, tilt = inputs()
-    loss = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    logits = hidden @ weight.T * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    loss = F.cross_entropy(logits, labels, reduction="none")
     return loss.detach(), *torch.autograd.grad((loss * tilt).sum(), (hidden, weight))
 
 
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (0.3, 2.0)])
 @pytest.mark.parametrize("chunk", [1, 5, 23, 100])
-def test_any_chunk_is_cross_entropy(chunk: int) -> None:
+def test_any_chunk_is_cross_entropy(chunk: int, scale: float, cap: float | None) -> None:
     hidden, weight, labels, tilt = inputs()
-    loss = vocab_loss(hidden, weight, labels, Axis("tp"), chunk)
+    loss = vocab_loss(hidden, weight, labels, Axis("tp"), chunk, scale=scale, cap=cap)
     ours = (loss, *torch.autograd.grad((loss * tilt).sum(), (hidden, weight)))
-    for a, b in zip(ours, reference(), strict=True):
+    for a, b in zip(ours, reference(scale, cap), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def sharded_loss(chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+def sharded_loss(chunk: int, scale: float, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, this rank's part of the hidden gradient, and the gradient of its vocabulary shard."""
     tp = Axis("tp", dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
     hidden, weight, labels, tilt = inputs()
     shard = weight.detach().chunk(tp.size)[tp.rank].clone().requires_grad_()
-    loss = vocab_loss(hidden, shard, labels, tp, chunk)
+    loss = vocab_loss(hidden, shard, labels, tp, chunk, scale=scale, cap=cap)
     return loss.detach(), *torch.autograd.grad((loss * tilt).sum(), (hidden, shard))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_sharded_vocabulary(world: int, ranks: Any) -> None:
-    results = ranks(world, sharded_loss, 9)
-    loss, d_hidden, d_weight = reference()
+@pytest.mark.parametrize(("world", "scale", "cap"), [(2, 1.0, None), (4, 0.4, 3.0)])
+def test_sharded_vocabulary(world: int, scale: float, cap: float | None, ranks: Any) -> None:
+    results = ranks(world, sharded_loss, 9, scale, cap)
+    loss, d_hidden, d_weight = reference(scale, cap)
     for r in results:
         torch.testing.assert_close(r[0], loss, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(sum(r[1] for r in results), d_hidden, rtol=1e-9, atol=1e-12)

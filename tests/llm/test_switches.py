@@ -1,0 +1,110 @@
+"""Switches of other families against a straight-line program, one at a time and in random combinations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+from llm.config import LLMConfig, check
+from llm.model import LLM, LLMBatch
+from llm.rotary import RopeScaling, attention_factor, speeds
+from parallel.sequence.packed import Packing
+from parallel.sharding.param import declared, initialise
+from tests.llm.degrees import close, vary
+from tests.llm.harness import tiny, weigh
+from tests.llm.straight import losses
+
+BASE: dict[str, Any] = {
+    "pattern": "*-*E*",
+    "d_model": 12,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "rope_theta": 100.0,
+    "n_experts": 4,
+    "top_k": 2,
+    "expert_ffn": 6,
+    "router": "softmax",
+    "mlp_gated": True,
+    "activation": "silu",
+    "mlp_ffn": 8,
+}
+SCALINGS = {
+    "linear": RopeScaling("linear", 3.0),
+    "llama3": RopeScaling("llama3", 4.0, original=40),
+    "yarn": RopeScaling("yarn", 4.0, original=40, beta_fast=4.0),
+    "yarn untruncated": RopeScaling("yarn", 4.0, original=40, beta_fast=4.0, truncate=False),
+    "yarn factor": RopeScaling("yarn", 4.0, original=40, attention_factor=0.7),
+    "longrope": RopeScaling("longrope", 2.0, 9, short=(1.0, 1.1, 1.3, 2.0), long=(1.5, 2.0, 3.0, 5.0)),
+}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "qkv_bias": {"qkv_bias": True},
+    "qk_norm head": {"qk_norm": "head"},
+    "qk_norm full": {"qk_norm": "full", "norm_shift": True},
+    **{f"rope {name}": {"rope_scaling": scaling} for name, scaling in SCALINGS.items()},
+    "rope_share": {"rope_share": 0.5},
+    "rope_skips": {"rope_skips": (0, 4)},
+    "norms after": {"norms": "after"},
+    "norms both, shifted": {"norms": "both", "norm_shift": True, "activation": "gelu_tanh"},
+    "scales": {"embed_scale": 3.0, "branch_scale": 0.4, "logit_scale": 0.6, "attention_scale": 0.2},
+    "logit_cap": {"logit_cap": 0.5, "logit_scale": 2.0, "tied": True},
+}
+LENGTHS = (9, 1, 17, 3)
+
+
+def compare(cfg: LLMConfig, lengths: tuple[int, ...], seed: int) -> None:
+    """Losses and gradients of ours and of the straight-line program, to 1e-9."""
+    check(cfg)
+    gen = torch.Generator().manual_seed(seed)
+    model = LLM(cfg, dtype=torch.float64)
+    initialise(model, seed, "llm")
+    vary(model)
+    for i, moe in enumerate(model.moe_layers()):
+        moe.expert_bias.copy_(0.2 * torch.cos(torch.arange(cfg.n_experts) * (i + 1.0)))
+    total = sum(lengths)
+    ids, labels = torch.randint(0, cfg.vocab_size, (2, total), generator=gen)
+    labels[torch.rand(total, generator=gen) < 0.3] = -100
+    loss = model(LLMBatch(ids, labels, Packing.of(lengths), total, {}), {})
+    weigh(loss).backward()
+    w = {name: p.detach().clone().requires_grad_() for name, p, _ in declared(model)}
+    w |= {name: b for name, b in model.named_buffers() if name.endswith("expert_bias")}
+    expected = losses(cfg, w, ids, labels, lengths)
+    weigh(expected).backward()
+    close(loss.detach(), expected.detach(), "loss")
+    for name, p, _ in declared(model):
+        close(p.grad, w[name].grad, name)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_switch_is_the_straight_line_program(switch: str) -> None:
+    compare(tiny(**{**BASE, **SWITCHES[switch]}), LENGTHS, 3)
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_rotary_speeds_are_those_of_transformers(kind: str) -> None:
+    import tests.llm.oracle  # noqa: F401  makes transformers importable
+
+    from transformers import LlamaConfig  # isort: skip
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # isort: skip
+
+    scaling = SCALINGS[kind]
+    names = {
+        "kind": "rope_type",
+        "original": "original_max_position_embeddings",
+        "low": "low_freq_factor",
+        "high": "high_freq_factor",
+        "short": "short_factor",
+        "long": "long_factor",
+    }
+    given = {names.get(k, k): v for k, v in asdict(scaling).items()}
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8, max_position_embeddings=80)
+    config.rope_parameters = {**given, "rope_theta": 100.0, "attention_factor": scaling.attention_factor}
+    found = speeds(100.0, 4, scaling)
+    for row, seq_len in enumerate([1, 80][: len(found)]):
+        theirs, factor = ROPE_INIT_FUNCTIONS[scaling.kind](config, torch.device("cpu"), seq_len=seq_len)
+        torch.testing.assert_close(torch.from_numpy(found[row]).float(), theirs, rtol=1e-6, atol=0)
+        assert factor == pytest.approx(attention_factor(scaling))
