@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llm.cache import CachedPacking, attend_cached
 from llm.config import LLMConfig
 from llm.norm import norm_start, norms_of_all_heads, rms_norm
 from llm.recompute import run
@@ -91,6 +92,10 @@ class Attention(nn.Module):
         assert self.axes.cp.size == 1, (
             "under cp a layer needs the packing of parallel.context_parallel.pack()"
         )
+        if isinstance(packing, CachedPacking):
+            kept = packing.keep(self, k, v)
+            if not packing.begins:
+                return attend_cached(q, kept, packing.position, scale=self.cfg.attention_scale)
         return attention(q, k, v, packing, causal=True, scale=self.cfg.attention_scale)
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +129,8 @@ class Rotation:
         speed = to_device(self.speeds, q.device)
         if len(speed) > 1:
             # Of documents, not of batches: what is packed together changes nothing.
-            longer = np.asarray(packing.lengths, dtype=np.int64) > self.original
+            whole = packing.whole if isinstance(packing, CachedPacking) else packing.lengths
+            longer = np.asarray(whole, dtype=np.int64) > self.original
             speed = speed[to_device(longer.astype(np.int64), q.device)[packing.sequence_id]]
         angle = packing.position.unsqueeze(-1) * speed  # float64: in float32 the angle is off by 0.03 at 1M
         cos, sin = ((f(angle) * self.factor).to(acc).unsqueeze(1) for f in (torch.cos, torch.sin))

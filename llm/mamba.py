@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm.cache import CachedPacking
 from llm.config import LLMConfig
 from llm.recompute import run
 from llm.scan import ScanInputs, added_states, into_chunks, outputs, scan, state_after
@@ -173,6 +174,8 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """x [T, d], or this rank's share of it under sequence parallelism, to the same."""
+        if isinstance(packing, CachedPacking):
+            return self._continued(x, packing)
         z, mixed, dt = self._project(x)
         y = run("scan" in self.recompute, self._core, z, mixed, dt, packing)
         return leave(self.out(y), self.axes)
@@ -200,6 +203,32 @@ class Mamba(nn.Module):
         y = self._gated_norm(outputs(chunks, before, added), z)
         after = Carry(torch.cat([first, mixed])[len(mixed) :], state)
         return leave(self.out(y), self.axes), after
+
+    def _continued(self, x: Tensor, packing: CachedPacking) -> Tensor:
+        """Outputs [T, d] of the next tokens of documents, whose carries [B, ..] are kept."""
+        if packing.begins:
+            parts = [self.resume(part) for part in torch.split(x, list(packing.lengths))]
+            carries = [carry for _, carry in parts]
+            conv, state = (torch.stack([getattr(c, name) for c in carries]) for name in ("conv", "state"))
+            packing.cache.layers[self] = Carry(conv, state)
+            return torch.cat([y for y, _ in parts])
+        carry: Carry = packing.cache.layers[self]
+        z, mixed, dt = self._project(x)
+        window = torch.cat([carry.conv, mixed.unsqueeze(1)], 1)  # [B, K, channels]
+        (kernel, bias), acc = self._taps(), accumulation_dtype(mixed.dtype)
+        conv = ((window.to(acc) * kernel.T.to(acc)).sum(1) + bias.to(acc)).to(mixed.dtype)
+        new = self._scan_inputs(F.silu(conv), dt)
+        values, steps = (
+            torch.unflatten(t, 1, (new.b.shape[1], -1)) for t in (new.x, new.dt)
+        )  # [B, G, K, ..]
+        fall = (steps * new.a.view(new.b.shape[1], -1)).exp()
+        added = torch.einsum("bgs,bgkp->bgskp", new.b, values * steps.unsqueeze(-1))
+        state = carry.state * fall[:, :, None, :, None] + added
+        y = torch.einsum("bgs,bgskp->bgkp", new.c, state).flatten(1, 2)
+        assert new.d is not None
+        y = y + new.x * new.d.unsqueeze(-1)
+        packing.cache.layers[self] = Carry(window[:, 1:], state)
+        return leave(self.out(self._gated_norm(y, z)), self.axes)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z [T, inner], the convolution's inputs [T, channels] and raw time steps [T, heads]."""

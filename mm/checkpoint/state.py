@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mm.config.schema import Config, resolve
+from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index
+from mm.data.tokenizer import make_tokenizer
 from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.ranks.job import Job
@@ -48,6 +50,9 @@ def fingerprint(blueprint: Blueprint, index: Index) -> str:
     cfg = resolve(blueprint.cfg)
     kept = {"model": cfg["model"], "data": index.digest, "seed": cfg["run"]["seed"]}
     kept["global_batch"] = cfg["train"]["global_batch"]
+    tokenizer = make_tokenizer(blueprint.cfg.data.tokenizer)
+    if isinstance(tokenizer, PublishedTokenizer):
+        kept["tokenizer"] = tokenizer.key
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

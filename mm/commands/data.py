@@ -11,6 +11,9 @@ from mm.errors import Refused
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="prepare: folder to write to")
+    parser.add_argument(
+        "--tokenizer", default="bytes", metavar="T", help="index, inspect: as data.tokenizer (default bytes)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="prepare: seed (default 0)")
 
 
@@ -21,8 +24,13 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if verb not in ("index", "inspect") or not rest:
         raise Refused("needed: data prepare digits --out DIR, data index SHARDS, or data inspect SHARDS")
     from mm.data.inspect import index_text, inspect_text
+    from mm.data.tokenizer import make_tokenizer
 
-    print(index_text(rest, Path()) if verb == "index" else inspect_text(rest, Path()))
+    try:
+        tokenizer = make_tokenizer(args.tokenizer)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    print((index_text if verb == "index" else inspect_text)(rest, Path(), tokenizer))
     return 0
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mm.config.outline import llm_config
 from mm.config.schema import Config
 from mm.data.index import find_shards
+from mm.data.vocabulary import check_vocabulary
 from mm.errors import CheckpointError, Refused
 from mm.ranks.launch import restarted
+
+CONFIG = "config.json"
 
 if TYPE_CHECKING:
     from mm.data.sample import Index
@@ -55,7 +60,8 @@ def _could_write(folder: Path) -> None:
 
 
 def check_start(cfg: Config) -> None:
-    """Raise CheckpointError where what checkpoint.resume or checkpoint.weights names does not exist."""
+    """Raise CheckpointError where what checkpoint.resume or checkpoint.weights names does not exist, and
+    Refused where published weights are of another vocabulary."""
     from mm.checkpoint.state import candidates
     from parallel.checkpoint import MANIFEST
 
@@ -63,11 +69,31 @@ def check_start(cfg: Config) -> None:
         return
     candidates(cfg, Path(cfg.run.dir))
     for weights in cfg.checkpoint.starts:
-        if not any((Path(weights) / name).is_file() for name in (MANIFEST, "config.json")):
+        if not any((Path(weights) / name).is_file() for name in (MANIFEST, CONFIG)):
             raise CheckpointError(
                 f"checkpoint.weights={weights} is neither a checkpoint (with a {MANIFEST}) nor a Hugging "
                 "Face folder (with a config.json)"
             )
+    starts = [("checkpoint.weights", start) for start in cfg.checkpoint.starts]
+    for key, folder in (*starts, ("model.llm.preset", cfg.llm.get("preset"))):
+        if folder is not None and (Path(folder) / CONFIG).is_file():
+            _check_tokens(cfg, key, Path(folder))
+
+
+def _check_tokens(cfg: Config, key: str, folder: Path) -> None:
+    """Refuse a published model whose embedding is of other tokens or of another size."""
+    try:
+        rows = llm_config(cfg).vocab_size
+        check_vocabulary(cfg.data.tokenizer, folder)
+        published = json.loads((folder / CONFIG).read_text())
+        there = {**published, **published.get("text_config", {})}.get("vocab_size", rows)
+    except (ValueError, AttributeError) as error:
+        raise Refused(f"{key}: {error}") from error
+    if there != rows:
+        raise Refused(
+            f"{key}: the embedding of {folder} has {there} rows, model.llm.vocab_size is {rows}; needed: "
+            f"model.llm.preset={folder}, or model.llm.vocab_size={there}"
+        )
 
 
 def check_fits(blueprint: Blueprint, index: Index) -> None:

@@ -124,8 +124,8 @@ def llm_config(cfg: Config) -> LLMConfig:
     A preset is a published model's name or a folder with a Hugging Face config.json. Raises ValueError for an
     unknown preset or too small a vocabulary, Refused for unknown options.
     """
-    vocab = make_tokenizer(cfg.data.tokenizer).vocab_size
-    options, base = dict(cfg.llm), {"vocab_size": vocab}
+    tokenizer = make_tokenizer(cfg.data.tokenizer)
+    options, base = dict(cfg.llm), {"vocab_size": tokenizer.vocab_size}
     name = options.pop("preset", None)
     if not isinstance(name, str | None):
         raise ValueError(f"model.llm.preset is {name!r}; needed: a name or a folder")
@@ -137,8 +137,11 @@ def llm_config(cfg: Config) -> LLMConfig:
     elif name is not None:
         base = asdict(preset(name))
     llm: LLMConfig = build(LLMConfig, {**base, **options}, "model.llm")
-    if llm.vocab_size < vocab:
-        raise ValueError(f"model.llm.vocab_size is {llm.vocab_size}; the tokenizer needs at least {vocab}")
+    if llm.vocab_size < tokenizer.needed:
+        raise ValueError(
+            f"model.llm.vocab_size is {llm.vocab_size}; the tokenizer {cfg.data.tokenizer} needs at least "
+            f"{tokenizer.needed}"
+        )
     return llm
 
 

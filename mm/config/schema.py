@@ -116,7 +116,11 @@ class DataConfig(Section):
         description="largest share of samples that may be unreadable or skipped; a torn shard counts as a "
         "whole one",
     )
-    tokenizer: str = Field("bytes", description="the tokenizer; bytes is the only one")
+    tokenizer: str = Field(
+        "bytes",
+        description="the tokenizer: bytes, or a folder with tokenizer.json, or such a file, from the working "
+        "folder",
+    )
     context: int = Field(256, ge=3, description="length of the longest sample, in tokens")
     prefetch: int = Field(2, ge=1, description="steps that are read ahead")
 

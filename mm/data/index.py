@@ -1,27 +1,27 @@
 """The index of a data set: for each shard a file beside it, with the offset of every payload.
 
 A shard is indexed once. Its index file records what made it: for another format, another probe or another
-shard it is made again. Text stays in the tar; the index has only its length.
+shard it is made again. Text stays in the tar; the index has only its length, in bytes. Lengths in tokens are
+in files of their own (mm/data/tokens.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import hashlib
-import json
-import os
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import braceexpand
 
+from mm.data.encode import NO_TEMPLATE
 from mm.data.probes import known
 from mm.data.probes import register_probe as register_probe  # documented here for users
+from mm.data.published import PublishedTokenizer
 from mm.data.sample import Broken, Index, Part, Sample, Segment
-from mm.data.scan import VERSION, SampleEntry, ShardIndex, build_index, headers_digest
+from mm.data.scan import VERSION, SampleEntry, SegmentEntry, ShardIndex, build_index, headers_digest
+from mm.data.tokenizer import AnyTokenizer
+from mm.data.tokens import load, read_or_encode, store
 from mm.errors import DataError
 
 
@@ -32,16 +32,12 @@ def index_path(shard: Path) -> Path:
 
 def stored_index(shard: Path) -> ShardIndex | None:
     """The index beside a shard; None where it is missing, damaged, or of another shard, format or probe."""
+    found = load(index_path(shard))
     try:
-        index = json.loads(index_path(shard).read_text())
-        claimed = index.pop("sha256")
-        return cast(ShardIndex, index) if claimed == _sum(index) and _is_of(index, shard) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        index = cast(ShardIndex, found)
+        return index if found is not None and _is_of(index, shard) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _sum(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, separators=(",", ":")).encode()).hexdigest()
 
 
 def _is_of(index: ShardIndex, shard: Path) -> bool:
@@ -71,15 +67,7 @@ def read_or_build(shard: Path, *, write: bool = True) -> ShardIndex:
     index = build_index(shard)
     if not write or not index["samples"]:
         return index  # the file may be no shard at all: leave nothing beside it
-    # Ranks on several machines may write at the same time: the rename is atomic.
-    path = index_path(shard)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        partial.write_text(json.dumps({**index, "sha256": _sum(index)}, separators=(",", ":")))
-        os.replace(partial, path)
-    except OSError:  # a read-only data set still trains: it is scanned at each start
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    store(index_path(shard), index)
     return index
 
 
@@ -106,12 +94,18 @@ def find_shards(patterns: Sequence[str], base: Path, made_by: str | None = None)
 
 
 def load_index(
-    patterns: Sequence[str], base: Path, *, made_by: str | None = None, write: bool = True
+    patterns: Sequence[str],
+    base: Path,
+    *,
+    tokenizer: AnyTokenizer | None = None,
+    made_by: str | None = None,
+    write: bool = True,
 ) -> Index:
     """The data set of the shards that the patterns match.
 
-    write: store new index files beside the shards. made_by: as in find_shards. Raises DataError where a
-    pattern matches nothing, a shard is compressed, or no sample is usable.
+    tokenizer: in whose tokens lengths are; None: bytes. write: store new index files beside the shards.
+    made_by: as in find_shards. Raises DataError where a pattern matches nothing, a shard is compressed, or no
+    sample is usable.
     """
     samples: list[Sample] = []
     broken: list[Broken] = []
@@ -124,27 +118,40 @@ def load_index(
         torn += [shard] if raw["torn"] else []
         ignored[shard] = raw["ignored"]
         broken += [Broken(shard, key, why) for key, why in raw["broken"]]
-        samples += [_sample(len(samples) + k, shard, entry) for k, entry in enumerate(raw["samples"])]
+        encoded: list[list[SegmentEntry] | str] | None = None
+        if isinstance(tokenizer, PublishedTokenizer):
+            encoded = read_or_encode(path, raw, tokenizer, write=write)
+        for k, entry in enumerate(raw["samples"]):
+            segments = _in_bytes(entry) if encoded is None else encoded[k]
+            if isinstance(segments, str):
+                broken.append(Broken(shard, entry["key"], segments))
+            else:
+                samples.append(_sample(len(samples), shard, entry, segments))
     if not samples:
         why = "; ".join(f"{key or 'all'} of {shard}: {what}" for shard, key, what in broken[:3])
         raise DataError(f"no usable sample in {', '.join(patterns)}: {why or 'the shards are empty'}")
     return Index(tuple(samples), tuple(broken), tuple(shards), tuple(torn), ignored)
 
 
-def _sample(number: int, shard: str, entry: SampleEntry) -> Sample:
-    """A sample from its entry in the index of a shard."""
+def _in_bytes(entry: SampleEntry) -> list[SegmentEntry] | str:
+    """The segments of a sample in bytes, or why it has none."""
+    return NO_TEMPLATE if entry.get("chat") else entry["segments"]
+
+
+def _sample(number: int, shard: str, entry: SampleEntry, segments: Sequence[SegmentEntry]) -> Sample:
+    """A sample from its entry in the index of a shard. segments: in the lengths of the tokenizer."""
     parts = {
         name: Part(shard, name, p["offset"], p["size"], p["sha256"], p["meta"])
         for name, p in entry["parts"].items()
     }
-    segments = tuple(
+    made = tuple(
         Segment(
             kind=s["kind"],
-            text_bytes=s.get("bytes", 0),
+            tokens=s.get("tokens", s.get("bytes", 0)),
             part=parts[s["part"]] if "part" in s else None,
             loss=s.get("loss", True),
             depends=s.get("depends"),
         )
-        for s in entry["segments"]
+        for s in segments
     )
-    return Sample(number, entry["key"], shard, segments, parts["json"])
+    return Sample(number, entry["key"], shard, made, parts["json"], markers=not entry.get("chat", False))

@@ -7,45 +7,58 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mm.data.index import find_shards, index_path, load_index, read_or_build, stored_index
+from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index, Sample
+from mm.data.tokenizer import AnyTokenizer
+from mm.data.tokens import read_or_encode, tokens_path
 from mm.errors import DataError
 
 SHOWN = 3  # reasons that are listed for one shard
 SHARDS_SHOWN = 8  # shards that are listed
 
 
-def index_text(patterns: Sequence[str], base: Path) -> str:
+def index_text(patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None) -> str:
     """Make the indexes that are missing; returns a line for each shard, and what it has lost.
 
-    Raises DataError where a shard has no sample, or its index cannot be written.
+    tokenizer: make the token indexes too. Raises DataError where a shard has no sample, or its index cannot
+    be written.
     """
     lines, wrong, good = [], [], 0
     for shard in find_shards(patterns, base):
         raw, path = read_or_build(shard), index_path(shard)
         lost = [f"{key}: {why}" if key else why for key, why in raw["broken"]]
+        count = len(raw["samples"])
+        if isinstance(tokenizer, PublishedTokenizer):
+            path = tokens_path(shard, tokenizer)
+            for sample, found in zip(
+                raw["samples"], read_or_encode(shard, raw, tokenizer, write=True), strict=True
+            ):
+                lost += [f"{sample['key']}: {found}"] if isinstance(found, str) else []
+                count -= isinstance(found, str)
         if not raw["samples"]:
             why = "; ".join(lost[:SHOWN]) or "it is empty"
             wrong.append(
                 f"{shard} has no sample ({why}); needed: for each a KEY.json with its segments, and its "
                 "items beside it. Nothing is written"
             )
-        elif stored_index(shard) is None:
+        elif stored_index(shard) is None or not path.is_file():
             wrong.append(f"{path} cannot be written; {shard} would be indexed at each start")
         else:
             good += 1
-            lines += [f"{path}: {len(raw['samples'])} samples, {len(lost)} broken", *_some(lost)]
+            lines += [f"{path}: {count} samples, {len(lost)} broken", *_some(lost)]
     if wrong:
         raise DataError("; ".join([*wrong, *([f"the other {good} shards are indexed"] if good else [])]))
     return "\n".join(lines)
 
 
-def inspect_text(patterns: Sequence[str], base: Path) -> str:
+def inspect_text(patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None) -> str:
     """Counts of samples and shards, text lengths, items by module and sample, and what is broken."""
-    index = load_index(patterns, base)
-    text = [sum(seg.text_bytes for seg in s.segments) for s in index.samples]
+    index = load_index(patterns, base, tokenizer=tokenizer)
+    unit = "tokens" if isinstance(tokenizer, PublishedTokenizer) else "bytes"
+    text = [sum(seg.tokens for seg in s.segments) for s in index.samples]
     lines = [
         f"{len(index.samples)} samples in {len(index.shards)} shards",
-        f"text: {min(text)}-{max(text)} bytes a sample, mean {sum(text) / len(text):.1f}",
+        f"text: {min(text)}-{max(text)} {unit} a sample, mean {sum(text) / len(text):.1f}",
     ]
     for module in modules_of(index.samples):
         counts = Counter(len(s.items(module)) for s in index.samples)

@@ -6,7 +6,7 @@ their order:
     {"segments": [{"vision": "img0.png"}, {"text": "sees "}, {"text": "3", "depends": "vision"}]}
 
 A segment is either text or an item of a module. Text may have "loss": false, and "depends": the module that
-its tokens depend on.
+its tokens depend on. A json may have a conversation instead (mm/data/conversation.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Segment:
     """Text, or an item of a module."""
 
     kind: str  # "text", or the module of the item
-    text_bytes: int  # of text that is used; 0 for an item
+    tokens: int  # of text that is used; 0 for an item
     part: Part | None  # of an item; None for text
     loss: bool  # whether text is learned
     depends: str | None  # module that the text depends on
-    written_bytes: int | None = None  # of truncated text, its length in the json; None where it is whole
+    written: int | None = None  # of truncated text, its tokens in the json; None where it is whole
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Sample:
     segments: tuple[Segment, ...]
     json: Part
     truncated: bool = False  # only its beginning is used, so its end marker is not learned
+    markers: bool = True  # a begin and an end marker are put around it; not where a chat template writes them
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""
@@ -112,9 +113,22 @@ class WrittenSegment:
 
 def parse_segments(payload: bytes) -> list[WrittenSegment]:
     """The segments of a sample's json; raises ValueError with what is wrong with it."""
+    return segments_of(load_json(payload))
+
+
+def load_json(payload: bytes) -> Any:
+    """A sample's json; raises ValueError where it is none."""
     try:
-        written = json.loads(payload)["segments"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its json has no list of segments ({error})") from error
+
+
+def segments_of(data: Any) -> list[WrittenSegment]:
+    """The segments of a sample's json, loaded; raises ValueError with what is wrong with it."""
+    try:
+        written = data["segments"]
+    except (KeyError, TypeError) as error:
         raise ValueError(f"its json has no list of segments ({error})") from error
     if not isinstance(written, list):
         raise ValueError(f"its json has no list of segments (they are {written!r:.80})")

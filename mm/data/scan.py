@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from mm.data.conversation import Conversation
+from mm.data.encode import Written, parse_sample
 from mm.data.probes import known, metadata
-from mm.data.sample import parse_segments
 from mm.data.tar import BLOCK, File, Loss, read_contents, split_name
 
 VERSION = 2
@@ -34,6 +35,7 @@ class SegmentEntry(TypedDict):
     kind: str  # "text", or the module of an item
     part: NotRequired[str]  # of an item, the name of its payload
     bytes: NotRequired[int]  # of text, its length in UTF-8
+    tokens: NotRequired[int]  # of text, its length in a token index
     loss: NotRequired[bool]  # true where absent
     depends: NotRequired[str]
 
@@ -44,6 +46,7 @@ class SampleEntry(TypedDict):
     key: str
     segments: list[SegmentEntry]
     parts: dict[str, PartEntry]  # by name, the json among them
+    chat: NotRequired[bool]  # a conversation: only a tokenizer makes segments of it, and here are its items
 
 
 class ShardIndex(TypedDict):
@@ -87,8 +90,11 @@ def build_index(shard: Path) -> ShardIndex:
     samples: list[SampleEntry] = []
     for key, entries in parts.items():
         try:
-            segments = _segments(entries, jsons.get(key, b""))
-            samples.append({"key": key, "segments": segments, "parts": entries})
+            written = _parsed(entries, jsons.get(key, b""))
+            sample: SampleEntry = {"key": key, "segments": _segments(entries, written), "parts": entries}
+            if isinstance(written, Conversation):
+                sample["chat"] = True
+            samples.append(sample)
         except ValueError as error:
             broken.append([key, str(error)])
     extensions = sorted({_extension(name) for entries in parts.values() for name in entries})
@@ -146,20 +152,23 @@ def _part_entry(tar: int, file: File, name: str) -> tuple[PartEntry, bytes]:
     return entry, payload
 
 
-def _segments(parts: Mapping[str, PartEntry], json: bytes) -> list[SegmentEntry]:
-    """The segments that a sample's json gives; raises ValueError where the sample cannot be used."""
+def _parsed(parts: Mapping[str, PartEntry], json: bytes) -> Written:
+    """What a sample's json has; raises ValueError where the sample cannot be used."""
     if "json" not in parts:
         raise ValueError("it has no json part")
     if "unreadable" in parts["json"]:
         raise ValueError(parts["json"]["unreadable"])
+    return parse_sample(json)
+
+
+def _segments(parts: Mapping[str, PartEntry], written: Written) -> list[SegmentEntry]:
+    """The segments of a sample; of a conversation its items. Raises ValueError where one cannot be used."""
+    if isinstance(written, Conversation):
+        return [_item(parts, item.module, item.name) for item in written.items]
     out: list[SegmentEntry] = []
-    for seg in parse_segments(json):
+    for seg in written:
         if seg.text is None:
-            if seg.name not in parts:
-                raise ValueError(f"its json names {seg.name!r}, which the shard does not hold")
-            if "unreadable" in parts[seg.name]:
-                raise ValueError(parts[seg.name]["unreadable"])
-            out.append({"kind": seg.kind, "part": seg.name})
+            out.append(_item(parts, seg.kind, seg.name))
         else:
             entry: SegmentEntry = {"kind": "text", "bytes": len(seg.text.encode())}
             if not seg.loss:
@@ -168,3 +177,11 @@ def _segments(parts: Mapping[str, PartEntry], json: bytes) -> list[SegmentEntry]
                 entry["depends"] = seg.depends
             out.append(entry)
     return out
+
+
+def _item(parts: Mapping[str, PartEntry], module: str, name: str) -> SegmentEntry:
+    if name not in parts:
+        raise ValueError(f"its json names {name!r}, which the shard does not hold")
+    if "unreadable" in parts[name]:
+        raise ValueError(parts[name]["unreadable"])
+    return {"kind": module, "part": name}

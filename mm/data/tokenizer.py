@@ -1,8 +1,14 @@
-"""Text to token ids. Each byte is a token: nothing is trained or downloaded, and any text can be encoded."""
+"""Text to token ids: each byte a token, or the tokenizer of a published model (mm/data/published.py)."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from mm.data.published import TOKENIZER, PublishedTokenizer, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -15,17 +21,55 @@ class Tokenizer:
     placeholder: int = 259  # where an encoder's row enters
     vocab_size: int = 264  # padded to a multiple of 8, so that tp degrees divide it
 
+    @property
+    def needed(self) -> int:
+        """Rows of the embedding that the ids need."""
+        return self.vocab_size
+
+    @property
+    def key(self) -> str:
+        """What lengths in tokens depend on."""
+        return "bytes"
+
     def encode(self, text: str) -> list[int]:
         """The bytes of a text in UTF-8."""
         return list(text.encode())
 
-    def decode(self, ids: list[int]) -> str:
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode() of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
         """Text of the byte tokens; markers are dropped, incomplete characters replaced."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
+    def placeholder_of(self, module: str) -> int:
+        """The id in the place of a module's rows."""
+        return self.placeholder
 
-def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer `name`, of which "bytes" is the only one; raises ValueError for any other name."""
-    if name != "bytes":
-        raise ValueError(f"data.tokenizer is {name!r}; known: bytes")
-    return Tokenizer()
+
+AnyTokenizer = Tokenizer | PublishedTokenizer
+
+
+def make_tokenizer(name: str) -> AnyTokenizer:
+    """The tokenizer that data.tokenizer names: "bytes", or a folder or file of a published one.
+
+    A folder is read once until it changes. Raises ValueError for anything else, and for a folder whose
+    tokenizer cannot be used (read_tokenizer).
+    """
+    if name == "bytes":
+        return Tokenizer()
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(
+            f"data.tokenizer is {name!r}, which does not exist; known: bytes, or a folder with {TOKENIZER}, "
+            "or such a file"
+        )
+    folder = path if path.is_dir() else path.parent
+    changed = tuple((p.name, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.j*")))
+    return _read(os.fspath(path), changed)
+
+
+@lru_cache(4)
+def _read(path: str, changed: tuple[tuple[str, int], ...]) -> PublishedTokenizer:
+    return read_tokenizer(Path(path))

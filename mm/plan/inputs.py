@@ -34,7 +34,7 @@ class PlanInputs:
 
     llm: Layout
     encoders: Mapping[str, EncoderUse]  # by module, in the config's order
-    context: int  # longest sample allowed, in tokens: text bytes, encoder rows and two markers
+    context: int  # longest sample allowed, in tokens: text, encoder rows and markers
     microbatches: int  # that the global batch is split into, the same for all modules
     order: Order = "contiguous"  # how cp splits the language model's packed sequences
     mtp_depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
@@ -66,14 +66,14 @@ class PlanInputs:
 
 
 def sample_length(sample: Sample, inputs: PlanInputs) -> int:
-    """Tokens of a sample: a begin marker, its text bytes and item rows, an end marker.
+    """Tokens of a sample: a begin marker, its text and item rows, an end marker.
 
     Raises DataError, naming the item, where its encoder cannot take it.
     """
-    n = 2
+    n = 2 * sample.markers
     for seg in sample.segments:
         try:
-            n += seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+            n += seg.tokens if seg.part is None else inputs.rows(seg.kind, seg.part)
         except ValueError as error:
             assert seg.part is not None
             where = f"{seg.part.name} of sample {sample.key} of {sample.shard}"
@@ -83,7 +83,12 @@ def sample_length(sample: Sample, inputs: PlanInputs) -> int:
 
 def supervised_tokens(sample: Sample) -> int:
     """Tokens of a sample that carry loss: supervised text and, unless it is truncated, the end marker."""
-    return (not sample.truncated) + sum(s.text_bytes for s in sample.segments if s.part is None and s.loss)
+    return _ends(sample) + sum(s.tokens for s in sample.segments if s.part is None and s.loss)
+
+
+def _ends(sample: Sample) -> int:
+    """Whether a sample has an end marker that is learned."""
+    return int(sample.markers and not sample.truncated)
 
 
 def mtp_supervised_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
@@ -95,12 +100,12 @@ def mtp_supervised_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
 
 def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
     """Labels at positions below `stop`; that of a token stands one position before it."""
-    at, found = 0, 0
+    at, found = int(sample.markers) - 1, 0
     for seg in sample.segments:
-        n = seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+        n = seg.tokens if seg.part is None else inputs.rows(seg.kind, seg.part)
         if seg.part is None and seg.loss:
             found += max(0, min(at + n, stop) - at)
         at += n
         if at >= stop:
             return found
-    return found + (not sample.truncated)  # the end marker
+    return found + _ends(sample)

@@ -112,15 +112,15 @@ def _needed(index: Index, left_out: int, bound: float) -> float | None:
 def _truncated(sample: Sample, inputs: PlanInputs) -> Sample | None:
     """The beginning of a sample that fits the context; None where nothing of it would be learned.
 
-    Text is truncated to the byte, an item is kept whole or dropped. All that follows is dropped too.
+    Text is truncated to the token, an item is kept whole or dropped. All that follows is dropped too.
     """
-    room, kept = inputs.context - 2, []
+    room, kept = inputs.context - 2 * sample.markers, []
     for seg in sample.segments:
-        n = seg.text_bytes if seg.part is None else inputs.rows(seg.kind, seg.part)
+        n = seg.tokens if seg.part is None else inputs.rows(seg.kind, seg.part)
         if n <= room:
             kept.append(seg)
         elif seg.part is None and room:
-            kept.append(_first_bytes(seg, room))
+            kept.append(_first_tokens(seg, room))
         room -= n
         if room < 0:
             break
@@ -128,8 +128,8 @@ def _truncated(sample: Sample, inputs: PlanInputs) -> Sample | None:
     return short if supervised_tokens(short) else None
 
 
-def _first_bytes(seg: Segment, n: int) -> Segment:
-    return replace(seg, text_bytes=n, written_bytes=seg.text_bytes)
+def _first_tokens(seg: Segment, n: int) -> Segment:
+    return replace(seg, tokens=n, written=seg.tokens)
 
 
 def _check_share(index: Index, bound: float) -> None:

@@ -123,10 +123,10 @@ class SampleTable:
 
 def _append_items(sample: Sample, inputs: PlanInputs, found: Mapping[str, list[_Found]]) -> None:
     """Append each item of a sample to its module's list."""
-    at = 1  # after the begin marker
+    at = int(sample.markers)  # after the begin marker
     for seg in sample.segments:
         if seg.part is None:
-            at += seg.text_bytes
+            at += seg.tokens
             continue
         rows, use = inputs.rows(seg.kind, seg.part), inputs.encoders[seg.kind]
         cost = float(use.cls.cost(use.cfg, seg.part.meta))

@@ -14,9 +14,10 @@ from encoders.module import needed_items
 from llm.counts import Counts
 from llm.model import LLMBatch, loss_rows
 from llm.mtp import IGNORE, ahead
+from mm.data.encode import TokenSegment, encode_samples, parse_sample
 from mm.data.reader import BadSample, ShardReader
-from mm.data.sample import Part, Sample, parse_segments
-from mm.data.tokenizer import Tokenizer
+from mm.data.sample import Part, Sample
+from mm.data.tokenizer import AnyTokenizer
 from mm.plan.inputs import EncoderUse, PlanInputs
 from mm.plan.step_plan import Edge, Microbatch, MicrobatchEdge, StepPlan
 from parallel.boundary import EdgePlan, PlanCache, Stack, stack_positions
@@ -57,7 +58,7 @@ class Assembler:
 
     inputs: PlanInputs
     reader: ShardReader
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     rank: int
     dtype: torch.dtype  # of encoder inputs: what encoders compute in
     device: torch.device
@@ -206,6 +207,17 @@ class Assembler:
         real = mb.plan.filled[mb.index].tolist()
         return routed_tokens(llm, self.rank, mb.tokens, real, self.inputs.order)
 
+    def encoded(self, sample: Sample) -> tuple[TokenSegment, ...]:
+        """A sample's segments as tokens; raises BadSample."""
+        payload = self.reader.read(sample, sample.json)
+        try:
+            found = encode_samples([parse_sample(payload)], self.tokenizer)[0]
+        except ValueError as error:
+            raise BadSample(sample, str(error)) from error
+        if isinstance(found, str):
+            raise BadSample(sample, found)
+        return found
+
     def _write_sample(
         self,
         sample: Sample,
@@ -219,20 +231,21 @@ class Assembler:
         ids, labels, depends: of the whole packed sequence, [T]. A token's label is one position before it.
         """
         tok = self.tokenizer
-        written = parse_segments(self.reader.read(sample, sample.json))
+        written = self.encoded(sample)
         at = start
-        ids[at] = tok.bos
-        at += 1
+        if sample.markers:
+            ids[at] = tok.bos
+            at += 1
         # Lengths and order come from the index (evaluation may have exchanged items), text from the payload.
-        texts = [s.text for s in written if s.text is not None]
+        texts = [s.ids for s in written if s.ids is not None]
         for seg in sample.segments:
             if seg.part is not None:
                 n = self.inputs.rows(seg.kind, seg.part)
-                ids[at : at + n] = tok.placeholder
+                ids[at : at + n] = tok.placeholder_of(seg.kind)
             else:
-                new = tok.encode(texts.pop(0))
-                n = seg.text_bytes
-                indexed = n if seg.written_bytes is None else seg.written_bytes
+                new = texts.pop(0)
+                n = seg.tokens
+                indexed = n if seg.written is None else seg.written
                 if len(new) != indexed:
                     why = f"a text segment has {len(new)} tokens but the index says {indexed}; re-index"
                     raise BadSample(sample, why)
@@ -243,6 +256,7 @@ class Assembler:
                     if seg.depends is not None and seg.depends in depends:
                         depends[seg.depends][at - 1 : at + n - 1] = True
             at += n
-        ids[at] = tok.eos
-        if not sample.truncated:
-            labels[at - 1] = tok.eos
+        if sample.markers:
+            ids[at] = tok.eos
+            if not sample.truncated:
+                labels[at - 1] = tok.eos

@@ -102,7 +102,8 @@ def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: 
     write: store an index that had to be made beside its shard. Raises DataError (load_index, select).
     """
     rules = blueprint.cfg.data
-    index = load_index(patterns, base, made_by=rules.made_by, write=write)
+    tokenizer = make_tokenizer(rules.tokenizer)
+    index = load_index(patterns, base, tokenizer=tokenizer, made_by=rules.made_by, write=write)
     return select(index, blueprint.inputs, rules)
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mm.data.encode import TokenSegment
 from mm.data.order import permute_items
-from mm.data.reader import BadSample, ShardReader
-from mm.data.sample import Sample, parse_segments
+from mm.data.reader import BadSample
+from mm.data.sample import Sample
 from mm.errors import DataError
 from mm.ranks.batch import RankMicrobatch
 from mm.ranks.feed import prepare
@@ -137,25 +138,28 @@ def _mean_losses(
     return means[0], dict(zip(by_module, means[1:], strict=True))
 
 
-def blind_guess(samples: Sequence[Sample], reader: ShardReader) -> dict[str, float]:
+def blind_guess(
+    samples: Sequence[Sample], encoded: Callable[[Sample], Sequence[TokenSegment]]
+) -> dict[str, float]:
     """By module, the loss in nats a token of a guess from the frequencies of the texts that depend on it.
 
     That loss is the entropy of those texts. A model that neither sees the module's items nor learns anything
     from the text around cannot do better. Modules whose texts hardly repeat, such as captions, are left out.
+    encoded: Assembler.encoded.
     """
-    texts: dict[str, Counter[str]] = {}
+    texts: dict[str, Counter[tuple[int, ...]]] = {}
     for sample in (s for s in samples if not s.truncated):
         try:
-            written = parse_segments(reader.read(sample, sample.json))
+            segments = encoded(sample)
         except BadSample:  # it has become unreadable since the evaluation
             continue
-        for seg in written:
-            if seg.text and seg.depends is not None and seg.loss:
-                texts.setdefault(seg.depends, Counter())[seg.text] += 1
+        for seg in segments:
+            if seg.ids and seg.depends is not None and seg.loss:
+                texts.setdefault(seg.depends, Counter())[tuple(seg.ids)] += 1
     out = {}
     for module, found in texts.items():
         total = found.total()
         if total >= REPEATS * len(found):
             nats = -sum(n * math.log(n / total) for n in found.values())
-            out[module] = nats / sum(n * len(text.encode()) for text, n in found.items())
+            out[module] = nats / sum(n * len(text) for text, n in found.items())
     return out

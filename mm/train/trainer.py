@@ -207,7 +207,7 @@ class _Loop:
         self.console.evaluation(self.job.blueprint.cfg.train.steps, result)
         if self.job.rank.rank == 0:
             samples = eval_samples(self.job, self.eval_data)
-            self.console.lift_table(result, blind_guess(samples, self.eval_data.assembler.reader))
+            self.console.lift_table(result, blind_guess(samples, self.eval_data.assembler.encoded))
 
     def _save(self) -> None:
         checkpoint.save(self.job, self.feed.index, self.run_dir, self.done, self.feed.bad)

@@ -6,12 +6,11 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm.data.reader import ShardReader
+from mm.data.encode import TokenSegment
 from mm.data.sample import Index, Part, Sample, Segment
 from mm.errors import DataError
 from mm.plan.blueprint import Blueprint
@@ -24,32 +23,21 @@ ITEMS = 8  # of each encoder in a made-up sample
 FILLED = (1.0, 0.6, 0.85, 0.4)  # shares of data.context that made-up samples fill, one after another
 
 
-class NoPayloads(ShardReader):
-    """Gives the json of a sample as its index describes it, with any text of the right length."""
-
-    def read(self, sample: Sample, part: Part) -> bytes:
-        """The json; raises AssertionError for another payload."""
-        assert part is sample.json, "a virtual step reads no payload of an item"
-        return json.dumps({"segments": [_written(s) for s in sample.segments]}).encode()
-
-
-def _written(segment: Segment) -> dict[str, Any]:
-    if segment.part is not None:
-        return {segment.kind: segment.part.name}
-    length = segment.text_bytes if segment.written_bytes is None else segment.written_bytes
-    out: dict[str, Any] = {"text": "x" * length, "loss": segment.loss}
-    return out if segment.depends is None else {**out, "depends": segment.depends}
-
-
 @dataclass(frozen=True)
 class VirtualAssembler(Assembler):
-    """An assembler whose items have the shapes of their metadata and no values."""
+    """An assembler that reads nothing: texts have their lengths, items the shapes of their metadata."""
 
     @staticmethod
     def of(assembler: Assembler) -> VirtualAssembler:
-        """The same with no payloads."""
-        same = {f.name: getattr(assembler, f.name) for f in fields(assembler)}
-        return VirtualAssembler(**{**same, "reader": NoPayloads()})
+        """The same without payloads."""
+        return VirtualAssembler(**{f.name: getattr(assembler, f.name) for f in fields(assembler)})
+
+    def encoded(self, sample: Sample) -> tuple[TokenSegment, ...]:
+        return tuple(
+            TokenSegment("text", [0] * (s.tokens if s.written is None else s.written), "", s.loss, s.depends)
+            for s in sample.segments
+            if s.part is None
+        )
 
     def _prepared(self, use: EncoderUse, sample: Sample, part: Part) -> Tensor:
         shape = use.cls.input_count(use.cfg, part.meta), *use.cls.input_shape(use.cfg)

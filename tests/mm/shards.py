@@ -13,10 +13,11 @@ import numpy as np
 
 
 def write_shard(path: Path, samples: list[dict[str, Any]]) -> Path:
-    """A tar of samples: {"key": .., "segments": [..], "parts": {name: bytes}}."""
+    """A tar of samples: {"key": .., "segments": [..] or "messages": [..], "parts": {name: bytes}}."""
     with tarfile.open(path, "w") as tar:
         for sample in samples:
-            files = {"json": json.dumps({"segments": sample["segments"]}).encode(), **sample["parts"]}
+            written = {k: v for k, v in sample.items() if k not in ("key", "parts")}
+            files = {"json": json.dumps(written).encode(), **sample["parts"]}
             for name, payload in files.items():
                 info = tarfile.TarInfo(f"{sample['key']}.{name}")
                 info.size = len(payload)

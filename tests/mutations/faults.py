@@ -8,5 +8,6 @@ from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import ENCODERS, LLM
 from tests.mutations.of_parallel import PARALLEL
 from tests.mutations.of_schedules import SCHEDULES
+from tests.mutations.of_text import TEXT
 
-FAULTS: tuple[Fault, ...] = PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + LLM + JOB
+FAULTS: tuple[Fault, ...] = PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + LLM + JOB + TEXT

@@ -97,8 +97,8 @@ JOB = (
         "plan.supervised",
         "the end marker is not counted as supervised",
         "mm/plan/inputs.py",
-        "return (not sample.truncated) + sum(",
-        "return sum(",
+        "return int(sample.markers and not sample.truncated)",
+        "return 0",
         ONE_STEP,
     ),
     Fault(

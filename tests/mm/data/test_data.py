@@ -40,7 +40,7 @@ def test_the_index_leads_to_every_payload(tmp_path: Path) -> None:
             assert reader.read(sample, part) == original["parts"][part.name]
             assert part.meta["dim1"] == 3
         texts = [s.text for s in parse_segments(reader.read(sample, sample.json)) if s.text is not None]
-        assert [len(t) for t in texts] == [s.text_bytes for s in sample.segments if s.part is None]
+        assert [len(t) for t in texts] == [s.tokens for s in sample.segments if s.part is None]
     reader.close()
     assert "7 samples in 2 shards" in inspect_text(["a-*.tar"], tmp_path)
 

@@ -13,11 +13,12 @@ from PIL import Image
 
 from mm.cli import main
 from mm.config.schema import from_mapping
+from mm.data.encode import TokenSegment, encode_samples, parse_sample
 from mm.data.index import load_index
 from mm.data.inspect import count_lines
 from mm.data.order import sample_ids
 from mm.data.reader import ShardReader
-from mm.data.sample import Index
+from mm.data.sample import Index, Sample
 from mm.data.tokenizer import Tokenizer
 from mm.errors import DataError
 from mm.plan.blueprint import Blueprint, draw_up
@@ -162,11 +163,11 @@ def test_long_samples_are_truncated_to_their_beginning(tmp_path: Path) -> None:
     made = blueprint()
     truncated = {s.key: s for s in index.samples if s.truncated}
     assert sorted(truncated) == ["long", "longer"] and not index.skipped
-    assert [s.text_bytes for s in truncated["long"].segments] == [0, 14]  # 20 - 2 markers - 4 rows
-    assert [s.text_bytes for s in truncated["longer"].segments] == [0, 0, 8]
+    assert [s.tokens for s in truncated["long"].segments] == [0, 14]  # 20 - 2 markers - 4 rows
+    assert [s.tokens for s in truncated["longer"].segments] == [0, 0, 8]
     for s in truncated.values():
         assert sample_length(s, made.inputs) == 20
-        assert supervised_tokens(s) == s.segments[-1].text_bytes  # and no end marker
+        assert supervised_tokens(s) == s.segments[-1].tokens  # and no end marker
     assert index.digest == load_index(["a-*.tar"], tmp_path).digest
 
 
@@ -234,6 +235,12 @@ def test_the_blind_guess_is_the_entropy_of_what_depends(tmp_path: Path) -> None:
     samples += [sample("u", "never", depends="vision", loss=False)]
     write_shard(tmp_path / "a.tar", samples)
     reader = ShardReader()
-    found = blind_guess(load_index(["a.tar"], tmp_path).samples, reader)
+
+    def encoded(found: Sample) -> tuple[TokenSegment, ...]:
+        segments = encode_samples([parse_sample(reader.read(found, found.json))], Tokenizer())[0]
+        assert not isinstance(segments, str)
+        return segments
+
+    found = blind_guess(load_index(["a.tar"], tmp_path).samples, encoded)
     reader.close()
     assert found == {"vision": pytest.approx(np.log(2), rel=1e-12)}

@@ -62,7 +62,7 @@ def test_made_up_samples_stand_in_for_missing_data() -> None:
     blueprint = blueprint_of({}, 2, data={"train": ["nowhere/*.tar"], "context": 96})
     data = virtual_data(blueprint)
     assert "ragged lengths" in data.note and "nowhere" in data.note
-    assert len({sum(s.text_bytes for s in sample.segments) for sample in data.index.samples}) > 1
+    assert len({sum(s.tokens for s in sample.segments) for sample in data.index.samples}) > 1
     trace = virtual_rank(blueprint, 1, CPU, data=data)
     assert set(trace.flops_by_module) == {"vision", "audio", "llm"}
     assert data.note in trace.notes

@@ -1,0 +1,152 @@
+"""Answers of a whole language model in one process: prompts once, then a token at a time.
+
+A prompt is computed as in training, rows of encoders included; then each layer continues from what it kept
+(llm.cache). Prompts of a batch may have any lengths: nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from llm.cache import Cache, CachedPacking
+from llm.model import LLM, LLMBatch
+from llm.moe import ForwardContext
+from parallel.sequence.host import to_device
+from parallel.sequence.packed import Packing
+from parallel.tensor_parallel.loss import logits
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an answer follows."""
+
+    ids: Tensor
+    """[n] int64, n >= 1; any id where a row enters."""
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    """By edge, [R, d] or [R, levels, d], as LLM.forward takes them."""
+    positions: Mapping[str, Tensor] = field(default_factory=dict)
+    """By edge, [R] int64: where the rows enter."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0: the likeliest token. Otherwise logits are divided by it."""
+    top_p: float = 1.0
+    """The likeliest tokens that have this probability together are drawn from (arXiv 1904.09751)."""
+    seed: int = 0
+    """Of the draws; prompt number i draws by seed + i, whatever is computed with it."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; needed: 0 for the likeliest token, or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; needed: more than 0, at most 1")
+
+
+GREEDY = Sampling()
+
+
+@torch.no_grad()
+def decode(
+    model: LLM,
+    prompts: Sequence[Prompt],
+    limit: int,
+    sampling: Sampling = GREEDY,
+    stops: Collection[int] = (),
+) -> Iterator[list[int | None]]:
+    """The next token of each prompt, `limit` times at most; None for a prompt that has ended.
+
+    model: whole, of one process. stops: ids that end an answer; they are given too. Ends once all answers
+    have. A step costs one token of each prompt, and attention to its keys. Raises ValueError for an empty
+    prompt.
+    """
+    assert model.stage.first and model.stage.last and model.axes.tp.size == model.axes.cp.size == 1
+    if not prompts or not all(len(p.ids) for p in prompts):
+        raise ValueError("a prompt has no tokens; needed: one at least, such as the begin marker")
+    device = prompts[0].ids.device
+    generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
+    cache, past, open_ = Cache(), [0] * len(prompts), [True] * len(prompts)
+    said: list[list[int]] = [[] for _ in prompts]
+    ids, rows, positions = _joined(prompts)
+    lengths = tuple(len(p.ids) for p in prompts)
+    for step in range(limit):
+        packing = CachedPacking(lengths, device, tuple(past), cache)
+        batch = LLMBatch(ids, ids, packing, len(ids), positions)
+        states = model.states(batch, rows, ForwardContext(packing, len(ids)))
+        new = _choose(next_logits(model, states, packing), sampling, generators)
+        yield [token if alive else None for token, alive in zip(new, open_, strict=True)]
+        open_ = [alive and token not in stops for token, alive in zip(new, open_, strict=True)]
+        if not any(open_) or step == limit - 1:
+            return
+        past = [n + p for n, p in zip(lengths, past, strict=True)]
+        said = [[*own, token] for own, token in zip(said, new, strict=True)]
+        if _turns_long(model, packing.whole):
+            # Longer documents have other rotary positions from their beginning on: they are computed anew.
+            cache, past = Cache(), [0] * len(new)
+            longer = [replace(p, ids=_with(p.ids, more)) for p, more in zip(prompts, said, strict=True)]
+            ids, rows, positions = _joined(longer)
+            lengths = tuple(len(p.ids) for p in longer)
+        else:
+            ids, rows, positions = to_device(torch.tensor(new), device), {}, {}
+            lengths = (1,) * len(new)
+
+
+def generate(
+    model: LLM,
+    prompts: Sequence[Prompt],
+    limit: int,
+    sampling: Sampling = GREEDY,
+    stops: Collection[int] = (),
+) -> list[list[int]]:
+    """The answers of decode(), each with the id that ended it."""
+    steps = list(decode(model, prompts, limit, sampling, stops))
+    return [[token for token in own if token is not None] for own in zip(*steps, strict=True)]
+
+
+def _turns_long(model: LLM, lengths: Sequence[int]) -> bool:
+    """Whether one more token makes a document long for longrope (arXiv 2402.13753)."""
+    scaling = model.cfg.rope_scaling
+    return scaling is not None and scaling.kind == "longrope" and scaling.original in lengths
+
+
+def _with(ids: Tensor, more: Sequence[int]) -> Tensor:
+    return torch.cat([ids, to_device(torch.tensor(more, dtype=ids.dtype), ids.device)])
+
+
+def _joined(prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """(ids, rows by edge, positions of these) of all prompts, packed."""
+    starts = Packing.of([len(p.ids) for p in prompts]).starts
+    edges = list(dict.fromkeys(edge for p in prompts for edge in p.rows))
+    rows, positions = {}, {}
+    for edge in edges:
+        having = [i for i, p in enumerate(prompts) if edge in p.rows]
+        rows[edge] = torch.cat([prompts[i].rows[edge] for i in having])
+        positions[edge] = torch.cat([prompts[i].positions[edge] + int(starts[i]) for i in having])
+    return torch.cat([p.ids for p in prompts]), rows, positions
+
+
+def next_logits(model: LLM, states: Tensor, packing: CachedPacking) -> Tensor:
+    """Logits [B, vocab] after the last of each document's tokens, float32 at least."""
+    last = to_device(packing.starts[1:] - 1, states.device)
+    return logits(states[last], model.head_weight(), model.cfg.logit_scale, model.cfg.logit_cap)
+
+
+def _choose(scores: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """The next token of each prompt."""
+    if sampling.temperature == 0:
+        return [int(n) for n in scores.argmax(-1).tolist()]
+    probability = torch.softmax(scores.double() / sampling.temperature, -1).cpu()
+    ordered, tokens = torch.sort(probability, dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.where(before < sampling.top_p, ordered, 0.0)
+    reached = kept.cumsum(-1)
+    draws = [torch.rand((), generator=g, dtype=torch.float64) for g in generators]
+    at = torch.searchsorted(reached, torch.stack(draws).unsqueeze(1) * reached[:, -1:], right=True)
+    return [int(n) for n in tokens.gather(1, at.clamp(max=scores.shape[1] - 1)).squeeze(1).tolist()]
