@@ -59,7 +59,7 @@ PARALLEL = (
         "parallel/comm/warm_up.py",
         'way = 1 if name.direction == "forward" else -1',
         "way = 1",
-        "tests/parallel/comm/test_warm_up.py::test_every_message_of_a_pipeline_is_connected_before_the_first_step",
+        "tests/parallel/comm/test_warm_up.py::test_a_pipeline_is_connected_in_the_direction_of_its_messages",
     ),
     Fault(
         "warm-up.mirror",

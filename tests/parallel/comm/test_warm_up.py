@@ -69,6 +69,13 @@ def test_a_context_axis_connects_every_pair(n: int, seed: int) -> None:
     assert connected(Group("module", "llm", "cp"), ranks) == {(a, b) for a in ranks for b in ranks if a != b}
 
 
+def test_a_pipeline_is_connected_in_the_direction_of_its_messages() -> None:
+    line = (5, 2, 7, 1)
+    for direction, step in (("forward", 1), ("backward", -1)):
+        found = connected(Group("module", "llm", "pp", direction), line)
+        assert found == {(line[i], line[(i + step) % 4]) for i in range(4)}
+
+
 @settings(max_examples=60)
 @given(cases())
 def test_every_message_of_a_pipeline_is_connected_before_the_first_step(case: Case) -> None:
