@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find, last_of
-from mm.checkpoint.weights import start_from
+from mm.checkpoint.weights import fill_encoders, start_from
 from mm.config.outline import SINK
 from mm.config.schema import resolve_yaml
 from mm.data.sample import Index, Sample
@@ -104,6 +104,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
         state = checkpoint.load(job, train_data.index, resume)
         first, bad = state.step, state.bad_samples
     else:
+        fill_encoders(job)
         start_from(job, [Path(path) for path in cfg.checkpoint.starts])
     aside = begin(run_dir, rank, resume, first)
     console = Console(

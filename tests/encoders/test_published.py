@@ -15,6 +15,8 @@ from parallel.published import module_shapes
 from parallel.published.tables import parts_by_name
 from tests.encoders import published
 
+ROUNDED = ("siglip2", "dinov2", "dinov2_giant", "dinov2_registers", "radio")
+
 
 def ours_of(grads: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Gradients by the names of transformers' files, as our parameters have them."""
@@ -69,4 +71,6 @@ def test_states_and_gradients_equal_transformers(name: str, tmp_path: Path) -> N
             scale = max(float(g.abs().max()) for g in theirs.values())
             for key, wanted in theirs.items():
                 got = grads.get(key, torch.zeros_like(wanted))
-                assert float((got - wanted).abs().max()) <= 10 * bound * scale, (key, dtype, i)
+                # Theirs rounds gradients of some tables to float32, which would depend on the layout here.
+                most = 1e-6 if key == "position" and name in ROUNDED else 10 * bound
+                assert float((got - wanted).abs().max()) <= most * scale, (key, dtype, i)
