@@ -107,6 +107,20 @@ def test_a_folder_gives_what_its_own_class_gives(name: str, tmp_path: Path) -> N
     assert not net.training or not any(m.training for m in net.core.inner.modules())
 
 
+def test_items_with_other_masks_run_apart() -> None:
+    """Two sizes may have main inputs of one shape, and other masks."""
+    known: dict[str, Any] = {
+        "main": "x",
+        "shape": (1, 4),
+        "rows": 2,
+        "width": 3,
+        "flops": 1.0,
+        "batched": True,
+    }
+    a, b, c = (foreign.Probe(**known, others={"mask": torch.tensor([[1, n]])}) for n in (0, 1, 0))
+    assert a.like(c) and not a.like(b)
+
+
 def test_weights_and_buffers_are_those_of_the_folder(tmp_path: Path) -> None:
     path = folder("PixtralVisionModel", tmp_path / "made")
     net = made(ForeignOptions(folder=str(path)), torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutations.fault import Fault
+from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import ENCODERS, LLM
@@ -10,4 +11,4 @@ from tests.mutations.of_parallel import PARALLEL
 from tests.mutations.of_schedules import SCHEDULES
 from tests.mutations.of_text import TEXT
 
-FAULTS: tuple[Fault, ...] = PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + LLM + JOB + TEXT
+FAULTS: tuple[Fault, ...] = PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + LLM + JOB + TEXT
