@@ -98,7 +98,7 @@ def test_greedy_answers_are_those_of_transformers(pattern: str, tmp_path: Path) 
         assert generate(ours, [Prompt(ids[0])], 24)[0] == expected[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", on_demand([*RANDOM], keep=("gemma2", "bamba")))
+@pytest.mark.parametrize("name", on_demand(RANDOM, [*{*RANDOM} - {"qwen3", "bamba"}]))
 def test_greedy_answers_of_every_family(name: str, tmp_path: Path) -> None:
     """Longer than windows, and than the context of training of long rotary positions."""
     for seed in range(2):
