@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from llm.rotary import RopeScaling, check_scaling
+from llm.source import Source
 from parallel.topology.layout import Unfit, check_divides, nearest
 
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
@@ -151,18 +152,8 @@ class LLMConfig:
     """Tokens whose logits exist at a time: memory only."""
     freeze: bool = False
     """Whether the model's parameters stay as they are."""
-    family: str | None = None
-    """The family of published models that it was read from; it is written as the same where that can say it.
-    [model_type]"""
-    context: int | None = None
-    """Tokens of the longest document that it was made for; like the ids below it acts in other programs
-    alone. [max_position_embeddings]"""
-    bos_id: int | None = None
-    """Id of the token that begins a document. [bos_token_id]"""
-    eos_ids: tuple[int, ...] = ()
-    """Ids of tokens that end one. [eos_token_id]"""
-    pad_id: int | None = None
-    """Id of the token that fills batches. [pad_token_id]"""
+    source: Source | None = None
+    """The published model that it was read from (llm.hf.read_config)."""
 
     @property
     def symbols(self) -> str:
@@ -218,7 +209,7 @@ def embeds_last(cfg: LLMConfig) -> bool:
 
 
 # Integers that may be 0, which then means "none".
-MAY_BE_ZERO = ("mtp_layers", "shared_ffn", "bos_id", "pad_id")
+MAY_BE_ZERO = ("mtp_layers", "shared_ffn")
 # Numbers, some of which may be None, that are more than 0.
 ABOVE_ZERO = (
     *("routed_scale", "norm_eps", "init_std", "capacity", "embed_scale", "branch_scale", "logit_scale"),
@@ -340,8 +331,6 @@ def _check_attention(cfg: LLMConfig) -> None:
         if cfg.window is None and getattr(cfg, what) != none:
             why = f"model.llm.{what} without window would have no effect; needed: a window, or none of it"
             raise Unfit(why, [{what: none}], "llm")
-    if cfg.window is not None or cfg.attention_cap is not None:
-        raise ValueError("model.llm.window and attention_cap are not built yet; needed: null")
     if cfg.rope_theta is None and cfg.rope_scaling is not None:
         raise ValueError("model.llm.rope_scaling without rope_theta; needed: rope_theta, such as 10000")
     if cfg.rope_theta is None and cfg.window_rope_theta is None:

@@ -8,6 +8,7 @@ from typing import Any
 from llm.config import LLMConfig
 from llm.hf.family import Data, Family, alike, cannot_say, computed
 from llm.hf.registry import FAMILIES, family_named, family_of
+from llm.source import Source
 
 
 def read_config(data: Data) -> LLMConfig:
@@ -16,7 +17,7 @@ def read_config(data: Data) -> LLMConfig:
     Raises ValueError for an unknown model_type, and, with the value needed, where our model cannot be it.
     """
     family = family_of(data)
-    return replace(family.read(data), family=family.name)
+    return replace(family.read(data), source=read_source(data, family.name))
 
 
 def export_family(cfg: LLMConfig, name: str | None = None) -> Family:
@@ -28,7 +29,7 @@ def export_family(cfg: LLMConfig, name: str | None = None) -> Family:
         if why:
             raise ValueError(why)
         return family
-    first = [family_named(cfg.family)] if cfg.family else []
+    first = [family_named(cfg.source.family)] if cfg.source else []
     reasons = []
     for family in [*first, *(f for f in FAMILIES.values() if f not in first)]:
         why = cannot_say(family, cfg)
@@ -50,7 +51,34 @@ def write_config(cfg: LLMConfig, dtype: str, family: str | None = None) -> dict[
 def config_of(family: Family, cfg: LLMConfig, dtype: str) -> dict[str, Any]:
     """config.json of a model in a family that can say it."""
     head = {"architectures": [f"{family.architecture}ForCausalLM"], "model_type": family.name}
-    return {**head, "torch_dtype": dtype, **family.write(cfg)}
+    return {**head, "torch_dtype": dtype, **family.write(cfg), **write_source(cfg.source)}
+
+
+def read_source(data: Data, family: str) -> Source:
+    """What other programs read: the longest document, and ids of special tokens, which may be negative for
+    none."""
+
+    def one(key: str) -> int | None:
+        given = data.get(key)
+        return None if given is None or given < 0 else int(given)
+
+    ends = data.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    context = data.get("max_position_embeddings")
+    return Source(family, context, one("bos_token_id"), tuple(i for i in ends if i >= 0), one("pad_token_id"))
+
+
+def write_source(source: Source | None) -> dict[str, Any]:
+    """The same; ids are null where they are not known, as the classes' own may be beyond the vocabulary."""
+    ends = list(source.eos) if source else []
+    out: dict[str, Any] = {
+        "bos_token_id": source.bos if source else None,
+        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
+        "pad_token_id": source.pad if source else None,
+    }
+    if source is not None and source.context is not None:
+        out["max_position_embeddings"] = source.context
+    return out
 
 
 # Keys that may differ from the file: the chunk of the scan, initial weights, what other programs read.
@@ -63,8 +91,8 @@ FREE = (
 def check_same(cfg: LLMConfig, published: LLMConfig) -> None:
     """Raise ValueError where the weights of `published`, from read_config(), do not fit `cfg`; it names the
     published fields."""
-    assert published.family is not None
-    family = family_named(published.family)
+    assert published.source is not None
+    family = family_named(published.source.family)
     here, there = computed(cfg), computed(published)
     if all(alike(here.get(key), there.get(key)) for key in {**here, **there}):
         return

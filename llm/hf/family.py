@@ -71,8 +71,7 @@ READ_BY = {
 # multi-token prediction are compared in a form of their own.
 UNSAID = (
     "pattern mtp_layers mtp_pattern mtp_weight chunk init_std expert_bias_rate aux_weight z_weight capacity "
-    "pad_experts dispatcher level_layers loss_chunk freeze family "
-    "context bos_id eos_ids pad_id"
+    "pad_experts dispatcher level_layers loss_chunk freeze source"
 )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from llm.config import LLMConfig, check
 from llm.hf.family import Data, Family, Field, TableRow
-from llm.hf.parts import read_beside, write_beside
 from parallel.published.tables import Row
 
 # Names of layer kinds in config.json, the newest first; older ones are read too.
@@ -117,7 +116,7 @@ def read(data: Data) -> LLMConfig:
         raise ValueError(
             "config.json has mlp_bias with moe_latent_size; needed: latent projections without bias"
         )
-    cfg = replace(cfg, **used, **read_beside(data))
+    cfg = replace(cfg, **used)
     check(cfg)
     return cfg
 
@@ -134,7 +133,6 @@ def write(cfg: LLMConfig) -> dict[str, Any]:
     out["mlp_hidden_act"] = cfg.activation
     out["attention_bias"] = False
     out |= {f.theirs: getattr(cfg, f.ours) for f in FIELDS if cfg.kinds & set(f.kinds)}
-    out |= {key: value for key, value in write_beside(cfg).items() if value is not None}
     out["num_nextn_predict_layers"] = min(cfg.mtp_layers, 1)
     if cfg.mtp_layers:
         out["mtp_hybrid_override_pattern"] = cfg.mtp_pattern

@@ -81,36 +81,7 @@ def sizes(vocab: int, width: int, eps: float = 1e-6) -> tuple[Part, ...]:
         field("d_model", "hidden_size", width),
         field("norm_eps", "rms_norm_eps", eps),
         field("init_std", "initializer_range", 0.02),
-        beside(),
     )
-
-
-def beside() -> Part:
-    """What other programs read and ours does not: the longest document, and ids of special tokens."""
-    return Part(lambda data, known: read_beside(data), write_beside)
-
-
-def read_beside(data: Data) -> Options:
-    """The longest document and ids of special tokens; files have -1 for none too."""
-    ids = {f"{name}_id": data.get(f"{name}_token_id") for name in ("bos", "pad")}
-    ends = data.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return {
-        **{our: None if given is None or given < 0 else given for our, given in ids.items()},
-        "eos_ids": tuple(i for i in ends if i >= 0),
-        "context": data.get("max_position_embeddings"),
-    }
-
-
-def write_beside(cfg: LLMConfig) -> Options:
-    """The same, null where it is not known: the classes' own ids may be beyond the vocabulary."""
-    ends = list(cfg.eos_ids) or [None]
-    said = {
-        "bos_token_id": cfg.bos_id,
-        "eos_token_id": ends if len(ends) > 1 else ends[0],
-        "pad_token_id": cfg.pad_id,
-    }
-    return said if cfg.context is None else {**said, "max_position_embeddings": cfg.context}
 
 
 def causal() -> Part:

@@ -33,7 +33,7 @@ def model_tensors(cfg: LLMConfig, family: Family) -> tuple[list[FileTensor], dic
 
 def checkpoint_tensors(cfg: LLMConfig, family: str | None = None) -> list[FileTensor]:
     """The tensors of a published checkpoint of this model; family: None for its own."""
-    return model_tensors(cfg, family_named(family or cfg.family or "nemotron_h"))[0]
+    return model_tensors(cfg, family_named(family or (cfg.source.family if cfg.source else "nemotron_h")))[0]
 
 
 def check_folder(cfg: LLMConfig, folder: SafeFolder) -> tuple[list[FileTensor], SafeFolder]:
@@ -43,8 +43,8 @@ def check_folder(cfg: LLMConfig, folder: SafeFolder) -> tuple[list[FileTensor], 
     """
     published = read_config(folder.config())
     check_same(cfg, published)
-    assert published.family is not None
-    family = family_named(published.family)
+    assert published.source is not None
+    family = family_named(published.source.family)
     tensors = model_tensors(cfg, family)[0]
     view = _by_table(family, published, folder)
     check_tensors(tensors, view.shapes(), str(folder.path))

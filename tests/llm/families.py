@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +223,33 @@ def bamba(r: random.Random) -> Options:
     return mixers(r) | sizes | flip(r, "mlp_bias", "attention_bias")
 
 
+def nemotron_h(r: random.Random) -> Options:
+    kinds = ["linear_attention", "moe", "full_attention", "mlp"]
+    pattern = [*r.sample(kinds, 4), r.choice(kinds)]
+    return {
+        "layers_block_type": pattern,
+        "num_hidden_layers": None,
+        "num_attention_heads": 4,
+        "num_key_value_heads": r.choice([1, 2, 4]),
+        "head_dim": 8,
+        "ssm_state_size": 12,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": r.choice([1, 2]),
+        "conv_kernel": 4,
+        "chunk_size": 8,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": r.choice([2, 3]),
+        "moe_intermediate_size": 20,
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_latent_size": r.choice([None, 16]),
+        "routed_scaling_factor": 2.5,
+    }
+
+
 # By model_type: random options beyond SIZES, in which every switch of the family appears.
 RANDOM: dict[str, Callable[[random.Random], Options]] = {
+    "nemotron_h": nemotron_h,
     "llama": llama,
     "mistral": mistral,
     "mixtral": mixtral,
@@ -243,29 +269,52 @@ RANDOM: dict[str, Callable[[random.Random], Options]] = {
 }
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Any:
-    """A random model of a family, in which nothing is at a special value that could hide a mistake.
+def options(name: str, seed: int) -> Options:
+    """The options of a random model of a family."""
+    return SIZES | RANDOM[name](random.Random(seed))
 
-    options: of its config, over the random ones of `seed`. In float64 its rotary angles are too; transformers
-    has them in float32, whatever the model is converted to.
+
+def even(name: str, seed: int) -> Options:
+    """The same, of sizes that two ranks divide."""
+    return options(name, seed) | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def config_of(name: str, given: Options) -> Any:
+    """A config object of transformers."""
+    return transformers.AutoConfig.for_model(name, **given, attn_implementation="eager")
+
+
+def build(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """A random model in which nothing is at a special value that could hide a mistake.
+
+    In float64 its rotary angles are too: transformers makes them in float32, whatever it is converted to.
     """
     torch.manual_seed(seed)
-    given = SIZES | RANDOM[name](random.Random(seed)) | options
-    config = transformers.AutoConfig.for_model(name, **given, attn_implementation="eager")
-    if dtype == torch.float64:
-        with Widened():
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
-    else:
+    with Widened() if dtype == torch.float64 else nullcontext():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
+    prepare(model)
     with torch.no_grad():
         for n, param in model.named_parameters():
             if param.ndim == 1 and "A_log" not in n:
                 param.add_(0.3 * torch.randn_like(param))
             else:
                 param.mul_(4.0)  # the default deviation makes branches too weak next to the residual
+        for n, buffer in model.named_buffers():
+            if n.endswith("e_score_correction_bias"):
+                # Far from zero, so that choosing with the bias differs from weighting without it.
+                buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel())[torch.randperm(buffer.numel())])
     return model.train()
+
+
+def prepare(model: Any) -> Any:
+    """Experts one by one, as grouped products do not know float64; Nemotron-H's time steps unclamped, as its
+    published models were trained."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    return model
 
 
 def save(model: nn.Module, path: Path, **options: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Families of published models: logits and gradients of transformers, the same bytes back."""
+"""Families of published models: logits and gradients of transformers, the same bytes back, any layout."""
 
 from __future__ import annotations
 
@@ -7,56 +7,59 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from llm.hf import CausalLM, load_hf
-from llm.hf.weights import checkpoint_tensors
-from parallel.published import join
-from tests.llm.families import RANDOM, ids_of, loss, run, save, tiny
+from llm.hf import export_checkpoint
+from parallel import checkpoint as checkpoint
+from tests.llm.families import RANDOM
+from tests.llm.family_checks import (
+    cases,
+    even_folder,
+    hold_exact,
+    hold_round_trip,
+    hold_stages,
+)
+from tests.llm.folders import differing, into_layout, read_all
+from tests.llm.test_whole import compare, run_rank
+from tests.slow import on_demand
 
-
-def far(ours: Tensor, theirs: Tensor, least: float = 1e-30) -> float:
-    """Largest difference, relative to the largest element, or to `least`."""
-    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max().clamp(min=least))
-
-
-def theirs_by_key(model: Any, folder: Path) -> dict[str, Tensor]:
-    """Gradients of transformers' model under published names: saved as weights are, by its own code."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(p.grad if p.grad is not None else torch.zeros_like(p))
-    return load_file(save(model, folder) / "model.safetensors")
-
-
-def ours_by_key(model: CausalLM) -> dict[str, Tensor]:
-    grads = {name: p.grad for name, p in model.model.named_parameters()}
-    out = {}
-    for t in checkpoint_tensors(model.model.cfg):
-        if all(p.name in grads for p in t.parts):
-            out[t.key] = join(t, {p.name: grads[p.name] for p in t.parts})  # type: ignore[misc]
-    return out
+NAMES = list(RANDOM)
+SEEDS = range(6)
+# Together they have every way that tensors are fused, stacked and shared.
+SHARDED = ("phi3", "olmo2", "granitemoehybrid")
 
 
-def hold_equal(theirs: Any, folder: Path, tolerance: float) -> None:
-    """The logits of both on one batch, and the gradients of all parameters."""
-    ours = load_hf(save(theirs, folder / "in"))
-    ids = ids_of(theirs.config.vocab_size)
-    expected, given = run(theirs, ids), ours(ids)
-    assert given.dtype == expected.dtype
-    assert far(given, expected) < tolerance
-    loss(expected, ids).backward()
-    loss(given, ids).backward()
-    known, mine = theirs_by_key(theirs, folder / "grads"), ours_by_key(ours)
-    known = {key: g for key, g in known.items() if "e_score_correction_bias" not in key}
-    assert mine.keys() == known.keys()
-    # One expert a token, its weight divided by itself: the router's gradient is zero, and noise in both.
-    least = 1e-6 * max(float(g.abs().max()) for g in known.values())
-    errors = {key: far(mine[key], g, least) for key, g in known.items()}
-    assert not {key: e for key, e in errors.items() if not e < tolerance}
+@pytest.mark.parametrize("seed", on_demand(SEEDS, SEEDS[2:]))
+@pytest.mark.parametrize("name", NAMES)
+def test_any_model_of_a_family_is_that_of_transformers(tmp_path: Path, name: str, seed: int) -> None:
+    hold_exact(name, seed, tmp_path, torch.float64, 1e-10)
 
 
-@pytest.mark.parametrize("name", RANDOM)
-@pytest.mark.parametrize("seed", range(4))
-def test_any_model_of_a_family(tmp_path: Path, name: str, seed: int) -> None:
-    hold_equal(tiny(name, seed=seed), tmp_path, 1e-10)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_in_float32(tmp_path: Path, name: str, seed: int) -> None:
+    hold_exact(name, seed, tmp_path, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("seed", on_demand(SEEDS, SEEDS[1:]))
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_there_and_back_and_the_same_logits(tmp_path: Path, name: str, seed: int) -> None:
+    hold_round_trip(name, seed, tmp_path)
+
+
+@pytest.mark.parametrize("name", on_demand(NAMES, [n for n in NAMES if n not in SHARDED]))
+def test_straight_into_a_layout_and_back(tmp_path: Path, ranks: Any, name: str) -> None:
+    cfg = even_folder(name, 0, tmp_path / "in")
+    ranks(2, into_layout, str(tmp_path / "in"), cfg, {"tp": 2}, str(tmp_path / "job"))
+    (saved,) = checkpoint.published(tmp_path / "job")
+    export_checkpoint(saved, tmp_path / "out", cfg)
+    assert not differing(read_all(tmp_path / "out"), read_all(tmp_path / "in"))
+    hold_stages(cfg, tmp_path / "in")
+
+
+@pytest.mark.parametrize("name", on_demand(NAMES, [n for n in NAMES if n != "granitemoehybrid"]))
+def test_any_layout_is_one_process(tmp_path: Path, ranks: Any, name: str) -> None:
+    found = list(cases(even_folder(name, 0, tmp_path)).values())
+    results = ranks(2, run_rank, found)
+    for i, case in enumerate(found):
+        compare(case, [r[i] for r in results])

@@ -74,6 +74,14 @@ TEXT = (
         f"{ANSWERS}::test_a_token_at_a_time_is_the_whole_document_at_once[Mamba alone]",
     ),
     Fault(
+        "decode.limit",
+        "a next token sees one key before its window",
+        "llm/cache.py",
+        "seen &= at > position",
+        "seen &= at >= position",
+        f"{ANSWERS}::test_a_token_at_a_time_is_the_whole_document_at_once[windows]",
+    ),
+    Fault(
         "decode.top_p",
         "the token at which the sum reaches top_p is left out",
         "llm/decode.py",
