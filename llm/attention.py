@@ -15,6 +15,7 @@ from llm.norm import norm_start, norms_of_all_heads, rms_norm
 from llm.recompute import run
 from llm.rotary import attention_factor, speeds
 from parallel.context_parallel import ContextPacking, context_attention
+from parallel.sequence.buckets import Limits
 from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing, attention
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
@@ -38,6 +39,7 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg, self.axes, self.head_dim = cfg, axes, cfg.head_dim
         self.rope = Rotation(cfg, layer) if cfg.rope_of(layer)[0] is not None else None
+        self.limits = Limits(cfg.window_of(layer), cfg.attention_cap)
         self.shared = share_heads(cfg.n_heads, cfg.n_kv_heads, axes.tp.size, axes.tp.rank)
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
         own = self.shared.count * cfg.head_dim
@@ -86,17 +88,17 @@ class Attention(nn.Module):
             q, k = self._normed(q, k)
         if self.rope is not None:
             q, k = self.rope(q, k, packing)
-        k, v = self.shared.spread(k), self.shared.spread(v)
+        k, v, scale = self.shared.spread(k), self.shared.spread(v), self.cfg.attention_scale
         if isinstance(packing, ContextPacking):
-            return context_attention(q, k, v, packing, scale=self.cfg.attention_scale)
+            return context_attention(q, k, v, packing, scale=scale, limits=self.limits)
         assert self.axes.cp.size == 1, (
             "under cp a layer needs the packing of parallel.context_parallel.pack()"
         )
         if isinstance(packing, CachedPacking):
             kept = packing.keep(self, k, v)
             if not packing.begins:
-                return attend_cached(q, kept, packing.position, scale=self.cfg.attention_scale)
-        return attention(q, k, v, packing, causal=True, scale=self.cfg.attention_scale)
+                return attend_cached(q, kept, packing.position, scale=scale, limits=self.limits)
+        return attention(q, k, v, packing, causal=True, scale=scale, limits=self.limits)
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The norms of queries and keys, of each head or over all heads of all tp ranks."""

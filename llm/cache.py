@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.sequence.buckets import NO_LIMITS, Limits
 from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing
+from parallel.sharding.dtypes import accumulation_dtype
 
 GROWTH = 256  # tokens: keys and values have room for a multiple of it
 
@@ -85,13 +87,32 @@ class CachedPacking(Packing):
         return kept
 
 
-def attend_cached(q: Tensor, kept: KeyValues, position: Tensor, *, scale: float | None = None) -> Tensor:
-    """Attention of one token a document: q [B, H, D] at positions [B] to the keys up to it."""
+def attend_cached(
+    q: Tensor, kept: KeyValues, position: Tensor, *, scale: float | None = None, limits: Limits = NO_LIMITS
+) -> Tensor:
+    """Attention of one token a document: q [B, H, D] at positions [B] to the keys up to it, [B, H, D].
+
+    scale, limits: as in parallel.sequence.attention. Keys before a window are kept, and masked.
+    """
     at = torch.arange(kept.k.shape[1], device=q.device)
-    seen = at <= position.unsqueeze(1)
+    seen = at <= position.unsqueeze(1)  # [B, S]
+    if limits.window is not None:
+        seen &= at > position.unsqueeze(1) - limits.window
+    if limits.cap is not None:
+        return _capped(q, kept, seen, q.shape[-1] ** -0.5 if scale is None else scale, limits.cap)
     k, v = kept.k.transpose(1, 2), kept.v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(
         q.unsqueeze(2), k, v, attn_mask=seen[:, None, None], scale=scale, enable_gqa=grouped
     )
     return y.squeeze(2)
+
+
+def _capped(q: Tensor, kept: KeyValues, seen: Tensor, scale: float, cap: float) -> Tensor:
+    """The same with scores cap * tanh(score / cap), which no fused kernel has."""
+    acc = accumulation_dtype(q.dtype)
+    heads = torch.unflatten(q, 1, (kept.k.shape[2], -1)).to(acc)  # [B, H_kv, G, D]
+    scores = torch.einsum("bhgd,bshd->bhgs", heads, kept.k.to(acc)) * scale
+    scores = (torch.tanh(scores / cap) * cap).masked_fill(~seen[:, None, None], -torch.inf)
+    y = torch.einsum("bhgs,bshd->bhgd", torch.softmax(scores, -1), kept.v.to(acc))
+    return y.flatten(1, 2).to(q.dtype)

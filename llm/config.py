@@ -331,8 +331,6 @@ def _check_attention(cfg: LLMConfig) -> None:
         if cfg.window is None and getattr(cfg, what) != none:
             why = f"model.llm.{what} without window would have no effect; needed: a window, or none of it"
             raise Unfit(why, [{what: none}], "llm")
-    if cfg.window is not None or cfg.attention_cap is not None:
-        raise ValueError("model.llm.window and attention_cap are not built yet; needed: null")
     if cfg.rope_theta is None and cfg.rope_scaling is not None:
         raise ValueError("model.llm.rope_scaling without rope_theta; needed: rope_theta, such as 10000")
     if cfg.rope_theta is None and cfg.window_rope_theta is None:

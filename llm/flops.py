@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,16 +60,16 @@ def param_count(cfg: LLMConfig) -> tuple[int, int]:
     return outside + sum(t for t, _ in layers) + mtp_params(cfg), outside + sum(a for _, a in layers)
 
 
-def layer_flops(cfg: LLMConfig, symbol: str, lengths: Sequence[int]) -> float:
+def layer_flops(cfg: LLMConfig, symbol: str, lengths: Sequence[int], window: int | None = None) -> float:
     """Forward FLOPs of one layer over packed documents of these lengths, in tokens.
 
-    Counts matrix products, causal attention and the scan.
+    Counts matrix products, causal attention and the scan. window: of an attention layer.
     """
     tokens = float(sum(lengths))
     out = 2.0 * tokens * layer_params(cfg, symbol)[1]
     if symbol == "*":
-        # Scores and values, each over the causal half of the document's n x n pairs.
-        out += sum(2.0 * n * n * cfg.n_heads * cfg.head_dim for n in lengths)
+        # Scores and values, each over the pairs of a query and a key that it sees.
+        out += sum(_pair_flops(cfg) * pairs(n, window) for n in lengths)
     elif symbol == "M":
         q, heads = cfg.chunk, cfg.mamba_heads
         within = q * (cfg.mamba_groups * cfg.mamba_state + heads * cfg.mamba_head_dim)
@@ -77,10 +78,22 @@ def layer_flops(cfg: LLMConfig, symbol: str, lengths: Sequence[int]) -> float:
     return out
 
 
+def pairs(n: int, window: int | None) -> float:
+    """Pairs of a token and one that it sees in a document of n tokens: half of n x n, or a band of it."""
+    seen = n if window is None else min(n, window)
+    return seen * (n - seen / 2.0)
+
+
+def _pair_flops(cfg: LLMConfig) -> float:
+    """FLOPs of a query's score of a key and of its share of the value, in all heads."""
+    return 4.0 * cfg.n_heads * cfg.head_dim
+
+
 def layer_costs(cfg: LLMConfig, lengths: Sequence[int]) -> tuple[float, ...]:
     """Forward FLOPs of each layer, by which layers are partitioned; head_flops() is the work after them."""
-    by_kind = {symbol: layer_flops(cfg, symbol, lengths) for symbol in set(cfg.symbols)}
-    return tuple(by_kind[symbol] for symbol in cfg.symbols)
+    kinds = [(symbol, cfg.window_of(i)) for i, symbol in enumerate(cfg.symbols)]
+    by_kind = {kind: layer_flops(cfg, kind[0], lengths, kind[1]) for kind in set(kinds)}
+    return tuple(by_kind[kind] for kind in kinds)
 
 
 def head_flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = None) -> float:
@@ -89,7 +102,7 @@ def head_flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = 
     tokens = float(sum(lengths))
     head = 2.0 * (tokens if supervised is None else supervised) * cfg.vocab_size * cfg.d_model
     block = 4.0 * tokens * cfg.d_model * cfg.d_model
-    block += sum(layer_flops(cfg, s, lengths) for s in cfg.mtp_pattern)
+    block += sum(layer_flops(cfg, s, lengths, cfg.window_of(None)) for s in cfg.mtp_pattern)
     return head + cfg.mtp_layers * (head + block)
 
 
@@ -99,21 +112,32 @@ def flops(cfg: LLMConfig, lengths: Sequence[int], supervised: int | None = None)
 
 
 class DocumentCost(NamedTuple):
-    """flops() of one document as a polynomial: FLOPs a token, a squared token and a supervised token."""
+    """flops() of one document: FLOPs a token, a squared token, a supervised token, and a pair of tokens that
+    see each other under the window."""
 
     token: float
     square: float
     supervised: float
+    pair: float = 0.0
+    window: int = 0
 
     def of(self, lengths: NDArray[np.int64], supervised: NDArray[np.int64]) -> NDArray[np.float64]:
         """Forward FLOPs of each document, [n]. lengths, supervised: in tokens, [n]."""
         n = lengths.astype(np.float64)
-        return (self.token + self.square * n) * n + self.supervised * supervised
+        seen = np.minimum(n, self.window)
+        inside = self.pair * seen * (n - seen / 2.0)
+        return (self.token + self.square * n) * n + inside + self.supervised * supervised
 
 
 def document_cost(cfg: LLMConfig) -> DocumentCost:
-    """The cost of a document of this model. flops() is of degree two in a document's length and of degree one
-    in its supervised tokens, so three of its values determine it."""
-    one, two = flops(cfg, [1], 0), flops(cfg, [2], 0)
+    """The cost of a document of this model. Without a window flops() is of degree two in a document's length
+    and of degree one in its supervised tokens, so three of its values determine it."""
+    every = replace(cfg, window=None, window_layers=None, window_rope_theta=None)
+    one, two = flops(every, [1], 0), flops(every, [2], 0)
     square = (two - 2.0 * one) / 2.0
-    return DocumentCost(one - square, square, flops(cfg, [0], 1))
+    pair = 0.0
+    if cfg.window is not None:
+        inside = [s == "*" and cfg.window_of(i) is not None for i, s in enumerate(cfg.symbols)]
+        again = cfg.mtp_layers * cfg.mtp_pattern.count("*") * (cfg.window_of(None) is not None)
+        pair = _pair_flops(cfg) * (sum(inside) + again)
+    return DocumentCost(one - square, square - pair / 2.0, flops(cfg, [0], 1), pair, cfg.window or 0)

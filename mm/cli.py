@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mm.commands import checkpoint, compare, data, doctor, train
+from mm.commands import checkpoint, compare, data, doctor, generate, train
 from mm.commands.command import Command
 from mm.errors import PolyrankError, Refused
 from mm.ranks import launch
@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": compare.COMMAND,
     "data": data.COMMAND,
     "checkpoint": checkpoint.COMMAND,
+    "generate": generate.COMMAND,
     "doctor": doctor.COMMAND,
 }
 

@@ -14,7 +14,8 @@ from tests.pages import PACKAGES, ROOT, name_of
 COLD = (
     "parallel/checkpoint/", "parallel/sharding/adopt.py", "parallel/sharding/param.py",
     "parallel/sharding/shard.py", "parallel/topology/mesh.py", "llm/decode.py", "llm/hf/", "llm/upcycle.py",
-    "mm/checkpoint/", "parallel/published/", "mm/commands/", "mm/data/", "mm/virtual/",
+    "mm/checkpoint/", "parallel/published/", "mm/commands/", "mm/data/", "mm/inference/",
+    "mm/virtual/",
 )  # fmt: skip
 MAKERS = {"tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"}  # of torch: from lists and arrays
 METHODS = {"item", "cpu", "cuda", "nonzero", "pin_memory"}

@@ -50,6 +50,7 @@ ORDER = {
         "plan",
         "ranks",
         "checkpoint",
+        "inference",
         "report",
         "train",
         "virtual",

@@ -47,18 +47,22 @@ def rope(
         base = given.get("rope_theta", data.get("rope_theta"))
         part = given.get("partial_rotary_factor", data.get("partial_rotary_factor"))
         if fixed_share is not None or part is None:
-            part = fixed_share or share
+            part = fixed_share or share or 1.0
+        if part != 1 and share is None and fixed_share is None:
+            raise ValueError(
+                f"config.json has partial_rotary_factor={part}; needed: 1, as all models of the family"
+            )
         return {
             "rope_theta": float(theta if base is None else base),
             "rope_scaling": read_scaling(given, data),
-            "rope_share": 1.0 if part is None else part,
+            "rope_share": float(part),
         }
 
     def write(cfg: LLMConfig) -> Options:
         if cfg.rope_theta is None:
             raise ValueError("rope_theta=None; needed: a base of rotary positions")
         said = {**write_scaling(cfg.rope_scaling), "rope_theta": cfg.rope_theta}
-        if share is not None or cfg.rope_share != 1.0:
+        if share is not None or fixed_share is not None:
             said["partial_rotary_factor"] = cfg.rope_share
         key = NAMES["original"]
         beside = {key: said[key]} if outside and key in said else {}
@@ -139,7 +143,7 @@ def read_scaling(given: Data, data: Data) -> RopeScaling | None:
     read: dict[str, Any] = {our: value for our, value in named.items() if value is not None} | {"kind": kind}
     longest = data.get("max_position_embeddings")
     if kind == "linear":
-        read = {"kind": kind, "factor": given["factor"]}
+        read = {key: read[key] for key in ("kind", "factor") if key in read}
     else:
         outside = data.get("original_max_position_embeddings")
         read["original"] = outside or read.get("original") or longest

@@ -49,6 +49,8 @@ def window(default: int | None = None, *, listed: Listed | None = None, switch: 
             attention = [i for i, symbol in enumerate(cfg.symbols) if symbol == "*"]
             has = attention if cfg.window_layers is None else cfg.window_layers
             held = has if cfg.window is not None else ()
+            # transformers wants a window of these families even where no layer has it.
+            out["sliding_window"] = cfg.window or (None if switch else default)
             out["layer_types"] = [WINDOWED if i in held else FULL for i in attention]
         return out
 

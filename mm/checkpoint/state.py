@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mm.config.schema import Config, resolve
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index
-from mm.data.tokenizer import make_tokenizer
+from mm.data.tokenizer import AnyTokenizer, make_tokenizer
+from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.ranks.job import Job
@@ -54,6 +55,21 @@ def fingerprint(blueprint: Blueprint, index: Index) -> str:
     if isinstance(tokenizer, PublishedTokenizer):
         kept["tokenizer"] = tokenizer.key
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_kept(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint's config, with the tokenizer that was kept beside it where there is one."""
+    kept = path.parent / KEPT
+    data = {**config["data"], **({"tokenizer": str(kept)} if kept.is_dir() else {})}
+    return {**config, "data": data}
+
+
+def tokenizer_of(state: Mapping[str, Any], path: Path) -> AnyTokenizer | None:
+    """The tokenizer of a checkpoint; None for a language model that was imported without one."""
+    if "config" in state:
+        return make_tokenizer(with_kept(state["config"], path)["data"].get("tokenizer", "bytes"))
+    kept = path.parent / KEPT
+    return make_tokenizer(str(kept)) if kept.is_dir() else None
 
 
 def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int]) -> Path:

@@ -17,10 +17,13 @@ from llm.hf import export_checkpoint, load_hf, load_weights
 from llm.hf.weights import check_folder
 from llm.model import LLM
 from mm.checkpoint.resume import verify
-from mm.checkpoint.state import model_shapes
+from mm.checkpoint.state import model_shapes, tokenizer_of, with_kept
 from mm.config.build import build
 from mm.config.outline import SINK, llm_config
 from mm.config.schema import from_mapping
+from mm.data.published import TOKENIZER
+from mm.data.tokenizer import make_tokenizer
+from mm.data.tokenizer_files import keep_tokenizer, write_tokenizer
 from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint
 from mm.ranks.job import Job
@@ -117,6 +120,8 @@ def import_hf(folder: Path, out: Path) -> str:
     """
     try:
         model = load_hf(folder).model
+        if (folder / TOKENIZER).is_file():
+            keep_tokenizer(make_tokenizer(str(folder)), out)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     tensors = {f"{SINK}.{key}": t for key, t in module_tensors(model).items()}
@@ -151,7 +156,11 @@ def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: st
         if SINK in state:
             cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")
         else:
-            cfg = llm_config(from_mapping(state["config"], checkpoint))
-        return str(export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype, family=family))
+            cfg = llm_config(from_mapping(with_kept(state["config"], checkpoint), checkpoint))
+        tokenizer = tokenizer_of(state, checkpoint)  # refused before anything is written
+        export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype, family=family)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, out, trained=SINK not in state)
+        return str(out)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"cannot export {checkpoint}: {error}") from error

@@ -41,6 +41,14 @@ class Conversation:
 
 def parse_conversation(data: Mapping[str, Any]) -> Conversation:
     """The conversation of a json; raises ValueError with what is wrong with it."""
+    found = parse_messages(data)
+    if not any(m["role"] == "assistant" for m in found.messages):
+        raise ValueError("it is a chat without an assistant turn, so there is nothing to learn in it")
+    return found
+
+
+def parse_messages(data: Mapping[str, Any]) -> Conversation:
+    """A conversation that need have no turn of the assistant; raises ValueError."""
     written, depends = data["messages"], data.get("depends")
     if not isinstance(written, list) or not all(isinstance(m, dict) for m in written):
         raise ValueError(f"its messages are {written!r:.80}; needed: a list of role and content")
@@ -51,8 +59,6 @@ def parse_conversation(data: Mapping[str, Any]) -> Conversation:
         if not isinstance(message.get("role"), str):
             raise ValueError(f"message {i} has role {message.get('role')!r}; needed: a string")
         items += _items(i, message.get("content"), "content" not in message and "tool_calls" in message)
-    if not any(m["role"] == "assistant" for m in written):
-        raise ValueError("it is a chat without an assistant turn, so there is nothing to learn in it")
     return Conversation(tuple(written), tuple(items), depends, data.get("tools"))
 
 

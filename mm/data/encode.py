@@ -85,7 +85,7 @@ def _chats(samples: Iterable[Written], tokenizer: AnyTokenizer) -> list[tuple[To
         encoded = tokenizer.encode_spans([text for _, _, text, _ in ready])
         for (i, sample, _, spans), found in zip(ready, encoded, strict=True):
             try:
-                out[i] = _runs(sample, found, spans, tokenizer)
+                out[i] = _learning(sample, found, spans, tokenizer)
             except ValueError as error:
                 out[i] = str(error)
     return out
@@ -117,6 +117,16 @@ def learned(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
     return found
 
 
+def _learning(
+    chat: Conversation, found: Encoded, spans: Sequence[tuple[int, int]], tokenizer: PublishedTokenizer
+) -> tuple[TokenSegment, ...]:
+    """_runs(); raises ValueError where nothing is learned too."""
+    out = _runs(chat, found, spans, tokenizer)
+    if not any(seg.loss for seg in out if seg.ids is not None):
+        raise ValueError("none of its tokens is learned")
+    return out
+
+
 def _runs(
     chat: Conversation, found: Encoded, spans: Sequence[tuple[int, int]], tokenizer: PublishedTokenizer
 ) -> tuple[TokenSegment, ...]:
@@ -124,15 +134,7 @@ def _runs(
     ids = np.asarray(found.ids, dtype=np.int64)
     loss = learned(found.offsets, spans)
     loss[:1] = False  # nothing comes before the first token that could predict it
-    kinds = {tokenizer.find(tokenizer.placeholders[i.kind]): i.kind for i in chat.items}
-    places = np.flatnonzero(np.isin(ids, list(kinds)))
-    there = [kinds[n] for n in ids[places].tolist()]
-    if there != [item.kind for item in chat.items]:
-        wanted = ", ".join(tokenizer.placeholders[i.kind] for i in chat.items)
-        raise ValueError(
-            f"its chat template writes {len(there)} placeholders for {len(chat.items)} items; needed: "
-            f"{wanted} in this order, and none of them in its texts"
-        )
+    places = _places(chat, ids, tokenizer)
     edges = {0, len(ids), *(np.flatnonzero(np.diff(loss)) + 1).tolist()}
     edges |= {n for p in places.tolist() for n in (p, p + 1)}
     bounds, items = sorted(edges), dict(zip(places.tolist(), chat.items, strict=True))
@@ -143,6 +145,35 @@ def _runs(
         else:
             learns = bool(loss[a])
             out.append(TokenSegment("text", found.ids[a:b], "", learns, chat.depends if learns else None))
-    if not any(seg.loss for seg in out if seg.ids is not None):
-        raise ValueError("none of its tokens is learned")
     return tuple(out)
+
+
+def _places(chat: Conversation, ids: np.ndarray, tokenizer: PublishedTokenizer) -> np.ndarray:
+    """Indices of the tokens that give way to the conversation's items, in order."""
+    kinds = {tokenizer.find(tokenizer.placeholders[i.kind]): i.kind for i in chat.items}
+    places = np.flatnonzero(np.isin(ids, list(kinds)))
+    there = [kinds[n] for n in ids[places].tolist()]
+    if there != [item.kind for item in chat.items]:
+        wanted = ", ".join(tokenizer.placeholders[i.kind] for i in chat.items)
+        raise ValueError(
+            f"its chat template writes {len(there)} placeholders for {len(chat.items)} items; needed: "
+            f"{wanted} in this order, and none of them in its texts"
+        )
+    return places
+
+
+def encode_prompt(chat: Conversation, tokenizer: PublishedTokenizer) -> tuple[TokenSegment, ...]:
+    """A conversation that an answer follows: up to what begins a turn of the assistant. Raises ValueError."""
+    text, _ = tokenizer.render(chat.messages, chat.tools, prompt=True)
+    return _runs(chat, tokenizer.encode_spans([text])[0], [], tokenizer)
+
+
+def turn_end(tokenizer: PublishedTokenizer) -> int | None:
+    """The token that ends a turn of the assistant, by the chat template; None where it is no special one."""
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    found = encode_samples([Conversation(turns, (), None, None)], tokenizer)[0]
+    if isinstance(found, str):
+        return None
+    last = [seg.ids for seg in found if seg.ids and seg.loss][-1][-1]
+    token = tokenizer.core.get_added_tokens_decoder().get(last)
+    return last if token is not None and token.special else None

@@ -18,6 +18,7 @@ import tokenizers
 from mm.data.chat import ChatTemplate, Rendered, compile_template
 
 TOKENIZER = "tokenizer.json"
+GENERATION = "generation_config.json"
 # Files of a folder that make its tokenizer, some of them in other formats than the one that is read here.
 FILES = (
     *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -49,12 +50,16 @@ class PublishedTokenizer:
 
     path: Path
     """Folder or file that it was read from."""
+    file: Path
+    """Its tokenizer.json."""
     core: tokenizers.Tokenizer
     """Without truncation and padding."""
     bos: int
     """Begins a sample; the end marker where the tokenizer has none, as between documents."""
     eos: int
     pad: int
+    stops: frozenset[int]
+    """Ids that end an answer: those that generation_config.json or config.json names, else the end marker."""
     needed: int
     """Rows of the embedding that its ids need."""
     placeholders: Mapping[str, str]
@@ -65,6 +70,12 @@ class PublishedTokenizer:
     def vocab_size(self) -> int:
         """Rows of an embedding made for it: `needed`, padded so that tp degrees divide them."""
         return -(-self.needed // PADDED_TO) * PADDED_TO
+
+    @property
+    def begin(self) -> list[int]:
+        """What its own settings put before a text: the begin marker or nothing."""
+        ids = self.core.encode("", add_special_tokens=True).ids
+        return [self.bos] if ids[:1] == [self.bos] else []
 
     @cached_property
     def key(self) -> str:
@@ -152,10 +163,12 @@ def read_tokenizer(path: Path) -> PublishedTokenizer:
     bos, pad = specials["bos_token"], specials["pad_token"]
     return PublishedTokenizer(
         path=path,
+        file=file,
         core=core,
         bos=eos if bos is None else bos,
         eos=eos,
         pad=eos if pad is None else pad,
+        stops=frozenset(notes.ends or [eos]),
         needed=needed,
         placeholders=placeholders,
         chat=None if notes.template is None else compile_template(notes.template, named, ends, str(folder)),
@@ -173,6 +186,8 @@ class _Notes:
     ids: Mapping[str, Any]
     """config.json and generation_config.json, of which ids of special tokens are read."""
     template: str | None
+    ends: tuple[int, ...] = ()
+    """Ids that end an answer, as files name them."""
 
     @staticmethod
     def of(folder: Path | None) -> _Notes:
@@ -195,8 +210,17 @@ class _Notes:
             )
             for n, t in (config.get("added_tokens_decoder") or {}).items()
         }
-        ids = {**_json(folder / "generation_config.json"), **_json(folder / "config.json")}
-        return _Notes({k: v for k, v in tokens.items() if v}, added, ids, _template(folder, config))
+        said = _json(folder / GENERATION)
+        config_json = _json(folder / "config.json")
+        ends = said.get("eos_token_id", config_json.get("eos_token_id"))
+        stops = ends if isinstance(ends, list) else [ends]
+        return _Notes(
+            tokens={k: v for k, v in tokens.items() if v},
+            added=added,
+            ids={**said, **config_json},
+            template=_template(folder, config),
+            ends=tuple(n for n in stops if isinstance(n, int)),
+        )
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -27,6 +27,16 @@ class Tokenizer:
         return self.vocab_size
 
     @property
+    def stops(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return frozenset([self.eos])
+
+    @property
+    def begin(self) -> list[int]:
+        """What is put before a text."""
+        return [self.bos]
+
+    @property
     def key(self) -> str:
         """What lengths in tokens depend on."""
         return "bytes"

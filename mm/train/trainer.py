@@ -18,6 +18,8 @@ from mm.checkpoint.weights import fill_encoders, start_from
 from mm.config.outline import SINK
 from mm.config.schema import resolve_yaml
 from mm.data.sample import Index, Sample
+from mm.data.tokenizer import make_tokenizer
+from mm.data.tokenizer_files import keep_tokenizer
 from mm.errors import of_stage
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
@@ -112,6 +114,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
     )
     if rank.rank == 0:
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
+        keep_tokenizer(make_tokenizer(cfg.data.tokenizer), run_dir)
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
         console.note(about)
     if aside:

@@ -15,7 +15,7 @@ The backward is written out, so besides its inputs a layer keeps one output and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,10 +24,13 @@ from torch import Tensor
 
 from parallel.comm.fetch import Fetch, lacking
 from parallel.comm.pending import Pending
-from parallel.context_parallel.block import Attended, attend, attend_backward, merge
+from parallel.context_parallel.block import attend, attend_backward
 from parallel.context_parallel.packing import ContextPacking
+from parallel.context_parallel.window import window_attention
+from parallel.sequence.buckets import NO_LIMITS, Limits
 from parallel.sequence.intervals import Span, join, numbers, overlap, size
 from parallel.sequence.packed import Packing, attention
+from parallel.sequence.tiles import Attended, Scoring, merge
 from parallel.sharding.dtypes import accumulation_dtype
 
 Method = Literal["gather", "ring"]
@@ -147,27 +150,32 @@ def context_attention(
     packing: ContextPacking,
     *,
     scale: float | None = None,
+    limits: Limits = NO_LIMITS,
     method: Method | None = None,
 ) -> Tensor:
     """Causal softmax attention within each document of a split stream; a collective over packing.cp.
 
     q: [T, H, D], this rank's rows; k, v: [T, H_kv, D] with H_kv dividing H. Returns [T, H, D].
     scale: of the scores; None: D ** -0.5.
-    method: None leaves the choice to choose_attention_method().
+    limits: a window, a bound of scores, both or none.
+    method: None leaves the choice to choose_attention_method(). Under a window it has no effect: the few keys
+        before a fragment are gathered.
     """
+    if limits.window is not None:
+        return window_attention(q, k, v, packing, limits.window, scale=scale, cap=limits.cap)
     plan = packing.once("attention", lambda: _make_plan(packing))
     if not plan.crosses:
-        return attention(q, k, v, packing.fragments, causal=True, scale=scale)
+        return attention(q, k, v, packing.fragments, causal=True, scale=scale, limits=limits)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if method is None:
         shapes = (q.shape[1], k.shape[1], q.shape[2], k.element_size())
         method = packing.once(("attention", *shapes), lambda: choose_attention_method(packing, *shapes))
     # torch leaves Function.apply untyped.
-    outer: Tensor = _Outer.apply(q, k, v, plan, scale, method)  # type: ignore[no-untyped-call]
+    outer: Tensor = _Outer.apply(q, k, v, plan, Scoring(scale, limits.cap), method)  # type: ignore[no-untyped-call]
     if not plan.inner_rows:
         return outer
     qi, ki, vi = (_concatenated(x, plan.inner_rows) for x in (q, k, v))
-    inner = attention(qi, ki, vi, plan.inner, causal=True, scale=scale)
+    inner = attention(qi, ki, vi, plan.inner, causal=True, scale=scale, limits=limits)
     pieces = dict(_parts(outer, plan.continued)) | dict(_parts(inner, plan.inner_rows))
     # A rank without continued fragments may still owe others its keys: outer must stay in the graph.
     return torch.cat([*(pieces[at] for at in sorted(pieces)), outer[:0]])
@@ -191,12 +199,12 @@ class _Outer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, scale: float, method: Method
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, scoring: Scoring, method: Method
     ) -> Tensor:
         acc = accumulation_dtype(q.dtype)
         outs, logs = [q[:0]], [q.new_zeros((0, q.shape[1]), dtype=acc)]
         for s in plan.continued:
-            out, lse = attend(q[s], k[s], v[s], causal=True, scale=scale)
+            out, lse = attend(q[s], k[s], v[s], replace(scoring, last=0))
             outs.append(out)
             logs.append(lse.to(acc))
         queries = torch.cat([q[:0], *(q[s] for s in plan.continued)])
@@ -208,12 +216,12 @@ class _Outer(torch.autograd.Function):
         for block, reads, _ in _blocks(keys, kept, plan):
             for read in reads:
                 kb, vb = block[read.keys].chunk(2, 1)
-                out, lse = attend(queries[read.rows], kb, vb, causal=False, scale=scale)
+                out, lse = attend(queries[read.rows], kb, vb, scoring)
                 merged = merge(total.rows(read.rows), Attended(out.to(acc), lse.to(acc)))
                 total.out[read.rows], total.lse[read.rows] = merged
         out = total.out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, total.lse, *([] if kept is None else [kept]))
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.scoring = plan, scoring
         return out
 
     @staticmethod
@@ -231,9 +239,8 @@ class _Outer(torch.autograd.Function):
         for s in plan.continued:
             r = slice(at, at + _len(s))
             at = r.stop
-            dq, dk, dv = attend_backward(
-                grad[r], q[s], k[s], v[s], attended.rows(r), causal=True, scale=ctx.scale
-            )
+            own = replace(ctx.scoring, last=0)
+            dq, dk, dv = attend_backward(grad[r], q[s], k[s], v[s], attended.rows(r), own)
             d_queries[r] += dq
             d_keys[s] += torch.cat([dk, dv], 1)
         returns: list[Pending] = []
@@ -242,9 +249,7 @@ class _Outer(torch.autograd.Function):
             for read in reads:
                 kb, vb = block[read.keys].chunk(2, 1)
                 r = read.rows
-                dq, dk, dv = attend_backward(
-                    grad[r], queries[r], kb, vb, attended.rows(r), causal=False, scale=ctx.scale
-                )
+                dq, dk, dv = attend_backward(grad[r], queries[r], kb, vb, attended.rows(r), ctx.scoring)
                 d_queries[r] += dq
                 d_block[read.keys] += torch.cat([dk, dv], 1)
             if kept is None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.sequence.buckets import Pairing, attend
+from parallel.sequence.buckets import NO_LIMITS, Limits, Pairing, attend
 from parallel.sequence.host import to_device
 
 
@@ -58,19 +58,41 @@ class Packing:
         """Each row with the rows of its own sequence, for attention()."""
         return Pairing.of(self.lengths, self.lengths, self.device)
 
+    @cached_property
+    def _by_window(self) -> dict[int, Pairing]:
+        return {}
+
+    def windowed(self, window: int) -> Pairing:
+        """Each row with the last `window` rows of its own sequence up to itself, for attention()."""
+        if window >= max(self.lengths, default=0):
+            return self.pairing
+        if window not in self._by_window:
+            self._by_window[window] = Pairing.windowed(self.lengths, self.lengths, window, self.device)
+        return self._by_window[window]
+
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, causal: bool, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> Tensor:
     """Softmax attention within each packed sequence: q [T, H, D], k and v [T, H_kv, D], H_kv dividing H, to
     [T, H, D].
 
-    causal: each row sees itself and the rows before it. scale: of the scores, D ** -0.5 by default.
+    causal: each row sees itself and the rows before it. scale: of the scores, D ** -0.5 by default. limits:
+    of causal attention, a window, a bound of scores, both or none.
     """
-    return attend(q, k, v, packing.pairing, causal=causal, scale=scale)
+    assert causal or limits == NO_LIMITS
+    pairing = packing.pairing if limits.window is None else packing.windowed(limits.window)
+    return attend(q, k, v, pairing, causal=causal, scale=scale, cap=limits.cap)
 
 
 def spread(x: Tensor, packing: Packing, left: int, right: int) -> tuple[Tensor, Tensor]:

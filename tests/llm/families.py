@@ -223,8 +223,33 @@ def bamba(r: random.Random) -> Options:
     return mixers(r) | sizes | flip(r, "mlp_bias", "attention_bias")
 
 
+def nemotron_h(r: random.Random) -> Options:
+    kinds = ["linear_attention", "moe", "full_attention", "mlp"]
+    pattern = [*r.sample(kinds, 4), r.choice(kinds)]
+    return {
+        "layers_block_type": pattern,
+        "num_hidden_layers": None,
+        "num_attention_heads": 4,
+        "num_key_value_heads": r.choice([1, 2, 4]),
+        "head_dim": 8,
+        "ssm_state_size": 12,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": r.choice([1, 2]),
+        "conv_kernel": 4,
+        "chunk_size": 8,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": r.choice([2, 3]),
+        "moe_intermediate_size": 20,
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_latent_size": r.choice([None, 16]),
+        "routed_scaling_factor": 2.5,
+    }
+
+
 # By model_type: random options beyond SIZES, in which every switch of the family appears.
 RANDOM: dict[str, Callable[[random.Random], Options]] = {
+    "nemotron_h": nemotron_h,
     "llama": llama,
     "mistral": mistral,
     "mixtral": mixtral,
@@ -262,12 +287,12 @@ def config_of(name: str, given: Options) -> Any:
 def build(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """A random model in which nothing is at a special value that could hide a mistake.
 
-    In float64 its rotary angles are too; transformers has them in float32, whatever the model is converted to.
+    In float64 its rotary angles are too: transformers makes them in float32, whatever it is converted to.
     """
     torch.manual_seed(seed)
     with Widened() if dtype == torch.float64 else nullcontext():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    eager(model)
+    prepare(model)
     with torch.no_grad():
         for n, param in model.named_parameters():
             if param.ndim == 1 and "A_log" not in n:
@@ -281,10 +306,15 @@ def build(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any
     return model.train()
 
 
-def eager(model: Any) -> None:
-    """Experts one by one: grouped products do not know float64."""
+def prepare(model: Any) -> Any:
+    """Experts one by one, as grouped products do not know float64; Nemotron-H's time steps unclamped, as its
+    published models were trained."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    return model
 
 
 def save(model: nn.Module, path: Path, **options: Any) -> Path:

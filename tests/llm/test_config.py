@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.config import check
-from llm.flops import flops, layer_params, param_count
+from llm.flops import flops, layer_flops, layer_params, pairs, param_count
 from llm.model import LLM, loss_rows
 from llm.mtp import ahead
 from llm.rotary import RopeScaling
@@ -70,6 +70,17 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
     for count, found in zip((None, supervised), counted, strict=True):
         assert flops(cfg, [128], count) + above - taps == pytest.approx(found, rel=0.02)
     assert flops(cfg, [64, 64]) <= flops(cfg, [128])
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 30])
+def test_pairs_are_those_of_the_mask(window: int | None) -> None:
+    n = 30
+    back = torch.arange(n)[:, None] - torch.arange(n)
+    seen = (back >= 0) & (back < (window or n))
+    # The diagonal counts half, as in n * n / 2.
+    assert pairs(n, window) == int(seen.sum()) - min(n, window or n) / 2
+    windowed = layer_flops(tiny(), "*", [n, n], window)
+    assert windowed == layer_flops(tiny(), "*", [n, n]) - 2 * 4 * 8 * 4 * (pairs(n, None) - pairs(n, window))
 
 
 @pytest.mark.parametrize(

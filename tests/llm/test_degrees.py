@@ -137,6 +137,8 @@ def switches(rng: random.Random) -> dict[str, Any]:
         "branch_scale": rng.choice([1.0, 0.3]),
         "attention_scale": rng.choice([None, 0.4]),
         "activation": rng.choice(["gelu_tanh", "silu"]),
+        "window": rng.choice([None, 1, 4, 9]),
+        "attention_cap": rng.choice([None, None, 0.5]),
     }
 
 

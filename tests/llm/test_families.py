@@ -13,14 +13,12 @@ from parallel import checkpoint as checkpoint
 from tests.llm.families import RANDOM
 from tests.llm.family_checks import (
     cases,
-    differing,
     even_folder,
     hold_exact,
     hold_round_trip,
     hold_stages,
-    read_all,
 )
-from tests.llm.test_hf_files import into_layout
+from tests.llm.folders import differing, into_layout, read_all
 from tests.llm.test_whole import compare, run_rank
 from tests.slow import on_demand
 

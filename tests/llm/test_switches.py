@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict
 from typing import Any
 
@@ -52,6 +53,16 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "norms both, shifted": {"norms": "both", "norm_shift": True, "activation": "gelu_tanh"},
     "scales": {"embed_scale": 3.0, "branch_scale": 0.4, "logit_scale": 0.6, "attention_scale": 0.2},
     "logit_cap": {"logit_cap": 0.5, "logit_scale": 2.0, "tied": True},
+}
+SWITCHES |= {
+    "window": {"window": 4, "n_kv_heads": 1},
+    "window of one": {"window": 1, "window_layers": (2,)},
+    "window with positions of its own": {
+        **{"window": 3, "window_layers": (0, 4), "window_rope_theta": 30.0},
+        "rope_scaling": SCALINGS["yarn"],
+    },
+    "attention_cap": {"attention_cap": 0.3, "attention_scale": 0.9},
+    "window and caps": {"window": 5, "window_layers": (2, 4), "attention_cap": 0.4, "logit_cap": 0.5},
 }
 LENGTHS = (9, 1, 17, 3)
 
@@ -108,3 +119,36 @@ def test_rotary_speeds_are_those_of_transformers(kind: str) -> None:
         theirs, factor = ROPE_INIT_FUNCTIONS[scaling.kind](config, torch.device("cpu"), seq_len=seq_len)
         torch.testing.assert_close(torch.from_numpy(found[row]).float(), theirs, rtol=1e-6, atol=0)
         assert factor == pytest.approx(attention_factor(scaling))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_combinations_are_the_straight_line_program(seed: int) -> None:
+    rng = random.Random(seed)
+    given: dict[str, Any] = {**BASE, "pattern": "".join(rng.choice("*-E") for _ in range(3)) + "*"}
+    layers = [i for i, symbol in enumerate(given["pattern"]) if symbol == "*"]
+    window = rng.choice([None, 1, 4, 12])
+    given |= {
+        "n_kv_heads": rng.choice([1, 2, 4]),
+        "tied": rng.random() < 0.5,
+        "mlp_bias": rng.random() < 0.5,
+        "attention_bias": (biased := rng.random() < 0.3),
+        "qkv_bias": not biased and rng.random() < 0.5,
+        "qk_norm": rng.choice(["none", "head", "full"]),
+        "rope_scaling": rng.choice([None, *(s for name, s in SCALINGS.items() if name != "longrope")]),
+        "rope_share": rng.choice([1.0, 0.5]),
+        "rope_skips": tuple(i for i in layers if rng.random() < 0.3),
+        "window": window,
+        "window_layers": rng.choice([None, (layers[-1],)]) if window else None,
+        "window_rope_theta": rng.choice([None, 20.0]) if window else None,
+        "attention_scale": rng.choice([None, 0.3]),
+        "attention_cap": rng.choice([None, 0.5]),
+        "norms": rng.choice(["before", "after", "both"]),
+        "norm_shift": rng.random() < 0.5,
+        "embed_scale": rng.choice([1.0, 2.0]),
+        "branch_scale": rng.choice([1.0, 0.4]),
+        "logit_scale": rng.choice([1.0, 0.7]),
+        "logit_cap": rng.choice([None, 1.5]),
+        "activation": rng.choice(["relu2", "gelu", "gelu_tanh", "silu"]),
+    }
+    lengths = tuple(rng.choice([1, 2, 5, 9, 20, 90]) for _ in range(rng.randint(1, 4)))
+    compare(tiny(**given), lengths, seed)

@@ -15,6 +15,7 @@ from llm.config import LLMConfig
 from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from llm.mtp import ahead
+from llm.rotary import RopeScaling
 from parallel.context_parallel import ContextPacking, pack
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared, initialise
@@ -25,6 +26,26 @@ from tests.llm.harness import EVERYTHING, shard_by_hand
 from tests.slow import on_demand
 
 MODEL = replace(EVERYTHING, vocab_size=32)
+# Switches of other families, all at once; the block of multi-token prediction has no window here.
+SWITCHED = replace(
+    MODEL,
+    attention_bias=False,
+    qkv_bias=True,
+    qk_norm="full",
+    rope_scaling=RopeScaling("yarn", 4.0, 30),
+    window=5,
+    window_layers=(3,),
+    window_rope_theta=30.0,
+    norms="both",
+    norm_shift=True,
+    embed_scale=2.0,
+    branch_scale=0.5,
+    logit_scale=0.7,
+    logit_cap=2.0,
+    attention_scale=0.3,
+    attention_cap=0.8,
+    activation="gelu_tanh",
+)
 LENGTHS = ((11, 1, 25), (), (20,), (3, 0, 2))
 COUNTS = Counts(10, (7, 4))
 SALT = 134  # of the random cases: chosen so that few of them have every degree, in pairs too
@@ -162,7 +183,8 @@ def draw(seed: int, world: int) -> Case:
     ep, etp = r.choice([(n, m) for n in (1, 2, 4) for m in (1, 2, 4) if world % (n * m) == 0])
     order = r.choice(("contiguous", "zigzag"))
     degrees = Degrees(world, tp, cp, ep, etp, sp=r.random() < 0.5, order=order)
-    cfg = replace(MODEL, tied=r.random() < 0.5, dispatcher=r.choice(("all_to_all", "all_gather")))
+    model = SWITCHED if seed % 2 else MODEL
+    cfg = replace(model, tied=r.random() < 0.5, dispatcher=r.choice(("all_to_all", "all_gather")))
     edges = tuple(sorted(r.sample(range(1, 5), r.randrange(3))))
     recompute = r.choice(("none", "full", "mlp", "moe_act", "norm", "scan"))
     ranks = tuple(r.sample(range(world), world))

@@ -120,7 +120,7 @@ PARALLEL = (
     Fault(
         "context.merge",
         "joined blocks of keys are averaged",
-        "parallel/context_parallel/block.py",
+        "parallel/sequence/tiles.py",
         "lse = torch.logaddexp(a.lse, b.lse)",
         "lse = torch.maximum(a.lse, b.lse)",
         "tests/parallel/context_parallel/test_attention.py::test_blocks_without_a_fused_kernel",
@@ -137,8 +137,8 @@ PARALLEL = (
         "packed.leak",
         "one document attends to the next one's padding",
         "parallel/sequence/buckets.py",
-        "real = offset[None, :] < n[:, None]",
-        "real = offset[None, :] <= n[:, None]",
+        "& (offset < length[:, None])",
+        "& (offset <= length[:, None])",
         "tests/parallel/sequence/test_packed.py::test_attention",
     ),
     Fault(

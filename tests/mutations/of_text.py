@@ -7,6 +7,7 @@ from tests.mutations.fault import Fault
 CHATS = "tests/mm/data/test_chat.py"
 TOKENIZERS = "tests/mm/data/test_tokenizer.py"
 ANSWERS = "tests/llm/test_decode.py"
+ASKED = "tests/mm/inference/test_generate.py"
 
 TEXT = (
     Fault(
@@ -74,11 +75,35 @@ TEXT = (
         f"{ANSWERS}::test_a_token_at_a_time_is_the_whole_document_at_once[Mamba alone]",
     ),
     Fault(
+        "decode.limit",
+        "a next token sees one key before its window",
+        "llm/cache.py",
+        "seen &= at > position",
+        "seen &= at >= position",
+        f"{ANSWERS}::test_a_token_at_a_time_is_the_whole_document_at_once[windows]",
+    ),
+    Fault(
         "decode.top_p",
         "the token at which the sum reaches top_p is left out",
         "llm/decode.py",
         "before = ordered.cumsum(-1) - ordered",
         "before = ordered.cumsum(-1)",
         f"{ANSWERS}::test_draws_follow_the_probabilities_within_top_p",
+    ),
+    Fault(
+        "prompt.place",
+        "rows of a prompt enter one token early",
+        "mm/inference/prompt.py",
+        "range(len(ids), len(ids) + len(found))",
+        "range(len(ids) - 1, len(ids) + len(found) - 1)",
+        f"{ASKED}::test_a_prompt_is_what_training_packs",
+    ),
+    Fault(
+        "vocabulary.ids",
+        "a tokenizer with the same tokens in another order is taken for that of the weights",
+        "mm/data/vocabulary.py",
+        "if here.get(token) != n",
+        "if token not in here",
+        "tests/mm/data/test_tokens.py::test_weights_of_another_vocabulary_are_refused_before_anything_runs",
     ),
 )

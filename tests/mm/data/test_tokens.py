@@ -216,11 +216,16 @@ def test_weights_of_another_vocabulary_are_refused_before_anything_runs(tmp_path
             check_start(from_mapping(changed, tmp_path))
 
     (folder / "config.json").write_text('{"vocab_size": 384}')
-    refuses(r"data.tokenizer is bytes, but the weights .* were trained with the tokens")
+    refuses(r"data.tokenizer bytes has another vocabulary than the weights of .*weights: ")
     other = write_tokenizer(tmp_path / "other", unigram())
     refuses(
         r"another vocabulary than the weights .*tokens differ, such as .*needed: data.tokenizer=", str(other)
     )
+    turned = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = turned["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "turned.json").write_text(json.dumps(turned))
+    refuses(r"2 of 400 tokens differ, such as", str(tmp_path / "turned.json"))
     rows = read_tokenizer(folder).vocab_size
     refuses(f"has 384 rows, model.llm.vocab_size is {rows + 128}", str(folder), vocab_size=rows + 128)
     more = byte_bpe()

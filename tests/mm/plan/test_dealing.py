@@ -155,7 +155,10 @@ def test_the_home_of_a_sample_is_beside_it(places: list[tuple[int, int]], encode
 @given(st.integers(0, 1000))
 def test_the_cost_of_documents_is_what_flops_counts(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    cfg = LLMConfig(pattern="M*-E*", mtp_layers=int(rng.integers(0, 3)))
+    window = None if rng.random() < 0.3 else int(rng.integers(1, 4000))
+    layers = None if window is None or rng.random() < 0.5 else (4,)
+    mtp = int(rng.integers(0, 3))
+    cfg = LLMConfig(pattern="M*-E*", mtp_layers=mtp, window=window, window_layers=layers)
     lengths, supervised = rng.integers(1, 5000, 7), rng.integers(0, 100, 7)
     found = document_cost(cfg).of(lengths, supervised)
     assert found.sum() == pytest.approx(flops(cfg, lengths.tolist(), int(supervised.sum())), rel=1e-12)

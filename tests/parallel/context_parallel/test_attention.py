@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,12 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.context_parallel import pack
-from parallel.context_parallel.attention import choose_attention_method, context_attention, key_costs
-from parallel.context_parallel.block import TILE, Attended, attend, attend_backward, tiled, tiled_backward
+from parallel.context_parallel.attention import Method, choose_attention_method, context_attention, key_costs
+from parallel.context_parallel.block import attend, attend_backward
+from parallel.sequence.buckets import Limits
 from parallel.sequence.packed import Packing, attention
 from parallel.sequence.stream import Order
+from parallel.sequence.tiles import TILE, Attended, Scoring, tiled, tiled_backward
 from parallel.topology.axis import Axis
 
+METHODS: tuple[Method, ...] = ("gather", "ring")
 STREAMS = [(16,), (3, 13), (8, 8), (1, 2, 5, 1, 7), (7, 0, 9), (0, 15, 1), (2,) * 8, (40,)]
 
 
@@ -31,28 +36,35 @@ def inputs(total: int, heads: int, kv_heads: int) -> list[Tensor]:
     ]
 
 
-def split_attention(cp: int, kv_heads: int) -> list[tuple[Any, ...]]:
+LIMITS = (Limits(cap=0.8), Limits(window=3), Limits(window=6, cap=0.8), Limits(window=1))
+
+
+def split_attention(cp: int, kv_heads: int, limited: Sequence[Limits]) -> list[tuple[Any, ...]]:
     out = []
     over = axis(cp)
     for lengths in STREAMS:
         q, k, v, weight = inputs(sum(lengths), 4, kv_heads)
-        for order in ("contiguous", "zigzag"):
-            for method in ("gather", "ring"):
-                p: Any = pack(lengths, "cpu", over, order)
-                mine = [x[p.rows].requires_grad_() for x in (q, k, v)]
-                y = context_attention(*mine, p, method=method)
-                (y * weight[p.rows]).sum().backward()
-                out.append((p.rows, y.detach(), *(x.grad for x in mine)))
+        for limits, order, method in product(limited, ("contiguous", "zigzag"), METHODS):
+            p: Any = pack(lengths, "cpu", over, order)
+            mine = [x[p.rows].requires_grad_() for x in (q, k, v)]
+            y = context_attention(*mine, p, limits=limits, method=method)
+            (y * weight[p.rows]).sum().backward()
+            out.append((p.rows, y.detach(), *(x.grad for x in mine)))
     return out
 
 
-@pytest.mark.parametrize(("cp", "kv_heads"), [(2, 2), (4, 1), (4, 4)])
-def test_split_attention_is_whole_attention(cp: int, kv_heads: int, ranks: Any) -> None:
-    results = ranks(cp, split_attention, cp, kv_heads)
-    for i, lengths in enumerate(s for s in STREAMS for _ in range(4)):
+@pytest.mark.parametrize(
+    ("cp", "kv_heads", "limited"),
+    [(2, 2, [Limits()]), (4, 1, [Limits()]), (4, 4, [Limits()]), (4, 2, LIMITS)],
+)
+def test_split_attention_is_whole_attention(
+    cp: int, kv_heads: int, limited: Sequence[Limits], ranks: Any
+) -> None:
+    results = ranks(cp, split_attention, cp, kv_heads, limited)
+    for i, (lengths, limits) in enumerate((s, w) for s in STREAMS for w in limited for _ in range(4)):
         q, k, v, weight = inputs(sum(lengths), 4, kv_heads)
         whole = [x.requires_grad_() for x in (q, k, v)]
-        y = attention(*whole, Packing.of(lengths), causal=True)
+        y = attention(*whole, Packing.of(lengths), causal=True, limits=limits)
         (y * weight).sum().backward()
         expected = [y.detach(), *(x.grad for x in whole)]
         for rank in results:
@@ -91,17 +103,15 @@ def test_blocks_without_a_fused_kernel() -> None:
     n = TILE + 77
     q, k, v, grad = (torch.randn(1, 2, n, 4, generator=gen, dtype=torch.float64) for _ in range(4))
     k, v = k[:, :1].expand_as(q), v[:, :1].expand_as(q)
-    for causal in (True, False):
+    for scoring in (Scoring(0.3, last=0), Scoring(0.3)):
         rows = [x.squeeze(0).transpose(0, 1) for x in (q, k, v)]
         one = [rows[0], rows[1][:, :1], rows[2][:, :1]]
-        out, lse = attend(*one, causal=causal, scale=0.3)
-        plain, plain_lse = tiled(q, k, v, causal=causal, scale=0.3)
+        out, lse = attend(*one, scoring)
+        plain, plain_lse = tiled(q, k, v, scoring)
         torch.testing.assert_close(plain.squeeze(0).transpose(0, 1), out)
         torch.testing.assert_close(plain_lse.squeeze(0).T, lse)
-        d_q, d_k, d_v = attend_backward(
-            grad.squeeze(0).transpose(0, 1), *one, Attended(out, lse), causal=causal, scale=0.3
-        )
-        p_q, p_k, p_v = tiled_backward(grad, q, k, v, Attended(plain, plain_lse), causal=causal, scale=0.3)
+        d_q, d_k, d_v = attend_backward(grad.squeeze(0).transpose(0, 1), *one, Attended(out, lse), scoring)
+        p_q, p_k, p_v = tiled_backward(grad, q, k, v, Attended(plain, plain_lse), scoring)
         torch.testing.assert_close(p_q.squeeze(0).transpose(0, 1), d_q)
         torch.testing.assert_close(p_k.sum(1).transpose(0, 1), d_k)
         torch.testing.assert_close(p_v.sum(1).transpose(0, 1), d_v)

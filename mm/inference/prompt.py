@@ -1,0 +1,103 @@
+"""Prompts: a sample as data has it, without its answer, as ids and rows of encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoders.contract import Features, pack_items
+from llm.decode import Prompt
+from mm.data.conversation import parse_messages
+from mm.data.encode import TokenSegment, encode_prompt, encode_samples
+from mm.data.probes import metadata
+from mm.data.published import MODULES, PublishedTokenizer
+from mm.data.sample import segments_of
+from mm.errors import DataError, Refused
+from mm.inference.whole import WholeModel
+
+
+def sample_of(
+    model: WholeModel, text: str, files: Sequence[tuple[str, Path]], *, chat: bool = False
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """A sample of items and then a text, and its payloads by name; files: (kind, path), as "image".
+
+    chat: a conversation that the text asks in. Raises Refused where the model has no encoder for an item.
+    """
+    payloads: dict[str, bytes] = {}
+    parts: list[dict[str, str]] = []
+    for i, (kind, path) in enumerate(files):
+        name = f"{i}{path.suffix}"
+        payloads[name] = path.read_bytes()
+        parts.append({"type": kind, kind: name, "module": module_of(model, kind)})
+    if not chat:
+        items = [{part["module"]: part[part["type"]]} for part in parts]
+        return {"segments": [*items, *([{"text": text}] if text else [])]}, payloads
+    content = [*parts, {"type": "text", "text": text}] if parts else text
+    return {"messages": [{"role": "user", "content": content}]}, payloads
+
+
+def module_of(model: WholeModel, kind: str) -> str:
+    """The module that takes items of a kind: the one of that name, or the only one there is."""
+    for name in (MODULES[kind], kind):
+        if name in model.encoders:
+            return name
+    others = [m for m in model.encoders if m not in MODULES.values()]
+    if len(others) == 1:
+        return others[0]
+    have = ", ".join(model.encoders) or "none"
+    raise Refused(f"the model has no encoder for an {kind}; it has: {have}")
+
+
+def read_prompt(model: WholeModel, sample: Mapping[str, Any], payloads: Mapping[str, bytes]) -> Prompt:
+    """The prompt of a sample's json, segments or messages, up to where its answer begins.
+
+    payloads: of its items, by the names that the json gives them. Raises DataError in words.
+    """
+    try:
+        segments = _segments(model, sample)
+        ids: list[int] = [] if "messages" in sample else list(model.begin)
+        rows: dict[str, list[Tensor]] = {}
+        places: dict[str, list[int]] = {}
+        for seg in segments:
+            if seg.ids is not None:
+                ids += seg.ids
+                continue
+            if seg.kind not in model.encoders:
+                have = ", ".join(model.encoders) or "none"
+                raise ValueError(f"{seg.name} is for module {seg.kind}; the model has: {have}")
+            found = item_rows(model, seg.kind, seg.name, payloads[seg.name])
+            places.setdefault(seg.kind, []).extend(range(len(ids), len(ids) + len(found)))
+            rows.setdefault(seg.kind, []).append(found)
+            ids += [model.tokenizer.placeholder_of(seg.kind)] * len(found)
+    except (ValueError, KeyError, OSError, EOFError) as error:
+        raise DataError(f"the prompt cannot be used: {error}") from error
+    at = {m: torch.tensor(p, device=model.device) for m, p in places.items()}
+    return Prompt(torch.tensor(ids, device=model.device), {m: torch.cat(r) for m, r in rows.items()}, at)
+
+
+def _segments(model: WholeModel, sample: Mapping[str, Any]) -> Sequence[TokenSegment]:
+    if "messages" not in sample:
+        found = encode_samples([segments_of(sample)], model.tokenizer)[0]
+        assert not isinstance(found, str), "only conversations cannot be encoded"
+        return found
+    if not isinstance(model.tokenizer, PublishedTokenizer):
+        raise ValueError("its tokenizer is bytes, which has no chat template; needed: a text without --chat")
+    return encode_prompt(parse_messages(sample), model.tokenizer)
+
+
+@torch.no_grad()
+def item_rows(model: WholeModel, module: str, name: str, payload: bytes) -> Tensor:
+    """The rows of an item [R, d], or [R, levels, d]; raises ValueError where its encoder cannot take it."""
+    use, encoder = model.uses[module], model.encoders[module]
+    meta = metadata(name.rpartition(".")[2].lower(), payload)
+    use.cls.rows(use.cfg, meta)  # refuses what does not fit, in words
+    prepared = use.cls.prepare(use.cfg, payload, meta)
+    dtype = next(encoder.parameters()).dtype
+    batch = pack_items(use.cls, use.cfg, [prepared], [meta], device=model.device, dtype=dtype)
+    found = encoder(batch)
+    assert isinstance(found, Features)
+    return found.values

@@ -1,0 +1,86 @@
+"""Windowed attention over documents that are split over context-parallel ranks.
+
+A token sees the last `window` keys of its document. So a fragment that continues a document reads at most
+window - 1 keys before it, and a rank fetches those alone, in one exchange, as the rows before a convolution.
+They count at most `window` rows for each piece, whatever the lengths of documents and cp are; no ring is
+needed to bound them. Between the exchange and the output everything is local and recorded by autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parallel.comm.fetch import Fetch
+from parallel.context_parallel.packing import ContextPacking, Continued
+from parallel.sequence.buckets import Pairing, attend
+from parallel.sequence.host import to_device
+from parallel.sequence.intervals import Span, join, numbers
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all layers with one window derive from one packing.
+
+    fetch: the exchange of keys, None where no rank wants any.
+    order: int64 [Tk], of the own rows followed by those that arrived, in the order in which each fragment's
+        rows come after those that it reads before itself.
+    pairing: this rank's queries with these keys.
+    """
+
+    fetch: Fetch | None
+    order: Tensor | None
+    pairing: Pairing
+
+
+def _read(c: Continued, window: int) -> Span:
+    """The rows of the stream before the fragment whose keys it reads."""
+    start, stop = c.before
+    return max(start, stop - (window - 1)), stop
+
+
+def _plan(packing: ContextPacking, window: int) -> _Plan:
+    """Every rank derives its part, without communication."""
+    own = packing.fragments
+    wanted = [join([_read(c, window) for c in packing.continued_of(r)]) for r in range(packing.cp.size)]
+    if not any(wanted):
+        return _Plan(None, None, own.windowed(window))
+    arrived = numbers(wanted[packing.cp.rank])
+    keys, order, done = list(own.lengths), [np.zeros(0, np.int64)], 0
+    for c in packing.continued:
+        low, high = np.searchsorted(arrived, _read(c, window))
+        keys[c.fragment] += int(high - low)
+        order += [np.arange(done, c.rows[0]), packing.total + np.arange(low, high)]
+        done = c.rows[0]
+    order.append(np.arange(done, packing.total))
+    return _Plan(
+        packing.fetch("keys before a window", wanted),
+        to_device(np.concatenate(order), packing.device),
+        Pairing.windowed(own.lengths, keys, window, packing.device),
+    )
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: ContextPacking,
+    window: int,
+    *,
+    scale: float | None,
+    cap: float | None,
+) -> Tensor:
+    """Causal attention of each query to the last `window` keys of its document; a collective over packing.cp.
+
+    q: [T, H, D], this rank's rows; k, v: [T, H_kv, D] with H_kv dividing H. Returns [T, H, D].
+    scale, cap: of scores, as of parallel.sequence.buckets.attend().
+    """
+    plan = packing.once(("window", window), lambda: _plan(packing, window))
+    if plan.fetch is not None:
+        assert plan.order is not None
+        keys = torch.cat([k, v], 1)  # [T, 2 H_kv, D], one message
+        k, v = torch.cat([keys, plan.fetch(keys)]).index_select(0, plan.order).chunk(2, 1)
+    return attend(q, k, v, plan.pairing, causal=True, scale=scale, cap=cap)
