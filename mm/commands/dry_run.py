@@ -19,37 +19,40 @@ from mm.report.groups import communicator_lines
 from mm.report.header import gib, header, memory_warning
 from mm.report.plan_json import PlanData, first_step, plan_data
 from mm.report.timeline import RATE, draw_simulated
+from mm.virtual.samples import made_up_index
 from parallel.topology.layout import Layout
 
 
-def dry_run(blueprint: Blueprint, draw: Path | None = None) -> str:
+def dry_run(blueprint: Blueprint, draw: Path | None = None, *, data: bool = True) -> str:
     """Rank table, edges, bytes, FLOPs, memory and schedule of the first step; writes nothing.
 
-    draw: a folder to draw the step in, the only thing that is then written.
+    draw: a folder to draw the step in, the only thing that is then written. data: whether the samples are
+    there; made-up ones take their place otherwise.
     """
-    indexes = open_indexes(blueprint, write=False)
+    indexes = open_indexes(blueprint, write=False) if data else {"training": made_up_index(blueprint)}
     index = indexes["training"]
     check_fits(blueprint, index)
-    data = plan_data(blueprint, index)
+    plan = plan_data(blueprint, index)
     lines = [f"{blueprint.world} ranks", *_header(blueprint, indexes), ""]
+    lines += [] if data else ["made-up samples of ragged lengths (--no-data)", ""]
     modules = blueprint.modules
     lines.append("rank  " + "  ".join(f"{m:<24}" for m in modules))
     for rank in range(blueprint.world):
         cells = [_coordinates(blueprint.layouts[m], rank) for m in modules]
         lines.append(f"{rank:>4}  " + "  ".join(f"{c:<24}" for c in cells))
-    lines += ["", f"first step: {data.tokens} tokens, {blueprint.cfg.train.global_batch} samples"]
-    for m, edge in data.edges.items():
+    lines += ["", f"first step: {plan.tokens} tokens, {blueprint.cfg.train.global_batch} samples"]
+    for m, edge in plan.edges.items():
         total = edge.forward_bytes + edge.backward_bytes
         lines.append(f"edge {m} -> {SINK}: {edge.rows} rows, {total / 2**10:.1f} KiB received by all ranks")
     for m in modules:
         lines.append(
-            f"{m}: {blueprint.layouts[m].describe()}, {data.flops_by_module[m] / 1e9:.2f} GFLOP a step, "
-            f"{gib(data.weight_bytes_per_rank[m])} weights and optimizer a rank"
+            f"{m}: {blueprint.layouts[m].describe()}, {plan.flops_by_module[m] / 1e9:.2f} GFLOP a step, "
+            f"{gib(plan.weight_bytes_per_rank[m])} weights and optimizer a rank"
         )
-    lines += communicator_lines(data.communicators)
-    lines += ["", *_policies(data)]
-    for program in data.schedule.programs:
-        lines += ["", f"schedule {data.schedule.kind} of ranks {', '.join(map(str, program.ranks))}:"]
+    lines += communicator_lines(plan.communicators)
+    lines += ["", *_policies(plan)]
+    for program in plan.schedule.programs:
+        lines += ["", f"schedule {plan.schedule.kind} of ranks {', '.join(map(str, program.ranks))}:"]
         lines += [f"  {a}" for a in program.actions]
     if draw is not None:
         drawn = draw_simulated(blueprint, first_step(blueprint, index), draw)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mm.plan.blueprint import Blueprint
 
 
-def check_paths(cfg: Config, *, write: bool = True) -> None:
+def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
     """Refuse a run folder that cannot be written, missing data, and TensorBoard where it is not installed.
 
     Needs no torch. write: make the run folder; otherwise nothing is written. Raises Refused or DataError.
@@ -41,7 +41,7 @@ def check_paths(cfg: Config, *, write: bool = True) -> None:
         raise Refused(
             f"run.dir {folder} cannot be written: {error.strerror}; needed: a folder that can"
         ) from error
-    for patterns in (cfg.data.train, cfg.data.eval):
+    for patterns in (cfg.data.train, cfg.data.eval) if data else ():
         find_shards(patterns, cfg.base, cfg.data.made_by)
     if cfg.run.tensorboard and find_spec("tensorboard") is None:
         raise Refused(

@@ -21,6 +21,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     nproc_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start and write nothing")
     parser.add_argument("--stage", metavar="NAME", help="this stage of the config alone")
+    parser.add_argument(
+        "--no-data", action="store_true", help="with --dry-run: made-up samples, for data that are not here"
+    )
     virtual_options(parser)
     parser.add_argument("--draw", type=Path, metavar="DIR", help="with --dry-run: draw the step, into DIR")
 
@@ -34,6 +37,8 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
     if args.draw is not None and not args.dry_run:
         raise Refused(f"--draw {args.draw} without --dry-run; a step that ran is drawn by run.trace=STEP")
+    if args.no_data and not args.dry_run:
+        raise Refused("--no-data without --dry-run; a run needs data")
     from mm.config.stages import stages_of
 
     cfg = config_of(args, stages=True)
@@ -53,13 +58,14 @@ def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
             if not launch.launched():
                 look = lambda why: print(f"{why}; looking for what would work", flush=True)  # noqa: E731
                 check_outline(stage.cfg, world, look)
-            check_paths(stage.cfg, write=not args.dry_run)
+            check_paths(stage.cfg, write=not args.dry_run, data=not args.no_data)
     if args.dry_run:
         from mm.commands.dry_run import dry_run
 
         for stage in stages:
             title = f"stage {stage.name}: {stage.cfg.train.steps} steps\n" if stage.name else ""
-            print(title + dry_run(_check(stage, world), args.draw and args.draw / stage.name))
+            draw = args.draw and args.draw / stage.name
+            print(title + dry_run(_check(stage, world), draw, data=not args.no_data))
         return 0
     if not launch.launched():
         announce(args, world, f"run folder {cfg.run.dir}")

@@ -66,9 +66,14 @@ def virtual_data(blueprint: Blueprint, *, even: bool = False) -> VirtualData:
             why = str(error)
             if "no shard matches" not in why:
                 raise
-    index = made_up(blueprint.inputs, cfg.train.global_batch, even=even)
     note = "made-up samples of one length" if even else f"made-up samples of ragged lengths ({why})"
-    return VirtualData(select(index, blueprint.inputs, cfg.data), note)
+    return VirtualData(made_up_index(blueprint, even=even), note)
+
+
+def made_up_index(blueprint: Blueprint, *, even: bool = False) -> Index:
+    """The made-up samples of one step; see made_up()."""
+    cfg = blueprint.cfg
+    return select(made_up(blueprint.inputs, cfg.train.global_batch, even=even), blueprint.inputs, cfg.data)
 
 
 def made_up(inputs: PlanInputs, count: int, *, even: bool) -> Index:

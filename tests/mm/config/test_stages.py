@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mm import cli
 from mm.config.schema import Config, from_mapping
 from mm.config.stages import stages_of
 from mm.errors import Refused
 from tests.mm.harness import CONFIGS, small
+from tests.slow import on_demand
 
 WARM = {"name": "warm", "steps": 2, "train": ["vision.projector"], "modules": ["vision"], "lr": 0.5}
 
@@ -84,3 +87,23 @@ def test_steps_are_those_of_the_stages() -> None:
         stages_of(config(WARM), "wram")
     with pytest.raises(Refused, match="the config has no stages"):
         stages_of(from_mapping(small(), CONFIGS), "warm")
+
+
+RECIPES = {"llava-stages": (8, 2), "nano-omni-stages": (64, 7)}
+
+
+@pytest.mark.parametrize("name", on_demand(RECIPES, ["nano-omni-stages"]))
+def test_published_recipes_are_planned_at_their_size(
+    name: str, capsys: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    world, count = RECIPES[name]
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", str(CONFIGS / f"{name}.yaml"), "--dry-run", "--no-data"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\nfirst step: ") == count and said.count(f"\n{world} ranks\n") == count
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+
+
+def test_made_up_samples_are_for_plans_alone(capsys: Any) -> None:
+    assert cli.main(["train", str(CONFIGS / "digits.yaml"), "--no-data"]) == 2
+    assert "a run needs data" in capsys.readouterr().err
