@@ -99,6 +99,7 @@ UNSAID: dict[str, Any] = {
     "window": None,
     "attention_scale": None,
     "attention_cap": None,
+    "attention_sinks": False,
     "norms": "before",
     "norm_shift": False,
     "embed_scale": 1.0,
