@@ -57,7 +57,7 @@ class Family:
 READ_BY = {
     "*": (
         "n_heads n_kv_heads head_dim rope_theta attention_bias qkv_bias qk_norm rope_scaling rope_share "
-        "rope_skips window window_layers window_rope_theta attention_scale attention_cap"
+        "rope_skips window window_layers window_rope_theta attention_scale attention_cap attention_sinks"
     ),
     "M": "mamba_heads mamba_head_dim mamba_state mamba_groups conv_kernel",
     "E": (

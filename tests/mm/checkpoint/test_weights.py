@@ -21,6 +21,7 @@ from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
 from mm.train.trainer import train_step
+from tests.llm.families import build, config_of, even, save
 from tests.mm.harness import CONFIGS, small
 
 
@@ -66,6 +67,26 @@ def test_weights_go_out_in_and_into_any_layout(ranks: Any, tmp_path: Path) -> No
         from_mapping({**raw, "model": {**raw["model"], "llm": {"preset": str(folder)}}}, CONFIGS), 1
     )
     assert asdict(named.llm)["pattern"] == "ME*-" and named.llm.d_model == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3_text", "granitemoehybrid"])
+def test_a_family_is_trained_and_written_as_itself(ranks: Any, tmp_path: Path, name: str) -> None:
+    given = even(name, 0) | {"vocab_size": 512}
+    folder = str(save(build(config_of(name, given), torch.float64), tmp_path / "in"))
+    raw = small()
+    raw["model"]["llm"] = {"preset": folder}
+    expected = ranks(1, two_steps, raw, folder, str(tmp_path / "one"))[0]
+    for i, layout in enumerate(({"tp": 2}, {"cp": 2}, {"pp": 2})):
+        run = tmp_path / f"run{i}"
+        got = ranks(2, two_steps, {**raw, "layout": {"llm": layout}}, folder, str(run))[0]
+        assert got == pytest.approx(expected, rel=1e-9)
+        export_hf(run / "step-00000002", tmp_path / f"out{i}", None)
+        trained = load_hf(tmp_path / f"out{i}").model.cfg
+        assert trained == load_hf(folder).model.cfg
+        assert trained.source is not None and trained.source.family == name
+    with pytest.raises(CheckpointError, match="a Llama checkpoint cannot say"):
+        export_hf(tmp_path / "one" / "step-00000002", tmp_path / "other", None, "llama")
 
 
 def test_what_cannot_be_read_is_refused_in_words(tmp_path: Path) -> None:
