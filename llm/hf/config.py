@@ -100,6 +100,7 @@ UNSAID: dict[str, Any] = {
     "attention_scale": None,
     "attention_cap": None,
     "attention_sinks": False,
+    "moe_bias": False,
     "norms": "before",
     "norm_shift": False,
     "embed_scale": 1.0,
