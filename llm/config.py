@@ -13,7 +13,7 @@ from parallel.topology.layout import Unfit, check_divides, nearest
 
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
 
-Activation = Literal["relu2", "gelu", "gelu_tanh", "silu"]
+Activation = Literal["relu2", "gelu", "gelu_tanh", "silu", "clamped"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,9 @@ class LLMConfig:
     dispatcher: Literal["all_to_all", "all_gather"] = "all_to_all"
     """How rows reach their experts; changes no result."""
 
+    moe_bias: bool = False
+    """Whether the router and the routed experts have biases (gpt-oss)."""
+
     mlp_ffn: int = 256
     """Hidden width of a dense MLP. [intermediate_size]"""
     mlp_gated: bool = False
@@ -121,7 +124,7 @@ class LLMConfig:
     """Whether dense MLPs and shared experts have biases. [mlp_bias]"""
     activation: Activation = "relu2"
     """act of dense MLPs and of all experts; relu2 is the squared ReLU (arXiv 2109.08668), gelu_tanh the
-    approximation of gelu (arXiv 1606.08415, section 2). [mlp_hidden_act]"""
+    approximation of gelu (arXiv 1606.08415, section 2), clamped the gate of gpt-oss. [mlp_hidden_act]"""
 
     mtp_layers: int = 0
     """Depths of multi-token prediction: one stored block, applied once a depth (arXiv 2512.20856, section
@@ -174,8 +177,7 @@ class LLMConfig:
         return int(self.head_dim * self.rope_share)
 
     def window_of(self, layer: int | None) -> int | None:
-        """The window of an attention layer, None where it sees all; layer: its index, None in the block of
-        multi-token prediction."""
+        """The window of an attention layer, by its index (None: multi-token prediction); None for none."""
         return self.window if self.window_layers is None or layer in self.window_layers else None
 
     def rope_of(self, layer: int | None) -> tuple[float | None, RopeScaling | None]:
@@ -230,6 +232,8 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
         _check_pattern("mtp_pattern", cfg.mtp_pattern)
     _check_choices(cfg)
     _check_numbers(cfg)
+    if cfg.activation == "clamped" and not cfg.mlp_gated:
+        raise Unfit("model.llm.activation=clamped needs mlp_gated", [{"mlp_gated": True}], "llm")
     _check_layers(cfg)
     _check_attention(cfg)
     _check_routing(cfg)
@@ -246,6 +250,8 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
             counts["shared_ffn"] = cfg.shared_ffn
         check_divides("model.llm.n_experts", cfg.n_experts, "ep", ep, "llm")
         check_divides("model.llm.expert_ffn", cfg.expert_ffn, "etp", etp, "llm")
+        if cfg.moe_bias:
+            check_divides("model.llm.latent or d_model", cfg.expert_width, "etp", etp, "llm")
     for what, n in counts.items():
         if n % tp:
             # A proposed degree must divide all of the counts, not only the first that fails.
@@ -386,7 +392,7 @@ def _check_routing(cfg: LLMConfig) -> None:
 
 def _check_without_experts(cfg: LLMConfig) -> None:
     """Refuse options of experts that have no effect because the model has none."""
-    off = {"aux_weight": 0.0, "z_weight": 0.0, "capacity": None, "pad_experts": False}
+    off = {"aux_weight": 0.0, "z_weight": 0.0, "capacity": None, "pad_experts": False, "moe_bias": False}
     for what, none in off.items():
         if (value := getattr(cfg, what)) != none:
             raise Unfit(

@@ -31,9 +31,10 @@ def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
     elif symbol == "-":
         n += _mlp_params(cfg, cfg.mlp_ffn)
     else:
-        n += cfg.n_experts * d + (_mlp_params(cfg, cfg.shared_ffn) if cfg.shared_ffn else 0)
+        n += cfg.n_experts * (d + cfg.moe_bias) + (_mlp_params(cfg, cfg.shared_ffn) if cfg.shared_ffn else 0)
         n += 2 * d * cfg.latent if cfg.latent else 0
         one = (2 + cfg.mlp_gated) * cfg.expert_width * cfg.expert_ffn
+        one += cfg.moe_bias * ((1 + cfg.mlp_gated) * cfg.expert_ffn + cfg.expert_width)
         return n + cfg.n_experts * one, n + cfg.top_k * one
     return n, n
 

@@ -17,6 +17,9 @@ from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.layers import Linear, enter, leave
 from parallel.topology.axis import Axes
 
+# Of gpt-oss's gate: bounds of gate and up, and the steepness of its sigmoid.
+CLAMP, STEEP = 7.0, 1.702
+
 
 class _SquaredReLU(torch.autograd.Function):
     """relu(x)^2, which keeps only its output for the backward, as the product after it does anyway.
@@ -54,6 +57,10 @@ def _root(y: Tensor) -> Tensor:
 def activate(kind: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
     """act(up), or with a gate act(gate) * up (GLU variants, arXiv 2002.05202). relu2 is the squared ReLU
     (arXiv 2109.08668), gelu the exact one."""
+    if kind == "clamped":
+        assert gate is not None
+        g = gate.clamp(max=CLAMP)
+        return g * torch.sigmoid(STEEP * g) * (up.clamp(-CLAMP, CLAMP) + 1.0)
     x = up if gate is None else gate
     if kind == "relu2":
         y = _squared_relu(x)

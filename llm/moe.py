@@ -35,9 +35,9 @@ from parallel.expert_parallel.routing import (
 )
 from parallel.sequence.packed import Packing
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
-from parallel.sharding.param import ParamSpec, declare, declare_buffer, local, normal
+from parallel.sharding.param import ParamSpec, constant, declare, declare_buffer, local, normal
 from parallel.tensor_parallel.layers import Linear
-from parallel.topology.axis import Axes
+from parallel.topology.axis import Axes, Axis
 
 
 class Router(nn.Module):
@@ -48,27 +48,37 @@ class Router(nn.Module):
         # Each tp rank routes its own share of the tokens, so its gradient is a partial sum.
         spec = ParamSpec(normal(cfg.init_std), partial=axes.tp.size > 1, precise=True, matrix=False)
         declare(self, "weight", (cfg.n_experts, cfg.d_model), spec, **factory)
+        if cfg.moe_bias:
+            declare(self, "bias", (cfg.n_experts,), replace(spec, init=constant(0.0)), **factory)
+        else:
+            self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
         acc = accumulation_dtype(x.dtype)
-        return F.linear(x.to(acc), local(self.weight).to(acc))
+        bias = None if self.bias is None else local(self.bias).to(acc)
+        return F.linear(x.to(acc), local(self.weight).to(acc), bias)
 
 
 class Experts(nn.Module):
     """The routed experts of this rank: up (and gate) [E, F, w], an activation, down [E, w, F].
 
-    Under etp a rank holds some of the F features; its result is a partial sum.
+    Under etp a rank holds some of the F features; its result is a partial sum, to which it adds some of the
+    w features of the bias of down.
     """
 
-    def __init__(self, cfg: LLMConfig, **factory: Unpack[FactoryKwargs]) -> None:
+    def __init__(self, cfg: LLMConfig, etp: Axis, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.etp = cfg, etp
         e, f, w = cfg.n_experts, cfg.expert_ffn, cfg.expert_width
         up = ParamSpec(normal(cfg.init_std), shard_dim=0, view="expert", etp_dim=1)
         declare(self, "up", (e, f, w), up, **factory)
         if cfg.mlp_gated:
             declare(self, "gate", (e, f, w), up, **factory)
         declare(self, "down", (e, w, f), replace(up, init=normal(cfg.out_std), etp_dim=2), **factory)
+        biased = {"up": f, "gate": f, "down": w} if cfg.moe_bias else {}
+        for name, width in biased.items():
+            if name != "gate" or cfg.mlp_gated:
+                declare(self, f"{name}_bias", (e, width), replace(up, init=constant(0.0)), **factory)
 
     def forward(self, rows: Tensor, experts: ExpertRows, recompute: bool = False) -> Tensor:
         """Rows [m, w], grouped by local expert, to their results [m, w].
@@ -76,12 +86,25 @@ class Experts(nn.Module):
         recompute: keep the inputs of the activation for the backward, not its result.
         """
 
+        expert: Tensor | None = None
+        if self.cfg.moe_bias:
+            at = torch.arange(len(rows), device=rows.device)
+            expert = torch.bucketize(at, experts.ends, right=True)  # of each row
+
         def act_down(up: Tensor, gate: Tensor | None) -> Tensor:
             hidden = activate(self.cfg.activation, up, gate)
-            return grouped_linear(hidden, local(self.down), experts)
+            y = grouped_linear(hidden, local(self.down), experts)
+            if expert is None:
+                return y
+            own = local(self.down_bias).index_select(0, expert)
+            before = self.etp.rank * own.shape[1]
+            return y + F.pad(own, (before, y.shape[1] - before - own.shape[1]))
 
-        gate = grouped_linear(rows, local(self.gate), experts) if self.cfg.mlp_gated else None
-        return run(recompute, act_down, grouped_linear(rows, local(self.up), experts), gate)
+        def inner(name: str) -> Tensor:
+            y = grouped_linear(rows, local(getattr(self, name)), experts)
+            return y if expert is None else y + local(getattr(self, f"{name}_bias")).index_select(0, expert)
+
+        return run(recompute, act_down, inner("up"), inner("gate") if self.cfg.mlp_gated else None)
 
 
 @dataclass
@@ -133,7 +156,7 @@ class MoE(nn.Module):
         super().__init__()
         self.cfg, self.axes = cfg, axes
         self.router = Router(cfg, axes, **factory)
-        self.experts = Experts(cfg, **factory)
+        self.experts = Experts(cfg, axes.etp, **factory)
         self.latent_in: Linear | None = None
         self.latent_out: Linear | None = None
         if cfg.latent is not None:

@@ -52,6 +52,8 @@ def upcycled_config(
         raise ValueError(
             f"{dense.symbols!r} has experts already, whose number would change; needed: a dense model"
         )
+    if dense.activation == "clamped":
+        raise ValueError("activation=clamped: its product is not linear in up, so experts cannot be scaled")
     if dense.mlp_bias:
         raise ValueError(
             "mlp_bias=True: experts have no biases to take a dense MLP's; needed: mlp_bias=False"

@@ -87,8 +87,8 @@ def build(cfg: LLMConfig, symbol: str, axes: Axes, recompute: frozenset[str]) ->
 def vary(module: nn.Module) -> None:
     """Change weights of norms and biases, which start as constants, so that none is like another."""
     for _, param, _ in declared(module):
-        if param.ndim == 1:
-            param.add_(0.3 * torch.cos(torch.arange(len(param), dtype=param.dtype)))
+        if not param.count_nonzero() or param.ndim == 1:
+            param.add_(0.3 * torch.cos(torch.arange(param.numel(), dtype=param.dtype)).view(param.shape))
 
 
 def stream(lengths: tuple[int, ...], step: int, width: int) -> tuple[list[int], Tensor, Tensor]:

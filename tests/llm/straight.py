@@ -73,10 +73,17 @@ def act(kind: str, x: Tensor) -> Tensor:
     return x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh()) / 2
 
 
+def gated(kind: str, gate: Tensor, up: Tensor) -> Tensor:
+    if kind == "clamped":
+        g = gate.clamp(max=7)
+        return g / (1 + (-1.702 * g).exp()) * (1 + up.clamp(-7, 7))
+    return act(kind, gate) * up
+
+
 def mlp(cfg: LLMConfig, w: Weights, x: Tensor) -> Tensor:
     up = x @ w["up.weight"].T + w.get("up.bias", 0)
     if "gate.weight" in w:
-        hidden = act(cfg.activation, x @ w["gate.weight"].T + w.get("gate.bias", 0)) * up
+        hidden = gated(cfg.activation, x @ w["gate.weight"].T + w.get("gate.bias", 0), up)
     else:
         hidden = act(cfg.activation, up)
     return hidden @ w["down.weight"].T + w.get("bias", 0)
@@ -84,17 +91,20 @@ def mlp(cfg: LLMConfig, w: Weights, x: Tensor) -> Tensor:
 
 def experts(cfg: LLMConfig, w: Weights, x: Tensor) -> Tensor:
     assert cfg.router == "softmax" and cfg.norm_top_k and not cfg.latent and cfg.expert_groups == 1
-    score = (x @ w["router.weight"].T).softmax(-1)
+    score = (x @ w["router.weight"].T + w.get("router.bias", 0)).softmax(-1)
     best = (score + w["expert_bias"]).topk(cfg.top_k, -1).indices
     chosen = torch.zeros_like(score).scatter(1, best, 1.0) * score
     weight = cfg.routed_scale * chosen / chosen.sum(-1, keepdim=True)
     shared = {k.removeprefix("shared."): v for k, v in w.items() if k.startswith("shared.")}
     y = mlp(cfg, shared, x) if shared else torch.zeros_like(x)
     for e in range(cfg.n_experts):
-        up = x @ w["experts.up"][e].T
-        gate = x @ w["experts.gate"][e].T if cfg.mlp_gated else up
-        hidden = act(cfg.activation, gate) * (up if cfg.mlp_gated else 1)
-        y = y + weight[:, e : e + 1] * (hidden @ w["experts.down"][e].T)
+        bias = {n: w[f"experts.{n}_bias"][e] if cfg.moe_bias else 0 for n in ("up", "gate", "down")}
+        up = x @ w["experts.up"][e].T + bias["up"]
+        if cfg.mlp_gated:
+            hidden = gated(cfg.activation, x @ w["experts.gate"][e].T + bias["gate"], up)
+        else:
+            hidden = act(cfg.activation, up)
+        y = y + weight[:, e : e + 1] * (hidden @ w["experts.down"][e].T + bias["down"])
     return y
 
 

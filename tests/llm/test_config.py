@@ -26,7 +26,7 @@ from tests.llm.harness import TINY, Text, make_batch, tiny
         {},
         {"latent": 6, "mtp_layers": 2, "tied": True},
         {"mlp_gated": True, "mlp_bias": True, "shared_ffn": 0},
-        {"qkv_bias": True, "qk_norm": "head", "norms": "after"},
+        {"qkv_bias": True, "qk_norm": "head", "norms": "after", "mlp_gated": True},
         {
             "attention_sinks": True,
             "qk_norm": "full",
@@ -109,7 +109,7 @@ def test_pairs_are_those_of_the_mask(window: int | None) -> None:
         ({"expert_groups": 8, "top_groups": 2}, {}, "which hold 2; needed: at most 2; nearest: top_k=2"),
         ({"z_weight": -0.1}, {}, "z_weight is -0.1; needed: 0 (off) or more"),
         ({"routed_scale": 0.0}, {}, "routed_scale is 0.0; needed: more than 0"),
-        ({"activation": "swish"}, {}, "activation is 'swish'; known: relu2, gelu, gelu_tanh, silu"),
+        ({"activation": "swish"}, {}, "activation is 'swish'; known: relu2, gelu, gelu_tanh, silu, clamped"),
         ({"router": "sigmoit"}, {}, "did you mean sigmoid?"),
         ({"dispatcher": "allgather"}, {}, "did you mean all_gather?"),
         ({"pad_experts": True}, {}, "nearest: capacity=1.25"),

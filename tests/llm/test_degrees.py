@@ -119,6 +119,11 @@ def test_parts_computed_again_under_cp(ranks: Any) -> None:
     assert set(again) == set(PARTS)
     cases = [(CFG, s, degrees, frozenset({part})) for part, kinds in again.items() for s in kinds]
     cases.append((CFG, "E", Degrees(2, etp=2), frozenset({"full"})))
+    biased = replace(CFG, moe_bias=True, mlp_gated=True, activation="clamped")
+    cases += [
+        (biased, "E", Degrees(2, etp=2), frozenset({"moe_act"})),
+        (biased, "E", Degrees(2, ep=2), frozenset()),
+    ]
     check_many(ranks, 2, cases)
 
 
@@ -143,6 +148,7 @@ def switches(rng: random.Random) -> dict[str, Any]:
         "window": rng.choice([None, 1, 4, 9]),
         "attention_cap": rng.choice([None, None, 0.5]),
         "attention_sinks": rng.random() < 0.3,
+        "moe_bias": rng.random() < 0.5,
     }
 
 

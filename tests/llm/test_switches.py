@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llm.config import LLMConfig, check
+from llm.flops import param_count
 from llm.model import LLM, LLMBatch
 from llm.rotary import RopeScaling, attention_factor, speeds
 from parallel.sequence.packed import Packing
@@ -63,6 +64,7 @@ SWITCHES |= {
     },
     "attention_cap": {"attention_cap": 0.3, "attention_scale": 0.9},
     "attention_sinks": {"attention_sinks": True, "window": 5, "window_layers": (0, 4)},
+    "clamped gates, biases of experts": {"activation": "clamped", "moe_bias": True, "init_std": 2.0},
     "window and caps": {"window": 5, "window_layers": (2, 4), "attention_cap": 0.4, "logit_cap": 0.5},
 }
 LENGTHS = (9, 1, 17, 3)
@@ -73,6 +75,7 @@ def compare(cfg: LLMConfig, lengths: tuple[int, ...], seed: int) -> None:
     check(cfg)
     gen = torch.Generator().manual_seed(seed)
     model = LLM(cfg, dtype=torch.float64)
+    assert param_count(cfg)[0] == sum(p.numel() for p in model.parameters())
     initialise(model, seed, "llm")
     vary(model)
     for i, moe in enumerate(model.moe_layers()):
@@ -150,7 +153,8 @@ def test_random_combinations_are_the_straight_line_program(seed: int) -> None:
         "branch_scale": rng.choice([1.0, 0.4]),
         "logit_scale": rng.choice([1.0, 0.7]),
         "logit_cap": rng.choice([None, 1.5]),
-        "activation": rng.choice(["relu2", "gelu", "gelu_tanh", "silu"]),
+        "activation": rng.choice(["relu2", "gelu", "gelu_tanh", "silu", "clamped"]),
+        "moe_bias": "E" in given["pattern"] and rng.random() < 0.5,
     }
     lengths = tuple(rng.choice([1, 2, 5, 9, 20, 90]) for _ in range(rng.randint(1, 4)))
     compare(tiny(**given), lengths, seed)

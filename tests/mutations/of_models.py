@@ -96,6 +96,22 @@ LLM = (
         "tests/llm/test_degrees.py::test_more_ranks_than_key_value_heads_and_groups",
     ),
     Fault(
+        "moe.down-bias",
+        "every etp rank adds its part of the bias to the first features",
+        "llm/moe.py",
+        "before = self.etp.rank * own.shape[1]",
+        "before = 0",
+        "tests/llm/test_degrees.py::test_parts_computed_again_under_cp",
+    ),
+    Fault(
+        "moe.rows-bias",
+        "the last row of an expert takes the next one's bias",
+        "llm/moe.py",
+        "torch.bucketize(at, experts.ends, right=True)",
+        "torch.bucketize(at + 1, experts.ends, right=True).clamp(max=len(experts.ends) - 1)",
+        f"{SWITCH}[clamped gates, biases of experts]",
+    ),
+    Fault(
         "flops.window",
         "a windowed document costs as if its window were as long as it",
         "llm/flops.py",
