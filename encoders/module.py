@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.contract import Encoder, Features, ItemBatch, Meta
-from encoders.projector import Projector
+from encoders.projector import MLP, Projector, ProjectorKind
 from encoders.share import Share, pieces
 from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import Given, declared, keep_whole, own_specs
@@ -224,13 +224,14 @@ def build_encoder_module(
     d_out: int,
     projector_hidden: int,
     axes: Axes,
+    projector: ProjectorKind = MLP,
     stage: Stage | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> EncoderModule:
     """An encoder and its projectors, or one stage of them, with parameters of global shapes.
 
-    d_out, projector_hidden: output and hidden width of the projectors.
+    d_out, projector_hidden: output and hidden width of the projectors. projector: what they compute.
     stage: which layers to build; None for all. A parameter has one name and initial value in any stage.
     device, dtype: of the parameters, which parallel.sharding.shard shards later.
     Raises ValueError for parameters that are not declared.
@@ -241,8 +242,9 @@ def build_encoder_module(
     factory: FactoryKwargs = {"device": device, "dtype": dtype}
     make: Callable[..., Encoder] = cls
     encoder = make(cfg, inner, stage=stage, **factory) if cls.pipeline else make(cfg, inner, **factory)
+    widths = (cls.feature_width(cfg), projector_hidden, d_out)
     projectors = [
-        Projector(cls.feature_width(cfg), projector_hidden, d_out, inner, **factory)
+        Projector(widths, inner, projector, **factory)
         for _ in range(cls.feature_levels(cfg) if stage.last else 0)
     ]
     module = EncoderModule(encoder, projectors, cfg, axes, stage)
@@ -284,9 +286,9 @@ def projector_flops(cls: type[Encoder], cfg: Any, meta: Meta, d_out: int, hidden
     return cls.rows(cfg, meta) * row_flops(cls, cfg, d_out, hidden)
 
 
-def row_flops(cls: type[Encoder], cfg: Any, d_out: int, hidden: int) -> float:
+def row_flops(cls: type[Encoder], cfg: Any, d_out: int, hidden: int, projector: ProjectorKind = MLP) -> float:
     """FLOPs of the forward of one row in the projectors."""
-    return 2.0 * cls.feature_levels(cfg) * hidden * (cls.feature_width(cfg) + d_out)
+    return cls.feature_levels(cfg) * projector.flops(cls.feature_width(cfg), hidden, d_out)
 
 
 def module_flops(cls: type[Encoder], cfg: Any, meta: Meta, d_out: int, hidden: int) -> float:

@@ -54,6 +54,26 @@ class Opened:
     tensors: list[FileTensor]
     unused: tuple[str, ...]
 
+    def options(self, given: Any, named: Mapping[str, Any]) -> Any:
+        """The folder's options, with those that `named` names as `given` has them.
+
+        Only options that change no tensor may differ; of layers fewer may be wanted, and no final norm.
+        Raises ValueError for others, saying what the folder has.
+        """
+        changed: dict[str, Any] = {}
+        for name, value in named.items():
+            mine, theirs = getattr(given, name), getattr(self.cfg, name)
+            if isinstance(value, Mapping):
+                mine = replace(theirs, **{key: getattr(mine, key) for key in value})
+            less = name not in ("layers", "final_norm") or mine < theirs
+            if mine != theirs and not (less and name in self.family.free):
+                raise ValueError(
+                    f"{self.part.folder.path} has {name}={theirs!r}, the options {name}={mine!r}; needed: "
+                    f"the same, or none given (options that may differ: {', '.join(self.family.free)})"
+                )
+            changed[name] = mine
+        return replace(self.cfg, **changed)
+
 
 def open_folder(path: str | Path, encoder: str | None = None) -> Opened:
     """The encoder in a folder, of any known family or of that registered as `encoder`.
@@ -100,10 +120,8 @@ def _find(folder: SafeFolder, encoder: str | None) -> tuple[Family, Mapping[str,
     for config in (*sections, whole):
         for family in families:
             if config.get("model_type") in family.model_types:
-                return family, config
-    for family in families:  # sections of older files do not say their type
-        if whole.get("model_type") in family.model_types and sections:
-            return family, sections[0]
+                # Sections of older files do not say their type, but the whole model does.
+                return family, sections[0] if config is whole and sections else config
     said = [str(c.get("model_type")) for c in (whole, *sections)]
     known = ", ".join(t for f in families for t in f.model_types)
     raise ValueError(

@@ -19,7 +19,7 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "silu": "silu",
 }
-FREE = ("pictures", "layers", "final_norm", "prefix_rows")
+FREE = ("pictures", "layers", "final_norm", "prefix_rows", "merge", "levels")
 SIZES = {
     "width": ("hidden_size", 768),
     "heads": ("num_attention_heads", 12),
@@ -168,7 +168,7 @@ CLIP = Family(
     rows=clip_rows,
     unused=(r"post_layernorm\..*", r"embeddings\.position_ids"),
     features=dense_features,
-    free=("pictures", "layers", "prefix_rows"),
+    free=FREE,
 )
 
 VIT_ATTENTION = [

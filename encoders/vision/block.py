@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoders.activations import ACTIVATIONS
 from encoders.context import ItemAttention
 from encoders.layers import LayerNorm, RMSNorm, enter, leave
 from encoders.share import Share
@@ -20,14 +20,6 @@ from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.axis import Axes
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": F.silu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 class Around(NamedTuple):

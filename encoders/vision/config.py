@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from encoders.activations import Activation
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu2"]
 Norm = Literal["layer", "rms"]
 Rope = Literal["none", "axial", "centred"]
 

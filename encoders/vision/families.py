@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from encoders.activations import Activation
 from encoders.registry import register
 from encoders.vision.config import (
     CLIP_MEAN,
     CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Activation,
     Interpolation,
     Norm,
     Pictures,

@@ -137,6 +137,12 @@ def check_pictures(name: str, cfg: VisionConfig) -> None:
         raise ValueError(
             f"{name} pictures are {how.height}x{how.width} pixels; needed: {cfg.side} at least on each side"
         )
+    rest = [n // cfg.patch % cfg.merge for n in (how.height, how.width)]
+    if how.fit in ("exact", "crop") and any(rest):
+        raise ValueError(
+            f"{name} pictures are {how.height // cfg.patch}x{how.width // cfg.patch} patches, merge is "
+            f"{cfg.merge}; needed: a merge that divides both"
+        )
     if how.fit == "crop" and how.edge < max(how.height, how.width):
         raise ValueError(
             f"{name} pictures.edge is {how.edge}, less than the {how.height}x{how.width} that is cropped; "

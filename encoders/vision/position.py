@@ -21,22 +21,32 @@ from parallel.sharding.dtypes import accumulation_dtype
 
 def resized_all(table: Tensor, sizes: Sequence[tuple[int, int]], how: Interpolation) -> Tensor:
     """resized() to each of the sizes (down, across), end to end: [positions, d]."""
-    # Cast once, as its family does, so that gradients of several sizes add up in float32 too.
-    shared = table.to(torch.float32) if how == "bilinear_antialias" else table
-    found = [resized(shared, *size, how).to(table.dtype) for size in sizes]
+    found = [resized(table, *size, how) for size in sizes]
     return found[0] if len(found) == 1 else torch.cat([table[:0], *found])
 
 
 def resized(table: Tensor, down: int, across: int, how: Interpolation) -> Tensor:
-    """A square table [side * side, d], row by row, as one of down x across positions: [down * across, d]."""
+    """A square table [side * side, d], row by row, as one of down x across positions: [down * across, d].
+
+    The values are those of the family's own code, to the bit. Where that rounds a float64 table to float32,
+    gradients here are float64 all the same: rounded ones would depend on how items are split over ranks.
+    """
     side = math.isqrt(len(table))
     if how.startswith("bicubic") and (down, across) == (side, side):
         return table
     if how == "corners":
         return _between_corners(table, side, down, across)
-    # The others' own code is in float32 in a float64 model too, where the grid is the table's also.
-    acc = accumulation_dtype(table.dtype) if how == "bicubic" else torch.float32
-    planes = table.to(acc).view(1, side, side, -1).permute(0, 3, 1, 2)
+    exact = _filtered(table.to(accumulation_dtype(table.dtype)), down, across, how).to(table.dtype)
+    if how == "bicubic" or table.dtype != torch.float64:
+        return exact
+    rounded = _filtered(table.detach().to(torch.float32), down, across, how)
+    return exact + (rounded - exact.detach())
+
+
+def _filtered(table: Tensor, down: int, across: int, how: Interpolation) -> Tensor:
+    """resized() in the table's dtype."""
+    side = math.isqrt(len(table))
+    planes = table.view(1, side, side, -1).permute(0, 3, 1, 2)
     if how == "longer_side":
         most = max(down, across)
         planes = F.interpolate(planes, (most, most), mode="bilinear", align_corners=False)
@@ -46,7 +56,7 @@ def resized(table: Tensor, down: int, across: int, how: Interpolation) -> Tensor
         planes = F.interpolate(
             planes, (down, across), mode=mode, align_corners=False, antialias=more == "antialias"
         )
-    return planes[0].flatten(1).T.to(table.dtype)
+    return planes[0].flatten(1).T
 
 
 def _between_corners(table: Tensor, side: int, down: int, across: int) -> Tensor:

@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.distributed as dist
 
+from encoders.hf import fill, open_folder
+from encoders.module import EncoderModule
 from llm.config import LLMConfig
 from llm.hf import export_checkpoint, load_hf, load_weights
 from llm.hf.weights import check_folder
@@ -51,6 +53,24 @@ def start_from(job: Job, path: Path) -> None:
         store.load(path, tensors)
     except ValueError as error:
         raise CheckpointError(f"cannot start from {path}: {error}") from error
+
+
+def fill_encoders(job: Job) -> None:
+    """Fill the encoders that have model.X.weights from their folders; every rank calls this.
+
+    Each rank reads what it holds. Raises CheckpointError where a folder does not fit.
+    """
+    for name, parts in job.parts.items():
+        weights = job.blueprint.cfg.model[name].weights if name != SINK else None
+        if weights is None:
+            continue
+        try:
+            opened = open_folder(weights, job.blueprint.cfg.model[name].encoder)
+            for part in parts.values():
+                assert isinstance(part, EncoderModule)
+                fill(part, opened, job.meshes[name])
+        except ValueError as error:
+            raise CheckpointError(f"model.{name}.weights: {error}") from error
 
 
 def check_weights(blueprint: Blueprint, path: Path) -> None:

@@ -44,8 +44,17 @@ class RunConfig(Section):
 
 
 class ProjectorConfig(Section):
-    """The projector between an encoder and the language model: two linear maps."""
+    """The projector between an encoder and the language model."""
 
+    kind: Literal["mlp", "linear", "none"] = Field(
+        "mlp",
+        description="mlp: two linear maps; linear: one; none: features are as wide as the language model",
+    )
+    activation: Literal["relu2", "gelu", "gelu_tanh", "quick_gelu", "silu"] = Field(
+        "relu2", description="between the projector's two linear maps"
+    )
+    bias: bool = Field(False, description="whether the projector's linear maps have a bias")
+    norm: Literal["rms", "layer", "none"] = Field("rms", description="norm of the features before them")
     hidden: int = Field(256, ge=1, description="width between the projector's two linear maps")
 
 
@@ -53,7 +62,13 @@ class EncoderConfig(Section):
     """An encoder module."""
 
     encoder: str = Field(
-        description="the encoder: vit, fastconformer, hf:FOLDER, a plug-in's name, or package.module:Class"
+        description="the encoder: vit, fastconformer, a published family, hf:FOLDER, a plug-in's name, or "
+        "package.module:Class"
+    )
+    weights: str | None = Field(
+        None,
+        description="a Hugging Face folder: the encoder's first weights, and its options; a run that resumes "
+        "has its own weights",
     )
     projector: ProjectorConfig = ProjectorConfig()
     freeze: Literal["none", "encoder", "projector", "all"] = Field(

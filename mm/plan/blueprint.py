@@ -20,7 +20,7 @@ from mm.config.advice import advise
 from mm.config.build import build
 from mm.config.nodes import node_size
 from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
-from mm.config.schema import Config
+from mm.config.schema import Config, ProjectorConfig
 from mm.errors import Refused
 from mm.plan.schedules import Schedules
 from parallel.schedule import ModuleUse, SchedulePlan
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     import encoders
+    from encoders.projector import ProjectorKind
     from mm.plan.inputs import EncoderUse, PlanInputs
     from mm.plan.step_plan import Edge
     from mm.plan.weights import Weight
@@ -249,6 +250,13 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
     stages = {m: encoder_stages(use.cls, use.cfg, layouts[m].pp * layouts[m].vpp) for m, use in uses.items()}
     stages[SINK] = llm_stages
     _check_levels(uses, llm)
+    for m, use in uses.items():
+        width = use.cls.feature_width(use.cfg)
+        if cfg.model[m].projector.kind == "none" and width != llm.d_model:
+            raise ValueError(
+                f"model.{m}.projector.kind=none, but features are {width} wide and the language model "
+                f"{llm.d_model}; needed: linear or mlp"
+            )
     # Zigzag order balances causal attention over cp. Without attention the contiguous order is better: a scan
     # then exchanges its states between neighbouring ranks.
     order: Order = "zigzag" if "*" in llm.kinds else "contiguous"
@@ -271,13 +279,11 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
 def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
     """Import the encoder of module `name` and check its options and its layout."""
     from encoders.module import check_encoder
-    from encoders.registry import implied_options
     from mm.plan.inputs import EncoderUse
 
     enc = cfg.model[name]
     cls = _encoder_class(enc.encoder, name)
-    given = {**implied_options(enc.encoder), **enc.options}
-    options: Any = build(cls.Config, given, f"model.{name}.options")
+    options = _encoder_options(cfg, name, cls)
     degrees = {d: getattr(layout, d) for d in ("tp", "cp", "pp", "ep", "etp")}
     try:
         check_encoder(cls, options, **degrees)
@@ -287,8 +293,32 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
         raise ValueError(f"model.{name}: {error}") from error
     check_stages(layout, cls.layer_count(options))
     tp = layout.tp if cls.tensor_parallel else 1
-    check_divides(f"model.{name}.projector.hidden", enc.projector.hidden, "tp", tp, name)
+    if enc.projector.kind == "mlp":
+        check_divides(f"model.{name}.projector.hidden", enc.projector.hidden, "tp", tp, name)
     return EncoderUse(cls, options, layout, enc.deal, cfg.schedule.encoder_batch.get(name, 1))
+
+
+def _encoder_options(cfg: Config, name: str, cls: type[encoders.Encoder]) -> Any:
+    """The options of an encoder: the config's, over those of the folder that it has its weights from."""
+    from encoders.hf import open_folder
+    from encoders.registry import implied_options
+
+    enc = cfg.model[name]
+    options = {**implied_options(enc.encoder), **enc.options}
+    given: Any = build(cls.Config, options, f"model.{name}.options")
+    if enc.weights is None:
+        return given
+    try:
+        return open_folder(enc.weights, enc.encoder).options(given, enc.options)
+    except ValueError as error:
+        raise ValueError(f"model.{name}.weights: {error}") from error
+
+
+def projector_kind(projector: ProjectorConfig) -> ProjectorKind:
+    """What a projector of the config computes."""
+    from encoders.projector import ProjectorKind
+
+    return ProjectorKind(projector.kind, projector.activation, projector.bias, projector.norm)
 
 
 def _encoder_class(encoder: str, module: str) -> type[encoders.Encoder]:
@@ -353,6 +383,7 @@ def bare_module(
                 use.cfg,
                 d_out=blueprint.llm.d_model,
                 projector_hidden=enc.projector.hidden,
+                projector=projector_kind(enc.projector),
                 axes=axes,
                 stage=stage,
                 device=device,

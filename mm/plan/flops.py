@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from encoders.module import row_flops
 from mm.config.outline import SINK
-from mm.plan.blueprint import Blueprint
+from mm.plan.blueprint import Blueprint, projector_kind
 from mm.plan.step_plan import StepPlan
 from mm.plan.table import Costs
 from parallel.sequence.dealing import loads
@@ -17,10 +17,10 @@ def forward_flops(blueprint: Blueprint, plan: StepPlan) -> dict[str, Costs]:
     """Forward FLOPs over all ranks, by module, of each micro-batch."""
     n, out = len(plan.microbatches), {}
     for module, items in plan.items.items():
-        use, hidden = blueprint.inputs.encoders[module], blueprint.cfg.model[module].projector.hidden
-        cost = (
-            items.cost + row_flops(use.cls, use.cfg, blueprint.llm.d_model, hidden) * items.columns.own_rows
-        )
+        use, projector = blueprint.inputs.encoders[module], blueprint.cfg.model[module].projector
+        kind = projector_kind(projector)
+        row = row_flops(use.cls, use.cfg, blueprint.llm.d_model, projector.hidden, kind)
+        cost = items.cost + row * items.columns.own_rows
         out[module] = loads(cost, items.columns.batch, n)
     out[SINK] = loads(plan.llm_cost, plan.seats.microbatch, n)
     return out

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find
-from mm.checkpoint.weights import start_from
+from mm.checkpoint.weights import fill_encoders, start_from
 from mm.config.outline import SINK
 from mm.config.schema import resolve_yaml
 from mm.data.sample import Index, Sample
@@ -60,8 +60,10 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> None:
     if resume is not None:
         state = checkpoint.load(job, train_data.index, resume)
         first, bad = state.step, state.bad_samples
-    elif cfg.checkpoint.weights is not None:
-        start_from(job, Path(cfg.checkpoint.weights))
+    else:
+        fill_encoders(job)
+        if cfg.checkpoint.weights is not None:
+            start_from(job, Path(cfg.checkpoint.weights))
     aside = begin(run_dir, rank, resume, first)
     console = Console(
         run_dir, cfg.train.steps, first=first, lead=rank.rank == 0, tensorboard=cfg.run.tensorboard

@@ -16,6 +16,7 @@ import encoders
 from encoders.audio.sound import Sound
 from encoders.contract import Encoder, ItemBatch, pack_items
 from encoders.module import EncoderModule, build_encoder_module
+from encoders.vision.config import Pictures
 from parallel.sharding.param import declared, initialise, own_specs
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.stage import Stage
@@ -51,6 +52,20 @@ SMALL: dict[str, dict[str, Any]] = {
         "sound": Sound(mels=16, size=512, emphasis=0.97),
     },
 }
+# The published vision families, with each switch in some of them.
+NATIVE = {"patch": 2, "channels": 1, "width": 48, "heads": 12, "layers": 2, "mlp": 24}
+NATIVE |= {"pictures": Pictures("none")}
+VISION: dict[str, dict[str, Any]] = {
+    "siglip": {"table": 3, "merge": 2},
+    "siglip2": {"table": 3},
+    "clip": {"table": 2},
+    "dinov2": {"table": 4, "registers": 2, "gated": True, "activation": "silu", "prefix_rows": True},
+    "dinov3": {"registers": 2, "merge": 2},
+    "radio": {"table": 5, "class_tokens": 3},
+    "qwen2_5_vl": {"merged": 20, "window": 4, "full_layers": (1,)},
+    "qwen3_vl": {"table": 3, "merged": 20, "levels": (0,)},
+}
+SMALL |= {name: {**NATIVE, **more} for name, more in VISION.items()}
 
 
 def png(height: int, width: int, seed: int = 0, mode: str = "L") -> bytes:
@@ -74,7 +89,7 @@ def wav(samples: int, rate: int = 8000, width: int = 1, channels: int = 1, seed:
 
 def item(name: str, size: Any, seed: int = 0) -> tuple[bytes, dict[str, int]]:
     """(payload, metadata): size is (height, width) of a picture or the samples of a clip."""
-    if name == "vit":
+    if name == "vit" or name in VISION:
         return png(*size, seed=seed), {"height": size[0], "width": size[1]}
     return wav(size, seed=seed), {"samples": size, "rate": 8000}
 

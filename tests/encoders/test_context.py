@@ -17,7 +17,8 @@ from encoders.module import EncoderModule, hidden_shape, needed_items
 from encoders.share import encoder_row_spans
 from encoders.vit import ViT
 from parallel.topology.stage import partition_layers, whole
-from tests.encoders.helpers import batch, gradient_error, make_axes, module
+from tests.encoders.helpers import VISION, batch, gradient_error, make_axes, module
+from tests.slow import on_demand
 
 NAMES = ["vit", "fastconformer"]
 # (cp, tp, sequence_parallel); encoders have 2 layers of 12 heads.
@@ -34,7 +35,7 @@ LAYOUTS = [
 def draws(name: str) -> list[list[Any]]:
     """Sizes of items by batch: none, one row, fewer rows than ranks, one long item, no rows, many."""
     rng = random.Random(name)
-    if name == "vit":
+    if name == "vit" or name in VISION:
         fixed: list[list[Any]] = [[], [(4, 4)], [(4, 4), (4, 8)], [(32, 28)]]
         return fixed + [
             [(4 * rng.randint(1, 5), 4 * rng.randint(1, 5)) for _ in range(rng.randint(2, 9))]
@@ -138,6 +139,22 @@ def test_every_way_of_splitting_is_exact(
     name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str, Any], ranks: Any
 ) -> None:
     assert max(ranks(layout[0] * layout[1], compare, name, layout, kind, extra)) < 1e-9
+
+
+Split = tuple[str, tuple[int, int, bool], str]
+SPLITS: list[Split] = [
+    *((n, layout, "plain") for n in VISION for layout in ((3, 1, False), (1, 4, True), (2, 2, True))),
+    *((n, (2, 2, True), "stages") for n in VISION),
+    ("dinov3", (2, 2, False), "recompute"),
+    ("qwen2_5_vl", (4, 1, False), "frozen"),
+]
+OFTEN: list[Split] = [("qwen2_5_vl", (3, 1, False), "plain"), ("dinov3", (2, 2, True), "stages")]
+
+
+@pytest.mark.parametrize("split", on_demand(SPLITS, [s for s in SPLITS if s not in OFTEN]), ids=str)
+def test_a_published_encoder_split_is_the_whole(split: Split, ranks: Any) -> None:
+    name, layout, kind = split
+    assert max(ranks(layout[0] * layout[1], compare, name, layout, kind, {})) < 1e-9
 
 
 def silent_peer() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.fault import OBJECTIVES, Fault
 
 SIGLIP = "tests/encoders/test_oracles.py::test_the_vision_transformer_is_siglips"
+PUBLISHED = "tests/encoders/test_published.py::test_states_and_gradients_equal_transformers"
 PARAKEET = "tests/encoders/test_oracles.py::test_the_fastconformer_is_parakeets"
 
 ENCODERS = (
@@ -75,10 +76,58 @@ ENCODERS = (
     Fault(
         "projector.activation",
         "the projector's ReLU is not squared",
-        "encoders/projector.py",
-        "F.relu(self.up(enter(x, self.axes, share))).square()",
-        "F.relu(self.up(enter(x, self.axes, share)))",
+        "encoders/activations.py",
+        '"relu2": lambda x: F.relu(x).square(),',
+        '"relu2": F.relu,',
         "tests/encoders/test_oracles.py::test_the_projector_is_its_formula",
+    ),
+    Fault(
+        "projector.bias",
+        "a biased projector forgets its last bias",
+        "encoders/projector.py",
+        "return y + local(self.bias) if what.bias else y",
+        "return y",
+        "tests/encoders/test_projector.py::test_a_projector_is_its_formula",
+    ),
+    Fault(
+        "vision.prefix_turns",
+        "class tokens are rotated",
+        "encoders/vision/position.py",
+        "angle = angle * to_device(at.prefix < 0, device).to(torch.float32)[:, None]",
+        "angle = angle * 1",
+        f"{PUBLISHED}[dinov3]",
+    ),
+    Fault(
+        "vision.windows",
+        "windows are one row of squares too narrow",
+        "encoders/vision/tokens.py",
+        "at.column // window",
+        "at.column // (window - 1)",
+        f"{PUBLISHED}[qwen2_5_vl]",
+    ),
+    Fault(
+        "vision.scale",
+        "both branches have the scale of attention",
+        "encoders/vision/block.py",
+        "y * local(self.scale2)",
+        "y * local(self.scale1)",
+        f"{PUBLISHED}[dinov2]",
+    ),
+    Fault(
+        "vision.prefix_share",
+        "a rank that begins inside an item skips its prefix once more",
+        "encoders/share.py",
+        "items = bisect_left(first, row)",
+        "items = bisect_left(first, row + 1)",
+        "tests/encoders/test_share.py::test_prefixes_are_where_the_first_rows_are",
+    ),
+    Fault(
+        "published.gate",
+        "the two halves of a fused gated MLP are exchanged",
+        "encoders/hf/vision.py",
+        '(f"mlp.gate.{k}", f"mlp.up.{k}")',
+        '(f"mlp.up.{k}", f"mlp.gate.{k}")',
+        f"{PUBLISHED}[dinov2_giant]",
     ),
     Fault(
         "mel.filters",
