@@ -83,7 +83,9 @@ def package() -> Any:
     """The transformers package. Raises ValueError where it is not installed."""
     compat.repair()
     try:
-        return importlib.import_module("transformers")
+        found = importlib.import_module("transformers")
+        found.utils.logging.disable_progress_bar()  # every rank would draw its own
+        return found
     except ImportError as error:
         raise ValueError(
             f"hf:FOLDER runs classes of the transformers package, which cannot be imported ({error}); "

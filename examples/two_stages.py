@@ -1,8 +1,8 @@
 """Make what a run in two stages begins from: `python -m examples.two_stages [FOLDER]`.
 
-It writes, in FOLDER (build/two-stages), a language model (Llama), a picture encoder (SigLIP) and a tokenizer in
-the format in which they are published, small and with random weights, and shards of pictures of digits with
-a sentence about each. Published folders take their place by name alone. Then:
+It writes, in FOLDER (build/two-stages), a language model (Llama), a picture encoder (SigLIP) and a tokenizer
+in the format in which they are published, small and with random weights, and shards of pictures of digits
+with a sentence about each. Published folders take their place by name alone. Then:
 
     python -m mm train examples/two_stages.yaml
     python -m mm generate build/two-stages/run/all --image build/two-stages/digit.png

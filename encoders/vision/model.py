@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from encoders.compat import check_channels
 from encoders.contract import Features, ItemBatch, Meta, check_positive
 from encoders.layers import run_layer
 from encoders.share import Share, pieces
@@ -72,6 +73,7 @@ class VisionTransformer(StackedEncoder):
         """Patches of an item. Raises ValueError where it cannot be brought to whole patches."""
         if "down" in meta:
             return Grid(meta.get("frames", 1), meta["down"], meta["across"])
+        check_channels(meta.get("channels", 1), cfg.channels)  # some indexes lack it
         height, width = fitted(cfg, meta["height"], meta["width"])
         down, across = (cfg.merge * (n // cfg.side) for n in (height, width))
         if not down or not across:

@@ -305,8 +305,8 @@ def _encoder_options(cfg: Config, name: str, cls: type[encoders.Encoder]) -> Any
     from encoders.registry import implied_options
 
     enc = cfg.model[name]
-    implied = implied_options(enc.encoder)
-    given: Any = build(cls.Config, {**implied, **enc.options}, f"model.{name}.options")
+    options = {**implied_options(enc.encoder), **enc.options}
+    given: Any = build(cls.Config, options, f"model.{name}.options")
     if enc.weights is None:
         return given
     try:

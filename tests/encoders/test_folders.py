@@ -129,3 +129,30 @@ def test_no_items_give_no_rows_and_zero_gradients(name: str, tmp_path: Path) -> 
     found.values.sum().backward()
     lacking = [n for n, p in net.named_parameters() if p.grad is None or bool(p.grad.any())]
     assert not lacking
+
+
+def test_whole_models_of_transformers_are_taken(tmp_path: Path) -> None:
+    """Llava, and Qwen3-VL, whose language models' keys are left alone."""
+    import transformers
+
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    clip, qwen = (published.MODELS[name] for name in ("clip", "qwen3_vl"))
+    llava = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=clip[1](**clip[2]), text_config=transformers.LlamaConfig(**text)
+        )
+    ).eval()
+    vision = {**qwen[2], "out_hidden_size": 32}
+    three = transformers.Qwen3VLForConditionalGeneration(
+        transformers.Qwen3VLConfig(vision_config=vision, text_config=text)
+    ).eval()
+    for name, model, tower in (
+        ("clip", llava, llava.model.vision_tower),
+        ("qwen3_vl", three, three.model.visual),
+    ):
+        net = load_hf(published.saved(model, tmp_path / name))
+        assert net.unused
+        for given in published.inputs(name, tower, dtype=torch.float32)[:2]:
+            expected = published.run(name, tower, given)
+            assert torch.allclose(net.features(given), expected, atol=1e-5), name

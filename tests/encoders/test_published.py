@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from encoders.hf import load_hf
@@ -74,3 +78,50 @@ def test_states_and_gradients_equal_transformers(name: str, tmp_path: Path) -> N
                 # Theirs rounds gradients of some tables to float32, which would depend on the layout here.
                 most = 1e-6 if key == "position" and name in ROUNDED else 10 * bound
                 assert float((got - wanted).abs().max()) <= most * scale, (key, dtype, i)
+
+
+FLAGS = {
+    "dinov3": ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias", "use_gated_mlp"),
+    "dinov2": ("qkv_bias", "use_swiglu_ffn"),
+    "dinov2_registers": ("qkv_bias", "use_swiglu_ffn"),
+    "image_vit": ("qkv_bias",),
+    "radio": ("qkv_bias",),
+}
+
+
+@settings(deadline=None, max_examples=25)
+@drawn(st.data())
+def test_random_configs_of_each_family(data: st.DataObject) -> None:
+    """Odd heads, biases there or not, gated or not, any patch: states in float64."""
+    name = data.draw(st.sampled_from(published.NAMES))
+    heads, layers = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    patch = data.draw(st.sampled_from([2, 3, 5]))
+    options: dict[str, Any] = {"hidden_size": heads * data.draw(st.sampled_from([4, 8])), "patch_size": patch}
+    qwen = name.startswith("qwen")
+    options |= (
+        {"depth": layers, "num_heads": heads}
+        if qwen
+        else {
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        }
+    )
+    if name == "qwen2_5_vl":
+        most = data.draw(st.integers(1, 3))
+        options |= {"fullatt_block_indexes": [layers - 1], "window_size": 2 * patch * most}
+    if name == "qwen3_vl":
+        options["deepstack_visual_indexes"] = data.draw(st.sampled_from([[], [0], list(range(layers))]))
+    if "image_size" in published.MODELS[name][2]:
+        options["image_size"] = patch * data.draw(st.integers(1, 4))
+    if name == "radio":
+        options["max_img_size"] = patch * data.draw(st.integers(1, 6))
+    options |= {flag: data.draw(st.booleans()) for flag in FLAGS.get(name, ())}
+    model = published.oracle(name, seed=data.draw(st.integers(0, 99)), **options)
+    with tempfile.TemporaryDirectory() as folder:
+        net = load_hf(published.saved(model, Path(folder)))
+    for given in published.inputs(name, model):
+        if name == "radio" and "image_grid_hw" not in given:
+            sides = [n // patch * patch for n in given["pixel_values"].shape[-2:]]
+            given = {"pixel_values": given["pixel_values"][..., : sides[0], : sides[1]]}
+        expected = published.real(name, given, published.run(name, model, given))
+        close(published.real(name, given, net.features(given)), expected, 1e-10, str(options))

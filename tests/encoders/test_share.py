@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import cast
 
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,12 +74,12 @@ def test_reach_is_what_a_span_sees_and_no_more(lengths: list[int], cp: int, n: i
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(1, 3), st.integers(1, 4), st.integers(0, 4))
 def test_prefixes_are_where_the_first_rows_are(rows: list[int], cp: int, tp: int, prefix: int) -> None:
     """Token by token: each prefix token is on the rank of its item's first row."""
-    unit = 2
+    unit, group = 2, cast(dist.ProcessGroup, object())  # nothing is sent
     numbered = [(i, r) for i, n in enumerate(rows) for r in range(n)]
     spans = encoder_row_spans(rows, cp, tp, True)
     for c in range(cp):
         for t in range(tp):
-            axes = Axes(cp=Axis("cp", cp, c), tp=Axis("tp", tp, t), sequence_parallel=tp > 1)
+            axes = Axes(cp=Axis("cp", cp, c, group), tp=Axis("tp", tp, t, group), sequence_parallel=tp > 1)
             share = Share.of(rows, axes, unit, prefix)
             a, b = spans[c][t]
             mine = sum(unit + prefix * (r == 0) for _, r in numbered[a:b])

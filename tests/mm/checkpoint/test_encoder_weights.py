@@ -73,6 +73,11 @@ def test_options_and_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None
 
     blueprint = draw_up(from_mapping(config(folder, {}), CONFIGS), 1)
     assert blueprint.inputs.encoders["vision"].cfg.registers == 2
+    native = {"pictures": {"fit": "none"}, "layers": 2, "final_norm": False}
+    cfg = draw_up(from_mapping(config(folder, {}, options=native), CONFIGS), 1).inputs.encoders["vision"].cfg
+    assert (cfg.pictures.fit, cfg.pictures.after_scale, cfg.layers, cfg.patch) == ("none", True, 2, 4)
+    with pytest.raises(Refused, match=r"model.vision.options.pictures.fot; did you mean fit\?"):
+        draw_up(from_mapping(config(folder, {}, options={"pictures": {"fot": 1}}), CONFIGS), 1)
     refused(
         r"model.vision.weights: .* has width=24, the options width=32; needed: the same",
         options={"width": 32},

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from mm.checkpoint.weights import fill_encoders
+from mm.train.trainer import train_step
 from tests.encoders.helpers import wav
-from tests.mm.harness import largest_difference, small, train_few
+from tests.mm.harness import largest_difference, running, small, train_few
 from tests.mm.shards import write_shard
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -63,3 +67,42 @@ def test_an_audio_encoder_trains_alike_in_any_layout(name: str, tmp_path: Path, 
         raw["train"]["dtype"] = dtype
         losses = [step["loss"] for step in ranks(2, train_few, raw, 1)[0]]
         assert losses == pytest.approx([expected[0]["loss"]], rel=far) and losses[0] != expected[0]["loss"]
+
+
+def started(raw: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """Metrics of the first steps of a job that starts from its encoders' folders."""
+    with running(raw) as (job, feed):
+        fill_encoders(job)
+        return [asdict(train_step(job, feed, step)) for step in range(steps)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_published_weights_are_read_in_any_layout(name: str, tmp_path: Path, ranks: Any) -> None:
+    """Running statistics too, which are buffers."""
+    from tests.encoders.speech import folder, model
+
+    made = next(m for m in (model(name, seed) for seed in range(200)) if splits(m.config))
+    raw = config(name, clips(tmp_path))
+    raw["data"]["context"] = 400
+    raw["model"]["audio"] |= {"weights": str(folder(made, tmp_path / "made")), "options": {}}
+    expected = ranks(1, started, raw, 2)[0]
+    for layout in (
+        {"audio": {"tp": 2, "sequence_parallel": True}},
+        {"audio": {"ranks": "0-1", "cp": 2}, "llm": {"ranks": "2-3"}},
+        {"audio": {"pp": 2}},
+    ):
+        for steps in ranks(4, started, {**raw, "layout": layout}, 2):
+            assert largest_difference(steps, expected) < 1e-9
+    file = tmp_path / "made" / "model.safetensors"
+    save_file({k: 1.1 * v for k, v in load_file(file).items()}, file, {"format": "pt"})
+    assert largest_difference(ranks(1, started, raw, 1)[0], expected[:1]) > 1e-6
+
+
+def splits(cfg: Any) -> bool:
+    """Whether an encoder of this transformers config may be split over two ranks of tp or pp."""
+    if hasattr(cfg, "encoder_layers"):
+        heads, mlp, layers = cfg.encoder_attention_heads, cfg.encoder_ffn_dim, cfg.encoder_layers
+    else:
+        heads, mlp, layers = cfg.num_attention_heads, cfg.intermediate_size, cfg.num_hidden_layers
+    return heads % 2 == 0 and mlp % 2 == 0 and layers == 2

@@ -267,3 +267,7 @@ def test_a_folder_of_transformers_trains_alike_in_any_layout(
     frozen = [*ranks(1, train_few, raw, 2), *ranks(2, train_few, raw, 2)]
     assert all(largest_difference(steps, frozen[0]) < 1e-9 for steps in frozen)
     assert largest_difference(frozen[0], expected[:2]) > 1e-6
+    for dtype, far in (("float32", 1e-5), ("bfloat16", 0.02)):
+        raw["train"]["dtype"] = dtype
+        losses = [step["loss"] for step in ranks(2, train_few, raw, 1)[0]]
+        assert losses == pytest.approx([expected[0]["loss"]], rel=far) and losses[0] != expected[0]["loss"]
