@@ -65,8 +65,8 @@ def rope(
         if share is not None or fixed_share is not None:
             said["partial_rotary_factor"] = cfg.rope_share
         key = NAMES["original"]
-        beside = {key: said[key]} if outside and key in said else {}
-        return {"rope_parameters": said, **_older(said), **beside}
+        extra = {key: said[key]} if outside and key in said else {}
+        return {"rope_parameters": said, **_older(said), **extra}
 
     return Part(read, write)
 
@@ -155,7 +155,8 @@ def read_scaling(given: Data, data: Data) -> RopeScaling | None:
         raise ValueError(f"config.json has rope_type={kind!r} without a factor")
     if kind == "yarn":
         _take_mscale(read, given)
-    return RopeScaling(**{key: tuple(v) if isinstance(v, list) else v for key, v in read.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in read.items()}
+    return RopeScaling(**values)
 
 
 def _take_mscale(read: dict[str, Any], given: Data) -> None:

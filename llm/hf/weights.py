@@ -69,7 +69,7 @@ def _by_table(family: Family, cfg: LLMConfig, folder: SafeFolder) -> SafeFolder:
     bare = not any(key.startswith(family.stem) for key in keys)
     names = {key: key if key == HEAD or not bare else family.stem + key for key in keys}
     names = {key: name for key, name in names.items() if not family.ignored(name, cfg)}
-    if cfg.tied and HEAD in names:
+    if cfg.tied and HEAD in names and family.embedding in names.values():
         _check_tied(folder, next(key for key, name in names.items() if name == family.embedding))
         del names[HEAD]
     return folder.renamed(names)
