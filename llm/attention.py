@@ -57,6 +57,8 @@ class Attention(nn.Module):
                 # Each tp rank norms heads of its own with the one weight.
                 each = ParamSpec(norm_start(cfg), partial=axes.tp.size > 1)
                 declare(self, f"{name}_norm", (cfg.head_dim,), each, **factory)
+        if cfg.attention_sinks:
+            declare(self, "sinks", (cfg.n_heads,), ParamSpec(normal(cfg.init_std), shard_dim=0), **factory)
         self.out = Linear(q, cfg.d_model, normal(cfg.out_std), shard="row", **factory)
         if cfg.attention_bias:
             # Added after the sum over tp, so that it counts once.
@@ -89,16 +91,17 @@ class Attention(nn.Module):
         if self.rope is not None:
             q, k = self.rope(q, k, packing)
         k, v, scale = self.shared.spread(k), self.shared.spread(v), self.cfg.attention_scale
+        limits = replace(self.limits, sinks=local(self.sinks)) if self.cfg.attention_sinks else self.limits
         if isinstance(packing, ContextPacking):
-            return context_attention(q, k, v, packing, scale=scale, limits=self.limits)
+            return context_attention(q, k, v, packing, scale=scale, limits=limits)
         assert self.axes.cp.size == 1, (
             "under cp a layer needs the packing of parallel.context_parallel.pack()"
         )
         if isinstance(packing, CachedPacking):
             kept = packing.keep(self, k, v)
             if not packing.begins:
-                return attend_cached(q, kept, packing.position, scale=scale, limits=self.limits)
-        return attention(q, k, v, packing, causal=True, scale=scale, limits=self.limits)
+                return attend_cached(q, kept, packing.position, scale=scale, limits=limits)
+        return attention(q, k, v, packing, causal=True, scale=scale, limits=limits)
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The norms of queries and keys, of each head or over all heads of all tp ranks."""

@@ -98,8 +98,8 @@ def attend_cached(
     seen = at <= position.unsqueeze(1)  # [B, S]
     if limits.window is not None:
         seen &= at > position.unsqueeze(1) - limits.window
-    if limits.cap is not None:
-        return _capped(q, kept, seen, q.shape[-1] ** -0.5 if scale is None else scale, limits.cap)
+    if limits.cap is not None or limits.sinks is not None:
+        return _bounded(q, kept, seen, q.shape[-1] ** -0.5 if scale is None else scale, limits)
     k, v = kept.k.transpose(1, 2), kept.v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(
@@ -108,11 +108,17 @@ def attend_cached(
     return y.squeeze(2)
 
 
-def _capped(q: Tensor, kept: KeyValues, seen: Tensor, scale: float, cap: float) -> Tensor:
-    """The same with scores cap * tanh(score / cap), which no fused kernel has."""
+def _bounded(q: Tensor, kept: KeyValues, seen: Tensor, scale: float, limits: Limits) -> Tensor:
+    """The same with bounded scores or sinks, which no fused kernel has."""
     acc = accumulation_dtype(q.dtype)
     heads = torch.unflatten(q, 1, (kept.k.shape[2], -1)).to(acc)  # [B, H_kv, G, D]
     scores = torch.einsum("bhgd,bshd->bhgs", heads, kept.k.to(acc)) * scale
-    scores = (torch.tanh(scores / cap) * cap).masked_fill(~seen[:, None, None], -torch.inf)
-    y = torch.einsum("bhgs,bshd->bhgd", torch.softmax(scores, -1), kept.v.to(acc))
+    if limits.cap is not None:
+        scores = torch.tanh(scores / limits.cap) * limits.cap
+    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    if limits.sinks is not None:
+        sinks = limits.sinks.to(acc).view(1, *heads.shape[1:3], 1).expand(len(q), -1, -1, -1)
+        scores = torch.cat([scores, sinks], -1)  # a key of value zero
+    shares = torch.softmax(scores, -1)[..., : kept.k.shape[1]]
+    y = torch.einsum("bhgs,bshd->bhgd", shares, kept.v.to(acc))
     return y.flatten(1, 2).to(q.dtype)

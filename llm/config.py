@@ -63,6 +63,9 @@ class LLMConfig:
     attention_cap: float | None = None
     """c in c tanh(score / c), which bounds scores (Gemma 2, arXiv 2408.00118, section 2); None: no bound."""
 
+    attention_sinks: bool = False
+    """Whether each head has a learned score that takes attention and gives nothing (gpt-oss)."""
+
     mamba_heads: int = 16
     """Heads of Mamba-2 (arXiv 2405.21060, section 7). [mamba_num_heads]"""
     mamba_head_dim: int = 16

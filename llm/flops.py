@@ -25,6 +25,7 @@ def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
         n += d * cfg.head_dim * heads
         if cfg.attention_bias or cfg.qkv_bias:
             n += cfg.head_dim * (cfg.n_heads + 2 * cfg.n_kv_heads) + d * cfg.attention_bias
+        n += cfg.n_heads * cfg.attention_sinks
         if cfg.qk_norm != "none":
             n += cfg.head_dim * (2 if cfg.qk_norm == "head" else cfg.n_heads + cfg.n_kv_heads)
     elif symbol == "-":

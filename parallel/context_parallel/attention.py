@@ -30,7 +30,7 @@ from parallel.context_parallel.window import window_attention
 from parallel.sequence.buckets import NO_LIMITS, Limits
 from parallel.sequence.intervals import Span, join, numbers, overlap, size
 from parallel.sequence.packed import Packing, attention
-from parallel.sequence.tiles import Attended, Scoring, merge
+from parallel.sequence.tiles import Attended, Scoring, merge, sinks_grad, with_sinks
 from parallel.sharding.dtypes import accumulation_dtype
 
 Method = Literal["gather", "ring"]
@@ -157,12 +157,12 @@ def context_attention(
 
     q: [T, H, D], this rank's rows; k, v: [T, H_kv, D] with H_kv dividing H. Returns [T, H, D].
     scale: of the scores; None: D ** -0.5.
-    limits: a window, a bound of scores, both or none.
+    limits: a window, a bound of scores, sinks.
     method: None leaves the choice to choose_attention_method(). Under a window it has no effect: the few keys
         before a fragment are gathered.
     """
     if limits.window is not None:
-        return window_attention(q, k, v, packing, limits.window, scale=scale, cap=limits.cap)
+        return window_attention(q, k, v, packing, scale=scale, limits=limits)
     plan = packing.once("attention", lambda: _make_plan(packing))
     if not plan.crosses:
         return attention(q, k, v, packing.fragments, causal=True, scale=scale, limits=limits)
@@ -171,7 +171,7 @@ def context_attention(
         shapes = (q.shape[1], k.shape[1], q.shape[2], k.element_size())
         method = packing.once(("attention", *shapes), lambda: choose_attention_method(packing, *shapes))
     # torch leaves Function.apply untyped.
-    outer: Tensor = _Outer.apply(q, k, v, plan, Scoring(scale, limits.cap), method)  # type: ignore[no-untyped-call]
+    outer: Tensor = _Outer.apply(q, k, v, limits.sinks, plan, Scoring(scale, limits.cap), method)  # type: ignore[no-untyped-call]
     if not plan.inner_rows:
         return outer
     qi, ki, vi = (_concatenated(x, plan.inner_rows) for x in (q, k, v))
@@ -199,8 +199,15 @@ class _Outer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, scoring: Scoring, method: Method
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        plan: _Plan,
+        *how: Any,
     ) -> Tensor:
+        scoring, method = how
         acc = accumulation_dtype(q.dtype)
         outs, logs = [q[:0]], [q.new_zeros((0, q.shape[1]), dtype=acc)]
         for s in plan.continued:
@@ -219,14 +226,15 @@ class _Outer(torch.autograd.Function):
                 out, lse = attend(queries[read.rows], kb, vb, scoring)
                 merged = merge(total.rows(read.rows), Attended(out.to(acc), lse.to(acc)))
                 total.out[read.rows], total.lse[read.rows] = merged
+        total = total if sinks is None else with_sinks(total, sinks)
         out = total.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, total.lse, *([] if kept is None else [kept]))
+        ctx.save_for_backward(q, k, v, sinks, out, total.lse, *([] if kept is None else [kept]))
         ctx.plan, ctx.scoring = plan, scoring
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *saved = ctx.saved_tensors
+        q, k, v, sinks, out, lse, *saved = ctx.saved_tensors
         plan: _Plan = ctx.plan
         kept = saved[0] if saved else None
         acc = lse.dtype
@@ -264,7 +272,8 @@ class _Outer(torch.autograd.Function):
         for s, part in zip(plan.continued, torch.split(d_queries, sizes), strict=True):
             d_q[s] = part
         d_k, d_v = d_keys.to(k.dtype).chunk(2, 1)
-        return d_q.to(q.dtype), d_k, d_v, None, None, None
+        d_sinks = None if sinks is None else sinks_grad(grad, attended, sinks).sum(0).to(sinks.dtype)
+        return d_q.to(q.dtype), d_k, d_v, d_sinks, None, None, None
 
 
 def _blocks(

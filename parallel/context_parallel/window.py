@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallel.comm.fetch import Fetch
 from parallel.context_parallel.packing import ContextPacking, Continued
-from parallel.sequence.buckets import Pairing, attend
+from parallel.sequence.buckets import Limits, Pairing, attend
 from parallel.sequence.host import to_device
 from parallel.sequence.intervals import Span, join, numbers
 
@@ -68,19 +68,20 @@ def window_attention(
     k: Tensor,
     v: Tensor,
     packing: ContextPacking,
-    window: int,
     *,
     scale: float | None,
-    cap: float | None,
+    limits: Limits,
 ) -> Tensor:
-    """Causal attention of each query to the last `window` keys of its document; a collective over packing.cp.
+    """Causal attention of each query to the last keys of its document; a collective over packing.cp.
 
     q: [T, H, D], this rank's rows; k, v: [T, H_kv, D] with H_kv dividing H. Returns [T, H, D].
-    scale, cap: of scores, as of parallel.sequence.buckets.attend().
+    scale, limits: as of parallel.sequence.buckets.attend(), with a window.
     """
+    window = limits.window
+    assert window is not None
     plan = packing.once(("window", window), lambda: _plan(packing, window))
     if plan.fetch is not None:
         assert plan.order is not None
         keys = torch.cat([k, v], 1)  # [T, 2 H_kv, D], one message
         k, v = torch.cat([keys, plan.fetch(keys)]).index_select(0, plan.order).chunk(2, 1)
-    return attend(q, k, v, plan.pairing, causal=True, scale=scale, cap=cap)
+    return attend(q, k, v, plan.pairing, causal=True, scale=scale, limits=limits)

@@ -32,10 +32,13 @@ class Limits:
 
     window: keys that a query sees, the last ones, its own included; None: all.
     cap: c in c tanh(score / c), which bounds scores; None: no bound.
+    sinks: [H], for each head the score of a key of value zero that every query sees, so that it may give
+        less than all of its attention; None: no such key.
     """
 
     window: int | None = None
     cap: float | None = None
+    sinks: Tensor | None = None
 
 
 NO_LIMITS = Limits()
@@ -143,40 +146,44 @@ def attend(
     *,
     causal: bool = False,
     scale: float | None = None,
-    cap: float | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> Tensor:
     """Softmax attention of each query to the keys of its sequence: q [Tq, H, D], k and v [Tk, H_kv, D], H_kv
     dividing H, to [Tq, H, D]. Each bucket runs as one scaled_dot_product_attention call.
 
     causal: query i sees keys 0 to i of its sequence, which must have as many queries as keys.
     scale: of the scores, D ** -0.5 by default.
-    cap: c in c tanh(score / c), for causal attention; no fused kernel computes it, so it runs in tiles
-        (parallel.sequence.tiles).
+    limits: of causal attention; its window is that of the pairing. No fused kernel knows bounds of scores or
+        sinks: they run in tiles (parallel.sequence.tiles).
     """
-    assert causal or cap is None
+    assert causal or limits is NO_LIMITS
     if q.shape[0] == 0:
         # Keep the graph whole: a rank without rows must still send gradients (of zero) to its weights.
-        return q + 0.0 * (k.sum() + v.sum())
-    scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, cap)
+        rest = k.sum() + v.sum() if limits.sinks is None else k.sum() + v.sum() + limits.sinks.sum()
+        return q + 0.0 * rest
+    scoring = Scoring(q.shape[-1] ** -0.5 if scale is None else scale, limits.cap)
     if pairing.one_batch:
         n = len(pairing.buckets[0].queries)
         qb, kb, vb = (x.view(n, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        y = _softmax(qb, kb, vb, pairing.buckets[0], causal, scoring)
+        y = _softmax((qb, kb, vb), pairing.buckets[0], causal, scoring, limits.sinks)
         return y.transpose(1, 2).flatten(0, 1)
     out = torch.zeros_like(q)
     for b in pairing.buckets:
         qb, kb, vb = (x[at].transpose(1, 2) for x, at in ((q, b.queries), (k, b.keys), (v, b.keys)))
-        y = _softmax(qb, kb, vb, b, causal, scoring)
+        y = _softmax((qb, kb, vb), b, causal, scoring, limits.sinks)
         y = y.transpose(1, 2).flatten(0, 1)
         out = out.index_copy(0, b.rows, y if b.slots is None else y.index_select(0, b.slots))
     return out
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, b: Bucket, causal: bool, scoring: Scoring) -> Tensor:
+def _softmax(
+    qkv: tuple[Tensor, Tensor, Tensor], b: Bucket, causal: bool, scoring: Scoring, sinks: Tensor | None
+) -> Tensor:
     """Attention of one bucket: q [n, H, Lq, D], k and v [n, H_kv, Lk, D], to [n, H, Lq, D]."""
-    if scoring.cap is not None:
+    q, k, v = qkv
+    if scoring.cap is not None or sinks is not None:
         reach = {"last": b.window - 1, "window": b.window} if b.window else {"last": 0}
-        return tiled_attention(q, k, v, replace(scoring, **reach))
+        return tiled_attention(q, k, v, sinks, replace(scoring, **reach))
     if b.window:
         # Fused kernels with a mask do not know groups of heads.
         shared = q.shape[1] // k.shape[1]

@@ -88,11 +88,10 @@ def attention(
     [T, H, D].
 
     causal: each row sees itself and the rows before it. scale: of the scores, D ** -0.5 by default. limits:
-    of causal attention, a window, a bound of scores, both or none.
+    of causal attention: a window, a bound of scores, sinks.
     """
-    assert causal or limits == NO_LIMITS
     pairing = packing.pairing if limits.window is None else packing.windowed(limits.window)
-    return attend(q, k, v, pairing, causal=causal, scale=scale, cap=limits.cap)
+    return attend(q, k, v, pairing, causal=causal, scale=scale, limits=limits)
 
 
 def spread(x: Tensor, packing: Packing, left: int, right: int) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,20 @@ class Attended(NamedTuple):
         return Attended(self.out[rows], self.lse[rows])
 
 
+def with_sinks(attended: Attended, sinks: Tensor) -> Attended:
+    """The result where each query also sees a key of score `sinks` and of value zero (arXiv 2309.17453,
+    equation 2, with a learned score). sinks: broadcasts to the logarithms."""
+    lse = torch.logaddexp(attended.lse, sinks.to(attended.lse.dtype))
+    share = (attended.lse - lse).exp_().unsqueeze(-1)
+    return Attended((attended.out * share).to(attended.out.dtype), lse)
+
+
+def sinks_grad(grad: Tensor, attended: Attended, sinks: Tensor) -> Tensor:
+    """The gradient of sinks for each query; grad: of the output. attended: with_sinks()."""
+    share = (sinks.to(attended.lse.dtype) - attended.lse).exp_()
+    return -share * (grad * attended.out).sum(-1, dtype=attended.lse.dtype)
+
+
 def merge(a: Attended, b: Attended) -> Attended:
     """The result over two disjoint sets of keys, from the results over each."""
     lse = torch.logaddexp(a.lse, b.lse)
@@ -129,30 +143,37 @@ def _scores(q: Tensor, k: Tensor, i: slice, j: slice, scoring: Scoring) -> tuple
     return s, slope
 
 
-def tiled_attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scoring: Scoring) -> Tensor:
     """tiled() with gradients: q [n, H, L, D], k and v [n, H_kv, S, D], H_kv dividing H, to [n, H, L, D].
 
-    Besides its inputs it keeps one output and one logarithm for each query."""
+    sinks: [H], of with_sinks(), or None. Besides its inputs it keeps one output and one logarithm for each
+    query.
+    """
     apply: Callable[..., Tensor] = _Tiled.apply  # which torch leaves untyped
     grouped = torch.unflatten(q, 1, (k.shape[1], -1))
-    return apply(grouped, k.unsqueeze(2), v.unsqueeze(2), scoring).flatten(1, 2)
+    each = None if sinks is None else sinks.view(*grouped.shape[1:3], 1)
+    return apply(grouped, k.unsqueeze(2), v.unsqueeze(2), each, scoring).flatten(1, 2)
 
 
 class _Tiled(torch.autograd.Function):
-    """q [n, H_kv, H / H_kv, L, D], k and v [n, H_kv, 1, S, D]."""
+    """q [n, H_kv, H / H_kv, L, D], k and v [n, H_kv, 1, S, D], sinks [H_kv, H / H_kv, 1] or None."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-        out, lse = tiled(q, k, v, scoring)
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scoring: Scoring) -> Tensor:
+        attended = tiled(q, k, v, scoring)
+        attended = attended if sinks is None else with_sinks(attended, sinks)
+        ctx.save_for_backward(q, k, v, sinks, *attended)
         ctx.scoring = scoring
-        return out
+        return attended.out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        d_sinks = None
+        if sinks is not None:
+            d_sinks = sinks_grad(grad, Attended(out, lse), sinks).sum((0, -1)).unsqueeze(-1).to(sinks.dtype)
         each = (-1, -1, q.shape[2], -1, -1)
         d_q, d_k, d_v = tiled_backward(
             grad, q, k.expand(each), v.expand(each), Attended(out, lse), ctx.scoring
         )
-        return d_q, d_k.sum(2, keepdim=True), d_v.sum(2, keepdim=True), None
+        return d_q, d_k.sum(2, keepdim=True), d_v.sum(2, keepdim=True), d_sinks, None

@@ -120,7 +120,9 @@ def attention(cfg: LLMConfig, w: Weights, index: int | None, x: Tensor) -> Tenso
         kv = h * cfg.n_kv_heads // cfg.n_heads
         scores = bounded(scale * q[:, h] @ k[:, kv].T, cfg.attention_cap)
         scores = scores.masked_fill((back < 0) | (back >= reach), -math.inf)
-        heads.append(scores.softmax(-1) @ v[:, kv])
+        if cfg.attention_sinks:  # a key that nothing is read from
+            scores = torch.cat([scores, w["sinks"][h].expand(n, 1)], -1)
+        heads.append(scores.softmax(-1)[:, :n] @ v[:, kv])
     return torch.cat(heads, -1) @ w["out.weight"].T + w.get("bias", 0)
 
 

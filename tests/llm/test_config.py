@@ -27,7 +27,13 @@ from tests.llm.harness import TINY, Text, make_batch, tiny
         {"latent": 6, "mtp_layers": 2, "tied": True},
         {"mlp_gated": True, "mlp_bias": True, "shared_ffn": 0},
         {"qkv_bias": True, "qk_norm": "head", "norms": "after"},
-        {"attention_bias": True, "qk_norm": "full", "norms": "both", "mtp_layers": 1},
+        {
+            "attention_sinks": True,
+            "qk_norm": "full",
+            "attention_bias": True,
+            "norms": "both",
+            "mtp_layers": 1,
+        },
     ],
     ids=str,
 )

@@ -92,6 +92,9 @@ def test_more_ranks_than_key_value_heads_and_groups(ranks: Any) -> None:
     # A key head that two ranks use counts once in a norm over all heads.
     for cfg, tp in ((few, 4), (uneven, 2), (replace(CFG, n_kv_heads=4), 2)):
         cases += [(replace(cfg, qk_norm=n), "*", Degrees(4, tp=tp, sp=True), frozenset()) for n in NORMED]
+    # Sinks count once for each query, whichever ranks its keys are on.
+    both = Degrees(4, tp=2, cp=2, order="zigzag")
+    cases += [(replace(CFG, attention_sinks=True, window=w), "*", both, frozenset()) for w in (None, 4)]
     check_many(ranks, 4, cases)
 
 
@@ -139,6 +142,7 @@ def switches(rng: random.Random) -> dict[str, Any]:
         "activation": rng.choice(["gelu_tanh", "silu"]),
         "window": rng.choice([None, 1, 4, 9]),
         "attention_cap": rng.choice([None, None, 0.5]),
+        "attention_sinks": rng.random() < 0.3,
     }
 
 

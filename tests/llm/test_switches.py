@@ -62,6 +62,7 @@ SWITCHES |= {
         "rope_scaling": SCALINGS["yarn"],
     },
     "attention_cap": {"attention_cap": 0.3, "attention_scale": 0.9},
+    "attention_sinks": {"attention_sinks": True, "window": 5, "window_layers": (0, 4)},
     "window and caps": {"window": 5, "window_layers": (2, 4), "attention_cap": 0.4, "logit_cap": 0.5},
 }
 LENGTHS = (9, 1, 17, 3)
@@ -142,6 +143,7 @@ def test_random_combinations_are_the_straight_line_program(seed: int) -> None:
         "window_rope_theta": rng.choice([None, 20.0]) if window else None,
         "attention_scale": rng.choice([None, 0.3]),
         "attention_cap": rng.choice([None, 0.5]),
+        "attention_sinks": rng.random() < 0.3,
         "norms": rng.choice(["before", "after", "both"]),
         "norm_shift": rng.random() < 0.5,
         "embed_scale": rng.choice([1.0, 2.0]),

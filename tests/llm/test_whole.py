@@ -44,6 +44,7 @@ SWITCHED = replace(
     logit_cap=2.0,
     attention_scale=0.3,
     attention_cap=0.8,
+    attention_sinks=True,
     activation="gelu_tanh",
 )
 LENGTHS = ((11, 1, 25), (), (20,), (3, 0, 2))

@@ -173,6 +173,14 @@ LLM = (
         "tests/parallel/context_parallel/test_attention.py::test_split_attention_is_whole_attention",
     ),
     Fault(
+        "attention.sinks",
+        "the sinks of a head learn nothing where documents are split",
+        "parallel/context_parallel/attention.py",
+        "else sinks_grad(grad, attended, sinks)",
+        "else 0.0 * sinks_grad(grad, attended, sinks)",
+        "tests/llm/test_degrees.py::test_more_ranks_than_key_value_heads_and_groups",
+    ),
+    Fault(
         "flops.window",
         "a windowed document costs as if its window were as long as it",
         "llm/flops.py",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from parallel.sequence.buckets import LEAST_BLOCK, Pairing, attend
+from parallel.sequence.buckets import LEAST_BLOCK, Limits, Pairing, attend
 from parallel.sequence.packed import Packing
 from parallel.sequence.tiles import TILE, Attended, Scoring, tiled, tiled_backward
 
@@ -46,7 +46,7 @@ def test_queries_see_a_window(
     q, k, v = (torch.randn(n, h, 3, dtype=torch.float64, generator=gen).requires_grad_() for n, h in shapes)
     weight = torch.randn(q.shape, dtype=torch.float64, generator=gen)
     pairing = Pairing.windowed(queries, keys, window)
-    ours = attend(q, k, v, pairing, causal=True, scale=0.7, cap=cap)
+    ours = attend(q, k, v, pairing, causal=True, scale=0.7, limits=Limits(cap=cap))
     parts = [
         plain(*one, window, cap) for one in zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
     ]
@@ -83,7 +83,7 @@ def test_the_cost_grows_with_the_window(cap: float | None) -> None:
     def flops(n: int, window: int) -> int:
         x = torch.randn(n, 1, 8)
         with FlopCounterMode(display=False) as counter:
-            attend(x, x, x, Packing.of([n]).windowed(window), causal=True, cap=cap)
+            attend(x, x, x, Packing.of([n]).windowed(window), causal=True, limits=Limits(cap=cap))
         return int(counter.get_total_flops())
 
     pair = 4 * 8  # FLOPs of a score and its value
