@@ -99,7 +99,7 @@ def attend_cached(
     if limits.window is not None:
         seen &= at > position.unsqueeze(1) - limits.window
     if limits.cap is not None or limits.sinks is not None:
-        return _scored(q, kept, seen, q.shape[-1] ** -0.5 if scale is None else scale, limits)
+        return _bounded(q, kept, seen, q.shape[-1] ** -0.5 if scale is None else scale, limits)
     k, v = kept.k.transpose(1, 2), kept.v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(
@@ -108,17 +108,17 @@ def attend_cached(
     return y.squeeze(2)
 
 
-def _scored(q: Tensor, kept: KeyValues, seen: Tensor, scale: float, limits: Limits) -> Tensor:
-    """The same with scores cap * tanh(score / cap), or with sinks: no fused kernel has them."""
+def _bounded(q: Tensor, kept: KeyValues, seen: Tensor, scale: float, limits: Limits) -> Tensor:
+    """The same with bounded scores or sinks, which no fused kernel has."""
     acc = accumulation_dtype(q.dtype)
     heads = torch.unflatten(q, 1, (kept.k.shape[2], -1)).to(acc)  # [B, H_kv, G, D]
     scores = torch.einsum("bhgd,bshd->bhgs", heads, kept.k.to(acc)) * scale
     if limits.cap is not None:
         scores = torch.tanh(scores / limits.cap) * limits.cap
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    if limits.sinks is not None:  # a key more, of value zero
-        sinks = limits.sinks.to(acc).view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sinks], -1)
-    share = torch.softmax(scores, -1)[..., : kept.k.shape[1]]
-    y = torch.einsum("bhgs,bshd->bhgd", share, kept.v.to(acc))
+    if limits.sinks is not None:
+        sinks = limits.sinks.to(acc).view(1, *heads.shape[1:3], 1).expand(len(q), -1, -1, -1)
+        scores = torch.cat([scores, sinks], -1)  # a key of value zero
+    shares = torch.softmax(scores, -1)[..., : kept.k.shape[1]]
+    y = torch.einsum("bhgs,bshd->bhgd", shares, kept.v.to(acc))
     return y.flatten(1, 2).to(q.dtype)

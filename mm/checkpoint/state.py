@@ -53,7 +53,7 @@ def fingerprint(blueprint: Blueprint, index: Index) -> str:
     kept["global_batch"] = cfg["train"]["global_batch"]
     tokenizer = make_tokenizer(blueprint.cfg.data.tokenizer)
     if isinstance(tokenizer, PublishedTokenizer):
-        kept["tokenizer"] = tokenizer.key
+        kept["tokenizer"] = tokenizer.vocabulary
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -74,25 +74,23 @@ def check_start(cfg: Config) -> None:
                 f"checkpoint.weights={weights} is neither a checkpoint (with a {MANIFEST}) nor a Hugging "
                 "Face folder (with a config.json)"
             )
-    starts = [("checkpoint.weights", start) for start in cfg.checkpoint.starts]
-    for key, folder in (*starts, ("model.llm.preset", cfg.llm.get("preset"))):
-        if folder is not None and (Path(folder) / CONFIG).is_file():
-            _check_tokens(cfg, key, Path(folder))
+        if (Path(weights) / CONFIG).is_file():
+            _check_tokens(cfg, Path(weights))
 
 
-def _check_tokens(cfg: Config, key: str, folder: Path) -> None:
-    """Refuse a published model whose embedding is of other tokens or of another size."""
+def _check_tokens(cfg: Config, folder: Path) -> None:
+    """Refuse published weights whose embedding is of other tokens or of another size."""
     try:
         rows = llm_config(cfg).vocab_size
         check_vocabulary(cfg.data.tokenizer, folder)
         published = json.loads((folder / CONFIG).read_text())
         there = {**published, **published.get("text_config", {})}.get("vocab_size", rows)
     except (ValueError, AttributeError) as error:
-        raise Refused(f"{key}: {error}") from error
+        raise Refused(f"checkpoint.weights: {error}") from error
     if there != rows:
         raise Refused(
-            f"{key}: the embedding of {folder} has {there} rows, model.llm.vocab_size is {rows}; needed: "
-            f"model.llm.preset={folder}, or model.llm.vocab_size={there}"
+            f"checkpoint.weights: {folder} embeds {there} tokens, model.llm.vocab_size is {rows}; "
+            f"needed: model.llm.preset={folder}, or model.llm.vocab_size={there}"
         )
 
 

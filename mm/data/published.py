@@ -84,6 +84,12 @@ class PublishedTokenizer:
         parts += [str(VERSION), json.dumps([self.bos, self.eos, sorted(self.placeholders.items())])]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
+    @cached_property
+    def vocabulary(self) -> str:
+        """A digest of which id is which token, that no version of the package changes."""
+        parts = [json.dumps(sorted(self.core.get_vocab().items())), f"{self.bos} {self.eos}"]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin and end markers; special tokens in it count as such."""
         ids: list[int] = self.core.encode(text, add_special_tokens=False).ids

