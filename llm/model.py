@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from llm.attention import Attention
 from llm.balance import attach
-from llm.config import LLMConfig, check, embeds_last
+from llm.checks import check
+from llm.config import LLMConfig, embeds_last
 from llm.counts import Counts
 from llm.layer import Layer, run_layer
 from llm.mamba import Mamba, ScanScalars

@@ -18,7 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llm.config import LLMConfig, check
+from llm.checks import check
+from llm.config import LLMConfig
 from llm.model import LLM
 from parallel.published import module_tensors
 from parallel.sharding.param import declared, global_index, initial_values

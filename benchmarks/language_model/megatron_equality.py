@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from benchmarks import common
 from benchmarks.language_model import megatron_peer as peer
 from llm.balance import choose, document_loads, sequence_loss, z_loss
-from llm.config import LLMConfig, check
+from llm.checks import check
+from llm.config import LLMConfig
 from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext, MoE

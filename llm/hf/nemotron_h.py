@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llm.config import LLMConfig, check
+from llm.checks import check
+from llm.config import LLMConfig
 from llm.hf.family import Data, Family, Field, TableRow
 from parallel.published.tables import Row
 

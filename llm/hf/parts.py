@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm.config import LLMConfig, check
+from llm.checks import check
+from llm.config import LLMConfig
 from llm.hf.family import Data
 
 Options = dict[str, Any]

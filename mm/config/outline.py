@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from llm.checks import check as check_llm
 from llm.config import LLMConfig
-from llm.config import check as check_llm
 from llm.presets import preset
 from llm.recompute import recompute_parts
 from llm.stages import partition

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm.config import check
+from llm.checks import check
 from llm.flops import flops, layer_flops, layer_params, pairs, param_count
 from llm.model import LLM, loss_rows
 from llm.mtp import ahead

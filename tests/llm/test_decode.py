@@ -32,7 +32,6 @@ PATTERNS = {
     "Mamba alone": {"pattern": "MM", "conv_kernel": 3},
     "tied, levels": {"pattern": "*M-", "tied": True, "level_layers": (1,)},
     "windows": {"pattern": "**", "rope_theta": 1e4, "window": 4, "window_layers": (0,), "norms": "both"},
-    "sinks": {"pattern": "*-", "attention_sinks": True, "window": 3},
     "bounded": {"pattern": "*-", "attention_cap": 0.5, "window": 3, "logit_cap": 2.0, "qk_norm": "head"},
     "sinks": {"pattern": "**", "attention_sinks": True, "window": 3, "window_layers": (1,)},
     "latent, gated": {"pattern": "E*M", "latent": 8, "mlp_gated": True, "activation": "silu"},

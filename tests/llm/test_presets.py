@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm.config import check
+from llm.checks import check
 from llm.flops import layer_params, mtp_params, param_count
 from llm.mamba import ScanScalars
 from llm.model import LLM

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm.config import LLMConfig, check
+from llm.checks import check
+from llm.config import LLMConfig
 from llm.flops import param_count
 from llm.model import LLM, LLMBatch
 from llm.rotary import RopeScaling, attention_factor, speeds
