@@ -93,7 +93,7 @@ class Attention(nn.Module):
             if cfg.bias and name != "distance":
                 declare(self, f"bias_{name}", (d,), ParamSpec(constant(0.0), shard_dim=0), **factory)
         for name in ("to_content", "to_distance"):
-            spec = ParamSpec(normal(0.02), shard_dim=0)
+            spec = ParamSpec(normal(0.02), shard_dim=0, matrix=False)
             declare(self, name, (cfg.heads, self.head_dim), spec, **factory)
         self.out = Linear(d, d, normal(d**-0.5 / (2 * cfg.layers) ** 0.5), shard="row", **factory)
         if cfg.bias:
@@ -123,7 +123,8 @@ class Convolution(nn.Module):
         sharded = {"value": d**-0.5, "gate": d**-0.5}
         for name, std in sharded.items():
             declare(self, name, (d, d), ParamSpec(normal(std), shard_dim=0), **factory)
-        declare(self, "depth", (d, cfg.kernel), ParamSpec(normal(cfg.kernel**-0.5), shard_dim=0), **factory)
+        depth = ParamSpec(normal(cfg.kernel**-0.5), shard_dim=0, matrix=False)
+        declare(self, "depth", (d, cfg.kernel), depth, **factory)
         if cfg.conv_bias:
             for name in ("value", "gate", "depth"):
                 declare(self, f"bias_{name}", (d,), ParamSpec(constant(0.0), shard_dim=0), **factory)

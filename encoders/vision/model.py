@@ -24,7 +24,7 @@ from encoders.vision.position import resized_all, rotary
 from encoders.vision.tokens import Grid, Places, patches_before, places, table_rows, token_rows
 from parallel.sequence.host import to_device
 from parallel.sharding.dtypes import FactoryKwargs
-from parallel.sharding.param import declare, local, normal
+from parallel.sharding.param import ParamSpec, declare, local, normal
 from parallel.tensor_parallel.layers import Linear
 from parallel.topology.layout import check_divides
 
@@ -44,13 +44,14 @@ class VisionTransformer(StackedEncoder):
         self.patch = Linear(
             cfg.inputs, cfg.width, normal(cfg.inputs**-0.5), bias="patch" in cfg.biases, **factory
         )
+        table = ParamSpec(normal(0.02), matrix=False)
         if cfg.class_tokens:
-            declare(self, "class_token", (cfg.class_tokens, cfg.width), normal(0.02), **factory)
+            declare(self, "class_token", (cfg.class_tokens, cfg.width), table, **factory)
         if cfg.registers:
-            declare(self, "registers", (cfg.registers, cfg.width), normal(0.02), **factory)
+            declare(self, "registers", (cfg.registers, cfg.width), table, **factory)
         if cfg.table:
             size = cfg.table**2 + cfg.class_position
-            declare(self, "position", (size, cfg.width), normal(0.02), **factory)
+            declare(self, "position", (size, cfg.width), table, **factory)
         if cfg.pre_norm:
             self.pre_norm = make_norm(cfg, cfg.width, **factory)
 
