@@ -79,7 +79,7 @@ def reference(pool: Any) -> Learned:
     return out
 
 
-@pytest.mark.parametrize("name", on_demand(LAYOUTS, ["cp2 ep2", "tp2 sp ep4"]))
+@pytest.mark.parametrize("name", on_demand(LAYOUTS, ["cp2 ep2", "tp2 sp ep4", "pp2 tp2"]))
 def test_layouts_learn_what_one_process_learns(name: str, ranks: Any, reference: Learned) -> None:
     llm, schedule = LAYOUTS[name]
     shard = {"shard": "layer"} if name == "tp2 sp ep4" else {}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.llm.harness import EVERYTHING, TINY, Degrees, Text, assemble, far, run_rank, run_whole, tiny
+from tests.slow import on_demand
 
 MODELS = {
     **{pattern: tiny(pattern=pattern) for pattern in ("M", "*", "-", "E", TINY.pattern)},
@@ -49,6 +50,13 @@ def run_all(degrees: Degrees, texts: list[Text], recompute: bool) -> list[dict[s
     return [run_rank(cfg, layout_of(m, degrees), texts, recompute) for m, cfg in MODELS.items()]
 
 
+CASES = [(n, False) for n in LAYOUTS] + [(n, True) for n, d in LAYOUTS.items() if d.world == 2]
+OFTEN = [
+    *(("tp2 sp", True), ("tp2 ep2 across tp", True), ("dp2 ep2", True), ("tp2", False), ("dp2", False)),
+    *(("tp4 ep2", False), ("tp2 sp dp2 ep4 across both", False), ("dp4 ep2", False)),
+]
+
+
 @pytest.fixture(scope="module")
 def whole() -> dict[tuple[str, int], dict[str, Any]]:
     """One-process results by model and number of texts."""
@@ -57,7 +65,7 @@ def whole() -> dict[tuple[str, int], dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "recompute"),
-    [(n, False) for n in LAYOUTS] + [(n, True) for n, d in LAYOUTS.items() if d.world == 2],
+    on_demand(CASES, [c for c in CASES if c not in OFTEN], several=True),
 )
 def test_every_layer_in_every_layout(
     name: str, recompute: bool, ranks: Any, whole: dict[tuple[str, int], dict[str, Any]]

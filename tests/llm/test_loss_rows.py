@@ -14,7 +14,6 @@ from llm.model import LLM, LLMBatch, loss_rows
 from llm.mtp import ahead
 from parallel.sharding.param import declared
 from parallel.tensor_parallel.loss import vocab_loss
-from parallel.topology.axis import Axis
 from tests.llm.harness import EVERYTHING, Degrees, Text, build, far, make_axes, make_batch, make_rows, weigh
 
 CFG = replace(EVERYTHING, loss_chunk=5)
@@ -49,9 +48,9 @@ def test_loss_rows_change_nothing(share: float, seed: int) -> None:
 def test_the_head_sees_no_other_token(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
 
-    def spy(hidden: Tensor, weight: Tensor, labels: Tensor, tp: Axis, chunk: int) -> Tensor:
+    def spy(hidden: Tensor, weight: Tensor, labels: Tensor, *given: Any, **named: Any) -> Tensor:
         seen.append(labels)
-        return vocab_loss(hidden, weight, labels, tp, chunk)
+        return vocab_loss(hidden, weight, labels, *given, **named)
 
     monkeypatch.setattr("llm.model.vocab_loss", spy)
     batch, _ = make_batch(Text((20, 6), 2, seed=3), CFG.vocab_size)

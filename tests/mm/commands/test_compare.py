@@ -117,6 +117,7 @@ def peaks(names: list[str]) -> list[int]:
 
 
 @pytest.mark.skipif(not (OWN / "clear_refs").exists(), reason="a peak can be forgotten on Linux alone")
+@pytest.mark.slow
 def test_a_layouts_memory_does_not_depend_on_those_before_it(ranks: Any) -> None:
     before, most, after = ranks(1, peaks, ["split", "whole", "split"])[0]
     assert most - before > 16 << 20 and abs(after - before) < (most - before) / 2

@@ -12,6 +12,7 @@ from parallel.boundary import BoundaryCommunicator
 from parallel.boundary.plan import Transfer
 from parallel.sequence.intervals import count
 from tests.mm.harness import SMALL, largest_difference, small, train_few
+from tests.slow import on_demand
 
 MODULES = ("vision", "audio", "llm")
 NAMED = {
@@ -139,7 +140,19 @@ def reference(pool: Any) -> list[dict[str, Any]]:
     return pool.run(1, train_few, small(), 2)[0]
 
 
-@pytest.mark.parametrize("name", NAMED)
+# Of each kind one in make test, those with most in them; the others on demand.
+OFTEN = (
+    *("all dp4", "audio tp4, llm dp4 ep4", "disjoint", "disjoint, dp 3 to 2", "mixed", "encoders cp tp pp"),
+    *("llm cp tp sp", "llm etp4 tp2 sp", "llm cp pp", "experts on [2, 0, 3, 1]", "tp2 sp on [1, 0]"),
+    *("llm tp4 on [3, 1, 2, 0], audio on [2, 0], vision strided", "dp4 in orders of their own"),
+)
+OFTEN_SCHEDULES = (
+    *("mixed, llm pp2", "encoders in bubbles", "encoders by twos, their rows split", "virtual stages"),
+    *("three phases", "zero bubble, ranks from last to first", "gpipe, mixed", "virtual stages, disjoint"),
+)
+
+
+@pytest.mark.parametrize("name", on_demand(NAMED, NAMED.keys() - {*OFTEN}))
 def test_layouts_learn_what_one_process_learns(
     name: str, ranks: Any, reference: list[dict[str, Any]]
 ) -> None:
@@ -176,7 +189,7 @@ def train_and_relay(raw: dict[str, Any]) -> tuple[list[dict[str, Any]], int, int
         return train_few(raw, 2), *relayed
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", on_demand(SCHEDULES, SCHEDULES.keys() - {*OFTEN_SCHEDULES}))
 def test_schedules_learn_what_one_process_learns(
     name: str, ranks: Any, reference: list[dict[str, Any]]
 ) -> None:
@@ -223,7 +236,7 @@ def random_job(seed: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
     return world, raw, small(train={"global_batch": train["global_batch"], "steps": 2})
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", on_demand(range(6), [4, 5]))
 def test_random_layouts_placements_batches_and_schedules(seed: int, ranks: Any) -> None:
     world, raw, alone = random_job(seed)
     expected = ranks(1, train_few, alone, 2)

@@ -25,6 +25,7 @@ from mm.train.step import run_step
 from parallel.schedule import Kind, Record
 from parallel.schedule.checker.memory import Memory, peaks
 from tests.mm.harness import CONFIGS, small
+from tests.slow import on_demand
 
 MICROBATCHES = 12
 
@@ -122,7 +123,11 @@ def job_of(case: str, kind: str = "auto") -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [("all learn", "1f1b"), ("levels", "gpipe"), ("frozen encoders", "1f1b"), ("evaluation", "1f1b")],
+    on_demand(
+        [("all learn", "1f1b"), ("levels", "gpipe"), ("frozen encoders", "1f1b"), ("evaluation", "1f1b")],
+        [("all learn", "1f1b"), ("frozen encoders", "1f1b")],
+        several=True,
+    ),
 )
 def test_what_is_alive_at_each_action_is_what_the_checker_states(case: str, kind: str, ranks: Any) -> None:
     for seen, stated in ranks(3, watch, job_of(case, kind), case != "evaluation"):

@@ -13,6 +13,7 @@ from tests.encoders.helpers import png, wav
 from tests.mm import reference
 from tests.mm.harness import small, train_and_weigh
 from tests.mm.shards import write_shard
+from tests.slow import on_demand
 
 STEPS = 5
 
@@ -143,7 +144,12 @@ def test_one_process_is_the_straight_line_program(name: str, folder: Path, expec
     hold(name, folder, expected, alone)
 
 
-@pytest.mark.parametrize("name", [n for n, (_, world, *_) in LAYOUTS.items() if world > 1])
+@pytest.mark.parametrize(
+    "name",
+    on_demand(
+        [n for n, (_, world, *_) in LAYOUTS.items() if world > 1], ["homogeneous", "objectives, zero bubble"]
+    ),
+)
 def test_any_layout_is_the_straight_line_program(name: str, folder: Path, expected: Any, ranks: Any) -> None:
     hold(name, folder, expected, ranks)
 

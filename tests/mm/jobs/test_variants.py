@@ -74,7 +74,14 @@ VARIANTS = [
     with_frozen_llm,
 ]
 
-SLOW = [with_levels, with_levels_in_any_order, with_latent_experts, with_frozen_vision, with_frozen_llm]
+SLOW = [
+    with_levels,
+    with_levels_in_any_order,
+    with_levels_in_later_stages,
+    with_latent_experts,
+    with_frozen_vision,
+    with_frozen_llm,
+]
 
 LAYOUTS = {
     with_levels_in_later_stages: [APART, MIXED, PIPED, DEEP, VIRTUAL_APART],

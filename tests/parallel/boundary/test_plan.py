@@ -146,7 +146,7 @@ def check_backward(case: Case, plans: list[EdgePlan], node_size: int | None) -> 
 
 @pytest.mark.parametrize("holders", [1, 2])
 @pytest.mark.parametrize("consumers", [1, 3])
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), node_size=st.sampled_from([None, 2, 4]))
 @example(seed=3697, node_size=None)  # a rank asks for fewer rows than there are replicas to share them
 def test_random_boundaries(consumers: int, holders: int, seed: int, node_size: int | None) -> None:
@@ -348,7 +348,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), node_size=st.sampled_from([2, 4]), spares=st.sampled_from([0.1, 0.3, 0.6]))
 def test_a_second_hop_is_taken_where_it_spares_enough(seed: int, node_size: int, spares: float) -> None:
     """All ranks decide alike, every row arrives, and rows cross once a reader or once a node."""
