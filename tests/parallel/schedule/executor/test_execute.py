@@ -88,7 +88,7 @@ def test_stand_ins_take_the_simulated_time_in_the_simulated_order(name: str, ran
         early = out_of_order(plan, runs, line.start)
         if ratio < 1.1 and not early:
             break
-    assert 1 <= ratio < 1.1 and not early
+    assert 0.98 < ratio < 1.1 and not early  # two computations that take turns may gain a hair by their order
 
 
 def out_of_order(plan: SchedulePlan, runs: list[list[Record]], start: Any) -> list[float]:
