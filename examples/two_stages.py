@@ -6,7 +6,7 @@ with a sentence about each. Published folders take their place by name alone. Th
 
     python -m mm train examples/two_stages.yaml
     python -m mm generate build/two-stages/run/all --image build/two-stages/digit.png
-    python -m mm checkpoint export build/two-stages/run/all/step-00000120 build/two-stages/exported
+    python -m mm checkpoint export build/two-stages/run/all/step-00000400 build/two-stages/exported
 """
 
 from __future__ import annotations

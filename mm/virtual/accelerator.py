@@ -80,6 +80,10 @@ class _Device(_DummyBackendModule):
         """A context in which a device is current; there is one."""
         return contextlib.nullcontext()
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """What autocast, which recomputation enters in a backward, may cast to; nothing is cast here."""
+        return [torch.bfloat16, torch.float16]
+
     def set_device(self, device: object) -> None:
         """Make a device current; there is one."""
 

@@ -27,6 +27,7 @@ from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 from tests.mm.harness import CONFIGS, largest_difference, small
 from tests.mm.shards import sensor_samples, write_shard
+from tests.slow import on_demand
 
 TRAIN = {"steps": 4, "global_batch": 5}
 
@@ -126,7 +127,10 @@ def test_what_does_not_fit_is_known_without_reading_tensors(saved: Any, tmp_path
         check(raw)
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), (3, {}), (4, {"audio": {"tp": 4}, "llm": {"ep": 2}})])
+WORLDS: list[tuple[int, dict[str, Any]]] = [(1, {}), (3, {}), (4, {"audio": {"tp": 4}, "llm": {"ep": 2}})]
+
+
+@pytest.mark.parametrize(("world", "layout"), on_demand(WORLDS, WORLDS[:2], several=True))
 def test_another_layout_resumes_exactly(
     saved: Any, ranks: Any, tmp_path: Path, world: int, layout: Any
 ) -> None:

@@ -147,7 +147,8 @@ def test_one_process_is_the_straight_line_program(name: str, folder: Path, expec
 @pytest.mark.parametrize(
     "name",
     on_demand(
-        [n for n, (_, world, *_) in LAYOUTS.items() if world > 1], ["homogeneous", "objectives, zero bubble"]
+        [n for n, (_, world, *_) in LAYOUTS.items() if world > 1],
+        ["homogeneous", "objectives, zero bubble", "objectives, cp and tp"],
     ),
 )
 def test_any_layout_is_the_straight_line_program(name: str, folder: Path, expected: Any, ranks: Any) -> None:
