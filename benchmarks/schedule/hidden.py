@@ -76,6 +76,7 @@ def main() -> None:
         "--delay", type=float, default=0.3, help="of a unit that a transfer takes (default 0.3)"
     )
     args.add_argument("--runs", type=int, default=3, help="of each plan (default 3)")
+    args.add_argument("--only", default="", help="plans whose names contain this")
     given = args.parse_args()
     dist.init_process_group("gloo")
     if dist.get_world_size() != WORLD:
@@ -83,10 +84,14 @@ def main() -> None:
     if dist.get_rank() == 0:
         print("| plan | transfers | planned | hidden | of planned |\n|---|---|---|---|---|")
     for name, case in CASES.items():
+        if given.only not in name:
+            continue
         slow, fast = costs_of(case, given.delay), Costs(COMPUTE)
         plan = plan_of(case, slow)
         report(name, plan, most_moved(plan, slow), (slow, fast), given)
     for name, spec in PAIRED.items():
+        if given.only not in name:
+            continue
         keys = [("llm", kind) for kind in (Kind.FORWARD, Kind.BACKWARD)]
         slow, fast = (Costs(exchange=dict.fromkeys(keys, (given.delay * n,) * 2)) for n in (1, 0))
         modules = {"llm": ModuleUse(make_layout("llm", WORLD, spec), params="step")}
