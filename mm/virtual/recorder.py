@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.autograd import _make_grads, _tensor_or_tensors_to_tuple
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -281,7 +283,23 @@ class Stands(TorchFunctionMode):
             return _numpy(args[0])
         if func is F.scaled_dot_product_attention and self.fused:
             return fused_attention(*args, **(kwargs or {}))
+        if func is torch.autograd.backward:
+            return self._backward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _backward(self, tensors: Any, grads: Any = None, retain_graph: bool = False, **named: Any) -> None:
+        """torch.autograd.backward(), in which this mode holds too: layers that are computed again meet it."""
+        outputs = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        given = _tensor_or_tensors_to_tuple(named.pop("grad_tensors", grads), len(outputs))
+        started = _make_grads(outputs, given, is_grads_batched=False)
+        keep = bool(retain_graph or named.pop("retain_graph", False))
+        inputs = tuple(named.pop("inputs", None) or ())
+        create = bool(named.pop("create_graph", False))
+        assert not named, named
+        with self:
+            _engine_run_backward(
+                outputs, started, keep, create, inputs, allow_unreachable=True, accumulate_grad=True
+            )
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
