@@ -122,3 +122,22 @@ def test_a_changed_call_of_one_rank_is_found_where_ranks_stand_for_their_kinds(p
     assert found["waits"] == [["step", "parallel/expert_parallel/routing.py", 2], step]
     assert found["padded"] == [step]
     assert found["crossing"] and all(found["hops"]) and all(found["sums"])
+
+
+RECOMPUTED = """
+import sys
+from mm import cli
+config, out, *given = sys.argv[1:]
+sys.exit(cli.main(["train", config, "--virtual", "0", "--world", "4", "--json", out, *given]))
+"""
+
+
+def test_layers_that_are_computed_again_keep_less(tmp_path: Path, processes: None) -> None:
+    """On the accelerator's stand-in, whose backward runs in a thread of autograd's."""
+    kept = {}
+    for given in ("false", "true"):
+        out = tmp_path / f"{given}.json"
+        command = [sys.executable, "-c", RECOMPUTED, DIGITS, str(out), f"train.recompute={given}"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        kept[given] = json.loads(out.read_text())["memory_by_kind"]["activations"]
+    assert kept["true"] < 0.5 * kept["false"]
