@@ -31,9 +31,9 @@ class _Made(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """made: the tensors of the result; empty where it is the first tensor given. many: whether a list."""
+    """made: the tensors of the result; None where it is the first tensor given. many: whether a list."""
 
-    made: tuple[_Made, ...]
+    made: tuple[_Made, ...] | None
     many: type | None
 
 
@@ -60,7 +60,7 @@ class Memo:
         known = self._known[key]
         if known is None:
             return func(*args, **kwargs)
-        if not known.made:
+        if known.made is None:
             return given[0]
         with unset_fake_temporarily():
             out = [self._make(m, given) for m in known.made]
@@ -130,7 +130,7 @@ _PLAIN = {
 def _result(func: Any, given: list[Tensor], out: Any) -> _Result | None:
     """What to remember of a result; None where it is of another kind."""
     if out is given[0]:
-        return _Result((), None)
+        return _Result(None, None)
     if func._schema.is_mutable:
         return None
     many = None if isinstance(out, Tensor) else type(out)

@@ -135,15 +135,17 @@ def kinds_of(blueprint: Blueprint, plan: StepPlan, skew: float = 1.0) -> dict[Ha
                     for mb in plan.microbatches
                 ]
                 padded = any(tokens != sum(lengths) for tokens, lengths in streams)
+                # In zigzag order a scan passes its states to neighbours, and which these are depends on cp.
+                passes = at.cp if layout.cp > 1 and blueprint.inputs.order == "zigzag" else 0
                 shapes: tuple[Hashable, ...] = tuple(streams)
             else:
                 shapes = tuple(items.get((m, k, at.dp), ()) for k in micro)
-                padded = True
+                padded, passes = True, 0
             # Ranks that share a stream have equal parts of it, unless some of it is padding.
             parts = (at.tp, at.cp) if padded and (layout.cp > 1 or layout.tp > 1) else ()
             # With equal rows for every expert, so have the ranks of ep.
             even = m != SINK or _even_rows(blueprint, plan, at.dp, skew)
-            kind.append((at.pp, parts, () if even else layout.expert_coord(rank).ep, shapes))
+            kind.append((at.pp, parts, passes, () if even else layout.expert_coord(rank).ep, shapes))
         out.setdefault(tuple(kind), []).append(rank)
     return out
 

@@ -95,17 +95,18 @@ def test_what_makes_no_sense_is_refused(given: list[str]) -> None:
     assert cli.main(["train", DIGITS, *given]) == 2
 
 
+@pytest.mark.parametrize("axes", [("tp=2", "pp=2", "ep=4", "sequence_parallel=true"), ("cp=4", "ep=2")])
 def test_the_programs_of_a_large_job_match_on_an_accelerator(
-    processes: None, tmp_path: Path, run: Callable[..., Any] = subprocess.run
+    axes: tuple[str, ...], processes: None, tmp_path: Path, run: Callable[..., Any] = subprocess.run
 ) -> None:
     out = tmp_path / "programs.json"
-    layout = ["layout.llm.tp=2", "layout.llm.pp=2", "layout.llm.ep=4", "layout.llm.sequence_parallel=true"]
+    layout = [f"layout.llm.{given}" for given in axes]
     more = ["schedule.microbatches=2", "train.global_batch=16", "train.dtype=bfloat16", "data.context=128"]
     argv = ["train", DIGITS, "--virtual", "programs", "--world", "16", "--json", str(out), *layout, *more]
     done = run([sys.executable, "-m", "mm", *argv], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads(out.read_text())
-    assert found["match"]["ok"] and found["match"]["calls"] > 16 * 20
+    assert found["match"]["ok"] and found["match"]["calls"] > 16 * 10
     waits = {(w["file"], w["why"]) for r in found["ranks"] for w in r["host_waits"]}
     assert ("mm/ranks/control.py", "copy") in waits  # what only an accelerator waits for
 

@@ -28,6 +28,7 @@ CALLS: list[tuple[Any, Any]] = [
     (_aten.expand.default, lambda x, y: (x.unsqueeze(0), [5, -1, -1])),
     (_aten.split.Tensor, lambda x, y: (x, 3)),
     (_aten.unbind.int, lambda x, y: (x, 1)),
+    (_aten.unbind.int, lambda x, y: (x[:0], 0)),  # a list of no tensors
     (_aten.clone.default, lambda x, y: (x.t(),)),
     (_aten.clone.default, lambda x, y: (x.unsqueeze(0).expand(3, -1, -1),)),
     (_aten.empty_like.default, lambda x, y: (y,)),
