@@ -11,6 +11,8 @@ from llm.source import Source
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
 
 Activation = Literal["relu2", "gelu", "gelu_tanh", "silu", "clamped"]
+# Of gpt-oss's gate, activation "clamped": bounds of gate and up, and the steepness of its sigmoid.
+CLAMP, STEEP = 7.0, 1.702
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm.checks import check
-from llm.config import LLMConfig
+from llm.config import CLAMP, STEEP, LLMConfig
 from llm.hf.family import Data
 
 Options = dict[str, Any]
@@ -160,6 +160,20 @@ def activation(key: str = "hidden_act", default: str = "silu") -> Part:
         return {key: next(theirs for theirs, our in ACTIVATIONS.items() if our == cfg.activation)}
 
     return Part(read, write)
+
+
+def clamped() -> Part:
+    """The gate of gpt-oss, whose two numbers files may say."""
+    known = {"swiglu_limit": CLAMP, "swiglu_alpha": STEEP}
+
+    def read(data: Data, before: Options) -> Options:
+        for key, needed in known.items():
+            if (given := data.get(key, needed)) != needed:
+                raise ValueError(f"config.json has {key}={given}; needed: {needed}")
+        return {"activation": "clamped", "mlp_gated": True}
+
+    # transformers reads hidden_act, and computes the clamped gate whatever it is.
+    return Part(read, lambda cfg: {"hidden_act": "silu", **known})
 
 
 def multipliers() -> Part:

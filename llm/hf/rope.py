@@ -34,16 +34,17 @@ def rope(
     share: float | None = None,
     fixed_share: float | None = None,
     outside: bool = False,
+    scaled: Data | None = None,
 ) -> Part:
     """Rotary positions, alike in all attention layers.
 
     theta: of files without it. share: partial_rotary_factor of files without it; None: the family has none.
     fixed_share: the one of all models, whatever files say. outside: original_max_position_embeddings is a key
-    of its own (Phi-3).
+    of its own (Phi-3). scaled: rope_parameters of files without them.
     """
 
     def read(data: Data, known: Options) -> Options:
-        given = data.get("rope_scaling") or data.get("rope_parameters") or {}
+        given = data.get("rope_scaling") or data.get("rope_parameters") or scaled or {}
         base = given.get("rope_theta", data.get("rope_theta"))
         part = given.get("partial_rotary_factor", data.get("partial_rotary_factor"))
         if fixed_share is not None or part is None:

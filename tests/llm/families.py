@@ -223,6 +223,13 @@ def bamba(r: random.Random) -> Options:
     return mixers(r) | sizes | flip(r, "mlp_bias", "attention_bias")
 
 
+def gpt_oss(r: random.Random) -> Options:
+    yarn = turns(r, "yarn", truncate=r.random() < 0.5)
+    sizes = {"intermediate_size": r.choice([20, 33])}
+    switches = flip(r, "attention_bias", "tie_word_embeddings")
+    return heads(r) | listed(r) | yarn | sparse(r, n="num_local_experts") | sizes | switches
+
+
 def nemotron_h(r: random.Random) -> Options:
     kinds = ["linear_attention", "moe", "full_attention", "mlp"]
     pattern = [*r.sample(kinds, 4), r.choice(kinds)]
@@ -266,6 +273,7 @@ RANDOM: dict[str, Callable[[random.Random], Options]] = {
     "granite": granite,
     "granitemoehybrid": granitemoehybrid,
     "bamba": bamba,
+    "gpt_oss": gpt_oss,
 }
 
 
@@ -297,6 +305,8 @@ def build(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any
         for n, param in model.named_parameters():
             if param.ndim == 1 and "A_log" not in n:
                 param.add_(0.3 * torch.randn_like(param))
+            elif n.endswith("_proj_bias"):
+                param.add_(4.0 * torch.randn_like(param))  # of stacked experts: some reach gpt-oss's clamp
             else:
                 param.mul_(4.0)  # the default deviation makes branches too weak next to the residual
         for n, buffer in model.named_buffers():
