@@ -14,6 +14,7 @@ from parallel.published import (
     SafeFolder,
     Shape,
     check_tensors,
+    dequantised,
     file_tensors,
     module_shapes,
     read_into,
@@ -46,9 +47,9 @@ def check_folder(cfg: LLMConfig, folder: SafeFolder) -> tuple[list[FileTensor], 
     assert published.source is not None
     family = family_named(published.source.family)
     tensors = model_tensors(cfg, family)[0]
-    view = _by_table(family, published, folder)
+    view = _by_table(family, published, dequantised(folder))
     check_tensors(tensors, view.shapes(), str(folder.path))
-    stored_dtypes(tensors, view)  # refuses quantised weights, whose bits are no numbers
+    stored_dtypes(tensors, view)  # refuses weights whose bits are no numbers
     return tensors, view
 
 

@@ -80,8 +80,16 @@ class SafeFolder:
         """The same files under other keys; names: by key, those of the tensors that are left."""
         if all(key == name for key, name in names.items()) and names.keys() == self._slices.keys():
             return self
+        return self.with_slices({name: self._slices[key] for key, name in names.items()})
+
+    def slices(self) -> Mapping[str, Any]:
+        """What each tensor is read through: get_shape(), get_dtype(), and blocks by slices."""
+        return self._slices
+
+    def with_slices(self, slices: Mapping[str, Any]) -> SafeFolder:
+        """The same files with these tensors."""
         out = copy.copy(self)
-        out._slices = {name: self._slices[key] for key, name in names.items()}
+        out._slices = dict(slices)
         return out
 
     def config(self) -> Mapping[str, Any]:

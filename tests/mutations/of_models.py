@@ -264,6 +264,22 @@ LLM = (
         "tests/llm/test_families.py::test_any_model_of_a_family_is_that_of_transformers[gpt_oss-0]",
     ),
     Fault(
+        "hf.nibbles",
+        "the higher four bits of a byte come first",
+        "parallel/published/quantised.py",
+        "[codes & 15, codes >> 4]",
+        "[codes >> 4, codes & 15]",
+        "tests/llm/test_quantised.py::test_mxfp4_is_read_as_transformers_reads_it_and_written_as_bfloat16",
+    ),
+    Fault(
+        "hf.factors",
+        "a block of an FP8 matrix begins with a factor of its own",
+        "parallel/published/quantised.py",
+        "// n - s.start // n",
+        "// n * 0 + (torch.arange(s.stop - s.start) // n)",
+        "tests/llm/test_quantised.py::test_any_block_is_that_of_the_whole",
+    ),
+    Fault(
         "hf.rounded",
         "the factor on embeddings is exact where published models round it",
         "llm/model.py",
