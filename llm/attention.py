@@ -117,13 +117,14 @@ class Rotation:
     """Rotary positions of one layer (arXiv 2104.09864).
 
     Of the first `rope_width` features of a head, feature i is paired with the one half that width later, as
-    in published checkpoints; the others have no positions.
+    in published checkpoints; the others have no positions. With rope_interleaved features 2i and 2i + 1 are a
+    pair, and come out as others do: alike in queries and keys, so that no score knows their order.
     """
 
     def __init__(self, cfg: LLMConfig, layer: int | None) -> None:
         theta, scaling = cfg.rope_of(layer)
         assert theta is not None
-        self.width = cfg.rope_width
+        self.width, self.interleaved = cfg.rope_width, cfg.rope_interleaved
         self.speeds = speeds(theta, self.width // 2, scaling)
         self.factor = attention_factor(scaling)
         self.original = (scaling and scaling.original) or 0
@@ -142,7 +143,8 @@ class Rotation:
 
         def turn(x: Tensor) -> Tensor:
             turned, rest = x[..., : self.width], x[..., self.width :]
-            low, high = turned.to(acc).chunk(2, -1)
+            wide = turned.to(acc)
+            low, high = (wide[..., 0::2], wide[..., 1::2]) if self.interleaved else wide.chunk(2, -1)
             y = torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)
             return torch.cat([y, rest], -1) if rest.shape[-1] else y
 

@@ -18,6 +18,7 @@ from llm.config import LLMConfig, embeds_last
 from llm.counts import Counts
 from llm.layer import Layer, run_layer
 from llm.mamba import Mamba, ScanScalars
+from llm.mla import LatentAttention
 from llm.moe import ForwardContext, MoE, Router
 from llm.mtp import MultiToken, ahead
 from llm.norm import RMSNorm
@@ -124,7 +125,7 @@ class LLM(nn.Module):
     def recompute(self, value: bool | str | Collection[str]) -> None:
         self._recompute = recompute_parts(value)
         for module in self.modules():
-            if isinstance(module, Layer | MoE | Attention | Mamba):
+            if isinstance(module, Layer | MoE | Attention | LatentAttention | Mamba):
                 module.recompute = self._recompute
 
     @property

@@ -57,6 +57,7 @@ class Family:
 READ_BY = {
     "*": (
         "n_heads n_kv_heads head_dim rope_theta attention_bias qkv_bias qk_norm rope_scaling rope_share "
+        "kv_rank q_rank rope_head_dim v_head_dim rope_interleaved "
         "rope_skips window window_layers window_rope_theta attention_scale attention_cap attention_sinks"
     ),
     "M": "mamba_heads mamba_head_dim mamba_state mamba_groups conv_kernel",
@@ -95,6 +96,7 @@ def _attention(cfg: LLMConfig) -> dict[str, Any]:
     out: dict[str, Any] = {
         "rope_skips": tuple(sorted(cfg.rope_skips)),
         "attention_scale": cfg.attention_scale or cfg.head_dim**-0.5,
+        "v_head_dim": cfg.value_dim,
     }
     if cfg.window is not None:
         windowed = attention if cfg.window_layers is None else cfg.window_layers

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from llm.hf.decoder import CLAMPED, SECOND, SINKS, TABLE
-from llm.hf.experts import softmax_experts
-from llm.hf.families import decoder
-from llm.hf.parts import blocks, clamped, field, heads, ours, sizes, tie
+from dataclasses import replace
+
+from llm.hf.decoder import CLAMPED, FIRST, LATENT, SECOND, SINKS, TABLE, one_block_more
+from llm.hf.experts import late_blocks, sigmoid_experts, softmax_experts
+from llm.hf.families import decoder, dense_ffn, switch
+from llm.hf.latents import latent_heads, rope_of_latents
+from llm.hf.parts import activation, blocks, clamped, field, heads, only, ours, sizes, tie
 from llm.hf.rope import rope
 from llm.hf.windows import window
 
@@ -38,4 +41,27 @@ GPT_OSS = decoder(
     ),
     attention=(*TABLE["*"], *SINKS),
     experts=(*SECOND, *CLAMPED),
+)
+
+DEEPSEEK_V3 = replace(
+    decoder(
+        "deepseek_v3",
+        "DeepSeek-V3",
+        "DeepseekV3",
+        (
+            *sizes(129280, 7168),
+            late_blocks(61, 3),
+            latent_heads(),
+            switch("attention_bias"),
+            dense_ffn(18432),
+            sigmoid_experts(256, 8, 2.5, 2048, (8, 4)),
+            only(scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1),
+            activation(),
+            rope_of_latents(),
+            tie(),
+        ),
+        attention=(*FIRST, *LATENT),
+    ),
+    ignored=one_block_more,
+    selection_bias=True,
 )

@@ -75,6 +75,18 @@ def ours(**values: Any) -> Part:
     return Part(lambda data, known: dict(values), lambda cfg: {})
 
 
+def only(**values: Any) -> Part:
+    """Keys that files of the family may have, with the one value that every model of it has."""
+
+    def read(data: Data, known: Options) -> Options:
+        for key, needed in values.items():
+            if (given := data.get(key, needed)) != needed:
+                raise ValueError(f"config.json has {key}={given!r}; needed: {needed!r}")
+        return {}
+
+    return Part(read, lambda cfg: dict(values))
+
+
 def sizes(vocab: int, width: int, eps: float = 1e-6) -> tuple[Part, ...]:
     """What is outside the blocks; values: of files without them."""
     return (
@@ -164,16 +176,12 @@ def activation(key: str = "hidden_act", default: str = "silu") -> Part:
 
 def clamped() -> Part:
     """The gate of gpt-oss, whose two numbers files may say."""
-    known = {"swiglu_limit": CLAMP, "swiglu_alpha": STEEP}
-
-    def read(data: Data, before: Options) -> Options:
-        for key, needed in known.items():
-            if (given := data.get(key, needed)) != needed:
-                raise ValueError(f"config.json has {key}={given}; needed: {needed}")
-        return {"activation": "clamped", "mlp_gated": True}
-
+    numbers = only(swiglu_limit=CLAMP, swiglu_alpha=STEEP)
     # transformers reads hidden_act, and computes the clamped gate whatever it is.
-    return Part(read, lambda cfg: {"hidden_act": "silu", **known})
+    return Part(
+        lambda data, known: numbers.read(data, known) | {"activation": "clamped", "mlp_gated": True},
+        lambda cfg: {"hidden_act": "silu", **numbers.write(cfg)},
+    )
 
 
 def multipliers() -> Part:
