@@ -151,7 +151,9 @@ def _check_attention(cfg: LLMConfig) -> None:
     if cfg.kv_rank is not None:
         if cfg.rope_width % 2:
             even = [{"rope_head_dim": n} for n in (cfg.rope_width - 1, cfg.rope_width + 1) if n]
-            raise Unfit(f"model.llm.rope_head_dim={cfg.rope_width} with rope_theta; needed: even", even, "llm")
+            raise Unfit(
+                f"model.llm.rope_head_dim={cfg.rope_width} with rope_theta; needed: even", even, "llm"
+            )
         return
     if not 0 < cfg.rope_share <= 1:
         raise ValueError(f"model.llm.rope_share is {cfg.rope_share}; needed: more than 0, at most 1")
@@ -184,7 +186,9 @@ def _check_latents(cfg: LLMConfig) -> None:
     off = {"qkv_bias": False, "qk_norm": "none", "rope_share": 1.0, "attention_sinks": False}
     for what, none in off.items():
         if (value := getattr(cfg, what)) != none:
-            why = f"model.llm.{what}={value} with kv_rank; needed: {none}, as attention by latents has no other"
+            why = (
+                f"model.llm.{what}={value} with kv_rank; needed: {none}, as attention by latents has no other"
+            )
             raise Unfit(why, [{what: none}], "llm")
 
 

@@ -52,7 +52,11 @@ class LatentAttention(nn.Module):
         self.limits = Limits(cfg.window_of(layer), cfg.attention_cap)
         self.scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
         # Of a head: features of a key without positions and with them, and of a value.
-        self.plain, self.turned, self.value = cfg.head_dim - cfg.rope_head_dim, cfg.rope_head_dim, cfg.value_dim
+        self.plain, self.turned, self.value = (
+            cfg.head_dim - cfg.rope_head_dim,
+            cfg.rope_head_dim,
+            cfg.value_dim,
+        )
         self.kept = cfg.kv_rank + self.turned
         # Under sequence parallelism each tp rank makes latents of other tokens.
         own = ParamSpec(normal(cfg.init_std), partial=axes.sequence_parallel)
@@ -108,8 +112,9 @@ class LatentAttention(nn.Module):
 
     def _core(self, q: Tensor, kept: Tensor, packing: Packing) -> Tensor:
         """Queries [T, h * head_dim] of the h heads here, and rows [T, kept], to results [T, h, value]."""
-        plain, turned = torch.unflatten(q, -1, (-1, self.cfg.head_dim)).split([self.plain, self.turned], -1)
-        latent, key = kept.unsqueeze(1).split([self.kept - self.turned, self.turned], -1)
+        heads = torch.unflatten(q, -1, (-1, self.cfg.head_dim))
+        plain, turned = torch.split(heads, [self.plain, self.turned], -1)
+        latent, key = torch.split(kept.unsqueeze(1), [self.kept - self.turned, self.turned], -1)
         if self.rope is not None:
             turned, key = self.rope(turned, key, packing)
         if isinstance(packing, CachedPacking):
@@ -133,14 +138,14 @@ class LatentAttention(nn.Module):
     def _expanded(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Keys without positions [T, h, plain] and values [T, h, value] of latents [T, kv_rank]."""
         both = torch.unflatten(self.kv_up(latent), -1, (-1, self.plain + self.value))
-        k, v = both.split([self.plain, self.value], -1)
+        k, v = torch.split(both, [self.plain, self.value], -1)
         return k, v
 
     def _absorbed(self, plain: Tensor, turned: Tensor, rows: Tensor, packing: CachedPacking) -> Tensor:
         """One token a document, plain [B, h, plain] and turned [B, h, turned], to the rows [B, S, 1, kept]
         up to it: [B, h, value]. No key or value of a head is made."""
         up = torch.unflatten(local(self.kv_up.weight), 0, (-1, self.plain + self.value))
-        key, value = up.split([self.plain, self.value], 1)  # [h, ., kv_rank]
+        key, value = torch.split(up, [self.plain, self.value], 1)  # [h, ., kv_rank]
         q = torch.cat([torch.einsum("bhn,hnr->bhr", plain, key), turned], -1)
         kept = KeyValues(rows, rows[..., : key.shape[-1]])
         y = attend_cached(q, kept, packing.position, scale=self.scale, limits=self.limits)

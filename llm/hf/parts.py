@@ -169,7 +169,12 @@ def activation(key: str = "hidden_act", default: str = "silu") -> Part:
         return {"activation": ACTIVATIONS[given], "mlp_gated": True}
 
     def write(cfg: LLMConfig) -> Options:
-        return {key: next(theirs for theirs, our in ACTIVATIONS.items() if our == cfg.activation)}
+        names = [theirs for theirs, our in ACTIVATIONS.items() if our == cfg.activation]
+        if not names:
+            raise ValueError(
+                f"activation={cfg.activation!r}; needed: one of {', '.join(ACTIVATIONS.values())}"
+            )
+        return {key: names[0]}
 
     return Part(read, write)
 

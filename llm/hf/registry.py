@@ -10,7 +10,17 @@ from llm.hf.nemotron_h import NEMOTRON_H
 # In the order in which they are tried for a model that was not imported.
 ALL = (
     *(NEMOTRON_H, f.LLAMA, f.MISTRAL, f.MIXTRAL, f.QWEN2, f.QWEN3, f.QWEN3_MOE, f.SMOLLM3, f.PHI3, f.OLMO2),
-    *(f.OLMO3, f.GEMMA2, f.GEMMA3, f.GLM4_MOE, f.GRANITE, f.GRANITE_HYBRID, f.BAMBA, m.GPT_OSS, m.DEEPSEEK_V3),
+    *(
+        f.OLMO3,
+        f.GEMMA2,
+        f.GEMMA3,
+        f.GLM4_MOE,
+        f.GRANITE,
+        f.GRANITE_HYBRID,
+        f.BAMBA,
+        m.GPT_OSS,
+        m.DEEPSEEK_V3,
+    ),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in ALL}
 

@@ -34,6 +34,10 @@ PATTERNS = {
     "windows": {"pattern": "**", "rope_theta": 1e4, "window": 4, "window_layers": (0,), "norms": "both"},
     "bounded": {"pattern": "*-", "attention_cap": 0.5, "window": 3, "logit_cap": 2.0, "qk_norm": "head"},
     "sinks": {"pattern": "**", "attention_sinks": True, "window": 3, "window_layers": (1,)},
+    "latents": {
+        **{"pattern": "**", "kv_rank": 5, "q_rank": 6, "head_dim": 7, "rope_head_dim": 4, "v_head_dim": 9},
+        **{"n_kv_heads": 8, "rope_theta": 1e4, "window": 3, "window_layers": (1,), "attention_scale": 0.3},
+    },
     "latent, gated": {"pattern": "E*M", "latent": 8, "mlp_gated": True, "activation": "silu"},
 }
 

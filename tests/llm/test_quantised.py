@@ -112,7 +112,5 @@ def test_a_scale_without_its_weight_is_refused(tmp_path: Path) -> None:
     tensors = read_all(path)
     del tensors["model.layers.0.mlp.experts.down_proj_blocks"]
     requantise(path, tensors, {"quant_method": "mxfp4"})
-    with pytest.raises(
-        ValueError, match=r"down_proj_scales without .*down_proj_blocks, which it is"
-    ):
+    with pytest.raises(ValueError, match=r"down_proj_scales without .*down_proj_blocks, which it is"):
         load_hf(path)
