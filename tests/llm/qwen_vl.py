@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import _get_current_function_mode, _pop_mode_temporarily
 
 import tests.llm.oracle  # noqa: F401  makes transformers importable
 from tests.llm.widened import Widened
@@ -31,8 +33,8 @@ TOWERS = {
 }
 
 
-def options(name: str, seed: int) -> dict[str, Any]:
-    """Options of a random model: sizes, sections of axes, ties."""
+def options(name: str, seed: int, vocab: int = 96, image: int = IMAGE) -> dict[str, Any]:
+    """Options of a random model: sizes, sections of axes, ties. image: the placeholder's id."""
     r = random.Random(seed)
     n, kv = r.choice([(4, 2), (2, 1), (2, 2)])
     dim = r.choice([8, 12]) if name == "qwen3_vl" else 8
@@ -43,7 +45,7 @@ def options(name: str, seed: int) -> dict[str, Any]:
         "mrope_section": [cuts[0], cuts[1] - cuts[0], dim // 2 - cuts[1]],
     }
     text = {
-        "vocab_size": 96,
+        "vocab_size": vocab,
         "hidden_size": 8 * n,
         "intermediate_size": 48,
         "num_hidden_layers": 3,
@@ -61,7 +63,7 @@ def options(name: str, seed: int) -> dict[str, Any]:
     return {
         "text_config": text,
         "vision_config": {**TOWER, **TOWERS[name], "out_hidden_size": 8 * n},
-        "image_token_id": IMAGE,
+        "image_token_id": image,
         "video_token_id": VIDEO,
         "vision_start_token_id": BEGIN,
         "vision_end_token_id": END,
@@ -69,14 +71,22 @@ def options(name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A random model in which nothing is at a special value that could hide a mistake."""
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **ids: int) -> Any:
+    """A random model in which nothing is at a special value that could hide a mistake.
+
+    In float64 its text is computed so throughout, but its tower keeps what it rounds to float32: ours does.
+    """
     torch.manual_seed(seed)
     config, model_class = CLASSES[name]
     with Widened() if dtype == torch.float64 else nullcontext():
         model = model_class._from_config(
-            config(**{**options(name, seed), **changes}), attn_implementation="eager", dtype=dtype
+            config(**options(name, seed, **ids)), attn_implementation="eager", dtype=dtype
         )
+    tower = type(model.model.visual)
+    model.model.visual = tower._from_config(model.config.vision_config, attn_implementation="sdpa")
+    for p in model.model.visual.parameters():
+        p.data = p.data.to(dtype)  # to() would change the buffers too, which from_pretrained() does not
+    model.model.visual.forward = unwidened(model.model.visual.forward)
     with torch.no_grad():
         for key, p in model.named_parameters():
             # A strong embedding would repeat the last token, whatever attention adds.
@@ -84,6 +94,17 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, **change
             p.copy_(wide * torch.randn(p.shape, dtype=dtype) + (0.7 if p.ndim == 1 else 0.0))
     model.tie_weights()
     return model.eval()
+
+
+def unwidened(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same outside of Widened."""
+
+    @wraps(forward)
+    def run(*args: Any, **options: Any) -> Any:
+        with _pop_mode_temporarily() if _get_current_function_mode() else nullcontext():
+            return forward(*args, **options)
+
+    return run
 
 
 def text_folder(model: Any, folder: Path) -> Path:
