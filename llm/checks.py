@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from llm.config import KINDS, LLMConfig
-from llm.rotary import check_scaling
+from llm.rotary import check_axes, check_scaling
 from parallel.topology.layout import Unfit, check_divides, nearest
 
 # Integers that may be 0, which then means "none".
@@ -142,18 +142,25 @@ def _check_attention(cfg: LLMConfig) -> None:
     if cfg.rope_theta is None and cfg.rope_scaling is not None:
         raise ValueError("model.llm.rope_scaling without rope_theta; needed: rope_theta, such as 10000")
     if cfg.rope_theta is None and cfg.window_rope_theta is None:
-        for what, unset in {"rope_share": 1.0, "rope_skips": (), "rope_interleaved": False}.items():
-            if getattr(cfg, what) != unset:
+        unset = {"rope_share": 1.0, "rope_skips": (), "rope_axes": None, "rope_interleaved": False}
+        for what, none in unset.items():
+            if getattr(cfg, what) != none:
                 raise ValueError(f"model.llm.{what} without rope_theta; needed: rope_theta, such as 10000")
         return
+    _check_turned(cfg)
     if cfg.rope_scaling is not None:
         check_scaling(cfg.rope_scaling, cfg.rope_width // 2)
+    if cfg.rope_axes is not None:
+        check_axes(cfg.rope_axes, cfg.rope_width // 2)
+
+
+def _check_turned(cfg: LLMConfig) -> None:
+    """Refuse a number of features with positions that is not made of pairs."""
     if cfg.kv_rank is not None:
         if cfg.rope_width % 2:
-            even = [{"rope_head_dim": n} for n in (cfg.rope_width - 1, cfg.rope_width + 1) if n]
-            raise Unfit(
-                f"model.llm.rope_head_dim={cfg.rope_width} with rope_theta; needed: even", even, "llm"
-            )
+            even = [{"rope_head_dim": n} for n in (cfg.rope_width - 1, cfg.rope_width + 1)]
+            why = f"model.llm.rope_head_dim={cfg.rope_width} with rope_theta; needed: even"
+            raise Unfit(why, even, "llm")
         return
     if not 0 < cfg.rope_share <= 1:
         raise ValueError(f"model.llm.rope_share is {cfg.rope_share}; needed: more than 0, at most 1")

@@ -82,7 +82,7 @@ def test_weights_are_sharded() -> None:
 def test_generation_keeps_one_latent_of_each_token() -> None:
     model = build(tiny(pattern="*", kv_rank=5, rope_head_dim=2, n_kv_heads=8)).eval()
     cache, ids = Cache(), torch.arange(6)
-    packing = CachedPacking((4, 2), torch.device("cpu"), (0, 0), cache)
+    packing = CachedPacking((4, 2), torch.device("cpu"), past=(0, 0), cache=cache)
     model.states(LLMBatch(ids, ids, packing, 6, {}), {}, ForwardContext(packing, 6))
     (kept,) = cache.layers.values()
     assert kept.k.shape[2:] == (1, 5 + 2) and kept.v.numel() == 0
