@@ -60,8 +60,8 @@ class CachedPacking(Packing):
     lengths: of the next tokens. past: tokens of each document before these, zero for all or for none.
     """
 
-    past: tuple[int, ...]
-    cache: Cache
+    past: tuple[int, ...] = ()
+    cache: Cache = field(default_factory=Cache)
 
     @property
     def begins(self) -> bool:
@@ -90,7 +90,8 @@ class CachedPacking(Packing):
 def attend_cached(
     q: Tensor, kept: KeyValues, position: Tensor, *, scale: float | None = None, limits: Limits = NO_LIMITS
 ) -> Tensor:
-    """Attention of one token a document: q [B, H, D] at positions [B] to the keys up to it, [B, H, D].
+    """Attention of one token a document: q [B, H, D] at positions [B] to the keys up to it: [B, H, width of a
+    value].
 
     scale, limits: as in parallel.sequence.attention. Keys before a window are kept, and masked.
     """
@@ -98,8 +99,9 @@ def attend_cached(
     seen = at <= position.unsqueeze(1)  # [B, S]
     if limits.window is not None:
         seen &= at > position.unsqueeze(1) - limits.window
-    if limits.cap is not None or limits.sinks is not None:
-        return _bounded(q, kept, seen, q.shape[-1] ** -0.5 if scale is None else scale, limits)
+    plain = limits.cap is not None or limits.sinks is not None or kept.k.shape[-1] != kept.v.shape[-1]
+    if plain:
+        return _in_products(q, kept, seen, q.shape[-1] ** -0.5 if scale is None else scale, limits)
     k, v = kept.k.transpose(1, 2), kept.v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(
@@ -108,8 +110,9 @@ def attend_cached(
     return y.squeeze(2)
 
 
-def _bounded(q: Tensor, kept: KeyValues, seen: Tensor, scale: float, limits: Limits) -> Tensor:
-    """The same with bounded scores or sinks, which no fused kernel has."""
+def _in_products(q: Tensor, kept: KeyValues, seen: Tensor, scale: float, limits: Limits) -> Tensor:
+    """The same with bounded scores or sinks, which no fused kernel has, or with values of another width than
+    keys, for which torch would copy the keys for every head."""
     acc = accumulation_dtype(q.dtype)
     heads = torch.unflatten(q, 1, (kept.k.shape[2], -1)).to(acc)  # [B, H_kv, G, D]
     scores = torch.einsum("bhgd,bshd->bhgs", heads, kept.k.to(acc)) * scale

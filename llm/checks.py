@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from llm.config import KINDS, LLMConfig
-from llm.rotary import check_scaling
+from llm.rotary import check_axes, check_scaling
 from parallel.topology.layout import Unfit, check_divides, nearest
 
 # Integers that may be 0, which then means "none".
@@ -33,6 +33,7 @@ def check(cfg: LLMConfig, tp: int = 1, ep: int = 1, etp: int = 1) -> None:
     if cfg.activation == "clamped" and not cfg.mlp_gated:
         raise Unfit("model.llm.activation=clamped needs mlp_gated", [{"mlp_gated": True}], "llm")
     _check_layers(cfg)
+    _check_latents(cfg)
     _check_attention(cfg)
     _check_routing(cfg)
     # tp need not divide key/value heads and groups: more ranks share them (parallel.tensor_parallel.heads).
@@ -141,9 +142,25 @@ def _check_attention(cfg: LLMConfig) -> None:
     if cfg.rope_theta is None and cfg.rope_scaling is not None:
         raise ValueError("model.llm.rope_scaling without rope_theta; needed: rope_theta, such as 10000")
     if cfg.rope_theta is None and cfg.window_rope_theta is None:
-        for what, unset in {"rope_share": 1.0, "rope_skips": ()}.items():
-            if getattr(cfg, what) != unset:
+        unset = {"rope_share": 1.0, "rope_skips": (), "rope_axes": None, "rope_interleaved": False}
+        for what, none in unset.items():
+            if getattr(cfg, what) != none:
                 raise ValueError(f"model.llm.{what} without rope_theta; needed: rope_theta, such as 10000")
+        return
+    _check_turned(cfg)
+    if cfg.rope_scaling is not None:
+        check_scaling(cfg.rope_scaling, cfg.rope_width // 2)
+    if cfg.rope_axes is not None:
+        check_axes(cfg.rope_axes, cfg.rope_width // 2)
+
+
+def _check_turned(cfg: LLMConfig) -> None:
+    """Refuse a number of features with positions that is not made of pairs."""
+    if cfg.kv_rank is not None:
+        if cfg.rope_width % 2:
+            even = [{"rope_head_dim": n} for n in (cfg.rope_width - 1, cfg.rope_width + 1)]
+            why = f"model.llm.rope_head_dim={cfg.rope_width} with rope_theta; needed: even"
+            raise Unfit(why, even, "llm")
         return
     if not 0 < cfg.rope_share <= 1:
         raise ValueError(f"model.llm.rope_share is {cfg.rope_share}; needed: more than 0, at most 1")
@@ -155,8 +172,31 @@ def _check_attention(cfg: LLMConfig) -> None:
             f"model.llm.rope_share={cfg.rope_share} of head_dim={cfg.head_dim} is {cfg.rope_width} features; "
             "needed: an even number, at least 2"
         )
-    if cfg.rope_scaling is not None:
-        check_scaling(cfg.rope_scaling, cfg.rope_width // 2)
+
+
+def _check_latents(cfg: LLMConfig) -> None:
+    """Refuse options of multi-head latent attention without it, and with it those that it does not have."""
+    if cfg.kv_rank is None:
+        for what in ("q_rank", "rope_head_dim", "v_head_dim"):
+            if getattr(cfg, what) is not None:
+                why = f"model.llm.{what} without kv_rank would have no effect; needed: kv_rank, such as 512"
+                raise Unfit(why, [{what: None}], "llm")
+        return
+    if cfg.rope_head_dim is None or not 0 < cfg.rope_head_dim < cfg.head_dim:
+        raise ValueError(
+            f"model.llm.kv_rank with rope_head_dim={cfg.rope_head_dim}; needed: the features with positions "
+            f"among head_dim={cfg.head_dim}, more than 0 and less than that"
+        )
+    if cfg.n_kv_heads != cfg.n_heads:
+        why = f"model.llm.kv_rank with n_kv_heads={cfg.n_kv_heads}; needed: n_heads={cfg.n_heads}, all heads"
+        raise Unfit(why, [{"n_kv_heads": cfg.n_heads}], "llm")
+    off = {"qkv_bias": False, "qk_norm": "none", "rope_share": 1.0, "attention_sinks": False}
+    for what, none in off.items():
+        if (value := getattr(cfg, what)) != none:
+            why = (
+                f"model.llm.{what}={value} with kv_rank; needed: {none}, as attention by latents has no other"
+            )
+            raise Unfit(why, [{what: none}], "llm")
 
 
 def _check_routing(cfg: LLMConfig) -> None:

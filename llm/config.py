@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llm.rotary import RopeScaling
+from llm.rotary import RopeAxes, RopeScaling
 from llm.source import Source
 
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
 
 Activation = Literal["relu2", "gelu", "gelu_tanh", "silu", "clamped"]
+# Of gpt-oss's gate, activation "clamped": bounds of gate and up, and the steepness of its sigmoid.
+CLAMP, STEEP = 7.0, 1.702
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,17 @@ class LLMConfig:
     n_kv_heads: int = 4
     """Key/value heads; equal runs of query heads share one (arXiv 2305.13245). [num_key_value_heads]"""
     head_dim: int = 16
-    """Width of an attention head; even with rope_theta. [head_dim]"""
+    """Width of an attention head's queries and keys; even with rope_theta. [head_dim]"""
+    kv_rank: int | None = None
+    """Width of the latent that keys and values of all heads come from: multi-head latent attention (llm.mla;
+    DeepSeek-V2, arXiv 2405.04434, section 2.1); None: they come from hidden states. [kv_lora_rank]"""
+    q_rank: int | None = None
+    """Width of the latent that queries come from; None: from hidden states. Needs kv_rank. [q_lora_rank]"""
+    rope_head_dim: int | None = None
+    """The last features of head_dim, the ones with positions, whose key all heads share. Needed with kv_rank,
+    and only then. [qk_rope_head_dim]"""
+    v_head_dim: int | None = None
+    """Width of a head's values; None: head_dim. Needs kv_rank. [v_head_dim]"""
     rope_theta: float | None = None
     """Base of rotary positions (arXiv 2104.09864); None for no positions, as Nemotron-H."""
     attention_bias: bool = False
@@ -45,8 +57,12 @@ class LLMConfig:
     """RMS norm of queries and keys before positions: of each head (Qwen 3), or over all heads (OLMo 2)."""
     rope_scaling: RopeScaling | None = None
     """Change of rotary speeds for longer contexts."""
+    rope_axes: RopeAxes | None = None
+    """Positions of three axes (M-RoPE), as Qwen's vision-language models have them; None: of one."""
     rope_share: float = 1.0
     """Share of a head's features, the first, that positions turn. [partial_rotary_factor]"""
+    rope_interleaved: bool = False
+    """Whether positions turn features 2i and 2i + 1 together; else i and the one half of them later."""
     rope_skips: tuple[int, ...] = ()
     """Attention layers, by index, without positions (arXiv 2501.18795)."""
     window: int | None = None
@@ -170,8 +186,13 @@ class LLMConfig:
 
     @property
     def rope_width(self) -> int:
-        """Features of a head that positions turn, the first."""
-        return int(self.head_dim * self.rope_share)
+        """Features of a head that positions turn: the first; with latents the last."""
+        return self.rope_head_dim if self.rope_head_dim is not None else int(self.head_dim * self.rope_share)
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's values."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     def window_of(self, layer: int | None) -> int | None:
         """The window of an attention layer, by its index (None: multi-token prediction); None for none."""

@@ -20,6 +20,8 @@ def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
         di, bc = cfg.mamba_inner, 2 * cfg.mamba_groups * cfg.mamba_state
         n += d * (2 * di + bc + cfg.mamba_heads) + (di + bc) * (cfg.conv_kernel + 1)
         n += 3 * cfg.mamba_heads + di + di * d
+    elif symbol == "*" and cfg.kv_rank is not None:
+        n += _latent_params(cfg, cfg.kv_rank)
     elif symbol == "*":
         heads = 2 * cfg.n_heads + 2 * cfg.n_kv_heads
         n += d * cfg.head_dim * heads
@@ -37,6 +39,18 @@ def layer_params(cfg: LLMConfig, symbol: str) -> tuple[int, int]:
         one += cfg.moe_bias * ((1 + cfg.mlp_gated) * cfg.expert_ffn + cfg.expert_width)
         return n + cfg.n_experts * one, n + cfg.top_k * one
     return n, n
+
+
+def _latent_params(cfg: LLMConfig, rank: int) -> int:
+    """Of multi-head latent attention, without the norm before it; rank: kv_rank."""
+    queries, kept = cfg.n_heads * cfg.head_dim, rank + cfg.rope_width
+    n = cfg.d_model * kept + rank + rank * cfg.n_heads * (cfg.head_dim - cfg.rope_width + cfg.value_dim)
+    if cfg.q_rank is None:
+        n += cfg.d_model * queries
+    else:
+        n += cfg.q_rank * (cfg.d_model + 1 + queries)
+    n += cfg.n_heads * cfg.value_dim * cfg.d_model
+    return n + cfg.attention_bias * (kept + (cfg.q_rank or 0) + cfg.d_model)
 
 
 def _mlp_params(cfg: LLMConfig, ffn: int) -> int:
@@ -88,7 +102,7 @@ def pairs(n: int, window: int | None) -> float:
 
 def _pair_flops(cfg: LLMConfig) -> float:
     """FLOPs of a query's score of a key and of its share of the value, in all heads."""
-    return 4.0 * cfg.n_heads * cfg.head_dim
+    return 2.0 * cfg.n_heads * (cfg.head_dim + cfg.value_dim)
 
 
 def layer_costs(cfg: LLMConfig, lengths: Sequence[int]) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm.attention import Attention
 from llm.config import LLMConfig
 from llm.mamba import Mamba
+from llm.mla import LatentAttention
 from llm.mlp import MLP, config_mlp
 from llm.moe import Choice, ForwardContext, MoE
 from llm.norm import RMSNorm
@@ -47,7 +48,8 @@ class Layer(nn.Module):
         if symbol == "M":
             self.mixer = Mamba(cfg, axes, **factory)
         elif symbol == "*":
-            self.mixer = Attention(cfg, axes, index, **factory)
+            latent = cfg.kv_rank is not None
+            self.mixer = (LatentAttention if latent else Attention)(cfg, axes, index, **factory)
         elif symbol == "E":
             self.mixer = MoE(cfg, axes, **factory)
         else:

@@ -11,14 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.config import Activation, LLMConfig
+from llm.config import CLAMP, STEEP, Activation, LLMConfig
 from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.layers import Linear, enter, leave
 from parallel.topology.axis import Axes
-
-# Of gpt-oss's gate: bounds of gate and up, and the steepness of its sigmoid.
-CLAMP, STEEP = 7.0, 1.702
 
 
 class _SquaredReLU(torch.autograd.Function):

@@ -18,6 +18,7 @@ from llm.config import LLMConfig, embeds_last
 from llm.counts import Counts
 from llm.layer import Layer, run_layer
 from llm.mamba import Mamba, ScanScalars
+from llm.mla import LatentAttention
 from llm.moe import ForwardContext, MoE, Router
 from llm.mtp import MultiToken, ahead
 from llm.norm import RMSNorm
@@ -124,7 +125,7 @@ class LLM(nn.Module):
     def recompute(self, value: bool | str | Collection[str]) -> None:
         self._recompute = recompute_parts(value)
         for module in self.modules():
-            if isinstance(module, Layer | MoE | Attention | Mamba):
+            if isinstance(module, Layer | MoE | Attention | LatentAttention | Mamba):
                 module.recompute = self._recompute
 
     @property
@@ -177,7 +178,8 @@ class LLM(nn.Module):
         """Embeddings of token ids [T]: [T, d], or this rank's share of it."""
         assert self.embed is not None
         x = leave(self.embed(ids), self.axes)
-        return x if self.cfg.embed_scale == 1 else x * self.cfg.embed_scale
+        # Rounded to the embedding's dtype, as published models have it: in bfloat16 by up to 0.4 %.
+        return x if self.cfg.embed_scale == 1 else x * x.new_full((), self.cfg.embed_scale)
 
     def head_weight(self) -> Tensor:
         """This tp rank's rows of the head [V / tp, d]."""

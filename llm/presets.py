@@ -1,17 +1,19 @@
 """Published models by name, with their exact shapes, and a tiny one of each kind. Pure.
 
 Sources: Nemotron-H (arXiv 2504.03624), Nemotron Nano 2 (2508.14444), Nemotron 3 (2512.20856) with its Nano
-(2512.20848), Super (2604.12374) and Ultra (2606.15007), Llama 3 (2407.21783), Mixtral (2401.04088), and the
-models' published configurations.
+(2512.20848), Super (2604.12374) and Ultra (2606.15007), Llama 3 (2407.21783), Mixtral (2401.04088),
+gpt-oss (2508.10925), DeepSeek-V3 (2412.19437), and the models' published configurations.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import replace
 from typing import Any
 
 from llm.config import LLMConfig
+from llm.rotary import RopeScaling
 
 # Each model names the fields in which it differs from the one that it is made of: alike in form, not in fact.
 _NEMOTRON_H_8B = LLMConfig(
@@ -70,6 +72,61 @@ _LLAMA_3_8B = LLMConfig(
     mlp_ffn=14336,
     mlp_gated=True,
     activation="silu",
+)
+
+_GPT_OSS_120B = LLMConfig(
+    pattern=36 * "*E",
+    d_model=2880,
+    vocab_size=201088,
+    n_heads=64,
+    n_kv_heads=8,
+    head_dim=64,
+    attention_bias=True,
+    attention_sinks=True,
+    rope_theta=150000.0,
+    rope_scaling=RopeScaling("yarn", 32.0, 4096, truncate=False),
+    window=128,
+    window_layers=tuple(range(0, 72, 4)),
+    n_experts=128,
+    top_k=4,
+    expert_ffn=2880,
+    shared_ffn=0,
+    moe_bias=True,
+    router="softmax",
+    routed_scale=1.0,
+    expert_bias_rate=0.0,
+    mlp_gated=True,
+    activation="clamped",
+)
+
+_DEEPSEEK_V3 = LLMConfig(
+    pattern=3 * "*-" + 58 * "*E",
+    d_model=7168,
+    vocab_size=129280,
+    n_heads=128,
+    n_kv_heads=128,
+    head_dim=192,
+    kv_rank=512,
+    q_rank=1536,
+    rope_head_dim=64,
+    v_head_dim=128,
+    rope_theta=10000.0,
+    rope_interleaved=True,
+    # Both factors of its yarn are 1: none on cosines and sines, this one on scores.
+    rope_scaling=RopeScaling("yarn", 40.0, 4096, attention_factor=1.0),
+    attention_scale=192**-0.5 * (0.1 * math.log(40.0) + 1.0) ** 2,
+    n_experts=256,
+    top_k=8,
+    expert_ffn=2048,
+    shared_ffn=2048,
+    routed_scale=2.5,
+    expert_groups=8,
+    top_groups=4,
+    aux_weight=1e-4,
+    mlp_ffn=18432,
+    mlp_gated=True,
+    activation="silu",
+    norm_eps=1e-6,
 )
 
 _TINY = LLMConfig(
@@ -134,6 +191,11 @@ PRESETS = {
         expert_bias_rate=0.0,
         aux_weight=0.02,
     ),
+    "gpt-oss-20b": replace(
+        _GPT_OSS_120B, pattern=24 * "*E", window_layers=tuple(range(0, 48, 4)), n_experts=32
+    ),
+    "gpt-oss-120b": _GPT_OSS_120B,
+    "deepseek-v3": _DEEPSEEK_V3,
     "tiny-hybrid": _TINY,
     "tiny-moe": replace(_TINY, pattern="MEM*EME"),
     "tiny-latent": replace(_TINY, pattern="MEM*EME", latent=32, n_experts=16, top_k=4, mtp_layers=2),

@@ -14,7 +14,7 @@ PARTS = {
     "mlp": "dense MLPs and shared experts",
     "moe_act": "the activation inside routed experts; of use with a gate, the squared ReLU keeps no input",
     "norm": "norms before layers, whose wide copy of the input is not kept",
-    "attention_core": "attention between its projections",
+    "attention_core": "attention between its projections; with latents their expansion too",
     "scan": "the state space scan with its convolution and gate, between its projections",
 }
 

@@ -38,6 +38,17 @@ BESIDE = tuple(
 )
 
 
+def family_name(cls: type[Encoder]) -> str:
+    """The name of the published family that an encoder is of; "" where it is of none."""
+    return next((f.encoder for f in FAMILIES if resolve(f.encoder) is cls), "")
+
+
+def kind_of(cls: type[Encoder]) -> str:
+    """What an encoder of a published family takes: vision or audio; "" where it is of none."""
+    name = family_name(cls)
+    return "" if not name else "audio" if name in (f.encoder for f in AUDIO) else "vision"
+
+
 @dataclass(frozen=True)
 class Opened:
     """A folder with one of its encoders.

@@ -1,7 +1,8 @@
 """Published language models of Hugging Face's format: reading, also sharded, and writing, family by family.
 
-Other modules of the job may not enter. families.py describes them, each by parts of config.json (parts.py,
-rope.py, windows.py, experts.py, hybrid.py) and rows of tensors (decoder.py); nemotron_h.py is one of its own.
+Other modules of the job may not enter. families.py and mixtures.py describe them, each by parts of
+config.json (parts.py, rope.py, windows.py, experts.py, hybrid.py, latents.py) and rows of tensors
+(decoder.py); nemotron_h.py is one of its own.
 """
 
 from llm.hf.causal import CausalLM, load_hf

@@ -79,6 +79,31 @@ STACKED: Rows = (
 GRANITE_SHARED = joined_dense("shared_mlp.input_linear", "shared_mlp.output_linear", "mixer.shared")
 GRANITE_DENSE = joined_dense("shared_mlp.input_linear", "shared_mlp.output_linear")
 
+# Multi-head latent attention.
+LATENT: Rows = (
+    Row("self_attn.q_proj.weight", ("mixer.q.weight",)),
+    Row("self_attn.q_a_proj.weight", ("mixer.q_down",)),
+    Row("self_attn.q_a_proj.bias", ("mixer.q_down_bias",)),
+    Row("self_attn.q_a_layernorm.weight", ("mixer.q_norm",)),
+    Row("self_attn.q_b_proj.weight", ("mixer.q_up.weight",)),
+    Row("self_attn.kv_a_proj_with_mqa.weight", ("mixer.kv_down",)),
+    Row("self_attn.kv_a_proj_with_mqa.bias", ("mixer.kv_down_bias",)),
+    Row("self_attn.kv_a_layernorm.weight", ("mixer.kv_norm",)),
+    Row("self_attn.kv_b_proj.weight", ("mixer.kv_up.weight",)),
+    *OUT[:2],
+)
+# gpt-oss's experts: stacked, input features first, features of gate and up taking turns; all with biases.
+GATE_UP = ("mixer.experts.gate", "mixer.experts.up")
+CLAMPED: Rows = (
+    Row("mlp.router.weight", ("mixer.router.weight",)),
+    Row("mlp.router.bias", ("mixer.router.bias",)),
+    Row("mlp.experts.gate_up_proj", GATE_UP, dim=1, mixed=True, flipped=True),
+    Row("mlp.experts.gate_up_proj_bias", tuple(f"{name}_bias" for name in GATE_UP), dim=1, mixed=True),
+    Row("mlp.experts.down_proj", ("mixer.experts.down",), dim=1, flipped=True),
+    Row("mlp.experts.down_proj_bias", ("mixer.experts.down_bias",)),
+)
+SINKS: Rows = (Row("self_attn.sinks", ("mixer.sinks",)),)
+
 FIRST, SECOND = norms("input_layernorm"), norms("post_attention_layernorm")
 
 # Rows of each kind of layer: below model.layers.N there, below layers.2N or layers.2N+1 here.

@@ -71,8 +71,11 @@ def late_blocks(count: int, dense: int) -> Part:
     return Part(read, write)
 
 
-def sigmoid_experts(count: int, chosen: int, scale: float, width: int) -> Part:
-    """DeepSeek's router with shared experts of the routed ones' width; values: of files without them."""
+def sigmoid_experts(
+    count: int, chosen: int, scale: float, width: int, groups: tuple[int, int] = (1, 1)
+) -> Part:
+    """DeepSeek's router with shared experts of the routed ones' width; values: of files without them, groups
+    and how many of them are taken among these."""
 
     def read(data: Data, known: Options) -> Options:
         ffn = data.get("moe_intermediate_size", width)
@@ -82,8 +85,8 @@ def sigmoid_experts(count: int, chosen: int, scale: float, width: int) -> Part:
             "expert_ffn": ffn,
             "shared_ffn": ffn * data.get("n_shared_experts", 1),
             "routed_scale": data.get("routed_scaling_factor", scale),
-            "expert_groups": data.get("n_group", 1),
-            "top_groups": data.get("topk_group", 1),
+            "expert_groups": data.get("n_group", groups[0]),
+            "top_groups": data.get("topk_group", groups[1]),
             "norm_top_k": data.get("norm_topk_prob", True),
             "router": "sigmoid",
         }

@@ -153,7 +153,7 @@ QWEN2 = decoder(
         ours(qkv_bias=True),
         dense_ffn(22016),
         activation(),
-        rope(),
+        rope(axes=True),
         window(4096, listed=_qwen_listed, switch=True),
         tie(),
     ),
@@ -171,7 +171,7 @@ QWEN3 = decoder(
         FOUR_BIASES,
         dense_ffn(22016),
         activation(),
-        rope(),
+        rope(axes=True),
         window(4096, listed=_qwen_listed, switch=True),
         tie(),
     ),
@@ -191,7 +191,7 @@ QWEN3_MOE = decoder(
         field("expert_ffn", "moe_intermediate_size", 768),
         softmax_experts("num_experts", 128, 8, norm=False),
         activation(),
-        rope(),
+        rope(axes=True),
         window(4096, switch=True),
         tie(),
     ),
@@ -341,9 +341,9 @@ GLM4_MOE = replace(
     selection_bias=True,
 )
 
-GRANITE = decoder("granite", "Granite", "Granite", (*LLAMA_PARTS, multipliers()))
+GRANITE = replace(decoder("granite", "Granite", "Granite", (*LLAMA_PARTS, multipliers())), scales_rows=True)
 
-GRANITE_HYBRID = decoder(
+_GRANITE_HYBRID = decoder(
     "granitemoehybrid",
     "Granite 4 H",
     "GraniteMoeHybrid",
@@ -361,6 +361,7 @@ GRANITE_HYBRID = decoder(
     experts=(*SECOND, *STACKED, *GRANITE_SHARED),
     dense=(*SECOND, *GRANITE_DENSE),
 )
+GRANITE_HYBRID = replace(_GRANITE_HYBRID, scales_rows=True)
 
 BAMBA = decoder(
     "bamba",

@@ -49,6 +49,8 @@ class Family:
     """The key of the embedding."""
     ignored: Callable[[str, LLMConfig], bool] = lambda key, cfg: False
     """Whether the tensor of a key is no weight of the model, such as a stored table of rotary speeds."""
+    scales_rows: bool = False
+    """Whether the factor on embeddings multiplies rows of encoders too, which come in their place."""
     selection_bias: bool = False
     """Whether files hold the bias that experts are selected with; others need it to be zero."""
 
@@ -56,8 +58,9 @@ class Family:
 # The kinds of layers that read a field of LLMConfig; fields that are not here are read by all models.
 READ_BY = {
     "*": (
-        "n_heads n_kv_heads head_dim rope_theta attention_bias qkv_bias qk_norm rope_scaling rope_share "
-        "rope_skips window window_layers window_rope_theta attention_scale attention_cap attention_sinks"
+        "n_heads n_kv_heads head_dim rope_theta attention_bias qkv_bias qk_norm rope_scaling rope_axes "
+        "rope_share rope_skips window window_layers window_rope_theta attention_scale attention_cap "
+        "attention_sinks kv_rank q_rank rope_head_dim v_head_dim rope_interleaved"
     ),
     "M": "mamba_heads mamba_head_dim mamba_state mamba_groups conv_kernel",
     "E": (
@@ -95,6 +98,7 @@ def _attention(cfg: LLMConfig) -> dict[str, Any]:
     out: dict[str, Any] = {
         "rope_skips": tuple(sorted(cfg.rope_skips)),
         "attention_scale": cfg.attention_scale or cfg.head_dim**-0.5,
+        "v_head_dim": cfg.value_dim,
     }
     if cfg.window is not None:
         windowed = attention if cfg.window_layers is None else cfg.window_layers

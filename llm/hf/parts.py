@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm.checks import check
-from llm.config import LLMConfig
+from llm.config import CLAMP, STEEP, LLMConfig
 from llm.hf.family import Data
 
 Options = dict[str, Any]
@@ -73,6 +73,18 @@ def head_norms(key: str = "use_qk_norm") -> Part:
 def ours(**values: Any) -> Part:
     """What every model of the family is here, and its files do not say."""
     return Part(lambda data, known: dict(values), lambda cfg: {})
+
+
+def only(**values: Any) -> Part:
+    """Keys that files of the family may have, with the one value that every model of it has."""
+
+    def read(data: Data, known: Options) -> Options:
+        for key, needed in values.items():
+            if (given := data.get(key, needed)) != needed:
+                raise ValueError(f"config.json has {key}={given!r}; needed: {needed!r}")
+        return {}
+
+    return Part(read, lambda cfg: dict(values))
 
 
 def sizes(vocab: int, width: int, eps: float = 1e-6) -> tuple[Part, ...]:
@@ -157,9 +169,24 @@ def activation(key: str = "hidden_act", default: str = "silu") -> Part:
         return {"activation": ACTIVATIONS[given], "mlp_gated": True}
 
     def write(cfg: LLMConfig) -> Options:
-        return {key: next(theirs for theirs, our in ACTIVATIONS.items() if our == cfg.activation)}
+        names = [theirs for theirs, our in ACTIVATIONS.items() if our == cfg.activation]
+        if not names:
+            raise ValueError(
+                f"activation={cfg.activation!r}; needed: one of {', '.join(ACTIVATIONS.values())}"
+            )
+        return {key: names[0]}
 
     return Part(read, write)
+
+
+def clamped() -> Part:
+    """The gate of gpt-oss, whose two numbers files may say."""
+    numbers = only(swiglu_limit=CLAMP, swiglu_alpha=STEEP)
+    # transformers reads hidden_act, and computes the clamped gate whatever it is.
+    return Part(
+        lambda data, known: numbers.read(data, known) | {"activation": "clamped", "mlp_gated": True},
+        lambda cfg: {"hidden_act": "silu", **numbers.write(cfg)},
+    )
 
 
 def multipliers() -> Part:

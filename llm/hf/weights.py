@@ -7,6 +7,7 @@ import torch
 from llm.config import LLMConfig
 from llm.hf.config import check_same, read_config
 from llm.hf.family import Family
+from llm.hf.inside import HEAD, language_part
 from llm.hf.registry import family_named
 from llm.model import LLM
 from parallel.published import (
@@ -14,14 +15,13 @@ from parallel.published import (
     SafeFolder,
     Shape,
     check_tensors,
+    dequantised,
     file_tensors,
     module_shapes,
     read_into,
     stored_dtypes,
 )
 from parallel.topology.mesh import ModuleMesh
-
-HEAD = "lm_head.weight"
 
 
 def model_tensors(cfg: LLMConfig, family: Family) -> tuple[list[FileTensor], dict[str, Shape], list[str]]:
@@ -39,16 +39,18 @@ def checkpoint_tensors(cfg: LLMConfig, family: str | None = None) -> list[FileTe
 def check_folder(cfg: LLMConfig, folder: SafeFolder) -> tuple[list[FileTensor], SafeFolder]:
     """The tensors of a folder, and the folder under the keys of its family's table.
 
-    Raises ValueError unless it holds this model. Reads no data but of a head beside a tied embedding.
+    A whole model may have other parts beside it. Raises ValueError unless it holds this model. Reads no data
+    but of a head beside a tied embedding.
     """
+    folder = language_part(folder)
     published = read_config(folder.config())
     check_same(cfg, published)
     assert published.source is not None
     family = family_named(published.source.family)
     tensors = model_tensors(cfg, family)[0]
-    view = _by_table(family, published, folder)
+    view = _by_table(family, published, dequantised(folder))
     check_tensors(tensors, view.shapes(), str(folder.path))
-    stored_dtypes(tensors, view)  # refuses quantised weights, whose bits are no numbers
+    stored_dtypes(tensors, view)  # refuses weights whose bits are no numbers
     return tensors, view
 
 

@@ -4,6 +4,7 @@ No family of models may enter: its tables and its config.json are read where its
 is unpickled.
 
     folder = SafeFolder(path)                       files.py: the tensors of a folder, read by slices
+    folder = dequantised(folder)                    quantised.py: MXFP4 and FP8 as bfloat16
     tensors = file_tensors(rows, shapes)            tables.py: rows of a family's table for one model
     check_tensors(tensors, folder.shapes(), path)   tables.py: missing and unknown tensors, by name
     read_into(module, tensors, folder, mesh)        read.py: each rank reads what it holds
@@ -11,6 +12,7 @@ is unpickled.
 """
 
 from parallel.published.files import CONFIG, SafeFolder
+from parallel.published.quantised import dequantised
 from parallel.published.read import allocate, module_shapes, module_tensors, read_into, stored_dtypes
 from parallel.published.tables import FileTensor, Row, Shape, check_tensors, file_tensors, parts_by_name
 from parallel.published.write import FILE_BYTES, Contents, Fetch, join, write_folder
@@ -26,6 +28,7 @@ __all__ = [
     "Shape",
     "allocate",
     "check_tensors",
+    "dequantised",
     "file_tensors",
     "join",
     "module_shapes",

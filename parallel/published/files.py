@@ -23,6 +23,7 @@ class SafeFolder:
     def __init__(self, path: str | Path) -> None:
         """Raises ValueError, by name, for a folder, file or tensor that is missing."""
         self.path = Path(path)
+        self._config: Mapping[str, Any] | None = None
         if not self.path.is_dir():
             raise ValueError(f"{path} is no folder; needed: one with {CONFIG} and *.safetensors")
         # safetensors has no types for what safe_open gives and its slices.
@@ -80,12 +81,28 @@ class SafeFolder:
         """The same files under other keys; names: by key, those of the tensors that are left."""
         if all(key == name for key, name in names.items()) and names.keys() == self._slices.keys():
             return self
+        return self.with_slices({name: self._slices[key] for key, name in names.items()})
+
+    def slices(self) -> Mapping[str, Any]:
+        """What each tensor is read through: get_shape(), get_dtype(), and blocks by slices."""
+        return self._slices
+
+    def with_slices(self, slices: Mapping[str, Any]) -> SafeFolder:
+        """The same files with these tensors."""
         out = copy.copy(self)
-        out._slices = {name: self._slices[key] for key, name in names.items()}
+        out._slices = dict(slices)
+        return out
+
+    def part(self, names: Mapping[str, str], config: Mapping[str, Any]) -> SafeFolder:
+        """A part of a whole model as a folder of its own: renamed(names), with the part's config.json."""
+        out = copy.copy(self.renamed(names))
+        out._config = config
         return out
 
     def config(self) -> Mapping[str, Any]:
-        """config.json."""
+        """config.json, or that of a part."""
+        if self._config is not None:
+            return self._config
         file = self.path / CONFIG
         try:
             config = json.loads(file.read_text())

@@ -60,7 +60,10 @@ def read_block(
     tensor, part = parts[0]
     if part.expert is None:
         assert len(parts) == 1, part.name
-        shifted = [h + part.first if dim == tensor.dim else h for dim, h in enumerate(held)]
+        shifted = [h * part.step + part.first if dim == tensor.dim else h for dim, h in enumerate(held)]
+        if tensor.flipped:
+            turned = _read(folder, tensor, [*shifted[:-2], shifted[-1], shifted[-2]], shape)
+            return turned.transpose(-1, -2)
         return _read(folder, tensor, shifted, shape)
     experts = {p.expert: t for t, p in parts}
     rows = [_read(folder, experts[e], held[1:], shape[1:]) for e in held[0].tolist()]

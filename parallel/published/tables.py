@@ -30,15 +30,21 @@ class Row:
     it lacks our first dim, of 1."""
     dim: int = 0
     """The dim along which parameters follow each other, such as 1 for gate and up of stacked experts."""
+    mixed: bool = False
+    """Whether parameters of one size take turns along `dim`, an index each, and do not follow each other."""
+    flipped: bool = False
+    """Whether the last two dims of the file's tensor are those of ours the other way round."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where parameter `name` lies in a tensor of a file: from index `first` on, or as its expert `expert`."""
+    """Where parameter `name` lies in a tensor of a file: from index `first` on, at every `step`-th, or as its
+    expert `expert`."""
 
     name: str
     first: int = 0
     expert: int | None = None
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class FileTensor:
     """One tensor of a published checkpoint: its key, its shape, and the parameters in it, along `dim`.
 
     lead: how many dims of 1 come before those of the parameters; -1 where their first, of 1, is absent.
+    flipped: whether its last two dims are those of the parameters the other way round; `dim` is of these.
     """
 
     key: str
@@ -53,6 +60,7 @@ class FileTensor:
     parts: tuple[Part, ...]
     lead: int = 0
     dim: int = 0
+    flipped: bool = False
 
 
 def file_tensors(
@@ -79,12 +87,14 @@ def _tensors(row: Row, key: str, names: list[str], shapes: list[Shape]) -> list[
     if "{e}" in key:
         return [FileTensor(key.format(e=e), rest, (Part(names[0], expert=e),)) for e in range(shapes[0][0])]
     parts, rows = [], 0
-    for name, shape in zip(names, shapes, strict=True):
-        parts.append(Part(name, rows))
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        parts.append(Part(name, i, step=len(names)) if row.mixed else Part(name, rows))
         rows += shape[row.dim]
     if row.dim:
         whole = (*shapes[0][: row.dim], rows, *shapes[0][row.dim + 1 :])
-        return [FileTensor(key, whole, tuple(parts), dim=row.dim)]
+        whole = (*whole[:-2], whole[-1], whole[-2]) if row.flipped else whole
+        return [FileTensor(key, whole, tuple(parts), dim=row.dim, flipped=row.flipped)]
+    assert not (row.mixed or row.flipped), row
     return [FileTensor(key, _led(row.lead, (rows, *_dims(row.tail, rest))), tuple(parts), row.lead)]
 
 

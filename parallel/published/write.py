@@ -75,7 +75,12 @@ def write_folder(
 def join(tensor: FileTensor, values: Mapping[str, Tensor]) -> Tensor:
     """A file's tensor from the whole parameters in it."""
     parts = [values[p.name] if p.expert is None else values[p.name][p.expert] for p in tensor.parts]
-    whole = torch.cat(parts, tensor.dim) if len(parts) > 1 else parts[0]
+    if tensor.parts[0].step > 1:
+        whole = torch.stack(parts, tensor.dim + 1).flatten(tensor.dim, tensor.dim + 1)
+    else:
+        whole = torch.cat(parts, tensor.dim) if len(parts) > 1 else parts[0]
+    if tensor.flipped:
+        whole = whole.transpose(-1, -2)
     return whole.reshape(tensor.shape).contiguous()
 
 

@@ -223,6 +223,42 @@ def bamba(r: random.Random) -> Options:
     return mixers(r) | sizes | flip(r, "mlp_bias", "attention_bias")
 
 
+def gpt_oss(r: random.Random) -> Options:
+    yarn = turns(r, "yarn", truncate=r.random() < 0.5)
+    sizes = {"intermediate_size": r.choice([20, 33])}
+    switches = flip(r, "attention_bias", "tie_word_embeddings")
+    return heads(r) | listed(r) | yarn | sparse(r, n="num_local_experts") | sizes | switches
+
+
+def deepseek_v3(r: random.Random) -> Options:
+    n, groups = r.choice([(8, 1), (8, 2), (8, 4)])
+    over = r.choice([{}, {"mscale": 1.0, "mscale_all_dim": 1.0}, {"mscale": 0.7, "mscale_all_dim": 1.3}])
+    rope = turns(r, "yarn", **(over or {"mscale_all_dim": 0.8})) if r.random() < 0.7 else turns(r, "default")
+    many = r.choice([3, 4])
+    widths = {"qk_nope_head_dim": r.choice([6, 5]), "qk_rope_head_dim": r.choice([4, 8])}
+    return (
+        rope
+        | widths
+        | flip(r, "attention_bias", "rope_interleave", "norm_topk_prob", "tie_word_embeddings")
+        | {
+            "num_attention_heads": many,
+            "num_key_value_heads": many,
+            "q_lora_rank": r.choice([None, 12]),
+            "kv_lora_rank": r.choice([7, 16]),
+            "v_head_dim": r.choice([6, 20]),
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": r.choice([0, 1, 2]),
+            "moe_intermediate_size": 20,
+            "n_routed_experts": n,
+            "n_group": groups,
+            "topk_group": r.randint(1, groups),
+            "num_experts_per_tok": 2,
+            "n_shared_experts": r.choice([1, 2]),
+            "routed_scaling_factor": r.choice([1.0, 2.5]),
+        }
+    )
+
+
 def nemotron_h(r: random.Random) -> Options:
     kinds = ["linear_attention", "moe", "full_attention", "mlp"]
     pattern = [*r.sample(kinds, 4), r.choice(kinds)]
@@ -266,6 +302,8 @@ RANDOM: dict[str, Callable[[random.Random], Options]] = {
     "granite": granite,
     "granitemoehybrid": granitemoehybrid,
     "bamba": bamba,
+    "gpt_oss": gpt_oss,
+    "deepseek_v3": deepseek_v3,
 }
 
 
@@ -276,7 +314,8 @@ def options(name: str, seed: int) -> Options:
 
 def even(name: str, seed: int) -> Options:
     """The same, of sizes that two ranks divide."""
-    return options(name, seed) | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kv = 4 if name == "deepseek_v3" else 2
+    return options(name, seed) | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": kv}
 
 
 def config_of(name: str, given: Options) -> Any:
@@ -297,6 +336,8 @@ def build(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any
         for n, param in model.named_parameters():
             if param.ndim == 1 and "A_log" not in n:
                 param.add_(0.3 * torch.randn_like(param))
+            elif n.endswith("_proj_bias"):
+                param.add_(4.0 * torch.randn_like(param))  # of stacked experts: some reach gpt-oss's clamp
             else:
                 param.mul_(4.0)  # the default deviation makes branches too weak next to the residual
         for n, buffer in model.named_buffers():

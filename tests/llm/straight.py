@@ -110,42 +110,74 @@ def experts(cfg: LLMConfig, w: Weights, x: Tensor) -> Tensor:
 
 def attention(cfg: LLMConfig, w: Weights, index: int | None, x: Tensor) -> Tensor:
     n, d = len(x), cfg.head_dim
-    q, k, v = (x @ w[name].T + w.get(f"{name}_bias", 0) for name in "qkv")
-    if cfg.qk_norm == "full":
-        q, k = norm(cfg, q, w["q_norm"]), norm(cfg, k, w["k_norm"])
-    q, k, v = (y.view(n, -1, d) for y in (q, k, v))
-    if cfg.qk_norm == "head":
-        q, k = norm(cfg, q, w["q_norm"]), norm(cfg, k, w["k_norm"])
+    q, k, v = from_latents(cfg, w, x) if cfg.kv_rank else straight(cfg, w, x)
     windowed = cfg.window is not None and (cfg.window_layers is None or index in cfg.window_layers)
     own = windowed and cfg.window_rope_theta is not None
     theta = cfg.window_rope_theta if own else cfg.rope_theta
     if theta is not None and index not in cfg.rope_skips:
         turns = rotations(cfg, theta, n, scaled=not own)
-        q, k = turned(q, turns), turned(k, turns)
+        # The features with positions first; of keys from latents they are the last.
+        back = d - 2 * turns.shape[1] if cfg.kv_rank else 0
+        q, k = (turned(y.roll(-back, -1), turns, cfg.rope_interleaved) for y in (q, k))
     scale = 1 / math.sqrt(d) if cfg.attention_scale is None else cfg.attention_scale
-    back = torch.arange(n)[:, None] - torch.arange(n)  # how far each key lies before each query
+    behind = torch.arange(n)[:, None] - torch.arange(n)  # how far each key lies before each query
     reach = cfg.window if windowed and cfg.window is not None else n
     heads = []
     for h in range(cfg.n_heads):
         kv = h * cfg.n_kv_heads // cfg.n_heads
         scores = bounded(scale * q[:, h] @ k[:, kv].T, cfg.attention_cap)
-        scores = scores.masked_fill((back < 0) | (back >= reach), -math.inf)
+        scores = scores.masked_fill((behind < 0) | (behind >= reach), -math.inf)
         if cfg.attention_sinks:  # a key that nothing is read from
             scores = torch.cat([scores, w["sinks"][h].expand(n, 1)], -1)
         heads.append(scores.softmax(-1)[:, :n] @ v[:, kv])
     return torch.cat(heads, -1) @ w["out.weight"].T + w.get("bias", 0)
 
 
-def turned(x: Tensor, turns: Tensor) -> Tensor:
-    """x [n, H, D] with pairs (i, i + m) of its first 2 m features times complex numbers [n, m]."""
+def straight(cfg: LLMConfig, w: Weights, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values [n, heads, D] before positions."""
+    q, k, v = (x @ w[name].T + w.get(f"{name}_bias", 0) for name in "qkv")
+    if cfg.qk_norm == "full":
+        q, k = norm(cfg, q, w["q_norm"]), norm(cfg, k, w["k_norm"])
+    q, k, v = (y.view(len(x), -1, cfg.head_dim) for y in (q, k, v))
+    if cfg.qk_norm == "head":
+        q, k = norm(cfg, q, w["q_norm"]), norm(cfg, k, w["k_norm"])
+    return q, k, v
+
+
+def from_latents(cfg: LLMConfig, w: Weights, x: Tensor) -> tuple[Tensor, ...]:
+    """The same by latents (arXiv 2405.04434, equations 37 to 47), head by head."""
+    assert cfg.kv_rank is not None and cfg.rope_head_dim is not None
+
+    def latent(name: str) -> tuple[Tensor, Tensor]:
+        y = x @ w[f"{name}_down"].T + w.get(f"{name}_down_bias", 0)
+        c, rest = y[:, : len(w[f"{name}_norm"])], y[:, len(w[f"{name}_norm"]) :]
+        return c / (c.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}_norm"], rest
+
+    c, shared = latent("kv")
+    queries = x @ w["q.weight"].T if cfg.q_rank is None else latent("q")[0] @ w["q_up.weight"].T
+    plain = cfg.head_dim - cfg.rope_head_dim
+    keys, values = [], []
+    for up in w["kv_up.weight"].chunk(cfg.n_heads):
+        keys.append(torch.cat([c @ up[:plain].T, shared], -1))
+        values.append(c @ up[plain:].T)
+    return queries.view(len(x), cfg.n_heads, -1), torch.stack(keys, 1), torch.stack(values, 1)
+
+
+def turned(x: Tensor, turns: Tensor, interleaved: bool = False) -> Tensor:
+    """x [n, H, D] with pairs (i, i + m), or (2 i, 2 i + 1), of its first 2 m features times complex numbers
+    [n, m]."""
     m = turns.shape[1]
-    pairs = torch.complex(x[..., :m].contiguous(), x[..., m : 2 * m].contiguous()) * turns[:, None]
-    return torch.cat([pairs.real, pairs.imag, x[..., 2 * m :]], -1)
+    first = x[..., : 2 * m]
+    pairs = first.unflatten(-1, (m, 2)) if interleaved else first.unflatten(-1, (2, m)).transpose(-1, -2)
+    product = torch.view_as_complex(pairs.contiguous()) * turns[:, None]
+    back = torch.view_as_real(product)
+    flat = back.flatten(-2) if interleaved else back.transpose(-1, -2).flatten(-2)
+    return torch.cat([flat, x[..., 2 * m :]], -1)
 
 
 def rotations(cfg: LLMConfig, theta: float, n: int, *, scaled: bool) -> Tensor:
     """The complex number by which each pair of features is turned, [n, pairs]."""
-    pairs = int(cfg.head_dim * cfg.rope_share) // 2
+    pairs = (cfg.rope_head_dim or int(cfg.head_dim * cfg.rope_share)) // 2
     s = cfg.rope_scaling if scaled else None
     scale, speeds = 1.0, []
     for p in range(pairs):

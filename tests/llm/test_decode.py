@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm import load_hf
-from llm.cache import Cache, CachedPacking
+from llm.cache import CachedPacking
 from llm.decode import Prompt, Sampling, _choose, decode, generate, next_logits
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
@@ -34,6 +34,10 @@ PATTERNS = {
     "windows": {"pattern": "**", "rope_theta": 1e4, "window": 4, "window_layers": (0,), "norms": "both"},
     "bounded": {"pattern": "*-", "attention_cap": 0.5, "window": 3, "logit_cap": 2.0, "qk_norm": "head"},
     "sinks": {"pattern": "**", "attention_sinks": True, "window": 3, "window_layers": (1,)},
+    "latents": {
+        **{"pattern": "**", "kv_rank": 5, "q_rank": 6, "head_dim": 7, "rope_head_dim": 4, "v_head_dim": 9},
+        **{"n_kv_heads": 8, "rope_theta": 1e4, "window": 3, "window_layers": (1,), "attention_scale": 0.3},
+    },
     "latent, gated": {"pattern": "E*M", "latent": 8, "mlp_gated": True, "activation": "silu"},
 }
 
@@ -172,10 +176,10 @@ def test_a_seed_repeats_an_answer_whatever_is_beside_it() -> None:
 
 
 def test_the_packing_of_next_tokens() -> None:
-    packing = CachedPacking((1, 1), torch.device("cpu"), (4, 7), Cache())
+    packing = CachedPacking((1, 1), torch.device("cpu"), past=(4, 7))
     assert packing.position.tolist() == [4, 7] and packing.whole == (5, 8) and not packing.begins
     states = torch.eye(5, TINY.d_model, dtype=torch.float64)
-    first = CachedPacking((2, 3), torch.device("cpu"), (0, 0), Cache())
+    first = CachedPacking((2, 3), torch.device("cpu"), past=(0, 0))
     assert first.position.tolist() == [0, 1, 0, 1, 2] and first.begins
     model = model_of(pattern="-")
     assert next_logits(model, states, first).equal(model.head_weight()[:, [1, 4]].T)

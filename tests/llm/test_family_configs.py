@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +99,38 @@ PUBLISHED: dict[str, tuple[Data, Data]] = {
         {"model_type": "smollm3", "num_hidden_layers": 5, "rope_theta": 5e6},
         {"rope_skips": (6,), "tied": True, "rope_theta": 5e6},
     ),
+    "GPT-OSS 20B": (
+        {
+            "model_type": "gpt_oss",
+            "num_hidden_layers": 4,
+            "rope_theta": 150000,
+            "rope_scaling": {
+                **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn"},
+                **{"original_max_position_embeddings": 4096, "truncate": False},
+            },
+        },
+        {
+            "rope_scaling": RopeScaling("yarn", 32.0, 4096, truncate=False),
+            **{"window": 128, "window_layers": (0, 4), "attention_sinks": True, "moe_bias": True},
+        },
+    ),
+    "DeepSeek-V3": (
+        {
+            "model_type": "deepseek_v3",
+            "scoring_func": "sigmoid",
+            "max_position_embeddings": 163840,
+            "num_nextn_predict_layers": 1,
+            "rope_scaling": {
+                **{"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32},
+                **{"beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+            },
+        },
+        {
+            "attention_scale": 192**-0.5 * (0.1 * math.log(40) + 1) ** 2,
+            **{"expert_groups": 8, "top_groups": 4, "rope_interleaved": True, "head_dim": 192},
+            **{"pattern": 3 * "*-" + 58 * "*E", "kv_rank": 512, "q_rank": 1536, "rope_head_dim": 64},
+        },
+    ),
     "GLM-4.5 Air": (
         {"model_type": "glm4_moe", "partial_rotary_factor": 0.5, "head_dim": 128},
         {"rope_share": 0.5},
@@ -118,7 +151,10 @@ def test_older_spellings_are_those_of_transformers(name: str) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"model_type": "deepseek_v3"}, "model_type='deepseek_v3'; known: nemotron_h, llama, mistral"),
+        ({"model_type": "deepseek_v2"}, "model_type='deepseek_v2'; known: nemotron_h, llama, mistral"),
+        ({"model_type": "deepseek_v3", "num_key_value_heads": 8}, "num_key_value_heads=8; needed: 128"),
+        ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, "'softmax'; needed: 'sigmoid'"),
+        ({"model_type": "gpt_oss", "swiglu_limit": 9.0}, "swiglu_limit=9.0; needed: 7.0"),
         ({"model_type": "gemma3"}, "model_type='gemma3'; known: .*gemma3_text"),
         ({}, "model_type=None; known"),
         ({"model_type": "llama", "hidden_act": "mish"}, "hidden_act='mish'; known: silu, swish, gelu"),
@@ -129,7 +165,8 @@ def test_older_spellings_are_those_of_transformers(name: str) -> None:
             "rope_type='llama3' without original_max_position_embeddings",
         ),
         ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5; needed: 1"),
-        ({"model_type": "qwen2", "rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "three axes"),
+        ({"model_type": "llama", "rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "three axes"),
+        ({"model_type": "qwen2", "rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "three numbers"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "needed: false"),
         ({"model_type": "olmo3", "num_hidden_layers": 1, "layer_types": ["x"]}, r"layer_types \['x'\]"),
         ({"model_type": "olmo3", "num_hidden_layers": 2, "layer_types": ["full_attention"]}, "layer_types 1"),
@@ -172,6 +209,8 @@ DENSE = LLMConfig(
         (replace(DENSE, qk_norm="head", source=Source("mistral")), "qwen3"),
         (preset("mixtral-8x7b"), "mixtral"),
         (preset("llama-3-8b"), "llama"),
+        (preset("gpt-oss-20b"), "gpt_oss"),
+        (preset("deepseek-v3"), "deepseek_v3"),
         (preset("nemotron-3-nano-30b-a3b"), "nemotron_h"),
     ],
 )

@@ -89,6 +89,13 @@ def test_a_selection_bias_that_a_family_has_no_tensor_for_is_refused(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_a_factor_on_embeddings_is_rounded_to_their_dtype(tmp_path: Path, name: str) -> None:
+    theirs, ids = build(config_of(name, options(name, 0)), torch.bfloat16), ids_of().flatten()
+    save(theirs, tmp_path / "in")
+    assert torch.equal(load_hf(tmp_path / "in").model.embed_ids(ids), theirs.model.embed_tokens(ids))
+
+
 def test_one_family_is_written_as_another_that_can_say_it(tmp_path: Path) -> None:
     path, tensors = folder_of("mistral", tmp_path / "in", sliding_window=None)
     save_hf(load_hf(path).model, tmp_path / "out", family="llama")

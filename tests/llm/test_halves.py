@@ -20,6 +20,9 @@ from tests.llm.harness import EVERYTHING, Text, make_batch
 CFG = replace(
     EVERYTHING, pattern="-E-", d_model=32, expert_ffn=16, shared_ffn=16, mlp_ffn=32, latent=8, head_dim=8
 )
+LATENTS: dict[str, object] = {
+    **{"pattern": "-*-", "n_kv_heads": 8, "kv_rank": 16, "q_rank": 8, "rope_head_dim": 4, "v_head_dim": 16},
+}
 TEXT = Text((17, 9, 1), 3, seed=2)
 
 
@@ -48,7 +51,9 @@ def gradients(model: LLM) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "change", [{"pattern": f"-{s}-"} for s in "EM*-"] + [{"latent": None}, {"mlp_gated": False}], ids=str
+    "change",
+    [{"pattern": f"-{s}-"} for s in "EM*-"] + [{"latent": None}, {"mlp_gated": False}, LATENTS],
+    ids=str,
 )
 def test_gradients_of_weights_wait(change: dict[str, object], dtype: torch.dtype) -> None:
     cfg = replace(CFG, **change)  # type: ignore[arg-type]

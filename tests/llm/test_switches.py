@@ -68,6 +68,13 @@ SWITCHES |= {
     "clamped gates, biases of experts": {"activation": "clamped", "moe_bias": True, "init_std": 2.0},
     "window and caps": {"window": 5, "window_layers": (2, 4), "attention_cap": 0.4, "logit_cap": 0.5},
 }
+LATENTS = {"kv_rank": 5, "q_rank": 6, "rope_head_dim": 4, "v_head_dim": 6, "head_dim": 7, "n_kv_heads": 4}
+SWITCHES |= {
+    "rope_interleaved": {"rope_interleaved": True, "rope_share": 0.5},
+    "latents": {**LATENTS, "rope_interleaved": True},
+    "latents, wide values": {**LATENTS, "v_head_dim": 11, "q_rank": None, "attention_bias": True},
+    "latents, bounded": {**LATENTS, "window": 4, "attention_cap": 0.4, "rope_skips": (2,)},
+}
 LENGTHS = (9, 1, 17, 3)
 
 
@@ -126,7 +133,7 @@ def test_rotary_speeds_are_those_of_transformers(kind: str) -> None:
         assert factor == pytest.approx(attention_factor(scaling))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_combinations_are_the_straight_line_program(seed: int) -> None:
     rng = random.Random(seed)
     given: dict[str, Any] = {**BASE, "pattern": "".join(rng.choice("*-E") for _ in range(3)) + "*"}
@@ -157,5 +164,13 @@ def test_random_combinations_are_the_straight_line_program(seed: int) -> None:
         "activation": rng.choice(["relu2", "gelu", "gelu_tanh", "silu", "clamped"]),
         "moe_bias": "E" in given["pattern"] and rng.random() < 0.5,
     }
+    given["rope_interleaved"] = rng.random() < 0.3
+    if seed > 5:
+        given |= {
+            **{"kv_rank": rng.choice([1, 4, 9]), "q_rank": rng.choice([None, 3]), "head_dim": 9},
+            **{"rope_head_dim": rng.choice([2, 4, 6]), "v_head_dim": rng.choice([None, 5, 12])},
+            **{"n_kv_heads": 4, "qkv_bias": False, "qk_norm": "none", "attention_sinks": False},
+            "rope_share": 1.0,
+        }
     lengths = tuple(rng.choice([1, 2, 5, 9, 20, 90]) for _ in range(rng.randint(1, 4)))
     compare(tiny(**given), lengths, seed)

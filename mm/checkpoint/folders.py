@@ -1,0 +1,160 @@
+"""Published folders in and out: to checkpoints, and from checkpoints of any layout back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm.config import LLMConfig
+from llm.hf import FAMILIES, export_checkpoint, load_hf
+from llm.hf.export import check_zero, values_of
+from mm.checkpoint.state import tokenizer_of
+from mm.checkpoint.tokens import item_tokens
+from mm.checkpoint.whole import one_process, read_whole
+from mm.config.build import build
+from mm.config.outline import SINK, llm_config
+from mm.config.schema import resolve
+from mm.containers.container import Container
+from mm.containers.registry import CONTAINERS, container_of, fitting
+from mm.containers.write import files_of
+from mm.data.published import TOKENIZER
+from mm.data.tokenizer import AnyTokenizer, make_tokenizer
+from mm.data.tokenizer_files import keep_tokenizer, write_tokenizer
+from mm.errors import CheckpointError, Refused
+from mm.plan.blueprint import Blueprint, draw_up
+from mm.plan.whole import whole_of
+from parallel import checkpoint as store
+from parallel.published import FILE_BYTES, SafeFolder, module_tensors, write_folder
+
+
+def import_hf(folder: Path, out: Path) -> str:
+    """Write the model of a Hugging Face folder as a checkpoint in `out`: a language model, or a whole model
+    with its encoders and projectors. One process.
+
+    Raises CheckpointError where the folder is of another family, incomplete, or has unknown tensors.
+    """
+    try:
+        if container_of(SafeFolder(folder)) is None:
+            model = load_hf(folder).model
+            state: dict[str, Any] = {SINK: asdict(model.cfg)}
+            tensors = {f"{SINK}.{key}": t for key, t in module_tensors(model).items()}
+        else:
+            blueprint, modules = read_whole(folder)
+            state = {"config": _on_its_own(blueprint), "bad_samples": [], "fingerprint": ""}
+            tensors = {f"{m}.{key}": t for m, x in modules.items() for key, t in module_tensors(x).items()}
+        if (folder / TOKENIZER).is_file():
+            keep_tokenizer(make_tokenizer(str(folder)), out)
+    except (ValueError, Refused) as error:
+        raise CheckpointError(str(error)) from error
+    path = _save(out, tensors, state)
+    return f"{path}: {len(tensors)} tensors; start a run from it with checkpoint.weights={path}"
+
+
+def _on_its_own(blueprint: Blueprint) -> dict[str, Any]:
+    """The config of a folder's model without the folder, as that of a run, which is resumed by nothing."""
+    raw = resolve(blueprint.cfg)
+    for name, use in blueprint.inputs.encoders.items():
+        module = {**raw["model"][name], "weights": None, "options": asdict(use.cfg)}
+        raw["model"][name] = {**module, "projector": {**module["projector"], "weights": None}}
+    raw["model"][SINK] = asdict(blueprint.llm)
+    raw["checkpoint"]["weights"] = None
+    raw["data"] = {**raw["data"], "train": ["none"], "tokenizer": "bytes"}
+    return raw
+
+
+def _save(out: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """A checkpoint of one process in `out`."""
+    with TemporaryDirectory() as folder:  # a process group writes a checkpoint, here one of one process
+        dist.init_process_group(
+            dist.get_default_backend_for_device("cpu"),
+            init_method=f"file://{folder}/store",
+            rank=0,
+            world_size=1,
+        )
+        try:
+            return store.save(out, 0, tensors, state, keep=0)
+        finally:
+            dist.destroy_process_group()
+
+
+def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: str | None = None) -> str:
+    """Write the model of a checkpoint, saved under any layout, as a new Hugging Face folder.
+
+    A model with encoders is written as the container that can hold it. dtype: of the tensors; None keeps the
+    checkpoint's. family: the model_type of a container, or of a language model, which is then written alone;
+    None: the container that fits, and of a language model the family that it came from, or the first that can
+    say it. Raises CheckpointError where the checkpoint is damaged or has no language model, and where the
+    family cannot say it.
+    """
+    try:
+        wrong = store.verify(checkpoint)
+        if wrong:
+            raise store.BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
+        state = store.read_state(checkpoint)
+        if family is not None and family not in {*FAMILIES, *CONTAINERS}:
+            known = ", ".join((*CONTAINERS, *FAMILIES))
+            raise ValueError(
+                f"{family!r} is neither a container nor a family of language models; known: {known}"
+            )
+        tokenizer = tokenizer_of(state, checkpoint)  # refused before anything is written
+        if SINK in state:
+            if family in CONTAINERS:
+                raise ValueError(f"it has a language model alone, and a {family} folder has an encoder too")
+            cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")
+        else:
+            run = one_process(state, checkpoint)
+            blueprint = draw_up(run, 1) if run.model and family not in FAMILIES else None
+            container = None if blueprint is None else _container(blueprint, family)
+            if blueprint is not None and container is not None:
+                assert tokenizer is not None
+                return _export_whole(container, blueprint, checkpoint, out, tokenizer, dtype)
+            cfg = llm_config(run)
+        export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype, family=family)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, out, trained=SINK not in state)
+        return str(out)
+    except (ValueError, KeyError, Refused) as error:
+        raise CheckpointError(f"cannot export {checkpoint}: {error}") from error
+
+
+def _container(blueprint: Blueprint, family: str | None) -> Container | None:
+    """The container that a model is written as. Raises ValueError where `family` names one that cannot."""
+    found, wrong = fitting(whole_of(blueprint))
+    if family is None:
+        return found
+    if wrong[family]:
+        raise ValueError(f"{CONTAINERS[family].title} cannot hold this model: {'; '.join(wrong[family])}")
+    return CONTAINERS[family]
+
+
+def _export_whole(
+    container: Container,
+    blueprint: Blueprint,
+    checkpoint: Path,
+    out: Path,
+    tokenizer: AnyTokenizer,
+    dtype: torch.dtype | None,
+) -> str:
+    """Write a model as a container's folder."""
+    whole = whole_of(blueprint)
+    tokens = item_tokens(tokenizer, whole, container)
+    files, values = (
+        files_of(container, whole, {m: (t.id, t.text) for m, t in tokens.items()}),
+        values_of(checkpoint),
+    )
+    check_zero(files.zero, values, container.title)
+    write_folder(files.contents, files.fetch(values), out, dtype, FILE_BYTES)
+    for name, data in files.json.items():
+        (out / name).write_text(json.dumps(data, indent=2) + "\n")
+    write_tokenizer(tokenizer, out, trained=True)
+    for token in tokens.values():
+        token.write(out)
+    return f"{out}: {container.title}, {container.architecture} of transformers"
