@@ -57,7 +57,7 @@ def encoder_contents(name: str, tower: Tower) -> tuple[Contents, Mapping[str, An
         config = {"model_type": "polyrank", "encoder": tower.encoder, "options": asdict(tower.cfg)}
         return Contents(tensors, {before + n: s for n, s in shapes.items()}, config), {}, None
     constants = constants_of(said, "")
-    tensors = [moved(t, t.key, before) for t in said.tensors]
+    tensors = [moved(t, said.stem + t.key, before) for t in said.tensors]
     tensors += [FileTensor(n[1:], tuple(t.shape), (Part(n),)) for n, t in constants.items()]
     known = {before + n: s for n, s in said.shapes.items()}
     known |= {n: tuple(t.shape) for n, t in constants.items()}

@@ -9,12 +9,14 @@ from encoders.hf.folder import kind_of
 from encoders.hf.write import written
 from mm.containers.card import CARD, PROJECTOR, level_key, level_of, modules_of_card, read_card
 from mm.containers.container import Container, Pairs, Tower, Whole
+from mm.containers.flamingo import FLAMINGO
 from mm.containers.llava import LLAVA
+from mm.containers.omni import OMNI
 from mm.containers.write import projector_shapes, projector_tensors
 from parallel.published import FileTensor, SafeFolder, check_tensors, stored_dtypes
 
 # In the order in which they are tried.
-ALL = (LLAVA,)
+ALL = (LLAVA, FLAMINGO, OMNI)
 CONTAINERS: dict[str, Container] = {c.name: c for c in ALL}
 
 

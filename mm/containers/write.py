@@ -48,8 +48,8 @@ def files_of(container: Container, whole: Whole, tokens: Mapping[str, tuple[int,
     constants: dict[str, Tensor] = {}
     for module, kind in whole.kinds.items():
         place, tower, projector = container.places[kind], towers[module], f"{module}.projector."
-        before = place.tower + tower.stem
-        tensors += [moved(t, before + t.key, f"{module}.encoder.") for t in tower.tensors]
+        before = place.tower
+        tensors += [moved(t, before + tower.stem + t.key, f"{module}.encoder.") for t in tower.tensors]
         shapes |= {f"{module}.encoder.{n}": s for n, s in tower.shapes.items()}
         found = constants_of(tower, before)
         tensors += [FileTensor(n[1:], tuple(t.shape), (Part(n),)) for n, t in found.items()]
@@ -92,12 +92,16 @@ def with_constants(inner: Fetch, constants: Mapping[str, Tensor]) -> Fetch:
 
     def get(names: Sequence[str]) -> Mapping[str, Tensor]:
         if names[0] in constants:
-            return {n: constants[n].to(last[-1]) for n in names}
+            return {n: _as(constants[n], last[-1]) for n in names}
         found = inner(names)
         last[:] = [t.dtype for t in found.values()]
         return found
 
     return get
+
+
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def projector_shapes(tower: Tower, d_model: int) -> dict[str, Shape]:
