@@ -33,6 +33,18 @@ GATED = [
 PLAIN = [*both("mlp.linear_fc1", "mlp.up"), *row_parallel("mlp.linear_fc2", "mlp.down")]
 
 
+# Fields of both towers; each class has defaults of its own.
+SIZES: dict[str, tuple[str, Any]] = {
+    "width": ("hidden_size", None),
+    "heads": ("num_heads", None),
+    "layers": ("depth", None),
+    "mlp": ("intermediate_size", None),
+    "channels": ("in_channels", None),
+    "merge": ("spatial_merge_size", None),
+    "merged": ("out_hidden_size", None),
+}
+
+
 def packed_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
     """Last hidden state [patches, width] of pixel_values with image_grid_thw, or of pixel_values_videos with
     video_grid_thw; of Qwen2.5-VL window by window, as its class gives it."""
@@ -53,17 +65,8 @@ def packed_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
 def options(part: Part, defaults: Any) -> dict[str, Any]:
     """What both towers say alike. defaults: the family's Config."""
     rope = part.field("rope_parameters", {})
-    names = {
-        "width": ("hidden_size", defaults.width),
-        "heads": ("num_heads", defaults.heads),
-        "layers": ("depth", defaults.layers),
-        "mlp": ("intermediate_size", defaults.mlp),
-        "channels": ("in_channels", defaults.channels),
-        "merge": ("spatial_merge_size", defaults.merge),
-        "merged": ("out_hidden_size", defaults.merged),
-    }
     return {
-        **fields(part, names),
+        **fields(part, {ours: (theirs, getattr(defaults, ours)) for ours, (theirs, _) in SIZES.items()}),
         "patch": square(part, "patch_size", defaults.patch),
         "frames": square(part, "temporal_patch_size", defaults.frames),
         "rope_base": rope.get("rope_theta", 10000.0),

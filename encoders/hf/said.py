@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from encoders.hf import vision
+from encoders.hf.qwen import SIZES as SIZES_OF_QWEN
 from encoders.vision.config import Pictures, VisionConfig
 from parallel.published import Shape
 
@@ -179,7 +180,43 @@ def with_mask(key: str) -> Callable[[Any], Rest]:
     return lambda cfg: {**final(key)(cfg), "embeddings.mask_token": ((1, cfg.width), 0.0)}
 
 
+def qwen(cfg: VisionConfig) -> dict[str, Any]:
+    """What both of Qwen's towers say alike."""
+    return {
+        **named(cfg, SIZES_OF_QWEN),
+        "patch_size": cfg.patch,
+        "temporal_patch_size": cfg.frames,
+        "hidden_act": ACTIVATIONS[cfg.activation],
+        "rope_parameters": {"rope_type": "axial", "rope_theta": cfg.rope_base},
+    }
+
+
+def qwen25(cfg: VisionConfig) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2_5_vl_vision",
+        **qwen(cfg),
+        "window_size": cfg.window * cfg.patch,
+        "fullatt_block_indexes": list(cfg.full_layers),
+    }
+
+
+def qwen3(cfg: VisionConfig) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_vl_vision",
+        **qwen(cfg),
+        "num_position_embeddings": cfg.table**2,
+        "deepstack_visual_indexes": list(cfg.levels),
+    }
+
+
+def qwen_processor(cfg: VisionConfig) -> dict[str, Any]:
+    sizes = {"patch_size": cfg.patch, "temporal_patch_size": cfg.frames, "merge_size": cfg.merge}
+    return {**picture_processor("Qwen2VLImageProcessor", cfg.pictures), **sizes}
+
+
 SAID: dict[str, Said] = {
+    "qwen2_5_vl": Said(qwen25, qwen_processor, nothing),
+    "qwen3_vl": Said(qwen3, qwen_processor, nothing),
     "siglip": Said(siglip, processor("SiglipImageProcessor"), final("post_layernorm"), "vision_model."),
     "siglip2": Said(siglip2, processor("Siglip2ImageProcessor"), final("post_layernorm"), "vision_model."),
     "clip": Said(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,7 @@ from llm.config import LLMConfig
 from llm.hf import FAMILIES, export_checkpoint, load_hf
 from llm.hf.export import check_zero, values_of
 from mm.checkpoint.state import tokenizer_of
-from mm.checkpoint.tokens import item_tokens
+from mm.checkpoint.tokens import item_tokens, named_ids
 from mm.checkpoint.whole import one_process, read_whole
 from mm.config.build import build
 from mm.config.outline import SINK, llm_config
@@ -150,6 +150,8 @@ def _export_whole(
         files_of(container, whole, {m: (t.id, t.text) for m, t in tokens.items()}),
         values_of(checkpoint),
     )
+    config = {**files.contents.config, **named_ids(tokenizer, container)}
+    files = replace(files, contents=replace(files.contents, config=config))
     check_zero(files.zero, values, container.title)
     write_folder(files.contents, files.fetch(values), out, dtype, FILE_BYTES)
     for name, data in files.json.items():

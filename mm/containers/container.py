@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from encoders.contract import Encoder
@@ -76,6 +76,8 @@ class Container:
     processor: processor_config.json, by the same and the texts of tokens.
     modules: the encoder modules of a folder, as a config names them, but for the folder of the weights.
         Raises ValueError for what ours cannot be.
+    language_options: options of the language model that its own config.json does not say.
+    named: further ids of config.json, by field the text of their token; left out where there is none.
     """
 
     name: str
@@ -89,3 +91,5 @@ class Container:
     config: Callable[[Whole, Mapping[str, Any], Mapping[str, Written]], dict[str, Any]]
     processor: Callable[[Whole, Mapping[str, Written], Mapping[str, str]], dict[str, Any]]
     modules: Callable[[SafeFolder], dict[str, dict[str, Any]]]
+    language_options: Callable[[SafeFolder], dict[str, Any]] = lambda folder: {}
+    named: Mapping[str, str] = field(default_factory=dict)

@@ -9,11 +9,12 @@ from typing import Any
 from encoders.hf.folder import kind_of
 from mm.containers.container import Container, Tower, Whole
 from mm.containers.llava import LLAVA
+from mm.containers.qwen import QWEN3_VL, QWEN25_VL
 from mm.containers.write import projector_shapes, projector_tensors
 from parallel.published import FileTensor, SafeFolder, check_tensors, stored_dtypes
 
 # In the order in which they are tried.
-ALL = (LLAVA,)
+ALL = (LLAVA, QWEN25_VL, QWEN3_VL)
 CONTAINERS: dict[str, Container] = {c.name: c for c in ALL}
 
 
@@ -44,6 +45,13 @@ def modules_of(path: Path) -> dict[str, dict[str, Any]]:
         }
         for name, module in found.items()
     }
+
+
+def language_options(path: Path) -> dict[str, Any]:
+    """Options of the language model that a whole model's folder says outside of its section."""
+    folder = SafeFolder(path)
+    container = container_of(folder)
+    return {} if container is None else container.language_options(folder)
 
 
 def weights_of(container: Container, projector: Mapping[str, Any], path: Path) -> dict[str, str]:
