@@ -21,11 +21,11 @@ def unfold(rest: dict[str, Any], model: dict[str, Any]) -> None:
     is another one starts anew. rest: the sections but for model. Raises Refused.
     """
     # Imported here because reading a folder needs torch.
-    from mm.containers.registry import language_options, modules_of
+    from mm.containers.registry import modules_of, options_of
 
     path = model.pop(FOLDER)
     try:
-        found, options = modules_of(Path(path)), language_options(Path(path))
+        found, options = modules_of(Path(path)), options_of(Path(path))
     except ValueError as error:
         raise Refused(f"model.folder: {error}") from error
     for name, module in found.items():

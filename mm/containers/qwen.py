@@ -114,7 +114,7 @@ def modules(folder: SafeFolder) -> dict[str, dict[str, Any]]:
     return {MODULE: {"encoder": opened.family.encoder, "options": {}, "projector": projector}}
 
 
-def language_options(folder: SafeFolder) -> dict[str, Any]:
+def options(folder: SafeFolder) -> dict[str, Any]:
     levels = len(open_folder(folder.path).cfg.levels)
     return {"level_layers": list(level_layers(levels))} if levels else {}
 
@@ -146,6 +146,6 @@ QWEN3_VL = Container(
     config=config3,
     processor=processor3,
     modules=modules,
-    language_options=language_options,
+    options=options,
     named=NAMED,
 )

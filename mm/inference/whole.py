@@ -18,7 +18,8 @@ from mm.checkpoint.state import tokenizer_of
 from mm.checkpoint.whole import one_process, read_whole
 from mm.config.build import build
 from mm.config.outline import SINK
-from mm.containers.registry import container_of
+from mm.containers.card import read_card
+from mm.containers.registry import is_whole
 from mm.data.published import TOKENIZER
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
@@ -26,7 +27,7 @@ from mm.errors import CheckpointError, Refused
 from mm.plan.blueprint import Blueprint, bare_module, draw_up
 from mm.plan.inputs import EncoderUse
 from parallel import checkpoint as store
-from parallel.published import SafeFolder, module_tensors
+from parallel.published import module_tensors
 from parallel.topology.axis import Axes
 
 
@@ -93,10 +94,12 @@ def _published(folder: Path) -> WholeModel:
     if not (folder / TOKENIZER).is_file():
         raise ValueError(f"it has no {TOKENIZER}; llm.load_hf gives its model, which takes ids")
     tokenizer = make_tokenizer(str(folder))
-    if container_of(SafeFolder(folder)) is not None:
+    if is_whole(folder):
         blueprint, made = read_whole(folder)
         found = _whole(blueprint, made)
-        return replace(found, begin=tuple(tokenizer.begin), stops=tokenizer.stops)
+        card = read_card(folder) or {}
+        begin = tuple(card.get("begin", tokenizer.begin))
+        return replace(found, begin=begin, stops=tokenizer.stops)
     return WholeModel(load_hf(folder).model, {}, {}, tokenizer, tuple(tokenizer.begin), tokenizer.stops)
 
 

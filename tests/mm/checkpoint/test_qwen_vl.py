@@ -151,11 +151,11 @@ def test_a_model_of_another_container_is_refused_by_name(tmp_path: Path) -> None
     blueprint, _ = read_whole(tmp_path / "m")
     whole = whole_of(blueprint)
     found, wrong = fitting(whole)
-    assert found is not None and found.name == "qwen3_vl" and not wrong["qwen3_vl"]
-    assert "model.vision.encoder is Qwen3VL; needed: qwen2_5_vl" in wrong["qwen2_5_vl"]
+    assert found is not None and found.name == "qwen3_vl"
+    assert "model.vision.encoder is Qwen3VL; needed: qwen2_5_vl" in wrong["Qwen2.5-VL"]
     for change, words in {
         "rope_axes": "model.llm.rope_axes is None; needed: sections of three axes, interleaved: true",
         "level_layers": "model.llm.level_layers is []; needed: [1, 3]",
     }.items():
         other = replace(whole.llm, **{change: None if change == "rope_axes" else ()})
-        assert fitting(replace(whole, llm=other))[1]["qwen3_vl"] == [words]
+        assert fitting(replace(whole, llm=other))[1]["Qwen3-VL"] == [words]
