@@ -14,7 +14,7 @@ HALF = (0.5, 0.5, 0.5)
 Norm = Literal["layer", "rms"]
 Rope = Literal["none", "axial", "centred"]
 
-Fit = Literal["exact", "crop", "smart", "patches", "none"]
+Fit = Literal["exact", "crop", "smart", "patches", "budget", "tiles", "none"]
 Interpolation = Literal[
     "bicubic", "bicubic_single", "bicubic_antialias", "bilinear_antialias", "longer_side", "corners"
 ]
@@ -26,11 +26,16 @@ class Pictures:
 
     fit: exact: resized to height x width. crop: resized until its shorter side is `edge`, then height x width
         from the centre. smart: each side rounded to whole blocks, the area between least and most pixels
-        (Qwen). patches: at most `most` patches at its own aspect (SigLIP2). none: as it is, less what is left
-        over of a patch.
-    height, width: in pixels, of exact and crop.
+        (Qwen). patches: at most `most` patches at its own aspect (SigLIP2). budget: least to most patches at
+        its own aspect (Nemotron Omni). tiles: the grid of least to most tiles nearest to its aspect, each
+        tile height x width and an item of its own (InternVL). none: as it is, less what is left over of a
+        patch.
+    height, width: in pixels, of exact, crop and tiles.
     edge: in pixels, of crop.
-    least, most: pixels of smart; most: patches of patches.
+    least, most: pixels of smart; patches of budget; tiles of tiles; most: patches of patches.
+    thumbnail: whether the whole picture, as large as a tile, follows several tiles.
+    tile_tag, thumbnail_tag: text before each tile and before the thumbnail, with {n}, {row} and {column} for
+        the tile's numbers from 1 on.
     resample: bilinear or bicubic.
     after_scale: whether it is resized as numbers in [0, 1] (DINOv3), not as 8-bit pixels.
     mean, std: of each channel, of pixels in [0, 1].
@@ -42,6 +47,9 @@ class Pictures:
     edge: int = 224
     least: int = 1
     most: int = 1
+    thumbnail: bool = True
+    tile_tag: str = ""
+    thumbnail_tag: str = ""
     resample: Literal["bilinear", "bicubic"] = "bicubic"
     after_scale: bool = False
     mean: tuple[float, ...] = HALF

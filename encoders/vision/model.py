@@ -19,8 +19,9 @@ from encoders.stacked import StackedEncoder
 from encoders.vision.attention import frame_attention, window_attention
 from encoders.vision.block import Around, Block, Merger, make_norm
 from encoders.vision.config import VisionConfig
-from encoders.vision.pictures import check_pictures, fitted, picture_patches
+from encoders.vision.pictures import check_pictures, picture_patches
 from encoders.vision.position import resized_all, rotary
+from encoders.vision.sizes import fitted, tiling
 from encoders.vision.tokens import Grid, Places, patches_before, places, table_rows, token_rows
 from parallel.sequence.host import to_device
 from parallel.sharding.dtypes import FactoryKwargs
@@ -75,6 +76,9 @@ class VisionTransformer(StackedEncoder):
         if "down" in meta:
             return Grid(meta.get("frames", 1), meta["down"], meta["across"])
         check_channels(meta.get("channels", 1), cfg.channels)  # some indexes lack it
+        if cfg.pictures.fit == "tiles" and "tile" not in meta:
+            tiles = tiling(cfg.pictures, meta["height"], meta["width"]).tiles
+            raise ValueError(f"a picture of {tiles} tiles is so many items; needed: its pieces, one by one")
         height, width = fitted(cfg, meta["height"], meta["width"])
         down, across = (cfg.merge * (n // cfg.side) for n in (height, width))
         if not down or not across:
@@ -83,6 +87,23 @@ class VisionTransformer(StackedEncoder):
                 f"needed: {cfg.side} at least on each side"
             )
         return Grid(1, down, across)
+
+    @classmethod
+    def pieces(cls, cfg: VisionConfig, meta: Meta) -> Sequence[str | Meta]:
+        """The tiles of a picture, row by row, and its thumbnail, each after its tag."""
+        how = cfg.pictures
+        if how.fit != "tiles" or "tile" in meta:
+            return (meta,)
+        check_channels(meta.get("channels", 1), cfg.channels)
+        grid = tiling(how, meta["height"], meta["width"])
+        out: list[str | Meta] = []
+        for n in range(grid.tiles):
+            row, column = divmod(n, grid.across)
+            tag = how.thumbnail_tag if row == grid.down else how.tile_tag
+            tag = tag.replace("{n}", str(n + 1)).replace("{row}", str(row + 1))
+            tag = tag.replace("{column}", str(column + 1))
+            out += [tag, {**meta, "tile": n}] if tag and grid.tiles > 1 else [{**meta, "tile": n}]
+        return out
 
     @classmethod
     def feature_width(cls, cfg: VisionConfig) -> int:
@@ -138,12 +159,13 @@ class VisionTransformer(StackedEncoder):
     @classmethod
     def prepare(cls, cfg: VisionConfig, payload: bytes, meta: Meta) -> Tensor:
         """Patches [n, cfg.inputs], float32, in the order of the tokens."""
-        return picture_patches(cfg, payload, (meta["height"], meta["width"]))
+        return picture_patches(cfg, payload, meta)
 
     @classmethod
     def example(cls, cfg: VisionConfig, rows: int) -> Meta:
         side = max(1, math.isqrt(rows)) * cfg.side
-        return {"height": side, "width": side, "channels": cfg.channels}
+        tile = {"tile": 0} if cfg.pictures.fit == "tiles" else {}
+        return {"height": side, "width": side, "channels": cfg.channels, **tile}
 
     @classmethod
     def check(cls, cfg: VisionConfig, tp: int) -> None:

@@ -18,6 +18,7 @@ from mm.data.published import MODULES, PublishedTokenizer
 from mm.data.sample import segments_of
 from mm.errors import DataError, Refused
 from mm.inference.whole import WholeModel
+from mm.plan.pieces import pieces_of
 
 
 def sample_of(
@@ -69,10 +70,13 @@ def read_prompt(model: WholeModel, sample: Mapping[str, Any], payloads: Mapping[
             if seg.kind not in model.encoders:
                 have = ", ".join(model.encoders) or "none"
                 raise ValueError(f"{seg.name} is for module {seg.kind}; the model has: {have}")
-            found = item_rows(model, seg.kind, seg.name, payloads[seg.name])
-            places.setdefault(seg.kind, []).extend(range(len(ids), len(ids) + len(found)))
-            rows.setdefault(seg.kind, []).append(found)
-            ids += [model.tokenizer.placeholder_of(seg.kind)] * len(found)
+            for found in item_rows(model, seg.kind, seg.name, payloads[seg.name]):
+                if isinstance(found, str):
+                    ids += model.tokenizer.encode_texts([found])[0]
+                    continue
+                places.setdefault(seg.kind, []).extend(range(len(ids), len(ids) + len(found)))
+                rows.setdefault(seg.kind, []).append(found)
+                ids += [model.tokenizer.placeholder_of(seg.kind)] * len(found)
     except (ValueError, KeyError, OSError, EOFError) as error:
         raise DataError(f"the prompt cannot be used: {error}") from error
     at = {m: torch.tensor(p, device=model.device) for m, p in places.items()}
@@ -90,14 +94,20 @@ def _segments(model: WholeModel, sample: Mapping[str, Any]) -> Sequence[TokenSeg
 
 
 @torch.no_grad()
-def item_rows(model: WholeModel, module: str, name: str, payload: bytes) -> Tensor:
-    """The rows of an item [R, d], or [R, levels, d]; raises ValueError where its encoder cannot take it."""
+def item_rows(model: WholeModel, module: str, name: str, payload: bytes) -> list[str | Tensor]:
+    """An item's rows [R, d], or [R, levels, d], piece by piece, and texts between pieces. Raises ValueError
+    where its encoder cannot take it."""
     use, encoder = model.uses[module], model.encoders[module]
-    meta = metadata(name.rpartition(".")[2].lower(), payload)
-    use.cls.rows(use.cfg, meta)  # refuses what does not fit, in words
-    prepared = use.cls.prepare(use.cfg, payload, meta)
-    dtype = next(encoder.parameters()).dtype
-    batch = pack_items(use.cls, use.cfg, [prepared], [meta], device=model.device, dtype=dtype)
-    found = encoder(batch)
-    assert isinstance(found, Features)
-    return found.values
+    out: list[str | Tensor] = []
+    for piece in pieces_of(use, metadata(name.rpartition(".")[2].lower(), payload)):
+        if isinstance(piece, str):
+            out.append(piece)
+            continue
+        use.cls.rows(use.cfg, piece)  # refuses what does not fit, in words
+        prepared = use.cls.prepare(use.cfg, payload, piece)
+        dtype = next(encoder.parameters()).dtype
+        batch = pack_items(use.cls, use.cfg, [prepared], [piece], device=model.device, dtype=dtype)
+        found = encoder(batch)
+        assert isinstance(found, Features)
+        out.append(found.values)
+    return out
