@@ -11,7 +11,7 @@ from torch import Tensor
 
 from encoders.contract import Encoder, ItemBatch, Meta
 from encoders.hf.family import Part
-from encoders.vision.config import Pictures, VisionConfig
+from encoders.vision.config import Pictures, Videos, VisionConfig
 from encoders.vision.model import VisionTransformer
 from encoders.vision.pictures import patches_of
 
@@ -44,6 +44,29 @@ def pictures(part: Part, default: Pictures) -> dict[str, Any]:
         size = said.get("size", {})
         out["least"] = said.get("min_pixels", size.get("shortest_edge", default.least))
         out["most"] = said.get("max_pixels", size.get("longest_edge", default.most))
+    return out
+
+
+def videos(part: Part, default: Videos) -> dict[str, Any]:
+    """Options of videos from the folder's video processor, those of `default` where it says nothing.
+
+    Raises ValueError for settings that ours has not.
+    """
+    said = {k: v for k, v in part.video.items() if v is not None}
+    out: dict[str, Any] = dict(vars(default))
+    size = said.get("size", {})
+    out["least"] = said.get("min_pixels", size.get("shortest_edge", default.least))
+    out["most"] = said.get("max_pixels", size.get("longest_edge", default.most))
+    names = {"fps": "fps", "least_frames": "min_frames", "most_frames": "max_frames"}
+    out |= {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
+    if "do_sample_frames" in said:
+        kind = "ends" if default.area == "all" else "stride"
+        out["sample"] = kind if said["do_sample_frames"] else "all"
+    if said.get("cap_pixels_per_frame") and default.area == "frame":
+        raise ValueError("the video processor has cap_pixels_per_frame=true; needed: false")
+    if said.get("cap_pixels_per_frame"):
+        side = said.get("patch_size", 16) * said.get("merge_size", 2)
+        out["cap"] = said.get("max_video_tokens", 768) * side**2
     return out
 
 

@@ -19,7 +19,7 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "silu": "silu",
 }
-FREE = ("pictures", "layers", "final_norm", "prefix_rows", "merge", "levels")
+FREE = ("pictures", "videos", "layers", "final_norm", "prefix_rows", "merge", "levels")
 SIZES = {
     "width": ("hidden_size", 768),
     "heads": ("num_attention_heads", 12),

@@ -57,6 +57,33 @@ class Pictures:
 
 
 @dataclass(frozen=True)
+class Videos:
+    """Which frames of a video are taken, and what is made of them.
+
+    sample: all: every frame. ends: `fps` a second, the first and the last among them (Qwen3-VL). stride: the
+        same from the first on at equal steps, a whole number of tubelets (Qwen2.5-VL).
+    fps: frames taken a second. A video that does not say its own is taken to have as many.
+    least_frames, most_frames: of ends and stride.
+    area: what least and most count where pictures.fit is smart: the pixels of a frame or of all frames.
+    least, most: pixels. Other families bring each frame to a size as they do a picture.
+    cap: most pixels of a frame where area is all; 0 for no such bound.
+    frame_tag, frame_end: text before and after the frames of each tubelet, with {seconds} for their time. If
+        there is one, each tubelet is an item of its own.
+    """
+
+    sample: Literal["all", "ends", "stride"] = "all"
+    fps: float = 2.0
+    least_frames: int = 4
+    most_frames: int = 768
+    area: Literal["frame", "all"] = "frame"
+    least: int = 1
+    most: int = 1
+    cap: int = 0
+    frame_tag: str = ""
+    frame_end: str = ""
+
+
+@dataclass(frozen=True)
 class VisionConfig:
     """Sizes and switches of a vision transformer. Each family has defaults of its own.
 
@@ -90,6 +117,7 @@ class VisionConfig:
     full_layers: layers whose attention knows no windows.
     prefix_rows: whether class tokens and registers are rows too, before those of the patches.
     pictures: what is made of a picture first.
+    videos: what is made of a video first.
     """
 
     patch: int = 16
@@ -123,6 +151,7 @@ class VisionConfig:
     full_layers: tuple[int, ...] = ()
     prefix_rows: bool = False
     pictures: Pictures = field(default_factory=Pictures)
+    videos: Videos = field(default_factory=Videos)
 
     @property
     def prefix(self) -> int:

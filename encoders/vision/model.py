@@ -21,8 +21,9 @@ from encoders.vision.block import Around, Block, Merger, make_norm
 from encoders.vision.config import VisionConfig
 from encoders.vision.pictures import check_pictures, picture_patches
 from encoders.vision.position import resized_all, rotary
-from encoders.vision.sizes import fitted, tiling
+from encoders.vision.sizes import fitted, tiling, whole_patches
 from encoders.vision.tokens import Grid, Places, patches_before, places, table_rows, token_rows
+from encoders.vision.video import tubelet_pieces, tubelets, video_patches, video_size
 from parallel.sequence.host import to_device
 from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import ParamSpec, declare, local, normal
@@ -31,7 +32,8 @@ from parallel.topology.layout import check_divides
 
 
 class VisionTransformer(StackedEncoder):
-    """Pictures (PNG or JPEG), resized as cfg.pictures says, to a row for each merged square of patches.
+    """Pictures (PNG or JPEG), resized as cfg.pictures says, to a row for each merged square of patches, and
+    videos (encoders.vision.video) to such rows for each tubelet.
 
     The rows of a picture that is too small for a patch are refused. Metadata with `down` and `across`, and
     perhaps `frames`, are of a picture or video that is in patches already.
@@ -76,21 +78,20 @@ class VisionTransformer(StackedEncoder):
         if "down" in meta:
             return Grid(meta.get("frames", 1), meta["down"], meta["across"])
         check_channels(meta.get("channels", 1), cfg.channels)  # some indexes lack it
+        if "pictures" in meta:
+            frames = 1 if "group" in meta else tubelets(cfg, meta)
+            return Grid(frames, *whole_patches(cfg, meta, video_size(cfg, meta)))
         if cfg.pictures.fit == "tiles" and "tile" not in meta:
             tiles = tiling(cfg.pictures, meta["height"], meta["width"]).tiles
             raise ValueError(f"a picture of {tiles} tiles is so many items; needed: its pieces, one by one")
-        height, width = fitted(cfg, meta["height"], meta["width"])
-        down, across = (cfg.merge * (n // cfg.side) for n in (height, width))
-        if not down or not across:
-            raise ValueError(
-                f"a picture of {meta['height']}x{meta['width']} pixels is {height}x{width} to the encoder; "
-                f"needed: {cfg.side} at least on each side"
-            )
-        return Grid(1, down, across)
+        return Grid(1, *whole_patches(cfg, meta, fitted(cfg, meta["height"], meta["width"])))
 
     @classmethod
     def pieces(cls, cfg: VisionConfig, meta: Meta) -> Sequence[str | Meta]:
-        """The tiles of a picture, row by row, and its thumbnail, each after its tag."""
+        """The tiles of a picture, row by row, and its thumbnail, each after its tag; the tubelets of a video,
+        where texts stand between them or each has class tokens of its own."""
+        if "pictures" in meta:
+            return (meta,) if "group" in meta else tubelet_pieces(cfg, meta)
         how = cfg.pictures
         if how.fit != "tiles" or "tile" in meta:
             return (meta,)
@@ -159,6 +160,8 @@ class VisionTransformer(StackedEncoder):
     @classmethod
     def prepare(cls, cfg: VisionConfig, payload: bytes, meta: Meta) -> Tensor:
         """Patches [n, cfg.inputs], float32, in the order of the tokens."""
+        if "pictures" in meta:
+            return video_patches(cfg, payload, meta)
         return picture_patches(cfg, payload, meta)
 
     @classmethod

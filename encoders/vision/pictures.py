@@ -27,7 +27,7 @@ def picture_patches(cfg: VisionConfig, payload: bytes, meta: Meta) -> Tensor:
     how, size = cfg.pictures, (meta["height"], meta["width"])
     if how.fit == "tiles":
         return patches_of(cfg, _scaled(how, _tile(payload, size, how, cfg.channels, meta["tile"])))
-    return patches_of(cfg, _normalised(cfg, _decoded(payload, size, cfg.channels)))
+    return patches_of(cfg, normalised_frame(cfg, _decoded(payload, size, cfg.channels)))
 
 
 def _decoded(payload: bytes, size: tuple[int, int], channels: int) -> Tensor:
@@ -55,7 +55,7 @@ def _brought(
     return _resized(how, _decoded(payload, size, channels), target)
 
 
-def _normalised(cfg: VisionConfig, pixels: Tensor) -> Tensor:
+def normalised_frame(cfg: VisionConfig, pixels: Tensor) -> Tensor:
     """uint8 [channels, height, width] to float32 of the fitted size."""
     how = cfg.pictures
     height, width = fitted(cfg, *pixels.shape[1:])
@@ -64,15 +64,15 @@ def _normalised(cfg: VisionConfig, pixels: Tensor) -> Tensor:
         planes = F.interpolate(planes[None], (height, width), mode=how.resample, antialias=True)[0]
     else:
         return _scaled(how, _resized(how, pixels, (height, width)))
-    return _standard(how, planes)
+    return standard(how, planes)
 
 
 def _scaled(how: Pictures, pixels: Tensor) -> Tensor:
     """uint8 pixels as normalised float32."""
-    return _standard(how, pixels.to(torch.float32) / 255.0)
+    return standard(how, pixels.to(torch.float32) / 255.0)
 
 
-def _standard(how: Pictures, planes: Tensor) -> Tensor:
+def standard(how: Pictures, planes: Tensor) -> Tensor:
     """Pixels in [0, 1], less the mean and divided by the deviation of their channel."""
     every = zip(planes, how.mean, how.std, strict=False)
     return torch.stack([(plane - mean) / std for plane, mean, std in every])

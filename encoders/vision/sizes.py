@@ -9,6 +9,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+from encoders.contract import Meta
 from encoders.vision.config import Pictures, VisionConfig
 
 MOST_ASPECT = 200  # of Qwen's processor
@@ -34,7 +35,7 @@ def fitted(cfg: VisionConfig, height: int, width: int) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise ValueError(f"a picture of {height}x{width} pixels; needed: one at least on each side")
     if how.fit == "smart":
-        return _smart(how, cfg.side, height, width)
+        return smart_size(cfg.side, height, width, least=how.least, most=how.most)
     if how.fit == "patches":
         return _most_patches(how.most, cfg.patch, height, width)
     if how.fit == "budget":
@@ -42,6 +43,18 @@ def fitted(cfg: VisionConfig, height: int, width: int) -> tuple[int, int]:
     if how.fit == "none":
         return height, width
     return how.height, how.width
+
+
+def whole_patches(cfg: VisionConfig, meta: Meta, size: tuple[int, int]) -> tuple[int, int]:
+    """Patches (down, across) of a picture that is brought to `size`, whole merged squares of them; the rest
+    is dropped. Raises ValueError where there are none."""
+    down, across = (cfg.merge * (n // cfg.side) for n in size)
+    if not down or not across:
+        raise ValueError(
+            f"a picture of {meta['height']}x{meta['width']} pixels is {size[0]}x{size[1]} to the encoder; "
+            f"needed: {cfg.side} at least on each side"
+        )
+    return down, across
 
 
 def tiling(how: Pictures, height: int, width: int) -> Tiling:
@@ -70,19 +83,22 @@ def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(grids, key=math.prod))
 
 
-def _smart(how: Pictures, side: int, height: int, width: int) -> tuple[int, int]:
-    """Sides rounded to multiples of `side` (half to even), the area then kept between least and most."""
+def smart_size(side: int, height: int, width: int, *, least: int, most: int) -> tuple[int, int]:
+    """Sides rounded to multiples of `side` (half to even), the area then kept between least and most.
+
+    Raises ValueError for a picture that is too long and narrow.
+    """
     if max(height, width) > MOST_ASPECT * min(height, width):
         raise ValueError(
             f"a picture of {height}x{width} pixels; needed: a longer side of at most {MOST_ASPECT} times the "
             "shorter, such as parts of this one"
         )
     down, across = round(height / side) * side, round(width / side) * side
-    if down * across > how.most:
-        by = math.sqrt(height * width / how.most)
+    if down * across > most:
+        by = math.sqrt(height * width / most)
         down, across = (max(side, math.floor(n / by / side) * side) for n in (height, width))
-    elif down * across < how.least:
-        by = math.sqrt(how.least / (height * width))
+    elif down * across < least:
+        by = math.sqrt(least / (height * width))
         down, across = (math.ceil(n * by / side) * side for n in (height, width))
     return down, across
 
