@@ -12,7 +12,7 @@ from torch import Tensor
 from encoders.contract import Encoder
 from encoders.hf.family import Family, Part, Rows
 from encoders.hf.maps import blocks, both, fused, row_parallel, rows
-from encoders.hf.processor import encoder_config, packed_batch, pictures
+from encoders.hf.processor import encoder_config, packed_batch, pictures, videos
 from encoders.hf.vision import activation, fields, square
 from encoders.vision import families
 from encoders.vision.tokens import Grid, window_order
@@ -71,6 +71,7 @@ def options(part: Part, defaults: Any) -> dict[str, Any]:
         "frames": square(part, "temporal_patch_size", defaults.frames),
         "rope_base": rope.get("rope_theta", 10000.0),
         "pictures": pictures(part, defaults.pictures),
+        "videos": videos(part, defaults.videos),
     }
 
 
@@ -82,6 +83,7 @@ def qwen25_options(part: Part) -> dict[str, Any]:
         "activation": activation(part, "silu"),
         "window": part.field("window_size", 112) // side * out["merge"],
         "full_layers": tuple(part.field("fullatt_block_indexes", (7, 15, 23, 31))),
+        "tokens_per_second": part.field("tokens_per_second", 4),
     }
 
 
@@ -108,7 +110,7 @@ QWEN25 = Family(
     rows=qwen25_rows,
     unused=(),
     features=packed_features,
-    free=("pictures",),
+    free=("pictures", "videos"),
 )
 
 
@@ -161,7 +163,7 @@ QWEN3 = Family(
     rows=qwen3_rows,
     unused=(),
     features=packed_features,
-    free=("pictures",),
+    free=("pictures", "videos"),
 )
 
 FAMILIES = (QWEN25, QWEN3)

@@ -180,6 +180,7 @@ def qwen25(cfg: VisionConfig) -> dict[str, Any]:
         **qwen(cfg),
         "window_size": cfg.window * cfg.patch,
         "fullatt_block_indexes": list(cfg.full_layers),
+        "tokens_per_second": cfg.tokens_per_second,
     }
 
 
