@@ -109,6 +109,12 @@ class Encoder(nn.Module, ABC):
         """How many feature rows an item has. Raises ValueError for an item that the encoder cannot take."""
 
     @classmethod
+    def pieces(cls, cfg: Any, meta: Meta) -> Sequence[str | Meta]:
+        """What an item becomes in a sequence: texts, and the metadata of items that each are computed by
+        themselves, such as tags and tiles; as a rule the item itself. Raises ValueError as rows() does."""
+        return (meta,)
+
+    @classmethod
     @abstractmethod
     def cost(cls, cfg: Any, meta: Meta) -> float:
         """FLOPs of the forward of an item, without the projector."""

@@ -106,12 +106,31 @@ class EncoderModule(nn.Module):
         inside = {id(p) for p in encoder}
         return {"encoder": encoder, "projector": [p for p in self.parameters() if id(p) not in inside]}
 
-    def freeze(self, what: str) -> None:
-        """Stop training one of FREEZE; the other group is trained, except what was declared untrained."""
+    def freeze(self, what: str, layers: int = 0) -> None:
+        """Stop training one of FREEZE; the other group is trained, except what was declared untrained.
+
+        layers: so many of the encoder's first layers are not trained either, nor what it declares before
+        them. They then keep nothing for a backward. Raises ValueError where the encoder lists fewer.
+        """
         never = {id(p) for _, p, spec in declared(self) if not spec.trained}
+        never |= {id(p) for p in self._first(layers)}
         for name, params in self.groups().items():
             for p in params:
                 p.requires_grad_(what not in (name, "all") and id(p) not in never)
+
+    def _first(self, layers: int) -> list[nn.Parameter]:
+        """Parameters of the first so many layers, of those that this stage has, and of what is before."""
+        if not layers:
+            return []
+        inside = [{id(p) for p in layer.parameters()} for layer in self.layers]
+        first = self.stage.start
+        if not type(self.encoder).pipeline:  # else check_frozen() has counted them
+            _check_count(layers, len(inside))
+        every, deep = list(self.encoder.parameters()), set[int]().union(*inside)
+        before = next((n for n, p in enumerate(every) if id(p) in deep), len(every))
+        low = set[int]().union(*inside[: max(0, layers - first)])
+        # Later stages have nothing before their layers: a parameter of theirs that comes first is of a norm.
+        return [p for n, p in enumerate(every) if id(p) in low or (n < before and self.stage.first)]
 
 
 class RowsMismatch(ValueError):
@@ -135,6 +154,19 @@ def _mismatch(name: str, found: Features, promised: tuple[int, ...], given: Shar
     gave = found.rows[item] if item < len(found.rows) else "no"
     need = promised[item] if item < len(promised) else found.values.shape[0]
     return RowsMismatch(item, f"{name} gave {gave} rows, rows() says {need}")
+
+
+def check_frozen(cls: type[Encoder], cfg: Any, layers: int) -> None:
+    """Raise ValueError where more first layers are not to be trained than the encoder has. One that does not
+    declare pipeline may not know how many it has: EncoderModule.freeze() then raises it."""
+    if cls.pipeline:
+        _check_count(layers, cls.layer_count(cfg))
+
+
+def _check_count(layers: int, count: int) -> None:
+    if layers > count:
+        works = f"{count} at most" if count else "freeze=encoder, or an encoder that lists its `layers`"
+        raise ValueError(f"freeze_layers is {layers}, but the encoder has {count} layers; needed: {works}")
 
 
 def encoder_axes(cls: type[Encoder], axes: Axes) -> Axes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -23,12 +23,14 @@ class Part:
     processor: of preprocessor_config.json or processor_config.json; empty where the folder has none.
     prefix: what the keys of its tensors begin with.
     folder: the whole folder.
+    video: settings of its video processor; empty where it has none.
     """
 
     config: Mapping[str, Any]
     processor: Mapping[str, Any]
     prefix: str
     folder: SafeFolder
+    video: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def whole(self) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from parallel.published.read import stored_dtypes
 from parallel.topology.axis import Axes
 
 FAMILIES: tuple[Family, ...] = (*VISION, *QWEN, *AUDIO)
+
+PREPROCESSOR = "preprocessor_config.json"
 
 # Sections of the config of a whole model that an encoder's config may be.
 SECTIONS = ("vision_config", "audio_config", "sound_config", "encoder_config", "thinker_config")
@@ -95,7 +97,9 @@ def open_folder(path: str | Path, encoder: str | None = None) -> Opened:
     """
     folder = SafeFolder(path)
     family, config = _find(folder, encoder)
-    part = Part(config, _processor(folder.path), _prefix(folder, family.probe), folder)
+    said = _processor(folder.path, PREPROCESSOR, ("image_processor", "feature_extractor"))
+    video = _processor(folder.path, "video_preprocessor_config.json", ("video_processor",))
+    part = Part(config, said, _prefix(folder, family.probe), folder, video)
     cls = resolve(family.encoder)
     cfg = make_config(cls, family.options(part))
     cls.check(cfg, 1)
@@ -164,15 +168,17 @@ def _is_unused(key: str, prefix: str, family: Family) -> bool:
     return any(p.fullmatch(key) for p in BESIDE)
 
 
-def _processor(path: Path) -> Mapping[str, Any]:
-    """The settings of the processor, from either of the files that hold them; of images or of sound."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
+def _processor(path: Path, own: str, sections: Sequence[str]) -> Mapping[str, Any]:
+    """The settings of a processor, from its own file or from a section of the file of all processors."""
+    for name in (own, "processor_config.json"):
         file = path / name
         if file.is_file():
             try:
-                found = json.loads(file.read_text())
+                found: Mapping[str, Any] = json.loads(file.read_text())
             except ValueError as error:
                 raise ValueError(f"{file} is unreadable: {error}") from error
-            inner = found.get("image_processor", found.get("feature_extractor", found))
-            return inner if isinstance(inner, Mapping) else found
+            inner: list[Mapping[str, Any]]
+            inner = [found[s] for s in sections if isinstance(found.get(s), Mapping)]
+            if inner or own == PREPROCESSOR or name == own:
+                return inner[0] if inner else found
     return {}

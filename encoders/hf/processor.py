@@ -11,7 +11,7 @@ from torch import Tensor
 
 from encoders.contract import Encoder, ItemBatch, Meta
 from encoders.hf.family import Part
-from encoders.vision.config import Pictures, VisionConfig
+from encoders.vision.config import Pictures, Videos, VisionConfig
 from encoders.vision.model import VisionTransformer
 from encoders.vision.pictures import patches_of
 
@@ -36,12 +36,37 @@ def pictures(part: Part, default: Pictures) -> dict[str, Any]:
             out[ours] = tuple(said[theirs])
     if default.fit in ("exact", "crop"):
         out |= _fit(said, default)
+    elif default.fit == "tiles":
+        out |= _tiles(said, default)
     elif default.fit == "patches":
         out["most"] = said.get("max_num_patches", default.most)
     elif default.fit == "smart":
         size = said.get("size", {})
         out["least"] = said.get("min_pixels", size.get("shortest_edge", default.least))
         out["most"] = said.get("max_pixels", size.get("longest_edge", default.most))
+    return out
+
+
+def videos(part: Part, default: Videos) -> dict[str, Any]:
+    """Options of videos from the folder's video processor, those of `default` where it says nothing.
+
+    Raises ValueError for settings that ours has not.
+    """
+    said = {k: v for k, v in part.video.items() if v is not None}
+    out: dict[str, Any] = dict(vars(default))
+    size = said.get("size", {})
+    out["least"] = said.get("min_pixels", size.get("shortest_edge", default.least))
+    out["most"] = said.get("max_pixels", size.get("longest_edge", default.most))
+    names = {"fps": "fps", "least_frames": "min_frames", "most_frames": "max_frames"}
+    out |= {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
+    if "do_sample_frames" in said:
+        kind = "ends" if default.area == "all" else "stride"
+        out["sample"] = kind if said["do_sample_frames"] else "all"
+    if said.get("cap_pixels_per_frame") and default.area == "frame":
+        raise ValueError("the video processor has cap_pixels_per_frame=true; needed: false")
+    if said.get("cap_pixels_per_frame"):
+        side = said.get("patch_size", 16) * said.get("merge_size", 2)
+        out["cap"] = said.get("max_video_tokens", 768) * side**2
     return out
 
 
@@ -65,6 +90,33 @@ def _fit(said: Mapping[str, Any], default: Pictures) -> dict[str, Any]:
         f"the image processor has size={size}, crop_size={crop}; needed: height and width, or shortest_edge "
         "and a crop"
     )
+
+
+def _tiles(said: Mapping[str, Any], default: Pictures) -> dict[str, Any]:
+    """The tiles of InternVL's processor, whose size is that of one."""
+    size = said.get("size", {})
+    out = {k: size.get(k, getattr(default, k)) for k in ("height", "width")}
+    if not said.get("crop_to_patches", False):
+        return {**out, "fit": "exact"}
+    return {**out, "least": said.get("min_patches", 1), "most": said.get("max_patches", 12)}
+
+
+def budget(part: Part, default: Pictures, merge: int) -> dict[str, Any] | None:
+    """Options of pictures by the image processor of Nemotron Omni; None where the folder has no such one.
+
+    merge: side of the squares of patches that its model makes one row of, where the processor does not say.
+    """
+    said = part.processor
+    if "max_num_patches" not in said or "min_num_patches" not in said:
+        return None
+    merge = round(1 / said.get("downsample_ratio", 1 / merge))
+    most = (said.get("max_model_len", 16384) - 4) * merge**2  # what the language model's context leaves
+    if said["max_num_patches"]:
+        most = min(most, said["max_num_patches"])
+    out = dict(vars(default)) | {"fit": "budget", "after_scale": True, "least": said["min_num_patches"]}
+    for ours in ("mean", "std"):
+        out[ours] = tuple(said.get(f"norm_{ours}") or said.get(f"image_{ours}") or out[ours])
+    return {**out, "most": max(most, said["min_num_patches"])}
 
 
 def encoder_config(encoder: Encoder) -> tuple[VisionTransformer, VisionConfig]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from encoders.contract import Encoder
 from encoders.hf.family import Family, Part, Rows
 from encoders.hf.maps import blocks, both, fused, row_parallel, rows
-from encoders.hf.processor import encoder_config, packed_batch, pictures
+from encoders.hf.processor import encoder_config, packed_batch, pictures, videos
 from encoders.hf.vision import activation, fields, square
 from encoders.vision import families
 from encoders.vision.tokens import Grid, window_order
@@ -31,6 +31,18 @@ GATED = [
     *row_parallel("mlp.down_proj", "mlp.down"),
 ]
 PLAIN = [*both("mlp.linear_fc1", "mlp.up"), *row_parallel("mlp.linear_fc2", "mlp.down")]
+
+
+# Fields of both towers; each class has defaults of its own.
+SIZES: dict[str, tuple[str, Any]] = {
+    "width": ("hidden_size", None),
+    "heads": ("num_heads", None),
+    "layers": ("depth", None),
+    "mlp": ("intermediate_size", None),
+    "channels": ("in_channels", None),
+    "merge": ("spatial_merge_size", None),
+    "merged": ("out_hidden_size", None),
+}
 
 
 def packed_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
@@ -53,21 +65,13 @@ def packed_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
 def options(part: Part, defaults: Any) -> dict[str, Any]:
     """What both towers say alike. defaults: the family's Config."""
     rope = part.field("rope_parameters", {})
-    names = {
-        "width": ("hidden_size", defaults.width),
-        "heads": ("num_heads", defaults.heads),
-        "layers": ("depth", defaults.layers),
-        "mlp": ("intermediate_size", defaults.mlp),
-        "channels": ("in_channels", defaults.channels),
-        "merge": ("spatial_merge_size", defaults.merge),
-        "merged": ("out_hidden_size", defaults.merged),
-    }
     return {
-        **fields(part, names),
+        **fields(part, {ours: (theirs, getattr(defaults, ours)) for ours, (theirs, _) in SIZES.items()}),
         "patch": square(part, "patch_size", defaults.patch),
         "frames": square(part, "temporal_patch_size", defaults.frames),
         "rope_base": rope.get("rope_theta", 10000.0),
         "pictures": pictures(part, defaults.pictures),
+        "videos": videos(part, defaults.videos),
     }
 
 
@@ -79,6 +83,7 @@ def qwen25_options(part: Part) -> dict[str, Any]:
         "activation": activation(part, "silu"),
         "window": part.field("window_size", 112) // side * out["merge"],
         "full_layers": tuple(part.field("fullatt_block_indexes", (7, 15, 23, 31))),
+        "tokens_per_second": part.field("tokens_per_second", 4),
     }
 
 
@@ -105,7 +110,7 @@ QWEN25 = Family(
     rows=qwen25_rows,
     unused=(),
     features=packed_features,
-    free=("pictures",),
+    free=("pictures", "videos"),
 )
 
 
@@ -158,7 +163,7 @@ QWEN3 = Family(
     rows=qwen3_rows,
     unused=(),
     features=packed_features,
-    free=("pictures",),
+    free=("pictures", "videos"),
 )
 
 FAMILIES = (QWEN25, QWEN3)

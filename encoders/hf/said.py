@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from encoders.hf import vision
+from encoders.hf.qwen import SIZES as SIZES_OF_QWEN
 from encoders.hf.said_audio import SOUND
 from encoders.hf.saying import Names, Rest, Said, named
 from encoders.vision.config import Pictures, VisionConfig
@@ -162,9 +163,46 @@ def with_mask(key: str) -> Callable[[Any], Rest]:
     return lambda cfg: {**final(key)(cfg), "embeddings.mask_token": ((1, cfg.width), 0.0)}
 
 
+def qwen(cfg: VisionConfig) -> dict[str, Any]:
+    """What both of Qwen's towers say alike."""
+    return {
+        **named(cfg, SIZES_OF_QWEN),
+        "patch_size": cfg.patch,
+        "temporal_patch_size": cfg.frames,
+        "hidden_act": ACTIVATIONS[cfg.activation],
+        "rope_parameters": {"rope_type": "axial", "rope_theta": cfg.rope_base},
+    }
+
+
+def qwen25(cfg: VisionConfig) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2_5_vl_vision",
+        **qwen(cfg),
+        "window_size": cfg.window * cfg.patch,
+        "fullatt_block_indexes": list(cfg.full_layers),
+        "tokens_per_second": cfg.tokens_per_second,
+    }
+
+
+def qwen3(cfg: VisionConfig) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_vl_vision",
+        **qwen(cfg),
+        "num_position_embeddings": cfg.table**2,
+        "deepstack_visual_indexes": list(cfg.levels),
+    }
+
+
+def qwen_processor(cfg: VisionConfig) -> dict[str, Any]:
+    sizes = {"patch_size": cfg.patch, "temporal_patch_size": cfg.frames, "merge_size": cfg.merge}
+    return {**picture_processor("Qwen2VLImageProcessor", cfg.pictures), **sizes}
+
+
 TOWER = "vision_model."  # of SigLIP and CLIP, which have a text tower too
 
 SAID: dict[str, Said] = {
+    "qwen2_5_vl": Said(qwen25, qwen_processor),
+    "qwen3_vl": Said(qwen3, qwen_processor),
     "siglip": Said(
         siglip, processor("SiglipImageProcessor"), final("vision_model.post_layernorm"), "vision_model."
     ),

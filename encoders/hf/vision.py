@@ -7,7 +7,7 @@ from typing import Any
 
 from encoders.hf.family import Family, Part, Rows
 from encoders.hf.maps import Pairs, blocks, both, fused, row_parallel, rows, separate
-from encoders.hf.processor import dense_features, padded_features, pictures, radio_features
+from encoders.hf.processor import budget, dense_features, padded_features, pictures, radio_features
 from encoders.vision import families
 from encoders.vision.config import Pictures
 from parallel.published import Row, Shape
@@ -19,7 +19,7 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "silu": "silu",
 }
-FREE = ("pictures", "layers", "final_norm", "prefix_rows", "merge", "levels")
+FREE = ("pictures", "videos", "layers", "final_norm", "prefix_rows", "merge", "levels")
 SIZES = {
     "width": ("hidden_size", 768),
     "heads": ("num_attention_heads", 12),
@@ -364,7 +364,7 @@ def radio_options(part: Part) -> dict[str, Any]:
         "class_tokens": prefix,
         "layer_scale": "blocks.0.layer_scale1.lambda1" in part.shapes(),
         "table": part.field("max_img_size", 2048) // patch,
-        "pictures": default,
+        "pictures": budget(part, Pictures(**default), 2) or default,
     }
 
 

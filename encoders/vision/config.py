@@ -14,7 +14,7 @@ HALF = (0.5, 0.5, 0.5)
 Norm = Literal["layer", "rms"]
 Rope = Literal["none", "axial", "centred"]
 
-Fit = Literal["exact", "crop", "smart", "patches", "none"]
+Fit = Literal["exact", "crop", "smart", "patches", "budget", "tiles", "none"]
 Interpolation = Literal[
     "bicubic", "bicubic_single", "bicubic_antialias", "bilinear_antialias", "longer_side", "corners"
 ]
@@ -26,11 +26,16 @@ class Pictures:
 
     fit: exact: resized to height x width. crop: resized until its shorter side is `edge`, then height x width
         from the centre. smart: each side rounded to whole blocks, the area between least and most pixels
-        (Qwen). patches: at most `most` patches at its own aspect (SigLIP2). none: as it is, less what is left
-        over of a patch.
-    height, width: in pixels, of exact and crop.
+        (Qwen). patches: at most `most` patches at its own aspect (SigLIP2). budget: least to most patches at
+        its own aspect (Nemotron Omni). tiles: the grid of least to most tiles nearest to its aspect, each
+        tile height x width and an item of its own (InternVL). none: as it is, less what is left over of a
+        patch.
+    height, width: in pixels, of exact, crop and tiles.
     edge: in pixels, of crop.
-    least, most: pixels of smart; most: patches of patches.
+    least, most: pixels of smart; patches of budget; tiles of tiles; most: patches of patches.
+    thumbnail: whether the whole picture, as large as a tile, follows several tiles.
+    tile_tag, thumbnail_tag: text before each tile and before the thumbnail, with {n}, {row} and {column} for
+        the tile's numbers from 1 on.
     resample: bilinear or bicubic.
     after_scale: whether it is resized as numbers in [0, 1] (DINOv3), not as 8-bit pixels.
     mean, std: of each channel, of pixels in [0, 1].
@@ -42,10 +47,40 @@ class Pictures:
     edge: int = 224
     least: int = 1
     most: int = 1
+    thumbnail: bool = True
+    tile_tag: str = ""
+    thumbnail_tag: str = ""
     resample: Literal["bilinear", "bicubic"] = "bicubic"
     after_scale: bool = False
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
+
+
+@dataclass(frozen=True)
+class Videos:
+    """Which frames of a video are taken, and what is made of them.
+
+    sample: all: every frame. ends: `fps` a second, the first and the last among them (Qwen3-VL). stride: the
+        same from the first on at equal steps, a whole number of tubelets (Qwen2.5-VL).
+    fps: frames taken a second. A video that does not say its own is taken to have as many.
+    least_frames, most_frames: of ends and stride.
+    area: what least and most count where pictures.fit is smart: the pixels of a frame or of all frames.
+    least, most: pixels. Other families bring each frame to a size as they do a picture.
+    cap: most pixels of a frame where area is all; 0 for no such bound.
+    frame_tag, frame_end: text before and after the frames of each tubelet, with {seconds} for their time. If
+        there is one, each tubelet is an item of its own.
+    """
+
+    sample: Literal["all", "ends", "stride"] = "all"
+    fps: float = 2.0
+    least_frames: int = 4
+    most_frames: int = 768
+    area: Literal["frame", "all"] = "frame"
+    least: int = 1
+    most: int = 1
+    cap: int = 0
+    frame_tag: str = ""
+    frame_end: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +117,9 @@ class VisionConfig:
     full_layers: layers whose attention knows no windows.
     prefix_rows: whether class tokens and registers are rows too, before those of the patches.
     pictures: what is made of a picture first.
+    videos: what is made of a video first.
+    tokens_per_second: positions in time, of a language model with three axes, for each second of a video
+        (Qwen2.5-VL); 0: one a tubelet.
     """
 
     patch: int = 16
@@ -115,6 +153,8 @@ class VisionConfig:
     full_layers: tuple[int, ...] = ()
     prefix_rows: bool = False
     pictures: Pictures = field(default_factory=Pictures)
+    videos: Videos = field(default_factory=Videos)
+    tokens_per_second: int = 0
 
     @property
     def prefix(self) -> int:

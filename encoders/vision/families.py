@@ -15,6 +15,7 @@ from encoders.vision.config import (
     Norm,
     Pictures,
     Rope,
+    Videos,
     VisionConfig,
 )
 from encoders.vision.model import VisionTransformer
@@ -190,6 +191,8 @@ class Qwen25VLConfig(VisionConfig):
     window: int = 8
     full_layers: tuple[int, ...] = (7, 15, 23, 31)
     pictures: Pictures = QWEN_PICTURES
+    videos: Videos = field(default_factory=lambda: Videos(least=128 * 28 * 28, most=768 * 28 * 28))
+    tokens_per_second: int = 4
 
 
 @register("qwen2_5_vl")
@@ -219,6 +222,16 @@ class Qwen3VLConfig(VisionConfig):
     merged: int = 3584
     levels: tuple[int, ...] = ()
     pictures: Pictures = field(default_factory=lambda: Pictures("smart", least=256 * 256, most=4096 * 4096))
+    videos: Videos = field(
+        default_factory=lambda: Videos(
+            "ends",
+            area="all",
+            least=128 * 32 * 32,
+            most=768 * 32 * 32,
+            frame_tag="<{seconds} seconds><|vision_start|>",
+            frame_end="<|vision_end|>",
+        )
+    )
 
 
 @register("qwen3_vl")

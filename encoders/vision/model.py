@@ -19,9 +19,11 @@ from encoders.stacked import StackedEncoder
 from encoders.vision.attention import frame_attention, window_attention
 from encoders.vision.block import Around, Block, Merger, make_norm
 from encoders.vision.config import VisionConfig
-from encoders.vision.pictures import check_pictures, fitted, picture_patches
+from encoders.vision.pictures import check_pictures, picture_patches
 from encoders.vision.position import resized_all, rotary
+from encoders.vision.sizes import fitted, tiling, whole_patches
 from encoders.vision.tokens import Grid, Places, patches_before, places, table_rows, token_rows
+from encoders.vision.video import step_seconds, tubelet_pieces, tubelets, video_patches, video_size
 from parallel.sequence.grid import RowGrid
 from parallel.sequence.host import to_device
 from parallel.sharding.dtypes import FactoryKwargs
@@ -31,7 +33,8 @@ from parallel.topology.layout import check_divides
 
 
 class VisionTransformer(StackedEncoder):
-    """Pictures (PNG or JPEG), resized as cfg.pictures says, to a row for each merged square of patches.
+    """Pictures (PNG or JPEG), resized as cfg.pictures says, to a row for each merged square of patches, and
+    videos (encoders.vision.video) to such rows for each tubelet.
 
     The rows of a picture that is too small for a patch are refused. Metadata with `down` and `across`, and
     perhaps `frames`, are of a picture or video that is in patches already.
@@ -76,14 +79,33 @@ class VisionTransformer(StackedEncoder):
         if "down" in meta:
             return Grid(meta.get("frames", 1), meta["down"], meta["across"])
         check_channels(meta.get("channels", 1), cfg.channels)  # some indexes lack it
-        height, width = fitted(cfg, meta["height"], meta["width"])
-        down, across = (cfg.merge * (n // cfg.side) for n in (height, width))
-        if not down or not across:
-            raise ValueError(
-                f"a picture of {meta['height']}x{meta['width']} pixels is {height}x{width} to the encoder; "
-                f"needed: {cfg.side} at least on each side"
-            )
-        return Grid(1, down, across)
+        if "pictures" in meta:
+            frames = 1 if "group" in meta else tubelets(cfg, meta)
+            return Grid(frames, *whole_patches(cfg, meta, video_size(cfg, meta)))
+        if cfg.pictures.fit == "tiles" and "tile" not in meta:
+            tiles = tiling(cfg.pictures, meta["height"], meta["width"]).tiles
+            raise ValueError(f"a picture of {tiles} tiles is so many items; needed: its pieces, one by one")
+        return Grid(1, *whole_patches(cfg, meta, fitted(cfg, meta["height"], meta["width"])))
+
+    @classmethod
+    def pieces(cls, cfg: VisionConfig, meta: Meta) -> Sequence[str | Meta]:
+        """The tiles of a picture, row by row, and its thumbnail, each after its tag; the tubelets of a video,
+        where texts stand between them or each has class tokens of its own."""
+        if "pictures" in meta:
+            return (meta,) if "group" in meta else tubelet_pieces(cfg, meta)
+        how = cfg.pictures
+        if how.fit != "tiles" or "tile" in meta:
+            return (meta,)
+        check_channels(meta.get("channels", 1), cfg.channels)
+        grid = tiling(how, meta["height"], meta["width"])
+        out: list[str | Meta] = []
+        for n in range(grid.tiles):
+            row, column = divmod(n, grid.across)
+            tag = how.thumbnail_tag if row == grid.down else how.tile_tag
+            tag = tag.replace("{n}", str(n + 1)).replace("{row}", str(row + 1))
+            tag = tag.replace("{column}", str(column + 1))
+            out += [tag, {**meta, "tile": n}] if tag and grid.tiles > 1 else [{**meta, "tile": n}]
+        return out
 
     @classmethod
     def feature_width(cls, cfg: VisionConfig) -> int:
@@ -98,7 +120,11 @@ class VisionTransformer(StackedEncoder):
         if cfg.prefix_rows and cfg.prefix:
             return None
         g = cls.grid(cfg, meta)
-        return RowGrid(g.frames, g.down // cfg.merge, g.across // cfg.merge)
+        step = float(cfg.tokens_per_second or 1)
+        if cfg.tokens_per_second and g.frames > 1 and "pictures" in meta:
+            # Rounded as transformers multiplies them.
+            step = float(np.float32(step) * np.float32(step_seconds(cfg, meta)))
+        return RowGrid(g.frames, g.down // cfg.merge, g.across // cfg.merge, step)
 
     @classmethod
     def cost(cls, cfg: VisionConfig, meta: Meta) -> float:
@@ -146,12 +172,15 @@ class VisionTransformer(StackedEncoder):
     @classmethod
     def prepare(cls, cfg: VisionConfig, payload: bytes, meta: Meta) -> Tensor:
         """Patches [n, cfg.inputs], float32, in the order of the tokens."""
-        return picture_patches(cfg, payload, (meta["height"], meta["width"]))
+        if "pictures" in meta:
+            return video_patches(cfg, payload, meta)
+        return picture_patches(cfg, payload, meta)
 
     @classmethod
     def example(cls, cfg: VisionConfig, rows: int) -> Meta:
         side = max(1, math.isqrt(rows)) * cfg.side
-        return {"height": side, "width": side, "channels": cfg.channels}
+        tile = {"tile": 0} if cfg.pictures.fit == "tiles" else {}
+        return {"height": side, "width": side, "channels": cfg.channels, **tile}
 
     @classmethod
     def check(cls, cfg: VisionConfig, tp: int) -> None:

@@ -1,12 +1,11 @@
-"""From a picture's file to its patches: resize, crop, scale, normalise, as the families' processors do it.
+"""From a picture's file to its patches: resize, crop, tile, scale, normalise, as families' processors do it.
 
-The pixels equal those of transformers' processors with Pillow (DINOv3's: with torch); the sizes follow from
-the metadata alone, as the step plan needs them.
+The pixels equal those of transformers' processors with Pillow (DINOv3's and Nemotron Omni's: with torch).
 """
 
 from __future__ import annotations
 
-import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,75 +13,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoders.compat import decode_image, image_tensor
+from encoders.contract import Meta
 from encoders.vision.config import Pictures, VisionConfig
-
-MOST_ASPECT = 200  # of Qwen's processor
-
-
-def fitted(cfg: VisionConfig, height: int, width: int) -> tuple[int, int]:
-    """Height and width, in pixels, that a picture is brought to. Pure. Raises ValueError for one of no
-    pixels, and for one too long and narrow."""
-    how = cfg.pictures
-    if height < 1 or width < 1:
-        raise ValueError(f"a picture of {height}x{width} pixels; needed: one at least on each side")
-    if how.fit == "smart":
-        return _smart(how, cfg.side, height, width)
-    if how.fit == "patches":
-        return _most_patches(how.most, cfg.patch, height, width)
-    if how.fit == "none":
-        return height, width
-    return how.height, how.width
+from encoders.vision.sizes import fitted, tiling
 
 
-def _smart(how: Pictures, side: int, height: int, width: int) -> tuple[int, int]:
-    """Sides rounded to multiples of `side` (half to even), the area then kept between least and most."""
-    if max(height, width) > MOST_ASPECT * min(height, width):
-        raise ValueError(
-            f"a picture of {height}x{width} pixels; needed: a longer side of at most {MOST_ASPECT} times the "
-            "shorter, such as parts of this one"
-        )
-    down, across = round(height / side) * side, round(width / side) * side
-    if down * across > how.most:
-        by = math.sqrt(height * width / how.most)
-        down, across = (max(side, math.floor(n / by / side) * side) for n in (height, width))
-    elif down * across < how.least:
-        by = math.sqrt(how.least / (height * width))
-        down, across = (math.ceil(n * by / side) * side for n in (height, width))
-    return down, across
-
-
-def _most_patches(most: int, patch: int, height: int, width: int) -> tuple[int, int]:
-    """The largest size near the picture's aspect, in whole patches, of `most` patches at most; the scale is
-    found by halving, to 1e-5, as published."""
-
-    def scaled(by: float) -> tuple[int, int]:
-        down, across = (max(patch, math.ceil(n * by / patch) * patch) for n in (height, width))
-        return down, across
-
-    low, high = 1e-6, 100.0
-    while high - low >= 1e-5:
-        middle = (low + high) / 2
-        down, across = scaled(middle)
-        if (down / patch) * (across / patch) <= most:
-            low = middle
-        else:
-            high = middle
-    return scaled(low)
-
-
-def picture_patches(cfg: VisionConfig, payload: bytes, size: tuple[int, int]) -> Tensor:
+def picture_patches(cfg: VisionConfig, payload: bytes, meta: Meta) -> Tensor:
     """A picture's file to its patches [n, cfg.inputs], float32, in the order of the tokens.
 
-    size: height and width by the index. Raises ValueError where the file has another one, and for colour
-    where the encoder takes grey.
+    meta: height and width by the index, and of a tile its number. Raises ValueError where the file has
+    another size, and for colour where the encoder takes grey.
     """
-    pixels = decode_image(payload, cfg.channels)
+    how, size = cfg.pictures, (meta["height"], meta["width"])
+    if how.fit == "tiles":
+        return patches_of(cfg, _scaled(how, _tile(payload, size, how, cfg.channels, meta["tile"])))
+    return patches_of(cfg, normalised_frame(cfg, _decoded(payload, size, cfg.channels)))
+
+
+def _decoded(payload: bytes, size: tuple[int, int], channels: int) -> Tensor:
+    """uint8 [channels, height, width]."""
+    pixels = decode_image(payload, channels)
     if tuple(pixels.shape[1:]) != size:
         raise ValueError(f"image is {tuple(pixels.shape[1:])}, its index says {size[0]}x{size[1]}")
-    return patches_of(cfg, _normalised(cfg, pixels))
+    return pixels
 
 
-def _normalised(cfg: VisionConfig, pixels: Tensor) -> Tensor:
+def _tile(payload: bytes, size: tuple[int, int], how: Pictures, channels: int, number: int) -> Tensor:
+    """uint8 [channels, height, width] of a tile, row by row; the thumbnail comes after the last."""
+    grid = tiling(how, *size)
+    if number == grid.down * grid.across:
+        return _brought(payload, size, how, channels, (how.height, how.width))
+    whole = _brought(payload, size, how, channels, (grid.down * how.height, grid.across * how.width))
+    row, column = divmod(number, grid.across)
+    return whole.narrow(1, row * how.height, how.height).narrow(2, column * how.width, how.width)
+
+
+@lru_cache(maxsize=2)  # the tiles of a picture are prepared one after another
+def _brought(
+    payload: bytes, size: tuple[int, int], how: Pictures, channels: int, target: tuple[int, int]
+) -> Tensor:
+    return _resized(how, _decoded(payload, size, channels), target)
+
+
+def normalised_frame(cfg: VisionConfig, pixels: Tensor) -> Tensor:
     """uint8 [channels, height, width] to float32 of the fitted size."""
     how = cfg.pictures
     height, width = fitted(cfg, *pixels.shape[1:])
@@ -90,7 +63,17 @@ def _normalised(cfg: VisionConfig, pixels: Tensor) -> Tensor:
         planes = pixels.to(torch.float32) / 255.0
         planes = F.interpolate(planes[None], (height, width), mode=how.resample, antialias=True)[0]
     else:
-        planes = _resized(how, pixels, (height, width)).to(torch.float32) / 255.0
+        return _scaled(how, _resized(how, pixels, (height, width)))
+    return standard(how, planes)
+
+
+def _scaled(how: Pictures, pixels: Tensor) -> Tensor:
+    """uint8 pixels as normalised float32."""
+    return standard(how, pixels.to(torch.float32) / 255.0)
+
+
+def standard(how: Pictures, planes: Tensor) -> Tensor:
+    """Pixels in [0, 1], less the mean and divided by the deviation of their channel."""
     every = zip(planes, how.mean, how.std, strict=False)
     return torch.stack([(plane - mean) / std for plane, mean, std in every])
 
@@ -133,12 +116,12 @@ def check_pictures(name: str, cfg: VisionConfig) -> None:
     how = cfg.pictures
     if min(len(how.mean), len(how.std)) < cfg.channels:
         raise ValueError(f"{name} pictures.mean and std have {len(how.mean)} numbers; needed: one a channel")
-    if how.fit in ("exact", "crop") and min(how.height, how.width) < cfg.side:
+    if how.fit in ("exact", "crop", "tiles") and min(how.height, how.width) < cfg.side:
         raise ValueError(
             f"{name} pictures are {how.height}x{how.width} pixels; needed: {cfg.side} at least on each side"
         )
     rest = [n // cfg.patch % cfg.merge for n in (how.height, how.width)]
-    if how.fit in ("exact", "crop") and any(rest):
+    if how.fit in ("exact", "crop", "tiles") and any(rest):
         raise ValueError(
             f"{name} pictures are {how.height // cfg.patch}x{how.width // cfg.patch} patches, merge is "
             f"{cfg.merge}; needed: a merge that divides both"
@@ -148,5 +131,5 @@ def check_pictures(name: str, cfg: VisionConfig) -> None:
             f"{name} pictures.edge is {how.edge}, less than the {how.height}x{how.width} that is cropped; "
             "needed: as much"
         )
-    if how.fit in ("smart", "patches") and not 1 <= how.least <= how.most:
+    if how.fit in ("smart", "patches", "budget", "tiles") and not 1 <= how.least <= how.most:
         raise ValueError(f"{name} pictures.least is {how.least} and most {how.most}; needed: 1 to most")

@@ -7,6 +7,7 @@ from typing import Any
 
 from llm.hf.family import Data
 from llm.hf.registry import FAMILIES, family_named
+from llm.hf.within import flat, plain
 from parallel.published import SafeFolder
 
 HEAD = "lm_head.weight"
@@ -19,8 +20,8 @@ def section_of(data: Data) -> Mapping[str, Any] | None:
     """The section of a whole model's config.json that is its language model's; None for a model alone."""
     if data.get("model_type") in FAMILIES:
         return None
-    found = (data[name] for name in SECTIONS if isinstance(data.get(name), Mapping))
-    return next((x for x in found if x.get("model_type") in FAMILIES), None)
+    found = [data[name] for name in SECTIONS if isinstance(data.get(name), Mapping)] or flat(data)
+    return next((x for x in map(plain, found) if x.get("model_type") in FAMILIES), None)
 
 
 def language_config(data: Data) -> Data:

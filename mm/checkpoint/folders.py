@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,7 @@ from llm.config import LLMConfig
 from llm.hf import FAMILIES, export_checkpoint, load_hf
 from llm.hf.export import check_zero, values_of
 from mm.checkpoint.state import tokenizer_of
-from mm.checkpoint.tokens import item_tokens
+from mm.checkpoint.tokens import item_tokens, named_ids
 from mm.checkpoint.whole import one_process, read_whole
 from mm.config.build import build
 from mm.config.outline import SINK, llm_config
@@ -174,6 +174,8 @@ def _export_container(
     """Write a model as a container's folder."""
     tokens = item_tokens(tokenizer, whole, container.tokens)
     files = files_of(container, whole, {m: (t.id, t.text) for m, t in tokens.items()})
+    config = {**files.contents.config, **named_ids(tokenizer, container)}
+    files = replace(files, contents=replace(files.contents, config=config))
     check_zero(files.zero, values, container.title)
     partial = _new(out)
     write_folder(files.contents, with_constants(values, files.constants), partial, dtype, FILE_BYTES)

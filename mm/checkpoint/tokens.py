@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from mm.containers.container import Token, Whole
+from mm.containers.container import Container, Token, Whole
 from mm.data.published import TOKENIZER, PublishedTokenizer
 from mm.data.tokenizer import AnyTokenizer
 from mm.data.tokenizer_files import BYTE_MARKERS
@@ -73,3 +73,11 @@ def item_tokens(tokenizer: AnyTokenizer, whole: Whole, tokens: Mapping[str, Toke
         out[module] = ItemToken(free, token.text, token.key, added=True)
         free += 1
     return out
+
+
+def named_ids(tokenizer: AnyTokenizer, container: Container) -> dict[str, int]:
+    """Further ids of config.json, of the tokens that the tokenizer has."""
+    if not isinstance(tokenizer, PublishedTokenizer):
+        return {}
+    found = {field: tokenizer.core.token_to_id(text) for field, text in container.named.items()}
+    return {field: n for field, n in found.items() if n is not None}

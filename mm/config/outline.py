@@ -58,6 +58,7 @@ def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tupl
         near = difflib.get_close_matches(name, layouts, 1)
         hint = f"did you mean {near[0]}?" if near else f"the model's modules are {', '.join(layouts)}"
         raise ValueError(f"unknown key layout.{name}; {hint}")
+    _check_frozen_layers(cfg)
     llm = llm_config(cfg)
     _check_recompute(cfg, llm)
     if cfg.eval.every and not cfg.data.eval:
@@ -116,6 +117,18 @@ def with_policy(use: ModuleUse, policy: Policy, node_size: int | None) -> Module
 def frozen_modules(cfg: Config, llm: LLMConfig) -> set[str]:
     """Modules without any trainable parameter."""
     return {m for m, enc in cfg.model.items() if enc.freeze == "all"} | ({SINK} if llm.freeze else set())
+
+
+def _check_frozen_layers(cfg: Config) -> None:
+    """Refuse frozen layers of an encoder that is frozen as a whole."""
+    for m, enc in cfg.model.items():
+        if enc.freeze_layers and enc.freeze in ("encoder", "all"):
+            why = (
+                f"model.{m}.freeze_layers={enc.freeze_layers} would have no effect: model.{m}.freeze="
+                f"{enc.freeze} freezes all of its layers"
+            )
+            less = "none" if enc.freeze == "encoder" else "projector"
+            raise Unfit(why, [{f"model.{m}.freeze_layers": 0}, {f"model.{m}.freeze": less}])
 
 
 def llm_config(cfg: Config) -> LLMConfig:

@@ -79,6 +79,12 @@ class EncoderConfig(Section):
     freeze: Literal["none", "encoder", "projector", "all"] = Field(
         "none", description="weights that are not trained: none, encoder, projector or all"
     )
+    freeze_layers: int = Field(
+        0,
+        ge=0,
+        description="first layers of the encoder that are not trained, with what comes before them; 0: all "
+        "are trained that freeze leaves",
+    )
     deal: Literal["cost", "sample"] = Field(
         "cost", description="how items go to the encoder's dp ranks: balanced by cost, or with their sample"
     )

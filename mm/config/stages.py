@@ -18,7 +18,7 @@ from mm.config.training import TrainConfig
 from mm.errors import Refused, of_stage
 
 SECTIONS = ("layout", "schedule", "data", "eval", "checkpoint")  # of which a stage may change keys
-OWN = ("name", "train", "modules")  # keys that only a stage has
+OWN = ("name", "train", "modules", "freeze_layers")  # keys that only a stage has
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 SINK = "llm"
 
@@ -81,6 +81,7 @@ def _config(cfg: Config, name: str, given: Mapping[str, Any]) -> Config:
             raise Refused(unknown_key(key, key, [*OWN, *SECTIONS, *recipe]))
     if "steps" not in given:
         raise Refused("it has no steps; needed: steps: N")
+    _freeze_layers(raw, given.get("freeze_layers", {}))
     _freeze(raw, given.get("train"))
     if not raw["checkpoint"]["every"]:  # the next stage needs the last one
         raw["checkpoint"]["every"] = raw["train"]["steps"]
@@ -95,6 +96,15 @@ def _without(raw: dict[str, Any], module: str) -> None:
     for key in ("lr_by", "layer_decay"):
         kept = {k: v for k, v in raw["train"][key].items() if k.partition(".")[0] != module}
         raw["train"][key] = kept
+
+
+def _freeze_layers(raw: dict[str, Any], given: Any) -> None:
+    """So many first layers of each encoder in `given` are frozen; the model's own keys hold for others."""
+    if not isinstance(given, dict):
+        raise Refused(f"freeze_layers is {given!r}; needed: a mapping, such as {{vision: 12}}")
+    encoders = [m for m in raw["model"] if m != SINK]
+    for m in _parts("freeze_layers", [*given], encoders):
+        raw["model"][m]["freeze_layers"] = given[m]
 
 
 def _freeze(raw: dict[str, Any], trained: Any) -> None:
@@ -114,6 +124,8 @@ def _freeze(raw: dict[str, Any], trained: Any) -> None:
             (True, False): "projector",
             (False, False): "all",
         }[learns[0], learns[1]]
+        if not learns[0]:
+            raw["model"][m]["freeze_layers"] = 0  # all of its layers are frozen
     raw["model"][SINK]["freeze"] = SINK not in parts
 
 

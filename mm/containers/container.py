@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from encoders.contract import Encoder
@@ -81,6 +81,7 @@ class Container:
     modules: the encoder modules of a folder, as a config names them, but for the folder of the weights.
         Raises ValueError for what ours cannot be.
     options: of the language model, that its own config.json does not say.
+    named: further ids of config.json, by field the text of their token; left out where there is none.
     """
 
     name: str
@@ -95,3 +96,4 @@ class Container:
     processor: Callable[[Whole, Mapping[str, Written], Mapping[str, str]], dict[str, Any]]
     modules: Callable[[SafeFolder], dict[str, dict[str, Any]]]
     options: Callable[[SafeFolder], dict[str, Any]] = lambda folder: {}
+    named: Mapping[str, str] = field(default_factory=dict)

@@ -41,6 +41,8 @@ def language_unfit(llm: LLMConfig) -> list[str]:
             f"model.llm.embed_scale is {llm.embed_scale:g}, which {family.title} multiplies rows of encoders "
             "with too, and ours the embeddings of tokens alone; needed: 1"
         )
+    if llm.rope_axes is not None:
+        out.append(needed("model.llm.rope_axes", llm.rope_axes, None))
     if llm.level_layers:
         out.append(needed("model.llm.level_layers", list(llm.level_layers), []))
     return out

@@ -12,11 +12,12 @@ from mm.containers.container import Container, Pairs, Tower, Whole
 from mm.containers.flamingo import FLAMINGO
 from mm.containers.llava import LLAVA
 from mm.containers.omni import OMNI
+from mm.containers.qwen import QWEN3_VL, QWEN25_VL
 from mm.containers.write import projector_shapes, projector_tensors
 from parallel.published import FileTensor, SafeFolder, check_tensors, stored_dtypes
 
 # In the order in which they are tried.
-ALL = (LLAVA, FLAMINGO, OMNI)
+ALL = (LLAVA, FLAMINGO, OMNI, QWEN25_VL, QWEN3_VL)
 CONTAINERS: dict[str, Container] = {c.name: c for c in ALL}
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mm.data.sample import Part, Sample
+from mm.data.sample import Sample, Segment, grouped
 from mm.errors import DataError
 
 
@@ -51,11 +51,12 @@ def permute_items(samples: Sequence[Sample], module: str, seed: int) -> list[Sam
     Slots are put in a random order, and each takes the item of the next slot. Where that is an item of its
     own sample, two slots swap, so that every item goes to another sample where that is possible.
     """
+    groups = [grouped(s.segments) for s in samples]
     slots = [
         (j, k)
-        for j, s in enumerate(samples)
-        for k, seg in enumerate(s.segments)
-        if seg.part is not None and seg.kind == module
+        for j, own in enumerate(groups)
+        for k, group in enumerate(own)
+        if any(seg.part is not None and seg.kind == module for seg in group)
     ]
     if len(slots) < 2:
         return list(samples)
@@ -69,18 +70,11 @@ def permute_items(samples: Sequence[Sample], module: str, seed: int) -> list[Sam
                 if slots[givers[j]][0] != own_i and slots[givers[i]][0] != own_j:
                     givers[i], givers[j] = givers[j], givers[i]
                     break
-    new: dict[tuple[int, int], Part] = {}
+    new: dict[tuple[int, int], tuple[Segment, ...]] = {}
     for taker, giver in zip(order, givers, strict=True):
         j, k = slots[giver]
-        part = samples[j].segments[k].part
-        assert part is not None
-        new[slots[taker]] = part
+        new[slots[taker]] = groups[j][k]
     return [
-        replace(
-            s,
-            segments=tuple(
-                replace(seg, part=new[j, k]) if (j, k) in new else seg for k, seg in enumerate(s.segments)
-            ),
-        )
-        for j, s in enumerate(samples)
+        replace(s, segments=tuple(seg for k, group in enumerate(own) for seg in new.get((j, k), group)))
+        for j, (s, own) in enumerate(zip(samples, groups, strict=True))
     ]

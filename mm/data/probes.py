@@ -31,6 +31,12 @@ def _probe_wav(payload: bytes) -> dict[str, int]:
         return {"samples": f.getnframes(), "rate": f.getframerate()}
 
 
+def _probe_video(payload: bytes) -> dict[str, int]:
+    from encoders.vision.video import probe_video
+
+    return probe_video(payload)
+
+
 def _probe_npy(payload: bytes) -> dict[str, int]:
     array = np.load(io.BytesIO(payload), allow_pickle=False)
     return {f"dim{i}": n for i, n in enumerate(array.shape)}
@@ -40,6 +46,9 @@ _probes: dict[str, Probe] = {
     "png": _probe_image,
     "jpg": _probe_image,
     "jpeg": _probe_image,
+    "gif": _probe_video,
+    "webp": _probe_video,
+    "tar": _probe_video,
     "wav": _probe_wav,
     "npy": _probe_npy,
 }

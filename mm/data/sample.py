@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -41,6 +41,21 @@ class Segment:
     loss: bool  # whether text is learned
     depends: str | None  # module that the text depends on
     written: int | None = None  # of truncated text, its tokens in the json; None where it is whole
+    ids: tuple[int, ...] | None = None  # of text between pieces of an item, which is not in the json
+    more: bool = False  # whether the next segment is of the same item
+
+
+def grouped(segments: Sequence[Segment]) -> list[tuple[Segment, ...]]:
+    """Segments, those of one item together."""
+    out: list[tuple[Segment, ...]] = []
+    goes_on = False
+    for seg in segments:
+        if goes_on:
+            out[-1] = (*out[-1], seg)
+        else:
+            out.append((seg,))
+        goes_on = seg.more
+    return out
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mm.data.sample import segments_of
 from mm.errors import DataError, Refused
 from mm.inference.whole import WholeModel
 from mm.plan.inputs import item_run
+from mm.plan.pieces import pieces_of
 from parallel.sequence.grid import Run, grid_positions
 from parallel.sequence.host import to_device
 
@@ -74,11 +75,16 @@ def read_prompt(model: WholeModel, sample: Mapping[str, Any], payloads: Mapping[
             if seg.kind not in model.encoders:
                 have = ", ".join(model.encoders) or "none"
                 raise ValueError(f"{seg.name} is for module {seg.kind}; the model has: {have}")
-            found, run = item_rows(model, seg.kind, seg.name, payloads[seg.name])
-            entering.setdefault(seg.kind, []).extend(range(len(ids), len(ids) + len(found)))
-            runs.append(run)
-            rows.setdefault(seg.kind, []).append(found)
-            ids += [model.tokenizer.placeholder_of(seg.kind)] * len(found)
+            for found, run in item_rows(model, seg.kind, seg.name, payloads[seg.name]):
+                if isinstance(found, str):
+                    new = model.tokenizer.encode_texts([found])[0]
+                    ids += new
+                    runs.append(len(new))
+                    continue
+                entering.setdefault(seg.kind, []).extend(range(len(ids), len(ids) + len(found)))
+                runs.append(run)
+                rows.setdefault(seg.kind, []).append(found)
+                ids += [model.tokenizer.placeholder_of(seg.kind)] * len(found)
     except (ValueError, KeyError, OSError, EOFError) as error:
         raise DataError(f"the prompt cannot be used: {error}") from error
     at = {m: torch.tensor(p, device=model.device) for m, p in entering.items()}
@@ -102,15 +108,20 @@ def _segments(model: WholeModel, sample: Mapping[str, Any]) -> Sequence[TokenSeg
 
 
 @torch.no_grad()
-def item_rows(model: WholeModel, module: str, name: str, payload: bytes) -> tuple[Tensor, Run]:
-    """The rows of an item [R, d], or [R, levels, d], and how they lie; raises ValueError where its encoder
-    cannot take it."""
+def item_rows(model: WholeModel, module: str, name: str, payload: bytes) -> list[tuple[str | Tensor, Run]]:
+    """An item's rows [R, d], or [R, levels, d], piece by piece, with how they lie, and texts between pieces.
+    Raises ValueError where its encoder cannot take it."""
     use, encoder = model.uses[module], model.encoders[module]
-    meta = metadata(name.rpartition(".")[2].lower(), payload)
-    use.cls.rows(use.cfg, meta)  # refuses what does not fit, in words
-    prepared = use.cls.prepare(use.cfg, payload, meta)
-    dtype = next(encoder.parameters()).dtype
-    batch = pack_items(use.cls, use.cfg, [prepared], [meta], device=model.device, dtype=dtype)
-    found = encoder(batch)
-    assert isinstance(found, Features)
-    return found.values, item_run(use, meta, len(found.values))
+    out: list[tuple[str | Tensor, Run]] = []
+    for piece in pieces_of(use, metadata(name.rpartition(".")[2].lower(), payload)):
+        if isinstance(piece, str):
+            out.append((piece, 0))
+            continue
+        use.cls.rows(use.cfg, piece)  # refuses what does not fit, in words
+        prepared = use.cls.prepare(use.cfg, payload, piece)
+        dtype = next(encoder.parameters()).dtype
+        batch = pack_items(use.cls, use.cfg, [prepared], [piece], device=model.device, dtype=dtype)
+        found = encoder(batch)
+        assert isinstance(found, Features)
+        out.append((found.values, item_run(use, piece, len(found.values))))
+    return out

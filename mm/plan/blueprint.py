@@ -280,7 +280,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
 
 def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
     """Import the encoder of module `name` and check its options and its layout."""
-    from encoders.module import check_encoder
+    from encoders.module import check_encoder, check_frozen
     from mm.plan.inputs import EncoderUse
 
     enc = cfg.model[name]
@@ -289,6 +289,7 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
     degrees = {d: getattr(layout, d) for d in ("tp", "cp", "pp", "ep", "etp")}
     try:
         check_encoder(cls, options, **degrees)
+        check_frozen(cls, options, enc.freeze_layers)
     except Unfit as error:
         raise Unfit(f"model.{name}: {error.why}", error.works, name) from error
     except ValueError as error:
@@ -395,5 +396,5 @@ def bare_module(
         raise Refused(f"model.{name}: {error}") from error
     module.encoder.recompute = "full" in recompute_parts(cfg.train.recompute)
     module.encoder.timeout_s = cfg.run.timeout_s
-    module.freeze(enc.freeze)
+    module.freeze(enc.freeze, enc.freeze_layers)
     return module

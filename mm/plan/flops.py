@@ -5,11 +5,14 @@ Attention and scan are counted. Recomputation is not, nor is the head of tokens 
 
 from __future__ import annotations
 
+import numpy as np
+
 from encoders.module import row_flops
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint, projector_kind
 from mm.plan.step_plan import StepPlan
 from mm.plan.table import Costs
+from mm.plan.trained import step_factors
 from parallel.sequence.dealing import loads
 
 
@@ -17,18 +20,26 @@ def forward_flops(blueprint: Blueprint, plan: StepPlan) -> dict[str, Costs]:
     """Forward FLOPs over all ranks, by module, of each micro-batch."""
     n, out = len(plan.microbatches), {}
     for module, items in plan.items.items():
-        use, projector = blueprint.inputs.encoders[module], blueprint.cfg.model[module].projector
-        kind = projector_kind(projector)
-        row = row_flops(use.cls, use.cfg, blueprint.llm.d_model, projector.hidden, kind)
-        cost = items.cost + row * items.columns.own_rows
+        cost = items.cost + _projector_flops(blueprint, plan, module)
         out[module] = loads(cost, items.columns.batch, n)
     out[SINK] = loads(plan.llm_cost, plan.seats.microbatch, n)
     return out
 
 
+def _projector_flops(blueprint: Blueprint, plan: StepPlan, module: str) -> Costs:
+    """Forward FLOPs of the projectors, by item."""
+    use, projector = blueprint.inputs.encoders[module], blueprint.cfg.model[module].projector
+    row = row_flops(use.cls, use.cfg, blueprint.llm.d_model, projector.hidden, projector_kind(projector))
+    return np.asarray(row * plan.items[module].columns.own_rows, dtype=np.float64)
+
+
 def step_flops(blueprint: Blueprint, plan: StepPlan) -> dict[str, float]:
-    """FLOPs of forward and backward over all ranks. Frozen modules have no backward."""
-    work = forward_flops(blueprint, plan)
+    """FLOPs of forward and backward over all ranks. A frozen language model counts without a backward."""
+    out = {}
+    for module, items in plan.items.items():
+        encoder, projector = step_factors(blueprint, module)
+        flops = _projector_flops(blueprint, plan, module)
+        out[module] = float(encoder * items.cost.sum() + projector * flops.sum())
     # Backward costs twice the forward: one product for the inputs, one for the weights.
-    times = {m: 1.0 if m in blueprint.frozen else 3.0 for m in blueprint.modules}
-    return {m: float(work[m].sum()) * times[m] for m in blueprint.modules}
+    out[SINK] = float(plan.llm_cost.sum()) * (1.0 if SINK in blueprint.frozen else 3.0)
+    return {m: out[m] for m in blueprint.modules}

@@ -48,14 +48,14 @@ class PlanInputs:
     mtp_depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
     llm_cost: DocumentCost = BY_LENGTH  # of a sample, by which samples go to dp ranks
     axes: bool = False  # whether the language model's positions have three axes (LLMConfig.rope_axes)
-    _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
+    _rows: dict[tuple[str, str, int, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
         """How many rows an item contributes; cached, since every epoch plans each item once.
 
         Raises ValueError where the item's metadata do not serve its encoder.
         """
-        key = (module, part.shard, part.offset)
+        key = (module, part.shard, part.offset, part.meta.get("piece", -1))
         if key not in self._rows:
             use = self.encoders[module]
             try:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mm.config.schema import DataConfig
-from mm.data.sample import Index, Sample, Segment, Skipped
+from mm.data.sample import Index, Sample, Segment, Skipped, grouped
 from mm.errors import DataError
 from mm.plan.inputs import PlanInputs, sample_length, supervised_tokens
 
@@ -114,13 +114,13 @@ def _truncated(sample: Sample, inputs: PlanInputs) -> Sample | None:
 
     Text is truncated to the token, an item is kept whole or dropped. All that follows is dropped too.
     """
-    room, kept = inputs.context - 2 * sample.markers, []
-    for seg in sample.segments:
-        n = seg.tokens if seg.part is None else inputs.rows(seg.kind, seg.part)
+    room, kept = inputs.context - 2 * sample.markers, list[Segment]()
+    for group in grouped(sample.segments):
+        n = sum(seg.tokens if seg.part is None else inputs.rows(seg.kind, seg.part) for seg in group)
         if n <= room:
-            kept.append(seg)
-        elif seg.part is None and room:
-            kept.append(_first_tokens(seg, room))
+            kept += group
+        elif len(group) == 1 and group[0].part is None and room:
+            kept.append(_first_tokens(group[0], room))
         room -= n
         if room < 0:
             break

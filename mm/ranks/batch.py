@@ -246,7 +246,7 @@ class Assembler:
                 n = self.inputs.rows(seg.kind, seg.part)
                 ids[at : at + n] = tok.placeholder_of(seg.kind)
             else:
-                new = texts.pop(0)
+                new = texts.pop(0) if seg.ids is None else seg.ids
                 n = seg.tokens
                 indexed = n if seg.written is None else seg.written
                 if len(new) != indexed:

@@ -19,6 +19,7 @@ from mm.data.sample import Index
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, bare_module
+from mm.plan.pieces import with_pieces
 from mm.plan.rates import rates
 from mm.plan.recipe import update_rule
 from mm.plan.select import select
@@ -104,6 +105,7 @@ def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: 
     rules = blueprint.cfg.data
     tokenizer = make_tokenizer(rules.tokenizer)
     index = load_index(patterns, base, tokenizer=tokenizer, made_by=rules.made_by, write=write)
+    index = with_pieces(index, blueprint.inputs.encoders, tokenizer)
     return select(index, blueprint.inputs, rules)
 
 

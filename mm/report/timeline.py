@@ -12,6 +12,7 @@ from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import forward_flops
 from mm.plan.step_plan import StepPlan
+from mm.plan.trained import trained_share
 from mm.ranks.control import Control
 from parallel.schedule import Costs, Kind, Record, SchedulePlan, simulate
 from parallel.schedule.drawing.chart import Chart, measured, simulated
@@ -35,9 +36,17 @@ def flop_costs(blueprint: Blueprint, plan: StepPlan) -> Costs:
             load[m, i] = flops / mean if mean else 0.0
         for stage, share in enumerate(_stage_shares(blueprint, m)):
             one = mean * share / (layout.size // layout.pp) / RATE
+            learns = _backward_share(blueprint, m, stage)
             for kind, times in USUAL.items():
-                compute[m, stage, kind] = one * (1.0 if m in blueprint.frozen else times)
+                compute[m, stage, kind] = one if kind is Kind.FORWARD else one * times * learns
     return Costs(compute=compute, load=load)
+
+
+def _backward_share(blueprint: Blueprint, module: str, stage: int) -> float:
+    """The share of a stage's work that has a backward; of a frozen language model the half for its inputs."""
+    if module == SINK:
+        return 0.5 if SINK in blueprint.frozen else 1.0
+    return trained_share(blueprint, module, blueprint.stages[module][stage])
 
 
 def _stage_shares(blueprint: Blueprint, module: str) -> list[float]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from encoders.module import hidden_shape
 from mm.config.outline import SINK
 from mm.plan.step_plan import Edge
+from mm.plan.trained import trained_below
 from mm.train.flight import Flight, Key, Message, key_of
 from parallel.comm.pipeline import Pipe
 from parallel.schedule import Action, Kind
@@ -58,8 +59,11 @@ class Transfers:
             return None
         record = self.flight[key_of(action)]
         hidden = record.hidden_message.take()()
-        learns = self.flight.learns_from(action)
-        return record.hidden.fill(hidden.requires_grad_()) if learns else hidden
+        if not self.flight.learns_from(action):
+            return hidden
+        # Without a gradient frozen layers keep nothing; the stage before gets zeros, which it ignores.
+        below = trained_below(self.job.blueprint, action.module, action.stage)
+        return record.hidden.fill(hidden.requires_grad_(below))
 
     def rows(self, key: Key) -> dict[str, Tensor]:
         """By encoder, the rows that enter the language model in a stage and micro-batch, waited for."""

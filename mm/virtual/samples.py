@@ -36,7 +36,7 @@ class VirtualAssembler(Assembler):
         return tuple(
             TokenSegment("text", [0] * (s.tokens if s.written is None else s.written), "", s.loss, s.depends)
             for s in sample.segments
-            if s.part is None
+            if s.part is None and s.ids is None
         )
 
     def _prepared(self, use: EncoderUse, sample: Sample, part: Part) -> Tensor:

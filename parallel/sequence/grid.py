@@ -18,7 +18,7 @@ class RowGrid(NamedTuple):
     down: int
     across: int
     step: float = 1.0
-    """Positions from a frame to the next."""
+    """Positions from a frame to the next; each frame's is rounded down, in float32."""
 
     @property
     def rows(self) -> int:
@@ -40,7 +40,7 @@ def grid_positions(runs: Sequence[Run]) -> NDArray[np.int64]:
     parts, at = [np.zeros((AXES, 0), dtype=np.int64)], 0
     for run in runs:
         if isinstance(run, RowGrid):
-            frames = (np.arange(run.frames) * run.step).astype(np.int64)
+            frames = (np.arange(run.frames, dtype=np.float32) * np.float32(run.step)).astype(np.int64)
             every = np.meshgrid(frames, np.arange(run.down), np.arange(run.across), indexing="ij")
             place = np.stack(every).reshape(AXES, -1)
             parts.append(place + at)

@@ -19,7 +19,7 @@ import encoders
 from encoders.hf import open_folder
 from encoders.hf.processor import dense_batch, packed_batch
 from encoders.vision.config import Pictures
-from encoders.vision.pictures import fitted
+from encoders.vision.sizes import fitted
 from tests.encoders import published
 from tests.encoders.helpers import png
 

@@ -58,7 +58,7 @@ def test_frames_of_a_video_are_seconds_apart() -> None:
             torch.where(kinds == 2, VIDEO, 3),
             kinds,
             video_grid_thw=torch.tensor([[frames, down * MERGE, across * MERGE]]),
-            second_per_grid_ts=torch.tensor([seconds], dtype=torch.float64),
+            second_per_grid_ts=torch.tensor([seconds]),
         )
         assert np.array_equal(grid_positions([2, grid, 1]), expected[:, 0].numpy())
 

@@ -23,7 +23,9 @@ from mm import cli
 from mm.config.schema import from_mapping
 from mm.data.index import load_index
 from mm.data.sample import Index
+from mm.data.tokenizer import Tokenizer
 from mm.plan.blueprint import Blueprint, draw_up
+from mm.plan.pieces import with_pieces
 from mm.plan.select import select
 from mm.ranks.feed import Feed
 from mm.ranks.job import Job, build_job, open_data, open_index
@@ -89,7 +91,7 @@ def _digits() -> Index:
 def _index(blueprint: Blueprint) -> Index:
     rules = blueprint.cfg.data
     if rules.train == SMALL["data"]["train"]:
-        return select(_digits(), blueprint.inputs, rules)
+        return select(with_pieces(_digits(), blueprint.inputs.encoders, Tokenizer()), blueprint.inputs, rules)
     return open_index(blueprint, rules.train, CONFIGS)
 
 

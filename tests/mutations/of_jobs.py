@@ -305,8 +305,8 @@ JOB = (
         "flops.backward",
         "a backward costs as much as a forward",
         "mm/plan/flops.py",
-        "else 3.0 for m",
-        "else 2.0 for m",
+        "frozen else 3.0",
+        "frozen else 2.0",
         "tests/mm/jobs/test_in_process.py::test_flops_of_a_step_are_three_forwards",
     ),
     Fault(

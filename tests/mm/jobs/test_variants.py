@@ -27,6 +27,11 @@ VIRTUAL = {
     "llm": {"ranks": [2, 0, 3, 1], "pp": 2, "vpp": 2, "tp": 2},
 }
 VIRTUAL_APART = {"vision": {"ranks": 0}, "audio": {"ranks": 3}, "llm": {"ranks": "1-2", "pp": 2, "vpp": 2}}
+SHARDED = {
+    "vision": {"ranks": "0-3", "pp": 2, "data_parallel": "zero2"},
+    "audio": {"tp": 2, "data_parallel": "zero3"},
+    "llm": {"ranks": [2, 0, 3, 1], "pp": 2},
+}
 PIPED = {"llm": {"pp": 2, "cp": 2}, "vision": {"ranks": [0, 2, 3, 1], "pp": 2, "tp": 2}}
 
 
@@ -60,6 +65,15 @@ def with_frozen_vision(raw: dict[str, Any]) -> None:
     raw["model"]["audio"]["freeze"] = "encoder"
 
 
+def with_first_layers_frozen(raw: dict[str, Any]) -> None:
+    """Of a pipeline the first stage has no weights to train, and the second some and some not."""
+    raw["model"]["vision"]["options"] |= {"layers": 5, "levels": [0, 3]}
+    raw["model"]["vision"]["freeze_layers"] = 4
+    raw["model"]["audio"]["freeze_layers"] = 1
+    raw["model"]["llm"] |= {"level_layers": [1, 2], "pattern": "ME*-"}
+    raw["train"]["recompute"] = ["full"]
+
+
 def with_frozen_llm(raw: dict[str, Any]) -> None:
     raw["model"]["llm"]["freeze"] = True
 
@@ -72,6 +86,7 @@ VARIANTS = [
     with_latent_experts,
     with_frozen_vision,
     with_frozen_llm,
+    with_first_layers_frozen,
 ]
 
 SLOW = [
@@ -81,9 +96,11 @@ SLOW = [
     with_latent_experts,
     with_frozen_vision,
     with_frozen_llm,
+    with_first_layers_frozen,
 ]
 
 LAYOUTS = {
+    with_first_layers_frozen: [MIXED, PIPED, DEEP, SHARDED],
     with_levels_in_later_stages: [APART, MIXED, PIPED, DEEP, VIRTUAL_APART],
     with_levels_in_any_order: [DEEP, VIRTUAL],
 }
