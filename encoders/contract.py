@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from parallel.sequence.grid import RowGrid
 from parallel.sequence.host import to_device
 from parallel.topology.axis import Axes
 
@@ -128,6 +129,12 @@ class Encoder(nn.Module, ABC):
         """How many inputs prepare() makes of an item: the first dim. Asked where nothing is read, as in a
         virtual step."""
         return cls.rows(cfg, meta) * cls.tokens_per_row(cfg)
+
+    @classmethod
+    def row_grid(cls, cfg: Any, meta: Meta) -> RowGrid | None:
+        """How the rows of an item lie in frames, rows and columns, for a language model with positions of
+        three axes; None: one after another, as text."""
+        return None
 
     @classmethod
     def example(cls, cfg: Any, rows: int) -> Meta | None:

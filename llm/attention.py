@@ -13,7 +13,7 @@ from llm.cache import CachedPacking, attend_cached
 from llm.config import LLMConfig
 from llm.norm import norm_start, norms_of_all_heads, rms_norm
 from llm.recompute import run
-from llm.rotary import attention_factor, speeds
+from llm.rotary import attention_factor, axis_of_pairs, speeds
 from parallel.context_parallel import ContextPacking, context_attention
 from parallel.sequence.buckets import Limits
 from parallel.sequence.host import to_device
@@ -127,6 +127,7 @@ class Rotation:
         self.speeds = speeds(theta, self.width // 2, scaling)
         self.factor = attention_factor(scaling)
         self.original = (scaling and scaling.original) or 0
+        self.axis = None if cfg.rope_axes is None else axis_of_pairs(cfg.rope_axes)
 
     def __call__(self, q: Tensor, k: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """q and k [T, H, D], turned by the positions of the T rows in their documents."""
@@ -137,7 +138,8 @@ class Rotation:
             whole = packing.whole if isinstance(packing, CachedPacking) else packing.lengths
             longer = np.asarray(whole, dtype=np.int64) > self.original
             speed = speed[to_device(longer.astype(np.int64), q.device)[packing.sequence_id]]
-        angle = packing.position.unsqueeze(-1) * speed  # float64: in float32 the angle is off by 0.03 at 1M
+        # float64: in float32 the angle is off by 0.03 at 1M
+        angle = self._position(packing) * speed
         cos, sin = ((f(angle) * self.factor).to(acc).unsqueeze(1) for f in (torch.cos, torch.sin))
 
         def turn(x: Tensor) -> Tensor:
@@ -147,3 +149,9 @@ class Rotation:
             return torch.cat([y, rest], -1) if rest.shape[-1] else y
 
         return turn(q), turn(k)
+
+    def _position(self, packing: Packing) -> Tensor:
+        """The position that each pair of features turns by: [T, 1], or [T, pairs] on several axes."""
+        if self.axis is None or packing.places is None:
+            return packing.position.unsqueeze(-1)
+        return packing.places.index_select(0, to_device(self.axis, packing.places.device)).T

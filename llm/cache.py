@@ -60,8 +60,8 @@ class CachedPacking(Packing):
     lengths: of the next tokens. past: tokens of each document before these, zero for all or for none.
     """
 
-    past: tuple[int, ...]
-    cache: Cache
+    past: tuple[int, ...] = ()
+    cache: Cache = field(default_factory=Cache)
 
     @property
     def begins(self) -> bool:

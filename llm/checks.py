@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from llm.config import KINDS, LLMConfig
-from llm.rotary import check_scaling
+from llm.rotary import check_axes, check_scaling
 from parallel.topology.layout import Unfit, check_divides, nearest
 
 # Integers that may be 0, which then means "none".
@@ -141,7 +141,7 @@ def _check_attention(cfg: LLMConfig) -> None:
     if cfg.rope_theta is None and cfg.rope_scaling is not None:
         raise ValueError("model.llm.rope_scaling without rope_theta; needed: rope_theta, such as 10000")
     if cfg.rope_theta is None and cfg.window_rope_theta is None:
-        for what, unset in {"rope_share": 1.0, "rope_skips": ()}.items():
+        for what, unset in {"rope_share": 1.0, "rope_skips": (), "rope_axes": None}.items():
             if getattr(cfg, what) != unset:
                 raise ValueError(f"model.llm.{what} without rope_theta; needed: rope_theta, such as 10000")
         return
@@ -157,6 +157,8 @@ def _check_attention(cfg: LLMConfig) -> None:
         )
     if cfg.rope_scaling is not None:
         check_scaling(cfg.rope_scaling, cfg.rope_width // 2)
+    if cfg.rope_axes is not None:
+        check_axes(cfg.rope_axes, cfg.rope_width // 2)
 
 
 def _check_routing(cfg: LLMConfig) -> None:

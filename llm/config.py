@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llm.rotary import RopeScaling
+from llm.rotary import RopeAxes, RopeScaling
 from llm.source import Source
 
 KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
@@ -45,6 +45,8 @@ class LLMConfig:
     """RMS norm of queries and keys before positions: of each head (Qwen 3), or over all heads (OLMo 2)."""
     rope_scaling: RopeScaling | None = None
     """Change of rotary speeds for longer contexts."""
+    rope_axes: RopeAxes | None = None
+    """Positions of three axes (M-RoPE), as Qwen's vision-language models have them; None: of one."""
     rope_share: float = 1.0
     """Share of a head's features, the first, that positions turn. [partial_rotary_factor]"""
     rope_skips: tuple[int, ...] = ()

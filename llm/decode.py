@@ -15,6 +15,7 @@ from torch import Tensor
 from llm.cache import Cache, CachedPacking
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
+from llm.rotary import AXES
 from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing
 from parallel.tensor_parallel.loss import logits
@@ -30,6 +31,8 @@ class Prompt:
     """By edge, [R, d] or [R, levels, d], as LLM.forward takes them."""
     positions: Mapping[str, Tensor] = field(default_factory=dict)
     """By edge, [R] int64: where the rows enter."""
+    places: Tensor | None = None
+    """[3, n] int64: positions of a model that has three axes (LLMConfig.rope_axes); None: as text."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ def decode(
     cache, past, open_ = Cache(), [0] * len(prompts), [True] * len(prompts)
     said: list[list[int]] = [[] for _ in prompts]
     ids, rows, positions = _joined(prompts)
-    lengths = tuple(len(p.ids) for p in prompts)
+    lengths, places, shifts = tuple(len(p.ids) for p in prompts), _places(prompts), _shifts(prompts)
     for step in range(limit):
-        packing = CachedPacking(lengths, device, tuple(past), cache)
+        packing = CachedPacking(lengths, device, places, tuple(past), cache)
         batch = LLMBatch(ids, ids, packing, len(ids), positions)
         states = model.states(batch, rows, ForwardContext(packing, len(ids)))
         new = _choose(next_logits(model, states, packing), sampling, generators)
@@ -90,12 +93,15 @@ def decode(
         if _turns_long(model, packing.whole):
             # Longer documents have other rotary positions from their beginning on: they are computed anew.
             cache, past = Cache(), [0] * len(new)
-            longer = [replace(p, ids=_with(p.ids, more)) for p, more in zip(prompts, said, strict=True)]
+            longer = [_with(p, more) for p, more in zip(prompts, said, strict=True)]
             ids, rows, positions = _joined(longer)
-            lengths = tuple(len(p.ids) for p in longer)
+            lengths, places = tuple(len(p.ids) for p in longer), _places(longer)
         else:
             ids, rows, positions = to_device(torch.tensor(new), device), {}, {}
             lengths = (1,) * len(new)
+            if places is not None:
+                after = torch.tensor([n + shift for n, shift in zip(past, shifts, strict=True)])
+                places = to_device(after.expand(AXES, -1), device)
 
 
 def generate(
@@ -116,8 +122,27 @@ def _turns_long(model: LLM, lengths: Sequence[int]) -> bool:
     return scaling is not None and scaling.kind == "longrope" and scaling.original in lengths
 
 
-def _with(ids: Tensor, more: Sequence[int]) -> Tensor:
-    return torch.cat([ids, to_device(torch.tensor(more, dtype=ids.dtype), ids.device)])
+def _with(prompt: Prompt, more: Sequence[int]) -> Prompt:
+    """The prompt with tokens of its answer."""
+    ids, places, device = prompt.ids, prompt.places, prompt.ids.device
+    if places is not None:
+        after = torch.arange(len(more)) + len(ids) + _shifts([prompt])[0]
+        places = torch.cat([places, to_device(after.expand(AXES, -1), device)], 1)
+    ids = torch.cat([ids, to_device(torch.tensor(more, dtype=ids.dtype), device)])
+    return replace(prompt, ids=ids, places=places)
+
+
+def _shifts(prompts: Sequence[Prompt]) -> list[int]:
+    """By how many positions on all axes what follows each prompt is ahead of its number in the document."""
+    return [0 if p.places is None else int(p.places.max()) + 1 - len(p.ids) for p in prompts]
+
+
+def _places(prompts: Sequence[Prompt]) -> Tensor | None:
+    """Prompt.places of all prompts, packed; None where none has them."""
+    if all(p.places is None for p in prompts):
+        return None
+    text = [torch.arange(len(p.ids), device=p.ids.device).expand(AXES, -1) for p in prompts]
+    return torch.cat([t if p.places is None else p.places for p, t in zip(prompts, text, strict=True)], 1)
 
 
 def _joined(prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:

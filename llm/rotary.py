@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+AXES = 3  # of RopeAxes: frames, rows, columns
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,41 @@ class RopeScaling:
     [short_factor]"""
     long: tuple[float, ...] = ()
     """longrope: the same in longer documents. [long_factor]"""
+
+
+@dataclass(frozen=True)
+class RopeAxes:
+    """Rotary positions on three axes: the frame, the row and the column of a picture's row (M-RoPE, Qwen2-VL,
+    arXiv 2409.12191, section 2.1). Text has the same position on all three.
+
+    A field in [brackets] is the key of rope_scaling (or rope_parameters) in published config.json files.
+    """
+
+    sections: tuple[int, ...]
+    """Rotated pairs of features that turn by each axis. [mrope_section]"""
+    interleaved: bool = False
+    """Whether pairs take turns, frame, row, column, for as long as sections of row and column last, the rest
+    being of frames (Qwen3-VL, arXiv 2511.21631); else each axis has its pairs one after another.
+    [mrope_interleaved]"""
+
+
+def check_axes(axes: RopeAxes, pairs: int) -> None:
+    """Raise ValueError for sections that are not of three axes and `pairs` pairs."""
+    if len(axes.sections) != AXES or min(axes.sections) < 0 or sum(axes.sections) != pairs:
+        raise ValueError(
+            f"model.llm.rope_axes.sections are {list(axes.sections)}; needed: three numbers, of frames, rows "
+            f"and columns, whose sum is the {pairs} rotated pairs of a head"
+        )
+
+
+def axis_of_pairs(axes: RopeAxes) -> NDArray[np.int64]:
+    """By rotated pair, the axis whose position it turns by: int64 [pairs]."""
+    if not axes.interleaved:
+        return np.repeat(np.arange(AXES), axes.sections)
+    out = np.zeros(sum(axes.sections), dtype=np.int64)
+    for axis in (1, 2):
+        out[axis : AXES * axes.sections[axis] : AXES] = axis
+    return out
 
 
 # The fields that each kind reads besides kind and factor.

@@ -22,6 +22,7 @@ from encoders.vision.config import VisionConfig
 from encoders.vision.pictures import check_pictures, fitted, picture_patches
 from encoders.vision.position import resized_all, rotary
 from encoders.vision.tokens import Grid, Places, patches_before, places, table_rows, token_rows
+from parallel.sequence.grid import RowGrid
 from parallel.sequence.host import to_device
 from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import ParamSpec, declare, local, normal
@@ -91,6 +92,13 @@ class VisionTransformer(StackedEncoder):
     @classmethod
     def rows(cls, cfg: VisionConfig, meta: Meta) -> int:
         return cls.grid(cfg, meta).patches // cfg.merge**2 + cfg.prefix * cfg.prefix_rows
+
+    @classmethod
+    def row_grid(cls, cfg: VisionConfig, meta: Meta) -> RowGrid | None:
+        if cfg.prefix_rows and cfg.prefix:
+            return None
+        g = cls.grid(cfg, meta)
+        return RowGrid(g.frames, g.down // cfg.merge, g.across // cfg.merge)
 
     @classmethod
     def cost(cls, cfg: VisionConfig, meta: Meta) -> float:

@@ -56,8 +56,9 @@ class Family:
 # The kinds of layers that read a field of LLMConfig; fields that are not here are read by all models.
 READ_BY = {
     "*": (
-        "n_heads n_kv_heads head_dim rope_theta attention_bias qkv_bias qk_norm rope_scaling rope_share "
-        "rope_skips window window_layers window_rope_theta attention_scale attention_cap attention_sinks"
+        "n_heads n_kv_heads head_dim rope_theta attention_bias qkv_bias qk_norm rope_scaling rope_axes "
+        "rope_share rope_skips window window_layers window_rope_theta attention_scale attention_cap "
+        "attention_sinks"
     ),
     "M": "mamba_heads mamba_head_dim mamba_state mamba_groups conv_kernel",
     "E": (

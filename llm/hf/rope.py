@@ -9,7 +9,7 @@ from typing import Any
 from llm.config import LLMConfig
 from llm.hf.family import Data
 from llm.hf.parts import Options, Part
-from llm.rotary import RopeScaling
+from llm.rotary import RopeAxes, RopeScaling
 
 # Fields of RopeScaling under their published names.
 NAMES = {
@@ -25,6 +25,7 @@ NAMES = {
     "short": "short_factor",
     "long": "long_factor",
 }
+SECTIONS, INTERLEAVED = "mrope_section", "mrope_interleaved"  # of RopeAxes
 FULL, WINDOWED = "full_attention", "sliding_attention"
 
 
@@ -34,12 +35,13 @@ def rope(
     share: float | None = None,
     fixed_share: float | None = None,
     outside: bool = False,
+    axes: bool = False,
 ) -> Part:
     """Rotary positions, alike in all attention layers.
 
     theta: of files without it. share: partial_rotary_factor of files without it; None: the family has none.
     fixed_share: the one of all models, whatever files say. outside: original_max_position_embeddings is a key
-    of its own (Phi-3).
+    of its own (Phi-3). axes: whether positions may have three axes (Qwen).
     """
 
     def read(data: Data, known: Options) -> Options:
@@ -54,7 +56,8 @@ def rope(
             )
         return {
             "rope_theta": float(theta if base is None else base),
-            "rope_scaling": read_scaling(given, data),
+            "rope_scaling": read_scaling(given, data, axes=axes),
+            "rope_axes": read_axes(given) if axes else None,
             "rope_share": float(part),
         }
 
@@ -62,6 +65,8 @@ def rope(
         if cfg.rope_theta is None:
             raise ValueError("rope_theta=None; needed: a base of rotary positions")
         said = {**write_scaling(cfg.rope_scaling), "rope_theta": cfg.rope_theta}
+        if axes and cfg.rope_axes is not None:
+            said |= write_axes(cfg.rope_axes)
         if share is not None or fixed_share is not None:
             said["partial_rotary_factor"] = cfg.rope_share
         key = NAMES["original"]
@@ -120,20 +125,31 @@ def _older(said: Options) -> Options:
     out: Options = {"rope_theta": said["rope_theta"]}
     if "partial_rotary_factor" in said:
         out["partial_rotary_factor"] = said["partial_rotary_factor"]
-    if said["rope_type"] != "default":
+    if said["rope_type"] != "default" or SECTIONS in said:
         out["rope_scaling"] = {key: value for key, value in said.items() if key != "rope_theta"}
     return out
 
 
-def read_scaling(given: Data, data: Data) -> RopeScaling | None:
+def read_axes(given: Data) -> RopeAxes | None:
+    """The axes in a rope_parameters or rope_scaling, None for one axis."""
+    sections = given.get(SECTIONS)
+    return None if sections is None else RopeAxes(tuple(sections), bool(given.get(INTERLEAVED, False)))
+
+
+def write_axes(axes: RopeAxes) -> Options:
+    """The keys of rope_parameters that read_axes() reads."""
+    return {SECTIONS: list(axes.sections), **({INTERLEAVED: True} if axes.interleaved else {})}
+
+
+def read_scaling(given: Data, data: Data, *, axes: bool = False) -> RopeScaling | None:
     """The scaling in a rope_parameters or rope_scaling, None for none; data: config.json around it.
 
-    Raises ValueError for a kind that is not known.
+    axes: whether the family may have positions of three axes. Raises ValueError for a kind that is not known.
     """
     kind = given.get("rope_type", given.get("type", "default"))
-    if "mrope_section" in given or kind == "mrope":
+    if not axes and (SECTIONS in given or kind == "mrope"):
         raise ValueError("config.json has positions of three axes (mrope_section); needed: those of text")
-    if kind == "default":
+    if kind in ("default", "mrope"):
         return None
     kind = "longrope" if kind == "su" else kind
     if kind not in ("linear", "llama3", "yarn", "longrope"):

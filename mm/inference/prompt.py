@@ -18,6 +18,9 @@ from mm.data.published import MODULES, PublishedTokenizer
 from mm.data.sample import segments_of
 from mm.errors import DataError, Refused
 from mm.inference.whole import WholeModel
+from mm.plan.inputs import item_run
+from parallel.sequence.grid import Run, grid_positions
+from parallel.sequence.host import to_device
 
 
 def sample_of(
@@ -61,22 +64,31 @@ def read_prompt(model: WholeModel, sample: Mapping[str, Any], payloads: Mapping[
         segments = _segments(model, sample)
         ids: list[int] = [] if "messages" in sample else list(model.begin)
         rows: dict[str, list[Tensor]] = {}
-        places: dict[str, list[int]] = {}
+        entering: dict[str, list[int]] = {}
+        runs: list[Run] = [len(ids)]
         for seg in segments:
             if seg.ids is not None:
                 ids += seg.ids
+                runs.append(len(seg.ids))
                 continue
             if seg.kind not in model.encoders:
                 have = ", ".join(model.encoders) or "none"
                 raise ValueError(f"{seg.name} is for module {seg.kind}; the model has: {have}")
-            found = item_rows(model, seg.kind, seg.name, payloads[seg.name])
-            places.setdefault(seg.kind, []).extend(range(len(ids), len(ids) + len(found)))
+            found, run = item_rows(model, seg.kind, seg.name, payloads[seg.name])
+            entering.setdefault(seg.kind, []).extend(range(len(ids), len(ids) + len(found)))
+            runs.append(run)
             rows.setdefault(seg.kind, []).append(found)
             ids += [model.tokenizer.placeholder_of(seg.kind)] * len(found)
     except (ValueError, KeyError, OSError, EOFError) as error:
         raise DataError(f"the prompt cannot be used: {error}") from error
-    at = {m: torch.tensor(p, device=model.device) for m, p in places.items()}
-    return Prompt(torch.tensor(ids, device=model.device), {m: torch.cat(r) for m, r in rows.items()}, at)
+    at = {m: torch.tensor(p, device=model.device) for m, p in entering.items()}
+    axes = model.llm.cfg.rope_axes is not None
+    return Prompt(
+        torch.tensor(ids, device=model.device),
+        {m: torch.cat(r) for m, r in rows.items()},
+        at,
+        places=to_device(grid_positions(runs), model.device) if axes else None,
+    )
 
 
 def _segments(model: WholeModel, sample: Mapping[str, Any]) -> Sequence[TokenSegment]:
@@ -90,8 +102,9 @@ def _segments(model: WholeModel, sample: Mapping[str, Any]) -> Sequence[TokenSeg
 
 
 @torch.no_grad()
-def item_rows(model: WholeModel, module: str, name: str, payload: bytes) -> Tensor:
-    """The rows of an item [R, d], or [R, levels, d]; raises ValueError where its encoder cannot take it."""
+def item_rows(model: WholeModel, module: str, name: str, payload: bytes) -> tuple[Tensor, Run]:
+    """The rows of an item [R, d], or [R, levels, d], and how they lie; raises ValueError where its encoder
+    cannot take it."""
     use, encoder = model.uses[module], model.encoders[module]
     meta = metadata(name.rpartition(".")[2].lower(), payload)
     use.cls.rows(use.cfg, meta)  # refuses what does not fit, in words
@@ -100,4 +113,4 @@ def item_rows(model: WholeModel, module: str, name: str, payload: bytes) -> Tens
     batch = pack_items(use.cls, use.cfg, [prepared], [meta], device=model.device, dtype=dtype)
     found = encoder(batch)
     assert isinstance(found, Features)
-    return found.values
+    return found.values, item_run(use, meta, len(found.values))

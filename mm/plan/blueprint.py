@@ -269,6 +269,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
         order=order,
         mtp_depths=llm.mtp_layers,
         llm_cost=document_cost(llm),
+        axes=llm.rope_axes is not None,
     )
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
     for m in blueprint.modules:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from llm.flops import DocumentCost
 from mm.data.sample import Part, Sample
 from mm.errors import DataError
+from parallel.sequence.grid import RowGrid, Run
 from parallel.sequence.stream import Order, alignment
 from parallel.topology.layout import Layout
 
@@ -28,6 +29,13 @@ class EncoderUse:
     at_once: int = 1  # micro-batches that it computes at once
 
 
+def item_run(use: EncoderUse, meta: Mapping[str, int], rows: int) -> Run:
+    """The `rows` rows of an item as grid_positions() takes them."""
+    grid: RowGrid | None = use.cls.row_grid(use.cfg, meta)
+    assert grid is None or grid.rows == rows, f"{use.cls.__name__}.row_grid has {grid}, of {rows} rows"
+    return rows if grid is None else grid
+
+
 @dataclass(frozen=True)
 class PlanInputs:
     """Everything that a step plan depends on, except the samples."""
@@ -39,6 +47,7 @@ class PlanInputs:
     order: Order = "contiguous"  # how cp splits the language model's packed sequences
     mtp_depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
     llm_cost: DocumentCost = BY_LENGTH  # of a sample, by which samples go to dp ranks
+    axes: bool = False  # whether the language model's positions have three axes (LLMConfig.rope_axes)
     _rows: dict[tuple[str, str, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
@@ -58,6 +67,17 @@ class PlanInputs:
                 raise ValueError(f"{use.cls.__name__}.rows gave {n}; needed: at least 0")
             self._rows[key] = n
         return self._rows[key]
+
+    def runs(self, sample: Sample) -> list[Run]:
+        """A sample as grid_positions() takes it: markers and texts, and how the rows of its items lie."""
+        found: list[Run] = [int(sample.markers)]
+        for seg in sample.segments:
+            if seg.part is None:
+                found.append(seg.tokens)
+            else:
+                use, rows = self.encoders[seg.kind], self.rows(seg.kind, seg.part)
+                found.append(item_run(use, seg.part.meta, rows))
+        return [*found, int(sample.markers)]
 
     @property
     def alignment(self) -> int:

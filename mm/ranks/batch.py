@@ -20,6 +20,7 @@ from mm.data.sample import Part, Sample
 from mm.data.tokenizer import AnyTokenizer
 from mm.plan.inputs import EncoderUse, PlanInputs
 from mm.plan.step_plan import Edge, Microbatch, MicrobatchEdge, StepPlan
+from mm.ranks.positions import with_places
 from parallel.boundary import EdgePlan, PlanCache, Stack, stack_positions
 from parallel.context_parallel import ContextPacking, pack
 from parallel.expert_parallel import Table, routed_tokens
@@ -176,6 +177,8 @@ class Assembler:
             self.inputs.order,
             timeout_s=self.timeout_s,
         )
+        if self.inputs.axes:
+            packing = with_places(packing, mb, coord.dp)
         text = [torch.from_numpy(ids), torch.from_numpy(labels)]
         mtp = ahead(text[0], text[1], Packing.of(lengths), depths) if depths else None
         flags = {m: torch.from_numpy(d) for m, d in depends.items()}

@@ -178,4 +178,4 @@ def pack(
             f"{whole.total} packed tokens do not split into {pieces} pieces for cp={cp.size} ({order}); "
             f"nearest: pad to {-(-whole.total // pieces) * pieces}"
         )
-    return ContextPacking(whole.lengths, whole.device, cp, order, timeout_s)
+    return ContextPacking(whole.lengths, whole.device, cp=cp, order=order, timeout_s=timeout_s)

@@ -7,7 +7,7 @@ the host, because they come from the plan, so no operation here waits for a devi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,10 +25,13 @@ class Packing:
 
     lengths: rows of each sequence, in order; 0 is allowed.
     device: where the indices are.
+    places: positions of the rows here on several axes (parallel.sequence.grid), int64 [axes, T]; None: on all
+        axes that of each row in its sequence.
     """
 
     lengths: tuple[int, ...]
     device: torch.device
+    places: Tensor | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm import load_hf
-from llm.cache import Cache, CachedPacking
+from llm.cache import CachedPacking
 from llm.decode import Prompt, Sampling, _choose, decode, generate, next_logits
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
@@ -163,10 +163,10 @@ def test_a_seed_repeats_an_answer_whatever_is_beside_it() -> None:
 
 
 def test_the_packing_of_next_tokens() -> None:
-    packing = CachedPacking((1, 1), torch.device("cpu"), (4, 7), Cache())
+    packing = CachedPacking((1, 1), torch.device("cpu"), past=(4, 7))
     assert packing.position.tolist() == [4, 7] and packing.whole == (5, 8) and not packing.begins
     states = torch.eye(5, TINY.d_model, dtype=torch.float64)
-    first = CachedPacking((2, 3), torch.device("cpu"), (0, 0), Cache())
+    first = CachedPacking((2, 3), torch.device("cpu"), past=(0, 0))
     assert first.position.tolist() == [0, 1, 0, 1, 2] and first.begins
     model = model_of(pattern="-")
     assert next_logits(model, states, first).equal(model.head_weight()[:, [1, 4]].T)

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,8 +16,9 @@ from llm.config import LLMConfig
 from llm.counts import Counts
 from llm.model import LLM, LLMBatch
 from llm.mtp import ahead
-from llm.rotary import RopeScaling
+from llm.rotary import RopeAxes, RopeScaling
 from parallel.context_parallel import ContextPacking, pack
+from parallel.sequence.grid import RowGrid, grid_positions
 from parallel.sequence.packed import Packing
 from parallel.sharding.param import declared, initialise
 from parallel.topology.axis import Axes
@@ -33,6 +35,7 @@ SWITCHED = replace(
     qkv_bias=True,
     qk_norm="full",
     rope_scaling=RopeScaling("yarn", 4.0, 30),
+    rope_axes=RopeAxes((0, 1, 1)),
     window=5,
     window_layers=(3,),
     window_rope_theta=30.0,
@@ -86,7 +89,12 @@ def stream(index: int, step: int, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:
     labels[torch.rand(len(labels), generator=gen) < 0.3] = -100
     labels[real:] = -100
     weight = torch.cos(torch.arange(len(ids), dtype=torch.float64))
-    return LLMBatch(ids, labels, Packing.of([*lengths, padding]), real, {}, COUNTS), weight
+    packing = Packing.of([*lengths, padding])
+    if cfg.rope_axes is not None:
+        # The second half of each document is a picture.
+        runs = [[n - 2 * (n // 4), RowGrid(1, 2, n // 4)] for n in packing.lengths]
+        packing = replace(packing, places=torch.from_numpy(np.hstack([grid_positions(r) for r in runs])))
+    return LLMBatch(ids, labels, packing, real, {}, COUNTS), weight
 
 
 def own_share(batch: LLMBatch, axes: Axes, degrees: Degrees, cfg: LLMConfig) -> tuple[LLMBatch, Tensor]:
@@ -95,6 +103,8 @@ def own_share(batch: LLMBatch, axes: Axes, degrees: Degrees, cfg: LLMConfig) -> 
     if not isinstance(packing, ContextPacking):
         return batch, torch.arange(len(batch.ids))
     rows = torch.from_numpy(packing.rows)
+    if batch.packing.places is not None:
+        packing = replace(packing, places=batch.packing.places[:, rows])
     mtp = ahead(batch.ids, batch.labels, batch.packing, cfg.mtp_layers)
     share = replace(
         batch,
