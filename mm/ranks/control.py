@@ -79,6 +79,18 @@ class Control:
         """Whether `flag` holds on some rank, the same on all of them."""
         return bool(self.gather([float(flag)]).any())
 
+    def overdue(self, error: RuntimeError) -> PolyrankError:
+        """What to raise for a time-out in messages of some ranks: it names those that have not come to one.
+
+        Every rank whose wait has timed out calls this.
+        """
+        number = next(self._numbers)
+        if self.store is not None:
+            self.store.set(self._key(dist.get_rank(self.group)), str(number))
+        return PolyrankError(
+            self._missing(number, dist.get_world_size(self.group), str(error).split("\n")[0])
+        )
+
     def agree(self, plan: StepPlan, bad: Collection[int]) -> frozenset[int]:
         """compare() by a message of its own."""
         return self.compare(plan, self.gather(notice(plan, bad)))
