@@ -71,8 +71,9 @@ class Control:
         tensors = {i: v for i, v in enumerate(values) if isinstance(v, Tensor)}
         numbers = [0.0 if i in tensors else v for i, v in enumerate(values)]
         mine = to_device(np.array(numbers, dtype=np.float64), self.device)
-        for i, scalar in tensors.items():
-            mine[i].copy_(scalar)
+        if tensors:
+            at = to_device(np.fromiter(tensors, dtype=np.int64), self.device)
+            mine.index_copy_(0, at, torch.stack([v.to(mine) for v in tensors.values()]))
         return self._gather(mine)
 
     def any(self, flag: bool) -> bool:
