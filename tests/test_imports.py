@@ -46,6 +46,7 @@ ORDER = {
     "mm": (
         "errors",
         "data",
+        "containers",
         "config",
         "plan",
         "ranks",

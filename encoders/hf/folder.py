@@ -28,7 +28,7 @@ SECTIONS = ("vision_config", "audio_config", "sound_config", "encoder_config", "
 BESIDE = tuple(
     re.compile(pattern)
     for pattern in (
-        r"(.*\.)?(text_model|language_model|vision_tower|audio_tower|sound_encoder|decoder)\..*",
+        r"(.*\.)?(text_model|language_model|vision_tower|vision_model|audio_tower|sound_encoder|decoder)\..*",
         r"(model\.)?(layers|norm|embed_tokens|lm_head|proj_out|image_newline)(\..*)?",
         r"(.*\.)?(multi_modal_projector|mlp1|sound_projection|input_conditioner)\..*",
         r"(visual|text)_projection\.weight|logit_(scale|bias)|.*summary_idxs",
@@ -36,6 +36,17 @@ BESIDE = tuple(
         r"(joint|encoder_projector|quantizer|project_q|project_hid|projector|layer_weights)(\..*)?",
     )
 )
+
+
+def family_name(cls: type[Encoder]) -> str:
+    """The name of the published family that an encoder is of; "" where it is of none."""
+    return next((f.encoder for f in FAMILIES if resolve(f.encoder) is cls), "")
+
+
+def kind_of(cls: type[Encoder]) -> str:
+    """What an encoder of a published family takes: vision or audio; "" where it is of none."""
+    name = family_name(cls)
+    return "" if not name else "audio" if name in (f.encoder for f in AUDIO) else "vision"
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,17 @@ from typing import Any
 
 from llm.config import LLMConfig
 from llm.hf.family import Data, Family, alike, cannot_say, computed
+from llm.hf.inside import language_config
 from llm.hf.registry import FAMILIES, family_named, family_of
 from llm.source import Source
 
 
 def read_config(data: Data) -> LLMConfig:
-    """The model that config.json describes.
+    """The language model that config.json describes, also that of a whole model with other parts.
 
     Raises ValueError for an unknown model_type, and, with the value needed, where our model cannot be it.
     """
+    data = language_config(data)
     family = family_of(data)
     return replace(family.read(data), source=read_source(data, family.name))
 

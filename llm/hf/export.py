@@ -55,21 +55,26 @@ def export_checkpoint(
     source: a complete checkpoint (parallel.checkpoint); name: of the module in it. Runs in one process, which
     holds one parameter and one file at a time. See write_model().
     """
+    return write_model(cfg, values_of(source, f"{name}."), path, dtype, file_bytes, family)
+
+
+def values_of(source: Path, before: str = "") -> Fetch:
+    """Whole parameters of a distributed checkpoint by name; before: what their names begin with there."""
     stored = checkpoint.describe(source)
 
     def fetch(names: Sequence[str]) -> dict[str, Tensor]:
         out = {}
         for n in names:
-            if f"{name}.{n}" not in stored:
-                raise ValueError(f"{source} has no {name}.{n}, which a model of this config has")
-            shape, kind = stored[f"{name}.{n}"]
+            if before + n not in stored:
+                raise ValueError(f"{source} has no {before}{n}, which a model of this config has")
+            shape, kind = stored[before + n]
             out[n] = torch.empty(shape, dtype=kind)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is ")  # one process is intended
-            checkpoint.load(source, {f"{name}.{n}": t for n, t in out.items()})
+            checkpoint.load(source, {before + n: t for n, t in out.items()})
         return out
 
-    return write_model(cfg, fetch, path, dtype, file_bytes, family)
+    return fetch
 
 
 def write_model(
@@ -87,12 +92,7 @@ def write_model(
     """
     chosen = export_family(cfg, family)  # refuses what the table does not know
     tensors, shapes, zero = model_tensors(cfg, chosen)
-    for name in zero:
-        if fetch([name])[name].any():
-            raise ValueError(
-                f"{name} is not zero, and a {chosen.title} checkpoint has no such tensor; needed: a model "
-                "trained with expert_bias_rate=0"
-            )
+    check_zero(zero, fetch, chosen.title)
     contents = Contents(
         tensors,
         shapes,
@@ -100,3 +100,13 @@ def write_model(
         precise=lambda key: key.endswith("e_score_correction_bias"),
     )
     return write_folder(contents, fetch, path, dtype, file_bytes)
+
+
+def check_zero(names: Sequence[str], fetch: Fetch, title: str) -> None:
+    """Refuse parameters that files of `title` lack and that are not zero. Raises ValueError."""
+    for name in names:
+        if fetch([name])[name].any():
+            raise ValueError(
+                f"{name} is not zero, and a {title} checkpoint has no such tensor; needed: a model trained "
+                "with expert_bias_rate=0"
+            )

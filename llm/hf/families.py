@@ -341,9 +341,9 @@ GLM4_MOE = replace(
     selection_bias=True,
 )
 
-GRANITE = decoder("granite", "Granite", "Granite", (*LLAMA_PARTS, multipliers()))
+GRANITE = replace(decoder("granite", "Granite", "Granite", (*LLAMA_PARTS, multipliers())), scales_rows=True)
 
-GRANITE_HYBRID = decoder(
+_GRANITE_HYBRID = decoder(
     "granitemoehybrid",
     "Granite 4 H",
     "GraniteMoeHybrid",
@@ -361,6 +361,7 @@ GRANITE_HYBRID = decoder(
     experts=(*SECOND, *STACKED, *GRANITE_SHARED),
     dense=(*SECOND, *GRANITE_DENSE),
 )
+GRANITE_HYBRID = replace(_GRANITE_HYBRID, scales_rows=True)
 
 BAMBA = decoder(
     "bamba",

@@ -49,6 +49,8 @@ class Family:
     """The key of the embedding."""
     ignored: Callable[[str, LLMConfig], bool] = lambda key, cfg: False
     """Whether the tensor of a key is no weight of the model, such as a stored table of rotary speeds."""
+    scales_rows: bool = False
+    """Whether the factor on embeddings multiplies rows of encoders too, which come in their place."""
     selection_bias: bool = False
     """Whether files hold the bias that experts are selected with; others need it to be zero."""
 

@@ -244,4 +244,14 @@ def rows(cfg: LLMConfig) -> list[TableRow]:
     return out
 
 
-NEMOTRON_H = Family("nemotron_h", "Nemotron-H", "NemotronH", read, write, rows, selection_bias=True)
+NEMOTRON_H = Family(
+    "nemotron_h",
+    "Nemotron-H",
+    "NemotronH",
+    read,
+    write,
+    rows,
+    stem="backbone.",
+    embedding="backbone.embeddings.weight",
+    selection_bias=True,
+)

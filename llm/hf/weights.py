@@ -7,6 +7,7 @@ import torch
 from llm.config import LLMConfig
 from llm.hf.config import check_same, read_config
 from llm.hf.family import Family
+from llm.hf.inside import HEAD, language_part
 from llm.hf.registry import family_named
 from llm.model import LLM
 from parallel.published import (
@@ -20,8 +21,6 @@ from parallel.published import (
     stored_dtypes,
 )
 from parallel.topology.mesh import ModuleMesh
-
-HEAD = "lm_head.weight"
 
 
 def model_tensors(cfg: LLMConfig, family: Family) -> tuple[list[FileTensor], dict[str, Shape], list[str]]:
@@ -39,8 +38,10 @@ def checkpoint_tensors(cfg: LLMConfig, family: str | None = None) -> list[FileTe
 def check_folder(cfg: LLMConfig, folder: SafeFolder) -> tuple[list[FileTensor], SafeFolder]:
     """The tensors of a folder, and the folder under the keys of its family's table.
 
-    Raises ValueError unless it holds this model. Reads no data but of a head beside a tied embedding.
+    A whole model may have other parts beside it. Raises ValueError unless it holds this model. Reads no data
+    but of a head beside a tied embedding.
     """
+    folder = language_part(folder)
     published = read_config(folder.config())
     check_same(cfg, published)
     assert published.source is not None

@@ -1,29 +1,21 @@
-"""Published models in and out: Hugging Face folders to checkpoints, to the start of a run, and back."""
+"""Weights that a run starts from: checkpoints of ours, Hugging Face folders."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-import torch.distributed as dist
 
 from encoders.hf import fill, open_folder
 from encoders.module import EncoderModule
-from llm.config import LLMConfig
-from llm.hf import export_checkpoint, load_hf, load_weights
+from llm.hf import load_weights
 from llm.hf.weights import check_folder
 from llm.model import LLM
 from mm.checkpoint.resume import verify
-from mm.checkpoint.state import model_shapes, tokenizer_of, with_kept
-from mm.config.build import build
-from mm.config.outline import SINK, llm_config
-from mm.config.schema import from_mapping
-from mm.data.published import TOKENIZER
-from mm.data.tokenizer import make_tokenizer
-from mm.data.tokenizer_files import keep_tokenizer, write_tokenizer
+from mm.checkpoint.state import model_shapes
+from mm.checkpoint.whole import fill_projector
+from mm.config.outline import SINK
 from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint
 from mm.ranks.job import Job
@@ -70,19 +62,22 @@ def _start_from(job: Job, path: Path, wanted: Collection[str]) -> set[str]:
 
 
 def fill_encoders(job: Job) -> None:
-    """Fill the encoders that have model.X.weights from their folders; every rank calls this.
+    """Fill the encoders that have model.X.weights from their folders, and projectors likewise; every rank
+    calls this.
 
     Each rank reads what it holds. Raises CheckpointError where a folder does not fit.
     """
     for name, parts in job.parts.items():
-        weights = job.blueprint.cfg.model[name].weights if name != SINK else None
-        if weights is None:
+        if name == SINK:
             continue
+        enc = job.blueprint.cfg.model[name]
         try:
-            opened = open_folder(weights, job.blueprint.cfg.model[name].encoder)
+            opened = None if enc.weights is None else open_folder(enc.weights, enc.encoder)
             for part in parts.values():
                 assert isinstance(part, EncoderModule)
-                fill(part, opened, job.meshes[name])
+                if opened is not None:
+                    fill(part, opened, job.meshes[name])
+                fill_projector(part, job.blueprint, name, job.meshes[name])
         except ValueError as error:
             raise CheckpointError(f"model.{name}.weights: {error}") from error
 
@@ -111,56 +106,3 @@ def _describe(path: Path, blueprint: Blueprint) -> dict[str, tuple[tuple[int, ..
             f"{', '.join(blueprint.modules)}; needed: one of them at least"
         )
     return stored
-
-
-def import_hf(folder: Path, out: Path) -> str:
-    """Write the language model of a Hugging Face folder as a checkpoint in `out`. One process.
-
-    Raises CheckpointError where the folder is of another family, incomplete, or has unknown tensors.
-    """
-    try:
-        model = load_hf(folder).model
-        if (folder / TOKENIZER).is_file():
-            keep_tokenizer(make_tokenizer(str(folder)), out)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    tensors = {f"{SINK}.{key}": t for key, t in module_tensors(model).items()}
-    with (
-        TemporaryDirectory() as folder_of_store
-    ):  # a process group writes a checkpoint, here one of one process
-        dist.init_process_group(
-            dist.get_default_backend_for_device("cpu"),
-            init_method=f"file://{folder_of_store}/store",
-            rank=0,
-            world_size=1,
-        )
-        try:
-            path = store.save(out, 0, tensors, {SINK: asdict(model.cfg)}, keep=0)
-        finally:
-            dist.destroy_process_group()
-    return f"{path}: {len(tensors)} tensors; start a run from it with checkpoint.weights={path}"
-
-
-def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: str | None = None) -> str:
-    """Write the language model of a checkpoint, saved under any layout, as a new Hugging Face folder.
-
-    dtype: of the tensors; None keeps the checkpoint's. family: its model_type; None: the one that the model
-    came from, or the first that can say it. Raises CheckpointError where the checkpoint is damaged or has no
-    language model, and where the family cannot say it.
-    """
-    try:
-        wrong = store.verify(checkpoint)
-        if wrong:
-            raise store.BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
-        state = store.read_state(checkpoint)
-        if SINK in state:
-            cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")
-        else:
-            cfg = llm_config(from_mapping(with_kept(state["config"], checkpoint), checkpoint))
-        tokenizer = tokenizer_of(state, checkpoint)  # refused before anything is written
-        export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype, family=family)
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, out, trained=SINK not in state)
-        return str(out)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot export {checkpoint}: {error}") from error

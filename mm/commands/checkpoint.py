@@ -22,7 +22,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if verb in ("import", "export") and len(rest) == 2:
         import torch
 
-        from mm.checkpoint.weights import export_hf, import_hf
+        from mm.checkpoint.folders import export_hf, import_hf
 
         source, out = Path(rest[0]), Path(rest[1])
         if verb == "import":

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field
 
 from mm.config.build import Section, build, unknown_key
+from mm.config.folder import FOLDER, unfold
 from mm.config.training import TrainConfig, check_train
 from mm.errors import Refused
 
@@ -57,6 +58,9 @@ class ProjectorConfig(Section):
     bias: bool = Field(False, description="whether the projector's linear maps have a bias")
     norm: Literal["rms", "layer", "none"] = Field("rms", description="norm of the features before them")
     hidden: int = Field(256, ge=1, description="width between the projector's two linear maps")
+    weights: str | None = Field(
+        None, description="folder of a whole model (Llava and the like) with the projector's first weights"
+    )
 
 
 class EncoderConfig(Section):
@@ -248,10 +252,13 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
     """
     rest = copy.deepcopy(dict(raw))
     model = rest.pop("model", None)
-    if not isinstance(model, dict) or not isinstance(model.get("llm"), dict):
+    if not isinstance(model, dict) or not isinstance(model.get("llm", model.get(FOLDER) and {}), dict):
         raise Refused(
-            "the config has no model.llm section; needed: model: {llm: {..}, <encoder module>: {..}}"
+            "the config has no model.llm section; needed: model: {llm: {..}, <encoder module>: {..}}, or "
+            "model.folder, of a whole model"
         )
+    if isinstance(model.get(FOLDER), str):
+        unfold(rest, model)
     llm = model.pop("llm")
     sections = [k for k in Config.model_fields if k not in INTERNAL]
     for name in rest.keys() - sections:

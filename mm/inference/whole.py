@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,12 @@ from llm.config import LLMConfig
 from llm.decode import Prompt, Sampling, decode
 from llm.hf import load_hf
 from llm.model import LLM, precise_modules
-from mm.checkpoint.state import tokenizer_of, with_kept
+from mm.checkpoint.state import tokenizer_of
+from mm.checkpoint.whole import one_process, read_whole
 from mm.config.build import build
 from mm.config.outline import SINK
-from mm.config.schema import Config, from_mapping
+from mm.containers.card import read_card
+from mm.containers.registry import is_whole
 from mm.data.published import TOKENIZER
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
@@ -30,15 +31,6 @@ from mm.plan.inputs import EncoderUse
 from parallel import checkpoint as store
 from parallel.published import module_tensors
 from parallel.topology.axis import Axes
-
-# What a run computed under is nothing to one process.
-ONE_PROCESS: dict[str, Any] = {
-    "kind": "auto",
-    "ahead": None,
-    "encoder_batch": {},
-    "overlap_experts": False,
-    "microbatches": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -123,6 +115,12 @@ def _published(folder: Path) -> WholeModel:
     if not (folder / TOKENIZER).is_file():
         raise ValueError(f"it has no {TOKENIZER}; llm.load_hf gives its model, which takes ids")
     tokenizer = make_tokenizer(str(folder))
+    if is_whole(folder):
+        blueprint, made = read_whole(folder)
+        found = _whole(blueprint, made)
+        card = read_card(folder) or {}
+        begin = tuple(card.get("begin", tokenizer.begin))
+        return replace(found, begin=begin, stops=tokenizer.stops)
     return WholeModel(load_hf(folder).model, {}, {}, tokenizer, tuple(tokenizer.begin), tokenizer.stops)
 
 
@@ -138,22 +136,11 @@ def _checkpoint(path: Path) -> WholeModel:
         llm = LLM(build(LLMConfig, state[SINK], "the checkpoint's llm"))
         fill(path, [(SINK, llm)])
         return WholeModel(llm, {}, {}, tokenizer, tuple(tokenizer.begin), tokenizer.stops)
-    blueprint = draw_up(_config(state, path), 1)
+    blueprint = draw_up(one_process(state, path), 1)
     stages = {m: blueprint.stages[m][0] for m in blueprint.modules}
     made = {m: bare_module(blueprint, m, Axes(), stage, "cpu") for m, stage in stages.items()}
     fill(path, list(made.items()))
     return _whole(blueprint, made)
-
-
-def _config(state: Mapping[str, Any], path: Path) -> Config:
-    """The run's config as one process has it."""
-    given = with_kept(state["config"], path)
-    raw = {**given, "layout": {}, "schedule": {**given["schedule"], **ONE_PROCESS}}
-    llm = dict(raw["model"][SINK])
-    if "pattern" in llm:
-        llm["pattern"] = llm["pattern"].replace("|", "")  # stages of a pipeline
-    raw["model"] = {**raw["model"], SINK: llm}
-    return from_mapping(raw, path)
 
 
 def _whole(blueprint: Blueprint, made: Mapping[str, nn.Module]) -> WholeModel:

@@ -23,6 +23,7 @@ class SafeFolder:
     def __init__(self, path: str | Path) -> None:
         """Raises ValueError, by name, for a folder, file or tensor that is missing."""
         self.path = Path(path)
+        self._config: Mapping[str, Any] | None = None
         if not self.path.is_dir():
             raise ValueError(f"{path} is no folder; needed: one with {CONFIG} and *.safetensors")
         # safetensors has no types for what safe_open gives and its slices.
@@ -84,8 +85,16 @@ class SafeFolder:
         out._slices = {name: self._slices[key] for key, name in names.items()}
         return out
 
+    def part(self, names: Mapping[str, str], config: Mapping[str, Any]) -> SafeFolder:
+        """A part of a whole model as a folder of its own: renamed(names), with the part's config.json."""
+        out = copy.copy(self.renamed(names))
+        out._config = config
+        return out
+
     def config(self) -> Mapping[str, Any]:
-        """config.json."""
+        """config.json, or that of a part."""
+        if self._config is not None:
+            return self._config
         file = self.path / CONFIG
         try:
             config = json.loads(file.read_text())

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mm.checkpoint import resume
 from mm.checkpoint import state as checkpoint
-from mm.checkpoint.weights import export_hf
+from mm.checkpoint.folders import export_hf
 from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from llm.config import LLMConfig
 from llm.hf import load_hf
 from mm.checkpoint import state as checkpoint
-from mm.checkpoint.weights import export_hf, import_hf, start_from
+from mm.checkpoint.folders import export_hf, import_hf
+from mm.checkpoint.weights import start_from
 from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up

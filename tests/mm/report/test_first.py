@@ -11,7 +11,7 @@ import yaml
 
 from llm.hf import save_hf
 from llm.model import LLM
-from mm.checkpoint.weights import import_hf
+from mm.checkpoint.folders import import_hf
 from mm.cli import main
 from mm.commands import preflight
 from mm.config.outline import llm_config

@@ -1,0 +1,214 @@
+"""Published folders in and out: to checkpoints, and from checkpoints of any layout back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm.config import LLMConfig
+from llm.hf import FAMILIES, export_checkpoint, load_hf
+from llm.hf.export import check_zero, values_of
+from mm.checkpoint.state import tokenizer_of
+from mm.checkpoint.tokens import item_tokens
+from mm.checkpoint.whole import one_process, read_whole
+from mm.config.build import build
+from mm.config.outline import SINK, llm_config
+from mm.config.schema import resolve
+from mm.containers.card import (
+    CARD,
+    PROJECTOR,
+    README,
+    card_of,
+    encoder_contents,
+    projector_contents,
+    readme,
+)
+from mm.containers.container import Container, Whole
+from mm.containers.registry import CONTAINERS, fitting, is_whole, misfits
+from mm.containers.write import files_of, with_constants
+from mm.data.published import TOKENIZER
+from mm.data.tokenizer import AnyTokenizer, make_tokenizer
+from mm.data.tokenizer_files import keep_tokenizer, write_tokenizer
+from mm.errors import CheckpointError, Refused
+from mm.plan.blueprint import Blueprint, draw_up
+from mm.plan.whole import whole_of
+from parallel import checkpoint as store
+from parallel.published import FILE_BYTES, Fetch, module_tensors, write_folder
+
+DType = torch.dtype | None
+
+
+def import_hf(folder: Path, out: Path) -> str:
+    """Write the model of a Hugging Face folder as a checkpoint in `out`: a language model, or a whole model
+    with its encoders and projectors. One process.
+
+    Raises CheckpointError where the folder is of another family, incomplete, or has unknown tensors.
+    """
+    try:
+        if not is_whole(folder):
+            model = load_hf(folder).model
+            state: dict[str, Any] = {SINK: asdict(model.cfg)}
+            tensors = {f"{SINK}.{key}": t for key, t in module_tensors(model).items()}
+        else:
+            blueprint, modules = read_whole(folder)
+            state = {"config": _on_its_own(blueprint), "bad_samples": [], "fingerprint": ""}
+            tensors = {f"{m}.{key}": t for m, x in modules.items() for key, t in module_tensors(x).items()}
+        if (folder / TOKENIZER).is_file():
+            keep_tokenizer(make_tokenizer(str(folder)), out)
+    except (ValueError, Refused) as error:
+        raise CheckpointError(str(error)) from error
+    path = _save(out, tensors, state)
+    return f"{path}: {len(tensors)} tensors; start a run from it with checkpoint.weights={path}"
+
+
+def _on_its_own(blueprint: Blueprint) -> dict[str, Any]:
+    """The config of a folder's model without the folder, as that of a run, which is resumed by nothing."""
+    raw = resolve(blueprint.cfg)
+    for name, use in blueprint.inputs.encoders.items():
+        module = {**raw["model"][name], "weights": None, "options": asdict(use.cfg)}
+        raw["model"][name] = {**module, "projector": {**module["projector"], "weights": None}}
+    raw["model"][SINK] = asdict(blueprint.llm)
+    raw["checkpoint"]["weights"] = None
+    raw["data"] = {**raw["data"], "train": ["none"], "tokenizer": "bytes"}
+    return raw
+
+
+def _save(out: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """A checkpoint of one process in `out`."""
+    with TemporaryDirectory() as folder:  # a process group writes a checkpoint, here one of one process
+        dist.init_process_group(
+            dist.get_default_backend_for_device("cpu"),
+            init_method=f"file://{folder}/store",
+            rank=0,
+            world_size=1,
+        )
+        try:
+            return store.save(out, 0, tensors, state, keep=0)
+        finally:
+            dist.destroy_process_group()
+
+
+def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: str | None = None) -> str:
+    """Write the model of a checkpoint, saved under any layout, as a new Hugging Face folder.
+
+    A model with encoders is written as the container that can hold it, or else as a folder a module with a
+    card (mm.containers.card). dtype: of the tensors; None keeps the checkpoint's. family: the model_type of a
+    container, or of a language model, which is then written alone; None: the container that fits, and of a
+    language model the family that it came from, or the first that can say it. Raises CheckpointError where
+    the checkpoint is damaged or has no language model, and where the family cannot say it.
+    """
+    try:
+        wrong = store.verify(checkpoint)
+        if wrong:
+            raise store.BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
+        state = store.read_state(checkpoint)
+        if family is not None and family not in {*FAMILIES, *CONTAINERS}:
+            known = ", ".join((*CONTAINERS, *FAMILIES))
+            raise ValueError(
+                f"{family!r} is neither a container nor a family of language models; known: {known}"
+            )
+        tokenizer = tokenizer_of(state, checkpoint)  # refused before anything is written
+        if SINK in state:
+            if family in CONTAINERS:
+                raise ValueError(f"it has a language model alone, and a {family} folder has an encoder too")
+            cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")
+        else:
+            run = one_process(state, checkpoint)
+            if run.model and family not in FAMILIES:
+                assert tokenizer is not None
+                whole = whole_of(draw_up(run, 1))
+                container, reasons = _container(whole, family)
+                if container is None:
+                    return _export_modules(whole, reasons, checkpoint, tokenizer, out=out, dtype=dtype)
+                values = values_of(checkpoint)
+                return _export_container(container, whole, values, tokenizer, out=out, dtype=dtype)
+            if family in CONTAINERS:
+                raise ValueError(f"it has no encoder, and a {family} folder has one")
+            cfg = llm_config(run)
+        export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype, family=family)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, out, trained=SINK not in state)
+        return str(out)
+    except (ValueError, KeyError, Refused) as error:
+        raise CheckpointError(f"cannot export {checkpoint}: {error}") from error
+
+
+def _container(whole: Whole, family: str | None) -> tuple[Container | None, dict[str, list[str]]]:
+    """The container that a model is written as, and why others cannot hold it. Raises ValueError where
+    `family` names one that cannot."""
+    if family is None:
+        return fitting(whole)
+    wrong = misfits(CONTAINERS[family], whole)
+    if wrong:
+        raise ValueError(f"{CONTAINERS[family].title} cannot hold this model: {'; '.join(wrong)}")
+    return CONTAINERS[family], {}
+
+
+def _new(out: Path) -> Path:
+    """Where a folder is written until it is complete. Raises ValueError where it exists."""
+    if out.exists():
+        raise ValueError(f"{out} exists already; needed: the name of a new folder")
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    return partial
+
+
+def _write(file: Path, data: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _export_container(
+    container: Container, whole: Whole, values: Fetch, tokenizer: AnyTokenizer, out: Path, dtype: DType
+) -> str:
+    """Write a model as a container's folder."""
+    tokens = item_tokens(tokenizer, whole, container.tokens)
+    files = files_of(container, whole, {m: (t.id, t.text) for m, t in tokens.items()})
+    check_zero(files.zero, values, container.title)
+    partial = _new(out)
+    write_folder(files.contents, with_constants(values, files.constants), partial, dtype, FILE_BYTES)
+    for name, data in files.json.items():
+        _write(partial / name, data)
+    write_tokenizer(tokenizer, partial, trained=True)
+    for token in tokens.values():
+        token.write(partial)
+    os.replace(partial, out)
+    return f"{out}: {container.title}, {container.architecture} of transformers"
+
+
+def _export_modules(
+    whole: Whole,
+    reasons: Mapping[str, list[str]],
+    checkpoint: Path,
+    tokenizer: AnyTokenizer,
+    out: Path,
+    dtype: DType,
+) -> str:
+    """Write a folder a module with a card: the language model's, the encoders' and projectors' in it."""
+    tokens = {m: tokenizer.placeholder_of(m) for m in whole.towers}
+    card = {**card_of(whole, tokens), "begin": [tokenizer.bos]}  # as training packs samples
+    partial, values = _new(out), values_of(checkpoint)
+    export_checkpoint(checkpoint, partial, whole.llm, name=SINK, dtype=dtype)
+    for name, tower in whole.towers.items():
+        contents, constants, said = encoder_contents(name, tower)
+        write_folder(contents, with_constants(values, constants), partial / name, dtype, FILE_BYTES)
+        if said is not None:
+            _write(partial / name / "preprocessor_config.json", said.processor)
+        projector = projector_contents(name, tower, whole.llm.d_model)
+        if projector is not None:
+            write_folder(projector, values, partial / name / PROJECTOR, dtype, FILE_BYTES)
+    write_tokenizer(tokenizer, partial, trained=True)
+    _write(partial / CARD, card)
+    (partial / README).write_text(readme(whole, card, reasons))
+    os.replace(partial, out)
+    return f"{out}: a folder a module, joined as {CARD} and {README} in it say"
