@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from encoders.contract import Features, ItemBatch
 from encoders.module import EncoderModule
 from llm.config import LLMConfig
+from llm.decode import Prompt, Sampling, decode
 from llm.hf import load_hf
 from llm.model import LLM, precise_modules
 from mm.checkpoint.state import tokenizer_of
@@ -47,6 +49,11 @@ class WholeModel:
     """Ids that end an answer, in the same way."""
 
     @property
+    def cfg(self) -> LLMConfig:
+        """Of the language model."""
+        return self.llm.cfg
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the embedding."""
         return next(self.llm.parameters()).dtype
@@ -55,6 +62,19 @@ class WholeModel:
     def device(self) -> torch.device:
         """Where it is."""
         return next(self.llm.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, module: str, batch: ItemBatch) -> Tensor:
+        """The rows of items of a module [R, d], or [R, levels, d]."""
+        found = self.encoders[module](batch)
+        assert isinstance(found, Features)
+        return found.values
+
+    def decode(
+        self, prompts: Sequence[Prompt], limit: int, sampling: Sampling, stops: Collection[int]
+    ) -> Iterator[list[int | None]]:
+        """llm.decode.decode() of the language model."""
+        return decode(self.llm, prompts, limit, sampling, stops)
 
 
 def load_whole(
@@ -70,16 +90,17 @@ def load_whole(
         if (path / "config.json").is_file() and not (path / store.MANIFEST).is_file():
             found = _published(path)
         else:
-            found = _checkpoint(path if (path / store.MANIFEST).is_file() else _newest(path))
+            found = _checkpoint(path if (path / store.MANIFEST).is_file() else newest(path))
     except (ValueError, KeyError, Refused) as error:
         raise CheckpointError(f"cannot load {path}: {error}") from error
     for module in (found.llm, *found.encoders.values()):
-        _cast(module, dtype)
+        cast(module, dtype)
         module.to(device).eval().requires_grad_(False)
     return found
 
 
-def _newest(path: Path) -> Path:
+def newest(path: Path) -> Path:
+    """The newest checkpoint of a run's folder; raises CheckpointError where it has none."""
     found = store.published(path) if path.is_dir() else []
     if not found:
         what = "has no checkpoint and no config.json" if path.is_dir() else "does not exist"
@@ -113,12 +134,12 @@ def _checkpoint(path: Path) -> WholeModel:
         if tokenizer is None:
             raise ValueError(f"{path.parent / KEPT} is not there: it was imported without a tokenizer")
         llm = LLM(build(LLMConfig, state[SINK], "the checkpoint's llm"))
-        _fill(path, {SINK: llm})
+        fill(path, [(SINK, llm)])
         return WholeModel(llm, {}, {}, tokenizer, tuple(tokenizer.begin), tokenizer.stops)
     blueprint = draw_up(one_process(state, path), 1)
     stages = {m: blueprint.stages[m][0] for m in blueprint.modules}
     made = {m: bare_module(blueprint, m, Axes(), stage, "cpu") for m, stage in stages.items()}
-    _fill(path, made)
+    fill(path, list(made.items()))
     return _whole(blueprint, made)
 
 
@@ -133,15 +154,16 @@ def _whole(blueprint: Blueprint, made: Mapping[str, nn.Module]) -> WholeModel:
     )
 
 
-def _fill(path: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Read all parameters and persistent buffers of whole modules."""
-    tensors = {f"{m}.{key}": t for m, module in modules.items() for key, t in module_tensors(module).items()}
+def fill(path: Path, parts: Sequence[tuple[str, nn.Module]]) -> None:
+    """Read all parameters and persistent buffers of modules, or of what a rank holds of them, by name."""
+    tensors = {f"{m}.{key}": t for m, part in parts for key, t in module_tensors(part).items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is ")  # one process is intended
+        warnings.filterwarnings("ignore", "torch.distributed is ")  # one process may be intended
         store.load(path, tensors)
 
 
-def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+def cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Convert the weights of a module, but those that keep their dtype in training; None: convert none."""
     if dtype is None:
         return
     kept = precise_modules(module) if isinstance(module, LLM) else []
