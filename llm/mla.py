@@ -18,7 +18,7 @@ from llm.attention import Rotation
 from llm.cache import CachedPacking, KeyValues, attend_cached
 from llm.config import LLMConfig
 from llm.recompute import run
-from parallel.context_parallel import ContextPacking, context_attention
+from parallel.context_parallel import ContextPacking, expanded_attention
 from parallel.sequence.buckets import Limits
 from parallel.sequence.packed import Packing, attention
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
@@ -118,28 +118,31 @@ class LatentAttention(nn.Module):
         if self.rope is not None:
             turned, key = self.rope(turned, key, packing)
         if isinstance(packing, CachedPacking):
-            row = torch.cat([latent, key], -1)
+            row = torch.cat([latent, key], -1)  # [T, 1, kept]
             before = packing.keep(self, row, row[..., :0])  # values are part of what is kept as keys
             if not packing.begins:
                 return self._absorbed(plain, turned, before.k, packing)
-        k, v = self._expanded(latent.squeeze(1))
-        k = torch.cat([k, key.expand(-1, k.shape[1], -1)], -1)
-        q = torch.cat([plain, turned], -1)
-        # Kernels want one width: the narrower are filled with zeros, which change no score and no value.
-        width = max(q.shape[-1], self.value)
-        q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+        rows = torch.cat([latent, key], -1).squeeze(1)
+        q = self._filled(torch.cat([plain, turned], -1))
         if isinstance(packing, ContextPacking):
-            y = context_attention(q, k, v, packing, scale=self.scale, limits=self.limits)
+            y = expanded_attention(q, rows, self._expand, packing, scale=self.scale, limits=self.limits)
         else:
             assert self.axes.cp.size == 1, "under cp a layer needs the packing of context_parallel.pack()"
+            k, v = self._expand(rows)
             y = attention(q, k, v, packing, causal=True, scale=self.scale, limits=self.limits)
         return y[..., : self.value]
 
-    def _expanded(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys without positions [T, h, plain] and values [T, h, value] of latents [T, kv_rank]."""
+    def _filled(self, x: Tensor) -> Tensor:
+        """x with zeros behind: kernels want one width of keys and values. They change no score, no value."""
+        return F.pad(x, (0, max(self.cfg.head_dim, self.value) - x.shape[-1]))
+
+    def _expand(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [n, kept], keys turned, to keys and values [n, h, the wider of both]."""
+        latent, key = torch.split(rows, [self.kept - self.turned, self.turned], -1)
         both = torch.unflatten(self.kv_up(latent), -1, (-1, self.plain + self.value))
         k, v = torch.split(both, [self.plain, self.value], -1)
-        return k, v
+        k = torch.cat([k, key.unsqueeze(1).expand(-1, k.shape[1], -1)], -1)
+        return self._filled(k), self._filled(v)
 
     def _absorbed(self, plain: Tensor, turned: Tensor, rows: Tensor, packing: CachedPacking) -> Tensor:
         """One token a document, plain [B, h, plain] and turned [B, h, turned], to the rows [B, S, 1, kept]

@@ -14,7 +14,7 @@ The backward is written out, so besides its inputs a layer keeps one output and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from parallel.sequence.tiles import Attended, Scoring, merge, sinks_grad, with_s
 from parallel.sharding.dtypes import accumulation_dtype
 
 Method = Literal["gather", "ring"]
+_Way = Literal["gather", "ring", "here"]
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,62 @@ def context_attention(
         before a fragment are gathered.
     """
     if limits.window is not None:
-        return window_attention(q, k, v, packing, scale=scale, limits=limits)
+        keys = torch.cat([k, v], 1)  # [T, 2 H_kv, D], one message
+        return window_attention(q, keys, packing, _halves, scale=scale, limits=limits)
     plan = packing.once("attention", lambda: _make_plan(packing))
     if not plan.crosses:
         return attention(q, k, v, packing.fragments, causal=True, scale=scale, limits=limits)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if method is None:
-        shapes = (q.shape[1], k.shape[1], q.shape[2], k.element_size())
-        method = packing.once(("attention", *shapes), lambda: choose_attention_method(packing, *shapes))
+    way = method or _method(q, k, packing)
+    return _attend_split(q, k, v, plan, scale=scale, limits=limits, method=way)
+
+
+def _halves(keys: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = keys.chunk(2, 1)
+    return k, v
+
+
+def expanded_attention(
+    q: Tensor,
+    rows: Tensor,
+    expand: Callable[[Tensor], tuple[Tensor, Tensor]],
+    packing: ContextPacking,
+    *,
+    scale: float,
+    limits: Limits = NO_LIMITS,
+) -> Tensor:
+    """context_attention() with keys and values that each rank makes itself from narrow rows of tokens.
+
+    rows: [T, W], this rank's. expand: rows [n, W] to keys and values [n, H, D], each from its own row. Where
+    context_attention() would gather keys, the rows before a fragment travel instead and are expanded here;
+    where it would choose the ring, because that many expanded keys take too much memory, keys travel.
+    """
+    if limits.window is not None:
+        return window_attention(q, rows, packing, expand, scale=scale, limits=limits)
+    plan = packing.once("attention", lambda: _make_plan(packing))
+    k, v = expand(rows)
+    if not plan.crosses:
+        return attention(q, k, v, packing.fragments, causal=True, scale=scale, limits=limits)
+    method: _Way = _method(q, k, packing)
+    if method == "gather":
+        before = expand(plan.fetch(rows))
+        k, v, method = torch.cat([k, before[0]]), torch.cat([v, before[1]]), "here"
+    return _attend_split(q, k, v, plan, scale=scale, limits=limits, method=method)
+
+
+def _method(q: Tensor, k: Tensor, packing: ContextPacking) -> Method:
+    shapes = (q.shape[1], k.shape[1], q.shape[2], k.element_size())
+    return packing.once(("attention", *shapes), lambda: choose_attention_method(packing, *shapes))
+
+
+def _attend_split(
+    q: Tensor, k: Tensor, v: Tensor, plan: _Plan, *, scale: float, limits: Limits, method: _Way
+) -> Tensor:
+    """Attention of fragments that continue a document and of the others. method "here": behind the keys and
+    values of own rows are those of the rows before continued fragments, ascending."""
+    scoring = Scoring(scale, limits.cap)
     # torch leaves Function.apply untyped.
-    outer: Tensor = _Outer.apply(q, k, v, limits.sinks, plan, Scoring(scale, limits.cap), method)  # type: ignore[no-untyped-call]
+    outer: Tensor = _Outer.apply(q, k, v, limits.sinks, plan, scoring, method)  # type: ignore[no-untyped-call]
     if not plan.inner_rows:
         return outer
     qi, ki, vi = (_concatenated(x, plan.inner_rows) for x in (q, k, v))
@@ -220,6 +267,8 @@ class _Outer(torch.autograd.Function):
         kept = None
         if method == "gather":
             kept = plan.fetch.start(keys).wait()
+        elif method == "here":
+            kept = keys[len(q) :]
         for block, reads, _ in _blocks(keys, kept, plan):
             for read in reads:
                 kb, vb = block[read.keys].chunk(2, 1)
@@ -228,15 +277,17 @@ class _Outer(torch.autograd.Function):
                 total.out[read.rows], total.lse[read.rows] = merged
         total = total if sinks is None else with_sinks(total, sinks)
         out = total.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, sinks, out, total.lse, *([] if kept is None else [kept]))
-        ctx.plan, ctx.scoring = plan, scoring
+        ctx.save_for_backward(q, k, v, sinks, out, total.lse, *([kept] if method == "gather" else []))
+        ctx.plan, ctx.scoring, ctx.method = plan, scoring, method
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, lse, *saved = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        kept = saved[0] if saved else None
+        kept, here = saved[0] if saved else None, ctx.method == "here"
+        if here:
+            kept = torch.cat([k[len(q) :], v[len(q) :]], 1)
         acc = lse.dtype
         d_q = torch.zeros(q.shape, dtype=acc, device=q.device)
         d_keys = torch.zeros((k.shape[0], 2 * k.shape[1], k.shape[2]), dtype=acc, device=k.device)
@@ -264,6 +315,8 @@ class _Outer(torch.autograd.Function):
                 returns.append(plan.fetch.start_round_home(d_block.to(k.dtype), d_keys, i))
                 if len(returns) > 1:
                     returns.pop(0).wait()
+            elif here:
+                d_keys[len(q) :] += d_block
             else:
                 plan.fetch.start_home(d_block.to(k.dtype), d_keys).wait()
         for late in returns:

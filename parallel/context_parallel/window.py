@@ -8,6 +8,7 @@ needed to bound them. Between the exchange and the output everything is local an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,16 +66,17 @@ def _plan(packing: ContextPacking, window: int) -> _Plan:
 
 def window_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    rows: Tensor,
     packing: ContextPacking,
+    expand: Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
     scale: float | None,
     limits: Limits,
 ) -> Tensor:
     """Causal attention of each query to the last keys of its document; a collective over packing.cp.
 
-    q: [T, H, D], this rank's rows; k, v: [T, H_kv, D] with H_kv dividing H. Returns [T, H, D].
+    q: [T, H, D], this rank's rows. rows: [T, ..], what travels of each token. expand: these of any tokens to
+    their keys and values [n, H_kv, D], with H_kv dividing H. Returns [T, H, D].
     scale, limits: as of parallel.sequence.buckets.attend(), with a window.
     """
     window = limits.window
@@ -82,6 +84,6 @@ def window_attention(
     plan = packing.once(("window", window), lambda: _plan(packing, window))
     if plan.fetch is not None:
         assert plan.order is not None
-        keys = torch.cat([k, v], 1)  # [T, 2 H_kv, D], one message
-        k, v = torch.cat([keys, plan.fetch(keys)]).index_select(0, plan.order).chunk(2, 1)
+        rows = torch.cat([rows, plan.fetch(rows)]).index_select(0, plan.order)
+    k, v = expand(rows)
     return attend(q, k, v, plan.pairing, causal=True, scale=scale, limits=limits)

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from llm.cache import Cache, CachedPacking
 from llm.checks import check
 from llm.flops import layer_flops, layer_params
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
+from parallel.comm.fetch import Fetch
 from tests.llm import test_fsdp, test_whole
-from tests.llm.degrees import Degrees, held_fraction
+from tests.llm.degrees import Degrees, held_fraction, make_axes, run
 from tests.llm.harness import build, tiny
-from tests.llm.test_degrees import CFG, PAIRS, check_many, layouts
+from tests.llm.test_degrees import CFG, PAIRS, STREAMS, check_many, layouts
 
 LATENT = replace(
     CFG, n_kv_heads=4, kv_rank=5, q_rank=6, head_dim=7, rope_head_dim=4, v_head_dim=6, rope_interleaved=True
@@ -25,9 +27,32 @@ OTHER = replace(LATENT, q_rank=None, v_head_dim=9, attention_bias=False, window=
 
 
 def test_tp_and_cp(ranks: Any) -> None:
-    cases = [(LATENT, "*", PAIRS["tp2 sp"], frozenset[str]())]
+    cases = [(LATENT, "*", PAIRS[name], frozenset[str]()) for name in ("tp2 sp", "cp2 zigzag")]
     cases += [(OTHER, "*", PAIRS["cp2 zigzag"], frozenset({"attention_core"}))]
     check_many(ranks, 2, cases)
+
+
+def travelled() -> set[int]:
+    """Numbers a token in what fetches are given, forward, with a window and without."""
+    seen: set[int] = set()
+    starts = {name: getattr(Fetch, name) for name in ("__call__", "start", "start_round")}
+    axes = make_axes(PAIRS["cp2"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, original in starts.items():
+
+            def note(fetch: Fetch, x: Tensor, *rest: Any, original: Any = original) -> Any:
+                seen.add(x[:1].numel())
+                return original(fetch, x, *rest)
+
+            patch.setattr(Fetch, name, note)
+        for cfg in (LATENT, OTHER):
+            run(cfg, "*", PAIRS["cp2"], STREAMS[:1], frozenset(), axes)
+    return seen
+
+
+def test_rows_of_latents_travel_under_cp(ranks: Any) -> None:
+    for seen in ranks(2, travelled):
+        assert seen == {5 + 4}  # kv_rank and rope_head_dim, not keys and values of four heads
 
 
 @pytest.mark.slow

@@ -38,6 +38,24 @@ FAMILIES = (
         "tests/llm/test_latents.py::test_tp_and_cp",
     ),
     Fault(
+        "mla.before",
+        "keys that a rank makes of rows of others get no gradient",
+        "parallel/context_parallel/attention.py",
+        "d_keys[len(q) :] += d_block",
+        "d_keys[len(q) :] += 0.0 * d_block",
+        "tests/llm/test_latents.py::test_tp_and_cp",
+    ),
+    Fault(
+        "mla.wide",
+        "keys and values of all heads travel under cp, not latents",
+        "parallel/context_parallel/attention.py",
+        """    if method == "gather":
+        before =""",
+        """    if method is None:
+        before =""",
+        "tests/llm/test_latents.py::test_rows_of_latents_travel_under_cp",
+    ),
+    Fault(
         "mla.scale",
         "scores of next tokens are scaled by the width of the latent",
         "llm/mla.py",
