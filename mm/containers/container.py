@@ -8,6 +8,7 @@ from typing import Any
 
 from encoders.contract import Encoder
 from encoders.hf.folder import kind_of
+from encoders.hf.saying import Rest
 from encoders.hf.write import Written
 from encoders.projector import ProjectorKind
 from llm.config import LLMConfig
@@ -82,6 +83,7 @@ class Container:
         Raises ValueError for what ours cannot be.
     options: of the language model, that its own config.json does not say.
     named: further ids of config.json, by field the text of their token; left out where there is none.
+    rest: what the class of a tower has beside ours in this container, from what it has alone.
     """
 
     name: str
@@ -97,3 +99,4 @@ class Container:
     modules: Callable[[SafeFolder], dict[str, dict[str, Any]]]
     options: Callable[[SafeFolder], dict[str, Any]] = lambda folder: {}
     named: Mapping[str, str] = field(default_factory=dict)
+    rest: Callable[[Tower, Rest], Rest] = lambda tower, rest: rest
