@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.projector import MLP, Projector, ProjectorKind
+from encoders.resampler import Resampling
 from encoders.share import Share, pieces
 from parallel.sharding.dtypes import FactoryKwargs
 from parallel.sharding.param import Given, declared, keep_whole, own_specs
@@ -58,6 +59,8 @@ class EncoderModule(nn.Module):
         if features.rows != promised or features.values.shape[0] != given.kept:
             raise _mismatch(type(self.encoder).__name__, features, promised, given)
         self._check_gradient(features.values)
+        if self.projector is not None and self.projector.what.kind == "resampler":
+            return self._resampled(features.values, promised, given)
         share = Share.of(promised, self.axes)
         # Where every tp rank ran the whole encoder, each continues with its own part of the rows.
         values = features.values.narrow(0, share.part[0] - given.part[0], share.kept)
@@ -87,13 +90,25 @@ class EncoderModule(nn.Module):
                 "detach() or no_grad(), or freeze: encoder"
             )
 
-    def _project(self, values: Tensor, share: Share) -> Tensor:
+    def _project(self, values: Tensor, share: Share, ways: Resampling | None = None) -> Tensor:
         assert self.projector is not None
         if not self.level_projectors:
-            projected: Tensor = self.projector(values, share)
+            projected: Tensor = self.projector(values, share, ways)
             return projected
         nets = [self.projector, *self.level_projectors]
-        return torch.stack([net(x, share) for net, x in zip(nets, values.unbind(1), strict=True)], 1)
+        return torch.stack([net(x, share, ways) for net, x in zip(nets, values.unbind(1), strict=True)], 1)
+
+    def _resampled(self, values: Tensor, promised: tuple[int, ...], given: Share) -> Features:
+        """The rows that resamplers make of features. given: which features this rank has."""
+        assert self.projector is not None
+        rows = tuple(self.projector.what.rows(n) for n in promised)
+        inner = encoder_axes(type(self.encoder), self.axes)
+        made, share = Share.of(rows, inner), Share.of(rows, self.axes)
+        ways = Resampling.of(given, made, inner.cp, values.device, self.encoder.timeout_s)
+        projected = self._project(values, given, ways)
+        # Where every tp rank ran the whole resampler, each continues with its own part of the rows.
+        own = projected.narrow(0, share.part[0] - made.part[0], share.kept)
+        return Features(own, rows, share.part[0])
 
     @property
     def layers(self) -> Sequence[nn.Module]:

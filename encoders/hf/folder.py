@@ -13,13 +13,14 @@ from encoders.contract import Encoder
 from encoders.hf.audio import FAMILIES as AUDIO
 from encoders.hf.family import Family, Part
 from encoders.hf.qwen import FAMILIES as QWEN
+from encoders.hf.towers import FAMILIES as TOWERS
 from encoders.hf.vision import FAMILIES as VISION
 from encoders.registry import resolve
 from parallel.published import FileTensor, SafeFolder, check_tensors, file_tensors, module_shapes
 from parallel.published.read import stored_dtypes
 from parallel.topology.axis import Axes
 
-FAMILIES: tuple[Family, ...] = (*VISION, *QWEN, *AUDIO)
+FAMILIES: tuple[Family, ...] = (*VISION, *TOWERS, *QWEN, *AUDIO)
 
 PREPROCESSOR = "preprocessor_config.json"
 

@@ -38,6 +38,8 @@ def pictures(part: Part, default: Pictures) -> dict[str, Any]:
         out |= _fit(said, default)
     elif default.fit == "tiles":
         out |= _tiles(said, default)
+    elif default.fit == "longest":
+        out["edge"] = said.get("size", {}).get("longest_edge", default.edge)
     elif default.fit == "patches":
         out["most"] = said.get("max_num_patches", default.most)
     elif default.fit == "smart":
@@ -162,6 +164,20 @@ def padded_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
     for i, (state, n) in enumerate(zip(states, lengths, strict=True)):
         out[i, :n] = state
     return out
+
+
+def sized_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
+    """Pixtral's last hidden state [1, all patches, width] of padded pixel_values with image_sizes."""
+    vision, cfg = encoder_config(encoder)
+    pixels = inputs["pixel_values"]
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        return vision.states(dense_batch(cfg, pixels))[None]
+    side = cfg.patch
+    grids = [(int(h) // side, int(w) // side) for h, w in sizes]
+    pairs = zip(pixels, grids, strict=True)
+    patches = [patches_of(cfg, x[:, : down * side, : across * side]) for x, (down, across) in pairs]
+    return vision.states(packed_batch(torch.cat([pixels.new_zeros(0, cfg.inputs), *patches]), grids))[None]
 
 
 def radio_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:

@@ -49,7 +49,8 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: VisionConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
-        d, self.axes, self.head_dim, self.single = cfg.width, axes, cfg.head_dim, cfg.single
+        d, self.axes, self.head_dim = cfg.width, axes, cfg.head_dim
+        self.single = cfg.single and cfg.single_rotation
         for name in ("q", "k", "v"):
             declare(self, name, (d, d), ParamSpec(normal(d**-0.5), shard_dim=0), **factory)
             if name in cfg.biases:

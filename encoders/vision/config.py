@@ -12,9 +12,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 Norm = Literal["layer", "rms"]
-Rope = Literal["none", "axial", "centred"]
+Rope = Literal["none", "axial", "alternating", "centred"]
 
-Fit = Literal["exact", "crop", "smart", "patches", "budget", "tiles", "none"]
+Fit = Literal["exact", "crop", "smart", "patches", "budget", "tiles", "longest", "none"]
 Interpolation = Literal[
     "bicubic", "bicubic_single", "bicubic_antialias", "bilinear_antialias", "longer_side", "corners"
 ]
@@ -27,11 +27,12 @@ class Pictures:
     fit: exact: resized to height x width. crop: resized until its shorter side is `edge`, then height x width
         from the centre. smart: each side rounded to whole blocks, the area between least and most pixels
         (Qwen). patches: at most `most` patches at its own aspect (SigLIP2). budget: least to most patches at
-        its own aspect (Nemotron Omni). tiles: the grid of least to most tiles nearest to its aspect, each
-        tile height x width and an item of its own (InternVL). none: as it is, less what is left over of a
+        its own aspect (Nemotron Omni). longest: whole patches, smaller where a side is longer than `edge`
+        (Pixtral). tiles: the grid of least to most tiles nearest to its aspect, each tile height x width and
+        an item of its own (InternVL). none: as it is, less what is left over of a
         patch.
     height, width: in pixels, of exact, crop and tiles.
-    edge: in pixels, of crop.
+    edge: in pixels, of crop and longest.
     least, most: pixels of smart; patches of budget; tiles of tiles; most: patches of patches.
     thumbnail: whether the whole picture, as large as a tile, follows several tiles.
     tile_tag, thumbnail_tag: text before each tile and before the thumbnail, with {n}, {row} and {column} for
@@ -107,9 +108,11 @@ class VisionConfig:
     class_position: whether the class token has a position of its own, the first.
     interpolation: how the table is made to fit another grid, in float32 but for bicubic. longer_side: that
         of a square as long as the longer side, cut. corners: bilinear, the corners of both at one place.
-    rope: none; axial: rotary angles by row and column; centred: by coordinates in [-1, 1] (DINOv3).
+    rope: none; axial: rotary angles by row and column; alternating: with every other frequency of one list
+        for rows, the rest for columns (Pixtral); centred: by coordinates in [-1, 1] (DINOv3).
     rope_base: base of the rotary frequencies.
     single: whether rotation and RMS norms are float32 in a float64 model too, as in the family's own code.
+    single_rotation: whether that goes for rotation too, not only for norms.
     merge: side of the squares of patches that make one row.
     merged: width of the rows that an MLP makes of the merged patches; 0: they are left side by side.
     levels: indices of earlier layers whose outputs are features too (DeepStack).
@@ -146,6 +149,7 @@ class VisionConfig:
     rope: Rope = "none"
     rope_base: float = 10000.0
     single: bool = False
+    single_rotation: bool = True
     merge: int = 1
     merged: int = 0
     levels: tuple[int, ...] = ()

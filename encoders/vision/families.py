@@ -166,6 +166,63 @@ class Radio(VisionTransformer):
     Config = RadioConfig
 
 
+@dataclass(frozen=True)
+class InternVLConfig(VisionConfig):
+    """InternViT of InternVL 2.5 and 3 (arXiv 2412.05271), for pictures in tiles."""
+
+    patch: int = 14
+    width: int = 1024
+    heads: int = 16
+    layers: int = 24
+    mlp: int = 4096
+    biases: tuple[str, ...] = ("patch", "out", "mlp")
+    class_tokens: int = 1
+    class_position: bool = True
+    final_norm: bool = False
+    layer_scale: bool = True
+    table: int = 32
+    pictures: Pictures = field(
+        default_factory=lambda: Pictures("tiles", 448, 448, most=12, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    )
+
+
+@register("internvl")
+class InternVL(VisionTransformer):
+    """InternVL's vision tower; with `merge: 2` its pixel shuffle."""
+
+    Config = InternVLConfig
+
+
+@dataclass(frozen=True)
+class PixtralConfig(VisionConfig):
+    """Pixtral's vision tower (arXiv 2410.07073)."""
+
+    width: int = 1024
+    heads: int = 16
+    layers: int = 24
+    mlp: int = 4096
+    activation: Activation = "silu"
+    gated: bool = True
+    norm: Norm = "rms"
+    eps: float = 1e-5
+    biases: tuple[str, ...] = ()
+    pre_norm: bool = True
+    final_norm: bool = False
+    rope: Rope = "alternating"
+    single: bool = True
+    single_rotation: bool = False
+    pictures: Pictures = field(
+        default_factory=lambda: Pictures("longest", edge=1024, mean=CLIP_MEAN, std=CLIP_STD)
+    )
+
+
+@register("pixtral")
+class Pixtral(VisionTransformer):
+    """Pixtral's vision tower, at native aspect."""
+
+    Config = PixtralConfig
+
+
 QWEN_PICTURES = Pictures("smart", least=56 * 56, most=28 * 28 * 1280, mean=CLIP_MEAN, std=CLIP_STD)
 
 

@@ -87,6 +87,10 @@ def rotary(cfg: VisionConfig, at: Places, device: torch.device) -> tuple[Tensor,
         return None
     quarter = cfg.head_dim // 4
     step = torch.arange(quarter, dtype=torch.float32, device=device)
+    if cfg.rope == "alternating":
+        both = 1.0 / cfg.rope_base ** (torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim)
+        rows, columns = (to_device(x, device).to(torch.float32)[:, None] for x in (at.row, at.column))
+        return _angles(cfg, torch.cat([rows * both[0::2], columns * both[1::2]], 1), at)
     if cfg.rope == "axial":
         spread = (2 * step) / (2 * quarter)
         frequency = 1.0 / cfg.rope_base**spread
@@ -98,8 +102,12 @@ def rotary(cfg: VisionConfig, at: Places, device: torch.device) -> tuple[Tensor,
         pairs = ((at.row, at.down), (at.column, at.across))
         places = [[to_device(x, device).to(torch.float32) for x in pair] for pair in pairs]
         place = [2 * math.pi * (2.0 * ((x + 0.5) / n) - 1.0) for x, n in places]
-    angle = torch.cat([x[:, None] * frequency for x in place], 1)  # [tokens, head_dim / 2]
-    angle = torch.cat([angle, angle], 1)
+    return _angles(cfg, torch.cat([x[:, None] * frequency for x in place], 1), at)
+
+
+def _angles(cfg: VisionConfig, half: Tensor, at: Places) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of angles [tokens, head_dim / 2]; those of prefix tokens are 0."""
+    angle, device = torch.cat([half, half], 1), half.device
     if cfg.prefix:
         angle = angle * to_device(at.prefix < 0, device).to(torch.float32)[:, None]
     return angle.cos()[:, None], angle.sin()[:, None]

@@ -40,6 +40,10 @@ def fitted(cfg: VisionConfig, height: int, width: int) -> tuple[int, int]:
         return _most_patches(how.most, cfg.patch, height, width)
     if how.fit == "budget":
         return _budget(cfg, height, width)
+    if how.fit == "longest":
+        by = max(height / how.edge, width / how.edge, 1.0)
+        down, across = (-(-math.floor(n / by) // cfg.patch) * cfg.patch for n in (height, width))
+        return down, across
     if how.fit == "none":
         return height, width
     return how.height, how.width

@@ -48,9 +48,10 @@ class RunConfig(Section):
 class ProjectorConfig(Section):
     """The projector between an encoder and the language model."""
 
-    kind: Literal["mlp", "linear", "none"] = Field(
+    kind: Literal["mlp", "linear", "none", "resampler"] = Field(
         "mlp",
-        description="mlp: two linear maps; linear: one; none: features are as wide as the language model",
+        description="mlp: two linear maps; linear: one; none: features are as wide as the language model; "
+        "resampler: learned queries attend to the features",
     )
     activation: Literal["relu2", "gelu", "gelu_tanh", "quick_gelu", "silu"] = Field(
         "relu2", description="between the projector's two linear maps"
@@ -61,6 +62,11 @@ class ProjectorConfig(Section):
     weights: str | None = Field(
         None, description="folder of a whole model (Llava and the like) with the projector's first weights"
     )
+    queries: int = Field(64, ge=1, description="rows that a resampler makes of each item")
+    depth: int = Field(3, ge=1, description="layers of a resampler")
+    heads: int = Field(16, ge=1, description="attention heads of a resampler")
+    kv_heads: int = Field(4, ge=1, description="heads of its keys and values, which divide them")
+    head_dim: int = Field(96, ge=1, description="width of a head of a resampler")
 
 
 class EncoderConfig(Section):

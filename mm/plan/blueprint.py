@@ -20,15 +20,16 @@ from mm.config.advice import advise
 from mm.config.build import build
 from mm.config.nodes import node_size
 from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
-from mm.config.schema import Config, ProjectorConfig
+from mm.config.schema import Config
 from mm.errors import Refused
+from mm.plan.projectors import check_projector, projector_kind, resampling
 from mm.plan.schedules import Schedules
 from parallel.schedule import ModuleUse, SchedulePlan
 from parallel.schedule.generators.refuse import check_stages
 from parallel.topology.axis import Axes
 from parallel.topology.data_parallel import Policy, Shards, shards_of
 from parallel.topology.groups import GroupPlan, group_plan
-from parallel.topology.layout import Changes, Layout, Unfit, check_divides
+from parallel.topology.layout import Changes, Layout, Unfit
 from parallel.topology.stage import Stage
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     import encoders
-    from encoders.projector import ProjectorKind
     from mm.plan.inputs import EncoderUse, PlanInputs
     from mm.plan.step_plan import Edge
     from mm.plan.weights import Weight
@@ -247,7 +247,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
     from mm.plan.inputs import PlanInputs
 
     layouts, llm, llm_stages = outline.outline(cfg, world)
-    uses = {name: _encoder_use(cfg, name, layouts[name]) for name in cfg.model}
+    uses = {name: _encoder_use(cfg, name, layouts[name], llm.d_model) for name in cfg.model}
     stages = {m: encoder_stages(use.cls, use.cfg, layouts[m].pp * layouts[m].vpp) for m, use in uses.items()}
     stages[SINK] = llm_stages
     _check_levels(uses, llm)
@@ -278,8 +278,8 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
     return blueprint
 
 
-def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
-    """Import the encoder of module `name` and check its options and its layout."""
+def _encoder_use(cfg: Config, name: str, layout: Layout, d_out: int) -> EncoderUse:
+    """Import the encoder of module `name` and check its options and its layout. d_out: width of its rows."""
     from encoders.module import check_encoder, check_frozen
     from mm.plan.inputs import EncoderUse
 
@@ -296,9 +296,9 @@ def _encoder_use(cfg: Config, name: str, layout: Layout) -> EncoderUse:
         raise ValueError(f"model.{name}: {error}") from error
     check_stages(layout, cls.layer_count(options))
     tp = layout.tp if cls.tensor_parallel else 1
-    if enc.projector.kind == "mlp":
-        check_divides(f"model.{name}.projector.hidden", enc.projector.hidden, "tp", tp, name)
-    return EncoderUse(cls, options, layout, enc.deal, cfg.schedule.encoder_batch.get(name, 1))
+    check_projector(name, enc.projector, tp, d_out)
+    made = resampling(enc.projector, cls.feature_width(options), d_out)
+    return EncoderUse(cls, options, layout, enc.deal, cfg.schedule.encoder_batch.get(name, 1), made)
 
 
 def _encoder_options(cfg: Config, name: str, cls: type[encoders.Encoder]) -> Any:
@@ -315,13 +315,6 @@ def _encoder_options(cfg: Config, name: str, cls: type[encoders.Encoder]) -> Any
         return open_folder(enc.weights, enc.encoder).options(given, enc.options)
     except ValueError as error:
         raise ValueError(f"model.{name}.weights: {error}") from error
-
-
-def projector_kind(projector: ProjectorConfig) -> ProjectorKind:
-    """What a projector of the config computes."""
-    from encoders.projector import ProjectorKind
-
-    return ProjectorKind(projector.kind, projector.activation, projector.bias, projector.norm)
 
 
 def _encoder_class(encoder: str, module: str) -> type[encoders.Encoder]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from encoders.module import row_flops
 from mm.config.outline import SINK
-from mm.plan.blueprint import Blueprint, projector_kind
+from mm.plan.blueprint import Blueprint
+from mm.plan.projectors import projector_kind
 from mm.plan.step_plan import StepPlan
 from mm.plan.table import Costs
 from mm.plan.trained import step_factors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from parallel.topology.layout import Layout
 BY_LENGTH = DocumentCost(1.0, 0.0, 0.0)
 
 Deal = Literal["cost", "sample"]
+Resample = Callable[[int], tuple[int, float]]  # rows of an item's features to its rows and the FLOPs of that
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,19 @@ class EncoderUse:
     layout: Layout
     deal: Deal = "cost"  # how items go to its dp ranks: balanced by cost, or with their sample
     at_once: int = 1  # micro-batches that it computes at once
+    resample: Resample | None = None  # of a projector that makes other rows; None where it keeps them
+
+    def rows(self, meta: Mapping[str, Any]) -> int:
+        """How many rows an item contributes. Raises what the encoder's rows() raises."""
+        n = int(self.cls.rows(self.cfg, meta))
+        return n if self.resample is None or n < 1 else self.resample(n)[0]
+
+    def cost(self, meta: Mapping[str, Any]) -> float:
+        """FLOPs of the forward of an item in the encoder and its resampler."""
+        one = float(self.cls.cost(self.cfg, meta))
+        if self.resample is None:
+            return one
+        return one + self.resample(int(self.cls.rows(self.cfg, meta)))[1]
 
 
 def item_run(use: EncoderUse, meta: Mapping[str, int], rows: int) -> Run:
@@ -59,7 +73,7 @@ class PlanInputs:
         if key not in self._rows:
             use = self.encoders[module]
             try:
-                n = int(use.cls.rows(use.cfg, part.meta))
+                n = use.rows(part.meta)
             except KeyError as error:
                 have = ", ".join(part.meta) or "none: no probe knows this kind of file"
                 raise ValueError(f"{use.cls.__name__} needs the metadata {error}, it has {have}") from error

@@ -137,7 +137,7 @@ def _append_items(sample: Sample, inputs: PlanInputs, found: Mapping[str, list[_
             at += seg.tokens
             continue
         rows, use = inputs.rows(seg.kind, seg.part), inputs.encoders[seg.kind]
-        cost = float(use.cls.cost(use.cfg, seg.part.meta))
+        cost = use.cost(seg.part.meta)
         content = _content(seg.part, len(found[seg.kind]))
         found[seg.kind].append(_Found(rows, at, cost, content))
         at += rows

@@ -88,7 +88,7 @@ def made_up(inputs: PlanInputs, count: int, *, even: bool) -> Index:
         segments, left = [], max(1, total)
         for module, use in inputs.encoders.items():
             meta = use.cls.example(use.cfg, max(1, total // (2 * ITEMS * len(inputs.encoders))))
-            rows = 0 if meta is None else use.cls.rows(use.cfg, meta)
+            rows = 0 if meta is None else use.rows(meta)
             for _ in range(ITEMS if meta is not None else 0):
                 if rows < left:
                     segments.append(_item(module, meta or {}))

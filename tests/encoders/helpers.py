@@ -16,6 +16,7 @@ import encoders
 from encoders.audio.sound import Sound
 from encoders.contract import Encoder, ItemBatch, pack_items
 from encoders.module import EncoderModule, build_encoder_module
+from encoders.projector import MLP, ProjectorKind
 from encoders.vision.config import Pictures
 from parallel.sharding.param import declared, initialise, own_specs
 from parallel.topology.axis import Axes, Axis
@@ -62,6 +63,8 @@ VISION: dict[str, dict[str, Any]] = {
     "dinov2": {"table": 4, "registers": 2, "gated": True, "activation": "silu", "prefix_rows": True},
     "dinov3": {"registers": 2, "merge": 2},
     "radio": {"table": 5, "class_tokens": 3},
+    "internvl": {"table": 2, "merge": 2},
+    "pixtral": {},
     "qwen2_5_vl": {"merged": 20, "window": 4, "full_layers": (1,)},
     "qwen3_vl": {"table": 3, "merged": 20, "levels": (0,)},
 }
@@ -127,6 +130,7 @@ def module(
     *,
     cls: type[Encoder] | None = None,
     stage: Stage | None = None,
+    projector: ProjectorKind = MLP,
     **extra: Any,
 ) -> EncoderModule:
     """A small module, its weights sharded over axes.tp. cls: if not the registered one; extra: options."""
@@ -137,6 +141,7 @@ def module(
         d_out=20,
         projector_hidden=24,
         axes=axes or Axes(),
+        projector=projector,
         stage=stage,
         dtype=dtype,
     )

@@ -61,6 +61,18 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.RadioConfig,
         {**SIZES, **PATCH, "mlp_ratio": 2.0, "max_img_size": 24, "num_cls_tokens": 2, "num_registers": 3},
     ),
+    "internvl": (
+        transformers.InternVLVisionModel,
+        transformers.InternVLVisionConfig,
+        {**SIZES, **MLP, "patch_size": [4, 4], "image_size": [16, 16]},
+    ),
+    "internvl_rms": (
+        transformers.InternVLVisionModel,
+        transformers.InternVLVisionConfig,
+        {**SIZES, **MLP, "patch_size": [4, 4], "image_size": [16, 16], "norm_type": "rms_norm"}
+        | {"attention_bias": True},
+    ),
+    "pixtral": (transformers.PixtralVisionModel, transformers.PixtralVisionConfig, {**SIZES, **MLP, **PATCH}),
     "qwen2_5_vl": (
         Qwen2_5_VisionTransformerPretrainedModel,
         Qwen2_5_VLVisionConfig,
@@ -161,6 +173,9 @@ def inputs(name: str, model: Any, seed: int = 0, dtype: torch.dtype = torch.floa
         found = [
             {"pixel_values": x["pixel_values"][..., :h, :w]} for x, (h, w) in zip(found, sides, strict=True)
         ]
+    if name == "pixtral":
+        sizes = torch.tensor([[16, 8], [4, 20], [12, 12]])
+        found.append({"pixel_values": draw(3, 3, 16, 20), "image_sizes": sizes})
     if name == "radio":
         grid = torch.tensor([[2, 3], [4, 4]])
         found.append({"pixel_values": draw(22, 3 * patch**2), "image_grid_hw": grid})

@@ -14,6 +14,8 @@ from torch import Tensor
 import encoders
 from encoders.contract import Features, Meta
 from encoders.module import EncoderModule, hidden_shape, needed_items
+from encoders.projector import MLP, ProjectorKind
+from encoders.resampler import Sizes
 from encoders.share import encoder_row_spans
 from encoders.vit import ViT
 from parallel.topology.stage import partition_layers, whole
@@ -80,11 +82,12 @@ def chained(
 def compare(name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str, Any]) -> float:
     """Largest error of features and gradients of this rank, over batches."""
     axes = make_axes(*layout)
-    cls = Whole if kind == "whole" else encoders.resolve(name)
+    cls = Whole if kind.startswith("whole") else encoders.resolve(name)
     layers = extra.get("layers", 2)
-    stages = partition_layers([1.0] * layers, 2) if kind == "stages" else (whole(layers),)
-    nets = [module(name, axes, cls=cls, stage=stage, **extra) for stage in stages]
-    alone = module(name, cls=cls, **extra)
+    stages = partition_layers([1.0] * layers, 2) if kind.startswith("stages") else (whole(layers),)
+    projector = RESAMPLER if "resampled" in kind else MLP
+    nets = [module(name, axes, cls=cls, stage=stage, projector=projector, **extra) for stage in stages]
+    alone = module(name, cls=cls, projector=projector, **extra)
     for net in nets:
         net.encoder.recompute = kind == "recompute"
     if kind == "frozen":
@@ -143,6 +146,31 @@ def test_every_way_of_splitting_is_exact(
     name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str, Any], ranks: Any
 ) -> None:
     assert max(ranks(layout[0] * layout[1], compare, name, layout, kind, extra)) < 1e-9
+
+
+RESAMPLER = ProjectorKind("resampler", "silu", sizes=Sizes(3, 2, heads=8, kv_heads=4, head_dim=4))
+RESAMPLED: list[tuple[str, tuple[int, int, bool], str, dict[str, Any]]] = [
+    ("vit", (2, 2, True), "resampled", {}),
+    ("vit", (3, 1, False), "resampled", {}),
+    ("vit", (1, 4, True), "resampled", {}),
+    ("vit", (2, 2, False), "whole resampled", {}),
+    ("vit", (2, 2, True), "whole resampled", {}),
+    ("vit", (2, 2, True), "stages resampled", {"layers": 3, "levels": (0, 2)}),
+    ("fastconformer", (4, 1, False), "resampled", {}),
+]
+LATER = [w for w in RESAMPLED if w[0] != "vit" or w[2] != "resampled" or w[1] != (2, 2, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "kind", "extra"), on_demand(RESAMPLED, LATER, several=True), ids=str
+)
+def test_a_split_resampler_is_the_whole(
+    name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str, Any], ranks: Any
+) -> None:
+    """Items without a feature have no rows; items lie across cp ranks, and rows of one across them too."""
+    # Where each tp rank has the gradients of its own rows alone, the norms round them one by one to float32.
+    most = 1e-6 if kind.startswith("whole") and layout[2] else 1e-9
+    assert max(ranks(layout[0] * layout[1], compare, name, layout, kind, extra)) < most
 
 
 Split = tuple[str, tuple[int, int, bool], str]

@@ -26,6 +26,8 @@ from tests.encoders.helpers import png
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil  # isort: skip
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # isort: skip
 from transformers.models.dinov3_vit.image_processing_dinov3_vit import DINOv3ViTImageProcessor  # isort: skip
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil  # isort: skip
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil  # isort: skip
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # isort: skip
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # isort: skip
 from transformers.models.siglip2.image_processing_siglip2 import (  # isort: skip
@@ -45,6 +47,10 @@ PROCESSORS: dict[str, Any] = {
         size={"shortest_edge": 24}, crop_size=SQUARE, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]
     ),
     "dinov3": lambda: DINOv3ViTImageProcessor(size=SQUARE),
+    "internvl": lambda: GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=False),
+    "pixtral": lambda: PixtralImageProcessorPil(
+        patch_size={"height": 4, "width": 4}, size={"longest_edge": 40}
+    ),
     "qwen2_5_vl": lambda: Qwen2VLImageProcessorPil(
         patch_size=4, size={"shortest_edge": 300, "longest_edge": 2000}
     ),
@@ -60,6 +66,9 @@ def processed(name: str, cfg: Any, image: Image.Image) -> Tensor:
     pixels: Tensor = found["pixel_values"]
     if name == "siglip2":
         return pixels[0, : int(found["spatial_shapes"][0].prod())]
+    if name == "pixtral":
+        height, width = found["image_sizes"][0].tolist()
+        pixels = pixels[:, :, :height, :width]
     if "image_grid_thw" in found:
         return packed_batch(pixels, found["image_grid_thw"].tolist()).values
     return dense_batch(cfg, pixels).values
