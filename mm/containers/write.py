@@ -67,10 +67,8 @@ def files_of(container: Container, whole: Whole, tokens: Mapping[str, tuple[int,
     said = container.processor(whole, towers, {m: text for m, (_, text) in tokens.items()})
     json: dict[str, Mapping[str, Any]] = {"processor_config.json": said}
     for tower in towers.values():
-        json["preprocessor_config.json"] = {
-            **tower.processor,
-            **{key: said[key] for key in ("processor_class",) if key in said},
-        }
+        whose = {key: said[key] for key in ("processor_class",) if key in said}
+        json |= {file: {**settings, **whose} for file, settings in tower.processors.items()}
     contents = Contents(tensors, shapes, config, precise=_precise)
     return Files(contents, constants, [f"{SINK}.{n}" for n in zero], json)
 
