@@ -23,6 +23,7 @@ from parallel.topology.axis import Axes
 FAMILIES: tuple[Family, ...] = (*VISION, *TOWERS, *QWEN, *AUDIO)
 
 PREPROCESSOR = "preprocessor_config.json"
+VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 
 # Sections of the config of a whole model that an encoder's config may be.
 SECTIONS = ("vision_config", "audio_config", "sound_config", "encoder_config", "thinker_config")
@@ -99,7 +100,7 @@ def open_folder(path: str | Path, encoder: str | None = None) -> Opened:
     folder = SafeFolder(path)
     family, config = _find(folder, encoder)
     said = _processor(folder.path, PREPROCESSOR, ("image_processor", "feature_extractor"))
-    video = _processor(folder.path, "video_preprocessor_config.json", ("video_processor",))
+    video = _processor(folder.path, VIDEO_PREPROCESSOR, ("video_processor",))
     part = Part(config, said, _prefix(folder, family.probe), folder, video)
     cls = resolve(family.encoder)
     cfg = make_config(cls, family.options(part))

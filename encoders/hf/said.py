@@ -194,16 +194,41 @@ def qwen3(cfg: VisionConfig) -> dict[str, Any]:
     }
 
 
+def qwen_patches(cfg: VisionConfig) -> dict[str, int]:
+    return {"patch_size": cfg.patch, "temporal_patch_size": cfg.frames, "merge_size": cfg.merge}
+
+
 def qwen_processor(cfg: VisionConfig) -> dict[str, Any]:
-    sizes = {"patch_size": cfg.patch, "temporal_patch_size": cfg.frames, "merge_size": cfg.merge}
-    return {**picture_processor("Qwen2VLImageProcessor", cfg.pictures), **sizes}
+    return {**picture_processor("Qwen2VLImageProcessor", cfg.pictures), **qwen_patches(cfg)}
+
+
+def qwen_video(kind: str) -> Callable[[VisionConfig], dict[str, Any]]:
+    """The settings of a processor of videos of the class `kind`."""
+
+    def said(cfg: VisionConfig) -> dict[str, Any]:
+        how, block = cfg.videos, (cfg.patch * cfg.merge) ** 2
+        tokens = {"cap_pixels_per_frame": True, "max_video_tokens": how.cap // block} if how.cap else {}
+        return {
+            "video_processor_type": kind,
+            "size": {"shortest_edge": how.least, "longest_edge": how.most},
+            "do_sample_frames": how.sample != "all",
+            "fps": how.fps,
+            "min_frames": how.least_frames,
+            "max_frames": how.most_frames,
+            "image_mean": list(cfg.pictures.mean),
+            "image_std": list(cfg.pictures.std),
+            **qwen_patches(cfg),
+            **tokens,
+        }
+
+    return said
 
 
 TOWER = "vision_model."  # of SigLIP and CLIP, which have a text tower too
 
 SAID: dict[str, Said] = {
-    "qwen2_5_vl": Said(qwen25, qwen_processor),
-    "qwen3_vl": Said(qwen3, qwen_processor),
+    "qwen2_5_vl": Said(qwen25, qwen_processor, video=qwen_video("Qwen2VLVideoProcessor")),
+    "qwen3_vl": Said(qwen3, qwen_processor, video=qwen_video("Qwen3VLVideoProcessor")),
     "siglip": Said(
         siglip, processor("SiglipImageProcessor"), final("vision_model.post_layernorm"), "vision_model."
     ),

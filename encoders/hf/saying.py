@@ -19,13 +19,15 @@ class Said:
     """How a family's folders say an encoder.
 
     config: its section of config.json. processor: preprocessor_config.json. rest: what its class has beside
-    ours. stem: what published folders put before the keys of its tensors.
+    ours. stem: what published folders put before the keys of its tensors. video: settings of its video
+    processor; empty where the family has none.
     """
 
     config: Callable[[Any], dict[str, Any]]
     processor: Callable[[Any], dict[str, Any]]
     rest: Callable[[Any], Rest] = lambda cfg: {}
     stem: str = ""
+    video: Callable[[Any], dict[str, Any]] = lambda cfg: {}
 
 
 def named(cfg: Any, names: Names) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from encoders.contract import Encoder
 from encoders.hf.family import Family, Part
-from encoders.hf.folder import FAMILIES, family_name, make_config
+from encoders.hf.folder import FAMILIES, PREPROCESSOR, VIDEO_PREPROCESSOR, family_name, make_config
 from encoders.hf.said import SAID
 from encoders.hf.saying import Said
 from parallel.published import FileTensor, SafeFolder, Shape, file_tensors, module_shapes
@@ -22,7 +22,8 @@ TAKEN = ("final_norm", "prefix_rows", "merge")
 class Written:
     """An encoder as a folder of its family has it, without the values.
 
-    config: its own config.json, or its section of a whole model's. processor: preprocessor_config.json.
+    config: its own config.json, or its section of a whole model's. processors: preprocessor_config.json, and
+    that of videos where the family has one, by name.
     tensors: by keys without a prefix, of the encoder's parameters. shapes: of these, by name.
     rest: by key, shape and value of what its class has and ours does not: it changes no feature.
     stem: what published folders put before the keys of `tensors`; those of `rest` have it.
@@ -30,7 +31,7 @@ class Written:
 
     family: Family
     config: Mapping[str, Any]
-    processor: Mapping[str, Any]
+    processors: Mapping[str, Mapping[str, Any]]
     tensors: list[FileTensor]
     shapes: Mapping[str, Shape]
     rest: Mapping[str, tuple[Shape, float | tuple[float, ...]]]
@@ -43,12 +44,12 @@ def written(cls: type[Encoder], cfg: Any) -> Written:
     Raises ValueError where it is of no family that can be written, or its config.json cannot say an option.
     """
     family, said = _family_of(cls)
-    config, processor = said.config(cfg), said.processor(cfg)
+    config, processor, video = said.config(cfg), said.processor(cfg), said.video(cfg)
     shapes = module_shapes(cls(cfg, Axes(), device="meta", dtype=None))
     tensors = file_tensors(family.rows(cfg), shapes)
     rest = said.rest(cfg)
     planned = _Planned({t.key: t.shape for t in tensors} | {key: shape for key, (shape, _) in rest.items()})
-    part = Part(config, processor, "", planned)
+    part = Part(config, processor, "", planned, video)
     back = make_config(cls, family.options(part))
     back = replace(back, **{n: getattr(cfg, n) for n in TAKEN if hasattr(cfg, n)})
     for name, ours in vars(cfg).items():
@@ -57,7 +58,8 @@ def written(cls: type[Encoder], cfg: Any) -> Written:
             raise ValueError(
                 f"a {config['model_type']} folder cannot say {name}={ours!r}; it would be {there!r}"
             )
-    return Written(family, config, processor, tensors, shapes=shapes, rest=rest, stem=said.stem)
+    files = {PREPROCESSOR: processor, **({VIDEO_PREPROCESSOR: video} if video else {})}
+    return Written(family, config, files, tensors, shapes=shapes, rest=rest, stem=said.stem)
 
 
 def _family_of(cls: type[Encoder]) -> tuple[Family, Said]:

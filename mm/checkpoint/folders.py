@@ -205,7 +205,8 @@ def _export_modules(
         contents, constants, said = encoder_contents(name, tower)
         write_folder(contents, with_constants(values, constants), partial / name, dtype, FILE_BYTES)
         if said is not None:
-            _write(partial / name / "preprocessor_config.json", said.processor)
+            for file, settings in said.processors.items():
+                _write(partial / name / file, settings)
         projector = projector_contents(name, tower, whole.llm.d_model)
         if projector is not None:
             write_folder(projector, values, partial / name / PROJECTOR, dtype, FILE_BYTES)

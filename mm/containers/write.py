@@ -77,11 +77,14 @@ def _processors(
 ) -> dict[str, Mapping[str, Any]]:
     """Settings of the processor by file: newer programs read them in one file, older ones in two."""
     said = container.processor(whole, towers, texts)
-    inner = {IN_PROCESSOR[kind]: towers[m].processor for m, kind in whole.kinds.items()}
+    inner = {IN_PROCESSOR[kind]: towers[m].processors[PREPROCESSOR] for m, kind in whole.kinds.items()}
     inner |= {name: said[name] for name in inner if name in said}
     first = next((inner[name] for name in IN_PROCESSOR.values() if name in inner), {})
     head = {key: said[key] for key in ("processor_class",) if key in said}
-    return {PROCESSOR: {**said, **inner}, PREPROCESSOR: {**first, **head}}
+    # Of the files that a tower has beside its first, as one of videos.
+    more = {f: v for t in towers.values() for f, v in t.processors.items() if f != PREPROCESSOR}
+    files = {PREPROCESSOR: first, **more}
+    return {PROCESSOR: {**said, **inner}, **{file: {**given, **head} for file, given in files.items()}}
 
 
 def _precise(key: str) -> bool:

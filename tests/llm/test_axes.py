@@ -25,6 +25,7 @@ from parallel.tensor_parallel.loss import logits
 from tests.llm.qwen_vl import MERGE, NAMES, VIDEO, build, inputs, prompt, runs, text_folder
 from tests.llm.test_decode import forced
 from tests.llm.widened import Widened
+from tests.slow import on_demand
 
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
@@ -74,7 +75,7 @@ def text_of(model: Any, given: dict[str, Tensor]) -> tuple[Tensor, Tensor | None
     return given["input_ids"][0], torch.cat(out.pooler_output), [torch.cat(x) for x in levels]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", on_demand(NAMES, ["qwen2_5_vl"]))
 def test_logits_and_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """The language model alone, its rows given: packed documents, and pictures before, between and after."""
     for seed in range(3):

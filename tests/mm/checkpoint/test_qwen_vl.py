@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import mm
+from encoders.hf import open_folder
+from encoders.vision.video import step_seconds, tubelets, video_size
 from llm.decode import generate
 from llm.hf.config import read_config
 from llm.model import LLMBatch
@@ -20,6 +22,7 @@ from llm.rotary import RopeAxes
 from mm.checkpoint.whole import read_whole
 from mm.cli import main
 from mm.containers.registry import fitting
+from mm.data.probes import metadata
 from mm.inference.prompt import read_prompt
 from mm.inference.whole import WholeModel
 from mm.plan.whole import whole_of
@@ -27,6 +30,7 @@ from parallel import checkpoint as store
 from parallel.sequence.packed import Packing
 from parallel.tensor_parallel.loss import logits
 from tests.encoders.helpers import png
+from tests.encoders.test_video import video
 from tests.llm.folders import differing, read_all
 from tests.llm.qwen_vl import CLASSES, NAMES, build, inputs, options
 from tests.llm.widened import Widened
@@ -34,15 +38,19 @@ from tests.mm.data.tokenizers_made import CHATML, byte_bpe, write_tokenizer
 from tests.slow import on_demand
 
 IDS = {"vocab": 512, "image": 5}
+VIDEO = 6
 PICTURES = {"min_pixels": 64, "max_pixels": 400, "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
 
 
 def saved(name: str, folder: Path, seed: int, dtype: torch.dtype) -> Any:
     """A model of transformers in its published format, with a tokenizer and a processor."""
     theirs = build(name, seed, dtype, **IDS)
+    theirs.config.video_token_id = VIDEO
     theirs.save_pretrained(folder)
     write_tokenizer(folder, byte_bpe(), template=CHATML)
     (folder / "preprocessor_config.json").write_text(json.dumps(PICTURES))
+    size = {"size": {"shortest_edge": 64, "longest_edge": 2000}, "temporal_patch_size": 2}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({**PICTURES, **size, "fps": 2.0}))
     return theirs
 
 
@@ -65,12 +73,38 @@ def asked(model: WholeModel) -> tuple[Any, dict[str, Tensor]]:
     return prompt, given
 
 
+def shown(model: WholeModel) -> tuple[Any, dict[str, Tensor]]:
+    """A prompt with a video, and the same for transformers."""
+    payload = video(9, (24, 16), "3.0")
+    prompt = read_prompt(
+        model, {"segments": [{"text": "see"}, {"vision": "a.tar"}, {"text": " end"}]}, {"a.tar": payload}
+    )
+    use = model.uses["vision"]
+    meta = metadata("tar", payload)
+    values = [
+        use.cls.prepare(use.cfg, payload, p) for p in use.cls.pieces(use.cfg, meta) if not isinstance(p, str)
+    ]
+    down, across = (n // use.cfg.patch for n in video_size(use.cfg, meta))
+    here = prompt.ids == IDS["image"]
+    given = {
+        "input_ids": prompt.ids.where(~here, VIDEO)[None],
+        "attention_mask": torch.ones_like(prompt.ids)[None],
+        "mm_token_type_ids": 2 * here.int()[None],
+        "pixel_values_videos": torch.cat(values).double(),
+        "video_grid_thw": torch.tensor([[tubelets(use.cfg, meta), down, across]]),
+    }
+    if use.cfg.tokens_per_second:
+        given["second_per_grid_ts"] = torch.tensor([step_seconds(use.cfg, meta)])
+    return prompt, given
+
+
+@pytest.mark.parametrize("ask", on_demand([asked, shown], [shown]))
 @pytest.mark.parametrize("name", on_demand(NAMES, ["qwen2_5_vl"]))
-def test_a_whole_folder_is_asked_as_transformers_asks_it(name: str, tmp_path: Path) -> None:
+def test_a_whole_folder_is_asked_as_transformers_asks_it(name: str, ask: Any, tmp_path: Path) -> None:
     theirs = saved(name, tmp_path / "m", 1, torch.float64)
     model = mm.load(tmp_path / "m")
     assert model.dtype == torch.float64
-    prompt, given = asked(model)
+    prompt, given = ask(model)
     assert (prompt.ids == IDS["image"]).sum() == len(prompt.positions["vision"]) > 0
     with torch.no_grad():
         packing = Packing((len(prompt.ids),), model.device, prompt.places)
@@ -115,6 +149,7 @@ def test_a_whole_folder_is_read_and_written(
             given["input_ids"] = torch.where(kinds, IDS["image"], ids.where(ids != IDS["image"], 0))
             said.append(model(**given).logits)
     assert torch.equal(*said)
+    assert open_folder(tmp_path / "out").cfg == open_folder(tmp_path / "m").cfg
     here, there = (json.loads((tmp_path / way / "config.json").read_text()) for way in ("out", "m"))
     assert not {
         (part, key)
