@@ -14,6 +14,7 @@ from encoders.hf import fill, open_folder
 from encoders.module import EncoderModule
 from llm.config import LLMConfig
 from llm.hf import export_checkpoint, load_hf, load_weights
+from llm.hf.stored import Stored
 from llm.hf.weights import check_folder
 from llm.model import LLM
 from mm.checkpoint.resume import verify
@@ -29,6 +30,7 @@ from mm.plan.blueprint import Blueprint
 from mm.ranks.job import Job
 from parallel import checkpoint as store
 from parallel.published import SafeFolder, module_tensors
+from parallel.sharding.low_rank import is_adapter
 
 
 def start_from(job: Job, paths: Sequence[Path]) -> None:
@@ -55,7 +57,8 @@ def _start_from(job: Job, path: Path, wanted: Collection[str]) -> set[str]:
         wrong = verify(path, job.rank)
         if wrong:
             raise CheckpointError(f"cannot start from {path}: it is damaged: {'; '.join(wrong)}")
-        found = {key.partition(".")[0] for key in _describe(path, job.blueprint)}
+        stored = _describe(path, job.blueprint)
+        found = {key.partition(".")[0] for key in stored}
         tensors = {
             f"{name}.{key}": t
             for name, parts in job.parts.items()
@@ -63,7 +66,10 @@ def _start_from(job: Job, path: Path, wanted: Collection[str]) -> set[str]:
             for part in parts.values()
             for key, t in module_tensors(part).items()
         }
-        store.load(path, tensors)
+        taken: set[str] = set()
+        for name in found & {*wanted} & {*job.blueprint.modules}:
+            taken |= _taken(stored, job.blueprint, name).keys()
+        store.load(path, {key: t for key, t in tensors.items() if key in taken})
         return found
     except ValueError as error:
         raise CheckpointError(f"cannot start from {path}: {error}") from error
@@ -96,9 +102,26 @@ def check_weights(blueprint: Blueprint, path: Path) -> None:
         stored = {name: shape for name, (shape, _) in _describe(path, blueprint).items()}
         for m in blueprint.modules:
             if any(key.startswith(f"{m}.") for key in stored):
-                store.check_fits(path, stored, model_shapes(blueprint, m))
+                store.check_fits(path, stored, _taken(stored, blueprint, m))
     except ValueError as error:
         raise CheckpointError(f"cannot start from {path}: {error}") from error
+
+
+def _taken(stored: Collection[str], blueprint: Blueprint, module: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a module, with their shapes, that it takes from a checkpoint that stores these.
+
+    Adapters that the checkpoint lacks stay as they start. Raises ValueError where it has adapters that the
+    model lacks: its weights without them are another model.
+    """
+    shapes = model_shapes(blueprint, module)
+    theirs = {key for key in stored if key.startswith(f"{module}.") and is_adapter(key)}
+    lost = sorted(theirs - shapes.keys())
+    if lost:
+        raise ValueError(
+            f"it has adapters that this model lacks, first {lost[0]}; needed: the same "
+            f"train.lora.{module}, or weights that `checkpoint export` has merged"
+        )
+    return {key: shape for key, shape in shapes.items() if theirs or not is_adapter(key)}
 
 
 def _describe(path: Path, blueprint: Blueprint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -141,12 +164,20 @@ def import_hf(folder: Path, out: Path) -> str:
     return f"{path}: {len(tensors)} tensors; start a run from it with checkpoint.weights={path}"
 
 
-def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: str | None = None) -> str:
+def export_hf(
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype | None,
+    family: str | None = None,
+    *,
+    average: bool = False,
+) -> str:
     """Write the language model of a checkpoint, saved under any layout, as a new Hugging Face folder.
 
     dtype: of the tensors; None keeps the checkpoint's. family: its model_type; None: the one that the model
-    came from, or the first that can say it. Raises CheckpointError where the checkpoint is damaged or has no
-    language model, and where the family cannot say it.
+    came from, or the first that can say it. average: of the weights, where the run kept one. Raises
+    CheckpointError where the checkpoint is damaged or has no language model (or no average), and where the
+    family cannot say it. Adapters are merged into the weights.
     """
     try:
         wrong = store.verify(checkpoint)
@@ -154,11 +185,14 @@ def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: st
             raise store.BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
         state = store.read_state(checkpoint)
         if SINK in state:
-            cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")
+            cfg, scale = build(LLMConfig, state[SINK], "the checkpoint's llm"), 1.0
         else:
-            cfg = llm_config(from_mapping(with_kept(state["config"], checkpoint), checkpoint))
+            run = from_mapping(with_kept(state["config"], checkpoint), checkpoint)
+            cfg, lora = llm_config(run), run.train.lora.get(SINK)
+            scale = 1.0 if lora is None else lora.alpha / lora.rank
         tokenizer = tokenizer_of(state, checkpoint)  # refused before anything is written
-        export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype, family=family)
+        source = Stored(checkpoint, SINK, average, scale)
+        export_checkpoint(source, out, cfg, dtype=dtype, family=family)
         if tokenizer is not None:
             write_tokenizer(tokenizer, out, trained=SINK not in state)
         return str(out)
