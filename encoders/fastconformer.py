@@ -26,6 +26,7 @@ from encoders.stacked import StackedEncoder
 from parallel.sequence.host import to_device
 from parallel.sequence.intervals import before, column, numbers
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
+from parallel.sharding.low_rank import adapted
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear
@@ -164,6 +165,8 @@ class Block(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, norm; heads and channels are sharded over
     tp."""
 
+    adapts = ("q", "k", "v")
+
     def __init__(self, cfg: FastConformerConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.axes, self.head_dim = axes, cfg.width // cfg.heads
@@ -188,7 +191,7 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, ctx: BlockContext) -> Tensor:
         h = enter(self.norm_att(x), self.axes, ctx.share)
-        weights = [local(self.q), local(self.k), local(self.v)]
+        weights = [adapted(self, name) for name in self.adapts]
         q, k, v = torch.unflatten(joined_linear(h, weights), -1, (3, -1, self.head_dim)).unbind(1)
         y = ctx.attention(rotate(q, ctx.angles), torch.stack([rotate(k, ctx.angles), v], 1))
         return leave(self.att_out(y.flatten(1)), self.axes, ctx.share)

@@ -27,6 +27,7 @@ from encoders.stacked import StackedEncoder
 from parallel.sequence.host import to_device
 from parallel.sequence.intervals import before
 from parallel.sharding.dtypes import FactoryKwargs
+from parallel.sharding.low_rank import adapted
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear
@@ -61,6 +62,8 @@ class ViTConfig:
 class Block(nn.Module):
     """Attention and MLP, each x + f(norm(x)); heads and hidden width are sharded over tp."""
 
+    adapts = ("q", "k", "v")
+
     def __init__(self, cfg: ViTConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         d, self.axes, self.head_dim = cfg.width, axes, cfg.width // cfg.heads
@@ -75,7 +78,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attention: ItemAttention, share: Share) -> Tensor:
         h = enter(self.norm1(x), self.axes, share)
-        weights = [local(self.q), local(self.k), local(self.v)]
+        weights = [adapted(self, name) for name in self.adapts]
         biases = [local(self.bias_q), local(self.bias_k), local(self.bias_v)]
         qkv = torch.unflatten(joined_linear(h, weights, biases), -1, (3, -1, self.head_dim))
         y = attention(qkv[:, 0], qkv[:, 1:])

@@ -19,6 +19,7 @@ from parallel.sequence.buckets import Limits
 from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing, attention
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
+from parallel.sharding.low_rank import adapted
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.heads import share_heads
 from parallel.tensor_parallel.joined import joined_linear
@@ -32,6 +33,8 @@ class Attention(nn.Module):
     With more tp ranks than key/value heads, each rank computes those that its own query heads read.
     layer: its index in the model, None in the block of multi-token prediction.
     """
+
+    adapts = ("q", "k", "v")
 
     def __init__(
         self, cfg: LLMConfig, axes: Axes, layer: int | None = None, **factory: Unpack[FactoryKwargs]
@@ -82,7 +85,7 @@ class Attention(nn.Module):
 
     def _used(self, suffix: str) -> list[Tensor]:
         """Rows of the weights (or biases) of q, k and v for the heads of this rank."""
-        q, k, v = (local(getattr(self, name + suffix)) for name in ("q", "k", "v"))
+        q, k, v = (adapted(self, name + suffix) for name in self.adapts)
         return [q, *(self.shared.used(w, self.head_dim) for w in (k, v))]
 
     def _core(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

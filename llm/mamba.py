@@ -25,6 +25,7 @@ from parallel.context_parallel.ulysses import to_heads, to_tokens
 from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing, depthwise_conv
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
+from parallel.sharding.low_rank import adapted
 from parallel.sharding.param import Init, ParamSpec, constant, declare, local, normal, uniform
 from parallel.tensor_parallel.heads import share_heads
 from parallel.tensor_parallel.joined import joined_linear
@@ -140,6 +141,8 @@ class Mamba(nn.Module):
     its own heads read, and the mean square of a group is summed over the ranks that share it.
     """
 
+    adapts = ("in_z", "in_x", "in_b", "in_c", "in_dt")
+
     def __init__(self, cfg: LLMConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         self.cfg, self.axes = cfg, axes
@@ -232,7 +235,7 @@ class Mamba(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z [T, inner], the convolution's inputs [T, channels] and raw time steps [T, heads]."""
-        parts = {n: local(getattr(self, f"in_{n}")) for n in ("z", "x", "b", "c", "dt")}
+        parts = {n: adapted(self, f"in_{n}") for n in ("z", "x", "b", "c", "dt")}
         y = joined_linear(enter(x, self.axes), self._used(parts))
         z, mixed, dt = torch.split(y, [self.sizes[0], sum(self.sizes[1:4]), self.sizes[4]], dim=-1)
         return z, mixed, dt

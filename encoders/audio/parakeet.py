@@ -25,6 +25,7 @@ from encoders.stacked import StackedEncoder
 from encoders.vision.block import MLP
 from encoders.vision.config import VisionConfig
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
+from parallel.sharding.low_rank import adapted
 from parallel.sharding.param import ParamSpec, constant, declare, declare_buffer, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear
@@ -85,6 +86,8 @@ class Attention(nn.Module):
     """Attention with relative positions; heads are sharded over tp. A key is scored by its content and by its
     distance, each with a learned vector added to the query."""
 
+    adapts = ("q", "k", "v")
+
     def __init__(self, cfg: ParakeetConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         d, self.axes, self.head_dim, self.bias = cfg.width, axes, cfg.width // cfg.heads, cfg.bias
@@ -101,7 +104,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         h = enter(x, self.axes, ctx.share)
-        weights = [local(self.q), local(self.k), local(self.v)]
+        weights = [adapted(self, name) for name in self.adapts]
         biases = [local(self.bias_q), local(self.bias_k), local(self.bias_v)] if self.bias else None
         q, k, v = torch.unflatten(joined_linear(h, weights, biases), -1, (3, -1, self.head_dim)).unbind(1)
         distances = torch.unflatten(

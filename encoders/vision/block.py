@@ -16,6 +16,7 @@ from encoders.vision.attention import WindowAttention
 from encoders.vision.config import VisionConfig
 from encoders.vision.position import turn
 from parallel.sharding.dtypes import FactoryKwargs
+from parallel.sharding.low_rank import adapted
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear
@@ -47,6 +48,8 @@ def make_norm(cfg: VisionConfig, width: int, **factory: Unpack[FactoryKwargs]) -
 class Attention(nn.Module):
     """Attention whose heads are sharded over tp; [share.kept, width] to itself."""
 
+    adapts = ("q", "k", "v")
+
     def __init__(self, cfg: VisionConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
         d, self.axes, self.head_dim = cfg.width, axes, cfg.head_dim
@@ -62,7 +65,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, around: Around, windowed: bool) -> Tensor:
         h = enter(x, self.axes, around.share)
-        weights = [local(self.q), local(self.k), local(self.v)]
+        weights = [adapted(self, name) for name in self.adapts]
         biases = None
         if any(self.biased):
             biases = [

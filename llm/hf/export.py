@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from llm.config import LLMConfig
 from llm.hf.config import config_of, export_family
+from llm.hf.stored import Stored
 from llm.hf.weights import model_tensors
 from llm.model import LLM
-from parallel import checkpoint as checkpoint
 from parallel.published import (
     FILE_BYTES,
     Contents,
@@ -41,7 +40,7 @@ def save_hf(
 
 
 def export_checkpoint(
-    source: Path,
+    source: Path | Stored,
     path: str | Path,
     cfg: LLMConfig,
     *,
@@ -52,29 +51,11 @@ def export_checkpoint(
 ) -> Path:
     """Write the language model of a distributed checkpoint, saved under any layout, to a new folder.
 
-    source: a complete checkpoint (parallel.checkpoint); name: of the module in it. Runs in one process, which
-    holds one parameter and one file at a time. See write_model().
+    source: a complete checkpoint (parallel.checkpoint); name: of the module in it, if `source` does not say.
+    Runs in one process, which holds one parameter and one file at a time. See write_model().
     """
-    return write_model(cfg, values_of(source, f"{name}."), path, dtype, file_bytes, family)
-
-
-def values_of(source: Path, before: str = "") -> Fetch:
-    """Whole parameters of a distributed checkpoint by name; before: what their names begin with there."""
-    stored = checkpoint.describe(source)
-
-    def fetch(names: Sequence[str]) -> dict[str, Tensor]:
-        out = {}
-        for n in names:
-            if before + n not in stored:
-                raise ValueError(f"{source} has no {before}{n}, which a model of this config has")
-            shape, kind = stored[before + n]
-            out[n] = torch.empty(shape, dtype=kind)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is ")  # one process is intended
-            checkpoint.load(source, {before + n: t for n, t in out.items()})
-        return out
-
-    return fetch
+    stored = source if isinstance(source, Stored) else Stored(source, f"{name}.")
+    return write_model(cfg, stored.fetch, path, dtype, file_bytes, family)
 
 
 def write_model(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llm.config import LLMConfig
 from llm.hf import FAMILIES, export_checkpoint, load_hf
-from llm.hf.export import check_zero, values_of
+from llm.hf.export import check_zero
+from llm.hf.stored import Stored
 from mm.checkpoint.state import tokenizer_of
 from mm.checkpoint.tokens import item_tokens, named_ids
 from mm.checkpoint.whole import one_process, read_whole
@@ -98,14 +99,22 @@ def _save(out: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
             dist.destroy_process_group()
 
 
-def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: str | None = None) -> str:
+def export_hf(
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype | None,
+    family: str | None = None,
+    *,
+    average: bool = False,
+) -> str:
     """Write the model of a checkpoint, saved under any layout, as a new Hugging Face folder.
 
     A model with encoders is written as the container that can hold it, or else as a folder a module with a
     card (mm.containers.card). dtype: of the tensors; None keeps the checkpoint's. family: the model_type of a
     container, or of a language model, which is then written alone; None: the container that fits, and of a
-    language model the family that it came from, or the first that can say it. Raises CheckpointError where
-    the checkpoint is damaged or has no language model, and where the family cannot say it.
+    language model the family that it came from, or the first that can say it. average: of the weights, where
+    the run kept one. Adapters are merged into the weights. Raises CheckpointError where the checkpoint is
+    damaged or has no language model (or no average), and where the family cannot say it.
     """
     try:
         wrong = store.verify(checkpoint)
@@ -122,20 +131,22 @@ def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: st
             if family in CONTAINERS:
                 raise ValueError(f"it has a language model alone, and a {family} folder has an encoder too")
             cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")
+            source = Stored(checkpoint, "", average)
         else:
             run = one_process(state, checkpoint)
+            scales = {m: lora.alpha / lora.rank for m, lora in run.train.lora.items()}
+            source = Stored(checkpoint, "", average, scales)
             if run.model and family not in FAMILIES:
                 assert tokenizer is not None
                 whole = whole_of(draw_up(run, 1))
                 container, reasons = _container(whole, family)
                 if container is None:
-                    return _export_modules(whole, reasons, checkpoint, tokenizer, out=out, dtype=dtype)
-                values = values_of(checkpoint)
-                return _export_container(container, whole, values, tokenizer, out=out, dtype=dtype)
+                    return _export_modules(whole, reasons, source, tokenizer, out=out, dtype=dtype)
+                return _export_container(container, whole, source.fetch, tokenizer, out=out, dtype=dtype)
             if family in CONTAINERS:
                 raise ValueError(f"it has no encoder, and a {family} folder has one")
             cfg = llm_config(run)
-        export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype, family=family)
+        export_checkpoint(replace(source, before=f"{SINK}."), out, cfg, dtype=dtype, family=family)
         if tokenizer is not None:
             write_tokenizer(tokenizer, out, trained=SINK not in state)
         return str(out)
@@ -191,7 +202,7 @@ def _export_container(
 def _export_modules(
     whole: Whole,
     reasons: Mapping[str, list[str]],
-    checkpoint: Path,
+    source: Stored,
     tokenizer: AnyTokenizer,
     out: Path,
     dtype: DType,
@@ -199,8 +210,8 @@ def _export_modules(
     """Write a folder a module with a card: the language model's, the encoders' and projectors' in it."""
     tokens = {m: tokenizer.placeholder_of(m) for m in whole.towers}
     card = {**card_of(whole, tokens), "begin": [tokenizer.bos]}  # as training packs samples
-    partial, values = _new(out), values_of(checkpoint)
-    export_checkpoint(checkpoint, partial, whole.llm, name=SINK, dtype=dtype)
+    partial, values = _new(out), source.fetch
+    export_checkpoint(replace(source, before=f"{SINK}."), partial, whole.llm, dtype=dtype)
     for name, tower in whole.towers.items():
         contents, constants, said = encoder_contents(name, tower)
         write_folder(contents, with_constants(values, constants), partial / name, dtype, FILE_BYTES)

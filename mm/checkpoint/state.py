@@ -51,6 +51,8 @@ def fingerprint(blueprint: Blueprint, index: Index) -> str:
     cfg = resolve(blueprint.cfg)
     kept = {"model": cfg["model"], "data": index.digest, "seed": cfg["run"]["seed"]}
     kept["global_batch"] = cfg["train"]["global_batch"]
+    if cfg["train"]["lora"]:
+        kept["lora"] = cfg["train"]["lora"]
     tokenizer = make_tokenizer(blueprint.cfg.data.tokenizer)
     if isinstance(tokenizer, PublishedTokenizer):
         kept["tokenizer"] = tokenizer.vocabulary

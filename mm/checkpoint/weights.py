@@ -21,6 +21,7 @@ from mm.plan.blueprint import Blueprint
 from mm.ranks.job import Job
 from parallel import checkpoint as store
 from parallel.published import SafeFolder, module_tensors
+from parallel.sharding.low_rank import is_adapter
 
 
 def start_from(job: Job, paths: Sequence[Path]) -> None:
@@ -47,7 +48,8 @@ def _start_from(job: Job, path: Path, wanted: Collection[str]) -> set[str]:
         wrong = verify(path, job.rank)
         if wrong:
             raise CheckpointError(f"cannot start from {path}: it is damaged: {'; '.join(wrong)}")
-        found = {key.partition(".")[0] for key in _describe(path, job.blueprint)}
+        stored = _describe(path, job.blueprint)
+        found = {key.partition(".")[0] for key in stored}
         tensors = {
             f"{name}.{key}": t
             for name, parts in job.parts.items()
@@ -55,7 +57,10 @@ def _start_from(job: Job, path: Path, wanted: Collection[str]) -> set[str]:
             for part in parts.values()
             for key, t in module_tensors(part).items()
         }
-        store.load(path, tensors)
+        taken: set[str] = set()
+        for name in found & {*wanted} & {*job.blueprint.modules}:
+            taken |= _taken(stored, job.blueprint, name).keys()
+        store.load(path, {key: t for key, t in tensors.items() if key in taken})
         return found
     except ValueError as error:
         raise CheckpointError(f"cannot start from {path}: {error}") from error
@@ -91,9 +96,26 @@ def check_weights(blueprint: Blueprint, path: Path) -> None:
         stored = {name: shape for name, (shape, _) in _describe(path, blueprint).items()}
         for m in blueprint.modules:
             if any(key.startswith(f"{m}.") for key in stored):
-                store.check_fits(path, stored, model_shapes(blueprint, m))
+                store.check_fits(path, stored, _taken(stored, blueprint, m))
     except ValueError as error:
         raise CheckpointError(f"cannot start from {path}: {error}") from error
+
+
+def _taken(stored: Collection[str], blueprint: Blueprint, module: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a module, with their shapes, that it takes from a checkpoint that stores these.
+
+    Adapters that the checkpoint lacks stay as they start. Raises ValueError where it has adapters that the
+    model lacks: its weights without them are another model.
+    """
+    shapes = model_shapes(blueprint, module)
+    theirs = {key for key in stored if key.startswith(f"{module}.") and is_adapter(key)}
+    lost = sorted(theirs - shapes.keys())
+    if lost:
+        raise ValueError(
+            f"it has adapters that this model lacks, first {lost[0]}; needed: the same "
+            f"train.lora.{module}, or weights that `checkpoint export` has merged"
+        )
+    return {key: shape for key, shape in shapes.items() if theirs or not is_adapter(key)}
 
 
 def _describe(path: Path, blueprint: Blueprint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

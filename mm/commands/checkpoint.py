@@ -15,6 +15,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--family", help="export as this model_type (default: the one that the model was imported from)"
     )
+    parser.add_argument(
+        "--average", action="store_true", help="export the average of the weights (train.average)"
+    )
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
@@ -29,7 +32,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             print(import_hf(source, out))
         else:
             dtype = None if args.dtype is None else getattr(torch, args.dtype)
-            print(export_hf(source, out, dtype, args.family))
+            print(export_hf(source, out, dtype, args.family, average=args.average))
         return 0
     if verb not in ("inspect", "verify") or len(rest) != 1:
         raise Refused(

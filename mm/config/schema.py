@@ -161,6 +161,7 @@ class EvalConfig(Section):
 
     every: int = Field(0, ge=0, description="steps between evaluations, 0 for one at the end")
     samples: int = Field(96, ge=1, description="held-out samples that are evaluated")
+    average: bool = Field(False, description="evaluate the average of the weights (train.average)")
 
 
 class CheckpointConfig(Section):
@@ -280,6 +281,8 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
     _count_steps(rest)
     cfg = build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
     check_train(cfg.train, [*cfg.model], cfg.run.trace)
+    if cfg.eval.average and cfg.train.average is None:
+        raise Refused("eval.average, but no average is kept; needed: train.average, such as 0.999")
     return cfg
 
 

@@ -51,7 +51,20 @@ def stages_of(cfg: Config, only: str | None = None) -> list[Stage]:
     for k, (name, given) in enumerate(zip(names, cfg.stages, strict=True)):
         with of_stage(name):
             out.append(Stage(name, _config(cfg, name, given), tuple(folders[:k])))
+            _check_adapters(out)
     return [stage for stage in out if only in (None, stage.name)]
+
+
+def _check_adapters(stages: list[Stage]) -> None:
+    """Refuse a last stage without the adapters that an earlier one leaves: they are part of its weights."""
+    now = stages[-1].cfg
+    for before in stages[:-1]:
+        for module, lora in before.cfg.train.lora.items():
+            if module in (SINK, *now.model) and now.train.lora.get(module) != lora:
+                raise Refused(
+                    f"stage {before.name} has train.lora.{module}, this one has other adapters or none; "
+                    "needed: the same, or a run of its own from weights that `checkpoint export` has merged"
+                )
 
 
 def _name(k: int, given: Mapping[str, Any]) -> str:
@@ -93,7 +106,7 @@ def _without(raw: dict[str, Any], module: str) -> None:
     del raw["model"][module]
     raw["layout"].pop(module, None)
     raw["schedule"]["encoder_batch"].pop(module, None)
-    for key in ("lr_by", "layer_decay"):
+    for key in ("lr_by", "layer_decay", "lora"):
         kept = {k: v for k, v in raw["train"][key].items() if k.partition(".")[0] != module}
         raw["train"][key] = kept
 

@@ -14,6 +14,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 MOMENTUM = 0.95  # of Muon
 
 
+class LoraConfig(Section):
+    """Low-rank adapters of a module, whose own weights are then frozen (parallel/sharding/low_rank.py)."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    targets: list[str] = Field(["all-linear"], min_length=1)
+
+
 class TrainConfig(Section):
     """The training recipe."""
 
@@ -59,6 +67,13 @@ class TrainConfig(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's term in the denominator")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay")
     clip: float = Field(1.0, ge=0, description="bound on the global gradient norm, 0 for none")
+    lora: dict[str, LoraConfig] = Field(
+        {},
+        description="by module, adapters that are trained in the place of its weights: rank, alpha, targets",
+    )
+    average: float | None = Field(
+        None, gt=0, lt=1, description="decay of an exponential average of the weights, such as 0.999"
+    )
     recompute: bool | str | list[str] = Field(
         False,
         description="true to recompute whole layers in the backward, or names of their parts; encoders know "
@@ -97,7 +112,8 @@ def check_train(train: TrainConfig, encoders: Sequence[str], trace: int | None) 
 
 def _check_optimizer(train: TrainConfig, encoders: Sequence[str]) -> None:
     parts = [f"{m}.{part}" for m in encoders for part in ("encoder", "projector")]
-    known = {"lr_by": [*encoders, "llm", *parts], "layer_decay": [*encoders, "llm"]}
+    modules = [*encoders, "llm"]
+    known = {"lr_by": [*modules, *parts], "layer_decay": modules, "lora": modules}
     for key, names in known.items():
         for name in getattr(train, key):
             if name not in names:

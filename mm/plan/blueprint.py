@@ -22,6 +22,7 @@ from mm.config.nodes import node_size
 from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
 from mm.config.schema import Config
 from mm.errors import Refused
+from mm.plan.levels import check_levels
 from mm.plan.projectors import check_projector, projector_kind, resampling
 from mm.plan.schedules import Schedules
 from parallel.schedule import ModuleUse, SchedulePlan
@@ -29,7 +30,7 @@ from parallel.schedule.generators.refuse import check_stages
 from parallel.topology.axis import Axes
 from parallel.topology.data_parallel import Policy, Shards, shards_of
 from parallel.topology.groups import GroupPlan, group_plan
-from parallel.topology.layout import Changes, Layout, Unfit
+from parallel.topology.layout import Layout, Unfit
 from parallel.topology.stage import Stage
 
 if TYPE_CHECKING:
@@ -170,8 +171,9 @@ class Blueprint:
         key = module, stage
         if key not in self._weights:
             made = bare_module(self, module, Axes(), self.stages[module][stage])
-            items = Items(self.dtype.itemsize, self.stored_dtype.itemsize, update_rule(self.cfg.train))
-            by_layer = self.cfg.train.shard == "layer"
+            train, sizes = self.cfg.train, (self.dtype.itemsize, self.stored_dtype.itemsize)
+            items = Items(*sizes, update_rule(train), averaged=train.average is not None)
+            by_layer = train.shard == "layer"
             self._weights[key] = stage_weights(made, self.layouts[module], items, by_layer=by_layer)
         return self._weights[key]
 
@@ -250,7 +252,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
     uses = {name: _encoder_use(cfg, name, layouts[name], llm.d_model) for name in cfg.model}
     stages = {m: encoder_stages(use.cls, use.cfg, layouts[m].pp * layouts[m].vpp) for m, use in uses.items()}
     stages[SINK] = llm_stages
-    _check_levels(uses, llm)
+    check_levels(uses, llm)
     for m, use in uses.items():
         width = use.cls.feature_width(use.cfg)
         if cfg.model[m].projector.kind == "none" and width != llm.d_model:
@@ -274,6 +276,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
     for m in blueprint.modules:
         blueprint.shards(m)  # raises where nodes do not allow it
+    _check_adapters(blueprint)
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # raises where no schedule fits
     return blueprint
 
@@ -326,30 +329,12 @@ def _encoder_class(encoder: str, module: str) -> type[encoders.Encoder]:
         raise ValueError(f"model.{module}.encoder: {error}") from error
 
 
-def _check_levels(uses: Mapping[str, EncoderUse], llm: LLMConfig) -> None:
-    """Refuse levels of rows that enter no layer, and layers that no level enters."""
-    # The first level enters with the tokens; each other one enters after a layer of its own.
-    after_layers = {m: use.cls.feature_levels(use.cfg) - 1 for m, use in uses.items()}
-    layers, most = llm.level_layers, max(after_layers.values(), default=0)
-    for name, n in after_layers.items():
-        if n > len(layers):
-            raise Unfit(
-                f"model.{name} gives {n + 1} levels of rows, but model.llm.level_layers names "
-                f"{len(layers)} layers; needed: one for each level after the first",
-                _other_levels(layers, most, len(llm.symbols)),
-            )
-    if len(layers) > most:
-        raise Unfit(
-            f"model.llm.level_layers names {len(layers)} layers, but no encoder gives more than {most} "
-            "levels of rows after the first, so the rest would have no effect",
-            _other_levels(layers, most, len(llm.symbols)),
-        )
+def _check_adapters(blueprint: Blueprint) -> None:
+    from mm.plan.adapters import check_adapters
 
-
-def _other_levels(layers: Sequence[int], n: int, of: int) -> list[Changes]:
-    """Changes that give n of the model's `of` layers to levels, the layers that are named already first."""
-    more = [*layers, *(k for k in range(of) if k not in layers)]
-    return [{"model.llm.level_layers": more[:n]}] if n <= len(more) else []
+    for m in blueprint.cfg.train.lora:
+        whole = Stage(0, blueprint.stages[m][-1].stop, first=True, last=True)
+        check_adapters(bare_module(blueprint, m, Axes(), whole), blueprint.cfg, m)
 
 
 def bare_module(
@@ -361,6 +346,7 @@ def bare_module(
     """
     from encoders.module import build_encoder_module
     from llm.model import LLM
+    from mm.plan.adapters import adapt
     from parallel.sharding.param import seeded
 
     cfg, stored = blueprint.cfg, blueprint.stored_dtype
@@ -370,7 +356,7 @@ def bare_module(
         module.recompute = cfg.train.recompute
         module.offload = cfg.train.offload
         module.requires_grad_(not blueprint.llm.freeze)
-        return module
+        return adapt(module, cfg, name)
     use, enc = blueprint.inputs.encoders[name], cfg.model[name]
     try:
         with seeded(name, cfg.run.seed):  # for random values that an encoder draws itself
@@ -390,4 +376,4 @@ def bare_module(
     module.encoder.recompute = "full" in recompute_parts(cfg.train.recompute)
     module.encoder.timeout_s = cfg.run.timeout_s
     module.freeze(enc.freeze, enc.freeze_layers)
-    return module
+    return adapt(module, cfg, name)

@@ -71,12 +71,13 @@ class Unit:
 
 
 class Items(NamedTuple):
-    """Bytes of an element: as weights are gathered, and as they and sums of gradients are stored; and what
-    updates them."""
+    """Bytes of an element: as weights are gathered, and as they and sums of gradients are stored; what
+    updates them, and whether an average of them is kept."""
 
     gathered: int
     stored: int
     rule: AdamW | Muon
+    averaged: bool = False
 
 
 def stage_weights(module: nn.Module, layout: Layout, item: Items, *, by_layer: bool) -> list[list[Weight]]:
@@ -100,7 +101,7 @@ def stage_weights(module: nn.Module, layout: Layout, item: Items, *, by_layer: b
                 taken.add(id(param))
                 part = _local(tuple(param.shape), spec, layout)
                 own_layer = by_layer and root is not module
-                state = state_bytes(item.rule, spec, param.ndim, item.stored)
+                state = state_bytes(item.rule, spec, param.ndim, item.stored) + item.averaged * item.stored
                 found.append(
                     Weight(*part, param.requires_grad, expert, item=size, own_layer=own_layer, state=state)
                 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mm.containers.container import Tower, Whole
-from mm.plan.blueprint import Blueprint, projector_kind
+from mm.plan.blueprint import Blueprint
+from mm.plan.projectors import projector_kind
 
 
 def whole_of(blueprint: Blueprint) -> Whole:

@@ -157,6 +157,7 @@ def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job
             update_rule(cfg.train),
             shared=blueprint.shared if m == SINK else (),
             rate=rates(blueprint, m),
+            average=cfg.train.average,
         )
         for m, own in parts.items()
     }

@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,7 @@ from mm.train.garbage import set_aside
 from mm.train.metrics import StepMetrics, TimedStep
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
+from mm.train.weights import averaged
 from parallel.checkpoint import step_of
 from parallel.schedule import Record
 
@@ -273,7 +275,9 @@ def load_imbalance(plan: StepPlan) -> dict[str, Imbalance]:
 
 def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:
     """Evaluate the first eval.samples held-out samples; StopRequested where a rank was asked to end."""
-    return evaluate(job, data, eval_samples(job, data), job.blueprint.cfg.run.seed, stop, warn)
+    cfg = job.blueprint.cfg
+    with averaged(job) if cfg.eval.average else nullcontext():
+        return evaluate(job, data, eval_samples(job, data), cfg.run.seed, stop, warn)
 
 
 def eval_samples(job: Job, data: Data) -> list[Sample]:

@@ -7,6 +7,8 @@ waits for the sums.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mm.ranks.job import Job
 from mm.train.flight import Flight, Key, key_of
@@ -109,4 +111,22 @@ def refresh_held(job: Job) -> None:
         if use.params == "replicated" and not use.frozen:
             for part in parts.values():
                 whole.free(part)
+    gather_held(job)
+
+
+@contextmanager
+def averaged(job: Job) -> Iterator[None]:
+    """Compute with the average of the weights (train.average) in their place. Every rank calls this."""
+    _swap_average(job)
+    try:
+        yield
+    finally:
+        _swap_average(job)
+
+
+def _swap_average(job: Job) -> None:
+    for module, optimizer in job.optimizers.items():
+        for part in job.parts[module].values():
+            whole.free(part)  # what is gathered would be the old
+        optimizer.swap_average()
     gather_held(job)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from parallel.published.files import SafeFolder
 from parallel.published.tables import FileTensor, Part, Shape, parts_by_name
 from parallel.sharding.dtypes import accumulation_dtype
+from parallel.sharding.low_rank import is_adapter
 from parallel.sharding.param import ParamSpec, declared, local
 from parallel.sharding.shard import held_indices
 from parallel.topology.mesh import ModuleMesh
@@ -39,6 +40,8 @@ def read_into(
     specs: dict[str, ParamSpec] = {name: spec for name, _, spec in declared(module)}
     for name, target in module_tensors(module).items():
         shape = tuple(target.shape)
+        if is_adapter(name):
+            continue  # it stays as it starts
         if name not in parts:
             local(target).zero_()
             continue

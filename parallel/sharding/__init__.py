@@ -8,8 +8,10 @@ A module passes through these calls, in this order:
     adopt(module)                        adopt.py: declares the parameters of an ordinary module
     shard_module(module, mesh, policy)   shard.py: DTensors over tp and ep, then FSDP2 over the data ranks
     materialise(module, mesh, ..)        shard.py: allocates and fills this rank's shards
-    ShardedOptimizer([module], mesh, ..) optim.py: gradients' sums and norm; rules.py: AdamW; muon.py: Muon
+    ShardedOptimizer([module], mesh, ..) optim.py: gradients' sums and norm; rules.py: AdamW; muon.py: Muon;
+                                         average.py: an average of the weights
     local(self.weight)                   param.py: this rank's shard as a plain tensor, in a layer's forward
+    adapted(self, "weight")              low_rank.py: the same with its low-rank adapter, where it has one
 
 Initial values are a function of (seed, name, global index) alone, so every layout starts from the same
 weights.

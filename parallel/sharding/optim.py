@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.sequence.host import to_device
+from parallel.sharding.average import Average
 from parallel.sharding.muon import MuonRule, is_matrix
 from parallel.sharding.param import ParamSpec, declared, local
 from parallel.sharding.rules import AdamW, Muon, Rule, Shard, adam_rule
 from parallel.sharding.shard import data_view, sharded_dims
 from parallel.topology.mesh import ModuleMesh
+
+AVERAGE = "average"  # the rule that keeps an average of the weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class ShardedOptimizer:
     parts: the module's pipeline stages on this rank, whose parameters have the names of the whole module.
     hyper: of AdamW, or of Muon for matrices.
     rate: by parameter's name, a factor on the learning rate.
+    average: decay of an exponential average of the weights; None keeps none.
     shared: names of parameters that the first and the last stage both hold, with equal values. Both get the
         sum of their gradients.
 
@@ -60,6 +64,7 @@ class ShardedOptimizer:
         *,
         shared: Collection[str] = (),
         rate: Callable[[str], float] = lambda _: 1.0,
+        average: float | None = None,
     ) -> None:
         self.mesh = mesh
         self.device = next(param.device for part in parts for _, param, _ in declared(part))
@@ -87,6 +92,8 @@ class ShardedOptimizer:
         weights = np.asarray([s.weight for s in self.shards], dtype=np.float64)
         self._weights = to_device(weights, self.device).unbind()
         self.rules = make_rules(self.shards, mesh, hyper)
+        if average is not None and self.shards:
+            self.rules[AVERAGE] = Average(self.shards, average)  # the last, so after all updates
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -134,6 +141,12 @@ class ShardedOptimizer:
             s.param.grad = None
             s.local.grad = None
 
+    def swap_average(self) -> None:
+        """Exchange the weights and their average, where one is kept; a second call undoes it."""
+        average = self.rules.get(AVERAGE)
+        if isinstance(average, Average):
+            average.swap()
+
     def state(self) -> dict[str, Tensor]:
         """Optimizer state by "RULE.NAME.KEY": "adam.NAME.exp_avg", sharded as the parameter.
 
@@ -147,6 +160,11 @@ class ShardedOptimizer:
             for name, kept in updates.state().items()
             for key, value in kept.items()
         }
+
+
+def average_name(parameter: str) -> str:
+    """The name of a parameter's average in ShardedOptimizer.state()."""
+    return f"{AVERAGE}.{parameter}.value"
 
 
 def make_rules(shards: Sequence[Shard], mesh: ModuleMesh, hyper: AdamW | Muon) -> dict[str, Rule]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from parallel.comm.collectives import copy_in, gather_tokens, reduce_out, reduce_tokens
 from parallel.sharding.dtypes import FactoryKwargs
+from parallel.sharding.low_rank import adapted
 from parallel.sharding.param import Init, ParamSpec, constant, declare, local
 from parallel.topology.axis import Axes, Axis
 
@@ -43,6 +44,8 @@ class Linear(nn.Module):
     partial: True where tp ranks pass different tokens; the gradients are then summed over tp.
     """
 
+    adapts = ("weight",)
+
     def __init__(
         self,
         d_in: int,
@@ -67,7 +70,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else local(self.bias)
-        return F.linear(x, local(self.weight), bias)
+        return F.linear(x, adapted(self, "weight"), bias)
 
 
 def held_rows(ids: Tensor, rows: int, tp: Axis) -> tuple[Tensor, Tensor]:
