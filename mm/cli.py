@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mm.commands import checkpoint, compare, data, doctor, generate, train
+from mm.commands import checkpoint, compare, data, doctor, evaluate, generate, train
 from mm.commands.command import Command
 from mm.errors import PolyrankError, Refused
 from mm.ranks import launch
@@ -24,6 +24,7 @@ COMMANDS = {
     "data": data.COMMAND,
     "checkpoint": checkpoint.COMMAND,
     "generate": generate.COMMAND,
+    "eval": evaluate.COMMAND,
     "doctor": doctor.COMMAND,
 }
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm.commands.command import Command, nproc_option, world_of
+from mm.commands.command import Command, nproc_option
 from mm.errors import Refused
 from mm.ranks import launch
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from llm.decode import Sampling
     from mm.inference.asked import Asked
+    from mm.inference.source import Source
     from mm.plan.blueprint import Blueprint
 
 KINDS = ("image", "audio")
@@ -56,15 +57,19 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             raise Refused(f"{overrides[0]}; layouts are of several ranks: needed with --nproc N, or torchrun")
         _alone(args, Path(paths[0]))
         return 0
-    from mm.inference.spread import run_config
+    from mm.inference.source import source_of
     from mm.plan.blueprint import draw_up
 
-    checkpoint, cfg = run_config(Path(paths[0]), overrides)
-    world = world_of(args, cfg)
+    world = launch.world_size() if launch.launched() else args.nproc
+    if world < 1:
+        raise Refused(f"--nproc {world}; needed: at least 1")
+    source = source_of(Path(paths[0]), overrides, world)
+    source.check_layout(world)
+    blueprint = draw_up(source.cfg, world)
     if not launch.launched():
-        draw_up(cfg, world)
         return launch.launch_local(world, argv)
-    _spread(args, checkpoint, draw_up(cfg, world))
+    launch.follow_launcher()
+    _spread(args, source, blueprint)
     return 0
 
 
@@ -76,16 +81,14 @@ def _alone(args: argparse.Namespace, path: Path) -> None:
     _ask(args, load_whole(path, _dtype(args), args.device), sampling, lead=True)
 
 
-def _spread(args: argparse.Namespace, checkpoint: Path, blueprint: Blueprint) -> None:
+def _spread(args: argparse.Namespace, source: Source, blueprint: Blueprint) -> None:
     """Ask a model over the ranks of a job, of which this is one; rank 0 writes the answer."""
     import torch.distributed as dist
-
-    from mm.inference.spread import load_spread
 
     sampling = _sampling(args)
     rank = launch.init_distributed(blueprint.cfg)
     try:
-        model = load_spread(checkpoint, blueprint, rank, _dtype(args))
+        model = source.model(blueprint, rank, _dtype(args))
         _ask(args, model, sampling, lead=rank.rank == 0)
         model.close()
     finally:

@@ -1,4 +1,5 @@
-"""Trained models in use, in one process: a whole model from any folder, prompts of text and items, answers.
+"""Trained models in use, in one process or over ranks: prompts of text and items, answers, exact match.
 
-Entry points: whole.load_whole, prompt.read_prompt, answer.answer. Training may not enter.
+Entry points: whole.load_whole, spread.load_spread, source.source_of, prompt.read_prompt, answer.answer,
+exact.ask. Training may not enter.
 """

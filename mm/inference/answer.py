@@ -18,13 +18,17 @@ def answer(
 
     chat: the end of a turn ends it too.
     """
-    stops = set(model.stops)
-    if chat and isinstance(model.tokenizer, PublishedTokenizer):
-        end = turn_end(model.tokenizer)
-        stops |= set() if end is None else {end}
-    for (token,) in model.decode([prompt], limit, sampling, stops):
+    for (token,) in model.decode([prompt], limit, sampling, stops_of(model, chat=chat)):
         if token is not None:
             yield token
+
+
+def stops_of(model: Asked, *, chat: bool) -> frozenset[int]:
+    """Ids that end an answer; chat: that of the end of a turn too."""
+    if not chat or not isinstance(model.tokenizer, PublishedTokenizer):
+        return model.stops
+    end = turn_end(model.tokenizer)
+    return model.stops | (set() if end is None else {end})
 
 
 class TextStream:

@@ -53,3 +53,6 @@ class Asked(Protocol):
         self, prompts: Sequence[Prompt], limit: int, sampling: Sampling, stops: Collection[int]
     ) -> Iterator[list[int | None]]:
         """As llm.decode.decode()."""
+
+    def close(self) -> None:
+        """Let go of what it holds besides tensors; over ranks every rank calls this."""

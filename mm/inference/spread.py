@@ -23,18 +23,15 @@ from llm.config import LLMConfig
 from llm.decode import Next, Prompt, Sampling, decode_by, next_logits
 from llm.model import LLM
 from llm.stages import levels_of
-from mm.checkpoint.state import with_kept
 from mm.config.outline import SINK
-from mm.config.schema import Config, from_mapping, override
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
-from mm.errors import CheckpointError, Refused
-from mm.inference.whole import cast, fill, newest
+from mm.errors import CheckpointError
+from mm.inference.whole import cast, fill
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.plan.inputs import EncoderUse
 from mm.ranks.control import Control, whole_job
 from mm.ranks.job import Parts, make_meshes
 from mm.ranks.launch import RankInfo
-from parallel import checkpoint as store
 from parallel.comm.pipeline import Pipe
 from parallel.sharding.shard import materialise, place_module
 from parallel.topology.axis import Axes, Axis
@@ -168,29 +165,6 @@ class SpreadModel:
         """Destroy the groups of the modules; every rank calls this."""
         self.control.any(False)  # none closes what another still uses
         self.groups.close()
-
-
-def run_config(path: Path, overrides: Sequence[str]) -> tuple[Path, Config]:
-    """The checkpoint of a run's folder, or of its own path, and the config that it was written under.
-
-    overrides: key=value, such as another layout. Raises CheckpointError where there is none to be spread.
-    """
-    if (path / "config.json").is_file() and not (path / store.MANIFEST).is_file():
-        raise Refused(f"{path} is a published folder, which has no layout; needed: one process, or a run")
-    checkpoint = path if (path / store.MANIFEST).is_file() else newest(path)
-    try:
-        wrong = store.structure(checkpoint)
-        if wrong:
-            raise store.BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
-        state = store.read_state(checkpoint)
-    except ValueError as error:
-        raise CheckpointError(f"cannot load {checkpoint}: {error}") from error
-    if SINK in state:
-        raise Refused(f"{checkpoint} was imported, and has no layout; needed: one process, or a run")
-    raw = with_kept(state["config"], checkpoint)
-    for text in overrides:
-        override(raw, text)
-    return checkpoint, from_mapping(raw, checkpoint)
 
 
 def load_spread(

@@ -76,6 +76,9 @@ class WholeModel:
         """llm.decode.decode() of the language model."""
         return decode(self.llm, prompts, limit, sampling, stops)
 
+    def close(self) -> None:
+        """Nothing: one process holds tensors alone."""
+
 
 def load_whole(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +17,16 @@ from mm.data.order import permute_items
 from mm.data.reader import BadSample
 from mm.data.sample import Sample
 from mm.errors import DataError
+from mm.plan.step_plan import StepPlan
+from mm.plan.subsets import Subset, SubsetLoss
 from mm.ranks.batch import RankMicrobatch
 from mm.ranks.feed import prepare
 from mm.ranks.job import Data, Job
 from mm.ranks.stop import Stop, StopRequested
-from mm.train.step import run_step
+from mm.train.forward import OnTokens
+from mm.train.step import StepResult, run_step
 
+T = TypeVar("T")
 REPEATS = 5  # mean occurrences of a text from which on the frequencies of texts are meaningful
 
 
@@ -59,14 +64,68 @@ def evaluate(
     Unreadable samples are named and left out on all ranks. Raises DataError where none is left, and
     StopRequested on all ranks where one of them was asked to end.
     """
+    return _readable(samples, lambda some: _evaluate(job, data, some, seed, stop), warn)
+
+
+def _readable(
+    samples: Sequence[Sample], run: Callable[[Sequence[Sample]], T], warn: Callable[[str], None]
+) -> T:
+    """run() of the samples that all ranks can read; the others are named. Raises DataError where none is."""
     while samples:
         try:
-            return _evaluate(job, data, samples, seed, stop)
+            return run(samples)
         except _Unreadable as found:
             for error in found.mine:
                 warn(f"not evaluated: {error}")
             samples = [s for s in samples if s.id not in found.ids]
     raise DataError("no evaluation sample can be read")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over all supervised tokens of some samples, by subset: the same in every layout but for rounding.
+
+    nats: of losses. tokens: how many there are.
+    """
+
+    nats: Mapping[Subset, float]
+    tokens: Mapping[Subset, int]
+
+    @property
+    def every(self) -> SubsetLoss:
+        """Of all of them."""
+        n = sum(self.tokens.values())
+        return SubsetLoss(sum(self.nats.values()) / max(n, 1), n)
+
+    def by(self, field: str) -> dict[str, SubsetLoss]:
+        """By modality or source, as `field` of Subset says, in alphabetical order."""
+        names = sorted({getattr(subset, field) for subset in self.tokens})
+        found = {}
+        for name in names:
+            own = [subset for subset in self.tokens if getattr(subset, field) == name]
+            n = sum(self.tokens[subset] for subset in own)
+            found[name] = SubsetLoss(sum(self.nats[subset] for subset in own) / max(n, 1), n)
+        return found
+
+
+def losses(job: Job, data: Data, samples: Sequence[Sample], warn: Callable[[str], None] = print) -> Losses:
+    """The losses of samples by modality and by data set; every rank calls this.
+
+    Unreadable samples are named and left out on all ranks. Raises DataError where none is left.
+    """
+    return _readable(samples, lambda some: _losses(job, data, some), warn)
+
+
+def _losses(job: Job, data: Data, samples: Sequence[Sample]) -> Losses:
+    nats: dict[Subset, Tensor] = {}
+    tokens: dict[Subset, int] = {}
+    for plan, result in _steps(job, data, samples, None, None):
+        own = (result.losses * plan.supervised).unbind()
+        for subset, count, share in zip(plan.subsets.names, plan.subsets.tokens.tolist(), own, strict=True):
+            nats[subset] = nats[subset] + share if subset in nats else share
+            tokens[subset] = tokens.get(subset, 0) + count
+    sums = job.control.gather(list(nats.values())).sum(axis=0)
+    return Losses(dict(zip(nats, map(float, sums), strict=True)), tokens)
 
 
 def _evaluate(job: Job, data: Data, samples: Sequence[Sample], seed: int, stop: Stop | None) -> Evaluation:
@@ -122,6 +181,18 @@ def _mean_losses(
         for module, own in by_module.items():
             own.add(token_loss, mb.depends[module])
 
+    for _ in _steps(job, data, samples, stop, add):
+        pass
+    mine = [x for own in (every, *by_module.values()) for x in (own.nats, own.tokens)]
+    nats, tokens = job.control.gather(mine).sum(axis=0).reshape(-1, 2).T
+    means = [float(mean) for mean in nats / tokens.clip(min=1.0)]
+    return means[0], dict(zip(by_module, means[1:], strict=True))
+
+
+def _steps(
+    job: Job, data: Data, samples: Sequence[Sample], stop: Stop | None, on_tokens: OnTokens | None
+) -> Iterator[tuple[StepPlan, StepResult]]:
+    """Run the samples in global batches, in eval mode; raises _Unreadable and StopRequested on all ranks."""
     batch = job.blueprint.cfg.train.global_batch
     with _eval_mode(job):
         for step, at in enumerate(range(0, len(samples), batch)):
@@ -131,11 +202,7 @@ def _mean_losses(
             found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
             if found:
                 raise _Unreadable(found, prepared.bad)
-            run_step(job, prepared, train=False, on_tokens=add)
-    mine = [x for own in (every, *by_module.values()) for x in (own.nats, own.tokens)]
-    nats, tokens = job.control.gather(mine).sum(axis=0).reshape(-1, 2).T
-    means = [float(mean) for mean in nats / tokens.clip(min=1.0)]
-    return means[0], dict(zip(by_module, means[1:], strict=True))
+            yield prepared.plan, run_step(job, prepared, train=False, on_tokens=on_tokens)
 
 
 def blind_guess(

@@ -8,6 +8,7 @@ CHATS = "tests/mm/data/test_chat.py"
 TOKENIZERS = "tests/mm/data/test_tokenizer.py"
 ANSWERS = "tests/llm/test_decode.py"
 ASKED = "tests/mm/inference/test_generate.py"
+EVALUATED = "tests/mm/inference/test_eval.py"
 SPREAD = "tests/mm/inference/test_spread.py"
 
 TEXT = (
@@ -106,6 +107,14 @@ TEXT = (
         "return found if tp.size == 1 else",
         "return found if tp.size > 1 else",
         f"{SPREAD}::test_the_answer_is_that_of_one_process[tp with experts]",
+    ),
+    Fault(
+        "exact.prompt",
+        "a question of a data set's sample has its answer in it",
+        "mm/inference/exact.py",
+        "return {**data, key: data[key][:at]}, answer",
+        "return {**data, key: data[key][: at + 1]}, answer",
+        f"{EVALUATED}::test_questions_of_samples_end_before_their_answer",
     ),
     Fault(
         "vocabulary.ids",
