@@ -289,7 +289,7 @@ JOB = (
         "lora.scale",
         "adapters are exported without their factor",
         "llm/hf/stored.py",
-        "found[b].double() @ found[a].double() * self.scale",
+        "found[b].double() @ found[a].double() * scale",
         "found[b].double() @ found[a].double()",
         "tests/mm/jobs/test_lora.py::test_from_a_checkpoint_into_one_and_merged",
     ),
