@@ -6,10 +6,11 @@ from tests.mutations.fault import Fault
 from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
 from tests.mutations.of_encoders import ENCODERS
+from tests.mutations.of_folders import FOLDERS
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import LLM
 from tests.mutations.of_parallel import PARALLEL
 from tests.mutations.of_schedules import SCHEDULES
 from tests.mutations.of_text import TEXT
 
-FAULTS: tuple[Fault, ...] = PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + LLM + JOB + TEXT
+FAULTS: tuple[Fault, ...] = PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + LLM + JOB + TEXT + FOLDERS
