@@ -7,6 +7,7 @@ from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
 from tests.mutations.of_encoders import ENCODERS
 from tests.mutations.of_families import FAMILIES
+from tests.mutations.of_folders import FOLDERS
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import LLM
 from tests.mutations.of_parallel import PARALLEL
@@ -15,5 +16,5 @@ from tests.mutations.of_schedules import SCHEDULES
 from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
-    PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + LLM + FAMILIES + JOB + TEXT
+    PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + LLM + FAMILIES + JOB + TEXT + FOLDERS
 )
