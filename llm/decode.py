@@ -1,21 +1,24 @@
-"""Answers of a whole language model in one process: prompts once, then a token at a time.
+"""Answers of a language model: prompts once, then a token at a time.
 
-A prompt is computed as in training, rows of encoders included; then each layer continues from what it kept
-(llm.cache). Prompts of a batch may have any lengths: nothing is padded.
+decode() has a whole model in one process; decode_by() leaves open who computes. A prompt is computed as in
+training, rows of encoders included; then each layer continues from what it kept (llm.cache). Prompts of a
+batch may have any lengths: none is padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from llm.cache import Cache, CachedPacking
+from llm.config import LLMConfig
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
 from llm.rotary import AXES
+from parallel.comm.collectives import gather_tokens
 from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing
 from parallel.tensor_parallel.loss import logits
@@ -56,7 +59,22 @@ class Sampling:
 GREEDY = Sampling()
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Next:
+    """What a step of decode_by() computes: the next tokens of some documents."""
+
+    batch: LLMBatch
+    """The tokens; filled up with documents of no meaning, which come last."""
+    rows: Mapping[str, Tensor]
+    """By edge, rows of encoders for batch.row_positions, with all levels."""
+    ctx: ForwardContext
+    """Of the layers."""
+    documents: int
+    """How many of the documents have a next token."""
+    choose: Callable[[Tensor], list[int]]
+    """Their next tokens from logits [documents, vocab]; must be called once a step where it is called."""
+
+
 def decode(
     model: LLM,
     prompts: Sequence[Prompt],
@@ -64,36 +82,62 @@ def decode(
     sampling: Sampling = GREEDY,
     stops: Collection[int] = (),
 ) -> Iterator[list[int | None]]:
+    """decode_by() of a whole model in one process."""
+    assert model.stage.first and model.stage.last and model.axes.tp.size == model.axes.cp.size == 1
+
+    def compute(step: Next) -> list[int]:
+        packing = step.batch.packing
+        return step.choose(next_logits(model, model.states(step.batch, step.rows, step.ctx), packing))
+
+    return decode_by(compute, model.cfg, prompts, limit, sampling, stops)
+
+
+@torch.no_grad()
+def decode_by(
+    compute: Callable[[Next], list[int]],
+    cfg: LLMConfig,
+    prompts: Sequence[Prompt],
+    limit: int,
+    sampling: Sampling = GREEDY,
+    stops: Collection[int] = (),
+    *,
+    multiple: int = 1,
+) -> Iterator[list[int | None]]:
     """The next token of each prompt, `limit` times at most; None for a prompt that has ended.
 
-    model: whole, of one process. stops: ids that end an answer; they are given too. Ends once all answers
-    have. A step costs one token of each prompt, and attention to its keys. Raises ValueError for an empty
-    prompt.
+    compute: the next tokens of a step. stops: ids that end an answer; they are given too. multiple: of which
+    the tokens of a step are one, as experts under tp need it. Ends once all answers have. A step costs one
+    token of each prompt, and attention to its keys. Raises ValueError for an empty prompt.
     """
-    assert model.stage.first and model.stage.last and model.axes.tp.size == model.axes.cp.size == 1
     if not prompts or not all(len(p.ids) for p in prompts):
         raise ValueError("a prompt has no tokens; needed: one at least, such as the begin marker")
-    device = prompts[0].ids.device
-    generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
-    cache, past, open_ = Cache(), [0] * len(prompts), [True] * len(prompts)
-    said: list[list[int]] = [[] for _ in prompts]
-    ids, rows, positions = _joined(prompts)
-    lengths, places, shifts = tuple(len(p.ids) for p in prompts), _places(prompts), _shifts(prompts)
+    device, documents = prompts[0].ids.device, len(prompts)
+    generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(documents)]
+    every = [*prompts, *_fill(prompts, multiple)]
+    cache, past, open_ = Cache(), [0] * len(every), [True] * documents
+    said: list[list[int]] = [[] for _ in every]
+    ids, rows, positions = _joined(every)
+    lengths, places, shifts = tuple(len(p.ids) for p in every), _places(every), _shifts(every)
     for step in range(limit):
         packing = CachedPacking(lengths, device, places, tuple(past), cache)
-        batch = LLMBatch(ids, ids, packing, len(ids), positions)
-        states = model.states(batch, rows, ForwardContext(packing, len(ids)))
-        new = _choose(next_logits(model, states, packing), sampling, generators)
+        real = sum(lengths[:documents])
+        batch = LLMBatch(ids, ids, packing, real, positions)
+
+        def choose(scores: Tensor) -> list[int]:
+            return _choose(scores[:documents], sampling, generators)
+
+        new = compute(Next(batch, rows, ForwardContext(packing, real), documents, choose))
         yield [token if alive else None for token, alive in zip(new, open_, strict=True)]
         open_ = [alive and token not in stops for token, alive in zip(new, open_, strict=True)]
         if not any(open_) or step == limit - 1:
             return
+        new = [*new, *[0] * (len(every) - documents)]
         past = [n + p for n, p in zip(lengths, past, strict=True)]
         said = [[*own, token] for own, token in zip(said, new, strict=True)]
-        if _turns_long(model, packing.whole):
+        if _turns_long(cfg, packing.whole[:documents]):
             # Longer documents have other rotary positions from their beginning on: they are computed anew.
             cache, past = Cache(), [0] * len(new)
-            longer = [_with(p, more) for p, more in zip(prompts, said, strict=True)]
+            longer = [_with(p, more) for p, more in zip(every, said, strict=True)]
             ids, rows, positions = _joined(longer)
             lengths, places = tuple(len(p.ids) for p in longer), _places(longer)
         else:
@@ -116,9 +160,20 @@ def generate(
     return [[token for token in own if token is not None] for own in zip(*steps, strict=True)]
 
 
-def _turns_long(model: LLM, lengths: Sequence[int]) -> bool:
+def _fill(prompts: Sequence[Prompt], multiple: int) -> list[Prompt]:
+    """Prompts of no meaning, so that the tokens of all prompts, and the number of prompts, are multiples."""
+    if multiple == 1:
+        return []
+    more = -len(prompts) % multiple or multiple
+    first = 1 + (-sum(len(p.ids) for p in prompts) - more) % multiple
+    device = prompts[0].ids.device
+    lengths = [first, *[1] * (more - 1)]
+    return [Prompt(torch.zeros(n, dtype=torch.int64, device=device)) for n in lengths]
+
+
+def _turns_long(cfg: LLMConfig, lengths: Sequence[int]) -> bool:
     """Whether one more token makes a document long for longrope (arXiv 2402.13753)."""
-    scaling = model.cfg.rope_scaling
+    scaling = cfg.rope_scaling
     return scaling is not None and scaling.kind == "longrope" and scaling.original in lengths
 
 
@@ -157,10 +212,13 @@ def _joined(prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor], dict[
     return torch.cat([p.ids for p in prompts]), rows, positions
 
 
-def next_logits(model: LLM, states: Tensor, packing: CachedPacking) -> Tensor:
-    """Logits [B, vocab] after the last of each document's tokens, float32 at least."""
+def next_logits(model: LLM, states: Tensor, packing: Packing) -> Tensor:
+    """Logits [B, vocab] after the last of each document's tokens, float32 at least; the same on all tp
+    ranks."""
     last = to_device(packing.starts[1:] - 1, states.device)
-    return logits(states[last], model.head_weight(), model.cfg.logit_scale, model.cfg.logit_cap)
+    found = logits(states[last], model.head_weight(), model.cfg.logit_scale, model.cfg.logit_cap)
+    tp = model.axes.tp
+    return found if tp.size == 1 else gather_tokens(found.T.contiguous(), tp).T
 
 
 def _choose(scores: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:

@@ -22,6 +22,7 @@ from tests.llm.family_checks import (
     cases,
     even_folder,
     hold_exact,
+    hold_generate,
     hold_round_trip,
     hold_stages,
 )
@@ -29,7 +30,7 @@ from tests.llm.folders import differing, into_layout, read_all
 from tests.llm.test_whole import compare, run_rank
 from tests.pool import Pool
 
-COLUMNS = ("exact", "round trip", "tp", "cp", "pp")
+COLUMNS = ("exact", "round trip", "tp", "cp", "pp", "generate")
 
 
 def main(words: Sequence[str]) -> int:
@@ -52,24 +53,20 @@ def main(words: Sequence[str]) -> int:
 
 def _cell(name: str, column: str, seeds: int, pool: Pool) -> bool:
     """Whether a cell holds; what fails goes to stderr."""
-    run: Callable[[Path, int], None]
-    if column == "exact":
 
-        def run(folder: Path, seed: int) -> None:
-            hold_exact(name, seed, folder / "64", torch.float64, 1e-10)
-            hold_exact(name, seed, folder / "32", torch.float32, 1e-5)
+    def exact(folder: Path, seed: int) -> None:
+        hold_exact(name, seed, folder / "64", torch.float64, 1e-10)
+        hold_exact(name, seed, folder / "32", torch.float32, 1e-5)
 
-    elif column == "round trip":
+    def layout(folder: Path, seed: int) -> None:
+        if seed == 0:
+            hold_layout(name, column, folder, pool)
 
-        def run(folder: Path, seed: int) -> None:
-            hold_round_trip(name, seed, folder)
-
-    else:
-
-        def run(folder: Path, seed: int) -> None:
-            if seed == 0:
-                hold_layout(name, column, folder, pool)
-
+    run: Callable[[Path, int], None] = {
+        "exact": exact,
+        "round trip": lambda folder, seed: hold_round_trip(name, seed, folder),
+        "generate": lambda folder, seed: hold_generate(name, seed, folder),
+    }.get(column, layout)
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             try:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from encoders.audio import flamingo  # noqa: F401  registers its encoder
 from encoders.audio.parakeet import Parakeet
 from encoders.audio.wav2vec2 import Wav2Vec2
 from encoders.audio.whisper import Whisper
@@ -196,6 +197,8 @@ WAV2VEC2 = Family(
 
 
 def parakeet_options(part: Part) -> dict[str, Any]:
+    # Nemotron Omni's folders do not say that theirs is without.
+    inside = "downsample_ratio" in part.whole
     needed(
         part,
         {
@@ -213,9 +216,9 @@ def parakeet_options(part: Part) -> dict[str, Any]:
         "ffn": ("intermediate_size", 4096),
         "kernel": ("conv_kernel_size", 9),
         "channels": ("subsampling_conv_channels", 256),
-        "bias": ("attention_bias", True),
+        "bias": ("attention_bias", not inside),
         "conv_bias": ("convolution_bias", True),
-        "scaled": ("scale_input", True),
+        "scaled": ("scale_input", not inside),
     }
     extractor = {
         **{k: EXTRACTOR[k] for k in ("rate", "hop")},
@@ -293,13 +296,53 @@ def parakeet_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
 
 PARAKEET = Family(
     encoder="parakeet",
-    model_types=("parakeet_encoder", "parakeet_ctc", "parakeet_tdt", "parakeet_rnnt"),
+    model_types=("parakeet_encoder", "parakeet_ctc", "parakeet_tdt", "parakeet_rnnt", "parakeet"),
     probe="subsampling.linear.weight",
     options=parakeet_options,
     rows=parakeet_rows,
-    unused=(r"layers\.\d+\.conv\.norm\.num_batches_tracked",),
+    unused=(r"layers\.\d+\.conv\.norm\.num_batches_tracked", r"feature_extractor\..*"),
     features=parakeet_features,
     free=FREE,
 )
 
-FAMILIES = (WHISPER, WAV2VEC2, PARAKEET)
+
+def flamingo_options(part: Part) -> dict[str, Any]:
+    needed(part, {"scale_embedding": False})
+    names = {"width": ("hidden_size", 1280), "heads": ("num_attention_heads", 20)}
+    sizes = {"layers": ("num_hidden_layers", 32), "mlp": ("intermediate_size", 5120)}
+    positions, mels = part.field("max_source_positions", 1500), part.field("num_mel_bins", 128)
+    made = sound(part, {k: EXTRACTOR[k] for k in ("rate", "hop")}, mels=mels)
+    size = part.processor.get("n_fft", 400)
+    return {
+        **fields(part, {**names, **sizes}),
+        "activation": activation(part, "gelu", "activation_function"),
+        "positions": positions,
+        "sound": {
+            **made,
+            "size": size,
+            "window": size,
+            "seconds": 2.0 * positions * made["hop"] / made["rate"],
+        },
+    }
+
+
+def flamingo_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:
+    """Last hidden state [n, most rows, width] of input_features [n, mels, frames] with their mask; zero after
+    a clip's rows."""
+    values, mask = inputs["input_features"].transpose(1, 2), inputs["input_features_mask"]
+    frames = values.shape[1]
+    return stacked(encoder, values, [frames] * len(values), [{"frames": n} for n in mask.sum(-1).tolist()])
+
+
+FLAMINGO = Family(
+    encoder="audioflamingo3",
+    model_types=("audioflamingo3_encoder", "audioflamingo3"),
+    probe="conv1.weight",
+    options=flamingo_options,
+    rows=lambda cfg: [(row, there, "states." + here) for row, there, here in whisper_rows(cfg)],
+    unused=(),
+    features=flamingo_features,
+    free=FREE,
+)
+
+FAMILIES = (WHISPER, WAV2VEC2, PARAKEET, FLAMINGO)

@@ -30,6 +30,11 @@ class Part:
     prefix: str
     folder: SafeFolder
 
+    @property
+    def whole(self) -> Mapping[str, Any]:
+        """config.json of the whole folder."""
+        return self.folder.config()
+
     def shapes(self) -> dict[str, Shape]:
         """Shape of each of its tensors, by key without the prefix."""
         n = len(self.prefix)

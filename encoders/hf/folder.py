@@ -28,7 +28,7 @@ SECTIONS = ("vision_config", "audio_config", "sound_config", "encoder_config", "
 BESIDE = tuple(
     re.compile(pattern)
     for pattern in (
-        r"(.*\.)?(text_model|language_model|vision_tower|audio_tower|sound_encoder|decoder)\..*",
+        r"(.*\.)?(text_model|language_model|vision_tower|vision_model|audio_tower|sound_encoder|decoder)\..*",
         r"(model\.)?(layers|norm|embed_tokens|lm_head|proj_out|image_newline)(\..*)?",
         r"(.*\.)?(multi_modal_projector|mlp1|sound_projection|input_conditioner)\..*",
         r"(visual|text)_projection\.weight|logit_(scale|bias)|.*summary_idxs",

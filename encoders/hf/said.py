@@ -5,38 +5,16 @@ The tables of fields are those that the families are read by; written() tries th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from encoders.hf import vision
+from encoders.hf.said_audio import SOUND
+from encoders.hf.saying import Names, Rest, Said, named
 from encoders.vision.config import Pictures, VisionConfig
-from parallel.published import Shape
-
-Names = Mapping[str, tuple[str, Any]]
-Rest = Mapping[str, tuple[Shape, float | tuple[float, ...]]]
 
 # Names of transformers, the first of ours each.
 ACTIVATIONS = {ours: theirs for theirs, ours in reversed(vision.ACTIVATIONS.items())}
-
-
-@dataclass(frozen=True)
-class Said:
-    """How a family's folders say an encoder.
-
-    config: its section of config.json. processor: preprocessor_config.json. rest: by key, shape and value of
-    tensors that its class has beside ours. stem: what published folders put before its keys.
-    """
-
-    config: Callable[[Any], dict[str, Any]]
-    processor: Callable[[Any], dict[str, Any]]
-    rest: Callable[[Any], Rest]
-    stem: str = ""
-
-
-def named(cfg: Any, names: Names) -> dict[str, Any]:
-    """Fields of config.json from options. names: by option, the field and what it is where absent."""
-    return {theirs: getattr(cfg, ours) for ours, (theirs, _) in names.items()}
 
 
 def norm(key: str, width: int) -> Rest:
@@ -165,8 +143,13 @@ def processor(kind: str) -> Callable[[Any], dict[str, Any]]:
     return lambda cfg: picture_processor(kind, cfg.pictures)
 
 
-def nothing(cfg: Any) -> Rest:
-    return {}
+def conditioner(cfg: VisionConfig) -> Rest:
+    """RADIO's mean and std of pictures, and which of its tokens are a summary."""
+    out: dict[str, Any] = {}
+    for name, values in (("mean", cfg.pictures.mean), ("std", cfg.pictures.std)):
+        out[f"radio_model.input_conditioner.norm_{name}"] = ((len(values), 1, 1), tuple(values))
+    idxs = (0, 1) if cfg.class_tokens > 1 else (0,)
+    return {**out, "radio_model.summary_idxs": ((len(idxs),), idxs)}
 
 
 def final(key: str) -> Callable[[Any], Rest]:
@@ -179,17 +162,24 @@ def with_mask(key: str) -> Callable[[Any], Rest]:
     return lambda cfg: {**final(key)(cfg), "embeddings.mask_token": ((1, cfg.width), 0.0)}
 
 
+TOWER = "vision_model."  # of SigLIP and CLIP, which have a text tower too
+
 SAID: dict[str, Said] = {
-    "siglip": Said(siglip, processor("SiglipImageProcessor"), final("post_layernorm"), "vision_model."),
-    "siglip2": Said(siglip2, processor("Siglip2ImageProcessor"), final("post_layernorm"), "vision_model."),
+    "siglip": Said(
+        siglip, processor("SiglipImageProcessor"), final("vision_model.post_layernorm"), "vision_model."
+    ),
+    "siglip2": Said(
+        siglip2, processor("Siglip2ImageProcessor"), final("vision_model.post_layernorm"), "vision_model."
+    ),
     "clip": Said(
         clip,
         processor("CLIPImageProcessor"),
-        lambda cfg: norm("post_layernorm", cfg.width),
-        "vision_model.",
+        lambda cfg: norm(f"{TOWER}post_layernorm", cfg.width),
+        TOWER,
     ),
     "image_vit": Said(image_vit, processor("ViTImageProcessor"), final("layernorm")),
     "dinov2": Said(dinov2, processor("BitImageProcessor"), with_mask("layernorm")),
     "dinov3": Said(dinov3, processor("DINOv3ViTImageProcessor"), final("norm")),
-    "radio": Said(radio, processor("CLIPImageProcessor"), nothing),
+    "radio": Said(radio, processor("CLIPImageProcessor"), conditioner, "radio_model.model."),
+    **SOUND,
 }

@@ -9,7 +9,8 @@ from typing import Any
 from encoders.contract import Encoder
 from encoders.hf.family import Family, Part
 from encoders.hf.folder import FAMILIES, family_name, make_config
-from encoders.hf.said import SAID, Said
+from encoders.hf.said import SAID
+from encoders.hf.saying import Said
 from parallel.published import FileTensor, SafeFolder, Shape, file_tensors, module_shapes
 from parallel.topology.axis import Axes
 
@@ -24,7 +25,7 @@ class Written:
     config: its own config.json, or its section of a whole model's. processor: preprocessor_config.json.
     tensors: by keys without a prefix, of the encoder's parameters. shapes: of these, by name.
     rest: by key, shape and value of what its class has and ours does not: it changes no feature.
-    stem: what published whole models put before the keys, inside the tower's own prefix.
+    stem: what published folders put before the keys of `tensors`; those of `rest` have it.
     """
 
     family: Family
@@ -72,6 +73,9 @@ class _Planned(SafeFolder):
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self._shapes = shapes
+
+    def config(self) -> dict[str, Any]:
+        return {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: tuple(shape) for key, shape in self._shapes.items()}

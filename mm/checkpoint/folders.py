@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +24,18 @@ from mm.checkpoint.whole import one_process, read_whole
 from mm.config.build import build
 from mm.config.outline import SINK, llm_config
 from mm.config.schema import resolve
-from mm.containers.container import Container
-from mm.containers.registry import CONTAINERS, container_of, fitting
-from mm.containers.write import files_of
+from mm.containers.card import (
+    CARD,
+    PROJECTOR,
+    README,
+    card_of,
+    encoder_contents,
+    projector_contents,
+    readme,
+)
+from mm.containers.container import Container, Whole
+from mm.containers.registry import CONTAINERS, fitting, is_whole, misfits
+from mm.containers.write import files_of, with_constants
 from mm.data.published import TOKENIZER
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
 from mm.data.tokenizer_files import keep_tokenizer, write_tokenizer
@@ -32,7 +43,9 @@ from mm.errors import CheckpointError, Refused
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.plan.whole import whole_of
 from parallel import checkpoint as store
-from parallel.published import FILE_BYTES, SafeFolder, module_tensors, write_folder
+from parallel.published import FILE_BYTES, Fetch, module_tensors, write_folder
+
+DType = torch.dtype | None
 
 
 def import_hf(folder: Path, out: Path) -> str:
@@ -42,7 +55,7 @@ def import_hf(folder: Path, out: Path) -> str:
     Raises CheckpointError where the folder is of another family, incomplete, or has unknown tensors.
     """
     try:
-        if container_of(SafeFolder(folder)) is None:
+        if not is_whole(folder):
             model = load_hf(folder).model
             state: dict[str, Any] = {SINK: asdict(model.cfg)}
             tensors = {f"{SINK}.{key}": t for key, t in module_tensors(model).items()}
@@ -88,11 +101,11 @@ def _save(out: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
 def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: str | None = None) -> str:
     """Write the model of a checkpoint, saved under any layout, as a new Hugging Face folder.
 
-    A model with encoders is written as the container that can hold it. dtype: of the tensors; None keeps the
-    checkpoint's. family: the model_type of a container, or of a language model, which is then written alone;
-    None: the container that fits, and of a language model the family that it came from, or the first that can
-    say it. Raises CheckpointError where the checkpoint is damaged or has no language model, and where the
-    family cannot say it.
+    A model with encoders is written as the container that can hold it, or else as a folder a module with a
+    card (mm.containers.card). dtype: of the tensors; None keeps the checkpoint's. family: the model_type of a
+    container, or of a language model, which is then written alone; None: the container that fits, and of a
+    language model the family that it came from, or the first that can say it. Raises CheckpointError where
+    the checkpoint is damaged or has no language model, and where the family cannot say it.
     """
     try:
         wrong = store.verify(checkpoint)
@@ -111,11 +124,16 @@ def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: st
             cfg = build(LLMConfig, state[SINK], "the checkpoint's llm")
         else:
             run = one_process(state, checkpoint)
-            blueprint = draw_up(run, 1) if run.model and family not in FAMILIES else None
-            container = None if blueprint is None else _container(blueprint, family)
-            if blueprint is not None and container is not None:
+            if run.model and family not in FAMILIES:
                 assert tokenizer is not None
-                return _export_whole(container, blueprint, checkpoint, out, tokenizer, dtype)
+                whole = whole_of(draw_up(run, 1))
+                container, reasons = _container(whole, family)
+                if container is None:
+                    return _export_modules(whole, reasons, checkpoint, tokenizer, out=out, dtype=dtype)
+                values = values_of(checkpoint)
+                return _export_container(container, whole, values, tokenizer, out=out, dtype=dtype)
+            if family in CONTAINERS:
+                raise ValueError(f"it has no encoder, and a {family} folder has one")
             cfg = llm_config(run)
         export_checkpoint(checkpoint, out, cfg, name=SINK, dtype=dtype, family=family)
         if tokenizer is not None:
@@ -125,36 +143,72 @@ def export_hf(checkpoint: Path, out: Path, dtype: torch.dtype | None, family: st
         raise CheckpointError(f"cannot export {checkpoint}: {error}") from error
 
 
-def _container(blueprint: Blueprint, family: str | None) -> Container | None:
-    """The container that a model is written as. Raises ValueError where `family` names one that cannot."""
-    found, wrong = fitting(whole_of(blueprint))
+def _container(whole: Whole, family: str | None) -> tuple[Container | None, dict[str, list[str]]]:
+    """The container that a model is written as, and why others cannot hold it. Raises ValueError where
+    `family` names one that cannot."""
     if family is None:
-        return found
-    if wrong[family]:
-        raise ValueError(f"{CONTAINERS[family].title} cannot hold this model: {'; '.join(wrong[family])}")
-    return CONTAINERS[family]
+        return fitting(whole)
+    wrong = misfits(CONTAINERS[family], whole)
+    if wrong:
+        raise ValueError(f"{CONTAINERS[family].title} cannot hold this model: {'; '.join(wrong)}")
+    return CONTAINERS[family], {}
 
 
-def _export_whole(
-    container: Container,
-    blueprint: Blueprint,
-    checkpoint: Path,
-    out: Path,
-    tokenizer: AnyTokenizer,
-    dtype: torch.dtype | None,
+def _new(out: Path) -> Path:
+    """Where a folder is written until it is complete. Raises ValueError where it exists."""
+    if out.exists():
+        raise ValueError(f"{out} exists already; needed: the name of a new folder")
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    return partial
+
+
+def _write(file: Path, data: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _export_container(
+    container: Container, whole: Whole, values: Fetch, tokenizer: AnyTokenizer, out: Path, dtype: DType
 ) -> str:
     """Write a model as a container's folder."""
-    whole = whole_of(blueprint)
-    tokens = item_tokens(tokenizer, whole, container)
-    files, values = (
-        files_of(container, whole, {m: (t.id, t.text) for m, t in tokens.items()}),
-        values_of(checkpoint),
-    )
+    tokens = item_tokens(tokenizer, whole, container.tokens)
+    files = files_of(container, whole, {m: (t.id, t.text) for m, t in tokens.items()})
     check_zero(files.zero, values, container.title)
-    write_folder(files.contents, files.fetch(values), out, dtype, FILE_BYTES)
+    partial = _new(out)
+    write_folder(files.contents, with_constants(values, files.constants), partial, dtype, FILE_BYTES)
     for name, data in files.json.items():
-        (out / name).write_text(json.dumps(data, indent=2) + "\n")
-    write_tokenizer(tokenizer, out, trained=True)
+        _write(partial / name, data)
+    write_tokenizer(tokenizer, partial, trained=True)
     for token in tokens.values():
-        token.write(out)
+        token.write(partial)
+    os.replace(partial, out)
     return f"{out}: {container.title}, {container.architecture} of transformers"
+
+
+def _export_modules(
+    whole: Whole,
+    reasons: Mapping[str, list[str]],
+    checkpoint: Path,
+    tokenizer: AnyTokenizer,
+    out: Path,
+    dtype: DType,
+) -> str:
+    """Write a folder a module with a card: the language model's, the encoders' and projectors' in it."""
+    tokens = {m: tokenizer.placeholder_of(m) for m in whole.towers}
+    card = {**card_of(whole, tokens), "begin": [tokenizer.bos]}  # as training packs samples
+    partial, values = _new(out), values_of(checkpoint)
+    export_checkpoint(checkpoint, partial, whole.llm, name=SINK, dtype=dtype)
+    for name, tower in whole.towers.items():
+        contents, constants, said = encoder_contents(name, tower)
+        write_folder(contents, with_constants(values, constants), partial / name, dtype, FILE_BYTES)
+        if said is not None:
+            _write(partial / name / "preprocessor_config.json", said.processor)
+        projector = projector_contents(name, tower, whole.llm.d_model)
+        if projector is not None:
+            write_folder(projector, values, partial / name / PROJECTOR, dtype, FILE_BYTES)
+    write_tokenizer(tokenizer, partial, trained=True)
+    _write(partial / CARD, card)
+    (partial / README).write_text(readme(whole, card, reasons))
+    os.replace(partial, out)
+    return f"{out}: a folder a module, joined as {CARD} and {README} in it say"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 
-from mm.containers.container import Container, Whole
+from mm.containers.container import Token, Whole
 from mm.data.published import TOKENIZER, PublishedTokenizer
 from mm.data.tokenizer import AnyTokenizer
 from mm.data.tokenizer_files import BYTE_MARKERS
@@ -44,16 +45,17 @@ class ItemToken:
             note.write_text(json.dumps({**said, self.key: self.text}, indent=2, ensure_ascii=False) + "\n")
 
 
-def item_tokens(tokenizer: AnyTokenizer, whole: Whole, container: Container) -> dict[str, ItemToken]:
+def item_tokens(tokenizer: AnyTokenizer, whole: Whole, tokens: Mapping[str, Token]) -> dict[str, ItemToken]:
     """By module, the token in the place of its rows: the tokenizer's, or one that it is given.
 
+    tokens: by kind of module, the container's.
     Raises ValueError where it has none and the embedding has no row left for one.
     """
     out: dict[str, ItemToken] = {}
     taken: set[int] = set()
     free = tokenizer.needed if isinstance(tokenizer, PublishedTokenizer) else tokenizer.placeholder + 1
     for module, kind in whole.kinds.items():
-        token = container.tokens[kind]
+        token = tokens[kind]
         found = tokenizer.placeholder_of(module)
         if found != tokenizer.pad and found not in taken:
             taken.add(found)

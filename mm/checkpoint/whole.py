@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,16 @@ from mm.config.schema import Config, from_mapping
 from mm.containers.registry import projector_of
 from mm.plan.blueprint import Blueprint, bare_module, draw_up
 from mm.plan.whole import tower_of
-from parallel.published import FileTensor, SafeFolder, allocate, read_into, stored_dtypes
+from parallel.published import (
+    FileTensor,
+    SafeFolder,
+    allocate,
+    check_tensors,
+    module_shapes,
+    read_into,
+    stored_dtypes,
+)
+from parallel.published.tables import Part
 from parallel.topology.axis import Axes
 from parallel.topology.mesh import ModuleMesh
 
@@ -45,7 +54,7 @@ def one_process(state: Mapping[str, Any], path: Path) -> Config:
 
 
 def read_whole(folder: Path, device: torch.device | str = "cpu") -> tuple[Blueprint, dict[str, nn.Module]]:
-    """The model of a container's folder: its blueprint on one process, and its modules with their weights.
+    """The model of a container's folder, or of one with a card: its blueprint on one process, its modules.
 
     Weights have the dtypes of the files. Raises ValueError or Refused where the folder is of no known
     container, or its files do not fit.
@@ -64,26 +73,51 @@ def read_whole(folder: Path, device: torch.device | str = "cpu") -> tuple[Bluepr
         for _, before, tensors, files in parts:
             dtypes |= {before + n: kind for n, kind in stored_dtypes(tensors, files).items()}
         allocate(made, dtypes, device)
-        for inner, _, tensors, files in _parts(blueprint, m, made, folder):
+        for inner, _, tensors, files in parts:
             read_into(inner, tensors, files)
         modules[m] = made
     return blueprint, modules
 
 
-def _parts(
-    blueprint: Blueprint, name: str, module: nn.Module, folder: Path
-) -> list[tuple[nn.Module, str, Sequence[FileTensor], SafeFolder]]:
-    """What a module is read from: each of its parts, the prefix of its parameters, its tensors, the files."""
+def _parts(blueprint: Blueprint, name: str, module: nn.Module, folder: Path) -> list[_Source]:
+    """What a module is read from, part by part."""
     if isinstance(module, LLM):
-        return [(module, "", *check_folder(module.cfg, SafeFolder(folder)))]
+        return [_Source(module, "", *check_folder(module.cfg, SafeFolder(folder)))]
     assert isinstance(module, EncoderModule)
-    enc = blueprint.cfg.model[name]
-    opened = open_folder(folder, enc.encoder)
-    parts: list[Any] = [(module.encoder, "encoder.", opened.tensors, opened.part.folder)]
-    if enc.projector.weights is not None:
-        found = projector_of(enc.projector.weights, tower_of(blueprint, name), blueprint.llm.d_model)
-        parts.append((module.projector, "projector.", *found))
-    return parts
+    enc, encoder = blueprint.cfg.model[name], module.encoder
+    if enc.weights is not None:
+        opened = open_folder(enc.weights, enc.encoder)
+        parts = [_Source(encoder, "encoder.", opened.tensors, opened.part.folder)]
+    else:
+        files, shapes = SafeFolder(folder / name), module_shapes(encoder)
+        tensors = [FileTensor(n, s, (Part(n),)) for n, s in shapes.items()]
+        check_tensors(tensors, files.shapes(), str(files.path))
+        parts = [_Source(encoder, "encoder.", tensors, files)]
+    return parts + _projectors(module, blueprint, name)
+
+
+def _projectors(module: EncoderModule, blueprint: Blueprint, name: str) -> list[_Source]:
+    """What the projectors of a module are read from; nothing where its config names no folder, and on stages
+    that have none."""
+    weights = blueprint.cfg.model[name].projector.weights
+    if weights is None or module.projector is None:
+        return []
+    tower, width = tower_of(blueprint, name), blueprint.llm.d_model
+    nets: dict[str, nn.Module] = {"projector.": module.projector}
+    nets |= {f"level_projectors.{i}.": net for i, net in enumerate(module.level_projectors)}
+    return [
+        _Source(net, before, *projector_of(weights, name, tower, width, level))
+        for level, (before, net) in enumerate(nets.items())
+    ]
+
+
+class _Source(NamedTuple):
+    """A part of a module, the prefix of its parameters in it, its tensors in files, and the files."""
+
+    part: nn.Module
+    before: str
+    tensors: Sequence[FileTensor]
+    files: SafeFolder
 
 
 def fill_projector(
@@ -93,8 +127,5 @@ def fill_projector(
 
     Raises ValueError where the folder does not fit.
     """
-    weights = blueprint.cfg.model[name].projector.weights
-    if weights is None or module.projector is None:
-        return
-    tensors, files = projector_of(weights, tower_of(blueprint, name), blueprint.llm.d_model)
-    read_into(module.projector, tensors, files, mesh)
+    for source in _projectors(module, blueprint, name):
+        read_into(source.part, source.tensors, source.files, mesh)

@@ -21,11 +21,11 @@ def unfold(rest: dict[str, Any], model: dict[str, Any]) -> None:
     is another one starts anew. rest: the sections but for model. Raises Refused.
     """
     # Imported here because reading a folder needs torch.
-    from mm.containers.registry import modules_of
+    from mm.containers.registry import modules_of, options_of
 
     path = model.pop(FOLDER)
     try:
-        found = modules_of(Path(path))
+        found, options = modules_of(Path(path)), options_of(Path(path))
     except ValueError as error:
         raise Refused(f"model.folder: {error}") from error
     for name, module in found.items():
@@ -37,7 +37,7 @@ def unfold(rest: dict[str, Any], model: dict[str, Any]) -> None:
             if changed and "weights" not in (given.get("projector") or {}):
                 projector.pop("weights", None)
     llm = model.get("llm") or {}
-    model["llm"] = {"preset": path, **llm} if isinstance(llm, Mapping) else llm
+    model["llm"] = {"preset": path, **options, **llm} if isinstance(llm, Mapping) else llm
     _default(rest, "checkpoint", "weights", path)
     if (Path(path) / "tokenizer.json").is_file():
         _default(rest, "data", "tokenizer", path)

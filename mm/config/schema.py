@@ -210,7 +210,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if "layout" in raw and not raw.keys() - LAYOUT_FILE:
         raise Refused(f"{path} is a layout file; needed: a config, such as compare CONFIG --layouts {path}")
     for text in overrides:
-        _override(raw, text)
+        override(raw, text)
     return from_mapping(raw, path.resolve().parent)
 
 
@@ -285,7 +285,7 @@ def _count_steps(raw: dict[str, Any]) -> None:
         )
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     path = key.split(".")
     if not equals or not all(path):

@@ -19,8 +19,12 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Tower:
-    """An encoder's module: its encoder, its projector and the projector's hidden width."""
+    """An encoder's module: its encoder, its projector and the projector's hidden width.
 
+    encoder: the name of its class in a config.
+    """
+
+    encoder: str
     cls: type[Encoder]
     cfg: Any
     projector: ProjectorKind
@@ -66,7 +70,7 @@ class Token:
 class Container:
     """A kind of container.
 
-    name: model_type in config.json. architecture: the class of transformers. hint: what fits it, in words.
+    name: model_type in config.json. architecture: the class of transformers. hint: what fits it.
     unfit: by option of the config, what it is and what would fit; empty where the container can hold a model.
     language: the key of a tensor of the language model saved alone, in the container.
     places: by kind of module (Whole.kinds), where its tensors lie.
@@ -76,6 +80,7 @@ class Container:
     processor: processor_config.json, by the same and the texts of tokens.
     modules: the encoder modules of a folder, as a config names them, but for the folder of the weights.
         Raises ValueError for what ours cannot be.
+    options: of the language model, that its own config.json does not say.
     """
 
     name: str
@@ -89,3 +94,4 @@ class Container:
     config: Callable[[Whole, Mapping[str, Any], Mapping[str, Written]], dict[str, Any]]
     processor: Callable[[Whole, Mapping[str, Written], Mapping[str, str]], dict[str, Any]]
     modules: Callable[[SafeFolder], dict[str, dict[str, Any]]]
+    options: Callable[[SafeFolder], dict[str, Any]] = lambda folder: {}

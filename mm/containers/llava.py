@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from encoders.activations import ACTIVATIONS as OURS
 from encoders.hf import open_folder
 from encoders.hf.folder import family_name
 from encoders.hf.said import ACTIVATIONS
@@ -94,6 +93,25 @@ def processor(whole: Whole, towers: Mapping[str, Written], texts: Mapping[str, s
     }
 
 
+def two_linears(folder: SafeFolder, bias: str) -> dict[str, Any]:
+    """The projector of a folder, as a config has it. bias: the field that says whether its maps have one."""
+    said = folder.config()
+    known = {theirs: ours for ours, theirs in PROJECTED.items()}
+    act = said.get("projector_hidden_act", "gelu")
+    if act not in known:
+        raise ValueError(f"config.json has projector_hidden_act={act!r}; known: {', '.join(known)}")
+    found = folder.shapes().get(PROJECTOR[0][0])
+    if found is None:
+        raise ValueError(f"{folder.path} has no tensor {PROJECTOR[0][0]}; needed: the whole folder")
+    return {
+        "kind": "mlp",
+        "activation": known[act],
+        "bias": said.get(bias, True),
+        "norm": "none",
+        "hidden": found[0],
+    }
+
+
 def modules(folder: SafeFolder) -> dict[str, dict[str, Any]]:
     said = folder.config()
     opened = open_folder(folder.path)
@@ -119,21 +137,7 @@ def modules(folder: SafeFolder) -> dict[str, dict[str, Any]]:
             f"config.json has vision_feature_select_strategy={strategy!r}, which drops one row of each "
             f"picture, and its tower puts {cfg.prefix} tokens before those of patches; needed: full"
         )
-    text = said.get("text_config")
-    width = text.get("hidden_size") if isinstance(text, Mapping) else None
-    known = {theirs: ours for ours, theirs in PROJECTED.items()}
-    act = said.get("projector_hidden_act", "gelu")
-    if act not in known:
-        raise ValueError(f"config.json has projector_hidden_act={act!r}; known: {', '.join(known)}")
-    assert known[act] in OURS
-    hidden = folder.shapes().get(PROJECTOR[0][0], (width,))[0]
-    projector = {
-        "kind": "mlp",
-        "activation": known[act],
-        "bias": said.get("multimodal_projector_bias", True),
-        "norm": "none",
-        "hidden": hidden,
-    }
+    projector = two_linears(folder, "multimodal_projector_bias")
     return {MODULE: {"encoder": opened.family.encoder, "options": options, "projector": projector}}
 
 

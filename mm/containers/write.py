@@ -34,16 +34,6 @@ class Files:
     zero: Sequence[str]
     json: Mapping[str, Mapping[str, Any]]
 
-    def fetch(self, inner: Fetch) -> Fetch:
-        """inner, with the constants."""
-
-        def get(names: Sequence[str]) -> Mapping[str, Tensor]:
-            held = {n: self.constants[n] for n in names if n in self.constants}
-            rest = [n for n in names if n not in held]
-            return {**held, **(inner(rest) if rest else {})}
-
-        return get
-
 
 def files_of(container: Container, whole: Whole, tokens: Mapping[str, tuple[int, str]]) -> Files:
     """The files of a model in a container that can hold it.
@@ -52,21 +42,21 @@ def files_of(container: Container, whole: Whole, tokens: Mapping[str, tuple[int,
     """
     family = export_family(whole.llm)
     language, held, zero = model_tensors(whole.llm, family)
-    tensors = [_moved(t, container.language(t.key), f"{SINK}.") for t in language]
+    tensors = [moved(t, container.language(t.key), f"{SINK}.") for t in language]
     shapes: dict[str, Shape] = {f"{SINK}.{n}": s for n, s in held.items()}
     towers = {m: written(t.cls, t.cfg) for m, t in whole.towers.items()}
     constants: dict[str, Tensor] = {}
     for module, kind in whole.kinds.items():
         place, tower, projector = container.places[kind], towers[module], f"{module}.projector."
-        before = place.tower + tower.stem
-        tensors += [_moved(t, before + t.key, f"{module}.encoder.") for t in tower.tensors]
+        before = place.tower
+        tensors += [moved(t, before + tower.stem + t.key, f"{module}.encoder.") for t in tower.tensors]
         shapes |= {f"{module}.encoder.{n}": s for n, s in tower.shapes.items()}
-        for key, value in rest_of(tower).items():
-            name = f"={before}{key}"
-            tensors.append(FileTensor(before + key, tuple(value.shape), (Part(name),)))
-            constants[name], shapes[name] = value, tuple(value.shape)
+        found = constants_of(tower, before)
+        tensors += [FileTensor(n[1:], tuple(t.shape), (Part(n),)) for n, t in found.items()]
+        shapes |= {n: tuple(t.shape) for n, t in found.items()}
+        constants |= found
         joined = projector_shapes(whole.towers[module], whole.llm.d_model)
-        tensors += [_moved(t, t.key, projector) for t in projector_tensors(place.projector, joined)]
+        tensors += [moved(t, t.key, projector) for t in projector_tensors(place.projector, joined)]
         shapes |= {projector + n: s for n, s in joined.items()}
     config = {
         "architectures": [container.architecture],
@@ -90,10 +80,28 @@ def _precise(key: str) -> bool:
     return key.endswith("e_score_correction_bias")
 
 
-def _moved(tensor: FileTensor, key: str, before: str) -> FileTensor:
+def moved(tensor: FileTensor, key: str, before: str) -> FileTensor:
     """A tensor of a module under its key in the container, its parameters under their names in a job."""
     parts = tuple(replace(p, name=before + p.name) for p in tensor.parts)
     return replace(tensor, key=key, parts=parts)
+
+
+def with_constants(inner: Fetch, constants: Mapping[str, Tensor]) -> Fetch:
+    """inner, with constants in the dtype of what was fetched before them."""
+    last: list[torch.dtype] = []
+
+    def get(names: Sequence[str]) -> Mapping[str, Tensor]:
+        if names[0] in constants:
+            return {n: _as(constants[n], last[-1]) for n in names}
+        found = inner(names)
+        last[:] = [t.dtype for t in found.values()]
+        return found
+
+    return get
+
+
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def projector_shapes(tower: Tower, d_model: int) -> dict[str, Shape]:
@@ -109,10 +117,10 @@ def projector_tensors(pairs: Pairs, shapes: Mapping[str, Shape]) -> list[FileTen
     return out
 
 
-def rest_of(tower: Written) -> dict[str, Tensor]:
-    """By key, the tensors that a class has beside those of ours."""
+def constants_of(tower: Written, before: str) -> dict[str, Tensor]:
+    """Tensors that a class has beside those of ours, by "=" and their key; before: what it begins with."""
     return {
-        key: torch.stack([torch.full((), v) for v in value]).view(shape)
+        f"={before}{key}": torch.stack([torch.full((), v) for v in value]).view(shape)
         if isinstance(value, tuple)
         else torch.full(shape, value)
         for key, (shape, value) in tower.rest.items()

@@ -20,6 +20,7 @@ from mm.data.probes import register_probe as register_probe  # documented here f
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Broken, Index, Part, Sample, Segment
 from mm.data.scan import VERSION, SampleEntry, SegmentEntry, ShardIndex, build_index, headers_digest
+from mm.data.sources import source_names
 from mm.data.tokenizer import AnyTokenizer
 from mm.data.tokens import load, read_or_encode, store
 from mm.errors import DataError
@@ -112,7 +113,8 @@ def load_index(
     shards: list[str] = []
     torn: list[str] = []
     ignored: dict[str, int] = {}
-    for path in find_shards(patterns, base, made_by):
+    paths = find_shards(patterns, base, made_by)
+    for path, source in zip(paths, source_names([str(path) for path in paths]), strict=True):
         shard, raw = str(path), read_or_build(path, write=write)
         shards.append(shard)
         torn += [shard] if raw["torn"] else []
@@ -126,7 +128,7 @@ def load_index(
             if isinstance(segments, str):
                 broken.append(Broken(shard, entry["key"], segments))
             else:
-                samples.append(_sample(len(samples), shard, entry, segments))
+                samples.append(_sample(len(samples), shard, source, entry, segments))
     if not samples:
         why = "; ".join(f"{key or 'all'} of {shard}: {what}" for shard, key, what in broken[:3])
         raise DataError(f"no usable sample in {', '.join(patterns)}: {why or 'the shards are empty'}")
@@ -138,7 +140,9 @@ def _in_bytes(entry: SampleEntry) -> list[SegmentEntry] | str:
     return NO_TEMPLATE if entry.get("chat") else entry["segments"]
 
 
-def _sample(number: int, shard: str, entry: SampleEntry, segments: Sequence[SegmentEntry]) -> Sample:
+def _sample(
+    number: int, shard: str, source: str, entry: SampleEntry, segments: Sequence[SegmentEntry]
+) -> Sample:
     """A sample from its entry in the index of a shard. segments: in the lengths of the tokenizer."""
     parts = {
         name: Part(shard, name, p["offset"], p["size"], p["sha256"], p["meta"])
@@ -154,4 +158,5 @@ def _sample(number: int, shard: str, entry: SampleEntry, segments: Sequence[Segm
         )
         for s in segments
     )
-    return Sample(number, entry["key"], shard, made, parts["json"], markers=not entry.get("chat", False))
+    markers = not entry.get("chat", False)
+    return Sample(number, entry["key"], shard, made, parts["json"], markers=markers, source=source)

@@ -54,6 +54,7 @@ class Sample:
     json: Part
     truncated: bool = False  # only its beginning is used, so its end marker is not learned
     markers: bool = True  # a begin and an end marker are put around it; not where a chat template writes them
+    source: str = ""  # the data set that it is of (mm/data/sources.py)
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""

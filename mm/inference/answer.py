@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llm.decode import GREEDY, Prompt, Sampling, decode
+from llm.decode import GREEDY, Prompt, Sampling
 from mm.data.encode import turn_end
 from mm.data.published import PublishedTokenizer
 from mm.data.tokenizer import AnyTokenizer
-from mm.inference.whole import WholeModel
+from mm.inference.asked import Asked
 
 
 def answer(
-    model: WholeModel, prompt: Prompt, limit: int, sampling: Sampling = GREEDY, *, chat: bool = False
+    model: Asked, prompt: Prompt, limit: int, sampling: Sampling = GREEDY, *, chat: bool = False
 ) -> Iterator[int]:
     """The ids that follow a prompt, at most `limit`; the one that ends the answer is the last.
 
@@ -22,7 +22,7 @@ def answer(
     if chat and isinstance(model.tokenizer, PublishedTokenizer):
         end = turn_end(model.tokenizer)
         stops |= set() if end is None else {end}
-    for (token,) in decode(model.llm, [prompt], limit, sampling, stops):
+    for (token,) in model.decode([prompt], limit, sampling, stops):
         if token is not None:
             yield token
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoders.contract import Features, pack_items
+from encoders.contract import pack_items
 from llm.decode import Prompt
 from mm.data.conversation import parse_messages
 from mm.data.encode import TokenSegment, encode_prompt, encode_samples
@@ -17,14 +17,14 @@ from mm.data.probes import metadata
 from mm.data.published import MODULES, PublishedTokenizer
 from mm.data.sample import segments_of
 from mm.errors import DataError, Refused
-from mm.inference.whole import WholeModel
+from mm.inference.asked import Asked
 from mm.plan.inputs import item_run
 from parallel.sequence.grid import Run, grid_positions
 from parallel.sequence.host import to_device
 
 
 def sample_of(
-    model: WholeModel, text: str, files: Sequence[tuple[str, Path]], *, chat: bool = False
+    model: Asked, text: str, files: Sequence[tuple[str, Path]], *, chat: bool = False
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """A sample of items and then a text, and its payloads by name; files: (kind, path), as "image".
 
@@ -43,19 +43,19 @@ def sample_of(
     return {"messages": [{"role": "user", "content": content}]}, payloads
 
 
-def module_of(model: WholeModel, kind: str) -> str:
+def module_of(model: Asked, kind: str) -> str:
     """The module that takes items of a kind: the one of that name, or the only one there is."""
     for name in (MODULES[kind], kind):
-        if name in model.encoders:
+        if name in model.uses:
             return name
-    others = [m for m in model.encoders if m not in MODULES.values()]
+    others = [m for m in model.uses if m not in MODULES.values()]
     if len(others) == 1:
         return others[0]
-    have = ", ".join(model.encoders) or "none"
+    have = ", ".join(model.uses) or "none"
     raise Refused(f"the model has no encoder for an {kind}; it has: {have}")
 
 
-def read_prompt(model: WholeModel, sample: Mapping[str, Any], payloads: Mapping[str, bytes]) -> Prompt:
+def read_prompt(model: Asked, sample: Mapping[str, Any], payloads: Mapping[str, bytes]) -> Prompt:
     """The prompt of a sample's json, segments or messages, up to where its answer begins.
 
     payloads: of its items, by the names that the json gives them. Raises DataError in words.
@@ -71,8 +71,8 @@ def read_prompt(model: WholeModel, sample: Mapping[str, Any], payloads: Mapping[
                 ids += seg.ids
                 runs.append(len(seg.ids))
                 continue
-            if seg.kind not in model.encoders:
-                have = ", ".join(model.encoders) or "none"
+            if seg.kind not in model.uses:
+                have = ", ".join(model.uses) or "none"
                 raise ValueError(f"{seg.name} is for module {seg.kind}; the model has: {have}")
             found, run = item_rows(model, seg.kind, seg.name, payloads[seg.name])
             entering.setdefault(seg.kind, []).extend(range(len(ids), len(ids) + len(found)))
@@ -82,7 +82,7 @@ def read_prompt(model: WholeModel, sample: Mapping[str, Any], payloads: Mapping[
     except (ValueError, KeyError, OSError, EOFError) as error:
         raise DataError(f"the prompt cannot be used: {error}") from error
     at = {m: torch.tensor(p, device=model.device) for m, p in entering.items()}
-    axes = model.llm.cfg.rope_axes is not None
+    axes = model.cfg.rope_axes is not None
     return Prompt(
         torch.tensor(ids, device=model.device),
         {m: torch.cat(r) for m, r in rows.items()},
@@ -91,7 +91,7 @@ def read_prompt(model: WholeModel, sample: Mapping[str, Any], payloads: Mapping[
     )
 
 
-def _segments(model: WholeModel, sample: Mapping[str, Any]) -> Sequence[TokenSegment]:
+def _segments(model: Asked, sample: Mapping[str, Any]) -> Sequence[TokenSegment]:
     if "messages" not in sample:
         found = encode_samples([segments_of(sample)], model.tokenizer)[0]
         assert not isinstance(found, str), "only conversations cannot be encoded"
@@ -101,16 +101,13 @@ def _segments(model: WholeModel, sample: Mapping[str, Any]) -> Sequence[TokenSeg
     return encode_prompt(parse_messages(sample), model.tokenizer)
 
 
-@torch.no_grad()
-def item_rows(model: WholeModel, module: str, name: str, payload: bytes) -> tuple[Tensor, Run]:
+def item_rows(model: Asked, module: str, name: str, payload: bytes) -> tuple[Tensor, Run]:
     """The rows of an item [R, d], or [R, levels, d], and how they lie; raises ValueError where its encoder
     cannot take it."""
-    use, encoder = model.uses[module], model.encoders[module]
+    use = model.uses[module]
     meta = metadata(name.rpartition(".")[2].lower(), payload)
     use.cls.rows(use.cfg, meta)  # refuses what does not fit, in words
     prepared = use.cls.prepare(use.cfg, payload, meta)
-    dtype = next(encoder.parameters()).dtype
-    batch = pack_items(use.cls, use.cfg, [prepared], [meta], device=model.device, dtype=dtype)
-    found = encoder(batch)
-    assert isinstance(found, Features)
-    return found.values, item_run(use, meta, len(found.values))
+    batch = pack_items(use.cls, use.cfg, [prepared], [meta], device=model.device, dtype=model.dtype)
+    found = model.encode(module, batch)
+    return found, item_run(use, meta, len(found))

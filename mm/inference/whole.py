@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from encoders.contract import Features, ItemBatch
 from encoders.module import EncoderModule
 from llm.config import LLMConfig
+from llm.decode import Prompt, Sampling, decode
 from llm.hf import load_hf
 from llm.model import LLM, precise_modules
 from mm.checkpoint.state import tokenizer_of
 from mm.checkpoint.whole import one_process, read_whole
 from mm.config.build import build
 from mm.config.outline import SINK
-from mm.containers.registry import container_of
+from mm.containers.card import read_card
+from mm.containers.registry import is_whole
 from mm.data.published import TOKENIZER
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
@@ -26,7 +29,7 @@ from mm.errors import CheckpointError, Refused
 from mm.plan.blueprint import Blueprint, bare_module, draw_up
 from mm.plan.inputs import EncoderUse
 from parallel import checkpoint as store
-from parallel.published import SafeFolder, module_tensors
+from parallel.published import module_tensors
 from parallel.topology.axis import Axes
 
 
@@ -46,6 +49,11 @@ class WholeModel:
     """Ids that end an answer, in the same way."""
 
     @property
+    def cfg(self) -> LLMConfig:
+        """Of the language model."""
+        return self.llm.cfg
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the embedding."""
         return next(self.llm.parameters()).dtype
@@ -54,6 +62,19 @@ class WholeModel:
     def device(self) -> torch.device:
         """Where it is."""
         return next(self.llm.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, module: str, batch: ItemBatch) -> Tensor:
+        """The rows of items of a module [R, d], or [R, levels, d]."""
+        found = self.encoders[module](batch)
+        assert isinstance(found, Features)
+        return found.values
+
+    def decode(
+        self, prompts: Sequence[Prompt], limit: int, sampling: Sampling, stops: Collection[int]
+    ) -> Iterator[list[int | None]]:
+        """llm.decode.decode() of the language model."""
+        return decode(self.llm, prompts, limit, sampling, stops)
 
 
 def load_whole(
@@ -69,16 +90,17 @@ def load_whole(
         if (path / "config.json").is_file() and not (path / store.MANIFEST).is_file():
             found = _published(path)
         else:
-            found = _checkpoint(path if (path / store.MANIFEST).is_file() else _newest(path))
+            found = _checkpoint(path if (path / store.MANIFEST).is_file() else newest(path))
     except (ValueError, KeyError, Refused) as error:
         raise CheckpointError(f"cannot load {path}: {error}") from error
     for module in (found.llm, *found.encoders.values()):
-        _cast(module, dtype)
+        cast(module, dtype)
         module.to(device).eval().requires_grad_(False)
     return found
 
 
-def _newest(path: Path) -> Path:
+def newest(path: Path) -> Path:
+    """The newest checkpoint of a run's folder; raises CheckpointError where it has none."""
     found = store.published(path) if path.is_dir() else []
     if not found:
         what = "has no checkpoint and no config.json" if path.is_dir() else "does not exist"
@@ -93,10 +115,12 @@ def _published(folder: Path) -> WholeModel:
     if not (folder / TOKENIZER).is_file():
         raise ValueError(f"it has no {TOKENIZER}; llm.load_hf gives its model, which takes ids")
     tokenizer = make_tokenizer(str(folder))
-    if container_of(SafeFolder(folder)) is not None:
+    if is_whole(folder):
         blueprint, made = read_whole(folder)
         found = _whole(blueprint, made)
-        return replace(found, begin=tuple(tokenizer.begin), stops=tokenizer.stops)
+        card = read_card(folder) or {}
+        begin = tuple(card.get("begin", tokenizer.begin))
+        return replace(found, begin=begin, stops=tokenizer.stops)
     return WholeModel(load_hf(folder).model, {}, {}, tokenizer, tuple(tokenizer.begin), tokenizer.stops)
 
 
@@ -110,12 +134,12 @@ def _checkpoint(path: Path) -> WholeModel:
         if tokenizer is None:
             raise ValueError(f"{path.parent / KEPT} is not there: it was imported without a tokenizer")
         llm = LLM(build(LLMConfig, state[SINK], "the checkpoint's llm"))
-        _fill(path, {SINK: llm})
+        fill(path, [(SINK, llm)])
         return WholeModel(llm, {}, {}, tokenizer, tuple(tokenizer.begin), tokenizer.stops)
     blueprint = draw_up(one_process(state, path), 1)
     stages = {m: blueprint.stages[m][0] for m in blueprint.modules}
     made = {m: bare_module(blueprint, m, Axes(), stage, "cpu") for m, stage in stages.items()}
-    _fill(path, made)
+    fill(path, list(made.items()))
     return _whole(blueprint, made)
 
 
@@ -130,15 +154,16 @@ def _whole(blueprint: Blueprint, made: Mapping[str, nn.Module]) -> WholeModel:
     )
 
 
-def _fill(path: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Read all parameters and persistent buffers of whole modules."""
-    tensors = {f"{m}.{key}": t for m, module in modules.items() for key, t in module_tensors(module).items()}
+def fill(path: Path, parts: Sequence[tuple[str, nn.Module]]) -> None:
+    """Read all parameters and persistent buffers of modules, or of what a rank holds of them, by name."""
+    tensors = {f"{m}.{key}": t for m, part in parts for key, t in module_tensors(part).items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is ")  # one process is intended
+        warnings.filterwarnings("ignore", "torch.distributed is ")  # one process may be intended
         store.load(path, tensors)
 
 
-def _cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+def cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Convert the weights of a module, but those that keep their dtype in training; None: convert none."""
     if dtype is None:
         return
     kept = precise_modules(module) if isinstance(module, LLM) else []

@@ -20,6 +20,7 @@ from mm.data.sample import Part, Sample
 from mm.plan.dealing import Seats, by_count, deal_samples, load_imbalance
 from mm.plan.inputs import PlanInputs
 from mm.plan.items import EdgeItems, edge_items
+from mm.plan.subsets import Subsets
 from mm.plan.table import Costs, SampleTable
 from parallel.boundary import (
     ItemColumns,
@@ -98,6 +99,11 @@ class StepPlan:
     def sample_ids(self) -> tuple[int, ...]:
         """Ids of the samples in order of the batch."""
         return tuple(self._of_batch(self.table.ids).tolist())
+
+    @cached_property
+    def subsets(self) -> Subsets:
+        """Its samples by modality and by data set."""
+        return Subsets.of_table(self.table)
 
     @cached_property
     def supervised(self) -> int:
@@ -206,6 +212,11 @@ class Microbatch:
     def length(self) -> tuple[int, ...]:
         """By sample, in tokens."""
         return tuple(self.plan.table.length[self._lines].tolist())
+
+    @cached_property
+    def subset(self) -> Column:
+        """By sample, the index of its subset."""
+        return self.plan.subsets.of[self._lines]
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:

@@ -62,7 +62,8 @@ class SampleTable:
     """Samples, a line a sample.
 
     samples, which: line j is samples[which[j]]. ids: of the samples. length, supervised: in tokens. mtp:
-    supervised tokens at each depth of multi-token prediction, [depths, lines]. items: by encoder.
+    supervised tokens at each depth of multi-token prediction, [depths, lines]. items: by encoder. sources:
+    the data sets that samples are of, in alphabetical order. source: by line, the index of its own.
     """
 
     samples: Sequence[Sample]
@@ -72,6 +73,8 @@ class SampleTable:
     supervised: Column
     mtp: Column
     items: Mapping[str, Items]
+    sources: tuple[str, ...]
+    source: Column
 
     @staticmethod
     def of(samples: Sequence[Sample], inputs: PlanInputs, skip: Collection[int] = ()) -> SampleTable:
@@ -90,6 +93,7 @@ class SampleTable:
                 _append_items(sample, inputs, found)
             for m, n in already.items():
                 of[m].append(len(found[m]) - n)
+        sources, source = np.unique(np.asarray([s.source for s in samples], dtype=str), return_inverse=True)
         return SampleTable(
             samples=samples,
             which=np.arange(len(samples)),
@@ -98,6 +102,8 @@ class SampleTable:
             supervised=np.asarray(supervised, dtype=np.int64),
             mtp=np.asarray(mtp, dtype=np.int64).reshape(len(samples), inputs.mtp_depths).T,
             items={m: _items(of[m], found[m]) for m in inputs.encoders},
+            sources=tuple(sources.tolist()),
+            source=source.astype(np.int64),
         )
 
     def take(self, which: Column) -> SampleTable:
@@ -110,6 +116,8 @@ class SampleTable:
             supervised=self.supervised[which],
             mtp=self.mtp[:, which],
             items={m: items.take(which) for m, items in self.items.items()},
+            sources=self.sources,
+            source=self.source[which],
         )
 
     def sample(self, line: int) -> Sample:

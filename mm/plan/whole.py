@@ -13,5 +13,5 @@ def whole_of(blueprint: Blueprint) -> Whole:
 
 def tower_of(blueprint: Blueprint, module: str) -> Tower:
     """An encoder module."""
-    use, projector = blueprint.inputs.encoders[module], blueprint.cfg.model[module].projector
-    return Tower(use.cls, use.cfg, projector_kind(projector), projector.hidden)
+    use, enc = blueprint.inputs.encoders[module], blueprint.cfg.model[module]
+    return Tower(enc.encoder, use.cls, use.cfg, projector_kind(enc.projector), enc.projector.hidden)

@@ -39,6 +39,7 @@ class RankMicrobatch:
     llm: LLMBatch | None  # the packed text; None on ranks without the language model
     depends: Mapping[str, Tensor]  # by module, which labels depend on it: bool [T]
     edges: Mapping[Edge, EdgePlan]  # by edge whose encoder has items on any rank, this rank's boundary plan
+    subsets: Tensor | None  # by token with a loss (llm.loss_rows[0]), its subset: int64 [S]; None as llm
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,12 @@ class Assembler:
                 items[module], names[module] = self._items(module, mb, bad)
         llm: LLMBatch | None = None
         depends: dict[str, Tensor] = {}
+        subsets: Tensor | None = None
         if self.rank in self.inputs.llm.ranks:
-            llm, depends = self._text(mb, counts, bad, boundary.positions)
+            llm, depends, subsets = self._text(mb, counts, bad, boundary.positions)
         if len(bad) > before:
             return None
-        return RankMicrobatch(items, names, llm, depends, boundary.edges)
+        return RankMicrobatch(items, names, llm, depends, boundary.edges, subsets)
 
     def _items(self, module: str, mb: Microbatch, bad: list[BadSample]) -> tuple[ItemBatch, tuple[str, ...]]:
         """The inputs of an encoder here, and the sample key of each item."""
@@ -149,9 +151,9 @@ class Assembler:
 
     def _text(
         self, mb: Microbatch, counts: Counts, bad: list[BadSample], positions: Mapping[str, Column]
-    ) -> tuple[LLMBatch, dict[str, Tensor]]:
-        """The packed text of this rank, and by module which labels depend on it: bool [T]. positions: by
-        module whose rows enter here, those of its rows."""
+    ) -> tuple[LLMBatch, dict[str, Tensor], Tensor]:
+        """The packed text of this rank, by module which labels depend on it: bool [T], and RankMicrobatch's
+        subsets. positions: by module whose rows enter here, those of its rows."""
         llm, tok, depths = self.inputs.llm, self.tokenizer, self.inputs.mtp_depths
         coord = llm.coord(self.rank)
         total = mb.tokens[coord.dp]
@@ -159,8 +161,8 @@ class Assembler:
         labels = np.full(total, IGNORE, dtype=np.int64)
         depends = {m: np.zeros(total, dtype=bool) for m in self.inputs.encoders}
         reads = coord.pp in (0, llm.pp - 1)  # stages between need no text, only lengths
-        lengths, n_real = [], 0
-        for j in mb.samples_of(coord.dp):
+        lengths, n_real, mine = [], 0, mb.samples_of(coord.dp)
+        for j in mine:
             try:
                 if reads:
                     self._write_sample(mb.sample(j), n_real, ids, labels, depends)
@@ -168,6 +170,8 @@ class Assembler:
                 bad.append(error)
             n_real += mb.length[j]
             lengths.append(mb.length[j])
+        subset = np.zeros(total, dtype=np.int64)
+        subset[:n_real] = np.repeat(mb.subset[mine], lengths)
         if n_real < total:
             lengths.append(total - n_real)
         packing = pack(
@@ -181,10 +185,11 @@ class Assembler:
             packing = with_places(packing, mb, coord.dp)
         text = [torch.from_numpy(ids), torch.from_numpy(labels)]
         mtp = ahead(text[0], text[1], Packing.of(lengths), depths) if depths else None
-        flags = {m: torch.from_numpy(d) for m, d in depends.items()}
+        flags, subsets = {m: torch.from_numpy(d) for m, d in depends.items()}, torch.from_numpy(subset)
         if isinstance(packing, ContextPacking):
             own = torch.from_numpy(packing.rows)
             text, flags = [t[own] for t in text], {m: f[own] for m, f in flags.items()}
+            subsets = subsets[own]
             mtp = None if mtp is None else (mtp[0][:, own], mtp[1][:, own])
             n_real = packing.rows_before(n_real)
         supervises = loss_rows(text[1], None if mtp is None else mtp[1])
@@ -200,7 +205,8 @@ class Assembler:
             routed=self._routed(mb),
             loss_rows=tuple(to_device(rows, self.device) for rows in supervises),
         )
-        return batch, {m: to_device(f, self.device) for m, f in flags.items()}
+        with_loss = to_device(subsets[supervises[0]], self.device)
+        return batch, {m: to_device(f, self.device) for m, f in flags.items()}, with_loss
 
     def _routed(self, mb: Microbatch) -> Table | None:
         """Tokens that each rank routes, of those that share experts with this one."""

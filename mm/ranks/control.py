@@ -71,13 +71,26 @@ class Control:
         tensors = {i: v for i, v in enumerate(values) if isinstance(v, Tensor)}
         numbers = [0.0 if i in tensors else v for i, v in enumerate(values)]
         mine = to_device(np.array(numbers, dtype=np.float64), self.device)
-        for i, scalar in tensors.items():
-            mine[i].copy_(scalar)
+        if tensors:
+            at = to_device(np.fromiter(tensors, dtype=np.int64), self.device)
+            mine.index_copy_(0, at, torch.stack([v.to(mine) for v in tensors.values()]))
         return self._gather(mine)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on some rank, the same on all of them."""
         return bool(self.gather([float(flag)]).any())
+
+    def overdue(self, error: RuntimeError) -> PolyrankError:
+        """What to raise for a time-out in messages of some ranks: it names those that have not come to one.
+
+        Every rank whose wait has timed out calls this.
+        """
+        number = next(self._numbers)
+        if self.store is not None:
+            self.store.set(self._key(dist.get_rank(self.group)), str(number))
+        return PolyrankError(
+            self._missing(number, dist.get_world_size(self.group), str(error).split("\n")[0])
+        )
 
     def agree(self, plan: StepPlan, bad: Collection[int]) -> frozenset[int]:
         """compare() by a message of its own."""

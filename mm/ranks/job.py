@@ -143,13 +143,7 @@ def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job
     draw: whether weights get their initial values; not where tensors have no values (mm.virtual).
     """
     cfg = blueprint.cfg
-    groups = make_groups(blueprint.groups, timeout_s=cfg.run.timeout_s, store=rank.store)
-    # Before anything else is sent: later first uses would meet in whatever order the ranks come to them.
-    warm_up(groups, rank.device, _ends(blueprint), node_size=rank.node_size)
-    meshes = {
-        m: build_mesh(layout, rank.device.type, groups=groups, shards=blueprint.shards(m))
-        for m, layout in blueprint.layouts.items()
-    }
+    groups, meshes = make_meshes(blueprint, rank)
     turns = Turns(rank.device)
     here = {m: _taking(turns, mesh) for m, mesh in meshes.items() if mesh is not None}
     boundaries = _boundaries(groups, blueprint, rank)
@@ -181,6 +175,19 @@ def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job
         control=Control(whole_job(), rank.device, rank.store),
         turns=turns,
     )
+
+
+def make_meshes(blueprint: Blueprint, rank: RankInfo) -> tuple[Groups, dict[str, ModuleMesh | None]]:
+    """The process groups of a job, connected, and by module its meshes; None where it is not on this rank.
+    Every rank of the job calls this."""
+    groups = make_groups(blueprint.groups, timeout_s=blueprint.cfg.run.timeout_s, store=rank.store)
+    # Before anything else is sent: later first uses would meet in whatever order the ranks come to them.
+    warm_up(groups, rank.device, _ends(blueprint), node_size=rank.node_size)
+    meshes = {
+        m: build_mesh(layout, rank.device.type, groups=groups, shards=blueprint.shards(m))
+        for m, layout in blueprint.layouts.items()
+    }
+    return groups, meshes
 
 
 def _taking(turns: Turns, mesh: ModuleMesh) -> ModuleMesh:

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from mm.containers.registry import fitting
 from mm.data.inspect import count_lines
 from mm.data.sample import Index
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.plan.data_parallel import policy_costs
+from mm.plan.whole import whole_of
 from mm.ranks.memory import device_memory
 from parallel.topology.axis import Axes
 
@@ -31,6 +33,7 @@ def header(blueprint: Blueprint, indexes: Mapping[str, Index], device: str, back
         f"ranks     {blueprint.world} on {device}, messages by {backend}",
         f"schedule  {schedule}, {n} micro-batch{'es' if n > 1 else ''} a step",
     ]
+    lines += [f"export    {line}" for line in export_lines(blueprint)]
     rows: list[tuple[str, ...]] = [("module", "trained", "frozen", "ranks", "layout")]
     for m in blueprint.modules:
         layout = blueprint.layouts[m]
@@ -43,6 +46,23 @@ def header(blueprint: Blueprint, indexes: Mapping[str, Index], device: str, back
     learn = {"training": list(blueprint.inputs.encoders)}
     data = [line for name, i in indexes.items() for line in count_lines(name, i, learn.get(name, ()))]
     return "\n".join([*lines, *_aligned(rows), *data])
+
+
+def export_lines(blueprint: Blueprint) -> list[str]:
+    """As what `checkpoint export` will write the model; where no container can hold it, what each would need.
+
+    Nothing for a language model alone.
+    """
+    if not blueprint.inputs.encoders:
+        return []
+    whole = whole_of(blueprint)
+    container, wrong = fitting(whole)
+    if container is not None:
+        return [f"as {container.title}: {container.architecture} of transformers"]
+    near = min(wrong, key=lambda title: len(wrong[title]))
+    return ["a folder a module with a card; no container of transformers holds this model"] + [
+        f"for {near}: {why}" for why in wrong[near]
+    ]
 
 
 class ParameterCount(NamedTuple):

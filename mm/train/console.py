@@ -83,6 +83,8 @@ class Console:
             "step_s": timed.step_s,
         }
         shown |= {f"grad_norm/{m}": norm for m, norm in metrics.grad_norm_by_module.items()}
+        for by in (metrics.loss_by_modality, metrics.loss_by_source):
+            shown |= {f"loss/{name}": found.loss for name, found in by.items()} if len(by) > 1 else {}
         self._plot(metrics.step, shown)
 
     def _plot(self, step: int, values: Mapping[str, float]) -> None:

@@ -21,12 +21,13 @@ OnTokens = Callable[[RankMicrobatch, Tensor], None]
 
 
 class Forward:
-    """Handler of FORWARD. loss: float64 scalar, this rank's part of the step's loss so far."""
+    """Handler of FORWARD. losses: by subset of the step's samples, this rank's part of its loss so far."""
 
     def __init__(self, flight: Flight, transfers: Transfers, on_tokens: OnTokens | None) -> None:
         self.flight, self.transfers, self.on_tokens = flight, transfers, on_tokens
         self.micro, self.supervised = flight.prepared.micro, flight.prepared.plan.supervised
-        self.loss = torch.zeros((), dtype=torch.float64, device=flight.job.rank.device)
+        n, device = len(flight.prepared.plan.subsets.names), flight.job.rank.device
+        self.losses = torch.zeros(n, dtype=torch.float64, device=device)
 
     def forward(self, action: Action) -> float:
         """Run a stage; returns when its inputs had come."""
@@ -83,5 +84,11 @@ class Forward:
         if self.flight.learns(key):
             self.flight[key].output.fill(loss)
         if self.flight.job.counts_loss:
-            self.loss += loss.detach()
+            self._add(mb, out.detach())
         return ready
+
+    def _add(self, mb: RankMicrobatch, token_loss: Tensor) -> None:
+        """Add the losses [T] of a micro-batch's tokens to those of their subsets."""
+        assert mb.llm is not None and mb.llm.loss_rows is not None and mb.subsets is not None
+        found = token_loss.index_select(0, mb.llm.loss_rows[0]).to(torch.float64)
+        self.losses.index_add_(0, mb.subsets, found, alpha=1 / self.supervised)

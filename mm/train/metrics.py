@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mm.plan.step_plan import Imbalance
+from mm.plan.subsets import SubsetLoss
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class StepMetrics:
     optimizer_s: float  # gradients' sums and update
     boundary: Mapping[str, BoundaryMetrics]  # by encoder
     objectives: Mapping[str, float]  # unweighted, without the next token's loss
+    loss_by_modality: Mapping[str, SubsetLoss]  # of samples with items of these modules: vision+audio; text
+    loss_by_source: Mapping[str, SubsetLoss]  # by data set (mm/data/sources.py)
     imbalance: Mapping[str, Imbalance]  # by module, means over the micro-batches in which it has work
     skipped_items: int
     stop: bool  # a rank was asked to end
@@ -42,6 +45,8 @@ class StepMetrics:
         """Plain data for JSON: every field but `stop`."""
         out = asdict(self)
         del out["stop"]
+        for key in ("loss_by_modality", "loss_by_source"):
+            out[key] = {name: loss._asdict() for name, loss in out[key].items()}
         return out
 
 

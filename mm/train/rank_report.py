@@ -10,6 +10,8 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from torch import Tensor
 
+from mm.plan.subsets import Subset
+
 N = TypeVar("N")
 """A number (float, or a scalar on the device) of one rank, or a column [ranks] of those of all ranks."""
 
@@ -19,7 +21,6 @@ Own = float | Tensor
 class Scalars(NamedTuple, Generic[N]):
     """What a rank reports once."""
 
-    loss: N  # sum of this rank's token losses over the step's supervised tokens; ranks' losses add up
     sync_s: N  # seconds spent summing gradients
     memory_bytes: N  # peak
     stop: N  # 1 where this rank was asked to end, else 0
@@ -43,19 +44,24 @@ class EdgeReport(NamedTuple, Generic[N]):
 class Report(Generic[N]):
     """One rank's report of a step, or the columns of all ranks' reports. All have equal names in equal order.
 
-    modules, edges: by module and by encoder. objectives: by objective, sums over this rank's tokens. They are
-    separate fields, so that no module's name is taken for another kind of name.
+    losses: by subset of the samples, sums of this rank's token losses over the step's supervised tokens;
+        ranks' losses add up.
+    modules, edges: by module and by encoder.
+    objectives: by objective, sums over this rank's tokens.
+    They are separate fields, so that no module's name is taken for another kind of name.
     """
 
     scalars: Scalars[N]
+    losses: Mapping[Subset, N]
     modules: Mapping[str, ModuleReport[N]]
     edges: Mapping[str, EdgeReport[N]]
     objectives: Mapping[str, N]
 
     def numbers(self) -> list[N]:
-        """The report as a row: scalars, then modules, edges and objectives in their order."""
+        """The report as a row: scalars, then losses, modules, edges and objectives in their order."""
         return [
             *self.scalars,
+            *self.losses.values(),
             *chain.from_iterable(self.modules.values()),
             *chain.from_iterable(self.edges.values()),
             *self.objectives.values(),
@@ -66,6 +72,7 @@ class Report(Generic[N]):
         columns: Iterator[np.ndarray] = iter(table.T)
         return Report(
             scalars=Scalars(*(next(columns) for _ in Scalars._fields)),
+            losses={name: next(columns) for name in self.losses},
             modules={m: ModuleReport(squares=next(columns), compute_s=next(columns)) for m in self.modules},
             edges={m: EdgeReport(received_bytes=next(columns), seconds=next(columns)) for m in self.edges},
             objectives={name: next(columns) for name in self.objectives},

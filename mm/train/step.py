@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.config.outline import SINK
+from mm.plan.subsets import Subsets
 from mm.ranks.feed import Prepared
 from mm.ranks.job import Job
 from mm.train.backward import Backward
@@ -30,12 +31,14 @@ from parallel.sharding.whole import Phases
 class StepResult:
     """This rank's share of a step.
 
-    loss: sum of its supervised tokens' losses divided by the step's global count; one replica counts, so that
-    summing over ranks gives the loss; a float64 scalar on the device, which finish_step() reads.
+    losses: by subset of the step's samples, the sum of its supervised tokens' losses divided by the step's
+    global count; one replica counts, so that summing over ranks gives the loss; float64 [subsets] on the
+    device, which finish_step() reads. subsets: of the step.
     seconds: host time by (kind, module).
     """
 
-    loss: Tensor
+    losses: Tensor
+    subsets: Subsets
     seconds: dict[tuple[Kind, str], float] = field(default_factory=dict)
 
 
@@ -71,7 +74,7 @@ def run_step(
             job.turns.close()
     transfers.finish()
     weights.finish()
-    return StepResult(forward.loss, seconds)
+    return StepResult(forward.losses, prepared.plan.subsets, seconds)
 
 
 class _Together:

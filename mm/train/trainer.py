@@ -236,6 +236,7 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMe
     lr = learning_rate(cfg.train, step)
     update = finish_step(job, result, step, lr, stop=stop, notice=feed.notice(step + 1))
     feed.hear(step + 1, update.notices)
+    subsets = prepared.plan.subsets
     return StepMetrics(
         step=step + 1,
         loss=update.loss,
@@ -250,6 +251,8 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMe
         optimizer_s=update.optimizer_s,
         boundary=update.boundary,
         objectives=update.objectives,
+        loss_by_modality=subsets.losses(update.losses, "modality"),
+        loss_by_source=subsets.losses(update.losses, "source"),
         imbalance=load_imbalance(prepared.plan),
         skipped_items=len(feed.bad),
         stop=update.stop,

@@ -15,6 +15,7 @@ from llm.model import LLM
 from mm.config.outline import SINK
 from mm.config.training import TrainConfig
 from mm.errors import NonFinite
+from mm.plan.subsets import Subset
 from mm.ranks.job import Job
 from mm.ranks.memory import peak_memory
 from mm.train.metrics import BoundaryMetrics
@@ -50,12 +51,13 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 class Update:
     """What all ranks know after a step, equal everywhere.
 
-    grad_norm: before clipping. compute_s: of the slowest rank, by module; optimizer_s: seconds of the
-    gradients' sums and the update. objectives: unweighted, as LLM.take_objectives gives them. stop: some rank
-    was asked to end. notices: what each rank says of the step to come, [world, n].
+    losses: by subset of the samples; they add up to the loss. grad_norm: before clipping. compute_s: of the
+    slowest rank, by module; optimizer_s: seconds of the gradients' sums and the update. objectives:
+    unweighted, as LLM.take_objectives gives them. stop: some rank was asked to end. notices: what each rank
+    says of the step to come, [world, n].
     """
 
-    loss: float
+    losses: dict[Subset, float]
     grad_norm: float
     grad_norm_by_module: dict[str, float]
     boundary: dict[str, BoundaryMetrics]
@@ -65,6 +67,11 @@ class Update:
     objectives: dict[str, float]
     stop: bool
     notices: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """In nats a supervised token."""
+        return float(sum(self.losses.values()))
 
 
 def finish_step(
@@ -97,7 +104,7 @@ def finish_step(
     refresh_held(job)
     _update_expert_bias(job)
     return Update(
-        loss=float(ranks.scalars.loss.sum()),
+        losses={name: float(shares.sum()) for name, shares in ranks.losses.items()},
         grad_norm=norm,
         grad_norm_by_module=total,
         boundary={
@@ -122,11 +129,11 @@ def _report(
         compute_s[module] += seconds if kind in COMPUTE else 0.0
     return Report(
         scalars=Scalars(
-            loss=result.loss,
             sync_s=sync_s,
             memory_bytes=float(peak_memory(job.rank.device)),
             stop=float(stop),
         ),
+        losses=dict(zip(result.subsets.names, result.losses.unbind(), strict=True)),
         modules={m: ModuleReport[Own](squares[m], compute_s[m]) for m in job.blueprint.modules},
         edges={m: _edge_report(job, m) for m in job.blueprint.inputs.encoders},
         objectives=_objectives(job),
@@ -155,7 +162,7 @@ def _objectives(job: Job) -> dict[str, Own]:
 
 
 def _check_finite(ranks: Report[np.ndarray], step: int) -> None:
-    _refuse_infinite(ranks.scalars.loss, f"loss of module {SINK}", step)
+    _refuse_infinite(np.sum([*ranks.losses.values()], axis=0), f"loss of module {SINK}", step)
     for m, x in ranks.modules.items():
         _refuse_infinite(x.squares, f"gradient of module {m}", step)
 

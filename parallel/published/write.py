@@ -62,7 +62,7 @@ def write_folder(
                 raise ValueError(f"{n} has shape {list(value.shape)}, expected {list(contents.shapes[n])}")
         for tensor in held:
             value = join(tensor, values)
-            if dtype is not None:
+            if dtype is not None and value.is_floating_point():
                 value = value.to(accumulation_dtype(dtype) if contents.precise(tensor.key) else dtype)
             files.add(tensor.key, value)
     said = str(files.dtypes[contents.tensors[0].key]).removeprefix("torch.")

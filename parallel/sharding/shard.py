@@ -62,9 +62,7 @@ def shard_module(
     param_dtype: dtype that parameters are stored in and gradients are reduced in. Raises ValueError for a dim
     that its axes do not divide.
     """
-    for sub in module.modules():
-        for name, spec in own_specs(sub).items():
-            _to_dtensor(sub, name, spec, mesh)
+    place_module(module, mesh)
     mixed = MixedPrecisionPolicy(
         param_dtype=policy.compute_dtype, reduce_dtype=param_dtype, cast_forward_inputs=False
     )
@@ -88,6 +86,17 @@ def shard_module(
             sub.set_reshard_after_backward(not policy.keep, recurse=False)
     if mesh.data.device_type == "cpu":
         _prefetch([module, *policy.layers])
+
+
+def place_module(module: nn.Module, mesh: ModuleMesh) -> None:
+    """Leave of `module`, built on the meta device with its global shapes, what the model-parallel axes give
+    this rank, in place. Every data rank holds the same: for inference. Call materialise() next.
+
+    Raises ValueError for a dim that its axes do not divide.
+    """
+    for sub in module.modules():
+        for name, spec in own_specs(sub).items():
+            _to_dtensor(sub, name, spec, mesh)
 
 
 def _prefetch(units: Sequence[nn.Module]) -> None:

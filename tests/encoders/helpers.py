@@ -68,6 +68,9 @@ VISION: dict[str, dict[str, Any]] = {
 SMALL |= {name: {**NATIVE, **more} for name, more in VISION.items()}
 
 
+Item = tuple[bytes, dict[str, int]]  # payload and metadata
+
+
 def png(height: int, width: int, seed: int = 0, mode: str = "L") -> bytes:
     shape = (height, width) if mode == "L" else (height, width, 3)
     pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -87,7 +90,7 @@ def wav(samples: int, rate: int = 8000, width: int = 1, channels: int = 1, seed:
     return buffer.getvalue()
 
 
-def item(name: str, size: Any, seed: int = 0) -> tuple[bytes, dict[str, int]]:
+def item(name: str, size: Any, seed: int = 0) -> Item:
     """(payload, metadata): size is (height, width) of a picture or the samples of a clip."""
     if name == "vit" or name in VISION:
         return png(*size, seed=seed), {"height": size[0], "width": size[1]}
@@ -99,8 +102,18 @@ def batch(
 ) -> ItemBatch:
     """Items of these sizes; `needed`: those that have values, all of them by default."""
     cls = encoders.resolve(name)
-    cfg = cls.Config(**SMALL[name])
     items = [item(name, size, seed) for seed, size in enumerate(sizes)]
+    return batch_of(cls, cls.Config(**SMALL[name]), items, dtype, needed)
+
+
+def batch_of(
+    cls: type[Encoder],
+    cfg: Any,
+    items: Sequence[Item],
+    dtype: torch.dtype = torch.float64,
+    needed: range | None = None,
+) -> ItemBatch:
+    """These items as an encoder takes them; `needed`: those that have values, all of them by default."""
     some = range(len(items)) if needed is None else needed
     tensors = [cls.prepare(cfg, *items[i]) for i in some]
     metas = [meta for _, meta in items]
@@ -131,13 +144,18 @@ def module(
     for key, buffer in built.named_buffers():
         if key.endswith((".mean", ".variance")):  # of a batch norm: not 0 and 1, which would hide mistakes
             buffer.copy_(torch.linspace(0.5, 1.5, buffer.numel()))
+    cut(built)
+    return built
+
+
+def cut(built: EncoderModule) -> None:
+    """Leave of a whole module's weights what this rank of axes.tp holds."""
     tp = built.axes.tp
     for sub in built.modules():
         for key, spec in own_specs(sub).items():
             if spec.shard_dim is not None and tp.size > 1:
                 part = getattr(sub, key).detach().chunk(tp.size, spec.shard_dim)[tp.rank]
                 setattr(sub, key, torch.nn.Parameter(part.clone()))
-    return built
 
 
 def make_axes(cp: int, tp: int, sequence_parallel: bool = False) -> Axes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,38 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 NAMES = list(MODELS)
 
 
+FLAGS = {
+    "dinov3": ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias", "use_gated_mlp"),
+    "dinov2": ("qkv_bias", "use_swiglu_ffn"),
+    "dinov2_registers": ("qkv_bias", "use_swiglu_ffn"),
+    "image_vit": ("qkv_bias",),
+    "radio": ("qkv_bias",),
+}
+
+
+def random_options(name: str, seed: int, most_heads: int = 5) -> dict[str, Any]:
+    """Odd heads, biases there or not, gated or not, any patch; at least two layers of an even number of heads
+    where at most two heads are wanted, for two ranks to share."""
+    r = random.Random(f"{name}/{seed}")
+    even = most_heads == 2
+    heads, layers = 2 if even else r.randint(1, most_heads), r.randint(2 if even else 1, 3)
+    patch = r.choice([2, 3, 5])
+    options: dict[str, Any] = {"hidden_size": heads * r.choice([4, 8]), "patch_size": patch}
+    if name.startswith("qwen"):
+        options |= {"depth": layers, "num_heads": heads}
+    else:
+        options |= {"num_hidden_layers": layers, "num_attention_heads": heads}
+    if name == "qwen2_5_vl":
+        options |= {"fullatt_block_indexes": [layers - 1], "window_size": 2 * patch * r.randint(1, 3)}
+    if name == "qwen3_vl":
+        options["deepstack_visual_indexes"] = r.choice([[], [0], list(range(layers))])
+    if "image_size" in MODELS[name][2]:
+        options["image_size"] = patch * r.randint(1, 4)
+    if name == "radio":
+        options["max_img_size"] = patch * r.randint(1, 6)
+    return options | {flag: r.random() < 0.5 for flag in FLAGS.get(name, ())}
+
+
 def oracle(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Any:
     """transformers' model with weights in which nothing is at a special value that could hide a mistake."""
     kind, config, fixed = MODELS[name]
@@ -123,6 +156,11 @@ def inputs(name: str, model: Any, seed: int = 0, dtype: torch.dtype = torch.floa
         {"pixel_values": draw(2, 3, *size)}
         for size in ((16, 16), (12, 24), (28, 8) if name == "radio" else (29, 10))
     ]
+    if name == "radio":  # which takes whole patches alone
+        sides = [[n // patch * patch for n in x["pixel_values"].shape[-2:]] for x in found]
+        found = [
+            {"pixel_values": x["pixel_values"][..., :h, :w]} for x, (h, w) in zip(found, sides, strict=True)
+        ]
     if name == "radio":
         grid = torch.tensor([[2, 3], [4, 4]])
         found.append({"pixel_values": draw(22, 3 * patch**2), "image_grid_hw": grid})

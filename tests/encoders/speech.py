@@ -16,12 +16,16 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder  # isort
 FAMILIES = ("whisper", "whisper_whole", "wav2vec2", "hubert", "parakeet", "parakeet_ctc")
 
 
-def model(family: str, seed: int) -> Any:
-    """A model with random sizes and switches; its weights are at no special value."""
+def model(family: str, seed: int, *, even: bool = False) -> Any:
+    """A model with random sizes and switches; its weights are at no special value.
+
+    even: of heads, widths and layers that two ranks share.
+    """
     draw = random.Random(f"{family}/{seed}")
-    heads = draw.choice([1, 2, 3, 5])
-    sizes = {"heads": heads, "width": 2 * heads * draw.choice([2, 4, 5]), "mlp": draw.choice([6, 17, 32])}
-    sizes["layers"] = draw.choice([1, 2, 3])
+    heads = 2 if even else draw.choice([1, 2, 3, 5])
+    mlp = draw.choice([6, 32] if even else [6, 17, 32])
+    sizes = {"heads": heads, "width": 2 * heads * draw.choice([2, 4, 5]), "mlp": mlp}
+    sizes["layers"] = draw.choice([2, 3] if even else [1, 2, 3])
     torch.manual_seed(seed)
     made: Any = {"w": whisper, "p": parakeet}.get(family[0] if family != "wav2vec2" else "", speech)(
         family, draw, sizes

@@ -17,7 +17,7 @@ from encoders.module import EncoderModule, hidden_shape, needed_items
 from encoders.share import encoder_row_spans
 from encoders.vit import ViT
 from parallel.topology.stage import partition_layers, whole
-from tests.encoders.helpers import VISION, batch, gradient_error, make_axes, module
+from tests.encoders.helpers import VISION, Item, batch, batch_of, gradient_error, item, make_axes, module
 from tests.slow import on_demand
 
 NAMES = ["vit", "fastconformer"]
@@ -57,7 +57,7 @@ class Whole(ViT):
 
 
 def chained(
-    name: str, sizes: list[Any], nets: list[EncoderModule], metas: Sequence[Meta]
+    given: Sequence[Item], nets: list[EncoderModule], metas: Sequence[Meta]
 ) -> tuple[Features, list[tuple[Tensor, Tensor]]]:
     """Features from stages that have only the items they need, and the hidden states between stages as
     (output of one, input of the next)."""
@@ -65,7 +65,7 @@ def chained(
     found: Any = None
     for net in nets:
         needed = needed_items(type(net.encoder), net.cfg, metas, net.axes, net.stage)
-        items = batch(name, sizes, needed=needed)
+        items = batch_of(type(net.encoder), net.cfg, given, needed=needed)
         if net.stage.first:
             found = net(items)
             continue
@@ -90,26 +90,30 @@ def compare(name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str
     if kind == "frozen":
         for net in (*nets, alone):
             net.freeze("encoder")
-    worst = 0.0
-    for sizes in draws(name):
-        for net in (*nets, alone):
-            net.zero_grad()
-        items = batch(name, sizes)
-        expected = alone(items)
-        found, seams = chained(name, sizes, nets, items.metas)
-        a, b = encoder_row_spans(expected.rows, axes.cp.size, axes.tp.size, axes.sequence_parallel)[
-            axes.cp.rank
-        ][axes.tp.rank]
-        assert (found.first, found.rows) == (a, expected.rows)
-        weight = torch.randn(expected.values.shape, generator=torch.Generator().manual_seed(1)).double()
-        (expected.values * weight).sum().backward()
-        (found.values * weight[a:b]).sum().backward()
-        for given, taken in reversed(seams):
-            given.backward(taken.grad)
-        assert found.values.shape == expected.values[a:b].shape
-        error = (found.values - expected.values[a:b]).detach().abs()
-        worst = max(worst, float(error.max()) if error.numel() else 0.0, gradient_error(nets, alone))
-    return worst
+    drawn = ([item(name, size, seed) for seed, size in enumerate(sizes)] for sizes in draws(name))
+    return max(error(nets, alone, given) for given in drawn)
+
+
+def error(nets: list[EncoderModule], alone: EncoderModule, given: Sequence[Item]) -> float:
+    """Largest error of features and gradients of a module's stages on this rank, against the whole one."""
+    axes = nets[0].axes
+    for net in (*nets, alone):
+        net.zero_grad()
+    items = batch_of(type(alone.encoder), alone.cfg, given)
+    expected = alone(items)
+    found, seams = chained(given, nets, items.metas)
+    a, b = encoder_row_spans(expected.rows, axes.cp.size, axes.tp.size, axes.sequence_parallel)[axes.cp.rank][
+        axes.tp.rank
+    ]
+    assert (found.first, found.rows) == (a, expected.rows)
+    weight = torch.randn(expected.values.shape, generator=torch.Generator().manual_seed(1)).double()
+    (expected.values * weight).sum().backward()
+    (found.values * weight[a:b]).sum().backward()
+    for out, taken in reversed(seams):
+        out.backward(taken.grad)
+    assert found.values.shape == expected.values[a:b].shape
+    off = (found.values - expected.values[a:b]).detach().abs()
+    return max(float(off.max()) if off.numel() else 0.0, gradient_error(nets, alone))
 
 
 @pytest.mark.parametrize("layout", on_demand(LAYOUTS, [(2, 2, False), (1, 3, True), (4, 1, False)]), ids=str)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm.config import LLMConfig
+from llm.decode import Prompt, generate
 from llm.hf import CausalLM, load_hf, load_weights, save_hf
 from llm.hf.weights import checkpoint_tensors
 from llm.model import LLM
@@ -19,6 +20,7 @@ from tests.llm.degrees import Degrees
 from tests.llm.families import build, config_of, even, ids_of, loss, options, prepare, run, save
 from tests.llm.folders import differing, read_all
 from tests.llm.test_whole import Case
+from tests.llm.widened import Widened
 
 from transformers import AutoModelForCausalLM  # isort: skip
 
@@ -81,6 +83,19 @@ def _loaded(folder: Path) -> Any:
     )
     assert not found["missing_keys"] and not found["unexpected_keys"], found
     return prepare(model)
+
+
+def hold_generate(name: str, seed: int, folder: Path) -> None:
+    """Greedy answers are those of transformers, longer than windows and than the context of training of long
+    rotary positions."""
+    theirs = build(config_of(name, options(name, seed)), seed=seed).eval()
+    ours = load_hf(save(theirs, folder), dtype=torch.float64).model.eval()
+    ids = ids_of(theirs.config.vocab_size, length=9)[:1]
+    # Without its cache, which keeps all keys of a window of one token.
+    how = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "use_cache": False}
+    with Widened():
+        expected = theirs.generate(ids, **how)
+    assert generate(ours, [Prompt(ids[0])], 20)[0] == expected[0, 9:].tolist()
 
 
 def even_folder(name: str, seed: int, folder: Path) -> LLMConfig:

@@ -19,8 +19,8 @@ from llm.decode import Prompt, Sampling, _choose, decode, generate, next_logits
 from llm.model import LLM, LLMBatch
 from llm.moe import ForwardContext
 from parallel.sequence.packed import Packing
-from tests.llm import families
 from tests.llm.families import RANDOM
+from tests.llm.family_checks import hold_generate
 from tests.llm.harness import TINY, build, tiny
 from tests.llm.oracle import oracle, save
 from tests.llm.widened import Widened
@@ -108,17 +108,8 @@ def test_greedy_answers_are_those_of_transformers(pattern: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", on_demand(RANDOM, [*{*RANDOM} - {"qwen3"}]))
 def test_greedy_answers_of_every_family(name: str, tmp_path: Path) -> None:
-    """Longer than windows, and than the context of training of long rotary positions."""
     for seed in (1, 4):
-        given = families.options(name, seed)
-        theirs = families.build(families.config_of(name, given), seed=seed).eval()
-        ours = load_hf(families.save(theirs, tmp_path / str(seed)), dtype=torch.float64).model.eval()
-        ids = families.ids_of(length=9)[:1]
-        # Without its cache, which keeps all keys of a window of one token.
-        how = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "use_cache": False}
-        with Widened():
-            expected = theirs.generate(ids, **how)
-        assert generate(ours, [Prompt(ids[0])], 20)[0] == expected[0, 9:].tolist()
+        hold_generate(name, seed, tmp_path / str(seed))
 
 
 def test_an_answer_ends_at_a_stop_and_others_go_on() -> None:

@@ -184,7 +184,8 @@ def run_rank(argv: list[str], port: int) -> Ended:
 
 
 def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
-    """Largest relative difference of losses, of other objectives and of per-module gradient norms."""
+    """Largest relative difference of losses, by subset too, of other objectives and of per-module gradient
+    norms; infinite where subsets do not add up to the loss."""
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
         pairs = [(a["loss"], b["loss"])]
@@ -192,5 +193,11 @@ def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]])
             (a["grad_norm_by_module"][m], b["grad_norm_by_module"][m]) for m in b["grad_norm_by_module"]
         ]
         pairs += [(a["objectives"][k], b["objectives"][k]) for k in b["objectives"]]
+        for key in ("loss_by_modality", "loss_by_source"):
+            (names, found), (others, given) = (zip(*x[key].items(), strict=True) for x in (a, b))
+            assert names == others and [n for _, n in found] == [n for _, n in given]
+            pairs += [(mine[0], other[0]) for mine, other in zip(found, given, strict=True)]
+            whole = sum(loss * n for loss, n in found) / sum(n for _, n in found)
+            worst = max(worst, np.inf if abs(whole - a["loss"]) > 1e-12 * abs(a["loss"]) else 0.0)
         worst = max([worst, *(abs(x - y) / max(abs(y), 1e-300) for x, y in pairs)])
     return worst

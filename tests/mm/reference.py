@@ -12,6 +12,7 @@ import json
 import math
 import tarfile
 import wave
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +38,15 @@ BEGIN, END, PLACE, VOCAB = 256, 257, 259, 264  # bytes are tokens 0-255
 Sample = Mapping[str, bytes]  # its files by name
 
 
-def read(patterns: Sequence[str]) -> list[Sample]:
-    """The samples of all shards in order: KEY.NAME are the files of a sample KEY."""
+def read(patterns: Sequence[str]) -> list[tuple[str, Sample]]:
+    """(data set, sample) of all shards in order: KEY.NAME in NAME-NUMBER.tar is a file of the sample KEY."""
     found: dict[tuple[Path, str], dict[str, bytes]] = {}
     for shard in (p for pattern in patterns for p in sorted(Path(pattern).parent.glob(Path(pattern).name))):
         with tarfile.open(shard) as tar:
             for member in tar:
                 key, name = member.name.split(".", 1)
                 found.setdefault((shard, key), {})[name] = tar.extractfile(member).read()  # type: ignore
-    return list(found.values())
+    return [(shard.name.rpartition("-")[0], files) for (shard, _), files in found.items()]
 
 
 def sizes(payload: bytes) -> dict[str, int]:
@@ -209,11 +210,17 @@ def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dic
         # Every epoch is a permutation of its own.
         n, seed = len(samples), raw["run"]["seed"]
         ids = [int(np.random.default_rng([seed, k // n]).permutation(n)[k % n]) for k in at]
-        batch = [sequence(samples[i], nets) for i in ids]
+        batch = [sequence(samples[i][1], nets) for i in ids]
         per = counts(batch, language.model.cfg.mtp_layers)
         language.reset()
-        for one in batch:
+        losses: dict[str, dict[str, Counter[str]]] = {k: defaultdict(Counter) for k in ("modality", "source")}
+        for i, one in zip(ids, batch, strict=True):
+            before = language.totals["next"]
             language.learn(*one, per)
+            modality = "+".join(m for m in nets if m in one[2]) or "text"
+            for key, name in (("modality", modality), ("source", samples[i][0])):
+                losses[key][name]["nats"] += (language.totals["next"] - before) * per.next  # type: ignore
+                losses[key][name]["tokens"] += sum(label >= 0 for label in one[1])
         squares = {
             name: sum(float(p.grad.square().sum()) for p in net.parameters() if p.grad is not None)
             for name, net in nets.items()
@@ -228,4 +235,7 @@ def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dic
         by_module = {name: math.sqrt(s) for name, s in squares.items()}
         metrics.append({"loss": means.pop("next"), "lr": lr, "grad_norm": norm, "objectives": means})
         metrics[-1] |= {"grad_norm_by_module": by_module, "tokens": per.tokens}
+        for key, by in losses.items():
+            means = {name: (n["nats"] / n["tokens"], n["tokens"]) for name, n in by.items() if n["tokens"]}
+            metrics[-1][f"loss_by_{key}"] = means
     return metrics, {f"{m}.{k}": v for m, net in nets.items() for k, v in net.state_dict().items()}

@@ -8,6 +8,7 @@ CHATS = "tests/mm/data/test_chat.py"
 TOKENIZERS = "tests/mm/data/test_tokenizer.py"
 ANSWERS = "tests/llm/test_decode.py"
 ASKED = "tests/mm/inference/test_generate.py"
+SPREAD = "tests/mm/inference/test_spread.py"
 
 TEXT = (
     Fault(
@@ -97,6 +98,14 @@ TEXT = (
         "range(len(ids), len(ids) + len(found))",
         "range(len(ids) - 1, len(ids) + len(found) - 1)",
         f"{ASKED}::test_a_prompt_is_what_training_packs",
+    ),
+    Fault(
+        "spread.vocabulary",
+        "tokens are chosen from the vocabulary of one tp rank",
+        "llm/decode.py",
+        "return found if tp.size == 1 else",
+        "return found if tp.size > 1 else",
+        f"{SPREAD}::test_the_answer_is_that_of_one_process[tp with experts]",
     ),
     Fault(
         "vocabulary.ids",

@@ -259,7 +259,7 @@ def test_what_cannot_be_asked_is_refused_in_words(run: Path, model: WholeModel, 
     with pytest.raises(DataError, match="the prompt cannot be used"):
         read_prompt(model, sample, files)
     with pytest.raises(Refused, match="no encoder for an image; it has: none"):
-        sample_of(replace(model, encoders={}), "", [("image", tmp_path / "x.png")])
+        sample_of(replace(model, encoders={}, uses={}), "", [("image", tmp_path / "x.png")])
     for argv in (
         ["generate"],
         ["generate", str(run), "--tokens", "0"],

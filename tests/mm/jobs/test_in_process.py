@@ -81,7 +81,7 @@ def mean_loss(raw: dict[str, Any]) -> float:
     nets = reference.build(raw)
     language = reference.Language(nets["llm"])  # type: ignore[arg-type]
     total = 0.0
-    for sample in reference.read(raw["data"]["train"]):
+    for _, sample in reference.read(raw["data"]["train"]):
         ids, labels, entering = reference.sequence(sample, nets)
         only = [label if k == len(ids) - 3 else -100 for k, label in enumerate(labels)]
         before = language.totals["next"]

@@ -94,8 +94,8 @@ def config(folder: Path, model: str, clip: float) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("any")
-    write_shard(folder / "any-000000.tar", written(6, 1, "a"))
-    write_shard(folder / "any-000001.tar", written(5, 2, "b"))
+    write_shard(folder / "any-a-000000.tar", written(6, 1, "a"))
+    write_shard(folder / "any-b-000001.tar", written(5, 2, "b"))
     return folder
 
 
@@ -119,6 +119,10 @@ def same_metrics(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> No
         for key in ("grad_norm_by_module", "objectives"):
             some = {k: v for k, v in b[key].items() if k in a[key]}
             assert a[key] == pytest.approx(some, rel=1e-9, abs=0), (a["step"], key)
+        for key in ("loss_by_modality", "loss_by_source"):
+            assert a[key].keys() == b[key].keys()
+            for name, (loss, tokens) in a[key].items():
+                assert (loss, tokens) == (pytest.approx(b[key][name][0], rel=1e-9), b[key][name][1])
 
 
 def hold(name: str, folder: Path, expected: Any, run: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from mm.errors import Refused
 from mm.plan.step_plan import Imbalance
+from mm.plan.subsets import SubsetLoss
 from mm.train.console import Console, step_line
 from mm.train.evaluate import Evaluation
 from mm.train.metrics import BoundaryMetrics, StepMetrics, TimedStep
@@ -35,6 +36,8 @@ def record(step: int) -> TimedStep:
         optimizer_s=0.003,
         boundary={"vision": BoundaryMetrics(10, 0.002), "audio": BoundaryMetrics(0, 0.001)},
         objectives={"mtp": 0.25},
+        loss_by_modality={"text": SubsetLoss(1 / 4, 10), "vision": SubsetLoss(1 / 2, 5)},
+        loss_by_source={"digits": SubsetLoss(1 / 3, 15)},
         imbalance={"vision": Imbalance(dealt=1.0, by_sample=1.5)},
         skipped_items=2,
         stop=False,
@@ -69,7 +72,7 @@ def test_a_line_of_metrics_has_these_keys_in_this_order() -> None:
     written = json.loads(json.dumps(record(1).to_json()))
     assert ",".join(written) == (
         "step,loss,tokens,lr,grad_norm,grad_norm_by_module,flops_by_module,peak_memory_bytes,data_s,"
-        "seconds_by_module,optimizer_s,boundary,objectives,imbalance,skipped_items,step_s,tokens_per_s,"
+        "seconds_by_module,optimizer_s,boundary,objectives,loss_by_modality,loss_by_source,imbalance,skipped_items,step_s,tokens_per_s,"
         "tflops_per_device"
     )
     assert written["boundary"] == {
@@ -77,6 +80,7 @@ def test_a_line_of_metrics_has_these_keys_in_this_order() -> None:
         "audio": {"bytes": 0, "seconds": 0.001},
     }
     assert written["imbalance"] == {"vision": {"dealt": 1.0, "by_sample": 1.5}}
+    assert written["loss_by_modality"]["vision"] == {"loss": 0.5, "tokens": 5}
     assert written["tokens_per_s"] == 123 / 0.1
     assert written["tflops_per_device"] == (4.6e8 + 2e9) / 0.1 / 2 / 1e12
 
