@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm.hf import load_hf, save_hf
+from llm.hf import export_checkpoint, load_hf, save_hf
+from parallel import checkpoint as checkpoint
 from parallel.published import SafeFolder, dequantised
 from tests.llm.families import SIZES, build, config_of, ids_of, options, save
-from tests.llm.folders import differing, read_all
+from tests.llm.folders import differing, into_layout, read_all
 
 import transformers  # isort: skip
 
@@ -53,6 +54,17 @@ def test_mxfp4_is_read_as_transformers_reads_it_and_written_as_bfloat16(tmp_path
     assert written["torch_dtype"] == "bfloat16" and "quantization_config" not in written
     again = load_hf(tmp_path / "out")
     assert torch.equal(ours(ids_of()), again(ids_of()))
+
+
+@pytest.mark.slow
+def test_ranks_read_their_shares(tmp_path: Path, ranks: Any) -> None:
+    folder = mxfp4_folder(tmp_path / "in")
+    whole = load_hf(folder).model
+    save_hf(whole, tmp_path / "whole")
+    ranks(2, into_layout, str(folder), whole.cfg, {"tp": 2, "etp": 2}, str(tmp_path / "job"))
+    (saved,) = checkpoint.published(tmp_path / "job")
+    export_checkpoint(saved, tmp_path / "out", whole.cfg, dtype=torch.bfloat16)
+    assert not differing(read_all(tmp_path / "out"), read_all(tmp_path / "whole"))
 
 
 def fp8_folder(path: Path, size: tuple[int, int]) -> tuple[Path, dict[str, Tensor]]:
