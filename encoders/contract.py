@@ -115,6 +115,11 @@ class Encoder(nn.Module, ABC):
         return (meta,)
 
     @classmethod
+    def omits(cls, cfg: Any, meta: Meta) -> str:
+        """What of an item is left out, in words that a run says at its start; "" where nothing is."""
+        return ""
+
+    @classmethod
     @abstractmethod
     def cost(cls, cfg: Any, meta: Meta) -> float:
         """FLOPs of the forward of an item, without the projector."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from encoders.audio.sound import clips_of, left_out
 from encoders.context import ItemAttention
-from encoders.contract import Features, ItemBatch
+from encoders.contract import Features, ItemBatch, Meta
 from encoders.layers import run_layer
 from encoders.share import Share, pieces
 from encoders.stacked import StackedEncoder
@@ -23,6 +25,15 @@ class ClipEncoder(StackedEncoder):
     A rank that has some rows of a clip runs the stem on the stretch of its inputs that these rows see, so
     nothing is fetched from other ranks. Stretches of equal length at equal places run as one batch.
     """
+
+    @classmethod
+    def pieces(cls, cfg: Any, meta: Meta) -> Sequence[Meta]:
+        """Clips of a long recording, where cfg.sound.long asks for them."""
+        return clips_of(cfg.sound, meta, lambda clip: cls.rows(cfg, clip))
+
+    @classmethod
+    def omits(cls, cfg: Any, meta: Meta) -> str:
+        return left_out(cfg.sound, meta)
 
     @abstractmethod
     def stretch(self, inputs: int, start: int, stop: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ moves them. Statistics of a batch would depend on which rank has which clip.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Unpack
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders.audio.relative import RelativeAttention
-from encoders.audio.sound import Sound, parakeet_frames, read_clip, samples_of
+from encoders.audio.sound import Sound, clips_of, left_out, parakeet_frames, read_clip, samples_of
 from encoders.context import ItemConvolution
 from encoders.contract import Features, ItemBatch, Meta, check_positive
 from encoders.fastconformer import Subsample, subsampled
@@ -209,6 +210,15 @@ class Parakeet(StackedEncoder):
     @classmethod
     def feature_width(cls, cfg: ParakeetConfig) -> int:
         return cfg.width
+
+    @classmethod
+    def pieces(cls, cfg: ParakeetConfig, meta: Meta) -> Sequence[Meta]:
+        """Clips of a long recording, where cfg.sound.long asks for them."""
+        return clips_of(cfg.sound, meta, lambda clip: cls.rows(cfg, clip))
+
+    @classmethod
+    def omits(cls, cfg: ParakeetConfig, meta: Meta) -> str:
+        return left_out(cfg.sound, meta)
 
     @classmethod
     def rows(cls, cfg: ParakeetConfig, meta: Meta) -> int:

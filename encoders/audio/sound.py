@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,9 @@ class Sound:
     """Settings of a family's feature extractor.
 
     rate: samples a second; clips of other rates are resampled.
-    seconds: longer clips end there.
+    seconds: longer clips end there, or go on as clips of their own.
+    long: cut: what comes after `seconds` is left out. clips: it is heard too, in clips of `seconds`, the last
+        one as long as what is left.
     mels: bands of a frame. size: samples of a Fourier transform; window: of its window; hop: between frames.
     emphasis: share of the sample before that is subtracted from each.
     unit: whether the samples of a clip are brought to zero mean and unit variance.
@@ -27,6 +31,7 @@ class Sound:
 
     rate: int = 16000
     seconds: float = 30.0
+    long: Literal["cut", "clips"] = "cut"
     mels: int = 80
     size: int = 400
     window: int = 400
@@ -37,10 +42,36 @@ class Sound:
 
 def samples_of(sound: Sound, meta: Meta) -> int:
     """Samples of a clip once it is resampled and cut. Raises ValueError for a clip without any."""
+    most = int(sound.seconds * sound.rate)
+    return min(_resampled(sound, meta) - meta.get("clip", 0) * most, most)
+
+
+def _resampled(sound: Sound, meta: Meta) -> int:
+    """Samples of a whole recording at sound.rate. Raises ValueError where there are none."""
     if meta["samples"] < 1:
         raise ValueError("a clip of zero samples, which has nothing to hear; needed: at least one sample")
-    n = -(-meta["samples"] * sound.rate // meta["rate"])
-    return min(n, int(sound.seconds * sound.rate))
+    return -(-meta["samples"] * sound.rate // meta["rate"])
+
+
+def clips_of(sound: Sound, meta: Meta, rows: Callable[[Meta], int]) -> Sequence[Meta]:
+    """The clips that a recording is heard in; the last is left out where `rows` refuses it as too short."""
+    most = int(sound.seconds * sound.rate)
+    if sound.long == "cut" or "clip" in meta or "samples" not in meta or _resampled(sound, meta) <= most:
+        return (meta,)
+    clips: list[Meta] = [{**meta, "clip": k} for k in range(-(-_resampled(sound, meta) // most))]
+    try:
+        rows(clips[-1])
+    except ValueError:
+        return clips[:-1]
+    return clips
+
+
+def left_out(sound: Sound, meta: Meta) -> str:
+    """What of a recording is not heard, in words; "" where all is."""
+    longer = "samples" in meta and _resampled(sound, meta) > int(sound.seconds * sound.rate)
+    if sound.long == "clips" or not longer:
+        return ""
+    return f"sound after {sound.seconds:g} s is left out; options {{sound: {{long: clips}}}} keep it"
 
 
 def read_clip(sound: Sound, payload: bytes, meta: Meta) -> Tensor:
@@ -48,7 +79,8 @@ def read_clip(sound: Sound, payload: bytes, meta: Meta) -> Tensor:
     samples, rate = compat.read_wav(payload)
     if rate != meta["rate"] or len(samples) != meta["samples"]:
         raise ValueError(f"clip has {len(samples)} samples at {rate}, its index says otherwise")
-    return compat.resample(samples, rate, sound.rate)[: samples_of(sound, meta)]
+    first = meta.get("clip", 0) * int(sound.seconds * sound.rate)
+    return compat.resample(samples, rate, sound.rate)[first : first + samples_of(sound, meta)]
 
 
 def unit_variance(samples: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -62,3 +63,16 @@ def pieces_of(use: EncoderUse, meta: Mapping[str, Any]) -> list[str | Mapping[st
     if not any(not isinstance(piece, str) for piece in found):
         raise ValueError(f"{use.cls.__name__}.pieces gave no item for {dict(meta)}; needed: one at least")
     return found
+
+
+def omissions(index: Index, uses: Mapping[str, EncoderUse]) -> list[str]:
+    """What encoders leave out of items, a line for each kind with how many items it is of. O(items)."""
+    found: Counter[tuple[str, str]] = Counter()
+    every: Counter[str] = Counter()
+    for sample in index.usable:
+        for seg in sample.segments:
+            if seg.part is not None and seg.kind in uses:
+                use = uses[seg.kind]
+                every[seg.kind] += 1
+                found[seg.kind, use.cls.omits(use.cfg, seg.part.meta)] += 1
+    return [f"{n} of {every[m]} items of {m}: {what}" for (m, what), n in sorted(found.items()) if what]

@@ -11,6 +11,7 @@ from mm.data.inspect import count_lines
 from mm.data.sample import Index
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.plan.data_parallel import policy_costs
+from mm.plan.pieces import omissions
 from mm.plan.whole import whole_of
 from mm.ranks.memory import device_memory
 from parallel.topology.axis import Axes
@@ -45,7 +46,8 @@ def header(blueprint: Blueprint, indexes: Mapping[str, Index], device: str, back
     rows.append(("all", f"{trained:,}", f"{frozen:,}", "", ""))
     learn = {"training": list(blueprint.inputs.encoders)}
     data = [line for name, i in indexes.items() for line in count_lines(name, i, learn.get(name, ()))]
-    return "\n".join([*lines, *_aligned(rows), *data])
+    out = [f"{name}: {x}" for name, i in indexes.items() for x in omissions(i, blueprint.inputs.encoders)]
+    return "\n".join([*lines, *_aligned(rows), *data, *out])
 
 
 def export_lines(blueprint: Blueprint) -> list[str]:

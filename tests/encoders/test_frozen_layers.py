@@ -22,6 +22,9 @@ from tests.mm.harness import CONFIGS, small
 NAMES = [n for n in SMALL if n not in ("siglip2", "radio")]
 
 
+NEAR = {"rtol": 1e-9, "atol": 1e-10}
+
+
 def layer_of(name: str) -> int:
     """The layer of a parameter; -1 before the layers, 99 after them."""
     for part in ("blocks.", "layers."):
@@ -59,16 +62,20 @@ def test_the_rest_learns_as_if_all_did(name: str, layers: int, frozen: int, agai
     if "full_layers" in SMALL[name]:
         more["full_layers"] = (0,)
     part, alone = module(name, **more), module(name, **more)
+    alone.freeze("none")  # some weights, such as Whisper's positions, are never trained
     part.freeze("none", frozen)
     part.encoder.recompute = again
     (few, found), (many, expected) = kept(part, name), kept(alone, name)
     for values in (found, expected):
         values.square().sum().backward()
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, **NEAR)  # kernels differ with and without a gradient
     for (key, p), q in zip(part.named_parameters(), alone.parameters(), strict=True):
         low = frozen > 0 and layer_of(key) < frozen
-        assert p.requires_grad is not low, key
-        assert (p.grad is None) if low else torch.equal(p.grad, q.grad), key
+        assert p.requires_grad is (q.requires_grad and not low), key
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, **NEAR)
+        else:
+            assert p.grad is None, key
     if frozen and not again:
         # Blocks are alike, so each frozen one keeps its share less.
         assert few < many * (1 - 0.5 * frozen / layers)

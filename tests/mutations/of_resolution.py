@@ -94,6 +94,14 @@ RESOLUTION = (
         "tests/encoders/test_published.py::test_states_and_gradients_equal_transformers",
     ),
     Fault(
+        "sound.clip",
+        "every clip is the first",
+        "encoders/audio/sound.py",
+        'first = meta.get("clip", 0) * int(',
+        "first = 0 * int(",
+        "tests/encoders/test_clips.py::test_clips_one_after_another_are_the_recording",
+    ),
+    Fault(
         "frozen.flops",
         "frozen layers cost a backward",
         "mm/plan/trained.py",
