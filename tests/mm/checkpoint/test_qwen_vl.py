@@ -178,7 +178,7 @@ def test_what_files_leave_out_is_as_transformers_has_it() -> None:
         said = kind(text_config={}).to_dict()
         ours = read_config({"model_type": name, "text_config": {"model_type": f"{name}_text"}})
         assert ours == replace(read_config(said), source=ours.source), name
-        assert ours.rope_axes is not None
+        assert ours.rope_axes is not None and ours.rope_axes.interleaved == (name == "qwen3_vl")
 
 
 def test_a_model_of_another_container_is_refused_by_name(tmp_path: Path) -> None:
