@@ -13,6 +13,7 @@ from encoders.hf.qwen import SIZES as SIZES_OF_QWEN
 from encoders.hf.said_audio import SOUND
 from encoders.hf.saying import Names, Rest, Said, named
 from encoders.vision.config import Pictures, VisionConfig
+from parallel.published import Shape
 
 # Names of transformers, the first of ours each.
 ACTIVATIONS = {ours: theirs for theirs, ours in reversed(vision.ACTIVATIONS.items())}
@@ -127,7 +128,7 @@ def radio(cfg: VisionConfig) -> dict[str, Any]:
     return {
         **common(cfg, "radio", {**vision.SIZES, **EPS}),
         "patch_size": cfg.patch,
-        "mlp_ratio": ratio_of(cfg),
+        "mlp_ratio": float(ratio_of(cfg)),
         "max_img_size": cfg.table * cfg.patch,
         "image_size": cfg.table * cfg.patch,
         "num_cls_tokens": classes,
@@ -158,9 +159,9 @@ def final(key: str) -> Callable[[Any], Rest]:
     return lambda cfg: {} if cfg.final_norm else norm(key, cfg.width)
 
 
-def with_mask(key: str) -> Callable[[Any], Rest]:
-    """The same, with the token of masked patches."""
-    return lambda cfg: {**final(key)(cfg), "embeddings.mask_token": ((1, cfg.width), 0.0)}
+def with_mask(key: str, lead: Shape = ()) -> Callable[[Any], Rest]:
+    """The same, with the token of masked patches; lead: dims of 1 that it has first."""
+    return lambda cfg: {**final(key)(cfg), "embeddings.mask_token": ((*lead, 1, cfg.width), 0.0)}
 
 
 def qwen(cfg: VisionConfig) -> dict[str, Any]:
@@ -242,7 +243,7 @@ SAID: dict[str, Said] = {
     ),
     "image_vit": Said(image_vit, processor("ViTImageProcessor"), final("layernorm")),
     "dinov2": Said(dinov2, processor("BitImageProcessor"), with_mask("layernorm")),
-    "dinov3": Said(dinov3, processor("DINOv3ViTImageProcessor"), final("norm")),
+    "dinov3": Said(dinov3, processor("DINOv3ViTImageProcessor"), with_mask("norm", (1,))),
     "radio": Said(radio, processor("CLIPImageProcessor"), conditioner, "radio_model.model."),
     **SOUND,
 }

@@ -189,7 +189,7 @@ def test_a_model_of_another_container_is_refused_by_name(tmp_path: Path) -> None
     assert found is not None and found.name == "qwen3_vl"
     assert "model.vision.encoder is Qwen3VL; needed: qwen2_5_vl" in wrong["Qwen2.5-VL"]
     for change, words in {
-        "rope_axes": "model.llm.rope_axes is None; needed: sections of three axes, interleaved: true",
+        "rope_axes": "model.llm.rope_axes is null; needed: sections of three axes, interleaved: true",
         "level_layers": "model.llm.level_layers is []; needed: [1, 3]",
     }.items():
         other = replace(whole.llm, **{change: None if change == "rope_axes" else ()})
