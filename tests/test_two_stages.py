@@ -41,7 +41,14 @@ def test_published_folders_are_trained_asked_and_exported(tmp_path: Path, capsys
     compat.repair()
     transformers = importlib.import_module("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    theirs, found = transformers.LlavaForConditionalGeneration.from_pretrained(
+        exported, output_loading_info=True
+    )
+    assert not found["missing_keys"] and not found["unexpected_keys"], found
     ids = tokenizer(two_stages.sentence(4), return_tensors="pt").input_ids
     with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)(ids).logits
-        torch.testing.assert_close(llm.load_hf(exported)(ids), theirs, rtol=1e-5, atol=1e-5)
+        logits = theirs.eval()(ids).logits
+        torch.testing.assert_close(llm.load_hf(exported)(ids), logits, rtol=1e-5, atol=1e-5)
+    ask = ["generate", str(exported), "--image", str(folder / "digit.png"), "--tokens", "5"]
+    again = run_job(ask, 0)
+    assert again.code == 0 and again.out == asked.out, again.err

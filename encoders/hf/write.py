@@ -11,6 +11,7 @@ from encoders.hf.family import Family, Part
 from encoders.hf.folder import FAMILIES, PREPROCESSOR, VIDEO_PREPROCESSOR, family_name, make_config
 from encoders.hf.said import SAID
 from encoders.hf.saying import Said
+from encoders.vision.config import Pictures
 from parallel.published import FileTensor, SafeFolder, Shape, file_tensors, module_shapes
 from parallel.topology.axis import Axes
 
@@ -46,7 +47,11 @@ def written(cls: type[Encoder], cfg: Any) -> Written:
     family, said = _family_of(cls)
     config, processor, video = said.config(cfg), said.processor(cfg), said.video(cfg)
     shapes = module_shapes(cls(cfg, Axes(), device="meta", dtype=None))
-    tensors = file_tensors(family.rows(cfg), shapes)
+    rows = family.rows(cfg)
+    unknown = sorted(shapes.keys() - {here + name for row, _, here in rows for name in row.ours})
+    if unknown:
+        raise ValueError(f"a {config['model_type']} folder has no tensor for {', '.join(unknown)}")
+    tensors = file_tensors(rows, shapes)
     rest = said.rest(cfg)
     planned = _Planned({t.key: t.shape for t in tensors} | {key: shape for key, (shape, _) in rest.items()})
     part = Part(config, processor, "", planned, video)
@@ -54,12 +59,33 @@ def written(cls: type[Encoder], cfg: Any) -> Written:
     back = replace(back, **{n: getattr(cfg, n) for n in TAKEN if hasattr(cfg, n)})
     for name, ours in vars(cfg).items():
         there = getattr(back, name)
-        if ours != there:
+        if heeded(ours) != heeded(there):
             raise ValueError(
                 f"a {config['model_type']} folder cannot say {name}={ours!r}; it would be {there!r}"
             )
     files = {PREPROCESSOR: processor, **({VIDEO_PREPROCESSOR: video} if video else {})}
     return Written(family, config, files, tensors, shapes=shapes, rest=rest, stem=said.stem)
+
+
+# The sizes of pictures that each way to fit them heeds.
+HEEDED = {
+    "exact": ("height", "width"),
+    "crop": ("height", "width", "edge"),
+    "smart": ("least", "most"),
+    "patches": ("most",),
+    "none": (),
+}
+
+
+def heeded(value: Any) -> Any:
+    """An option without what nothing reads, and names without their order."""
+    if isinstance(value, tuple) and all(isinstance(x, str) for x in value):
+        return frozenset(value)
+    if not isinstance(value, Pictures) or value.fit not in HEEDED:
+        return value
+    sizes = ("height", "width", "edge", "least", "most")
+    unheeded: dict[str, Any] = {n: 0 for n in sizes if n not in HEEDED[value.fit]}
+    return replace(value, **unheeded)
 
 
 def _family_of(cls: type[Encoder]) -> tuple[Family, Said]:

@@ -13,7 +13,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     kinds = ("float64", "float32", "bfloat16")
     parser.add_argument("--dtype", choices=kinds, help="of exported tensors (default: as the checkpoint's)")
     parser.add_argument(
-        "--family", help="export as this model_type (default: the one that the model was imported from)"
+        "--family",
+        help="export as this model_type: a container's (llava, ..), or a language model's, which is then "
+        "written alone (default: what can hold the model)",
     )
 
 
@@ -45,7 +47,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 COMMAND = Command(
     _run,
     "checkpoint inspect|verify PATH | import HF_FOLDER OUT | export PATH HF_FOLDER",
-    "inspect PATH or verify PATH: a checkpoint's folder; import the language model of a Hugging "
-    "Face folder to a checkpoint in OUT; export a checkpoint's to a new folder",
+    "inspect PATH or verify PATH: a checkpoint's folder; import the model of a Hugging Face "
+    "folder, a whole one too, to a checkpoint in OUT; export a checkpoint's to a new folder",
     _options,
 )

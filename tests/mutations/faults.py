@@ -6,6 +6,7 @@ from tests.mutations.fault import Fault
 from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
 from tests.mutations.of_encoders import ENCODERS
+from tests.mutations.of_folders import FOLDERS
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import LLM
 from tests.mutations.of_parallel import PARALLEL
@@ -16,5 +17,5 @@ from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + LLM),
-    *(QWEN + JOB + TEXT),
+    *(QWEN + JOB + TEXT + FOLDERS),
 )

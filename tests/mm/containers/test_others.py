@@ -143,7 +143,8 @@ def test_nemotron_omni(sound: bool, tmp_path: Path) -> None:
     assert not info["missing_keys"] and not info["unexpected_keys"], info
 
 
-@settings(max_examples=12, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=3, deadline=None)
 @given(st.data())
 def test_what_is_said_of_a_tower_reads_back(data: st.DataObject) -> None:
     """Random options of each family: written() tries itself that they read back, and refuses by name."""
@@ -162,7 +163,7 @@ def test_what_is_said_of_a_tower_reads_back(data: st.DataObject) -> None:
         table = 0 if cls is families.Dinov3 else side
         cfg = replace(base, patch=4, table=table, pictures=pictures, **sizes)
         assert written(cls, cfg).config["num_hidden_layers"] == sizes["layers"]
-    with pytest.raises(ValueError, match=r"a clip_vision_model folder cannot say registers=2"):
+    with pytest.raises(ValueError, match=r"a clip_vision_model folder has no tensor for registers"):
         written(families.Clip, replace(families.Clip.Config(), registers=2))
     with pytest.raises(ValueError, match="of no published family that can be written"):
         written(object, Pictures())  # type: ignore[arg-type]
@@ -185,18 +186,18 @@ def config(**vision: Any) -> dict[str, Any]:
     return raw
 
 
-CHANGES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
-    ({"projector": {"norm": "rms"}}, r"vision.projector.norm is rms; needed: none", {}),
-    ({"projector": {"kind": "linear"}}, r"vision.projector.kind is linear; needed: mlp", {}),
-    ({"projector": {"hidden": 32}}, r"projector.hidden is 32; needed: 24, as wide as the language model", {}),
-    ({"options": {"final_norm": True}}, r"options.final_norm is true; needed: false", {}),
-    ({"options": {"merge": 2}}, r"options.merge is 2; needed: 1", {}),
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"projector": {"norm": "rms"}}, r"vision.projector.norm is rms; needed: none"),
+    ({"projector": {"kind": "linear"}}, r"vision.projector.kind is linear; needed: mlp"),
+    ({"projector": {"hidden": 32}}, r"projector.hidden is 32; needed: 24, as wide as the language model"),
+    ({"options": {"final_norm": True}}, r"options.final_norm is true; needed: false"),
+    ({"options": {"merge": 2}}, r"options.merge is 2; needed: 1"),
 ]
 
 
-@pytest.mark.parametrize(("change", "why", "rest"), CHANGES)
+@pytest.mark.parametrize(("change", "why"), CHANGES)
 def test_what_no_container_holds_is_said_at_the_start(
-    change: dict[str, Any], why: str, rest: dict[str, Any], tmp_path: Path
+    change: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
     """By option, with what would fit; and what would fit does."""
     fits = draw_up(from_mapping(config(), tmp_path), 1)
@@ -259,7 +260,7 @@ def test_bad_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("layers", {"vision_feature_layer": [-1, -2]}, "needed: one layer"),
         ("layer", {"vision_feature_layer": -9}, "needed: one of the 3 layers"),
         ("rows", {"vision_feature_select_strategy": "default"}, "which drops one row of each picture"),
-        ("act", {"projector_hidden_act": "mish"}, "projector_hidden_act='mish'; known: gelu"),
+        ("act", {"projector_hidden_act": "mish"}, "projector_hidden_act='mish'; known: silu"),
     ):
         raw = {"model": {"folder": str(changed(name, **fields))}, "data": {"train": ["x"]}}
         with pytest.raises(Refused, match="model.folder: .*" + why):
