@@ -29,6 +29,7 @@ Rows of items, packed end to end
 
     Packing, attention, depthwise_conv    whole items on one rank, which never see each other
     Share, pieces, reach                  which rows a rank has; the items in a range of rows; its neighbours
+    RowGrid                               how an item's rows lie in frames, rows and columns
     to_device                             indices of the host on the device, without waiting for it
     Pairing, attend                       attention of a rank's queries to all keys of their items
     ItemAttention, ItemConvolution        the same where the keys and neighbours are on other ranks of cp
@@ -40,6 +41,7 @@ from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share, pieces, reach
 from parallel.sequence.buckets import Pairing, attend
+from parallel.sequence.grid import RowGrid
 from parallel.sequence.host import to_device
 from parallel.sequence.packed import Packing, attention, depthwise_conv
 from parallel.sharding.adopt import adopt
@@ -63,6 +65,7 @@ __all__ = [
     "Packing",
     "Pairing",
     "ParamSpec",
+    "RowGrid",
     "Share",
     "Stage",
     "adopt",

@@ -82,8 +82,8 @@ class Container:
     modules: the encoder modules of a folder, as a config names them, but for the folder of the weights.
         Raises ValueError for what ours cannot be.
     options: of the language model, that its own config.json does not say.
-    named: further ids of config.json, by field the text of their token; left out where there is none.
     rest: what the class of a tower has beside ours in this container, from what it has alone.
+    named: further ids of config.json, by field the text of their token; left out where there is none.
     """
 
     name: str
@@ -98,5 +98,5 @@ class Container:
     processor: Callable[[Whole, Mapping[str, Written], Mapping[str, str]], dict[str, Any]]
     modules: Callable[[SafeFolder], dict[str, dict[str, Any]]]
     options: Callable[[SafeFolder], dict[str, Any]] = lambda folder: {}
-    named: Mapping[str, str] = field(default_factory=dict)
     rest: Callable[[Tower, Rest], Rest] = lambda tower, rest: rest
+    named: Mapping[str, str] = field(default_factory=dict)

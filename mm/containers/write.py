@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from encoders.hf.folder import PREPROCESSOR, VIDEO_PREPROCESSOR
 from encoders.hf.saying import Rest
 from encoders.hf.write import Written, written
 from encoders.projector import Projector
@@ -20,7 +21,7 @@ from parallel.published.tables import Part
 from parallel.topology.axis import Axes
 
 SINK = "llm"
-PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
 IN_PROCESSOR = {"vision": "image_processor", "audio": "feature_extractor"}
 
 
@@ -81,10 +82,10 @@ def _processors(
     inner |= {name: said[name] for name in inner if name in said}
     first = next((inner[name] for name in IN_PROCESSOR.values() if name in inner), {})
     head = {key: said[key] for key in ("processor_class",) if key in said}
-    # Of the files that a tower has beside its first, as one of videos.
-    more = {f: v for t in towers.values() for f, v in t.processors.items() if f != PREPROCESSOR}
-    files = {PREPROCESSOR: first, **more}
-    return {PROCESSOR: {**said, **inner}, **{file: {**given, **head} for file, given in files.items()}}
+    videos = [t.processors[VIDEO_PREPROCESSOR] for t in towers.values() if VIDEO_PREPROCESSOR in t.processors]
+    more = {VIDEO_PREPROCESSOR: {**videos[0], **head}} if videos else {}
+    inner |= {"video_processor": videos[0]} if videos else {}
+    return {PROCESSOR: {**said, **inner}, PREPROCESSOR: {**first, **head}, **more}
 
 
 def _precise(key: str) -> bool:

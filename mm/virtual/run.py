@@ -94,6 +94,7 @@ def _mark_inputs(prepared: Prepared, ledger: Ledger) -> None:
             ledger.mark([items.values], "other", m)
         if mb.llm is not None:
             given = [mb.llm.ids, mb.llm.labels, *mb.llm.row_positions.values(), *(mb.llm.ahead or ())]
+            given += [] if mb.llm.packing.places is None else [mb.llm.packing.places]
             ledger.mark([*given, *(mb.llm.loss_rows or ()), *mb.depends.values()], "other", SINK)
 
 

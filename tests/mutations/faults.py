@@ -11,10 +11,12 @@ from tests.mutations.of_folders import FOLDERS
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import LLM
 from tests.mutations.of_parallel import PARALLEL
+from tests.mutations.of_qwen import QWEN
 from tests.mutations.of_resolution import RESOLUTION
 from tests.mutations.of_schedules import SCHEDULES
 from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
-    PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + LLM + FAMILIES + JOB + TEXT + FOLDERS
+    *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + LLM),
+    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS),
 )

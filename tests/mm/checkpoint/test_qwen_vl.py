@@ -178,7 +178,7 @@ def test_what_files_leave_out_is_as_transformers_has_it() -> None:
         said = kind(text_config={}).to_dict()
         ours = read_config({"model_type": name, "text_config": {"model_type": f"{name}_text"}})
         assert ours == replace(read_config(said), source=ours.source), name
-        assert ours.rope_axes is not None
+        assert ours.rope_axes is not None and ours.rope_axes.interleaved == (name == "qwen3_vl")
 
 
 def test_a_model_of_another_container_is_refused_by_name(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_model_of_another_container_is_refused_by_name(tmp_path: Path) -> None
     assert found is not None and found.name == "qwen3_vl"
     assert "model.vision.encoder is Qwen3VL; needed: qwen2_5_vl" in wrong["Qwen2.5-VL"]
     for change, words in {
-        "rope_axes": "model.llm.rope_axes is None; needed: sections of three axes, interleaved: true",
+        "rope_axes": "model.llm.rope_axes is null; needed: sections of three axes, interleaved: true",
         "level_layers": "model.llm.level_layers is []; needed: [1, 3]",
     }.items():
         other = replace(whole.llm, **{change: None if change == "rope_axes" else ()})
