@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-import torch.distributed as dist
 
 from encoders.hf import fill, open_folder
 from encoders.module import EncoderModule
@@ -17,6 +15,7 @@ from llm.hf import export_checkpoint, load_hf, load_weights
 from llm.hf.stored import Stored
 from llm.hf.weights import check_folder
 from llm.model import LLM
+from mm.checkpoint.alone import one_process
 from mm.checkpoint.resume import verify
 from mm.checkpoint.state import model_shapes, tokenizer_of, with_kept
 from mm.config.build import build
@@ -148,19 +147,8 @@ def import_hf(folder: Path, out: Path) -> str:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     tensors = {f"{SINK}.{key}": t for key, t in module_tensors(model).items()}
-    with (
-        TemporaryDirectory() as folder_of_store
-    ):  # a process group writes a checkpoint, here one of one process
-        dist.init_process_group(
-            dist.get_default_backend_for_device("cpu"),
-            init_method=f"file://{folder_of_store}/store",
-            rank=0,
-            world_size=1,
-        )
-        try:
-            path = store.save(out, 0, tensors, {SINK: asdict(model.cfg)}, keep=0)
-        finally:
-            dist.destroy_process_group()
+    with one_process():
+        path = store.save(out, 0, tensors, {SINK: asdict(model.cfg)}, keep=0)
     return f"{path}: {len(tensors)} tensors; start a run from it with checkpoint.weights={path}"
 
 
