@@ -8,17 +8,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llm.config import LLMConfig
 from llm.hf import FAMILIES, export_checkpoint, load_hf
 from llm.hf.export import check_zero
 from llm.hf.stored import Stored
+from mm.checkpoint.alone import alone
 from mm.checkpoint.state import tokenizer_of
 from mm.checkpoint.tokens import item_tokens, named_ids
 from mm.checkpoint.whole import one_process, read_whole
@@ -86,17 +85,8 @@ def _on_its_own(blueprint: Blueprint) -> dict[str, Any]:
 
 def _save(out: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
     """A checkpoint of one process in `out`."""
-    with TemporaryDirectory() as folder:  # a process group writes a checkpoint, here one of one process
-        dist.init_process_group(
-            dist.get_default_backend_for_device("cpu"),
-            init_method=f"file://{folder}/store",
-            rank=0,
-            world_size=1,
-        )
-        try:
-            return store.save(out, 0, tensors, state, keep=0)
-        finally:
-            dist.destroy_process_group()
+    with alone():
+        return store.save(out, 0, tensors, state, keep=0)
 
 
 def export_hf(

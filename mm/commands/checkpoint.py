@@ -1,4 +1,5 @@
-"""`checkpoint inspect|verify|import|export`: look at checkpoints, and bring published models in and out."""
+"""`checkpoint inspect|verify|import|export|average`: look at checkpoints, average them, and bring published
+models in and out."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--average", action="store_true", help="export the average of the weights (train.average)"
     )
+    of = "of checkpoints that are averaged (default: all alike)"
+    parser.add_argument("--shares", nargs="+", type=float, metavar="W", help=of)
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
@@ -36,10 +39,16 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             dtype = None if args.dtype is None else getattr(torch, args.dtype)
             print(export_hf(source, out, dtype, args.family, average=args.average))
         return 0
+    if verb == "average" and len(rest) >= 2:
+        from mm.checkpoint.average import average_checkpoints
+
+        out, *paths = map(Path, rest)
+        print(average_checkpoints(out, paths, args.shares))
+        return 0
     if verb not in ("inspect", "verify") or len(rest) != 1:
         raise Refused(
-            "needed: checkpoint inspect PATH, checkpoint verify PATH, checkpoint import HF_FOLDER OUT, or "
-            "checkpoint export PATH HF_FOLDER"
+            "needed: checkpoint inspect PATH, checkpoint verify PATH, checkpoint import HF_FOLDER OUT, "
+            "checkpoint export PATH HF_FOLDER, or checkpoint average OUT PATH PATH .."
         )
     from mm.checkpoint.state import inspect_text, verify_text
 
@@ -49,8 +58,9 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 
 COMMAND = Command(
     _run,
-    "checkpoint inspect|verify PATH | import HF_FOLDER OUT | export PATH HF_FOLDER",
-    "inspect PATH or verify PATH: a checkpoint's folder; import the model of a Hugging Face "
-    "folder, a whole one too, to a checkpoint in OUT; export a checkpoint's to a new folder",
+    "checkpoint inspect|verify PATH | import HF_FOLDER OUT | export PATH HF_FOLDER | average OUT PATH ..",
+    "inspect PATH or verify PATH: a checkpoint's folder; import the model of a Hugging Face folder, a "
+    "whole one too, to a checkpoint in OUT; export a checkpoint's to a new folder; average the weights of "
+    "checkpoints to one in OUT",
     _options,
 )

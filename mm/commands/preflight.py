@@ -10,9 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm.config.outline import llm_config
+from mm.config.outline import SINK, llm_config
 from mm.config.schema import Config
 from mm.data.index import find_shards
+from mm.data.tokenizer import Tokenizer, make_tokenizer
+from mm.data.tokenizer_files import KEPT
 from mm.data.vocabulary import check_vocabulary
 from mm.errors import CheckpointError, Refused
 from mm.ranks.launch import restarted
@@ -61,7 +63,7 @@ def _could_write(folder: Path) -> None:
 
 def check_start(cfg: Config) -> None:
     """Raise CheckpointError where what checkpoint.resume or checkpoint.weights names does not exist, and
-    Refused where published weights are of another vocabulary."""
+    Refused where the weights are of another vocabulary."""
     from mm.checkpoint.state import candidates
     from parallel.checkpoint import MANIFEST
 
@@ -76,6 +78,8 @@ def check_start(cfg: Config) -> None:
             )
         if (Path(weights) / CONFIG).is_file():
             _check_tokens(cfg, Path(weights))
+        else:
+            _check_kept(cfg, Path(weights))
 
 
 def _check_tokens(cfg: Config, folder: Path) -> None:
@@ -92,6 +96,32 @@ def _check_tokens(cfg: Config, folder: Path) -> None:
             f"checkpoint.weights: {folder} embeds {there} tokens, model.llm.vocab_size is {rows}; "
             f"needed: model.llm.preset={folder}, or model.llm.vocab_size={there}"
         )
+
+
+def _check_kept(cfg: Config, checkpoint: Path) -> None:
+    """Refuse a checkpoint with a language model that was trained on the ids of another tokenizer."""
+    from mm.checkpoint.state import tokenizer_of
+    from parallel import checkpoint as store
+
+    name = cfg.data.tokenizer
+    try:
+        state, tensors = store.read_state(checkpoint), store.describe(checkpoint)
+        if not any(key.startswith(f"{SINK}.") for key in tensors):
+            return
+        kept = checkpoint.parent / KEPT
+        if kept.is_dir():
+            check_vocabulary(name, kept)
+            return
+        ours, theirs = make_tokenizer(name), tokenizer_of(state, checkpoint) if "config" in state else None
+        if isinstance(theirs, Tokenizer) and not isinstance(ours, Tokenizer):
+            raise Refused(
+                f"checkpoint.weights: {checkpoint} was trained on bytes, data.tokenizer is {name}; needed: "
+                "data.tokenizer=bytes, or weights of that tokenizer"
+            )
+    except store.BadCheckpoint:
+        return  # what is damaged is named where it is read
+    except ValueError as error:
+        raise Refused(f"checkpoint.weights: {error}") from error
 
 
 def check_fits(blueprint: Blueprint, index: Index) -> None:

@@ -102,11 +102,21 @@ def load_whole(
     return found
 
 
+def _newest_time(run: Path) -> float:
+    return max(p.stat().st_mtime for p in store.published(run))
+
+
 def newest(path: Path) -> Path:
     """The newest checkpoint of a run's folder; raises CheckpointError where it has none."""
     found = store.published(path) if path.is_dir() else []
     if not found:
         what = "has no checkpoint and no config.json" if path.is_dir() else "does not exist"
+        stages = sorted((p for p in path.glob("*") if store.published(p)), key=_newest_time)
+        if stages:  # of a run with stages each is a run in a folder of its own
+            raise CheckpointError(
+                f"{path} has no checkpoint of its own, but those of its stages; needed: one of "
+                f"{', '.join(str(p) for p in stages)}, of which {stages[-1]} is the last"
+            )
         raise CheckpointError(
             f"{path} {what}; needed: the folder of a run with checkpoint.every set, a checkpoint, or a "
             "folder of published weights"

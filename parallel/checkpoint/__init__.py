@@ -4,6 +4,7 @@ This room trusts no file that it reads: it checks names, sizes and sums, and nev
 What a job stores in a checkpoint is decided elsewhere (mm.checkpoint) and may not enter.
 
     save(directory, step, tensors, state, keep=3)   distributed.py: every rank writes its shards
+    Lazy(shapes, read)                              lazy.py: tensors made as they are written
     published(directory), read_state(path)          distributed.py: what there is to load
     verify(path)                                    manifest.py: sizes and sha256 of all files
     load(path, tensors)                             distributed.py: fills tensors in place, in any layout
@@ -22,12 +23,14 @@ from parallel.checkpoint.distributed import (
     save,
     step_of,
 )
+from parallel.checkpoint.lazy import Lazy
 from parallel.checkpoint.manifest import MANIFEST, BadCheckpoint, structure, verify
 
 __all__ = [
     "MANIFEST",
     "STATE",
     "BadCheckpoint",
+    "Lazy",
     "check_fits",
     "describe",
     "first_cause",

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from parallel.checkpoint import manifest
+from parallel.checkpoint.lazy import Lazy, LazyPlanner
 from parallel.checkpoint.manifest import BadCheckpoint
 from parallel.checkpoint.metadata import SafeReader
 
@@ -33,12 +34,17 @@ STATE = "state.json"
 
 
 def save(
-    directory: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Tensor] | Lazy,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
 ) -> Path:
     """Write a checkpoint of step `step` below `directory` and return its path; collective over the job.
 
     tensors: by name. Each rank writes its own shards of a DTensor; plain tensors are equal on all ranks that
-        pass them.
+        pass them. Lazy: of a job of one process, made as they are written.
     state: anything that JSON holds.
     keep: how many of the newest checkpoints stay; 0 keeps all.
 
@@ -54,7 +60,11 @@ def save(
         partial.mkdir()
         (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
     dist.barrier()
-    save_shards(dict(tensors), storage_writer=FileSystemWriter(partial, sync_files=True))
+    writer = FileSystemWriter(partial, sync_files=True)
+    if isinstance(tensors, Lazy):
+        save_shards(tensors.stand_ins(), storage_writer=writer, planner=LazyPlanner(tensors))
+    else:
+        save_shards(dict(tensors), storage_writer=writer)
     sums = _gather_sums(partial)
     if lead:
         manifest.write(partial, sums)

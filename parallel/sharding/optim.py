@@ -23,6 +23,7 @@ from parallel.sharding.shard import data_view, sharded_dims
 from parallel.topology.mesh import ModuleMesh
 
 AVERAGE = "average"  # the rule that keeps an average of the weights
+RULES = ("adam", "muon", AVERAGE)  # names of rules, which begin the names of their state
 
 
 @dataclass(frozen=True)

@@ -294,6 +294,14 @@ JOB = (
         "tests/mm/jobs/test_lora.py::test_from_a_checkpoint_into_one_and_merged",
     ),
     Fault(
+        "checkpoint.shares",
+        "averaged checkpoints count alike whatever their shares",
+        "mm/checkpoint/average.py",
+        "return [w / sum(given) for w in given]",
+        "return [1 / n for w in given]",
+        "tests/mm/checkpoint/test_average.py::test_it_is_the_weighted_mean_and_holds_one_tensor_at_a_time[shares1]",
+    ),
+    Fault(
         "update.wait",
         "the loss is read before the step's message",
         "mm/train/step.py",

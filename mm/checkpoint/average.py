@@ -1,0 +1,104 @@
+"""The weighted mean of several checkpoints' weights, as a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.checkpoint.alone import alone
+from mm.data.tokenizer_files import KEPT
+from mm.errors import CheckpointError
+from parallel import checkpoint as store
+from parallel.sharding.optim import RULES
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The tensors that all checkpoints have, read one at a time. shares: of each, their sum is 1."""
+
+    paths: Sequence[Path]
+    shares: Sequence[float]
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def __call__(self, name: str) -> Tensor:
+        """The mean of a tensor, worked out in float64; of integers, the last checkpoint's."""
+        shape, kind = self.shapes[name]
+        if not kind.is_floating_point:
+            return self._read(self.paths[-1], name)
+        total = torch.zeros(shape, dtype=torch.float64)
+        for path, share in zip(self.paths, self.shares, strict=True):
+            total.add_(self._read(path, name).to(torch.float64), alpha=share)
+        return total.to(kind)
+
+    def _read(self, path: Path, name: str) -> Tensor:
+        shape, kind = self.shapes[name]
+        out = torch.empty(shape, dtype=kind)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is ")  # one process is intended
+            store.load(path, {name: out})
+        return out
+
+
+def average_checkpoints(out: Path, paths: Sequence[Path], weights: Sequence[float] | None = None) -> str:
+    """Write the mean of the checkpoints' weights and buffers to a checkpoint in `out`; returns what was done.
+
+    weights: of each, not negative, in any scale; None: all alike. One process, which holds one tensor at a
+    time (in float64, and as it is read). The result has the config of the last, and no optimizer state: runs
+    start from it with checkpoint.weights. Raises CheckpointError where a checkpoint is damaged or of another
+    model.
+    """
+    try:
+        mean = Mean(paths, _shares(weights, len(paths)), _common(paths))
+        state = store.read_state(paths[-1])
+    except ValueError as error:
+        raise CheckpointError(f"cannot average: {error}") from error
+    step = state.pop("step")
+    if (out / f"step-{step:08d}").exists():
+        raise CheckpointError(
+            f"cannot average: {out} has a checkpoint of step {step}; needed: another folder"
+        )
+    with alone():
+        path = store.save(out, step, store.Lazy(mean.shapes, mean), state, keep=0)
+    kept = paths[-1].parent / KEPT
+    if kept.is_dir() and kept != out / KEPT:
+        shutil.copytree(kept, out / KEPT, dirs_exist_ok=True)
+    of = f"the mean of {len(paths)} checkpoints"
+    return f"{path}: {of}; start a run from it with checkpoint.weights={path}"
+
+
+def _shares(weights: Sequence[float] | None, n: int) -> list[float]:
+    given = [1.0] * n if weights is None else list(weights)
+    if len(given) != n or min(given) < 0 or sum(given) <= 0:
+        raise ValueError(
+            f"{n} checkpoints have the weights {given}; needed: one for each, not negative, not all zero"
+        )
+    return [w / sum(given) for w in given]
+
+
+def _common(paths: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The weights and buffers that the checkpoints hold, with their shapes; equal in all of them."""
+    found: list[dict[str, Any]] = []
+    for path in paths:
+        wrong = store.verify(path)
+        if wrong:
+            raise ValueError(f"{path} is damaged: {'; '.join(wrong)}")
+        found.append({k: v for k, v in store.describe(path).items() if not _of_optimizer(k)})
+    for path, theirs in zip(paths, found, strict=True):
+        other = sorted(k for k in theirs.keys() | found[0].keys() if theirs.get(k) != found[0].get(k))
+        if other:
+            raise ValueError(
+                f"{path} is of another model than {paths[0]}: {len(other)} tensors differ or are in one "
+                f"only, first {other[0]}; needed: checkpoints of one model"
+            )
+    return found[0]
+
+
+def _of_optimizer(name: str) -> bool:
+    return name.split(".")[1] in RULES
