@@ -12,6 +12,7 @@ from encoders.hf import vision
 from encoders.hf.said_audio import SOUND
 from encoders.hf.saying import Names, Rest, Said, named
 from encoders.vision.config import Pictures, VisionConfig
+from parallel.published import Shape
 
 # Names of transformers, the first of ours each.
 ACTIVATIONS = {ours: theirs for theirs, ours in reversed(vision.ACTIVATIONS.items())}
@@ -126,7 +127,7 @@ def radio(cfg: VisionConfig) -> dict[str, Any]:
     return {
         **common(cfg, "radio", {**vision.SIZES, **EPS}),
         "patch_size": cfg.patch,
-        "mlp_ratio": ratio_of(cfg),
+        "mlp_ratio": float(ratio_of(cfg)),
         "max_img_size": cfg.table * cfg.patch,
         "image_size": cfg.table * cfg.patch,
         "num_cls_tokens": classes,
@@ -157,9 +158,9 @@ def final(key: str) -> Callable[[Any], Rest]:
     return lambda cfg: {} if cfg.final_norm else norm(key, cfg.width)
 
 
-def with_mask(key: str) -> Callable[[Any], Rest]:
-    """The same, with the token of masked patches."""
-    return lambda cfg: {**final(key)(cfg), "embeddings.mask_token": ((1, cfg.width), 0.0)}
+def with_mask(key: str, lead: Shape = ()) -> Callable[[Any], Rest]:
+    """The same, with the token of masked patches; lead: dims of 1 that it has first."""
+    return lambda cfg: {**final(key)(cfg), "embeddings.mask_token": ((*lead, 1, cfg.width), 0.0)}
 
 
 TOWER = "vision_model."  # of SigLIP and CLIP, which have a text tower too
@@ -179,7 +180,7 @@ SAID: dict[str, Said] = {
     ),
     "image_vit": Said(image_vit, processor("ViTImageProcessor"), final("layernorm")),
     "dinov2": Said(dinov2, processor("BitImageProcessor"), with_mask("layernorm")),
-    "dinov3": Said(dinov3, processor("DINOv3ViTImageProcessor"), final("norm")),
+    "dinov3": Said(dinov3, processor("DINOv3ViTImageProcessor"), with_mask("norm", (1,))),
     "radio": Said(radio, processor("CLIPImageProcessor"), conditioner, "radio_model.model."),
     **SOUND,
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 from encoders.audio.parakeet import ParakeetConfig
 from encoders.audio.whisper import WhisperConfig
-from encoders.hf.saying import Names, Said, named
+from encoders.hf.saying import Names, Rest, Said, named
 from encoders.hf.vision import ACTIVATIONS
 
 WHISPER: Names = {
@@ -90,8 +90,13 @@ def parakeet_extractor(cfg: ParakeetConfig) -> dict[str, Any]:
     }
 
 
+def batches(cfg: ParakeetConfig) -> Rest:
+    """How many batches each norm has seen, which nothing depends on."""
+    return {f"layers.{n}.conv.norm.num_batches_tracked": ((), 0) for n in range(cfg.layers)}
+
+
 SOUND: dict[str, Said] = {
     "whisper": Said(whisper, whisper_extractor),
     "audioflamingo3": Said(flamingo, whisper_extractor),
-    "parakeet": Said(parakeet, parakeet_extractor),
+    "parakeet": Said(parakeet, parakeet_extractor, batches),
 }

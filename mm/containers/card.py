@@ -56,7 +56,7 @@ def encoder_contents(name: str, tower: Tower) -> tuple[Contents, Mapping[str, An
         tensors = [FileTensor(n, shape, (Part(before + n),)) for n, shape in shapes.items()]
         config = {"model_type": "polyrank", "encoder": tower.encoder, "options": asdict(tower.cfg)}
         return Contents(tensors, {before + n: s for n, s in shapes.items()}, config), {}, None
-    constants = constants_of(said, "")
+    constants = constants_of(said.rest, "")
     tensors = [moved(t, said.stem + t.key, before) for t in said.tensors]
     tensors += [FileTensor(n[1:], tuple(t.shape), (Part(n),)) for n, t in constants.items()]
     known = {before + n: s for n, s in said.shapes.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 from encoders.contract import Encoder
 from encoders.hf.folder import kind_of
+from encoders.hf.saying import Rest
 from encoders.hf.write import Written
 from encoders.projector import ProjectorKind
 from llm.config import LLMConfig
@@ -81,6 +82,7 @@ class Container:
     modules: the encoder modules of a folder, as a config names them, but for the folder of the weights.
         Raises ValueError for what ours cannot be.
     options: of the language model, that its own config.json does not say.
+    rest: what the class of a tower has beside ours in this container, from what it has alone.
     """
 
     name: str
@@ -95,3 +97,4 @@ class Container:
     processor: Callable[[Whole, Mapping[str, Written], Mapping[str, str]], dict[str, Any]]
     modules: Callable[[SafeFolder], dict[str, dict[str, Any]]]
     options: Callable[[SafeFolder], dict[str, Any]] = lambda folder: {}
+    rest: Callable[[Tower, Rest], Rest] = lambda tower, rest: rest

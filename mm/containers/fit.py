@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from llm.config import LLMConfig
-from llm.hf.config import export_family
+from llm.hf.config import export_family, read_config
 from mm.containers.container import Tower
+from parallel.published import SafeFolder
 
 
 def needed(option: str, given: Any, what: Any) -> str:
@@ -15,7 +16,20 @@ def needed(option: str, given: Any, what: Any) -> str:
 
 
 def _said(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(list(value) if value == () else value)
+
+
+def check_head(folder: SafeFolder) -> None:
+    """Refuse a folder whose language model caps or scales logits, which a container with a head of its own
+    leaves out. Raises ValueError."""
+    llm = read_config(folder.config())
+    if llm.logit_cap is not None or llm.logit_scale != 1.0:
+        raise ValueError(
+            f"its language model has logit_cap={llm.logit_cap} and logit_scale={llm.logit_scale:g}, which "
+            "the container's class leaves out; needed: null and 1"
+        )
 
 
 def mlp_unfit(module: str, tower: Tower, width: int, norm: str) -> list[str]:
@@ -29,8 +43,11 @@ def mlp_unfit(module: str, tower: Tower, width: int, norm: str) -> list[str]:
     return out
 
 
-def language_unfit(llm: LLMConfig) -> list[str]:
-    """What keeps a language model from taking rows among its tokens in transformers as it does here."""
+def language_unfit(llm: LLMConfig, *, own_head: bool) -> list[str]:
+    """What keeps a language model from taking rows among its tokens in transformers as it does here.
+
+    own_head: whether the container computes the logits itself, as a linear map and no more.
+    """
     out = []
     try:
         family = export_family(llm)
@@ -41,6 +58,9 @@ def language_unfit(llm: LLMConfig) -> list[str]:
             f"model.llm.embed_scale is {llm.embed_scale:g}, which {family.title} multiplies rows of encoders "
             "with too, and ours the embeddings of tokens alone; needed: 1"
         )
+    for option, plain in (("logit_cap", None), ("logit_scale", 1.0)) if own_head else ():
+        if getattr(llm, option) != plain:
+            out.append(needed(f"model.llm.{option}", getattr(llm, option), plain))
     if llm.level_layers:
         out.append(needed("model.llm.level_layers", list(llm.level_layers), []))
     return out

@@ -9,8 +9,8 @@ from encoders.hf import open_folder
 from encoders.hf.folder import family_name
 from encoders.hf.write import Written
 from mm.containers.container import Container, Place, Token, Whole
-from mm.containers.fit import language_unfit, mlp_unfit, needed
-from mm.containers.llava import PROJECTED, PROJECTOR, only, two_linears
+from mm.containers.fit import check_head, language_unfit, mlp_unfit, needed
+from mm.containers.llava import PROJECTED, PROJECTOR, language, only, two_linears
 from parallel.published import SafeFolder
 
 MODULE, TOWER = "audio", "audioflamingo3"
@@ -23,7 +23,7 @@ def unfit(whole: Whole) -> list[str]:
     module, tower = only(whole)
     if family_name(tower.cls) != TOWER:
         return [needed(f"model.{module}.encoder", tower.encoder, TOWER)]
-    return mlp_unfit(module, tower, whole.llm.d_model, norm="none") + language_unfit(whole.llm)
+    return mlp_unfit(module, tower, whole.llm.d_model, norm="none") + language_unfit(whole.llm, own_head=True)
 
 
 def config(whole: Whole, text: Mapping[str, Any], towers: Mapping[str, Written]) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def processor(whole: Whole, towers: Mapping[str, Written], texts: Mapping[str, s
 
 
 def modules(folder: SafeFolder) -> dict[str, dict[str, Any]]:
+    check_head(folder)
     opened = open_folder(folder.path)
     projector = two_linears(folder, "projector_bias")
     return {MODULE: {"encoder": opened.family.encoder, "options": {}, "projector": projector}}
@@ -53,7 +54,7 @@ FLAMINGO = Container(
     architecture="AudioFlamingo3ForConditionalGeneration",
     hint="one sound tower, projector {kind: mlp, norm: none, hidden: as wide as the language model}",
     unfit=unfit,
-    language=lambda key: f"language_model.{key}",
+    language=language,
     places={"audio": Place("audio_tower.", PROJECTOR)},
     tokens={"audio": Token("<sound>", "audio_token_id", "audio_token")},
     config=config,

@@ -14,7 +14,7 @@ from encoders.hf.said import ACTIVATIONS
 from encoders.hf.write import Written
 from encoders.vision.config import VisionConfig
 from mm.containers.container import Container, Place, Token, Tower, Whole
-from mm.containers.fit import language_unfit, mlp_unfit, needed
+from mm.containers.fit import check_head, language_unfit, mlp_unfit, needed
 from parallel.published import SafeFolder
 
 MODULE = "vision"
@@ -47,7 +47,7 @@ def unfit(whole: Whole) -> list[str]:
     if name not in TOWERS:
         return [needed(f"model.{module}.encoder", tower.cls.__name__, " or ".join(TOWERS))]
     at, cfg = f"model.{module}.options", tower.cfg
-    out = mlp_unfit(module, tower, whole.llm.d_model, norm="none") + language_unfit(whole.llm)
+    out = mlp_unfit(module, tower, whole.llm.d_model, norm="none") + language_unfit(whole.llm, own_head=True)
     for option, value in (("merge", 1), ("levels", ()), ("final_norm", False)):
         if getattr(cfg, option) != value:
             out.append(needed(f"{at}.{option}", getattr(cfg, option), value))
@@ -112,7 +112,14 @@ def two_linears(folder: SafeFolder, bias: str) -> dict[str, Any]:
     }
 
 
+def language(key: str) -> str:
+    """The key of a language model's tensor in a container that holds any of them."""
+    inner = key.removeprefix("backbone.")  # which Nemotron-H has alone
+    return f"language_model.{key}" if inner == key else f"language_model.model.{inner}"
+
+
 def modules(folder: SafeFolder) -> dict[str, dict[str, Any]]:
+    check_head(folder)
     said = folder.config()
     opened = open_folder(folder.path)
     cfg = opened.cfg
@@ -147,7 +154,7 @@ LLAVA = Container(
     architecture="LlavaForConditionalGeneration",
     hint="one picture tower, projector {kind: mlp, norm: none, hidden: as wide as the language model}",
     unfit=unfit,
-    language=lambda key: f"language_model.{key}",
+    language=language,
     places={"vision": Place("vision_tower.", PROJECTOR)},
     tokens={"vision": Token("<image>", "image_token_index", "image_token")},
     config=config,

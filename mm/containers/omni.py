@@ -7,6 +7,7 @@ from typing import Any
 
 from encoders.hf import open_folder
 from encoders.hf.folder import family_name
+from encoders.hf.saying import Rest
 from encoders.hf.write import Written
 from llm.hf.config import export_family
 from mm.containers.container import Container, Pairs, Place, Token, Tower, Whole
@@ -38,7 +39,7 @@ def unfit(whole: Whole) -> list[str]:
     if kinds not in (["vision"], ["audio", "vision"]):
         given = ", ".join(f"{m} ({t.encoder})" for m, t in whole.towers.items()) or "none"
         return [f"the encoder modules are {given}; needed: radio, with or without parakeet"]
-    out = language_unfit(whole.llm)
+    out = language_unfit(whole.llm, own_head=False)
     if not out and (named := export_family(whole.llm).name) != "nemotron_h":
         out.append(needed("model.llm", f"written as {named}", "a Nemotron-H model"))
     for module, tower in whole.towers.items():
@@ -87,7 +88,21 @@ def config(whole: Whole, text: Mapping[str, Any], towers: Mapping[str, Written])
 
 
 def processor(whole: Whole, towers: Mapping[str, Written], texts: Mapping[str, str]) -> dict[str, Any]:
-    out: dict[str, Any] = {"processor_class": "NemotronH_Omni_Reasoning_V3Processor"}
+    vision = of_kind(whole, "vision")
+    assert vision is not None
+    tower = whole.towers[vision].cfg
+    pictures = {
+        "image_processor_type": "NemotronH_Omni_Reasoning_V3ImageProcessor",
+        "patch_size": tower.patch,
+        "downsample_ratio": 0.5,
+        "image_mean": list(tower.pictures.mean),
+        "image_std": list(tower.pictures.std),
+        "do_resize": False,
+    }
+    out: dict[str, Any] = {
+        "processor_class": "NemotronH_Omni_Reasoning_V3Processor",
+        "image_processor": pictures,
+    }
     for kind, key in (("vision", "image_token"), ("audio", "audio_token")):
         module = of_kind(whole, kind)
         out |= {key: texts[module]} if module is not None else {}
@@ -113,6 +128,16 @@ def modules(folder: SafeFolder) -> dict[str, dict[str, Any]]:
     return out
 
 
+def rest(tower: Tower, alone: Rest) -> Rest:
+    """RADIO without its mean and std, which are its processor's here, and with patches of video, which are
+    zero: ours has none."""
+    if family_name(tower.cls) != "radio":
+        return alone
+    kept = {key: value for key, value in alone.items() if "input_conditioner" not in key}
+    shape = (tower.cfg.width, FRAMES * tower.cfg.inputs)
+    return {**kept, "radio_model.model.patch_generator.video_embedder.weight": (shape, 0.0)}
+
+
 PLACES = {
     "vision": Place("vision_model.", PICTURES),
     "audio": Place("sound_encoder.encoder.", SOUND),
@@ -133,4 +158,5 @@ OMNI = Container(
     config=config,
     processor=processor,
     modules=modules,
+    rest=rest,
 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from encoders.hf.saying import Rest
 from encoders.hf.write import Written, written
 from encoders.projector import Projector
 from llm.hf.config import config_of, export_family
@@ -19,6 +20,8 @@ from parallel.published.tables import Part
 from parallel.topology.axis import Axes
 
 SINK = "llm"
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+IN_PROCESSOR = {"vision": "image_processor", "audio": "feature_extractor"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def files_of(container: Container, whole: Whole, tokens: Mapping[str, tuple[int,
         before = place.tower
         tensors += [moved(t, before + tower.stem + t.key, f"{module}.encoder.") for t in tower.tensors]
         shapes |= {f"{module}.encoder.{n}": s for n, s in tower.shapes.items()}
-        found = constants_of(tower, before)
+        found = constants_of(container.rest(whole.towers[module], tower.rest), before)
         tensors += [FileTensor(n[1:], tuple(t.shape), (Part(n),)) for n, t in found.items()]
         shapes |= {n: tuple(t.shape) for n, t in found.items()}
         constants |= found
@@ -64,15 +67,21 @@ def files_of(container: Container, whole: Whole, tokens: Mapping[str, tuple[int,
         **container.config(whole, config_of(family, whole.llm, "float32"), towers),
         **{container.tokens[kind].field: tokens[m][0] for m, kind in whole.kinds.items()},
     }
-    said = container.processor(whole, towers, {m: text for m, (_, text) in tokens.items()})
-    json: dict[str, Mapping[str, Any]] = {"processor_config.json": said}
-    for tower in towers.values():
-        json["preprocessor_config.json"] = {
-            **tower.processor,
-            **{key: said[key] for key in ("processor_class",) if key in said},
-        }
+    json = _processors(container, whole, towers, {m: text for m, (_, text) in tokens.items()})
     contents = Contents(tensors, shapes, config, precise=_precise)
     return Files(contents, constants, [f"{SINK}.{n}" for n in zero], json)
+
+
+def _processors(
+    container: Container, whole: Whole, towers: Mapping[str, Written], texts: Mapping[str, str]
+) -> dict[str, Mapping[str, Any]]:
+    """Settings of the processor by file: newer programs read them in one file, older ones in two."""
+    said = container.processor(whole, towers, texts)
+    inner = {IN_PROCESSOR[kind]: towers[m].processor for m, kind in whole.kinds.items()}
+    inner |= {name: said[name] for name in inner if name in said}
+    first = next((inner[name] for name in IN_PROCESSOR.values() if name in inner), {})
+    head = {key: said[key] for key in ("processor_class",) if key in said}
+    return {PROCESSOR: {**said, **inner}, PREPROCESSOR: {**first, **head}}
 
 
 def _precise(key: str) -> bool:
@@ -101,7 +110,8 @@ def with_constants(inner: Fetch, constants: Mapping[str, Tensor]) -> Fetch:
 
 
 def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype) if value.is_floating_point() else value
+    """A constant in the dtype of weights: zeros and ones alone, as others would be rounded."""
+    return value.to(dtype) if value.is_floating_point() and value.eq(value.round()).all() else value
 
 
 def projector_shapes(tower: Tower, d_model: int) -> dict[str, Shape]:
@@ -117,11 +127,11 @@ def projector_tensors(pairs: Pairs, shapes: Mapping[str, Shape]) -> list[FileTen
     return out
 
 
-def constants_of(tower: Written, before: str) -> dict[str, Tensor]:
+def constants_of(rest: Rest, before: str) -> dict[str, Tensor]:
     """Tensors that a class has beside those of ours, by "=" and their key; before: what it begins with."""
     return {
         f"={before}{key}": torch.stack([torch.full((), v) for v in value]).view(shape)
         if isinstance(value, tuple)
         else torch.full(shape, value)
-        for key, (shape, value) in tower.rest.items()
+        for key, (shape, value) in rest.items()
     }
