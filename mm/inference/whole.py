@@ -109,8 +109,8 @@ def _check_ids(model: WholeModel) -> None:
         ids = max(model.tokenizer.core.get_vocab().values(), default=-1) + 1
         if ids > model.cfg.vocab_size:
             raise ValueError(
-                f"its tokenizer has {ids} ids, its model embeds {model.cfg.vocab_size}; needed: the tokenizer "
-                "that the model was trained with"
+                f"its tokenizer has {ids} ids, its model embeds {model.cfg.vocab_size}; needed: the "
+                "tokenizer that the model was trained with"
             )
 
 

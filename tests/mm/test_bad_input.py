@@ -120,7 +120,8 @@ Case = tuple[str, int, Callable[[Made], list[str]], tuple[str, ...]]
 CASES: list[Case] = [
     ("unknown family, asked", 4, lambda m: ["generate", str(changed(m.model, model_type="mamba9"))],
      ("model_type='mamba9'", "known")),
-    ("unknown family, evaluated", 2, lambda m: ["eval", str(changed(m.model, model_type="mamba9")), "data.eval=[x]"],
+    ("unknown family, evaluated", 2,
+     lambda m: ["eval", str(changed(m.model, model_type="mamba9")), "data.eval=[x]"],
      ("mamba9", "known")),
     ("unknown family, imported", 4,
      lambda m: ["checkpoint", "import", str(changed(m.model, model_type="mamba9")), str(m.base / "out")],
