@@ -153,7 +153,7 @@ def llm_config(cfg: Config) -> LLMConfig:
     if llm.vocab_size < tokenizer.needed:
         raise ValueError(
             f"model.llm.vocab_size is {llm.vocab_size}; the tokenizer {cfg.data.tokenizer} needs at least "
-            f"{tokenizer.needed}"
+            f"{tokenizer.needed}; needed: the tokenizer of the same model, or so many tokens"
         )
     return llm
 

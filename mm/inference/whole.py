@@ -22,7 +22,7 @@ from mm.config.build import build
 from mm.config.outline import SINK
 from mm.containers.card import read_card
 from mm.containers.registry import is_whole
-from mm.data.published import TOKENIZER
+from mm.data.published import TOKENIZER, PublishedTokenizer
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError, Refused
@@ -94,12 +94,24 @@ def load_whole(
             found = _published(path)
         else:
             found = _checkpoint(path if (path / store.MANIFEST).is_file() else newest(path))
+        _check_ids(found)
     except (ValueError, KeyError, Refused) as error:
         raise CheckpointError(f"cannot load {path}: {error}") from error
     for module in (found.llm, *found.encoders.values()):
         cast(module, dtype)
         module.to(device).eval().requires_grad_(False)
     return found
+
+
+def _check_ids(model: WholeModel) -> None:
+    """Raise ValueError where the tokenizer gives ids that the model does not embed."""
+    if isinstance(model.tokenizer, PublishedTokenizer):
+        ids = max(model.tokenizer.core.get_vocab().values(), default=-1) + 1
+        if ids > model.cfg.vocab_size:
+            raise ValueError(
+                f"its tokenizer has {ids} ids, its model embeds {model.cfg.vocab_size}; needed: the "
+                "tokenizer that the model was trained with"
+            )
 
 
 def _newest_time(run: Path) -> float:

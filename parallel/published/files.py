@@ -59,7 +59,7 @@ class SafeFolder:
             return {WEIGHTS: None}
         pickled = sorted(p.name for p in self.path.glob("*.bin"))
         hint = f"; {pickled[0]} is pickled and is not read, convert it first" if pickled else ""
-        raise ValueError(f"{self.path} has neither {WEIGHTS} nor {INDEX}{hint}")
+        raise ValueError(f"{self.path} has neither {WEIGHTS} nor {INDEX}; needed: the whole folder{hint}")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
@@ -120,4 +120,6 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is missing or no safetensors file: {error}") from error
+        raise ValueError(
+            f"{file} is missing or no safetensors file ({error}); needed: the whole folder"
+        ) from error
