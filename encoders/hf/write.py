@@ -16,7 +16,7 @@ from parallel.published import FileTensor, SafeFolder, Shape, file_tensors, modu
 from parallel.topology.axis import Axes
 
 # What a folder does not say: how features are taken from the last layer.
-TAKEN = ("final_norm", "prefix_rows", "merge")
+TAKEN = ("final_norm", "prefix_rows", "merge", "levels")
 
 
 @dataclass(frozen=True)

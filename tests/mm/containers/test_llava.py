@@ -33,7 +33,7 @@ def outputs(model: Any, ids: Any, pixels: Any) -> Any:
     return made.asked_of(model, ids, {"image": features})
 
 
-@pytest.mark.parametrize(("tower", "family", "seed"), on_demand(PAIRS, PAIRS[2:], several=True))
+@pytest.mark.parametrize(("tower", "family", "seed"), on_demand(PAIRS, PAIRS[1:], several=True))
 def test_logits_gradients_and_both_ways(tower: str, family: str, seed: int, tmp_path: Path) -> None:
     """Read: logits and all gradients equal transformers' to 1e-10 in float64. Written: the same bytes, loaded
     by transformers with nothing missing or left over, to the same logits."""
@@ -79,6 +79,7 @@ def _unread(key: str, written: Any) -> bool:
     return any(part in key for part in tail)
 
 
+@pytest.mark.slow
 def test_what_is_written_twice_is_the_same(tmp_path: Path) -> None:
     folder = made.saved(made.llava("siglip", "llama", 0), tmp_path / "in")
     for n, (source, out) in enumerate((("in", "one"), ("one", "two"))):

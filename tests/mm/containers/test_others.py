@@ -113,7 +113,7 @@ def omni(sound: bool) -> Any:
     return model
 
 
-@pytest.mark.parametrize("sound", on_demand([True, False], [False]))
+@pytest.mark.parametrize("sound", on_demand([True, False], [True, False]))
 def test_nemotron_omni(sound: bool, tmp_path: Path) -> None:
     """Its norms are float32 in its own code, so that logits equal to 1e-7; the same bytes, but for video."""
     theirs = omni(sound)
@@ -180,7 +180,7 @@ def config(**vision: Any) -> dict[str, Any]:
             "projector": {**projector, **vision.pop("projector", {})},
             "options": {**tower, "pictures": pictures, **vision.pop("options", {})},
         },
-        "llm": {**raw["model"]["llm"], "d_model": 24},
+        "llm": {"pattern": "*-", "d_model": 24, "n_heads": 2, "head_dim": 8, "n_kv_heads": 1, "mlp_ffn": 32},
     }
     raw["layout"], raw["eval"] = {}, {"every": 0}
     return raw
@@ -236,7 +236,10 @@ def test_a_folder_with_a_card_is_read_back_whole(tmp_path: Path) -> None:
     for name, module in modules.items():
         assert not differing(module_tensors(held[name]), module_tensors(module)), name
     assert back.begin == (tokenizer.bos,) and back.llm.cfg.level_layers == (1,)
-    assert transformers.SiglipVisionModel.from_pretrained(tmp_path / "out" / "vision")
+    tower = transformers.SiglipVisionModel.from_pretrained(tmp_path / "out" / "vision")
+    own = tower.state_dict()
+    assert own.pop("embeddings.position_embedding.weight").equal(modules["vision"].encoder.position)
+    assert tower.config.num_hidden_layers == 2 and tower.config.vision_use_head is False
     text = (tmp_path / "out" / "README.md").read_text()
     assert "layer norm, linear 24 -> 20, gelu, linear -> 24 (with bias)" in text
     (tmp_path / "out" / "polyrank.json").write_text("{}")
