@@ -27,7 +27,7 @@ def pieces(name: str, sound: Sound, meta: dict[str, int]) -> list[Any]:
     return list(cls.pieces(cls.Config(sound=sound), meta))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(samples=st.integers(1, 3000), rate=st.sampled_from([400, 800, 1000, 8000]))
 def test_clips_one_after_another_are_the_recording(samples: int, rate: int) -> None:
     payload, meta = wav(samples, rate), {"samples": samples, "rate": rate}

@@ -54,7 +54,7 @@ def kept(net: EncoderModule, name: str) -> tuple[int, torch.Tensor]:
     return sum(held.values()), values
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(name=st.sampled_from(NAMES), layers=st.integers(1, 4), frozen=st.integers(0, 4), again=st.booleans())
 def test_the_rest_learns_as_if_all_did(name: str, layers: int, frozen: int, again: bool) -> None:
     frozen = min(frozen, layers)

@@ -38,7 +38,7 @@ OMNI = RADIO.Config(patch=4, merge=2, pictures=Pictures("budget", least=40, most
 SIDE = st.integers(1, 2500)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     height=SIDE, width=SIDE, least=st.integers(1, 4), more=st.integers(0, 12), tile=st.sampled_from([16, 448])
 )
@@ -51,7 +51,7 @@ def test_the_grid_of_tiles_is_internvls(height: int, width: int, least: int, mor
     assert found.tiles == rows * columns + (rows * columns > 1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(height=SIDE, width=SIDE, merge=st.integers(1, 3), least=st.integers(1, 99), most=st.integers(9, 4000))
 @example(height=1, width=20000, merge=2, least=1024, most=13312)
 @example(height=4000, width=3000, merge=2, least=1024, most=13312)

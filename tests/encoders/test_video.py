@@ -53,7 +53,7 @@ def pixels(frames: int, size: tuple[int, int]) -> np.ndarray:
     return np.stack([np.array(Image.open(io.BytesIO(png(*size, seed=k, mode="RGB")))) for k in range(frames)])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(n=st.integers(2, 300), rate=st.floats(0.5, 60), fps=st.floats(0.5, 8), most=st.integers(2, 64))
 def test_the_frames_that_are_taken_are_qwens(n: int, rate: float, fps: float, most: int) -> None:
     meta: Any = {"pictures": n, "fps": rate, "height": 64, "width": 64}
@@ -70,7 +70,7 @@ def test_the_frames_that_are_taken_are_qwens(n: int, rate: float, fps: float, mo
     assert math.isclose(step_seconds(cfg, meta), 2 / (len(sampled) / n * rate))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(n=st.integers(2, 40), height=SIDE, width=SIDE)
 @example(n=4, height=1, width=20000)
 @example(n=4, height=300, width=1)
