@@ -47,7 +47,7 @@ def alone(pool: Any) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", on_demand(LAYOUTS, LAYOUTS.keys() - {"tp sp ep, cp", "zero bubble"}))
+@pytest.mark.parametrize("name", on_demand(LAYOUTS, LAYOUTS.keys() - {"tp sp ep, cp"}))
 def test_layouts_learn_what_one_process_learns(name: str, ranks: Any, alone: list[dict[str, Any]]) -> None:
     layout, schedule = LAYOUTS[name]
     for found in ranks(4, train_few, small(train=TRAIN, layout=layout, schedule=schedule), 3):
