@@ -43,16 +43,16 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             raise Refused(f"--{name.replace('_', '-')} {getattr(args, name)}; needed: at least {least}")
     if args.ask is not None and not args.ask.is_file():
         raise Refused(f"no file {args.ask}")
-    from mm.inference.source import source_of
+    from mm.inference.source import check_layout, source_of
     from mm.plan.blueprint import draw_up
 
     launched = launch.launched()
     world = launch.world_size() if launched else args.nproc or 1
+    if args.ask is not None or args.ask_samples:
+        check_layout(Path(paths[0]), world)
     source = source_of(Path(paths[0]), [x for x in args.positional if "=" in x], world)
     if not source.cfg.data.eval and not (args.samples == 0 and not args.ask_samples):
         raise Refused("the run has no held-out data; needed: data.eval='[SHARDS]', or --samples 0 with --ask")
-    if args.ask is not None or args.ask_samples:
-        source.check_layout(world)
     blueprint = draw_up(source.cfg, world)
     if not launched:
         return launch.launch_local(world, argv)

@@ -57,14 +57,14 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             raise Refused(f"{overrides[0]}; layouts are of several ranks: needed with --nproc N, or torchrun")
         _alone(args, Path(paths[0]))
         return 0
-    from mm.inference.source import source_of
+    from mm.inference.source import check_layout, source_of
     from mm.plan.blueprint import draw_up
 
     world = launch.world_size() if launch.launched() else args.nproc
     if world < 1:
         raise Refused(f"--nproc {world}; needed: at least 1")
+    check_layout(Path(paths[0]), world)
     source = source_of(Path(paths[0]), overrides, world)
-    source.check_layout(world)
     blueprint = draw_up(source.cfg, world)
     if not launch.launched():
         return launch.launch_local(world, argv)

@@ -41,13 +41,6 @@ class Source:
             fill_encoders(job)
         start_from(job, [Path(p) for p in self.cfg.checkpoint.starts] if self.folder else [self.path])
 
-    def check_layout(self, world: int) -> None:
-        """Raise Refused where it cannot be asked over so many ranks."""
-        if self.folder and world > 1:
-            raise Refused(
-                f"{self.path} is a published folder, which has no layout; needed: one process, or a run"
-            )
-
     def model(self, blueprint: Blueprint, rank: RankInfo, dtype: torch.dtype | None = None) -> Asked:
         """The model to ask; every rank calls this. dtype: of the weights; None: as they are stored."""
         if rank.world == 1:
@@ -55,12 +48,23 @@ class Source:
         return load_spread(self.path, blueprint, rank, dtype)
 
 
+def check_layout(path: Path, world: int) -> None:
+    """Raise Refused where what is at `path` cannot be asked over so many ranks."""
+    if _is_folder(path) and world > 1:
+        raise Refused(f"{path} is a published folder, which has no layout; needed: one process, or a run")
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a published folder."""
+    return (path / "config.json").is_file() and not (path / store.MANIFEST).is_file()
+
+
 def source_of(path: Path, overrides: Sequence[str], world: int) -> Source:
     """A model's path and config on so many ranks: those of its run, or on one process without a layout.
 
     overrides: key=value. Raises CheckpointError and Refused.
     """
-    if (path / "config.json").is_file() and not (path / store.MANIFEST).is_file():
+    if _is_folder(path):
         try:
             return Source(path, _config_of_folder(path, overrides), folder=True)
         except ValueError as error:
