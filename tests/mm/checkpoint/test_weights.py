@@ -50,7 +50,7 @@ def test_weights_go_out_in_and_into_any_layout(ranks: Any, tmp_path: Path) -> No
     ranks(2, two_steps, small(layout={"llm": {"tp": 2}}), None, str(tmp_path / "run"))
     saved = tmp_path / "run" / "step-00000002"
     folder = tmp_path / "published"
-    export_hf(saved, folder, None)
+    export_hf(saved, folder, None, "nemotron_h")  # the language model alone
     import_hf(folder, tmp_path / "again")
     copies = [str(folder), str(tmp_path / "again" / "step-00000000")]
     for at in copies:
