@@ -75,7 +75,7 @@ def _unread(key: str, written: Any) -> bool:
         return False
     if re.search(r"\.(layers?|blocks)\.\d+\.", key):
         return key not in written
-    tail = ("post_layernorm.", "pooler.", "mask_token", "vision_tower.layernorm.", "vision_tower.norm.")
+    tail = ("post_layernorm.", "pooler.", "mask_token", "tower.layernorm.", "tower.norm.", "tower.head.")
     return any(part in key for part in tail)
 
 
