@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from parallel import checkpoint
@@ -31,23 +29,23 @@ class Stored:
     scales: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
-    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """By full name. Raises ValueError where there is no average and one is wanted."""
-        found = checkpoint.describe(self.path)
-        own = (key.split(".")[1] for key in found if key.startswith(self.before))
+    def _opened(self) -> checkpoint.Opened:
+        """Raises ValueError where there is no average and one is wanted."""
+        opened = checkpoint.Opened(self.path)
+        own = (key.split(".")[1] for key in opened.shapes if key.startswith(self.before))
         if self.average and AVERAGE not in own:
             whose = self.before.rstrip(".") or "any module"
             raise ValueError(
                 f"{self.path} has no average of {whose}'s weights; needed: a run with train.average"
             )
-        return found
+        return opened
 
     def fetch(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The parameters of these names, whole, adapters merged. Raises ValueError where one is missing."""
         out = self._read(names)
         for n in names:
             a, b = adapters_of(n)
-            if self.before + a in self._shapes:
+            if self.before + a in self._opened.shapes:
                 found = self._read([a, b])
                 scale = self.scales.get((self.before + n).partition(".")[0], 1.0)
                 change = found[b].double() @ found[a].double() * scale
@@ -56,18 +54,13 @@ class Stored:
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         keys = {n: self._key(self.before + n) for n in names}
-        out = {}
-        for n, key in keys.items():
-            if key not in self._shapes:
+        for key in keys.values():
+            if key not in self._opened.shapes:
                 raise ValueError(f"{self.path} has no {key}, which a model of this config has")
-            shape, kind = self._shapes[key]
-            out[n] = torch.empty(shape, dtype=kind)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is ")  # one process is intended
-            checkpoint.load(self.path, {keys[n]: t for n, t in out.items()})
-        return out
+        found = self._opened.read([*keys.values()])
+        return {n: found[key] for n, key in keys.items()}
 
     def _key(self, name: str) -> str:
         module, _, parameter = name.partition(".")
         averaged = f"{module}.{average_name(parameter)}"
-        return averaged if self.average and averaged in self._shapes else name
+        return averaged if self.average and averaged in self._opened.shapes else name

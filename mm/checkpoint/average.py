@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from parallel.sharding.optim import RULES
 class Mean:
     """The tensors that all checkpoints have, read one at a time. shares: of each, their sum is 1."""
 
-    paths: Sequence[Path]
+    opened: Sequence[store.Opened]
     shares: Sequence[float]
     shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -31,19 +30,11 @@ class Mean:
         """The mean of a tensor, worked out in float64; of integers, the last checkpoint's."""
         shape, kind = self.shapes[name]
         if not kind.is_floating_point:
-            return self._read(self.paths[-1], name)
+            return self.opened[-1].read([name])[name]
         total = torch.zeros(shape, dtype=torch.float64)
-        for path, share in zip(self.paths, self.shares, strict=True):
-            total.add_(self._read(path, name).to(torch.float64), alpha=share)
+        for opened, share in zip(self.opened, self.shares, strict=True):
+            total.add_(opened.read([name])[name].to(torch.float64), alpha=share)
         return total.to(kind)
-
-    def _read(self, path: Path, name: str) -> Tensor:
-        shape, kind = self.shapes[name]
-        out = torch.empty(shape, dtype=kind)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is ")  # one process is intended
-            store.load(path, {name: out})
-        return out
 
 
 def average_checkpoints(out: Path, paths: Sequence[Path], weights: Sequence[float] | None = None) -> str:
@@ -55,7 +46,7 @@ def average_checkpoints(out: Path, paths: Sequence[Path], weights: Sequence[floa
     model.
     """
     try:
-        mean = Mean(paths, _shares(weights, len(paths)), _common(paths))
+        mean = Mean([store.Opened(p) for p in paths], _shares(weights, len(paths)), _common(paths))
         state = store.read_state(paths[-1])
     except ValueError as error:
         raise CheckpointError(f"cannot average: {error}") from error

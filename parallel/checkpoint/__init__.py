@@ -8,6 +8,7 @@ What a job stores in a checkpoint is decided elsewhere (mm.checkpoint) and may n
     published(directory), read_state(path)          distributed.py: what there is to load
     verify(path)                                    manifest.py: sizes and sha256 of all files
     load(path, tensors)                             distributed.py: fills tensors in place, in any layout
+    Opened(path).read(names)                        opened.py: some whole tensors, in one process
 
 metadata.py reads the pickle of torch.distributed.checkpoint without unpickling its classes.
 """
@@ -25,12 +26,14 @@ from parallel.checkpoint.distributed import (
 )
 from parallel.checkpoint.lazy import Lazy
 from parallel.checkpoint.manifest import MANIFEST, BadCheckpoint, structure, verify
+from parallel.checkpoint.opened import Opened
 
 __all__ = [
     "MANIFEST",
     "STATE",
     "BadCheckpoint",
     "Lazy",
+    "Opened",
     "check_fits",
     "describe",
     "first_cause",

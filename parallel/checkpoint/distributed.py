@@ -101,14 +101,19 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     This does not check the sums of the tensors' files: call verify() first. Raises BadCheckpoint where a file
     cannot be read, and where the checkpoint lacks a tensor or has another shape for it.
     """
-    reader = SafeReader(path)
+    fill(SafeReader(path), tensors)
+    return read_state(path)
+
+
+def fill(reader: SafeReader, tensors: Mapping[str, Tensor]) -> None:
+    """load() from a reader, without the state."""
+    path = Path(reader.path)
     stored = {name: tuple(entry.size) for name, entry in reader.tensors().items()}
     check_fits(path, stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     try:
         load_shards(dict(tensors), storage_reader=reader)
     except CheckpointException as error:  # a BaseException, which callers would not catch
         raise BadCheckpoint(f"{path} cannot be read: {first_cause(error)}") from error
-    return read_state(path)
 
 
 def check_fits(
@@ -164,5 +169,9 @@ def step_of(path: Path) -> int:
 
 def describe(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """(global shape, dtype) of every tensor of a checkpoint, by name; reads no tensor data."""
-    stored = SafeReader(path).tensors()
-    return {k: (tuple(m.size), m.properties.dtype) for k, m in stored.items()}
+    return described(SafeReader(path))
+
+
+def described(reader: SafeReader) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """describe() of a reader."""
+    return {k: (tuple(m.size), m.properties.dtype) for k, m in reader.tensors().items()}

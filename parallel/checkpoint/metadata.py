@@ -55,8 +55,13 @@ _DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)
 class SafeReader(FileSystemReader):
     """Reads a checkpoint's tensors; of their metadata it unpickles nothing but plain records.
 
-    torch.load(weights_only=True) reads the tensors themselves and makes nothing but tensors.
+    torch.load(weights_only=True) reads the tensors themselves and makes nothing but tensors. The metadata are
+    read once, however often tensors are.
     """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._known: Metadata | None = None
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Shape, dtype and chunks of every tensor, by name; reads no tensor data."""
@@ -65,7 +70,12 @@ class SafeReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata; raises BadCheckpoint where they hold anything but tensors in listed files."""
-        folder = Path(self.path)
+        if self._known is None:
+            self._known = self._checked(Path(self.path))
+        self._known.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._known
+
+    def _checked(self, folder: Path) -> Metadata:
         content = manifest.read(folder, METADATA)
         listed = manifest.entries(folder)
         try:
@@ -81,7 +91,6 @@ class SafeReader(FileSystemReader):
                 )
             if info.offset + info.length > listed[info.relative_path].bytes:
                 raise BadCheckpoint(f"{folder / METADATA} reads beyond the end of {info.relative_path}")
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
 
