@@ -10,7 +10,7 @@ from mm.errors import Refused
 
 FOLDER = "folder"
 # What must be alike for a projector to take the folder's weights.
-SHAPED = ("kind", "activation", "bias", "norm", "hidden")
+SHAPED = ["kind", "activation", "bias", "norm", "hidden", "queries", "depth", "heads", "kv_heads", "head_dim"]
 
 
 def unfold(rest: dict[str, Any], model: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def card_of(whole: Whole, tokens: Mapping[str, int]) -> dict[str, Any]:
             "encoder": tower.encoder,
             "options": asdict(tower.cfg),
             "published": published(tower) is not None,
-            "projector": {**asdict(tower.projector), "hidden": tower.hidden},
+            "projector": tower.projector_config,
             "token": tokens[name],
         }
     return {"format": 1, "level_layers": list(whole.llm.level_layers), "modules": modules}
@@ -75,7 +75,7 @@ def projector_contents(name: str, tower: Tower, d_model: int) -> Contents | None
         known |= {before + n: s for n, s in one.items()}
     if not tensors:
         return None
-    config = {"model_type": "polyrank_projector", **asdict(tower.projector), "hidden": tower.hidden}
+    config = {"model_type": "polyrank_projector", **tower.projector_config}
     return Contents(tensors, known, config)
 
 
@@ -147,6 +147,9 @@ def projector_text(tower: Tower, d_model: int) -> str:
     kind, width = tower.projector, tower.cls.feature_width(tower.cfg)
     norm = "" if kind.norm == "none" else {"rms": "RMS norm, ", "layer": "layer norm, "}[kind.norm]
     bias = "with" if kind.bias else "without"
+    if kind.kind == "resampler":
+        made = f"{kind.sizes.queries} rows of an item, {kind.sizes.depth} layers, {kind.activation}"
+        return f"{norm}linear {width} -> {tower.hidden}, resampler ({made}) -> {d_model}"
     if kind.kind == "linear":
         return f"{norm}linear {width} -> {d_model} ({bias} bias)"
     return f"{norm}linear {width} -> {tower.hidden}, {kind.activation}, linear -> {d_model} ({bias} bias)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from encoders.contract import Encoder
@@ -30,6 +30,13 @@ class Tower:
     cfg: Any
     projector: ProjectorKind
     hidden: int
+
+    @property
+    def projector_config(self) -> dict[str, Any]:
+        """Its projector as a config names it."""
+        said = {**asdict(self.projector), "hidden": self.hidden}
+        sizes = said.pop("sizes")
+        return {**said, **(sizes._asdict() if self.projector.kind == "resampler" else {})}
 
 
 @dataclass(frozen=True)

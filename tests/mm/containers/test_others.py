@@ -209,15 +209,37 @@ def test_what_no_container_holds_is_said_at_the_start(
     assert fitting(whole_of(blueprint))[0] is None and misfits(CONTAINERS["llava"], whole_of(blueprint))
 
 
-def test_a_folder_with_a_card_is_read_back_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("projector", "said"),
+    [
+        ({"norm": "layer", "hidden": 20}, "layer norm, linear 24 -> 20, gelu, linear -> 24 (with bias)"),
+        (
+            {
+                "kind": "resampler",
+                "bias": False,
+                "queries": 3,
+                "depth": 1,
+                "heads": 2,
+                "kv_heads": 1,
+                "head_dim": 8,
+            },
+            "resampler (3 rows of an item, 1 layers, gelu) -> 24",
+        ),
+    ],
+)
+def test_a_folder_with_a_card_is_read_back_whole(
+    projector: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     """A published encoder with levels of features and an own projector each, joined by the card alone."""
-    raw = config(projector={"norm": "layer", "hidden": 20}, options={"levels": [0], "final_norm": True})
+    raw = config(projector=projector, options={"levels": [0], "final_norm": True})
     raw["model"]["llm"]["level_layers"] = [1]
     blueprint = draw_up(from_mapping(raw, tmp_path), 1)
-    from mm.checkpoint.folders import _export_modules, _save
+    from mm.checkpoint.alone import alone
+    from mm.checkpoint.folders import export_hf
     from mm.config.schema import resolve
     from mm.data.tokenizer import make_tokenizer
     from mm.plan.blueprint import bare_module
+    from parallel import checkpoint as store
     from parallel.topology.axis import Axes
 
     modules = {m: bare_module(blueprint, m, Axes(), s[0], "cpu") for m, s in blueprint.stages.items()}
@@ -227,10 +249,10 @@ def test_a_folder_with_a_card_is_read_back_whole(tmp_path: Path) -> None:
             for p in module.state_dict().values():
                 p.copy_(torch.randn(p.shape, generator=gen))
     tensors = {f"{m}.{k}": t for m, x in modules.items() for k, t in module_tensors(x).items()}
-    path = _save(tmp_path / "run", tensors, {"config": resolve(blueprint.cfg)})
-    whole = whole_of(blueprint)
+    with alone():
+        path = store.save(tmp_path / "run", 0, tensors, {"config": resolve(blueprint.cfg)}, keep=0)
+    assert "a folder a module" in export_hf(path, tmp_path / "out", None)
     tokenizer = make_tokenizer("bytes")
-    _export_modules(whole, {"Llava": ["x"]}, path, tokenizer, out=tmp_path / "out", dtype=None)
     back = mm.load(tmp_path / "out")
     held = {"llm": back.llm, **back.encoders}
     for name, module in modules.items():
@@ -241,7 +263,7 @@ def test_a_folder_with_a_card_is_read_back_whole(tmp_path: Path) -> None:
     assert own.pop("embeddings.position_embedding.weight").equal(modules["vision"].encoder.position)
     assert tower.config.num_hidden_layers == 2 and tower.config.vision_use_head is False
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "layer norm, linear 24 -> 20, gelu, linear -> 24 (with bias)" in text
+    assert said in text
     (tmp_path / "out" / "polyrank.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"polyrank.json is unreadable"):
         mm.load(tmp_path / "out")
