@@ -25,14 +25,14 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pages import PACKAGES, ROOT
 
 TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-READS = ("tolist", "cpu")
+READS = ("tolist", "cpu", "__setitem__")
 UPLOADS = ("tensor", "as_tensor", "from_numpy")
-INDEXED = ("__getitem__", "__setitem__")
 ONE_WAY = "parallel/sequence/host.py"  # copies from the host without a wait
 
 
@@ -55,7 +55,8 @@ class HostWaits:
     def __enter__(self) -> HostWaits:
         self._thread = threading.get_ident()
         self._open.enter_context(_Operators(self._found))
-        for owner, names in ((Tensor, READS + INDEXED), (torch, UPLOADS)):
+        self._open.enter_context(_Indexing(self._found))
+        for owner, names in ((Tensor, READS), (torch, UPLOADS)):
             for name in names:
                 self._open.enter_context(mock.patch.object(owner, name, self._watched(owner, name)))
         return self
@@ -71,16 +72,32 @@ class HostWaits:
         real = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if name not in INDEXED or _from_host(args[1]):
+            if name != "__setitem__" or _from_host(args[1]):
                 self._found(name)
             return real(*args, **kwargs)
 
+        call.__dict__["real"] = real
         return call
 
     def _found(self, operator: str) -> None:
         place = _place(operator)
         if threading.get_ident() == self._thread and not (operator in UPLOADS and place.file == ONE_WAY):
             self.places.append(place)
+
+
+class _Indexing(TorchFunctionMode):
+    """Sees Tensor.__getitem__, but not inside a backward. It is not patched, since that cannot be undone: the
+    type stays changed, and torch.tensor() refuses numbers that are tensors from then on."""
+
+    def __init__(self, found: Callable[[str], None]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and _from_host(args[1]):
+            self.found("__getitem__")
+        # What is patched is found by its name in the class, and has been seen already.
+        return getattr(func, "real", func)(*args, **(kwargs or {}))
 
 
 class _Operators(TorchDispatchMode):

@@ -156,7 +156,10 @@ def second_step(job: Job, feed: Feed) -> tuple[dict[str, Any], Cost]:
         update = finish_step(job, result, 1, learning_rate(job.blueprint.cfg.train, 1))
     for part in (part for parts in job.parts.values() for part in parts.values()):
         whole.wait(part)  # the update has started gathers
-    return asdict(update), Cost(moved(job, recorder), {m: (held(job, m), most[m]) for m in job.parts})
+    subsets = prepared.plan.subsets
+    said = {f"loss_by_{by}": subsets.losses(update.losses, by) for by in ("modality", "source")}
+    metrics = {**asdict(update), "loss": update.loss, **said}
+    return metrics, Cost(moved(job, recorder), {m: (held(job, m), most[m]) for m in job.parts})
 
 
 def stated(job: Job) -> Cost:

@@ -89,7 +89,12 @@ def first_gradients(raw: dict[str, Any]) -> dict[str, Any]:
             if p.grad is not None
         }
         seen = [(mb.llm, mb.items["vision"]) for mb in prepared.micro if mb.llm is not None]
-        return {"loss": float(result.loss), "grads": grads, "seen": seen, "per": prepared.plan.supervised}
+        return {
+            "loss": float(result.losses.sum()),
+            "grads": grads,
+            "seen": seen,
+            "per": prepared.plan.supervised,
+        }
 
 
 def their_loss(theirs: Any, found: Mapping[str, Any]) -> Tensor:
