@@ -1,8 +1,8 @@
 """A resampler: learned queries that attend to an item's features, a fixed number of rows whatever these are.
 
 It is Idefics2's (arXiv 2405.02246): features are brought to the language model's width by a gated MLP; then
-in each layer the queries attend to the item's features and to themselves. Norms are float32 in float64 models
-too, as in the family's own code.
+in each layer the queries attend to the item's features and to themselves. The family's own code rounds norms
+to float32 in float64 models too; here they are float64, since rounded gradients depend on the layout.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class ResamplerLayer(nn.Module):
         super().__init__()
         device, dtype = factory.get("device"), factory.get("dtype")
         self.query_norm, self.feature_norm, self.norm = (
-            RMSNorm(width, eps=EPS, single=True, device=device, dtype=dtype) for _ in range(3)
+            RMSNorm(width, eps=EPS, device=device, dtype=dtype) for _ in range(3)
         )
         self.attention = CrossAttention(width, sizes, axes, **factory)
         self.mlp = GatedMLP((width, 4 * width, width), act, axes, **factory)
@@ -182,7 +182,7 @@ class Resampler(nn.Module):
             ResamplerLayer(width, sizes, act, axes, **factory) for _ in range(sizes.depth)
         )
         device, dtype = factory.get("device"), factory.get("dtype")
-        self.norm = RMSNorm(width, eps=EPS, single=True, device=device, dtype=dtype)
+        self.norm = RMSNorm(width, eps=EPS, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, ways: Resampling) -> Tensor:
         """A collective over cp and tp."""

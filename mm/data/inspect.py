@@ -64,7 +64,11 @@ def inspect_text(patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | 
         counts = Counter(len(s.items(module)) for s in index.samples)
         spread = ", ".join(f"{n} samples with {k}" for k, n in sorted(counts.items()))
         size = sum(p.size for s in index.samples for p in s.items(module))
-        lines.append(f"{module}: {sum(k * n for k, n in counts.items())} items, {size} bytes ({spread})")
+        found = f"{module}: {sum(k * n for k, n in counts.items())} items, {size} bytes ({spread})"
+        frames = [p.meta["pictures"] for s in index.samples for p in s.items(module) if "pictures" in p.meta]
+        if frames:
+            found += f", {len(frames)} of them videos of {min(frames)}-{max(frames)} frames"
+        lines.append(found)
     lines += [f"no part of a sample: {n} files of {shard}" for shard, n in index.ignored.items() if n]
     lines += [f"torn: {shard}" for shard in index.torn]
     lines += [f"broken: {key or 'a part'} of {shard}: {why}" for shard, key, why in index.broken]

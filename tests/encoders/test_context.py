@@ -168,9 +168,7 @@ def test_a_split_resampler_is_the_whole(
     name: str, layout: tuple[int, int, bool], kind: str, extra: dict[str, Any], ranks: Any
 ) -> None:
     """Items without a feature have no rows; items lie across cp ranks, and rows of one across them too."""
-    # Where each tp rank has the gradients of its own rows alone, the norms round them one by one to float32.
-    most = 1e-6 if kind.startswith("whole") and layout[2] else 1e-9
-    assert max(ranks(layout[0] * layout[1], compare, name, layout, kind, extra)) < most
+    assert max(ranks(layout[0] * layout[1], compare, name, layout, kind, extra)) < 1e-9
 
 
 Split = tuple[str, tuple[int, int, bool], str]

@@ -78,6 +78,14 @@ RESOLUTION = (
         "tests/encoders/test_resampler.py::test_it_is_idefics2s",
     ),
     Fault(
+        "resampler.rounded",
+        "a resampler rounds its last norm to float32 in a float64 model",
+        "encoders/resampler.py",
+        "self.norm = RMSNorm(width, eps=EPS, device=device, dtype=dtype)",
+        "self.norm = RMSNorm(width, eps=EPS, single=True, device=device, dtype=dtype)",
+        "tests/encoders/test_resampler.py::test_it_is_idefics2s",
+    ),
+    Fault(
         "resampler.rows",
         "an item without features has rows",
         "encoders/projector.py",
