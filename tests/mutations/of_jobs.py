@@ -273,7 +273,7 @@ JOB = (
         "average.export",
         "weights are exported in the place of their average",
         "llm/hf/stored.py",
-        "return averaged if self.average and averaged in self._shapes else",
+        "return averaged if self.average and averaged in self._opened.shapes else",
         "return averaged if False else",
         "tests/mm/jobs/test_average.py::test_it_is_the_average_in_any_layout_and_after_a_resume",
     ),
