@@ -114,7 +114,7 @@ TEXT = (
         "mm/inference/spread.py",
         "            levels = levels_of(self.cfg, part.stage)\n",
         "            levels = range(len(levels_of(self.cfg, part.stage)))\n",
-        f"{SPREAD}::test_each_stage_adds_the_levels_that_enter_there[layout.llm.pp=2]",
+        f"{SPREAD}::test_each_stage_adds_the_levels_that_enter_there[ME|-*]",
     ),
     Fault(
         "exact.prompt",

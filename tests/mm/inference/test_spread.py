@@ -110,13 +110,18 @@ def heard(argv: list[str], port: int | None = None) -> list[Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["layout.llm.pp=2", "layout.llm.vpp=2"])
+@pytest.mark.parametrize("stages", ["ME|-*", "M|E|-|*"])  # the level enters after the third layer
 def test_each_stage_adds_the_levels_that_enter_there(
-    layout: str, run: Path, files: list[str], tmp_path: Path, ranks: Any
+    stages: str, run: Path, files: list[str], tmp_path: Path, ranks: Any
 ) -> None:
     """By logits: a greedy answer of so small a model may be the same without them."""
     alone = heard(asks(run, tmp_path / "one", files))
-    more = (layout, "layout.llm.pp=2", "layout.vision.ranks=[1]", "layout.audio.ranks=[0]", TWO)
+    split = (
+        f"model.llm.pattern={stages}",
+        "layout.llm.pp=2",
+        f"layout.llm.vpp={(stages.count('|') + 1) // 2}",
+    )
+    more = (*split, "layout.vision.ranks=[1]", "layout.audio.ranks=[0]", TWO)
     spread = ranks(2, heard, asks(run, tmp_path / "all", files, *more), free_port())
     assert not spread[0] and len(spread[1]) == len(alone) > 2
     for ours, theirs in zip(spread[1], alone, strict=True):
