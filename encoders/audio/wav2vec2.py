@@ -37,6 +37,7 @@ class Wav2Vec2Config:
     reach: rows that a row's position depends on; groups: of that convolution.
     norm_first: whether norms come before attention and MLP, not after (stable layer norm).
     sound: rate, length and scale of samples.
+    model_type: the class of transformers that a folder is written for; the two compute the same.
     """
 
     width: int = 768
@@ -55,6 +56,7 @@ class Wav2Vec2Config:
     groups: int = 16
     norm_first: bool = False
     sound: Sound = field(default_factory=lambda: Sound(unit=True))
+    model_type: Literal["wav2vec2", "hubert"] = "wav2vec2"
 
     @property
     def core(self) -> VisionConfig:

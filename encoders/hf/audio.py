@@ -113,30 +113,35 @@ WHISPER = Family(
 )
 
 
+WAV2VEC2_SIZES: dict[str, tuple[str, Any]] = {
+    "width": ("hidden_size", 768),
+    "heads": ("num_attention_heads", 12),
+    "layers": ("num_hidden_layers", 12),
+    "mlp": ("intermediate_size", 3072),
+    "eps": ("layer_norm_eps", 1e-5),
+    "channels": ("conv_dim", [512] * 7),
+    "kernels": ("conv_kernel", [10, 3, 3, 3, 3, 2, 2]),
+    "strides": ("conv_stride", [5, 2, 2, 2, 2, 2, 2]),
+    "conv_bias": ("conv_bias", False),
+    "conv_norm": ("feat_extract_norm", "group"),
+    "reach": ("num_conv_pos_embeddings", 128),
+    "groups": ("num_conv_pos_embedding_groups", 16),
+    "norm_first": ("do_stable_layer_norm", False),
+}
+
+
 def wav2vec2_options(part: Part) -> dict[str, Any]:
     needed(part, {"add_adapter": False, "adapter_attn_dim": None, "conv_pos_batch_norm": False})
-    names = {
-        "width": ("hidden_size", 768),
-        "heads": ("num_attention_heads", 12),
-        "layers": ("num_hidden_layers", 12),
-        "mlp": ("intermediate_size", 3072),
-        "eps": ("layer_norm_eps", 1e-5),
-        "channels": ("conv_dim", [512] * 7),
-        "kernels": ("conv_kernel", [10, 3, 3, 3, 3, 2, 2]),
-        "strides": ("conv_stride", [5, 2, 2, 2, 2, 2, 2]),
-        "conv_bias": ("conv_bias", False),
-        "conv_norm": ("feat_extract_norm", "group"),
-        "input_norm": ("feat_proj_layer_norm", True),
-        "reach": ("num_conv_pos_embeddings", 128),
-        "groups": ("num_conv_pos_embedding_groups", 16),
-        "norm_first": ("do_stable_layer_norm", False),
-    }
+    kind = part.config["model_type"]
     if activation(part, "gelu", "feat_extract_activation") != "gelu":
         raise ValueError("config.json has a feat_extract_activation other than gelu; needed: gelu")
     return {
-        **fields(part, names),
+        **fields(part, WAV2VEC2_SIZES),
         "activation": activation(part, "gelu"),
+        # wav2vec 2.0's class heeds no such field.
+        "input_norm": kind != "hubert" or part.field("feat_proj_layer_norm", True),
         "sound": sound(part, {"rate": EXTRACTOR["rate"], "unit": ("do_normalize", True)}),
+        "model_type": kind,
     }
 
 

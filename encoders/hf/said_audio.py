@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from encoders.audio.parakeet import ParakeetConfig
+from encoders.audio.wav2vec2 import Wav2Vec2Config
 from encoders.audio.whisper import WhisperConfig
+from encoders.hf.audio import WAV2VEC2_SIZES
 from encoders.hf.saying import Names, Rest, Said, named
 from encoders.hf.vision import ACTIVATIONS
 
@@ -43,8 +45,11 @@ def flamingo(cfg: WhisperConfig) -> dict[str, Any]:
 
 
 def _frames(cfg: WhisperConfig) -> dict[str, Any]:
-    act = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation)
-    return {"num_mel_bins": cfg.sound.mels, "activation_function": act}
+    return {"num_mel_bins": cfg.sound.mels, "activation_function": _activation(cfg.activation)}
+
+
+def _activation(ours: str) -> str:
+    return next(theirs for theirs, name in ACTIVATIONS.items() if name == ours)
 
 
 def whisper_extractor(cfg: WhisperConfig) -> dict[str, Any]:
@@ -95,8 +100,40 @@ def batches(cfg: ParakeetConfig) -> Rest:
     return {f"layers.{n}.conv.norm.num_batches_tracked": ((), 0) for n in range(cfg.layers)}
 
 
+def wav2vec2(cfg: Wav2Vec2Config) -> dict[str, Any]:
+    """Of wav2vec 2.0 or HuBERT, as the options say."""
+    sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in named(cfg, WAV2VEC2_SIZES).items()}
+    own = {"feat_proj_layer_norm": cfg.input_norm} if cfg.model_type == "hubert" else {}
+    return {
+        "model_type": cfg.model_type,
+        **sizes,
+        **own,
+        "num_feat_extract_layers": len(cfg.channels),
+        "hidden_act": _activation(cfg.activation),
+        "feat_extract_activation": "gelu",
+    }
+
+
+def wav2vec2_extractor(cfg: Wav2Vec2Config) -> dict[str, Any]:
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": cfg.sound.rate,
+        "do_normalize": cfg.sound.unit,
+        "padding_value": 0.0,
+        # With a group norm the models were trained without a mask.
+        "return_attention_mask": cfg.conv_norm == "layer",
+    }
+
+
+def masked(cfg: Wav2Vec2Config) -> Rest:
+    """What stands for masked spans in transformers' training, which ours does not mask."""
+    return {"masked_spec_embed": ((cfg.width,), 0.0)}
+
+
 SOUND: dict[str, Said] = {
     "whisper": Said(whisper, whisper_extractor),
     "audioflamingo3": Said(flamingo, whisper_extractor),
+    "wav2vec2": Said(wav2vec2, wav2vec2_extractor, masked),
     "parakeet": Said(parakeet, parakeet_extractor, batches),
 }

@@ -16,6 +16,7 @@ from mm.config.outline import SINK
 from mm.config.schema import Config, from_mapping, load_config, override, resolve
 from mm.containers.registry import is_whole
 from mm.data.published import TOKENIZER
+from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError, Refused
 from mm.inference.asked import Asked
 from mm.inference.spread import load_spread
@@ -78,7 +79,9 @@ def source_of(path: Path, overrides: Sequence[str], world: int) -> Source:
     except ValueError as error:
         raise CheckpointError(f"cannot load {checkpoint}: {error}") from error
     if SINK in state:
-        raise Refused(f"{checkpoint} was imported, without a config; needed: the folder that it came from")
+        if world > 1:
+            raise Refused(f"{checkpoint} was imported, without a layout; needed: one process")
+        return Source(checkpoint, _config_of_imported(checkpoint, state[SINK], overrides), folder=False)
     raw = with_kept(state["config"], checkpoint)
     if world == 1:
         raw = resolve(one_process(state, checkpoint))
@@ -100,13 +103,29 @@ def _data_of(run: Path) -> dict[str, list[str]]:
     }
 
 
+def _config_of_imported(checkpoint: Path, llm: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """That of an imported language model. llm: its options."""
+    kept = checkpoint.parent / KEPT
+    if not kept.is_dir():
+        raise Refused(
+            f"{checkpoint} was imported without a tokenizer; needed: one from a folder that has {TOKENIZER}"
+        )
+    return _evaluated({"model": {SINK: llm}, "data": {"tokenizer": str(kept)}}, overrides)
+
+
 def _config_of_folder(folder: Path, overrides: Sequence[str]) -> Config:
-    raw: dict[str, Any] = {"train": {"steps": 1, "global_batch": 8, "dtype": "float32"}}
+    raw: dict[str, Any] = {}
     if is_whole(folder):
         raw |= {"model": {"folder": str(folder)}, "data": {}}
     else:
         raw |= {"model": {SINK: {"preset": str(folder)}}, "checkpoint": {"weights": str(folder)}}
         raw["data"] = {"tokenizer": str(folder)} if (folder / TOKENIZER).is_file() else {}
+    return _evaluated(raw, overrides)
+
+
+def _evaluated(raw: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """The config of a model that was not trained here. raw: its sections model, data and checkpoint."""
+    raw["train"] = {"steps": 1, "global_batch": 8, "dtype": "float32"}
     for text in overrides:
         override(raw, text)
     raw["data"].setdefault("train", raw["data"].get("eval", ["none"]))  # nothing is trained

@@ -109,6 +109,14 @@ TEXT = (
         f"{SPREAD}::test_the_answer_is_that_of_one_process[tp with experts]",
     ),
     Fault(
+        "spread.levels",
+        "a later stage is given the first level's rows for its own",
+        "mm/inference/spread.py",
+        "            levels = levels_of(self.cfg, part.stage)\n",
+        "            levels = range(len(levels_of(self.cfg, part.stage)))\n",
+        f"{SPREAD}::test_each_stage_adds_the_levels_that_enter_there[ME|-*]",
+    ),
+    Fault(
         "exact.prompt",
         "a question of a data set's sample has its answer in it",
         "mm/inference/exact.py",

@@ -169,6 +169,29 @@ def test_a_published_folder_has_the_losses_of_transformers(tmp_path: Path) -> No
     assert found["exact_match"]["asked"] == 2
 
 
+@pytest.mark.slow
+def test_an_imported_language_model_has_the_losses_of_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = save(oracle("M*-E", vocab_size=512, dtype=torch.float32), tmp_path / "m"), tmp_path / "out"
+    bare = ["eval", str(tmp_path / "bare"), "--samples", "0", "--ask", str(questions(tmp_path))]
+    assert main(["checkpoint", "import", str(folder), str(tmp_path / "bare")]) == 0
+    assert main(bare) == 2 and "was imported without a tokenizer" in capsys.readouterr().err
+    write_tokenizer(folder, byte_bpe(), template=CHATML)
+    assert main(["checkpoint", "import", str(folder), str(tmp_path / "in")]) == 0
+    texts = [{"segments": [{"text": "the quick", "loss": False}, {"text": "fox"}]}] * 3
+    write_shard(tmp_path / "x-0.tar", [{"key": f"s{i}", "parts": {}, **x} for i, x in enumerate(texts)])
+    found = []
+    for path in (folder, tmp_path / "in"):
+        asks = [f"data.eval=[{tmp_path}/x-0.tar]", "--ask-samples", "2", "--json", str(out)]
+        ended = run_job(["eval", str(path), *asks], free_port())
+        assert ended.code == 0, ended.err
+        found.append({k: v for k, v in json.loads(out.read_text()).items() if k != "path"})
+    assert found[0] == found[1] and found[0]["exact_match"]["asked"] == 2
+    assert main(["eval", str(tmp_path / "in"), "--nproc", "2", "data.eval=[x.tar]"]) == 2
+    assert "was imported, without a layout; needed: one process" in capsys.readouterr().err
+
+
 def test_what_cannot_be_evaluated_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

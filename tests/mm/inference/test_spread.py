@@ -9,9 +9,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
+from torch import Tensor
 
+from llm.decode import next_logits
 from mm.cli import main
 from mm.ranks.control import Control
 from tests.mm.harness import CONFIGS, Ended, free_port, run_job, run_rank, small
@@ -89,6 +92,40 @@ def test_the_answer_is_that_of_one_process(
         one, several = (json.loads((tmp_path / x).read_text()) for x in ("one", "all"))
         assert several == one and len(one["ids"]) > 2
         assert ended[0].out.endswith(one["text"] + "\n") and not any(e.out for e in ended[1:])
+
+
+def heard(argv: list[str], port: int | None = None) -> list[Tensor]:
+    """The logits of each token of an answer, where the last stage is; port: of a rank of the pool."""
+    found: list[Tensor] = []
+
+    def record(*args: Any) -> Tensor:
+        found.append(next_logits(*args))
+        return found[-1]
+
+    where = "llm.decode" if port is None else "mm.inference.spread"
+    with mock.patch(f"{where}.next_logits", record):
+        ended = run_rank(argv, port) if port is not None else run_job(argv, free_port())
+    assert ended.code == 0, ended.err
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", ["ME|-*", "M|E|-|*"])  # the level enters after the third layer
+def test_each_stage_adds_the_levels_that_enter_there(
+    stages: str, run: Path, files: list[str], tmp_path: Path, ranks: Any
+) -> None:
+    """By logits: a greedy answer of so small a model may be the same without them."""
+    alone = heard(asks(run, tmp_path / "one", files))
+    split = (
+        f"model.llm.pattern={stages}",
+        "layout.llm.pp=2",
+        f"layout.llm.vpp={(stages.count('|') + 1) // 2}",
+    )
+    more = (*split, "layout.vision.ranks=[1]", "layout.audio.ranks=[0]", TWO)
+    spread = ranks(2, heard, asks(run, tmp_path / "all", files, *more), free_port())
+    assert not spread[0] and len(spread[1]) == len(alone) > 2
+    for ours, theirs in zip(spread[1], alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def silent(argv: list[str], port: int, rank: int) -> Ended:
