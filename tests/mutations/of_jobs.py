@@ -273,7 +273,7 @@ JOB = (
         "average.export",
         "weights are exported in the place of their average",
         "llm/hf/stored.py",
-        "return averaged if self.average and averaged in self._shapes else",
+        "return averaged if self.average and averaged in self._opened.shapes else",
         "return averaged if False else",
         "tests/mm/jobs/test_average.py::test_it_is_the_average_in_any_layout_and_after_a_resume",
     ),
@@ -284,6 +284,14 @@ JOB = (
         "None if dim == 0 else dim, partial=dim == 0)",
         "None if dim == 0 else dim, partial=False)",
         "tests/mm/jobs/test_lora.py::test_layouts_learn_what_one_process_learns[tp sp ep, cp]",
+    ),
+    Fault(
+        "lora.cached",
+        "latent attention answers without the adapter of kv_up",
+        "llm/mla.py",
+        'adapted(self.kv_up, "weight")',
+        "local(self.kv_up.weight)",
+        "tests/parallel/sharding/test_low_rank.py::test_it_answers_as_the_merged_weights[cfg1]",
     ),
     Fault(
         "lora.scale",
