@@ -294,6 +294,14 @@ JOB = (
         "tests/parallel/sharding/test_low_rank.py::test_it_answers_as_the_merged_weights[cfg1]",
     ),
     Fault(
+        "lora.peft",
+        "a folder of peft says rank in the place of alpha",
+        "llm/hf/peft.py",
+        '"lora_alpha": low.alpha',
+        '"lora_alpha": low.rank',
+        "tests/mm/checkpoint/test_adapters.py::test_they_are_trained_merged_and_told_apart[llama]",
+    ),
+    Fault(
         "lora.scale",
         "adapters are exported without their factor",
         "llm/hf/stored.py",
