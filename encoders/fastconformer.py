@@ -165,7 +165,7 @@ class Block(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, norm; heads and channels are sharded over
     tp."""
 
-    adapts = ("q", "k", "v")
+    adapts = ("q", "k", "v", "value", "gate")
 
     def __init__(self, cfg: FastConformerConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
@@ -191,14 +191,14 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, ctx: BlockContext) -> Tensor:
         h = enter(self.norm_att(x), self.axes, ctx.share)
-        weights = [adapted(self, name) for name in self.adapts]
+        weights = [adapted(self, name) for name in ("q", "k", "v")]
         q, k, v = torch.unflatten(joined_linear(h, weights), -1, (3, -1, self.head_dim)).unbind(1)
         y = ctx.attention(rotate(q, ctx.angles), torch.stack([rotate(k, ctx.angles), v], 1))
         return leave(self.att_out(y.flatten(1)), self.axes, ctx.share)
 
     def _convolve(self, x: Tensor, ctx: BlockContext) -> Tensor:
         h = enter(self.norm_conv(x), self.axes, ctx.share)
-        h = F.linear(h, local(self.value)) * torch.sigmoid(F.linear(h, local(self.gate)))
+        h = F.linear(h, adapted(self, "value")) * torch.sigmoid(F.linear(h, adapted(self, "gate")))
         h = ctx.convolution(h, local(self.depth))
         groups = torch.unflatten(h.to(accumulation_dtype(h.dtype)), -1, (-1, self.head_dim))
         h = F.rms_norm(groups, (self.head_dim,), None, 1e-5).flatten(1).to(h.dtype) * local(self.group_norm)

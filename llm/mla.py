@@ -22,6 +22,7 @@ from parallel.context_parallel import ContextPacking, expanded_attention
 from parallel.sequence.buckets import Limits
 from parallel.sequence.packed import Packing, attention
 from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
+from parallel.sharding.low_rank import adapted
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
 from parallel.tensor_parallel.layers import Linear, enter, leave
@@ -41,6 +42,8 @@ class LatentAttention(nn.Module):
     one key and value of all heads: kv_up is applied to queries and results instead (section 2.1.2).
     layer: its index in the model, None in the block of multi-token prediction.
     """
+
+    adapts = ("q_down", "kv_down")
 
     def __init__(
         self, cfg: LLMConfig, axes: Axes, layer: int | None = None, **factory: Unpack[FactoryKwargs]
@@ -100,7 +103,7 @@ class LatentAttention(nn.Module):
         biases = None
         if self.cfg.attention_bias:
             biases = [local(getattr(self, f"{name}_down_bias")) for name in names]
-        down = joined_linear(x, [local(getattr(self, f"{name}_down")) for name in names], biases)
+        down = joined_linear(x, [adapted(self, f"{name}_down") for name in names], biases)
         out, at = [], 0
         for name in names:
             weight = local(getattr(self, f"{name}_norm"))
@@ -147,7 +150,7 @@ class LatentAttention(nn.Module):
     def _absorbed(self, plain: Tensor, turned: Tensor, rows: Tensor, packing: CachedPacking) -> Tensor:
         """One token a document, plain [B, h, plain] and turned [B, h, turned], to the rows [B, S, 1, kept]
         up to it: [B, h, value]. No key or value of a head is made."""
-        up = torch.unflatten(local(self.kv_up.weight), 0, (-1, self.plain + self.value))
+        up = torch.unflatten(adapted(self.kv_up, "weight"), 0, (-1, self.plain + self.value))
         key, value = torch.split(up, [self.plain, self.value], 1)  # [h, ., kv_rank]
         q = torch.cat([torch.einsum("bhn,hnr->bhr", plain, key), turned], -1)
         kept = KeyValues(rows, rows[..., : key.shape[-1]])

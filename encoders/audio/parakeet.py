@@ -87,7 +87,7 @@ class Attention(nn.Module):
     """Attention with relative positions; heads are sharded over tp. A key is scored by its content and by its
     distance, each with a learned vector added to the query."""
 
-    adapts = ("q", "k", "v")
+    adapts = ("q", "k", "v", "distance")
 
     def __init__(self, cfg: ParakeetConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
@@ -105,11 +105,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         h = enter(x, self.axes, ctx.share)
-        weights = [adapted(self, name) for name in self.adapts]
+        weights = [adapted(self, name) for name in ("q", "k", "v")]
         biases = [local(self.bias_q), local(self.bias_k), local(self.bias_v)] if self.bias else None
         q, k, v = torch.unflatten(joined_linear(h, weights, biases), -1, (3, -1, self.head_dim)).unbind(1)
         distances = torch.unflatten(
-            F.linear(ctx.attention.waves, local(self.distance)), -1, (-1, self.head_dim)
+            F.linear(ctx.attention.waves, adapted(self, "distance")), -1, (-1, self.head_dim)
         )
         content, far = q + local(self.to_content), q + local(self.to_distance)
         y = ctx.attention(content, far, torch.stack([k, v], 1), distances)
@@ -120,6 +120,8 @@ class Attention(nn.Module):
 class Convolution(nn.Module):
     """Gated linear unit, depthwise convolution, batch norm by running statistics, SiLU, linear; channels are
     sharded over tp."""
+
+    adapts = ("value", "gate")
 
     def __init__(self, cfg: ParakeetConfig, axes: Axes, **factory: Unpack[FactoryKwargs]) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         h = enter(x, self.axes, ctx.share)
         biases = [local(self.bias_value), local(self.bias_gate)] if self.bias else None
-        value, gate = joined_linear(h, [local(self.value), local(self.gate)], biases).chunk(2, -1)
+        value, gate = joined_linear(h, [adapted(self, name) for name in self.adapts], biases).chunk(2, -1)
         h = ctx.convolution(value * torch.sigmoid(gate), local(self.depth))
         h = self._norm(h + local(self.bias_depth) if self.bias else h)
         y = leave(self.out(F.silu(h)), self.axes, ctx.share)

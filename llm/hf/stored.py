@@ -45,12 +45,16 @@ class Stored:
         out = self._read(names)
         for n in names:
             a, b = adapters_of(n)
-            if self.before + a in self._opened.shapes:
+            if self.adapted(n):
                 found = self._read([a, b])
                 scale = self.scales.get((self.before + n).partition(".")[0], 1.0)
                 change = found[b].double() @ found[a].double() * scale
                 out[n] = (out[n].double() + change).to(out[n].dtype)
         return out
+
+    def adapted(self, name: str) -> bool:
+        """Whether a parameter has adapters."""
+        return self.before + adapters_of(name)[0] in self._opened.shapes
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         keys = {n: self._key(self.before + n) for n in names}

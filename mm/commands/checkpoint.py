@@ -21,6 +21,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--average", action="store_true", help="export the average of the weights (train.average)"
     )
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="export the language model's adapters (train.lora) alone, as the peft package reads them",
+    )
     of = "of checkpoints that are averaged (default: all alike)"
     parser.add_argument("--shares", nargs="+", type=float, metavar="W", help=of)
 
@@ -30,6 +35,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if verb in ("import", "export") and len(rest) == 2:
         import torch
 
+        from mm.checkpoint.adapters import export_adapters
         from mm.checkpoint.folders import export_hf, import_hf
 
         source, out = Path(rest[0]), Path(rest[1])
@@ -37,7 +43,8 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             print(import_hf(source, out))
         else:
             dtype = None if args.dtype is None else getattr(torch, args.dtype)
-            print(export_hf(source, out, dtype, args.family, average=args.average))
+            export = export_adapters if args.adapters else export_hf
+            print(export(source, out, dtype, args.family, average=args.average))
         return 0
     if verb == "average" and len(rest) >= 2:
         from mm.checkpoint.average import average_checkpoints

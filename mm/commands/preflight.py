@@ -63,7 +63,7 @@ def _could_write(folder: Path) -> None:
 
 def check_start(cfg: Config) -> None:
     """Raise CheckpointError where what checkpoint.resume or checkpoint.weights names does not exist, and
-    Refused where the weights are of another vocabulary."""
+    Refused where the weights, or the folder model.llm.preset, are of another vocabulary."""
     from mm.checkpoint.state import candidates
     from parallel.checkpoint import MANIFEST
 
@@ -80,6 +80,22 @@ def check_start(cfg: Config) -> None:
             _check_tokens(cfg, Path(weights))
         else:
             _check_kept(cfg, Path(weights))
+    _check_preset(cfg)
+
+
+def _check_preset(cfg: Config) -> None:
+    """Refuse a tokenizer of another vocabulary than that of the folder model.llm.preset, whatever weights the
+    run starts from: the config.json of an export would go with tokens that it does not mean."""
+    preset = cfg.llm.get("preset")
+    if not isinstance(preset, str) or not Path(preset).is_dir():
+        return
+    try:
+        check_vocabulary(cfg.data.tokenizer, Path(preset))
+    except ValueError as error:
+        raise Refused(
+            f"model.llm.preset: {error}, or as model.llm.preset a folder with its config.json alone, for a "
+            "model of these sizes with a vocabulary of its own"
+        ) from error
 
 
 def _check_tokens(cfg: Config, folder: Path) -> None:

@@ -286,6 +286,22 @@ JOB = (
         "tests/mm/jobs/test_lora.py::test_layouts_learn_what_one_process_learns[tp sp ep, cp]",
     ),
     Fault(
+        "lora.cached",
+        "latent attention answers without the adapter of kv_up",
+        "llm/mla.py",
+        'adapted(self.kv_up, "weight")',
+        "local(self.kv_up.weight)",
+        "tests/parallel/sharding/test_low_rank.py::test_it_answers_as_the_merged_weights[cfg1]",
+    ),
+    Fault(
+        "lora.peft",
+        "a folder of peft says rank in the place of alpha",
+        "llm/hf/peft.py",
+        '"lora_alpha": low.alpha',
+        '"lora_alpha": low.rank',
+        "tests/mm/checkpoint/test_adapters.py::test_they_are_trained_merged_and_told_apart[llama]",
+    ),
+    Fault(
         "lora.scale",
         "adapters are exported without their factor",
         "llm/hf/stored.py",

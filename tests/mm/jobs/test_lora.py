@@ -26,6 +26,7 @@ from tests.slow import on_demand
 LORA = {
     "llm": {"rank": 3, "alpha": 6.0, "targets": ["all-linear"]},
     "vision": {"rank": 2, "targets": ["q", "v", "up"]},
+    "audio": {"rank": 1, "targets": ["value", "gate"]},
 }
 TRAIN = {"lora": LORA, "lr": 0.02, "warmup": 0.0}
 SP = {"tp": 2, "sequence_parallel": True}
@@ -52,6 +53,21 @@ def test_layouts_learn_what_one_process_learns(name: str, ranks: Any, alone: lis
     layout, schedule = LAYOUTS[name]
     for found in ranks(4, train_few, small(train=TRAIN, layout=layout, schedule=schedule), 3):
         assert largest_difference(found, alone) < 1e-9
+
+
+LATENTS = {
+    **{"pattern": "*-*", "kv_rank": 5, "q_rank": 6, "head_dim": 6, "rope_head_dim": 4, "v_head_dim": 7},
+    **{"n_kv_heads": 4, "rope_theta": 1e4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{**SP, "ranks": [1, 0]}, {"tp": 2}, {"cp": 2}, {"pp": 2}])
+def test_latent_attention_learns_what_one_process_learns(ranks: Any, layout: dict[str, Any]) -> None:
+    raw = small(train=TRAIN)
+    raw["model"]["llm"] |= LATENTS
+    (alone,), spread = ranks(1, train_few, raw, 3), ranks(2, train_few, {**raw, "layout": {"llm": layout}}, 3)
+    assert all(largest_difference(found, alone) < 1e-9 for found in spread)
 
 
 def trained(raw: dict[str, Any], folder: str, start: str | None) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llm.config import LLMConfig
+from llm.decode import Prompt, generate
 from llm.model import LLM, LLMBatch
 from parallel.sequence.packed import Packing
 from parallel.sharding.low_rank import (
@@ -28,7 +31,15 @@ CFG = LLMConfig(
     **{"n_experts": 4, "top_k": 2, "expert_ffn": 8, "shared_ffn": 8, "mlp_ffn": 24, "loss_chunk": 8},
     init_std=0.3,
 )
-TARGETS = st.sampled_from([[ALL], ["q", "v"], ["out"], ["layers.0.*", "k"]])
+LATENTS = {
+    **{"pattern": "*-*", "kv_rank": 5, "q_rank": 6, "head_dim": 6, "rope_head_dim": 4, "v_head_dim": 7},
+    **{"n_kv_heads": 4, "rope_theta": 1e4},
+}
+LATENT, NARROW = replace(CFG, **LATENTS), replace(CFG, **{**LATENTS, "q_rank": None})
+CASES = st.sampled_from(
+    [(CFG, t) for t in ([ALL], ["q", "v"], ["out"], ["layers.0.*", "k"])]
+    + [(LATENT, [ALL]), (LATENT, ["q_down", "kv_up"]), (NARROW, [ALL]), (NARROW, ["q", "kv_down"])]
+)
 
 
 def loss(model: nn.Module) -> torch.Tensor:
@@ -38,23 +49,32 @@ def loss(model: nn.Module) -> torch.Tensor:
     return out
 
 
+@torch.no_grad()
+def merge(model: nn.Module, plain: nn.Module, scale: float) -> None:
+    """Adapters of `model` at random values, and their changes in the weights of `plain`."""
+    own = dict(model.named_parameters())
+    for name, param in own.items():
+        if is_adapter(name):
+            param.copy_(torch.randn_like(param) * 0.1)
+    for name, param in plain.named_parameters():
+        a, b = adapters_of(name)
+        if a in own:
+            param += scale * own[b] @ own[a]
+
+
 @settings(max_examples=12, deadline=None)
-@given(st.integers(1, 5), st.floats(0.5, 32), TARGETS)
-def test_it_learns_what_the_merged_weights_would(rank: int, alpha: float, targets: list[str]) -> None:
-    model, plain = (LLM(CFG, dtype=torch.float64) for _ in range(2))
+@given(st.integers(1, 5), st.floats(0.5, 32), CASES)
+def test_it_learns_what_the_merged_weights_would(
+    rank: int, alpha: float, case: tuple[LLMConfig, list[str]]
+) -> None:
+    cfg, targets = case
+    model, plain = (LLM(cfg, dtype=torch.float64) for _ in range(2))
     add_adapters(model, LowRank(rank, alpha, targets))
     for net in (model, plain):
         initialise(net, 0, "llm")
     assert torch.equal(loss(model), loss(plain)), "B starts at zero"
     own, scale = dict(model.named_parameters()), alpha / rank
-    with torch.no_grad():
-        for name, param in own.items():
-            if is_adapter(name):
-                param += torch.randn_like(param) * 0.1
-        for name, param in plain.named_parameters():
-            a, b = adapters_of(name)
-            if a in own:
-                param += scale * own[b] @ own[a]
+    merge(model, plain, scale)
     ours, theirs = loss(model), loss(plain)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     ours.backward()
@@ -70,6 +90,20 @@ def test_it_learns_what_the_merged_weights_would(rank: int, alpha: float, target
             for adapter, grad in by_hand.items():
                 torch.testing.assert_close(own[adapter].grad, grad, rtol=1e-9, atol=1e-13)
     assert touched == len({n for some in matching([*linear_maps(model)], targets).values() for n in some}) > 0
+
+
+@pytest.mark.parametrize("cfg", [CFG, LATENT])
+def test_it_answers_as_the_merged_weights(cfg: LLMConfig) -> None:
+    """A token at a time too, where latents are read by another route than in training."""
+    model, plain = (LLM(cfg, dtype=torch.float64) for _ in range(2))
+    add_adapters(model, LowRank(3, 6.0, [ALL]))
+    for net in (model, plain):
+        initialise(net, 0, "llm")
+    prompt = Prompt(torch.arange(9) * 7 % 32)
+    before = generate(plain.eval(), [prompt], 12)
+    merge(model, plain, 2.0)
+    answers = [generate(net.eval(), [prompt], 12) for net in (model, plain)]
+    assert answers[0] == answers[1] != before
 
 
 def test_targets_are_names_ends_of_names_or_patterns() -> None:
