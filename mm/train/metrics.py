@@ -30,6 +30,7 @@ class GradientStatistics:
 class OutputStatistics:
     """Of the elements of a layer's outputs in a step."""
 
+    elements: int  # of all tokens, or rows
     mean: float
     rms: float  # square root of the mean square
     max: float  # largest absolute element

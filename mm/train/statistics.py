@@ -120,6 +120,6 @@ def layer_statistics(
         n, output = x.elements.sum(), None
         if n:
             mean, square = float(x.total.sum() / n), float(x.squares.sum() / n)
-            output = OutputStatistics(mean, square**0.5, float(x.largest.max()))
+            output = OutputStatistics(int(n), mean, square**0.5, float(x.largest.max()))
         out.setdefault(m, {})[name] = LayerStatistics(kind, gradient if trained else None, output)
     return out

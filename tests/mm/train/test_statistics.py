@@ -104,9 +104,10 @@ def plain(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
     for (m, place), found in gradients.items():
         g = torch.cat(found)
         x = torch.cat(outputs[m, place]).detach() if (m, place) in outputs else None
-        output = (
-            {} if x is None else {"mean": x.mean(), "rms": x.square().mean().sqrt(), "max": x.abs().max()}
-        )
+        output: dict[str, Any] = {}
+        if x is not None:
+            output = {"mean": x.mean(), "rms": x.square().mean().sqrt(), "max": x.abs().max()}
+            output["elements"] = x.numel()
         expected[m][place] = {
             "gradient": {"norm": float(g.norm()), "max": float(g.abs().max())},
             "output": {k: float(v) for k, v in output.items()} or None,
