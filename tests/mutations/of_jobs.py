@@ -306,7 +306,7 @@ JOB = (
         "the loss is read before the step's message",
         "mm/train/step.py",
         "StepResult(forward.losses, prepared.plan.subsets, watch, seconds)",
-        "StepResult(forward.losses + 0 * forward.losses.sum().item(), prepared.plan.subsets, seconds)",
+        "StepResult(forward.losses + 0 * forward.losses.sum().item(), prepared.plan.subsets, watch, seconds)",
         "tests/mm/jobs/test_host_waits.py::test_alone_the_host_waits_once_a_step",
     ),
     Fault(
