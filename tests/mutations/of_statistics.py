@@ -24,14 +24,6 @@ STATISTICS = (
         f"{TEST}_the_same_in_any_layout[tp and cp]",
     ),
     Fault(
-        "statistics.again",
-        "what a backward computes again counts twice",
-        "mm/train/statistics.py",
-        "            self._here.counts = False",
-        "            self._here.counts = True",
-        f"{TEST}_the_same_in_any_layout[recomputed]",
-    ),
-    Fault(
         "optim.largest",
         "a layer's largest gradient is that of its last parameter",
         "mm/train/statistics.py",
