@@ -84,6 +84,9 @@ class TrainConfig(Section):
         ge=1,
         description="least size in bytes of the language model's activations that wait on the host",
     )
+    statistics: int = Field(
+        0, ge=0, description="every so many steps, statistics of each layer in the metrics; 0: never"
+    )
     shard: Literal["module", "layer"] = Field(
         "module", description="what FSDP gathers at once: a module, or each layer"
     )

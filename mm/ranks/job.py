@@ -20,6 +20,7 @@ from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.plan.pieces import with_pieces
+from mm.plan.places import Places, places
 from mm.plan.rates import rates
 from mm.plan.recipe import update_rule
 from mm.plan.select import select
@@ -70,6 +71,7 @@ class Job:
     pipes: Mapping[str, Directions[Pipe]]  # by module, where it has several pipeline stages
     control: Control
     turns: Turns  # of two computations of the language model
+    places: Mapping[str, Places]  # of every module; none where no statistics are asked
 
     @property
     def counts_loss(self) -> bool:
@@ -177,6 +179,7 @@ def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job
         pipes=pipes,
         control=Control(whole_job(), rank.device, rank.store),
         turns=turns,
+        places={m: places(blueprint, m) for m in blueprint.modules if cfg.train.statistics},
     )
 
 

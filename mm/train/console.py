@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from mm.ranks.lock import lock
 
 if TYPE_CHECKING:
     from mm.train.evaluate import Evaluation
-    from mm.train.metrics import TimedStep
+    from mm.train.metrics import StepMetrics, TimedStep
 
 
 class Console:
@@ -85,6 +86,7 @@ class Console:
         shown |= {f"grad_norm/{m}": norm for m, norm in metrics.grad_norm_by_module.items()}
         for by in (metrics.loss_by_modality, metrics.loss_by_source):
             shown |= {f"loss/{name}": found.loss for name, found in by.items()} if len(by) > 1 else {}
+        shown |= layer_values(metrics)
         self._plot(metrics.step, shown)
 
     def _plot(self, step: int, values: Mapping[str, float]) -> None:
@@ -166,6 +168,17 @@ def step_line(timed: TimedStep, steps: int, eta_s: float) -> str:
         f"{metrics.peak_memory_bytes / 2**20:.0f} MiB  boundary {boundary * 1e3:.1f} ms  "
         f"data {metrics.data_s * 1e3:.1f} ms  ETA {eta_s:.0f} s"
     )
+
+
+def layer_values(metrics: StepMetrics) -> dict[str, float]:
+    """Each number of the layers' statistics by its name: gradient_norm/llm/layers.3."""
+    return {
+        f"{what}_{key}/{m}/{place}": value
+        for m, places in metrics.layers.items()
+        for place, layer in places.items()
+        for what, found in (("gradient", layer.gradient), ("output", layer.output))
+        for key, value in (asdict(found) if found is not None else {}).items()
+    }
 
 
 def _forget_after(metrics: Path, step: int) -> None:

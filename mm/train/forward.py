@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mm.config.outline import SINK
 from mm.errors import DataError
 from mm.ranks.batch import RankMicrobatch
 from mm.train.flight import Flight, Key, key_of
+from mm.train.statistics import Watch
 from mm.train.transfer import Transfers
 from parallel.schedule import Action
 
@@ -23,8 +25,10 @@ OnTokens = Callable[[RankMicrobatch, Tensor], None]
 class Forward:
     """Handler of FORWARD. losses: by subset of the step's samples, this rank's part of its loss so far."""
 
-    def __init__(self, flight: Flight, transfers: Transfers, on_tokens: OnTokens | None) -> None:
-        self.flight, self.transfers, self.on_tokens = flight, transfers, on_tokens
+    def __init__(
+        self, flight: Flight, transfers: Transfers, on_tokens: OnTokens | None, watch: Watch | None
+    ) -> None:
+        self.flight, self.transfers, self.on_tokens, self.watch = flight, transfers, on_tokens, watch
         self.micro, self.supervised = flight.prepared.micro, flight.prepared.plan.supervised
         n, device = len(flight.prepared.plan.subsets.names), flight.job.rank.device
         self.losses = torch.zeros(n, dtype=torch.float64, device=device)
@@ -62,7 +66,9 @@ class Forward:
         mine = [self.micro[key.microbatch] for key in keys]
         try:
             batch = join_batches([mb.items[module] for mb in mine])
-            out = part(batch) if hidden is None else part(batch, hidden)
+            # An encoder may run on something else where there are no items.
+            with self._watched(bool(batch.metas)):
+                out = part(batch) if hidden is None else part(batch, hidden)
         except RowsMismatch as error:
             names = [name for mb in mine for name in mb.names[module]]
             raise DataError(f"module {module}, sample {names[error.item]}: {error.why}") from error
@@ -74,7 +80,8 @@ class Forward:
         assert mb.llm is not None
         rows = self.transfers.rows(key)
         ready = time.perf_counter()
-        out = part(mb.llm, rows) if hidden is None else part(mb.llm, rows, hidden)
+        with self._watched():
+            out = part(mb.llm, rows) if hidden is None else part(mb.llm, rows, hidden)
         if not self.flight.is_loss(key):
             self.flight[key].output.fill(out)
             return ready
@@ -86,6 +93,9 @@ class Forward:
         if self.flight.job.counts_loss:
             self._add(mb, out.detach())
         return ready
+
+    def _watched(self, counts: bool = True) -> AbstractContextManager[None]:
+        return nullcontext() if self.watch is None else self.watch.forward(counts)
 
     def _add(self, mb: RankMicrobatch, token_loss: Tensor) -> None:
         """Add the losses [T] of a micro-batch's tokens to those of their subsets."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mm.plan.step_plan import Imbalance
@@ -16,6 +16,37 @@ class BoundaryMetrics:
 
     bytes: int  # payload received from other ranks, summed over ranks
     seconds: float  # of the slowest rank
+
+
+@dataclass(frozen=True)
+class GradientStatistics:
+    """Of a layer's gradients, before clipping."""
+
+    norm: float
+    max: float  # largest absolute element
+
+
+@dataclass(frozen=True)
+class OutputStatistics:
+    """Of the elements of a layer's outputs in a step."""
+
+    elements: int  # of all tokens, or rows
+    mean: float
+    rms: float  # square root of the mean square
+    max: float  # largest absolute element
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Of a layer, or of a part of a module beside its layers.
+
+    kind: see mm.plan.places.Place. gradient: None where nothing is trained. output: None where nothing came
+    through, and of what is no layer.
+    """
+
+    kind: str
+    gradient: GradientStatistics | None
+    output: OutputStatistics | None
 
 
 @dataclass(frozen=True)
@@ -40,11 +71,15 @@ class StepMetrics:
     imbalance: Mapping[str, Imbalance]  # by module, means over the micro-batches in which it has work
     skipped_items: int
     stop: bool  # a rank was asked to end
+    layers: Mapping[str, Mapping[str, LayerStatistics]] = field(default_factory=dict)
+    """By module and place, at the steps that train.statistics asks for; else empty."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for JSON: every field but `stop`."""
+        """Plain data for JSON: every field but `stop`, and `layers` where there are some."""
         out = asdict(self)
         del out["stop"]
+        if not self.layers:
+            del out["layers"]
         for key in ("loss_by_modality", "loss_by_source"):
             out[key] = {name: loss._asdict() for name, loss in out[key].items()}
         return out

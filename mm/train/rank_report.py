@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, NamedTuple, TypeVar
 
@@ -40,6 +40,17 @@ class EdgeReport(NamedTuple, Generic[N]):
     seconds: N
 
 
+class LayerReport(NamedTuple, Generic[N]):
+    """What a rank reports of one layer, in steps that statistics are asked of. Ranks' sums add up."""
+
+    grad_squares: N  # sum of its gradients' squares
+    grad_max: N  # largest absolute element of its gradients
+    elements: N  # of its outputs, how many
+    total: N  # their sum
+    squares: N  # sum of their squares
+    largest: N  # largest absolute one
+
+
 @dataclass(frozen=True)
 class Report(Generic[N]):
     """One rank's report of a step, or the columns of all ranks' reports. All have equal names in equal order.
@@ -48,6 +59,7 @@ class Report(Generic[N]):
         ranks' losses add up.
     modules, edges: by module and by encoder.
     objectives: by objective, sums over this rank's tokens.
+    layers: by module and place (mm.plan.places), in steps that statistics are asked of; else empty.
     They are separate fields, so that no module's name is taken for another kind of name.
     """
 
@@ -56,15 +68,17 @@ class Report(Generic[N]):
     modules: Mapping[str, ModuleReport[N]]
     edges: Mapping[str, EdgeReport[N]]
     objectives: Mapping[str, N]
+    layers: Mapping[tuple[str, str], LayerReport[N]] = field(default_factory=dict)
 
     def numbers(self) -> list[N]:
-        """The report as a row: scalars, then losses, modules, edges and objectives in their order."""
+        """The report as a row: scalars, then losses, modules, edges, objectives and layers in their order."""
         return [
             *self.scalars,
             *self.losses.values(),
             *chain.from_iterable(self.modules.values()),
             *chain.from_iterable(self.edges.values()),
             *self.objectives.values(),
+            *chain.from_iterable(self.layers.values()),
         ]
 
     def read(self, table: np.ndarray) -> Report[np.ndarray]:
@@ -76,4 +90,5 @@ class Report(Generic[N]):
             modules={m: ModuleReport(squares=next(columns), compute_s=next(columns)) for m in self.modules},
             edges={m: EdgeReport(received_bytes=next(columns), seconds=next(columns)) for m in self.edges},
             objectives={name: next(columns) for name in self.objectives},
+            layers={name: LayerReport(*(next(columns) for _ in LayerReport._fields)) for name in self.layers},
         )

@@ -7,6 +7,7 @@ where it came from. parallel.schedule.executor.execute says what each kind of ac
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,7 @@ from mm.ranks.job import Job
 from mm.train.backward import Backward
 from mm.train.flight import Flight
 from mm.train.forward import Forward, OnTokens
+from mm.train.statistics import Watch
 from mm.train.transfer import Transfers
 from mm.train.weights import Weights, gather_held
 from parallel.comm.turns import Ran
@@ -34,11 +36,12 @@ class StepResult:
     losses: by subset of the step's samples, the sum of its supervised tokens' losses divided by the step's
     global count; one replica counts, so that summing over ranks gives the loss; float64 [subsets] on the
     device, which finish_step() reads. subsets: of the step.
-    seconds: host time by (kind, module).
+    watch: what the layers gave, where that was asked. seconds: host time by (kind, module).
     """
 
     losses: Tensor
     subsets: Subsets
+    watch: Watch | None = None
     seconds: dict[tuple[Kind, str], float] = field(default_factory=dict)
 
 
@@ -49,22 +52,24 @@ def run_step(
     train: bool,
     on_tokens: OnTokens | None = None,
     observe: Observe | None = None,
+    watch: Watch | None = None,
 ) -> StepResult:
     """Run every micro-batch of a prepared step; gradients are left in the modules' parameters.
 
     on_tokens: called with each micro-batch and its token losses [T] (evaluation), where they are computed.
-    observe: called after every action with its Record, for drawings and measurements. Does not update.
+    observe: called after every action with its Record, for drawings and measurements.
+    watch: listens to the layers. Does not update.
     """
     schedule = job.blueprint.schedule(prepared.plan.active, train=train)
     flight = Flight(job, prepared, schedule)
     transfers = Transfers(flight)
-    forward = Forward(flight, transfers, on_tokens)
+    forward = Forward(flight, transfers, on_tokens, watch)
     weights = Weights(flight)
     for both in job.boundaries.values():
         for boundary in both:
             boundary.stats.reset()
     gather_held(job)
-    with torch.set_grad_enabled(train):
+    with torch.set_grad_enabled(train), nullcontext() if watch is None else watch.hooked():
         handlers = _handlers(flight, transfers, forward, weights)
         try:
             seconds = execute(
@@ -74,7 +79,7 @@ def run_step(
             job.turns.close()
     transfers.finish()
     weights.finish()
-    return StepResult(forward.losses, prepared.plan.subsets, seconds)
+    return StepResult(forward.losses, prepared.plan.subsets, watch, seconds)
 
 
 class _Together:

@@ -36,6 +36,7 @@ from mm.train.console import Console
 from mm.train.evaluate import Evaluation, blind_guess, evaluate
 from mm.train.garbage import set_aside
 from mm.train.metrics import StepMetrics, TimedStep
+from mm.train.statistics import Watch
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
 from mm.train.weights import averaged
@@ -231,7 +232,9 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMe
     prepared, waited = feed.next(step, cfg.train.steps)
     records: list[Record] = []
     drawn = cfg.run.trace == step + 1
-    result = run_step(job, prepared, train=True, observe=records.append if drawn else None)
+    every = cfg.train.statistics
+    watch = Watch(job) if every and (step + 1) % every == 0 else None
+    result = run_step(job, prepared, train=True, observe=records.append if drawn else None, watch=watch)
     if drawn:
         schedule = job.blueprint.schedule(prepared.plan.active)
         draw_measured(schedule, records, job.control, job.rank.rank, Path(cfg.run.dir), step + 1)
@@ -258,6 +261,7 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMe
         imbalance=load_imbalance(prepared.plan),
         skipped_items=len(feed.bad),
         stop=update.stop,
+        layers=update.layers,
     )
 
 

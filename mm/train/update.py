@@ -18,8 +18,9 @@ from mm.errors import NonFinite
 from mm.plan.subsets import Subset
 from mm.ranks.job import Job
 from mm.ranks.memory import peak_memory
-from mm.train.metrics import BoundaryMetrics
+from mm.train.metrics import BoundaryMetrics, LayerStatistics
 from mm.train.rank_report import EdgeReport, ModuleReport, Own, Report, Scalars
+from mm.train.statistics import layer_statistics
 from mm.train.step import StepResult
 from mm.train.weights import refresh_held
 from parallel.schedule.action import COMPUTE
@@ -54,7 +55,7 @@ class Update:
     losses: by subset of the samples; they add up to the loss. grad_norm: before clipping. compute_s: of the
     slowest rank, by module; optimizer_s: seconds of the gradients' sums and the update. objectives:
     unweighted, as LLM.take_objectives gives them. stop: some rank was asked to end. notices: what each rank
-    says of the step to come, [world, n].
+    says of the step to come, [world, n]. layers: statistics by module and place, where they were asked.
     """
 
     losses: dict[Subset, float]
@@ -67,6 +68,7 @@ class Update:
     objectives: dict[str, float]
     stop: bool
     notices: np.ndarray
+    layers: dict[str, dict[str, LayerStatistics]]
 
     @property
     def loss(self) -> float:
@@ -117,6 +119,7 @@ def finish_step(
         objectives={name: float(sums.sum()) for name, sums in ranks.objectives.items()},
         stop=bool(ranks.scalars.stop.any()),
         notices=notices,
+        layers=layer_statistics(job, ranks.layers),
     )
 
 
@@ -137,6 +140,7 @@ def _report(
         modules={m: ModuleReport[Own](squares[m], compute_s[m]) for m in job.blueprint.modules},
         edges={m: _edge_report(job, m) for m in job.blueprint.inputs.encoders},
         objectives=_objectives(job),
+        layers={} if result.watch is None else result.watch.report(),
     )
 
 

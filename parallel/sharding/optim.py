@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +41,15 @@ class _Shard(Shard):
     partial: bool
     shared: bool
     scalar: bool
+
+
+class Gradients(NamedTuple):
+    """Of the parameters that have a gradient, by name. squares: this rank's parts of their squared norms,
+    float64 [n]. largest: absolute elements of this rank's shards, 0 where a shard is empty."""
+
+    names: list[str]
+    squares: Tensor
+    largest: Tensor
 
 
 class ShardedOptimizer:
@@ -119,13 +129,31 @@ class ShardedOptimizer:
 
         Each replica of a parameter contributes an equal part. Not finite where a gradient here is not finite.
         """
+        learnt = self._learnt()
+        return self._squares(learnt).sum()
+
+    @torch.no_grad()
+    def gradients(self) -> Gradients:
+        """norm_squared() by parameter, and this rank's largest element of each gradient."""
+        learnt = self._learnt()
+        largest = torch.zeros(len(learnt), dtype=torch.float64, device=self.device)
+        filled = [k for k, (_, g, _) in enumerate(learnt) if g.numel()]  # shards may be empty
+        if filled:
+            found = torch.stack(torch._foreach_norm([learnt[k][1] for k in filled], torch.inf))
+            at = to_device(np.asarray(filled, dtype=np.int64), self.device)
+            largest.index_copy_(0, at, found.to(torch.float64))
+        return Gradients([name for name, _, _ in learnt], self._squares(learnt), largest)
+
+    def _learnt(self) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, gradient, weight in the norm) of the parameters that have a gradient."""
         pairs = zip(self.shards, self._weights, strict=True)
-        learnt = [(s.local.grad, weight) for s, weight in pairs if s.local.grad is not None]
+        return [(s.name, s.local.grad, weight) for s, weight in pairs if s.local.grad is not None]
+
+    def _squares(self, learnt: Sequence[tuple[str, Tensor, Tensor]]) -> Tensor:
         if not learnt:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        norms = torch.stack(torch._foreach_norm([g for g, _ in learnt])).to(torch.float64)
-        weights = torch.stack([w for _, w in learnt])
-        return (norms.square() * weights).sum()
+            return torch.zeros(0, dtype=torch.float64, device=self.device)
+        norms = torch.stack(torch._foreach_norm([g for _, g, _ in learnt])).to(torch.float64)
+        return norms.square() * torch.stack([weight for *_, weight in learnt])
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:

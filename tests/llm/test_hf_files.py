@@ -313,7 +313,7 @@ def test_models_that_the_format_cannot_say_are_refused(tmp_path: Path, change: d
 def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder"):
         load_hf(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="neither model.safetensors nor .*; needed: the whole"):
+    with pytest.raises(ValueError, match=r"neither model.safetensors nor .*; needed: the whole"):
         load_hf(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="pickled and is not read"):

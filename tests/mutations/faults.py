@@ -14,9 +14,10 @@ from tests.mutations.of_parallel import PARALLEL
 from tests.mutations.of_qwen import QWEN
 from tests.mutations.of_resolution import RESOLUTION
 from tests.mutations.of_schedules import SCHEDULES
+from tests.mutations.of_statistics import STATISTICS
 from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + LLM),
-    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS),
+    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS),
 )

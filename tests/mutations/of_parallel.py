@@ -265,8 +265,8 @@ PARALLEL = (
         "optim.norm",
         "norms are added, not their squares",
         "parallel/sharding/optim.py",
-        "(norms.square() * weights).sum()",
-        "(norms * weights).sum()",
+        "return norms.square() * torch.stack",
+        "return norms * torch.stack",
         ONE_STEP,
     ),
     Fault(

@@ -16,7 +16,7 @@ from mm.data.sample import parse_segments
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
 from mm.plan.subsets import Subset
-from mm.train.rank_report import EdgeReport, ModuleReport, Report, Scalars
+from mm.train.rank_report import EdgeReport, LayerReport, ModuleReport, Report, Scalars
 from parallel.topology.groups import WORLD, Group
 from tests.mm.harness import CONFIGS, largest_difference, small, train_few
 from tests.mm.shards import npy, sensor_samples, write_shard
@@ -99,14 +99,16 @@ def test_an_item_of_a_module_called_as_a_key_of_text_segments() -> None:
 
 
 def test_a_report_comes_back_from_its_numbers() -> None:
-    scalars, losses = Scalars(sync_s=2.0, memory_bytes=3.0, stop=0.0), {Subset("stop", "loss"): 1.0}
-    modules = {"loss": ModuleReport(squares=5.0, compute_s=7.0), "stop": ModuleReport(6.0, 6.5)}
+    scalars = Scalars(sync_s=2.0, memory_bytes=3.0, stop=0.0)
     edges = {"edge": EdgeReport(received_bytes=8.0, seconds=9.0)}
-    one = Report(scalars, losses, modules, edges, {"mtp": 1.5})
+    layers = {("stop", "loss"): LayerReport(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)}
+    modules = {"loss": ModuleReport(squares=5.0, compute_s=7.0), "stop": ModuleReport(6.0, 6.5)}
+    one = Report(scalars, {Subset("text", "loss"): 0.5}, modules, edges, {"mtp": 1.5}, layers)
     row = np.array(one.numbers())
     all_ranks = one.read(np.stack([row, row + 1]))
-    assert len(row) == 11 and np.array_equal(all_ranks.numbers(), [[n, n + 1] for n in one.numbers()])
+    assert len(row) == 17 and np.array_equal(all_ranks.numbers(), [[n, n + 1] for n in one.numbers()])
     assert [c.tolist() for c in all_ranks.scalars] == [[2.0, 3.0], [3.0, 4.0], [0.0, 1.0]]
-    assert all_ranks.losses["stop", "loss"].tolist() == [1.0, 2.0]
     assert {m: x.squares[1] for m, x in all_ranks.modules.items()} == {"loss": 6.0, "stop": 7.0}
     assert all_ranks.edges["edge"].seconds[1] == 10.0 and all_ranks.objectives["mtp"][1] == 2.5
+    assert all_ranks.losses["text", "loss"].tolist() == [0.5, 1.5]
+    assert all_ranks.layers["stop", "loss"].largest.tolist() == [6.0, 7.0]
