@@ -57,8 +57,10 @@ def videos(part: Part, default: Videos) -> dict[str, Any]:
     said = {k: v for k, v in part.video.items() if v is not None}
     out: dict[str, Any] = dict(vars(default))
     size = said.get("size", {})
-    out["least"] = said.get("min_pixels", size.get("shortest_edge", default.least))
-    out["most"] = said.get("max_pixels", size.get("longest_edge", default.most))
+    # Qwen2-VL's class takes older names of the bounds first, Qwen3-VL's does not know them.
+    older = said if default.area == "frame" else {}
+    out["least"] = older.get("min_pixels", size.get("shortest_edge", default.least))
+    out["most"] = older.get("max_pixels", size.get("longest_edge", default.most))
     names = {"fps": "fps", "least_frames": "min_frames", "most_frames": "max_frames"}
     out |= {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
     if "do_sample_frames" in said:

@@ -57,8 +57,6 @@ def test_a_film_in_a_chat_is_written_as_its_processor_writes_it(frames: int, tmp
     config |= {name: core.token_to_id(token) for name, token in zip(names, MARKERS, strict=True)}
     (tmp_path / "config.json").write_text(json.dumps(config))
     sizes = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
-    sizes = {k: v for k, v in sizes.items() if not k.endswith("_pixels")}  # as published: under `size` alone
-    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(sizes))
     payload = video(frames, (24, 16), "3.0")
     content: list[dict[str, Any]] = [{"type": "text", "text": "see "}, {"type": "video", "video": "a.tar"}]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": " now"}]}]
