@@ -114,9 +114,11 @@ class Pool:
             self._discard(self._workers)
         self._discard(w for w in self._workers if not w.process.is_alive())
         fresh = [self._start() for _ in range(n - len(self._workers))]  # together: they import at once
+        deadline = time.monotonic() + START_S
+        if not all(worker.pipe.poll(max(0.0, deadline - time.monotonic())) for worker in fresh):
+            self._discard(fresh)  # one that comes late would greet in the place of an answer
+            raise RankFailed(f"a worker did not start within {START_S:.0f} s")
         for worker in fresh:
-            if not worker.pipe.poll(START_S):
-                raise RankFailed(f"a worker did not start within {START_S:.0f} s")
             worker.pipe.recv()
 
     def _start(self) -> Worker:

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.pool import RankFailed
+from tests import pool as room
+from tests.pool import Pool, RankFailed
 
 
 def place() -> tuple[int, int, float]:
@@ -79,3 +80,16 @@ def test_a_killed_rank_is_named_and_replaced(ranks: Any) -> None:
 def test_a_result_that_cannot_be_pickled_is_a_failure_not_a_hang(ranks: Any) -> None:
     with pytest.raises(RankFailed, match=r"(?s)rank 0:.*cannot be sent back"):
         ranks(1, unsendable)
+
+
+@pytest.mark.slow
+def test_workers_that_start_too_late_answer_no_later_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Pool()
+    try:
+        monkeypatch.setattr(room, "START_S", 0.0)
+        with pytest.raises(RankFailed, match="did not start within 0 s"):
+            own.run(2, place)
+        monkeypatch.undo()
+        assert own.run(2, place) == [(r, 2, 3.0) for r in range(2)]
+    finally:
+        own.close()
