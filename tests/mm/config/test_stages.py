@@ -89,17 +89,18 @@ def test_steps_are_those_of_the_stages() -> None:
         stages_of(from_mapping(small(), CONFIGS), "warm")
 
 
-RECIPES = {"llava-stages": (8, 2), "nano-omni-stages": (64, 7)}
+RECIPES = {"llava-stages": (8, 2, "Llava"), "nano-omni-stages": (64, 7, "Nemotron Omni")}
 
 
 @pytest.mark.parametrize("name", on_demand(RECIPES, ["nano-omni-stages"]))
 def test_published_recipes_are_planned_at_their_size(
     name: str, capsys: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    world, count = RECIPES[name]
+    world, count, container = RECIPES[name]
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", str(CONFIGS / f"{name}.yaml"), "--dry-run", "--no-data"]) == 0
     said = capsys.readouterr().out
+    assert said.count(f"as {container}: ") == count
     assert said.count("\nfirst step: ") == count and said.count(f"\n{world} ranks\n") == count
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
 
