@@ -46,7 +46,8 @@ def average_checkpoints(out: Path, paths: Sequence[Path], weights: Sequence[floa
     model.
     """
     try:
-        mean = Mean([store.Opened(p) for p in paths], _shares(weights, len(paths)), _common(paths))
+        opened = [store.Opened(p) for p in paths]
+        mean = Mean(opened, _shares(weights, len(paths)), _common(opened))
         state = store.read_state(paths[-1])
     except ValueError as error:
         raise CheckpointError(f"cannot average: {error}") from error
@@ -73,20 +74,20 @@ def _shares(weights: Sequence[float] | None, n: int) -> list[float]:
     return [w / sum(given) for w in given]
 
 
-def _common(paths: Sequence[Path]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _common(opened: Sequence[store.Opened]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The weights and buffers that the checkpoints hold, with their shapes; equal in all of them."""
     found: list[dict[str, Any]] = []
-    for path in paths:
-        wrong = store.verify(path)
+    for one in opened:
+        wrong = store.verify(one.path)
         if wrong:
-            raise ValueError(f"{path} is damaged: {'; '.join(wrong)}")
-        found.append({k: v for k, v in store.describe(path).items() if not _of_optimizer(k)})
-    for path, theirs in zip(paths, found, strict=True):
+            raise ValueError(f"{one.path} is damaged: {'; '.join(wrong)}")
+        found.append({k: v for k, v in one.shapes.items() if not _of_optimizer(k)})
+    for one, theirs in zip(opened, found, strict=True):
         other = sorted(k for k in theirs.keys() | found[0].keys() if theirs.get(k) != found[0].get(k))
         if other:
             raise ValueError(
-                f"{path} is of another model than {paths[0]}: {len(other)} tensors differ or are in one "
-                f"only, first {other[0]}; needed: checkpoints of one model"
+                f"{one.path} is of another model than {opened[0].path}: {len(other)} tensors differ or are "
+                f"in one only, first {other[0]}; needed: checkpoints of one model"
             )
     return found[0]
 

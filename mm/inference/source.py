@@ -20,7 +20,7 @@ from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError, Refused
 from mm.inference.asked import Asked
 from mm.inference.spread import load_spread
-from mm.inference.whole import load_whole, newest
+from mm.inference.whole import checkpoint_at, is_folder, load_whole
 from mm.plan.blueprint import Blueprint
 from mm.ranks.job import Job
 from mm.ranks.launch import RankInfo
@@ -51,13 +51,8 @@ class Source:
 
 def check_layout(path: Path, world: int) -> None:
     """Raise Refused where what is at `path` cannot be asked over so many ranks."""
-    if _is_folder(path) and world > 1:
+    if is_folder(path) and world > 1:
         raise Refused(f"{path} is a published folder, which has no layout; needed: one process, or a run")
-
-
-def _is_folder(path: Path) -> bool:
-    """Whether it is a published folder."""
-    return (path / "config.json").is_file() and not (path / store.MANIFEST).is_file()
 
 
 def source_of(path: Path, overrides: Sequence[str], world: int) -> Source:
@@ -65,17 +60,14 @@ def source_of(path: Path, overrides: Sequence[str], world: int) -> Source:
 
     overrides: key=value. Raises CheckpointError and Refused.
     """
-    if _is_folder(path):
+    if is_folder(path):
         try:
             return Source(path, _config_of_folder(path, overrides), folder=True)
         except ValueError as error:
             raise CheckpointError(f"cannot load {path}: {error}") from error
-    checkpoint = path if (path / store.MANIFEST).is_file() else newest(path)
+    checkpoint = checkpoint_at(path)
     try:
-        wrong = store.structure(checkpoint)
-        if wrong:
-            raise store.BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
-        state = store.read_state(checkpoint)
+        state = store.sound_state(checkpoint, store.structure)
     except ValueError as error:
         raise CheckpointError(f"cannot load {checkpoint}: {error}") from error
     if SINK in state:

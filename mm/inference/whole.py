@@ -90,10 +90,7 @@ def load_whole(
     """
     path = Path(path)
     try:
-        if (path / "config.json").is_file() and not (path / store.MANIFEST).is_file():
-            found = _published(path)
-        else:
-            found = _checkpoint(path if (path / store.MANIFEST).is_file() else newest(path))
+        found = _published(path) if is_folder(path) else _checkpoint(checkpoint_at(path))
         _check_ids(found)
     except (ValueError, KeyError, Refused) as error:
         raise CheckpointError(f"cannot load {path}: {error}") from error
@@ -118,8 +115,15 @@ def _newest_time(run: Path) -> float:
     return max(p.stat().st_mtime for p in store.published(run))
 
 
-def newest(path: Path) -> Path:
-    """The newest checkpoint of a run's folder; raises CheckpointError where it has none."""
+def is_folder(path: Path) -> bool:
+    """Whether it is a published folder, and no checkpoint."""
+    return (path / "config.json").is_file() and not (path / store.MANIFEST).is_file()
+
+
+def checkpoint_at(path: Path) -> Path:
+    """A checkpoint, or the newest of a run's folder; raises CheckpointError where it has none."""
+    if (path / store.MANIFEST).is_file():
+        return path
     found = store.published(path) if path.is_dir() else []
     if not found:
         what = "has no checkpoint and no config.json" if path.is_dir() else "does not exist"
@@ -150,10 +154,7 @@ def _published(folder: Path) -> WholeModel:
 
 
 def _checkpoint(path: Path) -> WholeModel:
-    wrong = store.structure(path)
-    if wrong:
-        raise store.BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
-    state = store.read_state(path)
+    state = store.sound_state(path, store.structure)
     if SINK in state:  # imported: a language model alone
         tokenizer = tokenizer_of(state, path)
         if tokenizer is None:

@@ -22,6 +22,7 @@ from parallel.checkpoint.distributed import (
     published,
     read_state,
     save,
+    sound_state,
     step_of,
 )
 from parallel.checkpoint.lazy import Lazy
@@ -41,6 +42,7 @@ __all__ = [
     "published",
     "read_state",
     "save",
+    "sound_state",
     "step_of",
     "structure",
     "verify",

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,17 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise BadCheckpoint(f"{path}: {STATE} does not say after which step it was written")
     return state
+
+
+def sound_state(path: Path, check: Callable[[Path], list[str]] = manifest.verify) -> dict[str, Any]:
+    """read_state() of a checkpoint that `check` (verify, or structure, which is quick) finds nothing in.
+
+    Raises BadCheckpoint for any other.
+    """
+    wrong = check(path)
+    if wrong:
+        raise BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
+    return read_state(path)
 
 
 def published(directory: Path) -> list[Path]:
