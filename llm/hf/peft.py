@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from llm.config import LLMConfig
 from llm.hf.config import export_family
 from llm.hf.stored import Stored
 from llm.hf.weights import model_tensors
-from parallel.published import FileTensor
+from parallel.published import FileTensor, new_folder
 from parallel.published.tables import parts_by_name
 from parallel.sharding.low_rank import LowRank, adapters_of
 
@@ -57,8 +56,7 @@ def write_adapters(
     there are none, where the routing bias moved in training, and where a map with adapters is part of a
     larger tensor in the family's files: A of one part is not A of the whole.
     """
-    if path.exists():
-        raise ValueError(f"{path} exists already; needed: the name of a new folder")
+    partial = new_folder(path)
     if "E" in cfg.kinds and cfg.expert_bias_rate:
         raise ValueError(
             f"expert_bias_rate={cfg.expert_bias_rate}, so the bias that experts are selected with moved in "
@@ -78,9 +76,6 @@ def write_adapters(
             value = found[ours] if dtype is None else found[ours].to(dtype)
             tensors[f"base_model.model.{there}.lora_{letter}.weight"] = value.contiguous()
     own = {"base_model_name_or_path": base, "r": low.rank, "lora_alpha": low.alpha}
-    partial = path.with_name(path.name + ".tmp")
-    if partial.exists():
-        shutil.rmtree(partial)
     partial.mkdir(parents=True)
     config = {**COMMON, **own, "target_modules": sorted(maps.values())}
     (partial / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")

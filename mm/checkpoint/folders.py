@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from mm.errors import CheckpointError, Refused
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.plan.whole import whole_of
 from parallel import checkpoint as store
-from parallel.published import FILE_BYTES, Fetch, module_tensors, write_folder
+from parallel.published import FILE_BYTES, Fetch, module_tensors, new_folder, write_folder
 
 DType = torch.dtype | None
 
@@ -152,16 +151,6 @@ def _container(whole: Whole, family: str | None) -> tuple[Container | None, dict
     return CONTAINERS[family], {}
 
 
-def _new(out: Path) -> Path:
-    """Where a folder is written until it is complete. Raises ValueError where it exists."""
-    if out.exists():
-        raise ValueError(f"{out} exists already; needed: the name of a new folder")
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    return partial
-
-
 def _write(file: Path, data: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(data, indent=2) + "\n")
 
@@ -175,7 +164,7 @@ def _export_container(
     config = {**files.contents.config, **named_ids(tokenizer, container)}
     files = replace(files, contents=replace(files.contents, config=config))
     check_zero(files.zero, values, container.title)
-    partial = _new(out)
+    partial = new_folder(out)
     write_folder(files.contents, with_constants(values, files.constants), partial, dtype, FILE_BYTES)
     for name, data in files.json.items():
         _write(partial / name, data)
@@ -197,7 +186,7 @@ def _export_modules(
     """Write a folder a module with a card: the language model's, the encoders' and projectors' in it."""
     tokens = {m: tokenizer.placeholder_of(m) for m in whole.towers}
     card = {**card_of(whole, tokens), "begin": [tokenizer.bos]}  # as training packs samples
-    partial, values = _new(out), source.fetch
+    partial, values = new_folder(out), source.fetch
     export_checkpoint(replace(source, before=f"{SINK}."), partial, whole.llm, dtype=dtype)
     for name, tower in whole.towers.items():
         contents, constants, said = encoder_contents(name, tower)

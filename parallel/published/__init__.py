@@ -15,7 +15,7 @@ from parallel.published.files import CONFIG, SafeFolder
 from parallel.published.quantised import dequantised
 from parallel.published.read import allocate, module_shapes, module_tensors, read_into, stored_dtypes
 from parallel.published.tables import FileTensor, Row, Shape, check_tensors, file_tensors, parts_by_name
-from parallel.published.write import FILE_BYTES, Contents, Fetch, join, write_folder
+from parallel.published.write import FILE_BYTES, Contents, Fetch, join, new_folder, write_folder
 
 __all__ = [
     "CONFIG",
@@ -33,6 +33,7 @@ __all__ = [
     "join",
     "module_shapes",
     "module_tensors",
+    "new_folder",
     "parts_by_name",
     "read_into",
     "stored_dtypes",

@@ -37,6 +37,19 @@ class Contents:
     """Whether the tensor of a key is float32 at least."""
 
 
+def new_folder(path: Path) -> Path:
+    """Where the folder `path` is written until it is complete and gets its name; nothing is there yet.
+
+    Raises ValueError where `path` exists.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists already; needed: the name of a new folder")
+    partial = path.with_name(path.name + ".tmp")
+    if partial.exists():
+        shutil.rmtree(partial)
+    return partial
+
+
 def write_folder(
     contents: Contents, fetch: Fetch, path: str | Path, dtype: torch.dtype | None, file_bytes: int
 ) -> Path:
@@ -47,11 +60,7 @@ def write_folder(
     exists, and where a parameter has another shape.
     """
     path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} exists already; needed: the name of a new folder")
-    partial = path.with_name(path.name + ".tmp")
-    if partial.exists():
-        shutil.rmtree(partial)
+    partial = new_folder(path)
     partial.mkdir(parents=True)
     files = _Files(partial, file_bytes)
     for _, group in itertools.groupby(contents.tensors, lambda t: tuple(p.name for p in t.parts)):
