@@ -58,19 +58,23 @@ def real(inputs: Mapping[str, Any], values: Tensor) -> list[int]:
 def whisper_options(part: Part) -> dict[str, Any]:
     names = {"heads": ("encoder_attention_heads", 6), "layers": ("encoder_layers", 4)}
     sizes = {"width": ("d_model", 384), "mlp": ("encoder_ffn_dim", 1536)}
-    positions, mels = part.field("max_source_positions", 1500), part.field("num_mel_bins", 80)
-    made = sound(part, {k: EXTRACTOR[k] for k in ("rate", "hop")}, mels=mels)
-    transform = part.processor.get("n_fft", 400)
     return {
         **fields(part, {**names, **sizes}),
+        **whisper_sound(part, mels=80),
+    }
+
+
+def whisper_sound(part: Part, mels: int) -> dict[str, Any]:
+    """What Whisper's towers have beside sizes; mels: of files without them. Clips are as long as there are
+    positions for, one for two frames."""
+    positions = part.field("max_source_positions", 1500)
+    made = sound(part, {k: EXTRACTOR[k] for k in ("rate", "hop")}, mels=part.field("num_mel_bins", mels))
+    size = part.processor.get("n_fft", 400)
+    seconds = 2.0 * positions * made["hop"] / made["rate"]
+    return {
         "activation": activation(part, "gelu", "activation_function"),
         "positions": positions,
-        "sound": {
-            **made,
-            "size": transform,
-            "window": transform,
-            "seconds": 2.0 * positions * made["hop"] / made["rate"],
-        },
+        "sound": {**made, "size": size, "window": size, "seconds": seconds},
     }
 
 
@@ -315,20 +319,7 @@ def flamingo_options(part: Part) -> dict[str, Any]:
     needed(part, {"scale_embedding": False})
     names = {"width": ("hidden_size", 1280), "heads": ("num_attention_heads", 20)}
     sizes = {"layers": ("num_hidden_layers", 32), "mlp": ("intermediate_size", 5120)}
-    positions, mels = part.field("max_source_positions", 1500), part.field("num_mel_bins", 128)
-    made = sound(part, {k: EXTRACTOR[k] for k in ("rate", "hop")}, mels=mels)
-    size = part.processor.get("n_fft", 400)
-    return {
-        **fields(part, {**names, **sizes}),
-        "activation": activation(part, "gelu", "activation_function"),
-        "positions": positions,
-        "sound": {
-            **made,
-            "size": size,
-            "window": size,
-            "seconds": 2.0 * positions * made["hop"] / made["rate"],
-        },
-    }
+    return {**fields(part, {**names, **sizes}), **whisper_sound(part, mels=128)}
 
 
 def flamingo_features(encoder: Encoder, inputs: Mapping[str, Any]) -> Tensor:

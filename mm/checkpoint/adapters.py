@@ -11,8 +11,8 @@ from llm.hf.stored import Stored
 from mm.checkpoint.whole import one_process
 from mm.config.outline import SINK, llm_config
 from mm.errors import CheckpointError, Refused
+from mm.plan.adapters import low_rank
 from parallel import checkpoint as store
-from parallel.sharding.low_rank import LowRank
 
 
 def export_adapters(
@@ -44,7 +44,7 @@ def export_adapters(
             Stored(checkpoint, f"{SINK}.", average),
             llm_config(run),
             out,
-            LowRank(given.rank, given.alpha, given.targets),
+            low_rank(given),
             base=bases[0] if bases else None,
             dtype=dtype,
             family=family,

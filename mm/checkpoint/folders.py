@@ -39,6 +39,7 @@ from mm.data.published import TOKENIZER
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
 from mm.data.tokenizer_files import keep_tokenizer, write_tokenizer
 from mm.errors import CheckpointError, Refused
+from mm.plan.adapters import low_rank
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.plan.whole import whole_of
 from parallel import checkpoint as store
@@ -120,7 +121,7 @@ def export_hf(
             source = Stored(checkpoint, "", average)
         else:
             run = one_process(state, checkpoint)
-            scales = {m: lora.alpha / lora.rank for m, lora in run.train.lora.items()}
+            scales = {m: low_rank(lora).scale for m, lora in run.train.lora.items()}
             source = Stored(checkpoint, "", average, scales)
             if run.model and family not in FAMILIES:
                 assert tokenizer is not None

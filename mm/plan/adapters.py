@@ -7,10 +7,16 @@ from torch import nn
 from encoders.module import EncoderModule
 from mm.config.outline import SINK
 from mm.config.schema import Config
+from mm.config.training import LoraConfig
 from mm.errors import Refused
 from parallel.sharding.low_rank import LowRank, add_adapters, linear_maps, matching
 
 FROZEN = ("encoder", "all")  # what model.X.freeze says of an encoder that is not trained
+
+
+def low_rank(given: LoraConfig) -> LowRank:
+    """The adapters that an entry of train.lora asks for."""
+    return LowRank(given.rank, given.alpha, given.targets)
 
 
 def adapt(module: nn.Module, cfg: Config, name: str) -> nn.Module:
@@ -21,7 +27,7 @@ def adapt(module: nn.Module, cfg: Config, name: str) -> nn.Module:
     given = cfg.train.lora.get(name)
     if given is not None:
         part = _adapted_part(module)
-        add_adapters(part, LowRank(given.rank, given.alpha, given.targets))
+        add_adapters(part, low_rank(given))
         frozen = cfg.llm.get("freeze", False) if name == SINK else cfg.model[name].freeze in FROZEN
         if frozen:
             part.requires_grad_(False)
