@@ -155,23 +155,28 @@ def gemma3(r: random.Random) -> Options:
     return heads(r) | listed(r) | scale | {"rope_parameters": rope}
 
 
+def late_experts(r: random.Random, n: int, groups: int) -> Options:
+    """DeepSeek's router and n experts in groups, behind dense blocks."""
+    return {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": r.choice([0, 1, 2]),
+        "moe_intermediate_size": 20,
+        "n_routed_experts": n,
+        "n_group": groups,
+        "topk_group": r.randint(1, groups),
+        "num_experts_per_tok": 2,
+        "n_shared_experts": r.choice([1, 2]),
+        "routed_scaling_factor": r.choice([1.0, 2.5]),
+    }
+
+
 def glm4_moe(r: random.Random) -> Options:
     n, groups = r.choice([(8, 1), (8, 2), (8, 4)])
     return (
         heads(r)
         | flip(r, "attention_bias", "use_qk_norm", "norm_topk_prob")
-        | {
-            "num_hidden_layers": 3,
-            "first_k_dense_replace": r.choice([0, 1, 2]),
-            "moe_intermediate_size": 20,
-            "n_routed_experts": n,
-            "n_group": groups,
-            "topk_group": r.randint(1, groups),
-            "num_experts_per_tok": 2,
-            "n_shared_experts": r.choice([1, 2]),
-            "routed_scaling_factor": r.choice([1.0, 2.5]),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        }
+        | late_experts(r, n, groups)
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     )
 
 
@@ -246,16 +251,8 @@ def deepseek_v3(r: random.Random) -> Options:
             "q_lora_rank": r.choice([None, 12]),
             "kv_lora_rank": r.choice([7, 16]),
             "v_head_dim": r.choice([6, 20]),
-            "num_hidden_layers": 3,
-            "first_k_dense_replace": r.choice([0, 1, 2]),
-            "moe_intermediate_size": 20,
-            "n_routed_experts": n,
-            "n_group": groups,
-            "topk_group": r.randint(1, groups),
-            "num_experts_per_tok": 2,
-            "n_shared_experts": r.choice([1, 2]),
-            "routed_scaling_factor": r.choice([1.0, 2.5]),
         }
+        | late_experts(r, n, groups)
     )
 
 
