@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mm.data.order import sample_ids
 from mm.data.reader import BadSample
 from mm.data.sample import Index, Sample
 from mm.errors import DataError
+from mm.plan.batches import Batches
 from mm.plan.schedules import Schedules
-from mm.plan.step_plan import StepPlan, plan_step, plan_table
+from mm.plan.step_plan import StepPlan, plan_step
 from mm.plan.table import SampleTable
 from mm.ranks.batch import Assembler, RankBoundary, RankMicrobatch
 from mm.ranks.control import Control, notice
@@ -32,8 +32,7 @@ MAX_BAD_IN_A_ROW = 100
 class FeedOptions:
     """Which samples a step takes, and how far ahead steps are prepared."""
 
-    seed: int  # of the samples' order
-    global_batch: int  # samples a step, over all ranks
+    batches: Batches
     prefetch: int  # steps prepared ahead; at least 1
 
 
@@ -146,8 +145,7 @@ class Feed:
         table = SampleTable.of(self.index.samples, assembler.inputs, self.index.skipped)
 
         def plan(step: int, known_bad: frozenset[int]) -> Planned:
-            ids = sample_ids(options.seed, step, options.global_batch, len(table.ids), known_bad)
-            made = plan_table(step, table.take(np.asarray(ids, dtype=np.int64)), assembler.inputs)
+            made = options.batches.plan(step, table.take, assembler.inputs, known_bad)
             schedule = None if schedules is None else schedules.new(made.active)
             return Planned(made, assembler.boundary(made), schedule)
 
