@@ -154,6 +154,12 @@ class DataConfig(Section):
     )
     context: int = Field(256, ge=3, description="length of the longest sample, in tokens")
     prefetch: int = Field(2, ge=1, description="steps that are read ahead")
+    workers: int = Field(
+        0, ge=0, description="processes of each rank that read and decode ahead; 0: a thread of the rank does"
+    )
+    item_timeout_s: float = Field(
+        30.0, gt=0, description="longest time that a worker may take for one item, in seconds"
+    )
 
 
 class EvalConfig(Section):

@@ -156,7 +156,12 @@ def open_feed(
 ) -> Feed:
     """The steps of a job over a data set. bad: samples known to be unreadable."""
     cfg = job.blueprint.cfg
-    options = FeedOptions(Batches.of(cfg, data.index), cfg.data.prefetch)
+    options = FeedOptions(
+        Batches.of(cfg, data.index),
+        cfg.data.prefetch,
+        workers=cfg.data.workers,
+        item_timeout_s=cfg.data.item_timeout_s,
+    )
     schedules = job.blueprint.schedules
     return Feed(data.index, data.assembler, job.control, options, schedules=schedules, bad=bad, warn=warn)
 

@@ -27,6 +27,7 @@ from mm.plan.inputs import sample_length, supervised_tokens
 from mm.plan.select import lost_samples
 from mm.plan.step_plan import plan_step
 from mm.ranks.batch import Assembler
+from mm.ranks.decoding import Task
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import open_index
 from mm.report.plan_json import first_step
@@ -191,7 +192,9 @@ def test_the_tensors_of_truncated_samples_are_beginnings(tmp_path: Path) -> None
     )
     for s, words in zip(index.samples, (b"x" * 14, b"y" * 8), strict=True):
         ids, labels = np.full(20, -1), np.full(20, -100)
-        assembler._write_sample(s, 0, ids, labels, {})
+        written = assembler.decode(Task.of("", s, s.json))
+        assert isinstance(written, list)
+        assembler._write_sample(s, written, 0, ids, labels, {})
         assert ids[0] == tok.bos and ids[-1] == tok.eos and not (ids < 0).any()
         assert bytes(ids[ids < 256].tolist()) == words == bytes(labels[labels >= 0].tolist())
         plan = plan_step(0, [s], made.inputs)

@@ -19,10 +19,11 @@ STEPS, BATCH, SAMPLES = 6, 4, 30
 MEETS = 3  # the step in which a broken sample would come
 
 
-def fed(shard: str, ready: list[list[bool]]) -> list[tuple[tuple[int, ...], int]]:
+def fed(shard: str, ready: list[list[bool]], workers: int) -> list[tuple[tuple[int, ...], int]]:
     """By step, its samples and the messages before it. ready: by step from 1 on, which ranks have prepared it
     when the step before ends."""
-    raw = small(data={"train": [shard], "max_skipped": 1.0}, train={"global_batch": BATCH})
+    data = {"train": [shard], "max_skipped": 1.0, "workers": workers}
+    raw = small(data=data, train={"global_batch": BATCH})
     found = []
     with running(raw) as (job, feed):
         for step in range(STEPS):
@@ -47,9 +48,9 @@ def test_a_step_that_all_ranks_have_prepared_needs_no_message(ranks: Any, tmp_pa
     parts["i0.png"] = parts["i0.png"][:-24]  # its size can be read still
     shard = write_shard(tmp_path / "a-0.tar", samples)
     # One rank alone finds the broken sample.
-    for late in ({}, {MEETS: [True, False]}, {STEPS - 1: [False, False]}):
+    for workers, late in enumerate(({}, {MEETS: [True, False]}, {STEPS - 1: [False, False]})):
         ready = [late.get(step, [True, True]) for step in range(1, STEPS)]
-        one, other = ranks(2, fed, str(shard), ready)
+        one, other = ranks(2, fed, str(shard), ready, workers)
         assert one == other
         for step, (ids, messages) in enumerate(one):
             known = frozenset({broken}) if step >= MEETS else frozenset()
