@@ -120,6 +120,20 @@ class ScheduleConfig(Section):
     )
 
 
+class LimitsConfig(Section):
+    """Largest sizes of an item; by default those that an index takes (encoders/media/limits.py)."""
+
+    pixels: int = Field(
+        89_478_485,
+        ge=1,
+        le=89_478_485,
+        description="most pixels of a picture, or of a frame of a video",
+    )
+    frames: int = Field(2**20, ge=1, le=2**20, description="most frames of a video")
+    samples: int = Field(2**29, ge=1, le=2**29, description="most samples of a sound, for each channel")
+    bytes: int = Field(2**31, ge=1, le=2**31, description="most bytes of an item's file")
+
+
 class DataConfig(Section):
     """The samples."""
 
@@ -147,6 +161,7 @@ class DataConfig(Section):
         description="largest share of samples that may be unreadable or skipped; a torn shard counts as a "
         "whole one",
     )
+    limits: LimitsConfig = LimitsConfig()
     tokenizer: str = Field(
         "bytes",
         description="the tokenizer: bytes, or a folder with tokenizer.json, or such a file, from the working "
