@@ -141,6 +141,11 @@ class DataConfig(Section):
         min_length=1, description="patterns of the training shards, from the config's folder"
     )
     eval: list[str] = Field([], description="patterns of the held-out shards, from the config's folder")
+    layout: str | dict[str, Any] | None = Field(
+        None,
+        description="how samples are written: a name, a mapping of fields or module:function; null for what "
+        "each looks like",
+    )
     made_by: str | None = Field(
         None, description="command that makes the shards, named in the error where one is missing"
     )

@@ -15,6 +15,8 @@ from typing import cast
 import braceexpand
 
 from mm.data.encode import NO_TEMPLATE
+from mm.data.layouts.energon import layout_of_shard
+from mm.data.layouts.find import AUTO, Spec, layout_key, layout_name
 from mm.data.probes import known
 from mm.data.probes import register_probe as register_probe  # documented here for users
 from mm.data.published import PublishedTokenizer
@@ -31,17 +33,18 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.json")
 
 
-def stored_index(shard: Path) -> ShardIndex | None:
-    """The index beside a shard; None where it is missing, damaged, or of another shard, format or probe."""
+def stored_index(shard: Path, layout: str = AUTO) -> ShardIndex | None:
+    """The index beside a shard; None where it is missing, damaged, or of another shard, format, layout or
+    probe."""
     found = load(index_path(shard))
     try:
         index = cast(ShardIndex, found)
-        return index if found is not None and _is_of(index, shard) else None
+        return index if found is not None and _is_of(index, shard, layout) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _is_of(index: ShardIndex, shard: Path) -> bool:
+def _is_of(index: ShardIndex, shard: Path, layout: str) -> bool:
     """Whether a scan of the shard would give this index now.
 
     A copy of a shard has another mtime: it counts as the same shard where all headers are equal. A payload
@@ -50,6 +53,8 @@ def _is_of(index: ShardIndex, shard: Path) -> bool:
     now = shard.stat()
     if index["version"] != VERSION or index["bytes"] != now.st_size:
         return False
+    if index.get("layout", AUTO) != layout_key(layout):
+        return False
     if any(known(e) not in (None, made) for e, made in index["probes"].items()):
         return False
     if index["mtime_ns"] == now.st_mtime_ns:
@@ -57,19 +62,28 @@ def _is_of(index: ShardIndex, shard: Path) -> bool:
     return not index["broken"] and index["headers"] == headers_digest(shard, index["samples"])
 
 
-def read_or_build(shard: Path, *, write: bool = True) -> ShardIndex:
+def read_or_build(shard: Path, layout: str = AUTO, *, write: bool = True) -> ShardIndex:
     """The index of a shard, scanned where stored_index() has none; write: store a new one beside the shard.
 
-    Raises DataError for a compressed file.
+    layout: how samples are written, by name. Raises DataError for a compressed file.
     """
-    index = stored_index(shard)
+    layout = layout_of_shard(layout, shard)
+    index = stored_index(shard, layout)
     if index is not None:
         return index
-    index = build_index(shard)
+    index = build_index(shard, layout)
     if not write or not index["samples"]:
         return index  # the file may be no shard at all: leave nothing beside it
     store(index_path(shard), index)
     return index
+
+
+def named_layout(spec: Spec) -> str:
+    """layout_name() of what a config or an option says; raises DataError."""
+    try:
+        return layout_name(spec)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def find_shards(patterns: Sequence[str], base: Path, made_by: str | None = None) -> list[Path]:
@@ -98,16 +112,19 @@ def load_index(
     patterns: Sequence[str],
     base: Path,
     *,
+    layout: Spec = None,
     tokenizer: AnyTokenizer | None = None,
     made_by: str | None = None,
     write: bool = True,
 ) -> Index:
     """The data set of the shards that the patterns match.
 
-    tokenizer: in whose tokens lengths are; None: bytes. write: store new index files beside the shards.
-    made_by: as in find_shards. Raises DataError where a pattern matches nothing, a shard is compressed, or no
+    layout: how samples are written (mm/data/layouts); None: what each looks like. tokenizer: in whose tokens
+    lengths are; None: bytes. write: store new index files beside the shards. made_by: as in find_shards.
+    Raises DataError where a pattern matches nothing, a shard is compressed, there is no such layout, or no
     sample is usable.
     """
+    asked = named_layout(layout)
     samples: list[Sample] = []
     broken: list[Broken] = []
     shards: list[str] = []
@@ -115,7 +132,7 @@ def load_index(
     ignored: dict[str, int] = {}
     paths = find_shards(patterns, base, made_by)
     for path, source in zip(paths, source_names([str(path) for path in paths]), strict=True):
-        shard, raw = str(path), read_or_build(path, write=write)
+        shard, raw = str(path), read_or_build(path, asked, write=write)
         shards.append(shard)
         torn += [shard] if raw["torn"] else []
         ignored[shard] = raw["ignored"]
@@ -158,5 +175,14 @@ def _sample(
         )
         for s in segments
     )
-    markers = not entry.get("chat", False)
-    return Sample(number, entry["key"], shard, made, parts["json"], markers=markers, source=source)
+    return Sample(
+        number,
+        entry["key"],
+        shard,
+        made,
+        parts[entry.get("text", "json")],
+        markers=not entry.get("chat", False),
+        source=source,
+        layout=entry.get("layout", "segments"),
+        names=tuple(dict.fromkeys(s["part"] for s in segments if "part" in s)),
+    )

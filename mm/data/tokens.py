@@ -17,7 +17,7 @@ from typing import Any, TypedDict, cast
 
 from mm.data.encode import TokenSegment, Written, encode_samples, parse_sample
 from mm.data.published import PublishedTokenizer
-from mm.data.scan import SampleEntry, SegmentEntry, ShardIndex
+from mm.data.scan import SampleEntry, SegmentEntry, ShardIndex, text_entry
 
 BATCH_BYTES = 4 << 20  # of json that is encoded at once: enough for all cores, small beside a shard
 
@@ -89,7 +89,7 @@ def _batches(samples: Sequence[SampleEntry]) -> Iterator[list[SampleEntry]]:
     size = 0
     for sample in samples:
         batch.append(sample)
-        size += sample["parts"]["json"]["size"]
+        size += text_entry(sample)["size"]
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -103,9 +103,11 @@ def _encode(
     written: list[Written] = []
     out: list[list[SegmentEntry] | str] = []
     for sample in samples:
-        part = sample["parts"]["json"]
+        part, layout = text_entry(sample), sample.get("layout", "segments")
+        names = tuple(s["part"] for s in sample["segments"] if "part" in s)
         try:
-            written.append(parse_sample(os.pread(tar, part["size"], part["offset"])))
+            payload = os.pread(tar, part["size"], part["offset"])
+            written.append(parse_sample(payload, layout, sample.get("text", "json"), names))
             out.append("")
         except (OSError, ValueError) as error:  # it has changed since the shard was indexed
             out.append(str(error))

@@ -257,7 +257,8 @@ class Assembler:
         """A sample's segments as tokens; raises BadSample."""
         payload = self.reader.read(sample, sample.json)
         try:
-            found = encode_samples([parse_sample(payload)], self.tokenizer)[0]
+            written = parse_sample(payload, sample.layout, sample.json.name, sample.names)
+            found = encode_samples([written], self.tokenizer)[0]
         except ValueError as error:
             raise BadSample(sample, str(error)) from error
         if isinstance(found, str):
