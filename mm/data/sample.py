@@ -70,6 +70,7 @@ class Sample:
     truncated: bool = False  # only its beginning is used, so its end marker is not learned
     markers: bool = True  # a begin and an end marker are put around it; not where a chat template writes them
     source: str = ""  # the data set that it is of (mm/data/sources.py)
+    layout: str = "segments"  # how its json, or what it has in its place, is written
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""
@@ -95,7 +96,7 @@ class Skipped(NamedTuple):
 class Index:
     """The samples of a data set, and what of it cannot be read."""
 
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     broken: tuple[Broken, ...]
     shards: tuple[str, ...] = ()  # all of them in order, also those without a sample
     torn: tuple[str, ...] = ()  # shards that end before their end mark
