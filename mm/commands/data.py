@@ -14,6 +14,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", default="bytes", metavar="T", help="index, inspect: as data.tokenizer (default bytes)"
     )
+    parser.add_argument("--again", action="store_true", help="index: scan shards that have an index too")
     parser.add_argument("--seed", type=int, default=0, help="prepare: seed (default 0)")
 
 
@@ -30,7 +31,10 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         tokenizer = make_tokenizer(args.tokenizer)
     except ValueError as error:
         raise Refused(str(error)) from error
-    print((index_text if verb == "index" else inspect_text)(rest, Path(), tokenizer))
+    if verb == "index":
+        print(index_text(rest, Path(), tokenizer, again=args.again))
+    else:
+        print(inspect_text(rest, Path(), tokenizer))
     return 0
 
 
