@@ -14,18 +14,20 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mm.data.chat import BEGIN, END
 from mm.data.conversation import Conversation, parse_conversation
+from mm.data.layouts.tar import made_of
 from mm.data.published import Encoded, PublishedTokenizer
 from mm.data.sample import WrittenSegment, load_json, segments_of
 from mm.data.tokenizer import AnyTokenizer
 
 NO_TEMPLATE = (
     "it is a conversation, but data.tokenizer=bytes has no chat template; needed: the folder of a tokenizer "
-    "that has one"
+    "that has one, or turns as plain text (plain: true in data.layout)"
 )
 Written = Sequence[WrittenSegment] | Conversation
 
@@ -41,9 +43,18 @@ class TokenSegment:
     depends: str | None
 
 
-def parse_sample(payload: bytes) -> Written:
-    """What a sample's json has, segments or a conversation; raises ValueError with what is wrong with it."""
-    data = load_json(payload)
+def parse_sample(
+    payload: bytes, layout: str = "segments", part: str = "json", names: Sequence[str] = ()
+) -> Written:
+    """What the text part of a sample has, segments or a conversation; raises ValueError with what is wrong.
+
+    part: the name of the text part. names: of the sample's items.
+    """
+    return parse_made(load_json(payload) if layout == "segments" else made_of(payload, part, layout, names))
+
+
+def parse_made(data: Any) -> Written:
+    """The segments or the conversation of an object; raises ValueError with what is wrong with it."""
     if isinstance(data, dict) and "messages" in data:
         if "segments" in data:
             raise ValueError("its json has both messages and segments; needed: one of them")

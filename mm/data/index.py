@@ -15,6 +15,7 @@ from mm.data.columns.entries import notes_of
 from mm.data.columns.samples import Samples, Shard
 from mm.data.columns.store import Say
 from mm.data.encode import NO_TEMPLATE
+from mm.data.layouts.find import Spec, layout_name
 from mm.data.probes import register_probe as register_probe  # documented here for users
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Broken, Index
@@ -23,6 +24,14 @@ from mm.data.storage import find
 from mm.data.tokenizer import AnyTokenizer
 from mm.data.tokens import kept_texts
 from mm.errors import DataError
+
+
+def named_layout(spec: Spec) -> str:
+    """layout_name() of what a config or an option says; raises DataError."""
+    try:
+        return layout_name(spec)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def find_shards(patterns: Sequence[str], base: Path, made_by: str | None = None) -> list[Path]:
@@ -49,6 +58,7 @@ def load_index(
     patterns: Sequence[str],
     base: Path,
     *,
+    layout: Spec = None,
     tokenizer: AnyTokenizer | None = None,
     made_by: str | None = None,
     write: bool = True,
@@ -56,12 +66,14 @@ def load_index(
 ) -> Index:
     """The data set of the shards that the patterns match.
 
-    tokenizer: in whose tokens lengths are; None: bytes. write: keep new index files beside the shards. say:
-    hears what takes long. made_by: as in find_shards. Raises DataError where a pattern matches nothing, a
-    shard is compressed, or no sample is usable.
+    layout: how samples are written (mm/data/layouts); None: what each looks like. tokenizer: in whose tokens
+    lengths are; None: bytes. write: keep new index files beside the shards. say: hears what takes long.
+    made_by: as in find_shards. Raises DataError where a pattern matches nothing, a shard is compressed, there
+    is no such layout, or no sample is usable.
     """
+    asked = named_layout(layout)
     paths = [str(path) for path in find_shards(patterns, base, made_by)]
-    indexes = kept_indexes(paths, write=write, say=say)
+    indexes = kept_indexes(paths, asked, write=write, say=say)
     texts = indexes
     if isinstance(tokenizer, PublishedTokenizer):
         texts = kept_texts(paths, indexes, tokenizer, write=write, say=say)

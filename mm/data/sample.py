@@ -66,11 +66,12 @@ class Sample:
     key: str
     shard: str
     segments: tuple[Segment, ...]
-    json: Part
+    json: Part  # its text part, whatever its ending
     truncated: bool = False  # only its beginning is used, so its end marker is not learned
     markers: bool = True  # a begin and an end marker are put around it; not where a chat template writes them
     source: str = ""  # the data set that it is of (mm/data/sources.py)
-    layout: str = "segments"  # how its json, or what it has in its place, is written
+    layout: str = "segments"  # how its text part is written (mm/data/layouts)
+    names: tuple[str, ...] = ()  # of its items' payloads as indexed, each once, for its layout
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""

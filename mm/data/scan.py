@@ -11,6 +11,8 @@ from typing import Any, NotRequired, TypedDict
 
 from mm.data.conversation import Conversation
 from mm.data.encode import Written, parse_sample
+from mm.data.layouts.find import AUTO, layout_key
+from mm.data.layouts.tar import ending, layout_of, looks_like, text_part, wanted
 from mm.data.probes import known, metadata
 from mm.data.storage import Location, OpenFile, reading, version_of
 from mm.data.tar import BLOCK, File, Loss, read_contents, split_name
@@ -45,9 +47,14 @@ class SampleEntry(TypedDict):
     key: str
     segments: list[SegmentEntry]
     parts: dict[str, PartEntry]  # by name, the json among them
-    text: NotRequired[str]  # the name of its text part; "json" where absent
-    layout: NotRequired[str]  # how that part is written; "segments" where absent
+    layout: NotRequired[str]  # how its text part is written; "segments" where absent
+    text: NotRequired[str]  # name of its text part; "json" where absent
     chat: NotRequired[bool]  # a conversation: only a tokenizer makes segments of it, and here are its items
+
+
+def text_entry(sample: SampleEntry) -> PartEntry:
+    """The part that has a sample's text."""
+    return sample["parts"][sample.get("text", "json")]
 
 
 class ShardIndex(TypedDict):
@@ -56,6 +63,7 @@ class ShardIndex(TypedDict):
     version: int
     bytes: int  # size of the shard
     mtime_ns: int  # when the shard was last changed, as it was before the scan
+    layout: NotRequired[str]  # key of the layout that was asked for; "auto" where absent
     probes: dict[str, str | None]  # by extension, the identity of its probe; None where there was none
     samples: list[SampleEntry]
     broken: list[list[str]]  # [key, why] of each loss; the key is "" where it is unknown
@@ -64,15 +72,16 @@ class ShardIndex(TypedDict):
     headers: str  # sha256 over the tar headers of all parts
 
 
-def build_index(shard: Location) -> ShardIndex:
+def build_index(shard: Location, layout: str = AUTO) -> ShardIndex:
     """Read a shard once and return its index: what is whole, and a note on each loss ("broken").
 
-    Raises DataError for a compressed file.
+    layout: how samples are written, by name. Raises DataError for a compressed file.
     """
     was = version_of(shard)  # before the scan: a shard that is written to meanwhile is indexed again
     found = read_contents(shard)
     parts: dict[str, dict[str, PartEntry]] = {}
-    jsons: dict[str, bytes] = {}
+    texts: dict[str, dict[str, bytes]] = {}  # by key and name, payloads that may have the text
+    endings = wanted(layout)
     ignored = 0
     with reading(shard) as tar:
         for file in found.files:
@@ -82,24 +91,23 @@ def build_index(shard: Location) -> ShardIndex:
                 continue
             key, name = place
             entry, payload = _part_entry(tar, file, name)
-            if name == "json":
-                jsons[key] = payload
+            if ending(name) in endings:
+                texts.setdefault(key, {})[name] = payload
             if name in parts.setdefault(key, {}):
                 entry["unreadable"] = f"{name} is there twice"
             parts[key][name] = entry
     broken = [_loss(loss, parts) for loss in found.lost]
+    asked = layout
+    if layout == AUTO:
+        layout = layout_of(_look(entries, texts.get(key, {})) for key, entries in parts.items())
     samples: list[SampleEntry] = []
     for key, entries in parts.items():
         try:
-            written = _parsed(entries, jsons.get(key, b""))
-            sample: SampleEntry = {"key": key, "segments": _segments(entries, written), "parts": entries}
-            if isinstance(written, Conversation):
-                sample["chat"] = True
-            samples.append(sample)
+            samples.append(_sample(key, entries, texts.get(key, {}), layout))
         except ValueError as error:
             broken.append([key, str(error)])
-    extensions = sorted({_extension(name) for entries in parts.values() for name in entries})
-    return {
+    extensions = sorted({ending(name) for entries in parts.values() for name in entries})
+    index: ShardIndex = {
         "version": VERSION,
         "bytes": was.size,
         "mtime_ns": was.stamp,
@@ -110,6 +118,9 @@ def build_index(shard: Location) -> ShardIndex:
         "ignored": ignored,
         "headers": headers_digest(shard, (p["offset"] for s in samples for p in s["parts"].values())),
     }
+    if asked != AUTO:
+        index["layout"] = layout_key(asked)
+    return index
 
 
 def headers_digest(shard: Location, offsets: Iterable[int]) -> str:
@@ -119,10 +130,6 @@ def headers_digest(shard: Location, offsets: Iterable[int]) -> str:
         for offset in offsets:
             h.update(tar.read_at(offset - BLOCK, BLOCK))
     return h.hexdigest()
-
-
-def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower()
 
 
 def _loss(loss: Loss, keys: Collection[str]) -> list[str]:
@@ -136,7 +143,12 @@ def _loss(loss: Loss, keys: Collection[str]) -> list[str]:
 
 def _part_entry(tar: OpenFile, file: File, name: str) -> tuple[PartEntry, bytes]:
     """The entry of a file of the tar, and its payload; the payload is empty where it cannot be read."""
+    from encoders.media.limits import BOUNDS
+
     entry: PartEntry = {"offset": file.offset, "size": file.size, "sha256": "", "meta": {}}
+    if file.size > BOUNDS.bytes:  # it would have to be held in memory
+        entry["unreadable"] = f"{name} has {file.size} bytes; needed: at most {BOUNDS.bytes}"
+        return entry, b""
     try:
         payload = tar.read_at(file.offset, file.size)
         if len(payload) < file.size:
@@ -146,19 +158,35 @@ def _part_entry(tar: OpenFile, file: File, name: str) -> tuple[PartEntry, bytes]
         return entry, b""
     entry["sha256"] = hashlib.sha256(payload).hexdigest()
     try:
-        entry["meta"] = metadata(_extension(name), payload)
+        entry["meta"] = metadata(ending(name), payload)
     except Exception as error:  # whatever a decoder raises: the part is unusable, and the error is noted
         entry["unreadable"] = f"{name}: {error}"
     return entry, payload
 
 
-def _parsed(parts: Mapping[str, PartEntry], json: bytes) -> Written:
-    """What a sample's json has; raises ValueError where the sample cannot be used."""
-    if "json" not in parts:
-        raise ValueError("it has no json part")
-    if "unreadable" in parts["json"]:
-        raise ValueError(parts["json"]["unreadable"])
-    return parse_sample(json)
+def _look(parts: Mapping[str, PartEntry], payloads: Mapping[str, bytes]) -> str | None:
+    """The layout that a sample looks like."""
+    return looks_like(parts, lambda name: _readable(parts, payloads, name))
+
+
+def _readable(parts: Mapping[str, PartEntry], payloads: Mapping[str, bytes], name: str) -> bytes:
+    if "unreadable" in parts[name]:
+        raise ValueError(parts[name]["unreadable"])
+    return payloads[name]
+
+
+def _sample(key: str, parts: dict[str, PartEntry], payloads: Mapping[str, bytes], layout: str) -> SampleEntry:
+    """The entry of a sample; raises ValueError where the sample cannot be used."""
+    text = text_part(parts, layout)
+    written = parse_sample(_readable(parts, payloads, text), layout, text, tuple(parts))
+    entry: SampleEntry = {"key": key, "segments": _segments(parts, written), "parts": parts}
+    if layout != "segments":
+        entry["layout"] = layout
+    if text != "json":
+        entry["text"] = text
+    if isinstance(written, Conversation):
+        entry["chat"] = True
+    return entry
 
 
 def _segments(parts: Mapping[str, PartEntry], written: Written) -> list[SegmentEntry]:

@@ -119,7 +119,8 @@ def _encode(
     out: list[list[SegmentEntry] | str] = []
     for sample in samples:
         try:
-            written.append(parse_sample(file.read_at(sample.offset, sample.size)))
+            payload = file.read_at(sample.offset, sample.size)
+            written.append(parse_sample(payload, sample.layout, sample.text, tuple(sample.parts)))
             out.append("")
         except (OSError, ValueError) as error:  # it has changed since the shard was indexed
             out.append(str(error))

@@ -9,7 +9,6 @@ right; its items are files beside it.
 from __future__ import annotations
 
 import itertools
-import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.decode import GREEDY
+from mm.data.layouts.tar import made_of
 from mm.data.reader import BadSample, ShardReader
 from mm.data.sample import Sample, load_json
 from mm.errors import DataError
@@ -119,7 +119,8 @@ def questions_of(samples: Iterable[Sample], limit: int) -> list[Question]:
         for sample in samples:
             if len(found) == limit:
                 break
-            asked = _asked(sample, json.loads(reader.read(sample, sample.json)))
+            payload = reader.read(sample, sample.json)
+            asked = _asked(sample, made_of(payload, sample.json.name, sample.layout, sample.names))
             if asked is None:
                 continue
             rest, answer = asked

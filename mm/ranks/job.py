@@ -106,7 +106,9 @@ def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: 
     """
     rules = blueprint.cfg.data
     tokenizer = make_tokenizer(rules.tokenizer)
-    index = load_index(patterns, base, tokenizer=tokenizer, made_by=rules.made_by, write=write)
+    index = load_index(
+        patterns, base, layout=rules.layout, tokenizer=tokenizer, made_by=rules.made_by, write=write
+    )
     index = with_pieces(index, blueprint.inputs.encoders, tokenizer)
     return select(index, blueprint.inputs, rules)
 
