@@ -1,12 +1,11 @@
 """Indexes of shards that have none, made by several processes at once.
 
 Shards are indexed once: an index is kept beside them (mm/data/columns/store.py), and is believed as long as
-the shard, its layout, the probes and the format are what they were.
+the shard, the probes and the format are what they were.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import multiprocessing
 import os
@@ -15,9 +14,10 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,18 +49,24 @@ class Kept(NamedTuple):
 
 
 def kept_indexes(
-    shards: Sequence[str], layout: str = AUTO, *, write: bool = True, again: bool = False, say: Say = tell
+    shards: Sequence[str],
+    layout: str = AUTO,
+    *,
+    write: bool = True,
+    again: bool = False,
+    say: Say = tell,
 ) -> list[Kept]:
     """The index of each shard, scanned where none is kept; write: keep new ones beside the shards.
 
-    layout: how samples are written, by name. again: scan all of them. say: hears what takes long, and shards
-    that have changed since they were indexed. Raises DataError for a compressed file and for one that cannot
-    be read.
+    layout: how samples are written, by name. again: scan all of them. say: hears what takes long, and of
+    shards that have changed since they were indexed. Raises DataError for a compressed file and for one that
+    cannot be read.
     """
     found: dict[str, Kept] = {}
     for folder, own in by_folder(shards).items():
-        job = _Job(folder, own, layout_of_shard(layout, Path(own[0])), say)
-        found |= _of_folder(job, write, again)
+        asked = layout_of_shard(layout, Path(own[0]))  # one for all shards of a folder
+        work = _Work(folder, own, asked, say)
+        found |= _of_folder(work, write, again)
     return [found[shard] for shard in shards]
 
 
@@ -68,17 +74,9 @@ def current_indexes(shards: Sequence[str], layout: str = AUTO) -> dict[str, Kept
     """By shard, the index that is kept beside it and holds for it now."""
     found: dict[str, Kept] = {}
     for folder, own in by_folder(shards).items():
-        found |= _current(_Job(folder, own, layout_of_shard(layout, Path(own[0])), tell), aloud=False)
+        asked = layout_of_shard(layout, Path(own[0]))
+        found |= _current(_Work(folder, own, asked, lambda text: None))
     return found
-
-
-class _Job(NamedTuple):
-    """Shards of one folder that are to be indexed. layout: of their samples, by name."""
-
-    folder: Path
-    shards: list[str]
-    layout: str
-    say: Say
 
 
 def by_folder(shards: Sequence[str]) -> dict[Path, list[str]]:
@@ -94,47 +92,52 @@ def store_of(folder: Path) -> Store:
     return Store(folder, INDEX, "index")
 
 
-def _of_folder(job: _Job, write: bool, again: bool) -> dict[str, Kept]:
-    found = {} if again else _current(job, aloud=False)
-    missing = [s for s in job.shards if s not in found]
-    if not missing:
+class _Work(NamedTuple):
+    """Shards of a folder, how their samples are written, and who hears of them."""
+
+    folder: Path
+    shards: Sequence[str]
+    layout: str
+    say: Say
+
+
+def _of_folder(work: _Work, write: bool, again: bool) -> dict[str, Kept]:
+    silent = work._replace(say=lambda text: None)
+    found = {} if again else _current(silent)
+    if len(found) == len(work.shards):
         return found
     if not write:
-        return found | _scanned(job._replace(shards=missing), lambda table: None)
-    with writing(job.folder, job.say):
+        return found | _scanned(_without(work, found), lambda table: None)
+    with writing(work.folder, work.say):
         # Another process may have made them while this one waited.
-        found = found if again else _current(job, aloud=True)
-        missing = [s for s in job.shards if s not in found]
-        made = _scanned(job._replace(shards=missing), store_of(job.folder).add)
-    return found | made
+        found = {} if again else _current(work)
+        return found | _scanned(_without(work, found), store_of(work.folder).add)
 
 
-def _current(job: _Job, *, aloud: bool) -> dict[str, Kept]:
+def _without(work: _Work, found: Collection[str]) -> _Work:
+    return work._replace(shards=[s for s in work.shards if s not in found])
+
+
+def _current(work: _Work) -> dict[str, Kept]:
     """By shard, the index that is kept and holds for it now."""
-    key = layout_key(job.layout).encode("utf-8", "surrogatepass")
     entries: dict[str, list[Kept]] = defaultdict(list)
-    for table in store_of(job.folder).tables().values():
+    for table in store_of(work.folder).tables().values():
         for k, name in enumerate(table.paths):
             entries[name].append(Kept(table, k))
-    out, changed, probes = {}, [], dict[tuple[int, int], bool]()
-    for shard in job.shards:
+    out, changed = {}, []
+    current = _Current(layout_key(work.layout))
+    for shard in work.shards:
         own = entries.get(Path(shard).name, [])
-        version = _version(shard)
-        for kept in own:
-            if _layout_of(kept) == key and _is_of(kept, shard, version, probes):
-                out[shard] = kept
-                break
+        now = _version(shard)
+        kept = next((k for k in own if current.of(k, shard, now)), None)
+        if kept is not None:
+            out[shard] = kept
         else:
             changed += [shard] if own else []
-    if changed and aloud:
+    if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        job.say(f"changed since indexed, indexing again: {', '.join(changed[:3])}{more}")
+        work.say(f"changed since indexed, indexing again: {', '.join(changed[:3])}{more}")
     return out
-
-
-def _layout_of(kept: Kept) -> bytes:
-    """The key of the layout that an index was made for."""
-    return kept.table.strings["names"][int(kept.table.columns["shards"]["layout"][kept.shard])]
 
 
 def _version(shard: str) -> Version:
@@ -144,37 +147,48 @@ def _version(shard: str) -> Version:
         raise DataError(f"{shard} cannot be read: {error}") from error
 
 
-def _is_of(kept: Kept, shard: str, now: Version, probes: dict[tuple[int, int], bool]) -> bool:
-    """Whether a scan of the shard would give this index now.
+class _Current:
+    """Tells whether a scan of a shard would give an index now. layout: key of the one that is asked for."""
 
-    A copy of a shard has another time: it counts as the same shard where all headers are equal. A payload
-    that differs is found when it is read. Entries of a probe that is not registered here are accepted.
-    """
-    table, k = kept
-    own = table.columns["shards"][k]
-    code = id(table), int(own["probes"])
-    if code not in probes:
-        made = json.loads(table.strings["probes"][code[1]])
-        probes[code] = all(known(e) in (None, by) for e, by in made.items())
-    if not probes[code] or own["bytes"] != now.size:
-        return False
-    if own["stamp"] == now.stamp:
-        return True
-    if len(table.rows("notes", k)):
-        return False
-    headers: str = own["headers"].tobytes().hex()
-    return headers_digest(shard, table.rows("parts", k)["offset"].tolist()) == headers
+    def __init__(self, layout: str) -> None:
+        self._layout, self._probes = layout, dict[tuple[int, int, int], bool]()
+
+    def of(self, kept: Kept, shard: str, now: Version) -> bool:
+        """Whether an index is that of a shard as it is now.
+
+        A copy of a shard has another time: it counts as the same shard where all headers are equal. A payload
+        that differs is found when it is read. Entries of a probe that is not registered here are accepted.
+        """
+        table, k = kept
+        own = table.columns["shards"][k]
+        if own["bytes"] != now.size or not self._made_alike(table, int(own["layout"]), int(own["probes"])):
+            return False
+        if own["stamp"] == now.stamp:
+            return True
+        if len(table.rows("notes", k)):
+            return False
+        headers: str = own["headers"].tobytes().hex()
+        return headers_digest(shard, table.rows("parts", k)["offset"].tolist()) == headers
+
+    def _made_alike(self, table: Table, layout: int, probes: int) -> bool:
+        """Whether layout and probes are those of now; looked up once for all shards of a table."""
+        key = id(table), layout, probes
+        if key not in self._probes:
+            made = json.loads(table.strings["probes"][probes])
+            same = all(known(e) in (None, by) for e, by in made.items())
+            self._probes[key] = same and table.strings["names"][layout] == self._layout.encode()
+        return self._probes[key]
 
 
-def _scanned(job: _Job, keep: Callable[[Table], object]) -> dict[str, Kept]:
+def _scanned(work: _Work, keep: Callable[[Table], object]) -> dict[str, Kept]:
     """Scan the shards of a folder. keep: is given what is to be kept of them, now and then."""
-    shards = job.shards
+    shards = work.shards
     path_of = {Path(shard).name: shard for shard in shards}
-    progress = _Progress(job.say, sum(_version(s).size for s in shards), len(shards))
+    progress = _Progress(work.say, sum(_version(s).size for s in shards), len(shards))
     out: dict[str, Kept] = {}
     waiting: list[Table] = []
     since = time.monotonic()
-    for table, size in _scans(shards, job.layout):
+    for table, size in _scans(shards, partial(_scan, work.layout)):
         waiting.append(table)
         progress.add(table.count, size)
         if time.monotonic() - since > KEEP_S or len(out) + sum(t.count for t in waiting) == len(shards):
@@ -188,12 +202,14 @@ def _scanned(job: _Job, keep: Callable[[Table], object]) -> dict[str, Kept]:
     return out
 
 
-def _scans(shards: Sequence[str], layout: str) -> Iterator[tuple[Table, int]]:
+def _scans(shards: Sequence[str], scan: Callable[[Sequence[str]], Table]) -> Iterator[tuple[Table, int]]:
     """Indexes of shards and the bytes that these have, in order; a table has one or several."""
+    if not shards:
+        return
     sizes = [_version(s).size for s in shards]
     workers = min(len(os.sched_getaffinity(0)), len(shards))
     if sum(sizes) <= ALONE or workers == 1:
-        yield from ((_scan([s], layout), n) for s, n in zip(shards, sizes, strict=True))
+        yield from ((scan([s]), n) for s, n in zip(shards, sizes, strict=True))
         return
     tasks, sums = [[shards[0]]], [sizes[0]]
     for shard, size in zip(shards[1:], sizes[1:], strict=True):
@@ -206,7 +222,7 @@ def _scans(shards: Sequence[str], layout: str) -> Iterator[tuple[Table, int]]:
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),))
     try:
-        yield from zip(pool.map(_scan, tasks, itertools.repeat(layout)), sums, strict=True)
+        yield from zip(pool.map(scan, tasks), sums, strict=True)
     except BrokenProcessPool as error:
         raise DataError(
             f"a process that indexes shards has ended, among them {tasks[0][0]}; the machine may have run "
@@ -216,7 +232,7 @@ def _scans(shards: Sequence[str], layout: str) -> Iterator[tuple[Table, int]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _scan(shards: Sequence[str], layout: str) -> Table:
+def _scan(layout: str, shards: Sequence[str]) -> Table:
     """The index of shards. Raises DataError."""
     found = []
     for shard in shards:
@@ -251,7 +267,7 @@ class _Progress:
     def add(self, shards: int, size: int) -> None:
         self._shards, self._bytes = self._shards + shards, self._bytes + size
         now = time.monotonic()
-        if now - self._last > TELL_S:
+        if now - self._last > TELL_S and self._size > ALONE:
             self._last = now
             left = (now - self._since) * (self._size / max(self._bytes, 1) - 1)
             self._say(

@@ -66,10 +66,10 @@ def load_index(
 ) -> Index:
     """The data set of the shards that the patterns match.
 
-    layout: how samples are written (mm/data/layouts); None: what each shard looks like. tokenizer: in whose
-    tokens lengths are; None: bytes. write: keep new index files beside the shards. say: hears what takes
-    long. made_by: as in find_shards. Raises DataError where a pattern matches nothing, a shard is compressed,
-    there is no such layout, or no sample is usable.
+    layout: how samples are written (mm/data/layouts); None: what each looks like. tokenizer: in whose tokens
+    lengths are; None: bytes. write: keep new index files beside the shards. say: hears what takes long.
+    made_by: as in find_shards. Raises DataError where a pattern matches nothing, a shard is compressed, there
+    is no such layout, or no sample is usable.
     """
     asked = named_layout(layout)
     paths = [str(path) for path in find_shards(patterns, base, made_by)]

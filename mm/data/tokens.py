@@ -120,7 +120,7 @@ def _encode(
     for sample in samples:
         try:
             payload = file.read_at(sample.offset, sample.size)
-            written.append(parse_sample(payload, sample.layout, sample.text, sample.parts))
+            written.append(parse_sample(payload, sample.layout, sample.text, tuple(sample.parts)))
             out.append("")
         except (OSError, ValueError) as error:  # it has changed since the shard was indexed
             out.append(str(error))

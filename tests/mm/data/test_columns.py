@@ -65,7 +65,6 @@ def shards(draw: st.DrawFn) -> ShardIndex:
         "version": VERSION,
         "bytes": draw(st.integers(0, 2**45)),
         "mtime_ns": draw(st.integers(0, 2**61)),
-        "layout": draw(st.sampled_from(["auto", "captions"])),
         "probes": draw(st.dictionaries(st.sampled_from(["png", "wav"]), st.none() | st.just("a.b 1"))),
         "samples": draw(st.lists(entries(), max_size=4)),  # type: ignore[typeddict-item]
         "broken": draw(st.lists(st.lists(st.text(max_size=4), min_size=2, max_size=2), max_size=2)),
@@ -103,7 +102,7 @@ def expected(found: list[ShardIndex]) -> list[Sample]:
                     json=parts[entry.get("text", "json")],
                     source="ab"[k % 2],
                     layout=entry.get("layout", "segments"),
-                    names=tuple(entry["parts"]),
+                    names=tuple(dict.fromkeys(s["part"] for s in entry["segments"] if "part" in s)),
                 )
             )
     return out
@@ -118,7 +117,7 @@ def samples_of(kept: list[Kept]) -> Samples:
 def test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files(
     tmp_path_factory: Any, found: list[ShardIndex], data: st.DataObject
 ) -> None:
-    """Tables of some shards, joined or not, written or not: the samples are the same, and gathered too."""
+    """Tables of some shards each, joined or not, written or not: the samples are the same, and gathered too."""
     folder = tmp_path_factory.mktemp("columns")
     file_of = [data.draw(st.integers(0, 2)) for _ in found]
     kept: dict[int, Kept] = {}
@@ -217,12 +216,13 @@ def test_who_comes_second_waits_and_says_for_whom(tmp_path: Path) -> None:
     holder.join()
     assert not (tmp_path / "shards.lock").exists()
     (tmp_path / "shards.lock").write_text("process 1 on elsewhere")  # of one that was killed
-    with writing(tmp_path, heard.append), (tmp_path / "shards.lock").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            raise AssertionError("it is locked")
-        except BlockingIOError:
-            pass
+    with writing(tmp_path, heard.append):
+        with (tmp_path / "shards.lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                raise AssertionError("it is locked")
+            except BlockingIOError:
+                pass
     assert len(heard) == 1 and not (tmp_path / "shards.lock").exists()
 
 
