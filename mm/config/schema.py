@@ -17,6 +17,7 @@ from pydantic import Field
 
 from mm.config.build import Section, build, unknown_key
 from mm.config.folder import FOLDER, unfold
+from mm.config.sources import Entry, WeightsConfig, check_sources, moved
 from mm.config.training import TrainConfig, check_train
 from mm.errors import Refused
 
@@ -123,10 +124,17 @@ class ScheduleConfig(Section):
 class DataConfig(Section):
     """The samples."""
 
-    train: list[str] = Field(
-        min_length=1, description="patterns of the training shards, from the config's folder"
+    train: list[Entry] = Field(
+        min_length=1,
+        description="patterns of the training shards, from the config's folder, or mappings: sources",
     )
-    eval: list[str] = Field([], description="patterns of the held-out shards, from the config's folder")
+    eval: list[Entry] = Field(
+        [], description="patterns of the held-out shards, from the config's folder, or mappings: sources"
+    )
+    weights: list[WeightsConfig] = Field(
+        [],
+        description="a schedule of weights: mappings, in order of their samples",
+    )
     made_by: str | None = Field(
         None, description="command that makes the shards, named in the error where one is missing"
     )
@@ -281,6 +289,7 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
     _count_steps(rest)
     cfg = build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
     check_train(cfg.train, [*cfg.model], cfg.run.trace)
+    check_sources(cfg.data.train, cfg.data.weights)
     if cfg.eval.average and cfg.train.average is None:
         raise Refused("eval.average, but no average is kept; needed: train.average, such as 0.999")
     return cfg
@@ -328,8 +337,8 @@ def resolve(cfg: Config) -> dict[str, Any]:
 def resolve_yaml(cfg: Config) -> str:
     """resolve() as the text of a YAML file in run.dir, where its data paths start: the file can be run."""
     raw = resolve(cfg)
-    for name in ("train", "eval"):
-        raw["data"][name] = [os.path.relpath(cfg.base / p, cfg.run.dir) for p in raw["data"][name]]
+    for name, entries in (("train", cfg.data.train), ("eval", cfg.data.eval)):
+        raw["data"][name] = moved(entries, lambda p: os.path.relpath(cfg.base / p, cfg.run.dir))
     return yaml.safe_dump(raw, sort_keys=False)
 
 

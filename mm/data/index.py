@@ -8,7 +8,7 @@ in files of their own (mm/data/tokens.py).
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -101,12 +101,13 @@ def load_index(
     tokenizer: AnyTokenizer | None = None,
     made_by: str | None = None,
     write: bool = True,
+    names: Callable[[Sequence[str]], Sequence[str]] = source_names,
 ) -> Index:
     """The data set of the shards that the patterns match.
 
     tokenizer: in whose tokens lengths are; None: bytes. write: store new index files beside the shards.
-    made_by: as in find_shards. Raises DataError where a pattern matches nothing, a shard is compressed, or no
-    sample is usable.
+    made_by: as in find_shards. names: of the data sets that shards are of, by shard.
+    Raises DataError where a pattern matches nothing, a shard is compressed, or no sample is usable.
     """
     samples: list[Sample] = []
     broken: list[Broken] = []
@@ -114,7 +115,7 @@ def load_index(
     torn: list[str] = []
     ignored: dict[str, int] = {}
     paths = find_shards(patterns, base, made_by)
-    for path, source in zip(paths, source_names([str(path) for path in paths]), strict=True):
+    for path, source in zip(paths, names([str(path) for path in paths]), strict=True):
         shard, raw = str(path), read_or_build(path, write=write)
         shards.append(shard)
         torn += [shard] if raw["torn"] else []

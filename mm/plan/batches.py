@@ -12,6 +12,7 @@ from mm.config.schema import Config
 from mm.data.sample import Index
 from mm.order.stream import Stream
 from mm.plan.inputs import PlanInputs
+from mm.plan.sources import stream_of
 from mm.plan.step_plan import StepPlan, plan_table
 from mm.plan.table import SampleTable
 from parallel.sequence.intervals import Column
@@ -29,7 +30,7 @@ class Batches:
     @staticmethod
     def of(cfg: Config, index: Index) -> Batches:
         """Those of a run that trains on this index."""
-        return Batches(Stream.whole(cfg.run.seed, len(index.samples)), cfg.train.global_batch)
+        return Batches(stream_of(cfg, index), cfg.train.global_batch)
 
     def ids(self, step: int, bad: Collection[int] = ()) -> Column:
         """The samples of a step, which counts from 0. bad: samples known to be unreadable or left out.
