@@ -161,6 +161,15 @@ class DataConfig(Section):
         "folder",
     )
     context: int = Field(256, ge=3, description="length of the longest sample, in tokens")
+    pack: int | None = Field(
+        None,
+        ge=3,
+        description="length of packed sequences, in tokens, at least data.context; train.global_batch then "
+        "counts packed sequences, so that a step has a budget of tokens",
+    )
+    window: int = Field(
+        8192, ge=1, description="samples that are packed together, with data.pack; more pack better"
+    )
     prefetch: int = Field(2, ge=1, description="steps that are read ahead")
 
 
@@ -290,6 +299,11 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
     cfg = build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
     check_train(cfg.train, [*cfg.model], cfg.run.trace)
     check_sources(cfg.data.train, cfg.data.weights)
+    if cfg.data.pack is not None and cfg.data.pack < cfg.data.context:
+        raise Refused(
+            f"data.pack={cfg.data.pack} is shorter than the longest sample, data.context={cfg.data.context}; "
+            f"nearest: data.pack={cfg.data.context}"
+        )
     if cfg.eval.average and cfg.train.average is None:
         raise Refused("eval.average, but no average is kept; needed: train.average, such as 0.999")
     return cfg

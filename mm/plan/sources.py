@@ -46,8 +46,8 @@ def check_length(cfg: Config, stream: Stream) -> None:
     end, size, steps = stream.blend.end, cfg.train.global_batch, cfg.train.steps
     if end is not None and end < steps * size:
         raise DataError(
-            f"data.train has {end} samples in the epochs of its sources, enough for {end // size} steps of {size}; "
-            f"train.steps is {steps}; needed: more epochs, or train.steps={end // size}"
+            f"data.train has {end} samples in the epochs of its sources, enough for {end // size} steps of "
+            f"{size}; train.steps is {steps}; needed: more epochs, or train.steps={end // size}"
         )
 
 
