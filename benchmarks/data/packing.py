@@ -2,16 +2,17 @@
 
     python -m benchmarks.data.packing [--dp 64] [--steps 8] [--window 8192]
 
-Made-up samples with long-tailed lengths (lognormal), in three corpora: `text`; `pictures`, captions and dialogues
-with 1 to 8 pictures of 64 to 1,024 rows; `mix`, of which half is text, four tenths have pictures and a tenth
-has speech of up to 20 minutes. The costs are those of an 8B language model with a 0.4B vision and a 0.6B speech
-encoder, everything trained, in forward and backward.
+Made-up samples with long-tailed lengths (lognormal), in three corpora: `text`; `pictures`, captions and
+dialogues with 1 to 8 pictures of 64 to 1,024 rows; `mix`, of which half is text, four tenths have pictures
+and a tenth has speech of up to 20 minutes. The costs are those of an 8B language model with a 0.4B vision and a
+0.6B speech encoder, everything trained, in forward and backward.
 
-fill: tokens over sequences times their length, all steps. For each placement (encoders on all ranks; vision on
-a half, speech on the other half): by number is the costliest rank over the mean where samples are dealt in
-order, in equal numbers, with their items; rank: the same as dealt; wait: the sum over micro-batches of the
-costliest rank over that of the mean, as if ranks met after each micro-batch. Means and the worst step. ms: of
-planning a step, packing included, the mean; at most: the slowest, which packs a window.
+fill: tokens over sequences times their length, all steps. Encoders are colocated with the language model, or
+disjoint: each on half as many ranks of its own. by number: the costliest rank over the mean of its
+module's ranks, where samples are dealt in order, in equal numbers, with their items. rank: the same as dealt. wait: the
+sum over micro-batches of the costliest rank over that of the mean, as if ranks met after each micro-batch. Of
+disjoint modules the worst counts. Means over steps, and the worst step. ms: of planning a step, packing
+included, the mean; at most: the slowest, which packs a window.
 """
 
 from __future__ import annotations
@@ -86,17 +87,21 @@ def _sample(j: int, kind: str, longest: int, rng: np.random.Generator) -> Sample
             part = Part("s", f"{module}{k}", 64 * j + k, 1, "", {"rows": rows})
             found.append(Segment(module, 0, part, False, None))
             left -= rows
-    return Sample(j, str(j), "s", (*found, Segment("text", words, None, True, None)), Part("s", "json", j, 1, "", {}))
+    return Sample(
+        j, str(j), "s", (*found, Segment("text", words, None, True, None)), Part("s", "json", j, 1, "", {})
+    )
 
 
 def inputs(dp: int, microbatches: int, length: int, *, colocated: bool) -> PlanInputs:
-    """The language model on dp ranks; encoders on the same, or each on a half of them."""
-    halves = ({}, {}) if colocated else ({"ranks": f"0-{dp // 2 - 1}"}, {"ranks": f"{dp // 2}-{dp - 1}"})
+    """The language model on dp ranks; encoders on the same, or each on half as many of its own."""
+    world = dp if colocated else 2 * dp
+    places = [(0, dp)] * 3 if colocated else [(0, dp), (dp, dp + dp // 2), (dp + dp // 2, 2 * dp)]
+    specs = [{"ranks": f"{a}-{b - 1}"} for a, b in places]
     return PlanInputs(
-        llm=make_layout("llm", dp, {}),
+        llm=make_layout("llm", world, specs[0]),
         encoders={
-            "vision": EncoderUse(Vision, None, make_layout("vision", dp, halves[0])),
-            "audio": EncoderUse(Speech, None, make_layout("audio", dp, halves[1])),
+            "vision": EncoderUse(Vision, None, make_layout("vision", world, specs[1])),
+            "audio": EncoderUse(Speech, None, make_layout("audio", world, specs[2])),
         },
         context=length,
         microbatches=microbatches,
@@ -108,7 +113,7 @@ def work(plan: StepPlan, seats: Seats, *, at_home: bool) -> np.ndarray:
     """FLOPs of each rank in each micro-batch: [microbatches, ranks]. seats: of samples in order of the plan's
     lines. at_home: items are computed beside their sample."""
     made, n = plan.inputs, len(plan.bounds) - 1
-    out = np.zeros((n, made.llm.dp))
+    out = np.zeros((n, 1 + max(r for x in made.layouts for r in x.ranks)))
     add_work(plan.llm_cost, seats, made.llm, 3.0, out)
     for m, e in plan.items.items():
         layout = made.encoders[m].layout
@@ -141,12 +146,21 @@ def steps(table: SampleTable, made: PlanInputs, length: int, count: int, window:
         plain = by_count(len(plan.order), n, dp)
         lines = Seats(plain.microbatch[plan.order], plain.dp[plan.order])
         old, new = work(plan, lines, at_home=True), work(plan, plan.seats, at_home=False)
-        yield Measured(plan.tokens, uneven(old), uneven(new), float(new.max(axis=1).sum() / new.mean(axis=1).sum()), ms)
+        groups = [sorted(ranks) for ranks in {tuple(sorted(x.ranks)) for x in made.layouts}]
+        found = [(uneven(old[:, g]), uneven(new[:, g]), waits(new[:, g])) for g in groups]
+        by_number, rank, wait = np.max(found, axis=0).tolist()
+        yield Measured(plan.tokens, by_number, rank, wait, ms)
 
 
 def uneven(load: np.ndarray) -> float:
-    """The costliest rank of a step over the mean."""
-    return float(load.sum(axis=0).max() / load.sum(axis=0).mean())
+    """The costliest rank of a step over the mean; 1 where there is no work."""
+    total = load.sum(axis=0)
+    return float(total.max() / total.mean()) if total.any() else 1.0
+
+
+def waits(load: np.ndarray) -> float:
+    """The same where ranks meet after each micro-batch."""
+    return float(load.max(axis=1).sum() / load.mean(axis=1).sum()) if load.any() else 1.0
 
 
 def main() -> None:
@@ -157,7 +171,9 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--samples", type=int, default=60_000)
     args = parser.parse_args()
-    print("length  corpus    encoders   micro |  fill | by number      rank (worst)      wait (worst) |  ms at most")
+    print(
+        "length  corpus    encoders   micro |  fill | by number      rank (worst)      wait (worst) | ms, most"
+    )
     for length in (8192, 32_768):
         for kind in ("text", "pictures", "mix"):
             samples = corpus(kind, args.samples, length)
@@ -168,7 +184,7 @@ def main() -> None:
                     found = list(steps(table, made, length, args.steps, args.window))
                     _, old, rank, wait, ms = np.asarray(found).T
                     fill = sum(f.tokens for f in found) / (len(found) * n * args.dp * length)
-                    where = "all ranks" if colocated else "halves"
+                    where = "colocated" if colocated else "disjoint"
                     print(
                         f"{length:6}  {kind:8}  {where:9}  {n:5} | {fill:.3f} | {old.mean():9.2f}"
                         f"  {rank.mean():7.3f} ({rank.max():.3f})  {wait.mean():7.3f} ({wait.max():.3f})"

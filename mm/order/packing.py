@@ -1,8 +1,8 @@
 """Samples packed into sequences of bounded length, best fit decreasing. Pure.
 
 The longest sample comes first, and each goes to the fullest sequence that has room for it. That needs at most
-11/9 of the fewest sequences, and four more (D. S. Johnson, 1973). With a long tail nearly nothing stays empty:
-short samples fill what long ones leave.
+11/9 of the fewest sequences, and four more (D. S. Johnson, 1973). With a long tail nearly nothing stays
+empty: short samples fill what long ones leave.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ cursor, (window, sequence). A checkpoint has it, and a run that resumes packs on
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -94,7 +94,8 @@ class Batches:
         ids, sequence = self.sequences(step, lookup)
         good = ~np.isin(ids, _ascending(frozenset(bad)))
         packed = Packed(sequence[good], self.size)
-        return plan_table(step, lookup(ids[good]), inputs, packed)
+        made = plan_table(step, lookup(ids[good]), inputs, packed)
+        return replace(made, ends=self.cursors[step + 1])
 
     def sequences(self, step: int, lookup: Lookup) -> tuple[Column, Column]:
         """The samples of a step in packed sequences, and by sample the number of its sequence in the step."""

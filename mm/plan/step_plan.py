@@ -77,7 +77,8 @@ class StepPlan:
     order: by line, the sample's index in the batch. table: of the samples. bounds: by micro-batch and at the
     end, its first line, [microbatches + 1]. seats: by line, where the sample goes. start: by line, the
     sample's first token in the packed sequence. filled: tokens of each packed sequence without padding, and
-    tokens: with it, [microbatches, dp]. items: by encoder.
+    tokens: with it, [microbatches, dp]. items: by encoder. ends: the cursor behind it (mm/plan/batches.py),
+    where samples are packed.
     """
 
     step: int
@@ -90,6 +91,7 @@ class StepPlan:
     filled: Column
     padded: Column
     items: Mapping[str, EdgeItems]
+    ends: tuple[int, int] | None = None
 
     @cached_property
     def microbatches(self) -> tuple[Microbatch, ...]:

@@ -18,6 +18,7 @@ from mm.data.reader import BadSample
 from mm.data.sample import Index, Sample
 from mm.errors import DataError
 from mm.plan.batches import Batches
+from mm.plan.drawn import NOTHING, Drawn
 from mm.plan.schedules import Schedules
 from mm.plan.step_plan import StepPlan, plan_step
 from mm.plan.table import SampleTable
@@ -34,6 +35,7 @@ class FeedOptions:
 
     batches: Batches
     prefetch: int  # steps prepared ahead; at least 1
+    drawn: Drawn = NOTHING  # before the first of them
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Feed:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._pending: dict[int, Future[Prepared]] = {}
         self._planner: Planner | None = None
+        self.drawn = options.drawn  # up to the step that next() gave last
         self._heard: tuple[int, np.ndarray] | None = None  # a step, and what all ranks say of it
 
     def notice(self, step: int) -> list[float]:
@@ -115,6 +118,7 @@ class Feed:
             prepared = self._pending.pop(step).result()
             found = self._agreed(step, prepared)
             if not found:
+                self.drawn = self.drawn.after(prepared.plan)
                 return prepared, time.perf_counter() - start
             for error in prepared.bad:
                 self._warn(f"skipped and replaced: {error}")
