@@ -5,7 +5,7 @@ Text stays in the shards; the index has only its length, in bytes, or in tokens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import braceexpand
@@ -58,26 +58,42 @@ def load_index(
     patterns: Sequence[str],
     base: Path,
     *,
-    layout: Spec = None,
+    layout: Spec | list[Spec] = None,
     tokenizer: AnyTokenizer | None = None,
     made_by: str | None = None,
     write: bool = True,
     say: Say = tell,
+    names: Callable[[Sequence[str]], Sequence[str]] = source_names,
 ) -> Index:
     """The data set of the shards that the patterns match.
 
-    layout: how samples are written (mm/data/layouts); None: what each looks like. tokenizer: in whose tokens
-    lengths are; None: bytes. write: keep new index files beside the shards. say: hears what takes long.
-    made_by: as in find_shards. Raises DataError where a pattern matches nothing, a shard is compressed, there
-    is no such layout, or no sample is usable.
+    layout: how samples are written (mm/data/layouts), in a list by pattern; None: what each shard looks like.
+    tokenizer: in whose tokens lengths are; None: bytes. write: keep new index files beside the shards. say:
+    hears what takes long. made_by: as in find_shards. names: of the data sets that shards are of, by shard.
+    Raises DataError where a pattern matches nothing, a shard is compressed, there is no such layout, or no
+    sample is usable.
     """
-    asked = named_layout(layout)
-    paths = [str(path) for path in find_shards(patterns, base, made_by)]
-    indexes = kept_indexes(paths, asked, write=write, say=say)
+    layouts = [
+        named_layout(one) for one in (layout if isinstance(layout, list) else [layout] * len(patterns))
+    ]
+    given = [
+        (str(path), own)
+        for pattern, own in zip(patterns, layouts, strict=True)
+        for path in find_shards([pattern], base, made_by)
+    ]
+    paths = [path for path, _ in given]
+    kept: dict[tuple[str, str], Kept] = {}
+    for one in dict.fromkeys(layouts):
+        mine = [path for path, own in given if own == one]
+        kept |= {
+            (path, one): k
+            for path, k in zip(mine, kept_indexes(mine, one, write=write, say=say), strict=True)
+        }
+    indexes = [kept[both] for both in given]
     texts = indexes
     if isinstance(tokenizer, PublishedTokenizer):
         texts = kept_texts(paths, indexes, tokenizer, write=write, say=say)
-    both = list(zip(paths, source_names(paths), indexes, texts, strict=True))
+    both = list(zip(paths, names(paths), indexes, texts, strict=True))
     samples = Samples([Shard(path, source, index, text) for path, source, index, text in both])
     broken = [b for path, _, index, text in both for b in _broken(path, index, text)]
     if not len(samples):
@@ -90,6 +106,7 @@ def load_index(
         shards=tuple(paths),
         torn=tuple(p for p, own in zip(paths, facts, strict=True) if own["torn"]),
         ignored={p: int(own["ignored"]) for p, own in zip(paths, facts, strict=True)},
+        firsts=tuple(samples.first.tolist()),
     )
 
 

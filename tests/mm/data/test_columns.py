@@ -117,7 +117,7 @@ def samples_of(kept: list[Kept]) -> Samples:
 def test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files(
     tmp_path_factory: Any, found: list[ShardIndex], data: st.DataObject
 ) -> None:
-    """Tables of some shards each, joined or not, written or not: the samples are the same, and gathered too."""
+    """Tables of some shards, joined or not, written or not: the samples are the same, and gathered too."""
     folder = tmp_path_factory.mktemp("columns")
     file_of = [data.draw(st.integers(0, 2)) for _ in found]
     kept: dict[int, Kept] = {}
@@ -216,13 +216,12 @@ def test_who_comes_second_waits_and_says_for_whom(tmp_path: Path) -> None:
     holder.join()
     assert not (tmp_path / "shards.lock").exists()
     (tmp_path / "shards.lock").write_text("process 1 on elsewhere")  # of one that was killed
-    with writing(tmp_path, heard.append):
-        with (tmp_path / "shards.lock").open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                raise AssertionError("it is locked")
-            except BlockingIOError:
-                pass
+    with writing(tmp_path, heard.append), (tmp_path / "shards.lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise AssertionError("it is locked")
+        except BlockingIOError:
+            pass
     assert len(heard) == 1 and not (tmp_path / "shards.lock").exists()
 
 
