@@ -28,6 +28,7 @@ from mm.plan.step_plan import Imbalance, StepPlan
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed, restarted
+from mm.ranks.skipped import Listener
 from mm.ranks.stop import Stop, StopRequested
 from mm.report.header import header, memory_warning
 from mm.report.plan_json import plan_json
@@ -124,7 +125,8 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
         console.info(f"checkpoints that this run does not follow: {', '.join(p.name for p in aside)}")
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")
-    feed = open_feed(job, train_data, bad=bad, warn=console.warn)
+    console.left_out(train_data.index)
+    feed = open_feed(job, train_data, bad=bad, listener=Listener(console.warn, console.skipped))
     try:
         with set_aside():
             done = _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
@@ -150,9 +152,7 @@ def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index
     return about if warning is None else f"{about}\nwarning: {warning}"
 
 
-def open_feed(
-    job: Job, data: Data, *, bad: Collection[int] = (), warn: Callable[[str], None] = print
-) -> Feed:
+def open_feed(job: Job, data: Data, *, bad: Collection[int] = (), listener: Listener | None = None) -> Feed:
     """The steps of a job over a data set. bad: samples known to be unreadable."""
     cfg = job.blueprint.cfg
     options = FeedOptions(
@@ -161,9 +161,12 @@ def open_feed(
         cfg.data.prefetch,
         workers=cfg.data.workers,
         item_timeout_s=cfg.data.item_timeout_s,
+        max_skipped=cfg.data.max_skipped,
     )
     schedules = job.blueprint.schedules
-    return Feed(data.index, data.assembler, job.control, options, schedules=schedules, bad=bad, warn=warn)
+    return Feed(
+        data.index, data.assembler, job.control, options, schedules=schedules, bad=bad, listener=listener
+    )
 
 
 @dataclass
