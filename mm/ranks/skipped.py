@@ -37,10 +37,10 @@ def written(bad: Iterable[BadSample]) -> str:
     return json.dumps([[b.sample_id, b.key, b.shard, b.why] for b in bad])
 
 
-def merged(told: Sequence[str]) -> list[Skip]:
-    """What all ranks have told, by sample; where several know why, the first of them is believed."""
+def merged(words: Sequence[str]) -> list[Skip]:
+    """What all ranks say (written), by sample; where several know why, the first of them is believed."""
     found: dict[int, Skip] = {}
-    for line in told:
+    for line in words:
         for one in json.loads(line):
             skip = Skip(*one)
             found.setdefault(skip.sample_id, skip)
@@ -49,9 +49,9 @@ def merged(told: Sequence[str]) -> list[Skip]:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told what happens to a feed.
+    """Who hears what happens to a feed.
 
-    warn: is told in words. skip: is told of the samples that a step, counted from 1, leaves out from then on;
+    warn: is given warnings. skip: is given the samples that a step, counted from 1, leaves out from then on;
     the same on all ranks.
     """
 
