@@ -10,7 +10,7 @@ a 0.6B speech encoder, everything trained, in forward and backward.
 fill: tokens over sequences times their length, all steps. Encoders are colocated with the language model, or
 disjoint: each on half as many ranks of its own. by number: the costliest rank over the mean of its
 module's ranks, where samples are dealt in order, in equal numbers, with their items. rank: the same as dealt.
-wait: the sum over micro-batches of the costliest rank over that of the mean, as if ranks met after each micro-batch. Of
+wait: the sum over micro-batches of the costliest rank over that of the mean, as if ranks met after each. Of
 disjoint modules the worst counts. Means over steps, and the worst step. ms: of planning a step, packing
 included, the mean; at most: the slowest, which packs a window.
 """

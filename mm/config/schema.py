@@ -171,8 +171,8 @@ class DataConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="largest share of samples that may be unreadable or skipped; a torn shard counts as a "
-        "whole one",
+        description="largest share of samples that may be unreadable or skipped, of all and of the last "
+        "1,000 that were drawn; a torn shard counts as a whole one",
     )
     limits: LimitsConfig = LimitsConfig()
     tokenizer: str = Field(

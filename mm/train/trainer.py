@@ -30,6 +30,7 @@ from mm.plan.step_plan import Imbalance, StepPlan
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed, restarted
+from mm.ranks.skipped import Listener
 from mm.ranks.stop import Stop, StopRequested
 from mm.report.header import header, memory_warning
 from mm.report.plan_json import plan_json
@@ -128,7 +129,8 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
         console.info(f"checkpoints that this run does not follow: {', '.join(p.name for p in aside)}")
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")
-    feed = open_feed(job, train_data, state, warn=console.warn)
+    console.left_out(train_data.index)
+    feed = open_feed(job, train_data, state, listener=Listener(console.warn, console.skipped))
     try:
         with set_aside():
             done = _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
@@ -154,9 +156,7 @@ def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index
     return about if warning is None else f"{about}\nwarning: {warning}"
 
 
-def open_feed(
-    job: Job, data: Data, state: Resumed = AT_START, *, warn: Callable[[str], None] = print
-) -> Feed:
+def open_feed(job: Job, data: Data, state: Resumed = AT_START, *, listener: Listener | None = None) -> Feed:
     """The steps of a job over a data set. state: where it resumes."""
     cfg = job.blueprint.cfg
     options = FeedOptions(
@@ -165,6 +165,7 @@ def open_feed(
         state.drawn,
         workers=cfg.data.workers,
         item_timeout_s=cfg.data.item_timeout_s,
+        max_skipped=cfg.data.max_skipped,
     )
     schedules = job.blueprint.schedules
     return Feed(
@@ -174,7 +175,7 @@ def open_feed(
         options,
         schedules=schedules,
         bad=state.bad_samples,
-        warn=warn,
+        listener=listener,
     )
 
 
