@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from mm.data.index import find_shards, index_path, load_index, read_or_build, stored_index
+from mm.data.index import find_shards, index_path, load_index, named_layout, read_or_build, stored_index
+from mm.data.layouts.energon import layout_of_shard
+from mm.data.layouts.find import NAMES, Spec
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index, Sample
 from mm.data.tokenizer import AnyTokenizer
@@ -17,15 +19,17 @@ SHOWN = 3  # reasons that are listed for one shard
 SHARDS_SHOWN = 8  # shards that are listed
 
 
-def index_text(patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None) -> str:
+def index_text(
+    patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None, layout: Spec = None
+) -> str:
     """Make the indexes that are missing; returns a line for each shard, and what it has lost.
 
-    tokenizer: make the token indexes too. Raises DataError where a shard has no sample, or its index cannot
-    be written.
+    tokenizer: make the token indexes too. layout: as in load_index. Raises DataError where a shard has no
+    sample, or its index cannot be written.
     """
-    lines, wrong, good = [], [], 0
+    lines, wrong, good, asked = [], [], 0, named_layout(layout)
     for shard in find_shards(patterns, base):
-        raw, path = read_or_build(shard), index_path(shard)
+        raw, path = read_or_build(shard, asked), index_path(shard)
         lost = [f"{key}: {why}" if key else why for key, why in raw["broken"]]
         count = len(raw["samples"])
         if isinstance(tokenizer, PublishedTokenizer):
@@ -38,10 +42,10 @@ def index_text(patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | No
         if not raw["samples"]:
             why = "; ".join(lost[:SHOWN]) or "it is empty"
             wrong.append(
-                f"{shard} has no sample ({why}); needed: for each a KEY.json with its segments, and its "
-                "items beside it. Nothing is written"
+                f"{shard} has no sample ({why}); needed: for each a KEY.json with its segments and its items "
+                f"beside it, or data.layout (--layout): {', '.join(NAMES)}, a mapping. Nothing is written"
             )
-        elif stored_index(shard) is None or not path.is_file():
+        elif stored_index(shard, layout_of_shard(asked, shard)) is None or not path.is_file():
             wrong.append(f"{path} cannot be written; {shard} would be indexed at each start")
         else:
             good += 1
@@ -51,9 +55,11 @@ def index_text(patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | No
     return "\n".join(lines)
 
 
-def inspect_text(patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None) -> str:
+def inspect_text(
+    patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None, layout: Spec = None
+) -> str:
     """Counts of samples and shards, text lengths, items by module and sample, and what is broken."""
-    index = load_index(patterns, base, tokenizer=tokenizer)
+    index = load_index(patterns, base, layout=layout, tokenizer=tokenizer)
     unit = "tokens" if isinstance(tokenizer, PublishedTokenizer) else "bytes"
     text = [sum(seg.tokens for seg in s.segments) for s in index.samples]
     lines = [
