@@ -26,7 +26,7 @@ from tests.pages import ROOT
 
 
 def read(index: Index) -> list[tuple[Any, list[bytes]]]:
-    """By sample, what it has as text, and its media; names of media differ between shards and are left out."""
+    """By sample, what it has as text, and its media; their names differ between shards and are left out."""
     reader, out = ShardReader(), []
     for s in index.samples:
         payload = reader.read(s, s.json)
@@ -107,8 +107,8 @@ def test_killed_anywhere_and_started_again_gives_the_same_shards(processes: None
     source = llava(tmp_path / "in", 120)
     quietly(ask(source, tmp_path / "a" / "x"))
     out = tmp_path / "b" / "x"
-    command = [sys.executable, "-m", "mm", "data", "convert", str(source), "--out", str(out), "--shard-size", "2",
-               "--workers", "2", "--layout", "{layout: conversations, plain: true}"]  # fmt: skip
+    given = [str(source), "--out", str(out), "--layout", "{layout: conversations, plain: true}"]
+    command = [sys.executable, "-m", "mm", "data", "convert", *given, "--shard-size", "2", "--workers", "2"]
     kills = 0
     for wait in (0.0, 0.05, 0.1, 0.2, 0.3, 60.0):
         process = subprocess.Popen(
