@@ -17,7 +17,7 @@ train: $(READY)
 test: lint
 	$(PYTEST) -m "not slow"
 
-all: lint
+all: lint $(VENV)/.ready-remote
 	$(PYTEST)
 
 check: lint
@@ -38,6 +38,11 @@ docs: $(VENV)/.ready-docs
 
 $(VENV)/.ready-docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+# The packages of the tests that start an S3 server; without them those are skipped.
+$(VENV)/.ready-remote: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,remote-test]'
 	touch $@
 
 $(READY): pyproject.toml

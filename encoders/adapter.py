@@ -19,6 +19,8 @@ from encoders import compat, foreign
 from encoders.contract import Encoder, Features, ItemBatch, Meta
 from encoders.foreign import ForeignOptions, Probe, Size
 from encoders.layers import run_layer
+from encoders.media.decode import read_sound
+from encoders.media.pictures import picture
 from encoders.registry import register
 from parallel.sequence.host import to_device
 from parallel.sharding.adopt import adopt
@@ -111,7 +113,7 @@ class ForeignEncoder(Encoder):
     @classmethod
     def prepare(cls, cfg: ForeignOptions, payload: bytes, meta: Meta) -> Tensor:
         modality, _ = foreign.processor(cfg)
-        content: Any = foreign.picture(payload) if modality == "image" else _clip(cfg, payload)
+        content: Any = picture(payload).convert("RGB") if modality == "image" else _clip(cfg, payload)
         known = foreign.probe(cfg, _size(cfg, meta))
         values = foreign.process(cfg, content)[known.main]
         if tuple(values.shape) != known.shape:
@@ -176,5 +178,5 @@ def _size(cfg: ForeignOptions, meta: Meta) -> Size:
 
 
 def _clip(cfg: ForeignOptions, payload: bytes) -> Tensor:
-    samples, given = compat.read_wav(payload)
+    samples, given = read_sound(payload)
     return compat.resample(samples, given, foreign.rate(cfg))[: int(cfg.seconds * foreign.rate(cfg))]

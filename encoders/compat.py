@@ -1,4 +1,4 @@
-"""Imports of torchvision and torchaudio that also work with a CPU build of torch; pictures and sound.
+"""Imports of torchvision and torchaudio that also work with a CPU build of torch; resampling, mel frames.
 
 The wheels of both packages are built for CUDA. With a CPU torch their native parts do not load and their
 imports fail, although everything used here is plain Python. So each is imported when it is first needed. If
@@ -12,16 +12,12 @@ any code of others is imported.
 from __future__ import annotations
 
 import importlib
-import io
 import math
 import sys
 import types
-import wave
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,65 +85,6 @@ def _stub_torchaudio_extension() -> None:
         fail_if_no_align=lambda fn: fn,
     )
     sys.modules["torchaudio._extension"] = stub
-
-
-def picture_channels(image: Any) -> int:
-    """Channels of an opened PIL image: 1 (grey, also as a palette or with alpha) or 3 (colour)."""
-    if image.mode in ("P", "PA"):
-        shades = image.getpalette("RGB")
-        return 1 if shades[0::3] == shades[1::3] == shades[2::3] else 3
-    return 1 if image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;") else 3
-
-
-def check_channels(held: int, channels: int) -> None:
-    """Raise ValueError where a picture has more channels (`held`) than an encoder takes (`channels`): its
-    colours would be lost. A grey picture fits an encoder for colour: its three channels are equal."""
-    if held > channels:
-        raise ValueError(
-            f"a colour picture, of {held} channels (RGB), where the option channels is {channels} (grey), so "
-            f"that its colours would be lost; needed: channels={held}, which takes grey pictures too, or "
-            "pictures saved in grey"
-        )
-
-
-def decode_image(payload: bytes, channels: int) -> Tensor:
-    """PNG or JPEG bytes to uint8 [channels, height, width]; channels: 1 (grey) or 3 (RGB).
-
-    A grey picture may become RGB; for the reverse it raises ValueError. Of 16 bits the upper 8 are taken.
-    """
-    from PIL import Image
-
-    image: Image.Image = Image.open(io.BytesIO(payload))
-    check_channels(picture_channels(image), channels)
-    if image.mode.startswith("I;16"):  # convert() would clip all above 255 to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert("L" if channels == 1 else "RGB")
-    module, _ = torchvision()
-    if module is not None:
-        transforms = importlib.import_module("torchvision.transforms.v2.functional")
-        planes: Tensor = transforms.pil_to_tensor(image)
-        return planes
-    return image_tensor(np.asarray(image))
-
-
-def image_tensor(pixels: np.ndarray) -> Tensor:
-    """Pixels [height, width] or [height, width, channels] to uint8 [channels, height, width]."""
-    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(np.array(planes, order="C"))  # a copy: decoded pixels are read-only
-
-
-def read_wav(payload: bytes) -> tuple[Tensor, int]:
-    """PCM wav (8 bit unsigned, 16 or 32 bit signed) to mono float32 samples [n] in [-1, 1], and samples a
-    second. Raises ValueError for other widths."""
-    with wave.open(io.BytesIO(payload)) as f:
-        width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
-        raw = f.readframes(f.getnframes())
-    kinds: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtype("<i4")}
-    if width not in kinds:
-        raise ValueError(f"wav with {8 * width}-bit samples; needed: 8, 16 or 32 bit PCM")
-    samples = np.frombuffer(raw, kinds[width]).astype(np.float32)
-    samples = (samples - 128.0) / 128.0 if width == 1 else samples / float(1 << (8 * width - 1))
-    return torch.from_numpy(samples.reshape(-1, channels).mean(axis=1)), rate
 
 
 def resample(samples: Tensor, given: int, wanted: int) -> Tensor:

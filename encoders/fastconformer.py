@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.compat import log_mel, read_wav
+from encoders.compat import log_mel
 from encoders.context import ItemAttention, ItemConvolution
 from encoders.contract import Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
+from encoders.media.decode import read_sound
 from encoders.registry import register
 from encoders.share import Share, pieces
 from encoders.stacked import StackedEncoder
@@ -269,7 +270,7 @@ class FastConformer(StackedEncoder):
     @classmethod
     def prepare(cls, cfg: FastConformerConfig, payload: bytes, meta: Meta) -> Tensor:
         """Log-mel frames [n, mels], shifted and scaled to about unit range."""
-        samples, rate = read_wav(payload)
+        samples, rate = read_sound(payload)
         if rate != meta["rate"] or len(samples) != meta["samples"]:
             raise ValueError(f"clip has {len(samples)} samples at {rate}, its index says otherwise")
         if not len(samples):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import inspect
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -344,13 +343,6 @@ def _blank(modality: str, size: Size) -> Any:
     from PIL import Image
 
     return Image.new("RGB", (size[1], size[0]))
-
-
-def picture(payload: bytes) -> Any:
-    """PNG or JPEG bytes as a PIL picture in colour."""
-    from PIL import Image
-
-    return Image.open(io.BytesIO(payload)).convert("RGB")
 
 
 def _named(opts: ForeignOptions) -> str:

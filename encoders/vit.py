@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.compat import check_channels, decode_image
 from encoders.context import ItemAttention
 from encoders.contract import Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
+from encoders.media.decode import decode_still
+from encoders.media.pictures import check_channels
 from encoders.registry import register
 from encoders.share import Share, pieces
 from encoders.stacked import StackedEncoder
@@ -164,7 +165,7 @@ class ViT(StackedEncoder):
     @classmethod
     def prepare(cls, cfg: ViTConfig, payload: bytes, meta: Meta) -> Tensor:
         """Patches [n, channels * patch * patch], float32 in [-1, 1], row by row of the grid."""
-        image = decode_image(payload, cfg.channels).to(torch.float32) / 127.5 - 1.0
+        image = decode_still(payload, cfg.channels).to(torch.float32) / 127.5 - 1.0
         down, across = cls.grid(cfg, meta)
         p = cfg.patch
         if image.shape[1:] != (down * p, across * p):

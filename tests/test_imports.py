@@ -46,6 +46,7 @@ ORDER = {
     "mm": (
         "errors",
         "data",
+        "order",
         "containers",
         "config",
         "plan",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from encoders import compat
 from encoders.contract import Meta
+from encoders.media.decode import read_sound
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def left_out(sound: Sound, meta: Meta) -> str:
 
 
 def read_clip(sound: Sound, payload: bytes, meta: Meta) -> Tensor:
-    """A PCM wav as float32 samples [samples_of()]. Raises ValueError where its index says otherwise."""
-    samples, rate = compat.read_wav(payload)
+    """A recording as float32 samples [samples_of()]. Raises ValueError where its index says otherwise."""
+    samples, rate = read_sound(payload)
     if rate != meta["rate"] or len(samples) != meta["samples"]:
         raise ValueError(f"clip has {len(samples)} samples at {rate}, its index says otherwise")
     first = meta.get("clip", 0) * int(sound.seconds * sound.rate)

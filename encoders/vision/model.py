@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from encoders.compat import check_channels
 from encoders.contract import Features, ItemBatch, Meta, check_positive
 from encoders.layers import run_layer
+from encoders.media.pictures import check_channels
 from encoders.share import Share, pieces
 from encoders.stacked import StackedEncoder
 from encoders.vision.attention import frame_attention, window_attention

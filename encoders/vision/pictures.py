@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoders.compat import decode_image, image_tensor
 from encoders.contract import Meta
+from encoders.media.decode import decode_still
+from encoders.media.pictures import image_tensor
 from encoders.vision.config import Pictures, VisionConfig
 from encoders.vision.sizes import fitted, tiling
 
@@ -32,7 +33,7 @@ def picture_patches(cfg: VisionConfig, payload: bytes, meta: Meta) -> Tensor:
 
 def _decoded(payload: bytes, size: tuple[int, int], channels: int) -> Tensor:
     """uint8 [channels, height, width]."""
-    pixels = decode_image(payload, channels)
+    pixels = decode_still(payload, channels)
     if tuple(pixels.shape[1:]) != size:
         raise ValueError(f"image is {tuple(pixels.shape[1:])}, its index says {size[0]}x{size[1]}")
     return pixels

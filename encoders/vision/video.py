@@ -1,83 +1,25 @@
 """Videos as frames: which frames are taken, their size, their times, and their patches in tubelets.
 
-A video is an animated picture (GIF, WebP) or a tar of pictures in the order of their names, whose frames a
-second may stand in a file of it that is called `fps`. What follows from its metadata (pictures, height,
-width, fps) needs no pixels. Pixels equal those of the families' video processors, which resize with torch.
+What follows from a video's metadata (pictures, height, width, fps) needs no pixels. Pixels equal those of the
+families' video processors, which resize with torch.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import tarfile
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoders.compat import decode_image, picture_channels
 from encoders.contract import Meta
+from encoders.media.decode import decode_frames
 from encoders.vision.config import Videos, VisionConfig
 from encoders.vision.pictures import normalised_frame, patches_of, standard
 from encoders.vision.sizes import MOST_ASPECT, fitted, smart_size
-
-
-def probe_video(payload: bytes) -> dict[str, Any]:
-    """Metadata of a video: height, width, channels, and of several frames pictures (how many) and fps.
-
-    Raises ValueError for a tar without pictures or of pictures of several sizes.
-    """
-    frames, fps = _open(payload)
-    found: list[tuple[int, int, int]] = []
-    for frame in frames:
-        from PIL import Image
-
-        with Image.open(io.BytesIO(frame)) as image:
-            found.append((image.height, image.width, picture_channels(image)))
-    sizes = {size[:2] for size in found}
-    if len(sizes) != 1:
-        raise ValueError(f"frames of {len(sizes)} sizes; needed: one frame at least, all of one size")
-    height, width = sizes.pop()
-    out: dict[str, Any] = {"height": height, "width": width, "channels": max(size[2] for size in found)}
-    if len(found) == 1:
-        return out
-    return {**out, "pictures": len(found), **({} if fps is None else {"fps": fps})}
-
-
-def _open(payload: bytes) -> tuple[list[bytes], float | None]:
-    """The frames of a video, each a picture's file, and the frames a second that it says."""
-    if payload[:4] in (b"GIF8", b"RIFF"):
-        return _animation(payload)
-    frames: list[tuple[str, bytes]] = []
-    fps: float | None = None
-    with tarfile.open(fileobj=io.BytesIO(payload)) as tar:
-        for member in tar.getmembers():
-            file = tar.extractfile(member)
-            if file is not None and member.name.rpartition("/")[2] == "fps":
-                fps = float(file.read())
-            elif file is not None:
-                frames.append((member.name, file.read()))
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"its file fps says {fps}; needed: a number above 0")
-    return [data for _, data in sorted(frames)], fps
-
-
-def _animation(payload: bytes) -> tuple[list[bytes], float | None]:
-    """The frames of an animated picture, as PNG files."""
-    from PIL import Image, ImageSequence
-
-    frames, milliseconds = [], 0.0
-    with Image.open(io.BytesIO(payload)) as image:
-        for frame in ImageSequence.Iterator(image):
-            buffer = io.BytesIO()
-            frame.convert("L" if frame.mode == "L" else "RGB").save(buffer, "PNG", compress_level=0)
-            milliseconds += frame.info.get("duration", 0)  # WebP knows it once the frame is decoded
-            frames.append(buffer.getvalue())
-    return frames, 1000 * len(frames) / milliseconds if milliseconds else None
 
 
 def own_rate(how: Videos, meta: Meta) -> float:
@@ -177,27 +119,32 @@ def _of_all(cfg: VisionConfig, size: tuple[int, int], n: int, most: int) -> tupl
 def video_patches(cfg: VisionConfig, payload: bytes, meta: Meta) -> Tensor:
     """A video's file to its patches [n, cfg.inputs], float32, in the order of the tokens; with `group` in its
     metadata to those of that tubelet. Raises ValueError where the file is not as its index says."""
-    frames = _frames(payload, cfg.channels, (meta["height"], meta["width"]), tuple(taken(cfg, meta)))
+    how, size = cfg.pictures, (meta["height"], meta["width"])
+    target = video_size(cfg, meta) if how.fit == "smart" else size
+    frames = _frames(payload, cfg.channels, size, tuple(taken(cfg, meta)), (*target, how.resample))
     frames = torch.cat([frames, *[frames[-1:]] * (-len(frames) % cfg.frames)])
     if "group" in meta:
         frames = frames.narrow(0, meta["group"] * cfg.frames, cfg.frames)
-    how = cfg.pictures
     if how.fit != "smart":
         return patches_of(cfg, torch.stack([normalised_frame(cfg, frame) for frame in frames]))
-    planes = _resized(frames, video_size(cfg, meta), how.resample).to(torch.float32) / 255.0
+    planes = frames.to(torch.float32) / 255.0
     return patches_of(cfg, torch.stack([standard(how, frame) for frame in planes]))
 
 
 @lru_cache(maxsize=2)  # the tubelets of a video are prepared one after another
-def _frames(payload: bytes, channels: int, size: tuple[int, int], numbers: tuple[int, ...]) -> Tensor:
-    """uint8 [frames, channels, height, width] of the frames with these numbers."""
-    found, _ = _open(payload)
-    if max(numbers) >= len(found):
-        raise ValueError(f"a video of {len(found)} frames, its index says {max(numbers) + 1} at least")
-    out = [decode_image(found[n], channels) for n in numbers]
-    for frame in out:
+def _frames(
+    payload: bytes,
+    channels: int,
+    size: tuple[int, int],
+    numbers: tuple[int, ...],
+    target: tuple[int, int, str],
+) -> Tensor:
+    """uint8 [frames, channels, *target] of the frames with these numbers, each resized as it is decoded."""
+    out = []
+    for frame in decode_frames(payload, numbers, channels):
         if tuple(frame.shape[1:]) != size:
             raise ValueError(f"a frame is {tuple(frame.shape[1:])}, its index says {size[0]}x{size[1]}")
+        out.append(_resized(frame[None], target[:2], target[2])[0])
     return torch.stack(out)
 
 

@@ -120,6 +120,20 @@ class ScheduleConfig(Section):
     )
 
 
+class LimitsConfig(Section):
+    """Largest sizes of an item; by default those that an index takes (encoders/media/limits.py)."""
+
+    pixels: int = Field(
+        89_478_485,
+        ge=1,
+        le=89_478_485,
+        description="most pixels of a picture, or of a frame of a video",
+    )
+    frames: int = Field(2**20, ge=1, le=2**20, description="most frames of a video")
+    samples: int = Field(2**29, ge=1, le=2**29, description="most samples of a sound, for each channel")
+    bytes: int = Field(2**31, ge=1, le=2**31, description="most bytes of an item's file")
+
+
 class DataConfig(Section):
     """The samples."""
 
@@ -152,6 +166,7 @@ class DataConfig(Section):
         description="largest share of samples that may be unreadable or skipped; a torn shard counts as a "
         "whole one",
     )
+    limits: LimitsConfig = LimitsConfig()
     tokenizer: str = Field(
         "bytes",
         description="the tokenizer: bytes, or a folder with tokenizer.json, or such a file, from the working "
@@ -159,6 +174,12 @@ class DataConfig(Section):
     )
     context: int = Field(256, ge=3, description="length of the longest sample, in tokens")
     prefetch: int = Field(2, ge=1, description="steps that are read ahead")
+    workers: int = Field(
+        0, ge=0, description="processes of each rank that read and decode ahead; 0: a thread of the rank does"
+    )
+    item_timeout_s: float = Field(
+        30.0, gt=0, description="longest time that a worker may take for one item, in seconds"
+    )
 
 
 class EvalConfig(Section):

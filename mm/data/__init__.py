@@ -1,4 +1,4 @@
 """Data sets: an index of tar files, the order of samples, and payloads read by offset.
 
-Entry points: index.load_index, order.sample_ids, reader.ShardReader, sample.Sample. Nothing here knows ranks.
+Entry points: index.load_index, reader.ShardReader, sample.Sample. Nothing here knows ranks.
 """

@@ -1,48 +1,13 @@
-"""Which samples a step takes: a pure function of (seed, step, known-bad samples)."""
+"""Items exchanged between samples, for an evaluation that tells what they are worth."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
 
 from mm.data.sample import Sample, Segment, grouped
-from mm.errors import DataError
-
-
-@lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def sample_ids(seed: int, step: int, global_batch: int, n: int, bad: frozenset[int]) -> tuple[int, ...]:
-    """Sample ids of a step, from n samples: each epoch is a permutation, and steps run through the epochs.
-
-    A bad sample is replaced by another draw, which depends on the seed and the bad sample's position in the
-    run alone: a sample that is found to be bad moves no other sample. Raises DataError where all are bad.
-    """
-    if len(bad) >= n:
-        raise DataError(f"all {n} samples are unreadable or left out")
-    position = step * global_batch + np.arange(global_batch)  # in the run, counted over all steps
-    found = np.empty(global_batch, dtype=np.int64)
-    for epoch in np.unique(position // n).tolist():
-        here = position // n == epoch
-        found[here] = _epoch(seed, epoch, n)[position[here] % n]
-    if bad:
-        for k in np.flatnonzero(np.isin(found, list(bad))).tolist():
-            found[k] = _another(seed, int(position[k]), n, bad)
-    return tuple(found.tolist())
-
-
-def _another(seed: int, position: int, n: int, bad: frozenset[int]) -> int:
-    """A good sample in place of the bad one at this position."""
-    draws = np.random.default_rng([seed, position, n])
-    while True:
-        found = int(draws.integers(n))
-        if found not in bad:
-            return found
 
 
 def permute_items(samples: Sequence[Sample], module: str, seed: int) -> list[Sample]:

@@ -12,29 +12,14 @@ from typing import Any
 
 import numpy as np
 
-Probe = Callable[[bytes], dict[str, int]]
+Probe = Callable[[bytes], dict[str, Any]]
 
 
-def _probe_image(payload: bytes) -> dict[str, int]:
-    from PIL import Image
+def _probe_media(payload: bytes) -> dict[str, Any]:
+    """By the payload's content: its extension only says that it is media. Version 1."""
+    from encoders.media.probe import probe_media
 
-    from encoders.compat import picture_channels
-
-    with Image.open(io.BytesIO(payload)) as image:
-        return {"height": image.height, "width": image.width, "channels": picture_channels(image)}
-
-
-def _probe_wav(payload: bytes) -> dict[str, int]:
-    import wave
-
-    with wave.open(io.BytesIO(payload)) as f:
-        return {"samples": f.getnframes(), "rate": f.getframerate()}
-
-
-def _probe_video(payload: bytes) -> dict[str, int]:
-    from encoders.vision.video import probe_video
-
-    return probe_video(payload)
+    return probe_media(payload)
 
 
 def _probe_npy(payload: bytes) -> dict[str, int]:
@@ -42,16 +27,11 @@ def _probe_npy(payload: bytes) -> dict[str, int]:
     return {f"dim{i}": n for i, n in enumerate(array.shape)}
 
 
-_probes: dict[str, Probe] = {
-    "png": _probe_image,
-    "jpg": _probe_image,
-    "jpeg": _probe_image,
-    "gif": _probe_video,
-    "webp": _probe_video,
-    "tar": _probe_video,
-    "wav": _probe_wav,
-    "npy": _probe_npy,
-}
+PICTURES = ("png", "jpg", "jpeg", "bmp", "tif", "tiff", "avif", "gif", "webp")
+SOUNDS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a")
+VIDEOS = ("tar", "mp4", "m4v", "mov", "mkv", "webm", "avi")
+_probes: dict[str, Probe] = dict.fromkeys(PICTURES + SOUNDS + VIDEOS, _probe_media)
+_probes["npy"] = _probe_npy
 
 
 def register_probe(extension: str, probe: Probe) -> None:

@@ -14,7 +14,7 @@ class BadSample(Exception):
 
     def __init__(self, sample: Sample, why: str) -> None:
         super().__init__(f"sample {sample.key} of {sample.shard}: {why}")
-        self.sample_id = sample.id
+        self.sample_id, self.key, self.shard, self.why = sample.id, sample.key, sample.shard, why
 
 
 class ShardReader:

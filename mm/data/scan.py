@@ -145,7 +145,12 @@ def _loss(loss: Loss, keys: Collection[str]) -> list[str]:
 
 def _part_entry(tar: int, file: File, name: str) -> tuple[PartEntry, bytes]:
     """The entry of a file of the tar, and its payload; the payload is empty where it cannot be read."""
+    from encoders.media.limits import BOUNDS
+
     entry: PartEntry = {"offset": file.offset, "size": file.size, "sha256": "", "meta": {}}
+    if file.size > BOUNDS.bytes:  # it would have to be held in memory
+        entry["unreadable"] = f"{name} has {file.size} bytes; needed: at most {BOUNDS.bytes}"
+        return entry, b""
     try:
         payload = os.pread(tar, file.size, file.offset)
         if len(payload) < file.size:

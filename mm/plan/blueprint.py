@@ -245,6 +245,7 @@ def check_outline(cfg: Config, world: int, report: Callable[[str], object] = lam
 
 def _unadvised(cfg: Config, world: int) -> Blueprint:
     """The blueprint of a config; raises Unfit, ValueError or Refused without advice."""
+    from encoders.media.limits import Limits
     from encoders.module import encoder_stages
     from mm.plan.inputs import PlanInputs
 
@@ -271,6 +272,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
         order=order,
         mtp_depths=llm.mtp_layers,
         llm_cost=document_cost(llm),
+        limits=Limits(**cfg.data.limits.model_dump()),
         axes=llm.rope_axes is not None,
     )
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)

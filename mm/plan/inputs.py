@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llm.flops import DocumentCost
 from mm.data.sample import Part, Sample
@@ -12,6 +12,9 @@ from mm.errors import DataError
 from parallel.sequence.grid import RowGrid, Run
 from parallel.sequence.stream import Order, alignment
 from parallel.topology.layout import Layout
+
+if TYPE_CHECKING:
+    from encoders.media.limits import Limits
 
 BY_LENGTH = DocumentCost(1.0, 0.0, 0.0)
 
@@ -61,17 +64,20 @@ class PlanInputs:
     order: Order = "contiguous"  # how cp splits the language model's packed sequences
     mtp_depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
     llm_cost: DocumentCost = BY_LENGTH  # of a sample, by which samples go to dp ranks
+    limits: Limits | None = None  # largest sizes of an item (data.limits)
     axes: bool = False  # whether the language model's positions have three axes (LLMConfig.rope_axes)
     _rows: dict[tuple[str, str, int, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
         """How many rows an item contributes; cached, since every epoch plans each item once.
 
-        Raises ValueError where the item's metadata do not serve its encoder.
+        Raises ValueError where the item's metadata do not serve its encoder, and for one beyond the limits.
         """
         key = (module, part.shard, part.offset, part.meta.get("piece", -1))
         if key not in self._rows:
             use = self.encoders[module]
+            if self.limits is not None:
+                self.limits.check(part.meta, part.size)
             try:
                 n = use.rows(part.meta)
             except KeyError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from mm.data.sample import Part, Sample
 from mm.data.tokenizer import AnyTokenizer
 from mm.plan.inputs import EncoderUse, PlanInputs
 from mm.plan.step_plan import Edge, Microbatch, MicrobatchEdge, StepPlan
+from mm.ranks.decoding import Decoded, Reads, Task, Texts, attempt, good
 from mm.ranks.positions import with_places
 from parallel.boundary import EdgePlan, PlanCache, Stack, stack_positions
 from parallel.context_parallel import ContextPacking, pack
@@ -90,49 +92,79 @@ class Assembler:
                     positions[k][edge.source] = entries[k]
         return [RankBoundary(*both) for both in zip(edges, positions, strict=True)]
 
+    def needs(self, mb: Microbatch) -> Reads[Task]:
+        """What this rank reads of `mb`; nothing of what other ranks compute."""
+        items, first = {}, {}
+        for module, edge in mb.edges.items():
+            use = self.inputs.encoders[module]
+            if edge.count and self.rank in use.layout.ranks:
+                at = use.layout.coord(self.rank)
+                mine = edge.items_on(at.dp)
+                # Later pipeline stages, and ranks that compute other rows, need no payload.
+                needed = self._needed(use, edge) if at.pp == 0 else range(0)
+                tasks = [Task.of(module, mb.sample(mine[k].sample), mine[k].part) for k in needed]
+                items[module], first[module] = tasks, needed.start
+        llm = self.inputs.llm
+        if self.rank not in llm.ranks or llm.coord(self.rank).pp not in (0, llm.pp - 1):
+            return Reads(items, first, [])  # stages between need no text, only lengths
+        texts = [mb.sample(j) for j in mb.samples_of(llm.coord(self.rank).dp)]
+        return Reads(items, first, [Task.of("", sample, sample.json) for sample in texts])
+
+    def decode(self, task: Task) -> Tensor | Texts:
+        """The inputs of an item [n, *input_shape] on the host, in the dtype of its encoder's inputs, or the
+        ids of each text of a sample. Raises BadSample."""
+        if not task.module:
+            return [np.asarray(s.ids, np.int64) for s in self.encoded(task.sample) if s.ids is not None]
+        use = self.inputs.encoders[task.module]
+        try:
+            return self._prepared(use, task.sample, task.part).to(use.cls.input_dtype or self.dtype)
+        except (ValueError, OSError, EOFError) as error:
+            # The payload matches its index but cannot be decoded: the sample counts as unreadable.
+            raise BadSample(task.sample, f"{task.part.name}: {error}") from error
+
     def build(
-        self, mb: Microbatch, counts: Counts, bad: list[BadSample], boundary: RankBoundary
+        self,
+        mb: Microbatch,
+        counts: Counts,
+        bad: list[BadSample],
+        boundary: RankBoundary,
+        found: Reads[Decoded] | None = None,
     ) -> RankMicrobatch | None:
-        """Read and pack this rank's part of `mb`; None where a sample of it is unreadable.
+        """Pack this rank's part of `mb`; None where a sample of it is unreadable.
 
         counts: of the whole step (StepPlan.counts). bad: unreadable samples are appended to it. boundary: of
-        this micro-batch.
+        this micro-batch. found: what needs() of it gave; None: it is read now.
         """
+        if found is None:
+            reads = self.needs(mb)
+            found = reads.filled(attempt(self.decode, task) for task in reads.every)
         before = len(bad)
+        bad += [one for one in found.every if isinstance(one, BadSample)]
+        if len(bad) > before:
+            return None
+        read = found.filled(good(one) for one in found.every)
         items, names = {}, {}
-        for module, edge in mb.edges.items():
-            layout = self.inputs.encoders[module].layout
-            if edge.count and self.rank in layout.ranks:
-                items[module], names[module] = self._items(module, mb, bad)
+        for module in read.items:
+            items[module], names[module] = self._items(module, mb, read)
         llm: LLMBatch | None = None
         depends: dict[str, Tensor] = {}
         subsets: Tensor | None = None
         if self.rank in self.inputs.llm.ranks:
-            llm, depends, subsets = self._text(mb, counts, bad, boundary.positions)
+            llm, depends, subsets = self._text(mb, counts, read.texts, bad, boundary.positions)
         if len(bad) > before:
             return None
         return RankMicrobatch(items, names, llm, depends, boundary.edges, subsets)
 
-    def _items(self, module: str, mb: Microbatch, bad: list[BadSample]) -> tuple[ItemBatch, tuple[str, ...]]:
+    def _items(
+        self, module: str, mb: Microbatch, read: Reads[Tensor | Texts]
+    ) -> tuple[ItemBatch, tuple[str, ...]]:
         """The inputs of an encoder here, and the sample key of each item."""
         use = self.inputs.encoders[module]
-        at = use.layout.coord(self.rank)
-        mine = mb.edges[module].items_on(at.dp)
+        mine = mb.edges[module].items_on(use.layout.coord(self.rank).dp)
         metas = [item.part.meta for item in mine]
-        # Later pipeline stages, and ranks that compute other rows, need no payload.
-        needed = self._needed(use, mb.edges[module]) if at.pp == 0 else range(0)
-        tensors = []
-        for item in (mine[k] for k in needed):
-            sample = mb.sample(item.sample)
-            try:
-                tensors.append(self._prepared(use, sample, item.part))
-            except BadSample as error:
-                bad.append(error)
-            except (ValueError, OSError, EOFError) as error:
-                # The payload matches its index but cannot be decoded: the sample counts as unreadable.
-                bad.append(BadSample(sample, f"{item.part.name}: {error}"))
-        device, dtype = self.device, self.dtype
-        batch = pack_items(use.cls, use.cfg, tensors, metas, device=device, dtype=dtype, first=needed.start)
+        tensors = [one for one in read.items[module] if isinstance(one, Tensor)]
+        first, device, dtype = read.first[module], self.device, self.dtype
+        batch = pack_items(use.cls, use.cfg, tensors, metas, device=device, dtype=dtype, first=first)
         return batch, tuple(mb.sample(item.sample).key for item in mine)
 
     def _needed(self, use: EncoderUse, edge: MicrobatchEdge) -> range:
@@ -150,22 +182,27 @@ class Assembler:
         return out
 
     def _text(
-        self, mb: Microbatch, counts: Counts, bad: list[BadSample], positions: Mapping[str, Column]
+        self,
+        mb: Microbatch,
+        counts: Counts,
+        texts: Sequence[Tensor | Texts],
+        bad: list[BadSample],
+        positions: Mapping[str, Column],
     ) -> tuple[LLMBatch, dict[str, Tensor], Tensor]:
         """The packed text of this rank, by module which labels depend on it: bool [T], and RankMicrobatch's
-        subsets. positions: by module whose rows enter here, those of its rows."""
+        subsets. texts: by sample of this dp rank, none on stages that need no text. positions: by module
+        whose rows enter here, those of its rows."""
         llm, tok, depths = self.inputs.llm, self.tokenizer, self.inputs.mtp_depths
         coord = llm.coord(self.rank)
         total = mb.tokens[coord.dp]
         ids = np.full(total, tok.pad, dtype=np.int64)
         labels = np.full(total, IGNORE, dtype=np.int64)
         depends = {m: np.zeros(total, dtype=bool) for m in self.inputs.encoders}
-        reads = coord.pp in (0, llm.pp - 1)  # stages between need no text, only lengths
         lengths, n_real, mine = [], 0, mb.samples_of(coord.dp)
-        for j in mine:
+        for j, own in zip_longest(mine, texts):
             try:
-                if reads:
-                    self._write_sample(mb.sample(j), n_real, ids, labels, depends)
+                if isinstance(own, list):
+                    self._write_sample(mb.sample(j), own, n_real, ids, labels, depends)
             except BadSample as error:
                 bad.append(error)
             n_real += mb.length[j]
@@ -231,6 +268,7 @@ class Assembler:
     def _write_sample(
         self,
         sample: Sample,
+        written: Texts,
         start: int,
         ids: np.ndarray,
         labels: np.ndarray,
@@ -238,22 +276,20 @@ class Assembler:
     ) -> None:
         """Write a sample from token `start` on into the packed columns; raises BadSample.
 
-        ids, labels, depends: of the whole packed sequence, [T]. A token's label is one position before it.
+        written: the ids of its texts. ids, labels, depends: of the whole packed sequence, [T]. A token's
+        label is one position before it.
         """
-        tok = self.tokenizer
-        written = self.encoded(sample)
-        at = start
+        tok, texts, at = self.tokenizer, iter(written), start
         if sample.markers:
             ids[at] = tok.bos
             at += 1
         # Lengths and order come from the index (evaluation may have exchanged items), text from the payload.
-        texts = [s.ids for s in written if s.ids is not None]
         for seg in sample.segments:
             if seg.part is not None:
                 n = self.inputs.rows(seg.kind, seg.part)
                 ids[at : at + n] = tok.placeholder_of(seg.kind)
             else:
-                new = texts.pop(0) if seg.ids is None else seg.ids
+                new = next(texts, ()) if seg.ids is None else seg.ids
                 n = seg.tokens
                 indexed = n if seg.written is None else seg.written
                 if len(new) != indexed:

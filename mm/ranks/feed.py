@@ -8,22 +8,26 @@ step before, or with one of its own where some rank has not prepared the step by
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 
-from mm.data.order import sample_ids
 from mm.data.reader import BadSample
 from mm.data.sample import Index, Sample
 from mm.errors import DataError
+from mm.plan.batches import Batches
 from mm.plan.schedules import Schedules
-from mm.plan.step_plan import StepPlan, plan_step, plan_table
+from mm.plan.step_plan import StepPlan, plan_step
 from mm.plan.table import SampleTable
-from mm.ranks.batch import Assembler, RankBoundary, RankMicrobatch
+from mm.ranks.batch import Assembler, RankMicrobatch
 from mm.ranks.control import Control, notice
+from mm.ranks.decoding import Decoded, Reads, Task
 from mm.ranks.planner import Planned, Planner
+from mm.ranks.workers import Ticket, Workers
 
 MAX_BAD_IN_A_ROW = 100
 
@@ -32,9 +36,10 @@ MAX_BAD_IN_A_ROW = 100
 class FeedOptions:
     """Which samples a step takes, and how far ahead steps are prepared."""
 
-    seed: int  # of the samples' order
-    global_batch: int  # samples a step, over all ranks
+    batches: Batches
     prefetch: int  # steps prepared ahead; at least 1
+    workers: int = 0  # processes that read and decode for this rank; 0: its feed thread does
+    item_timeout_s: float = 30.0  # longest time that a worker may take for one item, or for one text
 
 
 @dataclass(frozen=True)
@@ -48,18 +53,32 @@ class Prepared:
 
 def prepare(step: int, samples: Sequence[Sample], assembler: Assembler) -> Prepared:
     """Plan a step over `samples` and read this rank's part of it."""
-    plan = plan_step(step, samples, assembler.inputs)
-    return read_step(plan, assembler.boundary(plan), assembler)
+    return read_step(plan_step(step, samples, assembler.inputs), assembler)
 
 
-def read_step(plan: StepPlan, boundary: Sequence[RankBoundary], assembler: Assembler) -> Prepared:
-    """This rank's part of a planned step. boundary: Assembler.boundary() of the plan."""
+def read_step(plan: StepPlan, assembler: Assembler) -> Prepared:
+    """Read this rank's part of a planned step."""
+    return _built(Planned(plan, assembler.boundary(plan)), repeat(None), assembler)
+
+
+def _built(planned: Planned, found: Iterable[Reads[Decoded] | None], assembler: Assembler) -> Prepared:
+    """This rank's part of a planned step. found: by micro-batch, what has been read; None: it is read now."""
     bad: list[BadSample] = []
+    plan = planned.plan
     micro = [
-        assembler.build(mb, plan.counts, bad, own)
-        for mb, own in zip(plan.microbatches, boundary, strict=True)
+        assembler.build(mb, plan.counts, bad, boundary, own)
+        for mb, boundary, own in zip(plan.microbatches, planned.boundary, found, strict=False)
     ]
     return Prepared(plan, tuple(m for m in micro if m is not None), tuple(bad))
+
+
+class _Begun(NamedTuple):
+    """A step that is planned, and whose tasks are with the workers."""
+
+    known_bad: frozenset[int]
+    planned: Planned
+    reads: Sequence[Reads[Task]]
+    ticket: Ticket
 
 
 class Feed:
@@ -86,6 +105,8 @@ class Feed:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._pending: dict[int, Future[Prepared]] = {}
         self._planner: Planner | None = None
+        self._workers: Workers | None = None
+        self._begun: dict[int, _Begun] = {}  # by step; of the feed thread
         self._heard: tuple[int, np.ndarray] | None = None  # a step, and what all ranks say of it
 
     def notice(self, step: int) -> list[float]:
@@ -109,11 +130,15 @@ class Feed:
         start, in_a_row = time.perf_counter(), 0
         if self._planner is None:
             self._planner = self._start_planner()
+            assembler, options = self._assembler, self._options
+            self._workers = Workers(assembler.decode, options.workers, assembler.rank, options.item_timeout_s)
         while True:
-            for s in range(step, min(step + max(1, self._options.prefetch) + 1, stop)):
+            last = min(step + max(1, self._options.prefetch) + 1, stop)
+            for s in range(step, last):
                 if s not in self._pending:
-                    self._pending[s] = self._pool.submit(self._prepare, s, self.bad)
+                    self._pending[s] = self._pool.submit(self._prepare, s, self.bad, stop)
             prepared = self._pending.pop(step).result()
+            self._say_notes()
             found = self._agreed(step, prepared)
             if not found:
                 return prepared, time.perf_counter() - start
@@ -146,24 +171,46 @@ class Feed:
         table = SampleTable.of(self.index.samples, assembler.inputs, self.index.skipped)
 
         def plan(step: int, known_bad: frozenset[int]) -> Planned:
-            ids = sample_ids(options.seed, step, options.global_batch, len(table.ids), known_bad)
-            made = plan_table(step, table.take(np.asarray(ids, dtype=np.int64)), assembler.inputs)
+            made = options.batches.plan(step, table.take, assembler.inputs, known_bad)
             schedule = None if schedules is None else schedules.new(made.active)
             return Planned(made, assembler.boundary(made), schedule)
 
         return Planner(plan, table, assembler.inputs, assembler.rank)
 
-    def _prepare(self, step: int, known_bad: frozenset[int]) -> Prepared:
-        assert self._planner is not None
+    def _prepare(self, step: int, known_bad: frozenset[int], stop: int) -> Prepared:
+        """In the feed thread. Workers get the tasks of the step after before this one is put together: they
+        need not wait for that."""
+        assert self._workers is not None
+        for s in [s for s, begun in self._begun.items() if begun.known_bad != known_bad or s < step]:
+            self._workers.forget(self._begun.pop(s).ticket)
+        for s in range(step, min(step + 1 + bool(self._options.workers), stop)):
+            if s not in self._begun:
+                self._begun[s] = self._begin(s, known_bad)
+        begun = self._begun.pop(step)
+        given = iter(self._workers.results(begun.ticket))
+        return _built(begun.planned, [own.filled(given) for own in begun.reads], self._assembler)
+
+    def _begin(self, step: int, known_bad: frozenset[int]) -> _Begun:
+        assert self._planner is not None and self._workers is not None
         planned = self._planner.plan(step, known_bad)
         if planned.schedule is not None and self._schedules is not None:
             self._schedules.add(planned.schedule)
-        return read_step(planned.plan, planned.boundary, self._assembler)
+        reads = [self._assembler.needs(mb) for mb in planned.plan.microbatches]
+        ticket = self._workers.submit([task for own in reads for task in own.every])
+        return _Begun(known_bad, planned, reads, ticket)
+
+    def _say_notes(self) -> None:
+        """Say what has happened to workers; in the thread that trains."""
+        for note in self._workers.notes() if self._workers is not None else ():
+            self._warn(note)
 
     def close(self) -> None:
-        """Stop the thread and the planner, and drop what they were preparing."""
+        """Stop the thread, the workers and the planner, and drop what they were preparing."""
         self._drop_pending()
         self._pool.shutdown(wait=True)
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
         if self._planner is not None:
             self._planner.close()
             self._planner = None

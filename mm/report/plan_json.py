@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from mm.config.outline import SINK
-from mm.data.order import sample_ids
 from mm.data.sample import Index
+from mm.plan.batches import first_plan
 from mm.plan.blueprint import Blueprint
 from mm.plan.data_parallel import PolicyCost, policy_costs
 from mm.plan.flops import step_flops
-from mm.plan.step_plan import StepPlan, plan_step
+from mm.plan.step_plan import StepPlan
 from mm.report.groups import CommunicatorData, communicator_data
 from mm.report.header import weight_bytes
 from parallel.boundary import edge_rows, on_stage
@@ -94,9 +94,7 @@ class EdgeData:
 
 def first_step(blueprint: Blueprint, index: Index) -> StepPlan:
     """The plan of step 0."""
-    cfg = blueprint.cfg
-    ids = sample_ids(cfg.run.seed, 0, cfg.train.global_batch, len(index.samples), frozenset(index.skipped))
-    return plan_step(0, [index.samples[i] for i in ids], blueprint.inputs)
+    return first_plan(blueprint.cfg, blueprint.inputs, index)
 
 
 def plan_data(blueprint: Blueprint, index: Index) -> PlanData:

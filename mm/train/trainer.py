@@ -22,6 +22,7 @@ from mm.data.sample import Index, Sample
 from mm.data.tokenizer import make_tokenizer
 from mm.data.tokenizer_files import keep_tokenizer
 from mm.errors import of_stage
+from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import Imbalance, StepPlan
@@ -155,7 +156,12 @@ def open_feed(
 ) -> Feed:
     """The steps of a job over a data set. bad: samples known to be unreadable."""
     cfg = job.blueprint.cfg
-    options = FeedOptions(cfg.run.seed, cfg.train.global_batch, cfg.data.prefetch)
+    options = FeedOptions(
+        Batches.of(cfg, data.index),
+        cfg.data.prefetch,
+        workers=cfg.data.workers,
+        item_timeout_s=cfg.data.item_timeout_s,
+    )
     schedules = job.blueprint.schedules
     return Feed(data.index, data.assembler, job.control, options, schedules=schedules, bad=bad, warn=warn)
 

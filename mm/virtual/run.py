@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from mm.config.outline import SINK
-from mm.data.order import sample_ids
-from mm.data.sample import Index, Sample
+from mm.data.sample import Index
+from mm.plan import batches
 from mm.plan.blueprint import Blueprint
-from mm.plan.step_plan import StepPlan, plan_step
-from mm.ranks.feed import Prepared, prepare
+from mm.plan.step_plan import StepPlan
+from mm.ranks.feed import Prepared, read_step
 from mm.ranks.job import Job, build_job, open_data
 from mm.ranks.launch import RankInfo
 from mm.train.step import run_step
@@ -132,22 +132,16 @@ def group_names(job: Job) -> dict[str, str]:
     return {own: "=".join(dict.fromkeys(found)) for own, found in names.items()}
 
 
-def first_samples(blueprint: Blueprint, index: Index) -> list[Sample]:
-    """The samples of step 0."""
-    cfg = blueprint.cfg
-    ids = sample_ids(cfg.run.seed, 0, cfg.train.global_batch, len(index.samples), frozenset(index.skipped))
-    return [index.samples[i] for i in ids]
-
-
 def first_plan(blueprint: Blueprint, index: Index) -> StepPlan:
     """The plan of step 0."""
-    return plan_step(0, first_samples(blueprint, index), blueprint.inputs)
+    return batches.first_plan(blueprint.cfg, blueprint.inputs, index)
 
 
 def virtual_step(job: Job, data: VirtualData) -> Prepared:
     """The first step's data on this rank, without payloads."""
     assembler = VirtualAssembler.of(open_data(job, data.index).assembler)
-    return prepare(0, first_samples(job.blueprint, data.index), assembler)
+    plan = first_plan(job.blueprint, data.index)
+    return read_step(plan, assembler)
 
 
 def _note(skew: float) -> str:

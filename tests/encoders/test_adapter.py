@@ -18,6 +18,7 @@ import encoders
 from encoders import compat, foreign
 from encoders.contract import ItemBatch
 from encoders.foreign import ForeignOptions
+from encoders.media.decode import read_sound
 from parallel.topology.axis import Axes
 from tests.encoders.foreign import folder
 from tests.encoders.helpers import png, wav
@@ -76,7 +77,7 @@ def alone(net: Any, path: Path, payload: bytes, meta: dict[str, int]) -> Tensor:
         from transformers import AutoFeatureExtractor
 
         made = AutoFeatureExtractor.from_pretrained(path)
-        samples = compat.resample(*compat.read_wav(payload), 16000)
+        samples = compat.resample(*read_sound(payload), 16000)
         given = made(np.asarray(samples), sampling_rate=16000, return_tensors="pt")
     given = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     found = inner(**given).last_hidden_state

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import encoders
 from encoders.audio.sound import Sound, mel_filters
-from encoders.compat import read_wav, resample
+from encoders.compat import resample
 from encoders.hf import load_hf
+from encoders.media.decode import read_sound
 from tests.encoders.helpers import wav
 from tests.encoders.speech import FAMILIES, encoder_of, extractor, folder, model
 
@@ -113,7 +114,7 @@ def test_inputs_are_those_of_the_feature_extractor(family: str, tmp_path: Path) 
     cls, cfg = type(net.encoder), net.encoder.cfg
     for samples, rate in [(9000, 16000), (4001, 8000), (30011, 44100), (20000, 8000), (1600, 48000)]:
         payload, meta = wav(samples, rate, 2), {"samples": samples, "rate": rate}
-        x = resample(*read_wav(payload), 16000)[: int(cfg.sound.seconds * 16000)]
+        x = resample(*read_sound(payload), 16000)[: int(cfg.sound.seconds * 16000)]
         expected = theirs(np.asarray(x), sampling_rate=16000, return_tensors="pt")
         (values,) = [v[0] for k, v in expected.items() if k != "attention_mask"]
         if family == "whisper":

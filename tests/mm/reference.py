@@ -7,6 +7,7 @@ clipping, AdamW and its rate are written out here.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -199,6 +200,31 @@ def counts(batch: Sequence[tuple[list[int], list[int], Any]], depths: int) -> Co
     return Counts(sum(len(ids) for ids, _, _ in batch), learned[0], tuple(learned[1:]))
 
 
+def mixed(x: int) -> int:
+    """SplitMix64's hash of 64 bits."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def drawn(seed: int, n: int, position: int) -> int:
+    """The sample at a position of a run over n samples: every epoch is a shuffle of its own (a Feistel
+    network over numbers of two digits, applied until it gives one below n)."""
+    source = int.from_bytes(hashlib.blake2b(repr((seed, "")).encode(), digest_size=8).digest(), "little")
+    key = mixed(mixed(position // n) ^ source)
+    a = math.isqrt(n - 1) + 1 if n > 1 else 1
+    b, x = -(-n // (2 * a)) * 2, n
+    found = position % n
+    while x >= n:
+        low, high = found % a, found // a
+        for turn in range(0, 24, 2):
+            low = (low + mixed(high ^ mixed((key + turn) % 2**64)) % a) % a
+            high = (high + mixed(low ^ mixed((key + turn + 1) % 2**64)) % b) % b
+        x = found = low + a * high
+    return x
+
+
 def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """(metrics of each step, final weights and routing biases by full name) of a config as a mapping."""
     options, samples, nets = raw["train"], read(raw["data"]["train"]), build(raw)
@@ -207,9 +233,7 @@ def train(raw: Mapping[str, Any], steps: int) -> tuple[list[dict[str, Any]], dic
     metrics = []
     for step in range(steps):
         at = np.arange(step * options["global_batch"], (step + 1) * options["global_batch"])
-        # Every epoch is a permutation of its own.
-        n, seed = len(samples), raw["run"]["seed"]
-        ids = [int(np.random.default_rng([seed, k // n]).permutation(n)[k % n]) for k in at]
+        ids = [drawn(raw["run"]["seed"], len(samples), int(k)) for k in at]
         batch = [sequence(samples[i][1], nets) for i in ids]
         per = counts(batch, language.model.cfg.mtp_layers)
         language.reset()

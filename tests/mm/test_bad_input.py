@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mm.cli import main
 from tests.encoders import published, speech
 from tests.encoders.helpers import png, wav
+from tests.encoders.media.test_pictures import bomb
 from tests.llm.oracle import oracle, save
 from tests.mm.data.tokenizers_made import CHATML, byte_bpe, word_piece, write_tokenizer
 from tests.mm.harness import CONFIGS, small
@@ -161,6 +162,13 @@ CASES: list[Case] = [
     ("narrow picture, trained", 3,
      lambda m: ["train", with_sample(m, item("vision", "a.png", png(1, 20_000, 0, "RGB")), vision=m.vision)],
      ("1x20000", "needed")),
+    ("picture bomb, trained", 3,
+     lambda m: ["train", with_sample(m, item("vision", "a.png", bomb(9_500, 9_500)), vision=m.vision)],
+     ("a.png: 9500x9500 pixels", "data.limits.pixels=89478485", "needed")),
+    ("limit of a config, trained", 3,
+     lambda m: ["train", with_sample(m, item("vision", "a.png", png(40, 60, 0, "RGB")), vision=m.vision),
+                "data.limits.pixels=2399"],
+     ("a.png of sample s0", "40x60 pixels are 2400", "data.limits.pixels=2399")),
     ("silence, trained", 3,
      lambda m: ["train", with_sample(m, item("audio", "a.wav", wav(0)), audio=m.audio)],
      ("zero samples", "needed")),

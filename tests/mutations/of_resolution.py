@@ -48,7 +48,7 @@ RESOLUTION = (
     Fault(
         "video.order",
         "frames are taken in the order of the tar",
-        "encoders/vision/video.py",
+        "encoders/media/frames.py",
         "for _, data in sorted(frames)",
         "for _, data in frames",
         "tests/encoders/test_video.py::test_pixels_are_those_of_the_processors",

@@ -39,7 +39,7 @@ def config(name: str) -> dict[str, Any]:
 LEARNT = ("loss", "grad_norm_by_module", "objectives")
 
 
-OFTEN = ("partly overlapping", "pairs, pp2 ep2")
+OFTEN = ("pairs, pp2 ep2",)
 
 
 @pytest.mark.parametrize("name", on_demand(JOBS, [name for name in JOBS if name not in OFTEN]))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mm.data.index import index_path, load_index, register_probe, stored_index
 from mm.data.inspect import index_text, inspect_text
-from mm.data.order import permute_items, sample_ids
+from mm.data.order import permute_items
 from mm.data.reader import BadSample, ShardReader
 from mm.data.sample import Sample, parse_segments
 from mm.data.scan import build_index
@@ -215,30 +215,6 @@ def test_a_new_format_is_probed(tmp_path: Path) -> None:
     sample = {"key": "k", "segments": [{"lidar": "x.points"}], "parts": {"x.points": b"12345"}}
     write_shard(tmp_path / "a.tar", [sample])
     assert load_index(["a.tar"], tmp_path).samples[0].items("lidar")[0].meta == {"points": 5}
-
-
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 9), n=st.integers(1, 40), batch=st.integers(1, 17))
-def test_every_epoch_takes_every_sample_once(seed: int, n: int, batch: int) -> None:
-    stream = [i for step in range(3 * n) for i in sample_ids(seed, step, batch, n, frozenset())]
-    for epoch in range(len(stream) // n):
-        assert Counter(stream[epoch * n : (epoch + 1) * n]) == Counter(range(n))
-
-
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 9), n=st.integers(2, 40), data=st.data())
-def test_a_bad_sample_moves_no_other(seed: int, n: int, data: st.DataObject) -> None:
-    bad = frozenset(data.draw(st.sets(st.integers(0, n - 1), max_size=n - 1)))
-    for step in range(5):
-        clean = sample_ids(seed, step, 7, n, frozenset())
-        mended = sample_ids(seed, step, 7, n, bad)
-        assert not bad & set(mended)
-        assert all(a == b for a, b in zip(clean, mended, strict=True) if a not in bad)
-
-
-def test_all_samples_bad_ends() -> None:
-    with pytest.raises(DataError, match="all 3 samples"):
-        sample_ids(0, 0, 2, 3, frozenset(range(3)))
 
 
 def test_permuted_items_come_from_other_samples() -> None:

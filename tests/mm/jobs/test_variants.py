@@ -12,7 +12,6 @@ from encoders.contract import Features, ItemBatch
 from encoders.vit import ViT
 from mm.errors import DataError
 from tests.mm.harness import largest_difference, small, train_few
-from tests.slow import on_demand
 
 APART = {"vision": {"ranks": 0}, "audio": {"ranks": 1}, "llm": {"ranks": [3, 2], "tp": 2}}
 MIXED = {
@@ -89,16 +88,6 @@ VARIANTS = [
     with_first_layers_frozen,
 ]
 
-SLOW = [
-    with_levels,
-    with_levels_in_any_order,
-    with_levels_in_later_stages,
-    with_latent_experts,
-    with_frozen_vision,
-    with_frozen_llm,
-    with_first_layers_frozen,
-]
-
 LAYOUTS = {
     with_first_layers_frozen: [MIXED, PIPED, DEEP, SHARDED],
     with_levels_in_later_stages: [APART, MIXED, PIPED, DEEP, VIRTUAL_APART],
@@ -106,7 +95,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("change", on_demand(VARIANTS, SLOW), ids=lambda f: f.__name__)
+@pytest.mark.slow  # test_reference.py has multi-token prediction in fewer layouts
+@pytest.mark.parametrize("change", VARIANTS, ids=lambda f: f.__name__)
 def test_variants_learn_what_one_process_learns(change: Any, ranks: Any) -> None:
     def raw(**sections: Any) -> dict[str, Any]:
         out = copy.deepcopy(small(**sections))

@@ -16,16 +16,18 @@ from mm.config.schema import from_mapping
 from mm.data.encode import TokenSegment, encode_samples, parse_sample
 from mm.data.index import load_index
 from mm.data.inspect import count_lines
-from mm.data.order import sample_ids
 from mm.data.reader import ShardReader
 from mm.data.sample import Index, Sample
 from mm.data.tokenizer import Tokenizer
 from mm.errors import DataError
+from mm.order.stream import Stream
+from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.plan.inputs import sample_length, supervised_tokens
 from mm.plan.select import lost_samples
 from mm.plan.step_plan import plan_step
 from mm.ranks.batch import Assembler
+from mm.ranks.decoding import Task
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import open_index
 from mm.report.plan_json import first_step
@@ -115,16 +117,17 @@ def test_more_than_the_bound_is_refused_and_the_share_that_is_named_is_enough(tm
 def test_samples_that_are_left_out_move_no_other(tmp_path: Path) -> None:
     index = chosen(tmp_path, ALL, misfit="skip", overlong="skip", max_skipped=0.2)
     assert [s.id for s in index.samples] == list(range(20)) and len(index.usable) == 17
-    feed = Feed(index, None, None, FeedOptions(seed=3, global_batch=4, prefetch=1), bad=[7])  # type: ignore[arg-type]
+    batches = Batches(Stream.whole(3, 20), 4)
+    feed = Feed(index, None, None, FeedOptions(batches, prefetch=1), bad=[7])  # type: ignore[arg-type]
     assert feed.bad == {7, *index.skipped}
     feed.close()
     for step in range(5):
-        all_of_them = sample_ids(3, step, 4, 20, frozenset())
-        ours = sample_ids(3, step, 4, 20, frozenset(index.skipped))
+        all_of_them = batches.ids(step).tolist()
+        ours = batches.ids(step, index.skipped).tolist()
         assert all(a == b for a, b in zip(all_of_them, ours, strict=True) if a not in index.skipped)
         assert not set(ours) & set(index.skipped)
     first = first_step(blueprint(), index).sample_ids
-    assert first == sample_ids(1, 0, 4, 20, frozenset(index.skipped))
+    assert first == tuple(Batches(Stream.whole(1, 20), 4).ids(0, index.skipped).tolist())
 
 
 def test_damage_counts_against_the_same_bound(tmp_path: Path) -> None:
@@ -189,7 +192,9 @@ def test_the_tensors_of_truncated_samples_are_beginnings(tmp_path: Path) -> None
     )
     for s, words in zip(index.samples, (b"x" * 14, b"y" * 8), strict=True):
         ids, labels = np.full(20, -1), np.full(20, -100)
-        assembler._write_sample(s, 0, ids, labels, {})
+        written = assembler.decode(Task.of("", s, s.json))
+        assert isinstance(written, list)
+        assembler._write_sample(s, written, 0, ids, labels, {})
         assert ids[0] == tok.bos and ids[-1] == tok.eos and not (ids < 0).any()
         assert bytes(ids[ids < 256].tolist()) == words == bytes(labels[labels >= 0].tolist())
         plan = plan_step(0, [s], made.inputs)

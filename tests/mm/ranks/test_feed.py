@@ -7,7 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mm.data.order import sample_ids
+from mm.order.stream import Stream
+from mm.plan.batches import Batches
 from mm.ranks.control import notice
 from tests.host_waits import HostWaits
 from tests.mm.harness import running, small
@@ -18,10 +19,11 @@ STEPS, BATCH, SAMPLES = 6, 4, 30
 MEETS = 3  # the step in which a broken sample would come
 
 
-def fed(shard: str, ready: list[list[bool]]) -> list[tuple[tuple[int, ...], int]]:
+def fed(shard: str, ready: list[list[bool]], workers: int) -> list[tuple[tuple[int, ...], int]]:
     """By step, its samples and the messages before it. ready: by step from 1 on, which ranks have prepared it
     when the step before ends."""
-    raw = small(data={"train": [shard], "max_skipped": 1.0}, train={"global_batch": BATCH})
+    data = {"train": [shard], "max_skipped": 1.0, "workers": workers}
+    raw = small(data=data, train={"global_batch": BATCH})
     found = []
     with running(raw) as (job, feed):
         for step in range(STEPS):
@@ -40,16 +42,17 @@ def fed(shard: str, ready: list[list[bool]]) -> list[tuple[tuple[int, ...], int]
 
 def test_a_step_that_all_ranks_have_prepared_needs_no_message(ranks: Any, tmp_path: Path) -> None:
     samples = [sample(f"s{k:02d}", "word", (8, 8)) for k in range(SAMPLES)]
-    broken = sample_ids(1, MEETS, BATCH, SAMPLES, frozenset())[0]
+    batches = Batches(Stream.whole(1, SAMPLES), BATCH)
+    broken = int(batches.ids(MEETS)[0])
     parts = samples[broken]["parts"]
     parts["i0.png"] = parts["i0.png"][:-24]  # its size can be read still
     shard = write_shard(tmp_path / "a-0.tar", samples)
     # One rank alone finds the broken sample.
-    for late in ({}, {MEETS: [True, False]}, {STEPS - 1: [False, False]}):
+    for workers, late in enumerate(({}, {MEETS: [True, False]}, {STEPS - 1: [False, False]})):
         ready = [late.get(step, [True, True]) for step in range(1, STEPS)]
-        one, other = ranks(2, fed, str(shard), ready)
+        one, other = ranks(2, fed, str(shard), ready, workers)
         assert one == other
         for step, (ids, messages) in enumerate(one):
             known = frozenset({broken}) if step >= MEETS else frozenset()
-            assert ids == sample_ids(1, step, BATCH, SAMPLES, known)
+            assert ids == tuple(batches.ids(step, known).tolist())
             assert messages == (step == 0 or step in late) + (step == MEETS)

@@ -16,7 +16,7 @@ from mm.ranks.job import build_job, open_data
 from mm.ranks.launch import RankInfo
 from mm.virtual.recorder import Recorder
 from mm.virtual.records import Trace
-from mm.virtual.run import first_samples, group_names, record_step, virtual_rank
+from mm.virtual.run import first_plan, group_names, record_step, virtual_rank
 from mm.virtual.samples import virtual_data
 from tests.mm.harness import CONFIGS, small
 from tests.slow import on_demand
@@ -44,7 +44,7 @@ def recorded(layout: dict[str, Any]) -> Trace:
     index = virtual_data(blueprint).index
     job = build_job(blueprint, RankInfo(dist.get_rank(), world, CPU))
     names, assembler = group_names(job), open_data(job, index).assembler
-    samples = first_samples(blueprint, index)
+    samples = [index.samples[i] for i in first_plan(blueprint, index).sample_ids]
     recorder = Recorder(CPU, dist.get_rank(), values=None, names=lambda g: names[g.group_name])
     with recorder:
         record_step(job, recorder, lambda: prepare(0, samples, assembler))

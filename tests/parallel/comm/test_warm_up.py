@@ -57,10 +57,10 @@ def test_an_edge_connects_every_source_with_every_sink(
 
 
 def test_a_large_edge_connects_a_bounded_number() -> None:
-    source, sink = tuple(range(600)), tuple(range(300, 900))
-    found = connected(FORWARD, tuple(range(900)), Ends(source, sink))
+    source, sink = tuple(range(200)), tuple(range(100, 300))
+    found = connected(FORWARD, tuple(range(300)), Ends(source, sink))
     assert max(sum(a == r for a, _ in found) for r in source) <= PEERS
-    assert len(found) > 0.9 * PEERS * 600
+    assert len(found) > 0.9 * PEERS * 200
 
 
 @given(n=st.integers(2, 9), seed=st.integers(0, 99))

@@ -1,0 +1,128 @@
+"""Remote shards as the rest of the data path reads them: by name, with what is read kept on a local disk."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mm.data.remote.cache import BLOCK, BlockCache, block_key
+from mm.data.remote.client import Client, Range
+from mm.data.remote.retry import Limits
+from mm.data.remote.stores import Stat
+from mm.data.remote.urls import secrets_of
+
+
+@dataclass(frozen=True)
+class RemoteShards:
+    """Reads ranges of remote objects. Threads may share it, and processes forked from this one.
+
+    folder: of the cache and of index files. Raises OSError for one object, Unreachable where a store does not
+    answer.
+    """
+
+    client: Client
+    cache: BlockCache
+    folder: Path
+    _stats: dict[str, Stat] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def of(
+        folder: Path,
+        cache_bytes: int,
+        *,
+        patterns: Sequence[str] = (),
+        limits: Limits | None = None,
+        warn: Callable[[str], None] = print,
+    ) -> RemoteShards:
+        """patterns: of the config, whose passwords and signatures go into requests and nowhere else."""
+        client = Client(limits or Limits(), secrets_of(patterns), warn)
+        return RemoteShards(client, BlockCache(folder, cache_bytes, warn), folder)
+
+    def find(self, pattern: str) -> list[str]:
+        """Names of the objects that a pattern matches."""
+        found = self.client.find(pattern)
+        self._stats.update(found)
+        return list(found)
+
+    def stat(self, name: str) -> Stat:
+        """Size and version of an object, as this process met it first: one request."""
+        if name not in self._stats:
+            self._stats[name] = self.client.stat(name)
+        return self._stats[name]
+
+    def sidecar(self, name: str, ending: str) -> Path:
+        """Where a file about a shard, such as its index, lies: in the folder, named after the URL."""
+        short = name.rpartition("/")[2][-80:]
+        return self.folder / "index" / f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:24]}{ending}"
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size) of an object; fewer where it ends before."""
+        return self.read_many([(name, offset, size)])[0]
+
+    def read_many(self, wanted: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """read() of many (name, offset, size) at once: what the cache lacks is asked for together."""
+        if not self.cache.sets:
+            return self.client.read([self._range(*one) for one in wanted])
+        blocks = self._blocks({key: None for one in wanted for key in self._keys(*one)})
+        out = []
+        for name, offset, size in wanted:
+            data = b"".join(blocks[key] for key in self._keys(name, offset, size))
+            out.append(data[offset % BLOCK : offset % BLOCK + size])
+        return out
+
+    def _range(self, name: str, offset: int, size: int) -> Range:
+        stat = self.stat(name)
+        return Range(name, stat.version, offset, max(0, min(size, stat.size - offset)))
+
+    def _keys(self, name: str, offset: int, size: int) -> Iterator[tuple[str, int]]:
+        """The blocks that a range touches, as (name, number)."""
+        size = self._range(name, offset, size).size
+        return ((name, n) for n in range(offset // BLOCK, -(-(offset + size) // BLOCK) if size else 0))
+
+    def _blocks(self, wanted: dict[tuple[str, int], None]) -> dict[tuple[str, int], bytes]:
+        """Blocks from the cache, the others by one request for each run of blocks that follow one another."""
+        found: dict[tuple[str, int], bytes] = {}
+        runs: list[tuple[str, int, int]] = []  # (name, first block, blocks)
+        for name, n in sorted(wanted):
+            stat = self.stat(name)
+            kept = self.cache.get(block_key(name, stat.version, n), min(BLOCK, stat.size - n * BLOCK))
+            if kept is not None:
+                found[name, n] = kept
+            elif runs and runs[-1][0] == name and sum(runs[-1][1:]) == n:
+                runs[-1] = (name, runs[-1][1], runs[-1][2] + 1)
+            else:
+                runs.append((name, n, 1))
+        got = self.client.read([self._range(name, n * BLOCK, count * BLOCK) for name, n, count in runs])
+        for (name, first, _), data in zip(runs, got, strict=True):
+            for n, block in self._keep(name, first * BLOCK, data):
+                found[name, n] = block
+        return found
+
+    def _keep(self, name: str, offset: int, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """Keep the blocks of bytes that begin at a block's offset, as (number, block)."""
+        version = self.stat(name).version
+        for at in range(0, len(data), BLOCK):
+            n, block = (offset + at) // BLOCK, data[at : at + BLOCK]
+            self.cache.put(block_key(name, version, n), block)
+            yield n, block
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """A copy of an object on the local disk, for a scan: read once, gone at the end.
+
+        What is read goes into the cache too, as far as it has room.
+        """
+        stat = self.client.stat(name)  # as it is now, not as it was when it was met first
+        self._stats[name] = stat
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="scan-") as file:
+            for at, data in self.client.stream(name, stat):
+                file.write(data)
+                for _ in self._keep(name, at, data):
+                    pass
+            file.flush()
+            yield Path(file.name)

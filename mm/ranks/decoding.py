@@ -1,0 +1,187 @@
+"""What of a step is read and decoded, in the rank itself or by a worker of it, with equal results.
+
+A worker answers in JSON and leaves tensors in a tray, memory that it shares with its rank: the rank unpickles
+nothing that comes from a process which decodes what others have made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import mmap
+import signal
+import struct
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm.data.reader import BadSample
+from mm.data.sample import Part, Sample
+
+ALIGN = 64  # bytes; of what lies in a tray
+PLACE = struct.Struct("<qq")  # where a worker is: the number of its order, and of the task in that
+DONE = -1  # in place of a task: none
+Texts = list[np.ndarray]  # the ids of each text of a sample, int64
+
+
+@dataclass(frozen=True)
+class Task:
+    """An item to prepare, or the text of a sample to encode.
+
+    module: of the item; "" for text. sample: whose it is. part: the item, or the sample's json.
+    """
+
+    module: str
+    sample: Sample
+    part: Part
+
+    @staticmethod
+    def of(module: str, sample: Sample, part: Part) -> Task:
+        """A task that is small to send: reading and decoding need nothing of the sample's other parts."""
+        return Task(module, replace(sample, segments=()), part)
+
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class Reads(Generic[T]):
+    """What a rank reads of a micro-batch: the tasks, or what they gave.
+
+    items: by module, of consecutive items of the rank's dp rank. first: by module, the number of the first of
+    them. texts: of the samples of the rank's dp rank, or none.
+    """
+
+    items: Mapping[str, Sequence[T]]
+    first: Mapping[str, int]
+    texts: Sequence[T]
+
+    @property
+    def every(self) -> list[T]:
+        """All of it, in one order."""
+        return [*itertools.chain(*self.items.values()), *self.texts]
+
+    def filled(self, values: Iterable[U]) -> Reads[U]:
+        """The same with other values, in the order of `every`, of which as many are taken as it has."""
+        given = iter(values)
+        items = {m: [next(given) for _ in own] for m, own in self.items.items()}
+        return Reads(items, self.first, [next(given) for _ in self.texts])
+
+
+Decode = Callable[[Task], Tensor | Texts]  # raises BadSample
+Decoded = Tensor | Texts | BadSample
+
+
+def attempt(decode: Decode, task: Task) -> Decoded:
+    """What a task gives, or why its sample is bad."""
+    try:
+        return decode(task)
+    except BadSample as error:
+        return error
+
+
+def good(found: Decoded) -> Tensor | Texts:
+    """A result that is known to be none of a bad sample."""
+    assert not isinstance(found, BadSample)
+    return found
+
+
+class Tray(NamedTuple):
+    """Memory that a worker writes results to."""
+
+    memory: mmap.mmap
+
+    @staticmethod
+    def new(size: int) -> Tray:
+        """An empty tray of `size` bytes, which has no name anywhere. Pages are taken when they are used."""
+        return Tray(mmap.mmap(-1, size))
+
+    def put(self, at: int, values: np.ndarray) -> int | None:
+        """Write values from byte `at` on; returns where the next may begin, None where they do not fit."""
+        end = at + values.nbytes
+        if end > len(self.memory):
+            return None
+        np.frombuffer(self.memory, values.dtype, values.size, at)[:] = values.reshape(-1)
+        return -(-end // ALIGN) * ALIGN
+
+    def take(self, used: int) -> Tensor:
+        """A copy of the first `used` bytes: uint8 [used]."""
+        if not used:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self.memory, dtype=torch.uint8, count=used).clone()
+
+
+class Order(NamedTuple):
+    """Tasks that a worker does one after another, and the tray for their results.
+
+    number: counts the orders of a rank.
+    """
+
+    number: int
+    tray: int
+    tasks: Sequence[Task]
+
+
+def work(pipe: Connection, trays: Sequence[Tray], place: memoryview, decode: Decode, limit_s: float) -> None:
+    """Carry out orders until the rank closes the pipe, or has ended.
+
+    place: PLACE is written there before each task. limit_s: a task that takes longer ends this process, by
+    the system and whatever it does: nobody may be left to kill it.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    while True:
+        try:
+            order: Order = pipe.recv()  # from the rank alone
+        except (EOFError, OSError):
+            return
+        answers: list[dict[str, Any]] = []
+        at = 0
+        for n, task in enumerate(order.tasks):
+            PLACE.pack_into(place, 0, order.number, n)
+            signal.setitimer(signal.ITIMER_REAL, limit_s)
+            try:
+                answer, end = _laid(attempt(decode, task), trays[order.tray], at)
+            except Exception:
+                answer, end = {"failed": traceback.format_exc()}, at
+            if end is None:
+                break  # the rest comes again with an empty tray
+            answers.append(answer)
+            at = end
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        PLACE.pack_into(place, 0, order.number, DONE)
+        try:
+            pipe.send_bytes(json.dumps({"used": at, "answers": answers}).encode())
+        except OSError:
+            return
+
+
+def _laid(found: Decoded, tray: Tray, at: int) -> tuple[dict[str, Any], int | None]:
+    """How the rank finds a result, and where the next one may begin; None where this one does not fit."""
+    if isinstance(found, BadSample):
+        return {"bad": found.why}, at
+    if isinstance(found, Tensor):
+        bits = found.reshape(-1).view(torch.uint8).numpy()  # numpy lacks some dtypes
+        answer = {"at": at, "shape": list(found.shape), "dtype": str(found.dtype).removeprefix("torch.")}
+        return answer, tray.put(at, bits)
+    ids = np.concatenate([np.empty(0, np.int64), *found])
+    return {"at": at, "lengths": [len(text) for text in found]}, tray.put(at, ids)
+
+
+def unpacked(answer: dict[str, Any], tray: Tensor, task: Task) -> Decoded:
+    """A result as the worker had it. tray: its copy, uint8."""
+    if "bad" in answer:
+        return BadSample(task.sample, answer["bad"])
+    at = answer["at"]
+    if "shape" in answer:
+        dtype = getattr(torch, answer["dtype"])
+        end = at + dtype.itemsize * int(np.prod(answer["shape"], dtype=np.int64))
+        return tray[at:end].view(dtype).view(answer["shape"])
+    ids = tray[at : at + 8 * sum(answer["lengths"])].view(torch.int64).numpy()
+    return np.split(ids, np.cumsum(answer["lengths"])[:-1]) if answer["lengths"] else []
