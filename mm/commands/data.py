@@ -6,10 +6,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm.commands.command import Command
 from mm.errors import Refused
+
+if TYPE_CHECKING:
+    from mm.data.tokenizer import AnyTokenizer
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +32,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="convert: processes (default: a core each)")
     parser.add_argument(
         "--media", action="append", default=[], metavar="DIR", help="convert: folder that media paths are in"
+    )
+    parser.add_argument("--html", type=Path, metavar="OUT", help="inspect: write a page of samples")
+    parser.add_argument(
+        "--samples", type=int, default=8, metavar="N", help="inspect: the first N (default 8)"
+    )
+    parser.add_argument(
+        "--sample", action="append", default=[], metavar="KEY", help="inspect: a sample by its key or number"
     )
     parser.add_argument("--split", metavar="NAME", help="convert: split of an Energon folder")
 
@@ -51,7 +61,24 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         tokenizer = make_tokenizer(args.tokenizer)
     except ValueError as error:
         raise Refused(str(error)) from error
+    if verb == "inspect" and args.html is not None:
+        return _show(args, rest, tokenizer)
     print((index_text if verb == "index" else inspect_text)(rest, Path(), tokenizer, _layout(args)))
+    return 0
+
+
+def _show(args: argparse.Namespace, shards: list[str], tokenizer: AnyTokenizer) -> int:
+    """Write samples as a page."""
+    from mm.data.index import load_index
+    from mm.data.page import choose, page
+
+    index = load_index(shards, Path(), layout=_layout(args), tokenizer=tokenizer)
+    chosen = choose(index.samples, args.sample, args.samples)
+    try:
+        args.html.write_text(page(index, chosen, tokenizer), encoding="utf-8")
+    except OSError as error:
+        raise Refused(f"{args.html} cannot be written: {error}") from error
+    print(f"{args.html}: {len(chosen)} samples, {args.html.stat().st_size} bytes")
     return 0
 
 
