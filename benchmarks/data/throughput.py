@@ -2,21 +2,20 @@
 
     PYTHONPATH=PEERS python -m benchmarks.data.throughput [--workers 2] [--pictures 512] [--rounds 5]
 
-PEERS: a folder with torchdata and mosaicml-streaming (benchmarks/README.md); loaders that are not there are left
-out, and nothing else in the project needs them. webdataset comes with the project.
+PEERS: a folder with torchdata and mosaicml-streaming (benchmarks/README.md); loaders that are not there are
+left out, and nothing else in the project needs them. webdataset comes with the project.
 
 The same JPEGs for all, made by the benchmark, in the page cache; all decode with the same function, ViT's
 prepare(), and give batches of float32 patches. Order of loaders is turned round by round. A round is two
-epochs, shuffled; its clock runs from the third batch on, when all workers have begun, until the last. Figures are the
-median over rounds: pictures a second, that over the fastest other loader's, and processor time a picture,
-of all processes. The feed does more than the others: it plans steps and packs them with their texts, and checks each
-payload against its sha256.
+epochs, shuffled; its clock runs from the third batch on, when all workers have begun, until the last. Figures
+are the median over rounds: pictures a second, that over the fastest other loader's, and processor time a
+picture, of all processes. The feed does more than the others: it plans steps and packs them with their texts,
+and checks each payload against its sha256.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import shutil
 import statistics

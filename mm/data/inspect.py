@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mm.data.building import current_indexes, kept_indexes
 from mm.data.columns.entries import notes_of
-from mm.data.index import find_shards, load_index
+from mm.data.index import find_shards, load_index, named_layout
+from mm.data.layouts.find import NAMES, Spec
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index, Sample
 from mm.data.tokenizer import AnyTokenizer
@@ -20,20 +21,25 @@ SHARDS_SHOWN = 8  # shards that are listed
 
 
 def index_text(
-    patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None, *, again: bool = False
+    patterns: Sequence[str],
+    base: Path,
+    tokenizer: AnyTokenizer | None = None,
+    layout: Spec = None,
+    *,
+    again: bool = False,
 ) -> str:
     """Make the indexes that are missing; returns a line for each shard, and what it has lost.
 
-    tokenizer: measure texts in its tokens too. again: scan all shards. Raises DataError where a shard has no
-    sample, or its index cannot be written.
+    tokenizer: measure texts in its tokens too. layout: as in load_index. again: scan all shards. Raises
+    DataError where a shard has no sample, or its index cannot be written.
     """
-    shards = [str(shard) for shard in find_shards(patterns, base)]
-    indexes = kept_indexes(shards, again=again)
+    shards, asked = [str(shard) for shard in find_shards(patterns, base)], named_layout(layout)
+    indexes = kept_indexes(shards, asked, again=again)
     texts = indexes
     if isinstance(tokenizer, PublishedTokenizer):
         texts = kept_texts(shards, indexes, tokenizer)
     lines, wrong, good = [], [], 0
-    now = current_indexes(shards)
+    now = current_indexes(shards, asked)
     for shard, index, text in zip(shards, indexes, texts, strict=True):
         notes = [note for own in dict.fromkeys((index, text)) for note in notes_of(*own)]
         lost = [f"{key}: {why}" if key else why for key, why in notes]
@@ -41,8 +47,8 @@ def index_text(
         if not count:
             why = "; ".join(lost[:SHOWN]) or "it is empty"
             wrong.append(
-                f"{shard} has no sample ({why}); needed: for each a KEY.json with its segments, and its "
-                "items beside it. Nothing is written"
+                f"{shard} has no sample ({why}); needed: for each a KEY.json with its segments and its items "
+                f"beside it, or data.layout (--layout): {', '.join(NAMES)}, a mapping. Nothing is written"
             )
         elif shard not in now:
             wrong.append(f"{Path(shard).parent} cannot be written; {shard} would be indexed at each start")
@@ -56,9 +62,11 @@ def index_text(
     return "\n".join(lines)
 
 
-def inspect_text(patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None) -> str:
+def inspect_text(
+    patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None, layout: Spec = None
+) -> str:
     """Counts of samples and shards, text lengths, items by module and sample, and what is broken."""
-    index = load_index(patterns, base, tokenizer=tokenizer)
+    index = load_index(patterns, base, layout=layout, tokenizer=tokenizer)
     unit = "tokens" if isinstance(tokenizer, PublishedTokenizer) else "bytes"
     text = [sum(seg.tokens for seg in s.segments) for s in index.samples]
     lines = [
