@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from mm.commands.command import Command
@@ -14,6 +15,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", default="bytes", metavar="T", help="index, inspect: as data.tokenizer (default bytes)"
     )
+    source = "prepare: what is installed elsewhere: a folder, or a .deb"
+    parser.add_argument("--from", type=Path, metavar="PATH", dest="source", help=source)
     parser.add_argument("--seed", type=int, default=0, help="prepare: seed (default 0)")
 
 
@@ -22,7 +25,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if verb == "prepare":
         return _prepare(args, rest)
     if verb not in ("index", "inspect") or not rest:
-        raise Refused("needed: data prepare digits --out DIR, data index SHARDS, or data inspect SHARDS")
+        raise Refused("needed: data prepare NAME --out DIR, data index SHARDS, or data inspect SHARDS")
     from mm.data.inspect import index_text, inspect_text
     from mm.data.tokenizer import make_tokenizer
 
@@ -35,21 +38,20 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _prepare(args: argparse.Namespace, names: list[str]) -> int:
-    if names != ["digits"] or args.out is None:
-        raise Refused(f"data prepare {' '.join(names)}: needed: data prepare digits --out DIR")
-    from mm.data.digits import prepare_digits
+    from mm.data.corpora.recipes import RECIPES, prepare
 
-    try:
-        shards = prepare_digits(args.out, args.seed)
-    except ModuleNotFoundError as error:
-        raise Refused(f"data prepare needs {error.name}: pip install -e '.[data]'") from error
-    print(*shards, sep="\n")
+    if len(names) != 1 or names[0] not in RECIPES or args.out is None:
+        known = "|".join(sorted(RECIPES))
+        raise Refused(f"data prepare {' '.join(names)}: needed: data prepare NAME --out DIR, NAME: {known}")
+    made = prepare(names[0], args.out, args.source, args.seed)
+    print(*made.shards, sep="\n")
+    print(f"{made.summary} Licences: {args.out / 'ATTRIBUTION.md'}", file=sys.stderr)
     return 0
 
 
 COMMAND = Command(
     _run,
-    "data prepare digits --out DIR | index SHARDS | inspect SHARDS",
-    "prepare digits, index SHARDS or inspect SHARDS; SHARDS are file names or patterns",
+    "data prepare NAME --out DIR [--from PATH] | index SHARDS | inspect SHARDS",
+    "prepare a corpus (docs/corpora.md), index SHARDS or inspect SHARDS; SHARDS are file names or patterns",
     _options,
 )
