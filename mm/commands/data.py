@@ -21,6 +21,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", default="bytes", metavar="T", help="index, inspect: as data.tokenizer (default bytes)"
     )
     parser.add_argument("--again", action="store_true", help="index: scan shards that have an index too")
+    source = "prepare: what is installed elsewhere: a folder, or a .deb"
+    parser.add_argument("--from", type=Path, metavar="PATH", dest="source", help=source)
     parser.add_argument("--seed", type=int, default=0, help="prepare: seed (default 0)")
     parser.add_argument(
         "--layout",
@@ -52,7 +54,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         return _convert(args, rest)
     if verb not in ("index", "inspect") or not rest:
         raise Refused(
-            "needed: data prepare digits --out DIR, data convert IN --out DIR, data index SHARDS, or data "
+            "needed: data prepare NAME --out DIR, data convert IN --out DIR, data index SHARDS, or data "
             "inspect SHARDS"
         )
     from mm.data.inspect import index_text, inspect_text
@@ -117,21 +119,21 @@ def _convert(args: argparse.Namespace, inputs: list[str]) -> int:
 
 
 def _prepare(args: argparse.Namespace, names: list[str]) -> int:
-    if names != ["digits"] or args.out is None:
-        raise Refused(f"data prepare {' '.join(names)}: needed: data prepare digits --out DIR")
-    from mm.data.digits import prepare_digits
+    from mm.data.corpora.recipes import RECIPES, prepare
 
-    try:
-        shards = prepare_digits(args.out, args.seed)
-    except ModuleNotFoundError as error:
-        raise Refused(f"data prepare needs {error.name}: pip install -e '.[data]'") from error
-    print(*shards, sep="\n")
+    if len(names) != 1 or names[0] not in RECIPES or args.out is None:
+        known = "|".join(sorted(RECIPES))
+        raise Refused(f"data prepare {' '.join(names)}: needed: data prepare NAME --out DIR, NAME: {known}")
+    made = prepare(names[0], args.out, args.source, args.seed)
+    print(*made.shards, sep="\n")
+    print(f"{made.summary} Licences: {args.out / 'ATTRIBUTION.md'}", file=sys.stderr)
     return 0
 
 
 COMMAND = Command(
     _run,
-    "data prepare digits --out DIR | convert IN --out DIR | index SHARDS | inspect SHARDS",
-    "prepare digits, convert FILES or FOLDERS, index SHARDS or inspect SHARDS; all may be patterns",
+    "data prepare NAME --out DIR [--from PATH] | convert IN --out DIR | index SHARDS | inspect SHARDS",
+    "prepare a corpus (docs/corpora.md), convert FILES or FOLDERS, index SHARDS or inspect SHARDS; all may "
+    "be patterns",
     _options,
 )
