@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find, last_of
-from mm.checkpoint.weights import fill_encoders, start_from
+from mm.checkpoint.weights import fill_encoders, left_by, start_from
 from mm.config.outline import SINK
 from mm.config.schema import resolve_yaml
 from mm.data.sample import Index, Sample
@@ -40,7 +40,7 @@ from mm.train.statistics import Watch
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
 from mm.train.weights import averaged
-from parallel.checkpoint import step_of
+from parallel.checkpoint import Held, step_of
 from parallel.schedule import Record
 
 
@@ -64,8 +64,10 @@ def train(runs: Sequence[Run], stop: Stop) -> None:
         for run in left[1:]:
             with of_stage(run.name):
                 open_indexes(run.blueprint)  # a later stage's data is refused now, not when its turn comes
+        before: Held | None = None
         for run in left:
-            if not train_on(_started(run, rank), rank, stop):
+            before = train_on(_started(run, rank), rank, stop, before)
+            if before is None:
                 return
             gc.collect()  # modules hold process groups in reference cycles
     finally:
@@ -94,8 +96,12 @@ def _started(run: Run, rank: RankInfo) -> Blueprint:
     return replace(run.blueprint, cfg=cfg.model_copy(update={"checkpoint": starts}))
 
 
-def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
-    """Train in a default process group that is initialised already; returns whether all steps are done."""
+def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | None = None) -> Held | None:
+    """Train in a default process group that is initialised already.
+
+    before: what this gave of the stage before, where these processes ran it. Returns the weights on this rank
+    once all steps are done, else None.
+    """
     cfg = blueprint.cfg
     indexes = open_indexes(blueprint)
     about = _introduce(blueprint, rank, indexes)
@@ -103,14 +109,16 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
     data = {name: open_data(job, index) for name, index in indexes.items()}
     train_data, eval_data = data["training"], data.get("evaluation")
     run_dir = Path(cfg.run.dir)
-    first, bad = 0, frozenset[int]()
+    first, bad, said = 0, frozenset[int](), list[str]()
     resume = find(cfg, run_dir, rank)
     if resume is not None:
         state = checkpoint.load(job, train_data.index, resume)
         first, bad = state.step, state.bad_samples
+        said.append(f"resumed from {resume} at step {first}")
     else:
-        fill_encoders(job)
-        start_from(job, [Path(path) for path in cfg.checkpoint.starts])
+        said += _start(job, before)
+    if before is not None:
+        before.free()
     aside = begin(run_dir, rank, resume, first)
     console = Console(
         run_dir, cfg.train.steps, first=first, lead=rank.rank == 0, tensorboard=cfg.run.tensorboard
@@ -122,8 +130,8 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
         console.note(about)
     if aside:
         console.info(f"checkpoints that this run does not follow: {', '.join(p.name for p in aside)}")
-    if resume is not None:
-        console.info(f"resumed from {resume} at step {first}")
+    for line in said:
+        console.info(line)
     feed = open_feed(job, train_data, bad=bad, warn=console.warn)
     try:
         with set_aside():
@@ -131,11 +139,22 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
     finally:
         feed.close()
         console.close()
+    left = left_by(job) if done else None
     job.control.any(False)  # every rank waits here, so that none closes what another still uses
     for opened in data.values():
         opened.assembler.reader.close()
     job.close()
-    return done
+    return left
+
+
+def _start(job: Job, before: Held | None) -> list[str]:
+    """Fill the weights of a job that begins; returns lines on where they came from."""
+    start = time.perf_counter()
+    came = start_from(job, [Path(path) for path in job.blueprint.cfg.checkpoint.starts], before)
+    fill_encoders(job, came)
+    seconds = time.perf_counter() - start
+    found = [f"{', '.join(m for m in came if came[m] == w)} {w}" for w in dict.fromkeys(came.values())]
+    return [f"weights of {'; of '.join(found)} ({seconds:.2f} s)"] if found else []
 
 
 def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index]) -> str:
