@@ -11,19 +11,22 @@ from torch import Tensor
 from encoders.hf import fill, open_folder
 from encoders.module import EncoderModule
 from llm.hf import load_weights
+from llm.hf.peft import AdapterFolder, adapter_tensors
 from llm.hf.weights import check_folder
 from llm.model import LLM
 from mm.checkpoint.resume import verify
 from mm.checkpoint.state import model_shapes
 from mm.checkpoint.whole import fill_projector
-from mm.config.outline import SINK
+from mm.config.outline import SINK, llm_config
+from mm.config.schema import Config
 from mm.errors import CheckpointError
+from mm.plan.adapters import low_rank
 from mm.plan.blueprint import Blueprint
 from mm.ranks.job import Job
 from parallel import checkpoint as store
 from parallel.checkpoint import Held
 from parallel.comm.transport import Channel
-from parallel.published import SafeFolder, module_tensors
+from parallel.published import FileTensor, SafeFolder, module_tensors, read_some
 from parallel.sharding import whole
 from parallel.sharding.low_rank import is_adapter
 
@@ -101,6 +104,32 @@ def _start_from(job: Job, path: Path, wanted: Collection[str]) -> set[str]:
         return found
     except ValueError as error:
         raise CheckpointError(f"cannot start from {path}: {error}") from error
+
+
+def fill_adapters(job: Job) -> None:
+    """Fill the language model's adapters from the folder train.lora.llm.weights, if any.
+
+    Every rank calls this. Each rank reads what it holds. Raises CheckpointError where it does not fit.
+    """
+    found = published_adapters(job.blueprint.cfg)
+    if found is not None:
+        for part in job.parts.get(SINK, {}).values():
+            read_some(part, found[1], found[0], job.meshes[SINK])
+
+
+def published_adapters(cfg: Config) -> tuple[AdapterFolder, list[FileTensor]] | None:
+    """The folder train.lora.llm.weights and its tensors, of which nothing is read; None where there is none.
+
+    Raises CheckpointError where it does not fit the model.
+    """
+    given = cfg.train.lora.get(SINK)
+    if given is None or given.weights is None:
+        return None
+    try:
+        folder = AdapterFolder(given.weights)
+        return folder, adapter_tensors(llm_config(cfg), low_rank(given), folder)
+    except ValueError as error:
+        raise CheckpointError(f"train.lora.{SINK}.weights: {error}") from error
 
 
 def fill_encoders(job: Job, filled: Collection[str] = ()) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find, last_of
-from mm.checkpoint.weights import fill_encoders, left_by, start_from
+from mm.checkpoint.weights import fill_adapters, fill_encoders, left_by, start_from
 from mm.config.outline import SINK
 from mm.config.schema import resolve_yaml
 from mm.data.sample import Index, Sample
@@ -150,6 +150,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
 def _start(job: Job, before: Held | None) -> list[str]:
     """Fill the weights of a job that begins; returns lines on where they came from."""
     start = time.perf_counter()
+    fill_adapters(job)  # which those of a checkpoint replace
     came = start_from(job, [Path(path) for path in job.blueprint.cfg.checkpoint.starts], before)
     fill_encoders(job, came)
     seconds = time.perf_counter() - start
