@@ -53,7 +53,9 @@ def fingerprint(blueprint: Blueprint) -> str:
     kept = {"model": cfg["model"], "seed": cfg["run"]["seed"]}
     kept["global_batch"] = cfg["train"]["global_batch"]
     if cfg["train"]["lora"]:
-        kept["lora"] = cfg["train"]["lora"]
+        # Not what they started from: a run resumes without it.
+        lora = cfg["train"]["lora"].items()
+        kept["lora"] = {m: {k: v for k, v in one.items() if k != "weights"} for m, one in lora}
     tokenizer = make_tokenizer(blueprint.cfg.data.tokenizer)
     if isinstance(tokenizer, PublishedTokenizer):
         kept["tokenizer"] = tokenizer.vocabulary

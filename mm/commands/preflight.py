@@ -66,6 +66,7 @@ def check_start(cfg: Config) -> None:
     """Raise CheckpointError where what checkpoint.resume or checkpoint.weights names does not exist, and
     Refused where the weights, or the folder model.llm.preset, are of another vocabulary."""
     from mm.checkpoint.state import candidates
+    from mm.checkpoint.weights import published_adapters
     from parallel.checkpoint import MANIFEST
 
     if restarted():  # it resumes from its own checkpoints; what it began from may be gone
@@ -81,6 +82,7 @@ def check_start(cfg: Config) -> None:
             _check_tokens(cfg, Path(weights))
         else:
             _check_kept(cfg, Path(weights))
+    published_adapters(cfg)
     _check_preset(cfg)
 
 

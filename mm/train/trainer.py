@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find, last_of
 from mm.checkpoint.state import Resumed
-from mm.checkpoint.weights import fill_encoders, start_from
+from mm.checkpoint.weights import fill_adapters, fill_encoders, left_by, start_from
 from mm.config.outline import SINK
 from mm.config.schema import resolve_yaml
 from mm.data.sample import Index, Sample
@@ -43,7 +43,7 @@ from mm.train.statistics import Watch
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
 from mm.train.weights import averaged
-from parallel.checkpoint import step_of
+from parallel.checkpoint import Held, step_of
 from parallel.schedule import Record
 
 AT_START = Resumed()
@@ -69,8 +69,10 @@ def train(runs: Sequence[Run], stop: Stop) -> None:
         for run in left[1:]:
             with of_stage(run.name):
                 open_indexes(run.blueprint)  # a later stage's data is refused now, not when its turn comes
+        before: Held | None = None
         for run in left:
-            if not train_on(_started(run, rank), rank, stop):
+            before = train_on(_started(run, rank), rank, stop, before)
+            if before is None:
                 return
             gc.collect()  # modules hold process groups in reference cycles
     finally:
@@ -99,8 +101,12 @@ def _started(run: Run, rank: RankInfo) -> Blueprint:
     return replace(run.blueprint, cfg=cfg.model_copy(update={"checkpoint": starts}))
 
 
-def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
-    """Train in a default process group that is initialised already; returns whether all steps are done."""
+def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | None = None) -> Held | None:
+    """Train in a default process group that is initialised already.
+
+    before: what this gave of the stage before, where these processes ran it. Returns the weights on this rank
+    once all steps are done, else None.
+    """
     cfg = blueprint.cfg
     indexes = open_indexes(blueprint)
     about = _introduce(blueprint, rank, indexes)
@@ -108,13 +114,15 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
     data = {name: open_data(job, index) for name, index in indexes.items()}
     train_data, eval_data = data["training"], data.get("evaluation")
     run_dir = Path(cfg.run.dir)
-    state = AT_START
+    state, said = AT_START, list[str]()
     resume = find(cfg, run_dir, rank)
     if resume is not None:
         state = checkpoint.load(job, train_data.index, resume)
+        said.append(f"resumed from {resume} at step {state.step}")
     else:
-        fill_encoders(job)
-        start_from(job, [Path(path) for path in cfg.checkpoint.starts])
+        said += _start(job, before)
+    if before is not None:
+        before.free()
     first = state.step
     aside = begin(run_dir, rank, resume, first)
     console = Console(
@@ -127,8 +135,8 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
         console.note(about)
     if aside:
         console.info(f"checkpoints that this run does not follow: {', '.join(p.name for p in aside)}")
-    if resume is not None:
-        console.info(f"resumed from {resume} at step {first}")
+    for line in said:
+        console.info(line)
     console.left_out(train_data.index)
     feed = open_feed(job, train_data, state, listener=Listener(console.warn, console.skipped))
     try:
@@ -137,11 +145,23 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
     finally:
         feed.close()
         console.close()
+    left = left_by(job) if done else None
     job.control.any(False)  # every rank waits here, so that none closes what another still uses
     for opened in data.values():
         opened.assembler.reader.close()
     job.close()
-    return done
+    return left
+
+
+def _start(job: Job, before: Held | None) -> list[str]:
+    """Fill the weights of a job that begins; returns lines on where they came from."""
+    start = time.perf_counter()
+    fill_adapters(job)  # which those of a checkpoint replace
+    came = start_from(job, [Path(path) for path in job.blueprint.cfg.checkpoint.starts], before)
+    fill_encoders(job, came)
+    seconds = time.perf_counter() - start
+    found = [f"{', '.join(m for m in came if came[m] == w)} {w}" for w in dict.fromkeys(came.values())]
+    return [f"weights of {'; of '.join(found)} ({seconds:.2f} s)"] if found else []
 
 
 def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index]) -> str:
