@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mm.config.schema import Config, resolve
+from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
@@ -80,7 +80,7 @@ def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int
     state = {
         "fingerprint": fingerprint(job.blueprint, index),
         "bad_samples": sorted(bad),
-        "config": resolve(cfg),
+        "config": shown(cfg),
     }
     try:
         return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)

@@ -17,7 +17,9 @@ from pydantic import Field
 
 from mm.config.build import Section, build, unknown_key
 from mm.config.folder import FOLDER, unfold
+from mm.config.remote import RemoteConfig
 from mm.config.training import TrainConfig, check_train
+from mm.data.remote.urls import all_public, is_remote
 from mm.errors import Refused
 
 
@@ -174,6 +176,7 @@ class DataConfig(Section):
     )
     context: int = Field(256, ge=3, description="length of the longest sample, in tokens")
     prefetch: int = Field(2, ge=1, description="steps that are read ahead")
+    remote: RemoteConfig = RemoteConfig()
     workers: int = Field(
         0, ge=0, description="processes of each rank that read and decode ahead; 0: a thread of the rank does"
     )
@@ -351,11 +354,19 @@ def resolve(cfg: Config) -> dict[str, Any]:
     return raw
 
 
+def shown(cfg: Config) -> dict[str, Any]:
+    """resolve() as files may have it: no URL has a password or a signature."""
+    raw: dict[str, Any] = all_public(resolve(cfg))
+    return raw
+
+
 def resolve_yaml(cfg: Config) -> str:
-    """resolve() as the text of a YAML file in run.dir, where its data paths start: the file can be run."""
-    raw = resolve(cfg)
+    """shown() as the text of a YAML file in run.dir, where its data paths start: the file can be run."""
+    raw = shown(cfg)
     for name in ("train", "eval"):
-        raw["data"][name] = [os.path.relpath(cfg.base / p, cfg.run.dir) for p in raw["data"][name]]
+        raw["data"][name] = [
+            p if is_remote(p) else os.path.relpath(cfg.base / p, cfg.run.dir) for p in raw["data"][name]
+        ]
     return yaml.safe_dump(raw, sort_keys=False)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import braceexpand
 
@@ -49,6 +50,15 @@ def public(url: str) -> str:
 def scrub(text: str) -> str:
     """Text, such as another package's error, with every URL in it made public."""
     return _SECRETS.sub(lambda m: m["scheme"] + m["path"], text)
+
+
+def all_public(value: Any) -> Any:
+    """Plain data, such as a config, with every URL in it made public."""
+    if isinstance(value, Mapping):
+        return {key: all_public(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [all_public(inner) for inner in value]
+    return public(value) if isinstance(value, str) else value
 
 
 def secrets_of(patterns: Sequence[str]) -> Mapping[str, str]:
