@@ -5,7 +5,7 @@
 Items of about 100 KB (log-normal, as pictures are) of one data set, each read once an epoch, in a new order.
 
 First table: reads that are asked for together, without a cache. Items a second, MB a second, their share of
-what the same ranges of a local file give, whose pages are in memory, and of flights / latency, the most there is.
+what the same ranges of a local file give, whose pages are in memory, and of flights / latency.
 
 Second table: the size of the cache as a share of the data set; by epoch the share of items that needed no
 request, and the bytes that were asked for, as a multiple of the bytes that were used.
@@ -115,6 +115,7 @@ def caches(folder: Path, items: Sequence[Item]) -> None:
                 remote = RemoteShards.of(Path(kept), int(share * total))
                 client = _Counted(remote.client.limits)
                 remote = replace(remote, client=client)
+                remote.find(name)
                 row = f"{share:9.2f}"
                 for _ in range(EPOCHS):
                     hits, before = 0, client.asked
