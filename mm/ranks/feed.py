@@ -53,7 +53,11 @@ class Prepared:
 
 def prepare(step: int, samples: Sequence[Sample], assembler: Assembler) -> Prepared:
     """Plan a step over `samples` and read this rank's part of it."""
-    plan = plan_step(step, samples, assembler.inputs)
+    return read_step(plan_step(step, samples, assembler.inputs), assembler)
+
+
+def read_step(plan: StepPlan, assembler: Assembler) -> Prepared:
+    """Read this rank's part of a planned step."""
     return _built(Planned(plan, assembler.boundary(plan)), repeat(None), assembler)
 
 

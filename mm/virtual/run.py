@@ -141,7 +141,7 @@ def virtual_step(job: Job, data: VirtualData) -> Prepared:
     """The first step's data on this rank, without payloads."""
     assembler = VirtualAssembler.of(open_data(job, data.index).assembler)
     plan = first_plan(job.blueprint, data.index)
-    return read_step(plan, assembler.boundary(plan), assembler)
+    return read_step(plan, assembler)
 
 
 def _note(skew: float) -> str:
