@@ -14,6 +14,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", default="bytes", metavar="T", help="index, inspect: as data.tokenizer (default bytes)"
     )
+    parser.add_argument("--again", action="store_true", help="index: scan shards that have an index too")
+    parser.add_argument(
+        "--cache", metavar="DIR", help="index, inspect: as data.remote.cache, where shards are URLs"
+    )
     parser.add_argument("--seed", type=int, default=0, help="prepare: seed (default 0)")
 
 
@@ -23,14 +27,21 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         return _prepare(args, rest)
     if verb not in ("index", "inspect") or not rest:
         raise Refused("needed: data prepare digits --out DIR, data index SHARDS, or data inspect SHARDS")
+    from mm.config.remote import RemoteConfig
     from mm.data.inspect import index_text, inspect_text
+    from mm.data.storage import Storage
     from mm.data.tokenizer import make_tokenizer
 
     try:
         tokenizer = make_tokenizer(args.tokenizer)
     except ValueError as error:
         raise Refused(str(error)) from error
-    print((index_text if verb == "index" else inspect_text)(rest, Path(), tokenizer))
+    limits = RemoteConfig()
+    storage = Storage.of(rest, args.cache, limits.cache_bytes, limits.timeout_s)
+    if verb == "index":
+        print(index_text(rest, Path(), tokenizer, again=args.again, storage=storage))
+    else:
+        print(inspect_text(rest, Path(), tokenizer, storage))
     return 0
 
 

@@ -6,54 +6,72 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from mm.data.index import find_shards, index_path, load_index, read_or_build, stored_index
+from mm.data.building import current_indexes, kept_indexes
+from mm.data.columns.entries import notes_of
+from mm.data.index import find_shards, load_index
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index, Sample
+from mm.data.storage import LOCAL, Storage
 from mm.data.tokenizer import AnyTokenizer
-from mm.data.tokens import read_or_encode, tokens_path
+from mm.data.tokens import kept_texts
 from mm.errors import DataError
 
 SHOWN = 3  # reasons that are listed for one shard
 SHARDS_SHOWN = 8  # shards that are listed
 
 
-def index_text(patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None) -> str:
+def index_text(
+    patterns: Sequence[str],
+    base: Path,
+    tokenizer: AnyTokenizer | None = None,
+    *,
+    again: bool = False,
+    storage: Storage = LOCAL,
+) -> str:
     """Make the indexes that are missing; returns a line for each shard, and what it has lost.
 
-    tokenizer: make the token indexes too. Raises DataError where a shard has no sample, or its index cannot
-    be written.
+    tokenizer: measure texts in its tokens too. again: scan all shards. Raises DataError where a shard has no
+    sample, or its index cannot be written.
     """
+    shards = find_shards(patterns, base, storage=storage)
+    indexes = kept_indexes(shards, again=again, storage=storage)
+    texts = indexes
+    if isinstance(tokenizer, PublishedTokenizer):
+        texts = kept_texts(shards, indexes, tokenizer, storage=storage)
     lines, wrong, good = [], [], 0
-    for shard in find_shards(patterns, base):
-        raw, path = read_or_build(shard), index_path(shard)
-        lost = [f"{key}: {why}" if key else why for key, why in raw["broken"]]
-        count = len(raw["samples"])
-        if isinstance(tokenizer, PublishedTokenizer):
-            path = tokens_path(shard, tokenizer)
-            for sample, found in zip(
-                raw["samples"], read_or_encode(shard, raw, tokenizer, write=True), strict=True
-            ):
-                lost += [f"{sample['key']}: {found}"] if isinstance(found, str) else []
-                count -= isinstance(found, str)
-        if not raw["samples"]:
+    now = current_indexes(shards, storage=storage)
+    for shard, index, text in zip(shards, indexes, texts, strict=True):
+        notes = [note for own in dict.fromkeys((index, text)) for note in notes_of(*own)]
+        lost = [f"{key}: {why}" if key else why for key, why in notes]
+        count = len(index.table.rows("samples", index.shard))
+        if not count:
             why = "; ".join(lost[:SHOWN]) or "it is empty"
             wrong.append(
                 f"{shard} has no sample ({why}); needed: for each a KEY.json with its segments, and its "
                 "items beside it. Nothing is written"
             )
-        elif stored_index(shard) is None or not path.is_file():
-            wrong.append(f"{path} cannot be written; {shard} would be indexed at each start")
+        elif shard not in now:
+            wrong.append(
+                f"{storage.folder_of(shard)} cannot be written; {shard} would be indexed at each start"
+            )
         else:
             good += 1
-            lines += [f"{path}: {count} samples, {len(lost)} broken", *_some(lost)]
+            if text is not index:
+                count = len(text.table.rows("lines", text.shard))
+            lines += [f"{shard}: {count} samples, {len(lost)} broken", *_some(lost)]
     if wrong:
         raise DataError("; ".join([*wrong, *([f"the other {good} shards are indexed"] if good else [])]))
     return "\n".join(lines)
 
 
-def inspect_text(patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None) -> str:
+def inspect_text(
+    patterns: Sequence[str],
+    base: Path,
+    tokenizer: AnyTokenizer | None = None,
+    storage: Storage = LOCAL,
+) -> str:
     """Counts of samples and shards, text lengths, items by module and sample, and what is broken."""
-    index = load_index(patterns, base, tokenizer=tokenizer)
+    index = load_index(patterns, base, tokenizer=tokenizer, storage=storage)
     unit = "tokens" if isinstance(tokenizer, PublishedTokenizer) else "bytes"
     text = [sum(seg.tokens for seg in s.segments) for s in index.samples]
     lines = [

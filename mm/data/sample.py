@@ -71,9 +71,7 @@ class Sample:
     markers: bool = True  # a begin and an end marker are put around it; not where a chat template writes them
     source: str = ""  # the data set that it is of (mm/data/sources.py)
     layout: str = "segments"  # how its text part is written (mm/data/layouts)
-    names: tuple[
-        str, ...
-    ] = ()  # of its items' payloads as indexed, each once: layouts tell by them what is what
+    names: tuple[str, ...] = ()  # of all its payloads: layouts tell by them what is what
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""
@@ -99,7 +97,7 @@ class Skipped(NamedTuple):
 class Index:
     """The samples of a data set, and what of it cannot be read."""
 
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     broken: tuple[Broken, ...]
     shards: tuple[str, ...] = ()  # all of them in order, also those without a sample
     torn: tuple[str, ...] = ()  # shards that end before their end mark

@@ -16,6 +16,7 @@ from mm.config.outline import SINK
 from mm.config.schema import Config, from_mapping, load_config, override, resolve
 from mm.containers.registry import is_whole
 from mm.data.published import TOKENIZER
+from mm.data.remote.urls import is_remote
 from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError, Refused
 from mm.inference.asked import Asked
@@ -90,8 +91,8 @@ def _data_of(run: Path) -> dict[str, list[str]]:
         return {}
     data = load_config(file).data
     return {
-        "train": [str(run.absolute() / p) for p in data.train],
-        "eval": [str(run.absolute() / p) for p in data.eval],
+        "train": [p if is_remote(p) else str(run.absolute() / p) for p in data.train],
+        "eval": [p if is_remote(p) else str(run.absolute() / p) for p in data.eval],
     }
 
 

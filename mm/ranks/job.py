@@ -107,7 +107,13 @@ def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: 
     rules = blueprint.cfg.data
     tokenizer = make_tokenizer(rules.tokenizer)
     index = load_index(
-        patterns, base, layout=rules.layout, tokenizer=tokenizer, made_by=rules.made_by, write=write
+        patterns,
+        base,
+        layout=rules.layout,
+        tokenizer=tokenizer,
+        made_by=rules.made_by,
+        write=write,
+        storage=blueprint.storage,
     )
     index = with_pieces(index, blueprint.inputs.encoders, tokenizer)
     return select(index, blueprint.inputs, rules)
@@ -130,7 +136,7 @@ def assembler_of(blueprint: Blueprint, rank: RankInfo, axes: Mapping[str, Axes])
     """What plans and builds a rank's part of a step. axes: by module here; one that only plans needs none."""
     return Assembler(
         inputs=blueprint.inputs,
-        reader=ShardReader(),
+        reader=ShardReader(blueprint.storage),
         tokenizer=make_tokenizer(blueprint.cfg.data.tokenizer),
         rank=rank.rank,
         dtype=blueprint.dtype,

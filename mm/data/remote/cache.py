@@ -39,7 +39,7 @@ class BlockCache:
 
     folder: Path
     limit: int
-    warn: Callable[[str], None] = field(default=print, repr=False)
+    warn: Callable[[str], object] = field(default=print, repr=False)
     _files: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
     _warned: list[str] = field(default_factory=list, repr=False, compare=False)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,9 +45,9 @@ class RemoteShards:
         folder: Path,
         cache_bytes: int,
         *,
-        patterns: Sequence[str] = (),
+        patterns: Iterable[str] = (),
         limits: Limits | None = None,
-        warn: Callable[[str], None] = print,
+        warn: Callable[[str], object] = print,
     ) -> RemoteShards:
         """patterns: of the config, whose passwords and signatures go into requests and nowhere else."""
         client = Client(limits or Limits(), secrets_of(patterns), warn)
@@ -75,10 +75,14 @@ class RemoteShards:
             self._stats[name] = self.client.stat(name)
         return self._stats[name]
 
-    def sidecar(self, name: str, ending: str) -> Path:
-        """Where a file about a shard, such as its index, lies: in the folder, named after the URL."""
-        short = name.rpartition("/")[2][-80:]
-        return self.folder / "index" / f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:24]}{ending}"
+    def sidecars(self, name: str) -> Path:
+        """The folder for files about the shards of a URL's folder, such as their indexes; it is made."""
+        place = name.rpartition("/")[0]
+        folder = self.folder / "index" / hashlib.sha256(place.encode()).hexdigest()[:24]
+        with suppress(OSError):  # what cannot be written is not kept
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "url").write_text(place + "\n")
+        return folder
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Bytes [offset, offset + size) of an object; fewer where it ends before."""

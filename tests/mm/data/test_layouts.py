@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mm.data.building import current_indexes
 from mm.data.encode import parse_made, parse_sample
-from mm.data.index import load_index, read_or_build
+from mm.data.index import load_index
 from mm.data.layouts.conversations import as_segments, conversations
 from mm.data.layouts.find import find_layout, layout_name
 from mm.data.layouts.interleaved import interleaved
@@ -103,7 +104,7 @@ def test_a_tar_is_read_as_it_is(kind: str, tmp_path: Path) -> None:
     """What the index says, and what its text part reads as by that, are what the layout makes of it all."""
     parts, layout, made = WRITTEN[kind]
     shard = write(tmp_path / "a.tar", {"k": parts})
-    entry = read_or_build(shard)["samples"][0]
+    entry = build_index(shard)["samples"][0]
     part = entry.get("text", "json")
     assert entry.get("layout", "segments") == layout
     names = [s["part"] for s in entry["segments"] if "part" in s]
@@ -137,12 +138,16 @@ def test_a_shard_has_one_layout(tmp_path: Path) -> None:
 
 def test_a_layout_of_the_config_makes_another_index(tmp_path: Path) -> None:
     shard = write(tmp_path / "a.tar", {"k": WRITTEN["captions"][0]})
-    one = read_or_build(shard)
+    one = build_index(shard)
     other = {"segments": [{"literal": "It is: ", "loss": False}, {"text": "txt"}]}
     index = load_index(["a.tar"], tmp_path, layout=other)
-    assert [s.tokens for s in index.samples[0].segments] == [7, 6] and index.samples[0].names == ()
-    assert "layout" not in one and read_or_build(shard, layout_name(other))["layout"] == layout_name(other)
-    assert read_or_build(shard, "captions")["samples"] == one["samples"] == read_or_build(shard)["samples"]
+    assert [s.tokens for s in index.samples[0].segments] == [7, 6]
+    assert list(current_indexes([str(shard)], layout_name(other))) == [str(shard)]
+    assert not current_indexes([str(shard)])
+    assert one["layout"] == "auto" and build_index(shard, layout_name(other))["layout"] == layout_name(other)
+    assert build_index(shard, "captions")["samples"] == one["samples"]
+    index = load_index(["a.tar"], tmp_path)
+    assert index.samples[0].layout == "captions" and list(current_indexes([str(shard)])) == [str(shard)]
 
 
 NAMED = st.lists(st.sampled_from(["1.jpg", "2.jpg", "10.jpg", "a.wav", "cls", "npy", "txt"]), unique=True)

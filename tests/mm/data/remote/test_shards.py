@@ -164,7 +164,8 @@ def test_it_goes_to_another_process_without_its_connections(memory: Faulty, tmp_
     assert "SECRET" not in repr(remote)
 
 
-def test_side_files_are_told_apart_by_url(tmp_path: Path) -> None:
+def test_side_files_are_told_apart_by_the_folder_of_the_url(tmp_path: Path) -> None:
     remote = shards(tmp_path)
-    both = {remote.sidecar(f"s3://{bucket}/train-0.tar", ".index") for bucket in "ab"}
-    assert len(both) == 2 and all(p.parent == tmp_path / "index" for p in both)
+    folders = [remote.sidecars(f"s3://{place}.tar") for place in ("a/train-0", "a/train-1", "b/train-0")]
+    assert folders[0] == folders[1] != folders[2]
+    assert (folders[2] / "url").read_text() == "s3://b\n" and folders[2].parent == tmp_path / "index"

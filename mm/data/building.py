@@ -1,0 +1,272 @@
+"""Indexes of shards that have none, made by several processes at once.
+
+Shards are indexed once: an index is kept beside them (mm/data/columns/store.py), and is believed as long as
+the shard, its layout, the probes and the format are what they were.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+from mm.data.columns.entries import INDEX, index_columns
+from mm.data.columns.store import Store, writing
+from mm.data.columns.table import Table, join
+from mm.data.layouts.energon import layout_of_shard
+from mm.data.layouts.find import AUTO, layout_key
+from mm.data.probes import known
+from mm.data.remote.urls import is_remote
+from mm.data.scan import build_index, headers_digest
+from mm.data.storage import LOCAL, Say, Storage, Version
+from mm.errors import DataError
+
+ALONE = 64 << 20  # bytes of shards that are scanned without other processes
+TELL_S = 5.0  # how often progress is shown
+KEEP_S = 60.0  # how often what is done is written, so that a build that is ended goes on from there
+
+
+class Kept(NamedTuple):
+    """The index of a shard: a table, and as which shard it is there."""
+
+    table: Table
+    shard: int
+
+
+def kept_indexes(
+    shards: Sequence[str],
+    layout: str = AUTO,
+    *,
+    write: bool = True,
+    again: bool = False,
+    storage: Storage = LOCAL,
+) -> list[Kept]:
+    """The index of each shard, scanned where none is kept; write: keep new ones beside the shards.
+
+    layout: how samples are written, by name. again: scan all of them. storage: what reads them; it says
+    what takes long, and which have changed since they were indexed. Raises DataError for a compressed file
+    and for one that cannot be read.
+    """
+    found: dict[str, Kept] = {}
+    for folder, own in by_folder(shards, storage).items():
+        job = _Job(folder, own, _folders_layout(layout, own), storage)
+        found |= _of_folder(job, write, again)
+    return [found[shard] for shard in shards]
+
+
+def current_indexes(shards: Sequence[str], layout: str = AUTO, storage: Storage = LOCAL) -> dict[str, Kept]:
+    """By shard, the index that is kept beside it and holds for it now."""
+    found: dict[str, Kept] = {}
+    for folder, own in by_folder(shards, storage).items():
+        found |= _current(_Job(folder, own, _folders_layout(layout, own), storage), aloud=False)
+    return found
+
+
+class _Job(NamedTuple):
+    """Shards of one folder that are to be indexed. layout: of their samples, by name."""
+
+    folder: Path
+    shards: list[str]
+    layout: str
+    storage: Storage
+
+
+def _folders_layout(layout: str, shards: Sequence[str]) -> str:
+    """The layout of the shards of one folder; what lies beside remote ones is not asked."""
+    return layout if is_remote(shards[0]) else layout_of_shard(layout, Path(shards[0]))
+
+
+def by_folder(shards: Sequence[str], storage: Storage) -> dict[Path, list[str]]:
+    """Shards by the folder that files about them are in, each once."""
+    out: dict[Path, list[str]] = defaultdict(list)
+    for shard in dict.fromkeys(shards):
+        out[storage.folder_of(shard)].append(shard)
+    return out
+
+
+def _store_of(job: _Job) -> Store:
+    """The indexes of a folder's shards."""
+    return Store(job.folder, INDEX, "index", beside=not is_remote(job.shards[0]))
+
+
+def _of_folder(job: _Job, write: bool, again: bool) -> dict[str, Kept]:
+    found = {} if again else _current(job, aloud=False)
+    missing = [s for s in job.shards if s not in found]
+    if not missing:
+        return found
+    if not write:
+        return found | _scanned(job._replace(shards=missing), lambda table: None)
+    with writing(job.folder, job.storage.say):
+        # Another process may have made them while this one waited.
+        found = found if again else _current(job, aloud=True)
+        missing = [s for s in job.shards if s not in found]
+        made = _scanned(job._replace(shards=missing), _store_of(job).add)
+    return found | made
+
+
+def _current(job: _Job, *, aloud: bool) -> dict[str, Kept]:
+    """By shard, the index that is kept and holds for it now."""
+    key = layout_key(job.layout).encode("utf-8", "surrogatepass")
+    entries: dict[str, list[Kept]] = defaultdict(list)
+    for table in _store_of(job).tables().values():
+        for k, name in enumerate(table.paths):
+            entries[name].append(Kept(table, k))
+    out, changed, probes = {}, [], dict[tuple[int, int], bool]()
+    for shard in job.shards:
+        own = entries.get(Path(shard).name, [])
+        version = _version(shard, job.storage)
+        for kept in own:
+            if _layout_of(kept) == key and _is_of(kept, shard, version, probes, job.storage):
+                out[shard] = kept
+                break
+        else:
+            changed += [shard] if own else []
+    if changed and aloud:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        job.storage.say(f"changed since indexed, indexing again: {', '.join(changed[:3])}{more}")
+    return out
+
+
+def _layout_of(kept: Kept) -> bytes:
+    """The key of the layout that an index was made for."""
+    return kept.table.strings["names"][int(kept.table.columns["shards"]["layout"][kept.shard])]
+
+
+def _version(shard: str, storage: Storage) -> Version:
+    try:
+        return storage.version_of(shard)
+    except OSError as error:
+        raise DataError(f"{shard} cannot be read: {error}") from error
+
+
+def _is_of(
+    kept: Kept, shard: str, now: Version, probes: dict[tuple[int, int], bool], storage: Storage
+) -> bool:
+    """Whether a scan of the shard would give this index now.
+
+    A copy of a shard has another time: it counts as the same shard where all headers are equal. A payload
+    that differs is found when it is read. Entries of a probe that is not registered here are accepted.
+    """
+    table, k = kept
+    own = table.columns["shards"][k]
+    code = id(table), int(own["probes"])
+    if code not in probes:
+        made = json.loads(table.strings["probes"][code[1]])
+        probes[code] = all(known(e) in (None, by) for e, by in made.items())
+    if not probes[code] or own["bytes"] != now.size:
+        return False
+    if own["stamp"] == now.stamp:
+        return True
+    if len(table.rows("notes", k)) or is_remote(shard):  # a store's version stands for the content
+        return False
+    headers: str = own["headers"].tobytes().hex()
+    with storage.reading(shard) as file:
+        return headers_digest(file, table.rows("parts", k)["offset"].tolist()) == headers
+
+
+def _scanned(job: _Job, keep: Callable[[Table], object]) -> dict[str, Kept]:
+    """Scan the shards of a folder. keep: is given what is to be kept of them, now and then."""
+    shards = job.shards
+    path_of = {Path(shard).name: shard for shard in shards}
+    size = sum(_version(s, job.storage).size for s in shards)
+    progress = _Progress(job.storage.say, size, len(shards))
+    out: dict[str, Kept] = {}
+    waiting: list[Table] = []
+    since = time.monotonic()
+    for table, size in _scans(job):
+        waiting.append(table)
+        progress.add(table.count, size)
+        if time.monotonic() - since > KEEP_S or len(out) + sum(t.count for t in waiting) == len(shards):
+            made = join(waiting)
+            out |= {path_of[name]: Kept(made, k) for k, name in enumerate(made.paths)}
+            # A file without a sample may be no shard at all: nothing is left beside it.
+            some = [k for k in range(made.count) if len(made.rows("samples", k))]
+            if some:
+                keep(made.take(some))
+            waiting, since = [], time.monotonic()
+    return out
+
+
+def _scans(job: _Job) -> Iterator[tuple[Table, int]]:
+    """Indexes of shards and the bytes that these have, in order; a table has one or several."""
+    shards, layout, storage = job.shards, job.layout, job.storage
+    sizes = [_version(s, storage).size for s in shards]
+    workers = min(len(os.sched_getaffinity(0)), len(shards))
+    if sum(sizes) <= ALONE or workers == 1:
+        yield from ((_scan([s], layout, storage), n) for s, n in zip(shards, sizes, strict=True))
+        return
+    tasks, sums = [[shards[0]]], [sizes[0]]
+    for shard, size in zip(shards[1:], sizes[1:], strict=True):
+        if sums[-1] + size > ALONE // 8:
+            tasks.append([])
+            sums.append(0)
+        tasks[-1].append(shard)
+        sums[-1] += size
+    # Forked, so that probes that this process has registered are there.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),))
+    try:
+        yield from zip(
+            pool.map(_scan, tasks, itertools.repeat(layout), itertools.repeat(storage)), sums, strict=True
+        )
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a process that indexes shards has ended, among them {tasks[0][0]}; the machine may have run "
+            "out of memory"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _scan(shards: Sequence[str], layout: str, storage: Storage) -> Table:
+    """The index of shards. Raises DataError."""
+    found = []
+    for shard in shards:
+        try:
+            found.append((Path(shard).name, build_index(shard, layout, storage)))
+        except OSError as error:
+            raise DataError(f"{shard} cannot be read: {error}") from error
+    return index_columns(found)
+
+
+def _begin_worker(parent: int) -> None:
+    """A request to stop goes to the parent; a worker ends with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Progress:
+    """Tells what is done and how long the rest takes, where it takes long."""
+
+    def __init__(self, say: Say, size: int, count: int) -> None:
+        self._say, self._size, self._count = say, max(size, 1), count
+        self._since = self._last = time.monotonic()
+        self._bytes = self._shards = 0
+
+    def add(self, shards: int, size: int) -> None:
+        self._shards, self._bytes = self._shards + shards, self._bytes + size
+        now = time.monotonic()
+        if now - self._last > TELL_S:
+            self._last = now
+            left = (now - self._since) * (self._size / max(self._bytes, 1) - 1)
+            self._say(
+                f"indexed {self._shards:,} of {self._count:,} shards, {self._bytes / 2**30:.1f} of "
+                f"{self._size / 2**30:.1f} GiB, {left:.0f} s left"
+            )
