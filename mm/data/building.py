@@ -1,12 +1,11 @@
 """Indexes of shards that have none, made by several processes at once.
 
 Shards are indexed once: an index is kept beside them (mm/data/columns/store.py), and is believed as long as
-the shard, its layout, the probes and the format are what they were.
+the shard, the probes and the format are what they were.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import multiprocessing
 import os
@@ -14,9 +13,10 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +59,8 @@ def kept_indexes(
     """
     found: dict[str, Kept] = {}
     for folder, own in by_folder(shards, storage).items():
-        job = _Job(folder, own, _folders_layout(layout, own), storage)
-        found |= _of_folder(job, write, again)
+        work = _Work(folder, own, _asked(layout, own), storage, storage.say)
+        found |= _of_folder(work, write, again)
     return [found[shard] for shard in shards]
 
 
@@ -68,21 +68,12 @@ def current_indexes(shards: Sequence[str], layout: str = AUTO, storage: Storage 
     """By shard, the index that is kept beside it and holds for it now."""
     found: dict[str, Kept] = {}
     for folder, own in by_folder(shards, storage).items():
-        found |= _current(_Job(folder, own, _folders_layout(layout, own), storage), aloud=False)
+        found |= _current(_Work(folder, own, _asked(layout, own), storage, lambda text: None))
     return found
 
 
-class _Job(NamedTuple):
-    """Shards of one folder that are to be indexed. layout: of their samples, by name."""
-
-    folder: Path
-    shards: list[str]
-    layout: str
-    storage: Storage
-
-
-def _folders_layout(layout: str, shards: Sequence[str]) -> str:
-    """The layout of the shards of one folder; what lies beside remote ones is not asked."""
+def _asked(layout: str, shards: Sequence[str]) -> str:
+    """The layout of all shards of a folder; what else lies in a remote one is not looked at."""
     return layout if is_remote(shards[0]) else layout_of_shard(layout, Path(shards[0]))
 
 
@@ -94,52 +85,58 @@ def by_folder(shards: Sequence[str], storage: Storage) -> dict[Path, list[str]]:
     return out
 
 
-def _store_of(job: _Job) -> Store:
-    """The indexes of a folder's shards."""
-    return Store(job.folder, INDEX, "index", beside=not is_remote(job.shards[0]))
+class _Work(NamedTuple):
+    """Shards of a folder, how their samples are written, what reads them, and who hears of them."""
+
+    folder: Path
+    shards: Sequence[str]
+    layout: str
+    storage: Storage
+    say: Say
+
+    @property
+    def indexes(self) -> Store:
+        """Where their indexes are kept."""
+        return Store(self.folder, INDEX, "index", beside=not is_remote(self.shards[0]))
 
 
-def _of_folder(job: _Job, write: bool, again: bool) -> dict[str, Kept]:
-    found = {} if again else _current(job, aloud=False)
-    missing = [s for s in job.shards if s not in found]
-    if not missing:
+def _of_folder(work: _Work, write: bool, again: bool) -> dict[str, Kept]:
+    silent = work._replace(say=lambda text: None)
+    found = {} if again else _current(silent)
+    if len(found) == len(work.shards):
         return found
     if not write:
-        return found | _scanned(job._replace(shards=missing), lambda table: None)
-    with writing(job.folder, job.storage.say):
+        return found | _scanned(_without(work, found), lambda table: None)
+    with writing(work.folder, work.say):
         # Another process may have made them while this one waited.
-        found = found if again else _current(job, aloud=True)
-        missing = [s for s in job.shards if s not in found]
-        made = _scanned(job._replace(shards=missing), _store_of(job).add)
-    return found | made
+        found = {} if again else _current(work)
+        return found | _scanned(_without(work, found), work.indexes.add)
 
 
-def _current(job: _Job, *, aloud: bool) -> dict[str, Kept]:
+def _without(work: _Work, found: Collection[str]) -> _Work:
+    return work._replace(shards=[s for s in work.shards if s not in found])
+
+
+def _current(work: _Work) -> dict[str, Kept]:
     """By shard, the index that is kept and holds for it now."""
-    key = layout_key(job.layout).encode("utf-8", "surrogatepass")
     entries: dict[str, list[Kept]] = defaultdict(list)
-    for table in _store_of(job).tables().values():
+    for table in work.indexes.tables().values():
         for k, name in enumerate(table.paths):
             entries[name].append(Kept(table, k))
-    out, changed, probes = {}, [], dict[tuple[int, int], bool]()
-    for shard in job.shards:
+    out, changed = {}, []
+    current = _Current(layout_key(work.layout), work.storage)
+    for shard in work.shards:
         own = entries.get(Path(shard).name, [])
-        version = _version(shard, job.storage)
-        for kept in own:
-            if _layout_of(kept) == key and _is_of(kept, shard, version, probes, job.storage):
-                out[shard] = kept
-                break
+        now = _version(shard, work.storage)
+        kept = next((k for k in own if current.of(k, shard, now)), None)
+        if kept is not None:
+            out[shard] = kept
         else:
             changed += [shard] if own else []
-    if changed and aloud:
+    if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        job.storage.say(f"changed since indexed, indexing again: {', '.join(changed[:3])}{more}")
+        work.say(f"changed since indexed, indexing again: {', '.join(changed[:3])}{more}")
     return out
-
-
-def _layout_of(kept: Kept) -> bytes:
-    """The key of the layout that an index was made for."""
-    return kept.table.strings["names"][int(kept.table.columns["shards"]["layout"][kept.shard])]
 
 
 def _version(shard: str, storage: Storage) -> Version:
@@ -149,41 +146,51 @@ def _version(shard: str, storage: Storage) -> Version:
         raise DataError(f"{shard} cannot be read: {error}") from error
 
 
-def _is_of(
-    kept: Kept, shard: str, now: Version, probes: dict[tuple[int, int], bool], storage: Storage
-) -> bool:
-    """Whether a scan of the shard would give this index now.
+class _Current:
+    """Tells whether a scan of a shard would give an index now. layout: key of the one that is asked for."""
 
-    A copy of a shard has another time: it counts as the same shard where all headers are equal. A payload
-    that differs is found when it is read. Entries of a probe that is not registered here are accepted.
-    """
-    table, k = kept
-    own = table.columns["shards"][k]
-    code = id(table), int(own["probes"])
-    if code not in probes:
-        made = json.loads(table.strings["probes"][code[1]])
-        probes[code] = all(known(e) in (None, by) for e, by in made.items())
-    if not probes[code] or own["bytes"] != now.size:
-        return False
-    if own["stamp"] == now.stamp:
-        return True
-    if len(table.rows("notes", k)) or is_remote(shard):  # a store's version stands for the content
-        return False
-    headers: str = own["headers"].tobytes().hex()
-    with storage.reading(shard) as file:
-        return headers_digest(file, table.rows("parts", k)["offset"].tolist()) == headers
+    def __init__(self, layout: str, storage: Storage) -> None:
+        self._storage = storage
+        self._layout, self._probes = layout, dict[tuple[int, int, int], bool]()
+
+    def of(self, kept: Kept, shard: str, now: Version) -> bool:
+        """Whether an index is that of a shard as it is now.
+
+        A copy of a shard has another time: it counts as the same shard where all headers are equal. A payload
+        that differs is found when it is read. Entries of a probe that is not registered here are accepted.
+        """
+        table, k = kept
+        own = table.columns["shards"][k]
+        if own["bytes"] != now.size or not self._made_alike(table, int(own["layout"]), int(own["probes"])):
+            return False
+        if own["stamp"] == now.stamp:
+            return True
+        if len(table.rows("notes", k)) or is_remote(shard):  # a store's version stands for the content
+            return False
+        headers: str = own["headers"].tobytes().hex()
+        with self._storage.reading(shard) as file:
+            return headers_digest(file, table.rows("parts", k)["offset"].tolist()) == headers
+
+    def _made_alike(self, table: Table, layout: int, probes: int) -> bool:
+        """Whether layout and probes are those of now; looked up once for all shards of a table."""
+        key = id(table), layout, probes
+        if key not in self._probes:
+            made = json.loads(table.strings["probes"][probes])
+            same = all(known(e) in (None, by) for e, by in made.items())
+            self._probes[key] = same and table.strings["names"][layout] == self._layout.encode()
+        return self._probes[key]
 
 
-def _scanned(job: _Job, keep: Callable[[Table], object]) -> dict[str, Kept]:
+def _scanned(work: _Work, keep: Callable[[Table], object]) -> dict[str, Kept]:
     """Scan the shards of a folder. keep: is given what is to be kept of them, now and then."""
-    shards = job.shards
+    shards = work.shards
+    sizes = [_version(shard, work.storage).size for shard in shards]
     path_of = {Path(shard).name: shard for shard in shards}
-    size = sum(_version(s, job.storage).size for s in shards)
-    progress = _Progress(job.storage.say, size, len(shards))
+    progress = _Progress(work.say, sum(sizes), len(shards))
     out: dict[str, Kept] = {}
     waiting: list[Table] = []
     since = time.monotonic()
-    for table, size in _scans(job):
+    for table, size in _scans(shards, sizes, partial(_scan, work.layout, work.storage)):
         waiting.append(table)
         progress.add(table.count, size)
         if time.monotonic() - since > KEEP_S or len(out) + sum(t.count for t in waiting) == len(shards):
@@ -197,13 +204,15 @@ def _scanned(job: _Job, keep: Callable[[Table], object]) -> dict[str, Kept]:
     return out
 
 
-def _scans(job: _Job) -> Iterator[tuple[Table, int]]:
+def _scans(
+    shards: Sequence[str], sizes: Sequence[int], scan: Callable[[Sequence[str]], Table]
+) -> Iterator[tuple[Table, int]]:
     """Indexes of shards and the bytes that these have, in order; a table has one or several."""
-    shards, layout, storage = job.shards, job.layout, job.storage
-    sizes = [_version(s, storage).size for s in shards]
+    if not shards:
+        return
     workers = min(len(os.sched_getaffinity(0)), len(shards))
     if sum(sizes) <= ALONE or workers == 1:
-        yield from ((_scan([s], layout, storage), n) for s, n in zip(shards, sizes, strict=True))
+        yield from ((scan([s]), n) for s, n in zip(shards, sizes, strict=True))
         return
     tasks, sums = [[shards[0]]], [sizes[0]]
     for shard, size in zip(shards[1:], sizes[1:], strict=True):
@@ -216,9 +225,7 @@ def _scans(job: _Job) -> Iterator[tuple[Table, int]]:
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),))
     try:
-        yield from zip(
-            pool.map(_scan, tasks, itertools.repeat(layout), itertools.repeat(storage)), sums, strict=True
-        )
+        yield from zip(pool.map(scan, tasks), sums, strict=True)
     except BrokenProcessPool as error:
         raise DataError(
             f"a process that indexes shards has ended, among them {tasks[0][0]}; the machine may have run "
@@ -228,7 +235,7 @@ def _scans(job: _Job) -> Iterator[tuple[Table, int]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _scan(shards: Sequence[str], layout: str, storage: Storage) -> Table:
+def _scan(layout: str, storage: Storage, shards: Sequence[str]) -> Table:
     """The index of shards. Raises DataError."""
     found = []
     for shard in shards:
@@ -263,7 +270,7 @@ class _Progress:
     def add(self, shards: int, size: int) -> None:
         self._shards, self._bytes = self._shards + shards, self._bytes + size
         now = time.monotonic()
-        if now - self._last > TELL_S:
+        if now - self._last > TELL_S and self._size > ALONE:
             self._last = now
             left = (now - self._since) * (self._size / max(self._bytes, 1) - 1)
             self._say(

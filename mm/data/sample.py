@@ -71,7 +71,7 @@ class Sample:
     markers: bool = True  # a begin and an end marker are put around it; not where a chat template writes them
     source: str = ""  # the data set that it is of (mm/data/sources.py)
     layout: str = "segments"  # how its text part is written (mm/data/layouts)
-    names: tuple[str, ...] = ()  # of all its payloads: layouts tell by them what is what
+    names: tuple[str, ...] = ()  # of its items' payloads as indexed, each once, for its layout
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""

@@ -47,9 +47,14 @@ class SampleEntry(TypedDict):
     key: str
     segments: list[SegmentEntry]
     parts: dict[str, PartEntry]  # by name, the json among them
-    text: NotRequired[str]  # the name of its text part; "json" where absent
-    layout: NotRequired[str]  # how that part is written; "segments" where absent
+    layout: NotRequired[str]  # how its text part is written; "segments" where absent
+    text: NotRequired[str]  # name of its text part; "json" where absent
     chat: NotRequired[bool]  # a conversation: only a tokenizer makes segments of it, and here are its items
+
+
+def text_entry(sample: SampleEntry) -> PartEntry:
+    """The part that has a sample's text."""
+    return sample["parts"][sample.get("text", "json")]
 
 
 class ShardIndex(TypedDict):
@@ -58,7 +63,7 @@ class ShardIndex(TypedDict):
     version: int
     bytes: int  # size of the shard
     mtime_ns: int  # when the shard was last changed, as it was before the scan
-    layout: str  # key of the layout that was asked for
+    layout: NotRequired[str]  # key of the layout that was asked for; "auto" where absent
     probes: dict[str, str | None]  # by extension, the identity of its probe; None where there was none
     samples: list[SampleEntry]
     broken: list[list[str]]  # [key, why] of each loss; the key is "" where it is unknown
@@ -106,11 +111,10 @@ def _index_of(tar: OpenFile, shard: Location, layout: str) -> ShardIndex:
         except ValueError as error:
             broken.append([key, str(error)])
     extensions = sorted({ending(name) for entries in parts.values() for name in entries})
-    return {
+    index: ShardIndex = {
         "version": VERSION,
         "bytes": was.size,
         "mtime_ns": was.stamp,
-        "layout": layout_key(asked),
         "probes": {e: known(e) for e in extensions},
         "samples": samples,
         "broken": broken,
@@ -118,6 +122,9 @@ def _index_of(tar: OpenFile, shard: Location, layout: str) -> ShardIndex:
         "ignored": ignored,
         "headers": headers_digest(tar, (p["offset"] for s in samples for p in s["parts"].values())),
     }
+    if asked != AUTO:
+        index["layout"] = layout_key(asked)
+    return index
 
 
 def headers_digest(tar: OpenFile, offsets: Iterable[int]) -> str:

@@ -123,7 +123,7 @@ def _encode(
         try:
             if isinstance(payload, OSError):
                 raise payload
-            written.append(parse_sample(payload, sample.layout, sample.text, sample.parts))
+            written.append(parse_sample(payload, sample.layout, sample.text, tuple(sample.parts)))
             out.append("")
         except (OSError, ValueError) as error:  # it has changed since the shard was indexed
             out.append(str(error))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mm.data.columns.table import NO_CODE, Array, Spec, Strings, Table
+from mm.data.layouts.find import AUTO
 from mm.data.scan import VERSION, SegmentEntry, ShardIndex
 
 TEXT = NO_CODE  # the kind of a segment that is no item
@@ -63,8 +64,8 @@ INDEX = Spec(
                 "headers": SHA,  # sha256 over the tar headers of all parts
                 "sum": SHA,  # of what tables of texts stand on
                 "ignored": "i8",  # files whose names make no sample
+                "layout": "i4",  # key of the layout that was asked for: code
                 "probes": "i4",  # by extension the identity of its probe, as JSON: code
-                "layout": "i4",  # key of the layout that it was scanned for: code of a name
                 "torn": "?",  # it ends before its end mark
             }
         ),
@@ -77,8 +78,8 @@ INDEX = Spec(
         "segments": SEGMENT,
     },
     {
-        ("shards", "probes"): "probes",
         ("shards", "layout"): "names",
+        ("shards", "probes"): "probes",
         ("samples", "layout"): "names",
         ("parts", "name"): "names",
         ("parts", "meta"): "metas",
@@ -188,7 +189,7 @@ def _add_shard(rows: Mapping[str, _Rows], codes: Mapping[str, _Codes], index: Sh
         [
             (
                 *(index["bytes"], index["mtime_ns"], _sha(headers), _sha(of)),
-                *(index["ignored"], probes, names.of(index["layout"]), index["torn"]),
+                *(index["ignored"], names.of(index.get("layout", AUTO)), probes, index["torn"]),
             )
         ]
     )
@@ -239,8 +240,8 @@ class Listed(NamedTuple):
 
     key: str
     parts: list[str]  # names, in order
-    text: str  # the name of its text part, and how that is written
-    layout: str
+    text: str  # name of its text part
+    layout: str  # how that is written
     offset: int  # of its text part
     size: int
 
@@ -255,8 +256,8 @@ def listed(table: Table, shard: int) -> list[Listed]:
         own = parts[first : first + count]
         key = keys[at : at + size].decode("utf-8", "surrogatepass")
         offset, length = int(own["offset"][text]), int(own["size"][text])
-        here = [names[n] for n in own["name"].tolist()]
-        out.append(Listed(key, here, here[text], names[layout], offset, length))
+        parts_here = [names[n] for n in own["name"].tolist()]
+        out.append(Listed(key, parts_here, parts_here[text], names[layout], offset, length))
     return out
 
 

@@ -236,16 +236,17 @@ class Samples(Sequence[Sample]):
         key, size, part, parts, text, layout, chat = table.rows("samples", n)[sample_row].tolist()
         rows = table.rows("parts", n)[part : part + parts]
         found = texts.rows("segments", m)[at : at + count]
+        segments = tuple(self._segment(pair, own.path, rows, *s) for s in found.tolist())
         return Sample(
             id=number,
             key=table.rows("keys", n)[key : key + size].tobytes().decode("utf-8", "surrogatepass"),
             shard=own.path,
-            segments=tuple(self._segment(pair, own.path, rows, *s) for s in found.tolist()),
+            segments=segments,
             json=self._part(pair, own.path, rows[text]),
             markers=not chat,
             source=own.source,
             layout=self._name(pair.names, layout),
-            names=tuple(self._name(pair.names, name) for name in rows["name"].tolist()),
+            names=tuple(dict.fromkeys(s.part.name for s in segments if s.part is not None)),
         )
 
     def _name(self, codes: Numbers, code: int) -> str:

@@ -103,6 +103,7 @@ def expected(found: list[ShardIndex]) -> list[Sample]:
                     json=parts[entry.get("text", "json")],
                     source="ab"[k % 2],
                     layout=entry.get("layout", "segments"),
+                    names=tuple(dict.fromkeys(s["part"] for s in entry["segments"] if "part" in s)),
                 )
             )
     return out
