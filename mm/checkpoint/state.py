@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mm.config.schema import Config, resolve
+from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
@@ -88,7 +88,7 @@ def save(
         "data": history(cfg, index, step, drawn.cursor),
         "drawn": drawn.to_json(),
         "bad_samples": sorted(bad),
-        "config": resolve(cfg),
+        "config": shown(cfg),
     }
     try:
         return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)

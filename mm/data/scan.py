@@ -14,8 +14,8 @@ from mm.data.encode import Written, parse_sample
 from mm.data.layouts.find import AUTO, layout_key
 from mm.data.layouts.tar import ending, layout_of, looks_like, text_part, wanted
 from mm.data.probes import known, metadata
-from mm.data.storage import Location, OpenFile, reading, version_of
-from mm.data.tar import BLOCK, File, Loss, read_contents, split_name
+from mm.data.storage import LOCAL, Location, OpenFile, Storage
+from mm.data.tar import BLOCK, File, Loss, contents_of, split_name
 
 VERSION = 3
 
@@ -72,30 +72,34 @@ class ShardIndex(TypedDict):
     headers: str  # sha256 over the tar headers of all parts
 
 
-def build_index(shard: Location, layout: str = AUTO) -> ShardIndex:
+def build_index(shard: Location, layout: str = AUTO, storage: Storage = LOCAL) -> ShardIndex:
     """Read a shard once and return its index: what is whole, and a note on each loss ("broken").
 
     layout: how samples are written, by name. Raises DataError for a compressed file.
     """
-    was = version_of(shard)  # before the scan: a shard that is written to meanwhile is indexed again
-    found = read_contents(shard)
+    with storage.scanning(shard) as tar:
+        return _index_of(tar, shard, layout)
+
+
+def _index_of(tar: OpenFile, shard: Location, layout: str) -> ShardIndex:
+    was = tar.version  # before the scan: a shard that is written to meanwhile is indexed again
+    found = contents_of(tar, shard)
     parts: dict[str, dict[str, PartEntry]] = {}
     texts: dict[str, dict[str, bytes]] = {}  # by key and name, payloads that may have the text
     endings = wanted(layout)
     ignored = 0
-    with reading(shard) as tar:
-        for file in found.files:
-            place = split_name(file.name)
-            if place is None:
-                ignored += 1
-                continue
-            key, name = place
-            entry, payload = _part_entry(tar, file, name)
-            if ending(name) in endings:
-                texts.setdefault(key, {})[name] = payload
-            if name in parts.setdefault(key, {}):
-                entry["unreadable"] = f"{name} is there twice"
-            parts[key][name] = entry
+    for file in found.files:
+        place = split_name(file.name)
+        if place is None:
+            ignored += 1
+            continue
+        key, name = place
+        entry, payload = _part_entry(tar, file, name)
+        if ending(name) in endings:
+            texts.setdefault(key, {})[name] = payload
+        if name in parts.setdefault(key, {}):
+            entry["unreadable"] = f"{name} is there twice"
+        parts[key][name] = entry
     broken = [_loss(loss, parts) for loss in found.lost]
     asked = layout
     if layout == AUTO:
@@ -116,19 +120,18 @@ def build_index(shard: Location, layout: str = AUTO) -> ShardIndex:
         "broken": broken,
         "torn": found.torn,
         "ignored": ignored,
-        "headers": headers_digest(shard, (p["offset"] for s in samples for p in s["parts"].values())),
+        "headers": headers_digest(tar, (p["offset"] for s in samples for p in s["parts"].values())),
     }
     if asked != AUTO:
         index["layout"] = layout_key(asked)
     return index
 
 
-def headers_digest(shard: Location, offsets: Iterable[int]) -> str:
+def headers_digest(tar: OpenFile, offsets: Iterable[int]) -> str:
     """The sha256 over the tar headers before payloads at these offsets, as the shard has them now."""
     h = hashlib.sha256()
-    with reading(shard) as tar:
-        for offset in offsets:
-            h.update(tar.read_at(offset - BLOCK, BLOCK))
+    for offset in offsets:
+        h.update(tar.read_at(offset - BLOCK, BLOCK))
     return h.hexdigest()
 
 

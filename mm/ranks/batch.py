@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +120,10 @@ class Assembler:
         except (ValueError, OSError, EOFError) as error:
             # The payload matches its index but cannot be decoded: the sample counts as unreadable.
             raise BadSample(task.sample, f"{task.part.name}: {error}") from error
+
+    def ahead(self, tasks: Iterable[Task]) -> None:
+        """Read together, from remote stores, what decode() is given next."""
+        self.reader.ahead(task.part for task in tasks)
 
     def build(
         self,

@@ -136,7 +136,10 @@ class Feed:
         if self._planner is None:
             self._planner = self._start_planner()
             assembler, options = self._assembler, self._options
-            self._workers = Workers(assembler.decode, options.workers, assembler.rank, options.item_timeout_s)
+            limit_s = options.item_timeout_s + assembler.reader.patience_s
+            self._workers = Workers(
+                assembler.decode, options.workers, assembler.rank, limit_s, assembler.ahead
+            )
         while True:
             last = min(step + max(1, self._options.prefetch) + 1, stop)
             for s in range(step, last):

@@ -1,0 +1,40 @@
+"""The config of shards that are not on this machine: `data.remote`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from mm.config.build import Section
+from mm.data.remote.urls import urls_in
+from mm.data.storage import Storage
+
+if TYPE_CHECKING:
+    from mm.config.schema import Config
+
+
+class RemoteConfig(Section):
+    """Shards at s3://, gs://, https:// and hf://."""
+
+    cache: str | None = Field(
+        None,
+        min_length=1,
+        description="folder on this machine for indexes and blocks of remote shards, from the working "
+        "folder; needed where a shard is a URL",
+    )
+    cache_bytes: int = Field(
+        10 << 30,
+        ge=0,
+        description="most bytes of blocks that stay in the cache; 0: none stay, only what is used is read",
+    )
+    timeout_s: float = Field(
+        30.0, gt=0, description="longest wait for an answer, in seconds; a request is tried up to six times"
+    )
+
+
+def storage_of(cfg: Config) -> Storage:
+    """What reads the shards of a config's data."""
+    remote = cfg.data.remote
+    urls = urls_in(cfg.data.model_dump(mode="json"))
+    return Storage.of(urls, remote.cache, remote.cache_bytes, remote.timeout_s)
