@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mm.config.data import storage_of
 from mm.config.outline import SINK, llm_config
-from mm.config.remote import storage_of
 from mm.config.schema import Config
 from mm.config.sources import patterns_of
 from mm.data.index import find_shards
@@ -46,7 +46,7 @@ def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
             f"run.dir {folder} cannot be written: {error.strerror}; needed: a folder that can"
         ) from error
     for entries in (cfg.data.train, cfg.data.eval) if data else ():
-        find_shards(patterns_of(entries), cfg.base, cfg.data.made_by, storage_of(cfg))
+        find_shards(patterns_of(entries), cfg.base, cfg.data.made_by, storage_of(cfg.data))
     if cfg.run.tensorboard and find_spec("tensorboard") is None:
         raise Refused(
             "run.tensorboard=true, but the package tensorboard is not installed; needed: pip install -e "

@@ -9,6 +9,8 @@ from pydantic import Field
 from mm.config.build import Section
 from mm.config.remote import RemoteConfig
 from mm.config.sources import Entry, WeightsConfig
+from mm.data.remote.urls import urls_in
+from mm.data.storage import Storage
 
 
 class LimitsConfig(Section):
@@ -88,3 +90,9 @@ class DataConfig(Section):
     item_timeout_s: float = Field(
         30.0, gt=0, description="longest time that a worker may take for one item, in seconds"
     )
+
+
+def storage_of(data: DataConfig) -> Storage:
+    """What reads the shards of a config's data."""
+    remote, urls = data.remote, urls_in(data.model_dump(mode="json"))
+    return Storage.of(urls, remote.cache, remote.cache_bytes, remote.timeout_s)

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from mm.config.build import Section
-from mm.data.remote.urls import urls_in
-from mm.data.storage import Storage
-
-if TYPE_CHECKING:
-    from mm.config.schema import Config
 
 
 class RemoteConfig(Section):
@@ -31,10 +24,3 @@ class RemoteConfig(Section):
     timeout_s: float = Field(
         30.0, gt=0, description="longest wait for an answer, in seconds; a request is tried up to six times"
     )
-
-
-def storage_of(cfg: Config) -> Storage:
-    """What reads the shards of a config's data."""
-    remote = cfg.data.remote
-    urls = urls_in(cfg.data.model_dump(mode="json"))
-    return Storage.of(urls, remote.cache, remote.cache_bytes, remote.timeout_s)
