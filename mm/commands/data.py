@@ -20,6 +20,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", default="bytes", metavar="T", help="index, inspect: as data.tokenizer (default bytes)"
     )
+    parser.add_argument("--again", action="store_true", help="index: scan shards that have an index too")
     parser.add_argument("--seed", type=int, default=0, help="prepare: seed (default 0)")
     parser.add_argument(
         "--layout",
@@ -63,7 +64,10 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         raise Refused(str(error)) from error
     if verb == "inspect" and args.html is not None:
         return _show(args, rest, tokenizer)
-    print((index_text if verb == "index" else inspect_text)(rest, Path(), tokenizer, _layout(args)))
+    if verb == "index":
+        print(index_text(rest, Path(), tokenizer, _layout(args), again=args.again))
+    else:
+        print(inspect_text(rest, Path(), tokenizer, _layout(args)))
     return 0
 
 

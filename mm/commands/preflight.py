@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mm.config.outline import SINK, llm_config
 from mm.config.schema import Config
+from mm.config.sources import patterns_of
 from mm.data.index import find_shards
 from mm.data.tokenizer import Tokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
@@ -43,8 +44,8 @@ def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
         raise Refused(
             f"run.dir {folder} cannot be written: {error.strerror}; needed: a folder that can"
         ) from error
-    for patterns in (cfg.data.train, cfg.data.eval) if data else ():
-        find_shards(patterns, cfg.base, cfg.data.made_by)
+    for entries in (cfg.data.train, cfg.data.eval) if data else ():
+        find_shards(patterns_of(entries), cfg.base, cfg.data.made_by)
     if cfg.run.tensorboard and find_spec("tensorboard") is None:
         raise Refused(
             "run.tensorboard=true, but the package tensorboard is not installed; needed: pip install -e "

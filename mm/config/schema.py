@@ -17,6 +17,7 @@ from pydantic import Field
 
 from mm.config.build import Section, build, unknown_key
 from mm.config.folder import FOLDER, unfold
+from mm.config.sources import Entry, WeightsConfig, check_sources, moved
 from mm.config.training import TrainConfig, check_train
 from mm.errors import Refused
 
@@ -137,10 +138,17 @@ class LimitsConfig(Section):
 class DataConfig(Section):
     """The samples."""
 
-    train: list[str] = Field(
-        min_length=1, description="patterns of the training shards, from the config's folder"
+    train: list[Entry] = Field(
+        min_length=1,
+        description="patterns of the training shards, from the config's folder, or mappings: sources",
     )
-    eval: list[str] = Field([], description="patterns of the held-out shards, from the config's folder")
+    eval: list[Entry] = Field(
+        [], description="patterns of the held-out shards, from the config's folder, or mappings: sources"
+    )
+    weights: list[WeightsConfig] = Field(
+        [],
+        description="a schedule of weights: mappings, in order of their samples",
+    )
     layout: str | dict[str, Any] | None = Field(
         None,
         description="how samples are written: a name, a mapping of fields or module:function; null for what "
@@ -173,6 +181,15 @@ class DataConfig(Section):
         "folder",
     )
     context: int = Field(256, ge=3, description="length of the longest sample, in tokens")
+    pack: int | None = Field(
+        None,
+        ge=3,
+        description="length of packed sequences, in tokens, at least data.context; train.global_batch then "
+        "counts packed sequences, so that a step has a budget of tokens",
+    )
+    window: int = Field(
+        8192, ge=1, description="samples that are packed together, with data.pack; more pack better"
+    )
     prefetch: int = Field(2, ge=1, description="steps that are read ahead")
     workers: int = Field(
         0, ge=0, description="processes of each rank that read and decode ahead; 0: a thread of the rank does"
@@ -307,6 +324,12 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
     _count_steps(rest)
     cfg = build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
     check_train(cfg.train, [*cfg.model], cfg.run.trace)
+    check_sources(cfg.data.train, cfg.data.weights)
+    if cfg.data.pack is not None and cfg.data.pack < cfg.data.context:
+        raise Refused(
+            f"data.pack={cfg.data.pack} is shorter than the longest sample, data.context={cfg.data.context}; "
+            f"nearest: data.pack={cfg.data.context}"
+        )
     if cfg.eval.average and cfg.train.average is None:
         raise Refused("eval.average, but no average is kept; needed: train.average, such as 0.999")
     return cfg
@@ -354,8 +377,8 @@ def resolve(cfg: Config) -> dict[str, Any]:
 def resolve_yaml(cfg: Config) -> str:
     """resolve() as the text of a YAML file in run.dir, where its data paths start: the file can be run."""
     raw = resolve(cfg)
-    for name in ("train", "eval"):
-        raw["data"][name] = [os.path.relpath(cfg.base / p, cfg.run.dir) for p in raw["data"][name]]
+    for name, entries in (("train", cfg.data.train), ("eval", cfg.data.eval)):
+        raw["data"][name] = moved(entries, lambda p: os.path.relpath(cfg.base / p, cfg.run.dir))
     return yaml.safe_dump(raw, sort_keys=False)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mm.data.index import read_or_build
+from mm.data.building import kept_indexes
 
 RATE = 8000
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -63,8 +63,7 @@ def prepare_digits(out: Path, seed: int = 0, train_samples: int = 860, eval_samp
         _write(out / "digits-eval-000000.tar", _samples(held_out, eval_samples, rng, "e")),
     ]
     (out / "ATTRIBUTION.md").write_text(ATTRIBUTION)
-    for shard in shards:
-        read_or_build(shard)
+    kept_indexes([str(shard) for shard in shards])
     return shards
 
 

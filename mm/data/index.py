@@ -1,81 +1,29 @@
-"""The index of a data set: for each shard a file beside it, with the offset of every payload.
+"""The index of a data set: its samples as columns, with the offset of every payload.
 
-A shard is indexed once. Its index file records what made it: for another format, another probe or another
-shard it is made again. Text stays in the tar; the index has only its length, in bytes. Lengths in tokens are
-in files of their own (mm/data/tokens.py).
+Text stays in the shards; the index has only its length, in bytes, or in tokens of a published tokenizer.
 """
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 import braceexpand
 
+from mm.data.building import Kept, kept_indexes, tell
+from mm.data.columns.entries import notes_of
+from mm.data.columns.samples import Samples, Shard
+from mm.data.columns.store import Say
 from mm.data.encode import NO_TEMPLATE
-from mm.data.layouts.energon import layout_of_shard
-from mm.data.layouts.find import AUTO, Spec, layout_key, layout_name
-from mm.data.probes import known
+from mm.data.layouts.find import Spec, layout_name
 from mm.data.probes import register_probe as register_probe  # documented here for users
 from mm.data.published import PublishedTokenizer
-from mm.data.sample import Broken, Index, Part, Sample, Segment
-from mm.data.scan import VERSION, SampleEntry, SegmentEntry, ShardIndex, build_index, headers_digest
+from mm.data.sample import Broken, Index
 from mm.data.sources import source_names
+from mm.data.storage import find
 from mm.data.tokenizer import AnyTokenizer
-from mm.data.tokens import load, read_or_encode, store
+from mm.data.tokens import kept_texts
 from mm.errors import DataError
-
-
-def index_path(shard: Path) -> Path:
-    """Where the index of a shard lies: beside it."""
-    return shard.with_name(shard.name + ".index.json")
-
-
-def stored_index(shard: Path, layout: str = AUTO) -> ShardIndex | None:
-    """The index beside a shard; None where it is missing, damaged, or of another shard, format, layout or
-    probe."""
-    found = load(index_path(shard))
-    try:
-        index = cast(ShardIndex, found)
-        return index if found is not None and _is_of(index, shard, layout) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _is_of(index: ShardIndex, shard: Path, layout: str) -> bool:
-    """Whether a scan of the shard would give this index now.
-
-    A copy of a shard has another mtime: it counts as the same shard where all headers are equal. A payload
-    that differs is found when it is read. Entries of a probe that is not registered here are accepted.
-    """
-    now = shard.stat()
-    if index["version"] != VERSION or index["bytes"] != now.st_size:
-        return False
-    if index.get("layout", AUTO) != layout_key(layout):
-        return False
-    if any(known(e) not in (None, made) for e, made in index["probes"].items()):
-        return False
-    if index["mtime_ns"] == now.st_mtime_ns:
-        return True
-    return not index["broken"] and index["headers"] == headers_digest(shard, index["samples"])
-
-
-def read_or_build(shard: Path, layout: str = AUTO, *, write: bool = True) -> ShardIndex:
-    """The index of a shard, scanned where stored_index() has none; write: store a new one beside the shard.
-
-    layout: how samples are written, by name. Raises DataError for a compressed file.
-    """
-    layout = layout_of_shard(layout, shard)
-    index = stored_index(shard, layout)
-    if index is not None:
-        return index
-    index = build_index(shard, layout)
-    if not write or not index["samples"]:
-        return index  # the file may be no shard at all: leave nothing beside it
-    store(index_path(shard), index)
-    return index
 
 
 def named_layout(spec: Spec) -> str:
@@ -93,9 +41,7 @@ def find_shards(patterns: Sequence[str], base: Path, made_by: str | None = None)
     """
     out: list[Path] = []
     for pattern in patterns:
-        found = [
-            Path(p) for one in braceexpand.braceexpand(pattern) for p in sorted(glob.glob(str(base / one)))
-        ]
+        found = [Path(p) for one in braceexpand.braceexpand(pattern) for p in find(str(base / one))]
         if not found:
             folder = (base / pattern).parent
             have = sorted(p.name for p in folder.glob("*.tar")) if folder.is_dir() else None
@@ -112,77 +58,67 @@ def load_index(
     patterns: Sequence[str],
     base: Path,
     *,
-    layout: Spec = None,
+    layout: Spec | list[Spec] = None,
     tokenizer: AnyTokenizer | None = None,
     made_by: str | None = None,
     write: bool = True,
+    say: Say = tell,
+    names: Callable[[Sequence[str]], Sequence[str]] = source_names,
 ) -> Index:
     """The data set of the shards that the patterns match.
 
-    layout: how samples are written (mm/data/layouts); None: what each looks like. tokenizer: in whose tokens
-    lengths are; None: bytes. write: store new index files beside the shards. made_by: as in find_shards.
+    layout: how samples are written (mm/data/layouts), in a list by pattern; None: what each shard looks like.
+    tokenizer: in whose tokens lengths are; None: bytes. write: keep new index files beside the shards. say:
+    hears what takes long. made_by: as in find_shards. names: of the data sets that shards are of, by shard.
     Raises DataError where a pattern matches nothing, a shard is compressed, there is no such layout, or no
     sample is usable.
     """
-    asked = named_layout(layout)
-    samples: list[Sample] = []
-    broken: list[Broken] = []
-    shards: list[str] = []
-    torn: list[str] = []
-    ignored: dict[str, int] = {}
-    paths = find_shards(patterns, base, made_by)
-    for path, source in zip(paths, source_names([str(path) for path in paths]), strict=True):
-        shard, raw = str(path), read_or_build(path, asked, write=write)
-        shards.append(shard)
-        torn += [shard] if raw["torn"] else []
-        ignored[shard] = raw["ignored"]
-        broken += [Broken(shard, key, why) for key, why in raw["broken"]]
-        encoded: list[list[SegmentEntry] | str] | None = None
-        if isinstance(tokenizer, PublishedTokenizer):
-            encoded = read_or_encode(path, raw, tokenizer, write=write)
-        for k, entry in enumerate(raw["samples"]):
-            segments = _in_bytes(entry) if encoded is None else encoded[k]
-            if isinstance(segments, str):
-                broken.append(Broken(shard, entry["key"], segments))
-            else:
-                samples.append(_sample(len(samples), shard, source, entry, segments))
-    if not samples:
+    layouts = [
+        named_layout(one) for one in (layout if isinstance(layout, list) else [layout] * len(patterns))
+    ]
+    given = [
+        (str(path), own)
+        for pattern, own in zip(patterns, layouts, strict=True)
+        for path in find_shards([pattern], base, made_by)
+    ]
+    paths = [path for path, _ in given]
+    kept: dict[tuple[str, str], Kept] = {}
+    for one in dict.fromkeys(layouts):
+        mine = [path for path, own in given if own == one]
+        kept |= {
+            (path, one): k
+            for path, k in zip(mine, kept_indexes(mine, one, write=write, say=say), strict=True)
+        }
+    indexes = [kept[both] for both in given]
+    texts = indexes
+    if isinstance(tokenizer, PublishedTokenizer):
+        texts = kept_texts(paths, indexes, tokenizer, write=write, say=say)
+    both = list(zip(paths, names(paths), indexes, texts, strict=True))
+    samples = Samples([Shard(path, source, index, text) for path, source, index, text in both])
+    broken = [b for path, _, index, text in both for b in _broken(path, index, text)]
+    if not len(samples):
         why = "; ".join(f"{key or 'all'} of {shard}: {what}" for shard, key, what in broken[:3])
         raise DataError(f"no usable sample in {', '.join(patterns)}: {why or 'the shards are empty'}")
-    return Index(tuple(samples), tuple(broken), tuple(shards), tuple(torn), ignored)
-
-
-def _in_bytes(entry: SampleEntry) -> list[SegmentEntry] | str:
-    """The segments of a sample in bytes, or why it has none."""
-    return NO_TEMPLATE if entry.get("chat") else entry["segments"]
-
-
-def _sample(
-    number: int, shard: str, source: str, entry: SampleEntry, segments: Sequence[SegmentEntry]
-) -> Sample:
-    """A sample from its entry in the index of a shard. segments: in the lengths of the tokenizer."""
-    parts = {
-        name: Part(shard, name, p["offset"], p["size"], p["sha256"], p["meta"])
-        for name, p in entry["parts"].items()
-    }
-    made = tuple(
-        Segment(
-            kind=s["kind"],
-            tokens=s.get("tokens", s.get("bytes", 0)),
-            part=parts[s["part"]] if "part" in s else None,
-            loss=s.get("loss", True),
-            depends=s.get("depends"),
-        )
-        for s in segments
+    facts = [index.table.columns["shards"][index.shard] for index in indexes]
+    return Index(
+        samples,
+        tuple(broken),
+        shards=tuple(paths),
+        torn=tuple(p for p, own in zip(paths, facts, strict=True) if own["torn"]),
+        ignored={p: int(own["ignored"]) for p, own in zip(paths, facts, strict=True)},
+        firsts=tuple(samples.first.tolist()),
     )
-    return Sample(
-        number,
-        entry["key"],
-        shard,
-        made,
-        parts[entry.get("text", "json")],
-        markers=not entry.get("chat", False),
-        source=source,
-        layout=entry.get("layout", "segments"),
-        names=tuple(dict.fromkeys(s["part"] for s in segments if "part" in s)),
-    )
+
+
+def _broken(path: str, index: Kept, texts: Kept) -> list[Broken]:
+    """What of a shard cannot be used: what the scan has lost, and samples that have no segments."""
+    found = [Broken(path, key, why) for key, why in notes_of(*index)]
+    if texts.table is not index.table:
+        return found + [Broken(path, key, why) for key, why in notes_of(*texts)]
+    if len(texts.table.rows("lines", index.shard)) == len(index.table.rows("samples", index.shard)):
+        return found  # without a look at them
+    samples, keys = index.table.rows("samples", index.shard), index.table.rows("keys", index.shard)
+    for sample in samples[samples["chat"]]:
+        key = keys[int(sample["key"]) : int(sample["key"]) + int(sample["key_bytes"])].tobytes()
+        found.append(Broken(path, key.decode("utf-8", "surrogatepass"), NO_TEMPLATE))
+    return found

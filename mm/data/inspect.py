@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from mm.data.index import find_shards, index_path, load_index, named_layout, read_or_build, stored_index
-from mm.data.layouts.energon import layout_of_shard
+from mm.data.building import current_indexes, kept_indexes
+from mm.data.columns.entries import notes_of
+from mm.data.index import find_shards, load_index, named_layout
 from mm.data.layouts.find import NAMES, Spec
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index, Sample
 from mm.data.tokenizer import AnyTokenizer
-from mm.data.tokens import read_or_encode, tokens_path
+from mm.data.tokens import kept_texts
 from mm.errors import DataError
 
 SHOWN = 3  # reasons that are listed for one shard
@@ -20,36 +21,43 @@ SHARDS_SHOWN = 8  # shards that are listed
 
 
 def index_text(
-    patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None, layout: Spec = None
+    patterns: Sequence[str],
+    base: Path,
+    tokenizer: AnyTokenizer | None = None,
+    layout: Spec = None,
+    *,
+    again: bool = False,
 ) -> str:
     """Make the indexes that are missing; returns a line for each shard, and what it has lost.
 
-    tokenizer: make the token indexes too. layout: as in load_index. Raises DataError where a shard has no
-    sample, or its index cannot be written.
+    tokenizer: measure texts in its tokens too. layout: as in load_index. again: scan all shards. Raises
+    DataError where a shard has no sample, or its index cannot be written.
     """
-    lines, wrong, good, asked = [], [], 0, named_layout(layout)
-    for shard in find_shards(patterns, base):
-        raw, path = read_or_build(shard, asked), index_path(shard)
-        lost = [f"{key}: {why}" if key else why for key, why in raw["broken"]]
-        count = len(raw["samples"])
-        if isinstance(tokenizer, PublishedTokenizer):
-            path = tokens_path(shard, tokenizer)
-            for sample, found in zip(
-                raw["samples"], read_or_encode(shard, raw, tokenizer, write=True), strict=True
-            ):
-                lost += [f"{sample['key']}: {found}"] if isinstance(found, str) else []
-                count -= isinstance(found, str)
-        if not raw["samples"]:
+    asked = named_layout(layout)
+    shards = [str(shard) for shard in find_shards(patterns, base)]
+    indexes = kept_indexes(shards, asked, again=again)
+    texts = indexes
+    if isinstance(tokenizer, PublishedTokenizer):
+        texts = kept_texts(shards, indexes, tokenizer)
+    lines, wrong, good = [], [], 0
+    now = current_indexes(shards, asked)
+    for shard, index, text in zip(shards, indexes, texts, strict=True):
+        notes = [note for own in dict.fromkeys((index, text)) for note in notes_of(*own)]
+        lost = [f"{key}: {why}" if key else why for key, why in notes]
+        count = len(index.table.rows("samples", index.shard))
+        if not count:
             why = "; ".join(lost[:SHOWN]) or "it is empty"
             wrong.append(
                 f"{shard} has no sample ({why}); needed: for each a KEY.json with its segments and its items "
                 f"beside it, or data.layout (--layout): {', '.join(NAMES)}, a mapping. Nothing is written"
             )
-        elif stored_index(shard, layout_of_shard(asked, shard)) is None or not path.is_file():
-            wrong.append(f"{path} cannot be written; {shard} would be indexed at each start")
+        elif shard not in now:
+            wrong.append(f"{Path(shard).parent} cannot be written; {shard} would be indexed at each start")
         else:
             good += 1
-            lines += [f"{path}: {count} samples, {len(lost)} broken", *_some(lost)]
+            if text is not index:
+                count = len(text.table.rows("lines", text.shard))
+            lines += [f"{shard}: {count} samples, {len(lost)} broken", *_some(lost)]
     if wrong:
         raise DataError("; ".join([*wrong, *([f"the other {good} shards are indexed"] if good else [])]))
     return "\n".join(lines)

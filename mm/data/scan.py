@@ -1,14 +1,12 @@
-"""Scan a shard: make the content of its index file from the tar itself.
+"""Scan a shard: what its index holds, made from the tar itself.
 
-The entries here are the JSON of that file; mm/data/index.py reads and writes it.
+The entries here are what a scan hands on; mm/data/columns keeps them as columns.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NotRequired, TypedDict
 
 from mm.data.conversation import Conversation
@@ -16,13 +14,14 @@ from mm.data.encode import Written, parse_sample
 from mm.data.layouts.find import AUTO, layout_key
 from mm.data.layouts.tar import ending, layout_of, looks_like, text_part, wanted
 from mm.data.probes import known, metadata
+from mm.data.storage import Location, OpenFile, reading, version_of
 from mm.data.tar import BLOCK, File, Loss, read_contents, split_name
 
-VERSION = 2
+VERSION = 3
 
 
 class PartEntry(TypedDict):
-    """One payload in an index file."""
+    """One payload."""
 
     offset: int  # of its first byte in the tar
     size: int  # bytes
@@ -32,18 +31,18 @@ class PartEntry(TypedDict):
 
 
 class SegmentEntry(TypedDict):
-    """One segment in an index file."""
+    """One segment."""
 
     kind: str  # "text", or the module of an item
     part: NotRequired[str]  # of an item, the name of its payload
     bytes: NotRequired[int]  # of text, its length in UTF-8
-    tokens: NotRequired[int]  # of text, its length in a token index
+    tokens: NotRequired[int]  # of text, its length in tokens of a tokenizer
     loss: NotRequired[bool]  # true where absent
     depends: NotRequired[str]
 
 
 class SampleEntry(TypedDict):
-    """One sample in an index file."""
+    """One sample."""
 
     key: str
     segments: list[SegmentEntry]
@@ -59,7 +58,7 @@ def text_entry(sample: SampleEntry) -> PartEntry:
 
 
 class ShardIndex(TypedDict):
-    """The content of an index file, without its own sum."""
+    """What a scan of a shard has found."""
 
     version: int
     bytes: int  # size of the shard
@@ -73,25 +72,25 @@ class ShardIndex(TypedDict):
     headers: str  # sha256 over the tar headers of all parts
 
 
-def build_index(shard: Path, layout: str = AUTO) -> ShardIndex:
+def build_index(shard: Location, layout: str = AUTO) -> ShardIndex:
     """Read a shard once and return its index: what is whole, and a note on each loss ("broken").
 
     layout: how samples are written, by name. Raises DataError for a compressed file.
     """
-    was = shard.stat()  # before the scan: a shard that is written to meanwhile is indexed again
+    was = version_of(shard)  # before the scan: a shard that is written to meanwhile is indexed again
     found = read_contents(shard)
     parts: dict[str, dict[str, PartEntry]] = {}
     texts: dict[str, dict[str, bytes]] = {}  # by key and name, payloads that may have the text
     endings = wanted(layout)
     ignored = 0
-    with shard.open("rb") as tar:
+    with reading(shard) as tar:
         for file in found.files:
             place = split_name(file.name)
             if place is None:
                 ignored += 1
                 continue
             key, name = place
-            entry, payload = _part_entry(tar.fileno(), file, name)
+            entry, payload = _part_entry(tar, file, name)
             if ending(name) in endings:
                 texts.setdefault(key, {})[name] = payload
             if name in parts.setdefault(key, {}):
@@ -110,27 +109,26 @@ def build_index(shard: Path, layout: str = AUTO) -> ShardIndex:
     extensions = sorted({ending(name) for entries in parts.values() for name in entries})
     index: ShardIndex = {
         "version": VERSION,
-        "bytes": was.st_size,
-        "mtime_ns": was.st_mtime_ns,
+        "bytes": was.size,
+        "mtime_ns": was.stamp,
         "probes": {e: known(e) for e in extensions},
         "samples": samples,
         "broken": broken,
         "torn": found.torn,
         "ignored": ignored,
-        "headers": headers_digest(shard, samples),
+        "headers": headers_digest(shard, (p["offset"] for s in samples for p in s["parts"].values())),
     }
     if asked != AUTO:
         index["layout"] = layout_key(asked)
     return index
 
 
-def headers_digest(shard: Path, samples: Sequence[SampleEntry]) -> str:
-    """The sha256 over the tar headers of all parts of `samples`, as the shard has them now."""
+def headers_digest(shard: Location, offsets: Iterable[int]) -> str:
+    """The sha256 over the tar headers before payloads at these offsets, as the shard has them now."""
     h = hashlib.sha256()
-    with shard.open("rb") as tar:
-        for sample in samples:
-            for part in sample["parts"].values():
-                h.update(os.pread(tar.fileno(), BLOCK, part["offset"] - BLOCK))
+    with reading(shard) as tar:
+        for offset in offsets:
+            h.update(tar.read_at(offset - BLOCK, BLOCK))
     return h.hexdigest()
 
 
@@ -143,7 +141,7 @@ def _loss(loss: Loss, keys: Collection[str]) -> list[str]:
     return ["", f"{loss.why} (its name reads {loss.name!r})"]
 
 
-def _part_entry(tar: int, file: File, name: str) -> tuple[PartEntry, bytes]:
+def _part_entry(tar: OpenFile, file: File, name: str) -> tuple[PartEntry, bytes]:
     """The entry of a file of the tar, and its payload; the payload is empty where it cannot be read."""
     from encoders.media.limits import BOUNDS
 
@@ -152,7 +150,7 @@ def _part_entry(tar: int, file: File, name: str) -> tuple[PartEntry, bytes]:
         entry["unreadable"] = f"{name} has {file.size} bytes; needed: at most {BOUNDS.bytes}"
         return entry, b""
     try:
-        payload = os.pread(tar, file.size, file.offset)
+        payload = tar.read_at(file.offset, file.size)
         if len(payload) < file.size:
             raise OSError(f"{len(payload)} of {file.size} bytes were read")
     except OSError as error:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm.data.sample import Index, Selection
 
 MOST = 64  # sources with a name of their own
 OTHERS = "others"
@@ -23,6 +30,43 @@ def source_names(shards: Sequence[str]) -> list[str]:
     names = ["/".join(p[-depth:]).replace("//", "/") for p in paths]
     known = set(list(dict.fromkeys(names))[:MOST])
     return [name if name in known else OTHERS for name in names]
+
+
+class Wanted(NamedTuple):
+    """An entry of the config. shards: how many it has. name: None where it is told from them."""
+
+    shards: int
+    name: str | None = None
+    limit: int | None = None
+    split: tuple[float, float] | None = None
+
+
+def named(shards: Sequence[str], wanted: Sequence[Wanted]) -> list[str]:
+    """source_names() with the names that entries give to their shards."""
+    given = [w.name for w in wanted for _ in range(w.shards)]
+    return [own or told for own, told in zip(given, source_names(shards), strict=True)]
+
+
+def selected(index: Index, wanted: Sequence[Wanted], names: Sequence[str]) -> tuple[Selection, ...]:
+    """What each entry takes. names: by shard. O(1) an entry, and O(samples) where it has a split."""
+    out, shard = list[Selection](), 0
+    for w in wanted:
+        first, stop = index.firsts[shard], index.firsts[shard + w.shards]
+        size = stop - first if w.limit is None else min(w.limit, stop - first)
+        name = w.name or (names[shard] if w.shards else "")
+        out.append(
+            Selection(name, first, size, None if w.split is None else _split(index, first, size, w.split))
+        )
+        shard += w.shards
+    return tuple(out)
+
+
+def _split(index: Index, first: int, size: int, part: tuple[float, float]) -> NDArray[np.uint8]:
+    """Which samples have the hash of their key in this part of [0, 1)."""
+    keys = (index.samples[i].key for i in range(first, first + size))
+    hashes = (int.from_bytes(hashlib.blake2b(k.encode(), digest_size=6).digest(), "big") for k in keys)
+    at = np.fromiter(hashes, dtype=np.float64, count=size) / 2.0**48
+    return np.packbits((part[0] <= at) & (at < part[1]))
 
 
 def _without_number(shard: str) -> tuple[str, ...]:

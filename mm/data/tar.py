@@ -9,13 +9,11 @@ Formats: POSIX.1-2017, pax, "pax Interchange Format"; GNU tar manual, "Basic Tar
 
 from __future__ import annotations
 
-import os
 import re
 import tarfile
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
+from mm.data.storage import Location, OpenFile, reading
 from mm.errors import DataError
 
 BLOCK = 512  # bytes: a tar consists of blocks of this size; a header is one, a payload is padded with zeros
@@ -73,17 +71,17 @@ def split_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, part
 
 
-def read_contents(path: Path) -> Contents:
+def read_contents(path: Location) -> Contents:
     """Scan the headers of a tar; payloads are not read. Raises DataError for a compressed file."""
-    with path.open("rb") as file:
-        first = file.read(BLOCK)
+    with reading(path) as file:
+        first = file.read_at(0, BLOCK)
         kind = next((kind for magic, kind in COMPRESSED.items() if first.startswith(magic)), None)
         if kind is not None and _header(first) is None:
             raise DataError(
                 f"{path} is compressed with {kind[0]}; samples are read by their place in the file, which "
                 f"compression hides; needed: a plain tar, such as {kind[1]} {path} makes"
             )
-        return _Scan(file, file.seek(0, os.SEEK_END)).run()
+        return _Scan(file, file.size).run()
 
 
 def _header(block: bytes) -> tarfile.TarInfo | None:
@@ -114,7 +112,7 @@ def _records(body: bytes) -> dict[str, str]:
 class _Scan:
     """One scan over the headers of a tar of `size` bytes."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: OpenFile, size: int) -> None:
         self.file, self.size = file, size
         self.files: list[File] = []
         self.lost: list[Loss] = []
@@ -131,8 +129,7 @@ class _Scan:
         return Contents(tuple(self.files), tuple(self.lost), self.torn)
 
     def _read(self, at: int, n: int) -> bytes:
-        self.file.seek(at)
-        return self.file.read(n)
+        return self.file.read_at(at, n)
 
     def _step(self, at: int) -> int | None:
         """Read the header at byte `at`; returns where the next one should be, None at the end."""

@@ -1,95 +1,110 @@
-"""The token index of a shard: its segments in tokens, in a file beside it for each tokenizer.
+"""Lengths in tokens: the segments of shards as a tokenizer makes them, kept beside the shards for each.
 
-It stands on the index of the shard, and on the tokenizer with its chat template. Where either is another, it
-is made again.
+They stand on the index of the shard, and on the tokenizer with its chat template. Where either is another,
+they are made again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
 
+from mm.data.building import Kept, by_folder, tell
+from mm.data.columns.entries import TEXTS, Listed, listed, text_columns
+from mm.data.columns.store import Say, Store, writing
+from mm.data.columns.table import join
 from mm.data.encode import TokenSegment, Written, encode_samples, parse_sample
 from mm.data.published import PublishedTokenizer
-from mm.data.scan import SampleEntry, SegmentEntry, ShardIndex, text_entry
+from mm.data.scan import SegmentEntry
+from mm.data.storage import OpenFile, reading
 
-BATCH_BYTES = 4 << 20  # of json that is encoded at once: enough for all cores, small beside a shard
-
-
-class TokenIndex(TypedDict):
-    """The content of a token index, without its own sum."""
-
-    tokenizer: str  # key of the tokenizer
-    shard: str  # sum of the shard's index
-    samples: list[list[SegmentEntry] | str]  # by sample of that index, its segments or why it cannot be used
+BATCH_BYTES = 4 << 20  # of text that is encoded at once: enough for all cores, small beside a shard
 
 
-def tokens_path(shard: Path, tokenizer: PublishedTokenizer) -> Path:
-    """Where the token index of a shard lies: beside it, with the beginning of the tokenizer's key."""
-    return shard.with_name(f"{shard.name}.tokens-{tokenizer.key[:12]}.json")
+def store_of(folder: Path, tokenizer: PublishedTokenizer) -> Store:
+    """The lengths of a folder's shards; files have the beginning of the tokenizer's key in their names."""
+    return Store(folder, TEXTS, f"tokens-{tokenizer.key[:12]}")
 
 
-def sum_of(content: Mapping[str, Any]) -> str:
-    """The sha256 of what an index file holds."""
-    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+def kept_texts(
+    shards: Sequence[str],
+    indexes: Sequence[Kept],
+    tokenizer: PublishedTokenizer,
+    *,
+    write: bool = True,
+    say: Say = tell,
+) -> list[Kept]:
+    """The segments of each shard in tokens. Every text is encoded where none are kept; write: keep new ones.
 
-
-def store(path: Path, content: Mapping[str, Any]) -> None:
-    """Write an index file with its own sum, whole or not at all; a folder that cannot be written stays as it
-    is, and its shards are read again at each start."""
-    # Ranks on several machines may write at the same time: the rename is atomic.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        partial.write_text(json.dumps({**content, "sha256": sum_of(content)}, separators=(",", ":")))
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def load(path: Path) -> dict[str, Any] | None:
-    """The content of an index file; None where it is missing or damaged."""
-    try:
-        index = json.loads(path.read_text())
-        claimed = index.pop("sha256")
-        return cast(dict[str, Any], index) if claimed == sum_of(index) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def read_or_encode(
-    shard: Path, index: ShardIndex, tokenizer: PublishedTokenizer, *, write: bool
-) -> list[list[SegmentEntry] | str]:
-    """By sample of a shard's index, its segments in tokens, or why it cannot be used.
-
-    Every text is encoded where no file has that; write: store one.
+    indexes: of the shards. say: as in kept_indexes().
     """
-    path, of = tokens_path(shard, tokenizer), sum_of(index)
-    found = load(path)
-    if found is not None and (found.get("tokenizer"), found.get("shard")) == (tokenizer.key, of):
-        return cast(TokenIndex, found)["samples"]
-    samples: list[list[SegmentEntry] | str] = []
-    with shard.open("rb") as tar:
-        for batch in _batches(index["samples"]):
-            samples += _encode(tar.fileno(), batch, tokenizer)
-    if write and samples:
-        store(path, TokenIndex(tokenizer=tokenizer.key, shard=of, samples=samples))
-    return samples
+    index_of = dict(zip(shards, indexes, strict=True))
+    found: dict[str, Kept] = {}
+    for folder, own in by_folder(shards).items():
+        found |= _of_folder(folder, {shard: index_of[shard] for shard in own}, tokenizer, write, say)
+    return [found[shard] for shard in shards]
 
 
-def _batches(samples: Sequence[SampleEntry]) -> Iterator[list[SampleEntry]]:
-    """Samples in order, in batches of about BATCH_BYTES of json."""
-    batch: list[SampleEntry] = []
+def _of_folder(
+    folder: Path, shards: dict[str, Kept], tokenizer: PublishedTokenizer, write: bool, say: Say
+) -> dict[str, Kept]:
+    store = store_of(folder, tokenizer)
+    found = _current(store, shards, tokenizer)
+    if len(found) == len(shards):
+        return found
+    if not write:
+        return found | _encoded(_without(shards, found), tokenizer)
+    with writing(folder, say):
+        found = _current(store, shards, tokenizer)  # another process may have made them meanwhile
+        made = _encoded(_without(shards, found), tokenizer)
+        for table in {id(kept.table): kept.table for kept in made.values()}.values():
+            some = [k for k in range(table.count) if table.first["lines"][k] < table.first["lines"][k + 1]]
+            if some:
+                store.add(table.take(some))
+    return found | made
+
+
+def _without(shards: dict[str, Kept], found: dict[str, Kept]) -> dict[str, Kept]:
+    return {shard: index for shard, index in shards.items() if shard not in found}
+
+
+def _current(store: Store, shards: dict[str, Kept], tokenizer: PublishedTokenizer) -> dict[str, Kept]:
+    """By shard, the segments that are kept of it, where they stand on the index that it has now."""
+    entries: dict[tuple[str, bytes], Kept] = {}
+    for table in store.tables().values():
+        if table.header.get("tokenizer") == tokenizer.key:
+            sums = table.columns["shards"]["of"]
+            for k, name in enumerate(table.paths):
+                entries[name, sums[k].tobytes()] = Kept(table, k)
+    keys = {shard: (Path(shard).name, _sum(index)) for shard, index in shards.items()}
+    return {shard: entries[key] for shard, key in keys.items() if key in entries}
+
+
+def _sum(index: Kept) -> bytes:
+    return bytes(index.table.columns["shards"]["sum"][index.shard].tobytes())
+
+
+def _encoded(shards: dict[str, Kept], tokenizer: PublishedTokenizer) -> dict[str, Kept]:
+    """Encode the texts of shards."""
+    tables = [text_columns([], tokenizer.key)]
+    for shard, index in shards.items():
+        samples = listed(*index)
+        segments: list[list[SegmentEntry] | str] = []
+        with reading(shard) as file:
+            for batch in _batches(samples):
+                segments += _encode(file, batch, tokenizer)
+        tables.append(text_columns([(Path(shard).name, _sum(index), samples, segments)], tokenizer.key))
+    made = join(tables)
+    return {shard: Kept(made, k) for k, shard in enumerate(shards)}
+
+
+def _batches(samples: Sequence[Listed]) -> Iterator[list[Listed]]:
+    """Samples in order, in batches of about BATCH_BYTES of text."""
+    batch: list[Listed] = []
     size = 0
     for sample in samples:
         batch.append(sample)
-        size += text_entry(sample)["size"]
+        size += sample.size
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -98,16 +113,14 @@ def _batches(samples: Sequence[SampleEntry]) -> Iterator[list[SampleEntry]]:
 
 
 def _encode(
-    tar: int, samples: Sequence[SampleEntry], tokenizer: PublishedTokenizer
+    file: OpenFile, samples: Sequence[Listed], tokenizer: PublishedTokenizer
 ) -> list[list[SegmentEntry] | str]:
     written: list[Written] = []
     out: list[list[SegmentEntry] | str] = []
     for sample in samples:
-        part, layout = text_entry(sample), sample.get("layout", "segments")
-        names = tuple(s["part"] for s in sample["segments"] if "part" in s)
         try:
-            payload = os.pread(tar, part["size"], part["offset"])
-            written.append(parse_sample(payload, layout, sample.get("text", "json"), names))
+            payload = file.read_at(sample.offset, sample.size)
+            written.append(parse_sample(payload, sample.layout, sample.text, tuple(sample.parts)))
             out.append("")
         except (OSError, ValueError) as error:  # it has changed since the shard was indexed
             out.append(str(error))

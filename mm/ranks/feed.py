@@ -20,6 +20,7 @@ from mm.data.reader import BadSample
 from mm.data.sample import Index, Sample
 from mm.errors import DataError
 from mm.plan.batches import Batches
+from mm.plan.drawn import NOTHING, Drawn
 from mm.plan.schedules import Schedules
 from mm.plan.step_plan import StepPlan, plan_step
 from mm.plan.table import SampleTable
@@ -38,6 +39,7 @@ class FeedOptions:
 
     batches: Batches
     prefetch: int  # steps prepared ahead; at least 1
+    drawn: Drawn = NOTHING  # before the first of them
     workers: int = 0  # processes that read and decode for this rank; 0: its feed thread does
     item_timeout_s: float = 30.0  # longest time that a worker may take for one item, or for one text
 
@@ -107,6 +109,7 @@ class Feed:
         self._planner: Planner | None = None
         self._workers: Workers | None = None
         self._begun: dict[int, _Begun] = {}  # by step; of the feed thread
+        self.drawn = options.drawn  # up to the step that next() gave last
         self._heard: tuple[int, np.ndarray] | None = None  # a step, and what all ranks say of it
 
     def notice(self, step: int) -> list[float]:
@@ -141,6 +144,7 @@ class Feed:
             self._say_notes()
             found = self._agreed(step, prepared)
             if not found:
+                self.drawn = self.drawn.after(prepared.plan)
                 return prepared, time.perf_counter() - start
             for error in prepared.bad:
                 self._warn(f"skipped and replaced: {error}")

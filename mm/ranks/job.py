@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,11 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from llm.model import LLM, precise_modules
 from mm.config.outline import SINK
-from mm.data.index import load_index
+from mm.config.sources import SourceConfig, layouts_of, patterns_of
+from mm.data.index import find_shards, load_index
 from mm.data.reader import ShardReader
 from mm.data.sample import Index
+from mm.data.sources import Wanted, named, selected
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, bare_module
@@ -99,18 +101,38 @@ class Job:
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch has no types here
 
 
-def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: bool = True) -> Index:
-    """Load the index of the shards and check every sample against the model.
+def open_index(
+    blueprint: Blueprint, entries: Sequence[str | SourceConfig], base: Path, *, write: bool = True
+) -> Index:
+    """Load the index of the shards of entries of data.train, and check every sample against the model.
 
     write: store an index that had to be made beside its shard. Raises DataError (load_index, select).
     """
     rules = blueprint.cfg.data
     tokenizer = make_tokenizer(rules.tokenizer)
+    wanted = [_wanted(e, base, rules.made_by) for e in entries]
+    names = partial(named, wanted=wanted)
     index = load_index(
-        patterns, base, layout=rules.layout, tokenizer=tokenizer, made_by=rules.made_by, write=write
+        patterns_of(entries),
+        base,
+        layout=layouts_of(entries, rules.layout),
+        tokenizer=tokenizer,
+        made_by=rules.made_by,
+        write=write,
+        names=names,
     )
+    if any(isinstance(e, SourceConfig) for e in entries):
+        index = replace(index, selections=selected(index, wanted, names(index.shards)))
     index = with_pieces(index, blueprint.inputs.encoders, tokenizer)
     return select(index, blueprint.inputs, rules)
+
+
+def _wanted(entry: str | SourceConfig, base: Path, made_by: str | None) -> Wanted:
+    """What an entry of the config takes of its shards."""
+    shards = len(find_shards(patterns_of([entry]), base, made_by))
+    if isinstance(entry, str):
+        return Wanted(shards)
+    return Wanted(shards, entry.name, entry.limit, entry.split)
 
 
 def open_indexes(blueprint: Blueprint, *, write: bool = True) -> dict[str, Index]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find, last_of
+from mm.checkpoint.state import Resumed
 from mm.checkpoint.weights import fill_encoders, start_from
 from mm.config.outline import SINK
 from mm.config.schema import resolve_yaml
@@ -43,6 +44,8 @@ from mm.train.update import finish_step, learning_rate
 from mm.train.weights import averaged
 from parallel.checkpoint import step_of
 from parallel.schedule import Record
+
+AT_START = Resumed()
 
 
 class Run(NamedTuple):
@@ -104,14 +107,14 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
     data = {name: open_data(job, index) for name, index in indexes.items()}
     train_data, eval_data = data["training"], data.get("evaluation")
     run_dir = Path(cfg.run.dir)
-    first, bad = 0, frozenset[int]()
+    state = AT_START
     resume = find(cfg, run_dir, rank)
     if resume is not None:
         state = checkpoint.load(job, train_data.index, resume)
-        first, bad = state.step, state.bad_samples
     else:
         fill_encoders(job)
         start_from(job, [Path(path) for path in cfg.checkpoint.starts])
+    first = state.step
     aside = begin(run_dir, rank, resume, first)
     console = Console(
         run_dir, cfg.train.steps, first=first, lead=rank.rank == 0, tensorboard=cfg.run.tensorboard
@@ -125,7 +128,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
         console.info(f"checkpoints that this run does not follow: {', '.join(p.name for p in aside)}")
     if resume is not None:
         console.info(f"resumed from {resume} at step {first}")
-    feed = open_feed(job, train_data, bad=bad, warn=console.warn)
+    feed = open_feed(job, train_data, state, warn=console.warn)
     try:
         with set_aside():
             done = _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
@@ -152,18 +155,27 @@ def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index
 
 
 def open_feed(
-    job: Job, data: Data, *, bad: Collection[int] = (), warn: Callable[[str], None] = print
+    job: Job, data: Data, state: Resumed = AT_START, *, warn: Callable[[str], None] = print
 ) -> Feed:
-    """The steps of a job over a data set. bad: samples known to be unreadable."""
+    """The steps of a job over a data set. state: where it resumes."""
     cfg = job.blueprint.cfg
     options = FeedOptions(
-        Batches.of(cfg, data.index),
+        Batches.of(cfg, data.index, (state.step, state.drawn.cursor)),
         cfg.data.prefetch,
+        state.drawn,
         workers=cfg.data.workers,
         item_timeout_s=cfg.data.item_timeout_s,
     )
     schedules = job.blueprint.schedules
-    return Feed(data.index, data.assembler, job.control, options, schedules=schedules, bad=bad, warn=warn)
+    return Feed(
+        data.index,
+        data.assembler,
+        job.control,
+        options,
+        schedules=schedules,
+        bad=state.bad_samples,
+        warn=warn,
+    )
 
 
 @dataclass
@@ -223,7 +235,7 @@ class _Loop:
             self.console.lift_table(result, blind_guess(samples, self.eval_data.assembler.encoded))
 
     def _save(self) -> None:
-        checkpoint.save(self.job, self.feed.index, self.run_dir, self.done, self.feed.bad)
+        checkpoint.save(self.job, self.feed.index, self.run_dir, self.done, self.feed.bad, self.feed.drawn)
         self.saved = self.done
 
 
@@ -264,6 +276,7 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMe
         objectives=update.objectives,
         loss_by_modality=subsets.losses(update.losses, "modality"),
         loss_by_source=subsets.losses(update.losses, "source"),
+        drawn_by_source=feed.drawn.by_source,
         imbalance=load_imbalance(prepared.plan),
         skipped_items=len(feed.bad),
         stop=update.stop,

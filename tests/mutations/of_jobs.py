@@ -360,9 +360,9 @@ JOB = (
     Fault(
         "index.segments",
         "what is not learned is forgotten by the index",
-        "mm/data/index.py",
-        '            loss=s.get("loss", True),',
-        "            loss=True,",
+        "mm/data/columns/entries.py",
+        'seg.get("loss", True))',
+        "True)",
         ONE_STEP,
     ),
     Fault(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
+import os
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm.data.index import index_path, load_index, register_probe, stored_index
+from mm.data.building import current_indexes
+from mm.data.columns.entries import INDEX
+from mm.data.columns.file import content_of, read_file
+from mm.data.index import load_index, register_probe
 from mm.data.inspect import index_text, inspect_text
 from mm.data.order import permute_items
 from mm.data.reader import BadSample, ShardReader
@@ -47,7 +50,7 @@ def test_the_index_leads_to_every_payload(tmp_path: Path) -> None:
 
 def test_an_index_made_before_its_probe_is_made_anew(tmp_path: Path) -> None:
     sample = {"key": "k", "segments": [{"lidar": "x.cloud"}], "parts": {"x.cloud": b"12345"}}
-    shard = write_shard(tmp_path / "a.tar", [sample])
+    write_shard(tmp_path / "a.tar", [sample])
 
     def meta() -> dict[str, int]:
         return dict(load_index(["a.tar"], tmp_path).samples[0].items("lidar")[0].meta)
@@ -57,14 +60,11 @@ def test_an_index_made_before_its_probe_is_made_anew(tmp_path: Path) -> None:
     assert meta() == {"points": 5}
     register_probe("cloud", lambda payload: {"points": len(payload) * 2})  # another one of the same name
     assert meta() == {"points": 10}
-    written = index_path(shard).read_bytes()
+    written = index_file(tmp_path)
     register_probe("other", lambda payload: {"points": 1})  # of files that are not there
-    assert meta() == {"points": 10} and index_path(shard).read_bytes() == written
-    old = json.loads(written)
-    old["probes"]["cloud"] = "elsewhere.probe 123"  # a probe that is not registered here is believed
-    write_index(shard, old)
-    unregister("cloud")
-    assert meta() == {"points": 10}
+    assert meta() == {"points": 10} and index_file(tmp_path) == written
+    unregister("cloud")  # a probe that is not registered here is believed
+    assert meta() == {"points": 10} and index_file(tmp_path) == written
 
 
 def unregister(extension: str) -> None:
@@ -73,29 +73,29 @@ def unregister(extension: str) -> None:
     del probes._probes[extension]
 
 
-def write_index(shard: Path, index: dict[str, Any]) -> None:
-    """As an index that is whole."""
-    rest = {k: v for k, v in index.items() if k != "sha256"}
-    digest = hashlib.sha256(json.dumps(rest, separators=(",", ":")).encode()).hexdigest()
-    index_path(shard).write_text(json.dumps({**rest, "sha256": digest}))
+def index_file(folder: Path) -> Path:
+    """The only index of a folder; its name is a sum of what it holds."""
+    (found,) = folder.glob("shards-*.index")
+    return found
 
 
 def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
     """Whichever bit of it is flipped: a flag or a size would else be believed."""
-    shard = write_shard(tmp_path / "a.tar", sensor_samples(3))
-    samples = load_index(["a.tar"], tmp_path).samples
-    whole = index_path(shard).read_bytes()
+    write_shard(tmp_path / "a.tar", sensor_samples(3))
+    samples = tuple(load_index(["a.tar"], tmp_path).samples)
+    file = index_file(tmp_path)
+    whole = file.read_bytes()
     rng = random.Random(0)
     for damaged in [
         *(flipped(whole, rng.randrange(len(whole)), rng.randrange(8)) for _ in range(60)),
         *(whole[: rng.randrange(len(whole))] for _ in range(5)),
-        b"[]",
+        b"",
         b"null",
     ]:
-        index_path(shard).write_bytes(damaged)
+        file.write_bytes(damaged)
         assert load_index(["a.tar"], tmp_path).samples == samples
-        assert json.loads(index_path(shard).read_bytes()) == json.loads(whole)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "a.tar.index.json"]
+        assert index_file(tmp_path) == file and file.read_bytes() == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", file.name]
 
 
 def flipped(data: bytes, at: int, bit: int) -> bytes:
@@ -105,8 +105,10 @@ def flipped(data: bytes, at: int, bit: int) -> bytes:
 def test_an_index_of_another_format_or_shard_is_made_anew(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.tar", sensor_samples(3))
     assert len(load_index(["a.tar"], tmp_path).samples) == 3
-    write_index(shard, {**json.loads(index_path(shard).read_text()), "version": 1, "samples": []})
-    assert len(load_index(["a.tar"], tmp_path).samples) == 3
+    file = index_file(tmp_path)
+    older = replace(read_file(file, INDEX), spec=replace(INDEX, name="polyrank index 2"))
+    file.write_bytes(b"".join(content_of(older)))
+    assert len(load_index(["a.tar"], tmp_path).samples) == 3 and index_file(tmp_path) == file
     size = shard.stat().st_size
     write_shard(shard, [{**s, "key": f"t{s['key'][1:]}"} for s in sensor_samples(3)])
     assert shard.stat().st_size == size  # and its headers differ
@@ -116,9 +118,9 @@ def test_an_index_of_another_format_or_shard_is_made_anew(tmp_path: Path) -> Non
 def test_a_copy_keeps_its_index_and_what_differs_in_it_is_told(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.tar", sensor_samples(3))
     sample = load_index(["a.tar"], tmp_path).samples[0]
-    written = index_path(shard).read_bytes()
+    written = index_file(tmp_path)
     shard.write_bytes(flipped(shard.read_bytes(), sample.json.offset + 30, 0))
-    assert load_index(["a.tar"], tmp_path).samples[0] == sample and index_path(shard).read_bytes() == written
+    assert load_index(["a.tar"], tmp_path).samples[0] == sample and index_file(tmp_path) == written
     with pytest.raises(BadSample, match="sha256"):
         ShardReader().read(sample, sample.json)
 
@@ -138,21 +140,27 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
 ) -> None:
     shard = write_shard(tmp_path / "a.tar", sensor_samples(3))
 
+    real = os.open
+
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
-    monkeypatch.setattr(Path, "unlink", refuse)
+    def refuse_to_write(path: Any, flags: int, *mode: int) -> int:
+        return refuse() if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT) else real(path, flags, *mode)  # type: ignore[return-value]
+
+    monkeypatch.setattr("os.open", refuse_to_write)
+    monkeypatch.setattr("mm.data.columns.file.os.replace", refuse)
     assert len(load_index(["a.tar"], tmp_path).samples) == 3
-    with pytest.raises(DataError, match=r"a\.tar\.index\.json cannot be written"):
+    with pytest.raises(DataError, match=r"cannot be written; .*a\.tar would be indexed at each start"):
         index_text([str(shard)], tmp_path)
-    assert not index_path(shard).exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]
 
 
 def test_the_shipped_indexes_are_those_of_the_shipped_shards() -> None:
-    for shard in (CONFIGS / "data").glob("*.tar"):
-        index = stored_index(shard)
-        assert index is not None and not index["broken"] and not index["torn"]
+    shards = sorted(map(str, (CONFIGS / "data").glob("*.tar")))
+    assert sorted(current_indexes(shards)) == shards
+    index = load_index(["data/*.tar"], CONFIGS)
+    assert not index.broken and not index.torn
 
 
 def test_a_stale_index_is_made_anew(tmp_path: Path) -> None:
@@ -160,7 +168,7 @@ def test_a_stale_index_is_made_anew(tmp_path: Path) -> None:
     assert len(load_index(["a.tar"], tmp_path).samples) == 2
     write_shard(shard, sensor_samples(9))
     assert len(load_index(["a.tar"], tmp_path).samples) == 9
-    index_path(shard).write_text("{not json")
+    index_file(tmp_path).write_text("no array")
     assert len(load_index(["a.tar"], tmp_path).samples) == 9
 
 

@@ -85,14 +85,15 @@ def test_the_index_is_kept_for_each_tokenizer(tmp_path: Path, tokenizer: Publish
     first = load_index(["a.tar"], tmp_path, tokenizer=tokenizer)
     other = read_tokenizer(write_tokenizer(tmp_path / "u", unigram(), template=CHATML))
     assert load_index(["a.tar"], tmp_path, tokenizer=other).samples != first.samples
-    files = sorted(p.name for p in tmp_path.glob("a.tar.tokens-*"))
-    assert files == sorted(tokens.tokens_path(shard, t).name for t in (tokenizer, other))
+    files = {t.key[:12]: list(tmp_path.glob(f"shards-*.tokens-{t.key[:12]}")) for t in (tokenizer, other)}
+    assert [len(found) for found in files.values()] == [1, 1]
     with mock.patch.object(tokens, "encode_samples", side_effect=AssertionError):
         assert load_index(["a.tar"], tmp_path, tokenizer=tokenizer) == first
-    whole = tokens.tokens_path(shard, tokenizer).read_bytes()
-    for damaged in (whole[:-9], whole.replace(b'"tokens":', b'"tokens":1', 1), b"[]"):
-        tokens.tokens_path(shard, tokenizer).write_bytes(damaged)
-        assert load_index(["a.tar"], tmp_path, tokenizer=tokenizer) == first
+    (file,) = files[tokenizer.key[:12]]
+    whole = file.read_bytes()
+    for damaged in (whole[:-9], whole.replace(b"names", b"nomes", 1), b"[]"):
+        file.write_bytes(damaged)
+        assert load_index(["a.tar"], tmp_path, tokenizer=tokenizer) == first and file.read_bytes() == whole
     write_jsons(shard, dict(list(JSONS.items())[:2]))  # another shard of the same name
     assert [s.key for s in load_index(["a.tar"], tmp_path, tokenizer=tokenizer).samples] == ["plain", "chat"]
     assert index_text(["a.tar"], tmp_path, tokenizer).endswith("2 samples, 0 broken")

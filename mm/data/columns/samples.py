@@ -1,0 +1,270 @@
+"""The samples of a data set as a sequence of views: each is made from columns when it is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+
+from mm.data.columns.entries import TEXT
+from mm.data.columns.file import forget_pages
+from mm.data.columns.table import NO_CODE, Array, Numbers, Strings, Table
+from mm.data.sample import Part, Sample, Segment
+
+MOST_TOUCHED = 4096  # samples that are gathered before the pages under them are given back
+
+
+class Shard(NamedTuple):
+    """A shard of a data set. table, texts: what has its samples and what has their segments, and as which
+    shard it is there."""
+
+    path: str
+    source: str
+    table: tuple[Table, int]
+    texts: tuple[Table, int]
+
+
+class Names:
+    """Strings of several tables under codes of their own, each once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}
+        self.texts: list[str] = []
+
+    def code(self, text: str) -> int:
+        """The code of a string, a new one where it is new."""
+        if text not in self._known:
+            self._known[text] = len(self.texts)
+            self.texts.append(text)
+        return self._known[text]
+
+    def codes(self, strings: Strings) -> Numbers:
+        """By code of a table, the code here; the last is for NO_CODE."""
+        found = [self.code(s.decode("utf-8", "surrogatepass")) for s in strings]
+        return np.asarray([*found, NO_CODE], dtype=np.int64)
+
+
+class Pair(NamedTuple):
+    """Tables that some shards have their samples and segments in, and what their codes are in the data set.
+
+    names, modules: of the table and of the texts. metas: added to codes of metadata.
+    """
+
+    table: Table
+    texts: Table
+    names: Numbers
+    modules: Numbers
+    metas: int
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Segments of some samples, a line a segment, in order of sample.
+
+    of: by sample, how many. kind: a name's code, or TEXT. tokens: of text, 0 for items. depends: a name's
+    code or NO_CODE. loss: bool. meta: of items a code of Samples.meta, else NO_CODE. content: of items a
+    number, equal where payloads are; 0 for text. markers: by sample, bool. source: by sample, the code of its
+    source.
+    """
+
+    of: Numbers
+    kind: Numbers
+    tokens: Numbers
+    depends: Numbers
+    loss: Array
+    meta: Numbers
+    content: Numbers
+    markers: Array
+    source: Numbers
+
+
+class Samples(Sequence[Sample]):
+    """The samples of shards, in order. A sample is a view; equal ones are equal, but not the same object."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = tuple(shards)
+        sizes = [int(np.diff(t.first["lines"][n : n + 2])[0]) for _, _, _, (t, n) in self.shards]
+        self.first: Numbers = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        """By shard the number of its first sample, and how many samples there are."""
+        self.names = Names()
+        self.pairs, self._pair_of = self._pairs()
+        self.sources = tuple(sorted({s.source for s in self.shards}))
+        """The names of all sources, in alphabetical order."""
+        codes = {name: k for k, name in enumerate(self.sources)}
+        self._source_of = np.asarray([codes[s.source] for s in self.shards], dtype=np.int64)
+        self._bases = {
+            (kind, column): np.asarray([t.first[column][n] for t, n in tables], dtype=np.int64)
+            for kind, tables, columns in (
+                ("table", [s.table for s in self.shards], ("samples", "keys", "parts")),
+                ("texts", [s.texts for s in self.shards], ("lines", "segments")),
+            )
+            for column in columns
+        }
+        self._metas: dict[int, Mapping[str, int]] = {}
+        self._touched = 0
+
+    def _pairs(self) -> tuple[list[Pair], Numbers]:
+        known: dict[tuple[int, int], int] = {}
+        pairs, of, metas = list[Pair](), [], 0
+        for shard in self.shards:
+            (table, _), (texts, _) = shard.table, shard.texts
+            key = id(table), id(texts)
+            if key not in known:
+                known[key] = len(pairs)
+                names = self.names.codes(table.strings["names"])
+                modules = names if texts is table else self.names.codes(texts.strings["names"])
+                pairs.append(Pair(table, texts, names, modules, metas))
+                metas += len(table.strings["metas"])
+            of.append(known[key])
+        return pairs, np.asarray(of, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    @overload
+    def __getitem__(self, which: int) -> Sample: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, which: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(which, slice):
+            return tuple(map(self.view, range(len(self))[which]))
+        return self.view(range(len(self))[which])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.view, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(other) != len(self):
+            return False
+        return all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by its elements
+
+    def shard_of(self, which: Numbers) -> Numbers:
+        """By sample number, the number of its shard."""
+        found: Numbers = np.searchsorted(self.first, which, side="right") - 1
+        return found
+
+    def meta(self, code: int) -> Mapping[str, int]:
+        """The metadata under a code of Segments.meta."""
+        if code not in self._metas:
+            pair = next(p for p in reversed(self.pairs) if p.metas <= code)
+            self._metas[code] = json.loads(pair.table.strings["metas"][code - pair.metas])
+        return self._metas[code]
+
+    def rows(self, which: Numbers, column: str, field: str | None = None) -> Array:
+        """By sample number, its row of "lines" or "samples", or one field of it."""
+        shard = self.shard_of(which)
+        line = which - self.first[shard] + self._bases["texts", "lines"][shard]
+        lines = self._of_pairs(shard, line, "texts", "lines")
+        if column == "lines":
+            found = lines
+        else:
+            row = lines["sample"] + self._bases["table", "samples"][shard]
+            found = self._of_pairs(shard, row, "table", "samples")
+        return found if field is None else found[field]
+
+    def _of_pairs(self, shard: Numbers, row: Numbers, kind: str, column: str) -> Array:
+        """Rows of a column that several tables may have parts of."""
+        tables: list[Table] = [getattr(p, kind) for p in self.pairs]
+        if len(tables) == 1:
+            found: Array = tables[0].columns[column][row]
+            return found
+        out = np.empty(len(row), tables[0].columns[column].dtype)
+        of = self._pair_of[shard]
+        for k, table in enumerate(tables):
+            here = of == k
+            out[here] = table.columns[column][row[here]]
+        return out
+
+    def segments(self, which: Numbers) -> Segments:
+        """The segments of samples with these numbers, in this order. O(segments), without a loop."""
+        self._touch(len(which))
+        shard = self.shard_of(which)
+        lines, samples = self.rows(which, "lines"), self.rows(which, "samples")
+        of = lines["segments"].astype(np.int64)
+        sample = np.repeat(np.arange(len(which)), of)
+        nth = np.arange(len(sample)) - np.repeat(np.cumsum(of) - of, of)
+        of_shard = shard[sample]
+        row = lines["segment"][sample] + nth + self._bases["texts", "segments"][of_shard]
+        found = self._of_pairs(of_shard, row, "texts", "segments")
+        kind, depends = found["kind"].astype(np.int64), found["depends"].astype(np.int64)
+        item = np.flatnonzero(kind != TEXT)
+        owner = sample[item]
+        part = found["part"][item] + samples["part"][owner] + self._bases["table", "parts"][shard[owner]]
+        parts = self._of_pairs(shard[owner], part, "table", "parts")
+        meta, content = np.full(len(kind), NO_CODE, dtype=np.int64), np.zeros(len(kind), dtype=np.int64)
+        meta[item] = parts["meta"] + np.asarray([p.metas for p in self.pairs])[self._pair_of[shard[owner]]]
+        content[item] = np.ascontiguousarray(parts["sha256"][:, :8]).view(np.int64)[:, 0]
+        pair = self._pair_of[of_shard]
+        for k, p in enumerate(self.pairs):
+            here = slice(None) if len(self.pairs) == 1 else pair == k
+            kind[here], depends[here] = p.modules[kind[here]], p.modules[depends[here]]
+        return Segments(
+            of=of,
+            kind=kind,
+            tokens=found["tokens"].astype(np.int64),
+            depends=depends,
+            loss=found["loss"],
+            meta=meta,
+            content=content,
+            markers=~samples["chat"],
+            source=self._source_of[shard],
+        )
+
+    def _touch(self, count: int) -> None:
+        """Give pages back now and then: a process that gathers here and there would hold the whole index."""
+        self._touched += count
+        if self._touched > MOST_TOUCHED:
+            self._touched = 0
+            for pair in self.pairs:
+                forget_pages(pair.table)
+                if pair.texts is not pair.table:
+                    forget_pages(pair.texts)
+
+    def view(self, number: int) -> Sample:
+        """A sample as an object."""
+        self._touch(1)
+        shard = int(np.searchsorted(self.first, number, side="right")) - 1
+        own = self.shards[shard]
+        (table, n), (texts, m) = own.table, own.texts
+        pair = self.pairs[int(self._pair_of[shard])]
+        sample_row, at, count = texts.rows("lines", m)[number - int(self.first[shard])].tolist()
+        key, size, part, parts, text, layout, chat = table.rows("samples", n)[sample_row].tolist()
+        rows = table.rows("parts", n)[part : part + parts]
+        found = texts.rows("segments", m)[at : at + count]
+        segments = tuple(self._segment(pair, own.path, rows, *s) for s in found.tolist())
+        return Sample(
+            id=number,
+            key=table.rows("keys", n)[key : key + size].tobytes().decode("utf-8", "surrogatepass"),
+            shard=own.path,
+            segments=segments,
+            json=self._part(pair, own.path, rows[text]),
+            markers=not chat,
+            source=own.source,
+            layout=self._name(pair.names, layout),
+            names=tuple(dict.fromkeys(s.part.name for s in segments if s.part is not None)),
+        )
+
+    def _name(self, codes: Numbers, code: int) -> str:
+        return self.names.texts[int(codes[code])]
+
+    def _segment(
+        self, pair: Pair, path: str, rows: Array, kind: int, part: int, tokens: int, *rest: Any
+    ) -> Segment:
+        depends, loss = rest
+        return Segment(
+            kind="text" if kind == TEXT else self._name(pair.modules, kind),
+            tokens=tokens,
+            part=None if kind == TEXT else self._part(pair, path, rows[part]),
+            loss=loss,
+            depends=None if depends == NO_CODE else self._name(pair.modules, depends),
+        )
+
+    def _part(self, pair: Pair, path: str, row: Any) -> Part:
+        offset, size, sha, known, name, meta = row.item()
+        digest = bytes(sha).hex() if known else ""
+        return Part(path, self._name(pair.names, name), offset, size, digest, self.meta(pair.metas + meta))
