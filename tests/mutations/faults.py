@@ -9,6 +9,7 @@ from tests.mutations.of_encoders import ENCODERS
 from tests.mutations.of_families import FAMILIES
 from tests.mutations.of_folders import FOLDERS
 from tests.mutations.of_jobs import JOB
+from tests.mutations.of_layouts import LAYOUTS
 from tests.mutations.of_media import MEDIA
 from tests.mutations.of_models import LLM
 from tests.mutations.of_parallel import PARALLEL
@@ -20,5 +21,5 @@ from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM),
-    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS),
+    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS + LAYOUTS),
 )
