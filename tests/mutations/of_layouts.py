@@ -63,6 +63,6 @@ LAYOUTS = (
         "mm/data/page.py",
         "<span>{escape(piece)}</span>",
         "<span>{piece}</span>",
-        f"{SHOWN}::test_nothing_that_a_sample_says_acts",
+        f"{SHOWN}::test_tokens_of_a_template_are_shown_and_do_not_act",
     ),
 )
