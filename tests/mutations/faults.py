@@ -11,6 +11,7 @@ from tests.mutations.of_families import FAMILIES
 from tests.mutations.of_folders import FOLDERS
 from tests.mutations.of_handover import HANDOVER
 from tests.mutations.of_jobs import JOB
+from tests.mutations.of_layouts import LAYOUTS
 from tests.mutations.of_media import MEDIA
 from tests.mutations.of_models import LLM
 from tests.mutations.of_parallel import PARALLEL
@@ -22,5 +23,5 @@ from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM),
-    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER),
+    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS),
 )

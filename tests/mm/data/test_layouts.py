@@ -8,21 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mm.config.schema import from_mapping
+from mm.data.convert.run import Request, convert
 from mm.data.encode import parse_made, parse_sample
 from mm.data.index import load_index
 from mm.data.layouts.conversations import as_segments, conversations
 from mm.data.layouts.find import find_layout, layout_name
 from mm.data.layouts.interleaved import interleaved
 from mm.data.layouts.tar import made_of, text_part
+from mm.data.order import permute_items
 from mm.data.reader import ShardReader
 from mm.data.scan import build_index
 from mm.data.storage import Storage
 from mm.errors import DataError
+from mm.plan.blueprint import draw_up
+from mm.ranks.feed import prepare
+from mm.ranks.job import assembler_of, open_index
+from mm.ranks.launch import RankInfo
+from parallel.topology.axis import Axes
 from tests.mm.data.test_damage import write_tar
+from tests.mm.data.tokenizers_made import CHATML, byte_bpe, write_tokenizer
+from tests.mm.harness import small
+from tests.slow import on_demand
 
 
 def picture(shade: int = 0, form: str = "PNG") -> bytes:
@@ -152,7 +164,7 @@ def test_a_layout_of_the_config_makes_another_index(tmp_path: Path) -> None:
 NAMED = st.lists(st.sampled_from(["1.jpg", "2.jpg", "10.jpg", "a.wav", "cls", "npy", "txt"]), unique=True)
 
 
-@settings(max_examples=200)
+@settings(max_examples=40, deadline=None)
 @given(NAMED, st.randoms(use_true_random=False))
 def test_what_is_made_depends_on_no_order_and_no_name_that_is_not_used(names: list[str], rng: Any) -> None:
     """Training knows only the names of items, in the order that indexing gave them."""
@@ -302,6 +314,59 @@ def test_what_is_wrong_with_a_sample_is_said() -> None:
         made_of(b'{"a": 1}', "json", "captions", ["jpg"])
 
 
+def step_of(tmp_path: Path, pattern: str, tokenizer: str, **rules: Any) -> list[torch.Tensor]:
+    """Ids, labels and places of rows of one step over all samples, and over the same with items exchanged."""
+    raw = small(data={"train": [pattern], "tokenizer": tokenizer, "context": 200, **rules})
+    raw["model"] = {m: raw["model"][m] for m in ("vision", "llm")}
+    blueprint = draw_up(from_mapping(raw, tmp_path), 1)
+    samples = list(open_index(blueprint, [pattern], tmp_path).samples)
+    rank = RankInfo(0, 1, torch.device("cpu"))
+    assembler = assembler_of(blueprint, rank, {"llm": Axes(), "vision": Axes()})
+    out = []
+    for some in (samples, permute_items(samples, "vision", 0)):
+        made = prepare(0, some, assembler)
+        assert not made.bad
+        for micro in made.micro:
+            assert micro.llm is not None
+            out += [micro.llm.ids, micro.llm.labels, micro.llm.row_positions["vision"]]
+    return out
+
+
+@pytest.mark.parametrize(
+    "kind",
+    on_demand(
+        ["captions", "truncated", "conversations", "interleaved", "mapping"],
+        ["conversations", "interleaved", "mapping"],
+    ),
+)
+def test_a_step_of_a_tar_as_it_is_equals_that_of_its_conversion(kind: str, tmp_path: Path) -> None:
+    tokenizer, layout, rules = "bytes", kind, {}
+    if kind in ("conversations", "truncated"):
+        folder = write_tokenizer(tmp_path / "t", byte_bpe(), template=CHATML)
+        tokenizer, layout = str(folder), "conversations"
+        rules = {"context": 40, "overlong": "truncate"} if kind == "truncated" else {}
+    if kind == "mapping":
+        layout = json.dumps({"segments": [{"vision": "png"}, {"text": "json.a", "depends": "vision"}]})
+    samples = {}
+    for k in range(4):
+        said = turns(f"<image>\nWhat is it, number {k}?", "A boat" + k * ", a boat")
+        json_of = {
+            "captions": {"caption": "a boat" * (k + 1)},
+            "conversations": {"conversations": said, "image": "x"},
+            "interleaved": {"texts": [f"{k}", None, "end"], "images": [None, "x", None]},
+            "mapping": {"a": f"boat {k}"},
+        }[kind.replace("truncated", "conversations")]
+        samples[f"k{k}"] = {"png": picture(60 * k), "json": json.dumps(json_of).encode()}
+    write(tmp_path / "a.tar", samples)
+    spec = json.loads(layout) if kind == "mapping" else layout
+    convert(Request((str(tmp_path / "a.tar"),), tmp_path / "o", spec), 1, lambda line: None)
+    as_it_is = step_of(tmp_path, "a.tar", tokenizer, layout=spec, **rules)
+    converted = step_of(tmp_path, "o/*.tar", tokenizer, **rules)
+    assert len(as_it_is) == len(converted) > 0
+    assert all(torch.equal(a, b) for a, b in zip(as_it_is, converted, strict=True))
+    assert (as_it_is[1] >= 0).any()
+
+
 def energon(folder: Path, dataset: str) -> Path:
     (folder / ".nv-meta").mkdir(parents=True)
     (folder / ".nv-meta" / "dataset.yaml").write_text(dataset)
@@ -318,6 +383,12 @@ def test_an_energon_folder_says_what_its_parts_are(tmp_path: Path) -> None:
     sample = load_index(["shards/a.tar"], base).samples[0]
     assert [(s.kind, s.tokens, s.loss, s.depends) for s in sample.segments] == [
         ("vision", 0, True, None), ("text", 5, False, None), ("text", 4, True, "vision")]  # fmt: skip
+    split = {"split_parts": {"train": ["shards/{a..a}.tar"], "val": ["shards/none.tar"]}}
+    (base / ".nv-meta" / "split.yaml").write_text(json.dumps(split))
+    request = Request((str(base),), tmp_path / "o", split="train")
+    assert convert(request, 1, lambda line: None)["samples"] == 1
+    with pytest.raises(DataError, match="has no split 'test'; it has train, val"):
+        convert(Request((str(base),), tmp_path / "p", split="test"), 1)
     (base / ".nv-meta" / "dataset.yaml").write_text("sample_loader: sample_loader.py:sample_loader\n")
     with pytest.raises(DataError, match="which is not run"):
         load_index(["shards/a.tar"], base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,9 +15,11 @@ from hypothesis import strategies as st
 from mm.cli import main
 from mm.data.index import load_index
 from mm.data.page import choose, page
+from mm.data.published import read_tokenizer
 from mm.data.tokenizer import Tokenizer
 from tests.mm.data.test_layouts import picture
 from tests.mm.data.test_recipes import tone
+from tests.mm.data.tokenizers_made import CHATML, byte_bpe, write_tokenizer
 from tests.mm.shards import write_shard
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;</div></style>"
@@ -150,14 +151,11 @@ def test_samples_are_chosen_by_key_or_number(tmp_path: Path, capsys: pytest.Capt
     assert "no sample x; needed: keys such as s0" in capsys.readouterr().err
 
 
-def test_messages_are_shown_as_the_template_writes_them(tmp_path: Path) -> None:
-    from mm.data.published import read_tokenizer
-    from tests.mm.data.tokenizers_made import CHATML, byte_bpe, write_tokenizer
-
+def test_tokens_of_a_template_are_shown_and_do_not_act(tmp_path: Path) -> None:
+    """A token may be a whole tag, as <s> is here."""
     tokenizer = read_tokenizer(write_tokenizer(tmp_path / "t", byte_bpe(), template=CHATML))
-    chat = [{"role": "user", "content": "What is seen?"}, {"role": "assistant", "content": "東京"}]
+    chat = [{"role": "user", "content": "What is <s>seen</s>?"}, {"role": "assistant", "content": "東京"}]
     write_shard(tmp_path / "a.tar", [{"key": "k", "messages": chat, "parts": {}}])
     index = load_index(["a.tar"], tmp_path, tokenizer=tokenizer)
     text = "".join(Checked(page(index, index.samples, tokenizer)).said)
-    assert "<|im_start|>user\nWhat is seen?<|im_end|>" in text
-    assert json.loads(json.dumps(chat)) == chat and " learned" in text
+    assert "<|im_start|>user\nWhat is <s>seen</s>?<|im_end|>" in text and " learned" in text

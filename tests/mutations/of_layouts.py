@@ -1,0 +1,68 @@
+"""Faults of layouts of samples, of their conversion and of the page that shows them."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+READ = "tests/mm/data/test_layouts.py"
+CONVERTED = "tests/mm/data/test_convert.py"
+SHOWN = "tests/mm/data/test_page.py"
+
+LAYOUTS = (
+    Fault(
+        "layouts.majority",
+        "a caption that has lost its picture makes its shard one of texts",
+        "mm/data/layouts/tar.py",
+        "counts.most_common(1)[0][0]",
+        "min(counts, key=counts.__getitem__)",
+        f"{READ}::test_a_shard_has_one_layout",
+    ),
+    Fault(
+        "layouts.order",
+        "pictures come in the order of the tar, not of their numbers",
+        "mm/data/layouts/media.py",
+        "for name in in_order(names) if",
+        "for name in sorted(names) if",
+        f"{READ}::test_a_tar_is_read_as_it_is",
+    ),
+    Fault(
+        "layouts.plain",
+        "what the user says is learned",
+        "mm/data/layouts/conversations.py",
+        'message["role"] == "assistant"',
+        'message["role"] == "user"',
+        f"{READ}::test_a_conversation_as_segments",
+    ),
+    Fault(
+        "layouts.names",
+        "training reads captions without the names of their media",
+        "mm/data/layouts/tar.py",
+        'if layout == "segments" else [n for n in names if n != part]',
+        'if layout == "segments" else []',
+        f"{READ}::test_a_tar_is_read_as_it_is",
+    ),
+    Fault(
+        "convert.elsewhere",
+        "a path brings in a file from outside the folders of media",
+        "mm/data/convert/samples.py",
+        "if not path.is_relative_to(os.path.abspath(root)):",
+        "if False:",
+        f"{CONVERTED}::test_lines_with_paths_and_media_elsewhere",
+    ),
+    Fault(
+        "convert.torn",
+        "a shard that was torn counts as made",
+        "mm/data/convert/shards.py",
+        'shard.tar.stat().st_size == note["bytes"]',
+        "shard.tar.is_file()",
+        f"{CONVERTED}::test_neither_order_nor_restarts_change_a_byte",
+    ),
+    Fault(
+        "page.escape",
+        "what a text says acts in the page",
+        "mm/data/page.py",
+        "<span>{escape(piece)}</span>",
+        "<span>{piece}</span>",
+        f"{SHOWN}::test_tokens_of_a_template_are_shown_and_do_not_act",
+    ),
+)
