@@ -72,6 +72,7 @@ def build_index(shard: Path) -> ShardIndex:
     found = read_contents(shard)
     parts: dict[str, dict[str, PartEntry]] = {}
     jsons: dict[str, bytes] = {}
+    lacking: set[str] = set()  # extensions of files that a missing package would read
     ignored = 0
     with shard.open("rb") as tar:
         for file in found.files:
@@ -80,7 +81,7 @@ def build_index(shard: Path) -> ShardIndex:
                 ignored += 1
                 continue
             key, name = place
-            entry, payload = _part_entry(tar.fileno(), file, name)
+            entry, payload = _part_entry(tar.fileno(), file, name, lacking)
             if name == "json":
                 jsons[key] = payload
             if name in parts.setdefault(key, {}):
@@ -102,7 +103,8 @@ def build_index(shard: Path) -> ShardIndex:
         "version": VERSION,
         "bytes": was.st_size,
         "mtime_ns": was.st_mtime_ns,
-        "probes": {e: known(e) for e in extensions},
+        # An index that was made without a package is made again: it is of no probe that is known.
+        "probes": {e: f"{known(e)} without a package" if e in lacking else known(e) for e in extensions},
         "samples": samples,
         "broken": broken,
         "torn": found.torn,
@@ -134,8 +136,12 @@ def _loss(loss: Loss, keys: Collection[str]) -> list[str]:
     return ["", f"{loss.why} (its name reads {loss.name!r})"]
 
 
-def _part_entry(tar: int, file: File, name: str) -> tuple[PartEntry, bytes]:
-    """The entry of a file of the tar, and its payload; the payload is empty where it cannot be read."""
+def _part_entry(tar: int, file: File, name: str, lacking: set[str]) -> tuple[PartEntry, bytes]:
+    """The entry of a file of the tar, and its payload; the payload is empty where it cannot be read.
+
+    lacking: takes the extension of a file that needs a package which is missing.
+    """
+    from encoders.media.errors import MissingPackage
     from encoders.media.limits import BOUNDS
 
     entry: PartEntry = {"offset": file.offset, "size": file.size, "sha256": "", "meta": {}}
@@ -152,6 +158,9 @@ def _part_entry(tar: int, file: File, name: str) -> tuple[PartEntry, bytes]:
     entry["sha256"] = hashlib.sha256(payload).hexdigest()
     try:
         entry["meta"] = metadata(_extension(name), payload)
+    except MissingPackage as error:
+        entry["unreadable"] = f"{name}: {error}"
+        lacking.add(_extension(name))
     except Exception as error:  # whatever a decoder raises: the part is unusable, and the error is noted
         entry["unreadable"] = f"{name}: {error}"
     return entry, payload
