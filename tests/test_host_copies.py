@@ -25,7 +25,7 @@ ALLOWED = {
     ("parallel/sequence/host.py", "to_device", "pin_memory"): "the one way",
     ("parallel/sequence/host.py", "to_device", "to"): "the one way",
     ("encoders/media/pictures.py", "image_tensor", "from_numpy"): "decodes on the host",
-    ("encoders/media/sounds.py", "mono", "from_numpy"): "decodes on the host",
+    ("encoders/media/sounds.py", "read_samples", "from_numpy"): "decodes on the host",
     ("mm/ranks/batch.py", "_text", "from_numpy"): "text on the host, before to_device()",
     ("mm/ranks/decoding.py", "take", "frombuffer"): "what a worker has decoded, on the host",
     ("llm/model.py", "loss_rows", "nonzero"): "of labels on the host, while a batch is prepared",

@@ -86,6 +86,7 @@ def _index_of(tar: OpenFile, shard: Location, layout: str) -> ShardIndex:
     found = contents_of(tar, shard)
     parts: dict[str, dict[str, PartEntry]] = {}
     texts: dict[str, dict[str, bytes]] = {}  # by key and name, payloads that may have the text
+    lacking: set[str] = set()  # endings of files that a missing package would read
     endings = wanted(layout)
     ignored = 0
     for file in found.files:
@@ -94,7 +95,7 @@ def _index_of(tar: OpenFile, shard: Location, layout: str) -> ShardIndex:
             ignored += 1
             continue
         key, name = place
-        entry, payload = _part_entry(tar, file, name)
+        entry, payload = _part_entry(tar, file, name, lacking)
         if ending(name) in endings:
             texts.setdefault(key, {})[name] = payload
         if name in parts.setdefault(key, {}):
@@ -115,7 +116,8 @@ def _index_of(tar: OpenFile, shard: Location, layout: str) -> ShardIndex:
         "version": VERSION,
         "bytes": was.size,
         "mtime_ns": was.stamp,
-        "probes": {e: known(e) for e in extensions},
+        # An index that was made without a package is made again: it is of no probe that is known.
+        "probes": {e: f"{known(e)} without a package" if e in lacking else known(e) for e in extensions},
         "samples": samples,
         "broken": broken,
         "torn": found.torn,
@@ -144,8 +146,12 @@ def _loss(loss: Loss, keys: Collection[str]) -> list[str]:
     return ["", f"{loss.why} (its name reads {loss.name!r})"]
 
 
-def _part_entry(tar: OpenFile, file: File, name: str) -> tuple[PartEntry, bytes]:
-    """The entry of a file of the tar, and its payload; the payload is empty where it cannot be read."""
+def _part_entry(tar: OpenFile, file: File, name: str, lacking: set[str]) -> tuple[PartEntry, bytes]:
+    """The entry of a file of the tar, and its payload; the payload is empty where it cannot be read.
+
+    lacking: takes the ending of a file that needs a package which is missing.
+    """
+    from encoders.media.errors import MissingPackage
     from encoders.media.limits import BOUNDS
 
     entry: PartEntry = {"offset": file.offset, "size": file.size, "sha256": "", "meta": {}}
@@ -162,6 +168,9 @@ def _part_entry(tar: OpenFile, file: File, name: str) -> tuple[PartEntry, bytes]
     entry["sha256"] = hashlib.sha256(payload).hexdigest()
     try:
         entry["meta"] = metadata(ending(name), payload)
+    except MissingPackage as error:
+        entry["unreadable"] = f"{name}: {error}"
+        lacking.add(ending(name))
     except Exception as error:  # whatever a decoder raises: the part is unusable, and the error is noted
         entry["unreadable"] = f"{name}: {error}"
     return entry, payload
