@@ -109,7 +109,7 @@ def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: 
     index = load_index(
         patterns, base, layout=rules.layout, tokenizer=tokenizer, made_by=rules.made_by, write=write
     )
-    index = with_pieces(index, blueprint.inputs.encoders, tokenizer)
+    index = with_pieces(index, blueprint.inputs, tokenizer)
     return select(index, blueprint.inputs, rules)
 
 
