@@ -23,7 +23,7 @@ from mm.plan.batches import Batches
 from mm.plan.drawn import NOTHING, Drawn
 from mm.plan.schedules import Schedules
 from mm.plan.step_plan import StepPlan, plan_step
-from mm.plan.table import SampleTable
+from mm.plan.table import DataTable
 from mm.ranks.batch import Assembler, RankMicrobatch
 from mm.ranks.control import Control, notice
 from mm.ranks.decoding import Decoded, Reads, Task
@@ -184,7 +184,7 @@ class Feed:
     def _start_planner(self) -> Planner:
         """The planner is forked here, by the thread that trains and before there is another."""
         assembler, options, schedules = self._assembler, self._options, self._schedules
-        table = SampleTable.of(self.index.samples, assembler.inputs, self.index.skipped)
+        table = DataTable.of(self.index, assembler.inputs)
 
         def plan(step: int, known_bad: frozenset[int]) -> Planned:
             made = options.batches.plan(step, table.take, assembler.inputs, known_bad)

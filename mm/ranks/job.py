@@ -118,7 +118,7 @@ def open_index(
         write=write,
         storage=blueprint.storage,
     )
-    index = with_pieces(index, blueprint.inputs.encoders, tokenizer)
+    index = with_pieces(index, blueprint.inputs, tokenizer)
     return select(index, blueprint.inputs, rules)
 
 

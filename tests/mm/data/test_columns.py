@@ -118,7 +118,7 @@ def samples_of(kept: list[Kept]) -> Samples:
 def test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files(
     tmp_path_factory: Any, found: list[ShardIndex], data: st.DataObject
 ) -> None:
-    """Tables of some shards, joined or not, written or not: the samples are the same, and gathered too."""
+    """Tables of some shards each, joined or not, written or not: the samples are the same, gathered too."""
     folder = tmp_path_factory.mktemp("columns")
     file_of = [data.draw(st.integers(0, 2)) for _ in found]
     kept: dict[int, Kept] = {}
