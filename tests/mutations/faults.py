@@ -7,6 +7,7 @@ from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
 from tests.mutations.of_encoders import ENCODERS
 from tests.mutations.of_families import FAMILIES
+from tests.mutations.of_feeding import FEEDING
 from tests.mutations.of_folders import FOLDERS
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import LLM
@@ -19,5 +20,5 @@ from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + LLM),
-    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS),
+    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS + FEEDING),
 )
