@@ -7,14 +7,15 @@ left out, and nothing else in the project needs them. webdataset comes with the 
 
 The same JPEGs for all, made by the benchmark, in the page cache; all decode with the same function, ViT's
 prepare(), and give batches of float32 patches. Order of loaders is turned round by round. A round is two
-epochs, shuffled; its clock runs from the third batch on, when all workers have begun, until the last. Figures
-are the median over rounds: pictures a second, that over the fastest other loader's, and processor time a
-picture, of all processes. The feed does more than the others: it plans steps and packs them with their texts,
-and checks each payload against its sha256.
+epochs, shuffled; its clock runs from the fourth batch on, when all workers have begun, until the last.
+Figures are medians over rounds: pictures a second, the feed's over each loader's of the same round, and
+processor time a picture, of all processes in the same time. The feed does more than the others: it plans
+steps and packs them with their texts, and checks each payload against its sha256.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -141,22 +142,30 @@ def fed(root: Path, side: int, batch: int, steps: int, workers: int) -> Batches:
             yield feed.next(step, steps)[0].micro[0].items["vision"].values
 
 
-def clocked(batches: Batches) -> tuple[float, float]:
-    """Pictures a second, and processor seconds a batch, of this process and those that it has started."""
-    count, begin, before = 0, 0.0, processor_s()
+def clocked(batches: Batches, steps: int) -> tuple[float, float]:
+    """Batches a second, and processor seconds a batch, between number FIRST and the last of `steps`."""
+    seen = {}
     for n, batch in enumerate(batches):
         _ = batch.view(-1)[0].item()
-        if n == FIRST:
-            begin = time.perf_counter()
-        count = n - FIRST
-        last = time.perf_counter()
-    return count / (last - begin), (processor_s() - before) / (n + 1)
+        if n in (FIRST, steps - 1):
+            seen[n] = time.perf_counter(), processor_s()
+    (begin, before), (end, after) = seen[FIRST], seen[steps - 1]
+    count = steps - 1 - FIRST
+    return count / (end - begin), (after - before) / count
 
 
 def processor_s() -> float:
-    """Processor time of this process and of those of its processes that have ended."""
-    own = os.times()
-    return own.user + own.system + own.children_user + own.children_system
+    """Processor time of this process and of all below it."""
+    parent, used = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            pid = int(entry.name)
+            parent[pid], used[pid] = int(fields[1]), int(fields[11]) + int(fields[12])
+    mine = {os.getpid()}
+    while more := {pid for pid, above in parent.items() if above in mine} - mine:
+        mine |= more
+    return sum(used[pid] for pid in mine) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -184,7 +193,7 @@ def main() -> None:
         names = list(made)
         for n in range(asked.rounds):
             for name in names[n % len(names) :] + names[: n % len(names)]:
-                rate, cost = clocked(made[name]())
+                rate, cost = clocked(made[name](), steps)
                 rates[name].append(rate * asked.batch)
                 costs[name].append(cost / asked.batch)
         print(f"{asked.pictures} JPEGs of {asked.side} px, {size:.0f} kB each, {asked.workers} workers")

@@ -223,6 +223,8 @@ class Feed:
     def close(self) -> None:
         """Stop the thread, the workers and the planner, and drop what they were preparing."""
         self._drop_pending()
+        if self._workers is not None:
+            self._workers.stop()
         self._pool.shutdown(wait=True)
         if self._workers is not None:
             self._workers.close()

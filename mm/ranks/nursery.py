@@ -105,6 +105,8 @@ def _serve(orders: socket.socket, work: Work) -> None:
     # Other ranks notice the end of this one by its connections, which a copy here would keep open.
     _close_all_but(orders.fileno())
     torch.set_num_threads(1)  # its threads did not come along, and workers are many
+    # The tokenizers package has threads too, and warns of a fork after it has used them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     gc.freeze()  # a collection would write to, and so copy, what is shared
     living: set[int] = set()
     while True:

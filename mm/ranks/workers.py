@@ -64,7 +64,7 @@ class Workers:
     results() does all in the caller's thread. timeout_s: longest time that one task may take in a worker.
     ahead: is given the tasks that come next, before the first of them.
 
-    One thread submits and asks for results.
+    One thread submits and asks for results; any may ask for notes, or stop.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Workers:
         self._tried: dict[tuple[int, str], int] = {}  # by sample and part, at how many deaths
         self._notes: deque[str] = deque()
         self._orders = self._stillborn = 0
+        self._stopped = False
         self._looked = time.monotonic()
         self._workers: list[_Worker] = []
         self._nursery: Nursery | None = None
@@ -101,7 +102,7 @@ class Workers:
         return [w.pid for w in self._workers]
 
     def notes(self) -> list[str]:
-        """What has happened to workers since this was last asked, in words; any thread may ask."""
+        """What has happened to workers since this was last asked, in words."""
         return [self._notes.popleft() for _ in range(len(self._notes))]
 
     def submit(self, tasks: Sequence[Task]) -> Ticket:
@@ -124,13 +125,15 @@ class Workers:
         """What each task gives, in order.
 
         Raises PolyrankError for a task that fails for another reason than its sample, and where workers
-        cannot be started.
+        cannot be started or stop() was called.
         """
         if not self._workers:
             self._ahead(ticket.tasks)
             return [attempt(self._decode, task) for task in ticket.tasks]
         self._looked = time.monotonic()
         while ticket.left:
+            if self._stopped:
+                raise PolyrankError(f"the workers of rank {self._rank} are to end")
             pipes = {w.pipe: w for w in self._workers if w.orders}
             for pipe in wait(list(pipes), POLL_S):
                 assert isinstance(pipe, Connection)
@@ -240,6 +243,10 @@ class Workers:
 
     def _place(self, number: int) -> memoryview:
         return self._places[PLACE.size * number : PLACE.size * (number + 1)]
+
+    def stop(self) -> None:
+        """Let results() in another thread wait for nothing more."""
+        self._stopped = True
 
     def close(self) -> None:
         """End the workers and their nursery."""

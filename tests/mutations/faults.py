@@ -8,6 +8,7 @@ from tests.mutations.of_boundary import BOUNDARY
 from tests.mutations.of_corpora import CORPORA
 from tests.mutations.of_encoders import ENCODERS
 from tests.mutations.of_families import FAMILIES
+from tests.mutations.of_feeding import FEEDING
 from tests.mutations.of_folders import FOLDERS
 from tests.mutations.of_handover import HANDOVER
 from tests.mutations.of_jobs import JOB
@@ -22,6 +23,6 @@ from tests.mutations.of_statistics import STATISTICS
 from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
-    *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM),
-    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS),
+    *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
+    *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
 )

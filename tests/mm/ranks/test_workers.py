@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,18 @@ def test_a_worker_that_hangs_is_killed() -> None:
         assert [n for n, x in enumerate(found) if "workers have ended" in str(x)] == [2]
         notes = one.notes()
         assert len(notes) == 2 and all("(it had not answered for 0.4 s) while it decoded" in x for x in notes)
+
+
+def test_a_feed_that_is_closed_waits_for_no_worker() -> None:
+    def hang(one: Task) -> Tensor | Texts:
+        time.sleep(100)
+        raise AssertionError
+
+    with workers(hang, 1, timeout_s=60.0) as one, ThreadPoolExecutor(1) as thread:
+        waits = thread.submit(one.results, one.submit([task(1)]))
+        one.stop()
+        with pytest.raises(PolyrankError, match="are to end"):
+            waits.result(20)
 
 
 def test_faults_of_ours_are_no_bad_samples() -> None:

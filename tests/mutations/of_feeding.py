@@ -1,0 +1,40 @@
+"""Faults in what feeds a job."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+FEEDING = (
+    Fault(
+        "workers.order",
+        "results are given to tasks by their order in the shards",
+        "mm/ranks/workers.py",
+        'for n, answer in zip(piece.which, said["answers"], strict=False):',
+        'for n, answer in zip(sorted(piece.which), said["answers"], strict=False):',
+        "tests/mm/ranks/test_workers.py::test_any_number_of_workers_gives_the_same",
+    ),
+    Fault(
+        "workers.blame",
+        "a worker's end is counted against the first task of its order",
+        "mm/ranks/workers.py",
+        "self._charge(lost[0], n, ended + why)",
+        "self._charge(lost[0], 0, ended + why)",
+        "tests/mm/ranks/test_workers.py::test_workers_that_die_are_named_and_replaced",
+    ),
+    Fault(
+        "skipped.window",
+        "a bad sample among the first few is a large share",
+        "mm/ranks/skipped.py",
+        "if sum(last) > self._share * WINDOW:",
+        "if sum(last) > self._share * len(last):",
+        "tests/mm/ranks/test_skipped.py::test_the_size_of_a_batch_does_not_change_when_a_run_ends",
+    ),
+    Fault(
+        "reads.stages",
+        "later stages of an encoder read pictures that they do not use",
+        "mm/ranks/batch.py",
+        "needed = self._needed(use, edge) if at.pp == 0 else range(0)",
+        "needed = self._needed(use, edge)",
+        "tests/mm/ranks/test_reads.py",
+    ),
+)
