@@ -27,7 +27,29 @@ from parallel.tensor_parallel.layers import Linear, enter, leave
 from parallel.topology.axis import Axes
 
 
-class Attention(nn.Module):
+class Heads(nn.Module):
+    """What mixers of heads share: the map from their heads back to the hidden states."""
+
+    axes: Axes
+    bias: Tensor | None
+
+    def add_output(self, cfg: LLMConfig, width: int, **factory: Unpack[FactoryKwargs]) -> None:
+        """Register the map; width: of all heads together."""
+        self.out = Linear(width, cfg.d_model, normal(cfg.out_std), shard="row", **factory)
+        if cfg.attention_bias:
+            # Added after the sum over tp, so that it counts once.
+            after = ParamSpec(constant(0.0), partial=self.axes.sequence_parallel)
+            declare(self, "bias", (cfg.d_model,), after, **factory)
+        else:
+            self.bias = None
+
+    def output(self, y: Tensor) -> Tensor:
+        """The heads of this rank [T, heads, width] as hidden states."""
+        y = leave(self.out(y.flatten(1)), self.axes)
+        return y if self.bias is None else y + local(self.bias)
+
+
+class Attention(Heads):
     """Causal attention within each document; several query heads share a key/value head (arXiv 2305.13245).
 
     With more tp ranks than key/value heads, each rank computes those that its own query heads read.
@@ -62,13 +84,7 @@ class Attention(nn.Module):
                 declare(self, f"{name}_norm", (cfg.head_dim,), each, **factory)
         if cfg.attention_sinks:
             declare(self, "sinks", (cfg.n_heads,), ParamSpec(normal(cfg.init_std), shard_dim=0), **factory)
-        self.out = Linear(q, cfg.d_model, normal(cfg.out_std), shard="row", **factory)
-        if cfg.attention_bias:
-            # Added after the sum over tp, so that it counts once.
-            after = ParamSpec(constant(0.0), partial=axes.sequence_parallel)
-            declare(self, "bias", (cfg.d_model,), after, **factory)
-        else:
-            self.bias = None
+        self.add_output(cfg, q, **factory)
         self.recompute: frozenset[str] = frozenset()
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
@@ -80,8 +96,7 @@ class Attention(nn.Module):
             torch.unflatten(t, -1, (-1, self.head_dim)) for t in torch.split(joined, self.sizes, dim=-1)
         )
         y = run("attention_core" in self.recompute, self._core, q, k, v, packing)
-        y = leave(self.out(y.flatten(1)), self.axes)
-        return y if self.bias is None else y + local(self.bias)
+        return self.output(y)
 
     def _used(self, suffix: str) -> list[Tensor]:
         """Rows of the weights (or biases) of q, k and v for the heads of this rank."""

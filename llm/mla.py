@@ -12,9 +12,9 @@ from typing import Unpack
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from llm.attention import Rotation
+from llm.attention import Heads, Rotation
 from llm.cache import CachedPacking, KeyValues, attend_cached
 from llm.config import LLMConfig
 from llm.recompute import run
@@ -25,13 +25,13 @@ from parallel.sharding.dtypes import FactoryKwargs, accumulation_dtype
 from parallel.sharding.low_rank import adapted
 from parallel.sharding.param import ParamSpec, constant, declare, local, normal
 from parallel.tensor_parallel.joined import joined_linear
-from parallel.tensor_parallel.layers import Linear, enter, leave
+from parallel.tensor_parallel.layers import Linear, enter
 from parallel.topology.axis import Axes
 
 LATENT_EPS = 1e-6  # in norms of latents, whatever norm_eps is, as in the published code
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Heads):
     """Causal attention within each document, by latents.
 
     With c = norm(kv_down x) [T, kv_rank] and a key k_r [T, rope_head_dim] that all heads share, beside it in
@@ -77,14 +77,7 @@ class LatentAttention(nn.Module):
             self.q_up = Linear(cfg.q_rank, queries, init, shard="column", **factory)
         both = cfg.n_heads * (self.plain + self.value)
         self.kv_up = Linear(cfg.kv_rank, both, init, shard="column", **factory)
-        values = cfg.n_heads * self.value
-        self.out = Linear(values, cfg.d_model, normal(cfg.out_std), shard="row", **factory)
-        if cfg.attention_bias:
-            # Added after the sum over tp, so that it counts once.
-            after = ParamSpec(constant(0.0), partial=axes.sequence_parallel)
-            declare(self, "bias", (cfg.d_model,), after, **factory)
-        else:
-            self.bias = None
+        self.add_output(cfg, cfg.n_heads * self.value, **factory)
         self.recompute: frozenset[str] = frozenset()
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
@@ -93,8 +86,7 @@ class LatentAttention(nn.Module):
         q_latent, kept = torch.split(latents, [latents.shape[1] - self.kept, self.kept], -1)
         q: Tensor = self.q(enter(x, self.axes)) if self.cfg.q_rank is None else self.q_up(q_latent)
         y = run("attention_core" in self.recompute, self._core, q, kept, packing)
-        y = leave(self.out(y.flatten(1)), self.axes)
-        return y if self.bias is None else y + local(self.bias)
+        return self.output(y)
 
     def _latents(self, x: Tensor) -> Tensor:
         """Normed latents of queries, if there are any, those of keys and values, and the shared key, not yet

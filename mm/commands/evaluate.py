@@ -86,7 +86,7 @@ def _losses(args: argparse.Namespace, source: Source, blueprint: Blueprint, rank
     if args.samples == 0 or not blueprint.cfg.data.eval:
         return None
     index = open_index(blueprint, blueprint.cfg.data.eval, blueprint.cfg.base)
-    job = build_job(blueprint, rank)
+    job = build_job(blueprint, rank, learns=False)
     data = open_data(job, index)
     try:
         source.fill(job)

@@ -123,12 +123,14 @@ class PublishedTokenizer:
             )
         return self.chat.render(messages, tools, self.placeholders, **flags)
 
-    def placeholder_of(self, module: str) -> int:
+    def placeholder_of(self, module: str, meta: Mapping[str, Any] | None = None) -> int:
         """The id in the place of a module's rows: that of its kind, or the padding's where the vocabulary
-        has none."""
-        kinds = (k for k, m in MODULES.items() if module in (k, m))
-        found = self.find(self.placeholders[next(kinds, "image")])
-        return found if found < self.needed else self.pad
+        has none. meta: of the item; rows of a video have an id of their own where the vocabulary has one."""
+        kinds = [k for k, m in MODULES.items() if module in (k, m)][:1] or ["image"]
+        if meta is not None and "pictures" in meta:
+            kinds.insert(0, "video")
+        found = (self.find(self.placeholders[k]) for k in kinds)
+        return next((n for n in found if n < self.needed), self.pad)
 
 
 def read_tokenizer(path: Path) -> PublishedTokenizer:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from mm.data.published import TOKENIZER, PublishedTokenizer, read_tokenizer
 
@@ -53,8 +54,8 @@ class Tokenizer:
         """Text of the byte tokens; markers are dropped, incomplete characters replaced."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
-    def placeholder_of(self, module: str) -> int:
-        """The id in the place of a module's rows."""
+    def placeholder_of(self, module: str, meta: Mapping[str, Any] | None = None) -> int:
+        """The id in the place of a module's rows, those of a video too."""
         return self.placeholder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoders.contract import pack_items
+from encoders.contract import Meta, pack_items
 from llm.decode import Prompt
 from mm.data.conversation import parse_messages
 from mm.data.encode import TokenSegment, encode_prompt, encode_samples
@@ -75,7 +75,9 @@ def read_prompt(model: Asked, sample: Mapping[str, Any], payloads: Mapping[str, 
             if seg.kind not in model.uses:
                 have = ", ".join(model.uses) or "none"
                 raise ValueError(f"{seg.name} is for module {seg.kind}; the model has: {have}")
-            for found, run in item_rows(model, seg.kind, seg.name, payloads[seg.name]):
+            meta = metadata(seg.name.rpartition(".")[2].lower(), payloads[seg.name])
+            place = model.tokenizer.placeholder_of(seg.kind, meta)
+            for found, run in item_rows(model, seg.kind, meta, payloads[seg.name]):
                 if isinstance(found, str):
                     new = model.tokenizer.encode_texts([found])[0]
                     ids += new
@@ -84,7 +86,7 @@ def read_prompt(model: Asked, sample: Mapping[str, Any], payloads: Mapping[str, 
                 entering.setdefault(seg.kind, []).extend(range(len(ids), len(ids) + len(found)))
                 runs.append(run)
                 rows.setdefault(seg.kind, []).append(found)
-                ids += [model.tokenizer.placeholder_of(seg.kind)] * len(found)
+                ids += [place] * len(found)
     except (ValueError, KeyError, OSError, EOFError) as error:
         raise DataError(f"the prompt cannot be used: {error}") from error
     at = {m: torch.tensor(p, device=model.device) for m, p in entering.items()}
@@ -107,12 +109,12 @@ def _segments(model: Asked, sample: Mapping[str, Any]) -> Sequence[TokenSegment]
     return encode_prompt(parse_messages(sample), model.tokenizer)
 
 
-def item_rows(model: Asked, module: str, name: str, payload: bytes) -> list[tuple[str | Tensor, Run]]:
+def item_rows(model: Asked, module: str, meta: Meta, payload: bytes) -> list[tuple[str | Tensor, Run]]:
     """An item's rows [R, d], or [R, levels, d], piece by piece, with how they lie, and texts between pieces.
     Raises ValueError where its encoder cannot take it."""
     use = model.uses[module]
     out: list[tuple[str | Tensor, Run]] = []
-    for piece in pieces_of(use, metadata(name.rpartition(".")[2].lower(), payload)):
+    for piece in pieces_of(use, meta):
         if isinstance(piece, str):
             out.append((piece, 0))
             continue

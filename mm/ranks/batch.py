@@ -302,7 +302,7 @@ class Assembler:
         for seg in sample.segments:
             if seg.part is not None:
                 n = self.inputs.rows(seg.kind, seg.part)
-                ids[at : at + n] = tok.placeholder_of(seg.kind)
+                ids[at : at + n] = tok.placeholder_of(seg.kind, seg.part.meta)
             else:
                 new = texts.pop(0) if seg.ids is None else seg.ids
                 n = seg.tokens

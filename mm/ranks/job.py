@@ -67,7 +67,7 @@ class Job:
     parts: Mapping[str, Parts]  # by module, its pipeline stages here, by stage index
     groups: Groups
     meshes: Mapping[str, ModuleMesh]  # by module
-    optimizers: Mapping[str, ShardedOptimizer]  # by module
+    optimizers: Mapping[str, ShardedOptimizer]  # by module; none in a job that does not learn
     boundaries: Mapping[Edge, Directions[BoundaryCommunicator]]  # by edge, on the ranks at either end of it
     pipes: Mapping[str, Directions[Pipe]]  # by module, where it has several pipeline stages
     control: Control
@@ -152,10 +152,11 @@ def assembler_of(blueprint: Blueprint, rank: RankInfo, axes: Mapping[str, Axes])
     )
 
 
-def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job:
+def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True, learns: bool = True) -> Job:
     """Make groups, modules, initial weights and optimizers. Every rank of the job calls this.
 
     draw: whether weights get their initial values; not where tensors have no values (mm.virtual).
+    learns: whether there are optimizers; not where a model is only evaluated.
     """
     cfg = blueprint.cfg
     groups, meshes = make_meshes(blueprint, rank)
@@ -173,6 +174,7 @@ def build_job(blueprint: Blueprint, rank: RankInfo, *, draw: bool = True) -> Job
             average=cfg.train.average,
         )
         for m, own in parts.items()
+        if learns
     }
     pipes = {
         m: Directions(*(Pipe(m, group, cfg.run.timeout_s) for group in mesh.pipeline))
