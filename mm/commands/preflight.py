@@ -6,14 +6,16 @@ import errno
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.config.outline import SINK, llm_config
 from mm.config.schema import Config
-from mm.config.sources import patterns_of
+from mm.config.sources import layouts_of, patterns_of
 from mm.data.index import find_shards
+from mm.data.layouts.find import Spec, layout_name
 from mm.data.tokenizer import Tokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
 from mm.data.vocabulary import check_vocabulary
@@ -46,11 +48,20 @@ def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
         ) from error
     for entries in (cfg.data.train, cfg.data.eval) if data else ():
         find_shards(patterns_of(entries), cfg.base, cfg.data.made_by)
+        _check_layouts(layouts_of(entries, cfg.data.layout))
     if cfg.run.tensorboard and find_spec("tensorboard") is None:
         raise Refused(
             "run.tensorboard=true, but the package tensorboard is not installed; needed: pip install -e "
             "'.[tensorboard]', or run.tensorboard=false (metrics.jsonl has the same numbers)"
         )
+
+
+def _check_layouts(layouts: Sequence[Spec]) -> None:
+    for layout in layouts:
+        try:
+            layout_name(layout)
+        except ValueError as error:
+            raise Refused(f"data.layout: {error}") from error
 
 
 def _could_write(folder: Path) -> None:

@@ -14,6 +14,7 @@ from mm.data.building import Kept, kept_indexes, tell
 from mm.data.columns.entries import notes_of
 from mm.data.columns.samples import Samples, Shard
 from mm.data.columns.store import Say
+from mm.data.convert.records import kind_name
 from mm.data.encode import NO_TEMPLATE
 from mm.data.layouts.find import Spec, layout_name
 from mm.data.probes import register_probe as register_probe  # documented here for users
@@ -24,6 +25,8 @@ from mm.data.storage import find
 from mm.data.tokenizer import AnyTokenizer
 from mm.data.tokens import kept_texts
 from mm.errors import DataError
+
+CONVERTS = "; python -m mm data convert IN --out DIR makes shards of other files and folders (docs/data.md)"
 
 
 def named_layout(spec: Spec) -> str:
@@ -37,7 +40,8 @@ def named_layout(spec: Spec) -> str:
 def find_shards(patterns: Sequence[str], base: Path, made_by: str | None = None) -> list[Path]:
     """The shards that globs and brace patterns (relative to base) match.
 
-    made_by: the command that makes them, for the error. Raises DataError where a pattern matches nothing.
+    made_by: the command that makes them, for the error. Raises DataError where a pattern matches nothing, or
+    files that data convert would read.
     """
     out: list[Path] = []
     for pattern in patterns:
@@ -48,8 +52,12 @@ def find_shards(patterns: Sequence[str], base: Path, made_by: str | None = None)
             there = (
                 "the folder does not exist" if have is None else f"it has {', '.join(have[:5]) or 'no tar'}"
             )
-            hint = "" if made_by is None else f"; this makes it: {made_by}"
+            hint = CONVERTS if have == [] else ""
+            hint = hint if made_by is None else f"; this makes it: {made_by}"
             raise DataError(f"no shard matches {pattern!r} in {folder}: {there}{hint}")
+        other = next((path for path in found if kind_name(path) not in (None, ".tar")), None)
+        if other is not None:
+            raise DataError(f"{other} is no tar; needed: shards{CONVERTS}")
         out += found
     return out
 
