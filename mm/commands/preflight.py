@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING
 from mm.config.data import storage_of
 from mm.config.outline import SINK, llm_config
 from mm.config.schema import Config
-from mm.config.sources import patterns_of
+from mm.config.sources import SourceConfig, patterns_of
 from mm.data.index import find_shards
+from mm.data.layouts.find import Spec, layout_name
 from mm.data.tokenizer import Tokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
 from mm.data.vocabulary import check_vocabulary
@@ -47,11 +49,20 @@ def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
         ) from error
     for entries in (cfg.data.train, cfg.data.eval) if data else ():
         find_shards(patterns_of(entries), cfg.base, cfg.data.made_by, storage_of(cfg.data))
+        _check_layouts(entries, cfg.data.layout)
     if cfg.run.tensorboard and find_spec("tensorboard") is None:
         raise Refused(
             "run.tensorboard=true, but the package tensorboard is not installed; needed: pip install -e "
             "'.[tensorboard]', or run.tensorboard=false (metrics.jsonl has the same numbers)"
         )
+
+
+def _check_layouts(entries: Sequence[str | SourceConfig], common: Spec) -> None:
+    for layout in (common, *(e.layout for e in entries if isinstance(e, SourceConfig))):
+        try:
+            layout_name(layout)
+        except ValueError as error:
+            raise Refused(f"data.layout: {error}") from error
 
 
 def _could_write(folder: Path) -> None:

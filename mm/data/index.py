@@ -12,6 +12,7 @@ from pathlib import Path
 from mm.data.building import Kept, kept_indexes
 from mm.data.columns.entries import notes_of
 from mm.data.columns.samples import Samples, Shard
+from mm.data.convert.records import kind_name
 from mm.data.encode import NO_TEMPLATE
 from mm.data.layouts.find import Spec, layout_name
 from mm.data.probes import register_probe as register_probe  # documented here for users
@@ -23,6 +24,8 @@ from mm.data.storage import LOCAL, Storage
 from mm.data.tokenizer import AnyTokenizer
 from mm.data.tokens import kept_texts
 from mm.errors import DataError
+
+CONVERTS = "; python -m mm data convert IN --out DIR makes shards of other files and folders (docs/data.md)"
 
 
 def named_layout(spec: Spec) -> str:
@@ -38,27 +41,32 @@ def find_shards(
 ) -> list[str]:
     """The shards that globs and brace patterns match: URLs, or paths relative to base.
 
-    made_by: the command that makes them, for the error. Raises DataError where a pattern matches nothing.
+    made_by: the command that makes them, for the error. Raises DataError where a pattern matches nothing, or
+    files that data convert would read.
     """
     out: list[str] = []
     for pattern in patterns:
         found = storage.find(pattern if is_remote(pattern) else str(base / pattern))
         if not found:
-            hint = "" if made_by is None else f"; this makes it: {made_by}"
-            raise DataError(f"no shard matches {_instead(pattern, base)}{hint}")
+            raise DataError(f"no shard matches {_instead(pattern, base, made_by)}")
+        other = next((path for path in found if kind_name(Path(path)) not in (None, ".tar")), None)
+        if other is not None:
+            raise DataError(f"{public(other)} is no tar; needed: shards{CONVERTS}")
         out += found
     return out
 
 
-def _instead(pattern: str, base: Path) -> str:
-    """A pattern that matches nothing, where, and what is there."""
+def _instead(pattern: str, base: Path, made_by: str | None) -> str:
+    """A pattern that matches nothing, where, what is there, and what makes shards."""
+    made = "" if made_by is None else f"; this makes it: {made_by}"
     if is_remote(pattern):
-        return f"{public(pattern)!r}: the store lists no such object"
+        return f"{public(pattern)!r}: the store lists no such object{made}"
     folder = (base / pattern).parent
     if not folder.is_dir():
-        return f"{pattern!r} in {folder}: the folder does not exist"
+        return f"{pattern!r} in {folder}: the folder does not exist{made}"
     have = sorted(p.name for p in folder.glob("*.tar"))
-    return f"{pattern!r} in {folder}: it has {', '.join(have[:5]) or 'no tar'}"
+    hint = made or ("" if have else CONVERTS)
+    return f"{pattern!r} in {folder}: it has {', '.join(have[:5]) or 'no tar'}{hint}"
 
 
 def load_index(

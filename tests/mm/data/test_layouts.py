@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mm.commands.preflight import check_paths
 from mm.config.schema import from_mapping
 from mm.data.convert.run import Request, convert
 from mm.data.encode import parse_made, parse_sample
@@ -25,7 +26,7 @@ from mm.data.order import permute_items
 from mm.data.reader import ShardReader
 from mm.data.scan import build_index
 from mm.data.storage import Storage
-from mm.errors import DataError
+from mm.errors import DataError, Refused
 from mm.plan.blueprint import draw_up
 from mm.ranks.feed import prepare
 from mm.ranks.job import assembler_of, open_index
@@ -164,7 +165,7 @@ def test_a_layout_of_the_config_makes_another_index(tmp_path: Path) -> None:
 NAMED = st.lists(st.sampled_from(["1.jpg", "2.jpg", "10.jpg", "a.wav", "cls", "npy", "txt"]), unique=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(NAMED, st.randoms(use_true_random=False))
 def test_what_is_made_depends_on_no_order_and_no_name_that_is_not_used(names: list[str], rng: Any) -> None:
     """Training knows only the names of items, in the order that indexing gave them."""
@@ -292,6 +293,19 @@ def test_a_layout_that_is_none_is_refused(spec: Any, why: str, tmp_path: Path) -
         load_index(["a.tar"], tmp_path, layout=spec)
 
 
+def test_a_wrong_layout_or_file_is_refused_before_ranks_start(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", {"k": WRITTEN["text"][0]})
+    raw = small(data={"train": ["a.tar"], "layout": "capions"}, run={"dir": str(tmp_path / "run")})
+    with pytest.raises(Refused, match="there is no layout 'capions'; nearest: captions"):
+        check_paths(from_mapping(raw, tmp_path), write=False)
+    (tmp_path / "b.jsonl").write_text("{}")
+    for pattern, why in (("b.jsonl", "b.jsonl is no tar; needed: shards; python -m mm data convert"),
+                         ("none/*.tar", "the folder does not exist")):  # fmt: skip
+        raw["data"] |= {"train": [pattern], "layout": None}
+        with pytest.raises(DataError, match=why):
+            check_paths(from_mapping(raw, tmp_path), write=False)
+
+
 def shouting(record: Any, names: Any) -> Any:
     return {"segments": [{"text": record["txt"].upper()}]}
 
@@ -336,7 +350,7 @@ def step_of(tmp_path: Path, pattern: str, tokenizer: str, **rules: Any) -> list[
     "kind",
     on_demand(
         ["captions", "truncated", "conversations", "interleaved", "mapping"],
-        ["conversations", "interleaved", "mapping"],
+        ["captions", "conversations", "interleaved", "mapping"],
     ),
 )
 def test_a_step_of_a_tar_as_it_is_equals_that_of_its_conversion(kind: str, tmp_path: Path) -> None:

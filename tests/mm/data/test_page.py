@@ -110,7 +110,7 @@ def test_a_page_shows_media_tokens_loss_and_dependence(tmp_path: Path) -> None:
     assert f"vision: img0.png, {len(picture(7))} bytes, height 8, width 8" in text
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.text(), st.text(min_size=1).filter(lambda t: t not in ("text", "loss", "depends")))
 def test_nothing_that_a_sample_says_acts(
     tmp_path_factory: pytest.TempPathFactory, text: str, name: str
