@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,43 @@ class Skipped(NamedTuple):
     why: str  # with the sample's name
 
 
+class Tally(NamedTuple):
+    """Samples that are not left out, by shard, int64 [shards]. truncated: those of which only the beginning is
+    used. items: by module that has some, in alphabetical order."""
+
+    samples: NDArray[np.int64]
+    truncated: NDArray[np.int64]
+    items: Mapping[str, NDArray[np.int64]]
+
+
+class Usable(Sequence[Sample]):
+    """The samples that are not left out, in order. skipped: ids of the others, ascending."""
+
+    def __init__(self, samples: Sequence[Sample], skipped: Iterable[int]) -> None:
+        self._samples = samples
+        gone = np.fromiter(skipped, dtype=np.int64)
+        self._before = gone - np.arange(len(gone))  # by sample that is left out, how many usable come before
+
+    def __len__(self) -> int:
+        return len(self._samples) - len(self._before)
+
+    @overload
+    def __getitem__(self, which: int) -> Sample: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, which: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(which, slice):
+            return [self[k] for k in range(len(self))[which]]
+        nth = range(len(self))[which]
+        return self._samples[nth + int(np.searchsorted(self._before, nth, side="right"))]
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Sequence) and len(other) == len(self)
+        return same and all(a == b for a, b in zip(self, other, strict=True))  # type: ignore[call-overload]
+
+    __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by its elements
+
+
 @dataclass(frozen=True)
 class Index:
     """The samples of a data set, and what of it cannot be read."""
@@ -104,15 +144,22 @@ class Index:
     ignored: Mapping[str, int] = field(default_factory=dict)  # by shard, files whose names make no sample
     skipped: Mapping[int, Skipped] = field(default_factory=dict)  # by id, samples that the config leaves out
 
+    tally: Tally | None = field(default=None, compare=False)  # where select() has counted
+
     @property
-    def usable(self) -> list[Sample]:
+    def usable(self) -> Sequence[Sample]:
         """The samples that are not left out."""
-        return [s for s in self.samples if s.id not in self.skipped]
+        return Usable(self.samples, sorted(self.skipped))
 
     @cached_property
     def digest(self) -> str:
         """A fingerprint of the samples' keys and jsons. It does not depend on the paths of the shards."""
         h = hashlib.sha256()
+        lines = getattr(self.samples, "fingerprints", None)
+        if lines is not None:  # columns, without views
+            for part in lines():
+                h.update(part)
+            return h.hexdigest()[:16]
         for sample in self.samples:
             h.update(f"{sample.key} {sample.json.sha256}\n".encode())
         return h.hexdigest()[:16]
