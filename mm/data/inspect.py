@@ -11,8 +11,9 @@ from mm.data.columns.entries import notes_of
 from mm.data.index import find_shards, load_index, named_layout
 from mm.data.layouts.find import NAMES, Spec
 from mm.data.published import PublishedTokenizer
-from mm.data.sample import Index, Sample
+from mm.data.sample import Index, Sample, Tally
 from mm.data.storage import LOCAL, Storage
+from mm.data.tally import shard_numbers, tally_of
 from mm.data.tokenizer import AnyTokenizer
 from mm.data.tokens import kept_texts
 from mm.errors import DataError
@@ -106,25 +107,28 @@ def count_lines(name: str, index: Index, modules: Collection[str] = ()) -> list[
 
     Of many files only those with most losses are listed. modules: each is warned of where it has no item.
     """
-    out, lost = [f"{name} data: {_count(index.usable)} in {len(index.shards)} files"], Counter[str]()
-    shards: dict[str, list[Sample]] = {shard: [] for shard in index.shards}
-    reasons: dict[str, list[str]] = {shard: [] for shard in index.shards}
+    tally, ids = tally_of(index), list(index.skipped)
+    where = [index.shards[k] for k in shard_numbers(index.samples, index.shards, ids)]
+    lost = Counter(dict.fromkeys(index.shards, 0))
+    lost.update(b.shard for b in index.broken)
+    lost.update(where)
+    shown = {shard for shard, _ in lost.most_common(SHARDS_SHOWN)}
+    reasons: dict[str, list[str]] = {shard: [] for shard in shown}
     for shard, key, why in index.broken:
-        reasons[shard].append(f"unreadable: {key}: {why}" if key else f"unreadable: {why}")
-    for sample in index.samples:
-        if sample.id not in index.skipped:
-            shards[sample.shard].append(sample)
-        else:
-            skip = index.skipped[sample.id]
-            reasons[sample.shard].append(f"{skip.kind}: {skip.why}")
-    lost.update({shard: len(why) for shard, why in reasons.items()})
-    shown = [shard for shard, _ in lost.most_common(SHARDS_SHOWN)]
-    for shard in (s for s in shards if s in shown):
-        out += [f"  {_near(shard)}: {_file(index, shard, shards[shard], len(reasons[shard]))}"]
-        out += [f"  {line}" for line in _some(reasons[shard])]
-    if len(shards) > len(shown):
-        out.append(f"  and {len(shards) - len(shown)} more files")
-    unfed = [m for m in modules if m not in modules_of(index.usable)]
+        if len(reasons.get(shard, range(SHOWN))) < SHOWN:
+            reasons[shard].append(f"unreadable: {key}: {why}" if key else f"unreadable: {why}")
+    for number, shard in zip(ids, where, strict=True):
+        if len(reasons.get(shard, range(SHOWN))) < SHOWN:
+            skip = index.skipped[number]
+            reasons[shard].append(f"{skip.kind}: {skip.why}")
+    out = [f"{name} data: {_count(tally, slice(None))} in {len(index.shards)} files"]
+    for k, shard in enumerate(index.shards):
+        if shard in shown:
+            out += [f"  {_near(shard)}: {_file(index, tally, k, lost[shard])}"]
+            out += [f"  {line}" for line in _some(reasons[shard], lost[shard])]
+    if len(lost) > len(shown):
+        out.append(f"  and {len(lost) - len(shown)} more files")
+    unfed = [m for m in modules if m not in tally.items]
     return out + [f"warning: no sample has an item for module {m}: it learns nothing" for m in unfed]
 
 
@@ -134,22 +138,25 @@ def _near(shard: str) -> str:
     return str(Path(shard).relative_to(here)) if Path(shard).is_relative_to(here) else shard
 
 
-def _file(index: Index, shard: str, samples: Sequence[Sample], lost: int) -> str:
-    truncated = sum(s.truncated for s in samples)
+def _file(index: Index, tally: Tally, number: int, lost: int) -> str:
+    shard = index.shards[number]
     more = {
         "left out": lost,
-        "truncated to data.context": truncated,
+        "truncated to data.context": int(tally.truncated[number]),
         "files that are no part of a sample": index.ignored.get(shard, 0),
     }
-    counts = [_count(samples), *(f"{n} {what}" for what, n in more.items() if n)]
+    counts = [_count(tally, slice(number, number + 1)), *(f"{n} {what}" for what, n in more.items() if n)]
     return ", ".join([*counts, *(["torn"] if shard in index.torn else [])])
 
 
-def _count(samples: Sequence[Sample]) -> str:
-    items = [f"{sum(len(s.items(m)) for s in samples)} {m} items" for m in modules_of(samples)]
-    return ", ".join([f"{len(samples)} samples", *items])
+def _count(tally: Tally, shards: slice) -> str:
+    items = {module: int(count[shards].sum()) for module, count in tally.items.items()}
+    said = [f"{n} {module} items" for module, n in items.items() if n]
+    return ", ".join([f"{tally.samples[shards].sum()} samples", *said])
 
 
-def _some(reasons: Sequence[str]) -> list[str]:
-    more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
+def _some(reasons: Sequence[str], count: int | None = None) -> list[str]:
+    """Lines of the first reasons. count: of all, where these are but the first."""
+    count = len(reasons) if count is None else count
+    more = [f"and {count - SHOWN} more"] if count > SHOWN else []
     return [f"  {line}" for line in [*reasons[:SHOWN], *more]]

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,56 @@ class Selection(NamedTuple):
     size: int
     bits: NDArray[np.uint8] | None = None
 
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The samples that are taken."""
+        if self.bits is None:
+            return np.arange(self.first, self.first + self.size)
+        return self.first + np.flatnonzero(np.unpackbits(self.bits, count=self.size))
+
+
+class Tally(NamedTuple):
+    """Samples that are usable, by shard, int64 [shards]. truncated: those of which only the beginning is used.
+    items: by module that has some, in alphabetical order."""
+
+    samples: NDArray[np.int64]
+    truncated: NDArray[np.int64]
+    items: Mapping[str, NDArray[np.int64]]
+
+
+class Usable(Sequence[Sample]):
+    """Samples without some of them, in order. taken: ids, None for all. skipped: ids of those without."""
+
+    def __init__(
+        self, samples: Sequence[Sample], taken: NDArray[np.int64] | None, skipped: Iterable[int]
+    ) -> None:
+        gone = np.fromiter(skipped, dtype=np.int64)
+        self._samples = samples
+        self._taken = None if taken is None else taken[~np.isin(taken, gone)]
+        # By sample that is left out, how many usable ones come before it.
+        self._before = np.sort(gone) - np.arange(len(gone))
+
+    def __len__(self) -> int:
+        return len(self._samples) - len(self._before) if self._taken is None else len(self._taken)
+
+    @overload
+    def __getitem__(self, which: int) -> Sample: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, which: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(which, slice):
+            return [self[k] for k in range(len(self))[which]]
+        nth = range(len(self))[which]
+        if self._taken is not None:
+            return self._samples[int(self._taken[nth])]
+        return self._samples[nth + int(np.searchsorted(self._before, nth, side="right"))]
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Sequence) and len(other) == len(self)
+        return same and all(a == b for a, b in zip(self, other, strict=True))  # type: ignore[call-overload]
+
+    __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by its elements
+
 
 @dataclass(frozen=True)
 class Index:
@@ -119,21 +169,22 @@ class Index:
     firsts: tuple[int, ...] = ()  # by shard and at the end, the id of its first sample
     selections: tuple[Selection, ...] = ()  # by entry of the config; none: all samples
 
-    @property
-    def usable(self) -> list[Sample]:
-        """The samples that are taken and not left out, in order."""
-        return [self.samples[i] for i in self.taken if i not in self.skipped]
+    tally: Tally | None = field(default=None, compare=False)  # where select() has counted
 
     @property
-    def taken(self) -> Iterator[int]:
-        """The ids of the samples that some entry of the config takes."""
-        for _, first, size, bits in self.selections or (Selection("", 0, len(self.samples)),):
-            which = range(size) if bits is None else np.flatnonzero(np.unpackbits(bits, count=size)).tolist()
-            yield from (first + k for k in which)
+    def usable(self) -> Sequence[Sample]:
+        """The samples that are taken and not left out, in order."""
+        taken = np.concatenate([s.ids for s in self.selections]) if self.selections else None
+        return Usable(self.samples, taken, self.skipped)
 
     def digest_of(self, first: int, stop: int) -> str:
         """A fingerprint of the keys and jsons of samples first .. stop - 1; it does not depend on paths."""
         h = hashlib.sha256()
+        lines = getattr(self.samples, "fingerprints", None)
+        if lines is not None:  # columns, without views
+            for part in lines(first, stop):
+                h.update(part)
+            return h.hexdigest()[:16]
         for sample in self.samples[first:stop]:
             h.update(f"{sample.key} {sample.json.sha256}\n".encode())
         return h.hexdigest()[:16]

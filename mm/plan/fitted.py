@@ -210,6 +210,14 @@ class Fitted(Sequence[Sample]):
 
     __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by its elements
 
+    def shard_of(self, which: Numbers) -> Numbers:
+        """By sample number, the number of its shard."""
+        return self.base.shard_of(which)
+
+    def fingerprints(self) -> Iterator[bytes]:
+        """As of the samples themselves."""
+        return self.base.fingerprints()
+
     def view(self, number: int) -> Sample:
         """A sample as an object."""
         sample = self.base.view(number)

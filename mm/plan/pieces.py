@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
+from encoders.contract import Encoder
 from mm.data.columns.samples import Samples
 from mm.data.sample import Index
 from mm.data.tokenizer import AnyTokenizer
 from mm.plan.apart import in_pieces
 from mm.plan.fitted import Fitted
 from mm.plan.inputs import EncoderUse, PlanInputs
+
+NOTHING = Encoder.omits.__func__  # type: ignore[attr-defined]  # of encoders that leave out nothing
 
 
 def with_pieces(index: Index, inputs: PlanInputs, tokenizer: AnyTokenizer) -> Index:
@@ -33,12 +36,14 @@ def with_pieces(index: Index, inputs: PlanInputs, tokenizer: AnyTokenizer) -> In
 
 
 def omissions(index: Index, uses: Mapping[str, EncoderUse]) -> list[str]:
-    """What encoders leave out of items, a line for each kind with how many items it is of. O(items)."""
+    """What encoders leave out of items, a line for each kind with how many items it is of. O(items), unless no
+    encoder leaves out anything."""
     found: Counter[tuple[str, str]] = Counter()
     every: Counter[str] = Counter()
-    for sample in index.usable:
+    some = [m for m, use in uses.items() if getattr(use.cls.omits, "__func__", None) is not NOTHING]
+    for sample in index.usable if some else ():
         for seg in sample.segments:
-            if seg.part is not None and seg.kind in uses:
+            if seg.part is not None and seg.kind in some:
                 use = uses[seg.kind]
                 every[seg.kind] += 1
                 found[seg.kind, use.cls.omits(use.cfg, seg.part.meta)] += 1

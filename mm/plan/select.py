@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from mm.errors import DataError
 from mm.plan.cut import cut_sample
 from mm.plan.fitted import Fitted
 from mm.plan.inputs import PlanInputs, sample_length
+from mm.plan.measured import Measured, added, measured, tallied
 from parallel.sequence.intervals import Column, column
 
 SHOWN = 3  # reasons that are listed
@@ -39,18 +40,14 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
         index, cut = _cut(index, found.overlong, inputs)
     left = ~np.isin(found.overlong, cut)
     skipped = LeftOut.of(index.samples, found.misfit, found.overlong[left], found.length[left], inputs)
-    chosen = replace(index, skipped=skipped)
+    tally = found.tally
+    if tally is not None and isinstance(index.samples, Fitted):
+        for which in index.samples.chunks(cut):
+            lines = index.samples.lines(which)
+            tally = added(tally, tallied(index.samples, which, lines, lines.cut))
+    chosen = replace(index, skipped=skipped, tally=tally)
     _check_share(chosen, rules.max_skipped)
     return chosen
-
-
-class Measured(NamedTuple):
-    """Samples that do not fit, ascending. misfit: with an item that an encoder cannot take. overlong: longer
-    than data.context, and length: theirs."""
-
-    misfit: Column
-    overlong: Column
-    length: Column
 
 
 def _measured(index: Index, inputs: PlanInputs) -> tuple[Index, Measured]:
@@ -59,8 +56,7 @@ def _measured(index: Index, inputs: PlanInputs) -> tuple[Index, Measured]:
     samples = index.samples
     if isinstance(samples, Samples | Fitted):
         fitted = samples.of(inputs) if isinstance(samples, Fitted) else Fitted(samples, inputs)
-        parts = [_of_chunk(fitted, which) for which in fitted.chunks()]
-        return replace(index, samples=fitted), Measured(*map(np.concatenate, zip(*parts, strict=True)))
+        return replace(index, samples=fitted), measured(fitted, lambda: _measure(fitted))
     misfit, overlong, length = [], [], []
     for sample in samples:
         _check_modules(sample, inputs)
@@ -75,13 +71,21 @@ def _measured(index: Index, inputs: PlanInputs) -> tuple[Index, Measured]:
     return index, Measured(column(misfit), column(overlong), column(length))
 
 
+def _measure(fitted: Fitted) -> Measured:
+    """Look at all samples."""
+    parts = [_of_chunk(fitted, which) for which in fitted.chunks()]
+    misfit, overlong, length = (np.concatenate([getattr(p, f) for p in parts]) for f in Measured._fields[:3])
+    return Measured(misfit, overlong, length, reduce(added, [p.tally for p in parts if p.tally is not None]))
+
+
 def _of_chunk(fitted: Fitted, which: Column) -> Measured:
     lines = fitted.lines(which)
     for number in which[lines.strange].tolist():
         _check_modules(fitted.view(number), fitted.inputs)
     length = lines.length
     long = ~lines.wrong & (length > fitted.inputs.context)
-    return Measured(which[lines.wrong], which[long], length[long])
+    fits = ~lines.wrong & ~long
+    return Measured(which[lines.wrong], which[long], length[long], tallied(fitted, which, lines, fits))
 
 
 def _cut(index: Index, overlong: Column, inputs: PlanInputs) -> tuple[Index, Column]:

@@ -324,6 +324,6 @@ def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]
         return evaluate(job, data, eval_samples(job, data), cfg.run.seed, stop, warn)
 
 
-def eval_samples(job: Job, data: Data) -> list[Sample]:
+def eval_samples(job: Job, data: Data) -> Sequence[Sample]:
     """The first eval.samples held-out samples that are not left out."""
     return data.index.usable[: job.blueprint.cfg.eval.samples]

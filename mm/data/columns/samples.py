@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -219,6 +220,24 @@ class Samples(Sequence[Sample]):
             source=self._source_of[shard],
         )
 
+    def fingerprints(self, first: int, stop: int) -> Iterator[bytes]:
+        """The lines "key sha256\\n" of samples first .. stop - 1, those of a shard together: of their text
+        parts."""
+        for shard, (begin, end) in zip(self.shards, pairwise(self.first.tolist()), strict=True):
+            if end <= first or begin >= stop:
+                continue
+            (table, n), (texts, m) = shard.table, shard.texts
+            lines = texts.rows("lines", m)[max(first - begin, 0) : stop - begin]
+            rows = table.rows("samples", n)[lines["sample"]]
+            keys, parts = table.rows("keys", n).tobytes(), table.rows("parts", n)
+            own = parts[rows["part"].astype(np.int64) + rows["text"]]
+            sums = [
+                sha.hex() if known else "" for sha, known in zip(_bytes_of(own), own["known"], strict=True)
+            ]
+            places = zip(rows["key"].tolist(), rows["key_bytes"].tolist(), sums, strict=True)
+            yield b"".join(keys[a : a + size] + f" {sha}\n".encode() for a, size, sha in places)
+            forget_pages(table)
+
     def _touch(self, count: int) -> None:
         """Give pages back now and then: a process that gathers here and there would hold the whole index."""
         self._touched += count
@@ -272,3 +291,9 @@ class Samples(Sequence[Sample]):
         offset, size, sha, known, name, meta = row.item()
         digest = bytes(sha).hex() if known else ""
         return Part(path, self._name(pair.names, name), offset, size, digest, self.meta(pair.metas + meta))
+
+
+def _bytes_of(parts: Array) -> list[bytes]:
+    """The sums of parts."""
+    data = np.ascontiguousarray(parts["sha256"]).tobytes()
+    return [data[a : a + 32] for a in range(0, len(data), 32)]

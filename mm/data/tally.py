@@ -1,0 +1,35 @@
+"""How many samples and items a data set has, by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mm.data.sample import Index, Sample, Tally
+
+
+def tally_of(index: Index) -> Tally:
+    """The samples of an index that are not left out: what select() has counted, else counted now."""
+    if index.tally is not None:
+        return index.tally
+    number = {shard: k for k, shard in enumerate(index.shards)}
+    items: dict[str, np.ndarray] = {}
+    samples, truncated = (np.zeros(len(number), dtype=np.int64) for _ in range(2))
+    for sample in index.usable:
+        at = number[sample.shard]
+        samples[at] += 1
+        truncated[at] += sample.truncated
+        for seg in sample.segments:
+            if seg.part is not None:
+                items.setdefault(seg.kind, np.zeros(len(number), dtype=np.int64))[at] += 1
+    return Tally(samples, truncated, dict(sorted(items.items())))
+
+
+def shard_numbers(samples: Sequence[Sample], shards: Sequence[str], ids: Sequence[int]) -> list[int]:
+    """By id, the number of its sample's shard."""
+    of = getattr(samples, "shard_of", None)  # of samples in columns
+    if of is not None:
+        return [int(k) for k in of(np.asarray(ids, dtype=np.int64))]
+    number = {shard: k for k, shard in enumerate(shards)}
+    return [number[samples[i].shard] for i in ids]

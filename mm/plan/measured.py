@@ -1,0 +1,132 @@
+"""Which samples of a data set do not fit a model, and how many do: worked out once, kept beside the shards.
+
+What is kept holds for these shards, lengths, encoders with their options and sources, and this context. It is
+kept of large data sets only: a small one is measured in less time than a file takes to look up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import encoders
+from mm.data.building import tell
+from mm.data.columns.file import write_file
+from mm.data.columns.store import writing
+from mm.data.sample import Tally
+from mm.plan.fitted import Fitted, Lines
+from parallel.sequence.intervals import Column
+
+VERSION = 1
+LARGE = 100_000  # samples
+MOST_KEPT = 8  # files in a folder
+PROBED = (1, 2, 7, 64, 1000)  # rows by which resamplers are told from each other
+
+
+class Measured(NamedTuple):
+    """Samples that do not fit, ascending. misfit: with an item that an encoder cannot take. overlong: longer
+    than data.context, and length: theirs. tally: of the samples that fit."""
+
+    misfit: Column
+    overlong: Column
+    length: Column
+    tally: Tally | None = None
+
+
+def tallied(fitted: Fitted, which: Column, lines: Lines, chosen: np.ndarray) -> Tally:
+    """Count those samples of `which` that are chosen: bool [which]. lines: of all of them."""
+    shard, n = fitted.base.shard_of(which), len(fitted.base.shards)
+    items = {}
+    for module in sorted(fitted.modules):
+        own = chosen[lines.sample] & (lines.module == fitted.modules.index(module))
+        if own.any():
+            items[module] = np.bincount(shard[lines.sample[own]], minlength=n)
+    return Tally(
+        np.bincount(shard[chosen], minlength=n), np.bincount(shard[chosen & lines.cut], minlength=n), items
+    )
+
+
+def added(a: Tally, b: Tally) -> Tally:
+    """Both counts together."""
+    zero = np.zeros_like(a.samples)
+    items = {m: a.items.get(m, zero) + b.items.get(m, zero) for m in sorted({*a.items, *b.items})}
+    return Tally(a.samples + b.samples, a.truncated + b.truncated, items)
+
+
+def measured(fitted: Fitted, make: Callable[[], Measured]) -> Measured:
+    """What is kept for these samples, else what make() finds, which is kept then."""
+    key = _key(fitted) if len(fitted) >= LARGE else None
+    if key is None:
+        return make()
+    path = Path(fitted.base.shards[0].path).parent / f"shards-{key[:12]}.selection"
+    found = _read(path, key)
+    if found is not None:
+        return found
+    with writing(path.parent, tell):
+        found = _read(path, key)  # another process may have made it meanwhile
+        if found is None:
+            found = make()
+            older = sorted(path.parent.glob("shards-*.selection"), key=lambda p: p.stat().st_mtime)
+            if write_file(path, [_content(found, key)]):
+                for one in older[: 1 - MOST_KEPT]:
+                    one.unlink(missing_ok=True)
+    return found
+
+
+def _content(found: Measured, key: str) -> bytes:
+    buffer = io.BytesIO()
+    tally = found.tally
+    assert tally is not None
+    items = {f"items {m}": count for m, count in tally.items.items()}
+    columns = {**found._asdict(), **tally._asdict(), **items}
+    arrays = {name: c for name, c in columns.items() if isinstance(c, np.ndarray)}
+    np.savez(buffer, allow_pickle=False, key=np.frombuffer(key.encode(), dtype=np.uint8), **arrays)
+    return buffer.getvalue()
+
+
+def _read(path: Path, key: str) -> Measured | None:
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            if found["key"].tobytes() != key.encode():
+                return None
+            items = {n.removeprefix("items "): found[n] for n in found.files if n.startswith("items ")}
+            tally = Tally(found["samples"], found["truncated"], items)
+            return Measured(found["misfit"], found["overlong"], found["length"], tally)
+    except Exception:  # whatever a damaged file leads to
+        return None
+
+
+def _key(fitted: Fitted) -> str | None:
+    """A sum of all that the measure depends on; None where an option has no text that stays the same."""
+    digest = hashlib.sha256()
+    inputs = fitted.inputs
+    for shard in fitted.base.shards:
+        (table, n), (texts, m) = shard.table, shard.texts
+        first = texts.first["lines"]
+        digest.update(
+            table.columns["shards"]["sum"][n].tobytes() + bytes(texts.header.get("tokenizer", ""), "utf-8")
+        )
+        digest.update(int(first[m + 1] - first[m]).to_bytes(8, "little"))
+    said: list[Any] = [VERSION, inputs.context, inputs.limits, fitted.encode is not None]
+    for module, use in inputs.encoders.items():
+        resampled = None if use.resample is None else [use.resample(n) for n in PROBED]
+        said += [module, use.cls.__module__, use.cls.__qualname__, use.cfg, resampled]
+        for one in use.cls.__mro__:
+            file = getattr(sys.modules.get(one.__module__), "__file__", None)
+            if file is not None and inspect.isclass(one):
+                digest.update(Path(file).read_bytes())
+    for folder in (Path(encoders.__file__).parent, Path(__file__).parent):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    text = repr(said)
+    if " at 0x" in text:
+        return None
+    digest.update(text.encode())
+    return digest.hexdigest()
