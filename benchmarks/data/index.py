@@ -2,14 +2,15 @@
 
     python -m benchmarks.data.index [--samples 10000000] [--shards 20000] [--ranks 4] [--keep FOLDER]
 
-Makes an index of shards that have no payload: a text of 20 to 20,000 bytes (lognormal), up to 2 pictures and up
-to 1 clip a sample, 2,000 sizes. Then, each in processes of their own, once for a small data set of 10 thousand
-samples and once for all:
+Makes an index of shards that have no payload: a text of 20 to 20,000 bytes (lognormal), up to 2 pictures and
+up to 1 clip a sample, 2,000 sizes. Then, each in processes of their own, once for a small data set of 10
+thousand samples and once for all:
 
-first: the first opening, which looks at all samples and keeps what does not fit. open: a later one, to the table
-of samples. step: the median of 100 steps of 256 samples that are planned, with their digests. resident: what the
-process has more after the opening and 100 steps than before; shared: as pages of the index's files, which all
-ranks map; private: its own. pss: the sum over the ranks of what is more, shared pages divided among them.
+first: the first opening, which looks at all samples and keeps what does not fit. open: a later one, to the
+table of samples. step: the median of 100 steps of 256 samples that are planned, with their digests. resident:
+what the process has more after the opening and 100 steps than before; shared: as pages of the index's files,
+which all ranks map; private: its own. pss: the sum over the ranks of what is more, shared pages divided among
+them.
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ class Selection(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """Samples that are usable, by shard, int64 [shards]. truncated: those of which only the beginning is used.
-    items: by module that has some, in alphabetical order."""
+    """Usable samples by shard, int64 [shards]. truncated: those of which only the beginning is used. items: by
+    module that has some, in alphabetical order."""
 
     samples: NDArray[np.int64]
     truncated: NDArray[np.int64]

@@ -214,9 +214,9 @@ class Fitted(Sequence[Sample]):
         """By sample number, the number of its shard."""
         return self.base.shard_of(which)
 
-    def fingerprints(self) -> Iterator[bytes]:
+    def fingerprints(self, first: int, stop: int) -> Iterator[bytes]:
         """As of the samples themselves."""
-        return self.base.fingerprints()
+        return self.base.fingerprints(first, stop)
 
     def view(self, number: int) -> Sample:
         """A sample as an object."""

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import encoders
-from mm.data.building import tell
 from mm.data.columns.file import write_file
 from mm.data.columns.store import writing
 from mm.data.sample import Tally
+from mm.data.storage import tell
 from mm.plan.fitted import Fitted, Lines
 from parallel.sequence.intervals import Column
 

@@ -45,7 +45,8 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
         for which in index.samples.chunks(cut):
             lines = index.samples.lines(which)
             tally = added(tally, tallied(index.samples, which, lines, lines.cut))
-    chosen = replace(index, skipped=skipped, tally=tally)
+    # Where only some samples are taken, they are counted when somebody asks.
+    chosen = replace(index, skipped=skipped, tally=None if index.selections else tally)
     _check_share(chosen, rules.max_skipped)
     return chosen
 
