@@ -114,8 +114,11 @@ class Selection(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """Usable samples by shard, int64 [shards]. truncated: those of which only the beginning is used. items: by
-    module that has some, in alphabetical order."""
+    """Usable samples by shard, int64 [shards].
+
+    truncated: those of which only the beginning is used. items: by module that has some, in alphabetical
+    order.
+    """
 
     samples: NDArray[np.int64]
     truncated: NDArray[np.int64]
