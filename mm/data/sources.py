@@ -44,7 +44,7 @@ class Wanted(NamedTuple):
 def named(shards: Sequence[str], wanted: Sequence[Wanted]) -> list[str]:
     """source_names() with the names that entries give to their shards."""
     given = [w.name for w in wanted for _ in range(w.shards)]
-    return [own or told for own, told in zip(given, source_names(shards), strict=True)]
+    return [own or name for own, name in zip(given, source_names(shards), strict=True)]
 
 
 def selected(index: Index, wanted: Sequence[Wanted], names: Sequence[str]) -> tuple[Selection, ...]:

@@ -10,6 +10,7 @@ from tests.mutations.of_families import FAMILIES
 from tests.mutations.of_folders import FOLDERS
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_models import LLM
+from tests.mutations.of_order import ORDER
 from tests.mutations.of_parallel import PARALLEL
 from tests.mutations.of_qwen import QWEN
 from tests.mutations.of_resolution import RESOLUTION
@@ -19,5 +20,5 @@ from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + LLM),
-    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS),
+    *(FAMILIES + QWEN + JOB + ORDER + TEXT + FOLDERS + STATISTICS),
 )
