@@ -95,7 +95,7 @@ def load_index(
     if isinstance(tokenizer, PublishedTokenizer):
         texts = kept_texts(paths, indexes, tokenizer, write=write, storage=storage)
     given = [w.name for w, own in zip(wanted, of, strict=True) for _ in own]
-    names = [own or told for own, told in zip(given, source_names(paths), strict=True)]
+    names = [own or name for own, name in zip(given, source_names(paths), strict=True)]
     both = list(zip(paths, names, indexes, texts, strict=True))
     samples = Samples([Shard(path, source, index, text) for path, source, index, text in both])
     broken = [b for path, _, index, text in both for b in _broken(path, index, text)]

@@ -280,6 +280,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
         mtp_depths=llm.mtp_layers,
         llm_cost=document_cost(llm),
         limits=Limits(**cfg.data.limits.model_dump()),
+        passes=_passes(cfg, llm),
         axes=llm.rope_axes is not None,
     )
     blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
@@ -288,6 +289,14 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
     _check_adapters(blueprint)
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # raises where no schedule fits
     return blueprint
+
+
+def _passes(cfg: Config, llm: LLMConfig) -> dict[str, float]:
+    """PlanInputs.passes: what is frozen as a whole has no backward. First layers that are frozen count as
+    trained."""
+    frozen = [SINK] * (SINK in frozen_modules(cfg, llm))
+    frozen += [m for m, enc in cfg.model.items() if enc.freeze in ("encoder", "all")]
+    return dict.fromkeys(frozen, 1.0)
 
 
 def _encoder_use(cfg: Config, name: str, layout: Layout, d_out: int) -> EncoderUse:

@@ -23,7 +23,8 @@ from tests.mm.shards import npy, sensor_samples, write_shard
 
 def sensor_config(folder: Path, **sections: Any) -> Path:
     """A config of a sensor and a small language model over the shards in `folder`."""
-    raw = small(data={"train": ["sensor-*.tar"]}, run={"dir": str(folder / "run")}, **sections)
+    sections = {"data": {"train": ["sensor-*.tar"]}, **sections}
+    raw = small(run={"dir": str(folder / "run")}, **sections)
     sensor = {"encoder": "examples.sensor_encoder:SensorEncoder", "projector": {"hidden": 24}}
     raw["model"] = {"sensor": sensor, "llm": raw["model"]["llm"]}
     path = folder / "config.yaml"
@@ -57,6 +58,33 @@ def test_a_run_that_was_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
     again = metrics(tmp_path)
     for key in ("step", "loss", "lr", "grad_norm", "tokens"):
         assert [m[key] for m in again] == [m[key] for m in whole], key
+
+
+@pytest.mark.slow
+def test_packed_sequences_of_a_blend_go_on_where_they_were(tmp_path: Path) -> None:
+    for name, count in (("sensor", 20), ("other", 7)):
+        write_shard(tmp_path / f"{name}-000000.tar", sensor_samples(count))
+    names = ("sensor", "other")
+    sources = [{"shards": str(tmp_path / f"{name}-*.tar"), "weight": 1, "name": name} for name in names]
+    longest = 64
+    config = sensor_config(
+        tmp_path,
+        data={"train": sources, "pack": longest, "context": longest, "window": 9},
+        train={"steps": 6, "global_batch": 2, "warmup": 0.5},
+        checkpoint={"every": 3, "keep": 0},
+    )
+    first = run_job(["train", str(config)], free_port())
+    assert first.code == 0, first.err
+    whole = metrics(tmp_path)
+    assert set(whole[-1]["drawn_by_source"]) == set(names)
+    shutil.rmtree(tmp_path / "run" / "step-00000006")
+    assert run_job(["train", str(config)], free_port()).code == 0
+    again = metrics(tmp_path)
+    for key in ("step", "loss", "lr", "grad_norm", "tokens", "drawn_by_source"):
+        assert [m[key] for m in again] == [m[key] for m in whole], key
+    write_shard(tmp_path / "other-000001.tar", sensor_samples(2))
+    refused = run_job(["train", str(config)], free_port())
+    assert refused.code == 4 and "source other had 7 samples, now 9" in refused.err
 
 
 def pictured(folder: Path, name: str, pictures: list[bytes]) -> dict[str, Any]:

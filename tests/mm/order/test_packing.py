@@ -93,6 +93,7 @@ def test_a_run_goes_on_alike_from_any_step(lengths: list[int], stop: int) -> Non
     assert np.array_equal(jumped[0], steps[stop][0])
     # Together the steps have every sample as often as the stream, window by window.
     windows = whole.cursors[15].window
+    assert windows >= 15 * SIZE // WINDOW, "a window gives a sequence a sample at most"
     stream, _ = Stream.whole(4, len(lengths)).at(np.arange(windows * WINDOW))
     taken = np.concatenate([ids for ids, _ in steps])
     assert not Counter(stream.tolist()) - Counter(taken.tolist())
