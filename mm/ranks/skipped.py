@@ -37,10 +37,10 @@ def written(bad: Iterable[BadSample]) -> str:
     return json.dumps([[b.sample_id, b.key, b.shard, b.why] for b in bad])
 
 
-def merged(words: Sequence[str]) -> list[Skip]:
+def merged(reports: Sequence[str]) -> list[Skip]:
     """What all ranks say (written), by sample; where several know why, the first of them is believed."""
     found: dict[int, Skip] = {}
-    for line in words:
+    for line in reports:
         for one in json.loads(line):
             skip = Skip(*one)
             found.setdefault(skip.sample_id, skip)
