@@ -20,13 +20,13 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
     """The index with the samples that do not fit left out or truncated, by data.misfit and data.overlong.
 
     Raises DataError with all counts where these keys refuse such samples, where more than data.max_skipped of
-    the samples are lost or left out, and where a sample names a module that the model lacks.
+    the samples are lost or left out. A sample that names a module which the model lacks does not fit either.
     """
     misfit: dict[int, str] = {}
     overlong: dict[int, int] = {}
     for sample in index.samples:
-        _check_modules(sample, inputs)
         try:
+            _check_modules(sample, inputs)
             n = sample_length(sample, inputs)
         except DataError as error:
             misfit[sample.id] = str(error)
