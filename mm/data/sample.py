@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,9 @@ from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+DEEPEST = 64  # lists and objects inside each other in a sample's json: errors and templates recurse into them
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape of half of a surrogate pair
 
 
 @dataclass(frozen=True)
@@ -215,11 +219,41 @@ def parse_segments(payload: bytes) -> list[WrittenSegment]:
 
 
 def load_json(payload: bytes) -> Any:
-    """A sample's json; raises ValueError where it is none."""
+    """A sample's json; raises ValueError where it is none, is not UTF-8, has a key twice, half of a surrogate
+    pair, or is nested more than DEEPEST times."""
     try:
-        return json.loads(payload)
+        data = json.loads(payload.decode("utf-8-sig"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its json is not UTF-8 ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its json has no list of segments ({error})") from error
+        raise ValueError(f"its json cannot be read ({error})") from error
+    if payload.count(b"[") + payload.count(b"{") > DEEPEST and _depth(data) > DEEPEST:
+        raise ValueError(f"its json is nested more than {DEEPEST} times")
+    if HALF.search(payload):
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("its json has half of a surrogate pair, which is no text") from error
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a json; Python would silently keep the last of two values of one key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if any(key == k for k, _ in pairs[:i]))
+        raise ValueError(f"the key {twice!r:.80} is there twice")
+    return found
+
+
+def _depth(data: Any) -> int:
+    """How often lists and objects are nested; at most one more than DEEPEST is counted."""
+    level, depth = [data], 0
+    while level and depth <= DEEPEST:
+        inner = (x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list))
+        level = [y for x in inner for y in x]
+        depth += bool(level)
+    return depth
 
 
 def segments_of(data: Any) -> list[WrittenSegment]:

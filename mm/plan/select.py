@@ -31,7 +31,7 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
     """The index with the samples that do not fit left out or truncated, by data.misfit and data.overlong.
 
     Raises DataError with all counts where these keys refuse such samples, where more than data.max_skipped of
-    the samples are lost or left out, and where a sample names a module that the model lacks.
+    the samples are lost or left out. A sample that names a module which the model lacks does not fit either.
     """
     index, found = _measured(index, inputs)
     _refuse(index, found, inputs, rules)
@@ -52,16 +52,15 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
 
 
 def _measured(index: Index, inputs: PlanInputs) -> tuple[Index, Measured]:
-    """The index with its samples as the model takes them, and those that do not fit. Raises DataError for a
-    module that the model lacks."""
+    """The index with its samples as the model takes them, and those that do not fit."""
     samples = index.samples
     if isinstance(samples, Samples | Fitted):
         fitted = samples.of(inputs) if isinstance(samples, Fitted) else Fitted(samples, inputs)
         return replace(index, samples=fitted), measured(fitted, lambda: _measure(fitted))
     misfit, overlong, length = [], [], []
     for sample in samples:
-        _check_modules(sample, inputs)
         try:
+            _check_modules(sample, inputs)
             n = sample_length(sample, inputs)
         except DataError:
             misfit.append(sample.id)
@@ -81,12 +80,10 @@ def _measure(fitted: Fitted) -> Measured:
 
 def _of_chunk(fitted: Fitted, which: Column) -> Measured:
     lines = fitted.lines(which)
-    for number in which[lines.strange].tolist():
-        _check_modules(fitted.view(number), fitted.inputs)
-    length = lines.length
-    long = ~lines.wrong & (length > fitted.inputs.context)
-    fits = ~lines.wrong & ~long
-    return Measured(which[lines.wrong], which[long], length[long], tallied(fitted, which, lines, fits))
+    length, wrong = lines.length, lines.wrong | lines.strange
+    long = ~wrong & (length > fitted.inputs.context)
+    fits = ~wrong & ~long
+    return Measured(which[wrong], which[long], length[long], tallied(fitted, which, lines, fits))
 
 
 def _cut(index: Index, overlong: Column, inputs: PlanInputs) -> tuple[Index, Column]:
@@ -145,6 +142,7 @@ class LeftOut(Mapping[int, Skipped]):
 def _misfit(sample: Sample, inputs: PlanInputs) -> str:
     """Why an item of a sample does not fit."""
     try:
+        _check_modules(sample, inputs)
         sample_length(sample, inputs)
     except DataError as error:
         return str(error)

@@ -73,6 +73,14 @@ MEDIA = (
         f"{FILMS}::test_only_what_is_needed_is_decoded",
     ),
     Fault(
+        "json.twice",
+        "of two values of one key the last is taken",
+        "mm/data/sample.py",
+        "if len(found) < len(pairs):",
+        "if False:",
+        "tests/mm/data/test_damage.py::test_a_json_that_says_nothing_clear_is_set_apart",
+    ),
+    Fault(
         "limits.config",
         "limits of a config are not looked at",
         "mm/plan/inputs.py",

@@ -220,7 +220,7 @@ def test_a_foreign_tar_is_not_indexed(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_what_an_index_leaves_out_is_printed(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", {"a.json": text("a"), "b.json": b"{", "c.png": b"x"})
     assert index_text([str(shard)], tmp_path).splitlines()[0].endswith("1 samples, 2 broken")
-    assert "b: its json has no list of segments" in index_text([str(shard)], tmp_path)
+    assert "b: its json cannot be read" in index_text([str(shard)], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,16 @@ def test_what_an_index_leaves_out_is_printed(tmp_path: Path) -> None:
         b'{"segments": [{"text": "\xff"}]}',
         b"[" * 100_000,
         b"null",
+        b'{"segments": [{"text": "a"}], "segments": [{"text": "b"}]}',
+        b'{"segments": [{"text": "a", "text": "b"}]}',
+        b'{"segments": [{"text": "\xed\xa0\x80"}]}',
+        b'{"segments": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"segments": [{"text": "a"}], "x": ' + b"[" * 70 + b"]" * 70 + b"}",
+        '{"segments": [{"text": "a"}]}'.encode("utf-16"),
+        b'{"messages": [{"role": "assistant", "content": "\\udc00"}]}',
+        b'{"messages": [{"role": "assistant", "content": "a", "content": "b"}]}',
+        b'{"messages": 5}',
+        b"",
     ],
 )
 def test_a_json_that_says_nothing_clear_is_set_apart(written: bytes, tmp_path: Path) -> None:

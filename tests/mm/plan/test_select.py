@@ -211,6 +211,9 @@ def test_a_sample_of_which_nothing_is_learned_is_left_out(tmp_path: Path) -> Non
 def test_modules_that_the_model_lacks_and_modules_without_data_are_named(tmp_path: Path) -> None:
     said = refusal(tmp_path, [*FINE, sample("t", "ab", depends="visoin")])
     assert "sample t of" in said and "text that depends on module 'visoin', which the model lacks" in said
+    odd = sample("t", "ab", depends="visoin")
+    index = chosen(tmp_path, [*FINE, odd], misfit="skip", max_skipped=0.1)
+    assert [index.samples[i].key for i in index.skipped] == ["t"]
     index = chosen(tmp_path, FINE)
     lines = count_lines("training", index, ["vision", "audio"])
     assert lines[-1] == "warning: no sample has an item for module audio: it learns nothing"
