@@ -8,11 +8,11 @@ and a tenth has speech of up to 20 minutes. The costs are those of an 8B languag
 a 0.6B speech encoder, everything trained, in forward and backward.
 
 fill: tokens over sequences times their length, all steps. Encoders are colocated with the language model, or
-disjoint: each on half as many ranks of its own. by number: the costliest rank over the mean of its
-module's ranks, where samples are dealt in order, in equal numbers, with their items. rank: the same as dealt.
-wait: the sum over micro-batches of the costliest rank over that of the mean, as if ranks met after each micro-batch. Of
+disjoint: each on half as many ranks of its own. by number: the costliest rank over the mean of its module's
+ranks, where samples are dealt in order, in equal numbers, with their items. rank: the same as dealt. wait:
+the sum over micro-batches of the costliest rank over that of the mean, as if ranks met after each of them. Of
 disjoint modules the worst counts. Means over steps, and the worst step. ms: of planning a step, packing
-included, the mean; at most: the slowest, which packs a window.
+included, the mean; most: the slowest, which packs a window.
 """
 
 from __future__ import annotations
@@ -171,10 +171,8 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--samples", type=int, default=60_000)
     args = parser.parse_args()
-    print(
-        "length  corpus    encoders   micro |  fill | by number      rank (worst)      wait (worst) "
-        "| ms, most"
-    )
+    columns = "length  corpus    encoders   micro |  fill | by number  rank (worst)      wait (worst)"
+    print(f"{columns}      | ms, most")
     for length in (8192, 32_768):
         for kind in ("text", "pictures", "mix"):
             samples = corpus(kind, args.samples, length)

@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from encoders.media.films import film_frames
 from encoders.media.frames import animation_frames, tar_frames
 from encoders.media.kinds import described, kind_of
 from encoders.media.pictures import decode_picture
-from encoders.media.sounds import read_wav
+from encoders.media.sounds import read_samples
+
+FILMS = ("mp4", "matroska", "avi")
 
 
 def decode_still(payload: bytes, channels: int) -> Tensor:
@@ -18,7 +21,7 @@ def decode_still(payload: bytes, channels: int) -> Tensor:
     channels: 1 (grey) or 3 (RGB). Raises ValueError for colour where 1 is asked for, and for what cannot be
     decoded.
     """
-    if kind_of(payload) in ("tar", "stream"):
+    if kind_of(payload) in ("tar", *FILMS):
         return next(decode_frames(payload, [0], channels))
     return decode_picture(payload, channels)
 
@@ -33,12 +36,16 @@ def decode_frames(payload: bytes, numbers: Sequence[int], channels: int) -> Iter
         return tar_frames(payload, numbers, channels)
     if kind in ("animation", "picture"):
         return animation_frames(payload, numbers, channels)
+    if kind is not None and kind in FILMS:
+        return film_frames(payload, kind, numbers, channels)
     raise ValueError(f"no video that is known: {described(payload)}")
 
 
 def read_sound(payload: bytes) -> tuple[Tensor, int]:
     """A sound as mono float32 samples [n], the mean over its channels, and samples a second. Raises
     ValueError for what cannot be decoded."""
-    if kind_of(payload) == "wav":
-        return read_wav(payload)
+    kind = kind_of(payload)
+    if kind in ("wav", "sound", "mp3", *FILMS):
+        assert kind is not None
+        return read_samples(payload, kind)
     raise ValueError(f"no sound that is known: {described(payload)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class MissingPackage(ValueError):
@@ -23,3 +25,14 @@ def readable(what: str) -> Iterator[None]:
             raise
         cause = " ".join(str(error).split())[:200]
         raise ValueError(f"{what} cannot be decoded ({type(error).__name__}: {cause})") from error
+
+
+def package(name: str, reads: str) -> Any:
+    """An optional package, imported. Raises MissingPackage, which says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise MissingPackage(
+            f"{reads} is read by the package {name}, which is missing ({error}); needed: pip install "
+            "polyrank[media]"
+        ) from None

@@ -86,7 +86,7 @@ def _open_tar(payload: bytes) -> tuple[list[bytes], float | None]:
 def tar_frames(payload: bytes, numbers: Sequence[int], channels: int) -> Iterator[Tensor]:
     """The frames with these numbers: uint8 [channels, height, width] each."""
     frames, _ = _open_tar(payload)
-    _check_numbers(numbers, len(frames))
+    check_numbers(numbers, len(frames))
     for n in numbers:
         yield planes(picture(frames[n]), channels)
 
@@ -94,13 +94,14 @@ def tar_frames(payload: bytes, numbers: Sequence[int], channels: int) -> Iterato
 def animation_frames(payload: bytes, numbers: Sequence[int], channels: int) -> Iterator[Tensor]:
     """As tar_frames(); numbers do not fall. Frames are decoded in order, up to the last that is asked for."""
     with open_picture(payload) as image, readable("the animation"):
-        _check_numbers(numbers, getattr(image, "n_frames", 1))
+        check_numbers(numbers, getattr(image, "n_frames", 1))
         for n in numbers:
             image.seek(n)
             image.load()
             yield planes(plain(image), channels)
 
 
-def _check_numbers(numbers: Sequence[int], count: int) -> None:
+def check_numbers(numbers: Sequence[int], count: int) -> None:
+    """Raise ValueError where a video has too few frames."""
     if max(numbers) >= count:
         raise ValueError(f"a video of {count} frames, its index says {max(numbers) + 1} at least")

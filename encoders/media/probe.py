@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from encoders.media.films import has_film, probe_film
 from encoders.media.frames import probe_animation, probe_tar
-from encoders.media.kinds import Kind, described, kind_of
+from encoders.media.kinds import described, kind_of
 from encoders.media.limits import BOUNDS
 from encoders.media.pictures import probe_picture
-from encoders.media.sounds import probe_wav
-
-PROBES: dict[Kind, Callable[[bytes], dict[str, Any]]] = {
-    "picture": probe_picture,
-    "animation": lambda payload: probe_animation(payload).meta,
-    "tar": lambda payload: probe_tar(payload).meta,
-    "wav": probe_wav,
-}
+from encoders.media.sounds import probe_sound
 
 
 def probe_media(payload: bytes) -> dict[str, Any]:
@@ -29,4 +22,10 @@ def probe_media(payload: bytes) -> dict[str, Any]:
     kind = kind_of(payload)
     if kind is None:
         raise ValueError(f"no picture, sound or video that is known: {described(payload)}")
-    return PROBES[kind](payload)
+    if kind == "picture":
+        return probe_picture(payload)
+    if kind in ("wav", "sound", "mp3"):
+        return probe_sound(payload, kind)
+    if kind in ("animation", "tar"):
+        return (probe_animation if kind == "animation" else probe_tar)(payload).meta
+    return probe_film(payload, kind).meta if has_film(payload, kind) else probe_sound(payload, kind)

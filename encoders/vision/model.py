@@ -33,7 +33,7 @@ from parallel.topology.layout import check_divides
 
 
 class VisionTransformer(StackedEncoder):
-    """Pictures (PNG or JPEG), resized as cfg.pictures says, to a row for each merged square of patches, and
+    """Pictures, resized as cfg.pictures says, to a row for each merged square of patches, and
     videos (encoders.vision.video) to such rows for each tubelet.
 
     The rows of a picture that is too small for a patch are refused. Metadata with `down` and `across`, and

@@ -22,7 +22,7 @@ from mm.checkpoint.tokens import item_tokens, named_ids
 from mm.checkpoint.whole import one_process, read_whole
 from mm.config.build import build
 from mm.config.outline import SINK, llm_config
-from mm.config.schema import resolve
+from mm.config.schema import shown
 from mm.containers.card import (
     CARD,
     PROJECTOR,
@@ -73,7 +73,7 @@ def import_hf(folder: Path, out: Path) -> str:
 
 def _on_its_own(blueprint: Blueprint) -> dict[str, Any]:
     """The config of a folder's model without the folder, as that of a run, which is resumed by nothing."""
-    raw = resolve(blueprint.cfg)
+    raw = shown(blueprint.cfg)
     for name, use in blueprint.inputs.encoders.items():
         module = {**raw["model"][name], "weights": None, "options": asdict(use.cfg)}
         raw["model"][name] = {**module, "projector": {**module["projector"], "weights": None}}

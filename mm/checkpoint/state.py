@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mm.config.schema import Config, resolve
+from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
@@ -53,7 +53,9 @@ def fingerprint(blueprint: Blueprint) -> str:
     kept = {"model": cfg["model"], "seed": cfg["run"]["seed"]}
     kept["global_batch"] = cfg["train"]["global_batch"]
     if cfg["train"]["lora"]:
-        kept["lora"] = cfg["train"]["lora"]
+        # Not what they started from: a run resumes without it.
+        lora = cfg["train"]["lora"].items()
+        kept["lora"] = {m: {k: v for k, v in one.items() if k != "weights"} for m, one in lora}
     tokenizer = make_tokenizer(blueprint.cfg.data.tokenizer)
     if isinstance(tokenizer, PublishedTokenizer):
         kept["tokenizer"] = tokenizer.vocabulary
@@ -86,7 +88,7 @@ def save(
         "data": history(cfg, index, step, drawn.cursor),
         "drawn": drawn.to_json(),
         "bad_samples": sorted(bad),
-        "config": resolve(cfg),
+        "config": shown(cfg),
     }
     try:
         return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)

@@ -12,6 +12,7 @@ from mm.commands.command import Command
 from mm.errors import Refused
 
 if TYPE_CHECKING:
+    from mm.data.storage import Storage
     from mm.data.tokenizer import AnyTokenizer
 
 
@@ -21,6 +22,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", default="bytes", metavar="T", help="index, inspect: as data.tokenizer (default bytes)"
     )
     parser.add_argument("--again", action="store_true", help="index: scan shards that have an index too")
+    source = "prepare: what is installed elsewhere: a folder, or a .deb"
+    parser.add_argument("--from", type=Path, metavar="PATH", dest="source", help=source)
+    parser.add_argument(
+        "--cache", metavar="DIR", help="index, inspect: as data.remote.cache, where shards are URLs"
+    )
     parser.add_argument("--seed", type=int, default=0, help="prepare: seed (default 0)")
     parser.add_argument(
         "--layout",
@@ -52,38 +58,41 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         return _convert(args, rest)
     if verb not in ("index", "inspect") or not rest:
         raise Refused(
-            "needed: data prepare digits --out DIR, data convert IN --out DIR, data index SHARDS, or data "
+            "needed: data prepare NAME --out DIR, data convert IN --out DIR, data index SHARDS, or data "
             "inspect SHARDS"
         )
+    from mm.config.remote import RemoteConfig
     from mm.data.inspect import index_text, inspect_text
+    from mm.data.storage import Storage
     from mm.data.tokenizer import make_tokenizer
 
     try:
         tokenizer = make_tokenizer(args.tokenizer)
     except ValueError as error:
         raise Refused(str(error)) from error
-    if verb == "inspect" and args.html is not None:
-        return _show(args, rest, tokenizer)
+    limits = RemoteConfig()
+    storage = Storage.of(rest, args.cache, limits.cache_bytes, limits.timeout_s)
     if verb == "index":
-        print(index_text(rest, Path(), tokenizer, _layout(args), again=args.again))
+        print(index_text(rest, Path(), tokenizer, _layout(args), again=args.again, storage=storage))
+    elif args.html is None:
+        print(inspect_text(rest, Path(), tokenizer, _layout(args), storage))
     else:
-        print(inspect_text(rest, Path(), tokenizer, _layout(args)))
+        _show(args, rest, tokenizer, storage)
     return 0
 
 
-def _show(args: argparse.Namespace, shards: list[str], tokenizer: AnyTokenizer) -> int:
+def _show(args: argparse.Namespace, shards: list[str], tokenizer: AnyTokenizer, storage: Storage) -> None:
     """Write samples as a page."""
     from mm.data.index import load_index
     from mm.data.page import choose, page
 
-    index = load_index(shards, Path(), layout=_layout(args), tokenizer=tokenizer)
+    index = load_index(shards, Path(), layout=_layout(args), tokenizer=tokenizer, storage=storage)
     chosen = choose(index.samples, args.sample, args.samples)
     try:
         args.html.write_text(page(index, chosen, tokenizer), encoding="utf-8")
     except OSError as error:
         raise Refused(f"{args.html} cannot be written: {error}") from error
     print(f"{args.html}: {len(chosen)} samples, {args.html.stat().st_size} bytes")
-    return 0
 
 
 def _layout(args: argparse.Namespace) -> str | dict[str, Any] | None:
@@ -117,21 +126,21 @@ def _convert(args: argparse.Namespace, inputs: list[str]) -> int:
 
 
 def _prepare(args: argparse.Namespace, names: list[str]) -> int:
-    if names != ["digits"] or args.out is None:
-        raise Refused(f"data prepare {' '.join(names)}: needed: data prepare digits --out DIR")
-    from mm.data.digits import prepare_digits
+    from mm.data.corpora.recipes import RECIPES, prepare
 
-    try:
-        shards = prepare_digits(args.out, args.seed)
-    except ModuleNotFoundError as error:
-        raise Refused(f"data prepare needs {error.name}: pip install -e '.[data]'") from error
-    print(*shards, sep="\n")
+    if len(names) != 1 or names[0] not in RECIPES or args.out is None:
+        known = "|".join(sorted(RECIPES))
+        raise Refused(f"data prepare {' '.join(names)}: needed: data prepare NAME --out DIR, NAME: {known}")
+    made = prepare(names[0], args.out, args.source, args.seed)
+    print(*made.shards, sep="\n")
+    print(f"{made.summary} Licences: {args.out / 'ATTRIBUTION.md'}", file=sys.stderr)
     return 0
 
 
 COMMAND = Command(
     _run,
-    "data prepare digits --out DIR | convert IN --out DIR | index SHARDS | inspect SHARDS",
-    "prepare digits, convert FILES or FOLDERS, index SHARDS or inspect SHARDS; all may be patterns",
+    "data prepare NAME --out DIR [--from PATH] | convert IN --out DIR | index SHARDS | inspect SHARDS",
+    "prepare a corpus (docs/corpora.md), convert FILES or FOLDERS, index SHARDS or inspect SHARDS; all may "
+    "be patterns",
     _options,
 )

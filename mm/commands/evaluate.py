@@ -108,7 +108,7 @@ def _answers(
     questions = [] if args.ask is None else read_questions(args.ask)
     if args.ask_samples:
         index = open_index(blueprint, blueprint.cfg.data.eval, blueprint.cfg.base)
-        questions += questions_of(index.usable, args.ask_samples)
+        questions += questions_of(index.usable, args.ask_samples, blueprint.storage)
     if not questions:
         return []
     model: Asked = source.model(blueprint, rank)

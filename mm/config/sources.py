@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from mm.config.build import Section, unknown_key
-from mm.data.layouts.find import Spec
+from mm.data.remote.urls import is_remote
+from mm.data.sources import Wanted
 from mm.errors import Refused
 
 
@@ -43,6 +44,11 @@ class SourceConfig(Section):
         """The patterns of its shards."""
         return [self.shards] if isinstance(self.shards, str) else self.shards
 
+    @property
+    def wanted(self) -> Wanted:
+        """The source as an index takes it."""
+        return Wanted(tuple(self.patterns), self.name, self.layout, self.limit, self.split)
+
 
 def _kind(value: object) -> str:
     return "a pattern" if isinstance(value, str) else "a mapping"
@@ -67,16 +73,14 @@ def patterns_of(entries: Sequence[str | SourceConfig]) -> list[str]:
     return [p for e in entries for p in ([e] if isinstance(e, str) else e.patterns)]
 
 
-def layouts_of(entries: Sequence[str | SourceConfig], layout: Spec) -> list[Spec]:
-    """By pattern, how its samples are written. layout: of entries that say nothing."""
-    own = [layout if isinstance(e, str) or e.layout is None else e.layout for e in entries]
-    return [one for e, one in zip(entries, own, strict=True) for _ in patterns_of([e])]
-
-
 def moved(entries: Sequence[str | SourceConfig], move: Callable[[str], str]) -> list[str | dict[str, Any]]:
-    """Entries as plain data, with another path for each pattern."""
+    """Entries as plain data, with another path for each pattern that is no URL."""
+
+    def path(pattern: str) -> str:
+        return pattern if is_remote(pattern) else move(pattern)
+
     return [
-        move(e) if isinstance(e, str) else {**e.model_dump(mode="json"), "shards": [*map(move, e.patterns)]}
+        path(e) if isinstance(e, str) else {**e.model_dump(mode="json"), "shards": [*map(path, e.patterns)]}
         for e in entries
     ]
 

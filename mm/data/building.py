@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -22,23 +21,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mm.data.columns.entries import INDEX, index_columns
-from mm.data.columns.store import Say, Store, writing
+from mm.data.columns.store import Store, writing
 from mm.data.columns.table import Table, join
 from mm.data.layouts.energon import layout_of_shard
 from mm.data.layouts.find import AUTO, layout_key
 from mm.data.probes import known
+from mm.data.remote.urls import is_remote
 from mm.data.scan import build_index, headers_digest
-from mm.data.storage import Version, version_of
+from mm.data.storage import LOCAL, Say, Storage, Version
 from mm.errors import DataError
 
 ALONE = 64 << 20  # bytes of shards that are scanned without other processes
 TELL_S = 5.0  # how often progress is shown
 KEEP_S = 60.0  # how often what is done is written, so that a build that is ended goes on from there
-
-
-def tell(text: str) -> None:
-    """Write a line for whoever waits."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class Kept(NamedTuple):
@@ -54,51 +49,55 @@ def kept_indexes(
     *,
     write: bool = True,
     again: bool = False,
-    say: Say = tell,
+    storage: Storage = LOCAL,
 ) -> list[Kept]:
     """The index of each shard, scanned where none is kept; write: keep new ones beside the shards.
 
-    layout: how samples are written, by name. again: scan all of them. say: hears what takes long, and of
-    shards that have changed since they were indexed. Raises DataError for a compressed file and for one that
-    cannot be read.
+    layout: how samples are written, by name. again: scan all of them. storage: what reads them; it says
+    what takes long, and which have changed since they were indexed. Raises DataError for a compressed file
+    and for one that cannot be read.
     """
     found: dict[str, Kept] = {}
-    for folder, own in by_folder(shards).items():
-        asked = layout_of_shard(layout, Path(own[0]))  # one for all shards of a folder
-        work = _Work(folder, own, asked, say)
+    for folder, own in by_folder(shards, storage).items():
+        work = _Work(folder, own, _asked(layout, own), storage, storage.say)
         found |= _of_folder(work, write, again)
     return [found[shard] for shard in shards]
 
 
-def current_indexes(shards: Sequence[str], layout: str = AUTO) -> dict[str, Kept]:
+def current_indexes(shards: Sequence[str], layout: str = AUTO, storage: Storage = LOCAL) -> dict[str, Kept]:
     """By shard, the index that is kept beside it and holds for it now."""
     found: dict[str, Kept] = {}
-    for folder, own in by_folder(shards).items():
-        asked = layout_of_shard(layout, Path(own[0]))
-        found |= _current(_Work(folder, own, asked, lambda text: None))
+    for folder, own in by_folder(shards, storage).items():
+        found |= _current(_Work(folder, own, _asked(layout, own), storage, lambda text: None))
     return found
 
 
-def by_folder(shards: Sequence[str]) -> dict[Path, list[str]]:
-    """Shards by the folder that they are in, each once."""
+def _asked(layout: str, shards: Sequence[str]) -> str:
+    """The layout of all shards of a folder; what else lies in a remote one is not looked at."""
+    return layout if is_remote(shards[0]) else layout_of_shard(layout, Path(shards[0]))
+
+
+def by_folder(shards: Sequence[str], storage: Storage) -> dict[Path, list[str]]:
+    """Shards by the folder that files about them are in, each once."""
     out: dict[Path, list[str]] = defaultdict(list)
     for shard in dict.fromkeys(shards):
-        out[Path(shard).parent].append(shard)
+        out[storage.folder_of(shard)].append(shard)
     return out
 
 
-def store_of(folder: Path) -> Store:
-    """The indexes of a folder's shards."""
-    return Store(folder, INDEX, "index")
-
-
 class _Work(NamedTuple):
-    """Shards of a folder, how their samples are written, and who hears of them."""
+    """Shards of a folder, how their samples are written, what reads them, and who hears of them."""
 
     folder: Path
     shards: Sequence[str]
     layout: str
+    storage: Storage
     say: Say
+
+    @property
+    def indexes(self) -> Store:
+        """Where their indexes are kept."""
+        return Store(self.folder, INDEX, "index", beside=not is_remote(self.shards[0]))
 
 
 def _of_folder(work: _Work, write: bool, again: bool) -> dict[str, Kept]:
@@ -111,7 +110,7 @@ def _of_folder(work: _Work, write: bool, again: bool) -> dict[str, Kept]:
     with writing(work.folder, work.say):
         # Another process may have made them while this one waited.
         found = {} if again else _current(work)
-        return found | _scanned(_without(work, found), store_of(work.folder).add)
+        return found | _scanned(_without(work, found), work.indexes.add)
 
 
 def _without(work: _Work, found: Collection[str]) -> _Work:
@@ -121,14 +120,14 @@ def _without(work: _Work, found: Collection[str]) -> _Work:
 def _current(work: _Work) -> dict[str, Kept]:
     """By shard, the index that is kept and holds for it now."""
     entries: dict[str, list[Kept]] = defaultdict(list)
-    for table in store_of(work.folder).tables().values():
+    for table in work.indexes.tables().values():
         for k, name in enumerate(table.paths):
             entries[name].append(Kept(table, k))
     out, changed = {}, []
-    current = _Current(layout_key(work.layout))
+    current = _Current(layout_key(work.layout), work.storage)
     for shard in work.shards:
         own = entries.get(Path(shard).name, [])
-        now = _version(shard)
+        now = _version(shard, work.storage)
         kept = next((k for k in own if current.of(k, shard, now)), None)
         if kept is not None:
             out[shard] = kept
@@ -140,9 +139,9 @@ def _current(work: _Work) -> dict[str, Kept]:
     return out
 
 
-def _version(shard: str) -> Version:
+def _version(shard: str, storage: Storage) -> Version:
     try:
-        return version_of(shard)
+        return storage.version_of(shard)
     except OSError as error:
         raise DataError(f"{shard} cannot be read: {error}") from error
 
@@ -150,7 +149,8 @@ def _version(shard: str) -> Version:
 class _Current:
     """Tells whether a scan of a shard would give an index now. layout: key of the one that is asked for."""
 
-    def __init__(self, layout: str) -> None:
+    def __init__(self, layout: str, storage: Storage) -> None:
+        self._storage = storage
         self._layout, self._probes = layout, dict[tuple[int, int, int], bool]()
 
     def of(self, kept: Kept, shard: str, now: Version) -> bool:
@@ -165,10 +165,11 @@ class _Current:
             return False
         if own["stamp"] == now.stamp:
             return True
-        if len(table.rows("notes", k)):
+        if len(table.rows("notes", k)) or is_remote(shard):  # a store's version stands for the content
             return False
         headers: str = own["headers"].tobytes().hex()
-        return headers_digest(shard, table.rows("parts", k)["offset"].tolist()) == headers
+        with self._storage.reading(shard) as file:
+            return headers_digest(file, table.rows("parts", k)["offset"].tolist()) == headers
 
     def _made_alike(self, table: Table, layout: int, probes: int) -> bool:
         """Whether layout and probes are those of now; looked up once for all shards of a table."""
@@ -183,12 +184,13 @@ class _Current:
 def _scanned(work: _Work, keep: Callable[[Table], object]) -> dict[str, Kept]:
     """Scan the shards of a folder. keep: is given what is to be kept of them, now and then."""
     shards = work.shards
+    sizes = [_version(shard, work.storage).size for shard in shards]
     path_of = {Path(shard).name: shard for shard in shards}
-    progress = _Progress(work.say, sum(_version(s).size for s in shards), len(shards))
+    progress = _Progress(work.say, sum(sizes), len(shards))
     out: dict[str, Kept] = {}
     waiting: list[Table] = []
     since = time.monotonic()
-    for table, size in _scans(shards, partial(_scan, work.layout)):
+    for table, size in _scans(shards, sizes, partial(_scan, work.layout, work.storage)):
         waiting.append(table)
         progress.add(table.count, size)
         if time.monotonic() - since > KEEP_S or len(out) + sum(t.count for t in waiting) == len(shards):
@@ -202,11 +204,12 @@ def _scanned(work: _Work, keep: Callable[[Table], object]) -> dict[str, Kept]:
     return out
 
 
-def _scans(shards: Sequence[str], scan: Callable[[Sequence[str]], Table]) -> Iterator[tuple[Table, int]]:
+def _scans(
+    shards: Sequence[str], sizes: Sequence[int], scan: Callable[[Sequence[str]], Table]
+) -> Iterator[tuple[Table, int]]:
     """Indexes of shards and the bytes that these have, in order; a table has one or several."""
     if not shards:
         return
-    sizes = [_version(s).size for s in shards]
     workers = min(len(os.sched_getaffinity(0)), len(shards))
     if sum(sizes) <= ALONE or workers == 1:
         yield from ((scan([s]), n) for s, n in zip(shards, sizes, strict=True))
@@ -232,12 +235,12 @@ def _scans(shards: Sequence[str], scan: Callable[[Sequence[str]], Table]) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _scan(layout: str, shards: Sequence[str]) -> Table:
+def _scan(layout: str, storage: Storage, shards: Sequence[str]) -> Table:
     """The index of shards. Raises DataError."""
     found = []
     for shard in shards:
         try:
-            found.append((Path(shard).name, build_index(shard, layout)))
+            found.append((Path(shard).name, build_index(shard, layout, storage)))
         except OSError as error:
             raise DataError(f"{shard} cannot be read: {error}") from error
     return index_columns(found)

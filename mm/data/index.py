@@ -5,23 +5,22 @@ Text stays in the shards; the index has only its length, in bytes, or in tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import braceexpand
-
-from mm.data.building import Kept, kept_indexes, tell
+from mm.data.building import Kept, kept_indexes
 from mm.data.columns.entries import notes_of
 from mm.data.columns.samples import Samples, Shard
-from mm.data.columns.store import Say
 from mm.data.convert.records import kind_name
 from mm.data.encode import NO_TEMPLATE
 from mm.data.layouts.find import Spec, layout_name
 from mm.data.probes import register_probe as register_probe  # documented here for users
 from mm.data.published import PublishedTokenizer
+from mm.data.remote.urls import is_remote, public
 from mm.data.sample import Broken, Index
-from mm.data.sources import source_names
-from mm.data.storage import find
+from mm.data.sources import Wanted, selected, source_names
+from mm.data.storage import LOCAL, Storage
 from mm.data.tokenizer import AnyTokenizer
 from mm.data.tokens import kept_texts
 from mm.errors import DataError
@@ -37,78 +36,74 @@ def named_layout(spec: Spec) -> str:
         raise DataError(str(error)) from error
 
 
-def find_shards(patterns: Sequence[str], base: Path, made_by: str | None = None) -> list[Path]:
-    """The shards that globs and brace patterns (relative to base) match.
+def find_shards(
+    patterns: Sequence[str], base: Path, made_by: str | None = None, storage: Storage = LOCAL
+) -> list[str]:
+    """The shards that globs and brace patterns match: URLs, or paths relative to base.
 
     made_by: the command that makes them, for the error. Raises DataError where a pattern matches nothing, or
     files that data convert would read.
     """
-    out: list[Path] = []
+    out: list[str] = []
     for pattern in patterns:
-        found = [Path(p) for one in braceexpand.braceexpand(pattern) for p in find(str(base / one))]
+        found = storage.find(pattern if is_remote(pattern) else str(base / pattern))
         if not found:
-            folder = (base / pattern).parent
-            have = sorted(p.name for p in folder.glob("*.tar")) if folder.is_dir() else None
-            there = (
-                "the folder does not exist" if have is None else f"it has {', '.join(have[:5]) or 'no tar'}"
-            )
-            hint = CONVERTS if have == [] else ""
-            hint = hint if made_by is None else f"; this makes it: {made_by}"
-            raise DataError(f"no shard matches {pattern!r} in {folder}: {there}{hint}")
-        other = next((path for path in found if kind_name(path) not in (None, ".tar")), None)
+            hint = "" if made_by is None else f"; this makes it: {made_by}"
+            raise DataError(f"no shard matches {_instead(pattern, base)}{hint}")
+        other = next((path for path in found if kind_name(Path(path)) not in (None, ".tar")), None)
         if other is not None:
             raise DataError(f"{other} is no tar; needed: shards{CONVERTS}")
         out += found
     return out
 
 
+def _instead(pattern: str, base: Path) -> str:
+    """A pattern that matches nothing, where, and what is there."""
+    if is_remote(pattern):
+        return f"{public(pattern)!r}: the store lists no such object"
+    folder = (base / pattern).parent
+    if not folder.is_dir():
+        return f"{pattern!r} in {folder}: the folder does not exist"
+    have = sorted(p.name for p in folder.glob("*.tar"))
+    return f"{pattern!r} in {folder}: it has {', '.join(have[:5]) or f'no tar{CONVERTS}'}"
+
+
 def load_index(
-    patterns: Sequence[str],
+    sources: Sequence[str | Wanted],
     base: Path,
     *,
-    layout: Spec | list[Spec] = None,
+    layout: Spec = None,
     tokenizer: AnyTokenizer | None = None,
     made_by: str | None = None,
     write: bool = True,
-    say: Say = tell,
-    names: Callable[[Sequence[str]], Sequence[str]] = source_names,
+    storage: Storage = LOCAL,
 ) -> Index:
-    """The data set of the shards that the patterns match.
+    """The data set of some sources; a pattern is one whose samples are all taken.
 
-    layout: how samples are written (mm/data/layouts), in a list by pattern; None: what each shard looks like.
-    tokenizer: in whose tokens lengths are; None: bytes. write: keep new index files beside the shards. say:
-    hears what takes long. made_by: as in find_shards. names: of the data sets that shards are of, by shard.
-    Raises DataError where a pattern matches nothing, a shard is compressed, there is no such layout, or no
-    sample is usable.
+    layout: how samples are written (mm/data/layouts); None: what each shard looks like. tokenizer: in whose
+    tokens lengths are; None: bytes. write: keep new index files beside the shards. made_by: as in
+    find_shards. storage: what reads them. Raises DataError where a pattern matches nothing, a shard is
+    compressed, there is no such layout, or no sample is usable.
     """
-    layouts = [
-        named_layout(one) for one in (layout if isinstance(layout, list) else [layout] * len(patterns))
-    ]
-    given = [
-        (str(path), own)
-        for pattern, own in zip(patterns, layouts, strict=True)
-        for path in find_shards([pattern], base, made_by)
-    ]
-    paths = [path for path, _ in given]
-    kept: dict[tuple[str, str], Kept] = {}
-    for one in dict.fromkeys(layouts):
-        mine = [path for path, own in given if own == one]
-        kept |= {
-            (path, one): k
-            for path, k in zip(mine, kept_indexes(mine, one, write=write, say=say), strict=True)
-        }
-    indexes = [kept[both] for both in given]
+    wanted = [Wanted((one,)) if isinstance(one, str) else one for one in sources]
+    of = [find_shards(w.patterns, base, made_by, storage) for w in wanted]
+    paths = [path for own in of for path in own]
+    layouts = [named_layout(layout if w.layout is None else w.layout) for w in wanted]
+    indexes = _indexes([*zip(layouts, of, strict=True)], write, storage)
     texts = indexes
     if isinstance(tokenizer, PublishedTokenizer):
-        texts = kept_texts(paths, indexes, tokenizer, write=write, say=say)
-    both = list(zip(paths, names(paths), indexes, texts, strict=True))
+        texts = kept_texts(paths, indexes, tokenizer, write=write, storage=storage)
+    given = [w.name for w, own in zip(wanted, of, strict=True) for _ in own]
+    names = [own or told for own, told in zip(given, source_names(paths), strict=True)]
+    both = list(zip(paths, names, indexes, texts, strict=True))
     samples = Samples([Shard(path, source, index, text) for path, source, index, text in both])
     broken = [b for path, _, index, text in both for b in _broken(path, index, text)]
     if not len(samples):
         why = "; ".join(f"{key or 'all'} of {shard}: {what}" for shard, key, what in broken[:3])
-        raise DataError(f"no usable sample in {', '.join(patterns)}: {why or 'the shards are empty'}")
+        where = ", ".join(public(p) for w in wanted for p in w.patterns)
+        raise DataError(f"no usable sample in {where}: {why or 'the shards are empty'}")
     facts = [index.table.columns["shards"][index.shard] for index in indexes]
-    return Index(
+    index = Index(
         samples,
         tuple(broken),
         shards=tuple(paths),
@@ -116,6 +111,20 @@ def load_index(
         ignored={p: int(own["ignored"]) for p, own in zip(paths, facts, strict=True)},
         firsts=tuple(samples.first.tolist()),
     )
+    if all(isinstance(one, str) for one in sources):
+        return index
+    counts = [(w, len(own)) for w, own in zip(wanted, of, strict=True)]
+    return replace(index, selections=selected(index, counts, names))
+
+
+def _indexes(of: Sequence[tuple[str, list[str]]], write: bool, storage: Storage) -> list[Kept]:
+    """The index of each shard, those of one layout together. of: by source, its layout and shards."""
+    kept: dict[tuple[str, str], Kept] = {}
+    for one in dict.fromkeys(layout for layout, _ in of):
+        mine = [path for layout, own in of for path in own if layout == one]
+        found = kept_indexes(mine, one, write=write, storage=storage)
+        kept |= {(one, path): index for path, index in zip(mine, found, strict=True)}
+    return [kept[layout, path] for layout, own in of for path in own]
 
 
 def _broken(path: str, index: Kept, texts: Kept) -> list[Broken]:

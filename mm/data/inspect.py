@@ -12,6 +12,7 @@ from mm.data.index import find_shards, load_index, named_layout
 from mm.data.layouts.find import NAMES, Spec
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index, Sample
+from mm.data.storage import LOCAL, Storage
 from mm.data.tokenizer import AnyTokenizer
 from mm.data.tokens import kept_texts
 from mm.errors import DataError
@@ -27,20 +28,20 @@ def index_text(
     layout: Spec = None,
     *,
     again: bool = False,
+    storage: Storage = LOCAL,
 ) -> str:
     """Make the indexes that are missing; returns a line for each shard, and what it has lost.
 
     tokenizer: measure texts in its tokens too. layout: as in load_index. again: scan all shards. Raises
     DataError where a shard has no sample, or its index cannot be written.
     """
-    asked = named_layout(layout)
-    shards = [str(shard) for shard in find_shards(patterns, base)]
-    indexes = kept_indexes(shards, asked, again=again)
+    shards, asked = find_shards(patterns, base, storage=storage), named_layout(layout)
+    indexes = kept_indexes(shards, asked, again=again, storage=storage)
     texts = indexes
     if isinstance(tokenizer, PublishedTokenizer):
-        texts = kept_texts(shards, indexes, tokenizer)
+        texts = kept_texts(shards, indexes, tokenizer, storage=storage)
     lines, wrong, good = [], [], 0
-    now = current_indexes(shards, asked)
+    now = current_indexes(shards, asked, storage)
     for shard, index, text in zip(shards, indexes, texts, strict=True):
         notes = [note for own in dict.fromkeys((index, text)) for note in notes_of(*own)]
         lost = [f"{key}: {why}" if key else why for key, why in notes]
@@ -52,7 +53,9 @@ def index_text(
                 f"beside it, or data.layout (--layout): {', '.join(NAMES)}, a mapping. Nothing is written"
             )
         elif shard not in now:
-            wrong.append(f"{Path(shard).parent} cannot be written; {shard} would be indexed at each start")
+            wrong.append(
+                f"{storage.folder_of(shard)} cannot be written; {shard} would be indexed at each start"
+            )
         else:
             good += 1
             if text is not index:
@@ -64,10 +67,14 @@ def index_text(
 
 
 def inspect_text(
-    patterns: Sequence[str], base: Path, tokenizer: AnyTokenizer | None = None, layout: Spec = None
+    patterns: Sequence[str],
+    base: Path,
+    tokenizer: AnyTokenizer | None = None,
+    layout: Spec = None,
+    storage: Storage = LOCAL,
 ) -> str:
     """Counts of samples and shards, text lengths, items by module and sample, and what is broken."""
-    index = load_index(patterns, base, layout=layout, tokenizer=tokenizer)
+    index = load_index(patterns, base, layout=layout, tokenizer=tokenizer, storage=storage)
     unit = "tokens" if isinstance(tokenizer, PublishedTokenizer) else "bytes"
     text = [sum(seg.tokens for seg in s.segments) for s in index.samples]
     lines = [

@@ -74,7 +74,7 @@ class Sample:
     markers: bool = True  # a begin and an end marker are put around it; not where a chat template writes them
     source: str = ""  # the data set that it is of (mm/data/sources.py)
     layout: str = "segments"  # how its text part is written (mm/data/layouts)
-    names: tuple[str, ...] = ()  # of its items' payloads as indexed, each once, for its layout
+    names: tuple[str, ...] = ()  # of its items' payloads as indexed, each once: its layout may need them
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""

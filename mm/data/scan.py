@@ -14,8 +14,8 @@ from mm.data.encode import Written, parse_sample
 from mm.data.layouts.find import AUTO, layout_key
 from mm.data.layouts.tar import ending, layout_of, looks_like, text_part, wanted
 from mm.data.probes import known, metadata
-from mm.data.storage import Location, OpenFile, reading, version_of
-from mm.data.tar import BLOCK, File, Loss, read_contents, split_name
+from mm.data.storage import LOCAL, Location, OpenFile, Storage
+from mm.data.tar import BLOCK, File, Loss, contents_of, split_name
 
 VERSION = 3
 
@@ -72,30 +72,35 @@ class ShardIndex(TypedDict):
     headers: str  # sha256 over the tar headers of all parts
 
 
-def build_index(shard: Location, layout: str = AUTO) -> ShardIndex:
+def build_index(shard: Location, layout: str = AUTO, storage: Storage = LOCAL) -> ShardIndex:
     """Read a shard once and return its index: what is whole, and a note on each loss ("broken").
 
     layout: how samples are written, by name. Raises DataError for a compressed file.
     """
-    was = version_of(shard)  # before the scan: a shard that is written to meanwhile is indexed again
-    found = read_contents(shard)
+    with storage.scanning(shard) as tar:
+        return _index_of(tar, shard, layout)
+
+
+def _index_of(tar: OpenFile, shard: Location, layout: str) -> ShardIndex:
+    was = tar.version  # before the scan: a shard that is written to meanwhile is indexed again
+    found = contents_of(tar, shard)
     parts: dict[str, dict[str, PartEntry]] = {}
     texts: dict[str, dict[str, bytes]] = {}  # by key and name, payloads that may have the text
+    lacking: set[str] = set()  # endings of files that a missing package would read
     endings = wanted(layout)
     ignored = 0
-    with reading(shard) as tar:
-        for file in found.files:
-            place = split_name(file.name)
-            if place is None:
-                ignored += 1
-                continue
-            key, name = place
-            entry, payload = _part_entry(tar, file, name)
-            if ending(name) in endings:
-                texts.setdefault(key, {})[name] = payload
-            if name in parts.setdefault(key, {}):
-                entry["unreadable"] = f"{name} is there twice"
-            parts[key][name] = entry
+    for file in found.files:
+        place = split_name(file.name)
+        if place is None:
+            ignored += 1
+            continue
+        key, name = place
+        entry, payload = _part_entry(tar, file, name, lacking)
+        if ending(name) in endings:
+            texts.setdefault(key, {})[name] = payload
+        if name in parts.setdefault(key, {}):
+            entry["unreadable"] = f"{name} is there twice"
+        parts[key][name] = entry
     broken = [_loss(loss, parts) for loss in found.lost]
     asked = layout
     if layout == AUTO:
@@ -111,24 +116,24 @@ def build_index(shard: Location, layout: str = AUTO) -> ShardIndex:
         "version": VERSION,
         "bytes": was.size,
         "mtime_ns": was.stamp,
-        "probes": {e: known(e) for e in extensions},
+        # An index that was made without a package is made again: it is of no probe that is known.
+        "probes": {e: f"{known(e)} without a package" if e in lacking else known(e) for e in extensions},
         "samples": samples,
         "broken": broken,
         "torn": found.torn,
         "ignored": ignored,
-        "headers": headers_digest(shard, (p["offset"] for s in samples for p in s["parts"].values())),
+        "headers": headers_digest(tar, (p["offset"] for s in samples for p in s["parts"].values())),
     }
     if asked != AUTO:
         index["layout"] = layout_key(asked)
     return index
 
 
-def headers_digest(shard: Location, offsets: Iterable[int]) -> str:
+def headers_digest(tar: OpenFile, offsets: Iterable[int]) -> str:
     """The sha256 over the tar headers before payloads at these offsets, as the shard has them now."""
     h = hashlib.sha256()
-    with reading(shard) as tar:
-        for offset in offsets:
-            h.update(tar.read_at(offset - BLOCK, BLOCK))
+    for offset in offsets:
+        h.update(tar.read_at(offset - BLOCK, BLOCK))
     return h.hexdigest()
 
 
@@ -141,8 +146,12 @@ def _loss(loss: Loss, keys: Collection[str]) -> list[str]:
     return ["", f"{loss.why} (its name reads {loss.name!r})"]
 
 
-def _part_entry(tar: OpenFile, file: File, name: str) -> tuple[PartEntry, bytes]:
-    """The entry of a file of the tar, and its payload; the payload is empty where it cannot be read."""
+def _part_entry(tar: OpenFile, file: File, name: str, lacking: set[str]) -> tuple[PartEntry, bytes]:
+    """The entry of a file of the tar, and its payload; the payload is empty where it cannot be read.
+
+    lacking: takes the ending of a file that needs a package which is missing.
+    """
+    from encoders.media.errors import MissingPackage
     from encoders.media.limits import BOUNDS
 
     entry: PartEntry = {"offset": file.offset, "size": file.size, "sha256": "", "meta": {}}
@@ -159,6 +168,9 @@ def _part_entry(tar: OpenFile, file: File, name: str) -> tuple[PartEntry, bytes]
     entry["sha256"] = hashlib.sha256(payload).hexdigest()
     try:
         entry["meta"] = metadata(ending(name), payload)
+    except MissingPackage as error:
+        entry["unreadable"] = f"{name}: {error}"
+        lacking.add(ending(name))
     except Exception as error:  # whatever a decoder raises: the part is unusable, and the error is noted
         entry["unreadable"] = f"{name}: {error}"
     return entry, payload

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.data.layouts.find import Spec
 from mm.data.sample import Index, Selection
 
 MOST = 64  # sources with a name of their own
@@ -33,31 +34,30 @@ def source_names(shards: Sequence[str]) -> list[str]:
 
 
 class Wanted(NamedTuple):
-    """An entry of the config. shards: how many it has. name: None where it is told from them."""
+    """What is taken of some shards. patterns: of them. name: None where it is told from them. layout: how
+    their samples are written; None: as those of all."""
 
-    shards: int
+    patterns: tuple[str, ...]
     name: str | None = None
+    layout: Spec = None
     limit: int | None = None
     split: tuple[float, float] | None = None
 
 
-def named(shards: Sequence[str], wanted: Sequence[Wanted]) -> list[str]:
-    """source_names() with the names that entries give to their shards."""
-    given = [w.name for w in wanted for _ in range(w.shards)]
-    return [own or told for own, told in zip(given, source_names(shards), strict=True)]
-
-
-def selected(index: Index, wanted: Sequence[Wanted], names: Sequence[str]) -> tuple[Selection, ...]:
-    """What each entry takes. names: by shard. O(1) an entry, and O(samples) where it has a split."""
+def selected(
+    index: Index, wanted: Sequence[tuple[Wanted, int]], names: Sequence[str]
+) -> tuple[Selection, ...]:
+    """What is taken of each source. wanted: with how many shards it has. names: by shard. O(1) a source, and
+    O(samples) where it has a split."""
     out, shard = list[Selection](), 0
-    for w in wanted:
-        first, stop = index.firsts[shard], index.firsts[shard + w.shards]
+    for w, shards in wanted:
+        first, stop = index.firsts[shard], index.firsts[shard + shards]
         size = stop - first if w.limit is None else min(w.limit, stop - first)
-        name = w.name or (names[shard] if w.shards else "")
+        name = names[shard] if shards else w.name or ""
         out.append(
             Selection(name, first, size, None if w.split is None else _split(index, first, size, w.split))
         )
-        shard += w.shards
+        shard += shards
     return tuple(out)
 
 

@@ -13,7 +13,7 @@ import re
 import tarfile
 from dataclasses import dataclass
 
-from mm.data.storage import Location, OpenFile, reading
+from mm.data.storage import LOCAL, Location, OpenFile
 from mm.errors import DataError
 
 BLOCK = 512  # bytes: a tar consists of blocks of this size; a header is one, a payload is padded with zeros
@@ -72,16 +72,21 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def read_contents(path: Location) -> Contents:
+    """contents_of() a file of this machine."""
+    with LOCAL.reading(path) as file:
+        return contents_of(file, path)
+
+
+def contents_of(file: OpenFile, path: Location) -> Contents:
     """Scan the headers of a tar; payloads are not read. Raises DataError for a compressed file."""
-    with reading(path) as file:
-        first = file.read_at(0, BLOCK)
-        kind = next((kind for magic, kind in COMPRESSED.items() if first.startswith(magic)), None)
-        if kind is not None and _header(first) is None:
-            raise DataError(
-                f"{path} is compressed with {kind[0]}; samples are read by their place in the file, which "
-                f"compression hides; needed: a plain tar, such as {kind[1]} {path} makes"
-            )
-        return _Scan(file, file.size).run()
+    first = file.read_at(0, BLOCK)
+    kind = next((kind for magic, kind in COMPRESSED.items() if first.startswith(magic)), None)
+    if kind is not None and _header(first) is None:
+        raise DataError(
+            f"{path} is compressed with {kind[0]}; samples are read by their place in the file, which "
+            f"compression hides; needed: a plain tar, such as {kind[1]} {path} makes"
+        )
+    return _Scan(file, file.version.size).run()
 
 
 def _header(block: bytes) -> tarfile.TarInfo | None:

@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mm.data.building import Kept, by_folder, tell
+from mm.data.building import Kept, by_folder
 from mm.data.columns.entries import TEXTS, Listed, listed, text_columns
-from mm.data.columns.store import Say, Store, writing
+from mm.data.columns.store import Store, writing
 from mm.data.columns.table import join
 from mm.data.encode import TokenSegment, Written, encode_samples, parse_sample
 from mm.data.published import PublishedTokenizer
+from mm.data.remote.urls import is_remote
 from mm.data.scan import SegmentEntry
-from mm.data.storage import OpenFile, reading
+from mm.data.storage import LOCAL, OpenFile, Storage
 
 BATCH_BYTES = 4 << 20  # of text that is encoded at once: enough for all cores, small beside a shard
 
 
-def store_of(folder: Path, tokenizer: PublishedTokenizer) -> Store:
+def store_of(folder: Path, tokenizer: PublishedTokenizer, *, beside: bool = True) -> Store:
     """The lengths of a folder's shards; files have the beginning of the tokenizer's key in their names."""
-    return Store(folder, TEXTS, f"tokens-{tokenizer.key[:12]}")
+    return Store(folder, TEXTS, f"tokens-{tokenizer.key[:12]}", beside)
 
 
 def kept_texts(
@@ -32,31 +33,31 @@ def kept_texts(
     tokenizer: PublishedTokenizer,
     *,
     write: bool = True,
-    say: Say = tell,
+    storage: Storage = LOCAL,
 ) -> list[Kept]:
     """The segments of each shard in tokens. Every text is encoded where none are kept; write: keep new ones.
 
-    indexes: of the shards. say: as in kept_indexes().
+    indexes: of the shards. storage: as in kept_indexes().
     """
     index_of = dict(zip(shards, indexes, strict=True))
     found: dict[str, Kept] = {}
-    for folder, own in by_folder(shards).items():
-        found |= _of_folder(folder, {shard: index_of[shard] for shard in own}, tokenizer, write, say)
+    for folder, own in by_folder(shards, storage).items():
+        found |= _of_folder(folder, {shard: index_of[shard] for shard in own}, tokenizer, write, storage)
     return [found[shard] for shard in shards]
 
 
 def _of_folder(
-    folder: Path, shards: dict[str, Kept], tokenizer: PublishedTokenizer, write: bool, say: Say
+    folder: Path, shards: dict[str, Kept], tokenizer: PublishedTokenizer, write: bool, storage: Storage
 ) -> dict[str, Kept]:
-    store = store_of(folder, tokenizer)
+    store = store_of(folder, tokenizer, beside=not is_remote(next(iter(shards))))
     found = _current(store, shards, tokenizer)
     if len(found) == len(shards):
         return found
     if not write:
-        return found | _encoded(_without(shards, found), tokenizer)
-    with writing(folder, say):
+        return found | _encoded(_without(shards, found), tokenizer, storage)
+    with writing(folder, storage.say):
         found = _current(store, shards, tokenizer)  # another process may have made them meanwhile
-        made = _encoded(_without(shards, found), tokenizer)
+        made = _encoded(_without(shards, found), tokenizer, storage)
         for table in {id(kept.table): kept.table for kept in made.values()}.values():
             some = [k for k in range(table.count) if table.first["lines"][k] < table.first["lines"][k + 1]]
             if some:
@@ -84,13 +85,13 @@ def _sum(index: Kept) -> bytes:
     return bytes(index.table.columns["shards"]["sum"][index.shard].tobytes())
 
 
-def _encoded(shards: dict[str, Kept], tokenizer: PublishedTokenizer) -> dict[str, Kept]:
+def _encoded(shards: dict[str, Kept], tokenizer: PublishedTokenizer, storage: Storage) -> dict[str, Kept]:
     """Encode the texts of shards."""
     tables = [text_columns([], tokenizer.key)]
     for shard, index in shards.items():
         samples = listed(*index)
         segments: list[list[SegmentEntry] | str] = []
-        with reading(shard) as file:
+        with storage.reading(shard) as file:
             for batch in _batches(samples):
                 segments += _encode(file, batch, tokenizer)
         tables.append(text_columns([(Path(shard).name, _sum(index), samples, segments)], tokenizer.key))
@@ -117,9 +118,11 @@ def _encode(
 ) -> list[list[SegmentEntry] | str]:
     written: list[Written] = []
     out: list[list[SegmentEntry] | str] = []
-    for sample in samples:
+    payloads = file.read_many([(sample.offset, sample.size) for sample in samples])
+    for sample, payload in zip(samples, payloads, strict=True):
         try:
-            payload = file.read_at(sample.offset, sample.size)
+            if isinstance(payload, OSError):
+                raise payload
             written.append(parse_sample(payload, sample.layout, sample.text, tuple(sample.parts)))
             out.append("")
         except (OSError, ValueError) as error:  # it has changed since the shard was indexed

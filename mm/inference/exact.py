@@ -19,6 +19,7 @@ from llm.decode import GREEDY
 from mm.data.layouts.tar import made_of
 from mm.data.reader import BadSample, ShardReader
 from mm.data.sample import Sample, load_json
+from mm.data.storage import LOCAL, Storage
 from mm.errors import DataError
 from mm.inference.answer import stops_of
 from mm.inference.asked import Asked
@@ -112,9 +113,9 @@ def _items(sample: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def questions_of(samples: Iterable[Sample], limit: int) -> list[Question]:
+def questions_of(samples: Iterable[Sample], limit: int, storage: Storage = LOCAL) -> list[Question]:
     """The first `limit` questions that a data set's samples have; those without an answer are passed over."""
-    reader, found = ShardReader(), list[Question]()
+    reader, found = ShardReader(storage), list[Question]()
     try:
         for sample in samples:
             if len(found) == limit:

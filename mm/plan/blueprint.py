@@ -18,9 +18,11 @@ from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
 from mm.config.build import build
+from mm.config.data import storage_of
 from mm.config.nodes import node_size
 from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
 from mm.config.schema import Config
+from mm.data.storage import Storage
 from mm.errors import Refused
 from mm.plan.levels import check_levels
 from mm.plan.projectors import check_projector, projector_kind, resampling
@@ -58,6 +60,11 @@ class Blueprint:
     _weights: dict[tuple[str, int], list[list[Weight]]] = field(
         default_factory=dict, compare=False, repr=False
     )
+
+    @cached_property
+    def storage(self) -> Storage:
+        """What reads the shards of the config's data."""
+        return storage_of(self.cfg.data)
 
     @property
     def modules(self) -> list[str]:

@@ -238,6 +238,18 @@ def deal_items(cost: Costs, microbatch: Column, home: Column, already: Costs) ->
     return column(np.where(good[microbatch], kept, spread.bin))
 
 
+def over_step(cost: Costs, microbatch: Column, dealt: Column, microbatches: int, dp: int) -> Column:
+    """Items as dealt, with dp ranks exchanged in each micro-batch so that their sums over the step are even:
+    the costliest share goes to the rank with least so far. For ranks where no item is at home."""
+    load = loads(cost, microbatch * dp + dealt, microbatches * dp).reshape(microbatches, dp)
+    rank, total = np.empty((microbatches, dp), dtype=np.int64), np.zeros(dp)
+    for own, to in zip(load, rank, strict=True):
+        costliest, least = np.argsort(-own, kind="stable"), np.argsort(total, kind="stable")
+        to[costliest] = least
+        total[least] += own[costliest]
+    return column(rank[microbatch, dealt])
+
+
 def _staying(cost: Costs, place: Column, already: Costs, bound: Costs) -> tuple[np.ndarray, Costs]:
     """Which items stay at their place, the costliest first as long as they fit its bound: bool [n], and the
     load of each place."""

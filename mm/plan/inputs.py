@@ -67,18 +67,18 @@ class PlanInputs:
     limits: Limits | None = None  # largest sizes of an item (data.limits)
     passes: Mapping[str, float] = field(default_factory=dict)  # by module that is not trained as a whole
     axes: bool = False  # whether the language model's positions have three axes (LLMConfig.rope_axes)
-    _rows: dict[tuple[str, str, int, int], int] = field(default_factory=dict, compare=False, repr=False)
+    _rows: dict[tuple[str, str], int] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, module: str, part: Part) -> int:
-        """How many rows an item contributes; cached, since every epoch plans each item once.
+        """How many rows an item contributes; worked out once for items of equal metadata.
 
         Raises ValueError where the item's metadata do not serve its encoder, and for one beyond the limits.
         """
-        key = (module, part.shard, part.offset, part.meta.get("piece", -1))
+        if self.limits is not None:
+            self.limits.check(part.meta, part.size)
+        key = (module, str(dict(part.meta)))
         if key not in self._rows:
             use = self.encoders[module]
-            if self.limits is not None:
-                self.limits.check(part.meta, part.size)
             try:
                 n = use.rows(part.meta)
             except KeyError as error:

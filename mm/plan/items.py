@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mm.plan.dealing import Seats, deal_items, home_ranks
+from mm.plan.dealing import Seats, deal_items, home_ranks, over_step
 from mm.plan.inputs import PlanInputs
 from mm.plan.table import Costs, SampleTable
 from parallel.boundary import ItemColumns
@@ -54,13 +54,13 @@ def edge_items(
     already = work[:, ranks].max(axis=2) * (ranks.shape[1] / passes)
     if same is None:
         if use.deal == "cost":
-            dealt = deal_items(cost, microbatch, home, already)
+            dealt = _dealt(cost, microbatch, home, already)
     else:
         own = same == np.arange(len(same))
         cost = np.where(own, cost, 0.0)
         if use.deal == "cost":
             dealt = home.copy()
-            dealt[own] = deal_items(cost[own], microbatch[own], home[own], already)
+            dealt[own] = _dealt(cost[own], microbatch[own], home[own], already)
         dealt = dealt[same]
     add_work(cost, Seats(microbatch, dealt), use.layout, passes, work)
     return EdgeItems(
@@ -77,6 +77,12 @@ def edge_items(
             first=same,
         ),
     )
+
+
+def _dealt(cost: Costs, microbatch: Column, home: Column, already: Costs) -> Column:
+    """deal_items(), and over_step() on ranks that compute nothing else: no row is spared its way there."""
+    dealt = deal_items(cost, microbatch, home, already)
+    return dealt if already.any() else over_step(cost, microbatch, dealt, *already.shape)
 
 
 def add_work(cost: Costs, seats: Seats, layout: Layout, passes: float, work: Costs) -> None:

@@ -1,24 +1,24 @@
-"""Items as their encoders take them apart: tiles of a picture, frames of a video, texts between. Pure."""
+"""The items of an index as their encoders take them apart. Pure."""
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from mm.data.sample import Index, Part, Sample, Segment
+from mm.data.columns.samples import Samples
+from mm.data.sample import Index
 from mm.data.tokenizer import AnyTokenizer
-from mm.plan.inputs import EncoderUse
+from mm.plan.apart import in_pieces
+from mm.plan.fitted import Fitted
+from mm.plan.inputs import EncoderUse, PlanInputs
 
-Encode = Callable[[str], tuple[int, ...]]
 
-
-def with_pieces(index: Index, uses: Mapping[str, EncoderUse], tokenizer: AnyTokenizer) -> Index:
+def with_pieces(index: Index, inputs: PlanInputs, tokenizer: AnyTokenizer) -> Index:
     """The index with items as their encoders' pieces, and texts between them in the tokenizer's ids.
 
-    An item that its encoder cannot take stays as it is. O(items), texts are encoded once each.
+    An item that its encoder cannot take stays as it is. Texts are encoded once each. Samples in columns are
+    taken apart when they are asked for.
     """
     known: dict[str, tuple[int, ...]] = {}
 
@@ -27,42 +27,9 @@ def with_pieces(index: Index, uses: Mapping[str, EncoderUse], tokenizer: AnyToke
             known[text] = tuple(tokenizer.encode_texts([text])[0])
         return known[text]
 
-    return replace(index, samples=tuple(_in_pieces(s, uses, encode) for s in index.samples))
-
-
-def _in_pieces(sample: Sample, uses: Mapping[str, EncoderUse], encode: Encode) -> Sample:
-    out: list[Segment] = []
-    for seg in sample.segments:
-        out += [seg] if seg.part is None or seg.kind not in uses else _pieces(seg, seg.part, uses, encode)
-    same = len(out) == len(sample.segments) and all(map(operator.is_, out, sample.segments))
-    return sample if same else replace(sample, segments=tuple(out))
-
-
-def _pieces(seg: Segment, part: Part, uses: Mapping[str, EncoderUse], encode: Encode) -> list[Segment]:
-    try:
-        found = pieces_of(uses[seg.kind], part.meta)
-    except (ValueError, KeyError):  # rows() refuses it in words later
-        return [seg]
-    out: list[Segment] = []
-    for k, piece in enumerate(found):
-        more = k + 1 < len(found)
-        if isinstance(piece, str):
-            ids = encode(piece)
-            out.append(Segment("text", len(ids), None, False, None, ids=ids, more=more))
-        elif len(found) == 1 and piece == part.meta:
-            return [seg]
-        else:
-            own = replace(part, meta={**piece, "piece": k})
-            out.append(replace(seg, part=own, more=more))
-    return out
-
-
-def pieces_of(use: EncoderUse, meta: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
-    """What an item becomes: texts, and metadata of items. Raises ValueError as the encoder's rows() does."""
-    found = list(use.cls.pieces(use.cfg, meta))
-    if not any(not isinstance(piece, str) for piece in found):
-        raise ValueError(f"{use.cls.__name__}.pieces gave no item for {dict(meta)}; needed: one at least")
-    return found
+    if isinstance(index.samples, Samples):
+        return replace(index, samples=Fitted(index.samples, inputs, encode))
+    return replace(index, samples=tuple(in_pieces(s, inputs.encoders, encode) for s in index.samples))
 
 
 def omissions(index: Index, uses: Mapping[str, EncoderUse]) -> list[str]:

@@ -7,13 +7,23 @@ that is left out keeps its id and counts as known to be bad, so that no other sa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
 
-from mm.config.schema import DataConfig
-from mm.data.sample import Index, Sample, Segment, Skipped, grouped
+import numpy as np
+
+from mm.config.data import DataConfig
+from mm.data.columns.samples import Samples
+from mm.data.sample import Index, Sample, Skipped
 from mm.errors import DataError
-from mm.plan.inputs import PlanInputs, sample_length, supervised_tokens
+from mm.plan.cut import cut_sample
+from mm.plan.fitted import Fitted
+from mm.plan.inputs import PlanInputs, sample_length
+from parallel.sequence.intervals import Column, column
+
+SHOWN = 3  # reasons that are listed
 
 
 def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
@@ -22,32 +32,118 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
     Raises DataError with all counts where these keys refuse such samples, where more than data.max_skipped of
     the samples are lost or left out, and where a sample names a module that the model lacks.
     """
-    misfit: dict[int, str] = {}
-    overlong: dict[int, int] = {}
-    for sample in index.samples:
+    index, found = _measured(index, inputs)
+    _refuse(index, found, inputs, rules)
+    cut = np.empty(0, dtype=np.int64)
+    if rules.overlong == "truncate":
+        index, cut = _cut(index, found.overlong, inputs)
+    left = ~np.isin(found.overlong, cut)
+    skipped = LeftOut.of(index.samples, found.misfit, found.overlong[left], found.length[left], inputs)
+    chosen = replace(index, skipped=skipped)
+    _check_share(chosen, rules.max_skipped)
+    return chosen
+
+
+class Measured(NamedTuple):
+    """Samples that do not fit, ascending. misfit: with an item that an encoder cannot take. overlong: longer
+    than data.context, and length: theirs."""
+
+    misfit: Column
+    overlong: Column
+    length: Column
+
+
+def _measured(index: Index, inputs: PlanInputs) -> tuple[Index, Measured]:
+    """The index with its samples as the model takes them, and those that do not fit. Raises DataError for a
+    module that the model lacks."""
+    samples = index.samples
+    if isinstance(samples, Samples | Fitted):
+        fitted = samples.of(inputs) if isinstance(samples, Fitted) else Fitted(samples, inputs)
+        parts = [_of_chunk(fitted, which) for which in fitted.chunks()]
+        return replace(index, samples=fitted), Measured(*map(np.concatenate, zip(*parts, strict=True)))
+    misfit, overlong, length = [], [], []
+    for sample in samples:
         _check_modules(sample, inputs)
         try:
             n = sample_length(sample, inputs)
-        except DataError as error:
-            misfit[sample.id] = str(error)
+        except DataError:
+            misfit.append(sample.id)
             continue
         if n > inputs.context:
-            overlong[sample.id] = n
-    _refuse(index, misfit, overlong, rules)
-    skipped = {i: Skipped("misfit", why) for i, why in misfit.items()}
-    truncated: dict[int, Sample] = {}
-    for i, n in overlong.items():
-        short = _truncated(index.samples[i], inputs) if rules.overlong == "truncate" else None
-        if short is None:
-            where = f"sample {index.samples[i].key} of {index.samples[i].shard}"
-            why = f"{where} is {n} tokens long, data.context is {inputs.context}"
-            skipped[i] = Skipped("overlong", why)
-        else:
-            truncated[i] = short
-    samples = tuple(truncated.get(s.id, s) for s in index.samples)
-    chosen = replace(index, samples=samples, skipped=dict(sorted(skipped.items())))
-    _check_share(chosen, rules.max_skipped)
-    return chosen
+            overlong.append(sample.id)
+            length.append(n)
+    return index, Measured(column(misfit), column(overlong), column(length))
+
+
+def _of_chunk(fitted: Fitted, which: Column) -> Measured:
+    lines = fitted.lines(which)
+    for number in which[lines.strange].tolist():
+        _check_modules(fitted.view(number), fitted.inputs)
+    length = lines.length
+    long = ~lines.wrong & (length > fitted.inputs.context)
+    return Measured(which[lines.wrong], which[long], length[long])
+
+
+def _cut(index: Index, overlong: Column, inputs: PlanInputs) -> tuple[Index, Column]:
+    """The index with these samples cut, and which they are: those of which something is learned then."""
+    samples = index.samples
+    if isinstance(samples, Fitted):
+        found = samples.with_cut(overlong)
+        kept = np.concatenate([w[found.lines(w).supervised > 0] for w in found.chunks(overlong)])
+        return replace(index, samples=samples.with_cut(kept)), kept
+    short = {i: made for i in overlong.tolist() if (made := cut_sample(samples[i], inputs)) is not None}
+    return replace(index, samples=tuple(short.get(s.id, s) for s in samples)), column(list(short))
+
+
+class LeftOut(Mapping[int, Skipped]):
+    """Why samples are left out, in columns: the words are made when they are asked for."""
+
+    def __init__(self, samples: Sequence[Sample], ids: Column, length: Column, inputs: PlanInputs) -> None:
+        self._samples, self._inputs = samples, inputs
+        self.ids, self._length = ids, length
+        """Ascending; by sample its length, 0 for one with an item that does not fit."""
+
+    @staticmethod
+    def of(
+        samples: Sequence[Sample], misfit: Column, overlong: Column, length: Column, inputs: PlanInputs
+    ) -> LeftOut:
+        """Of samples that do not fit and samples that are too long, both ascending."""
+        ids = np.concatenate([misfit, overlong])
+        order = np.argsort(ids, kind="stable")
+        lengths = np.concatenate([np.zeros_like(misfit), length])
+        return LeftOut(samples, ids[order], lengths[order], inputs)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids.tolist())
+
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int | np.integer) and self._place(int(number)) is not None
+
+    def __getitem__(self, number: int) -> Skipped:
+        at = self._place(number)
+        if at is None:
+            raise KeyError(number)
+        sample, n = self._samples[number], int(self._length[at])
+        if n == 0:
+            return Skipped("misfit", _misfit(sample, self._inputs))
+        where = f"sample {sample.key} of {sample.shard}"
+        return Skipped("overlong", f"{where} is {n} tokens long, data.context is {self._inputs.context}")
+
+    def _place(self, number: int) -> int | None:
+        at = int(np.searchsorted(self.ids, number))
+        return at if at < len(self.ids) and self.ids[at] == number else None
+
+
+def _misfit(sample: Sample, inputs: PlanInputs) -> str:
+    """Why an item of a sample does not fit."""
+    try:
+        sample_length(sample, inputs)
+    except DataError as error:
+        return str(error)
+    raise AssertionError(f"sample {sample.key} of {sample.shard} fits")
 
 
 def lost_samples(index: Index) -> int:
@@ -73,19 +169,21 @@ def _check_modules(sample: Sample, inputs: PlanInputs) -> None:
             )
 
 
-def _refuse(index: Index, misfit: Mapping[int, str], overlong: Mapping[int, int], rules: DataConfig) -> None:
+def _refuse(index: Index, found: Measured, inputs: PlanInputs, rules: DataConfig) -> None:
     """Raise DataError with all samples that the config refuses, and the keys that would leave them out."""
     refusals, total = [], len(index.samples)
+    misfit, overlong = len(found.misfit), len(found.overlong)
     if misfit and rules.misfit == "refuse":
-        hint = _skip_hint(index, rules, "misfit", len(misfit))
-        example = next(iter(misfit.values()))
-        refusals.append(f"{example} ({len(misfit)} of {total} samples have an item that does not fit{hint})")
+        hint = _skip_hint(index, rules, "misfit", misfit)
+        example = _misfit(index.samples[int(found.misfit[0])], inputs)
+        refusals.append(f"{example} ({misfit} of {total} samples have an item that does not fit{hint})")
     if overlong and rules.overlong == "refuse":
-        first, longest = (index.samples[i] for i in (min(overlong), max(overlong, key=overlong.__getitem__)))
-        most, hint = overlong[longest.id], _skip_hint(index, rules, "overlong", len(overlong))
-        also = "" if first is longest else f", the first sample {first.key} with {overlong[first.id]}"
+        most, at = int(found.length.max()), int(found.length.argmax())
+        first, longest = (index.samples[int(i)] for i in (found.overlong[0], found.overlong[at]))
+        hint = _skip_hint(index, rules, "overlong", overlong)
+        also = "" if at == 0 else f", the first sample {first.key} with {found.length[0]}"
         refusals.append(
-            f"{len(overlong)} of {total} samples are longer than data.context: the longest is sample "
+            f"{overlong} of {total} samples are longer than data.context: the longest is sample "
             f"{longest.key} of {longest.shard} with {most} tokens{also}; raise data.context to {most}, or "
             f"keep their beginnings: data.overlong=truncate{hint}"
         )
@@ -109,52 +207,29 @@ def _needed(index: Index, left_out: int, bound: float) -> float | None:
     return None if missing / total <= bound else -(-missing * 10_000 // total) / 10_000
 
 
-def _truncated(sample: Sample, inputs: PlanInputs) -> Sample | None:
-    """The beginning of a sample that fits the context; None where nothing of it would be learned.
-
-    Text is truncated to the token, an item is kept whole or dropped. All that follows is dropped too.
-    """
-    room, kept = inputs.context - 2 * sample.markers, list[Segment]()
-    for group in grouped(sample.segments):
-        n = sum(seg.tokens if seg.part is None else inputs.rows(seg.kind, seg.part) for seg in group)
-        if n <= room:
-            kept += group
-        elif len(group) == 1 and group[0].part is None and room:
-            kept.append(_first_tokens(group[0], room))
-        room -= n
-        if room < 0:
-            break
-    short = replace(sample, segments=tuple(kept), truncated=True)
-    return short if supervised_tokens(short) else None
-
-
-def _first_tokens(seg: Segment, n: int) -> Segment:
-    return replace(seg, tokens=n, written=seg.tokens)
-
-
 def _check_share(index: Index, bound: float) -> None:
     """Raise DataError where more samples are lost or left out than data.max_skipped allows."""
     lost, left_out = lost_samples(index), len(index.skipped)
     if len(index.samples) == left_out:
-        raise DataError(f"all {left_out} samples are left out: {'; '.join(_reasons(index)[:3])}")
+        raise DataError(f"all {left_out} samples are left out: {'; '.join(_reasons(index))}")
     needed = _needed(index, left_out, bound)
     if needed is not None:
         raise DataError(
             f"{lost + left_out} of {lost + len(index.samples)} samples are lost or left out, "
             f"data.max_skipped is {bound:g}: {'; '.join(_counts(index))}; for example "
-            f"{'; '.join(_reasons(index)[:3])}. Mend the data, or allow it: data.max_skipped={needed:g}"
+            f"{'; '.join(_reasons(index))}. Mend the data, or allow it: data.max_skipped={needed:g}"
         )
 
 
 def _counts(index: Index) -> list[str]:
     """How many samples are lost or left out, for each reason and shard; the most numerous first."""
-    shard_of = [s.shard for s in index.samples]
-    found = Counter((shard_of[i], str(skip.kind)) for i, skip in index.skipped.items())
+    found = Counter((index.samples[i].shard, str(skip.kind)) for i, skip in index.skipped.items())
     found += Counter((shard, "unreadable") for shard, _ in _lost(index))
     found += Counter((shard, "torn") for shard in index.torn)
     return [f"{n} {kind} in {shard}" for (shard, kind), n in found.most_common(8)]
 
 
-def _reasons(index: Index) -> Sequence[str]:
-    lost = [f"{key or 'a part'} of {shard}: {why}" for shard, key, why in index.broken]
-    return lost + [skip.why for skip in index.skipped.values()]
+def _reasons(index: Index) -> list[str]:
+    """The first reasons for which samples are lost or left out."""
+    lost = [f"{key or 'a part'} of {shard}: {why}" for shard, key, why in index.broken[:SHOWN]]
+    return (lost + [index.skipped[i].why for i in islice(index.skipped, SHOWN)])[:SHOWN]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mm.data.sample import Part, Sample
+from mm.data.sample import Index, Part, Sample
+from mm.plan.fitted import Fitted
 from mm.plan.inputs import PlanInputs, mtp_supervised_tokens, sample_length, supervised_tokens
 from parallel.sequence.intervals import Column, before, repeat_groups
 
@@ -75,6 +76,7 @@ class SampleTable:
     items: Mapping[str, Items]
     sources: tuple[str, ...]
     source: Column
+    _seen: dict[int, Sample] = field(default_factory=dict, compare=False, repr=False)  # views, by line
 
     @staticmethod
     def of(samples: Sequence[Sample], inputs: PlanInputs, skip: Collection[int] = ()) -> SampleTable:
@@ -121,12 +123,71 @@ class SampleTable:
         )
 
     def sample(self, line: int) -> Sample:
-        """The sample of a line."""
-        return self.samples[int(self.which[line])]
+        """The sample of a line; made once, where samples are views."""
+        if line not in self._seen:
+            self._seen[line] = self.samples[int(self.which[line])]
+        return self._seen[line]
 
     def part(self, module: str, line: int, nth: int) -> Part:
         """The part of item number `nth` of a line's items of a module."""
         return self.sample(line).items(module)[nth]
+
+
+@dataclass(frozen=True, eq=False)
+class DataTable:
+    """The samples of an index, of which take() works out those that a step needs.
+
+    samples: in columns where they are many (Fitted); else the table of all of them is there.
+    """
+
+    samples: Sequence[Sample]
+    inputs: PlanInputs
+    _whole: SampleTable | None
+
+    @staticmethod
+    def of(index: Index, inputs: PlanInputs) -> DataTable:
+        """The samples of an index that select() has gone through."""
+        if isinstance(index.samples, Fitted):
+            return DataTable(index.samples.of(inputs), inputs, None)
+        return DataTable(index.samples, inputs, SampleTable.of(index.samples, inputs, index.skipped))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def take(self, which: Column) -> SampleTable:
+        """The samples with these ids, in this order. O(segments of theirs)."""
+        if self._whole is not None:
+            return self._whole.take(which)
+        assert isinstance(self.samples, Fitted)
+        return _table_of(self.samples, which, self.inputs)
+
+
+def _table_of(samples: Fitted, which: Column, inputs: PlanInputs) -> SampleTable:
+    lines = samples.lines(which)
+    for number in which[lines.wrong | lines.strange].tolist():
+        sample_length(samples.view(number), inputs)  # raises
+    offset = lines.offset
+    items = {}
+    for k, module in enumerate(samples.modules):
+        own = lines.module == k
+        items[module] = Items(
+            of=np.bincount(lines.sample[own], minlength=len(which)).astype(np.int64),
+            rows=lines.size[own],
+            offset=offset[own],
+            cost=lines.cost[own],
+            content=np.unique(lines.content[own], return_inverse=True)[1].astype(np.int64),
+        )
+    return SampleTable(
+        samples=samples,
+        which=which,
+        ids=which,
+        length=lines.length,
+        supervised=lines.supervised,
+        mtp=lines.ahead(inputs.mtp_depths),
+        items=items,
+        sources=samples.base.sources,
+        source=lines.source,
+    )
 
 
 def _append_items(sample: Sample, inputs: PlanInputs, found: Mapping[str, list[_Found]]) -> None:

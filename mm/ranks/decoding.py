@@ -6,6 +6,7 @@ nothing that comes from a process which decodes what others have made.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import mmap
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from mm.data.reader import BadSample
 from mm.data.sample import Part, Sample
+from mm.errors import DataError
 
 ALIGN = 64  # bytes; of what lies in a tray
 PLACE = struct.Struct("<qq")  # where a worker is: the number of its order, and of the task in that
@@ -41,10 +43,10 @@ class Task:
     sample: Sample
     part: Part
 
-    @staticmethod
-    def of(module: str, sample: Sample, part: Part) -> Task:
-        """A task that is small to send: reading and decoding need nothing of the sample's other parts."""
-        return Task(module, replace(sample, segments=()), part)
+    @property
+    def small(self) -> Task:
+        """The task as it is sent: reading and decoding need nothing of the sample's other parts."""
+        return replace(self, sample=replace(self.sample, segments=()))
 
 
 T = TypeVar("T")
@@ -76,6 +78,7 @@ class Reads(Generic[T]):
 
 
 Decode = Callable[[Task], Tensor | Texts]  # raises BadSample
+Ahead = Callable[[Sequence[Task]], object]  # is told which tasks come next, so that they are read together
 Decoded = Tensor | Texts | BadSample
 
 
@@ -129,11 +132,18 @@ class Order(NamedTuple):
     tasks: Sequence[Task]
 
 
-def work(pipe: Connection, trays: Sequence[Tray], place: memoryview, decode: Decode, limit_s: float) -> None:
+def work(
+    pipe: Connection,
+    trays: Sequence[Tray],
+    place: memoryview,
+    decode: Decode,
+    limit_s: float,
+    ahead: Ahead = lambda tasks: None,
+) -> None:
     """Carry out orders until the rank closes the pipe, or has ended.
 
     place: PLACE is written there before each task. limit_s: a task that takes longer ends this process, by
-    the system and whatever it does: nobody may be left to kill it.
+    the system and whatever it does: nobody may be left to kill it. ahead: is given an order's tasks first.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     while True:
@@ -143,11 +153,15 @@ def work(pipe: Connection, trays: Sequence[Tray], place: memoryview, decode: Dec
             return
         answers: list[dict[str, Any]] = []
         at = 0
+        with contextlib.suppress(DataError):  # a task meets it again, and says so
+            ahead(order.tasks)
         for n, task in enumerate(order.tasks):
             PLACE.pack_into(place, 0, order.number, n)
             signal.setitimer(signal.ITIMER_REAL, limit_s)
             try:
                 answer, end = _laid(attempt(decode, task), trays[order.tray], at)
+            except DataError as error:  # the store of its shard does not answer
+                answer, end = {"refused": str(error)}, at
             except Exception:
                 answer, end = {"failed": traceback.format_exc()}, at
             if end is None:

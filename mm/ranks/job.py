@@ -13,11 +13,10 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from llm.model import LLM, precise_modules
 from mm.config.outline import SINK
-from mm.config.sources import SourceConfig, layouts_of, patterns_of
-from mm.data.index import find_shards, load_index
+from mm.config.sources import SourceConfig
+from mm.data.index import load_index
 from mm.data.reader import ShardReader
 from mm.data.sample import Index
-from mm.data.sources import Wanted, named, selected
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, bare_module
@@ -110,29 +109,17 @@ def open_index(
     """
     rules = blueprint.cfg.data
     tokenizer = make_tokenizer(rules.tokenizer)
-    wanted = [_wanted(e, base, rules.made_by) for e in entries]
-    names = partial(named, wanted=wanted)
     index = load_index(
-        patterns_of(entries),
+        [e if isinstance(e, str) else e.wanted for e in entries],
         base,
-        layout=layouts_of(entries, rules.layout),
+        layout=rules.layout,
         tokenizer=tokenizer,
         made_by=rules.made_by,
         write=write,
-        names=names,
+        storage=blueprint.storage,
     )
-    if any(isinstance(e, SourceConfig) for e in entries):
-        index = replace(index, selections=selected(index, wanted, names(index.shards)))
-    index = with_pieces(index, blueprint.inputs.encoders, tokenizer)
+    index = with_pieces(index, blueprint.inputs, tokenizer)
     return select(index, blueprint.inputs, rules)
-
-
-def _wanted(entry: str | SourceConfig, base: Path, made_by: str | None) -> Wanted:
-    """What an entry of the config takes of its shards."""
-    shards = len(find_shards(patterns_of([entry]), base, made_by))
-    if isinstance(entry, str):
-        return Wanted(shards)
-    return Wanted(shards, entry.name, entry.limit, entry.split)
 
 
 def open_indexes(blueprint: Blueprint, *, write: bool = True) -> dict[str, Index]:
@@ -152,7 +139,7 @@ def assembler_of(blueprint: Blueprint, rank: RankInfo, axes: Mapping[str, Axes])
     """What plans and builds a rank's part of a step. axes: by module here; one that only plans needs none."""
     return Assembler(
         inputs=blueprint.inputs,
-        reader=ShardReader(),
+        reader=ShardReader(blueprint.storage),
         tokenizer=make_tokenizer(blueprint.cfg.data.tokenizer),
         rank=rank.rank,
         dtype=blueprint.dtype,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from mm.errors import DataError, PolyrankError
 from mm.plan.inputs import PlanInputs
 from mm.plan.step_plan import StepPlan
-from mm.plan.table import SampleTable
+from mm.plan.table import DataTable, SampleTable
 from mm.ranks.batch import RankBoundary
 from parallel.schedule import SchedulePlan
 
@@ -59,7 +59,7 @@ class Planner:
     errors.
     """
 
-    def __init__(self, plan: PlanStep, table: SampleTable, inputs: PlanInputs, rank: int) -> None:
+    def __init__(self, plan: PlanStep, table: SampleTable | DataTable, inputs: PlanInputs, rank: int) -> None:
         self._table, self._inputs, self._rank = table, inputs, rank
         self._pipe, theirs = Pipe()
         parent = os.getpid()

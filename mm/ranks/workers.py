@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
 from mm.data.reader import BadSample
-from mm.errors import PolyrankError
-from mm.ranks.decoding import DONE, PLACE, Decode, Decoded, Order, Task, Tray, attempt, unpacked, work
+from mm.errors import DataError, PolyrankError
+from mm.ranks.decoding import DONE, PLACE, Ahead, Decode, Decoded, Order, Task, Tray, attempt, unpacked, work
 from mm.ranks.nursery import Nursery
 
 TRAYS = 2  # orders that a worker has at once
@@ -62,11 +62,20 @@ class Workers:
 
     decode: what a task is; workers have what it refers to as it is when they are made. count: of workers; 0:
     results() does all in the caller's thread. timeout_s: longest time that one task may take in a worker.
+    ahead: is given the tasks that come next, before the first of them.
 
     One thread submits and asks for results.
     """
 
-    def __init__(self, decode: Decode, count: int, rank: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        decode: Decode,
+        count: int,
+        rank: int,
+        timeout_s: float,
+        ahead: Ahead = lambda tasks: None,
+    ) -> None:
+        self._ahead = ahead
         self._decode, self._rank, self._timeout_s = decode, rank, timeout_s
         self._waiting: deque[_Piece] = deque()
         self._tried: dict[tuple[int, str], int] = {}  # by sample and part, at how many deaths
@@ -81,7 +90,7 @@ class Workers:
 
             def serve(number: int, pipe: Connection) -> None:
                 # Its own limit is for a worker whose rank has gone: the rank looks first.
-                work(pipe, trays[number], self._place(number), decode, 2 * timeout_s)
+                work(pipe, trays[number], self._place(number), decode, 2 * timeout_s, ahead)
 
             self._nursery = Nursery(serve, rank)
             self._workers = [_Worker(n, *self._nursery.start(n), trays[n]) for n in range(count)]
@@ -118,6 +127,7 @@ class Workers:
         cannot be started.
         """
         if not self._workers:
+            self._ahead(ticket.tasks)
             return [attempt(self._decode, task) for task in ticket.tasks]
         self._looked = time.monotonic()
         while ticket.left:
@@ -139,7 +149,7 @@ class Workers:
                 return
             piece = self._waiting[0]
             tray = next(n for n in range(TRAYS) if n not in [o[1] for o in worker.orders])
-            tasks = [piece.ticket.tasks[n] for n in piece.which]
+            tasks = [piece.ticket.tasks[n].small for n in piece.which]
             self._orders += 1
             try:
                 worker.pipe.send(Order(self._orders, tray, tasks))
@@ -161,6 +171,8 @@ class Workers:
         copy = worker.trays[tray].take(said["used"])
         for n, answer in zip(piece.which, said["answers"], strict=False):
             task = piece.ticket.tasks[n]
+            if "refused" in answer:
+                raise DataError(f"{_named(task)}: {answer['refused']}")
             if "failed" in answer:
                 raise PolyrankError(f"{_named(task)} failed in worker {worker.pid}:\n{answer['failed']}")
             self._keep(piece.ticket, n, unpacked(answer, copy, task))

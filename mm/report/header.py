@@ -12,6 +12,7 @@ from mm.data.sample import Index
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.plan.data_parallel import policy_costs
 from mm.plan.pieces import omissions
+from mm.plan.sources import stream_of
 from mm.plan.whole import whole_of
 from mm.ranks.memory import device_memory
 from parallel.topology.axis import Axes
@@ -27,10 +28,12 @@ def header(blueprint: Blueprint, indexes: Mapping[str, Index], device: str, back
     stored = str(blueprint.stored_dtype).removeprefix("torch.")
     kept = "" if stored == train.dtype else f", weights in {stored}"
     n = cfg.schedule.microbatches
+    unit = "samples" if cfg.data.pack is None else "packed sequences"
     schedule = blueprint.schedule([set(cfg.model)] * n).kind
     lines = [
         f"run       {cfg.run.dir}",
-        f"steps     {train.steps} of {train.global_batch} samples in {train.dtype}{kept}",
+        f"steps     {train.steps} of {train.global_batch} {unit} in {train.dtype}{kept}",
+        *source_lines(blueprint, indexes.get("training")),
         f"ranks     {blueprint.world} on {device}, messages by {backend}",
         f"schedule  {schedule}, {n} micro-batch{'es' if n > 1 else ''} a step",
     ]
@@ -48,6 +51,23 @@ def header(blueprint: Blueprint, indexes: Mapping[str, Index], device: str, back
     data = [line for name, i in indexes.items() for line in count_lines(name, i, learn.get(name, ()))]
     out = [f"{name}: {x}" for name, i in indexes.items() for x in omissions(i, blueprint.inputs.encoders)]
     return "\n".join([*lines, *_aligned(rows), *data, *out])
+
+
+def source_lines(blueprint: Blueprint, index: Index | None) -> list[str]:
+    """The sources of the training data that the config names, and how they are packed."""
+    cfg, out = blueprint.cfg, list[str]()
+    if index is not None and index.selections:
+        stream = stream_of(cfg, index)
+        weights, total = stream.blend.stretches[0].weights, sum(stream.blend.stretches[0].weights)
+        for source, weight in zip(stream.sources, weights, strict=True):
+            epochs = "without end" if source.epochs is None else f"at most {source.epochs} epochs"
+            share = "" if len(weights) == 1 else f", {weight / total:.4%} of the samples"
+            name = source.name or "all together"
+            out.append(f"source    {name}: {len(source.samples)} samples{share}, {epochs}")
+    if cfg.data.pack is not None:
+        budget = cfg.data.pack * cfg.train.global_batch
+        out.append(f"packed    in sequences of {cfg.data.pack} tokens, at most {budget} tokens a step")
+    return out
 
 
 def export_lines(blueprint: Blueprint) -> list[str]:

@@ -65,7 +65,7 @@ def test_a_run_says_what_is_cut() -> None:
         sizes = {"width": 24, "heads": 4, "layers": 1, "ffn": 8}
         raw["model"]["audio"]["options"] = {**sizes, "sound": {"long": long}}
         inputs = draw_up(from_mapping(raw, CONFIGS), 1).inputs
-        found = with_pieces(index, inputs.encoders, Tokenizer())
+        found = with_pieces(index, inputs, Tokenizer())
         parts = [p for s in found.samples for p in s.items("audio")]
         assert [inputs.rows("audio", p) for p in parts] == rows
         assert omissions(found, inputs.encoders) == said

@@ -17,7 +17,7 @@ from PIL import Image
 import encoders
 from encoders import compat
 from encoders.contract import Encoder, Features, ItemBatch, pack_items
-from encoders.media.sounds import read_wav
+from encoders.media.decode import read_sound
 from encoders.module import RowsMismatch
 from mm.data.probes import metadata
 from tests.encoders.helpers import SIZES, SMALL, batch, gradient_error, make_axes, module, png, wav
@@ -295,7 +295,7 @@ def test_both_paths_of_the_imports_agree() -> None:
     assert torch.allclose(filters, compat.own_mel_filters(129, 40, 8000), atol=1e-6)
     module_, how = compat.torchaudio()
     if module_ is not None:
-        wave_, _ = read_wav(wav(1000))
+        wave_, _ = read_sound(wav(1000))
         settings_ = dict(sample_rate=8000, n_fft=256, win_length=200, hop_length=80, n_mels=16)
         import importlib
 

@@ -22,6 +22,7 @@ from encoders.vision.config import Pictures
 from encoders.vision.sizes import fitted
 from tests.encoders import published
 from tests.encoders.helpers import png
+from tests.encoders.media.test_pictures import made, saved
 
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil  # isort: skip
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # isort: skip
@@ -92,6 +93,21 @@ def test_pixels_are_those_of_the_processor(name: str, tmp_path: Path) -> None:
         assert len(patches) == opened.cls.input_count(opened.cfg, meta)
         assert patches.shape == expected.shape
         assert float((patches - expected).abs().max()) <= 1e-5, (name, size)
+
+
+@pytest.mark.parametrize("name", ["siglip", "clip", "qwen2_5_vl", "pixtral"])
+def test_any_kind_of_picture_is_resized_as_the_processor_does_it(name: str, tmp_path: Path) -> None:
+    """The processor takes the opened file as it is; 16-bit grey, which it would clip, as 8-bit grey."""
+    folder = published.saved(published.oracle(name, torch.float32), tmp_path)
+    PROCESSORS[name]().save_pretrained(folder)
+    opened = open_folder(folder)
+    for mode in ("RGBA", "LA", "P", "1", "CMYK", "I;16"):
+        payload = saved(made(mode, 31, 50), "TIFF")
+        image = Image.open(io.BytesIO(payload))
+        if mode == "I;16":
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        patches = opened.cls.prepare(opened.cfg, payload, {"height": 31, "width": 50, "channels": 3})
+        assert float((patches - processed(name, opened.cfg, image)).abs().max()) <= 1e-5, mode
 
 
 SIDE = st.integers(1, 900)

@@ -91,7 +91,7 @@ def _digits() -> Index:
 def _index(blueprint: Blueprint) -> Index:
     rules = blueprint.cfg.data
     if rules.train == SMALL["data"]["train"]:
-        return select(with_pieces(_digits(), blueprint.inputs.encoders, Tokenizer()), blueprint.inputs, rules)
+        return select(with_pieces(_digits(), blueprint.inputs, Tokenizer()), blueprint.inputs, rules)
     return open_index(blueprint, rules.train, CONFIGS)
 
 

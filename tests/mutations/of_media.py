@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tests.mutations.fault import Fault
 
+FILMS = "tests/encoders/media/test_films.py"
 PICTURES = "tests/encoders/media/test_pictures.py"
+SOUNDS = "tests/encoders/media/test_sounds.py"
 MEDIA = (
     Fault(
         "picture.alpha",
@@ -37,6 +39,38 @@ MEDIA = (
         "(np.asarray(image) >> 8)",
         "np.asarray(image).clip(0, 255)",
         f"{PICTURES}::test_sixteen_bits_keep_their_upper_half",
+    ),
+    Fault(
+        "sound.width",
+        "24-bit samples are read as if their lowest byte were the highest",
+        "encoders/media/sounds.py",
+        "numbers[:, 1:] = ",
+        "numbers[:, :3] = ",
+        f"{SOUNDS}::test_counts_and_samples_are_those_of_two_decoders[WAV-PCM_24]",
+    ),
+    Fault(
+        "film.turned",
+        "films are turned the other way",
+        "encoders/media/films.py",
+        "round(frame.rotation / 90) % 4",
+        "round(-frame.rotation / 90) % 4",
+        f"{FILMS}::test_films_are_turned_as_players_turn_them[90]",
+    ),
+    Fault(
+        "film.nearest",
+        "at a variable rate frames are counted",
+        "encoders/media/films.py",
+        "return before if wanted - before < self.times[k] - wanted else self.times[k]",
+        "return self.times[number]",
+        f"{FILMS}::test_at_a_variable_rate_a_frame_is_shown_at_its_time[mp4]",
+    ),
+    Fault(
+        "film.seek",
+        "the decoder always goes back to the key frame",
+        "encoders/media/films.py",
+        "clock.key(time) > found.pts",
+        "True",
+        f"{FILMS}::test_only_what_is_needed_is_decoded",
     ),
     Fault(
         "limits.config",

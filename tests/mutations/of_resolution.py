@@ -33,8 +33,8 @@ RESOLUTION = (
         "pieces.cache",
         "all pieces of an item have the rows of the first",
         "mm/plan/inputs.py",
-        'part.meta.get("piece", -1)',
-        "-1",
+        "str(dict(part.meta))",
+        "str([*part.meta])",
         "tests/mm/plan/test_pieces.py::test_pieces_of_other_sizes_have_their_own_rows",
     ),
     Fault(

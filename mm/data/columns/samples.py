@@ -66,8 +66,8 @@ class Segments:
 
     of: by sample, how many. kind: a name's code, or TEXT. tokens: of text, 0 for items. depends: a name's
     code or NO_CODE. loss: bool. meta: of items a code of Samples.meta, else NO_CODE. content: of items a
-    number, equal where payloads are; 0 for text. markers: by sample, bool. source: by sample, the code of its
-    source.
+    number, equal where payloads are; 0 for text. bytes: of an item's payload, 0 for text. markers: by sample,
+    bool. source: by sample, the code of its source.
     """
 
     of: Numbers
@@ -77,6 +77,7 @@ class Segments:
     loss: Array
     meta: Numbers
     content: Numbers
+    bytes: Numbers
     markers: Array
     source: Numbers
 
@@ -199,6 +200,8 @@ class Samples(Sequence[Sample]):
         meta, content = np.full(len(kind), NO_CODE, dtype=np.int64), np.zeros(len(kind), dtype=np.int64)
         meta[item] = parts["meta"] + np.asarray([p.metas for p in self.pairs])[self._pair_of[shard[owner]]]
         content[item] = np.ascontiguousarray(parts["sha256"][:, :8]).view(np.int64)[:, 0]
+        size = np.zeros(len(kind), dtype=np.int64)
+        size[item] = parts["size"]
         pair = self._pair_of[of_shard]
         for k, p in enumerate(self.pairs):
             here = slice(None) if len(self.pairs) == 1 else pair == k
@@ -211,6 +214,7 @@ class Samples(Sequence[Sample]):
             loss=found["loss"],
             meta=meta,
             content=content,
+            bytes=size,
             markers=~samples["chat"],
             source=self._source_of[shard],
         )

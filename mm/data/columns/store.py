@@ -12,21 +12,20 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mm.data.columns.file import content_of, read_file, write_file
 from mm.data.columns.table import Spec, Table, join
+from mm.data.storage import Say
 
 GROWTH = 4  # a new file takes in those of up to so many times its bytes
 SMALL = 1 << 20  # bytes of a file that is always taken in
 LOCK_S = 600.0  # longest wait for another process that writes here
 POLL_S = 0.2
 TRIES = 10
-
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Store:
     folder: Path
     spec: Spec
     suffix: str  # of the files
+    beside: bool = True  # whether the shards lie there too: what is kept of those that are gone is left out
 
     def tables(self) -> dict[Path, Table]:
         """By file, what it holds. Files that are damaged or of another format are left out."""
@@ -59,7 +59,7 @@ class Store:
             live = [k for k, name in enumerate(table.paths) if name not in names]
             if table.nbytes > max(GROWTH * total, SMALL) and live:
                 continue
-            live = [k for k in live if (self.folder / table.paths[k]).exists()]
+            live = [k for k in live if not self.beside or (self.folder / table.paths[k]).exists()]
             names.update(table.paths)
             parts.insert(0, table.take(live))
             total += table.nbytes

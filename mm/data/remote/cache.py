@@ -1,11 +1,5 @@
 """Blocks of remote objects on a local disk, of bounded size, shared by all processes of a machine.
 
-Samples come in an order that is shuffled over the whole data set, so no block is wanted more than another.
-The most that any policy spares is then the cache's share of the data set's bytes. That is reached by leaving
-what is there. A new block takes another's place with probability REPLACE alone, so that the blocks of an
-earlier data set leave in time (Qureshi and others, "Adaptive Insertion Policies for High Performance
-Caching", ISCA 2007).
-
 One file has the blocks, each in one of the WAYS places that its key allows. A second one has by place the key
 and the sum of the block. Nothing is locked. A block that is being replaced, is torn or was damaged on the
 disk fails its sum, and counts as absent: it is asked for again.
@@ -23,7 +17,6 @@ from pathlib import Path
 
 BLOCK = 64 << 10  # bytes: the usual picture is larger, and a block more than its bytes takes 1 ms at 64 MB/s
 WAYS = 32  # places that a key allows: with so many, no place stays empty for long while others are full
-REPLACE = 1 / 16
 _SUM = 16  # bytes of a key, and of a sum
 _ENTRY = 2 * _SUM
 
@@ -46,7 +39,7 @@ class BlockCache:
 
     folder: Path
     limit: int
-    warn: Callable[[str], None] = field(default=print, repr=False)
+    warn: Callable[[str], object] = field(default=print, repr=False)
     _files: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
     _warned: list[str] = field(default_factory=list, repr=False, compare=False)
 
@@ -71,7 +64,7 @@ class BlockCache:
         return None
 
     def put(self, key: bytes, data: bytes) -> None:
-        """Keep a block, where there is room or another one's turn to go has come."""
+        """Keep a block; where all places that it may have are taken, another one goes."""
         files = self._open()
         if files is None:
             return
@@ -83,10 +76,8 @@ class BlockCache:
                 way = keys.index(key)  # damaged, or another process was first
             elif bytes(_SUM) in keys:
                 way = keys.index(bytes(_SUM))
-            elif random.random() < REPLACE:
-                way = random.randrange(WAYS)
             else:
-                return
+                way = random.randrange(WAYS)
             # The entry last: a reader that finds the key finds the block, or a sum that differs.
             os.pwrite(files[1], data, (first + way) * BLOCK)
             os.pwrite(files[0], key + _digest(data), (first + way) * _ENTRY)

@@ -43,7 +43,7 @@ class Client:
 
     limits: Limits
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
-    warn: Callable[[str], None] = field(default=print, repr=False)
+    warn: Callable[[str], object] = field(default=print, repr=False)
     # Connections and the thread of their loop do not outlive a fork: each process has its own.
     _stores: dict[tuple[int, str], Store] = field(default_factory=dict, repr=False, compare=False)
 

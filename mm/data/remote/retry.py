@@ -45,6 +45,11 @@ class Limits:
     attempts: int = 6
     pause_s: float = 0.2  # before the second attempt; it doubles, times a random share of 0.5 to 1
 
+    @property
+    def longest_s(self) -> float:
+        """The longest time until a request is given up."""
+        return self.attempts * self.timeout_s + self.pause_s * (1 << self.attempts - 1)
+
 
 def transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: time-outs, lost connections, 408, 425, 429 and 5xx."""
@@ -79,7 +84,7 @@ def _status_in(error: BaseException) -> int | None:
 
 
 async def persist(
-    what: str, attempt: Callable[[], Awaitable[T]], limits: Limits, warn: Callable[[str], None]
+    what: str, attempt: Callable[[], Awaitable[T]], limits: Limits, warn: Callable[[str], object]
 ) -> T:
     """The result of `attempt`, tried again with growing pauses while its errors are transient.
 

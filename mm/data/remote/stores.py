@@ -10,6 +10,7 @@ import asyncio
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
 from mm.data.remote.retry import Changed
@@ -201,6 +202,10 @@ def _stat(info: Mapping[str, Any]) -> Stat:
 
 def _version(info: Mapping[str, Any], size: int) -> str:
     for key in VERSIONS:
-        if info.get(key):  # a time alone has seconds, in which an object may change twice
-            return str(info[key]) if key in EXACT else f"{info[key]}, {size} bytes"
+        found = info.get(key)
+        if found and key in EXACT:
+            return str(found)
+        if found:  # a time may have seconds alone, in which an object may change twice
+            at = found.timestamp() if isinstance(found, datetime) else found  # lists and objects differ here
+            return f"{at}, {size} bytes"
     return f"{size} bytes"

@@ -6,7 +6,8 @@ A name of a shard holds no secret: password and query are taken off, and only re
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import braceexpand
 
@@ -51,7 +52,25 @@ def scrub(text: str) -> str:
     return _SECRETS.sub(lambda m: m["scheme"] + m["path"], text)
 
 
-def secrets_of(patterns: Sequence[str]) -> Mapping[str, str]:
+def all_public(value: Any) -> Any:
+    """Plain data, such as a config, with every URL in it made public."""
+    if isinstance(value, Mapping):
+        return {key: all_public(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [all_public(inner) for inner in value]
+    return public(value) if isinstance(value, str) else value
+
+
+def urls_in(value: Any) -> list[str]:
+    """Every URL in plain data."""
+    if isinstance(value, Mapping):
+        return [url for inner in value.values() for url in urls_in(inner)]
+    if isinstance(value, list):
+        return [url for inner in value for url in urls_in(inner)]
+    return [value] if isinstance(value, str) and is_remote(value) else []
+
+
+def secrets_of(patterns: Iterable[str]) -> Mapping[str, str]:
     """By public name, the URL to ask for, of the shards of the patterns whose URL has more than its name."""
     urls = [u for p in patterns if is_remote(p) for u in braceexpand.braceexpand(p, escape=False)]
     return {public(u): u for u in urls if public(u) != u}

@@ -21,6 +21,7 @@ from mm.data.columns.table import join
 from mm.data.index import load_index
 from mm.data.sample import Part, Sample, Segment
 from mm.data.scan import VERSION, ShardIndex
+from mm.data.storage import Storage
 from tests.mm.shards import sensor_samples, write_shard
 
 NAMES = st.sampled_from(["json", "img0.png", "aud0.wav", "l\u00e4.npy", "a.b"])
@@ -117,7 +118,7 @@ def samples_of(kept: list[Kept]) -> Samples:
 def test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files(
     tmp_path_factory: Any, found: list[ShardIndex], data: st.DataObject
 ) -> None:
-    """Tables of some shards, joined or not, written or not: the samples are the same, and gathered too."""
+    """Tables of some shards each, joined or not, written or not: the samples are the same, gathered too."""
     folder = tmp_path_factory.mktemp("columns")
     file_of = [data.draw(st.integers(0, 2)) for _ in found]
     kept: dict[int, Kept] = {}
@@ -157,12 +158,12 @@ def test_shards_that_are_added_alone_are_scanned_and_files_stay_few(tmp_path: Pa
         write_shard(tmp_path / f"a-{k}.tar", written[5 * k : 5 * k + 5])
         load_index(["a-*.tar"], tmp_path)
         assert len(list(tmp_path.glob("shards-*"))) == 1 and not (tmp_path / "shards.lock").exists()
-    appended = load_index(["a-*.tar"], tmp_path, say=heard.append)
+    appended = load_index(["a-*.tar"], tmp_path, storage=Storage(say=heard.append))
     (file,) = tmp_path.glob("shards-*")
     file.unlink()
     assert load_index(["a-*.tar"], tmp_path) == appended and not heard
     write_shard(tmp_path / "a-3.tar", written[15:18])
-    again = load_index(["a-*.tar"], tmp_path, say=heard.append)
+    again = load_index(["a-*.tar"], tmp_path, storage=Storage(say=heard.append))
     assert heard == [f"changed since indexed, indexing again: {tmp_path / 'a-3.tar'}"]
     assert len(again.samples) == 38 and again.samples[18].key == "s020" and again.samples[18].id == 18
     (tmp_path / "a-0.tar").unlink()

@@ -248,7 +248,7 @@ def test_a_json_that_says_nothing_clear_is_set_apart(written: bytes, tmp_path: P
 def test_a_picture_with_a_broken_header_is_named(tmp_path: Path) -> None:
     segments = json.dumps({"segments": [{"vision": "i.png"}]}).encode()
     shard = write_tar(tmp_path / "a.tar", {"a.json": segments, "a.i.png": b"\x89PNG broken"})
-    assert build_index(shard)["broken"][0][1].startswith("i.png: cannot identify image")
+    assert build_index(shard)["broken"][0][1].startswith("i.png: no picture, sound or video")
 
 
 def test_a_hole_in_the_middle_costs_what_lay_there(tmp_path: Path) -> None:

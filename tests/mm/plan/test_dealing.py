@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 from benchmarks.planning.synthetic import inputs, samples
 from llm.config import LLMConfig
 from llm.flops import document_cost, flops
+from mm.order.packing import pack
 from mm.plan.dealing import (
     SPREAD,
+    Packed,
     Seats,
     by_count,
     deal_items,
+    deal_packed,
     deal_samples,
     home_ranks,
     load_imbalance,
+    over_step,
 )
 from mm.plan.step_plan import plan_step
 from parallel.sequence.dealing import loads, longest_first
@@ -180,3 +184,54 @@ def test_equal_costs_of_unequal_lengths_need_no_more_memory() -> None:
     tokens = np.asarray([100] + [10] * 50)
     seats = deal_samples(tokens.astype(float) ** 2, tokens, [], 1, 2)
     assert by_place(tokens, seats, 1, 2).tolist() == [[300, 300]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 11), st.integers(1, 40)), max_size=60),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.integers(1, 5),
+)
+def test_packed_sequences_stay_whole_and_bound_what_a_rank_packs(
+    lines: list[tuple[int, int]], sequences: int, microbatches: int, dp: int
+) -> None:
+    sequence, tokens = np.asarray(lines, dtype=np.int64).reshape(-1, 2).T
+    sequence = sequence % sequences
+    seats = deal_packed(cost_of(tokens), Packed(sequence, sequences), [tokens * 1.0], microbatches, dp)
+    place = seats.microbatch * dp + seats.dp
+    for k in range(sequences):
+        assert len(set(place[sequence == k].tolist())) <= 1
+    most = -(-sequences // (microbatches * dp))
+    held = [len(set(sequence[place == p].tolist())) for p in range(microbatches * dp)]
+    assert max(held) <= most and place.max(initial=0) < microbatches * dp
+
+
+@pytest.mark.parametrize("length, bound", [(8192, 1.02), (32_768, 1.035)])
+def test_the_work_of_64_ranks_is_even(length: int, bound: float) -> None:
+    """Over a step, on lengths as real corpora have them; by number it is twice the mean."""
+    rng, microbatches = np.random.default_rng(1), 8
+    tokens = np.clip(rng.lognormal(6, 1.1, 8 * 8192), 16, length).astype(np.int64)
+    packed = pack(tokens, length, 0)
+    here = packed < 64 * microbatches
+    tokens, packed = tokens[here], packed[here]
+    cost = 16e9 * tokens + 262e3 * tokens.astype(float) ** 2
+    seats = deal_packed(cost, Packed(packed, 64 * microbatches), [], microbatches, 64)
+    of_rank = by_place(cost, seats, microbatches, 64).sum(axis=0)
+    plain = by_place(cost, by_count(len(cost), microbatches, 64), microbatches, 64).sum(axis=0)
+    assert of_rank.max() / of_rank.mean() < bound and plain.max() / plain.mean() > 1.2
+    assert by_place(tokens, seats, microbatches, 64).max() <= length
+
+
+def test_items_fill_what_ranks_have_left() -> None:
+    """A rank with more of the LLM's work gets fewer items; on ranks of their own, sums are evened."""
+    home, cost, nowhere = np.arange(40) % 4, np.ones(40), np.zeros(40, dtype=np.int64)
+    already = np.asarray([[12.0, 0.0, 4.0, 4.0]])
+    dealt = deal_items(cost, nowhere, home, already)
+    assert (already[0] + np.bincount(dealt, minlength=4)).tolist() == [15, 15, 15, 15]
+    rng = np.random.default_rng(0)
+    cost, microbatch = rng.lognormal(0, 1, 90), np.sort(rng.integers(0, 8, 90))
+    dealt = deal_items(cost, microbatch, np.zeros(90, dtype=np.int64), np.zeros((8, 4)))
+    turned = over_step(cost, microbatch, dealt, 8, 4)
+    before, after = (loads(cost, microbatch * 4 + d, 32).reshape(8, 4) for d in (dealt, turned))
+    assert np.allclose(np.sort(before), np.sort(after)) and after.sum(axis=0).max() < before.sum(axis=0).max()

@@ -48,7 +48,7 @@ def tiled(**sections: Any) -> dict[str, Any]:
 def whole_and_in_pieces() -> tuple[Any, Index, Index]:
     blueprint = draw_up(from_mapping(tiled(), CONFIGS), 1)
     index = load_index(["data/digits-train-*.tar"], CONFIGS)
-    return blueprint, index, with_pieces(index, blueprint.inputs.encoders, Tokenizer())
+    return blueprint, index, with_pieces(index, blueprint.inputs, Tokenizer())
 
 
 def texts(sample: Sample) -> list[str]:

@@ -41,20 +41,19 @@ def test_its_size_is_bounded(tmp_path: Path) -> None:
         cache.put(key_of(n), data_of(n, BLOCK))
     assert disk(tmp_path) <= 2 * ROOM
     kept = [n for n in range(5 * WAYS) if cache.get(key_of(n), BLOCK) == data_of(n, BLOCK)]
-    assert 1.5 * WAYS < len(kept) <= 2 * WAYS
+    assert 1.9 * WAYS < len(kept) <= 2 * WAYS
 
 
-def test_what_is_there_stays_mostly_and_leaves_in_time(tmp_path: Path) -> None:
-    """A pass over more than it holds leaves most of it, so that the next pass hits; many passes do not."""
+def test_a_block_finds_a_place_and_others_leave_in_time(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, ROOM)
     for n in range(WAYS):
         cache.put(key_of(n), data_of(n))
-    for n in range(WAYS, 3 * WAYS):
+        assert cache.get(key_of(n), 100) == data_of(n)
+    assert all(cache.get(key_of(n), 100) == data_of(n) for n in range(WAYS))
+    for n in range(WAYS, 20 * WAYS):
         cache.put(key_of(n), data_of(n))
-    assert sum(cache.get(key_of(n), 100) is not None for n in range(WAYS)) > WAYS / 2
-    for n in range(3 * WAYS, 150 * WAYS):
-        cache.put(key_of(n), data_of(n))
-    assert sum(cache.get(key_of(n), 100) is not None for n in range(WAYS)) == 0
+        assert cache.get(key_of(n), 100) == data_of(n)
+    assert not any(cache.get(key_of(n), 100) for n in range(WAYS))
 
 
 @pytest.mark.parametrize("kind", ["entries", "blocks"])

@@ -54,8 +54,9 @@ def test_a_server_that_stays_away_ends_in_a_sentence(tmp_path: Path) -> None:
         name = f"{server.url}/s.tar"
         remote = shards(tmp_path, name, [])
         remote.find(name)
-    with pytest.raises(Unreachable, match=rf"of {name}: .*; 4 attempts have failed"):
-        remote.read(name, 10, 20)
+        server.faults += ["reset"] * 20
+        with pytest.raises(Unreachable, match=rf"of {name}: .*; 4 attempts have failed"):
+            remote.read(name, 10, 20)
 
 
 def test_an_object_that_changes_between_reads_is_named(tmp_path: Path) -> None:

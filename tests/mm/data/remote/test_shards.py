@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mm.data.remote.cache import BLOCK, WAYS
 from mm.data.remote.client import IN_FLIGHT
 from mm.data.remote.retry import Limits, Unreachable
-from mm.data.remote.shards import RemoteShards
+from mm.data.remote.shards import FULL, REGION, RemoteShards
 from mm.errors import DataError
 from tests.mm.data.remote.stores import Faulty, memory, put
 
@@ -107,6 +107,27 @@ def test_what_is_not_there_or_denied_is_not_asked_for_again(memory: Faulty, tmp_
         remote.read(NAME, 0, 1)
 
 
+def test_a_cache_that_is_smaller_than_the_data_keeps_its_share_and_reads_the_rest_exactly(
+    memory: Faulty, tmp_path: Path
+) -> None:
+    names = [f"memory://b/t-{k}.tar" for k in range(4)]
+    for name in names:
+        put(name, bytes(10 * REGION))
+    room = round(20 * REGION / FULL)  # for half of it
+    epochs = []
+    for _ in range(3):  # ranks, or runs
+        remote = shards(tmp_path, room)
+        remote.find("memory://b/t-*.tar")
+        memory.asked.clear()
+        for name in names:
+            remote.read_many([(name, k * REGION + 5, 3000) for k in range(10)])
+        epochs.append(sorted(memory.asked))
+    first, second, third = ([size for _, _, size in asked] for asked in epochs)
+    assert len(first) == 40 and set(first) == {3000, BLOCK}
+    assert 8 < first.count(BLOCK) < 32
+    assert second == third == [3000] * first.count(3000)
+
+
 def test_patterns_find_what_globs_and_braces_match_in_order(memory: Faulty, tmp_path: Path) -> None:
     for n in range(12):
         put(f"memory://b/t-{n:02d}.tar", b"x" * n)
@@ -143,7 +164,8 @@ def test_it_goes_to_another_process_without_its_connections(memory: Faulty, tmp_
     assert "SECRET" not in repr(remote)
 
 
-def test_side_files_are_told_apart_by_url(tmp_path: Path) -> None:
+def test_side_files_are_told_apart_by_the_folder_of_the_url(tmp_path: Path) -> None:
     remote = shards(tmp_path)
-    both = {remote.sidecar(f"s3://{bucket}/train-0.tar", ".index") for bucket in "ab"}
-    assert len(both) == 2 and all(p.parent == tmp_path / "index" for p in both)
+    folders = [remote.sidecars(f"s3://{place}.tar") for place in ("a/train-0", "a/train-1", "b/train-0")]
+    assert folders[0] == folders[1] != folders[2]
+    assert (folders[2] / "url").read_text() == "s3://b\n" and folders[2].parent == tmp_path / "index"

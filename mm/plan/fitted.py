@@ -1,0 +1,300 @@
+"""The samples of an index as a model takes them: items in pieces, long samples cut, all by columns.
+
+Encoders answer once for each distinct metadata of an item, in Python. Whatever is asked of samples then, one
+after another or a million at once, is worked out from columns, without a loop over samples. The samples
+themselves are views, made as the definitions in mm/plan/inputs.py, apart.py and cut.py say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+
+from mm.data.columns.samples import Samples, Segments
+from mm.data.columns.table import Array, Numbers
+from mm.data.sample import Part, Sample, Segment
+from mm.plan.apart import Encode, in_pieces, item_pieces
+from mm.plan.cut import cut_sample
+from mm.plan.inputs import PlanInputs
+from parallel.sequence.intervals import before
+
+TEXT = -1  # the module of text
+UNKNOWN = -2  # of an item of a module that the model lacks
+CHUNK = 1 << 16  # samples that are looked at together where all are
+SCATTER = 0x9E3779B97F4A7C1  # an odd number that mixes bits
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Texts and items of some samples, a line each, in order of sample.
+
+    sample: which of them. module: the number of an encoder, TEXT or UNKNOWN. size: tokens, or rows of an
+    item. learned: text with a loss. cost, content: of items (Items). piece: of items a number, equal where
+    module and metadata are, else -1. By sample: markers, cut; wrong: an encoder cannot take an item; strange:
+    the model lacks a module that it names; source: its code.
+    """
+
+    sample: Numbers
+    module: Numbers
+    size: Numbers
+    learned: Array
+    cost: Array
+    content: Numbers
+    piece: Numbers
+    markers: Array
+    cut: Array
+    wrong: Array
+    strange: Array
+    source: Numbers
+
+    def sums(self, of: Array) -> Numbers:
+        """The sum of a column by sample."""
+        return np.bincount(self.sample, of, len(self.markers)).astype(np.int64)
+
+    @property
+    def length(self) -> Numbers:
+        """By sample, in tokens."""
+        return 2 * self.markers + self.sums(self.size)
+
+    @property
+    def ends(self) -> Numbers:
+        """By sample, whether it has an end marker that is learned: 0 or 1."""
+        return (self.markers & ~self.cut).astype(np.int64)
+
+    @property
+    def supervised(self) -> Numbers:
+        """By sample, tokens that carry loss."""
+        return self.ends + self.sums(self.size * self.learned)
+
+    @property
+    def offset(self) -> Numbers:
+        """By line, its first token in its sample."""
+        each = before(self.size)
+        first = np.searchsorted(self.sample, np.arange(len(self.markers)))
+        of_sample = np.append(each, self.size.sum())[first]
+        found: Numbers = each - of_sample[self.sample] + self.markers[self.sample]
+        return found
+
+    def ahead(self, depths: int) -> Numbers:
+        """By depth of multi-token prediction and sample, tokens that carry loss: those that far behind the
+        begin, [depths, samples]. The label of a token stands one position before it."""
+        begin, total = self.offset - 1, self.supervised
+        end, last = begin + self.size, self.markers - 1 + self.sums(self.size)
+        rows = []
+        for stop in range(1, depths + 1):
+            early = np.clip(np.minimum(end, stop) - begin, 0, None) * self.learned
+            rows.append(total - self.sums(early) - self.ends * (last < stop))
+        return np.asarray(rows, dtype=np.int64).reshape(depths, len(self.markers))
+
+
+class _Sizes:
+    """What encoders make of items, by pair of module and metadata: their pieces, end to end.
+
+    pair: those that are known, ascending. first: the first piece of each, and the end. wrong: whether its
+    encoder cannot take it. module, size, cost, content: by piece.
+    """
+
+    def __init__(self, base: Samples, inputs: PlanInputs, encode: Encode | None) -> None:
+        self.inputs, self._base, self._encode = inputs, base, encode
+        self.modules = list(inputs.encoders)
+        self._metas = sum(len(p.table.strings["metas"]) for p in base.pairs)
+        known = {m: k for k, m in enumerate(self.modules)}
+        names = [known.get(name, UNKNOWN) for name in base.names.texts]
+        self.module_of = np.asarray([*names, TEXT], dtype=np.int64)  # by code of a name; the last is of text
+        self.pair = np.empty(0, dtype=np.int64)
+        self.first = np.zeros(1, dtype=np.int64)
+        self.wrong = np.empty(0, dtype=bool)
+        self._pieces: dict[int, tuple[bool, list[tuple[int, int, float, int]]]] = {}
+        self._stack()
+
+    def find(self, module: Numbers, meta: Numbers) -> Numbers:
+        """By item, its place among pairs; those that are new are asked for."""
+        pair = module * self._metas + meta
+        new = np.setdiff1d(pair, self.pair)
+        if len(new):
+            for one in new.tolist():
+                self._pieces[one] = self._ask(*divmod(one, self._metas))
+            self._stack()
+        found: Numbers = np.searchsorted(self.pair, pair)
+        return found
+
+    def _ask(self, module: int, meta: int) -> tuple[bool, list[tuple[int, int, float, int]]]:
+        name = self.modules[module]
+        part = Part("", "", 0, 0, "", self._base.meta(meta))
+        seg = Segment(name, 0, part, True, None)
+        segments = (
+            [seg] if self._encode is None else item_pieces(seg, part, self.inputs.encoders, self._encode)
+        )
+        try:
+            return False, [self._piece(module, s) for s in segments]
+        except ValueError:
+            return True, [(module, 0, 0.0, 0)]
+
+    def _piece(self, module: int, seg: Segment) -> tuple[int, int, float, int]:
+        if seg.part is None:
+            return TEXT, seg.tokens, 0.0, 0
+        rows, cost = self.inputs.rows(seg.kind, seg.part), self.inputs.encoders[seg.kind].cost(seg.part.meta)
+        digest = hashlib.blake2b(f"{sorted(seg.part.meta.items())}".encode(), digest_size=8).digest()
+        return module, rows, cost, int.from_bytes(digest, "little") >> 1
+
+    def _stack(self) -> None:
+        pairs = sorted(self._pieces)
+        found = [self._pieces[p] for p in pairs]
+        pieces = [piece for _, own in found for piece in own]
+        self.pair = np.asarray(pairs, dtype=np.int64)
+        self.wrong = np.asarray([wrong for wrong, _ in found], dtype=bool)
+        self.first = np.cumsum([0, *(len(own) for _, own in found)]).astype(np.int64)
+        module, size, cost, content = zip(*pieces, strict=True) if pieces else ((), (), (), ())
+        self.module, self.size = np.asarray(module, dtype=np.int64), np.asarray(size, dtype=np.int64)
+        self.cost, self.content = np.asarray(cost, dtype=np.float64), np.asarray(content, dtype=np.int64)
+
+
+class Fitted(Sequence[Sample]):
+    """The samples of an index as a model takes them.
+
+    encode: of texts between pieces of items; None: items are not taken apart. cut: the samples of which only
+    the beginning is used, ascending.
+    """
+
+    def __init__(
+        self,
+        base: Samples,
+        inputs: PlanInputs,
+        encode: Encode | None = None,
+        cut: Numbers | None = None,
+        sizes: _Sizes | None = None,
+    ) -> None:
+        self.base, self.inputs, self.encode = base, inputs, encode
+        self.cut = np.empty(0, dtype=np.int64) if cut is None else cut
+        self._sizes = sizes or _Sizes(base, inputs, encode)
+
+    def of(self, inputs: PlanInputs) -> Fitted:
+        """The same as another model takes them, or with another context."""
+        same = inputs.encoders is self.inputs.encoders and inputs.limits == self.inputs.limits
+        return Fitted(self.base, inputs, self.encode, self.cut, self._sizes if same else None)
+
+    def chunks(self, which: Numbers | None = None) -> Iterator[Numbers]:
+        """The samples with these numbers, None: all, in parts of up to CHUNK; one part at least."""
+        n = len(self) if which is None else len(which)
+        for start in range(0, max(n, 1), CHUNK):
+            stop = min(start + CHUNK, n)
+            yield np.arange(start, stop) if which is None else which[start:stop]
+
+    def with_cut(self, cut: Numbers) -> Fitted:
+        """The same with other samples cut."""
+        return Fitted(self.base, self.inputs, self.encode, cut, self._sizes)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @overload
+    def __getitem__(self, which: int) -> Sample: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, which: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(which, slice):
+            return tuple(map(self.view, range(len(self))[which]))
+        return self.view(range(len(self))[which])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.view, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(other) != len(self):
+            return False
+        return all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by its elements
+
+    def view(self, number: int) -> Sample:
+        """A sample as an object."""
+        sample = self.base.view(number)
+        if self.encode is not None:
+            sample = in_pieces(sample, self.inputs.encoders, self.encode)
+        at = int(np.searchsorted(self.cut, number))
+        if at < len(self.cut) and self.cut[at] == number:
+            short = cut_sample(sample, self.inputs)
+            assert short is not None, "nothing of a sample that is cut would be learned"
+            return short
+        return sample
+
+    @property
+    def modules(self) -> list[str]:
+        """The encoders, in order of their numbers."""
+        return self._sizes.modules
+
+    def lines(self, which: Numbers) -> Lines:
+        """Texts and items of samples with these numbers, in this order. O(lines)."""
+        return self._lines(which, self.base.segments(which))
+
+    def _lines(self, which: Numbers, seg: Segments) -> Lines:
+        sizes = self._sizes
+        module, sample = sizes.module_of[seg.kind], np.repeat(np.arange(len(which)), seg.of)
+        item = np.flatnonzero(module >= 0)
+        pair = sizes.find(module[item], seg.meta[item])
+        count, first = np.ones(len(module), dtype=np.int64), np.full(len(module), -1, dtype=np.int64)
+        count[item], first[item] = np.diff(sizes.first)[pair], sizes.first[pair]
+        # A line a piece: `of` is its segment.
+        of = np.repeat(np.arange(len(count)), count)
+        nth = np.arange(len(of)) - before(count)[of]
+        piece = np.where(first[of] < 0, -1, first[of] + nth)
+        taken = piece >= 0
+        at = piece[taken]
+        line = {
+            "module": _filled(module[of], taken, sizes.module[at]),
+            "size": _filled(seg.tokens[of], taken, sizes.size[at]),
+            "cost": _filled(np.zeros(len(of)), taken, sizes.cost[at]),
+            "content": _filled(
+                np.zeros_like(of), taken, sizes.content[at] + seg.content[of][taken] * SCATTER
+            ),
+            "learned": seg.loss[of] & (module[of] == TEXT),
+            "piece": piece,
+        }
+        wrong = np.zeros(len(which), dtype=bool)
+        wrong[sample[item[sizes.wrong[pair] | self._large(seg.bytes[item])]]] = True
+        strange = np.zeros(len(which), dtype=bool)
+        strange[sample[(module == UNKNOWN) | (sizes.module_of[seg.depends] == UNKNOWN)]] = True
+        place = np.minimum(np.searchsorted(self.cut, which), max(len(self.cut) - 1, 0))
+        cut = self.cut[place] == which if len(self.cut) else np.zeros(len(which), dtype=bool)
+        if cut.any():
+            line["size"], kept = self._cut(line["size"], of, seg, sample, cut)
+            line = {name: column[kept] for name, column in line.items()}
+            of = of[kept]
+        return Lines(
+            sample=sample[of],
+            **line,
+            markers=seg.markers,
+            cut=cut,
+            wrong=wrong,
+            strange=strange,
+            source=seg.source,
+        )
+
+    def _large(self, size: Numbers) -> Array:
+        limits = self.inputs.limits
+        return np.zeros(len(size), dtype=bool) if limits is None else size > limits.bytes
+
+    def _cut(
+        self, size: Numbers, of: Numbers, seg: Segments, sample: Numbers, cut: Array
+    ) -> tuple[Numbers, Array]:
+        """Sizes by line with samples cut, and which lines are kept: what cut_sample() does to each.
+
+        Text is cut to the token, an item is kept whole or dropped with all that follows.
+        """
+        group = np.bincount(of, size, len(sample)).astype(np.int64)
+        start = before(group) - before(np.bincount(sample, group, len(cut)).astype(np.int64))[sample]
+        room = self.inputs.context - 2 * seg.markers[sample]
+        whole = ~cut[sample] | (start + group <= room)
+        part = ~whole & (start < room) & (seg.meta < 0)
+        size = np.where(part[of], (room - start)[of], size)
+        return size, (whole | part)[of]
+
+
+def _filled(column: Array, where: Array, values: Array) -> Array:
+    out = column.copy()
+    out[where] = values
+    return out
