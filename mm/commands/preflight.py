@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mm.config.data import storage_of
 from mm.config.outline import SINK, llm_config
 from mm.config.schema import Config
-from mm.config.sources import SourceConfig, patterns_of
+from mm.config.sources import patterns_of
 from mm.data.index import find_shards
 from mm.data.layouts.find import Spec, layout_name
 from mm.data.tokenizer import Tokenizer, make_tokenizer
@@ -49,7 +49,7 @@ def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
         ) from error
     for entries in (cfg.data.train, cfg.data.eval) if data else ():
         find_shards(patterns_of(entries), cfg.base, cfg.data.made_by, storage_of(cfg.data))
-        _check_layouts(entries, cfg.data.layout)
+        _check_layouts([cfg.data.layout, *(e.layout for e in entries if not isinstance(e, str))])
     if cfg.run.tensorboard and find_spec("tensorboard") is None:
         raise Refused(
             "run.tensorboard=true, but the package tensorboard is not installed; needed: pip install -e "
@@ -57,8 +57,8 @@ def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
         )
 
 
-def _check_layouts(entries: Sequence[str | SourceConfig], common: Spec) -> None:
-    for layout in (common, *(e.layout for e in entries if isinstance(e, SourceConfig))):
+def _check_layouts(layouts: Sequence[Spec]) -> None:
+    for layout in layouts:
         try:
             layout_name(layout)
         except ValueError as error:
