@@ -44,8 +44,9 @@ def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
         raise Refused(
             f"run.dir {folder} cannot be written: {error.strerror}; needed: a folder that can"
         ) from error
+    storage = storage_of(cfg.data.remote, cfg.data.model_dump(mode="json"))
     for patterns in (cfg.data.train, cfg.data.eval) if data else ():
-        find_shards(patterns, cfg.base, cfg.data.made_by, storage_of(cfg))
+        find_shards(patterns, cfg.base, cfg.data.made_by, storage)
     if cfg.run.tensorboard and find_spec("tensorboard") is None:
         raise Refused(
             "run.tensorboard=true, but the package tensorboard is not installed; needed: pip install -e "

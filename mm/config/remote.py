@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import Field
 
 from mm.config.build import Section
 from mm.data.remote.urls import urls_in
 from mm.data.storage import Storage
-
-if TYPE_CHECKING:
-    from mm.config.schema import Config
 
 
 class RemoteConfig(Section):
@@ -33,8 +31,6 @@ class RemoteConfig(Section):
     )
 
 
-def storage_of(cfg: Config) -> Storage:
-    """What reads the shards of a config's data."""
-    remote = cfg.data.remote
-    urls = urls_in(cfg.data.model_dump(mode="json"))
-    return Storage.of(urls, remote.cache, remote.cache_bytes, remote.timeout_s)
+def storage_of(remote: RemoteConfig, data: Mapping[str, Any]) -> Storage:
+    """What reads the shards of a config. data: its section, as plain data."""
+    return Storage.of(urls_in(data), remote.cache, remote.cache_bytes, remote.timeout_s)

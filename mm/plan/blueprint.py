@@ -64,7 +64,8 @@ class Blueprint:
     @cached_property
     def storage(self) -> Storage:
         """What reads the shards of the config's data."""
-        return storage_of(self.cfg)
+        data = self.cfg.data
+        return storage_of(data.remote, data.model_dump(mode="json"))
 
     @property
     def modules(self) -> list[str]:

@@ -9,6 +9,7 @@ import yaml
 
 from mm.config.remote import storage_of
 from mm.config.schema import Config, load_config, resolve_yaml, shown
+from mm.data.storage import Storage
 from mm.errors import DataError
 from tests.pages import ROOT
 
@@ -17,6 +18,10 @@ URL = "https://user:PASSWORD@host/a-{0..1}.tar?sig=TOKEN"
 
 def config(*overrides: str) -> Config:
     return load_config(ROOT / "configs" / "digits.yaml", overrides)
+
+
+def opened(cfg: Config) -> Storage:
+    return storage_of(cfg.data.remote, cfg.data.model_dump(mode="json"))
 
 
 def test_no_file_of_a_run_has_a_password(tmp_path: Path) -> None:
@@ -31,14 +36,14 @@ def test_no_file_of_a_run_has_a_password(tmp_path: Path) -> None:
 
 
 def test_requests_have_them(tmp_path: Path) -> None:
-    storage = storage_of(config(f"data.train=['{URL}']", f"data.remote.cache={tmp_path}"))
+    storage = opened(config(f"data.train=['{URL}']", f"data.remote.cache={tmp_path}"))
     assert storage.remote is not None
     assert storage.remote.client.secrets["https://host/a-1.tar"] == URL.replace("{0..1}", "1")
     assert "PASSWORD" not in repr(storage)
 
 
 def test_without_a_cache_urls_are_refused_and_paths_are_not() -> None:
-    storage = storage_of(config(f"data.train=['{URL}']"))
+    storage = opened(config(f"data.train=['{URL}']"))
     with pytest.raises(DataError, match=r"https://host/a-.*needed: data\.remote\.cache=FOLDER") as raised:
         storage.find(URL)
     assert "PASSWORD" not in str(raised.value)
