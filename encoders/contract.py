@@ -188,6 +188,12 @@ class Encoder(nn.Module, ABC):
         """Hidden states between layers that each item has before those of its rows, such as a class token."""
         return 0
 
+    @classmethod
+    def tail_tokens(cls, cfg: Any, meta: Meta) -> int:
+        """Hidden states between layers that an item has after those of its rows, such as one that is in no
+        pair."""
+        return 0
+
     @property
     def layers(self) -> Sequence[nn.Module]:
         """Submodules, in order, that FSDP may gather and free one at a time."""
@@ -196,7 +202,7 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: ItemBatch) -> Features | Tensor:
         """Features of the items, in order. Stages of a pipeline other than the last return hidden states,
-        [this rank's rows * tokens_per_row and prefixes, hidden_width]."""
+        [this rank's rows * tokens_per_row, prefixes and tails, hidden_width]."""
 
 
 def check_positive(name: str, cfg: Any, options: Sequence[str]) -> None:

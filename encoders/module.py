@@ -260,7 +260,9 @@ def hidden_shape(
     """Shape [tokens, width] of the hidden states that `stage`, not the first, receives for the items of a dp
     rank, on the rank at axes.cp, axes.tp. It follows from metadata: a receiver needs no handshake (law 4)."""
     rows = [cls.rows(cfg, meta) for meta in metas]
-    share = Share.of(rows, encoder_axes(cls, axes), cls.tokens_per_row(cfg), cls.prefix_tokens(cfg))
+    tails = [cls.tail_tokens(cfg, meta) for meta in metas]
+    unit, prefix = cls.tokens_per_row(cfg), cls.prefix_tokens(cfg)
+    share = Share.of(rows, encoder_axes(cls, axes), unit, prefix, tails)
     return share.kept, cls.hidden_width(cfg, stage.start)
 
 

@@ -80,19 +80,22 @@ class Share:
     part: Span
 
     @staticmethod
-    def of(rows_per_item: Sequence[int], axes: Axes, unit: int = 1, prefix: int = 0) -> Share:
+    def of(
+        rows_per_item: Sequence[int], axes: Axes, unit: int = 1, prefix: int = 0, tails: Sequence[int] = ()
+    ) -> Share:
         """The share of the rank at axes.cp, axes.tp.
 
         unit: tokens that make one row. prefix: further tokens of each item, before those of its rows; they
         are where the item's first row is, so that each rank has one stretch of tokens whatever it has of
-        rows.
+        rows. tails: by item, further tokens after those of its rows, which are where its last row is.
         """
         rows = encoder_row_spans(rows_per_item, axes.cp.size, axes.tp.size, axes.sequence_parallel)
-        token = _token_numbers(rows_per_item, unit, prefix)
+        tails = tails or (0,) * len(rows_per_item)
+        token = _token_numbers(rows_per_item, unit, prefix, tails)
         tokens = [tuple((token(a), token(b)) for a, b in parts) for parts in rows]
         spans = tuple((parts[0][0], parts[-1][1]) for parts in tokens)
         parts = tokens[axes.cp.rank]
-        lengths = tuple(unit * n + prefix for n in rows_per_item)
+        lengths = tuple(unit * n + prefix + tail for n, tail in zip(rows_per_item, tails, strict=True))
         return Share(lengths, spans, spans[axes.cp.rank], parts, parts[axes.tp.rank])
 
     @property
@@ -106,16 +109,20 @@ class Share:
         return self.part[1] - self.part[0]
 
 
-def _token_numbers(rows_per_item: Sequence[int], unit: int, prefix: int) -> Callable[[int], int]:
+def _token_numbers(
+    rows_per_item: Sequence[int], unit: int, prefix: int, tails: Sequence[int]
+) -> Callable[[int], int]:
     """By row number, the token that a share which begins with the row begins with; see Share.of()."""
-    if prefix == 0:
+    if prefix == 0 and not any(tails):
         return lambda row: unit * row
-    # An item without rows would have a prefix on no rank.
+    # An item without rows would have a prefix, or a tail, on no rank.
     assert all(n > 0 for n in rows_per_item), rows_per_item
     first = (0, *accumulate(rows_per_item))
+    after = (0, *accumulate(tails))
 
     def number(row: int) -> int:
         items = bisect_left(first, row)  # that begin before the row
-        return unit * row + prefix * items
+        ended = bisect_right(first, row) - 1
+        return unit * row + prefix * items + after[ended]
 
     return number

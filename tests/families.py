@@ -6,17 +6,14 @@ models of each family, made, saved and read by transformers. Ends with 0 where a
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from llm.hf import FAMILIES, export_checkpoint
 from parallel import checkpoint as checkpoint
+from tests.cells import Cell, Table, run
 from tests.llm.families import RANDOM
 from tests.llm.family_checks import (
     cases,
@@ -30,51 +27,19 @@ from tests.llm.folders import differing, into_layout, read_all
 from tests.llm.test_whole import compare, run_rank
 from tests.pool import Pool
 
-COLUMNS = ("exact", "round trip", "tp", "cp", "pp", "generate")
 
-
-def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.families", description=__doc__)
-    parser.add_argument("name", nargs="*")
-    parser.add_argument("--seeds", type=int, default=6)
-    given = parser.parse_args(words)
-    pool = Pool()
-    print(f"| family | `model_type` | {' | '.join(COLUMNS)} |")
-    print("|" + "---|" * (2 + len(COLUMNS)))
-    good = True
-    for name in given.name or RANDOM:
-        cells = [_cell(name, column, given.seeds, pool) for column in COLUMNS]
-        good = good and all(cells)
-        said = " | ".join("yes" if cell else "**no**" for cell in cells)
-        print(f"| {FAMILIES[name].title} | `{name}` | {said} |", flush=True)
-    pool.close()
-    return 0 if good else 1
-
-
-def _cell(name: str, column: str, seeds: int, pool: Pool) -> bool:
-    """Whether a cell holds; what fails goes to stderr."""
-
-    def exact(folder: Path, seed: int) -> None:
+def hold(cell: Cell) -> str:
+    name, seed, folder = cell.row, cell.seed, cell.folder
+    if cell.column == "exact":
         hold_exact(name, seed, folder / "64", torch.float64, 1e-10)
         hold_exact(name, seed, folder / "32", torch.float32, 1e-5)
-
-    def layout(folder: Path, seed: int) -> None:
-        if seed == 0:
-            hold_layout(name, column, folder, pool)
-
-    run: Callable[[Path, int], None] = {
-        "exact": exact,
-        "round trip": lambda folder, seed: hold_round_trip(name, seed, folder),
-        "generate": lambda folder, seed: hold_generate(name, seed, folder),
-    }.get(column, layout)
-    for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                run(Path(folder), seed)
-            except Exception:
-                print(f"{name}, {column}, seed {seed}:\n{traceback.format_exc()}", file=sys.stderr)
-                return False
-    return True
+    elif cell.column == "round trip":
+        hold_round_trip(name, seed, folder)
+    elif cell.column == "generate":
+        hold_generate(name, seed, folder)
+    elif seed == 0:
+        hold_layout(name, cell.column, folder, cell.pool)
+    return "yes"
 
 
 def hold_layout(name: str, column: str, folder: Path, pool: Pool) -> None:
@@ -91,5 +56,14 @@ def hold_layout(name: str, column: str, folder: Path, pool: Pool) -> None:
     compare(case, [r[0] for r in pool.run(2, run_rank, [case])])
 
 
+TABLE = Table(
+    command="tests.families",
+    heads=["family", "`model_type`"],
+    rows={name: [FAMILIES[name].title, f"`{name}`"] for name in RANDOM},
+    seeds=6,
+    hold=hold,
+)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(TABLE, sys.argv[1:], __doc__))

@@ -1,0 +1,1 @@
+"""Benchmarks of data: the order of samples, packing, reading, decoding and feeding."""

@@ -87,7 +87,7 @@ def breakdown(table: SampleTable, made: PlanInputs, order: np.ndarray, node_size
 
     def items() -> None:
         for m, e in plan.items.items():
-            deal_items(e.cost, e.columns.batch, e.home, n, made.encoders[m].layout.dp)
+            deal_items(e.cost, e.columns.batch, e.home, np.zeros((n, made.encoders[m].layout.dp)))
 
     def digest() -> None:
         plan.__dict__.pop("digest", None)

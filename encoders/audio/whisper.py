@@ -107,13 +107,18 @@ class Whisper(ClipEncoder):
         return cfg.positions
 
     @classmethod
+    def filled(cls, cfg: WhisperConfig, meta: Meta) -> int:
+        """Positions that are computed of a clip."""
+        return cfg.positions
+
+    @classmethod
     def cost(cls, cfg: WhisperConfig, meta: Meta) -> float:
-        n, d = float(cls.rows(cfg, meta)), cfg.width
+        n, d = float(cls.filled(cfg, meta)), cfg.width
         return cfg.layers * (4 * n * d * (2 * d + cfg.mlp) + 4 * n * n * d) + cls.stem_cost(cfg, meta)
 
     @classmethod
     def stem_cost(cls, cfg: WhisperConfig, meta: Meta) -> float:
-        return 2.0 * cfg.positions * 3 * cfg.width * (2 * cfg.sound.mels + cfg.width)
+        return 2.0 * cls.filled(cfg, meta) * 3 * cfg.width * (2 * cfg.sound.mels + cfg.width)
 
     @classmethod
     def input_shape(cls, cfg: WhisperConfig) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from encoders.hf import vision
+from encoders.hf import towers, vision
 from encoders.hf.qwen import SIZES as SIZES_OF_QWEN
 from encoders.hf.said_audio import SOUND
 from encoders.hf.saying import Names, Rest, Said, named
@@ -49,6 +49,11 @@ def picture_processor(kind: str, pictures: Pictures) -> dict[str, Any]:
         return {**out, "max_num_patches": pictures.most}
     if pictures.fit == "smart":
         return {**out, "min_pixels": pictures.least, "max_pixels": pictures.most}
+    if pictures.fit == "tiles":
+        tiles = {"min_patches": pictures.least, "max_patches": pictures.most}
+        return {**out, "size": size, "crop_to_patches": True, **tiles}
+    if pictures.fit == "longest":
+        return {**out, "size": {"longest_edge": pictures.edge}}
     return out
 
 
@@ -138,6 +143,34 @@ def radio(cfg: VisionConfig) -> dict[str, Any]:
         "norm_mean": list(cfg.pictures.mean),
         "norm_std": list(cfg.pictures.std),
     }
+
+
+def internvl(cfg: VisionConfig) -> dict[str, Any]:
+    sides = {name: [side, side] for name, side in square_sizes(cfg).items()}
+    return {
+        **common(cfg, "internvl_vision", PLAIN),
+        **sides,
+        "attention_bias": "q" in cfg.biases,
+        "norm_type": next(theirs for theirs, ours in towers.NORMS.items() if ours == cfg.norm),
+        "use_mean_pooling": not cfg.final_norm,
+        "use_qk_norm": False,
+        "use_absolute_position_embeddings": True,
+    }
+
+
+def pixtral(cfg: VisionConfig) -> dict[str, Any]:
+    side = -(-cfg.pictures.edge // cfg.patch) * cfg.patch
+    return {
+        **common(cfg, "pixtral", {**vision.SIZES, **vision.MLP}),
+        "patch_size": cfg.patch,
+        "image_size": side,  # its table of rotations is of pictures up to this size
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_base},
+    }
+
+
+def pixtral_processor(cfg: VisionConfig) -> dict[str, Any]:
+    patch = {"height": cfg.patch, "width": cfg.patch}
+    return {**picture_processor("PixtralImageProcessor", cfg.pictures), "patch_size": patch}
 
 
 def processor(kind: str) -> Callable[[Any], dict[str, Any]]:
@@ -244,6 +277,8 @@ SAID: dict[str, Said] = {
     "image_vit": Said(image_vit, processor("ViTImageProcessor"), final("layernorm")),
     "dinov2": Said(dinov2, processor("BitImageProcessor"), with_mask("layernorm")),
     "dinov3": Said(dinov3, processor("DINOv3ViTImageProcessor"), with_mask("norm", (1,))),
+    "internvl": Said(internvl, processor("GotOcr2ImageProcessor")),
+    "pixtral": Said(pixtral, pixtral_processor),
     "radio": Said(radio, processor("CLIPImageProcessor"), conditioner, "radio_model.model."),
     **SOUND,
 }

@@ -73,6 +73,8 @@ HEEDED = {
     "crop": ("height", "width", "edge"),
     "smart": ("least", "most"),
     "patches": ("most",),
+    "tiles": ("height", "width", "least", "most"),
+    "longest": ("edge",),
     "none": (),
 }
 

@@ -21,6 +21,7 @@ from mm.data.tokenizer import AnyTokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError
 from mm.plan.blueprint import Blueprint, bare_module
+from mm.plan.drawn import NOTHING, Drawn, differences, history
 from mm.ranks.job import Job
 from parallel import checkpoint as store
 from parallel.sharding import whole
@@ -43,16 +44,18 @@ def state_tensors(job: Job) -> dict[str, Tensor]:
     return out
 
 
-def fingerprint(blueprint: Blueprint, index: Index) -> str:
-    """A digest of what must not change between saving and resuming: model, data, seed, global batch.
+def fingerprint(blueprint: Blueprint) -> str:
+    """A digest of what must not change between saving and resuming: model, tokenizer, seed, global batch.
 
-    The layout may change.
+    The layout may change, and what of the data has not been drawn yet (mm/plan/drawn.py).
     """
     cfg = resolve(blueprint.cfg)
-    kept = {"model": cfg["model"], "data": index.digest, "seed": cfg["run"]["seed"]}
+    kept = {"model": cfg["model"], "seed": cfg["run"]["seed"]}
     kept["global_batch"] = cfg["train"]["global_batch"]
     if cfg["train"]["lora"]:
-        kept["lora"] = cfg["train"]["lora"]
+        # Not what they started from: a run resumes without it.
+        lora = cfg["train"]["lora"].items()
+        kept["lora"] = {m: {k: v for k, v in one.items() if k != "weights"} for m, one in lora}
     tokenizer = make_tokenizer(blueprint.cfg.data.tokenizer)
     if isinstance(tokenizer, PublishedTokenizer):
         kept["tokenizer"] = tokenizer.vocabulary
@@ -74,11 +77,16 @@ def tokenizer_of(state: Mapping[str, Any], path: Path) -> AnyTokenizer | None:
     return make_tokenizer(str(kept)) if kept.is_dir() else None
 
 
-def save(job: Job, index: Index, directory: Path, step: int, bad: Collection[int]) -> Path:
-    """Write the state after `step` steps; every rank calls this. bad: samples known to be unreadable."""
+def save(
+    job: Job, index: Index, directory: Path, step: int, bad: Collection[int], drawn: Drawn = NOTHING
+) -> Path:
+    """Write the state after `step` steps; every rank calls this. bad: samples known to be unreadable. drawn:
+    what the steps have taken."""
     cfg = job.blueprint.cfg
     state = {
-        "fingerprint": fingerprint(job.blueprint, index),
+        "fingerprint": fingerprint(job.blueprint),
+        "data": history(cfg, index, step, drawn.cursor),
+        "drawn": drawn.to_json(),
         "bad_samples": sorted(bad),
         "config": shown(cfg),
     }
@@ -117,10 +125,12 @@ def _is_checkpoint(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on: after `step` steps, with these samples known to be unreadable."""
+    """Where a run goes on: after `step` steps, with these samples known to be unreadable. drawn: what these
+    steps have taken."""
 
-    step: int
-    bad_samples: frozenset[int]
+    step: int = 0
+    bad_samples: frozenset[int] = frozenset()
+    drawn: Drawn = NOTHING
 
 
 def load(job: Job, index: Index, path: Path) -> Resumed:
@@ -133,7 +143,7 @@ def load(job: Job, index: Index, path: Path) -> Resumed:
     except store.BadCheckpoint as error:
         raise CheckpointError(str(error)) from error
     _check_same_run(state, job.blueprint, index, path)
-    return Resumed(state["step"], frozenset(state["bad_samples"]))
+    return Resumed(state["step"], frozenset(state["bad_samples"]), Drawn.from_json(state["drawn"]))
 
 
 def check_resume(blueprint: Blueprint, index: Index, path: Path) -> None:
@@ -158,10 +168,17 @@ def model_shapes(blueprint: Blueprint, module: str) -> dict[str, tuple[int, ...]
 
 
 def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index, path: Path) -> None:
-    if state.get("fingerprint") != fingerprint(blueprint, index):
+    if state.get("fingerprint") != fingerprint(blueprint) or "drawn" not in state:
         raise CheckpointError(
             f"{path} was written by a run with another model, data, seed or global batch; "
             "compare its state.json with this config, or start afresh with checkpoint.resume=none"
+        )
+    cursor = Drawn.from_json(state["drawn"]).cursor
+    wrong = differences(state["data"], history(blueprint.cfg, index, state["step"], cursor))
+    if wrong:
+        raise CheckpointError(
+            f"{path} was written by a run with other data: {'; '.join(wrong)}. A run goes on where nothing "
+            "that it has drawn from changes; needed: the data as they were, or checkpoint.resume=none"
         )
 
 

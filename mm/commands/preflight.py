@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mm.config.data import storage_of
 from mm.config.outline import SINK, llm_config
-from mm.config.remote import storage_of
 from mm.config.schema import Config
+from mm.config.sources import patterns_of
 from mm.data.index import find_shards
 from mm.data.tokenizer import Tokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
@@ -44,9 +45,8 @@ def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
         raise Refused(
             f"run.dir {folder} cannot be written: {error.strerror}; needed: a folder that can"
         ) from error
-    storage = storage_of(cfg.data.remote, cfg.data.model_dump(mode="json"))
-    for patterns in (cfg.data.train, cfg.data.eval) if data else ():
-        find_shards(patterns, cfg.base, cfg.data.made_by, storage)
+    for entries in (cfg.data.train, cfg.data.eval) if data else ():
+        find_shards(patterns_of(entries), cfg.base, cfg.data.made_by, storage_of(cfg.data))
     if cfg.run.tensorboard and find_spec("tensorboard") is None:
         raise Refused(
             "run.tensorboard=true, but the package tensorboard is not installed; needed: pip install -e "
@@ -67,6 +67,7 @@ def check_start(cfg: Config) -> None:
     """Raise CheckpointError where what checkpoint.resume or checkpoint.weights names does not exist, and
     Refused where the weights, or the folder model.llm.preset, are of another vocabulary."""
     from mm.checkpoint.state import candidates
+    from mm.checkpoint.weights import published_adapters
     from parallel.checkpoint import MANIFEST
 
     if restarted():  # it resumes from its own checkpoints; what it began from may be gone
@@ -82,6 +83,7 @@ def check_start(cfg: Config) -> None:
             _check_tokens(cfg, Path(weights))
         else:
             _check_kept(cfg, Path(weights))
+    published_adapters(cfg)
     _check_preset(cfg)
 
 

@@ -56,15 +56,19 @@ def _check_keys(kind: Any, value: Any, path: str) -> None:
     """
     if isinstance(value, bool) and kind in _NUMBERS:
         raise Refused(f"{path}: given {value}; needed: a number")
+    if get_origin(kind) is list and isinstance(value, list):
+        for k, inner in enumerate(value):
+            _check_keys(get_args(kind)[0], inner, _join(path, k))
+        return
     if not isinstance(value, Mapping):
         return
-    if get_origin(kind) in (Union, UnionType):  # a record or null
-        kind = next((k for k in get_args(kind) if dataclasses.is_dataclass(k)), kind)
+    if get_origin(kind) in (Union, UnionType):  # a record or null, or a record or a string
+        kind = next((k for k in get_args(kind) if _is_record(k)), kind)
     if getattr(kind, "__origin__", None) is dict:
         for key, inner in value.items():
             _check_keys(get_args(kind)[-1], inner, _join(path, key))
         return
-    if not (dataclasses.is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, Section))):
+    if not _is_record(kind):
         return
     hints = _hints(kind)
     known = _known_keys(kind)
@@ -72,6 +76,10 @@ def _check_keys(kind: Any, value: Any, path: str) -> None:
         if key not in known:
             raise Refused(unknown_key(_join(path, key), key, known))
         _check_keys(hints[key], inner, _join(path, key))
+
+
+def _is_record(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, Section))
 
 
 def _known_keys(kind: Any) -> list[str]:
@@ -96,7 +104,7 @@ def _explain(error: ErrorDetails, path: str, mapping: Mapping[str, Any]) -> str:
     loc = error["loc"]
     where = path
     for name in loc:
-        where = _join(where, name)
+        where = where if " " in str(name) else _join(where, name)  # the tag of a union is no key
     if error["type"] != "missing":
         return f"{where}: given {error['input']!r}; {_needed(error['msg'])}"
     if len(loc) == 3 and loc[0] == "model":  # a mistyped module in an override looks like a new module

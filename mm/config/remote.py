@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pydantic import Field
 
 from mm.config.build import Section
-from mm.data.remote.urls import urls_in
-from mm.data.storage import Storage
 
 
 class RemoteConfig(Section):
@@ -29,8 +24,3 @@ class RemoteConfig(Section):
     timeout_s: float = Field(
         30.0, gt=0, description="longest wait for an answer, in seconds; a request is tried up to six times"
     )
-
-
-def storage_of(remote: RemoteConfig, data: Mapping[str, Any]) -> Storage:
-    """What reads the shards of a config. data: its section, as plain data."""
-    return Storage.of(urls_in(data), remote.cache, remote.cache_bytes, remote.timeout_s)

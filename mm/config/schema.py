@@ -16,10 +16,11 @@ import yaml
 from pydantic import Field
 
 from mm.config.build import Section, build, unknown_key
+from mm.config.data import DataConfig
 from mm.config.folder import FOLDER, unfold
-from mm.config.remote import RemoteConfig
+from mm.config.sources import check_sources, moved
 from mm.config.training import TrainConfig, check_train
-from mm.data.remote.urls import all_public, is_remote
+from mm.data.remote.urls import all_public
 from mm.errors import Refused
 
 
@@ -119,69 +120,6 @@ class ScheduleConfig(Section):
     )
     microbatches: int = Field(
         1, ge=1, description="micro-batches that the global batch is split into, the same for all modules"
-    )
-
-
-class LimitsConfig(Section):
-    """Largest sizes of an item; by default those that an index takes (encoders/media/limits.py)."""
-
-    pixels: int = Field(
-        89_478_485,
-        ge=1,
-        le=89_478_485,
-        description="most pixels of a picture, or of a frame of a video",
-    )
-    frames: int = Field(2**20, ge=1, le=2**20, description="most frames of a video")
-    samples: int = Field(2**29, ge=1, le=2**29, description="most samples of a sound, for each channel")
-    bytes: int = Field(2**31, ge=1, le=2**31, description="most bytes of an item's file")
-
-
-class DataConfig(Section):
-    """The samples."""
-
-    train: list[str] = Field(
-        min_length=1, description="patterns of the training shards, from the config's folder"
-    )
-    eval: list[str] = Field([], description="patterns of the held-out shards, from the config's folder")
-    layout: str | dict[str, Any] | None = Field(
-        None,
-        description="how samples are written: a name, a mapping of fields or module:function; null for what "
-        "each looks like",
-    )
-    made_by: str | None = Field(
-        None, description="command that makes the shards, named in the error where one is missing"
-    )
-    overlong: Literal["refuse", "skip", "truncate"] = Field(
-        "refuse",
-        description="samples longer than data.context: refuse, skip, or truncate to their beginning, without "
-        "the end marker",
-    )
-    misfit: Literal["refuse", "skip"] = Field(
-        "refuse",
-        description="samples with an item that its encoder cannot take, such as a picture of an odd size: "
-        "refuse or skip",
-    )
-    max_skipped: float = Field(
-        0.01,
-        ge=0,
-        le=1,
-        description="largest share of samples that may be unreadable or skipped; a torn shard counts as a "
-        "whole one",
-    )
-    limits: LimitsConfig = LimitsConfig()
-    tokenizer: str = Field(
-        "bytes",
-        description="the tokenizer: bytes, or a folder with tokenizer.json, or such a file, from the working "
-        "folder",
-    )
-    context: int = Field(256, ge=3, description="length of the longest sample, in tokens")
-    prefetch: int = Field(2, ge=1, description="steps that are read ahead")
-    remote: RemoteConfig = RemoteConfig()
-    workers: int = Field(
-        0, ge=0, description="processes of each rank that read and decode ahead; 0: a thread of the rank does"
-    )
-    item_timeout_s: float = Field(
-        30.0, gt=0, description="longest time that a worker may take for one item, in seconds"
     )
 
 
@@ -310,6 +248,12 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
     _count_steps(rest)
     cfg = build(Config, {**rest, "model": model, "llm": llm, "base": base}, "")
     check_train(cfg.train, [*cfg.model], cfg.run.trace)
+    check_sources(cfg.data.train, cfg.data.weights)
+    if cfg.data.pack is not None and cfg.data.pack < cfg.data.context:
+        raise Refused(
+            f"data.pack={cfg.data.pack} is shorter than the longest sample, data.context={cfg.data.context}; "
+            f"nearest: data.pack={cfg.data.context}"
+        )
     if cfg.eval.average and cfg.train.average is None:
         raise Refused("eval.average, but no average is kept; needed: train.average, such as 0.999")
     return cfg
@@ -361,13 +305,14 @@ def shown(cfg: Config) -> dict[str, Any]:
 
 
 def resolve_yaml(cfg: Config) -> str:
-    """shown() as the text of a YAML file in run.dir, where its data paths start: the file can be run."""
-    raw = shown(cfg)
-    for name in ("train", "eval"):
-        raw["data"][name] = [
-            p if is_remote(p) else os.path.relpath(cfg.base / p, cfg.run.dir) for p in raw["data"][name]
-        ]
-    return yaml.safe_dump(raw, sort_keys=False)
+    """resolve() as the text of a YAML file in run.dir, where its data paths start: the file can be run.
+
+    No URL has a password or a signature.
+    """
+    raw = resolve(cfg)
+    for name, entries in (("train", cfg.data.train), ("eval", cfg.data.eval)):
+        raw["data"][name] = moved(entries, lambda p: os.path.relpath(cfg.base / p, cfg.run.dir))
+    return yaml.safe_dump(all_public(raw), sort_keys=False)
 
 
 def load_layout_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,6 +20,7 @@ class LoraConfig(Section):
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0)
     targets: list[str] = Field(["all-linear"], min_length=1)
+    weights: str | None = None
 
 
 class TrainConfig(Section):
@@ -69,7 +70,8 @@ class TrainConfig(Section):
     clip: float = Field(1.0, ge=0, description="bound on the global gradient norm, 0 for none")
     lora: dict[str, LoraConfig] = Field(
         {},
-        description="by module, adapters that are trained in the place of its weights: rank, alpha, targets",
+        description="by module, adapters that are trained in the place of its weights: rank, alpha, targets, "
+        "weights",
     )
     average: float | None = Field(
         None, gt=0, lt=1, description="decay of an exponential average of the weights, such as 0.999"
@@ -121,6 +123,12 @@ def _check_optimizer(train: TrainConfig, encoders: Sequence[str]) -> None:
         for name in getattr(train, key):
             if name not in names:
                 raise Refused(unknown_key(f"train.{key}.{name}", name, names))
+    for name, lora in train.lora.items():
+        if lora.weights is not None and name != "llm":
+            raise Refused(
+                f"train.lora.{name}.weights={lora.weights}, but folders of peft are read for the language "
+                "model alone; needed: train.lora.llm.weights"
+            )
     if train.moments == "bfloat16" and train.betas[1] > 0.99:
         raise Refused(
             f"train.moments=bfloat16 with train.betas={list(train.betas)}: changes of less than 1/256 of the "

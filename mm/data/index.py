@@ -6,6 +6,7 @@ Text stays in the shards; the index has only its length, in bytes, or in tokens 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mm.data.building import Kept, kept_indexes
@@ -17,7 +18,7 @@ from mm.data.probes import register_probe as register_probe  # documented here f
 from mm.data.published import PublishedTokenizer
 from mm.data.remote.urls import is_remote, public
 from mm.data.sample import Broken, Index
-from mm.data.sources import source_names
+from mm.data.sources import Wanted, selected, source_names
 from mm.data.storage import LOCAL, Storage
 from mm.data.tokenizer import AnyTokenizer
 from mm.data.tokens import kept_texts
@@ -61,7 +62,7 @@ def _instead(pattern: str, base: Path) -> str:
 
 
 def load_index(
-    patterns: Sequence[str],
+    sources: Sequence[str | Wanted],
     base: Path,
     *,
     layout: Spec = None,
@@ -70,35 +71,53 @@ def load_index(
     write: bool = True,
     storage: Storage = LOCAL,
 ) -> Index:
-    """The data set of the shards that the patterns match.
+    """The data set of some sources; a pattern is one whose samples are all taken.
 
     layout: how samples are written (mm/data/layouts); None: what each shard looks like. tokenizer: in whose
     tokens lengths are; None: bytes. write: keep new index files beside the shards. made_by: as in
     find_shards. storage: what reads them. Raises DataError where a pattern matches nothing, a shard is
     compressed, there is no such layout, or no sample is usable.
     """
-    asked = named_layout(layout)
-    paths = find_shards(patterns, base, made_by, storage)
-    indexes = kept_indexes(paths, asked, write=write, storage=storage)
+    wanted = [Wanted((one,)) if isinstance(one, str) else one for one in sources]
+    of = [find_shards(w.patterns, base, made_by, storage) for w in wanted]
+    paths = [path for own in of for path in own]
+    layouts = [named_layout(layout if w.layout is None else w.layout) for w in wanted]
+    indexes = _indexes([*zip(layouts, of, strict=True)], write, storage)
     texts = indexes
     if isinstance(tokenizer, PublishedTokenizer):
         texts = kept_texts(paths, indexes, tokenizer, write=write, storage=storage)
-    both = list(zip(paths, source_names(paths), indexes, texts, strict=True))
+    given = [w.name for w, own in zip(wanted, of, strict=True) for _ in own]
+    names = [own or told for own, told in zip(given, source_names(paths), strict=True)]
+    both = list(zip(paths, names, indexes, texts, strict=True))
     samples = Samples([Shard(path, source, index, text) for path, source, index, text in both])
     broken = [b for path, _, index, text in both for b in _broken(path, index, text)]
     if not len(samples):
         why = "; ".join(f"{key or 'all'} of {shard}: {what}" for shard, key, what in broken[:3])
-        raise DataError(
-            f"no usable sample in {', '.join(map(public, patterns))}: {why or 'the shards are empty'}"
-        )
+        where = ", ".join(public(p) for w in wanted for p in w.patterns)
+        raise DataError(f"no usable sample in {where}: {why or 'the shards are empty'}")
     facts = [index.table.columns["shards"][index.shard] for index in indexes]
-    return Index(
+    index = Index(
         samples,
         tuple(broken),
         shards=tuple(paths),
         torn=tuple(p for p, own in zip(paths, facts, strict=True) if own["torn"]),
         ignored={p: int(own["ignored"]) for p, own in zip(paths, facts, strict=True)},
+        firsts=tuple(samples.first.tolist()),
     )
+    if all(isinstance(one, str) for one in sources):
+        return index
+    counts = [(w, len(own)) for w, own in zip(wanted, of, strict=True)]
+    return replace(index, selections=selected(index, counts, names))
+
+
+def _indexes(of: Sequence[tuple[str, list[str]]], write: bool, storage: Storage) -> list[Kept]:
+    """The index of each shard, those of one layout together. of: by source, its layout and shards."""
+    kept: dict[tuple[str, str], Kept] = {}
+    for one in dict.fromkeys(layout for layout, _ in of):
+        mine = [path for layout, own in of for path in own if layout == one]
+        found = kept_indexes(mine, one, write=write, storage=storage)
+        kept |= {(one, path): index for path, index in zip(mine, found, strict=True)}
+    return [kept[layout, path] for layout, own in of for path in own]
 
 
 def _broken(path: str, index: Kept, texts: Kept) -> list[Broken]:

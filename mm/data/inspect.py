@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mm.data.building import current_indexes, kept_indexes
 from mm.data.columns.entries import notes_of
-from mm.data.index import find_shards, load_index
+from mm.data.index import find_shards, load_index, named_layout
+from mm.data.layouts.find import NAMES, Spec
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index, Sample
 from mm.data.storage import LOCAL, Storage
@@ -24,22 +25,23 @@ def index_text(
     patterns: Sequence[str],
     base: Path,
     tokenizer: AnyTokenizer | None = None,
+    layout: Spec = None,
     *,
     again: bool = False,
     storage: Storage = LOCAL,
 ) -> str:
     """Make the indexes that are missing; returns a line for each shard, and what it has lost.
 
-    tokenizer: measure texts in its tokens too. again: scan all shards. Raises DataError where a shard has no
-    sample, or its index cannot be written.
+    tokenizer: measure texts in its tokens too. layout: as in load_index. again: scan all shards. Raises
+    DataError where a shard has no sample, or its index cannot be written.
     """
-    shards = find_shards(patterns, base, storage=storage)
-    indexes = kept_indexes(shards, again=again, storage=storage)
+    shards, asked = find_shards(patterns, base, storage=storage), named_layout(layout)
+    indexes = kept_indexes(shards, asked, again=again, storage=storage)
     texts = indexes
     if isinstance(tokenizer, PublishedTokenizer):
         texts = kept_texts(shards, indexes, tokenizer, storage=storage)
     lines, wrong, good = [], [], 0
-    now = current_indexes(shards, storage=storage)
+    now = current_indexes(shards, asked, storage)
     for shard, index, text in zip(shards, indexes, texts, strict=True):
         notes = [note for own in dict.fromkeys((index, text)) for note in notes_of(*own)]
         lost = [f"{key}: {why}" if key else why for key, why in notes]
@@ -47,8 +49,8 @@ def index_text(
         if not count:
             why = "; ".join(lost[:SHOWN]) or "it is empty"
             wrong.append(
-                f"{shard} has no sample ({why}); needed: for each a KEY.json with its segments, and its "
-                "items beside it. Nothing is written"
+                f"{shard} has no sample ({why}); needed: for each a KEY.json with its segments and its items "
+                f"beside it, or data.layout (--layout): {', '.join(NAMES)}, a mapping. Nothing is written"
             )
         elif shard not in now:
             wrong.append(
@@ -68,10 +70,11 @@ def inspect_text(
     patterns: Sequence[str],
     base: Path,
     tokenizer: AnyTokenizer | None = None,
+    layout: Spec = None,
     storage: Storage = LOCAL,
 ) -> str:
     """Counts of samples and shards, text lengths, items by module and sample, and what is broken."""
-    index = load_index(patterns, base, tokenizer=tokenizer, storage=storage)
+    index = load_index(patterns, base, layout=layout, tokenizer=tokenizer, storage=storage)
     unit = "tokens" if isinstance(tokenizer, PublishedTokenizer) else "bytes"
     text = [sum(seg.tokens for seg in s.segments) for s in index.samples]
     lines = [

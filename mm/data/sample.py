@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Sample:
     markers: bool = True  # a begin and an end marker are put around it; not where a chat template writes them
     source: str = ""  # the data set that it is of (mm/data/sources.py)
     layout: str = "segments"  # how its text part is written (mm/data/layouts)
-    names: tuple[str, ...] = ()  # of its items' payloads as indexed, each once, for its layout
+    names: tuple[str, ...] = ()  # of its items' payloads as indexed, each once: its layout may need them
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""
@@ -93,6 +96,16 @@ class Skipped(NamedTuple):
     why: str  # with the sample's name
 
 
+class Selection(NamedTuple):
+    """What an entry of the config takes of an index: samples first .. first + size - 1; bits: which of them,
+    one bit each (numpy.packbits), None for all."""
+
+    name: str
+    first: int
+    size: int
+    bits: NDArray[np.uint8] | None = None
+
+
 @dataclass(frozen=True)
 class Index:
     """The samples of a data set, and what of it cannot be read."""
@@ -103,19 +116,32 @@ class Index:
     torn: tuple[str, ...] = ()  # shards that end before their end mark
     ignored: Mapping[str, int] = field(default_factory=dict)  # by shard, files whose names make no sample
     skipped: Mapping[int, Skipped] = field(default_factory=dict)  # by id, samples that the config leaves out
+    firsts: tuple[int, ...] = ()  # by shard and at the end, the id of its first sample
+    selections: tuple[Selection, ...] = ()  # by entry of the config; none: all samples
 
     @property
     def usable(self) -> list[Sample]:
-        """The samples that are not left out."""
-        return [s for s in self.samples if s.id not in self.skipped]
+        """The samples that are taken and not left out, in order."""
+        return [self.samples[i] for i in self.taken if i not in self.skipped]
+
+    @property
+    def taken(self) -> Iterator[int]:
+        """The ids of the samples that some entry of the config takes."""
+        for _, first, size, bits in self.selections or (Selection("", 0, len(self.samples)),):
+            which = range(size) if bits is None else np.flatnonzero(np.unpackbits(bits, count=size)).tolist()
+            yield from (first + k for k in which)
+
+    def digest_of(self, first: int, stop: int) -> str:
+        """A fingerprint of the keys and jsons of samples first .. stop - 1; it does not depend on paths."""
+        h = hashlib.sha256()
+        for sample in self.samples[first:stop]:
+            h.update(f"{sample.key} {sample.json.sha256}\n".encode())
+        return h.hexdigest()[:16]
 
     @cached_property
     def digest(self) -> str:
-        """A fingerprint of the samples' keys and jsons. It does not depend on the paths of the shards."""
-        h = hashlib.sha256()
-        for sample in self.samples:
-            h.update(f"{sample.key} {sample.json.sha256}\n".encode())
-        return h.hexdigest()[:16]
+        """digest_of() all samples."""
+        return self.digest_of(0, len(self.samples))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mm.data.layouts.find import Spec
+from mm.data.sample import Index, Selection
 
 MOST = 64  # sources with a name of their own
 OTHERS = "others"
@@ -23,6 +31,42 @@ def source_names(shards: Sequence[str]) -> list[str]:
     names = ["/".join(p[-depth:]).replace("//", "/") for p in paths]
     known = set(list(dict.fromkeys(names))[:MOST])
     return [name if name in known else OTHERS for name in names]
+
+
+class Wanted(NamedTuple):
+    """What is taken of some shards. patterns: of them. name: None where it is told from them. layout: how
+    their samples are written; None: as those of all."""
+
+    patterns: tuple[str, ...]
+    name: str | None = None
+    layout: Spec = None
+    limit: int | None = None
+    split: tuple[float, float] | None = None
+
+
+def selected(
+    index: Index, wanted: Sequence[tuple[Wanted, int]], names: Sequence[str]
+) -> tuple[Selection, ...]:
+    """What is taken of each source. wanted: with how many shards it has. names: by shard. O(1) a source, and
+    O(samples) where it has a split."""
+    out, shard = list[Selection](), 0
+    for w, shards in wanted:
+        first, stop = index.firsts[shard], index.firsts[shard + shards]
+        size = stop - first if w.limit is None else min(w.limit, stop - first)
+        name = names[shard] if shards else w.name or ""
+        out.append(
+            Selection(name, first, size, None if w.split is None else _split(index, first, size, w.split))
+        )
+        shard += shards
+    return tuple(out)
+
+
+def _split(index: Index, first: int, size: int, part: tuple[float, float]) -> NDArray[np.uint8]:
+    """Which samples have the hash of their key in this part of [0, 1)."""
+    keys = (index.samples[i].key for i in range(first, first + size))
+    hashes = (int.from_bytes(hashlib.blake2b(k.encode(), digest_size=6).digest(), "big") for k in keys)
+    at = np.fromiter(hashes, dtype=np.float64, count=size) / 2.0**48
+    return np.packbits((part[0] <= at) & (at < part[1]))
 
 
 def _without_number(shard: str) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from mm.checkpoint.weights import fill_encoders, start_from
 from mm.checkpoint.whole import one_process
 from mm.config.outline import SINK
 from mm.config.schema import Config, from_mapping, load_config, override, resolve
+from mm.config.sources import moved
 from mm.containers.registry import is_whole
 from mm.data.published import TOKENIZER
-from mm.data.remote.urls import is_remote
 from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError, Refused
 from mm.inference.asked import Asked
@@ -84,15 +84,15 @@ def source_of(path: Path, overrides: Sequence[str], world: int) -> Source:
     return Source(checkpoint, from_mapping(raw, Path.cwd()), folder=False)
 
 
-def _data_of(run: Path) -> dict[str, list[str]]:
+def _data_of(run: Path) -> dict[str, list[str | dict[str, Any]]]:
     """The data of a run, from its config.yaml, whose paths start in its folder; none where that is gone."""
     file = run / "config.yaml"
     if not file.is_file():
         return {}
     data = load_config(file).data
     return {
-        "train": [p if is_remote(p) else str(run.absolute() / p) for p in data.train],
-        "eval": [p if is_remote(p) else str(run.absolute() / p) for p in data.eval],
+        "train": moved(data.train, lambda p: str(run.absolute() / p)),
+        "eval": moved(data.eval, lambda p: str(run.absolute() / p)),
     }
 
 

@@ -1,17 +1,27 @@
-"""Which samples a step takes: a pure function of (config, index, step, known-bad samples)."""
+"""Which samples a step takes, and how they are packed: pure, from (config, index, step, known-bad samples).
+
+By number, a step takes train.global_batch samples, and any step is found in O(1). With data.pack it takes so
+many packed sequences. Sequences are packed window by window: a window is a fixed number of positions of the
+stream. How many sequences windows give is known only once they are packed, so where a step begins is a
+cursor, (window, sequence). A checkpoint has it, and a run that resumes packs one window again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from mm.config.schema import Config
 from mm.data.sample import Index
+from mm.order.packing import pack, window_key
 from mm.order.stream import Stream
+from mm.plan.dealing import Packed
 from mm.plan.inputs import PlanInputs
+from mm.plan.sources import check_length, stream_of
 from mm.plan.step_plan import StepPlan, plan_table
 from mm.plan.table import SampleTable
 from parallel.sequence.intervals import Column
@@ -19,30 +29,119 @@ from parallel.sequence.intervals import Column
 Lookup = Callable[[Column], SampleTable]  # SampleTable.take() of a table whose lines are all samples
 
 
+class Cursor(NamedTuple):
+    """Where a step begins: the sequence of a window."""
+
+    window: int
+    sequence: int
+
+
+START = Cursor(0, 0)
+
+
+class Windows(NamedTuple):
+    """How sequences are packed. capacity: tokens of one. positions: of the stream in a window. skipped: ids
+    of samples that the config leaves out, which are replaced before packing; ascending."""
+
+    capacity: int
+    positions: int
+    skipped: Column
+
+
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a run. size: samples a step."""
+    """The batches of a run. size: samples, or packed sequences, a step. windows: None where samples are taken
+    by number. cursors: where steps begin, as far as is known."""
 
     stream: Stream
     size: int
+    windows: Windows | None = None
+    cursors: dict[int, Cursor] = field(default_factory=lambda: {0: START}, compare=False)
+    _packed: dict[int, tuple[Column, Column]] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
-    def of(cfg: Config, index: Index) -> Batches:
-        """Those of a run that trains on this index."""
-        return Batches(Stream.whole(cfg.run.seed, len(index.samples)), cfg.train.global_batch)
+    def of(cfg: Config, index: Index, begins: tuple[int, Cursor] = (0, START)) -> Batches:
+        """Those of a run that trains on this index. begins: a step, and where it begins.
+
+        Raises Refused and DataError where the sources do not serve."""
+        stream, size = stream_of(cfg, index), cfg.train.global_batch
+        if cfg.data.pack is None:
+            check_length(cfg, stream)
+            return Batches(stream, size)
+        windows = Windows(cfg.data.pack, cfg.data.window, _ascending(frozenset(index.skipped)))
+        return Batches(stream, size, windows, {begins[0]: begins[1]})
 
     def ids(self, step: int, bad: Collection[int] = ()) -> Column:
-        """The samples of a step, which counts from 0. bad: samples known to be unreadable or left out.
+        """The samples of a step that are taken by number. bad: samples known to be unreadable or left out.
 
         Raises DataError where a sample can be replaced by no other.
         """
         positions = step * self.size + np.arange(self.size)
+        return self._ids(positions, _ascending(frozenset(bad)))
+
+    def _ids(self, positions: Column, bad: Column) -> Column:
         ids, source = self.stream.at(positions)
-        return self.stream.mended(positions, ids, source, _ascending(frozenset(bad)))
+        return self.stream.mended(positions, ids, source, bad)
 
     def plan(self, step: int, lookup: Lookup, inputs: PlanInputs, bad: Collection[int] = ()) -> StepPlan:
-        """The plan of a step; as ids()."""
-        return plan_table(step, lookup(self.ids(step, bad)), inputs)
+        """The plan of a step, counted from 0. bad: samples known to be unreadable or left out.
+
+        A bad sample is replaced by another one. In a packed sequence its place stays empty instead: what is
+        packed depends on no other ids than those that the config leaves out. Raises DataError as ids() does.
+        """
+        if self.windows is None:
+            return plan_table(step, lookup(self.ids(step, bad)), inputs)
+        ids, sequence = self.sequences(step, lookup)
+        good = ~np.isin(ids, _ascending(frozenset(bad)))
+        packed = Packed(sequence[good], self.size)
+        made = plan_table(step, lookup(ids[good]), inputs, packed)
+        return replace(made, ends=self.cursors[step + 1])
+
+    def sequences(self, step: int, lookup: Lookup) -> tuple[Column, Column]:
+        """The samples of a step in packed sequences, and by sample the number of its sequence in the step."""
+        known = max((s for s in self.cursors if s <= step), default=None)
+        assert known is not None, f"step {step} is before {min(self.cursors)}, where the run resumed"
+        for before in range(known, step):
+            self._take(before, lookup)
+        return self._take(step, lookup)
+
+    def cursor(self, step: int, lookup: Lookup) -> Cursor:
+        """Where a step begins."""
+        if step not in self.cursors:
+            self.sequences(step - 1, lookup)
+        return self.cursors[step]
+
+    def _take(self, step: int, lookup: Lookup) -> tuple[Column, Column]:
+        (window, at), need = self.cursors[step], self.size
+        ids, numbers = list[Column](), list[Column]()
+        while need:
+            found, sequence = self._window(window, lookup)
+            count = int(sequence[-1]) + 1
+            some = min(need, count - at)
+            here = slice(*np.searchsorted(sequence, [at, at + some]))
+            ids.append(found[here])
+            numbers.append(sequence[here] - at + self.size - need)
+            need, at = need - some, at + some
+            if at == count:
+                window, at = window + 1, 0
+        self.cursors[step + 1] = Cursor(window, at)
+        return np.concatenate(ids), np.concatenate(numbers)
+
+    def _window(self, window: int, lookup: Lookup) -> tuple[Column, Column]:
+        """The samples of a window in order of their sequences, and those; kept while steps need it."""
+        assert self.windows is not None
+        if window not in self._packed:
+            capacity, positions, skipped = self.windows
+            end, first = self.stream.blend.end, window * positions
+            stop = first + positions if end is None else min(first + positions, max(end, first + 1))
+            ids = self._ids(np.arange(first, stop), skipped)
+            key = window_key(self.stream.seed, window)
+            sequence = pack(lookup(ids).length, capacity, key)
+            order = np.argsort(sequence, kind="stable")
+            self._packed[window] = ids[order], sequence[order]
+            for old in [w for w in self._packed if w < window - 1]:
+                del self._packed[old]
+        return self._packed[window]
 
 
 @lru_cache(maxsize=2)
@@ -52,7 +151,7 @@ def _ascending(ids: frozenset[int]) -> Column:
 
 
 def first_plan(cfg: Config, inputs: PlanInputs, index: Index) -> StepPlan:
-    """The plan of step 0; looks at its own samples alone."""
+    """The plan of step 0; looks at the samples alone that it must."""
 
     def lookup(ids: Column) -> SampleTable:
         return SampleTable.of([index.samples[i] for i in ids.tolist()], inputs)

@@ -18,9 +18,9 @@ from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
 from mm.config.build import build
+from mm.config.data import storage_of
 from mm.config.nodes import node_size
 from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
-from mm.config.remote import storage_of
 from mm.config.schema import Config
 from mm.data.storage import Storage
 from mm.errors import Refused
@@ -64,8 +64,7 @@ class Blueprint:
     @cached_property
     def storage(self) -> Storage:
         """What reads the shards of the config's data."""
-        data = self.cfg.data
-        return storage_of(data.remote, data.model_dump(mode="json"))
+        return storage_of(self.cfg.data)
 
     @property
     def modules(self) -> list[str]:

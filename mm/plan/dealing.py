@@ -74,6 +74,39 @@ def deal_samples(cost: Costs, tokens: Column, others: Sequence[Costs], microbatc
     return found
 
 
+class Packed(NamedTuple):
+    """Samples in packed sequences. sequence: by sample, the number of its own. sequences: how many there are,
+    also without a sample."""
+
+    sequence: Column
+    sequences: int
+
+
+def deal_packed(cost: Costs, packed: Packed, others: Sequence[Costs], microbatches: int, dp: int) -> Seats:
+    """Deal packed sequences so that every (micro-batch, dp rank) has an equal cost, as far as they allow.
+
+    cost: of each sample in the language model. others: of each sample in each encoder.
+
+    Every place gets one sequence, then every place a second one, and so on, each time the costliest to the
+    place with least so far. So a dp rank packs at most ceil(sequences / places) times the capacity in a
+    micro-batch, whatever the costs. Places of like cost then share a micro-batch, as in deal_samples().
+    """
+    n = min(packed.sequences, microbatches * dp)
+    sums = loads(cost, packed.sequence, packed.sequences)
+    costliest = np.argsort(-sums, kind="stable")
+    place, load = np.empty(packed.sequences, dtype=np.int64), np.zeros(n)
+    for start in range(0, packed.sequences, n):
+        turn = costliest[start : start + n]
+        least = np.argsort(load, kind="stable")[: len(turn)]
+        place[turn] = least
+        load[least] += sums[turn]
+    plain = _owners(np.asarray([packed.sequences]), microbatches)[packed.sequence]
+    allowed = [
+        max(SPREAD * float(own.sum()) / microbatches, _most(own, plain, microbatches)) for own in others
+    ]
+    return _Bins.of(place[packed.sequence], load, microbatches, dp).seats(others, allowed)
+
+
 class _Loads(NamedTuple):
     """Of all dp ranks in all micro-batches: most tokens, highest cost, and what a step waits for: the
     costliest dp rank of each micro-batch, and once more the costliest of all, while a pipeline fills."""
@@ -95,10 +128,10 @@ def _most(cost: Costs, microbatch: Column, microbatches: int) -> float:
 
 
 class _Bins(NamedTuple):
-    """Bins in order of falling cost. of: by sample, its bin. cost: of each bin. used: by micro-batch, how
+    """Bins in order of falling cost. bin: by sample, its own. cost: of each bin. used: by micro-batch, how
     many bins it takes. dp: of the language model."""
 
-    of: Column
+    bin: Column
     cost: Costs
     used: Column
     dp: int
@@ -108,25 +141,30 @@ class _Bins(NamedTuple):
         """Fill bins with equal sums of `weight`; no more bins than samples."""
         n = min(len(weight), microbatches * dp)
         of = longest_first(weight, np.zeros(len(weight), dtype=np.int64), np.zeros((1, n))).bin
-        sums = loads(cost, of, n)
+        return _Bins.of(of, loads(cost, of, n), microbatches, dp)
+
+    @staticmethod
+    def of(bin_of: Column, sums: Costs, microbatches: int, dp: int) -> _Bins:
+        """Bins as they are filled. bin_of: by sample. sums: the cost of each bin."""
+        n = len(sums)
         order = np.argsort(-sums, kind="stable")
         rank = np.empty_like(order)
         rank[order] = np.arange(n)
         used = np.diff(np.arange(microbatches + 1) * n // microbatches)
-        return _Bins(rank[of], sums[order], used, dp)
+        return _Bins(rank[bin_of], sums[order], used, dp)
 
     def seats(self, others: Sequence[Costs], allowed: Sequence[float]) -> Seats:
         """Bins of like cost share a micro-batch, as far as encoders' bounds allow."""
         width = 1
         while True:
             microbatch = self._grouped(width)
-            of_sample, n = microbatch[self.of], len(self.used)
+            of_sample, n = microbatch[self.bin], len(self.used)
             fits = all(
                 _most(own, of_sample, n) <= most * (1 + SLACK)
                 for own, most in zip(others, allowed, strict=True)
             )
             if fits or width >= n:
-                return Seats(of_sample, self._ranks(microbatch)[self.of])
+                return Seats(of_sample, self._ranks(microbatch)[self.bin])
             width *= 2
 
     def _grouped(self, width: int) -> Column:
@@ -178,19 +216,20 @@ def home_ranks(microbatch: Column, dp_of: Column, dp: int, encoder_dp: int) -> C
     return column((dp_of * n + nth) * encoder_dp // (n * dp))
 
 
-def deal_items(cost: Costs, microbatch: Column, home: Column, microbatches: int, dp: int) -> Column:
+def deal_items(cost: Costs, microbatch: Column, home: Column, already: Costs) -> Column:
     """The dp rank of each item, so that loads are even in every micro-batch and few items leave home.
 
-    cost, microbatch, home: by item. The largest load of a micro-batch is at most that of longest_first().
+    cost, microbatch, home: by item. already: what each dp rank has to do besides, in the unit of the costs,
+    [microbatches, dp]. The largest load of a micro-batch is at most that of longest_first().
     Within that bound an item stays on its home rank, where its rows need no transfer. O(n log n) for n items,
     and a round for each item of the rank with most.
     """
+    microbatches, dp = already.shape
     if dp == 1:
         return np.zeros_like(home)
-    empty = np.zeros((microbatches, dp))
-    spread = longest_first(cost, microbatch, empty)
+    spread = longest_first(cost, microbatch, already)
     bound = spread.load.max(axis=1)
-    stays, load = _staying(cost, microbatch * dp + home, np.repeat(bound, dp))
+    stays, load = _staying(cost, microbatch * dp + home, already.reshape(-1), np.repeat(bound, dp))
     kept = home.copy()
     leaving = np.flatnonzero(~stays)
     rest = longest_first(cost[leaving], microbatch[leaving], load.reshape(microbatches, dp))
@@ -199,12 +238,12 @@ def deal_items(cost: Costs, microbatch: Column, home: Column, microbatches: int,
     return column(np.where(good[microbatch], kept, spread.bin))
 
 
-def _staying(cost: Costs, place: Column, bound: Costs) -> tuple[np.ndarray, Costs]:
+def _staying(cost: Costs, place: Column, already: Costs, bound: Costs) -> tuple[np.ndarray, Costs]:
     """Which items stay at their place, the costliest first as long as they fit its bound: bool [n], and the
     load of each place."""
     order = np.lexsort((-cost, place))
     size = np.bincount(place, minlength=len(bound))
-    first, load = before(size), np.zeros(len(bound))
+    first, load = before(size), already.copy()
     stays = np.zeros(len(cost), dtype=bool)
     for nth in range(int(size.max(initial=0))):
         here = np.flatnonzero(size > nth)

@@ -65,6 +65,7 @@ class PlanInputs:
     mtp_depths: int = 0  # of multi-token prediction: so many more tokens are predicted at each position
     llm_cost: DocumentCost = BY_LENGTH  # of a sample, by which samples go to dp ranks
     limits: Limits | None = None  # largest sizes of an item (data.limits)
+    passes: Mapping[str, float] = field(default_factory=dict)  # by module that is not trained as a whole
     axes: bool = False  # whether the language model's positions have three axes (LLMConfig.rope_axes)
     _rows: dict[tuple[str, str, int, int], int] = field(default_factory=dict, compare=False, repr=False)
 
@@ -98,6 +99,15 @@ class PlanInputs:
                 use, rows = self.encoders[seg.kind], self.rows(seg.kind, seg.part)
                 found.append(item_run(use, seg.part.meta, rows))
         return [*found, int(sample.markers)]
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Of all modules."""
+        return [self.llm, *(use.layout for use in self.encoders.values())]
+
+    def passes_of(self, module: str) -> float:
+        """Forward and backward of a module as a multiple of its forward's FLOPs."""
+        return self.passes.get(module, 3.0)
 
     @property
     def alignment(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,7 +11,9 @@ from mm.plan.dealing import Seats, deal_items, home_ranks
 from mm.plan.inputs import PlanInputs
 from mm.plan.table import Costs, SampleTable
 from parallel.boundary import ItemColumns
-from parallel.sequence.intervals import Column, repeat_groups
+from parallel.sequence.dealing import loads
+from parallel.sequence.intervals import Column, column, repeat_groups
+from parallel.topology.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +34,14 @@ class EdgeItems:
     columns: ItemColumns
 
 
-def edge_items(module: str, table: SampleTable, seats: Seats, start: Column, inputs: PlanInputs) -> EdgeItems:
-    """Deal the items of encoder `module` to its dp ranks. start: by sample, its first token."""
+def edge_items(
+    module: str, table: SampleTable, seats: Seats, start: Column, inputs: PlanInputs, work: Costs
+) -> EdgeItems:
+    """Deal the items of encoder `module` to its dp ranks. start: by sample, its first token.
+
+    work: what each rank of the job computes of other modules, in forward and backward, [microbatches, ranks];
+    that of this encoder is added.
+    """
     use, items, n = inputs.encoders[module], table.items[module], inputs.microbatches
     sample = repeat_groups(np.zeros_like(items.of), items.of)[0]
     microbatch = seats.microbatch[sample]
@@ -40,16 +49,20 @@ def edge_items(module: str, table: SampleTable, seats: Seats, start: Column, inp
     home = home_ranks(*seats, inputs.llm.dp, use.layout.dp)[sample]
     same = _same_items(seats, sample, items.content, inputs.llm.dp)
     dealt, cost = home, items.cost
+    ranks, passes = _ranks_of(use.layout), inputs.passes_of(module)
+    # Ranks of one dp rank wait for each other, so the busiest of them counts; they share what it computes.
+    already = work[:, ranks].max(axis=2) * (ranks.shape[1] / passes)
     if same is None:
         if use.deal == "cost":
-            dealt = deal_items(cost, microbatch, home, n, use.layout.dp)
+            dealt = deal_items(cost, microbatch, home, already)
     else:
         own = same == np.arange(len(same))
         cost = np.where(own, cost, 0.0)
         if use.deal == "cost":
             dealt = home.copy()
-            dealt[own] = deal_items(cost[own], microbatch[own], home[own], n, use.layout.dp)
+            dealt[own] = deal_items(cost[own], microbatch[own], home[own], already)
         dealt = dealt[same]
+    add_work(cost, Seats(microbatch, dealt), use.layout, passes, work)
     return EdgeItems(
         bounds=np.searchsorted(microbatch, np.arange(n + 1)),
         sample=sample,
@@ -64,6 +77,25 @@ def edge_items(module: str, table: SampleTable, seats: Seats, start: Column, inp
             first=same,
         ),
     )
+
+
+def add_work(cost: Costs, seats: Seats, layout: Layout, passes: float, work: Costs) -> None:
+    """Add to `work` (edge_items) what a module's ranks compute of samples, or items, of these forward costs.
+
+    seats: of each. passes: forward and backward as a multiple of the forward. The pp, cp and tp ranks of a dp
+    rank have equal parts of it.
+    """
+    ranks, n = _ranks_of(layout), len(work)
+    load = loads(cost, seats.microbatch * layout.dp + seats.dp, n * layout.dp).reshape(n, -1)
+    work[:, ranks] += load[:, :, None] * (passes / ranks.shape[1])
+
+
+@lru_cache(maxsize=16)
+def _ranks_of(layout: Layout) -> Column:
+    """By dp rank, the ranks of the job that it consists of: [dp, ranks]."""
+    ranks = np.asarray(layout.ranks)
+    of = np.asarray([layout.coord(r).dp for r in layout.ranks])
+    return column(ranks[np.argsort(of, kind="stable")]).reshape(layout.dp, -1)
 
 
 def _same_items(seats: Seats, sample: Column, content: Column, dp: int) -> Column | None:

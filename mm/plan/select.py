@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from mm.config.schema import DataConfig
+from mm.config.data import DataConfig
 from mm.data.sample import Index, Sample, Segment, Skipped, grouped
 from mm.errors import DataError
 from mm.plan.inputs import PlanInputs, sample_length, supervised_tokens

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from llm.counts import Counts
+from mm.config.outline import SINK
 from mm.data.sample import Part, Sample
-from mm.plan.dealing import Seats, by_count, deal_samples, load_imbalance
+from mm.plan.dealing import Packed, Seats, by_count, deal_packed, deal_samples, load_imbalance
 from mm.plan.inputs import PlanInputs
-from mm.plan.items import EdgeItems, edge_items
+from mm.plan.items import EdgeItems, add_work, edge_items
 from mm.plan.subsets import Subsets
 from mm.plan.table import Costs, SampleTable
 from parallel.boundary import (
@@ -76,7 +77,8 @@ class StepPlan:
     order: by line, the sample's index in the batch. table: of the samples. bounds: by micro-batch and at the
     end, its first line, [microbatches + 1]. seats: by line, where the sample goes. start: by line, the
     sample's first token in the packed sequence. filled: tokens of each packed sequence without padding, and
-    tokens: with it, [microbatches, dp]. items: by encoder.
+    tokens: with it, [microbatches, dp]. items: by encoder. ends: the cursor behind it (mm/plan/batches.py),
+    where samples are packed.
     """
 
     step: int
@@ -89,6 +91,7 @@ class StepPlan:
     filled: Column
     padded: Column
     items: Mapping[str, EdgeItems]
+    ends: tuple[int, int] | None = None
 
     @cached_property
     def microbatches(self) -> tuple[Microbatch, ...]:
@@ -347,12 +350,18 @@ def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepP
     return plan_table(step, SampleTable.of(samples, inputs), inputs)
 
 
-def plan_table(step: int, batch: SampleTable, inputs: PlanInputs) -> StepPlan:
-    """plan_step() over samples in columns, without a loop over samples: O(n log n) in samples and items."""
+def plan_table(step: int, batch: SampleTable, inputs: PlanInputs, packed: Packed | None = None) -> StepPlan:
+    """plan_step() over samples in columns, without a loop over samples: O(n log n) in samples and items.
+
+    packed: which of them go to one dp rank together; None where all are dealt one by one.
+    """
     n, dp = inputs.microbatches, inputs.llm.dp
     cost = inputs.llm_cost.of(batch.length, batch.supervised)
     others = [_by_sample(items.cost, items.of) for items in batch.items.values()]
-    dealt = deal_samples(cost, batch.length, others, n, dp)
+    if packed is None:
+        dealt = deal_samples(cost, batch.length, others, n, dp)
+    else:
+        dealt = deal_packed(cost, packed, others, n, dp)
     order = np.argsort(dealt.microbatch, kind="stable")
     table, seats = batch.take(order), Seats(dealt.microbatch[order], dealt.dp[order])
     place = seats.microbatch * dp + seats.dp
@@ -363,6 +372,8 @@ def plan_table(step: int, batch: SampleTable, inputs: PlanInputs) -> StepPlan:
     start[turn] = before(table.length[turn]) - before(filled)[place[turn]]
     # Every rank gets an equal share of at least one token: no collective then meets an empty tensor.
     unit = inputs.alignment
+    work = np.zeros((n, 1 + max(r for x in inputs.layouts for r in x.ranks)))
+    add_work(cost[order], seats, inputs.llm, inputs.passes_of(SINK), work)
     return StepPlan(
         step=step,
         inputs=inputs,
@@ -373,7 +384,7 @@ def plan_table(step: int, batch: SampleTable, inputs: PlanInputs) -> StepPlan:
         start=start,
         filled=filled.reshape(n, dp),
         padded=(np.maximum(1, -(-filled // unit)) * unit).reshape(n, dp),
-        items={module: edge_items(module, table, seats, start, inputs) for module in inputs.encoders},
+        items={module: edge_items(module, table, seats, start, inputs, work) for module in inputs.encoders},
     )
 
 

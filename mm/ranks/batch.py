@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -102,13 +101,13 @@ class Assembler:
                 mine = edge.items_on(at.dp)
                 # Later pipeline stages, and ranks that compute other rows, need no payload.
                 needed = self._needed(use, edge) if at.pp == 0 else range(0)
-                tasks = [Task.of(module, mb.sample(mine[k].sample), mine[k].part) for k in needed]
+                tasks = [Task(module, mb.sample(mine[k].sample), mine[k].part) for k in needed]
                 items[module], first[module] = tasks, needed.start
         llm = self.inputs.llm
         if self.rank not in llm.ranks or llm.coord(self.rank).pp not in (0, llm.pp - 1):
             return Reads(items, first, [])  # stages between need no text, only lengths
         texts = [mb.sample(j) for j in mb.samples_of(llm.coord(self.rank).dp)]
-        return Reads(items, first, [Task.of("", sample, sample.json) for sample in texts])
+        return Reads(items, first, [Task("", sample, sample.json) for sample in texts])
 
     def decode(self, task: Task) -> Tensor | Texts:
         """The inputs of an item [n, *input_shape] on the host, in the dtype of its encoder's inputs, or the
@@ -196,21 +195,12 @@ class Assembler:
         """The packed text of this rank, by module which labels depend on it: bool [T], and RankMicrobatch's
         subsets. texts: by sample of this dp rank, none on stages that need no text. positions: by module
         whose rows enter here, those of its rows."""
-        llm, tok, depths = self.inputs.llm, self.tokenizer, self.inputs.mtp_depths
+        llm, depths = self.inputs.llm, self.inputs.mtp_depths
         coord = llm.coord(self.rank)
-        total = mb.tokens[coord.dp]
-        ids = np.full(total, tok.pad, dtype=np.int64)
-        labels = np.full(total, IGNORE, dtype=np.int64)
-        depends = {m: np.zeros(total, dtype=bool) for m in self.inputs.encoders}
-        lengths, n_real, mine = [], 0, mb.samples_of(coord.dp)
-        for j, own in zip_longest(mine, texts):
-            try:
-                if isinstance(own, list):
-                    self._write_sample(mb.sample(j), own, n_real, ids, labels, depends)
-            except BadSample as error:
-                bad.append(error)
-            n_real += mb.length[j]
-            lengths.append(mb.length[j])
+        total, mine = mb.tokens[coord.dp], mb.samples_of(coord.dp)
+        ids, labels, depends = self._columns(mb, texts, bad)
+        lengths = [mb.length[j] for j in mine]
+        n_real = sum(lengths)
         subset = np.zeros(total, dtype=np.int64)
         subset[:n_real] = np.repeat(mb.subset[mine], lengths)
         if n_real < total:
@@ -249,6 +239,27 @@ class Assembler:
         with_loss = to_device(subsets[supervises[0]], self.device)
         return batch, {m: to_device(f, self.device) for m, f in flags.items()}, with_loss
 
+    def _columns(
+        self, mb: Microbatch, texts: Sequence[Tensor | Texts], bad: list[BadSample]
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """The ids and labels of the whole sequence of this dp rank, int64 [T], and by module which labels
+        depend on it, bool [T]. Arguments as of _text()."""
+        dp = self.inputs.llm.coord(self.rank).dp
+        total = mb.tokens[dp]
+        ids = np.full(total, self.tokenizer.pad, dtype=np.int64)
+        labels = np.full(total, IGNORE, dtype=np.int64)
+        depends = {m: np.zeros(total, dtype=bool) for m in self.inputs.encoders}
+        mine = mb.samples_of(dp) if texts else []
+        at = 0
+        for j, own in zip(mine, texts, strict=True):
+            assert isinstance(own, list), "these are texts"
+            try:
+                self._write_sample(mb.sample(j), own, at, ids, labels, depends)
+            except BadSample as error:
+                bad.append(error)
+            at += mb.length[j]
+        return ids, labels, depends
+
     def _routed(self, mb: Microbatch) -> Table | None:
         """Tokens that each rank routes, of those that share experts with this one."""
         llm = self.inputs.llm
@@ -283,7 +294,7 @@ class Assembler:
         written: the ids of its texts. ids, labels, depends: of the whole packed sequence, [T]. A token's
         label is one position before it.
         """
-        tok, texts, at = self.tokenizer, iter(written), start
+        tok, texts, at = self.tokenizer, list(written), start
         if sample.markers:
             ids[at] = tok.bos
             at += 1
@@ -293,7 +304,7 @@ class Assembler:
                 n = self.inputs.rows(seg.kind, seg.part)
                 ids[at : at + n] = tok.placeholder_of(seg.kind)
             else:
-                new = next(texts, ()) if seg.ids is None else seg.ids
+                new = texts.pop(0) if seg.ids is None else seg.ids
                 n = seg.tokens
                 indexed = n if seg.written is None else seg.written
                 if len(new) != indexed:

@@ -114,6 +114,15 @@ class Control:
             )
         return frozenset(int(i) for row, n in zip(notices, count, strict=True) for i in row[4 : 4 + int(n)])
 
+    def tell(self, mine: str) -> list[str]:
+        """What every rank says in words, by rank. Every rank calls this; two messages."""
+        raw = np.frombuffer(mine.encode(), dtype=np.uint8)
+        lengths = self._gather(to_device(np.array([len(raw)]), self.device))[:, 0].tolist()
+        padded = np.zeros(max(1, *lengths), dtype=np.uint8)
+        padded[: len(raw)] = raw
+        rows = self._gather(to_device(padded, self.device))
+        return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
+
     def _first_other(self, plan: StepPlan, odd: Sequence[int]) -> str:
         """The first sample whose plan on a rank in `odd` differs from rank 0's. Every rank calls this."""
         n = len(plan.sample_ids)

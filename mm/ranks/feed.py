@@ -8,7 +8,7 @@ step before, or with one of its own where some rank has not prepared the step by
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -20,6 +20,7 @@ from mm.data.reader import BadSample
 from mm.data.sample import Index, Sample
 from mm.errors import DataError
 from mm.plan.batches import Batches
+from mm.plan.drawn import NOTHING, Drawn
 from mm.plan.schedules import Schedules
 from mm.plan.step_plan import StepPlan, plan_step
 from mm.plan.table import SampleTable
@@ -27,9 +28,8 @@ from mm.ranks.batch import Assembler, RankMicrobatch
 from mm.ranks.control import Control, notice
 from mm.ranks.decoding import Decoded, Reads, Task
 from mm.ranks.planner import Planned, Planner
+from mm.ranks.skipped import Listener, Tally, merged, written
 from mm.ranks.workers import Ticket, Workers
-
-MAX_BAD_IN_A_ROW = 100
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class FeedOptions:
 
     batches: Batches
     prefetch: int  # steps prepared ahead; at least 1
+    drawn: Drawn = NOTHING  # before the first of them
     workers: int = 0  # processes that read and decode for this rank; 0: its feed thread does
     item_timeout_s: float = 30.0  # longest time that a worker may take for one item, or for one text
+    max_skipped: float = 1.0  # largest share of unreadable samples (Tally)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Feed:
     """Training steps in order.
 
     bad: ids of samples that are known to be unreadable or left out by config, equal on all ranks; it grows.
-    schedules: where the schedules of steps are kept; None where nobody asks for them.
+    schedules: where the schedules of steps are kept; None where nobody asks for them. listener: None prints
+    warnings.
     """
 
     def __init__(
@@ -97,16 +100,18 @@ class Feed:
         *,
         schedules: Schedules | None = None,
         bad: Collection[int] = (),
-        warn: Callable[[str], None] = print,
+        listener: Listener | None = None,
     ) -> None:
         self.bad = frozenset(bad) | frozenset(index.skipped)
         self.index, self._assembler, self._control = index, assembler, control
-        self._options, self._warn, self._schedules = options, warn, schedules
+        self._options, self._schedules = options, schedules
+        self._listener, self._tally = listener or Listener(), Tally(options.max_skipped)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._pending: dict[int, Future[Prepared]] = {}
         self._planner: Planner | None = None
         self._workers: Workers | None = None
         self._begun: dict[int, _Begun] = {}  # by step; of the feed thread
+        self.drawn = options.drawn  # up to the step that next() gave last
         self._heard: tuple[int, np.ndarray] | None = None  # a step, and what all ranks say of it
 
     def notice(self, step: int) -> list[float]:
@@ -125,9 +130,9 @@ class Feed:
     def next(self, step: int, stop: int) -> tuple[Prepared, float]:
         """Step number `step` and the seconds spent waiting for it. Steps from `stop` on are not prefetched.
 
-        Raises DataError after MAX_BAD_IN_A_ROW unreadable samples without a good step between them.
+        Raises DataError where too many samples are unreadable (Tally).
         """
-        start, in_a_row = time.perf_counter(), 0
+        start = time.perf_counter()
         if self._planner is None:
             self._planner = self._start_planner()
             assembler, options = self._assembler, self._options
@@ -144,17 +149,25 @@ class Feed:
             self._say_notes()
             found = self._agreed(step, prepared)
             if not found:
+                self.drawn = self.drawn.after(prepared.plan)
+                self._tally.count(prepared.plan.sample_ids, ())
+                self._tally.done()
                 return prepared, time.perf_counter() - start
-            for error in prepared.bad:
-                self._warn(f"skipped and replaced: {error}")
-            in_a_row += len(found)
-            if in_a_row >= MAX_BAD_IN_A_ROW:
-                raise DataError(
-                    f"{in_a_row} unreadable samples in a row at step {step + 1}; check the shards "
-                    f"({prepared.bad[0] if prepared.bad else 'read by another rank'})"
-                )
-            self.bad |= found
+            self.bad |= self._left_out(step, prepared)
             self._drop_pending()
+
+    def _left_out(self, step: int, prepared: Prepared) -> frozenset[int]:
+        """The samples of a step that some rank cannot read, which all ranks name and count alike."""
+        skips = merged(self._control.tell(written(prepared.bad)))
+        ids = frozenset(s.sample_id for s in skips)
+        if self._assembler.rank == 0:
+            for one in skips:
+                self._listener.warn(f"skipped and replaced: {one}")
+        self._listener.skip(step + 1, skips)
+        why = self._tally.count(prepared.plan.sample_ids, ids)
+        if why is not None:
+            raise DataError(f"{why}, at step {step + 1}; check the shards ({skips[-1]})")
+        return ids
 
     def _agreed(self, step: int, prepared: Prepared) -> frozenset[int]:
         """The samples of a step that some rank cannot read, by what ranks have said already or by asking."""
@@ -205,7 +218,7 @@ class Feed:
     def _say_notes(self) -> None:
         """Say what has happened to workers; in the thread that trains."""
         for note in self._workers.notes() if self._workers is not None else ():
-            self._warn(note)
+            self._listener.warn(note)
 
     def close(self) -> None:
         """Stop the thread, the workers and the planner, and drop what they were preparing."""

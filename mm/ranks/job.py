@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from llm.model import LLM, precise_modules
 from mm.config.outline import SINK
+from mm.config.sources import SourceConfig
 from mm.data.index import load_index
 from mm.data.reader import ShardReader
 from mm.data.sample import Index
@@ -99,15 +100,17 @@ class Job:
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]  # torch has no types here
 
 
-def open_index(blueprint: Blueprint, patterns: list[str], base: Path, *, write: bool = True) -> Index:
-    """Load the index of the shards and check every sample against the model.
+def open_index(
+    blueprint: Blueprint, entries: Sequence[str | SourceConfig], base: Path, *, write: bool = True
+) -> Index:
+    """Load the index of the shards of entries of data.train, and check every sample against the model.
 
     write: store an index that had to be made beside its shard. Raises DataError (load_index, select).
     """
     rules = blueprint.cfg.data
     tokenizer = make_tokenizer(rules.tokenizer)
     index = load_index(
-        patterns,
+        [e if isinstance(e, str) else e.wanted for e in entries],
         base,
         layout=rules.layout,
         tokenizer=tokenizer,

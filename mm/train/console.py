@@ -1,4 +1,4 @@
-"""Output of a run: a line a step, a progress bar, tables; metrics.jsonl, log.txt, TensorBoard."""
+"""Output of a run: a line a step, a progress bar, tables; metrics, skipped samples, log, TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from mm.data.sample import Index
 from mm.ranks.lock import lock
+from mm.ranks.skipped import Skip
 
 if TYPE_CHECKING:
     from mm.train.evaluate import Evaluation
@@ -51,6 +53,9 @@ class Console:
         metrics = run_dir / "metrics.jsonl"
         _forget_after(metrics, first)
         self._metrics = metrics.open("a")
+        skipped = run_dir / "skipped.jsonl"
+        _forget_after(skipped, first)
+        self._skipped = skipped.open("a" if first else "w")
         self._log = (run_dir / "log.txt").open("a" if first else "w")
         self._board = _tensorboard(run_dir, first) if tensorboard else None
         if self._rich.is_terminal:
@@ -139,6 +144,26 @@ class Console:
         if self.lead:
             self._log.write(f"warning: {text}\n")
 
+    def left_out(self, index: Index) -> None:
+        """Write which samples are left out from the start, as step 0; a resumed run has them already."""
+        if not self.lead or self._first:
+            return
+        for shard, key, why in index.broken:
+            self._write_skipped(0, key, shard, why)
+        for number, skip in index.skipped.items():
+            sample = index.samples[number]
+            self._write_skipped(0, sample.key, sample.shard, skip.why)
+
+    def skipped(self, step: int, skips: Sequence[Skip]) -> None:
+        """Write which samples a step has found to be unreadable."""
+        for skip in skips if self.lead else ():
+            self._write_skipped(step, skip.key, skip.shard, skip.why)
+
+    def _write_skipped(self, step: int, key: str, shard: str, why: str) -> None:
+        record = {"step": step, "key": key, "shard": shard, "why": why}
+        self._skipped.write(json.dumps(record) + "\n")
+        self._skipped.flush()
+
     def _say(self, text: str) -> None:
         self._rich.print(text, markup=False)
         self._log.write(text + "\n")
@@ -153,6 +178,7 @@ class Console:
         if self._board is not None:
             self._board.close()
         self._metrics.close()
+        self._skipped.close()
         self._log.close()
         os.close(self._lock)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mm.plan.drawn import Count
 from mm.plan.step_plan import Imbalance
 from mm.plan.subsets import SubsetLoss
 
@@ -68,6 +69,7 @@ class StepMetrics:
     objectives: Mapping[str, float]  # unweighted, without the next token's loss
     loss_by_modality: Mapping[str, SubsetLoss]  # of samples with items of these modules: vision+audio; text
     loss_by_source: Mapping[str, SubsetLoss]  # by data set (mm/data/sources.py)
+    drawn_by_source: Mapping[str, Count]  # by data set, samples and tokens taken so far
     imbalance: Mapping[str, Imbalance]  # by module, means over the micro-batches in which it has work
     skipped_items: int
     stop: bool  # a rank was asked to end
@@ -80,8 +82,8 @@ class StepMetrics:
         del out["stop"]
         if not self.layers:
             del out["layers"]
-        for key in ("loss_by_modality", "loss_by_source"):
-            out[key] = {name: loss._asdict() for name, loss in out[key].items()}
+        for key in ("loss_by_modality", "loss_by_source", "drawn_by_source"):
+            out[key] = {name: found._asdict() for name, found in out[key].items()}
         return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find, last_of
-from mm.checkpoint.weights import fill_encoders, start_from
+from mm.checkpoint.state import Resumed
+from mm.checkpoint.weights import fill_adapters, fill_encoders, left_by, start_from
 from mm.config.outline import SINK
 from mm.config.schema import resolve_yaml
 from mm.data.sample import Index, Sample
@@ -29,6 +30,7 @@ from mm.plan.step_plan import Imbalance, StepPlan
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed, restarted
+from mm.ranks.skipped import Listener
 from mm.ranks.stop import Stop, StopRequested
 from mm.report.header import header, memory_warning
 from mm.report.plan_json import plan_json
@@ -41,8 +43,10 @@ from mm.train.statistics import Watch
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
 from mm.train.weights import averaged
-from parallel.checkpoint import step_of
+from parallel.checkpoint import Held, step_of
 from parallel.schedule import Record
+
+AT_START = Resumed()
 
 
 class Run(NamedTuple):
@@ -65,8 +69,10 @@ def train(runs: Sequence[Run], stop: Stop) -> None:
         for run in left[1:]:
             with of_stage(run.name):
                 open_indexes(run.blueprint)  # a later stage's data is refused now, not when its turn comes
+        before: Held | None = None
         for run in left:
-            if not train_on(_started(run, rank), rank, stop):
+            before = train_on(_started(run, rank), rank, stop, before)
+            if before is None:
                 return
             gc.collect()  # modules hold process groups in reference cycles
     finally:
@@ -95,8 +101,12 @@ def _started(run: Run, rank: RankInfo) -> Blueprint:
     return replace(run.blueprint, cfg=cfg.model_copy(update={"checkpoint": starts}))
 
 
-def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
-    """Train in a default process group that is initialised already; returns whether all steps are done."""
+def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | None = None) -> Held | None:
+    """Train in a default process group that is initialised already.
+
+    before: what this gave of the stage before, where these processes ran it. Returns the weights on this rank
+    once all steps are done, else None.
+    """
     cfg = blueprint.cfg
     indexes = open_indexes(blueprint)
     about = _introduce(blueprint, rank, indexes)
@@ -104,14 +114,16 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
     data = {name: open_data(job, index) for name, index in indexes.items()}
     train_data, eval_data = data["training"], data.get("evaluation")
     run_dir = Path(cfg.run.dir)
-    first, bad = 0, frozenset[int]()
+    state, said = AT_START, list[str]()
     resume = find(cfg, run_dir, rank)
     if resume is not None:
         state = checkpoint.load(job, train_data.index, resume)
-        first, bad = state.step, state.bad_samples
+        said.append(f"resumed from {resume} at step {state.step}")
     else:
-        fill_encoders(job)
-        start_from(job, [Path(path) for path in cfg.checkpoint.starts])
+        said += _start(job, before)
+    if before is not None:
+        before.free()
+    first = state.step
     aside = begin(run_dir, rank, resume, first)
     console = Console(
         run_dir, cfg.train.steps, first=first, lead=rank.rank == 0, tensorboard=cfg.run.tensorboard
@@ -123,20 +135,33 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop) -> bool:
         console.note(about)
     if aside:
         console.info(f"checkpoints that this run does not follow: {', '.join(p.name for p in aside)}")
-    if resume is not None:
-        console.info(f"resumed from {resume} at step {first}")
-    feed = open_feed(job, train_data, bad=bad, warn=console.warn)
+    for line in said:
+        console.info(line)
+    console.left_out(train_data.index)
+    feed = open_feed(job, train_data, state, listener=Listener(console.warn, console.skipped))
     try:
         with set_aside():
             done = _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
     finally:
         feed.close()
         console.close()
+    left = left_by(job) if done else None
     job.control.any(False)  # every rank waits here, so that none closes what another still uses
     for opened in data.values():
         opened.assembler.reader.close()
     job.close()
-    return done
+    return left
+
+
+def _start(job: Job, before: Held | None) -> list[str]:
+    """Fill the weights of a job that begins; returns lines on where they came from."""
+    start = time.perf_counter()
+    fill_adapters(job)  # which those of a checkpoint replace
+    came = start_from(job, [Path(path) for path in job.blueprint.cfg.checkpoint.starts], before)
+    fill_encoders(job, came)
+    seconds = time.perf_counter() - start
+    found = [f"{', '.join(m for m in came if came[m] == w)} {w}" for w in dict.fromkeys(came.values())]
+    return [f"weights of {'; of '.join(found)} ({seconds:.2f} s)"] if found else []
 
 
 def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index]) -> str:
@@ -151,19 +176,27 @@ def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index
     return about if warning is None else f"{about}\nwarning: {warning}"
 
 
-def open_feed(
-    job: Job, data: Data, *, bad: Collection[int] = (), warn: Callable[[str], None] = print
-) -> Feed:
-    """The steps of a job over a data set. bad: samples known to be unreadable."""
+def open_feed(job: Job, data: Data, state: Resumed = AT_START, *, listener: Listener | None = None) -> Feed:
+    """The steps of a job over a data set. state: where it resumes."""
     cfg = job.blueprint.cfg
     options = FeedOptions(
-        Batches.of(cfg, data.index),
+        Batches.of(cfg, data.index, (state.step, state.drawn.cursor)),
         cfg.data.prefetch,
+        state.drawn,
         workers=cfg.data.workers,
         item_timeout_s=cfg.data.item_timeout_s,
+        max_skipped=cfg.data.max_skipped,
     )
     schedules = job.blueprint.schedules
-    return Feed(data.index, data.assembler, job.control, options, schedules=schedules, bad=bad, warn=warn)
+    return Feed(
+        data.index,
+        data.assembler,
+        job.control,
+        options,
+        schedules=schedules,
+        bad=state.bad_samples,
+        listener=listener,
+    )
 
 
 @dataclass
@@ -223,7 +256,7 @@ class _Loop:
             self.console.lift_table(result, blind_guess(samples, self.eval_data.assembler.encoded))
 
     def _save(self) -> None:
-        checkpoint.save(self.job, self.feed.index, self.run_dir, self.done, self.feed.bad)
+        checkpoint.save(self.job, self.feed.index, self.run_dir, self.done, self.feed.bad, self.feed.drawn)
         self.saved = self.done
 
 
@@ -264,6 +297,7 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMe
         objectives=update.objectives,
         loss_by_modality=subsets.losses(update.losses, "modality"),
         loss_by_source=subsets.losses(update.losses, "source"),
+        drawn_by_source=feed.drawn.by_source,
         imbalance=load_imbalance(prepared.plan),
         skipped_items=len(feed.bad),
         stop=update.stop,

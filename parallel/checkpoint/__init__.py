@@ -9,6 +9,7 @@ What a job stores in a checkpoint is decided elsewhere (mm.checkpoint) and may n
     verify(path)                                    manifest.py: sizes and sha256 of all files
     load(path, tensors)                             distributed.py: fills tensors in place, in any layout
     Opened(path).read(names)                        opened.py: some whole tensors, in one process
+    Handover(hold(tensors), ..).fill(others)        handover.py: the same in memory, without a checkpoint
 
 metadata.py reads the pickle of torch.distributed.checkpoint without unpickling its classes.
 """
@@ -25,6 +26,7 @@ from parallel.checkpoint.distributed import (
     sound_state,
     step_of,
 )
+from parallel.checkpoint.handover import Handover, Held, hold
 from parallel.checkpoint.lazy import Lazy
 from parallel.checkpoint.manifest import MANIFEST, BadCheckpoint, structure, verify
 from parallel.checkpoint.opened import Opened
@@ -33,11 +35,14 @@ __all__ = [
     "MANIFEST",
     "STATE",
     "BadCheckpoint",
+    "Handover",
+    "Held",
     "Lazy",
     "Opened",
     "check_fits",
     "describe",
     "first_cause",
+    "hold",
     "load",
     "published",
     "read_state",

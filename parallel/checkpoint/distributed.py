@@ -117,10 +117,11 @@ def fill(reader: SafeReader, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_fits(
-    path: Path, stored: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]
+    path: Path | str, stored: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise BadCheckpoint where the checkpoint at `path` lacks a tensor or has another shape for it.
 
+    path: or words for what there is in the place of a checkpoint.
     stored, needed: global shapes by name, of the checkpoint and of the model. More stored tensors than needed
         are fine.
     """

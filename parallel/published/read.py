@@ -37,13 +37,22 @@ def read_into(
     whole module. A pipeline stage reads its own layers.
     """
     parts = parts_by_name(tensors)
+    for name, target in module_tensors(module).items():
+        if name not in parts and not is_adapter(name):  # which stays as it starts
+            local(target).zero_()
+    read_some(module, tensors, folder, mesh)
+
+
+@torch.no_grad()
+def read_some(
+    module: nn.Module, tensors: Sequence[FileTensor], folder: SafeFolder, mesh: ModuleMesh | None = None
+) -> None:
+    """read_into() of some parameters; all others stay."""
+    parts = parts_by_name(tensors)
     specs: dict[str, ParamSpec] = {name: spec for name, _, spec in declared(module)}
     for name, target in module_tensors(module).items():
         shape = tuple(target.shape)
-        if is_adapter(name):
-            continue  # it stays as it starts
         if name not in parts:
-            local(target).zero_()
             continue
         if mesh is None or name not in specs:
             held = [torch.arange(n) for n in shape]

@@ -68,6 +68,7 @@ VISION: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"merged": 20, "window": 4, "full_layers": (1,)},
     "qwen3_vl": {"table": 3, "merged": 20, "levels": (0,)},
 }
+SMALL["audioflamingo3"] = SMALL["whisper"]
 SMALL |= {name: {**NATIVE, **more} for name, more in VISION.items()}
 
 
@@ -210,6 +211,7 @@ SIZES: dict[str, list[Any]] = {
     "vit": [(8, 8), (4, 12), (8, 8), (12, 8)],
     "fastconformer": [3000, 1, 0, 4111, 799, 800],
     "whisper": [3000, 1],
+    "audioflamingo3": [3000, 700, 200],
     "wav2vec2": [3000, 400, 4111, 400],
     "parakeet": [3000, 160, 4111],
 }

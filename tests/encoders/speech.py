@@ -11,9 +11,10 @@ import torch
 import tests.llm.oracle  # noqa: F401  makes transformers importable
 
 import transformers  # isort: skip
+from transformers.models.audioflamingo3.modeling_audioflamingo3 import AudioFlamingo3Encoder  # isort: skip
 from transformers.models.whisper.modeling_whisper import WhisperEncoder  # isort: skip
 
-FAMILIES = ("whisper", "whisper_whole", "wav2vec2", "hubert", "parakeet", "parakeet_ctc")
+FAMILIES = ("whisper", "whisper_whole", "wav2vec2", "hubert", "parakeet", "parakeet_ctc", "audioflamingo3")
 
 
 def model(family: str, seed: int, *, even: bool = False) -> Any:
@@ -27,9 +28,8 @@ def model(family: str, seed: int, *, even: bool = False) -> Any:
     sizes = {"heads": heads, "width": 2 * heads * draw.choice([2, 4, 5]), "mlp": mlp}
     sizes["layers"] = draw.choice([2, 3] if even else [1, 2, 3])
     torch.manual_seed(seed)
-    made: Any = {"w": whisper, "p": parakeet}.get(family[0] if family != "wav2vec2" else "", speech)(
-        family, draw, sizes
-    )
+    kinds = {"whisper": whisper, "parakeet": parakeet, "audioflamingo3": flamingo}
+    made: Any = kinds.get(family.partition("_")[0], speech)(family, draw, sizes)
     with torch.no_grad():
         for name, p in made.named_parameters():
             p += 0.2 * torch.randn(p.shape)
@@ -65,6 +65,19 @@ def whisper(family: str, draw: random.Random, sizes: dict[str, int]) -> Any:
     if family == "whisper":
         return WhisperEncoder(cfg)
     return transformers.WhisperForConditionalGeneration(cfg)
+
+
+def flamingo(family: str, draw: random.Random, sizes: dict[str, int]) -> Any:
+    cfg = transformers.AudioFlamingo3EncoderConfig(
+        hidden_size=sizes["width"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        intermediate_size=sizes["mlp"],
+        num_mel_bins=draw.choice([16, 80]),
+        max_source_positions=draw.choice([50, 100]),
+        activation_function=draw.choice(["gelu", "gelu_new"]),
+    )
+    return AudioFlamingo3Encoder(cfg)
 
 
 def speech(family: str, draw: random.Random, sizes: dict[str, int]) -> Any:

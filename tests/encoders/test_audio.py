@@ -26,9 +26,12 @@ def inputs_of(made: Any, seed: int) -> dict[str, Tensor]:
     """Random inputs of two clips, of unequal lengths where the family allows."""
     cfg, gen = encoder_of(made).config, torch.Generator().manual_seed(seed)
     if hasattr(cfg, "max_source_positions"):
-        return {
-            "input_features": torch.randn(2, cfg.num_mel_bins, 2 * cfg.max_source_positions, generator=gen)
-        }
+        frames = 2 * cfg.max_source_positions
+        found = {"input_features": torch.randn(2, cfg.num_mel_bins, frames, generator=gen)}
+        if cfg.model_type == "audioflamingo3_encoder":
+            lengths = torch.tensor([[frames - seed % 3], [7 + seed % 9]])
+            found["input_features_mask"] = (torch.arange(frames)[None] < lengths).int()
+        return found
     if hasattr(cfg, "conv_dim"):
         return {"input_values": torch.randn(2, 700, generator=gen)}
     lengths = torch.tensor([37 + seed % 30, 5 + seed % 9])
@@ -39,11 +42,15 @@ def inputs_of(made: Any, seed: int) -> dict[str, Tensor]:
 
 def real_rows(found: Tensor, expected: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The rows of both that are of a clip."""
-    if "attention_mask" not in inputs:
-        return found.flatten(0, 1), expected.last_hidden_state.flatten(0, 1)
-    rows = -(-inputs["attention_mask"].sum(-1) // 8)
+    states = expected.last_hidden_state
+    if "input_features_mask" in inputs:
+        rows = ((inputs["input_features_mask"].sum(-1) - 1) // 2 + 1) // 2
+    elif "attention_mask" in inputs:
+        rows = -(-inputs["attention_mask"].sum(-1) // 8)
+    else:
+        return found.flatten(0, 1), states.flatten(0, 1)
     mask = torch.arange(found.shape[1])[None] < rows[:, None]
-    return found[mask], expected.last_hidden_state[mask]
+    return found[mask], states[:, : found.shape[1]][mask]
 
 
 def weigh(x: Tensor) -> Tensor:
@@ -71,7 +78,7 @@ def compare(family: str, seed: int, path: Path, dtype: torch.dtype, tolerance: f
     total = sum(float(g.double().square().sum()) for g in grads.values() if g is not None)
     wanted = sum(float(p.grad.double().square().sum()) for p in theirs.parameters() if p.grad is not None)
     frozen = [k for k, g in grads.items() if g is None]
-    if family.startswith("whisper"):  # ours has gradients of positions, which theirs are fixed
+    if "position" in grads:  # ours has gradients of positions, which theirs are fixed
         total -= float(grads["position"].double().square().sum())
     assert not frozen and total == pytest.approx(wanted, rel=100 * tolerance)
 
@@ -90,7 +97,7 @@ PAIRS = {
         "blocks.0.convolution.scale": "layers.0.conv.norm.weight",
     },
 }
-PAIRS["hubert"] = PAIRS["wav2vec2"]
+PAIRS["hubert"], PAIRS["audioflamingo3"] = PAIRS["wav2vec2"], PAIRS["whisper"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,7 +124,7 @@ def test_inputs_are_those_of_the_feature_extractor(family: str, tmp_path: Path) 
         x = resample(*read_sound(payload), 16000)[: int(cfg.sound.seconds * 16000)]
         expected = theirs(np.asarray(x), sampling_rate=16000, return_tensors="pt")
         (values,) = [v[0] for k, v in expected.items() if k != "attention_mask"]
-        if family == "whisper":
+        if family in ("whisper", "audioflamingo3"):
             values = values.T
         if "attention_mask" in expected:
             values = values[: int(expected["attention_mask"].sum())]

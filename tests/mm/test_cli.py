@@ -128,9 +128,9 @@ $ compare CONFIG --layouts configs/layouts/dp4.yaml configs/layouts/disjoint-dp3
 $ compare CONFIG --layouts a.yaml --steps 1
 2 needed: at least 2 steps
 $ data
-2 needed: data prepare digits --out DIR
+2 needed: data prepare NAME --out DIR
 $ data prepare digits
-2 needed: data prepare digits --out DIR
+2 needed: data prepare NAME --out DIR
 $ data inspect none-*.tar
 3 no shard matches
 $ checkpoint verify

@@ -5,9 +5,11 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
+from tests.mutations.of_corpora import CORPORA
 from tests.mutations.of_encoders import ENCODERS
 from tests.mutations.of_families import FAMILIES
 from tests.mutations.of_folders import FOLDERS
+from tests.mutations.of_handover import HANDOVER
 from tests.mutations.of_jobs import JOB
 from tests.mutations.of_media import MEDIA
 from tests.mutations.of_models import LLM
@@ -21,5 +23,5 @@ from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM),
-    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS + REMOTE),
+    *(FAMILIES + QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + REMOTE),
 )

@@ -377,8 +377,8 @@ JOB = (
         "trainer.resume",
         "a resumed run begins with the first samples again",
         "mm/train/trainer.py",
-        "first, bad = state.step",
-        "first, bad = 0",
+        "    first = state.step",
+        "    first = 0",
         "tests/mm/jobs/test_in_process.py::test_a_run_that_was_cut_short_goes_on_where_it_was",
     ),
     Fault(

@@ -15,7 +15,7 @@ from encoders.media.decode import decode_still
 from encoders.media.limits import BOUNDS, Limits
 from encoders.media.pictures import picture
 from encoders.media.probe import probe_media
-from mm.config.schema import LimitsConfig
+from mm.config.data import LimitsConfig
 from mm.data.probes import metadata
 
 import tests.llm.oracle  # noqa: F401  isort: skip

@@ -1,7 +1,7 @@
 """Adapters on published models: trained alike in any layout, merged in exports, in folders as of peft.
 
-The peft package is not needed: its names are those of modules of transformers' class, onto whose weights the
-test adds B A * alpha / r itself.
+The peft package is not needed but in one slow test: its names are those of modules of transformers' class,
+onto whose weights the tests add B A * alpha / r themselves.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llm.config import LLMConfig
+from llm.hf.peft import AdapterFolder, adapter_tensors
+from llm.hf.weights import checkpoint_tensors
+from llm.model import LLM
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.adapters import export_adapters
 from mm.checkpoint.folders import export_hf
-from mm.checkpoint.weights import fill_encoders, start_from
+from mm.checkpoint.weights import fill_adapters, fill_encoders, start_from
 from mm.cli import main
 from mm.errors import CheckpointError
 from mm.train.trainer import train_step
+from parallel.published import module_shapes
+from parallel.sharding.low_rank import LowRank, adapters_of, add_adapters
 from tests.llm.families import build, config_of, even, prepare
 from tests.llm.oracle import save
 from tests.llm.widened import Widened
@@ -42,6 +48,14 @@ def losses(raw: dict[str, Any], start: str, folder: str | None) -> list[float]:
         if folder is not None:
             checkpoint.save(job, feed.index, Path(folder), 3, feed.bad)
         return found
+
+
+def begun(raw: dict[str, Any], start: str, folder: str) -> None:
+    """A checkpoint of a run before its first step."""
+    with running(raw) as (job, feed):
+        fill_adapters(job)
+        start_from(job, [Path(start)])
+        checkpoint.save(job, feed.index, Path(folder), 0, feed.bad)
 
 
 def config(folder: Path, **llm: Any) -> dict[str, Any]:
@@ -98,6 +112,75 @@ def test_they_are_trained_merged_and_told_apart(name: str, ranks: Any, tmp_path:
     export_adapters(saved, tmp_path / "adapters", None, None)
     torch.testing.assert_close(logits_with(folder, tmp_path / "adapters"), expected, rtol=1e-9, atol=1e-9)
     assert (expected - logits_of(opened(folder))).abs().max() > 1e-3, "adapters count"
+    # Read back they are the trained ones, in another layout, and nothing is lost on the way.
+    raw["train"]["lora"] = {"llm": {**LORA, "weights": str(tmp_path / "adapters")}}
+    ranks(2, begun, {**raw, "layout": {"llm": {"pp": 2}}}, str(folder), str(tmp_path / "again"))
+    export_adapters(tmp_path / "again" / "step-00000000", tmp_path / "back", None, None)
+    old, new = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("adapters", "back"))
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_the_peft_package_reads_what_is_written(name: str, ranks: Any, tmp_path: Path) -> None:
+    """And what it saves itself is read here; it is installed on no machine of this project."""
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    folder = save(build(config_of(name, even(name, 0) | {"vocab_size": 264}), torch.float64), tmp_path / "in")
+    raw = config(folder)
+    ranks(1, losses, raw, str(folder), str(tmp_path / "run"))
+    saved = tmp_path / "run" / "step-00000003"
+    export_adapters(saved, tmp_path / "adapters", None, None)
+    export_hf(saved, tmp_path / "merged", None, name)
+    theirs = peft.PeftModel.from_pretrained(
+        opened(folder), tmp_path / "adapters", torch_device="cpu"
+    ).double()
+    expected = logits_of(opened(tmp_path / "merged"))
+    torch.testing.assert_close(logits_of(theirs), expected, rtol=1e-9, atol=1e-9)
+    theirs.save_pretrained(tmp_path / "saved")
+    raw["train"]["lora"] = {"llm": {**LORA, "weights": str(tmp_path / "saved")}}
+    ranks(1, begun, raw, str(folder), str(tmp_path / "again"))
+    export_hf(tmp_path / "again" / "step-00000000", tmp_path / "both", None, name)
+    torch.testing.assert_close(logits_of(opened(tmp_path / "both")), expected, rtol=1e-9, atol=1e-9)
+
+
+UNFIT = {
+    "rank": ({"r": 4}, "rank 4 and alpha 12, the model of rank 3 and alpha 12; needed: rank: 4, alpha: 12"),
+    "scale": ({"use_rslora": True}, "needed: rank: 3, alpha: 20.7846"),
+    "kind": ({"use_dora": True}, "use_dora=True; needed: False"),
+}
+
+
+@pytest.mark.parametrize("what", [*UNFIT, "maps", "names", "shape"])
+def test_a_folder_of_other_adapters_is_refused(what: str, tmp_path: Path) -> None:
+    cfg = LLMConfig(**{**small()["model"]["llm"], "pattern": "*-", "expert_bias_rate": 0.0})
+    low = LowRank(3, 12.0, ("q", "v"))
+    changed, words = UNFIT.get(what, ({}, what))
+    said = {"peft_type": "LORA", "r": 3, "lora_alpha": 12.0, **changed}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    model, held = LLM(cfg, device="meta"), {}
+    add_adapters(model, low)
+    shapes = module_shapes(model)
+    for t in checkpoint_tensors(cfg):
+        for ours, letter in zip(adapters_of(t.parts[0].name), "AB", strict=True):
+            if ours in shapes:
+                held[f"base_model.model.{t.key.removesuffix('.weight')}.lora_{letter}.weight"] = shapes[ours]
+    assert len(held) == 4
+    first = min(held)
+    if what == "maps":
+        held, words = (
+            {k: s for k, s in held.items() if "v_proj" not in k},
+            r"1 adapters and the model 2.*\['q'\]",
+        )
+    if what == "names":
+        held["base_model.model.other.lora_A.weight"], words = (
+            (3, 4),
+            "other.lora_A.weight, no adapter of a map",
+        )
+    if what == "shape":
+        held[first], words = (3, 5), r"has shape \[3, 5\], expected"
+    save_file({k: torch.zeros(s) for k, s in held.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        adapter_tensors(cfg, low, AdapterFolder(tmp_path))
 
 
 REFUSED = {

@@ -19,10 +19,9 @@ from mm.checkpoint.folders import export_hf
 from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up
-from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
-from mm.train.trainer import train_on, train_step
+from mm.train.trainer import open_feed, train_on, train_step
 from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 from tests.mm.harness import CONFIGS, largest_difference, small
@@ -39,13 +38,16 @@ def run(raw: dict[str, Any], folder: str, first: int, last: int) -> list[dict[st
     index = open_index(blueprint, blueprint.cfg.data.train, CONFIGS)
     job = build_job(blueprint, rank)
     data = open_data(job, index)
+    state = checkpoint.Resumed()
     if first:
         found = resume.find(blueprint.cfg, Path(folder), rank)
-        assert found is not None and checkpoint.load(job, data.index, found).step == first
-    feed = Feed(data.index, data.assembler, job.control, FeedOptions(seed=1, global_batch=5, prefetch=1))
+        assert found is not None
+        state = checkpoint.load(job, data.index, found)
+        assert state.step == first
+    feed = open_feed(job, data, state)
     try:
         out = [asdict(train_step(job, feed, step)) for step in range(first, last)]
-        checkpoint.save(job, data.index, Path(folder), last, feed.bad)
+        checkpoint.save(job, data.index, Path(folder), last, feed.bad, feed.drawn)
     finally:
         feed.close()
         job.close()

@@ -18,10 +18,9 @@ from mm.checkpoint.weights import start_from
 from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up
-from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
-from mm.train.trainer import train_step
+from mm.train.trainer import open_feed, train_step
 from tests.llm.families import build, config_of, even, save
 from tests.mm.harness import CONFIGS, small
 
@@ -33,7 +32,7 @@ def two_steps(raw: dict[str, Any], weights: str | None, save: str | None) -> lis
     data = open_data(job, index)
     if weights is not None:
         start_from(job, [Path(weights)])
-    feed = Feed(index, data.assembler, job.control, FeedOptions(seed=1, global_batch=12, prefetch=1))
+    feed = open_feed(job, data)
     try:
         losses = [train_step(job, feed, step).loss for step in range(2)]
         if save is not None:

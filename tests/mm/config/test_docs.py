@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from mm.config.build import Section
 from mm.config.schema import Config, EncoderConfig
+from mm.config.sources import SourceConfig, WeightsConfig
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "config.md"
 
@@ -22,6 +23,9 @@ def fields(kind: type[Section], path: str = "") -> Iterator[tuple[str, FieldInfo
         key = f"{path}.{name}" if path else name
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from fields(field.annotation, key)
+        elif key in ("data.train", "data.weights"):
+            yield key, field
+            yield from fields(SourceConfig if key == "data.train" else WeightsConfig, f"{key}.K")
         elif key == "model":
             yield from fields(EncoderConfig, "model.X")
         elif key != "base":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mm.config.remote import storage_of
+from mm.config.data import storage_of
 from mm.config.schema import Config, load_config, resolve_yaml, shown
 from mm.data.storage import Storage
 from mm.errors import DataError
@@ -21,7 +21,7 @@ def config(*overrides: str) -> Config:
 
 
 def opened(cfg: Config) -> Storage:
-    return storage_of(cfg.data.remote, cfg.data.model_dump(mode="json"))
+    return storage_of(cfg.data)
 
 
 def test_no_file_of_a_run_has_a_password(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from mm.data.layouts.interleaved import interleaved
 from mm.data.layouts.tar import made_of, text_part
 from mm.data.reader import ShardReader
 from mm.data.scan import build_index
+from mm.data.storage import Storage
 from mm.errors import DataError
 from tests.mm.data.test_damage import write_tar
 
@@ -143,9 +144,9 @@ def test_a_layout_of_the_config_makes_another_index(tmp_path: Path) -> None:
     assert [s.tokens for s in index.samples[0].segments] == [7, 6] and index.samples[0].names == ()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mm.data.building.build_index", None)
-        assert load_index(["a.tar"], tmp_path, layout=other, say=str) == index
-    assert load_index(["a.tar"], tmp_path, layout="captions", say=str) == one
-    assert load_index(["a.tar"], tmp_path, say=str) == one
+        assert load_index(["a.tar"], tmp_path, layout=other, storage=Storage(say=str)) == index
+    assert load_index(["a.tar"], tmp_path, layout="captions", storage=Storage(say=str)) == one
+    assert load_index(["a.tar"], tmp_path, storage=Storage(say=str)) == one
 
 
 NAMED = st.lists(st.sampled_from(["1.jpg", "2.jpg", "10.jpg", "a.wav", "cls", "npy", "txt"]), unique=True)

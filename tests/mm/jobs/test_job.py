@@ -129,6 +129,8 @@ def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path, ranks: A
     for text in (ended[0].out, (tmp_path / "run" / "log.txt").read_text()):
         assert "training data: 12 samples" in text and "sensor-000000.tar: 12 samples" in text
     assert metrics(tmp_path)[0]["skipped_items"] == 1
+    (skip,) = map(json.loads, (tmp_path / "run" / "skipped.jsonl").read_text().splitlines())
+    assert (skip["step"], skip["key"], skip["shard"]) == (1, "s000", str(shard)) and "sha256" in skip["why"]
     assert "not evaluated: sample s000" in err and "eval_loss" in metrics(tmp_path)[-1]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.mm.harness import free_port, run_job, small
+from tests.mm.harness import free_port, run_job, run_rank, small
 from tests.mm.shards import sensor_samples, write_shard
 
 STAGES = [
@@ -50,6 +50,8 @@ def test_a_stage_starts_from_the_weights_of_the_one_before(config: Path) -> None
     again = run_job(["train", one, f"run.dir={config.parent / 'again'}"], free_port())
     assert again.code == 0, again.err
     assert [m["loss"] for m in metrics(config.parent / "again")] == [m["loss"] for m in rest]
+    assert "weights of sensor, llm in memory from the stage before" in (run / "all" / "log.txt").read_text()
+    assert f"weights of sensor, llm from {run}" in (config.parent / "again" / "log.txt").read_text()
     afresh = ["checkpoint.weights=null", f"run.dir={config.parent / 'afresh'}"]
     assert run_job(["train", one, *afresh], free_port()).code == 0
     assert metrics(config.parent / "afresh")[0]["loss"] != rest[0]["loss"]
@@ -80,6 +82,32 @@ def test_the_data_of_a_later_stage_is_refused_before_the_first(config: Path, tmp
 def test_one_stage_is_run_alone(config: Path) -> None:
     one = run_job(["train", str(config), "--stage", "projector"], free_port())
     assert one.code == 0 and not (config.parent / "run" / "all").exists()
+
+
+@pytest.mark.slow
+def test_a_stage_changes_the_layout_in_memory_as_through_a_checkpoint(config: Path, ranks: Any) -> None:
+    """A module that the stage before lacked comes from the checkpoint of the one before that."""
+    raw = yaml.safe_load(config.read_text())
+    told = [{"key": f"t{i}", "segments": [{"text": f"level {i}"}], "parts": {}} for i in range(6)]
+    write_shard(config.parent / "text-000000.tar", told)
+    alone = {"name": "text", "steps": 2, "modules": [], "data": {"train": ["text-*.tar"]}}
+    alone |= {"layout": {"llm": {"tp": 2}}}
+    raw["stages"][0]["layout"] = {"sensor": {"ranks": [1]}, "llm": {"ranks": [0]}}
+    raw["stages"][1]["layout"] = {"sensor": {"data_parallel": "zero3"}, "llm": {"ranks": [1, 0], "pp": 2}}
+    raw["stages"].insert(1, alone)
+    config.write_text(yaml.safe_dump(raw))
+    run, apart = config.parent / "run", config.parent / "apart"
+    ended = ranks(2, run_rank, ["train", str(config)], free_port(), timeout=300)
+    assert [e.code for e in ended] == [0, 0], ended[0].err
+    for stage in ("projector", "text", "all"):
+        one = ["train", str(config), "--stage", stage, f"run.dir={apart}"]
+        ended = ranks(2, run_rank, one, free_port(), timeout=300)
+        assert [e.code for e in ended] == [0, 0], ended[0].err
+        same = [[m["loss"], m["grad_norm"]] for m in metrics(run / stage)]
+        assert [[m["loss"], m["grad_norm"]] for m in metrics(apart / stage)] == same
+    said = (run / "all" / "log.txt").read_text()
+    assert f"weights of llm in memory from the stage before; of sensor from {run / 'projector'}" in said
+    assert "in memory" not in (apart / "all" / "log.txt").read_text()
 
 
 def test_commands_on_one_run_name_the_stages(config: Path) -> None:

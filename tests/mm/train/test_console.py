@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mm.errors import Refused
+from mm.plan.drawn import Count
 from mm.plan.step_plan import Imbalance
 from mm.plan.subsets import SubsetLoss
 from mm.train.console import Console, step_line
@@ -38,6 +39,7 @@ def record(step: int) -> TimedStep:
         objectives={"mtp": 0.25},
         loss_by_modality={"text": SubsetLoss(1 / 4, 10), "vision": SubsetLoss(1 / 2, 5)},
         loss_by_source={"digits": SubsetLoss(1 / 3, 15)},
+        drawn_by_source={"digits": Count(7, 90)},
         imbalance={"vision": Imbalance(dealt=1.0, by_sample=1.5)},
         skipped_items=2,
         stop=False,
@@ -72,7 +74,7 @@ def test_a_line_of_metrics_has_these_keys_in_this_order() -> None:
     written = json.loads(json.dumps(record(1).to_json()))
     assert ",".join(written) == (
         "step,loss,tokens,lr,grad_norm,grad_norm_by_module,flops_by_module,peak_memory_bytes,data_s,"
-        "seconds_by_module,optimizer_s,boundary,objectives,loss_by_modality,loss_by_source,imbalance,skipped_items,step_s,tokens_per_s,"
+        "seconds_by_module,optimizer_s,boundary,objectives,loss_by_modality,loss_by_source,drawn_by_source,imbalance,skipped_items,step_s,tokens_per_s,"
         "tflops_per_device"
     )
     assert written["boundary"] == {

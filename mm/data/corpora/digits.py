@@ -6,28 +6,19 @@ espeakng-loader): `pip install -e .[data]`. Evaluation images and evaluation voi
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import random
-import tarfile
-import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mm.data.building import kept_indexes
+from mm.data.corpora.shards import WrittenSample, write_shard
+from mm.data.corpora.speech import EVAL_VOICES, TRAIN_VOICES, Speaker
 
-RATE = 8000
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# eSpeak NG voices: an accent and a variant. No variant of the evaluation is used in training.
-TRAIN_VOICES = (
-    *("en-us", "en", "en-us+m1", "en+m1", "en-us+m2", "en-us+m3", "en+m3", "en-us+m6"),
-    *("en-us+f1", "en+f1", "en-us+f2", "en-us+f3", "en+f5"),
-)
-EVAL_VOICES = ("en-us+m4", "en-us+m7", "en-us+f4", "en+f4")
 
 ATTRIBUTION = """# Attribution
 
@@ -58,12 +49,11 @@ def prepare_digits(out: Path, seed: int = 0, train_samples: int = 860, eval_samp
     held_out = Pool(eval_images, _clips(EVAL_VOICES, (160, 200), (50,), rng))
     half = train_samples // 2
     shards = [
-        _write(out / "digits-train-000000.tar", _samples(train, half, rng, "a")),
-        _write(out / "digits-train-000001.tar", _samples(train, train_samples - half, rng, "b")),
-        _write(out / "digits-eval-000000.tar", _samples(held_out, eval_samples, rng, "e")),
+        write_shard(out / "digits-train-000000.tar", _samples(train, half, rng, "a")),
+        write_shard(out / "digits-train-000001.tar", _samples(train, train_samples - half, rng, "b")),
+        write_shard(out / "digits-eval-000000.tar", _samples(held_out, eval_samples, rng, "e")),
     ]
     (out / "ATTRIBUTION.md").write_text(ATTRIBUTION)
-    kept_indexes([str(shard) for shard in shards])
     return shards
 
 
@@ -96,62 +86,6 @@ def _clips(
     return out
 
 
-class Speaker:
-    """eSpeak NG through ctypes, in the synchronous mode that passes samples to a callback."""
-
-    def __init__(self) -> None:
-        import espeakng_loader
-
-        self._lib = ctypes.CDLL(espeakng_loader.get_library_path())
-        synchronous = 2
-        data = str(espeakng_loader.get_data_path()).encode()
-        self._rate = self._lib.espeak_Initialize(synchronous, 0, data, 0)
-        self._heard: list[np.ndarray] = []
-        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        self._callback = kind(self._hear)  # kept here: ctypes holds no reference
-        self._lib.espeak_SetSynthCallback(self._callback)
-
-    def _hear(self, samples: object, count: int, events: object) -> int:
-        if samples and count > 0:
-            self._heard.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    def say(self, word: str, voice: str, speed: int, pitch: int) -> bytes:
-        """A word as 8 kHz, 8-bit wav; raises ValueError where the voice does not exist."""
-        if self._lib.espeak_SetVoiceByName(voice.encode()):
-            raise ValueError(f"eSpeak NG has no voice {voice!r}")
-        rate_parameter, pitch_parameter = 1, 3
-        self._lib.espeak_SetParameter(rate_parameter, speed, 0)
-        self._lib.espeak_SetParameter(pitch_parameter, pitch, 0)
-        self._heard = []
-        text = word.encode() + b"\0"
-        utf8 = 1
-        # A C function: its arguments have positions only.
-        self._lib.espeak_Synth(text, len(text), 0, 0, 0, utf8, None, None)
-        return _wav(_resample(np.concatenate(self._heard).astype(np.float64), self._rate))
-
-
-def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Resample to 8 kHz by truncating the spectrum; trim silence from both ends; scale the peak to 0.9."""
-    n = round(len(samples) * RATE / rate)
-    spectrum = np.fft.rfft(samples)[: n // 2 + 1]
-    out: np.ndarray = np.fft.irfft(spectrum, n)
-    loud = np.flatnonzero(np.abs(out) > 0.03 * np.abs(out).max())
-    out = out[max(0, loud[0] - 80) : loud[-1] + 80]
-    scaled: np.ndarray = 0.9 * out / np.abs(out).max()
-    return scaled
-
-
-def _wav(samples: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as f:
-        f.setnchannels(1)
-        f.setsampwidth(1)
-        f.setframerate(RATE)
-        f.writeframes(np.clip(np.round(samples * 127.0 + 128.0), 0, 255).astype(np.uint8).tobytes())
-    return buffer.getvalue()
-
-
 def _png(pixels: np.ndarray, rng: random.Random) -> bytes:
     """A digit as PNG, sometimes in the corner of a larger blank canvas, so that row counts differ."""
     from PIL import Image
@@ -164,7 +98,7 @@ def _png(pixels: np.ndarray, rng: random.Random) -> bytes:
     return buffer.getvalue()
 
 
-def _samples(pool: Pool, n: int, rng: random.Random, prefix: str) -> Iterator[dict[str, bytes | str]]:
+def _samples(pool: Pool, n: int, rng: random.Random, prefix: str) -> Iterator[WrittenSample]:
     """n samples of up to three images and up to two clips, with at least one item each."""
     counts = [(1, 1)] * 12 + [(2, 1)] * 4 + [(3, 1), (1, 2), (2, 2), (1, 0), (0, 1)]
     taken = {d: 0 for d in range(10)}
@@ -173,7 +107,7 @@ def _samples(pool: Pool, n: int, rng: random.Random, prefix: str) -> Iterator[di
         n_images, n_clips = rng.choice(counts)
         seen = [rng.randrange(10) for _ in range(n_images)]
         heard = [rng.randrange(10) for _ in range(n_clips)]
-        sample: dict[str, bytes | str] = {"__key__": f"{prefix}{k:05d}"}
+        sample: WrittenSample = {"__key__": f"{prefix}{k:05d}"}
         segments: list[dict[str, object]] = []
         for i, digit in enumerate(seen):
             pixels = pool.images[digit][taken[digit] % len(pool.images[digit])]
@@ -198,13 +132,3 @@ def _text(verb: str, digits: Sequence[int], module: str) -> list[dict[str, objec
     for digit in digits:
         out += [{"text": " "}, {"text": str(digit), "depends": module}]
     return out
-
-
-def _write(path: Path, samples: Iterator[dict[str, bytes | str]]) -> Path:
-    from webdataset import TarWriter
-
-    # Plain ustar headers: extended ones would add a kilobyte to every small file.
-    with TarWriter(str(path), mtime=0, user="polyrank", group="polyrank", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            tar.write(sample)
-    return path

@@ -1,0 +1,1 @@
+"""Figures of the jobs on real corpora (docs/corpora.md)."""

@@ -1,0 +1,107 @@
+"""What a run has taken of its data: counts by data set, where it goes on, and what that depends on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mm.config.schema import Config
+from mm.data.sample import Index
+from mm.plan.batches import START, Cursor
+from mm.plan.sources import stream_of
+from mm.plan.step_plan import StepPlan
+
+
+class Count(NamedTuple):
+    """Samples that were taken, and their tokens with rows and markers."""
+
+    samples: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """by_source: by data set, what was taken of it so far. cursor: where the next step begins, where samples
+    are packed."""
+
+    by_source: Mapping[str, Count] = field(default_factory=dict)
+    cursor: Cursor = START
+
+    def after(self, plan: StepPlan) -> Drawn:
+        """With a step more."""
+        table, found = plan.table, dict(self.by_source)
+        samples = np.bincount(table.source, minlength=len(table.sources)).tolist()
+        tokens = np.bincount(table.source, table.length, len(table.sources)).astype(np.int64).tolist()
+        for name, n, length in zip(table.sources, samples, tokens, strict=True):
+            if n:
+                old = found.get(name, Count(0, 0))
+                found[name] = Count(old.samples + n, old.tokens + length)
+        return Drawn(dict(sorted(found.items())), self.cursor if plan.ends is None else Cursor(*plan.ends))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {"by_source": {k: list(v) for k, v in self.by_source.items()}, "cursor": list(self.cursor)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Drawn:
+        """What to_json() gave."""
+        return Drawn({k: Count(*v) for k, v in data["by_source"].items()}, Cursor(*data["cursor"]))
+
+
+NOTHING = Drawn()
+
+
+def history(cfg: Config, index: Index, step: int, cursor: Cursor) -> dict[str, Any]:
+    """All that the samples of the first `step` steps depend on, as plain data; cursor: where the next begins.
+
+    Two configs whose histories are equal have taken the same samples so far, and go on in the same shuffles.
+    Sources and weights that have not come in use do not enter.
+    """
+    stream, rules = stream_of(cfg, index), cfg.data
+    packed: dict[str, Any] = {}
+    position = step * cfg.train.global_batch
+    if rules.pack is not None:
+        packed = {"pack": rules.pack, "window": rules.window, "context": rules.context}
+        position = (cursor.window + (cursor.sequence > 0)) * rules.window
+        left_out = np.asarray(sorted(index.skipped), dtype=np.int64)
+        packed["skipped"] = hashlib.sha256(left_out.tobytes()).hexdigest()[:16]
+    end = stream.blend.end
+    position = position if end is None else min(position, end)
+    taken = stream.blend.taken(position).tolist()
+    sources, names = {}, [s.name for s in stream.sources]
+    for source, count in zip(stream.sources, taken, strict=True):
+        if count or len(names) == 1:
+            what = hashlib.sha256()
+            for first, size, bits in source.samples.ranges:
+                what.update(index.digest_of(first, first + size).encode())
+                what.update(b"" if bits is None else bits.tobytes())
+            epochs = -(-count // len(source.samples))
+            ended = source.epochs if source.epochs is not None and epochs >= source.epochs else None
+            sources[source.name] = [len(source.samples), what.hexdigest()[:16], ended]
+    used = [s for s in stream.blend.stretches if s.start < position]
+    weights = [[s.start, {n: w for n, w in zip(names, s.weights, strict=True) if w}] for s in used]
+    return {"sources": sources, "weights": weights, **packed}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What is different in two histories, in words."""
+    out = []
+    for name in sorted({*old["sources"], *new["sources"]}):
+        was, now = old["sources"].get(name), new["sources"].get(name)
+        what = f"source {name}" if name else "data.train"
+        if was is None or now is None:
+            out.append(f"{what} was {'not there' if was is None else 'there'}")
+        elif was != now:
+            other = f"{was[0]} samples, now {now[0]}" if was[0] != now[0] else "other samples or epochs"
+            out.append(f"{what} had {other}")
+    if not out and old["weights"] != new["weights"]:
+        out.append(f"the weights were {old['weights']}, now {new['weights']}")
+    for key in sorted({*old, *new} - {"sources", "weights"}):
+        if old.get(key) != new.get(key):
+            what = f"data.{key} was {old.get(key)}, now {new.get(key)}"
+            out.append("other samples were left out" if key == "skipped" else what)
+    return out
