@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from mm.commands import checkpoint, compare, data, doctor, evaluate, generate, train
 from mm.commands.command import Command
+from mm.data.remote.urls import scrub
 from mm.errors import PolyrankError, Refused
 from mm.ranks import launch
 
@@ -60,7 +61,7 @@ def _explain(error: BaseException) -> None:
             print(f"rank {os.environ['RANK']} failed:", file=sys.stderr)
         traceback.print_exception(error)
         return
-    print(message, file=sys.stderr, flush=True)
+    print(scrub(message), file=sys.stderr, flush=True)  # a URL of a config may have a password
 
 
 def _run(argv: list[str]) -> int:

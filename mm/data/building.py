@@ -97,7 +97,7 @@ class _Work(NamedTuple):
     @property
     def indexes(self) -> Store:
         """Where their indexes are kept."""
-        return Store(self.folder, INDEX, "index", beside=not is_remote(self.shards[0]))
+        return Store(self.folder, INDEX, "index", with_shards=not is_remote(self.shards[0]))
 
 
 def _of_folder(work: _Work, write: bool, again: bool) -> dict[str, Kept]:

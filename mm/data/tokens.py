@@ -22,9 +22,9 @@ from mm.data.storage import LOCAL, OpenFile, Storage
 BATCH_BYTES = 4 << 20  # of text that is encoded at once: enough for all cores, small beside a shard
 
 
-def store_of(folder: Path, tokenizer: PublishedTokenizer, *, beside: bool = True) -> Store:
+def store_of(folder: Path, tokenizer: PublishedTokenizer, *, with_shards: bool = True) -> Store:
     """The lengths of a folder's shards; files have the beginning of the tokenizer's key in their names."""
-    return Store(folder, TEXTS, f"tokens-{tokenizer.key[:12]}", beside)
+    return Store(folder, TEXTS, f"tokens-{tokenizer.key[:12]}", with_shards)
 
 
 def kept_texts(
@@ -49,7 +49,7 @@ def kept_texts(
 def _of_folder(
     folder: Path, shards: dict[str, Kept], tokenizer: PublishedTokenizer, write: bool, storage: Storage
 ) -> dict[str, Kept]:
-    store = store_of(folder, tokenizer, beside=not is_remote(next(iter(shards))))
+    store = store_of(folder, tokenizer, with_shards=not is_remote(next(iter(shards))))
     found = _current(store, shards, tokenizer)
     if len(found) == len(shards):
         return found

@@ -35,7 +35,9 @@ class Store:
     folder: Path
     spec: Spec
     suffix: str  # of the files
-    beside: bool = True  # whether the shards lie there too: what is kept of those that are gone is left out
+    with_shards: bool = (
+        True  # whether the shards lie there too: what is kept of those that are gone is left out
+    )
 
     def tables(self) -> dict[Path, Table]:
         """By file, what it holds. Files that are damaged or of another format are left out."""
@@ -59,7 +61,7 @@ class Store:
             live = [k for k, name in enumerate(table.paths) if name not in names]
             if table.nbytes > max(GROWTH * total, SMALL) and live:
                 continue
-            live = [k for k in live if not self.beside or (self.folder / table.paths[k]).exists()]
+            live = [k for k in live if not self.with_shards or (self.folder / table.paths[k]).exists()]
             names.update(table.paths)
             parts.insert(0, table.take(live))
             total += table.nbytes

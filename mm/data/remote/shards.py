@@ -98,9 +98,9 @@ class RemoteShards:
         for run, data in zip(missing, got[len(exact) :], strict=True):
             found |= {(run.name, n): block for n, block in self._keep(run.name, run.offset, data)}
         others = iter(got)
-        return [self._cut(found, *one) if k else next(others) for one, k in zip(wanted, kept, strict=True)]
+        return [self._part(found, *one) if k else next(others) for one, k in zip(wanted, kept, strict=True)]
 
-    def _cut(self, blocks: dict[tuple[str, int], bytes], name: str, offset: int, size: int) -> bytes:
+    def _part(self, blocks: dict[tuple[str, int], bytes], name: str, offset: int, size: int) -> bytes:
         """A range out of its blocks."""
         data = b"".join(blocks[key] for key in self._keys(name, offset, size))
         return data[offset % BLOCK : offset % BLOCK + size]

@@ -71,13 +71,13 @@ def open_store(scheme: str) -> Store:
 class _Any:
     """A file system of fsspec as it is: no condition on the version."""
 
-    def __init__(self, scheme: str, **options: Any) -> None:
+    def __init__(self, scheme: str, kind: Callable[..., Any] | None = None, **options: Any) -> None:
         import fsspec
         from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
         self.scheme = scheme
         # Listings are kept for a process's life by default: a changed object would not be noticed.
-        fs = fsspec.filesystem(scheme, use_listings_cache=False, **options)
+        fs = (kind or fsspec.get_filesystem_class(scheme))(use_listings_cache=False, **options)
         self.sync = None if fs.async_impl else fs
         self.fs = fs if fs.async_impl else AsyncFileSystemWrapper(fs, asynchronous=False)
 
@@ -125,6 +125,13 @@ class _S3(_Any):
 
 class _Google(_Any):
     """Google's store, with Google's default credentials, or none for public buckets."""
+
+    def __init__(self, scheme: str) -> None:
+        from gcsfs.core import GCSFileSystem
+
+        # The class that fsspec knows asks for the kind of bucket before each request, by gRPC, and waits for
+        # a minute where that is not allowed.
+        super().__init__(scheme, GCSFileSystem)
 
     async def get(self, url: str, offset: int, size: int, version: str) -> bytes:
         end = offset + size

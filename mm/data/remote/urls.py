@@ -24,7 +24,7 @@ PACKAGES = {
 # User and password: up to the last @ before the path, or, where a password with a slash is written as it is,
 # from a colon that begins no port up to the next @.
 _USER = r"(?:[^\s/'\"]*@|[^\s/:@'\"]*:(?!\d+(?:[/?#]|$))[^\s@'\"]*@)?"
-_SECRETS = re.compile(rf"(?P<scheme>[a-zA-Z][\w+.-]*://){_USER}(?P<path>[^\s?'\"]*)(?:\?[^\s'\")\]]*)?")
+_URL = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"]*")
 
 
 def is_remote(name: str) -> bool:
@@ -49,7 +49,7 @@ def public(url: str) -> str:
 
 def scrub(text: str) -> str:
     """Text, such as another package's error, with every URL in it made public."""
-    return _SECRETS.sub(lambda m: m["scheme"] + m["path"], text)
+    return _URL.sub(lambda found: public(found[0]), text)
 
 
 def all_public(value: Any) -> Any:
