@@ -97,7 +97,7 @@ class Skipped(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """Samples that are not left out, by shard, int64 [shards]. truncated: those of which only the beginning is
+    """Samples that are not left out, by shard, int64 [shards]. truncated: those of which only a beginning is
     used. items: by module that has some, in alphabetical order."""
 
     samples: NDArray[np.int64]

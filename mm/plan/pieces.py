@@ -36,8 +36,8 @@ def with_pieces(index: Index, inputs: PlanInputs, tokenizer: AnyTokenizer) -> In
 
 
 def omissions(index: Index, uses: Mapping[str, EncoderUse]) -> list[str]:
-    """What encoders leave out of items, a line for each kind with how many items it is of. O(items), unless no
-    encoder leaves out anything."""
+    """What encoders leave out of items, a line for each kind with how many items it is of. O(items), unless
+    no encoder leaves out anything."""
     found: Counter[tuple[str, str]] = Counter()
     every: Counter[str] = Counter()
     some = [m for m, use in uses.items() if getattr(use.cls.omits, "__func__", None) is not NOTHING]
