@@ -3,14 +3,13 @@
     python -m benchmarks.data.index [--samples 10000000] [--shards 20000] [--ranks 4] [--keep FOLDER]
 
 Makes an index of shards that have no payload: a text of 20 to 20,000 bytes (lognormal), up to 2 pictures and
-up to 1 clip a sample, 2,000 sizes. Then, each in processes of their own, once for a small data set of 10
-thousand samples and once for all:
+up to 1 clip a sample, 1,000 sizes. Then, in processes of their own, once for a small data set of 10 thousand
+samples and once for all:
 
 first: the first opening, which looks at all samples and keeps what does not fit. open: a later one, to the
 table of samples. step: the median of 100 steps of 256 samples that are planned, with their digests. resident:
-what the process has more after the opening and 100 steps than before; shared: as pages of the index's files,
-which all ranks map; private: its own. pss: the sum over the ranks of what is more, shared pages divided among
-them.
+what the process has more after the opening and 100 steps than before. shared: as pages of the index's files,
+which all ranks map. private: its own. pss: the sum over the ranks of what is more, shared pages divided.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -32,87 +32,77 @@ from benchmarks import common
 from benchmarks.planning.synthetic import inputs
 from mm.config.schema import DataConfig
 from mm.data.building import store_of
-from mm.data.columns.entries import INDEX, index_columns
+from mm.data.columns.entries import INDEX
 from mm.data.columns.table import NO_CODE, Strings, Table
 from mm.data.index import load_index
 from mm.order.stream import Stream
 from mm.plan.select import select
 from mm.plan.step_plan import plan_table
 from mm.plan.table import DataTable
+from parallel.sequence.intervals import before
 
 SMALL = 10_000  # samples
 A_SHARD = 500  # samples
 STEPS, BATCH = 100, 256
 MODULES = ("vision", "audio")
 SIZES = 1000  # rows of an item: as many metadata are distinct for each module
+SHARD_BYTES = 1024
+NAMES = ["segments", "auto", "json", "img0.png", "aud0.wav", *MODULES]
 
 
 def synthetic(samples: int, shards: int, seed: int = 0) -> Table:
     """An index of shards that nobody has scanned, of equal numbers of samples."""
     rng = np.random.default_rng(seed)
     each = samples // shards
-    n = each * shards
-    of = rng.integers(0, 4, n)  # items of a sample: none, a picture, two, a picture and a clip
-    items = np.asarray([0, 1, 2, 2])[of]
-    names = ["segments", "auto", "json", "img0.png", "img1.png", "aud0.wav", *MODULES]
-    code = {name: k for k, name in enumerate(names)}
+    of = rng.integers(0, 4, each * shards)  # items of a sample: none, a picture, two, a picture and a clip
+    parts = 1 + np.asarray([0, 1, 2, 2])[of]  # as many as segments
     columns: dict[str, Any] = {name: np.zeros(0, dtype) for name, dtype in INDEX.columns.items()}
-    key = np.char.mod("%08d", np.arange(n)).astype("S8") if n < 100_000 else _numbers(n)
-    columns["keys"] = np.frombuffer(key.tobytes(), dtype=np.uint8)
-    start = np.cumsum(items + 1) - items - 1  # of the first part; as many segments
-    base = start[::each].repeat(each)
-    sample = np.zeros(n, INDEX.columns["samples"])
-    local = np.tile(np.arange(each), shards)
-    sample["key"], sample["key_bytes"], sample["part"], sample["parts"] = (
-        8 * local,
-        8,
-        start - base,
-        items + 1,
-    )
-    columns["samples"] = sample
-    line = np.zeros(n, INDEX.columns["lines"])
-    line["sample"], line["segment"], line["segments"] = local, start - base, items + 1
-    columns["lines"] = line
-    total = int((items + 1).sum())
-    owner = np.repeat(np.arange(n), items + 1)
-    nth = np.arange(total) - start[owner]
-    is_text = nth == 0
-    clip = (of[owner] == 3) & (nth == 2)
-    part = np.zeros(total, INDEX.columns["parts"])
-    part["offset"], part["size"], part["known"] = 512 + 4096 * np.arange(total) % 2**30, 3000, True
-    part["sha256"] = rng.integers(0, 256, (total, 32), dtype=np.uint8)
-    part["name"] = np.where(is_text, code["json"], np.where(clip, code["aud0.wav"], code["img0.png"]))
-    part["meta"] = np.where(is_text, 0, 1 + rng.integers(0, SIZES, total))
-    columns["parts"] = part
-    seg = np.zeros(total, INDEX.columns["segments"])
-    seg["kind"] = np.where(is_text, NO_CODE, np.where(clip, code["audio"], code["vision"]))
-    seg["part"] = nth
-    length = np.clip(rng.lognormal(5.5, 1.2, total), 20, 20_000)
-    seg["tokens"], seg["depends"], seg["loss"] = np.where(is_text, length, 0), NO_CODE, True
-    columns["segments"] = seg
+    columns |= _samples(parts, each) | _items(of, parts, rng)
     columns["shards"] = np.zeros(shards, INDEX.columns["shards"])
-    columns["shards"]["layout"], columns["shards"]["bytes"] = code["auto"], 1024
+    columns["shards"]["layout"], columns["shards"]["bytes"] = NAMES.index("auto"), SHARD_BYTES
     columns["shards"]["sum"][:, :8] = np.arange(shards)[:, None] // 256 ** np.arange(8) % 256
     paths = "".join(f"s-{k:06d}.tar" for k in range(shards)).encode()
     columns["path"] = np.frombuffer(paths, dtype=np.uint8)
-    metas = [b"{}", *(json.dumps({"rows": k + 1}).encode() for k in range(SIZES))]
-    each_of = {"shards": np.ones(shards), "path": np.full(shards, 12), "notes": np.zeros(shards)}
-    each_of |= {
-        "samples": np.full(shards, each),
-        "lines": np.full(shards, each),
-        "keys": np.full(shards, 8 * each),
-    }
-    each_of["parts"] = each_of["segments"] = (items + 1).reshape(shards, each).sum(axis=1)
-    first = {c: np.concatenate([[0], np.cumsum(size)]).astype(np.int64) for c, size in each_of.items()}
-    coded = {"names": names, "probes": ["{}"]}
-    strings = {d: Strings.of([s.encode() for s in own]) for d, own in coded.items()}
-    return Table(INDEX, columns, first, {**strings, "metas": Strings.of(metas)}, index_columns([]).header)
+    rows = {"shards": 1, "path": 12, "notes": 0, "samples": each, "lines": each, "keys": 8 * each}
+    sizes = {name: np.full(shards, n) for name, n in rows.items()}
+    sizes["parts"] = sizes["segments"] = parts.reshape(shards, each).sum(axis=1)
+    first = {c: np.concatenate([[0], np.cumsum(size)]).astype(np.int64) for c, size in sizes.items()}
+    metas = ["{}", *(json.dumps({"rows": k + 1}) for k in range(SIZES))]
+    coded = {"names": NAMES, "probes": ["{}"], "metas": metas}
+    strings = {name: Strings.of([s.encode() for s in own]) for name, own in coded.items()}
+    return Table(INDEX, columns, first, strings)
 
 
-def _numbers(n: int) -> np.ndarray:
-    """Numbers as eight digits each."""
-    digits = np.arange(n)[:, None] // 10 ** np.arange(7, -1, -1) % 10
-    return (digits + 48).astype(np.uint8)
+def _samples(parts: np.ndarray, each: int) -> dict[str, np.ndarray]:
+    """Samples with these numbers of parts, `each` a shard; their keys are numbers of eight digits."""
+    n = len(parts)
+    start = before(parts)
+    first = start - start[::each].repeat(each)
+    local = np.tile(np.arange(each), n // each)
+    sample, line = (np.zeros(n, INDEX.columns[c]) for c in ("samples", "lines"))
+    sample["key"], sample["key_bytes"], sample["part"], sample["parts"] = 8 * local, 8, first, parts
+    line["sample"], line["segment"], line["segments"] = local, first, parts
+    keys = (np.arange(n)[:, None] // 10 ** np.arange(7, -1, -1) % 10 + ord("0")).astype(np.uint8)
+    return {"samples": sample, "lines": line, "keys": keys.reshape(-1)}
+
+
+def _items(of: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Parts and segments, a json and a text first."""
+    owner = np.repeat(np.arange(len(of)), parts)
+    total = len(owner)
+    nth = np.arange(total) - before(parts)[owner]
+    text, clip = nth == 0, (of[owner] == 3) & (nth == 2)
+    part, seg = (np.zeros(total, INDEX.columns[c]) for c in ("parts", "segments"))
+    part["offset"], part["size"], part["known"] = 512 + 4096 * np.arange(total) % 2**30, 3000, True
+    part["sha256"] = rng.integers(0, 256, (total, 32), dtype=np.uint8)
+    names = [NAMES.index(n) for n in ("json", "aud0.wav", "img0.png")]
+    part["name"] = np.where(text, names[0], np.where(clip, *names[1:]))
+    part["meta"] = np.where(text, 0, 1 + rng.integers(0, SIZES, total))
+    kinds = [NAMES.index(n) for n in ("audio", "vision")]
+    seg["kind"], seg["part"] = np.where(text, NO_CODE, np.where(clip, *kinds)), nth
+    length = np.clip(rng.lognormal(5.5, 1.2, total), 20, 20_000)
+    seg["tokens"], seg["depends"], seg["loss"] = np.where(text, length, 0), NO_CODE, True
+    return {"parts": part, "segments": seg}
 
 
 def write(folder: Path, samples: int, shards: int) -> None:
@@ -121,7 +111,7 @@ def write(folder: Path, samples: int, shards: int) -> None:
     table = synthetic(samples, shards)
     for k, path in enumerate(table.paths):
         with (folder / path).open("wb") as file:
-            file.truncate(1024)
+            file.truncate(SHARD_BYTES)
         table.columns["shards"]["stamp"][k] = (folder / path).stat().st_mtime_ns
     assert store_of(folder).add(table)
 
@@ -143,9 +133,8 @@ def resident() -> Mapping[str, float]:
 
 def rank(folder: Path, barrier: Barrier | None, results: Any) -> None:
     """Open the data set, plan steps, and tell what that has cost."""
-    made = inputs(64, 4)
+    made = replace(inputs(64, 4), context=8192)
     rules = DataConfig(train=["any"], overlong="skip", max_skipped=1.0)
-    made = type(made)(**{**{f: getattr(made, f) for f in made.__dataclass_fields__}, "context": 8192})
     before = resident()
     begin = time.perf_counter()
     index = select(load_index(["s-*.tar"], folder), made, rules)
