@@ -1,6 +1,6 @@
 """How much of the answers about held-out stamps is right, from what `mm eval` writes:
 
-    python -m mm eval runs/tuxpaint --ask-samples 600 --tokens 64 --json answers.json
+    python -m mm eval runs/tuxpaint --ask-samples 529 --tokens 48 --json answers.json
     python -m benchmarks.corpora.answers answers.json
 
 Of pictures: the category. Of recordings: the language, and the characters of the name
