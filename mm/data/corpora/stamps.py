@@ -40,8 +40,8 @@ class Stamp:
 
     @property
     def category(self) -> str:
-        """The folders that it is in: "animals/birds"."""
-        return self.name.rpartition("/")[0]
+        """The first of the folders that it is in: "animals"."""
+        return self.name.partition("/")[0]
 
 
 def read_stamps(folder: Path) -> list[Stamp]:

@@ -1,8 +1,8 @@
 """Tux Paint stamps: pictures, people who say what is on them, and that name in the language that they speak.
 
-There are two kinds of samples. One is a picture with its category, the folders that the stamp is in:
-"animals/birds". A picture can tell it of a stamp that was never seen, and nothing else in the sample can. The
-other is a picture with a recording, in a shard for each language: "fr: Un corbeau.", which the voice tells.
+There are two kinds of samples. One is a picture with its category, the first folder that the stamp is in:
+"animals". A picture can tell it of a stamp that was never seen, and nothing else in the sample can. The other
+is a picture with a recording, in a shard for each language: "fr: Un corbeau.", which the voice tells.
 
 Stamps are held out with everything that is said of them, and together where they have a name, a picture or a
 recording in common: a quarter of the recordings are copies of another stamp's. So no held-out name, picture
@@ -43,7 +43,7 @@ ATTRIBUTION = """# Attribution
   under that licence. Polyrank does not contain them.
 - Changed: pictures scaled to {side} x {side} pixels on white paper (those to train on at a drawn size and
   place, mirrored where the stamp allows it), SVG drawn without text; recordings mixed to mono, {rate} samples
-  a second, 16 bit. Categories are the names of the package's folders.
+  a second, 16 bit. Categories are the package's folders.
 - Made by `python -m mm data prepare tuxpaint`. {summary}
 """
 
@@ -150,8 +150,7 @@ def _spoken(drawn: Sequence[Drawn], language: str, seed: int, counts: Counts) ->
         segments = [
             {"vision": "picture.png"},
             {"audio": "speech.wav"},
-            {"text": f"{language}: ", "depends": "audio"},
-            {"text": name, "depends": "audio"},
+            {"text": f"{language}: {name}", "depends": "audio"},
         ]
         parts = {"picture.png": d.paper(f"{seed} {language}"), "speech.wav": speech}
         yield sample(f"{language}/{d.stamp.name}", segments, parts)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mm.cli import main
+from mm.config.schema import load_config
 from mm.data.corpora import skimage, twemoji
 from mm.data.corpora.pictures import stamped
 from mm.data.corpora.recipes import prepare
@@ -30,6 +31,8 @@ from mm.data.index import load_index
 from mm.data.reader import ShardReader
 from mm.data.sample import Sample, parse_segments
 from mm.errors import DataError, Refused
+from mm.plan.blueprint import draw_up
+from tests.mm.harness import CONFIGS
 
 
 def tone(n: int, rate: int = RATE) -> bytes:
@@ -101,8 +104,8 @@ def test_every_stamp_and_every_recording_is_in_a_sample(folder: Path, shards: Pa
     assert {sample.key for sample, _, _ in found} == keys - {"de/food/thing0"}
     for sample, texts, parts in found:
         language, _, name = sample.key.partition("/")
-        assert texts == [f"{language}: ", stamps[name].names[language]]
-        assert [s.depends for s in sample.segments] == [None, None, "audio", "audio"]
+        assert texts == [f"{language}: {stamps[name].names[language]}"]
+        assert [s.depends for s in sample.segments] == [None, None, "audio"]
         assert parts["speech.wav"] == stamps[name].recordings[language].read_bytes()
         assert f"-{language}-" in Path(sample.shard).name
     seen: dict[str, set[bytes]] = {}
@@ -120,7 +123,7 @@ def test_no_name_picture_or_recording_is_in_both_splits(folder: Path, shards: Pa
     marks: dict[str, set[object]] = {"train": set(), "eval": set()}
     for split, own in marks.items():
         for sample, texts, _ in made(shards, f"tuxpaint-{split}-??-*.tar"):
-            own |= {texts[-1].casefold(), sample.items("audio")[0].sha256, sample.key.partition("/")[2]}
+            own |= {texts[0].casefold(), sample.items("audio")[0].sha256, sample.key.partition("/")[2]}
         for sample, _, _ in made(shards, f"tuxpaint-{split}-pictures-*.tar"):
             own |= {stamps[sample.key.rpartition("_")[0]].picture.read_bytes()}
     assert marks["eval"] and not marks["train"] & marks["eval"]
@@ -221,15 +224,17 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_recordings_of_any_kind_become_wav(tmp_path: Path) -> None:
     av = pytest.importorskip("av")
-    with av.open(str(tmp_path / "a.ogg"), "w") as file:
-        stream = file.add_stream("libvorbis", rate=44100, layout="stereo")
-        samples = np.sin(np.arange(44100) * 0.05).astype(np.float32)
-        frame = av.AudioFrame.from_ndarray(np.stack([samples, samples]), format="fltp", layout="stereo")
+    with av.open(str(tmp_path / "a.flac"), "w") as file:
+        stream = file.add_stream("flac", rate=44100, layout="stereo")
+        samples = (np.sin(np.arange(44100) * 0.05) * 2**14).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(
+            np.stack([samples, samples], 1).reshape(1, -1), format="s16", layout="stereo"
+        )
         frame.rate = 44100
         file.mux([p for packets in (stream.encode(frame), stream.encode(None)) for p in packets])
-    with wave.open(io.BytesIO(recording(tmp_path / "a.ogg", RATE))) as f:
+    with wave.open(io.BytesIO(recording(tmp_path / "a.flac", RATE))) as f:
         assert (f.getnchannels(), f.getsampwidth(), f.getframerate()) == (1, 2, RATE)
-        heard = np.frombuffer(f.readframes(f.getnframes()), "<i2") / 2**15
+        heard = np.frombuffer(f.readframes(f.getnframes()), "<i2") / 2**14
     expected = np.sin(np.arange(RATE) * 0.05 * 44100 / RATE)
     assert abs(len(heard) - RATE) < 700 and np.abs(heard[800:15000] - expected[800:15000]).max() < 0.05
     (tmp_path / "b.wav").write_bytes(b"RIFF, cut off")
@@ -287,3 +292,12 @@ def test_the_command_prints_shards_and_where_licences_are(
     out, err = capsys.readouterr()
     assert sorted(out.split()) == sorted(map(str, tmp_path.glob("*.tar")))
     assert "ATTRIBUTION.md" in err and "held out" in err
+
+
+@pytest.mark.parametrize("name", ["tuxpaint", "twemoji", "skimage"])
+def test_each_has_a_job_whose_data_its_recipe_makes(name: str) -> None:
+    """And the job can be laid out: sizes, ranks and keys are checked without data."""
+    cfg = load_config(CONFIGS / f"{name}.yaml")
+    draw_up(cfg, 4)
+    assert cfg.data.made_by == f"python -m mm data prepare {name} --out build/corpora/{name}"
+    assert all(f"build/corpora/{name}/{name}-" in pattern for pattern in (*cfg.data.train, *cfg.data.eval))
