@@ -101,13 +101,13 @@ class Assembler:
                 mine = edge.items_on(at.dp)
                 # Later pipeline stages, and ranks that compute other rows, need no payload.
                 needed = self._needed(use, edge) if at.pp == 0 else range(0)
-                tasks = [Task.of(module, mb.sample(mine[k].sample), mine[k].part) for k in needed]
+                tasks = [Task(module, mb.sample(mine[k].sample), mine[k].part) for k in needed]
                 items[module], first[module] = tasks, needed.start
         llm = self.inputs.llm
         if self.rank not in llm.ranks or llm.coord(self.rank).pp not in (0, llm.pp - 1):
             return Reads(items, first, [])  # stages between need no text, only lengths
         texts = [mb.sample(j) for j in mb.samples_of(llm.coord(self.rank).dp)]
-        return Reads(items, first, [Task.of("", sample, sample.json) for sample in texts])
+        return Reads(items, first, [Task("", sample, sample.json) for sample in texts])
 
     def decode(self, task: Task) -> Tensor | Texts:
         """The inputs of an item [n, *input_shape] on the host, in the dtype of its encoder's inputs, or the

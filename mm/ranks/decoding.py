@@ -41,10 +41,9 @@ class Task:
     sample: Sample
     part: Part
 
-    @staticmethod
-    def of(module: str, sample: Sample, part: Part) -> Task:
-        """A task that is small to send: reading and decoding need nothing of the sample's other parts."""
-        return Task(module, replace(sample, segments=()), part)
+    def small(self) -> Task:
+        """The task as it is sent: reading and decoding need nothing of the sample's other parts."""
+        return replace(self, sample=replace(self.sample, segments=()))
 
 
 T = TypeVar("T")

@@ -142,7 +142,7 @@ class Workers:
                 return
             piece = self._waiting[0]
             tray = next(n for n in range(TRAYS) if n not in [o[1] for o in worker.orders])
-            tasks = [piece.ticket.tasks[n] for n in piece.which]
+            tasks = [piece.ticket.tasks[n].small() for n in piece.which]
             self._orders += 1
             try:
                 worker.pipe.send(Order(self._orders, tray, tasks))
