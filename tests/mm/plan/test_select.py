@@ -192,7 +192,7 @@ def test_the_tensors_of_truncated_samples_are_beginnings(tmp_path: Path) -> None
     )
     for s, words in zip(index.samples, (b"x" * 14, b"y" * 8), strict=True):
         ids, labels = np.full(20, -1), np.full(20, -100)
-        written = assembler.decode(Task.of("", s, s.json))
+        written = assembler.decode(Task("", s, s.json))
         assert isinstance(written, list)
         assembler._write_sample(s, written, 0, ids, labels, {})
         assert ids[0] == tok.bos and ids[-1] == tok.eos and not (ids < 0).any()

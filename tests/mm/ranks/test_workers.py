@@ -30,7 +30,7 @@ KINDS = ("float32", "bfloat16", "float64", "uint8", "int64", "bool")
 
 def task(n: int, name: str = "i.png") -> Task:
     part = Part(f"a-{n % 3}.tar", name, 512 * (97 * n % 31), 10, "", {"n": n})
-    return Task.of("vision", Sample(n, f"s{n}", part.shard, (), part), part)
+    return Task("vision", Sample(n, f"s{n}", part.shard, (), part), part)
 
 
 def made(one: Task) -> Tensor | Texts:
@@ -47,6 +47,9 @@ def made(one: Task) -> Tensor | Texts:
 
 class Deadly(Task):
     """A task that ends who receives it, before it is begun."""
+
+    def small(self) -> Task:
+        return self
 
     def __reduce__(self) -> Any:
         return os._exit, (3,)
