@@ -34,8 +34,8 @@ class Lines:
 
     sample: which of them. module: the number of an encoder, TEXT or UNKNOWN. size: tokens, or rows of an
     item. learned: text with a loss. cost, content: of items (Items). piece: of items a number, equal where
-    module and metadata are, else -1. By sample: markers, truncated; wrong: an encoder cannot take an item; strange:
-    the model lacks a module that it names; source: its code.
+    module and metadata are, else -1. By sample: markers, truncated; wrong: an encoder cannot take
+    an item; strange: the model lacks a module that it names; source: its code.
     """
 
     sample: Numbers
@@ -156,8 +156,8 @@ class _Sizes:
 class Fitted(Sequence[Sample]):
     """The samples of an index as a model takes them.
 
-    encode: of texts between pieces of items; None: items are not taken apart. truncated: the samples of which only
-    the beginning is used, ascending.
+    encode: of texts between pieces of items; None: items are not taken apart. truncated: the samples of
+    which only the beginning is used, ascending.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ class Fitted(Sequence[Sample]):
     def _truncate(
         self, size: Numbers, of: Numbers, seg: Segments, sample: Numbers, truncated: Array
     ) -> tuple[Numbers, Array]:
-        """Sizes by line with samples truncated, and which lines are kept: what truncated_sample() does to each.
+        """Sizes by line with samples truncated, and which lines are kept, as truncated_sample() does it.
 
         Text is truncated to the token, an item is kept whole or dropped with all that follows.
         """

@@ -89,7 +89,7 @@ def _of_chunk(fitted: Fitted, which: Column) -> Measured:
 
 
 def _truncate(index: Index, overlong: Column, inputs: PlanInputs) -> tuple[Index, Column]:
-    """The index with these samples truncated, and which they are: those of which something is learned then."""
+    """The index with these samples truncated, and those of which something is learned then."""
     samples = index.samples
     if isinstance(samples, Fitted):
         found = samples.with_truncated(overlong)
