@@ -122,13 +122,8 @@ def resident() -> Mapping[str, float]:
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, n, *_ = line.split()
         found[name.rstrip(":")] = int(n) / 1024
-    shared = found["Shared_Clean"] + found["Private_Clean"]
-    return {
-        "resident": found["Rss"],
-        "shared": shared,
-        "private": found["Private_Dirty"],
-        "pss": found["Pss"],
-    }
+    own = found["Anonymous"]
+    return {"resident": found["Rss"], "shared": found["Rss"] - own, "private": own, "pss": found["Pss"]}
 
 
 def rank(folder: Path, barrier: Barrier | None, results: Any) -> None:

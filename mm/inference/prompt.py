@@ -18,8 +18,8 @@ from mm.data.published import MODULES, PublishedTokenizer
 from mm.data.sample import segments_of
 from mm.errors import DataError, Refused
 from mm.inference.asked import Asked
-from mm.plan.apart import pieces_of
 from mm.plan.inputs import item_run
+from mm.plan.item_pieces import pieces_of
 from parallel.sequence.grid import Run, grid_positions
 from parallel.sequence.host import to_device
 

@@ -1,8 +1,8 @@
-"""The samples of an index as a model takes them: items in pieces, long samples cut, all by columns.
+"""The samples of an index as a model takes them: items in pieces, long samples truncated, all by columns.
 
 Encoders answer once for each distinct metadata of an item, in Python. Whatever is asked of samples then, one
 after another or a million at once, is worked out from columns, without a loop over samples. The samples
-themselves are views, made as the definitions in mm/plan/inputs.py, apart.py and cut.py say.
+themselves are views, made as the definitions in mm/plan/inputs.py, item_pieces.py and truncate.py say.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from mm.data.columns.samples import Samples, Segments
 from mm.data.columns.table import Array, Numbers
 from mm.data.sample import Part, Sample, Segment
-from mm.plan.apart import Encode, in_pieces, item_pieces
-from mm.plan.cut import cut_sample
 from mm.plan.inputs import PlanInputs
+from mm.plan.item_pieces import Encode, in_pieces, item_pieces
+from mm.plan.truncate import truncated_sample
 from parallel.sequence.intervals import before
 
 TEXT = -1  # the module of text
@@ -34,8 +34,8 @@ class Lines:
 
     sample: which of them. module: the number of an encoder, TEXT or UNKNOWN. size: tokens, or rows of an
     item. learned: text with a loss. cost, content: of items (Items). piece: of items a number, equal where
-    module and metadata are, else -1. By sample: markers, cut; wrong: an encoder cannot take an item; strange:
-    the model lacks a module that it names; source: its code.
+    module and metadata are, else -1. By sample: markers, truncated; wrong: an encoder cannot take
+    an item; strange: the model lacks a module that it names; source: its code.
     """
 
     sample: Numbers
@@ -46,7 +46,7 @@ class Lines:
     content: Numbers
     piece: Numbers
     markers: Array
-    cut: Array
+    truncated: Array
     wrong: Array
     strange: Array
     source: Numbers
@@ -63,7 +63,7 @@ class Lines:
     @property
     def ends(self) -> Numbers:
         """By sample, whether it has an end marker that is learned: 0 or 1."""
-        return (self.markers & ~self.cut).astype(np.int64)
+        return (self.markers & ~self.truncated).astype(np.int64)
 
     @property
     def supervised(self) -> Numbers:
@@ -156,8 +156,8 @@ class _Sizes:
 class Fitted(Sequence[Sample]):
     """The samples of an index as a model takes them.
 
-    encode: of texts between pieces of items; None: items are not taken apart. cut: the samples of which only
-    the beginning is used, ascending.
+    encode: of texts between pieces of items; None: items are not taken apart. truncated: the samples of
+    which only the beginning is used, ascending.
     """
 
     def __init__(
@@ -165,17 +165,17 @@ class Fitted(Sequence[Sample]):
         base: Samples,
         inputs: PlanInputs,
         encode: Encode | None = None,
-        cut: Numbers | None = None,
+        truncated: Numbers | None = None,
         sizes: _Sizes | None = None,
     ) -> None:
         self.base, self.inputs, self.encode = base, inputs, encode
-        self.cut = np.empty(0, dtype=np.int64) if cut is None else cut
+        self.truncated = np.empty(0, dtype=np.int64) if truncated is None else truncated
         self._sizes = sizes or _Sizes(base, inputs, encode)
 
     def of(self, inputs: PlanInputs) -> Fitted:
         """The same as another model takes them, or with another context."""
         same = inputs.encoders is self.inputs.encoders and inputs.limits == self.inputs.limits
-        return Fitted(self.base, inputs, self.encode, self.cut, self._sizes if same else None)
+        return Fitted(self.base, inputs, self.encode, self.truncated, self._sizes if same else None)
 
     def chunks(self, which: Numbers | None = None) -> Iterator[Numbers]:
         """The samples with these numbers, None: all, in parts of up to CHUNK; one part at least."""
@@ -184,9 +184,9 @@ class Fitted(Sequence[Sample]):
             stop = min(start + CHUNK, n)
             yield np.arange(start, stop) if which is None else which[start:stop]
 
-    def with_cut(self, cut: Numbers) -> Fitted:
-        """The same with other samples cut."""
-        return Fitted(self.base, self.inputs, self.encode, cut, self._sizes)
+    def with_truncated(self, truncated: Numbers) -> Fitted:
+        """The same with other samples truncated."""
+        return Fitted(self.base, self.inputs, self.encode, truncated, self._sizes)
 
     def __len__(self) -> int:
         return len(self.base)
@@ -223,10 +223,10 @@ class Fitted(Sequence[Sample]):
         sample = self.base.view(number)
         if self.encode is not None:
             sample = in_pieces(sample, self.inputs.encoders, self.encode)
-        at = int(np.searchsorted(self.cut, number))
-        if at < len(self.cut) and self.cut[at] == number:
-            short = cut_sample(sample, self.inputs)
-            assert short is not None, "nothing of a sample that is cut would be learned"
+        at = int(np.searchsorted(self.truncated, number))
+        if at < len(self.truncated) and self.truncated[at] == number:
+            short = truncated_sample(sample, self.inputs)
+            assert short is not None, "nothing of a sample that is truncated would be learned"
             return short
         return sample
 
@@ -266,17 +266,19 @@ class Fitted(Sequence[Sample]):
         wrong[sample[item[sizes.wrong[pair] | self._large(seg.bytes[item])]]] = True
         strange = np.zeros(len(which), dtype=bool)
         strange[sample[(module == UNKNOWN) | (sizes.module_of[seg.depends] == UNKNOWN)]] = True
-        place = np.minimum(np.searchsorted(self.cut, which), max(len(self.cut) - 1, 0))
-        cut = self.cut[place] == which if len(self.cut) else np.zeros(len(which), dtype=bool)
-        if cut.any():
-            line["size"], kept = self._cut(line["size"], of, seg, sample, cut)
+        place = np.minimum(np.searchsorted(self.truncated, which), max(len(self.truncated) - 1, 0))
+        truncated = (
+            self.truncated[place] == which if len(self.truncated) else np.zeros(len(which), dtype=bool)
+        )
+        if truncated.any():
+            line["size"], kept = self._truncate(line["size"], of, seg, sample, truncated)
             line = {name: column[kept] for name, column in line.items()}
             of = of[kept]
         return Lines(
             sample=sample[of],
             **line,
             markers=seg.markers,
-            cut=cut,
+            truncated=truncated,
             wrong=wrong,
             strange=strange,
             source=seg.source,
@@ -286,17 +288,17 @@ class Fitted(Sequence[Sample]):
         limits = self.inputs.limits
         return np.zeros(len(size), dtype=bool) if limits is None else size > limits.bytes
 
-    def _cut(
-        self, size: Numbers, of: Numbers, seg: Segments, sample: Numbers, cut: Array
+    def _truncate(
+        self, size: Numbers, of: Numbers, seg: Segments, sample: Numbers, truncated: Array
     ) -> tuple[Numbers, Array]:
-        """Sizes by line with samples cut, and which lines are kept: what cut_sample() does to each.
+        """Sizes by line with samples truncated, and which lines are kept, as truncated_sample() does it.
 
-        Text is cut to the token, an item is kept whole or dropped with all that follows.
+        Text is truncated to the token, an item is kept whole or dropped with all that follows.
         """
         group = np.bincount(of, size, len(sample)).astype(np.int64)
-        start = before(group) - before(np.bincount(sample, group, len(cut)).astype(np.int64))[sample]
+        start = before(group) - before(np.bincount(sample, group, len(truncated)).astype(np.int64))[sample]
         room = self.inputs.context - 2 * seg.markers[sample]
-        whole = ~cut[sample] | (start + group <= room)
+        whole = ~truncated[sample] | (start + group <= room)
         part = ~whole & (start < room) & (seg.meta < 0)
         size = np.where(part[of], (room - start)[of], size)
         return size, (whole | part)[of]

@@ -49,7 +49,9 @@ def tallied(fitted: Fitted, which: Column, lines: Lines, chosen: np.ndarray) -> 
         if own.any():
             items[module] = np.bincount(shard[lines.sample[own]], minlength=n)
     return Tally(
-        np.bincount(shard[chosen], minlength=n), np.bincount(shard[chosen & lines.cut], minlength=n), items
+        np.bincount(shard[chosen], minlength=n),
+        np.bincount(shard[chosen & lines.truncated], minlength=n),
+        items,
     )
 
 

@@ -10,9 +10,9 @@ from encoders.contract import Encoder
 from mm.data.columns.samples import Samples
 from mm.data.sample import Index
 from mm.data.tokenizer import AnyTokenizer
-from mm.plan.apart import in_pieces
 from mm.plan.fitted import Fitted
 from mm.plan.inputs import EncoderUse, PlanInputs
+from mm.plan.item_pieces import in_pieces
 
 NOTHING = Encoder.omits.__func__  # type: ignore[attr-defined]  # of encoders that leave out nothing
 

@@ -18,10 +18,10 @@ from mm.config.data import DataConfig
 from mm.data.columns.samples import Samples
 from mm.data.sample import Index, Sample, Skipped
 from mm.errors import DataError
-from mm.plan.cut import cut_sample
 from mm.plan.fitted import Fitted
 from mm.plan.inputs import PlanInputs, sample_length
 from mm.plan.measured import Measured, added, measured, tallied
+from mm.plan.truncate import truncated_sample
 from parallel.sequence.intervals import Column, column
 
 SHOWN = 3  # reasons that are listed
@@ -35,16 +35,16 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
     """
     index, found = _measured(index, inputs)
     _refuse(index, found, inputs, rules)
-    cut = np.empty(0, dtype=np.int64)
+    truncated = np.empty(0, dtype=np.int64)
     if rules.overlong == "truncate":
-        index, cut = _cut(index, found.overlong, inputs)
-    left = ~np.isin(found.overlong, cut)
+        index, truncated = _truncate(index, found.overlong, inputs)
+    left = ~np.isin(found.overlong, truncated)
     skipped = LeftOut.of(index.samples, found.misfit, found.overlong[left], found.length[left], inputs)
     tally = found.tally
     if tally is not None and isinstance(index.samples, Fitted):
-        for which in index.samples.chunks(cut):
+        for which in index.samples.chunks(truncated):
             lines = index.samples.lines(which)
-            tally = added(tally, tallied(index.samples, which, lines, lines.cut))
+            tally = added(tally, tallied(index.samples, which, lines, lines.truncated))
     # Where only some samples are taken, they are counted when somebody asks.
     chosen = replace(index, skipped=skipped, tally=None if index.selections else tally)
     _check_share(chosen, rules.max_skipped)
@@ -86,14 +86,14 @@ def _of_chunk(fitted: Fitted, which: Column) -> Measured:
     return Measured(which[wrong], which[long], length[long], tallied(fitted, which, lines, fits))
 
 
-def _cut(index: Index, overlong: Column, inputs: PlanInputs) -> tuple[Index, Column]:
-    """The index with these samples cut, and which they are: those of which something is learned then."""
+def _truncate(index: Index, overlong: Column, inputs: PlanInputs) -> tuple[Index, Column]:
+    """The index with these samples truncated, and those of which something is learned then."""
     samples = index.samples
     if isinstance(samples, Fitted):
-        found = samples.with_cut(overlong)
+        found = samples.with_truncated(overlong)
         kept = np.concatenate([w[found.lines(w).supervised > 0] for w in found.chunks(overlong)])
-        return replace(index, samples=samples.with_cut(kept)), kept
-    short = {i: made for i in overlong.tolist() if (made := cut_sample(samples[i], inputs)) is not None}
+        return replace(index, samples=samples.with_truncated(kept)), kept
+    short = {i: made for i in overlong.tolist() if (made := truncated_sample(samples[i], inputs)) is not None}
     return replace(index, samples=tuple(short.get(s.id, s) for s in samples)), column(list(short))
 
 

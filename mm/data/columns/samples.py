@@ -15,7 +15,7 @@ from mm.data.columns.file import forget_pages
 from mm.data.columns.table import NO_CODE, Array, Numbers, Strings, Table
 from mm.data.sample import Part, Sample, Segment
 
-MOST_TOUCHED = 4096  # samples that are gathered before the pages under them are given back
+MOST_TOUCHED = 512  # samples gathered before pages are given back; each maps up to 64 KiB of each column
 
 
 class Shard(NamedTuple):

@@ -8,7 +8,7 @@ from mm.data.sample import Sample, Segment, grouped
 from mm.plan.inputs import PlanInputs, supervised_tokens
 
 
-def cut_sample(sample: Sample, inputs: PlanInputs) -> Sample | None:
+def truncated_sample(sample: Sample, inputs: PlanInputs) -> Sample | None:
     """The beginning of a sample that fits the context; None where nothing of it would be learned.
 
     Text is truncated to the token, an item is kept whole or dropped. All that follows is dropped too.
