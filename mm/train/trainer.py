@@ -160,6 +160,7 @@ def _start(job: Job, before: Held | None) -> list[str]:
     came = start_from(job, [Path(path) for path in job.blueprint.cfg.checkpoint.starts], before)
     fill_encoders(job, came)
     seconds = time.perf_counter() - start
+    came = {m: came[m] for m in job.blueprint.modules if m in came}
     found = [f"{', '.join(m for m in came if came[m] == w)} {w}" for w in dict.fromkeys(came.values())]
     return [f"weights of {'; of '.join(found)} ({seconds:.2f} s)"] if found else []
 

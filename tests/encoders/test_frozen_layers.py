@@ -35,7 +35,8 @@ def layer_of(name: str) -> int:
 
 
 def sizes_of(name: str) -> list[Any]:
-    return [3000, 2000] if name in ("fastconformer", "whisper", "wav2vec2", "parakeet") else [(8, 8), (4, 12)]
+    sounds = ("fastconformer", "whisper", "wav2vec2", "parakeet", "audioflamingo3")
+    return [3000, 2000] if name in sounds else [(8, 8), (4, 12)]
 
 
 def kept(net: EncoderModule, name: str) -> tuple[int, torch.Tensor]:

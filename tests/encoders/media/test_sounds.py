@@ -13,7 +13,8 @@ import pytest
 
 from encoders.media.decode import read_sound
 from encoders.media.probe import probe_media
-from mm.data.index import read_or_build, stored_index
+from mm.data.building import current_indexes
+from mm.data.index import load_index
 from mm.data.probes import metadata
 from tests.encoders.helpers import wav
 from tests.encoders.media.made import by_av, by_soundfile, film, noise, shades
@@ -122,12 +123,12 @@ def test_an_index_made_without_a_package_is_made_again_with_it(
     shard = write_shard(tmp_path / "a.tar", [flac, plain])
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "soundfile", None)
-        index = read_or_build(shard)
-    assert [s["key"] for s in index["samples"]] == ["b"]
-    assert "a.flac: FLAC, Ogg" in index["broken"][0][1] and "pip install" in index["broken"][0][1]
-    assert stored_index(shard) is None
-    assert [s["key"] for s in read_or_build(shard)["samples"]] == ["a", "b"]
-    assert stored_index(shard) is not None
+        index = load_index(["a.tar"], tmp_path)
+    assert [s.key for s in index.samples] == ["b"]
+    assert "a.flac: FLAC, Ogg" in index.broken[0].why and "pip install" in index.broken[0].why
+    assert not current_indexes([str(shard)])
+    assert [s.key for s in load_index(["a.tar"], tmp_path).samples] == ["a", "b"]
+    assert list(current_indexes([str(shard)])) == [str(shard)]
 
 
 def test_content_counts_and_not_the_extension() -> None:

@@ -17,7 +17,12 @@ from tests.mm.harness import running, small
 
 MESSAGE = "mm/ranks/control.py:_gather"  # each rank's small message of the step, and its read
 SIZES = "parallel/expert_parallel/routing.py:_read"  # how many rows a layer sends and receives
-PREPARE = ("encoders/compat.py", "llm/model.py", "mm/ranks/batch.py")  # batches, from what is on the host
+PREPARE = (
+    "encoders/compat.py",
+    "encoders/media",
+    "llm/model.py",
+    "mm/ranks/batch.py",
+)  # batches, from what is on the host
 
 Found = tuple[Counter[str], int, float]
 
