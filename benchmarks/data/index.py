@@ -30,9 +30,9 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.planning.synthetic import inputs
-from mm.config.schema import DataConfig
-from mm.data.building import store_of
+from mm.config.data import DataConfig
 from mm.data.columns.entries import INDEX
+from mm.data.columns.store import Store
 from mm.data.columns.table import NO_CODE, Strings, Table
 from mm.data.index import load_index
 from mm.order.stream import Stream
@@ -113,7 +113,7 @@ def write(folder: Path, samples: int, shards: int) -> None:
         with (folder / path).open("wb") as file:
             file.truncate(SHARD_BYTES)
         table.columns["shards"]["stamp"][k] = (folder / path).stat().st_mtime_ns
-    assert store_of(folder).add(table)
+    assert Store(folder, INDEX, "index").add(table)
 
 
 def resident() -> Mapping[str, float]:

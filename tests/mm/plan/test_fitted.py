@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.planning.synthetic import Sized
-from mm.config.schema import DataConfig
+from mm.config.data import DataConfig
 from mm.data.building import Kept
 from mm.data.columns.entries import index_columns
 from mm.data.columns.samples import Samples, Shard
