@@ -175,7 +175,8 @@ class Index:
     skipped: Mapping[int, Skipped] = field(default_factory=dict)  # by id, samples that the config leaves out
     firsts: tuple[int, ...] = ()  # by shard and at the end, the id of its first sample
     selections: tuple[Selection, ...] = ()  # by entry of the config; none: all samples
-
+    # By entry of data.lengths and selection (none: all samples), a bit for each sample that is short enough.
+    short: tuple[tuple[NDArray[np.uint8], ...], ...] = field(default=(), compare=False)
     tally: Tally | None = field(default=None, compare=False)  # where select() has counted
 
     @property
