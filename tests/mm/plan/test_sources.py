@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,10 @@ def test_splits_hold_each_sample_once_and_stay_when_shards_are_added(tmp_path: P
     found = [opened(tmp_path, [{"shards": "a-0.tar", "split": part}])[0] for part in parts]
     keys = [{s.key for s in index.usable} for index in found]
     assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 30 and 12 < len(keys[0]) < 28
+    for index, (low, high) in zip(found, parts, strict=True):
+        hashes = {s.key: hashlib.blake2b(s.key.encode(), digest_size=6).digest() for s in index.samples}
+        of = {key: int.from_bytes(digest, "big") / 2**48 for key, digest in hashes.items()}
+        assert {s.key for s in index.usable} == {key for key, at in of.items() if low <= at < high}
     more, batches = opened(tmp_path, [{"shards": ["b-0.tar", "a-*.tar"], "split": [0, 0.7], "name": "x"}])
     assert {k for k in (s.key for s in more.usable) if k.startswith("a-0")} == keys[0]
     assert set(drawn(batches, more, 40)) == {s.key for s in more.usable}
