@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from mm.config.schema import from_mapping, load_config, resolve_yaml
 from mm.data.sample import Index
+from mm.data.tally import tally_of
 from mm.errors import DataError, Refused
 from mm.plan.batches import Batches
 from mm.plan.blueprint import draw_up
@@ -134,3 +136,18 @@ def test_the_config_of_a_run_has_its_sources_as_they_are(tmp_path: Path) -> None
     first = again.data.train[0]
     assert not isinstance(first, str) and first.split == (0, 0.5) and first.weight == 3
     assert [(again.base / p).resolve() for p in first.patterns] == [tmp_path / "a-*.tar"]
+
+
+def test_what_is_taken_is_counted_from_columns_as_from_samples(tmp_path: Path) -> None:
+    write_shard(tmp_path / "c.tar", [sample("odd", "x", (7, 9)), sample("long", "x" * 40, (8, 8), (8, 12))])
+    entries = [{"shards": "a-*.tar", "split": [0, 0.5]}, {"shards": "c.tar"}]
+    rules = {"misfit": "skip", "overlong": "truncate", "max_skipped": 1}
+    for train in (entries, ["a-*.tar", "c.tar"]):
+        index, _ = opened(tmp_path, train, **rules)
+        plain = replace(index, samples=tuple(index.samples), tally=None)
+        ours, theirs = tally_of(replace(index, tally=None)), tally_of(plain)
+        assert [x.tolist() for x in ours[:2]] == [x.tolist() for x in theirs[:2]]
+        assert {m: n.tolist() for m, n in ours.items.items()} == {
+            m: n.tolist() for m, n in theirs.items.items()
+        }
+        assert index.usable.ids.tolist() == [s.id for s in index.usable] and ours.truncated.sum() == 1
