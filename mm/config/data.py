@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mm.config.build import Section
 from mm.config.remote import RemoteConfig
-from mm.config.sources import Entry, WeightsConfig
+from mm.config.sources import Entry, LengthsConfig, WeightsConfig
 from mm.data.remote.urls import urls_in
 from mm.data.storage import Storage
 
@@ -40,6 +40,11 @@ class DataConfig(Section):
     weights: list[WeightsConfig] = Field(
         [],
         description="a schedule of weights: mappings, in order of their samples",
+    )
+    lengths: list[LengthsConfig] = Field(
+        [],
+        description="a curriculum: up to a sample of the run only short samples are drawn; mappings, in "
+        "order",
     )
     layout: str | dict[str, Any] | None = Field(
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
@@ -68,6 +69,15 @@ class WeightsConfig(Section):
     )
 
 
+class LengthsConfig(Section):
+    """A bound on lengths up to a sample."""
+
+    until: int = Field(
+        ge=1, description="the first sample of the run that it no longer holds for, counted from 0"
+    )
+    longest: int = Field(ge=1, description="length of the longest sample that is drawn, in tokens")
+
+
 def patterns_of(entries: Sequence[str | SourceConfig]) -> list[str]:
     """The patterns of all entries."""
     return [p for e in entries for p in ([e] if isinstance(e, str) else e.patterns)]
@@ -108,6 +118,18 @@ def check_sources(entries: Sequence[str | SourceConfig], changes: Sequence[Weigh
             "needed: a weight for each, or the same epochs"
         )
     _check_changes(entries, changes, weighted=bool(weighted))
+
+
+def check_lengths(lengths: Sequence[LengthsConfig], context: int) -> None:
+    """Refuse entries of data.lengths that contradict each other, or bound nothing. context: data.context."""
+    for what, found in (("until", [e.until for e in lengths]), ("longest", [e.longest for e in lengths])):
+        if any(b <= a for a, b in pairwise(found)):
+            raise Refused(f"data.lengths have {what} {found}; needed: rising numbers, short samples first")
+    if lengths and lengths[-1].longest >= context:
+        raise Refused(
+            f"data.lengths: longest is {lengths[-1].longest}, but no sample is longer than data.context, "
+            f"{context}; needed: less than that"
+        )
 
 
 def _check_changes(

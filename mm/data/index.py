@@ -115,7 +115,7 @@ def load_index(
     if all(isinstance(one, str) for one in sources):
         return index
     counts = [(w, len(own)) for w, own in zip(wanted, of, strict=True)]
-    return replace(index, selections=selected(index, counts, names))
+    return replace(index, selections=selected(samples, counts, names))
 
 
 def _indexes(of: Sequence[tuple[str, list[str]]], write: bool, storage: Storage) -> list[Kept]:

@@ -141,6 +141,14 @@ class Usable(Sequence[Sample]):
         # By sample that is left out, how many usable ones come before it.
         self._before = np.sort(gone) - np.arange(len(gone))
 
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Those that are left."""
+        if self._taken is not None:
+            return self._taken
+        nth = np.arange(len(self))
+        return nth + np.searchsorted(self._before, nth, side="right")
+
     def __len__(self) -> int:
         return len(self._samples) - len(self._before) if self._taken is None else len(self._taken)
 
@@ -175,11 +183,12 @@ class Index:
     skipped: Mapping[int, Skipped] = field(default_factory=dict)  # by id, samples that the config leaves out
     firsts: tuple[int, ...] = ()  # by shard and at the end, the id of its first sample
     selections: tuple[Selection, ...] = ()  # by entry of the config; none: all samples
-
+    # By entry of data.lengths and selection (none: all samples), a bit for each sample that is short enough.
+    short: tuple[tuple[NDArray[np.uint8], ...], ...] = field(default=(), compare=False)
     tally: Tally | None = field(default=None, compare=False)  # where select() has counted
 
     @property
-    def usable(self) -> Sequence[Sample]:
+    def usable(self) -> Usable:
         """The samples that are taken and not left out, in order."""
         taken = np.concatenate([s.ids for s in self.selections]) if self.selections else None
         return Usable(self.samples, taken, self.skipped)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mm.data.columns.samples import Samples
 from mm.data.layouts.find import Spec
-from mm.data.sample import Index, Selection
+from mm.data.sample import Selection
 
 MOST = 64  # sources with a name of their own
 OTHERS = "others"
@@ -45,26 +46,26 @@ class Wanted(NamedTuple):
 
 
 def selected(
-    index: Index, wanted: Sequence[tuple[Wanted, int]], names: Sequence[str]
+    samples: Samples, wanted: Sequence[tuple[Wanted, int]], names: Sequence[str]
 ) -> tuple[Selection, ...]:
     """What is taken of each source. wanted: with how many shards it has. names: by shard. O(1) a source, and
     O(samples) where it has a split."""
     out, shard = list[Selection](), 0
     for w, shards in wanted:
-        first, stop = index.firsts[shard], index.firsts[shard + shards]
+        first, stop = samples.first[[shard, shard + shards]].tolist()
         size = stop - first if w.limit is None else min(w.limit, stop - first)
         name = names[shard] if shards else w.name or ""
         out.append(
-            Selection(name, first, size, None if w.split is None else _split(index, first, size, w.split))
+            Selection(name, first, size, None if w.split is None else _split(samples, first, size, w.split))
         )
         shard += shards
     return tuple(out)
 
 
-def _split(index: Index, first: int, size: int, part: tuple[float, float]) -> NDArray[np.uint8]:
+def _split(samples: Samples, first: int, size: int, part: tuple[float, float]) -> NDArray[np.uint8]:
     """Which samples have the hash of their key in this part of [0, 1)."""
-    keys = (index.samples[i].key for i in range(first, first + size))
-    hashes = (int.from_bytes(hashlib.blake2b(k.encode(), digest_size=6).digest(), "big") for k in keys)
+    keys = samples.keys(first, first + size)
+    hashes = (int.from_bytes(hashlib.blake2b(key, digest_size=6).digest(), "big") for key in keys)
     at = np.fromiter(hashes, dtype=np.float64, count=size) / 2.0**48
     return np.packbits((part[0] <= at) & (at < part[1]))
 

@@ -13,6 +13,10 @@ def tally_of(index: Index) -> Tally:
     """The samples of an index that are not left out: what select() has counted, else counted now."""
     if index.tally is not None:
         return index.tally
+    count = getattr(index.samples, "tally", None)  # of samples in columns, as a model takes them
+    if count is not None:
+        found: Tally = count(index.usable.ids)
+        return found
     number = {shard: k for k, shard in enumerate(index.shards)}
     items: dict[str, np.ndarray] = {}
     samples, truncated = (np.zeros(len(number), dtype=np.int64) for _ in range(2))

@@ -158,5 +158,12 @@ class Blend(NamedTuple):
 
     def taken(self, position: int) -> Column:
         """By source, how often it is taken before a position."""
-        found = [s for s in self.stretches if s.start <= position][-1]
+        found = self._stretch(position)
         return found.before + found.period.taken(position - found.start)
+
+    def weights_at(self, position: int) -> tuple[int, ...]:
+        """By source, the weights that hold at a position, those of sources that have ended being 0."""
+        return self._stretch(position).weights
+
+    def _stretch(self, position: int) -> Stretch:
+        return [s for s in self.stretches if s.start <= position][-1]

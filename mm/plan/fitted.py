@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import overload
 
 import numpy as np
 
 from mm.data.columns.samples import Samples, Segments
 from mm.data.columns.table import Array, Numbers
-from mm.data.sample import Part, Sample, Segment
+from mm.data.sample import Part, Sample, Segment, Tally
 from mm.plan.inputs import PlanInputs
 from mm.plan.item_pieces import Encode, in_pieces, item_pieces
 from mm.plan.truncate import truncated_sample
@@ -235,6 +236,14 @@ class Fitted(Sequence[Sample]):
         """The encoders, in order of their numbers."""
         return self._sizes.modules
 
+    def tally(self, which: Numbers) -> Tally:
+        """Counts of samples with these numbers."""
+        parts = []
+        for some in self.chunks(which):
+            lines = self.lines(some)
+            parts.append(tallied(self, some, lines, np.ones(len(some), dtype=bool)))
+        return reduce(added, parts)
+
     def lines(self, which: Numbers) -> Lines:
         """Texts and items of samples with these numbers, in this order. O(lines)."""
         return self._lines(which, self.base.segments(which))
@@ -308,3 +317,25 @@ def _filled(column: Array, where: Array, values: Array) -> Array:
     out = column.copy()
     out[where] = values
     return out
+
+
+def tallied(fitted: Fitted, which: Numbers, lines: Lines, chosen: Array) -> Tally:
+    """Count those samples of `which` that are chosen: bool [which]. lines: of all of them."""
+    shard, n = fitted.base.shard_of(which), len(fitted.base.shards)
+    items = {}
+    for module in sorted(fitted.modules):
+        own = chosen[lines.sample] & (lines.module == fitted.modules.index(module))
+        if own.any():
+            items[module] = np.bincount(shard[lines.sample[own]], minlength=n)
+    return Tally(
+        np.bincount(shard[chosen], minlength=n),
+        np.bincount(shard[chosen & lines.truncated], minlength=n),
+        items,
+    )
+
+
+def added(a: Tally, b: Tally) -> Tally:
+    """Both counts together."""
+    zero = np.zeros_like(a.samples)
+    items = {m: a.items.get(m, zero) + b.items.get(m, zero) for m in sorted({*a.items, *b.items})}
+    return Tally(a.samples + b.samples, a.truncated + b.truncated, items)

@@ -21,7 +21,7 @@ from mm.data.columns.file import write_file
 from mm.data.columns.store import writing
 from mm.data.sample import Tally
 from mm.data.storage import tell
-from mm.plan.fitted import Fitted, Lines
+from mm.plan.fitted import Fitted
 from parallel.sequence.intervals import Column
 
 VERSION = 1
@@ -38,28 +38,6 @@ class Measured(NamedTuple):
     overlong: Column
     length: Column
     tally: Tally | None = None
-
-
-def tallied(fitted: Fitted, which: Column, lines: Lines, chosen: np.ndarray) -> Tally:
-    """Count those samples of `which` that are chosen: bool [which]. lines: of all of them."""
-    shard, n = fitted.base.shard_of(which), len(fitted.base.shards)
-    items = {}
-    for module in sorted(fitted.modules):
-        own = chosen[lines.sample] & (lines.module == fitted.modules.index(module))
-        if own.any():
-            items[module] = np.bincount(shard[lines.sample[own]], minlength=n)
-    return Tally(
-        np.bincount(shard[chosen], minlength=n),
-        np.bincount(shard[chosen & lines.truncated], minlength=n),
-        items,
-    )
-
-
-def added(a: Tally, b: Tally) -> Tally:
-    """Both counts together."""
-    zero = np.zeros_like(a.samples)
-    items = {m: a.items.get(m, zero) + b.items.get(m, zero) for m in sorted({*a.items, *b.items})}
-    return Tally(a.samples + b.samples, a.truncated + b.truncated, items)
 
 
 def measured(fitted: Fitted, make: Callable[[], Measured]) -> Measured:

@@ -18,9 +18,9 @@ from mm.config.data import DataConfig
 from mm.data.columns.samples import Samples
 from mm.data.sample import Index, Sample, Skipped
 from mm.errors import DataError
-from mm.plan.fitted import Fitted
+from mm.plan.fitted import Fitted, added, tallied
 from mm.plan.inputs import PlanInputs, sample_length
-from mm.plan.measured import Measured, added, measured, tallied
+from mm.plan.measured import Measured, measured
 from mm.plan.truncate import truncated_sample
 from parallel.sequence.intervals import Column, column
 

@@ -10,21 +10,34 @@ from mm.data.sample import Index
 from mm.errors import DataError, Refused
 from mm.order.chosen import Chosen, Range
 from mm.order.stream import Source, Stream
+from mm.plan.phases import in_phases
 
 
 def stream_of(cfg: Config, index: Index) -> Stream:
     """The samples of a run in order.
 
     Sources with weights are blended. Without weights, and where the config has patterns alone, all samples
-    are shuffled together. Raises Refused and DataError where the sources do not serve.
+    are shuffled together. data.lengths makes phases of them (phases.py). Raises Refused and DataError where
+    the sources do not serve.
     """
+    sources, weights = _sources(cfg, index)
+    if index.short:
+        sources, weights = in_phases(sources, weights, cfg.data.lengths, index.short)
+    try:
+        return Stream.of(cfg.run.seed, sources, weights)
+    except ValueError as error:
+        raise Refused(f"data.train: {error}") from error
+
+
+def _sources(cfg: Config, index: Index) -> tuple[list[Source], dict[int, Sequence[float]]]:
+    """The sources, and by first position their weights."""
+    weights: dict[int, Sequence[float]] = {0: [1.0]}
     if not index.selections:
-        return Stream.whole(cfg.run.seed, len(index.samples))
+        return [Source("", Chosen.of([Range(0, len(index.samples))]))], weights
     ranges = [Range(s.first, s.size, s.bits) for s in index.selections]
     names, entries = [s.name for s in index.selections], _given(cfg.data.train)
     if entries[0].weight is None:
-        together = Source(_joint(names), _some(_joint(names), ranges), entries[0].epochs)
-        return Stream.of(cfg.run.seed, [together])
+        return [Source(_joint(names), _some(_joint(names), ranges), entries[0].epochs)], weights
     for name in names:
         if names.count(name) > 1:
             raise Refused(f"data.train has two sources that are named {name}; needed: a name for each")
@@ -32,13 +45,10 @@ def stream_of(cfg: Config, index: Index) -> Stream:
         Source(name, _some(name, [own]), e.epochs)
         for name, own, e in zip(names, ranges, entries, strict=True)
     ]
-    weights: dict[int, Sequence[float]] = {0: [e.weight or 0.0 for e in entries]}
+    weights[0] = [e.weight or 0.0 for e in entries]
     for change in cfg.data.weights:
         weights[change.sample] = _of_names(change.weights, names)
-    try:
-        return Stream.of(cfg.run.seed, sources, weights)
-    except ValueError as error:
-        raise Refused(f"data.train: {error}") from error
+    return sources, weights
 
 
 def check_length(cfg: Config, stream: Stream) -> None:

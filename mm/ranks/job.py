@@ -20,6 +20,7 @@ from mm.data.sample import Index
 from mm.data.tokenizer import make_tokenizer
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, bare_module
+from mm.plan.phases import short_samples
 from mm.plan.pieces import with_pieces
 from mm.plan.places import Places, places
 from mm.plan.rates import rates
@@ -119,7 +120,8 @@ def open_index(
         storage=blueprint.storage,
     )
     index = with_pieces(index, blueprint.inputs, tokenizer)
-    return select(index, blueprint.inputs, rules)
+    index = select(index, blueprint.inputs, rules)
+    return replace(index, short=short_samples(index, blueprint.inputs, rules.lengths))
 
 
 def open_indexes(blueprint: Blueprint, *, write: bool = True) -> dict[str, Index]:

@@ -56,14 +56,17 @@ def header(blueprint: Blueprint, indexes: Mapping[str, Index], device: str, back
 def source_lines(blueprint: Blueprint, index: Index | None) -> list[str]:
     """The sources of the training data that the config names, and how they are packed."""
     cfg, out = blueprint.cfg, list[str]()
-    if index is not None and index.selections:
-        stream = stream_of(cfg, index)
-        weights, total = stream.blend.stretches[0].weights, sum(stream.blend.stretches[0].weights)
-        for source, weight in zip(stream.sources, weights, strict=True):
-            epochs = "without end" if source.epochs is None else f"at most {source.epochs} epochs"
-            share = "" if len(weights) == 1 else f", {weight / total:.4%} of the samples"
-            name = source.name or "all together"
-            out.append(f"source    {name}: {len(source.samples)} samples{share}, {epochs}")
+    if index is not None and (index.selections or index.short):
+        stream, starts = stream_of(cfg, index), [0, *(e.until for e in cfg.data.lengths)]
+        count = len(stream.sources) // len(starts)  # in a phase of data.lengths
+        for phase, start in enumerate(starts):
+            here = slice(phase * count, (phase + 1) * count)
+            weights = stream.blend.weights_at(start)
+            for source, weight in zip(stream.sources[here], weights[here], strict=True):
+                epochs = "without end" if source.epochs is None else f"at most {source.epochs} epochs"
+                share = "" if count == 1 else f", {weight / sum(weights):.4%} of the samples"
+                name = (source.name or "all together") + (f", from sample {start} on" if start else "")
+                out.append(f"source    {name}: {len(source.samples)} samples{share}, {epochs}")
     if cfg.data.pack is not None:
         budget = cfg.data.pack * cfg.train.global_batch
         out.append(f"packed    in sequences of {cfg.data.pack} tokens, at most {budget} tokens a step")

@@ -53,4 +53,28 @@ ORDER = (
         "hashes = keyed(key_of(self._keys[k], len(bad), turn), positions[own])",
         "tests/mm/order/test_stream.py::test_a_bad_sample_moves_no_other",
     ),
+    Fault(
+        "order.phase",
+        "weights of a phase go to the sources without a bound",
+        "mm/plan/phases.py",
+        "(now if k == here else [0.0] * len(now))",
+        "(now if k == len(starts) - 1 else [0.0] * len(now))",
+        "tests/mm/plan/test_phases.py::test_a_run_begins_with_short_samples",
+    ),
+    Fault(
+        "order.short",
+        "a bound on lengths forgets the split of its source",
+        "mm/plan/phases.py",
+        "own if r.bits is None else own & r.bits",
+        "own",
+        "tests/mm/plan/test_phases.py::test_a_run_begins_with_short_samples",
+    ),
+    Fault(
+        "order.left_out",
+        "a phase draws samples that the config leaves out",
+        "mm/plan/phases.py",
+        "which = which[~np.isin(which, left_out)]",
+        "which = which[~np.isin(which, left_out[:0])]",
+        "tests/mm/plan/test_phases.py::test_lengths_are_those_of_truncated_samples_and_none_is_left_out",
+    ),
 )

@@ -223,20 +223,28 @@ class Samples(Sequence[Sample]):
     def fingerprints(self, first: int, stop: int) -> Iterator[bytes]:
         """The lines "key sha256\\n" of samples first .. stop - 1, those of a shard together: of their text
         parts."""
-        for shard, (begin, end) in zip(self.shards, pairwise(self.first.tolist()), strict=True):
-            if end <= first or begin >= stop:
-                continue
-            (table, n), (texts, m) = shard.table, shard.texts
-            lines = texts.rows("lines", m)[max(first - begin, 0) : stop - begin]
-            rows = table.rows("samples", n)[lines["sample"]]
-            keys, parts = table.rows("keys", n).tobytes(), table.rows("parts", n)
-            own = parts[rows["part"].astype(np.int64) + rows["text"]]
+        for (table, n), rows in self._rows_by_shard(first, stop):
+            own = table.rows("parts", n)[rows["part"].astype(np.int64) + rows["text"]]
             sums = [
                 sha.hex() if known else "" for sha, known in zip(_bytes_of(own), own["known"], strict=True)
             ]
-            places = zip(rows["key"].tolist(), rows["key_bytes"].tolist(), sums, strict=True)
-            yield b"".join(keys[a : a + size] + f" {sha}\n".encode() for a, size, sha in places)
+            keys = _keys_of(table, n, rows)
+            yield b"".join(key + f" {sha}\n".encode() for key, sha in zip(keys, sums, strict=True))
             forget_pages(table)
+
+    def keys(self, first: int, stop: int) -> Iterator[bytes]:
+        """The keys of samples first .. stop - 1 in UTF-8, without views."""
+        for (table, n), rows in self._rows_by_shard(first, stop):
+            yield from _keys_of(table, n, rows)
+            forget_pages(table)
+
+    def _rows_by_shard(self, first: int, stop: int) -> Iterator[tuple[tuple[Table, int], Array]]:
+        """Rows of samples first .. stop - 1, those of a shard together, and where they are."""
+        for shard, (begin, end) in zip(self.shards, pairwise(self.first.tolist()), strict=True):
+            if end > first and begin < stop:
+                (table, n), (texts, m) = shard.table, shard.texts
+                lines = texts.rows("lines", m)[max(first - begin, 0) : stop - begin]
+                yield (table, n), table.rows("samples", n)[lines["sample"]]
 
     def _touch(self, count: int) -> None:
         """Give pages back now and then: a process that gathers here and there would hold the whole index."""
@@ -291,6 +299,14 @@ class Samples(Sequence[Sample]):
         offset, size, sha, known, name, meta = row.item()
         digest = bytes(sha).hex() if known else ""
         return Part(path, self._name(pair.names, name), offset, size, digest, self.meta(pair.metas + meta))
+
+
+def _keys_of(table: Table, shard: int, rows: Array) -> list[bytes]:
+    """The keys of rows of samples of a shard."""
+    keys = table.rows("keys", shard).tobytes()
+    return [
+        keys[a : a + size] for a, size in zip(rows["key"].tolist(), rows["key_bytes"].tolist(), strict=True)
+    ]
 
 
 def _bytes_of(parts: Array) -> list[bytes]:

@@ -12,8 +12,13 @@ from pydantic.fields import FieldInfo
 
 from mm.config.build import Section
 from mm.config.schema import Config, EncoderConfig
-from mm.config.sources import SourceConfig, WeightsConfig
+from mm.config.sources import LengthsConfig, SourceConfig, WeightsConfig
 
+LISTS: dict[str, type[Section]] = {
+    "data.train": SourceConfig,
+    "data.weights": WeightsConfig,
+    "data.lengths": LengthsConfig,
+}
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "config.md"
 
 
@@ -23,9 +28,9 @@ def fields(kind: type[Section], path: str = "") -> Iterator[tuple[str, FieldInfo
         key = f"{path}.{name}" if path else name
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from fields(field.annotation, key)
-        elif key in ("data.train", "data.weights"):
+        elif key in LISTS:
             yield key, field
-            yield from fields(SourceConfig if key == "data.train" else WeightsConfig, f"{key}.K")
+            yield from fields(LISTS[key], f"{key}.K")
         elif key == "model":
             yield from fields(EncoderConfig, "model.X")
         elif key != "base":

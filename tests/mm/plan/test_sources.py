@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from mm.config.schema import from_mapping, load_config, resolve_yaml
 from mm.data.sample import Index
+from mm.data.tally import tally_of
 from mm.errors import DataError, Refused
 from mm.plan.batches import Batches
 from mm.plan.blueprint import draw_up
@@ -64,6 +67,10 @@ def test_splits_hold_each_sample_once_and_stay_when_shards_are_added(tmp_path: P
     found = [opened(tmp_path, [{"shards": "a-0.tar", "split": part}])[0] for part in parts]
     keys = [{s.key for s in index.usable} for index in found]
     assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 30 and 12 < len(keys[0]) < 28
+    for index, (low, high) in zip(found, parts, strict=True):
+        hashes = {s.key: hashlib.blake2b(s.key.encode(), digest_size=6).digest() for s in index.samples}
+        of = {key: int.from_bytes(digest, "big") / 2**48 for key, digest in hashes.items()}
+        assert {s.key for s in index.usable} == {key for key, at in of.items() if low <= at < high}
     more, batches = opened(tmp_path, [{"shards": ["b-0.tar", "a-*.tar"], "split": [0, 0.7], "name": "x"}])
     assert {k for k in (s.key for s in more.usable) if k.startswith("a-0")} == keys[0]
     assert set(drawn(batches, more, 40)) == {s.key for s in more.usable}
@@ -129,3 +136,18 @@ def test_the_config_of_a_run_has_its_sources_as_they_are(tmp_path: Path) -> None
     first = again.data.train[0]
     assert not isinstance(first, str) and first.split == (0, 0.5) and first.weight == 3
     assert [(again.base / p).resolve() for p in first.patterns] == [tmp_path / "a-*.tar"]
+
+
+def test_what_is_taken_is_counted_from_columns_as_from_samples(tmp_path: Path) -> None:
+    write_shard(tmp_path / "c.tar", [sample("odd", "x", (7, 9)), sample("long", "x" * 40, (8, 8), (8, 12))])
+    entries = [{"shards": "a-*.tar", "split": [0, 0.5]}, {"shards": "c.tar"}]
+    rules = {"misfit": "skip", "overlong": "truncate", "max_skipped": 1}
+    for train in (entries, ["a-*.tar", "c.tar"]):
+        index, _ = opened(tmp_path, train, **rules)
+        plain = replace(index, samples=tuple(index.samples), tally=None)
+        ours, theirs = tally_of(replace(index, tally=None)), tally_of(plain)
+        assert [x.tolist() for x in ours[:2]] == [x.tolist() for x in theirs[:2]]
+        assert {m: n.tolist() for m, n in ours.items.items()} == {
+            m: n.tolist() for m, n in theirs.items.items()
+        }
+        assert index.usable.ids.tolist() == [s.id for s in index.usable] and ours.truncated.sum() == 1
