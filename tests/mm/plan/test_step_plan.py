@@ -23,7 +23,8 @@ from benchmarks.planning import step as step_cost
 from benchmarks.planning import synthetic
 from llm.counts import Counts
 from mm.commands.dry_run import dry_run
-from mm.config.data import DataConfig, from_mapping
+from mm.config.data import DataConfig
+from mm.config.schema import from_mapping
 from mm.config.training import TrainConfig
 from mm.data.index import load_index
 from mm.data.reader import ShardReader
