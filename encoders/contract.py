@@ -227,16 +227,32 @@ def pack_items(
 
     tensors: [n, *input_shape] of each item from number `first` of `metas` on.
     dtype: what the weights compute in; values have it where the encoder names no input_dtype.
-    Raises ValueError for a tensor of another shape than input_shape says.
+    Raises ValueError for a tensor of another shape than input_shape says. Tensors that lie one after another
+    in one memory are not copied; the batch shares it.
     """
     shape = tuple(cls.input_shape(cfg))
     for tensor in tensors:
         if tuple(tensor.shape[1:]) != shape:
             wanted = f"[n, {', '.join(map(str, shape))}], as input_shape says"
             raise ValueError(f"{cls.__name__}.prepare gave {list(tensor.shape)}; needed: {wanted}")
-    values = torch.cat(list(tensors)) if tensors else torch.zeros((0, *shape))
+    values = _joined(tensors) if tensors else torch.zeros((0, *shape))
     values = to_device(values.to(cls.input_dtype or dtype), device)
     return ItemBatch(values, tuple(len(t) for t in tensors), tuple(metas), first)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.cat(tensors) of at least one, without a copy where they lie so already."""
+    one = tensors[0]
+    memory, first = one.untyped_storage().data_ptr(), one.storage_offset()
+    at = first
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == memory and tensor.dtype == one.dtype
+        if not (same and tensor.storage_offset() == at and tensor.is_contiguous()):
+            return torch.cat(list(tensors))
+        at += tensor.numel()
+    rows = sum(len(tensor) for tensor in tensors)
+    # The strides of a tensor of one row say nothing of where a second would lie.
+    return one.as_strided((at - first,), (1,)).view(rows, *one.shape[1:])
 
 
 def join_batches(batches: Sequence[ItemBatch]) -> ItemBatch:

@@ -137,7 +137,8 @@ def planes(image: Any, channels: int) -> Tensor:
     """A PIL image of mode L or RGB as uint8 [channels, height, width]. Raises ValueError as check_channels()
     does."""
     check_channels(len(image.getbands()), channels)
-    return image_tensor(np.asarray(image if channels == 1 else image.convert("RGB")))
+    as_asked = channels == 1 or image.mode == "RGB"  # to convert what is RGB copies it
+    return image_tensor(np.asarray(image if as_asked else image.convert("RGB")))
 
 
 def image_tensor(pixels: np.ndarray) -> Tensor:

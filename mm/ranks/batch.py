@@ -121,6 +121,17 @@ class Assembler:
             # The payload matches its index but cannot be decoded: the sample counts as unreadable.
             raise BadSample(task.sample, f"{task.part.name}: {error}") from error
 
+    def places(self, reads: Reads[Task]) -> list[Tensor | None]:
+        """By task of `reads.every`, memory for its inputs; those of a module lie as in its batch, so that
+        pack_items() need not copy them. None for texts."""
+        found: list[Tensor | None] = []
+        for module, tasks in reads.items.items():
+            cls, cfg = self.inputs.encoders[module].cls, self.inputs.encoders[module].cfg
+            counts = [cls.input_count(cfg, task.part.meta) for task in tasks]
+            shape = (sum(counts), *cls.input_shape(cfg))
+            found += torch.split(torch.empty(shape, dtype=cls.input_dtype or self.dtype), counts)
+        return [*found, *[None for _ in reads.texts]]
+
     def ahead(self, tasks: Iterable[Task]) -> None:
         """Read together, from remote stores, what decode() is given next."""
         self.reader.ahead(task.part for task in tasks)

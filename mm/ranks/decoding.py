@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import mmap
 import signal
 import struct
@@ -43,10 +44,15 @@ class Task:
     sample: Sample
     part: Part
 
-    @property
-    def small(self) -> Task:
-        """The task as it is sent: reading and decoding need nothing of the sample's other parts."""
-        return replace(self, sample=replace(self.sample, segments=()))
+
+def small(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks as they are sent: reading and decoding need nothing of a sample's other parts.
+
+    Tasks of one sample share it, so that it is sent once.
+    """
+    samples = {id(task.sample): task.sample for task in tasks}
+    bare = {key: replace(sample, segments=()) for key, sample in samples.items()}
+    return [Task(task.module, bare[id(task.sample)], task.part) for task in tasks]
 
 
 T = TypeVar("T")
@@ -114,11 +120,11 @@ class Tray(NamedTuple):
         np.frombuffer(self.memory, values.dtype, values.size, at)[:] = values.reshape(-1)
         return -(-end // ALIGN) * ALIGN
 
-    def take(self, used: int) -> Tensor:
-        """A copy of the first `used` bytes: uint8 [used]."""
+    def filled(self, used: int) -> Tensor:
+        """The first `used` bytes as they lie there, which the next results overwrite: uint8 [used]."""
         if not used:
             return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(self.memory, dtype=torch.uint8, count=used).clone()
+        return torch.frombuffer(self.memory, dtype=torch.uint8, count=used)
 
 
 class Order(NamedTuple):
@@ -188,14 +194,19 @@ def _laid(found: Decoded, tray: Tray, at: int) -> tuple[dict[str, Any], int | No
     return {"at": at, "lengths": [len(text) for text in found]}, tray.put(at, ids)
 
 
-def unpacked(answer: dict[str, Any], tray: Tensor, task: Task) -> Decoded:
-    """A result as the worker had it. tray: its copy, uint8."""
+def unpacked(answer: dict[str, Any], tray: Tensor, task: Task, place: Tensor | None = None) -> Decoded:
+    """A copy of a result as the worker had it. tray: Tray.filled(). place: for a tensor; it is used where
+    shape and dtype are those of the result."""
     if "bad" in answer:
         return BadSample(task.sample, answer["bad"])
     at = answer["at"]
     if "shape" in answer:
         dtype = getattr(torch, answer["dtype"])
-        end = at + dtype.itemsize * int(np.prod(answer["shape"], dtype=np.int64))
-        return tray[at:end].view(dtype).view(answer["shape"])
-    ids = tray[at : at + 8 * sum(answer["lengths"])].view(torch.int64).numpy()
-    return np.split(ids, np.cumsum(answer["lengths"])[:-1]) if answer["lengths"] else []
+        end = at + dtype.itemsize * math.prod(answer["shape"])
+        found = tray[at:end].view(dtype).view(answer["shape"])
+        if place is None or place.shape != found.shape or place.dtype != found.dtype:
+            return found.clone()
+        return place.copy_(found)
+    ends = list(itertools.accumulate(answer["lengths"], initial=0))
+    ids = tray[at : at + 8 * ends[-1]].view(torch.int64).numpy().copy()
+    return [ids[a:b] for a, b in itertools.pairwise(ends)]

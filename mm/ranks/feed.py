@@ -212,7 +212,9 @@ class Feed:
         if planned.schedule is not None and self._schedules is not None:
             self._schedules.add(planned.schedule)
         reads = [self._assembler.needs(mb) for mb in planned.plan.microbatches]
-        ticket = self._workers.submit([task for own in reads for task in own.every])
+        tasks = [task for own in reads for task in own.every]
+        places = [p for own in reads for p in self._assembler.places(own)] if self._options.workers else None
+        ticket = self._workers.submit(tasks, places)
         return _Begun(known_bad, planned, reads, ticket)
 
     def _say_notes(self) -> None:

@@ -16,9 +16,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
+from torch import Tensor
+
 from mm.data.reader import BadSample
 from mm.errors import DataError, PolyrankError
-from mm.ranks.decoding import DONE, PLACE, Ahead, Decode, Decoded, Order, Task, Tray, attempt, unpacked, work
+from mm.ranks.decoding import (
+    DONE,
+    PLACE,
+    Ahead,
+    Decode,
+    Decoded,
+    Order,
+    Task,
+    Tray,
+    attempt,
+    small,
+    unpacked,
+    work,
+)
 from mm.ranks.nursery import Nursery
 
 TRAYS = 2  # orders that a worker has at once
@@ -31,9 +46,13 @@ POLL_S = 0.5  # how often workers that say nothing are looked at
 
 @dataclass
 class Ticket:
-    """The tasks of a step. found: their results so far. left: how many are missing."""
+    """The tasks of a step.
+
+    places: where their tensors belong. found: their results so far. left: how many are missing.
+    """
 
     tasks: Sequence[Task]
+    places: Sequence[Tensor | None]
     found: list[Decoded | None]
     left: int
 
@@ -105,9 +124,12 @@ class Workers:
         """What has happened to workers since this was last asked, in words."""
         return [self._notes.popleft() for _ in range(len(self._notes))]
 
-    def submit(self, tasks: Sequence[Task]) -> Ticket:
-        """Begin tasks; results() gives what they give."""
-        ticket = Ticket(tasks, [None] * len(tasks), len(tasks))
+    def submit(self, tasks: Sequence[Task], places: Sequence[Tensor | None] | None = None) -> Ticket:
+        """Begin tasks; results() gives what they give. places: by task, memory for its tensor, which is used
+        where it fits what a worker gives."""
+        places = [None] * len(tasks) if places is None else places
+        assert len(places) == len(tasks)
+        ticket = Ticket(tasks, places, [None] * len(tasks), len(tasks))
         if self._workers:
             # Parts of a shard are read in the order in which they lie there.
             order = sorted(range(len(tasks)), key=lambda n: (tasks[n].part.shard, tasks[n].part.offset))
@@ -152,7 +174,7 @@ class Workers:
                 return
             piece = self._waiting[0]
             tray = next(n for n in range(TRAYS) if n not in [o[1] for o in worker.orders])
-            tasks = [piece.ticket.tasks[n].small for n in piece.which]
+            tasks = small([piece.ticket.tasks[n] for n in piece.which])
             self._orders += 1
             try:
                 worker.pipe.send(Order(self._orders, tray, tasks))
@@ -171,14 +193,14 @@ class Workers:
             return
         _, tray, piece = worker.orders.popleft()
         self._stillborn = 0
-        copy = worker.trays[tray].take(said["used"])
+        given = worker.trays[tray].filled(said["used"])
         for n, answer in zip(piece.which, said["answers"], strict=False):
             task = piece.ticket.tasks[n]
             if "refused" in answer:
                 raise DataError(f"{_named(task)}: {answer['refused']}")
             if "failed" in answer:
                 raise PolyrankError(f"{_named(task)} failed in worker {worker.pid}:\n{answer['failed']}")
-            self._keep(piece.ticket, n, unpacked(answer, copy, task))
+            self._keep(piece.ticket, n, unpacked(answer, given, task, piece.ticket.places[n]))
         rest = piece.which[len(said["answers"]) :]
         if rest and not said["answers"]:  # its result is larger than a tray
             self._keep(piece.ticket, rest[0], attempt(self._decode, piece.ticket.tasks[rest[0]]))

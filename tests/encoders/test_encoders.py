@@ -211,6 +211,23 @@ def test_inputs_come_in_the_dtype_of_the_computation_or_in_the_encoders_own() ->
     assert packed(Ids).dtype == torch.int64
 
 
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), min_size=1, max_size=5))
+def test_items_that_lie_together_are_packed_as_others_are(spans: list[tuple[int, int]]) -> None:
+    vit, cfg = encoders.resolve("vit"), encoders.resolve("vit").Config()
+    memory = torch.arange(40.0).reshape(10, 4)
+    tensors = [memory[at : at + n] for at, n in spans]
+    values = pack_items(vit, cfg, tensors, [{}] * len(spans), device="cpu", dtype=memory.dtype).values
+    assert torch.equal(values, torch.cat(tensors))
+    whole = pack_items(vit, cfg, memory.split([3, 0, 7]), [{}] * 3, device="cpu", dtype=memory.dtype).values
+    assert whole.data_ptr() == memory.data_ptr() and torch.equal(whole, memory)
+    odd = [memory[::5][:1], memory[1:3]]  # of a stride that is not that of the batch
+    values = pack_items(vit, cfg, odd, [{}] * 2, device="cpu", dtype=memory.dtype).values
+    assert torch.equal(values, memory[:3])
+    across = [memory.T[:4].contiguous().T[n : n + 1] for n in range(3)]  # rows that do not lie in one piece
+    mixed = pack_items(vit, cfg, across, [{}] * 3, device="cpu", dtype=memory.dtype).values
+    assert torch.equal(mixed, memory[:3])
+
+
 def test_unusable_items_are_refused_in_words() -> None:
     vit, conformer = encoders.resolve("vit"), encoders.resolve("fastconformer")
     cfg = vit.Config(**SMALL["vit"])

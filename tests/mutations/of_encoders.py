@@ -29,8 +29,8 @@ ENCODERS = (
         "vit.pixels",
         "pixels are in another range",
         "encoders/vit.py",
-        "/ 127.5 - 1.0",
-        "/ 255.0",
+        ".div_(127.5).sub_(1.0)",
+        ".div_(255.0)",
         "tests/encoders/test_oracles.py::test_pictures_are_cut_into_patches",
     ),
     Fault(

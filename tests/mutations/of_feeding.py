@@ -14,6 +14,22 @@ FEEDING = (
         "tests/mm/ranks/test_workers.py::test_any_number_of_workers_gives_the_same",
     ),
     Fault(
+        "workers.trays",
+        "what a worker gives is not copied out of its tray, which is used again",
+        "mm/ranks/decoding.py",
+        "            return found.clone()",
+        "            return found",
+        "tests/mm/ranks/test_workers.py::test_any_number_of_workers_gives_the_same",
+    ),
+    Fault(
+        "batch.joined",
+        "items of one memory are packed as if they lay one after another",
+        "encoders/contract.py",
+        "if not (same and tensor.storage_offset() == at and tensor.is_contiguous()):",
+        "if not (same and tensor.is_contiguous()):",
+        "tests/encoders/test_encoders.py::test_items_that_lie_together_are_packed_as_others_are",
+    ),
+    Fault(
         "workers.blame",
         "a worker's end is counted against the first task of its order",
         "mm/ranks/workers.py",

@@ -51,6 +51,9 @@ def needed(made: Blueprint, mb: Microbatch, rank: int) -> list[Place]:
         if use.cls.context_parallel:
             start, stop = shares(len(owner), layout.cp)[at.cp]
             owner = owner[start:stop]
+            if use.cls.tensor_parallel and layout.sequence_parallel:
+                start, stop = shares(len(owner), layout.tp)[at.tp]
+                owner = owner[start:stop]
         found += [items[k].part for k in sorted(set(owner))]
     llm = made.inputs.llm
     if rank in llm.ranks and llm.coord(rank).pp in (0, llm.pp - 1):

@@ -45,11 +45,8 @@ def made(one: Task) -> Tensor | Texts:
     return values.to(getattr(torch, KINDS[n % len(KINDS)]))
 
 
-class Deadly(Task):
-    """A task that ends who receives it, before it is begun."""
-
-    def small(self) -> Task:
-        return self
+class Deadly(Part):
+    """A payload that ends who receives its task, before it is begun."""
 
     def __reduce__(self) -> Any:
         return os._exit, (3,)
@@ -80,6 +77,14 @@ def plain(found: list[Decoded]) -> list[object]:
     return [one(x) for x in found]
 
 
+def places(expected: list[Decoded]) -> list[Tensor | None]:
+    """Memory for results: some fits, some has another shape or dtype, some is missing."""
+    return [
+        torch.full_like(x, 1) if n % 3 else torch.ones(n % 2, 7, dtype=torch.int16)
+        for n, x in ((n, x if isinstance(x, Tensor) else torch.ones(2)) for n, x in enumerate(expected))
+    ]
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_any_number_of_workers_gives_the_same(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "TRAY_BYTES", 1 << 13)
@@ -92,13 +97,19 @@ def test_any_number_of_workers_gives_the_same(count: int, monkeypatch: pytest.Mo
             return torch.arange(9_000)
         return torch.full((7_000,), one.sample.id, dtype=torch.uint8) if one.sample.id > 50 else made(one)
 
-    expected = plain(Workers(decode, 0, 0, 1.0).results(Workers(decode, 0, 0, 1.0).submit([*tasks, large])))
+    alone = Workers(decode, 0, 0, 1.0)
+    direct = alone.results(alone.submit([*tasks, large]))
+    expected = plain(direct)
     with workers(decode, count) as one:
         tickets = [one.submit([*tasks, large][:n]) for n in sizes]
         one.forget(tickets.pop(2))
         tickets.append(one.submit([*tasks, large]))
-        for ticket in tickets:
-            assert plain(one.results(ticket)) == expected[: len(ticket.tasks)]
+        tickets.append(one.submit([*tasks, large], places(direct)))
+        # All are looked at when the trays have been used again.
+        found = [one.results(ticket) for ticket in tickets]
+        assert [plain(own) for own in found] == [expected[: len(ticket.tasks)] for ticket in tickets]
+        used = [a is b for a, b in zip(found[-1], tickets[-1].places, strict=True)]
+        assert any(used) == bool(count)
         assert not one.notes()
 
 
@@ -190,7 +201,7 @@ def test_faults_of_ours_are_no_bad_samples() -> None:
 
     with workers(fault, 1) as one, pytest.raises(PolyrankError, match=r"(?s)of sample s1 .*IndexError"):
         one.results(one.submit([task(1)]))
-    deadly = Deadly("vision", task(1).sample, task(1).part)
+    deadly = Task("vision", task(1).sample, Deadly("a-1.tar", "i.png", 0, 10, "", {}))
     with workers(made, 2) as one, pytest.raises(PolyrankError, match="5 workers in a row have ended"):
         one.results(one.submit([deadly]))
 
