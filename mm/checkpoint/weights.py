@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from encoders.hf import fill, open_folder
 from encoders.module import EncoderModule
 from llm.hf import load_weights
 from llm.hf.peft import AdapterFolder, adapter_tensors
@@ -16,7 +15,7 @@ from llm.hf.weights import check_folder
 from llm.model import LLM
 from mm.checkpoint.resume import verify
 from mm.checkpoint.state import model_shapes
-from mm.checkpoint.whole import fill_projector
+from mm.checkpoint.whole import fill_encoder
 from mm.config.outline import SINK, llm_config
 from mm.config.schema import Config
 from mm.errors import CheckpointError
@@ -142,14 +141,10 @@ def fill_encoders(job: Job, filled: Collection[str] = ()) -> None:
     for name, parts in job.parts.items():
         if name == SINK or name in filled:
             continue
-        enc = job.blueprint.cfg.model[name]
         try:
-            opened = None if enc.weights is None else open_folder(enc.weights, enc.encoder)
             for part in parts.values():
                 assert isinstance(part, EncoderModule)
-                if opened is not None:
-                    fill(part, opened, job.meshes[name])
-                fill_projector(part, job.blueprint, name, job.meshes[name])
+                fill_encoder(part, job.blueprint, name, job.meshes[name])
         except ValueError as error:
             raise CheckpointError(f"model.{name}.weights: {error}") from error
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from encoders.hf import open_folder
+from encoders.hf.own import is_own, open_own
 from encoders.module import EncoderModule
 from llm.hf.weights import check_folder
 from llm.model import LLM
@@ -23,12 +24,9 @@ from parallel.published import (
     FileTensor,
     SafeFolder,
     allocate,
-    check_tensors,
-    module_shapes,
     read_into,
     stored_dtypes,
 )
-from parallel.published.tables import Part
 from parallel.topology.axis import Axes
 from parallel.topology.mesh import ModuleMesh
 
@@ -84,16 +82,20 @@ def _parts(blueprint: Blueprint, name: str, module: nn.Module, folder: Path) -> 
     if isinstance(module, LLM):
         return [_Source(module, "", *check_folder(module.cfg, SafeFolder(folder)))]
     assert isinstance(module, EncoderModule)
-    enc, encoder = blueprint.cfg.model[name], module.encoder
-    if enc.weights is not None:
-        opened = open_folder(enc.weights, enc.encoder)
-        parts = [_Source(encoder, "encoder.", opened.tensors, opened.part.folder)]
+    return _encoder_sources(module, blueprint, name)
+
+
+def _encoder_sources(module: EncoderModule, blueprint: Blueprint, name: str) -> list[_Source]:
+    """What an encoder's module is read from, of what its config names folders for."""
+    enc, use = blueprint.cfg.model[name], blueprint.inputs.encoders[name]
+    if enc.weights is None:
+        return _projectors(module, blueprint, name)
+    if is_own(enc.weights):
+        tensors, files = open_own(enc.weights, enc.encoder, use.cls, use.cfg)
     else:
-        files, shapes = SafeFolder(folder / name), module_shapes(encoder)
-        tensors = [FileTensor(n, s, (Part(n),)) for n, s in shapes.items()]
-        check_tensors(tensors, files.shapes(), str(files.path))
-        parts = [_Source(encoder, "encoder.", tensors, files)]
-    return parts + _projectors(module, blueprint, name)
+        opened = open_folder(enc.weights, enc.encoder)
+        tensors, files = opened.tensors, opened.part.folder
+    return [_Source(module.encoder, "encoder.", tensors, files), *_projectors(module, blueprint, name)]
 
 
 def _projectors(module: EncoderModule, blueprint: Blueprint, name: str) -> list[_Source]:
@@ -120,12 +122,14 @@ class _Source(NamedTuple):
     files: SafeFolder
 
 
-def fill_projector(
+def fill_encoder(
     module: EncoderModule, blueprint: Blueprint, name: str, mesh: ModuleMesh | None = None
 ) -> None:
-    """Fill the projector of a job's module from the folder that its config names, if any and if it is here.
+    """Fill the encoder and the projector of a job's module from the folders that its config names, if any.
 
-    Raises ValueError where the folder does not fit.
+    mesh: of shard_module(), where each rank reads only its shards; None for a whole module. A pipeline stage
+    reads its own layers, and an encoder with fewer layers the first ones. Raises ValueError where a folder
+    does not fit.
     """
-    for source in _projectors(module, blueprint, name):
+    for source in _encoder_sources(module, blueprint, name):
         read_into(source.part, source.tensors, source.files, mesh)

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from encoders.hf.own import own_config, own_tensors
 from encoders.hf.write import Written, written
 from mm.containers.container import Tower, Whole
 from mm.containers.write import constants_of, moved, projector_shapes
-from parallel.published import Contents, FileTensor, Shape, module_shapes
+from parallel.published import Contents, FileTensor, Shape
 from parallel.published.tables import Part
-from parallel.topology.axis import Axes
 
 CARD = "polyrank.json"
 README = "README.md"
@@ -52,10 +52,9 @@ def encoder_contents(name: str, tower: Tower) -> tuple[Contents, Mapping[str, An
     said = published(tower)
     before = f"{name}.encoder."
     if said is None:
-        shapes = module_shapes(tower.cls(tower.cfg, Axes(), device="meta", dtype=None))
-        tensors = [FileTensor(n, shape, (Part(before + n),)) for n, shape in shapes.items()]
-        config = {"model_type": "polyrank", "encoder": tower.encoder, "options": asdict(tower.cfg)}
-        return Contents(tensors, {before + n: s for n, s in shapes.items()}, config), {}, None
+        tensors = own_tensors(tower.cls, tower.cfg, before)
+        shapes = {t.parts[0].name: t.shape for t in tensors}
+        return Contents(tensors, shapes, own_config(tower.encoder, tower.cfg)), {}, None
     constants = constants_of(said.rest, "")
     tensors = [moved(t, said.stem + t.key, before) for t in said.tensors]
     tensors += [FileTensor(n[1:], tuple(t.shape), (Part(n),)) for n, t in constants.items()]
@@ -105,15 +104,18 @@ def read_card(folder: Path) -> dict[str, Any] | None:
 
 
 def modules_of_card(folder: Path, card: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The encoder modules of a card, as a config names them; weights of published encoders alone."""
+    """The encoder modules of a card, as a config names them, with the folders of their weights."""
     out = {}
     for name, module in card["modules"].items():
         projector = dict(module["projector"])
         if projector["kind"] != "none":
             projector["weights"] = str(folder)
-        out[name] = {"encoder": module["encoder"], "options": module["options"], "projector": projector}
-        if module["published"]:
-            out[name]["weights"] = str(folder / name)
+        out[name] = {
+            "encoder": module["encoder"],
+            "weights": str(folder / name),
+            "options": module["options"],
+            "projector": projector,
+        }
     return out
 
 

@@ -325,6 +325,7 @@ def _encoder_use(cfg: Config, name: str, layout: Layout, d_out: int) -> EncoderU
 def _encoder_options(cfg: Config, name: str, cls: type[encoders.Encoder]) -> Any:
     """The options of an encoder: the config's, over those of the folder that it has its weights from."""
     from encoders.hf import open_folder
+    from encoders.hf.own import is_own, own_options
     from encoders.registry import implied_options
 
     enc = cfg.model[name]
@@ -333,6 +334,8 @@ def _encoder_options(cfg: Config, name: str, cls: type[encoders.Encoder]) -> Any
     if enc.weights is None:
         return given
     try:
+        if is_own(enc.weights):
+            return own_options(enc.weights, enc.encoder, given)
         return open_folder(enc.weights, enc.encoder).options(given, enc.options)
     except ValueError as error:
         raise ValueError(f"model.{name}.weights: {error}") from error

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from mm.cli import main
 from mm.data.encode import encode_samples, parse_sample
@@ -207,3 +208,33 @@ def test_what_cannot_be_evaluated_is_refused(
     ):
         assert main(["eval", *argv]) == code, argv
         assert why in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_card_has_the_losses_and_answers_of_its_run(run: Path, tmp_path: Path) -> None:
+    """Encoders that no published format holds are read from it too: a changed weight changes the losses."""
+    last = run / "step-00000002"
+    assert run_job(["checkpoint", "export", str(last), str(tmp_path / "out")], 0).code == 0
+
+    def found(path: Path, *more: str) -> dict[str, Any]:
+        ended = run_job([*asks(path, tmp_path, tmp_path / "json"), *more], free_port())
+        assert ended.code == 0, ended.err
+        out: dict[str, Any] = json.loads((tmp_path / "json").read_text())
+        return out
+
+    data = f"data.eval={json.dumps(DIGITS)}"
+    theirs, ours = found(run), found(tmp_path / "out", data, "train.dtype=float64", "eval.samples=40")
+    assert ours["exact_match"] == theirs["exact_match"] and ours["tokens"] == theirs["tokens"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+    weights = tmp_path / "out" / "audio" / "model.safetensors"
+    held = load_file(weights)
+    save_file({name: t * 2 for name, t in held.items()}, weights, metadata={"format": "pt"})
+    changed = found(tmp_path / "out", data, "train.dtype=float64", "eval.samples=40")
+    for kind in ("audio", "vision"):
+        same = changed["loss_by_modality"][kind]["loss"] == ours["loss_by_modality"][kind]["loss"]
+        assert same == (kind == "vision")
+    said = json.loads((tmp_path / "out" / "vision" / "config.json").read_text())
+    said["options"]["heads"] = 1
+    (tmp_path / "out" / "vision" / "config.json").write_text(json.dumps(said))
+    ended = run_job(["eval", str(tmp_path / "out"), data], 0)
+    assert ended.code == 2 and "has heads=1, not" in ended.err, ended.err
