@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from encoders import compat
 
@@ -79,8 +79,12 @@ def write_tokenizer(folder: Path, texts: list[str]) -> None:
         vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
     begin, end, image = SPECIAL
+    # Texts begin with <s>, as samples do in training and as Llama's own tokenizer has it.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, SPECIAL.index(begin))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end}
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "image_token": image}, indent=2))
 
