@@ -15,7 +15,9 @@ from mm.data.columns.file import forget_pages
 from mm.data.columns.table import NO_CODE, Array, Numbers, Strings, Table
 from mm.data.sample import Part, Sample, Segment
 
-MOST_TOUCHED = 512  # samples gathered before pages are given back; each maps up to 64 KiB of each column
+LARGE = 64 << 20  # bytes of a table, or of what lies between rows, whose pages are given back
+# Rows that lie apart, and views, until pages are given back: each maps what the page cache has as one piece.
+MOST_APART, MOST_VIEWS = 256, 64
 
 
 class Shard(NamedTuple):
@@ -106,7 +108,7 @@ class Samples(Sequence[Sample]):
             for column in columns
         }
         self._metas: dict[int, Mapping[str, int]] = {}
-        self._touched = 0
+        self._views = 0
 
     def _pairs(self) -> tuple[list[Pair], Numbers]:
         known: dict[tuple[int, int], int] = {}
@@ -173,18 +175,16 @@ class Samples(Sequence[Sample]):
         """Rows of a column that several tables may have parts of."""
         tables: list[Table] = [getattr(p, kind) for p in self.pairs]
         if len(tables) == 1:
-            found: Array = tables[0].columns[column][row]
-            return found
+            return _gathered(tables[0], column, row)
         out = np.empty(len(row), tables[0].columns[column].dtype)
         of = self._pair_of[shard]
         for k, table in enumerate(tables):
             here = of == k
-            out[here] = table.columns[column][row[here]]
+            out[here] = _gathered(table, column, row[here])
         return out
 
     def segments(self, which: Numbers) -> Segments:
         """The segments of samples with these numbers, in this order. O(segments), without a loop."""
-        self._touch(len(which))
         shard = self.shard_of(which)
         lines, samples = self.rows(which, "lines"), self.rows(which, "samples")
         of = lines["segments"].astype(np.int64)
@@ -246,19 +246,18 @@ class Samples(Sequence[Sample]):
                 lines = texts.rows("lines", m)[max(first - begin, 0) : stop - begin]
                 yield (table, n), table.rows("samples", n)[lines["sample"]]
 
-    def _touch(self, count: int) -> None:
-        """Give pages back now and then: a process that gathers here and there would hold the whole index."""
-        self._touched += count
-        if self._touched > MOST_TOUCHED:
-            self._touched = 0
-            for pair in self.pairs:
-                forget_pages(pair.table)
-                if pair.texts is not pair.table:
-                    forget_pages(pair.texts)
+    def _viewed(self) -> None:
+        """Give pages back now and then: a process that looks here and there would hold the whole index."""
+        self._views += 1
+        if self._views > MOST_VIEWS:
+            self._views = 0
+            tables = {id(t): t for p in self.pairs for t in (p.table, p.texts)}
+            for table in (t for t in tables.values() if t.nbytes >= LARGE):
+                forget_pages(table)
 
     def view(self, number: int) -> Sample:
         """A sample as an object."""
-        self._touch(1)
+        self._viewed()
         shard = int(np.searchsorted(self.first, number, side="right")) - 1
         own = self.shards[shard]
         (table, n), (texts, m) = own.table, own.texts
@@ -313,3 +312,16 @@ def _bytes_of(parts: Array) -> list[bytes]:
     """The sums of parts."""
     data = np.ascontiguousarray(parts["sha256"]).tobytes()
     return [data[a : a + 32] for a in range(0, len(data), 32)]
+
+
+def _gathered(table: Table, column: str, row: Numbers) -> Array:
+    """Rows of a column. Of a large table the pages are given back meanwhile. O(rows)."""
+    source = table.columns[column]
+    if table.nbytes < LARGE or not len(row) or int(np.ptp(row)) * source.itemsize < LARGE:
+        found: Array = source[row]
+        return found
+    out = np.empty(len(row), source.dtype)
+    for at in range(0, len(row), MOST_APART):
+        out[at : at + MOST_APART] = source[row[at : at + MOST_APART]]
+        forget_pages(table)
+    return out

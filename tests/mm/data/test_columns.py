@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,7 +137,11 @@ def test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files(
     assert samples == wanted and list(samples) == wanted and samples[:2] == tuple(wanted[:2])
     assert [notes_of(*kept[k]) for k in range(len(found))] == [index["broken"] for index in found]
     which = np.asarray(data.draw(st.permutations(range(len(wanted)))), dtype=np.int64)
-    got = samples.segments(which)
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):  # as of a large table, whose pages are given back between rows
+            patch.setattr("mm.data.columns.samples.LARGE", 0)
+            patch.setattr("mm.data.columns.samples.MOST_APART", 2)
+        got = samples.segments(which)
     names = [*samples.names.texts, None]
     flat = [seg for i in which.tolist() for seg in wanted[i].segments]
     assert got.of.tolist() == [len(wanted[i].segments) for i in which.tolist()]
