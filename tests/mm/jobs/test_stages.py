@@ -106,8 +106,8 @@ def test_a_stage_changes_the_layout_in_memory_as_through_a_checkpoint(config: Pa
         same = [[m["loss"], m["grad_norm"]] for m in metrics(run / stage)]
         assert [[m["loss"], m["grad_norm"]] for m in metrics(apart / stage)] == same
     said = (run / "all" / "log.txt").read_text()
-    came = f"weights of sensor from {run / 'projector' / 'step-00000002'}; of llm in memory from the stage before"
-    assert came in said
+    older = run / "projector" / "step-00000002"
+    assert f"weights of sensor from {older}; of llm in memory from the stage before" in said
     assert "in memory" not in (apart / "all" / "log.txt").read_text()
 
 
