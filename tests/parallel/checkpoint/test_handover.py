@@ -101,6 +101,7 @@ def moved(moves: list[Move], message_bytes: int) -> None:
         new |= placed(f"t{i}", torch.full_like(entered, -1), move.enters, meshes)
         expected |= placed(f"t{i}", entered, move.enters, meshes)
     there = Handover(hold(old), channel(), torch.device("cpu"), message_bytes=message_bytes)
+    assert there.fill(old) == 0  # each rank holds all that it needs
     received = there.fill(new)
     parts = least = 0
     for name, tensor in new.items():
