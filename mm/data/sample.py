@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, overload
@@ -129,7 +130,34 @@ class Tally(NamedTuple):
     items: Mapping[str, NDArray[np.int64]]
 
 
-class Usable(Sequence[Sample]):
+class Views(Sequence[Sample], ABC):
+    """Samples that are made when they are asked for. Equal ones are equal, but not the same object."""
+
+    @abstractmethod
+    def view(self, number: int) -> Sample:
+        """Sample number `number`, from 0 on."""
+
+    @overload
+    def __getitem__(self, which: int) -> Sample: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, which: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(which, slice):
+            return tuple(map(self.view, range(len(self))[which]))
+        return self.view(range(len(self))[which])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.view, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(other) != len(self):
+            return False
+        return all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by its elements
+
+
+class Usable(Views):
     """Samples without some of them, in order. taken: ids, None for all. skipped: ids of those without."""
 
     def __init__(
@@ -152,23 +180,11 @@ class Usable(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._samples) - len(self._before) if self._taken is None else len(self._taken)
 
-    @overload
-    def __getitem__(self, which: int) -> Sample: ...
-    @overload
-    def __getitem__(self, which: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, which: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(which, slice):
-            return [self[k] for k in range(len(self))[which]]
-        nth = range(len(self))[which]
+    def view(self, number: int) -> Sample:
+        """Usable sample number `number`."""
         if self._taken is not None:
-            return self._samples[int(self._taken[nth])]
-        return self._samples[nth + int(np.searchsorted(self._before, nth, side="right"))]
-
-    def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Sequence) and len(other) == len(self)
-        return same and all(a == b for a, b in zip(self, other, strict=True))  # type: ignore[call-overload]
-
-    __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by its elements
+            return self._samples[int(self._taken[number])]
+        return self._samples[number + int(np.searchsorted(self._before, number, side="right"))]
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,15 @@ themselves are views, made as the definitions in mm/plan/inputs.py, item_pieces.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import overload
 
 import numpy as np
 
 from mm.data.columns.samples import Samples, Segments
 from mm.data.columns.table import Array, Numbers
-from mm.data.sample import Part, Sample, Segment, Tally
+from mm.data.sample import Part, Sample, Segment, Tally, Views
 from mm.plan.inputs import PlanInputs
 from mm.plan.item_pieces import Encode, in_pieces, item_pieces
 from mm.plan.truncate import truncated_sample
@@ -154,7 +153,7 @@ class _Sizes:
         self.cost, self.content = np.asarray(cost, dtype=np.float64), np.asarray(content, dtype=np.int64)
 
 
-class Fitted(Sequence[Sample]):
+class Fitted(Views):
     """The samples of an index as a model takes them.
 
     encode: of texts between pieces of items; None: items are not taken apart. truncated: the samples of
@@ -191,25 +190,6 @@ class Fitted(Sequence[Sample]):
 
     def __len__(self) -> int:
         return len(self.base)
-
-    @overload
-    def __getitem__(self, which: int) -> Sample: ...
-    @overload
-    def __getitem__(self, which: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, which: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(which, slice):
-            return tuple(map(self.view, range(len(self))[which]))
-        return self.view(range(len(self))[which])
-
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self.view, range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or len(other) != len(self):
-            return False
-        return all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by its elements
 
     def shard_of(self, which: Numbers) -> Numbers:
         """By sample number, the number of its shard."""

@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mm.data.columns.entries import TEXT
 from mm.data.columns.file import forget_pages
 from mm.data.columns.table import NO_CODE, Array, Numbers, Strings, Table
-from mm.data.sample import Part, Sample, Segment
+from mm.data.sample import Part, Sample, Segment, Views
 
 LARGE = 64 << 20  # bytes of a table, or of what lies between rows, whose pages are given back
 # Rows that lie apart, and views, until pages are given back: each maps what the page cache has as one piece.
@@ -85,7 +85,7 @@ class Segments:
     source: Numbers
 
 
-class Samples(Sequence[Sample]):
+class Samples(Views):
     """The samples of shards, in order. A sample is a view; equal ones are equal, but not the same object."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -127,25 +127,6 @@ class Samples(Sequence[Sample]):
 
     def __len__(self) -> int:
         return int(self.first[-1])
-
-    @overload
-    def __getitem__(self, which: int) -> Sample: ...
-    @overload
-    def __getitem__(self, which: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, which: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(which, slice):
-            return tuple(map(self.view, range(len(self))[which]))
-        return self.view(range(len(self))[which])
-
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self.view, range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or len(other) != len(self):
-            return False
-        return all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by its elements
 
     def shard_of(self, which: Numbers) -> Numbers:
         """By sample number, the number of its shard."""
