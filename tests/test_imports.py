@@ -56,6 +56,7 @@ ORDER = {
         "report",
         "train",
         "virtual",
+        "predict",
         "commands",
         "cli",
     ),

@@ -1,0 +1,4 @@
+"""What a step of a job costs on given hardware: counts of work, without running anything.
+
+Entry points: work.Counts. mm/plan says what is computed where; this room how long it takes and what it holds.
+"""
