@@ -16,7 +16,8 @@ def schedule_memory(counts: Counts) -> Memory:
     """What the schedule's actions take and free, as the checker has it."""
     hidden = {(m, s + 1): size for (m, s), size in counts.hidden.items()}  # by the stage that they enter
     rows = counts.rows
-    return Memory(activation={**counts.kept}, load=counts.load, hidden=hidden, held=rows, read=rows)
+    kept: dict[str | tuple[str, int], float] = {key: size for key, size in counts.kept.items()}
+    return Memory(activation=kept, load=counts.load, hidden=hidden, held=rows, read=rows)
 
 
 def by_program(plan: SchedulePlan, counts: Counts, hardware: Hardware) -> Mapping[int, Mapping[str, float]]:

@@ -15,6 +15,7 @@ from mm.plan.flops import step_flops
 from mm.plan.step_plan import StepPlan
 from mm.plan.table import SampleTable
 from mm.predict.costs import Priced, priced, update_crowd, update_seconds
+from mm.predict.count.job import count_job
 from mm.predict.hardware import Hardware
 from mm.predict.held import by_program
 from mm.predict.spent import spent
@@ -58,6 +59,11 @@ class Prediction:
     def peak_memory_bytes(self) -> float:
         """Of the rank that holds most."""
         return sum(self.memory_by_kind.values())
+
+
+def predict(blueprint: Blueprint, plan: StepPlan, hardware: Hardware) -> Prediction:
+    """What a step takes, from the counts of its plan; see predict_counts()."""
+    return predict_counts(blueprint, plan, count_job(blueprint, plan), hardware)
 
 
 def predict_counts(blueprint: Blueprint, plan: StepPlan, counts: Counts, hardware: Hardware) -> Prediction:

@@ -82,7 +82,9 @@ def test_groups_are_found_on_their_nodes() -> None:
 
 
 def test_hardware_of_one_node_refuses_what_crosses_nodes() -> None:
-    with pytest.raises(Refused, match=r"cpu-gloo has no links\.across, but all_reduce of llm\.tp joins 2 nodes"):
+    with pytest.raises(
+        Refused, match=r"cpu-gloo has no links\.across, but all_reduce of llm\.tp joins 2 nodes"
+    ):
         message_seconds(Message("all_reduce", TP, 1.0), Place(4, 2, 2, 2), load_hardware("cpu-gloo"))
 
 
