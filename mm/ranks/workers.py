@@ -282,4 +282,4 @@ class Workers:
 
 
 def _named(task: Task) -> str:
-    return f"{task.part.name} of sample {task.sample.key} of {task.part.shard}"
+    return f"{task.part.name} of sample {task.sample.name} of {task.part.shard}"

@@ -33,11 +33,10 @@ class VirtualAssembler(Assembler):
         return VirtualAssembler(**{f.name: getattr(assembler, f.name) for f in fields(assembler)})
 
     def encoded(self, sample: Sample) -> tuple[TokenSegment, ...]:
-        return tuple(
-            TokenSegment("text", [0] * (s.tokens if s.written is None else s.written), "", s.loss, s.depends)
-            for s in sample.segments
-            if s.part is None and s.ids is None
-        )
+        before = 0 if sample.portion is None else sample.portion.texts
+        own = [s for s in sample.segments if s.part is None and s.ids is None]
+        lengths = [0] * before + [s.tokens if s.written is None else s.written for s in own]
+        return tuple(TokenSegment("text", [0] * n, "", True, None) for n in lengths)
 
     def _prepared(self, use: EncoderUse, sample: Sample, part: Part) -> Tensor:
         shape = use.cls.input_count(use.cfg, part.meta), *use.cls.input_shape(use.cfg)

@@ -170,7 +170,7 @@ def test_long_samples_are_truncated_to_their_beginning(tmp_path: Path) -> None:
     assert [s.tokens for s in truncated["longer"].segments] == [0, 0, 8]
     for s in truncated.values():
         assert sample_length(s, made.inputs) == 20
-        assert supervised_tokens(s) == s.segments[-1].tokens  # and no end marker
+        assert supervised_tokens(s, made.inputs) == s.segments[-1].tokens  # and no end marker
     assert index.digest == load_index(["a-*.tar"], tmp_path).digest
 
 
