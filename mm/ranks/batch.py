@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,8 @@ from parallel.sequence.host import to_device
 from parallel.sequence.intervals import Column
 from parallel.sequence.packed import Packing
 from parallel.topology.axis import Axes
+
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # of any values
 
 
 @dataclass(frozen=True)
@@ -121,15 +123,15 @@ class Assembler:
             # The payload matches its index but cannot be decoded: the sample counts as unreadable.
             raise BadSample(task.sample, f"{task.part.name}: {error}") from error
 
-    def places(self, reads: Reads[Task]) -> list[Tensor | None]:
+    def places(self, reads: Reads[Task], empty: Empty) -> list[Tensor | None]:
         """By task of `reads.every`, memory for its inputs; those of a module lie as in its batch, so that
-        pack_items() need not copy them. None for texts."""
+        pack_items() need not copy them. None for texts. empty: makes a tensor of some shape and dtype."""
         found: list[Tensor | None] = []
         for module, tasks in reads.items.items():
             cls, cfg = self.inputs.encoders[module].cls, self.inputs.encoders[module].cfg
             counts = [cls.input_count(cfg, task.part.meta) for task in tasks]
             shape = (sum(counts), *cls.input_shape(cfg))
-            found += torch.split(torch.empty(shape, dtype=cls.input_dtype or self.dtype), counts)
+            found += torch.split(empty(shape, cls.input_dtype or self.dtype), counts)
         return [*found, *[None for _ in reads.texts]]
 
     def ahead(self, tasks: Iterable[Task]) -> None:
