@@ -126,7 +126,9 @@ def check_train(train: TrainConfig, encoders: Sequence[str], trace: int | None) 
 
 def _check_recompute(train: TrainConfig, encoders: Sequence[str]) -> None:
     given = train.recompute
-    for name in given if isinstance(given, dict) else ():
+    if not isinstance(given, dict):
+        return
+    for name in given:
         if name not in (*encoders, "llm"):
             raise Refused(unknown_key(f"train.recompute.{name}", name, [*encoders, "llm"]))
         try:
