@@ -11,9 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mm.compare.result import Bar, RankResult, RunResult, Timeline
-
-WAITED = 0.002  # of a step: a shorter pause before a computation is no waiting
+from mm.compare.result import Arrow, Bar, RankResult, RunResult, Timeline
 
 
 class Part(NamedTuple):
@@ -45,7 +43,7 @@ def chain_of(run: RunResult) -> dict[Part, float]:
     last = by_rank[line.ranks[links[0].row]]
     out[Part("updating", "", last.rank)] += last.update_s
     out[Part("data", "", last.rank)] += last.data_s
-    return {part: seconds for part, seconds in out.items() if seconds > 0}
+    return {part: seconds for part, seconds in out.items() if seconds > 1e-9}
 
 
 def _computing(rank: RankResult, bar: Bar) -> float:
@@ -62,6 +60,9 @@ def _links(line: Timeline) -> tuple[list[Bar], dict[int, float]]:
     rows: list[list[Bar]] = [[] for _ in line.ranks]
     for bar in sorted(line.bars, key=lambda b: b.start):
         rows[bar.row].append(bar)
+    needed: dict[int, list[Arrow]] = defaultdict(list)
+    for arrow in line.arrows:
+        needed[id(line.bars[arrow.bar])].append(arrow)
     at: Bar | None = max(line.bars, key=lambda b: b.end)
     links: list[Bar] = []
     paused: dict[int, float] = defaultdict(float)
@@ -69,12 +70,10 @@ def _links(line: Timeline) -> tuple[list[Bar], dict[int, float]]:
         links.append(at)
         before = _before(rows[at.row], at.start)
         free = before.end if before is not None else 0.0
-        if at.start - free > WAITED * line.seconds:
-            sent = [a for a in line.arrows if a.target == at.row and free <= a.sent <= at.start]
-            source = max(sent, key=lambda a: a.sent, default=None)
-            if source is not None:
-                before = _before(rows[source.source], min(source.sent, at.start))
-                free = before.end if before is not None else 0.0
+        last = max(needed[id(at)], key=lambda a: a.sent, default=None)
+        if last is not None and last.sent > free:  # its rank was free before what it needed was sent
+            before = _before(rows[last.source], min(last.sent, at.start))
+            free = before.end if before is not None else 0.0
         paused[at.row] += max(0.0, at.start - free)
         at = before
     return links, paused

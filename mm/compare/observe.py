@@ -24,7 +24,6 @@ from mm.virtual.ledger import KINDS
 from mm.virtual.recorder import Recorder
 from mm.virtual.run import group_names, record_step
 from parallel.schedule import Record, SchedulePlan
-from parallel.schedule.action import COMPUTE
 from parallel.schedule.drawing.chart import Chart, measured
 
 # What the ledger of a step distinguishes, by what a comparison shows.
@@ -113,7 +112,7 @@ def observe_step(job: Job, feed: Feed, step: int) -> Observed:
     return Observed(
         flops=step_flops(job.blueprint, prepared.plan),
         ranks=found,
-        timeline=_timeline(chart, schedule, sorted(records), step),
+        timeline=timeline_of(chart, schedule, sorted(records), step),
     )
 
 
@@ -128,7 +127,8 @@ def _by_action(records: Sequence[Record], processor: Sequence[float], on_cpu: bo
     ]
 
 
-def _timeline(chart: Chart, schedule: SchedulePlan, ranks: Sequence[int], step: int) -> Timeline:
+def timeline_of(chart: Chart, schedule: SchedulePlan, ranks: Sequence[int], step: int) -> Timeline:
+    """A chart of measured actions as plain data. ranks: by row. step: counts from 0."""
     bars = [
         Bar(
             row=b.row,
@@ -143,9 +143,11 @@ def _timeline(chart: Chart, schedule: SchedulePlan, ranks: Sequence[int], step: 
             half=b.half,
         )
         for b in chart.bars
-        if b.action.kind in COMPUTE
     ]
-    arrows = [Arrow(a.kind.value, a.module, a.source, a.target, a.start) for a in chart.arrows]
+    arrows = [
+        Arrow(a.kind.value, a.module, a.source, a.target, a.start, bar)
+        for a, bar in zip(chart.arrows, chart.waits, strict=True)
+    ]
     return Timeline(
         step=step + 1,
         seconds=chart.seconds,

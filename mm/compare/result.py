@@ -115,13 +115,17 @@ class Bar:
 
 @dataclass(frozen=True)
 class Arrow:
-    """What a computation of one row waited for, of another row. sent: when, in seconds from the start."""
+    """What a computation of one row needed of another row. sent: when, in seconds from the start.
+
+    bar: the index in Timeline.bars of that computation, on the row `target`.
+    """
 
     kind: str
     module: str
     source: int
     target: int
     sent: float
+    bar: int
 
 
 @dataclass(frozen=True)
