@@ -23,7 +23,7 @@ from mm.plan.inputs import PlanInputs, sample_length
 from mm.plan.measured import Measured, measured
 from mm.plan.portions import Portions, beginnings
 from mm.plan.portions import split as portions_of
-from mm.plan.truncate import split_sample, truncated_sample
+from mm.plan.truncate import largest_item, split_sample, truncated_sample
 from parallel.sequence.intervals import Column, before, column
 
 SHOWN = 3  # reasons that are listed
@@ -41,9 +41,7 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
     portions = Portions.none()
     if rules.overlong in ("truncate", "split"):
         index, portions = _shortened(index, found.overlong, inputs, rules.overlong == "split")
-    left = ~np.isin(found.overlong, portions.sample)
-    misfit, overlong = (portions.number(i) for i in (found.misfit, found.overlong[left]))
-    skipped = LeftOut.of(index.samples, misfit, overlong, found.length[left], inputs)
+    skipped = LeftOut.of(index, found, portions, inputs)
     tally = found.tally
     if tally is not None and isinstance(index.samples, Fitted):
         for which in index.samples.chunks(portions.every):
@@ -122,20 +120,23 @@ def _short(sample: Sample, inputs: PlanInputs, split: bool) -> list[Sample]:
 class LeftOut(Mapping[int, Skipped]):
     """Why samples are left out, in columns: the words are made when they are asked for."""
 
-    def __init__(self, samples: Sequence[Sample], ids: Column, length: Column, inputs: PlanInputs) -> None:
-        self._samples, self._inputs = samples, inputs
+    def __init__(
+        self, samples: Sequence[Sample], ids: Column, length: Column, inputs: PlanInputs, split: bool
+    ) -> None:
+        self._samples, self._inputs, self._split = samples, inputs, split
         self.ids, self._length = ids, length
         """Ascending; by sample its length, 0 for one with an item that does not fit."""
 
     @staticmethod
-    def of(
-        samples: Sequence[Sample], misfit: Column, overlong: Column, length: Column, inputs: PlanInputs
-    ) -> LeftOut:
-        """Of samples that do not fit and samples that are too long, both ascending."""
+    def of(index: Index, found: Measured, portions: Portions, inputs: PlanInputs) -> LeftOut:
+        """Those that do not fit, and those that are too long and have no portions."""
+        left = ~np.isin(found.overlong, portions.sample)
+        misfit, overlong = (portions.number(i) for i in (found.misfit, found.overlong[left]))
+        length = found.length[left]
         ids = np.concatenate([misfit, overlong])
         order = np.argsort(ids, kind="stable")
         lengths = np.concatenate([np.zeros_like(misfit), length])
-        return LeftOut(samples, ids[order], lengths[order], inputs)
+        return LeftOut(index.samples, ids[order], lengths[order], inputs, portions.split)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -153,8 +154,13 @@ class LeftOut(Mapping[int, Skipped]):
         sample, n = self._samples[number], int(self._length[at])
         if n == 0:
             return Skipped("misfit", _misfit(sample, self._inputs))
-        where = f"sample {sample.key} of {sample.shard}"
-        return Skipped("overlong", f"{where} is {n} tokens long, data.context is {self._inputs.context}")
+        where, context = f"sample {sample.key} of {sample.shard}", self._inputs.context
+        if self._split:
+            largest, room = largest_item(sample, self._inputs), context - 2 * sample.markers
+            return Skipped(
+                "overlong", f"{where} has an item of {largest} tokens, a portion has room for {room}"
+            )
+        return Skipped("overlong", f"{where} is {n} tokens long, data.context is {context}")
 
     def _place(self, number: int) -> int | None:
         at = int(np.searchsorted(self.ids, number))
@@ -210,7 +216,7 @@ def _refuse(index: Index, found: Measured, inputs: PlanInputs, rules: DataConfig
         refusals.append(
             f"{overlong} of {total} samples are longer than data.context: the longest is sample "
             f"{longest.key} of {longest.shard} with {most} tokens{also}; raise data.context to {most}, or "
-            f"keep their beginnings: data.overlong=truncate{hint}"
+            f"split them: data.overlong=split; or keep their beginnings: data.overlong=truncate{hint}"
         )
     if refusals:
         raise DataError("; ".join(refusals))

@@ -46,6 +46,12 @@ def split_sample(sample: Sample, inputs: PlanInputs) -> list[Sample]:
     return [portion(sample, span, (n, len(kept)), inputs) for n, span in enumerate(kept, 1)]
 
 
+def largest_item(sample: Sample, inputs: PlanInputs) -> int:
+    """Tokens of the largest item of a sample, with the texts between its pieces."""
+    every = (g for g in grouped(sample.segments) if not _is_text(g))
+    return max((sum(_size(seg, inputs) for seg in group) for group in every), default=0)
+
+
 def portion(sample: Sample, span: Span, nth: tuple[int, int], inputs: PlanInputs) -> Sample:
     """A portion of a sample. nth: its number, from 1 on, and how many there are."""
     segments, texts = _inside(sample, span, inputs)

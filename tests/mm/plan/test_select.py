@@ -82,7 +82,8 @@ def test_what_does_not_fit_is_refused_with_all_counts(tmp_path: Path) -> None:
         "1 of 20 samples have an item that does not fit; or leave them out: data.misfit=skip with data.max",
         "2 of 20 samples are longer than data.context: the longest is sample longer of",
         "with 42 tokens, the first sample long with 36; raise data.context to 42",
-        "or keep their beginnings: data.overlong=truncate; or leave them out: data.overlong=skip with data.",
+        "or split them: data.overlong=split; or keep their beginnings: data.overlong=truncate; or leave",
+        "them out: data.overlong=skip with data.max_skipped=",
     ):
         assert words in said, words
 
