@@ -57,6 +57,8 @@ ORDER = {
         "train",
         "virtual",
         "predict",
+        "compare",
+        "pages",
         "commands",
         "cli",
     ),
