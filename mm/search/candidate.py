@@ -76,7 +76,9 @@ class Choice(NamedTuple):
         parts += [f"dp{self.dp}"] if self.dp > 1 else []
         parts += [f"{a}{n}" for a in ("ep", "etp") if (n := getattr(d, a)) > 1]
         parts += ["sp"] if d.sequence_parallel else []
-        return f"{' '.join(parts) or 'whole'} on {self.block.start}-{self.block.stop - 1}, {self.data_parallel}"
+        return (
+            f"{' '.join(parts) or 'whole'} on {self.block.start}-{self.block.stop - 1}, {self.data_parallel}"
+        )
 
 
 @dataclass(frozen=True)
