@@ -57,6 +57,7 @@ ORDER = {
         "train",
         "virtual",
         "predict",
+        "compare",
         "pages",
         "commands",
         "cli",

@@ -11,7 +11,7 @@ from mm.errors import Refused
 from mm.ranks import launch
 
 if TYPE_CHECKING:
-    from mm.commands.comparison import Run
+    from mm.compare.rounds import Run
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +37,14 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             "and at least 1 round"
         )
     world = world_of(args, cfg)
-    from mm.commands.variants import check_variants, variants
+    from mm.compare.variants import check_variants, variants
 
     found = variants(cfg, layouts)
     if not launch.launched():
         check_variants(found, world)
 
     def runs() -> list[Run]:
-        from mm.commands.comparison import make_runs
+        from mm.compare.rounds import make_runs
 
         return make_runs(found, world)
 
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         timed = f"{args.rounds} rounds of {args.steps} steps under each of {len(found)} layouts"
         announce(args, world, timed)
         return launch.launch_local(world, argv, runs)
-    from mm.commands.comparison import compare
+    from mm.compare.rounds import compare
 
     compare(cfg, runs(), steps=args.steps, rounds=args.rounds, json_out=args.json)
     return 0

@@ -46,6 +46,12 @@ class RunConfig(Section):
         None, ge=1, description="number of a step to draw as it ran, with a trace for Perfetto"
     )
     tensorboard: bool = Field(False, description="write losses, norms, rates and lifts for TensorBoard too")
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases that gets the same numbers"
+    )
+    report: bool = Field(
+        False, description="write report.html when the run ends; report RUN does so at any time"
+    )
 
 
 class ProjectorConfig(Section):

@@ -6,10 +6,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from mm.compare.result import Interval, RunResult, SpeedupVerdict, StepSeconds
 
 # Quantiles of Student's t by degrees of freedom, from 1: a mean's 95 % confidence interval reaches this many
 # standard errors to either side. Beyond the last entry they are a little smaller.
@@ -41,45 +43,6 @@ class Measured:
         return [seconds for steps in self.rounds for seconds in steps]
 
 
-class Interval(NamedTuple):
-    """A 95 % confidence interval of a speed-up."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One entry of the comparison's JSON, with its keys in its order.
-
-    losses, grad_norms_by_module: of each step of the first round. max_rel_*, speedup*: against the baseline.
-    speedup_interval: None where there are too few steps.
-    """
-
-    name: str
-    layout: dict[str, Any]
-    step_s: StepSeconds
-    tokens_per_s: float
-    peak_memory_bytes: int
-    boundary_bytes_per_step: float
-    losses: list[float]
-    grad_norms_by_module: list[Mapping[str, float]]
-    max_rel_loss_diff: float
-    max_rel_grad_norm_diff: float
-    speedup: float
-    speedup_interval: Interval | None
-    speedup_verdict: str
-
-
-@dataclass(frozen=True)
-class StepSeconds:
-    """Seconds of the timed steps of a layout."""
-
-    median: float
-    min: float
-    max: float
-
-
 def relative_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Largest |a - b| / |b| over pairs; |a| where b is 0."""
     return max((abs(a - b) / abs(b) if b else abs(a) for a, b in zip(ours, theirs, strict=True)), default=0.0)
@@ -106,14 +69,14 @@ def speedup_interval(run: Measured, base: Measured) -> Interval | None:
     return Interval(math.exp(middle - error), math.exp(middle + error))
 
 
-def verdict(interval: Interval | None) -> str:
+def verdict(interval: Interval | None) -> SpeedupVerdict:
     """What an interval proves of the speed-up."""
     if interval is None:
         return "too few steps"
     return "faster" if interval.low > 1 else "slower" if interval.high < 1 else "within noise"
 
 
-def summarise(run: Measured, base: Measured) -> Summary:
+def summarise(run: Measured, base: Measured) -> RunResult:
     """A layout against the baseline."""
     times = run.step_s or [float("nan")]
     interval = speedup_interval(run, base) if run is not base else Interval(1.0, 1.0)
@@ -122,7 +85,7 @@ def summarise(run: Measured, base: Measured) -> Summary:
         relative_difference(list(a.values()), list(b.values()))
         for a, b in zip(run.grad_norms, base.grad_norms, strict=True)
     ]
-    return Summary(
+    return RunResult(
         name=run.name,
         layout=run.layout,
         step_s=StepSeconds(median, min(times), max(times)),
@@ -139,7 +102,7 @@ def summarise(run: Measured, base: Measured) -> Summary:
     )
 
 
-def table(summaries: Sequence[Summary]) -> Table:
+def table(summaries: Sequence[RunResult]) -> Table:
     """The comparison for people."""
     out = Table(title="same model, data, seed and batches; first row is the baseline", box=SIMPLE_HEAD)
     headings = ("step ms (min)", "tokens/s", "memory MiB", "boundary KiB/step", "loss diff", "grad norm diff")
@@ -163,7 +126,7 @@ def table(summaries: Sequence[Summary]) -> Table:
     return out
 
 
-def _interval_text(run: Summary) -> str:
+def _interval_text(run: RunResult) -> str:
     interval = run.speedup_interval
     if interval is None or run.speedup_verdict == "baseline":
         return run.speedup_verdict

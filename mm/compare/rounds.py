@@ -13,8 +13,8 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console as RichConsole
 
-from mm.commands.summary import WIDE, Measured, summarise, table
-from mm.commands.variants import Variant
+from mm.compare.summary import WIDE, Measured, summarise, table
+from mm.compare.variants import Variant
 from mm.config.schema import Config
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, draw_up
