@@ -178,9 +178,12 @@ class VisionTransformer(StackedEncoder):
 
     @classmethod
     def example(cls, cfg: VisionConfig, rows: int) -> Meta:
-        side = max(1, math.isqrt(rows)) * cfg.side
+        root = max(1, math.isqrt(rows))
+        # A picture at most four times as wide as high where one has just so many rows, else a square.
+        down = next((n for n in range(root, root // 2, -1) if rows % n == 0), 0)
+        sides = (down, rows // down) if down else (root, root)
         tile = {"tile": 0} if cfg.pictures.fit == "tiles" else {}
-        return {"height": side, "width": side, "channels": cfg.channels, **tile}
+        return {"height": sides[0] * cfg.side, "width": sides[1] * cfg.side, "channels": cfg.channels, **tile}
 
     @classmethod
     def check(cls, cfg: VisionConfig, tp: int) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 from llm.checks import check as check_llm
 from llm.config import LLMConfig
 from llm.presets import preset
-from llm.recompute import recompute_parts
 from llm.stages import partition
 from mm.config.build import build
 from mm.config.nodes import node_size
 from mm.config.schema import Config
+from mm.config.training import recomputed
 from mm.data.tokenizer import make_tokenizer
 from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.schedule.generators.refuse import check_stages
@@ -160,7 +160,8 @@ def llm_config(cfg: Config) -> LLMConfig:
 
 def _check_recompute(cfg: Config, llm: LLMConfig) -> None:
     """Refuse parts to recompute that are unknown, or that no layer of the model has."""
-    kinds, parts = llm.kinds, recompute_parts(cfg.train.recompute)
+    kinds, parts = llm.kinds, recomputed(cfg.train, SINK)
+    key = "train.recompute" + (f".{SINK}" if isinstance(cfg.train.recompute, dict) else "")
     present = {
         "mlp": "-" in kinds or ("E" in kinds and llm.shared_ffn > 0),
         "moe_act": "E" in kinds,
@@ -171,9 +172,9 @@ def _check_recompute(cfg: Config, llm: LLMConfig) -> None:
         if not present.get(part, True):
             others = sorted(p for p in parts if present.get(p, True))
             raise Unfit(
-                f"train.recompute has {part}, but no layer of model.llm.pattern {llm.pattern!r} has it: it "
+                f"{key} has {part}, but no layer of model.llm.pattern {llm.pattern!r} has it: it "
                 "would have no effect",
-                [{"train.recompute": others or False}],
+                [{key: others or False}],
             )
 
 

@@ -19,6 +19,7 @@ from mm.config.build import Section, build, unknown_key
 from mm.config.data import DataConfig
 from mm.config.folder import FOLDER, unfold
 from mm.config.sources import check_lengths, check_sources, moved
+from mm.config.synthetic import check_synthetic
 from mm.config.training import TrainConfig, check_train
 from mm.data.remote.urls import all_public
 from mm.errors import Refused
@@ -256,6 +257,8 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
     check_train(cfg.train, [*cfg.model], cfg.run.trace)
     check_sources(cfg.data.train, cfg.data.weights)
     check_lengths(cfg.data.lengths, cfg.data.context)
+    if cfg.data.synthetic is not None:
+        check_synthetic(cfg.data.synthetic, cfg.data.context, cfg.model)
     if cfg.data.pack is not None and cfg.data.pack < cfg.data.context:
         raise Refused(
             f"data.pack={cfg.data.pack} is shorter than the longest sample, data.context={cfg.data.context}; "

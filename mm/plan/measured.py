@@ -77,7 +77,8 @@ def _read(path: Path, key: str) -> Measured | None:
             if found["key"].tobytes() != key.encode():
                 return None
             items = {n.removeprefix("items "): found[n] for n in found.files if n.startswith("items ")}
-            tally = Tally(found["samples"], found["truncated"], items)
+            samples, truncated, split, portions = (found[name] for name in Tally._fields[:4])
+            tally = Tally(samples, truncated, split, portions, items)
             return Measured(found["misfit"], found["overlong"], found["length"], tally)
     except Exception:  # whatever a damaged file leads to
         return None

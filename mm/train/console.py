@@ -154,10 +154,11 @@ class Console:
     def skipped(self, step: int, skips: Sequence[Skip]) -> None:
         """Write which samples a step has found to be unreadable."""
         for skip in skips if self.lead else ():
-            self._write_skipped(step, skip.key, skip.shard, skip.why)
+            more = {"portion": skip.portion} if skip.portion else {}
+            self._write_skipped(step, skip.key, skip.shard, skip.why, **more)
 
-    def _write_skipped(self, step: int, key: str, shard: str, why: str) -> None:
-        record = {"step": step, "key": key, "shard": shard, "why": why}
+    def _write_skipped(self, step: int, key: str, shard: str, why: str, **more: str) -> None:
+        record = {"step": step, "key": key, "shard": shard, "why": why, **more}
         self._skipped.write(json.dumps(record) + "\n")
         self._skipped.flush()
 

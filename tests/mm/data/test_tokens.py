@@ -128,7 +128,9 @@ def test_ids_and_labels_of_a_step(tmp_path: Path, tokenizer: PublishedTokenizer)
         assert llm.ids[at : at + n].tolist() == ids
         labels = [m if keep else -100 for m, keep in zip(ids[1:], learns[1:], strict=True)]
         assert llm.labels[at : at + n].tolist() == [*labels, -100]
-        assert sample_length(sample, blueprint.inputs) == n and supervised_tokens(sample) == sum(learns)
+        assert sample_length(sample, blueprint.inputs) == n and supervised_tokens(
+            sample, blueprint.inputs
+        ) == sum(learns)
         at += n
     depths = [int((row >= 0).sum()) for row in llm.ahead[1]] if llm.ahead else []
     assert depths == made.plan.table.mtp.sum(axis=1).tolist()  # what the plan counts is there

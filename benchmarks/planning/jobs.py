@@ -1,0 +1,142 @@
+"""Steps of real jobs on gloo ranks: wall time, processor seconds and measured allocations, written as JSON.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 -m benchmarks.planning.jobs OUT.json CONFIG LAYOUT ..
+
+benchmarks/planning/agreement.py starts this. A step is timed from a barrier to the last rank's end, its
+update included; data are read before. Layouts take turns, round by round, so that other programs on the
+machine disturb all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mm.config.schema import Config, load_config, load_layout_file, with_layout
+from mm.plan.blueprint import Blueprint, draw_up
+from mm.ranks.feed import Feed
+from mm.ranks.job import Job, build_job, open_data, open_index
+from mm.ranks.launch import RankInfo, init_distributed
+from mm.train.garbage import set_aside
+from mm.train.step import run_step
+from mm.train.trainer import open_feed
+from mm.train.update import finish_step, learning_rate
+from mm.virtual.recorder import Recorder
+from mm.virtual.run import group_names, record_step
+
+ROUNDS, STEPS = 2, 4  # of each round's steps the first pays for caches and is left out
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layout. Seconds of each step: wall; processor: of all threads of all ranks. memory: by rank, bytes
+    of live storages at the peak, by kind; of one step that the recorder watched."""
+
+    config: str
+    layout: str
+    wall: list[float]
+    processor: list[float]
+    memory: list[dict[str, int]]
+
+    @property
+    def step_s(self) -> float:
+        """The median."""
+        return median(self.wall)
+
+    @property
+    def processor_s(self) -> float:
+        """The median."""
+        return median(self.processor)
+
+
+def blueprint_of(config: Path, layout: Path, world: int) -> Blueprint:
+    """The config under the layout file, its default without encoders that the file leaves out."""
+    cfg = load_config(config)
+    return draw_up(with_layout(cfg, *load_layout_file(layout)), world)
+
+
+def one_step(job: Job, feed: Feed, step: int) -> tuple[float, float]:
+    """(wall, processor) seconds of a step on this rank."""
+    prepared, _ = feed.next(step, step + 1)  # nothing is read ahead while a step is timed
+    dist.barrier()
+    start, process = time.perf_counter(), time.process_time()
+    result = run_step(job, prepared, train=True)
+    finish_step(job, result, step, learning_rate(job.blueprint.cfg.train, step))
+    process = time.process_time() - process
+    dist.barrier()
+    return time.perf_counter() - start, process
+
+
+def everywhere(value: Any) -> list[Any]:
+    """The value of each rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def timed(blueprint: Blueprint, rank: RankInfo, measured: Measured, *, memory: bool) -> None:
+    """One round of a layout. memory: whether to record a further step's allocations."""
+    cfg: Config = blueprint.cfg
+    job = build_job(blueprint, rank)
+    data = open_data(job, open_index(blueprint, cfg.data.train, cfg.base))
+    feed = open_feed(job, data)
+    try:
+        with set_aside():
+            for step in range(STEPS + 1):
+                spent = everywhere(one_step(job, feed, step))
+                if step:
+                    measured.wall.append(max(wall for wall, _ in spent))
+                    measured.processor.append(sum(process for _, process in spent))
+        if memory:
+            measured.memory.extend(everywhere(allocated(job, feed)))
+    finally:
+        feed.close()
+        data.assembler.reader.close()
+    job.close()
+    gc.collect()
+
+
+def allocated(job: Job, feed: Feed) -> dict[str, int]:
+    """Bytes of live storages at the peak of a step, by kind. The step is the first one, again."""
+    names = group_names(job)
+    recorder = Recorder(torch.device("cpu"), job.rank.rank, values=None, names=lambda g: names[g.group_name])
+    feed_again = open_feed(job, open_data(job, feed.index))
+    try:
+        with recorder:
+            record_step(job, recorder, lambda: feed_again.next(0, 1)[0])
+    finally:
+        feed_again.close()
+    return dict(recorder.trace(job.rank.world, ()).memory.by_kind)
+
+
+def main() -> None:
+    out, config, *layouts = map(Path, sys.argv[1:])
+    rank = init_distributed(load_config(config))
+    try:
+        found = [Measured(str(config), str(x), [], [], []) for x in layouts]
+        blueprints = [blueprint_of(config, x, rank.world) for x in layouts]
+        for number in range(ROUNDS):
+            for blueprint, measured in zip(blueprints, found, strict=True):
+                timed(blueprint, rank, measured, memory=number == 0)
+                if rank.rank == 0:
+                    ms = (
+                        f"{median(measured.wall) * 1e3:.0f} ms, processor {measured.processor_s * 1e3:.0f} ms"
+                    )
+                    print(f"round {number + 1}/{ROUNDS} {measured.layout}: {ms}", file=sys.stderr, flush=True)
+        if rank.rank == 0:
+            out.write_text(json.dumps([asdict(m) for m in found], indent=1))
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
