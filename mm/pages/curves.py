@@ -72,6 +72,7 @@ def chart(id: str, title: str, unit: str, curves: Sequence[Curve], *, x_name: st
         el("desc", described, id=f"{id}-desc"),
         *shapes,
         el("line", class_="cursor", x1=LEFT, x2=LEFT, y1=TOP, y2=BOTTOM),
+        class_="plot",
         role="img",
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         aria_labelledby=f"{id}-title {id}-desc",
@@ -123,7 +124,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 def swatch(i: int) -> Markup:
     """How curve i is drawn, as a small picture beside its name."""
     line = el("line", x1=0, x2=26, y1=6, y2=6, class_=f"curve {_style(i)}", stroke_dasharray=_dash(i))
-    return el("svg", line, viewBox="0 0 26 12", aria_hidden="true")
+    return el("svg", line, class_="plot", viewBox="0 0 26 12", aria_hidden="true")
 
 
 def _style(i: int) -> str:

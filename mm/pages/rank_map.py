@@ -47,6 +47,7 @@ def rank_map(
         el("title", title, id=f"{id}-title"),
         el("desc", " ".join(described), id=f"{id}-desc"),
         *shapes,
+        class_="plot",
         role="img",
         viewBox=f"0 0 {WIDTH} {bottom + 18}",
         aria_labelledby=f"{id}-title {id}-desc",
