@@ -30,7 +30,7 @@ class Curve:
 def thin(curve: Curve, stretches: int = STRETCHES) -> Curve:
     """A curve with at most two points a stretch of steps: the lowest and the highest there, in their order.
 
-    A curve of no more points than that stays whole. A spike stays, whatever its length; so does the last point.
+    A curve of no more points than that stays whole. Spikes stay, however short, and so does the last point.
     """
     found = [(x, y) for x, y in zip(curve.steps, curve.values, strict=True) if math.isfinite(x)]
     if len(found) <= 2 * stretches:
@@ -40,7 +40,9 @@ def thin(curve: Curve, stretches: int = STRETCHES) -> Curve:
         part = range(k * len(found) // stretches, (k + 1) * len(found) // stretches)
         finite = [i for i in part if math.isfinite(found[i][1])]
         gap = [i for i in part if not math.isfinite(found[i][1])][:1]
-        extremes = [min(finite, key=lambda i: found[i][1]), max(finite, key=lambda i: found[i][1])] if finite else []
+        extremes = (
+            [min(finite, key=lambda i: found[i][1]), max(finite, key=lambda i: found[i][1])] if finite else []
+        )
         kept += sorted({*extremes, *gap})
     kept += [] if kept[-1] == len(found) - 1 else [len(found) - 1]
     return Curve(curve.name, [found[i][0] for i in kept], [found[i][1] for i in kept])
@@ -63,22 +65,35 @@ def chart(id: str, title: str, unit: str, curves: Sequence[Curve], *, x_name: st
     shapes = [*_grid(low, high, first, last, x_name)]
     for i, c in enumerate(drawn):
         shapes += _lines(i, c, (first, last), (low, high))
-    described = " ".join(_in_words(c) for c in drawn)
+    described = " ".join(_described(c) for c in drawn)
     svg = el(
         "svg",
         el("title", title, id=f"{id}-title"),
         el("desc", described, id=f"{id}-desc"),
         *shapes,
         el("line", class_="cursor", x1=LEFT, x2=LEFT, y1=TOP, y2=BOTTOM),
+        class_="plot",
         role="img",
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         aria_labelledby=f"{id}-title {id}-desc",
     )
-    data = {"left": LEFT, "right": RIGHT, "low": first, "high": last, "unit": x_name, "curves": list(map(_data, drawn))}
+    data = {
+        "left": LEFT,
+        "right": RIGHT,
+        "low": first,
+        "high": last,
+        "unit": x_name,
+        "curves": list(map(_data, drawn)),
+    }
     more = f" {left_out} more are not drawn." if left_out > 0 else ""
     return el(
         "figure",
-        el("figcaption", el("b", title), f" ({unit}) " if unit else " ", el("span", _in_words(drawn[0]) if len(drawn) == 1 else more)),
+        el(
+            "figcaption",
+            el("b", title),
+            f" ({unit}) " if unit else " ",
+            el("span", _described(drawn[0]) if len(drawn) == 1 else more),
+        ),
         svg,
         _key(drawn) if len(drawn) > 1 else "",
         el("p", class_="readout", aria_live="polite"),
@@ -93,7 +108,15 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
         return [low]
     step = 10.0 ** math.floor(math.log10(span / most))
     while span / step > most:
-        step *= 2 if span / (2 * step) <= most else 2.5 if span / (2.5 * step) <= most else 5 if span / (5 * step) <= most else 10
+        step *= (
+            2
+            if span / (2 * step) <= most
+            else 2.5
+            if span / (2.5 * step) <= most
+            else 5
+            if span / (5 * step) <= most
+            else 10
+        )
     start = math.ceil(low / step - 1e-9)
     return [k * step for k in range(start, math.floor(high / step + 1e-9) + 1)]
 
@@ -101,7 +124,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 def swatch(i: int) -> Markup:
     """How curve i is drawn, as a small picture beside its name."""
     line = el("line", x1=0, x2=26, y1=6, y2=6, class_=f"curve {_style(i)}", stroke_dasharray=_dash(i))
-    return el("svg", line, viewBox="0 0 26 12", aria_hidden="true")
+    return el("svg", line, class_="plot", viewBox="0 0 26 12", aria_hidden="true")
 
 
 def _style(i: int) -> str:
@@ -116,7 +139,7 @@ def _key(curves: Sequence[Curve]) -> Markup:
     return el("ul", *(el("li", swatch(i), el("bdi", c.name)) for i, c in enumerate(curves)), class_="key")
 
 
-def _in_words(c: Curve) -> Markup:
+def _described(c: Curve) -> Markup:
     found = [(x, y) for x, y in zip(c.steps, c.values, strict=True) if math.isfinite(y)]
     (x0, y0), (x1, y1) = found[0], found[-1]
     low = min(found, key=lambda p: p[1])
@@ -182,7 +205,14 @@ def _lines(i: int, c: Curve, of_x: tuple[float, float], of_y: tuple[float, float
             cx, cy = points[0].split(",")
             out.append(el("circle", cx=cx, cy=cy, r=2.5, class_=f"f{i % COLOURS}"))
         elif points:
-            out.append(el("polyline", points=" ".join(points), class_=f"curve {_style(i)}", stroke_dasharray=_dash(i)))
+            out.append(
+                el(
+                    "polyline",
+                    points=" ".join(points),
+                    class_=f"curve {_style(i)}",
+                    stroke_dasharray=_dash(i),
+                )
+            )
     return out
 
 

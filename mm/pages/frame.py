@@ -42,18 +42,15 @@ def document(title: str, intro: Markup, sections: Sequence[Section], *, script: 
             "form-action 'none'",
         ]
     )
-    head = el(
-        "head",
+    meta = (
         el("meta", charset="utf-8"),
         el("meta", http_equiv="Content-Security-Policy", content=policy),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="referrer", content="no-referrer"),
-        el("title", title),
-        el("style", style),
     )
+    head = el("head", *meta, el("title", title), el("style", style))
     links = el("ul", *(el("li", el("a", s.title, href=f"#{s.id}")) for s in sections))
-    body = el(
-        "body",
+    parts = (
         el("a", "To the content", class_="skip", href="#main"),
         el("header", el("div", el("h1", title), intro), _themes()),
         el("nav", links, aria_label="Sections") if len(sections) > 1 else "",
@@ -61,6 +58,7 @@ def document(title: str, intro: Markup, sections: Sequence[Section], *, script: 
         el("footer", el("p", "Written by Polyrank. This page is one file: it fetches nothing.")),
         el("script", code) if script else "",
     )
+    body = el("body", *parts)
     return f"<!DOCTYPE html>\n{el('html', head, chr(10), body, lang='en')}\n"
 
 

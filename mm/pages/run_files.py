@@ -14,15 +14,9 @@ import yaml
 
 from mm.data.remote.urls import scrub
 from mm.errors import Refused
+from mm.report.starts import STARTS
 
-METRICS, SKIPPED, STARTS, PLAN, CONFIG, LOG = (
-    "metrics.jsonl",
-    "skipped.jsonl",
-    "starts.jsonl",
-    "plan.json",
-    "config.yaml",
-    "log.txt",
-)
+METRICS, SKIPPED, PLAN, CONFIG, LOG = "metrics.jsonl", "skipped.jsonl", "plan.json", "config.yaml", "log.txt"
 LAST_ONLY = ("drawn_by_source",)  # counts so far: the last line has them all
 LEFT_OUT = ("layers", "step")
 LARGEST = 16 << 20  # bytes of one file that is shown as a whole
@@ -51,12 +45,12 @@ class Series:
 class RunFiles:
     """What the files of a run say. All of it may be anybody's text.
 
-    steps: numbers of lines of steps. series: by path in a line of metrics.jsonl, such as ("loss",) or
+    last_step: the largest number of a step. series: by path in a line of metrics.jsonl, such as ("loss",) or
     ("boundary", "vision", "bytes"). last: the last counts of LAST_ONLY. pictures: files of drawn steps.
     """
 
     folder: Path
-    steps: int = 0
+    last_step: float = 0
     series: dict[tuple[str, ...], Series] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     skipped: list[dict[str, Any]] = field(default_factory=list)
@@ -85,10 +79,10 @@ def read_run(folder: Path) -> RunFiles:
             f"{folder} has neither {METRICS} nor {CONFIG}; needed: the folder of a run, such as its run.dir"
         )
     run = RunFiles(folder)
-    for record in _lines(run, METRICS):
-        _take(run, record)
-    run.skipped = list(_lines(run, SKIPPED))
-    run.starts = list(_lines(run, STARTS))
+    for k, record in _lines(run, METRICS):
+        _take(run, k, record)
+    run.skipped = [record for _, record in _lines(run, SKIPPED)]
+    run.starts = [record for _, record in _lines(run, STARTS)]
     run.plan = _mapping(run, PLAN, json.loads)
     run.config_text = scrub(_text(run, CONFIG))
     run.config = _mapping(run, CONFIG, yaml.safe_load)
@@ -102,8 +96,8 @@ def _picture_order(path: Path) -> tuple[int, str]:
     return (int(step) if step.isascii() and step.isdigit() and len(step) < 18 else 0, path.name)
 
 
-def _lines(run: RunFiles, name: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, one at a time; what is none is damage."""
+def _lines(run: RunFiles, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file of JSON lines with their lines' numbers, one at a time; the rest is damage."""
     path = run.folder / name
     if not path.is_file():
         return
@@ -119,7 +113,7 @@ def _lines(run: RunFiles, name: str) -> Iterator[dict[str, Any]]:
                     run.damaged.append(Damage(name, k, f"not JSON{torn} ({str(error)[:80]})"))
                     continue
                 if isinstance(found, dict):
-                    yield found
+                    yield k, found
                 else:
                     run.damaged.append(Damage(name, k, "not an object"))
     except OSError as error:
@@ -156,13 +150,14 @@ def _mapping(run: RunFiles, name: str, parse: Callable[[str], object]) -> dict[s
     return {}
 
 
-def _take(run: RunFiles, record: dict[str, Any]) -> None:
+def _take(run: RunFiles, line: int, record: dict[str, Any]) -> None:
     """A line of metrics.jsonl: each of its numbers goes to its series."""
     step = as_number(record.get("step"))
     if step is None or not math.isfinite(step):
-        run.damaged.append(Damage(METRICS, None, f"a line without a step: {str(record)[:60]}"))
+        run.damaged.append(Damage(METRICS, line, "without a step"))
         return
-    run.steps += "eval_loss" not in record
+    if "eval_loss" not in record:
+        run.last_step = max(run.last_step, step)
     for key, value in record.items():
         if key in LAST_ONLY and isinstance(value, dict):
             run.last[key] = value

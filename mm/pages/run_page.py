@@ -22,6 +22,7 @@ from mm.pages.tables import (
     Column,
     code,
     details,
+    fact_table,
     facts,
     number,
     paragraphs,
@@ -63,10 +64,8 @@ def run_page(run: RunFiles) -> str:
 def _state(run: RunFiles) -> Markup:
     train = run.config.get("train")
     wanted = train.get("steps") if isinstance(train, dict) else None
-    last = run.of("loss").steps
-    done = number(last[-1] if last else 0)
     of = f" of {wanted}" if isinstance(wanted, int) else ""
-    return join([f"{done}{of} steps in ", name(run.folder), "."])
+    return join([f"{number(run.last_step, 9)}{of} steps in ", name(run.folder), "."])
 
 
 def _overview(run: RunFiles) -> Markup:
@@ -122,8 +121,8 @@ def _learning(run: RunFiles) -> Markup:
     thinned = ""
     if longest > 2 * STRETCHES:
         thinned = (
-            f" Of a curve with more than {2 * STRETCHES} steps, each of {STRETCHES} equal stretches is drawn by "
-            "its lowest and its highest value, so that no spike is lost; tables and figures take every step."
+            f" Of a curve with more than {2 * STRETCHES} steps, each of {STRETCHES} equal stretches is drawn "
+            "by its lowest and its highest value, so that no spike is lost. Tables take every step."
         )
     keys = "Point at a chart, or focus it and press the arrow keys, for the values at a step."
     return join([el("p", keys, thinned, class_="soft"), grid(charts)])
@@ -178,9 +177,14 @@ def _time(run: RunFiles) -> Markup:
         if middle is not None:
             share = f"{100 * middle / whole:.0f} %" if whole else "-"
             rows.append(
-                [part, Cell(seconds(middle), middle), Cell(seconds(max(s.values)), max(s.values)), Cell(share, middle)]
+                [
+                    part,
+                    Cell(seconds(middle), middle),
+                    Cell(seconds(max(s.values)), max(s.values)),
+                    Cell(share, middle),
+                ]
             )
-    note = "Parts are host seconds of the slowest rank each; they overlap, so they need not add up to the step."
+    note = "Parts are host seconds of the slowest rank each; they overlap, so they do not add up to it."
     return join([grid(charts), el("p", note, class_="soft"), table("Parts of a step", columns, rows)])
 
 
@@ -194,7 +198,11 @@ def _layout(run: RunFiles) -> Markup:
     if edges:
         columns = [Column("edge from"), *(Column(c, True) for c in ("rows", "forward", "backward"))]
         rows = [
-            [m, e.get("rows", "-"), *(size(as_number(e.get(f"{way}_bytes"))) for way in ("forward", "backward"))]
+            [
+                m,
+                e.get("rows", "-"),
+                *(size(as_number(e.get(f"{way}_bytes"))) for way in ("forward", "backward")),
+            ]
             for m, e in edges.items()
         ]
         out.append(table("Payload of the boundaries in the first step, over all ranks", columns, rows))
@@ -225,7 +233,10 @@ def _data(run: RunFiles) -> Markup:
     counts = {k: {w: as_number(v.get(w)) or 0.0 for w in ("samples", "tokens")} for k, v in drawn.items()}
     if counts:
         total = {w: math.fsum(c[w] for c in counts.values()) or 1.0 for w in ("samples", "tokens")}
-        columns = [Column("source"), *(Column(c, True) for c in ("samples", "of all", "tokens", "of all tokens"))]
+        columns = [
+            Column("source"),
+            *(Column(c, True) for c in ("samples", "of all", "tokens", "of all tokens")),
+        ]
         rows = []
         for source, c in counts.items():
             row: list[object] = [source]
@@ -245,11 +256,18 @@ def _skipped(skipped: list[dict[str, Any]]) -> Markup:
     more = f"; the first {ROWS} are listed, skipped.jsonl has all" if len(skipped) > ROWS else ""
     columns = [Column("sample"), Column("step", True), Column("shard", long=True), Column("why", long=True)]
     rows = [
-        [s.get("key", "-"), Cell(s.get("step", "-"), as_number(s.get("step"))), s.get("shard", "-"), s.get("why", "-")]
+        [
+            s.get("key", "-"),
+            Cell(s.get("step", "-"), as_number(s.get("step"))),
+            s.get("shard", "-"),
+            s.get("why", "-"),
+        ]
         for s in skipped[:ROWS]
     ]
     about = el("p", f"{len(skipped)} samples were left out: {said}{more}.")
-    return join([about, details("Samples that were left out", table("Samples that were left out", columns, rows))])
+    return join(
+        [about, details("Samples that were left out", table("Samples that were left out", columns, rows))]
+    )
 
 
 def _starts(run: RunFiles) -> Markup:
@@ -257,14 +275,16 @@ def _starts(run: RunFiles) -> Markup:
         return el("p", "The run has no starts.jsonl: it was started by a Polyrank that did not write it.")
     last, out = run.starts[-1], []
     if command := last.get("command"):
-        out += [el("p", "The command, from the folder ", name(last.get("folder", "-")), ":"), code(str(command), wrap=True)]
-    plain = [(k, v) for k, v in last.items() if k not in ("command", "packages", "folder")]
-    versions = [(f"version of {k}", v) for k, v in _dict(last.get("packages")).items()]
-    rows = [[str(k).replace("_", " "), v] for k, v in plain + versions]
-    out.append(table("The last start", [Column("fact"), Column("value", long=True)], rows))
+        out += [
+            el("p", "The command, from the folder ", name(last.get("folder", "-")), ":"),
+            code(str(command), wrap=True),
+        ]
+    host = {k: v for k, v in last.items() if k not in ("command", "folder", "step")}
+    out.append(fact_table("Ranks, host and versions of the last start", host))
     if len(run.starts) > 1:
-        columns = [Column("time"), Column("from step", True), Column("ranks", True), Column("host"), Column("command", long=True)]
-        rows = [[s.get(k, "-") for k in ("time", "step", "ranks", "host", "command")] for s in run.starts]
+        heads = [("date", False), ("step", True), ("ranks", True), ("host", False)]
+        columns = [*(Column(*h) for h in heads), Column("command", long=True)]
+        rows = [[s.get(c.heading, "-") for c in columns] for s in run.starts]
         out.append(table("All starts", columns, rows))
     return join(out)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -19,7 +19,7 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """number: whether the column has numbers, which are aligned to the right. long: whether it has sentences."""
+    """number: whether the column has numbers, aligned to the right. long: whether it has sentences."""
 
     heading: str
     number: bool = False
@@ -27,9 +27,12 @@ class Column(NamedTuple):
 
 
 def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> Markup:
-    """A table in a box that scrolls by itself; the first cell of a row is its heading. Sortable with scripts."""
+    """A table in a box that scrolls by itself; the first cell of a row is its heading. Scripts sort it."""
     heads = [el("th", c.heading, scope="col", class_="n" if c.number else None) for c in columns]
-    body = [el("tr", *(_cell(i, c, cell) for i, (c, cell) in enumerate(zip(columns, row, strict=True)))) for row in rows]
+    body = [
+        el("tr", *(_cell(i, c, cell) for i, (c, cell) in enumerate(zip(columns, row, strict=True))))
+        for row in rows
+    ]
     found = el(
         "table",
         el("caption", caption),
@@ -48,6 +51,16 @@ def scroll(label: str, body: Markup) -> Markup:
 def facts(pairs: Iterable[tuple[str, object]]) -> Markup:
     """Short facts side by side."""
     return el("dl", *(el("div", el("dt", k), el("dd", el("bdi", v))) for k, v in pairs), class_="facts")
+
+
+def fact_table(caption: str, found: Mapping[str, object]) -> Markup:
+    """Facts by name, a row each; bytes in the unit that suits them."""
+    rows = []
+    for key, value in found.items():
+        if isinstance(value, int | float) and key.endswith("_bytes"):
+            key, value = key.removesuffix("_bytes"), size(value)
+        rows.append([key.replace("_", " "), value])
+    return table(caption, [Column("fact"), Column("value", long=True)], rows)
 
 
 def details(summary: str, body: Markup) -> Markup:

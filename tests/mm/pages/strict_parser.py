@@ -11,14 +11,14 @@ from mm.pages.html import VOID
 TAGS = re.compile(
     "html|head|meta|title|style|script|body|header|nav|main|section|article|footer|div|p|a|b|bdi|code|pre|span|ul"
     "|li|dl|dt|dd|h1|h2|h3|details|summary|fieldset|legend|label|input|figure|figcaption|table|caption|thead|tbody"
-    "|tr|th|td|img|audio|video|svg|desc|g|path|rect|line|circle|text|polyline"
+    "|tr|th|td|img|audio|video|svg|desc|g|path|rect|line|defs|pattern|circle|text|polyline"
 )
 # As the parser gives them: in small letters, those of SVG too.
 ATTRIBUTES = re.compile(
     "lang|dir|charset|http-equiv|content|name|id|class|href|type|checked|alt|src|controls|role|tabindex|scope"
     "|width|height|open|viewbox|d|x|y|x1|x2|y1|y2|cx|cy|r|rx|points|fill|stroke|transform|opacity|xmlns"
     "|font-family|font-size|font-weight|stroke-width|stroke-dasharray|text-anchor|dominant-baseline|aria-label"
-    "|aria-labelledby|aria-live|aria-hidden|data-sort|data-sortable|data-chart"
+    "|aria-labelledby|aria-live|aria-hidden|patternunits|patterntransform|data-sort|data-sortable|data-chart"
 )
 SOURCE = r"data:(image|audio|video)/[\w+]+;base64,[\w+/=]+"
 
