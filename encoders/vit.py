@@ -223,7 +223,7 @@ class ViT(StackedEncoder):
 
     def _embed(self, batch: ItemBatch, grids: Sequence[tuple[int, int]], share: Share) -> Tensor:
         """The patches that this rank keeps, embedded: [kept, width]."""
-        kept = _kept_patches(grids, share, cfg.merge)
+        kept = _kept_patches(grids, share, self.cfg.merge)
         kept[0] -= sum(share.lengths[: batch.first])  # batch.values lack the items before batch.first
         patch, row, column = to_device(kept, batch.values.device)
         x: Tensor = self.patch(batch.values.index_select(0, patch).to(local(self.patch.weight).dtype))
