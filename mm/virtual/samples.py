@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,10 +28,10 @@ FILLED = (1.0, 0.6, 0.85, 0.4)  # shares of data.context that made-up samples fi
 class VirtualAssembler(Assembler):
     """An assembler that reads nothing: texts have their lengths, items the shapes of their metadata."""
 
-    @staticmethod
-    def of(assembler: Assembler) -> VirtualAssembler:
+    @classmethod
+    def of(cls, assembler: Assembler) -> Self:
         """The same without payloads."""
-        return VirtualAssembler(**{f.name: getattr(assembler, f.name) for f in fields(assembler)})
+        return cls(**{f.name: getattr(assembler, f.name) for f in fields(assembler)})
 
     def encoded(self, sample: Sample) -> tuple[TokenSegment, ...]:
         return tuple(
