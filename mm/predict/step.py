@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 
 from mm.data.sample import Index
@@ -17,7 +17,7 @@ from mm.plan.table import SampleTable
 from mm.predict.costs import Priced, priced, update_crowd, update_seconds
 from mm.predict.count.job import count_job
 from mm.predict.hardware import Hardware
-from mm.predict.held import by_program
+from mm.predict.held import by_program, of_fullest
 from mm.predict.spent import spent
 from mm.predict.work import Counts
 from parallel.schedule import simulate
@@ -62,8 +62,11 @@ class Prediction:
 
 
 def predict(blueprint: Blueprint, plan: StepPlan, hardware: Hardware) -> Prediction:
-    """What a step takes, from the counts of its plan; see predict_counts()."""
-    return predict_counts(blueprint, plan, count_job(blueprint, plan), hardware)
+    """What a step takes, from the counts of its plan; see predict_counts(). Memory is exact on the rank that
+    holds most."""
+    counts = count_job(blueprint, plan)
+    made = predict_counts(blueprint, plan, counts, hardware)
+    return replace(made, memory=of_fullest(blueprint, plan, counts, hardware))
 
 
 def predict_counts(blueprint: Blueprint, plan: StepPlan, counts: Counts, hardware: Hardware) -> Prediction:
