@@ -46,6 +46,10 @@ class RunConfig(Section):
     trace: int | None = Field(
         None, ge=1, description="number of a step to draw as it ran, with a trace for Perfetto"
     )
+    engine: Literal["polyrank", "megatron"] = Field(
+        "polyrank",
+        description="the program that plan predicts, which is as a rule this one; train always runs this one",
+    )
     tensorboard: bool = Field(False, description="write losses, norms, rates and lifts for TensorBoard too")
     wandb: str | None = Field(
         None, min_length=1, description="project of Weights & Biases that gets the same numbers"

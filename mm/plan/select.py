@@ -17,6 +17,7 @@ import numpy as np
 from mm.config.data import DataConfig
 from mm.data.columns.samples import Samples
 from mm.data.sample import Index, Sample, Skipped
+from mm.data.storage import LOCAL, Storage
 from mm.errors import DataError
 from mm.plan.fitted import Fitted, added, tallied
 from mm.plan.inputs import PlanInputs, sample_length
@@ -29,14 +30,14 @@ from parallel.sequence.intervals import Column, before, column
 SHOWN = 3  # reasons that are listed
 
 
-def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
+def select(index: Index, inputs: PlanInputs, rules: DataConfig, storage: Storage = LOCAL) -> Index:
     """The index with the samples that do not fit left out, truncated or split, by data.misfit and
     data.overlong. Portions of a sample that is split have numbers of their own, in its place.
 
     Raises DataError with all counts where these keys refuse such samples, where more than data.max_skipped of
     the samples are lost or left out. A sample that names a module which the model lacks does not fit either.
     """
-    index, found = _measured(index, inputs)
+    index, found = _measured(index, inputs, storage)
     _refuse(index, found, inputs, rules)
     portions = Portions.none()
     if rules.overlong in ("truncate", "split"):
@@ -53,12 +54,12 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
     return chosen
 
 
-def _measured(index: Index, inputs: PlanInputs) -> tuple[Index, Measured]:
+def _measured(index: Index, inputs: PlanInputs, storage: Storage) -> tuple[Index, Measured]:
     """The index with its samples as the model takes them, and those that do not fit."""
     samples = index.samples
     if isinstance(samples, Samples | Fitted):
         fitted = samples.of(inputs) if isinstance(samples, Fitted) else Fitted(samples, inputs)
-        return replace(index, samples=fitted), measured(fitted, lambda: _measure(fitted))
+        return replace(index, samples=fitted), measured(fitted, lambda: _measure(fitted), storage)
     misfit, overlong, length = [], [], []
     for sample in samples:
         try:

@@ -21,6 +21,9 @@ Where = Block | str  # ranks of its own; "with" the language model on all its ra
 WITH, FIRST = "with", "first"  # first pipeline rank
 
 
+ANY = "any"  # a policy that costs no more than any
+
+
 class Limits(NamedTuple):
     """What a module allows. tp, cp, ep, etp: degrees. layers: most stages. stages: the one number of stages
     that it has where it fixes that, None where any will do. vpp: virtual stages a pipeline rank."""

@@ -11,7 +11,7 @@ from typing import Protocol
 from mm.config.outline import SINK
 from mm.search.bound import Demand, Open, Placed, bytes_bound, seconds_bound
 from mm.search.candidate import Block, Candidate, Choice, Degrees
-from mm.search.space import FIRST, Frame, Space
+from mm.search.space import ANY, FIRST, Frame, Space
 
 Again = tuple[str, ...]
 
@@ -65,12 +65,13 @@ class Tree:
     limit: float
     drop: Callable[[Node], object] = lambda node: None
     _known: dict[tuple[str, Block, int | None], tuple[Choice, ...]] = field(default_factory=dict)
+    _groups: dict[Block, list[tuple[Degrees, int]]] = field(default_factory=dict)
     _least: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict)
 
     def roots(self) -> Iterator[Node]:
         """A branch for each placement."""
         for i, frame in enumerate(self.space.frames):
-            size = sum(self._size(frame, d) for d in self._degrees(frame))
+            size = sum(n * self._size(frame, d) for d, n in self._alike(frame))
             if size:
                 yield Node((i,), frame, self._idle(frame, None), size)
 
@@ -102,6 +103,16 @@ class Tree:
         found = self.space.sink_degrees(frame.sink.size)
         return [d for d in found if d.pp > 1 or FIRST not in frame.encoders]
 
+    def _alike(self, frame: Frame) -> list[tuple[Degrees, int]]:
+        """Degrees of which so many have equally many candidates below."""
+        if frame.sink not in self._groups:
+            found: dict[tuple[object, ...], list[Degrees]] = {}
+            for d in self.space.sink_degrees(frame.sink.size):
+                policies = self.space.policies(frame.sink, d)
+                found.setdefault((d.model, d.pp, d.vpp > 1, policies), []).append(d)
+            self._groups[frame.sink] = [(same[0], len(same)) for same in found.values()]
+        return [(d, n) for d, n in self._groups[frame.sink] if d.pp > 1 or FIRST not in frame.encoders]
+
     def _by_degrees(self, node: Node) -> Iterator[Node]:
         for i, degrees in enumerate(self._degrees(node.frame)):
             size = self._size(node.frame, degrees)
@@ -114,11 +125,17 @@ class Tree:
         n = len(numbers) * len(self.space.recompute)
         for i, m in enumerate(numbers):
             for j, again in enumerate(self.space.recompute):
-                made = replace(node, key=(*node.key, i, j), microbatches=m, again=again, size=node.size // n)
-                below = [b for b in self._by_policy(made) if b.bound < math.inf]
-                least = min((b.bound for b in below), default=math.inf)
-                least_bytes = min((b.bytes for b in below), default=0.0)
-                yield replace(made, bound=max(node.bound, least), bytes=least_bytes)
+                key = (*node.key, i, j)
+                made = replace(node, key=key, microbatches=m, again=again, size=node.size // n)
+                below = [self._bounded(b, node) for b in self._any_policy(made)]
+                least = min(below, key=lambda b: b.bound)
+                yield replace(made, bound=least.bound, bytes=min(b.bytes for b in below))
+
+    def _any_policy(self, node: Node) -> Iterator[Node]:
+        """By kind of schedule, what is below a node as if the policy cost nothing."""
+        assert node.degrees is not None
+        for kind in self.space.kinds(node.frame, node.degrees):
+            yield replace(node, kind=kind, sink=Choice(node.frame.sink, node.degrees, ANY))
 
     def _by_policy(self, node: Node) -> Iterator[Node]:
         assert node.degrees is not None
@@ -167,11 +184,11 @@ class Tree:
     def _undecided(self, node: Node, module: str) -> Open | None:
         """The least that any layout of an encoder asks; None where it has none."""
         block = self._block(node, module)
-        stage = self._stage(node, module) if node.kind == "fill" else None
-        key = (module, block.size, node.microbatches, node.again, node.kind, stage)
+        key = (module, block.size, node.microbatches, node.again)
         if key not in self._least:
             found = []
-            for choice in self._choices(node, module, node.kind):
+            for degrees in self.space.encoder_degrees(module, block.size):
+                choice = Choice(block, degrees, ANY)
                 demand = self.asked.demand(module, choice, node.microbatches, node.again, node.kind)
                 if demand is not None:
                     every = range(demand.pp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ from mm.ranks.job import open_index
 class VirtualAssembler(Assembler):
     """An assembler that reads nothing: texts have their lengths, items the shapes of their metadata."""
 
-    @staticmethod
-    def of(assembler: Assembler) -> VirtualAssembler:
+    @classmethod
+    def of(cls, assembler: Assembler) -> Self:
         """The same without payloads."""
-        return VirtualAssembler(**{f.name: getattr(assembler, f.name) for f in fields(assembler)})
+        return cls(**{f.name: getattr(assembler, f.name) for f in fields(assembler)})
 
     def encoded(self, sample: Sample) -> tuple[TokenSegment, ...]:
         before = 0 if sample.portion is None else sample.portion.texts

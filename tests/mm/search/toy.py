@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mm.config.outline import SINK
 from mm.search.bound import Demand
 from mm.search.candidate import Candidate, Choice, Degrees
-from mm.search.space import Space
+from mm.search.space import ANY, Space
 from mm.search.tree import Again, Node, Tree
 from parallel.schedule import ModuleUse, ScheduleOptions, make_schedule
 from parallel.schedule.action import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Kind
@@ -17,6 +17,22 @@ from parallel.schedule.checker.memory import Memory, peaks
 from parallel.schedule.simulator.costs import Costs
 from parallel.schedule.simulator.simulate import simulate
 from parallel.topology.layout import make_layout
+
+POLICIES = ("step", "zero3")
+
+
+def least(demands: list[Demand]) -> Demand | None:
+    """The least that any of these asks, stage by stage."""
+    if not demands:
+        return None
+    return Demand(
+        demands[0].pp,
+        *(
+            tuple(map(min, zip(*(getattr(d, name) for d in demands), strict=True)))
+            for name in ("forward", "backward", "early", "update", "held", "kept")
+        ),
+        least=1.0,
+    )
 
 
 @dataclass
@@ -32,6 +48,9 @@ class Toy:
 
     def demand(self, module: str, choice: Choice, m: int, again: Again, kind: str) -> Demand | None:
         d, size = choice.degrees, choice.block.size
+        if choice.data_parallel == ANY:
+            found = [self.demand(module, choice._replace(data_parallel=p), m, again, kind) for p in POLICIES]
+            return least([x for x in found if x is not None])
         draw = random.Random(f"{self.seed} {module} {size} {d} {choice.data_parallel} {m} {again}")
         if draw.random() < 0.05:
             return None
