@@ -77,9 +77,11 @@ def schedule_of(
 
     active: by micro-batch, the encoders with items.
     """
-    pairs = cfg.schedule.overlap_experts
+    pairs, kind = cfg.schedule.overlap_experts, cfg.schedule.kind
+    if cfg.run.engine == "megatron" and kind == "auto" and _before_pipeline(modules):
+        kind = "three_phase"
     return make_schedule(
-        cfg.schedule.kind,
+        kind,
         modules,
         sink=SINK,
         active=active,
@@ -90,6 +92,13 @@ def schedule_of(
             train=train,
         ),
     )
+
+
+def _before_pipeline(modules: Mapping[str, ModuleUse]) -> bool:
+    """Whether all encoders are one stage on all ranks of a language model of several."""
+    sink = modules[SINK].layout
+    others = [use.layout for m, use in modules.items() if m != SINK]
+    return sink.pp > 1 and all(x.pp == 1 and set(x.ranks) == set(sink.ranks) for x in others) and bool(others)
 
 
 def given_policy(cfg: Config, layout: Layout) -> Policy | None:

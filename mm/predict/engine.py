@@ -24,7 +24,6 @@ import yaml
 from encoders.vit import ViTConfig
 from mm.config.build import build
 from mm.config.outline import SINK
-from mm.config.schema import Config
 from mm.config.training import recomputed
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint
@@ -43,7 +42,7 @@ Pair = tuple[float, float]  # of a forward and of a backward
 @dataclass(frozen=True)
 class HeldBytes:
     """whole, split, logits: bytes of a layer's activations by token and feature, as they are split over tp, and
-    of the logits. weights, gradients: of a parameter on each rank; stored, moments: of one in a shard."""
+    of the logits. reserved: of what no tensor gets. weights, gradients: of a parameter on each rank; stored, moments: of one in a shard."""
 
     whole: float
     split: float
@@ -52,6 +51,7 @@ class HeldBytes:
     stored: float
     moments: float
     logits: float
+    reserved: float
     source: str
 
 
@@ -84,8 +84,6 @@ class Engine:
     held: HeldBytes
     moved: MovedBytes
     overlap: Exposed
-    update_s: float
-    update_source: str
 
 
 @cache
@@ -93,19 +91,6 @@ def megatron() -> Engine:
     """The engine of configs/engines/megatron.yaml."""
     engine: Engine = build(Engine, yaml.safe_load(FILE.read_text()), "")
     return engine
-
-
-def with_engine(cfg: Config) -> Config:
-    """A config with the schedule that its engine has where the config leaves it open. Raises nothing."""
-    layout, kind = cfg.layout, cfg.schedule.kind
-    if cfg.run.engine != "megatron" or kind != "auto" or layout.get(SINK, {}).get("pp", 1) == 1:
-        return cfg
-    own = layout.get(SINK, {}).get("ranks", "all")
-    if any(
-        layout.get(m, {}).get("ranks", "all") != own or layout.get(m, {}).get("pp", 1) > 1 for m in cfg.model
-    ):
-        return cfg
-    return cfg.model_copy(update={"schedule": cfg.schedule.model_copy(update={"kind": "three_phase"})})
 
 
 class Part(NamedTuple):
@@ -126,6 +111,7 @@ class Part(NamedTuple):
     cp: int
     sequence: bool
     causal: bool
+    gated: bool = False  # whether an MLP has a gate
 
     @property
     def states(self) -> float:
@@ -174,10 +160,10 @@ def _part(blueprint: Blueprint, plan: StepPlan, module: str, stage: Stage) -> Pa
     if module == SINK:
         llm = blueprint.llm
         symbols = llm.symbols[stage.start : stage.stop]
-        if set(symbols) - {"*", "-"} or llm.kv_rank is not None or llm.mlp_gated:
+        if set(symbols) - {"*", "-"} or llm.kv_rank is not None:
             raise Refused(
-                "run.engine=megatron is described for dense language models without gates, whose pattern has "
-                f"* and - alone; given: {llm.pattern!r}; nearest: run.engine=polyrank"
+                "run.engine=megatron is described for dense language models, whose pattern has * and - alone; "
+                f"given: {llm.pattern!r}; nearest: run.engine=polyrank"
             )
         dp = max(range(layout.dp), key=lambda d: sum(mb.tokens[d] for mb in plan.microbatches))
         tokens = sum(mb.tokens[dp] for mb in plan.microbatches) / n
@@ -194,6 +180,7 @@ def _part(blueprint: Blueprint, plan: StepPlan, module: str, stage: Stage) -> Pa
             cp=layout.cp,
             sequence=layout.sequence_parallel and layout.tp > 1,
             causal=True,
+            gated=llm.mlp_gated,
         )
     use = blueprint.inputs.encoders[module]
     if not isinstance(use.cfg, ViTConfig):
@@ -238,7 +225,7 @@ def _layers(part: Part, engine: Engine) -> tuple[Work, Work]:
     attention, mlp = part.layers
     q, kv, dim = part.heads
     sizes = ((attention, (q + 2 * kv) * dim // tp, h), (attention, h, q * dim // tp))
-    sizes += ((mlp, part.hidden // tp, h), (mlp, h, part.hidden // tp))
+    sizes += ((mlp, part.hidden * (1 + part.gated) // tp, h), (mlp, h, part.hidden // tp))
     out = []
     for back in (False, True):
         kernels = [
@@ -246,6 +233,8 @@ def _layers(part: Part, engine: Engine) -> tuple[Work, Work]:
         ]
         for times, n, k in sizes:
             kernels += _products((t, n, k), times, back)
+            if back:  # sums of gradients are read and written
+                kernels.append(Kernel("memory", (), "", 0.0, 2 * engine.held.gradients * n * k, times))
         kernels.append(_attention(part, back))
         out.append(Work(tuple(k for k in kernels if k.times), tuple(_messages(part, engine, back))))
     return out[0], out[1]
