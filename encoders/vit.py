@@ -1,8 +1,8 @@
 """A vision transformer at native resolution: images of any size packed end to end, none padded.
 
-Patch embedding, learned row and column positions, pre-norm blocks, then a pixel shuffle that makes one row of a
-square of neighbouring patches, 2x2 by default (arXiv 2404.16821, section 3.1). The embedding puts patches in the
-order of these squares, so that a range of rows is a range of patches in every layer.
+Patch embedding, learned row and column positions, pre-norm blocks, then a pixel shuffle that makes one row
+of a square of neighbouring patches, 2x2 by default (arXiv 2404.16821, section 3.1). The embedding puts
+patches in the order of these squares, so that a range of rows is a range of patches in every layer.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class ViT(StackedEncoder):
 
     def _embed(self, batch: ItemBatch, grids: Sequence[tuple[int, int]], share: Share) -> Tensor:
         """The patches that this rank keeps, embedded: [kept, width]."""
-        kept = _kept_patches(grids, share, cfg.merge)
+        kept = _kept_patches(grids, share, self.cfg.merge)
         kept[0] -= sum(share.lengths[: batch.first])  # batch.values lack the items before batch.first
         patch, row, column = to_device(kept, batch.values.device)
         x: Tensor = self.patch(batch.values.index_select(0, patch).to(local(self.patch.weight).dtype))

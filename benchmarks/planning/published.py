@@ -17,14 +17,20 @@ from mm.plan.made_up import made_up_index
 from mm.plan.step_plan import StepPlan
 from mm.predict.count.job import count_job
 from mm.predict.engine import Engine, as_megatron, megatron
-from mm.predict.hardware import Hardware, load_hardware
+from mm.predict.hardware import Curve, Hardware, load_hardware
 from mm.predict.paper import paper_flops
 from mm.predict.step import Prediction, predict, predict_counts
 from mm.predict.work import Counts
 from mm.report.plan_json import first_step
 
 HARDWARE = "h100"
-SHARES, EXPOSED = np.arange(0.62, 0.81, 0.01), np.arange(0.2, 1.01, 0.1)  # that a fit tries
+# Values that a fit tries.
+SHARES, ATTENTION, EXPOSED = (
+    np.arange(0.62, 0.87, 0.02),
+    np.arange(0.28, 0.61, 0.02),
+    np.arange(0.2, 1.01, 0.1),
+)
+STEP = 0.1
 
 
 @dataclass(frozen=True)
@@ -80,36 +86,66 @@ HEAD = (
 )
 
 
-def left_out(cases: Sequence[Case]) -> Mapping[str, tuple[float, float, str]]:
-    """By fitted run, the share of the peak and the exposed share of tp messages that all others give, and its
-    error with them. Seconds are taken to be linear in both: in one over the share, and in the exposed share."""
-    hardware, engine = load_hardware(HARDWARE), megatron()
-    shares, exposed = hardware.kernels.product.share, engine.overlap.tp
-    faster = replace(hardware.kernels.product, share=tuple(min(1.0, 1.1 * x) for x in shares))
-    other = replace(hardware, kernels=replace(hardware.kernels, product=faster))
-    more = replace(engine, overlap=replace(engine.overlap, tp=exposed + 0.2))
-    base = np.asarray([c.seconds(engine, hardware) for c in cases])
-    by_share = (np.asarray([c.seconds(engine, other) for c in cases]) - base) / (1 / 1.1 - 1)
-    by_exposed = (np.asarray([c.seconds(more, hardware) for c in cases]) - base) / 0.2
-    truth, top = np.asarray([c.row.step_s for c in cases]), shares[-1]
-    # The runs of one model and layout count as one.
-    same = [sum(c.row.config == d.row.config for d in cases) for c in cases]
-    out = {}
-    for k, case in enumerate([*cases, None]):
-        best = (np.inf, 0.0, 0.0)
-        for share, tp in product(SHARES, EXPOSED):
-            errors = np.abs((base + by_share * (top / share - 1) + by_exposed * (tp - exposed)) / truth - 1)
-            errors = errors / same
-            if case is not None:
-                errors[[c.row.config == case.row.config for c in cases]] = 0
-            best = min(best, (float(errors.sum()), float(share), float(tp)))
-        _, share, tp = best
-        if case is None:
-            out["all"] = (share, tp, "")
-            continue
-        found = base[k] + by_share[k] * (top / share - 1) + by_exposed[k] * (tp - exposed)
-        out[case.row.name] = (share, tp, error(float(found), case.row.step_s))
-    return out
+Fit = tuple[float, float, float]  # shares of the peak of products and attention, exposed share of tp
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Seconds of the fitted runs, linear in one over each share and in the exposed share."""
+
+    truth: np.ndarray
+    base: np.ndarray
+    slopes: np.ndarray
+    at: Fit
+    alike: np.ndarray  # runs of one model count as one
+
+    @staticmethod
+    def of(cases: Sequence[Case]) -> Linear:
+        """From one prediction of each run, and one with each figure changed."""
+        hardware, engine = load_hardware(HARDWARE), megatron()
+        kinds = hardware.kernels
+        at = kinds.product.share[-1], kinds.attention.share[-1], engine.overlap.tp
+        products = replace(hardware, kernels=replace(kinds, product=_scaled(kinds.product)))
+        attention = replace(hardware, kernels=replace(kinds, attention=_scaled(kinds.attention)))
+        more = replace(engine, overlap=replace(engine.overlap, tp=at[2] + STEP))
+
+        def seconds(engine: Engine, hardware: Hardware) -> np.ndarray:
+            return np.asarray([c.seconds(engine, hardware) for c in cases])
+
+        base, per = seconds(engine, hardware), 1 / (1 - STEP) - 1
+        slopes = [(seconds(engine, products) - base) / per * at[0]]
+        slopes += [(seconds(engine, attention) - base) / per * at[1]]
+        slopes += [(seconds(more, hardware) - base) / STEP]
+        alike = np.asarray([sum(c.row.config == d.row.config for d in cases) for c in cases])
+        truth = np.asarray([c.row.step_s for c in cases])
+        return Linear(truth, base, np.stack(slopes), at, alike)
+
+    def errors(self, fit: Fit) -> np.ndarray:
+        """Relative errors under other figures."""
+        moved = [1 / fit[0] - 1 / self.at[0], 1 / fit[1] - 1 / self.at[1], fit[2] - self.at[2]]
+        found: np.ndarray = (self.base + np.asarray(moved) @ self.slopes) / self.truth - 1
+        return found
+
+    def best(self, use: np.ndarray) -> Fit:
+        """The figures with the least sum of squared errors over the runs that are used."""
+        weight = use / self.alike
+        return min(product(SHARES, ATTENTION, EXPOSED), key=lambda fit: float(weight @ self.errors(fit) ** 2))
+
+
+def _scaled(curve: Curve) -> Curve:
+    return replace(curve, share=tuple((1 - STEP) * x for x in curve.share))
+
+
+def left_out(cases: Sequence[Case]) -> Mapping[str, tuple[Fit, str]]:
+    """By fitted run, the figures that all runs of other models give, and its error with them.
+
+    By "none", those that all give.
+    """
+    linear, out = Linear.of(cases), {}
+    for k, case in enumerate(cases):
+        fit = linear.best(np.asarray([c.row.config != case.row.config for c in cases]))
+        out[case.row.name] = fit, f"{100 * linear.errors(fit)[k]:+.1f}"
+    return out | {"none": (linear.best(np.ones(len(cases))), "")}
 
 
 def comparisons(found: Mapping[str, Prediction]) -> list[str]:
@@ -131,13 +167,12 @@ def main() -> None:
     found = {c.row.name: predict(c.blueprint, c.plan, hardware) for c in (*fitted, *tested)}
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     for case in (*fitted, *tested):
-        _, _, least = without.get(case.row.name, (0.0, 0.0, ""))
-        print(line(case, found[case.row.name], least))
+        print(line(case, found[case.row.name], without.get(case.row.name, (None, ""))[1]))
     print("\n| comparison | published ratio | predicted | error, % | winner |\n|---|---|---|---|---|")
     print("\n".join(comparisons(found)))
-    print("\n| left out | share of the peak | exposed share of tp |\n|---|---|---|")
-    for name, (share, tp, _) in without.items():
-        print(f"| {'none' if name == 'all' else name} | {share:.2f} | {tp:.1f} |")
+    print("\n| left out | products | attention | exposed share of tp |\n|---|---|---|---|")
+    for name, (fit, _) in without.items():
+        print(f"| {name} | {fit[0]:.2f} | {fit[1]:.2f} | {fit[2]:.1f} |")
 
 
 if __name__ == "__main__":

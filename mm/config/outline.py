@@ -24,7 +24,7 @@ from parallel.schedule.generators.refuse import check_stages
 from parallel.schedule.plan import parameter_groups
 from parallel.topology.data_parallel import AUTO, POLICIES, Policy, check_policy, shards_of
 from parallel.topology.layout import Layout, Unfit, make_layout
-from parallel.topology.stage import Stage
+from parallel.topology.stage import Stage, stages_of
 
 SINK = "llm"
 
@@ -67,7 +67,15 @@ def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tupl
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
     check_stages(layouts[SINK], len(llm.symbols))
     _check_schedule(cfg, layouts)
-    return layouts, llm, partition(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
+    return layouts, llm, _stages(cfg, llm, layouts[SINK].pp * layouts[SINK].vpp)
+
+
+def _stages(cfg: Config, llm: LLMConfig, n: int) -> tuple[Stage, ...]:
+    """The language model in n stages; Megatron-LM's have equally many blocks, wherever the head is."""
+    layers = len(llm.symbols)
+    if cfg.run.engine == "megatron" and "|" not in llm.pattern and layers % (2 * n) == 0:
+        return stages_of(range(0, layers + 1, layers // n))
+    return partition(llm, n, (cfg.data.context,))
 
 
 def schedule_of(

@@ -1,4 +1,4 @@
-"""The metric of arXiv 2605.27678, TFLOPS a device, under its own name: it leaves the attention's products out."""
+"""The metric of arXiv 2605.27678 under its own name, TFLOPS a device. It leaves attention's products out."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ class Prediction:
     breakdown: seconds of the mean rank by (module, what), which add up to step_s. boundary_s: of these, what
     it waits for rows of encoders and their gradients, or spends on sending them. bubble_fraction: the share
     of the step in which it has nothing to do. tflops_per_device: of forward and backward without what is
-    computed again, over all ranks of the job. paper_tflops_per_device: by the metric of mm.predict.paper. memory: by a rank of each kind, bytes by kind; it adds up.
+    computed again, over all ranks of the job. paper_tflops_per_device: by mm.predict.paper's metric, None for
+    models that it is not of. memory: by a rank of each kind, bytes by kind; it adds up.
     timeline: of forwards and backwards; the update comes after it.
     """
 
