@@ -58,6 +58,7 @@ ORDER = {
         "virtual",
         "predict",
         "compare",
+        "pages",
         "commands",
         "cli",
     ),

@@ -12,28 +12,25 @@ from __future__ import annotations
 import gc
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mm.config.schema import Config, load_config, load_layout_file, with_layout
 from mm.plan.blueprint import Blueprint, draw_up
+from mm.predict.timed import everywhere, timed_step
 from mm.ranks.feed import Feed
 from mm.ranks.job import Job, build_job, open_data, open_index
 from mm.ranks.launch import RankInfo, init_distributed
 from mm.train.garbage import set_aside
-from mm.train.step import run_step
 from mm.train.trainer import open_feed
-from mm.train.update import finish_step, learning_rate
 from mm.virtual.recorder import Recorder
 from mm.virtual.run import group_names, record_step
 
-ROUNDS, STEPS = 2, 4  # of each round's steps the first pays for caches and is left out
+ROUNDS, STEPS = 2, 3  # beside the first step of a round, which pays for caches and is left out
 
 
 @dataclass(frozen=True)
@@ -47,40 +44,11 @@ class Measured:
     processor: list[float]
     memory: list[dict[str, int]]
 
-    @property
-    def step_s(self) -> float:
-        """The median."""
-        return median(self.wall)
-
-    @property
-    def processor_s(self) -> float:
-        """The median."""
-        return median(self.processor)
-
 
 def blueprint_of(config: Path, layout: Path, world: int) -> Blueprint:
-    """The config under the layout file, its default without encoders that the file leaves out."""
+    """The config under the layout file."""
     cfg = load_config(config)
     return draw_up(with_layout(cfg, *load_layout_file(layout)), world)
-
-
-def one_step(job: Job, feed: Feed, step: int) -> tuple[float, float]:
-    """(wall, processor) seconds of a step on this rank."""
-    prepared, _ = feed.next(step, step + 1)  # nothing is read ahead while a step is timed
-    dist.barrier()
-    start, process = time.perf_counter(), time.process_time()
-    result = run_step(job, prepared, train=True)
-    finish_step(job, result, step, learning_rate(job.blueprint.cfg.train, step))
-    process = time.process_time() - process
-    dist.barrier()
-    return time.perf_counter() - start, process
-
-
-def everywhere(value: Any) -> list[Any]:
-    """The value of each rank."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def timed(blueprint: Blueprint, rank: RankInfo, measured: Measured, *, memory: bool) -> None:
@@ -92,10 +60,11 @@ def timed(blueprint: Blueprint, rank: RankInfo, measured: Measured, *, memory: b
     try:
         with set_aside():
             for step in range(STEPS + 1):
-                spent = everywhere(one_step(job, feed, step))
+                # Nothing is read ahead while a step is timed.
+                spent = timed_step(job, step, lambda: feed.next(step, step + 1)[0])  # noqa: B023  # called here
                 if step:
-                    measured.wall.append(max(wall for wall, _ in spent))
-                    measured.processor.append(sum(process for _, process in spent))
+                    measured.wall.append(spent.wall)
+                    measured.processor.append(spent.processor)
         if memory:
             measured.memory.extend(everywhere(allocated(job, feed)))
     finally:
@@ -128,10 +97,9 @@ def main() -> None:
             for blueprint, measured in zip(blueprints, found, strict=True):
                 timed(blueprint, rank, measured, memory=number == 0)
                 if rank.rank == 0:
-                    ms = (
-                        f"{median(measured.wall) * 1e3:.0f} ms, processor {measured.processor_s * 1e3:.0f} ms"
-                    )
-                    print(f"round {number + 1}/{ROUNDS} {measured.layout}: {ms}", file=sys.stderr, flush=True)
+                    wall, processor = (median(x) * 1e3 for x in (measured.wall, measured.processor))
+                    what = f"{wall:.0f} ms, processor {processor:.0f} ms"
+                    print(f"round {number + 1}/{ROUNDS} {measured.layout}: {what}", file=sys.stderr, flush=True)
         if rank.rank == 0:
             out.write_text(json.dumps([asdict(m) for m in found], indent=1))
     finally:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+WATCHED = 2  # steps after the timed ones of a round: one for times, and in the first round one for memory
 MEMORY_KINDS = ("weights", "gradients", "optimizer", "activations", "other")
 SpeedupVerdict = Literal["baseline", "faster", "slower", "within noise", "too few steps"]
-Limit = Literal["computing", "exchanging", "waiting", "updating", "data", "idle"]
+Limit = Literal["computing", "uneven", "pipeline", "exchanging", "messages", "updating", "data"]
 
 
 class Interval(NamedTuple):
@@ -114,40 +115,44 @@ class Bar:
 
 @dataclass(frozen=True)
 class Arrow:
-    """What a computation waited for: sent by one row to another. sent, arrived: seconds from the start."""
+    """What a computation of one row needed of another row. sent: when, in seconds from the start.
+
+    bar: the index in Timeline.bars of that computation, on the row `target`.
+    """
 
     kind: str
     module: str
     source: int
     target: int
     sent: float
-    arrived: float
+    bar: int
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """One step as it ran. step: its number, from 1. rows: a label each. bubbles: of each row, its idle share
-    between the first action of all and the last. schedule: its kind."""
+    """Forward and backward of one step as they ran, a row for each rank of `ranks`. step: its number, from 1.
+
+    seconds: from the first action of all to the last. schedule: its kind. modules: in the order of colours.
+    """
 
     step: int
     seconds: float
     schedule: str
     modules: list[str]
-    rows: list[str]
-    hosts: list[str]
-    bubbles: list[float]
+    ranks: list[int]
     bars: list[Bar]
     arrows: list[Arrow]
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a layout spends its steps on, and what bounds it.
+    """What bounds a layout: what most of the longest chain of a step is (mm.compare.chain).
 
-    limit: computing, exchanging (within a module: collectives of its tp, cp or ep), waiting (for rows, hidden
-    states or gradients of others), updating (gradient sums and the optimizer), data, or idle (for want of
-    work). module: that it is about, "" for updating and data. rank: where it shows most. share: of the
-    step of that rank. text: all of it in a sentence.
+    limit: computing (on all its ranks alike), uneven (computing, while other ranks have less to compute),
+    pipeline (computing, while other stages wait for it), exchanging (within a module: collectives of its tp,
+    cp or ep, and weights gathered over its data ranks), messages (rows, hidden states and gradients under
+    way), updating (gradient sums and the optimizer) or data. module: "" for the last three. rank: where most
+    of it is. share: of the step. text: all of it in a sentence.
     """
 
     limit: Limit

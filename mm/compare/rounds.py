@@ -1,37 +1,61 @@
-"""Trains the same model on the same batches under several layouts, in turn, and times each."""
+"""Trains the same model on the same batches under several layouts, in turn, and measures each."""
 
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
-from rich.console import Console as RichConsole
 
-from mm.compare.summary import WIDE, Measured, summarise, table
+from mm.compare.entry import described, watched
+from mm.compare.observe import Observed, observe_memory, observe_step
+from mm.compare.result import Comparison
+from mm.compare.summary import Measured, summarise
 from mm.compare.variants import Variant
-from mm.config.schema import Config
+from mm.compare.verdict import judge
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.ranks.feed import Feed
 from mm.ranks.job import Job, build_job, open_data, open_index
 from mm.ranks.launch import RankInfo, init_distributed
 from mm.ranks.memory import reset_peak
+from mm.report.host import host_facts
 from mm.train.garbage import set_aside
 from mm.train.trainer import open_feed, train_step
 
 
 @dataclass
 class Run:
-    """One layout of a comparison: its job, and what its rounds have measured so far."""
+    """One layout of a comparison: its job, and what its rounds have measured so far.
 
+    observed: by round, a watched step. memory: by rank, of the step that was watched for it.
+    """
+
+    variant: Variant
     blueprint: Blueprint
     measured: Measured
+    observed: list[Observed] = field(default_factory=list)
+    memory: list[dict[str, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """steps: of a round, of which the first warms up. peak_tflops: of a device, None where it is not stated.
+
+    command: of the comparison; config: its file as given; overrides: key=value. quiet: prints no rounds.
+    """
+
+    steps: int
+    rounds: int
+    peak_tflops: float | None = None
+    command: str = ""
+    config: Path = Path()
+    overrides: Sequence[str] = ()
+    quiet: bool = False
 
 
 def make_runs(variants: Sequence[Variant], world: int) -> list[Run]:
@@ -42,37 +66,51 @@ def make_runs(variants: Sequence[Variant], world: int) -> list[Run]:
             blueprint = draw_up(variant.cfg, world)
         except Refused as error:
             raise Refused(f"{variant.path}: {error}") from error
-        runs.append(Run(blueprint, Measured(variant.name, variant.layout)))
+        runs.append(Run(variant, blueprint, Measured(variant.name, variant.layout)))
     return runs
 
 
-def compare(cfg: Config, runs: Sequence[Run], *, steps: int, rounds: int, json_out: Path | None) -> None:
-    """Run `steps` steps under each layout in turn, the rounds interleaved (A B A B ..); print a table.
+def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
+    """Run `steps` steps under each layout in turn, the rounds interleaved (A B A B ..); None but on rank 0.
 
     Every round starts from the same weights, so its losses are those of the layout's first steps. The first
     layout is the baseline of the relative differences and of the speed-up.
     """
-    rank = init_distributed(cfg)
+    rank = init_distributed(runs[0].blueprint.cfg)
     try:
-        for number in range(rounds):
+        host = host_facts(rank.device, dist.get_backend())
+        for number in range(settings.rounds):
             for run in runs:
-                _round(run, rank, steps, first=number == 0)
-                if rank.rank == 0:
+                one_round(run, rank, settings.steps, first=number == 0)
+                if rank.rank == 0 and not settings.quiet:
                     ms = statistics.median(run.measured.rounds[-1]) * 1e3
-                    print(f"round {number + 1}/{rounds}, {run.measured.name}: {ms:.1f} ms a step", flush=True)
+                    where = f"round {number + 1}/{settings.rounds}, {run.measured.name}"
+                    print(f"{where}: {ms:.1f} ms a step", flush=True)
     finally:
         dist.destroy_process_group()
-    if rank.rank == 0:
-        summaries = [summarise(run.measured, runs[0].measured) for run in runs]
-        if json_out is not None:
-            json_out.write_text(json.dumps({"runs": [asdict(s) for s in summaries]}, indent=1))
-        console = RichConsole()
-        if not console.is_terminal:  # in a file each layout gets one line
-            console.width = WIDE
-        console.print(table(summaries))
+    if rank.rank:
+        return None
+    found = []
+    for run in runs:
+        one = summarise(run.measured, runs[0].measured)
+        one = described(one, run.variant, run.blueprint, settings.config, settings.overrides)
+        found.append(watched(one, run.observed, run.memory, settings.peak_tflops))
+    return judge(
+        Comparison(
+            runs=found,
+            command=settings.command,
+            config_file=str(settings.config),
+            world=rank.world,
+            rounds=settings.rounds,
+            steps=settings.steps,
+            peak_tflops=settings.peak_tflops,
+            host=host,
+        )
+    )
 
 
-def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
+def one_round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
+    """`steps` timed steps of a new job, then steps that are watched. first: of the run's rounds."""
     cfg = run.blueprint.cfg
     reset_peak(rank.device)  # that of the layouts before: their order must not matter
     run.measured.rounds.append([])
@@ -84,6 +122,9 @@ def _round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
         with set_aside():
             for step in range(steps):
                 _timed_step(run, job, feed, step, first)
+            run.observed.append(observe_step(job, feed, steps))
+            if first:
+                run.memory = observe_memory(job, feed, steps + 1)
     finally:
         feed.close()
         data.assembler.reader.close()
@@ -100,8 +141,7 @@ def _timed_step(run: Run, job: Job, feed: Feed, step: int, first: bool) -> None:
     measured = run.measured
     if step > 0:  # the first step of a round pays for caches and lazy set-up
         measured.rounds[-1].append(seconds)
-        measured.tokens.append(metrics.tokens)
-        measured.boundary_bytes.append(sum(edge.bytes for edge in metrics.boundary.values()))
+        measured.add(metrics)
     if first:
         measured.losses.append(metrics.loss)
         measured.grad_norms.append(metrics.grad_norm_by_module)

@@ -55,10 +55,10 @@ class DataConfig(Section):
     made_by: str | None = Field(
         None, description="command that makes the shards, named in the error where one is missing"
     )
-    overlong: Literal["refuse", "skip", "truncate"] = Field(
+    overlong: Literal["refuse", "skip", "truncate", "split"] = Field(
         "refuse",
-        description="samples longer than data.context: refuse, skip, or truncate to their beginning, without "
-        "the end marker",
+        description="samples longer than data.context: refuse, skip, truncate to their beginning, without "
+        "the end marker, or split into portions that are samples of their own",
     )
     misfit: Literal["refuse", "skip"] = Field(
         "refuse",

@@ -51,6 +51,12 @@ class RunConfig(Section):
         description="the program that plan predicts, which is as a rule this one; train always runs this one",
     )
     tensorboard: bool = Field(False, description="write losses, norms, rates and lifts for TensorBoard too")
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases that gets the same numbers"
+    )
+    report: bool = Field(
+        False, description="write report.html when the run ends; report RUN does so at any time"
+    )
 
 
 class ProjectorConfig(Section):

@@ -23,7 +23,7 @@ class Block(NamedTuple):
 
 
 class Degrees(NamedTuple):
-    """The degrees of a module, and whether it has sequence parallelism; as parallel.topology.layout.Layout."""
+    """The degrees of a module, and whether it has sequence parallelism; as in parallel.topology.layout."""
 
     tp: int = 1
     cp: int = 1
@@ -70,24 +70,25 @@ class Choice(NamedTuple):
         return {**out, "data_parallel": self.data_parallel}
 
     def describe(self) -> str:
-        """ "tp2 dp4 on 0-7, zero3"."""
+        """As in tp2 dp4 on 0-7, zero3."""
         d = self.degrees
         parts = [f"{a}{n}" for a in ("tp", "cp", "pp", "vpp") if (n := getattr(d, a)) > 1]
         parts += [f"dp{self.dp}"] if self.dp > 1 else []
         parts += [f"{a}{n}" for a in ("ep", "etp") if (n := getattr(d, a)) > 1]
         parts += ["sp"] if d.sequence_parallel else []
-        return (
-            f"{' '.join(parts) or 'whole'} on {self.block.start}-{self.block.stop - 1}, {self.data_parallel}"
-        )
+        ranks = f"{self.block.start}-{self.block.stop - 1}"
+        return f"{' '.join(parts) or 'whole'} on {ranks}, {self.data_parallel}"
 
 
 @dataclass(frozen=True)
 class Candidate:
     """What a step can be run as.
 
-    choices: by module, in the config's order, the language model last. recompute: as train.recompute.
+    world: ranks of the job. choices: by module, in the config's order, the language model last. recompute: as
+        train.recompute.
     """
 
+    world: int
     choices: tuple[tuple[str, Choice], ...]
     kind: str
     microbatches: int
@@ -103,10 +104,6 @@ class Candidate:
         return self.choices[-1][1]
 
     @property
-    def world(self) -> int:
-        return max(choice.block.stop for _, choice in self.choices)
-
-    @property
     def placement(self) -> str:
         """colocated: encoders are on ranks of the language model. disjoint: none is. mixed: else."""
         sink = self.sink.block
@@ -117,9 +114,10 @@ class Candidate:
     def homogeneous(self) -> bool:
         """Whether all modules have the same degrees on the same ranks.
 
-        The same are tp, cp, sequence parallelism and the data-parallel policy; and pp on all ranks, or, as
-        where an encoder is the first part of one pipeline, none on the ranks of the language model's first
-        pipeline rank. Experts and virtual stages are the language model's own.
+        The same are tp and cp, and so dp; and pp on all ranks, or, as where an encoder is the first part of
+        one pipeline, none on the ranks of the language model's first pipeline rank. Experts and virtual
+        stages are the language model's own. What tunes a module without placing it otherwise is free:
+        sequence parallelism and the data-parallel policy.
         """
         sink = self.sink
         return all(_as_in(choice, sink) for m, choice in self.choices if m != SINK)
@@ -129,8 +127,8 @@ class Candidate:
         return {m: choice.mapping(self.world) for m, choice in self.choices}
 
     def schedule(self, cfg: Config) -> dict[str, Any]:
-        """The config's `schedule:` mapping, where it is not as `cfg` has it. Bounds that are of another number
-        of micro-batches go."""
+        """The config's `schedule:` mapping, where it is not as `cfg` has it. Bounds of another number of
+        micro-batches go."""
         batch = {m: min(n, self.microbatches) for m, n in cfg.schedule.encoder_batch.items()}
         out: dict[str, Any] = {"kind": self.kind, "microbatches": self.microbatches}
         out |= {"encoder_batch": batch} if batch else {}
@@ -163,9 +161,7 @@ class Candidate:
 
 def _as_in(choice: Choice, sink: Choice) -> bool:
     mine, its = choice.degrees, sink.degrees
-    if (mine.tp, mine.cp, mine.sequence_parallel) != (its.tp, its.cp, its.sequence_parallel):
-        return False
-    if choice.data_parallel != sink.data_parallel:
+    if (mine.tp, mine.cp) != (its.tp, its.cp):
         return False
     together = choice.block == sink.block and mine.pp == its.pp
     return together or (mine.pp == 1 and choice.block == sink.pipeline_ranks(0))
@@ -194,4 +190,4 @@ def of_config(cfg: Config, world: int, policies: Mapping[str, str]) -> Candidate
         choices.append((m, Choice(Block(x.ranks[0], x.ranks[-1] + 1), degrees, policies[m])))
         kind = resolve_kind(cfg.schedule.kind, x)
     again = tuple(sorted(recompute_parts(cfg.train.recompute)))
-    return Candidate(tuple(choices), kind, cfg.schedule.microbatches, again)
+    return Candidate(world, tuple(choices), kind, cfg.schedule.microbatches, again)

@@ -69,7 +69,7 @@ class Search(Generic[B]):
         """The k leaves of least cost, those of equal cost in the order of their keys.
 
         keep: whether a branch may hold a leaf that is asked for, or a costed leaf is one. stop: asked before
-        each cost, whether to end with what is found, which then may lack its proof.
+        a branch is opened or a cost asked for, whether to end with what is found, without its proof.
         O(n log n) in the branches whose bound is at most the cost of the last of the best.
         """
         queue = [_entry(b) for b in roots if b.bound < math.inf and keep(b)]
@@ -78,7 +78,7 @@ class Search(Generic[B]):
         costed: list[tuple[float, B]] = []
         while queue and len(best) < k:
             value, done, _, branch = queue[0]
-            if not done and branch.leaf and branch not in self.costs and stop():
+            if not done and branch not in self.costs and branch not in self.opened and stop():
                 waiting = sorted(entry for entry in queue if entry[1])
                 best += [(entry[0], entry[3]) for entry in waiting[: k - len(best)]]
                 return _found(best, costed, queue, proved=False)

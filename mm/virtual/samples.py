@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,17 +22,16 @@ from mm.ranks.job import open_index
 class VirtualAssembler(Assembler):
     """An assembler that reads nothing: texts have their lengths, items the shapes of their metadata."""
 
-    @staticmethod
-    def of(assembler: Assembler) -> VirtualAssembler:
+    @classmethod
+    def of(cls, assembler: Assembler) -> Self:
         """The same without payloads."""
-        return VirtualAssembler(**{f.name: getattr(assembler, f.name) for f in fields(assembler)})
+        return cls(**{f.name: getattr(assembler, f.name) for f in fields(assembler)})
 
     def encoded(self, sample: Sample) -> tuple[TokenSegment, ...]:
-        return tuple(
-            TokenSegment("text", [0] * (s.tokens if s.written is None else s.written), "", s.loss, s.depends)
-            for s in sample.segments
-            if s.part is None and s.ids is None
-        )
+        before = 0 if sample.portion is None else sample.portion.texts
+        own = [s for s in sample.segments if s.part is None and s.ids is None]
+        lengths = [0] * before + [s.tokens if s.written is None else s.written for s in own]
+        return tuple(TokenSegment("text", [0] * n, "", True, None) for n in lengths)
 
     def _prepared(self, use: EncoderUse, sample: Sample, part: Part) -> Tensor:
         shape = use.cls.input_count(use.cfg, part.meta), *use.cls.input_shape(use.cfg)

@@ -156,7 +156,7 @@ def _placed(t: Tape, out: Var, y: Var, whole: tuple[float, float, int]) -> Var:
     def back(g: Grads) -> Grads:
         return [None if starts else t.new(n, item), t.new(some, item)]
 
-    node = t.node([out, y], back, [])
+    node = t.node([out, y], back, t.save(y.store))  # index_copy() keeps what it copies
     made = t.new(n, item)
     t.moves(2 * made.size, 2 * some * item)
     return t.result(node, made, rows, n / rows, item)
@@ -174,14 +174,12 @@ def _call(t: Tape, qkv: tuple[Var, Var, Var], heads: tuple[int, int, int], b: Bu
         kv = own
     nq, nk = b.n * b.queries * own * dim, b.n * b.keys * kv * dim
     saved = t.save(q.store, k.store, v.store)
-    out, log = t.new(nq, item), t.new(b.n * b.queries * own, 4)
+    logs = b.queries if flash else -(-b.queries // 32) * 32  # the other kernel aligns them
+    out, log = t.new(nq, item), t.new(b.n * logs * own, 4)
     pairs = b.n * own * b.queries * b.keys
     shape = (b.n * own, b.queries, b.keys, dim)
     t.kernel("attention", shape, item, 4.0 * pairs * dim, (2 * nq + 2 * nk) * item)
-    if isinstance(saved, list):
-        saved += [out, log]
-    else:
-        t.save(out, log)
+    saved = t.save_made(saved, out, log)
 
     def back(g: Grads) -> Grads:
         grads: Grads = [t.new(nq, item), t.new(nk, item), t.new(nk, item)]

@@ -19,7 +19,7 @@ def convolve(
     if alone:
         node = t.node([x], lambda g: [g[0]], [])
     else:
-        saved = t.save(t.new(rows, 8))  # where rows go
+        saved = t.save(t.new(rows, 8), x.store)  # where rows go; index_copy() keeps what it copies
         zeros.append(t.new(wide_rows * width, item))
         node = t.node([x], lambda g: [t.new(n, item)], saved)
     wide = t.new(wide_rows * width, item)

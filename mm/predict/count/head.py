@@ -71,8 +71,9 @@ def loss(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, tokens: int, supervised: 
     if not known:
         return y
     n, acc = y.n, y.item
+    saved = t.save(y.store)
     out = t.new(tokens, acc)
-    return t.result(t.node([y], lambda g: [t.new(n, acc)], []), out, tokens, 1, acc)
+    return t.result(t.node([y], lambda g: [t.new(n, acc)], saved), out, tokens, 1, acc)
 
 
 def _vocab_loss(t: Tape, hidden: Var, cfg: LLMConfig, at: Degrees) -> Var:

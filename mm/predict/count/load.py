@@ -78,12 +78,12 @@ def token_load(mb: Microbatch, at: Coord) -> TokenLoad:
 
 
 def _supervised(mb: Microbatch, mine: Sequence[int], packing: ContextPacking | None) -> tuple[int, ...]:
-    """Tokens with a loss here, of the next token and of each further depth."""
+    """Tokens with a loss here, of the next token and of each depth after it."""
     table, first, depths = mb.plan.table, int(mb.plan.bounds[mb.index]), mb.plan.inputs.mtp_depths
     if packing is None:
         lines = first + np.asarray(mine, np.int64)
-        further = [int(row[lines].sum()) for row in table.mtp] if depths else []
-        return (int(table.supervised[lines].sum()), *further)
+        later = [int(row[lines].sum()) for row in table.mtp] if depths else []
+        return (int(table.supervised[lines].sum()), *later)
     labels = np.zeros(packing.whole, dtype=bool)
     ends = np.zeros(packing.whole, dtype=np.int64)  # of each token's document
     at = 0

@@ -18,7 +18,7 @@ def moe(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompute
     tokens = ops.to(t, x, x.item)
     share = x if at.sequence_parallel else ops.share_of(t, x, at.axis)
     width, real = share.rows, load.routed
-    tokens = cut(t, share, real)
+    tokens = first_rows(t, share, real)
     del share
     chosen, weight = _routing(t, tokens, cfg, at)
     rows = tokens
@@ -26,7 +26,7 @@ def moe(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompute
         rows = linear(t, tokens, Weight("latent_in", cfg.latent, cfg.d_model))
     del tokens
     weight = ops.scale(t, weight)
-    y = _routed(t, rows, weight, cfg, at, "moe_act" in recompute)
+    y = _routed(t, rows, weight, (cfg, chosen), at, "moe_act" in recompute)
     del rows, weight
     if cfg.latent is not None:
         y = linear(t, y, Weight("latent_out", cfg.d_model, cfg.latent))
@@ -36,11 +36,10 @@ def moe(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompute
     if cfg.shared_ffn:
         shared = t.again("mlp" in recompute, lambda z: mlp(t, z, cfg, cfg.shared_ffn, at, "shared."), x)
         y = ops.add(t, y, shared)
-    del chosen
     return y
 
 
-def cut(t: Tape, x: Var, rows: float) -> Var:
+def first_rows(t: Tape, x: Var, rows: float) -> Var:
     """The first rows: a view, whose backward makes a whole gradient."""
     n, item = x.n, x.item
     node = t.node([x], lambda g: [t.new(n, item)], [])
@@ -90,8 +89,10 @@ def _routing(t: Tape, tokens: Var, cfg: LLMConfig, at: Degrees) -> tuple[Storage
     return route, y
 
 
-def _routed(t: Tape, x: Var, weight: Var, cfg: LLMConfig, at: Degrees, again: bool) -> Var:
-    """MoE._routed: dispatch, experts, combine."""
+def _routed(t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage], at: Degrees, again: bool) -> Var:
+    """MoE._routed: dispatch, experts, combine. how: the config, and the order of rows, which is kept."""
+    cfg, order = how
+    del how
     n, w, item, k = x.rows, x.width, x.item, cfg.top_k
     m = n * k  # rows sent, and received where all ranks have as many tokens
 
@@ -103,9 +104,9 @@ def _routed(t: Tape, x: Var, weight: Var, cfg: LLMConfig, at: Degrees, again: bo
         return [out]
 
     index = t.new(m, 8)
-    rows = t.result(t.node([x], back_rows, []), t.new(m * w, item), m, w, item)
+    rows = t.result(t.node([x], back_rows, t.save(order)), t.new(m * w, item), m, w, item)
     t.moves(2 * m * w * item)
-    del index, x
+    del index, x, order
     if at.ep > 1:
         rows = _exchanged(t, rows, at)
         rows = ops.copy(t, rows)
@@ -154,7 +155,7 @@ def _meet(t: Tape, n: float, item: int, at: Degrees) -> Storage:
     return out
 
 
-def _apart(t: Tape, n: float, item: int, at: Degrees) -> Storage:
+def _returned(t: Tape, n: float, item: int, at: Degrees) -> Storage:
     """reduce_rows() to n elements of one rank."""
     by_rank = t.new(at.etp * n, item)
     back = t.new(at.etp * n, item)
@@ -167,14 +168,14 @@ def _apart(t: Tape, n: float, item: int, at: Degrees) -> Storage:
 
 def _met(t: Tape, x: Var, at: Degrees) -> Var:
     n, item = x.n, x.item
-    node = t.node([x], lambda g: [_apart(t, n, item, at)], [])
+    node = t.node([x], lambda g: [_returned(t, n, item, at)], [])
     return t.result(node, _meet(t, n, item, at), at.etp * x.rows, x.width, item)
 
 
 def _summed(t: Tape, x: Var, at: Degrees) -> Var:
     n, item = x.n / at.etp, x.item
     node = t.node([x], lambda g: [_meet(t, n, item, at)], [])
-    return t.result(node, _apart(t, n, item, at), x.rows / at.etp, x.width, item)
+    return t.result(node, _returned(t, n, item, at), x.rows / at.etp, x.width, item)
 
 
 def grouped(t: Tape, x: Var, w: Weight, experts: float) -> Var:

@@ -117,8 +117,7 @@ def rms_norm(t: Tape, x: Var, weight: str | None, width: float | None = None, it
     mean = _like(t, groups, t.acc, [square])
     inverse = t.new(groups, t.acc)
     n, acc = wide.n, t.acc
-    if isinstance(saved, list):
-        saved.append(inverse)
+    saved = t.save_made(saved, inverse)
     del square, mean
 
     def back_inverse(g: list[Storage | None]) -> list[Storage | None]:

@@ -5,8 +5,10 @@ A part owns what enters it: its input counts here if it is kept, its output coun
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mm.predict.count.tape import PASSING, Storage, Tape, Var
@@ -50,7 +52,7 @@ class Piece:
     forward, backward_input, backward_weight: what is computed and sent. kept: bytes from its forward to its
     backward. later: bytes that BACKWARD_WEIGHT needs, where backwards have halves. gradients: bytes of the
     gradients of its weights, in the dtype that it computes in. in_forward, in_backward: the most while it
-    runs, with what it keeps. out: bytes of what it gives.
+    runs, with what it keeps. out: bytes of what it gives. holds_input: of `kept`, bytes of what entered.
     """
 
     forward: Work
@@ -62,6 +64,7 @@ class Piece:
     in_forward: Level
     in_backward: Level
     out: float
+    holds_input: float = 0.0
 
     @property
     def backward(self) -> Work:
@@ -76,6 +79,7 @@ def piece(how: How, enters: Enters | None, compute: Callable[[Tape, Var | None],
     """Count a part. enters: makes its input; None where it has none. compute: its forward."""
     t = Tape(how.item, halves=how.halves, trains=how.trains)
     given = [None if enters is None else enters(t)]
+    entered = None if given[0] is None else weakref.ref(given[0].store)
     if given[0] is not None and how.below:
         t.leaf(given[0])
     y = compute(t, given.pop())
@@ -87,6 +91,9 @@ def piece(how: How, enters: Enters | None, compute: Callable[[Tape, Var | None],
         out = 0.0  # a loss, which is summed at once
     del y
     kept = sum(t.live)
+    still = None if entered is None else entered()
+    holds = 0.0 if still is None else still.size
+    del still
     t.what = PASSING
     t.forget()
     if root.edge is not None:
@@ -107,6 +114,7 @@ def piece(how: How, enters: Enters | None, compute: Callable[[Tape, Var | None],
         in_forward=Level(kept, in_forward.total - kept),
         in_backward=in_backward,
         out=out,
+        holds_input=holds,
     )
 
 
@@ -127,8 +135,26 @@ def joined(works: Iterable[Work]) -> Work:
                 key = one[:-1]
                 found[key] = found.get(key, 0.0) + n * one[-1]
     return Work(
-        tuple(Kernel(*key, n) for key, n in kernels.items()),
-        tuple(Message(*key, n) for key, n in messages.items()),
+        tuple(Kernel._make((*key, n)) for key, n in kernels.items()),
+        tuple(Message._make((*key, n)) for key, n in messages.items()),
+    )
+
+
+@lru_cache(maxsize=1 << 12)
+def keeping(size: float) -> Piece:
+    """What a stage keeps without computing anything."""
+    level = Level(kept=size)
+    nothing = Work()
+    return Piece(
+        nothing,
+        nothing,
+        nothing,
+        size,
+        later=0.0,
+        gradients=0.0,
+        in_forward=level,
+        in_backward=level,
+        out=0.0,
     )
 
 
@@ -136,10 +162,12 @@ def chain(pieces: Sequence[Piece]) -> Piece:
     """Parts one after another."""
     before, after = 0.0, sum(p.gradients for p in pieces)
     forward = backward = Level()
-    for p in pieces:
+    grad = 0.0 if not pieces else pieces[-1].out  # the caller's, until the backward's end
+    for k, p in enumerate(pieces):
         after -= p.gradients
+        held = grad if k + 1 < len(pieces) else 0.0
         forward = max(forward, p.in_forward.plus(kept=before), key=_total)
-        backward = max(backward, p.in_backward.plus(kept=before, gradients=after), key=_total)
+        backward = max(backward, p.in_backward.plus(kept=before, passing=held, gradients=after), key=_total)
         before += p.kept
     return Piece(
         forward=joined(p.forward for p in pieces),
@@ -151,6 +179,7 @@ def chain(pieces: Sequence[Piece]) -> Piece:
         in_forward=forward,
         in_backward=backward,
         out=pieces[-1].out if pieces else 0.0,
+        holds_input=pieces[0].holds_input if pieces else 0.0,
     )
 
 

@@ -56,35 +56,23 @@ class Attended(NamedTuple):
     buckets: tuple[Bucket, ...]
     one_batch: bool
 
-
-class Crossing(NamedTuple):
-    """How attention crosses cp on a rank: what its fragments that continue a document read.
-
-    received: keys that come from others, and held: that other ranks get from here. ring: whether a round at
-    a time. own: rows of each such fragment. outer: (queries, keys) of each product with fetched keys, by
-    round. inner: attention of the other fragments. moved: bytes of the calls of a forward of one byte a row:
-    (rows of the larger side of each).
-    """
-
-    ring: bool
-    own: tuple[int, ...]
-    outer: tuple[tuple[tuple[int, int], ...], ...]
-    inner: Attended
-    inner_rows: int
-    moved: tuple[int, ...]
-    back: tuple[int, ...]
-    wanted: int
+    @property
+    def indices(self) -> int:
+        """Bytes of the row numbers of slots and rows on the device."""
+        found = 0
+        for b in self.buckets:
+            slots = b.n * b.queries
+            found += slots + b.real + (b.real if b.real < slots else 0)
+            found += b.n * b.keys if b.keys != b.queries else 0
+        return 8 * found
 
 
 class TokenLoad(NamedTuple):
     """What a rank of the language model computes in a micro-batch.
 
-    tokens: of this cp rank, padding included. routed: of those, that this tp rank sends to experts; arriving:
-    that all ranks that share experts with it route, by rank of ep then etp (an even share of choices goes to
-    each). documents: its runs of one document (their lengths decide `attended`). supervised: tokens with a
-    loss, of the next token and of each depth of multi-token prediction. crossing: None where no document
-    crosses cp. pieces: with cp, tokens of each of its pieces. states: piece states received by the scan, and
-    halo: rows, where it crosses.
+    tokens: of this cp rank, padding included. routed: of those, that this tp rank sends to experts, an even
+    share to each. documents: its runs of one document, whose lengths decide `attended`. supervised: tokens
+    with a loss, of the next token and of each depth of multi-token prediction.
     """
 
     tokens: int
@@ -92,18 +80,3 @@ class TokenLoad(NamedTuple):
     documents: int
     attended: Attended
     supervised: tuple[int, ...]
-    crossing: Crossing | None = None
-    scan: ScanCrossing | None = None
-
-
-class ScanCrossing(NamedTuple):
-    """How the scan crosses cp. method: states or heads. pieces: tokens of each piece of this rank. whole:
-    tokens of the stream, and documents in it. halo: rows of the largest side of the exchange before the
-    convolution, forward and back, with what comes and goes; states: the same of piece states."""
-
-    method: str
-    pieces: tuple[int, ...]
-    whole: int
-    documents: int
-    halo: tuple[int, int, int] = (0, 0, 0)
-    states: tuple[int, int, int] = (0, 0, 0)

@@ -18,7 +18,7 @@ from mm.predict.count.encoder import (
     stem_counts,
 )
 from mm.predict.count.layers import first_counts, last_counts, layer_counts
-from mm.predict.count.pieces import How, Piece, chain
+from mm.predict.count.pieces import How, Piece, chain, keeping
 from mm.predict.count.sizes import Degrees, TokenLoad
 from parallel.topology.stage import Stage
 
@@ -61,7 +61,7 @@ def encoder_stage(
     cls, cfg = use.cls, use.cfg
     inner = at if cls.tensor_parallel else Degrees(at.module, cp=at.cp, cp_rank=at.cp_rank)
     trains = not frozen.encoder
-    parts: list[Piece] = []
+    parts: list[Piece] = [keeping(float(load.attended.indices))] if trains else []
     reached = False
     if cls in (ViT, FastConformer):
         early = trains and not frozen.layers

@@ -23,7 +23,7 @@ KEPT, PASSING, GRADIENTS = range(3)  # what storages are for: made in a forward,
 class Storage:
     """Memory of so many bytes; it is freed when nothing refers to it."""
 
-    __slots__ = ("_tape", "size", "what")
+    __slots__ = ("__weakref__", "_tape", "size", "what")
 
     def __init__(self, tape: Tape, size: float, what: int) -> None:
         self._tape, self.size, self.what = tape, size, what
@@ -199,6 +199,18 @@ class Tape:
             self._again.saves += len(found)
             return Slots(self._again, first, self._again.saves)
         return found
+
+    def save_made(self, saved: Saved, *stores: Storage) -> Saved:
+        """Keep results too, after what save() has kept of the same operation."""
+        if isinstance(saved, Slots) or self._replayed is not None:
+            more = self.save(*stores)
+            return more if isinstance(saved, list) else Slots(saved.of, saved.first, self._saves())
+        saved += stores
+        return saved
+
+    def _saves(self) -> int:
+        assert self._again is not None
+        return self._again.saves
 
     def node(
         self, inputs: Iterable[Var], back: Back, saved: Saved, results: int = 1, *, weights: bool = False
