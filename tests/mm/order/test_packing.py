@@ -16,6 +16,7 @@ from mm.errors import DataError
 from mm.order.chosen import Chosen, Range
 from mm.order.packing import best_fit, pack
 from mm.order.stream import Source, Stream
+from mm.plan import batches as batches_of
 from mm.plan.batches import Batches, Windows
 from mm.plan.table import SampleTable
 from parallel.sequence.intervals import Column
@@ -100,6 +101,14 @@ def test_a_run_goes_on_alike_from_any_step(lengths: list[int], stop: int) -> Non
     for ids, sequence in steps:
         assert np.bincount(sequence, table.length[ids]).max() <= CAPACITY
         assert set(sequence.tolist()) == set(range(SIZE))
+
+
+def test_where_steps_began_is_remembered_for_the_last_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_of, "KEPT", 5)
+    table, one = texts([7, 30, 400, 90]), packed([7, 30, 400, 90])
+    found = [one.sequences(step, table.take)[0].tolist() for step in range(40)]
+    assert sorted(one.cursors) == [*range(35, 41)]
+    assert [one.sequences(step, table.take)[0].tolist() for step in range(36, 40)] == found[36:]
 
 
 def test_the_plan_is_that_of_any_number_of_ranks() -> None:
