@@ -94,7 +94,7 @@ class Batches:
             return plan_table(step, lookup(self.ids(step, bad)), inputs)
         ids, sequence = self.sequences(step, lookup)
         good = ~np.isin(ids, _ascending(frozenset(bad)))
-        packed = Packed(sequence[good], self.size)
+        packed = Packed(sequence[good], self.size, self.windows.capacity)
         made = plan_table(step, lookup(ids[good]), inputs, packed)
         return replace(made, ends=self.cursors[step + 1])
 
