@@ -40,7 +40,9 @@ def thin(curve: Curve, stretches: int = STRETCHES) -> Curve:
         part = range(k * len(found) // stretches, (k + 1) * len(found) // stretches)
         finite = [i for i in part if math.isfinite(found[i][1])]
         gap = [i for i in part if not math.isfinite(found[i][1])][:1]
-        extremes = [min(finite, key=lambda i: found[i][1]), max(finite, key=lambda i: found[i][1])] if finite else []
+        extremes = (
+            [min(finite, key=lambda i: found[i][1]), max(finite, key=lambda i: found[i][1])] if finite else []
+        )
         kept += sorted({*extremes, *gap})
     kept += [] if kept[-1] == len(found) - 1 else [len(found) - 1]
     return Curve(curve.name, [found[i][0] for i in kept], [found[i][1] for i in kept])
@@ -74,11 +76,23 @@ def chart(id: str, title: str, unit: str, curves: Sequence[Curve], *, x_name: st
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         aria_labelledby=f"{id}-title {id}-desc",
     )
-    data = {"left": LEFT, "right": RIGHT, "low": first, "high": last, "unit": x_name, "curves": list(map(_data, drawn))}
+    data = {
+        "left": LEFT,
+        "right": RIGHT,
+        "low": first,
+        "high": last,
+        "unit": x_name,
+        "curves": list(map(_data, drawn)),
+    }
     more = f" {left_out} more are not drawn." if left_out > 0 else ""
     return el(
         "figure",
-        el("figcaption", el("b", title), f" ({unit}) " if unit else " ", el("span", _in_words(drawn[0]) if len(drawn) == 1 else more)),
+        el(
+            "figcaption",
+            el("b", title),
+            f" ({unit}) " if unit else " ",
+            el("span", _in_words(drawn[0]) if len(drawn) == 1 else more),
+        ),
         svg,
         _key(drawn) if len(drawn) > 1 else "",
         el("p", class_="readout", aria_live="polite"),
@@ -93,7 +107,15 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
         return [low]
     step = 10.0 ** math.floor(math.log10(span / most))
     while span / step > most:
-        step *= 2 if span / (2 * step) <= most else 2.5 if span / (2.5 * step) <= most else 5 if span / (5 * step) <= most else 10
+        step *= (
+            2
+            if span / (2 * step) <= most
+            else 2.5
+            if span / (2.5 * step) <= most
+            else 5
+            if span / (5 * step) <= most
+            else 10
+        )
     start = math.ceil(low / step - 1e-9)
     return [k * step for k in range(start, math.floor(high / step + 1e-9) + 1)]
 
@@ -182,7 +204,14 @@ def _lines(i: int, c: Curve, of_x: tuple[float, float], of_y: tuple[float, float
             cx, cy = points[0].split(",")
             out.append(el("circle", cx=cx, cy=cy, r=2.5, class_=f"f{i % COLOURS}"))
         elif points:
-            out.append(el("polyline", points=" ".join(points), class_=f"curve {_style(i)}", stroke_dasharray=_dash(i)))
+            out.append(
+                el(
+                    "polyline",
+                    points=" ".join(points),
+                    class_=f"curve {_style(i)}",
+                    stroke_dasharray=_dash(i),
+                )
+            )
     return out
 
 

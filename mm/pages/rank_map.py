@@ -15,7 +15,9 @@ WIDTH, LEFT, RIGHT, ROW, TOP = 400, 84, 394, 26, 4
 DEGREES = ("tp", "cp", "dp", "pp", "vpp", "ep", "edp", "etp")
 
 
-def rank_map(id: str, layouts: Mapping[str, Mapping[str, Any]], title: str = "Ranks of each module") -> Markup:
+def rank_map(
+    id: str, layouts: Mapping[str, Mapping[str, Any]], title: str = "Ranks of each module"
+) -> Markup:
     """A row a module, a column a rank; a pipeline's ranks carry the number of their place in it.
 
     layouts: as plan.json has them: ranks, and the degree of each axis. id: the page's own name of the picture.
@@ -29,7 +31,9 @@ def rank_map(id: str, layouts: Mapping[str, Mapping[str, Any]], title: str = "Ra
         y = TOP + row * ROW
         shapes.append(el("rect", x=LEFT, y=y, width=RIGHT - LEFT, height=ROW - 6, rx=3, class_="track"))
         label = module if len(module) < 12 else f"{module[:10]}.."
-        shapes.append(el("text", label, x=LEFT - 6, y=y + ROW / 2 - 3, text_anchor="end", dominant_baseline="central"))
+        shapes.append(
+            el("text", label, x=LEFT - 6, y=y + ROW / 2 - 3, text_anchor="end", dominant_baseline="central")
+        )
         for start, end, place in found:
             shapes += _block(row, y, (start, end, world), place if len({p for *_, p in found}) > 1 else None)
     bottom = TOP + len(blocks) * ROW
@@ -56,7 +60,9 @@ def layout_table(layouts: Mapping[str, Mapping[str, Any]], caption: str = "Layou
     """Ranks and degrees of each module; a degree of 1 everywhere has no column."""
     shown = [d for d in DEGREES if any(layout.get(d) not in (None, 1) for layout in layouts.values())]
     columns = [Column("module"), Column("ranks"), *(Column(d, number=True) for d in shown)]
-    rows = [[m, runs(layout.get("ranks")), *(layout.get(d, 1) for d in shown)] for m, layout in layouts.items()]
+    rows = [
+        [m, runs(layout.get("ranks")), *(layout.get(d, 1) for d in shown)] for m, layout in layouts.items()
+    ]
     return table(caption, columns, rows)
 
 

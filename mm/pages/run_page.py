@@ -178,9 +178,16 @@ def _time(run: RunFiles) -> Markup:
         if middle is not None:
             share = f"{100 * middle / whole:.0f} %" if whole else "-"
             rows.append(
-                [part, Cell(seconds(middle), middle), Cell(seconds(max(s.values)), max(s.values)), Cell(share, middle)]
+                [
+                    part,
+                    Cell(seconds(middle), middle),
+                    Cell(seconds(max(s.values)), max(s.values)),
+                    Cell(share, middle),
+                ]
             )
-    note = "Parts are host seconds of the slowest rank each; they overlap, so they need not add up to the step."
+    note = (
+        "Parts are host seconds of the slowest rank each; they overlap, so they need not add up to the step."
+    )
     return join([grid(charts), el("p", note, class_="soft"), table("Parts of a step", columns, rows)])
 
 
@@ -194,7 +201,11 @@ def _layout(run: RunFiles) -> Markup:
     if edges:
         columns = [Column("edge from"), *(Column(c, True) for c in ("rows", "forward", "backward"))]
         rows = [
-            [m, e.get("rows", "-"), *(size(as_number(e.get(f"{way}_bytes"))) for way in ("forward", "backward"))]
+            [
+                m,
+                e.get("rows", "-"),
+                *(size(as_number(e.get(f"{way}_bytes"))) for way in ("forward", "backward")),
+            ]
             for m, e in edges.items()
         ]
         out.append(table("Payload of the boundaries in the first step, over all ranks", columns, rows))
@@ -225,7 +236,10 @@ def _data(run: RunFiles) -> Markup:
     counts = {k: {w: as_number(v.get(w)) or 0.0 for w in ("samples", "tokens")} for k, v in drawn.items()}
     if counts:
         total = {w: math.fsum(c[w] for c in counts.values()) or 1.0 for w in ("samples", "tokens")}
-        columns = [Column("source"), *(Column(c, True) for c in ("samples", "of all", "tokens", "of all tokens"))]
+        columns = [
+            Column("source"),
+            *(Column(c, True) for c in ("samples", "of all", "tokens", "of all tokens")),
+        ]
         rows = []
         for source, c in counts.items():
             row: list[object] = [source]
@@ -245,11 +259,18 @@ def _skipped(skipped: list[dict[str, Any]]) -> Markup:
     more = f"; the first {ROWS} are listed, skipped.jsonl has all" if len(skipped) > ROWS else ""
     columns = [Column("sample"), Column("step", True), Column("shard", long=True), Column("why", long=True)]
     rows = [
-        [s.get("key", "-"), Cell(s.get("step", "-"), as_number(s.get("step"))), s.get("shard", "-"), s.get("why", "-")]
+        [
+            s.get("key", "-"),
+            Cell(s.get("step", "-"), as_number(s.get("step"))),
+            s.get("shard", "-"),
+            s.get("why", "-"),
+        ]
         for s in skipped[:ROWS]
     ]
     about = el("p", f"{len(skipped)} samples were left out: {said}{more}.")
-    return join([about, details("Samples that were left out", table("Samples that were left out", columns, rows))])
+    return join(
+        [about, details("Samples that were left out", table("Samples that were left out", columns, rows))]
+    )
 
 
 def _starts(run: RunFiles) -> Markup:
@@ -257,13 +278,22 @@ def _starts(run: RunFiles) -> Markup:
         return el("p", "The run has no starts.jsonl: it was started by a Polyrank that did not write it.")
     last, out = run.starts[-1], []
     if command := last.get("command"):
-        out += [el("p", "The command, from the folder ", name(last.get("folder", "-")), ":"), code(str(command), wrap=True)]
+        out += [
+            el("p", "The command, from the folder ", name(last.get("folder", "-")), ":"),
+            code(str(command), wrap=True),
+        ]
     plain = [(k, v) for k, v in last.items() if k not in ("command", "packages", "folder")]
     versions = [(f"version of {k}", v) for k, v in _dict(last.get("packages")).items()]
     rows = [[str(k).replace("_", " "), v] for k, v in plain + versions]
     out.append(table("The last start", [Column("fact"), Column("value", long=True)], rows))
     if len(run.starts) > 1:
-        columns = [Column("time"), Column("from step", True), Column("ranks", True), Column("host"), Column("command", long=True)]
+        columns = [
+            Column("time"),
+            Column("from step", True),
+            Column("ranks", True),
+            Column("host"),
+            Column("command", long=True),
+        ]
         rows = [[s.get(k, "-") for k in ("time", "step", "ranks", "host", "command")] for s in run.starts]
         out.append(table("All starts", columns, rows))
     return join(out)

@@ -29,7 +29,10 @@ class Column(NamedTuple):
 def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> Markup:
     """A table in a box that scrolls by itself; the first cell of a row is its heading. Sortable with scripts."""
     heads = [el("th", c.heading, scope="col", class_="n" if c.number else None) for c in columns]
-    body = [el("tr", *(_cell(i, c, cell) for i, (c, cell) in enumerate(zip(columns, row, strict=True)))) for row in rows]
+    body = [
+        el("tr", *(_cell(i, c, cell) for i, (c, cell) in enumerate(zip(columns, row, strict=True))))
+        for row in rows
+    ]
     found = el(
         "table",
         el("caption", caption),
