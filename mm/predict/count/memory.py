@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mm.config.outline import SINK
@@ -70,7 +70,7 @@ class _Walk:
     def run(self) -> Held:
         """Walk."""
         for key in self.rank.units:
-            if self._holding(key[0]).params == "replicated":
+            if POLICIES[self.blueprint.policies[key[0]]].params == "replicated":
                 self._whole(key)
         self.fixed[OTHER] = inputs_bytes(self.rank)
         for a in self.rank.actions:
@@ -80,11 +80,8 @@ class _Walk:
         self._look(Level(), "update")
         return Held(self.best, self.kinds, self.during)
 
-    def _holding(self, module: str) -> object:
-        return POLICIES[self.blueprint.policies[module]]
-
     def _act(self, a: Action) -> None:
-        handlers = {
+        handlers: dict[Kind, Callable[[Action], None]] = {
             FORWARD: self._forward,
             BACKWARD: self._backward,
             BACKWARD_INPUT: self._backward_input,
