@@ -40,7 +40,7 @@ def _scanned(t: Tape, mixed: Var, dt: Var, how: tuple[LLMConfig, Scan], at: Degr
     if c is not None and c.halo is not None:
         mixed = _with_halo(t, mixed, c.halo, at)
     conv = convolve(t, mixed, cfg.conv_kernel, load.documents, causal=True, bias=True)
-    given = scan_inputs(t, ops.unary(t, conv), dt, s)
+    given = scan_inputs(t, ops.silu(t, conv), dt, s)
     del conv
     if c is None or c.states is None:
         return scan(t, given, s, mixed.rows)
@@ -99,7 +99,7 @@ def _by_heads(t: Tape, mixed: Var, dt: Var, how: tuple[LLMConfig, Scan], at: Deg
     conv, steps = ops.split(t, heads, (own.channels, own.heads))
     del heads
     conv = convolve(t, conv, cfg.conv_kernel, c.documents, causal=True, bias=True)
-    given = scan_inputs(t, ops.unary(t, conv), steps, own)
+    given = scan_inputs(t, ops.silu(t, conv), steps, own)
     del conv, steps
     y = scan(t, given, own, c.whole)
     del given
@@ -143,7 +143,7 @@ def _swapped(t: Tape, x: Var, at: Degrees) -> Var:
 def _gated(t: Tape, y: Var, z: Var, s: Scan, *, sharded: bool, at: Degrees) -> Var:
     """Mamba._gated_norm."""
     wide = ops.to(t, z, t.acc)
-    gate = ops.unary(t, wide)
+    gate = ops.silu(t, wide)
     del wide
     y = ops.mul(t, y, gate)
     del gate
