@@ -22,7 +22,7 @@ PRICES = (
         "mm/predict/links.py",
         "return message.bytes * (ranks - 1) / ranks * (2 if",
         "return message.bytes * (ranks - 1) / ranks * (1 if",
-        f"{LINKS}_long_messages_take_their_bytes_over_the_bandwidth[all_reduce-place1-expected1]",
+        f"{LINKS}_long_messages_take_their_bytes_over_the_bandwidth",
     ),
     Fault(
         "price.exchanges",
