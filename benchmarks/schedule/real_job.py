@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from benchmarks import common
-from mm.commands.comparison import Run, make_runs
-from mm.commands.variants import variants
+from mm.compare.rounds import Run, make_runs
+from mm.compare.variants import variants
 from mm.config.schema import load_config
 from mm.ranks.feed import Prepared
 from mm.ranks.job import Job, build_job, open_data, open_index

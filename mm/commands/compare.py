@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ from mm.errors import Refused
 from mm.ranks import launch
 
 if TYPE_CHECKING:
-    from mm.commands.comparison import Run
+    from mm.compare.rounds import Run
+    from mm.config.schema import Config
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +22,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
     nproc_option(parser)
     add("--steps", type=int, default=4, help="steps a round, of which the first warms up (default 4)")
     add("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    add("--no-watch", action="store_true", help="only time steps: no memory, no timelines, no bounds")
+    add("--peak", type=float, metavar="TFLOPS", help="of a device, for MFU: 989 for bfloat16 on an H100")
     add("--json", type=Path, metavar="OUT", help="write the result here")
+    add("--report", type=Path, metavar="OUT", help="write a page here: one HTML file (docs/reports.md)")
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
@@ -30,21 +35,27 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         raise Refused("needed: --layouts FILE [FILE ...], the first being the baseline")
     if not any("=" not in x for x in args.positional):
         raise Refused("needed: one CONFIG file, before --layouts, which takes all the files that follow it")
-    cfg = config_of(args, [x for x in args.layouts if "=" in x])
+    overrides = [x for x in args.layouts if "=" in x]
+    cfg = config_of(args, overrides)
     if args.steps < 2 or args.rounds < 1:
         raise Refused(
             f"--steps {args.steps} --rounds {args.rounds}; needed: at least 2 steps (the first warms up) "
             "and at least 1 round"
         )
+    if args.peak is not None and not args.peak > 0:
+        raise Refused(f"--peak {args.peak:g}; needed: a device's peak in TFLOPS, above 0, such as 989")
+    for option, out in (("--json", args.json), ("--report", args.report)):
+        if out is not None and not out.absolute().parent.is_dir():
+            raise Refused(f"{option} {out}: there is no folder {out.parent}")
     world = world_of(args, cfg)
-    from mm.commands.variants import check_variants, variants
+    from mm.compare.variants import check_variants, variants
 
-    found = variants(cfg, layouts)
+    found = variants(_long_enough(cfg, args.steps), layouts)
     if not launch.launched():
         check_variants(found, world)
 
     def runs() -> list[Run]:
-        from mm.commands.comparison import make_runs
+        from mm.compare.rounds import make_runs
 
         return make_runs(found, world)
 
@@ -52,10 +63,37 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         timed = f"{args.rounds} rounds of {args.steps} steps under each of {len(found)} layouts"
         announce(args, world, timed)
         return launch.launch_local(world, argv, runs)
-    from mm.commands.comparison import compare
+    from mm.compare.rounds import Settings, compare
+    from mm.compare.table import show
+    from mm.compare.written import write_json
+    from mm.pages.compare_page import compare_page
+    from mm.pages.frame import write_page
 
-    compare(cfg, runs(), steps=args.steps, rounds=args.rounds, json_out=args.json)
+    settings = Settings(
+        steps=args.steps,
+        rounds=args.rounds,
+        peak_tflops=args.peak,
+        command=shlex.join(["python", "-m", "mm", *argv]),
+        config=Path(next(x for x in args.positional if "=" not in x)),
+        watch=not args.no_watch,
+        overrides=[*(x for x in args.positional if "=" in x), *overrides],
+    )
+    result = compare(runs(), settings)
+    if result is not None:
+        if args.json is not None:
+            write_json(result, args.json)
+        if args.report is not None:
+            write_page(compare_page(result), args.report)
+        show(result)
     return 0
+
+
+def _long_enough(cfg: Config, steps: int) -> Config:
+    """The run with as many steps as a round has, the watched ones included."""
+    from mm.compare.result import WATCHED
+
+    train = cfg.train.model_copy(update={"steps": max(cfg.train.steps, steps + WATCHED)})
+    return cfg.model_copy(update={"train": train})
 
 
 COMMAND = Command(

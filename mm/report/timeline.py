@@ -73,22 +73,29 @@ def draw_measured(
 
     Times are wall-clock times: machines' clocks are taken to agree.
     """
+    by_rank = gather_records(schedule, records, control)
+    if rank:
+        return []
+    pictures = _save(measured(schedule, by_rank), folder, f"schedule-{step}")
+    trace = folder / f"trace-{step}.json"
+    save_trace(by_rank, trace)
+    return [*pictures, trace]
+
+
+def gather_records(
+    schedule: SchedulePlan, records: list[Record], control: Control
+) -> dict[int, list[Record]]:
+    """By rank of the schedule, the records of all ranks, in wall-clock times. Every rank calls this."""
     # Every rank knows from the plan what each rank did, so that only times are gathered.
     most = max(len(actions) for actions in schedule.programs)
     times = np.zeros((most, 3))
     wall = time.time() - time.perf_counter()
     times[: len(records)] = np.reshape([(r.start, r.end, r.ready) for r in records], (-1, 3)) + wall
     table = control.gather(times.reshape(-1).tolist()).reshape(-1, most, 3)
-    if rank:
-        return []
-    by_rank = {
+    return {
         r: [Record(a, *map(float, t)) for a, t in zip(schedule.actions(r), table[r], strict=False)]
         for r in schedule.ranks
     }
-    pictures = _save(measured(schedule, by_rank), folder, f"schedule-{step}")
-    trace = folder / f"trace-{step}.json"
-    save_trace(by_rank, trace)
-    return [*pictures, trace]
 
 
 def _save(chart: Chart, folder: Path, stem: str) -> list[Path]:

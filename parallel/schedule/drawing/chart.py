@@ -69,7 +69,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Chart:
-    """A step to be drawn. modules: in the order of their colours. moves: of a simulation."""
+    """A step to be drawn. modules: in the order of their colours. moves: of a simulation.
+
+    waits: of a run, for each arrow the index of the bar that needed what it brought.
+    """
 
     rows: tuple[Row, ...]
     bars: tuple[Bar, ...]
@@ -78,6 +81,7 @@ class Chart:
     seconds: float
     kind: str
     moves: tuple[Move, ...] = ()
+    waits: tuple[int, ...] = ()
 
 
 class Message(NamedTuple):
@@ -148,8 +152,16 @@ def measured(plan: SchedulePlan, records: Mapping[int, Sequence[Record]]) -> Cha
         rows.append(
             Row(f"rank {rank}", _modules(plan, plan.program_of[rank]), 1 - busy / end if end else 0.0)
         )
-    arrows = [arrow for bar in bars for arrow in _arrows(plan, sorted(records), bar, sent)]
-    return Chart(tuple(rows), tuple(bars), tuple(arrows), tuple(plan.modules), end, f"{plan.kind}, measured")
+    found = [(k, a) for k, bar in enumerate(bars) for a in _arrows(plan, sorted(records), bar, sent)]
+    return Chart(
+        rows=tuple(rows),
+        bars=tuple(bars),
+        arrows=tuple(arrow for _, arrow in found),
+        modules=tuple(plan.modules),
+        seconds=end,
+        kind=f"{plan.kind}, measured",
+        waits=tuple(k for k, _ in found),
+    )
 
 
 def _half(a: Action, paired: bool) -> int:

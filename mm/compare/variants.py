@@ -15,12 +15,13 @@ from mm.plan.blueprint import check_outline
 
 @dataclass(frozen=True)
 class Variant:
-    """cfg: the run's config under the layout of the file at `path`."""
+    """cfg: the run's config under the file at `path`. layout, schedule: as the file has them."""
 
     name: str
     path: Path
     cfg: Config
     layout: dict[str, Any]
+    schedule: dict[str, Any]
 
 
 def variants(cfg: Config, files: Sequence[Path]) -> list[Variant]:
@@ -29,7 +30,7 @@ def variants(cfg: Config, files: Sequence[Path]) -> list[Variant]:
     for name, path in zip(distinct_names(files), files, strict=True):
         layout, schedule = load_layout_file(path)
         try:
-            out.append(Variant(name, path, with_layout(cfg, layout, schedule), layout))
+            out.append(Variant(name, path, with_layout(cfg, layout, schedule), layout, schedule))
         except Refused as error:
             raise Refused(f"{path}: {error}") from error
     return out
