@@ -68,7 +68,7 @@ def _search(
         planner = Planner(cfg, world, hardware, top=args.top, limit=args.seconds, tell=tell)
         plan = planner.plan()
     console.print(table(plan))
-    for line in summary(plan, args.top):
+    for line in summary(plan):
         console.print(line, markup=False)
     console.print("left out:")
     for rejected in plan.rejected[:12]:
@@ -102,7 +102,7 @@ def _one(args: argparse.Namespace, cfg: Config, world: int, hardware: Hardware) 
     print(f"{args.layout} on {world} {hardware.name}, {predictor.note}:")
     print(f"  {found.step_s:.4g} s a step, {found.tokens_per_s_per_device:.4g} tokens/s a device,")
     print(f"  {found.tflops_per_device:.4g} TFLOPS a device, idle {found.bubble_fraction:.1%},")
-    print(f"  {found.peak_memory_bytes / 1e9:.1f} GB on rank {found.fullest}")
+    print(f"  {found.peak_memory_bytes / 1e9:.3g} GB on rank {found.fullest}")
     why = shortfall(found, hardware)
     if why is not None:
         print(f"  it does not fit: {why}")
