@@ -82,7 +82,9 @@ def joint(sizes: Sizes, vision: Degrees, llm: Degrees, **more: Any) -> dict[str,
     return {**sizes.overrides, **vision.overrides("vision"), **llm.overrides("llm"), **more}
 
 
-def alone(llm: Mapping[str, Any], layout: Mapping[str, Any], *, batch: tuple[int, int, int]) -> dict[str, Any]:
+def alone(
+    llm: Mapping[str, Any], layout: Mapping[str, Any], *, batch: tuple[int, int, int]
+) -> dict[str, Any]:
     """A config of a language model alone, as NVIDIA published runs of it (DGX Cloud benchmarking).
 
     batch: tokens a sample, samples a step, micro-batches.

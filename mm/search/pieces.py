@@ -223,9 +223,7 @@ class Pieces:
         by = share / whole / d.cp
         return [self._encoder(module, d, stage, whole, again).scaled(by) for stage in stages]
 
-    def _encoder(
-        self, module: str, d: Degrees, stage: Stage, items: int, again: tuple[str, ...]
-    ) -> Cost:
+    def _encoder(self, module: str, d: Degrees, stage: Stage, items: int, again: tuple[str, ...]) -> Cost:
         key = module, d.tp, len(stage.layers), stage.first, stage.last, items, again
         if key not in self._known:
             self._known[key] = self._encoder_part(module, d, stage, items, again)
@@ -379,7 +377,11 @@ class Pieces:
         for stage in stages[pp :: d.pp]:
             for symbol, n in Counter(llm.symbols[i] for i in stage.layers).items():
                 every = layer_params(llm, symbol)[0]
-                own = _expert_params(llm.n_experts, llm.top_k, *layer_params(llm, symbol)) if symbol == "E" else 0
+                own = (
+                    _expert_params(llm.n_experts, llm.top_k, *layer_params(llm, symbol))
+                    if symbol == "E"
+                    else 0
+                )
                 dense, expert = dense + n * (every - own), expert + n * own
             ends = stage.first + (stage.last and not llm.tied)
             dense += ends * llm.vocab_size * llm.d_model

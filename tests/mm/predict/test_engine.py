@@ -128,5 +128,5 @@ def test_the_published_winner_of_each_tested_comparison_is_ours() -> None:
 def test_models_that_it_is_not_described_for_are_refused() -> None:
     found = seven(Degrees(1), Degrees(2), **{"model.llm.pattern": "'*-M-'"})
     assert paper_flops(found.blueprint, found.plan) is None
-    with pytest.raises(Refused, match="nearest: run.engine=polyrank"):
+    with pytest.raises(Refused, match="nearest: run\\.engine=polyrank"):
         counts(found)

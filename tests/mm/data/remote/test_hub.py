@@ -93,7 +93,9 @@ def test_patterns_ranges_and_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         asked = {path.partition("?")[0] for _, path, _ in server.asked}
         assert all(path.startswith(("/datasets/", "/cdn/")) for path in asked), "a read asks for nothing else"
         assert server.ranges(), "files are not read whole"
-        assert all(h.get("authorization") == "Bearer hf_SECRET" for _, p, h in server.asked if "/resolve" in p)
+        assert all(
+            h.get("authorization") == "Bearer hf_SECRET" for _, p, h in server.asked if "/resolve" in p
+        )
         with remote.local(names[1]) as path:
             assert path.read_bytes() == DATA[1:]
         server.faults += ["", "503", "", "short"]
