@@ -58,21 +58,25 @@ def _flow(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def watched(
-    one: RunResult, observed: Sequence[Observed], memory: Sequence[Mapping[str, int]], peak: float | None
-) -> RunResult:
-    """An entry with what its watched steps have shown. memory: by rank. peak: TFLOPS of a device."""
-    step = typical(observed, memory)
-    world, seconds = len(step.ranks), one.step_s.median
-    rates = {m: flops / seconds / world / 1e12 for m, flops in one.flops_by_module.items()}
-    busy = {m: sum(busy_seconds(rank, m) for rank in step.ranks) for m in step.flops}
-    fullest = max(step.ranks, key=lambda rank: sum(rank.memory.values()))
+def rated(one: RunResult, world: int, peak: float | None) -> RunResult:
+    """An entry with its FLOPs by time. world: ranks of the comparison; peak: TFLOPS of a device."""
+    rates = {m: flops / one.step_s.median / world / 1e12 for m, flops in one.flops_by_module.items()}
     return replace(
         one,
         tflops_per_device=sum(rates.values()),
         tflops_per_device_by_module=rates,
-        tflops_while_busy={m: step.flops[m] / s / 1e12 if s else 0.0 for m, s in busy.items()},
         mfu=None if peak is None else sum(rates.values()) / peak,
+    )
+
+
+def watched(one: RunResult, observed: Sequence[Observed], memory: Sequence[Mapping[str, int]]) -> RunResult:
+    """An entry with what its watched steps have shown. memory: by rank."""
+    step = typical(observed, memory)
+    busy = {m: sum(busy_seconds(rank, m) for rank in step.ranks) for m in step.flops}
+    fullest = max(step.ranks, key=lambda rank: sum(rank.memory.values()))
+    return replace(
+        one,
+        tflops_while_busy={m: step.flops[m] / s / 1e12 if s else 0.0 for m, s in busy.items()},
         memory_by_kind=fullest.memory,
         fullest_rank=fullest.rank,
         ranks=step.ranks,

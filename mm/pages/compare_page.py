@@ -9,12 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from markupsafe import Markup
 
 from mm.compare.result import MEMORY_KINDS, Comparison, Placed, RankResult, RunResult
-from mm.pages.bars import bars
+from mm.pages.bars import Scale, bars
 from mm.pages.curves import Curve, chart, grid
 from mm.pages.frame import Section, document
 from mm.pages.html import el, join, name
 from mm.pages.rank_map import layout_table, rank_map
-from mm.pages.tables import Cell, Column, code, details, fact_table, number, paragraphs, seconds, size, table
+from mm.pages.tables import (
+    Cell,
+    Column,
+    code,
+    details,
+    fact_table,
+    number,
+    paragraphs,
+    seconds,
+    size,
+    size_unit,
+    table,
+)
 from mm.pages.timeline import drawn, measured_chart
 
 MOST_RANKS = 64  # that have a bar of their own
@@ -38,7 +50,7 @@ def compare_page(found: Comparison) -> str:
     ]
     sections = [Section(*part) for part in parts if part[2]]
     count = f"{len(found.runs)} layouts of "
-    how = f" on {found.world} ranks: {found.rounds} rounds of {found.steps} steps in turn, of which the first warms up."
+    how = f" on {found.world} ranks: {found.rounds} rounds of {found.steps} steps each, the first to warm up."
     intro = el("p", count, name(found.config_file or "a job"), how)
     return document(f"Comparison of {len(found.runs)} layouts", intro, sections)
 
@@ -67,15 +79,15 @@ def _figures(found: Comparison) -> Markup:
     columns += [Column(c, True) for c in rest]
     rows = [_figures_of(run) for run in found.runs]
     about = (
-        "The first layout is the baseline. Speed-ups are of medians; an interval that holds 1 is within noise. "
-        "Differences are the largest relative ones of losses and gradient norms in the first round."
+        "The first layout is the baseline. Speed-ups are of medians; intervals that hold 1 are noise. "
+        "Differences are the largest relative ones of losses and norms in the first round."
     )
     times = {run.name: {"median step": run.step_s.median} for run in found.runs}
     return join(
         [
             table("Figures of each layout", columns, rows),
             el("p", about, class_="soft"),
-            grid([bars("step", "Median step of each layout", times, seconds, label="layout")]),
+            grid([bars("step", "Median step of each layout", times, seconds, Scale("layout"))]),
         ]
     )
 
@@ -136,8 +148,10 @@ def _timelines(runs: Sequence[RunResult]) -> Markup:
 def _time(runs: Sequence[RunResult]) -> Markup:
     rows = {run.name: _by_rank(run.ranks, _parts) for run in runs if run.ranks}
     longest = _longest(rows)
+    modules = list(dict.fromkeys(m for run in runs for m in run.placed))
+    order = [*modules[-1:], *modules[:-1]]  # the sink has the first colour, as in the timelines
     shown = [
-        bars(f"time-{k}", label, found, seconds, most=longest, label="rank")
+        bars(f"time-{k}", label, found, seconds, Scale("rank", longest, order))
         for k, (label, found) in enumerate(rows.items())
     ]
     tables = [_actions(run) for run in runs if run.ranks]
@@ -173,8 +187,9 @@ def _actions(run: RunResult) -> Markup:
 def _memory(runs: Sequence[RunResult]) -> Markup:
     rows = {run.name: _by_rank(run.ranks, _kinds) for run in runs if run.ranks}
     longest = _longest(rows)
+    _, unit = size_unit(longest)
     shown = [
-        bars(f"memory-{k}", label, found, size, most=longest, label="rank")
+        bars(f"memory-{k}", label, found, size, Scale("rank", longest, MEMORY_KINDS, unit))
         for k, (label, found) in enumerate(rows.items())
     ]
     about = "Tensors of each rank at its peak, all layouts on one scale."

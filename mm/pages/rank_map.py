@@ -20,7 +20,8 @@ def rank_map(
 ) -> Markup:
     """A row a module, a column a rank; a pipeline's ranks carry the number of their place in it.
 
-    layouts: as plan.json has them: ranks, and the degree of each axis. id: the page's name of the picture.
+    layouts: as plan.json has them: ranks, and the degree of each axis; the sink is last, and has the first
+    colour, as in drawings of steps. id: the page's name of the picture.
     """
     blocks = {m: _blocks(layout) for m, layout in layouts.items()}
     world = max((b for found in blocks.values() for _, b, _ in found), default=0)
@@ -35,7 +36,12 @@ def rank_map(
             el("text", label, x=LEFT - 6, y=y + ROW / 2 - 3, text_anchor="end", dominant_baseline="central")
         )
         for start, end, place in found:
-            shapes += _block(row, y, (start, end, world), place if len({p for *_, p in found}) > 1 else None)
+            shapes += _block(
+                (row + 1) % len(blocks),
+                y,
+                (start, end, world),
+                place if len({p for *_, p in found}) > 1 else None,
+            )
     bottom = TOP + len(blocks) * ROW
     for tick in ticks(0, world, 8):
         if tick == int(tick):
@@ -97,7 +103,7 @@ def _blocks(layout: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return out
 
 
-def _block(row: int, y: float, span: tuple[int, int, int], place: int | None) -> list[Markup]:
+def _block(colour: int, y: float, span: tuple[int, int, int], place: int | None) -> list[Markup]:
     start, end, world = span
     x, right = _x(start, world), _x(end, world)
     out = [
@@ -108,7 +114,7 @@ def _block(row: int, y: float, span: tuple[int, int, int], place: int | None) ->
             width=f"{max(0.5, right - x - 1):.1f}",
             height=ROW - 6,
             rx=3,
-            class_=f"f{row % COLOURS}",
+            class_=f"f{colour % COLOURS}",
         )
     ]
     if place is not None and right - x >= 12:

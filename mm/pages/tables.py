@@ -91,8 +91,8 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def seconds(value: float | None) -> str:
     """A time in the unit that suits it."""
-    if value is None or not math.isfinite(value):
-        return number(value)
+    if not value or not math.isfinite(value):
+        return "0 s" if value == 0 else number(value)
     for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
         if abs(value) >= (2 * size if size > 1 else size):
             return f"{value / size:.4g} {unit}"
@@ -103,10 +103,14 @@ def size(n: float | None) -> str:
     """Bytes in the unit that suits them."""
     if n is None or not math.isfinite(n):
         return number(n)
-    for unit, one in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(n) >= one:
-            return f"{n / one:.4g} {unit}"
-    return f"{n:.0f} B"
+    unit, one = size_unit(n)
+    return f"{n / one:.4g} {unit}" if one > 1 else f"{n:.0f} B"
+
+
+def size_unit(n: float) -> tuple[str, int]:
+    """The unit of bytes that suits a number of them, and its size."""
+    units = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+    return next(((unit, one) for unit, one in units if abs(n) >= one), ("B", 1))
 
 
 def _cell(i: int, column: Column, cell: object) -> Markup:

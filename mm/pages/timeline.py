@@ -15,7 +15,8 @@ from parallel.schedule.drawing.draw import GRID, PALETTE, SOFT, TRACK, draw
 from parallel.schedule.drawing.shapes import INK
 from parallel.schedule.drawing.svg import Inside, to_svg
 
-BOXES = {TRACK: "var(--page)", GRID: "var(--line)", SOFT: "var(--soft)"}
+WIDTH = 1176  # of a section on a wide page
+BOXES = {TRACK: "var(--track)", GRID: "var(--line)", SOFT: "var(--soft)"}
 TEXTS = {INK: "var(--ink)", SOFT: "var(--soft)"}
 # Dark lines, those of gradients, cannot be seen on a dark page.
 LINES = {SOFT: "var(--soft)", **{dark: f"var(--s{i})" for i, (_, dark, _) in enumerate(PALETTE)}}
@@ -51,6 +52,6 @@ def drawn(id: str, title: str, chart: Chart, longest: float) -> Markup:
         f"{len(chart.rows)} rows, {seconds(chart.seconds)} from the first computation to the last, rows idle "
         f"{100 * idle:.0f} % on average. "
     ) + " ".join(f"{row.label}, {row.modules}: {100 * row.bubble:.0f} % idle." for row in chart.rows)
-    picture = draw(chart, title=clean(title), seconds=longest)
+    picture = draw(chart, title=clean(title), width=WIDTH, seconds=longest)
     inside = Inside(id, clean(title), clean(about), BOXES, TEXTS, LINES)
     return el("figure", scroll(title, Markup(to_svg(picture, inside))))

@@ -18,7 +18,7 @@ from mm.predict.costs import Priced, priced, update_crowd, update_seconds
 from mm.predict.count.job import count_job
 from mm.predict.engine import as_megatron, megatron
 from mm.predict.hardware import Hardware
-from mm.predict.held import by_program
+from mm.predict.held import by_program, of_fullest
 from mm.predict.paper import paper_flops
 from mm.predict.spent import spent
 from mm.predict.work import Counts
@@ -66,13 +66,16 @@ class Prediction:
 
 
 def predict(blueprint: Blueprint, plan: StepPlan, hardware: Hardware) -> Prediction:
-    """What a step takes, from the counts of its plan; see predict_counts()."""
+    """What a step takes, from the counts of its plan; see predict_counts(). Memory is exact on the rank that
+    holds most, but for another engine's counts."""
     counts = count_job(blueprint, plan)
     if blueprint.cfg.run.engine == "megatron":
         engine = megatron()
         counts = as_megatron(blueprint, plan, counts, engine)
         hardware = replace(hardware, memory=replace(hardware.memory, reserved=engine.held.reserved))
-    return predict_counts(blueprint, plan, counts, hardware)
+        return predict_counts(blueprint, plan, counts, hardware)
+    made = predict_counts(blueprint, plan, counts, hardware)
+    return replace(made, memory=of_fullest(blueprint, plan, counts, hardware))
 
 
 def predict_counts(blueprint: Blueprint, plan: StepPlan, counts: Counts, hardware: Hardware) -> Prediction:

@@ -56,6 +56,7 @@ class Node:
 @dataclass
 class Tree:
     """The tree of a space. limit: bytes of a device; branches that need more have no bound (math.inf).
+    cores: that all ranks share.
 
     drop: told of each branch that cannot be: its bytes are above the limit, or no schedule has it.
     """
@@ -63,6 +64,7 @@ class Tree:
     space: Space
     asked: Asked
     limit: float
+    cores: float = math.inf
     drop: Callable[[Node], object] = lambda node: None
     _known: dict[tuple[str, Block, int | None], tuple[Choice, ...]] = field(default_factory=dict)
     _groups: dict[Block, list[tuple[Degrees, int]]] = field(default_factory=dict)
@@ -177,7 +179,7 @@ class Tree:
             if least is None:
                 return replace(node, bound=math.inf)
             undecided.append(least)
-        seconds = seconds_bound(placed[0], placed[1:], undecided, m)
+        seconds = seconds_bound(placed[0], placed[1:], undecided, m, self.cores)
         held = bytes_bound(placed[0], placed[1:], undecided, kind, m)
         return replace(node, bound=max(above.bound, seconds), bytes=max(above.bytes, held))
 

@@ -116,7 +116,7 @@ def stages_of(
     degrees = Degrees.of(module, layout, at.tp, at.cp)
     how = how_of(blueprint, module, halves=halves)
     if module == SINK:
-        load = token_load(mb, at)
+        load = token_load(mb, at, blueprint.llm, blueprint.dtype.itemsize)
         entering = {
             s: tuple(
                 _entering(

@@ -155,13 +155,19 @@ class _Walk:
         units = [o for o in self.rank.units[key] if o.unit.whole.trained]
         most = max((o.unit.shard.trained * o.unit.shards for o in units), default=0) * self.stored
         there = ("gradients", *key) in self.held
+        self.held.pop(("reduced", *key), None)
         self._look(Level(gradients=0.0 if there else fresh), during, {COMMUNICATION: float(most)})
         shards = float(sum(o.unit.shard.trained for o in units) * self.stored)
         self.held.pop(("gradients", *key), None)
         old = self.held.get(("shards", *key))
         if old is not None:
             self._look(Level(passing=shards), during)
-        self._put(("shards", *key), GRADIENTS, shards)
+        # Shards of weights that stay whole are not the module's, so their gradients count as FSDP's.
+        each = self.blueprint.uses[key[0]].params == "each"
+        self._put(("shards", *key), GRADIENTS if each else COMMUNICATION, shards)
+        # FSDP keeps what the last sum read until the next one, or the step's end.
+        kept = units[-1].unit.shard.trained * units[-1].unit.shards * self.stored if units else 0
+        self._put(("reduced", *key), COMMUNICATION, float(kept))
 
     # Computations.
 

@@ -108,7 +108,8 @@ class RankPlan:
 
     def tokens(self, i: int) -> TokenLoad:
         """What the language model here is given in a micro-batch."""
-        return token_load(self.plan.microbatches[i], self.blueprint.layouts[SINK].coord(self.rank))
+        at, blueprint = self.blueprint.layouts[SINK].coord(self.rank), self.blueprint
+        return token_load(self.plan.microbatches[i], at, blueprint.llm, blueprint.dtype.itemsize)
 
     def indices(self, i: int) -> float:
         """Bytes of what all layers of the language model here use of a packing: made once a micro-batch."""

@@ -101,7 +101,7 @@ def test_patterns_ranges_and_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         server.faults += ["", "503", "", "short"]
         assert shards(tmp_path / "other", said).read(names[0], 9, 2 * BLOCK) == DATA[9 : 9 + 2 * BLOCK]
         assert not server.faults
-        with pytest.raises(FileNotFoundError, match="train/none.tar"):
+        with pytest.raises(FileNotFoundError, match=r"train/none\.tar"):
             remote.read(f"{REPO}/train/none.tar", 0, 5)
         other = REPO.replace("01234567", "76543210")
         with pytest.raises((OSError, DataError), match="76543210"):
