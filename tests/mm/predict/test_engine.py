@@ -72,7 +72,7 @@ def test_a_rank_computes_and_holds_what_closed_forms_say(tp: int) -> None:
         head = 2 * 128000 * width * tokens / tp
         assert products(found.work["llm", 1, FORWARD]) == blocks + head  # of all tokens, with a loss or not
     states = width * tokens
-    # Korthikanti et al. (arXiv 2205.05198): 34 s b h / t a layer with sequence parallelism, 10 + 24 / t without.
+    # Korthikanti et al. (arXiv 2205.05198): 34 s b h / t a layer with sequence parallelism, else 10 + 24 / t.
     assert split.kept["llm", 0] == 34 * states * layers / tp
     assert plain.kept["llm", 0] == (10 + 24 / tp) * states * layers
     if tp == 1:
@@ -128,5 +128,5 @@ def test_the_published_winner_of_each_tested_comparison_is_ours() -> None:
 def test_models_that_it_is_not_described_for_are_refused() -> None:
     found = seven(Degrees(1), Degrees(2), **{"model.llm.pattern": "'*-M-'"})
     assert paper_flops(found.blueprint, found.plan) is None
-    with pytest.raises(Refused, match="nearest: run.engine=polyrank"):
+    with pytest.raises(Refused, match="nearest: run\\.engine=polyrank"):
         counts(found)
