@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
@@ -14,32 +15,41 @@ WIDTH, LEFT, RIGHT, ROW, TOP = 400, 104, 392, 22, 4
 HATCHES = (None, 45, -45, 0, 90)  # degrees of the lines over a part's colour, so that colour is not all
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What several pictures have in common.
+
+    most: the least end of the scale. label: of the names of rows. parts: those that have colours first.
+    unit: of which marks on the scale are round numbers.
+    """
+
+    label: str = "row"
+    most: float = 0.0
+    parts: Sequence[str] = ()
+    unit: float = 1.0
+
+
 def bars(
     id: str,
     title: str,
     rows: Mapping[str, Mapping[str, float]],
     shown: Callable[[float], str],
-    *,
-    most: float | None = None,
-    label: str = "",
-    parts: Sequence[str] = (),
-    unit: float = 1.0,
+    scale: Scale | None = None,
 ) -> Markup:
     """A bar a row, of its parts end to end; the numbers are in a table below.
 
-    rows: by name, each part's value, at least 0. shown: a value as text. most: of the scale, where several
-    pictures have one. label: of the names of rows. id: the page's own name of the picture. parts: those that
-    have colours before others, so that pictures agree. unit: of which marks on the scale are round numbers.
+    rows: by name, each part's value, at least 0. shown: a value as text. id: the page's name of the picture.
     """
+    scale = scale or Scale()
     there = dict.fromkeys(part for row in rows.values() for part, value in row.items() if value > 0)
-    parts = list(dict.fromkeys([*parts, *there]))
+    parts = list(dict.fromkeys([*scale.parts, *there]))
     longest = max((sum(row.values()) for row in rows.values()), default=0.0)
-    whole = max(longest, most or 0.0)
+    whole = max(longest, scale.most)
     if not whole > 0:
         return Markup()
     bottom = TOP + len(rows) * ROW
     shapes: list[Markup] = [el("defs", *(_hatch(id, k) for k in range(1, len(HATCHES))))]
-    for tick in (unit * t for t in ticks(0.0, whole / unit, 4)):
+    for tick in (scale.unit * t for t in ticks(0.0, whole / scale.unit, 4)):
         x = f"{_x(tick, whole):.1f}"
         anchor = "start" if not tick else "end" if tick > 0.9 * whole else "middle"
         shapes.append(el("line", class_="grid", x1=x, x2=x, y1=TOP, y2=bottom))
@@ -58,7 +68,7 @@ def bars(
         aria_labelledby=f"{id}-title {id}-desc",
     )
     key = el("ul", *(el("li", _swatch(id, parts.index(p)), el("bdi", p)) for p in there), class_="key")
-    columns = [Column(label or "row"), *(Column(p, True) for p in there), Column("together", True)]
+    columns = [Column(scale.label), *(Column(p, True) for p in there), Column("together", True)]
     cells = [
         [name, *(Cell(shown(v), v) for v in (*(row.get(p, 0.0) for p in there), sum(row.values())))]
         for name, row in rows.items()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from markupsafe import Markup
 
 from mm.compare.result import MEMORY_KINDS, Comparison, Placed, RankResult, RunResult
-from mm.pages.bars import bars
+from mm.pages.bars import Scale, bars
 from mm.pages.curves import Curve, chart, grid
 from mm.pages.frame import Section, document
 from mm.pages.html import el, join, name
@@ -87,7 +87,7 @@ def _figures(found: Comparison) -> Markup:
         [
             table("Figures of each layout", columns, rows),
             el("p", about, class_="soft"),
-            grid([bars("step", "Median step of each layout", times, seconds, label="layout")]),
+            grid([bars("step", "Median step of each layout", times, seconds, Scale("layout"))]),
         ]
     )
 
@@ -151,7 +151,7 @@ def _time(runs: Sequence[RunResult]) -> Markup:
     modules = list(dict.fromkeys(m for run in runs for m in run.placed))
     order = [*modules[-1:], *modules[:-1]]  # the sink has the first colour, as in the timelines
     shown = [
-        bars(f"time-{k}", label, found, seconds, most=longest, label="rank", parts=order)
+        bars(f"time-{k}", label, found, seconds, Scale("rank", longest, order))
         for k, (label, found) in enumerate(rows.items())
     ]
     tables = [_actions(run) for run in runs if run.ranks]
@@ -189,7 +189,7 @@ def _memory(runs: Sequence[RunResult]) -> Markup:
     longest = _longest(rows)
     _, unit = size_unit(longest)
     shown = [
-        bars(f"memory-{k}", label, found, size, most=longest, label="rank", parts=MEMORY_KINDS, unit=unit)
+        bars(f"memory-{k}", label, found, size, Scale("rank", longest, MEMORY_KINDS, unit))
         for k, (label, found) in enumerate(rows.items())
     ]
     about = "Tensors of each rank at its peak, all layouts on one scale."

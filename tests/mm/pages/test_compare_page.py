@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm.compare.result import Comparison, RunResult, StepSeconds
-from mm.pages.bars import bars
+from mm.pages.bars import Scale, bars
 from mm.pages.compare_page import compare_page
 from mm.pages.html import clean
 from mm.pages.tables import size
@@ -58,7 +58,7 @@ def test_a_comparison_that_knows_little_has_a_page() -> None:
 @given(st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0, 1e12), max_size=8), st.floats(1, 10))
 def test_bars_are_as_long_as_their_values(row: dict[str, float], more: float) -> None:
     whole = sum(row.values())
-    picture = bars("m", "Memory", {"r": row}, size, most=more * whole)
+    picture = bars("m", "Memory", {"r": row}, size, Scale(most=more * whole))
     if not whole:
         assert not picture
         return
