@@ -57,6 +57,7 @@ ORDER = {
         "train",
         "virtual",
         "predict",
+        "search",
         "compare",
         "pages",
         "commands",

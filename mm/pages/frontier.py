@@ -30,13 +30,14 @@ def frontier(id: str, title: str, points: Sequence[Point]) -> Markup:
     most_s, most_bytes = 1.05 * max(p.step_s for p in points), 1.05 * max(p.bytes for p in points)
     shapes = []
     for v in (unit * t for t in ticks(0.0, most_bytes / unit, 4)):
-        x = f"{_x(v, most_bytes):.1f}"
-        shapes.append(el("line", class_="grid", x1=x, x2=x, y1=TOP, y2=BOTTOM))
-        shapes.append(el("text", size(v), x=x, y=BOTTOM + 15, text_anchor="middle" if v else "start"))
+        at = f"{_x(v, most_bytes):.1f}"
+        shapes.append(el("line", class_="grid", x1=at, x2=at, y1=TOP, y2=BOTTOM))
+        shapes.append(el("text", size(v), x=at, y=BOTTOM + 15, text_anchor="middle" if v else "start"))
     for v in ticks(0.0, most_s, 5):
-        y = f"{_y(v, most_s):.1f}"
-        shapes.append(el("line", class_="grid", x1=LEFT, x2=RIGHT, y1=y, y2=y))
-        shapes.append(el("text", seconds(v), x=LEFT - 5, y=y, text_anchor="end", dominant_baseline="central"))
+        at = f"{_y(v, most_s):.1f}"
+        place = {"x": LEFT - 5, "y": at, "text_anchor": "end", "dominant_baseline": "central"}
+        shapes.append(el("line", class_="grid", x1=LEFT, x2=RIGHT, y1=at, y2=at))
+        shapes.append(el("text", seconds(v), **place))
     edge = unbeaten(points)
     line = " ".join(f"{_x(p.bytes, most_bytes):.1f},{_y(p.step_s, most_s):.1f}" for p in edge)
     shapes.append(el("polyline", points=line, class_="curve c0", stroke_dasharray="4 3"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
@@ -18,6 +18,10 @@ from mm.pages.rank_map import layout_table, rank_map
 from mm.pages.tables import Cell, Column, code, details, number, paragraphs, seconds, size, size_unit, table
 from mm.pages.timeline import drawn
 from mm.predict.step import Prediction
+from mm.search.candidate import Candidate
+from mm.search.plan import Plan
+from mm.search.predictor import Judged
+from mm.search.rejected import Rejected
 from parallel.schedule.drawing.chart import simulated
 
 DRAWN = 6  # timelines
@@ -25,28 +29,19 @@ DRAWN = 6  # timelines
 
 @dataclass(frozen=True)
 class Planned:
-    """A layout of a plan.
-
-    goal: what it is the best of, such as "homogeneous". layouts: by module as plan.json has them: ranks and
-    degrees. schedule: its name and micro-batches. file: the layout file. paper_tflops_per_device: the
-    published metric, None where it is not worked out.
-    """
+    """A layout of a plan. goals: what it is the best of, such as "homogeneous". file: the layout file."""
 
     name: str
-    goal: str
+    goals: str
     prediction: Prediction
-    layouts: Mapping[str, Mapping[str, Any]]
-    schedule: str
     file: str
-    paper_tflops_per_device: float | None = None
 
-
-class Rejected(NamedTuple):
-    """Layouts that were left out for one reason. layout: what they have in common. count: how many."""
-
-    layout: str
-    why: str
-    count: int = 1
+    @property
+    def layouts(self) -> dict[str, dict[str, Any]]:
+        """By module, its ranks and degrees."""
+        modules = self.prediction.timeline.plan.modules
+        found = {m: modules[m].layout for m in modules}
+        return {m: {**x.degrees, "dp": x.dp, "edp": x.edp, "ranks": list(x.ranks)} for m, x in found.items()}
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,22 @@ class PlanReport:
     world: int
     command: str
     config_file: str
+
+
+def found_by(plan: Plan, files: Callable[[Judged], str]) -> list[Planned]:
+    """The layouts that a search found, each once, with all that it is best of. files: of each, its file."""
+    goals: dict[Candidate, list[str]] = {}
+    judged: dict[Candidate, Judged] = {}
+    numbered = [(f"best {k}", one) for k, one in enumerate(plan.best, 1)]
+    named = [(goal, one) for goal, one in plan.of.items() if goal != "best" and one is not None]
+    for goal, one in [*numbered, *named]:
+        goals.setdefault(one.candidate, []).append(goal)
+        judged.setdefault(one.candidate, one)
+    out = []
+    for candidate, one in judged.items():
+        assert one.prediction is not None
+        out.append(Planned(goals[candidate][0], ", ".join(goals[candidate]), one.prediction, files(one)))
+    return out
 
 
 def plan_page(plan: PlanReport) -> str:
@@ -86,7 +97,6 @@ def _figures(found: Sequence[Planned]) -> Markup:
         "step",
         "tokens/s a device",
         "TFLOPS a device",
-        "as in the paper",
         "memory",
         "bubble",
         "boundary",
@@ -97,20 +107,15 @@ def _figures(found: Sequence[Planned]) -> Markup:
         p = one.prediction
         rows.append(
             [
-                *(one.name, one.goal, one.schedule),
+                *(one.name, one.goals, p.timeline.plan.kind),
                 Cell(seconds(p.step_s), p.step_s),
-                *(_number(v) for v in (p.tokens_per_s_per_device, p.tflops_per_device)),
-                _number(one.paper_tflops_per_device),
+                *(Cell(number(v), v) for v in (p.tokens_per_s_per_device, p.tflops_per_device)),
                 Cell(size(p.peak_memory_bytes), p.peak_memory_bytes),
                 Cell(f"{100 * p.bubble_fraction:.1f} %", p.bubble_fraction),
                 Cell(seconds(p.boundary_s), p.boundary_s),
             ]
         )
     return table("Layouts as predicted", columns, rows)
-
-
-def _number(value: float | None) -> Cell:
-    return Cell(number(value), value)
 
 
 def _frontier(found: Sequence[Planned]) -> Markup:

@@ -80,18 +80,26 @@ class Open:
     bytes: float
 
 
-def seconds_bound(sink: Placed, encoders: Iterable[Placed], undecided: Iterable[Open], m: int) -> float:
-    """Seconds that a step of m micro-batches takes at least.
+def seconds_bound(
+    sink: Placed,
+    encoders: Iterable[Placed],
+    undecided: Iterable[Open],
+    m: int,
+    cores: float = math.inf,
+) -> float:
+    """Seconds that a step of m micro-batches takes at least. cores: that all ranks share.
 
     A rank does one thing at a time, so all that its modules compute adds up. The sink's first forward waits
     for the encoders' and for those of the stages before, and after its last backward the gradients go back
     the same way. Transfers take no time here.
     """
     encoders, undecided = list(encoders), list(undecided)
-    found = 0.0
+    found = total = 0.0
     for place, hosted in _places([sink, *encoders], undecided):
         work = sum(p.demand.work(pp, m) for p, pp in hosted)
-        found = max(found, work + sum(u.seconds for u in undecided if _inside(place, u.block)))
+        work += sum(u.seconds for u in undecided if _inside(place, u.block))
+        found, total = max(found, work), total + work * place.size
+    found = max(found, total / cores)
     start = max((e.demand.through(backward=False) for e in encoders), default=0.0)
     end = max((e.demand.through(backward=True) for e in encoders), default=0.0)
     for encoder in encoders:
@@ -123,7 +131,8 @@ def bytes_bound(
 ) -> float:
     """Bytes that the fullest rank needs at least.
 
-    While the sink has micro-batches in flight, encoders on the same ranks have the same ones.
+    While the sink has micro-batches in flight, encoders on the same ranks have the same ones. Encoders that
+    share other ranks hold what the sink's first micro-batch needs at once.
     """
     encoders, undecided = list(encoders), list(undecided)
     found = 0.0
@@ -131,10 +140,8 @@ def bytes_bound(
         total = sum(p.demand.held[pp] for p, pp in hosted)
         total += sum(u.bytes for u in undecided if _inside(place, u.block))
         at = next((pp for p, pp in hosted if p is sink), None)
-        if at is None:
-            total += max((p.demand.keeps(pp) for p, pp in hosted), default=0.0)
-        else:
-            total += in_flight(kind, sink.demand.pp, at, m) * sum(p.demand.keeps(pp) for p, pp in hosted)
+        flying = in_flight(kind, sink.demand.pp, at, m) if at is not None else 1.0
+        total += flying * sum(p.demand.keeps(pp) for p, pp in hosted)
         found = max(found, total)
     return found * (1 - ROUNDING)
 

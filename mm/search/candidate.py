@@ -120,7 +120,7 @@ class Candidate:
         sequence parallelism and the data-parallel policy.
         """
         sink = self.sink
-        return all(_as_in(choice, sink) for m, choice in self.choices if m != SINK)
+        return all(as_in(choice, sink) for m, choice in self.choices if m != SINK)
 
     def layout(self) -> dict[str, Any]:
         """The config's `layout:` mapping."""
@@ -159,7 +159,8 @@ class Candidate:
         return f"{modules}; {self.kind}, {self.microbatches} micro-batches{again}"
 
 
-def _as_in(choice: Choice, sink: Choice) -> bool:
+def as_in(choice: Choice, sink: Choice) -> bool:
+    """Whether a module has the degrees of the language model, on its ranks (Candidate.homogeneous)."""
     mine, its = choice.degrees, sink.degrees
     if (mine.tp, mine.cp) != (its.tp, its.cp):
         return False

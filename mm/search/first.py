@@ -72,6 +72,7 @@ class Search(Generic[B]):
         a branch is opened or a cost asked for, whether to end with what is found, without its proof.
         O(n log n) in the branches whose bound is at most the cost of the last of the best.
         """
+        roots = list(roots)
         queue = [_entry(b) for b in roots if b.bound < math.inf and keep(b)]
         heapq.heapify(queue)
         best: list[tuple[float, B]] = []
@@ -79,9 +80,7 @@ class Search(Generic[B]):
         while queue and len(best) < k:
             value, done, _, branch = queue[0]
             if not done and branch not in self.costs and branch not in self.opened and stop():
-                waiting = sorted(entry for entry in queue if entry[1])
-                best += [(entry[0], entry[3]) for entry in waiting[: k - len(best)]]
-                return _found(best, costed, queue, proved=False)
+                return _found(self.best_known(k, keep), costed, queue, proved=False)
             heapq.heappop(queue)
             if done:
                 best.append((value, branch))
@@ -95,6 +94,27 @@ class Search(Generic[B]):
                     if below.bound < math.inf and keep(below):
                         heapq.heappush(queue, _entry(below))
         return _found(best, costed, queue, proved=True)
+
+    def dive(self, root: B, keep: Callable[[B], bool], stop: Callable[[], bool], tries: int = 3) -> bool:
+        """Ask for leaves below a branch, each time of the least bound, until one has a cost: so that a search
+        which is stopped has something to show. Whether there is one."""
+        stack = [root]
+        while stack and tries and not stop():
+            branch = stack.pop()
+            if branch.bound == math.inf or not keep(branch):
+                continue
+            if branch.leaf:
+                tries -= 1
+                if self._cost(branch) < math.inf and keep(branch):
+                    return True
+            else:
+                stack += sorted(self._expand(branch), key=lambda b: (-b.bound, b.key))
+        return False
+
+    def best_known(self, k: int, keep: Callable[[B], bool]) -> list[tuple[float, B]]:
+        """The best of the leaves whose costs are known."""
+        found = [(cost, leaf) for leaf, cost in self.costs.items() if cost < math.inf and keep(leaf)]
+        return heapq.nsmallest(k, found, key=lambda entry: (entry[0], entry[1].key))
 
     def _cost(self, leaf: B) -> float:
         if leaf not in self.costs:

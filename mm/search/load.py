@@ -13,9 +13,9 @@ from mm.predict.count.sizes import Attended, Bucket, TokenLoad
 
 @dataclass(frozen=True)
 class StepLoad:
-    """documents: samples of a step. length, supervised: tokens of a mean one, and of these with a loss, at each
-    depth of multi-token prediction after the next token. items: by encoder, metadata of each. ragged: whether
-    documents differ.
+    """documents: samples of a step. length, supervised: tokens of a mean one, and of these with a loss, of
+    the next token and of each depth of multi-token prediction. items: by encoder, metadata of each. ragged:
+    whether documents differ.
     """
 
     documents: int

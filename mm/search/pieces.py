@@ -7,11 +7,14 @@ kind of layer, degrees and load; sums over stages are made here.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from encoders.fastconformer import FastConformer
 from encoders.module import encoder_stages
+from encoders.vit import ViT
 from llm.flops import layer_params
 from llm.stages import partition
 from mm.config.outline import SINK, frozen_modules
@@ -35,7 +38,7 @@ from parallel.topology.layout import Coord, make_layout
 from parallel.topology.stage import Stage
 
 RAGGED = 0.95  # the share of a bound that holds where documents differ, as kernels of other sizes are priced
-MOST_DOCUMENTS, MOST_ITEMS = 64, 64  # counted at once: beyond, kernels only grow in number
+MOST_ITEMS = 256  # counted at once: beyond, kernels only grow in number
 
 
 class Cost(NamedTuple):
@@ -96,7 +99,7 @@ class Pieces:
             n = len(self.load.items[module])
             whole = self._encoder(module, degrees, Stage(0, self.layers(module)), min(n, MOST_ITEMS), ())
             return sum(whole[:3]) * degrees.tp * n / max(1, min(n, MOST_ITEMS))
-        n = min(self.load.documents, MOST_DOCUMENTS)
+        n = self.load.documents
         cost = Cost()
         for part, times in self._parts(Stage(0, self.layers(SINK))).items():
             cost = cost.plus(self._part(part, degrees._replace(cp=1), n, (), False), times)
@@ -163,7 +166,7 @@ class Pieces:
     ) -> list[Cost]:
         d = choice.degrees
         share = self.load.share(choice.dp, microbatches)
-        whole = max(1, min(int(share), MOST_DOCUMENTS))
+        whole = at_least(share)
         out = []
         for stage in self.stages(d.pp * d.vpp):
             cost = Cost()
@@ -218,17 +221,32 @@ class Pieces:
     ) -> list[Cost]:
         d, use = choice.degrees, self.blueprint.inputs.encoders[module]
         share = max(len(self.load.items[module]) / choice.dp, 1.0) / microbatches
-        whole = max(1, min(int(share), MOST_ITEMS))
-        stages = encoder_stages(use.cls, use.cfg, d.pp)
+        whole = min(at_least(share), MOST_ITEMS)
+        if ("stages", module, d.pp) not in self._known:
+            self._known["stages", module, d.pp] = encoder_stages(use.cls, use.cfg, d.pp)
+        stages = self._known["stages", module, d.pp]
+        assert isinstance(stages, tuple)
         by = share / whole / d.cp
         return [self._encoder(module, d, stage, whole, again).scaled(by) for stage in stages]
 
-    def _encoder(
-        self, module: str, d: Degrees, stage: Stage, items: int, again: tuple[str, ...]
-    ) -> Cost:
+    def _encoder(self, module: str, d: Degrees, stage: Stage, items: int, again: tuple[str, ...]) -> Cost:
         key = module, d.tp, len(stage.layers), stage.first, stage.last, items, again
         if key not in self._known:
-            self._known[key] = self._encoder_part(module, d, stage, items, again)
+            cost, n = Cost(), self.layers(module)
+            cls = self.blueprint.inputs.encoders[module].cls
+            parts = {stage: 1}
+            if cls in (ViT, FastConformer):  # whose layers are alike
+                parts = {Stage(1, 2, first=False, last=False): len(stage.layers)}
+                parts |= {Stage(0, 0, first=True, last=False): 1} if stage.first else {}
+                parts |= {Stage(n, n, first=False, last=True): 1} if stage.last else {}
+            for part, times in parts.items():
+                one = key[:2], part, items, again
+                if one not in self._known:
+                    self._known[one] = self._encoder_part(module, d, part, items, again)
+                found = self._known[one]
+                assert isinstance(found, Cost)
+                cost = cost.plus(found, times)
+            self._known[key] = cost
         found = self._known[key]
         assert isinstance(found, Cost)
         return found
@@ -310,8 +328,8 @@ class Pieces:
     def _traffic(
         self, module: str, choice: Choice, costs: list[Cost], m: int
     ) -> tuple[list[float], list[float], float, float]:
-        """What data ranks' gathers and sums add, as parallel.schedule.simulator.traffic has it: to each forward
-        and backward by stage, before the first computation, after the last."""
+        """What data ranks' gathers and sums add, as parallel.schedule.simulator.traffic has it: to each
+        forward and backward by stage, before the first computation, after the last."""
         d, sums = choice.degrees, [0.0] * len(costs)
         whole = [self.params(module, d, pp) for pp in range(d.pp)]
         stored, item = self.blueprint.stored_dtype.itemsize, self.blueprint.dtype.itemsize
@@ -379,11 +397,23 @@ class Pieces:
         for stage in stages[pp :: d.pp]:
             for symbol, n in Counter(llm.symbols[i] for i in stage.layers).items():
                 every = layer_params(llm, symbol)[0]
-                own = _expert_params(llm.n_experts, llm.top_k, *layer_params(llm, symbol)) if symbol == "E" else 0
+                own = (
+                    _expert_params(llm.n_experts, llm.top_k, *layer_params(llm, symbol))
+                    if symbol == "E"
+                    else 0
+                )
                 dense, expert = dense + n * (every - own), expert + n * own
             ends = stage.first + (stage.last and not llm.tied)
             dense += ends * llm.vocab_size * llm.d_model
         return Params(dense / d.tp, expert / (d.ep * d.etp))
+
+    def states(self) -> float:
+        """Bytes that weights, their gradients and the optimizer's state take over all devices, each once."""
+        stored, out = self.blueprint.stored_dtype.itemsize, 0.0
+        for module in self.blueprint.modules:
+            count = sum(self.params(module, Degrees(), 0))
+            out += count * (stored + self._learns(module) * (stored + self._state(module)))
+        return out
 
     def _encoder_params(self, module: str) -> float:
         """Of one layer."""
@@ -400,6 +430,11 @@ class Pieces:
         found = self._known[key]
         assert isinstance(found, float)
         return found
+
+
+def at_least(share: float) -> int:
+    """The next power of two: kernels of so many documents or items are no less efficient, and few differ."""
+    return 1 << max(0, math.ceil(share) - 1).bit_length()
 
 
 def _expert_params(n: int, top: int, every: int, active: int) -> float:

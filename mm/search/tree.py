@@ -56,6 +56,7 @@ class Node:
 @dataclass
 class Tree:
     """The tree of a space. limit: bytes of a device; branches that need more have no bound (math.inf).
+    cores: that all ranks share.
 
     drop: told of each branch that cannot be: its bytes are above the limit, or no schedule has it.
     """
@@ -63,6 +64,7 @@ class Tree:
     space: Space
     asked: Asked
     limit: float
+    cores: float = math.inf
     drop: Callable[[Node], object] = lambda node: None
     _known: dict[tuple[str, Block, int | None], tuple[Choice, ...]] = field(default_factory=dict)
     _groups: dict[Block, list[tuple[Degrees, int]]] = field(default_factory=dict)
@@ -121,7 +123,7 @@ class Tree:
 
     def _by_microbatches(self, node: Node) -> Iterator[Node]:
         assert node.degrees is not None
-        numbers = self.space.microbatches(node.degrees.dp(node.frame.sink.size))
+        numbers = self.space.microbatches(node.degrees.dp(node.frame.sink.size), node.degrees.pp)
         n = len(numbers) * len(self.space.recompute)
         for i, m in enumerate(numbers):
             for j, again in enumerate(self.space.recompute):
@@ -177,7 +179,7 @@ class Tree:
             if least is None:
                 return replace(node, bound=math.inf)
             undecided.append(least)
-        seconds = seconds_bound(placed[0], placed[1:], undecided, m)
+        seconds = seconds_bound(placed[0], placed[1:], undecided, m, self.cores)
         held = bytes_bound(placed[0], placed[1:], undecided, kind, m)
         return replace(node, bound=max(above.bound, seconds), bytes=max(above.bytes, held))
 
@@ -211,7 +213,9 @@ class Tree:
 
     def _size(self, frame: Frame, degrees: Degrees) -> int:
         """Candidates below some degrees of the language model."""
-        numbers = len(self.space.microbatches(degrees.dp(frame.sink.size))) * len(self.space.recompute)
+        numbers = len(self.space.microbatches(degrees.dp(frame.sink.size), degrees.pp)) * len(
+            self.space.recompute
+        )
         policies = len(self.space.policies(frame.sink, degrees))
         node = Node((), frame, 0.0, 0, degrees=degrees)
         kinds = self.space.kinds(frame, degrees)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from mm.pages.frontier import Point, unbeaten
 from mm.pages.html import clean
-from mm.pages.plan_page import Planned, PlanReport, Rejected, plan_page
+from mm.pages.plan_page import Planned, PlanReport, plan_page
 from mm.predict.step import Prediction
+from mm.search.rejected import Rejected
 from parallel.schedule import simulate
 from tests.mm.pages.strict_parser import Checked
 from tests.mm.pages.test_run_page import EVIL
@@ -30,8 +31,7 @@ def planned(name: str, k: int) -> Planned:
         breakdown=parts,
         timeline=line,
     )
-    layouts = {"vision": {"ranks": [0, 1], "tp": 2}, "llm": {"ranks": [2, 3], "pp": 2}}
-    return Planned(f"{name} {k}", "homogeneous", prediction, layouts, "1f1b, 4", f"layout: {name}", 500.0)
+    return Planned(f"{name} {k}", "homogeneous", prediction, f"layout: {name}")
 
 
 def report(name: str) -> PlanReport:
@@ -45,7 +45,18 @@ def report(name: str) -> PlanReport:
 def test_the_page_has_what_was_predicted() -> None:
     text = " ".join(Checked(plan_page(report("mixed"))).said)
     for found in (
-        *("mixed is best.", "mixed 2", "1 s", "1.5 s", "24 GiB", "500", "25.0 %", "10 ms", "1,234,567"),
+        *(
+            "mixed is best.",
+            "mixed 2",
+            "1 s",
+            "1.5 s",
+            "24 GiB",
+            "500",
+            "2-3",
+            "25.0 %",
+            "10 ms",
+            "1,234,567",
+        ),
         *("needs 96 GiB, there are 80", "layout: mixed", "python -m mm plan mixed", "bubble", "33.3 %"),
     ):
         assert found in text, found

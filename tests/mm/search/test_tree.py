@@ -73,6 +73,6 @@ def test_many_best_few_are_those_of_asking_for_all(space: Space, seed: int, limi
 def test_what_is_counted_is_what_there_is(space: Space, seed: int) -> None:
     """Sizes of branches are their numbers of leaves, possible ones and others."""
     dropped: list[Node] = []
-    tree = Tree(space, Toy(seed, space), math.inf, dropped.append)
+    tree = Tree(space, Toy(seed, space), math.inf, drop=dropped.append)
     leaves = sum(1 for _ in every(tree))
     assert leaves + sum(node.size for node in dropped) == sum(root.size for root in tree.roots())
