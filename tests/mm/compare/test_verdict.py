@@ -115,9 +115,9 @@ def test_the_update_and_the_cores_that_ranks_share_are_named() -> None:
     run = made_run("it", plan_of(LAYOUTS["colocated"]), costs_of(0.1, 0.1), update_s=2.0)
     bound = bound_of(run, None)
     assert bound is not None and bound.limit == "updating" and "gradient sums" in bound.text
-    run = made_run("it", plan_of(LAYOUTS["colocated"]), costs_of(3, 1), shares={"vision": 0.1})
-    texts = [bound.text for cores in (2, 4, None) if (bound := bound_of(run, cores)) is not None]
-    assert ["share 2 cores" in text for text in texts] == [True, False, False]
+    slow = {"shares": {"vision": 0.3, "llm": 0.3}, "queued": 0.6}
+    bound = bound_of(made_run("it", plan_of(LAYOUTS["colocated"]), costs_of(3, 1), **slow), 2)
+    assert bound is not None and bound.limit == "cores" and "4 ranks on 2 cores" in bound.text
 
 
 def test_the_fastest_is_named_with_how_much_and_whether_noise_could_be_it() -> None:
