@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mm.compare.entry import placed
 from mm.compare.observe import timeline_of
-from mm.compare.result import ActionSeconds, Placed, RankResult, RunResult, StepSeconds, Timeline
+from mm.compare.result import ActionSeconds, RankResult, RunResult, StepSeconds, Timeline
 from parallel.schedule import Costs, Record, SchedulePlan, simulate
 from parallel.schedule.action import COMPUTE
 from parallel.schedule.drawing.chart import measured
@@ -101,16 +102,7 @@ def made_run(
         speedup_interval=None,
         speedup_verdict="baseline",
         rounds=timed,
-        placed={
-            m: Placed(
-                degrees={**use.layout.degrees, "dp": use.layout.dp, "edp": use.layout.edp},
-                ranks=list(use.layout.ranks),
-                places=[use.layout.coord(r)._asdict() for r in use.layout.ranks],
-                sequence_parallel=False,
-                data_parallel="zero3",
-            )
-            for m, use in plan.modules.items()
-        },
+        placed={m: placed(use.layout, "zero3") for m, use in plan.modules.items()},
         ranks=ranks,
         timeline=line,
         **others,

@@ -165,6 +165,10 @@ def test_each_module_as_it_is_best_is_proposed_where_no_layout_has_both() -> Non
     found = judge(comparison(dp4, tp4, both)).verdict
     assert found is not None and found.fastest == ["both"]
     assert not any("none of those measured" in text for text in found.next_steps)
+    late = made_run("late", plan_of({"vision": {}, "llm": {"tp": 4}}), costs_of(1, 1), update_s=50.0)
+    found = judge(comparison(dp4, tp4, late)).verdict  # it has both, and is slow for another reason
+    assert found is not None and found.fastest == ["tp4"]
+    assert not any("none of those measured" in text for text in found.next_steps)
 
 
 def test_flops_that_mislead_are_said_to() -> None:
