@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
+from tests.mutations.of_compare import COMPARE
 from tests.mutations.of_corpora import CORPORA
 from tests.mutations.of_encoders import ENCODERS
 from tests.mutations.of_families import FAMILIES
@@ -28,5 +29,5 @@ from tests.mutations.of_text import TEXT
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE + PRICES),
+    *(ORDER + REMOTE + PRICES + COMPARE),
 )
