@@ -17,6 +17,7 @@ from tests.mutations.of_media import MEDIA
 from tests.mutations.of_models import LLM
 from tests.mutations.of_order import ORDER
 from tests.mutations.of_parallel import PARALLEL
+from tests.mutations.of_planning import PLANNING
 from tests.mutations.of_qwen import QWEN
 from tests.mutations.of_remote import REMOTE
 from tests.mutations.of_resolution import RESOLUTION
@@ -27,5 +28,5 @@ from tests.mutations.of_text import TEXT
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE),
+    *(ORDER + REMOTE + PLANNING),
 )
