@@ -61,9 +61,9 @@ def _search(
     world, hardware = on
     if cfg.run.engine != "polyrank" or isinstance(cfg.train.recompute, dict):
         raise Refused(
-            f"run.engine={cfg.run.engine} and train.recompute={cfg.train.recompute}: a search is of this program, "
-            "and tries what all modules recompute alike; needed: run.engine=polyrank and train.recompute=true "
-            "or false, or one layout, --layout FILE"
+            f"run.engine={cfg.run.engine} and train.recompute={cfg.train.recompute}: a search is of this "
+            "program, and tries what all modules recompute alike; needed: run.engine=polyrank and "
+            "train.recompute=true or false, or one layout, --layout FILE"
         )
     console = Console(highlight=False, soft_wrap=True)
     with console.status(f"{world} {hardware.name}: bounding candidates") as status:
