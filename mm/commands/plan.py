@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,10 @@ from mm.errors import Refused
 
 if TYPE_CHECKING:
     from mm.config.schema import Config
+    from mm.pages.plan_page import Planned
     from mm.predict.hardware import Hardware
     from mm.search.predictor import Judged
+    from mm.search.rejected import Rejected
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +29,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, default=50.0, help="processor seconds that the search may take (default 50)")
     add("--json", type=Path, metavar="OUT", help="write the result here")
     add("--out", type=Path, metavar="FILE", help="write the best as a layout file, for compare and train")
+    add("--report", type=Path, metavar="OUT", help="write a page here: one HTML file (docs/reports.md)")
     add("--explain", action="store_true", help="what each second goes to, and what would help most")
 
 
@@ -41,8 +45,10 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 
     hardware = load_hardware(args.hardware)
     cfg = on_nodes(cfg, world, hardware)
+    if args.report is not None and not args.report.absolute().parent.is_dir():
+        raise Refused(f"--report {args.report}: there is no folder {args.report.parent}")
     if args.layout is not None:
-        result = _one(args, cfg, world, hardware)
+        result = _one(args, argv, cfg, (world, hardware))
     else:
         result = _search(args, argv, cfg, (world, hardware))
     if args.json is not None:
@@ -74,7 +80,7 @@ def _search(
         planner = Planner(cfg, world, hardware, top=args.top, limit=args.seconds, tell=tell)
         plan = planner.plan()
     console.print(table(plan))
-    for line in summary(plan, args.top):
+    for line in summary(plan):
         console.print(line, markup=False)
     console.print("left out:")
     for rejected in plan.rejected[:12]:
@@ -86,11 +92,17 @@ def _search(
     console.print(f"the best as a layout file{f', in {args.out}' if args.out else ''}:\n{text}", markup=False)
     if args.explain:
         _explain(cfg, world, hardware, best)
+    if args.report is not None:
+        from mm.pages.plan_page import found_by
+
+        found = found_by(plan, lambda one: layout_file(one, cfg, shlex.join(["python", "-m", "mm", *argv])))
+        _report(args, argv, on, found, plan.rejected, summary(plan))
     return as_json(plan, cfg)
 
 
-def _one(args: argparse.Namespace, cfg: Config, world: int, hardware: Hardware) -> dict[str, Any]:
+def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, Hardware]) -> dict[str, Any]:
     """What one layout takes."""
+    world, hardware = on
     from mm.config.schema import load_layout_file, with_layout
     from mm.predict.step import shortfall
     from mm.search.candidate import of_config
@@ -110,11 +122,17 @@ def _one(args: argparse.Namespace, cfg: Config, world: int, hardware: Hardware) 
     print(f"  {found.tflops_per_device:.4g} TFLOPS a device, idle {found.bubble_fraction:.1%},")
     if found.paper_tflops_per_device is not None and cfg.run.engine == "megatron":
         print(f"  {found.paper_tflops_per_device:.4g} by the published metric,")
-    print(f"  {found.peak_memory_bytes / 1e9:.1f} GB on rank {found.fullest}")
+    print(f"  {found.peak_memory_bytes / 1e9:.3g} GB on rank {found.fullest}")
     why = shortfall(found, hardware)
     if why is not None:
         print(f"  it does not fit: {why}")
     rejected = [] if why is None else [{"layout": str(args.layout), "why": why}]
+    if args.report is not None:
+        from mm.pages.plan_page import Planned
+
+        one = Planned(args.layout.stem, "", found, args.layout.read_text(encoding="utf-8"))
+        said = [f"Samples: {predictor.note}."] + ([f"It does not fit: {why}."] if why is not None else [])
+        _report(args, argv, on, [one], [], said)
     if args.explain:
         candidate = of_config(made, world, dict(blueprint.policies))
         if candidate is None:
@@ -124,6 +142,24 @@ def _one(args: argparse.Namespace, cfg: Config, world: int, hardware: Hardware) 
             )
         _explain(made, world, hardware, Judged(candidate, found, why))
     return {"candidates": [entry(None, found, made)], "rejected": rejected}
+
+
+def _report(
+    args: argparse.Namespace,
+    argv: list[str],
+    on: tuple[int, Hardware],
+    found: Sequence[Planned],
+    rejected: Sequence[Rejected],
+    sentences: Sequence[str],
+) -> None:
+    from mm.pages.frame import write_page
+    from mm.pages.plan_page import PlanReport, plan_page
+
+    world, hardware = on
+    command = shlex.join(["python", "-m", "mm", *argv])
+    config = next(x for x in args.positional if "=" not in x)
+    page = PlanReport(found, rejected, sentences, hardware.name, world, command, config)
+    write_page(plan_page(page), args.report)
 
 
 def _explain(cfg: Config, world: int, hardware: Hardware, found: Judged) -> None:

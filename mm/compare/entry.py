@@ -16,6 +16,7 @@ from mm.compare.variants import Variant
 from mm.config.schema import resolve_yaml
 from mm.plan.blueprint import Blueprint
 from parallel.schedule.action import COMPUTE
+from parallel.topology.layout import Layout
 
 COMPUTING = frozenset(kind.value for kind in COMPUTE)
 
@@ -29,19 +30,18 @@ def described(
         file=str(variant.path),
         command=train_command(config, overrides, variant, blueprint.world),
         config=resolve_yaml(variant.cfg),
-        placed={m: placed(blueprint, m) for m in blueprint.modules},
+        placed={m: placed(blueprint.layouts[m], blueprint.policies[m]) for m in blueprint.modules},
     )
 
 
-def placed(blueprint: Blueprint, module: str) -> Placed:
-    """Where a module is."""
-    layout = blueprint.layouts[module]
+def placed(layout: Layout, policy: str) -> Placed:
+    """Where a module is. policy: of its data ranks."""
     return Placed(
         degrees={**layout.degrees, "dp": layout.dp, "edp": layout.edp},
         ranks=list(layout.ranks),
         places=[layout.coord(r)._asdict() for r in layout.ranks],
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
-        data_parallel=blueprint.policies[module],
+        data_parallel=policy,
     )
 
 

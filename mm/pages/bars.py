@@ -19,7 +19,7 @@ HATCHES = (None, 45, -45, 0, 90)  # degrees of the lines over a part's colour, s
 class Scale:
     """What several pictures have in common.
 
-    most: the least end of the scale. label: of the names of rows. parts: those that have colours before others.
+    most: the least end of the scale. label: of the names of rows. parts: those that have colours first.
     unit: of which marks on the scale are round numbers.
     """
 

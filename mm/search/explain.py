@@ -74,7 +74,7 @@ def changes(space: Space, of: Candidate) -> Iterator[tuple[str, Candidate]]:
             if policy != choice.data_parallel:
                 changed = choice._replace(data_parallel=policy)
                 yield f"{module} data_parallel={policy}", _with(of, i, module, changed)
-    most = max(space.microbatches(of.sink.dp))
+    most = max(space.microbatches(of.sink.dp, of.sink.degrees.pp))
     for n in (of.microbatches // 2, of.microbatches * 2):
         if 1 <= n <= most:
             yield f"schedule.microbatches={n}", replace(of, microbatches=n)
@@ -131,7 +131,7 @@ def change_lines(found: Judged, around: list[Neighbour]) -> list[str]:
             out.append(f"{n.change}: not possible: {n.judged.why}")
             continue
         ratio = found.step_s / n.judged.step_s
-        memory = f"{n.judged.bytes / 1e9:.1f} GB instead of {found.bytes / 1e9:.1f}"
+        memory = f"{n.judged.bytes / 1e9:.3g} GB instead of {found.bytes / 1e9:.3g}"
         if abs(ratio - 1) < 0.002:
             out.append(f"{n.change}: as fast, {memory}.")
         elif ratio > 1:

@@ -80,7 +80,7 @@ class Search(Generic[B]):
         while queue and len(best) < k:
             value, done, _, branch = queue[0]
             if not done and branch not in self.costs and branch not in self.opened and stop():
-                return _found(self._best_known(roots, k, keep), costed, queue, proved=False)
+                return _found(self.best_known(k, keep), costed, queue, proved=False)
             heapq.heappop(queue)
             if done:
                 best.append((value, branch))
@@ -111,11 +111,9 @@ class Search(Generic[B]):
                 stack += sorted(self._expand(branch), key=lambda b: (-b.bound, b.key))
         return False
 
-    def _best_known(self, roots: Iterable[B], k: int, keep: Callable[[B], bool]) -> list[tuple[float, B]]:
+    def best_known(self, k: int, keep: Callable[[B], bool]) -> list[tuple[float, B]]:
         """The best of the leaves whose costs are known."""
-        below = {root.key[0] for root in roots}
-        every = ((cost, leaf) for leaf, cost in self.costs.items() if cost < math.inf and keep(leaf))
-        found = [(cost, leaf) for cost, leaf in every if leaf.key[0] in below]
+        found = [(cost, leaf) for leaf, cost in self.costs.items() if cost < math.inf and keep(leaf)]
         return heapq.nsmallest(k, found, key=lambda entry: (entry[0], entry[1].key))
 
     def _cost(self, leaf: B) -> float:

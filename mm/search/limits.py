@@ -12,7 +12,7 @@ from mm.search.candidate import Block, Degrees
 from mm.search.space import Limits, Space
 
 MOST_CP, LEAST_TOKENS = 16, 128  # ranks along cp, and tokens that each of them has of the longest sample
-MOST_PP, MOST_VPP, MOST_EP = 32, 4, 128
+MOST_PP, MOST_VPP, MOST_EP = 16, 2, 128
 
 
 def space_of(blueprint: Blueprint) -> Space:

@@ -135,9 +135,13 @@ class Planner:
             proofs[goal.name] = Proof(result.proved, result.least)
             if i == 0:
                 rejects.left(result.left, found[goal.name])
-                least = result
+        # Where a search was stopped, what another one has found counts too.
+        for goal in every:
+            if not proofs[goal.name].proved:
+                best = search.best_known(goal.k, self._keeps(goal))
+                found[goal.name] = tuple(self.judged[leaf] for _, leaf in best)
         if not found["best"]:
-            raise Refused(rejects.nothing(self.world, search_ended=least.proved))
+            raise Refused(rejects.nothing(self.world, search_ended=proofs["best"].proved))
         return Plan(
             best=found["best"],
             of={name: judged[0] if judged else None for name, judged in found.items()},

@@ -9,13 +9,15 @@ from mm.config.advice import with_changes
 from mm.config.schema import Config
 from mm.data.sample import Index
 from mm.errors import Refused
-from mm.plan.batches import first_plan
+from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.plan.step_plan import StepPlan
+from mm.plan.table import SampleTable
 from mm.predict.hardware import Hardware
 from mm.predict.step import Prediction, predict, shortfall
 from mm.search.candidate import Candidate
 from mm.virtual.samples import virtual_data
+from parallel.sequence.intervals import Column
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Predictor:
     hardware: Hardware
     note: str = ""
     _index: Index | None = None
+    _table: SampleTable | None = None
     _plans: dict[object, StepPlan] = field(default_factory=dict)
 
     def judge(self, candidate: Candidate) -> Judged:
@@ -87,7 +90,15 @@ class Predictor:
         if self._index is None:
             data = virtual_data(blueprint)
             self._index, self.note = data.index, data.note
-        made = first_plan(blueprint.cfg, blueprint.inputs, self._index)
+        index = self._index
+
+        def lookup(ids: Column) -> SampleTable:
+            # What is known of samples follows from the model alone: one table serves all layouts.
+            if self._table is None:
+                self._table = SampleTable.of([index.samples[i] for i in ids.tolist()], blueprint.inputs)
+            return self._table
+
+        made = Batches.of(blueprint.cfg, index).plan(0, lookup, blueprint.inputs, index.skipped.keys())
         if key is not None:
             self._plans[key] = made
         return made

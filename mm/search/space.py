@@ -21,6 +21,7 @@ Where = Block | str  # ranks of its own; "with" the language model on all its ra
 WITH, FIRST = "with", "first"  # first pipeline rank
 
 
+ENOUGH = 8  # micro-batches a pipeline rank
 ANY = "any"  # a policy that costs no more than any
 
 
@@ -119,9 +120,10 @@ class Space:
         """An encoder's, on so many ranks."""
         return _degrees(self.encoders[module], size)
 
-    def microbatches(self, dp: int) -> tuple[int, ...]:
-        """Powers of two up to a sample a data rank, that number itself, and the config's."""
-        most = -(-self.batch // dp)
+    def microbatches(self, dp: int, pp: int) -> tuple[int, ...]:
+        """Powers of two up to a sample a data rank and ENOUGH a pipeline rank, that number itself, and the
+        config's. More shorten a bubble that is below 1 / ENOUGH of the step."""
+        most = min(-(-self.batch // dp), ENOUGH * pp)
         found = {2**k for k in range(20) if 2**k <= most} | {most, min(self.own_microbatches, most)}
         return tuple(sorted(found))
 

@@ -123,7 +123,7 @@ class Tree:
 
     def _by_microbatches(self, node: Node) -> Iterator[Node]:
         assert node.degrees is not None
-        numbers = self.space.microbatches(node.degrees.dp(node.frame.sink.size))
+        numbers = self.space.microbatches(node.degrees.dp(node.frame.sink.size), node.degrees.pp)
         n = len(numbers) * len(self.space.recompute)
         for i, m in enumerate(numbers):
             for j, again in enumerate(self.space.recompute):
@@ -213,7 +213,9 @@ class Tree:
 
     def _size(self, frame: Frame, degrees: Degrees) -> int:
         """Candidates below some degrees of the language model."""
-        numbers = len(self.space.microbatches(degrees.dp(frame.sink.size))) * len(self.space.recompute)
+        numbers = len(self.space.microbatches(degrees.dp(frame.sink.size), degrees.pp)) * len(
+            self.space.recompute
+        )
         policies = len(self.space.policies(frame.sink, degrees))
         node = Node((), frame, 0.0, 0, degrees=degrees)
         kinds = self.space.kinds(frame, degrees)

@@ -18,11 +18,9 @@ from mm.search.predictor import Judged
 def table(plan: Plan) -> Table:
     """The best few, and the best of each kind."""
     out = Table(box=None)
-    for head in ("", "s a step", "tokens/s a device", "TFLOPS", "GB", "idle", "boundary", "layout"):
-        out.add_column(head, justify="left" if head in ("", "layout") else "right")
-    rows = [(f"{i}", judged) for i, judged in enumerate(plan.best, 1)]
-    rows += [(name, judged) for name, judged in plan.of.items() if name != "best" and judged is not None]
-    for name, judged in rows:
+    for head in ("", "s a step", "tokens/s a device", "TFLOPS", "GB", "idle", "boundary", "placement"):
+        out.add_column(head, justify="left" if head in ("", "placement") else "right", no_wrap=True)
+    for name, judged in named(plan):
         found = judged.prediction
         assert found is not None
         out.add_row(
@@ -30,17 +28,25 @@ def table(plan: Plan) -> Table:
             f"{found.step_s:.4g}",
             f"{found.tokens_per_s_per_device:.4g}",
             f"{found.tflops_per_device:.4g}",
-            f"{judged.bytes / 1e9:.1f}",
+            f"{judged.bytes / 1e9:.3g}",
             f"{found.bubble_fraction:.1%}",
             f"{found.boundary_s:.3g} s",
-            judged.candidate.describe(),
+            judged.candidate.placement,
         )
     return out
 
 
-def summary(plan: Plan, top: int) -> list[str]:
+def named(plan: Plan) -> list[tuple[str, Judged]]:
+    """What was found, each with its name in the table."""
+    rows = [(f"{i}", judged) for i, judged in enumerate(plan.best, 1)]
+    return rows + [
+        (name, judged) for name, judged in plan.of.items() if name != "best" and judged is not None
+    ]
+
+
+def summary(plan: Plan) -> list[str]:
     """What was found and what is proved, in sentences."""
-    out = []
+    out = [f"{name}: {judged.candidate.describe()}" for name, judged in named(plan)]
     if plan.gain is not None:
         out.append(f"The best is {plan.gain:.3f} times as fast as the best homogeneous layout.")
     else:
@@ -51,7 +57,7 @@ def summary(plan: Plan, top: int) -> list[str]:
     )
     out += [proof_line(plan, name) for name in plan.proofs]
     out += ["frontier of time and memory:"]
-    out += [f"  {j.step_s:.4g} s, {j.bytes / 1e9:.1f} GB: {j.candidate.describe()}" for j in plan.frontier]
+    out += [f"  {j.step_s:.4g} s, {j.bytes / 1e9:.3g} GB: {j.candidate.describe()}" for j in plan.frontier]
     out += [f"samples: {plan.note}"]
     return out
 
@@ -123,7 +129,7 @@ def prediction_json(found: Prediction) -> dict[str, Any]:
 def layout_file(judged: Judged, cfg: Config, command: str) -> str:
     """The text of a layout file, which compare and train take. command: that made it."""
     candidate = judged.candidate
-    head = [f"# {judged.step_s:.4g} s a step and {judged.bytes / 1e9:.1f} GB predicted by", f"# {command}"]
+    head = [f"# {judged.step_s:.4g} s a step and {judged.bytes / 1e9:.3g} GB predicted by", f"# {command}"]
     overrides = candidate.overrides(cfg)
     if overrides:
         typed = " ".join(f"{key}={str(value).replace(' ', '')}" for key, value in overrides.items())

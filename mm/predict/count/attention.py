@@ -223,6 +223,8 @@ def activate(t: Tape, cfg: LLMConfig, up: Var, gate: Var | None) -> Var:
         y = ops.unary(t, ops.unary(t, x), passes=2)
     elif cfg.activation == "relu2":
         y = ops.squared_relu(t, x)
+    elif cfg.activation == "silu":
+        y = ops.silu(t, x)
     else:
         y = ops.unary(t, x)
     return y if gate is None else ops.mul(t, y, up)

@@ -108,15 +108,18 @@ def _tiled_back(t: Tape, h: Heads, sizes: tuple[int, int], *, causal: bool) -> N
     queries, keys = sizes
     grads = [t.new(x * h.own * h.dim, acc) for x in (queries, keys, keys)]
     for m, n in _tiles(*sizes, causal):
-        operands = [t.new(x * h.own * h.dim, acc) for x in (m, n, m, n)]
+        slope = t.new(m * h.own * h.dim, acc)
+        operands = [t.new(x * h.own * h.dim, acc) for x in (m, n)]
         for _ in range(2):
             t.product(m, n, h.dim, acc, h.own)
-        scores = [t.new(h.own * m * n, acc) for _ in range(3 + causal)]
+        scores = [t.new(h.own * m * n, acc) for _ in range(2)]
+        del operands
+        scores += [t.new(h.own * m * n, acc) for _ in range(2)]
         t.moves(*[2 * scores[0].size] * (5 + causal))
         for _ in range(2):
             t.product(n, h.dim, m, acc, h.own)
         t.product(m, h.dim, n, acc, h.own)
-        del operands, scores
+        del slope, scores
     del grads
 
 

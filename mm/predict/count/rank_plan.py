@@ -212,8 +212,10 @@ class RankPlan:
         out = []
         for t in transfers:
             if t.moves:
-                for hop in (t, *([] if t.relay is None else [t.relay])):
-                    size = max(_rows(hop.sends), _rows(hop.recvs)) * row
+                hops = [(t.sends, t.recvs)]
+                hops += [] if t.relay is None else [(t.relay.sends, t.relay.recvs)]
+                for gone, come in hops:
+                    size = max(_rows(gone), _rows(come)) * row
                     out.append((Sent("all_to_all", self.members(group)), float(size)))
         return out
 

@@ -11,9 +11,14 @@ from mm.config.schema import from_mapping
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.plan.step_plan import StepPlan
+from mm.predict.costs import priced
+from mm.predict.count.job import count_job
+from mm.predict.count.rank import count_rank
 from mm.predict.hardware import Hardware, Link, load_hardware
 from mm.predict.step import Prediction, Spread, check_room, drawn_plans, predict, shortfall
+from mm.ranks.job import open_index
 from mm.virtual.samples import made_up_index
+from parallel.schedule.action import COMPUTE
 from tests.mm.harness import CONFIGS, small
 
 H100, CPU = load_hardware("h100"), load_hardware("cpu-gloo")
@@ -101,10 +106,8 @@ def test_a_link_across_nodes_that_is_slower_makes_the_step_longer() -> None:
 
 
 def test_ragged_steps_differ_and_their_mean_is_between() -> None:
-    blueprint, _ = made("data", data={"train": ["digits-train-*.tar"], "context": 96})
-    from mm.ranks.job import open_index
-
-    index = open_index(blueprint, blueprint.cfg.data.train, CONFIGS / "data", write=False)
+    blueprint, _ = made("data")
+    index = open_index(blueprint, ["data/digits-train-*.tar"], CONFIGS, write=False)
     found = Spread([predict(blueprint, plan, CPU) for plan in drawn_plans(blueprint, index, 3)])
     seconds = [p.step_s for p in found.steps]
     assert min(seconds) < found.mean_s < max(seconds)
@@ -123,3 +126,35 @@ def test_what_does_not_fit_is_said_with_the_numbers() -> None:
         Refused, match=r"need 1630\.0 GB; 4 h100 have 326\.0 GB, 81\.5 each; needed: at least 20"
     ):
         check_room(1630e9, 4, H100)
+
+
+def test_experts_exchanges_are_counted_once() -> None:
+    blueprint, plan = made("tensor and experts")
+    counts = count_job(blueprint, plan)
+    found = priced(blueprint, plan, counts, H100)
+    for a in (a for _, a in blueprint.schedule(plan.active) if a.kind in COMPUTE and a.module == "llm"):
+        load = found.costs.load[a.module, a.microbatch]
+        one = found.prices[a.module, a.stage, a.kind]
+        assert one.exchanges
+        assert found.costs.seconds(a) == pytest.approx(one.seconds * load)
+
+
+def test_launches_do_not_grow_with_the_load() -> None:
+    blueprint, plan = made("data")
+    counts = count_job(blueprint, plan)
+    load = {key: 1.0 if key[1] else 3.0 for key in counts.load}
+    free = replace(H100, kernels=replace(H100.kernels, launch_s=0.0))
+    dear = replace(H100, kernels=replace(H100.kernels, launch_s=1.0))
+    for hardware, ratio in ((free, 3.0), (dear, 1.0)):
+        found = priced(blueprint, plan, replace(counts, load=load), hardware).costs.load
+        assert found["llm", 0] / found["llm", 1] == pytest.approx(ratio, rel=0.01)
+
+
+def test_memory_is_that_of_the_rank_with_the_data() -> None:
+    raw = small(train={"dtype": "float32", "global_batch": 1}, schedule={"microbatches": 1})
+    blueprint = draw_up(from_mapping(raw, CONFIGS), 4)
+    plan = drawn_plans(blueprint, made_up_index(blueprint), 1)[0]
+    found = predict(blueprint, plan, CPU)
+    peaks = [count_rank(blueprint, plan, rank).peak for rank in range(4)]
+    assert max(peaks) > 1.1 * min(peaks)
+    assert found.peak_memory_bytes == pytest.approx(max(peaks))
