@@ -65,6 +65,12 @@ def _search(
     from mm.search.written import as_json, layout_file, summary, table
 
     world, hardware = on
+    if cfg.run.engine != "polyrank" or isinstance(cfg.train.recompute, dict):
+        raise Refused(
+            f"run.engine={cfg.run.engine} and train.recompute={cfg.train.recompute}: a search is of this "
+            "program, and tries what all modules recompute alike; needed: run.engine=polyrank and "
+            "train.recompute=true or false, or one layout, --layout FILE"
+        )
     console = Console(highlight=False, soft_wrap=True)
     with console.status(f"{world} {hardware.name}: bounding candidates") as status:
 
@@ -114,6 +120,8 @@ def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, 
     print(f"{args.layout} on {world} {hardware.name}, {predictor.note}:")
     print(f"  {found.step_s:.4g} s a step, {found.tokens_per_s_per_device:.4g} tokens/s a device,")
     print(f"  {found.tflops_per_device:.4g} TFLOPS a device, idle {found.bubble_fraction:.1%},")
+    if found.paper_tflops_per_device is not None and cfg.run.engine == "megatron":
+        print(f"  {found.paper_tflops_per_device:.4g} by the published metric,")
     print(f"  {found.peak_memory_bytes / 1e9:.3g} GB on rank {found.fullest}")
     why = shortfall(found, hardware)
     if why is not None:
@@ -128,7 +136,10 @@ def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, 
     if args.explain:
         candidate = of_config(made, world, dict(blueprint.policies))
         if candidate is None:
-            raise Refused(f"--explain {args.layout}: a module's ranks are not a range; needed: a-b or all")
+            raise Refused(
+                f"--explain {args.layout}: a module's ranks are not a range, or train.recompute is by "
+                "module; needed: a-b or all, and one train.recompute of all modules"
+            )
         _explain(made, world, hardware, Judged(candidate, found, why))
     return {"candidates": [entry(None, found, made)], "rejected": rejected}
 

@@ -113,10 +113,12 @@ def given_policy(cfg: Config, layout: Layout) -> Policy | None:
     """The data-parallel policy that a config fixes for a module; None where its size decides.
 
     Under fill, an encoder's ranks of one dp group compute at different times, so its weights are gathered
-    once a step.
+    once a step. Megatron-LM's distributed optimizer is zero1.
     """
     if layout.data_parallel == AUTO and cfg.schedule.kind == "fill" and layout.module != SINK:
         return "step"
+    if layout.data_parallel == AUTO and cfg.run.engine == "megatron":
+        return "zero1"
     return check_policy(layout)
 
 

@@ -182,6 +182,8 @@ def of_config(cfg: Config, world: int, policies: Mapping[str, str]) -> Candidate
     from parallel.schedule.generators.refuse import resolve as resolve_kind
     from parallel.topology.layout import make_layout
 
+    if isinstance(cfg.train.recompute, dict):  # candidates recompute alike in all modules
+        return None
     choices = []
     for m in (*cfg.model, SINK):
         x = make_layout(m, world, resolve(cfg)["layout"].get(m, {}))

@@ -117,6 +117,7 @@ def prediction_json(found: Prediction) -> dict[str, Any]:
         "step_s": found.step_s,
         "tokens_per_s_per_device": found.tokens_per_s_per_device,
         "tflops_per_device": found.tflops_per_device,
+        "paper_tflops_per_device": found.paper_tflops_per_device,
         "peak_memory_bytes": found.peak_memory_bytes,
         "memory_by_kind": dict(found.memory_by_kind),
         "bubble_fraction": found.bubble_fraction,

@@ -18,6 +18,7 @@ from tests.mutations.of_media import MEDIA
 from tests.mutations.of_models import LLM
 from tests.mutations.of_order import ORDER
 from tests.mutations.of_parallel import PARALLEL
+from tests.mutations.of_planning import PLANNING
 from tests.mutations.of_prices import PRICES
 from tests.mutations.of_qwen import QWEN
 from tests.mutations.of_remote import REMOTE
@@ -29,5 +30,5 @@ from tests.mutations.of_text import TEXT
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE + PRICES + COMPARE),
+    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE),
 )

@@ -125,6 +125,11 @@ def test_the_published_winner_of_each_tested_comparison_is_ours() -> None:
         assert by_us == sorted(rows, key=lambda r: r.step_s)
 
 
+def test_the_policy_is_that_of_megatron_where_a_layout_names_none() -> None:
+    found = seven(Degrees(1), Degrees(2), **{f"layout.{m}.data_parallel": "auto" for m in ("vision", "llm")})
+    assert set(found.blueprint.policies.values()) == {"zero1"}
+
+
 def test_models_that_it_is_not_described_for_are_refused() -> None:
     found = seven(Degrees(1), Degrees(2), **{"model.llm.pattern": "'*-M-'"})
     assert paper_flops(found.blueprint, found.plan) is None

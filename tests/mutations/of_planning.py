@@ -1,0 +1,34 @@
+"""Faults of predictions."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+ENGINE = "tests/mm/predict/test_engine.py::"
+
+PLANNING = (
+    Fault(
+        "engine.kept",
+        "activations of published runs are split over tp without sequence parallelism too",
+        "mm/predict/engine.py",
+        "return part.states * layers * (engine.held.whole / part.whole + engine.held.split / part.tp)",
+        "return part.states * layers * (engine.held.whole + engine.held.split) / part.tp",
+        ENGINE + "test_a_rank_computes_and_holds_what_closed_forms_say",
+    ),
+    Fault(
+        "engine.shared",
+        "masters and moments of published runs are shared by dp alone, not by cp",
+        "mm/predict/engine.py",
+        "shards = max(1, layout.dp * layout.cp)",
+        "shards = max(1, layout.dp)",
+        ENGINE + "test_states_are_six_bytes_a_parameter_and_twelve_shared",
+    ),
+    Fault(
+        "made_up.markers",
+        "made-up samples are longer than asked for by their markers",
+        "mm/plan/made_up.py",
+        "left = (given.length or inputs.context) - MARKERS - rows",
+        "left = (given.length or inputs.context) - rows",
+        "tests/mm/plan/test_made_up.py::test_made_up_samples_hold_what_is_asked_for_of_every_encoder",
+    ),
+)
