@@ -1,13 +1,12 @@
 """A vision transformer at native resolution: images of any size packed end to end, none padded.
 
-Patch embedding, learned row and column positions, pre-norm blocks, then a 2x2 pixel shuffle that makes one
-row of four neighbouring patches (arXiv 2404.16821, section 3.1). The embedding puts patches in the order of
-these fours, so that a range of rows is a range of patches in every layer.
+Patch embedding, learned row and column positions, pre-norm blocks, then a pixel shuffle that makes one row
+of a square of neighbouring patches, 2x2 by default (arXiv 2404.16821, section 3.1). The embedding puts
+patches in the order of these squares, so that a range of rows is a range of patches in every layer.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Unpack
@@ -21,7 +20,7 @@ from encoders.context import ItemAttention
 from encoders.contract import Features, ItemBatch, Meta, check_positive
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.media.decode import decode_still
-from encoders.media.pictures import check_channels
+from encoders.media.pictures import check_channels, rectangle
 from encoders.registry import register
 from encoders.share import Share, pieces
 from encoders.stacked import StackedEncoder
@@ -42,7 +41,8 @@ class ViTConfig:
 
     patch: side of a patch, in pixels.
     channels: 1 for grey pictures, 3 for colour and grey ones.
-    width: of hidden states; a row has 4 * width features.
+    merge: side of the square of patches that makes one row.
+    width: of hidden states; a row has merge^2 * width features.
     heads: attention heads; they divide width.
     layers: blocks.
     mlp: hidden width of the MLP.
@@ -58,6 +58,12 @@ class ViTConfig:
     mlp: int = 192
     max_grid: int = 64
     levels: tuple[int, ...] = ()
+    merge: int = 2
+
+    @property
+    def merged(self) -> int:
+        """Patches of a row."""
+        return self.merge**2
 
 
 class Block(nn.Module):
@@ -113,9 +119,11 @@ class ViT(StackedEncoder):
     def grid(cls, cfg: ViTConfig, meta: Meta) -> tuple[int, int]:
         """Patches down and across. Raises ValueError where the image does not fit the patches."""
         height, width = meta["height"], meta["width"]
-        side = 2 * cfg.patch
+        side = cfg.merge * cfg.patch
         if height % side or width % side or not height or not width:
-            raise ValueError(f"image of {height}x{width} pixels; needed: multiples of {side} (two patches)")
+            raise ValueError(
+                f"image of {height}x{width} pixels; needed: multiples of {side} ({_patches(cfg.merge)})"
+            )
         rows, columns = height // cfg.patch, width // cfg.patch
         if max(rows, columns) > cfg.max_grid:
             raise ValueError(
@@ -125,13 +133,13 @@ class ViT(StackedEncoder):
 
     @classmethod
     def feature_width(cls, cfg: ViTConfig) -> int:
-        return 4 * cfg.width
+        return cfg.merged * cfg.width
 
     @classmethod
     def rows(cls, cfg: ViTConfig, meta: Meta) -> int:
         down, across = cls.grid(cfg, meta)
         check_channels(meta.get("channels", 1), cfg.channels)  # some indexes lack it
-        return down * across // 4
+        return down * across // cfg.merged
 
     @classmethod
     def cost(cls, cfg: ViTConfig, meta: Meta) -> float:
@@ -156,7 +164,7 @@ class ViT(StackedEncoder):
 
     @classmethod
     def tokens_per_row(cls, cfg: ViTConfig) -> int:
-        return 4
+        return cfg.merged
 
     @classmethod
     def input_shape(cls, cfg: ViTConfig) -> tuple[int, ...]:
@@ -178,12 +186,13 @@ class ViT(StackedEncoder):
 
     @classmethod
     def example(cls, cfg: ViTConfig, rows: int) -> Meta:
-        side = 2 * max(1, min(math.isqrt(rows), cfg.max_grid // 2)) * cfg.patch
-        return {"height": side, "width": side, "channels": cfg.channels}
+        down, across = rectangle(rows, cfg.max_grid // cfg.merge)
+        side = cfg.merge * cfg.patch
+        return {"height": down * side, "width": across * side, "channels": cfg.channels}
 
     @classmethod
     def check(cls, cfg: ViTConfig, tp: int) -> None:
-        check_positive("vit", cfg, ("patch", "width", "heads", "layers", "mlp", "max_grid"))
+        check_positive("vit", cfg, ("patch", "width", "heads", "layers", "mlp", "max_grid", "merge"))
         if cfg.channels not in (1, 3):
             raise ValueError(f"vit channels is {cfg.channels}; needed: 1 (grey) or 3 (colour)")
         check_divides("vit width", cfg.width, "heads", cfg.heads)
@@ -198,8 +207,8 @@ class ViT(StackedEncoder):
     def forward(self, batch: ItemBatch, hidden: Tensor | None = None) -> Features | Tensor:
         cfg = self.cfg
         grids = [self.grid(cfg, m) for m in batch.metas]
-        rows = tuple(a * b // 4 for a, b in grids)
-        share = Share.of(rows, self.axes, 4)
+        rows = tuple(a * b // cfg.merged for a, b in grids)
+        share = Share.of(rows, self.axes, cfg.merged)
         states = [self._embed(batch, grids, share)] if hidden is None else torch.split(hidden, cfg.width, 1)
         x, levels = states[0], list(states[1:])
         attention = ItemAttention.of(share, self.axes.cp, x.device, self.timeout_s)
@@ -209,21 +218,25 @@ class ViT(StackedEncoder):
                 levels.append(x)
         if not self.stage.last:
             return torch.cat([x, *levels], 1) if levels else x
-        found = [y.reshape(-1, 4 * cfg.width) for y in (self.norm(x), *levels)]
-        return Features(torch.stack(found, 1) if levels else found[0], rows, share.part[0] // 4)
+        found = [y.reshape(-1, cfg.merged * cfg.width) for y in (self.norm(x), *levels)]
+        return Features(torch.stack(found, 1) if levels else found[0], rows, share.part[0] // cfg.merged)
 
     def _embed(self, batch: ItemBatch, grids: Sequence[tuple[int, int]], share: Share) -> Tensor:
         """The patches that this rank keeps, embedded: [kept, width]."""
-        kept = _kept_patches(grids, share)
+        kept = _kept_patches(grids, share, self.cfg.merge)
         kept[0] -= sum(share.lengths[: batch.first])  # batch.values lack the items before batch.first
         patch, row, column = to_device(kept, batch.values.device)
         x: Tensor = self.patch(batch.values.index_select(0, patch).to(local(self.patch.weight).dtype))
         return x + local(self.row_position)[row] + local(self.column_position)[column]
 
 
-def _kept_patches(grids: Sequence[tuple[int, int]], share: Share) -> np.ndarray:
-    """Packed index, grid row and grid column of this rank's patches, in the order of 2x2 blocks: int64
-    [3, kept]."""
+def _patches(n: int) -> str:
+    return {1: "a patch", 2: "two patches"}.get(n, f"{n} patches")
+
+
+def _kept_patches(grids: Sequence[tuple[int, int]], share: Share, merge: int) -> np.ndarray:
+    """Packed index, grid row and grid column of this rank's patches, in the order of the squares that make a
+    row: int64 [3, kept]."""
     own = pieces(share.lengths, share.part)
     length = np.asarray([p.stop - p.start for p in own], dtype=np.int64)
     first = np.cumsum([0, *share.lengths])
@@ -233,7 +246,7 @@ def _kept_patches(grids: Sequence[tuple[int, int]], share: Share) -> np.ndarray:
 
     across = each([grids[p.item][1] for p in own])
     in_item = np.arange(length.sum()) + each([p.start for p in own]) - each(before(length).tolist())
-    block, corner = in_item // 4, in_item % 4
-    row = 2 * (block // (across // 2)) + corner // 2
-    column = 2 * (block % (across // 2)) + corner % 2
+    block, corner = in_item // merge**2, in_item % merge**2
+    row = merge * (block // (across // merge)) + corner // merge
+    column = merge * (block % (across // merge)) + corner % merge
     return np.stack([each([int(first[p.item]) for p in own]) + row * across + column, row, column])

@@ -2,7 +2,8 @@
 
 Sources: Nemotron-H (arXiv 2504.03624), Nemotron Nano 2 (2508.14444), Nemotron 3 (2512.20856) with its Nano
 (2512.20848), Super (2604.12374) and Ultra (2606.15007), Llama 3 (2407.21783), Mixtral (2401.04088),
-gpt-oss (2508.10925), DeepSeek-V3 (2412.19437), and the models' published configurations.
+gpt-oss (2508.10925), DeepSeek-V3 (2412.19437), and the models' published configurations; gpt-7b to gpt-70b
+are dense models of GPT's form (arXiv 2005.14165) that layouts are compared with (docs/planning_published.md).
 """
 
 from __future__ import annotations
@@ -140,6 +141,21 @@ _TINY = LLMConfig(
     mlp_ffn=192,
 )
 
+
+def _gpt(blocks: int, width: int) -> LLMConfig:
+    """A dense model of GPT's form: heads of 128 that share no keys, and an MLP of four widths."""
+    return LLMConfig(
+        pattern=blocks * "*-",
+        d_model=width,
+        vocab_size=128000,
+        n_heads=width // 128,
+        n_kv_heads=width // 128,
+        head_dim=128,
+        mlp_ffn=4 * width,
+        activation="gelu",
+    )
+
+
 PRESETS = {
     "nemotron-h-8b": _NEMOTRON_H_8B,
     "nemotron-h-56b": replace(
@@ -196,6 +212,10 @@ PRESETS = {
     ),
     "gpt-oss-120b": _GPT_OSS_120B,
     "deepseek-v3": _DEEPSEEK_V3,
+    "gpt-7b": _gpt(32, 4096),
+    "gpt-14b": _gpt(48, 5120),
+    "gpt-32b": _gpt(64, 6144),
+    "gpt-70b": _gpt(80, 8192),
     "tiny-hybrid": _TINY,
     "tiny-moe": replace(_TINY, pattern="MEM*EME"),
     "tiny-latent": replace(_TINY, pattern="MEM*EME", latent=32, n_experts=16, top_k=4, mtp_layers=2),

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mm.commands import checkpoint, compare, data, doctor, evaluate, generate, train
+from mm.commands import checkpoint, compare, data, doctor, evaluate, generate, plan, report, train
 from mm.commands.command import Command
 from mm.data.remote.urls import scrub
 from mm.errors import PolyrankError, Refused
@@ -22,10 +22,12 @@ from mm.ranks import launch
 COMMANDS = {
     "train": train.COMMAND,
     "compare": compare.COMMAND,
+    "plan": plan.COMMAND,
     "data": data.COMMAND,
     "checkpoint": checkpoint.COMMAND,
     "generate": generate.COMMAND,
     "eval": evaluate.COMMAND,
+    "report": report.COMMAND,
     "doctor": doctor.COMMAND,
 }
 

@@ -7,6 +7,7 @@ import gc
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ MARKS = {"pool": "dist", "processes": "e2e"}  # by fixture
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=280, help="random cases of the boundary's property test")
+    parser.addoption("--browser", type=Path, help="Chromium for tests of pages (docs/testing.md)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

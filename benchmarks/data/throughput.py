@@ -1,16 +1,19 @@
 """Pictures a second, read and decoded by as many worker processes: this project's feed beside other loaders.
 
-    PYTHONPATH=PEERS python -m benchmarks.data.throughput [--workers 2] [--pictures 512] [--rounds 5]
+    PYTHONPATH=PEERS python -m benchmarks.data.throughput [--workers 2] [--pictures 2048] [--rounds 5]
 
 PEERS: a folder with torchdata and mosaicml-streaming (benchmarks/README.md); loaders that are not there are
 left out, and nothing else in the project needs them. webdataset comes with the project.
 
-The same JPEGs for all, made by the benchmark, in the page cache; all decode with the same function, ViT's
-prepare(), and give batches of float32 patches. Order of loaders is turned round by round. A round is two
-epochs, shuffled; its clock runs from the fourth batch on, when all workers have begun, until the last.
-Figures are medians over rounds: pictures a second, the feed's over each loader's of the same round, and
-processor time a picture, of all processes in the same time. The feed does more than the others: it plans
-steps and packs them with their texts, and checks each payload against its sha256.
+Equal for all: the JPEGs, made by the benchmark, in the page cache; the function that decodes them, ViT's
+prepare(); batches of float32 patches, of the same size; workers; two batches ahead a worker. Order of
+loaders is turned round by round. A round is an epoch, shuffled. Its clock runs from batch number FIRST, when
+all workers are at work, to the FIRST-last: at both ends as many batches lie ready as a loader holds, so none
+has work counted that was done outside, and none is slowed by the end of an epoch.
+Figures are medians over rounds: pictures a second, the feed's over each loader's of the same round,
+processor time a picture, of all processes in the same time, and the cores that were at work. The feed does
+more than the others: it plans the steps of a job, reads and packs their texts, checks each payload against
+its sha256, and lets workers die. The tars have a text a picture; webdataset reads both, and decodes one.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from benchmarks.data.made import config, feeding, jpegs, vit_options, write_tars
 from encoders import compat
 from encoders.registry import resolve
 
-EPOCHS, FIRST = 2, 3  # of a round; batches before its clock runs
+FIRST = 8  # batches before the clock runs, and after it has stopped
 Batches = Iterator[Tensor]
 
 
@@ -107,29 +110,23 @@ def mds(root: Path, decode: Decode, batch: int) -> Any:
     return Pictures(local=str(root / "mds"), shuffle=True, batch_size=batch)
 
 
-def epochs(loader: Any) -> Batches:
-    """EPOCHS of a loader."""
-    for _ in range(EPOCHS):
-        yield from loader
-
-
 def loaders(root: Path, decode: Decode, workers: int, batch: int) -> dict[str, Callable[[], Batches]]:
     """By name, what makes the batches of a round."""
     kept: dict[str, Any] = {"num_workers": workers, "persistent_workers": True, "prefetch_factor": 2}
     mapped: dict[str, Any] = {**kept, "batch_size": batch, "shuffle": True}
     own: dict[str, Any] = {**kept, "batch_size": None}
     found: dict[str, Callable[[], Batches]] = {
-        "webdataset": lambda: epochs(DataLoader(tars(root, decode, batch), **own)),
-        "torch, files": lambda: epochs(DataLoader(Files(root / "files", decode), **mapped)),
+        "webdataset": lambda: iter(DataLoader(tars(root, decode, batch), **own)),
+        "torch, files": lambda: iter(DataLoader(Files(root / "files", decode), **mapped)),
     }
     if there("torchdata"):
         from torchdata.stateful_dataloader import StatefulDataLoader
 
-        found["torchdata, webdataset"] = lambda: epochs(StatefulDataLoader(tars(root, decode, batch), **own))
+        found["torchdata, webdataset"] = lambda: iter(StatefulDataLoader(tars(root, decode, batch), **own))
         files = Files(root / "files", decode)
-        found["torchdata, files"] = lambda: epochs(StatefulDataLoader(files, **mapped))
+        found["torchdata, files"] = lambda: iter(StatefulDataLoader(files, **mapped))
     if there("streaming"):
-        found["mosaicml-streaming"] = lambda: epochs(
+        found["mosaicml-streaming"] = lambda: iter(
             DataLoader(mds(root, decode, batch), batch_size=batch, **kept)
         )
     return found
@@ -143,14 +140,14 @@ def fed(root: Path, side: int, batch: int, steps: int, workers: int) -> Batches:
 
 
 def clocked(batches: Batches, steps: int) -> tuple[float, float]:
-    """Batches a second, and processor seconds a batch, between number FIRST and the last of `steps`."""
-    seen = {}
+    """Batches a second, and processor seconds a batch, between number FIRST and the FIRST-last of `steps`."""
+    seen, last = {}, steps - FIRST
     for n, batch in enumerate(batches):
         _ = batch.view(-1)[0].item()
-        if n in (FIRST, steps - 1):
+        if n in (FIRST, last):
             seen[n] = time.perf_counter(), processor_s()
-    (begin, before), (end, after) = seen[FIRST], seen[steps - 1]
-    count = steps - 1 - FIRST
+    (begin, before), (end, after) = seen[FIRST], seen[last]
+    count = last - FIRST
     return count / (end - begin), (after - before) / count
 
 
@@ -171,7 +168,7 @@ def processor_s() -> float:
 def main() -> None:
     args = common.parser(__doc__)
     args.add_argument("--workers", type=int, default=2)
-    args.add_argument("--pictures", type=int, default=512)
+    args.add_argument("--pictures", type=int, default=2048)
     args.add_argument("--side", type=int, default=224)
     args.add_argument("--batch", type=int, default=32)
     args.add_argument("--rounds", type=int, default=5)
@@ -184,7 +181,7 @@ def main() -> None:
         pictures = list(jpegs(asked.pictures, asked.side))
         write_formats(root, pictures)
         size = sum(map(len, pictures)) / len(pictures) / 1e3
-        steps = EPOCHS * asked.pictures // asked.batch
+        steps = asked.pictures // asked.batch
         made = loaders(root, decode, asked.workers, asked.batch)
         ours = "this project"
         made[ours] = lambda: fed(root, asked.side, asked.batch, steps, asked.workers)
@@ -197,11 +194,12 @@ def main() -> None:
                 rates[name].append(rate * asked.batch)
                 costs[name].append(cost / asked.batch)
         print(f"{asked.pictures} JPEGs of {asked.side} px, {size:.0f} kB each, {asked.workers} workers")
-        print("| loader | pictures a second | ours over it | processor ms a picture |\n|---|---|---|---|")
+        print("| loader | pictures a second | ours over it | processor ms a picture | cores at work |")
+        print("|---|---|---|---|---|")
         for name in names:
             ratio = statistics.median(a / b for a, b in zip(rates[ours], rates[name], strict=True))
-            line = f"| {name} | {statistics.median(rates[name]):.0f} | {ratio:.2f} |"
-            print(f"{line} {statistics.median(costs[name]) * 1e3:.2f} |")
+            rate, cost = statistics.median(rates[name]), statistics.median(costs[name])
+            print(f"| {name} | {rate:.0f} | {ratio:.2f} | {cost * 1e3:.2f} | {rate * cost:.2f} |")
     finally:
         shutil.rmtree(root)
 

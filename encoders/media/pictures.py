@@ -8,6 +8,7 @@ Pillow's conversion of 16-bit grey would clip all above 255 to white.
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -145,3 +146,16 @@ def image_tensor(pixels: np.ndarray) -> Tensor:
     """Pixels [height, width] or [height, width, channels] to uint8 [channels, height, width]."""
     out = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return torch.from_numpy(np.array(out, order="C"))  # a copy: decoded pixels are read-only
+
+
+def rectangle(rows: int, most: int | None = None) -> tuple[int, int]:
+    """Rows down and across of a picture of `rows` rows, at most four times as wide as high.
+
+    The largest square of at most so many where there is none. most: of either side.
+    """
+    root = max(1, math.isqrt(rows))
+    down = next((n for n in range(root, root // 2, -1) if rows % n == 0), 0)
+    across = rows // down if down else root
+    if most is not None and across > most:
+        across = down = min(root, most)
+    return down or root, across

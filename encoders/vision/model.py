@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Unpack
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from encoders.contract import Features, ItemBatch, Meta, check_positive
 from encoders.layers import run_layer
-from encoders.media.pictures import check_channels
+from encoders.media.pictures import check_channels, rectangle
 from encoders.share import Share, pieces
 from encoders.stacked import StackedEncoder
 from encoders.vision.attention import frame_attention, window_attention
@@ -178,9 +177,9 @@ class VisionTransformer(StackedEncoder):
 
     @classmethod
     def example(cls, cfg: VisionConfig, rows: int) -> Meta:
-        side = max(1, math.isqrt(rows)) * cfg.side
+        down, across = rectangle(rows)
         tile = {"tile": 0} if cfg.pictures.fit == "tiles" else {}
-        return {"height": side, "width": side, "channels": cfg.channels, **tile}
+        return {"height": down * cfg.side, "width": across * cfg.side, "channels": cfg.channels, **tile}
 
     @classmethod
     def check(cls, cfg: VisionConfig, tp: int) -> None:

@@ -25,6 +25,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--no-watch", action="store_true", help="only time steps: no memory, no timelines, no bounds")
     add("--peak", type=float, metavar="TFLOPS", help="of a device, for MFU: 989 for bfloat16 on an H100")
     add("--json", type=Path, metavar="OUT", help="write the result here")
+    add("--report", type=Path, metavar="OUT", help="write a page here: one HTML file (docs/reports.md)")
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
@@ -43,8 +44,9 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         )
     if args.peak is not None and not args.peak > 0:
         raise Refused(f"--peak {args.peak:g}; needed: a device's peak in TFLOPS, above 0, such as 989")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise Refused(f"--json {args.json}: there is no folder {args.json.parent}")
+    for option, out in (("--json", args.json), ("--report", args.report)):
+        if out is not None and not out.absolute().parent.is_dir():
+            raise Refused(f"{option} {out}: there is no folder {out.parent}")
     world = world_of(args, cfg)
     from mm.compare.variants import check_variants, variants
 
@@ -64,6 +66,8 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     from mm.compare.rounds import Settings, compare
     from mm.compare.table import show
     from mm.compare.written import write_json
+    from mm.pages.compare_page import compare_page
+    from mm.pages.frame import write_page
 
     settings = Settings(
         steps=args.steps,
@@ -78,6 +82,8 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if result is not None:
         if args.json is not None:
             write_json(result, args.json)
+        if args.report is not None:
+            write_page(compare_page(result), args.report)
         show(result)
     return 0
 

@@ -84,14 +84,12 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
 def _show(args: argparse.Namespace, shards: list[str], tokenizer: AnyTokenizer, storage: Storage) -> None:
     """Write samples as a page."""
     from mm.data.index import load_index
-    from mm.data.page import choose, page
+    from mm.pages.frame import write_page
+    from mm.pages.samples_page import choose, samples_page
 
     index = load_index(shards, Path(), layout=_layout(args), tokenizer=tokenizer, storage=storage)
     chosen = choose(index.samples, args.sample, args.samples)
-    try:
-        args.html.write_text(page(index, chosen, tokenizer), encoding="utf-8")
-    except OSError as error:
-        raise Refused(f"{args.html} cannot be written: {error}") from error
+    write_page(samples_page(index, chosen, tokenizer), args.html)
     print(f"{args.html}: {len(chosen)} samples, {args.html.stat().st_size} bytes")
 
 

@@ -1,4 +1,4 @@
-"""`doctor`: what is installed on a machine, what works there, whether the default job can run."""
+"""`doctor`: what is installed on a machine and works there, if the default job can run, how fast it is."""
 
 from __future__ import annotations
 
@@ -27,12 +27,47 @@ NEEDED = ("torch", "numpy", "pillow", "pydantic", "pyyaml", "rich")
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if args.positional:
         raise Refused(f"doctor takes no arguments, given {' '.join(args.positional)}")
+    if args.calibrate:
+        return _calibrate(args.out)
+    if args.out is not None:
+        raise Refused("--out is where --calibrate writes; needed: --calibrate with it")
     text, healthy = examine()
     print(text)
     return 0 if healthy else 1
 
 
-COMMAND = Command(_run, "examine this machine: can the default job run?", "none")
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure this machine's cores and gloo, and write a hardware file for `plan` (below two minutes "
+        "where nothing else runs)",
+    )
+    parser.add_argument("--out", type=Path, help="the hardware file (default: it is printed)")
+
+
+COMMAND = Command(_run, "examine this machine: can the default job run, how fast is it?", "none", _options)
+
+
+def _calibrate(out: Path | None) -> int:
+    from mm.predict.here import as_yaml, measured
+
+    start = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - start:5.0f} s  {what}", file=sys.stderr, flush=True)
+
+    if out is not None and not out.parent.is_dir():
+        raise Refused(f"--out {out}: there is no folder {out.parent}")
+    hardware, lines = measured(say)
+    text = as_yaml(hardware, "this-machine" if out is None else out.stem)
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text)
+    say("done" if out is None else f"written to {out}")
+    print("\n".join(lines), file=sys.stderr)
+    return 0
 
 
 def examine() -> tuple[str, bool]:

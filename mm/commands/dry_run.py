@@ -13,13 +13,13 @@ from mm.config.outline import SINK
 from mm.data.sample import Index
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint
+from mm.plan.made_up import made_up_index
 from mm.ranks.job import open_indexes
 from mm.ranks.launch import choose_device
 from mm.report.groups import communicator_lines
 from mm.report.header import gib, header, memory_warning
 from mm.report.plan_json import PlanData, first_step, plan_data
 from mm.report.timeline import RATE, draw_simulated
-from mm.virtual.samples import made_up_index
 from parallel.topology.layout import Layout
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
-    """Refuse a run folder that cannot be written, missing data, and TensorBoard where it is not installed.
+    """Refuse a run folder that cannot be written, missing data, and boards that are not installed.
 
     Needs no torch. write: make the run folder; otherwise nothing is written. Raises Refused or DataError.
     """
@@ -50,11 +50,22 @@ def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
     for entries in (cfg.data.train, cfg.data.eval) if data else ():
         find_shards(patterns_of(entries), cfg.base, cfg.data.made_by, storage_of(cfg.data))
         _check_layouts([cfg.data.layout, *(e.layout for e in entries if not isinstance(e, str))])
-    if cfg.run.tensorboard and find_spec("tensorboard") is None:
-        raise Refused(
-            "run.tensorboard=true, but the package tensorboard is not installed; needed: pip install -e "
-            "'.[tensorboard]', or run.tensorboard=false (metrics.jsonl has the same numbers)"
-        )
+    _check_boards(cfg)
+
+
+def _check_boards(cfg: Config) -> None:
+    """Refuse a board whose package is not installed."""
+    asked = {
+        "tensorboard": ("run.tensorboard=true", "run.tensorboard=false") if cfg.run.tensorboard else None,
+        "wandb": (f"run.wandb={cfg.run.wandb}", "run.wandb=null") if cfg.run.wandb is not None else None,
+    }
+    for package, said in asked.items():
+        found = find_spec(package)  # without origin: a folder of that name that the package made
+        if said is not None and (found is None or found.origin is None):
+            raise Refused(
+                f"{said[0]}, but the package {package} is not installed; needed: pip install -e "
+                f"'.[{package}]', or {said[1]} (metrics.jsonl has the same numbers)"
+            )
 
 
 def _check_layouts(layouts: Sequence[Spec]) -> None:

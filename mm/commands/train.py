@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,7 @@ from mm.ranks import launch
 from mm.ranks.stop import Stop
 
 if TYPE_CHECKING:
+    from mm.config.schema import Config
     from mm.config.stages import Stage
     from mm.plan.blueprint import Blueprint
 
@@ -72,8 +76,25 @@ def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
         return launch.launch_local(world, argv, lambda: [_check(stage, world) for stage in stages], stop)
     from mm.train.trainer import Run, train
 
-    train([Run(_check(stage, world), stage.name, stage.before) for stage in stages], stop)
+    runs = [Run(_check(stage, world), stage.name, stage.before) for stage in stages]
+    try:
+        train(runs, stop)
+    finally:
+        if os.environ["RANK"] == "0":
+            _report([stage.cfg for stage in stages])
     return 0
+
+
+def _report(configs: Sequence[Config]) -> None:
+    """Write the pages that a run asks for, at its end or where it failed. A page that cannot be written is a
+    warning: the run is what matters."""
+    from mm.pages.run_page import write_report
+
+    for run in (cfg.run for cfg in configs if cfg.run.report):
+        try:
+            print(f"report: {write_report(Path(run.dir))}", flush=True)
+        except Refused as error:
+            print(f"warning: no report: {error}", file=sys.stderr, flush=True)
 
 
 def _check(stage: Stage, world: int) -> Blueprint:

@@ -9,6 +9,7 @@ from pydantic import Field
 from mm.config.build import Section
 from mm.config.remote import RemoteConfig
 from mm.config.sources import Entry, LengthsConfig, WeightsConfig
+from mm.config.synthetic import SyntheticConfig
 from mm.data.remote.urls import urls_in
 from mm.data.storage import Storage
 
@@ -54,10 +55,10 @@ class DataConfig(Section):
     made_by: str | None = Field(
         None, description="command that makes the shards, named in the error where one is missing"
     )
-    overlong: Literal["refuse", "skip", "truncate"] = Field(
+    overlong: Literal["refuse", "skip", "truncate", "split"] = Field(
         "refuse",
-        description="samples longer than data.context: refuse, skip, or truncate to their beginning, without "
-        "the end marker",
+        description="samples longer than data.context: refuse, skip, truncate to their beginning, without "
+        "the end marker, or split into portions that are samples of their own",
     )
     misfit: Literal["refuse", "skip"] = Field(
         "refuse",
@@ -89,6 +90,11 @@ class DataConfig(Section):
     )
     prefetch: int = Field(2, ge=1, description="steps that are read ahead")
     remote: RemoteConfig = RemoteConfig()
+    synthetic: SyntheticConfig | None = Field(
+        None,
+        description="made-up samples, all alike, that plan and train --virtual take in the place of "
+        "data.train",
+    )
     workers: int = Field(
         0, ge=0, description="processes of each rank that read and decode ahead; 0: a thread of the rank does"
     )

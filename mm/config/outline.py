@@ -13,18 +13,18 @@ from pathlib import Path
 from llm.checks import check as check_llm
 from llm.config import LLMConfig
 from llm.presets import preset
-from llm.recompute import recompute_parts
 from llm.stages import partition
 from mm.config.build import build
 from mm.config.nodes import node_size
 from mm.config.schema import Config
+from mm.config.training import recomputed
 from mm.data.tokenizer import make_tokenizer
 from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.schedule.generators.refuse import check_stages
 from parallel.schedule.plan import parameter_groups
 from parallel.topology.data_parallel import AUTO, POLICIES, Policy, check_policy, shards_of
 from parallel.topology.layout import Layout, Unfit, make_layout
-from parallel.topology.stage import Stage
+from parallel.topology.stage import Stage, stages_of
 
 SINK = "llm"
 
@@ -67,7 +67,15 @@ def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tupl
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
     check_stages(layouts[SINK], len(llm.symbols))
     _check_schedule(cfg, layouts)
-    return layouts, llm, partition(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
+    return layouts, llm, _stages(cfg, llm, layouts[SINK].pp * layouts[SINK].vpp)
+
+
+def _stages(cfg: Config, llm: LLMConfig, n: int) -> tuple[Stage, ...]:
+    """The language model in n stages; Megatron-LM's have equally many blocks, wherever the head is."""
+    layers = len(llm.symbols)
+    if cfg.run.engine == "megatron" and "|" not in llm.pattern and layers % (2 * n) == 0:
+        return stages_of(range(0, layers + 1, layers // n))
+    return partition(llm, n, (cfg.data.context,))
 
 
 def schedule_of(
@@ -77,9 +85,11 @@ def schedule_of(
 
     active: by micro-batch, the encoders with items.
     """
-    pairs = cfg.schedule.overlap_experts
+    pairs, kind = cfg.schedule.overlap_experts, cfg.schedule.kind
+    if cfg.run.engine == "megatron" and kind == "auto" and _before_pipeline(modules):
+        kind = "three_phase"
     return make_schedule(
-        cfg.schedule.kind,
+        kind,
         modules,
         sink=SINK,
         active=active,
@@ -90,6 +100,13 @@ def schedule_of(
             train=train,
         ),
     )
+
+
+def _before_pipeline(modules: Mapping[str, ModuleUse]) -> bool:
+    """Whether all encoders are one stage on all ranks of a language model of several."""
+    sink = modules[SINK].layout
+    others = [use.layout for m, use in modules.items() if m != SINK]
+    return sink.pp > 1 and all(x.pp == 1 and set(x.ranks) == set(sink.ranks) for x in others) and bool(others)
 
 
 def given_policy(cfg: Config, layout: Layout) -> Policy | None:
@@ -160,7 +177,8 @@ def llm_config(cfg: Config) -> LLMConfig:
 
 def _check_recompute(cfg: Config, llm: LLMConfig) -> None:
     """Refuse parts to recompute that are unknown, or that no layer of the model has."""
-    kinds, parts = llm.kinds, recompute_parts(cfg.train.recompute)
+    kinds, parts = llm.kinds, recomputed(cfg.train, SINK)
+    key = "train.recompute" + (f".{SINK}" if isinstance(cfg.train.recompute, dict) else "")
     present = {
         "mlp": "-" in kinds or ("E" in kinds and llm.shared_ffn > 0),
         "moe_act": "E" in kinds,
@@ -171,9 +189,9 @@ def _check_recompute(cfg: Config, llm: LLMConfig) -> None:
         if not present.get(part, True):
             others = sorted(p for p in parts if present.get(p, True))
             raise Unfit(
-                f"train.recompute has {part}, but no layer of model.llm.pattern {llm.pattern!r} has it: it "
+                f"{key} has {part}, but no layer of model.llm.pattern {llm.pattern!r} has it: it "
                 "would have no effect",
-                [{"train.recompute": others or False}],
+                [{key: others or False}],
             )
 
 

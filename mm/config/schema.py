@@ -19,6 +19,7 @@ from mm.config.build import Section, build, unknown_key
 from mm.config.data import DataConfig
 from mm.config.folder import FOLDER, unfold
 from mm.config.sources import check_lengths, check_sources, moved
+from mm.config.synthetic import check_synthetic
 from mm.config.training import TrainConfig, check_train
 from mm.data.remote.urls import all_public
 from mm.errors import Refused
@@ -45,7 +46,17 @@ class RunConfig(Section):
     trace: int | None = Field(
         None, ge=1, description="number of a step to draw as it ran, with a trace for Perfetto"
     )
+    engine: Literal["polyrank", "megatron"] = Field(
+        "polyrank",
+        description="the program that plan predicts, which is as a rule this one; train always runs this one",
+    )
     tensorboard: bool = Field(False, description="write losses, norms, rates and lifts for TensorBoard too")
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases that gets the same numbers"
+    )
+    report: bool = Field(
+        False, description="write report.html when the run ends; report RUN does so at any time"
+    )
 
 
 class ProjectorConfig(Section):
@@ -250,6 +261,8 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
     check_train(cfg.train, [*cfg.model], cfg.run.trace)
     check_sources(cfg.data.train, cfg.data.weights)
     check_lengths(cfg.data.lengths, cfg.data.context)
+    if cfg.data.synthetic is not None:
+        check_synthetic(cfg.data.synthetic, cfg.data.context, cfg.model)
     if cfg.data.pack is not None and cfg.data.pack < cfg.data.context:
         raise Refused(
             f"data.pack={cfg.data.pack} is shorter than the longest sample, data.context={cfg.data.context}; "

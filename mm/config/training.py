@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from llm.recompute import recompute_parts
 from mm.config.build import Section, unknown_key
 from mm.errors import Refused
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Recompute = bool | str | list[str]
 MOMENTUM = 0.95  # of Muon
 
 
@@ -76,10 +78,10 @@ class TrainConfig(Section):
     average: float | None = Field(
         None, gt=0, lt=1, description="decay of an exponential average of the weights, such as 0.999"
     )
-    recompute: bool | str | list[str] = Field(
+    recompute: Recompute | dict[str, Recompute] = Field(
         False,
-        description="true to recompute whole layers in the backward, or names of their parts; encoders know "
-        "whole layers only",
+        description="true to recompute whole layers in the backward, or names of their parts, or either by "
+        "module; encoders know whole layers only",
     )
     offload: int | None = Field(
         None,
@@ -92,6 +94,12 @@ class TrainConfig(Section):
     shard: Literal["module", "layer"] = Field(
         "module", description="what FSDP gathers at once: a module, or each layer"
     )
+
+
+def recomputed(train: TrainConfig, module: str) -> frozenset[str]:
+    """The parts of a module's layers that the backward computes again (llm.recompute.PARTS)."""
+    given = train.recompute
+    return recompute_parts(given.get(module, False) if isinstance(given, dict) else given)
 
 
 def check_train(train: TrainConfig, encoders: Sequence[str], trace: int | None) -> None:
@@ -111,8 +119,27 @@ def check_train(train: TrainConfig, encoders: Sequence[str], trace: int | None) 
             "is, so it would have no effect; nearest: train.min_lr=0"
         )
     _check_optimizer(train, encoders)
+    _check_recompute(train, encoders)
     if trace is not None and trace > train.steps:
         raise Refused(f"run.trace is {trace}; needed: a step of the run, at most train.steps={train.steps}")
+
+
+def _check_recompute(train: TrainConfig, encoders: Sequence[str]) -> None:
+    given = train.recompute
+    if not isinstance(given, dict):
+        return
+    for name in given:
+        if name not in (*encoders, "llm"):
+            raise Refused(unknown_key(f"train.recompute.{name}", name, [*encoders, "llm"]))
+        try:
+            parts = recomputed(train, name)
+        except ValueError as error:
+            raise Refused(f"train.recompute.{name}: {error}") from error
+        if name in encoders and parts - {"full"}:
+            raise Refused(
+                f"train.recompute.{name}={given[name]!r}, but encoders know whole layers only; nearest: "
+                f"train.recompute.{name}=true"
+            )
 
 
 def _check_optimizer(train: TrainConfig, encoders: Sequence[str]) -> None:

@@ -143,6 +143,7 @@ def _file(index: Index, tally: Tally, number: int, lost: int) -> str:
     more = {
         "left out": lost,
         "truncated to data.context": int(tally.truncated[number]),
+        f"split into {tally.portions[number]} portions": int(tally.split[number]),
         "files that are no part of a sample": index.ignored.get(shard, 0),
     }
     counts = [_count(tally, slice(number, number + 1)), *(f"{n} {what}" for what, n in more.items() if n)]

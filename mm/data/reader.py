@@ -15,8 +15,9 @@ class BadSample(Exception):
     """A sample that cannot be read; it is skipped and replaced on all ranks alike."""
 
     def __init__(self, sample: Sample, why: str) -> None:
-        super().__init__(f"sample {sample.key} of {sample.shard}: {why}")
+        super().__init__(f"sample {sample.name} of {sample.shard}: {why}")
         self.sample_id, self.key, self.shard, self.why = sample.id, sample.key, sample.shard, why
+        self.portion = "" if sample.portion is None else str(sample.portion)
 
 
 class ShardReader:

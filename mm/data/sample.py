@@ -51,6 +51,7 @@ class Segment:
     written: int | None = None  # of truncated text, its tokens in the json; None where it is whole
     ids: tuple[int, ...] | None = None  # of text between pieces of an item, which is not in the json
     more: bool = False  # whether the next segment is of the same item
+    first: int = 0  # of text that a portion has a part of, its tokens before that part
 
 
 def grouped(segments: Sequence[Segment]) -> list[tuple[Segment, ...]]:
@@ -66,6 +67,18 @@ def grouped(segments: Sequence[Segment]) -> list[tuple[Segment, ...]]:
     return out
 
 
+class Portion(NamedTuple):
+    """What a sample is of a longer one that is split (mm/plan/truncate.py). nth: from 1 on. of: how many
+    there are. texts: how many of the json's texts end before it."""
+
+    nth: int
+    of: int
+    texts: int
+
+    def __str__(self) -> str:
+        return f"{self.nth} of {self.of}"
+
+
 @dataclass(frozen=True)
 class Sample:
     """One training sequence."""
@@ -75,11 +88,24 @@ class Sample:
     shard: str
     segments: tuple[Segment, ...]
     json: Part  # its text part, whatever its ending
-    truncated: bool = False  # only its beginning is used, so its end marker is not learned
+    truncated: bool = False  # more follows that is not in it, so its end marker is not learned
     markers: bool = True  # a begin and an end marker are put around it; not where a chat template writes them
     source: str = ""  # the data set that it is of (mm/data/sources.py)
     layout: str = "segments"  # how its text part is written (mm/data/layouts)
     names: tuple[str, ...] = ()  # of its items' payloads as indexed, each once: its layout may need them
+    portion: Portion | None = (
+        None  # of a longer sample; None where it is a whole one, or the beginning of one
+    )
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has all that its json has."""
+        return not self.truncated and self.portion is None
+
+    @property
+    def name(self) -> str:
+        """Its key, and which portion of that it is."""
+        return self.key if self.portion is None else f"{self.key} (portion {self.portion})"
 
     def items(self, module: str) -> tuple[Part, ...]:
         """The sample's items of a module, in order."""
@@ -121,12 +147,14 @@ class Selection(NamedTuple):
 class Tally(NamedTuple):
     """Usable samples by shard, int64 [shards].
 
-    truncated: those of which only the beginning is used. items: by module that has some, in alphabetical
-    order.
+    A portion counts as a sample. truncated: those of which only the beginning is used. portions: those that
+    are portions, and split: of how many samples. items: by module that has some, in alphabetical order.
     """
 
     samples: NDArray[np.int64]
     truncated: NDArray[np.int64]
+    split: NDArray[np.int64]
+    portions: NDArray[np.int64]
     items: Mapping[str, NDArray[np.int64]]
 
 

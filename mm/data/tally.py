@@ -19,15 +19,18 @@ def tally_of(index: Index) -> Tally:
         return found
     number = {shard: k for k, shard in enumerate(index.shards)}
     items: dict[str, np.ndarray] = {}
-    samples, truncated = (np.zeros(len(number), dtype=np.int64) for _ in range(2))
+    samples, truncated, split, portions = (np.zeros(len(number), dtype=np.int64) for _ in range(4))
     for sample in index.usable:
         at = number[sample.shard]
         samples[at] += 1
-        truncated[at] += sample.truncated
+        portion = sample.portion
+        truncated[at] += sample.truncated and portion is None
+        portions[at] += portion is not None
+        split[at] += portion is not None and portion.nth == 1
         for seg in sample.segments:
             if seg.part is not None:
                 items.setdefault(seg.kind, np.zeros(len(number), dtype=np.int64))[at] += 1
-    return Tally(samples, truncated, dict(sorted(items.items())))
+    return Tally(samples, truncated, split, portions, dict(sorted(items.items())))
 
 
 def shard_numbers(samples: Sequence[Sample], shards: Sequence[str], ids: Sequence[int]) -> list[int]:

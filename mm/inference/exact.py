@@ -136,8 +136,8 @@ def questions_of(samples: Iterable[Sample], limit: int, storage: Storage = LOCAL
 
 
 def _asked(sample: Sample, data: Mapping[str, Any]) -> tuple[dict[str, Any], str] | None:
-    """A sample's json without its answer, and that; None where it has none, or only its beginning is used."""
-    if sample.truncated:
+    """A sample's json without its answer, and that; None where it has none, or only a part of it is used."""
+    if not sample.whole:
         return None
     key = "messages" if "messages" in data else "segments"
     for at in range(len(data[key]) - 1, 0, -1):

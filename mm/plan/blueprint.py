@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from llm.config import LLMConfig
 from llm.flops import document_cost
-from llm.recompute import recompute_parts
 from llm.stages import entering_levels, shared_parameters
 from mm.config import outline
 from mm.config.advice import advise
@@ -22,6 +21,7 @@ from mm.config.data import storage_of
 from mm.config.nodes import node_size
 from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
 from mm.config.schema import Config
+from mm.config.training import recomputed
 from mm.data.storage import Storage
 from mm.errors import Refused
 from mm.plan.levels import check_levels
@@ -374,7 +374,7 @@ def bare_module(
     module: nn.Module
     if name == SINK:
         module = LLM(blueprint.llm, axes, stage=stage, device=device, dtype=stored)
-        module.recompute = cfg.train.recompute
+        module.recompute = recomputed(cfg.train, name)
         module.offload = cfg.train.offload
         module.requires_grad_(not blueprint.llm.freeze)
         return adapt(module, cfg, name)
@@ -394,7 +394,7 @@ def bare_module(
             )
     except ValueError as error:
         raise Refused(f"model.{name}: {error}") from error
-    module.encoder.recompute = "full" in recompute_parts(cfg.train.recompute)
+    module.encoder.recompute = "full" in recomputed(cfg.train, name)
     module.encoder.timeout_s = cfg.run.timeout_s
     module.freeze(enc.freeze, enc.freeze_layers)
     return adapt(module, cfg, name)

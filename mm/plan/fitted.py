@@ -1,15 +1,16 @@
-"""The samples of an index as a model takes them: items in pieces, long samples truncated, all by columns.
+"""The samples of an index as a model takes them: items in pieces, long samples in portions, all by columns.
 
 Encoders answer once for each distinct metadata of an item, in Python. Whatever is asked of samples then, one
 after another or a million at once, is worked out from columns, without a loop over samples. The samples
 themselves are views, made as the definitions in mm/plan/inputs.py, item_pieces.py and truncate.py say.
+A number is that of a sample, or of one of its portions (portions.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -19,8 +20,9 @@ from mm.data.columns.table import Array, Numbers
 from mm.data.sample import Part, Sample, Segment, Tally, Views
 from mm.plan.inputs import PlanInputs
 from mm.plan.item_pieces import Encode, in_pieces, item_pieces
-from mm.plan.truncate import truncated_sample
-from parallel.sequence.intervals import before
+from mm.plan.portions import Found, Lengths, Portions
+from mm.plan.truncate import Span, portion, truncated_to
+from parallel.sequence.intervals import before, repeat_groups
 
 TEXT = -1  # the module of text
 UNKNOWN = -2  # of an item of a module that the model lacks
@@ -34,8 +36,9 @@ class Lines:
 
     sample: which of them. module: the number of an encoder, TEXT or UNKNOWN. size: tokens, or rows of an
     item. learned: text with a loss. cost, content: of items (Items). piece: of items a number, equal where
-    module and metadata are, else -1. By sample: markers, truncated; wrong: an encoder cannot take
-    an item; strange: the model lacks a module that it names; source: its code.
+    module and metadata are, else -1. By sample: markers; truncated: more follows that is not in it; nth: of
+    a portion its number, from 0 on, -1 of others; wrong: an encoder cannot take an item; strange: the model
+    lacks a module that it names; source: its code.
     """
 
     sample: Numbers
@@ -47,6 +50,7 @@ class Lines:
     piece: Numbers
     markers: Array
     truncated: Array
+    nth: Numbers
     wrong: Array
     strange: Array
     source: Numbers
@@ -68,7 +72,13 @@ class Lines:
     @property
     def supervised(self) -> Numbers:
         """By sample, tokens that carry loss."""
-        return self.ends + self.sums(self.size * self.learned)
+        return self.ends + self.sums((self.size - self._first) * self.learned)
+
+    @property
+    def _first(self) -> Numbers:
+        """By line, 1 where the first token of its sample is: nothing comes before it, so it has no loss."""
+        found: Numbers = ((self.offset == 0) & (self.size > 0)).astype(np.int64)
+        return found
 
     @property
     def offset(self) -> Numbers:
@@ -82,8 +92,9 @@ class Lines:
     def ahead(self, depths: int) -> Numbers:
         """By depth of multi-token prediction and sample, tokens that carry loss: those that far behind the
         begin, [depths, samples]. The label of a token stands one position before it."""
-        begin, total = self.offset - 1, self.supervised
-        end, last = begin + self.size, self.markers - 1 + self.sums(self.size)
+        offset, total = self.offset, self.supervised
+        begin, end = np.maximum(offset - 1, 0), offset - 1 + self.size
+        last = self.markers - 1 + self.sums(self.size)
         rows = []
         for stop in range(1, depths + 1):
             early = np.clip(np.minimum(end, stop) - begin, 0, None) * self.learned
@@ -156,8 +167,7 @@ class _Sizes:
 class Fitted(Views):
     """The samples of an index as a model takes them.
 
-    encode: of texts between pieces of items; None: items are not taken apart. truncated: the samples of
-    which only the beginning is used, ascending.
+    encode: of texts between pieces of items; None: items are not taken apart.
     """
 
     def __init__(
@@ -165,17 +175,17 @@ class Fitted(Views):
         base: Samples,
         inputs: PlanInputs,
         encode: Encode | None = None,
-        truncated: Numbers | None = None,
+        portions: Portions | None = None,
         sizes: _Sizes | None = None,
     ) -> None:
         self.base, self.inputs, self.encode = base, inputs, encode
-        self.truncated = np.empty(0, dtype=np.int64) if truncated is None else truncated
+        self.portions = portions or Portions.none()
         self._sizes = sizes or _Sizes(base, inputs, encode)
 
     def of(self, inputs: PlanInputs) -> Fitted:
         """The same as another model takes them, or with another context."""
         same = inputs.encoders is self.inputs.encoders and inputs.limits == self.inputs.limits
-        return Fitted(self.base, inputs, self.encode, self.truncated, self._sizes if same else None)
+        return Fitted(self.base, inputs, self.encode, self.portions, self._sizes if same else None)
 
     def chunks(self, which: Numbers | None = None) -> Iterator[Numbers]:
         """The samples with these numbers, None: all, in parts of up to CHUNK; one part at least."""
@@ -184,32 +194,35 @@ class Fitted(Views):
             stop = min(start + CHUNK, n)
             yield np.arange(start, stop) if which is None else which[start:stop]
 
-    def with_truncated(self, truncated: Numbers) -> Fitted:
-        """The same with other samples truncated."""
-        return Fitted(self.base, self.inputs, self.encode, truncated, self._sizes)
+    def with_portions(self, portions: Portions) -> Fitted:
+        """The same with these portions."""
+        return Fitted(self.base, self.inputs, self.encode, portions, self._sizes)
 
     def __len__(self) -> int:
-        return len(self.base)
+        return len(self.base) + self.portions.more
 
     def shard_of(self, which: Numbers) -> Numbers:
         """By sample number, the number of its shard."""
-        return self.base.shard_of(which)
+        return self.base.shard_of(self.portions.find(which).sample)
 
     def fingerprints(self, first: int, stop: int) -> Iterator[bytes]:
-        """As of the samples themselves."""
-        return self.base.fingerprints(first, stop)
+        """As of the samples themselves, and of those that are split their portions."""
+        begin, end = self.portions.find(np.asarray([first, stop])).sample.tolist()
+        yield from self.base.fingerprints(begin, end)
+        yield self.portions.fingerprint(begin, end)
 
     def view(self, number: int) -> Sample:
         """A sample as an object."""
-        sample = self.base.view(number)
+        (own,), (at,) = self.portions.find(np.asarray([number]))
+        sample = self.base.view(int(own))
         if self.encode is not None:
             sample = in_pieces(sample, self.inputs.encoders, self.encode)
-        at = int(np.searchsorted(self.truncated, number))
-        if at < len(self.truncated) and self.truncated[at] == number:
-            short = truncated_sample(sample, self.inputs)
-            assert short is not None, "nothing of a sample that is truncated would be learned"
-            return short
-        return sample
+        if at >= 0:
+            span = Span(int(self.portions.start[at]), int(self.portions.stop[at]))
+            if not self.portions.split:
+                return truncated_to(sample, span, self.inputs)
+            sample = portion(sample, span, self.portions.place(int(at)), self.inputs)
+        return sample if sample.id == number else replace(sample, id=number)
 
     @property
     def modules(self) -> list[str]:
@@ -225,11 +238,23 @@ class Fitted(Views):
         return reduce(added, parts)
 
     def lines(self, which: Numbers) -> Lines:
-        """Texts and items of samples with these numbers, in this order. O(lines)."""
-        return self._lines(which, self.base.segments(which))
+        """Texts and items of samples with these numbers, in this order. O(lines), of split samples those of
+        the whole, once for all of their portions."""
+        found = self.portions.find(which)
+        if (found.portion < 0).all():
+            return self._lines(found.sample)[0]
+        return self._inside(found)
 
-    def _lines(self, which: Numbers, seg: Segments) -> Lines:
-        sizes = self._sizes
+    def lengths(self, which: Numbers) -> Lengths:
+        """Texts and items, whole, of samples as the index has them."""
+        lines, of, seg = self._lines(which)
+        size = np.bincount(of, lines.size, len(seg.meta)).astype(np.int64)
+        sample = np.repeat(np.arange(len(which)), seg.of)
+        return Lengths(sample, size, seg.meta >= 0, seg.loss & (seg.meta < 0), seg.markers)
+
+    def _lines(self, which: Numbers) -> tuple[Lines, Numbers, Segments]:
+        """Of whole samples; by line, its segment, and those."""
+        sizes, seg = self._sizes, self.base.segments(which)
         module, sample = sizes.module_of[seg.kind], np.repeat(np.arange(len(which)), seg.of)
         item = np.flatnonzero(module >= 0)
         pair = sizes.find(module[item], seg.meta[item])
@@ -255,42 +280,59 @@ class Fitted(Views):
         wrong[sample[item[sizes.wrong[pair] | self._large(seg.bytes[item])]]] = True
         strange = np.zeros(len(which), dtype=bool)
         strange[sample[(module == UNKNOWN) | (sizes.module_of[seg.depends] == UNKNOWN)]] = True
-        place = np.minimum(np.searchsorted(self.truncated, which), max(len(self.truncated) - 1, 0))
-        truncated = (
-            self.truncated[place] == which if len(self.truncated) else np.zeros(len(which), dtype=bool)
-        )
-        if truncated.any():
-            line["size"], kept = self._truncate(line["size"], of, seg, sample, truncated)
-            line = {name: column[kept] for name, column in line.items()}
-            of = of[kept]
-        return Lines(
+        lines = Lines(
             sample=sample[of],
             **line,
             markers=seg.markers,
-            truncated=truncated,
+            truncated=np.zeros(len(which), dtype=bool),
+            nth=np.full(len(which), -1, dtype=np.int64),
             wrong=wrong,
             strange=strange,
             source=seg.source,
         )
+        return lines, of, seg
 
     def _large(self, size: Numbers) -> Array:
         limits = self.inputs.limits
         return np.zeros(len(size), dtype=bool) if limits is None else size > limits.bytes
 
-    def _truncate(
-        self, size: Numbers, of: Numbers, seg: Segments, sample: Numbers, truncated: Array
-    ) -> tuple[Numbers, Array]:
-        """Sizes by line with samples truncated, and which lines are kept, as truncated_sample() does it.
-
-        Text is truncated to the token, an item is kept whole or dropped with all that follows.
-        """
-        group = np.bincount(of, size, len(sample)).astype(np.int64)
-        start = before(group) - before(np.bincount(sample, group, len(truncated)).astype(np.int64))[sample]
-        room = self.inputs.context - 2 * seg.markers[sample]
-        whole = ~truncated[sample] | (start + group <= room)
-        part = ~whole & (start < room) & (seg.meta < 0)
-        size = np.where(part[of], (room - start)[of], size)
-        return size, (whole | part)[of]
+    def _inside(self, found: Found) -> Lines:
+        """The lines of samples and portions, as portion() has them."""
+        own, at = self.portions, found.portion
+        sample, of_sample = np.unique(found.sample, return_inverse=True)
+        lines, of, seg = self._lines(sample)
+        size = np.bincount(of, lines.size, len(seg.meta)).astype(np.int64)
+        begin, whole = before(size), lines.sums(lines.size)
+        # By segment its tokens, and by portion those that it has, all samples end to end.
+        end, base = begin + size, before(whole)[of_sample]
+        part = np.flatnonzero(at >= 0)
+        start, stop, nth = base.copy(), base + whole[of_sample], np.full_like(at, -1)
+        start[part], stop[part] = (base[part] + x[at[part]] for x in (own.start, own.stop))
+        truncated = stop < base + whole[of_sample]
+        if own.split:
+            nth[part] = own.nth(at[part])
+        # A segment without a token belongs to the portion that ends where it stands.
+        first = before(seg.of)[of_sample]
+        last = first + seg.of[of_sample]
+        here = np.searchsorted(end, stop, side="right")
+        here += begin[np.minimum(here, len(begin) - 1)] < stop
+        last = np.where(at < 0, last, np.minimum(here, last))
+        first = np.where(start == base, first, np.searchsorted(end, start, side="right"))
+        one, segment = repeat_groups(first, last - first)
+        count = np.bincount(of, minlength=len(size))
+        nth_segment, line = repeat_groups(before(count)[segment], count[segment])
+        one, segment = one[nth_segment], segment[nth_segment]
+        inside = np.minimum(end[segment], stop[one]) - np.maximum(begin[segment], start[one])
+        return Lines(
+            sample=one,
+            size=np.where(seg.meta[segment] < 0, inside, lines.size[line]),
+            **{
+                name: getattr(lines, name)[line] for name in ("module", "learned", "cost", "content", "piece")
+            },
+            truncated=truncated,
+            nth=nth,
+            **{name: getattr(lines, name)[of_sample] for name in ("markers", "wrong", "strange", "source")},
+        )
 
 
 def _filled(column: Array, where: Array, values: Array) -> Array:
@@ -301,21 +343,24 @@ def _filled(column: Array, where: Array, values: Array) -> Array:
 
 def tallied(fitted: Fitted, which: Numbers, lines: Lines, chosen: Array) -> Tally:
     """Count those samples of `which` that are chosen: bool [which]. lines: of all of them."""
-    shard, n = fitted.base.shard_of(which), len(fitted.base.shards)
+    shard, n = fitted.shard_of(which), len(fitted.base.shards)
+
+    def count(samples: Array) -> Numbers:
+        return np.bincount(shard[chosen & samples], minlength=n)
+
     items = {}
     for module in sorted(fitted.modules):
         own = chosen[lines.sample] & (lines.module == fitted.modules.index(module))
         if own.any():
             items[module] = np.bincount(shard[lines.sample[own]], minlength=n)
-    return Tally(
-        np.bincount(shard[chosen], minlength=n),
-        np.bincount(shard[chosen & lines.truncated], minlength=n),
-        items,
-    )
+    part = lines.nth >= 0
+    return Tally(count(chosen), count(lines.truncated & ~part), count(lines.nth == 0), count(part), items)
 
 
 def added(a: Tally, b: Tally) -> Tally:
     """Both counts together."""
     zero = np.zeros_like(a.samples)
     items = {m: a.items.get(m, zero) + b.items.get(m, zero) for m in sorted({*a.items, *b.items})}
-    return Tally(a.samples + b.samples, a.truncated + b.truncated, items)
+    return Tally(
+        a.samples + b.samples, a.truncated + b.truncated, a.split + b.split, a.portions + b.portions, items
+    )

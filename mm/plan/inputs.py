@@ -131,9 +131,21 @@ def sample_length(sample: Sample, inputs: PlanInputs) -> int:
     return n
 
 
-def supervised_tokens(sample: Sample) -> int:
-    """Tokens of a sample that carry loss: supervised text and, unless it is truncated, the end marker."""
-    return _ends(sample) + sum(s.tokens for s in sample.segments if s.part is None and s.loss)
+def supervised_tokens(sample: Sample, inputs: PlanInputs) -> int:
+    """Tokens of a sample that carry loss: supervised text and, unless it is truncated, the end marker.
+
+    The first token of a sample carries none: nothing in the sample comes before it.
+    """
+    texts = sum(s.tokens for s in sample.segments if s.part is None and s.loss)
+    return _ends(sample) + texts - (not sample.markers and _learned_first(sample, inputs))
+
+
+def _learned_first(sample: Sample, inputs: PlanInputs) -> bool:
+    """Whether a sample without markers begins with text that is learned."""
+    for seg in sample.segments:
+        if (seg.tokens if seg.part is None else inputs.rows(seg.kind, seg.part)) > 0:
+            return seg.part is None and seg.loss
+    return False
 
 
 def _ends(sample: Sample) -> int:
@@ -144,7 +156,7 @@ def _ends(sample: Sample) -> int:
 def mtp_supervised_tokens(sample: Sample, inputs: PlanInputs) -> list[int]:
     """Tokens of a sample that carry loss at each depth of multi-token prediction: those at least
     that far behind its begin."""
-    total = supervised_tokens(sample)
+    total = supervised_tokens(sample, inputs)
     return [total - _supervised_before(sample, depth, inputs) for depth in range(1, inputs.mtp_depths + 1)]
 
 
@@ -154,7 +166,7 @@ def _supervised_before(sample: Sample, stop: int, inputs: PlanInputs) -> int:
     for seg in sample.segments:
         n = seg.tokens if seg.part is None else inputs.rows(seg.kind, seg.part)
         if seg.part is None and seg.loss:
-            found += max(0, min(at + n, stop) - at)
+            found += max(0, min(at + n, stop) - max(at, 0))
         at += n
         if at >= stop:
             return found

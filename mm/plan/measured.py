@@ -1,4 +1,4 @@
-"""Which samples of a data set do not fit a model, and how many do: worked out once, kept beside the shards.
+"""Which samples of a data set do not fit a model, and how many do: worked out once, kept beside the indexes.
 
 What is kept holds for these shards, lengths, encoders with their options and sources, and this context. It is
 kept of large data sets only: a small one is measured in less time than a file takes to look up.
@@ -20,7 +20,7 @@ import encoders
 from mm.data.columns.file import write_file
 from mm.data.columns.store import writing
 from mm.data.sample import Tally
-from mm.data.storage import tell
+from mm.data.storage import LOCAL, Storage, tell
 from mm.plan.fitted import Fitted
 from parallel.sequence.intervals import Column
 
@@ -40,12 +40,13 @@ class Measured(NamedTuple):
     tally: Tally | None = None
 
 
-def measured(fitted: Fitted, make: Callable[[], Measured]) -> Measured:
-    """What is kept for these samples, else what make() finds, which is kept then."""
+def measured(fitted: Fitted, make: Callable[[], Measured], storage: Storage = LOCAL) -> Measured:
+    """What is kept for these samples, else what make() finds, which is kept then. storage: reads the
+    shards."""
     key = _key(fitted) if len(fitted) >= LARGE else None
     if key is None:
         return make()
-    path = Path(fitted.base.shards[0].path).parent / f"shards-{key[:12]}.selection"
+    path = storage.folder_of(fitted.base.shards[0].path) / f"shards-{key[:12]}.selection"
     found = _read(path, key)
     if found is not None:
         return found
@@ -77,7 +78,8 @@ def _read(path: Path, key: str) -> Measured | None:
             if found["key"].tobytes() != key.encode():
                 return None
             items = {n.removeprefix("items "): found[n] for n in found.files if n.startswith("items ")}
-            tally = Tally(found["samples"], found["truncated"], items)
+            samples, truncated, split, portions = (found[name] for name in Tally._fields[:4])
+            tally = Tally(samples, truncated, split, portions, items)
             return Measured(found["misfit"], found["overlong"], found["length"], tally)
     except Exception:  # whatever a damaged file leads to
         return None

@@ -17,46 +17,49 @@ import numpy as np
 from mm.config.data import DataConfig
 from mm.data.columns.samples import Samples
 from mm.data.sample import Index, Sample, Skipped
+from mm.data.storage import LOCAL, Storage
 from mm.errors import DataError
 from mm.plan.fitted import Fitted, added, tallied
 from mm.plan.inputs import PlanInputs, sample_length
 from mm.plan.measured import Measured, measured
-from mm.plan.truncate import truncated_sample
-from parallel.sequence.intervals import Column, column
+from mm.plan.portions import Portions, beginnings
+from mm.plan.portions import split as portions_of
+from mm.plan.truncate import largest_item, split_sample, truncated_sample
+from parallel.sequence.intervals import Column, before, column
 
 SHOWN = 3  # reasons that are listed
 
 
-def select(index: Index, inputs: PlanInputs, rules: DataConfig) -> Index:
-    """The index with the samples that do not fit left out or truncated, by data.misfit and data.overlong.
+def select(index: Index, inputs: PlanInputs, rules: DataConfig, storage: Storage = LOCAL) -> Index:
+    """The index with the samples that do not fit left out, truncated or split, by data.misfit and
+    data.overlong. Portions of a sample that is split have numbers of their own, in its place.
 
     Raises DataError with all counts where these keys refuse such samples, where more than data.max_skipped of
     the samples are lost or left out. A sample that names a module which the model lacks does not fit either.
     """
-    index, found = _measured(index, inputs)
+    index, found = _measured(index, inputs, storage)
     _refuse(index, found, inputs, rules)
-    truncated = np.empty(0, dtype=np.int64)
-    if rules.overlong == "truncate":
-        index, truncated = _truncate(index, found.overlong, inputs)
-    left = ~np.isin(found.overlong, truncated)
-    skipped = LeftOut.of(index.samples, found.misfit, found.overlong[left], found.length[left], inputs)
+    portions = Portions.none()
+    if rules.overlong in ("truncate", "split"):
+        index, portions = _shortened(index, found.overlong, inputs, rules.overlong == "split")
+    skipped = LeftOut.of(index, found, portions, inputs)
     tally = found.tally
     if tally is not None and isinstance(index.samples, Fitted):
-        for which in index.samples.chunks(truncated):
+        for which in index.samples.chunks(portions.every):
             lines = index.samples.lines(which)
-            tally = added(tally, tallied(index.samples, which, lines, lines.truncated))
+            tally = added(tally, tallied(index.samples, which, lines, np.ones(len(which), dtype=bool)))
     # Where only some samples are taken, they are counted when somebody asks.
     chosen = replace(index, skipped=skipped, tally=None if index.selections else tally)
     _check_share(chosen, rules.max_skipped)
     return chosen
 
 
-def _measured(index: Index, inputs: PlanInputs) -> tuple[Index, Measured]:
+def _measured(index: Index, inputs: PlanInputs, storage: Storage) -> tuple[Index, Measured]:
     """The index with its samples as the model takes them, and those that do not fit."""
     samples = index.samples
     if isinstance(samples, Samples | Fitted):
         fitted = samples.of(inputs) if isinstance(samples, Fitted) else Fitted(samples, inputs)
-        return replace(index, samples=fitted), measured(fitted, lambda: _measure(fitted))
+        return replace(index, samples=fitted), measured(fitted, lambda: _measure(fitted), storage)
     misfit, overlong, length = [], [], []
     for sample in samples:
         try:
@@ -86,34 +89,55 @@ def _of_chunk(fitted: Fitted, which: Column) -> Measured:
     return Measured(which[wrong], which[long], length[long], tallied(fitted, which, lines, fits))
 
 
-def _truncate(index: Index, overlong: Column, inputs: PlanInputs) -> tuple[Index, Column]:
-    """The index with these samples truncated, and those of which something is learned then."""
+def _shortened(index: Index, overlong: Column, inputs: PlanInputs, split: bool) -> tuple[Index, Portions]:
+    """The index with these samples truncated or split, and the portions of those of which something is
+    learned then."""
     samples = index.samples
     if isinstance(samples, Fitted):
-        found = samples.with_truncated(overlong)
-        kept = np.concatenate([w[found.lines(w).supervised > 0] for w in found.chunks(overlong)])
-        return replace(index, samples=samples.with_truncated(kept)), kept
-    short = {i: made for i in overlong.tolist() if (made := truncated_sample(samples[i], inputs)) is not None}
-    return replace(index, samples=tuple(short.get(s.id, s) for s in samples)), column(list(short))
+        make = portions_of if split else beginnings
+        parts = [make(w, samples.lengths(w), inputs.context) for w in samples.chunks(overlong)]
+        found = Portions.joined(parts)
+        made: Sequence[Sample] = samples.with_portions(found)
+    else:
+        short = {i: _short(samples[i], inputs, split) for i in overlong.tolist()}
+        short = {i: own for i, own in short.items() if own}
+        every = [one for s in samples for one in short.get(s.id, [s])]
+        made = tuple(s if s.id == k else replace(s, id=k) for k, s in enumerate(every))
+        counts = column([len(own) for own in short.values()])
+        nowhere = np.zeros(int(counts.sum()), dtype=np.int64)
+        first = column([*before(counts), counts.sum()])
+        found = Portions(column([*short]), first, nowhere, nowhere, split)
+    firsts, selections = found.renumbered(index)
+    return replace(index, samples=made, firsts=firsts, selections=selections), found
+
+
+def _short(sample: Sample, inputs: PlanInputs, split: bool) -> list[Sample]:
+    if split:
+        return split_sample(sample, inputs)
+    short = truncated_sample(sample, inputs)
+    return [] if short is None else [short]
 
 
 class LeftOut(Mapping[int, Skipped]):
     """Why samples are left out, in columns: the words are made when they are asked for."""
 
-    def __init__(self, samples: Sequence[Sample], ids: Column, length: Column, inputs: PlanInputs) -> None:
-        self._samples, self._inputs = samples, inputs
+    def __init__(
+        self, samples: Sequence[Sample], ids: Column, length: Column, inputs: PlanInputs, split: bool
+    ) -> None:
+        self._samples, self._inputs, self._split = samples, inputs, split
         self.ids, self._length = ids, length
         """Ascending; by sample its length, 0 for one with an item that does not fit."""
 
     @staticmethod
-    def of(
-        samples: Sequence[Sample], misfit: Column, overlong: Column, length: Column, inputs: PlanInputs
-    ) -> LeftOut:
-        """Of samples that do not fit and samples that are too long, both ascending."""
+    def of(index: Index, found: Measured, portions: Portions, inputs: PlanInputs) -> LeftOut:
+        """Those that do not fit, and those that are too long and have no portions."""
+        left = ~np.isin(found.overlong, portions.sample)
+        misfit, overlong = (portions.number(i) for i in (found.misfit, found.overlong[left]))
+        length = found.length[left]
         ids = np.concatenate([misfit, overlong])
         order = np.argsort(ids, kind="stable")
         lengths = np.concatenate([np.zeros_like(misfit), length])
-        return LeftOut(samples, ids[order], lengths[order], inputs)
+        return LeftOut(index.samples, ids[order], lengths[order], inputs, portions.split)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -131,8 +155,13 @@ class LeftOut(Mapping[int, Skipped]):
         sample, n = self._samples[number], int(self._length[at])
         if n == 0:
             return Skipped("misfit", _misfit(sample, self._inputs))
-        where = f"sample {sample.key} of {sample.shard}"
-        return Skipped("overlong", f"{where} is {n} tokens long, data.context is {self._inputs.context}")
+        where, context = f"sample {sample.key} of {sample.shard}", self._inputs.context
+        if self._split:
+            largest, room = largest_item(sample, self._inputs), context - 2 * sample.markers
+            return Skipped(
+                "overlong", f"{where} has an item of {largest} tokens, a portion has room for {room}"
+            )
+        return Skipped("overlong", f"{where} is {n} tokens long, data.context is {context}")
 
     def _place(self, number: int) -> int | None:
         at = int(np.searchsorted(self.ids, number))
@@ -188,7 +217,7 @@ def _refuse(index: Index, found: Measured, inputs: PlanInputs, rules: DataConfig
         refusals.append(
             f"{overlong} of {total} samples are longer than data.context: the longest is sample "
             f"{longest.key} of {longest.shard} with {most} tokens{also}; raise data.context to {most}, or "
-            f"keep their beginnings: data.overlong=truncate{hint}"
+            f"split them: data.overlong=split; or keep their beginnings: data.overlong=truncate{hint}"
         )
     if refusals:
         raise DataError("; ".join(refusals))

@@ -88,7 +88,7 @@ class SampleTable:
         for sample in samples:
             drawn = sample.id not in skip
             length.append(sample_length(sample, inputs) if drawn else 0)
-            supervised.append(supervised_tokens(sample) if drawn else 0)
+            supervised.append(supervised_tokens(sample, inputs) if drawn else 0)
             mtp.append(mtp_supervised_tokens(sample, inputs) if drawn else [0] * inputs.mtp_depths)
             already = {m: len(items) for m, items in found.items()}
             if drawn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,13 +30,15 @@ from parallel.sequence.intervals import Column
 from parallel.sequence.packed import Packing
 from parallel.topology.axis import Axes
 
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # of any values
+
 
 @dataclass(frozen=True)
 class RankMicrobatch:
     """The tensors of one rank for one micro-batch; modules that the rank does not host are absent."""
 
     items: Mapping[str, ItemBatch]  # by module, inputs of the encoder
-    names: Mapping[str, tuple[str, ...]]  # by module, the sample key of each item, for errors
+    names: Mapping[str, tuple[str, ...]]  # by module, the name of each item's sample, for errors
     llm: LLMBatch | None  # the packed text; None on ranks without the language model
     depends: Mapping[str, Tensor]  # by module, which labels depend on it: bool [T]
     edges: Mapping[Edge, EdgePlan]  # by edge whose encoder has items on any rank, this rank's boundary plan
@@ -121,15 +123,15 @@ class Assembler:
             # The payload matches its index but cannot be decoded: the sample counts as unreadable.
             raise BadSample(task.sample, f"{task.part.name}: {error}") from error
 
-    def places(self, reads: Reads[Task]) -> list[Tensor | None]:
+    def places(self, reads: Reads[Task], empty: Empty) -> list[Tensor | None]:
         """By task of `reads.every`, memory for its inputs; those of a module lie as in its batch, so that
-        pack_items() need not copy them. None for texts."""
+        pack_items() need not copy them. None for texts. empty: makes a tensor of some shape and dtype."""
         found: list[Tensor | None] = []
         for module, tasks in reads.items.items():
             cls, cfg = self.inputs.encoders[module].cls, self.inputs.encoders[module].cfg
             counts = [cls.input_count(cfg, task.part.meta) for task in tasks]
             shape = (sum(counts), *cls.input_shape(cfg))
-            found += torch.split(torch.empty(shape, dtype=cls.input_dtype or self.dtype), counts)
+            found += torch.split(empty(shape, cls.input_dtype or self.dtype), counts)
         return [*found, *[None for _ in reads.texts]]
 
     def ahead(self, tasks: Iterable[Task]) -> None:
@@ -172,14 +174,14 @@ class Assembler:
     def _items(
         self, module: str, mb: Microbatch, read: Reads[Tensor | Texts]
     ) -> tuple[ItemBatch, tuple[str, ...]]:
-        """The inputs of an encoder here, and the sample key of each item."""
+        """The inputs of an encoder here, and the name of each item's sample."""
         use = self.inputs.encoders[module]
         mine = mb.edges[module].items_on(use.layout.coord(self.rank).dp)
         metas = [item.part.meta for item in mine]
         tensors = [one for one in read.items[module] if isinstance(one, Tensor)]
         first, device, dtype = read.first[module], self.device, self.dtype
         batch = pack_items(use.cls, use.cfg, tensors, metas, device=device, dtype=dtype, first=first)
-        return batch, tuple(mb.sample(item.sample).key for item in mine)
+        return batch, tuple(mb.sample(item.sample).name for item in mine)
 
     def _needed(self, use: EncoderUse, edge: MicrobatchEdge) -> range:
         """Indices of the items of a micro-batch that this rank computes from, of those of its dp rank."""
@@ -305,7 +307,8 @@ class Assembler:
         written: the ids of its texts. ids, labels, depends: of the whole packed sequence, [T]. A token's
         label is one position before it.
         """
-        tok, texts, at = self.tokenizer, list(written), start
+        tok, at = self.tokenizer, start
+        texts = list(written if sample.portion is None else written[sample.portion.texts :])
         if sample.markers:
             ids[at] = tok.bos
             at += 1
@@ -321,12 +324,14 @@ class Assembler:
                 if len(new) != indexed:
                     why = f"a text segment has {len(new)} tokens but the index says {indexed}; re-index"
                     raise BadSample(sample, why)
-                new = new[:n]
+                new = new[seg.first : seg.first + n]
                 ids[at : at + n] = new
                 if seg.loss:
-                    labels[at - 1 : at + n - 1] = new
+                    # Nothing in the sample comes before its first token, so that has no label.
+                    label = slice(max(at - 1, start), max(at + n - 1, start))
+                    labels[label] = new[n - (label.stop - label.start) :]
                     if seg.depends is not None and seg.depends in depends:
-                        depends[seg.depends][at - 1 : at + n - 1] = True
+                        depends[seg.depends][label] = True
             at += n
         if sample.markers:
             ids[at] = tok.eos

@@ -1,7 +1,7 @@
 """What of a step is read and decoded, in the rank itself or by a worker of it, with equal results.
 
-A worker answers in JSON and leaves tensors in a tray, memory that it shares with its rank: the rank unpickles
-nothing that comes from a process which decodes what others have made.
+A worker answers in JSON and leaves tensors in memory that it shares with its rank, where their batch has them
+or in a tray: the rank unpickles nothing that comes from a process which decodes what others have made.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 from mm.data.reader import BadSample
 from mm.data.sample import Part, Sample
 from mm.errors import DataError
+from mm.ranks.shared import ALIGN, SharedMemory
 
-ALIGN = 64  # bytes; of what lies in a tray
 PLACE = struct.Struct("<qq")  # where a worker is: the number of its order, and of the task in that
 DONE = -1  # in place of a task: none
 Texts = list[np.ndarray]  # the ids of each text of a sample, int64
@@ -128,19 +128,45 @@ class Tray(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Tasks that a worker does one after another, and the tray for their results.
+    """Tasks that a worker does one after another, and the tray for results that have no place.
 
-    number: counts the orders of a rank.
+    number: counts the orders of a rank. places: by task, where its tensor belongs in the shared memory and
+    how many bytes it has there (SharedMemory.place).
     """
 
     number: int
     tray: int
     tasks: Sequence[Task]
+    places: Sequence[tuple[int, int] | None]
+
+
+class Room(NamedTuple):
+    """Where a worker leaves results: the memory of the batches, and trays for what has no place there."""
+
+    memory: SharedMemory
+    trays: Sequence[Tray]
+
+    def laid(
+        self, found: Decoded, tray: int, at: int, place: tuple[int, int] | None
+    ) -> tuple[dict[str, Any], int | None]:
+        """How the rank finds a result, and where in its tray the next one may begin; None where this one does
+        not fit. place: of Order.places."""
+        if isinstance(found, BadSample):
+            return {"bad": found.why}, at
+        if isinstance(found, Tensor):
+            bits = found.reshape(-1).view(torch.uint8).numpy()  # numpy lacks some dtypes
+            answer = {"shape": list(found.shape), "dtype": str(found.dtype).removeprefix("torch.")}
+            if place is not None and place[1] == bits.size:
+                self.memory.write(place[0], bits)
+                return {**answer, "at": None}, at
+            return {**answer, "at": at}, self.trays[tray].put(at, bits)
+        ids = np.concatenate([np.empty(0, np.int64), *found])
+        return {"at": at, "lengths": [len(text) for text in found]}, self.trays[tray].put(at, ids)
 
 
 def work(
     pipe: Connection,
-    trays: Sequence[Tray],
+    room: Room,
     place: memoryview,
     decode: Decode,
     limit_s: float,
@@ -165,7 +191,7 @@ def work(
             PLACE.pack_into(place, 0, order.number, n)
             signal.setitimer(signal.ITIMER_REAL, limit_s)
             try:
-                answer, end = _laid(attempt(decode, task), trays[order.tray], at)
+                answer, end = room.laid(attempt(decode, task), order.tray, at, order.places[n])
             except DataError as error:  # the store of its shard does not answer
                 answer, end = {"refused": str(error)}, at
             except Exception:
@@ -182,31 +208,21 @@ def work(
             return
 
 
-def _laid(found: Decoded, tray: Tray, at: int) -> tuple[dict[str, Any], int | None]:
-    """How the rank finds a result, and where the next one may begin; None where this one does not fit."""
-    if isinstance(found, BadSample):
-        return {"bad": found.why}, at
-    if isinstance(found, Tensor):
-        bits = found.reshape(-1).view(torch.uint8).numpy()  # numpy lacks some dtypes
-        answer = {"at": at, "shape": list(found.shape), "dtype": str(found.dtype).removeprefix("torch.")}
-        return answer, tray.put(at, bits)
-    ids = np.concatenate([np.empty(0, np.int64), *found])
-    return {"at": at, "lengths": [len(text) for text in found]}, tray.put(at, ids)
-
-
 def unpacked(answer: dict[str, Any], tray: Tensor, task: Task, place: Tensor | None = None) -> Decoded:
-    """A copy of a result as the worker had it. tray: Tray.filled(). place: for a tensor; it is used where
-    shape and dtype are those of the result."""
+    """A result as the worker had it, and no longer in its tray. tray: Tray.filled(). place: for a tensor; it
+    is used where shape and dtype are those of the result."""
     if "bad" in answer:
         return BadSample(task.sample, answer["bad"])
     at = answer["at"]
     if "shape" in answer:
-        dtype = getattr(torch, answer["dtype"])
-        end = at + dtype.itemsize * math.prod(answer["shape"])
-        found = tray[at:end].view(dtype).view(answer["shape"])
-        if place is None or place.shape != found.shape or place.dtype != found.dtype:
-            return found.clone()
-        return place.copy_(found)
+        dtype, shape = getattr(torch, answer["dtype"]), tuple(answer["shape"])
+        fits = place is not None and place.shape == shape and place.dtype == dtype
+        if at is None:
+            assert place is not None, "what lies in its place has one"
+            return place if fits else place.reshape(-1).view(torch.uint8).view(dtype).view(shape).clone()
+        end = at + dtype.itemsize * math.prod(shape)
+        found = tray[at:end].view(dtype).view(shape)
+        return place.copy_(found) if place is not None and fits else found.clone()
     ends = list(itertools.accumulate(answer["lengths"], initial=0))
     ids = tray[at : at + 8 * ends[-1]].view(torch.int64).numpy().copy()
     return [ids[a:b] for a, b in itertools.pairwise(ends)]

@@ -7,6 +7,7 @@ step before, or with one of its own where some rank has not prepared the step by
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from mm.data.reader import BadSample
 from mm.data.sample import Index, Sample
@@ -201,21 +203,42 @@ class Feed:
             self._workers.forget(self._begun.pop(s).ticket)
         for s in range(step, min(step + 1 + bool(self._options.workers), stop)):
             if s not in self._begun:
-                self._begun[s] = self._begin(s, known_bad)
+                self._begun[s] = self._begin(s, known_bad, stop)
         begun = self._begun.pop(step)
         given = iter(self._workers.results(begun.ticket))
         return _built(begun.planned, [own.filled(given) for own in begun.reads], self._assembler)
 
-    def _begin(self, step: int, known_bad: frozenset[int]) -> _Begun:
-        assert self._planner is not None and self._workers is not None
-        planned = self._planner.plan(step, known_bad)
-        if planned.schedule is not None and self._schedules is not None:
-            self._schedules.add(planned.schedule)
+    def _begin(self, step: int, known_bad: frozenset[int], stop: int) -> _Begun:
+        assert self._workers is not None
+        planned = self._planned(step, known_bad, stop)
         reads = [self._assembler.needs(mb) for mb in planned.plan.microbatches]
         tasks = [task for own in reads for task in own.every]
-        places = [p for own in reads for p in self._assembler.places(own)] if self._options.workers else None
+        places: list[Tensor | None] | None = None
+        if self._options.workers:
+            empty = self._workers.empty
+            places = [place for own in reads for place in self._assembler.places(own, empty)]
         ticket = self._workers.submit(tasks, places)
         return _Begun(known_bad, planned, reads, ticket)
+
+    def _planned(self, step: int, known_bad: frozenset[int], stop: int) -> Planned:
+        """The plan of a step. The one after it is planned while this one is read."""
+        assert self._planner is not None
+        if self._planner.asked not in (None, (step, known_bad)):
+            with contextlib.suppress(DataError):  # of a plan that nobody needs any more
+                self._answer(self._planner)
+        if self._planner.asked is None:
+            self._planner.ask(step, known_bad)
+        planned = self._answer(self._planner)
+        if step + 1 < stop:
+            self._planner.ask(step + 1, known_bad)
+        return planned
+
+    def _answer(self, planner: Planner) -> Planned:
+        planned = planner.answer()
+        # The planner sends a schedule once, so that of a plan which is not needed is kept too.
+        if planned.schedule is not None and self._schedules is not None:
+            self._schedules.add(planned.schedule)
+        return planned
 
     def _say_notes(self) -> None:
         """Say what has happened to workers; in the thread that trains."""

@@ -120,7 +120,7 @@ def open_index(
         storage=blueprint.storage,
     )
     index = with_pieces(index, blueprint.inputs, tokenizer)
-    index = select(index, blueprint.inputs, rules)
+    index = select(index, blueprint.inputs, rules, blueprint.storage)
     return replace(index, short=short_samples(index, blueprint.inputs, rules.lengths))
 
 

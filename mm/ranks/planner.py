@@ -62,6 +62,7 @@ class Planner:
     def __init__(self, plan: PlanStep, table: SampleTable | DataTable, inputs: PlanInputs, rank: int) -> None:
         self._table, self._inputs, self._rank = table, inputs, rank
         self._pipe, theirs = Pipe()
+        self.asked: tuple[int, frozenset[int]] | None = None  # what it is to answer
         parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
@@ -73,10 +74,26 @@ class Planner:
         theirs.close()
 
     def plan(self, step: int, known_bad: frozenset[int]) -> Planned:
-        """The plan of a step. Raises DataError as planning does, and PolyrankError naming the process where
-        it has failed or ended."""
+        """The plan of a step, as ask() and answer() give it."""
+        self.ask(step, known_bad)
+        return self.answer()
+
+    def ask(self, step: int, known_bad: frozenset[int]) -> None:
+        """Have a step planned, while the rank does something else. There is one question at a time. Raises
+        PolyrankError as answer() does."""
+        assert self.asked is None, "the answer before has not been taken"
         try:
             self._pipe.send((step, known_bad))
+        except OSError as error:
+            raise PolyrankError(f"step {step + 1}: {self._ended()}") from error
+        self.asked = step, known_bad
+
+    def answer(self) -> Planned:
+        """The plan of the step that was asked for. Raises DataError as planning does, and PolyrankError
+        naming the process where it has failed or ended."""
+        assert self.asked is not None
+        (step, _), self.asked = self.asked, None
+        try:
             found = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise PolyrankError(f"step {step + 1}: {self._ended()}") from error

@@ -27,14 +27,16 @@ class Skip(NamedTuple):
     key: str
     shard: str
     why: str
+    portion: str  # such as "2 of 3", of a sample that is split; "" for a whole one
 
     def __str__(self) -> str:
-        return f"sample {self.key} of {self.shard}: {self.why}"
+        portion = f" (portion {self.portion})" if self.portion else ""
+        return f"sample {self.key}{portion} of {self.shard}: {self.why}"
 
 
 def written(bad: Iterable[BadSample]) -> str:
     """What a rank tells the others."""
-    return json.dumps([[b.sample_id, b.key, b.shard, b.why] for b in bad])
+    return json.dumps([[b.sample_id, b.key, b.shard, b.why, b.portion] for b in bad])
 
 
 def merged(reports: Sequence[str]) -> list[Skip]:

@@ -1,6 +1,6 @@
 """Worker processes that read and decode ahead of the step; those that die or hang are named and replaced.
 
-The tasks of a step are dealt in orders of a few tasks. A worker has up to two, so that it goes on while the
+The tasks of a step are dealt in orders of a few tasks. A worker has several, so that it goes on while the
 rank does something else, and a tray for each. Which worker does what, and when, changes no result.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
+import torch
 from torch import Tensor
 
 from mm.data.reader import BadSample
@@ -27,6 +28,7 @@ from mm.ranks.decoding import (
     Decode,
     Decoded,
     Order,
+    Room,
     Task,
     Tray,
     attempt,
@@ -35,10 +37,13 @@ from mm.ranks.decoding import (
     work,
 )
 from mm.ranks.nursery import Nursery
+from mm.ranks.shared import SharedMemory
 
-TRAYS = 2  # orders that a worker has at once
+TRAYS = 4  # orders that a worker has at once
 TRAY_BYTES = 256 << 20  # of addresses; memory is taken for what is used of them
-ORDER_TASKS = 8  # at most, in an order
+SHARED_BYTES = 2 << 30  # of addresses too, for the tensors of all batches that are there at once
+ORDER_TASKS = 16  # at most, in an order
+SHARES = 2  # orders at least that a worker gets of a step which has as many tasks
 TRIES = 2  # of a task at which workers die; then its sample is bad
 STILLBORN = 5  # workers in a row that die before their first task
 POLL_S = 0.5  # how often workers that say nothing are looked at
@@ -105,12 +110,14 @@ class Workers:
         self._workers: list[_Worker] = []
         self._nursery: Nursery | None = None
         if count:
+            self._memory = SharedMemory(SHARED_BYTES)
             trays = [tuple(Tray.new(TRAY_BYTES) for _ in range(TRAYS)) for _ in range(count)]
             self._places = memoryview(mmap.mmap(-1, PLACE.size * count))
 
             def serve(number: int, pipe: Connection) -> None:
                 # Its own limit is for a worker whose rank has gone: the rank looks first.
-                work(pipe, trays[number], self._place(number), decode, 2 * timeout_s, ahead)
+                room = Room(self._memory, trays[number])
+                work(pipe, room, self._place(number), decode, 2 * timeout_s, ahead)
 
             self._nursery = Nursery(serve, rank)
             self._workers = [_Worker(n, *self._nursery.start(n), trays[n]) for n in range(count)]
@@ -124,16 +131,20 @@ class Workers:
         """What has happened to workers since this was last asked, in words."""
         return [self._notes.popleft() for _ in range(len(self._notes))]
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of any values, which workers can write to while it is a place of a task."""
+        return self._memory.empty(shape, dtype) if self._workers else torch.empty(shape, dtype=dtype)
+
     def submit(self, tasks: Sequence[Task], places: Sequence[Tensor | None] | None = None) -> Ticket:
-        """Begin tasks; results() gives what they give. places: by task, memory for its tensor, which is used
-        where it fits what a worker gives."""
+        """Begin tasks; results() gives what they give. places: by task, memory for its tensor, contiguous, of
+        empty() or any other, which is used where it fits what a worker gives."""
         places = [None] * len(tasks) if places is None else places
         assert len(places) == len(tasks)
         ticket = Ticket(tasks, places, [None] * len(tasks), len(tasks))
         if self._workers:
             # Parts of a shard are read in the order in which they lie there.
             order = sorted(range(len(tasks)), key=lambda n: (tasks[n].part.shard, tasks[n].part.offset))
-            size = max(1, min(ORDER_TASKS, -(-len(tasks) // (TRAYS * len(self._workers)))))
+            size = max(1, min(ORDER_TASKS, -(-len(tasks) // (SHARES * len(self._workers)))))
             for at in range(0, len(order), size):
                 self._waiting.append(_Piece(ticket, order[at : at + size]))
             self._deal()
@@ -175,9 +186,11 @@ class Workers:
             piece = self._waiting[0]
             tray = next(n for n in range(TRAYS) if n not in [o[1] for o in worker.orders])
             tasks = small([piece.ticket.tasks[n] for n in piece.which])
+            places = [piece.ticket.places[n] for n in piece.which]
+            shared = [None if own is None else self._memory.place(own) for own in places]
             self._orders += 1
             try:
-                worker.pipe.send(Order(self._orders, tray, tasks))
+                worker.pipe.send(Order(self._orders, tray, tasks, shared))
             except OSError:
                 self._replace(worker, "")
                 continue
@@ -282,4 +295,4 @@ class Workers:
 
 
 def _named(task: Task) -> str:
-    return f"{task.part.name} of sample {task.sample.key} of {task.part.shard}"
+    return f"{task.part.name} of sample {task.sample.name} of {task.part.shard}"

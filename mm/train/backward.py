@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mm.config.training import recomputed
 from mm.train.flight import Flight, key_of
 from mm.train.transfer import Transfers
 from mm.train.weights import Weights
@@ -20,8 +21,9 @@ class Backward:
 
     def __init__(self, flight: Flight, transfers: Transfers, weights: Weights) -> None:
         self.flight, self.transfers, self.weights = flight, transfers, weights
-        train = flight.job.blueprint.cfg.train
-        self._recomputes = bool(train.recompute or train.offload)
+        blueprint = flight.job.blueprint
+        train = blueprint.cfg.train
+        self._recomputes = {m for m in blueprint.modules if train.offload or recomputed(train, m)}
 
     def backward(self, action: Action) -> float:
         """Gradients of a stage's weights and of what entered it; returns when its output's gradient came."""
@@ -50,7 +52,7 @@ class Backward:
         weights_follow = key.module not in self.flight.job.blueprint.frozen
         # BACKWARD_WEIGHT goes through the graph again where layers are recomputed or nothing is to be done
         # first.
-        again = weights_follow and (not leaves or self._recomputes)
+        again = weights_follow and (not leaves or key.module in self._recomputes)
         self.weights.before_inputs(key, again)
         if not weights_follow:
             output = record.output.take()

@@ -1,4 +1,4 @@
-"""Output of a run: a line a step, a progress bar, tables; metrics, skipped samples, log, TensorBoard."""
+"""Output of a run: a line a step, a progress bar, tables; metrics, skipped samples, log, boards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console as Rich
 from rich.progress import (
@@ -27,6 +27,7 @@ from mm.ranks.lock import lock
 from mm.ranks.skipped import Skip
 
 if TYPE_CHECKING:
+    from mm.train.boards import Board
     from mm.train.evaluate import Evaluation
     from mm.train.metrics import StepMetrics, TimedStep
 
@@ -34,17 +35,15 @@ if TYPE_CHECKING:
 class Console:
     """Output of a run; ranks other than the lead write warnings alone.
 
-    first: steps done before this start, whose metrics are kept. tensorboard: write its files too.
+    first: steps done before this start, whose metrics are kept. boards: get the numbers too, and are closed.
     Raises Refused where another run is writing to `run_dir`.
     """
 
-    def __init__(
-        self, run_dir: Path, steps: int, *, first: int, lead: bool, tensorboard: bool = False
-    ) -> None:
+    def __init__(self, run_dir: Path, steps: int, *, first: int, lead: bool) -> None:
         self.lead, self.steps = lead, steps
         self._rich = Rich(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
-        self._board: Any = None
+        self.boards: list[Board] = []
         if not lead:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +56,6 @@ class Console:
         _forget_after(skipped, first)
         self._skipped = skipped.open("a" if first else "w")
         self._log = (run_dir / "log.txt").open("a" if first else "w")
-        self._board = _tensorboard(run_dir, first) if tensorboard else None
         if self._rich.is_terminal:
             columns = (
                 BarColumn(),
@@ -95,9 +93,8 @@ class Console:
         self._plot(metrics.step, shown)
 
     def _plot(self, step: int, values: Mapping[str, float]) -> None:
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for board in self.boards:
+            board.plot(step, values)
 
     def _eta(self, step: int) -> float:
         done = max(1, step - self._first)
@@ -157,10 +154,11 @@ class Console:
     def skipped(self, step: int, skips: Sequence[Skip]) -> None:
         """Write which samples a step has found to be unreadable."""
         for skip in skips if self.lead else ():
-            self._write_skipped(step, skip.key, skip.shard, skip.why)
+            more = {"portion": skip.portion} if skip.portion else {}
+            self._write_skipped(step, skip.key, skip.shard, skip.why, **more)
 
-    def _write_skipped(self, step: int, key: str, shard: str, why: str) -> None:
-        record = {"step": step, "key": key, "shard": shard, "why": why}
+    def _write_skipped(self, step: int, key: str, shard: str, why: str, **more: str) -> None:
+        record = {"step": step, "key": key, "shard": shard, "why": why, **more}
         self._skipped.write(json.dumps(record) + "\n")
         self._skipped.flush()
 
@@ -175,8 +173,8 @@ class Console:
             return
         if self._progress is not None:
             self._progress.stop()
-        if self._board is not None:
-            self._board.close()
+        for board in self.boards:
+            board.close()
         self._metrics.close()
         self._skipped.close()
         self._log.close()
@@ -221,10 +219,3 @@ def _forget_after(metrics: Path, step: int) -> None:
         if record["step"] <= step:
             kept.append(line + "\n")
     metrics.write_text("".join(kept))
-
-
-def _tensorboard(run_dir: Path, first: int) -> Any:
-    """A TensorBoard writer; it hides what earlier starts wrote of steps after `first`."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)

@@ -215,7 +215,7 @@ def blind_guess(
     encoded: Assembler.encoded.
     """
     texts: dict[str, Counter[tuple[int, ...]]] = {}
-    for sample in (s for s in samples if not s.truncated):
+    for sample in (s for s in samples if s.whole):
         try:
             segments = encoded(sample)
         except BadSample:  # it has become unreadable since the evaluation

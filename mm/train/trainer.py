@@ -34,7 +34,9 @@ from mm.ranks.skipped import Listener
 from mm.ranks.stop import Stop, StopRequested
 from mm.report.header import header, memory_warning
 from mm.report.plan_json import plan_json
+from mm.report.starts import write_start
 from mm.report.timeline import draw_measured
+from mm.train.boards import open_boards
 from mm.train.console import Console
 from mm.train.evaluate import Evaluation, blind_guess, evaluate
 from mm.train.garbage import set_aside
@@ -125,10 +127,10 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
         before.free()
     first = state.step
     aside = begin(run_dir, rank, resume, first)
-    console = Console(
-        run_dir, cfg.train.steps, first=first, lead=rank.rank == 0, tensorboard=cfg.run.tensorboard
-    )
+    console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
     if rank.rank == 0:
+        console.boards += open_boards(cfg, run_dir, first)
+        write_start(run_dir, rank, dist.get_backend(), first)
         (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
         keep_tokenizer(make_tokenizer(cfg.data.tokenizer), run_dir)
         (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))

@@ -30,6 +30,11 @@ PUBLISHED = {
     # Its model card leaves the embedding out of 3.61 and 5.13 active.
     "gpt-oss-20b": ("20.91", "4.19", {"*": 24, "E": 24}),
     "gpt-oss-120b": ("116.83", "5.71", {"*": 36, "E": 36}),
+    # 12 width^2 a layer and two tables of 128,000 rows.
+    "gpt-7b": ("7.49", None, {"*": 32, "-": 32}),
+    "gpt-14b": ("16.41", None, {"*": 48, "-": 48}),
+    "gpt-32b": ("30.56", None, {"*": 64, "-": 64}),
+    "gpt-70b": ("66.52", None, {"*": 80, "-": 80}),
     "deepseek-v3": ("671", "37", {"*": 61, "-": 3, "E": 58}),
 }
 

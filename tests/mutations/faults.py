@@ -18,6 +18,7 @@ from tests.mutations.of_media import MEDIA
 from tests.mutations.of_models import LLM
 from tests.mutations.of_order import ORDER
 from tests.mutations.of_parallel import PARALLEL
+from tests.mutations.of_prices import PRICES
 from tests.mutations.of_qwen import QWEN
 from tests.mutations.of_remote import REMOTE
 from tests.mutations.of_resolution import RESOLUTION
@@ -28,5 +29,5 @@ from tests.mutations.of_text import TEXT
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE + COMPARE),
+    *(ORDER + REMOTE + PRICES + COMPARE),
 )

@@ -6,7 +6,7 @@ from tests.mutations.fault import Fault
 
 READ = "tests/mm/data/test_layouts.py"
 CONVERTED = "tests/mm/data/test_convert.py"
-SHOWN = "tests/mm/data/test_page.py"
+SHOWN = "tests/mm/pages/test_samples_page.py"
 
 LAYOUTS = (
     Fault(
@@ -60,9 +60,9 @@ LAYOUTS = (
     Fault(
         "page.escape",
         "what a text says acts in the page",
-        "mm/data/page.py",
-        "<span>{escape(piece)}</span>",
-        "<span>{piece}</span>",
+        "mm/pages/samples_page.py",
+        'el("span", piece) for piece',
+        'el("span", Markup(piece)) for piece',
         f"{SHOWN}::test_tokens_of_a_template_are_shown_and_do_not_act",
     ),
 )

@@ -147,7 +147,8 @@ class _HuggingFace(_Any):
 
     def _read(self, url: str, offset: int, size: int) -> bytes:
         assert self.sync is not None
-        with self.sync.open(self._path(url), "rb", cache_type="none") as file:  # its caches read ahead
+        # Its caches read ahead, and without a size it lists the folder first.
+        with self.sync.open(self._path(url), "rb", cache_type="none", size=offset + size) as file:
             file.seek(offset)
             got: bytes = file.read(size)
         return got

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from parallel.schedule.action import OVER_DATA, Kind
 from parallel.schedule.drawing.chart import Arrow, Bar, Chart, Move
-from parallel.schedule.drawing.shapes import INK, PAPER, Box, Curve, Picture, Shape, Text
+from parallel.schedule.drawing.shapes import ON_LIGHT, PAPER, Box, Curve, Picture, Shape, Text
 
 # (forward, backward, weight gradient) of each module: the sink first, then sources. They can be told apart in
 # greyscale and with red-green colour blindness.
@@ -21,11 +21,15 @@ SOFT, TRACK, GRID = "#6b7280", "#eceef2", "#dfe2e8"
 LEFT, RIGHT, TOP, ROW, GAP, WIDTH = 168, 84, 74, 34, 12, 1280
 
 
-def draw(chart: Chart, *, title: str | None = None, width: int = WIDTH) -> Picture:
-    """Lay out a chart. title: above it; the schedule's name where None."""
-    scale = (width - LEFT - RIGHT) / (chart.seconds or 1.0)
+def draw(
+    chart: Chart, *, title: str | None = None, width: int = WIDTH, seconds: float | None = None
+) -> Picture:
+    """Lay out a chart. title: above it; the schedule's name where None. seconds: that the axis has at least,
+    so that several charts have one scale."""
+    whole = max(chart.seconds, seconds or 0.0)
+    scale = (width - LEFT - RIGHT) / (whole or 1.0)
     bottom = TOP + len(chart.rows) * (ROW + GAP)
-    shapes: list[Shape] = [*_head(chart, title, width), *_axis(chart, scale, bottom)]
+    shapes: list[Shape] = [*_head(chart, title, width), *_axis(whole, scale, bottom)]
     for k, row in enumerate(chart.rows):
         y = TOP + k * (ROW + GAP)
         shapes.append(Box(LEFT, y, width - LEFT - RIGHT, ROW, TRACK, 4))
@@ -58,14 +62,14 @@ def _head(chart: Chart, title: str | None, width: int) -> list[Shape]:
     ]
 
 
-def _axis(chart: Chart, scale: float, bottom: float) -> list[Shape]:
+def _axis(seconds: float, scale: float, bottom: float) -> list[Shape]:
     out: list[Shape] = []
-    step = _tick(chart.seconds)
+    step = _tick(seconds)
     k = 0
-    while chart.seconds and k * step <= chart.seconds * 1.0001:
+    while seconds and k * step <= seconds * 1.0001:
         x = LEFT + k * step * scale
         out.append(Box(x - 0.5, TOP - 8, 1, bottom - TOP + 4, GRID))
-        out.append(Text(x, TOP - 18, _time(k * step, chart.seconds), 10.5, SOFT, "middle"))
+        out.append(Text(x, TOP - 18, _time(k * step, seconds), 10.5, SOFT, "middle"))
         k += 1
     return out
 
@@ -86,7 +90,7 @@ def _bar(chart: Chart, bar: Bar, scale: float) -> list[Shape]:
     if bar.half:  # the two of a pair, one above the other
         top, high = top + (bar.half - 1) * (high / 2 + 0.5), high / 2 - 0.5
     body = Box(x=x + inset, y=top, w=w - 2 * inset, h=high, fill=fill, radius=min(3, w / 4))
-    ink = INK if action.kind is Kind.BACKWARD_WEIGHT else PAPER
+    ink = ON_LIGHT if action.kind is Kind.BACKWARD_WEIGHT else PAPER
     out: list[Shape] = [body]
     if bar.chunk:  # later virtual stages carry a light band
         band = min(3.5 * bar.chunk, high / 2)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 INK, PAPER = "#1f2430", "#ffffff"
+ON_LIGHT = "#14181f"  # text on light bars: a theme may change INK, which is on the paper
 
 
 @dataclass(frozen=True)

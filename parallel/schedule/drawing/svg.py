@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from html import escape
 
 from parallel.schedule.drawing.shapes import PAPER, Box, Picture, Shape, Text, control_points
 
 
-def to_svg(picture: Picture) -> str:
-    """The picture as one SVG document."""
+@dataclass(frozen=True)
+class Inside:
+    """How a picture stands inside a page.
+
+    id: of its title and description, which screen readers read. boxes, texts, lines: by colour of ours, the
+    page's. There is no paper: the page is.
+    """
+
+    id: str
+    title: str
+    description: str
+    boxes: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    lines: Mapping[str, str] = field(default_factory=dict)
+
+    def coloured(self, s: Shape) -> Shape:
+        """A shape in the page's colours."""
+        if isinstance(s, Box):
+            return replace(s, fill=self.boxes.get(s.fill, s.fill))
+        found = self.texts if isinstance(s, Text) else self.lines
+        return replace(s, colour=found.get(s.colour, s.colour))
+
+
+def to_svg(picture: Picture, inside: Inside | None = None) -> str:
+    """The picture as one SVG document, or as an element inside a page."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{picture.width}" height="{picture.height}" '
-        f'viewBox="0 0 {picture.width} {picture.height}" font-family="Helvetica, Arial, sans-serif">'
+        f'viewBox="0 0 {picture.width} {picture.height}" font-family="Helvetica, Arial, sans-serif"'
     )
-    paper = f'<rect width="100%" height="100%" fill="{PAPER}"/>'
-    return "\n".join([head, paper, *(_svg(s) for s in picture.shapes), "</svg>"]) + "\n"
+    if inside is None:
+        before = [f"{head}>", f'<rect width="100%" height="100%" fill="{PAPER}"/>']
+        shapes = picture.shapes
+    else:
+        name, about = f"{inside.id}-title", f"{inside.id}-desc"
+        before = [
+            f'{head} role="img" aria-labelledby="{name} {about}">',
+            f'<title id="{name}">{escape(inside.title)}</title>',
+            f'<desc id="{about}">{escape(inside.description)}</desc>',
+        ]
+        shapes = tuple(map(inside.coloured, picture.shapes))
+    return "\n".join([*before, *map(_svg, shapes), "</svg>"]) + "\n"
 
 
 def _svg(s: Shape) -> str:

@@ -29,6 +29,8 @@ class Costs:
         computation that is not named has none.
     load: by (module, micro-batch), a factor on the module's computations, for ragged batches.
     cores: how many cores all ranks share, where an action uses at most one; None if each rank has its own.
+    share: by module, how much of a core its ranks use on average while the one with most work computes, where
+        cores are shared; 1 where it is not named.
     units: by module, in how many units FSDP gathers the weights of a stage in a computation, or sums its
         gradients, one beside the computation of another; 1 where it is not named.
     """
@@ -40,6 +42,7 @@ class Costs:
     )
     load: Mapping[tuple[str, int], float] = field(default_factory=dict)
     cores: float | None = None
+    share: Mapping[str, float] = field(default_factory=dict)
     units: Mapping[str, int] = field(default_factory=dict)
 
     def seconds(self, a: Action) -> float:

@@ -163,7 +163,8 @@ def run_graph(graph: Graph, plan: SchedulePlan, costs: Costs) -> tuple[list[floa
         seconds[pair[0]] = seconds[pair[1]] = costs.pair_seconds(forward, backward) + traffic
     if costs.cores is None:
         return _own_cores(graph, seconds, costs)
-    return _SharedCores(graph, seconds, costs, [len(ranks) for ranks in plan.ranks_of]).run()
+    used = [len(plan.ranks_of[p]) * costs.share.get(a.module, 1.0) for p, a in plan]
+    return _SharedCores(graph, seconds, costs, used).run()
 
 
 def _delays(graph: Graph, costs: Costs) -> list[float]:
@@ -194,14 +195,17 @@ def _own_cores(graph: Graph, seconds: Sequence[float], costs: Costs) -> tuple[li
 
 
 class _SharedCores:
-    """Event by event, where the speed of a rank depends on how many others compute at that moment."""
+    """Event by event, where the speed of a rank depends on how many others compute at that moment.
 
-    def __init__(self, graph: Graph, seconds: Sequence[float], costs: Costs, many: Sequence[int]) -> None:
+    used: by computation, the cores that all of its ranks would use.
+    """
+
+    def __init__(self, graph: Graph, seconds: Sequence[float], costs: Costs, used: Sequence[float]) -> None:
         assert costs.cores is not None
         self.graph, self.seconds, self.delays, self.cores = graph, seconds, _delays(graph, costs), costs.cores
-        self.ranks = [n for p, n in enumerate(many) for _ in range(graph.first[p], graph.first[p + 1])]
+        self.used = list(used)
         for n in graph.second.values():
-            self.ranks[n] = 0  # a pair needs one core
+            self.used[n] = 0.0  # a pair needs one core
         self.begins, self.ends = [0.0] * len(seconds), [0.0] * len(seconds)
         # What waits for each computation and each transfer. Entries of graph.order are given by index.
         self.starts: dict[int, list[TransferKey]] = defaultdict(list)  # transfers that wait for a computation
@@ -220,14 +224,14 @@ class _SharedCores:
         self.unsent = {key: len(after) for key, after in graph.transfers.items()}
         self.now = 0.0  # seconds
         self.clock = 0.0  # seconds of work that a computation has done if it has run since the start
-        self.running = 0  # ranks that compute
+        self.running = 0.0  # cores that those who compute would use
         self.computing: list[tuple[float, int]] = []  # (clock at its end, computation)
         self.arriving: list[tuple[float, TransferKey]] = []  # (second, transfer)
 
     def run(self) -> tuple[list[float], list[float]]:
         self._ended(START)
         while self.computing or self.arriving:
-            rate = min(1.0, self.cores / self.running) if self.running else 1.0
+            rate = self.cores / self.running if self.running > self.cores else 1.0
             finish = self.now + (self.computing[0][0] - self.clock) / rate if self.computing else None
             if self.arriving and (finish is None or self.arriving[0][0] <= finish):
                 second, key = heapq.heappop(self.arriving)
@@ -238,7 +242,7 @@ class _SharedCores:
             assert finish is not None
             self.clock, n = heapq.heappop(self.computing)
             self.now = self.ends[n] = finish
-            self.running -= self.ranks[n]
+            self.running -= self.used[n]
             self._ended(n)
         return self.begins, self.ends
 
@@ -257,5 +261,5 @@ class _SharedCores:
                 continue
             for n in self.graph.order[at]:
                 self.begins[n] = self.now
-                self.running += self.ranks[n]
+                self.running += self.used[n]
                 heapq.heappush(self.computing, (self.clock + self.seconds[n], n))

@@ -13,12 +13,14 @@ from pydantic.fields import FieldInfo
 from mm.config.build import Section
 from mm.config.schema import Config, EncoderConfig
 from mm.config.sources import LengthsConfig, SourceConfig, WeightsConfig
+from mm.config.synthetic import SyntheticConfig, SyntheticItems
 
 LISTS: dict[str, type[Section]] = {
     "data.train": SourceConfig,
     "data.weights": WeightsConfig,
     "data.lengths": LengthsConfig,
 }
+INSIDE: dict[str, type[Section]] = {"data.synthetic": SyntheticConfig, "data.synthetic.items": SyntheticItems}
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "config.md"
 
 
@@ -31,6 +33,9 @@ def fields(kind: type[Section], path: str = "") -> Iterator[tuple[str, FieldInfo
         elif key in LISTS:
             yield key, field
             yield from fields(LISTS[key], f"{key}.K")
+        elif key in INSIDE:
+            yield key, field
+            yield from fields(INSIDE[key], f"{key}.X" if key.endswith("items") else key)
         elif key == "model":
             yield from fields(EncoderConfig, "model.X")
         elif key != "base":

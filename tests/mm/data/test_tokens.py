@@ -128,7 +128,9 @@ def test_ids_and_labels_of_a_step(tmp_path: Path, tokenizer: PublishedTokenizer)
         assert llm.ids[at : at + n].tolist() == ids
         labels = [m if keep else -100 for m, keep in zip(ids[1:], learns[1:], strict=True)]
         assert llm.labels[at : at + n].tolist() == [*labels, -100]
-        assert sample_length(sample, blueprint.inputs) == n and supervised_tokens(sample) == sum(learns)
+        assert sample_length(sample, blueprint.inputs) == n and supervised_tokens(
+            sample, blueprint.inputs
+        ) == sum(learns)
         at += n
     depths = [int((row >= 0).sum()) for row in llm.ahead[1]] if llm.ahead else []
     assert depths == made.plan.table.mtp.sum(axis=1).tolist()  # what the plan counts is there
@@ -188,6 +190,28 @@ def test_truncation_is_to_the_token(tmp_path: Path, tokenizer: PublishedTokenize
     ids, learns = (part[:room] for part in expect("chat", tokenizer))
     assert llm.ids[:room].tolist() == ids
     assert np.flatnonzero(llm.labels[:room].numpy() >= 0).tolist() == [i - 1 for i in np.flatnonzero(learns)]
+
+
+def test_a_chat_is_split_between_tokens(tmp_path: Path, tokenizer: PublishedTokenizer) -> None:
+    write_jsons(tmp_path / "a.tar", {"chat": JSONS["chat"]})
+    ids, learns = expect("chat", tokenizer)
+    room = next(n for n in range(3, len(ids)) if any(learns[at] for at in range(n, len(ids), n)))
+    blueprint = draw_up(config(tmp_path, overlong="split", context=room), 1)
+    index = open_index(blueprint, ["a.tar"], tmp_path)
+    assembler = assembler_of(blueprint, RankInfo(0, 1, torch.device("cpu")), {"llm": Axes()})
+    found = {at: learns[at : at + room] for at in range(0, len(ids), room)}
+    found = {at: own for at, own in found.items() if any(own[1:])}  # of the others nothing is learned
+    assert [str(s.portion) for s in index.samples] == [f"{n + 1} of {len(found)}" for n in range(len(found))]
+    for (at, own), sample in zip(found.items(), index.samples, strict=True):
+        made = prepare(0, [sample], assembler)
+        llm, n = made.micro[0].llm, len(own)
+        assert llm is not None and not made.bad and made.plan.table.length.tolist() == [n]
+        assert llm.ids[:n].tolist() == ids[at : at + n]
+        labels = [t if keep else -100 for t, keep in zip(ids[at + 1 : at + n], own[1:], strict=True)]
+        assert llm.labels[:n].tolist() == [*labels, -100]
+        depths = [int((row >= 0).sum()) for row in llm.ahead[1]] if llm.ahead else []
+        assert (made.plan.supervised, list(made.plan.mtp_supervised)) == (sum(own[1:]), depths)
+    assembler.reader.close()
 
 
 def test_all_chats_and_no_template(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_what_does_not_fit_is_refused_with_all_counts(tmp_path: Path) -> None:
         "1 of 20 samples have an item that does not fit; or leave them out: data.misfit=skip with data.max",
         "2 of 20 samples are longer than data.context: the longest is sample longer of",
         "with 42 tokens, the first sample long with 36; raise data.context to 42",
-        "or keep their beginnings: data.overlong=truncate; or leave them out: data.overlong=skip with data.",
+        "or split them: data.overlong=split; or keep their beginnings: data.overlong=truncate; or leave",
+        "them out: data.overlong=skip with data.max_skipped=",
     ):
         assert words in said, words
 
@@ -170,7 +171,7 @@ def test_long_samples_are_truncated_to_their_beginning(tmp_path: Path) -> None:
     assert [s.tokens for s in truncated["longer"].segments] == [0, 0, 8]
     for s in truncated.values():
         assert sample_length(s, made.inputs) == 20
-        assert supervised_tokens(s) == s.segments[-1].tokens  # and no end marker
+        assert supervised_tokens(s, made.inputs) == s.segments[-1].tokens  # and no end marker
     assert index.digest == load_index(["a-*.tar"], tmp_path).digest
 
 

@@ -31,13 +31,13 @@ from mm.data.reader import ShardReader
 from mm.data.tokenizer import Tokenizer
 from mm.plan.blueprint import draw_up
 from mm.plan.inputs import PlanInputs
+from mm.plan.made_up import made_up
 from mm.plan.select import select
 from mm.plan.step_plan import Edge, StepPlan, plan_step
 from mm.plan.table import SampleTable
 from mm.ranks.batch import IGNORE, Assembler
 from mm.report.plan_json import first_step, plan_data, plan_json
 from mm.train.update import learning_rate
-from mm.virtual.samples import made_up
 from parallel.boundary import PlanCache, plan_edge
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.layout import Layout

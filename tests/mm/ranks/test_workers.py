@@ -77,12 +77,16 @@ def plain(found: list[Decoded]) -> list[object]:
     return [one(x) for x in found]
 
 
-def places(expected: list[Decoded]) -> list[Tensor | None]:
-    """Memory for results: some fits, some has another shape or dtype, some is missing."""
-    return [
-        torch.full_like(x, 1) if n % 3 else torch.ones(n % 2, 7, dtype=torch.int16)
-        for n, x in ((n, x if isinstance(x, Tensor) else torch.ones(2)) for n, x in enumerate(expected))
-    ]
+def places(expected: list[Decoded], one: Workers) -> list[Tensor | None]:
+    """Memory for results, shared with workers or not: some fits, some has another shape or dtype."""
+    found: list[Tensor | None] = []
+    for n, x in enumerate(expected):
+        like = x if isinstance(x, Tensor) else torch.ones(2)
+        if n % 5 == 4:  # as many bytes
+            like = like.reshape(-1).view(torch.uint8)
+        shape, dtype = ((n % 2, 7), torch.int16) if n % 3 == 0 else (tuple(like.shape), like.dtype)
+        found.append((one.empty(shape, dtype) if n % 2 else torch.empty(shape, dtype=dtype)).fill_(1))
+    return found
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -104,7 +108,7 @@ def test_any_number_of_workers_gives_the_same(count: int, monkeypatch: pytest.Mo
         tickets = [one.submit([*tasks, large][:n]) for n in sizes]
         one.forget(tickets.pop(2))
         tickets.append(one.submit([*tasks, large]))
-        tickets.append(one.submit([*tasks, large], places(direct)))
+        tickets.append(one.submit([*tasks, large], places(direct, one)))
         # All are looked at when the trays have been used again.
         found = [one.results(ticket) for ticket in tickets]
         assert [plain(own) for own in found] == [expected[: len(ticket.tasks)] for ticket in tickets]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,17 @@ def test_a_checkpoint_of_other_modules_is_no_start(
     assert code == 4 and "it has weights of other, the model's modules are audio, vision, llm" in err
 
 
-def test_a_board_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = from_mapping(small(run={"tensorboard": True}), CONFIGS)
-    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
-    with pytest.raises(Refused, match=r"pip install -e '.\[tensorboard\]'"):
-        preflight.check_paths(cfg, write=False)
-    monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+@pytest.mark.parametrize("package, value", [("tensorboard", True), ("wandb", "mine")])
+def test_a_board_that_is_not_installed_is_refused(
+    package: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = from_mapping(small(run={package: value}), CONFIGS)
+    (tmp_path / package).mkdir()
+    folder = PathFinder.find_spec(package, [str(tmp_path)])  # which is no package, and which W&B makes
+    assert folder is not None and folder.origin is None
+    for found in (None, folder):
+        monkeypatch.setattr(preflight, "find_spec", lambda name, found=found: found)
+        with pytest.raises(Refused, match=rf"pip install -e '.\[{package}\]'"):
+            preflight.check_paths(cfg, write=False)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: ModuleSpec(name, None, origin="there"))
     preflight.check_paths(cfg, write=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -169,34 +167,3 @@ def test_warnings_go_to_the_log_too(tmp_path: Path, capsys: pytest.CaptureFixtur
     console.close()
     assert "warning: sample 3" in capsys.readouterr().err
     assert "warning: sample 3" in (tmp_path / "log.txt").read_text()
-
-
-def test_losses_and_lifts_go_to_tensorboard_where_it_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: dict[tuple[str, int], float] = {}
-    purged = []
-
-    class Writer:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            assert folder == str(tmp_path / "tensorboard")
-            purged.append(purge_step)
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written[name, step] = value
-
-        def close(self) -> None:
-            written["closed", 0] = 1.0
-
-    package = types.ModuleType("torch.utils.tensorboard")
-    package.SummaryWriter = Writer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
-    for asked in (False, True):
-        console = Console(tmp_path, 9, first=4, lead=True, tensorboard=asked)
-        console.step(record(5))
-        console.evaluation(5, RESULT)
-        console.close()
-        assert bool(written) == asked
-    assert written["loss", 5] == 1 / 3 and written["closed", 0]
-    assert any("vision" in name and value == 1.2345 for (name, _), value in written.items())
-    assert purged == [5]  # what an earlier start wrote of step 5 is made again

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,84 +13,23 @@ from hypothesis import strategies as st
 
 from mm.cli import main
 from mm.data.index import load_index
-from mm.data.page import choose, page
 from mm.data.published import read_tokenizer
 from mm.data.tokenizer import Tokenizer
+from mm.pages.html import clean
+from mm.pages.samples_page import choose, samples_page
 from tests.mm.data.test_layouts import picture
 from tests.mm.data.test_recipes import tone
 from tests.mm.data.tokenizers_made import CHATML, byte_bpe, write_tokenizer
+from tests.mm.pages.strict_parser import Checked
 from tests.mm.shards import write_shard
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;</div></style>"
-KNOWN = {
-    *(
-        "html",
-        "head",
-        "meta",
-        "title",
-        "style",
-        "body",
-        "h1",
-        "h2",
-        "p",
-        "b",
-        "article",
-        "figure",
-        "figcaption",
-    ),
-    *("div", "span", "img", "audio", "video", "details", "summary"),
-}
-ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "class", "alt", "src", "controls"}
-SOURCE = r"data:(image|audio|video)/\w+;base64,[\w+/=]+"
-VOID = {"meta", "img"}
-
-
-class Checked(HTMLParser):
-    """Parses strictly: every element is known and closed, no attribute acts, nothing is loaded."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.said: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in KNOWN, tag
-        for name, value in attrs:
-            assert name in {
-                "lang",
-                "charset",
-                "http-equiv",
-                "content",
-                "name",
-                "class",
-                "alt",
-                "src",
-                "controls",
-            }
-            if name == "src":
-                assert value is not None and re.fullmatch(
-                    r"data:(image|audio|video)/\w+;base64,[\w+/=]+", value
-                )
-                self.sources.append(value)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.said.append(data)
 
 
 def shown(tmp_path: Path, samples: list[dict[str, Any]]) -> Checked:
     write_shard(tmp_path / "a.tar", samples)
     index = load_index(["a.tar"], tmp_path)
-    return Checked(page(index, index.samples, Tokenizer()))
+    return Checked(samples_page(index, index.samples, Tokenizer()))
 
 
 def test_a_page_shows_media_tokens_loss_and_dependence(tmp_path: Path) -> None:
@@ -120,7 +58,7 @@ def test_nothing_that_a_sample_says_acts(
     segments = [{f"{name}{EVIL}": "x.png"}, {"text": text, "depends": f"{name}{EVIL}"}]
     sample = {"key": "k", "segments": segments, "parts": {"x.png": picture()}}
     found = shown(tmp_path_factory.mktemp("a"), [sample])
-    assert text.replace("\r", "") in "".join(found.said).replace("\r", "") and len(found.sources) == 1
+    assert clean(text) in "".join(found.said) and len(found.sources) == 1
 
 
 def test_names_of_files_are_content_too(tmp_path: Path) -> None:
@@ -135,7 +73,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.tar", [{"key": "k", "segments": [{"text": "abc"}], "parts": {}}])
     index = load_index(["a.tar"], tmp_path)
     shard.write_bytes(shard.read_bytes().replace(b"abc", b"abd"))
-    assert "cannot be used:" in "".join(Checked(page(index, index.samples, Tokenizer())).said)
+    assert "cannot be used:" in "".join(Checked(samples_page(index, index.samples, Tokenizer())).said)
 
 
 def test_samples_are_chosen_by_key_or_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,5 +95,5 @@ def test_tokens_of_a_template_are_shown_and_do_not_act(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "What is <s>seen</s>?"}, {"role": "assistant", "content": "東京"}]
     write_shard(tmp_path / "a.tar", [{"key": "k", "messages": chat, "parts": {}}])
     index = load_index(["a.tar"], tmp_path, tokenizer=tokenizer)
-    text = "".join(Checked(page(index, index.samples, tokenizer)).said)
+    text = "".join(Checked(samples_page(index, index.samples, tokenizer)).said)
     assert "<|im_start|>user\nWhat is <s>seen</s>?<|im_end|>" in text and " learned" in text

@@ -1,0 +1,212 @@
+"""A step of a job as its busiest data rank has it: Counts, from the blueprint and the step's plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mm.config.outline import SINK
+from mm.config.training import recomputed
+from mm.plan.blueprint import Blueprint
+from mm.plan.data_parallel import cost
+from mm.plan.projectors import projector_kind
+from mm.plan.step_plan import Edge, StepPlan
+from mm.plan.trained import trained_below
+from mm.predict.count.load import item_load, token_load
+from mm.predict.count.pieces import How, Piece, chain
+from mm.predict.count.sizes import Degrees
+from mm.predict.count.stage import Frozen, Outer, encoder_stage, llm_stage
+from mm.predict.count.weights import gather_messages, owned, sum_messages
+from mm.predict.work import Counts, Held, Kernel, Message, Work
+from parallel.schedule.action import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    Action,
+    Kind,
+)
+from parallel.topology.data_parallel import POLICIES
+from parallel.topology.layout import Coord
+
+
+def count_job(blueprint: Blueprint, plan: StepPlan) -> Counts:
+    """Count a step. O(stages x micro-batches) in look-ups; equal layers and loads are counted once.
+
+    `work` is that of the micro-batch with the median load among those with work; `load` relates the others
+    to it, by FLOPs.
+    """
+    work: dict[tuple[str, int, Kind], Work] = {}
+    load: dict[tuple[str, int], float] = {}
+    kept, hidden = {}, {}
+    moved: dict[tuple[str, int, Kind], tuple[Message, ...]] = {}
+    held: dict[tuple[str, int], Held] = {}
+    schedule = blueprint.schedule(plan.active)
+    for m in blueprint.modules:
+        found = module_pieces(blueprint, plan, m)
+        load |= {(m, k): x for k, x in enumerate(found.load)}
+        layout = blueprint.layouts[m]
+        for s, part in enumerate(found.stages):
+            work[m, s, FORWARD] = part.forward
+            work[m, s, BACKWARD] = part.backward
+            work[m, s, BACKWARD_INPUT] = part.backward_input
+            work[m, s, BACKWARD_WEIGHT] = part.backward_weight
+            kept[m, s], hidden[m, s] = part.kept, part.out
+        for pp in range(layout.pp):
+            actions = [a for a in schedule.actions(layout.rank_at(pp=pp)) if a.module == m]
+            own = [s for s in range(pp, len(found.stages), layout.pp)]
+            moved |= _moved(blueprint, m, own, actions)
+            held[m, pp] = _held(blueprint, m, own, actions, found.stages)
+            for s in own:
+                work[m, s, Kind.OPTIMIZER] = _update(blueprint, m, s)
+    rows = {(e.source, e.stage): _rows(blueprint, plan, e) for e in blueprint.edges}
+    return Counts(work, moved, load=load, kept=kept, hidden=hidden, rows=rows, held=held)
+
+
+class ModulePieces(NamedTuple):
+    """A module's stages in the micro-batch of median load, and by micro-batch the factor on it."""
+
+    stages: tuple[Piece, ...]
+    load: tuple[float, ...]
+
+
+def module_pieces(blueprint: Blueprint, plan: StepPlan, module: str) -> ModulePieces:
+    """The stages of a module as its busiest dp rank computes them."""
+    dp = _busiest(blueprint, plan, module)
+    found = [stages_of(blueprint, plan, module, k, Coord(0, 0, dp, 0)) for k in range(len(plan.microbatches))]
+    flops = np.asarray([sum(p.forward.flops for p in stages) for stages in found])
+    some = np.flatnonzero(flops > 0)
+    if not len(some):
+        return ModulePieces(found[0] if found else (), (0.0,) * len(found))
+    median = int(some[np.argsort(flops[some], kind="stable")[len(some) // 2]])
+    return ModulePieces(found[median], tuple((flops / flops[median]).tolist()))
+
+
+def _busiest(blueprint: Blueprint, plan: StepPlan, module: str) -> int:
+    dp = blueprint.layouts[module].dp
+    if module == SINK:
+        total = np.bincount(plan.seats.dp, weights=plan.llm_cost, minlength=dp)
+    else:
+        items = plan.items[module]
+        total = np.bincount(items.columns.source_dp, weights=items.cost, minlength=dp)
+    return int(np.argmax(total))
+
+
+def how_of(blueprint: Blueprint, module: str, *, halves: bool = False) -> How:
+    """How a module computes."""
+    parts = recomputed(blueprint.cfg.train, module)
+    if module != SINK:
+        parts = parts & {"full"}
+    return How(
+        item=blueprint.dtype.itemsize,
+        recompute=parts,
+        halves=halves,
+        trains=module not in blueprint.frozen,
+        below=True,
+    )
+
+
+def stages_of(
+    blueprint: Blueprint, plan: StepPlan, module: str, k: int, at: Coord, *, halves: bool = False
+) -> tuple[Piece, ...]:
+    """The stages of a module in micro-batch k on the rank at a place, whatever its pipeline rank."""
+    mb, stages, layout = plan.microbatches[k], blueprint.stages[module], blueprint.layouts[module]
+    degrees = Degrees.of(module, layout, at.tp, at.cp)
+    how = how_of(blueprint, module, halves=halves)
+    if module == SINK:
+        load = token_load(mb, at, blueprint.llm, blueprint.dtype.itemsize)
+        entering = {
+            s: tuple(
+                _entering(
+                    blueprint, plan, k, e, layout.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=s % layout.pp)
+                )
+                for e in blueprint.edges
+                if e.stage == s and mb.edges[e.source].count
+            )
+            for s in range(len(stages))
+        }
+        return tuple(
+            llm_stage(blueprint.llm, stage, degrees, load, how, entering[s]) for s, stage in enumerate(stages)
+        )
+    use, enc = blueprint.inputs.encoders[module], blueprint.cfg.model[module]
+    items = item_load(mb, module, use, at)
+    if items is None:
+        return tuple(chain([]) for _ in stages)
+    frozen = Frozen(enc.freeze_layers, enc.freeze in ("encoder", "all"), enc.freeze in ("projector", "all"))
+    outer = Outer(enc.projector.hidden, blueprint.llm.d_model, projector_kind(enc.projector))
+    below = [s > 0 and trained_below(blueprint, module, s) for s in range(len(stages))]
+    return tuple(
+        encoder_stage(use, stage, degrees, items, how._replace(below=b), frozen=frozen, outer=outer)
+        for stage, b in zip(stages, below, strict=True)
+    )
+
+
+def _entering(blueprint: Blueprint, plan: StepPlan, k: int, edge: Edge, rank: int) -> int:
+    """Rows of an edge that enter on a rank of the language model."""
+    return len(plan.microbatches[k].edges[edge.source].row_positions(rank))
+
+
+def _moved(
+    blueprint: Blueprint, module: str, stages: Sequence[int], actions: Sequence[Action]
+) -> dict[tuple[str, int, Kind], tuple[Message, ...]]:
+    layout, shards = blueprint.layouts[module], blueprint.shards(module)
+    holding, stored = POLICIES[blueprint.policies[module]], blueprint.stored_dtype.itemsize
+    out = {}
+    for s in stages:
+        units = owned(blueprint.weights(module, s), module, layout, shards)
+        own = [a for a in actions if a.stage == s]
+        out[module, s, Kind.GATHER] = gather_messages(units, module, holding, own)
+        out[module, s, Kind.GRAD_SYNC] = sum_messages(units, module, holding, own, stored)
+    return out
+
+
+def _held(
+    blueprint: Blueprint,
+    module: str,
+    stages: Sequence[int],
+    actions: Sequence[Action],
+    found: Sequence[Piece],
+) -> Held:
+    layout, shards = blueprint.layouts[module], blueprint.shards(module)
+    stored = blueprint.stored_dtype.itemsize
+    units = {s: owned(blueprint.weights(module, s), module, layout, shards) for s in stages}
+    flat = [o.unit for own in units.values() for o in own]
+    parameters = sum(u.shard.every for u in flat) * stored
+    optimizer = sum(u.state for u in flat)
+    holding = POLICIES[blueprint.policies[module]]
+    whole = cost({s: [o.unit for o in own] for s, own in units.items()}, holding, actions, stored)
+    gathered = sum(u.gathered for u in flat if holding.params != "each" or not u.own_layer)
+    learns = any(a.kind in (BACKWARD, BACKWARD_WEIGHT) for a in actions)
+    gradients = max(0, whole.peak - parameters - optimizer - gathered) if learns else 0
+    temporary = max((_beyond(found[s], learns) for s in stages), default=0.0)
+    return Held(parameters, optimizer, gathered, gradients, temporary)
+
+
+def _beyond(part: Piece, learns: bool) -> float:
+    """The most that a stage needs beside what it keeps."""
+    most = part.in_forward.total - part.kept
+    return max(0.0, most, part.in_backward.total - part.kept if learns else 0.0)
+
+
+def _update(blueprint: Blueprint, module: str, stage: int) -> Work:
+    """The update of a stage's weights: each element of weights, gradients and state is read, all but
+    gradients are written."""
+    layout, shards = blueprint.layouts[module], blueprint.shards(module)
+    stored = blueprint.stored_dtype.itemsize
+    units = [o.unit for o in owned(blueprint.weights(module, stage), module, layout, shards)]
+    size = sum(3 * u.shard.trained * stored + 2 * u.state for u in units)
+    return Work((Kernel("memory", (), "", 0.0, float(size)),)) if size else Work()
+
+
+def _rows(blueprint: Blueprint, plan: StepPlan, edge: Edge) -> float:
+    """Bytes of an edge's rows on the rank that reads most of them in a micro-batch."""
+    layout, most = blueprint.layouts[SINK], 0
+    for k, mb in enumerate(plan.microbatches):
+        if mb.edges[edge.source].count:
+            for dp in range(min(layout.dp, 8)):
+                rank = layout.rank_at(dp=dp, pp=edge.stage % layout.pp)
+                most = max(most, _entering(blueprint, plan, k, edge, rank))
+    width = int(np.prod(blueprint.entry_shape(edge)))
+    return float(most * width * blueprint.dtype.itemsize)

@@ -1,0 +1,311 @@
+"""The most memory that a rank holds in a step, by what for: a walk over its actions in order."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mm.config.outline import SINK
+from mm.plan.trained import trained_below
+from mm.predict.count.pieces import Level, Piece
+from mm.predict.count.rank_plan import RankPlan
+from mm.predict.count.weights import Owned
+from parallel.schedule.action import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    BOUNDARY_BACKWARD,
+    BOUNDARY_FORWARD,
+    FORWARD,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    Action,
+    ActionKey,
+    Kind,
+)
+from parallel.schedule.checker.graph import releases
+from parallel.topology.data_parallel import POLICIES
+
+# As mm.virtual names them.
+ACTIVATIONS, TEMPORARY, GRADIENTS, GATHERED = "activations", "temporary", "gradients", "gathered_parameters"
+COMMUNICATION, OTHER = "communication", "other"
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes at the peak of a step. kinds: of what. during: the action."""
+
+    total: float
+    kinds: Mapping[str, float]
+    during: str
+
+
+def walk(rank: RankPlan) -> Held:
+    """The peak of a rank's step."""
+    return _Walk(rank).run()
+
+
+class _Walk:
+    def __init__(self, rank: RankPlan) -> None:
+        self.rank, self.blueprint = rank, rank.blueprint
+        self.stored = self.blueprint.stored_dtype.itemsize
+        self.item = self.blueprint.dtype.itemsize
+        # What is held, by what it is: (kind, bytes).
+        self.held: dict[tuple[object, ...], tuple[str, float]] = {}
+        self.fixed = {"parameters": 0.0, "optimizer": 0.0}
+        for units in rank.units.values():
+            self.fixed["parameters"] += sum(o.unit.shard.every for o in units) * self.stored
+            self.fixed["optimizer"] += sum(o.unit.state for o in units)
+        self.best, self.kinds, self.during = 0.0, dict[str, float](), "nothing"
+        program = rank.schedule.program_of.get(rank.rank)
+        self.released: dict[ActionKey, list[ActionKey]] = (
+            {} if program is None else releases(rank.schedule, program)
+        )
+        self.coming: set[tuple[str, int]] = set()  # stages whose gather no forward has waited for
+        self.late = {(a.module, a.stage) for a in rank.actions if a.kind is Kind.GRAD_SYNC}
+
+    def run(self) -> Held:
+        """Walk."""
+        for key in self.rank.units:
+            if POLICIES[self.blueprint.policies[key[0]]].params == "replicated":
+                self._whole(key)
+        self.fixed[OTHER] = inputs_bytes(self.rank)
+        for a in self.rank.actions:
+            for sent in self.released.get(a[:4], ()):
+                self.held.pop(("sent", sent), None)
+            self._act(a)
+        self._look(Level(), "update")
+        return Held(self.best, self.kinds, self.during)
+
+    def _act(self, a: Action) -> None:
+        handlers: dict[Kind, Callable[[Action], None]] = {
+            FORWARD: self._forward,
+            BACKWARD: self._backward,
+            BACKWARD_INPUT: self._backward_input,
+            BACKWARD_WEIGHT: self._backward_weight,
+            SEND_FORWARD: self._send_forward,
+            SEND_BACKWARD: self._send_backward,
+            RECV_FORWARD: self._receive_forward,
+            RECV_BACKWARD: self._receive_backward,
+            BOUNDARY_FORWARD: self._boundary_forward,
+            BOUNDARY_BACKWARD: self._boundary_backward,
+            Kind.GATHER: self._gather,
+            Kind.FREE: lambda a: self._free((a.module, a.stage)),
+            Kind.GRAD_SYNC: lambda a: self._sum((a.module, a.stage), str(a)),
+        }
+        if a.kind in handlers:
+            handlers[a.kind](a)
+
+    # What is held.
+
+    def _put(self, key: tuple[object, ...], kind: str, size: float) -> None:
+        if size:
+            self.held[key] = kind, size
+
+    def _look(self, now: Level, during: str, more: Mapping[str, float] | None = None) -> None:
+        """Compare what is held, and what an action needs beside, with the peak so far."""
+        kinds = Counter[str](self.fixed)
+        for kind, size in self.held.values():
+            kinds[kind] += size  # type: ignore[assignment]
+        for kind, size in {
+            ACTIVATIONS: now.kept,
+            # Gradients in the dtype of computation are gone at the end of their backward.
+            TEMPORARY: now.passing + now.gradients,
+            **(more or {}),
+        }.items():
+            kinds[kind] += size  # type: ignore[assignment]
+        total = sum(kinds.values())
+        if total > self.best:
+            self.best, self.kinds, self.during = total, dict(kinds), during
+
+    # Weights and their gradients.
+
+    def _gather(self, a: Action) -> None:
+        self._whole((a.module, a.stage))
+        self.coming.add((a.module, a.stage))
+
+    def _whole(self, key: tuple[str, int]) -> None:
+        self._put(("whole", *key), GATHERED, float(sum(o.unit.gathered for o in self.rank.units[key])))
+
+    def _last_gathered(self, key: tuple[str, int]) -> float:
+        """Bytes of the last gather of a forward: the root's comes first, then those of its parts."""
+        *inner, root = [o.unit for o in self.rank.units[key]]
+        last = inner[-1] if inner else root
+        return float(last.gathered) if last.shards > 1 else 0.0
+
+    def _free(self, key: tuple[str, int]) -> None:
+        self.held.pop(("whole", *key), None)
+
+    def _summed(self, a: Action) -> None:
+        """The end of a backward: gradients are added up, or summed over the data ranks."""
+        key = a.module, a.stage
+        units = [o for o in self.rank.units[key] if o.unit.whole.trained]
+        if not units:
+            return
+        last = a.last and key not in self.late
+        once = self.blueprint.uses[a.module].sums == "step"
+        if not once or last:
+            self._sum(key, str(a))
+            return
+        self._put(("gradients", *key), GRADIENTS, _wide(units, self.stored))
+        self._look(Level(), str(a))
+
+    def _sum(self, key: tuple[str, int], during: str) -> None:
+        """Sum gradients over the data ranks: a buffer of all, from which shards come."""
+        units = [o for o in self.rank.units[key] if o.unit.whole.trained]
+        most = max((o.unit.shard.trained * o.unit.shards for o in units), default=0) * self.stored
+        self.held.pop(("reduced", *key), None)
+        if ("gradients", *key) in self.held:
+            self.held.pop(("new", *key), None)  # they are added to those first
+        self._look(Level(), during, {COMMUNICATION: float(most)})
+        shards = float(sum(o.unit.shard.trained for o in units) * self.stored)
+        self.held.pop(("gradients", *key), None)
+        old = self.held.get(("shards", *key))
+        if old is not None:
+            self._look(Level(passing=shards), during)
+        # Shards of weights that stay whole are not the module's, so their gradients count as FSDP's.
+        each = self.blueprint.uses[key[0]].params == "each"
+        self._put(("shards", *key), GRADIENTS if each else COMMUNICATION, shards)
+        # FSDP keeps what the last sum read until the next one, or the step's end.
+        kept = units[-1].unit.shard.trained * units[-1].unit.shards * self.stored if units else 0
+        self._put(("reduced", *key), COMMUNICATION, float(kept))
+
+    # Computations.
+
+    def _piece(self, a: Action) -> Piece:
+        return self.rank.piece(a)
+
+    def _keeps_output(self, a: Action) -> bool:
+        """Whether the output of a stage is held until its backward: it is no loss."""
+        return not (a.module == SINK and a.stage + 1 == len(self.blueprint.stages[SINK]))
+
+    def _forward(self, a: Action) -> None:
+        key, part = (a.module, a.stage), self._piece(a)
+        gathers = ("whole", *key) not in self.held or key in self.coming
+        self.coming.discard(key)
+        if self.blueprint.uses[a.module].params == "each":
+            self._whole(key)
+        if a.module == SINK:
+            self._put(("indices", a.microbatch), ACTIVATIONS, self.rank.indices(a.microbatch))
+        learns = any(self.rank.learns(a.module, i) for i in a.microbatches)
+        # FSDP keeps what the last gather brought until the forward's end.
+        last = self._last_gathered(key) if gathers else 0.0
+        self._look(part.in_forward, str(a), {COMMUNICATION: last})
+        if not learns:
+            self.held.pop(("hidden", *a[1:4]), None)
+            if self._keeps_output(a):
+                self._put(("output", *a[1:4]), ACTIVATIONS, part.out)
+            return
+        out = part.out if self._keeps_output(a) else 0.0
+        entered = part.holds_input if ("hidden", *a[1:4]) in self.held else 0.0
+        self._put(("kept", *a[1:4]), ACTIVATIONS, part.kept + out - entered)
+
+    def _backward(self, a: Action) -> None:
+        key, part = (a.module, a.stage), self._piece(a)
+        kind, kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))
+        if self.blueprint.uses[a.module].params == "each":
+            self._whole(key)
+        extra = max(0.0, kept - part.kept)  # the output, to the end of the backward
+        # The gradient that has come is part of the piece, which does not know it for a message.
+        come = self.held.pop(("gradient", *a[1:4]), ("", 0.0))[1]
+        self._look(part.in_backward.plus(kept=extra, passing=-come), str(a), {COMMUNICATION: come})
+        self._put(("new", *key), TEMPORARY, part.gradients)
+        self._summed(a)
+        self.held.pop(("new", *key), None)
+        if self.blueprint.uses[a.module].params == "each":
+            self._free(key)
+        self._gradients_of_inputs(a)
+        del kind
+
+    def _backward_input(self, a: Action) -> None:
+        part = self._piece(a)
+        kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))[1]
+        if self.blueprint.uses[a.module].params == "each":
+            self._whole((a.module, a.stage))
+        self.held.pop(("gradient", *a[1:4]), None)
+        self._look(part.in_backward.plus(kept=max(0.0, kept - part.kept)), str(a))
+        self._put(("later", *a[1:4]), ACTIVATIONS, part.later)
+        self._gradients_of_inputs(a)
+
+    def _backward_weight(self, a: Action) -> None:
+        part = self._piece(a)
+        self._look(Level(gradients=part.gradients), str(a))
+        self.held.pop(("later", *a[1:4]), None)
+        self._summed(a)
+
+    def _gradients_of_inputs(self, a: Action) -> None:
+        """What a backward gives: gradients of hidden states and of rows, in memory of their own."""
+        if a.stage > 0 and trained_below(self.blueprint, a.module, a.stage):
+            self._put(("given", *a[1:4]), OTHER, self.rank.hidden(a.module, a.stage - 1, a))
+        if a.module == SINK:
+            for edge in (e for e in self.blueprint.edges if e.stage == a.stage):
+                if self.rank.learns(edge.source, a.microbatch):
+                    size = self.rank.entering(edge, a.microbatch)
+                    self._put(("row gradients", edge.source, a.microbatch, edge.stage), OTHER, size)
+        elif a.stage + 1 == len(self.blueprint.stages[a.module]):
+            for i in a.microbatches:
+                for s in self.blueprint.enters(a.module):
+                    self.held.pop(("arriving", a.module, i, s), None)
+                    self.held.pop(("sent", (BOUNDARY_BACKWARD, a.module, i, s)), None)
+
+    # Messages.
+
+    def _receive_forward(self, a: Action) -> None:
+        self._put(("hidden", *a[1:4]), COMMUNICATION, self.rank.hidden(a.module, a.stage - 1, a))
+
+    def _receive_backward(self, a: Action) -> None:
+        self._put(("gradient", *a[1:4]), COMMUNICATION, self.rank.hidden(a.module, a.stage, a))
+
+    def _send_forward(self, a: Action) -> None:
+        if not self.rank.learns(a.module, a.microbatch):
+            one = self.held.pop(("output", *a[1:4]), None)
+            if one is not None:
+                self.held["sent", a[:4]] = one
+
+    def _send_backward(self, a: Action) -> None:
+        self.held.pop(("hidden", *a[1:4]), None)
+        one = self.held.pop(("given", *a[1:4]), None)
+        if one is not None:
+            self.held["sent", a[:4]] = one
+
+    def _boundary_forward(self, a: Action) -> None:
+        plan, row = self.rank.edge_plan(a), self.rank.row_bytes(a)
+        if plan.forward.rows_out and plan.forward.view is None:
+            self._put(("rows", a.module, a.microbatch, a.stage), COMMUNICATION, plan.forward.rows_out * row)
+
+    def _boundary_backward(self, a: Action) -> None:
+        self.held.pop(("rows", a.module, a.microbatch, a.stage), None)
+        one = self.held.pop(("row gradients", a.module, a.microbatch, a.stage), None)
+        if one is not None:
+            self.held["sent", a[:4]] = one
+        plan, row = self.rank.edge_plan(a), self.rank.row_bytes(a)
+        arriving = sum(t.rows_out for t in plan.backward if t.view is None)
+        self._put(("arriving", a.module, a.microbatch, a.stage), COMMUNICATION, float(arriving * row))
+
+
+def _wide(units: list[Owned], stored: int) -> float:
+    return float(sum(o.unit.whole.trained for o in units) * stored)
+
+
+def inputs_bytes(rank: RankPlan) -> float:
+    """What a step is given on a rank: ids, labels and where rows go, and the inputs of encoders."""
+    total = 0.0
+    blueprint, depths = rank.blueprint, rank.blueprint.llm.mtp_layers
+    for i, mb in enumerate(rank.plan.microbatches):
+        for m in rank.modules:
+            if m == SINK:
+                load = rank.tokens(i)
+                total += load.tokens * (16.0 * (1 + depths) + len(blueprint.inputs.encoders))
+                total += 8.0 * sum(load.supervised)
+                total += 8.0 * sum(len(e.row_positions(rank.rank)) for e in mb.edges.values() if e.count)
+            elif blueprint.layouts[m].coord(rank.rank).pp == 0 and mb.edges[m].count:
+                use = blueprint.inputs.encoders[m]
+                width = math.prod(use.cls.input_shape(use.cfg))
+                item = blueprint.dtype if use.cls.input_dtype is None else use.cls.input_dtype
+                counts = [use.cls.input_count(use.cfg, meta) for meta in rank.metas(m, i)]
+                total += sum(counts) * width * item.itemsize
+    return total

@@ -1,0 +1,224 @@
+"""A rank's part of a step: its actions, what each computes, and what it sends between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+
+from encoders.module import needed_items
+from mm.config.outline import SINK
+from mm.plan.blueprint import Blueprint
+from mm.plan.step_plan import Edge, StepPlan
+from mm.predict.count.job import stages_of
+from mm.predict.count.load import axes_of, token_load
+from mm.predict.count.pieces import Piece, chain
+from mm.predict.count.sizes import TokenLoad
+from mm.predict.count.update import update_messages
+from mm.predict.count.weights import Owned, gather_messages, owned, sum_messages
+from mm.predict.work import Message, Work
+from mm.ranks.job import assembler_of
+from mm.ranks.launch import RankInfo
+from parallel.boundary.plan import EdgePlan, Transfer
+from parallel.comm.transport import Messages
+from parallel.schedule.action import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    BOUNDARY,
+    COMPUTE,
+    FORWARD,
+    RECEIVES,
+    SENDS,
+    Action,
+    Kind,
+)
+from parallel.schedule.plan import SchedulePlan
+from parallel.sequence.intervals import count
+from parallel.topology.data_parallel import POLICIES
+from parallel.topology.groups import Group
+
+
+class Sent(NamedTuple):
+    """Calls of one kind: the operation and the global ranks of its group; of a message both ends."""
+
+    op: str
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """A rank's part of a step, and what its computations are."""
+
+    blueprint: Blueprint
+    plan: StepPlan
+    rank: int
+    _pieces: dict[tuple[str, int], tuple[Piece, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def schedule(self) -> SchedulePlan:
+        """Of all ranks."""
+        return self.blueprint.schedule(self.plan.active)
+
+    @cached_property
+    def actions(self) -> tuple[Action, ...]:
+        """Of this rank, in order."""
+        return self.schedule.actions(self.rank)
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """Modules on this rank."""
+        return [m for m in self.blueprint.modules if self.rank in self.blueprint.layouts[m].ranks]
+
+    def stages(self, module: str) -> range:
+        """Stages of a module here."""
+        layout = self.blueprint.layouts[module]
+        return range(layout.coord(self.rank).pp, len(self.blueprint.stages[module]), layout.pp)
+
+    @cached_property
+    def halves(self) -> frozenset[str]:
+        """Modules whose backwards have two halves."""
+        return frozenset(a.module for a in self.actions if a.kind is BACKWARD_WEIGHT)
+
+    def piece(self, a: Action) -> Piece:
+        """The stage of a computation, in what it covers."""
+        parts = []
+        for i in a.microbatches:
+            if a.module != SINK and a.module not in self.plan.active[i]:
+                continue
+            parts.append(self._piece(a.module, a.stage, i))
+        return parts[0] if len(parts) == 1 else chain(parts)
+
+    def _piece(self, module: str, stage: int, i: int) -> Piece:
+        if (module, i) not in self._pieces:
+            at = self.blueprint.layouts[module].coord(self.rank)
+            halves = module in self.halves
+            self._pieces[module, i] = stages_of(self.blueprint, self.plan, module, i, at, halves=halves)
+        return self._pieces[module, i][stage]
+
+    def entering(self, edge: Edge, i: int) -> float:
+        """Bytes of an edge's rows that enter the language model here in a micro-batch."""
+        rows = len(self.plan.microbatches[i].edges[edge.source].row_positions(self.rank))
+        shape = self.blueprint.entry_shape(edge)
+        return float(rows * math.prod(shape) * self.blueprint.dtype.itemsize)
+
+    def tokens(self, i: int) -> TokenLoad:
+        """What the language model here is given in a micro-batch."""
+        at, blueprint = self.blueprint.layouts[SINK].coord(self.rank), self.blueprint
+        return token_load(self.plan.microbatches[i], at, blueprint.llm, blueprint.dtype.itemsize)
+
+    def indices(self, i: int) -> float:
+        """Bytes of what all layers of the language model here use of a packing: made once a micro-batch."""
+        load, cfg = self.tokens(i), self.blueprint.llm
+        kinds = {cfg.symbols[k] for s in self.stages(SINK) for k in self.blueprint.stages[SINK][s].layers}
+        size = float(load.attended.indices) if "*" in kinds else 0.0
+        size += 8.0 * load.tokens * ("M" in kinds or bool(cfg.aux_weight and "E" in kinds))
+        return size + 8.0 * load.tokens * ("*" in kinds and cfg.rope_theta is not None)
+
+    def metas(self, module: str, i: int) -> list[Any]:
+        """Of the items that this rank reads of a micro-batch."""
+        use, mb = self.blueprint.inputs.encoders[module], self.plan.microbatches[i]
+        at = use.layout.coord(self.rank)
+        mine = [item.part.meta for item in mb.edges[module].items_on(at.dp)]
+        return [mine[k] for k in needed_items(use.cls, use.cfg, mine, axes_of(use.layout, at))]
+
+    def learns(self, module: str, microbatch: int) -> bool:
+        """Whether a backward of a micro-batch follows."""
+        return self.schedule.learns(module, microbatch)
+
+    def work(self, a: Action) -> Work:
+        """What a computation does."""
+        if a.kind not in COMPUTE:
+            return Work()
+        part = self.piece(a)
+        of = {
+            FORWARD: part.forward,
+            BACKWARD: part.backward,
+            BACKWARD_INPUT: part.backward_input,
+            BACKWARD_WEIGHT: part.backward_weight,
+        }
+        return of[a.kind]
+
+    def members(self, group: Group) -> tuple[int, ...]:
+        """The ranks of a group of this rank."""
+        return next(r for r in self.blueprint.groups.named[group] if self.rank in r)
+
+    @cached_property
+    def units(self) -> dict[tuple[str, int], list[Owned]]:
+        """By module and stage here, what FSDP gathers at once."""
+        out = {}
+        for m in self.modules:
+            layout, shards = self.blueprint.layouts[m], self.blueprint.shards(m)
+            for s in self.stages(m):
+                out[m, s] = owned(self.blueprint.weights(m, s), m, layout, shards)
+        return out
+
+    def over_data(self) -> list[Message]:
+        """Messages of weights and gradients, and those of the update."""
+        out: list[Message] = []
+        stored = self.blueprint.stored_dtype.itemsize
+        for (m, s), units in self.units.items():
+            holding = POLICIES[self.blueprint.policies[m]]
+            own = [a for a in self.actions if (a.module, a.stage) == (m, s) and a.kind in COMPUTE]
+            out += gather_messages(units, m, holding, own)
+            out += sum_messages(units, m, holding, own, stored)
+        return [*out, *update_messages(self.blueprint, self.rank)]
+
+    def between(self, a: Action) -> list[tuple[Sent, float]]:
+        """The messages of sends, receives and boundaries."""
+        if a.kind in SENDS or a.kind in RECEIVES:
+            return [self._pipe(a)]
+        return self._edge(a) if a.kind in BOUNDARY else []
+
+    def _pipe(self, a: Action) -> tuple[Sent, float]:
+        layout, peer = self.blueprint.layouts[a.module], a.peer
+        assert peer is not None
+        at = layout.coord(self.rank)
+        other = layout.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=peer % layout.pp)
+        sends = a.kind in SENDS
+        pair = (self.rank, other) if sends else (other, self.rank)
+        return Sent("send" if sends else "recv", pair), self.hidden(a.module, min(a.stage, peer), a)
+
+    def hidden(self, module: str, stage: int, a: Action) -> float:
+        """Bytes of the hidden states that leave a stage."""
+        each = [i for i in a.microbatches if module == SINK or module in self.plan.active[i]]
+        return sum(self._piece(module, stage, i).out for i in each)
+
+    @cached_property
+    def _boundaries(self) -> list[Mapping[Edge, EdgePlan]]:
+        info = RankInfo(
+            self.rank, self.blueprint.world, torch.device("cpu"), node_size=self.blueprint.node_size
+        )
+        return [b.edges for b in assembler_of(self.blueprint, info, {}).boundary(self.plan)]
+
+    def edge_plan(self, a: Action) -> EdgePlan:
+        """This rank's part of an edge in a micro-batch."""
+        return self._boundaries[a.microbatch][Edge(a.module, a.stage)]
+
+    def row_bytes(self, a: Action) -> int:
+        """Bytes of a row of an edge."""
+        shape = self.blueprint.entry_shape(Edge(a.module, a.stage))
+        return math.prod(shape) * self.blueprint.dtype.itemsize
+
+    def _edge(self, a: Action) -> list[tuple[Sent, float]]:
+        plan, row = self.edge_plan(a), self.row_bytes(a)
+        forward = a.kind is Kind.BOUNDARY_FORWARD
+        transfers: Sequence[Transfer] = (plan.forward,) if forward else plan.backward
+        group = Group("edge", a.module, "", "forward" if forward else "backward", a.stage)
+        out = []
+        for t in transfers:
+            if t.moves:
+                hops = [(t.sends, t.recvs)]
+                hops += [] if t.relay is None else [(t.relay.sends, t.relay.recvs)]
+                for gone, come in hops:
+                    size = max(_rows(gone), _rows(come)) * row
+                    out.append((Sent("all_to_all", self.members(group)), float(size)))
+        return out
+
+
+def _rows(messages: Messages) -> int:
+    return sum(count(m.rows) for m in messages)

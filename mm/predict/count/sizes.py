@@ -1,0 +1,125 @@
+"""What determines the counts of a layer beside its config: degrees, and the load of a rank. Hashable."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mm.predict.count.ops import Tp
+from parallel.topology.groups import Group
+from parallel.topology.layout import Layout
+
+
+class Degrees(NamedTuple):
+    """How a module's layers are split, and whose groups they call. tp_rank, cp_rank: of the rank counted."""
+
+    module: str
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sequence_parallel: bool = False
+    tp_rank: int = 0
+    cp_rank: int = 0
+
+    @staticmethod
+    def of(module: str, layout: Layout, tp_rank: int = 0, cp_rank: int = 0) -> Degrees:
+        """The degrees of a layout."""
+        sequence = layout.sequence_parallel and layout.tp > 1
+        return Degrees(
+            module, layout.tp, layout.cp, layout.ep, layout.etp, sequence, tp_rank=tp_rank, cp_rank=cp_rank
+        )
+
+    @property
+    def axis(self) -> Tp:
+        """The axis of tensor parallelism."""
+        return Tp(self.tp, self.group("tp"), self.sequence_parallel)
+
+    def group(self, axis: str) -> Group:
+        """The group along an axis."""
+        return Group("module", self.module, axis)
+
+
+class Bucket(NamedTuple):
+    """n sequences that one call of attention pads to so many queries and keys. real: of its query slots.
+    masked: whether keys are padded, which a kernel that is not causal needs a mask for."""
+
+    n: int
+    queries: int
+    keys: int
+    real: int
+    masked: bool = False
+
+
+class Attended(NamedTuple):
+    """Sequences that attention computes. one_batch: whether there is one bucket, of rows as they lie."""
+
+    buckets: tuple[Bucket, ...]
+    one_batch: bool
+
+    @property
+    def indices(self) -> int:
+        """Bytes of the row numbers of slots and rows on the device."""
+        found = 0
+        for b in self.buckets:
+            slots = b.n * b.queries
+            found += slots + b.real + (b.real if b.real < slots else 0)
+            found += b.n * b.keys if b.keys != b.queries else 0
+        return 8 * found
+
+
+class Rows(NamedTuple):
+    """Rows that an exchange moves on a rank: it has `wanted` after it, `gives` go, `takes` come."""
+
+    wanted: int
+    gives: int
+    takes: int
+
+
+class Crossing(NamedTuple):
+    """Attention of a rank where documents cross cp.
+
+    ring: whether keys come a round at a time. own: rows of each fragment that continues a document. reads: by
+    block of keys, the (queries, keys) of each product. keys: the exchange at once, rounds: that of each round
+    but the first, of own keys. inner: other fragments; runs: in how many stretches these lie.
+    """
+
+    ring: bool
+    own: tuple[int, ...]
+    reads: tuple[tuple[tuple[int, int], ...], ...]
+    keys: Rows
+    rounds: tuple[Rows, ...]
+    inner: Attended
+    runs: int
+
+
+class ScanCrossing(NamedTuple):
+    """How the scan crosses cp: by heads, for which tokens are exchanged, or by the states of pieces.
+
+    pieces: tokens of each piece here. whole: tokens of the stream, and its documents. halo: rows before the
+    convolution; states: states of pieces. Each as Rows, None where nothing moves.
+    """
+
+    by_heads: bool
+    pieces: tuple[int, ...]
+    whole: int
+    documents: int
+    halo: Rows | None
+    states: Rows | None
+
+
+class TokenLoad(NamedTuple):
+    """What a rank of the language model computes in a micro-batch.
+
+    tokens: of this cp rank, padding included. routed: of those, that this tp rank sends to experts, an even
+    share to each. documents: its runs of one document, whose lengths decide `attended`. supervised: tokens
+    with a loss, of the next token and of each depth of multi-token prediction. crossing, scan: where
+    documents cross cp.
+    """
+
+    tokens: int
+    routed: int
+    documents: int
+    attended: Attended
+    supervised: tuple[int, ...]
+    crossing: Crossing | None = None
+    scan: ScanCrossing | None = None

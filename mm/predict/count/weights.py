@@ -1,0 +1,83 @@
+"""What data ranks hold and send of a stage's weights. Sizes are those of FSDP's buffers (mm.plan.weights)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mm.plan.data_parallel import gathers
+from mm.plan.weights import Unit, Weight, units_of
+from mm.predict.work import Message
+from parallel.schedule.action import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    Action,
+)
+from parallel.topology.data_parallel import Holding, Shards
+from parallel.topology.groups import DataAxes, Group, parameter_axes
+from parallel.topology.layout import Layout
+
+_ENTERING = (FORWARD, BACKWARD, BACKWARD_INPUT)
+_LEARNING = (BACKWARD, BACKWARD_WEIGHT)
+
+
+class Owned(NamedTuple):
+    """A unit of FSDP, with the axes of its groups."""
+
+    unit: Unit
+    axes: DataAxes
+
+    @property
+    def parameters(self) -> int:
+        """Elements that this rank keeps."""
+        return self.unit.shard.every
+
+
+def owned(stage: Sequence[Sequence[Weight]], module: str, layout: Layout, shards: Shards) -> list[Owned]:
+    """The units of a stage (Blueprint.weights)."""
+    experts = any(w.expert for weights in stage for w in weights)
+    both = parameter_axes(layout, shards, experts=experts)
+    units = units_of(stage, layout, shards)
+    return [
+        Owned(unit, both[-1] if weights[0].expert else both[0])
+        for unit, weights in zip(units, stage, strict=True)
+    ]
+
+
+def gather_messages(
+    units: Sequence[Owned], module: str, holding: Holding, actions: Sequence[Action]
+) -> tuple[Message, ...]:
+    """The gathers of a step of a stage. actions: of the stage, in order."""
+    learns = any(o.unit.shard.trained for o in units)
+    backwards = sum(a.kind in _LEARNING for a in actions)
+    out = []
+    for unit, axes in units:
+        n = int(bool(actions))
+        if holding.params == "each":
+            n = gathers([a for a in actions if a.kind in _ENTERING], unit.own_layer)
+        elif holding.params == "replicated":
+            n = int(learns and backwards > 0)
+        if unit.shards > 1 and n:
+            out.append(Message("all_gather", Group("module", module, axes.shard), unit.gathered, n))
+    return tuple(out)
+
+
+def sum_messages(
+    units: Sequence[Owned], module: str, holding: Holding, actions: Sequence[Action], stored: int
+) -> tuple[Message, ...]:
+    """The sums of gradients of a step of a stage. stored: bytes of an element of them."""
+    backwards = sum(a.kind in _LEARNING for a in actions)
+    out = []
+    for unit, axes in units:
+        if not (unit.shard.trained and backwards):
+            continue
+        n = backwards if holding.sums == "backward" else 1
+        if unit.shards > 1:
+            whole = unit.shard.trained * unit.shards * stored
+            out.append(Message("reduce_scatter", Group("module", module, axes.shard), whole, n))
+        if unit.replicas > 1:
+            size = unit.shard.trained * stored
+            out.append(Message("all_reduce", Group("module", module, axes.replica), size, 1))
+    return tuple(out)

@@ -1,0 +1,104 @@
+"""What candidates are predicted to take: the full prediction, asked of the few whose bound is low."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mm.config.advice import with_changes
+from mm.config.schema import Config
+from mm.data.sample import Index
+from mm.errors import Refused
+from mm.plan.batches import Batches
+from mm.plan.blueprint import Blueprint, draw_up
+from mm.plan.step_plan import StepPlan
+from mm.plan.table import SampleTable
+from mm.predict.hardware import Hardware
+from mm.predict.step import Prediction, predict, shortfall
+from mm.search.candidate import Candidate
+from mm.virtual.samples import virtual_data
+from parallel.sequence.intervals import Column
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A candidate with its prediction. why: why it cannot be run so; None where it can."""
+
+    candidate: Candidate
+    prediction: Prediction | None
+    why: str | None = None
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step; only of one that has a prediction."""
+        assert self.prediction is not None
+        return self.prediction.step_s
+
+    @property
+    def bytes(self) -> float:
+        """Of the fullest rank; 0 without a prediction."""
+        return 0.0 if self.prediction is None else self.prediction.peak_memory_bytes
+
+
+def on_nodes(cfg: Config, world: int, hardware: Hardware) -> Config:
+    """The run on the hardware's nodes, where the config does not say how many ranks a node has."""
+    size = hardware.links.node_size
+    if cfg.run.node_size is not None or size is None or size >= world:
+        return cfg
+    return with_changes(cfg, {"run.node_size": size})
+
+
+@dataclass
+class Predictor:
+    """Predictions of a config on `world` ranks. Step plans are shared by candidates that differ in schedule,
+    policy or recomputation alone. index: of the data, or of made-up samples; note: which."""
+
+    cfg: Config
+    world: int
+    hardware: Hardware
+    note: str = ""
+    _index: Index | None = None
+    _table: SampleTable | None = None
+    _plans: dict[object, StepPlan] = field(default_factory=dict)
+
+    def judge(self, candidate: Candidate) -> Judged:
+        """What a candidate takes; what cannot be so is said in words."""
+        try:
+            made = self.blueprint(candidate.config(self.cfg))
+            found = predict(made, self.plan(made, candidate), self.hardware)
+        except (Refused, ValueError) as error:
+            return Judged(candidate, None, str(error))
+        return Judged(candidate, found, shortfall(found, self.hardware))
+
+    def of_config(self, cfg: Config) -> Prediction:
+        """What a config as it stands takes. Raises Refused."""
+        made = self.blueprint(cfg)
+        return predict(made, self.plan(made, None), self.hardware)
+
+    def blueprint(self, cfg: Config) -> Blueprint:
+        """The blueprint of a config. Raises Refused."""
+        return draw_up(cfg, self.world)
+
+    def plan(self, blueprint: Blueprint, candidate: Candidate | None) -> StepPlan:
+        """The plan of the first step."""
+        key: Any = None
+        if candidate is not None:
+            places = tuple((m, c.block, c.degrees) for m, c in candidate.choices)
+            key = places, candidate.microbatches
+        if key is not None and key in self._plans:
+            return self._plans[key]
+        if self._index is None:
+            data = virtual_data(blueprint)
+            self._index, self.note = data.index, data.note
+        index = self._index
+
+        def lookup(ids: Column) -> SampleTable:
+            # What is known of samples follows from the model alone: one table serves all layouts.
+            if self._table is None:
+                self._table = SampleTable.of([index.samples[i] for i in ids.tolist()], blueprint.inputs)
+            return self._table
+
+        made = Batches.of(blueprint.cfg, index).plan(0, lookup, blueprint.inputs, index.skipped.keys())
+        if key is not None:
+            self._plans[key] = made
+        return made

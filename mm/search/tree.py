@@ -1,0 +1,245 @@
+"""The candidates as a tree, each branch with a bound: placement, the language model's degrees, micro-batches
+and recomputation, its schedule and policy, then one encoder after another. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from mm.config.outline import SINK
+from mm.search.bound import Demand, Open, Placed, bytes_bound, seconds_bound
+from mm.search.candidate import Block, Candidate, Choice, Degrees
+from mm.search.space import ANY, FIRST, Frame, Space
+
+Again = tuple[str, ...]
+
+
+class Asked(Protocol):
+    """What candidates cost, in pieces. Tests give another one than mm.search.pieces."""
+
+    def least(self, module: str, size: int, degrees: Degrees | None) -> float:
+        """Seconds that each of `size` ranks needs at least for a module, whatever else is decided."""
+
+    def demand(
+        self, module: str, choice: Choice, microbatches: int, again: Again, kind: str
+    ) -> Demand | None:
+        """What a module asks of its ranks at least; None where it cannot be so."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A branch, or a candidate where all is decided. What is not decided yet is None.
+
+    key: where it is in the tree. bound: seconds. bytes: of the fullest rank, at least. size: candidates.
+    """
+
+    key: tuple[int, ...]
+    frame: Frame = field(compare=False)
+    bound: float = field(compare=False)
+    size: int = field(compare=False)
+    bytes: float = field(compare=False, default=0.0)
+    degrees: Degrees | None = field(compare=False, default=None)
+    microbatches: int = field(compare=False, default=0)
+    again: Again = field(compare=False, default=())
+    kind: str = field(compare=False, default="")
+    sink: Choice | None = field(compare=False, default=None)
+    encoders: tuple[Choice, ...] = field(compare=False, default=())
+
+    @property
+    def leaf(self) -> bool:
+        """Whether it is a candidate."""
+        return self.sink is not None and len(self.encoders) == len(self.frame.encoders)
+
+
+@dataclass
+class Tree:
+    """The tree of a space. limit: bytes of a device; branches that need more have no bound (math.inf).
+    cores: that all ranks share.
+
+    drop: told of each branch that cannot be: its bytes are above the limit, or no schedule has it.
+    """
+
+    space: Space
+    asked: Asked
+    limit: float
+    cores: float = math.inf
+    drop: Callable[[Node], object] = lambda node: None
+    _known: dict[tuple[str, Block, int | None], tuple[Choice, ...]] = field(default_factory=dict)
+    _groups: dict[Block, list[tuple[Degrees, int]]] = field(default_factory=dict)
+    _least: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict)
+
+    def roots(self) -> Iterator[Node]:
+        """A branch for each placement."""
+        for i, frame in enumerate(self.space.frames):
+            size = sum(n * self._size(frame, d) for d, n in self._alike(frame))
+            if size:
+                yield Node((i,), frame, self._idle(frame, None), size)
+
+    def expand(self, node: Node) -> Iterator[Node]:
+        """The branches of a branch."""
+        if node.degrees is None:
+            made = self._by_degrees(node)
+        elif not node.microbatches:
+            made = self._by_microbatches(node)
+        elif node.sink is None:
+            made = self._by_policy(node)
+        else:
+            made = self._by_encoder(node)
+        for below in made:
+            if below.bound < math.inf and below.bytes > self.limit:
+                below = replace(below, bound=math.inf)
+            if below.bound == math.inf:
+                self.drop(below)
+            yield below
+
+    def candidate(self, leaf: Node) -> Candidate:
+        """The candidate that a leaf is."""
+        assert leaf.leaf and leaf.sink is not None
+        names = [*self.space.encoders, SINK]
+        choices = tuple(zip(names, [*leaf.encoders, leaf.sink], strict=True))
+        return Candidate(self.space.world, choices, leaf.kind, leaf.microbatches, leaf.again)
+
+    def _degrees(self, frame: Frame) -> list[Degrees]:
+        found = self.space.sink_degrees(frame.sink.size)
+        return [d for d in found if d.pp > 1 or FIRST not in frame.encoders]
+
+    def _alike(self, frame: Frame) -> list[tuple[Degrees, int]]:
+        """Degrees of which so many have equally many candidates below."""
+        if frame.sink not in self._groups:
+            found: dict[tuple[object, ...], list[Degrees]] = {}
+            for d in self.space.sink_degrees(frame.sink.size):
+                policies = self.space.policies(frame.sink, d)
+                found.setdefault((d.model, d.pp, d.vpp > 1, policies), []).append(d)
+            self._groups[frame.sink] = [(same[0], len(same)) for same in found.values()]
+        return [(d, n) for d, n in self._groups[frame.sink] if d.pp > 1 or FIRST not in frame.encoders]
+
+    def _by_degrees(self, node: Node) -> Iterator[Node]:
+        for i, degrees in enumerate(self._degrees(node.frame)):
+            size = self._size(node.frame, degrees)
+            bound = max(node.bound, self._idle(node.frame, degrees))
+            yield replace(node, key=(*node.key, i), bound=bound, size=size, degrees=degrees)
+
+    def _by_microbatches(self, node: Node) -> Iterator[Node]:
+        assert node.degrees is not None
+        numbers = self.space.microbatches(node.degrees.dp(node.frame.sink.size), node.degrees.pp)
+        n = len(numbers) * len(self.space.recompute)
+        for i, m in enumerate(numbers):
+            for j, again in enumerate(self.space.recompute):
+                key = (*node.key, i, j)
+                made = replace(node, key=key, microbatches=m, again=again, size=node.size // n)
+                below = [self._bounded(b, node) for b in self._any_policy(made)]
+                least = min(below, key=lambda b: b.bound)
+                yield replace(made, bound=least.bound, bytes=min(b.bytes for b in below))
+
+    def _any_policy(self, node: Node) -> Iterator[Node]:
+        """By kind of schedule, what is below a node as if the policy cost nothing."""
+        assert node.degrees is not None
+        for kind in self.space.kinds(node.frame, node.degrees):
+            yield replace(node, kind=kind, sink=Choice(node.frame.sink, node.degrees, ANY))
+
+    def _by_policy(self, node: Node) -> Iterator[Node]:
+        assert node.degrees is not None
+        block, kinds = node.frame.sink, self.space.kinds(node.frame, node.degrees)
+        for i, kind in enumerate(kinds):
+            size = math.prod(self._options(node, m, kind) for m in self.space.encoders)
+            for j, policy in enumerate(self.space.policies(block, node.degrees)):
+                sink = Choice(block, node.degrees, policy)
+                made = replace(node, key=(*node.key, i, j), kind=kind, sink=sink, size=size)
+                yield self._bounded(made, node)
+
+    def _by_encoder(self, node: Node) -> Iterator[Node]:
+        module = list(self.space.encoders)[len(node.encoders)]
+        choices = self._choices(node, module, node.kind)
+        for i, choice in enumerate(choices):
+            made = replace(
+                node,
+                key=(*node.key, i),
+                size=node.size // len(choices),
+                encoders=(*node.encoders, choice),
+            )
+            yield self._bounded(made, node)
+
+    def _bounded(self, node: Node, above: Node) -> Node:
+        """The node with its bounds, from what is decided and the least of what is not."""
+        assert node.sink is not None
+        m, again, kind = node.microbatches, node.again, node.kind
+        names = list(self.space.encoders)
+        chosen = [(SINK, node.sink), *zip(names, node.encoders, strict=False)]
+        placed = []
+        for module, choice in chosen:
+            demand = self.asked.demand(module, choice, m, again, kind)
+            if demand is None:
+                return replace(node, bound=math.inf)
+            placed.append(Placed(demand, choice.block))
+        undecided = []
+        for module in names[len(node.encoders) :]:
+            least = self._undecided(node, module)
+            if least is None:
+                return replace(node, bound=math.inf)
+            undecided.append(least)
+        seconds = seconds_bound(placed[0], placed[1:], undecided, m, self.cores)
+        held = bytes_bound(placed[0], placed[1:], undecided, kind, m)
+        return replace(node, bound=max(above.bound, seconds), bytes=max(above.bytes, held))
+
+    def _undecided(self, node: Node, module: str) -> Open | None:
+        """The least that any layout of an encoder asks; None where it has none."""
+        block = self._block(node, module)
+        key = (module, block.size, node.microbatches, node.again)
+        if key not in self._least:
+            found = []
+            for degrees in self.space.encoder_degrees(module, block.size):
+                choice = Choice(block, degrees, ANY)
+                demand = self.asked.demand(module, choice, node.microbatches, node.again, node.kind)
+                if demand is not None:
+                    every = range(demand.pp)
+                    found.append((min(demand.work(p, node.microbatches) for p in every), min(demand.held)))
+            least = min((s for s, _ in found), default=math.inf), min((b for _, b in found), default=0.0)
+            self._least[key] = least
+        seconds, held = self._least[key]
+        return None if seconds == math.inf else Open(block, seconds, held)
+
+    def _idle(self, frame: Frame, degrees: Degrees | None) -> float:
+        """Seconds of a placement before micro-batches are decided."""
+        sink = frame.sink
+        total = {sink: self.asked.least(SINK, sink.size, degrees)}
+        for module, where in zip(self.space.encoders, frame.encoders, strict=True):
+            if where == FIRST and degrees is None:
+                continue  # its block follows from pp; it is bounded then
+            block = self.space.block(where, sink, degrees or Degrees())
+            total[block] = total.get(block, 0.0) + self.asked.least(module, block.size, None)
+        return max(total.values())
+
+    def _size(self, frame: Frame, degrees: Degrees) -> int:
+        """Candidates below some degrees of the language model."""
+        numbers = len(self.space.microbatches(degrees.dp(frame.sink.size), degrees.pp)) * len(
+            self.space.recompute
+        )
+        policies = len(self.space.policies(frame.sink, degrees))
+        node = Node((), frame, 0.0, 0, degrees=degrees)
+        kinds = self.space.kinds(frame, degrees)
+        every = [math.prod(self._options(node, m, kind) for m in self.space.encoders) for kind in kinds]
+        return numbers * policies * sum(every)
+
+    def _options(self, node: Node, module: str, kind: str) -> int:
+        return len(self._choices(node, module, kind))
+
+    def _choices(self, node: Node, module: str, kind: str) -> Sequence[Choice]:
+        block, stage = self._block(node, module), self._stage(node, module) if kind == "fill" else None
+        key = module, block, stage
+        if key not in self._known:
+            self._known[key] = self.space.choices(module, block, stage)
+        return self._known[key]
+
+    def _where(self, node: Node, module: str) -> Block | str:
+        return node.frame.encoders[list(self.space.encoders).index(module)]
+
+    def _block(self, node: Node, module: str) -> Block:
+        assert node.degrees is not None
+        return self.space.block(self._where(node, module), node.frame.sink, node.degrees)
+
+    def _stage(self, node: Node, module: str) -> int | None:
+        assert node.degrees is not None
+        own = isinstance(self._where(node, module), Block)
+        return None if own else node.frame.sink.size // node.degrees.pp
