@@ -72,7 +72,7 @@ class ActionSeconds:
     seconds: float
     waited: float
     processor: float | None
-    queued: float | None
+    queued: float | None = None
 
 
 @dataclass(frozen=True)
