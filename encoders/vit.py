@@ -1,8 +1,8 @@
 """A vision transformer at native resolution: images of any size packed end to end, none padded.
 
-Patch embedding, learned row and column positions, pre-norm blocks, then a pixel shuffle that makes one row of a
-square of neighbouring patches, 2x2 by default (arXiv 2404.16821, section 3.1). The embedding puts patches in the
-order of these squares, so that a range of rows is a range of patches in every layer.
+Patch embedding, learned row and column positions, pre-norm blocks, then a pixel shuffle that makes one row
+of a square of neighbouring patches, 2x2 by default (arXiv 2404.16821, section 3.1). The embedding puts
+patches in the order of these squares, so that a range of rows is a range of patches in every layer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Makes the data of configs/many-images.yaml: samples of 32 pictures of 32 x 32 pixels and a line of text.
 
 python -m benchmarks.placement.many_images [--out runs/many-images-data] [--samples 16] [--pictures 32]
+    [--side 32] [--text 0]
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from webdataset import TarWriter
 from benchmarks import common
 
 
-def picture(rng: np.random.Generator) -> bytes:
+def picture(rng: np.random.Generator, side: int) -> bytes:
     """Smooth random grey levels: what is on it does not matter to a timing."""
     small = Image.fromarray(rng.integers(0, 256, (4, 4), dtype=np.uint8))
     buffer = io.BytesIO()
-    small.resize((32, 32), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    small.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/many-images-data"))
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--text", type=int, default=0, help="bytes of text beside a line (default 0)")
+    parser.add_argument("--side", type=int, default=32, help="of a picture, in pixels (default 32)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -39,7 +42,9 @@ def main() -> None:
             names = [f"img{i}.png" for i in range(args.pictures)]
             segments: list[dict[str, str]] = [{"vision": name} for name in names]
             segments.append({"text": f"{args.pictures} pictures, brightness {rng.integers(10)}"})
-            sample: dict[str, object] = {name: picture(rng) for name in names}
+            if args.text:
+                segments.append({"text": " ".join(map(str, rng.integers(10, 99, -(-args.text // 3))))})
+            sample: dict[str, object] = {name: picture(rng, args.side) for name in names}
             sample |= {"__key__": f"p{k:04d}", "json": json.dumps({"segments": segments}).encode()}
             tar.write(sample)
     print(path)

@@ -26,7 +26,7 @@ from mm.predict.costs import processor_seconds_of
 from mm.predict.count.job import count_job
 from mm.predict.hardware import Hardware, load_hardware
 from mm.predict.here import measured as calibrated
-from mm.predict.step import drawn_plans, predict_counts
+from mm.predict.step import drawn_plans, predict
 from mm.ranks.job import open_index
 
 WORLD = 4
@@ -75,19 +75,20 @@ def row_of(found: Measured, hardware: Hardware, *, processor: bool) -> Row:
     config, layout = Path(found.config), Path(found.layout)
     blueprint = blueprint_of(config, layout, WORLD)
     index = open_index(blueprint, blueprint.cfg.data.train, blueprint.cfg.base)
-    seconds, sizes = [], []
-    for plan in drawn_plans(blueprint, index, DRAWN + 1)[1:]:  # the first step is left out
-        counts = count_job(blueprint, plan)
-        made = predict_counts(blueprint, plan, counts, hardware)
-        own = processor_seconds_of(blueprint, plan, counts, hardware)
-        seconds.append(own if processor else made.step_s)
-        sizes.append(made.peak_memory_bytes - made.memory_by_kind["reserved"])
+    first, *plans = drawn_plans(blueprint, index, DRAWN + 1)
+    memory = predict(blueprint, first, hardware)  # the step that the recorder watched
+    seconds = []
+    for plan in plans:
+        if processor:
+            seconds.append(processor_seconds_of(blueprint, plan, count_job(blueprint, plan), hardware))
+        else:
+            seconds.append(predict(blueprint, plan, hardware).step_s)
     return Row(
         name=f"{config.stem}, {layout.stem}",
         measured_s=median(found.processor if processor else found.wall),
         predicted_s=sum(seconds) / len(seconds),
         measured_bytes=max(sum(kinds.values()) for kinds in found.memory),
-        predicted_bytes=sizes[0],
+        predicted_bytes=memory.peak_memory_bytes - hardware.memory.reserved,
     )
 
 

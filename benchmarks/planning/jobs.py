@@ -99,7 +99,7 @@ def main() -> None:
                 if rank.rank == 0:
                     wall, processor = (median(x) * 1e3 for x in (measured.wall, measured.processor))
                     what = f"{wall:.0f} ms, processor {processor:.0f} ms"
-                    print(f"round {number + 1}/{ROUNDS} {measured.layout}: {what}", file=sys.stderr, flush=True)
+                    print(f"round {number + 1}/{ROUNDS} {measured.layout}: {what}", file=sys.stderr)
         if rank.rank == 0:
             out.write_text(json.dumps([asdict(m) for m in found], indent=1))
     finally:

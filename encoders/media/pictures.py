@@ -149,8 +149,10 @@ def image_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def rectangle(rows: int, most: int | None = None) -> tuple[int, int]:
-    """Rows down and across of a picture of `rows` rows, at most four times as wide as high; the largest square
-    of at most so many where there is none. most: of either side."""
+    """Rows down and across of a picture of `rows` rows, at most four times as wide as high.
+
+    The largest square of at most so many where there is none. most: of either side.
+    """
     root = max(1, math.isqrt(rows))
     down = next((n for n in range(root, root // 2, -1) if rows % n == 0), 0)
     across = rows // down if down else root

@@ -22,6 +22,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     nproc_option(parser)
     add("--steps", type=int, default=4, help="steps a round, of which the first warms up (default 4)")
     add("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    add("--no-watch", action="store_true", help="only time steps: no memory, no timelines, no bounds")
     add("--peak", type=float, metavar="TFLOPS", help="of a device, for MFU: 989 for bfloat16 on an H100")
     add("--json", type=Path, metavar="OUT", help="write the result here")
     add("--report", type=Path, metavar="OUT", help="write a page here: one HTML file (docs/reports.md)")
@@ -74,6 +75,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         peak_tflops=args.peak,
         command=shlex.join(["python", "-m", "mm", *argv]),
         config=Path(next(x for x in args.positional if "=" not in x)),
+        watch=not args.no_watch,
         overrides=[*(x for x in args.positional if "=" in x), *overrides],
     )
     result = compare(runs(), settings)

@@ -27,8 +27,8 @@ def bound_of(run: RunResult, cores: int | None) -> Bound | None:
     step = max(r.step_s for r in run.ranks)
     share = min(1.0, seconds / step)
     limit, text = _sentence(run, what, module, rank, seconds, step)
-    if limit == "exchanging" and cores is not None and cores < len(run.ranks):
-        text += f" ({len(run.ranks)} ranks share {cores} cores, so this includes waiting for a core)"
+    if limit == "cores":
+        text += f" ({len(run.ranks)} ranks on {cores} cores, with whatever else runs there)"
     return Bound(limit, module, rank, share, f"{text}.{_longest_wait(run, step)}")
 
 
@@ -44,6 +44,8 @@ def _sentence(
             f"exchanges within {module} ({inside}) take {took}, most on rank {rank}, which computes {module} "
             f"for {worked:.3g} s"
         )
+    if what == "cores":
+        return "cores", f"waiting for a core takes {took}, most on rank {rank}"
     if what == "computing":
         return _computing(run, module, rank, took, seconds)
     if what == "messages":

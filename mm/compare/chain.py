@@ -17,7 +17,7 @@ from mm.compare.result import Arrow, Bar, RankResult, RunResult, Timeline
 class Part(NamedTuple):
     """What a stretch of the chain was, on which rank.
 
-    what: computing, exchanging (within a module), messages, updating or data.
+    what: computing, cores (waiting for one), exchanging (within a module), messages, updating or data.
     """
 
     what: str
@@ -35,9 +35,10 @@ def chain_of(run: RunResult) -> dict[Part, float]:
     links, paused = _links(line)
     for bar in links:
         rank = by_rank[line.ranks[bar.row]]
-        seconds, share = bar.end - bar.start, _computing(rank, bar)
-        out[Part("computing", bar.module, rank.rank)] += seconds * share
-        out[Part("exchanging", bar.module, rank.rank)] += seconds * (1 - share)
+        seconds, (computing, queued) = bar.end - bar.start, _shares(rank, bar)
+        out[Part("computing", bar.module, rank.rank)] += seconds * computing
+        out[Part("cores", "", rank.rank)] += seconds * queued
+        out[Part("exchanging", bar.module, rank.rank)] += seconds * (1 - computing - queued)
     for row, seconds in paused.items():
         out[Part("messages", "", line.ranks[row])] += seconds
     last = by_rank[line.ranks[links[0].row]]
@@ -46,13 +47,16 @@ def chain_of(run: RunResult) -> dict[Part, float]:
     return {part: seconds for part, seconds in out.items() if seconds > 1e-9}
 
 
-def _computing(rank: RankResult, bar: Bar) -> float:
-    """The share of an action that its rank computed for. The rest went to exchanges and other processes."""
+def _shares(rank: RankResult, bar: Bar) -> tuple[float, float]:
+    """Shares of an action that its rank computed, and waited for a core. The rest went to exchanges."""
     for a in rank.actions:
         if (a.module, a.kind) == (bar.module, bar.kind):
             worked = a.seconds - a.waited
-            return 1.0 if a.processor is None or worked <= 0 else min(1.0, a.processor / worked)
-    return 1.0
+            if a.processor is None or worked <= 0:
+                return 1.0, 0.0
+            computing = min(1.0, a.processor / worked)
+            return computing, min(1.0 - computing, (a.queued or 0.0) / worked)
+    return 1.0, 0.0
 
 
 def _links(line: Timeline) -> tuple[list[Bar], dict[int, float]]:

@@ -16,6 +16,7 @@ from mm.compare.variants import Variant
 from mm.config.schema import resolve_yaml
 from mm.plan.blueprint import Blueprint
 from parallel.schedule.action import COMPUTE
+from parallel.topology.layout import Layout
 
 COMPUTING = frozenset(kind.value for kind in COMPUTE)
 
@@ -29,19 +30,18 @@ def described(
         file=str(variant.path),
         command=train_command(config, overrides, variant, blueprint.world),
         config=resolve_yaml(variant.cfg),
-        placed={m: placed(blueprint, m) for m in blueprint.modules},
+        placed={m: placed(blueprint.layouts[m], blueprint.policies[m]) for m in blueprint.modules},
     )
 
 
-def placed(blueprint: Blueprint, module: str) -> Placed:
-    """Where a module is."""
-    layout = blueprint.layouts[module]
+def placed(layout: Layout, policy: str) -> Placed:
+    """Where a module is. policy: of its data ranks."""
     return Placed(
         degrees={**layout.degrees, "dp": layout.dp, "edp": layout.edp},
         ranks=list(layout.ranks),
         places=[layout.coord(r)._asdict() for r in layout.ranks],
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
-        data_parallel=blueprint.policies[module],
+        data_parallel=policy,
     )
 
 
@@ -58,21 +58,25 @@ def _flow(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def watched(
-    one: RunResult, observed: Sequence[Observed], memory: Sequence[Mapping[str, int]], peak: float | None
-) -> RunResult:
-    """An entry with what its watched steps have shown. memory: by rank. peak: TFLOPS of a device."""
-    step = typical(observed, memory)
-    world, seconds = len(step.ranks), one.step_s.median
-    rates = {m: flops / seconds / world / 1e12 for m, flops in one.flops_by_module.items()}
-    busy = {m: sum(busy_seconds(rank, m) for rank in step.ranks) for m in step.flops}
-    fullest = max(step.ranks, key=lambda rank: sum(rank.memory.values()))
+def rated(one: RunResult, world: int, peak: float | None) -> RunResult:
+    """An entry with its FLOPs by time. world: ranks of the comparison; peak: TFLOPS of a device."""
+    rates = {m: flops / one.step_s.median / world / 1e12 for m, flops in one.flops_by_module.items()}
     return replace(
         one,
         tflops_per_device=sum(rates.values()),
         tflops_per_device_by_module=rates,
-        tflops_while_busy={m: step.flops[m] / s / 1e12 if s else 0.0 for m, s in busy.items()},
         mfu=None if peak is None else sum(rates.values()) / peak,
+    )
+
+
+def watched(one: RunResult, observed: Sequence[Observed], memory: Sequence[Mapping[str, int]]) -> RunResult:
+    """An entry with what its watched steps have shown. memory: by rank."""
+    step = typical(observed, memory)
+    busy = {m: sum(busy_seconds(rank, m) for rank in step.ranks) for m in step.flops}
+    fullest = max(step.ranks, key=lambda rank: sum(rank.memory.values()))
+    return replace(
+        one,
+        tflops_while_busy={m: step.flops[m] / s / 1e12 if s else 0.0 for m, s in busy.items()},
         memory_by_kind=fullest.memory,
         fullest_rank=fullest.rank,
         ranks=step.ranks,

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from mm.virtual.run import group_names, record_step
 from parallel.schedule import Record, SchedulePlan
 from parallel.schedule.drawing.chart import Chart, measured
 
+QUEUED = Path("/proc/thread-self/schedstat")  # of this thread: ns computed, ns waited for a core, slices
 # What the ledger of a step distinguishes, by what a comparison shows.
 SHOWN = {
     "parameters": "weights",
@@ -52,7 +54,8 @@ class Observed:
 
 @dataclass
 class Clock:
-    """Takes the records of a step. processor: of each, seconds that this thread computed for it.
+    """Takes the records of a step. processor: of each, seconds that this thread computed for it. queued: that
+    it waited for a core.
 
     On an accelerator each action is waited for, so that its end is when its work was done, and processor
     seconds say nothing.
@@ -61,16 +64,18 @@ class Clock:
     device: torch.device
     records: list[Record] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
-    last: float = field(default_factory=time.thread_time)
+    queued: list[float] = field(default_factory=list)
+    last: tuple[float, float] = field(default_factory=lambda: (time.thread_time(), queued_s()))
 
     def __call__(self, record: Record) -> None:
         """Note an action that has just been handled."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
             record = record._replace(end=time.perf_counter())
-        now = time.thread_time()
+        now = time.thread_time(), queued_s()
         self.records.append(record)
-        self.processor.append(now - self.last)
+        self.processor.append(now[0] - self.last[0])
+        self.queued.append(now[1] - self.last[1])
         self.last = now
 
 
@@ -89,7 +94,13 @@ def observe_step(job: Job, feed: Feed, step: int) -> Observed:
     schedule = job.blueprint.schedule(prepared.plan.active)
     numbers = job.control.gather([waited, end - update, end - begin, thread])
     most = max(map(len, schedule.programs))
-    spent = job.control.gather([*clock.processor, *[0.0] * (most - len(clock.processor))])
+    spent = np.stack(
+        [
+            job.control.gather([*seconds, *[0.0] * (most - len(seconds))])
+            for seconds in (clock.processor, clock.queued)
+        ],
+        axis=-1,
+    )  # [world, actions, 2]
     records = gather_records(schedule, clock.records, job.control)
     chart = measured(schedule, records)
     bubbles = dict(zip(sorted(records), chart.rows, strict=True))
@@ -100,7 +111,7 @@ def observe_step(job: Job, feed: Feed, step: int) -> Observed:
         one = RankResult(
             rank=r,
             hosts=bubbles[r].modules if r in bubbles else "",
-            actions=_by_action(records.get(r, ()), spent[r].tolist(), on_cpu),
+            actions=_by_action(records.get(r, ()), spent[r], on_cpu),
             data_s=data_s,
             update_s=update_s,
             step_s=step_s,
@@ -116,14 +127,22 @@ def observe_step(job: Job, feed: Feed, step: int) -> Observed:
     )
 
 
-def _by_action(records: Sequence[Record], processor: Sequence[float], on_cpu: bool) -> list[ActionSeconds]:
-    """A rank's seconds by module and kind. processor: of each record, and of no more."""
-    sums: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(3))
-    for (action, start, end, ready), spent in zip(records, processor, strict=False):
-        sums[action.module, action.kind.value] += (end - start, max(0.0, ready - start), spent)
+def queued_s() -> float:
+    """Seconds that this thread has waited for a core so far; 0 where the system does not count them."""
+    try:
+        return int(QUEUED.read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def _by_action(records: Sequence[Record], spent: np.ndarray, on_cpu: bool) -> list[ActionSeconds]:
+    """A rank's seconds by module and kind. spent: of each record, seconds computed and queued [n, 2]."""
+    sums: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(4))
+    for (action, start, end, ready), own in zip(records, spent, strict=False):
+        sums[action.module, action.kind.value] += (end - start, max(0.0, ready - start), *own)
     return [
-        ActionSeconds(module, kind, seconds, waited, spent if on_cpu else None)
-        for (module, kind), (seconds, waited, spent) in ((key, x.tolist()) for key, x in sums.items())
+        ActionSeconds(module, kind, seconds, waited, *((spent, queued) if on_cpu else (None, None)))
+        for (module, kind), (seconds, waited, spent, queued) in ((key, x.tolist()) for key, x in sums.items())
     ]
 
 

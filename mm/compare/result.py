@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 WATCHED = 2  # steps after the timed ones of a round: one for times, and in the first round one for memory
 MEMORY_KINDS = ("weights", "gradients", "optimizer", "activations", "other")
 SpeedupVerdict = Literal["baseline", "faster", "slower", "within noise", "too few steps"]
-Limit = Literal["computing", "uneven", "pipeline", "exchanging", "messages", "updating", "data"]
+Limit = Literal["computing", "uneven", "pipeline", "cores", "exchanging", "messages", "updating", "data"]
 
 
 class Interval(NamedTuple):
@@ -63,7 +63,8 @@ class ActionSeconds:
 
     kind: a value of parallel.schedule.Kind, such as forward. seconds: from start to end of each. waited: of
     them, until inputs from another module or stage had come. processor: of them, that the rank's thread
-    computed; the rest is in exchanges within the module and in waiting for a core. None on an accelerator.
+    computed; queued: that it could have and waited for a core. The rest is in exchanges within the module.
+    Both are None on an accelerator; queued is 0 where the system does not count it.
     """
 
     module: str
@@ -71,6 +72,7 @@ class ActionSeconds:
     seconds: float
     waited: float
     processor: float | None
+    queued: float | None
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,10 @@ class Bound:
     """What bounds a layout: what most of the longest chain of a step is (mm.compare.chain).
 
     limit: computing (on all its ranks alike), uneven (computing, while other ranks have less to compute),
-    pipeline (computing, while other stages wait for it), exchanging (within a module: collectives of its tp,
-    cp or ep, and weights gathered over its data ranks), messages (rows, hidden states and gradients under
-    way), updating (gradient sums and the optimizer) or data. module: "" for the last three. rank: where most
-    of it is. share: of the step. text: all of it in a sentence.
+    pipeline (computing, while other stages wait for it), cores (waiting for one), exchanging (within a
+    module: collectives of its tp, cp or ep, and weights gathered over its data ranks), messages (rows, hidden
+    states and gradients under way), updating (gradient sums and the optimizer) or data. module: "" for cores
+    and the last three. rank: where most of it is. share: of the step. text: all of it in a sentence.
     """
 
     limit: Limit

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mm.compare.entry import described, watched
+from mm.compare.entry import described, rated, watched
 from mm.compare.observe import Observed, observe_memory, observe_step
 from mm.compare.result import Comparison
 from mm.compare.summary import Measured, summarise
@@ -46,7 +46,8 @@ class Run:
 class Settings:
     """steps: of a round, of which the first warms up. peak_tflops: of a device, None where it is not stated.
 
-    command: of the comparison; config: its file as given; overrides: key=value. quiet: prints no rounds.
+    command: of the comparison; config: its file as given; overrides: key=value. watch: whether steps are
+    watched after the timed ones, which bounds, memory and timelines come from.
     """
 
     steps: int
@@ -55,7 +56,7 @@ class Settings:
     command: str = ""
     config: Path = Path()
     overrides: Sequence[str] = ()
-    quiet: bool = False
+    watch: bool = True
 
 
 def make_runs(variants: Sequence[Variant], world: int) -> list[Run]:
@@ -81,8 +82,8 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
         host = host_facts(rank.device, dist.get_backend())
         for number in range(settings.rounds):
             for run in runs:
-                one_round(run, rank, settings.steps, first=number == 0)
-                if rank.rank == 0 and not settings.quiet:
+                one_round(run, rank, settings.steps, first=number == 0, watch=settings.watch)
+                if rank.rank == 0:
                     ms = statistics.median(run.measured.rounds[-1]) * 1e3
                     where = f"round {number + 1}/{settings.rounds}, {run.measured.name}"
                     print(f"{where}: {ms:.1f} ms a step", flush=True)
@@ -94,7 +95,8 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
     for run in runs:
         one = summarise(run.measured, runs[0].measured)
         one = described(one, run.variant, run.blueprint, settings.config, settings.overrides)
-        found.append(watched(one, run.observed, run.memory, settings.peak_tflops))
+        one = rated(one, rank.world, settings.peak_tflops)
+        found.append(watched(one, run.observed, run.memory) if run.observed else one)
     return judge(
         Comparison(
             runs=found,
@@ -109,8 +111,8 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
     )
 
 
-def one_round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
-    """`steps` timed steps of a new job, then steps that are watched. first: of the run's rounds."""
+def one_round(run: Run, rank: RankInfo, steps: int, *, first: bool, watch: bool = True) -> None:
+    """`steps` timed steps of a new job, then steps that are watched, if any. first: of the run's rounds."""
     cfg = run.blueprint.cfg
     reset_peak(rank.device)  # that of the layouts before: their order must not matter
     run.measured.rounds.append([])
@@ -122,8 +124,9 @@ def one_round(run: Run, rank: RankInfo, steps: int, *, first: bool) -> None:
         with set_aside():
             for step in range(steps):
                 _timed_step(run, job, feed, step, first)
-            run.observed.append(observe_step(job, feed, steps))
-            if first:
+            if watch:
+                run.observed.append(observe_step(job, feed, steps))
+            if watch and first:
                 run.memory = observe_memory(job, feed, steps + 1)
     finally:
         feed.close()

@@ -205,6 +205,10 @@ _ADVICE: dict[str, Callable[[RunResult, Bound], str]] = {
     "pipeline": lambda run, bound: (
         "more schedule.microbatches, or another schedule.kind, so that the stages work at the same time"
     ),
+    "cores": lambda run, bound: (
+        "a core for each rank, or fewer ranks; until then layouts with less work in all win, not those that "
+        "share it best"
+    ),
     "exchanging": _exchanging,
     "messages": lambda run, bound: (
         "more schedule.microbatches, so that some compute while rows of others are under way, or modules on "

@@ -24,7 +24,7 @@ from parallel.schedule.generators.refuse import check_stages
 from parallel.schedule.plan import parameter_groups
 from parallel.topology.data_parallel import AUTO, POLICIES, Policy, check_policy, shards_of
 from parallel.topology.layout import Layout, Unfit, make_layout
-from parallel.topology.stage import Stage
+from parallel.topology.stage import Stage, stages_of
 
 SINK = "llm"
 
@@ -67,7 +67,15 @@ def outline(cfg: Config, world: int) -> tuple[dict[str, Layout], LLMConfig, tupl
     check_llm(llm, layouts[SINK].tp, layouts[SINK].ep, layouts[SINK].etp)
     check_stages(layouts[SINK], len(llm.symbols))
     _check_schedule(cfg, layouts)
-    return layouts, llm, partition(llm, layouts[SINK].pp * layouts[SINK].vpp, (cfg.data.context,))
+    return layouts, llm, _stages(cfg, llm, layouts[SINK].pp * layouts[SINK].vpp)
+
+
+def _stages(cfg: Config, llm: LLMConfig, n: int) -> tuple[Stage, ...]:
+    """The language model in n stages; Megatron-LM's have equally many blocks, wherever the head is."""
+    layers = len(llm.symbols)
+    if cfg.run.engine == "megatron" and "|" not in llm.pattern and layers % (2 * n) == 0:
+        return stages_of(range(0, layers + 1, layers // n))
+    return partition(llm, n, (cfg.data.context,))
 
 
 def schedule_of(
@@ -77,9 +85,11 @@ def schedule_of(
 
     active: by micro-batch, the encoders with items.
     """
-    pairs = cfg.schedule.overlap_experts
+    pairs, kind = cfg.schedule.overlap_experts, cfg.schedule.kind
+    if cfg.run.engine == "megatron" and kind == "auto" and _before_pipeline(modules):
+        kind = "three_phase"
     return make_schedule(
-        cfg.schedule.kind,
+        kind,
         modules,
         sink=SINK,
         active=active,
@@ -90,6 +100,13 @@ def schedule_of(
             train=train,
         ),
     )
+
+
+def _before_pipeline(modules: Mapping[str, ModuleUse]) -> bool:
+    """Whether all encoders are one stage on all ranks of a language model of several."""
+    sink = modules[SINK].layout
+    others = [use.layout for m, use in modules.items() if m != SINK]
+    return sink.pp > 1 and all(x.pp == 1 and set(x.ranks) == set(sink.ranks) for x in others) and bool(others)
 
 
 def given_policy(cfg: Config, layout: Layout) -> Policy | None:

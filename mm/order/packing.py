@@ -14,6 +14,8 @@ import numpy as np
 from mm.order.shuffle import key_of, keyed
 from parallel.sequence.intervals import Column
 
+SPARE = 64
+
 
 def best_fit(lengths: Column, capacity: int) -> Column:
     """By sample, the number of its sequence; sequences count from 0 as they are begun. O(n log n).
@@ -37,8 +39,13 @@ def best_fit(lengths: Column, capacity: int) -> Column:
 
 
 def pack(lengths: Column, capacity: int, key: int) -> Column:
-    """best_fit() with the sequences in a random order, by a key: otherwise long samples came first."""
-    found = best_fit(lengths, capacity)
+    """best_fit() with the sequences in a random order, by a key: otherwise long samples came first.
+
+    A 64th of each stays empty, unless one sample takes it: the room that dealing has to even out costs
+    (mm/plan/dealing.py).
+    """
+    full = capacity - capacity // SPARE
+    found = best_fit(np.minimum(lengths, full), full)
     count = int(found.max(initial=-1)) + 1
     place = np.empty(count, dtype=np.int64)
     place[np.argsort(keyed(key, np.arange(count)), kind="stable")] = np.arange(count)

@@ -37,6 +37,7 @@ class Cursor(NamedTuple):
 
 
 START = Cursor(0, 0)
+KEPT = 1000  # steps behind the last whose beginning is remembered: a few of them are planned again
 
 
 class Windows(NamedTuple):
@@ -51,7 +52,7 @@ class Windows(NamedTuple):
 @dataclass(frozen=True)
 class Batches:
     """The batches of a run. size: samples, or packed sequences, a step. windows: None where samples are taken
-    by number. cursors: where steps begin, as far as is known."""
+    by number. cursors: where steps begin, as far as is known and remembered."""
 
     stream: Stream
     size: int
@@ -93,13 +94,13 @@ class Batches:
             return plan_table(step, lookup(self.ids(step, bad)), inputs)
         ids, sequence = self.sequences(step, lookup)
         good = ~np.isin(ids, _ascending(frozenset(bad)))
-        packed = Packed(sequence[good], self.size)
+        packed = Packed(sequence[good], self.size, self.windows.capacity)
         made = plan_table(step, lookup(ids[good]), inputs, packed)
         return replace(made, ends=self.cursors[step + 1])
 
     def sequences(self, step: int, lookup: Lookup) -> tuple[Column, Column]:
         """The samples of a step in packed sequences, and by sample the number of its sequence in the step."""
-        known = max((s for s in self.cursors if s <= step), default=None)
+        known = step if step in self.cursors else max((s for s in self.cursors if s <= step), default=None)
         assert known is not None, f"step {step} is before {min(self.cursors)}, where the run resumed"
         for before in range(known, step):
             self._take(before, lookup)
@@ -125,6 +126,7 @@ class Batches:
             if at == count:
                 window, at = window + 1, 0
         self.cursors[step + 1] = Cursor(window, at)
+        self.cursors.pop(step - KEPT, None)
         return np.concatenate(ids), np.concatenate(numbers)
 
     def _window(self, window: int, lookup: Lookup) -> tuple[Column, Column]:

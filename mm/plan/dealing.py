@@ -6,6 +6,7 @@ on how they are dealt.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from parallel.sequence.dealing import loads, longest_first
 from parallel.sequence.intervals import Column, before, column, share_start
 
 SLACK = 1e-9  # relative; sums of costs in another order differ by less
+EVEN = 1.01  # cost of a dp rank over the mean from which on it is evened out
+ROOM = 1.1  # cost of a dp rank in a micro-batch over the mean that evening out a step may always take
 SPREAD = 1.5  # an encoder's share of its costliest micro-batch over an even share that is always allowed
 
 
@@ -76,20 +79,24 @@ def deal_samples(cost: Costs, tokens: Column, others: Sequence[Costs], microbatc
 
 class Packed(NamedTuple):
     """Samples in packed sequences. sequence: by sample, the number of its own. sequences: how many there are,
-    also without a sample."""
+    also without a sample. capacity: most tokens of one."""
 
     sequence: Column
     sequences: int
+    capacity: int
 
 
-def deal_packed(cost: Costs, packed: Packed, others: Sequence[Costs], microbatches: int, dp: int) -> Seats:
+def deal_packed(
+    cost: Costs, tokens: Column, packed: Packed, others: Sequence[Costs], microbatches: int, dp: int
+) -> Seats:
     """Deal packed sequences so that every (micro-batch, dp rank) has an equal cost, as far as they allow.
 
-    cost: of each sample in the language model. others: of each sample in each encoder.
+    cost, tokens: of each sample in the language model. others: of each sample in each encoder.
 
     Every place gets one sequence, then every place a second one, and so on, each time the costliest to the
     place with least so far. So a dp rank packs at most ceil(sequences / places) times the capacity in a
-    micro-batch, whatever the costs. Places of like cost then share a micro-batch, as in deal_samples().
+    micro-batch, whatever the costs. Places of like cost then share a micro-batch, as in deal_samples(). At
+    last samples leave dp ranks that have more than others (_evened).
     """
     n = min(packed.sequences, microbatches * dp)
     sums = loads(cost, packed.sequence, packed.sequences)
@@ -104,7 +111,36 @@ def deal_packed(cost: Costs, packed: Packed, others: Sequence[Costs], microbatch
     allowed = [
         max(SPREAD * float(own.sum()) / microbatches, _most(own, plain, microbatches)) for own in others
     ]
-    return _Bins.of(place[packed.sequence], load, microbatches, dp).seats(others, allowed)
+    seats = _Bins.of(place[packed.sequence], load, microbatches, dp).seats(others, allowed)
+    return _evened(seats, cost, tokens, -(-packed.sequences // n) * packed.capacity, microbatches, dp)
+
+
+def _evened(seats: Seats, cost: Costs, tokens: Column, most_tokens: int, microbatches: int, dp: int) -> Seats:
+    """Seats with samples taken from dp ranks whose step costs more than EVEN allows, to the dp rank of the
+    same micro-batch that has least and room for them.
+
+    No dp rank gets more than most_tokens in a micro-batch, nor costs more there than its costliest did, or
+    ROOM times its mean. Encoders keep what they have in each micro-batch. O(samples of the ranks with too
+    much, times dp).
+    """
+    place, out = seats.microbatch * dp + seats.dp, seats.dp.copy()
+    load = loads(cost, place, microbatches * dp).reshape(microbatches, dp)
+    room = most_tokens - loads(tokens, place, microbatches * dp).reshape(microbatches, dp)
+    total, most = load.sum(axis=0), np.maximum(load.max(axis=1), ROOM * load.mean(axis=1))
+    allowed = EVEN * float(total.mean())
+    for rank in np.argsort(-total, kind="stable")[: int((total > allowed).sum())].tolist():
+        own = np.flatnonzero(seats.dp == rank)
+        for j in own[np.argsort(-cost[own], kind="stable")].tolist():
+            k, n, x = int(seats.microbatch[j]), float(tokens[j]), float(cost[j])
+            takes = (room[k] >= n) & (load[k] + x <= most[k]) & (total + x <= allowed)
+            if total[rank] <= allowed or not takes.any():
+                continue
+            to = int(np.where(takes, total, np.inf).argmin())
+            out[j] = to
+            for change, of in ((x, load[k]), (x, total), (-n, room[k])):
+                of[rank] -= change
+                of[to] += change
+    return Seats(seats.microbatch, out)
 
 
 class _Loads(NamedTuple):
@@ -239,15 +275,58 @@ def deal_items(cost: Costs, microbatch: Column, home: Column, already: Costs) ->
 
 
 def over_step(cost: Costs, microbatch: Column, dealt: Column, microbatches: int, dp: int) -> Column:
-    """Items as dealt, with dp ranks exchanged in each micro-batch so that their sums over the step are even:
-    the costliest share goes to the rank with least so far. For ranks where no item is at home."""
+    """Items dealt to dp ranks so that sums over the step are even, for ranks where no item is at home.
+
+    dealt: as deal_items() does it. Micro-batches come one after another, those that are dealt least evenly
+    first. In each, the costliest item goes to the rank with least of the step so far that has then no more in
+    this micro-batch than its costliest rank as dealt. Where sums differ by more than EVEN allows, a rank may
+    have ROOM times the mean of a micro-batch. Where an item finds no rank, the micro-batch stays as dealt
+    with ranks exchanged: the costliest share to the rank with least. O(n log n) for n items, and more where
+    few ranks have room.
+    """
     load = loads(cost, microbatch * dp + dealt, microbatches * dp).reshape(microbatches, dp)
-    rank, total = np.empty((microbatches, dp), dtype=np.int64), np.zeros(dp)
-    for own, to in zip(load, rank, strict=True):
-        costliest, least = np.argsort(-own, kind="stable"), np.argsort(total, kind="stable")
-        to[costliest] = least
-        total[least] += own[costliest]
-    return column(rank[microbatch, dealt])
+    mean, most = load.mean(axis=1), load.max(axis=1)
+    order = np.lexsort((-cost, microbatch))
+    items = np.split(order, np.searchsorted(microbatch[order], np.arange(1, microbatches)))
+    turns = np.argsort(-most / np.maximum(mean, np.finfo(float).tiny), kind="stable").tolist()
+    best, least = dealt, float(load.sum(axis=0).max(initial=0.0))
+    for bounds in (most, np.maximum(most, ROOM * mean)):
+        out, total = dealt.copy(), np.zeros(dp)
+        for k in turns:
+            own = items[k]
+            found = _within(cost[own], total, float(bounds[k]) * (1 + SLACK))
+            if found is None:
+                rank = np.empty(dp, dtype=np.int64)
+                rank[np.argsort(-load[k], kind="stable")] = np.argsort(total, kind="stable")
+                found = rank[dealt[own]]
+            out[own] = found
+            total += loads(cost[own], found, dp)
+        if total.max() < least * (1 - SLACK):
+            best, least = out, float(total.max())
+        if least <= EVEN * total.mean():
+            break
+    return best
+
+
+def _within(cost: Costs, total: Costs, bound: float) -> Column | None:
+    """By item, the costliest first, the rank with least that has at most `bound` with it; None where an item
+    finds none. total: what ranks have before."""
+    heap = [(x, k) for k, x in enumerate(total.tolist())]
+    heapq.heapify(heap)
+    here, out = [0.0] * len(heap), list[int]()
+    for x in cost.tolist():
+        full = list[tuple[float, int]]()
+        while heap and here[heap[0][1]] + x > bound:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        least, k = heap[0]
+        heapq.heapreplace(heap, (least + x, k))
+        here[k] += x
+        out.append(k)
+        for one in full:
+            heapq.heappush(heap, one)
+    return column(out)
 
 
 def _staying(cost: Costs, place: Column, already: Costs, bound: Costs) -> tuple[np.ndarray, Costs]:

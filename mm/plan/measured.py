@@ -41,7 +41,8 @@ class Measured(NamedTuple):
 
 
 def measured(fitted: Fitted, make: Callable[[], Measured], storage: Storage = LOCAL) -> Measured:
-    """What is kept for these samples, else what make() finds, which is kept then. storage: of their shards."""
+    """What is kept for these samples, else what make() finds, which is kept then. storage: reads the
+    shards."""
     key = _key(fitted) if len(fitted) >= LARGE else None
     if key is None:
         return make()

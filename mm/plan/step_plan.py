@@ -361,7 +361,7 @@ def plan_table(step: int, batch: SampleTable, inputs: PlanInputs, packed: Packed
     if packed is None:
         dealt = deal_samples(cost, batch.length, others, n, dp)
     else:
-        dealt = deal_packed(cost, packed, others, n, dp)
+        dealt = deal_packed(cost, batch.length, packed, others, n, dp)
     order = np.argsort(dealt.microbatch, kind="stable")
     table, seats = batch.take(order), Seats(dealt.microbatch[order], dealt.dp[order])
     place = seats.microbatch * dp + seats.dp

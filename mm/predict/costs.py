@@ -201,8 +201,8 @@ def update_seconds(blueprint: Blueprint, counts: Counts, hardware: Hardware) -> 
                 own[m, "data ranks"] += sum(message_price(x, places, hardware)[0] for x in gathers)
         slowest = max(range(pp), key=lambda k: sum(by_rank[k].values()))
         out.update(by_rank[slowest])
-    told = Message("all_gather", WORLD, float(NUMBERS * 8 * blueprint.world))
-    out["", "update message"] = message_price(told, places, hardware)[0]
+    said = Message("all_gather", WORLD, float(NUMBERS * 8 * blueprint.world))
+    out["", "update message"] = message_price(said, places, hardware)[0]
     if host is not None:
         out["", "step"] = host.step_s
     return out

@@ -1,4 +1,4 @@
-"""Megatron-LM with Transformer Engine, as published runs used it: what it computes, sends and holds in a step.
+"""Megatron-LM with Transformer Engine, as published runs used it: what a step computes, sends and holds.
 
 Counts of this program in the place of ours, with what the layout, the samples and the weights say unchanged.
 What it does otherwise is in configs/engines/megatron.yaml, each figure with its source:
@@ -24,7 +24,6 @@ import yaml
 from encoders.vit import ViTConfig
 from mm.config.build import build
 from mm.config.outline import SINK
-from mm.config.schema import Config
 from mm.config.training import recomputed
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint
@@ -42,8 +41,12 @@ Pair = tuple[float, float]  # of a forward and of a backward
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """whole, split, logits: bytes of a layer's activations by token and feature, as they are split over tp, and
-    of the logits. weights, gradients: of a parameter on each rank; stored, moments: of one in a shard."""
+    """Bytes that a rank holds.
+
+    whole, split: of a layer's activations, by token and feature: what tp splits with sequence parallelism
+        alone, and in any case. logits: of each. reserved: of what no tensor gets.
+    weights, gradients: of a parameter on each data rank. stored, moments: of one in a shard.
+    """
 
     whole: float
     split: float
@@ -52,6 +55,7 @@ class HeldBytes:
     stored: float
     moments: float
     logits: float
+    reserved: float
     source: str
 
 
@@ -84,8 +88,6 @@ class Engine:
     held: HeldBytes
     moved: MovedBytes
     overlap: Exposed
-    update_s: float
-    update_source: str
 
 
 @cache
@@ -93,19 +95,6 @@ def megatron() -> Engine:
     """The engine of configs/engines/megatron.yaml."""
     engine: Engine = build(Engine, yaml.safe_load(FILE.read_text()), "")
     return engine
-
-
-def with_engine(cfg: Config) -> Config:
-    """A config with the schedule that its engine has where the config leaves it open. Raises nothing."""
-    layout, kind = cfg.layout, cfg.schedule.kind
-    if cfg.run.engine != "megatron" or kind != "auto" or layout.get(SINK, {}).get("pp", 1) == 1:
-        return cfg
-    own = layout.get(SINK, {}).get("ranks", "all")
-    if any(
-        layout.get(m, {}).get("ranks", "all") != own or layout.get(m, {}).get("pp", 1) > 1 for m in cfg.model
-    ):
-        return cfg
-    return cfg.model_copy(update={"schedule": cfg.schedule.model_copy(update={"kind": "three_phase"})})
 
 
 class Part(NamedTuple):
@@ -126,6 +115,7 @@ class Part(NamedTuple):
     cp: int
     sequence: bool
     causal: bool
+    gated: bool = False  # whether an MLP has a gate
 
     @property
     def states(self) -> float:
@@ -139,7 +129,10 @@ class Part(NamedTuple):
 
 
 def as_megatron(blueprint: Blueprint, plan: StepPlan, counts: Counts, engine: Engine) -> Counts:
-    """The counts of a step of the same job under Megatron-LM. Raises Refused for what it is not described for."""
+    """The counts of a step of the same job under Megatron-LM.
+
+    Raises Refused for models that it is not described for.
+    """
     work = dict(counts.work)
     kept, rows, moved, held = dict(counts.kept), dict(counts.rows), dict(counts.moved), dict(counts.held)
     load = dict(counts.load)
@@ -174,10 +167,10 @@ def _part(blueprint: Blueprint, plan: StepPlan, module: str, stage: Stage) -> Pa
     if module == SINK:
         llm = blueprint.llm
         symbols = llm.symbols[stage.start : stage.stop]
-        if set(symbols) - {"*", "-"} or llm.kv_rank is not None or llm.mlp_gated:
+        if set(symbols) - {"*", "-"} or llm.kv_rank is not None:
             raise Refused(
-                "run.engine=megatron is described for dense language models without gates, whose pattern has "
-                f"* and - alone; given: {llm.pattern!r}; nearest: run.engine=polyrank"
+                "run.engine=megatron is described for dense language models, whose pattern has * and - "
+                f"alone; given: {llm.pattern!r}; nearest: run.engine=polyrank"
             )
         dp = max(range(layout.dp), key=lambda d: sum(mb.tokens[d] for mb in plan.microbatches))
         tokens = sum(mb.tokens[dp] for mb in plan.microbatches) / n
@@ -194,6 +187,7 @@ def _part(blueprint: Blueprint, plan: StepPlan, module: str, stage: Stage) -> Pa
             cp=layout.cp,
             sequence=layout.sequence_parallel and layout.tp > 1,
             causal=True,
+            gated=llm.mlp_gated,
         )
     use = blueprint.inputs.encoders[module]
     if not isinstance(use.cfg, ViTConfig):
@@ -237,15 +231,16 @@ def _layers(part: Part, engine: Engine) -> tuple[Work, Work]:
     t, h, tp = part.tokens, part.width, part.tp
     attention, mlp = part.layers
     q, kv, dim = part.heads
-    sizes = ((attention, (q + 2 * kv) * dim // tp, h), (attention, h, q * dim // tp))
-    sizes += ((mlp, part.hidden // tp, h), (mlp, h, part.hidden // tp))
+    sizes = [(attention, (q + 2 * kv) * dim // tp, h), (attention, h, q * dim // tp)]
+    sizes += [(mlp, part.hidden * (1 + part.gated) // tp, h), (mlp, h, part.hidden // tp)]
     out = []
     for back in (False, True):
-        kernels = [
-            Kernel("memory", (), "", 0.0, x, attention + mlp) for x in (_moved(part, engine, back) / 2,)
-        ]
+        moved = _moved(part, engine, back) / 2
+        kernels = [Kernel("memory", (), "", 0.0, moved, attention + mlp)]
         for times, n, k in sizes:
             kernels += _products((t, n, k), times, back)
+            if back:  # sums of gradients are read and written
+                kernels.append(Kernel("memory", (), "", 0.0, 2 * engine.held.gradients * n * k, times))
         kernels.append(_attention(part, back))
         out.append(Work(tuple(k for k in kernels if k.times), tuple(_messages(part, engine, back))))
     return out[0], out[1]
@@ -269,7 +264,8 @@ def _attention(part: Part, back: bool) -> Kernel:
     heads, _, dim = part.heads
     pairs = sum(n * n for n in part.lengths) / (2 if part.causal else 1) / part.cp
     flops = (5 if back else 2) * 2 * pairs * heads * dim / part.tp
-    longest = max(part.lengths, default=0)
+    # Over cp a sequence is in 2 cp pieces, and each kernel computes one of them with another.
+    longest = max(part.lengths, default=0) / (2 * part.cp if part.cp > 1 else 1)
     shape = (heads // part.tp, int(longest), int(longest), dim)
     moved = (8 if back else 4) * HALF * part.tokens * heads * dim / part.tp
     return Kernel("attention", shape, "bfloat16", flops, moved, part.layers[0])
@@ -277,7 +273,7 @@ def _attention(part: Part, back: bool) -> Kernel:
 
 def _messages(part: Part, engine: Engine, back: bool) -> Iterable[Message]:
     """Of tp: with sequence parallelism a gather and a sum into shards around each pair of products, and what
-    entered is gathered again for the gradients of weights; else a sum. Of cp: keys and values, both back too."""
+    entered is gathered again for the gradients of weights; else a sum. Of cp: keys and values."""
     layers, size = sum(part.layers), part.states * HALF
     group = Group("module", part.module, "tp")
     if part.tp > 1 and part.sequence:
@@ -337,7 +333,7 @@ def _temporary(blueprint: Blueprint, part: Part, stage: Stage, engine: Engine, a
 def _states(
     blueprint: Blueprint, module: str, s: int, engine: Engine
 ) -> tuple[tuple[tuple[Message, ...], tuple[Message, ...]], Held, Work]:
-    """Of a stage's weights: their gathers and sums over data ranks, what a rank holds of them, their update."""
+    """Of a stage's weights: gathers and sums over data ranks, what a rank holds of them, their update."""
     layout, held = blueprint.layouts[module], engine.held
     shards = max(1, layout.dp * layout.cp)
     units = [o.unit for o in owned(blueprint.weights(module, s), module, layout, blueprint.shards(module))]

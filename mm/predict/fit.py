@@ -19,7 +19,6 @@ from mm.predict.hardware import Hardware
 from mm.predict.step import predict_counts
 from mm.predict.work import Counts
 
-SWEEPS = 3000  # of coordinate descent
 BANDWIDTHS = tuple(1e9 * 2 ** (k / 2) for k in range(13))  # bytes/s, 1 to 64 GB/s
 USUAL = (2e-5, 5e-4, 5e-4, 5e-3)  # seconds of what with_costs() takes, from which the fit starts
 Job = tuple[Blueprint, StepPlan, Counts]
@@ -67,16 +66,18 @@ def _seconds(hardware: Hardware, jobs: Sequence[Job]) -> np.ndarray:
 
 
 def non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The x >= 0 for which a x is nearest to b; a [rows, few]. Coordinate descent on scaled columns."""
+    """The x >= 0 for which a x is nearest to b; a [rows, few]. Which are 0 is tried, for few of them."""
     scale = np.abs(a).max(axis=0)
     scale[scale == 0] = 1.0
-    gram, right = (a / scale).T @ (a / scale), (a / scale).T @ b
-    x = np.zeros(a.shape[1])
-    for _ in range(SWEEPS):
-        for j in range(len(x)):
-            if gram[j, j]:
-                x[j] = max(0.0, x[j] + (right[j] - gram[j] @ x) / gram[j, j])
-    found: np.ndarray = x / scale
+    best, error = np.zeros(a.shape[1]), float(np.square(b).sum())
+    for kept in range(1, 2 ** a.shape[1]):
+        some = [k for k in range(a.shape[1]) if kept >> k & 1]
+        x = np.zeros(a.shape[1])
+        x[some] = np.linalg.lstsq(a[:, some] / scale[some], b, rcond=None)[0]
+        left = float(np.square(b - a @ (x / scale)).sum())
+        if (x >= 0).all() and left < error:
+            best, error = x, left
+    found: np.ndarray = best / scale
     return found
 
 

@@ -143,7 +143,7 @@ def as_yaml(hardware: Hardware, name: str) -> str:
     """A hardware file."""
     raw = _plain(asdict(replace(hardware, name=name)))
     head = f"# {platform.system()} {platform.machine()}, {cores()} cores; gloo over loopback.\n"
-    return head + yaml.safe_dump(raw, sort_keys=False, width=110)
+    return head + yaml.safe_dump(raw, sort_keys=False, default_flow_style=None, width=110)
 
 
 def _plain(value: Any) -> Any:

@@ -97,9 +97,11 @@ def message_seconds(message: Message, place: Place, hardware: Hardware) -> float
     per_rank = crossing * (2 if message.op == "all_reduce" else 1) / (1 if own else place.most)
     nics = across.nics or 1
     far = across.bandwidth * across.efficiency * min(1.0, nics / max(1, place.sharing))
-    latency = _latency(message.op, place.nodes, across.latency_s)
-    if place.most > 1:
-        latency += _latency(message.op, place.most, inside.latency_s)
+    if message.op == "all_to_all":  # peers are served one by one, most of them on other nodes
+        latency = _latency(message.op, place.ranks, across.latency_s)
+    else:
+        latency = _latency(message.op, place.nodes, across.latency_s)
+        latency += _latency(message.op, place.most, inside.latency_s) if place.most > 1 else 0.0
     stays = received if message.op != "all_to_all" else received - per_rank
     return latency + max(per_rank / far, stays / near if place.most > 1 else 0.0)
 

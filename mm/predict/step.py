@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 
 from mm.data.sample import Index
@@ -16,8 +16,10 @@ from mm.plan.step_plan import StepPlan
 from mm.plan.table import SampleTable
 from mm.predict.costs import Priced, priced, update_crowd, update_seconds
 from mm.predict.count.job import count_job
+from mm.predict.engine import as_megatron, megatron
 from mm.predict.hardware import Hardware
-from mm.predict.held import by_program
+from mm.predict.held import by_program, of_fullest
+from mm.predict.paper import paper_flops
 from mm.predict.spent import spent
 from mm.predict.work import Counts
 from parallel.schedule import simulate
@@ -32,13 +34,15 @@ class Prediction:
     breakdown: seconds of the mean rank by (module, what), which add up to step_s. boundary_s: of these, what
     it waits for rows of encoders and their gradients, or spends on sending them. bubble_fraction: the share
     of the step in which it has nothing to do. tflops_per_device: of forward and backward without what is
-    computed again, over all ranks of the job. memory: by a rank of each kind, bytes by kind; it adds up.
+    computed again, over all ranks of the job. paper_tflops_per_device: by mm.predict.paper's metric, None for
+    models that it is not of. memory: by a rank of each kind, bytes by kind; it adds up.
     timeline: of forwards and backwards; the update comes after it.
     """
 
     step_s: float
     tokens_per_s_per_device: float
     tflops_per_device: float
+    paper_tflops_per_device: float | None
     memory: Mapping[int, Mapping[str, float]]
     bubble_fraction: float
     boundary_s: float
@@ -62,8 +66,16 @@ class Prediction:
 
 
 def predict(blueprint: Blueprint, plan: StepPlan, hardware: Hardware) -> Prediction:
-    """What a step takes, from the counts of its plan; see predict_counts()."""
-    return predict_counts(blueprint, plan, count_job(blueprint, plan), hardware)
+    """What a step takes, from the counts of its plan; see predict_counts(). Memory is exact on the rank that
+    holds most, but for another engine's counts."""
+    counts = count_job(blueprint, plan)
+    if blueprint.cfg.run.engine == "megatron":
+        engine = megatron()
+        counts = as_megatron(blueprint, plan, counts, engine)
+        hardware = replace(hardware, memory=replace(hardware.memory, reserved=engine.held.reserved))
+        return predict_counts(blueprint, plan, counts, hardware)
+    made = predict_counts(blueprint, plan, counts, hardware)
+    return replace(made, memory=of_fullest(blueprint, plan, counts, hardware))
 
 
 def predict_counts(blueprint: Blueprint, plan: StepPlan, counts: Counts, hardware: Hardware) -> Prediction:
@@ -85,11 +97,12 @@ def predict_counts(blueprint: Blueprint, plan: StepPlan, counts: Counts, hardwar
     for key, seconds in update.items():
         parts[key] = parts.get(key, 0.0) + seconds
     idle = sum(s for (_, what), s in parts.items() if what in ("bubble", "waiting"))
-    flops = sum(step_flops(blueprint, plan).values())
+    flops, paper = sum(step_flops(blueprint, plan).values()), paper_flops(blueprint, plan)
     return Prediction(
         step_s=step_s,
         tokens_per_s_per_device=plan.tokens / step_s / blueprint.world,
         tflops_per_device=flops / step_s / blueprint.world / 1e12,
+        paper_tflops_per_device=None if paper is None else paper / step_s / blueprint.world / 1e12,
         memory=by_program(line.plan, counts, hardware),
         bubble_fraction=idle / step_s,
         boundary_s=sum(s for (_, what), s in parts.items() if what == "boundary"),

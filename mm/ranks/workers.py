@@ -42,7 +42,8 @@ from mm.ranks.shared import SharedMemory
 TRAYS = 4  # orders that a worker has at once
 TRAY_BYTES = 256 << 20  # of addresses; memory is taken for what is used of them
 SHARED_BYTES = 2 << 30  # of addresses too, for the tensors of all batches that are there at once
-ORDER_TASKS = 8  # at most, in an order
+ORDER_TASKS = 16  # at most, in an order
+SHARES = 2  # orders at least that a worker gets of a step which has as many tasks
 TRIES = 2  # of a task at which workers die; then its sample is bad
 STILLBORN = 5  # workers in a row that die before their first task
 POLL_S = 0.5  # how often workers that say nothing are looked at
@@ -143,7 +144,7 @@ class Workers:
         if self._workers:
             # Parts of a shard are read in the order in which they lie there.
             order = sorted(range(len(tasks)), key=lambda n: (tasks[n].part.shard, tasks[n].part.offset))
-            size = max(1, min(ORDER_TASKS, -(-len(tasks) // (TRAYS * len(self._workers)))))
+            size = max(1, min(ORDER_TASKS, -(-len(tasks) // (SHARES * len(self._workers)))))
             for at in range(0, len(order), size):
                 self._waiting.append(_Piece(ticket, order[at : at + size]))
             self._deal()

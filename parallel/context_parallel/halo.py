@@ -34,13 +34,14 @@ def _read(fragment: Continued, width: int) -> Span:
     return max(start, stop - width), stop
 
 
-def _wanted(packing: ContextPacking, width: int) -> list[list[Span]]:
+def wanted_rows(packing: ContextPacking, width: int) -> list[list[Span]]:
+    """By cp rank, the rows that its fragments read before themselves, at most `width` each. Pure."""
     return [join([_read(c, width) for c in packing.continued_of(r)]) for r in range(packing.cp.size)]
 
 
 def halo_rows(packing: ContextPacking, kernel: int) -> int:
     """Rows received for a kernel of this many taps, on the rank that receives most. Pure."""
-    return max(lacking(packing.spans, _wanted(packing, kernel - 1)), default=0)
+    return max(lacking(packing.spans, wanted_rows(packing, kernel - 1)), default=0)
 
 
 def plan_halo(packing: ContextPacking, kernel: int) -> Halo | None:
@@ -49,7 +50,7 @@ def plan_halo(packing: ContextPacking, kernel: int) -> Halo | None:
     Every rank derives its part of the exchange; this call does not communicate.
     """
     width = kernel - 1
-    wanted = _wanted(packing, width)
+    wanted = wanted_rows(packing, width)
     if not any(wanted):
         return None
     fetch = packing.fetch("rows before a convolution", wanted)

@@ -38,12 +38,13 @@ def _chains_of(packing: ContextPacking, rank: int) -> dict[int, Span]:
     return {c.piece: (c.before[0] // packing.piece_rows, c.piece) for c in packing.continued_of(rank)}
 
 
-def _piece_stream(packing: ContextPacking) -> ContextPacking:
+def piece_stream(packing: ContextPacking) -> ContextPacking:
     """A stream of one row for each piece, split over cp as the tokens are."""
     return replace(packing, lengths=(packing.pieces,), memo={})
 
 
-def _wanted(packing: ContextPacking) -> list[list[Span]]:
+def wanted_pieces(packing: ContextPacking) -> list[list[Span]]:
+    """By cp rank, the pieces whose last states its own begin with. Pure."""
     return [join(list(_chains_of(packing, r).values())) for r in range(packing.cp.size)]
 
 
@@ -52,10 +53,10 @@ def plan_pieces(packing: ContextPacking) -> Pieces:
     n = packing.piece_rows
     mine = [start // n for start, _ in packing.spans[packing.cp.rank]] if n else []
     local = tuple(slice(i * n, (i + 1) * n) for i in range(len(mine)))
-    wanted = _wanted(packing)
+    wanted = wanted_pieces(packing)
     if not any(wanted):
         return Pieces(local, None, tuple(None for _ in mine))
-    fetch = _piece_stream(packing).fetch("states of a recurrence", wanted)
+    fetch = piece_stream(packing).fetch("states of a recurrence", wanted)
     arrived = numbers(wanted[packing.cp.rank])
     chains = _chains_of(packing, packing.cp.rank)
     found: list[slice | None] = []
@@ -70,7 +71,7 @@ def plan_pieces(packing: ContextPacking) -> Pieces:
 
 def states_taken(packing: ContextPacking) -> int:
     """Piece states received, on the rank that receives most. Pure."""
-    return max(lacking(_piece_stream(packing).spans, _wanted(packing)), default=0)
+    return max(lacking(piece_stream(packing).spans, wanted_pieces(packing)), default=0)
 
 
 def begin_states(plan: Pieces, state: Tensor, log_keep: Tensor) -> list[Tensor | None]:

@@ -359,3 +359,17 @@ def test_the_convolution_is_torchaudios(kernel: int) -> None:
     rows = [-(-len(f) // 8) for f in frames]
     expected = [theirs(x[None])[0] for x in seen[0].split(rows)]
     same(seen[1], torch.cat(expected), "convolution")
+
+
+@pytest.mark.parametrize("merge", [1, 3])
+def test_a_row_is_a_square_of_patches_of_any_side(merge: int) -> None:
+    whole, net = (ours("vit", channels=3, merge=n).encoder for n in (1, merge))
+    with torch.no_grad():
+        for p, q in zip(net.parameters(), whole.parameters(), strict=True):
+            p.copy_(q)
+    size = (6 * PATCH, 12 * PATCH)
+    image = patches([torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (3, *size)))])
+    grid = whole(image).values.view(6, 12, -1)  # a row a patch, row by row
+    squares = grid.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).transpose(1, 2)
+    assert net.rows(net.cfg, image.metas[0]) == 72 // merge**2
+    same(net(image).values, squares.flatten(0, 1).flatten(1), "rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
+from tests.mutations.of_compare import COMPARE
 from tests.mutations.of_corpora import CORPORA
 from tests.mutations.of_encoders import ENCODERS
 from tests.mutations.of_families import FAMILIES
@@ -17,6 +18,7 @@ from tests.mutations.of_media import MEDIA
 from tests.mutations.of_models import LLM
 from tests.mutations.of_order import ORDER
 from tests.mutations.of_parallel import PARALLEL
+from tests.mutations.of_prices import PRICES
 from tests.mutations.of_qwen import QWEN
 from tests.mutations.of_remote import REMOTE
 from tests.mutations.of_resolution import RESOLUTION
@@ -27,5 +29,5 @@ from tests.mutations.of_text import TEXT
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE),
+    *(ORDER + REMOTE + PRICES + COMPARE),
 )

@@ -21,8 +21,8 @@ ENCODERS = (
         "vit.shuffle",
         "the two rows of a block are one",
         "encoders/vit.py",
-        "(across // 2)) + corner // 2",
-        "(across // 2)) + corner % 2",
+        "(across // merge)) + corner // merge",
+        "(across // merge)) + corner % merge",
         SIGLIP,
     ),
     Fault(

@@ -125,4 +125,20 @@ ORDER = (
         "yield self.portions.fingerprint(begin, begin)",
         "tests/mm/plan/test_portions.py::test_another_context_is_another_run_and_counts_say_what_is_split",
     ),
+    Fault(
+        "dealing.room",
+        "evening out a step overfills a sequence",
+        "mm/plan/dealing.py",
+        "takes = (room[k] >= n) & ",
+        "takes = (room[k] >= 0) & ",
+        "tests/mm/plan/test_dealing.py::test_the_work_of_64_ranks_is_even",
+    ),
+    Fault(
+        "dealing.evened",
+        "items of a step go to the rank with least of their micro-batch alone",
+        "mm/plan/dealing.py",
+        "total += loads(cost[own], found, dp)",
+        "total += 0 * loads(cost[own], found, dp)",
+        "tests/mm/plan/test_dealing.py::test_items_fill_what_ranks_have_left",
+    ),
 )

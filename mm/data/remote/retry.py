@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
-from collections.abc import Awaitable, Callable
+import ssl
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +14,9 @@ from mm.data.remote.urls import scrub
 from mm.errors import DataError
 
 T = TypeVar("T")
+CERTIFICATES = (
+    "the certificate of who signed it, in a file that SSL_CERT_FILE names, or for s3:// AWS_CA_BUNDLE"
+)
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError)
 TRANSIENT = (TimeoutError, ConnectionError, EOFError, asyncio.IncompleteReadError)
 BUSY = {errno.EBUSY, errno.EAGAIN, errno.EREMOTEIO, errno.EIO, errno.ETIMEDOUT, errno.ENETUNREACH}
@@ -53,6 +57,8 @@ class Limits:
 
 def transient(error: BaseException) -> bool:
     """Whether the same request may succeed later: time-outs, lost connections, 408, 425, 429 and 5xx."""
+    if _untrusted(error):
+        return False
     if isinstance(error, TRANSIENT) or any(kind.__name__ in NAMES for kind in type(error).__mro__):
         return True
     status = _status_in(error)
@@ -72,15 +78,22 @@ def status_of(error: BaseException) -> int | None:
     return int(found) if isinstance(found, int) or str(found).isdecimal() else None
 
 
-def _status_in(error: BaseException) -> int | None:
-    """The HTTP status in an error or in what has caused it."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what has caused it."""
     at: BaseException | None = error
     while at is not None:
-        found = status_of(at)
-        if found is not None:
-            return found
+        yield at
         at = at.__cause__
-    return None
+
+
+def _status_in(error: BaseException) -> int | None:
+    """The HTTP status in an error or in what has caused it."""
+    return next((found for at in _causes(error) if (found := status_of(at)) is not None), None)
+
+
+def _untrusted(error: BaseException) -> bool:
+    """Whether a server's certificate is signed by nobody who is known here."""
+    return any(isinstance(at, ssl.SSLCertVerificationError) for at in _causes(error))
 
 
 async def persist(
@@ -115,6 +128,8 @@ def _reason(error: BaseException, limits: Limits) -> str:
 
 def _permanent(what: str, why: str, error: BaseException) -> Exception:
     status = _status_in(error)
+    if _untrusted(error):
+        return DataError(f"{what}: {why}; needed: {CERTIFICATES}")
     if isinstance(error, DataError):
         return DataError(f"{what}: {scrub(str(error))}")
     if isinstance(error, FileNotFoundError) or status in (404, 410):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from llm.config import LLMConfig
 from mm.predict.count import ops
+from mm.predict.count.crossing import Heads, joined_parts, outer, rows_of
 from mm.predict.count.ops import Weight, enter, joined_linear, leave, linear
 from mm.predict.count.sizes import Attended, Bucket, Degrees, TokenLoad
 from mm.predict.count.tape import Storage, Tape, Var
 from parallel.tensor_parallel.heads import share_heads
+from parallel.topology.groups import Group
 
 Grads = list[Storage | None]
 
@@ -28,7 +30,7 @@ def attention(
     del y
 
     def core(q: Var, k: Var, v: Var) -> Var:
-        return _core(t, (q, k, v), cfg, heads, load, (layer, shared.even))
+        return _core(t, (q, k, v), cfg, heads, load, (layer, shared.even, at))
 
     y = t.again(again, core, q, k, v)
     del q, k, v
@@ -59,10 +61,10 @@ def _core(
     cfg: LLMConfig,
     heads: tuple[int, int, int],
     load: TokenLoad,
-    how: tuple[int | None, bool],
+    how: tuple[int | None, bool, Degrees],
 ) -> Var:
     # how: the layer, and whether its heads read keys in equal runs.
-    layer, even = how
+    layer, even, at = how
     own, kv, dim = heads
     q, k, v = qkv
     del qkv
@@ -77,7 +79,22 @@ def _core(
         del angle
     if not even:
         k, v, kv = _spread(t, k, own * dim), _spread(t, v, own * dim), own
-    return fused(t, (q, k, v), (own, kv, dim), load.attended, causal=True)
+    if load.crossing is None:
+        return fused(t, (q, k, v), (own, kv, dim), load.attended, causal=True)
+    return _crossing(t, (q, k, v), Heads(own, kv, dim), load, at.group("cp"))
+
+
+def _crossing(t: Tape, qkv: tuple[Var, Var, Var], heads: Heads, load: TokenLoad, group: Group) -> Var:
+    """parallel.context_parallel.attention._attend_split."""
+    c = load.crossing
+    assert c is not None
+    found = outer(t, qkv, heads, c, group)
+    rows = load.tokens - sum(c.own)
+    if not rows:
+        return found
+    q, k, v = (rows_of(t, x, rows, c.runs) for x in qkv)
+    del qkv
+    return joined_parts(t, [found, fused(t, (q, k, v), heads, c.inner, causal=True)], load.tokens)
 
 
 def _spread(t: Tape, x: Var, width: float) -> Var:
@@ -206,6 +223,8 @@ def activate(t: Tape, cfg: LLMConfig, up: Var, gate: Var | None) -> Var:
         y = ops.unary(t, ops.unary(t, x), passes=2)
     elif cfg.activation == "relu2":
         y = ops.squared_relu(t, x)
+    elif cfg.activation == "silu":
+        y = ops.silu(t, x)
     else:
         y = ops.unary(t, x)
     return y if gate is None else ops.mul(t, y, up)

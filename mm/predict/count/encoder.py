@@ -137,7 +137,7 @@ def _conformer(t: Tape, x: Var, cfg: FastConformerConfig, at: Degrees, load: Ite
     y = Var(y.store, load.tokens, y.width, y.item, y.edge)
     y = ops.rms_norm(t, y, None, d / cfg.heads)
     y = ops.times_weight(t, y, "group_norm", own, y.item)
-    y = leave(t, linear(t, ops.unary(t, y), Weight("conv_out", d, own)), at.axis)
+    y = leave(t, linear(t, ops.silu(t, y), Weight("conv_out", d, own)), at.axis)
     x = ops.add(t, x, y)
     del y
     x = ops.add(t, x, ops.scale(t, _feed_forward(t, x, cfg, at, "ff2")))
@@ -145,7 +145,7 @@ def _conformer(t: Tape, x: Var, cfg: FastConformerConfig, at: Degrees, load: Ite
 
 
 def _feed_forward(t: Tape, x: Var, cfg: FastConformerConfig, at: Degrees, name: str) -> Var:
-    h = ops.unary(t, _up(t, ops.layer_norm(t, x, f"{name}.norm"), cfg.ffn, cfg.width, at, f"{name}.up"))
+    h = ops.silu(t, _up(t, ops.layer_norm(t, x, f"{name}.norm"), cfg.ffn, cfg.width, at, f"{name}.up"))
     return leave(t, linear(t, h, Weight(f"{name}.down", cfg.width, cfg.ffn / at.tp)), at.axis)
 
 
@@ -248,7 +248,7 @@ def _subsample(t: Tape, cfg: FastConformerConfig, load: ItemLoad) -> Var:
             x = _conv(t, x, (time * bands, c), 9, f"depth{stage}", bias=False)
             x = _conv(t, x, (time * bands, c), c, f"point{stage}", bias=True)
         channels = c
-        x = _masked(t, ops.unary(t, x))
+        x = _masked(t, ops.silu(t, x))
     x = _chosen(t, x, load.kept, c * bands)
     y = linear(t, x, Weight("stem.out", cfg.width, c * bands, bias=True))
     del x
@@ -356,7 +356,7 @@ def _activated(t: Tape, h: Var, kind: str) -> Var:
         return ops.unary(t, ops.unary(t, h, keeps="output"), passes=3)
     if kind == "quick_gelu":
         return ops.mul(t, h, ops.unary(t, ops.scale(t, h), keeps="output"))
-    return ops.unary(t, h)
+    return ops.silu(t, h) if kind == "silu" else ops.unary(t, h)
 
 
 def foreign_counts(flops: float, sizes: tuple[float, float, float, float], how: How) -> Piece:

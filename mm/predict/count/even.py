@@ -9,7 +9,8 @@ from typing import Any
 from llm.config import LLMConfig
 from mm.plan.inputs import EncoderUse
 from mm.predict.count.encoder import ItemLoad
-from mm.predict.count.load import attended, items_load
+from mm.predict.count.load import items_load
+from mm.predict.count.packed import attended
 from mm.predict.count.sizes import Degrees, TokenLoad
 from parallel.topology.layout import Coord, Layout
 

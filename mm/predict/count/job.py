@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm.recompute import recompute_parts
 from mm.config.outline import SINK
+from mm.config.training import recomputed
 from mm.plan.blueprint import Blueprint
 from mm.plan.data_parallel import cost
 from mm.plan.projectors import projector_kind
@@ -96,7 +96,7 @@ def _busiest(blueprint: Blueprint, plan: StepPlan, module: str) -> int:
 
 def how_of(blueprint: Blueprint, module: str, *, halves: bool = False) -> How:
     """How a module computes."""
-    parts = recompute_parts(blueprint.cfg.train.recompute)
+    parts = recomputed(blueprint.cfg.train, module)
     if module != SINK:
         parts = parts & {"full"}
     return How(
@@ -116,7 +116,7 @@ def stages_of(
     degrees = Degrees.of(module, layout, at.tp, at.cp)
     how = how_of(blueprint, module, halves=halves)
     if module == SINK:
-        load = token_load(mb, at)
+        load = token_load(mb, at, blueprint.llm, blueprint.dtype.itemsize)
         entering = {
             s: tuple(
                 _entering(

@@ -11,11 +11,13 @@ import torch
 from encoders.fastconformer import FastConformer
 from encoders.module import encoder_axes
 from encoders.share import Share, pieces, reach
+from llm.config import LLMConfig
 from mm.data.sample import Sample
 from mm.plan.inputs import EncoderUse
 from mm.plan.step_plan import Microbatch
 from mm.predict.count.encoder import Fetched, ItemLoad
-from mm.predict.count.sizes import Attended, Bucket, Degrees, TokenLoad
+from mm.predict.count.packed import attended, key_crossing, scan_crossing
+from mm.predict.count.sizes import Degrees, TokenLoad
 from parallel.context_parallel import ContextPacking, pack
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.layout import Coord, Layout
@@ -37,36 +39,19 @@ def axes_of(layout: Layout, at: Coord) -> Axes:
     )
 
 
-def attended(queries: Sequence[int], keys: Sequence[int]) -> Attended:
-    """The calls of attention over sequences of these lengths, as parallel.sequence.buckets groups them."""
-    q, k = np.asarray(queries, np.int64), np.asarray(keys, np.int64)
-    level = np.where(q > 0, 64 * _level(q) + _level(k), -1)
-    buckets = []
-    for value in np.unique(level[level >= 0]):
-        own, theirs = q[level == value], k[level == value]
-        masked = bool((theirs < theirs.max()).any())
-        buckets.append(Bucket(len(own), int(own.max()), int(theirs.max()), int(own.sum()), masked))
-    alone = len(buckets) == 1 and not buckets[0].masked
-    alone = alone and buckets[0].real == buckets[0].n * buckets[0].queries
-    alone = alone and buckets[0].n * buckets[0].keys == int(k.sum())
-    return Attended(tuple(buckets), alone)
-
-
-def _level(n: np.ndarray) -> np.ndarray:
-    found: np.ndarray = np.ceil(np.log2(np.maximum(n, 1))).astype(np.int64)
-    return found
-
-
-def token_load(mb: Microbatch, at: Coord) -> TokenLoad:
-    """What the language model's rank at a place computes in a micro-batch."""
+def token_load(mb: Microbatch, at: Coord, cfg: LLMConfig, item: int) -> TokenLoad:
+    """What the language model's rank at a place computes in a micro-batch. item: bytes of an element."""
     inputs, layout = mb.plan.inputs, mb.plan.inputs.llm
     mine, total = mb.samples_of(at.dp), mb.tokens[at.dp]
     lengths = [mb.length[j] for j in mine]
     real = sum(lengths)
     documents = [*lengths, *([total - real] if real < total else [])]
     packing = pack(documents, CPU, axis_of("cp", layout.cp, at.cp), inputs.order)
+    crossing, scan = None, None
     if isinstance(packing, ContextPacking):
+        scan = scan_crossing(cfg, packing, layout.tp, item) if "M" in cfg.kinds else None
         real, documents = packing.rows_before(real), list(packing.fragments.lengths)
+        crossing = key_crossing(cfg, packing, layout.tp, at.tp, item) if "*" in cfg.kinds else None
     width = total // (layout.cp * layout.tp)
     return TokenLoad(
         tokens=total // layout.cp,
@@ -74,6 +59,8 @@ def token_load(mb: Microbatch, at: Coord) -> TokenLoad:
         documents=len(documents),
         attended=attended(documents, documents),
         supervised=_supervised(mb, mine, packing if isinstance(packing, ContextPacking) else None),
+        crossing=crossing,
+        scan=scan,
     )
 
 

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from llm.config import LLMConfig
-from llm.scan import BLOCK_BYTES_OTHER
 from mm.predict.count import ops
 from mm.predict.count.convolution import convolve
+from mm.predict.count.crossing import joined_parts, rows_of
 from mm.predict.count.ops import Weight, enter, joined_linear, leave, linear
-from mm.predict.count.sizes import Degrees, TokenLoad
+from mm.predict.count.scan import Inputs, Scan, scan, scan_inputs
+from mm.predict.count.sizes import Degrees, Rows, ScanCrossing, TokenLoad
 from mm.predict.count.tape import Storage, Tape, Var
 from parallel.tensor_parallel.heads import share_heads
 
 Grads = list[Storage | None]
-
-
-class Scan(NamedTuple):
-    """Sizes of a scan on a rank: heads, features and groups of them, states; tokens of a chunk."""
-
-    heads: int
-    dim: int
-    groups: int
-    state: int
-    chunk: int
-
-    @property
-    def inner(self) -> int:
-        """Features of all heads."""
-        return self.heads * self.dim
-
-    @property
-    def channels(self) -> int:
-        """Of the convolution."""
-        return self.inner + 2 * self.groups * self.state
 
 
 def mamba(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompute: frozenset[str]) -> Var:
@@ -46,9 +25,7 @@ def mamba(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompu
     del y
 
     def core(z: Var, mixed: Var, dt: Var) -> Var:
-        conv = convolve(t, mixed, cfg.conv_kernel, load.documents, causal=True, bias=True)
-        y = scan(t, ops.unary(t, conv), dt, s)
-        del conv
+        y = _scanned(t, mixed, dt, (cfg, s), at, load)
         return _gated(t, y, z, s, sharded=shared.sharded, at=at)
 
     y = t.again("scan" in recompute, core, z, mixed, dt)
@@ -56,257 +33,117 @@ def mamba(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompu
     return leave(t, linear(t, y, Weight("out", cfg.d_model, s.inner)), at.axis)
 
 
-class _Blocks(NamedTuple):
-    """Chunks of a scan, of which some exist at a time as Q x Q tensors."""
-
-    n: int
-    step: int
-    s: Scan
-    q: int
-
-    def sizes(self, count: int) -> list[int]:
-        """Chunks of each block of the first `count`."""
-        return [min(self.step, count - k) for k in range(0, count, self.step)]
-
-
-def scan(t: Tape, conv: Var, dt: Var, s: Scan) -> Var:
-    """Mamba._scan_inputs and llm.scan.scan: [T, H P] in the dtype of sums."""
-    acc, rows = t.acc, conv.rows
-    q = max(1, min(s.chunk, int(rows)))
-    n = int(-(-rows // q))
-    wide = ops.to(t, conv, acc)
-    x, b, c = ops.split(t, wide, (s.inner, s.groups * s.state, s.groups * s.state))
-    del wide, conv
-    steps = ops.to(t, dt, acc)
-    steps = _shifted(t, steps)
-    steps = ops.unary(t, steps)
-    if n * q > rows:
-        x, steps, b, c = (_grown(t, v, n * q) for v in (x, steps, b, c))
-    total = _total(t, steps)
-    blocks = _Blocks(n, max(1, BLOCK_BYTES_OTHER // (s.heads * q * q * acc)), s, q)
-    states = None
-    if n > 1:
-        added = _added(t, x, steps, total, b, blocks)
-        states = _recurrence(t, added, n)
-    y = _outputs(t, (x, steps, total, b, c, states), blocks)
-    out_rows = rows
-    if n * q > rows:
-        whole = y.n
-        node = t.node([y], lambda g: [t.new(whole, acc)], [])
-        y = t.result(node, y.store, out_rows, s.inner, acc)
-    return y
+def _scanned(t: Tape, mixed: Var, dt: Var, how: tuple[LLMConfig, Scan], at: Degrees, load: TokenLoad) -> Var:
+    (cfg, s), c = how, load.scan
+    if c is not None and c.by_heads:
+        return _by_heads(t, mixed, dt, how, at, c)
+    if c is not None and c.halo is not None:
+        mixed = _with_halo(t, mixed, c.halo, at)
+    conv = convolve(t, mixed, cfg.conv_kernel, load.documents, causal=True, bias=True)
+    given = scan_inputs(t, ops.silu(t, conv), dt, s)
+    del conv
+    if c is None or c.states is None:
+        return scan(t, given, s, mixed.rows)
+    return _by_states(t, given, s, at, c)
 
 
-def _shifted(t: Tape, x: Var) -> Var:
-    """x + dt_bias."""
+def _with_halo(t: Tape, x: Var, halo: Rows, at: Degrees) -> Var:
+    """The rows before the pieces, fetched: they go into the convolution's copy of x."""
     n, item, width = x.n, x.item, x.width
+    size = float(max(halo.gives, halo.takes) * width * item)
 
     def back(g: Grads) -> Grads:
-        t.gradient("dt_bias", width, item)
+        into = t.new(n, item)
+        t.message("all_to_all", at.group("cp"), size)
+        del into
         return [g[0]]
 
-    return t.result(t.node([x], back, [], weights=True), t.new(n, item), x.rows, x.width, item)
+    fetched = t.new(halo.wanted * width, item)
+    t.message("all_to_all", at.group("cp"), size)
+    return t.result(t.node([x], back, t.save(fetched)), x.store, x.rows, x.width, item)
 
 
-def _grown(t: Tape, x: Var, rows: int) -> Var:
-    """F.pad."""
+def _by_states(t: Tape, given: Inputs, s: Scan, at: Degrees, c: ScanCrossing) -> Var:
+    """Mamba._by_states: a scan a piece, whose last states are exchanged."""
+    assert c.states is not None
+    row, acc = s.heads * (s.dim * s.state + 1), t.acc
+    size = float(max(c.states.gives, c.states.takes) * row * acc)
+    t.message("all_to_all", at.group("cp"), size)
+    group = at.group("cp")
+    parts = []
+    for rows in c.pieces:
+        own = Inputs(*(rows_of(t, x, rows, 1) for x in given))
+        parts.append(scan(t, own, s, rows, before=True))
+        del own
+
+    def back(g: Grads) -> Grads:
+        t.message("all_to_all", group, size)
+        return [g[0]]
+
+    y = joined_parts(t, parts, sum(c.pieces)) if len(parts) > 1 else parts[0]
+    return t.result(t.node([y], back, []), y.store, y.rows, y.width, y.item)
+
+
+def _by_heads(t: Tape, mixed: Var, dt: Var, how: tuple[LLMConfig, Scan], at: Degrees, c: ScanCrossing) -> Var:
+    """Mamba._by_heads: the whole stream for some heads, between two exchanges."""
+    cfg, s = how
+    cp, tokens = at.cp, mixed.rows
+    groups = share_heads(s.heads, s.groups, cp, at.cp_rank).count
+    own = Scan(s.heads // cp, s.dim, groups, s.state, s.chunk)
+    both = joined_columns(t, mixed, dt)
+    parts = indexed_columns(t, both, cp * (own.channels + own.heads))
+    del both
+    heads = _swapped(t, parts.view(tokens * cp, own.channels + own.heads), at)
+    del parts
+    heads = ops.copy(t, heads)
+    conv, steps = ops.split(t, heads, (own.channels, own.heads))
+    del heads
+    conv = convolve(t, conv, cfg.conv_kernel, c.documents, causal=True, bias=True)
+    given = scan_inputs(t, ops.silu(t, conv), steps, own)
+    del conv, steps
+    y = scan(t, given, own, c.whole)
+    del given
+    y = ops.copy(t, ops.copy(t, y))
+    y = _swapped(t, y, at)
+    return ops.copy(t, y).view(tokens, s.inner)
+
+
+def joined_columns(t: Tape, a: Var, b: Var) -> Var:
+    """torch.cat of columns, whose backward gives views."""
+    node = t.node([a, b], lambda g: [g[0], g[0]], [])
+    out = t.new(a.n + b.n, a.item)
+    t.moves(2 * out.size)
+    return t.result(node, out, a.rows, a.width + b.width, a.item)
+
+
+def indexed_columns(t: Tape, x: Var, width: float) -> Var:
+    """index_select of columns."""
     n, item = x.n, x.item
     node = t.node([x], lambda g: [t.new(n, item)], [])
-    return t.result(node, t.new(rows * x.width, item), rows, x.width, item)
+    out = t.new(x.rows * width, item)
+    t.moves(2 * out.size)
+    return t.result(node, out, x.rows, width, item)
 
 
-def _total(t: Tape, steps: Var) -> Var:
-    """(dt * a), summed up."""
-    n, item, heads = steps.n, steps.item, steps.width
-    product = t.new(n, item)
-    out = t.new(n, item)
-    t.moves(2 * n * item, 2 * n * item)
-    del product
-    saved = t.save(steps.store)
+def _swapped(t: Tape, x: Var, at: Degrees) -> Var:
+    """parallel.context_parallel.ulysses._swap."""
+    n, item, group = x.n, x.item, at.group("cp")
 
-    def back(g: Grads) -> Grads:
-        flow = t.new(n, item)
-        turned = t.new(n, item)
-        del turned
-        d_a = t.new(n, item)
-        d_steps = t.new(n, item)
-        del flow, d_a
-        t.gradient("a_log", heads, item)
-        return [d_steps]
+    def exchange() -> Storage:
+        ready, out = t.new(n, item), t.new(n, item)
+        t.moves(2 * ready.size)
+        t.message("all_to_all", group, out.size)
+        del ready
+        return out
 
-    return t.result(t.node([steps], back, saved, weights=True), out, steps.rows, steps.width, item)
-
-
-def _added(t: Tape, x: Var, steps: Var, total: Var, b: Var, blocks: _Blocks) -> Var:
-    """llm.scan._Added."""
-    s, q, acc = blocks.s, blocks.q, t.acc
-    count, per = blocks.n - 1, s.state * s.inner
-    saved_n = (x.n, steps.n, total.n, b.n)
-    out = t.new(count * per, acc)
-    for k in blocks.sizes(count):
-        xd = t.new(k * q * s.inner, acc)
-        rest = [t.new(k * q * s.heads, acc) for _ in range(2)]
-        kept = t.new(k * q * s.inner, acc)
-        t.moves(3 * xd.size, 3 * kept.size)
-        del xd, rest
-        copies = [t.new(k * q * s.groups * s.state, acc), t.new(k * q * s.inner, acc)]
-        t.moves(2 * copies[0].size, 2 * copies[1].size)
-        t.product(s.state, s.inner / s.groups, q, acc, k * s.groups)
-        del kept, copies
-    saved = t.save(x.store, steps.store, total.store, b.store)
-
-    def back(g: Grads) -> Grads:
-        made = [t.new(size, acc) for size in saved_n]
-        for k in blocks.sizes(count):
-            big = k * q * s.inner
-            rest = t.new(k * q * s.heads, acc)
-            copy = t.new(k * q * s.groups * s.state, acc)
-            d_xd0 = t.new(big, acc)
-            t.product(q, s.inner / s.groups, s.state, acc, k * s.groups)
-            del copy
-            d_xd = t.new(big, acc)
-            t.moves(3 * d_xd.size)
-            del d_xd0
-            lost0 = t.new(big, acc)
-            lost = t.new(k * q * s.heads, acc)
-            del lost0
-            tmp = t.new(big, acc)
-            t.moves(3 * tmp.size)
-            del tmp
-            xs = [t.new(big, acc) for _ in range(2)]
-            del xs[0]
-            wide = t.new(big, acc)
-            turned = t.new(k * s.groups * s.state * s.inner / s.groups, acc)
-            out = t.new(k * q * s.groups * s.state, acc)
-            t.product(q, s.state, s.inner / s.groups, acc, k * s.groups)
-            t.moves(6 * big * acc)
-            del xs, wide, turned, out, d_xd, lost, rest
-        return [made[0], made[1], made[2], made[3]]
-
-    node = t.node([x, steps, total, b], back, saved)
-    return t.result(node, out, count * s.state, s.inner, acc)
-
-
-def _recurrence(t: Tape, added: Var, n: int) -> Var:
-    """llm.scan._Recurrence."""
-    size, item = added.n, added.item
-    out = t.new(size * n / max(n - 1, 1), item)
-    t.moves(4 * size * item)
-    saved = t.save(out)
-
-    def back(g: Grads) -> Grads:
-        total = t.new(size * n / max(n - 1, 1), item)
-        t.moves(2 * total.size, 4 * total.size)
-        product = t.new(size, item)
-        t.moves(3 * product.size)
-        del product
-        return [total]
-
-    return t.result(t.node([added], back, saved), out, added.rows * n / max(n - 1, 1), added.width, item)
-
-
-def _outputs(t: Tape, given: tuple[Var, Var, Var, Var, Var, Var | None], blocks: _Blocks) -> Var:
-    """llm.scan._Outputs."""
-    x, steps, total, b, c, states = given
-    del given
-    s, q, acc = blocks.s, blocks.q, t.acc
-    y = t.new(blocks.n * q * s.inner, acc)
-    part: Storage | None = None
-    for k in blocks.sizes(blocks.n):
-        part = _outputs_block(t, s, q, k, states is not None)
-        t.moves(2 * part.size)
-    del part
-    t.moves(3 * y.size)
-    sizes = (x.n, steps.n, total.n, b.n, c.n)
-    state_size = None if states is None else states.n
-    saved = t.save(x.store, steps.store, total.store, b.store, c.store, states.store if states else None)
-
-    def back(g: Grads) -> Grads:
-        made = [t.new(n, acc) for n in sizes]
-        d_states = None if state_size is None else t.new(state_size, acc)
-        for k in blocks.sizes(blocks.n):
-            _outputs_block_back(t, s, q, k, states=d_states is not None)
-        t.gradient("d", s.heads, acc)
-        return [*made, *([] if d_states is None else [d_states])]
-
-    inputs = [x, steps, total, b, c, *([] if states is None else [states])]
-    return t.result(t.node(inputs, back, saved), y, blocks.n * q, s.inner, acc)
-
-
-def _outputs_block(t: Tape, s: Scan, q: int, k: int, states: bool) -> Storage:
-    acc, big, square = t.acc, k * q * s.inner, k * q * q
-    xd = t.new(big, acc)
-    decays = t.new(square * s.heads, acc)
-    fall = t.new(square * s.heads, acc)
-    t.moves(2 * fall.size, 2 * fall.size, 2 * fall.size)
-    del fall
-    copies = [t.new(k * q * s.groups * s.state, acc) for _ in range(2)]
-    score = t.new(square * s.groups, acc)
-    t.product(q, q, s.state, acc, k * s.groups)
-    t.moves(2 * decays.size)
-    del copies
-    turned = t.new(big, acc)
-    del score
-    part = t.new(big, acc)
-    t.product(q, s.dim, q, acc, k * s.heads)
-    t.moves(3 * big * acc, 2 * big * acc)
-    del turned, decays
-    if states:
-        copy = t.new(k * q * s.groups * s.state, acc)
-        late = t.new(big, acc)
-        t.product(q, s.inner / s.groups, s.state, acc, k * s.groups)
-        t.moves(4 * big * acc)
-        del copy, late
-    del xd
-    return part
-
-
-def _outputs_block_back(t: Tape, s: Scan, q: int, k: int, *, states: bool) -> None:
-    acc, big, square = t.acc, k * q * s.inner, k * q * q
-    few = k * q * s.groups * s.state
-    xd = t.new(big, acc)
-    decay = t.new(square * s.heads, acc)
-    score = t.new(square * s.groups, acc)
-    t.product(q, q, s.state, acc, k * s.groups)
-    turned = [t.new(big, acc) for _ in range(2)]
-    d_weight = t.new(square * s.heads, acc)
-    t.product(q, q, s.dim, acc, k * s.heads)
-    del turned
-    d_score = t.new(square * s.groups, acc)
-    t.moves(*[3 * decay.size] * 6)
-    turned = [t.new(big, acc)]
-    d_xd = t.new(big, acc)
-    t.product(q, s.dim, q, acc, k * s.heads)
-    del turned
-    copies = t.new(few, acc)
-    d_b = t.new(few, acc)
-    t.product(q, s.state, q, acc, k * s.groups)
-    del d_b
-    d_cs = t.new(few, acc)
-    t.product(q, s.state, q, acc, k * s.groups)
-    del copies
-    if states:
-        late = t.new(big, acc)
-        flat = t.new(big, acc)
-        turned = [t.new(k * s.state * s.inner, acc)]
-        read = t.new(k * q * s.heads * s.state, acc)
-        t.product(q, s.state, s.dim, acc, k * s.heads)
-        del turned, flat
-        product = t.new(k * q * s.heads * s.state, acc)
-        t.moves(2 * read.size, 3 * product.size)
-        del product
-        flat = t.new(big, acc)
-        t.product(s.state, s.inner / s.groups, q, acc, k * s.groups)
-        del late, read, flat
-    both = t.new(big, acc)
-    t.moves(*[3 * both.size] * 5)
-    del both, d_weight, d_score, d_xd, d_cs, xd, decay, score
+    node = t.node([x], lambda g: [exchange()], [])
+    return t.result(node, exchange(), x.rows, x.width, item)
 
 
 def _gated(t: Tape, y: Var, z: Var, s: Scan, *, sharded: bool, at: Degrees) -> Var:
     """Mamba._gated_norm."""
     wide = ops.to(t, z, t.acc)
-    gate = ops.unary(t, wide)
+    gate = ops.silu(t, wide)
     del wide
     y = ops.mul(t, y, gate)
     del gate

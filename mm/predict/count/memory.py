@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mm.config.outline import SINK
@@ -65,12 +65,13 @@ class _Walk:
         self.released: dict[ActionKey, list[ActionKey]] = (
             {} if program is None else releases(rank.schedule, program)
         )
+        self.coming: set[tuple[str, int]] = set()  # stages whose gather no forward has waited for
         self.late = {(a.module, a.stage) for a in rank.actions if a.kind is Kind.GRAD_SYNC}
 
     def run(self) -> Held:
         """Walk."""
         for key in self.rank.units:
-            if self._holding(key[0]).params == "replicated":
+            if POLICIES[self.blueprint.policies[key[0]]].params == "replicated":
                 self._whole(key)
         self.fixed[OTHER] = inputs_bytes(self.rank)
         for a in self.rank.actions:
@@ -80,11 +81,8 @@ class _Walk:
         self._look(Level(), "update")
         return Held(self.best, self.kinds, self.during)
 
-    def _holding(self, module: str) -> object:
-        return POLICIES[self.blueprint.policies[module]]
-
     def _act(self, a: Action) -> None:
-        handlers = {
+        handlers: dict[Kind, Callable[[Action], None]] = {
             FORWARD: self._forward,
             BACKWARD: self._backward,
             BACKWARD_INPUT: self._backward_input,
@@ -95,7 +93,7 @@ class _Walk:
             RECV_BACKWARD: self._receive_backward,
             BOUNDARY_FORWARD: self._boundary_forward,
             BOUNDARY_BACKWARD: self._boundary_backward,
-            Kind.GATHER: lambda a: self._whole((a.module, a.stage)),
+            Kind.GATHER: self._gather,
             Kind.FREE: lambda a: self._free((a.module, a.stage)),
             Kind.GRAD_SYNC: lambda a: self._sum((a.module, a.stage), str(a)),
         }
@@ -126,8 +124,18 @@ class _Walk:
 
     # Weights and their gradients.
 
+    def _gather(self, a: Action) -> None:
+        self._whole((a.module, a.stage))
+        self.coming.add((a.module, a.stage))
+
     def _whole(self, key: tuple[str, int]) -> None:
         self._put(("whole", *key), GATHERED, float(sum(o.unit.gathered for o in self.rank.units[key])))
+
+    def _last_gathered(self, key: tuple[str, int]) -> float:
+        """Bytes of the last gather of a forward: the root's comes first, then those of its parts."""
+        *inner, root = [o.unit for o in self.rank.units[key]]
+        last = inner[-1] if inner else root
+        return float(last.gathered) if last.shards > 1 else 0.0
 
     def _free(self, key: tuple[str, int]) -> None:
         self.held.pop(("whole", *key), None)
@@ -141,27 +149,30 @@ class _Walk:
         last = a.last and key not in self.late
         once = self.blueprint.uses[a.module].sums == "step"
         if not once or last:
-            self._sum(key, str(a), self._narrow(units))
+            self._sum(key, str(a))
             return
         self._put(("gradients", *key), GRADIENTS, _wide(units, self.stored))
         self._look(Level(), str(a))
 
-    def _narrow(self, units: list[Owned]) -> float:
-        """Bytes of gradients in the dtype that weights are gathered in."""
-        return float(sum(o.unit.whole.trained * o.unit.item for o in units))
-
-    def _sum(self, key: tuple[str, int], during: str, fresh: float = 0.0) -> None:
+    def _sum(self, key: tuple[str, int], during: str) -> None:
         """Sum gradients over the data ranks: a buffer of all, from which shards come."""
         units = [o for o in self.rank.units[key] if o.unit.whole.trained]
         most = max((o.unit.shard.trained * o.unit.shards for o in units), default=0) * self.stored
-        there = ("gradients", *key) in self.held
-        self._look(Level(gradients=0.0 if there else fresh), during, {COMMUNICATION: float(most)})
+        self.held.pop(("reduced", *key), None)
+        if ("gradients", *key) in self.held:
+            self.held.pop(("new", *key), None)  # they are added to those first
+        self._look(Level(), during, {COMMUNICATION: float(most)})
         shards = float(sum(o.unit.shard.trained for o in units) * self.stored)
         self.held.pop(("gradients", *key), None)
         old = self.held.get(("shards", *key))
         if old is not None:
             self._look(Level(passing=shards), during)
-        self._put(("shards", *key), GRADIENTS, shards)
+        # Shards of weights that stay whole are not the module's, so their gradients count as FSDP's.
+        each = self.blueprint.uses[key[0]].params == "each"
+        self._put(("shards", *key), GRADIENTS if each else COMMUNICATION, shards)
+        # FSDP keeps what the last sum read until the next one, or the step's end.
+        kept = units[-1].unit.shard.trained * units[-1].unit.shards * self.stored if units else 0
+        self._put(("reduced", *key), COMMUNICATION, float(kept))
 
     # Computations.
 
@@ -174,12 +185,16 @@ class _Walk:
 
     def _forward(self, a: Action) -> None:
         key, part = (a.module, a.stage), self._piece(a)
+        gathers = ("whole", *key) not in self.held or key in self.coming
+        self.coming.discard(key)
         if self.blueprint.uses[a.module].params == "each":
             self._whole(key)
         if a.module == SINK:
             self._put(("indices", a.microbatch), ACTIVATIONS, self.rank.indices(a.microbatch))
         learns = any(self.rank.learns(a.module, i) for i in a.microbatches)
-        self._look(part.in_forward, str(a))
+        # FSDP keeps what the last gather brought until the forward's end.
+        last = self._last_gathered(key) if gathers else 0.0
+        self._look(part.in_forward, str(a), {COMMUNICATION: last})
         if not learns:
             self.held.pop(("hidden", *a[1:4]), None)
             if self._keeps_output(a):
@@ -195,9 +210,10 @@ class _Walk:
         if self.blueprint.uses[a.module].params == "each":
             self._whole(key)
         extra = max(0.0, kept - part.kept)  # the output, to the end of the backward
-        self.held.pop(("gradient", *a[1:4]), None)  # counted in the part
-        self._look(part.in_backward.plus(kept=extra), str(a))
-        self._put(("new", *key), GRADIENTS, part.gradients)
+        # The gradient that has come is part of the piece, which does not know it for a message.
+        come = self.held.pop(("gradient", *a[1:4]), ("", 0.0))[1]
+        self._look(part.in_backward.plus(kept=extra, passing=-come), str(a), {COMMUNICATION: come})
+        self._put(("new", *key), TEMPORARY, part.gradients)
         self._summed(a)
         self.held.pop(("new", *key), None)
         if self.blueprint.uses[a.module].params == "each":

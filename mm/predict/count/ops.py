@@ -89,6 +89,11 @@ def unary(t: Tape, x: Var, *, keeps: str = "input", passes: int = 1) -> Var:
     return t.result(t.node([x], back, saved), out, x.rows, x.width, item)
 
 
+def silu(t: Tape, x: Var) -> Var:
+    """F.silu, whose backward is six operations where a device has no kernel of its own for it."""
+    return unary(t, x, passes=6)
+
+
 def squared_relu(t: Tape, x: Var) -> Var:
     """llm.mlp's squared ReLU: its output alone is kept."""
     out = _like(t, x.n, x.item, [x.store])

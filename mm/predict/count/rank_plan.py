@@ -108,7 +108,8 @@ class RankPlan:
 
     def tokens(self, i: int) -> TokenLoad:
         """What the language model here is given in a micro-batch."""
-        return token_load(self.plan.microbatches[i], self.blueprint.layouts[SINK].coord(self.rank))
+        at, blueprint = self.blueprint.layouts[SINK].coord(self.rank), self.blueprint
+        return token_load(self.plan.microbatches[i], at, blueprint.llm, blueprint.dtype.itemsize)
 
     def indices(self, i: int) -> float:
         """Bytes of what all layers of the language model here use of a packing: made once a micro-batch."""
@@ -211,8 +212,10 @@ class RankPlan:
         out = []
         for t in transfers:
             if t.moves:
-                for hop in (t, *([] if t.relay is None else [t.relay])):
-                    size = max(_rows(hop.sends), _rows(hop.recvs)) * row
+                hops = [(t.sends, t.recvs)]
+                hops += [] if t.relay is None else [(t.relay.sends, t.relay.recvs)]
+                for gone, come in hops:
+                    size = max(_rows(gone), _rows(come)) * row
                     out.append((Sent("all_to_all", self.members(group)), float(size)))
         return out
 

@@ -67,12 +67,53 @@ class Attended(NamedTuple):
         return 8 * found
 
 
+class Rows(NamedTuple):
+    """Rows that an exchange moves on a rank: it has `wanted` after it, `gives` go, `takes` come."""
+
+    wanted: int
+    gives: int
+    takes: int
+
+
+class Crossing(NamedTuple):
+    """Attention of a rank where documents cross cp.
+
+    ring: whether keys come a round at a time. own: rows of each fragment that continues a document. reads: by
+    block of keys, the (queries, keys) of each product. keys: the exchange at once, rounds: that of each round
+    but the first, of own keys. inner: other fragments; runs: in how many stretches these lie.
+    """
+
+    ring: bool
+    own: tuple[int, ...]
+    reads: tuple[tuple[tuple[int, int], ...], ...]
+    keys: Rows
+    rounds: tuple[Rows, ...]
+    inner: Attended
+    runs: int
+
+
+class ScanCrossing(NamedTuple):
+    """How the scan crosses cp: by heads, for which tokens are exchanged, or by the states of pieces.
+
+    pieces: tokens of each piece here. whole: tokens of the stream, and its documents. halo: rows before the
+    convolution; states: states of pieces. Each as Rows, None where nothing moves.
+    """
+
+    by_heads: bool
+    pieces: tuple[int, ...]
+    whole: int
+    documents: int
+    halo: Rows | None
+    states: Rows | None
+
+
 class TokenLoad(NamedTuple):
     """What a rank of the language model computes in a micro-batch.
 
     tokens: of this cp rank, padding included. routed: of those, that this tp rank sends to experts, an even
     share to each. documents: its runs of one document, whose lengths decide `attended`. supervised: tokens
-    with a loss, of the next token and of each depth of multi-token prediction.
+    with a loss, of the next token and of each depth of multi-token prediction. crossing, scan: where
+    documents cross cp.
     """
 
     tokens: int
@@ -80,3 +121,5 @@ class TokenLoad(NamedTuple):
     documents: int
     attended: Attended
     supervised: tuple[int, ...]
+    crossing: Crossing | None = None
+    scan: ScanCrossing | None = None

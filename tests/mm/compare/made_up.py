@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mm.compare.entry import placed
 from mm.compare.observe import timeline_of
-from mm.compare.result import ActionSeconds, Placed, RankResult, RunResult, StepSeconds, Timeline
+from mm.compare.result import ActionSeconds, RankResult, RunResult, StepSeconds, Timeline
 from parallel.schedule import Costs, Record, SchedulePlan, simulate
 from parallel.schedule.action import COMPUTE
 from parallel.schedule.drawing.chart import measured
@@ -33,15 +34,23 @@ def watched_step(plan: SchedulePlan, costs: Costs) -> Timeline:
     return timeline_of(measured(plan, records), plan, sorted(records), 0)
 
 
-def actions_of(records: Sequence[Record], shares: Mapping[str, float]) -> list[ActionSeconds]:
-    """By action. shares: by module, of its seconds that the processor computed; 1 where it is not named."""
+def actions_of(records: Sequence[Record], shares: Mapping[str, float], queued: float) -> list[ActionSeconds]:
+    """By action. shares: by module, of its seconds that the processor computed; 1 where it is not named.
+    queued: share that ranks waited for a core."""
     out: dict[tuple[str, str], list[float]] = {}
     for action, start, end, ready in records:
         sums = out.setdefault((action.module, action.kind.value), [0.0, 0.0])
         sums[0] += end - start
         sums[1] += ready - start
     return [
-        ActionSeconds(m, kind, seconds, waited, (seconds - waited) * shares.get(m, 1.0))
+        ActionSeconds(
+            module=m,
+            kind=kind,
+            seconds=seconds,
+            waited=waited,
+            processor=(seconds - waited) * shares.get(m, 1.0),
+            queued=(seconds - waited) * queued,
+        )
         for (m, kind), (seconds, waited) in out.items()
     ]
 
@@ -52,6 +61,7 @@ def made_run(
     costs: Costs,
     *,
     shares: Mapping[str, float] | None = None,
+    queued: float = 0.0,
     update_s: float = 0.0,
     rounds: Sequence[Sequence[float]] | None = None,
     **others: Any,
@@ -67,7 +77,7 @@ def made_run(
         RankResult(
             rank=r,
             hosts="",
-            actions=actions_of(records.get(r, ()), shares or {}),
+            actions=actions_of(records.get(r, ()), shares or {}, queued),
             data_s=0.0,
             update_s=update_s,
             step_s=step,
@@ -92,16 +102,7 @@ def made_run(
         speedup_interval=None,
         speedup_verdict="baseline",
         rounds=timed,
-        placed={
-            m: Placed(
-                degrees={**use.layout.degrees, "dp": use.layout.dp, "edp": use.layout.edp},
-                ranks=list(use.layout.ranks),
-                places=[use.layout.coord(r)._asdict() for r in use.layout.ranks],
-                sequence_parallel=False,
-                data_parallel="zero3",
-            )
-            for m, use in plan.modules.items()
-        },
+        placed={m: placed(use.layout, "zero3") for m, use in plan.modules.items()},
         ranks=ranks,
         timeline=line,
         **others,

@@ -115,9 +115,9 @@ def test_the_update_and_the_cores_that_ranks_share_are_named() -> None:
     run = made_run("it", plan_of(LAYOUTS["colocated"]), costs_of(0.1, 0.1), update_s=2.0)
     bound = bound_of(run, None)
     assert bound is not None and bound.limit == "updating" and "gradient sums" in bound.text
-    run = made_run("it", plan_of(LAYOUTS["colocated"]), costs_of(3, 1), shares={"vision": 0.1})
-    texts = [bound.text for cores in (2, 4, None) if (bound := bound_of(run, cores)) is not None]
-    assert ["share 2 cores" in text for text in texts] == [True, False, False]
+    slow = {"shares": {"vision": 0.3, "llm": 0.3}, "queued": 0.6}
+    bound = bound_of(made_run("it", plan_of(LAYOUTS["colocated"]), costs_of(3, 1), **slow), 2)
+    assert bound is not None and bound.limit == "cores" and "4 ranks on 2 cores" in bound.text
 
 
 def test_the_fastest_is_named_with_how_much_and_whether_noise_could_be_it() -> None:
@@ -164,6 +164,10 @@ def test_each_module_as_it_is_best_is_proposed_where_no_layout_has_both() -> Non
     both = made_run("both", plan_of({"vision": {}, "llm": {"tp": 4}}), costs_of(1, 1))
     found = judge(comparison(dp4, tp4, both)).verdict
     assert found is not None and found.fastest == ["both"]
+    assert not any("none of those measured" in text for text in found.next_steps)
+    late = made_run("late", plan_of({"vision": {}, "llm": {"tp": 4}}), costs_of(1, 1), update_s=50.0)
+    found = judge(comparison(dp4, tp4, late)).verdict  # it has both, and is slow for another reason
+    assert found is not None and found.fastest == ["tp4"]
     assert not any("none of those measured" in text for text in found.next_steps)
 
 

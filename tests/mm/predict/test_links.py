@@ -67,7 +67,7 @@ def test_devices_that_send_at_once_share_their_nodes_nics() -> None:
 def test_more_bytes_take_longer_and_nodes_cost(op: str, place: Place, size: float, more: float) -> None:
     assert 0 < seconds(op, size, place) < seconds(op, size + more, place)
     one_node = Place(place.ranks, 1, place.ranks)
-    if op != "all_gather" and op != "reduce_scatter" and place.nodes > 1 and op != "all_reduce":
+    if op in ("all_to_all", "send"):  # rings over several nodes have fewer hops than one over as many ranks
         assert seconds(op, size, place) >= seconds(op, size, one_node)
 
 

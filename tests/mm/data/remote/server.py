@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -99,10 +100,13 @@ class _Threads(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(answers: Answers) -> Iterator[Server]:
+def serving(answers: Answers, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     """A server on a free port of this machine."""
     threads = _Threads(("127.0.0.1", 0), _Handler)
-    threads.state = Server(answers, url=f"http://127.0.0.1:{threads.server_address[1]}")
+    scheme = "http" if tls is None else "https"
+    threads.state = Server(answers, url=f"{scheme}://127.0.0.1:{threads.server_address[1]}")
+    if tls is not None:
+        threads.socket = tls.wrap_socket(threads.socket, server_side=True)
     thread = Thread(target=threads.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

@@ -93,13 +93,15 @@ def test_patterns_ranges_and_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         asked = {path.partition("?")[0] for _, path, _ in server.asked}
         assert all(path.startswith(("/datasets/", "/cdn/")) for path in asked), "a read asks for nothing else"
         assert server.ranges(), "files are not read whole"
-        assert all(h.get("authorization") == "Bearer hf_SECRET" for _, p, h in server.asked if "/resolve" in p)
+        assert all(
+            h.get("authorization") == "Bearer hf_SECRET" for _, p, h in server.asked if "/resolve" in p
+        )
         with remote.local(names[1]) as path:
             assert path.read_bytes() == DATA[1:]
         server.faults += ["", "503", "", "short"]
         assert shards(tmp_path / "other", said).read(names[0], 9, 2 * BLOCK) == DATA[9 : 9 + 2 * BLOCK]
         assert not server.faults
-        with pytest.raises(FileNotFoundError, match="train/none.tar"):
+        with pytest.raises(FileNotFoundError, match=r"train/none\.tar"):
             remote.read(f"{REPO}/train/none.tar", 0, 5)
         other = REPO.replace("01234567", "76543210")
         with pytest.raises((OSError, DataError), match="76543210"):

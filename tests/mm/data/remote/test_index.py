@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mm.config.schema import from_mapping
 from mm.data.index import load_index
 from mm.data.reader import BadSample, ShardReader
 from mm.data.remote.cache import BLOCK
@@ -14,7 +15,11 @@ from mm.data.remote.retry import Unreachable
 from mm.data.sample import Index
 from mm.data.storage import Storage
 from mm.errors import DataError
+from mm.plan import measured, select
+from mm.plan.blueprint import draw_up
+from mm.ranks.job import open_index
 from tests.mm.data.remote.stores import Faulty, memory, put
+from tests.mm.harness import CONFIGS, small
 from tests.mm.shards import sensor_samples, write_shard
 
 __all__ = ["memory"]
@@ -102,3 +107,16 @@ def test_local_and_remote_shards_mix(memory: Faulty, tmp_path: Path) -> None:
     there = storage(tmp_path, [])
     index = load_index(["a-0.tar", "memory://b/a-1.tar"], tmp_path, storage=there)
     assert payloads(index, ShardReader(there)) == payloads(local, ShardReader())
+
+
+def test_what_does_not_fit_is_worked_out_once(
+    memory: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "LARGE", 1)
+    put("memory://b/a.tar", (CONFIGS / "data" / "digits-eval-000000.tar").read_bytes())
+    data = {"train": ["memory://b/a.tar"], "remote": {"cache": str(tmp_path)}}
+    blueprint = draw_up(from_mapping(small(data=data), tmp_path), 1)
+    index = open_index(blueprint, data["train"], tmp_path)
+    assert len([*tmp_path.glob("index/*/shards-*.selection")]) == 1
+    monkeypatch.setattr(select, "_measure", None)  # not asked again
+    assert open_index(blueprint, data["train"], tmp_path).samples == index.samples

@@ -76,6 +76,12 @@ def test_shared_cores_slow_ranks_that_compute_at_once() -> None:
     assert simulate(pipe, Costs(cores=1)).seconds == pytest.approx(2 * 8 * 3)  # never idle: the work itself
 
 
+def test_ranks_that_idle_leave_their_cores_to_others() -> None:
+    plan = plan_of("1f1b", 4, 4, {"llm": {}})
+    for share, seconds in ((1.0, 24), (0.75, 18), (0.5, 12), (0.25, 12)):
+        assert simulate(plan, Costs(cores=2, share={"llm": share})).seconds == pytest.approx(seconds)
+
+
 def test_ragged_micro_batches_and_missing_modalities_cost_what_they_hold() -> None:
     plan = plan_of("auto", 1, 2, {"vision": {}, "llm": {}})
     assert simulate(plan, Costs(load={("vision", 0): 0.5, ("llm", 1): 2.0})).seconds == 1.5 + 3 + 3 + 6

@@ -1,0 +1,141 @@
+"""Attention to documents that cross context-parallel ranks: keys of other ranks, and plain products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mm.predict.count.sizes import Crossing, Rows
+from mm.predict.count.tape import Storage, Tape, Var
+from parallel.sequence.tiles import TILE
+from parallel.topology.groups import Group
+
+Grads = list[Storage | None]
+
+
+class Heads(NamedTuple):
+    """Query heads, heads of keys, and the width of each."""
+
+    own: int
+    kv: int
+    dim: int
+
+
+def outer(t: Tape, qkv: tuple[Var, Var, Var], heads: Heads, c: Crossing, group: Group) -> Var:
+    """parallel.context_parallel.attention._Outer."""
+    (q, k, v), acc = qkv, t.acc
+    del qkv
+    item, rows, row = q.item, sum(c.own), 2 * heads.kv * heads.dim
+    wide, held = heads.own * heads.dim, k.rows
+    for n in c.own:
+        _tiled(t, heads, (n, n), causal=True)
+    queries, total = t.new(rows * wide, item), t.new(rows * wide, acc)
+    keys = t.new(held * row, item)
+    kept = None
+    if not c.ring:
+        kept = t.new(c.keys.wanted * row, item)
+        t.message("all_to_all", group, float(max(c.keys[1:]) * row * item))
+    else:
+        _ring(t, c.rounds, row * item, group)
+    for reads in c.reads:
+        for read in reads:
+            _tiled(t, heads, read, causal=False)
+    out, log = t.new(rows * wide, item), t.new(rows * heads.own, acc)
+    del queries, total, keys
+    saved = t.save(q.store, k.store, v.store, out, log, kept)
+    del kept
+
+    def back(g: Grads) -> Grads:
+        d_q, d_keys = t.new(held * wide, acc), t.new(held * row, acc)
+        queries, d_queries = t.new(rows * wide, item), t.new(rows * wide, acc)
+        for n in c.own:
+            _tiled_back(t, heads, (n, n), causal=True)
+        keys = t.new(held * row, item)
+        if c.ring:
+            _ring(t, c.rounds, row * item, group)
+        for reads in c.reads:
+            for read in reads:
+                _tiled_back(t, heads, read, causal=False)
+        if c.ring:
+            _ring(t, c.rounds, row * item, group)
+        else:
+            t.message("all_to_all", group, float(max(c.keys[1:]) * row * item))
+        del queries, d_queries, keys
+        narrow = t.new(held * row, item)
+        del d_keys
+        made = t.new(held * wide, item)
+        del d_q
+        return [made, narrow, narrow]
+
+    return t.result(t.node([q, k, v], back, saved), out, rows, wide, item)
+
+
+def _ring(t: Tape, rounds: Sequence[Rows], row: int, group: Group) -> None:
+    for one in rounds:
+        if one.gives:
+            t.message("send", group, float(one.gives * row))
+        if one.takes:
+            t.message("recv", group, float(one.takes * row))
+
+
+def _tiles(queries: int, keys: int, causal: bool) -> list[tuple[int, int]]:
+    """Queries and keys of each tile, as parallel.sequence.tiles has them."""
+    out = []
+    for i in range(0, queries, TILE):
+        stop = min(i + TILE, queries)
+        seen = min(keys, stop) if causal else keys
+        out += [(stop - i, min(j + TILE, seen) - j) for j in range(0, seen, TILE)]
+    return out
+
+
+def _tiled(t: Tape, h: Heads, sizes: tuple[int, int], *, causal: bool) -> None:
+    acc = t.acc
+    made = t.new(sizes[0] * h.own * h.dim, t.item)
+    for m, n in _tiles(*sizes, causal):
+        operands = [t.new(x * h.own * h.dim, acc) for x in (m, n, m, n)]
+        score = t.new(h.own * m * n, acc)
+        t.product(m, n, h.dim, acc, h.own)
+        more = [t.new(h.own * m * n, acc) for _ in range(1 + causal)]
+        t.moves(*[2 * score.size] * (3 + causal))
+        del operands
+        t.product(m, h.dim, n, acc, h.own)
+        del score, more
+    del made
+
+
+def _tiled_back(t: Tape, h: Heads, sizes: tuple[int, int], *, causal: bool) -> None:
+    acc = t.acc
+    queries, keys = sizes
+    grads = [t.new(x * h.own * h.dim, acc) for x in (queries, keys, keys)]
+    for m, n in _tiles(*sizes, causal):
+        slope = t.new(m * h.own * h.dim, acc)
+        operands = [t.new(x * h.own * h.dim, acc) for x in (m, n)]
+        for _ in range(2):
+            t.product(m, n, h.dim, acc, h.own)
+        scores = [t.new(h.own * m * n, acc) for _ in range(2)]
+        del operands
+        scores += [t.new(h.own * m * n, acc) for _ in range(2)]
+        t.moves(*[2 * scores[0].size] * (5 + causal))
+        for _ in range(2):
+            t.product(n, h.dim, m, acc, h.own)
+        t.product(m, h.dim, n, acc, h.own)
+        del slope, scores
+    del grads
+
+
+def joined_parts(t: Tape, parts: Sequence[Var], rows: float) -> Var:
+    """torch.cat of rows, whose backward gives views."""
+    width, item = parts[0].width, parts[0].item
+    node = t.node(parts, lambda g: [g[0] for _ in parts_count], [])
+    parts_count = range(len(parts))
+    out = t.new(rows * width, item)
+    t.moves(2 * out.size)
+    return t.result(node, out, rows, width, item)
+
+
+def rows_of(t: Tape, x: Var, rows: float, runs: int) -> Var:
+    """Some rows: a view of one stretch, a copy of several; the backward makes a whole gradient."""
+    n, item = x.n, x.item
+    node = t.node([x], lambda g: [t.new(n, item)], [])
+    store = x.store if runs == 1 else t.new(rows * x.width, item)
+    return t.result(node, store, rows, x.width, item)

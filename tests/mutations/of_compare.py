@@ -1,0 +1,50 @@
+"""Faults in what is said of a comparison of layouts."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+TEST = "tests/mm/compare/test_verdict.py::test"
+
+COMPARE = (
+    Fault(
+        "compare.chain",
+        "the longest chain of a step stays on the rank that ended last",
+        "mm/compare/chain.py",
+        "if last is not None and last.sent > free:",
+        "if last is not None and last.sent > free + 1e9:",
+        f"{TEST}_what_bounds_a_layout",
+    ),
+    Fault(
+        "compare.queued",
+        "waiting for a core counts as exchanging",
+        "mm/compare/chain.py",
+        "return computing, min(1.0 - computing, (a.queued or 0.0) / worked)",
+        "return computing, 0.0",
+        f"{TEST}_the_update_and_the_cores_that_ranks_share_are_named",
+    ),
+    Fault(
+        "compare.uneven",
+        "one rank that computes while the others wait passes for work that all share",
+        "mm/compare/bound.py",
+        "if mean >= EVEN * seconds:",
+        "if mean >= 0 * EVEN * seconds:",
+        f"{TEST}_what_bounds_a_layout",
+    ),
+    Fault(
+        "compare.noise",
+        "a difference within noise is called one",
+        "mm/compare/verdict.py",
+        'return verdict(speedup_interval(run.rounds, best.rounds)) == "slower"',
+        "return run.step_s.median > best.step_s.median",
+        f"{TEST}_the_fastest_is_named_with_how_much_and_whether_noise_could_be_it",
+    ),
+    Fault(
+        "compare.together",
+        "a layout that was measured already is proposed",
+        "mm/compare/verdict.py",
+        "if any(all(run.placed[m] == chosen[m].placed[m] for m in chosen) for run in measured):",
+        "if all(run is best for run in chosen.values()):",
+        f"{TEST}_each_module_as_it_is_best_is_proposed_where_no_layout_has_both",
+    ),
+)
