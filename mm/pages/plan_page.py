@@ -97,6 +97,7 @@ def _figures(found: Sequence[Planned]) -> Markup:
         "step",
         "tokens/s a device",
         "TFLOPS a device",
+        "as in the paper",
         "memory",
         "bubble",
         "boundary",
@@ -109,7 +110,10 @@ def _figures(found: Sequence[Planned]) -> Markup:
             [
                 *(one.name, one.goals, p.timeline.plan.kind),
                 Cell(seconds(p.step_s), p.step_s),
-                *(Cell(number(v), v) for v in (p.tokens_per_s_per_device, p.tflops_per_device)),
+                *(
+                    Cell(number(v), v)
+                    for v in (p.tokens_per_s_per_device, p.tflops_per_device, p.paper_tflops_per_device)
+                ),
                 Cell(size(p.peak_memory_bytes), p.peak_memory_bytes),
                 Cell(f"{100 * p.bubble_fraction:.1f} %", p.bubble_fraction),
                 Cell(seconds(p.boundary_s), p.boundary_s),
