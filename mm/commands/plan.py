@@ -158,7 +158,15 @@ def _report(
     world, hardware = on
     command = shlex.join(["python", "-m", "mm", *argv])
     config = next(x for x in args.positional if "=" not in x)
-    page = PlanReport(found, rejected, sentences, hardware.name, world, command, config)
+    page = PlanReport(
+        found=found,
+        rejected=rejected,
+        sentences=sentences,
+        hardware=hardware.name,
+        world=world,
+        command=command,
+        config_file=config,
+    )
     write_page(plan_page(page), args.report)
 
 

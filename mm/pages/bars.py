@@ -78,7 +78,7 @@ def bars(
 
 
 def _row(id: str, y: float, name: str, found: Sequence[tuple[int, float]], whole: float) -> list[Markup]:
-    short = name if len(name) <= 15 else f"{name[:7]}..{name[-6:]}"
+    short = name if len(name) <= 14 else f"{name[:6]}..{name[-6:]}"
     out = [el("text", short, x=LEFT - 6, y=y + 9, text_anchor="end", dominant_baseline="central")]
     at = 0.0
     for part, value in found:

@@ -177,7 +177,7 @@ def _actions(run: RunResult) -> Markup:
     columns += [Column(c, True) for c in ("seconds", "waited", "processor")]
     rows = [
         [Cell(f"rank {rank.rank}", rank.rank), a.module, a.kind.replace("_", " ")]
-        + [Cell(seconds(s), s) for s in (a.seconds, a.waited, a.processor)]
+        + [Cell(seconds(s), s) for s in (a.seconds, a.waited, a.processor, a.queued)]
         for rank in run.ranks[:MOST_RANKS]
         for a in rank.actions
     ]

@@ -76,7 +76,7 @@ def found_by(plan: Plan, files: Callable[[Judged], str]) -> list[Planned]:
 def plan_page(plan: PlanReport) -> str:
     """The page of a plan."""
     parts = [
-        ("found", "What was found", join([paragraphs(plan.sentences), _figures(plan.found)])),
+        ("found", "What was found", join([_figures(plan.found), paragraphs(plan.sentences)])),
         ("frontier", "Time against memory", _frontier(plan.found)),
         ("ranks", "Where each module is", _ranks(plan.found)),
         ("seconds", "What each second goes to", _seconds(plan.found)),
@@ -97,6 +97,7 @@ def _figures(found: Sequence[Planned]) -> Markup:
         "step",
         "tokens/s a device",
         "TFLOPS a device",
+        "as in the paper",
         "memory",
         "bubble",
         "boundary",
@@ -109,7 +110,10 @@ def _figures(found: Sequence[Planned]) -> Markup:
             [
                 *(one.name, one.goals, p.timeline.plan.kind),
                 Cell(seconds(p.step_s), p.step_s),
-                *(Cell(number(v), v) for v in (p.tokens_per_s_per_device, p.tflops_per_device)),
+                *(
+                    Cell(number(v), v)
+                    for v in (p.tokens_per_s_per_device, p.tflops_per_device, p.paper_tflops_per_device)
+                ),
                 Cell(size(p.peak_memory_bytes), p.peak_memory_bytes),
                 Cell(f"{100 * p.bubble_fraction:.1f} %", p.bubble_fraction),
                 Cell(seconds(p.boundary_s), p.boundary_s),
@@ -138,28 +142,33 @@ def _seconds(found: Sequence[Planned]) -> Markup:
         by_what: dict[str, float] = defaultdict(float)
         for (_, what), s in one.prediction.breakdown.items():
             by_what[what] += s
-        rows[one.name] = dict(sorted(by_what.items(), key=lambda item: -item[1]))
+        rows[one.name] = by_what
         whole = one.prediction.step_s
         cells = [
             [module or "-", what, Cell(seconds(s), s), Cell(f"{100 * s / whole:.1f} %", s)]
             for (module, what), s in sorted(one.prediction.breakdown.items(), key=lambda item: -item[1])
         ]
         tables.append(table(f"Seconds of the mean rank in {one.name}", columns, cells))
+    # Parts are in one order in all bars: the longest of all layouts together first.
+    whats = {what for row in rows.values() for what in row}
+    order = sorted(whats, key=lambda what: (-sum(row.get(what, 0.0) for row in rows.values()), what))
+    rows = {one: {what: row.get(what, 0.0) for what in order} for one, row in rows.items()}
     picture = bars("breakdown", "Seconds of the mean rank", rows, seconds, Scale("layout"))
     return join([grid([picture]), details("By module", join(tables))]) if picture else Markup()
 
 
 def _memory(found: Sequence[Planned]) -> Markup:
-    rows = {
-        f"{one.name}: rank {rank}": dict(kinds)
-        for one in found
-        for rank, kinds in one.prediction.memory.items()
-    }
-    most = max((sum(row.values()) for row in rows.values()), default=0.0)
-    about = "One rank of each kind, by what it holds at its peak."
-    scale = Scale("layout and rank", unit=size_unit(most)[1])
-    picture = bars("memory-picture", "Memory of a rank of each kind", rows, size, scale)
-    return join([el("p", about, class_="soft"), grid([picture])]) if picture else Markup()
+    rows = [(one, _by_rank(one.prediction)) for one in found]
+    most = max((sum(row.values()) for _, ranks in rows for row in ranks.values()), default=0.0)
+    parts = list(dict.fromkeys(kind for _, ranks in rows for row in ranks.values() for kind in row))
+    scale = Scale("rank", most, parts, size_unit(most)[1])
+    about = "One rank of each kind, by what it holds at its peak, all layouts on one scale."
+    shown = [bars(f"memory-{k}", one.name, ranks, size, scale) for k, (one, ranks) in enumerate(rows)]
+    return join([el("p", about, class_="soft"), grid(shown)]) if any(shown) else Markup()
+
+
+def _by_rank(prediction: Prediction) -> dict[str, dict[str, float]]:
+    return {f"rank {rank}": dict(kinds) for rank, kinds in prediction.memory.items()}
 
 
 def _timelines(found: Sequence[Planned]) -> Markup:

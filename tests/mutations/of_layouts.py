@@ -7,6 +7,7 @@ from tests.mutations.fault import Fault
 READ = "tests/mm/data/test_layouts.py"
 CONVERTED = "tests/mm/data/test_convert.py"
 SHOWN = "tests/mm/pages/test_samples_page.py"
+RUN = "tests/mm/pages/test_run_page.py"
 
 LAYOUTS = (
     Fault(
@@ -64,5 +65,29 @@ LAYOUTS = (
         'el("span", piece) for piece',
         'el("span", Markup(piece)) for piece',
         f"{SHOWN}::test_tokens_of_a_template_are_shown_and_do_not_act",
+    ),
+    Fault(
+        "page.direction",
+        "a name may turn the direction of the text after it",
+        "mm/pages/html.py",
+        "escape(clean(str(value)))",
+        "escape(str(value))",
+        f"{RUN}::test_nothing_that_a_run_says_acts",
+    ),
+    Fault(
+        "page.spike",
+        "a long curve is drawn by the lowest values alone",
+        "mm/pages/curves.py",
+        "max(finite, key=lambda i: found[i][1])",
+        "min(finite, key=lambda i: found[i][1])",
+        f"{RUN}::test_a_spike_of_one_step_in_many_thousand_is_drawn",
+    ),
+    Fault(
+        "page.scale",
+        "each timeline has a scale of its own",
+        "mm/pages/timeline.py",
+        "width=WIDTH, seconds=longest",
+        "width=WIDTH, seconds=None",
+        "tests/mm/pages/test_compare_page.py::test_timelines_have_one_scale",
     ),
 )

@@ -18,6 +18,7 @@ PALETTE = (
     ("#8a8f98", "#4a4f58", "#d2d5da"),
 )
 SOFT, TRACK, GRID = "#6b7280", "#eceef2", "#dfe2e8"
+LINE = 20  # of the legend
 LEFT, RIGHT, TOP, ROW, GAP, WIDTH = 168, 84, 74, 34, 12, 1280
 
 
@@ -43,8 +44,9 @@ def draw(
     shapes += [_move(chart, move, scale) for move in chart.moves]
     for bar in chart.bars:
         shapes += _bar(chart, bar, scale)
-    shapes += _legend(chart, bottom + 34, width)
-    return Picture(width, bottom + 62, tuple(shapes))
+    legend = _legend(chart, bottom + 34, width)
+    below = max((s.y for s in legend if isinstance(s, Text)), default=bottom + 34)
+    return Picture(width, round(below) + 28, (*shapes, *legend))
 
 
 def colours(chart: Chart, module: str) -> tuple[str, str, str]:
@@ -132,32 +134,48 @@ def _arrow(chart: Chart, arrow: Arrow, scale: float) -> Curve:
 
 
 def _legend(chart: Chart, y: float, width: int) -> list[Shape]:
+    """What colours and marks mean, in as many lines as the width needs."""
     out: list[Shape] = []
     x = float(LEFT)
+    for entry, wide in _entries(chart):
+        if x + wide > width and x > LEFT:
+            x, y = float(LEFT), y + LINE
+        out += [_moved(shape, x, y) for shape in entry]
+        x += wide
+    return out
+
+
+def _entries(chart: Chart) -> list[tuple[list[Shape], float]]:
+    """Entries of the legend, each as if it stood at (0, 0), and their widths."""
+    out: list[tuple[list[Shape], float]] = []
     split = {b.action.module for b in chart.bars if b.action.kind is Kind.BACKWARD_WEIGHT}
     for module in (*chart.modules[-1:], *chart.modules[:-1]):
         names = [f"{module} forward", "backward"]
         if module in split:
             names = [f"{module} forward", "input gradient", "weight gradient"]
         for name, fill in zip(names, colours(chart, module), strict=False):
-            out += [Box(x, y - 6, 12, 12, fill, 3), Text(x + 17, y, name, 11, SOFT)]
-            x += 30 + 6.2 * len(name)
-        x += 14
+            last = 14 if name == names[-1] else 0
+            entry: list[Shape] = [Box(0, -6, 12, 12, fill, 3), Text(17, 0, name, 11, SOFT)]
+            out.append((entry, 30 + 6.2 * len(name) + last))
     if any(b.chunk for b in chart.bars):
-        out += [Box(x, y - 6, 12, 12, SOFT, 3), Box(x, y - 6, 12, 4, PAPER, opacity=0.45)]
-        out.append(Text(x + 17, y, "later virtual stage", 11, SOFT))
-        x += 150
-    out += [Box(x, y - 6, 12, 12, TRACK, 3), Text(x + 17, y, "idle", 11, SOFT)]
-    x += 60
+        box, band = Box(0, -6, 12, 12, SOFT, 3), Box(0, -6, 12, 4, PAPER, opacity=0.45)
+        out.append(([box, band, Text(17, 0, "later virtual stage", 11, SOFT)], 150))
+    out.append(([Box(0, -6, 12, 12, TRACK, 3), Text(17, 0, "idle", 11, SOFT)], 60))
     if chart.moves:
-        out += [Box(x, y - 5, 12, 4, SOFT, 1.5), Box(x, y + 1, 12, 4, SOFT, 1.5)]
-        out.append(Text(x + 17, y, "on the way: weights and sums, messages", 11, SOFT))
-        x += 250
+        above, below = Box(0, -5, 12, 4, SOFT, 1.5), Box(0, 1, 12, 4, SOFT, 1.5)
+        out.append(([above, below, Text(17, 0, "on the way: weights and sums, messages", 11, SOFT)], 250))
     if any(a.boundary for a in chart.arrows):
         colour = colours(chart, chart.modules[0])[0]
-        out += [Curve(x, y + 5, x + 12, y - 5, colour, width=1.8, opacity=0.9)]
-        out.append(Text(x + 20, y, "boundary", 11, SOFT))
+        out.append(
+            ([Curve(0, 5, 12, -5, colour, width=1.8, opacity=0.9), Text(20, 0, "boundary", 11, SOFT)], 80)
+        )
     return out
+
+
+def _moved(shape: Shape, x: float, y: float) -> Shape:
+    if isinstance(shape, Curve):
+        return replace(shape, x1=shape.x1 + x, y1=shape.y1 + y, x2=shape.x2 + x, y2=shape.y2 + y)
+    return replace(shape, x=shape.x + x, y=shape.y + y)
 
 
 def _tick(seconds: float) -> float:

@@ -72,8 +72,8 @@ def _placed(ranks: list[int]) -> Placed:
 
 def _rank(rank: int, name: str, k: int) -> RankResult:
     actions = [
-        ActionSeconds("vision", "forward", 0.05, 0.0, 0.04),
-        ActionSeconds("llm", "backward", 0.1 * (k + 1), 0.02, None),
+        ActionSeconds("vision", "forward", 0.05, 0.0, 0.04, 0.001),
+        ActionSeconds("llm", "backward", 0.1 * (k + 1), 0.02, None, None),
     ]
     memory = {"weights": 2**20, "gradients": 2**19, "optimizer": 2**21, "activations": 3 * 2**20 * (k + 1)}
     return RankResult(rank, name, actions, 0.01, 0.02, 0.25 * (k + 1), 0.3, 0.4, memory)

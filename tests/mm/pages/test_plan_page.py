@@ -25,6 +25,7 @@ def planned(name: str, k: int) -> Planned:
         step_s=sum(parts.values()),
         tokens_per_s_per_device=1000 / k,
         tflops_per_device=400.0,
+        paper_tflops_per_device=500.0,
         memory={0: {"weights": 2.0**34, "activations": 2.0**33}, 2: {"weights": 2.0**32 / k}},
         bubble_fraction=0.25,
         boundary_s=0.01,
