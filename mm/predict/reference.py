@@ -25,6 +25,7 @@ from mm.config.schema import Config, from_mapping
 from mm.data.sample import Part, Sample
 from mm.plan.blueprint import Blueprint, draw_up
 from mm.plan.inputs import EncoderUse
+from mm.plan.made_up import made_up_index
 from mm.plan.step_plan import StepPlan
 from mm.predict.timed import Spent, everywhere, timed_step
 from mm.ranks.feed import read_step
@@ -32,7 +33,7 @@ from mm.ranks.job import build_job, open_data
 from mm.ranks.launch import RankInfo, init_distributed
 from mm.train.garbage import set_aside
 from mm.virtual.run import first_plan
-from mm.virtual.samples import VirtualAssembler, made_up_index
+from mm.virtual.samples import VirtualAssembler
 
 WORLD = 4
 STEPS = 4
