@@ -23,6 +23,7 @@ from mm.predict.hardware import Hardware, from_mapping
 
 PATIENCE_S = 600.0  # for the reference jobs, on a machine that other programs load too
 GUESS = 1e-5  # seconds, before the fit
+STDERR = 2  # the number of its file
 
 
 def measured(say: Callable[[str], object]) -> tuple[Hardware, list[str]]:
@@ -116,7 +117,13 @@ def _reference() -> dict[str, Any]:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         try:
             done = subprocess.run(
-                command, env=env, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, check=False
+                command,
+                env=env,
+                stdout=STDERR,  # progress: the file may go to stdout
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=PATIENCE_S,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise Refused(f"the reference jobs were not done within {PATIENCE_S:g} s") from None

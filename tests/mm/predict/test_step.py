@@ -10,6 +10,7 @@ import pytest
 from mm.config.schema import from_mapping
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, draw_up
+from mm.plan.made_up import made_up_index
 from mm.plan.step_plan import StepPlan
 from mm.predict.costs import priced
 from mm.predict.count.job import count_job
@@ -17,7 +18,6 @@ from mm.predict.count.rank import count_rank
 from mm.predict.hardware import Hardware, Link, load_hardware
 from mm.predict.step import Prediction, Spread, check_room, drawn_plans, predict, shortfall
 from mm.ranks.job import open_index
-from mm.virtual.samples import made_up_index
 from parallel.schedule.action import COMPUTE
 from tests.mm.harness import CONFIGS, small
 
