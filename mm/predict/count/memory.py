@@ -171,8 +171,16 @@ class _Walk:
         each = self.blueprint.uses[key[0]].params == "each"
         self._put(("shards", *key), GRADIENTS if each else COMMUNICATION, shards)
         # FSDP keeps what the last sum read until the next one, or the step's end.
-        kept = units[-1].unit.shard.trained * units[-1].unit.shards * self.stored if units else 0
-        self._put(("reduced", *key), COMMUNICATION, float(kept))
+        self._put(("reduced", *key), COMMUNICATION, self._last_summed(key, units))
+
+    def _last_summed(self, key: tuple[str, int], units: list[Owned]) -> float:
+        """Bytes of the last sum of a backward: of the root, but scalars of scans, which no hidden state
+        enters, come after it where they are a unit of their own."""
+        module, stage = key
+        each = [o.unit.shard.trained * o.unit.shards * self.stored for o in units]
+        layers = self.blueprint.stages[module][stage].layers if module == SINK else ()
+        scans = self.item != self.stored and any(self.blueprint.llm.symbols[i] == "M" for i in layers)
+        return float(min(each, default=0) if scans else each[-1] if each else 0)
 
     # Computations.
 

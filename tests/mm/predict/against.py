@@ -1,7 +1,7 @@
 """Counts of random layouts beside the virtual rank's: `python -m tests.mm.predict.against FIRST COUNT`.
 
-Each seed is a model, a layout and a rank of it. Printed is, a line of JSON each, by how much counts are off, as
-a share of what the virtual rank has.
+Each seed is a model, a layout and a rank of it. Printed is, a line of JSON each, by how much counts are off,
+as a share of what the virtual rank has.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def errors(trace: Trace, counts: RankCounts) -> dict[str, float]:
 
 
 def sent(trace: Trace) -> Counter[Sent]:
-    """Bytes of a step's calls. Weights that stay whole are gathered at the end of a step for the next one; the
+    """Bytes of a step's calls. Weights that stay whole are gathered at the end of a step for the next one; a
     first step gathers them at its start too."""
     out: Counter[Sent] = Counter()
     for c in trace.calls:

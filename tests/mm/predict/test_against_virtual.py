@@ -1,0 +1,35 @@
+"""Counts beside the virtual rank: memory at its peak, FLOPs by module, bytes by group and across nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.mm.harness import CONFIGS
+
+SHARES = [range(first, first + 5) for first in range(0, 50, 5)]  # seeds of a process
+# The most that counts may be off, and the most of a group that etp ranks with other numbers of tokens share.
+FLOPS, BYTES, PEAK = 0.01, 0.025, 0.06
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", SHARES, ids=str)
+def test_counts_of_random_layouts_are_those_of_the_virtual_rank(seeds: range, processes: None) -> None:
+    argv = [sys.executable, "-m", "tests.mm.predict.against", str(seeds.start), str(len(seeds))]
+    done = subprocess.run(
+        argv, cwd=CONFIGS.parent, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["seed"] for line in found] == list(seeds)
+    for line in found:
+        print(json.dumps(line))
+        for what, error in line["off"].items():
+            bound = PEAK if what == "peak" else FLOPS if what.startswith("FLOPs") else BYTES
+            assert abs(error) <= bound, line
+    # Single peaks are where two moments of a step are alike, or an operation of torch's is taken for another.
+    assert sum(abs(line["peak"]) <= 0.01 for line in found) >= 3, found
