@@ -125,7 +125,7 @@ def _evened(seats: Seats, cost: Costs, tokens: Column, most_tokens: int, microba
     """
     place, out = seats.microbatch * dp + seats.dp, seats.dp.copy()
     load = loads(cost, place, microbatches * dp).reshape(microbatches, dp)
-    room = most_tokens - loads(tokens, place, microbatches * dp).reshape(microbatches, dp)
+    room = most_tokens - loads(tokens.astype(np.float64), place, microbatches * dp).reshape(microbatches, dp)
     total, most = load.sum(axis=0), np.maximum(load.max(axis=1), ROOM * load.mean(axis=1))
     allowed = EVEN * float(total.mean())
     for rank in np.argsort(-total, kind="stable")[: int((total > allowed).sum())].tolist():

@@ -21,7 +21,7 @@ from mm.data.storage import LOCAL, Storage
 from mm.errors import DataError
 from mm.plan.fitted import Fitted, added, tallied
 from mm.plan.inputs import PlanInputs, sample_length
-from mm.plan.measured import Measured, measured
+from mm.plan.measured import SHORTENED, Measured, measured
 from mm.plan.portions import Portions, beginnings
 from mm.plan.portions import split as portions_of
 from mm.plan.truncate import largest_item, split_sample, truncated_sample
@@ -37,30 +37,25 @@ def select(index: Index, inputs: PlanInputs, rules: DataConfig, storage: Storage
     Raises DataError with all counts where these keys refuse such samples, where more than data.max_skipped of
     the samples are lost or left out. A sample that names a module which the model lacks does not fit either.
     """
-    index, found = _measured(index, inputs, storage)
+    index, found = _measured(index, inputs, rules.overlong, storage)
     _refuse(index, found, inputs, rules)
-    portions = Portions.none()
-    if rules.overlong in ("truncate", "split"):
-        index, portions = _shortened(index, found.overlong, inputs, rules.overlong == "split")
-    skipped = LeftOut.of(index, found, portions, inputs)
-    tally = found.tally
-    if tally is not None and isinstance(index.samples, Fitted):
-        for which in index.samples.chunks(portions.every):
-            lines = index.samples.lines(which)
-            tally = added(tally, tallied(index.samples, which, lines, np.ones(len(which), dtype=bool)))
+    if rules.overlong in SHORTENED:
+        index, found = _shortened(index, found, inputs, split=rules.overlong == "split")
+    skipped, tally = LeftOut.of(index, found, inputs), found.tally
     # Where only some samples are taken, they are counted when somebody asks.
     chosen = replace(index, skipped=skipped, tally=None if index.selections else tally)
     _check_share(chosen, rules.max_skipped)
     return chosen
 
 
-def _measured(index: Index, inputs: PlanInputs, storage: Storage) -> tuple[Index, Measured]:
+def _measured(index: Index, inputs: PlanInputs, overlong: str, storage: Storage) -> tuple[Index, Measured]:
     """The index with its samples as the model takes them, and those that do not fit."""
     samples = index.samples
     if isinstance(samples, Samples | Fitted):
         fitted = samples.of(inputs) if isinstance(samples, Fitted) else Fitted(samples, inputs)
-        return replace(index, samples=fitted), measured(fitted, lambda: _measure(fitted), storage)
-    misfit, overlong, length = [], [], []
+        found = measured(fitted, overlong, lambda: _measure(fitted, overlong), storage)
+        return replace(index, samples=fitted), found
+    misfit, long, length = [], [], []
     for sample in samples:
         try:
             _check_modules(sample, inputs)
@@ -69,46 +64,49 @@ def _measured(index: Index, inputs: PlanInputs, storage: Storage) -> tuple[Index
             misfit.append(sample.id)
             continue
         if n > inputs.context:
-            overlong.append(sample.id)
+            long.append(sample.id)
             length.append(n)
-    return index, Measured(column(misfit), column(overlong), column(length))
+    return index, Measured(column(misfit), column(long), column(length), Portions.none())
 
 
-def _measure(fitted: Fitted) -> Measured:
+def _measure(fitted: Fitted, overlong: str) -> Measured:
     """Look at all samples."""
     parts = [_of_chunk(fitted, which) for which in fitted.chunks()]
-    misfit, overlong, length = (np.concatenate([getattr(p, f) for p in parts]) for f in Measured._fields[:3])
-    return Measured(misfit, overlong, length, reduce(added, [p.tally for p in parts if p.tally is not None]))
+    misfit, long, length = (np.concatenate([getattr(p, f) for p in parts]) for f in Measured._fields[:3])
+    portions, tally = Portions.none(), reduce(added, [p.tally for p in parts if p.tally is not None])
+    if overlong in SHORTENED:
+        make = portions_of if overlong == "split" else beginnings
+        every = [make(w, fitted.lengths(w), fitted.inputs.context) for w in fitted.chunks(long)]
+        portions = Portions.joined(every)
+        tally = added(tally, fitted.with_portions(portions).tally(portions.every))
+    return Measured(misfit, long, length, portions, tally)
 
 
 def _of_chunk(fitted: Fitted, which: Column) -> Measured:
     lines = fitted.lines(which)
     length, wrong = lines.length, lines.wrong | lines.strange
     long = ~wrong & (length > fitted.inputs.context)
-    fits = ~wrong & ~long
-    return Measured(which[wrong], which[long], length[long], tallied(fitted, which, lines, fits))
+    tally = tallied(fitted, which, lines, ~wrong & ~long)
+    return Measured(which[wrong], which[long], length[long], Portions.none(), tally)
 
 
-def _shortened(index: Index, overlong: Column, inputs: PlanInputs, split: bool) -> tuple[Index, Portions]:
-    """The index with these samples truncated or split, and the portions of those of which something is
-    learned then."""
-    samples = index.samples
+def _shortened(index: Index, found: Measured, inputs: PlanInputs, *, split: bool) -> tuple[Index, Measured]:
+    """The index with long samples truncated or split, and their portions."""
+    samples, portions = index.samples, found.portions
     if isinstance(samples, Fitted):
-        make = portions_of if split else beginnings
-        parts = [make(w, samples.lengths(w), inputs.context) for w in samples.chunks(overlong)]
-        found = Portions.joined(parts)
-        made: Sequence[Sample] = samples.with_portions(found)
+        made: Sequence[Sample] = samples.with_portions(portions)
     else:
-        short = {i: _short(samples[i], inputs, split) for i in overlong.tolist()}
+        short = {i: _short(samples[i], inputs, split) for i in found.overlong.tolist()}
         short = {i: own for i, own in short.items() if own}
         every = [one for s in samples for one in short.get(s.id, [s])]
         made = tuple(s if s.id == k else replace(s, id=k) for k, s in enumerate(every))
         counts = column([len(own) for own in short.values()])
         nowhere = np.zeros(int(counts.sum()), dtype=np.int64)
         first = column([*before(counts), counts.sum()])
-        found = Portions(column([*short]), first, nowhere, nowhere, split)
-    firsts, selections = found.renumbered(index)
-    return replace(index, samples=made, firsts=firsts, selections=selections), found
+        portions = Portions(column([*short]), first, nowhere, nowhere, split)
+    firsts, selections = portions.renumbered(index)
+    index = replace(index, samples=made, firsts=firsts, selections=selections)
+    return index, found._replace(portions=portions)
 
 
 def _short(sample: Sample, inputs: PlanInputs, split: bool) -> list[Sample]:
@@ -129,8 +127,9 @@ class LeftOut(Mapping[int, Skipped]):
         """Ascending; by sample its length, 0 for one with an item that does not fit."""
 
     @staticmethod
-    def of(index: Index, found: Measured, portions: Portions, inputs: PlanInputs) -> LeftOut:
+    def of(index: Index, found: Measured, inputs: PlanInputs) -> LeftOut:
         """Those that do not fit, and those that are too long and have no portions."""
+        portions = found.portions
         left = ~np.isin(found.overlong, portions.sample)
         misfit, overlong = (portions.number(i) for i in (found.misfit, found.overlong[left]))
         length = found.length[left]

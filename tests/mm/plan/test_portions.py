@@ -188,6 +188,18 @@ def test_another_context_is_another_run_and_counts_say_what_is_split(tmp_path: P
     assert differences(*pasts) == ["data.train had other samples or epochs"]
 
 
+def test_portions_of_a_large_data_set_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm.plan.measured.LARGE", 0)
+    first = opened(tmp_path, LONG)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr("mm.plan.select._measure", None)
+        again = opened(tmp_path, LONG)[1]
+    assert again.samples == first.samples and again.usable == first.usable
+    assert count_lines("training", again) == count_lines("training", first)
+    assert len(opened(tmp_path, LONG, overlong="truncate")[1].samples) == len(LONG)
+    assert len(list(tmp_path.glob("shards-*.selection"))) == 2
+
+
 def test_an_item_that_no_portion_has_room_for_is_named(tmp_path: Path) -> None:
     large = sample("large", "x" * 30, (8, 8), (16, 16))
     with pytest.raises(
