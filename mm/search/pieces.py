@@ -281,7 +281,8 @@ class Pieces:
 
     def _priced(self, piece: Piece, places: Places) -> Cost:
         works = piece.forward, piece.backward_input, piece.backward_weight
-        return Cost(*(price(work, places, self.hardware).seconds for work in works), piece.kept)
+        forward, early, late = (price(work, places, self.hardware).seconds for work in works)
+        return Cost(forward, early, late, piece.kept)
 
     def _places(self, module: str, d: Degrees) -> Places:
         """Where groups of these degrees are, at best: next to each other, with their links for themselves."""

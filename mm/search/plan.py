@@ -19,7 +19,6 @@ from mm.search.load import StepLoad
 from mm.search.pieces import Pieces
 from mm.search.predictor import Judged, Predictor
 from mm.search.rejected import Rejected, Rejects
-from mm.search.space import Space
 from mm.search.tree import Node, Tree
 
 DIVES = 3  # placements of which one candidate each is predicted at once
@@ -91,7 +90,6 @@ class Planner:
     limit: float = SECONDS
     tell: Progress = lambda goal, n, best: None
     judged: dict[Node, Judged] = field(default_factory=dict)
-    _space: Space | None = None
 
     def plan(self) -> Plan:
         """Search. Raises Refused where no candidate fits, with what would."""
@@ -102,7 +100,7 @@ class Planner:
         load = StepLoad.of(blueprint, predictor.plan(blueprint, plain))
         pieces = Pieces(blueprint, load, self.hardware, blueprint.node_size)
         check_room(pieces.weights.states(), self.world, self.hardware)
-        self._space = space = space_of(blueprint)
+        space = space_of(blueprint)
         rejects = Rejects(self.hardware)
         room = self.hardware.memory.bytes - self.hardware.memory.reserved
         host = self.hardware.host

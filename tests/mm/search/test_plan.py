@@ -1,4 +1,4 @@
-"""The planner on a small model: its best few are those of predicting all; what it writes is taken as it is."""
+"""The planner on a small model: its best few are those of predicting all, and others take what it writes."""
 
 from __future__ import annotations
 
