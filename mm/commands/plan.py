@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from mm.search.rejected import Rejected
 
 
+WIDTH = 120  # columns that the table needs, also where the output is a file
+
+
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--devices", type=int, metavar="N", help="devices, one a rank (default run.nproc)")
@@ -72,6 +75,7 @@ def _search(
             "train.recompute=true or false, or one layout, --layout FILE"
         )
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, WIDTH)
     with console.status(f"{world} {hardware.name}: bounding candidates") as status:
 
         def tell(goal: str, predicted: int, best: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mm.config.outline import SINK
 from mm.config.schema import Config
@@ -88,7 +89,7 @@ def changes(space: Space, of: Candidate) -> Iterator[tuple[str, Candidate]]:
             yield f"schedule.kind={kind}", replace(of, kind=kind)
 
 
-def _degrees(limits: Limits, size: int, given: dict[str, int]) -> Iterator[tuple[str, dict[str, int]]]:
+def _degrees(limits: Limits, size: int, given: dict[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The next value below and above of each degree, where it divides the ranks."""
     for name in ("tp", "cp", "pp", "ep"):
         values = sorted({*getattr(limits, name), given[name]})

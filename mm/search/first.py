@@ -90,26 +90,24 @@ class Search(Generic[B]):
                 if cost < math.inf and keep(branch):
                     heapq.heappush(queue, (cost, 1, branch.key, branch))
             else:
-                for below in self._expand(branch):
+                for below in self.expand_once(branch):
                     if below.bound < math.inf and keep(below):
                         heapq.heappush(queue, _entry(below))
         return _found(best, costed, queue, proved=True)
 
-    def dive(self, root: B, keep: Callable[[B], bool], stop: Callable[[], bool], tries: int = 3) -> bool:
-        """Ask for leaves below a branch, each time of the least bound, until one has a cost: so that a search
-        which is stopped has something to show. Whether there is one."""
-        stack = [root]
-        while stack and tries and not stop():
-            branch = stack.pop()
-            if branch.bound == math.inf or not keep(branch):
-                continue
-            if branch.leaf:
-                tries -= 1
-                if self._cost(branch) < math.inf and keep(branch):
-                    return True
-            else:
-                stack += sorted(self._expand(branch), key=lambda b: (-b.bound, b.key))
-        return False
+    def dive(self, roots: Iterable[B], keep: Callable[[B], bool], stop: Callable[[], bool]) -> None:
+        """Ask for the cost of a leaf below each branch of `roots`, each time of the least bound, so that a
+        search which is stopped has something to show."""
+        for root in sorted(roots, key=lambda b: (b.bound, b.key)):
+            stack = [root]
+            while stack and not stop():
+                branch = stack.pop()
+                if branch.bound == math.inf or not keep(branch):
+                    continue
+                if branch.leaf:
+                    self._cost(branch)
+                    break
+                stack += sorted(self.expand_once(branch), key=lambda b: (-b.bound, b.key))
 
     def best_known(self, k: int, keep: Callable[[B], bool]) -> list[tuple[float, B]]:
         """The best of the leaves whose costs are known."""
@@ -121,7 +119,8 @@ class Search(Generic[B]):
             self.costs[leaf] = self.cost(leaf)
         return self.costs[leaf]
 
-    def _expand(self, branch: B) -> tuple[B, ...]:
+    def expand_once(self, branch: B) -> tuple[B, ...]:
+        """The branches of a branch, remembered."""
         if branch not in self.opened:
             self.opened[branch] = tuple(self.expand(branch))
         return self.opened[branch]

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from encoders.fastconformer import FastConformer
 from encoders.module import encoder_stages
 from encoders.vit import ViT
-from llm.flops import layer_params
-from llm.stages import partition
-from mm.config.outline import SINK, frozen_modules
+from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.projectors import projector_kind
 from mm.predict.count.layers import first_counts, last_counts, layer_counts
@@ -26,13 +25,12 @@ from mm.predict.count.pieces import How, Piece
 from mm.predict.count.sizes import Degrees as Split
 from mm.predict.count.stage import Frozen, Outer, encoder_stage
 from mm.predict.hardware import Hardware
-from mm.predict.links import Place, Places, message_seconds
+from mm.predict.links import Place, Places
 from mm.predict.price import price
-from mm.predict.work import Message
 from mm.search.bound import Demand
 from mm.search.candidate import Choice, Degrees
 from mm.search.load import StepLoad
-from mm.search.space import ANY
+from mm.search.weights import Weights
 from parallel.topology.groups import Group, GroupPlan
 from parallel.topology.layout import Coord, make_layout
 from parallel.topology.stage import Stage
@@ -59,13 +57,6 @@ class Cost(NamedTuple):
         return Cost(*(by * a for a in self))
 
 
-class Params(NamedTuple):
-    """Parameters of one rank of a pipeline rank, before data ranks share them: dense ones, and experts'."""
-
-    dense: float
-    expert: float
-
-
 @dataclass
 class Pieces:
     """blueprint: the job with every module data parallel, for what does not depend on layouts. load: of a
@@ -76,6 +67,11 @@ class Pieces:
     hardware: Hardware
     node: int | None
     _known: dict[object, object] = field(default_factory=dict)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """What data ranks hold and move."""
+        return Weights(self.blueprint, self.hardware, self.node)
 
     def least(self, module: str, size: int, degrees: Degrees | None) -> float:
         """See tree.Asked: the whole step at the size at which kernels are most efficient, shared evenly."""
@@ -97,11 +93,13 @@ class Pieces:
             return min(self._seconds(module, Degrees(tp=tp, sequence_parallel=tp > 1)) for tp in tps)
         if module != SINK:
             n = len(self.load.items[module])
-            whole = self._encoder(module, degrees, Stage(0, self.layers(module)), min(n, MOST_ITEMS), ())
+            whole = self._encoder(
+                module, degrees, Stage(0, self.weights.layers(module)), min(n, MOST_ITEMS), ()
+            )
             return sum(whole[:3]) * degrees.tp * n / max(1, min(n, MOST_ITEMS))
         n = self.load.documents
         cost = Cost()
-        for part, times in self._parts(Stage(0, self.layers(SINK))).items():
+        for part, times in self._parts(Stage(0, self.weights.layers(SINK))).items():
             cost = cost.plus(self._part(part, degrees._replace(cp=1), n, (), False), times)
         return sum(cost[:3]) * degrees.tp * self.load.documents / n
 
@@ -118,10 +116,6 @@ class Pieces:
         except (Unfit, ValueError):
             return False
         return True
-
-    def layers(self, module: str) -> int:
-        """How many layers a module has."""
-        return self.blueprint.stages[module][-1].stop
 
     def demand(
         self, module: str, choice: Choice, microbatches: int, again: tuple[str, ...], kind: str
@@ -144,8 +138,10 @@ class Pieces:
         else:
             costs = self._encoder_stages(module, choice, microbatches, again)
         late = 1.0 if halves else 0.0
-        held, update = zip(*(self._held(module, choice, pp) for pp in range(degrees.pp)), strict=True)
-        each, sums, before, after = self._traffic(module, choice, costs, microbatches)
+        held, update = zip(*(self.weights.held(module, choice, pp) for pp in range(degrees.pp)), strict=True)
+        each, sums, before, after = self.weights.traffic(
+            module, choice, [(c.forward, c.early + c.late) for c in costs], microbatches
+        )
         return Demand(
             pp=degrees.pp,
             forward=tuple(slack * c.forward + g for c, g in zip(costs, each, strict=True)),
@@ -168,21 +164,12 @@ class Pieces:
         share = self.load.share(choice.dp, microbatches)
         whole = at_least(share)
         out = []
-        for stage in self.stages(d.pp * d.vpp):
+        for stage in self.weights.stages(d.pp * d.vpp):
             cost = Cost()
             for part, times in self._parts(stage).items():
                 cost = cost.plus(self._part(part, d, whole, again, halves), times)
             out.append(cost.scaled(share / whole))
         return out
-
-    def stages(self, n: int) -> tuple[Stage, ...]:
-        """The language model in n stages."""
-        if ("stages", n) not in self._known:
-            context = self.blueprint.cfg.data.context
-            self._known["stages", n] = partition(self.blueprint.llm, n, (context,))
-        found = self._known["stages", n]
-        assert isinstance(found, tuple)
-        return found
 
     def _parts(self, stage: Stage) -> Counter[tuple[str, int | None]]:
         """The parts of a stage of the language model by kind: layers by symbol, and its ends."""
@@ -232,7 +219,7 @@ class Pieces:
     def _encoder(self, module: str, d: Degrees, stage: Stage, items: int, again: tuple[str, ...]) -> Cost:
         key = module, d.tp, len(stage.layers), stage.first, stage.last, items, again
         if key not in self._known:
-            cost, n = Cost(), self.layers(module)
+            cost, n = Cost(), self.weights.layers(module)
             cls = self.blueprint.inputs.encoders[module].cls
             parts = {stage: 1}
             if cls in (ViT, FastConformer):  # whose layers are alike
@@ -294,7 +281,8 @@ class Pieces:
 
     def _priced(self, piece: Piece, places: Places) -> Cost:
         works = piece.forward, piece.backward_input, piece.backward_weight
-        return Cost(*(price(work, places, self.hardware).seconds for work in works), piece.kept)
+        forward, early, late = (price(work, places, self.hardware).seconds for work in works)
+        return Cost(forward, early, late, piece.kept)
 
     def _places(self, module: str, d: Degrees) -> Places:
         """Where groups of these degrees are, at best: next to each other, with their links for themselves."""
@@ -306,137 +294,7 @@ class Pieces:
             known[Group("module", module, axis)] = Place(ranks, min(nodes, ranks), -(-ranks // nodes))
         return Places(GroupPlan(self.blueprint.world, {}), self.node, known)
 
-    def _held(self, module: str, choice: Choice, pp: int) -> tuple[float, float]:
-        """(bytes, seconds of the update) of a pipeline rank: weights, gradients and optimizer state."""
-        d, blueprint = choice.degrees, self.blueprint
-        stored, item = blueprint.stored_dtype.itemsize, blueprint.dtype.itemsize
-        whole, state = self.params(module, d, pp), self._state(module)
-        shards = self._shards(choice)
-        shard = whole.dense / shards[0] + whole.expert / shards[1]
-        count = whole.dense + whole.expert
-        by_layer = blueprint.cfg.train.shard == "layer" and choice.data_parallel in ("zero3", "hsdp", ANY)
-        learns = self._learns(module)
-        held = shard * (stored + state * learns)
-        if not by_layer:
-            held += count * item
-        if learns:
-            held += count * stored if choice.data_parallel == "step" else shard * stored
-        moved = shard * learns * (3 * stored + 2 * state)
-        memory = self.hardware.memory
-        return held, moved / (memory.bandwidth * memory.efficiency)
-
-    def _traffic(
-        self, module: str, choice: Choice, costs: list[Cost], m: int
-    ) -> tuple[list[float], list[float], float, float]:
-        """What data ranks' gathers and sums add, as parallel.schedule.simulator.traffic has it: to each
-        forward and backward by stage, before the first computation, after the last."""
-        d, sums = choice.degrees, [0.0] * len(costs)
-        whole = [self.params(module, d, pp) for pp in range(d.pp)]
-        stored, item = self.blueprint.stored_dtype.itemsize, self.blueprint.dtype.itemsize
-        gather = max(self._over_data("all_gather", choice, p, item) for p in whole) / d.vpp
-        total = max(self._over_data("reduce_scatter", choice, p, stored) for p in whole) / d.vpp
-        total *= self._learns(module)
-        units = 3 if module == SINK else 1
-        if choice.data_parallel == ANY:
-            return sums, sums, 0.0, 0.0
-        if choice.data_parallel == "step":
-            return sums, sums, gather, total / units
-        if self.blueprint.cfg.train.shard == "layer":
-            units += self.layers(module)
-        each = [max(gather / units, gather - c.forward * (1 - 1 / units)) for c in costs]
-        sums = [max(0.0, total - c.early - c.late) * (m - 1) / m for c in costs]
-        return each, sums, 0.0, total / units
-
-    def _over_data(self, op: str, choice: Choice, whole: Params, item: int) -> float:
-        """Seconds of a collective of whole weights, or their gradients, over the data ranks."""
-        if self.hardware.host is not None:
-            return 0.0
-        d, out = choice.degrees, 0.0
-        for count, shards, stride in zip(whole, self._shards(choice), (d.tp, d.etp * d.ep), strict=True):
-            if count and shards > 1:
-                on_node = shards if self.node is None else max(1, min(shards, self.node // stride))
-                place = Place(shards, -(-shards // on_node), on_node)
-                message = Message(op, Group("module", "", "data"), count * item)
-                out += message_seconds(message, place, self.hardware)
-        return out
-
-    def _learns(self, module: str) -> bool:
-        """Whether all of a module is trained."""
-        blueprint = self.blueprint
-        if module in frozen_modules(blueprint.cfg, blueprint.llm) or module in blueprint.cfg.train.lora:
-            return False
-        return module == SINK or (
-            blueprint.cfg.model[module].freeze == "none" and not blueprint.cfg.model[module].freeze_layers
-        )
-
-    def _shards(self, choice: Choice) -> tuple[int, int]:
-        """Most shards of dense weights and of experts'."""
-        d, size = choice.degrees, choice.block.size
-        edp = size // (d.etp * d.ep * d.pp)
-        most = choice.dp * d.cp, edp
-        if choice.data_parallel == "hsdp" and self.node is not None:
-            return min(most[0], self.node), min(most[1], self.node)
-        return most
-
-    def _state(self, module: str) -> float:
-        """Bytes of optimizer state of a parameter, at least."""
-        key = "state", module
-        if key not in self._known:
-            weights = [w for unit in self.blueprint.weights(module, 0) for w in unit if w.trained]
-            self._known[key] = float(min((w.state for w in weights), default=0))
-        found = self._known[key]
-        assert isinstance(found, float)
-        return found
-
-    def params(self, module: str, d: Degrees, pp: int) -> Params:
-        """Parameters of one rank at least."""
-        if module != SINK:
-            return Params(self._encoder_params(module) * (self.layers(module) // d.pp) / d.tp, 0.0)
-        dense = expert = 0.0
-        llm, stages = self.blueprint.llm, self.stages(d.pp * d.vpp)
-        for stage in stages[pp :: d.pp]:
-            for symbol, n in Counter(llm.symbols[i] for i in stage.layers).items():
-                every = layer_params(llm, symbol)[0]
-                own = (
-                    _expert_params(llm.n_experts, llm.top_k, *layer_params(llm, symbol))
-                    if symbol == "E"
-                    else 0
-                )
-                dense, expert = dense + n * (every - own), expert + n * own
-            ends = stage.first + (stage.last and not llm.tied)
-            dense += ends * llm.vocab_size * llm.d_model
-        return Params(dense / d.tp, expert / (d.ep * d.etp))
-
-    def states(self) -> float:
-        """Bytes that weights, their gradients and the optimizer's state take over all devices, each once."""
-        stored, out = self.blueprint.stored_dtype.itemsize, 0.0
-        for module in self.blueprint.modules:
-            count = sum(self.params(module, Degrees(), 0))
-            out += count * (stored + self._learns(module) * (stored + self._state(module)))
-        return out
-
-    def _encoder_params(self, module: str) -> float:
-        """Of one layer."""
-        key = "layer", module
-        if key not in self._known:
-            from mm.plan.blueprint import bare_module
-            from mm.plan.weights import layers_of
-            from parallel.topology.axis import Axes
-            from parallel.topology.stage import whole
-
-            made = bare_module(self.blueprint, module, Axes(), whole(self.layers(module)))
-            every = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(made)]
-            self._known[key] = float(min(every, default=0))
-        found = self._known[key]
-        assert isinstance(found, float)
-        return found
-
 
 def at_least(share: float) -> int:
     """The next power of two: kernels of so many documents or items are no less efficient, and few differ."""
     return 1 << max(0, math.ceil(share) - 1).bit_length()
-
-
-def _expert_params(n: int, top: int, every: int, active: int) -> float:
-    """Parameters of the experts of a layer, from those of all and those that a token uses."""
-    return n * (every - active) / (n - top) if n > top else 0.0

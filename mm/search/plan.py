@@ -19,11 +19,10 @@ from mm.search.load import StepLoad
 from mm.search.pieces import Pieces
 from mm.search.predictor import Judged, Predictor
 from mm.search.rejected import Rejected, Rejects
-from mm.search.space import Space
 from mm.search.tree import Node, Tree
 
 DIVES = 3  # placements of which one candidate each is predicted at once
-LIKELY = 0.7  # share of the memory in which the bounds of what is predicted first are, so that it likely fits
+LIKELY = (0.45, 0.65)  # of the memory: bounds of what is predicted first, so that it likely fits
 SECONDS = 50.0  # processor seconds that a search takes at most, by default
 
 
@@ -91,7 +90,6 @@ class Planner:
     limit: float = SECONDS
     tell: Progress = lambda goal, n, best: None
     judged: dict[Node, Judged] = field(default_factory=dict)
-    _space: Space | None = None
 
     def plan(self) -> Plan:
         """Search. Raises Refused where no candidate fits, with what would."""
@@ -101,8 +99,8 @@ class Planner:
         blueprint = predictor.blueprint(plain.config(self.cfg))
         load = StepLoad.of(blueprint, predictor.plan(blueprint, plain))
         pieces = Pieces(blueprint, load, self.hardware, blueprint.node_size)
-        check_room(pieces.states(), self.world, self.hardware)
-        self._space = space = space_of(blueprint)
+        check_room(pieces.weights.states(), self.world, self.hardware)
+        space = space_of(blueprint)
         rejects = Rejects(self.hardware)
         room = self.hardware.memory.bytes - self.hardware.memory.reserved
         host = self.hardware.host
@@ -127,9 +125,7 @@ class Planner:
             left = self.limit - (time.process_time() - start)
             until = time.process_time() + left * (0.5 if i == 0 else 1 / (len(every) - i))
             keep, stop = self._keeps(goal), _after(until)
-            likely = self._keeps(replace(goal, limit=LIKELY * goal.limit))
-            for root in sorted((r for r in roots if keep(r)), key=lambda r: (r.bound, r.key))[:DIVES]:
-                search.dive(root, likely, stop)
+            self._dive(search, [r for r in roots if keep(r)], goal, until)
             result = search.best(roots, goal.k, keep=keep, stop=stop)
             found[goal.name] = tuple(self.judged[leaf] for _, leaf in result.best)
             proofs[goal.name] = Proof(result.proved, result.least)
@@ -154,6 +150,16 @@ class Planner:
             note=predictor.note,
         )
 
+    def _dive(self, search: Search[Node], roots: list[Node], goal: Goal, until: float) -> None:
+        """Predict some candidates that are likely to fit: one for each of the degrees with low bounds."""
+        some = sorted(roots, key=lambda r: (r.bound, r.key))[:DIVES]
+        now = time.process_time()
+        stop = _after(now + (until - now) / 2)
+        for share in LIKELY:
+            within = replace(goal, limit=share * goal.limit)
+            keep = self._keeps(replace(within, keep=lambda node: goal.keep(node) and _simple(node)))
+            search.dive((node for root in some for node in search.expand_once(root)), keep, stop)
+
     def _keeps(self, goal: Goal) -> Callable[[Node], bool]:
         reserved = self.hardware.memory.reserved
 
@@ -169,6 +175,15 @@ class Planner:
         every = [(n, j.prediction) for n, j in self.judged.items() if j.prediction is not None]
         seconds = [n.bound / p.step_s for n, p in every]
         return max([*seconds, *((n.bytes + reserved) / p.peak_memory_bytes for n, p in every)], default=0.0)
+
+
+def _simple(node: Node) -> bool:
+    """Candidates that are quick to predict, and that large models tend to run as."""
+    d = node.degrees
+    if d is None:
+        return True
+    few = node.microbatches <= 4 * d.pp
+    return d.vpp == d.cp == d.etp == 1 and few and node.kind in ("", "1f1b")
 
 
 def _after(until: float) -> Callable[[], bool]:

@@ -140,7 +140,7 @@ class Space:
         """What data ranks may hold; of one data rank all policies are one."""
         if degrees.dp(block.size) * degrees.cp == 1 and block.size == degrees.etp * degrees.ep * degrees.pp:
             return ("zero3",)
-        return ("step", "zero3", *(("hsdp",) if self.hsdp(block, degrees) else ()))  # type: ignore[return-value]
+        return ("step", "zero3", *(("hsdp",) if self.hsdp(block, degrees) else ()))
 
     def block(self, where: Where, sink: Block, degrees: Degrees) -> Block:
         """The ranks of an encoder. degrees: the language model's."""

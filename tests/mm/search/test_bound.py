@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -110,16 +111,42 @@ def made(case: Case) -> SchedulePlan:
         raise
 
 
-@settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=8, deadline=None)
+MANY = settings(max_examples=300, deadline=None)
+
+
+@FEW
 @given(cases())
 def test_a_step_takes_no_less(case: Case) -> None:
+    check_seconds(case)
+
+
+@pytest.mark.slow
+@MANY
+@given(cases())
+def test_many_steps_take_no_less(case: Case) -> None:
+    check_seconds(case)
+
+
+def check_seconds(case: Case) -> None:
     took = simulate(made(case), case.costs()).seconds
     assert seconds_bound(case.placed("llm"), case.encoders, (), case.microbatches) <= took
 
 
-@settings(max_examples=25, deadline=None)
+@FEW
 @given(cases())
 def test_a_rank_holds_no_less(case: Case) -> None:
+    check_bytes(case)
+
+
+@pytest.mark.slow
+@MANY
+@given(cases())
+def test_many_ranks_hold_no_less(case: Case) -> None:
+    check_bytes(case)
+
+
+def check_bytes(case: Case) -> None:
     plan = made(case)
     kept = {(m, s): x for m, d in case.demands.items() for s, x in enumerate(d.kept)}
     held = []
@@ -131,7 +158,7 @@ def test_a_rank_holds_no_less(case: Case) -> None:
     assert bound <= max(held)
 
 
-@settings(max_examples=25, deadline=None)
+@FEW
 @given(cases(), st.data())
 def test_what_is_not_decided_bounds_all_its_options(case: Case, data: st.DataObject) -> None:
     assume(len(case.demands) > 1)

@@ -54,7 +54,7 @@ def brute(tree: Tree, k: int) -> list[tuple[float, tuple[object, ...]]]:
     return sorted((leaf.cost, leaf.key) for leaf in tree.leaves() if leaf.cost < math.inf)[:k]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(trees(), st.integers(1, 5))
 def test_the_best_are_those_of_asking_for_all(tree: Tree, k: int) -> None:
     found = Search[Tree](lambda b: b.below, lambda b: b.cost).best([tree], k)
@@ -64,7 +64,7 @@ def test_the_best_are_those_of_asking_for_all(tree: Tree, k: int) -> None:
         assert found.least >= found.best[-1][0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(trees(), st.integers(1, 3), st.integers(0, 4))
 def test_every_leaf_is_costed_or_left_or_impossible(tree: Tree, k: int, asked: int) -> None:
     search = Search[Tree](lambda b: b.below, lambda b: b.cost)

@@ -1,0 +1,119 @@
+"""The planner on a small model: its best few are those of predicting all, and others take what it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mm.cli import main
+from mm.config.schema import Config, from_mapping, load_layout_file, with_layout
+from mm.errors import Refused
+from mm.plan.blueprint import draw_up
+from mm.predict.hardware import load_hardware
+from mm.search.candidate import of_config
+from mm.search.limits import space_of
+from mm.search.load import StepLoad
+from mm.search.pieces import Pieces
+from mm.search.plan import Planner, plain_candidate
+from mm.search.predictor import Predictor
+from mm.search.tree import Tree
+from tests.mm.harness import small
+from tests.mm.search.toy import every
+
+H100 = load_hardware("h100")
+
+
+def config(**sections: Any) -> Config:
+    raw = small(data={"train": ["nothing-*.tar"], "context": 128}, **sections)
+    del raw["model"]["audio"]
+    raw["train"] |= {"dtype": "bfloat16", "global_batch": 4}
+    return from_mapping(raw, Path())
+
+
+@pytest.mark.slow
+def test_a_plan_is_one_layout_that_can_be_run() -> None:
+    """What is returned is in the space, fits, and passes the whole check of a config."""
+    cfg = config()
+    plan = Planner(cfg, 2, H100, top=2, limit=2.0).plan()
+    best = plan.best[0]
+    assert best.why is None and best.step_s <= plan.best[-1].step_s
+    made = best.candidate.config(cfg)
+    blueprint = draw_up(made, 2)
+    assert of_config(made, 2, dict(blueprint.policies)) == best.candidate
+    assert plan.nearest <= 1.0
+    assert plan.considered > plan.predicted
+    same = plan.of["homogeneous"]
+    assert same is not None and same.candidate.homogeneous and same.step_s >= best.step_s
+
+
+@pytest.mark.slow
+def test_the_best_few_are_those_of_predicting_all() -> None:
+    cfg = config()
+    planner = Planner(cfg, 2, H100, top=5, limit=math.inf)
+    plan = planner.plan()
+    assert plan.proved and plan.nearest <= 1.0
+    predictor = Predictor(cfg, 2, H100)
+    plain = plain_candidate(cfg, 2)
+    blueprint = predictor.blueprint(plain.config(cfg))
+    load = StepLoad.of(blueprint, predictor.plan(blueprint, plain))
+    tree = Tree(space_of(blueprint), Pieces(blueprint, load, H100, None), math.inf)
+    costs = []
+    for leaf in every(tree):
+        found = predictor.judge(tree.candidate(leaf))
+        if found.why is None:
+            assert leaf.bound <= found.step_s
+            costs.append((found.step_s, leaf.key, found.candidate))
+    expected = [candidate for _, _, candidate in sorted(costs, key=lambda c: c[:2])[:5]]
+    assert [j.candidate for j in plan.best] == expected
+
+
+def test_the_command_writes_what_others_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out, layout = tmp_path / "c.yaml", tmp_path / "o.json", tmp_path / "best.yaml"
+    raw = small(data={"train": ["nothing-*.tar"], "context": 128})
+    del raw["model"]["audio"]
+    raw["train"] |= {"dtype": "bfloat16", "global_batch": 4}
+    file.write_text(yaml.safe_dump(raw))
+    command = ["plan", str(file), "--devices", "2", "--hardware", "h100"]
+    search = ["--seconds", "0.5", "--json", str(out), "--out", str(layout)]
+    assert main([*command, *search]) == 0
+    found = json.loads(out.read_text())
+    keys = {"layout", "schedule", "step_s", "tokens_per_s_per_device", "tflops_per_device"}
+    keys |= {"peak_memory_bytes", "bubble_fraction", "boundary_s", "breakdown"}
+    assert keys <= found["candidates"][0].keys()
+    assert all({"layout", "why"} <= r.keys() for r in found["rejected"])
+    draw_up(with_layout(from_mapping(raw, tmp_path), *load_layout_file(layout)), 2)
+    assert main([*command, "--layout", str(layout), "--json", str(out)]) == 0
+    again = json.loads(out.read_text())["candidates"][0]
+    assert again["step_s"] == pytest.approx(found["candidates"][0]["step_s"], rel=1e-9)
+    assert "s a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--devices", "0"], "--devices 0; needed: 1 to"),
+        (["--devices", "2", "--hardware", "h1000"], "did you mean h100?"),
+        (["--devices", "2", "--top", "0"], "--top 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(
+    tmp_path: Path, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(small()))
+    assert main(["plan", str(file), *arguments]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_model_larger_than_all_devices_is_refused_with_the_numbers() -> None:
+    raw = small(data={"train": ["nothing-*.tar"], "context": 128})
+    raw["model"]["llm"] = {"preset": "nemotron-3-nano-30b-a3b"}
+    del raw["model"]["audio"]
+    cfg = from_mapping(raw, Path())
+    with pytest.raises(Refused, match=r"need \d+\.\d GB; 2 h100 have 163\.0 GB.*at least \d+ of them"):
+        Planner(cfg, 2, H100).plan()
