@@ -82,12 +82,12 @@ class Space:
                 found.append(Frame(Block(0, self.world), tuple(kinds)))
                 continue
             for sizes in self._shares(len(own)):
-                found.append(self._apart(kinds, own, sizes))
+                found.append(self._on_blocks(kinds, own, sizes))
             if len(own) > 1:
-                found += [self._apart(kinds, own, sizes) for sizes in self._shares(1)]
+                found += [self._on_blocks(kinds, own, sizes) for sizes in self._shares(1)]
         return tuple(found)
 
-    def _apart(self, kinds: tuple[str, ...], own: list[int], sizes: tuple[int, ...]) -> Frame:
+    def _on_blocks(self, kinds: tuple[str, ...], own: list[int], sizes: tuple[int, ...]) -> Frame:
         """sizes: of the blocks of their own, one for each encoder or one for all."""
         at = self.world - sum(sizes)
         sink, where = Block(0, at), list[Where](kinds)

@@ -16,7 +16,8 @@ from typing import Any
 from mm.config.schema import from_mapping
 from mm.errors import Refused
 from mm.plan.blueprint import Blueprint, draw_up
-from mm.predict.count.rank import RankCounts, Sent, count_rank
+from mm.predict.count.rank import RankCounts, count_rank
+from mm.predict.count.rank_plan import Sent
 from mm.virtual import virtual_data, virtual_rank
 from mm.virtual.accelerator import accelerator
 from mm.virtual.records import Trace

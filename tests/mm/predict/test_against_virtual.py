@@ -32,4 +32,4 @@ def test_counts_of_random_layouts_are_those_of_the_virtual_rank(seeds: range, pr
             bound = PEAK if what == "peak" else FLOPS if what.startswith("FLOPs") else BYTES
             assert abs(error) <= bound, line
     # Single peaks are where two moments of a step are alike, or an operation of torch's is taken for another.
-    assert sum(abs(line["peak"]) <= 0.01 for line in found) >= 3, found
+    assert sum(abs(line["peak"]) <= 0.01 for line in found) >= 2, found
