@@ -37,7 +37,7 @@ Mapping = dict[str, Any]
 
 
 class Shipped(NamedTuple):
-    """A comparison. made_by: makes its data, "" where the checkout has it."""
+    """A comparison. made_by: the module that makes its data, with its arguments."""
 
     made_by: str
 
@@ -47,7 +47,7 @@ COMPARISONS = {
     "wide-tp": Shipped(f"{PICTURES} --out runs/wide-tp-data --pictures 48"),
     "long-context": Shipped(f"{PICTURES} --out runs/long-context-data --pictures 8 --text 2000"),
     "pipeline": Shipped(f"{PICTURES} --out runs/pipeline-data --pictures 8 --side 16 --samples 24"),
-    "no-gain": Shipped(""),
+    "no-gain": Shipped(f"{PICTURES} --out runs/no-gain-data --pictures 2 --side 16 --samples 96"),
 }
 
 
@@ -130,8 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     one, config = COMPARISONS[args.name], common.ROOT / "configs" / f"{args.name}.yaml"
     folder, cfg = Path("runs") / args.name, load_config(config)
-    if one.made_by:
-        subprocess.run([sys.executable, "-m", *shlex.split(one.made_by)], check=True)
+    subprocess.run([sys.executable, "-m", *shlex.split(one.made_by)], check=True)
     files, refused = written(cfg, folder / "homogeneous")
     print("refused:", *refused, sep="\n  ")
     quick = compared(config, files, folder / "homogeneous.json", "--steps=3", "--rounds=1", "--no-watch")

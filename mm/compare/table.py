@@ -48,7 +48,7 @@ def table(summaries: Sequence[RunResult]) -> Table:
             f"{run.step_s.median * 1e3:.1f} ({run.step_s.min * 1e3:.1f})",
             f"{run.tokens_per_s:.0f}",
             f"{run.tflops_per_device * 1e3:.1f}{'' if run.mfu is None else f' ({run.mfu:.1%})'}",
-            f"{sum(run.memory_by_kind.values()) / 2**20:.0f}",
+            f"{sum(run.memory_by_kind.values()) / 2**20:.0f}" if run.memory_by_kind else "-",
             f"{run.boundary_bytes_per_step / 2**10:.1f}",
             f"{run.max_rel_loss_diff:.1e}",
             f"{run.max_rel_grad_norm_diff:.1e}",
