@@ -174,7 +174,7 @@ def _parts(rank: RankResult) -> dict[str, float]:
 
 def _actions(run: RunResult) -> Markup:
     columns = [Column("rank"), Column("module"), Column("action")]
-    columns += [Column(c, True) for c in ("seconds", "waited", "processor")]
+    columns += [Column(c, True) for c in ("seconds", "waited", "processor", "queued")]
     rows = [
         [Cell(f"rank {rank.rank}", rank.rank), a.module, a.kind.replace("_", " ")]
         + [Cell(seconds(s), s) for s in (a.seconds, a.waited, a.processor, a.queued)]
