@@ -34,7 +34,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 # After "$" a command line, below it the exit code and a part of the message. CONFIG: the shipped config.
 REFUSALS = """
 $
-2 no command; commands: train, compare, data, checkpoint, generate, eval, report, doctor
+2 no command; commands: train, compare, plan, data, checkpoint, generate, eval, report, doctor
 $ trian x
 2 unknown command trian; did you mean train?
 $ train

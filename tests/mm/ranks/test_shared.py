@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 
@@ -33,7 +32,6 @@ def test_tensors_that_are_there_share_nothing(wanted: list[tuple[int, torch.dtyp
         for _ in range(min(drop, len(alive))):
             alive.pop(len(alive) // 2)
     alive.clear()
-    gc.collect()
     all_of_it = memory.empty((SIZE,), torch.uint8)
     assert memory.place(all_of_it) == (0, SIZE)
     assert memory.place(memory.empty((1,), torch.uint8)) is None, "nothing is left, so it is elsewhere"
