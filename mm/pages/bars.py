@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from mm.pages.curves import COLOURS, ticks
-from mm.pages.html import el
+from mm.pages.html import el, plot
 from mm.pages.tables import Cell, Column, details, table
 
 WIDTH, LEFT, RIGHT, ROW, TOP = 400, 104, 392, 22, 4
@@ -57,16 +57,7 @@ def bars(
     for i, (name, row) in enumerate(rows.items()):
         shapes += _row(id, TOP + i * ROW, name, [(parts.index(p), v) for p, v in row.items() if v > 0], whole)
     described = [f"{name}: {shown(sum(row.values()))}." for name, row in rows.items()]
-    svg = el(
-        "svg",
-        el("title", title, id=f"{id}-title"),
-        el("desc", " ".join(described), id=f"{id}-desc"),
-        *shapes,
-        class_="plot",
-        role="img",
-        viewBox=f"0 0 {WIDTH} {bottom + 20}",
-        aria_labelledby=f"{id}-title {id}-desc",
-    )
+    svg = plot(id, title, " ".join(described), shapes, (WIDTH, bottom + 20))
     key = el("ul", *(el("li", _swatch(id, parts.index(p)), el("bdi", p)) for p in there), class_="key")
     columns = [Column(scale.label), *(Column(p, True) for p in there), Column("together", True)]
     cells = [

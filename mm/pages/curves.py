@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from mm.pages.html import clean, content, el, join
+from mm.pages.html import clean, content, el, join, plot
 from mm.pages.tables import number
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 220, 58, 390, 10, 192
@@ -66,17 +66,8 @@ def chart(id: str, title: str, unit: str, curves: Sequence[Curve], *, x_name: st
     for i, c in enumerate(drawn):
         shapes += _lines(i, c, (first, last), (low, high))
     described = " ".join(_described(c) for c in drawn)
-    svg = el(
-        "svg",
-        el("title", title, id=f"{id}-title"),
-        el("desc", described, id=f"{id}-desc"),
-        *shapes,
-        el("line", class_="cursor", x1=LEFT, x2=LEFT, y1=TOP, y2=BOTTOM),
-        class_="plot",
-        role="img",
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        aria_labelledby=f"{id}-title {id}-desc",
-    )
+    shapes.append(el("line", class_="cursor", x1=LEFT, x2=LEFT, y1=TOP, y2=BOTTOM))
+    svg = plot(id, title, described, shapes, (WIDTH, HEIGHT))
     data = {
         "left": LEFT,
         "right": RIGHT,

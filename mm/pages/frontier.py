@@ -8,7 +8,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from mm.pages.curves import ticks
-from mm.pages.html import el
+from mm.pages.html import el, plot
 from mm.pages.tables import seconds, size, size_unit
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 240, 66, 380, 14, 196
@@ -48,16 +48,7 @@ def frontier(id: str, title: str, points: Sequence[Point]) -> Markup:
     shapes.append(el("text", "step", x=4, y=TOP))
     shapes.append(el("text", "memory of the fullest rank", x=RIGHT, y=HEIGHT - 10, text_anchor="end"))
     about = [f"{p.name}: {seconds(p.step_s)}, {size(p.bytes)}." for p in points]
-    svg = el(
-        "svg",
-        el("title", title, id=f"{id}-title"),
-        el("desc", " ".join(about), id=f"{id}-desc"),
-        *shapes,
-        class_="plot",
-        role="img",
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        aria_labelledby=f"{id}-title {id}-desc",
-    )
+    svg = plot(id, title, " ".join(about), shapes, (WIDTH, HEIGHT))
     named = [
         el("li", f"{k}: ", el("bdi", p.name), f", {seconds(p.step_s)}, {size(p.bytes)}")
         for k, p in enumerate(points, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from markupsafe import Markup, escape
 
@@ -49,3 +50,21 @@ def join(parts: object) -> Markup:
 def name(value: object) -> Markup:
     """A user's name inside a sentence: its direction of writing does not reach the words around it."""
     return el("bdi", value)
+
+
+def plot(id: str, title: str, described: str, shapes: Iterable[object], size: tuple[float, float]) -> Markup:
+    """A drawing that screen readers announce by its title and read by its description.
+
+    id: of the drawing in its page. size: width and height of the shapes' coordinates.
+    """
+    width, height = size
+    return el(
+        "svg",
+        el("title", title, id=f"{id}-title"),
+        el("desc", described, id=f"{id}-desc"),
+        *shapes,
+        class_="plot",
+        role="img",
+        viewBox=f"0 0 {width} {height}",
+        aria_labelledby=f"{id}-title {id}-desc",
+    )

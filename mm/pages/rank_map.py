@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mm.pages.curves import COLOURS, ticks
-from mm.pages.html import el
+from mm.pages.html import el, plot
 from mm.pages.tables import Column, table
 
 WIDTH, LEFT, RIGHT, ROW, TOP = 400, 84, 394, 26, 4
@@ -48,16 +48,7 @@ def rank_map(
             x = f"{_x(tick, world):.1f}"
             shapes.append(el("text", f"{tick:.0f}", x=x, y=bottom + 12, text_anchor="middle"))
     described = [f"{m}: ranks {runs(layout.get('ranks'))}." for m, layout in layouts.items()]
-    svg = el(
-        "svg",
-        el("title", title, id=f"{id}-title"),
-        el("desc", " ".join(described), id=f"{id}-desc"),
-        *shapes,
-        class_="plot",
-        role="img",
-        viewBox=f"0 0 {WIDTH} {bottom + 18}",
-        aria_labelledby=f"{id}-title {id}-desc",
-    )
+    svg = plot(id, title, " ".join(described), shapes, (WIDTH, bottom + 18))
     staged = any(len({p for *_, p in found}) > 1 for found in blocks.values())
     note = " Numbers are places in a module's pipeline." if staged else ""
     return el("figure", el("figcaption", el("b", title), f" ({world} ranks, left to right).{note}"), svg)
