@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 from mm.compare.entry import described, rated, watched
 from mm.compare.result import MEMORY_KINDS, Comparison
@@ -21,7 +22,8 @@ from mm.compare.verdict import judge
 from mm.config.schema import from_mapping, load_config
 from mm.plan.blueprint import draw_up
 from mm.ranks.launch import RankInfo
-from tests.mm.harness import CONFIGS, small
+from tests.mm.harness import CONFIGS, free_port, run_rank, small
+from tests.mm.pages.strict_parser import Checked
 from tests.mm.shards import npy, write_shard
 
 SLOW = "tests.mm.compare.plugins:Slow"
@@ -100,6 +102,21 @@ def test_an_encoder_that_is_slow_on_one_rank_is_found(series: Path, ranks: Any) 
         assert one.bound.limit == "uneven" and "rank 1 does not have it" in one.bound.text
     assert one.losses == pytest.approx(both.losses, rel=1e-5)
     json.dumps(asdict(Comparison([one, both])))  # plain data
+
+
+def test_the_command_writes_its_page_and_its_json(series: Path, tmp_path: Path, ranks: Any) -> None:
+    config, page, out = tmp_path / "c.yaml", tmp_path / "page.html", tmp_path / "out.json"
+    config.write_text(yaml.safe_dump(raw_of(series, BOTH, 0.0)))
+    files = []
+    for name, layout in {"one": ONE, "both": BOTH}.items():
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump({"layout": layout}))
+    argv = ["compare", str(config), "--steps=2", "--rounds=1", f"--json={out}", f"--report={page}"]
+    ended = ranks(2, run_rank, [*argv, "--layouts", *map(str, files)], free_port(), timeout=120)
+    assert [e.code for e in ended] == [0, 0], ended
+    assert [run["name"] for run in json.loads(out.read_text())["runs"]] == ["one", "both"]
+    shown = "".join(Checked(page.read_text()).said)
+    assert "both" in shown and all(path.name in shown for path in files)
 
 
 @pytest.mark.slow

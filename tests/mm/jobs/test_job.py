@@ -18,6 +18,7 @@ import yaml
 
 from mm.cli import main
 from tests.mm.harness import CONFIGS, Ended, free_port, run_job, run_rank, small
+from tests.mm.pages.strict_parser import Checked
 from tests.mm.shards import npy, sensor_samples, write_shard
 
 ROOT = CONFIGS.parent
@@ -68,9 +69,10 @@ def children(pid: int) -> list[int]:
 def test_a_job_writes_its_files_and_two_torchrun_agents_do_the_same(tmp_path: Path, processes: None) -> None:
     write_shard(tmp_path / "sensor-000000.tar", sensor_samples(20))
     config = sensor_config(tmp_path, layout={"llm": {"tp": 2}})
-    done = mm("train", "train.steps=2", str(config), "--nproc", "2")
+    done = mm("train", "train.steps=2", "run.report=true", str(config), "--nproc", "2")
     assert done.returncode == 0, done.stderr
     alone = metrics(tmp_path)
+    assert "2 of 2 steps" in "".join(Checked((tmp_path / "run" / "report.html").read_text()).said)
     for name in ("config.yaml", "plan.json", "log.txt"):
         assert (tmp_path / "run" / name).stat().st_size > 0
     out = done.stdout.splitlines()

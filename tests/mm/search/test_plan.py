@@ -23,6 +23,7 @@ from mm.search.plan import Planner, plain_candidate
 from mm.search.predictor import Predictor
 from mm.search.tree import Tree
 from tests.mm.harness import small
+from tests.mm.pages.strict_parser import Checked
 from tests.mm.search.toy import every
 
 H100 = load_hardware("h100")
@@ -74,6 +75,7 @@ def test_the_best_few_are_those_of_predicting_all() -> None:
 
 def test_the_command_writes_what_others_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out, layout = tmp_path / "c.yaml", tmp_path / "o.json", tmp_path / "best.yaml"
+    page = tmp_path / "page.html"
     raw = small(data={"train": ["nothing-*.tar"], "context": 128})
     del raw["model"]["audio"]
     raw["train"] |= {"dtype": "bfloat16", "global_batch": 4}
@@ -87,10 +89,11 @@ def test_the_command_writes_what_others_take(tmp_path: Path, capsys: pytest.Capt
     assert keys <= found["candidates"][0].keys()
     assert all({"layout", "why"} <= r.keys() for r in found["rejected"])
     draw_up(with_layout(from_mapping(raw, tmp_path), *load_layout_file(layout)), 2)
-    assert main([*command, "--layout", str(layout), "--json", str(out)]) == 0
+    assert main([*command, "--layout", str(layout), "--json", str(out), "--report", str(page)]) == 0
     again = json.loads(out.read_text())["candidates"][0]
     assert again["step_s"] == pytest.approx(found["candidates"][0]["step_s"], rel=1e-9)
     assert "s a step" in capsys.readouterr().out
+    assert "vision" in "".join(Checked(page.read_text()).said)
 
 
 @pytest.mark.parametrize(
