@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from mm.pages.compare_page import compare_page
+from mm.pages.plan_page import plan_page
 from mm.pages.run_page import write_report
 from tests.mm.pages.browser import browser
 from tests.mm.pages.compared import comparison
+from tests.mm.pages.test_plan_page import report
 from tests.mm.pages.test_run_page import EVIL, write_run
 
 pytestmark = pytest.mark.slow
@@ -28,6 +30,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, title in (("comparison", "disjoint"), ("evil comparison", EVIL)):
         out[name] = folder / f"{name}.html"
         out[name].write_text(compare_page(comparison(title)), encoding="utf-8")
+    for name, title in (("plan", "mixed"), ("evil plan", EVIL)):
+        out[name] = folder / f"{name}.html"
+        out[name].write_text(plan_page(report(title)), encoding="utf-8")
     return out
 
 
@@ -58,7 +63,7 @@ class Opened:
         return found
 
 
-@pytest.mark.parametrize("name", ["run", "evil", "comparison", "evil comparison"])
+@pytest.mark.parametrize("name", ["run", "evil", "comparison", "evil comparison", "plan", "evil plan"])
 def test_pages_are_drawn_at_any_width_in_light_and_dark(
     name: str, pages: dict[str, Path], running: Any
 ) -> None:
