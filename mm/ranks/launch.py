@@ -35,6 +35,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": s
 GRACE_S = 15.0  # seconds that the other ranks have to end by themselves once a rank has failed
 LOCALHOST = "127.0.0.1"
 LAUNCHER = "POLYRANK_LAUNCHER"  # environment variable with launch_local's process id, set for its ranks
+CLAIMS = "POLYRANK_CLAIMS"  # another, with the files that its ranks keep open
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def held_by_launcher() -> bool:
+    """Whether launch_local started this process as a rank: it holds the claims on the run's folders."""
+    return LAUNCHER in os.environ
+
+
 def restarted() -> bool:
     """Whether torchrun has started these ranks before, by its own count."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -67,16 +73,21 @@ def world_size() -> int:
 
 
 def launch_local(
-    nproc: int, argv: Sequence[str], check: Callable[[], object] = lambda: None, stop: Stop | None = None
+    nproc: int,
+    argv: Sequence[str],
+    check: Callable[[], object] = lambda: None,
+    stop: Stop | None = None,
+    claims: Sequence[int] = (),
 ) -> int:
     """Run `python -m mm ARGV` as nproc ranks on this machine; returns the exit code of the job.
 
     check: checks the rest of the job while the ranks import torch; where it raises, the ranks are ended.
-    stop: where an end was requested already, no rank is started.
+    stop: where an end was requested already, no rank is started. claims: open files (mm.ranks.claim) that
+    every rank keeps open too, so that they outlive this process where the ranks do.
 
     When a rank fails, the others have GRACE_S to end by themselves; then they are killed. The exit code is
-    that of a failing rank if it has a known meaning (2 to 5), else 1. SIGINT and SIGTERM reach the ranks as
-    SIGTERM; after a second request they have GRACE_S to end.
+    that of a failing rank if it has a known meaning (2 to 5), else 1. SIGINT, SIGTERM and SIGHUP reach the
+    ranks as SIGTERM; after a second request they have GRACE_S to end.
     """
     # The launcher hosts the store of the rendezvous, as torchrun does: the store outlives every rank, and
     # nobody races for its port. The port is open before the store serves it: ranks that come early wait, and
@@ -89,6 +100,7 @@ def launch_local(
         "MASTER_PORT": str(listener.getsockname()[1]),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         LAUNCHER: str(os.getpid()),
+        CLAIMS: " ".join(map(str, claims)),
     }
     ranks: list[subprocess.Popen[bytes]] = []
     with on_request(lambda: _terminate(ranks)) as requests:
@@ -160,6 +172,7 @@ def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[byte
         return subprocess.Popen(
             [sys.executable, "-m", "mm", *argv],
             env={**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": "1", **env},
+            pass_fds=[int(fd) for fd in env.get(CLAIMS, "").split()],
             start_new_session=True,  # a Ctrl-C reaches the ranks once, through the launcher
         )
 
@@ -193,7 +206,7 @@ def follow_launcher() -> None:
     Should launch_local be killed, the kernel sends this rank SIGTERM, so that no rank is left behind. Does
     nothing in a process that launch_local has not started.
     """
-    if LAUNCHER not in os.environ:
+    if not held_by_launcher():
         return
     unblock_requests()
     if sys.platform != "linux":

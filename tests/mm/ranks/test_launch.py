@@ -108,7 +108,7 @@ def test_a_rank_ended_by_a_signal_is_named(run: Any, capfd: pytest.CaptureFixtur
     assert "rank 1 was ended by SIGKILL" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_reach_the_ranks_which_may_end_well(number: signal.Signals, run: Any, tmp_path: Path) -> None:
     code = f"""
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 
 import pytest
 
@@ -40,3 +42,18 @@ def test_a_launch_has_one_name_however_often_its_ranks_are_started() -> None:
     assert first and not again
     assert rendezvous.name_launch(PrefixStore("polyrank/1", kept)) == (first, True)
     assert rendezvous.name_launch(PrefixStore("polyrank/0", HashStore()))[0] != first
+
+
+def test_a_port_of_a_program_that_says_nothing_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # the kernel connects, and nobody answers
+        port = str(mute.getsockname()[1])
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(rendezvous, "SPARE_S", 0.1)
+        start = time.monotonic()
+        with pytest.raises(
+            PolyrankError, match=rf"rank 1 does not reach .* at 127\.0\.0\.1:{port} within"
+        ) as caught:
+            rendezvous.meet(1, 2, 0.3)
+        assert time.monotonic() - start < 10
+        assert "something listens there" in str(caught.value) and "MASTER_PORT" in str(caught.value)
