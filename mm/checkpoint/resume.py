@@ -11,23 +11,21 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch.distributed as dist
 
 from mm.checkpoint.state import candidates
 from mm.config.schema import Config
 from mm.errors import CheckpointError, PolyrankError
+from mm.ranks.agree import of_the_lead
 from mm.ranks.launch import RankInfo, restarted
-from mm.ranks.lock import lock
 from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 
 RUN = "run.json"
 HEARTBEAT_S = 1.0  # least time between two heartbeats of a rank
-T = TypeVar("T")
 
 
 def find(cfg: Config, directory: Path, rank: RankInfo | None = None) -> Path | None:
@@ -42,7 +40,7 @@ def find(cfg: Config, directory: Path, rank: RankInfo | None = None) -> Path | N
         return own or candidates(cfg, directory)
 
     wrong: list[str] = []
-    for path in _of_the_lead(rank, choose):
+    for path in of_the_lead(rank, choose):
         found = verify(path, rank)
         if not found:
             if wrong and (rank is None or rank.rank == 0):
@@ -57,7 +55,7 @@ def find(cfg: Config, directory: Path, rank: RankInfo | None = None) -> Path | N
 
 def last_of(directory: Path, rank: RankInfo | None = None) -> Path | None:
     """The newest checkpoint of a folder, undamaged or not; every rank calls this and gets the same answer."""
-    found = _of_the_lead(rank, lambda: store.published(directory)[-1:])
+    found = of_the_lead(rank, lambda: store.published(directory)[-1:])
     return found[0] if found else None
 
 
@@ -111,36 +109,32 @@ class _Heartbeat:
 
 
 def begin(directory: Path, rank: RankInfo, resumed: Path | None, first: int) -> list[Path]:
-    """Claim `directory` for this launch, once all ranks have read what they start from.
+    """Begin in `directory`, which this launch has claimed, once all ranks have read what they start from.
 
     Every rank calls this. Checkpoints that the run does not follow are renamed to replaced-step-*: those
     after step `first`, or all where it did not resume from one of this folder. Otherwise a resume would take
     them for the run's own, and a save would remove the run's own for them. Returns their new names.
     """
 
-    def claim() -> list[Path]:
+    def write() -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
-        held = lock(directory)  # refuses where another run writes here
-        try:
-            own = resumed is not None and resumed.resolve().parent == directory.resolve()
-            moved = [_aside(p) for p in store.published(directory) if not own or store.step_of(p) > first]
-            note = {
-                "launch": rank.launch,
-                "run_id": _run_id(),
-                "from": None if resumed is None else str(resumed),
-                "first": first,
-            }
-            partial = directory / f"{RUN}.tmp"
-            partial.write_text(json.dumps(note, indent=1))
-            os.replace(partial, directory / RUN)
-            manifest.sync(directory)
-            return moved
-        finally:
-            os.close(held)
+        own = resumed is not None and resumed.resolve().parent == directory.resolve()
+        moved = [_aside(p) for p in store.published(directory) if not own or store.step_of(p) > first]
+        note = {
+            "launch": rank.launch,
+            "run_id": _run_id(),
+            "from": None if resumed is None else str(resumed),
+            "first": first,
+        }
+        partial = directory / f"{RUN}.tmp"
+        partial.write_text(json.dumps(note, indent=1))
+        os.replace(partial, directory / RUN)
+        manifest.sync(directory)
+        return moved
 
     if rank.world > 1:
         dist.barrier()
-    return _of_the_lead(rank, claim)
+    return of_the_lead(rank, write)
 
 
 def began_here(directory: Path, rank: RankInfo | None) -> bool:
@@ -172,21 +166,3 @@ def _aside(path: Path) -> Path:
         name = path.with_name(f"replaced-{path.name}.{n}")
     path.rename(name)
     return name
-
-
-def _of_the_lead(rank: RankInfo | None, decide: Callable[[], T]) -> T:
-    """decide() of rank 0, on every rank; its PolyrankError is raised on all of them."""
-    if rank is None or rank.world == 1:
-        return decide()
-    box: list[tuple[T, None] | tuple[None, PolyrankError] | None] = [None]
-    if rank.rank == 0:
-        try:
-            box = [(decide(), None)]
-        except PolyrankError as error:
-            box = [(None, error)]
-    dist.broadcast_object_list(box, src=0, device=rank.device)
-    assert box[0] is not None
-    answer, refused = box[0]
-    if refused is not None:
-        raise refused
-    return cast(T, answer)

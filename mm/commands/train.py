@@ -13,6 +13,7 @@ from mm.commands.command import OVERRIDES, Command, announce, config_of, nproc_o
 from mm.commands.virtual import WITH_VIRTUAL, virtual, virtual_options, virtual_world
 from mm.errors import Refused, of_stage
 from mm.ranks import launch
+from mm.ranks.claim import claimed
 from mm.ranks.stop import Stop
 
 if TYPE_CHECKING:
@@ -73,7 +74,11 @@ def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
         return 0
     if not launch.launched():
         announce(args, world, f"run folder {cfg.run.dir}")
-        return launch.launch_local(world, argv, lambda: [_check(stage, world) for stage in stages], stop)
+        folders = [Path(stage.cfg.run.dir) for stage in stages]
+        with claimed(folders, say=lambda line: print(line, flush=True)) as claims:
+            return launch.launch_local(
+                world, argv, lambda: [_check(stage, world) for stage in stages], stop, claims
+            )
     from mm.train.trainer import Run, train
 
     runs = [Run(_check(stage, world), stage.name, stage.before) for stage in stages]

@@ -248,7 +248,8 @@ def _scan(layout: str, storage: Storage, shards: Sequence[str]) -> Table:
 
 def _begin_worker(parent: int) -> None:
     """A request to stop goes to the parent; a worker ends with it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch() -> None:

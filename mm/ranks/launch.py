@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,20 +21,21 @@ from typing import TYPE_CHECKING
 
 from mm.config.nodes import node_size
 from mm.errors import PolyrankError, Refused
+from mm.ranks.rendezvous import PROGRESS_S, connect, meet, name_launch
 from mm.ranks.stop import Requests, Stop, block_requests, on_request, unblock_requests
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public, not in __all__
+    from torch.distributed import Store  # type: ignore[attr-defined]  # public, not in __all__
 
     from mm.config.schema import Config
 
 # glibc keeps freed memory between steps: a page returned to the kernel costs a page fault when used again.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 GRACE_S = 15.0  # seconds that the other ranks have to end by themselves once a rank has failed
-PROGRESS_S = 5.0  # seconds between two lines that name what is being waited for
 LOCALHOST = "127.0.0.1"
 LAUNCHER = "POLYRANK_LAUNCHER"  # environment variable with launch_local's process id, set for its ranks
+CLAIMS = "POLYRANK_CLAIMS"  # another, with the files that its ranks keep open
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def held_by_launcher() -> bool:
+    """Whether launch_local started this process as a rank: it holds the claims on the run's folders."""
+    return LAUNCHER in os.environ
+
+
 def restarted() -> bool:
     """Whether torchrun has started these ranks before, by its own count."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -68,16 +73,21 @@ def world_size() -> int:
 
 
 def launch_local(
-    nproc: int, argv: Sequence[str], check: Callable[[], object] = lambda: None, stop: Stop | None = None
+    nproc: int,
+    argv: Sequence[str],
+    check: Callable[[], object] = lambda: None,
+    stop: Stop | None = None,
+    claims: Sequence[int] = (),
 ) -> int:
     """Run `python -m mm ARGV` as nproc ranks on this machine; returns the exit code of the job.
 
     check: checks the rest of the job while the ranks import torch; where it raises, the ranks are ended.
-    stop: where an end was requested already, no rank is started.
+    stop: where an end was requested already, no rank is started. claims: open files (mm.ranks.claim) that
+    every rank keeps open too, so that they outlive this process where the ranks do.
 
     When a rank fails, the others have GRACE_S to end by themselves; then they are killed. The exit code is
-    that of a failing rank if it has a known meaning (2 to 5), else 1. SIGINT and SIGTERM reach the ranks as
-    SIGTERM; after a second request they have GRACE_S to end.
+    that of a failing rank if it has a known meaning (2 to 5), else 1. SIGINT, SIGTERM and SIGHUP reach the
+    ranks as SIGTERM; after a second request they have GRACE_S to end.
     """
     # The launcher hosts the store of the rendezvous, as torchrun does: the store outlives every rank, and
     # nobody races for its port. The port is open before the store serves it: ranks that come early wait, and
@@ -90,6 +100,7 @@ def launch_local(
         "MASTER_PORT": str(listener.getsockname()[1]),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         LAUNCHER: str(os.getpid()),
+        CLAIMS: " ".join(map(str, claims)),
     }
     ranks: list[subprocess.Popen[bytes]] = []
     with on_request(lambda: _terminate(ranks)) as requests:
@@ -161,6 +172,7 @@ def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[byte
         return subprocess.Popen(
             [sys.executable, "-m", "mm", *argv],
             env={**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": "1", **env},
+            pass_fds=[int(fd) for fd in env.get(CLAIMS, "").split()],
             start_new_session=True,  # a Ctrl-C reaches the ranks once, through the launcher
         )
 
@@ -194,7 +206,7 @@ def follow_launcher() -> None:
     Should launch_local be killed, the kernel sends this rank SIGTERM, so that no rank is left behind. Does
     nothing in a process that launch_local has not started.
     """
-    if LAUNCHER not in os.environ:
+    if not held_by_launcher():
         return
     unblock_requests()
     if sys.platform != "linux":
@@ -216,26 +228,9 @@ def reports(error: BaseException) -> bool:
         return True
     time.sleep(_patience(error))
     try:
-        return _store(5.0).add("failures", 1) == 1
+        return connect(5.0).add("failures", 1) == 1
     except Exception:  # the store is not reached, for any reason; a known `error` may be just that
         return isinstance(error, PolyrankError) or os.environ["RANK"] == "0"
-
-
-def _store(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
-    """The store of the rendezvous, prefixed for this start of the ranks; hosts: this process serves it."""
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in __all__
-
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size(),
-        is_master=hosts,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
-    # Restarted ranks must not read the keys of the ranks before them.
-    return PrefixStore(f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _patience(error: BaseException) -> float:
@@ -289,7 +284,7 @@ def init_distributed(cfg: Config) -> RankInfo:
                 f"for CUDA start at most {count} ranks (--nproc {count})",
                 file=sys.stderr,
             )
-    store = _meet(rank, world, cfg.run.timeout_s)
+    store = meet(rank, world, cfg.run.timeout_s)
     # The backend follows from the device: torch knows which one serves it.
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
@@ -300,7 +295,7 @@ def init_distributed(cfg: Config) -> RankInfo:
         # Bound, groups connect when they are made; unbound, at a first use that nobody has ordered.
         device_id=device if device.type == "cuda" else None,
     )
-    name, relaunched = _name_launch(store) if rank == 0 else ("", False)
+    name, relaunched = name_launch(store) if rank == 0 else ("", False)
     return RankInfo(
         rank,
         world,
@@ -311,45 +306,3 @@ def init_distributed(cfg: Config) -> RankInfo:
         launch=name,
         relaunched=relaunched,
     )
-
-
-def _name_launch(store: PrefixStore) -> tuple[str, bool]:
-    """A name of this launch, and whether an earlier start of its ranks has made it."""
-    own = uuid.uuid4().hex
-    # Without the prefix of this start: torchrun's store outlives the ranks that it starts again.
-    name = store.underlying_store.compare_set("polyrank/launch", "", own).decode()
-    return name, name != own
-
-
-def _meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
-    """The job's store, once every rank has come to it. Raises PolyrankError naming those that have not."""
-    # torchrun and launch_local host it; where ranks are started otherwise, rank 0 does.
-    hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
-    try:
-        store = _store(timeout_s, hosts=hosts)
-    except RuntimeError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise PolyrankError(
-            f"rank {rank} does not reach the job's store at {where} within {timeout_s:g} s; rank 0 or "
-            f"torchrun must run there, and the port be free ({str(error).splitlines()[0]})"
-        ) from error
-    keys = [f"here/{r}" for r in range(world)]
-    store.set(keys[rank], "")
-    start = time.monotonic()
-    while True:
-        left = max(0.001, start + timeout_s - time.monotonic())
-        try:
-            store.wait(keys, timedelta(seconds=min(left, PROGRESS_S) if rank == 0 else left))
-        except RuntimeError as error:
-            absent = [r for r, key in enumerate(keys) if not store.check([key])]
-            some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")
-            if rank == 0 and time.monotonic() < start + timeout_s:
-                print(f"{world - len(absent)} of {world} ranks have started, not yet: {some}", flush=True)
-                continue
-            raise PolyrankError(
-                f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): "
-                f"{some}; start all of them, with one rendezvous, or wait longer"
-            ) from error
-        if rank == 0 and world > 1:
-            print(f"all {world} ranks have started", flush=True)
-        return store

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from mm.errors import PolyrankError
+from mm.ranks.stop import REQUESTS
 
 Work = Callable[[int, Connection], None]  # of a worker's number and its end of the pipe to the rank
 ORDER = struct.Struct("<cq")  # START and a worker's number, or REAP and a pid
@@ -100,7 +101,7 @@ class Nursery:
 
 def _serve(orders: socket.socket, work: Work) -> None:
     # A request to stop goes to the rank, which ends its processes when it is done.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
     # Other ranks notice the end of this one by its connections, which a copy here would keep open.
     _close_all_but(orders.fileno())

@@ -25,6 +25,7 @@ from mm.plan.inputs import PlanInputs
 from mm.plan.step_plan import StepPlan
 from mm.plan.table import DataTable, SampleTable
 from mm.ranks.batch import RankBoundary
+from mm.ranks.stop import REQUESTS
 from parallel.schedule import SchedulePlan
 
 POLL_S = 1.0  # how often a process without work looks whether its rank is still there
@@ -132,7 +133,7 @@ class Planner:
 def _serve(pipe: Connection, plan: PlanStep, parent: int) -> None:
     """Answer until the rank closes its end or has ended."""
     # A request to stop goes to the rank, which ends this process when it is done.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
     gc.freeze()  # a collection would write to, and so copy, what is shared
     while os.getppid() == parent:

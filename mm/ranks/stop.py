@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM as one request to end in order, whichever processes of a job receive them."""
+"""SIGINT, SIGTERM and SIGHUP as one request to end in order, whichever processes of a job receive them.
+
+SIGHUP is what a terminal or a connection that closes sends; a process that nohup has told to ignore it does.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-REQUESTS = (signal.SIGINT, signal.SIGTERM)
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Seconds. Signals this close together are one request: a scheduler signals a rank both directly and through
 # the launcher, and a busy machine delivers late.
 AGAIN_S = 5.0
@@ -35,6 +38,12 @@ class Requests:
         return True
 
 
+def _heard() -> list[signal.Signals]:
+    """The signals that this process hears as requests."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup
+    return [s for s in REQUESTS if s != signal.SIGHUP or not ignored]
+
+
 class Stop:
     """Inside, a request only sets `requested`: the work polls it where it can end in order.
 
@@ -49,7 +58,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._on_signal) for s in REQUESTS}
+            self._previous = {s: signal.signal(s, self._on_signal) for s in _heard()}
         return self
 
     def __exit__(
@@ -68,7 +77,7 @@ class Stop:
 
 @contextlib.contextmanager
 def block_requests() -> Iterator[None]:
-    """Processes started inside begin with SIGINT and SIGTERM blocked, until they call unblock_requests()."""
+    """Processes started inside begin with REQUESTS blocked, until they call unblock_requests()."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
     try:
         yield
@@ -90,7 +99,7 @@ def on_request(act: Callable[[], object]) -> Iterator[Requests]:
         if requests.another():
             act()
 
-    previous = {s: signal.signal(s, handle) for s in REQUESTS}
+    previous = {s: signal.signal(s, handle) for s in _heard()}
     try:
         yield requests
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,6 @@ from rich.progress import (
 from rich.table import Table
 
 from mm.data.sample import Index
-from mm.ranks.lock import lock
 from mm.ranks.skipped import Skip
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ class Console:
     """Output of a run; ranks other than the lead write warnings alone.
 
     first: steps done before this start, whose metrics are kept. boards: get the numbers too, and are closed.
-    Raises Refused where another run is writing to `run_dir`.
     """
 
     def __init__(self, run_dir: Path, steps: int, *, first: int, lead: bool) -> None:
@@ -47,7 +44,6 @@ class Console:
         if not lead:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(run_dir)
         # A resumed run goes on in the same files; one from the start begins them anew.
         metrics = run_dir / "metrics.jsonl"
         _forget_after(metrics, first)
@@ -178,7 +174,6 @@ class Console:
         self._metrics.close()
         self._skipped.close()
         self._log.close()
-        os.close(self._lock)
 
 
 def step_line(timed: TimedStep, steps: int, eta_s: float) -> str:

@@ -27,6 +27,7 @@ from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import Imbalance, StepPlan
+from mm.ranks.agree import claimed_by_one
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed, restarted
@@ -67,18 +68,23 @@ def train(runs: Sequence[Run], stop: Stop) -> None:
     """
     rank = init_distributed(runs[0].blueprint.cfg)
     try:
-        left = [run for run in runs if not (run.name and _done(run, rank))]
-        for run in left[1:]:
-            with of_stage(run.name):
-                open_indexes(run.blueprint)  # a later stage's data is refused now, not when its turn comes
-        before: Held | None = None
-        for run in left:
-            before = train_on(_started(run, rank), rank, stop, before)
-            if before is None:
-                return
-            gc.collect()  # modules hold process groups in reference cycles
+        with claimed_by_one([Path(run.blueprint.cfg.run.dir) for run in runs], rank):
+            _train_all(runs, rank, stop)
     finally:
         dist.destroy_process_group()
+
+
+def _train_all(runs: Sequence[Run], rank: RankInfo, stop: Stop) -> None:
+    left = [run for run in runs if not (run.name and _done(run, rank))]
+    for run in left[1:]:
+        with of_stage(run.name):
+            open_indexes(run.blueprint)  # a later stage's data is refused now, not when its turn comes
+    before: Held | None = None
+    for run in left:
+        before = train_on(_started(run, rank), rank, stop, before)
+        if before is None:
+            return
+        gc.collect()  # modules hold process groups in reference cycles
 
 
 def _done(run: Run, rank: RankInfo) -> bool:

@@ -30,6 +30,7 @@ from mm.plan.select import select
 from mm.ranks.feed import Feed
 from mm.ranks.job import Job, build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
+from mm.ranks.stop import REQUESTS
 from mm.train.trainer import open_feed, train_step
 from parallel.sharding.param import declared, local
 from parallel.sharding.shard import held_indices
@@ -164,7 +165,7 @@ def run_job(argv: list[str], port: int, rank: int = 0, world: int = 1) -> Ended:
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     out, err = io.StringIO(), io.StringIO()
     # A rank is about to end when it leaves a handler or a mask of its own behind; this process is not.
-    heard = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    heard = [(s, signal.getsignal(s)) for s in REQUESTS]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
         environment = mock.patch.dict(os.environ, {k: str(v) for k, v in place.items()})

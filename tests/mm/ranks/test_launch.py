@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mm.errors import PolyrankError, Refused
+from mm.errors import Refused
 from mm.ranks import launch, stop
 from mm.ranks.stop import block_requests
 
@@ -84,8 +84,8 @@ def test_a_rank_that_comes_before_the_store_waits_for_it(
 import socket
 ours = socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
 open({str(tmp_path)!r} + "/came", "w").close()
-from mm.ranks.launch import _store
-_store(30.0).set("here", "")
+from mm.ranks.rendezvous import connect
+connect(30.0).set("here", "")
 """
 
     def check() -> None:
@@ -94,28 +94,6 @@ _store(30.0).set("here", "")
 
     assert launch.launch_local(1, [code], check) == 0
     assert capsys.readouterr().out.startswith("importing torch, 0 s\n")
-
-
-def test_the_first_rank_tells_which_have_not_started_yet(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from torch.distributed import HashStore
-
-    store = HashStore()
-    monkeypatch.setattr(launch, "_store", lambda timeout_s, hosts: store)
-    monkeypatch.setattr(launch, "PROGRESS_S", 0.1)
-    with pytest.raises(
-        PolyrankError, match=r"2 of 3 ranks have not come within 0.35 s \(run.timeout_s\): 1, 2"
-    ):
-        launch._meet(0, 3, 0.35)
-    assert capsys.readouterr().out.count("1 of 3 ranks have started, not yet: 1, 2\n") >= 2
-    store.set("here/2", "")
-    threading.Timer(0.25, lambda: store.set("here/1", "")).start()
-    launch._meet(0, 3, 60.0)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "2 of 3 ranks have started, not yet: 1" and printed[-1] == "all 3 ranks have started"
-    launch._meet(1, 3, 60.0)
-    assert capsys.readouterr().out == ""
 
 
 def test_ranks_left_behind_by_a_failure_are_stopped(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +108,7 @@ def test_a_rank_ended_by_a_signal_is_named(run: Any, capfd: pytest.CaptureFixtur
     assert "rank 1 was ended by SIGKILL" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_reach_the_ranks_which_may_end_well(number: signal.Signals, run: Any, tmp_path: Path) -> None:
     code = f"""
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -297,13 +275,3 @@ while True:
 
     ask_twice(tmp_path, 0.3)
     assert run(1, code) == 1
-
-
-def test_a_launch_has_one_name_however_often_its_ranks_are_started() -> None:
-    from torch.distributed import HashStore, PrefixStore
-
-    kept = HashStore()  # torchrun's store outlives the ranks
-    first, again = launch._name_launch(PrefixStore("polyrank/0", kept))
-    assert first and not again
-    assert launch._name_launch(PrefixStore("polyrank/1", kept)) == (first, True)
-    assert launch._name_launch(PrefixStore("polyrank/0", HashStore()))[0] != first

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from mm.errors import Refused
 from mm.plan.drawn import Count
 from mm.plan.step_plan import Imbalance
 from mm.plan.subsets import SubsetLoss
@@ -83,17 +82,6 @@ def test_a_line_of_metrics_has_these_keys_in_this_order() -> None:
     assert written["loss_by_modality"]["vision"] == {"loss": 0.5, "tokens": 5}
     assert written["tokens_per_s"] == 123 / 0.1
     assert written["tflops_per_device"] == (4.6e8 + 2e9) / 0.1 / 2 / 1e12
-
-
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    console = Console(tmp_path, 9, first=0, lead=True)
-    console.step(record(1))
-    with pytest.raises(Refused, match=r"another run is writing to run\.dir"):
-        Console(tmp_path, 9, first=0, lead=True)
-    Console(tmp_path, 9, first=0, lead=False)
-    assert lines(tmp_path) == [record(1).to_json()]
-    console.close()
-    run(tmp_path, 1, 2)
 
 
 def test_the_line_says_what_matters() -> None:

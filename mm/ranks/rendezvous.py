@@ -1,0 +1,106 @@
+"""Where the ranks of a job meet: the store of torchrun, of launch_local, or of rank 0."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from mm.errors import PolyrankError
+
+if TYPE_CHECKING:
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
+
+T = TypeVar("T")
+SPARE_S = 1.0  # that the store has to tell of its own timeout
+PROGRESS_S = 5.0  # seconds between two lines that name what is being waited for
+
+
+def connect(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
+    """The store of the rendezvous, prefixed for this start of the ranks; hosts: this process serves it."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in __all__
+
+    # Restarted ranks must not read the keys of the ranks before them.
+    prefix = f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+    def reach() -> PrefixStore:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            int(os.environ["WORLD_SIZE"]),
+            is_master=hosts,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        return PrefixStore(prefix, store)
+
+    return _bounded(reach, timeout_s + SPARE_S)
+
+
+def _bounded(act: Callable[[], T], timeout_s: float) -> T:
+    """What act() gives. Raises RuntimeError where it takes longer, and leaves it to itself: torch's store
+    waits without a bound for the first answer of a port that something else listens on."""
+    box: list[T | BaseException] = []
+
+    def run() -> None:
+        try:
+            box.append(act())
+        except BaseException as error:
+            box.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not box:
+        raise RuntimeError("something listens there that does not answer as a store does")
+    if isinstance(box[0], BaseException):
+        raise box[0]
+    return box[0]
+
+
+def name_launch(store: PrefixStore) -> tuple[str, bool]:
+    """A name of this launch, and whether an earlier start of its ranks has made it."""
+    own = uuid.uuid4().hex
+    # Without the prefix of this start: torchrun's store outlives the ranks that it starts again.
+    name = store.underlying_store.compare_set("polyrank/launch", "", own).decode()
+    return name, name != own
+
+
+def meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
+    """The job's store, once every rank has come to it. Raises PolyrankError naming those that have not."""
+    # torchrun and launch_local host it; where ranks are started otherwise, rank 0 does.
+    hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
+    try:
+        store = connect(timeout_s, hosts=hosts)
+    except RuntimeError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise PolyrankError(
+            f"rank {rank} does not reach the job's store at {where} within {timeout_s:g} s (run.timeout_s): "
+            f"{str(error).splitlines()[0]}; needed: rank 0 or torchrun at that address, and a port that no "
+            "other program has (MASTER_PORT, or --rdzv-endpoint of torchrun)"
+        ) from error
+    keys = [f"here/{r}" for r in range(world)]
+    store.set(keys[rank], "")
+    start = time.monotonic()
+    while True:
+        left = max(0.001, start + timeout_s - time.monotonic())
+        try:
+            store.wait(keys, timedelta(seconds=min(left, PROGRESS_S) if rank == 0 else left))
+        except RuntimeError as error:
+            absent = [r for r, key in enumerate(keys) if not store.check([key])]
+            some = ", ".join(map(str, absent[:8])) + (", .." if len(absent) > 8 else "")
+            if rank == 0 and time.monotonic() < start + timeout_s:
+                print(f"{world - len(absent)} of {world} ranks have started, not yet: {some}", flush=True)
+                continue
+            raise PolyrankError(
+                f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): "
+                f"{some}; start all of them, with one rendezvous, or wait longer"
+            ) from error
+        if rank == 0 and world > 1:
+            print(f"all {world} ranks have started", flush=True)
+        return store

@@ -1,0 +1,59 @@
+"""Where ranks meet: who is missing is named, and a launch has a name."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+from mm.errors import PolyrankError
+from mm.ranks import rendezvous
+
+
+def test_the_first_rank_tells_which_have_not_started_yet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    monkeypatch.setattr(rendezvous, "connect", lambda timeout_s, hosts: store)
+    monkeypatch.setattr(rendezvous, "PROGRESS_S", 0.1)
+    with pytest.raises(
+        PolyrankError, match=r"2 of 3 ranks have not come within 0.35 s \(run.timeout_s\): 1, 2"
+    ):
+        rendezvous.meet(0, 3, 0.35)
+    assert capsys.readouterr().out.count("1 of 3 ranks have started, not yet: 1, 2\n") >= 2
+    store.set("here/2", "")
+    threading.Timer(0.25, lambda: store.set("here/1", "")).start()
+    rendezvous.meet(0, 3, 60.0)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "2 of 3 ranks have started, not yet: 1" and printed[-1] == "all 3 ranks have started"
+    rendezvous.meet(1, 3, 60.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_launch_has_one_name_however_often_its_ranks_are_started() -> None:
+    from torch.distributed import HashStore, PrefixStore
+
+    kept = HashStore()  # torchrun's store outlives the ranks
+    first, again = rendezvous.name_launch(PrefixStore("polyrank/0", kept))
+    assert first and not again
+    assert rendezvous.name_launch(PrefixStore("polyrank/1", kept)) == (first, True)
+    assert rendezvous.name_launch(PrefixStore("polyrank/0", HashStore()))[0] != first
+
+
+def test_a_port_of_a_program_that_says_nothing_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # the kernel connects, and nobody answers
+        port = str(mute.getsockname()[1])
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(rendezvous, "SPARE_S", 0.1)
+        start = time.monotonic()
+        with pytest.raises(
+            PolyrankError, match=rf"rank 1 does not reach .* at 127\.0\.0\.1:{port} within"
+        ) as caught:
+            rendezvous.meet(1, 2, 0.3)
+        assert time.monotonic() - start < 10
+        assert "something listens there" in str(caught.value) and "MASTER_PORT" in str(caught.value)
