@@ -11,12 +11,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from mm.checkpoint.state import candidates
+from mm.checkpoint.state import EMPTY, candidates
 from mm.config.schema import Config
 from mm.errors import CheckpointError, PolyrankError
 from mm.ranks.agree import of_the_lead
@@ -28,10 +29,13 @@ RUN = "run.json"
 HEARTBEAT_S = 1.0  # least time between two heartbeats of a rank
 
 
-def find(cfg: Config, directory: Path, rank: RankInfo | None = None) -> Path | None:
+def find(
+    cfg: Config, directory: Path, rank: RankInfo | None = None, known: Mapping[Path, str] = EMPTY
+) -> Path | None:
     """The checkpoint to resume from: the newest undamaged one of candidates(), None where there are none.
 
-    Every rank of the job calls this and gets the same answer. rank: None in a process without a job.
+    Every rank of the job calls this and gets the same answer. rank: None in a process without a job. known:
+    what is wrong with checkpoints beside their files, which are then passed over.
     Raises CheckpointError where all candidates are damaged: otherwise a run would begin anew over them.
     """
 
@@ -41,6 +45,9 @@ def find(cfg: Config, directory: Path, rank: RankInfo | None = None) -> Path | N
 
     wrong: list[str] = []
     for path in of_the_lead(rank, choose):
+        if path in known:
+            wrong.append(known[path])
+            continue
         found = verify(path, rank)
         if not found:
             if wrong and (rank is None or rank.rank == 0):

@@ -6,26 +6,31 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mm.checkpoint.finite import check_before_save
 from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError
+from mm.order.skips import Skips
 from mm.plan.blueprint import Blueprint, bare_module
 from mm.plan.drawn import NOTHING, Drawn, differences, history
 from mm.ranks.job import Job
 from parallel import checkpoint as store
 from parallel.sharding import whole
 from parallel.topology.axis import Axes
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 def state_tensors(job: Job) -> dict[str, Tensor]:
@@ -78,20 +83,30 @@ def tokenizer_of(state: Mapping[str, Any], path: Path) -> AnyTokenizer | None:
 
 
 def save(
-    job: Job, index: Index, directory: Path, step: int, bad: Collection[int], drawn: Drawn = NOTHING
+    job: Job,
+    index: Index,
+    directory: Path,
+    step: int,
+    bad: Collection[int],
+    drawn: Drawn = NOTHING,
+    guard: Mapping[str, Any] = EMPTY,
 ) -> Path:
     """Write the state after `step` steps; every rank calls this. bad: samples known to be unreadable. drawn:
-    what the steps have taken."""
-    cfg = job.blueprint.cfg
+    what the steps have taken. guard: the numbers that are watched (mm.train.guard).
+
+    Raises NonFinite on all ranks, and writes nothing, where some weight is not finite."""
+    cfg, tensors = job.blueprint.cfg, state_tensors(job)
+    check_before_save(job.control, tensors, step)
     state = {
         "fingerprint": fingerprint(job.blueprint),
-        "data": history(cfg, index, step, drawn.cursor),
+        "data": history(cfg, index, step, drawn.cursor, drawn.left_out),
         "drawn": drawn.to_json(),
         "bad_samples": sorted(bad),
+        "guard": dict(guard),
         "config": shown(cfg),
     }
     try:
-        return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)
+        return store.save(directory, step, tensors, state, keep=cfg.checkpoint.keep)
     except (OSError, CheckpointException) as error:  # CheckpointException is a BaseException of torch's
         free = shutil.disk_usage(directory).free / 2**20
         raise CheckpointError(
@@ -126,11 +141,12 @@ def _is_checkpoint(path: Path) -> bool:
 @dataclass(frozen=True)
 class Resumed:
     """Where a run goes on: after `step` steps, with these samples known to be unreadable. drawn: what these
-    steps have taken."""
+    steps have taken. guard: the numbers that were watched (mm.train.guard)."""
 
     step: int = 0
     bad_samples: frozenset[int] = frozenset()
     drawn: Drawn = NOTHING
+    guard: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(job: Job, index: Index, path: Path) -> Resumed:
@@ -143,7 +159,8 @@ def load(job: Job, index: Index, path: Path) -> Resumed:
     except store.BadCheckpoint as error:
         raise CheckpointError(str(error)) from error
     _check_same_run(state, job.blueprint, index, path)
-    return Resumed(state["step"], frozenset(state["bad_samples"]), Drawn.from_json(state["drawn"]))
+    drawn = Drawn.from_json(state["drawn"])
+    return Resumed(state["step"], frozenset(state["bad_samples"]), drawn, state.get("guard", EMPTY))
 
 
 def check_resume(blueprint: Blueprint, index: Index, path: Path) -> None:
@@ -173,8 +190,10 @@ def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index
             f"{path} was written by a run with another model, data, seed or global batch; "
             "compare its state.json with this config, or start afresh with checkpoint.resume=none"
         )
-    cursor = Drawn.from_json(state["drawn"]).cursor
-    wrong = differences(state["data"], history(blueprint.cfg, index, state["step"], cursor))
+    drawn = Drawn.from_json(state["drawn"])
+    drawn.going_on(state["step"], Skips.parse(blueprint.cfg.data.skip))
+    now = history(blueprint.cfg, index, state["step"], drawn.cursor, drawn.left_out)
+    wrong = differences(state["data"], now)
     if wrong:
         raise CheckpointError(
             f"{path} was written by a run with other data: {'; '.join(wrong)}. A run goes on where nothing "

@@ -85,6 +85,11 @@ class DataConfig(Section):
         description="length of packed sequences, in tokens, at least data.context; train.global_batch then "
         "counts packed sequences, so that a step has a budget of tokens",
     )
+    skip: list[int | str] = Field(
+        [],
+        description="batches that are left out, counted from 1: 7, or 7-9 for a range; each step then takes "
+        "the next batch that is not",
+    )
     window: int = Field(
         8192, ge=1, description="samples that are packed together, with data.pack; more pack better"
     )

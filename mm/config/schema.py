@@ -23,6 +23,7 @@ from mm.config.synthetic import check_synthetic
 from mm.config.training import TrainConfig, check_train
 from mm.data.remote.urls import all_public
 from mm.errors import Refused
+from mm.order.skips import Skips
 
 
 class RunConfig(Section):
@@ -267,6 +268,15 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
         raise Refused(
             f"data.pack={cfg.data.pack} is shorter than the longest sample, data.context={cfg.data.context}; "
             f"nearest: data.pack={cfg.data.context}"
+        )
+    try:
+        Skips.parse(cfg.data.skip)
+    except ValueError as error:
+        raise Refused(f"data.skip: {error}") from error
+    if cfg.train.spike is not None and not cfg.checkpoint.every:
+        raise Refused(
+            "train.spike goes back to the last checkpoint, and checkpoint.every=0 writes none; nearest: "
+            "checkpoint.every=100"
         )
     if cfg.eval.average and cfg.train.average is None:
         raise Refused("eval.average, but no average is kept; needed: train.average, such as 0.999")

@@ -14,6 +14,7 @@ from mm.errors import Refused
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Recompute = bool | str | list[str]
 MOMENTUM = 0.95  # of Muon
+MAX_NONFINITE = 10
 
 
 class LoraConfig(Section):
@@ -23,6 +24,19 @@ class LoraConfig(Section):
     alpha: float = Field(16.0, gt=0)
     targets: list[str] = Field(["all-linear"], min_length=1)
     weights: str | None = None
+
+
+class SpikeConfig(Section):
+    """When the loss counts as jumped, and how often the run goes back."""
+
+    factor: float = Field(
+        2.0, gt=1, description="a step is high where its loss is above so many times the median"
+    )
+    window: int = Field(
+        100, ge=2, description="steps that the median is taken of, the last that were not high"
+    )
+    steps: int = Field(3, ge=1, description="high steps in a row that the run goes back at")
+    most: int = Field(5, ge=0, description="how often it goes back; after that it ends with code 5")
 
 
 class TrainConfig(Section):
@@ -70,6 +84,23 @@ class TrainConfig(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's term in the denominator")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's weight decay")
     clip: float = Field(1.0, ge=0, description="bound on the global gradient norm, 0 for none")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="where a loss or gradient is not finite, stop: end the run, or skip: leave the weights "
+        "as they are and go on",
+    )
+    max_nonfinite: int = Field(
+        MAX_NONFINITE, ge=1, description="most of the last 1,000 steps that train.nonfinite=skip leaves out"
+    )
+    check_replicas: int = Field(
+        0,
+        ge=0,
+        description="every so many steps, ranks that hold the same weights compare hashes of them; 0: never",
+    )
+    spike: SpikeConfig | None = Field(
+        None,
+        description="where the loss jumps, go back to the last checkpoint and leave out the batches since",
+    )
     lora: dict[str, LoraConfig] = Field(
         {},
         description="by module, adapters that are trained in the place of its weights: rank, alpha, targets, "
@@ -117,6 +148,11 @@ def check_train(train: TrainConfig, encoders: Sequence[str], trace: int | None) 
         raise Refused(
             f"train.min_lr={train.min_lr} is where the rate goes down to, but train.decay=0 leaves it as it "
             "is, so it would have no effect; nearest: train.min_lr=0"
+        )
+    if train.max_nonfinite != MAX_NONFINITE and train.nonfinite == "stop":
+        raise Refused(
+            f"train.max_nonfinite={train.max_nonfinite} has no effect with train.nonfinite=stop; nearest: "
+            "train.nonfinite=skip"
         )
     _check_optimizer(train, encoders)
     _check_recompute(train, encoders)

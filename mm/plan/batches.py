@@ -18,6 +18,7 @@ import numpy as np
 from mm.config.schema import Config
 from mm.data.sample import Index
 from mm.order.packing import pack, window_key
+from mm.order.skips import NONE, Skips
 from mm.order.stream import Stream
 from mm.plan.dealing import Packed
 from mm.plan.inputs import PlanInputs
@@ -52,32 +53,38 @@ class Windows(NamedTuple):
 @dataclass(frozen=True)
 class Batches:
     """The batches of a run. size: samples, or packed sequences, a step. windows: None where samples are taken
-    by number. cursors: where steps begin, as far as is known and remembered."""
+    by number. skips: batches that are left out. cursors: where steps begin, before what is left out there, as
+    far as is known and remembered."""
 
     stream: Stream
     size: int
     windows: Windows | None = None
+    skips: Skips = NONE
     cursors: dict[int, Cursor] = field(default_factory=lambda: {0: START}, compare=False)
     _packed: dict[int, tuple[Column, Column]] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
-    def of(cfg: Config, index: Index, begins: tuple[int, Cursor] = (0, START)) -> Batches:
-        """Those of a run that trains on this index. begins: a step, and where it begins.
+    def of(
+        cfg: Config, index: Index, begins: tuple[int, Cursor] = (0, START), skips: Skips | None = None
+    ) -> Batches:
+        """Those of a run that trains on this index. begins: a step, and where it begins. skips: None for
+        those of the config.
 
         Raises Refused and DataError where the sources do not serve."""
         stream, size = stream_of(cfg, index), cfg.train.global_batch
+        skips = Skips.parse(cfg.data.skip) if skips is None else skips
         if cfg.data.pack is None:
-            check_length(cfg, stream)
-            return Batches(stream, size)
+            check_length(cfg, stream, skips)
+            return Batches(stream, size, None, skips)
         windows = Windows(cfg.data.pack, cfg.data.window, _ascending(frozenset(index.skipped)))
-        return Batches(stream, size, windows, {begins[0]: begins[1]})
+        return Batches(stream, size, windows, skips, {begins[0]: begins[1]})
 
     def ids(self, step: int, bad: Collection[int] = ()) -> Column:
         """The samples of a step that are taken by number. bad: samples known to be unreadable or left out.
 
         Raises DataError where a sample can be replaced by no other.
         """
-        positions = step * self.size + np.arange(self.size)
+        positions = self.skips.batch(step) * self.size + np.arange(self.size)
         return self._ids(positions, _ascending(frozenset(bad)))
 
     def _ids(self, positions: Column, bad: Column) -> Column:
@@ -113,7 +120,16 @@ class Batches:
         return self.cursors[step]
 
     def _take(self, step: int, lookup: Lookup) -> tuple[Column, Column]:
-        (window, at), need = self.cursors[step], self.size
+        begins = self.cursors[step]
+        for _ in range(self.skips.before(step), self.skips.batch(step)):
+            _, begins = self._batch(begins, lookup)
+        taken, self.cursors[step + 1] = self._batch(begins, lookup)
+        self.cursors.pop(step - KEPT, None)
+        return taken
+
+    def _batch(self, begins: Cursor, lookup: Lookup) -> tuple[tuple[Column, Column], Cursor]:
+        """The batch that begins there, as sequences() gives it, and where the next one begins."""
+        (window, at), need = begins, self.size
         ids, numbers = list[Column](), list[Column]()
         while need:
             found, sequence = self._window(window, lookup)
@@ -125,9 +141,7 @@ class Batches:
             need, at = need - some, at + some
             if at == count:
                 window, at = window + 1, 0
-        self.cursors[step + 1] = Cursor(window, at)
-        self.cursors.pop(step - KEPT, None)
-        return np.concatenate(ids), np.concatenate(numbers)
+        return (np.concatenate(ids), np.concatenate(numbers)), Cursor(window, at)
 
     def _window(self, window: int, lookup: Lookup) -> tuple[Column, Column]:
         """The samples of a window in order of their sequences, and those; kept while steps need it."""

@@ -11,6 +11,8 @@ import numpy as np
 
 from mm.config.schema import Config
 from mm.data.sample import Index
+from mm.errors import Refused
+from mm.order.skips import NONE, Skips
 from mm.plan.batches import START, Cursor
 from mm.plan.sources import stream_of
 from mm.plan.step_plan import StepPlan
@@ -26,13 +28,14 @@ class Count(NamedTuple):
 @dataclass(frozen=True)
 class Drawn:
     """by_source: by data set, what was taken of it so far. cursor: where the next step begins, where samples
-    are packed."""
+    are packed. left_out: batches that were left out before that."""
 
     by_source: Mapping[str, Count] = field(default_factory=dict)
     cursor: Cursor = START
+    left_out: Skips = NONE
 
-    def after(self, plan: StepPlan) -> Drawn:
-        """With a step more."""
+    def after(self, plan: StepPlan, skips: Skips = NONE) -> Drawn:
+        """With a step more. skips: batches that the run leaves out."""
         table, found = plan.table, dict(self.by_source)
         samples = np.bincount(table.source, minlength=len(table.sources)).tolist()
         tokens = np.bincount(table.source, table.length, len(table.sources)).astype(np.int64).tolist()
@@ -40,30 +43,50 @@ class Drawn:
             if n:
                 old = found.get(name, Count(0, 0))
                 found[name] = Count(old.samples + n, old.tokens + length)
-        return Drawn(dict(sorted(found.items())), self.cursor if plan.ends is None else Cursor(*plan.ends))
+        cursor = self.cursor if plan.ends is None else Cursor(*plan.ends)
+        return Drawn(dict(sorted(found.items())), cursor, skips.passed(plan.step + 1))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
-        return {"by_source": {k: list(v) for k, v in self.by_source.items()}, "cursor": list(self.cursor)}
+        by_source = {k: list(v) for k, v in self.by_source.items()}
+        out: dict[str, Any] = {"by_source": by_source, "cursor": list(self.cursor)}
+        if self.left_out.spans:
+            out["left_out"] = self.left_out.written()
+        return out
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Drawn:
         """What to_json() gave."""
-        return Drawn({k: Count(*v) for k, v in data["by_source"].items()}, Cursor(*data["cursor"]))
+        by_source = {k: Count(*v) for k, v in data["by_source"].items()}
+        return Drawn(by_source, Cursor(*data["cursor"]), Skips.parse(data.get("left_out", ())))
+
+    def going_on(self, step: int, wanted: Skips) -> Skips:
+        """The batches that a run leaves out which goes on after `step` steps: those that it has left out so
+        far, and those that are wanted. Raises Refused where a wanted one has been trained on."""
+        both = self.left_out.with_more(wanted)
+        if both.before(step) != self.left_out.before(step):
+            past = self.left_out.before(step)
+            raise Refused(
+                f"data.skip={wanted.written()} names batches that the first {step} steps were trained on: "
+                f"they took batches up to {past}; needed: batches from {past + 1} on, or an older checkpoint "
+                "(checkpoint.resume=PATH)"
+            )
+        return both
 
 
 NOTHING = Drawn()
 
 
-def history(cfg: Config, index: Index, step: int, cursor: Cursor) -> dict[str, Any]:
-    """All that the samples of the first `step` steps depend on, as plain data; cursor: where the next begins.
+def history(cfg: Config, index: Index, step: int, cursor: Cursor, left_out: Skips = NONE) -> dict[str, Any]:
+    """All that the samples of the first `step` steps depend on, as plain data; cursor: where the next begins;
+    left_out: batches that were left out before.
 
     Two configs whose histories are equal have taken the same samples so far, and go on in the same shuffles.
     Sources and weights that have not come in use do not enter.
     """
     stream, rules = stream_of(cfg, index), cfg.data
     packed: dict[str, Any] = {}
-    position = step * cfg.train.global_batch
+    position = left_out.before(step) * cfg.train.global_batch
     if rules.pack is not None:
         packed = {"pack": rules.pack, "window": rules.window, "context": rules.context}
         position = (cursor.window + (cursor.sequence > 0)) * rules.window

@@ -9,6 +9,7 @@ from mm.config.sources import SourceConfig
 from mm.data.sample import Index
 from mm.errors import DataError, Refused
 from mm.order.chosen import Chosen, Range
+from mm.order.skips import Skips
 from mm.order.stream import Source, Stream
 from mm.plan.phases import in_phases
 
@@ -51,13 +52,16 @@ def _sources(cfg: Config, index: Index) -> tuple[list[Source], dict[int, Sequenc
     return sources, weights
 
 
-def check_length(cfg: Config, stream: Stream) -> None:
+def check_length(cfg: Config, stream: Stream, skips: Skips) -> None:
     """Raise DataError where the sources end before a run that takes train.global_batch samples a step."""
     end, size, steps = stream.blend.end, cfg.train.global_batch, cfg.train.steps
-    if end is not None and end < steps * size:
+    batches = skips.before(steps)
+    if end is not None and end < batches * size:
+        most = max(0, end // size - (batches - steps))
+        left_out = f", and {batches - steps} batches are left out" if batches > steps else ""
         raise DataError(
-            f"data.train has {end} samples in the epochs of its sources, enough for {end // size} steps of "
-            f"{size}; train.steps is {steps}; needed: more epochs, or train.steps={end // size}"
+            f"data.train has {end} samples in the epochs of its sources, enough for {end // size} batches of "
+            f"{size}; train.steps is {steps}{left_out}; needed: more epochs, or train.steps={most}"
         )
 
 

@@ -113,6 +113,7 @@ class Feed:
         self._planner: Planner | None = None
         self._workers: Workers | None = None
         self._begun: dict[int, _Begun] = {}  # by step; of the feed thread
+        self.skips = options.batches.skips
         self.drawn = options.drawn  # up to the step that next() gave last
         self._heard: tuple[int, np.ndarray] | None = None  # a step, and what all ranks say of it
 
@@ -151,7 +152,7 @@ class Feed:
             self._say_notes()
             found = self._agreed(step, prepared)
             if not found:
-                self.drawn = self.drawn.after(prepared.plan)
+                self.drawn = self.drawn.after(prepared.plan, self.skips)
                 self._tally.count(prepared.plan.sample_ids, ())
                 self._tally.done()
                 return prepared, time.perf_counter() - start

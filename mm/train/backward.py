@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mm.config.training import recomputed
-from mm.train.flight import Flight, key_of
+from mm.train.flight import Flight, Key, key_of
+from mm.train.trail import Trail
 from mm.train.transfer import Transfers
 from mm.train.weights import Weights
 from parallel.schedule import Action
@@ -19,8 +20,8 @@ from parallel.schedule.executor.halves import backward_input, backward_weight
 class Backward:
     """Handlers of BACKWARD, BACKWARD_INPUT and BACKWARD_WEIGHT."""
 
-    def __init__(self, flight: Flight, transfers: Transfers, weights: Weights) -> None:
-        self.flight, self.transfers, self.weights = flight, transfers, weights
+    def __init__(self, flight: Flight, transfers: Transfers, weights: Weights, trail: Trail | None) -> None:
+        self.flight, self.transfers, self.weights, self.trail = flight, transfers, weights, trail
         blueprint = flight.job.blueprint
         train = blueprint.cfg.train
         self._recomputes = {m for m in blueprint.modules if train.offload or recomputed(train, m)}
@@ -39,6 +40,7 @@ class Backward:
         ready = time.perf_counter()
         if output.requires_grad:  # not where the first layers are frozen
             _backward(output, grad)
+        self._note(keys, grads)
         return ready
 
     def backward_input(self, action: Action) -> float:
@@ -58,6 +60,7 @@ class Backward:
             output = record.output.take()
             if leaves:
                 _backward(output, grad, leaves)
+            self._note([key], [grad])
             return ready
         held = record.output.peek()
         assert held is not None
@@ -65,12 +68,20 @@ class Backward:
             return ready
         if not again:
             record.products.fill(backward_input(record.output.take(), grad, leaves))
+            self._note([key], [grad])
             return ready
         if leaves:
             _backward(held, grad, leaves, retain_graph=True)
         if grad is not None:
             record.gradient.fill(grad)
+        self._note([key], [grad])
         return ready
+
+    def _note(self, keys: Sequence[Key], grads: Sequence[Tensor | None]) -> None:
+        """Note the gradients that a computation took, and what it left in the leaves that entered it."""
+        if self.trail is not None:
+            leaves = (leaf for key in keys for leaf in self.flight[key].leaves())
+            self.trail.backward(keys, grads, [leaf.grad for leaf in leaves])
 
     def backward_weight(self, action: Action) -> None:
         """Gradients of a stage's weights, from what backward_input() has kept."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from mm.train.metrics import StepMetrics, TimedStep
 
 
+METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
+
+
 class Console:
     """Output of a run; ranks other than the lead write warnings alone.
 
@@ -37,7 +42,7 @@ class Console:
     """
 
     def __init__(self, run_dir: Path, steps: int, *, first: int, lead: bool) -> None:
-        self.lead, self.steps = lead, steps
+        self.lead, self.steps, self._run_dir = lead, steps, run_dir
         self._rich = Rich(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self.boards: list[Board] = []
@@ -45,10 +50,10 @@ class Console:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         # A resumed run goes on in the same files; one from the start begins them anew.
-        metrics = run_dir / "metrics.jsonl"
+        metrics = run_dir / METRICS
         _forget_after(metrics, first)
         self._metrics = metrics.open("a")
-        skipped = run_dir / "skipped.jsonl"
+        skipped = run_dir / SKIPPED
         _forget_after(skipped, first)
         self._skipped = skipped.open("a" if first else "w")
         self._log = (run_dir / "log.txt").open("a" if first else "w")
@@ -73,6 +78,8 @@ class Console:
         self._metrics.flush()
         metrics = timed.metrics
         self._say(step_line(timed, self.steps, self._eta(metrics.step)))
+        if metrics.left_out:
+            self.warn(f"{metrics.left_out}; the weights stay as they were (train.nonfinite=skip)")
         if self._progress is not None:
             self._progress.update(self._task, completed=metrics.step)
         shown = {
@@ -90,11 +97,30 @@ class Console:
 
     def _plot(self, step: int, values: Mapping[str, float]) -> None:
         for board in self.boards:
-            board.plot(step, values)
+            board.plot(step, {name: v for name, v in values.items() if math.isfinite(v)})
 
     def _eta(self, step: int) -> float:
         done = max(1, step - self._first)
         return (time.monotonic() - self._began) / done * (self.steps - step)
+
+    def went_back(self, step: int, last: int, why: str, batches: Sequence[str]) -> None:
+        """Say that the run goes on after an earlier step, and drop the records of those behind it. batches:
+        that it leaves out from now on."""
+        if not self.lead:
+            return
+        self._metrics.close()
+        self._skipped.close()
+        for name in (METRICS, SKIPPED):
+            _forget_after(self._run_dir / name, step)
+        self._metrics, self._skipped = ((self._run_dir / name).open("a") for name in (METRICS, SKIPPED))
+        record = {"step": step, "went_back": {"from": last, "why": why, "left_out": list(batches)}}
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self.warn(
+            f"after step {last} {why}; going on from the checkpoint of step {step} without the batches "
+            f"{', '.join(batches)}"
+        )
+        self._began, self._first = time.monotonic(), step
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Show and write an evaluation."""

@@ -16,6 +16,7 @@ from mm.errors import DataError
 from mm.ranks.batch import RankMicrobatch
 from mm.train.flight import Flight, Key, key_of
 from mm.train.statistics import Watch
+from mm.train.trail import Trail
 from mm.train.transfer import Transfers
 from parallel.schedule import Action
 
@@ -23,12 +24,19 @@ OnTokens = Callable[[RankMicrobatch, Tensor], None]
 
 
 class Forward:
-    """Handler of FORWARD. losses: by subset of the step's samples, this rank's part of its loss so far."""
+    """Handler of FORWARD. losses: by subset of the step's samples, this rank's part of its loss so far.
+    trail: None where nothing is learnt."""
 
     def __init__(
-        self, flight: Flight, transfers: Transfers, on_tokens: OnTokens | None, watch: Watch | None
+        self,
+        flight: Flight,
+        transfers: Transfers,
+        on_tokens: OnTokens | None,
+        watch: Watch | None,
+        trail: Trail | None,
     ) -> None:
         self.flight, self.transfers, self.on_tokens, self.watch = flight, transfers, on_tokens, watch
+        self.trail = trail
         self.micro, self.supervised = flight.prepared.micro, flight.prepared.plan.supervised
         n, device = len(flight.prepared.plan.subsets.names), flight.job.rank.device
         self.losses = torch.zeros(n, dtype=torch.float64, device=device)
@@ -47,6 +55,8 @@ class Forward:
     def _source(self, action: Action, hidden: Tensor | None) -> None:
         keys = self.flight.covered(action)
         values = self._encode(keys, hidden)
+        if self.trail is not None:
+            self.trail.forward(keys, [hidden], [values])
         if self.flight.joins(action):
             self.flight[key_of(action)].output.fill(values)
             return
@@ -82,6 +92,8 @@ class Forward:
         ready = time.perf_counter()
         with self._watched():
             out = part(mb.llm, rows) if hidden is None else part(mb.llm, rows, hidden)
+        if self.trail is not None:
+            self.trail.forward([key], [hidden, *rows.values()], [out])
         if not self.flight.is_loss(key):
             self.flight[key].output.fill(out)
             return ready

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -75,16 +76,28 @@ class StepMetrics:
     stop: bool  # a rank was asked to end
     layers: Mapping[str, Mapping[str, LayerStatistics]] = field(default_factory=dict)
     """By module and place, at the steps that train.statistics asks for; else empty."""
+    batch: int | None = None
+    """The number of its batch, from 1, where batches were left out before it."""
+    left_out: str = ""
+    """Why nothing was updated, in a step that is not finite."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for JSON: every field but `stop`, and `layers` where there are some."""
+        """Plain data for JSON: every field but `stop`; the last three where they say something. Of a step
+        that was left out, null stands for what is not finite: JSON has no word for it."""
         out = asdict(self)
         del out["stop"]
-        if not self.layers:
-            del out["layers"]
+        for key in ("layers", "batch", "left_out"):
+            if not out[key]:
+                del out[key]
         for key in ("loss_by_modality", "loss_by_source", "drawn_by_source"):
             out[key] = {name: found._asdict() for name, found in out[key].items()}
-        return out
+        return _with_nulls(out) if self.left_out else out
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_nulls(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from mm.train.backward import Backward
 from mm.train.flight import Flight
 from mm.train.forward import Forward, OnTokens
 from mm.train.statistics import Watch
+from mm.train.trail import Trail
 from mm.train.transfer import Transfers
 from mm.train.weights import Weights, gather_held
 from parallel.comm.turns import Ran
@@ -36,12 +37,15 @@ class StepResult:
     losses: by subset of the step's samples, the sum of its supervised tokens' losses divided by the step's
     global count; one replica counts, so that summing over ranks gives the loss; float64 [subsets] on the
     device, which finish_step() reads. subsets: of the step.
-    watch: what the layers gave, where that was asked. seconds: host time by (kind, module).
+    watch: what the layers gave, where that was asked. trail: where numbers stopped being finite, in training.
+    batch: number of the batch. seconds: host time by (kind, module).
     """
 
     losses: Tensor
     subsets: Subsets
     watch: Watch | None = None
+    trail: Trail | None = None
+    batch: int = 0
     seconds: dict[tuple[Kind, str], float] = field(default_factory=dict)
 
 
@@ -63,14 +67,15 @@ def run_step(
     schedule = job.blueprint.schedule(prepared.plan.active, train=train)
     flight = Flight(job, prepared, schedule)
     transfers = Transfers(flight)
-    forward = Forward(flight, transfers, on_tokens, watch)
+    trail = Trail(prepared) if train else None
+    forward = Forward(flight, transfers, on_tokens, watch, trail)
     weights = Weights(flight)
     for both in job.boundaries.values():
         for boundary in both:
             boundary.stats.reset()
     gather_held(job)
     with torch.set_grad_enabled(train), nullcontext() if watch is None else watch.hooked():
-        handlers = _handlers(flight, transfers, forward, weights)
+        handlers = _handlers(transfers, forward, Backward(flight, transfers, weights, trail), weights)
         try:
             seconds = execute(
                 schedule.actions(job.rank.rank), handlers, observe=observe, together=_Together(job)
@@ -79,7 +84,10 @@ def run_step(
             job.turns.close()
     transfers.finish()
     weights.finish()
-    return StepResult(forward.losses, prepared.plan.subsets, watch, seconds)
+    plan = prepared.plan
+    return StepResult(
+        forward.losses, plan.subsets, watch, trail, plan.step if plan.batch is None else plan.batch, seconds
+    )
 
 
 class _Together:
@@ -96,9 +104,8 @@ class _Together:
 
 
 def _handlers(
-    flight: Flight, transfers: Transfers, forward: Forward, weights: Weights
+    transfers: Transfers, forward: Forward, backward: Backward, weights: Weights
 ) -> Mapping[Kind, Handler]:
-    backward = Backward(flight, transfers, weights)
     return {
         Kind.FORWARD: forward.forward,
         Kind.BACKWARD: backward.backward,

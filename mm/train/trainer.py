@@ -7,14 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
 
 from mm.checkpoint import state as checkpoint
-from mm.checkpoint.resume import begin, find, last_of
+from mm.checkpoint.newest import load_newest
+from mm.checkpoint.resume import begin, last_of
 from mm.checkpoint.state import Resumed
 from mm.checkpoint.weights import fill_adapters, fill_encoders, left_by, start_from
 from mm.config.outline import SINK
@@ -22,7 +23,8 @@ from mm.config.schema import resolve_yaml
 from mm.data.sample import Index, Sample
 from mm.data.tokenizer import make_tokenizer
 from mm.data.tokenizer_files import keep_tokenizer
-from mm.errors import of_stage
+from mm.errors import NonFinite, of_stage
+from mm.order.skips import Skips, Span
 from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
@@ -41,6 +43,7 @@ from mm.train.boards import open_boards
 from mm.train.console import Console
 from mm.train.evaluate import Evaluation, blind_guess, evaluate
 from mm.train.garbage import set_aside
+from mm.train.guard import Guard
 from mm.train.metrics import StepMetrics, TimedStep
 from mm.train.statistics import Watch
 from mm.train.step import run_step
@@ -123,9 +126,9 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
     train_data, eval_data = data["training"], data.get("evaluation")
     run_dir = Path(cfg.run.dir)
     state, said = AT_START, list[str]()
-    resume = find(cfg, run_dir, rank)
-    if resume is not None:
-        state = checkpoint.load(job, train_data.index, resume)
+    resume, found = load_newest(job, train_data.index, run_dir)
+    if found is not None:
+        state = found
         said.append(f"resumed from {resume} at step {state.step}")
     else:
         said += _start(job, before)
@@ -146,12 +149,12 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
     for line in said:
         console.info(line)
     console.left_out(train_data.index)
-    feed = open_feed(job, train_data, state, listener=Listener(console.warn, console.skipped))
+    loop = _Loop(job, train_data, eval_data, console, stop, state=state)
     try:
         with set_aside():
-            done = _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
+            done = loop.run()
     finally:
-        feed.close()
+        loop.close()
         console.close()
     left = left_by(job) if done else None
     job.control.any(False)  # every rank waits here, so that none closes what another still uses
@@ -188,8 +191,9 @@ def _introduce(blueprint: Blueprint, rank: RankInfo, indexes: Mapping[str, Index
 def open_feed(job: Job, data: Data, state: Resumed = AT_START, *, listener: Listener | None = None) -> Feed:
     """The steps of a job over a data set. state: where it resumes."""
     cfg = job.blueprint.cfg
+    skips = state.drawn.going_on(state.step, Skips.parse(cfg.data.skip))
     options = FeedOptions(
-        Batches.of(cfg, data.index, (state.step, state.drawn.cursor)),
+        Batches.of(cfg, data.index, (state.step, state.drawn.cursor), skips),
         cfg.data.prefetch,
         state.drawn,
         workers=cfg.data.workers,
@@ -208,18 +212,29 @@ def open_feed(job: Job, data: Data, state: Resumed = AT_START, *, listener: List
     )
 
 
-@dataclass
 class _Loop:
-    """A run's steps. done: steps so far; saved: those of the last checkpoint."""
+    """A run's steps. state: where they begin."""
 
-    job: Job
-    feed: Feed
-    eval_data: Data | None
-    console: Console
-    run_dir: Path
-    stop: Stop
-    done: int
-    saved: int
+    def __init__(
+        self,
+        job: Job,
+        data: Data,
+        eval_data: Data | None,
+        console: Console,
+        stop: Stop,
+        *,
+        state: Resumed,
+    ) -> None:
+        self.job, self.data, self.eval_data, self.console = job, data, eval_data, console
+        self.run_dir, self.stop = Path(job.blueprint.cfg.run.dir), stop
+        self._begin(state)
+
+    def _begin(self, state: Resumed) -> None:
+        """Go on from here. done: steps so far; saved: those of the last checkpoint."""
+        listener = Listener(self.console.warn, self.console.skipped)
+        self.feed = open_feed(self.job, self.data, state, listener=listener)
+        self.guard = Guard.of(self.job.blueprint.cfg.train, state.guard)
+        self.done = self.saved = state.step
 
     def run(self) -> bool:
         """Train and evaluate to the end of the run, or until some rank was asked to end; returns whether it
@@ -241,10 +256,13 @@ class _Loop:
         """One step, and the checkpoint and evaluation that are due after it. Raises StopRequested."""
         job, cfg = self.job, self.job.blueprint.cfg
         start = time.perf_counter()
-        metrics = train_step(job, self.feed, self.done, stop=self.stop.requested)
+        metrics = train_step(job, self.feed, self.done, stop=self.stop.requested, guard=self.guard)
         stopping = metrics.stop
         self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
         self.done += 1
+        jumped = "" if metrics.left_out else self.guard.jumped(metrics.loss)
+        if jumped and self._go_back(jumped):
+            return
         every, at_end = cfg.checkpoint.every, self.done == cfg.train.steps
         if every and (stopping or self.done % every == 0 or at_end):
             self._save()
@@ -254,6 +272,34 @@ class _Loop:
         if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:
             result = run_evaluation(job, self.eval_data, self.stop, self.console.warn)
             self.console.evaluation(self.done, result)
+
+    def _go_back(self, why: str) -> bool:
+        """Go on from the newest checkpoint without the batches since. Returns whether there is one; raises
+        NonFinite where the run has gone back as often as it may."""
+        rule, last = self.guard.train.spike, self.done
+        assert rule is not None
+        if self.guard.back >= rule.most:
+            raise NonFinite(
+                f"after step {last} {why}, and the run went back {self.guard.back} times (train.spike.most); "
+                "its checkpoints are kept. Lower train.lr, or resume with more batches left out (data.skip)"
+            )
+        path, state = load_newest(self.job, self.data.index, self.run_dir, own=True)
+        if state is None or path is None:
+            self.console.info(f"after step {last} {why}; there is no checkpoint to go back to")
+            self.guard.high = 0
+            return False
+        skips = self.feed.skips
+        since = Skips((Span(skips.before(state.step), skips.batch(last - 1)),))
+        self.feed.close()
+        left_out, again = state.drawn.left_out.with_more(since), self.guard.back + 1
+        self._begin(replace(state, drawn=replace(state.drawn, left_out=left_out)))
+        self.guard.back = again
+        self.console.went_back(state.step, last, why, since.written())
+        return True
+
+    def close(self) -> None:
+        """Stop what prepares steps."""
+        self.feed.close()
 
     def _final_evaluation(self) -> None:
         if self.eval_data is None:
@@ -265,7 +311,8 @@ class _Loop:
             self.console.lift_table(result, blind_guess(samples, self.eval_data.assembler.encoded))
 
     def _save(self) -> None:
-        checkpoint.save(self.job, self.feed.index, self.run_dir, self.done, self.feed.bad, self.feed.drawn)
+        feed, guard = self.feed, self.guard.saved()
+        checkpoint.save(self.job, feed.index, self.run_dir, self.done, feed.bad, feed.drawn, guard=guard)
         self.saved = self.done
 
 
@@ -274,8 +321,11 @@ def devices(job: Job) -> int:
     return len({r for layout in job.blueprint.layouts.values() for r in layout.ranks})
 
 
-def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMetrics:
-    """One step: data, forward and backward, update. step counts from 0; stop: this rank was asked to end."""
+def train_step(
+    job: Job, feed: Feed, step: int, *, stop: bool = False, guard: Guard | None = None
+) -> StepMetrics:
+    """One step: data, forward and backward, update. step counts from 0; stop: this rank was asked to end;
+    guard: of the run, None: a step that is not finite raises NonFinite."""
     cfg = job.blueprint.cfg
     prepared, waited = feed.next(step, cfg.train.steps)
     records: list[Record] = []
@@ -287,7 +337,7 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMe
         schedule = job.blueprint.schedule(prepared.plan.active)
         draw_measured(schedule, records, job.control, job.rank.rank, Path(cfg.run.dir), step + 1)
     lr = learning_rate(cfg.train, step)
-    update = finish_step(job, result, step, lr, stop=stop, notice=feed.notice(step + 1))
+    update = finish_step(job, result, step, lr, stop=stop, notice=feed.notice(step + 1), guard=guard)
     feed.hear(step + 1, update.notices)
     subsets = prepared.plan.subsets
     return StepMetrics(
@@ -311,6 +361,8 @@ def train_step(job: Job, feed: Feed, step: int, *, stop: bool = False) -> StepMe
         skipped_items=len(feed.bad),
         stop=update.stop,
         layers=update.layers,
+        batch=None if result.batch == step else result.batch + 1,
+        left_out=update.left_out,
     )
 
 

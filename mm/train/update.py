@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 
 from llm.model import LLM
+from llm.moe import MoE
 from mm.config.outline import SINK
 from mm.config.training import TrainConfig
 from mm.errors import NonFinite
 from mm.plan.subsets import Subset
 from mm.ranks.job import Job
 from mm.ranks.memory import peak_memory
+from mm.train.blame import Findings, origin
+from mm.train.guard import Guard
 from mm.train.metrics import BoundaryMetrics, LayerStatistics
 from mm.train.rank_report import EdgeReport, ModuleReport, Own, Report, Scalars
 from mm.train.statistics import layer_statistics
@@ -56,6 +59,7 @@ class Update:
     slowest rank, by module; optimizer_s: seconds of the gradients' sums and the update. objectives:
     unweighted, as LLM.take_objectives gives them. stop: some rank was asked to end. notices: what each rank
     says of the step to come, [world, n]. layers: statistics by module and place, where they were asked.
+    left_out: why nothing was updated, "" where it was; loss and norms are then not all finite.
     """
 
     losses: dict[Subset, float]
@@ -69,6 +73,7 @@ class Update:
     stop: bool
     notices: np.ndarray
     layers: dict[str, dict[str, LayerStatistics]]
+    left_out: str = ""
 
     @property
     def loss(self) -> float:
@@ -77,12 +82,21 @@ class Update:
 
 
 def finish_step(
-    job: Job, result: StepResult, step: int, lr: float, *, stop: bool = False, notice: Sequence[float] = ()
+    job: Job,
+    result: StepResult,
+    step: int,
+    lr: float,
+    *,
+    stop: bool = False,
+    notice: Sequence[float] = (),
+    guard: Guard | None = None,
 ) -> Update:
     """Agree on loss and gradient norm in one message, then clip and update.
 
     stop: this rank was asked to end; the run then ends on all ranks. notice: what it says of the next step.
-    Raises NonFinite on all ranks, before anything is updated, naming module and rank.
+    guard: says whether a step that is not finite is left out; None: it is not.
+    Raises NonFinite on all ranks, before anything is updated, naming the module and the rank that gave a
+    number that is not finite first.
     """
     start = time.perf_counter()
     squares: dict[str, Own] = dict.fromkeys(job.blueprint.modules, 0.0)
@@ -94,17 +108,15 @@ def finish_step(
     table = job.control.gather([*mine.numbers(), *notice])
     reports, notices = np.split(table, [table.shape[1] - len(notice)], axis=1)
     ranks = mine.read(reports)
-    _check_finite(ranks, step)
     total = {m: math.sqrt(x.squares.sum()) for m, x in ranks.modules.items()}
     norm = math.sqrt(sum(n * n for n in total.values()))
-    clip = job.blueprint.cfg.train.clip
-    factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
     start = time.perf_counter()
-    for optimizer in job.optimizers.values():
-        optimizer.scale(factor)
-        optimizer.step(lr)
-    refresh_held(job)
-    _update_expert_bias(job)
+    left_out = ""
+    if math.isfinite(norm + sum(float(shares.sum()) for shares in ranks.losses.values())):
+        _apply(job, norm, lr)
+    else:
+        left_out = _why(job, result, step, guard)
+        _discard(job)
     return Update(
         losses={name: float(shares.sum()) for name, shares in ranks.losses.items()},
         grad_norm=norm,
@@ -119,8 +131,27 @@ def finish_step(
         objectives={name: float(sums.sum()) for name, sums in ranks.objectives.items()},
         stop=bool(ranks.scalars.stop.any()),
         notices=notices,
-        layers=layer_statistics(job, ranks.layers),
+        layers={} if left_out else layer_statistics(job, ranks.layers),
+        left_out=left_out,
     )
+
+
+def _apply(job: Job, norm: float, lr: float) -> None:
+    clip = job.blueprint.cfg.train.clip
+    factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+    for optimizer in job.optimizers.values():
+        optimizer.scale(factor)
+        optimizer.step(lr)
+    refresh_held(job)
+    _update_expert_bias(job)
+
+
+def _discard(job: Job) -> None:
+    """Drop what the step has left, so that nothing of it enters a later one."""
+    for optimizer in job.optimizers.values():
+        optimizer.discard()
+    for layer in _moe_layers(job):
+        layer.load.zero_()
 
 
 def _report(
@@ -165,28 +196,38 @@ def _objectives(job: Job) -> dict[str, Own]:
     return out
 
 
-def _check_finite(ranks: Report[np.ndarray], step: int) -> None:
-    _refuse_infinite(np.sum([*ranks.losses.values()], axis=0), f"loss of module {SINK}", step)
-    for m, x in ranks.modules.items():
-        _refuse_infinite(x.squares, f"gradient of module {m}", step)
-
-
-def _refuse_infinite(values: np.ndarray, what: str, step: int) -> None:
-    """Raise NonFinite naming the ranks whose value [ranks] of `what` is not finite."""
-    bad = np.flatnonzero(~np.isfinite(values)).tolist()
-    if bad:
+def _why(job: Job, result: StepResult, step: int, guard: Guard | None) -> str:
+    """Why a step is left out, in words; every rank calls this. Raises NonFinite where it is not left out."""
+    assert result.trail is not None
+    found = [Findings.read(text) for text in job.control.tell(result.trail.findings(job).written())]
+    what = f"step {step + 1}: {origin(found)}"
+    damaged = any(one.weights for one in found)  # then every step is like this one
+    if not damaged and guard is not None and guard.leaves_out(step):
+        return what
+    said = "; nothing was updated"
+    if damaged:
         raise NonFinite(
-            f"step {step + 1}: the {what} is not finite on rank {', '.join(map(str, bad))}; nothing was "
-            "updated. Lower train.lr, or resume from the last checkpoint with another data order"
+            f"{what}{said}. A resume goes on from the newest checkpoint whose weights are finite; lower "
+            "train.lr, or leave out the batches that lead here (data.skip)"
         )
+    rule = job.blueprint.cfg.train
+    many = f", the last of more than train.max_nonfinite={rule.max_nonfinite} such steps of 1,000"
+    spent = many if rule.nonfinite == "skip" else ", or train.nonfinite=skip for all such steps"
+    raise NonFinite(
+        f"{what}{said}. Resume from the last checkpoint without this batch: data.skip=[{result.batch + 1}]"
+        f"{spent}; or lower train.lr"
+    )
+
+
+def _moe_layers(job: Job) -> list[MoE]:
+    parts = job.parts.get(SINK, {}).values()
+    return [layer for part in parts if isinstance(part, LLM) for layer in part.moe_layers()]
 
 
 def _update_expert_bias(job: Job) -> None:
     """Shift routing towards experts that got fewer tokens in this global batch."""
-    if SINK not in job.parts or job.blueprint.llm.freeze:
-        return
-    layers = [m for part in job.parts[SINK].values() if isinstance(part, LLM) for m in part.moe_layers()]
-    if layers:
+    layers = _moe_layers(job)
+    if layers and not job.blueprint.llm.freeze:
         load = torch.stack([m.load for m in layers])
         if job.meshes[SINK].stage is not None:
             dist.all_reduce(load, group=job.meshes[SINK].stage)

@@ -166,6 +166,10 @@ class ShardedOptimizer:
         """Update the parameters with learning rate `lr` and drop the gradients."""
         for rule in self.rules.values():
             rule.step(lr)
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the gradients."""
         for s in self.shards:
             s.param.grad = None
             s.local.grad = None

@@ -43,6 +43,8 @@ def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
     write_shard(tmp_path / "sensor-000000.tar", samples)
     ended = run_job(["train", str(sensor_config(tmp_path))], free_port())
     assert ended.code == 5 and "nothing was updated" in ended.err and "Traceback" not in ended.err
+    assert "an input of module sensor is not finite on rank 0 (micro-batch 0, sample" in ended.err
+    assert "data.skip=[1]" in ended.err
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 

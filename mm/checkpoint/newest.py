@@ -1,0 +1,32 @@
+"""A job filled from the newest checkpoint that can be trusted: whole, and with weights that are finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mm.checkpoint.finite import found_anywhere
+from mm.checkpoint.resume import find
+from mm.checkpoint.state import Resumed, load, state_tensors
+from mm.data.sample import Index
+from mm.ranks.job import Job
+
+
+def load_newest(
+    job: Job, index: Index, directory: Path, *, own: bool = False
+) -> tuple[Path | None, Resumed | None]:
+    """Fill the job from the checkpoint that it resumes from, of resume.find(); None where there is none.
+
+    A checkpoint whose weights or optimizer state are not finite would break every step after it. It is named,
+    and the next older one is taken. own: those of `directory`, whatever checkpoint.resume says. Every rank
+    calls this. Raises CheckpointError where all are damaged or not finite.
+    """
+    cfg, wrong = job.blueprint.cfg, dict[Path, str]()
+    if own:
+        cfg = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"resume": "auto"})})
+    while (path := find(cfg, directory, job.rank, wrong)) is not None:
+        state = load(job, index, path)
+        found = found_anywhere(job.control, state_tensors(job))
+        if not found:
+            return path, state
+        wrong[path] = f"{path} has weights or optimizer state that are not finite: {found}"
+    return None, None

@@ -1,0 +1,124 @@
+"""A number that is not finite is told as what it is, with the rank and module that gave it first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from encoders.module import EncoderModule
+from mm.errors import NonFinite
+from mm.ranks.job import Job
+from mm.train.trainer import train_step
+from parallel.sharding import whole
+from parallel.sharding.param import declared, local
+from tests.mm.harness import running, small
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "colocated": {},
+    "disjoint, pipeline": {
+        "vision": {"ranks": "0-1"},
+        "audio": {"ranks": "0-1"},
+        "llm": {"ranks": "2-3", "pp": 2},
+    },
+    "mixed, sharded": {
+        "vision": {"ranks": "1-2", "data_parallel": "zero3"},
+        "audio": {"ranks": [0]},
+        "llm": {"tp": 2, "data_parallel": "zero3"},
+    },
+}
+
+
+def part(job: Job, module: str) -> nn.Module:
+    return next(iter(job.parts[module].values()))
+
+
+def output(module: str, job: Job) -> None:
+    """The encoder's features are not finite."""
+
+    def hook(_: nn.Module, args: Any, out: Any) -> Any:
+        return out._replace(values=out.values * float("nan"))
+
+    encoder = part(job, module)
+    assert isinstance(encoder, EncoderModule)
+    encoder.encoder.register_forward_hook(hook)
+
+
+class _Bad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * float("inf")
+
+
+def gradient(module: str, job: Job) -> None:
+    """The gradient of what enters its first layer is not finite."""
+
+    def hook(_: nn.Module, args: Any) -> Any:
+        return (_Bad.apply(args[0]), *args[1:])
+
+    layers: Any = part(job, module).layers
+    next(iter(layers)).register_forward_pre_hook(hook)
+
+
+def weight(module: str, job: Job) -> None:
+    """A weight is not finite."""
+    whole.free(part(job, module))
+    held = (local(p.detach()) for _, p, _ in declared(part(job, module)))
+    next(value for value in held if value.numel()).view(-1)[0] = float("nan")
+
+
+def said(raw: dict[str, Any], kind: str, module: str, rank: int) -> str:
+    """What a run says whose second step is broken on one rank."""
+    with running(raw) as (job, feed):
+        train_step(job, feed, 0)
+        if job.rank.rank == rank:
+            {"output": output, "gradient": gradient, "weight": weight}[kind](module, job)
+        try:
+            train_step(job, feed, 1)
+        except NonFinite as error:
+            return str(error)
+    return "no error"
+
+
+CASES = [
+    (
+        "colocated",
+        "output",
+        "vision",
+        1,
+        "rows of module vision are not finite on rank 1 (micro-batch 0, sample",
+    ),
+    ("colocated", "weight", "llm", 2, " of module llm is not finite on rank 2: it was so before"),
+    ("disjoint, pipeline", "output", "vision", 1, "rows of module vision are not finite on rank 1 (micro-"),
+    ("disjoint, pipeline", "output", "audio", 0, "rows of module audio are not finite on rank 0 (micro-"),
+    ("disjoint, pipeline", "gradient", "llm", 3, "that module llm gave is not finite on rank 3 (stage 1"),
+    (
+        "mixed, sharded",
+        "output",
+        "vision",
+        2,
+        "rows of module vision are not finite on rank 2 (micro-batch 0",
+    ),
+    ("mixed, sharded", "weight", "vision", 2, " of module vision is not finite on rank 2: it was so before"),
+    (
+        "mixed, sharded",
+        "gradient",
+        "audio",
+        0,
+        " of module audio and of 3 more is not finite on rank 0, summed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "kind", "module", "rank", "told"), CASES)
+def test_the_first_is_named(ranks: Any, layout: str, kind: str, module: str, rank: int, told: str) -> None:
+    raw = small(layout=LAYOUTS[layout], schedule={"microbatches": 2})
+    found = ranks(4, said, raw, kind, module, rank, timeout=100)
+    assert told in found[0] and found[0].startswith("step 2: ") and "nothing was updated" in found[0]
+    assert found == [found[0]] * 4
