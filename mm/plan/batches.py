@@ -17,6 +17,7 @@ import numpy as np
 
 from mm.config.schema import Config
 from mm.data.sample import Index
+from mm.errors import DataError
 from mm.order.packing import pack, window_key
 from mm.order.skips import NONE, Skips
 from mm.order.stream import Stream
@@ -37,7 +38,18 @@ class Cursor(NamedTuple):
     sequence: int
 
 
+class _Ahead(NamedTuple):
+    """The samples of steps first .. stop - 1, looked up together. bad, lookup: what they depend on too."""
+
+    first: int
+    stop: int
+    bad: frozenset[int]
+    lookup: Lookup
+    table: SampleTable
+
+
 START = Cursor(0, 0)
+AHEAD = 1024  # samples that who plans step after step may look up at once
 KEPT = 1000  # steps behind the last whose beginning is remembered: a few of them are planned again
 
 
@@ -54,14 +66,17 @@ class Windows(NamedTuple):
 class Batches:
     """The batches of a run. size: samples, or packed sequences, a step. windows: None where samples are taken
     by number. skips: batches that are left out. cursors: where steps begin, before what is left out there, as
-    far as is known and remembered."""
+    far as is known and remembered. ahead: samples by number that plan() looks up at once, of this step and the
+    next ones; plans do not depend on it."""
 
     stream: Stream
     size: int
     windows: Windows | None = None
     skips: Skips = NONE
     cursors: dict[int, Cursor] = field(default_factory=lambda: {0: START}, compare=False)
+    ahead: int = 1
     _packed: dict[int, tuple[Column, Column]] = field(default_factory=dict, compare=False, repr=False)
+    _found: list[_Ahead] = field(default_factory=list, compare=False, repr=False)  # the last one
 
     @staticmethod
     def of(
@@ -98,12 +113,32 @@ class Batches:
         packed depends on no other ids than those that the config leaves out. Raises DataError as ids() does.
         """
         if self.windows is None:
-            return plan_table(step, lookup(self.ids(step, bad)), inputs)
+            return plan_table(step, self._table(step, lookup, frozenset(bad)), inputs)
         ids, sequence = self.sequences(step, lookup)
         good = ~np.isin(ids, _ascending(frozenset(bad)))
         packed = Packed(sequence[good], self.size, self.windows.capacity)
         made = plan_table(step, lookup(ids[good]), inputs, packed)
         return replace(made, ends=self.cursors[step + 1])
+
+    def _table(self, step: int, lookup: Lookup, bad: frozenset[int]) -> SampleTable:
+        """The samples of a step that are taken by number. A thousand take little longer to shuffle and to
+        look up than a few, so those of the next steps come with them."""
+        found = next((f for f in self._found if f.first <= step < f.stop), None)
+        if found is None or (found.bad, found.lookup) != (bad, lookup):
+            end = self.stream.blend.end
+            taken = np.array([self.skips.batch(s) for s in range(step, step + self.ahead // self.size)])
+            taken = taken if end is None else taken[taken < end // self.size]
+            stop = step + len(taken)
+            if stop <= step + 1:
+                return lookup(self.ids(step, bad))
+            positions = (taken[:, None] * self.size + np.arange(self.size)).ravel()
+            try:
+                found = _Ahead(step, stop, bad, lookup, lookup(self._ids(positions, _ascending(bad))))
+            except DataError:
+                return lookup(self.ids(step, bad))  # a later step may be at fault
+            self._found[:] = [found]
+        first = (step - found.first) * self.size
+        return found.table.take(np.arange(first, first + self.size))
 
     def sequences(self, step: int, lookup: Lookup) -> tuple[Column, Column]:
         """The samples of a step in packed sequences, and by sample the number of its sequence in the step."""

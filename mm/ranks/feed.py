@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from mm.data.reader import BadSample
 from mm.data.sample import Index, Sample
 from mm.errors import DataError
-from mm.plan.batches import Batches
+from mm.plan.batches import AHEAD, Batches
 from mm.plan.drawn import NOTHING, Drawn
 from mm.plan.schedules import Schedules
 from mm.plan.step_plan import StepPlan, plan_step
@@ -186,11 +186,14 @@ class Feed:
 
     def _start_planner(self) -> Planner:
         """The planner is forked here, by the thread that trains and before there is another."""
-        assembler, options, schedules = self._assembler, self._options, self._schedules
-        table = DataTable.of(self.index, assembler.inputs)
+        assembler, schedules = self._assembler, self._schedules
+        table, batches = (
+            DataTable.of(self.index, assembler.inputs),
+            replace(self._options.batches, ahead=AHEAD),
+        )
 
         def plan(step: int, known_bad: frozenset[int]) -> Planned:
-            made = options.batches.plan(step, table.take, assembler.inputs, known_bad)
+            made = batches.plan(step, table.take, assembler.inputs, known_bad)
             schedule = None if schedules is None else schedules.new(made.active)
             return Planned(made, assembler.boundary(made), schedule)
 
@@ -200,7 +203,7 @@ class Feed:
         """In the feed thread. Workers get the tasks of the step after before this one is put together: they
         need not wait for that."""
         assert self._workers is not None
-        for s in [s for s, begun in self._begun.items() if begun.known_bad != known_bad or s < step]:
+        for s in [s for s, begun in self._begun.items() if begun.known_bad is not known_bad or s < step]:
             self._workers.forget(self._begun.pop(s).ticket)
         for s in range(step, min(step + 1 + bool(self._options.workers), stop)):
             if s not in self._begun:

@@ -63,6 +63,7 @@ class Planner:
     def __init__(self, plan: PlanStep, table: SampleTable | DataTable, inputs: PlanInputs, rank: int) -> None:
         self._table, self._inputs, self._rank = table, inputs, rank
         self._pipe, theirs = Pipe()
+        self._told: frozenset[int] | None = None  # the bad samples that the process knows
         self.asked: tuple[int, frozenset[int]] | None = None  # what it is to answer
         parent = os.getpid()
         self.pid = os.fork()
@@ -84,9 +85,11 @@ class Planner:
         PolyrankError as answer() does."""
         assert self.asked is None, "the answer before has not been taken"
         try:
-            self._pipe.send((step, known_bad))
+            # They may be many and seldom change, so they are sent once.
+            self._pipe.send((step, None if known_bad is self._told else known_bad))
         except OSError as error:
             raise PolyrankError(f"step {step + 1}: {self._ended()}") from error
+        self._told = known_bad
         self.asked = step, known_bad
 
     def answer(self) -> Planned:
@@ -136,10 +139,13 @@ def _serve(pipe: Connection, plan: PlanStep, parent: int) -> None:
     for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
     gc.freeze()  # a collection would write to, and so copy, what is shared
+    bad = frozenset[int]()
     while os.getppid() == parent:
         try:
             if pipe.poll(POLL_S):
-                pipe.send(_answer(plan, *pipe.recv()))
+                step, now_bad = pipe.recv()
+                bad = bad if now_bad is None else now_bad
+                pipe.send(_answer(plan, step, bad))
         except (EOFError, OSError):
             return
 

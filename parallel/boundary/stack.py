@@ -31,6 +31,7 @@ from parallel.boundary.sides import (
     read_runs,
     shared_rows,
 )
+from parallel.boundary.still import Reads, beside, still_plans, whole_positions, whole_streams
 from parallel.sequence.intervals import Column, before, repeat_groups, sums
 from parallel.sequence.stream import Order
 from parallel.topology.layout import Layout
@@ -159,6 +160,9 @@ def plan_stack(
     O(n log n) time in what this rank and those that it exchanges rows with hold and want; O(items + ranks)
     in a few columns, and O(n log n) in all items whose rows are read several times.
     """
+    if _still(stack):
+        reads = rank in stack.dest.stage_ranks(stack.stage)
+        return still_plans(name, rank, _reads(stack, stack.dest.coord(rank).dp if reads else -1), row_shape)
     places = _Places.of(stack, rank, node_size)
     source, dest = own_maps(stack, rank, node_size)
     base = np.arange(stack.batches) * places.stride
@@ -186,6 +190,8 @@ def own_maps(stack: Stack, rank: int, node_size: int | None = None) -> tuple[Row
 def stack_positions(stack: Stack, rank: int) -> tuple[Column, ...]:
     """row_positions() of `rank`, which is one of the language model's, in each micro-batch."""
     at, parts = stack.dest.coord(rank), stack.dest.token_shards
+    if whole_streams(stack.dest):
+        return whole_positions(_reads(stack, at.dp))
     own = np.arange(stack.batches) * stack.dest.dp + at.dp
     items = stack.items.take(np.flatnonzero(stack.items.dest_dp == at.dp))
     length = stack.tokens.reshape(-1)[own]
@@ -198,6 +204,20 @@ def stack_positions(stack: Stack, rank: int) -> tuple[Column, ...]:
     token = repeat_groups(runs.token[mine], runs.length[mine])[1]
     ends = np.cumsum(np.bincount(batch[mine], runs.length[mine], stack.batches).astype(np.int64))
     return tuple(np.split(token, ends[:-1]))
+
+
+def _still(stack: Stack) -> bool:
+    """Whether every item is computed by the very ranks that read it, which do not split its rows."""
+    partner, c = beside(stack.source, stack.dest, stack.stage), stack.items
+    near = partner is not None and ((partner[c.dest_dp] == c.source_dp) | (c.rows == 0)).all()
+    return bool(near) and c.first is None
+
+
+def _reads(stack: Stack, dp: int) -> Reads:
+    """The items that have rows and that a dp rank reads; none for -1."""
+    items = stack.items
+    own = np.flatnonzero((items.dest_dp == dp) & (items.rows > 0))
+    return Reads(items.batch[own], items.rows[own], items.position[own], stack.batches)
 
 
 class _Places(NamedTuple):

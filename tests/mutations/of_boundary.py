@@ -68,6 +68,22 @@ BOUNDARY = (
         "tests/parallel/boundary/test_stack.py::test_so_they_are_where_items_are_read_several_times",
     ),
     Fault(
+        "still.elsewhere",
+        "a plan holds that no row moves where any item is computed by its reader",
+        "parallel/boundary/stack.py",
+        "| (c.rows == 0)).all()",
+        "| (c.rows == 0)).any()",
+        "tests/parallel/boundary/test_still.py",
+    ),
+    Fault(
+        "still.order",
+        "rows that stay are read in the order of items, not of tokens",
+        "parallel/boundary/still.py",
+        "dest[turn] = before(rows[turn])",
+        "dest[:] = before(rows)",
+        "tests/parallel/boundary/test_still.py",
+    ),
+    Fault(
         "stack.layers",
         "a micro-batch has as many backward transfers as another",
         "parallel/boundary/stack.py",

@@ -54,6 +54,14 @@ FEEDING = (
         "tests/mm/ranks/test_skipped.py::test_the_size_of_a_batch_does_not_change_when_a_run_ends",
     ),
     Fault(
+        "planner.bad",
+        "the process that plans is told of bad samples once",
+        "mm/ranks/planner.py",
+        "bad = bad if now_bad is None else now_bad",
+        "bad = bad or now_bad",
+        "tests/mm/ranks/test_planner.py::test_the_process_knows_which_samples_are_bad",
+    ),
+    Fault(
         "reads.stages",
         "later stages of an encoder read pictures that they do not use",
         "mm/ranks/batch.py",

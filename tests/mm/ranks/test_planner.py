@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -50,6 +51,17 @@ def test_the_process_plans_what_its_rank_would() -> None:
     pid = one.pid
     one.close()
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_the_process_knows_which_samples_are_bad() -> None:
+    def says(step: int, bad: frozenset[int]) -> Planned:
+        raise DataError(f"{step}: {sorted(bad)}")
+
+    one, some, others = failing(says), frozenset({1, 2}), frozenset({3})
+    for step, bad in enumerate([some, some, others, some, BAD, BAD, frozenset({1, 2})]):
+        with pytest.raises(DataError, match=re.escape(f"{step}: {sorted(bad)}")):
+            one.plan(step, bad)
+    one.close()
 
 
 def test_a_failure_is_named() -> None:
