@@ -9,7 +9,8 @@ import numpy as np
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.step_plan import StepPlan
-from mm.predict.count.rank import count_rank
+from mm.predict.count.memory import walk
+from mm.predict.count.rank_plan import RankPlan
 from mm.predict.hardware import Hardware
 from mm.predict.work import Counts
 from parallel.schedule import SchedulePlan
@@ -62,7 +63,7 @@ def of_fullest(
             break
         del left[rank]
         own = busiest(blueprint, plan, counts, schedule.ranks_of[schedule.program_of[rank]])
-        found[own] = {**count_rank(blueprint, plan, own).kinds, "reserved": hardware.memory.reserved}
+        found[own] = {**walk(RankPlan(blueprint, plan, own)).kinds, "reserved": hardware.memory.reserved}
     return {**found, **left}
 
 

@@ -11,6 +11,7 @@ from mm.data.sample import Index
 from mm.errors import Refused
 from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint, draw_up
+from mm.plan.known import Known
 from mm.plan.step_plan import StepPlan
 from mm.plan.table import SampleTable
 from mm.predict.hardware import Hardware
@@ -60,6 +61,7 @@ class Predictor:
     _index: Index | None = None
     _table: SampleTable | None = None
     _plans: dict[object, StepPlan] = field(default_factory=dict)
+    _known: Known = field(default_factory=Known)
 
     def judge(self, candidate: Candidate) -> Judged:
         """What a candidate takes; what cannot be so is said in words."""
@@ -77,7 +79,7 @@ class Predictor:
 
     def blueprint(self, cfg: Config) -> Blueprint:
         """The blueprint of a config. Raises Refused."""
-        return draw_up(cfg, self.world)
+        return draw_up(cfg, self.world, self._known)
 
     def plan(self, blueprint: Blueprint, candidate: Candidate | None) -> StepPlan:
         """The plan of the first step."""

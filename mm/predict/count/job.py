@@ -151,11 +151,10 @@ def _entering(blueprint: Blueprint, plan: StepPlan, k: int, edge: Edge, rank: in
 def _moved(
     blueprint: Blueprint, module: str, stages: Sequence[int], actions: Sequence[Action]
 ) -> dict[tuple[str, int, Kind], tuple[Message, ...]]:
-    layout, shards = blueprint.layouts[module], blueprint.shards(module)
     holding, stored = POLICIES[blueprint.policies[module]], blueprint.stored_dtype.itemsize
     out = {}
     for s in stages:
-        units = owned(blueprint.weights(module, s), module, layout, shards)
+        units = owned(blueprint, module, s)
         own = [a for a in actions if a.stage == s]
         out[module, s, Kind.GATHER] = gather_messages(units, module, holding, own)
         out[module, s, Kind.GRAD_SYNC] = sum_messages(units, module, holding, own, stored)
@@ -169,9 +168,8 @@ def _held(
     actions: Sequence[Action],
     found: Sequence[Piece],
 ) -> Held:
-    layout, shards = blueprint.layouts[module], blueprint.shards(module)
     stored = blueprint.stored_dtype.itemsize
-    units = {s: owned(blueprint.weights(module, s), module, layout, shards) for s in stages}
+    units = {s: owned(blueprint, module, s) for s in stages}
     flat = [o.unit for own in units.values() for o in own]
     parameters = sum(u.shard.every for u in flat) * stored
     optimizer = sum(u.state for u in flat)
@@ -193,9 +191,8 @@ def _beyond(part: Piece, learns: bool) -> float:
 def _update(blueprint: Blueprint, module: str, stage: int) -> Work:
     """The update of a stage's weights: each element of weights, gradients and state is read, all but
     gradients are written."""
-    layout, shards = blueprint.layouts[module], blueprint.shards(module)
     stored = blueprint.stored_dtype.itemsize
-    units = [o.unit for o in owned(blueprint.weights(module, stage), module, layout, shards)]
+    units = [o.unit for o in owned(blueprint, module, stage)]
     size = sum(3 * u.shard.trained * stored + 2 * u.state for u in units)
     return Work((Kernel("memory", (), "", 0.0, float(size)),)) if size else Work()
 

@@ -152,9 +152,8 @@ class RankPlan:
         """By module and stage here, what FSDP gathers at once."""
         out = {}
         for m in self.modules:
-            layout, shards = self.blueprint.layouts[m], self.blueprint.shards(m)
             for s in self.stages(m):
-                out[m, s] = owned(self.blueprint.weights(m, s), m, layout, shards)
+                out[m, s] = owned(self.blueprint, m, s)
         return out
 
     def over_data(self) -> list[Message]:
