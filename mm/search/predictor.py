@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mm.config.advice import with_changes
@@ -85,10 +85,11 @@ class Predictor:
         """The plan of the first step."""
         key: Any = None
         if candidate is not None:
-            places = tuple((m, c.block, c.degrees) for m, c in candidate.choices)
+            # What is dealt depends on no experts' degrees, and on stages only by the ranks that share data.
+            places = tuple((m, c.block, c.degrees._replace(vpp=1, ep=1, etp=1)) for m, c in candidate.choices)
             key = places, candidate.microbatches
         if key is not None and key in self._plans:
-            return self._plans[key]
+            return replace(self._plans[key], inputs=blueprint.inputs)
         if self._index is None:
             data = virtual_data(blueprint)
             self._index, self.note = data.index, data.note
