@@ -6,7 +6,7 @@ encoders, which are torch modules, checks them too and returns the blueprint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ from mm.config.advice import advise
 from mm.config.build import build
 from mm.config.data import storage_of
 from mm.config.nodes import node_size
-from mm.config.outline import SINK, frozen_modules, given_policy, schedule_of, with_policy
+from mm.config.outline import SINK, frozen_modules, given_policy, with_policy
 from mm.config.schema import Config
 from mm.config.training import recomputed
 from mm.data.storage import Storage
 from mm.errors import Refused
+from mm.plan.known import Known
 from mm.plan.levels import check_levels
 from mm.plan.projectors import check_projector, projector_kind, resampling
 from mm.plan.schedules import Schedules
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     import encoders
     from mm.plan.inputs import EncoderUse, PlanInputs
     from mm.plan.step_plan import Edge
-    from mm.plan.weights import Weight
+    from mm.plan.weights import Unit, Weight
     from parallel.sequence.stream import Order
 
 
@@ -56,10 +57,7 @@ class Blueprint:
     layouts: Mapping[str, Layout]  # by module
     stages: Mapping[str, tuple[Stage, ...]]  # by module, the layers of each of its pp * vpp pipeline stages
     inputs: PlanInputs  # its encoders are in the config's order, which is the order of their actions
-    # By module and stage.
-    _weights: dict[tuple[str, int], list[list[Weight]]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    known: Known = field(default_factory=Known, compare=False, repr=False)  # what other blueprints share
 
     @cached_property
     def storage(self) -> Storage:
@@ -175,14 +173,26 @@ class Blueprint:
         from mm.plan.recipe import update_rule
         from mm.plan.weights import Items, stage_weights
 
-        key = module, stage
-        if key not in self._weights:
+        def make() -> list[list[Weight]]:
             made = bare_module(self, module, Axes(), self.stages[module][stage])
             train, sizes = self.cfg.train, (self.dtype.itemsize, self.stored_dtype.itemsize)
             items = Items(*sizes, update_rule(train), averaged=train.average is not None)
-            by_layer = train.shard == "layer"
-            self._weights[key] = stage_weights(made, self.layouts[module], items, by_layer=by_layer)
-        return self._weights[key]
+            return stage_weights(made, self.layouts[module], items, by_layer=train.shard == "layer")
+
+        return self.known.get(("weights", self._part(module, stage)), make)
+
+    def units(self, module: str, stage: int) -> list[Unit]:
+        """The same as a rank holds them under the module's policy."""
+        from mm.plan.weights import units_of
+
+        layout, shards = self.layouts[module], self.shards(module)
+        key = "units", self._part(module, stage), layout.dp * layout.cp, layout.edp, shards
+        return self.known.get(key, lambda: units_of(self.weights(module, stage), layout, shards))
+
+    def _part(self, module: str, stage: int) -> Hashable:
+        """All that a rank's part of the weights of a stage follows from."""
+        layout = self.layouts[module]
+        return module, self.stages[module][stage], layout.tp, layout.ep, layout.etp
 
     @cached_property
     def uses(self) -> Mapping[str, ModuleUse]:
@@ -210,7 +220,7 @@ class Blueprint:
     @cached_property
     def schedules(self) -> Schedules:
         """The schedules that have been made."""
-        return Schedules(lambda active, train: schedule_of(self.cfg, self.uses, active, train=train))
+        return Schedules(lambda active, train: self.known.schedule(self.cfg, self.uses, active, train=train))
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -220,13 +230,14 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def draw_up(cfg: Config, world: int) -> Blueprint:
+def draw_up(cfg: Config, world: int, known: Known | None = None) -> Blueprint:
     """Check a config on `world` ranks, encoders included, and return its blueprint.
 
+    known: of a blueprint that differs in layout, schedule and recomputation alone; what is found is added.
     Raises Refused, with the nearest changes that work.
     """
     try:
-        return _unadvised(cfg, world)
+        return _unadvised(cfg, world, known)
     except Unfit as error:
         raise Refused(advise(cfg, error, world, lambda changed: _unadvised(changed, world))) from error
     except ValueError as error:
@@ -250,7 +261,7 @@ def check_outline(cfg: Config, world: int, report: Callable[[str], object] = lam
         raise Refused(str(error)) from error
 
 
-def _unadvised(cfg: Config, world: int) -> Blueprint:
+def _unadvised(cfg: Config, world: int, known: Known | None = None) -> Blueprint:
     """The blueprint of a config; raises Unfit, ValueError or Refused without advice."""
     from encoders.media.limits import Limits
     from encoders.module import encoder_stages
@@ -283,7 +294,7 @@ def _unadvised(cfg: Config, world: int) -> Blueprint:
         passes=_passes(cfg, llm),
         axes=llm.rope_axes is not None,
     )
-    blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs)
+    blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs, known or Known())
     for m in blueprint.modules:
         blueprint.shards(m)  # raises where nodes do not allow it
     _check_adapters(blueprint)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from parallel.schedule import SchedulePlan
 from parallel.schedule.checker.check import check
 
+CHECKED = "checked"  # in the memo of a plan that has been
 Pattern = tuple[frozenset[str], ...]  # by micro-batch, the encoders that have items in it on any rank
 
 
@@ -30,7 +31,9 @@ class Schedules:
         plan = self._known.pop((pattern, train), None)
         if plan is None:
             plan = self._make(pattern, train)
-            check(plan)
+            if CHECKED not in plan.memo:
+                check(plan)
+                plan.memo[CHECKED] = True
         self.add(plan)
         return plan
 

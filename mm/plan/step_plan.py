@@ -8,10 +8,10 @@ step. Micro-batches are views of them, and what only some ranks or tools need is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,6 @@ from parallel.boundary import (
     sharing,
     source_side,
 )
-from parallel.sequence.dealing import loads
 from parallel.sequence.intervals import Column, before, sums
 
 
@@ -78,7 +77,7 @@ class StepPlan:
     end, its first line, [microbatches + 1]. seats: by line, where the sample goes. start: by line, the
     sample's first token in the packed sequence. filled: tokens of each packed sequence without padding, and
     tokens: with it, [microbatches, dp]. items: by encoder. ends: the cursor behind it (mm/plan/batches.py),
-    where samples are packed.
+    where samples are packed. memo: by name, what is worked out from the plan once.
     """
 
     step: int
@@ -92,6 +91,7 @@ class StepPlan:
     padded: Column
     items: Mapping[str, EdgeItems]
     ends: tuple[int, int] | None = None
+    memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def microbatches(self) -> tuple[Microbatch, ...]:
@@ -357,7 +357,7 @@ def plan_table(step: int, batch: SampleTable, inputs: PlanInputs, packed: Packed
     """
     n, dp = inputs.microbatches, inputs.llm.dp
     cost = inputs.llm_cost.of(batch.length, batch.supervised)
-    others = [_by_sample(items.cost, items.of) for items in batch.items.values()]
+    others = [items.cost_by_sample for items in batch.items.values()]
     if packed is None:
         dealt = deal_samples(cost, batch.length, others, n, dp)
     else:
@@ -386,11 +386,6 @@ def plan_table(step: int, batch: SampleTable, inputs: PlanInputs, packed: Packed
         padded=(np.maximum(1, -(-filled // unit)) * unit).reshape(n, dp),
         items={module: edge_items(module, table, seats, start, inputs, work) for module in inputs.encoders},
     )
-
-
-def _by_sample(cost: Costs, of: Column) -> Costs:
-    """Sums of the costs of each sample's items."""
-    return loads(cost, np.repeat(np.arange(len(of)), of), len(of))
 
 
 def _fingerprint(*columns: Column) -> int:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mm.data.sample import Index, Part, Sample
 from mm.plan.fitted import Fitted
 from mm.plan.inputs import PlanInputs, mtp_supervised_tokens, sample_length, supervised_tokens
+from parallel.sequence.dealing import loads
 from parallel.sequence.intervals import Column, before, repeat_groups
 
 Costs = NDArray[np.float64]  # [n]
@@ -41,6 +42,11 @@ class Items:
     def first(self) -> Column:
         """By sample, the index of its first item."""
         return before(self.of)
+
+    @cached_property
+    def cost_by_sample(self) -> Costs:
+        """Sums of the costs of each sample's items."""
+        return loads(self.cost, np.repeat(np.arange(len(self.of)), self.of), len(self.of))
 
     def take(self, which: Column) -> Items:
         """The items of the samples with these indices, in this order."""

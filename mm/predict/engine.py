@@ -336,7 +336,7 @@ def _states(
     """Of a stage's weights: gathers and sums over data ranks, what a rank holds of them, their update."""
     layout, held = blueprint.layouts[module], engine.held
     shards = max(1, layout.dp * layout.cp)
-    units = [o.unit for o in owned(blueprint.weights(module, s), module, layout, blueprint.shards(module))]
+    units = [o.unit for o in owned(blueprint, module, s)]
     count = float(sum(u.whole.every for u in units))
     group = Group("module", module, "data")
     gather = (Message("all_gather", group, count * held.weights),) if shards > 1 else ()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.step_plan import StepPlan
-from mm.predict.count.rank import count_rank
+from mm.predict.count.memory import walk
+from mm.predict.count.pieces import Piece
+from mm.predict.count.rank_plan import RankPlan
 from mm.predict.hardware import Hardware
 from mm.predict.work import Counts
 from parallel.schedule import SchedulePlan
@@ -54,6 +56,7 @@ def of_fullest(
     One of them after the other is counted until one that is counted holds most; each takes about 0.3 s.
     """
     schedule = blueprint.schedule(plan.active)
+    pieces: dict[Hashable, Piece] = {}
     left = dict(by_program(schedule, counts, hardware))
     found: dict[int, Kinds] = {}
     while left:
@@ -62,7 +65,10 @@ def of_fullest(
             break
         del left[rank]
         own = busiest(blueprint, plan, counts, schedule.ranks_of[schedule.program_of[rank]])
-        found[own] = {**count_rank(blueprint, plan, own).kinds, "reserved": hardware.memory.reserved}
+        found[own] = {
+            **walk(RankPlan(blueprint, plan, own, pieces)).kinds,
+            "reserved": hardware.memory.reserved,
+        }
     return {**found, **left}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mm.config.advice import with_changes
@@ -11,6 +11,7 @@ from mm.data.sample import Index
 from mm.errors import Refused
 from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint, draw_up
+from mm.plan.known import Known
 from mm.plan.step_plan import StepPlan
 from mm.plan.table import SampleTable
 from mm.predict.hardware import Hardware
@@ -60,6 +61,7 @@ class Predictor:
     _index: Index | None = None
     _table: SampleTable | None = None
     _plans: dict[object, StepPlan] = field(default_factory=dict)
+    _known: Known = field(default_factory=Known)
 
     def judge(self, candidate: Candidate) -> Judged:
         """What a candidate takes; what cannot be so is said in words."""
@@ -77,16 +79,17 @@ class Predictor:
 
     def blueprint(self, cfg: Config) -> Blueprint:
         """The blueprint of a config. Raises Refused."""
-        return draw_up(cfg, self.world)
+        return draw_up(cfg, self.world, self._known)
 
     def plan(self, blueprint: Blueprint, candidate: Candidate | None) -> StepPlan:
         """The plan of the first step."""
         key: Any = None
         if candidate is not None:
-            places = tuple((m, c.block, c.degrees) for m, c in candidate.choices)
+            # What is dealt depends on no experts' degrees, and on stages only by the ranks that share data.
+            places = tuple((m, c.block, c.degrees._replace(vpp=1, ep=1, etp=1)) for m, c in candidate.choices)
             key = places, candidate.microbatches
         if key is not None and key in self._plans:
-            return self._plans[key]
+            return replace(self._plans[key], inputs=blueprint.inputs)
         if self._index is None:
             data = virtual_data(blueprint)
             self._index, self.note = data.index, data.note

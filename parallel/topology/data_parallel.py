@@ -103,8 +103,8 @@ def shards_of(layout: Layout, policy: Policy, node_size: int | None) -> Shards:
 def shards_within(groups: Sequence[Sequence[int]], node_size: int) -> int:
     """The largest divisor of the groups' size whose runs of so many ranks are each inside one node."""
     n = len(groups[0])
-    for size in range(n, 1, -1):
-        runs = [group[k : k + size] for group in groups for k in range(0, n, size)]
-        if n % size == 0 and all(len({r // node_size for r in run}) == 1 for run in runs):
+    for size in (k for k in range(min(n, node_size), 1, -1) if n % k == 0):
+        runs = (group[k : k + size] for group in groups for k in range(0, n, size))
+        if all(len({r // node_size for r in run}) == 1 for run in runs):
             return size
     return 1

@@ -14,7 +14,7 @@ from mm.plan.data_parallel import cost
 from mm.plan.projectors import projector_kind
 from mm.plan.step_plan import Edge, StepPlan
 from mm.plan.trained import trained_below
-from mm.predict.count.load import item_load, token_load
+from mm.predict.count.load import item_load, rows_entering, token_load
 from mm.predict.count.pieces import How, Piece, chain
 from mm.predict.count.sizes import Degrees
 from mm.predict.count.stage import Frozen, Outer, encoder_stage, llm_stage
@@ -112,50 +112,43 @@ def stages_of(
     blueprint: Blueprint, plan: StepPlan, module: str, k: int, at: Coord, *, halves: bool = False
 ) -> tuple[Piece, ...]:
     """The stages of a module in micro-batch k on the rank at a place, whatever its pipeline rank."""
-    mb, stages, layout = plan.microbatches[k], blueprint.stages[module], blueprint.layouts[module]
+    every = range(len(blueprint.stages[module]))
+    return tuple(stage_of(blueprint, plan, (module, s), k, at, halves=halves) for s in every)
+
+
+def stage_of(
+    blueprint: Blueprint, plan: StepPlan, part: tuple[str, int], k: int, at: Coord, *, halves: bool = False
+) -> Piece:
+    """A stage of a module in micro-batch k on the rank at a place. part: (module, stage)."""
+    (module, s), mb = part, plan.microbatches[k]
+    layout, stage = blueprint.layouts[module], blueprint.stages[module][s]
     degrees = Degrees.of(module, layout, at.tp, at.cp)
     how = how_of(blueprint, module, halves=halves)
     if module == SINK:
         load = token_load(mb, at, blueprint.llm, blueprint.dtype.itemsize)
-        entering = {
-            s: tuple(
-                _entering(
-                    blueprint, plan, k, e, layout.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=s % layout.pp)
-                )
-                for e in blueprint.edges
-                if e.stage == s and mb.edges[e.source].count
-            )
-            for s in range(len(stages))
-        }
-        return tuple(
-            llm_stage(blueprint.llm, stage, degrees, load, how, entering[s]) for s, stage in enumerate(stages)
+        entering = tuple(
+            rows_entering(mb, e.source, layout, at)
+            for e in blueprint.edges
+            if e.stage == s and mb.edges[e.source].count
         )
+        return llm_stage(blueprint.llm, stage, degrees, load, how, entering)
     use, enc = blueprint.inputs.encoders[module], blueprint.cfg.model[module]
     items = item_load(mb, module, use, at)
     if items is None:
-        return tuple(chain([]) for _ in stages)
+        return chain([])
     frozen = Frozen(enc.freeze_layers, enc.freeze in ("encoder", "all"), enc.freeze in ("projector", "all"))
     outer = Outer(enc.projector.hidden, blueprint.llm.d_model, projector_kind(enc.projector))
-    below = [s > 0 and trained_below(blueprint, module, s) for s in range(len(stages))]
-    return tuple(
-        encoder_stage(use, stage, degrees, items, how._replace(below=b), frozen=frozen, outer=outer)
-        for stage, b in zip(stages, below, strict=True)
-    )
-
-
-def _entering(blueprint: Blueprint, plan: StepPlan, k: int, edge: Edge, rank: int) -> int:
-    """Rows of an edge that enter on a rank of the language model."""
-    return len(plan.microbatches[k].edges[edge.source].row_positions(rank))
+    how = how._replace(below=s > 0 and trained_below(blueprint, module, s))
+    return encoder_stage(use, stage, degrees, items, how, frozen=frozen, outer=outer)
 
 
 def _moved(
     blueprint: Blueprint, module: str, stages: Sequence[int], actions: Sequence[Action]
 ) -> dict[tuple[str, int, Kind], tuple[Message, ...]]:
-    layout, shards = blueprint.layouts[module], blueprint.shards(module)
     holding, stored = POLICIES[blueprint.policies[module]], blueprint.stored_dtype.itemsize
     out = {}
     for s in stages:
-        units = owned(blueprint.weights(module, s), module, layout, shards)
+        units = owned(blueprint, module, s)
         own = [a for a in actions if a.stage == s]
         out[module, s, Kind.GATHER] = gather_messages(units, module, holding, own)
         out[module, s, Kind.GRAD_SYNC] = sum_messages(units, module, holding, own, stored)
@@ -169,9 +162,8 @@ def _held(
     actions: Sequence[Action],
     found: Sequence[Piece],
 ) -> Held:
-    layout, shards = blueprint.layouts[module], blueprint.shards(module)
     stored = blueprint.stored_dtype.itemsize
-    units = {s: owned(blueprint.weights(module, s), module, layout, shards) for s in stages}
+    units = {s: owned(blueprint, module, s) for s in stages}
     flat = [o.unit for own in units.values() for o in own]
     parameters = sum(u.shard.every for u in flat) * stored
     optimizer = sum(u.state for u in flat)
@@ -193,9 +185,8 @@ def _beyond(part: Piece, learns: bool) -> float:
 def _update(blueprint: Blueprint, module: str, stage: int) -> Work:
     """The update of a stage's weights: each element of weights, gradients and state is read, all but
     gradients are written."""
-    layout, shards = blueprint.layouts[module], blueprint.shards(module)
     stored = blueprint.stored_dtype.itemsize
-    units = [o.unit for o in owned(blueprint.weights(module, stage), module, layout, shards)]
+    units = [o.unit for o in owned(blueprint, module, stage)]
     size = sum(3 * u.shard.trained * stored + 2 * u.state for u in units)
     return Work((Kernel("memory", (), "", 0.0, float(size)),)) if size else Work()
 
@@ -203,10 +194,9 @@ def _update(blueprint: Blueprint, module: str, stage: int) -> Work:
 def _rows(blueprint: Blueprint, plan: StepPlan, edge: Edge) -> float:
     """Bytes of an edge's rows on the rank that reads most of them in a micro-batch."""
     layout, most = blueprint.layouts[SINK], 0
-    for k, mb in enumerate(plan.microbatches):
+    for mb in plan.microbatches:
         if mb.edges[edge.source].count:
             for dp in range(min(layout.dp, 8)):
-                rank = layout.rank_at(dp=dp, pp=edge.stage % layout.pp)
-                most = max(most, _entering(blueprint, plan, k, edge, rank))
+                most = max(most, rows_entering(mb, edge.source, layout, Coord(0, 0, dp, 0)))
     width = int(np.prod(blueprint.entry_shape(edge)))
     return float(most * width * blueprint.dtype.itemsize)

@@ -1,9 +1,15 @@
-"""What one rank computes in one micro-batch, from a step's plan. Pure."""
+"""What one rank computes in one micro-batch, from a step's plan. Pure.
+
+Loads are a table in the plan's memo, by module, micro-batch and place, each worked out once: ranks of one place
+in tp, cp and dp have equal ones, on whichever pipeline rank they are. They follow from the plan, from the
+dense degrees and from the encoders alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,7 +20,7 @@ from encoders.share import Share, pieces, reach
 from llm.config import LLMConfig
 from mm.data.sample import Sample
 from mm.plan.inputs import EncoderUse
-from mm.plan.step_plan import Microbatch
+from mm.plan.step_plan import Microbatch, StepPlan
 from mm.predict.count.encoder import Fetched, ItemLoad
 from mm.predict.count.packed import attended, key_crossing, scan_crossing
 from mm.predict.count.sizes import Degrees, TokenLoad
@@ -23,6 +29,7 @@ from parallel.topology.axis import Axes, Axis
 from parallel.topology.layout import Coord, Layout
 
 CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 def axis_of(name: str, size: int, rank: int) -> Axis:
@@ -39,8 +46,21 @@ def axes_of(layout: Layout, at: Coord) -> Axes:
     )
 
 
+def once(plan: StepPlan, key: Hashable, make: Callable[[], T]) -> T:
+    """What `make` gives, worked out once for a plan."""
+    if key not in plan.memo:
+        plan.memo[key] = make()
+    found: T = plan.memo[key]
+    return found
+
+
 def token_load(mb: Microbatch, at: Coord, cfg: LLMConfig, item: int) -> TokenLoad:
     """What the language model's rank at a place computes in a micro-batch. item: bytes of an element."""
+    key = "tokens", mb.index, at[:3], item
+    return once(mb.plan, key, lambda: _token_load(mb, at, cfg, item))
+
+
+def _token_load(mb: Microbatch, at: Coord, cfg: LLMConfig, item: int) -> TokenLoad:
     inputs, layout = mb.plan.inputs, mb.plan.inputs.llm
     mine, total = mb.samples_of(at.dp), mb.tokens[at.dp]
     lengths = [mb.length[j] for j in mine]
@@ -100,11 +120,41 @@ def _mark(labels: np.ndarray, at: int, sample: Sample, rows: Any) -> int:
 
 def item_load(mb: Microbatch, module: str, use: EncoderUse, at: Coord) -> ItemLoad | None:
     """What an encoder's rank at a place computes in a micro-batch; None where no rank has items."""
-    edge = mb.edges[module]
-    if not edge.count:
+    if not mb.edges[module].count:
         return None
-    metas = [item.part.meta for item in edge.items_on(at.dp)]
-    return items_load(use, metas, at, module)
+    key = "items", module, mb.index, at[:3]
+    return once(mb.plan, key, lambda: items_load(use, metas_on(mb, module, at.dp), at, module))
+
+
+def metas_on(mb: Microbatch, module: str, dp: int) -> Sequence[Any]:
+    """Metadata of the items that a dp rank of an encoder computes, in order of global row id."""
+    return once(mb.plan, ("metas", module), lambda: _metas(mb.plan, module))[mb.index, dp]
+
+
+def _metas(plan: StepPlan, module: str) -> Mapping[tuple[int, int], Sequence[Any]]:
+    """By (micro-batch, dp rank), metadata of its items. O(items)."""
+    table, columns = plan.table, plan.items[module].columns
+    every = (
+        segment.part.meta
+        for line in range(len(table.which))
+        for segment in table.sample(line).segments
+        if segment.part is not None and segment.kind == module
+    )
+    own = np.ones(len(columns.rows), bool) if columns.own is None else columns.own
+    out: defaultdict[tuple[int, int], list[Any]] = defaultdict(list)
+    for k, dp, computed, meta in zip(
+        columns.batch.tolist(), columns.source_dp.tolist(), own.tolist(), every, strict=True
+    ):
+        if computed:
+            out[k, dp].append(meta)
+    return out
+
+
+def rows_entering(mb: Microbatch, source: str, layout: Layout, at: Coord) -> int:
+    """Rows of an encoder that enter the language model in a micro-batch on the rank at a place."""
+    rank = layout.rank_at(tp=at.tp, cp=at.cp, dp=at.dp)
+    key = "entering", source, mb.index, at[:3]
+    return once(mb.plan, key, lambda: len(mb.edges[source].row_positions(rank)))
 
 
 def items_load(use: EncoderUse, metas: Sequence[Any], at: Coord, module: str) -> ItemLoad:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mm.config.outline import SINK
 from mm.plan.trained import trained_below
+from mm.predict.count.load import rows_entering
 from mm.predict.count.pieces import Level, Piece
 from mm.predict.count.rank_plan import RankPlan
 from mm.predict.count.weights import Owned
@@ -309,8 +310,10 @@ def inputs_bytes(rank: RankPlan) -> float:
                 load = rank.tokens(i)
                 total += load.tokens * (16.0 * (1 + depths) + len(blueprint.inputs.encoders))
                 total += 8.0 * sum(load.supervised)
-                total += 8.0 * sum(len(e.row_positions(rank.rank)) for e in mb.edges.values() if e.count)
-            elif blueprint.layouts[m].coord(rank.rank).pp == 0 and mb.edges[m].count:
+                layout, at = blueprint.layouts[m], rank.at(m)
+                entering = (rows_entering(mb, e, layout, at) for e, edge in mb.edges.items() if edge.count)
+                total += 8.0 * sum(entering)
+            elif rank.at(m).pp == 0 and mb.edges[m].count:
                 use = blueprint.inputs.encoders[m]
                 width = math.prod(use.cls.input_shape(use.cfg))
                 item = blueprint.dtype if use.cls.input_dtype is None else use.cls.input_dtype

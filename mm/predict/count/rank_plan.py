@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ from encoders.module import needed_items
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.step_plan import Edge, StepPlan
-from mm.predict.count.job import stages_of
-from mm.predict.count.load import axes_of, token_load
+from mm.predict.count.job import stage_of
+from mm.predict.count.load import axes_of, metas_on, once, rows_entering, token_load
 from mm.predict.count.pieces import Piece, chain
 from mm.predict.count.sizes import TokenLoad
 from mm.predict.count.update import update_messages
@@ -41,6 +41,7 @@ from parallel.schedule.plan import SchedulePlan
 from parallel.sequence.intervals import count
 from parallel.topology.data_parallel import POLICIES
 from parallel.topology.groups import Group
+from parallel.topology.layout import Coord
 
 
 class Sent(NamedTuple):
@@ -52,12 +53,14 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True)
 class RankPlan:
-    """A rank's part of a step, and what its computations are."""
+    """A rank's part of a step, and what its computations are. _pieces: of all ranks of the step that are
+    given the same, by module, stage, micro-batch, place but for pp, and whether backwards have halves."""
 
     blueprint: Blueprint
     plan: StepPlan
     rank: int
-    _pieces: dict[tuple[str, int], tuple[Piece, ...]] = field(default_factory=dict)
+    _pieces: dict[Hashable, Piece] = field(default_factory=dict)
+    _places: dict[str, Coord] = field(default_factory=dict)
 
     @cached_property
     def schedule(self) -> SchedulePlan:
@@ -94,21 +97,28 @@ class RankPlan:
         return parts[0] if len(parts) == 1 else chain(parts)
 
     def _piece(self, module: str, stage: int, i: int) -> Piece:
-        if (module, i) not in self._pieces:
-            at = self.blueprint.layouts[module].coord(self.rank)
-            halves = module in self.halves
-            self._pieces[module, i] = stages_of(self.blueprint, self.plan, module, i, at, halves=halves)
-        return self._pieces[module, i][stage]
+        at, halves = self.at(module), module in self.halves
+        key = module, stage, i, at[:3], halves
+        if key not in self._pieces:
+            self._pieces[key] = stage_of(self.blueprint, self.plan, (module, stage), i, at, halves=halves)
+        return self._pieces[key]
+
+    def at(self, module: str) -> Coord:
+        """The place of this rank in a module."""
+        if module not in self._places:
+            self._places[module] = self.blueprint.layouts[module].coord(self.rank)
+        return self._places[module]
 
     def entering(self, edge: Edge, i: int) -> float:
         """Bytes of an edge's rows that enter the language model here in a micro-batch."""
-        rows = len(self.plan.microbatches[i].edges[edge.source].row_positions(self.rank))
+        layout = self.blueprint.layouts[SINK]
+        rows = rows_entering(self.plan.microbatches[i], edge.source, layout, self.at(SINK))
         shape = self.blueprint.entry_shape(edge)
         return float(rows * math.prod(shape) * self.blueprint.dtype.itemsize)
 
     def tokens(self, i: int) -> TokenLoad:
         """What the language model here is given in a micro-batch."""
-        at, blueprint = self.blueprint.layouts[SINK].coord(self.rank), self.blueprint
+        at, blueprint = self.at(SINK), self.blueprint
         return token_load(self.plan.microbatches[i], at, blueprint.llm, blueprint.dtype.itemsize)
 
     def indices(self, i: int) -> float:
@@ -122,8 +132,8 @@ class RankPlan:
     def metas(self, module: str, i: int) -> list[Any]:
         """Of the items that this rank reads of a micro-batch."""
         use, mb = self.blueprint.inputs.encoders[module], self.plan.microbatches[i]
-        at = use.layout.coord(self.rank)
-        mine = [item.part.meta for item in mb.edges[module].items_on(at.dp)]
+        at = self.at(module)
+        mine = metas_on(mb, module, at.dp)
         return [mine[k] for k in needed_items(use.cls, use.cfg, mine, axes_of(use.layout, at))]
 
     def learns(self, module: str, microbatch: int) -> bool:
@@ -152,9 +162,8 @@ class RankPlan:
         """By module and stage here, what FSDP gathers at once."""
         out = {}
         for m in self.modules:
-            layout, shards = self.blueprint.layouts[m], self.blueprint.shards(m)
             for s in self.stages(m):
-                out[m, s] = owned(self.blueprint.weights(m, s), m, layout, shards)
+                out[m, s] = owned(self.blueprint, m, s)
         return out
 
     def over_data(self) -> list[Message]:
@@ -193,7 +202,9 @@ class RankPlan:
         info = RankInfo(
             self.rank, self.blueprint.world, torch.device("cpu"), node_size=self.blueprint.node_size
         )
-        return [b.edges for b in assembler_of(self.blueprint, info, {}).boundary(self.plan)]
+        assembler = assembler_of(self.blueprint, info, {})
+        key = "boundary", self.rank, info.node_size, tuple(assembler.row_shapes.items())
+        return once(self.plan, key, lambda: [b.edges for b in assembler.boundary(self.plan)])
 
     def edge_plan(self, a: Action) -> EdgePlan:
         """This rank's part of an edge in a micro-batch."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mm.plan.blueprint import Blueprint
 from mm.plan.data_parallel import gathers
-from mm.plan.weights import Unit, Weight, units_of
+from mm.plan.weights import Unit
 from mm.predict.work import Message
 from parallel.schedule.action import (
     BACKWARD,
@@ -15,9 +16,8 @@ from parallel.schedule.action import (
     FORWARD,
     Action,
 )
-from parallel.topology.data_parallel import Holding, Shards
+from parallel.topology.data_parallel import Holding
 from parallel.topology.groups import DataAxes, Group, parameter_axes
-from parallel.topology.layout import Layout
 
 _ENTERING = (FORWARD, BACKWARD, BACKWARD_INPUT)
 _LEARNING = (BACKWARD, BACKWARD_WEIGHT)
@@ -35,14 +35,14 @@ class Owned(NamedTuple):
         return self.unit.shard.every
 
 
-def owned(stage: Sequence[Sequence[Weight]], module: str, layout: Layout, shards: Shards) -> list[Owned]:
-    """The units of a stage (Blueprint.weights)."""
-    experts = any(w.expert for weights in stage for w in weights)
-    both = parameter_axes(layout, shards, experts=experts)
-    units = units_of(stage, layout, shards)
+def owned(blueprint: Blueprint, module: str, stage: int) -> list[Owned]:
+    """The units of a stage (Blueprint.units)."""
+    weights = blueprint.weights(module, stage)
+    experts = any(w.expert for unit in weights for w in unit)
+    both = parameter_axes(blueprint.layouts[module], blueprint.shards(module), experts=experts)
+    units = blueprint.units(module, stage)
     return [
-        Owned(unit, both[-1] if weights[0].expert else both[0])
-        for unit, weights in zip(units, stage, strict=True)
+        Owned(unit, both[-1] if own[0].expert else both[0]) for unit, own in zip(units, weights, strict=True)
     ]
 
 
