@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from mm.search.candidate import Block
 
@@ -18,39 +19,52 @@ from mm.search.candidate import Block
 ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
-class Demand:
+class Demand(NamedTuple):
     """What a module asks, at least, of the ranks that have it.
 
     Of computations, by virtual stage (stage s is on pipeline rank s % pp), in seconds of one micro-batch of
     mean load: forward; backward; early: of the backward, what the stage before waits for.
-    mean, least: load of a mean micro-batch, and of the one with least.
-    update: by pipeline rank, seconds of the optimizer. before: seconds from the start of the step until the
-        first computation can begin, such as for a gather of weights. after: from the end of the last one.
-    held: by pipeline rank, bytes in any case. kept: by virtual stage, bytes from a forward of mean load to
-        its backward; 0 where none follows.
+    mean, least: load of a mean micro-batch, and of the one with least. fixed: further seconds of a step.
+    update: seconds of the optimizer, on the pipeline rank that takes longest. before: seconds from the start
+        of the step until the first computation can begin, such as for a gather of weights. after: from the
+        end of the last one. hop: seconds of hidden states from one stage to the next.
+    held: by pipeline rank, bytes in any case; gradients: of these, once there are some. kept: by virtual
+        stage, bytes from a forward of mean load to its backward; 0 where none follows. uneven: of these, the
+        share that the mean rank's work may be less than the busiest's; thin: what the micro-batch with least
+        keeps, over the mean one.
+    share: of the seconds here, what the mean data rank has.
     """
 
     pp: int
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     early: tuple[float, ...]
-    update: tuple[float, ...]
     held: tuple[float, ...]
     kept: tuple[float, ...]
+    gradients: tuple[float, ...] = ()
+    update: float = 0.0
     before: float = 0.0
     after: float = 0.0
+    hop: float = 0.0
     mean: float = 1.0
     least: float = 0.0
+    fixed: float = 0.0
+    uneven: float = 0.0
+    thin: float = 0.0
+    share: float = 1.0
 
     def stages(self, pp: int) -> range:
         """The virtual stages of a pipeline rank."""
         return range(pp, len(self.forward), self.pp)
 
+    def seconds(self, pp: int, of: Sequence[float], microbatches: int) -> float:
+        """Of some computations by stage, those of a pipeline rank in a step."""
+        return sum(of[s] for s in self.stages(pp)) * microbatches * self.mean
+
     def work(self, pp: int, microbatches: int) -> float:
         """Seconds that a pipeline rank computes in a step."""
-        one = sum(self.forward[s] + self.backward[s] for s in self.stages(pp))
-        return one * microbatches * self.mean + self.update[pp]
+        both = self.seconds(pp, self.forward, microbatches) + self.seconds(pp, self.backward, microbatches)
+        return both + self.fixed
 
     def keeps(self, pp: int) -> float:
         """Bytes that a pipeline rank keeps of a mean micro-batch, at least."""
@@ -58,7 +72,8 @@ class Demand:
 
     def through(self, *, backward: bool) -> float:
         """Seconds of the least micro-batch through all stages."""
-        return self.least * sum(self.early if backward else self.forward)
+        hops = self.hop * (len(self.forward) - 1)
+        return self.least * sum(self.early if backward else self.forward) + (hops if self.least else 0.0)
 
 
 @dataclass(frozen=True)
@@ -70,14 +85,14 @@ class Placed:
     shared: bool = True
 
 
-@dataclass(frozen=True)
-class Open:
+class Open(NamedTuple):
     """A module whose degrees are not decided: its block, the least seconds that any of its options needs of
-    each rank there, and the least bytes."""
+    each rank there, and the least bytes. share: of the seconds, what the mean data rank has."""
 
     block: Block
     seconds: float
     bytes: float
+    share: float = 1.0
 
 
 def seconds_bound(
@@ -89,41 +104,54 @@ def seconds_bound(
 ) -> float:
     """Seconds that a step of m micro-batches takes at least. cores: that all ranks share.
 
-    A rank does one thing at a time, so all that its modules compute adds up. The sink's first forward waits
-    for the encoders' and for those of the stages before, and after its last backward the gradients go back
-    the same way. Transfers take no time here.
+    A rank does one thing at a time, so all that its modules compute adds up, and after the last of it one of
+    their sums ends. The sink's first forward waits for the encoders' and for those of the stages before, and
+    after its last backward the gradients go back the same way. On the sink's ranks encoders' forwards come
+    before the sink's last backward, and their backwards after its first forward. Updates of all modules
+    follow one another.
     """
     encoders, undecided = list(encoders), list(undecided)
+    chain = _Chain(sink.demand, encoders, m)
     found = total = 0.0
     for place, hosted in _places([sink, *encoders], undecided):
-        work = sum(p.demand.work(pp, m) for p, pp in hosted)
-        work += sum(u.seconds for u in undecided if _inside(place, u.block))
-        found, total = max(found, work), total + work * place.size
+        more = [u for u in undecided if _inside(place, u.block)]
+        work = sum(p.demand.work(pp, m) for p, pp in hosted) + sum(u.seconds for u in more)
+        after = 0.0 if more else min((p.demand.after for p, _ in hosted), default=0.0)
+        found = max(found, work + after)
+        for p, pp in hosted:
+            if p is sink:
+                others = [(q.demand, k) for q, k in hosted if q is not sink]
+                found = max(found, chain.seconds(pp, others, 0.0 if more else after))
+            else:
+                found = max(found, p.demand.before + p.demand.work(pp, m) + after * (len(hosted) == 1))
+        shared = sum(p.demand.share * p.demand.work(pp, m) for p, pp in hosted)
+        total += (shared + sum(u.share * u.seconds for u in more)) * place.size
     found = max(found, total / cores)
-    start = max((e.demand.through(backward=False) for e in encoders), default=0.0)
-    end = max((e.demand.through(backward=True) for e in encoders), default=0.0)
-    for encoder in encoders:
-        found = max(found, _waits(encoder.demand, m))
-    return max(found, _chain(sink.demand, start, end, m)) * (1 - ROUNDING)
+    updates = sum(p.demand.update for p in (sink, *encoders))
+    return (found + updates) * (1 - ROUNDING)
 
 
-def _waits(demand: Demand, m: int) -> float:
-    """The step of a module alone: its weights come, it computes, its gradients are summed."""
-    ranks = range(demand.pp)
-    return max(demand.before + demand.work(pp, m) - demand.update[pp] + demand.after for pp in ranks)
+class _Chain:
+    """The step of the sink's pipeline."""
 
+    def __init__(self, sink: Demand, encoders: Sequence[Placed], m: int) -> None:
+        self.sink, self.m = sink, m
+        self.start = max((e.demand.through(backward=False) for e in encoders), default=0.0)
+        self.end = max((e.demand.through(backward=True) for e in encoders), default=0.0)
 
-def _chain(sink: Demand, start: float, end: float, m: int) -> float:
-    """The step of the sink's pipeline. start, end: before its first forward, and after its last backward."""
-    found = 0.0
-    for pp in range(sink.pp):
-        head = max(start + sink.least * sum(sink.forward[:pp]), sink.before)
-        tail = sink.least * sum(sink.early[:pp]) + end
-        mine = sink.stages(pp)
-        early = sum(sink.forward[s] + sink.early[s] for s in mine) * m * sink.mean
-        work = sink.work(pp, m) - sink.update[pp]
-        found = max(found, head + early + tail, head + work + max(sink.update[pp], sink.after))
-    return found
+    def seconds(self, pp: int, others: Sequence[tuple[Demand, int]], after: float) -> float:
+        """On a pipeline rank, with encoders on the same ranks. after: from its last computation on."""
+        sink, m = self.sink, self.m
+        head = self.start + sink.least * sum(sink.forward[:pp]) + sink.hop * pp
+        head = max(head, sink.before)
+        tail = sink.least * sum(sink.early[:pp]) + sink.hop * pp + self.end
+        early = sink.seconds(pp, sink.forward, m) + sink.seconds(pp, sink.early, m)
+        before = sum(d.seconds(k, d.forward, m) for d, k in others)
+        behind = sum(d.seconds(k, d.backward, m) for d, k in others)
+        return max(
+            head + early + tail, before + early + tail, head + sink.work(pp, m) + behind + after,
+            head + sink.work(pp, m) + (sink.after if not others else 0.0),
+        )
 
 
 def bytes_bound(
@@ -137,12 +165,19 @@ def bytes_bound(
     encoders, undecided = list(encoders), list(undecided)
     found = 0.0
     for place, hosted in _places([sink, *encoders], undecided):
-        total = sum(p.demand.held[pp] for p, pp in hosted)
-        total += sum(u.bytes for u in undecided if _inside(place, u.block))
+        held = sum(p.demand.held[pp] for p, pp in hosted)
+        held += sum(u.bytes for u in undecided if _inside(place, u.block))
+        gradients = sum(p.demand.gradients[pp] for p, pp in hosted if p.demand.gradients)
         at = next((pp for p, pp in hosted if p is sink), None)
+        own = sink.demand.keeps(at) if at is not None else 0.0
+        # The rank that is looked at has most of all its modules together, not of each.
+        rest = sum(p.demand.keeps(pp) for p, pp in hosted if p is not sink)
+        keeps = own + max(0.0, rest - own * sink.demand.uneven)
         flying = in_flight(kind, sink.demand.pp, at, m) if at is not None else 1.0
-        total += flying * sum(p.demand.keeps(pp) for p, pp in hosted)
-        found = max(found, total)
+        later = 0.0  # in flight after the first backward
+        if at is not None and kind == "1f1b" and m > sink.demand.pp - at:
+            later = (sink.demand.pp - at) * sink.demand.thin
+        found = max(found, held + flying * keeps, held + gradients + later * own)
     return found * (1 - ROUNDING)
 
 
@@ -178,8 +213,3 @@ def _places(
 
 def _inside(place: Block, block: Block) -> bool:
     return block.start <= place.start and place.stop <= block.stop
-
-
-def least_of(demands: Iterable[Demand], m: int, least: float = math.inf) -> float:
-    """The least seconds that any of some options needs of each of its ranks."""
-    return min((min(d.work(pp, m) for pp in range(d.pp)) for d in demands), default=least)

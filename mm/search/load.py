@@ -1,58 +1,152 @@
-"""The load of a step: its documents and items, and what a data rank has of them on average."""
+"""The load of a step: its documents and items, and what the data rank with most of them has."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
+from mm.plan.inputs import PlanInputs
 from mm.plan.step_plan import StepPlan
+from mm.predict.count.load import token_load
 from mm.predict.count.sizes import Attended, Bucket, TokenLoad
+from parallel.topology.layout import Coord, make_layout
+
+Meta = Mapping[str, Any]
+
+
+class Corner(NamedTuple):
+    """Documents at an extreme of a step's: tokens of one, and of these with a loss, of the next token and of
+    each depth of multi-token prediction. cost: FLOPs of one, as documents are dealt by."""
+
+    length: int
+    supervised: tuple[float, ...]
+    cost: float
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """What the data rank of the language model with most work has. costs: of its documents by micro-batch.
+    loads: what its first rank computes in each.
+
+    tokens: of the rank with most, of the mean micro-batch; light: of the rank with least, of the mean micro-batch; thin: of any micro-batch and rank. even: cost of the mean data rank over that
+    of this one. share: over the micro-batches, the mean of that.
+    """
+
+    costs: tuple[float, ...]
+    loads: tuple[TokenLoad, ...]
+    tokens: float
+    light: float
+    thin: float
+    even: float
+    share: float
 
 
 @dataclass(frozen=True)
 class StepLoad:
-    """documents: samples of a step. length, supervised: tokens of a mean one, and of these with a loss, of
-    the next token and of each depth of multi-token prediction. items: by encoder, metadata of each. ragged:
-    whether documents differ.
+    """inputs: of a plan, and planned: the step's plan from inputs, whose microbatches and layout of the
+    language model change. item: bytes of an element. items: by encoder, metadata of each.
+
+    alike: whether each sample is as long as any other and has the same items.
     """
 
-    documents: int
-    length: float
-    supervised: tuple[float, ...]
-    items: Mapping[str, tuple[Mapping[str, Any], ...]]
-    ragged: bool
+    blueprint: Blueprint
+    plan: StepPlan
+    planned: Callable[[PlanInputs], StepPlan]
+    items: Mapping[str, tuple[Meta, ...]]
+    alike: bool
+    _known: dict[object, Dealt] = field(default_factory=dict, compare=False)
 
     @staticmethod
-    def of(blueprint: Blueprint, plan: StepPlan) -> StepLoad:
-        """The load of a planned step, which is the same under every layout."""
-        table, n = plan.table, len(plan.table.length)
-        items: dict[str, list[Mapping[str, Any]]] = {m: [] for m in blueprint.inputs.encoders}
+    def of(blueprint: Blueprint, planned: Callable[[PlanInputs], StepPlan]) -> StepLoad:
+        """The load of a step of a job, whatever its layout."""
+        plan = planned(blueprint.inputs)
+        table = plan.table
+        items: dict[str, list[Meta]] = {m: [] for m in blueprint.inputs.encoders}
+        kinds = set()
         for j in table.which.tolist():
+            found = []
             for segment in table.samples[j].segments:
                 if segment.part is not None and segment.kind in items:
                     items[segment.kind].append(segment.part.meta)
+                    found.append((segment.kind, str(dict(segment.part.meta))))
+            kinds.add(tuple(sorted(found)))
         return StepLoad(
-            documents=n,
-            length=float(table.length.sum()) / n,
-            supervised=(float(table.supervised.sum()) / n, *(float(row.sum()) / n for row in table.mtp)),
+            blueprint,
+            plan,
+            planned,
             items={m: tuple(found) for m, found in items.items()},
-            ragged=bool(table.length.min() < table.length.max()),
+            alike=bool(table.length.min() == table.length.max()) and len(kinds) == 1,
         )
 
-    def share(self, dp: int, microbatches: int) -> float:
-        """Documents of a mean micro-batch on the data rank that has most."""
-        return max(self.documents / dp, 1.0) / microbatches
+    @property
+    def documents(self) -> int:
+        """Samples of the step."""
+        return len(self.plan.table.length)
 
-    def tokens(self, documents: int, tp: int, cp: int) -> TokenLoad:
-        """So many mean documents, where none crosses cp: what crosses only adds."""
-        length = max(1, int(self.length / cp))
-        total = documents * length
+    @cached_property
+    def corners(self) -> tuple[Corner, ...]:
+        """The shortest and the longest documents, with most tokens that have a loss and with fewest."""
+        table = self.plan.table
+        lengths = np.asarray(table.length, np.float64)
+        shares = np.stack([table.supervised / lengths, *(row / lengths for row in table.mtp)])
+        found = {
+            (int(length), tuple(share.tolist()))
+            for length in (lengths.min(), lengths.max())
+            for share in (shares.min(axis=1), shares.max(axis=1))
+        }
+        cost = self.plan.inputs.llm_cost
+        return tuple(
+            Corner(
+                n,
+                tuple(s * n for s in share),
+                float(cost.of(np.asarray([n]), np.asarray([share[0] * n]))[0]),
+            )
+            for n, share in sorted(found)
+        )
+
+    def dealt(self, dp: int, microbatches: int, tp: int = 1, cp: int = 1) -> Dealt:
+        """The language model's documents over so many data ranks, as a step deals them."""
+        key = dp, microbatches, tp, cp
+        if key not in self._known:
+            self._known[key] = self._dealt(*key)
+        return self._known[key]
+
+    def _dealt(self, dp: int, microbatches: int, tp: int, cp: int) -> Dealt:
+        spec = {"tp": tp, "cp": cp, "sequence_parallel": tp > 1}
+        layout = make_layout(SINK, dp * tp * cp, spec)
+        given = replace(self.plan.inputs, llm=layout, microbatches=microbatches, encoders={})
+        plan = self.planned(given)
+        blueprint, seats = self.blueprint, plan.seats
+        by_rank = np.bincount(seats.dp, weights=plan.llm_cost, minlength=dp)
+        most = int(np.argmax(by_rank))
+        mine = seats.dp == most
+        costs = np.bincount(seats.microbatch[mine], weights=plan.llm_cost[mine], minlength=microbatches)
+        at, item = Coord(0, 0, most, 0), blueprint.dtype.itemsize
+        found = [i.dealt for i in plan.imbalance(None) if i is not None]
+        return Dealt(
+            costs=tuple(costs.tolist()),
+            loads=tuple(token_load(mb, at, blueprint.llm, item) for mb in plan.microbatches),
+            tokens=float(plan.padded.sum(axis=0).max()) / microbatches,
+            light=float(plan.padded.sum(axis=0).min()) / microbatches,
+            thin=float(plan.padded.min()),
+            even=float(by_rank.mean() / by_rank[most]) if by_rank[most] else 1.0,
+            share=sum(1 / x for x in found) / len(found) if found else 1.0,
+        )
+
+    def corner_load(self, corner: Corner, tokens: int, tp: int, cp: int) -> TokenLoad:
+        """About so many tokens of equal documents, where none crosses cp: what crosses only adds."""
+        n = max(1, tokens // corner.length)
+        length = max(1, corner.length // cp)
         return TokenLoad(
-            tokens=total,
-            routed=total // tp,
-            documents=documents,
-            attended=Attended((Bucket(documents, length, length, total),), documents == 1),
-            supervised=tuple(int(documents * s / cp) for s in self.supervised),
+            tokens=n * corner.length,
+            routed=n * corner.length // tp,
+            documents=n * cp,
+            attended=Attended((Bucket(n * cp, length, length, n * cp * length),), n * cp == 1),
+            supervised=tuple(int(n * s) for s in corner.supervised),
         )

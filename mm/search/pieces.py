@@ -1,52 +1,58 @@
 """What modules ask of their ranks, priced piece by piece and remembered: what bounds are made of.
 
-The busiest rank has at least the mean share of a step: so many mean documents and items. What crosses context
-parallel ranks, padding and ragged loads only add to it. mm.predict counts and prices layers, once for each
-kind of layer, degrees and load; sums over stages are made here.
+A prediction prices the micro-batch of median load of the data rank with most work, and takes the others to
+cost as much for each FLOP, but for launches. So what a module computes in a step is its FLOPs times the
+seconds of one, and launches. Two lower bounds follow (docs/planning_search.md):
+
+- Of the language model, once its degrees and micro-batches are known: the very micro-batches of that rank.
+- Of encoders, whose items are dealt by what else their ranks compute, and of a language model of which less
+  is known: the rank with most has the mean share at least, and no FLOP takes less than in a large batch of
+  the kind of items, or of the documents at the corners of the step's, that takes least.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from encoders.fastconformer import FastConformer
-from encoders.module import encoder_stages
-from encoders.vit import ViT
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
-from mm.plan.projectors import projector_kind
 from mm.predict.count.layers import first_counts, last_counts, layer_counts
-from mm.predict.count.load import items_load
 from mm.predict.count.pieces import How, Piece
 from mm.predict.count.sizes import Degrees as Split
-from mm.predict.count.stage import Frozen, Outer, encoder_stage
+from mm.predict.count.sizes import TokenLoad
 from mm.predict.hardware import Hardware
-from mm.predict.links import Place, Places
+from mm.predict.links import Place, Places, message_seconds
 from mm.predict.price import price
+from mm.predict.work import Message
 from mm.search.bound import Demand
 from mm.search.candidate import Choice, Degrees
 from mm.search.load import StepLoad
 from mm.search.weights import Weights
 from parallel.topology.groups import Group, GroupPlan
-from parallel.topology.layout import Coord, make_layout
 from parallel.topology.stage import Stage
 
-RAGGED = 0.95  # the share of a bound that holds where documents differ, as kernels of other sizes are priced
-MOST_ITEMS = 256  # counted at once: beyond, kernels only grow in number
+Again = tuple[str, ...]
+Part = tuple[str, int | None]  # a layer by its symbol, with its index where that matters; "first", "last"
 
 
 class Cost(NamedTuple):
-    """A part of a stage in a micro-batch: seconds of its forward, of both halves of its backward, and bytes
-    that it keeps between them."""
+    """A part of a stage in a micro-batch. forward, early, late: seconds of its forward and of both halves of
+    its backward that grow with the load. launched, relaunched: those of its forward and backward that do not.
+    kept: bytes between them. flops: of its forward. out: bytes that it gives."""
 
     forward: float = 0.0
     early: float = 0.0
     late: float = 0.0
+    launched: float = 0.0
+    relaunched: float = 0.0
     kept: float = 0.0
+    flops: float = 0.0
+    out: float = 0.0
 
     def plus(self, other: Cost, times: float = 1.0) -> Cost:
         """With another part, so many times."""
@@ -56,52 +62,253 @@ class Cost(NamedTuple):
         """A part of another load."""
         return Cost(*(by * a for a in self))
 
+    def with_launches(self) -> Cost:
+        """All seconds in the parts of the micro-batch."""
+        return self._replace(forward=self.forward + self.launched, early=self.early + self.relaunched)
+
+    @property
+    def seconds(self) -> float:
+        """That grow with the load."""
+        return self.forward + self.early + self.late
+
+    @property
+    def fixed(self) -> float:
+        """Seconds that do not."""
+        return self.launched + self.relaunched
+
+
+class Mean(NamedTuple):
+    """A micro-batch of mean load, by stage, launches in its parts. least, most: load of the lightest and of
+    the heaviest micro-batch over that; None where it is not known."""
+
+    stages: Sequence[Cost]
+    least: float
+    most: float | None
+
+
+def least_cost(costs: Iterable[Cost]) -> Cost:
+    """The least of some costs, one by one."""
+    return Cost(*map(min, zip(*costs, strict=True)))
+
+
+@dataclass
+class Priced:
+    """What modules share: counts become costs. node: ranks a node."""
+
+    blueprint: Blueprint
+    hardware: Hardware
+    node: int | None
+
+    def cost(self, piece: Piece, places: Places) -> Cost:
+        """What a counted piece costs."""
+        works = piece.forward, piece.backward_input, piece.backward_weight
+        found = [price(work, places, self.hardware) for work in works]
+        fixed = [p.fixed for p in found]
+        grows = [p.seconds - p.fixed for p in found]
+        return Cost(*grows, fixed[0], fixed[1] + fixed[2], piece.kept, piece.forward.flops, piece.out)
+
+    def how(self, module: str, again: Again) -> How:
+        """How a module computes."""
+        parts = frozenset(again) if module == SINK else frozenset(again) & {"full"}
+        return How(
+            item=self.blueprint.dtype.itemsize,
+            recompute=parts,
+            trains=module not in self.blueprint.frozen,
+            below=module == SINK,
+        )
+
+    def places(self, module: str, d: Degrees) -> Places:
+        """Where groups of these degrees are, at best: next to each other, with their links for themselves."""
+        spans = {"tp": (d.tp, 1), "cp": (d.cp, d.tp), "etp": (d.etp, 1), "ep": (d.ep, d.etp)}
+        known = {}
+        for axis, (ranks, stride) in spans.items():
+            nodes = 1 if self.node is None else min(ranks, -(-ranks * stride // self.node))
+            known[Group("module", module, axis)] = Place(ranks, nodes, -(-ranks // nodes))
+        return Places(GroupPlan(self.blueprint.world, {}), self.node, known)
+
+    def hop(self, choice: Choice, size: float) -> float:
+        """Seconds of hidden states of so many bytes from one pipeline rank to the next."""
+        across = self.node is not None and choice.block.size // choice.degrees.pp >= self.node
+        place = Place(2, 2 if across else 1, 1 if across else 2)
+        return message_seconds(Message("send", Group("module", "", "pp"), size), place, self.hardware)
+
+
+@dataclass
+class Sink:
+    """The language model's costs."""
+
+    priced: Priced
+    load: StepLoad
+    weights: Weights
+    _known: dict[object, Cost] = field(default_factory=dict)
+    _flops: dict[object, float] = field(default_factory=dict)
+
+    def stages(self, choice: Choice, microbatches: int, again: Again) -> Mean:
+        """As a prediction has it; bytes of the data rank that keeps least."""
+        d = choice.degrees
+        dealt = self.load.dealt(choice.dp, microbatches, d.tp, d.cp)
+        flops = [self._flops_of(load, d) for load in dealt.loads]
+        order = sorted(range(microbatches), key=lambda k: flops[k])
+        median = order[microbatches // 2]
+        load = dealt.loads[median]
+        found = [self._stage(stage, d, load, again) for stage in self.weights.stages(d.pp * d.vpp)]
+        grows, fixed = sum(c.seconds for c in found), sum(c.fixed for c in found)
+        share = fixed / (grows + fixed)  # that does not grow with the load
+        loads = [share + (1 - share) * f / flops[median] for f in flops]
+        mean = sum(loads) / microbatches
+        light = dealt.light / d.cp / load.tokens
+        costs = [c.with_launches().scaled(mean)._replace(kept=c.kept * light, out=c.out) for c in found]
+        return Mean(costs, loads[order[0]] / mean, loads[order[-1]] / mean)
+
+    def envelope(self, choice: Choice, microbatches: int, again: Again) -> Mean:
+        """At least, from the costs of its documents alone; no bytes."""
+        d, whole = choice.degrees, Stage(0, self.weights.layers(SINK))
+        costs = self.load.dealt(choice.dp, microbatches).costs
+        all_ = [self._corner(whole, d, k, again) for k in self._corners]
+        rates = [w.flops / self._corner_cost(k) for k, w in enumerate(all_)]  # FLOPs here for those dealt by
+        mean = sum(costs) / microbatches
+        out = []
+        for stage in self.weights.stages(d.pp * d.vpp):
+            each = [self._corner(stage, d, k, again) for k in self._corners]
+            cost = least_cost(c.scaled(min(rates) * mean / w.flops) for c, w in zip(each, all_, strict=True))
+            if d.pp == 1:
+                cost = cost.plus(self._least_launches(stage, d, again))
+            out.append(cost.with_launches()._replace(out=0.0))
+        least = min(costs) / mean * min(rates) / max(rates) if mean else 0.0
+        return Mean(out, least if microbatches > 1 else 1.0, None)
+
+    @property
+    def _corners(self) -> range:
+        return range(len(self.load.corners))
+
+    def seconds(self, degrees: Degrees) -> float:
+        """Of all ranks together, in a step, at least."""
+        stage = Stage(0, self.weights.layers(SINK))
+        whole = [self._corner(stage, degrees, k, ()) for k in self._corners]
+        rate = min(w.flops / self._corner_cost(k) for k, w in enumerate(whole))
+        cost = float(self.load.plan.llm_cost.sum()) * degrees.tp
+        return min(w.seconds / w.flops for w in whole) * rate * cost
+
+    def _corner_cost(self, k: int) -> float:
+        """FLOPs by which the documents of a corner's load would be dealt."""
+        corner = self.load.corners[k]
+        return corner.cost * max(1, self._tokens // corner.length)
+
+    @cached_property
+    def _tokens(self) -> int:
+        return int(self.load.plan.table.length.sum())
+
+    def _corner(self, stage: Stage, d: Degrees, k: int, again: Again) -> Cost:
+        """The part of a micro-batch of a corner's documents as large as the step, launches left out."""
+        key = "corner", stage, d._replace(pp=1, vpp=1), k, again
+        if key not in self._known:
+            load = self.load.corner_load(self.load.corners[k], self._tokens, d.tp, d.cp)
+            found = self._stage(stage, d._replace(cp=1), load, again)
+            self._known[key] = found._replace(launched=0.0, relaunched=0.0).scaled(1 / d.cp)
+        return self._known[key]
+
+    def _least_launches(self, stage: Stage, d: Degrees, again: Again) -> Cost:
+        shortest = min(self.load.corners)
+        load = self.load.corner_load(shortest._replace(length=max(1, shortest.length // d.cp)), 1, d.tp, 1)
+        found = self._stage(stage, d._replace(cp=1), load, again)
+        return Cost(launched=found.launched, relaunched=found.relaunched)
+
+    def _stage(self, stage: Stage, d: Degrees, load: TokenLoad, again: Again) -> Cost:
+        cost = Cost()
+        for part, times in self._parts(stage).items():
+            found = self._part(part, d, load, again)
+            if part[0] == "last":  # what it keeps goes by tokens with a loss, of which a rank may have few
+                found = found._replace(kept=0.0)
+            cost = cost.plus(found, times)._replace(out=found.out)
+        return cost
+
+    def _parts(self, stage: Stage) -> Counter[Part]:
+        """The parts of a stage by kind: layers by symbol, and its ends."""
+        llm = self.priced.blueprint.llm
+        found: Counter[Part] = Counter()
+        found["first", None] += stage.first
+        for i in stage.layers:
+            own = llm.symbols[i] == "*" and (llm.window is not None or llm.rope_skips)
+            found[llm.symbols[i], i if own else None] += 1
+        found["last", None] += stage.last
+        return +found
+
+    def _part(self, part: Part, d: Degrees, load: TokenLoad, again: Again) -> Cost:
+        if part[0] != "E" and not (part[0] == "last" and self.priced.blueprint.llm.mtp_layers):
+            d = d._replace(ep=1, etp=1)
+        key = part, d.tp, d.cp, d.ep, d.etp, load, again
+        if key not in self._known:
+            piece = self._piece(part, d, load, again)
+            self._known[key] = self.priced.cost(piece, self.priced.places(SINK, d))
+        return self._known[key]
+
+    def _piece(self, part: Part, d: Degrees, load: TokenLoad, again: Again) -> Piece:
+        split = Split(SINK, d.tp, d.cp, d.ep, d.etp, d.sequence_parallel)
+        how, llm = self.priced.how(SINK, again), self.priced.blueprint.llm
+        if part[0] == "first":
+            return first_counts(llm, split, load.tokens, (), how)
+        if part[0] == "last":
+            return last_counts(llm, split, load, how)
+        return layer_counts(llm, part[0], part[1], split, load, how)
+
+    def _flops_of(self, load: TokenLoad, d: Degrees) -> float:
+        """Of a micro-batch's forward, which do not depend on how experts are split."""
+        key = load, d.tp, d.cp
+        if key not in self._flops:
+            stage = Stage(0, self.weights.layers(SINK))
+            parts = self._parts(stage).items()
+            one = d._replace(ep=1, etp=1)
+            self._flops[key] = sum(n * self._piece(p, one, load, ()).forward.flops for p, n in parts)
+        return self._flops[key]
+
 
 @dataclass
 class Pieces:
-    """blueprint: the job with every module data parallel, for what does not depend on layouts. load: of a
-    step. node: ranks a node."""
+    """See tree.Asked. blueprint: the job with every module data parallel, for what does not depend on
+    layouts. load: of a step. node: ranks a node."""
 
     blueprint: Blueprint
     load: StepLoad
     hardware: Hardware
     node: int | None
-    _known: dict[object, object] = field(default_factory=dict)
+    _known: dict[object, Demand] = field(default_factory=dict)
+    _least: dict[object, float] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> Weights:
         """What data ranks hold and move."""
         return Weights(self.blueprint, self.hardware, self.node)
 
-    def least(self, module: str, size: int, degrees: Degrees | None) -> float:
-        """See tree.Asked: the whole step at the size at which kernels are most efficient, shared evenly."""
-        key = "least", module, degrees if degrees is None else (degrees.tp, degrees.ep, degrees.etp)
-        if key not in self._known:
-            self._known[key] = self._seconds(module, degrees)
-        seconds = self._known[key]
-        assert isinstance(seconds, float)
-        return seconds / size * self._slack
+    @cached_property
+    def sink(self) -> Sink:
+        """The language model."""
+        return Sink(self._priced, self.load, self.weights)
 
-    @property
-    def _slack(self) -> float:
-        return RAGGED if self.load.ragged else 1.0
+    @cached_property
+    def _priced(self) -> Priced:
+        return Priced(self.blueprint, self.hardware, self.node)
+
+    @cached_property
+    def _encoders(self) -> dict[str, Encoder]:
+        from mm.search.items import Encoder
+
+        return {m: Encoder(m, self._priced, self.load, self.weights) for m in self.blueprint.inputs.encoders}
+
+    def least(self, module: str, size: int, degrees: Degrees | None) -> float:
+        """See tree.Asked: the whole step at the load at which kernels are most efficient, shared evenly."""
+        key = module, degrees if degrees is None else (degrees.tp, degrees.ep, degrees.etp)
+        if key not in self._least:
+            self._least[key] = self._seconds(module, degrees)
+        return self._least[key] / size
 
     def _seconds(self, module: str, degrees: Degrees | None) -> float:
         """Seconds of all ranks together, at least."""
         if degrees is None:
             tps = [d for d in (1, 2, 4, 8) if self._divides(module, d)]
             return min(self._seconds(module, Degrees(tp=tp, sequence_parallel=tp > 1)) for tp in tps)
-        if module != SINK:
-            n = len(self.load.items[module])
-            whole = self._encoder(
-                module, degrees, Stage(0, self.weights.layers(module)), min(n, MOST_ITEMS), ()
-            )
-            return sum(whole[:3]) * degrees.tp * n / max(1, min(n, MOST_ITEMS))
-        n = self.load.documents
-        cost = Cost()
-        for part, times in self._parts(Stage(0, self.weights.layers(SINK))).items():
-            cost = cost.plus(self._part(part, degrees._replace(cp=1), n, (), False), times)
-        return sum(cost[:3]) * degrees.tp * self.load.documents / n
+        if module == SINK:
+            return self.sink.seconds(degrees._replace(cp=1))
+        return self._encoders[module].seconds(degrees)
 
     def _divides(self, module: str, tp: int) -> bool:
         from llm.checks import check
@@ -118,183 +325,60 @@ class Pieces:
         return True
 
     def demand(
-        self, module: str, choice: Choice, microbatches: int, again: tuple[str, ...], kind: str
+        self, module: str, choice: Choice, microbatches: int, again: Again, kind: str, *, closely: bool = True
     ) -> Demand | None:
         """See tree.Asked."""
         halves = kind == "zero_bubble" and module == SINK
-        key = (module, choice.block.size, choice[1:], microbatches, again, halves)
+        key = (module, choice.block.size, choice[1:], microbatches, again, halves, closely)
         if key not in self._known:
-            self._known[key] = self._demand(module, choice, microbatches, again, halves)
-        found = self._known[key]
-        assert found is None or isinstance(found, Demand)
-        return found
+            if module == SINK:
+                self._known[key] = self._sink_demand(choice, microbatches, again, halves, closely)
+            else:
+                self._known[key] = self._encoder_demand(module, choice, microbatches, again)
+        return self._known[key]
 
-    def _demand(
-        self, module: str, choice: Choice, microbatches: int, again: tuple[str, ...], halves: bool
-    ) -> Demand:
-        degrees, slack = choice.degrees, self._slack
-        if module == SINK:
-            costs = self._sink_stages(choice, microbatches, again, halves)
+    def _sink_demand(self, choice: Choice, m: int, again: Again, halves: bool, closely: bool) -> Demand:
+        d = choice.degrees
+        if closely:
+            found = self.sink.stages(choice, m, again)
+            dealt = self.load.dealt(choice.dp, m, d.tp, d.cp)
+            made = self._made(SINK, choice, found, (m, halves))
+            made = made._replace(
+                uneven=(1 - dealt.even) * dealt.tokens / dealt.light,
+                thin=dealt.thin / dealt.light,
+                share=dealt.share,
+            )
         else:
-            costs = self._encoder_stages(module, choice, microbatches, again)
+            made = self._made(SINK, choice, self.sink.envelope(choice, m, again), (m, halves))
+            made = made._replace(kept=(0.0,) * len(made.kept), share=0.0)
+        return made._replace(update=made.update + self.weights.message)
+
+    def _encoder_demand(self, module: str, choice: Choice, m: int, again: Again) -> Demand:
+        encoder = self._encoders[module]
+        even = encoder.even(choice.dp, m)
+        least = 1.0 if even or m == 1 else 0.0
+        made = self._made(module, choice, Mean(encoder.stages(choice, m, again), least, None), (m, False))
+        return made._replace(share=float(even), fixed=encoder.launches(choice, again))
+
+    def _made(self, module: str, choice: Choice, mean: Mean, how: tuple[int, bool]) -> Demand:
+        (m, halves), d, costs = how, choice.degrees, mean.stages
         late = 1.0 if halves else 0.0
-        held, update = zip(*(self.weights.held(module, choice, pp) for pp in range(degrees.pp)), strict=True)
+        owned = [self.weights.held(module, choice, pp) for pp in range(d.pp)]
         each, sums, before, after = self.weights.traffic(
-            module, choice, [(c.forward, c.early + c.late) for c in costs], microbatches
+            module, choice, [(c.forward, c.early + c.late) for c in costs], m, mean.most
         )
+        size = max((c.out for c in costs[:-1]), default=0.0)
         return Demand(
-            pp=degrees.pp,
-            forward=tuple(slack * c.forward + g for c, g in zip(costs, each, strict=True)),
-            backward=tuple(slack * (c.early + c.late) + r for c, r in zip(costs, sums, strict=True)),
-            early=tuple(slack * (c.early + (1 - late) * c.late) for c in costs),
+            pp=d.pp,
+            forward=tuple(c.forward + g for c, g in zip(costs, each, strict=True)),
+            backward=tuple(c.early + c.late + r for c, r in zip(costs, sums, strict=True)),
+            early=tuple(c.early + (1 - late) * c.late for c in costs),
             before=before,
             after=after,
-            update=update,
-            held=held,
-            kept=tuple(slack * c.kept for c in costs),
-            least=0.0 if self.load.ragged else 1.0,
+            update=max(o.update for o in owned),
+            held=tuple(o.held for o in owned),
+            gradients=tuple(o.gradients for o in owned),
+            kept=tuple(c.kept for c in costs),
+            hop=self._priced.hop(choice, size) if size else 0.0,
+            least=mean.least,
         )
-
-    # The language model.
-
-    def _sink_stages(
-        self, choice: Choice, microbatches: int, again: tuple[str, ...], halves: bool
-    ) -> list[Cost]:
-        d = choice.degrees
-        share = self.load.share(choice.dp, microbatches)
-        whole = at_least(share)
-        out = []
-        for stage in self.weights.stages(d.pp * d.vpp):
-            cost = Cost()
-            for part, times in self._parts(stage).items():
-                cost = cost.plus(self._part(part, d, whole, again, halves), times)
-            out.append(cost.scaled(share / whole))
-        return out
-
-    def _parts(self, stage: Stage) -> Counter[tuple[str, int | None]]:
-        """The parts of a stage of the language model by kind: layers by symbol, and its ends."""
-        llm = self.blueprint.llm
-        found: Counter[tuple[str, int | None]] = Counter()
-        for i in stage.layers:
-            own = llm.symbols[i] == "*" and (llm.window is not None or llm.rope_skips)
-            found[llm.symbols[i], i if own else None] += 1
-        found["first", None] += stage.first
-        found["last", None] += stage.last
-        return found
-
-    def _part(
-        self, part: tuple[str, int | None], d: Degrees, documents: int, again: tuple[str, ...], halves: bool
-    ) -> Cost:
-        key = part, d.tp, d.cp, d.ep, d.etp, documents, again, halves
-        if key not in self._known:
-            split = Split(SINK, d.tp, 1, d.ep, d.etp, d.sequence_parallel)
-            load = self.load.tokens(documents, d.tp, d.cp)
-            how, llm = self._how(SINK, again)._replace(halves=halves), self.blueprint.llm
-            if part[0] == "first":
-                piece = first_counts(llm, split, load.tokens, (), how)
-            elif part[0] == "last":
-                piece = last_counts(llm, split, load, how)
-            else:
-                piece = layer_counts(llm, part[0], part[1], split, load, how)
-            self._known[key] = self._priced(piece, self._places(SINK, d))
-        found = self._known[key]
-        assert isinstance(found, Cost)
-        return found
-
-    # Encoders.
-
-    def _encoder_stages(
-        self, module: str, choice: Choice, microbatches: int, again: tuple[str, ...]
-    ) -> list[Cost]:
-        d, use = choice.degrees, self.blueprint.inputs.encoders[module]
-        share = max(len(self.load.items[module]) / choice.dp, 1.0) / microbatches
-        whole = min(at_least(share), MOST_ITEMS)
-        if ("stages", module, d.pp) not in self._known:
-            self._known["stages", module, d.pp] = encoder_stages(use.cls, use.cfg, d.pp)
-        stages = self._known["stages", module, d.pp]
-        assert isinstance(stages, tuple)
-        by = share / whole / d.cp
-        return [self._encoder(module, d, stage, whole, again).scaled(by) for stage in stages]
-
-    def _encoder(self, module: str, d: Degrees, stage: Stage, items: int, again: tuple[str, ...]) -> Cost:
-        key = module, d.tp, len(stage.layers), stage.first, stage.last, items, again
-        if key not in self._known:
-            cost, n = Cost(), self.weights.layers(module)
-            cls = self.blueprint.inputs.encoders[module].cls
-            parts = {stage: 1}
-            if cls in (ViT, FastConformer):  # whose layers are alike
-                parts = {Stage(1, 2, first=False, last=False): len(stage.layers)}
-                parts |= {Stage(0, 0, first=True, last=False): 1} if stage.first else {}
-                parts |= {Stage(n, n, first=False, last=True): 1} if stage.last else {}
-            for part, times in parts.items():
-                one = key[:2], part, items, again
-                if one not in self._known:
-                    self._known[one] = self._encoder_part(module, d, part, items, again)
-                found = self._known[one]
-                assert isinstance(found, Cost)
-                cost = cost.plus(found, times)
-            self._known[key] = cost
-        found = self._known[key]
-        assert isinstance(found, Cost)
-        return found
-
-    def _encoder_part(
-        self, module: str, d: Degrees, stage: Stage, items: int, again: tuple[str, ...]
-    ) -> Cost:
-        blueprint, every = self.blueprint, self.load.items[module]
-        if not every:
-            return Cost()
-        use, enc = blueprint.inputs.encoders[module], blueprint.cfg.model[module]
-        layout = make_layout(module, d.tp, {"tp": d.tp, "sequence_parallel": d.sequence_parallel})
-        metas = [every[i * len(every) // items] for i in range(items)]
-        load = items_load(replace(use, layout=layout), metas, Coord(0, 0, 0, 0), module)
-        frozen = Frozen(
-            enc.freeze_layers, enc.freeze in ("encoder", "all"), enc.freeze in ("projector", "all")
-        )
-        outer = Outer(enc.projector.hidden, blueprint.llm.d_model, projector_kind(enc.projector))
-        how = self._how(module, again)._replace(below=False)
-        split = Split(module, d.tp, sequence_parallel=d.sequence_parallel)
-        piece = encoder_stage(use, stage, split, load, how, frozen=frozen, outer=outer)
-        mean = self._item_cost(module) / (sum(map(use.cost, metas)) / items)
-        return self._priced(piece, self._places(module, d)).scaled(min(1.0, mean))
-
-    def _item_cost(self, module: str) -> float:
-        """FLOPs of a mean item."""
-        key = "item", module
-        if key not in self._known:
-            use, every = self.blueprint.inputs.encoders[module], self.load.items[module]
-            self._known[key] = sum(map(use.cost, every)) / len(every)
-        found = self._known[key]
-        assert isinstance(found, float)
-        return found
-
-    # Both.
-
-    def _how(self, module: str, again: tuple[str, ...]) -> How:
-        parts = frozenset(again) if module == SINK else frozenset(again) & {"full"}
-        return How(
-            item=self.blueprint.dtype.itemsize,
-            recompute=parts,
-            trains=module not in self.blueprint.frozen,
-            below=True,
-        )
-
-    def _priced(self, piece: Piece, places: Places) -> Cost:
-        works = piece.forward, piece.backward_input, piece.backward_weight
-        forward, early, late = (price(work, places, self.hardware).seconds for work in works)
-        return Cost(forward, early, late, piece.kept)
-
-    def _places(self, module: str, d: Degrees) -> Places:
-        """Where groups of these degrees are, at best: next to each other, with their links for themselves."""
-        sizes = {"tp": d.tp, "etp": d.etp, "ep": d.ep * d.etp}
-        known = {}
-        for axis, span in sizes.items():
-            ranks = d.ep if axis == "ep" else span
-            nodes = 1 if self.node is None else -(-span // self.node)
-            known[Group("module", module, axis)] = Place(ranks, min(nodes, ranks), -(-ranks // nodes))
-        return Places(GroupPlan(self.blueprint.world, {}), self.node, known)
-
-
-def at_least(share: float) -> int:
-    """The next power of two: kernels of so many documents or items are no less efficient, and few differ."""
-    return 1 << max(0, math.ceil(share) - 1).bit_length()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from mm.config.schema import Config
 from mm.errors import Refused
+from mm.plan.blueprint import Blueprint
 from mm.predict.hardware import Hardware
 from mm.predict.step import check_room
 from mm.search.candidate import Candidate, Choice, Degrees
@@ -97,7 +98,7 @@ class Planner:
         predictor = Predictor(self.cfg, self.world, self.hardware)
         plain = plain_candidate(self.cfg, self.world)
         blueprint = predictor.blueprint(plain.config(self.cfg))
-        load = StepLoad.of(blueprint, predictor.plan(blueprint, plain))
+        load = step_load(predictor, blueprint)
         pieces = Pieces(blueprint, load, self.hardware, blueprint.node_size)
         check_room(pieces.weights.states(), self.world, self.hardware)
         space = space_of(blueprint)
@@ -188,6 +189,13 @@ def _simple(node: Node) -> bool:
 
 def _after(until: float) -> Callable[[], bool]:
     return lambda: time.process_time() > until
+
+
+def step_load(predictor: Predictor, blueprint: Blueprint) -> StepLoad:
+    """The load of the first step of a job."""
+    return StepLoad.of(
+        blueprint, lambda inputs: predictor.plan(replace(blueprint, inputs=inputs, _weights={}), None)
+    )
 
 
 def plain_candidate(cfg: Config, world: int) -> Candidate:

@@ -23,9 +23,10 @@ class Asked(Protocol):
         """Seconds that each of `size` ranks needs at least for a module, whatever else is decided."""
 
     def demand(
-        self, module: str, choice: Choice, microbatches: int, again: Again, kind: str
+        self, module: str, choice: Choice, microbatches: int, again: Again, kind: str, *, closely: bool
     ) -> Demand | None:
-        """What a module asks of its ranks at least; None where it cannot be so."""
+        """What a module asks of its ranks at least; None where it cannot be so. closely: whether to take the
+        time for the most that can be said."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Tree:
     drop: Callable[[Node], object] = lambda node: None
     _known: dict[tuple[str, Block, int | None], tuple[Choice, ...]] = field(default_factory=dict)
     _groups: dict[Block, list[tuple[Degrees, int]]] = field(default_factory=dict)
-    _least: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict)
+    _least: dict[tuple[object, ...], Open | None] = field(default_factory=dict)
 
     def roots(self) -> Iterator[Node]:
         """A branch for each placement."""
@@ -129,25 +130,23 @@ class Tree:
             for j, again in enumerate(self.space.recompute):
                 key = (*node.key, i, j)
                 made = replace(node, key=key, microbatches=m, again=again, size=node.size // n)
-                below = [self._bounded(b, node) for b in self._any_policy(made)]
+                below = [self._bounded(b, node, closely=False) for b in self._policies(made)]
                 least = min(below, key=lambda b: b.bound)
                 yield replace(made, bound=least.bound, bytes=min(b.bytes for b in below))
 
-    def _any_policy(self, node: Node) -> Iterator[Node]:
-        """By kind of schedule, what is below a node as if the policy cost nothing."""
+    def _policies(self, node: Node) -> Iterator[Node]:
+        """The schedules and policies below a node."""
         assert node.degrees is not None
-        for kind in self.space.kinds(node.frame, node.degrees):
-            yield replace(node, kind=kind, sink=Choice(node.frame.sink, node.degrees, ANY))
-
-    def _by_policy(self, node: Node) -> Iterator[Node]:
-        assert node.degrees is not None
-        block, kinds = node.frame.sink, self.space.kinds(node.frame, node.degrees)
-        for i, kind in enumerate(kinds):
-            size = math.prod(self._options(node, m, kind) for m in self.space.encoders)
+        block = node.frame.sink
+        for i, kind in enumerate(self.space.kinds(node.frame, node.degrees)):
             for j, policy in enumerate(self.space.policies(block, node.degrees)):
                 sink = Choice(block, node.degrees, policy)
-                made = replace(node, key=(*node.key, i, j), kind=kind, sink=sink, size=size)
-                yield self._bounded(made, node)
+                yield replace(node, key=(*node.key, i, j), kind=kind, sink=sink)
+
+    def _by_policy(self, node: Node) -> Iterator[Node]:
+        for made in self._policies(node):
+            size = math.prod(self._options(node, m, made.kind) for m in self.space.encoders)
+            yield self._bounded(replace(made, size=size), node)
 
     def _by_encoder(self, node: Node) -> Iterator[Node]:
         module = list(self.space.encoders)[len(node.encoders)]
@@ -161,7 +160,7 @@ class Tree:
             )
             yield self._bounded(made, node)
 
-    def _bounded(self, node: Node, above: Node) -> Node:
+    def _bounded(self, node: Node, above: Node, *, closely: bool = True) -> Node:
         """The node with its bounds, from what is decided and the least of what is not."""
         assert node.sink is not None
         m, again, kind = node.microbatches, node.again, node.kind
@@ -169,7 +168,7 @@ class Tree:
         chosen = [(SINK, node.sink), *zip(names, node.encoders, strict=False)]
         placed = []
         for module, choice in chosen:
-            demand = self.asked.demand(module, choice, m, again, kind)
+            demand = self.asked.demand(module, choice, m, again, kind, closely=closely)
             if demand is None:
                 return replace(node, bound=math.inf)
             placed.append(Placed(demand, choice.block))
@@ -191,14 +190,14 @@ class Tree:
             found = []
             for degrees in self.space.encoder_degrees(module, block.size):
                 choice = Choice(block, degrees, ANY)
-                demand = self.asked.demand(module, choice, node.microbatches, node.again, node.kind)
+                m, again = node.microbatches, node.again
+                demand = self.asked.demand(module, choice, m, again, node.kind, closely=False)
                 if demand is not None:
-                    every = range(demand.pp)
-                    found.append((min(demand.work(p, node.microbatches) for p in every), min(demand.held)))
-            least = min((s for s, _ in found), default=math.inf), min((b for _, b in found), default=0.0)
-            self._least[key] = least
-        seconds, held = self._least[key]
-        return None if seconds == math.inf else Open(block, seconds, held)
+                    seconds = min(demand.work(p, m) for p in range(demand.pp))
+                    found.append((seconds, min(demand.held), demand.share))
+            self._least[key] = Open(block, *map(min, zip(*found, strict=True))) if found else None
+        least = self._least[key]
+        return None if least is None else least._replace(block=block)
 
     def _idle(self, frame: Frame, degrees: Degrees | None) -> float:
         """Seconds of a placement before micro-batches are decided."""

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from llm.flops import layer_params
 from llm.stages import partition
 from mm.config.outline import SINK, frozen_modules
 from mm.plan.blueprint import Blueprint
+from mm.predict.costs import NUMBERS, UPDATE_CALLS
 from mm.predict.hardware import Hardware
-from mm.predict.links import Place, message_seconds
+from mm.predict.links import Place, message_seconds, processor_seconds
 from mm.predict.work import Message
 from mm.search.candidate import Choice, Degrees
 from mm.search.space import ANY
-from parallel.topology.groups import Group
+from parallel.topology.groups import WORLD, Group
 from parallel.topology.stage import Stage
+
+
+class Owned(NamedTuple):
+    """What a pipeline rank has of a module, at least. held: bytes of weights and optimizer state, in any case;
+    gradients: bytes, once there are some. update: seconds."""
+
+    held: float
+    gradients: float
+    update: float
 
 
 class Params(NamedTuple):
@@ -48,8 +59,8 @@ class Weights:
         assert isinstance(found, tuple)
         return found
 
-    def held(self, module: str, choice: Choice, pp: int) -> tuple[float, float]:
-        """(bytes, seconds of the update) of a pipeline rank: weights, gradients and optimizer state."""
+    def held(self, module: str, choice: Choice, pp: int) -> Owned:
+        """What a pipeline rank holds, and what its update takes."""
         d, blueprint = choice.degrees, self.blueprint
         stored, item = blueprint.stored_dtype.itemsize, blueprint.dtype.itemsize
         whole, state = self.params(module, d, pp), self._state(module)
@@ -61,34 +72,66 @@ class Weights:
         held = shard * (stored + state * learns)
         if not by_layer:
             held += count * item
-        if learns:
-            held += count * stored if choice.data_parallel == "step" else shard * stored
+        gradients = learns * stored * (count if choice.data_parallel == "step" else shard)
         moved = shard * learns * (3 * stored + 2 * state)
         memory = self.hardware.memory
-        return held, moved / (memory.bandwidth * memory.efficiency)
+        update = moved / (memory.bandwidth * memory.efficiency)
+        if d.pp == 1 and learns:  # else it is not said which weights a rank has
+            update += self._tensors(module) * UPDATE_CALLS * self.hardware.kernels.launch_s
+        return Owned(held, gradients, update)
+
+    @cached_property
+    def message(self) -> float:
+        """Seconds of the message in which all ranks tell their losses and norms."""
+        world, node = self.blueprint.world, self.node
+        on_node = world if node is None else min(world, node)
+        place = Place(world, -(-world // on_node), on_node)
+        said = Message("all_gather", WORLD, float(NUMBERS * 8 * world))
+        if self.hardware.host is not None:
+            return processor_seconds(said, world, self.hardware.host) + self.hardware.host.step_s
+        return message_seconds(said, place, self.hardware)
+
+    def _tensors(self, module: str) -> int:
+        """How many weights a module has."""
+        return sum(len(unit) for unit in self.blueprint.weights(module, 0))
 
     def traffic(
-        self, module: str, choice: Choice, costs: list[tuple[float, float]], m: int
+        self, module: str, choice: Choice, costs: list[tuple[float, float]], m: int, most: float | None
     ) -> tuple[list[float], list[float], float, float]:
         """What data ranks' gathers and sums add, as parallel.schedule.simulator.traffic has it: to each
-        forward and backward by stage, before the first computation, after the last. costs: seconds of a
-        forward and a backward by stage."""
+        forward and backward by stage, before the first computation, after the last.
+
+        costs: seconds of a forward and a backward of mean load by stage. most: the most load over the mean
+        one; None where it is not known. Longer computations hide more, but never more than they are longer:
+        with less seconds than it takes, a sum of both is still a lower bound.
+        """
         d, sums = choice.degrees, [0.0] * len(costs)
+        if choice.data_parallel == ANY:
+            return sums, sums, 0.0, 0.0
         whole = [self.params(module, d, pp) for pp in range(d.pp)]
         stored, item = self.blueprint.stored_dtype.itemsize, self.blueprint.dtype.itemsize
         gather = max(self._over_data("all_gather", choice, p, item) for p in whole) / d.vpp
         total = max(self._over_data("reduce_scatter", choice, p, stored) for p in whole) / d.vpp
         total *= self._learns(module)
-        units = 3 if module == SINK else 1
-        if choice.data_parallel == ANY:
-            return sums, sums, 0.0, 0.0
+        units = self._units(module, choice)
+        rest, after = 1 - 1 / units, total / units
+        if most is not None:
+            after = max(after, total - max(b for _, b in costs) * most * rest)
         if choice.data_parallel == "step":
-            return sums, sums, gather, total / units
-        if self.blueprint.cfg.train.shard == "layer":
-            units += self.layers(module)
-        each = [max(gather / units, gather - f * (1 - 1 / units)) for f, _ in costs]
+            return sums, sums, gather, after
+        each = [max(gather / units, gather - f * rest) for f, _ in costs]
         sums = [max(0.0, total - b) * (m - 1) / m for _, b in costs]
-        return each, sums, 0.0, total / units
+        return each, sums, 0.0, after
+
+    def _units(self, module: str, choice: Choice) -> int:
+        """At most so many units of a module, and messages of a sum."""
+        d, llm = choice.degrees, self.blueprint.llm
+        units = 3 if module == SINK else 1
+        if module == SINK and max(d.tp, d.ep, d.etp) > 1:
+            units += llm.symbols.count("E") + llm.mtp_layers * llm.mtp_pattern.count("E")
+        if self.blueprint.cfg.train.shard == "layer":
+            units += self.layers(module) + (llm.mtp_layers * len(llm.mtp_pattern) if module == SINK else 0)
+        return units * (2 if choice.data_parallel == "hsdp" else 1)
 
     def _over_data(self, op: str, choice: Choice, whole: Params, item: int) -> float:
         """Seconds of a collective of whole weights, or their gradients, over the data ranks."""
@@ -118,7 +161,8 @@ class Weights:
         edp = size // (d.etp * d.ep * d.pp)
         most = choice.dp * d.cp, edp
         if choice.data_parallel == "hsdp" and self.node is not None:
-            return min(most[0], self.node), min(most[1], self.node)
+            within = self.node // d.tp, self.node // (d.etp * d.ep)
+            return max(1, min(most[0], within[0])), max(1, min(most[1], within[1]))
         return most
 
     def _state(self, module: str) -> float:
