@@ -66,8 +66,8 @@ class Windows(NamedTuple):
 class Batches:
     """The batches of a run. size: samples, or packed sequences, a step. windows: None where samples are taken
     by number. skips: batches that are left out. cursors: where steps begin, before what is left out there, as
-    far as is known and remembered. ahead: samples by number that plan() looks up at once, of this step and the
-    next ones; plans do not depend on it."""
+    far as is known and remembered. ahead: samples by number that plan() looks up at once, of this step and
+    the next ones; plans do not depend on it."""
 
     stream: Stream
     size: int

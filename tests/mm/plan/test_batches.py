@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from benchmarks.planning.synthetic import inputs, samples
 from mm.errors import DataError
 from mm.order.chosen import Chosen, Range
+from mm.order.skips import Skips
 from mm.order.stream import Source, Stream
 from mm.plan.batches import Batches
 from mm.plan.table import SampleTable
 from parallel.sequence.intervals import Column
 
 MADE = inputs(8, 3)
+OUT = st.lists(st.integers(0, 20), max_size=3)
 TABLE = SampleTable.of(samples(24), MADE)
 
 
@@ -24,7 +26,8 @@ TABLE = SampleTable.of(samples(24), MADE)
 def test_steps_that_are_looked_up_together_are_the_same(data: st.DataObject, size: int, ahead: int) -> None:
     sources = [Source("a", Chosen.of([Range(0, 9)])), Source("b", Chosen.of([Range(9, 15)]), epochs=3)]
     stream, bad = Stream.of(5, sources, {0: [1, 2], 30: [1, 0]}), frozenset[int]()
-    plain, many = Batches(stream, size), Batches(stream, size, ahead=ahead)
+    skips = Skips.of((first, first + data.draw(st.integers(0, 2))) for first in data.draw(OUT))
+    plain, many = Batches(stream, size, None, skips), Batches(stream, size, None, skips, ahead=ahead)
     for step in (data.draw(st.integers(0, 12)) for _ in range(4)):
         for k in range(step, step + 4):
             if data.draw(st.booleans()):  # one of the next step's, which has been looked up already
