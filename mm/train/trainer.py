@@ -227,7 +227,7 @@ class _Loop:
         """Go on from here. done: steps so far; saved: those of the last checkpoint."""
         listener = Listener(self.console.warn, self.console.skipped)
         self.feed = open_feed(self.job, self.data, state, listener=listener)
-        self.guard = Guard.of(self.job.blueprint.cfg.train, state.guard)
+        self.guard = Guard.of(self.job.blueprint.cfg.train, self.feed.skips, state.guard)
         self.done = self.saved = state.step
 
     def run(self) -> bool:
@@ -355,7 +355,7 @@ def train_step(
         skipped_items=len(feed.bad),
         stop=update.stop,
         layers=update.layers,
-        batch=None if result.batch == step else result.batch + 1,
+        batch=None if feed.skips.batch(step) == step else feed.skips.batch(step) + 1,
         left_out=update.left_out,
     )
 
