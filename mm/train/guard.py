@@ -20,8 +20,8 @@ WINDOW = 1000  # steps that train.max_nonfinite is of
 @dataclass
 class Guard:
     """skips: batches that the run leaves out. left_out: steps that were left out, of the last WINDOW. losses:
-    of the last steps whose loss was not high. high: steps in a row, up to now, whose loss was. back: how often
-    the run went back."""
+    of the last steps whose loss was not high. high: steps in a row, up to now, whose loss was. back: how many
+    times the run went back."""
 
     train: TrainConfig
     skips: Skips = NONE

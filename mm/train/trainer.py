@@ -44,6 +44,7 @@ from mm.train.evaluate import Evaluation, blind_guess, evaluate
 from mm.train.garbage import set_aside
 from mm.train.guard import Guard
 from mm.train.metrics import StepMetrics, TimedStep
+from mm.train.replicas import check_replicas
 from mm.train.statistics import Watch
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
@@ -254,6 +255,9 @@ class _Loop:
         stopping = metrics.stop
         self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
         self.done += 1
+        checked = cfg.train.check_replicas
+        if checked and self.done % checked == 0:
+            check_replicas(job, self.done)
         jumped = "" if metrics.left_out else self.guard.jumped(metrics.loss)
         if jumped and self._go_back(jumped):
             return
