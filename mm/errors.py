@@ -31,7 +31,13 @@ class CheckpointError(PolyrankError):
 
 
 class NonFinite(PolyrankError):
-    """A loss or a gradient is not finite."""
+    """A loss, a gradient or a weight is not finite."""
+
+    exit_code = 5
+
+
+class ReplicasDiffer(PolyrankError):
+    """Ranks that must hold the same weights do not."""
 
     exit_code = 5
 

@@ -12,25 +12,28 @@ from statistics import median
 from typing import Any
 
 from mm.config.training import TrainConfig
+from mm.order.skips import NONE, Skips
 
 WINDOW = 1000  # steps that train.max_nonfinite is of
 
 
 @dataclass
 class Guard:
-    """left_out: steps that were left out, of the last WINDOW. losses: of the last steps whose loss was not
-    high. high: steps in a row, up to now, whose loss was. back: how often the run went back."""
+    """skips: batches that the run leaves out. left_out: steps that were left out, of the last WINDOW. losses:
+    of the last steps whose loss was not high. high: steps in a row, up to now, whose loss was. back: how many
+    times the run went back."""
 
     train: TrainConfig
+    skips: Skips = NONE
     left_out: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     high: int = 0
     back: int = 0
 
     @staticmethod
-    def of(train: TrainConfig, saved: Mapping[str, Any]) -> Guard:
+    def of(train: TrainConfig, skips: Skips, saved: Mapping[str, Any]) -> Guard:
         """That of a run which goes on from a checkpoint; of nothing at its start."""
-        return Guard(train, **saved) if saved else Guard(train)
+        return Guard(train, skips, **saved)
 
     def saved(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""

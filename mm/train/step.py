@@ -38,14 +38,13 @@ class StepResult:
     global count; one replica counts, so that summing over ranks gives the loss; float64 [subsets] on the
     device, which finish_step() reads. subsets: of the step.
     watch: what the layers gave, where that was asked. trail: where numbers stopped being finite, in training.
-    batch: number of the batch. seconds: host time by (kind, module).
+    seconds: host time by (kind, module).
     """
 
     losses: Tensor
     subsets: Subsets
     watch: Watch | None = None
     trail: Trail | None = None
-    batch: int = 0
     seconds: dict[tuple[Kind, str], float] = field(default_factory=dict)
 
 
@@ -84,10 +83,7 @@ def run_step(
             job.turns.close()
     transfers.finish()
     weights.finish()
-    plan = prepared.plan
-    return StepResult(
-        forward.losses, plan.subsets, watch, trail, plan.step if plan.batch is None else plan.batch, seconds
-    )
+    return StepResult(forward.losses, prepared.plan.subsets, watch, trail, seconds)
 
 
 class _Together:

@@ -45,6 +45,7 @@ from mm.train.evaluate import Evaluation, blind_guess, evaluate
 from mm.train.garbage import set_aside
 from mm.train.guard import Guard
 from mm.train.metrics import StepMetrics, TimedStep
+from mm.train.replicas import check_replicas
 from mm.train.statistics import Watch
 from mm.train.step import run_step
 from mm.train.update import finish_step, learning_rate
@@ -233,7 +234,7 @@ class _Loop:
         """Go on from here. done: steps so far; saved: those of the last checkpoint."""
         listener = Listener(self.console.warn, self.console.skipped)
         self.feed = open_feed(self.job, self.data, state, listener=listener)
-        self.guard = Guard.of(self.job.blueprint.cfg.train, state.guard)
+        self.guard = Guard.of(self.job.blueprint.cfg.train, self.feed.skips, state.guard)
         self.done = self.saved = state.step
 
     def run(self) -> bool:
@@ -260,6 +261,9 @@ class _Loop:
         stopping = metrics.stop
         self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
         self.done += 1
+        checked = cfg.train.check_replicas
+        if checked and self.done % checked == 0:
+            check_replicas(job, self.done)
         jumped = "" if metrics.left_out else self.guard.jumped(metrics.loss)
         if jumped and self._go_back(jumped):
             return
@@ -361,7 +365,7 @@ def train_step(
         skipped_items=len(feed.bad),
         stop=update.stop,
         layers=update.layers,
-        batch=None if result.batch == step else result.batch + 1,
+        batch=None if feed.skips.batch(step) == step else feed.skips.batch(step) + 1,
         left_out=update.left_out,
     )
 

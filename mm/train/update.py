@@ -212,9 +212,10 @@ def _why(job: Job, result: StepResult, step: int, guard: Guard | None) -> str:
         )
     rule = job.blueprint.cfg.train
     many = f", the last of more than train.max_nonfinite={rule.max_nonfinite} such steps of 1,000"
+    batch = step if guard is None else guard.skips.batch(step)
     spent = many if rule.nonfinite == "skip" else ", or train.nonfinite=skip for all such steps"
     raise NonFinite(
-        f"{what}{said}. Resume from the last checkpoint without this batch: data.skip=[{result.batch + 1}]"
+        f"{what}{said}. Resume from the last checkpoint without this batch: data.skip=[{batch + 1}]"
         f"{spent}; or lower train.lr"
     )
 

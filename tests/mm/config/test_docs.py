@@ -14,13 +14,18 @@ from mm.config.build import Section
 from mm.config.schema import Config, EncoderConfig
 from mm.config.sources import LengthsConfig, SourceConfig, WeightsConfig
 from mm.config.synthetic import SyntheticConfig, SyntheticItems
+from mm.config.training import SpikeConfig
 
 LISTS: dict[str, type[Section]] = {
     "data.train": SourceConfig,
     "data.weights": WeightsConfig,
     "data.lengths": LengthsConfig,
 }
-INSIDE: dict[str, type[Section]] = {"data.synthetic": SyntheticConfig, "data.synthetic.items": SyntheticItems}
+INSIDE: dict[str, type[Section]] = {
+    "data.synthetic": SyntheticConfig,
+    "data.synthetic.items": SyntheticItems,
+    "train.spike": SpikeConfig,
+}
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "config.md"
 
 
