@@ -131,6 +131,14 @@ class Encoder(nn.Module, ABC):
         input_dtype later. Raises ValueError for a file that cannot be used; its sample is then skipped."""
 
     @classmethod
+    def prepare_into(cls, cfg: Any, payload: bytes, meta: Meta, out: Tensor) -> Tensor:
+        """prepare() with its inputs in `out`, the place that a batch has for them: [n, *input_shape] in the
+        dtype of ItemBatch.values. Returns out, or the inputs where they are of another number. An encoder may
+        write there what it would make anew; the values are then those of prepare(), converted."""
+        made = cls.prepare(cfg, payload, meta)
+        return out.copy_(made) if made.shape == out.shape else made
+
+    @classmethod
     @abstractmethod
     def input_shape(cls, cfg: Any) -> tuple[int, ...]:
         """Shape of one input: the trailing dims of ItemBatch.values."""

@@ -173,16 +173,14 @@ class ViT(StackedEncoder):
     @classmethod
     def prepare(cls, cfg: ViTConfig, payload: bytes, meta: Meta) -> Tensor:
         """Patches [n, channels * patch * patch], float32 in [-1, 1], row by row of the grid."""
-        image = decode_still(payload, cfg.channels)
-        down, across = cls.grid(cfg, meta)
-        p = cfg.patch
-        if image.shape[1:] != (down * p, across * p):
-            raise ValueError(
-                f"image is {tuple(image.shape[1:])}, its index says {meta['height']}x{meta['width']}"
-            )
-        patches = image.reshape(cfg.channels, down, p, across, p).permute(1, 3, 0, 2, 4)
-        # Bytes are put in order, not floats, and floats are written once: memory is most of the cost.
-        return patches.reshape(down * across, -1).to(torch.float32).div_(127.5).sub_(1.0)
+        patches = _patches_of(cfg, payload, meta, cls.grid(cfg, meta))
+        return _scaled(patches, torch.empty(patches.shape, dtype=torch.float32))
+
+    @classmethod
+    def prepare_into(cls, cfg: ViTConfig, payload: bytes, meta: Meta, out: Tensor) -> Tensor:
+        if out.dtype != torch.float32 or len(out) != cls.input_count(cfg, meta):
+            return super().prepare_into(cfg, payload, meta, out)
+        return _scaled(_patches_of(cfg, payload, meta, cls.grid(cfg, meta)), out)
 
     @classmethod
     def example(cls, cfg: ViTConfig, rows: int) -> Meta:
@@ -228,6 +226,23 @@ class ViT(StackedEncoder):
         patch, row, column = to_device(kept, batch.values.device)
         x: Tensor = self.patch(batch.values.index_select(0, patch).to(local(self.patch.weight).dtype))
         return x + local(self.row_position)[row] + local(self.column_position)[column]
+
+
+def _patches_of(cfg: ViTConfig, payload: bytes, meta: Meta, grid: tuple[int, int]) -> Tensor:
+    """uint8 [n, channels * patch * patch], row by row of the grid."""
+    image, (down, across), p = decode_still(payload, cfg.channels), grid, cfg.patch
+    if image.shape[1:] != (down * p, across * p):
+        raise ValueError(
+            f"image is {tuple(image.shape[1:])}, its index says {meta['height']}x{meta['width']}"
+        )
+    patches = image.reshape(cfg.channels, down, p, across, p).permute(1, 3, 0, 2, 4)
+    # Bytes are put in order, not floats, and floats are written once: memory is most of the cost.
+    return patches.reshape(down * across, -1)
+
+
+def _scaled(patches: Tensor, out: Tensor) -> Tensor:
+    """uint8 values as float32 in [-1, 1], written to `out`."""
+    return out.copy_(patches).div_(127.5).sub_(1.0)
 
 
 def _patches(n: int) -> str:

@@ -176,6 +176,12 @@ class VisionTransformer(StackedEncoder):
         return picture_patches(cfg, payload, meta)
 
     @classmethod
+    def prepare_into(cls, cfg: VisionConfig, payload: bytes, meta: Meta, out: Tensor) -> Tensor:
+        if "pictures" in meta or len(out) != cls.input_count(cfg, meta):
+            return super().prepare_into(cfg, payload, meta, out)
+        return picture_patches(cfg, payload, meta, out)
+
+    @classmethod
     def example(cls, cfg: VisionConfig, rows: int) -> Meta:
         down, across = rectangle(rows)
         tile = {"tile": 0} if cfg.pictures.fit == "tiles" else {}

@@ -19,16 +19,16 @@ from encoders.vision.config import Pictures, VisionConfig
 from encoders.vision.sizes import fitted, tiling
 
 
-def picture_patches(cfg: VisionConfig, payload: bytes, meta: Meta) -> Tensor:
+def picture_patches(cfg: VisionConfig, payload: bytes, meta: Meta, out: Tensor | None = None) -> Tensor:
     """A picture's file to its patches [n, cfg.inputs], float32, in the order of the tokens.
 
-    meta: height and width by the index, and of a tile its number. Raises ValueError where the file has
-    another size, and for colour where the encoder takes grey.
+    meta: height and width by the index, and of a tile its number. out: as of patches_of(). Raises ValueError
+    where the file has another size, and for colour where the encoder takes grey.
     """
     how, size = cfg.pictures, (meta["height"], meta["width"])
     if how.fit == "tiles":
-        return patches_of(cfg, _scaled(how, _tile(payload, size, how, cfg.channels, meta["tile"])))
-    return patches_of(cfg, normalised_frame(cfg, _decoded(payload, size, cfg.channels)))
+        return patches_of(cfg, _scaled(how, _tile(payload, size, how, cfg.channels, meta["tile"])), out)
+    return patches_of(cfg, normalised_frame(cfg, _decoded(payload, size, cfg.channels)), out)
 
 
 def _decoded(payload: bytes, size: tuple[int, int], channels: int) -> Tensor:
@@ -97,9 +97,10 @@ def _resized(how: Pictures, pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels[:, top : top + size[0], left : left + size[1]]
 
 
-def patches_of(cfg: VisionConfig, planes: Tensor) -> Tensor:
+def patches_of(cfg: VisionConfig, planes: Tensor, out: Tensor | None = None) -> Tensor:
     """Pixels [channels, height, width], or [frames, channels, height, width] of a video in whole tubelets, to
-    patches [n, cfg.inputs]; what is left over at the right and below is dropped."""
+    patches [n, cfg.inputs]; what is left over at the right and below is dropped. out: where they are written,
+    contiguous, in its dtype."""
     if planes.ndim == 3:
         planes = planes.expand(cfg.frames, *planes.shape)
     p, m, t = cfg.patch, cfg.merge, cfg.frames
@@ -109,7 +110,11 @@ def patches_of(cfg: VisionConfig, planes: Tensor) -> Tensor:
     x = x.reshape(shape)
     # From (clip, time, channel, down, m, row, across, m, column): numbers of a patch last.
     order = (0, 3, 6, 4, 7, 1, 5, 8, 2) if cfg.channels_last else (0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return x.permute(order).reshape(-1, cfg.inputs).contiguous()
+    x = x.permute(order)
+    if out is None:
+        return x.reshape(-1, cfg.inputs).contiguous()
+    out.view(x.shape).copy_(x)
+    return out
 
 
 def check_pictures(name: str, cfg: VisionConfig) -> None:

@@ -122,7 +122,7 @@ def plan_of(blueprint: Blueprint) -> StepPlan:
 class _Assembler(VirtualAssembler):
     """Reads nothing: items are noise."""
 
-    def _prepared(self, use: EncoderUse, sample: Sample, part: Part) -> Tensor:
+    def _prepared(self, use: EncoderUse, sample: Sample, part: Part, out: Tensor | None = None) -> Tensor:
         return torch.rand(super()._prepared(use, sample, part).shape)
 
 

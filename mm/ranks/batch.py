@@ -111,14 +111,19 @@ class Assembler:
         texts = [mb.sample(j) for j in mb.samples_of(llm.coord(self.rank).dp)]
         return Reads(items, first, [Task("", sample, sample.json) for sample in texts])
 
-    def decode(self, task: Task) -> Tensor | Texts:
+    def decode(self, task: Task, place: Tensor | None = None) -> Tensor | Texts:
         """The inputs of an item [n, *input_shape] on the host, in the dtype of its encoder's inputs, or the
-        ids of each text of a sample. Raises BadSample."""
+        ids of each text of a sample. place: contiguous memory for the inputs, of places() or as its bytes;
+        they are written there where they are of that number. Raises BadSample."""
         if not task.module:
             return [np.asarray(s.ids, np.int64) for s in self.encoded(task.sample) if s.ids is not None]
         use = self.inputs.encoders[task.module]
+        dtype = use.cls.input_dtype or self.dtype
         try:
-            return self._prepared(use, task.sample, task.part).to(use.cls.input_dtype or self.dtype)
+            out: Tensor | None = None
+            if place is not None and place.nbytes:
+                out = place.reshape(-1).view(dtype).view(-1, *use.cls.input_shape(use.cfg))
+            return self._prepared(use, task.sample, task.part, out).to(dtype)
         except (ValueError, OSError, EOFError) as error:
             # The payload matches its index but cannot be decoded: the sample counts as unreadable.
             raise BadSample(task.sample, f"{task.part.name}: {error}") from error
@@ -192,10 +197,15 @@ class Assembler:
         low, high = (min(max(k - before, 0), len(mine)) for k in (found.start, found.stop))
         return range(low, high)
 
-    def _prepared(self, use: EncoderUse, sample: Sample, part: Part) -> Tensor:
-        """The inputs of an item [n, *input_shape], on the host."""
-        out: Tensor = use.cls.prepare(use.cfg, self.reader.read(sample, part), part.meta)
-        return out
+    def _prepared(self, use: EncoderUse, sample: Sample, part: Part, out: Tensor | None = None) -> Tensor:
+        """The inputs of an item [n, *input_shape], on the host; in `out` where they fit."""
+        payload = self.reader.read(sample, part)
+        made: Tensor
+        if out is None:
+            made = use.cls.prepare(use.cfg, payload, part.meta)
+        else:
+            made = use.cls.prepare_into(use.cfg, payload, part.meta, out)
+        return made
 
     def _text(
         self,

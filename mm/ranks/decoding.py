@@ -83,15 +83,16 @@ class Reads(Generic[T]):
         return Reads(items, self.first, [next(given) for _ in self.texts])
 
 
-Decode = Callable[[Task], Tensor | Texts]  # raises BadSample
+# Of a task and memory for its tensor, which it need not use (Assembler.decode); raises BadSample.
+Decode = Callable[[Task, Tensor | None], Tensor | Texts]
 Ahead = Callable[[Sequence[Task]], object]  # is told which tasks come next, so that they are read together
 Decoded = Tensor | Texts | BadSample
 
 
-def attempt(decode: Decode, task: Task) -> Decoded:
-    """What a task gives, or why its sample is bad."""
+def attempt(decode: Decode, task: Task, place: Tensor | None = None) -> Decoded:
+    """What a task gives, or why its sample is bad. place: memory for its tensor."""
     try:
-        return decode(task)
+        return decode(task, place)
     except BadSample as error:
         return error
 
@@ -157,7 +158,8 @@ class Room(NamedTuple):
             bits = found.reshape(-1).view(torch.uint8).numpy()  # numpy lacks some dtypes
             answer = {"shape": list(found.shape), "dtype": str(found.dtype).removeprefix("torch.")}
             if place is not None and place[1] == bits.size:
-                self.memory.write(place[0], bits)
+                if self.memory.place(found) != place:  # it was not decoded to there
+                    self.memory.write(place[0], bits)
                 return {**answer, "at": None}, at
             return {**answer, "at": at}, self.trays[tray].put(at, bits)
         ids = np.concatenate([np.empty(0, np.int64), *found])
@@ -191,7 +193,9 @@ def work(
             PLACE.pack_into(place, 0, order.number, n)
             signal.setitimer(signal.ITIMER_REAL, limit_s)
             try:
-                answer, end = room.laid(attempt(decode, task), order.tray, at, order.places[n])
+                own = order.places[n]
+                found = attempt(decode, task, None if own is None else room.memory.bytes_at(*own))
+                answer, end = room.laid(found, order.tray, at, own)
             except DataError as error:  # the store of its shard does not answer
                 answer, end = {"refused": str(error)}, at
             except Exception:

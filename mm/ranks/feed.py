@@ -16,7 +16,6 @@ from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from mm.data.reader import BadSample
 from mm.data.sample import Index, Sample
@@ -217,10 +216,8 @@ class Feed:
         planned = self._planned(step, known_bad, stop)
         reads = [self._assembler.needs(mb) for mb in planned.plan.microbatches]
         tasks = [task for own in reads for task in own.every]
-        places: list[Tensor | None] | None = None
-        if self._options.workers:
-            empty = self._workers.empty
-            places = [place for own in reads for place in self._assembler.places(own, empty)]
+        empty = self._workers.empty
+        places = [place for own in reads for place in self._assembler.places(own, empty)]
         ticket = self._workers.submit(tasks, places)
         return _Begun(known_bad, planned, reads, ticket)
 

@@ -51,6 +51,10 @@ class SharedMemory:
         at = tensor.data_ptr() - self._start
         return (at, tensor.nbytes) if 0 <= at < self._size else None
 
+    def bytes_at(self, at: int, size: int) -> Tensor:
+        """`size` bytes from byte `at` on: uint8 [size]."""
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=at)
+
     def write(self, at: int, bits: np.ndarray) -> None:
         """Write bytes, uint8 [n], from byte `at` on."""
         np.frombuffer(self._memory, np.uint8, bits.size, at)[:] = bits

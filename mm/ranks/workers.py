@@ -162,7 +162,8 @@ class Workers:
         """
         if not self._workers:
             self._ahead(ticket.tasks)
-            return [attempt(self._decode, task) for task in ticket.tasks]
+            both = zip(ticket.tasks, ticket.places, strict=True)
+            return [attempt(self._decode, task, place) for task, place in both]
         self._looked = time.monotonic()
         while ticket.left:
             if self._stopped:

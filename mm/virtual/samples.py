@@ -33,7 +33,7 @@ class VirtualAssembler(Assembler):
         lengths = [0] * before + [s.tokens if s.written is None else s.written for s in own]
         return tuple(TokenSegment("text", [0] * n, "", True, None) for n in lengths)
 
-    def _prepared(self, use: EncoderUse, sample: Sample, part: Part) -> Tensor:
+    def _prepared(self, use: EncoderUse, sample: Sample, part: Part, out: Tensor | None = None) -> Tensor:
         shape = use.cls.input_count(use.cfg, part.meta), *use.cls.input_shape(use.cfg)
         return torch.empty(shape)
 

@@ -54,6 +54,22 @@ FEEDING = (
         "tests/mm/ranks/test_skipped.py::test_the_size_of_a_batch_does_not_change_when_a_run_ends",
     ),
     Fault(
+        "workers.in-place",
+        "what was not decoded to its place is not written there",
+        "mm/ranks/decoding.py",
+        "if self.memory.place(found) != place:",
+        "if self.memory.place(found) not in (None, place):",
+        "tests/mm/ranks/test_workers.py::test_any_number_of_workers_gives_the_same",
+    ),
+    Fault(
+        "encoders.place",
+        "patches are written to a place for another number of them",
+        "encoders/vit.py",
+        "if out.dtype != torch.float32 or len(out) != cls.input_count(cfg, meta):",
+        "if out.dtype != torch.float32:",
+        "tests/encoders/test_places.py",
+    ),
+    Fault(
         "planner.bad",
         "the process that plans is told of bad samples once",
         "mm/ranks/planner.py",
