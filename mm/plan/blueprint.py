@@ -174,7 +174,8 @@ class Blueprint:
         from mm.plan.weights import Items, stage_weights
 
         def make() -> list[list[Weight]]:
-            made = bare_module(self, module, Axes(), self.stages[module][stage])
+            found = self.stages[module][stage]
+            made = self.known.get(("bare", module, found), lambda: bare_module(self, module, Axes(), found))
             train, sizes = self.cfg.train, (self.dtype.itemsize, self.stored_dtype.itemsize)
             items = Items(*sizes, update_rule(train), averaged=train.average is not None)
             return stage_weights(made, self.layouts[module], items, by_layer=train.shard == "layer")

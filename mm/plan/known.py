@@ -1,8 +1,8 @@
 """What blueprints of one model have in common, found once: weights of stages, and schedules.
 
-A search draws up hundreds of blueprints that differ in layout, schedule and recomputation alone. The weights of
-a stage follow from a few degrees, and what ranks do in a step from where modules lie beside each other, so most
-blueprints need nothing new.
+A search draws up hundreds of blueprints that differ in layout, schedule and recomputation alone. The weights
+of a stage follow from a few degrees, and what ranks do in a step from where modules lie beside each other, so
+most blueprints need nothing new.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from parallel.boundary import (
     RowMap,
     dest_side,
     joint_streams,
+    row_counts,
     row_positions,
     sharing,
     source_side,
@@ -343,6 +344,13 @@ class MicrobatchEdge:
         inputs, mb = self.microbatch.plan.inputs, self.microbatch
         c = self._columns.take(np.flatnonzero(self._columns.dest_dp == inputs.llm.coord(rank).dp))
         return row_positions(inputs.llm, rank, c.rows, c.dest_dp, c.position, mb.tokens, order=inputs.order)
+
+    @property
+    def row_counts(self) -> Column:
+        """How many row_positions() the language model's ranks have: int64 [dp, cp, tp], where tp is 1 without
+        sequence parallelism."""
+        inputs, c, tokens = self.microbatch.plan.inputs, self._columns, self.microbatch.tokens
+        return row_counts(inputs.llm, c.rows, c.dest_dp, c.position, tokens, order=inputs.order)
 
 
 def plan_step(step: int, samples: Sequence[Sample], inputs: PlanInputs) -> StepPlan:

@@ -51,7 +51,7 @@ def priced(blueprint: Blueprint, plan: StepPlan, counts: Counts, hardware: Hardw
         for key, extra in _at_ends(blueprint, plan, counts, (places, host)).items():
             by = {
                 what: prices[key].by.get(what, 0.0) + extra.get(what, 0.0)
-                for what in {*prices[key].by, *extra}
+                for what in dict.fromkeys((*prices[key].by, *extra))  # in one order: sums are of floats
             }
             prices[key] = replace(prices[key], by=by, fixed=prices[key].fixed + sum(extra.values()))
     transfer = _transfers(blueprint, counts, places, hardware)

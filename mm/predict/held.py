@@ -49,26 +49,24 @@ def by_program(plan: SchedulePlan, counts: Counts, hardware: Hardware) -> Mappin
 
 
 def of_fullest(
-    blueprint: Blueprint, plan: StepPlan, counts: Counts, hardware: Hardware
+    blueprint: Blueprint, plan: StepPlan, counts: Counts, bounds: Mapping[int, Kinds]
 ) -> Mapping[int, Kinds]:
-    """As by_program(), with the programs that may hold most counted exactly, on their busiest rank.
+    """by_program(), with the programs that may hold most counted exactly, on their busiest rank.
 
-    One of them after the other is counted until one that is counted holds most; each takes about 0.3 s.
+    One of them after the other is counted until one that is counted holds most. bounds: of by_program().
     """
     schedule = blueprint.schedule(plan.active)
     pieces: dict[Hashable, Piece] = {}
-    left = dict(by_program(schedule, counts, hardware))
+    left = dict(bounds)
     found: dict[int, Kinds] = {}
     while left:
         rank = max(left, key=lambda r: sum(left[r].values()))
         if found and max(_size(k) for k in found.values()) >= _size(left[rank]):
             break
-        del left[rank]
         own = busiest(blueprint, plan, counts, schedule.ranks_of[schedule.program_of[rank]])
-        found[own] = {
-            **walk(RankPlan(blueprint, plan, own, pieces)).kinds,
-            "reserved": hardware.memory.reserved,
-        }
+        held = walk(RankPlan(blueprint, plan, own, relays=False, pieces=pieces))
+        found[own] = {**held.kinds, "reserved": left[rank]["reserved"]}
+        del left[rank]
     return {**found, **left}
 
 
@@ -78,17 +76,16 @@ def _size(kinds: Kinds) -> float:
 
 def busiest(blueprint: Blueprint, plan: StepPlan, counts: Counts, ranks: Sequence[int]) -> int:
     """Of these ranks the one whose data keep most activations, as far as the plan's costs tell."""
-    score = dict.fromkeys(ranks, 0.0)
+    score = np.zeros(blueprint.world)
     for m in blueprint.modules:
         layout = blueprint.layouts[m]
         dp, cost = (plan.seats.dp, plan.llm_cost) if m == SINK else _dealt(plan, m)
         by_dp = np.bincount(dp, weights=cost, minlength=layout.dp)
         kept = sum(size for (module, _), size in counts.kept.items() if module == m)
-        here = set(layout.ranks)
-        for rank in ranks:
-            if rank in here and by_dp.any():
-                score[rank] += kept * float(by_dp[layout.coord(rank).dp] / by_dp.max())
-    return max(ranks, key=lambda rank: score[rank])
+        if by_dp.any():
+            places = np.arange(layout.size) // (layout.tp * layout.cp) % layout.dp
+            score[list(layout.ranks)] += kept * (by_dp / by_dp.max())[places]
+    return ranks[int(np.argmax(score[list(ranks)]))]
 
 
 def _dealt(plan: StepPlan, module: str) -> tuple[np.ndarray, np.ndarray]:

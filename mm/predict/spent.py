@@ -8,23 +8,38 @@ from collections.abc import Sequence
 from mm.predict.costs import Priced
 from parallel.schedule.action import BOUNDARY, OVER_DATA, POSTED, Action, Kind
 from parallel.schedule.checker.graph import Graph, graph_of
-from parallel.schedule.checker.reader import START
+from parallel.schedule.checker.reader import START, Flow
 from parallel.schedule.simulator.simulate import Timeline
 
 Spent = dict[tuple[str, str], float]
 
 
-def spent(line: Timeline, prices: Priced, program: int) -> Spent:
-    """Seconds of the ranks of a program by (module, what); they add up to those of the timeline.
+def spent(line: Timeline, prices: Priced) -> list[Spent]:
+    """By program, the seconds of its ranks by (module, what); they add up to those of the timeline.
 
     A computation's are split as its price is; what it takes beyond that are gathers and sums. Idle time is
     "data ranks", "boundary" or "pipeline" while what the next computation waits for travels, "bubble" while
     it is made, and "waiting" for the other members of its groups.
     """
+    graph = graph_of(line.plan)
+    sums = [
+        (flow.ends or (), max((line.ends[k] for k in after if k != START), default=0.0) + _delay(line, flow))
+        for key, after in graph.transfers.items()
+        if (flow := graph.flows[key[0]]).kind is Kind.GRAD_SYNC
+    ]
+    last = [
+        max((end for ends, end in sums if p in ends), default=0.0) for p in range(len(line.plan.programs))
+    ]
+    seconds = frozenset(graph.second.values())
+    return [_spent(line, prices, p, seconds, last[p]) for p in range(len(line.plan.programs))]
+
+
+def _spent(line: Timeline, prices: Priced, program: int, seconds: frozenset[int], summed: float) -> Spent:
+    """spent() of one program. seconds: numbers of the second actions of pairs. summed: when the last sum of
+    gradients that it takes part in ends."""
     graph, actions = graph_of(line.plan), line.plan.programs[program]
     out: defaultdict[tuple[str, str], float] = defaultdict(float)
     now, first = 0.0, graph.first[program]
-    seconds = set(graph.second.values())
     module = ""
     for n, a in enumerate(actions, first):
         if a.kind in POSTED:
@@ -39,7 +54,8 @@ def spent(line: Timeline, prices: Priced, program: int) -> Spent:
         now, module = max(now, end), a.module
     left = line.seconds - now
     if left > 0:
-        sums = _last_sum(line, graph, program)
+        last = max(line.ends[graph.first[program] : graph.first[program + 1]], default=0.0)
+        sums = max(0.0, summed - last)
         out[module, "data ranks"] += min(left, sums)
         out[module, "bubble"] += left - min(left, sums)
     return out
@@ -74,7 +90,7 @@ def _idle(line: Timeline, graph: Graph, n: int, module: str, gap: float) -> Spen
     for key in graph.waits.get(n, ()):
         flow = graph.flows[key[0]]
         start = max((line.ends[k] for k in graph.transfers[key] if k != START), default=0.0)
-        delay = _delay(line, key[0])
+        delay = _delay(line, flow)
         what = "boundary" if flow.kind in BOUNDARY else "data ranks" if flow.kind in OVER_DATA else "pipeline"
         best = max(best, (start + delay, what, delay))
     came, what, delay = best
@@ -84,20 +100,8 @@ def _idle(line: Timeline, graph: Graph, n: int, module: str, gap: float) -> Spen
     return {(module, what): moving, (module, "bubble"): gap - moving}
 
 
-def _delay(line: Timeline, flow: int) -> float:
+def _delay(line: Timeline, flow: Flow) -> float:
     """Seconds that a flow's transfers take."""
-    of = graph_of(line.plan).flows[flow]
-    if of.within is not None:
-        return line.costs.beyond(of.within, of.kind)
-    return line.costs.transfer.get((of.module, of.kind), 0.0)
-
-
-def _last_sum(line: Timeline, graph: Graph, program: int) -> float:
-    """Seconds that the sums of a program outlast its computations."""
-    found = [
-        max((line.ends[k] for k in after if k != START), default=0.0) + _delay(line, key[0])
-        for key, after in graph.transfers.items()
-        if graph.flows[key[0]].kind is Kind.GRAD_SYNC and program in (graph.flows[key[0]].ends or ())
-    ]
-    last = max(line.ends[graph.first[program] : graph.first[program + 1]], default=0.0)
-    return max(0.0, max(found, default=0.0) - last)
+    if flow.within is not None:
+        return line.costs.beyond(flow.within, flow.kind)
+    return line.costs.transfer.get((flow.module, flow.kind), 0.0)

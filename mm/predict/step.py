@@ -75,7 +75,7 @@ def predict(blueprint: Blueprint, plan: StepPlan, hardware: Hardware) -> Predict
         hardware = replace(hardware, memory=replace(hardware.memory, reserved=engine.held.reserved))
         return predict_counts(blueprint, plan, counts, hardware)
     made = predict_counts(blueprint, plan, counts, hardware)
-    return replace(made, memory=of_fullest(blueprint, plan, counts, hardware))
+    return replace(made, memory=of_fullest(blueprint, plan, counts, made.memory))
 
 
 def predict_counts(blueprint: Blueprint, plan: StepPlan, counts: Counts, hardware: Hardware) -> Prediction:
@@ -114,8 +114,8 @@ def predict_counts(blueprint: Blueprint, plan: StepPlan, counts: Counts, hardwar
 def _mean(line: Timeline, prices: Priced, world: int) -> dict[tuple[str, str], float]:
     """Seconds of forwards and backwards by (module, what), of the mean of all ranks of the job."""
     out: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for p, ranks in enumerate(line.plan.ranks_of):
-        for key, seconds in spent(line, prices, p).items():
+    for found, ranks in zip(spent(line, prices), line.plan.ranks_of, strict=True):
+        for key, seconds in found.items():
             out[key] += seconds * len(ranks) / world
     out["", "bubble"] += line.seconds * (1 - len(line.plan.ranks) / world)  # ranks without a module
     return out

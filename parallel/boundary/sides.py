@@ -7,6 +7,7 @@ tiles that they meet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -194,6 +195,22 @@ def row_positions(
     lane = (at.dp * layout.cp + at.cp) * parts + (at.tp if parts > 1 else 0)
     mine = np.flatnonzero(runs.lane == lane)
     return repeat_groups(runs.token[mine], runs.length[mine])[1]
+
+
+def row_counts(
+    layout: Layout,
+    item_rows: Ints,
+    item_dp: Ints,
+    item_position: Ints,
+    tokens: Ints,
+    *,
+    order: Order = "contiguous",
+) -> Column:
+    """How many row_positions() there are on each rank of a stage: int64 [dp, cp, tp], where tp is 1 without
+    sequence parallelism."""
+    runs, shape = _token_runs(layout, item_rows, item_dp, item_position, tokens, order), layout.token_shards
+    lanes = (layout.dp, layout.cp, shape)
+    return sums(runs.length, runs.lane, math.prod(lanes)).reshape(lanes)
 
 
 @dataclass(frozen=True)

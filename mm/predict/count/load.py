@@ -1,7 +1,7 @@
 """What one rank computes in one micro-batch, from a step's plan. Pure.
 
-Loads are a table in the plan's memo, by module, micro-batch and place, each worked out once: ranks of one place
-in tp, cp and dp have equal ones, on whichever pipeline rank they are. They follow from the plan, from the
+Loads are a table in the plan's memo, by module, micro-batch and place, each worked out once: ranks of one
+place in tp, cp and dp have equal ones, whatever their pipeline rank. They follow from the plan, from the
 dense degrees and from the encoders alone.
 """
 
@@ -152,9 +152,8 @@ def _metas(plan: StepPlan, module: str) -> Mapping[tuple[int, int], Sequence[Any
 
 def rows_entering(mb: Microbatch, source: str, layout: Layout, at: Coord) -> int:
     """Rows of an encoder that enter the language model in a micro-batch on the rank at a place."""
-    rank = layout.rank_at(tp=at.tp, cp=at.cp, dp=at.dp)
-    key = "entering", source, mb.index, at[:3]
-    return once(mb.plan, key, lambda: len(mb.edges[source].row_positions(rank)))
+    found = once(mb.plan, ("entering", source, mb.index), lambda: mb.edges[source].row_counts)
+    return int(found[at.dp, at.cp, at.tp % layout.token_shards])
 
 
 def items_load(use: EncoderUse, metas: Sequence[Any], at: Coord, module: str) -> ItemLoad:

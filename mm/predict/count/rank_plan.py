@@ -53,13 +53,15 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True)
 class RankPlan:
-    """A rank's part of a step, and what its computations are. _pieces: of all ranks of the step that are
-    given the same, by module, stage, micro-batch, place but for pp, and whether backwards have halves."""
+    """A rank's part of a step, and what its computations are. pieces: of all ranks of the step that are
+    given the same, by module, stage, micro-batch, place but for pp, and whether backwards have halves.
+    relays: whether rows may come in two hops; how many come to a rank does not depend on it."""
 
     blueprint: Blueprint
     plan: StepPlan
     rank: int
-    _pieces: dict[Hashable, Piece] = field(default_factory=dict)
+    relays: bool = True
+    pieces: dict[Hashable, Piece] = field(default_factory=dict)
     _places: dict[str, Coord] = field(default_factory=dict)
 
     @cached_property
@@ -99,9 +101,9 @@ class RankPlan:
     def _piece(self, module: str, stage: int, i: int) -> Piece:
         at, halves = self.at(module), module in self.halves
         key = module, stage, i, at[:3], halves
-        if key not in self._pieces:
-            self._pieces[key] = stage_of(self.blueprint, self.plan, (module, stage), i, at, halves=halves)
-        return self._pieces[key]
+        if key not in self.pieces:
+            self.pieces[key] = stage_of(self.blueprint, self.plan, (module, stage), i, at, halves=halves)
+        return self.pieces[key]
 
     def at(self, module: str) -> Coord:
         """The place of this rank in a module."""
@@ -199,9 +201,8 @@ class RankPlan:
 
     @cached_property
     def _boundaries(self) -> list[Mapping[Edge, EdgePlan]]:
-        info = RankInfo(
-            self.rank, self.blueprint.world, torch.device("cpu"), node_size=self.blueprint.node_size
-        )
+        nodes = self.blueprint.node_size if self.relays else None
+        info = RankInfo(self.rank, self.blueprint.world, torch.device("cpu"), node_size=nodes)
         assembler = assembler_of(self.blueprint, info, {})
         key = "boundary", self.rank, info.node_size, tuple(assembler.row_shapes.items())
         return once(self.plan, key, lambda: [b.edges for b in assembler.boundary(self.plan)])

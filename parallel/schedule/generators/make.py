@@ -141,6 +141,7 @@ def _plan(problem: Problem, ahead: int | None) -> SchedulePlan:
 
 def _fastest(problem: Problem, plans: Sequence[SchedulePlan]) -> SchedulePlan:
     """The plan that takes the least simulated time, in one order; the first of equal ones."""
+    plans = list({plan.programs: plan for plan in reversed(plans)}.values())[::-1]  # few micro-batches: equal
     best = plans[0] if len(plans) == 1 else min(plans, key=lambda plan: _seconds(problem, plan))
     if not any(a.kind is Kind.GATHER for _, a in best):
         return in_one_order(best, problem.options.costs)
