@@ -7,10 +7,20 @@ from mm.predict.count import ops
 from mm.predict.count.convolution import convolve
 from mm.predict.count.crossing import joined_parts, rows_of
 from mm.predict.count.ops import Weight, enter, joined_linear, leave, linear
-from mm.predict.count.scan import Inputs, Scan, scan, scan_inputs
+from mm.predict.count.scan import (
+    Inputs,
+    Scan,
+    added_states,
+    into_chunks,
+    outputs,
+    scan,
+    scan_inputs,
+    state_after,
+)
 from mm.predict.count.sizes import Degrees, Rows, ScanCrossing, TokenLoad
 from mm.predict.count.tape import Storage, Tape, Var
 from parallel.tensor_parallel.heads import share_heads
+from parallel.topology.groups import Group
 
 Grads = list[Storage | None]
 
@@ -66,22 +76,48 @@ def _with_halo(t: Tape, x: Var, halo: Rows, at: Degrees) -> Var:
 def _by_states(t: Tape, given: Inputs, s: Scan, at: Degrees, c: ScanCrossing) -> Var:
     """Mamba._by_states: a scan a piece, whose last states are exchanged."""
     assert c.states is not None
-    row, acc = s.heads * (s.dim * s.state + 1), t.acc
-    size = float(max(c.states.gives, c.states.takes) * row * acc)
-    t.message("all_to_all", at.group("cp"), size)
-    group = at.group("cp")
-    parts = []
+    pieces = []
     for rows in c.pieces:
-        own = Inputs(*(rows_of(t, x, rows, 1) for x in given))
-        parts.append(scan(t, own, s, rows, before=True))
-        del own
+        pieces.append(into_chunks(t, Inputs(*(rows_of(t, x, rows, 1) for x in given)), s, rows))
+    del given
+    added = [added_states(t, ch, ch.blocks.n) for ch in pieces]
+    ends = [state_after(t, ch, add) for ch, add in zip(pieces, added, strict=True)]
+    begins = _begin_states(t, ends, c.states, at.group("cp"))
+    ends.clear()
+    parts = []
+    for before in begins:
+        parts.append(outputs(t, pieces.pop(0), added.pop(0), before))
+    del before
+    begins.clear()
+    return joined_parts(t, parts, sum(c.pieces)) if len(parts) > 1 else parts[0]
 
-    def back(g: Grads) -> Grads:
+
+def _begin_states(t: Tape, ends: list[Var], moved: Rows, group: Group) -> list[Var]:
+    """parallel.context_parallel.state.begin_states: the states before pieces, from those after others."""
+    width, item, n = ends[0].width, ends[0].item, len(ends)
+    size = float(max(moved.gives, moved.takes) * width * item)
+    stacked = t.new(n * width, item)
+    t.moves(2 * stacked.size)
+    fetched = t.new(moved.wanted * width, item)
+    t.message("all_to_all", group, size)
+    del stacked
+
+    def home(g: Grads) -> Grads:
+        into, arriving = t.new(n * width, item), t.new(moved.gives * width, item)
         t.message("all_to_all", group, size)
-        return [g[0]]
+        del arriving
+        return [into] * n
 
-    y = joined_parts(t, parts, sum(c.pieces)) if len(parts) > 1 else parts[0]
-    return t.result(t.node([y], back, []), y.store, y.rows, y.width, y.item)
+    node = t.node(ends, home, [])
+    every = moved.wanted * width
+    states = t.result(node, fetched, moved.wanted, width, item)
+    del fetched, node
+    found = []
+    for _ in ends:
+        saved = t.save(states.store)
+        made = t.node([states], lambda g: [t.new(every, item)], saved)
+        found.append(t.result(made, t.new(width, item), 1, width, item))
+    return found
 
 
 def _by_heads(t: Tape, mixed: Var, dt: Var, how: tuple[LLMConfig, Scan], at: Degrees, c: ScanCrossing) -> Var:

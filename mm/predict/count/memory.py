@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mm.config.outline import SINK
 from mm.plan.trained import trained_below
+from mm.plan.weights import Unit
 from mm.predict.count.load import rows_entering
 from mm.predict.count.pieces import Level, Piece
 from mm.predict.count.rank_plan import RankPlan
@@ -79,6 +80,8 @@ class _Walk:
             for sent in self.released.get(a[:4], ()):
                 self.held.pop(("sent", sent), None)
             self._act(a)
+        for key in [key for key in self.held if key[0] == "reduced"]:
+            self.held.pop(key)
         self._look(Level(), "update")
         return Held(self.best, self.kinds, self.during)
 
@@ -96,7 +99,7 @@ class _Walk:
             BOUNDARY_BACKWARD: self._boundary_backward,
             Kind.GATHER: self._gather,
             Kind.FREE: lambda a: self._free((a.module, a.stage)),
-            Kind.GRAD_SYNC: lambda a: self._sum((a.module, a.stage), str(a)),
+            Kind.GRAD_SYNC: self._sum_all,
         }
         if a.kind in handlers:
             handlers[a.kind](a)
@@ -141,47 +144,67 @@ class _Walk:
     def _free(self, key: tuple[str, int]) -> None:
         self.held.pop(("whole", *key), None)
 
-    def _summed(self, a: Action) -> None:
-        """The end of a backward: gradients are added up, or summed over the data ranks."""
+    def _summed(self, a: Action, *, within: bool) -> None:
+        """The end of a backward: gradients are added up, or summed over the data ranks. within: whether those
+        of experts have been in it."""
         key = a.module, a.stage
-        units = [o for o in self.rank.units[key] if o.unit.whole.trained]
-        if not units:
+        trained = [k for k, o in enumerate(self.rank.units[key]) if o.unit.whole.trained]
+        if not trained:
             return
-        last = a.last and key not in self.late
-        once = self.blueprint.uses[a.module].sums == "step"
-        if not once or last:
-            self._sum(key, str(a))
+        early = self._early(key) if within else []
+        late = [k for k in trained if k not in early]
+        if self._sums(a):
+            self._sum(key, early, str(a), looks=False)
+            self._sum(key, late, str(a))
             return
-        self._put(("gradients", *key), GRADIENTS, _wide(units, self.stored))
+        for k in (*early, *late):
+            self.held.pop(("new", *key, k), None)
+            self._put(("gradients", *key, k), GRADIENTS, _wide(self.rank.units[key][k], self.stored))
         self._look(Level(), str(a))
 
-    def _sum(self, key: tuple[str, int], during: str) -> None:
-        """Sum gradients over the data ranks: a buffer of all, from which shards come."""
-        units = [o for o in self.rank.units[key] if o.unit.whole.trained]
-        most = max((o.unit.shard.trained * o.unit.shards for o in units), default=0) * self.stored
-        self.held.pop(("reduced", *key), None)
-        if ("gradients", *key) in self.held:
-            self.held.pop(("new", *key), None)  # they are added to those first
-        self._look(Level(), during, {COMMUNICATION: float(most)})
-        shards = float(sum(o.unit.shard.trained for o in units) * self.stored)
-        self.held.pop(("gradients", *key), None)
-        old = self.held.get(("shards", *key))
-        if old is not None:
-            self._look(Level(passing=shards), during)
-        # Shards of weights that stay whole are not the module's, so their gradients count as FSDP's.
-        each = self.blueprint.uses[key[0]].params == "each"
-        self._put(("shards", *key), GRADIENTS if each else COMMUNICATION, shards)
-        # FSDP keeps what the last sum read until the next one, or the step's end.
-        self._put(("reduced", *key), COMMUNICATION, self._last_summed(key, units))
+    def _sum_all(self, a: Action) -> None:
+        units = self.rank.units[a.module, a.stage]
+        self._sum((a.module, a.stage), [k for k, o in enumerate(units) if o.unit.whole.trained], str(a))
 
-    def _last_summed(self, key: tuple[str, int], units: list[Owned]) -> float:
-        """Bytes of the last sum of a backward: of the root, but scalars of scans, which no hidden state
-        enters, come after it where they are a unit of their own."""
-        module, stage = key
-        each = [o.unit.shard.trained * o.unit.shards * self.stored for o in units]
-        layers = self.blueprint.stages[module][stage].layers if module == SINK else ()
-        scans = self.item != self.stored and any(self.blueprint.llm.symbols[i] == "M" for i in layers)
-        return float(min(each, default=0) if scans else each[-1] if each else 0)
+    def _sums(self, a: Action) -> bool:
+        """Whether a backward sums gradients over the data ranks."""
+        key = a.module, a.stage
+        return (a.last and key not in self.late) or self.blueprint.uses[a.module].sums != "step"
+
+    def _early(self, key: tuple[str, int]) -> list[int]:
+        """Units whose gradients are summed or added up where they come: of experts, which are units of FSDP
+        where an axis splits them otherwise than other weights."""
+        found = enumerate(zip(self.rank.units[key], self.blueprint.weights(*key), strict=True))
+        return [k for k, (o, w) in found if w[0].expert and o.unit.whole.trained]
+
+    def _sum(self, key: tuple[str, int], units: Sequence[int], during: str, *, looks: bool = True) -> None:
+        """Sum gradients of units over the data ranks: for each a buffer of all, from which its shard comes.
+
+        FSDP keeps the buffer until the next one, or the step's end. The root comes first of those that no
+        hidden state enters.
+        """
+        each = self.blueprint.uses[key[0]].params == "each"
+        last = len(self.rank.units[key]) - 1
+        for k in sorted(units, key=lambda k: (k != last, k)):
+            unit = self.rank.units[key][k].unit
+            shard = float(unit.shard.trained * self.stored)
+            whole = shard * unit.shards
+            self.held.pop(("reduced", *key), None)
+            if ("gradients", *key, k) in self.held:
+                self.held.pop(("new", *key, k), None)  # they are added to those first
+            if looks:
+                self._look(Level(), during, {COMMUNICATION: whole})
+            self.held.pop(("gradients", *key, k), None)
+            self.held.pop(("new", *key, k), None)
+            self._put(("reduced", *key), COMMUNICATION, whole)
+            # A sum over one rank copies, by way of a third tensor.
+            copies = 1 + (unit.shards == 1)
+            if ("shards", *key, k) not in self.held:
+                # Shards of weights that stay whole are not the module's, so their gradients count as FSDP's.
+                self._put(("shards", *key, k), GRADIENTS if each else COMMUNICATION, shard)
+                copies -= 1
+            if looks:
+                self._look(Level(), during, {COMMUNICATION: copies * shard})
 
     # Computations.
 
@@ -221,14 +244,41 @@ class _Walk:
         extra = max(0.0, kept - part.kept)  # the output, to the end of the backward
         # The gradient that has come is part of the piece, which does not know it for a message.
         come = self.held.pop(("gradient", *a[1:4]), ("", 0.0))[1]
-        self._look(part.in_backward.plus(kept=extra, passing=-come), str(a), {COMMUNICATION: come})
-        self._put(("new", *key), TEMPORARY, part.gradients)
-        self._summed(a)
-        self.held.pop(("new", *key), None)
+        self._in_backward(a, part, extra, come)
+        self._new(key)
+        self._summed(a, within=True)
         if self.blueprint.uses[a.module].params == "each":
             self._free(key)
         self._gradients_of_inputs(a)
         del kind
+
+    def _new(self, key: tuple[str, int]) -> None:
+        """Gradients of a backward, in the dtype of computation."""
+        for k, o in enumerate(self.rank.units[key]):
+            self._put(("new", *key, k), TEMPORARY, float(o.unit.whole.trained * o.unit.item))
+
+    def _in_backward(self, a: Action, part: Piece, extra: float, come: float) -> None:
+        """Moments of a backward, in which gradients of experts are summed or added up where they come."""
+        key = a.module, a.stage
+        early = [self.rank.units[key][k].unit for k in self._early(key)]
+        own = sum(u.whole.trained * u.item for u in early)
+        sums = self._sums(a)
+        shards = sum(u.shard.trained for u in early) * self.stored
+        there = ("shards" if sums else "gradients", *key)
+        kept = 0.0 if any(k[:3] == there for k in self.held) else shards if sums else _widest(early, self.stored)
+        freed = self.blueprint.uses[a.module].params == "each"
+        for now in part.moments or (part.in_backward,):
+            more: Counter[str] = Counter({COMMUNICATION: come})
+            level = now.plus(kept=extra, passing=-come)
+            if own:
+                done = now.done / own
+                level = level.plus(gradients=-now.done)
+                more[GRADIENTS] += done * kept
+                more[GATHERED] -= freed * done * sum(u.gathered for u in early)
+                buffers = sum(u.shard.trained * u.shards for u in early) * self.stored * sums
+                # The buffer of a sum lasts until the next one.
+                more[COMMUNICATION] += buffers * (now.ending / own or min(1.0, done) / len(early))
+            self._look(level, str(a), more)
 
     def _backward_input(self, a: Action) -> None:
         part = self._piece(a)
@@ -244,7 +294,8 @@ class _Walk:
         part = self._piece(a)
         self._look(Level(gradients=part.gradients), str(a))
         self.held.pop(("later", *a[1:4]), None)
-        self._summed(a)
+        self._new((a.module, a.stage))
+        self._summed(a, within=False)
 
     def _gradients_of_inputs(self, a: Action) -> None:
         """What a backward gives: gradients of hidden states and of rows, in memory of their own."""
@@ -296,8 +347,12 @@ class _Walk:
         self._put(("arriving", a.module, a.microbatch, a.stage), COMMUNICATION, float(arriving * row))
 
 
-def _wide(units: list[Owned], stored: int) -> float:
-    return float(sum(o.unit.whole.trained for o in units) * stored)
+def _wide(one: Owned, stored: int) -> float:
+    return float(one.unit.whole.trained * stored)
+
+
+def _widest(units: Sequence[Unit], stored: int) -> float:
+    return float(sum(u.whole.trained for u in units) * stored)
 
 
 def inputs_bytes(rank: RankPlan) -> float:

@@ -197,7 +197,7 @@ def grouped(t: Tape, x: Var, w: Weight, experts: float) -> Var:
             if t.halves:
                 t.later.append((g[0], *saved) if isinstance(saved, list) else tuple(g))
             else:
-                t.gradient(w.name, experts * w.out * w.into, item)
+                t.gradient(w.name, experts * w.out * w.into, item, expert=True)
         return [d_x]
 
     return t.result(t.node([x], back, saved, weights=True), out, rows, w.out, item)

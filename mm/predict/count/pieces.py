@@ -29,20 +29,26 @@ class How(NamedTuple):
 
 class Level(NamedTuple):
     """Bytes at a moment: kept from forwards, passing (made in an action and gone after it), gradients of
-    weights."""
+    weights. done: of these, of experts whose backward is over; ending: of experts whose backward just ends."""
 
     kept: float = 0.0
     passing: float = 0.0
     gradients: float = 0.0
+    done: float = 0.0
+    ending: float = 0.0
 
     @property
     def total(self) -> float:
         """Of all."""
         return self.kept + self.passing + self.gradients
 
-    def plus(self, kept: float = 0.0, passing: float = 0.0, gradients: float = 0.0) -> Level:
+    def plus(
+        self, kept: float = 0.0, passing: float = 0.0, gradients: float = 0.0, done: float = 0.0
+    ) -> Level:
         """With more of each."""
-        return Level(self.kept + kept, self.passing + passing, self.gradients + gradients)
+        return Level(
+            self.kept + kept, self.passing + passing, self.gradients + gradients, self.done + done, self.ending
+        )
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class Piece:
     backward. later: bytes that BACKWARD_WEIGHT needs, where backwards have halves. gradients: bytes of the
     gradients of its weights, in the dtype that it computes in. in_forward, in_backward: the most while it
     runs, with what it keeps. out: bytes of what it gives. holds_input: of `kept`, bytes of what entered.
+    experts: of `gradients`, those of experts. moments: of its backward, the fullest between one layer of experts
+    and the next, and where the gradients of a layer's experts have just come.
     """
 
     forward: Work
@@ -65,6 +73,8 @@ class Piece:
     in_backward: Level
     out: float
     holds_input: float = 0.0
+    experts: float = 0.0
+    moments: tuple[Level, ...] = ()
 
     @property
     def backward(self) -> Work:
@@ -102,6 +112,9 @@ def piece(how: How, enters: Enters | None, compute: Callable[[Tape, Var | None],
         del grad
         t.backward(root, held.pop())
     in_backward = Level(*t.at)
+    moments = [in_backward]
+    if t.experts:
+        moments.append(Level(*t.at_experts, ending=t.experts))
     gradients = sum(g.size for g in t.weights.values())
     later = sum({id(s): s.size for row in t.later for s in row if s is not None}.values())
     return Piece(
@@ -115,6 +128,8 @@ def piece(how: How, enters: Enters | None, compute: Callable[[Tape, Var | None],
         in_backward=in_backward,
         out=out,
         holds_input=holds,
+        experts=t.experts,
+        moments=tuple(moments),
     )
 
 
@@ -161,13 +176,20 @@ def keeping(size: float) -> Piece:
 def chain(pieces: Sequence[Piece]) -> Piece:
     """Parts one after another."""
     before, after = 0.0, sum(p.gradients for p in pieces)
+    done = sum(p.experts for p in pieces)
     forward = backward = Level()
+    fullest: dict[tuple[float, float], Level] = {}
     grad = 0.0 if not pieces else pieces[-1].out  # the caller's, until the backward's end
     for k, p in enumerate(pieces):
         after -= p.gradients
+        done -= p.experts
         held = grad if k + 1 < len(pieces) else 0.0
         forward = max(forward, p.in_forward.plus(kept=before), key=_total)
         backward = max(backward, p.in_backward.plus(kept=before, passing=held, gradients=after), key=_total)
+        for one in p.moments:
+            now = one.plus(before, held, after, done)
+            key = now.done, now.ending
+            fullest[key] = max(fullest.get(key, now), now, key=_total)
         before += p.kept
     return Piece(
         forward=joined(p.forward for p in pieces),
@@ -180,6 +202,8 @@ def chain(pieces: Sequence[Piece]) -> Piece:
         in_backward=backward,
         out=pieces[-1].out if pieces else 0.0,
         holds_input=pieces[0].holds_input if pieces else 0.0,
+        experts=sum(p.experts for p in pieces),
+        moments=tuple(fullest.values()),
     )
 
 

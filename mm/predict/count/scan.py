@@ -62,31 +62,69 @@ def scan_inputs(t: Tape, conv: Var, dt: Var, s: Scan) -> Inputs:
     return Inputs(x, steps, b, c)
 
 
-def scan(t: Tape, given: Inputs, s: Scan, rows: float, *, before: bool = False) -> Var:
-    """llm.scan.scan of `rows` tokens: [rows, H P]. before: whether a state enters, as into a piece."""
+class Chunks(NamedTuple):
+    """Inputs of a scan in chunks: llm.scan.Chunks."""
+
+    given: Inputs
+    total: Var
+    blocks: _Blocks
+    rows: float
+
+
+def scan(t: Tape, given: Inputs, s: Scan, rows: float) -> Var:
+    """llm.scan.scan of `rows` tokens: [rows, H P]."""
+    ch = into_chunks(t, given, s, rows)
+    del given
+    n = ch.blocks.n
+    return outputs(t, ch, added_states(t, ch, n - 1) if n > 1 else None)
+
+
+def into_chunks(t: Tape, given: Inputs, s: Scan, rows: float) -> Chunks:
+    """llm.scan.into_chunks."""
     x, steps, b, c = given
     del given
-    acc = t.acc
     q = max(1, min(s.chunk, int(rows)))
     n = int(-(-rows // q))
     if n * q > rows:
         x, steps, b, c = (_grown(t, v, n * q) for v in (x, steps, b, c))
-    total = _total(t, steps)
-    blocks = _Blocks(n, max(1, BLOCK_BYTES_OTHER // (s.heads * q * q * acc)), s, q)
-    states = None
-    if before:
-        added = _added(t, (x, steps, total, b), blocks, n)
-        states = _recurrence(t, added, n, n)
-        # The piece's last state, for the pieces that continue it.
-        t.product(1, s.inner * s.state, n, acc)
-    elif n > 1:
-        added = _added(t, (x, steps, total, b), blocks, n - 1)
-        states = _recurrence(t, added, n - 1, n)
+    blocks = _Blocks(n, max(1, BLOCK_BYTES_OTHER // (s.heads * q * q * t.acc)), s, q)
+    return Chunks(Inputs(x, steps, b, c), _total(t, steps), blocks, rows)
+
+
+def added_states(t: Tape, ch: Chunks, count: int) -> Var:
+    """llm.scan.added_states."""
+    return _added(t, (ch.given.x, ch.given.steps, ch.total, ch.given.b), ch.blocks, count)
+
+
+def state_after(t: Tape, ch: Chunks, added: Var) -> Var:
+    """llm.scan.state_after: a product that keeps a copy of what its chunks add. [1, H (P N + 1)]"""
+    s, n, acc, size = ch.blocks.s, ch.blocks.n, t.acc, added.n
+    copied = t.new(size, acc)
+    t.moves(2 * copied.size)
+    t.product(1, s.inner * s.state, n, acc)
+    saved = t.save(copied)
+    del copied
+
+    def back(g: Grads) -> Grads:
+        t.product(n, s.inner * s.state, 1, acc)
+        return [t.new(size, acc)]
+
+    width = s.inner * s.state + s.heads
+    return t.result(t.node([added], back, saved), t.new(width, acc), 1, width, acc)
+
+
+def outputs(t: Tape, ch: Chunks, added: Var | None, before: Var | None = None) -> Var:
+    """llm.scan.outputs. before: the state that enters."""
+    (x, steps, b, c), total, blocks, rows = ch
+    del ch
+    q, n, acc = blocks.q, blocks.n, t.acc
+    states = None if added is None else _recurrence(t, added, n, before)
+    del added, before
     y = _outputs(t, (x, steps, total, b, c, states), blocks)
     if n * q > rows:
         whole = y.n
         node = t.node([y], lambda g: [t.new(whole, acc)], [])
-        y = t.result(node, y.store, rows, s.inner, acc)
+        y = t.result(node, y.store, rows, blocks.s.inner, acc)
     return y
 
 
@@ -181,13 +219,15 @@ def _added(t: Tape, given: tuple[Var, Var, Var, Var], blocks: _Blocks, count: in
     return t.result(node, out, count * s.state, s.inner, acc)
 
 
-def _recurrence(t: Tape, added: Var, count: int, n: int) -> Var:
-    """llm.scan._Recurrence: states before n chunks, from what `count` of them add."""
-    size, item = added.n, added.item
-    every = size / max(count, 1) * n
+def _recurrence(t: Tape, added: Var, n: int, before: Var | None) -> Var:
+    """llm.scan._Recurrence: states before n chunks, from what all of them but the last add."""
+    given, item = added.n, added.item
+    each = added.width * added.rows / max(1, n - (before is None))  # of one state
+    size, every = each * (n - 1), each * n
     out = t.new(every, item)
     t.moves(4 * size * item)
     saved = t.save(out)
+    enters = before is not None
 
     def back(g: Grads) -> Grads:
         total = t.new(every, item)
@@ -195,9 +235,12 @@ def _recurrence(t: Tape, added: Var, count: int, n: int) -> Var:
         product = t.new(size, item)
         t.moves(3 * product.size)
         del product
-        return [total]
+        if not enters:
+            return [total]
+        return [t.new(given, item), total]  # of all chunks: the last one's are zeros
 
-    return t.result(t.node([added], back, saved), out, every / added.width, added.width, item)
+    inputs = [added] if before is None else [added, before]
+    return t.result(t.node(inputs, back, saved), out, every / added.width, added.width, item)
 
 
 def _outputs(t: Tape, given: tuple[Var, Var, Var, Var, Var, Var | None], blocks: _Blocks) -> Var:

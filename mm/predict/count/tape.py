@@ -139,6 +139,7 @@ class Tape:
         self.kind: Kind = FORWARD
         self.what = KEPT
         self.weights: dict[str, Storage] = {}  # gradients, by name
+        self.experts, self.at_experts = 0.0, (0.0, 0.0, 0.0)  # of theirs, and what was live when they were there
         self.later: list[tuple[Storage | None, ...]] = []  # factors of products that wait
         self.kept_rows: list[Storage] = []  # gradients of rows that entered
         self._again: Again | None = None
@@ -236,7 +237,7 @@ class Tape:
         """The first result of an operation."""
         return Var(store, rows, width, item, None if node is None else (node, 0))
 
-    def gradient(self, name: str, n: float, item: int) -> None:
+    def gradient(self, name: str, n: float, item: int, *, expert: bool = False) -> None:
         """The gradient of a weight, which is added to what is there."""
         if not self.trains:
             return
@@ -245,6 +246,9 @@ class Tape:
             self.moves(3 * n * item)
         else:
             self.weights[name] = made
+        if expert:
+            self.experts += n * item
+            self.at_experts = (self.live[0], self.live[1], self.live[2])
 
     # Running.
 
