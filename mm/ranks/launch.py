@@ -16,12 +16,18 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mm.config.nodes import node_size
 from mm.errors import PolyrankError, Refused
+from mm.faults import failure
+from mm.faults.blame import Post
+from mm.faults.failure import Failure
+from mm.faults.record import FlightRecord
+from mm.faults.watch import post_key
 from mm.ranks.stop import Requests, Stop, block_requests, on_request, unblock_requests
 
 if TYPE_CHECKING:
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
 
 # glibc keeps freed memory between steps: a page returned to the kernel costs a page fault when used again.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-GRACE_S = 15.0  # seconds that the other ranks have to end by themselves once a rank has failed
+GRACE_S = 8.0  # seconds that the other ranks have to end by themselves once a rank has failed
 PROGRESS_S = 5.0  # seconds between two lines that name what is being waited for
 LOCALHOST = "127.0.0.1"
 LAUNCHER = "POLYRANK_LAUNCHER"  # environment variable with launch_local's process id, set for its ranks
@@ -50,6 +56,7 @@ class RankInfo:
     timeout_s: float = 120.0  # longest wait for another rank, seconds
     launch: str = ""  # on rank 0 a name of this launch, the same when torchrun starts the ranks again
     relaunched: bool = False  # on rank 0: an earlier start of these ranks has made the name
+    record: FlightRecord = field(default_factory=FlightRecord, compare=False, repr=False)  # what it does
 
 
 def launched() -> bool:
@@ -104,15 +111,13 @@ def launch_local(
                 store = _host(listener)
             if requests.count:  # it came while ranks were being started, and has not reached all of them
                 _terminate(ranks)
-            codes = _wait(ranks, requests)
+            codes = _wait(ranks, requests, partial(_tell, store))
             del store  # kept until here: it must outlive the ranks
         finally:
             listener.close()
             for p in ranks:
                 p.kill()
-    if not requests.count:
-        _report_signals(codes)
-    elif -signal.SIGTERM in codes.values() or not codes:
+    if requests.count and (-signal.SIGTERM in codes.values() or not codes):
         print("interrupted", file=sys.stderr, flush=True)  # no rank was able to report it
     known = [c for c in codes.values() if c in (2, 3, 4, 5)]
     if known:
@@ -165,13 +170,20 @@ def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[byte
         )
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], requests: Requests) -> dict[int, int]:
-    """Exit codes by rank, in the order of ending; a rank that has not ended in time has none."""
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], requests: Requests, tell: Callable[[int, int], object]
+) -> dict[int, int]:
+    """Exit codes by rank, in the order of ending; a rank that has not ended in time has none.
+
+    tell: called with the first rank that a signal has ended, which could not tell it itself, and the signal.
+    """
     codes: dict[int, int] = {}
     deadline: float | None = None
     while len(codes) < len(ranks):
         for r, p in enumerate(ranks):
             if r not in codes and p.poll() is not None:
+                if p.returncode < 0 and not any(codes.values()) and not requests.count:
+                    tell(r, -p.returncode)
                 codes[r] = p.returncode
         if deadline is None and (any(codes.values()) or requests.count > 1):
             deadline = time.monotonic() + GRACE_S
@@ -181,11 +193,17 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], requests: Requests) -> dict[
     return codes
 
 
-def _report_signals(codes: Mapping[int, int]) -> None:
-    """Name the ranks that a signal has ended: they could not report it themselves."""
-    for r, code in codes.items():
-        if code < 0:
-            print(f"rank {r} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+def _tell(store: Store, rank: int, number: int) -> None:
+    """Tell the user, and the other ranks, that a signal has ended a rank."""
+    text = f"rank {rank} was ended by {signal.Signals(number).name}"
+    theirs = _of_start(store)
+    if theirs.check([post_key(rank)]) and theirs.check([failure.KEY]):  # its pulse went
+        post = Post.parse(theirs.get(post_key(rank)).decode())
+        text += f", last seen in {post.at}" if post is not None else ""
+        own = Failure(text, rank, 1, failure.LAUNCHER)
+        if failure.tell(theirs, own) != own:  # the others ended it, or have seen it first
+            return
+    print(text, file=sys.stderr, flush=True)
 
 
 def follow_launcher() -> None:
@@ -223,7 +241,7 @@ def reports(error: BaseException) -> bool:
 
 def _store(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
     """The store of the rendezvous, prefixed for this start of the ranks; hosts: this process serves it."""
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in __all__
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
     store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -234,8 +252,19 @@ def _store(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
         wait_for_workers=False,
         multi_tenant=True,
     )
+    return _of_start(store)
+
+
+def _of_start(store: Store) -> PrefixStore:
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
+
     # Restarted ranks must not read the keys of the ranks before them.
     return PrefixStore(f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def connect(timeout_s: float) -> PrefixStore:
+    """Another connection to the job's store: requests of one connection wait for each other."""
+    return _store(timeout_s)
 
 
 def _patience(error: BaseException) -> float:

@@ -24,7 +24,7 @@ from mm.train.statistics import Watch
 from mm.train.transfer import Transfers
 from mm.train.weights import Weights, gather_held
 from parallel.comm.turns import Ran
-from parallel.schedule import Kind, execute
+from parallel.schedule import Kind, Record, execute
 from parallel.schedule.executor.execute import Half, Handler, Observe
 from parallel.sharding.whole import Phases
 
@@ -36,13 +36,15 @@ class StepResult:
     losses: by subset of the step's samples, the sum of its supervised tokens' losses divided by the step's
     global count; one replica counts, so that summing over ranks gives the loss; float64 [subsets] on the
     device, which finish_step() reads. subsets: of the step.
-    watch: what the layers gave, where that was asked. seconds: host time by (kind, module).
+    watch: what the layers gave, where that was asked. seconds: host time by (kind, module). waited: those of
+    them, by module, until inputs had come.
     """
 
     losses: Tensor
     subsets: Subsets
     watch: Watch | None = None
     seconds: dict[tuple[Kind, str], float] = field(default_factory=dict)
+    waited: dict[str, float] = field(default_factory=dict)
 
 
 def run_step(
@@ -69,17 +71,29 @@ def run_step(
         for boundary in both:
             boundary.stats.reset()
     gather_held(job)
+    record, waited = job.rank.record, dict.fromkeys(job.blueprint.modules, 0.0)
+
+    def seen(done: Record) -> None:
+        record.end_action()
+        waited[done.action.module] += done.ready - done.start
+        if observe is not None:
+            observe(done)
+
     with torch.set_grad_enabled(train), nullcontext() if watch is None else watch.hooked():
         handlers = _handlers(flight, transfers, forward, weights)
         try:
             seconds = execute(
-                schedule.actions(job.rank.rank), handlers, observe=observe, together=_Together(job)
+                schedule.actions(job.rank.rank),
+                handlers,
+                observe=seen,
+                starting=record.begin,
+                together=_Together(job),
             )
         finally:
             job.turns.close()
     transfers.finish()
     weights.finish()
-    return StepResult(forward.losses, prepared.plan.subsets, watch, seconds)
+    return StepResult(forward.losses, prepared.plan.subsets, watch, seconds, waited)
 
 
 class _Together:
