@@ -51,8 +51,8 @@ class Seen(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """rank: the culprit, or None where all wait for each other. why: in words, without the rank. sure: whether
-    later posts would not change it."""
+    """rank: the culprit, or None where all wait for each other. why: in words, without the rank. sure:
+    whether later posts would not change it."""
 
     rank: int | None
     why: str
@@ -79,8 +79,8 @@ def blame(ranks: Sequence[Seen]) -> Verdict:
         if worst.stopped:
             why = f"was stopped by a signal {worst.silent_s:.0f} s ago in {worst.post.at}"
         else:
-            why = f"is silent for {worst.silent_s:.0f} s in {worst.post.at}; its machine is cut off, or code there "
-            why += "never lets go of the interpreter"
+            why = f"is silent for {worst.silent_s:.0f} s in {worst.post.at}; "
+            why += "its machine is cut off, or code there never lets go of the interpreter"
         return Verdict(worst.rank, why, True)
     working = [r for r in left if not r.post.waits]
     if working:

@@ -15,8 +15,8 @@ LAUNCHER = -1  # as who tells
 
 @dataclass(frozen=True)
 class Failure:
-    """text: the message, which names the rank. rank: who failed, None where that is not one rank. code: of the
-    job. teller: the rank that prints the text, or LAUNCHER. hangs: the rank did not end by itself."""
+    """text: the message, which names the rank. rank: who failed, None where that is not one rank. code: of
+    the job. teller: the rank that prints the text, or LAUNCHER. hangs: the rank did not end by itself."""
 
     text: str
     rank: int | None

@@ -1,4 +1,4 @@
-"""What a failed job leaves in its run's folder: faults/rank-R.txt has stacks, faults/rank-R.json last actions."""
+"""What a failed job leaves in its run's folder: stacks in faults/rank-R.txt, last actions in *.json."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ def save(run_dir: Path, rank: int, text: str, actions: Sequence[Any]) -> str:
     folder = run_dir / NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"rank-{rank}.txt").open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{text.rstrip()}\n\n")
+        _append(folder, rank, text)
         (folder / f"rank-{rank}.json").write_text(json.dumps(list(actions), indent=1))
     except OSError:  # a full disk must not hide why the job failed
         return ""
     return str(folder)
+
+
+def _append(folder: Path, rank: int, text: str) -> None:
+    with (folder / f"rank-{rank}.txt").open("a") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{text.rstrip()}\n\n")
 
 
 def end_rank(watch: Watch, rank: int, run_dir: Path) -> None:

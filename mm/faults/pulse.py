@@ -1,4 +1,4 @@
-"""A rank's pulse: two threads that post what it does, hear of failures, and end it where it cannot end itself.
+"""A rank's pulse: two threads that post what it does, hear of failures, and end it where it cannot do so.
 
 One thread looks at the rank and never blocks; the other talks with the job's store. A rank makes two requests
 a second whatever the number of ranks, but for the lead, which reads all posts in one.
@@ -40,7 +40,8 @@ LOST_S = 5.0  # without a store: a launcher that ends may leave a rank that ends
 
 
 class Place(NamedTuple):
-    """A rank of the job. lead_here: it speaks for its machine where the store is lost. timeout_s: run.timeout_s."""
+    """A rank of the job. lead_here: it speaks for its machine where the store is lost. timeout_s: of the
+    config's run."""
 
     rank: int
     world: int
@@ -218,8 +219,8 @@ class Pulse:
         at = self._save(self._stacks.text())
         if self.place.lead_here:
             self._say(
-                f"rank {self.place.rank}: the job's store {why}; the launcher that serves it has ended, hangs or "
-                f"cannot be reached, so the ranks end ({self.record})" + f" ({at})" * bool(at)
+                f"rank {self.place.rank}: the job's store {why}; the launcher that serves it has ended, "
+                f"hangs or cannot be reached, so the ranks end ({self.record})" + f" ({at})" * bool(at)
             )
         self._exit(1)
 

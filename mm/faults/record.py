@@ -42,12 +42,9 @@ def told(what: Action | str) -> str:
     if isinstance(what, str):
         return what
     at = f"{what.module} stage {what.stage}" if what.stage else what.module
-    many = (
-        f"es {what.microbatch} to {what.microbatch + what.span - 1}"
-        if what.span > 1
-        else f" {what.microbatch}"
-    )
-    return f"{at}, {what.kind.value.replace('_', ' ')} of micro-batch{many}"
+    first, last = what.microbatch, what.microbatch + what.span - 1
+    which = f"micro-batch {first}" if first == last else f"micro-batches {first} to {last}"
+    return f"{at}, {what.kind.value.replace('_', ' ')} of {which}"
 
 
 class Window:

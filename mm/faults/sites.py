@@ -1,4 +1,4 @@
-"""Whether a thread waits for other ranks, by where it is: found out from outside, at no cost to the thread."""
+"""Whether a thread waits for other ranks, by where it is: found out from outside, at no cost to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import mm
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(mm.__file__)))
 _OURS = tuple(os.path.join(_ROOT, room) + os.sep for room in ("mm", "parallel", "encoders", "llm"))
 _LIBRARY = os.path.dirname(os.path.abspath(threading.__file__)) + os.sep
-# Files in which a thread only ever waits for other ranks: calls of collectives that return when they are done.
+# Files in which a thread only ever waits for other ranks: their calls return when an exchange is done.
 _EXCHANGES = (
     "torch/distributed/distributed_c10d.py",
     "torch/distributed/_functional_collectives.py",
@@ -24,7 +24,7 @@ _DEPTH = 40
 
 
 class Site(NamedTuple):
-    """Where a thread is. name: its function. waits: for other ranks. stack: a digest of where its callers are."""
+    """Where a thread is. name: its function. waits: for other ranks. stack: a digest of its calls."""
 
     name: str
     waits: bool

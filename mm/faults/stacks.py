@@ -51,7 +51,8 @@ class Stacks:
 
 
 def ask(pid: int, number: int) -> str:
-    """The stacks of another process of this machine, which goes on if it was stopped; "" where it gives none."""
+    """The stacks of another process of this machine, which goes on if it was stopped; "" where there are
+    none."""
     with contextlib.suppress(OSError):
         os.kill(pid, SIGNAL)
         os.kill(pid, signal.SIGCONT)
@@ -82,7 +83,7 @@ def end(pid: int) -> None:
 
 
 def state_of(pid: int) -> str:
-    """The state of a process of this machine, as /proc has it: T is stopped, Z ended; "" where there is none."""
+    """The state of a process of this machine as /proc has it: T stopped, Z ended; "" where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

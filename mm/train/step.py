@@ -25,6 +25,7 @@ from mm.train.transfer import Transfers
 from mm.train.weights import Weights, gather_held
 from parallel.comm.turns import Ran
 from parallel.schedule import Kind, Record, execute
+from parallel.schedule.action import COMPUTE
 from parallel.schedule.executor.execute import Half, Handler, Observe
 from parallel.sharding.whole import Phases
 
@@ -75,7 +76,7 @@ def run_step(
 
     def seen(done: Record) -> None:
         record.end_action()
-        waited[done.action.module] += done.ready - done.start
+        waited[done.action.module] += done.ready - done.start if done.action.kind in COMPUTE else 0.0
         if observe is not None:
             observe(done)
 
