@@ -16,7 +16,7 @@ from typing import NoReturn
 from mm.commands import checkpoint, compare, data, doctor, evaluate, generate, plan, report, train
 from mm.commands.command import Command
 from mm.data.remote.urls import scrub
-from mm.errors import PolyrankError, Refused
+from mm.errors import PolyrankError, Refused, Told
 from mm.ranks import launch
 
 COMMANDS = {
@@ -38,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
         return _run(list(argv))
     except SystemExit:
         raise
+    except Told as error:
+        return error.exit_code
     except BaseException as error:  # torch's CheckpointException is no Exception
         if launch.reports(error):
             _explain(error)

@@ -42,6 +42,14 @@ class ReplicasDiffer(PolyrankError):
     exit_code = 5
 
 
+class Told(Exception):
+    """Ends a rank of a job whose failure has been told, by this rank or another one."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
 @contextmanager
 def of_stage(name: str) -> Iterator[None]:
     """Name the stage of a run in errors raised inside; "" names none."""

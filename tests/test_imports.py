@@ -45,6 +45,7 @@ ORDER = {
     ),
     "mm": (
         "errors",
+        "faults",
         "data",
         "order",
         "containers",

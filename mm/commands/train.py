@@ -82,11 +82,15 @@ def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
     from mm.train.trainer import Run, train
 
     runs = [Run(_check(stage, world), stage.name, stage.before) for stage in stages]
-    try:
-        train(runs, stop)
-    finally:
+
+    def last() -> None:
         if os.environ["RANK"] == "0":
             _report([stage.cfg for stage in stages])
+
+    try:
+        train(runs, stop, last)
+    finally:
+        last()
     return 0
 
 

@@ -116,6 +116,11 @@ class Feed:
         self.drawn = options.drawn  # up to the step that next() gave last
         self._heard: tuple[int, np.ndarray] | None = None  # a step, and what all ranks say of it
 
+    @property
+    def patience_s(self) -> float:
+        """Seconds that a step may take to be read on top of a wait for another rank."""
+        return self._options.item_timeout_s + self._assembler.reader.patience_s
+
     def notice(self, step: int) -> list[float]:
         """What this rank tells the others of a step that is to come, with a message that goes anyway."""
         future = self._pending.get(step)
@@ -138,9 +143,8 @@ class Feed:
         if self._planner is None:
             self._planner = self._start_planner()
             assembler, options = self._assembler, self._options
-            limit_s = options.item_timeout_s + assembler.reader.patience_s
             self._workers = Workers(
-                assembler.decode, options.workers, assembler.rank, limit_s, assembler.ahead
+                assembler.decode, options.workers, assembler.rank, self.patience_s, assembler.ahead
             )
         while True:
             last = min(step + max(1, self._options.prefetch) + 1, stop)

@@ -15,13 +15,19 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mm.config.nodes import node_size
 from mm.errors import PolyrankError, Refused
-from mm.ranks.rendezvous import PROGRESS_S, connect, meet, name_launch
+from mm.faults import failure
+from mm.faults.blame import Post
+from mm.faults.failure import Failure
+from mm.faults.record import FlightRecord
+from mm.faults.watch import post_key
+from mm.ranks.rendezvous import PROGRESS_S, connect, meet, name_launch, of_start
 from mm.ranks.stop import Requests, Stop, block_requests, on_request, unblock_requests
 
 if TYPE_CHECKING:
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
 
 # glibc keeps freed memory between steps: a page returned to the kernel costs a page fault when used again.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-GRACE_S = 15.0  # seconds that the other ranks have to end by themselves once a rank has failed
+GRACE_S = 8.0  # seconds that the other ranks have to end by themselves once a rank has failed
 LOCALHOST = "127.0.0.1"
 LAUNCHER = "POLYRANK_LAUNCHER"  # environment variable with launch_local's process id, set for its ranks
 CLAIMS = "POLYRANK_CLAIMS"  # another, with the files that its ranks keep open
@@ -50,6 +56,7 @@ class RankInfo:
     timeout_s: float = 120.0  # longest wait for another rank, seconds
     launch: str = ""  # on rank 0 a name of this launch, the same when torchrun starts the ranks again
     relaunched: bool = False  # on rank 0: an earlier start of these ranks has made the name
+    record: FlightRecord = field(default_factory=FlightRecord, compare=False, repr=False)  # what it does
 
 
 def launched() -> bool:
@@ -115,15 +122,13 @@ def launch_local(
                 store = _host(listener)
             if requests.count:  # it came while ranks were being started, and has not reached all of them
                 _terminate(ranks)
-            codes = _wait(ranks, requests)
+            codes = _wait(ranks, requests, partial(_tell, store))
             del store  # kept until here: it must outlive the ranks
         finally:
             listener.close()
             for p in ranks:
                 p.kill()
-    if not requests.count:
-        _report_signals(codes)
-    elif -signal.SIGTERM in codes.values() or not codes:
+    if requests.count and (-signal.SIGTERM in codes.values() or not codes):
         print("interrupted", file=sys.stderr, flush=True)  # no rank was able to report it
     known = [c for c in codes.values() if c in (2, 3, 4, 5)]
     if known:
@@ -177,13 +182,20 @@ def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[byte
         )
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], requests: Requests) -> dict[int, int]:
-    """Exit codes by rank, in the order of ending; a rank that has not ended in time has none."""
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], requests: Requests, tell: Callable[[int, int], object]
+) -> dict[int, int]:
+    """Exit codes by rank, in the order of ending; a rank that has not ended in time has none.
+
+    tell: called with the first rank that a signal has ended, which could not tell it itself, and the signal.
+    """
     codes: dict[int, int] = {}
     deadline: float | None = None
     while len(codes) < len(ranks):
         for r, p in enumerate(ranks):
             if r not in codes and p.poll() is not None:
+                if p.returncode < 0 and not any(codes.values()) and not requests.count:
+                    tell(r, -p.returncode)
                 codes[r] = p.returncode
         if deadline is None and (any(codes.values()) or requests.count > 1):
             deadline = time.monotonic() + GRACE_S
@@ -193,11 +205,17 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], requests: Requests) -> dict[
     return codes
 
 
-def _report_signals(codes: Mapping[int, int]) -> None:
-    """Name the ranks that a signal has ended: they could not report it themselves."""
-    for r, code in codes.items():
-        if code < 0:
-            print(f"rank {r} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+def _tell(store: Store, rank: int, number: int) -> None:
+    """Tell the user, and the other ranks, that a signal has ended a rank."""
+    text = f"rank {rank} was ended by {signal.Signals(number).name}"
+    theirs = of_start(store)
+    if theirs.check([post_key(rank)]) and theirs.check([failure.KEY]):  # its pulse went
+        post = Post.parse(theirs.get(post_key(rank)).decode())
+        text += f", last seen in {post.at}" if post is not None else ""
+        own = Failure(text, rank, 1, failure.LAUNCHER)
+        if failure.tell(theirs, own) != own:  # the others ended it, or have seen it first
+            return
+    print(text, file=sys.stderr, flush=True)
 
 
 def follow_launcher() -> None:

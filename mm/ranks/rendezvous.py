@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mm.errors import PolyrankError
 
 if TYPE_CHECKING:
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
+    from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public, not in __all__
 
 T = TypeVar("T")
 SPARE_S = 1.0  # that the store has to tell of its own timeout
@@ -22,10 +22,7 @@ PROGRESS_S = 5.0  # seconds between two lines that name what is being waited for
 
 def connect(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
     """The store of the rendezvous, prefixed for this start of the ranks; hosts: this process serves it."""
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in __all__
-
-    # Restarted ranks must not read the keys of the ranks before them.
-    prefix = f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
     def reach() -> PrefixStore:
         store = TCPStore(
@@ -37,9 +34,16 @@ def connect(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        return PrefixStore(prefix, store)
+        return of_start(store)
 
     return _bounded(reach, timeout_s + SPARE_S)
+
+
+def of_start(store: Store) -> PrefixStore:
+    """The store as the ranks of this start see it: they must not read the keys of those before them."""
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
+
+    return PrefixStore(f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _bounded(act: Callable[[], T], timeout_s: float) -> T:

@@ -82,6 +82,11 @@ class Forward:
         except RowsMismatch as error:
             names = [name for mb in mine for name in mb.names[module]]
             raise DataError(f"module {module}, sample {names[error.item]}: {error.why}") from error
+        except Exception as error:
+            names = [name for mb in mine for name in mb.names[module]]
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            error.add_note(f"its samples: {', '.join(names[:4])}{more}")
+            raise
         values: Tensor = out if isinstance(out, Tensor) else out.values
         return values
 

@@ -10,6 +10,7 @@ from typing import Any
 from mm.plan.drawn import Count
 from mm.plan.step_plan import Imbalance
 from mm.plan.subsets import SubsetLoss
+from mm.train.stragglers import Slowest
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class StepMetrics:
     peak_memory_bytes: int  # of the rank with most
     data_s: float  # waited for data on this rank
     seconds_by_module: Mapping[str, float]  # host seconds of the slowest rank's forwards and backwards
+    waited_s_by_module: Mapping[str, list[float]]  # by rank, for inputs; up to 64 ranks
+    slowest_rank: Slowest | None  # the one that computed longest
     optimizer_s: float  # gradients' sums and update
     boundary: Mapping[str, BoundaryMetrics]  # by encoder
     objectives: Mapping[str, float]  # unweighted, without the next token's loss

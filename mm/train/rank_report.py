@@ -31,6 +31,7 @@ class ModuleReport(NamedTuple, Generic[N]):
 
     squares: N  # sum of its gradients' squares; ranks' sums add up
     compute_s: N  # host seconds of its forwards and backwards
+    waited_s: N  # of those, seconds until inputs had come from other ranks
 
 
 class EdgeReport(NamedTuple, Generic[N]):
@@ -87,7 +88,7 @@ class Report(Generic[N]):
         return Report(
             scalars=Scalars(*(next(columns) for _ in Scalars._fields)),
             losses={name: next(columns) for name in self.losses},
-            modules={m: ModuleReport(squares=next(columns), compute_s=next(columns)) for m in self.modules},
+            modules={m: ModuleReport(*(next(columns) for _ in ModuleReport._fields)) for m in self.modules},
             edges={m: EdgeReport(received_bytes=next(columns), seconds=next(columns)) for m in self.edges},
             objectives={name: next(columns) for name in self.objectives},
             layers={name: LayerReport(*(next(columns) for _ in LayerReport._fields)) for name in self.layers},

@@ -25,7 +25,8 @@ from mm.train.trail import Trail
 from mm.train.transfer import Transfers
 from mm.train.weights import Weights, gather_held
 from parallel.comm.turns import Ran
-from parallel.schedule import Kind, execute
+from parallel.schedule import Kind, Record, execute
+from parallel.schedule.action import COMPUTE
 from parallel.schedule.executor.execute import Half, Handler, Observe
 from parallel.sharding.whole import Phases
 
@@ -38,7 +39,7 @@ class StepResult:
     global count; one replica counts, so that summing over ranks gives the loss; float64 [subsets] on the
     device, which finish_step() reads. subsets: of the step.
     watch: what the layers gave, where that was asked. trail: where numbers stopped being finite, in training.
-    seconds: host time by (kind, module).
+    seconds: host time by (kind, module). waited: those of them, by module, until inputs had come.
     """
 
     losses: Tensor
@@ -46,6 +47,7 @@ class StepResult:
     watch: Watch | None = None
     trail: Trail | None = None
     seconds: dict[tuple[Kind, str], float] = field(default_factory=dict)
+    waited: dict[str, float] = field(default_factory=dict)
 
 
 def run_step(
@@ -73,17 +75,29 @@ def run_step(
         for boundary in both:
             boundary.stats.reset()
     gather_held(job)
+    record, waited = job.rank.record, dict.fromkeys(job.blueprint.modules, 0.0)
+
+    def seen(done: Record) -> None:
+        record.end_action()
+        waited[done.action.module] += done.ready - done.start if done.action.kind in COMPUTE else 0.0
+        if observe is not None:
+            observe(done)
+
     with torch.set_grad_enabled(train), nullcontext() if watch is None else watch.hooked():
         handlers = _handlers(transfers, forward, Backward(flight, transfers, weights, trail), weights)
         try:
             seconds = execute(
-                schedule.actions(job.rank.rank), handlers, observe=observe, together=_Together(job)
+                schedule.actions(job.rank.rank),
+                handlers,
+                observe=seen,
+                starting=record.begin,
+                together=_Together(job),
             )
         finally:
             job.turns.close()
     transfers.finish()
     weights.finish()
-    return StepResult(forward.losses, prepared.plan.subsets, watch, trail, seconds)
+    return StepResult(forward.losses, prepared.plan.subsets, watch, trail, seconds, waited)
 
 
 class _Together:

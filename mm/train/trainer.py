@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from mm.data.sample import Index, Sample
 from mm.data.tokenizer import make_tokenizer
 from mm.data.tokenizer_files import keep_tokenizer
 from mm.errors import NonFinite, of_stage
+from mm.faults.pulse import Place, Pulse
 from mm.order.skips import Skips, Span
 from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint
@@ -33,6 +36,7 @@ from mm.ranks.agree import claimed_by_one
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed, restarted
+from mm.ranks.rendezvous import connect
 from mm.ranks.skipped import Listener
 from mm.ranks.stop import Stop, StopRequested
 from mm.report.header import header, memory_warning
@@ -65,26 +69,37 @@ class Run(NamedTuple):
     before: Sequence[Path] = ()
 
 
-def train(runs: Sequence[Run], stop: Stop) -> None:
+def train(runs: Sequence[Run], stop: Stop, last: Callable[[], object] = lambda: None) -> None:
     """Train on this rank, a run after the other, until done, or until `stop` is asked.
 
-    Stages that are done are passed over. Raises PolyrankError where a run cannot go on.
+    Stages that are done are passed over. last: what to do before a rank is ended whose main thread hangs.
+    Raises Told where a run cannot go on, once some rank has told why.
     """
     rank = init_distributed(runs[0].blueprint.cfg)
     try:
-        with claimed_by_one([Path(run.blueprint.cfg.run.dir) for run in runs], rank):
-            _train_all(runs, rank, stop)
+        with (
+            claimed_by_one([Path(run.blueprint.cfg.run.dir) for run in runs], rank),
+            _pulse(runs[0], rank, last) as pulse,
+        ):
+            _train_in_turn(runs, rank, stop, pulse)
     finally:
         dist.destroy_process_group()
 
 
-def _train_all(runs: Sequence[Run], rank: RankInfo, stop: Stop) -> None:
+def _pulse(run: Run, rank: RankInfo, last: Callable[[], object]) -> Pulse:
+    place = Place(rank.rank, rank.world, os.environ.get("LOCAL_RANK", "0") == "0", rank.timeout_s)
+    folder = Path(run.blueprint.cfg.run.dir)
+    return Pulse(place, partial(connect, rank.timeout_s), rank.record, folder, last)
+
+
+def _train_in_turn(runs: Sequence[Run], rank: RankInfo, stop: Stop, pulse: Pulse) -> None:
     left = [run for run in runs if not (run.name and _done(run, rank))]
     for run in left[1:]:
         with of_stage(run.name):
             open_indexes(run.blueprint)  # a later stage's data is refused now, not when its turn comes
     before: Held | None = None
     for run in left:
+        pulse.run_dir = Path(run.blueprint.cfg.run.dir)
         before = train_on(_started(run, rank), rank, stop, before)
         if before is None:
             return
@@ -151,6 +166,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
         console.info(line)
     console.left_out(train_data.index)
     loop = _Loop(job, train_data, eval_data, console, stop, state=state)
+    rank.record.phase = "training"
     try:
         with set_aside():
             done = loop.run()
@@ -316,7 +332,8 @@ class _Loop:
 
     def _save(self) -> None:
         feed, guard = self.feed, self.guard.saved()
-        checkpoint.save(self.job, feed.index, self.run_dir, self.done, feed.bad, feed.drawn, guard=guard)
+        with self.job.rank.record.doing("checkpoint"):
+            checkpoint.save(self.job, feed.index, self.run_dir, self.done, feed.bad, feed.drawn, guard=guard)
         self.saved = self.done
 
 
@@ -331,7 +348,10 @@ def train_step(
     """One step: data, forward and backward, update. step counts from 0; stop: this rank was asked to end;
     guard: of the run, None: a step that is not finite raises NonFinite."""
     cfg = job.blueprint.cfg
-    prepared, waited = feed.next(step, cfg.train.steps)
+    record = job.rank.record
+    record.step = step + 1
+    with record.doing("data", feed.patience_s):
+        prepared, waited = feed.next(step, cfg.train.steps)
     records: list[Record] = []
     drawn = cfg.run.trace == step + 1
     every = cfg.train.statistics
@@ -341,7 +361,8 @@ def train_step(
         schedule = job.blueprint.schedule(prepared.plan.active)
         draw_measured(schedule, records, job.control, job.rank.rank, Path(cfg.run.dir), step + 1)
     lr = learning_rate(cfg.train, step)
-    update = finish_step(job, result, step, lr, stop=stop, notice=feed.notice(step + 1), guard=guard)
+    with record.doing("update", 0.0):
+        update = finish_step(job, result, step, lr, stop=stop, notice=feed.notice(step + 1), guard=guard)
     feed.hear(step + 1, update.notices)
     subsets = prepared.plan.subsets
     return StepMetrics(
@@ -355,6 +376,8 @@ def train_step(
         peak_memory_bytes=update.peak_memory_bytes,
         data_s=waited,
         seconds_by_module=update.compute_s,
+        waited_s_by_module=update.waited_s,
+        slowest_rank=update.slowest,
         optimizer_s=update.optimizer_s,
         boundary=update.boundary,
         objectives=update.objectives,
@@ -385,7 +408,7 @@ def load_imbalance(plan: StepPlan) -> dict[str, Imbalance]:
 def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:
     """Evaluate the first eval.samples held-out samples; StopRequested where a rank was asked to end."""
     cfg = job.blueprint.cfg
-    with averaged(job) if cfg.eval.average else nullcontext():
+    with job.rank.record.doing("evaluation"), averaged(job) if cfg.eval.average else nullcontext():
         return evaluate(job, data, eval_samples(job, data), cfg.run.seed, stop, warn)
 
 

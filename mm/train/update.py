@@ -25,6 +25,7 @@ from mm.train.metrics import BoundaryMetrics, LayerStatistics
 from mm.train.rank_report import EdgeReport, ModuleReport, Own, Report, Scalars
 from mm.train.statistics import layer_statistics
 from mm.train.step import StepResult
+from mm.train.stragglers import Slowest, listed, slowest
 from mm.train.weights import refresh_held
 from parallel.schedule.action import COMPUTE
 
@@ -56,10 +57,11 @@ class Update:
     """What all ranks know after a step, equal everywhere.
 
     losses: by subset of the samples; they add up to the loss. grad_norm: before clipping. compute_s: of the
-    slowest rank, by module; optimizer_s: seconds of the gradients' sums and the update. objectives:
-    unweighted, as LLM.take_objectives gives them. stop: some rank was asked to end. notices: what each rank
-    says of the step to come, [world, n]. layers: statistics by module and place, where they were asked.
-    left_out: why nothing was updated, "" where it was; loss and norms are then not all finite.
+    slowest rank, by module; waited_s: by module and rank. optimizer_s: seconds of the gradients' sums and the
+    update. objectives: unweighted, as LLM.take_objectives gives them. stop: some rank was asked to end.
+    notices: what each rank says of the step to come, [world, n]. layers: statistics by module and place,
+    where they were asked. left_out: why nothing was updated, "" where it was; loss and norms are then not all
+    finite.
     """
 
     losses: dict[Subset, float]
@@ -67,6 +69,8 @@ class Update:
     grad_norm_by_module: dict[str, float]
     boundary: dict[str, BoundaryMetrics]
     compute_s: dict[str, float]
+    waited_s: dict[str, list[float]]
+    slowest: Slowest | None
     optimizer_s: float
     peak_memory_bytes: int
     objectives: dict[str, float]
@@ -126,6 +130,8 @@ def finish_step(
             for m, x in ranks.edges.items()
         },
         compute_s={m: float(x.compute_s.max()) for m, x in ranks.modules.items()},
+        waited_s=listed({m: x.waited_s for m, x in ranks.modules.items()}),
+        slowest=slowest({m: x.compute_s - x.waited_s for m, x in ranks.modules.items()}),
         optimizer_s=float(ranks.scalars.sync_s.max()) + time.perf_counter() - start,
         peak_memory_bytes=int(ranks.scalars.memory_bytes.max()),
         objectives={name: float(sums.sum()) for name, sums in ranks.objectives.items()},
@@ -168,7 +174,10 @@ def _report(
             stop=float(stop),
         ),
         losses=dict(zip(result.subsets.names, result.losses.unbind(), strict=True)),
-        modules={m: ModuleReport[Own](squares[m], compute_s[m]) for m in job.blueprint.modules},
+        modules={
+            m: ModuleReport[Own](squares[m], compute_s[m], result.waited.get(m, 0.0))
+            for m in job.blueprint.modules
+        },
         edges={m: _edge_report(job, m) for m in job.blueprint.inputs.encoders},
         objectives=_objectives(job),
         layers={} if result.watch is None else result.watch.report(),

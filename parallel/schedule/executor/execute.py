@@ -77,6 +77,7 @@ def execute(
     handlers: Mapping[Kind, Handler],
     *,
     observe: Observe | None = None,
+    starting: Callable[[Action], object] | None = None,
     together: Together | None = None,
 ) -> dict[tuple[Kind, str], float]:
     """Run `actions` in order; returns the seconds spent, by (kind, module).
@@ -84,6 +85,7 @@ def execute(
     observe: called with the Record of each action after it, for example `records.append`. A meter that it
         reads (processor time, memory) has then advanced by exactly this action since the call before. Those
         of a pair follow both: it has advanced by both at the first.
+    starting: called with each action before it; of a pair with its BACKWARD before both.
     together: runs the two computations of a pair (parallel.comm.turns); None: one after the other.
 
     Times are host times. On an accelerator they measure issue, not execution, of asynchronous work.
@@ -93,6 +95,8 @@ def execute(
     for action in queue:
         if action.paired and together is not None:
             both = (action, next(queue))
+            if starting is not None:
+                starting(both[1])
             ran = together(*(partial(handlers[a.kind], a) for a in both))
             for a, (_, _, _, spent) in zip(both, ran, strict=True):
                 seconds[a.kind, a.module] += spent
@@ -100,6 +104,8 @@ def execute(
                 for a, (ready, start, end, _) in zip(both, ran, strict=True):
                     observe(Record(a, start, end, start if ready is None else ready))
             continue
+        if starting is not None:
+            starting(action)
         start = clock()
         ready = handlers[action.kind](action)
         end = clock()

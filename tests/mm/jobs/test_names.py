@@ -102,11 +102,11 @@ def test_a_report_comes_back_from_its_numbers() -> None:
     scalars = Scalars(sync_s=2.0, memory_bytes=3.0, stop=0.0)
     edges = {"edge": EdgeReport(received_bytes=8.0, seconds=9.0)}
     layers = {("stop", "loss"): LayerReport(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)}
-    modules = {"loss": ModuleReport(squares=5.0, compute_s=7.0), "stop": ModuleReport(6.0, 6.5)}
+    modules = {"loss": ModuleReport(5.0, compute_s=7.0, waited_s=0.5), "stop": ModuleReport(6.0, 6.5, 0.0)}
     one = Report(scalars, {Subset("text", "loss"): 0.5}, modules, edges, {"mtp": 1.5}, layers)
     row = np.array(one.numbers())
     all_ranks = one.read(np.stack([row, row + 1]))
-    assert len(row) == 17 and np.array_equal(all_ranks.numbers(), [[n, n + 1] for n in one.numbers()])
+    assert len(row) == 19 and np.array_equal(all_ranks.numbers(), [[n, n + 1] for n in one.numbers()])
     assert [c.tolist() for c in all_ranks.scalars] == [[2.0, 3.0], [3.0, 4.0], [0.0, 1.0]]
     assert {m: x.squares[1] for m, x in all_ranks.modules.items()} == {"loss": 6.0, "stop": 7.0}
     assert all_ranks.edges["edge"].seconds[1] == 10.0 and all_ranks.objectives["mtp"][1] == 2.5

@@ -15,6 +15,7 @@ from mm.plan.subsets import SubsetLoss
 from mm.train.console import Console, step_line
 from mm.train.evaluate import Evaluation
 from mm.train.metrics import BoundaryMetrics, StepMetrics, TimedStep
+from mm.train.stragglers import Slowest
 
 RESULT = Evaluation(0.5, {"vision": 1.2345, "audio": -0.001}, {"vision": 0.1, "audio": 2.3})
 
@@ -31,6 +32,8 @@ def record(step: int) -> TimedStep:
         peak_memory_bytes=3 * 2**20,
         data_s=0.004,
         seconds_by_module={"vision": 0.01, "llm": 0.02},
+        waited_s_by_module={"vision": [0.001, 0.0]},
+        slowest_rank=Slowest(1, "vision", 0.012, 0.011),
         optimizer_s=0.003,
         boundary={"vision": BoundaryMetrics(10, 0.002), "audio": BoundaryMetrics(0, 0.001)},
         objectives={"mtp": 0.25},
