@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
@@ -26,6 +24,16 @@ from mm.ranks.job import Job
 from parallel import checkpoint as store
 from parallel.sharding import whole
 from parallel.topology.axis import Axes
+
+
+class Given(NamedTuple):
+    """Of what a step leaves, all but the tensors: samples known to be unreadable, what the steps so far have
+    taken, and metrics by which checkpoints may be kept."""
+
+    step: int
+    bad: Collection[int] = ()
+    drawn: Drawn = NOTHING
+    metrics: Mapping[str, float] = {}
 
 
 def state_tensors(job: Job) -> dict[str, Tensor]:
@@ -77,27 +85,16 @@ def tokenizer_of(state: Mapping[str, Any], path: Path) -> AnyTokenizer | None:
     return make_tokenizer(str(kept)) if kept.is_dir() else None
 
 
-def save(
-    job: Job, index: Index, directory: Path, step: int, bad: Collection[int], drawn: Drawn = NOTHING
-) -> Path:
-    """Write the state after `step` steps; every rank calls this. bad: samples known to be unreadable. drawn:
-    what the steps have taken."""
-    cfg = job.blueprint.cfg
-    state = {
-        "fingerprint": fingerprint(job.blueprint),
-        "data": history(cfg, index, step, drawn.cursor),
-        "drawn": drawn.to_json(),
-        "bad_samples": sorted(bad),
-        "config": shown(cfg),
+def contents(blueprint: Blueprint, index: Index, given: Given) -> dict[str, Any]:
+    """What a checkpoint has beside its tensors, as plain data."""
+    return {
+        "fingerprint": fingerprint(blueprint),
+        "data": history(blueprint.cfg, index, given.step, given.drawn.cursor),
+        "drawn": given.drawn.to_json(),
+        "bad_samples": sorted(given.bad),
+        "metrics": dict(given.metrics),
+        "config": shown(blueprint.cfg),
     }
-    try:
-        return store.save(directory, step, state_tensors(job), state, keep=cfg.checkpoint.keep)
-    except (OSError, CheckpointException) as error:  # CheckpointException is a BaseException of torch's
-        free = shutil.disk_usage(directory).free / 2**20
-        raise CheckpointError(
-            f"the checkpoint of step {step} cannot be written to {directory} ({free:.0f} MiB free): "
-            f"{store.first_cause(error)}; those before it are whole"
-        ) from error
 
 
 def candidates(cfg: Config, directory: Path) -> list[Path]:

@@ -6,8 +6,8 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.resume import begin, find, last_of
+from mm.checkpoint.saver import Saver
 from mm.checkpoint.state import Resumed
 from mm.checkpoint.weights import fill_adapters, fill_encoders, left_by, start_from
 from mm.config.outline import SINK
@@ -109,9 +110,25 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
     before: what this gave of the stage before, where these processes ran it. Returns the weights on this rank
     once all steps are done, else None.
     """
-    cfg = blueprint.cfg
     indexes = open_indexes(blueprint)
     about = _introduce(blueprint, rank, indexes)
+    if not blueprint.cfg.checkpoint.every:
+        return _train_on(blueprint, rank, stop, before, (indexes, about), None)
+    # Made before the job takes memory, with which the process that writes would begin.
+    with closing(Saver(blueprint, indexes["training"], Path(blueprint.cfg.run.dir), rank.rank)) as saver:
+        return _train_on(blueprint, rank, stop, before, (indexes, about), saver)
+
+
+def _train_on(
+    blueprint: Blueprint,
+    rank: RankInfo,
+    stop: Stop,
+    before: Held | None,
+    known: tuple[Mapping[str, Index], str],
+    saver: Saver | None,
+) -> Held | None:
+    """train_on() with what is known before there is a job: the indexes, and the header."""
+    cfg, (indexes, about) = blueprint.cfg, known
     job = build_job(blueprint, rank)
     data = {name: open_data(job, index) for name, index in indexes.items()}
     train_data, eval_data = data["training"], data.get("evaluation")
@@ -140,10 +157,12 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
     for line in said:
         console.info(line)
     console.left_out(train_data.index)
+    if saver is not None:
+        saver.warn = console.warn
     feed = open_feed(job, train_data, state, listener=Listener(console.warn, console.skipped))
     try:
         with set_aside():
-            done = _Loop(job, feed, eval_data, console, run_dir, stop, done=first, saved=first).run()
+            done = _Loop(job, feed, eval_data, console, saver, stop, done=first, saved=first).run()
     finally:
         feed.close()
         console.close()
@@ -204,30 +223,32 @@ def open_feed(job: Job, data: Data, state: Resumed = AT_START, *, listener: List
 
 @dataclass
 class _Loop:
-    """A run's steps. done: steps so far; saved: those of the last checkpoint."""
+    """A run's steps. saver: None where no checkpoints are asked. done: steps so far; saved: those of the last
+    checkpoint that was begun. metrics: of the last step, by which checkpoints may be kept."""
 
     job: Job
     feed: Feed
     eval_data: Data | None
     console: Console
-    run_dir: Path
+    saver: Saver | None
     stop: Stop
     done: int
     saved: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> bool:
         """Train and evaluate to the end of the run, or until some rank was asked to end; returns whether it
-        came to the end."""
+        came to the end. Its last checkpoint is there then."""
         try:
             if self.job.control.any(self.stop.requested):  # while the run was made ready
                 raise StopRequested
             while self.done < self.job.blueprint.cfg.train.steps:
                 self._step()
             self._final_evaluation()
+            self._finish_save()
             return True
         except StopRequested:
-            if self.job.blueprint.cfg.checkpoint.every and self.saved < self.done:
-                self._save()
+            self._finish_save()
             self.console.info(f"stopped by a signal after step {self.done}")
             return False
 
@@ -239,28 +260,48 @@ class _Loop:
         stopping = metrics.stop
         self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
         self.done += 1
+        self.metrics = {"loss": metrics.loss}
+        if self.saver is not None:
+            self.saver.prepare(job)  # after the first step
+            self.saver.check(job)
         every, at_end = cfg.checkpoint.every, self.done == cfg.train.steps
-        if every and (stopping or self.done % every == 0 or at_end):
+        due = bool(every) and (stopping or self.done % every == 0 or at_end)
+        by_evaluation = cfg.checkpoint.keep_best == "eval_loss"
+        if due and (stopping or not by_evaluation):
             self._save()
-            stopping = stopping or job.control.any(self.stop.requested)  # while it was written
+            stopping = stopping or job.control.any(self.stop.requested)  # while it was copied
         if stopping:
             raise StopRequested
         if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:
             result = run_evaluation(job, self.eval_data, self.stop, self.console.warn)
             self.console.evaluation(self.done, result)
+            self.metrics["eval_loss"] = result.loss
+        if due and by_evaluation and not at_end:
+            self._save()
 
     def _final_evaluation(self) -> None:
         if self.eval_data is None:
             return
         result = run_evaluation(self.job, self.eval_data, self.stop, self.console.warn)
         self.console.evaluation(self.job.blueprint.cfg.train.steps, result)
+        self.metrics["eval_loss"] = result.loss
         if self.job.rank.rank == 0:
             samples = eval_samples(self.job, self.eval_data)
             self.console.lift_table(result, blind_guess(samples, self.eval_data.assembler.encoded))
 
     def _save(self) -> None:
-        checkpoint.save(self.job, self.feed.index, self.run_dir, self.done, self.feed.bad, self.feed.drawn)
+        """Begin to save the state as it is."""
+        assert self.saver is not None, "checkpoint.every is set"
+        self.saver.start(self.job, self.done, self.feed.bad, self.feed.drawn, self.metrics)
         self.saved = self.done
+
+    def _finish_save(self) -> None:
+        """Have the last step saved, and wait until it is."""
+        if self.saver is None:
+            return
+        if self.saved < self.done:
+            self._save()
+        self.saver.wait(self.job, last=True)
 
 
 def devices(job: Job) -> int:
