@@ -1,4 +1,4 @@
 """What a job saves, where it resumes, and published weights in and out.
 
-Entry points: state.save, resume.find, weights.start_from. Files are written by parallel.checkpoint.
+Entry points: saver.Saver, resume.find, weights.start_from. Files are written by parallel.checkpoint.
 """

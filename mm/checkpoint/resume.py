@@ -133,6 +133,8 @@ def begin(directory: Path, rank: RankInfo, resumed: Path | None, first: int) -> 
             "from": None if resumed is None else str(resumed),
             "first": first,
         }
+        store.remove_leftovers(directory)  # of a launch that was killed as it wrote
+        store.point(directory)
         partial = directory / f"{RUN}.tmp"
         partial.write_text(json.dumps(note, indent=1))
         os.replace(partial, directory / RUN)

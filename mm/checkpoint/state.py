@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from mm.checkpoint.finite import check_before_save
 from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index
@@ -31,6 +28,17 @@ from parallel.sharding import whole
 from parallel.topology.axis import Axes
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+class Given(NamedTuple):
+    """Of what a step leaves, all but the tensors: samples known to be unreadable, what the steps so far have
+    taken, metrics by which checkpoints may be kept, and the numbers that are watched (mm.train.guard)."""
+
+    step: int
+    bad: Collection[int] = ()
+    drawn: Drawn = NOTHING
+    metrics: Mapping[str, float] = EMPTY
+    guard: Mapping[str, Any] = EMPTY
 
 
 def state_tensors(job: Job) -> dict[str, Tensor]:
@@ -82,37 +90,18 @@ def tokenizer_of(state: Mapping[str, Any], path: Path) -> AnyTokenizer | None:
     return make_tokenizer(str(kept)) if kept.is_dir() else None
 
 
-def save(
-    job: Job,
-    index: Index,
-    directory: Path,
-    step: int,
-    bad: Collection[int],
-    drawn: Drawn = NOTHING,
-    guard: Mapping[str, Any] = EMPTY,
-) -> Path:
-    """Write the state after `step` steps; every rank calls this. bad: samples known to be unreadable. drawn:
-    what the steps have taken. guard: the numbers that are watched (mm.train.guard).
-
-    Raises NonFinite on all ranks, and writes nothing, where some weight is not finite."""
-    cfg, tensors = job.blueprint.cfg, state_tensors(job)
-    check_before_save(job.control, tensors, step)
-    state = {
-        "fingerprint": fingerprint(job.blueprint),
-        "data": history(cfg, index, step, drawn.cursor, drawn.left_out),
+def contents(blueprint: Blueprint, index: Index, given: Given) -> dict[str, Any]:
+    """What a checkpoint has beside its tensors, as plain data."""
+    drawn = given.drawn
+    return {
+        "fingerprint": fingerprint(blueprint),
+        "data": history(blueprint.cfg, index, given.step, drawn.cursor, drawn.left_out),
         "drawn": drawn.to_json(),
-        "bad_samples": sorted(bad),
-        "guard": dict(guard),
-        "config": shown(cfg),
+        "bad_samples": sorted(given.bad),
+        "guard": dict(given.guard),
+        "metrics": dict(given.metrics),
+        "config": shown(blueprint.cfg),
     }
-    try:
-        return store.save(directory, step, tensors, state, keep=cfg.checkpoint.keep)
-    except (OSError, CheckpointException) as error:  # CheckpointException is a BaseException of torch's
-        free = shutil.disk_usage(directory).free / 2**20
-        raise CheckpointError(
-            f"the checkpoint of step {step} cannot be written to {directory} ({free:.0f} MiB free): "
-            f"{store.first_cause(error)}; those before it are whole"
-        ) from error
 
 
 def candidates(cfg: Config, directory: Path) -> list[Path]:

@@ -1,5 +1,5 @@
-"""`checkpoint inspect|verify|import|export|average`: look at checkpoints, average them, and bring published
-models in and out."""
+"""`checkpoint list|inspect|verify|diff|prune|import|export|average`: look at checkpoints, compare, remove and
+average them, and bring published models in and out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mm.commands.command import Command
 from mm.errors import Refused
+
+LOOKS = {"list": 1, "prune": 1, "inspect": 1, "verify": 1, "diff": 2}  # how many paths each takes
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +28,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="export the language model's adapters (train.lora) alone, as the peft package reads them",
     )
+    parser.add_argument("--sums", action="store_true", help="list: compare the sum of every file too")
+    parser.add_argument("--all", action="store_true", help="diff: name every tensor and key that differs")
+    parser.add_argument("--keep", type=int, help="prune: newest checkpoints that stay (default: the run's)")
+    parser.add_argument("--keep-every", type=int, help="prune: as checkpoint.keep_every (default: the run's)")
+    best = "prune: as checkpoint.keep_best (default: the run's)"
+    parser.add_argument("--keep-best", choices=("loss", "eval_loss"), help=best)
+    parser.add_argument("--yes", action="store_true", help="prune: remove what is listed")
     of = "of checkpoints that are averaged (default: all alike)"
     parser.add_argument("--shares", nargs="+", type=float, metavar="W", help=of)
 
@@ -52,22 +61,39 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         out, *paths = map(Path, rest)
         print(average_checkpoints(out, paths, args.shares))
         return 0
-    if verb not in ("inspect", "verify") or len(rest) != 1:
+    if verb not in LOOKS or len(rest) != LOOKS[verb]:
         raise Refused(
-            "needed: checkpoint inspect PATH, checkpoint verify PATH, checkpoint import HF_FOLDER OUT, "
-            "checkpoint export PATH HF_FOLDER, or checkpoint average OUT PATH PATH .."
+            "needed: checkpoint inspect PATH, checkpoint verify PATH, checkpoint list RUN, checkpoint diff "
+            "PATH PATH, checkpoint prune RUN, checkpoint import HF_FOLDER OUT, checkpoint export PATH "
+            "HF_FOLDER, or checkpoint average OUT PATH PATH .."
         )
+    print(_look(verb, [Path(p) for p in rest], args))
+    return 0
+
+
+def _look(verb: str, paths: list[Path], args: argparse.Namespace) -> str:
+    """What is said of checkpoints that are there."""
+    from mm.checkpoint.compared import diff_text
+    from mm.checkpoint.listed import list_text, prune_text
     from mm.checkpoint.state import inspect_text, verify_text
 
-    print(inspect_text(Path(rest[0])) if verb == "inspect" else verify_text(Path(rest[0])))
-    return 0
+    if verb == "diff":
+        return diff_text(paths[0], paths[1], everything=args.all)
+    if verb == "list":
+        return list_text(paths[0], sums=args.sums)
+    if verb == "prune":
+        given = {"keep": args.keep, "keep_every": args.keep_every, "keep_best": args.keep_best}
+        return prune_text(paths[0], {k: v for k, v in given.items() if v is not None}, remove=args.yes)
+    return inspect_text(paths[0]) if verb == "inspect" else verify_text(paths[0])
 
 
 COMMAND = Command(
     _run,
-    "checkpoint inspect|verify PATH | import HF_FOLDER OUT | export PATH HF_FOLDER | average OUT PATH ..",
-    "inspect PATH or verify PATH: a checkpoint's folder; import the model of a Hugging Face folder, a "
-    "whole one too, to a checkpoint in OUT; export a checkpoint's to a new folder; average the weights of "
-    "checkpoints to one in OUT",
+    "checkpoint list|prune RUN | inspect|verify PATH | diff PATH PATH | import HF_FOLDER OUT | "
+    "export PATH HF_FOLDER | average OUT PATH ..",
+    "list RUN or prune RUN: the checkpoints of a run, and what its rules let go (--yes removes it); inspect "
+    "PATH or verify PATH: a checkpoint's folder; diff PATH PATH: config, layout and tensors of two; import "
+    "the model of a Hugging Face folder, a whole one too, to a checkpoint in OUT; export a checkpoint's to a "
+    "new folder; average the weights of checkpoints to one in OUT",
     _options,
 )

@@ -149,7 +149,20 @@ class CheckpointConfig(Section):
     every: int = Field(
         0, ge=0, description="steps between checkpoints, with one after the last step too; 0 for none"
     )
-    keep: int = Field(2, ge=0, description="checkpoints that stay, 0 for all")
+    keep: int = Field(2, ge=0, description="newest checkpoints that stay, 0 for all")
+    keep_every: int = Field(
+        0, ge=0, description="checkpoints of steps that this divides stay too; 0 for none"
+    )
+    keep_best: Literal["loss", "eval_loss"] | None = Field(
+        None,
+        description="the checkpoint with the lowest of this stays too: the loss of its step, or of an "
+        "evaluation after it",
+    )
+    on_failure: Literal["end", "continue"] = Field(
+        "end",
+        description="what a run does when a checkpoint cannot be written (a full disk): end with exit code "
+        "4, or warn and train on; the last one must be written in any case",
+    )
     resume: str = Field(
         "auto",
         description="checkpoint to resume from: auto for the newest whole one of run.dir, if any, none, or a "

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from mm.checkpoint import state as checkpoint
 from mm.checkpoint.newest import load_newest
 from mm.checkpoint.resume import begin, last_of
+from mm.checkpoint.saver import Saver
 from mm.checkpoint.state import Resumed
 from mm.checkpoint.weights import fill_adapters, fill_encoders, left_by, start_from
 from mm.config.outline import SINK
@@ -134,9 +134,25 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
     before: what this gave of the stage before, where these processes ran it. Returns the weights on this rank
     once all steps are done, else None.
     """
-    cfg = blueprint.cfg
     indexes = open_indexes(blueprint)
     about = _introduce(blueprint, rank, indexes)
+    if not blueprint.cfg.checkpoint.every:
+        return _train_on(blueprint, rank, stop, before, (indexes, about), None)
+    # Made before the job takes memory, with which the process that writes would begin.
+    with closing(Saver(blueprint, indexes["training"], Path(blueprint.cfg.run.dir), rank.rank)) as saver:
+        return _train_on(blueprint, rank, stop, before, (indexes, about), saver)
+
+
+def _train_on(
+    blueprint: Blueprint,
+    rank: RankInfo,
+    stop: Stop,
+    before: Held | None,
+    known: tuple[Mapping[str, Index], str],
+    saver: Saver | None,
+) -> Held | None:
+    """train_on() with what is known before there is a job: the indexes, and the header."""
+    cfg, (indexes, about) = blueprint.cfg, known
     job = build_job(blueprint, rank)
     data = {name: open_data(job, index) for name, index in indexes.items()}
     train_data, eval_data = data["training"], data.get("evaluation")
@@ -165,7 +181,9 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
     for line in said:
         console.info(line)
     console.left_out(train_data.index)
-    loop = _Loop(job, train_data, eval_data, console, stop, state=state)
+    if saver is not None:
+        saver.warn = console.warn
+    loop = _Loop(job, (train_data, eval_data), console, saver, stop, state=state)
     rank.record.phase = "training"
     try:
         with set_aside():
@@ -230,42 +248,46 @@ def open_feed(job: Job, data: Data, state: Resumed = AT_START, *, listener: List
 
 
 class _Loop:
-    """A run's steps. state: where they begin."""
+    """A run's steps. data: to train on, and to evaluate on, if any. saver: None where no checkpoints are
+    asked. state: where the steps begin."""
 
     def __init__(
         self,
         job: Job,
-        data: Data,
-        eval_data: Data | None,
+        data: tuple[Data, Data | None],
         console: Console,
+        saver: Saver | None,
         stop: Stop,
         *,
         state: Resumed,
     ) -> None:
-        self.job, self.data, self.eval_data, self.console = job, data, eval_data, console
-        self.run_dir, self.stop = Path(job.blueprint.cfg.run.dir), stop
+        self.job, self.console, self.saver, self.stop = job, console, saver, stop
+        self.data, self.eval_data = data
+        self.run_dir = Path(job.blueprint.cfg.run.dir)
         self._begin(state)
 
     def _begin(self, state: Resumed) -> None:
-        """Go on from here. done: steps so far; saved: those of the last checkpoint."""
+        """Go on from here. done: steps so far; saved: those of the last checkpoint that was begun; metrics:
+        of the last step, by which checkpoints may be kept."""
         listener = Listener(self.console.warn, self.console.skipped)
         self.feed = open_feed(self.job, self.data, state, listener=listener)
         self.guard = Guard.of(self.job.blueprint.cfg.train, self.feed.skips, state.guard)
         self.done = self.saved = state.step
+        self.metrics = dict[str, float]()
 
     def run(self) -> bool:
         """Train and evaluate to the end of the run, or until some rank was asked to end; returns whether it
-        came to the end."""
+        came to the end. Its last checkpoint is there then."""
         try:
             if self.job.control.any(self.stop.requested):  # while the run was made ready
                 raise StopRequested
             while self.done < self.job.blueprint.cfg.train.steps:
                 self._step()
             self._final_evaluation()
+            self._finish_save()
             return True
         except StopRequested:
-            if self.job.blueprint.cfg.checkpoint.every and self.saved < self.done:
-                self._save()
+            self._finish_save()
             self.console.info(f"stopped by a signal after step {self.done}")
             return False
 
@@ -283,15 +305,24 @@ class _Loop:
         jumped = "" if metrics.left_out else self.guard.jumped(metrics.loss)
         if jumped and self._go_back(jumped):
             return
+        self.metrics = {"loss": metrics.loss}
+        if self.saver is not None:
+            self.saver.prepare(job)  # after the first step
+            self.saver.check(job)
         every, at_end = cfg.checkpoint.every, self.done == cfg.train.steps
-        if every and (stopping or self.done % every == 0 or at_end):
+        due = bool(every) and (stopping or self.done % every == 0 or at_end)
+        by_evaluation = cfg.checkpoint.keep_best == "eval_loss"
+        if due and (stopping or not by_evaluation):
             self._save()
-            stopping = stopping or job.control.any(self.stop.requested)  # while it was written
+            stopping = stopping or job.control.any(self.stop.requested)  # while it was copied
         if stopping:
             raise StopRequested
         if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:
             result = run_evaluation(job, self.eval_data, self.stop, self.console.warn)
             self.console.evaluation(self.done, result)
+            self.metrics["eval_loss"] = result.loss
+        if due and by_evaluation and not at_end:
+            self._save()
 
     def _go_back(self, why: str) -> bool:
         """Go on from the newest checkpoint without the batches since. Returns whether there is one; raises
@@ -303,6 +334,8 @@ class _Loop:
                 f"after step {last} {why}, and the run went back {self.guard.back} times (train.spike.most); "
                 "its checkpoints are kept. Lower train.lr, or resume with more batches left out (data.skip)"
             )
+        if self.saver is not None:
+            self.saver.wait(self.job)  # the newest may be under way
         path, state = load_newest(self.job, self.data.index, self.run_dir, own=True)
         if state is None or path is None:
             self.console.info(f"after step {last} {why}; there is no checkpoint to go back to")
@@ -326,15 +359,26 @@ class _Loop:
             return
         result = run_evaluation(self.job, self.eval_data, self.stop, self.console.warn)
         self.console.evaluation(self.job.blueprint.cfg.train.steps, result)
+        self.metrics["eval_loss"] = result.loss
         if self.job.rank.rank == 0:
             samples = eval_samples(self.job, self.eval_data)
             self.console.lift_table(result, blind_guess(samples, self.eval_data.assembler.encoded))
 
     def _save(self) -> None:
-        feed, guard = self.feed, self.guard.saved()
+        """Begin to save the state as it is."""
+        assert self.saver is not None, "checkpoint.every is set"
+        given = (self.done, self.feed.bad, self.feed.drawn, self.metrics, self.guard.saved())
         with self.job.rank.record.doing("checkpoint"):
-            checkpoint.save(self.job, feed.index, self.run_dir, self.done, feed.bad, feed.drawn, guard=guard)
+            self.saver.start(self.job, *given)
         self.saved = self.done
+
+    def _finish_save(self) -> None:
+        """Have the last step saved, and wait until it is."""
+        if self.saver is None:
+            return
+        if self.saved < self.done:
+            self._save()
+        self.saver.wait(self.job, last=True)
 
 
 def devices(job: Job) -> int:

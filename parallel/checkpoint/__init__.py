@@ -5,7 +5,8 @@ What a job stores in a checkpoint is decided elsewhere (mm.checkpoint) and may n
 
     save(directory, step, tensors, state, keep=3)   distributed.py: every rank writes its shards
     Lazy(shapes, read)                              lazy.py: tensors made as they are written
-    published(directory), read_state(path)          distributed.py: what there is to load
+    plan_share(tensors), write_share(share, ..)     share.py: the same in the background, rank by rank
+    published(directory), read_state(path)          folder.py, distributed.py: what there is to load
     verify(path)                                    manifest.py: sizes and sha256 of all files
     load(path, tensors)                             distributed.py: fills tensors in place, in any layout
     Opened(path).read(names)                        opened.py: some whole tensors, in one process
@@ -15,23 +16,35 @@ metadata.py reads the pickle of torch.distributed.checkpoint without unpickling 
 """
 
 from parallel.checkpoint.distributed import (
-    STATE,
     check_fits,
     describe,
     first_cause,
     load,
-    published,
     read_state,
     save,
     sound_state,
+)
+from parallel.checkpoint.folder import (
+    LATEST,
+    STATE,
+    Stay,
+    final_of,
+    newest,
+    partial_of,
+    point,
+    published,
+    remove,
+    remove_leftovers,
     step_of,
 )
 from parallel.checkpoint.handover import Handover, Held, hold
 from parallel.checkpoint.lazy import Lazy
 from parallel.checkpoint.manifest import MANIFEST, BadCheckpoint, structure, verify
 from parallel.checkpoint.opened import Opened
+from parallel.checkpoint.share import Share, plan_share, publish_shares, write_share
 
 __all__ = [
+    "LATEST",
     "MANIFEST",
     "STATE",
     "BadCheckpoint",
@@ -39,16 +52,27 @@ __all__ = [
     "Held",
     "Lazy",
     "Opened",
+    "Share",
+    "Stay",
     "check_fits",
     "describe",
+    "final_of",
     "first_cause",
     "hold",
     "load",
+    "newest",
+    "partial_of",
+    "plan_share",
+    "point",
+    "publish_shares",
     "published",
     "read_state",
+    "remove",
+    "remove_leftovers",
     "save",
     "sound_state",
     "step_of",
     "structure",
     "verify",
+    "write_share",
 ]

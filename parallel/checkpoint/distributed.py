@@ -2,17 +2,12 @@
 
 torch.distributed.checkpoint stores tensors by their global shapes, so a checkpoint does not depend on the
 layout that wrote it. Everything else is JSON. A manifest lists the size and sha256 of every file.
-
-    DIR/step-00000120/          published; `.metadata`, `__R_N.distcp`, state.json, manifest.json
-    DIR/step-00000120.tmp/      being written or removed; readers ignore it, and the next save removes it
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,11 +21,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from parallel.checkpoint import manifest
+from parallel.checkpoint.folder import STATE, newest, partial_of, publish, remove_leftovers, write_state
 from parallel.checkpoint.lazy import Lazy, LazyPlanner
 from parallel.checkpoint.manifest import BadCheckpoint
 from parallel.checkpoint.metadata import SafeReader
-
-STATE = "state.json"
 
 
 def save(
@@ -50,15 +44,13 @@ def save(
 
     The checkpoint gets its final name only after all ranks have written. Needs storage that all ranks share.
     """
-    final = directory / f"step-{step:08d}"
-    partial = final.with_suffix(".tmp")
+    partial = partial_of(directory, step)
     lead = dist.get_rank() == 0
     if lead:
         directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob("step-*.tmp"):
-            shutil.rmtree(leftover)
+        remove_leftovers(directory)
         partial.mkdir()
-        (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+        write_state(partial, step, state)
     dist.barrier()
     writer = FileSystemWriter(partial, sync_files=True)
     if isinstance(tensors, Lazy):
@@ -67,15 +59,9 @@ def save(
         save_shards(dict(tensors), storage_writer=writer)
     sums = _gather_sums(partial)
     if lead:
-        manifest.write(partial, sums)
-        if final.exists():
-            _remove(final)
-        os.replace(partial, final)
-        manifest.sync(directory)
-        for old in published(directory)[:-keep] if keep else ():
-            _remove(old)
+        publish(partial, sums, newest(keep))
     dist.barrier()
-    return final
+    return partial.with_suffix("")
 
 
 def _gather_sums(folder: Path) -> dict[str, manifest.Entry]:
@@ -86,13 +72,6 @@ def _gather_sums(folder: Path) -> dict[str, manifest.Entry]:
     parts: list[Any] = [None] * world
     dist.all_gather_object(parts, {n: manifest.entry_of(folder / n) for n in mine})
     return {name: entry for part in parts for name, entry in part.items()}
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; renamed first, so an interrupted removal leaves no part under the final name."""
-    renamed = path.with_suffix(".gone.tmp")
-    os.replace(path, renamed)
-    shutil.rmtree(renamed)
 
 
 def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -166,17 +145,6 @@ def sound_state(path: Path, check: Callable[[Path], list[str]] = manifest.verify
     if wrong:
         raise BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
     return read_state(path)
-
-
-def published(directory: Path) -> list[Path]:
-    """The checkpoints below `directory`, oldest first, damaged ones included: verify() finds those."""
-    found = [p for p in directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=lambda p: (step_of(p), p.name))
-
-
-def step_of(path: Path) -> int:
-    """The step of a published checkpoint, from its name."""
-    return int(path.name.removeprefix("step-"))
 
 
 def describe(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -19,7 +19,7 @@ from llm.config import LLMConfig
 from llm.hf.peft import AdapterFolder, adapter_tensors
 from llm.hf.weights import checkpoint_tensors
 from llm.model import LLM
-from mm.checkpoint import state as checkpoint
+from mm.checkpoint import saver
 from mm.checkpoint.adapters import export_adapters
 from mm.checkpoint.folders import export_hf
 from mm.checkpoint.weights import fill_adapters, fill_encoders, start_from
@@ -46,7 +46,7 @@ def losses(raw: dict[str, Any], start: str, folder: str | None) -> list[float]:
         fill_encoders(job)
         found = [train_step(job, feed, step).loss for step in range(3)]
         if folder is not None:
-            checkpoint.save(job, feed.index, Path(folder), 3, feed.bad)
+            saver.save(job, feed.index, Path(folder), 3, feed.bad)
         return found
 
 
@@ -55,7 +55,7 @@ def begun(raw: dict[str, Any], start: str, folder: str) -> None:
     with running(raw) as (job, feed):
         fill_adapters(job)
         start_from(job, [Path(start)])
-        checkpoint.save(job, feed.index, Path(folder), 0, feed.bad)
+        saver.save(job, feed.index, Path(folder), 0, feed.bad)
 
 
 def config(folder: Path, **llm: Any) -> dict[str, Any]:

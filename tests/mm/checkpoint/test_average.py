@@ -11,26 +11,10 @@ import pytest
 import torch
 
 from mm import cli
-from mm.checkpoint.alone import alone
 from mm.checkpoint.average import Mean, average_checkpoints
 from mm.errors import CheckpointError
 from parallel import checkpoint as store
-from tests.mm.checkpoint.test_checkpoint import contents
-
-
-def written(folder: Path, seed: int, **more: torch.Tensor) -> Path:
-    """A checkpoint of two weights, a counter and a moment."""
-    draw = torch.Generator().manual_seed(seed)
-    tensors = {
-        "llm.head": torch.randn(5, 3, generator=draw),
-        "llm.scale": torch.randn((), generator=draw, dtype=torch.float64),
-        "llm.count": torch.tensor(seed),
-        "llm.adam.head.exp_avg": torch.randn(5, 3, generator=draw),
-        "llm.average.head.value": torch.randn(5, 3, generator=draw),
-        **more,
-    }
-    with alone():
-        return store.save(folder, seed, tensors, {"config": {"of": seed, "data": {}}}, keep=0)
+from tests.mm.checkpoint.runs import contents, written
 
 
 @pytest.mark.parametrize("shares", [None, [1.0, 0.0, 3.0]])

@@ -14,18 +14,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from mm.checkpoint import resume
-from mm.checkpoint import state as checkpoint
-from mm.config.schema import from_mapping
 from mm.data.index import load_index
-from mm.plan.blueprint import draw_up
 from mm.ranks.feed import Prepared
-from mm.ranks.job import build_job, open_data, open_index
-from mm.ranks.launch import RankInfo
-from mm.train.trainer import open_feed, train_step
+from mm.train.trainer import train_step
+from tests.mm.checkpoint.runs import part_of_run
 from tests.mm.harness import CONFIGS, largest_difference, running, small
 
 STEPS = 10
@@ -87,35 +80,19 @@ class Part(NamedTuple):
 
 
 def part(raw: dict[str, Any], folder: str, first: int, last: int) -> Part:
-    """Steps [first, last): from a checkpoint unless first is 0, ending in one."""
-    blueprint = draw_up(from_mapping(raw, CONFIGS), dist.get_world_size())
-    rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    job = build_job(blueprint, rank)
-    data = open_data(job, open_index(blueprint, blueprint.cfg.data.train, CONFIGS))
-    state = checkpoint.Resumed()
-    if first:
-        found = resume.find(blueprint.cfg, Path(folder), rank)
-        assert found is not None
-        state = checkpoint.load(job, data.index, found)
-        assert state.step == first
-    feed = open_feed(job, data, state)
+    """Steps [first, last) of a part of a run."""
     seen: list[Taken] = []
-    real = feed.next
+    with part_of_run(raw, folder, first, last) as (job, feed):
+        real = feed.next
 
-    def noted(step: int, stop: int) -> tuple[Prepared, float]:
-        found = real(step, stop)
-        seen.append(taken(found[0]))
-        return found
+        def noted(step: int, stop: int) -> tuple[Prepared, float]:
+            found = real(step, stop)
+            seen.append(taken(found[0]))
+            return found
 
-    try:
         with mock.patch.object(feed, "next", noted):
             metrics = [asdict(train_step(job, feed, step)) for step in range(first, last)]
-        checkpoint.save(job, data.index, Path(folder), last, feed.bad, feed.drawn)
-    finally:
-        feed.close()
-        data.assembler.reader.close()
-        job.close()
-    return Part(metrics, seen, sorted(feed.bad))
+        return Part(metrics, seen, sorted(feed.bad))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mm.checkpoint import saver
 from mm.checkpoint import state as checkpoint
 from mm.train.trainer import train_step
 from parallel import checkpoint as store
@@ -44,7 +45,7 @@ def both_ways(old: dict[str, Any], new: dict[str, Any], folder: str) -> list[str
     train = {"average": 0.9, "lora": {"vision": {"rank": 2}}}
     with running(small(layout=old, train=train, run={"node_size": 2})) as (job, feed):
         train_step(job, feed, 0)
-        path = checkpoint.save(job, feed.index, Path(folder), 1, ())
+        path = saver.save(job, feed.index, Path(folder), 1, ())
         held = store.hold(checkpoint.state_tensors(job))
     with running(small(layout=new, train=train, run={"node_size": 2})) as (job, _):
         tensors = checkpoint.state_tensors(job)

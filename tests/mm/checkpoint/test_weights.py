@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from llm.config import LLMConfig
 from llm.hf import load_hf
-from mm.checkpoint import state as checkpoint
+from mm.checkpoint import saver
 from mm.checkpoint.folders import export_hf, import_hf
 from mm.checkpoint.weights import start_from
 from mm.config.schema import from_mapping
@@ -36,7 +36,7 @@ def two_steps(raw: dict[str, Any], weights: str | None, save: str | None) -> lis
     try:
         losses = [train_step(job, feed, step).loss for step in range(2)]
         if save is not None:
-            checkpoint.save(job, index, Path(save), 2, ())
+            saver.save(job, index, Path(save), 2, ())
     finally:
         feed.close()
         job.close()

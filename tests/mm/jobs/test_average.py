@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llm.hf import load_hf
+from mm.checkpoint import saver
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.folders import export_hf
 from mm.config.schema import from_mapping
@@ -18,7 +19,7 @@ from mm.ranks.feed import prepare
 from mm.train.step import run_step
 from mm.train.trainer import train_step
 from mm.train.weights import averaged
-from tests.mm.checkpoint.test_checkpoint import contents
+from tests.mm.checkpoint.runs import contents
 from tests.mm.harness import CONFIGS, Held, running, small, weigh
 
 TRAIN = {"average": 0.6, "lr": 0.02, "warmup": 0.0}
@@ -49,7 +50,7 @@ def steps(raw: dict[str, Any], folder: str, first: int, last: int) -> tuple[list
             held = weigh(job)
             losses.append(loss())
         losses.append(loss())
-        checkpoint.save(job, feed.index, Path(folder), last, feed.bad)
+        saver.save(job, feed.index, Path(folder), last, feed.bad)
         return weights, held, losses
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llm.hf import load_hf
-from mm.checkpoint import state as checkpoint
+from mm.checkpoint import saver
 from mm.checkpoint.folders import export_hf
 from mm.checkpoint.weights import check_weights, start_from
 from mm.config.schema import from_mapping
@@ -19,7 +19,7 @@ from mm.errors import CheckpointError, Refused
 from mm.plan.blueprint import draw_up
 from mm.train.trainer import train_step
 from parallel.sharding.low_rank import is_adapter
-from tests.mm.checkpoint.test_checkpoint import contents
+from tests.mm.checkpoint.runs import contents
 from tests.mm.harness import CONFIGS, largest_difference, running, small, train_few, weigh
 from tests.slow import on_demand
 
@@ -78,7 +78,7 @@ def trained(raw: dict[str, Any], folder: str, start: str | None) -> list[str]:
         before = weigh(job)
         for step in range(2):
             train_step(job, feed, step)
-        checkpoint.save(job, feed.index, Path(folder), 2, feed.bad)
+        saver.save(job, feed.index, Path(folder), 2, feed.bad)
         return [name for name, (_, value) in weigh(job).items() if not np.array_equal(value, before[name][1])]
 
 

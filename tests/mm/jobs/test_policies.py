@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mm.checkpoint import saver
 from mm.checkpoint import state as checkpoint
 from mm.plan.data_parallel import Moved, stage_costs
 from mm.ranks.feed import Feed
@@ -195,7 +196,7 @@ def try_jobs(raws: dict[str, dict[str, Any]], folder: str) -> dict[str, Trial]:
             if loads:
                 checkpoint.load(job, feed.index, path)
             if saves:
-                path = checkpoint.save(job, feed.index, Path(folder, str(k)), 2, feed.bad)
+                path = saver.save(job, feed.index, Path(folder, str(k)), 2, feed.bad)
             if loads or saves:
                 metrics.append(asdict(train_step(job, feed, 2)))
             out[name] = Trial(metrics, weights, stated(job), did)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from mm.checkpoint import state as checkpoint
 from mm.checkpoint.alone import alone
+from mm.checkpoint.saver import save
 from mm.config.training import SpikeConfig, TrainConfig
 from mm.errors import NonFinite
 from mm.order.stream import Stream
@@ -142,7 +141,7 @@ def save_poisoned(folder: str) -> tuple[str, list[str]]:
             whole.free(part)
             next(local(p.detach()) for _, p, _ in declared(part)).view(-1)[0] = torch.inf
         try:
-            checkpoint.save(job, feed.index, Path(folder), 1, feed.bad)
+            save(job, feed.index, Path(folder), 1, feed.bad)
             said = "saved"
         except NonFinite as error:
             said = str(error)

@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from parallel import checkpoint as store
 from parallel.checkpoint import manifest
-from parallel.checkpoint.distributed import _remove
 
 Change = Callable[[Path], object]
 NAMES = torch.distributed.checkpoint.metadata.__name__
@@ -280,5 +279,5 @@ def test_a_checkpoint_that_is_removed_leaves_no_part_under_its_name(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "rmtree", lambda p: None)  # as if interrupted
-    _remove(path)
+    store.remove(path)
     assert store.published(path.parent) == [] and not path.exists()

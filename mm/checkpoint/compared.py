@@ -1,0 +1,116 @@
+"""Two checkpoints side by side: config, layout, and tensors by module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm.errors import CheckpointError
+from parallel import checkpoint as store
+from parallel.sharding.optim import RULES
+
+MOST = 5  # tensors of a module that are named one by one, and keys of a config, unless all are asked
+
+
+class TensorDifference(NamedTuple):
+    """What differs in a tensor. largest: absolute; relative: to the largest element of the second."""
+
+    name: str
+    largest: float
+    relative: float
+
+
+def difference(name: str, one: Tensor, other: Tensor) -> TensorDifference | None:
+    """How two tensors of one shape and dtype differ; None where they are equal to the bit."""
+    if torch.equal(_bits(one), _bits(other)):
+        return None
+    a, b = one.to(torch.float64), other.to(torch.float64)
+    largest, scale = float((a - b).abs().max()), float(b.abs().max())
+    return TensorDifference(name, largest, largest / scale if scale else float("inf") if largest else 0.0)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, by dotted name."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from flat(inner, f"{at}.{key}" if at else str(key))
+    else:
+        yield at, value
+
+
+def config_lines(one: Any, other: Any) -> list[str]:
+    """Keys of two configs that differ, a line each, those of layouts last."""
+    ours, theirs = dict(flat(one)), dict(flat(other))
+    none = object()
+    differ = [k for k in {**ours, **theirs} if ours.get(k, none) != theirs.get(k, none)]
+    differ.sort(key=lambda k: k.startswith("layout."))
+    return [f"{k}: {_value(ours, k)} | {_value(theirs, k)}" for k in differ]
+
+
+def _value(found: Mapping[str, Any], key: str) -> str:
+    return repr(found[key]) if key in found else "not there"
+
+
+def diff_text(one: Path, other: Path, *, everything: bool = False) -> str:
+    """What differs between two checkpoints, whatever layouts wrote them.
+
+    One process, which holds one tensor of each at a time. everything: names every tensor and key. Raises
+    CheckpointError where one is damaged.
+    """
+    try:
+        states = [store.sound_state(path, store.verify) for path in (one, other)]
+        opened = [store.Opened(path) for path in (one, other)]
+        lines = [f"{one}: after step {states[0]['step']}", f"{other}: after step {states[1]['step']}"]
+        keys = config_lines(*(state.get("config") or {} for state in states))
+        lines.append(f"config: {len(keys)} keys differ" if keys else "config: equal")
+        lines += _first(keys, everything)
+        tensors = _tensor_lines(*opened, everything)
+        return "\n".join(lines + tensors)
+    except ValueError as error:
+        raise CheckpointError(f"cannot compare {one} and {other}: {error}") from error
+
+
+def _first(lines: Sequence[str], everything: bool) -> list[str]:
+    shown = lines if everything else lines[:MOST]
+    more = len(lines) - len(shown)
+    return [f"  {line}" for line in shown] + ([f"  .. {more} more (--all names them)"] if more else [])
+
+
+def _tensor_lines(one: store.Opened, other: store.Opened, everything: bool) -> list[str]:
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for name in {**one.shapes, **other.shapes}:
+        module, inner, *_ = [*name.split("."), ""]
+        by_module[f"{module}, optimizer" if inner in RULES else module].append(name)
+    lines = []
+    for module, names in sorted(by_module.items()):
+        equal, other_lines = 0, list[str]()
+        found = list[TensorDifference]()
+        for name in names:
+            ours, theirs = one.shapes.get(name), other.shapes.get(name)
+            if ours is None or theirs is None:
+                where = other.path if ours is None else one.path
+                other_lines.append(f"{name}: only in {where}")
+            elif ours != theirs:
+                said = " | ".join(f"{list(shape)} {str(kind)[6:]}" for shape, kind in (ours, theirs))
+                other_lines.append(f"{name}: {said}")
+            else:
+                differs = difference(name, one.read([name])[name], other.read([name])[name])
+                equal += differs is None
+                found += [] if differs is None else [differs]
+        found.sort(key=lambda d: -d.relative)
+        other_lines += [f"{d.name}: at most {d.largest:.3g} apart, {d.relative:.3g} relative" for d in found]
+        said = f"{equal} of {len(names)} tensors equal to the bit"
+        if found:
+            largest = max(d.largest for d in found)
+            said += f"; largest difference {largest:.3g}, {found[0].relative:.3g} relative"
+        lines += [f"{module}: {said}", *_first(other_lines, everything)]
+    return lines
