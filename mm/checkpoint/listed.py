@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from mm.checkpoint.kept import reasons
 from mm.config.build import build
 from mm.config.schema import CheckpointConfig
 from mm.errors import CheckpointError, Refused
-from mm.ranks.lock import lock
+from mm.ranks.claim import claimed
 from parallel import checkpoint as store
 
 DEGREES = ("tp", "cp", "pp", "vpp", "ep", "etp")
@@ -62,8 +62,8 @@ def prune_text(run: Path, changes: Mapping[str, Any], *, remove: bool = False) -
     changes: of the rules, fields of CheckpointConfig. The newest checkpoint that is whole stays in any case.
     Raises Refused where a run is writing to the folder.
     """
-    held = lock(run) if remove else None
-    try:
+    _published(run)  # before a claim makes the folder
+    with claimed([run]) if remove else nullcontext():
         found = _published(run)
         rules = build(CheckpointConfig, {**_rules(found).model_dump(), **changes}, "checkpoint")
         why = reasons(found, rules)
@@ -81,9 +81,6 @@ def prune_text(run: Path, changes: Mapping[str, Any], *, remove: bool = False) -
             store.remove_leftovers(run)
             store.point(run)
         return "\n".join(lines)
-    finally:
-        if held is not None:
-            os.close(held)
 
 
 def _published(run: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from mm.checkpoint.compared import difference
 from mm.checkpoint.kept import rule_of, why_kept
 from mm.cli import main
 from mm.config.schema import CheckpointConfig
-from mm.ranks.lock import lock
+from mm.ranks.claim import claimed
 from parallel import checkpoint as store
 from tests.mm.checkpoint.runs import contents, written
 
@@ -68,9 +67,8 @@ def test_a_run_is_listed_and_pruned(run: Path, capsys: pytest.CaptureFixture[str
     assert "sizes fit" in said(capsys, 0, "list", run)[2]
     said(capsys, 0, "prune", run, "--yes", "--keep-every", 5, "--keep-best", "eval_loss")
     assert [store.step_of(p) for p in store.published(run)] == [3, 4], "the newest that is whole stays"
-    held = lock(run)
-    assert "another run is writing" in said(capsys, 2, "prune", run, "--yes")[0]
-    os.close(held)
+    with claimed([run]):
+        assert "another run" in said(capsys, 2, "prune", run, "--yes")[0]
     assert "is no folder" in said(capsys, 4, "list", run / "nowhere")[0]
 
 
