@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from parallel.sharding.param import local
 TOLD = 3  # tensors that a rank names
 
 
-def names_not_finite(tensors: Sequence[tuple[str, Tensor]]) -> list[str]:
+def names_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """The names of those whose part on this rank is not finite. Waits for the device once."""
     parts = [(name, local(t)) for name, t in tensors]
     read = [(n, t) for n, t in parts if t.is_floating_point() and t.numel()]
@@ -26,7 +26,7 @@ def names_not_finite(tensors: Sequence[tuple[str, Tensor]]) -> list[str]:
     return [name for (name, _), one in zip(read, fine, strict=True) if not one]
 
 
-def found_anywhere(control: Control, tensors: Sequence[tuple[str, Tensor]]) -> str:
+def found_anywhere(control: Control, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """In words, which tensors are not finite and on which ranks, "" where all are; equal on all ranks, each
     of which calls this with its own tensors."""
     mine = names_not_finite(tensors)
@@ -37,7 +37,7 @@ def found_anywhere(control: Control, tensors: Sequence[tuple[str, Tensor]]) -> s
     return "; ".join(f"{what} on rank {r}" for r, what in enumerate(told) if what)
 
 
-def check_before_save(control: Control, tensors: Sequence[tuple[str, Tensor]], step: int) -> None:
+def check_before_save(control: Control, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
     """Raise NonFinite on all ranks where a tensor that would be saved is not finite on some rank."""
     found = found_anywhere(control, tensors)
     if found:
