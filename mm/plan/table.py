@@ -131,7 +131,8 @@ class SampleTable:
 
     def sample(self, line: int) -> Sample:
         """The sample of a line; made once, where samples are views."""
-        self.see([line])
+        if line not in self._seen:
+            self.see([line])
         return self._seen[line]
 
     def see(self, lines: Iterable[int]) -> None:
