@@ -245,7 +245,7 @@ def pack_items(
             raise ValueError(f"{cls.__name__}.prepare gave {list(tensor.shape)}; needed: {wanted}")
     values = _joined(tensors) if tensors else torch.zeros((0, *shape))
     values = to_device(values.to(cls.input_dtype or dtype), device)
-    return ItemBatch(values, tuple(len(t) for t in tensors), tuple(metas), first)
+    return ItemBatch(values, tuple(t.shape[0] for t in tensors), tuple(metas), first)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -258,7 +258,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
         if not (same and tensor.storage_offset() == at and tensor.is_contiguous()):
             return torch.cat(list(tensors))
         at += tensor.numel()
-    rows = sum(len(tensor) for tensor in tensors)
+    rows = sum(tensor.shape[0] for tensor in tensors)
     # The strides of a tensor of one row say nothing of where a second would lie.
     return one.as_strided((at - first,), (1,)).view(rows, *one.shape[1:])
 

@@ -5,11 +5,12 @@
 PEERS: a folder with torchdata and mosaicml-streaming (benchmarks/README.md); loaders that are not there are
 left out, and nothing else in the project needs them. webdataset comes with the project.
 
-Equal for all: the JPEGs, made by the benchmark, in the page cache; the function that decodes them, ViT's
-prepare(); batches of float32 patches, of the same size; workers; two batches ahead a worker. Order of
-loaders is turned round by round. A round is an epoch, shuffled. Its clock runs from batch number FIRST, when
-all workers are at work, to the FIRST-last: at both ends as many batches lie ready as a loader holds, so none
-has work counted that was done outside, and none is slowed by the end of an epoch.
+Equal for all: the JPEGs, made by the benchmark, of the encoder's size, in the page cache; how they are
+decoded, ViT's prepare(), or prepare_into() where a loader has a place for what that gives, with equal values;
+batches of float32 patches, of the same size; workers; two batches ahead a worker. Order of loaders is turned
+round by round. A round is an epoch, shuffled. Its clock runs from batch number FIRST, when all workers are at
+work, to the FIRST-last: at both ends as many batches lie ready as a loader holds, so none has work counted
+that was done outside, and none is slowed by the end of an epoch.
 Figures are medians over rounds: pictures a second, the feed's over each loader's of the same round,
 processor time a picture, of all processes in the same time, and the cores that were at work. The feed does
 more than the others: it plans the steps of a job, reads and packs their texts, checks each payload against

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
+AT_ONCE = 64  # views that are made together where all are looked at
 DEEPEST = 64  # lists and objects inside each other in a sample's json: errors and templates recurse into them
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape of half of a surrogate pair
 
@@ -162,8 +163,12 @@ class Views(Sequence[Sample], ABC):
     """Samples that are made when they are asked for. Equal ones are equal, but not the same object."""
 
     @abstractmethod
+    def views(self, numbers: Sequence[int]) -> list[Sample]:
+        """The samples with these numbers, from 0 on, made together."""
+
     def view(self, number: int) -> Sample:
         """Sample number `number`, from 0 on."""
+        return self.views([number])[0]
 
     @overload
     def __getitem__(self, which: int) -> Sample: ...
@@ -171,11 +176,12 @@ class Views(Sequence[Sample], ABC):
     def __getitem__(self, which: slice) -> Sequence[Sample]: ...
     def __getitem__(self, which: int | slice) -> Sample | Sequence[Sample]:
         if isinstance(which, slice):
-            return tuple(map(self.view, range(len(self))[which]))
+            return tuple(self.views(range(len(self))[which]))
         return self.view(range(len(self))[which])
 
     def __iter__(self) -> Iterator[Sample]:
-        return map(self.view, range(len(self)))
+        for start in range(0, len(self), AT_ONCE):
+            yield from self.views(range(start, min(start + AT_ONCE, len(self))))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or len(other) != len(self):
@@ -183,6 +189,11 @@ class Views(Sequence[Sample], ABC):
         return all(a == b for a, b in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]  # as of any sequence that is compared by its elements
+
+
+def views_of(samples: Sequence[Sample], numbers: Sequence[int]) -> list[Sample]:
+    """The samples with these numbers, made together where they are views."""
+    return samples.views(numbers) if isinstance(samples, Views) else [samples[n] for n in numbers]
 
 
 class Usable(Views):
@@ -208,11 +219,13 @@ class Usable(Views):
     def __len__(self) -> int:
         return len(self._samples) - len(self._before) if self._taken is None else len(self._taken)
 
-    def view(self, number: int) -> Sample:
-        """Usable sample number `number`."""
+    def views(self, numbers: Sequence[int]) -> list[Sample]:
+        nth = np.asarray(numbers, dtype=np.int64)
         if self._taken is not None:
-            return self._samples[int(self._taken[number])]
-        return self._samples[number + int(np.searchsorted(self._before, number, side="right"))]
+            found = self._taken[nth]
+        else:
+            found = nth + np.searchsorted(self._before, nth, side="right")
+        return views_of(self._samples, found.tolist())
 
 
 @dataclass(frozen=True)

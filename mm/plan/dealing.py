@@ -59,7 +59,7 @@ def deal_samples(cost: Costs, tokens: Column, others: Sequence[Costs], microbatc
     Where by_count() is as even, it is kept. O(n log n) for n samples and bins.
     """
     plain = by_count(len(cost), microbatches, dp)
-    if not len(cost):
+    if not len(cost) or microbatches * dp == 1:
         return plain
     old = _Loads.of(plain, cost, tokens, microbatches, dp)
     allowed = [

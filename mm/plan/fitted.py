@@ -9,7 +9,7 @@ A number is that of a sample, or of one of its portions (portions.py).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -181,6 +181,9 @@ class Fitted(Views):
         self.base, self.inputs, self.encode = base, inputs, encode
         self.portions = portions or Portions.none()
         self._sizes = sizes or _Sizes(base, inputs, encode)
+        self._whole: dict[
+            tuple[str, int], bool
+        ] = {}  # by module and metadata, whether an item stays as it is
 
     def of(self, inputs: PlanInputs) -> Fitted:
         """The same as another model takes them, or with another context."""
@@ -211,18 +214,32 @@ class Fitted(Views):
         yield from self.base.fingerprints(begin, end)
         yield self.portions.fingerprint(begin, end)
 
-    def view(self, number: int) -> Sample:
-        """A sample as an object."""
-        (own,), (at,) = self.portions.find(np.asarray([number]))
-        sample = self.base.view(int(own))
-        if self.encode is not None:
+    def views(self, numbers: Sequence[int]) -> list[Sample]:
+        found = self.portions.find(np.asarray(numbers, dtype=np.int64))
+        samples = self.base.views(found.sample.tolist())
+        return [self._view(*one) for one in zip(numbers, samples, found.portion.tolist(), strict=True)]
+
+    def _view(self, number: int, sample: Sample, at: int) -> Sample:
+        """A sample of the index as it is here. at: which portion, -1 for all of it."""
+        if self.encode is not None and not all(map(self._stays, sample.segments)):
             sample = in_pieces(sample, self.inputs.encoders, self.encode)
         if at >= 0:
             span = Span(int(self.portions.start[at]), int(self.portions.stop[at]))
             if not self.portions.split:
                 return truncated_to(sample, span, self.inputs)
-            sample = portion(sample, span, self.portions.place(int(at)), self.inputs)
+            sample = portion(sample, span, self.portions.place(at), self.inputs)
         return sample if sample.id == number else replace(sample, id=number)
+
+    def _stays(self, seg: Segment) -> bool:
+        """Whether a segment is text, or an item that its encoder does not take apart."""
+        if seg.part is None or seg.kind not in self.inputs.encoders:
+            return True
+        key = seg.kind, id(seg.part.meta)  # those of `base`, which it keeps
+        if key not in self._whole:
+            assert self.encode is not None
+            found = item_pieces(seg, seg.part, self.inputs.encoders, self.encode)
+            self._whole[key] = len(found) == 1 and found[0] is seg
+        return self._whole[key]
 
     @property
     def modules(self) -> list[str]:

@@ -81,6 +81,8 @@ def edge_items(
 
 def _dealt(cost: Costs, microbatch: Column, home: Column, already: Costs) -> Column:
     """deal_items(), and over_step() on ranks that compute nothing else: no row is spared its way there."""
+    if already.shape[1] == 1:
+        return home
     dealt = deal_items(cost, microbatch, home, already)
     return dealt if already.any() else over_step(cost, microbatch, dealt, *already.shape)
 

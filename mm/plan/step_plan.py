@@ -7,8 +7,7 @@ step. Micro-batches are views of them, and what only some ranks or tools need is
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from mm.plan.dealing import Packed, Seats, by_count, deal_packed, deal_samples, 
 from mm.plan.inputs import PlanInputs
 from mm.plan.items import EdgeItems, add_work, edge_items
 from mm.plan.subsets import Subsets
-from mm.plan.table import Costs, SampleTable
+from mm.plan.table import Costs, SampleTable, fingerprint
 from parallel.boundary import (
     ItemColumns,
     Joint,
@@ -128,7 +127,7 @@ class StepPlan:
         for k, items in enumerate(self.items.values()):
             for j, rows in zip(items.sample.tolist(), items.columns.rows.tolist(), strict=True):
                 parts[j] += (k, rows)
-        found = np.asarray([_fingerprint(np.asarray(p, dtype=np.int64)) for p in parts], dtype=np.int64)
+        found = np.asarray([fingerprint(np.asarray(p, dtype=np.int64)) for p in parts], dtype=np.int64)
         return self._of_batch(found)
 
     @cached_property
@@ -138,7 +137,7 @@ class StepPlan:
         head = np.asarray([self.step, self.supervised, *self.mtp_supervised, len(self.order)], dtype=np.int64)
         samples = (self.order, table.ids, table.length, self.seats.microbatch, self.seats.dp, self.padded)
         items = [c for e in edges for c in (e.batch, e.own_rows, e.position, e.dest_dp, e.source_dp)]
-        return _fingerprint(head, *samples, *items)
+        return fingerprint(head, *samples, *items)
 
     @cached_property
     def tokens(self) -> int:
@@ -232,6 +231,10 @@ class Microbatch:
         """By encoder module."""
         return {module: MicrobatchEdge(self, module) for module in self.plan.items}
 
+    def see(self, js: Iterable[int]) -> None:
+        """Look up samples that sample() is asked for next."""
+        self.plan.table.see(self._lines.start + j for j in js)
+
     def samples_of(self, dp: int) -> list[int]:
         """Indices of the samples that a dp rank of the language model packs, in that order."""
         return np.flatnonzero(self.plan.seats.dp[self._lines] == dp).tolist()
@@ -243,6 +246,7 @@ class MicrobatchEdge:
 
     microbatch: Microbatch
     module: str
+    _on: dict[int, tuple[ItemPlan, ...]] = field(default_factory=dict, repr=False)  # by dp rank
 
     @property
     def _lines(self) -> slice:
@@ -276,8 +280,10 @@ class MicrobatchEdge:
 
     def items_on(self, dp: int) -> tuple[ItemPlan, ...]:
         """The items that a dp rank of the encoder computes, in order of global row id."""
-        mine, own = self._columns.source_dp == dp, self._columns.own
-        return self._plans(np.flatnonzero(mine if own is None else mine & own))
+        if dp not in self._on:
+            mine, own = self._columns.source_dp == dp, self._columns.own
+            self._on[dp] = self._plans(np.flatnonzero(mine if own is None else mine & own))
+        return self._on[dp]
 
     def _plans(self, which: Column) -> tuple[ItemPlan, ...]:
         plan, lines = self.microbatch.plan, self._lines.start + which
@@ -285,6 +291,7 @@ class MicrobatchEdge:
         nth = lines - table.items[self.module].first[items.sample[lines]]
         c = items.columns
         first = np.arange(len(c.rows)) if c.first is None else c.first
+        table.see(items.sample[lines].tolist())
         columns = (items.sample, items.cost, c.rows, c.dest_dp, c.position, c.source_dp, first)
         return tuple(
             ItemPlan(
@@ -394,10 +401,3 @@ def plan_table(step: int, batch: SampleTable, inputs: PlanInputs, packed: Packed
         padded=(np.maximum(1, -(-filled // unit)) * unit).reshape(n, dp),
         items={module: edge_items(module, table, seats, start, inputs, work) for module in inputs.encoders},
     )
-
-
-def _fingerprint(*columns: Column) -> int:
-    found = hashlib.blake2b(digest_size=8)
-    for column in columns:
-        found.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
-    return int.from_bytes(found.digest(), "little") >> 1

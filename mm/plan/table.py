@@ -7,7 +7,7 @@ items); a step then takes its samples' entries from the columns, without a loop 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mm.data.sample import Index, Part, Sample
+from mm.data.sample import Index, Part, Sample, views_of
 from mm.plan.fitted import Fitted
 from mm.plan.inputs import PlanInputs, mtp_supervised_tokens, sample_length, supervised_tokens
 from parallel.sequence.dealing import loads
@@ -83,6 +83,7 @@ class SampleTable:
     sources: tuple[str, ...]
     source: Column
     _seen: dict[int, Sample] = field(default_factory=dict, compare=False, repr=False)  # views, by line
+    _items: dict[tuple[int, str], tuple[Part, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of(samples: Sequence[Sample], inputs: PlanInputs, skip: Collection[int] = ()) -> SampleTable:
@@ -131,12 +132,20 @@ class SampleTable:
     def sample(self, line: int) -> Sample:
         """The sample of a line; made once, where samples are views."""
         if line not in self._seen:
-            self._seen[line] = self.samples[int(self.which[line])]
+            self.see([line])
         return self._seen[line]
+
+    def see(self, lines: Iterable[int]) -> None:
+        """Make the samples of these lines together, which sample() is asked for next."""
+        new = [line for line in dict.fromkeys(lines) if line not in self._seen]
+        if new:
+            self._seen.update(zip(new, views_of(self.samples, self.which[new].tolist()), strict=True))
 
     def part(self, module: str, line: int, nth: int) -> Part:
         """The part of item number `nth` of a line's items of a module."""
-        return self.sample(line).items(module)[nth]
+        if (line, module) not in self._items:
+            self._items[line, module] = self.sample(line).items(module)
+        return self._items[line, module][nth]
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,3 +235,11 @@ def _items(of: Sequence[int], found: Sequence[_Found]) -> Items:
         cost=np.asarray(cost, dtype=np.float64),
         content=np.unique(np.asarray(content, dtype=np.int64), return_inverse=True)[1].astype(np.int64),
     )
+
+
+def fingerprint(*columns: Column) -> int:
+    """63 bits of columns."""
+    found = hashlib.blake2b(digest_size=8)
+    for column in columns:
+        found.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
+    return int.from_bytes(found.digest(), "little") >> 1

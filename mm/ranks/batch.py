@@ -108,7 +108,9 @@ class Assembler:
         llm = self.inputs.llm
         if self.rank not in llm.ranks or llm.coord(self.rank).pp not in (0, llm.pp - 1):
             return Reads(items, first, [])  # stages between need no text, only lengths
-        texts = [mb.sample(j) for j in mb.samples_of(llm.coord(self.rank).dp)]
+        read = mb.samples_of(llm.coord(self.rank).dp)
+        mb.see(read)
+        texts = [mb.sample(j) for j in read]
         return Reads(items, first, [Task("", sample, sample.json) for sample in texts])
 
     def decode(self, task: Task, place: Tensor | None = None) -> Tensor | Texts:

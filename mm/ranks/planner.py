@@ -63,7 +63,7 @@ class Planner:
     def __init__(self, plan: PlanStep, table: SampleTable | DataTable, inputs: PlanInputs, rank: int) -> None:
         self._table, self._inputs, self._rank = table, inputs, rank
         self._pipe, theirs = Pipe()
-        self._told: frozenset[int] | None = None  # the bad samples that the process knows
+        self._known_bad: frozenset[int] | None = None  # the bad samples that the process knows
         self.asked: tuple[int, frozenset[int]] | None = None  # what it is to answer
         parent = os.getpid()
         self.pid = os.fork()
@@ -86,10 +86,10 @@ class Planner:
         assert self.asked is None, "the answer before has not been taken"
         try:
             # They may be many and seldom change, so they are sent once.
-            self._pipe.send((step, None if known_bad is self._told else known_bad))
+            self._pipe.send((step, None if known_bad is self._known_bad else known_bad))
         except OSError as error:
             raise PolyrankError(f"step {step + 1}: {self._ended()}") from error
-        self._told = known_bad
+        self._known_bad = known_bad
         self.asked = step, known_bad
 
     def answer(self) -> Planned:
@@ -151,13 +151,18 @@ def _serve(pipe: Connection, plan: PlanStep, parent: int) -> None:
 
 
 def _answer(plan: PlanStep, step: int, bad: frozenset[int]) -> Planned | _Failed:
-    """The plan without what its rank has."""
+    """The plan as it is sent."""
     try:
         found = plan(step, bad)
     except DataError as error:
         return _Failed(str(error), of_data=True)
     except Exception:
         return _Failed(traceback.format_exc(), of_data=False)
-    made = found.plan
-    bare = replace(made.inputs, encoders={}, _rows={})
-    return found._replace(plan=replace(made, table=replace(made.table, samples=()), inputs=bare))
+    return bare(found)
+
+
+def bare(planned: Planned) -> Planned:
+    """A plan without what its rank has."""
+    made = planned.plan
+    inputs = replace(made.inputs, encoders={}, _rows={})
+    return planned._replace(plan=replace(made, table=replace(made.table, samples=()), inputs=inputs))

@@ -31,7 +31,7 @@ from parallel.boundary.sides import (
     read_runs,
     shared_rows,
 )
-from parallel.boundary.still import Reads, beside, still_plans, whole_positions, whole_streams
+from parallel.boundary.still import Reads, partners, still_plans, whole_positions, whole_streams
 from parallel.sequence.intervals import Column, before, repeat_groups, sums
 from parallel.sequence.stream import Order
 from parallel.topology.layout import Layout
@@ -208,7 +208,7 @@ def stack_positions(stack: Stack, rank: int) -> tuple[Column, ...]:
 
 def _still(stack: Stack) -> bool:
     """Whether every item is computed by the very ranks that read it, which do not split its rows."""
-    partner, c = beside(stack.source, stack.dest, stack.stage), stack.items
+    partner, c = partners(stack.source, stack.dest, stack.stage), stack.items
     near = partner is not None and ((partner[c.dest_dp] == c.source_dp) | (c.rows == 0)).all()
     return bool(near) and c.first is None
 

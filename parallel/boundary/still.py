@@ -1,7 +1,7 @@
 """An edge whose rows all stay where they are: each rank's part follows from its own items alone. Pure.
 
 So it is where each item is computed by the very ranks that read it, and these do not split its rows: on one
-rank always, and beside equal layouts wherever items are dealt with their samples. No maps have to meet then:
+rank always, and with equal layouts wherever items are dealt with their samples. No maps have to meet then:
 a plan takes O(items) time in one column, and O(n log n) in those of the rank.
 """
 
@@ -45,7 +45,7 @@ def whole_streams(layout: Layout) -> bool:
 
 
 @lru_cache(maxsize=16)
-def beside(source: Layout, dest: Layout, stage: int) -> Column | None:
+def partners(source: Layout, dest: Layout, stage: int) -> Column | None:
     """By dp rank of dest, that of the source which is on the same ranks, in the stages where rows leave and
     enter; -1 where there is none, None where there can be none."""
     if not whole_streams(source) or not whole_streams(dest) or source.tp != dest.tp:

@@ -54,6 +54,14 @@ FEEDING = (
         "tests/mm/ranks/test_skipped.py::test_the_size_of_a_batch_does_not_change_when_a_run_ends",
     ),
     Fault(
+        "columns.views",
+        "samples that are made together have the names of the first one's table",
+        "mm/data/columns/samples.py",
+        "pairs = [self.pairs[k] for k in self._pair_of[shard].tolist()]",
+        "pairs = [self.pairs[0 * k] for k in self._pair_of[shard].tolist()]",
+        "tests/mm/data/test_columns.py::test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files",
+    ),
+    Fault(
         "workers.in-place",
         "what was not decoded to its place is not written there",
         "mm/ranks/decoding.py",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -169,11 +169,8 @@ class Samples(Views):
         shard = self.shard_of(which)
         lines, samples = self.rows(which, "lines"), self.rows(which, "samples")
         of = lines["segments"].astype(np.int64)
-        sample = np.repeat(np.arange(len(which)), of)
-        nth = np.arange(len(sample)) - np.repeat(np.cumsum(of) - of, of)
+        found, sample = self._segment_rows(shard, lines)
         of_shard = shard[sample]
-        row = lines["segment"][sample] + nth + self._bases["texts", "segments"][of_shard]
-        found = self._of_pairs(of_shard, row, "texts", "segments")
         kind, depends = found["kind"].astype(np.int64), found["depends"].astype(np.int64)
         item = np.flatnonzero(kind != TEXT)
         owner = sample[item]
@@ -227,58 +224,85 @@ class Samples(Views):
                 lines = texts.rows("lines", m)[max(first - begin, 0) : stop - begin]
                 yield (table, n), table.rows("samples", n)[lines["sample"]]
 
-    def _viewed(self) -> None:
+    def _viewed(self, count: int) -> None:
         """Give pages back now and then: a process that looks here and there would hold the whole index."""
-        self._views += 1
+        self._views += count
         if self._views > MOST_VIEWS:
             self._views = 0
             tables = {id(t): t for p in self.pairs for t in (p.table, p.texts)}
             for table in (t for t in tables.values() if t.nbytes >= LARGE):
                 forget_pages(table)
 
-    def view(self, number: int) -> Sample:
-        """A sample as an object."""
-        self._viewed()
-        shard = int(np.searchsorted(self.first, number, side="right")) - 1
-        own = self.shards[shard]
-        (table, n), (texts, m) = own.table, own.texts
-        pair = self.pairs[int(self._pair_of[shard])]
-        sample_row, at, count = texts.rows("lines", m)[number - int(self.first[shard])].tolist()
-        key, size, part, parts, text, layout, chat = table.rows("samples", n)[sample_row].tolist()
-        rows = table.rows("parts", n)[part : part + parts]
-        found = texts.rows("segments", m)[at : at + count]
-        segments = tuple(self._segment(pair, own.path, rows, *s) for s in found.tolist())
-        return Sample(
-            id=number,
-            key=table.rows("keys", n)[key : key + size].tobytes().decode("utf-8", "surrogatepass"),
-            shard=own.path,
-            segments=segments,
-            json=self._part(pair, own.path, rows[text]),
-            markers=not chat,
-            source=own.source,
-            layout=self._name(pair.names, layout),
-            names=tuple(dict.fromkeys(s.part.name for s in segments if s.part is not None)),
-        )
+    def views(self, numbers: Sequence[int]) -> list[Sample]:
+        """These samples as objects. Columns are gathered for all of them at once."""
+        self._viewed(len(numbers))
+        which = np.asarray(numbers, dtype=np.int64)
+        shard, rows = self.shard_of(which), self.rows(which, "samples")
+        found, sample = self._segment_rows(shard, self.rows(which, "lines"))
+        item = np.flatnonzero(found["kind"] != TEXT)
+        # The part of each item, and then the text part of each sample.
+        at = np.concatenate([found["part"][item], rows["text"]])
+        owner = np.concatenate([sample[item], np.arange(len(which))])
+        parts = iter(self._parts(shard[owner], at + rows["part"][owner]))
+        segments: list[list[Segment]] = [[] for _ in numbers]
+        pairs = [self.pairs[k] for k in self._pair_of[shard].tolist()]
+        for n, row in zip(sample.tolist(), found.tolist(), strict=True):
+            segments[n].append(self._segment(pairs[n], parts, *row))
+        first = self._bases["table", "keys"][shard].tolist()
+        out = []
+        for n, (key, size, _, _, _, layout, chat) in enumerate(rows.tolist()):
+            own, pair, segs, begin = self.shards[int(shard[n])], pairs[n], tuple(segments[n]), first[n] + key
+            name = pair.table.columns["keys"][begin : begin + size].tobytes()
+            out.append(
+                Sample(
+                    id=int(which[n]),
+                    key=name.decode("utf-8", "surrogatepass"),
+                    shard=own.path,
+                    segments=segs,
+                    json=next(parts),
+                    markers=not chat,
+                    source=own.source,
+                    layout=self._name(pair.names, layout),
+                    names=tuple(dict.fromkeys(s.part.name for s in segs if s.part is not None)),
+                )
+            )
+        return out
+
+    def _segment_rows(self, shard: Numbers, lines: Array) -> tuple[Array, Numbers]:
+        """Rows of the segments of samples with these lines, in order of sample, and by segment its sample."""
+        of = lines["segments"].astype(np.int64)
+        sample = np.repeat(np.arange(len(lines)), of)
+        nth = np.arange(len(sample)) - np.repeat(np.cumsum(of) - of, of)
+        row = lines["segment"][sample] + nth + self._bases["texts", "segments"][shard[sample]]
+        return self._of_pairs(shard[sample], row, "texts", "segments"), sample
 
     def _name(self, codes: Numbers, code: int) -> str:
         return self.names.texts[int(codes[code])]
 
     def _segment(
-        self, pair: Pair, path: str, rows: Array, kind: int, part: int, tokens: int, *rest: Any
+        self, pair: Pair, parts: Iterator[Part], kind: int, part: int, tokens: int, depends: int, loss: bool
     ) -> Segment:
-        depends, loss = rest
+        """parts: gives the part of an item."""
         return Segment(
             kind="text" if kind == TEXT else self._name(pair.modules, kind),
             tokens=tokens,
-            part=None if kind == TEXT else self._part(pair, path, rows[part]),
+            part=None if kind == TEXT else next(parts),
             loss=loss,
             depends=None if depends == NO_CODE else self._name(pair.modules, depends),
         )
 
-    def _part(self, pair: Pair, path: str, row: Any) -> Part:
-        offset, size, sha, known, name, meta = row.item()
-        digest = bytes(sha).hex() if known else ""
-        return Part(path, self._name(pair.names, name), offset, size, digest, self.meta(pair.metas + meta))
+    def _parts(self, shard: Numbers, part: Numbers) -> list[Part]:
+        """The parts with these numbers in their shards."""
+        rows = self._of_pairs(shard, part + self._bases["table", "parts"][shard], "table", "parts")
+        columns = (rows[name].tolist() for name in ("offset", "size", "known", "name", "meta"))
+        out = []
+        for n, sha, offset, size, known, name, meta in zip(
+            shard.tolist(), _bytes_of(rows), *columns, strict=True
+        ):
+            pair, digest = self.pairs[int(self._pair_of[n])], sha.hex() if known else ""
+            path, called = self.shards[n].path, self._name(pair.names, name)
+            out.append(Part(path, called, offset, size, digest, self.meta(pair.metas + meta)))
+        return out
 
 
 def _keys_of(table: Table, shard: int, rows: Array) -> list[bytes]:

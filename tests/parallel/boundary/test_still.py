@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.boundary import ItemColumns, Stack
-from parallel.boundary.still import beside
+from parallel.boundary.still import partners
 from parallel.topology.layout import make_layout
 from tests.parallel.boundary.test_stack import check
 
@@ -30,7 +30,7 @@ def still_stack(rng: random.Random, moved: bool) -> Stack:
         ranks = [r for stage in stages for block in stage for r in block]
         of[name] = make_layout(name, world, {"ranks": ranks, "tp": tp, "pp": pp})
     source, dest = of["vision"], of["llm"]
-    partner = beside(source, dest, pp - 1)
+    partner = partners(source, dest, pp - 1)
     assert partner is not None and (partner >= 0).all()
     lines, tokens = [], []
     for batch in range(rng.choice([1, 3])):
@@ -59,9 +59,9 @@ def test_plans_without_transfers_are_those_of_whole_maps(
     check(still_stack(rng, moved), rng.sample(range(8), 3), node_size, 0.5)
 
 
-def test_streams_that_ranks_split_or_do_not_share_are_beside_none() -> None:
+def test_streams_that_ranks_split_or_do_not_share_have_no_partners() -> None:
     whole = make_layout("llm", 4, {"ranks": [3, 2, 1, 0], "tp": 2})
-    assert beside(make_layout("vision", 4, {"ranks": [0, 1, 2, 3], "tp": 2}), whole, 0).tolist() == [1, 0]
-    assert beside(make_layout("vision", 4, {"ranks": [0, 2, 1, 3], "tp": 2}), whole, 0).tolist() == [-1, -1]
+    assert partners(make_layout("vision", 4, {"ranks": [0, 1, 2, 3], "tp": 2}), whole, 0).tolist() == [1, 0]
+    assert partners(make_layout("vision", 4, {"ranks": [0, 2, 1, 3], "tp": 2}), whole, 0).tolist() == [-1, -1]
     for options in ({"tp": 1}, {"cp": 2}, {"tp": 2, "sequence_parallel": True}):
-        assert beside(make_layout("vision", 4, {"ranks": [0, 1, 2, 3], **options}), whole, 0) is None
+        assert partners(make_layout("vision", 4, {"ranks": [0, 1, 2, 3], **options}), whole, 0) is None
