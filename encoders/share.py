@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from parallel.sequence.intervals import Span, shares
 from parallel.topology.axis import Axes
@@ -30,8 +31,7 @@ def encoder_row_spans(
     return tuple(out)
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Tokens [start, stop) of item number `item`, counted from the item's first token."""
 
     item: int
@@ -42,23 +42,28 @@ class Piece:
 def pieces(lengths: Sequence[int], span: Span) -> list[Piece]:
     """The pieces of items of these lengths, end to end, that lie in `span`; an item without a token in it has
     no piece."""
-    first = (0, *accumulate(lengths))
     a, b = span
     if b <= a:
         return []
-    low, high = bisect_right(first, a) - 1, bisect_left(first, b)
+    first = (0, *accumulate(lengths))
+    low, high = _touched(first, span)
     found = ((i, max(a, first[i]) - first[i], min(b, first[i + 1]) - first[i]) for i in range(low, high))
     return [Piece(i, start, stop) for i, start, stop in found if stop > start]
+
+
+def _touched(first: Sequence[int], span: Span) -> Span:
+    """The first item with a token in a span that has some, and the one after the last. first: of each item
+    its first token, then their end."""
+    return bisect_right(first, span[0]) - 1, bisect_left(first, span[1])
 
 
 def reach(lengths: Sequence[int], span: Span, n: int | None = None) -> Span:
     """`span` extended by n tokens on either side, but not beyond the items that have a token in `span`. None:
     to the ends of these items."""
-    touched = pieces(lengths, span)
-    if not touched:
+    if span[1] <= span[0]:
         return span
     first = (0, *accumulate(lengths))
-    low, high = first[touched[0].item], first[touched[-1].item + 1]
+    low, high = (first[item] for item in _touched(first, span))
     return (low, high) if n is None else (max(low, span[0] - n), min(high, span[1] + n))
 
 

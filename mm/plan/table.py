@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,7 @@ class SampleTable:
     source: Column
     _seen: dict[int, Sample] = field(default_factory=dict, compare=False, repr=False)  # views, by line
     _items: dict[tuple[int, str], tuple[Part, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _metas: dict[tuple[str, int], list[Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of(samples: Sequence[Sample], inputs: PlanInputs, skip: Collection[int] = ()) -> SampleTable:
@@ -127,7 +128,20 @@ class SampleTable:
             items={m: items.take(which) for m, items in self.items.items()},
             sources=self.sources,
             source=self.source[which],
+            _metas=self._metas,
         )
+
+    def metas(self, module: str) -> list[Any]:
+        """Metadata of a module's items, in their order; looked up once a sample, for all that is taken."""
+        out = []
+        for line, number in enumerate(self.which.tolist()):
+            found = self._metas.get((module, number))
+            if found is None:
+                own = self.sample(line).segments
+                found = [s.part.meta for s in own if s.part is not None and s.kind == module]
+                self._metas[module, number] = found
+            out += found
+        return out
 
     def sample(self, line: int) -> Sample:
         """The sample of a line; made once, where samples are views."""

@@ -11,11 +11,12 @@ NCCL does by default.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
 
 from mm.errors import Refused
 from mm.predict.hardware import Hardware, Host
@@ -62,11 +63,15 @@ class Places:
             return Place(len(instances[0]), most=len(instances[0]))
         if group.axis == "pp" or group.scope == "edge":
             instances = [tuple(sorted({a, b})) for line in instances for a, b in _hops(group, line)]
-        found = [Counter(r // size for r in ranks) for ranks in instances]
-        worst = max(found, key=lambda nodes: (len(nodes), -max(nodes.values())))
-        across = Counter(node for nodes in found if len(nodes) > 1 for node in nodes.elements())
-        ranks = sum(worst.values())
-        return Place(ranks, len(worst), max(worst.values()), max(across.values(), default=1))
+        # All groups of a name have one size: a line a group, its nodes in order, in runs of one node.
+        nodes = np.sort(np.asarray(instances, np.int64) // size, axis=1)
+        begins = np.diff(nodes, axis=1, prepend=-1) > 0
+        at = np.arange(nodes.shape[1])
+        most = (at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)).max(axis=1) + 1
+        count = begins.sum(axis=1)
+        worst = int(np.argmax(count * (len(at) + 1) - most))
+        across = np.bincount(nodes[count > 1].reshape(-1), minlength=1)
+        return Place(len(at), int(count[worst]), int(most[worst]), max(1, int(across.max())))
 
 
 def _hops(group: Group, line: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from parallel.schedule.action import Kind
@@ -51,7 +52,7 @@ class Work:
     kernels: tuple[Kernel, ...] = ()
     messages: tuple[Message, ...] = ()
 
-    @property
+    @cached_property
     def flops(self) -> float:
         """FLOPs of all kernels."""
         return sum(k.flops * k.times for k in self.kernels)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from parallel.schedule.action import BACKWARD, BACKWARD_WEIGHT, Action, Kind
@@ -176,12 +176,18 @@ class SchedulePlan:
         return self._sets[group]
 
 
-def places(layouts: Mapping[str, Layout]) -> dict[int, Place]:
+def places(layouts: Mapping[str, Layout]) -> Mapping[int, Place]:
     """The place of every rank that has a module."""
-    out: dict[int, list[int | None]] = {r: [] for r in sorted({r for x in layouts.values() for r in x.ranks})}
-    for n, layout in enumerate(layouts.values()):
-        per_stage = layout.size // layout.pp
-        for i, rank in enumerate(layout.ranks):
+    return _places(tuple((x.ranks, x.pp) for x in layouts.values()))
+
+
+@lru_cache(maxsize=32)
+def _places(modules: tuple[tuple[tuple[int, ...], int], ...]) -> Mapping[int, Place]:
+    """places(), from the ranks and the pipeline ranks of each module."""
+    out: dict[int, list[int | None]] = {r: [] for r in sorted({r for ranks, _ in modules for r in ranks})}
+    for n, (ranks, pp) in enumerate(modules):
+        per_stage = len(ranks) // pp
+        for i, rank in enumerate(ranks):
             out[rank].append(i // per_stage)
         for row in out.values():
             if len(row) == n:

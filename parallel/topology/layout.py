@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 View = Literal["dense", "expert"]
@@ -160,16 +161,7 @@ class Layout:
         wanted = (axes,) if isinstance(axes, str) else tuple(axes)
         view: View = "dense" if set(wanted) <= set(AXES["dense"]) else "expert"
         assert set(wanted) <= set(AXES[view]), f"axes {wanted} are not of one view"
-        inside, between = [0], [0]  # indices of a group's ranks from its first; indices of first ranks
-        stride = 1
-        for axis, n in zip(AXES[view], self.shape(view), strict=True):
-            steps = range(0, n * stride, stride)
-            if axis in wanted:
-                inside = [a + b for a in steps for b in inside]
-            else:
-                between = [a + b for a in steps for b in between]
-            stride *= n
-        return tuple(tuple([self.ranks[first + i] for i in inside]) for first in between)
+        return _groups(self.ranks, self.shape(view), tuple(axis in wanted for axis in AXES[view]))
 
     def peers(self, rank: int, axes: str | tuple[str, ...]) -> tuple[int, ...]:
         """The group of `rank` along `axes`."""
@@ -180,6 +172,23 @@ class Layout:
         names = [a for a in ("tp", "cp", "pp", "vpp", "dp", "ep", "etp") if getattr(self, a) > 1]
         parts = [f"{a}{getattr(self, a)}" for a in names] + (["sp"] if self.sequence_parallel else [])
         return " ".join(parts) or "one rank"
+
+
+@lru_cache(maxsize=512)
+def _groups(
+    ranks: tuple[int, ...], shape: tuple[int, ...], wanted: tuple[bool, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Layout.groups(). shape: of a view. wanted: by axis of it, whether ranks of a group differ along it."""
+    inside, between = [0], [0]  # indices of a group's ranks from its first; indices of first ranks
+    stride = 1
+    for n, along in zip(shape, wanted, strict=True):
+        steps = range(0, n * stride, stride)
+        if along:
+            inside = [a + b for a in steps for b in inside]
+        else:
+            between = [a + b for a in steps for b in between]
+        stride *= n
+    return tuple(tuple([ranks[first + i] for i in inside]) for first in between)
 
 
 def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tuple[int, ...]:

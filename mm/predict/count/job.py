@@ -17,7 +17,7 @@ from mm.plan.trained import trained_below
 from mm.predict.count.load import item_load, rows_entering, token_load
 from mm.predict.count.pieces import How, Piece, chain
 from mm.predict.count.sizes import Degrees
-from mm.predict.count.stage import Frozen, Outer, encoder_stage, llm_stage
+from mm.predict.count.stage import Frozen, Outer, encoder_parts, llm_parts
 from mm.predict.count.weights import gather_messages, owned, sum_messages
 from mm.predict.work import Counts, Held, Kernel, Message, Work
 from parallel.schedule.action import (
@@ -75,13 +75,21 @@ class ModulePieces(NamedTuple):
 def module_pieces(blueprint: Blueprint, plan: StepPlan, module: str) -> ModulePieces:
     """The stages of a module as its busiest dp rank computes them."""
     dp = _busiest(blueprint, plan, module)
-    found = [stages_of(blueprint, plan, module, k, Coord(0, 0, dp, 0)) for k in range(len(plan.microbatches))]
-    flops = np.asarray([sum(p.forward.flops for p in stages) for stages in found])
+    at, n = Coord(0, 0, dp, 0), len(plan.microbatches)
+    every = range(len(blueprint.stages[module]))
+    flops = np.asarray(
+        [
+            sum(p.forward.flops for s in every for p in parts_of(blueprint, plan, (module, s), k, at))
+            for k in range(n)
+        ]
+    )
     some = np.flatnonzero(flops > 0)
     if not len(some):
-        return ModulePieces(found[0] if found else (), (0.0,) * len(found))
+        return ModulePieces(stages_of(blueprint, plan, module, 0, at) if n else (), (0.0,) * n)
     median = int(some[np.argsort(flops[some], kind="stable")[len(some) // 2]])
-    return ModulePieces(found[median], tuple((flops / flops[median]).tolist()))
+    return ModulePieces(
+        stages_of(blueprint, plan, module, median, at), tuple((flops / flops[median]).tolist())
+    )
 
 
 def _busiest(blueprint: Blueprint, plan: StepPlan, module: str) -> int:
@@ -120,6 +128,13 @@ def stage_of(
     blueprint: Blueprint, plan: StepPlan, part: tuple[str, int], k: int, at: Coord, *, halves: bool = False
 ) -> Piece:
     """A stage of a module in micro-batch k on the rank at a place. part: (module, stage)."""
+    return chain(parts_of(blueprint, plan, part, k, at, halves=halves))
+
+
+def parts_of(
+    blueprint: Blueprint, plan: StepPlan, part: tuple[str, int], k: int, at: Coord, *, halves: bool = False
+) -> Sequence[Piece]:
+    """The parts of stage_of(), one after another."""
     (module, s), mb = part, plan.microbatches[k]
     layout, stage = blueprint.layouts[module], blueprint.stages[module][s]
     degrees = Degrees.of(module, layout, at.tp, at.cp)
@@ -131,15 +146,15 @@ def stage_of(
             for e in blueprint.edges
             if e.stage == s and mb.edges[e.source].count
         )
-        return llm_stage(blueprint.llm, stage, degrees, load, how, entering)
+        return llm_parts(blueprint.llm, stage, degrees, load, how, entering)
     use, enc = blueprint.inputs.encoders[module], blueprint.cfg.model[module]
     items = item_load(mb, module, use, at)
     if items is None:
-        return chain([])
+        return []
     frozen = Frozen(enc.freeze_layers, enc.freeze in ("encoder", "all"), enc.freeze in ("projector", "all"))
     outer = Outer(enc.projector.hidden, blueprint.llm.d_model, projector_kind(enc.projector))
     how = how._replace(below=s > 0 and trained_below(blueprint, module, s))
-    return encoder_stage(use, stage, degrees, items, how, frozen=frozen, outer=outer)
+    return encoder_parts(use, stage, degrees, items, how, frozen=frozen, outer=outer)
 
 
 def _moved(

@@ -133,17 +133,15 @@ def metas_on(mb: Microbatch, module: str, dp: int) -> Sequence[Any]:
 
 def _metas(plan: StepPlan, module: str) -> Mapping[tuple[int, int], Sequence[Any]]:
     """By (micro-batch, dp rank), metadata of its items. O(items)."""
-    table, columns = plan.table, plan.items[module].columns
-    every = (
-        segment.part.meta
-        for line in range(len(table.which))
-        for segment in table.sample(line).segments
-        if segment.part is not None and segment.kind == module
-    )
+    columns = plan.items[module].columns
     own = np.ones(len(columns.rows), bool) if columns.own is None else columns.own
     out: defaultdict[tuple[int, int], list[Any]] = defaultdict(list)
     for k, dp, computed, meta in zip(
-        columns.batch.tolist(), columns.source_dp.tolist(), own.tolist(), every, strict=True
+        columns.batch.tolist(),
+        columns.source_dp.tolist(),
+        own.tolist(),
+        plan.table.metas(module),
+        strict=True,
     ):
         if computed:
             out[k, dp].append(meta)

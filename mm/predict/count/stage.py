@@ -27,6 +27,13 @@ def llm_stage(
     cfg: LLMConfig, stage: Stage, at: Degrees, load: TokenLoad, how: How, rows: tuple[int, ...] = ()
 ) -> Piece:
     """A stage of the language model in a micro-batch. rows: of each encoder, that enter at its embedding."""
+    return chain(llm_parts(cfg, stage, at, load, how, rows))
+
+
+def llm_parts(
+    cfg: LLMConfig, stage: Stage, at: Degrees, load: TokenLoad, how: How, rows: tuple[int, ...] = ()
+) -> list[Piece]:
+    """The parts of llm_stage()."""
     parts = [first_counts(cfg, at, load.tokens, rows, how)] if stage.first else []
     below = how._replace(below=how.below or stage.first)
     for i in stage.layers:
@@ -35,7 +42,7 @@ def llm_stage(
         parts.append(layer_counts(cfg, symbol, own, at, load, below))
     if stage.last:
         parts.append(last_counts(cfg, at, load, below))
-    return chain(parts)
+    return parts
 
 
 class Frozen(NamedTuple):
@@ -58,6 +65,13 @@ def encoder_stage(
     use: EncoderUse, stage: Stage, at: Degrees, load: ItemLoad, how: How, *, frozen: Frozen, outer: Outer
 ) -> Piece:
     """A stage of an encoder's module in a micro-batch."""
+    return chain(encoder_parts(use, stage, at, load, how, frozen=frozen, outer=outer))
+
+
+def encoder_parts(
+    use: EncoderUse, stage: Stage, at: Degrees, load: ItemLoad, how: How, *, frozen: Frozen, outer: Outer
+) -> list[Piece]:
+    """The parts of encoder_stage()."""
     cls, cfg = use.cls, use.cfg
     inner = at if cls.tensor_parallel else Degrees(at.module, cp=at.cp, cp_rank=at.cp_rank)
     trains = not frozen.encoder
@@ -79,7 +93,7 @@ def encoder_stage(
         reached = trains
     if stage.last:
         parts.append(_ends(use, inner, load, how._replace(trains=trains, below=reached), (frozen, outer)))
-    return chain(parts)
+    return parts
 
 
 def _ends(use: EncoderUse, at: Degrees, load: ItemLoad, how: How, given: tuple[Frozen, Outer]) -> Piece:
