@@ -86,6 +86,14 @@ class Mean(NamedTuple):
     most: float | None
 
 
+class Unit(NamedTuple):
+    """By stage, the cost of a unit of load, and launches of a micro-batch. even: the least FLOPs of a unit of
+    load over the most."""
+
+    stages: tuple[tuple[Cost, Cost], ...]
+    even: float
+
+
 def least_cost(costs: Iterable[Cost]) -> Cost:
     """The least of some costs, one by one."""
     return Cost(*map(min, zip(*costs, strict=True)))
@@ -142,6 +150,7 @@ class Sink:
     weights: Weights
     _known: dict[object, Cost] = field(default_factory=dict)
     _flops: dict[object, float] = field(default_factory=dict)
+    _units: dict[tuple[Degrees, Again], Unit] = field(default_factory=dict)
 
     def stages(self, choice: Choice, microbatches: int, again: Again) -> Mean:
         """As a prediction has it; bytes of the data rank that keeps least."""
@@ -162,20 +171,27 @@ class Sink:
 
     def envelope(self, choice: Choice, microbatches: int, again: Again) -> Mean:
         """At least, from the costs of its documents alone; no bytes."""
-        d, whole = choice.degrees, Stage(0, self.weights.layers(SINK))
+        d = choice.degrees
         costs = self.load.dealt(choice.dp, microbatches).costs
-        all_ = [self._corner(whole, d, k, again) for k in self._corners]
-        rates = [w.flops / self._corner_cost(k) for k, w in enumerate(all_)]  # FLOPs here for those dealt by
-        mean = sum(costs) / microbatches
-        out = []
-        for stage in self.weights.stages(d.pp * d.vpp):
-            each = [self._corner(stage, d, k, again) for k in self._corners]
-            cost = least_cost(c.scaled(min(rates) * mean / w.flops) for c, w in zip(each, all_, strict=True))
-            if d.pp == 1:
-                cost = cost.plus(self._least_launches(stage, d, again))
-            out.append(cost.with_launches()._replace(out=0.0))
-        least = min(costs) / mean * min(rates) / max(rates) if mean else 0.0
+        mean, unit = sum(costs) / microbatches, self._unit(d, again)
+        out = [c.scaled(mean).plus(launched).with_launches() for c, launched in unit.stages]
+        least = min(costs) / mean * unit.even if mean else 0.0
         return Mean(out, least if microbatches > 1 else 1.0, None)
+
+    def _unit(self, d: Degrees, again: Again) -> Unit:
+        """The least that documents cost here, for each FLOP by which they are dealt."""
+        if (d, again) not in self._units:
+            whole = Stage(0, self.weights.layers(SINK))
+            all_ = [self._corner(whole, d, k, again) for k in self._corners]
+            rates = [w.flops / self._corner_cost(k) for k, w in enumerate(all_)]  # FLOPs here for those
+            out = []
+            for stage in self.weights.stages(d.pp * d.vpp):
+                each = [self._corner(stage, d, k, again) for k in self._corners]
+                cost = least_cost(c.scaled(min(rates) / w.flops) for c, w in zip(each, all_, strict=True))
+                launched = self._least_launches(stage, d, again) if d.pp == 1 else Cost()
+                out.append((cost._replace(kept=0.0, out=0.0), launched))
+            self._units[d, again] = Unit(tuple(out), min(rates) / max(rates))
+        return self._units[d, again]
 
     @property
     def _corners(self) -> range:
