@@ -15,8 +15,8 @@ from mm.predict.count.load import items_load
 from mm.predict.count.sizes import Degrees as Split
 from mm.predict.count.stage import Frozen, Outer, encoder_stage
 from mm.search.candidate import Choice, Degrees
+from mm.search.costs import Again, Cost, Priced, least_cost
 from mm.search.load import Meta, StepLoad
-from mm.search.pieces import Again, Cost, Priced, least_cost
 from mm.search.weights import Weights
 from parallel.topology.layout import Coord, make_layout
 from parallel.topology.stage import Stage

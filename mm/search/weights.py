@@ -22,8 +22,8 @@ from parallel.topology.stage import Stage
 
 
 class Owned(NamedTuple):
-    """What a pipeline rank has of a module, at least. held: bytes of weights and optimizer state, in any case;
-    gradients: bytes, once there are some. update: seconds."""
+    """What a pipeline rank has of a module, at least. held: bytes of weights and optimizer state, in any
+    case; gradients: bytes, once there are some. update: seconds."""
 
     held: float
     gradients: float
@@ -120,7 +120,13 @@ class Weights:
         if choice.data_parallel == "step":
             return sums, sums, gather, after
         each = [max(gather / units, gather - f * rest) for f, _ in costs]
-        sums = [max(0.0, total - b) * (m - 1) / m for _, b in costs]
+        # Several units are gathered for a backward too, and then a longer one may take less in all.
+        again = module == SINK and len(self.blueprint.weights(module, 0)) > len(costs)
+        for s, (_, b) in enumerate(costs):
+            long = max(b, min(total, gather)) if again else b
+            one = long - b + max(0.0, total - long)
+            one += max(gather / units, gather - long * rest) if again else 0.0
+            sums[s] = one * (m - 1) / m
         return each, sums, 0.0, after
 
     def _units(self, module: str, choice: Choice) -> int:
