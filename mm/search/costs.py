@@ -89,10 +89,17 @@ class Priced:
     def cost(self, piece: Piece, places: Places) -> Cost:
         """What a counted piece costs."""
         works = piece.forward, piece.backward_input, piece.backward_weight
-        found = [price(work, places, self.hardware) for work in works]
-        fixed = [p.fixed for p in found]
-        grows = [p.seconds - p.fixed for p in found]
-        return Cost(*grows, fixed[0], fixed[1] + fixed[2], piece.kept, piece.forward.flops, piece.out)
+        forward, early, late = (price(work, places, self.hardware) for work in works)
+        return Cost(
+            forward=forward.seconds - forward.fixed,
+            early=early.seconds - early.fixed,
+            late=late.seconds - late.fixed,
+            launched=forward.fixed,
+            relaunched=early.fixed + late.fixed,
+            kept=piece.kept,
+            flops=piece.forward.flops,
+            out=piece.out,
+        )
 
     def how(self, module: str, again: Again) -> How:
         """How a module computes."""

@@ -24,11 +24,12 @@ from tests.mutations.of_qwen import QWEN
 from tests.mutations.of_remote import REMOTE
 from tests.mutations.of_resolution import RESOLUTION
 from tests.mutations.of_schedules import SCHEDULES
+from tests.mutations.of_search import SEARCH
 from tests.mutations.of_statistics import STATISTICS
 from tests.mutations.of_text import TEXT
 
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE),
+    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + SEARCH),
 )

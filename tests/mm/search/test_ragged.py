@@ -13,6 +13,7 @@ from mm.config.schema import from_mapping
 from mm.predict.costs import priced
 from mm.predict.count.job import count_job
 from mm.predict.hardware import Hardware, load_hardware
+from mm.search.bound import Demand, Placed, bytes_bound
 from mm.search.candidate import Block, Candidate, Choice, Degrees
 from mm.search.limits import space_of
 from mm.search.pieces import Pieces
@@ -94,3 +95,11 @@ def test_the_language_model_takes_what_a_prediction_has_it_take() -> None:
             for kind, of in ((FORWARD, demand.forward), (BACKWARD, demand.backward)):
                 real = sum(costs.seconds(Action(kind, SINK, k, stage=s)) for k in range(m))
                 assert 0.97 * real <= of[s] * m * demand.mean <= real * (1 + 1e-9), (degrees, s, kind)
+
+
+def test_gradients_come_once_activations_go() -> None:
+    """Of one micro-batch: no gradient is there yet while most activations are."""
+    demand = Demand(1, (1.0,), (1.0,), (1.0,), held=(2.0,), kept=(3.0,), gradients=(4.0,), thin=0.5)
+    placed = Placed(demand, Block(0, 1))
+    assert bytes_bound(placed, (), (), "1f1b", 1) == pytest.approx(6.0)
+    assert bytes_bound(placed, (), (), "1f1b", 2) == pytest.approx(7.5)
