@@ -149,7 +149,9 @@ class _Chain:
         before = sum(d.seconds(k, d.forward, m) for d, k in others)
         behind = sum(d.seconds(k, d.backward, m) for d, k in others)
         return max(
-            head + early + tail, before + early + tail, head + sink.work(pp, m) + behind + after,
+            head + early + tail,
+            before + early + tail,
+            head + sink.work(pp, m) + behind + after,
             head + sink.work(pp, m) + (sink.after if not others else 0.0),
         )
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
+
+TIE = 0.01  # bounds of a beam that differ by less are taken for equal
 
 
 class Branch(Hashable, Protocol):
@@ -95,19 +97,31 @@ class Search(Generic[B]):
                         heapq.heappush(queue, _entry(below))
         return _found(best, costed, queue, proved=True)
 
-    def dive(self, roots: Iterable[B], keep: Callable[[B], bool], stop: Callable[[], bool]) -> None:
-        """Ask for the cost of a leaf below each branch of `roots`, each time of the least bound, so that a
-        search which is stopped has something to show."""
-        for root in sorted(roots, key=lambda b: (b.bound, b.key)):
-            stack = [root]
-            while stack and not stop():
-                branch = stack.pop()
-                if branch.bound == math.inf or not keep(branch):
-                    continue
+    def beam(
+        self,
+        roots: Iterable[B],
+        widths: Sequence[int],
+        *,
+        keep: Callable[[B], bool],
+        stop: Callable[[], bool],
+    ) -> None:
+        """Ask for the costs of some leaves that are likely to be good, so that a search which is stopped has
+        something to show: level by level the branches of least bound, once it is stopped one a level.
+
+        widths: how many, by level, the last also below; of about equal ones the first in order.
+        """
+        level, depth = [r for r in roots if r.bound < math.inf and keep(r)], 0
+        while level:
+            level.sort(key=lambda b: (round(math.log(max(b.bound, TIE)) / TIE), b.key))
+            below = list[B]()
+            for branch in level[: widths[min(depth, len(widths) - 1)]]:
+                if stop() and (below or branch is not level[0]):
+                    break
                 if branch.leaf:
                     self._cost(branch)
-                    break
-                stack += sorted(self.expand_once(branch), key=lambda b: (-b.bound, b.key))
+                else:
+                    below += [b for b in self.expand_once(branch) if b.bound < math.inf and keep(b)]
+            level, depth = below, depth + 1
 
     def best_known(self, k: int, keep: Callable[[B], bool]) -> list[tuple[float, B]]:
         """The best of the leaves whose costs are known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -14,8 +15,8 @@ from mm.predict.count.load import items_load
 from mm.predict.count.sizes import Degrees as Split
 from mm.predict.count.stage import Frozen, Outer, encoder_stage
 from mm.search.candidate import Choice, Degrees
+from mm.search.costs import Again, Cost, Priced, least_cost
 from mm.search.load import Meta, StepLoad
-from mm.search.pieces import Again, Cost, Priced, least_cost
 from mm.search.weights import Weights
 from parallel.topology.layout import Coord, make_layout
 from parallel.topology.stage import Stage
@@ -33,6 +34,7 @@ class Encoder:
     load: StepLoad
     weights: Weights
     _known: dict[object, Cost] = field(default_factory=dict)
+    _units: dict[object, tuple[Cost, ...]] = field(default_factory=dict)
 
     @property
     def _use(self) -> EncoderUse:
@@ -59,25 +61,32 @@ class Encoder:
 
     def stages(self, choice: Choice, microbatches: int, again: Again) -> list[Cost]:
         """By stage, the least cost of a micro-batch of mean load; bytes of one where items allow to tell."""
-        d, use = choice.degrees, self._use
-        stages = encoder_stages(use.cls, use.cfg, d.pp)
-        if not self._cost:
-            return [Cost() for _ in stages]
-        whole = [self._of(Stage(0, self.weights.layers(self.module)), d, k, again) for k in self._every]
-        rates = [w.flops / self._dealt_by(k) for k, w in enumerate(whole)]
+        tell = microbatches == 1 or self.even(choice.dp, microbatches)
         mean = self._cost / choice.dp / microbatches
+        found = [c.scaled(mean / choice.degrees.cp) for c in self._unit(choice.degrees, again)]
+        return found if tell else [c._replace(kept=0.0) for c in found]
+
+    def _unit(self, d: Degrees, again: Again) -> tuple[Cost, ...]:
+        """By stage, the least that items cost for each FLOP by which they are dealt."""
+        key = d.tp, d.pp, again
+        if key not in self._units:
+            self._units[key] = tuple(self._stage_units(d, again))
+        return self._units[key]
+
+    def _stage_units(self, d: Degrees, again: Again) -> Iterator[Cost]:
+        stages = encoder_stages(self._use.cls, self._use.cfg, d.pp)
+        if not self._cost:
+            yield from (Cost() for _ in stages)
+            return
+        whole = [self._of(Stage(0, self.weights.layers(self.module)), d, k, again) for k in self._every]
+        rate = min(w.flops / self._dealt_by(k) for k, w in enumerate(whole))
         bytes_ = [w.kept / self._dealt_by(k) for k, w in enumerate(whole)]
-        tell = (microbatches == 1 or self.even(choice.dp, microbatches)) and max(bytes_) > 0
-        kept = min(bytes_) / max(bytes_) if tell else 0.0
-        out = []
+        even = min(bytes_) / max(bytes_) if max(bytes_) else 0.0
         for stage in stages:
             each = [self._of(stage, d, k, again) for k in self._every]
-            cost = least_cost(
-                c.scaled(min(rates) * mean / w.flops) for c, w in zip(each, whole, strict=True)
-            )
-            keeps = min(c.kept / self._dealt_by(k) for k, c in enumerate(each)) * mean * kept
-            out.append(cost._replace(kept=keeps, out=0.0).scaled(1 / d.cp))
-        return out
+            cost = least_cost(c.scaled(rate / w.flops) for c, w in zip(each, whole, strict=True))
+            kept = min(c.kept / self._dealt_by(k) for k, c in enumerate(each)) * even
+            yield cost._replace(kept=kept, out=0.0)
 
     def launches(self, choice: Choice, again: Again) -> float:
         """Seconds of a step that no load changes: a data rank has items in one micro-batch at least."""

@@ -34,8 +34,9 @@ class Dealt:
     """What the data rank of the language model with most work has. costs: of its documents by micro-batch.
     loads: what its first rank computes in each.
 
-    tokens: of the rank with most, of the mean micro-batch; light: of the rank with least, of the mean micro-batch; thin: of any micro-batch and rank. even: cost of the mean data rank over that
-    of this one. share: over the micro-batches, the mean of that.
+    tokens: of the rank with most, of the mean micro-batch; light: of the rank with least; thin: of the
+    micro-batch and rank with least. even: cost of the mean data rank over that of this one. share: over the
+    micro-batches, the mean of that.
     """
 
     costs: tuple[float, ...]

@@ -22,8 +22,10 @@ from mm.search.predictor import Judged, Predictor
 from mm.search.rejected import Rejected, Rejects
 from mm.search.tree import Node, Tree
 
-DIVES = 3  # placements of which one candidate each is predicted at once
-LIKELY = (0.45, 0.65)  # of the memory: bounds of what is predicted first, so that it likely fits
+# Branches of a beam: placements, degrees, micro-batches, schedules and policies, encoders.
+WIDTHS = (2, 40, 10, 6, 3)
+BEAMS = 0.5  # of the time that they may take together
+LIKELY = (0.8, 0.5)  # of the memory: bounds of what is predicted first, so that it likely fits
 SECONDS = 50.0  # processor seconds that a search takes at most, by default
 
 
@@ -122,12 +124,13 @@ class Planner:
         found, proofs = dict[str, tuple[Judged, ...]](), dict[str, Proof]()
         every = goals(space, self.top, self.hardware.memory.bytes)
         for i, goal in enumerate(every):
+            left = max(0.0, self.limit * BEAMS - (time.process_time() - start))
+            self._beam(search, roots, goal, time.process_time() + left / (len(every) - i))
+        for i, goal in enumerate(every):
             # The main goal may take half of the time, each other an even share of what is left.
             left = self.limit - (time.process_time() - start)
             until = time.process_time() + left * (0.5 if i == 0 else 1 / (len(every) - i))
-            keep, stop = self._keeps(goal), _after(until)
-            self._dive(search, [r for r in roots if keep(r)], goal, until)
-            result = search.best(roots, goal.k, keep=keep, stop=stop)
+            result = search.best(roots, goal.k, keep=self._keeps(goal), stop=_after(until))
             found[goal.name] = tuple(self.judged[leaf] for _, leaf in result.best)
             proofs[goal.name] = Proof(result.proved, result.least)
             if i == 0:
@@ -151,15 +154,14 @@ class Planner:
             note=predictor.note,
         )
 
-    def _dive(self, search: Search[Node], roots: list[Node], goal: Goal, until: float) -> None:
-        """Predict some candidates that are likely to fit: one for each of the degrees with low bounds."""
-        some = sorted(roots, key=lambda r: (r.bound, r.key))[:DIVES]
-        now = time.process_time()
-        stop = _after(now + (until - now) / 2)
+    def _beam(self, search: Search[Node], roots: list[Node], goal: Goal, until: float) -> None:
+        """Predict some candidates that are likely to be good, and to fit."""
         for share in LIKELY:
             within = replace(goal, limit=share * goal.limit)
             keep = self._keeps(replace(within, keep=lambda node: goal.keep(node) and _simple(node)))
-            search.dive((node for root in some for node in search.expand_once(root)), keep, stop)
+            search.beam(roots, WIDTHS, keep=keep, stop=_after(until))
+            if search.best_known(1, self._keeps(goal)):
+                return
 
     def _keeps(self, goal: Goal) -> Callable[[Node], bool]:
         reserved = self.hardware.memory.reserved
@@ -193,9 +195,7 @@ def _after(until: float) -> Callable[[], bool]:
 
 def step_load(predictor: Predictor, blueprint: Blueprint) -> StepLoad:
     """The load of the first step of a job."""
-    return StepLoad.of(
-        blueprint, lambda inputs: predictor.plan(replace(blueprint, inputs=inputs, _weights={}), None)
-    )
+    return StepLoad.of(blueprint, lambda inputs: predictor.plan(replace(blueprint, inputs=inputs), None))
 
 
 def plain_candidate(cfg: Config, world: int) -> Candidate:

@@ -59,7 +59,7 @@ class Predictor:
     hardware: Hardware
     note: str = ""
     _index: Index | None = None
-    _table: SampleTable | None = None
+    _tables: dict[bytes, SampleTable] = field(default_factory=dict)
     _plans: dict[object, StepPlan] = field(default_factory=dict)
     _known: Known = field(default_factory=Known)
 
@@ -96,10 +96,11 @@ class Predictor:
         index = self._index
 
         def lookup(ids: Column) -> SampleTable:
-            # What is known of samples follows from the model alone: one table serves all layouts.
-            if self._table is None:
-                self._table = SampleTable.of([index.samples[i] for i in ids.tolist()], blueprint.inputs)
-            return self._table
+            # What is known of samples follows from the model alone: one table of them serves all layouts.
+            key = ids.tobytes()
+            if key not in self._tables:
+                self._tables[key] = SampleTable.of([index.samples[i] for i in ids.tolist()], blueprint.inputs)
+            return self._tables[key]
 
         made = Batches.of(blueprint.cfg, index).plan(0, lookup, blueprint.inputs, index.skipped.keys())
         if key is not None:

@@ -130,9 +130,16 @@ class Tree:
             for j, again in enumerate(self.space.recompute):
                 key = (*node.key, i, j)
                 made = replace(node, key=key, microbatches=m, again=again, size=node.size // n)
-                below = [self._bounded(b, node, closely=False) for b in self._policies(made)]
+                below = [self._bounded(b, node, closely=False) for b in self._cheapest(made)]
                 least = min(below, key=lambda b: b.bound)
                 yield replace(made, bound=least.bound, bytes=min(b.bytes for b in below))
+
+    def _cheapest(self, node: Node) -> Iterator[Node]:
+        """What is below a node by policy, under the schedule of which least can be said."""
+        assert node.degrees is not None
+        kind = "zero_bubble" if node.degrees.pp > 1 else "1f1b"
+        for policy in self.space.policies(node.frame.sink, node.degrees):
+            yield replace(node, kind=kind, sink=Choice(node.frame.sink, node.degrees, policy))
 
     def _policies(self, node: Node) -> Iterator[Node]:
         """The schedules and policies below a node."""

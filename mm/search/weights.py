@@ -22,8 +22,8 @@ from parallel.topology.stage import Stage
 
 
 class Owned(NamedTuple):
-    """What a pipeline rank has of a module, at least. held: bytes of weights and optimizer state, in any case;
-    gradients: bytes, once there are some. update: seconds."""
+    """What a pipeline rank has of a module, at least. held: bytes of weights and optimizer state, in any
+    case; gradients: bytes, once there are some. update: seconds."""
 
     held: float
     gradients: float
@@ -110,8 +110,8 @@ class Weights:
             return sums, sums, 0.0, 0.0
         whole = [self.params(module, d, pp) for pp in range(d.pp)]
         stored, item = self.blueprint.stored_dtype.itemsize, self.blueprint.dtype.itemsize
-        gather = max(self._over_data("all_gather", choice, p, item) for p in whole) / d.vpp
-        total = max(self._over_data("reduce_scatter", choice, p, stored) for p in whole) / d.vpp
+        gather = max(self._over_data(module, "all_gather", choice, p, item) for p in whole) / d.vpp
+        total = max(self._over_data(module, "reduce_scatter", choice, p, stored) for p in whole) / d.vpp
         total *= self._learns(module)
         units = self._units(module, choice)
         rest, after = 1 - 1 / units, total / units
@@ -120,31 +120,46 @@ class Weights:
         if choice.data_parallel == "step":
             return sums, sums, gather, after
         each = [max(gather / units, gather - f * rest) for f, _ in costs]
-        sums = [max(0.0, total - b) * (m - 1) / m for _, b in costs]
+        # Several units are gathered for a backward too, and then a longer one may take less in all.
+        again = module == SINK and len(self.blueprint.weights(module, 0)) > len(costs)
+        for s, (_, b) in enumerate(costs):
+            long = max(b, min(total, gather)) if again else b
+            one = long - b + max(0.0, total - long)
+            one += max(gather / units, gather - long * rest) if again else 0.0
+            sums[s] = one * (m - 1) / m
         return each, sums, 0.0, after
 
     def _units(self, module: str, choice: Choice) -> int:
         """At most so many units of a module, and messages of a sum."""
         d, llm = choice.degrees, self.blueprint.llm
-        units = 3 if module == SINK else 1
+        units = len(self.blueprint.weights(module, 0))
         if module == SINK and max(d.tp, d.ep, d.etp) > 1:
             units += llm.symbols.count("E") + llm.mtp_layers * llm.mtp_pattern.count("E")
-        if self.blueprint.cfg.train.shard == "layer":
-            units += self.layers(module) + (llm.mtp_layers * len(llm.mtp_pattern) if module == SINK else 0)
         return units * (2 if choice.data_parallel == "hsdp" else 1)
 
-    def _over_data(self, op: str, choice: Choice, whole: Params, item: int) -> float:
-        """Seconds of a collective of whole weights, or their gradients, over the data ranks."""
+    def _over_data(self, module: str, op: str, choice: Choice, whole: Params, item: int) -> float:
+        """Seconds of collectives of whole weights, or their gradients, over the data ranks."""
         if self.hardware.host is not None:
             return 0.0
         d, out = choice.degrees, 0.0
-        for count, shards, stride in zip(whole, self._shards(choice), (d.tp, d.etp * d.ep), strict=True):
+        units = self._messages(module, d)
+        for n, count, shards, stride in zip(
+            units, whole, self._shards(choice), (d.tp, d.etp * d.ep), strict=True
+        ):
             if count and shards > 1:
                 on_node = shards if self.node is None else max(1, min(shards, self.node // stride))
                 place = Place(shards, -(-shards // on_node), on_node)
-                message = Message(op, Group("module", "", "data"), count * item)
-                out += message_seconds(message, place, self.hardware)
+                message = Message(op, Group("module", "", "data"), count * item / n)
+                out += n * message_seconds(message, place, self.hardware)
         return out
+
+    def _messages(self, module: str, d: Degrees) -> tuple[int, int]:
+        """At least so many units of dense weights, and of experts', on a pipeline rank."""
+        if d.pp > 1:
+            return 1, 1
+        split = module == SINK and max(d.tp, d.ep, d.etp) > 1
+        experts = self.blueprint.llm.symbols.count("E") if split else 1
+        return len(self.blueprint.weights(module, 0)), experts
 
     def _learns(self, module: str) -> bool:
         """Whether all of a module is trained."""

@@ -75,7 +75,9 @@ def proof_line(plan: Plan, name: str) -> str:
     if found is None:
         return f"{name}: none found in time."
     most = found.step_s / proof.least
-    return f"{name}: the search ended early; what was left out is at most {most:.3f} times as fast."
+    if most <= 1:
+        return f"{name}: nothing left out is faster."
+    return f"{name}: not proved in time; nothing left out is more than {most - 1:.1%} faster."
 
 
 def as_json(plan: Plan, cfg: Config) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tests.mutations.of_qwen import QWEN
 from tests.mutations.of_remote import REMOTE
 from tests.mutations.of_resolution import RESOLUTION
 from tests.mutations.of_schedules import SCHEDULES
+from tests.mutations.of_search import SEARCH
 from tests.mutations.of_starting import STARTING
 from tests.mutations.of_statistics import STATISTICS
 from tests.mutations.of_text import TEXT
@@ -31,5 +32,5 @@ from tests.mutations.of_text import TEXT
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + STARTING),
+    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + STARTING + SEARCH),
 )

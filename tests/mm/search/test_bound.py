@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mm.search.bound import Demand, Open, Placed, bytes_bound, least_of, seconds_bound
+from mm.search.bound import Demand, Open, Placed, bytes_bound, seconds_bound
 from mm.search.candidate import Block
 from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.schedule.action import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Kind
@@ -71,7 +71,6 @@ def demands(draw: st.DrawFn, pp: int, vpp: int, loads: list[float], split: bool)
         forward=each(stages),
         backward=backward,
         early=tuple(share * b for b in backward),
-        update=(0.0,) * pp,
         held=each(pp),
         kept=each(stages),
         mean=sum(loads) / len(loads),
@@ -168,7 +167,7 @@ def test_what_is_not_decided_bounds_all_its_options(case: Case, data: st.DataObj
     options = [mine, data.draw(demands(1, 1, loads, False)), data.draw(demands(2, 1, loads, False))]
     rest = [e for e in case.encoders if e.demand is not mine]
     held = min(min(d.held) for d in options)
-    undecided = Open(case.blocks[name], least_of(options, m), held)
+    undecided = Open(case.blocks[name], min(min(d.work(pp, m) for pp in range(d.pp)) for d in options), held)
     seconds = seconds_bound(case.placed("llm"), rest, [undecided], m)
     byte = bytes_bound(case.placed("llm"), rest, [undecided], case.kind, m)
     for option in options:

@@ -17,9 +17,8 @@ from mm.plan.blueprint import draw_up
 from mm.predict.hardware import load_hardware
 from mm.search.candidate import of_config
 from mm.search.limits import space_of
-from mm.search.load import StepLoad
 from mm.search.pieces import Pieces
-from mm.search.plan import Planner, plain_candidate
+from mm.search.plan import Planner, plain_candidate, step_load
 from mm.search.predictor import Predictor
 from mm.search.tree import Tree
 from tests.mm.harness import small
@@ -61,7 +60,7 @@ def test_the_best_few_are_those_of_predicting_all() -> None:
     predictor = Predictor(cfg, 2, H100)
     plain = plain_candidate(cfg, 2)
     blueprint = predictor.blueprint(plain.config(cfg))
-    load = StepLoad.of(blueprint, predictor.plan(blueprint, plain))
+    load = step_load(predictor, blueprint)
     tree = Tree(space_of(blueprint), Pieces(blueprint, load, H100, None), math.inf)
     costs = []
     for leaf in every(tree):

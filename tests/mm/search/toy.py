@@ -29,7 +29,7 @@ def least(demands: list[Demand]) -> Demand | None:
         demands[0].pp,
         *(
             tuple(map(min, zip(*(getattr(d, name) for d in demands), strict=True)))
-            for name in ("forward", "backward", "early", "update", "held", "kept")
+            for name in ("forward", "backward", "early", "held", "kept")
         ),
         least=1.0,
     )
@@ -46,7 +46,9 @@ class Toy:
     def least(self, module: str, size: int, degrees: Degrees | None) -> float:
         return self.space.batch / size  # the least factor is 1
 
-    def demand(self, module: str, choice: Choice, m: int, again: Again, kind: str) -> Demand | None:
+    def demand(
+        self, module: str, choice: Choice, m: int, again: Again, kind: str, *, closely: bool = True
+    ) -> Demand | None:
         d, size = choice.degrees, choice.block.size
         if choice.data_parallel == ANY:
             found = [self.demand(module, choice._replace(data_parallel=p), m, again, kind) for p in POLICIES]
@@ -64,7 +66,6 @@ class Toy:
             forward=forward,
             backward=backward,
             early=tuple(early * b for b in backward),
-            update=(0.0,) * d.pp,
             held=tuple(draw.choice([1.0, 2.0, 3.0]) / d.model for _ in range(d.pp)),
             kept=tuple(draw.choice([1.0, 2.0]) / (m * (1 + len(again))) for _ in range(stages)),
             least=1.0,

@@ -1,0 +1,105 @@
+"""No bound is above the prediction, whatever the data: random candidates of ragged steps, at every branch."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mm.config.outline import SINK
+from mm.config.schema import from_mapping
+from mm.predict.costs import priced
+from mm.predict.count.job import count_job
+from mm.predict.hardware import Hardware, load_hardware
+from mm.search.bound import Demand, Placed, bytes_bound
+from mm.search.candidate import Block, Candidate, Choice, Degrees
+from mm.search.limits import space_of
+from mm.search.pieces import Pieces
+from mm.search.plan import plain_candidate, step_load
+from mm.search.predictor import Predictor
+from mm.search.space import ANY
+from mm.search.tree import Node, Tree
+from parallel.schedule.action import BACKWARD, FORWARD, Action
+from tests.mm.harness import small
+
+
+def job(world: int, hardware: Hardware, **sections: Any) -> tuple[Tree, Predictor]:
+    raw = small(data={"train": ["nothing-*.tar"], "context": 256, **sections.pop("data", {})}, **sections)
+    raw["train"] |= {"dtype": "bfloat16", "global_batch": 12}
+    node = 2 if hardware.links.across is not None else None
+    raw["run"] = {**raw.get("run", {}), "node_size": node}
+    cfg = from_mapping(raw, Path())
+    predictor = Predictor(cfg, world, hardware)
+    blueprint = predictor.blueprint(plain_candidate(cfg, world).config(cfg))
+    load = step_load(predictor, blueprint)
+    assert not load.alike
+    return Tree(space_of(blueprint), Pieces(blueprint, load, hardware, node), float("inf")), predictor
+
+
+def descent(tree: Tree, draw: random.Random) -> list[Node]:
+    """The branches from a root to a candidate."""
+    path = [draw.choice(list(tree.roots()))]
+    while not path[-1].leaf:
+        below = [b for b in tree.expand(path[-1]) if b.bound < float("inf")]
+        if not below:
+            return []
+        path.append(draw.choice(below))
+    return path
+
+
+def check(tree: Tree, predictor: Predictor, seeds: range) -> int:
+    """Compare candidates with the bounds of all that they are below; how many could be predicted."""
+    done, reserved = 0, predictor.hardware.memory.reserved
+    for seed in seeds:
+        path = descent(tree, random.Random(seed))
+        found = predictor.judge(tree.candidate(path[-1])).prediction if path else None
+        if found is None:
+            continue
+        done += 1
+        for node in path:
+            what = tree.candidate(path[-1]).describe(), node.key
+            assert node.bound <= found.step_s, what
+            assert node.bytes + reserved <= found.peak_memory_bytes, what
+    return done
+
+
+def test_no_bound_is_above_a_prediction() -> None:
+    assert check(*job(4, load_hardware("h100")), range(8)) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hardware", ["h100", "a100", "cpu-gloo"])
+@pytest.mark.parametrize("pack", [None, 512])
+def test_many_bounds_are_not_above_predictions(hardware: str, pack: int | None) -> None:
+    data = {} if pack is None else {"pack": pack}
+    assert check(*job(8, load_hardware(hardware), data=data), range(100)) >= 40
+
+
+def test_the_language_model_takes_what_a_prediction_has_it_take() -> None:
+    """Of the rank with most work; only rows that enter are left out."""
+    tree, predictor = job(4, load_hardware("h100"))
+    pieces = tree.asked
+    assert isinstance(pieces, Pieces)
+    whole = Block(0, 4)
+    for degrees, m in ((Degrees(tp=2, sequence_parallel=True), 3), (Degrees(pp=2), 4), (Degrees(cp=2), 2)):
+        encoders = tuple((x, Choice(whole, Degrees(), "step")) for x in pieces.blueprint.inputs.encoders)
+        candidate = Candidate(4, (*encoders, (SINK, Choice(whole, degrees, "step"))), "1f1b", m)
+        made = predictor.blueprint(candidate.config(predictor.cfg))
+        plan = predictor.plan(made, candidate)
+        costs = priced(made, plan, count_job(made, plan), predictor.hardware).costs
+        demand = pieces.demand(SINK, Choice(whole, degrees, ANY), m, (), "1f1b")
+        assert demand is not None
+        for s in range(degrees.pp):
+            for kind, of in ((FORWARD, demand.forward), (BACKWARD, demand.backward)):
+                real = sum(costs.seconds(Action(kind, SINK, k, stage=s)) for k in range(m))
+                assert 0.97 * real <= of[s] * m * demand.mean <= real * (1 + 1e-9), (degrees, s, kind)
+
+
+def test_gradients_come_once_activations_go() -> None:
+    """Of one micro-batch: no gradient is there yet while most activations are."""
+    demand = Demand(1, (1.0,), (1.0,), (1.0,), held=(2.0,), kept=(3.0,), gradients=(4.0,), thin=0.5)
+    placed = Placed(demand, Block(0, 1))
+    assert bytes_bound(placed, (), (), "1f1b", 1) == pytest.approx(6.0)
+    assert bytes_bound(placed, (), (), "1f1b", 2) == pytest.approx(7.5)

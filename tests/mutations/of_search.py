@@ -1,0 +1,42 @@
+"""Faults of the search of layouts."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+RAGGED = "tests/mm/search/test_ragged.py::"
+
+SEARCH = (
+    Fault(
+        "bound.median",
+        "bounds price the heaviest micro-batch in the place of the median one",
+        "mm/search/tokens.py",
+        "median = order[microbatches // 2]",
+        "median = order[-1]",
+        RAGGED + "test_the_language_model_takes_what_a_prediction_has_it_take",
+    ),
+    Fault(
+        "bound.gradients",
+        "gradients are taken to be there while the most activations are",
+        "mm/search/bound.py",
+        "held + flying * keeps, held + gradients + later * own",
+        "held + gradients + flying * keeps",
+        RAGGED + "test_gradients_come_once_activations_go",
+    ),
+    Fault(
+        "bound.tail",
+        "the gradients' way back is taken to be that of all stages",
+        "mm/search/bound.py",
+        "tail = sink.least * sum(sink.early[:pp])",
+        "tail = sink.least * sum(sink.early)",
+        "tests/mm/search/test_bound.py::test_a_step_takes_no_less",
+    ),
+    Fault(
+        "first.proof",
+        "the cheapest leaf that was asked for is taken for the best",
+        "mm/search/first.py",
+        "heapq.heappush(queue, (cost, 1, branch.key, branch))",
+        "heapq.heappush(queue, (0.0, 1, branch.key, branch))",
+        "tests/mm/search/test_tree.py::test_the_best_few_are_those_of_asking_for_all",
+    ),
+)
