@@ -239,7 +239,8 @@ class _Walk:
         kind, kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))
         if self.blueprint.uses[a.module].params == "each":
             self._whole(key)
-        extra = max(0.0, kept - part.kept)  # the output, to the end of the backward
+        # The output, to the end of the backward; without what entered, where that is held as a message.
+        extra = kept - part.kept
         # The gradient that has come is part of the piece, which does not know it for a message.
         come = self.held.pop(("gradient", *a[1:4]), ("", 0.0))[1]
         self._in_backward(a, part, extra, come)
@@ -279,7 +280,7 @@ class _Walk:
         if self.blueprint.uses[a.module].params == "each":
             self._whole((a.module, a.stage))
         self.held.pop(("gradient", *a[1:4]), None)
-        self._look(part.in_backward.plus(kept=max(0.0, kept - part.kept)), str(a))
+        self._look(part.in_backward.plus(kept=kept - part.kept), str(a))
         self._put(("later", *a[1:4]), ACTIVATIONS, part.later)
         self._gradients_of_inputs(a)
 
