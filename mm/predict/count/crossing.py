@@ -48,14 +48,18 @@ def outer(t: Tape, qkv: tuple[Var, Var, Var], heads: Heads, c: Crossing, group: 
     def back(g: Grads) -> Grads:
         d_q, d_keys = t.new(held * wide, acc), t.new(held * row, acc)
         queries, d_queries = t.new(rows * wide, item), t.new(rows * wide, acc)
+        last: list[Storage] = []  # the gradients of one read are there until the next one's are
         for n in c.own:
-            _tiled_back(t, heads, (n, n), causal=True)
+            last = _tiled_back(t, heads, (n, n), causal=True)
         keys = t.new(held * row, item)
         if c.ring:
             _ring(t, c.rounds, row * item, group)
-        for reads in c.reads:
+        for reads, rows_read in zip(c.reads, c.blocks, strict=True):
+            block = t.new(rows_read * row, acc)
             for read in reads:
-                _tiled_back(t, heads, read, causal=False)
+                last = _tiled_back(t, heads, read, causal=False)
+            del block
+        del last
         if c.ring:
             _ring(t, c.rounds, row * item, group)
         else:
@@ -103,7 +107,8 @@ def _tiled(t: Tape, h: Heads, sizes: tuple[int, int], *, causal: bool) -> None:
     del made
 
 
-def _tiled_back(t: Tape, h: Heads, sizes: tuple[int, int], *, causal: bool) -> None:
+def _tiled_back(t: Tape, h: Heads, sizes: tuple[int, int], *, causal: bool) -> list[Storage]:
+    """Gradients of queries, and of keys and values in the dtype of sums."""
     acc = t.acc
     queries, keys = sizes
     grads = [t.new(x * h.own * h.dim, acc) for x in (queries, keys, keys)]
@@ -120,7 +125,9 @@ def _tiled_back(t: Tape, h: Heads, sizes: tuple[int, int], *, causal: bool) -> N
             t.product(n, h.dim, m, acc, h.own)
         t.product(m, h.dim, n, acc, h.own)
         del slope, scores
+    made = [t.new(queries * h.own * h.dim, t.item), *(t.new(keys * h.kv * h.dim, acc) for _ in range(2))]
     del grads
+    return made
 
 
 def joined_parts(t: Tape, parts: Sequence[Var], rows: float) -> Var:

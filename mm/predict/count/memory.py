@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from mm.config.outline import SINK
 from mm.plan.trained import trained_below
-from mm.plan.weights import Unit
 from mm.predict.count.load import rows_entering
 from mm.predict.count.pieces import Level, Piece
 from mm.predict.count.rank_plan import RankPlan
@@ -241,7 +240,8 @@ class _Walk:
         kind, kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))
         if self.blueprint.uses[a.module].params == "each":
             self._whole(key)
-        extra = max(0.0, kept - part.kept)  # the output, to the end of the backward
+        # The output, to the end of the backward; without what entered, where that is held as a message.
+        extra = kept - part.kept
         # The gradient that has come is part of the piece, which does not know it for a message.
         come = self.held.pop(("gradient", *a[1:4]), ("", 0.0))[1]
         self._in_backward(a, part, extra, come)
@@ -259,25 +259,20 @@ class _Walk:
 
     def _in_backward(self, a: Action, part: Piece, extra: float, come: float) -> None:
         """Moments of a backward, in which gradients of experts are summed or added up where they come."""
-        key = a.module, a.stage
-        early = [self.rank.units[key][k].unit for k in self._early(key)]
-        own = sum(u.whole.trained * u.item for u in early)
-        sums = self._sums(a)
-        shards = sum(u.shard.trained for u in early) * self.stored
-        there = ("shards" if sums else "gradients", *key)
-        kept = 0.0 if any(k[:3] == there for k in self.held) else shards if sums else _widest(early, self.stored)
-        freed = self.blueprint.uses[a.module].params == "each"
+        key, early = (a.module, a.stage), self._early((a.module, a.stage))
+        units = [self.rank.units[key][k].unit for k in early]
+        own, sums = sum(u.whole.trained * u.item for u in units), self._sums(a)
+        became = float(sum((u.shard if sums else u.whole).trained for u in units) * self.stored)
+        old = sum(self.held.get(("gradients", *key, k), ("", 0.0))[1] for k in early)
+        if any(("shards" if sums else "gradients", *key, k) in self.held for k in early):
+            became = 0.0  # added to those
+        freed = sum(u.gathered for u in units) * (self.blueprint.uses[a.module].params == "each")
+        buffers = float(sum(u.shard.trained * u.shards for u in units) * self.stored * sums)
         for now in part.moments or (part.in_backward,):
-            more: Counter[str] = Counter({COMMUNICATION: come})
-            level = now.plus(kept=extra, passing=-come)
-            if own:
-                done = now.done / own
-                level = level.plus(gradients=-now.done)
-                more[GRADIENTS] += done * kept
-                more[GATHERED] -= freed * done * sum(u.gathered for u in early)
-                buffers = sum(u.shard.trained * u.shards for u in early) * self.stored * sums
-                # The buffer of a sum lasts until the next one.
-                more[COMMUNICATION] += buffers * (now.ending / own or min(1.0, done) / len(early))
+            done, ending = (now.done / own, now.ending / own) if own else (0.0, 0.0)
+            more = {COMMUNICATION: come + buffers * ending, GATHERED: -done * freed}
+            more[GRADIENTS] = done * (became - old * sums)
+            level = now.plus(kept=extra, passing=-come, gradients=-done * own)
             self._look(level, str(a), more)
 
     def _backward_input(self, a: Action) -> None:
@@ -286,7 +281,7 @@ class _Walk:
         if self.blueprint.uses[a.module].params == "each":
             self._whole((a.module, a.stage))
         self.held.pop(("gradient", *a[1:4]), None)
-        self._look(part.in_backward.plus(kept=max(0.0, kept - part.kept)), str(a))
+        self._look(part.in_backward.plus(kept=kept - part.kept), str(a))
         self._put(("later", *a[1:4]), ACTIVATIONS, part.later)
         self._gradients_of_inputs(a)
 
@@ -349,10 +344,6 @@ class _Walk:
 
 def _wide(one: Owned, stored: int) -> float:
     return float(one.unit.whole.trained * stored)
-
-
-def _widest(units: Sequence[Unit], stored: int) -> float:
-    return float(sum(u.whole.trained for u in units) * stored)
 
 
 def inputs_bytes(rank: RankPlan) -> float:

@@ -60,6 +60,7 @@ def key_crossing(
         ring=ring,
         own=tuple(c.rows[1] - c.rows[0] for c in packing.continued),
         reads=tuple(_reads(block, packing) for block in blocks),
+        blocks=tuple(size(block) for block in blocks),
         keys=Rows(size(wanted[me]), sum(gives) - gives[me], sum(takes) - takes[me]),
         rounds=tuple(rounds),
         inner=attended(inner, inner),

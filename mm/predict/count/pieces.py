@@ -201,7 +201,7 @@ def chain(pieces: Sequence[Piece]) -> Piece:
         in_forward=forward,
         in_backward=backward,
         out=pieces[-1].out if pieces else 0.0,
-        holds_input=pieces[0].holds_input if pieces else 0.0,
+        holds_input=next((p.holds_input for p in pieces if p.out or p.gradients), 0.0),
         experts=sum(p.experts for p in pieces),
         moments=tuple(fullest.values()),
     )

@@ -7,6 +7,7 @@ as a share of what the virtual rank has.
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import warnings
@@ -90,7 +91,7 @@ def _degrees(rng: random.Random, sink: bool) -> dict[str, Any]:
 def errors(trace: Trace, counts: RankCounts) -> dict[str, float]:
     """By how much counts are off, each as a share of what the virtual rank has."""
     out = {}
-    for m, flops in trace.flops_by_module.items():
+    for m, flops in module_flops(trace).items():
         out[f"FLOPs of {m}"] = counts.flops.get(m, 0.0) / flops - 1 if flops else 0.0
     peak = trace.memory.peak
     out["peak"] = counts.peak / peak - 1
@@ -105,6 +106,18 @@ def errors(trace: Trace, counts: RankCounts) -> dict[str, float]:
         if max(a, b) > 4096:
             out[f"{one.op} {one.members}"] = (b - a) / max(a, 1)
     out["bytes across nodes"] = (nodes[1] - nodes[0]) / max(nodes[0], 1.0) if max(nodes) > 4096 else 0.0
+    return out
+
+
+def module_flops(trace: Trace) -> dict[str, int]:
+    """FLOPs by module. Torch's formula takes the backward of a depthwise convolution for that of a whole one:
+    each weight is used once an output, for the gradient of the input and for its own."""
+    out = trace.flops_by_module
+    for k in trace.kernels:
+        if k.op.startswith("aten.convolution_backward"):
+            grad, x, weight = k.shapes[:3]
+            if weight[1] < x[1]:
+                out[k.module] += k.count * (4 * math.prod(grad) * math.prod(weight[1:]) - k.flops)
     return out
 
 
