@@ -99,7 +99,7 @@ def _are(what: str) -> str:
 def _parameters(named: Sequence[tuple[int, str]]) -> str:
     """The first parameter, and how many more there are."""
     names = list(dict.fromkeys(name for _, name in named))
-    more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     module, _, name = names[0].partition(".")
     return f"{name} of module {module}{more}"
 

@@ -1,4 +1,4 @@
-"""Runs whose numbers go wrong: steps and batches that are left out, weights that are not finite, going back."""
+"""Runs whose numbers go wrong: steps and batches that are left out, poisoned weights, going back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 

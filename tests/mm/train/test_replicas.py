@@ -26,7 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "cp": {"vision": {"data_parallel": "replicate"}, "llm": {"cp": 2, "tp": 2, "data_parallel": "replicate"}},
 }
-# By layout, a module and a name of which several ranks have copies, the rank whose bit flips, and what is said.
+# By layout: a module, part of a name, the rank whose bit flips, and what is said.
 FLIPS = {
     "data": ("vision", "", 2, "rank 2 differs from ranks 0, 1, 3, which agree,"),
     "tp with sequence parallelism, experts": ("llm", "norm", 1, "rank 0 and rank 1 differ, and no majority"),
