@@ -33,8 +33,8 @@ def found_anywhere(control: Control, tensors: Mapping[str, Tensor]) -> str:
     if not control.any(bool(mine)):
         return ""
     more = f" and {len(mine) - TOLD} more" if len(mine) > TOLD else ""
-    told = control.tell(f"{', '.join(mine[:TOLD])}{more}" if mine else "")
-    return "; ".join(f"{what} on rank {r}" for r, what in enumerate(told) if what)
+    heard = control.tell(f"{', '.join(mine[:TOLD])}{more}" if mine else "")
+    return "; ".join(f"{what} on rank {r}" for r, what in enumerate(heard) if what)
 
 
 def check_before_save(control: Control, tensors: Mapping[str, Tensor], step: int) -> None:
