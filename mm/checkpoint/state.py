@@ -96,7 +96,7 @@ def save(
 
     Raises NonFinite on all ranks, and writes nothing, where some weight is not finite."""
     cfg, tensors = job.blueprint.cfg, state_tensors(job)
-    check_before_save(job.control, tensors, step)
+    check_before_save(job, tensors, step)
     state = {
         "fingerprint": fingerprint(job.blueprint),
         "data": history(cfg, index, step, drawn.cursor, drawn.left_out),

@@ -45,8 +45,8 @@ NUMERICS = (
         "checkpoint.poison",
         "weights that are not finite are saved",
         "mm/checkpoint/state.py",
-        "check_before_save(job.control, tensors, step)",
-        "check_before_save(job.control, {}, step)",
+        "check_before_save(job, tensors, step)",
+        "check_before_save(job, {}, step)",
         f"{GUARD}weights_that_are_not_finite_are_not_saved",
     ),
     Fault(

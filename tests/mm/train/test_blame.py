@@ -16,6 +16,7 @@ from mm.train.trainer import train_step
 from parallel.sharding import whole
 from parallel.sharding.param import declared, local
 from tests.mm.harness import running, small
+from tests.slow import on_demand
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {},
@@ -117,7 +118,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "kind", "module", "rank", "told"), CASES)
+NAMES = ("layout", "kind", "module", "rank", "told")
+
+
+@pytest.mark.parametrize(NAMES, on_demand(CASES, [*CASES[:2], CASES[3], CASES[5]], several=True))
 def test_the_first_is_named(ranks: Any, layout: str, kind: str, module: str, rank: int, told: str) -> None:
     raw = small(layout=LAYOUTS[layout], schedule={"microbatches": 2})
     found = ranks(4, said, raw, kind, module, rank, timeout=100)

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.alone import alone
+from mm.checkpoint.finite import names_not_finite
 from mm.config.training import SpikeConfig, TrainConfig
 from mm.errors import NonFinite
 from mm.order.stream import Stream
@@ -158,6 +160,21 @@ def test_weights_that_are_not_finite_are_not_saved(ranks: Any, tmp_path: Path) -
     assert "on rank 1. No checkpoint" in found[0][0]
 
 
+def test_a_mask_may_be_infinite_and_a_weight_may_not() -> None:
+    part = torch.nn.Module()
+    for name in ("mask", "mean"):
+        part.register_buffer(name, torch.zeros(2))
+    job: Any = SimpleNamespace(parts={"m": {0: part}})
+    bad = {
+        "m.mask": [0, -torch.inf],
+        "m.mean": [1, torch.nan],
+        "m.w": [torch.inf, 0],
+        "m.adam.w.x": torch.nan,
+    }
+    fine = {"m.u": [3e38, 3e38], "m.empty": [], "m.step": 3}
+    assert names_not_finite(job, {k: torch.tensor(v) for k, v in {**bad, **fine}.items()}) == [*bad][1:]
+
+
 def test_a_jump_is_so_many_high_steps_in_a_row() -> None:
     rule = SpikeConfig(factor=2.0, window=3, steps=2)
     guard = Guard(TrainConfig(steps=9, global_batch=1, spike=rule))
@@ -214,7 +231,7 @@ def broken_once(raw: dict[str, Any], rank: int, broken: bool) -> list[Any]:
         return [last.loss, dict(last.grad_norm_by_module), held]
 
 
-@pytest.mark.parametrize("layout", on_demand(LAYOUTS, ["colocated"]))
+@pytest.mark.parametrize("layout", on_demand(LAYOUTS, ["colocated", "disjoint, pipeline"]))
 def test_all_ranks_leave_out_a_step_that_one_has_broken(ranks: Any, layout: str) -> None:
     raw = small(layout=LAYOUTS[layout], schedule={"microbatches": 2})
     raw["train"] |= {"nonfinite": "skip"}

@@ -13,6 +13,7 @@ from mm.train.trainer import train_step
 from parallel.sharding import whole
 from parallel.sharding.param import declared, local
 from tests.mm.harness import running, small
+from tests.slow import on_demand
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {"vision": {"data_parallel": "replicate"}},
@@ -59,7 +60,7 @@ def compared(job: Any, step: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", on_demand(LAYOUTS, ["tp with sequence parallelism, experts", "cp"]))
 def test_copies_are_equal_until_a_bit_flips(ranks: Any, layout: str) -> None:
     module, name, rank, told = FLIPS[layout]
     raw = small(layout=LAYOUTS[layout])
