@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from mm.errors import NonFinite
-from mm.ranks.control import Control
+from mm.ranks.job import Job
 from parallel.sharding.param import local
 
 TOLD = 3  # tensors that a rank names
 
 
-def names_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those whose part on this rank is not finite. Waits for the device once."""
+def names_not_finite(job: Job, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those whose part on this rank is not finite; of buffers, which may hold a mask, those with
+    NaN. Waits for the device once."""
     parts = [(name, local(t)) for name, t in tensors]
     read = [(n, t) for n, t in parts if t.is_floating_point() and t.numel()]
     if not read:
         return []
     # The smallest and the largest element say it exactly: a sum of finite ones may not be finite.
     ends = torch.stack([e.to(torch.float64) for _, t in read for e in torch.aminmax(t.detach())])
-    fine: list[bool] = torch.isfinite(ends.view(-1, 2)).all(1).tolist()
-    return [name for (name, _), one in zip(read, fine, strict=True) if not one]
+    masks, both = _buffers(job), zip(read, ends.view(-1, 2).tolist(), strict=True)
+    return [n for (n, _), pair in both if any(map(math.isnan if n in masks else _infinite, pair))]
 
 
-def found_anywhere(control: Control, tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _infinite(value: float) -> bool:
+    return not math.isfinite(value)
+
+
+def _buffers(job: Job) -> set[str]:
+    """Full names of the buffers on this rank."""
+    every = ((m, part) for m, parts in job.parts.items() for part in parts.values())
+    return {f"{m}.{name}" for m, part in every for name, _ in part.named_buffers()}
+
+
+def found_anywhere(job: Job, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """In words, which tensors are not finite and on which ranks, "" where all are; equal on all ranks, each
     of which calls this with its own tensors."""
-    mine = names_not_finite(tensors)
-    if not control.any(bool(mine)):
+    mine = names_not_finite(job, tensors)
+    if not job.control.any(bool(mine)):
         return ""
     more = f" and {len(mine) - TOLD} more" if len(mine) > TOLD else ""
-    told = control.tell(f"{', '.join(mine[:TOLD])}{more}" if mine else "")
-    return "; ".join(f"{what} on rank {r}" for r, what in enumerate(told) if what)
+    heard = job.control.tell(f"{', '.join(mine[:TOLD])}{more}" if mine else "")
+    return "; ".join(f"{what} on rank {r}" for r, what in enumerate(heard) if what)
 
 
-def check_before_save(control: Control, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
+def check_before_save(job: Job, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
     """Raise NonFinite on all ranks where a tensor that would be saved is not finite on some rank."""
-    found = found_anywhere(control, tensors)
+    found = found_anywhere(job, tensors)
     if found:
         raise NonFinite(
             f"after step {step} weights or optimizer state are not finite: {found}. No checkpoint of them "

@@ -25,7 +25,7 @@ def load_newest(
         cfg = cfg.model_copy(update={"checkpoint": cfg.checkpoint.model_copy(update={"resume": "auto"})})
     while (path := find(cfg, directory, job.rank, wrong)) is not None:
         state = load(job, index, path)
-        found = found_anywhere(job.control, state_tensors(job).items())
+        found = found_anywhere(job, state_tensors(job).items())
         if not found:
             return path, state
         wrong[path] = f"{path} has weights or optimizer state that are not finite: {found}"

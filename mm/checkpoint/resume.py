@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
 
-from mm.checkpoint.state import EMPTY, candidates
+from mm.checkpoint.state import candidates
 from mm.config.schema import Config
 from mm.errors import CheckpointError, PolyrankError
 from mm.ranks.agree import of_the_lead
@@ -27,10 +28,11 @@ from parallel.checkpoint import manifest
 
 RUN = "run.json"
 HEARTBEAT_S = 1.0  # least time between two heartbeats of a rank
+NOTHING_KNOWN: Mapping[Path, str] = MappingProxyType({})
 
 
 def find(
-    cfg: Config, directory: Path, rank: RankInfo | None = None, known: Mapping[Path, str] = EMPTY
+    cfg: Config, directory: Path, rank: RankInfo | None = None, known: Mapping[Path, str] = NOTHING_KNOWN
 ) -> Path | None:
     """The checkpoint to resume from: the newest undamaged one of candidates(), None where there are none.
 

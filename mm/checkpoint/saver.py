@@ -97,7 +97,7 @@ class Saver:
         self.prepare(job)
         if self._names:
             self._copy(job)
-        check_before_save(job.control, zip(self._names, self._staged, strict=True), step)
+        check_before_save(job, zip(self._names, self._staged, strict=True), step)
         self._writer.begin(Given(step, frozenset(bad), drawn, dict(metrics), dict(guard)))
         self._under_way = step
         self.seconds = time.perf_counter() - begun

@@ -77,16 +77,16 @@ class Drawn:
 NOTHING = Drawn()
 
 
-def history(cfg: Config, index: Index, step: int, cursor: Cursor, left_out: Skips = NONE) -> dict[str, Any]:
+def history(cfg: Config, index: Index, step: int, cursor: Cursor, skips: Skips = NONE) -> dict[str, Any]:
     """All that the samples of the first `step` steps depend on, as plain data; cursor: where the next begins;
-    left_out: batches that were left out before.
+    skips: batches that were left out before.
 
     Two configs whose histories are equal have taken the same samples so far, and go on in the same shuffles.
     Sources and weights that have not come in use do not enter.
     """
     stream, rules = stream_of(cfg, index), cfg.data
     packed: dict[str, Any] = {}
-    position = left_out.before(step) * cfg.train.global_batch
+    position = skips.before(step) * cfg.train.global_batch
     if rules.pack is not None:
         packed = {"pack": rules.pack, "window": rules.window, "context": rules.context}
         position = (cursor.window + (cursor.sequence > 0)) * rules.window

@@ -58,7 +58,7 @@ def check_length(cfg: Config, stream: Stream, skips: Skips) -> None:
     batches = skips.before(steps)
     if end is not None and end < batches * size:
         most = max(0, end // size - (batches - steps))
-        left_out = f", and {batches - steps} batches are left out" if batches > steps else ""
+        left_out = f", and {batches - steps} of them are left out" if batches > steps else ""
         raise DataError(
             f"data.train has {end} samples in the epochs of its sources, enough for {end // size} batches of "
             f"{size}; train.steps is {steps}{left_out}; needed: more epochs, or train.steps={most}"

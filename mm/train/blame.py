@@ -68,10 +68,10 @@ def origin(ranks: Sequence[Findings]) -> str:
     if named := [(r, name) for r, one in enumerate(ranks) for name in one.weights]:
         return f"{_parameters(named)} is not finite on {_who(named)}: it was so before the step"
     if found := [(r, place) for r, one in enumerate(ranks) for place in one.inputs]:
-        return _told("an input of module {module} is not finite on {ranks}", found)
+        return _worded("an input of module {module} is not finite on {ranks}", found)
     for spot, text in SPOTS.items():
         if found := [(r, place) for r, one in enumerate(ranks) for place in one.spots.get(spot, ())]:
-            return _told(text, found)
+            return _worded(text, found)
     if named := [(r, name) for r, one in enumerate(ranks) for name in one.gradients]:
         return f"the gradient of {_parameters(named)} is not finite on {_who(named)}, summed over ranks"
     if named := [(r, name) for r, one in enumerate(ranks) for name in one.overflows]:
@@ -79,7 +79,7 @@ def origin(ranks: Sequence[Findings]) -> str:
     return "the loss or the gradient norm is not finite on rank 0, which adds up finite parts of it"
 
 
-def _told(text: str, found: Sequence[tuple[int, Place]]) -> str:
+def _worded(text: str, found: Sequence[tuple[int, Place]]) -> str:
     """The first place of a step: encoders compute before the language model, stages in their order."""
     _, first = min(found, key=lambda f: (f[1].microbatch, f[1].module == SINK, f[1].stage))
     same = [(r, p) for r, p in found if p[:4] == first[:4]]
@@ -99,7 +99,7 @@ def _are(what: str) -> str:
 def _parameters(named: Sequence[tuple[int, str]]) -> str:
     """The first parameter, and how many more there are."""
     names = list(dict.fromkeys(name for _, name in named))
-    more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     module, _, name = names[0].partition(".")
     return f"{name} of module {module}{more}"
 

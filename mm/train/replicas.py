@@ -38,8 +38,8 @@ def check_replicas(job: Job, step: int) -> None:
     every = [json.loads(text) for text in job.control.tell(json.dumps(short))]
     odd = sorted({c for one in every for c in one if len({other.get(c, one[c]) for other in every}) > 1})
     if odd:
-        told = job.control.tell(json.dumps({copy: mine[copy] for copy in odd if copy in mine}))
-        raise ReplicasDiffer(f"after step {step} {difference([json.loads(text) for text in told])}")
+        heard = job.control.tell(json.dumps({copy: mine[copy] for copy in odd if copy in mine}))
+        raise ReplicasDiffer(f"after step {step} {difference([json.loads(text) for text in heard])}")
 
 
 def hashes(job: Job) -> dict[str, dict[str, str]]:

@@ -58,7 +58,7 @@ class Trail:
                 if not finite:
                     (large if element else broken).append(f"{m}.{name}")
         return Findings(
-            weights=names_not_finite(state_tensors(job).items())[:TOLD],
+            weights=names_not_finite(job, state_tensors(job).items())[:TOLD],
             inputs=self._inputs()[:TOLD],
             spots=self._spots(job),
             gradients=broken[:TOLD],

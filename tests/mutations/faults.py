@@ -16,6 +16,7 @@ from tests.mutations.of_jobs import JOB
 from tests.mutations.of_layouts import LAYOUTS
 from tests.mutations.of_media import MEDIA
 from tests.mutations.of_models import LLM
+from tests.mutations.of_numerics import NUMERICS
 from tests.mutations.of_order import ORDER
 from tests.mutations.of_parallel import PARALLEL
 from tests.mutations.of_planning import PLANNING
@@ -32,5 +33,5 @@ from tests.mutations.of_text import TEXT
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + STARTING + SEARCH),
+    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + STARTING + SEARCH + NUMERICS),
 )

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from encoders.module import EncoderModule
 from mm.errors import NonFinite
 from mm.ranks.job import Job
+from mm.train.blame import CAME, CAME_BACK, GAVE, Findings, Place, origin
 from mm.train.trainer import train_step
 from parallel.sharding import whole
 from parallel.sharding.param import declared, local
 from tests.mm.harness import running, small
+from tests.slow import on_demand
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "colocated": {},
@@ -111,14 +113,43 @@ CASES = [
         "gradient",
         "audio",
         0,
-        " of module audio and of 3 more is not finite on rank 0, summed",
+        " of module audio and 3 more is not finite on rank 0, summed",
     ),
 ]
 
 
-@pytest.mark.parametrize(("layout", "kind", "module", "rank", "told"), CASES)
+NAMES = ("layout", "kind", "module", "rank", "told")
+
+
+@pytest.mark.parametrize(NAMES, on_demand(CASES, [*CASES[:2], CASES[3], CASES[5]], several=True))
 def test_the_first_is_named(ranks: Any, layout: str, kind: str, module: str, rank: int, told: str) -> None:
     raw = small(layout=LAYOUTS[layout], schedule={"microbatches": 2})
     found = ranks(4, said, raw, kind, module, rank, timeout=100)
     assert told in found[0] and found[0].startswith("step 2: ") and "nothing was updated" in found[0]
     assert found == [found[0]] * 4
+
+
+def test_the_origin_comes_before_what_it_spoils() -> None:
+    rows, loss = Place("rows", "vision", 0, 1, ["a", "b", "c", "d"]), Place("the loss", "llm", 1, 0, [])
+    spoilt = Findings(spots={CAME: [loss], CAME_BACK: [rows]}, gradients=["llm.x"])
+    vision, other = Findings(spots={GAVE: [rows], CAME_BACK: [rows]}), Findings(spots={GAVE: [loss]})
+    said = "rows of module vision are not finite on rank 2 (micro-batch 1, samples a, b, c and 1 more)"
+    assert origin([spoilt, Findings(), vision]) == origin([spoilt, vision, vision]).replace(
+        "ranks 1, 2", "rank 2"
+    )
+    assert origin([spoilt, Findings(), vision]) == said
+    # The first micro-batch is the first; the loss is told as such.
+    assert (
+        origin([vision, other]) == "the loss of module llm is not finite on rank 1 (stage 1, micro-batch 0)"
+    )
+    assert "what came to module llm is not finite on rank 1" in origin([Findings(), spoilt])
+    held = Findings(weights=["llm.a.b", "llm.c"], inputs=[rows])
+    assert origin([vision, held]) == (
+        "a.b of module llm and 1 more is not finite on rank 1: it was so before the step"
+    )
+    assert origin([vision, Findings(inputs=[rows])]).startswith(
+        "an input of module vision is not finite on rank 1"
+    )
+    large = Findings(overflows=["audio.w"])
+    assert origin([large]) == "the squared norm of the gradient of w of module audio is not finite on rank 0"
+    assert [Findings.read(one.written()) for one in (spoilt, held, large)] == [spoilt, held, large]

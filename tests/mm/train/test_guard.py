@@ -1,4 +1,4 @@
-"""Runs whose numbers go wrong: steps and batches that are left out, weights that are not finite, going back."""
+"""Runs whose numbers go wrong: steps and batches that are left out, poisoned weights, going back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.alone import alone
+from mm.checkpoint.finite import names_not_finite
 from mm.checkpoint.saver import save
 from mm.config.training import SpikeConfig, TrainConfig
 from mm.errors import NonFinite
@@ -22,9 +24,11 @@ from mm.train.trainer import train_step
 from parallel import checkpoint as store
 from parallel.sharding import whole
 from parallel.sharding.param import declared, local
-from tests.mm.harness import Ended, free_port, run_job, running, small
+from tests.mm.harness import Ended, free_port, run_job, run_rank, running, small, weigh
 from tests.mm.jobs.test_in_process import metrics, sensor_config
 from tests.mm.shards import npy, sensor_samples, write_shard
+from tests.mm.train.test_blame import LAYOUTS
+from tests.slow import on_demand
 
 SAMPLES, BATCH = 40, 4
 
@@ -155,6 +159,21 @@ def test_weights_that_are_not_finite_are_not_saved(ranks: Any, tmp_path: Path) -
     assert "on rank 1. No checkpoint" in found[0][0]
 
 
+def test_a_mask_may_be_infinite_and_a_weight_may_not() -> None:
+    part = torch.nn.Module()
+    for name in ("mask", "mean"):
+        part.register_buffer(name, torch.zeros(2))
+    job: Any = SimpleNamespace(parts={"m": {0: part}})
+    bad = {
+        "m.mask": [0, -torch.inf],
+        "m.mean": [1, torch.nan],
+        "m.w": [torch.inf, 0],
+        "m.adam.w.x": torch.nan,
+    }
+    fine = {"m.u": [3e38, 3e38], "m.empty": [], "m.step": 3}
+    assert names_not_finite(job, {k: torch.tensor(v) for k, v in {**bad, **fine}.items()}.items()) == [*bad][1:]
+
+
 def test_a_jump_is_so_many_high_steps_in_a_row() -> None:
     rule = SpikeConfig(factor=2.0, window=3, steps=2)
     guard = Guard(TrainConfig(steps=9, global_batch=1, spike=rule))
@@ -181,3 +200,55 @@ def test_a_run_that_goes_back_is_one_that_left_the_batches_out(tmp_path: Path) -
     got = learnt(tmp_path)
     forget(tmp_path, after=saved)
     assert run(path, every, rate, f"data.skip=['{span}']").code == 0 and learnt(tmp_path) == got
+
+
+def broken_once(raw: dict[str, Any], rank: int, broken: bool) -> list[Any]:
+    """Metrics of the third step of three, of which one rank breaks the second, or of which that is not taken;
+    then what this rank holds."""
+    with running(raw) as (job, feed):
+        guard = Guard(job.blueprint.cfg.train)
+        train_step(job, feed, 0, guard=guard)
+        before = weigh(job)
+        if broken:
+            handle = None
+            if job.rank.rank == rank:
+                encoder = job.parts["vision"][0].encoder
+                handle = encoder.register_forward_hook(
+                    lambda _, args, out: out._replace(values=out.values * np.nan)
+                )
+            missed = train_step(job, feed, 1, guard=guard)
+            assert f"rows of module vision are not finite on rank {rank}" in missed.left_out
+            assert guard.left_out == [1]
+            if handle is not None:
+                handle.remove()
+            after = weigh(job)
+            assert all(np.array_equal(after[name][1], value) for name, (_, value) in before.items())
+        else:
+            feed.next(1, 3)
+        last = train_step(job, feed, 2, guard=guard)
+        held = {name: value for name, (_, value) in weigh(job).items()}
+        return [last.loss, dict(last.grad_norm_by_module), held]
+
+
+@pytest.mark.parametrize("layout", on_demand(LAYOUTS, ["colocated", "disjoint, pipeline"]))
+def test_all_ranks_leave_out_a_step_that_one_has_broken(ranks: Any, layout: str) -> None:
+    raw = small(layout=LAYOUTS[layout], schedule={"microbatches": 2})
+    raw["train"] |= {"nonfinite": "skip"}
+    ours, theirs = (ranks(4, broken_once, raw, 1, broken, timeout=100) for broken in (True, False))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine[:2] == other[:2]
+        assert mine[2].keys() == other[2].keys()
+        assert all(np.array_equal(value, other[2][name]) for name, value in mine[2].items())
+
+
+@pytest.mark.slow
+def test_several_ranks_go_back_together(tmp_path: Path, ranks: Any) -> None:
+    path = config(tmp_path, broken=0)
+    more = [
+        "checkpoint.every=2",
+        "train.lr=1e-5",
+        "train.spike={factor: 1.0001, window: 2, steps: 1, most: 2}",
+    ]
+    ended = ranks(2, run_rank, ["train", str(path), *more, "layout.llm.tp=2"], free_port(), timeout=200)
+    codes, err = [e.code for e in ended], "".join(e.err for e in ended)
+    assert codes in ([0, 0], [5, 5]) and "going on from the checkpoint of step 2 without the batches 3" in err
