@@ -27,7 +27,7 @@ from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import Imbalance, StepPlan
-from mm.ranks.agree import claimed_by_one
+from mm.ranks.agree import check_same_data, claimed_by_one, facts_of
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed, restarted
@@ -66,7 +66,7 @@ def train(runs: Sequence[Run], stop: Stop) -> None:
 
     Stages that are done are passed over. Raises PolyrankError where a run cannot go on.
     """
-    rank = init_distributed(runs[0].blueprint.cfg)
+    rank = init_distributed(runs[0].blueprint.cfg, facts_of([(r.name, r.blueprint) for r in runs]))
     try:
         with claimed_by_one([Path(run.blueprint.cfg.run.dir) for run in runs], rank):
             _train_all(runs, rank, stop)
@@ -117,6 +117,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
     """
     cfg = blueprint.cfg
     indexes = open_indexes(blueprint)
+    check_same_data(rank, blueprint, indexes)
     about = _introduce(blueprint, rank, indexes)
     job = build_job(blueprint, rank)
     data = {name: open_data(job, index) for name, index in indexes.items()}
@@ -126,7 +127,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
     resume = find(cfg, run_dir, rank)
     if resume is not None:
         state = checkpoint.load(job, train_data.index, resume)
-        said.append(f"resumed from {resume} at step {state.step}")
+        said += [f"resumed from {resume} at step {state.step}", *state.changed]
     else:
         said += _start(job, before)
     if before is not None:
