@@ -12,7 +12,7 @@ from mm.config.flat import flat, said
 FREE = (
     *("layout", "schedule", "eval", "checkpoint", "stages"),
     *("run.dir", "run.nproc", "run.timeout_s", "run.device", "run.node_size", "run.trace", "run.engine"),
-    *("run.tensorboard", "run.wandb", "run.report"),
+    *("run.tensorboard", "run.wandb", "run.report", "run.unwritable"),
     *("data.train", "data.eval", "data.weights", "data.lengths", "data.made_by", "data.prefetch"),
     *("data.workers", "data.item_timeout_s", "data.remote"),
     *("train.statistics", "train.recompute", "train.offload", "train.shard"),

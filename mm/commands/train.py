@@ -98,7 +98,7 @@ def _report(configs: Sequence[Config]) -> None:
     for run in (cfg.run for cfg in configs if cfg.run.report):
         try:
             print(f"report: {write_report(Path(run.dir))}", flush=True)
-        except Refused as error:
+        except (Refused, OSError) as error:
             print(f"warning: no report: {error}", file=sys.stderr, flush=True)
 
 

@@ -54,6 +54,11 @@ class RunConfig(Section):
     wandb: str | None = Field(
         None, min_length=1, description="project of Weights & Biases that gets the same numbers"
     )
+    unwritable: Literal["go_on", "stop"] = Field(
+        "go_on",
+        description="where metrics or log cannot be written any more (a full disk): go_on says so once and "
+        "trains on, stop saves and ends",
+    )
     report: bool = Field(
         False, description="write report.html when the run ends; report RUN does so at any time"
     )

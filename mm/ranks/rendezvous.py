@@ -137,8 +137,8 @@ def check_same(
         if rank in asked:
             store.set(f"{name}/facts/{rank}", json.dumps(facts))
         if rank == 0 and asked:
-            told = zip(asked, wait([f"facts/{r}" for r in asked]), strict=True)
-            by_digest = {digests[r]: json.loads(theirs) for r, theirs in told}
+            answers = zip(asked, wait([f"facts/{r}" for r in asked]), strict=True)
+            by_digest = {digests[r]: json.loads(theirs) for r, theirs in answers}
             store.set(f"{name}/words", _differing([by_digest[d] for d in digests]))
         return wait(["words"])[0] if asked else ""
     except RuntimeError as error:

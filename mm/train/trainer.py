@@ -235,14 +235,16 @@ class _Loop:
         except StopRequested:
             if self.job.blueprint.cfg.checkpoint.every and self.saved < self.done:
                 self._save()
-            self.console.info(f"stopped by a signal after step {self.done}")
+            lost = self._ends and not self.stop.requested
+            why = "files that cannot be written" if lost else "a signal"
+            self.console.info(f"stopped by {why} after step {self.done}")
             return False
 
     def _step(self) -> None:
         """One step, and the checkpoint and evaluation that are due after it. Raises StopRequested."""
         job, cfg = self.job, self.job.blueprint.cfg
         start = time.perf_counter()
-        metrics = train_step(job, self.feed, self.done, stop=self.stop.requested)
+        metrics = train_step(job, self.feed, self.done, stop=self._ends)
         stopping = metrics.stop
         self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
         self.done += 1
@@ -255,6 +257,12 @@ class _Loop:
         if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:
             result = run_evaluation(job, self.eval_data, self.stop, self.console.warn)
             self.console.evaluation(self.done, result)
+
+    @property
+    def _ends(self) -> bool:
+        """Whether this rank wants to end after the step."""
+        lost = self.console.lost and self.job.blueprint.cfg.run.unwritable == "stop"
+        return self.stop.requested or bool(lost)
 
     def _final_evaluation(self) -> None:
         if self.eval_data is None:

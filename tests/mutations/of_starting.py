@@ -101,4 +101,28 @@ STARTING = (
         '{len(data)}\\n".encode())',
         "tests/mm/ranks/test_agree.py::test_sources_are_told_apart_by_content_and_name",
     ),
+    Fault(
+        "lines.half",
+        "half a line stays on a full disk, and takes the next one with it",
+        "mm/train/lines.py",
+        "os.ftruncate(self._fd, begin)",
+        "pass",
+        "tests/mm/train/test_lines.py::test_a_line_is_there_whole_or_not_at_all",
+    ),
+    Fault(
+        "lines.kept",
+        "metrics are gone where the disk is full when a run resumes",
+        "mm/train/lines.py",
+        'partial = path.with_name(f"{path.name}.tmp")',
+        "partial = path",
+        "tests/mm/train/test_lines.py::test_a_full_disk_leaves_the_old_records",
+    ),
+    Fault(
+        "lines.stop",
+        "a run that is to end on a full disk goes on",
+        "mm/train/trainer.py",
+        "return self.stop.requested or bool(lost)",
+        "return self.stop.requested",
+        "tests/mm/train/test_lines.py::test_a_run_whose_disk_is_full_goes_on_or_ends_saved",
+    ),
 )
