@@ -108,11 +108,11 @@ def test_a_run_whose_disk_is_full_goes_on_or_ends_saved(
 
     monkeypatch.setattr(Lines, "_add", full)
     done = run_job(
-        ["train", str(config), "train.steps=3", "eval.samples=1", f"run.unwritable={unwritable}"], free_port()
+        ["train", str(config), "train.steps=4", "eval.samples=1", f"run.unwritable={unwritable}"], free_port()
     )
     assert done.code == 0, done.err
     assert done.err.count("No space left on device; lines are lost") == 1
     saved = sorted(p.name for p in (tmp_path / "run").glob("step-*"))
-    assert saved == ["step-00000003" if unwritable == "go_on" else "step-00000002"]
+    assert saved == ["step-00000004" if unwritable == "go_on" else "step-00000003"]
     records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [1]
