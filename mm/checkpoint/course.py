@@ -10,7 +10,7 @@ from mm.config.flat import flat, said
 # Keys, or sections of them, that change nothing of what is learned. What data there are is compared by what
 # was drawn of them (mm/plan/drawn.py), not by their paths.
 FREE = (
-    *("layout", "schedule", "eval", "checkpoint", "stages"),
+    *("layout", "elastic", "schedule", "eval", "checkpoint", "stages"),
     *("run.dir", "run.nproc", "run.timeout_s", "run.device", "run.node_size", "run.trace", "run.engine"),
     *("run.tensorboard", "run.wandb", "run.report", "run.unwritable"),
     *("data.train", "data.eval", "data.weights", "data.lengths", "data.made_by", "data.prefetch"),

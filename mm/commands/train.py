@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.commands.command import OVERRIDES, Command, announce, config_of, nproc_option, only_stage, world_of
+from mm.commands.elastic import for_world
 from mm.commands.virtual import WITH_VIRTUAL, virtual, virtual_options, virtual_world
 from mm.errors import Refused, of_stage
 from mm.ranks import launch
@@ -54,6 +55,10 @@ def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
     if any(getattr(args, name) != default for name, default in WITH_VIRTUAL.items()):
         raise Refused(f"--{', --'.join(WITH_VIRTUAL)} go with --virtual; ranks to start: --nproc")
     world = world_of(args, cfg)
+    lead = not launch.launched() or (os.environ["RANK"] == "0" and not launch.held_by_launcher())
+    stages = [
+        stage._replace(cfg=for_world(stage.cfg, world, lead=lead, write=not args.dry_run)) for stage in stages
+    ]
     from mm.commands.preflight import check_paths
     from mm.plan.blueprint import check_outline
 

@@ -178,6 +178,11 @@ class Config(Section):
     model: dict[str, EncoderConfig] = Field(description="encoder modules by name")
     llm: dict[str, Any] = Field(description="options of the language model")
     layout: dict[str, dict[str, Any]] = Field({}, description="by module, ranks and parallel degrees")
+    elastic: dict[int | Literal["other"], str] = Field(
+        {},
+        description="by number of ranks, or other, the layout of a run that is started on so many: a layout "
+        "file, from the config's folder, or plan:HARDWARE",
+    )
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig
     train: TrainConfig

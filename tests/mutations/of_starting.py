@@ -125,4 +125,20 @@ STARTING = (
         "return self.stop.requested",
         "tests/mm/train/test_lines.py::test_a_run_whose_disk_is_full_goes_on_or_ends_saved",
     ),
+    Fault(
+        "elastic.count",
+        "the layout of a config stays on any number of ranks",
+        "mm/commands/train.py",
+        "stage._replace(cfg=for_world(stage.cfg, world, lead=lead, write=not args.dry_run))",
+        "stage",
+        "tests/mm/commands/test_elastic.py::test_a_run_goes_on_on_fewer_ranks_without_a_hand_on_it",
+    ),
+    Fault(
+        "elastic.once",
+        "every rank plans a layout of its own",
+        "mm/commands/elastic.py",
+        "if lead or not write:",
+        "if True:",
+        "tests/mm/commands/test_elastic.py::test_one_process_plans_and_the_others_read",
+    ),
 )
