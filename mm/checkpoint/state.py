@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mm.checkpoint.course import changes, refused, worth_saying
 from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index
@@ -130,12 +131,14 @@ def _is_checkpoint(path: Path) -> bool:
 @dataclass(frozen=True)
 class Resumed:
     """Where a run goes on: after `step` steps, with these samples known to be unreadable. drawn: what these
-    steps have taken. guard: the numbers that were watched (mm.train.guard)."""
+    steps have taken. guard: the numbers that were watched (mm.train.guard). changed: lines on what of the
+    config is different from then on."""
 
     step: int = 0
     bad_samples: frozenset[int] = frozenset()
     drawn: Drawn = NOTHING
     guard: Mapping[str, Any] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
 
 
 def load(job: Job, index: Index, path: Path) -> Resumed:
@@ -146,10 +149,19 @@ def load(job: Job, index: Index, path: Path) -> Resumed:
     try:
         state = store.load(path, state_tensors(job))
     except store.BadCheckpoint as error:
-        raise CheckpointError(str(error)) from error
-    _check_same_run(state, job.blueprint, index, path)
-    drawn = Drawn.from_json(state["drawn"])
-    return Resumed(state["step"], frozenset(state["bad_samples"]), drawn, state.get("guard", EMPTY))
+        raise _unfit(error, job.blueprint, path) from error
+    changed = _check_same_run(state, job.blueprint, index, path)
+    bad, drawn = frozenset(state["bad_samples"]), Drawn.from_json(state["drawn"])
+    return Resumed(state["step"], bad, drawn, state.get("guard", EMPTY), tuple(changed))
+
+
+def _unfit(error: store.BadCheckpoint, blueprint: Blueprint, path: Path) -> CheckpointError:
+    """What is wrong with a checkpoint, and what of the model is different in its config."""
+    try:
+        why = refused(changes(store.read_state(path)["config"], shown(blueprint.cfg)))
+    except (store.BadCheckpoint, KeyError):
+        why = ""
+    return CheckpointError(f"{error}; of its config {why}" if why else str(error))
 
 
 def check_resume(blueprint: Blueprint, index: Index, path: Path) -> None:
@@ -160,7 +172,7 @@ def check_resume(blueprint: Blueprint, index: Index, path: Path) -> None:
             store.check_fits(path, stored, model_shapes(blueprint, m))
         _check_same_run(store.read_state(path), blueprint, index, path)
     except store.BadCheckpoint as error:
-        raise CheckpointError(str(error)) from error
+        raise _unfit(error, blueprint, path) from error
 
 
 def model_shapes(blueprint: Blueprint, module: str) -> dict[str, tuple[int, ...]]:
@@ -173,11 +185,15 @@ def model_shapes(blueprint: Blueprint, module: str) -> dict[str, tuple[int, ...]
     }
 
 
-def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index, path: Path) -> None:
+def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index, path: Path) -> list[str]:
+    """Lines on what of the config is different. Raises CheckpointError where a run cannot go on so."""
+    found = changes(state.get("config", {}), shown(blueprint.cfg))
     if state.get("fingerprint") != fingerprint(blueprint) or "drawn" not in state:
+        why = refused(found) if "config" in state else "its state names no config"
         raise CheckpointError(
-            f"{path} was written by a run with another model, data, seed or global batch; "
-            "compare its state.json with this config, or start afresh with checkpoint.resume=none"
+            f"{path} was written by a run with another model, tokenizer, seed or global batch: "
+            f"{why or 'the tokenizer has another vocabulary'}; needed: the values that it had, or another "
+            "run.dir, started by checkpoint.weights, or afresh here with checkpoint.resume=none"
         )
     drawn = Drawn.from_json(state["drawn"])
     drawn.going_on(state["step"], Skips.parse(blueprint.cfg.data.skip))
@@ -188,6 +204,7 @@ def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index
             f"{path} was written by a run with other data: {'; '.join(wrong)}. A run goes on where nothing "
             "that it has drawn from changes; needed: the data as they were, or checkpoint.resume=none"
         )
+    return [f"changed since {path.name}: {c}" for c in worth_saying(found)]
 
 
 def inspect_text(path: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.commands.command import OVERRIDES, Command, announce, config_of, nproc_option, only_stage, world_of
+from mm.commands.elastic import for_world
 from mm.commands.virtual import WITH_VIRTUAL, virtual, virtual_options, virtual_world
 from mm.errors import Refused, of_stage
 from mm.ranks import launch
@@ -54,6 +55,10 @@ def _run_until(stop: Stop, args: argparse.Namespace, argv: list[str]) -> int:
     if any(getattr(args, name) != default for name, default in WITH_VIRTUAL.items()):
         raise Refused(f"--{', --'.join(WITH_VIRTUAL)} go with --virtual; ranks to start: --nproc")
     world = world_of(args, cfg)
+    lead = not launch.launched() or (os.environ["RANK"] == "0" and not launch.held_by_launcher())
+    stages = [
+        stage._replace(cfg=for_world(stage.cfg, world, lead=lead, write=not args.dry_run)) for stage in stages
+    ]
     from mm.commands.preflight import check_paths
     from mm.plan.blueprint import check_outline
 
@@ -102,7 +107,7 @@ def _report(configs: Sequence[Config]) -> None:
     for run in (cfg.run for cfg in configs if cfg.run.report):
         try:
             print(f"report: {write_report(Path(run.dir))}", flush=True)
-        except Refused as error:
+        except (Refused, OSError) as error:
             print(f"warning: no report: {error}", file=sys.stderr, flush=True)
 
 

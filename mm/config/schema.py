@@ -55,6 +55,11 @@ class RunConfig(Section):
     wandb: str | None = Field(
         None, min_length=1, description="project of Weights & Biases that gets the same numbers"
     )
+    unwritable: Literal["go_on", "stop"] = Field(
+        "go_on",
+        description="where metrics or log cannot be written any more (a full disk): go_on says so once and "
+        "trains on, stop saves and ends",
+    )
     report: bool = Field(
         False, description="write report.html when the run ends; report RUN does so at any time"
     )
@@ -187,6 +192,11 @@ class Config(Section):
     model: dict[str, EncoderConfig] = Field(description="encoder modules by name")
     llm: dict[str, Any] = Field(description="options of the language model")
     layout: dict[str, dict[str, Any]] = Field({}, description="by module, ranks and parallel degrees")
+    elastic: dict[int | Literal["other"], str] = Field(
+        {},
+        description="by number of ranks, or other, the layout of a run that is started on so many: a layout "
+        "file, from the config's folder, or plan:HARDWARE",
+    )
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig
     train: TrainConfig

@@ -159,6 +159,15 @@ class Tally(NamedTuple):
     items: Mapping[str, NDArray[np.int64]]
 
 
+class ShardSums(NamedTuple):
+    """Digests of what a shard has. texts: of keys and text parts; parts: of all parts."""
+
+    name: str  # of its file
+    samples: int
+    texts: str
+    parts: str
+
+
 class Views(Sequence[Sample], ABC):
     """Samples that are made when they are asked for. Equal ones are equal, but not the same object."""
 

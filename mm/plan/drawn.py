@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mm.config.schema import Config
-from mm.data.sample import Index
+from mm.data.sample import Index, ShardSums
 from mm.errors import Refused
+from mm.order.chosen import Range
 from mm.order.skips import NONE, Skips
 from mm.plan.batches import START, Cursor
 from mm.plan.sources import stream_of
 from mm.plan.step_plan import StepPlan
+
+MOST = 4  # shards that a refusal names
 
 
 class Count(NamedTuple):
@@ -105,9 +108,53 @@ def history(cfg: Config, index: Index, step: int, cursor: Cursor, skips: Skips =
             epochs = -(-count // len(source.samples))
             ended = source.epochs if source.epochs is not None and epochs >= source.epochs else None
             sources[source.name] = [len(source.samples), what.hexdigest()[:16], ended]
+    shards = _shards(index, [(s.name, s.samples.ranges) for s in stream.sources if s.name in sources])
     used = [s for s in stream.blend.stretches if s.start < position]
     weights = [[s.start, {n: w for n, w in zip(names, s.weights, strict=True) if w}] for s in used]
-    return {"sources": sources, "weights": weights, **packed}
+    return {"sources": sources, "weights": weights, "shards": shards, **packed}
+
+
+def _shards(index: Index, sources: Sequence[tuple[str, Sequence[Range]]]) -> dict[str, list[list[Any]]]:
+    """By source, what its shards have, as plain data; none where the samples are of no shards."""
+    sums: Sequence[ShardSums] = getattr(index.samples, "shard_sums", ())
+    out: dict[str, list[list[Any]]] = {}
+    for name, ranges in sources if sums else ():
+        ends = [(r.first, r.first + r.size - 1) for r in ranges if r.size]
+        of = index.samples.shard_of(np.asarray(ends).reshape(-1)).reshape(-1, 2)  # type: ignore[attr-defined]
+        numbers = dict.fromkeys(n for first, last in of.tolist() for n in range(first, last + 1))
+        out[name] = [list(sums[n]) for n in numbers if sums[n].samples]
+    return out
+
+
+def _of_shards(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) -> str:
+    """What is different in the shards of a source, in words; "" where nothing is."""
+    was, now = [ShardSums(*s) for s in old], [ShardSums(*s) for s in new]
+    if [s[1:] for s in was] == [s[1:] for s in now]:
+        return ""  # they may have been moved or renamed
+    if len({s.name for s in was}) < len(was) or len({s.name for s in now}) < len(now):
+        was, now = ([s._replace(name=f"number {n + 1}") for n, s in enumerate(x)] for x in (was, now))
+    before, after = {s.name: s for s in was}, {s.name: s for s in now}
+    found = [f"shard {name} is gone" for name in before if name not in after]
+    found += [f"shard {name} is new" for name in after if name not in before]
+    for name in (name for name in before if name in after and before[name] != after[name]):
+        a, b = before[name], after[name]
+        if a.samples != b.samples:
+            what = f"had {a.samples} samples, now {b.samples}"
+        elif a.texts != b.texts:
+            what = "has other texts or keys"
+        else:
+            what = "has other pictures, sounds or videos under the same texts"
+        found.append(f"shard {name} {what}")
+    found = found or ["its shards come in another order"]
+    more = f", and {len(found) - MOST} more" if len(found) > MOST else ""
+    return ", ".join(found[:MOST]) + more
+
+
+def _in_shards(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> str:
+    """What is different in the shards of a source, behind a colon; a checkpoint of old may not say."""
+    was, now = (x.get("shards", {}).get(name) for x in (old, new))
+    found = _of_shards(was, now) if was and now else ""
+    return f": {found}" if found else ""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -120,10 +167,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             out.append(f"{what} was {'not there' if was is None else 'there'}")
         elif was != now:
             other = f"{was[0]} samples, now {now[0]}" if was[0] != now[0] else "other samples or epochs"
-            out.append(f"{what} had {other}")
+            out.append(f"{what} had {other}{_in_shards(old, new, name)}")
+        elif differ := _in_shards(old, new, name):
+            out.append(what + differ)
     if not out and old["weights"] != new["weights"]:
         out.append(f"the weights were {old['weights']}, now {new['weights']}")
-    for key in sorted({*old, *new} - {"sources", "weights"}):
+    for key in sorted({*old, *new} - {"sources", "weights", "shards"}):
         if old.get(key) != new.get(key):
             what = f"data.{key} was {old.get(key)}, now {new.get(key)}"
             out.append("other samples were left out" if key == "skipped" else what)

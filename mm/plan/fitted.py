@@ -17,7 +17,7 @@ import numpy as np
 
 from mm.data.columns.samples import Samples, Segments
 from mm.data.columns.table import Array, Numbers
-from mm.data.sample import Part, Sample, Segment, Tally, Views
+from mm.data.sample import Part, Sample, Segment, ShardSums, Tally, Views
 from mm.plan.inputs import PlanInputs
 from mm.plan.item_pieces import Encode, in_pieces, item_pieces
 from mm.plan.portions import Found, Lengths, Portions
@@ -207,6 +207,11 @@ class Fitted(Views):
     def shard_of(self, which: Numbers) -> Numbers:
         """By sample number, the number of its shard."""
         return self.base.shard_of(self.portions.find(which).sample)
+
+    @property
+    def shard_sums(self) -> tuple[ShardSums, ...]:
+        """By shard, digests of its samples as they are."""
+        return self.base.shard_sums
 
     def fingerprints(self, first: int, stop: int) -> Iterator[bytes]:
         """As of the samples themselves, and of those that are split their portions."""

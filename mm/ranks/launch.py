@@ -27,7 +27,7 @@ from mm.faults.blame import Post
 from mm.faults.failure import Failure
 from mm.faults.record import FlightRecord
 from mm.faults.watch import post_key
-from mm.ranks.rendezvous import PROGRESS_S, connect, meet, name_launch, of_start
+from mm.ranks.rendezvous import PROGRESS_S, check_same, connect, meet, name_launch, of_start
 from mm.ranks.stop import Requests, Stop, block_requests, on_request, unblock_requests
 
 if TYPE_CHECKING:
@@ -279,8 +279,11 @@ def choose_device(wanted: str, local_rank: int, local_ranks: int, cuda_devices: 
     return f"cuda:{local_rank}"
 
 
-def init_distributed(cfg: Config) -> RankInfo:
-    """Join the job's default process group. Its waits are bounded by run.timeout_s."""
+def init_distributed(cfg: Config, facts: Mapping[str, str] | None = None) -> RankInfo:
+    """Join the job's default process group. Its waits are bounded by run.timeout_s.
+
+    facts: what all ranks must have alike. Raises Refused where they do not.
+    """
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
@@ -303,6 +306,12 @@ def init_distributed(cfg: Config) -> RankInfo:
                 file=sys.stderr,
             )
     store = meet(rank, world, cfg.run.timeout_s)
+    if facts is not None:
+        facts = {**facts, "device": device.type}
+        if wrong := check_same(store, rank, world, "start", facts, cfg.run.timeout_s):
+            raise Refused(
+                f"ranks do not agree at the start: {wrong}; needed: one config, one code, the same packages"
+            )
     # The backend follows from the device: torch knows which one serves it.
     dist.init_process_group(
         dist.get_default_backend_for_device(device),

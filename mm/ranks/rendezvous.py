@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from mm.config.flat import said
 from mm.errors import PolyrankError
 
 if TYPE_CHECKING:
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SPARE_S = 1.0  # that the store has to tell of its own timeout
+MOST = 6  # keys, values and ranks that a message lists
 PROGRESS_S = 5.0  # seconds between two lines that name what is being waited for
 
 
@@ -108,3 +113,59 @@ def meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
         if rank == 0 and world > 1:
             print(f"all {world} ranks have started", flush=True)
         return store
+
+
+def check_same(
+    store: Store, rank: int, world: int, name: str, facts: Mapping[str, str], timeout_s: float
+) -> str:
+    """What `facts` differ between ranks, in words, the same on every rank; "" where none do.
+
+    name: of this comparison, of which a job makes each once. Every rank calls this. Raises PolyrankError
+    where others do not come within timeout_s. A rank sends a digest; of each digest one rank sends its facts,
+    where there are several.
+    """
+
+    def wait(keys: list[str]) -> list[str]:
+        store.wait([f"{name}/{key}" for key in keys], timedelta(seconds=timeout_s))
+        return [store.get(f"{name}/{key}").decode() for key in keys]
+
+    in_order = json.dumps(facts, sort_keys=True)
+    store.set(f"{name}/digest/{rank}", hashlib.sha256(in_order.encode()).hexdigest())
+    try:
+        digests: list[str] = []
+        if rank == 0:
+            digests = wait([f"digest/{r}" for r in range(world)])
+            first = [digests.index(d) for d in dict.fromkeys(digests)]
+            store.set(f"{name}/asked", json.dumps(first if len(first) > 1 else []))
+        asked: list[int] = json.loads(wait(["asked"])[0])
+        if rank in asked:
+            store.set(f"{name}/facts/{rank}", json.dumps(facts))
+        if rank == 0 and asked:
+            answers = zip(asked, wait([f"facts/{r}" for r in asked]), strict=True)
+            by_digest = {digests[r]: json.loads(theirs) for r, theirs in answers}
+            store.set(f"{name}/words", _differing([by_digest[d] for d in digests]))
+        return wait(["words"])[0] if asked else ""
+    except RuntimeError as error:
+        raise PolyrankError(
+            f"rank {rank} has waited {timeout_s:g} s (run.timeout_s) for the others to compare their {name}"
+        ) from error
+
+
+def _differing(facts: Sequence[Mapping[str, str]]) -> str:
+    """The keys that not all have alike, with the values and who has them."""
+    out = []
+    for key in dict.fromkeys(key for one in facts for key in one):
+        ranks = defaultdict(list)
+        for rank, one in enumerate(facts):
+            ranks[one.get(key, "not there")].append(rank)
+        if len(ranks) > 1:
+            values = [f"{said(value)} on {_ranks(who)}" for value, who in ranks.items()]
+            more = f" and {len(values) - MOST} other values" if len(values) > MOST else ""
+            out.append(f"{key} is {' and '.join(values[:MOST])}{more}")
+    more = f"; and {len(out) - MOST} more" if len(out) > MOST else ""
+    return "; ".join(out[:MOST]) + more
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    some = ", ".join(map(str, numbers[:MOST])) + (", .." if len(numbers) > MOST else "")
+    return f"rank {some}" if len(numbers) == 1 else f"ranks {some}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from mm.data.sample import Index
 from mm.ranks.skipped import Skip
+from mm.train.lines import Lines, forget_after
 
 if TYPE_CHECKING:
     from mm.train.boards import Board
@@ -49,13 +51,9 @@ class Console:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         # A resumed run goes on in the same files; one from the start begins them anew.
-        metrics = run_dir / METRICS
-        _forget_after(metrics, first)
-        self._metrics = metrics.open("a")
-        skipped = run_dir / SKIPPED
-        _forget_after(skipped, first)
-        self._skipped = skipped.open("a" if first else "w")
-        self._log = (run_dir / "log.txt").open("a" if first else "w")
+        self._metrics = self._open(METRICS, first)
+        self._skipped = self._open(SKIPPED, first, begin=not first)
+        self._log = Lines(run_dir / "log.txt", self._warn, begin=not first)
         if self._rich.is_terminal:
             columns = (
                 BarColumn(),
@@ -69,12 +67,16 @@ class Console:
             self._progress.start()
         self._began, self._first = time.monotonic(), first
 
+    def _open(self, name: str, step: int, *, begin: bool = False) -> Lines:
+        """A file of records, of which those after `step` are dropped."""
+        forget_after(self._run_dir / name, step, self._warn)
+        return Lines(self._run_dir / name, self._warn, begin=begin)
+
     def step(self, timed: TimedStep) -> None:
         """Show and write one step's metrics."""
         if not self.lead:
             return
         self._metrics.write(json.dumps(timed.to_json()) + "\n")
-        self._metrics.flush()
         metrics = timed.metrics
         self._say(step_line(timed, self.steps, self._eta(metrics.step)))
         if metrics.left_out:
@@ -95,8 +97,13 @@ class Console:
         self._plot(metrics.step, shown)
 
     def _plot(self, step: int, values: Mapping[str, float]) -> None:
-        for board in self.boards:
-            board.plot(step, {name: v for name, v in values.items() if math.isfinite(v)})
+        finite = {name: v for name, v in values.items() if math.isfinite(v)}
+        for board in [*self.boards]:
+            try:
+                board.plot(step, finite)
+            except OSError as error:
+                self.boards.remove(board)
+                self.warn(f"{type(board).__name__} gets no more numbers: {error}")
 
     def _eta(self, step: int) -> float:
         done = max(1, step - self._first)
@@ -109,12 +116,9 @@ class Console:
             return
         self._metrics.close()
         self._skipped.close()
-        for name in (METRICS, SKIPPED):
-            _forget_after(self._run_dir / name, step)
-        self._metrics, self._skipped = ((self._run_dir / name).open("a") for name in (METRICS, SKIPPED))
+        self._metrics, self._skipped = self._open(METRICS, step), self._open(SKIPPED, step)
         record = {"step": step, "went_back": {"from": last, "why": why, "left_out": list(batches)}}
         self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
         self.warn(
             f"after step {last} {why}; going on from the checkpoint of step {step} without the batches "
             f"{', '.join(batches)}"
@@ -127,7 +131,6 @@ class Console:
             return
         record = {"step": step, "eval_loss": result.loss, "modality_lift": dict(result.lift)}
         self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
         self._plot(step, {"eval_loss": result.loss, **{f"lift/{m}": v for m, v in result.lift.items()}})
         lifts = "  ".join(f"{m} lift {v:.3f}" for m, v in result.lift.items())
         self._say(f"evaluation after step {step}: loss {result.loss:.4f}  {lifts}")
@@ -158,9 +161,17 @@ class Console:
 
     def warn(self, text: str) -> None:
         """A line from whichever rank noticed."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        self._warn(text)
         if self.lead:
             self._log.write(f"warning: {text}\n")
+
+    def _warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    @property
+    def lost(self) -> int:
+        """Lines that could not be written."""
+        return sum(file.lost for file in (self._metrics, self._skipped, self._log)) if self.lead else 0
 
     def left_out(self, index: Index) -> None:
         """Write which samples are left out from the start, as step 0; a resumed run has them already."""
@@ -181,12 +192,10 @@ class Console:
     def _write_skipped(self, step: int, key: str, shard: str, why: str, **more: str) -> None:
         record = {"step": step, "key": key, "shard": shard, "why": why, **more}
         self._skipped.write(json.dumps(record) + "\n")
-        self._skipped.flush()
 
     def _say(self, text: str) -> None:
         self._rich.print(text, markup=False)
         self._log.write(text + "\n")
-        self._log.flush()
 
     def close(self) -> None:
         """Finish the bar and the files."""
@@ -195,7 +204,8 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
         for board in self.boards:
-            board.close()
+            with contextlib.suppress(OSError):
+                board.close()
         self._metrics.close()
         self._skipped.close()
         self._log.close()
@@ -223,19 +233,3 @@ def layer_values(metrics: StepMetrics) -> dict[str, float]:
         for what, found in (("gradient", layer.gradient), ("output", layer.output))
         for key, value in (asdict(found) if found is not None else {}).items()
     }
-
-
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drop the records of steps after `step`: a run that resumes makes them again.
-
-    A last line that a killed run left unfinished is dropped too.
-    """
-    kept = []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    metrics.write_text("".join(kept))

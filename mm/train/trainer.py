@@ -32,7 +32,7 @@ from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint
 from mm.plan.flops import step_flops
 from mm.plan.step_plan import Imbalance, StepPlan
-from mm.ranks.agree import claimed_by_one
+from mm.ranks.agree import check_same_data, claimed_by_one, facts_of
 from mm.ranks.feed import Feed, FeedOptions
 from mm.ranks.job import Data, Job, build_job, open_data, open_indexes
 from mm.ranks.launch import RankInfo, init_distributed, restarted
@@ -75,7 +75,7 @@ def train(runs: Sequence[Run], stop: Stop, last: Callable[[], object] = lambda: 
     Stages that are done are passed over. last: what to do before a rank is ended whose main thread hangs.
     Raises Told where a run cannot go on, once some rank has told why.
     """
-    rank = init_distributed(runs[0].blueprint.cfg)
+    rank = init_distributed(runs[0].blueprint.cfg, facts_of([(r.name, r.blueprint) for r in runs]))
     try:
         with (
             claimed_by_one([Path(run.blueprint.cfg.run.dir) for run in runs], rank),
@@ -135,6 +135,7 @@ def train_on(blueprint: Blueprint, rank: RankInfo, stop: Stop, before: Held | No
     once all steps are done, else None.
     """
     indexes = open_indexes(blueprint)
+    check_same_data(rank, blueprint, indexes)
     about = _introduce(blueprint, rank, indexes)
     if not blueprint.cfg.checkpoint.every:
         return _train_on(blueprint, rank, stop, before, (indexes, about), None)
@@ -161,7 +162,7 @@ def _train_on(
     resume, found = load_newest(job, train_data.index, run_dir)
     if found is not None:
         state = found
-        said.append(f"resumed from {resume} at step {state.step}")
+        said += [f"resumed from {resume} at step {state.step}", *state.changed]
     else:
         said += _start(job, before)
     if before is not None:
@@ -288,14 +289,16 @@ class _Loop:
             return True
         except StopRequested:
             self._finish_save()
-            self.console.info(f"stopped by a signal after step {self.done}")
+            lost = self._ends and not self.stop.requested
+            why = "files that cannot be written" if lost else "a signal"
+            self.console.info(f"stopped by {why} after step {self.done}")
             return False
 
     def _step(self) -> None:
         """One step, and the checkpoint and evaluation that are due after it. Raises StopRequested."""
         job, cfg = self.job, self.job.blueprint.cfg
         start = time.perf_counter()
-        metrics = train_step(job, self.feed, self.done, stop=self.stop.requested, guard=self.guard)
+        metrics = train_step(job, self.feed, self.done, stop=self._ends, guard=self.guard)
         stopping = metrics.stop
         self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
         self.done += 1
@@ -353,6 +356,12 @@ class _Loop:
     def close(self) -> None:
         """Stop what prepares steps."""
         self.feed.close()
+
+    @property
+    def _ends(self) -> bool:
+        """Whether this rank wants to end after the step."""
+        lost = self.console.lost and self.job.blueprint.cfg.run.unwritable == "stop"
+        return self.stop.requested or bool(lost)
 
     def _final_evaluation(self) -> None:
         if self.eval_data is None:

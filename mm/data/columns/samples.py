@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,7 +15,8 @@ import numpy as np
 from mm.data.columns.entries import TEXT
 from mm.data.columns.file import forget_pages
 from mm.data.columns.table import NO_CODE, Array, Numbers, Strings, Table
-from mm.data.sample import Part, Sample, Segment, Views
+from mm.data.remote.urls import public
+from mm.data.sample import Part, Sample, Segment, ShardSums, Views
 
 LARGE = 64 << 20  # bytes of a table, or of what lies between rows, whose pages are given back
 # Rows that lie apart, and views, until pages are given back: each maps what the page cache has as one piece.
@@ -209,6 +212,24 @@ class Samples(Views):
             keys = _keys_of(table, n, rows)
             yield b"".join(key + f" {sha}\n".encode() for key, sha in zip(keys, sums, strict=True))
             forget_pages(table)
+
+    @cached_property
+    def shard_sums(self) -> tuple[ShardSums, ...]:
+        """By shard, digests of its samples. O(parts), once."""
+        sizes = np.diff(self.first).tolist()
+        filled = zip(self._rows_by_shard(0, len(self)), self.fingerprints(0, len(self)), strict=True)
+        found = []
+        for shard, size in zip(self.shards, sizes, strict=True):
+            texts, parts = b"", b""
+            if size:
+                ((table, n), rows), texts = next(filled)
+                of = rows["parts"].astype(np.int64)
+                nth = np.arange(of.sum()) - np.repeat(np.cumsum(of) - of, of)
+                used = table.rows("parts", n)[np.repeat(rows["part"].astype(np.int64), of) + nth]
+                parts = np.ascontiguousarray(used[["sha256", "size"]]).tobytes()
+            name = public(shard.path).rpartition("/")[2]
+            found.append(ShardSums(name, size, *(hashlib.sha256(x).hexdigest()[:16] for x in (texts, parts))))
+        return tuple(found)
 
     def keys(self, first: int, stop: int) -> Iterator[bytes]:
         """The keys of samples first .. stop - 1 in UTF-8, without views."""

@@ -99,11 +99,16 @@ def test_what_does_not_fit_is_known_without_reading_tensors(saved: Any, tmp_path
         checkpoint.check_resume(blueprint, index, path)
 
     check(raw)
-    with pytest.raises(CheckpointError, match="written by a run with another"):
+    with pytest.raises(
+        CheckpointError, match=r"written by a run with another .*: run\.seed was 1, now 2; needed"
+    ):
         check({**raw, "run": {"seed": 2}})
     raw["model"]["vision"]["projector"]["hidden"] = 12
-    with pytest.raises(CheckpointError, match=r"vision\.projector.* has shape .*, this model needs"):
+    with pytest.raises(
+        CheckpointError, match=r"vision\.projector.* has shape .*, this model needs"
+    ) as caught:
         check(raw)
+    assert "of its config model.vision.projector.hidden was 24, now 12" in str(caught.value)
 
 
 WORLDS: list[tuple[int, dict[str, Any]]] = [(1, {}), (3, {}), (4, {"audio": {"tp": 4}, "llm": {"ep": 2}})]

@@ -54,7 +54,7 @@ def rows() -> dict[str, tuple[Any, str]]:
     return {
         key: (yaml.safe_load(default), re.sub(r" \(\[.*?\]\(.*?\)\)", "", text))
         for key, default, text in plain
-        if "." in key or key in ("layout", "stages")
+        if "." in key or key in ("layout", "elastic", "stages")
     }
 
 

@@ -37,9 +37,9 @@ from tests.mm.harness import small
 from tests.mm.shards import write_shard
 
 
-def picture(height: int, width: int) -> bytes:
+def picture(height: int, width: int, grey: int = 0) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.zeros((height, width), dtype=np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.full((height, width), grey, dtype=np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
