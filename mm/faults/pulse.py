@@ -75,7 +75,8 @@ class Pulse:
         self._answered = time.monotonic()
         self._lost = ""
         self._slept = 0.0
-        self._stacks = Stacks(place.timeout_s + EXIT_S)
+        # A rank that is alone makes nobody wait: one that was suspended for long may go on.
+        self._stacks = Stacks(place.timeout_s + EXIT_S, ends=place.world > 1)
         self._window = record.window = Window()
         self._watch: Watch | None = None
         self._threads = [
@@ -153,6 +154,13 @@ class Pulse:
     # the thread that looks
 
     def _guard(self) -> None:
+        try:
+            self._beat()
+        except Exception:  # a fault of ours must not end a run that is well
+            self._stacks.stop_timer()
+            self._say(f"warning: rank {self.place.rank} has lost its pulse\n{traceback.format_exc()}")
+
+    def _beat(self) -> None:
         beat, last = 0, time.monotonic()
         while not self._over.wait(BEAT_S if beat else 0.0) or self._failure is not None:
             now = time.monotonic()
@@ -295,7 +303,7 @@ class Pulse:
             return
         rank, text = verdict.rank, verdict.why
         if rank is not None:
-            text = f"rank {rank} {text}; others wait for it"
+            text = f"rank {rank} {text}"
         if not verdict.sure:
             asks = watch.callers()
             rank, text = None, f"ranks lost touch, and none of them is seen to be the reason: {asks}"
