@@ -14,11 +14,11 @@ SILENT_S = 3.0  # without a post for so long, a rank is silent: it posts every s
 class Post:
     """What a rank posts of itself.
 
-    beat: counts its posts. at: what it does, in words. waits: for other ranks, at `site`. still_s: for how
+    number: counts its posts. at: what it does, in words. waits: for other ranks, at `site`. still_s: for how
     long it has done or awaited just this. calls: why it asks who is to blame; "" does not. done: it has left.
     """
 
-    beat: int
+    number: int
     at: str
     waits: bool = False
     site: str = ""

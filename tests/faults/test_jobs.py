@@ -24,7 +24,7 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_jobs_survive_faults_and_name_the_rank_that_went_first(tmp_path: Path, processes: Any) -> None:
     # Hangs take the time of their time-outs, so both run at once.
     kinds = {
-        "hangs": ["--each", "--kinds=stop,keeps_the_interpreter,never_returns", "--steps=28"],
+        "hangs": ["--each", "--kinds=stop,keeps_the_interpreter,never_returns", "--steps=24"],
         "kills": ["--faults=10", "--kinds=kill,mid-save,kill,raises", "--steps=48"],
     }
     suites = {name: start(tmp_path / name, *arguments) for name, arguments in kinds.items()}

@@ -1,4 +1,4 @@
-"""A rank's pulse: two threads that post what it does, hear of failures, and end it where it cannot do so.
+"""A rank's heartbeat: two threads that post what it does, hear of failures, and end it where it cannot do so.
 
 One thread looks at the rank and never blocks; the other talks with the job's store. A rank makes two requests
 a second whatever the number of ranks, but for the lead, which reads all posts in one.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BEAT_S = 1.0
 SLEPT_S = 5.0  # a gap between two beats that only a stopped process or machine has
-JOIN_S = 5.0  # for the pulse's threads: one may still be ending a rank that hangs
+JOIN_S = 5.0  # for the heartbeat's threads: one may still be ending a rank that hangs
 GRACE_S = 1.5  # seconds that a rank has to end by itself once the job has failed
 VERDICT_S = 7.0  # longest wait for a verdict of another rank
 EXIT_S = 9.0  # beyond run.timeout_s: then C code ends a rank whose threads cannot run
@@ -49,8 +49,8 @@ class Place(NamedTuple):
     timeout_s: float
 
 
-class Pulse:
-    """Inside, this rank's pulse goes. An error that leaves it becomes the job's, and is told by one rank.
+class Heartbeat:
+    """Inside, this rank's heartbeat goes. An error that leaves it becomes the job's, and is told by one rank.
 
     connect: makes a connection to the job's store of this thread's own. run_dir: of the run, or of its first
     stage; may be changed. last: what to do before this process ends although its main thread hangs.
@@ -80,11 +80,11 @@ class Pulse:
         self._window = record.window = Window()
         self._watch: Watch | None = None
         self._threads = [
-            threading.Thread(target=target, name=f"pulse-{name}", daemon=True)
+            threading.Thread(target=target, name=f"heartbeat-{name}", daemon=True)
             for name, target in (("guard", self._guard), ("post", self._talk))
         ]
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> Heartbeat:
         for thread in self._threads:
             thread.start()
         return self
@@ -155,21 +155,21 @@ class Pulse:
 
     def _guard(self) -> None:
         try:
-            self._beat()
+            self._go_on()
         except Exception:  # a fault of ours must not end a run that is well
             self._stacks.stop_timer()
-            self._say(f"warning: rank {self.place.rank} has lost its pulse\n{traceback.format_exc()}")
+            self._say(f"warning: rank {self.place.rank} has lost its heartbeat\n{traceback.format_exc()}")
 
-    def _beat(self) -> None:
-        beat, last = 0, time.monotonic()
-        while not self._over.wait(BEAT_S if beat else 0.0) or self._failure is not None:
+    def _go_on(self) -> None:
+        number, last = 0, time.monotonic()
+        while not self._over.wait(BEAT_S if number else 0.0) or self._failure is not None:
             now = time.monotonic()
             if now - last > SLEPT_S:
                 self._slept += now - last
                 self._answered, self._still = now, (None, now)
-            last, beat = now, beat + 1
+            last, number = now, number + 1
             self._stacks.set_timer()
-            self._look(beat, now)
+            self._look(number, now)
             if self._failure is not None:
                 self._end(self._failure)
                 return
@@ -177,10 +177,10 @@ class Pulse:
             if silent > self.place.timeout_s or (self._lost and silent > LOST_S):
                 self._end_alone()
                 return
-        self._post = replace(self._post, beat=beat + 1, at="the end", done=True)
+        self._post = replace(self._post, number=number + 1, at="the end", done=True)
         self._wake.set()
 
-    def _look(self, beat: int, now: float) -> None:
+    def _look(self, number: int, now: float) -> None:
         """See what the main thread does, and call for a verdict where that has lasted too long."""
         site, entry = site_of(self._thread), self.record.now()
         waits, name = (site.waits, site.name) if site is not None else (False, "")
@@ -196,7 +196,7 @@ class Pulse:
             limit = self.place.timeout_s + BEAT_S if waits else None
         if limit is not None and still > limit and not self._calls:
             self._calls = "the time is over"
-        self._post = Post(beat, str(self.record), waits, name, round(still, 3), self._calls)
+        self._post = Post(number, str(self.record), waits, name, round(still, 3), self._calls)
         self._wake.set()
 
     def _end(self, failed: Failure) -> None:
@@ -305,6 +305,6 @@ class Pulse:
         if rank is not None:
             text = f"rank {rank} {text}"
         if not verdict.sure:
-            asks = watch.callers()
-            rank, text = None, f"ranks lost touch, and none of them is seen to be the reason: {asks}"
+            callers = watch.callers()
+            rank, text = None, f"ranks lost touch, and none of them is seen to be the reason: {callers}"
         self._take(failure.tell(store, Failure(text, rank, 1, watch.rank, hangs=True)))
