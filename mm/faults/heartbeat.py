@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -50,7 +51,7 @@ class Place(NamedTuple):
 
 
 class Heartbeat:
-    """Inside, this rank's heartbeat goes. An error that leaves it becomes the job's, and is told by one rank.
+    """Inside, this rank's heartbeat goes. An error that leaves telling() is told by one rank of the job.
 
     connect: makes a connection to the job's store of this thread's own. run_dir: of the run, or of its first
     stage; may be changed. last: what to do before this process ends although its main thread hangs.
@@ -92,19 +93,26 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        self._over.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(JOIN_S)
+        self._stacks.close()
+        self.record.window = None
+        self._window.close()
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error that leaves what is inside becomes the job's. What follows then has GRACE_S to end."""
         try:
-            if error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
-                self._tell(error)
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            self._tell(error)
         finally:
             self.record.forget()
             self.record.phase = "ending"
-            self._over.set()
-            self._wake.set()
-            for thread in self._threads:
-                thread.join(JOIN_S)
-            self._stacks.close()
-            self.record.window = None
-            self._window.close()
 
     # errors of this rank, in its main thread
 
@@ -202,10 +210,9 @@ class Heartbeat:
     def _end(self, failed: Failure) -> None:
         """The job has failed: keep what this rank was at, and see that it ends."""
         own = failed.teller == self.place.rank
-        if own and not failed.hangs:
-            return  # the main thread has told it, and ends
-        at = self._save(self._stacks.text())
-        if own:
+        # An error of this rank is told by the main thread, with its traceback.
+        at = self._save(self._stacks.text()) if failed.hangs or not own else ""
+        if own and failed.hangs:
             self._say(failed.text + f" (stacks and last actions of all ranks: {at})" * bool(at))
         if failed.hangs and failed.rank is not None and failed.rank != self.place.rank:
             self._end_culprit(failed.rank)

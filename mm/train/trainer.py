@@ -70,11 +70,12 @@ def train(runs: Sequence[Run], stop: Stop, last: Callable[[], object] = lambda: 
     Raises Told where a run cannot go on, once some rank has told why.
     """
     rank = init_distributed(runs[0].blueprint.cfg)
-    try:
-        with _heartbeat(runs[0], rank, last) as heartbeat:
-            _train_in_turn(runs, rank, stop, heartbeat)
-    finally:
-        dist.destroy_process_group()
+    with _heartbeat(runs[0], rank, last) as heartbeat:
+        try:
+            with heartbeat.telling():
+                _train_in_turn(runs, rank, stop, heartbeat)
+        finally:
+            dist.destroy_process_group()
 
 
 def _heartbeat(run: Run, rank: RankInfo, last: Callable[[], object]) -> Heartbeat:

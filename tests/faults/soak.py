@@ -108,8 +108,8 @@ def main(argv: Sequence[str]) -> int:
         f"{table(found) if found else 'no fault came'}\n{args.steps} steps, {len(found)} faults, seed {seed}"
     )
     print(
-        f"growth over the longest start, {len(longest) // 2} s: {more.mib:.1f} MiB, {more.threads:g} threads, "
-        f"{more.handles:g} handles"
+        f"growth over the longest start ({len(longest) // 2} s): {more.mib:.1f} MiB, "
+        f"{more.threads:g} threads, {more.handles:g} handles"
     )
     print("\n".join(wrong) or "weights and losses are the undisturbed run's, bit for bit")
     shutil.rmtree(folder)
