@@ -34,7 +34,9 @@ class RunConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the weights and of the samples' order")
     nproc: int = Field(4, ge=1, description="local ranks to start outside torchrun; --nproc overrides it")
-    timeout_s: float = Field(120.0, gt=0, description="longest wait for another rank, in seconds")
+    timeout_s: float = Field(
+        120.0, gt=0, description="longest wait for another rank, and longest action of a step, in seconds"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="cpu, cuda, or auto: CUDA where each local rank has a device"
     )

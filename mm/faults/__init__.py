@@ -2,5 +2,5 @@
 
 Each rank records what it does, posts it to the job's store once a second, and reads whether some rank has
 failed.
-Entry points: record.FlightRecord, blame.blame, pulse.Pulse, failure.Failure.
+Entry points: record.FlightRecord, blame.blame, heartbeat.Heartbeat, failure.Failure.
 """

@@ -14,11 +14,11 @@ SILENT_S = 3.0  # without a post for so long, a rank is silent: it posts every s
 class Post:
     """What a rank posts of itself.
 
-    beat: counts its posts. at: what it does, in words. waits: for other ranks, at `site`. still_s: for how
+    number: counts its posts. at: what it does, in words. waits: for other ranks, at `site`. still_s: for how
     long it has done or awaited just this. calls: why it asks who is to blame; "" does not. done: it has left.
     """
 
-    beat: int
+    number: int
     at: str
     waits: bool = False
     site: str = ""
@@ -81,13 +81,13 @@ def blame(ranks: Sequence[Seen]) -> Verdict:
         else:
             why = f"is silent for {worst.silent_s:.0f} s in {worst.post.at}; "
             why += "its machine is cut off, or code there never lets go of the interpreter"
-        return Verdict(worst.rank, why, True)
+        return Verdict(worst.rank, f"{why}; others wait for it", True)
     working = [r for r in left if not r.post.waits]
     if working:
         worst = max(working, key=_stuck_s)
         stuck = _stuck_s(worst)
         sure = stuck >= SILENT_S and stuck >= waited / 2
-        return Verdict(worst.rank, f"hangs for {stuck:.0f} s in {worst.post.at}", sure)
+        return Verdict(worst.rank, f"hangs for {stuck:.0f} s in {worst.post.at}; others wait for it", sure)
     listed = "; ".join(f"rank {r.rank} in {r.post.at} ({r.post.site})" for r in left[:8])
     more = f"; and {len(left) - 8} more" if len(left) > 8 else ""
     return Verdict(None, f"all ranks wait for each other: {listed}{more}", bool(left))

@@ -34,10 +34,10 @@ class Entry:
     ended: float = 0.0
 
     def __str__(self) -> str:
-        return f"{told(self.what)} in step {self.step}" if self.step else told(self.what)
+        return f"{described(self.what)} in step {self.step}" if self.step else described(self.what)
 
 
-def told(what: Action | str) -> str:
+def described(what: Action | str) -> str:
     """An entry's work in words, its module first where it has one."""
     if isinstance(what, str):
         return what
@@ -143,7 +143,7 @@ class FlightRecord:
         kept = [self._ring[i % n] for i in range(max(0, self.count - n), self.count)]
         return [
             {
-                "what": told(e.what),
+                "what": described(e.what),
                 "step": e.step,
                 "began_s_ago": round(now - e.began, 6),
                 "took_s": round(e.ended - e.began, 6) if e.ended else None,

@@ -53,14 +53,16 @@ _TURNS = "another turn"
 
 
 def _site(frame: FrameType | None) -> Site:
-    calls, at = [], frame
+    calls: list[tuple[str, int]] = []
+    at = frame
     while at is not None and len(calls) < _DEPTH:
         calls.append((at.f_code.co_name, at.f_lasti))
         at = at.f_back
     stack = hash(tuple(calls))
     for _ in calls:
         assert frame is not None
-        file, line = frame.f_code.co_filename, frame.f_lineno
+        # A frame that is being left may have no line.
+        file, line = frame.f_code.co_filename, frame.f_lineno or 0
         if not _passed_over(file):
             if file.endswith("parallel/comm/turns.py") and ".acquire(" in linecache.getline(file, line):
                 return Site(_TURNS, False, stack)

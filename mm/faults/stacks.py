@@ -19,11 +19,12 @@ WAIT_S = 1.5  # for the stacks of a process that was asked, and for its end
 class Stacks:
     """Open while a rank trains: stacks go to a file without a name, which ends with the process.
 
-    exit_s: a process whose timer is not set again for so long writes its stacks to stderr and ends itself.
+    exit_s: a process whose timer is not set again for so long writes its stacks to stderr. ends: and ends
+    itself.
     """
 
-    def __init__(self, exit_s: float) -> None:
-        self._exit_s = exit_s
+    def __init__(self, exit_s: float, *, ends: bool) -> None:
+        self._exit_s, self._ends = exit_s, ends
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  open while the rank trains
         faulthandler.register(SIGNAL, file=self._file, all_threads=True)
 
@@ -35,7 +36,11 @@ class Stacks:
     def set_timer(self) -> None:
         """Begin anew to count the seconds to the end. A thread that needs no interpreter counts them."""
         if sys.__stderr__ is not None:
-            faulthandler.dump_traceback_later(self._exit_s, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._exit_s, exit=self._ends, file=sys.__stderr__)
+
+    def stop_timer(self) -> None:
+        """Count no longer."""
+        faulthandler.cancel_dump_traceback_later()
 
     def text(self) -> str:
         """The stacks now."""
@@ -45,7 +50,7 @@ class Stacks:
 
     def close(self) -> None:
         """Nothing is written from here on."""
-        faulthandler.cancel_dump_traceback_later()
+        self.stop_timer()
         faulthandler.unregister(SIGNAL)
         self._file.close()
 

@@ -50,7 +50,7 @@ class Watch:
     def __init__(self, store: Store, rank: int, world: int, about: About) -> None:
         self._store, self.rank, self.world, self._host = store, rank, world, about.host
         self.abouts: dict[int, About] = {rank: about}
-        self._posts: dict[int, tuple[Post, float]] = {}  # with when its beat was new
+        self._posts: dict[int, tuple[Post, float]] = {}  # with when it was new
         self._ended: dict[int, float] = {}  # when it was found
         self._since = time.monotonic()
         for r in range(world) if rank == LEAD else (rank, LEAD):
@@ -64,7 +64,7 @@ class Watch:
         for r, value in zip(ranks, values[1:], strict=True):
             post = Post.parse(value.decode())
             before = self._posts.get(r)
-            if post is not None and (before is None or before[0].beat != post.beat):
+            if post is not None and (before is None or before[0].number != post.number):
                 self._posts[r] = post, now
         return bytes(values[0])
 

@@ -209,7 +209,7 @@ def _tell(store: Store, rank: int, number: int) -> None:
     """Tell the user, and the other ranks, that a signal has ended a rank."""
     text = f"rank {rank} was ended by {signal.Signals(number).name}"
     theirs = of_start(store)
-    if theirs.check([post_key(rank)]) and theirs.check([failure.KEY]):  # its pulse went
+    if theirs.check([post_key(rank)]) and theirs.check([failure.KEY]):  # its heartbeat went
         post = Post.parse(theirs.get(post_key(rank)).decode())
         text += f", last seen in {post.at}" if post is not None else ""
         own = Failure(text, rank, 1, failure.LAUNCHER)

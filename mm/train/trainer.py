@@ -26,7 +26,7 @@ from mm.data.sample import Index, Sample
 from mm.data.tokenizer import make_tokenizer
 from mm.data.tokenizer_files import keep_tokenizer
 from mm.errors import NonFinite, of_stage
-from mm.faults.pulse import Place, Pulse
+from mm.faults.heartbeat import Heartbeat, Place
 from mm.order.skips import Skips, Span
 from mm.plan.batches import Batches
 from mm.plan.blueprint import Blueprint
@@ -76,30 +76,29 @@ def train(runs: Sequence[Run], stop: Stop, last: Callable[[], object] = lambda: 
     Raises Told where a run cannot go on, once some rank has told why.
     """
     rank = init_distributed(runs[0].blueprint.cfg, facts_of([(r.name, r.blueprint) for r in runs]))
-    try:
-        with (
-            claimed_by_one([Path(run.blueprint.cfg.run.dir) for run in runs], rank),
-            _pulse(runs[0], rank, last) as pulse,
-        ):
-            _train_in_turn(runs, rank, stop, pulse)
-    finally:
-        dist.destroy_process_group()
+    folders = [Path(run.blueprint.cfg.run.dir) for run in runs]
+    with _heartbeat(runs[0], rank, last) as heartbeat:
+        try:
+            with heartbeat.telling(), claimed_by_one(folders, rank):
+                _train_in_turn(runs, rank, stop, heartbeat)
+        finally:
+            dist.destroy_process_group()
 
 
-def _pulse(run: Run, rank: RankInfo, last: Callable[[], object]) -> Pulse:
+def _heartbeat(run: Run, rank: RankInfo, last: Callable[[], object]) -> Heartbeat:
     place = Place(rank.rank, rank.world, os.environ.get("LOCAL_RANK", "0") == "0", rank.timeout_s)
     folder = Path(run.blueprint.cfg.run.dir)
-    return Pulse(place, partial(connect, rank.timeout_s), rank.record, folder, last)
+    return Heartbeat(place, partial(connect, rank.timeout_s), rank.record, folder, last)
 
 
-def _train_in_turn(runs: Sequence[Run], rank: RankInfo, stop: Stop, pulse: Pulse) -> None:
+def _train_in_turn(runs: Sequence[Run], rank: RankInfo, stop: Stop, heartbeat: Heartbeat) -> None:
     left = [run for run in runs if not (run.name and _done(run, rank))]
     for run in left[1:]:
         with of_stage(run.name):
             open_indexes(run.blueprint)  # a later stage's data is refused now, not when its turn comes
     before: Held | None = None
     for run in left:
-        pulse.run_dir = Path(run.blueprint.cfg.run.dir)
+        heartbeat.run_dir = Path(run.blueprint.cfg.run.dir)
         before = train_on(_started(run, rank), rank, stop, before)
         if before is None:
             return

@@ -1,11 +1,11 @@
 """Random faults at random moments in tiny real jobs that resume until they are done.
 
-    python -m tests.faults [--seed S] [--faults N] [--kinds kill,stop,..] [--steps N] [--json OUT] [--keep]
+    python -m tests.faults [--seed S] [--faults N | --each] [--kinds kill,..] [--steps N] [--json OUT]
 
 Each start of a job gets one fault, at a random moment some steps on, or in the midst of a save. Then every
 process must end by itself in time, one message must name the rank that went first, and the next start must
-resume. A job that is done must have learned what an undisturbed one learns, bit for bit. Prints a table; exit code
-1 where something fell short, with what the job said.
+resume. A job that is done must have learned what an undisturbed one learns, bit for bit. Prints a table; exit
+code 1 where something fell short, with what the job said.
 """
 
 from __future__ import annotations
@@ -178,6 +178,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--each", action="store_true", help="one fault of each kind, in their order")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", action="store_true", help="keep the runs' folders")
@@ -190,7 +191,8 @@ def main(argv: Sequence[str]) -> int:
     kinds = args.kinds.split(",")
     folder = Path(tempfile.mkdtemp(prefix="polyrank-faults-"))
     start = time.monotonic()
-    found = run(folder, [draw.choice(kinds) for _ in range(args.faults)], args.steps, draw)
+    chosen = kinds if args.each else [draw.choice(kinds) for _ in range(args.faults)]
+    found = run(folder, chosen, args.steps, draw)
     print(table(found))
     print(f"{len(found)} faults in {time.monotonic() - start:.0f} s, seed {seed}")
     if args.json:

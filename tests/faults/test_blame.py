@@ -62,7 +62,7 @@ def test_a_rank_at_its_own_work_is_to_blame(
     assert (
         found.rank == 100
         and found.sure
-        and found.why == (f"hangs for {hangs_s + late_s:.0f} s in sensor, forward")
+        and found.why == f"hangs for {hangs_s + late_s:.0f} s in sensor, forward; others wait for it"
     )
 
 

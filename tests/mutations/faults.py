@@ -9,6 +9,7 @@ from tests.mutations.of_compare import COMPARE
 from tests.mutations.of_corpora import CORPORA
 from tests.mutations.of_encoders import ENCODERS
 from tests.mutations.of_families import FAMILIES
+from tests.mutations.of_faults import FAULTY
 from tests.mutations.of_feeding import FEEDING
 from tests.mutations.of_folders import FOLDERS
 from tests.mutations.of_handover import HANDOVER
@@ -33,5 +34,5 @@ from tests.mutations.of_text import TEXT
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + STARTING + SEARCH + NUMERICS),
+    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + STARTING + SEARCH + NUMERICS + FAULTY),
 )

@@ -313,8 +313,8 @@ JOB = (
         "update.wait",
         "the loss is read before the step's message",
         "mm/train/step.py",
-        "StepResult(forward.losses, prepared",
-        "StepResult(forward.losses + 0 * forward.losses.sum().item(), prepared",
+        "StepResult(forward.losses,",
+        "StepResult(forward.losses + 0 * forward.losses.sum().item(),",
         "tests/mm/jobs/test_host_waits.py::test_alone_the_host_waits_once_a_step",
     ),
     Fault(

@@ -74,7 +74,7 @@ def test_a_line_of_metrics_has_these_keys_in_this_order() -> None:
     written = json.loads(json.dumps(record(1).to_json()))
     assert ",".join(written) == (
         "step,loss,tokens,lr,grad_norm,grad_norm_by_module,flops_by_module,peak_memory_bytes,data_s,"
-        "seconds_by_module,optimizer_s,boundary,objectives,loss_by_modality,loss_by_source,drawn_by_source,imbalance,skipped_items,step_s,tokens_per_s,"
+        "seconds_by_module,waited_s_by_module,slowest_rank,optimizer_s,boundary,objectives,loss_by_modality,loss_by_source,drawn_by_source,imbalance,skipped_items,step_s,tokens_per_s,"
         "tflops_per_device"
     )
     assert written["boundary"] == {

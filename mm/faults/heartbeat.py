@@ -1,4 +1,4 @@
-"""A rank's pulse: two threads that post what it does, hear of failures, and end it where it cannot do so.
+"""A rank's heartbeat: two threads that post what it does, hear of failures, and end it where it cannot do so.
 
 One thread looks at the rank and never blocks; the other talks with the job's store. A rank makes two requests
 a second whatever the number of ranks, but for the lead, which reads all posts in one.
@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 BEAT_S = 1.0
 SLEPT_S = 5.0  # a gap between two beats that only a stopped process or machine has
-JOIN_S = 5.0  # for the pulse's threads: one may still be ending a rank that hangs
+JOIN_S = 5.0  # for the heartbeat's threads: one may still be ending a rank that hangs
 GRACE_S = 1.5  # seconds that a rank has to end by itself once the job has failed
 VERDICT_S = 7.0  # longest wait for a verdict of another rank
 EXIT_S = 9.0  # beyond run.timeout_s: then C code ends a rank whose threads cannot run
@@ -49,8 +50,8 @@ class Place(NamedTuple):
     timeout_s: float
 
 
-class Pulse:
-    """Inside, this rank's pulse goes. An error that leaves it becomes the job's, and is told by one rank.
+class Heartbeat:
+    """Inside, this rank's heartbeat goes. An error that leaves telling() is told by one rank of the job.
 
     connect: makes a connection to the job's store of this thread's own. run_dir: of the run, or of its first
     stage; may be changed. last: what to do before this process ends although its main thread hangs.
@@ -75,15 +76,16 @@ class Pulse:
         self._answered = time.monotonic()
         self._lost = ""
         self._slept = 0.0
-        self._stacks = Stacks(place.timeout_s + EXIT_S)
+        # A rank that is alone makes nobody wait: one that was suspended for long may go on.
+        self._stacks = Stacks(place.timeout_s + EXIT_S, ends=place.world > 1)
         self._window = record.window = Window()
         self._watch: Watch | None = None
         self._threads = [
-            threading.Thread(target=target, name=f"pulse-{name}", daemon=True)
+            threading.Thread(target=target, name=f"heartbeat-{name}", daemon=True)
             for name, target in (("guard", self._guard), ("post", self._talk))
         ]
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> Heartbeat:
         for thread in self._threads:
             thread.start()
         return self
@@ -91,19 +93,26 @@ class Pulse:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
+        self._over.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(JOIN_S)
+        self._stacks.close()
+        self.record.window = None
+        self._window.close()
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error that leaves what is inside becomes the job's. What follows then has GRACE_S to end."""
         try:
-            if error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
-                self._tell(error)
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            self._tell(error)
         finally:
             self.record.forget()
             self.record.phase = "ending"
-            self._over.set()
-            self._wake.set()
-            for thread in self._threads:
-                thread.join(JOIN_S)
-            self._stacks.close()
-            self.record.window = None
-            self._window.close()
 
     # errors of this rank, in its main thread
 
@@ -153,15 +162,22 @@ class Pulse:
     # the thread that looks
 
     def _guard(self) -> None:
-        beat, last = 0, time.monotonic()
-        while not self._over.wait(BEAT_S if beat else 0.0) or self._failure is not None:
+        try:
+            self._go_on()
+        except Exception:  # a fault of ours must not end a run that is well
+            self._stacks.stop_timer()
+            self._say(f"warning: rank {self.place.rank} has lost its heartbeat\n{traceback.format_exc()}")
+
+    def _go_on(self) -> None:
+        number, last = 0, time.monotonic()
+        while not self._over.wait(BEAT_S if number else 0.0) or self._failure is not None:
             now = time.monotonic()
             if now - last > SLEPT_S:
                 self._slept += now - last
                 self._answered, self._still = now, (None, now)
-            last, beat = now, beat + 1
+            last, number = now, number + 1
             self._stacks.set_timer()
-            self._look(beat, now)
+            self._look(number, now)
             if self._failure is not None:
                 self._end(self._failure)
                 return
@@ -169,10 +185,10 @@ class Pulse:
             if silent > self.place.timeout_s or (self._lost and silent > LOST_S):
                 self._end_alone()
                 return
-        self._post = replace(self._post, beat=beat + 1, at="the end", done=True)
+        self._post = replace(self._post, number=number + 1, at="the end", done=True)
         self._wake.set()
 
-    def _look(self, beat: int, now: float) -> None:
+    def _look(self, number: int, now: float) -> None:
         """See what the main thread does, and call for a verdict where that has lasted too long."""
         site, entry = site_of(self._thread), self.record.now()
         waits, name = (site.waits, site.name) if site is not None else (False, "")
@@ -188,16 +204,15 @@ class Pulse:
             limit = self.place.timeout_s + BEAT_S if waits else None
         if limit is not None and still > limit and not self._calls:
             self._calls = "the time is over"
-        self._post = Post(beat, str(self.record), waits, name, round(still, 3), self._calls)
+        self._post = Post(number, str(self.record), waits, name, round(still, 3), self._calls)
         self._wake.set()
 
     def _end(self, failed: Failure) -> None:
         """The job has failed: keep what this rank was at, and see that it ends."""
         own = failed.teller == self.place.rank
-        if own and not failed.hangs:
-            return  # the main thread has told it, and ends
-        at = self._save(self._stacks.text())
-        if own:
+        # An error of this rank is told by the main thread, with its traceback.
+        at = self._save(self._stacks.text()) if failed.hangs or not own else ""
+        if own and failed.hangs:
             self._say(failed.text + f" (stacks and last actions of all ranks: {at})" * bool(at))
         if failed.hangs and failed.rank is not None and failed.rank != self.place.rank:
             self._end_culprit(failed.rank)
@@ -295,8 +310,8 @@ class Pulse:
             return
         rank, text = verdict.rank, verdict.why
         if rank is not None:
-            text = f"rank {rank} {text}; others wait for it"
+            text = f"rank {rank} {text}"
         if not verdict.sure:
-            asks = watch.callers()
-            rank, text = None, f"ranks lost touch, and none of them is seen to be the reason: {asks}"
+            callers = watch.callers()
+            rank, text = None, f"ranks lost touch, and none of them is seen to be the reason: {callers}"
         self._take(failure.tell(store, Failure(text, rank, 1, watch.rank, hangs=True)))

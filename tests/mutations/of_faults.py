@@ -1,0 +1,75 @@
+"""Faults in what a job does about faults."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+_BLAME = "tests/faults/test_blame.py"
+_RECORD = "tests/faults/test_record.py"
+
+FAULTY = (
+    Fault(
+        "blame.silent",
+        "a short pause is blamed for a long wait",
+        "mm/faults/blame.py",
+        "r.silent_s >= max(SILENT_S, waited / 2)",
+        "r.silent_s >= SILENT_S",
+        f"{_BLAME}::test_a_pause_that_is_shorter_than_half_of_the_wait_is_no_reason",
+    ),
+    Fault(
+        "blame.working",
+        "a rank that only waits is blamed",
+        "mm/faults/blame.py",
+        "working = [r for r in left if not r.post.waits]",
+        "working = left",
+        f"{_BLAME}::test_who_only_waits_is_innocent",
+    ),
+    Fault(
+        "blame.done",
+        "a rank that has left is blamed",
+        "mm/faults/blame.py",
+        "left = [r for r in ranks if not r.post.done]",
+        "left = list(ranks)",
+        f"{_BLAME}::test_who_has_left_is_innocent",
+    ),
+    Fault(
+        "blame.before",
+        "the time at work before a rank fell silent does not count",
+        "mm/faults/blame.py",
+        "return rank.silent_s + (0.0 if rank.post.waits else rank.post.still_s)",
+        "return rank.silent_s",
+        f"{_BLAME}::test_a_rank_at_its_own_work_is_to_blame",
+    ),
+    Fault(
+        "failure.first",
+        "the last failure is the job's, not the first",
+        "mm/faults/failure.py",
+        "return read(store.compare_set(KEY, NONE, json.dumps(asdict(failure)))) or failure",
+        "return store.set(KEY, json.dumps(asdict(failure))) or failure",
+        f"{_RECORD}::test_the_first_failure_is_the_jobs",
+    ),
+    Fault(
+        "sites.ours",
+        "a plug-in that waits for itself passes for a wait for other ranks",
+        "mm/faults/sites.py",
+        'return (ours or "torch/distributed/" in file) and',
+        "return",
+        f"{_RECORD}::test_a_thread_at_a_message_waits_and_one_in_a_plug_in_works",
+    ),
+    Fault(
+        "record.pair",
+        "the second action of a pair ends what is around it",
+        "mm/faults/record.py",
+        "if self._open and not isinstance(self._open[-1].what, str):",
+        "if self._open:",
+        f"{_RECORD}::test_the_last_entry_without_an_end_is_what_a_rank_does",
+    ),
+    Fault(
+        "stragglers.median",
+        "the slowest rank is named with the module that is largest everywhere",
+        "mm/train/stragglers.py",
+        "float(s[rank] - np.median(s[s > 0]))",
+        "float(s[rank])",
+        "tests/mm/train/test_stragglers.py",
+    ),
+)
