@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.checkpoint.alone import alone
+from mm.checkpoint.alone import save_alone
 from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError
 from parallel import checkpoint as store
@@ -56,8 +56,7 @@ def average_checkpoints(out: Path, paths: Sequence[Path], weights: Sequence[floa
         raise CheckpointError(
             f"cannot average: {out} has a checkpoint of step {step}; needed: another folder"
         )
-    with alone():
-        path = store.save(out, step, store.Lazy(mean.shapes, mean), state, keep=0)
+    path = save_alone(out, step, store.Lazy(mean.shapes, mean), state)
     kept = paths[-1].parent / KEPT
     if kept.is_dir() and kept != out / KEPT:
         shutil.copytree(kept, out / KEPT, dirs_exist_ok=True)

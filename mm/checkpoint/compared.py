@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mm.checkpoint.course import changes, config_of
+from mm.config.flat import said
 from mm.errors import CheckpointError
 from parallel import checkpoint as store
 from parallel.sharding.optim import RULES
@@ -38,26 +40,10 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, by dotted name."""
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from flat(inner, f"{at}.{key}" if at else str(key))
-    else:
-        yield at, value
-
-
-def config_lines(one: Any, other: Any) -> list[str]:
+def config_lines(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Keys of two configs that differ, a line each, those of layouts last."""
-    ours, theirs = dict(flat(one)), dict(flat(other))
-    none = object()
-    differ = [k for k in {**ours, **theirs} if ours.get(k, none) != theirs.get(k, none)]
-    differ.sort(key=lambda k: k.startswith("layout."))
-    return [f"{k}: {_value(ours, k)} | {_value(theirs, k)}" for k in differ]
-
-
-def _value(found: Mapping[str, Any], key: str) -> str:
-    return repr(found[key]) if key in found else "not there"
+    differ = sorted(changes(one, other), key=lambda c: c.key.startswith("layout."))
+    return [f"{c.key}: {said(c.was)} | {said(c.now)}" for c in differ]
 
 
 def diff_text(one: Path, other: Path, *, everything: bool = False) -> str:
@@ -70,7 +56,7 @@ def diff_text(one: Path, other: Path, *, everything: bool = False) -> str:
         states = [store.sound_state(path, store.verify) for path in (one, other)]
         opened = [store.Opened(path) for path in (one, other)]
         lines = [f"{one}: after step {states[0]['step']}", f"{other}: after step {states[1]['step']}"]
-        keys = config_lines(*(state.get("config") or {} for state in states))
+        keys = config_lines(*(config_of(state) for state in states))
         lines.append(f"config: {len(keys)} keys differ" if keys else "config: equal")
         lines += _first(keys, everything)
         tensors = _tensor_lines(*opened, everything)

@@ -41,6 +41,12 @@ class _Absent:
 ABSENT = _Absent()
 
 
+def config_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the run that wrote a checkpoint; empty where it has none, as an imported one."""
+    config = state.get("config")
+    return config if isinstance(config, dict) else {}
+
+
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The keys whose values are different in two configs (mm.config.schema.shown), by dotted name."""
     old, new = dict(flat(was)), dict(flat(now))

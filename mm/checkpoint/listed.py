@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from mm.checkpoint.course import config_of
 from mm.checkpoint.kept import reasons
 from mm.config.build import build
 from mm.config.schema import CheckpointConfig
@@ -37,12 +38,6 @@ def list_text(run: Path, *, sums: bool = False) -> str:
         lines.append(f"{path.name}{latest}: {'; '.join(part for part in parts if part)}")
     lines += [f"{p.name}: {_size(p) / 2**20:.1f} MiB; {what}" for p, what in _others(run)]
     return "\n".join(lines)
-
-
-def config_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the run that wrote a checkpoint; empty where it has none, as an imported one."""
-    config = state.get("config")
-    return config if isinstance(config, dict) else {}
 
 
 def layout_text(config: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mm.checkpoint.course import changes, refused, worth_saying
+from mm.checkpoint.course import changes, config_of, refused, worth_saying
 from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index
@@ -151,8 +151,11 @@ def load(job: Job, index: Index, path: Path) -> Resumed:
     except store.BadCheckpoint as error:
         raise _unfit(error, job.blueprint, path) from error
     changed = _check_same_run(state, job.blueprint, index, path)
-    bad, drawn = frozenset(state["bad_samples"]), Drawn.from_json(state["drawn"])
-    return Resumed(state["step"], bad, drawn, state.get("guard", EMPTY), tuple(changed))
+    bad = state.get("bad_samples")
+    if not isinstance(bad, list) or any(type(sample) is not int for sample in bad):
+        raise CheckpointError(f"{path}: {store.STATE} does not say which samples are bad")
+    drawn, guard = Drawn.from_json(state["drawn"]), state.get("guard", EMPTY)
+    return Resumed(state["step"], frozenset(bad), drawn, guard, tuple(changed))
 
 
 def _unfit(error: store.BadCheckpoint, blueprint: Blueprint, path: Path) -> CheckpointError:
@@ -187,7 +190,7 @@ def model_shapes(blueprint: Blueprint, module: str) -> dict[str, tuple[int, ...]
 
 def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index, path: Path) -> list[str]:
     """Lines on what of the config is different. Raises CheckpointError where a run cannot go on so."""
-    found = changes(state.get("config", {}), shown(blueprint.cfg))
+    found = changes(config_of(state), shown(blueprint.cfg))
     if state.get("fingerprint") != fingerprint(blueprint) or "drawn" not in state:
         why = refused(found) if "config" in state else "its state names no config"
         raise CheckpointError(
@@ -195,10 +198,13 @@ def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index
             f"{why or 'the tokenizer has another vocabulary'}; needed: the values that it had, or another "
             "run.dir, started by checkpoint.weights, or afresh here with checkpoint.resume=none"
         )
-    drawn = Drawn.from_json(state["drawn"])
-    drawn.going_on(state["step"], Skips.parse(blueprint.cfg.data.skip))
-    now = history(blueprint.cfg, index, state["step"], drawn.cursor, drawn.left_out)
-    wrong = differences(state["data"], now)
+    try:
+        drawn = Drawn.from_json(state["drawn"])
+        drawn.going_on(state["step"], Skips.parse(blueprint.cfg.data.skip))
+        now = history(blueprint.cfg, index, state["step"], drawn.cursor, drawn.left_out)
+        wrong = differences(state["data"], now)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {store.STATE} does not say what was drawn of the data") from error
     if wrong:
         raise CheckpointError(
             f"{path} was written by a run with other data: {'; '.join(wrong)}. A run goes on where nothing "
@@ -226,11 +232,8 @@ def inspect_text(path: Path) -> str:
 
 def verify_text(path: Path) -> str:
     """A line that a checkpoint is undamaged; raises CheckpointError naming every damaged file."""
-    wrong = store.verify(path)
-    if wrong:
-        raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
     try:
-        store.read_state(path), store.describe(path)
+        store.sound_state(path, store.verify)
     except store.BadCheckpoint as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{path}: {error}") from error
     return f"{path}: whole"

@@ -303,6 +303,11 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
             "train.spike goes back to the last checkpoint, and checkpoint.every=0 writes none; nearest: "
             "checkpoint.every=100"
         )
+    if cfg.checkpoint.keep_best == "eval_loss" and not (cfg.data.eval and cfg.eval.every):
+        raise Refused(
+            "checkpoint.keep_best=eval_loss, but nothing is evaluated while the run goes on; needed: "
+            "data.eval and eval.every, or checkpoint.keep_best=loss"
+        )
     if cfg.eval.average and cfg.train.average is None:
         raise Refused("eval.average, but no average is kept; needed: train.average, such as 0.999")
     return cfg
