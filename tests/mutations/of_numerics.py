@@ -23,7 +23,7 @@ NUMERICS = (
         "mm/train/update.py",
         "        layer.load.zero_()",
         "        layer.load.add_(0)",
-        f"{GUARD}a_step_that_is_not_finite_leaves_everything_as_it_was",
+        f"{GUARD}nothing_of_a_step_that_is_left_out_enters_the_next",
     ),
     Fault(
         "blame.order",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mm.checkpoint.alone import alone
+from mm.checkpoint import alone as one_process
 from mm.checkpoint.finite import names_not_finite
 from mm.checkpoint.saver import save
 from mm.config.training import SpikeConfig, TrainConfig
@@ -123,7 +123,7 @@ def test_a_poisoned_checkpoint_is_named_and_an_older_one_is_taken(tmp_path: Path
         name = next(k for k in tensors if k.startswith("llm.layers"))
         tensors[name].view(-1)[-1] = torch.nan
         state.pop("step")
-        with alone():
+        with one_process.alone():
             store.save(tmp_path / "run", step, tensors, state, keep=0)
         ended = run(path, "train.steps=2", "train.warmup=0")
         if step == 2:
@@ -220,6 +220,8 @@ def broken_once(raw: dict[str, Any], rank: int, broken: bool) -> list[Any]:
             missed = train_step(job, feed, 1, guard=guard)
             assert f"rows of module vision are not finite on rank {rank}" in missed.left_out
             assert guard.left_out == [1]
+            llm: Any = job.parts["llm"].values()
+            assert not any(layer.load.any() for part in llm for layer in part.moe_layers())
             if handle is not None:
                 handle.remove()
             after = weigh(job)
@@ -229,6 +231,14 @@ def broken_once(raw: dict[str, Any], rank: int, broken: bool) -> list[Any]:
         last = train_step(job, feed, 2, guard=guard)
         held = {name: value for name, (_, value) in weigh(job).items()}
         return [last.loss, dict(last.grad_norm_by_module), held]
+
+
+def test_nothing_of_a_step_that_is_left_out_enters_the_next(alone: Any) -> None:
+    raw = small()
+    raw["train"] |= {"nonfinite": "skip", "global_batch": 4}
+    (ours,), (theirs,) = (alone(1, broken_once, raw, 0, broken) for broken in (True, False))
+    assert ours[:2] == theirs[:2]
+    assert all(np.array_equal(value, theirs[2][name]) for name, value in ours[2].items())
 
 
 @pytest.mark.parametrize("layout", on_demand(LAYOUTS, ["colocated", "disjoint, pipeline"]))
