@@ -27,8 +27,8 @@ SEARCH = (
         "bound.tail",
         "the gradients' way back is taken to be that of all stages",
         "mm/search/bound.py",
-        "tail = sink.least * sum(sink.early[:pp])",
-        "tail = sink.least * sum(sink.early)",
+        "tail = last * sum(sink.early[:pp])",
+        "tail = last * sum(sink.early)",
         "tests/mm/search/test_bound.py::test_a_step_takes_no_less",
     ),
     Fault(

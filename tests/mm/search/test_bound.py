@@ -75,6 +75,7 @@ def demands(draw: st.DrawFn, pp: int, vpp: int, loads: list[float], split: bool)
         kept=each(stages),
         mean=sum(loads) / len(loads),
         least=min(loads),
+        ends=(loads[0], loads[-1]),
     )
 
 
