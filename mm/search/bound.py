@@ -24,8 +24,8 @@ class Demand(NamedTuple):
 
     Of computations, by virtual stage (stage s is on pipeline rank s % pp), in seconds of one micro-batch of
     mean load: forward; backward; early: of the backward, what the stage before waits for.
-    mean, least: load of a mean micro-batch, and of the one with least; ends: of the sink's first and last one,
-        None where they are not known. fixed: further seconds of a step.
+    mean, least: load of a mean micro-batch, and of the one with least; ends: of the sink's first and last
+        one, None where they are not known. fixed: further seconds of a step.
     update: seconds of the optimizer, on the pipeline rank that takes longest. before: seconds from the start
         of the step until the first computation can begin, such as for a gather of weights. after: from the
         end of the last one. hop: seconds of hidden states from one stage to the next.
