@@ -24,7 +24,8 @@ class Demand(NamedTuple):
 
     Of computations, by virtual stage (stage s is on pipeline rank s % pp), in seconds of one micro-batch of
     mean load: forward; backward; early: of the backward, what the stage before waits for.
-    mean, least: load of a mean micro-batch, and of the one with least. fixed: further seconds of a step.
+    mean, least: load of a mean micro-batch, and of the one with least; ends: of the sink's first and last
+        one, None where they are not known. fixed: further seconds of a step.
     update: seconds of the optimizer, on the pipeline rank that takes longest. before: seconds from the start
         of the step until the first computation can begin, such as for a gather of weights. after: from the
         end of the last one. hop: seconds of hidden states from one stage to the next.
@@ -48,6 +49,7 @@ class Demand(NamedTuple):
     hop: float = 0.0
     mean: float = 1.0
     least: float = 0.0
+    ends: tuple[float, float] | None = None
     fixed: float = 0.0
     uneven: float = 0.0
     thin: float = 0.0
@@ -142,9 +144,10 @@ class _Chain:
     def seconds(self, pp: int, others: Sequence[tuple[Demand, int]], after: float) -> float:
         """On a pipeline rank, with encoders on the same ranks. after: from its last computation on."""
         sink, m = self.sink, self.m
-        head = self.start + sink.least * sum(sink.forward[:pp]) + sink.hop * pp
+        first, last = sink.ends or (sink.least, sink.least)
+        head = self.start + first * sum(sink.forward[:pp]) + sink.hop * pp
         head = max(head, sink.before)
-        tail = sink.least * sum(sink.early[:pp]) + sink.hop * pp + self.end
+        tail = last * sum(sink.early[:pp]) + sink.hop * pp + self.end
         early = sink.seconds(pp, sink.forward, m) + sink.seconds(pp, sink.early, m)
         before = sum(d.seconds(k, d.forward, m) for d, k in others)
         behind = sum(d.seconds(k, d.backward, m) for d, k in others)

@@ -58,11 +58,12 @@ class Cost(NamedTuple):
 
 class Mean(NamedTuple):
     """A micro-batch of mean load, by stage, launches in its parts. least, most: load of the lightest and of
-    the heaviest micro-batch over that; None where it is not known."""
+    the heaviest micro-batch over that, ends: of the first and the last; None where it is not known."""
 
     stages: Sequence[Cost]
     least: float
     most: float | None
+    ends: tuple[float, float] | None = None
 
 
 class Unit(NamedTuple):

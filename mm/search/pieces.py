@@ -142,4 +142,5 @@ class Pieces:
             kept=tuple(c.kept for c in costs),
             hop=self._priced.hop(choice, size) if size else 0.0,
             least=mean.least,
+            ends=mean.ends,
         )

@@ -46,7 +46,8 @@ class Sink:
         mean = sum(loads) / microbatches
         light = dealt.light / d.cp / load.tokens
         costs = [c.with_launches().scaled(mean)._replace(kept=c.kept * light, out=c.out) for c in found]
-        return Mean(costs, loads[order[0]] / mean, loads[order[-1]] / mean)
+        ends = loads[0] / mean, loads[-1] / mean
+        return Mean(costs, loads[order[0]] / mean, loads[order[-1]] / mean, ends)
 
     def envelope(self, choice: Choice, microbatches: int, again: Again) -> Mean:
         """At least, from the costs of its documents alone; no bytes."""
@@ -54,8 +55,10 @@ class Sink:
         costs = self.load.dealt(choice.dp, microbatches).costs
         mean, unit = sum(costs) / microbatches, self._unit(d, again)
         out = [c.scaled(mean).plus(launched).with_launches() for c, launched in unit.stages]
-        least = min(costs) / mean * unit.even if mean else 0.0
-        return Mean(out, least if microbatches > 1 else 1.0, None)
+        if microbatches == 1 or not mean:
+            return Mean(out, float(microbatches == 1), None)
+        least, first, last = (x / mean * unit.even for x in (min(costs), costs[0], costs[-1]))
+        return Mean(out, least, None, (first, last))
 
     def _unit(self, d: Degrees, again: Again) -> Unit:
         """The least that documents cost here, for each FLOP by which they are dealt."""

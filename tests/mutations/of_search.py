@@ -27,9 +27,9 @@ SEARCH = (
         "bound.tail",
         "the gradients' way back is taken to be that of all stages",
         "mm/search/bound.py",
-        "tail = sink.least * sum(sink.early[:pp])",
-        "tail = sink.least * sum(sink.early)",
-        "tests/mm/search/test_bound.py::test_a_step_takes_no_less",
+        "tail = last * sum(sink.early[:pp])",
+        "tail = last * sum(sink.early)",
+        "tests/mm/search/test_bound.py::test_the_bound_of_an_even_pipeline_is_its_step",
     ),
     Fault(
         "first.proof",

@@ -75,6 +75,7 @@ def demands(draw: st.DrawFn, pp: int, vpp: int, loads: list[float], split: bool)
         kept=each(stages),
         mean=sum(loads) / len(loads),
         least=min(loads),
+        ends=(loads[0], loads[-1]),
     )
 
 
@@ -174,3 +175,12 @@ def test_what_is_not_decided_bounds_all_its_options(case: Case, data: st.DataObj
         encoders = [*rest, replace(case.placed(name), demand=option)]
         assert seconds <= seconds_bound(case.placed("llm"), encoders, (), m)
         assert byte <= bytes_bound(case.placed("llm"), encoders, (), case.kind, m)
+
+
+def test_the_bound_of_an_even_pipeline_is_its_step() -> None:
+    """m micro-batches, and one more for each further pipeline rank."""
+    each = (1.0, 1.0)
+    demand = Demand(2, each, (2.0, 2.0), (2.0, 2.0), held=(0.0, 0.0), kept=each, least=1.0, ends=each)
+    case = Case("1f1b", 3, {"llm": demand}, {"llm": BLOCKS["all"]}, {}, {}, {})
+    found = seconds_bound(case.placed("llm"), (), (), 3)
+    assert found == pytest.approx(12.0) == simulate(case.plan(), case.costs()).seconds
