@@ -149,7 +149,7 @@ class _Walk:
         trained = [k for k, o in enumerate(self.rank.units[key]) if o.unit.whole.trained]
         if not trained:
             return
-        early = self._early(key) if within else []
+        early = [*self._early(key), *self._routers(key)] if within else []
         late = [k for k in trained if k not in early]
         if self._sums(a):
             self._sum(key, early, str(a), looks=False)
@@ -174,6 +174,15 @@ class _Walk:
         where an axis splits them otherwise than other weights."""
         found = enumerate(zip(self.rank.units[key], self.blueprint.weights(*key), strict=True))
         return [k for k, (o, w) in found if w[0].expert and o.unit.whole.trained]
+
+    def _routers(self, key: tuple[str, int]) -> list[int]:
+        """Units of routers, which compute in the dtype of storage: hidden states enter them, unlike scans' scalars."""
+        found = enumerate(self.blueprint.weights(*key))
+        return [
+            k
+            for k, w in found
+            if w[0].trained and not w[0].expert and w[0].item != self.item and len(w[0].shape) > 1
+        ]
 
     def _sum(self, key: tuple[str, int], units: Sequence[int], during: str, *, looks: bool = True) -> None:
         """Sum gradients of units over the data ranks: for each a buffer of all, from which its shard comes.

@@ -47,7 +47,11 @@ class Level(NamedTuple):
     ) -> Level:
         """With more of each."""
         return Level(
-            self.kept + kept, self.passing + passing, self.gradients + gradients, self.done + done, self.ending
+            self.kept + kept,
+            self.passing + passing,
+            self.gradients + gradients,
+            self.done + done,
+            self.ending,
         )
 
 
