@@ -26,13 +26,13 @@ def _model(blueprint: Blueprint) -> Iterator[str]:
         if llm.window is not None:
             yield f"keys beyond the window of {llm.window} tokens are counted as if they were read"
         if llm.attention_cap is not None or llm.attention_sinks:
-            yield "bounds of attention's scores and sinks cost nothing: kernels are taken to be fused all the same"
+            yield "bounds of attention's scores and sinks are counted as if they cost nothing"
     if "E" in llm.kinds and layout.ep > 1 and llm.dispatcher == "all_gather":
-        yield "tokens are counted as sent to their experts (all_to_all), where model.llm.dispatcher=all_gather"
+        yield "model.llm.dispatcher=all_gather is counted as all_to_all: tokens go to their experts alone"
     if llm.mtp_layers > 1 and "E" in llm.mtp_pattern:
         yield (
-            f"experts of multi-token prediction sum their gradients {llm.mtp_layers} times a backward; counted "
-            "is one"
+            f"experts of multi-token prediction sum their gradients {llm.mtp_layers} times a backward; "
+            "counted is one"
         )
 
 
@@ -52,6 +52,6 @@ def _training(blueprint: Blueprint) -> Iterator[str]:
     if train.offload is not None:
         yield "activations that wait on the host (train.offload) are counted as held on the device"
     if train.shard == "layer":
-        yield "gradients are counted as summed at the end of a backward, where train.shard=layer sums each layer's"
+        yield "sums of gradients are counted at the end of a backward, not where train.shard=layer has them"
     if train.lora:
         yield "products of adapters (train.lora) are not counted, nor is what they keep"

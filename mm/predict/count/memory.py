@@ -176,7 +176,7 @@ class _Walk:
         return [k for k, (o, w) in found if w[0].expert and o.unit.whole.trained]
 
     def _routers(self, key: tuple[str, int]) -> list[int]:
-        """Units of routers, which compute in the dtype of storage: hidden states enter them, unlike scans' scalars."""
+        """Units of routers: of the stored dtype, and unlike scalars of scans entered by hidden states."""
         found = enumerate(self.blueprint.weights(*key))
         return [
             k

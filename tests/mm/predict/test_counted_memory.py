@@ -36,7 +36,7 @@ def replicated() -> tuple[RankCounts, int]:
 
 
 def test_a_sum_over_one_rank_is_there_three_times() -> None:
-    """torch.distributed.fsdp's foreach_reduce: what is summed, a quotient of it, and where it is copied to."""
+    """torch.distributed.fsdp's foreach_reduce: what is summed, a quotient of it, and its copy."""
     found, whole = replicated()
     assert found.during.startswith("backward(llm") and found.kinds["communication"] == 3 * whole
 
