@@ -78,8 +78,8 @@ class _Walk:
             for sent in self.released.get(a[:4], ()):
                 self.held.pop(("sent", sent), None)
             self._act(a)
-        for key in [key for key in self.held if key[0] == "reduced"]:
-            self.held.pop(key)
+        for one in [one for one in self.held if one[0] == "reduced"]:
+            self.held.pop(one)
         self._look(Level(), "update")
         return Held(self.best, self.kinds, self.during)
 
