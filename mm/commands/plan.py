@@ -64,7 +64,9 @@ def _search(
 ) -> dict[str, Any]:
     from rich.console import Console
 
+    from mm.predict.count.left_out import left_out
     from mm.search.plan import Planner
+    from mm.search.predictor import Predictor
     from mm.search.written import as_json, layout_file, summary, table
 
     world, hardware = on
@@ -90,6 +92,8 @@ def _search(
     for rejected in plan.rejected[:12]:
         console.print(f"  {rejected.count:,} of {rejected.layout}: {rejected.why}", markup=False)
     best = plan.best[0]
+    for sentence in left_out(Predictor(cfg, world, hardware).blueprint(best.candidate.config(cfg))):
+        console.print(f"not counted as it runs: {sentence}", markup=False)
     text = layout_file(best, cfg, shlex.join(["python", "-m", "mm", *argv]))
     if args.out is not None:
         args.out.write_text(text)
@@ -108,6 +112,7 @@ def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, 
     """What one layout takes."""
     world, hardware = on
     from mm.config.schema import load_layout_file, with_layout
+    from mm.predict.count.left_out import left_out
     from mm.predict.step import shortfall
     from mm.search.candidate import of_config
     from mm.search.predictor import Judged, Predictor
@@ -127,6 +132,8 @@ def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, 
     if found.paper_tflops_per_device is not None and cfg.run.engine == "megatron":
         print(f"  {found.paper_tflops_per_device:.4g} by the published metric,")
     print(f"  {found.peak_memory_bytes / 1e9:.3g} GB on rank {found.fullest}")
+    for sentence in left_out(blueprint):
+        print(f"  not counted as it runs: {sentence}")
     why = shortfall(found, hardware)
     if why is not None:
         print(f"  it does not fit: {why}")

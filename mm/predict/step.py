@@ -150,11 +150,13 @@ def drawn_plans(blueprint: Blueprint, index: Index, steps: int) -> list[StepPlan
 
 
 def shortfall(prediction: Prediction, hardware: Hardware) -> str | None:
-    """Why a step does not fit a device, with the numbers; None where it does."""
-    needed, there = prediction.peak_memory_bytes, hardware.memory.bytes
+    """Why a step does not fit a device, with the numbers; None where it does. What the device holds beside
+    tensors counts here, whatever the engine's own figure of a peak is."""
+    kinds = {**prediction.memory_by_kind, "reserved": hardware.memory.reserved}
+    needed, there = sum(kinds.values()), hardware.memory.bytes
     if needed <= there:
         return None
-    parts = sorted(prediction.memory_by_kind.items(), key=lambda x: -x[1])
+    parts = sorted(kinds.items(), key=lambda x: -x[1])
     shown = ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in parts if size >= 5e7)
     return (
         f"needs {needed / 1e9:.1f} GB on rank {prediction.fullest} ({shown}); {hardware.name} has "

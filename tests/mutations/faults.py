@@ -7,6 +7,7 @@ from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
 from tests.mutations.of_compare import COMPARE
 from tests.mutations.of_corpora import CORPORA
+from tests.mutations.of_counts import COUNTS
 from tests.mutations.of_encoders import ENCODERS
 from tests.mutations.of_families import FAMILIES
 from tests.mutations.of_faults import FAULTY
@@ -34,5 +35,5 @@ from tests.mutations.of_text import TEXT
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + STARTING + SEARCH + NUMERICS + FAULTY),
+    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + STARTING + SEARCH + NUMERICS + FAULTY + COUNTS),
 )

@@ -79,8 +79,8 @@ class _Walk:
             for sent in self.released.get(a[:4], ()):
                 self.held.pop(("sent", sent), None)
             self._act(a)
-        for key in [key for key in self.held if key[0] == "reduced"]:
-            self.held.pop(key)
+        for one in [one for one in self.held if one[0] == "reduced"]:
+            self.held.pop(one)
         self._look(Level(), "update")
         return Held(self.best, self.kinds, self.during)
 
@@ -150,7 +150,7 @@ class _Walk:
         trained = [k for k, o in enumerate(self.rank.units[key]) if o.unit.whole.trained]
         if not trained:
             return
-        early = self._early(key) if within else []
+        early = [*self._early(key), *self._routers(key)] if within else []
         late = [k for k in trained if k not in early]
         if self._sums(a):
             self._sum(key, early, str(a), looks=False)
@@ -175,6 +175,15 @@ class _Walk:
         where an axis splits them otherwise than other weights."""
         found = enumerate(zip(self.rank.units[key], self.blueprint.weights(*key), strict=True))
         return [k for k, (o, w) in found if w[0].expert and o.unit.whole.trained]
+
+    def _routers(self, key: tuple[str, int]) -> list[int]:
+        """Units of routers: of the stored dtype, and unlike scalars of scans entered by hidden states."""
+        found = enumerate(self.blueprint.weights(*key))
+        return [
+            k
+            for k, w in found
+            if w[0].trained and not w[0].expert and w[0].item != self.item and len(w[0].shape) > 1
+        ]
 
     def _sum(self, key: tuple[str, int], units: Sequence[int], during: str, *, looks: bool = True) -> None:
         """Sum gradients of units over the data ranks: for each a buffer of all, from which its shard comes.

@@ -29,7 +29,7 @@ class How(NamedTuple):
 
 class Level(NamedTuple):
     """Bytes at a moment: kept from forwards, passing (made in an action and gone after it), gradients of
-    weights. done: of these, of experts whose backward is over; ending: of experts whose backward just ends."""
+    weights. done: of these, of experts whose backward is over; ending: whose backward just ends."""
 
     kept: float = 0.0
     passing: float = 0.0
@@ -47,7 +47,11 @@ class Level(NamedTuple):
     ) -> Level:
         """With more of each."""
         return Level(
-            self.kept + kept, self.passing + passing, self.gradients + gradients, self.done + done, self.ending
+            self.kept + kept,
+            self.passing + passing,
+            self.gradients + gradients,
+            self.done + done,
+            self.ending,
         )
 
 
@@ -59,8 +63,8 @@ class Piece:
     backward. later: bytes that BACKWARD_WEIGHT needs, where backwards have halves. gradients: bytes of the
     gradients of its weights, in the dtype that it computes in. in_forward, in_backward: the most while it
     runs, with what it keeps. out: bytes of what it gives. holds_input: of `kept`, bytes of what entered.
-    experts: of `gradients`, those of experts. moments: of its backward, the fullest between one layer of experts
-    and the next, and where the gradients of a layer's experts have just come.
+    experts: of `gradients`, those of experts. moments: of its backward, the fullest between one layer of
+    experts and the next, and where the gradients of a layer's experts have just come.
     """
 
     forward: Work

@@ -79,8 +79,9 @@ class Crossing(NamedTuple):
     """Attention of a rank where documents cross cp.
 
     ring: whether keys come a round at a time. own: rows of each fragment that continues a document. reads: by
-    block of keys, the (queries, keys) of each product. blocks: rows of each. keys: the exchange at once, rounds: that of each round
-    but the first, of own keys. inner: other fragments; runs: in how many stretches these lie.
+    block of keys, the (queries, keys) of each product. blocks: rows of each. keys: the exchange at once,
+    rounds: that of each round but the first, of own keys. inner: other fragments; runs: in how many stretches
+    these lie.
     """
 
     ring: bool

@@ -139,7 +139,10 @@ class Tape:
         self.kind: Kind = FORWARD
         self.what = KEPT
         self.weights: dict[str, Storage] = {}  # gradients, by name
-        self.experts, self.at_experts = 0.0, (0.0, 0.0, 0.0)  # of theirs, and what was live when they were there
+        self.experts, self.at_experts = (
+            0.0,
+            (0.0, 0.0, 0.0),
+        )  # of theirs, and what was live when they were there
         self.later: list[tuple[Storage | None, ...]] = []  # factors of products that wait
         self.kept_rows: list[Storage] = []  # gradients of rows that entered
         self._again: Again | None = None

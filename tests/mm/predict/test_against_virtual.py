@@ -13,9 +13,7 @@ from tests.mm.harness import CONFIGS
 
 SHARES = [range(first, first + 5) for first in range(0, 50, 5)]  # seeds of a process
 # The most that counts may be off, and the most of a group that etp ranks with other numbers of tokens share.
-FLOPS, BYTES, PEAK = 0.01, 0.025, 0.06
-# What is still further off, by seed (docs/planning_counts.md); a count that comes closer lowers these.
-MISSED = {35: 0.061, 41: 0.177, 49: 0.05}
+COUNTS, EXCHANGED = 0.01, 0.025
 
 
 @pytest.mark.slow
@@ -31,7 +29,4 @@ def test_counts_of_random_layouts_are_those_of_the_virtual_rank(seeds: range, pr
     for line in found:
         print(json.dumps(line))
         for what, error in line["off"].items():
-            bound = PEAK if what == "peak" else FLOPS if what.startswith("FLOPs") else BYTES
-            assert abs(error) <= max(bound, MISSED.get(line["seed"], 0.0)), line
-    # Single peaks are where two moments of a step are alike, or an operation of torch's is taken for another.
-    assert sum(abs(line["peak"]) <= 0.01 for line in found) >= 2, found
+            assert abs(error) <= (EXCHANGED if what.startswith("all_to_all") else COUNTS), line

@@ -121,6 +121,9 @@ def test_what_does_not_fit_is_said_with_the_numbers() -> None:
     tight = replace(H100, memory=replace(H100.memory, bytes=4.001e9))
     why = shortfall(found, tight)
     assert why is not None and why.startswith("needs 4.0 GB on rank ") and "h100 has 4.0 GB a device" in why
+    # An engine whose own figure of a peak leaves out what is no tensor has no more room for that.
+    bare = replace(found, memory={r: {**kinds, "reserved": 0.0} for r, kinds in found.memory.items()})
+    assert shortfall(bare, tight) == why
     check_room(81e9 * 4, 4, H100)
     with pytest.raises(
         Refused, match=r"need 1630\.0 GB; 4 h100 have 326\.0 GB, 81\.5 each; needed: at least 20"

@@ -1,0 +1,57 @@
+"""What of a job the counts leave out or count as something else, in words: said wherever they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from encoders.fastconformer import FastConformer
+from encoders.vit import ViT
+from mm.config.outline import SINK
+from mm.plan.blueprint import Blueprint
+
+
+def left_out(blueprint: Blueprint) -> list[str]:
+    """A sentence for each thing of a job that is not counted as it runs; none where all is."""
+    return [*_model(blueprint), *_encoders(blueprint), *_training(blueprint)]
+
+
+def _model(blueprint: Blueprint) -> Iterator[str]:
+    llm, layout = blueprint.llm, blueprint.layouts[SINK]
+    if "*" in llm.kinds:
+        if llm.kv_rank is not None:
+            yield (
+                f"latent attention (model.llm.kv_rank={llm.kv_rank}) is counted as plain attention of "
+                f"{llm.n_heads} heads of {llm.head_dim}: its own products, messages and memory differ"
+            )
+        if llm.window is not None:
+            yield f"keys beyond the window of {llm.window} tokens are counted as if they were read"
+        if llm.attention_cap is not None or llm.attention_sinks:
+            yield "bounds of attention's scores and sinks are counted as if they cost nothing"
+    if "E" in llm.kinds and layout.ep > 1 and llm.dispatcher == "all_gather":
+        yield "model.llm.dispatcher=all_gather is counted as all_to_all: tokens go to their experts alone"
+    if llm.mtp_layers > 1 and "E" in llm.mtp_pattern:
+        yield (
+            f"experts of multi-token prediction sum their gradients {llm.mtp_layers} times a backward; "
+            "counted is one"
+        )
+
+
+def _encoders(blueprint: Blueprint) -> Iterator[str]:
+    for name, use in blueprint.inputs.encoders.items():
+        if use.cls not in (ViT, FastConformer):
+            yield (
+                f"{name}: layers of {use.cls.__name__} are counted by its cost() and as 34 bytes a token and "
+                "feature (arXiv 2205.05198)"
+            )
+        if use.resample is not None:
+            yield f"{name}: the projector makes other rows than it is given, which is not counted"
+
+
+def _training(blueprint: Blueprint) -> Iterator[str]:
+    train = blueprint.cfg.train
+    if train.offload is not None:
+        yield "activations that wait on the host (train.offload) are counted as held on the device"
+    if train.shard == "layer":
+        yield "sums of gradients are counted at the end of a backward, not where train.shard=layer has them"
+    if train.lora:
+        yield "products of adapters (train.lora) are not counted, nor is what they keep"
