@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.config.schema import Config, load_config
+from mm.errors import Refused
 from mm.predict.hardware import load_hardware
 from mm.search.explain import seconds_lines
 from mm.search.plan import SECONDS, Plan, Planner
@@ -213,7 +214,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(exist_ok=True)
     for case in CASES:
         if not args.page and args.only in (None, case.name):
-            text = json.dumps(searched(case, args.seconds), indent=1)
+            try:
+                text = json.dumps(searched(case, args.seconds), indent=1)
+            except Refused as error:
+                print(f"{case.name}: {error}", flush=True)
+                continue
             (folder / f"{case.name}.json").write_text(text + "\n")
             print(f"{case.name}: {folder / f'{case.name}.json'}", flush=True)
     found = {c.name: json.loads(p.read_text()) for c in CASES if (p := folder / f"{c.name}.json").is_file()}

@@ -36,8 +36,8 @@ PLANNING = (
         "shared.weights",
         "candidates of other experts' degrees share weights",
         "mm/plan/blueprint.py",
-        "layout.tp, layout.ep, layout.etp",
-        "layout.tp, layout.etp",
+        "x.tp, x.ep, x.etp",
+        "x.tp, x.etp",
         SHARED,
     ),
     Fault(

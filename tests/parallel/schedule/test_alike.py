@@ -43,7 +43,7 @@ def made(modules: dict[str, ModuleUse]) -> SchedulePlan:
 
 
 def pairs() -> list[tuple[dict[str, ModuleUse], dict[str, ModuleUse]]]:
-    """Modules on some ranks, and of the same pattern on twice as many others. Where one data rank becomes two,
+    """Modules on some ranks, and of one pattern on twice as many others. Where one data rank becomes two,
     it is another pattern."""
     both = [(uses(random.Random(seed), 1, 0), uses(random.Random(seed), 2, 3)) for seed in range(24)]
     return [(one, other) for one, other in both if pattern_of(one) == pattern_of(other)]
