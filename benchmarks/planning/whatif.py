@@ -131,6 +131,9 @@ def _summary(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for case in CASES:
         one = found.get(case.name)
         if one is None:
+            out.append(
+                f"| {MODELS[case.model]} | {case.devices:,} | none found in the time of its search | | | |"
+            )
             continue
         best, plain = (one["best_of"].get(name) for name in ("best", "homogeneous"))
         gain = None if plain is None else plain["step_s"] / best["step_s"]

@@ -231,8 +231,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def draw_up(cfg: Config, world: int, known: Known | None = None) -> Blueprint:
     """Check a config on `world` ranks, encoders included, and return its blueprint.
 
-    known: of one that differs in layout, schedule and recomputation alone. Raises Refused, with the nearest
-    changes that work.
+    known: of one that differs in layout, schedule and recomputation alone. Raises Refused, with advice.
     """
     try:
         return _unadvised(cfg, world, known)
