@@ -48,12 +48,4 @@ PLANNING = (
         "_replace(cp=1, vpp=1, ep=1, etp=1)",
         SHARED,
     ),
-    Fault(
-        "shared.load",
-        "all data ranks have the load of the first",
-        "mm/predict/count/load.py",
-        'key = "tokens", mb.index, at[:3], item',
-        'key = "tokens", mb.index, at[:2], item',
-        SHARED,
-    ),
 )
