@@ -37,6 +37,7 @@ ORDER = {
         "action",
         "record",
         "plan",
+        "alike",
         "checker",
         "simulator",
         "generators",

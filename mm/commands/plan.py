@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mm.search.rejected import Rejected
 
 
+DRAWN = 4  # steps of ragged data of which --layout says mean and deviation
 WIDTH = 120  # columns that the table needs, also where the output is a file
 
 
@@ -134,6 +135,9 @@ def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, 
     print(f"  {found.peak_memory_bytes / 1e9:.3g} GB on rank {found.fullest}")
     for sentence in left_out(blueprint):
         print(f"  not counted as it runs: {sentence}")
+    drawn = predictor.drawn(made, DRAWN)
+    if drawn is not None:
+        print(f"  {DRAWN} drawn steps: {drawn.mean_s:.4g} s in the mean, {drawn.jitter_s:.2g} s deviation")
     why = shortfall(found, hardware)
     if why is not None:
         print(f"  it does not fit: {why}")
@@ -152,7 +156,8 @@ def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, 
                 "module; needed: a-b or all, and one train.recompute of all modules"
             )
         _explain(made, world, hardware, Judged(candidate, found, why))
-    return {"candidates": [entry(None, found, made)], "rejected": rejected}
+    jitter = {} if drawn is None else {"mean_step_s": drawn.mean_s, "jitter_s": drawn.jitter_s}
+    return {"candidates": [entry(None, found, made) | jitter], "rejected": rejected}
 
 
 def _report(

@@ -138,6 +138,14 @@ def frozen_modules(cfg: Config, llm: LLMConfig) -> set[str]:
     return {m for m, enc in cfg.model.items() if enc.freeze == "all"} | ({SINK} if llm.freeze else set())
 
 
+def passes(cfg: Config, llm: LLMConfig) -> dict[str, float]:
+    """PlanInputs.passes: what is frozen as a whole has no backward. First layers that are frozen count as
+    trained."""
+    frozen = [SINK] * (SINK in frozen_modules(cfg, llm))
+    frozen += [m for m, enc in cfg.model.items() if enc.freeze in ("encoder", "all")]
+    return dict.fromkeys(frozen, 1.0)
+
+
 def _check_frozen_layers(cfg: Config) -> None:
     """Refuse frozen layers of an encoder that is frozen as a whole."""
     for m, enc in cfg.model.items():

@@ -98,10 +98,7 @@ class Blueprint:
 
     @cached_property
     def edges(self) -> Mapping[Edge, tuple[int, ...]]:
-        """By edge, in order: the levels of the encoder's rows that enter that stage of the language model.
-
-        Each level is sent only to the stage that reads it.
-        """
+        """By edge, in order: the levels of the encoder's rows that enter that stage, and no other."""
         from mm.plan.step_plan import Edge
 
         return {
@@ -173,10 +170,11 @@ class Blueprint:
         from mm.plan.recipe import update_rule
         from mm.plan.weights import Items, stage_weights
 
+        train, found = self.cfg.train, self.stages[module][stage]
+
         def make() -> list[list[Weight]]:
-            found = self.stages[module][stage]
             made = self.known.get(("bare", module, found), lambda: bare_module(self, module, Axes(), found))
-            train, sizes = self.cfg.train, (self.dtype.itemsize, self.stored_dtype.itemsize)
+            sizes = self.dtype.itemsize, self.stored_dtype.itemsize
             items = Items(*sizes, update_rule(train), averaged=train.average is not None)
             return stage_weights(made, self.layouts[module], items, by_layer=train.shard == "layer")
 
@@ -186,14 +184,13 @@ class Blueprint:
         """The same as a rank holds them under the module's policy."""
         from mm.plan.weights import units_of
 
-        layout, shards = self.layouts[module], self.shards(module)
-        key = "units", self._part(module, stage), layout.dp * layout.cp, layout.edp, shards
-        return self.known.get(key, lambda: units_of(self.weights(module, stage), layout, shards))
+        x, shards = self.layouts[module], self.shards(module)
+        key = "units", self._part(module, stage), x.dp * x.cp, x.edp, shards
+        return self.known.get(key, lambda: units_of(self.weights(module, stage), x, shards))
 
     def _part(self, module: str, stage: int) -> Hashable:
-        """All that a rank's part of the weights of a stage follows from."""
-        layout = self.layouts[module]
-        return module, self.stages[module][stage], layout.tp, layout.ep, layout.etp
+        x = self.layouts[module]  # all that a rank's part of the weights of a stage follows from
+        return module, self.stages[module][stage], x.tp, x.ep, x.etp
 
     @cached_property
     def uses(self) -> Mapping[str, ModuleUse]:
@@ -234,8 +231,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def draw_up(cfg: Config, world: int, known: Known | None = None) -> Blueprint:
     """Check a config on `world` ranks, encoders included, and return its blueprint.
 
-    known: of a blueprint that differs in layout, schedule and recomputation alone; what is found is added.
-    Raises Refused, with the nearest changes that work.
+    known: of one that differs in layout, schedule and recomputation alone. Raises Refused, with advice.
     """
     try:
         return _unadvised(cfg, world, known)
@@ -292,23 +288,15 @@ def _unadvised(cfg: Config, world: int, known: Known | None = None) -> Blueprint
         mtp_depths=llm.mtp_layers,
         llm_cost=document_cost(llm),
         limits=Limits(**cfg.data.limits.model_dump()),
-        passes=_passes(cfg, llm),
+        passes=outline.passes(cfg, llm),
         axes=llm.rope_axes is not None,
     )
-    blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs, known or Known())
+    blueprint = Blueprint(cfg, world, llm, layouts, stages, inputs, known=known or Known())
     for m in blueprint.modules:
         blueprint.shards(m)  # raises where nodes do not allow it
     _check_adapters(blueprint)
     blueprint.schedule([set(uses)] * cfg.schedule.microbatches)  # raises where no schedule fits
     return blueprint
-
-
-def _passes(cfg: Config, llm: LLMConfig) -> dict[str, float]:
-    """PlanInputs.passes: what is frozen as a whole has no backward. First layers that are frozen count as
-    trained."""
-    frozen = [SINK] * (SINK in frozen_modules(cfg, llm))
-    frozen += [m for m, enc in cfg.model.items() if enc.freeze in ("encoder", "all")]
-    return dict.fromkeys(frozen, 1.0)
 
 
 def _encoder_use(cfg: Config, name: str, layout: Layout, d_out: int) -> EncoderUse:

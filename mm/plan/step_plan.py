@@ -72,7 +72,6 @@ class Imbalance:
 @dataclass(frozen=True, eq=False)
 class StepPlan:
     """A step, with its samples in order of micro-batch and then of the batch: "lines" are in this order.
-
     order: by line, the sample's index in the batch. table: of the samples. bounds: by micro-batch and at the
     end, its first line, [microbatches + 1]. seats: by line, where the sample goes. start: by line, the
     sample's first token in the packed sequence. filled: tokens of each packed sequence without padding, and
@@ -346,16 +345,14 @@ class MicrobatchEdge:
         return side if c.first is None else sharing(side, c.rows, c.first)
 
     def row_positions(self, rank: int) -> Column:
-        """Token positions, in the share of the language model's `rank`, of its boundary rows in their local
-        order; int64 [R]."""
+        """Token positions of the boundary rows in the share of the language model's `rank`; int64 [R]."""
         inputs, mb = self.microbatch.plan.inputs, self.microbatch
         c = self._columns.take(np.flatnonzero(self._columns.dest_dp == inputs.llm.coord(rank).dp))
         return row_positions(inputs.llm, rank, c.rows, c.dest_dp, c.position, mb.tokens, order=inputs.order)
 
     @property
     def row_counts(self) -> Column:
-        """How many row_positions() the language model's ranks have: int64 [dp, cp, tp], where tp is 1 without
-        sequence parallelism."""
+        """How many row_positions() each rank has; as parallel.boundary.row_counts()."""
         inputs, c, tokens = self.microbatch.plan.inputs, self._columns, self.microbatch.tokens
         return row_counts(inputs.llm, c.rows, c.dest_dp, c.position, tokens, order=inputs.order)
 

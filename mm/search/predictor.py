@@ -15,7 +15,7 @@ from mm.plan.known import Known
 from mm.plan.step_plan import StepPlan
 from mm.plan.table import SampleTable
 from mm.predict.hardware import Hardware
-from mm.predict.step import Prediction, predict, shortfall
+from mm.predict.step import Prediction, Spread, drawn_plans, predict, shortfall
 from mm.search.candidate import Candidate
 from mm.virtual.samples import virtual_data
 from parallel.sequence.intervals import Column
@@ -77,6 +77,15 @@ class Predictor:
         made = self.blueprint(cfg)
         return predict(made, self.plan(made, None), self.hardware)
 
+    def drawn(self, cfg: Config, steps: int) -> Spread | None:
+        """Predictions of the first steps of the data as a config draws them; None where each step has all
+        samples that there are. Raises Refused."""
+        made = self.blueprint(cfg)
+        index = self._data(made)
+        if len(index.samples) <= cfg.train.global_batch:
+            return None
+        return Spread([predict(made, plan, self.hardware) for plan in drawn_plans(made, index, steps)])
+
     def blueprint(self, cfg: Config) -> Blueprint:
         """The blueprint of a config. Raises Refused."""
         return draw_up(cfg, self.world, self._known)
@@ -90,10 +99,7 @@ class Predictor:
             key = places, candidate.microbatches
         if key is not None and key in self._plans:
             return replace(self._plans[key], inputs=blueprint.inputs)
-        if self._index is None:
-            data = virtual_data(blueprint)
-            self._index, self.note = data.index, data.note
-        index = self._index
+        index = self._data(blueprint)
 
         def lookup(ids: Column) -> SampleTable:
             # What is known of samples follows from the model alone: one table of them serves all layouts.
@@ -106,3 +112,10 @@ class Predictor:
         if key is not None:
             self._plans[key] = made
         return made
+
+    def _data(self, blueprint: Blueprint) -> Index:
+        """The data's index, or that of made-up samples; looked for once."""
+        if self._index is None:
+            data = virtual_data(blueprint)
+            self._index, self.note = data.index, data.note
+        return self._index

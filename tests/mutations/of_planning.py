@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.fault import Fault
 
+SHARED = "tests/mm/search/test_predictor.py::test_what_candidates_share_changes_no_prediction"
 ENGINE = "tests/mm/predict/test_engine.py::"
 
 PLANNING = (
@@ -30,5 +31,21 @@ PLANNING = (
         "left = (given.length or inputs.context) - MARKERS - rows",
         "left = (given.length or inputs.context) - rows",
         "tests/mm/plan/test_made_up.py::test_made_up_samples_hold_what_is_asked_for_of_every_encoder",
+    ),
+    Fault(
+        "shared.weights",
+        "candidates of other experts' degrees share weights",
+        "mm/plan/blueprint.py",
+        "x.tp, x.ep, x.etp",
+        "x.tp, x.etp",
+        SHARED,
+    ),
+    Fault(
+        "shared.plan",
+        "candidates of other context-parallel degrees share a step's plan",
+        "mm/search/predictor.py",
+        "_replace(vpp=1, ep=1, etp=1)",
+        "_replace(cp=1, vpp=1, ep=1, etp=1)",
+        SHARED,
     ),
 )

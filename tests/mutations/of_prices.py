@@ -52,8 +52,8 @@ PRICES = (
         "price.memory",
         "memory is that of a rank that holds little",
         "mm/predict/held.py",
-        "return max(ranks, key=lambda rank: score[rank])",
-        "return min(ranks, key=lambda rank: score[rank])",
+        "return ranks[int(np.argmax(score[list(ranks)]))]",
+        "return ranks[int(np.argmin(score[list(ranks)]))]",
         f"{STEP}_memory_is_that_of_the_rank_with_the_data",
     ),
 )
