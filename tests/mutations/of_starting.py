@@ -141,4 +141,20 @@ STARTING = (
         "if True:",
         "tests/mm/commands/test_elastic.py::test_one_process_plans_and_the_others_read",
     ),
+    Fault(
+        "ports.store",
+        "the store of rank 0 listens at every address of the machine",
+        "mm/ranks/rendezvous.py",
+        "listener = _listener(address, port) if hosts else None",
+        "listener = None",
+        "tests/mm/ranks/test_ports.py::test_a_rank_that_hosts_the_store_listens_at_its_address_alone",
+    ),
+    Fault(
+        "ports.gloo",
+        "ranks of one machine can be reached from others",
+        "mm/ranks/launch.py",
+        "        **_own_interface(),\n",
+        "",
+        "tests/mm/ranks/test_ports.py::test_ranks_of_one_machine_meet_inside_it",
+    ),
 )
