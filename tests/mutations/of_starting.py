@@ -157,4 +157,12 @@ STARTING = (
         "",
         "tests/mm/ranks/test_ports.py::test_ranks_of_one_machine_meet_inside_it",
     ),
+    Fault(
+        "urls.inside",
+        "a password of a URL inside a command goes into config.yaml",
+        "mm/data/remote/urls.py",
+        "return public(value) if is_remote(value) else scrub(value)",
+        "return public(value)",
+        "tests/mm/commands/test_secrets.py::test_no_file_of_a_run_has_a_secret",
+    ),
 )
