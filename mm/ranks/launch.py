@@ -106,6 +106,7 @@ def launch_local(
         "MASTER_ADDR": LOCALHOST,
         "MASTER_PORT": str(listener.getsockname()[1]),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        **_own_interface(),
         LAUNCHER: str(os.getpid()),
         CLAIMS: " ".join(map(str, claims)),
     }
@@ -134,6 +135,15 @@ def launch_local(
     if known:
         return known[0]
     return 1 if any(codes.values()) or len(codes) < nproc else 0
+
+
+def _own_interface() -> dict[str, str]:
+    """Environment with which gloo listens where this machine alone can connect.
+
+    By itself it takes the address of the host's name, which others may reach. What the user has set stays.
+    """
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", names[0])} if names else {}
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import socket
 import threading
 import time
 import uuid
@@ -29,15 +31,19 @@ def connect(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
     """The store of the rendezvous, prefixed for this start of the ranks; hosts: this process serves it."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
     def reach() -> PrefixStore:
+        listener = _listener(address, port) if hosts else None
         store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
+            address,
+            port,
             int(os.environ["WORLD_SIZE"]),
             is_master=hosts,
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=None if listener is None else listener.detach(),
         )
         return of_start(store)
 
@@ -49,6 +55,19 @@ def of_start(store: Store) -> PrefixStore:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
 
     return PrefixStore(f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _listener(address: str, port: int) -> socket.socket | None:
+    """A socket that listens at this address alone: torch's own listens at all addresses of the machine. None
+    where the address is not one of this machine's own, but leads to it. Raises RuntimeError where the port is
+    taken."""
+    try:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((address, port), family=family, backlog=4096)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise RuntimeError(f"the port is taken: {error.strerror}") from error
+        return None
 
 
 def _bounded(act: Callable[[], T], timeout_s: float) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import sys
@@ -147,7 +148,9 @@ class Console:
             guess = [f"{blind[m]:.3f}" if m in blind else "-"] if blind else []
             table.add_row(m, f"{intact:.3f}", f"{intact + lift:.3f}", f"{lift:+.3f}", *guess)
         self._rich.print(table)
-        Rich(file=self._log, width=100).print(table)
+        text = io.StringIO()
+        Rich(file=text, width=100).print(table)
+        self._log.write(text.getvalue())
 
     def info(self, text: str) -> None:
         """A line from the lead rank."""

@@ -141,4 +141,28 @@ STARTING = (
         "if True:",
         "tests/mm/commands/test_elastic.py::test_one_process_plans_and_the_others_read",
     ),
+    Fault(
+        "ports.store",
+        "the store of rank 0 listens at every address of the machine",
+        "mm/ranks/rendezvous.py",
+        "listener = _listener(address, port) if hosts else None",
+        "listener = None",
+        "tests/mm/ranks/test_ports.py::test_a_rank_that_hosts_the_store_listens_at_its_address_alone",
+    ),
+    Fault(
+        "ports.gloo",
+        "ranks of one machine can be reached from others",
+        "mm/ranks/launch.py",
+        "        **_own_interface(),\n",
+        "",
+        "tests/mm/ranks/test_ports.py::test_ranks_of_one_machine_meet_inside_it",
+    ),
+    Fault(
+        "urls.inside",
+        "a password of a URL inside a command goes into config.yaml",
+        "mm/data/remote/urls.py",
+        "return public(value) if is_remote(value) else scrub(value)",
+        "return public(value)",
+        "tests/mm/commands/test_secrets.py::test_no_file_of_a_run_has_a_secret",
+    ),
 )

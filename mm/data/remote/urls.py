@@ -58,7 +58,9 @@ def all_public(value: Any) -> Any:
         return {key: all_public(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [all_public(inner) for inner in value]
-    return public(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return public(value) if is_remote(value) else scrub(value)  # a command may have a URL in it
 
 
 def urls_in(value: Any) -> list[str]:
