@@ -46,8 +46,8 @@ LEARNT = ("loss", "grad_norm_by_module", "objectives")
 def one_after_the_other(raw: dict[str, Any], steps: int) -> list[dict[str, Any]]:
     """Metrics of the same plan where the two of a pair do not take turns."""
 
-    def apart(actions: Any, handlers: Any, *, observe: Any, together: Any) -> Any:
-        return execute(actions, handlers, observe=observe)
+    def apart(actions: Any, handlers: Any, *, observe: Any, starting: Any, together: Any) -> Any:
+        return execute(actions, handlers, observe=observe, starting=starting)
 
     with mock.patch.object(mm.train.step, "execute", apart):
         return train_few(raw, steps)
