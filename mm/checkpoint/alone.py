@@ -1,12 +1,34 @@
-"""A default process group of one process, which writing a checkpoint needs."""
+"""Checkpoints that one process writes, without a job."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mm.errors import CheckpointError
+from parallel import checkpoint as store
+
+
+def save_alone(
+    out: Path, step: int, tensors: Mapping[str, Tensor] | store.Lazy, state: Mapping[str, Any]
+) -> Path:
+    """Write a checkpoint below `out`, and return its path; there is no default process group.
+
+    Raises CheckpointError where it cannot be written, or a tensor cannot be made, and leaves nothing then.
+    """
+    try:
+        with alone():
+            return store.save(out, step, tensors, state, keep=0)
+    except (OSError, ValueError, CheckpointException) as error:  # the last is a BaseException of torch's
+        store.remove_leftovers(out)
+        raise CheckpointError(f"nothing is written to {out}: {store.first_cause(error)}") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.checkpoint.alone import alone
+from mm.checkpoint.alone import save_alone
 from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError
 from parallel import checkpoint as store
@@ -56,8 +56,7 @@ def average_checkpoints(out: Path, paths: Sequence[Path], weights: Sequence[floa
         raise CheckpointError(
             f"cannot average: {out} has a checkpoint of step {step}; needed: another folder"
         )
-    with alone():
-        path = store.save(out, step, store.Lazy(mean.shapes, mean), state, keep=0)
+    path = save_alone(out, step, store.Lazy(mean.shapes, mean), state)
     kept = paths[-1].parent / KEPT
     if kept.is_dir() and kept != out / KEPT:
         shutil.copytree(kept, out / KEPT, dirs_exist_ok=True)
@@ -78,9 +77,10 @@ def _common(opened: Sequence[store.Opened]) -> dict[str, tuple[tuple[int, ...], 
     """The weights and buffers that the checkpoints hold, with their shapes; equal in all of them."""
     found: list[dict[str, Any]] = []
     for one in opened:
-        wrong = store.verify(one.path)
-        if wrong:
-            raise ValueError(f"{one.path} is damaged: {'; '.join(wrong)}")
+        try:
+            store.sound_state(one.path)
+        except store.BadCheckpoint as error:
+            raise ValueError(f"{one.path}: {error}") from error
         found.append({k: v for k, v in one.shapes.items() if not _of_optimizer(k)})
     for one, theirs in zip(opened, found, strict=True):
         other = sorted(k for k in theirs.keys() | found[0].keys() if theirs.get(k) != found[0].get(k))

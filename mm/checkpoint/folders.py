@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llm.config import LLMConfig
 from llm.hf import FAMILIES, export_checkpoint, load_hf
 from llm.hf.export import check_zero
 from llm.hf.stored import Stored
-from mm.checkpoint.alone import alone
+from mm.checkpoint.alone import save_alone
 from mm.checkpoint.state import tokenizer_of
 from mm.checkpoint.tokens import item_tokens, named_ids
 from mm.checkpoint.whole import one_process, read_whole
@@ -67,7 +66,7 @@ def import_hf(folder: Path, out: Path) -> str:
             keep_tokenizer(make_tokenizer(str(folder)), out)
     except (ValueError, Refused) as error:
         raise CheckpointError(str(error)) from error
-    path = _save(out, tensors, state)
+    path = save_alone(out, 0, tensors, state)
     return f"{path}: {len(tensors)} tensors; start a run from it with checkpoint.weights={path}"
 
 
@@ -81,12 +80,6 @@ def _on_its_own(blueprint: Blueprint) -> dict[str, Any]:
     raw["checkpoint"]["weights"] = None
     raw["data"] = {**raw["data"], "train": ["none"], "tokenizer": "bytes"}
     return raw
-
-
-def _save(out: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """A checkpoint of one process in `out`."""
-    with alone():
-        return store.save(out, 0, tensors, state, keep=0)
 
 
 def export_hf(

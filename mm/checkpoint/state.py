@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mm.checkpoint.compared import config_lines
 from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
 from mm.data.sample import Index
@@ -34,6 +35,9 @@ class Given(NamedTuple):
     bad: Collection[int] = ()
     drawn: Drawn = NOTHING
     metrics: Mapping[str, float] = {}
+
+
+NAMED = 8  # keys that a message names
 
 
 def state_tensors(job: Job) -> dict[str, Tensor]:
@@ -140,7 +144,10 @@ def load(job: Job, index: Index, path: Path) -> Resumed:
     except store.BadCheckpoint as error:
         raise CheckpointError(str(error)) from error
     _check_same_run(state, job.blueprint, index, path)
-    return Resumed(state["step"], frozenset(state["bad_samples"]), Drawn.from_json(state["drawn"]))
+    bad = state.get("bad_samples")
+    if not isinstance(bad, list) or any(type(sample) is not int for sample in bad):
+        raise CheckpointError(f"{path}: {store.STATE} does not say which samples are bad")
+    return Resumed(state["step"], frozenset(bad), Drawn.from_json(state["drawn"]))
 
 
 def check_resume(blueprint: Blueprint, index: Index, path: Path) -> None:
@@ -164,14 +171,27 @@ def model_shapes(blueprint: Blueprint, module: str) -> dict[str, tuple[int, ...]
     }
 
 
+def changed(stored: Any, ours: Mapping[str, Any]) -> list[str]:
+    """Keys that fingerprint() rests on, where a checkpoint's config has other values: the first NAMED."""
+    kept = ("model.", "run.seed", "train.global_batch", "train.lora.", "data.tokenizer")
+    lines = [line for line in config_lines(stored, ours) if line.startswith(kept)]
+    more = len(lines) - NAMED
+    return [*lines[:NAMED], *([f"{more} more keys"] if more > 0 else [])]
+
+
 def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index, path: Path) -> None:
     if state.get("fingerprint") != fingerprint(blueprint) or "drawn" not in state:
+        keys = changed(state.get("config"), shown(blueprint.cfg))
         raise CheckpointError(
-            f"{path} was written by a run with another model, data, seed or global batch; "
-            "compare its state.json with this config, or start afresh with checkpoint.resume=none"
+            f"{path} was written by a run with another model, tokenizer, seed or global batch"
+            f"{': ' if keys else ''}{'; '.join(keys)}. Needed: the run's config, or a start afresh with "
+            "checkpoint.resume=none"
         )
-    cursor = Drawn.from_json(state["drawn"]).cursor
-    wrong = differences(state["data"], history(blueprint.cfg, index, state["step"], cursor))
+    try:
+        cursor = Drawn.from_json(state["drawn"]).cursor
+        wrong = differences(state["data"], history(blueprint.cfg, index, state["step"], cursor))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {store.STATE} does not say what was drawn of the data") from error
     if wrong:
         raise CheckpointError(
             f"{path} was written by a run with other data: {'; '.join(wrong)}. A run goes on where nothing "
@@ -198,11 +218,8 @@ def inspect_text(path: Path) -> str:
 
 def verify_text(path: Path) -> str:
     """A line that a checkpoint is undamaged; raises CheckpointError naming every damaged file."""
-    wrong = store.verify(path)
-    if wrong:
-        raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
     try:
-        store.read_state(path), store.describe(path)
+        store.sound_state(path, store.verify)
     except store.BadCheckpoint as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{path}: {error}") from error
     return f"{path}: whole"

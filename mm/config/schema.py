@@ -281,6 +281,11 @@ def from_mapping(raw: Mapping[str, Any], base: Path) -> Config:
             f"data.pack={cfg.data.pack} is shorter than the longest sample, data.context={cfg.data.context}; "
             f"nearest: data.pack={cfg.data.context}"
         )
+    if cfg.checkpoint.keep_best == "eval_loss" and not (cfg.data.eval and cfg.eval.every):
+        raise Refused(
+            "checkpoint.keep_best=eval_loss, but nothing is evaluated while the run goes on; needed: "
+            "data.eval and eval.every, or checkpoint.keep_best=loss"
+        )
     if cfg.eval.average and cfg.train.average is None:
         raise Refused("eval.average, but no average is kept; needed: train.average, such as 0.999")
     return cfg

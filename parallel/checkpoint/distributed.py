@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from parallel.checkpoint.folder import STATE, newest, partial_of, publish, remov
 from parallel.checkpoint.lazy import Lazy, LazyPlanner
 from parallel.checkpoint.manifest import BadCheckpoint
 from parallel.checkpoint.metadata import SafeReader
+
+NAMED = 5  # tensors that a message names, of each kind of difference
 
 
 def save(
@@ -105,14 +107,23 @@ def check_fits(
         are fine.
     """
     missing, unknown = sorted(needed.keys() - stored.keys()), sorted(stored.keys() - needed.keys())
+    other = [
+        f"{name} has shape {stored[name]}, this model needs {shape}"
+        for name, shape in needed.items()
+        if stored.get(name, shape) != shape
+    ]
+    wrong = []
     if missing:
-        raise BadCheckpoint(
-            f"{path} lacks {len(missing)} tensors of this model, first {missing[0]}; it has "
-            f"{len(unknown)} others{', first ' + unknown[0] if unknown else ''}"
-        )
-    for name, shape in needed.items():
-        if stored[name] != shape:
-            raise BadCheckpoint(f"{path}: {name} has shape {stored[name]}, this model needs {shape}")
+        wrong.append(f"lacks {len(missing)} tensors of this model, first {_some(missing)}")
+        wrong.append(f"it has {len(unknown)} others{', first ' + _some(unknown) if unknown else ''}")
+    if other:
+        wrong.append(f"{len(other)} tensors have another shape: {_some(other)}")
+    if wrong:
+        raise BadCheckpoint(f"{path} does not fit: {'; '.join(wrong)}")
+
+
+def _some(lines: Sequence[str]) -> str:
+    return ", ".join(lines[:NAMED]) + (", .." if len(lines) > NAMED else "")
 
 
 def first_cause(error: BaseException) -> str:
@@ -129,9 +140,9 @@ def read_state(path: Path) -> dict[str, Any]:
     content = manifest.read(path, STATE)
     try:
         state = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path} has no readable {STATE}: {error}") from error
-    if not isinstance(state, dict) or type(state.get("step")) is not int:
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
         raise BadCheckpoint(f"{path}: {STATE} does not say after which step it was written")
     return state
 
@@ -141,7 +152,11 @@ def sound_state(path: Path, check: Callable[[Path], list[str]] = manifest.verify
 
     Raises BadCheckpoint for any other.
     """
-    wrong = check(path)
+    wrong = manifest.structure(path)
+    if not wrong:
+        # These compare sizes with what is in the files, before all of them are summed.
+        described(SafeReader(path)), read_state(path)
+        wrong = check(path)
     if wrong:
         raise BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")
     return read_state(path)

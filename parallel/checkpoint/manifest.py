@@ -14,11 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
+MOST_BYTES = 1 << 30  # of a file that is read whole: the manifest, the state, the metadata
 BLOCK = 1 << 24  # bytes between two calls of heartbeat()
 
 
@@ -57,6 +59,7 @@ def write(folder: Path, entries: Mapping[str, Entry]) -> None:
 def entries(folder: Path) -> dict[str, Entry]:
     """The files that the manifest of `folder` lists; raises BadCheckpoint where the manifest is damaged."""
     try:
+        _check_small(folder / MANIFEST)
         listed = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
         raise BadCheckpoint(f"{MANIFEST} is missing") from None
@@ -78,6 +81,7 @@ def read(folder: Path, name: str) -> bytes:
         listed = entries(folder)
         if name not in listed:
             raise BadCheckpoint(f"{name} is not listed in {MANIFEST}")
+        _check_small(folder / name)
         content = (folder / name).read_bytes()
     except FileNotFoundError:
         raise BadCheckpoint(f"{folder}: {name} is missing") from None
@@ -96,8 +100,11 @@ def structure(folder: Path) -> list[str]:
     try:
         listed = entries(folder)
         found = {name: (folder / name).stat().st_size for name in names(folder)}
+        links = [p for p in folder.rglob("*") if p.is_symlink()]
     except (OSError, BadCheckpoint) as error:
         return [str(error)]
+    if links:
+        return [f"{p.relative_to(folder).as_posix()} is a link; needed: files of this folder" for p in links]
     out = [f"{name} is not listed in {MANIFEST}" for name in sorted(found.keys() - listed.keys())]
     for name, entry in listed.items():
         if name not in found:
@@ -134,6 +141,15 @@ def verify(
         if found != listed[name]:
             out.append(_difference(name, found, listed[name]))
     return out
+
+
+def _check_small(file: Path) -> None:
+    """Raise BadCheckpoint where a file is a link, a pipe or a device, or larger than what is read whole."""
+    found = file.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise BadCheckpoint(f"{file.name} is no plain file")
+    if found.st_size > MOST_BYTES:
+        raise BadCheckpoint(f"{file.name} has {found.st_size} bytes; it is read up to {MOST_BYTES}")
 
 
 def names(folder: Path) -> list[str]:

@@ -84,6 +84,7 @@ class SafeReader(FileSystemReader):
             raise BadCheckpoint(f"{folder / METADATA}: {error}") from None
         except Exception as error:  # a damaged or hostile pickle can raise anything
             raise BadCheckpoint(f"{folder / METADATA} is unreadable: {error}") from error
+        ends = dict.fromkeys((name for name in listed if name.endswith(".distcp")), 0)
         for info in metadata.storage_data.values():
             if info.relative_path not in listed:
                 raise BadCheckpoint(
@@ -91,6 +92,11 @@ class SafeReader(FileSystemReader):
                 )
             if info.offset + info.length > listed[info.relative_path].bytes:
                 raise BadCheckpoint(f"{folder / METADATA} reads beyond the end of {info.relative_path}")
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in ends.items():
+            found = listed[name].bytes
+            if found != end:
+                raise BadCheckpoint(f"{folder / name} has {found} bytes, its tensors end at {end}")
         return metadata
 
 
@@ -130,8 +136,13 @@ class _Reading:
         out = {_text(name): self._tensor(name, value) for name, value in tensors.items()}
         for name, tensor in out.items():
             for chunk in tensor.chunks:
-                if MetadataIndex(name, chunk.offsets) not in stored:
+                where = stored.get(MetadataIndex(name, chunk.offsets))
+                if where is None:
                     raise BadCheckpoint(f"{name}: a part at {list(chunk.offsets)} is nowhere")
+                if where.length < math.prod(chunk.sizes) * tensor.properties.dtype.itemsize:
+                    raise BadCheckpoint(
+                        f"{name}: a part of {list(chunk.sizes)} does not lie in {where.length} bytes"
+                    )
         return Metadata(state_dict_metadata=dict(out), storage_data=stored)
 
     def _fields(self, value: Any, name: str) -> dict[str, Any]:
@@ -183,8 +194,11 @@ class _Reading:
         )
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes records, tuples, strings and dtypes; refuses every other class."""
+class _Unpickler(pickle._Unpickler):
+    """Makes records, tuples, strings and dtypes; refuses every other class.
+
+    It is the one in Python: that in C makes room for as many objects as a file says, up to tens of GB.
+    """
 
     def __init__(self, file: io.BytesIO, kinds: dict[tuple[str, str], type[_Record]]) -> None:
         super().__init__(file)
