@@ -77,9 +77,10 @@ def _common(opened: Sequence[store.Opened]) -> dict[str, tuple[tuple[int, ...], 
     """The weights and buffers that the checkpoints hold, with their shapes; equal in all of them."""
     found: list[dict[str, Any]] = []
     for one in opened:
-        wrong = store.verify(one.path)
-        if wrong:
-            raise ValueError(f"{one.path} is damaged: {'; '.join(wrong)}")
+        try:
+            store.sound_state(one.path)
+        except store.BadCheckpoint as error:
+            raise ValueError(f"{one.path}: {error}") from error
         found.append({k: v for k, v in one.shapes.items() if not _of_optimizer(k)})
     for one, theirs in zip(opened, found, strict=True):
         other = sorted(k for k in theirs.keys() | found[0].keys() if theirs.get(k) != found[0].get(k))

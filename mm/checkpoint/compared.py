@@ -59,7 +59,7 @@ def diff_text(one: Path, other: Path, *, everything: bool = False) -> str:
         keys = config_lines(*(config_of(state) for state in states))
         lines.append(f"config: {len(keys)} keys differ" if keys else "config: equal")
         lines += _first(keys, everything)
-        tensors = _tensor_lines(*opened, everything)
+        tensors = _tensor_lines(opened[0], opened[1], everything)
         return "\n".join(lines + tensors)
     except ValueError as error:
         raise CheckpointError(f"cannot compare {one} and {other}: {error}") from error

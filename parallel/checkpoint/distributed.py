@@ -154,7 +154,8 @@ def sound_state(path: Path, check: Callable[[Path], list[str]] = manifest.verify
     """
     wrong = manifest.structure(path)
     if not wrong:
-        described(SafeReader(path))  # which compares sizes, before whole files are summed
+        # These compare sizes with what is in the files, before all of them are summed.
+        described(SafeReader(path)), read_state(path)
         wrong = check(path)
     if wrong:
         raise BadCheckpoint(f"it is damaged: {'; '.join(wrong)}")

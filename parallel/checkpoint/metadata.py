@@ -194,8 +194,11 @@ class _Reading:
         )
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes records, tuples, strings and dtypes; refuses every other class."""
+class _Unpickler(pickle._Unpickler):
+    """Makes records, tuples, strings and dtypes; refuses every other class.
+
+    It is the one in Python: that in C makes room for as many objects as a file says, up to tens of GB.
+    """
 
     def __init__(self, file: io.BytesIO, kinds: dict[tuple[str, str], type[_Record]]) -> None:
         super().__init__(file)

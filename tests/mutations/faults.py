@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
+from tests.mutations.of_checkpoints import CHECKPOINTS
 from tests.mutations.of_compare import COMPARE
 from tests.mutations.of_corpora import CORPORA
 from tests.mutations.of_counts import COUNTS
@@ -35,5 +36,6 @@ from tests.mutations.of_text import TEXT
 FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
-    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + STARTING + SEARCH + NUMERICS + FAULTY + COUNTS),
+    *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + SEARCH + COUNTS),
+    *(STARTING + NUMERICS + FAULTY + CHECKPOINTS),
 )

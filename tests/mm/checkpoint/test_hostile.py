@@ -177,21 +177,20 @@ def test_a_state_of_any_shape_is_listed(at: str, value: Any, path: Path, capsys:
 
 @pytest.mark.parametrize("name", [store.MANIFEST, ".metadata", store.STATE])
 def test_no_flipped_bit_is_more_than_damage(name: str, path: Path) -> None:
-    """Every bit of the manifest; of the others, whose sums fit, some of every byte."""
+    """A bit of every byte of the manifest, and of some of the others, whose sums fit."""
     file = path / name
     good, survived = file.read_bytes(), 0
-    for n in range(len(good)):
-        for bit in range(8) if name == store.MANIFEST else (n % 7, 7):
-            content = bytearray(good)
-            content[n] ^= 1 << bit
-            file.write_bytes(bytes(content))
-            if name != store.MANIFEST:
-                sign(path)
-            try:
-                wrong = store.structure(path)
-                if not wrong:
-                    store.read_state(path), store.describe(path)
-                    survived += 1
-            except store.BadCheckpoint:
-                pass
+    for n in range(0, len(good), 1 if name == store.MANIFEST else 29):
+        content = bytearray(good)
+        content[n] ^= 1 << n % 8
+        file.write_bytes(bytes(content))
+        if name != store.MANIFEST:
+            sign(path)
+        try:
+            wrong = store.structure(path)
+            if not wrong:
+                store.read_state(path), store.describe(path)
+                survived += 1
+        except store.BadCheckpoint:
+            pass
     assert survived == 0 or name != store.MANIFEST

@@ -1,0 +1,68 @@
+"""Faults of checkpoints: how they are written beside training, which stay, what is trusted."""
+
+from __future__ import annotations
+
+from tests.mutations.fault import Fault
+
+SAVER = "tests/mm/checkpoint/test_saver.py"
+LISTED = "tests/mm/checkpoint/test_listed.py"
+HOSTILE = "tests/mm/checkpoint/test_hostile.py"
+
+CHECKPOINTS = (
+    Fault(
+        "checkpoint.left",
+        "what is half written of a checkpoint stays on a full disk",
+        "mm/checkpoint/saver.py",
+        "shutil.rmtree(store.partial_of(self._directory, step), ignore_errors=True)",
+        "pass",
+        f"{SAVER}::test_what_one_rank_cannot_write_is_told_on_all_and_removed",
+    ),
+    Fault(
+        "checkpoint.told",
+        "ranks other than the one that failed are not told why",
+        "mm/checkpoint/saver.py",
+        "said = job.control.tell(why)",
+        "said = [why for _ in job.control.tell(why)]",
+        f"{SAVER}::test_what_one_rank_cannot_write_is_told_on_all_and_removed",
+    ),
+    Fault(
+        "checkpoint.copied",
+        "a checkpoint is written of memory that nothing was copied to",
+        "mm/checkpoint/saver.py",
+        "torch._foreach_copy_(self._staged, self._items, non_blocking=True)",
+        "pass",
+        f"{SAVER}::test_it_holds_the_step_that_it_was_begun_at",
+    ),
+    Fault(
+        "checkpoint.best",
+        "the worst checkpoint is kept for the best",
+        "mm/checkpoint/kept.py",
+        "best = min(metrics, key=lambda s: (metrics[s], s), default=None)",
+        "best = max(metrics, key=lambda s: (metrics[s], s), default=None)",
+        LISTED,
+    ),
+    Fault(
+        "checkpoint.whole",
+        "prune removes the newest checkpoint that is whole",
+        "mm/checkpoint/listed.py",
+        "if whole is not None and not why[whole]:",
+        "if False:",
+        f"{LISTED}::test_a_run_is_listed_and_pruned",
+    ),
+    Fault(
+        "checkpoint.size",
+        "a tensor may be said to be larger than the file that it is in",
+        "parallel/checkpoint/metadata.py",
+        "if where.length < math.prod(chunk.sizes) * tensor.properties.dtype.itemsize:",
+        "if False:",
+        HOSTILE,
+    ),
+    Fault(
+        "checkpoint.links",
+        "files of a checkpoint may be links to others",
+        "parallel/checkpoint/manifest.py",
+        'links = [p for p in folder.rglob("*") if p.is_symlink()]',
+        "links = list[Path]()",
+        HOSTILE,
+    ),
+)
