@@ -172,7 +172,9 @@ def test_a_mask_may_be_infinite_and_a_weight_may_not() -> None:
         "m.adam.w.x": torch.nan,
     }
     fine = {"m.u": [3e38, 3e38], "m.empty": [], "m.step": 3}
-    assert names_not_finite(job, {k: torch.tensor(v) for k, v in {**bad, **fine}.items()}.items()) == [*bad][1:]
+    assert (
+        names_not_finite(job, {k: torch.tensor(v) for k, v in {**bad, **fine}.items()}.items()) == [*bad][1:]
+    )
 
 
 def test_a_jump_is_so_many_high_steps_in_a_row() -> None:
