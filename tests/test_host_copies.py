@@ -29,6 +29,7 @@ ALLOWED = {
     ("mm/ranks/batch.py", "_text", "from_numpy"): "text on the host, before to_device()",
     ("mm/ranks/decoding.py", "filled", "frombuffer"): "what a worker has decoded, on the host",
     ("mm/ranks/shared.py", "empty", "from_numpy"): "where workers decode to, on the host",
+    ("mm/ranks/shared.py", "bytes_at", "frombuffer"): "where a worker decodes to, on the host",
     ("llm/model.py", "loss_rows", "nonzero"): "of labels on the host, while a batch is prepared",
     ("llm/offload.py", "back", "to"): "what was kept is pinned",
     ("parallel/schedule/executor/standin.py", "_stamp", "tensor"): "stand-ins have no device",

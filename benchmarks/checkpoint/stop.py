@@ -28,7 +28,7 @@ from mm.config.schema import load_config
 from mm.plan.blueprint import draw_up
 from mm.ranks.job import Job, build_job, open_data, open_index
 from mm.ranks.launch import init_distributed
-from mm.train.trainer import open_feed, train_step
+from mm.train.one_step import open_feed, train_step
 
 
 def slowest(job: Job, seconds: float) -> float:

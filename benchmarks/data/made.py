@@ -20,7 +20,7 @@ from mm.plan.blueprint import draw_up
 from mm.ranks.feed import Feed
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
-from mm.train.trainer import open_feed
+from mm.train.one_step import open_feed
 
 PATCH = 16
 

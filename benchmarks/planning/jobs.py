@@ -26,7 +26,7 @@ from mm.ranks.feed import Feed
 from mm.ranks.job import Job, build_job, open_data, open_index
 from mm.ranks.launch import RankInfo, init_distributed
 from mm.train.garbage import set_aside
-from mm.train.trainer import open_feed
+from mm.train.one_step import open_feed
 from mm.virtual.recorder import Recorder
 from mm.virtual.run import group_names, record_step
 

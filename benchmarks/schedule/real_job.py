@@ -36,8 +36,8 @@ from mm.config.schema import load_config
 from mm.ranks.feed import Prepared
 from mm.ranks.job import Job, build_job, open_data, open_index
 from mm.ranks.launch import RankInfo, init_distributed
+from mm.train.one_step import open_feed
 from mm.train.step import run_step
-from mm.train.trainer import open_feed
 from parallel.schedule import Costs, Kind, Record, simulate
 from parallel.schedule.action import POSTED
 

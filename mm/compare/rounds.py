@@ -25,7 +25,7 @@ from mm.ranks.launch import RankInfo, init_distributed
 from mm.ranks.memory import reset_peak
 from mm.report.host import host_facts
 from mm.train.garbage import set_aside
-from mm.train.trainer import open_feed, train_step
+from mm.train.one_step import open_feed, train_step
 
 
 @dataclass

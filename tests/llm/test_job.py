@@ -15,7 +15,7 @@ from mm.config.schema import from_mapping
 from mm.plan.blueprint import draw_up
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
-from mm.train.trainer import open_feed, train_step
+from mm.train.one_step import open_feed, train_step
 from tests.mm.harness import CONFIGS, SMALL, largest_difference, small
 from tests.slow import on_demand
 

@@ -31,7 +31,7 @@ from mm.ranks.feed import Feed
 from mm.ranks.job import Job, build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
 from mm.ranks.stop import REQUESTS
-from mm.train.trainer import open_feed, train_step
+from mm.train.one_step import open_feed, train_step
 from parallel.sharding.param import declared, local
 from parallel.sharding.shard import held_indices
 

@@ -352,9 +352,9 @@ JOB = (
     Fault(
         "trainer.resume",
         "a resumed run begins with the first samples again",
-        "mm/train/trainer.py",
-        "    first = state.step",
-        "    first = 0",
+        "mm/train/loop.py",
+        "self.done = self.saved = state.step",
+        "self.done = self.saved = 0",
         "tests/mm/jobs/test_in_process.py::test_a_run_that_was_cut_short_goes_on_where_it_was",
     ),
     Fault(

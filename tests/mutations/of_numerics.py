@@ -76,7 +76,7 @@ NUMERICS = (
     Fault(
         "guard.back",
         "a run that goes back takes the same batches again",
-        "mm/train/trainer.py",
+        "mm/train/loop.py",
         "drawn=replace(state.drawn, left_out=left_out)",
         "drawn=replace(state.drawn)",
         f"{GUARD}a_run_that_goes_back_is_one_that_left_the_batches_out",

@@ -120,7 +120,7 @@ STARTING = (
     Fault(
         "lines.stop",
         "a run that is to end on a full disk goes on",
-        "mm/train/trainer.py",
+        "mm/train/loop.py",
         "return self.stop.requested or bool(lost)",
         "return self.stop.requested",
         "tests/mm/train/test_lines.py::test_a_run_whose_disk_is_full_goes_on_or_ends_saved",

@@ -25,7 +25,7 @@ from mm.checkpoint.folders import export_hf
 from mm.checkpoint.weights import fill_adapters, fill_encoders, start_from
 from mm.cli import main
 from mm.errors import CheckpointError
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from parallel.published import module_shapes
 from parallel.sharding.low_rank import LowRank, adapters_of, add_adapters
 from tests.llm.families import build, config_of, even, prepare

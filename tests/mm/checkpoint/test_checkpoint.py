@@ -21,7 +21,8 @@ from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up
 from mm.ranks.job import open_index
 from mm.ranks.launch import RankInfo
-from mm.train.trainer import train_on, train_step
+from mm.train.one_step import train_step
+from mm.train.trainer import train_on
 from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 from tests.mm.checkpoint.runs import contents, part_of_run

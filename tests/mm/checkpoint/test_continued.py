@@ -17,7 +17,7 @@ import pytest
 
 from mm.data.index import load_index
 from mm.ranks.feed import Prepared
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from tests.mm.checkpoint.runs import part_of_run
 from tests.mm.harness import CONFIGS, largest_difference, running, small
 

@@ -14,7 +14,7 @@ from mm.checkpoint.weights import fill_encoders
 from mm.config.schema import from_mapping
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from parallel.published import module_tensors
 from parallel.sharding.param import declared, local
 from parallel.sharding.shard import held_indices

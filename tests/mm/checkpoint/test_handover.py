@@ -10,7 +10,7 @@ import torch
 
 from mm.checkpoint import saver
 from mm.checkpoint import state as checkpoint
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from parallel import checkpoint as store
 from parallel.comm.transport import Channel
 from parallel.sharding.param import local

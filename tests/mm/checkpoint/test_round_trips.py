@@ -14,7 +14,7 @@ from mm.checkpoint import state as checkpoint
 from mm.config.schema import from_mapping
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from parallel import checkpoint as store
 from tests.mm.checkpoint.runs import contents
 from tests.mm.harness import CONFIGS, running, small

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mm.checkpoint import saver as saving
 from mm.checkpoint.saver import Saver
 from mm.errors import CheckpointError
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from parallel import checkpoint as store
 from tests.mm.checkpoint.runs import contents
 from tests.mm.harness import running, small

@@ -20,7 +20,7 @@ from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up
 from mm.ranks.job import build_job, open_data, open_index
 from mm.ranks.launch import RankInfo
-from mm.train.trainer import open_feed, train_step
+from mm.train.one_step import open_feed, train_step
 from tests.llm.families import build, config_of, even, save
 from tests.mm.harness import CONFIGS, small
 

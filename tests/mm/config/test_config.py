@@ -95,7 +95,7 @@ def test_an_override_fills_a_section_that_is_empty_in_the_file(load: Load) -> No
         ("train.stpes=3", "unknown key train.stpes; did you mean steps?"),
         ("trian.steps=3", "unknown key trian; did you mean train?"),
         ("trainer.optimizer.name=sgd", "unknown key trainer; did you mean train?"),
-        ("colour=red", "known keys: run, model, layout, schedule, data, train, eval, checkpoint"),
+        ("colour=red", "known keys: run, model, layout, elastic, schedule, data, train, eval, checkpoint"),
         ("model.vision.encdoer=vit", "unknown key model.vision.encdoer; did you mean encoder?"),
         ("model.vision.projector.hiden=3", "unknown key model.vision.projector.hiden; did you mean hidden?"),
         ("model.visoin.freeze=all", "model.visoin.encoder is missing; did you mean model.vision?"),

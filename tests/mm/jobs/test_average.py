@@ -16,8 +16,8 @@ from mm.checkpoint.folders import export_hf
 from mm.config.schema import from_mapping
 from mm.errors import Refused
 from mm.ranks.feed import prepare
+from mm.train.one_step import train_step
 from mm.train.step import run_step
-from mm.train.trainer import train_step
 from mm.train.weights import averaged
 from tests.mm.checkpoint.runs import contents
 from tests.mm.harness import CONFIGS, Held, running, small, weigh

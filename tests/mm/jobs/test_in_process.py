@@ -14,7 +14,7 @@ import yaml
 
 from llm.flops import flops
 from mm.ranks.job import open_data
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from tests.encoders.helpers import png
 from tests.mm import reference
 from tests.mm.harness import free_port, run_job, running, small

@@ -17,7 +17,7 @@ from mm.config.schema import from_mapping
 from mm.config.stages import stages_of
 from mm.errors import CheckpointError, Refused
 from mm.plan.blueprint import draw_up
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from parallel.sharding.low_rank import is_adapter
 from tests.mm.checkpoint.runs import contents
 from tests.mm.harness import CONFIGS, largest_difference, running, small, train_few, weigh

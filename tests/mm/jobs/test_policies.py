@@ -21,8 +21,8 @@ from mm.checkpoint import state as checkpoint
 from mm.plan.data_parallel import Moved, stage_costs
 from mm.ranks.feed import Feed
 from mm.ranks.job import Job
+from mm.train.one_step import train_step
 from mm.train.step import run_step
-from mm.train.trainer import train_step
 from mm.train.update import finish_step, learning_rate
 from parallel.schedule import Record
 from parallel.sharding import whole

@@ -18,8 +18,8 @@ from encoders.hf.folder import open_folder
 from llm.hf.weights import checkpoint_tensors
 from mm.checkpoint.weights import fill_encoders, start_from
 from mm.data.tokenizer import Tokenizer
+from mm.train.one_step import train_step
 from mm.train.step import run_step
-from mm.train.trainer import train_step
 from parallel.published import join
 from parallel.sharding.param import local
 from tests.encoders.helpers import png

@@ -9,7 +9,7 @@ import pytest
 
 from mm.config.schema import from_mapping
 from mm.errors import Refused
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from tests.mm.harness import CONFIGS, largest_difference, running, small, train_few, weigh
 from tests.slow import on_demand
 

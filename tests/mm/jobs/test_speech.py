@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mm.checkpoint.weights import fill_encoders
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from tests.encoders.helpers import wav
 from tests.mm.harness import largest_difference, running, small, train_few
 from tests.mm.shards import write_shard

@@ -12,7 +12,7 @@ from encoders.module import EncoderModule
 from mm.errors import NonFinite
 from mm.ranks.job import Job
 from mm.train.blame import CAME, CAME_BACK, GAVE, Findings, Place, origin
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from parallel.sharding import whole
 from parallel.sharding.param import declared, local
 from tests.mm.harness import running, small

@@ -21,7 +21,7 @@ from mm.config.training import SpikeConfig, TrainConfig
 from mm.errors import NonFinite
 from mm.order.stream import Stream
 from mm.train.guard import Guard
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from parallel import checkpoint as store
 from parallel.sharding import whole
 from parallel.sharding.param import declared, local

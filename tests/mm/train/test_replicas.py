@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mm.errors import ReplicasDiffer
+from mm.train.one_step import train_step
 from mm.train.replicas import check_replicas, difference, hashed
-from mm.train.trainer import train_step
 from parallel.sharding import whole
 from parallel.sharding.param import declared, local
 from tests.mm.harness import running, small

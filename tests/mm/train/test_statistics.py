@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mm.train.trainer import train_step
+from mm.train.one_step import train_step
 from tests.mm import reference
 from tests.mm.harness import CONFIGS, running, small
 from tests.mm.jobs.test_reference import TRAIN

@@ -1,0 +1,180 @@
+"""The steps of a run on one rank, with the checkpoints and evaluations that are due between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from mm.checkpoint.newest import load_newest
+from mm.checkpoint.saver import Saver
+from mm.checkpoint.state import Resumed
+from mm.data.sample import Sample
+from mm.errors import NonFinite
+from mm.order.skips import Skips, Span
+from mm.ranks.job import Data, Job
+from mm.ranks.skipped import Listener
+from mm.ranks.stop import Stop, StopRequested
+from mm.train.console import Console
+from mm.train.evaluate import Evaluation, blind_guess, evaluate
+from mm.train.guard import Guard
+from mm.train.metrics import TimedStep
+from mm.train.one_step import devices, open_feed, train_step
+from mm.train.replicas import check_replicas
+from mm.train.weights import averaged
+
+
+class Loop:
+    """A run's steps. data: to train on, and to evaluate on, if any. saver: None where no checkpoints are
+    asked. state: where the steps begin."""
+
+    def __init__(
+        self,
+        job: Job,
+        data: tuple[Data, Data | None],
+        console: Console,
+        saver: Saver | None,
+        stop: Stop,
+        *,
+        state: Resumed,
+    ) -> None:
+        self.job, self.console, self.saver, self.stop = job, console, saver, stop
+        self.data, self.eval_data = data
+        self.run_dir = Path(job.blueprint.cfg.run.dir)
+        self._begin(state)
+
+    def _begin(self, state: Resumed) -> None:
+        """Go on from here. done: steps so far; saved: those of the last checkpoint that was begun; metrics:
+        of the last step, by which checkpoints may be kept."""
+        listener = Listener(self.console.warn, self.console.skipped)
+        self.feed = open_feed(self.job, self.data, state, listener=listener)
+        self.guard = Guard.of(self.job.blueprint.cfg.train, self.feed.skips, state.guard)
+        self.done = self.saved = state.step
+        self.metrics = dict[str, float]()
+
+    def run(self) -> bool:
+        """Train and evaluate to the end of the run, or until some rank was asked to end; returns whether it
+        came to the end. Its last checkpoint is there then."""
+        try:
+            if self.job.control.any(self.stop.requested):  # while the run was made ready
+                raise StopRequested
+            while self.done < self.job.blueprint.cfg.train.steps:
+                self._step()
+            self._final_evaluation()
+            self._finish_save()
+            return True
+        except StopRequested:
+            self._finish_save()
+            lost = self._ends and not self.stop.requested
+            why = "files that cannot be written" if lost else "a signal"
+            self.console.info(f"stopped by {why} after step {self.done}")
+            return False
+
+    def _step(self) -> None:
+        """One step, and the checkpoint and evaluation that are due after it. Raises StopRequested."""
+        job, cfg = self.job, self.job.blueprint.cfg
+        start = time.perf_counter()
+        metrics = train_step(job, self.feed, self.done, stop=self._ends, guard=self.guard)
+        stopping = metrics.stop
+        self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
+        self.done += 1
+        checked = cfg.train.check_replicas
+        if checked and self.done % checked == 0:
+            check_replicas(job, self.done)
+        jumped = "" if metrics.left_out else self.guard.jumped(metrics.loss)
+        if jumped and self._go_back(jumped):
+            return
+        self.metrics = {"loss": metrics.loss}
+        if self.saver is not None:
+            self.saver.prepare(job)  # after the first step
+            self.saver.check(job)
+        every, at_end = cfg.checkpoint.every, self.done == cfg.train.steps
+        due = bool(every) and (stopping or self.done % every == 0 or at_end)
+        by_evaluation = cfg.checkpoint.keep_best == "eval_loss"
+        if due and (stopping or not by_evaluation):
+            self._save()
+            stopping = stopping or job.control.any(self.stop.requested)  # while it was copied
+        if stopping:
+            raise StopRequested
+        if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:
+            result = run_evaluation(job, self.eval_data, self.stop, self.console.warn)
+            self.console.evaluation(self.done, result)
+            self.metrics["eval_loss"] = result.loss
+        if due and by_evaluation and not at_end:
+            self._save()
+
+    def _go_back(self, why: str) -> bool:
+        """Go on from the newest checkpoint without the batches since. Returns whether there is one; raises
+        NonFinite where the run has gone back as often as it may."""
+        rule, last = self.guard.train.spike, self.done
+        assert rule is not None
+        if self.guard.back >= rule.most:
+            raise NonFinite(
+                f"after step {last} {why}, and the run went back {self.guard.back} times (train.spike.most); "
+                "its checkpoints are kept. Lower train.lr, or resume with more batches left out (data.skip)"
+            )
+        if self.saver is not None:
+            self.saver.wait(self.job)  # the newest may be under way
+        path, state = load_newest(self.job, self.data.index, self.run_dir, own=True)
+        if state is None or path is None:
+            self.console.info(f"after step {last} {why}; there is no checkpoint to go back to")
+            self.guard.high = 0
+            return False
+        skips = self.feed.skips
+        since = Skips((Span(skips.before(state.step), skips.batch(last - 1)),))
+        self.feed.close()
+        left_out, again = state.drawn.left_out.with_more(since), self.guard.back + 1
+        self._begin(replace(state, drawn=replace(state.drawn, left_out=left_out)))
+        self.guard.back = again
+        self.console.went_back(state.step, last, why, since.written())
+        return True
+
+    def close(self) -> None:
+        """Stop what prepares steps."""
+        self.feed.close()
+
+    @property
+    def _ends(self) -> bool:
+        """Whether this rank wants to end after the step."""
+        lost = self.console.lost and self.job.blueprint.cfg.run.unwritable == "stop"
+        return self.stop.requested or bool(lost)
+
+    def _final_evaluation(self) -> None:
+        if self.eval_data is None:
+            return
+        result = run_evaluation(self.job, self.eval_data, self.stop, self.console.warn)
+        self.console.evaluation(self.job.blueprint.cfg.train.steps, result)
+        self.metrics["eval_loss"] = result.loss
+        if self.job.rank.rank == 0:
+            samples = eval_samples(self.job, self.eval_data)
+            self.console.lift_table(result, blind_guess(samples, self.eval_data.assembler.encoded))
+
+    def _save(self) -> None:
+        """Begin to save the state as it is."""
+        assert self.saver is not None, "checkpoint.every is set"
+        given = (self.done, self.feed.bad, self.feed.drawn, self.metrics, self.guard.saved())
+        with self.job.rank.record.doing("checkpoint"):
+            self.saver.start(self.job, *given)
+        self.saved = self.done
+
+    def _finish_save(self) -> None:
+        """Have the last step saved, and wait until it is."""
+        if self.saver is None:
+            return
+        if self.saved < self.done:
+            self._save()
+        self.saver.wait(self.job, last=True)
+
+
+def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:
+    """Evaluate the first eval.samples held-out samples; StopRequested where a rank was asked to end."""
+    cfg = job.blueprint.cfg
+    with job.rank.record.doing("evaluation"), averaged(job) if cfg.eval.average else nullcontext():
+        return evaluate(job, data, eval_samples(job, data), cfg.run.seed, stop, warn)
+
+
+def eval_samples(job: Job, data: Data) -> Sequence[Sample]:
+    """The first eval.samples held-out samples that are not left out."""
+    return data.index.usable[: job.blueprint.cfg.eval.samples]
