@@ -136,7 +136,7 @@ $ data inspect none-*.tar
 $ checkpoint verify
 2 needed: checkpoint inspect PATH
 $ checkpoint verify none
-4 none is damaged
+4 none: it is damaged
 $ doctor now
 2 doctor takes no arguments
 """

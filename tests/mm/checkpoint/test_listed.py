@@ -91,7 +91,7 @@ def test_two_are_compared(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "llm, optimizer: 2 of 2 tensors equal to the bit",
     ]
     lines = said(capsys, 0, "diff", one, two, "--all")
-    assert "config: 6 keys differ" in lines and "  layout.llm.tp: 2 | 4" in lines
+    assert "config: 5 keys differ" in lines and "  layout.llm.tp: 2 | 4" in lines
     relative = 0.5 / float(head.double().abs().max())
     at = next(n for n, line in enumerate(lines) if line.startswith("llm: "))
     assert lines[at].startswith("llm: 1 of 4 tensors equal to the bit; largest difference 0.5, ")

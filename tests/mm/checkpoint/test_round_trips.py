@@ -60,7 +60,7 @@ def save(raw: dict[str, Any], folder: str, source: str | None) -> None:
 SEEDS = range(24)
 
 
-@pytest.mark.parametrize("seed", on_demand(SEEDS, SEEDS[2:]))
+@pytest.mark.parametrize("seed", on_demand(SEEDS, SEEDS[1:]))
 def test_it_is_the_same_after_any_layouts(seed: int, ranks: Any, tmp_path: Path) -> None:
     rng = random.Random(seed)
     chain = [random_layout(rng) for _ in range(3)]

@@ -11,9 +11,8 @@ from mm.predict.hardware import load_hardware
 from mm.search.candidate import Candidate
 from mm.search.explain import changes
 from mm.search.limits import space_of
-from mm.search.load import StepLoad
 from mm.search.pieces import Pieces
-from mm.search.plan import plain_candidate
+from mm.search.plan import plain_candidate, step_load
 from mm.search.predictor import Judged, Predictor
 from mm.search.tree import Tree
 from tests.mm.harness import CONFIGS, small
@@ -32,7 +31,7 @@ def some(cfg: Config, count: int, seed: int) -> list[Candidate]:
     """Random candidates, each with all that differ from it in one thing."""
     predictor, plain = Predictor(cfg, WORLD, H100), plain_candidate(cfg, WORLD)
     blueprint = predictor.blueprint(plain.config(cfg))
-    pieces = Pieces(blueprint, StepLoad.of(blueprint, predictor.plan(blueprint, plain)), H100, None)
+    pieces = Pieces(blueprint, step_load(predictor, blueprint), H100, None)
     space, rng = space_of(blueprint), random.Random(seed)
     tree = Tree(space, pieces, 1e15, float("inf"), lambda *_: None)
     roots, found = list(tree.roots()), list[Candidate]()
