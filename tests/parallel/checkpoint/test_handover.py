@@ -153,5 +153,6 @@ def what_is_missing() -> list[str]:
 def test_what_does_not_fit_is_named(ranks: Any) -> None:
     assert ranks(1, what_is_missing)[0] == [
         "what is in memory does not fit: lacks 1 tensors of this model, first b; it has 1 others, first a",
-        "what is in memory does not fit: 1 tensors have another shape: a has shape (2,), this model needs (3,)",
+        "what is in memory does not fit: 1 tensors have another shape: "
+        "a has shape (2,), this model needs (3,)",
     ]
