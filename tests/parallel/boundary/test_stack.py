@@ -20,6 +20,7 @@ from parallel.boundary import (
     dest_side,
     on_stage,
     plan_edge,
+    row_counts,
     row_positions,
     sharing,
     source_side,
@@ -168,6 +169,8 @@ def check(stack: Stack, ranks: Sequence[int], node_size: int | None, spares: flo
         for k, (a, b) in enumerate(pairwise(bounds)):
             items = (c.rows[a:b], c.dest_dp[a:b], c.position[a:b], stack.tokens[k])
             assert np.array_equal(positions[k], row_positions(stack.dest, rank, *items, order=stack.order))
+            counts, at = row_counts(stack.dest, *items, order=stack.order), stack.dest.coord(rank)
+            assert counts[at.dp, at.cp, at.tp if stack.dest.token_shards > 1 else 0] == len(positions[k])
 
 
 @settings(max_examples=30)
