@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mm.config.flat import flat, said
+from mm.config.flat import flat, is_of, said
 
 # Keys, or sections of them, that change nothing of what is learned. What data there are is compared by what
 # was drawn of them (mm/plan/drawn.py), not by their paths.
@@ -55,17 +55,13 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     return [c for c in found if c.was != c.now]
 
 
-def _is_of(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == s or key.startswith(f"{s}.") for s in sections)
-
-
 def worth_saying(found: list[Change]) -> list[Change]:
     """Those that change how the run goes on, and that it may have."""
-    return [c for c in found if not _is_of(c.key, FREE) and not _is_of(c.key, KEPT)]
+    return [c for c in found if not is_of(c.key, FREE) and not is_of(c.key, KEPT)]
 
 
 def refused(found: list[Change]) -> str:
     """Those that a run cannot resume with, in words; "" where there are none."""
-    kept = [str(c) for c in found if _is_of(c.key, KEPT)]
+    kept = [str(c) for c in found if is_of(c.key, KEPT)]
     more = f"; and {len(kept) - MOST} more" if len(kept) > MOST else ""
     return "; ".join(kept[:MOST]) + more

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mm.checkpoint.state import buffers
 from mm.errors import NonFinite
 from mm.ranks.job import Job
 from parallel.sharding.param import local
@@ -24,18 +25,12 @@ def names_not_finite(job: Job, tensors: Iterable[tuple[str, Tensor]]) -> list[st
         return []
     # The smallest and the largest element say it exactly: a sum of finite ones may not be finite.
     ends = torch.stack([e.to(torch.float64) for _, t in read for e in torch.aminmax(t.detach())])
-    masks, both = _buffers(job), zip(read, ends.view(-1, 2).tolist(), strict=True)
+    masks, both = buffers(job), zip(read, ends.view(-1, 2).tolist(), strict=True)
     return [n for (n, _), pair in both if any(map(math.isnan if n in masks else _infinite, pair))]
 
 
 def _infinite(value: float) -> bool:
     return not math.isfinite(value)
-
-
-def _buffers(job: Job) -> set[str]:
-    """Full names of the buffers on this rank."""
-    every = ((m, part) for m, parts in job.parts.items() for part in parts.values())
-    return {f"{m}.{name}" for m, part in every for name, _ in part.named_buffers()}
 
 
 def found_anywhere(job: Job, tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mm.checkpoint.finite import check_before_save
 from mm.checkpoint.kept import rule_of
-from mm.checkpoint.state import EMPTY, Given, contents, state_tensors
+from mm.checkpoint.state import EMPTY, Given, buffers, contents, state_tensors
 from mm.checkpoint.writer import Status, Writer
 from mm.data.sample import Index
 from mm.errors import CheckpointError
@@ -106,15 +106,10 @@ class Saver:
     def _copy(self, job: Job) -> None:
         """Copy this rank's items as they are now. Parameters and moments are updated in place (the optimizer
         holds them too); buffers are looked up, since a plug-in may put another tensor in one's place."""
-        buffers = {
-            f"{module}.{name}": buffer
-            for module, parts in job.parts.items()
-            for part in parts.values()
-            for name, buffer in part.named_buffers()
-        }
+        found = buffers(job)
         for n, name in enumerate(self._names):
-            if name in buffers:
-                self._items[n] = local(buffers[name].detach())
+            if name in found:
+                self._items[n] = local(found[name].detach())
         torch._foreach_copy_(self._staged, self._items, non_blocking=True)
         if job.rank.device.type == "cuda":
             torch.cuda.current_stream(job.rank.device).synchronize()

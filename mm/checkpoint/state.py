@@ -58,6 +58,16 @@ def state_tensors(job: Job) -> dict[str, Tensor]:
     return out
 
 
+def buffers(job: Job) -> dict[str, Tensor]:
+    """The buffers of the modules on this rank, by full name: state_tensors() has those that are kept."""
+    return {
+        f"{module}.{name}": buffer
+        for module, parts in job.parts.items()
+        for part in parts.values()
+        for name, buffer in part.named_buffers()
+    }
+
+
 def fingerprint(blueprint: Blueprint) -> str:
     """A digest of what must not change between saving and resuming: model, tokenizer, seed, global batch.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 
@@ -14,6 +14,11 @@ def flat(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
             yield from flat(value, key)
         else:
             yield key, list(value) if isinstance(value, tuple) else value
+
+
+def is_of(key: str, sections: Collection[str]) -> bool:
+    """Whether a dotted key is one of some keys, or in one of some sections."""
+    return any(key == s or key.startswith(f"{s}.") for s in sections)
 
 
 def said(value: Any) -> str:

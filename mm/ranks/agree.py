@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from mm.config.flat import flat
+from mm.config.flat import flat, is_of
 from mm.config.schema import shown
 from mm.data.sample import Index
 from mm.errors import DataError, PolyrankError
@@ -43,7 +43,7 @@ def facts_of(runs: Sequence[tuple[str, Blueprint]]) -> dict[str, str]:
     for name, blueprint in runs:
         where = f"{name}: " if name else ""
         for key, value in flat(shown(blueprint.cfg)):
-            if not any(key == own or key.startswith(f"{own}.") for own in OF_A_MACHINE):
+            if not is_of(key, OF_A_MACHINE):
                 found[where + key] = f"{value}"
         plan = repr((sorted(blueprint.layouts.items()), sorted(blueprint.stages.items())))
         found[f"{where}ranks a node"] = f"{blueprint.node_size}"

@@ -30,6 +30,8 @@ KINDS = ("kill", "mid-save", "stop", "never_returns", "keeps_the_interpreter", "
 AT_ONCE = {"kill", "mid-save", "raises", "launcher", "term"}  # nobody needs to wait for a time-out
 END_S = 10.0  # within which everything ends, after run.timeout_s where that is waited for
 EVERY = 4  # steps between checkpoints (forge.config)
+# Steps that a fault may cost. A checkpoint is written in the background, and is done before the next is begun.
+LOST = 2 * EVERY
 STEPS_ON = 9  # a fault comes at most so many steps after a start
 
 
@@ -93,7 +95,7 @@ def follow(job: Job, found: Injected) -> None:
         found.wrong += named(said, found)
     kept = [int(p.name[5:]) for p in (job.folder / "run").glob("step-*") if p.suffix == ""]
     found.lost = job.steps() - max(kept, default=0)
-    if found.lost > EVERY:
+    if found.lost > LOST:
         found.wrong.append(f"{found.lost} steps are lost")
     (job.folder / "ask").unlink(missing_ok=True)
     if found.wrong:

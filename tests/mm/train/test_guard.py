@@ -222,8 +222,8 @@ def broken_once(raw: dict[str, Any], rank: int, broken: bool) -> list[Any]:
             missed = train_step(job, feed, 1, guard=guard)
             assert f"rows of module vision are not finite on rank {rank}" in missed.left_out
             assert guard.left_out == [1]
-            llm: Any = job.parts["llm"].values()
-            assert not any(layer.load.any() for part in llm for layer in part.moe_layers())
+            llm: Any = job.parts.get("llm", {})  # disjoint ranks of the encoders have none
+            assert not any(layer.load.any() for part in llm.values() for layer in part.moe_layers())
             if handle is not None:
                 handle.remove()
             after = weigh(job)
