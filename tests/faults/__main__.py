@@ -30,7 +30,7 @@ KINDS = ("kill", "mid-save", "stop", "never_returns", "keeps_the_interpreter", "
 AT_ONCE = {"kill", "mid-save", "raises", "launcher", "term"}  # nobody needs to wait for a time-out
 END_S = 10.0  # within which everything ends, after run.timeout_s where that is waited for
 EVERY = 4  # steps between checkpoints (forge.config)
-# Steps that a fault may cost: a checkpoint is written in the background, and is done before the next is begun.
+# Steps that a fault may cost: a checkpoint is written behind the steps, and is done before the next begins.
 LOST = 2 * EVERY
 STEPS_ON = 9  # a fault comes at most so many steps after a start
 
