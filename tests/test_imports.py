@@ -46,6 +46,7 @@ ORDER = {
     ),
     "mm": (
         "errors",
+        "forks",
         "faults",
         "data",
         "order",

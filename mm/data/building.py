@@ -30,6 +30,7 @@ from mm.data.remote.urls import is_remote
 from mm.data.scan import build_index, headers_digest
 from mm.data.storage import LOCAL, Say, Storage, Version
 from mm.errors import DataError
+from mm.forks import leave_inherited, uncollected
 
 ALONE = 64 << 20  # bytes of shards that are scanned without other processes
 TELL_S = 5.0  # how often progress is shown
@@ -225,7 +226,9 @@ def _scans(
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),))
     try:
-        yield from zip(pool.map(scan, tasks), sums, strict=True)
+        with uncollected():
+            found = pool.map(scan, tasks)
+        yield from zip(found, sums, strict=True)
     except BrokenProcessPool as error:
         raise DataError(
             f"a process that indexes shards has ended, among them {tasks[0][0]}; the machine may have run "
@@ -248,6 +251,7 @@ def _scan(layout: str, storage: Storage, shards: Sequence[str]) -> Table:
 
 def _begin_worker(parent: int) -> None:
     """A request to stop goes to the parent; a worker ends with it, however that ends."""
+    leave_inherited()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -8,7 +8,6 @@ as the first ones did. When its rank closes the pipe or has ended, it kills the 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from mm.errors import PolyrankError
+from mm.forks import fork
 from mm.ranks.stop import REQUESTS
 
 Work = Callable[[int, Connection], None]  # of a worker's number and its end of the pipe to the rank
@@ -41,7 +41,7 @@ class Nursery:
     def __init__(self, work: Work, rank: int) -> None:
         self._rank = rank
         self._socket, theirs = socket.socketpair()
-        self.pid = os.fork()
+        self.pid = fork()
         if self.pid == 0:
             code = 1
             try:
@@ -108,7 +108,6 @@ def _serve(orders: socket.socket, work: Work) -> None:
     torch.set_num_threads(1)  # its threads did not come along, and workers are many
     # The tokenizers package has threads too, and warns of a fork after it has used them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    gc.freeze()  # a collection would write to, and so copy, what is shared
     living: set[int] = set()
     while True:
         data, fds, _, _ = socket.recv_fds(orders, ORDER.size, 1, socket.MSG_WAITALL)
@@ -119,7 +118,7 @@ def _serve(orders: socket.socket, work: Work) -> None:
             answer = _reaped(number)
             living.discard(number)
         else:
-            answer = os.fork()
+            answer = fork()
             if answer == 0:
                 orders.close()
                 work(number, Connection(fds[0]))

@@ -10,7 +10,6 @@ Plans come back through a pipe that only the rank and its process have; nothing 
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import time
@@ -21,6 +20,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import NamedTuple
 
 from mm.errors import DataError, PolyrankError
+from mm.forks import fork
 from mm.plan.inputs import PlanInputs
 from mm.plan.step_plan import StepPlan
 from mm.plan.table import DataTable, SampleTable
@@ -66,7 +66,7 @@ class Planner:
         self._known_bad: frozenset[int] | None = None  # the bad samples that the process knows
         self.asked: tuple[int, frozenset[int]] | None = None  # what it is to answer
         parent = os.getpid()
-        self.pid = os.fork()
+        self.pid = fork()
         if self.pid == 0:
             try:
                 self._pipe.close()
@@ -138,7 +138,6 @@ def _serve(pipe: Connection, plan: PlanStep, parent: int) -> None:
     # A request to stop goes to the rank, which ends this process when it is done.
     for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
-    gc.freeze()  # a collection would write to, and so copy, what is shared
     bad = frozenset[int]()
     while os.getppid() == parent:
         try:

@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from mm.forks import leave_inherited, uncollected
 from mm.virtual.records import Trace
 
 TraceRank = Callable[[int], Trace]
@@ -44,12 +45,14 @@ def _start(trace: TraceRank, rank: int) -> tuple[Connection, BaseProcess]:
     context = get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(trace, rank, theirs), daemon=True)
-    process.start()
+    with uncollected():
+        process.start()
     theirs.close()  # so that its end is the end of the pipe
     return ours, process
 
 
 def _work(trace: TraceRank, rank: int, pipe: Connection) -> None:
+    leave_inherited()
     try:
         pipe.send(trace(rank))
     except Exception:

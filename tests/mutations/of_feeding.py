@@ -86,6 +86,14 @@ FEEDING = (
         "tests/mm/ranks/test_planner.py::test_the_process_knows_which_samples_are_bad",
     ),
     Fault(
+        "forks.collect",
+        "a process that is forked collects what its rank had, process groups without their threads among it",
+        "mm/forks.py",
+        "gc.disable()  # Python",
+        "pass  # Python",
+        "tests/mm/test_forks.py",
+    ),
+    Fault(
         "reads.stages",
         "later stages of an encoder read pictures that they do not use",
         "mm/ranks/batch.py",
