@@ -1,0 +1,153 @@
+"""The checkpoints of a run's folder, copied to its target: which, in which order, and which go there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from mm.checkpoint.kept import metric_of, why_kept
+from mm.checkpoint.remote.index import INDEX, MOST_BYTES, Entry, RemoteIndex, is_name, step_of
+from mm.checkpoint.remote.note import Note, write_note
+from mm.config.schema import CheckpointConfig
+from mm.data.remote.folder import Folder, Pace
+from mm.errors import CheckpointError
+from parallel import checkpoint as store
+from parallel.checkpoint import manifest
+
+FILES = 4  # of one checkpoint that are copied at once
+
+
+def read_index(folder: Folder) -> RemoteIndex | None:
+    """The index of a target, None where it has none. Raises CheckpointError where it is damaged."""
+    try:
+        data = folder.read(INDEX, MOST_BYTES)
+    except FileNotFoundError:
+        return None
+    return RemoteIndex.parse(data, folder.name(INDEX))
+
+
+def write_index(folder: Folder, index: RemoteIndex) -> None:
+    """Write the index of a target: from then on it is what readers go by."""
+    folder.write(INDEX, index.written())
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies from a run's folder to its target.
+
+    run: that the target belongs to. session: of this start of the run; first: the step that it began after.
+    """
+
+    folder: Folder
+    directory: Path
+    rules: CheckpointConfig
+    run: str
+    session: str
+    first: int
+    pace: Pace = field(default_factory=Pace)
+
+    def copy_one(self) -> str | None:
+        """Copy the checkpoint whose turn it is; returns its name, or None where all is copied.
+
+        Raises OSError, DataError, BadCheckpoint or CheckpointError where it cannot be. The target has then
+        what it had before.
+        """
+        found = read_index(self.folder)
+        if found is None or found.run != self.run:
+            raise CheckpointError(
+                f"{self.folder.url} belongs to another run now; needed: a checkpoint.remote.url for each"
+                if found
+                else f"{self.folder.name(INDEX)} is gone"
+            )
+        index = self._followed(found)
+        name = self._due(index)
+        if name is not None:
+            self._copy(index, name)
+        elif index != found:
+            self._settle(index)
+        return name
+
+    def _followed(self, index: RemoteIndex) -> RemoteIndex:
+        """Without what an earlier start of the run has copied of steps that this one does not follow."""
+        others = [
+            n for n, e in index.checkpoints.items() if step_of(n) > self.first and e.session != self.session
+        ]
+        return _without(index, others)
+
+    def _due(self, index: RemoteIndex) -> str | None:
+        """The newest that is not there; else one that the rules keep for more than being among the last."""
+        names = [p.name for p in store.published(self.directory) if is_name(p.name)]
+        missing = [name for name in names if name not in index.checkpoints]
+        if not missing or missing[-1] == names[-1]:
+            return missing[-1] if missing else None
+        known = {n: e.metrics for n, e in index.checkpoints.items()}
+        why = self._why({**known, **{name: self._metrics(name) for name in missing}})
+        return next((n for n in reversed(missing) if set(why[n]) - {"last"}), None)
+
+    def _why(self, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, list[str]]:
+        """Why each checkpoint stays in the target. metrics: of each."""
+        rules, by_step = self.rules, {step_of(name): name for name in metrics}
+        by = rules.keep_best or ""
+        best = {s: metrics[n][by] for s, n in by_step.items() if by in metrics[n]}
+        keep = rules.keep if rules.remote.keep is None else rules.remote.keep
+        return {by_step[s]: why for s, why in why_kept([*by_step], best, keep, rules.keep_every).items()}
+
+    def _metrics(self, name: str) -> dict[str, float]:
+        """The metric of a checkpoint of the folder that it may be kept for."""
+        if self.rules.keep_best is None:
+            return {}
+        value = metric_of(store.read_state(self.directory / name), self.rules.keep_best)
+        return {} if value is None else {self.rules.keep_best: value}
+
+    def _copy(self, index: RemoteIndex, name: str) -> None:
+        path = self.directory / name
+        write_note(self.directory, Note(self.run, name))  # from here on no save removes it
+        try:
+            listed, metrics = manifest.entries(path), self._metrics(name)
+            text = (path / store.MANIFEST).read_bytes()
+            index = replace(index, unfinished=tuple(dict.fromkeys((*index.unfinished, name))))
+            self._settle(index)
+            self._upload(path, listed)
+            self.folder.write(f"{name}/{store.MANIFEST}", text)
+        finally:
+            write_note(self.directory, Note(self.run))
+        total = len(text) + sum(entry.bytes for entry in listed.values())
+        new = Entry(hashlib.sha256(text).hexdigest(), total, self.session, metrics)
+        index = replace(index, checkpoints={**index.checkpoints, name: new}, unfinished=())
+        why = self._why({n: e.metrics for n, e in index.checkpoints.items()})
+        gone = [n for n in index.checkpoints if not why[n] and n != name]
+        index = _without(index, gone)
+        self._settle(index)
+        if gone:
+            write_index(self.folder, replace(index, unfinished=()))
+
+    def _settle(self, index: RemoteIndex) -> None:
+        """Write the index, and then remove the objects of what it has as unfinished."""
+        write_index(self.folder, index)
+        for name in index.unfinished:
+            self.folder.within(name).clear()
+
+    def _upload(self, path: Path, listed: Mapping[str, manifest.Entry]) -> None:
+        with ThreadPoolExecutor(FILES) as pool:
+            try:
+                for _ in pool.map(partial(self._upload_file, path, listed), sorted(listed)):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _upload_file(self, path: Path, listed: Mapping[str, manifest.Entry], name: str) -> None:
+        read = self.folder.upload(f"{path.name}/{name}", path / name, self.pace)
+        if tuple(read) != tuple(listed[name]):
+            raise store.BadCheckpoint(f"{path / name} is damaged: it differs from {store.MANIFEST}")
+
+
+def _without(index: RemoteIndex, names: list[str]) -> RemoteIndex:
+    """An index in which some checkpoints are unfinished."""
+    left = {n: e for n, e in index.checkpoints.items() if n not in names}
+    unfinished = tuple(dict.fromkeys((*index.unfinished, *names)))
+    return index if not names else replace(index, checkpoints=left, unfinished=unfinished)
