@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mm.checkpoint.remote.copies import FILES
 from mm.checkpoint.remote.index import Entry, step_of
-from mm.data.remote.folder import Folder
+from mm.data.remote.folder import Folder, OtherSize
+from mm.data.remote.retry import Changed
 from mm.errors import CheckpointError
 from parallel import checkpoint as store
 from parallel.checkpoint import manifest
@@ -99,6 +100,8 @@ def _fetch_file(
                 os.fsync(writing.fileno())
         except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
             raise store.BadCheckpoint(f"{store.MANIFEST} lists {file} and a file below it") from error
+        except (OtherSize, Changed) as error:
+            raise store.BadCheckpoint(str(error)) from error
         wrong = _differs(file, found, listed)
         if not wrong:
             return

@@ -22,6 +22,10 @@ from mm.errors import DataError
 MOST_PARTS = 9000  # of an object; S3 takes 10,000
 
 
+class OtherSize(OSError):
+    """An object that has another size than was written."""
+
+
 class Read(NamedTuple):
     """What a file had as it was read: bytes and their sha256 in hexadecimal digits."""
 
@@ -85,11 +89,12 @@ class Folder:
         return b"".join(data for _, data in self.client.stream(url, stat))
 
     def stream(self, name: str, size: int) -> Iterator[bytes]:
-        """An object from its beginning to its end. Raises OSError where it has another size."""
+        """An object from its beginning to its end. Raises OtherSize where it has another size, and
+        retry.Changed where it becomes another object meanwhile."""
         url = self.name(name)
         stat = self.client.stat(url)
         if stat.size != size:
-            raise OSError(f"{url} has {stat.size} bytes, {size} were written")
+            raise OtherSize(f"{url} has {stat.size} bytes, {size} were written")
         yield from (data for _, data in self.client.stream(url, stat))
 
     def write(self, name: str, data: bytes) -> None:

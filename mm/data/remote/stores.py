@@ -181,8 +181,9 @@ class _File(_Any):
 
     async def in_parts(self, url: str) -> _FileParts:
         final = Path(self._path(url))
-        await asyncio.to_thread(final.parent.mkdir, parents=True, exist_ok=True)
-        return _FileParts(final, final.with_name(f"{final.name}.part"))
+        parts = _FileParts(final, final.with_name(f"{final.name}.part"))
+        await asyncio.to_thread(parts.begin)
+        return parts
 
     async def remove(self, url: str) -> None:
         path = Path(self._path(url))
@@ -198,22 +199,26 @@ class _FileParts:
     final: Path
     begun: Path
 
+    def begin(self) -> None:
+        """Make it, empty."""
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        self.begun.write_bytes(b"")
+
     async def part(self, number: int, offset: int, data: bytes) -> None:
         await asyncio.to_thread(self._write, offset, data)
 
     def _write(self, offset: int, data: bytes) -> None:
-        descriptor = os.open(self.begun, os.O_WRONLY | os.O_CREAT | (0 if offset else os.O_TRUNC), 0o666)
-        try:
-            left = memoryview(data)
-            while left:
-                done = os.pwrite(descriptor, left, offset)
-                left, offset = left[done:], offset + done
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with self.begun.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
 
     async def finish(self) -> None:
-        await asyncio.to_thread(os.replace, self.begun, self.final)
+        await asyncio.to_thread(self._publish)
+
+    def _publish(self) -> None:
+        with self.begun.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(self.begun, self.final)
 
     async def drop(self) -> None:
         self.begun.unlink(missing_ok=True)
