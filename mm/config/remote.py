@@ -34,7 +34,7 @@ class CopyConfig(Section):
         None,
         min_length=1,
         description="folder of this run's own that checkpoints are copied to beside training, and fetched "
-        "from where `run.dir` has no newer one: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or file:///FOLDER",
+        "from where run.dir has no newer one: s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or file:///FOLDER",
     )
     keep: int | None = Field(
         None, ge=0, description="newest checkpoints that stay there, 0 for all; by default checkpoint.keep"

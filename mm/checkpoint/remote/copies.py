@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import uuid
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from mm.checkpoint.kept import metric_of, why_kept
-from mm.checkpoint.remote.index import INDEX, MOST_BYTES, Entry, RemoteIndex, is_name, step_of
+from mm.checkpoint.remote.index import FILE, INDEX, MOST_BYTES, Entry, RemoteIndex, is_name, step_of
 from mm.checkpoint.remote.note import Note, write_note
 from mm.config.schema import CheckpointConfig
 from mm.data.remote.folder import Folder, Pace
@@ -19,20 +20,31 @@ from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 
 FILES = 4  # of one checkpoint that are copied at once
+LOOKS = 5  # at an index that is replaced meanwhile
 
 
 def read_index(folder: Folder) -> RemoteIndex | None:
     """The index of a target, None where it has none. Raises CheckpointError where it is damaged."""
-    try:
-        data = folder.read(INDEX, MOST_BYTES)
-    except FileNotFoundError:
-        return None
-    return RemoteIndex.parse(data, folder.name(INDEX))
+    inside = folder.within(INDEX)
+    for _ in range(LOOKS):
+        names = sorted(name for name in inside.sizes() if FILE.fullmatch(name))
+        if not names:
+            return None
+        try:
+            data = inside.read(names[-1], MOST_BYTES)
+        except FileNotFoundError:  # newer ones have been written since, and this one has gone
+            continue
+        index = RemoteIndex.parse(data, inside.name(names[-1]))
+        return replace(index, file=names[-1], older=tuple(names[:-1]))
+    raise OSError(f"{inside.url} changes faster than it can be read")
 
 
-def write_index(folder: Folder, index: RemoteIndex) -> None:
-    """Write the index of a target: from then on it is what readers go by."""
-    folder.write(INDEX, index.written())
+def write_index(folder: Folder, index: RemoteIndex) -> RemoteIndex:
+    """Write an index that follows the one that was read: from then on it is what readers go by."""
+    inside, new = folder.within(INDEX), replace(index, file=index.next_file, older=(index.file,))
+    inside.write(new.file, index.written())
+    inside.remove(index.older)
+    return replace(new, older=tuple(filter(None, new.older)))
 
 
 @dataclass(frozen=True)
@@ -61,14 +73,14 @@ class Copies:
             raise CheckpointError(
                 f"{self.folder.url} belongs to another run now; needed: a checkpoint.remote.url for each"
                 if found
-                else f"{self.folder.name(INDEX)} is gone"
+                else f"{self.folder.name(INDEX)} is gone, which was written when the run began"
             )
         index = self._followed(found)
         name = self._due(index)
         if name is not None:
             self._copy(index, name)
         elif index != found:
-            self._settle(index)
+            self._give_up(index)
         return name
 
     def _followed(self, index: RemoteIndex) -> RemoteIndex:
@@ -109,45 +121,48 @@ class Copies:
         try:
             listed, metrics = manifest.entries(path), self._metrics(name)
             text = (path / store.MANIFEST).read_bytes()
-            index = replace(index, unfinished=tuple(dict.fromkeys((*index.unfinished, name))))
-            self._settle(index)
-            self._upload(path, listed)
-            self.folder.write(f"{name}/{store.MANIFEST}", text)
+            out = self.folder.within(f"{name}.{uuid.uuid4().hex[:8]}")
+            home = out.url.rpartition("/")[2]
+            index = write_index(self.folder, replace(index, unfinished=(*index.unfinished, home)))
+            self._clear(n for n in index.unfinished if n != home)
+            self._upload(path, listed, out)
+            out.write(store.MANIFEST, text)
         finally:
             write_note(self.directory, Note(self.run))
         total = len(text) + sum(entry.bytes for entry in listed.values())
-        new = Entry(hashlib.sha256(text).hexdigest(), total, self.session, metrics)
+        new = Entry(home, hashlib.sha256(text).hexdigest(), total, self.session, metrics)
         index = replace(index, checkpoints={**index.checkpoints, name: new}, unfinished=())
         why = self._why({n: e.metrics for n, e in index.checkpoints.items()})
-        gone = [n for n in index.checkpoints if not why[n] and n != name]
-        index = _without(index, gone)
-        self._settle(index)
-        if gone:
+        self._give_up(_without(index, [n for n in index.checkpoints if not why[n] and n != name]))
+
+    def _give_up(self, index: RemoteIndex) -> None:
+        """Write an index, and then remove the objects of what is unfinished in it."""
+        index = write_index(self.folder, index)
+        if index.unfinished:
+            self._clear(index.unfinished)
             write_index(self.folder, replace(index, unfinished=()))
 
-    def _settle(self, index: RemoteIndex) -> None:
-        """Write the index, and then remove the objects of what it has as unfinished."""
-        write_index(self.folder, index)
-        for name in index.unfinished:
+    def _clear(self, names: Iterable[str]) -> None:
+        for name in names:
             self.folder.within(name).clear()
 
-    def _upload(self, path: Path, listed: Mapping[str, manifest.Entry]) -> None:
+    def _upload(self, path: Path, listed: Mapping[str, manifest.Entry], out: Folder) -> None:
         with ThreadPoolExecutor(FILES) as pool:
             try:
-                for _ in pool.map(partial(self._upload_file, path, listed), sorted(listed)):
+                for _ in pool.map(partial(self._upload_file, path, listed, out), sorted(listed)):
                     pass
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _upload_file(self, path: Path, listed: Mapping[str, manifest.Entry], name: str) -> None:
-        read = self.folder.upload(f"{path.name}/{name}", path / name, self.pace)
+    def _upload_file(self, path: Path, listed: Mapping[str, manifest.Entry], out: Folder, name: str) -> None:
+        read = out.upload(name, path / name, self.pace)
         if tuple(read) != tuple(listed[name]):
             raise store.BadCheckpoint(f"{path / name} is damaged: it differs from {store.MANIFEST}")
 
 
-def _without(index: RemoteIndex, names: list[str]) -> RemoteIndex:
+def _without(index: RemoteIndex, names: Collection[str]) -> RemoteIndex:
     """An index in which some checkpoints are unfinished."""
     left = {n: e for n, e in index.checkpoints.items() if n not in names}
-    unfinished = tuple(dict.fromkeys((*index.unfinished, *names)))
-    return index if not names else replace(index, checkpoints=left, unfinished=unfinished)
+    gone = tuple(index.checkpoints[n].folder for n in names)
+    return replace(index, checkpoints=left, unfinished=(*index.unfinished, *gone))

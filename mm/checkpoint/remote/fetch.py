@@ -21,12 +21,12 @@ from parallel.checkpoint import manifest
 TRIES = 2  # of a file whose sum differs: it may have been changed on the way
 
 
-def read_manifest(folder: Folder, name: str, entry: Entry, out: Path) -> dict[str, manifest.Entry]:
+def read_manifest(folder: Folder, entry: Entry, out: Path) -> dict[str, manifest.Entry]:
     """Write the manifest of a checkpoint into `out`, an empty folder, and return the files that it lists.
 
     Raises BadCheckpoint where it is not the one that was copied, and FileNotFoundError where it is gone.
     """
-    data = folder.read(f"{name}/{store.MANIFEST}", manifest.MOST_BYTES)
+    data = folder.read(f"{entry.folder}/{store.MANIFEST}", manifest.MOST_BYTES)
     if hashlib.sha256(data).hexdigest() != entry.manifest:
         raise store.BadCheckpoint(f"{store.MANIFEST} differs from what was copied (sha256)")
     with (out / store.MANIFEST).open("xb") as file:
@@ -35,12 +35,14 @@ def read_manifest(folder: Folder, name: str, entry: Entry, out: Path) -> dict[st
     return manifest.entries(out)
 
 
-def verify(folder: Folder, name: str, listed: Mapping[str, manifest.Entry]) -> list[str]:
+def verify(folder: Folder, entry: Entry, listed: Mapping[str, manifest.Entry]) -> list[str]:
     """What is wrong with the files of a checkpoint, one line each; reads them all, and writes nothing."""
 
     def look(file: str) -> str:
         try:
-            return _differs(file, _read(folder, f"{name}/{file}", listed[file], lambda data: None), listed)
+            return _differs(
+                file, _read(folder, f"{entry.folder}/{file}", listed[file], lambda data: None), listed
+            )
         except OSError as error:
             return str(error)
 
@@ -62,7 +64,7 @@ def fetch(folder: Folder, name: str, entry: Entry, directory: Path) -> Path:
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error}") from error
     try:
-        listed = read_manifest(folder, name, entry, partial_)
+        listed = read_manifest(folder, entry, partial_)
         needed = sum(one.bytes for one in listed.values())
         if needed > free:
             raise CheckpointError(
@@ -71,7 +73,9 @@ def fetch(folder: Folder, name: str, entry: Entry, directory: Path) -> Path:
             )
         with ThreadPoolExecutor(FILES) as pool:
             try:
-                for _ in pool.map(partial(_fetch_file, folder, name, listed, partial_), sorted(listed)):
+                for _ in pool.map(
+                    partial(_fetch_file, folder.within(entry.folder), listed, partial_), sorted(listed)
+                ):
                     pass
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -87,15 +91,13 @@ def fetch(folder: Folder, name: str, entry: Entry, directory: Path) -> Path:
     return final
 
 
-def _fetch_file(
-    folder: Folder, name: str, listed: Mapping[str, manifest.Entry], out: Path, file: str
-) -> None:
+def _fetch_file(folder: Folder, listed: Mapping[str, manifest.Entry], out: Path, file: str) -> None:
     path = out / file
     for left in reversed(range(TRIES)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as writing:
-                found = _read(folder, f"{name}/{file}", listed[file], partial(_write, writing.write, path))
+                found = _read(folder, file, listed[file], partial(_write, writing.write, path))
                 writing.flush()
                 os.fsync(writing.fileno())
         except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:

@@ -26,7 +26,7 @@ def list_remote(url: str, *, sums: bool = False) -> str:
     for name in reversed(names):
         entry, wrong = index.checkpoints[name], list[str]()
         if sums:
-            wrong = _wrong(folder, name, entry)
+            wrong = _wrong(folder, entry)
         sound = f"damaged ({'; '.join(wrong)})" if wrong else "whole" if sums else ""
         values = ", ".join(f"{k} {v:.4f}" for k, v in entry.metrics.items())
         parts = [f"{entry.bytes / 2**20:.1f} MiB", sound, values]
@@ -44,10 +44,10 @@ def inspect_remote(url: str) -> str:
     with TemporaryDirectory() as out:
         path = Path(out)
         try:
-            listed = read_manifest(folder, name, entry, path)
+            listed = read_manifest(folder, entry, path)
             for file in SMALL:
-                (path / file).write_bytes(folder.read(f"{name}/{file}", manifest.MOST_BYTES))
-            there = folder.within(name).sizes()
+                (path / file).write_bytes(folder.read(f"{entry.folder}/{file}", manifest.MOST_BYTES))
+            there = folder.within(entry.folder).sizes()
             wrong = [f for f, one in listed.items() if there.get(f) != one.bytes]
             if wrong:
                 raise store.BadCheckpoint(f"{', '.join(wrong[:8])} missing or of another size")
@@ -60,7 +60,7 @@ def verify_remote(url: str) -> str:
     """A line that a checkpoint of a target is undamaged; raises CheckpointError naming every damaged file.
     Reads all of it, and writes nothing."""
     folder, name, entry = _one(url)
-    wrong = _wrong(folder, name, entry)
+    wrong = _wrong(folder, entry)
     if wrong:
         raise CheckpointError(f"{folder.name(name)}: {'; '.join(wrong)}")
     return f"{folder.name(name)}: whole"
@@ -77,10 +77,10 @@ def fetch_remote(url: str, out: Path) -> str:
         raise CheckpointError(f"{folder.name(name)} is damaged: {error}") from error
 
 
-def _wrong(folder: Folder, name: str, entry: Entry) -> list[str]:
+def _wrong(folder: Folder, entry: Entry) -> list[str]:
     with TemporaryDirectory() as out:
         try:
-            return verify(folder, name, read_manifest(folder, name, entry, Path(out)))
+            return verify(folder, entry, read_manifest(folder, entry, Path(out)))
         except (store.BadCheckpoint, OSError) as error:
             return [str(error)]
 

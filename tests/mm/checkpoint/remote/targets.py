@@ -108,14 +108,22 @@ class Target:
         assert found is not None
         return found
 
+    def folders(self) -> list[str]:
+        """What there is, without what tells a copy from another one."""
+        return sorted(p.name.partition(".")[0] for p in self.there.iterdir())
+
+    def at(self, step: int) -> Path:
+        """Where a checkpoint's files are."""
+        return self.there / self.index().checkpoints[f"step-{step:08d}"].folder
+
     def steps(self) -> list[int]:
         """The steps of the target's checkpoints, each of which is whole."""
         index = self.index()
-        for name, entry in index.checkpoints.items():
+        for entry in index.checkpoints.values():
             out = self.there.parent / "manifest"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
-            assert verify(self.folder, name, read_manifest(self.folder, name, entry, out)) == []
+            assert verify(self.folder, entry, read_manifest(self.folder, entry, out)) == []
         return sorted(int(name.removeprefix("step-")) for name in index.checkpoints)
 
 

@@ -1,4 +1,4 @@
-"""Copies to a real S3 server, which the test starts, with faults on the way; and jobs that lose their disk."""
+"""Copies to a real S3 server, which the test starts, with faults on the way; jobs that lose their disk."""
 
 from __future__ import annotations
 
@@ -181,11 +181,12 @@ def test_parts_of_a_copy_that_was_killed_are_dropped(
     monkeypatch.setattr(folders, "CHUNK", PART)
     large(tmp_path / "run", 1)
     copies = copies_of(tmp_path / "run", url)
-    write_index(copies.folder, RemoteIndex("r"))
+    left = "step-00000001.00000000"
+    write_index(copies.folder, RemoteIndex("r", unfinished=(left,)))
     fs = fsspec.filesystem("s3", use_listings_cache=False)
     bucket, key, _ = fs.split_path(url)
     name = next((tmp_path / "run" / "step-00000001").glob("*.distcp")).name
-    fs.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{key}/step-00000001/{name}")
+    fs.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{key}/{left}/{name}")
     assert len(fs.call_s3("list_multipart_uploads", Bucket=bucket)["Uploads"]) == 1
     assert all_of(copies) == ["step-00000001"]
     assert not fs.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads")

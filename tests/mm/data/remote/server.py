@@ -25,8 +25,8 @@ Answers = Callable[[str, str, Mapping[str, str], bytes], Answer]  # of (method, 
 class Server:
     """A server in a thread. faults: of the next requests that ask for a range, in order: "500", "503", "403"
     (answered), "reset" and "short" (the connection ends before and in the answer), "stall", "" (none),
-    "wrong" (a bit of the answer is another). writes: likewise of the next ones that write or remove; "lost" is
-    one that is carried out and whose answer does not come."""
+    "wrong" (a bit of the answer is another). writes: likewise of the next ones that write or remove; "lost"
+    is one that is carried out and whose answer does not come."""
 
     answers: Answers
     faults: list[str] = field(default_factory=list)
