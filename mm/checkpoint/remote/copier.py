@@ -103,11 +103,12 @@ class Copier:
             self._seen = max(self._seen, said.seen)
             if said.why:
                 self._fail(said.why)
-            elif said.copied is not None:
+                continue
+            if said.copied is not None:
                 self._newest = max(said.copied, self._newest or said.copied, key=step_of)
-                if self._failed:
-                    self.info(f"checkpoints are copied to {self._rules.url} again: {said.copied}")
-                self._failed = False
+            if self._failed:
+                self.info(f"checkpoints are copied to {self._rules.url} again")
+            self._failed = False
 
     def last(self, begun: float) -> bool:
         """Whether a job that waits since `begun` need not wait any longer for the last copy; looks for up to

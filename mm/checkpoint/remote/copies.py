@@ -68,12 +68,10 @@ class Copies:
         Raises OSError, DataError, BadCheckpoint or CheckpointError where it cannot be. The target has then
         what it had before.
         """
-        found = read_index(self.folder)
-        if found is None or found.run != self.run:
+        found = read_index(self.folder) or RemoteIndex(self.run)
+        if found.run != self.run:
             raise CheckpointError(
                 f"{self.folder.url} belongs to another run now; needed: a checkpoint.remote.url for each"
-                if found
-                else f"{self.folder.name(INDEX)} is gone, which was written when the run began"
             )
         index = self._followed(found)
         name = self._due(index)
@@ -124,27 +122,36 @@ class Copies:
             out = self.folder.within(f"{name}.{uuid.uuid4().hex[:8]}")
             home = out.url.rpartition("/")[2]
             index = write_index(self.folder, replace(index, unfinished=(*index.unfinished, home)))
-            self._clear(n for n in index.unfinished if n != home)
+            left = self._clear(n for n in index.unfinished if n != home)
             self._upload(path, listed, out)
             out.write(store.MANIFEST, text)
         finally:
             write_note(self.directory, Note(self.run))
         total = len(text) + sum(entry.bytes for entry in listed.values())
         new = Entry(home, hashlib.sha256(text).hexdigest(), total, self.session, metrics)
-        index = replace(index, checkpoints={**index.checkpoints, name: new}, unfinished=())
+        index = replace(index, checkpoints={**index.checkpoints, name: new}, unfinished=tuple(left))
         why = self._why({n: e.metrics for n, e in index.checkpoints.items()})
         self._give_up(_without(index, [n for n in index.checkpoints if not why[n] and n != name]))
 
     def _give_up(self, index: RemoteIndex) -> None:
-        """Write an index, and then remove the objects of what is unfinished in it."""
+        """Write an index, and then remove the objects of what is unfinished in it. Raises OSError where that
+        is not allowed: what the index names is there all the same."""
         index = write_index(self.folder, index)
-        if index.unfinished:
-            self._clear(index.unfinished)
-            write_index(self.folder, replace(index, unfinished=()))
+        left = self._clear(index.unfinished)
+        if len(left) < len(index.unfinished):
+            write_index(self.folder, replace(index, unfinished=tuple(left)))
+        for error in left.values():
+            raise error
 
-    def _clear(self, names: Iterable[str]) -> None:
+    def _clear(self, names: Iterable[str]) -> dict[str, OSError]:
+        """Remove the objects of some folders; returns those whose objects cannot be removed."""
+        left = dict[str, OSError]()
         for name in names:
-            self.folder.within(name).clear()
+            try:
+                self.folder.within(name).clear()
+            except OSError as error:  # to write may be allowed, and not to remove
+                left[name] = error
+        return left
 
     def _upload(self, path: Path, listed: Mapping[str, manifest.Entry], out: Folder) -> None:
         with ThreadPoolExecutor(FILES) as pool:

@@ -108,9 +108,10 @@ class Folder:
         self.client.ask_all(self.url, f"removing objects of {self.url}/", requests)
 
     def clear(self) -> None:
-        """Remove all objects, and what there is of unfinished ones."""
+        """Remove all objects, and what there is of unfinished ones where the store lets one see them."""
         self.remove(self.sizes())
-        self.client.ask(self.url, f"the list of {self.url}/", lambda store: store.forget_parts(self.url))
+        with contextlib.suppress(OSError):
+            self.client.ask(self.url, f"parts in {self.url}/", lambda store: store.forget_parts(self.url))
 
     def upload(self, name: str, path: Path, pace: Pace) -> Read:
         """Write an object of a file's content; returns what was read of the file. Of a large one each part is

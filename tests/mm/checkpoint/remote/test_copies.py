@@ -141,10 +141,29 @@ def test_a_target_of_another_run_is_not_written_to(target: Target) -> None:
     target.written(1)
     with pytest.raises(CheckpointError, match="belongs to another run now"):
         target.copies(run="other").copy_one()
-    shutil.rmtree(target.there / INDEX)
-    with pytest.raises(CheckpointError, match="is gone"):
-        target.copies().copy_one()
-    assert not list(target.there.iterdir())
+    assert target.folders() == [INDEX]
+    shutil.rmtree(target.there / INDEX)  # of a run that went on when the store could not be asked
+    assert all_of(target.copies()) == ["step-00000001"] and target.steps() == [1]
+
+
+def test_a_store_that_lets_nothing_be_removed_gets_copies_all_the_same(target: Target) -> None:
+    def denied(what: str, url: str) -> None:
+        if what == "remove" and "step-" in url:
+            raise PermissionError("no")
+
+    target.written(1)
+    all_of(target.copies(keep=1))
+    target.requests.fault = denied
+    for step in (2, 3):
+        target.written(step)
+        with pytest.raises(PermissionError, match=r"removing objects of .*step-.*: access is denied"):
+            target.copies(keep=1).copy_one()
+        assert target.steps() == [step] and len(target.index().unfinished) == step - 1
+        assert target.copies(keep=1).copy_one() is None
+    target.requests.fault = lambda what, url: None
+    target.written(4)
+    all_of(target.copies(keep=1))
+    assert target.folders() == [INDEX, "step-00000004"]
 
 
 def test_a_run_that_goes_back_gives_up_what_came_after(target: Target) -> None:
