@@ -150,7 +150,7 @@ class Folder:
     def _finish(self, url: str, parts: Parts, size: int) -> None:
         try:
             self.client.ask(url, f"writing {url}", lambda store: parts.finish())
-        except OSError:
+        except (OSError, DataError):
             # An attempt whose answer was lost has finished it, and the next one finds no parts.
             if self.client.stat(url).size != size:
                 raise

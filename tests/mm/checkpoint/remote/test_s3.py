@@ -147,7 +147,8 @@ def test_wrong_bytes_that_stay_are_damage(server: Server, url: str, tmp_path: Pa
     write_index(copies.folder, RemoteIndex("r"))
     all_of(copies)
     server.faults += ["", "", *["wrong"] * 40]
-    with pytest.raises(CheckpointError, match=r"step-00000001 is damaged: .*differs from what was copied"):
+    # The store's own sums notice it where they are of the bytes that were asked for, else the manifest's.
+    with pytest.raises(CheckpointError, match=r"(is damaged|cannot be fetched): .*(ChecksumE|differs)"):
         fetched(url, tmp_path / "out")
     server.faults[:] = ["wrong"]
     with pytest.raises(CheckpointError, match="is not known"):
