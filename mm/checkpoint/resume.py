@@ -75,7 +75,7 @@ def verify(path: Path, rank: RankInfo | None = None) -> list[str]:
     """
     if rank is None or rank.world == 1:
         return store.verify(path)
-    heartbeat = _Heartbeat(rank, f"verify/{path}")
+    heartbeat = Heartbeat(rank, f"verify/{path}")
     mine = store.verify(path, rank.rank, rank.world, heartbeat=heartbeat.count)
     heartbeat.wait_for_all()
     parts: list[Any] = [None] * rank.world
@@ -83,7 +83,7 @@ def verify(path: Path, rank: RankInfo | None = None) -> list[str]:
     return [line for part in parts for line in part]
 
 
-class _Heartbeat:
+class Heartbeat:
     """Heartbeats in the job's store, for waits without a bound: they last as long as some rank works on."""
 
     def __init__(self, rank: RankInfo, key: str) -> None:
@@ -128,7 +128,7 @@ def begin(directory: Path, rank: RankInfo, resumed: Path | None, first: int) -> 
     def write() -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         own = resumed is not None and resumed.resolve().parent == directory.resolve()
-        moved = [_aside(p) for p in store.published(directory) if not own or store.step_of(p) > first]
+        moved = [set_aside(p) for p in store.published(directory) if not own or store.step_of(p) > first]
         note = {
             "launch": rank.launch,
             "run_id": _run_id(),
@@ -169,7 +169,7 @@ def _run_id() -> str | None:
     return None if given in ("", "none") else given
 
 
-def _aside(path: Path) -> Path:
+def set_aside(path: Path) -> Path:
     """Rename a checkpoint so that it is no longer taken for the run's; returns its new name."""
     name, n = path.with_name(f"replaced-{path.name}"), 1
     while name.exists():

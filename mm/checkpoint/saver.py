@@ -20,6 +20,8 @@ from torch import Tensor
 
 from mm.checkpoint.finite import check_before_save
 from mm.checkpoint.kept import rule_of
+from mm.checkpoint.remote.copier import Copier
+from mm.checkpoint.remote.note import with_copied
 from mm.checkpoint.state import EMPTY, Given, buffers, contents, state_tensors
 from mm.checkpoint.writer import Status, Writer
 from mm.data.sample import Index
@@ -47,14 +49,23 @@ class Saver:
     def __init__(self, blueprint: Blueprint, index: Index, directory: Path, rank: int) -> None:
         self._cfg, self._directory = blueprint.cfg, directory
         self.warn: Callable[[str], object] = lambda text: None
-        describe, stay = partial(contents, blueprint, index), rule_of(self._cfg.checkpoint)
+        describe, rules = partial(contents, blueprint, index), self._cfg.checkpoint
+        stay = with_copied(rule_of(rules), directory)
         self._writer = Writer(directory, rank, describe, stay, self._cfg.run.timeout_s)
+        self._copier = Copier(directory, rules) if rank == 0 and rules.remote.url is not None else None
         self.step: int | None = None
         self.seconds = 0.0
         self._under_way: int | None = None  # the step whose checkpoint is being written
         self._names: list[str] = []
         self._items: list[Tensor] = []
         self._staged: list[Tensor] = []
+
+    def copy_to(self, run: str, first: int, info: Callable[[str], object]) -> None:
+        """Copy checkpoints to checkpoint.remote from now on, where there is one. run: own_target() of it.
+        first: step after which the run goes on. info: hears of how copies go, beside `warn`."""
+        if self._copier is not None:
+            self._copier.info, self._copier.warn = info, self.warn
+            self._copier.begin(run, first)
 
     def prepare(self, job: Job) -> None:
         """Plan who writes what, and make the memory for it; does nothing the second time. Called after the
@@ -120,6 +131,8 @@ class Saver:
         Where some rank could not write this raises CheckpointError on all ranks, or tells `warn`, as
         checkpoint.on_failure says. last: there is nothing to go on with, so it raises in any case.
         """
+        if self._copier is not None:
+            self._copier.hear()
         if self._under_way is None:
             return True
         found = job.control.gather([float(self._writer.poll())])
@@ -127,6 +140,8 @@ class Saver:
             self._give_up(job, last)
         elif not (found == Status.WRITING).any():
             self.step, self._under_way = self._under_way, None
+            if self._copier is not None:
+                self._copier.wake()
         return self._under_way is None
 
     def wait(self, job: Job, *, last: bool = False) -> None:
@@ -135,6 +150,12 @@ class Saver:
         while not self.check(job, last=last):
             self._writer.poll(pause)
             pause = min(2 * pause, LONGEST_S)
+
+    def wait_for_copies(self, job: Job) -> None:
+        """Wait until all is copied to checkpoint.remote, or its wait_s is over; every rank calls this."""
+        begun = time.monotonic()
+        while job.control.any(not (self._copier is None or self._copier.last(begun))):
+            pass
 
     def _give_up(self, job: Job, last: bool) -> None:
         """Remove what there is of a checkpoint that some rank cannot write, and say why on all ranks."""
@@ -160,6 +181,8 @@ class Saver:
         if self._under_way is not None:
             self._writer.poll(GRACE_S)
         self._writer.close()
+        if self._copier is not None:
+            self._copier.close()
 
 
 def pin(tensors: Sequence[Tensor]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mm.checkpoint.course import changes, config_of, refused, worth_saying
 from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
+from mm.data.remote.urls import is_remote, public
 from mm.data.sample import Index
 from mm.data.tokenizer import AnyTokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
@@ -126,12 +127,22 @@ def candidates(cfg: Config, directory: Path) -> list[Path]:
         return []
     if wanted == "auto":
         return store.published(directory)[::-1]
+    check_local("checkpoint.resume", wanted)
     path = Path(wanted)
     found = [path] if _is_checkpoint(path) else store.published(path)[-1:]
     if not found:
         what = "is no checkpoint, and has none inside" if path.is_dir() else "does not exist"
         raise CheckpointError(f"checkpoint.resume={path} {what} (step-* with a {store.MANIFEST})")
     return found
+
+
+def check_local(key: str, path: str) -> None:
+    """Refuse a URL where a folder of this machine is needed; raises CheckpointError."""
+    if is_remote(path):
+        raise CheckpointError(
+            f"{key}={public(path)} is a URL; needed: a path, of what `checkpoint fetch URL/step-.. "
+            "FOLDER` has brought here"
+        )
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -229,10 +240,15 @@ def inspect_text(path: Path) -> str:
     if wrong:
         raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")
     try:
-        state, tensors = store.read_state(path), store.describe(path)
+        return tensors_text(path, str(path))
     except store.BadCheckpoint as error:
         raise CheckpointError(str(error)) from error
-    lines = [f"{path}: after step {state['step']}, {len(tensors)} tensors"]
+
+
+def tensors_text(path: Path, name: str) -> str:
+    """Step, tensors and sizes by a checkpoint's state and metadata; name: of it. Raises BadCheckpoint."""
+    state, tensors = store.read_state(path), store.describe(path)
+    lines = [f"{name}: after step {state['step']}, {len(tensors)} tensors"]
     lines += [
         f"  {name:<60} {str(dtype).removeprefix('torch.'):<9} {list(shape)}"
         for name, (shape, dtype) in sorted(tensors.items())

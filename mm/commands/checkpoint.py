@@ -1,5 +1,5 @@
-"""`checkpoint list|inspect|verify|diff|prune|import|export|average`: look at checkpoints, compare, remove and
-average them, and bring published models in and out."""
+"""`checkpoint list|inspect|verify|diff|prune|fetch|import|export|average`: look at checkpoints, compare,
+remove and average them, bring them from a store, and published models in and out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from mm.commands.command import Command
+from mm.data.remote.urls import is_remote
 from mm.errors import Refused
 
 LOOKS = {"list": 1, "prune": 1, "inspect": 1, "verify": 1, "diff": 2}  # how many paths each takes
@@ -61,14 +62,34 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         out, *paths = map(Path, rest)
         print(average_checkpoints(out, paths, args.shares))
         return 0
+    remote = [is_remote(path) for path in rest]
+    if any(remote) and len(rest) in (1, 2):
+        print(_remote(verb, rest, remote, sums=args.sums))
+        return 0
     if verb not in LOOKS or len(rest) != LOOKS[verb]:
         raise Refused(
             "needed: checkpoint inspect PATH, checkpoint verify PATH, checkpoint list RUN, checkpoint diff "
-            "PATH PATH, checkpoint prune RUN, checkpoint import HF_FOLDER OUT, checkpoint export PATH "
-            "HF_FOLDER, or checkpoint average OUT PATH PATH .."
+            "PATH PATH, checkpoint prune RUN, checkpoint fetch URL FOLDER, checkpoint import HF_FOLDER OUT, "
+            "checkpoint export PATH HF_FOLDER, or checkpoint average OUT PATH PATH .."
         )
     print(_look(verb, [Path(p) for p in rest], args))
     return 0
+
+
+def _remote(verb: str, paths: list[str], remote: list[bool], *, sums: bool) -> str:
+    """What is said of checkpoints in a store, or brought from there."""
+    from mm.checkpoint.remote.shown import fetch_remote, inspect_remote, list_remote, verify_remote
+
+    if verb == "fetch" and remote == [True, False]:
+        return fetch_remote(paths[0], Path(paths[1]))
+    if verb == "list" and remote == [True]:
+        return list_remote(paths[0], sums=sums)
+    if verb not in ("inspect", "verify") or remote != [True]:
+        raise Refused(
+            f"checkpoint {verb} with a URL; needed: checkpoint list URL, checkpoint inspect URL/step-.., "
+            "checkpoint verify URL/step-.., or checkpoint fetch URL/step-.. FOLDER, and that for all else"
+        )
+    return inspect_remote(paths[0]) if verb == "inspect" else verify_remote(paths[0])
 
 
 def _look(verb: str, paths: list[Path], args: argparse.Namespace) -> str:
@@ -89,11 +110,12 @@ def _look(verb: str, paths: list[Path], args: argparse.Namespace) -> str:
 
 COMMAND = Command(
     _run,
-    "checkpoint list|prune RUN | inspect|verify PATH | diff PATH PATH | import HF_FOLDER OUT | "
-    "export PATH HF_FOLDER | average OUT PATH ..",
+    "checkpoint list|prune RUN | inspect|verify PATH | diff PATH PATH | fetch URL OUT | "
+    "import HF_FOLDER OUT | export PATH HF_FOLDER | average OUT PATH ..",
     "list RUN or prune RUN: the checkpoints of a run, and what its rules let go (--yes removes it); inspect "
-    "PATH or verify PATH: a checkpoint's folder; diff PATH PATH: config, layout and tensors of two; import "
-    "the model of a Hugging Face folder, a whole one too, to a checkpoint in OUT; export a checkpoint's to a "
-    "new folder; average the weights of checkpoints to one in OUT",
+    "PATH or verify PATH: a checkpoint's folder; diff PATH PATH: config, layout and tensors of two; list, "
+    "inspect and verify take a URL (checkpoint.remote.url) too, and fetch brings a checkpoint from there to "
+    "OUT; import the model of a Hugging Face folder, a whole one too, to a checkpoint in OUT; export a "
+    "checkpoint's to a new folder; average the weights of checkpoints to one in OUT",
     _options,
 )

@@ -17,6 +17,8 @@ from mm.config.schema import Config
 from mm.config.sources import patterns_of
 from mm.data.index import find_shards
 from mm.data.layouts.find import Spec, layout_name
+from mm.data.remote.stores import need_package
+from mm.data.remote.urls import check_target, scheme_of
 from mm.data.tokenizer import Tokenizer, make_tokenizer
 from mm.data.tokenizer_files import KEPT
 from mm.data.vocabulary import check_vocabulary
@@ -51,6 +53,9 @@ def check_paths(cfg: Config, *, write: bool = True, data: bool = True) -> None:
         find_shards(patterns_of(entries), cfg.base, cfg.data.made_by, storage_of(cfg.data))
         _check_layouts([cfg.data.layout, *(e.layout for e in entries if not isinstance(e, str))])
     _check_boards(cfg)
+    if cfg.checkpoint.remote.url is not None:
+        check_target(cfg.checkpoint.remote.url)
+        need_package(scheme_of(cfg.checkpoint.remote.url))
 
 
 def _check_boards(cfg: Config) -> None:
@@ -88,7 +93,7 @@ def _could_write(folder: Path) -> None:
 def check_start(cfg: Config) -> None:
     """Raise CheckpointError where what checkpoint.resume or checkpoint.weights names does not exist, and
     Refused where the weights, or the folder model.llm.preset, are of another vocabulary."""
-    from mm.checkpoint.state import candidates
+    from mm.checkpoint.state import candidates, check_local
     from mm.checkpoint.weights import published_adapters
     from parallel.checkpoint import MANIFEST
 
@@ -96,6 +101,7 @@ def check_start(cfg: Config) -> None:
         return
     candidates(cfg, Path(cfg.run.dir))
     for weights in cfg.checkpoint.starts:
+        check_local("checkpoint.weights", weights)
         if not any((Path(weights) / name).is_file() for name in (MANIFEST, CONFIG)):
             raise CheckpointError(
                 f"checkpoint.weights={weights} is neither a checkpoint (with a {MANIFEST}) nor a Hugging "

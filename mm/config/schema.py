@@ -18,6 +18,7 @@ from pydantic import Field
 from mm.config.build import Section, build, unknown_key
 from mm.config.data import DataConfig
 from mm.config.folder import FOLDER, unfold
+from mm.config.remote import CopyConfig
 from mm.config.sources import check_lengths, check_sources, moved
 from mm.config.synthetic import check_synthetic
 from mm.config.training import TrainConfig, check_train
@@ -180,6 +181,8 @@ class CheckpointConfig(Section):
         description="checkpoint or Hugging Face folder that a run that does not resume starts from; of a "
         "list, each module takes the first that has it",
     )
+
+    remote: CopyConfig = CopyConfig()
 
     @property
     def starts(self) -> list[str]:

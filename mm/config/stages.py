@@ -94,6 +94,9 @@ def _config(cfg: Config, name: str, given: Mapping[str, Any]) -> Config:
             raise Refused(unknown_key(key, key, [*OWN, *SECTIONS, *recipe]))
     if "steps" not in given:
         raise Refused("it has no steps; needed: steps: N")
+    remote = raw["checkpoint"]["remote"]
+    if remote == resolve(cfg)["checkpoint"]["remote"] and remote["url"] is not None:
+        remote["url"] = f"{remote['url'].rstrip('/')}/{name}"  # like run.dir
     _freeze_layers(raw, given.get("freeze_layers", {}))
     _freeze(raw, given.get("train"))
     if not raw["checkpoint"]["every"]:  # the next stage needs the last one

@@ -166,6 +166,10 @@ class Loop:
         if self.saved < self.done:
             self._save()
         self.saver.wait(self.job, last=True)
+        remote = self.job.blueprint.cfg.checkpoint.remote
+        if remote.url is not None:
+            with self.job.rank.record.doing("copies of checkpoints", remote.wait_s):
+                self.saver.wait_for_copies(self.job)
 
 
 def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:

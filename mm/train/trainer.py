@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from mm.checkpoint.newest import load_newest
+from mm.checkpoint.remote.start import own_target
 from mm.checkpoint.resume import begin, last_of
 from mm.checkpoint.saver import Saver
 from mm.checkpoint.weights import fill_adapters, fill_encoders, left_by, start_from
@@ -148,7 +149,8 @@ def _train_on(
         said += _start(job, before)
     if before is not None:
         before.free()
-    first = state.step
+    first, remote = state.step, cfg.checkpoint.remote.url is not None and saver is not None
+    run = own_target(cfg, run_dir, rank, resume) if remote else ""
     aside = begin(run_dir, rank, resume, first)
     console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
     if rank.rank == 0:
@@ -165,6 +167,7 @@ def _train_on(
     console.left_out(train_data.index)
     if saver is not None:
         saver.warn = console.warn
+        saver.copy_to(run, first, console.info)
     loop = Loop(job, (train_data, eval_data), console, saver, stop, state=state)
     rank.record.phase = "training"
     try:

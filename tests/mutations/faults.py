@@ -7,6 +7,7 @@ from tests.mutations.of_audio import AUDIO
 from tests.mutations.of_boundary import BOUNDARY
 from tests.mutations.of_checkpoints import CHECKPOINTS
 from tests.mutations.of_compare import COMPARE
+from tests.mutations.of_copies import COPIES
 from tests.mutations.of_corpora import CORPORA
 from tests.mutations.of_counts import COUNTS
 from tests.mutations.of_encoders import ENCODERS
@@ -37,5 +38,5 @@ FAULTS: tuple[Fault, ...] = (
     *(PARALLEL + BOUNDARY + SCHEDULES + ENCODERS + AUDIO + RESOLUTION + MEDIA + LLM + FAMILIES),
     *(QWEN + JOB + TEXT + FOLDERS + STATISTICS + CORPORA + HANDOVER + LAYOUTS + FEEDING),
     *(ORDER + REMOTE + PLANNING + PRICES + COMPARE + SEARCH + COUNTS),
-    *(STARTING + NUMERICS + FAULTY + CHECKPOINTS),
+    *(STARTING + NUMERICS + FAULTY + CHECKPOINTS + COPIES),
 )

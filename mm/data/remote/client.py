@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -68,6 +68,22 @@ class Client:
                 f"{shown}: a glob with a password; needed: the names, as in train-{{000..123}}.tar"
             )
         return self._run(shown, self._find(shown))
+
+    def ask(self, name: str, what: str, request: Callable[[Store], Awaitable[T]], *, patience: int = 1) -> T:
+        """The answer to a request to the store of `name`, tried again like the others. what: it asks for.
+        patience: how many times longer than another one it may take."""
+        store = self._store(name)
+        limits = replace(self.limits, timeout_s=self.limits.timeout_s * patience)
+        return self._run(name, persist(what, lambda: request(store), limits, self.warn))
+
+    def ask_all(self, name: str, what: str, requests: Sequence[Callable[[Store], Awaitable[T]]]) -> list[T]:
+        """ask() of many, up to IN_FLIGHT of them at once."""
+        store = self._store(name)
+
+        def one(request: Callable[[Store], Awaitable[T]]) -> Coroutine[Any, Any, T]:
+            return self._persist(what, lambda: request(store))
+
+        return self._run(name, _together(map(one, requests)))
 
     def _store(self, name: str) -> Store:
         key = (os.getpid(), scheme_of(name))

@@ -24,7 +24,7 @@ STATUSES = {408, 425, 429}  # of HTTP, below 500, that a later request may not m
 # Errors of client packages, by name: those packages are imported only where a URL needs them.
 NAMES = {
     *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
-    *("HTTPClientError", "ResponseStreamingError", "ChecksumError"),  # botocore
+    *("HTTPClientError", "ResponseStreamingError", "ChecksumError", "FlexibleChecksumError"),  # botocore
     *("TransportError", "ConnectionError", "Timeout", "FSTimeoutError"),  # httpx, requests, fsspec
 }
 

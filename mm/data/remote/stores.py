@@ -1,4 +1,4 @@
-"""Stores by scheme: three requests each, through fsspec's file systems.
+"""Stores by scheme: the requests of shards and of copies of checkpoints, through fsspec's file systems.
 
 A range is asked for under the condition that the object is still the one that was indexed, where the store
 knows such a condition (S3 and HTTP: If-Match; Google: a generation; Hugging Face: the commit of the URL).
@@ -7,10 +7,13 @@ knows such a condition (S3 and HTTP: If-Match; Google: a generation; Hugging Fac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 from mm.data.remote.retry import Changed
@@ -47,9 +50,40 @@ class Store(Protocol):
     async def find(self, pattern: str) -> dict[str, Stat | None]:
         """The objects that a glob matches, with their Stat where the listing says it."""
 
+    async def put(self, url: str, data: bytes) -> None:
+        """Write a small object, whole or not at all."""
 
-def open_store(scheme: str) -> Store:
-    """The store of a scheme; raises DataError with the command where its package is missing."""
+    async def in_parts(self, url: str) -> Parts | None:
+        """Begin an object that is written in parts; None where the store cannot."""
+
+    async def put_file(self, url: str, path: Path) -> None:
+        """Write an object of a file's content; for stores without parts."""
+
+    async def remove(self, url: str) -> None:
+        """Remove an object; it is no error where there is none."""
+
+    async def below(self, url: str) -> dict[str, int]:
+        """The objects below a folder, at any depth: bytes by what their URL has after the folder's."""
+
+    async def forget_parts(self, url: str) -> None:
+        """Drop the parts of objects below a folder that were begun and never finished."""
+
+
+class Parts(Protocol):
+    """An object that is being written in parts, in any order. It is there once it is finished."""
+
+    async def part(self, number: int, offset: int, data: bytes) -> None:
+        """Write a part; numbers begin at 1."""
+
+    async def finish(self) -> None:
+        """Join the parts."""
+
+    async def drop(self) -> None:
+        """Leave nothing of it."""
+
+
+def need_package(scheme: str) -> None:
+    """Import what a scheme needs; raises DataError with the command where it is missing."""
     package = PACKAGES.get(scheme, "fsspec")
     try:
         for name in ("fsspec", package):
@@ -58,12 +92,18 @@ def open_store(scheme: str) -> Store:
         raise DataError(
             f"{scheme}:// needs the package {package} ({error}); needed: pip install -e '.[remote]'"
         ) from None
+
+
+def open_store(scheme: str) -> Store:
+    """The store of a scheme; raises DataError where its package is missing."""
+    need_package(scheme)
     made: dict[str, Callable[[str], Store]] = {
         "s3": _S3,
         "gs": _Google,
         "http": _Http,
         "https": _Http,
         "hf": _HuggingFace,
+        "file": _File,
     }
     return made.get(scheme, _Any)(scheme)
 
@@ -98,9 +138,90 @@ class _Any:
         files = {path: info for path, info in sorted(found.items()) if info.get("type") == "file"}
         return {f"{self.scheme}://{path.lstrip('/')}": _stat(info) for path, info in files.items()}
 
+    async def put(self, url: str, data: bytes) -> None:
+        await self.fs._pipe_file(self._path(url), data)
+
+    async def in_parts(self, url: str) -> Parts | None:
+        return None
+
+    async def put_file(self, url: str, path: Path) -> None:
+        await self.fs._put_file(str(path), self._path(url))
+
+    async def remove(self, url: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            await self.fs._rm_file(self._path(url))
+
+    async def below(self, url: str) -> dict[str, int]:
+        folder = self._path(url).rstrip("/") + "/"
+        try:
+            found = await self.fs._find(folder, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {
+            path.removeprefix(folder): int(info["size"])
+            for path, info in sorted(found.items())
+            if path.startswith(folder) and info.get("type") == "file"
+        }
+
+    async def forget_parts(self, url: str) -> None:
+        pass
+
     def _path(self, url: str) -> str:
         path: str = self.fs._strip_protocol(url)
         return path
+
+
+class _File(_Any):
+    """A folder that this machine has mounted. An object is written beside its name, and renamed."""
+
+    async def put(self, url: str, data: bytes) -> None:
+        parts = await self.in_parts(url)
+        await parts.part(1, 0, data)
+        await parts.finish()
+
+    async def in_parts(self, url: str) -> _FileParts:
+        final = Path(self._path(url))
+        parts = _FileParts(final, final.with_name(f"{final.name}.part"))
+        await asyncio.to_thread(parts.begin)
+        return parts
+
+    async def remove(self, url: str) -> None:
+        path = Path(self._path(url))
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are in it
+            path.parent.rmdir()
+
+
+@dataclass(frozen=True)
+class _FileParts:
+    """A file that is being written."""
+
+    final: Path
+    begun: Path
+
+    def begin(self) -> None:
+        """Make it, empty."""
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        self.begun.write_bytes(b"")
+
+    async def part(self, number: int, offset: int, data: bytes) -> None:
+        await asyncio.to_thread(self._write, offset, data)
+
+    def _write(self, offset: int, data: bytes) -> None:
+        with self.begun.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    async def finish(self) -> None:
+        await asyncio.to_thread(self._publish)
+
+    def _publish(self) -> None:
+        with self.begun.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(self.begun, self.final)
+
+    async def drop(self) -> None:
+        self.begun.unlink(missing_ok=True)
 
 
 class _S3(_Any):
@@ -121,6 +242,42 @@ class _S3(_Any):
         async with answer["Body"] as body:
             got: bytes = await body.read()
         return got
+
+    async def put(self, url: str, data: bytes) -> None:
+        bucket, key, _ = self.fs.split_path(url)
+        await self.fs._call_s3("put_object", Bucket=bucket, Key=key, Body=data)
+
+    async def in_parts(self, url: str) -> Parts:
+        bucket, key, _ = self.fs.split_path(url)
+        begun = await self.fs._call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+        return _S3Parts(self.fs, {"Bucket": bucket, "Key": key, "UploadId": begun["UploadId"]}, {})
+
+    async def forget_parts(self, url: str) -> None:
+        bucket, key, _ = self.fs.split_path(url)
+        found = await self.fs._call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key.rstrip("/") + "/")
+        for one in found.get("Uploads", ()):
+            where = {"Bucket": bucket, "Key": one["Key"], "UploadId": one["UploadId"]}
+            await self.fs._call_s3("abort_multipart_upload", **where)
+
+
+@dataclass(frozen=True)
+class _S3Parts:
+    """An upload of several parts. where: Bucket, Key and UploadId. tags: of the parts that are there."""
+
+    fs: Any
+    where: Mapping[str, str]
+    tags: dict[int, str]
+
+    async def part(self, number: int, offset: int, data: bytes) -> None:
+        answer = await self.fs._call_s3("upload_part", PartNumber=number, Body=data, **self.where)
+        self.tags[number] = answer["ETag"]
+
+    async def finish(self) -> None:
+        parts = [{"PartNumber": n, "ETag": tag} for n, tag in sorted(self.tags.items())]
+        await self.fs._call_s3("complete_multipart_upload", MultipartUpload={"Parts": parts}, **self.where)
+
+    async def drop(self) -> None:
+        await self.fs._call_s3("abort_multipart_upload", **self.where)
 
 
 class _Google(_Any):

@@ -21,6 +21,7 @@ PACKAGES = {
     "https": "aiohttp",
     "hf": "huggingface_hub",
 }
+TARGETS = ("s3", "gs", "file")  # schemes that copies of checkpoints may go to
 # User and password: up to the last @ before the path, or, where a password with a slash is written as it is,
 # from a colon that begins no port up to the next @.
 _USER = r"(?:[^\s/'\"]*@|[^\s/:@'\"]*:(?!\d+(?:[/?#]|$))[^\s@'\"]*@)?"
@@ -93,3 +94,22 @@ def check(name: str) -> None:
             f"{shown}: no revision, and the files of a branch may change while a run goes on; needed: "
             "hf://datasets/OWNER/NAME@COMMIT/.."
         )
+
+
+def check_target(url: str) -> None:
+    """Refuse a URL that copies of checkpoints cannot go to; raises DataError."""
+    scheme, shown = scheme_of(url), public(url)
+    if not is_remote(url) or scheme not in TARGETS:
+        raise DataError(
+            f"{shown}: no store that checkpoints are copied to; needed: s3://BUCKET/FOLDER, "
+            "gs://BUCKET/FOLDER or file:///FOLDER"
+        )
+    if shown != url:
+        raise DataError(
+            f"{shown}: a password in the URL; needed: {scheme}://BUCKET/.., and the credentials where the "
+            "tools of that store keep them"
+        )
+    where, _, folder = url.partition("://")[2].partition("/")
+    if (scheme == "file") == bool(where) or not folder.strip("/") or ".." in folder.split("/"):
+        form = "file:///FOLDER" if scheme == "file" else f"{scheme}://BUCKET/FOLDER"
+        raise DataError(f"{shown}: which folder is not said; needed: {form}, a folder of this run's own")

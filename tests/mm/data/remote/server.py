@@ -24,10 +24,13 @@ Answers = Callable[[str, str, Mapping[str, str], bytes], Answer]  # of (method, 
 @dataclass
 class Server:
     """A server in a thread. faults: of the next requests that ask for a range, in order: "500", "503", "403"
-    (answered), "reset" and "short" (the connection ends before and in the answer), "stall", "" (none)."""
+    (answered), "reset" and "short" (the connection ends before and in the answer), "stall", "" (none),
+    "wrong" (a bit of the answer is another). writes: likewise of the next ones that write or remove; "lost"
+    is one that is carried out and whose answer does not come."""
 
     answers: Answers
     faults: list[str] = field(default_factory=list)
+    writes: list[str] = field(default_factory=list)
     asked: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)  # method, path, headers
     url: str = ""
     delay_s: float = 0.0  # before each answer with a range
@@ -52,7 +55,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(headers.get("content-length", 0)))
         with state.lock:
             state.asked.append((self.command, self.path, headers))
-            fault = state.faults.pop(0) if state.faults and "range" in headers else ""
+            faults = state.faults if "range" in headers else []
+            if self.command in ("PUT", "POST", "DELETE"):
+                faults = state.writes
+            fault = faults.pop(0) if faults else ""
         if "range" in headers:
             time.sleep(state.delay_s)
         if fault == "stall":
@@ -61,6 +67,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         status, more, data = state.answers(self.command, self.path, headers, body)
+        if fault == "lost":
+            self._reset()
+            return
+        if fault == "wrong" and data:
+            data = data[:-1] + bytes([data[-1] ^ 1])
         if fault.isdecimal():
             status, more, data = int(fault), {}, b"<Error><Code>Injected</Code></Error>"
         self.send_response(status)
