@@ -76,7 +76,8 @@ class Loop:
         """One step, and the checkpoint and evaluation that are due after it. Raises StopRequested."""
         job, cfg = self.job, self.job.blueprint.cfg
         start = time.perf_counter()
-        metrics = train_step(job, self.feed, self.done, stop=self._ends, guard=self.guard)
+        saving = (lambda: 0.0) if self.saver is None else self.saver.status
+        metrics = train_step(job, self.feed, self.done, stop=self._ends, guard=self.guard, saving=saving)
         stopping = metrics.stop
         self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
         self.done += 1
@@ -89,7 +90,7 @@ class Loop:
         self.metrics = {"loss": metrics.loss}
         if self.saver is not None:
             self.saver.prepare(job)  # after the first step
-            self.saver.check(job)
+            self.saver.hear(job, metrics.saving)
         every, at_end = cfg.checkpoint.every, self.done == cfg.train.steps
         due = bool(every) and (stopping or self.done % every == 0 or at_end)
         by_evaluation = cfg.checkpoint.keep_best == "eval_loss"
