@@ -7,7 +7,7 @@ folder that is removed. Of all ranks the slowest counts.
 
 step: steps during which nothing was written, ms. stop: from the end of a step until its state is copied, and
 what of that a core computed. Of both the least, quartiles and most: by as much as steps differ that save
-nothing, a stop may differ too. first: the first stop, which is one of them. beside: median of the steps during
+nothing, a stop may too. first: the first stop, which is one of them. beside: median of the steps during
 which a writer was at work. written: from the stop's end until the checkpoint is published, as the next steps
 notice. waiting: what the same save takes where the job waits for it, as the last one of a run does.
 """

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import IntEnum
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mm.checkpoint.finite import not_finite, told
+from mm.checkpoint.room import room
 from mm.checkpoint.state import Given
 from mm.errors import PolyrankError
 from mm.ranks.nursery import Nursery
@@ -194,13 +194,6 @@ def _serve(directory: Path, describe: Describe, stay: store.Stay, number: int, p
                     store.publish_shares(share, directory, given.step, describe(given), stay, heartbeat)
                 say(Status.IDLE)
             except (OSError, ValueError, CheckpointException, PolyrankError) as error:
-                say(Status.FAILED, f"{store.first_cause(error)} ({_room(directory)})")
+                say(Status.FAILED, f"{store.first_cause(error)} ({room(directory)})")
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the rank has ended
-
-
-def _room(directory: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(directory).free / 2**20:.0f} MiB free"
-    except OSError as error:
-        return f"its folder cannot be looked at: {error}"
