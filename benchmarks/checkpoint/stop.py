@@ -5,10 +5,11 @@
 Trains the default job (configs/digits.yaml, or `--config`) and saves after every `--every` steps, into a
 folder that is removed. Of all ranks the slowest counts.
 
-step: median of steps during which nothing was written, ms. stop: from the end of a step until its state is
-copied, median and most, ms and parts of a step. beside: median of the steps during which a writer was at
-work. written: from the stop's end until the checkpoint is published, as the next steps notice. waiting: what
-the same save takes where the job waits for it, as the last one of a run does.
+step: steps during which nothing was written, ms. stop: from the end of a step until its state is copied, and
+what of that a core computed. Of both the least, quartiles and most: by as much as steps differ that save
+nothing, a stop may too. first: the first stop, which is one of them. beside: median of the steps during
+which a writer was at work. written: from the stop's end until the checkpoint is published, as the next steps
+notice. waiting: what the same save takes where the job waits for it, as the last one of a run does.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 import torch.distributed as dist
 
@@ -34,6 +36,12 @@ from mm.train.one_step import open_feed, train_step
 def slowest(job: Job, seconds: float) -> float:
     """The most of all ranks."""
     return float(job.control.gather([seconds]).max())
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """The least, the quartiles and the most, in ms."""
+    found = [min(seconds), *quantiles(seconds, n=4), max(seconds)]
+    return " ".join(f"{1e3 * s:8.1f}" for s in found)
 
 
 def main() -> None:
@@ -53,6 +61,7 @@ def main() -> None:
         job = build_job(blueprint, rank)
         feed = open_feed(job, open_data(job, index))
         quiet, beside, stops, written = list[float](), list[float](), list[float](), list[float]()
+        computed = list[float]()
         begun = 0.0
         for step in range(args.steps):
             busy, start = not saver.check(job), time.perf_counter()
@@ -67,9 +76,11 @@ def main() -> None:
             if (step + 1) % args.every == 0:
                 saver.wait(job)
                 dist.barrier()
+                used = time.thread_time()
                 saver.start(job, step + 1, feed.bad, feed.drawn)
-                begun = time.perf_counter()
+                used, begun = time.thread_time() - used, time.perf_counter()
                 stops.append(slowest(job, saver.seconds))
+                computed.append(slowest(job, used))
         saver.wait(job)
         start = time.perf_counter()
         saver.start(job, args.steps + 1, feed.bad, feed.drawn)
@@ -78,9 +89,11 @@ def main() -> None:
         feed.close()
         if rank.rank == 0:
             step_s = median(quiet)
-            print(f"step     {1e3 * step_s:8.1f} ms, median of {len(quiet)}")
-            for name, s in (("median", median(stops)), ("most", max(stops))):
-                print(f"stop     {1e3 * s:8.1f} ms = {s / step_s:.1%} of a step ({name} of {len(stops)})")
+            print("            least      25%   median      75%     most  (ms)")
+            print(f"step     {spread(quiet)}, of {len(quiet)}")
+            print(f"stop     {spread(stops)}, of {len(stops)}; computing {spread(computed)}")
+            print(f"stop     {median(stops) / step_s:.1%} of a step, {max(stops) / step_s:.1%} at most")
+            print(f"first    {1e3 * stops[0]:8.1f} ms")
             print(f"beside   {1e3 * median(beside):8.1f} ms, median of {len(beside)}")
             print(f"written  {1e3 * median(written):8.1f} ms, median of {len(written)}")
             print(f"waiting  {1e3 * whole:8.1f} ms")

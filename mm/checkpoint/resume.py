@@ -18,13 +18,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mm.checkpoint.room import writing_to
 from mm.checkpoint.state import candidates
 from mm.config.schema import Config
 from mm.errors import CheckpointError, PolyrankError
 from mm.ranks.agree import of_the_lead
 from mm.ranks.launch import RankInfo, restarted
 from parallel import checkpoint as store
-from parallel.checkpoint import manifest
 
 RUN = "run.json"
 HEARTBEAT_S = 1.0  # least time between two heartbeats of a rank
@@ -123,9 +123,14 @@ def begin(directory: Path, rank: RankInfo, resumed: Path | None, first: int) -> 
     Every rank calls this. Checkpoints that the run does not follow are renamed to replaced-step-*: those
     after step `first`, or all where it did not resume from one of this folder. Otherwise a resume would take
     them for the run's own, and a save would remove the run's own for them. Returns their new names.
+    Raises CheckpointError on all ranks where the folder cannot be written to.
     """
 
     def write() -> list[Path]:
+        with writing_to(directory):
+            return write_down()
+
+    def write_down() -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         own = resumed is not None and resumed.resolve().parent == directory.resolve()
         moved = [set_aside(p) for p in store.published(directory) if not own or store.step_of(p) > first]
@@ -137,10 +142,7 @@ def begin(directory: Path, rank: RankInfo, resumed: Path | None, first: int) -> 
         }
         store.remove_leftovers(directory)  # of a launch that was killed as it wrote
         store.point(directory)
-        partial = directory / f"{RUN}.tmp"
-        partial.write_text(json.dumps(note, indent=1))
-        os.replace(partial, directory / RUN)
-        manifest.sync(directory)
+        store.write_whole(directory / RUN, json.dumps(note, indent=1))
         return moved
 
     if rank.world > 1:

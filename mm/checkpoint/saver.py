@@ -1,8 +1,8 @@
 """Checkpoints of a job that trains on while they are written.
 
-Training stops for a copy of this rank's share to memory that a writer has (writer.py). Whether all writers
-are done is asked after each step, while one is at work, so all ranks learn of it, or of an error, at the same
-step.
+Training stops for a copy of this rank's share to memory that a writer has (writer.py), which looks whether it
+is finite and writes it. How far the writers are goes with the message at the end of each step, so all ranks
+learn that they are done, or of an error, at the same step.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.checkpoint.finite import check_before_save
 from mm.checkpoint.kept import rule_of
 from mm.checkpoint.remote.copier import Copier
 from mm.checkpoint.remote.note import with_copied
 from mm.checkpoint.state import EMPTY, Given, buffers, contents, state_tensors
 from mm.checkpoint.writer import Status, Writer
 from mm.data.sample import Index
-from mm.errors import CheckpointError
+from mm.errors import CheckpointError, NonFinite
 from mm.plan.blueprint import Blueprint
 from mm.plan.drawn import NOTHING, Drawn
 from mm.ranks.job import Job
@@ -84,7 +83,7 @@ class Saver:
             raise CheckpointError(f"no checkpoint can be written to {self._directory}: {problem}")
         share, self._items = store.plan_share(state_tensors(job))
         self._names = share.names
-        self._staged = self._writer.prepare(share, self._items)
+        self._staged = self._writer.prepare(share, self._items, buffers(job).keys())
         if job.rank.device.type == "cuda":
             pin(self._staged)
 
@@ -100,15 +99,13 @@ class Saver:
         """Save the state after `step` steps; returns once it is copied. Waits for the save before, if any.
 
         bad: samples known to be unreadable. drawn: what the steps have taken. metrics: of this step, by which
-        checkpoints may be kept. guard: the numbers that are watched (mm.train.guard). Raises CheckpointError
-        as check() does, and NonFinite on all ranks, and writes nothing, where some weight is not finite.
+        checkpoints may be kept. guard: the numbers that are watched (mm.train.guard). Raises as hear() does.
         """
         begun = time.perf_counter()
         self.wait(job)
         self.prepare(job)
         if self._names:
             self._copy(job)
-        check_before_save(job, zip(self._names, self._staged, strict=True), step)
         self._writer.begin(Given(step, frozenset(bad), drawn, dict(metrics), dict(guard)))
         self._under_way = step
         self.seconds = time.perf_counter() - begun
@@ -125,24 +122,34 @@ class Saver:
         if job.rank.device.type == "cuda":
             torch.cuda.current_stream(job.rank.device).synchronize()
 
-    def check(self, job: Job, *, last: bool = False) -> bool:
-        """Whether nothing is being written any more; a message of all ranks, where something was.
+    def status(self) -> float:
+        """What this rank's writer is doing, for hear()."""
+        return float(Status.IDLE if self._under_way is None else self._writer.poll())
 
-        Where some rank could not write this raises CheckpointError on all ranks, or tells `warn`, as
+    def hear(self, job: Job, most: float, *, last: bool = False) -> bool:
+        """Whether nothing is being written any more. most: the largest status() of all ranks.
+
+        Where some weight is not finite this raises NonFinite on all ranks, and nothing was published. Where
+        some rank could not write it raises CheckpointError on all of them, or tells `warn`, as
         checkpoint.on_failure says. last: there is nothing to go on with, so it raises in any case.
         """
         if self._copier is not None:
             self._copier.hear()
+        if self._under_way is not None and most != Status.WRITING:
+            step, self._under_way = self._under_way, None
+            if most != Status.IDLE:
+                self._give_up(job, step, Status(int(most)), last)
+            else:
+                self.step = step
+                if self._copier is not None:
+                    self._copier.wake()
+        return self._under_way is None
+
+    def check(self, job: Job, *, last: bool = False) -> bool:
+        """hear() what all ranks say in a message of its own, where something is being written."""
         if self._under_way is None:
             return True
-        found = job.control.gather([float(self._writer.poll())])
-        if (found == Status.FAILED).any():
-            self._give_up(job, last)
-        elif not (found == Status.WRITING).any():
-            self.step, self._under_way = self._under_way, None
-            if self._copier is not None:
-                self._copier.wake()
-        return self._under_way is None
+        return self.hear(job, float(job.control.gather([self.status()]).max()), last=last)
 
     def wait(self, job: Job, *, last: bool = False) -> None:
         """check() until nothing is being written."""
@@ -157,15 +164,20 @@ class Saver:
         while job.control.any(not (self._copier is None or self._copier.last(begun))):
             pass
 
-    def _give_up(self, job: Job, last: bool) -> None:
-        """Remove what there is of a checkpoint that some rank cannot write, and say why on all ranks."""
-        step, self._under_way = self._under_way, None
-        assert step is not None
-        why = self._writer.why
+    def _give_up(self, job: Job, step: int, most: Status, last: bool) -> None:
+        """Remove what there is of a checkpoint that some rank cannot or may not write; say why on all."""
+        why = self._writer.why if self._writer.status is most else ""
         self._writer.cancel()
         said = job.control.tell(why)  # after it no rank writes any more
         if job.rank.rank == 0:
             shutil.rmtree(store.partial_of(self._directory, step), ignore_errors=True)
+        if most is Status.NOT_FINITE:
+            found = "; ".join(f"{text} on rank {rank}" for rank, text in enumerate(said) if text)
+            raise NonFinite(
+                f"after step {step} weights or optimizer state are not finite: {found}. No checkpoint of "
+                "them was published, and those before it are kept; a resume goes on from the newest. Lower "
+                "train.lr, or leave out the batches that lead here (data.skip)"
+            )
         reasons = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text)
         text = (
             f"the checkpoint of step {step} cannot be written to {self._directory}: {reasons}; those before "

@@ -254,12 +254,3 @@ def tensors_text(path: Path, name: str) -> str:
         for name, (shape, dtype) in sorted(tensors.items())
     ]
     return "\n".join(lines)
-
-
-def verify_text(path: Path) -> str:
-    """A line that a checkpoint is undamaged; raises CheckpointError naming every damaged file."""
-    try:
-        store.sound_state(path, store.verify)
-    except store.BadCheckpoint as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return f"{path}: whole"

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import IntEnum
 from functools import partial
 from multiprocessing.connection import Connection
@@ -25,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mm.checkpoint.finite import not_finite, told
+from mm.checkpoint.room import room
 from mm.checkpoint.state import Given
 from mm.errors import PolyrankError
 from mm.ranks.nursery import Nursery
@@ -42,9 +43,11 @@ class Status(IntEnum):
     IDLE = 0
     WRITING = 1
     FAILED = 2
+    NOT_FINITE = 3  # what it was to write
 
 
 Describe = Callable[[Given], Mapping[str, Any]]
+Said = tuple[Status, str]  # what a writer tells its rank: WRITING is a sign of life
 
 
 def places_of(tensors: Sequence[Tensor]) -> tuple[list[Place], int]:
@@ -82,26 +85,29 @@ class Writer:
         self._nursery = Nursery(partial(_serve, directory, describe, stay), rank)
         self._rank, self._silent_s = rank, silent_s
         self._pid, self._pipe = self._nursery.start(0)
-        self._plan: tuple[store.Share, list[Place], int] | None = None
+        self._plan: tuple[store.Share, list[Place], Collection[str], int] | None = None
         self.status, self.why = Status.IDLE, ""
         self._heard = 0.0
 
-    def prepare(self, share: store.Share, items: Sequence[Tensor]) -> list[Tensor]:
-        """Make the memory for the items of a share; returns the tensors in it that they are copied to."""
+    def prepare(self, share: store.Share, items: Sequence[Tensor], masks: Collection[str]) -> list[Tensor]:
+        """Make the memory for the items of a share; returns the tensors in it that they are copied to.
+
+        masks: names of those that may hold infinities.
+        """
         places, size = places_of(items)
         memory, file = None, os.memfd_create("checkpoint")
         if size:
             os.ftruncate(file, size)
             memory = mmap.mmap(file, size)
             memory.write(bytes(size))  # takes its pages now, not at the first save
-        self._plan = share, places, file
+        self._plan = share, places, frozenset(masks), file
         self._introduce()
         return views_of(memory, places)
 
     def _introduce(self) -> None:
         assert self._plan is not None
-        share, places, file = self._plan
-        self._pipe.send((share, places))
+        share, places, masks, file = self._plan
+        self._pipe.send((share, places, masks))
         send_handle(self._pipe, file, self._pid)
 
     def begin(self, given: Given) -> None:
@@ -119,15 +125,11 @@ class Writer:
             try:
                 if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
                     break
-                said = self._pipe.recv()
+                self.status, self.why = self._pipe.recv()
             except (EOFError, OSError):
                 self._failed(self._ending())
                 break
             self._heard = time.monotonic()
-            if said is None:
-                self.status = Status.IDLE
-            elif said:
-                self._failed(said)
         if self.status is Status.WRITING and time.monotonic() - self._heard > self._silent_s:
             self._failed(f"nothing has been written for {self._silent_s:g} s (run.timeout_s)")
         return self.status
@@ -155,39 +157,43 @@ class Writer:
         self._pipe.close()
         self._nursery.close()
         if self._plan is not None:
-            os.close(self._plan[2])
+            os.close(self._plan[-1])
 
 
 def _serve(directory: Path, describe: Describe, stay: store.Stay, number: int, pipe: Connection) -> None:
     last = 0.0
     os.nice(NICE)
 
+    def say(status: Status, why: str = "") -> None:
+        said: Said = status, why
+        pipe.send(said)
+
     def heartbeat() -> None:
         nonlocal last
         if time.monotonic() - last > HEARTBEAT_S:
             last = time.monotonic()
-            pipe.send("")
+            say(Status.WRITING)
 
     try:
-        share, places = pipe.recv()
+        share, places, masks = pipe.recv()
         file = recv_handle(pipe)
         size = os.fstat(file).st_size
         items = views_of(mmap.mmap(file, size) if size else None, places)
         while True:
             given: Given = pipe.recv()
+            wrong = list[str]()
+            for pair in zip(share.names, items, strict=True):
+                wrong += not_finite([pair], masks)
+                heartbeat()
+            if wrong:
+                say(Status.NOT_FINITE, told(wrong))
+                continue
             try:
                 store.write_share(share, items, directory, given.step, heartbeat)
                 if share.rank == 0:
                     store.publish_shares(share, directory, given.step, describe(given), stay, heartbeat)
-                pipe.send(None)
+                say(Status.IDLE)
             except (OSError, ValueError, CheckpointException, PolyrankError) as error:
-                pipe.send(f"{store.first_cause(error)} ({_room(directory)})")
+                say(Status.FAILED, f"{store.first_cause(error)} ({room(directory)})")
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the rank has ended
-
-
-def _room(directory: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(directory).free / 2**20:.0f} MiB free"
-    except OSError as error:
-        return f"its folder cannot be looked at: {error}"

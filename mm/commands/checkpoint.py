@@ -96,7 +96,8 @@ def _look(verb: str, paths: list[Path], args: argparse.Namespace) -> str:
     """What is said of checkpoints that are there."""
     from mm.checkpoint.compared import diff_text
     from mm.checkpoint.listed import list_text, prune_text
-    from mm.checkpoint.state import inspect_text, verify_text
+    from mm.checkpoint.state import inspect_text
+    from mm.checkpoint.verified import verify_text
 
     if verb == "diff":
         return diff_text(paths[0], paths[1], everything=args.all)

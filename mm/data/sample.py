@@ -252,6 +252,7 @@ class Index:
     # By entry of data.lengths and selection (none: all samples), a bit for each sample that is short enough.
     short: tuple[tuple[NDArray[np.uint8], ...], ...] = field(default=(), compare=False)
     tally: Tally | None = field(default=None, compare=False)  # where select() has counted
+    _digests: dict[tuple[int, int], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def usable(self) -> Usable:
@@ -260,7 +261,15 @@ class Index:
         return Usable(self.samples, taken, self.skipped)
 
     def digest_of(self, first: int, stop: int) -> str:
-        """A fingerprint of the keys and jsons of samples first .. stop - 1; it does not depend on paths."""
+        """A fingerprint of the keys and jsons of samples first .. stop - 1; it does not depend on paths.
+
+        O(stop - first) the first time: each save of a run asks for the same ones.
+        """
+        if (first, stop) not in self._digests:
+            self._digests[first, stop] = self._digest_of(first, stop)
+        return self._digests[first, stop]
+
+    def _digest_of(self, first: int, stop: int) -> str:
         h = hashlib.sha256()
         lines = getattr(self.samples, "fingerprints", None)
         if lines is not None:  # columns, without views

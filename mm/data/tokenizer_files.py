@@ -56,13 +56,16 @@ def keep_tokenizer(tokenizer: AnyTokenizer, run_dir: Path) -> None:
     """Write a published tokenizer beside checkpoints; read_tokenizer() of KEPT there has the same key."""
     if not isinstance(tokenizer, PublishedTokenizer) or tokenizer.path == run_dir / KEPT:
         return
-    folder = run_dir / KEPT
+    folder = run_dir / f"{KEPT}.tmp"  # the one that is there stays until this is whole
+    shutil.rmtree(folder, ignore_errors=True)
     write_tokenizer(tokenizer, folder, trained=False)
     ids = {f"{n}_token_id": i for n, i in _ids(tokenizer).items()}
     for kind, text in tokenizer.placeholders.items():
         if tokenizer.find(text) < tokenizer.needed:
             ids[f"{kind}_token_id"] = tokenizer.find(text)
     _write(folder / "config.json", ids)
+    shutil.rmtree(run_dir / KEPT, ignore_errors=True)
+    folder.rename(run_dir / KEPT)
 
 
 def _ids(tokenizer: AnyTokenizer) -> dict[str, int]:

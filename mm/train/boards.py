@@ -21,6 +21,9 @@ class Board(Protocol):
     def plot(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of a step."""
 
+    def went_back(self, step: int) -> None:
+        """Hide what was written of steps after this one: the run takes them again."""
+
     def close(self) -> None:
         """Write what is left."""
 
@@ -37,14 +40,23 @@ class TensorBoard:
     """TensorBoard's files in `run_dir`/tensorboard. It hides what was written of steps after `first`."""
 
     def __init__(self, run_dir: Path, first: int) -> None:
+        self._folder = str(run_dir / "tensorboard")
+        self._begin(first)
+
+    def _begin(self, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1)
+        self._writer: Any = SummaryWriter(self._folder, purge_step=first + 1)
 
     def plot(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def went_back(self, step: int) -> None:
+        """Hide what was written of steps after this one."""
+        self._writer.close()  # a file says where it begins in its first lines
+        self._begin(step)
 
     def close(self) -> None:
         """Write what is left."""
@@ -86,6 +98,10 @@ class WeightsAndBiases:
     def plot(self, step: int, values: Mapping[str, float]) -> None:
         """Add the values of a step."""
         self._run.log({**values, "step": step})
+
+    def went_back(self, step: int) -> None:
+        """Mark it: what was sent cannot be taken back, and stays beside the values that follow."""
+        self._run.log({"went_back": 1.0, "step": step})
 
     def close(self) -> None:
         """Write what is left."""

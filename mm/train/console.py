@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,9 +99,13 @@ class Console:
 
     def _plot(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: v for name, v in values.items() if math.isfinite(v)}
+        self._on_boards(lambda board: board.plot(step, finite))
+
+    def _on_boards(self, act: Callable[[Board], object]) -> None:
+        """Do something on each board; one whose files cannot be written gets no more."""
         for board in [*self.boards]:
             try:
-                board.plot(step, finite)
+                act(board)
             except OSError as error:
                 self.boards.remove(board)
                 self.warn(f"{type(board).__name__} gets no more numbers: {error}")
@@ -120,6 +124,7 @@ class Console:
         self._metrics, self._skipped = self._open(METRICS, step), self._open(SKIPPED, step)
         record = {"step": step, "went_back": {"from": last, "why": why, "left_out": list(batches)}}
         self._metrics.write(json.dumps(record) + "\n")
+        self._on_boards(lambda board: board.went_back(step))
         self.warn(
             f"after step {last} {why}; going on from the checkpoint of step {step} without the batches "
             f"{', '.join(batches)}"

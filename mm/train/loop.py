@@ -76,7 +76,8 @@ class Loop:
         """One step, and the checkpoint and evaluation that are due after it. Raises StopRequested."""
         job, cfg = self.job, self.job.blueprint.cfg
         start = time.perf_counter()
-        metrics = train_step(job, self.feed, self.done, stop=self._ends, guard=self.guard)
+        saving = (lambda: 0.0) if self.saver is None else self.saver.status
+        metrics = train_step(job, self.feed, self.done, stop=self._ends, guard=self.guard, saving=saving)
         stopping = metrics.stop
         self.console.step(TimedStep(metrics, time.perf_counter() - start, devices(job)))
         self.done += 1
@@ -89,13 +90,12 @@ class Loop:
         self.metrics = {"loss": metrics.loss}
         if self.saver is not None:
             self.saver.prepare(job)  # after the first step
-            self.saver.check(job)
+            self.saver.hear(job, metrics.saving)
         every, at_end = cfg.checkpoint.every, self.done == cfg.train.steps
         due = bool(every) and (stopping or self.done % every == 0 or at_end)
         by_evaluation = cfg.checkpoint.keep_best == "eval_loss"
         if due and (stopping or not by_evaluation):
             self._save()
-            stopping = stopping or job.control.any(self.stop.requested)  # while it was copied
         if stopping:
             raise StopRequested
         if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:

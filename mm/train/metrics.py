@@ -83,12 +83,14 @@ class StepMetrics:
     """The number of its batch, from 1, where batches were left out before it."""
     left_out: str = ""
     """Why nothing was updated, in a step that is not finite."""
+    saving: float = 0.0
+    """How far writers of a checkpoint are: the largest Saver.status() of all ranks."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for JSON: every field but `stop`; the last three where they say something. Of a step
-        that was left out, null stands for what is not finite: JSON has no word for it."""
+        """Plain data for JSON: every field but `stop` and `saving`; layers, batch and left_out where they say
+        something. In a step that was left out, null is for what is not finite: JSON has no word for it."""
         out = asdict(self)
-        del out["stop"]
+        del out["stop"], out["saving"]
         for key in ("layers", "batch", "left_out"):
             if not out[key]:
                 del out[key]

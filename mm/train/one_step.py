@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mm.checkpoint.state import Resumed
@@ -54,10 +55,17 @@ def devices(job: Job) -> int:
 
 
 def train_step(
-    job: Job, feed: Feed, step: int, *, stop: bool = False, guard: Guard | None = None
+    job: Job,
+    feed: Feed,
+    step: int,
+    *,
+    stop: bool = False,
+    guard: Guard | None = None,
+    saving: Callable[[], float] = lambda: 0.0,
 ) -> StepMetrics:
     """One step: data, forward and backward, update. step counts from 0; stop: this rank was asked to end;
-    guard: of the run, None: a step that is not finite raises NonFinite."""
+    guard: of the run, None: a step that is not finite raises NonFinite; saving: gives a number that goes with
+    the message at the step's end, the largest of all ranks is in the metrics."""
     cfg = job.blueprint.cfg
     record = job.rank.record
     record.step = step + 1
@@ -73,8 +81,9 @@ def train_step(
         draw_measured(schedule, records, job.control, job.rank.rank, Path(cfg.run.dir), step + 1)
     lr = learning_rate(cfg.train, step)
     with record.doing("update", 0.0):
-        update = finish_step(job, result, step, lr, stop=stop, notice=feed.notice(step + 1), guard=guard)
-    feed.hear(step + 1, update.notices)
+        said = [saving(), *feed.notice(step + 1)]
+        update = finish_step(job, result, step, lr, stop=stop, notice=said, guard=guard)
+    feed.hear(step + 1, update.notices[:, 1:])
     subsets = prepared.plan.subsets
     return StepMetrics(
         step=step + 1,
@@ -101,6 +110,7 @@ def train_step(
         layers=update.layers,
         batch=None if feed.skips.batch(step) == step else feed.skips.batch(step) + 1,
         left_out=update.left_out,
+        saving=float(update.notices[:, 0].max()),
     )
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from mm.checkpoint.newest import load_newest
 from mm.checkpoint.remote.start import own_target
 from mm.checkpoint.resume import begin, last_of
+from mm.checkpoint.room import writing_to
 from mm.checkpoint.saver import Saver
 from mm.checkpoint.weights import fill_adapters, fill_encoders, left_by, start_from
 from mm.config.schema import resolve_yaml
@@ -40,7 +41,7 @@ from mm.train.console import Console
 from mm.train.garbage import set_aside
 from mm.train.loop import Loop
 from mm.train.one_step import AT_START
-from parallel.checkpoint import Held, step_of
+from parallel.checkpoint import Held, step_of, write_whole
 
 
 class Run(NamedTuple):
@@ -152,14 +153,12 @@ def _train_on(
     first, remote = state.step, cfg.checkpoint.remote.url is not None and saver is not None
     run = own_target(cfg, run_dir, rank, resume) if remote else ""
     aside = begin(run_dir, rank, resume, first)
-    console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
-    if rank.rank == 0:
-        console.boards += open_boards(cfg, run_dir, first)
-        write_start(run_dir, rank, dist.get_backend(), first)
-        (run_dir / "config.yaml").write_text(resolve_yaml(cfg))
-        keep_tokenizer(make_tokenizer(cfg.data.tokenizer), run_dir)
-        (run_dir / "plan.json").write_text(plan_json(blueprint, train_data.index))
-        console.note(about)
+    with writing_to(run_dir):
+        console = Console(run_dir, cfg.train.steps, first=first, lead=rank.rank == 0)
+        if rank.rank == 0:
+            console.boards += open_boards(cfg, run_dir, first)
+            _write_once(blueprint, rank, train_data.index, first)
+    console.note(about)
     if aside:
         console.info(f"checkpoints that this run does not follow: {', '.join(p.name for p in aside)}")
     for line in said:
@@ -182,6 +181,15 @@ def _train_on(
         opened.assembler.reader.close()
     job.close()
     return left
+
+
+def _write_once(blueprint: Blueprint, rank: RankInfo, index: Index, first: int) -> None:
+    """Write what a run's folder says of this start. Files that are there stay where that fails."""
+    run_dir = Path(blueprint.cfg.run.dir)
+    write_whole(run_dir / "config.yaml", resolve_yaml(blueprint.cfg))
+    write_whole(run_dir / "plan.json", plan_json(blueprint, index))
+    keep_tokenizer(make_tokenizer(blueprint.cfg.data.tokenizer), run_dir)
+    write_start(run_dir, rank, dist.get_backend(), first)
 
 
 def _start(job: Job, before: Held | None) -> list[str]:

@@ -36,6 +36,7 @@ from parallel.checkpoint.folder import (
     remove,
     remove_leftovers,
     step_of,
+    write_whole,
 )
 from parallel.checkpoint.handover import Handover, Held, hold
 from parallel.checkpoint.lazy import Lazy
@@ -75,4 +76,5 @@ __all__ = [
     "structure",
     "verify",
     "write_share",
+    "write_whole",
 ]

@@ -59,6 +59,18 @@ def write_synced(file: Path, text: str) -> None:
         os.fsync(out.fileno())
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that holds all of the text, on the disk, or what it held before where that fails."""
+    partial = file.with_name(f"{file.name}.tmp")
+    try:
+        write_synced(partial, text)
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    manifest.sync(file.parent)
+
+
 def write_state(partial: Path, step: int, state: Mapping[str, Any]) -> None:
     """Write what a checkpoint has beside tensors. state: anything that JSON holds."""
     write_synced(partial / STATE, json.dumps({"step": step, **state}, indent=1))
@@ -94,9 +106,7 @@ def point(directory: Path) -> None:
     if not found:
         (directory / LATEST).unlink(missing_ok=True)
         return
-    write_synced(directory / f"{LATEST}.tmp", found[-1].name + "\n")
-    os.replace(directory / f"{LATEST}.tmp", directory / LATEST)
-    manifest.sync(directory)
+    write_whole(directory / LATEST, found[-1].name + "\n")
 
 
 def remove(path: Path) -> None:

@@ -44,9 +44,9 @@ NUMERICS = (
     Fault(
         "checkpoint.poison",
         "weights that are not finite are saved",
-        "mm/checkpoint/saver.py",
-        "check_before_save(job, zip(self._names, self._staged, strict=True), step)",
-        "check_before_save(job, (), step)",
+        "mm/checkpoint/writer.py",
+        "            if wrong:",
+        "            if False:",
         f"{GUARD}weights_that_are_not_finite_are_not_saved",
     ),
     Fault(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from mm.checkpoint import resume
 from mm.checkpoint import state as checkpoint
 from mm.checkpoint.folders import export_hf
+from mm.checkpoint.verified import verify_text
 from mm.config.schema import from_mapping
 from mm.errors import CheckpointError
 from mm.plan.blueprint import draw_up
@@ -343,7 +344,7 @@ def test_metadata_is_not_unpickled_freely(saved: Any, tmp_path: Path, capsys: An
     manifest.write(newest, {n: manifest.entry_of(newest / n) for n in manifest.names(newest)})
     for read in (
         checkpoint.inspect_text,
-        checkpoint.verify_text,
+        verify_text,
         lambda p: export_hf(p, tmp_path / "hf", None),
     ):
         with pytest.raises(CheckpointError, match=r"refusing to load builtins.print"):
@@ -360,4 +361,4 @@ def test_another_model_is_refused_by_name(saved: Any, ranks: Any, tmp_path: Path
 
 def test_text_for_people(saved: Any) -> None:
     newest = store.published(saved[0])[-1]
-    assert "llm.head" in checkpoint.inspect_text(newest) and "whole" in checkpoint.verify_text(newest)
+    assert "llm.head" in checkpoint.inspect_text(newest) and "whole" in verify_text(newest)

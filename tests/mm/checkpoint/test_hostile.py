@@ -21,6 +21,7 @@ from parallel.checkpoint import manifest
 from tests.mm.checkpoint.runs import contents, written
 
 SHARD = "__0_0.distcp"
+HOLES = "nearly all of them in holes"
 
 
 @pytest.fixture
@@ -130,9 +131,10 @@ def link(name: str) -> Callable[[Path], object]:
 
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tensor of 2^60 elements": (change_metadata(huge), "does not lie in"),
-    "a sparse file of 1 TiB": (sparse(SHARD, 1 << 40), "its tensors end at"),
-    "metadata of 1 TiB": (sparse(".metadata", 1 << 40), "it is read up to"),
-    "a state of 1 TiB": (sparse(store.STATE, 1 << 40), "it is read up to"),
+    "a sparse file of 1 TiB": (sparse(SHARD, 1 << 40), HOLES),
+    "metadata of 1 TiB": (sparse(".metadata", 1 << 40), HOLES),
+    "a state of 1 TiB": (sparse(store.STATE, 1 << 40), HOLES),
+    "a shard that is too long": (sparse(SHARD, 1 << 20), "its tensors end at"),
     "a manifest of 1 TiB": (lambda p: os.truncate(p / store.MANIFEST, 1 << 40), "it is read up to"),
     "a state of many brackets": (state("[" * 100_000), "no readable state.json"),
     "a state that is a list": (state("[1]"), "does not say after which step"),
@@ -155,6 +157,35 @@ def test_it_is_refused_at_once(change: Callable[[Path], object], words: str, pat
     said = refused(path, capsys)
     assert said.count(words) == 5, said
     assert time.monotonic() - start < 20
+
+
+def test_no_rank_sums_up_holes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run looks for a checkpoint to resume from: its ranks share the files."""
+    sparse(SHARD, 1 << 40)(path)
+    summed, sum_up = list[str](), manifest.entry_of
+
+    def watched(file: Path, *more: Any) -> manifest.Entry:
+        summed.append(file.name)
+        return sum_up(file, *more) if file.name != SHARD else manifest.Entry(0, "")
+
+    monkeypatch.setattr(manifest, "entry_of", watched)
+    found = [store.verify(path, part, 4) for part in range(4)]
+    assert HOLES in found[0][0] and not any(found[1:])
+    assert sorted(summed) == [".metadata", store.STATE]
+
+
+def test_what_is_in_a_large_file_is_looked_for_in_its_holes(tmp_path: Path) -> None:
+    """Also where it lies in many parts."""
+    size = 1 << 29
+    for parts, empty in ((1, True), (64, True), (1024, False)):
+        file = tmp_path / f"{parts}"
+        with file.open("wb") as f:
+            for k in range(parts):
+                f.seek(k * (size // parts))
+                f.write(b"x" * 65536)
+            f.truncate(size)
+        assert manifest.hollow(file) is empty
+        file.unlink()
 
 
 ODD = ("config", "metrics", "config.checkpoint", "config.layout", "config.layout.llm")

@@ -12,7 +12,7 @@ import pytest
 
 from mm.config.schema import from_mapping
 from mm.errors import Refused
-from mm.train.boards import open_boards
+from mm.train.boards import TensorBoard, open_boards
 from mm.train.console import Console
 from tests.mm.harness import CONFIGS, small
 from tests.mm.train.test_console import RESULT, record
@@ -96,6 +96,39 @@ def test_boards_get_the_same_numbers_by_the_same_names(
     assert tensorboard["loss", 5] == 1 / 3 and tensorboard["lift/vision", 5] == 1.2345
     assert tensorboard["grad_norm/llm", 5] == 1.5 and tensorboard["closed", 0]
     assert wandb.metrics == [("step", None), ("*", "step")]
+
+
+def test_steps_that_are_taken_again_hide_the_first_ones(
+    tmp_path: Path, tensorboard: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss that jumped; the file that is open is closed, and a new one says from where on."""
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    console = Console(tmp_path, 9, first=4, lead=True)
+    run = small(run={"tensorboard": True, "wandb": "mine"})
+    console.boards += open_boards(from_mapping(run, CONFIGS), tmp_path, 4)
+    console.went_back(2, 4, "the loss is high", ["3-4"])
+    assert tensorboard == {("purged", 0): 3, ("closed", 0): 1.0}
+    assert wandb.written == {("went_back", 2): 1.0}
+    console.close()
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
+    """As its own reader has it. Needs the extra tensorboard."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = TensorBoard(tmp_path, 0)
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        board.plot(step, {"loss": loss})
+    board.went_back(1)
+    board.plot(2, {"loss": 20.0})
+    board.close()
+    board = TensorBoard(tmp_path, 1)  # resumes from an older checkpoint
+    board.plot(2, {"loss": 200.0})
+    board.close()
+    found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(1, 1.0), (2, 200.0)]
 
 
 def test_a_run_that_resumes_goes_on_in_its_run_of_wandb(

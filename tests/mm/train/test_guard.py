@@ -157,7 +157,7 @@ def test_weights_that_are_not_finite_are_not_saved(ranks: Any, tmp_path: Path) -
     found = ranks(2, save_poisoned, str(tmp_path))
     assert found[0] == found[1] and found[0][1] == []
     assert "after step 1 weights or optimizer state are not finite: llm." in found[0][0]
-    assert "on rank 1. No checkpoint" in found[0][0]
+    assert "on rank 1. No checkpoint of them was published" in found[0][0]
 
 
 def test_a_mask_may_be_infinite_and_a_weight_may_not() -> None:
