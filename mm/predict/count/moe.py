@@ -1,4 +1,5 @@
-"""Mixtures of experts of the language model, on sizes. Choices are even."""
+"""Mixtures of experts of the language model, on sizes. Row r of a rank's tokens goes to expert r mod E, and all
+ranks have as many tokens as the one that is counted."""
 
 from __future__ import annotations
 
@@ -94,7 +95,7 @@ def _routed(t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage], at: De
     cfg, order = how
     del how
     n, w, item, k = x.rows, x.width, x.item, cfg.top_k
-    m = n * k  # rows sent, and received where all ranks have as many tokens
+    m = n * k  # rows sent
 
     def back_rows(g: Grads) -> Grads:
         made = t.new(m * w, item)
@@ -108,7 +109,7 @@ def _routed(t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage], at: De
     t.moves(2 * m * w * item)
     del index, x, order
     if at.ep > 1:
-        rows = _exchanged(t, rows, at)
+        rows = _exchanged(t, rows, at.ep * _own_rows(m, cfg.n_experts, at), at)
         rows = ops.copy(t, rows)
     if at.etp > 1:
         rows = _met(t, rows, at)
@@ -126,23 +127,33 @@ def _routed(t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage], at: De
         y = _summed(t, y, at)
     if at.ep > 1:
         y = ops.copy(t, y)
-        y = _exchanged(t, y, at)
+        y = _exchanged(t, y, m, at)
     return _weighted(t, y, weight, (n, k))
 
 
-def _exchanged(t: Tape, x: Var, at: Degrees) -> Var:
-    """An all-to-all of equal sides."""
+def _own_rows(rows: float, experts: int, at: Degrees) -> float:
+    """Of a rank's rows, those that go to the experts of the rank that is counted."""
+    if at.ep_rank is None:
+        return rows / at.ep
+    each, rest = divmod(rows, experts)
+    own = experts // at.ep
+    return each * own + min(max(rest - at.ep_rank * own, 0), own)
+
+
+def _exchanged(t: Tape, x: Var, rows: float, at: Degrees) -> Var:
+    """An all-to-all that brings so many rows."""
     n, item, group = x.n, x.item, at.group("ep")
+    size = max(n, rows * x.width) * item
 
     def back(g: Grads) -> Grads:
         out = t.new(n, item)
-        t.message("all_to_all", group, out.size)
+        t.message("all_to_all", group, size)
         return [out]
 
     node = t.node([x], back, [])
-    out = t.new(n, item)
-    t.message("all_to_all", group, out.size)
-    return t.result(node, out, x.rows, x.width, item)
+    out = t.new(rows * x.width, item)
+    t.message("all_to_all", group, size)
+    return t.result(node, out, rows, x.width, item)
 
 
 def _meet(t: Tape, n: float, item: int, at: Degrees) -> Storage:

@@ -55,12 +55,14 @@ class Sent(NamedTuple):
 class RankPlan:
     """A rank's part of a step, and what its computations are. pieces: of all ranks of the step that are
     given the same, by module, stage, micro-batch, place but for pp, and whether backwards have halves.
-    relays: whether rows may come in two hops; how many come to a rank does not depend on it."""
+    relays: whether rows may come in two hops; how many come to a rank does not depend on it. rounds: whether
+    rows of experts are as many as this rank has of an even choice, or the mean of its ep group."""
 
     blueprint: Blueprint
     plan: StepPlan
     rank: int
     relays: bool = True
+    rounds: bool = True
     pieces: dict[Hashable, Piece] = field(default_factory=dict)
     _places: dict[str, Coord] = field(default_factory=dict)
 
@@ -100,9 +102,13 @@ class RankPlan:
 
     def _piece(self, module: str, stage: int, i: int) -> Piece:
         at, halves = self.at(module), module in self.halves
-        key = module, stage, i, at[:3], halves
+        layout = self.blueprint.layouts[module]
+        ep_rank = layout.expert_coord(self.rank).ep if layout.ep > 1 and self.rounds else None
+        key = module, stage, i, at[:3], ep_rank, halves
         if key not in self.pieces:
-            self.pieces[key] = stage_of(self.blueprint, self.plan, (module, stage), i, at, halves=halves)
+            self.pieces[key] = stage_of(
+                self.blueprint, self.plan, (module, stage), i, at, halves=halves, ep_rank=ep_rank
+            )
         return self.pieces[key]
 
     def at(self, module: str) -> Coord:

@@ -10,7 +10,8 @@ from parallel.topology.layout import Layout
 
 
 class Degrees(NamedTuple):
-    """How a module's layers are split, and whose groups they call. tp_rank, cp_rank: of the rank counted."""
+    """How a module's layers are split, and whose groups they call. tp_rank, cp_rank, ep_rank: of the rank
+    counted; ep_rank None: of any, with as many rows for its experts as the others have for theirs."""
 
     module: str
     tp: int = 1
@@ -20,14 +21,16 @@ class Degrees(NamedTuple):
     sequence_parallel: bool = False
     tp_rank: int = 0
     cp_rank: int = 0
+    ep_rank: int | None = None
 
     @staticmethod
-    def of(module: str, layout: Layout, tp_rank: int = 0, cp_rank: int = 0) -> Degrees:
+    def of(
+        module: str, layout: Layout, tp_rank: int = 0, cp_rank: int = 0, ep_rank: int | None = None
+    ) -> Degrees:
         """The degrees of a layout."""
         sequence = layout.sequence_parallel and layout.tp > 1
-        return Degrees(
-            module, layout.tp, layout.cp, layout.ep, layout.etp, sequence, tp_rank=tp_rank, cp_rank=cp_rank
-        )
+        split = layout.tp, layout.cp, layout.ep, layout.etp
+        return Degrees(module, *split, sequence, tp_rank=tp_rank, cp_rank=cp_rank, ep_rank=ep_rank)
 
     @property
     def axis(self) -> Tp:

@@ -17,7 +17,7 @@ from mm.predict.count.encoder import (
     foreign_counts,
     stem_counts,
 )
-from mm.predict.count.layers import first_counts, last_counts, layer_counts
+from mm.predict.count.layers import first_counts, last_counts, layer_counts, like
 from mm.predict.count.pieces import How, Piece, chain, keeping
 from mm.predict.count.sizes import Degrees, TokenLoad
 from parallel.topology.stage import Stage
@@ -34,14 +34,15 @@ def llm_parts(
     cfg: LLMConfig, stage: Stage, at: Degrees, load: TokenLoad, how: How, rows: tuple[int, ...] = ()
 ) -> list[Piece]:
     """The parts of llm_stage()."""
+    here, at = at, at._replace(ep_rank=None)
     parts = [first_counts(cfg, at, load.tokens, rows, how)] if stage.first else []
     below = how._replace(below=how.below or stage.first)
     for i in stage.layers:
         symbol = cfg.symbols[i]
-        own = i if symbol == "*" and (cfg.window is not None or cfg.rope_skips) else None
-        parts.append(layer_counts(cfg, symbol, own, at, load, below))
+        own = like(cfg, i) if symbol == "*" else None
+        parts.append(layer_counts(cfg, symbol, own, here if symbol == "E" else at, load, below))
     if stage.last:
-        parts.append(last_counts(cfg, at, load, below))
+        parts.append(last_counts(cfg, here if cfg.mtp_layers else at, load, below))
     return parts
 
 
