@@ -23,8 +23,6 @@ def _model(blueprint: Blueprint) -> Iterator[str]:
                 f"latent attention (model.llm.kv_rank={llm.kv_rank}) is counted as plain attention of "
                 f"{llm.n_heads} heads of {llm.head_dim}: its own products, messages and memory differ"
             )
-        if llm.window is not None:
-            yield f"keys beyond the window of {llm.window} tokens are counted as if they were read"
         if llm.attention_cap is not None or llm.attention_sinks:
             yield "bounds of attention's scores and sinks are counted as if they cost nothing"
     if "E" in llm.kinds and layout.ep > 1 and llm.dispatcher == "all_gather":

@@ -22,8 +22,8 @@ from mm.data.sample import Sample
 from mm.plan.inputs import EncoderUse
 from mm.plan.step_plan import Microbatch, StepPlan
 from mm.predict.count.encoder import Fetched, ItemLoad
-from mm.predict.count.packed import attended, key_crossing, scan_crossing
-from mm.predict.count.sizes import Degrees, TokenLoad
+from mm.predict.count.packed import attended, in_windows, key_crossing, scan_crossing, window_crossing
+from mm.predict.count.sizes import Degrees, TokenLoad, Windowed
 from parallel.context_parallel import ContextPacking, pack
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.layout import Coord, Layout
@@ -68,10 +68,13 @@ def _token_load(mb: Microbatch, at: Coord, cfg: LLMConfig, item: int) -> TokenLo
     documents = [*lengths, *([total - real] if real < total else [])]
     packing = pack(documents, CPU, axis_of("cp", layout.cp, at.cp), inputs.order)
     crossing, scan = None, None
+    window = cfg.window if "*" in cfg.kinds else None
+    windows = None if window is None else Windowed(in_windows(documents, documents, window))
     if isinstance(packing, ContextPacking):
         scan = scan_crossing(cfg, packing, layout.tp, item) if "M" in cfg.kinds else None
         real, documents = packing.rows_before(real), list(packing.fragments.lengths)
         crossing = key_crossing(cfg, packing, layout.tp, at.tp, item) if "*" in cfg.kinds else None
+        windows = None if window is None else window_crossing(packing, window)
     width = total // (layout.cp * layout.tp)
     return TokenLoad(
         tokens=total // layout.cp,
@@ -81,6 +84,7 @@ def _token_load(mb: Microbatch, at: Coord, cfg: LLMConfig, item: int) -> TokenLo
         supervised=_supervised(mb, mine, packing if isinstance(packing, ContextPacking) else None),
         crossing=crossing,
         scan=scan,
+        windowed=windows,
     )
 
 

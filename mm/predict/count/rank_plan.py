@@ -133,7 +133,13 @@ class RankPlan:
         """Bytes of what all layers of the language model here use of a packing: made once a micro-batch."""
         load, cfg = self.tokens(i), self.blueprint.llm
         kinds = {cfg.symbols[k] for s in self.stages(SINK) for k in self.blueprint.stages[SINK][s].layers}
-        size = float(load.attended.indices) if "*" in kinds else 0.0
+        size = 0.0
+        if "*" in kinds:
+            layers = [k for s in self.stages(SINK) for k in self.blueprint.stages[SINK][s].layers]
+            windows = {cfg.window_of(k) is not None for k in layers if cfg.symbols[k] == "*"}
+            size += load.attended.indices * (False in windows)
+            if True in windows and load.windowed is not None:
+                size += load.windowed.attended.indices
         size += 8.0 * load.tokens * ("M" in kinds or bool(cfg.aux_weight and "E" in kinds))
         return size + 8.0 * load.tokens * ("*" in kinds and cfg.rope_theta is not None)
 
