@@ -14,7 +14,7 @@ from mm.plan.data_parallel import cost
 from mm.plan.projectors import projector_kind
 from mm.plan.step_plan import Edge, StepPlan
 from mm.plan.trained import trained_below
-from mm.predict.count.load import item_load, rows_entering, token_load
+from mm.predict.count.load import item_load, rows_entering, token_load, widest
 from mm.predict.count.pieces import How, Piece, chain
 from mm.predict.count.sizes import Degrees
 from mm.predict.count.stage import Frozen, Outer, encoder_parts, llm_parts
@@ -156,6 +156,8 @@ def parts_of(
     how = how_of(blueprint, module, halves=halves)
     if module == SINK:
         load = token_load(mb, at, blueprint.llm, blueprint.dtype.itemsize)
+        if "E" in blueprint.llm.kinds and blueprint.llm.dispatcher == "all_gather" and layout.ep > 1:
+            load = load._replace(widest=widest(mb, layout, at))
         entering = tuple(
             rows_entering(mb, e.source, layout, at)
             for e in blueprint.edges

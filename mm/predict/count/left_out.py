@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from encoders.fastconformer import FastConformer
 from encoders.vit import ViT
-from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 
 
@@ -16,7 +15,7 @@ def left_out(blueprint: Blueprint) -> list[str]:
 
 
 def _model(blueprint: Blueprint) -> Iterator[str]:
-    llm, layout = blueprint.llm, blueprint.layouts[SINK]
+    llm = blueprint.llm
     if "*" in llm.kinds:
         if llm.kv_rank is not None:
             yield (
@@ -25,8 +24,6 @@ def _model(blueprint: Blueprint) -> Iterator[str]:
             )
         if llm.attention_cap is not None or llm.attention_sinks:
             yield "bounds of attention's scores and sinks are counted as if they cost nothing"
-    if "E" in llm.kinds and layout.ep > 1 and llm.dispatcher == "all_gather":
-        yield "model.llm.dispatcher=all_gather is counted as all_to_all: tokens go to their experts alone"
     if llm.mtp_layers > 1 and "E" in llm.mtp_pattern:
         yield (
             f"experts of multi-token prediction sum their gradients {llm.mtp_layers} times a backward; "

@@ -25,6 +25,7 @@ from mm.predict.count.encoder import Fetched, ItemLoad
 from mm.predict.count.packed import attended, in_windows, key_crossing, scan_crossing, window_crossing
 from mm.predict.count.sizes import Degrees, TokenLoad, Windowed
 from parallel.context_parallel import ContextPacking, pack
+from parallel.expert_parallel import routed_tokens
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.layout import Coord, Layout
 
@@ -86,6 +87,18 @@ def _token_load(mb: Microbatch, at: Coord, cfg: LLMConfig, item: int) -> TokenLo
         scan=scan,
         windowed=windows,
     )
+
+
+def widest(mb: Microbatch, layout: Layout, at: Coord) -> int:
+    """The most tokens that a rank of ep routes, of those that share experts with the one at a place."""
+
+    def most() -> int:
+        rank = layout.rank_at(tp=at.tp, cp=at.cp, dp=at.dp)
+        real = mb.plan.filled[mb.index].tolist()
+        found = routed_tokens(layout, rank, mb.tokens, real, mb.plan.inputs.order)
+        return max(found[layout.expert_coord(rank).etp])
+
+    return once(mb.plan, ("widest", mb.index, at[:3], layout.ep, layout.etp), most)
 
 
 def _supervised(mb: Microbatch, mine: Sequence[int], packing: ContextPacking | None) -> tuple[int, ...]:

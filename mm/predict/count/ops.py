@@ -240,6 +240,23 @@ def split(t: Tape, x: Var, widths: Sequence[float]) -> list[Var]:
     return [Var(x.store, rows, w, item, e) for w, e in zip(widths, edges, strict=True)]
 
 
+def first_rows(t: Tape, x: Var, rows: float) -> Var:
+    """The first rows: a view, whose backward makes a whole gradient."""
+    n, item = x.n, x.item
+    node = t.node([x], lambda g: [t.new(n, item)], [])
+    return t.result(node, x.store, rows, x.width, item)
+
+
+def padded(t: Tape, y: Var, rows: float) -> Var:
+    """F.pad(y) to so many rows; a copy in any case, whose backward copies too."""
+    n, item = y.n, y.item
+    node = t.node([y], lambda g: [g[0] if rows == n / y_width else t.new(n, item)], [])
+    y_width = y.width
+    out = t.new(rows * y.width, item)
+    t.moves(2 * out.size)
+    return t.result(node, out, rows, y.width, item)
+
+
 # Between tensor-parallel ranks.
 
 
@@ -258,7 +275,7 @@ def enter(t: Tape, x: Var, tp: Tp) -> Var:
     n, item = x.n, x.item
     if not tp.sequence:
         return t.result(t.node([x], lambda g: [_reduced(t, n, item, tp)], []), x.store, x.rows, x.width, item)
-    return _gathered(t, x, tp)
+    return gathered(t, x, tp)
 
 
 def _reduced(t: Tape, n: float, item: int, tp: Tp) -> Storage:
@@ -267,7 +284,8 @@ def _reduced(t: Tape, n: float, item: int, tp: Tp) -> Storage:
     return out
 
 
-def _gathered(t: Tape, x: Var, tp: Tp) -> Var:
+def gathered(t: Tape, x: Var, tp: Tp) -> Var:
+    """parallel.comm.collectives.gather_tokens."""
     n, item = x.n, x.item
 
     def back(g: list[Storage | None]) -> list[Storage | None]:
