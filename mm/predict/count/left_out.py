@@ -24,11 +24,6 @@ def _model(blueprint: Blueprint) -> Iterator[str]:
             )
         if llm.attention_cap is not None or llm.attention_sinks:
             yield "bounds of attention's scores and sinks are counted as if they cost nothing"
-    if llm.mtp_layers > 1 and "E" in llm.mtp_pattern:
-        yield (
-            f"experts of multi-token prediction sum their gradients {llm.mtp_layers} times a backward; "
-            "counted is one"
-        )
 
 
 def _encoders(blueprint: Blueprint) -> Iterator[str]:
