@@ -23,7 +23,8 @@ def attention(
     shared = share_heads(cfg.n_heads, cfg.n_kv_heads, at.tp, at.tp_rank)
     own = cfg.n_heads // at.tp
     biased = cfg.attention_bias or cfg.qkv_bias
-    w = Weight("qkv", (own + 2 * shared.count) * cfg.head_dim, cfg.d_model, bias=biased)
+    parts = [(x, n * cfg.head_dim) for x, n in (("q", own), ("k", shared.count), ("v", shared.count))]
+    w = Weight("qkv", sum(n for _, n in parts), cfg.d_model, bias=biased, parts=tuple(parts))
     y = joined_linear(t, x, w)
     del x
     heads = (own, shared.count, cfg.head_dim)

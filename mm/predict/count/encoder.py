@@ -88,7 +88,7 @@ def block_counts(cfg: Any, at: Degrees, load: ItemLoad, how: How) -> Piece:
 def _vit_block(t: Tape, x: Var, cfg: ViTConfig, at: Degrees, load: ItemLoad) -> Var:
     d, own = cfg.width, cfg.width / at.tp
     h = enter(t, ops.layer_norm(t, x, "norm1"), at.axis)
-    y = joined_linear(t, h, Weight("qkv", 3 * own, d, bias=True))
+    y = joined_linear(t, h, Weight("qkv", 3 * own, d, bias=True, parts=_heads(own)))
     del h
     y = _item_attention(t, y, cfg.width // cfg.heads, cfg.heads // at.tp, load)
     y = leave(t, linear(t, y, Weight("out", d, own)), at.axis)
@@ -96,6 +96,10 @@ def _vit_block(t: Tape, x: Var, cfg: ViTConfig, at: Degrees, load: ItemLoad) -> 
     del y
     h = ops.unary(t, _up(t, ops.layer_norm(t, x, "norm2"), cfg.mlp, d, at, "up"))
     return ops.add(t, x, leave(t, linear(t, h, Weight("down", d, cfg.mlp / at.tp)), at.axis))
+
+
+def _heads(own: float) -> tuple[tuple[str, float], ...]:
+    return tuple((name, own) for name in ("q", "k", "v"))
 
 
 def _up(t: Tape, x: Var, hidden: int, d: int, at: Degrees, name: str) -> Var:
@@ -152,7 +156,7 @@ def _feed_forward(t: Tape, x: Var, cfg: FastConformerConfig, at: Degrees, name: 
 def _attend(t: Tape, x: Var, cfg: FastConformerConfig, at: Degrees, load: ItemLoad) -> Var:
     d, own, dim = cfg.width, cfg.width // at.tp, cfg.width // cfg.heads
     h = enter(t, ops.layer_norm(t, x, "norm_att"), at.axis)
-    y = joined_linear(t, h, Weight("qkv", 3 * own, d))
+    y = joined_linear(t, h, Weight("qkv", 3 * own, d, parts=_heads(own)))
     del h
     q, k, v = ops.split(t, y, (own, own, own))  # unbind, whose backward stacks
     del y

@@ -19,6 +19,7 @@ from mm.predict.count.pieces import How, Piece, chain
 from mm.predict.count.sizes import Degrees
 from mm.predict.count.stage import Frozen, Outer, encoder_parts, llm_parts
 from mm.predict.count.weights import gather_messages, owned, sum_messages
+from mm.predict.count.tape import Low
 from mm.predict.work import Counts, Held, Kernel, Message, Work
 from parallel.schedule.action import (
     BACKWARD,
@@ -111,9 +112,18 @@ def how_of(blueprint: Blueprint, module: str, *, halves: bool = False) -> How:
         item=blueprint.dtype.itemsize,
         recompute=parts,
         halves=halves,
-        trains=module not in blueprint.frozen,
+        trains=module not in blueprint.frozen and module not in blueprint.cfg.train.lora,
         below=True,
+        low=low_of(blueprint, module),
     )
+
+
+def low_of(blueprint: Blueprint, module: str) -> Low | None:
+    """The adapters of a module that are trained."""
+    given = blueprint.cfg.train.lora.get(module)
+    if given is None or module in blueprint.frozen:
+        return None
+    return Low(given.rank, tuple(given.targets))
 
 
 def stages_of(
@@ -163,6 +173,9 @@ def parts_of(
             for e in blueprint.edges
             if e.stage == s and mb.edges[e.source].count
         )
+        if s == 0 and not how.trains:
+            rows = [e.source not in blueprint.frozen for e in blueprint.edges if e.stage == 0]
+            how = how._replace(below=any(rows) and bool(entering))
         return llm_parts(blueprint.llm, stage, degrees, load, how, entering)
     use, enc = blueprint.inputs.encoders[module], blueprint.cfg.model[module]
     items = item_load(mb, module, use, at)

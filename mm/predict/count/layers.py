@@ -86,7 +86,7 @@ def first_counts(cfg: LLMConfig, at: Degrees, tokens: int, rows: tuple[int, ...]
     def compute(t: Tape, _: Var | None) -> Var:
         x = embed(t, cfg, at, tokens)
         for n in rows:
-            x = enter_rows(t, x, n)
+            x = enter_rows(t, x, n, learns=how.below)
         return x
 
     return piece(how, None, compute)

@@ -36,11 +36,12 @@ def llm_parts(
     """The parts of llm_stage()."""
     here, at = at, at._replace(ep_rank=None)
     parts = [first_counts(cfg, at, load.tokens, rows, how)] if stage.first else []
-    below = how._replace(below=how.below or stage.first)
+    below = how
     for i in stage.layers:
         symbol = cfg.symbols[i]
         own = like(cfg, i) if symbol == "*" else None
         parts.append(layer_counts(cfg, symbol, own, here if symbol == "E" else at, load, below))
+        below = how if how.low is None else how._replace(below=True)
     if stage.last:
         parts.append(last_counts(cfg, here if cfg.mtp_layers else at, load, below))
     return parts
@@ -79,21 +80,23 @@ def encoder_parts(
     parts: list[Piece] = [keeping(float(load.attended.indices))] if trains else []
     reached = False
     if cls in (ViT, FastConformer):
-        early = trains and not frozen.layers
+        whole = trains and how.low is None  # not adapters alone
+        early = whole and not frozen.layers
         if stage.first:
-            parts.append(stem_counts(cfg, load, how._replace(trains=early)))
+            parts.append(stem_counts(cfg, load, how._replace(trains=early, low=None)))
             reached = early
         else:
-            reached = trains and frozen.layers < stage.start
+            reached = trains and (how.low is not None or frozen.layers < stage.start)
         for i in stage.layers:
-            learns = trains and i >= frozen.layers
+            learns = whole and i >= frozen.layers
             parts.append(block_counts(cfg, inner, load, how._replace(trains=learns, below=reached)))
-            reached = reached or learns
+            reached = reached or learns or how.low is not None
     else:
         parts += _foreign(use, stage, load, how._replace(trains=trains, below=False))
         reached = trains
     if stage.last:
-        parts.append(_ends(use, inner, load, how._replace(trains=trains, below=reached), (frozen, outer)))
+        ends = how._replace(trains=trains and how.low is None, below=reached, low=None)
+        parts.append(_ends(use, inner, load, ends, (frozen, outer)))
     return parts
 
 
