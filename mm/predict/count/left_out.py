@@ -43,5 +43,9 @@ def _training(blueprint: Blueprint) -> Iterator[str]:
         yield "activations that wait on the host (train.offload) are counted as held on the device"
     if train.shard == "layer":
         yield "sums of gradients are counted at the end of a backward, not where train.shard=layer has them"
-    if train.lora:
-        yield "products of adapters (train.lora) are not counted, nor is what they keep"
+    for name, given in train.lora.items():
+        if any("." in target or any(c in target for c in "*?[") for target in given.targets):
+            yield (
+                f"targets of train.lora.{name} with a path or wildcards are looked for among the last parts of "
+                "names: what they mean by more than that is counted as without adapters"
+            )

@@ -83,8 +83,8 @@ def encoder_parts(
         whole = trains and how.low is None  # not adapters alone
         early = whole and not frozen.layers
         if stage.first:
-            parts.append(stem_counts(cfg, load, how._replace(trains=early, low=None)))
-            reached = early
+            parts.append(stem_counts(cfg, load, how._replace(trains=early)))
+            reached = early or how.low is not None
         else:
             reached = trains and (how.low is not None or frozen.layers < stage.start)
         for i in stage.layers:
