@@ -86,7 +86,7 @@ def _routed(
     """MoE._routed. how: the config, the order of rows, which is kept, and _routing()'s `most`."""
     cfg, order, wide = how
     del how
-    came = at.ep * _own_rows(x.rows * cfg.top_k, cfg.n_experts, at)
+    came = at.ep * own_rows(x.rows * cfg.top_k, cfg.n_experts, at)
     if wide is not None:
         rows = gather_dispatch(t, x, order, (wide, cfg.top_k, came), at)
         del x, order
@@ -142,7 +142,7 @@ def _expert_rows(t: Tape, rows: Var, cfg: LLMConfig, at: Degrees, again: bool) -
     return _summed(t, y, at) if at.etp > 1 else y
 
 
-def _own_rows(rows: float, experts: int, at: Degrees) -> float:
+def own_rows(rows: float, experts: int, at: Degrees) -> float:
     """Of a rank's rows, those that go to the experts of the rank that is counted."""
     if at.ep_rank is None:
         return rows / at.ep

@@ -23,7 +23,7 @@ from parallel.tensor_parallel.heads import share_heads
 def attended(queries: Sequence[int], keys: Sequence[int]) -> Attended:
     """The calls of attention over sequences of these lengths, as parallel.sequence.buckets groups them."""
     q, k = np.asarray(queries, np.int64), np.asarray(keys, np.int64)
-    buckets = _pieces(q, 0 * q, k)
+    buckets = _pieces(q, 0 * q, k, np.cumsum(k - q))
     return Attended(buckets, _alone(buckets, int(k.sum())))
 
 
@@ -38,25 +38,30 @@ def _alone(buckets: Sequence[Bucket], keys: int) -> bool:
 def in_windows(queries: Sequence[int], keys: Sequence[int], window: int) -> Attended:
     """The same under a window, as parallel.sequence.buckets.Pairing.windowed cuts them."""
     q, k = np.asarray(queries, np.int64), np.asarray(keys, np.int64)
-    ahead, k = k - q, np.where(q > 0, k, 0)
+    ahead = k - q
+    shift, k = np.cumsum(ahead), np.where(q > 0, k, 0)
     head = np.minimum(k, window)
-    buckets = _pieces(head, np.minimum(ahead, head), head)
+    buckets = _pieces(head, np.minimum(ahead, head), head, shift)
     block = max(window, LEAST_BLOCK)
     rest = np.maximum(k - window, 0)
     last = rest % block
     size = np.concatenate([np.full(int((rest // block).sum()), block), last[last > 0]]).astype(np.int64)
-    buckets += _pieces(size, 0 * size, size + window - 1, window)
+    buckets += _pieces(size, 0 * size, size + window - 1, 0 * size, window)
     return Attended(buckets, _alone(buckets, int(np.sum(keys))))
 
 
-def _pieces(queries: np.ndarray, skip: np.ndarray, keys: np.ndarray, window: int = 0) -> tuple[Bucket, ...]:
+def _pieces(
+    queries: np.ndarray, skip: np.ndarray, keys: np.ndarray, shift: np.ndarray, window: int = 0
+) -> tuple[Bucket, ...]:
+    """Buckets, as parallel.sequence.buckets makes them. skip: slots without a query, the first. shift: by how
+    much rows of keys come after those of the same slots' queries."""
     level = np.where(queries > skip, 64 * _level(queries) + _level(keys), -1)
     out = []
     for value in np.unique(level[level >= 0]):
-        q, s, k = (x[level == value] for x in (queries, skip, keys))
+        q, s, k, later = (x[level == value] for x in (queries, skip, keys, shift))
         masked = not window and bool((k < k.max()).any())
         real, most = int((q - s).sum()), (int(q.max()), int(k.max()))
-        apart = bool(window) or bool(s.any())
+        apart = window > 1 or bool(s.any()) or bool(later.any())
         out.append(Bucket(len(q), *most, real, masked=masked, window=window, apart=apart))
     return tuple(out)
 
