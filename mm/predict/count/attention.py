@@ -45,12 +45,12 @@ def output(t: Tape, y: Var, cfg: LLMConfig, at: Degrees) -> Var:
     return bias_after(t, y, cfg.d_model) if cfg.attention_bias else y
 
 
-def bias_after(t: Tape, y: Var, width: float) -> Var:
+def bias_after(t: Tape, y: Var, width: float, name: str = "bias") -> Var:
     """y + a bias."""
     n, item = y.n, y.item
 
     def back(g: Grads) -> Grads:
-        t.gradient("bias", width, item)
+        t.gradient(name, width, item)
         return [g[0]]
 
     node = t.node([y], back, [], weights=True)
@@ -105,7 +105,7 @@ def _in_windows(t: Tape, qkv: tuple[Var, Var, Var], heads: Heads, windows: Windo
 
 
 def _fetched_before(t: Tape, x: Var, rows: Rows, group: Group) -> Var:
-    """Own rows and those that are fetched, in the order of fragments: parallel.comm.fetch.Fetch beside own."""
+    """Own rows and, by parallel.comm.fetch.Fetch, those before them, in the order of fragments."""
     own, width, item = x.rows, x.width, x.item
     size = float(max(rows.gives, rows.takes) * width * item)
 
@@ -182,6 +182,9 @@ def fused(
     """parallel.sequence.buckets.attend without limits: a call a bucket. heads: own, of keys, their width."""
     q, k, v = qkv
     del qkv
+    if not attended.buckets:  # the graph stays whole: weights before it have gradients, of zero
+        node = t.node([q, k, v], lambda g: [g[0]] * 3, [])
+        return t.result(node, t.new(q.n, q.item), q.rows, q.width, q.item)
     if attended.one_batch:
         return _call(t, (q, k, v), heads, attended.buckets[0], causal)
     rows, n, item = q.rows, q.n, q.item

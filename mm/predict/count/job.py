@@ -18,8 +18,8 @@ from mm.predict.count.load import item_load, rows_entering, token_load, widest
 from mm.predict.count.pieces import How, Piece, chain
 from mm.predict.count.sizes import Degrees
 from mm.predict.count.stage import Frozen, Outer, encoder_parts, llm_parts
-from mm.predict.count.weights import gather_messages, owned, sum_messages
 from mm.predict.count.tape import Low
+from mm.predict.count.weights import gather_messages, owned, sum_messages
 from mm.predict.work import Counts, Held, Kernel, Message, Work
 from parallel.schedule.action import (
     BACKWARD,
@@ -126,9 +126,7 @@ def low_of(blueprint: Blueprint, module: str) -> Low | None:
     return Low(given.rank, tuple(given.targets))
 
 
-def stages_of(
-    blueprint: Blueprint, plan: StepPlan, module: str, k: int, at: Coord
-) -> tuple[Piece, ...]:
+def stages_of(blueprint: Blueprint, plan: StepPlan, module: str, k: int, at: Coord) -> tuple[Piece, ...]:
     """The stages of a module in micro-batch k on the rank at a place, whatever its pipeline rank."""
     every = range(len(blueprint.stages[module]))
     return tuple(stage_of(blueprint, plan, (module, s), k, at) for s in every)

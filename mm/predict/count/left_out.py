@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from encoders.fastconformer import FastConformer
 from encoders.vit import ViT
 from mm.plan.blueprint import Blueprint
+from mm.predict.count.vision import is_written
 
 
 def left_out(blueprint: Blueprint) -> list[str]:
@@ -28,7 +29,7 @@ def _model(blueprint: Blueprint) -> Iterator[str]:
 
 def _encoders(blueprint: Blueprint) -> Iterator[str]:
     for name, use in blueprint.inputs.encoders.items():
-        if use.cls not in (ViT, FastConformer):
+        if use.cls not in (ViT, FastConformer) and not is_written(use):
             yield (
                 f"{name}: layers of {use.cls.__name__} are counted by its cost() and as 34 bytes a token and "
                 "feature (arXiv 2205.05198)"
@@ -46,6 +47,6 @@ def _training(blueprint: Blueprint) -> Iterator[str]:
     for name, given in train.lora.items():
         if any("." in target or any(c in target for c in "*?[") for target in given.targets):
             yield (
-                f"targets of train.lora.{name} with a path or wildcards are looked for among the last parts of "
-                "names: what they mean by more than that is counted as without adapters"
+                f"targets of train.lora.{name} with a path or wildcards are looked for among the last parts "
+                "of names: what they mean by more than that is counted as without adapters"
             )

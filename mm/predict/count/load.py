@@ -17,6 +17,8 @@ import torch
 from encoders.fastconformer import FastConformer
 from encoders.module import encoder_axes
 from encoders.share import Share, pieces, reach
+from encoders.vision.model import VisionTransformer
+from encoders.vision.tokens import frame_lengths
 from llm.config import LLMConfig
 from mm.data.sample import Sample
 from mm.plan.inputs import EncoderUse
@@ -181,7 +183,11 @@ def items_load(use: EncoderUse, metas: Sequence[Any], at: Coord, module: str) ->
     share = Share.of(rows, axes, unit, prefix, tails)
     outer = Share.of(rows, axes_of(layout, at))
     own = pieces(share.lengths, share.own)
-    queries, keys = [p.stop - p.start for p in own], [share.lengths[p.item] for p in own]
+    within = share.lengths
+    if issubclass(cls, VisionTransformer):  # which attends within frames
+        within = frame_lengths([cls.grid(cfg, meta) for meta in metas], cfg.prefix)
+    seen = pieces(within, share.own)
+    queries, keys = [p.stop - p.start for p in seen], [within[p.item] for p in seen]
     stem = 0
     if issubclass(cls, FastConformer):
         kept = pieces(share.lengths, share.part)
@@ -199,7 +205,7 @@ def items_load(use: EncoderUse, metas: Sequence[Any], at: Coord, module: str) ->
         rows=outer.kept,
         attended=attended(queries, keys),
         stem=stem,
-        keys=_fetched(share, [reach(share.lengths, s) for s in share.spans], at.cp, group),
+        keys=_fetched(share, [reach(within, s) for s in share.spans], at.cp, group),
         near=near,
         items=len(own),
         flops=sum(cls.cost(cfg, meta) for meta in metas) / layout.cp,

@@ -1,5 +1,7 @@
-"""Mixtures of experts of the language model, on sizes. Row r of a rank's tokens goes to expert r mod E, and all
-ranks have as many tokens as the one that is counted."""
+"""Mixtures of experts of the language model, on sizes.
+
+Row r of a rank's tokens goes to expert r mod E, and all ranks have as many tokens as the one that is counted.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,7 @@ def moe(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompute
     return y
 
 
-def _routing(
-    t: Tape, tokens: Var, cfg: LLMConfig, at: Degrees, most: int | None
-) -> tuple[Storage, Var]:
+def _routing(t: Tape, tokens: Var, cfg: LLMConfig, at: Degrees, most: int | None) -> tuple[Storage, Var]:
     """The choice of experts, which is kept, and its weights [n, k]. most: tokens to which each rank of ep
     pads its own, None where rows go to their experts alone."""
     n, e, k, acc = tokens.rows, cfg.n_experts, cfg.top_k, t.acc

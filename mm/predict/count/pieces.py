@@ -18,7 +18,8 @@ from parallel.schedule.action import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 
 class How(NamedTuple):
     """How a module computes. item: bytes of an element. recompute: parts that are computed again. halves:
-    whether backwards have two. trains: whether its weights have gradients. below: whether what enters has. low: its adapters."""
+    whether backwards have two. trains: whether its weights have gradients. below: whether what enters has.
+    low: its adapters."""
 
     item: int = 2
     recompute: frozenset[str] = frozenset()

@@ -52,7 +52,7 @@ def owned(blueprint: Blueprint, module: str, stage: int) -> list[Owned]:
 
 
 def _multi_token(blueprint: Blueprint, weights: Sequence[Sequence[Weight]]) -> set[int]:
-    """Units inside the block of multi-token prediction: the last of each kind (mm.plan.weights.stage_weights)."""
+    """Units inside the block of multi-token prediction, the last of each kind of stage_weights()."""
     llm, item = blueprint.llm, blueprint.dtype.itemsize
     first = [own[0] for own in weights]
     kinds = {

@@ -81,9 +81,7 @@ def test_windows_of_equal_documents_follow_from_their_buckets() -> None:
 
 def test_a_window_leaves_out_the_keys_beyond_it_and_layers_without_one_do_not() -> None:
     cfg = replace(CFG, pattern="***", window=4, window_layers=(0, 2))
-    found = [
-        layer_counts(cfg, "*", k, Degrees("llm"), load_of([256]), How()).forward.flops for k in range(3)
-    ]
+    found = [layer_counts(cfg, "*", k, Degrees("llm"), load_of([256]), How()).forward.flops for k in range(3)]
     assert found[0] == found[2] < found[1] and [like(cfg, k) for k in range(3)] == [0, 1, 0]
 
 
@@ -112,6 +110,11 @@ def test_adapters_have_gradients_in_the_place_of_weights_and_their_sums_are_kept
     assert found.kept - frozen.kept == 2 * (weights + inputs)
     some = layer_counts(CFG, "-", None, at, load, How(trains=False, low=Low(2, ("up",))))
     assert some.gradients == found.gradients / 2
+
+
+def test_weights_of_a_rank_without_tokens_have_gradients_all_the_same() -> None:
+    some, none = (layer_counts(CFG, "*", None, Degrees("llm"), load_of(n), How()) for n in (LENGTHS, []))
+    assert none.gradients == some.gradients > 0
 
 
 def test_experts_of_multi_token_prediction_are_gathered_once_more_a_depth() -> None:
