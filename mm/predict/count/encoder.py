@@ -252,10 +252,10 @@ def _subsample(t: Tape, cfg: FastConformerConfig, load: ItemLoad) -> Var:
     for stage in range(3):
         time, bands = halved(time), halved(bands)
         if stage == 0:
-            x = convolved(t, x, (time * bands, c), 9 * channels, "conv", bias=True)
+            x = _conv(t, x, (time * bands, c), 9 * channels, "conv", bias=True)
         else:
-            x = convolved(t, x, (time * bands, c), 9, f"depth{stage}", bias=False)
-            x = convolved(t, x, (time * bands, c), c, f"point{stage}", bias=True)
+            x = _conv(t, x, (time * bands, c), 9, f"depth{stage}", bias=False)
+            x = _conv(t, x, (time * bands, c), c, f"point{stage}", bias=True)
         channels = c
         x = _masked(t, ops.silu(t, x))
     x = _chosen(t, x, load.kept, c * bands)
@@ -265,7 +265,7 @@ def _subsample(t: Tape, cfg: FastConformerConfig, load: ItemLoad) -> Var:
     return y
 
 
-def convolved(t: Tape, x: Var, shape: tuple[float, int], taps: int, name: str, *, bias: bool) -> Var:
+def _conv(t: Tape, x: Var, shape: tuple[float, int], taps: int, name: str, *, bias: bool) -> Var:
     """A convolution to [rows, channels]."""
     rows, c = shape
     n, item, made = x.n, x.item, rows * c

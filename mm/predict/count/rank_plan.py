@@ -186,7 +186,8 @@ class RankPlan:
         stored = self.blueprint.stored_dtype.itemsize
         for (m, s), units in self.units.items():
             holding = POLICIES[self.blueprint.policies[m]]
-            own = [a for a in self.actions if (a.module, a.stage) == (m, s) and a.kind in COMPUTE]
+            kinds = (*COMPUTE, Kind.GRAD_SYNC)
+            own = [a for a in self.actions if (a.module, a.stage) == (m, s) and a.kind in kinds]
             out += gather_messages(units, m, holding, own)
             out += sum_messages(units, m, holding, own, stored)
         return [*out, *update_messages(self.blueprint, self.rank)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from encoders.audio.whisper import Whisper
 from encoders.fastconformer import FastConformer
 from encoders.vit import ViT
 from llm.config import LLMConfig
@@ -22,7 +21,6 @@ from mm.predict.count.layers import first_counts, last_counts, layer_counts, lik
 from mm.predict.count.pieces import How, Piece, chain, keeping
 from mm.predict.count.sizes import Degrees, TokenLoad
 from mm.predict.count.vision import (
-    core_of,
     is_written,
     rotary_bytes,
     vision_block,
@@ -87,7 +85,7 @@ def encoder_parts(
     inner = at if cls.tensor_parallel else Degrees(at.module, cp=at.cp, cp_rank=at.cp_rank)
     trains = not frozen.encoder
     written = is_written(use)
-    shared = float(load.attended.indices) + (rotary_bytes(core_of(cfg), load) if written else 0.0)
+    shared = float(load.attended.indices) + (rotary_bytes(cfg, load) if written else 0.0)
     parts: list[Piece] = [keeping(shared)] if trains else []
     reached = False
     if cls in (ViT, FastConformer) or written:
@@ -101,8 +99,8 @@ def encoder_parts(
             reached = trains and (how.low is not None or frozen.layers < stage.start)
         for i in stage.layers:
             learns = whole and i >= frozen.layers
-            block, sizes = (vision_block, core_of(cfg)) if written else (block_counts, cfg)
-            parts.append(block(sizes, inner, load, how._replace(trains=learns, below=reached)))
+            block = vision_block if written else block_counts
+            parts.append(block(cfg, inner, load, how._replace(trains=learns, below=reached)))
             reached = reached or learns or how.low is not None
     else:
         parts += _foreign(use, stage, load, how._replace(trains=trains, below=False))
@@ -118,7 +116,7 @@ def _ends(use: EncoderUse, at: Degrees, load: ItemLoad, how: How, given: tuple[F
     cls, cfg = use.cls, use.cfg
     unit = cls.tokens_per_row(cfg)
     rows = load.kept // unit if not cls.prefix_tokens(cfg) else load.rows
-    norm = cfg.width if cls in (ViT, Whisper) else 0
+    norm = cfg.width if cls is ViT else 0
     levels = cls.feature_levels(cfg)
     ends = Ends(
         width=cls.feature_width(cfg),
@@ -131,7 +129,7 @@ def _ends(use: EncoderUse, at: Degrees, load: ItemLoad, how: How, given: tuple[F
         levels=levels,
         trains=not frozen.projector,
     )
-    if cls is not Whisper and is_written(use):
+    if is_written(use):
         return vision_ends(cfg, ends._replace(tokens=load.kept), at, how)
     return end_counts(ends, at, how)
 

@@ -1,11 +1,9 @@
-"""Vision transformers with the switches of published families (encoders.vision), and Whisper, on sizes."""
+"""Vision transformers with the switches of published families (encoders.vision), on sizes."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
-from encoders.audio.whisper import Whisper, WhisperConfig
 from encoders.vision.config import VisionConfig
 from encoders.vision.model import VisionTransformer
 from mm.plan.inputs import EncoderUse
@@ -16,7 +14,6 @@ from mm.predict.count.encoder import (
     Ends,
     ItemLoad,
     activated,
-    convolved,
     fetched,
     heads_of,
     projected,
@@ -32,15 +29,7 @@ Grads = list[Storage | None]
 
 def is_written(use: EncoderUse) -> bool:
     """Whether an encoder's layers are written here."""
-    if issubclass(use.cls, VisionTransformer):
-        return not (use.cfg.window or use.cfg.levels)
-    return use.cls is Whisper
-
-
-def core_of(cfg: Any) -> VisionConfig:
-    """The switches of an encoder's blocks."""
-    core: VisionConfig = cfg.core if isinstance(cfg, WhisperConfig) else cfg
-    return core
+    return issubclass(use.cls, VisionTransformer) and not (use.cfg.window or use.cfg.levels)
 
 
 def rotary_bytes(cfg: VisionConfig, load: ItemLoad) -> float:
@@ -100,9 +89,10 @@ def _turned(t: Tape, x: Var) -> Var:
     t.moves(2 * one.size, 2 * other.size, 2 * joined.size)
     del other
     two = t.new(n, acc)
+    del joined
     out = t.new(n, acc)
     t.moves(2 * two.size, 3 * out.size)
-    del one, two, joined
+    del one, two
 
     def back(g: Grads) -> Grads:
         joined = t.new(n, acc)
@@ -112,7 +102,7 @@ def _turned(t: Tape, x: Var) -> Var:
         return [both[0]]
 
     y = t.result(t.node([wide], back, []), out, x.rows, x.width, acc)
-    del wide, out
+    del out
     return ops.to(t, y, x.item)
 
 
@@ -131,11 +121,11 @@ def _mlp(t: Tape, x: Var, cfg: VisionConfig, at: Degrees) -> Var:
 
 
 @lru_cache(maxsize=1 << 12)
-def vision_stem(cfg: Any, load: ItemLoad, how: How) -> Piece:
+def vision_stem(cfg: VisionConfig, load: ItemLoad, how: How) -> Piece:
     """What comes before the first block."""
 
     def compute(t: Tape, x: Var | None) -> Var:
-        return _heard(t, cfg, load) if isinstance(cfg, WhisperConfig) else _patches(t, cfg, load)
+        return _patches(t, cfg, load)
 
     return piece(how._replace(below=False), None, compute)
 
@@ -181,17 +171,6 @@ def _among_prefix(t: Tape, x: Var, cfg: VisionConfig, load: ItemLoad) -> Var:
     y = t.result(t.node([x], back, [], weights=True), joined, x.rows + cfg.prefix, d, item)
     del x, joined
     return indexed(t, y, load.kept)
-
-
-def _heard(t: Tape, cfg: WhisperConfig, load: ItemLoad) -> Var:
-    """Whisper.embed of clips that lie whole on this rank."""
-    d, mels = cfg.width, cfg.sound.mels
-    x = t.var(2 * load.kept, mels)
-    x = convolved(t, x, (2 * load.kept, d), 3 * mels, "conv1", bias=True)
-    x = ops.copy(t, ops.unary(t, x))
-    x = convolved(t, x, (load.kept, d), 3 * d, "conv2", bias=True)
-    x = ops.scale(t, ops.unary(t, x))
-    return ops.copy(t, ops.copy(t, x))
 
 
 @lru_cache(maxsize=1 << 12)

@@ -16,6 +16,7 @@ from parallel.schedule.action import (
     BACKWARD_WEIGHT,
     FORWARD,
     Action,
+    Kind,
 )
 from parallel.topology.data_parallel import Holding
 from parallel.topology.groups import DataAxes, Group, parameter_axes
@@ -94,10 +95,13 @@ def sum_messages(
     """The sums of gradients of a step of a stage. stored: bytes of an element of them."""
     backwards = sum(a.kind in _LEARNING for a in actions)
     out = []
-    for unit, axes, _ in units:
+    late = any(a.kind is Kind.GRAD_SYNC for a in actions)
+    for unit, axes, depths in units:
         if not (unit.shard.trained and backwards):
             continue
         n = backwards if holding.sums == "backward" else 1
+        # What earlier backwards have added up is summed where the last one first frees the weights.
+        n += depths > 1 and n == 1 < backwards and not late
         if unit.shards > 1:
             whole = unit.shard.trained * unit.shards * stored
             out.append(Message("reduce_scatter", Group("module", module, axes.shard), whole, n))

@@ -44,19 +44,6 @@ AUDIO = {
     "projector": {"hidden": 96},
     "options": {"mels": 16, "channels": 8, "width": 96, "heads": 8, "layers": 4, "ffn": 192},
 }
-SMALL = {"width": 96, "heads": 4, "layers": 4, "mlp": 192}
-TILE = {"pictures": {"fit": "exact", "height": 128, "width": 96}}
-FAMILIES: list[dict[str, Any]] = [
-    {"encoder": family, "options": SMALL | options}
-    for family, options in {
-        "siglip": TILE,
-        "radio": {"class_tokens": 2, "table": 16},
-        "dinov3": TILE,
-        "internvl": TILE | {"pictures": {"fit": "exact", "height": 112, "width": 112}},
-        "pixtral": {},
-    }.items()
-]
-WHISPER = {"encoder": "whisper", "options": SMALL | {"positions": 100, "sound": {"seconds": 2.0}}}
 PLACES = {
     "colocated": {"vision": "all", "audio": "all", "llm": "all"},
     "disjoint": {"vision": "0-1", "audio": "2-3", "llm": "4-7"},
@@ -104,10 +91,6 @@ def _switch(rng: random.Random, raw: dict[str, Any], model: str) -> None:
         llm["dispatcher"] = "all_gather"
     if model == "hybrid" and rng.random() < 0.3:
         llm |= {"mtp_layers": rng.choice([1, 2]), "mtp_pattern": "*E"}
-    if model == "hybrid" and rng.random() < 0.5:
-        raw["model"]["vision"] |= rng.choice(FAMILIES)
-    if model == "hybrid" and rng.random() < 0.3:
-        raw["model"]["audio"] |= WHISPER
     if rng.random() < 0.2:
         raw["train"]["lora"] = {m: {"rank": 4} for m in raw["model"] if rng.random() < 0.7}
 
