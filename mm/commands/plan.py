@@ -93,7 +93,8 @@ def _search(
     for rejected in plan.rejected[:12]:
         console.print(f"  {rejected.count:,} of {rejected.layout}: {rejected.why}", markup=False)
     best = plan.best[0]
-    for sentence in left_out(Predictor(cfg, world, hardware).blueprint(best.candidate.config(cfg))):
+    lacking = left_out(Predictor(cfg, world, hardware).blueprint(best.candidate.config(cfg)))
+    for sentence in lacking:
         console.print(f"not counted as it runs: {sentence}", markup=False)
     text = layout_file(best, cfg, shlex.join(["python", "-m", "mm", *argv]))
     if args.out is not None:
@@ -105,8 +106,13 @@ def _search(
         from mm.pages.plan_page import found_by
 
         found = found_by(plan, lambda one: layout_file(one, cfg, shlex.join(["python", "-m", "mm", *argv])))
-        _report(args, argv, on, found, plan.rejected, summary(plan))
-    return as_json(plan, cfg)
+        _report(args, argv, on, found, plan.rejected, [*summary(plan), *_not_counted(lacking)])
+    return as_json(plan, cfg) | {"not_counted": lacking}
+
+
+def _not_counted(sentences: Sequence[str]) -> list[str]:
+    """What counts leave out, for a page."""
+    return [f"Not counted as it runs: {sentence}." for sentence in sentences]
 
 
 def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, Hardware]) -> dict[str, Any]:
@@ -133,7 +139,8 @@ def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, 
     if found.paper_tflops_per_device is not None and cfg.run.engine == "megatron":
         print(f"  {found.paper_tflops_per_device:.4g} by the published metric,")
     print(f"  {found.peak_memory_bytes / 1e9:.3g} GB on rank {found.fullest}")
-    for sentence in left_out(blueprint):
+    lacking = left_out(blueprint)
+    for sentence in lacking:
         print(f"  not counted as it runs: {sentence}")
     drawn = predictor.drawn(made, DRAWN)
     if drawn is not None:
@@ -147,7 +154,7 @@ def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, 
 
         one = Planned(args.layout.stem, "", found, args.layout.read_text(encoding="utf-8"))
         said = [f"Samples: {predictor.note}."] + ([f"It does not fit: {why}."] if why is not None else [])
-        _report(args, argv, on, [one], [], said)
+        _report(args, argv, on, [one], [], [*said, *_not_counted(lacking)])
     if args.explain:
         candidate = of_config(made, world, dict(blueprint.policies))
         if candidate is None:
@@ -157,7 +164,8 @@ def _one(args: argparse.Namespace, argv: list[str], cfg: Config, on: tuple[int, 
             )
         _explain(made, world, hardware, Judged(candidate, found, why))
     jitter = {} if drawn is None else {"mean_step_s": drawn.mean_s, "jitter_s": drawn.jitter_s}
-    return {"candidates": [entry(None, found, made) | jitter], "rejected": rejected}
+    found_one = entry(None, found, made) | jitter
+    return {"candidates": [found_one], "rejected": rejected, "not_counted": lacking}
 
 
 def _report(

@@ -64,7 +64,7 @@ def of_fullest(
         if found and max(_size(k) for k in found.values()) >= _size(left[rank]):
             break
         own = busiest(blueprint, plan, counts, schedule.ranks_of[schedule.program_of[rank]])
-        held = walk(RankPlan(blueprint, plan, own, relays=False, pieces=pieces))
+        held = walk(RankPlan(blueprint, plan, own, relays=False, rounds=False, pieces=pieces))
         found[own] = {**held.kinds, "reserved": left[rank]["reserved"]}
         del left[rank]
     return {**found, **left}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
+from mm.predict.count.job import low_of
 from mm.predict.count.pieces import How, Piece
 from mm.predict.hardware import Hardware
 from mm.predict.links import Place, Places, message_seconds
@@ -103,13 +104,15 @@ class Priced:
         )
 
     def how(self, module: str, again: Again) -> How:
-        """How a module computes."""
+        """How a module computes, at least: what enters the first adapted layer may have no gradient."""
+        adapters = low_of(self.blueprint, module)
         parts = frozenset(again) if module == SINK else frozenset(again) & {"full"}
         return How(
             item=self.blueprint.dtype.itemsize,
             recompute=parts,
-            trains=module not in self.blueprint.frozen,
-            below=module == SINK,
+            trains=module not in self.blueprint.frozen and adapters is None,
+            below=module == SINK and adapters is None,
+            low=adapters,
         )
 
     def places(self, module: str, d: Degrees) -> Places:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.fault import Fault
 
+SWITCHES = "tests/mm/predict/test_counted_switches.py::test_"
 MEMORY = "tests/mm/predict/test_counted_memory.py::test_"
 
 COUNTS = (
@@ -41,10 +42,58 @@ COUNTS = (
     ),
     Fault(
         "counts.words",
-        "that a window is counted as none is not said",
+        "that a bound of scores is counted as none is not said",
         "mm/predict/count/left_out.py",
-        "if llm.window is not None:",
-        "if llm.window is None and llm.kv_rank is not None:",
+        "if llm.attention_cap is not None or llm.attention_sinks:",
+        "if llm.attention_cap is not None and llm.attention_sinks:",
         "tests/mm/predict/test_left_out.py::test_what_is_left_out_is_said",
+    ),
+    Fault(
+        "counts.windows",
+        "blocks of a window are counted without the keys before them",
+        "mm/predict/count/packed.py",
+        "buckets += _pieces(size, 0 * size, size + window - 1, 0 * size, window)",
+        "buckets += _pieces(size, 0 * size, size, 0 * size, window)",
+        SWITCHES + "windows_are_cut_as_they_are_attended",
+    ),
+    Fault(
+        "counts.rows",
+        "rows that experts do not share evenly go to none of them",
+        "mm/predict/count/moe.py",
+        "return each * own + min(max(rest - at.ep_rank * own, 0), own)",
+        "return each * own",
+        SWITCHES + "rows_of_experts_are_those_of_an_even_choice",
+    ),
+    Fault(
+        "counts.widest",
+        "the all_gather dispatcher is counted without padding",
+        "mm/predict/count/moe.py",
+        "load.widest or real",
+        "real",
+        SWITCHES + "the_all_gather_dispatcher_moves_all_tokens_to_every_rank",
+    ),
+    Fault(
+        "counts.adapters",
+        "inputs of adapted maps are not kept",
+        "mm/predict/count/ops.py",
+        "x.store if t.trains or adapters else None",
+        "x.store if t.trains else None",
+        SWITCHES + "adapters_have_gradients_in_the_place_of_weights_and_their_sums_are_kept",
+    ),
+    Fault(
+        "counts.depths",
+        "experts of multi-token prediction are gathered as often as others",
+        "mm/predict/count/weights.py",
+        "n += (depths - 1) * more",
+        "n += 0 * more",
+        SWITCHES + "experts_of_multi_token_prediction_are_gathered_once_more_a_depth",
+    ),
+    Fault(
+        "counts.nobody",
+        "attention to no rows ends the graph",
+        "mm/predict/count/attention.py",
+        "lambda g: [g[0]] * 3, [])",
+        "lambda g: [None] * 3, [])",
+        SWITCHES + "weights_of_a_rank_without_tokens_have_gradients_all_the_same",
     ),
 )

@@ -6,7 +6,8 @@ from llm.config import LLMConfig
 from mm.predict.count import ops
 from mm.predict.count.crossing import Heads, joined_parts, outer, rows_of
 from mm.predict.count.ops import Weight, enter, joined_linear, leave, linear
-from mm.predict.count.sizes import Attended, Bucket, Degrees, TokenLoad
+from mm.predict.count.packed import windowed
+from mm.predict.count.sizes import Attended, Bucket, Degrees, Rows, TokenLoad, Windowed
 from mm.predict.count.tape import Storage, Tape, Var
 from parallel.tensor_parallel.heads import share_heads
 from parallel.topology.groups import Group
@@ -22,7 +23,8 @@ def attention(
     shared = share_heads(cfg.n_heads, cfg.n_kv_heads, at.tp, at.tp_rank)
     own = cfg.n_heads // at.tp
     biased = cfg.attention_bias or cfg.qkv_bias
-    w = Weight("qkv", (own + 2 * shared.count) * cfg.head_dim, cfg.d_model, bias=biased)
+    parts = [(x, n * cfg.head_dim) for x, n in (("q", own), ("k", shared.count), ("v", shared.count))]
+    w = Weight("qkv", sum(n for _, n in parts), cfg.d_model, bias=biased, parts=tuple(parts))
     y = joined_linear(t, x, w)
     del x
     heads = (own, shared.count, cfg.head_dim)
@@ -43,12 +45,12 @@ def output(t: Tape, y: Var, cfg: LLMConfig, at: Degrees) -> Var:
     return bias_after(t, y, cfg.d_model) if cfg.attention_bias else y
 
 
-def bias_after(t: Tape, y: Var, width: float) -> Var:
+def bias_after(t: Tape, y: Var, width: float, name: str = "bias") -> Var:
     """y + a bias."""
     n, item = y.n, y.item
 
     def back(g: Grads) -> Grads:
-        t.gradient("bias", width, item)
+        t.gradient(name, width, item)
         return [g[0]]
 
     node = t.node([y], back, [], weights=True)
@@ -79,9 +81,53 @@ def _core(
         del angle
     if not even:
         k, v, kv = _spread(t, k, own * dim), _spread(t, v, own * dim), own
+    window = cfg.window_of(layer)
+    if window is not None:
+        windows = windowed(load.attended, window) if load.windowed is None else load.windowed
+        return _in_windows(t, (q, k, v), Heads(own, kv, dim), windows, at)
     if load.crossing is None:
         return fused(t, (q, k, v), (own, kv, dim), load.attended, causal=True)
     return _crossing(t, (q, k, v), Heads(own, kv, dim), load, at.group("cp"))
+
+
+def _in_windows(t: Tape, qkv: tuple[Var, Var, Var], heads: Heads, windows: Windowed, at: Degrees) -> Var:
+    """parallel.context_parallel.window.window_attention, which without cp is attend()."""
+    q, k, v = qkv
+    del qkv
+    if at.cp > 1:
+        keys = joined_columns(t, k, v)
+        del k, v
+        if windows.before is not None:
+            keys = _fetched_before(t, keys, windows.before, at.group("cp"))
+        k, v = ops.split(t, keys, (heads.kv * heads.dim,) * 2)
+        del keys
+    return fused(t, (q, k, v), heads, windows.attended, causal=True)
+
+
+def _fetched_before(t: Tape, x: Var, rows: Rows, group: Group) -> Var:
+    """Own rows and, by parallel.comm.fetch.Fetch, those before them, in the order of fragments."""
+    own, width, item = x.rows, x.width, x.item
+    size = float(max(rows.gives, rows.takes) * width * item)
+
+    def back(g: Grads) -> Grads:
+        into = t.new(own * width, item)
+        t.message("all_to_all", group, size)
+        return [into]
+
+    node = t.node([x], back, [])
+    came = t.new(rows.wanted * width, item)
+    t.message("all_to_all", group, size)
+    both = joined_parts(t, [x, t.result(node, came, rows.wanted, width, item)], own + rows.wanted)
+    del came, x
+    return indexed(t, both, both.rows)
+
+
+def joined_columns(t: Tape, a: Var, b: Var) -> Var:
+    """torch.cat or torch.stack of columns, whose backward gives views."""
+    node = t.node([a, b], lambda g: [g[0], g[0]], [])
+    out = t.new(a.n + b.n, a.item)
+    t.moves(2 * out.size)
+    return t.result(node, out, a.rows, a.width + b.width, a.item)
 
 
 def _crossing(t: Tape, qkv: tuple[Var, Var, Var], heads: Heads, load: TokenLoad, group: Group) -> Var:
@@ -136,6 +182,9 @@ def fused(
     """parallel.sequence.buckets.attend without limits: a call a bucket. heads: own, of keys, their width."""
     q, k, v = qkv
     del qkv
+    if not attended.buckets:  # the graph stays whole: weights before it have gradients, of zero
+        node = t.node([q, k, v], lambda g: [g[0]] * 3, [])
+        return t.result(node, t.new(q.n, q.item), q.rows, q.width, q.item)
     if attended.one_batch:
         return _call(t, (q, k, v), heads, attended.buckets[0], causal)
     rows, n, item = q.rows, q.n, q.item
@@ -185,12 +234,14 @@ def _call(t: Tape, qkv: tuple[Var, Var, Var], heads: tuple[int, int, int], b: Bu
     (q, k, v), (own, kv, dim) = qkv, heads
     del qkv
     item = q.item
-    flash = item == 2 and (causal or not b.masked)
+    flash = item == 2 and not b.window and (causal or not b.masked)
     if not flash and kv != own:
         k, v = (_spread(t, x, own * dim) for x in (k, v))
         kv = own
     nq, nk = b.n * b.queries * own * dim, b.n * b.keys * kv * dim
-    saved = t.save(q.store, k.store, v.store)
+    bias = t.new(b.mask, item) if b.mask and (b.window or not causal) else None
+    saved = t.save(q.store, k.store, v.store, bias)
+    del bias
     logs = b.queries if flash else -(-b.queries // 32) * 32  # the other kernel aligns them
     out, log = t.new(nq, item), t.new(b.n * logs * own, 4)
     pairs = b.n * own * b.queries * b.keys

@@ -88,7 +88,7 @@ def block_counts(cfg: Any, at: Degrees, load: ItemLoad, how: How) -> Piece:
 def _vit_block(t: Tape, x: Var, cfg: ViTConfig, at: Degrees, load: ItemLoad) -> Var:
     d, own = cfg.width, cfg.width / at.tp
     h = enter(t, ops.layer_norm(t, x, "norm1"), at.axis)
-    y = joined_linear(t, h, Weight("qkv", 3 * own, d, bias=True))
+    y = joined_linear(t, h, Weight("qkv", 3 * own, d, bias=True, parts=heads_of(own)))
     del h
     y = _item_attention(t, y, cfg.width // cfg.heads, cfg.heads // at.tp, load)
     y = leave(t, linear(t, y, Weight("out", d, own)), at.axis)
@@ -96,6 +96,14 @@ def _vit_block(t: Tape, x: Var, cfg: ViTConfig, at: Degrees, load: ItemLoad) -> 
     del y
     h = ops.unary(t, _up(t, ops.layer_norm(t, x, "norm2"), cfg.mlp, d, at, "up"))
     return ops.add(t, x, leave(t, linear(t, h, Weight("down", d, cfg.mlp / at.tp)), at.axis))
+
+
+HEADS = ("q", "k", "v")
+
+
+def heads_of(own: float) -> tuple[tuple[str, float], ...]:
+    """Parts of a joined weight of equally many queries, keys and values."""
+    return tuple((name, own) for name in HEADS)
 
 
 def _up(t: Tape, x: Var, hidden: int, d: int, at: Degrees, name: str) -> Var:
@@ -152,12 +160,12 @@ def _feed_forward(t: Tape, x: Var, cfg: FastConformerConfig, at: Degrees, name: 
 def _attend(t: Tape, x: Var, cfg: FastConformerConfig, at: Degrees, load: ItemLoad) -> Var:
     d, own, dim = cfg.width, cfg.width // at.tp, cfg.width // cfg.heads
     h = enter(t, ops.layer_norm(t, x, "norm_att"), at.axis)
-    y = joined_linear(t, h, Weight("qkv", 3 * own, d))
+    y = joined_linear(t, h, Weight("qkv", 3 * own, d, parts=heads_of(own)))
     del h
     q, k, v = ops.split(t, y, (own, own, own))  # unbind, whose backward stacks
     del y
     q, k = _turned(t, q), _turned(t, k)
-    kv = _stacked(t, k, v)
+    kv = stacked(t, k, v)
     del k, v
     kv = fetched(t, kv, load.keys)
     k, v = ops.split(t, kv, (own, own))
@@ -188,7 +196,8 @@ def _turned(t: Tape, x: Var) -> Var:
     return t.result(t.node([x], back, []), out, x.rows, x.width, item)
 
 
-def _stacked(t: Tape, a: Var, b: Var) -> Var:
+def stacked(t: Tape, a: Var, b: Var) -> Var:
+    """torch.stack of keys and values."""
     node = t.node([a, b], lambda g: [g[0], g[0]], [])
     out = t.new(a.n + b.n, a.item)
     t.moves(2 * out.size)
@@ -257,6 +266,7 @@ def _subsample(t: Tape, cfg: FastConformerConfig, load: ItemLoad) -> Var:
 
 
 def _conv(t: Tape, x: Var, shape: tuple[float, int], taps: int, name: str, *, bias: bool) -> Var:
+    """A convolution to [rows, channels]."""
     rows, c = shape
     n, item, made = x.n, x.item, rows * c
     flops, size = 2.0 * made * taps, (n + made) * item
@@ -321,7 +331,7 @@ def end_counts(ends: Ends, at: Degrees, how: How) -> Piece:
             x = ops.layer_norm(t, x, "norm")
         t.trains = ends.trains
         x = x.view(ends.rows, ends.width)
-        outs = [_projected(t, x, ends, at) for _ in range(ends.levels)]
+        outs = [projected(t, x, ends, at) for _ in range(ends.levels)]
         if ends.levels == 1:
             return outs[0]
         n, item = outs[0].n, outs[0].item
@@ -331,7 +341,7 @@ def end_counts(ends: Ends, at: Degrees, how: How) -> Piece:
     return piece(how, lambda t: t.var(tokens, width), compute)
 
 
-def _projected(t: Tape, x: Var, ends: Ends, at: Degrees) -> Var:
+def projected(t: Tape, x: Var, ends: Ends, at: Degrees) -> Var:
     """encoders.projector.Projector, without resamplers."""
     what, axis = ends.kind, at.axis
     if what.kind == "none":
@@ -345,12 +355,12 @@ def _projected(t: Tape, x: Var, ends: Ends, at: Degrees) -> Var:
     own = ends.hidden / at.tp
     h = linear(t, enter(t, x, axis), Weight("projector.up", own, ends.width, what.bias))
     del x
-    h = _activated(t, h, what.activation)
+    h = activated(t, h, what.activation)
     y = leave(t, linear(t, h, Weight("projector.down", ends.d_out, own)), axis)
     return bias_after(t, y, ends.d_out) if what.bias else y
 
 
-def _activated(t: Tape, h: Var, kind: str) -> Var:
+def activated(t: Tape, h: Var, kind: str) -> Var:
     """encoders.activations."""
     if kind == "relu2":
         return ops.unary(t, ops.unary(t, h, keeps="output"), passes=3)

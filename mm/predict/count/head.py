@@ -44,8 +44,8 @@ def embed(t: Tape, cfg: LLMConfig, at: Degrees, tokens: int) -> Var:
     return x if cfg.embed_scale == 1 else ops.scale(t, x)
 
 
-def enter_rows(t: Tape, x: Var, rows: float) -> Var:
-    """index_copy() of encoder rows, whose gradients are kept apart."""
+def enter_rows(t: Tape, x: Var, rows: float, *, learns: bool) -> Var:
+    """index_copy() of encoder rows, whose gradients are kept apart. learns: whether they have any."""
     n, item, d = x.n, x.item, x.width
 
     def back(g: Grads) -> Grads:
@@ -57,7 +57,7 @@ def enter_rows(t: Tape, x: Var, rows: float) -> Var:
 
     out = t.new(n, item)
     t.moves(2 * out.size, 2 * rows * d * item)
-    return t.result(t.node([x], back, [], weights=True), out, x.rows, d, item)
+    return t.result(t.node([x], back, [], learns=learns), out, x.rows, d, item)
 
 
 def loss(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, tokens: int, supervised: int, *, known: bool) -> Var:

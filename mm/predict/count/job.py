@@ -14,10 +14,11 @@ from mm.plan.data_parallel import cost
 from mm.plan.projectors import projector_kind
 from mm.plan.step_plan import Edge, StepPlan
 from mm.plan.trained import trained_below
-from mm.predict.count.load import item_load, rows_entering, token_load
+from mm.predict.count.load import item_load, rows_entering, token_load, widest
 from mm.predict.count.pieces import How, Piece, chain
 from mm.predict.count.sizes import Degrees
 from mm.predict.count.stage import Frozen, Outer, encoder_parts, llm_parts
+from mm.predict.count.tape import Low
 from mm.predict.count.weights import gather_messages, owned, sum_messages
 from mm.predict.work import Counts, Held, Kernel, Message, Work
 from parallel.schedule.action import (
@@ -111,41 +112,68 @@ def how_of(blueprint: Blueprint, module: str, *, halves: bool = False) -> How:
         item=blueprint.dtype.itemsize,
         recompute=parts,
         halves=halves,
-        trains=module not in blueprint.frozen,
+        trains=module not in blueprint.frozen and module not in blueprint.cfg.train.lora,
         below=True,
+        low=low_of(blueprint, module),
     )
 
 
-def stages_of(
-    blueprint: Blueprint, plan: StepPlan, module: str, k: int, at: Coord, *, halves: bool = False
-) -> tuple[Piece, ...]:
+def low_of(blueprint: Blueprint, module: str) -> Low | None:
+    """The adapters of a module that are trained."""
+    given = blueprint.cfg.train.lora.get(module)
+    if given is None or module in blueprint.frozen:
+        return None
+    return Low(given.rank, tuple(given.targets))
+
+
+def stages_of(blueprint: Blueprint, plan: StepPlan, module: str, k: int, at: Coord) -> tuple[Piece, ...]:
     """The stages of a module in micro-batch k on the rank at a place, whatever its pipeline rank."""
     every = range(len(blueprint.stages[module]))
-    return tuple(stage_of(blueprint, plan, (module, s), k, at, halves=halves) for s in every)
+    return tuple(stage_of(blueprint, plan, (module, s), k, at) for s in every)
 
 
 def stage_of(
-    blueprint: Blueprint, plan: StepPlan, part: tuple[str, int], k: int, at: Coord, *, halves: bool = False
+    blueprint: Blueprint,
+    plan: StepPlan,
+    part: tuple[str, int],
+    k: int,
+    at: Coord,
+    *,
+    halves: bool = False,
+    ep_rank: int | None = None,
 ) -> Piece:
-    """A stage of a module in micro-batch k on the rank at a place. part: (module, stage)."""
-    return chain(parts_of(blueprint, plan, part, k, at, halves=halves))
+    """A stage of a module in micro-batch k on the rank at a place. part: (module, stage). ep_rank: of
+    Degrees."""
+    return chain(parts_of(blueprint, plan, part, k, at, halves=halves, ep_rank=ep_rank))
 
 
 def parts_of(
-    blueprint: Blueprint, plan: StepPlan, part: tuple[str, int], k: int, at: Coord, *, halves: bool = False
+    blueprint: Blueprint,
+    plan: StepPlan,
+    part: tuple[str, int],
+    k: int,
+    at: Coord,
+    *,
+    halves: bool = False,
+    ep_rank: int | None = None,
 ) -> Sequence[Piece]:
     """The parts of stage_of(), one after another."""
     (module, s), mb = part, plan.microbatches[k]
     layout, stage = blueprint.layouts[module], blueprint.stages[module][s]
-    degrees = Degrees.of(module, layout, at.tp, at.cp)
+    degrees = Degrees.of(module, layout, at.tp, at.cp, ep_rank)
     how = how_of(blueprint, module, halves=halves)
     if module == SINK:
         load = token_load(mb, at, blueprint.llm, blueprint.dtype.itemsize)
+        if "E" in blueprint.llm.kinds and blueprint.llm.dispatcher == "all_gather" and layout.ep > 1:
+            load = load._replace(widest=widest(mb, layout, at))
         entering = tuple(
             rows_entering(mb, e.source, layout, at)
             for e in blueprint.edges
             if e.stage == s and mb.edges[e.source].count
         )
+        if s == 0 and not how.trains:
+            rows = [e.source not in blueprint.frozen for e in blueprint.edges if e.stage == 0]
+            how = how._replace(below=any(rows) and bool(entering))
         return llm_parts(blueprint.llm, stage, degrees, load, how, entering)
     use, enc = blueprint.inputs.encoders[module], blueprint.cfg.model[module]
     items = item_load(mb, module, use, at)

@@ -22,10 +22,20 @@ def kept_tokens(at: Degrees, load: TokenLoad) -> float:
 
 
 @lru_cache(maxsize=1 << 14)
+def like(cfg: LLMConfig, layer: int) -> int | None:
+    """The first attention layer that computes as this one does; None where it is as all others."""
+    if cfg.window is None and not cfg.rope_skips:
+        return None
+    every = (i for i, symbol in enumerate(cfg.symbols) if symbol == "*")
+    what = cfg.window_of(layer), cfg.rope_of(layer)
+    return next(i for i in every if (cfg.window_of(i), cfg.rope_of(i)) == what)
+
+
+@lru_cache(maxsize=1 << 14)
 def layer_counts(
     cfg: LLMConfig, symbol: str, layer: int | None, at: Degrees, load: TokenLoad, how: How
 ) -> Piece:
-    """One layer of a kind. layer: its index where it has positions or a window of its own, else None."""
+    """One layer of a kind. layer: an index, of like(), or None."""
 
     def enters(t: Tape) -> Var:
         return t.var(kept_tokens(at, load), cfg.d_model)
@@ -76,7 +86,7 @@ def first_counts(cfg: LLMConfig, at: Degrees, tokens: int, rows: tuple[int, ...]
     def compute(t: Tape, _: Var | None) -> Var:
         x = embed(t, cfg, at, tokens)
         for n in rows:
-            x = enter_rows(t, x, n)
+            x = enter_rows(t, x, n, learns=how.below)
         return x
 
     return piece(how, None, compute)

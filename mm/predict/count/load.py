@@ -17,14 +17,17 @@ import torch
 from encoders.fastconformer import FastConformer
 from encoders.module import encoder_axes
 from encoders.share import Share, pieces, reach
+from encoders.vision.model import VisionTransformer
+from encoders.vision.tokens import frame_lengths
 from llm.config import LLMConfig
 from mm.data.sample import Sample
 from mm.plan.inputs import EncoderUse
 from mm.plan.step_plan import Microbatch, StepPlan
 from mm.predict.count.encoder import Fetched, ItemLoad
-from mm.predict.count.packed import attended, key_crossing, scan_crossing
-from mm.predict.count.sizes import Degrees, TokenLoad
+from mm.predict.count.packed import attended, in_windows, key_crossing, scan_crossing, window_crossing
+from mm.predict.count.sizes import Degrees, TokenLoad, Windowed
 from parallel.context_parallel import ContextPacking, pack
+from parallel.expert_parallel import routed_tokens
 from parallel.topology.axis import Axes, Axis
 from parallel.topology.layout import Coord, Layout
 
@@ -68,10 +71,13 @@ def _token_load(mb: Microbatch, at: Coord, cfg: LLMConfig, item: int) -> TokenLo
     documents = [*lengths, *([total - real] if real < total else [])]
     packing = pack(documents, CPU, axis_of("cp", layout.cp, at.cp), inputs.order)
     crossing, scan = None, None
+    window = cfg.window if "*" in cfg.kinds else None
+    windows = None if window is None else Windowed(in_windows(documents, documents, window))
     if isinstance(packing, ContextPacking):
         scan = scan_crossing(cfg, packing, layout.tp, item) if "M" in cfg.kinds else None
         real, documents = packing.rows_before(real), list(packing.fragments.lengths)
         crossing = key_crossing(cfg, packing, layout.tp, at.tp, item) if "*" in cfg.kinds else None
+        windows = None if window is None else window_crossing(packing, window)
     width = total // (layout.cp * layout.tp)
     return TokenLoad(
         tokens=total // layout.cp,
@@ -81,7 +87,20 @@ def _token_load(mb: Microbatch, at: Coord, cfg: LLMConfig, item: int) -> TokenLo
         supervised=_supervised(mb, mine, packing if isinstance(packing, ContextPacking) else None),
         crossing=crossing,
         scan=scan,
+        windowed=windows,
     )
+
+
+def widest(mb: Microbatch, layout: Layout, at: Coord) -> int:
+    """The most tokens that a rank of ep routes, of those that share experts with the one at a place."""
+
+    def most() -> int:
+        rank = layout.rank_at(tp=at.tp, cp=at.cp, dp=at.dp)
+        real = mb.plan.filled[mb.index].tolist()
+        found = routed_tokens(layout, rank, mb.tokens, real, mb.plan.inputs.order)
+        return max(found[layout.expert_coord(rank).etp])
+
+    return once(mb.plan, ("widest", mb.index, at[:3], layout.ep, layout.etp), most)
 
 
 def _supervised(mb: Microbatch, mine: Sequence[int], packing: ContextPacking | None) -> tuple[int, ...]:
@@ -164,7 +183,11 @@ def items_load(use: EncoderUse, metas: Sequence[Any], at: Coord, module: str) ->
     share = Share.of(rows, axes, unit, prefix, tails)
     outer = Share.of(rows, axes_of(layout, at))
     own = pieces(share.lengths, share.own)
-    queries, keys = [p.stop - p.start for p in own], [share.lengths[p.item] for p in own]
+    within = share.lengths
+    if issubclass(cls, VisionTransformer):  # which attends within frames
+        within = frame_lengths([cls.grid(cfg, meta) for meta in metas], cfg.prefix)
+    seen = pieces(within, share.own)
+    queries, keys = [p.stop - p.start for p in seen], [within[p.item] for p in seen]
     stem = 0
     if issubclass(cls, FastConformer):
         kept = pieces(share.lengths, share.part)
@@ -182,7 +205,7 @@ def items_load(use: EncoderUse, metas: Sequence[Any], at: Coord, module: str) ->
         rows=outer.kept,
         attended=attended(queries, keys),
         stem=stem,
-        keys=_fetched(share, [reach(share.lengths, s) for s in share.spans], at.cp, group),
+        keys=_fetched(share, [reach(within, s) for s in share.spans], at.cp, group),
         near=near,
         items=len(own),
         flops=sum(cls.cost(cfg, meta) for meta in metas) / layout.cp,

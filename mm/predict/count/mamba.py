@@ -30,7 +30,9 @@ def mamba(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompu
     shared = share_heads(cfg.mamba_heads, cfg.mamba_groups, at.tp, at.tp_rank)
     s = Scan(cfg.mamba_heads // at.tp, cfg.mamba_head_dim, shared.count, cfg.mamba_state, cfg.chunk)
     width = s.inner + s.channels + s.heads
-    y = joined_linear(t, enter(t, x, at.axis), Weight("in", width, cfg.d_model))
+    bc = shared.count * cfg.mamba_state
+    parts = (("in_z", s.inner), ("in_x", s.inner), ("in_b", bc), ("in_c", bc), ("in_dt", s.heads))
+    y = joined_linear(t, enter(t, x, at.axis), Weight("in", width, cfg.d_model, parts=parts))
     z, mixed, dt = ops.split(t, y, (s.inner, s.channels, s.heads))
     del y
 

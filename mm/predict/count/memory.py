@@ -249,6 +249,10 @@ class _Walk:
         kind, kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))
         if self.blueprint.uses[a.module].params == "each":
             self._whole(key)
+        if self._sums(a):
+            # Of earlier backwards; this one frees these weights first after a depth, and at its end again.
+            deep = [k for k, o in enumerate(self.rank.units[key]) if o.depths > 1]
+            self._sum(key, [k for k in deep if ("gradients", *key, k) in self.held], str(a), looks=False)
         # The output, to the end of the backward; without what entered, where that is held as a message.
         extra = kept - part.kept
         # The gradient that has come is part of the piece, which does not know it for a message.
@@ -271,10 +275,10 @@ class _Walk:
         key, early = (a.module, a.stage), self._early((a.module, a.stage))
         units = [self.rank.units[key][k].unit for k in early]
         own, sums = sum(u.whole.trained * u.item for u in units), self._sums(a)
-        became = float(sum((u.shard if sums else u.whole).trained for u in units) * self.stored)
+        there = "shards" if sums else "gradients"  # to which gradients are added, where there are any
+        fresh = [u for k, u in zip(early, units, strict=True) if (there, *key, k) not in self.held]
+        became = float(sum((u.shard if sums else u.whole).trained for u in fresh) * self.stored)
         old = sum(self.held.get(("gradients", *key, k), ("", 0.0))[1] for k in early)
-        if any(("shards" if sums else "gradients", *key, k) in self.held for k in early):
-            became = 0.0  # added to those
         freed = sum(u.gathered for u in units) * (self.blueprint.uses[a.module].params == "each")
         buffers = float(sum(u.shard.trained * u.shards for u in units) * self.stored * sums)
         for now in part.moments or (part.in_backward,):

@@ -1,10 +1,14 @@
-"""Mixtures of experts of the language model, on sizes. Choices are even."""
+"""Mixtures of experts of the language model, on sizes.
+
+Row r of a rank's tokens goes to expert r mod E, and all ranks have as many tokens as the one that is counted.
+"""
 
 from __future__ import annotations
 
 from llm.config import LLMConfig
 from mm.predict.count import ops
 from mm.predict.count.attention import activate, mlp
+from mm.predict.count.gathered import gather_combine, gather_dispatch
 from mm.predict.count.ops import Weight, linear
 from mm.predict.count.sizes import Degrees, TokenLoad
 from mm.predict.count.tape import Storage, Tape, Var
@@ -18,19 +22,20 @@ def moe(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompute
     tokens = ops.to(t, x, x.item)
     share = x if at.sequence_parallel else ops.share_of(t, x, at.axis)
     width, real = share.rows, load.routed
-    tokens = first_rows(t, share, real)
+    tokens = ops.first_rows(t, share, real)
     del share
-    chosen, weight = _routing(t, tokens, cfg, at)
+    wide = None if cfg.dispatcher == "all_to_all" or at.ep == 1 else load.widest or real
+    chosen, weight = _routing(t, tokens, cfg, at, wide)
     rows = tokens
     if cfg.latent is not None:
         rows = linear(t, tokens, Weight("latent_in", cfg.latent, cfg.d_model))
     del tokens
     weight = ops.scale(t, weight)
-    y = _routed(t, rows, weight, (cfg, chosen), at, "moe_act" in recompute)
+    y = _routed(t, rows, weight, (cfg, chosen, wide), at, "moe_act" in recompute)
     del rows, weight
     if cfg.latent is not None:
         y = linear(t, y, Weight("latent_out", cfg.d_model, cfg.latent))
-    y = padded(t, y, width)
+    y = ops.padded(t, y, width)
     if not at.sequence_parallel:
         y = ops.join_shares(t, y, at.axis)
     if cfg.shared_ffn:
@@ -39,25 +44,9 @@ def moe(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompute
     return y
 
 
-def first_rows(t: Tape, x: Var, rows: float) -> Var:
-    """The first rows: a view, whose backward makes a whole gradient."""
-    n, item = x.n, x.item
-    node = t.node([x], lambda g: [t.new(n, item)], [])
-    return t.result(node, x.store, rows, x.width, item)
-
-
-def padded(t: Tape, y: Var, rows: float) -> Var:
-    """F.pad(y) to so many rows; a copy in any case, whose backward copies too."""
-    n, item = y.n, y.item
-    node = t.node([y], lambda g: [g[0] if rows == n / y_width else t.new(n, item)], [])
-    y_width = y.width
-    out = t.new(rows * y.width, item)
-    t.moves(2 * out.size)
-    return t.result(node, out, rows, y.width, item)
-
-
-def _routing(t: Tape, tokens: Var, cfg: LLMConfig, at: Degrees) -> tuple[Storage, Var]:
-    """The choice of experts, which is kept, and its weights [n, k]."""
+def _routing(t: Tape, tokens: Var, cfg: LLMConfig, at: Degrees, most: int | None) -> tuple[Storage, Var]:
+    """The choice of experts, which is kept, and its weights [n, k]. most: tokens to which each rank of ep
+    pads its own, None where rows go to their experts alone."""
     n, e, k, acc = tokens.rows, cfg.n_experts, cfg.top_k, t.acc
     wide = ops.to(t, tokens, acc)
     logits = linear(t, wide, Weight("router", e, cfg.d_model), item=acc)
@@ -69,11 +58,13 @@ def _routing(t: Tape, tokens: Var, cfg: LLMConfig, at: Degrees) -> tuple[Storage
     t.moves(biased.size, 2 * values.size, order.size)
     del biased, values
     # The chosen are a view of the order of all experts, which so lives as long.
-    route = t.new(n * k, 8)
+    route = t.new(n * k if most is None else at.ep * most * k, 8)
     t.moves(4 * route.size)
-    if at.ep * at.etp > 1:
-        t.message("all_to_all", at.group("ep"), 8.0 * e) if at.ep > 1 else None
-        t.message("all_gather", at.group("etp"), 8.0 * e / at.ep * at.etp) if at.etp > 1 else None
+    if at.ep > 1:
+        op, size = ("all_to_all", 8.0 * e) if most is None else ("all_gather", route.size)
+        t.message(op, at.group("ep"), size)
+    if at.etp > 1:
+        t.message("all_gather", at.group("etp"), 8.0 * e / at.ep * at.etp)
     saved = t.save(order)
 
     def back(g: Grads) -> Grads:
@@ -89,12 +80,27 @@ def _routing(t: Tape, tokens: Var, cfg: LLMConfig, at: Degrees) -> tuple[Storage
     return route, y
 
 
-def _routed(t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage], at: Degrees, again: bool) -> Var:
-    """MoE._routed: dispatch, experts, combine. how: the config, and the order of rows, which is kept."""
-    cfg, order = how
+def _routed(
+    t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage, int | None], at: Degrees, again: bool
+) -> Var:
+    """MoE._routed. how: the config, the order of rows, which is kept, and _routing()'s `most`."""
+    cfg, order, wide = how
+    del how
+    came = at.ep * own_rows(x.rows * cfg.top_k, cfg.n_experts, at)
+    if wide is not None:
+        rows = gather_dispatch(t, x, order, (wide, cfg.top_k, came), at)
+        del x, order
+        return gather_combine(t, _expert_rows(t, rows, cfg, at, again), weight, wide, at)
+    return _all_to_all(t, x, weight, (cfg, order, came), at, again)
+
+
+def _all_to_all(
+    t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage, float], at: Degrees, again: bool
+) -> Var:
+    cfg, order, came = how
     del how
     n, w, item, k = x.rows, x.width, x.item, cfg.top_k
-    m = n * k  # rows sent, and received where all ranks have as many tokens
+    m = n * k  # rows sent
 
     def back_rows(g: Grads) -> Grads:
         made = t.new(m * w, item)
@@ -108,8 +114,19 @@ def _routed(t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage], at: De
     t.moves(2 * m * w * item)
     del index, x, order
     if at.ep > 1:
-        rows = _exchanged(t, rows, at)
+        rows = _exchanged(t, rows, came, at)
         rows = ops.copy(t, rows)
+    y = _expert_rows(t, rows, cfg, at, again)
+    del rows
+    if at.ep > 1:
+        y = ops.copy(t, y)
+        y = _exchanged(t, y, m, at)
+    return _weighted(t, y, weight, (n, k))
+
+
+def _expert_rows(t: Tape, rows: Var, cfg: LLMConfig, at: Degrees, again: bool) -> Var:
+    """MoE._expert_rows."""
+    w = rows.width
     if at.etp > 1:
         rows = _met(t, rows, at)
     experts = cfg.n_experts / at.ep
@@ -122,27 +139,32 @@ def _routed(t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage], at: De
     gate = grouped(t, rows, Weight("gate", f, w), experts) if cfg.mlp_gated else None
     y = t.again(again, act_down, up, gate)
     del up, gate, rows
-    if at.etp > 1:
-        y = _summed(t, y, at)
-    if at.ep > 1:
-        y = ops.copy(t, y)
-        y = _exchanged(t, y, at)
-    return _weighted(t, y, weight, (n, k))
+    return _summed(t, y, at) if at.etp > 1 else y
 
 
-def _exchanged(t: Tape, x: Var, at: Degrees) -> Var:
-    """An all-to-all of equal sides."""
+def own_rows(rows: float, experts: int, at: Degrees) -> float:
+    """Of a rank's rows, those that go to the experts of the rank that is counted."""
+    if at.ep_rank is None:
+        return rows / at.ep
+    each, rest = divmod(rows, experts)
+    own = experts // at.ep
+    return each * own + min(max(rest - at.ep_rank * own, 0), own)
+
+
+def _exchanged(t: Tape, x: Var, rows: float, at: Degrees) -> Var:
+    """An all-to-all that brings so many rows."""
     n, item, group = x.n, x.item, at.group("ep")
+    size = max(n, rows * x.width) * item
 
     def back(g: Grads) -> Grads:
         out = t.new(n, item)
-        t.message("all_to_all", group, out.size)
+        t.message("all_to_all", group, size)
         return [out]
 
     node = t.node([x], back, [])
-    out = t.new(n, item)
-    t.message("all_to_all", group, out.size)
-    return t.result(node, out, x.rows, x.width, item)
+    out = t.new(rows * x.width, item)
+    t.message("all_to_all", group, size)
+    return t.result(node, out, rows, x.width, item)
 
 
 def _meet(t: Tape, n: float, item: int, at: Degrees) -> Storage:

@@ -60,13 +60,13 @@ def mul(t: Tape, x: Var, y: Var) -> Var:
 
 def times_weight(t: Tape, x: Var, name: str, width: float, item: int) -> Var:
     """x * w with a weight [width] of `item` bytes, in x's dtype where it is used."""
-    wide = t.new(width, x.item)
-    saved = t.save(x.store, wide)
+    wide, learns = t.new(width, x.item), t.trains
+    saved = t.save(x.store if learns else None, wide)
     n, of = x.n, x.item
 
     def back(g: list[Storage | None]) -> list[Storage | None]:
-        tmp, d_x = _like(t, n, of, [*g, *g]), _like(t, n, of, g)
-        t.moves(tmp.size)
+        tmp, d_x = (_like(t, n, of, [*g, *g]) if learns else None), _like(t, n, of, g)
+        t.moves(0.0 if tmp is None else tmp.size)
         t.gradient(name, width, item)
         return [d_x]
 
@@ -165,18 +165,22 @@ def layer_norm(t: Tape, x: Var, name: str) -> Var:
 
 
 class Weight(NamedTuple):
-    """A weight [out, into] of a product, by its name. bias: whether it has one."""
+    """A weight [out, into] of a product, by its name. bias: whether it has one. parts: of one that joins
+    several, the name and rows of each."""
 
     name: str
     out: float
     into: float
     bias: bool = False
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 def linear(t: Tape, x: Var, w: Weight, *, item: int | None = None) -> Var:
     """x [rows, into] times a weight."""
     item = x.item if item is None else item
-    saved = t.save(x.store if t.trains else None)
+    adapters, used = adapted(t, w, item)
+    saved = t.save(x.store if t.trains or adapters else None, *(used if x.edge else ()))
+    del used
     rows = x.rows
     t.product(rows, w.out, w.into, item)
     out = t.new(rows * w.out, item)
@@ -188,9 +192,44 @@ def linear(t: Tape, x: Var, w: Weight, *, item: int | None = None) -> Var:
             t.product(rows, w.into, w.out, item)
             d_x = t.new(rows * w.into, item)
         weight_product(t, rows, w, item, (g[0], *saved) if isinstance(saved, list) else g)
+        adapter_products(t, rows, w, adapters, item)
         return [d_x]
 
-    return t.result(t.node([x], back, saved, weights=True), out, rows, w.out, item)
+    node = t.node([x], back, saved, weights=True, learns=bool(adapters))
+    return t.result(node, out, rows, w.out, item)
+
+
+Adapters = list[tuple[str, float]]  # the name of a linear map, and the rows of its weight
+
+
+def adapted(t: Tape, w: Weight, item: int) -> tuple[Adapters, list[Storage]]:
+    """parallel.sharding.low_rank.adapted: the sums of weights and adapters, which are made for each use."""
+    if t.low is None:
+        return [], []
+    found = [part for part in w.parts or ((w.name, w.out),) if t.low.on(part[0].rpartition(".")[2])]
+    made = []
+    for _, out in found:
+        t.product(out, w.into, t.low.rank, item)
+        made.append(t.new(out * w.into, item))
+    return found, made
+
+
+def adapter_products(t: Tape, rows: float, w: Weight, adapters: Adapters, item: int) -> None:
+    """Gradients of adapters, from those of the sums."""
+    if not adapters:
+        return
+    assert t.low is not None
+    rank, kind = t.low.rank, t.kind
+    t.kind = BACKWARD_WEIGHT
+    whole = [t.new(out * w.into, item) for _, out in adapters]
+    t.product(sum(out for _, out in adapters), w.into, rows, item)
+    for name, out in adapters:
+        t.product(out, rank, w.into, item)
+        t.product(rank, w.into, out, item)
+        t.gradient(f"{w.name}.{name}.b", out * rank, item, adapter=True)
+        t.gradient(f"{w.name}.{name}.a", rank * w.into, item, adapter=True)
+    t.kind = kind
+    del whole
 
 
 def weight_product(t: Tape, rows: float, w: Weight, item: int, factors: Sequence[Storage | None]) -> None:
@@ -211,21 +250,27 @@ def weight_product(t: Tape, rows: float, w: Weight, item: int, factors: Sequence
 def joined_linear(t: Tape, x: Var, w: Weight) -> Var:
     """parallel.tensor_parallel.joined: one product with several weights, joined for it alone."""
     item, rows, size = x.item, x.rows, w.out * w.into
+    adapters, used = adapted(t, w, item)
     joined = _like(t, size, item, [])
     t.product(rows, w.out, w.into, item)
     out = t.new(rows * w.out, item)
     del joined
-    saved = t.save(x.store if t.trains else None)
+    saved, wants = t.save(x.store, *used), x.edge is not None
+    del used
 
     def back(g: list[Storage | None]) -> list[Storage | None]:
-        joined = _like(t, size, item, [])
-        t.product(rows, w.into, w.out, item)
-        d_x = t.new(rows * w.into, item)
-        del joined
+        d_x = None
+        if wants:
+            joined = _like(t, size, item, [])
+            t.product(rows, w.into, w.out, item)
+            d_x = t.new(rows * w.into, item)
+            del joined
         weight_product(t, rows, w, item, (g[0], *saved) if isinstance(saved, list) else g)
+        adapter_products(t, rows, w, adapters, item)
         return [d_x]
 
-    return t.result(t.node([x], back, saved, weights=True), out, rows, w.out, item)
+    node = t.node([x], back, saved, weights=True, learns=bool(adapters))
+    return t.result(node, out, rows, w.out, item)
 
 
 def split(t: Tape, x: Var, widths: Sequence[float]) -> list[Var]:
@@ -238,6 +283,23 @@ def split(t: Tape, x: Var, widths: Sequence[float]) -> list[Var]:
     node = t.node([x], back, [], len(widths))
     edges = [None if node is None else (node, k) for k in range(len(widths))]
     return [Var(x.store, rows, w, item, e) for w, e in zip(widths, edges, strict=True)]
+
+
+def first_rows(t: Tape, x: Var, rows: float) -> Var:
+    """The first rows: a view, whose backward makes a whole gradient."""
+    n, item = x.n, x.item
+    node = t.node([x], lambda g: [t.new(n, item)], [])
+    return t.result(node, x.store, rows, x.width, item)
+
+
+def padded(t: Tape, y: Var, rows: float) -> Var:
+    """F.pad(y) to so many rows; a copy in any case, whose backward copies too."""
+    n, item = y.n, y.item
+    node = t.node([y], lambda g: [g[0] if rows == n / y_width else t.new(n, item)], [])
+    y_width = y.width
+    out = t.new(rows * y.width, item)
+    t.moves(2 * out.size)
+    return t.result(node, out, rows, y.width, item)
 
 
 # Between tensor-parallel ranks.
@@ -258,7 +320,7 @@ def enter(t: Tape, x: Var, tp: Tp) -> Var:
     n, item = x.n, x.item
     if not tp.sequence:
         return t.result(t.node([x], lambda g: [_reduced(t, n, item, tp)], []), x.store, x.rows, x.width, item)
-    return _gathered(t, x, tp)
+    return gathered(t, x, tp)
 
 
 def _reduced(t: Tape, n: float, item: int, tp: Tp) -> Storage:
@@ -267,7 +329,8 @@ def _reduced(t: Tape, n: float, item: int, tp: Tp) -> Storage:
     return out
 
 
-def _gathered(t: Tape, x: Var, tp: Tp) -> Var:
+def gathered(t: Tape, x: Var, tp: Tp) -> Var:
+    """parallel.comm.collectives.gather_tokens."""
     n, item = x.n, x.item
 
     def back(g: list[Storage | None]) -> list[Storage | None]:

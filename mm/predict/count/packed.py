@@ -8,29 +8,84 @@ import numpy as np
 
 from llm.config import LLMConfig
 from llm.mamba import MixerShape, choose_scan_method
-from mm.predict.count.sizes import Attended, Bucket, Crossing, Rows, ScanCrossing
+from mm.predict.count.sizes import Attended, Bucket, Crossing, Rows, ScanCrossing, Windowed
 from parallel.comm.fetch import fetch_plan
 from parallel.context_parallel import ContextPacking, choose_attention_method
 from parallel.context_parallel.attention import wanted_keys
 from parallel.context_parallel.halo import wanted_rows
+from parallel.context_parallel.packing import Continued
 from parallel.context_parallel.state import piece_stream, wanted_pieces
-from parallel.sequence.intervals import Span, count, overlap, size
+from parallel.sequence.buckets import LEAST_BLOCK
+from parallel.sequence.intervals import Span, count, join, overlap, size
 from parallel.tensor_parallel.heads import share_heads
 
 
 def attended(queries: Sequence[int], keys: Sequence[int]) -> Attended:
     """The calls of attention over sequences of these lengths, as parallel.sequence.buckets groups them."""
     q, k = np.asarray(queries, np.int64), np.asarray(keys, np.int64)
-    level = np.where(q > 0, 64 * _level(q) + _level(k), -1)
-    buckets = []
+    buckets = _pieces(q, 0 * q, k, np.cumsum(k - q))
+    return Attended(buckets, _alone(buckets, int(k.sum())))
+
+
+def _alone(buckets: Sequence[Bucket], keys: int) -> bool:
+    """Whether one bucket has the rows as they lie."""
+    if len(buckets) != 1:
+        return False
+    (b,) = buckets
+    return not (b.masked or b.window) and b.real == b.n * b.queries and b.n * b.keys == keys
+
+
+def in_windows(queries: Sequence[int], keys: Sequence[int], window: int) -> Attended:
+    """The same under a window, as parallel.sequence.buckets.Pairing.windowed cuts them."""
+    q, k = np.asarray(queries, np.int64), np.asarray(keys, np.int64)
+    ahead = k - q
+    shift, k = np.cumsum(ahead), np.where(q > 0, k, 0)
+    head = np.minimum(k, window)
+    buckets = _pieces(head, np.minimum(ahead, head), head, shift)
+    block = max(window, LEAST_BLOCK)
+    rest = np.maximum(k - window, 0)
+    last = rest % block
+    size = np.concatenate([np.full(int((rest // block).sum()), block), last[last > 0]]).astype(np.int64)
+    buckets += _pieces(size, 0 * size, size + window - 1, 0 * size, window)
+    return Attended(buckets, _alone(buckets, int(np.sum(keys))))
+
+
+def _pieces(
+    queries: np.ndarray, skip: np.ndarray, keys: np.ndarray, shift: np.ndarray, window: int = 0
+) -> tuple[Bucket, ...]:
+    """Buckets, as parallel.sequence.buckets makes them. skip: slots without a query, the first. shift: by how
+    much rows of keys come after those of the same slots' queries."""
+    level = np.where(queries > skip, 64 * _level(queries) + _level(keys), -1)
+    out = []
     for value in np.unique(level[level >= 0]):
-        own, theirs = q[level == value], k[level == value]
-        masked = bool((theirs < theirs.max()).any())
-        buckets.append(Bucket(len(own), int(own.max()), int(theirs.max()), int(own.sum()), masked))
-    alone = len(buckets) == 1 and not buckets[0].masked
-    alone = alone and buckets[0].real == buckets[0].n * buckets[0].queries
-    alone = alone and buckets[0].n * buckets[0].keys == int(k.sum())
-    return Attended(tuple(buckets), alone)
+        q, s, k, later = (x[level == value] for x in (queries, skip, keys, shift))
+        masked = not window and bool((k < k.max()).any())
+        real, most = int((q - s).sum()), (int(q.max()), int(k.max()))
+        apart = window > 1 or bool(s.any()) or bool(later.any())
+        out.append(Bucket(len(q), *most, real, masked=masked, window=window, apart=apart))
+    return tuple(out)
+
+
+def windowed(attended: Attended, window: int) -> Windowed:
+    """The same of sequences that are as long as those of their buckets."""
+    lengths = [b.queries for b in attended.buckets for _ in range(b.n)]
+    before = [min(b.keys, b.queries + window - 1) for b in attended.buckets for _ in range(b.n)]
+    return Windowed(in_windows(lengths, before, window))
+
+
+def window_crossing(packing: ContextPacking, window: int) -> Windowed:
+    """Attention in windows of a rank under cp, as parallel.context_parallel.window plans it."""
+
+    def read(c: Continued) -> Span:
+        return max(c.before[0], c.before[1] - (window - 1)), c.before[1]
+
+    every = range(packing.cp.size)
+    wanted = [join([read(c) for c in packing.continued_of(r)]) for r in every]
+    lengths = list(packing.fragments.lengths)
+    keys = list(lengths)
+    for c in packing.continued:
+        keys[c.fragment] += read(c)[1] - read(c)[0]
+    return Windowed(in_windows(lengths, keys, window), _moved(packing, wanted))
 
 
 def _level(n: np.ndarray) -> np.ndarray:

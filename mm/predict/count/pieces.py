@@ -11,20 +11,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from mm.predict.count.tape import PASSING, Storage, Tape, Var
+from mm.predict.count.tape import PASSING, Low, Storage, Tape, Var
 from mm.predict.work import Kernel, Message, Work
 from parallel.schedule.action import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 
 
 class How(NamedTuple):
     """How a module computes. item: bytes of an element. recompute: parts that are computed again. halves:
-    whether backwards have two. trains: whether its weights have gradients. below: whether what enters has."""
+    whether backwards have two. trains: whether its weights have gradients. below: whether what enters has.
+    low: its adapters."""
 
     item: int = 2
     recompute: frozenset[str] = frozenset()
     halves: bool = False
     trains: bool = True
     below: bool = True
+    low: Low | None = None
 
 
 class Level(NamedTuple):
@@ -91,7 +93,7 @@ Enters = Callable[[Tape], Var]
 
 def piece(how: How, enters: Enters | None, compute: Callable[[Tape, Var | None], Var]) -> Piece:
     """Count a part. enters: makes its input; None where it has none. compute: its forward."""
-    t = Tape(how.item, halves=how.halves, trains=how.trains)
+    t = Tape(how.item, halves=how.halves, trains=how.trains, low=how.low)
     given = [None if enters is None else enters(t)]
     entered = None if given[0] is None else weakref.ref(given[0].store)
     if given[0] is not None and how.below:

@@ -55,12 +55,14 @@ class Sent(NamedTuple):
 class RankPlan:
     """A rank's part of a step, and what its computations are. pieces: of all ranks of the step that are
     given the same, by module, stage, micro-batch, place but for pp, and whether backwards have halves.
-    relays: whether rows may come in two hops; how many come to a rank does not depend on it."""
+    relays: whether rows may come in two hops; how many come to a rank does not depend on it. rounds: whether
+    rows of experts are as many as this rank has of an even choice, or the mean of its ep group."""
 
     blueprint: Blueprint
     plan: StepPlan
     rank: int
     relays: bool = True
+    rounds: bool = True
     pieces: dict[Hashable, Piece] = field(default_factory=dict)
     _places: dict[str, Coord] = field(default_factory=dict)
 
@@ -100,9 +102,13 @@ class RankPlan:
 
     def _piece(self, module: str, stage: int, i: int) -> Piece:
         at, halves = self.at(module), module in self.halves
-        key = module, stage, i, at[:3], halves
+        layout = self.blueprint.layouts[module]
+        ep_rank = layout.expert_coord(self.rank).ep if layout.ep > 1 and self.rounds else None
+        key = module, stage, i, at[:3], ep_rank, halves
         if key not in self.pieces:
-            self.pieces[key] = stage_of(self.blueprint, self.plan, (module, stage), i, at, halves=halves)
+            self.pieces[key] = stage_of(
+                self.blueprint, self.plan, (module, stage), i, at, halves=halves, ep_rank=ep_rank
+            )
         return self.pieces[key]
 
     def at(self, module: str) -> Coord:
@@ -127,7 +133,13 @@ class RankPlan:
         """Bytes of what all layers of the language model here use of a packing: made once a micro-batch."""
         load, cfg = self.tokens(i), self.blueprint.llm
         kinds = {cfg.symbols[k] for s in self.stages(SINK) for k in self.blueprint.stages[SINK][s].layers}
-        size = float(load.attended.indices) if "*" in kinds else 0.0
+        size = 0.0
+        if "*" in kinds:
+            layers = [k for s in self.stages(SINK) for k in self.blueprint.stages[SINK][s].layers]
+            windows = {cfg.window_of(k) is not None for k in layers if cfg.symbols[k] == "*"}
+            size += load.attended.indices * (False in windows)
+            if True in windows and load.windowed is not None:
+                size += load.windowed.attended.indices
         size += 8.0 * load.tokens * ("M" in kinds or bool(cfg.aux_weight and "E" in kinds))
         return size + 8.0 * load.tokens * ("*" in kinds and cfg.rope_theta is not None)
 
@@ -174,7 +186,8 @@ class RankPlan:
         stored = self.blueprint.stored_dtype.itemsize
         for (m, s), units in self.units.items():
             holding = POLICIES[self.blueprint.policies[m]]
-            own = [a for a in self.actions if (a.module, a.stage) == (m, s) and a.kind in COMPUTE]
+            kinds = (*COMPUTE, Kind.GRAD_SYNC)
+            own = [a for a in self.actions if (a.module, a.stage) == (m, s) and a.kind in kinds]
             out += gather_messages(units, m, holding, own)
             out += sum_messages(units, m, holding, own, stored)
         return [*out, *update_messages(self.blueprint, self.rank)]

@@ -10,7 +10,8 @@ from parallel.topology.layout import Layout
 
 
 class Degrees(NamedTuple):
-    """How a module's layers are split, and whose groups they call. tp_rank, cp_rank: of the rank counted."""
+    """How a module's layers are split, and whose groups they call. tp_rank, cp_rank, ep_rank: of the rank
+    counted; ep_rank None: of any, with as many rows for its experts as the others have for theirs."""
 
     module: str
     tp: int = 1
@@ -20,14 +21,16 @@ class Degrees(NamedTuple):
     sequence_parallel: bool = False
     tp_rank: int = 0
     cp_rank: int = 0
+    ep_rank: int | None = None
 
     @staticmethod
-    def of(module: str, layout: Layout, tp_rank: int = 0, cp_rank: int = 0) -> Degrees:
+    def of(
+        module: str, layout: Layout, tp_rank: int = 0, cp_rank: int = 0, ep_rank: int | None = None
+    ) -> Degrees:
         """The degrees of a layout."""
         sequence = layout.sequence_parallel and layout.tp > 1
-        return Degrees(
-            module, layout.tp, layout.cp, layout.ep, layout.etp, sequence, tp_rank=tp_rank, cp_rank=cp_rank
-        )
+        split = layout.tp, layout.cp, layout.ep, layout.etp
+        return Degrees(module, *split, sequence, tp_rank=tp_rank, cp_rank=cp_rank, ep_rank=ep_rank)
 
     @property
     def axis(self) -> Tp:
@@ -41,13 +44,21 @@ class Degrees(NamedTuple):
 
 class Bucket(NamedTuple):
     """n sequences that one call of attention pads to so many queries and keys. real: of its query slots.
-    masked: whether keys are padded, which a kernel that is not causal needs a mask for."""
+    masked: whether keys are padded, which a kernel that is not causal needs a mask for. window: 0, or of
+    blocks of a window. apart: whether keys are other rows than queries."""
 
     n: int
     queries: int
     keys: int
     real: int
     masked: bool = False
+    window: int = 0
+    apart: bool = False
+
+    @property
+    def mask(self) -> int:
+        """Elements of the mask."""
+        return self.queries * self.keys if self.window else self.n * self.keys * self.masked
 
 
 class Attended(NamedTuple):
@@ -58,13 +69,14 @@ class Attended(NamedTuple):
 
     @property
     def indices(self) -> int:
-        """Bytes of the row numbers of slots and rows on the device."""
-        found = 0
+        """Bytes of the row numbers of slots and rows on the device, and of masks."""
+        found = masks = 0
         for b in self.buckets:
             slots = b.n * b.queries
             found += slots + b.real + (b.real if b.real < slots else 0)
-            found += b.n * b.keys if b.keys != b.queries else 0
-        return 8 * found
+            found += b.n * b.keys if b.keys != b.queries or b.apart else 0
+            masks += b.mask
+        return 8 * found + masks
 
 
 class Rows(NamedTuple):
@@ -73,6 +85,13 @@ class Rows(NamedTuple):
     wanted: int
     gives: int
     takes: int
+
+
+class Windowed(NamedTuple):
+    """Attention of a rank in windows. before: keys before its fragments, where any document crosses cp."""
+
+    attended: Attended
+    before: Rows | None = None
 
 
 class Crossing(NamedTuple):
@@ -115,7 +134,8 @@ class TokenLoad(NamedTuple):
     tokens: of this cp rank, padding included. routed: of those, that this tp rank sends to experts, an even
     share to each. documents: its runs of one document, whose lengths decide `attended`. supervised: tokens
     with a loss, of the next token and of each depth of multi-token prediction. crossing, scan: where
-    documents cross cp.
+    documents cross cp. windowed: of layers with the window; None: as `attended` says. widest: of `routed`,
+    that of the rank of ep with most; None: as here.
     """
 
     tokens: int
@@ -125,3 +145,5 @@ class TokenLoad(NamedTuple):
     supervised: tuple[int, ...]
     crossing: Crossing | None = None
     scan: ScanCrossing | None = None
+    windowed: Windowed | None = None
+    widest: int | None = None

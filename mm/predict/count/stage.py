@@ -17,9 +17,16 @@ from mm.predict.count.encoder import (
     foreign_counts,
     stem_counts,
 )
-from mm.predict.count.layers import first_counts, last_counts, layer_counts
+from mm.predict.count.layers import first_counts, last_counts, layer_counts, like
 from mm.predict.count.pieces import How, Piece, chain, keeping
 from mm.predict.count.sizes import Degrees, TokenLoad
+from mm.predict.count.vision import (
+    is_written,
+    rotary_bytes,
+    vision_block,
+    vision_ends,
+    vision_stem,
+)
 from parallel.topology.stage import Stage
 
 
@@ -34,14 +41,16 @@ def llm_parts(
     cfg: LLMConfig, stage: Stage, at: Degrees, load: TokenLoad, how: How, rows: tuple[int, ...] = ()
 ) -> list[Piece]:
     """The parts of llm_stage()."""
+    here, at = at, at._replace(ep_rank=None)
     parts = [first_counts(cfg, at, load.tokens, rows, how)] if stage.first else []
-    below = how._replace(below=how.below or stage.first)
+    below = how
     for i in stage.layers:
         symbol = cfg.symbols[i]
-        own = i if symbol == "*" and (cfg.window is not None or cfg.rope_skips) else None
-        parts.append(layer_counts(cfg, symbol, own, at, load, below))
+        own = like(cfg, i) if symbol == "*" else None
+        parts.append(layer_counts(cfg, symbol, own, here if symbol == "E" else at, load, below))
+        below = how if how.low is None else how._replace(below=True)
     if stage.last:
-        parts.append(last_counts(cfg, at, load, below))
+        parts.append(last_counts(cfg, here if cfg.mtp_layers else at, load, below))
     return parts
 
 
@@ -75,24 +84,30 @@ def encoder_parts(
     cls, cfg = use.cls, use.cfg
     inner = at if cls.tensor_parallel else Degrees(at.module, cp=at.cp, cp_rank=at.cp_rank)
     trains = not frozen.encoder
-    parts: list[Piece] = [keeping(float(load.attended.indices))] if trains else []
+    written = is_written(use)
+    shared = float(load.attended.indices) + (rotary_bytes(cfg, load) if written else 0.0)
+    parts: list[Piece] = [keeping(shared)] if trains else []
     reached = False
-    if cls in (ViT, FastConformer):
-        early = trains and not frozen.layers
+    if cls in (ViT, FastConformer) or written:
+        whole = trains and how.low is None  # not adapters alone
+        early = whole and not frozen.layers
         if stage.first:
-            parts.append(stem_counts(cfg, load, how._replace(trains=early)))
-            reached = early
+            stem = vision_stem if written else stem_counts
+            parts.append(stem(cfg, load, how._replace(trains=early)))
+            reached = early or how.low is not None
         else:
-            reached = trains and frozen.layers < stage.start
+            reached = trains and (how.low is not None or frozen.layers < stage.start)
         for i in stage.layers:
-            learns = trains and i >= frozen.layers
-            parts.append(block_counts(cfg, inner, load, how._replace(trains=learns, below=reached)))
-            reached = reached or learns
+            learns = whole and i >= frozen.layers
+            block = vision_block if written else block_counts
+            parts.append(block(cfg, inner, load, how._replace(trains=learns, below=reached)))
+            reached = reached or learns or how.low is not None
     else:
         parts += _foreign(use, stage, load, how._replace(trains=trains, below=False))
         reached = trains
     if stage.last:
-        parts.append(_ends(use, inner, load, how._replace(trains=trains, below=reached), (frozen, outer)))
+        ends = how._replace(trains=trains and how.low is None, below=reached, low=None)
+        parts.append(_ends(use, inner, load, ends, (frozen, outer)))
     return parts
 
 
@@ -114,6 +129,8 @@ def _ends(use: EncoderUse, at: Degrees, load: ItemLoad, how: How, given: tuple[F
         levels=levels,
         trains=not frozen.projector,
     )
+    if is_written(use):
+        return vision_ends(cfg, ends._replace(tokens=load.kept), at, how)
     return end_counts(ends, at, how)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mm.predict.work import Class, Kernel, Message, Work
 from parallel.schedule.action import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Kind
+from parallel.sharding.low_rank import matching
 from parallel.topology.groups import Group
 
 NAMES = {2: "bfloat16", 4: "float32", 8: "float64"}
@@ -101,6 +102,17 @@ class _EnoughError(Exception):
     """All that a backward needs has been computed again."""
 
 
+class Low(NamedTuple):
+    """Low-rank adapters (parallel.sharding.low_rank). targets: names of linear maps, or ALL."""
+
+    rank: int
+    targets: tuple[str, ...]
+
+    def on(self, name: str) -> bool:
+        """Whether a linear map has one."""
+        return any(matching([name], self.targets).values())
+
+
 class Tally:
     """Kernels and messages, by class: how many."""
 
@@ -127,11 +139,15 @@ class Tape:
 
     item: bytes of an element in the dtype of computation, acc: in that of sums. halves: whether the gradients
     of weights are computed after all others, from factors that are kept. trains: whether weights have any.
+    low: adapters of linear maps, which are trained in any case.
     live: bytes now, by what they are for. peak: the most there have been since forget(), and at: by what.
     """
 
-    def __init__(self, item: int, *, halves: bool = False, trains: bool = True) -> None:
+    def __init__(
+        self, item: int, *, halves: bool = False, trains: bool = True, low: Low | None = None
+    ) -> None:
         self.item, self.acc, self.halves, self.trains = item, max(4, item), halves, trains
+        self.low = low
         self.live = [0.0, 0.0, 0.0]
         self.peak, self.at = 0.0, (0.0, 0.0, 0.0)
         self.nodes: list[Node] = []
@@ -217,11 +233,19 @@ class Tape:
         return self._again.saves
 
     def node(
-        self, inputs: Iterable[Var], back: Back, saved: Saved, results: int = 1, *, weights: bool = False
+        self,
+        inputs: Iterable[Var],
+        back: Back,
+        saved: Saved,
+        results: int = 1,
+        *,
+        weights: bool = False,
+        learns: bool = False,
     ) -> Node | None:
-        """The node of an operation; None where it passes no gradient on. weights: whether it has some."""
+        """The node of an operation; None where it passes no gradient on. weights: whether it has some.
+        learns: whether it has a gradient to make whatever `trains` says."""
         edges = tuple(x.edge for x in inputs)
-        if not (weights and self.trains) and not any(edges):
+        if not learns and not (weights and self.trains) and not any(edges):
             return None
         made = Node(edges, back, results, saved)
         if self._replayed is not None:
@@ -240,9 +264,11 @@ class Tape:
         """The first result of an operation."""
         return Var(store, rows, width, item, None if node is None else (node, 0))
 
-    def gradient(self, name: str, n: float, item: int, *, expert: bool = False) -> None:
+    def gradient(
+        self, name: str, n: float, item: int, *, expert: bool = False, adapter: bool = False
+    ) -> None:
         """The gradient of a weight, which is added to what is there."""
-        if not self.trains:
+        if not (self.trains or adapter):
             return
         made = Storage(self, n * item, GRADIENTS)
         if name in self.weights:
@@ -257,7 +283,7 @@ class Tape:
 
     def again(self, wanted: bool, fn: Callable[..., Var], *args: Any) -> Var:
         """fn(*args), of which only the arguments are kept where it is wanted, and which then runs again."""
-        learns = self.trains or any(isinstance(a, Var) and a.edge for a in args)
+        learns = self.trains or self.low is not None or any(isinstance(a, Var) and a.edge for a in args)
         if not (wanted and learns) or self._again is not None or self._replayed is not None:
             return fn(*args)
         part = Again()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.data_parallel import gathers
-from mm.plan.weights import Unit
+from mm.plan.weights import Unit, Weight
 from mm.predict.work import Message
 from parallel.schedule.action import (
     BACKWARD,
@@ -15,6 +16,7 @@ from parallel.schedule.action import (
     BACKWARD_WEIGHT,
     FORWARD,
     Action,
+    Kind,
 )
 from parallel.topology.data_parallel import Holding
 from parallel.topology.groups import DataAxes, Group, parameter_axes
@@ -24,10 +26,12 @@ _LEARNING = (BACKWARD, BACKWARD_WEIGHT)
 
 
 class Owned(NamedTuple):
-    """A unit of FSDP, with the axes of its groups."""
+    """A unit of FSDP, with the axes of its groups. depths: how often a forward computes it: weights of the
+    block of multi-token prediction once a depth, and FSDP frees them after each in a backward."""
 
     unit: Unit
     axes: DataAxes
+    depths: int = 1
 
     @property
     def parameters(self) -> int:
@@ -41,9 +45,28 @@ def owned(blueprint: Blueprint, module: str, stage: int) -> list[Owned]:
     experts = any(w.expert for unit in weights for w in unit)
     both = parameter_axes(blueprint.layouts[module], blueprint.shards(module), experts=experts)
     units = blueprint.units(module, stage)
+    deep = _multi_token(blueprint, weights) if module == SINK and blueprint.stages[SINK][stage].last else ()
     return [
-        Owned(unit, both[-1] if own[0].expert else both[0]) for unit, own in zip(units, weights, strict=True)
+        Owned(unit, both[-1] if own[0].expert else both[0], blueprint.llm.mtp_layers if k in deep else 1)
+        for k, (unit, own) in enumerate(zip(units, weights, strict=True))
     ]
+
+
+def _multi_token(blueprint: Blueprint, weights: Sequence[Sequence[Weight]]) -> set[int]:
+    """Units inside the block of multi-token prediction, the last of each kind of stage_weights()."""
+    llm, item = blueprint.llm, blueprint.dtype.itemsize
+    first = [own[0] for own in weights]
+    kinds = {
+        "E": [k for k, w in enumerate(first) if w.expert],
+        "EM": [k for k, w in enumerate(first) if not w.expert and not w.own_layer and w.item != item],
+        "EM*-": [k for k, w in enumerate(first) if w.own_layer],
+    }
+    inside = llm.mtp_pattern if llm.mtp_layers else ""
+    found: set[int] = set()
+    for symbols, units in kinds.items():
+        n = sum(symbol in symbols for symbol in inside)
+        found |= set(units[len(units) - n :]) if n else set()
+    return found
 
 
 def gather_messages(
@@ -53,10 +76,12 @@ def gather_messages(
     learns = any(o.unit.shard.trained for o in units)
     backwards = sum(a.kind in _LEARNING for a in actions)
     out = []
-    for unit, axes in units:
+    for unit, axes, depths in units:
         n = int(bool(actions))
         if holding.params == "each":
             n = gathers([a for a in actions if a.kind in _ENTERING], unit.own_layer)
+            more = n if unit.own_layer else sum(a.kind in (BACKWARD, BACKWARD_INPUT) for a in actions)
+            n += (depths - 1) * more
         elif holding.params == "replicated":
             n = int(learns and backwards > 0)
         if unit.shards > 1 and n:
@@ -70,10 +95,13 @@ def sum_messages(
     """The sums of gradients of a step of a stage. stored: bytes of an element of them."""
     backwards = sum(a.kind in _LEARNING for a in actions)
     out = []
-    for unit, axes in units:
+    late = any(a.kind is Kind.GRAD_SYNC for a in actions)
+    for unit, axes, depths in units:
         if not (unit.shard.trained and backwards):
             continue
         n = backwards if holding.sums == "backward" else 1
+        # What earlier backwards have added up is summed where the last one first frees the weights.
+        n += depths > 1 and n == 1 < backwards and not late
         if unit.shards > 1:
             whole = unit.shard.trained * unit.shards * stored
             out.append(Message("reduce_scatter", Group("module", module, axes.shard), whole, n))

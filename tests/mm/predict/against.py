@@ -54,12 +54,14 @@ RECOMPUTED = (False, False, True, ["mlp", "norm"], ["scan", "attention_core", "m
 
 def drawn(seed: int) -> tuple[str, Blueprint, int]:
     """(model and placement, blueprint, rank) of a seed: the first of its draws that can be run."""
-    rng = random.Random(seed)
+    rng, switches = random.Random(seed), random.Random(f"switches of {seed}")
     while True:
         model = rng.choice(list(MODELS))
         place = rng.choice(list(PLACES)) if model == "hybrid" else "colocated"
+        raw = _config(rng, model, place)
+        _switch(switches, raw, model)
         try:
-            blueprint = draw_up(from_mapping(_config(rng, model, place), CONFIGS), 8)
+            blueprint = draw_up(from_mapping(raw, CONFIGS), 8)
         except Refused:
             continue
         return f"{model}, {place}", blueprint, rng.randrange(8)
@@ -77,6 +79,20 @@ def _config(rng: random.Random, model: str, place: str) -> dict[str, Any]:
     raw["model"] = {**encoders, "llm": {**raw["model"]["llm"], **MODELS[model]}}
     raw["layout"] = layout
     return raw
+
+
+def _switch(rng: random.Random, raw: dict[str, Any], model: str) -> None:
+    """Have some of what a model may have beside its sizes."""
+    llm = raw["model"]["llm"]
+    if rng.random() < 0.3:
+        llm["window"] = rng.choice([16, 48, 100])
+        llm["window_layers"] = rng.choice([None, [2]])
+    if model == "hybrid" and rng.random() < 0.3:
+        llm["dispatcher"] = "all_gather"
+    if model == "hybrid" and rng.random() < 0.3:
+        llm |= {"mtp_layers": rng.choice([1, 2]), "mtp_pattern": "*E"}
+    if rng.random() < 0.2:
+        raw["train"]["lora"] = {m: {"rank": 4} for m in raw["model"] if rng.random() < 0.7}
 
 
 def _degrees(rng: random.Random, sink: bool) -> dict[str, Any]:

@@ -20,18 +20,18 @@ def drawn_up(llm: dict[str, Any], train: dict[str, Any], layout: dict[str, Any])
 
 def test_a_job_that_is_counted_as_it_runs_has_no_words() -> None:
     assert left_out(drawn_up({}, {}, {})) == []
+    counted = {"window": 8, "dispatcher": "all_gather", "mtp_layers": 2, "mtp_pattern": "*E"}
+    assert left_out(drawn_up(counted, {"lora": {"llm": {}}}, {"ep": 2})) == []
 
 
 @pytest.mark.parametrize(
     ("llm", "train", "layout", "words"),
     [
-        ({"window": 8}, {}, {}, "window of 8 tokens"),
         ({"attention_cap": 30.0}, {}, {}, "bounds of attention's scores"),
         ({"attention_sinks": True}, {}, {}, "sinks"),
-        ({"dispatcher": "all_gather"}, {}, {"ep": 2}, "model.llm.dispatcher=all_gather"),
-        ({"mtp_layers": 2, "mtp_pattern": "*E"}, {}, {}, "2 times a backward"),
         ({}, {"offload": 1024}, {}, "train.offload"),
         ({}, {"shard": "layer"}, {}, "train.shard=layer"),
+        ({}, {"lora": {"llm": {"targets": ["0.mixer.*"]}}}, {}, "targets of train.lora.llm"),
     ],
 )
 def test_what_is_left_out_is_said(

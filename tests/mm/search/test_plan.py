@@ -78,7 +78,7 @@ def test_the_command_writes_what_others_take(tmp_path: Path, capsys: pytest.Capt
     raw = small(data={"train": ["nothing-*.tar"], "context": 128})
     del raw["model"]["audio"]
     raw["train"] |= {"dtype": "bfloat16", "global_batch": 4}
-    raw["model"]["llm"]["window"] = 64
+    raw["model"]["llm"]["attention_cap"] = 30.0
     file.write_text(yaml.safe_dump(raw))
     command = ["plan", str(file), "--devices", "2", "--hardware", "h100"]
     search = ["--seconds", "0.5", "--json", str(out), "--out", str(layout)]
@@ -90,11 +90,14 @@ def test_the_command_writes_what_others_take(tmp_path: Path, capsys: pytest.Capt
     assert all({"layout", "why"} <= r.keys() for r in found["rejected"])
     draw_up(with_layout(from_mapping(raw, tmp_path), *load_layout_file(layout)), 2)
     assert main([*command, "--layout", str(layout), "--json", str(out), "--report", str(page)]) == 0
-    again = json.loads(out.read_text())["candidates"][0]
+    one = json.loads(out.read_text())
+    again, words = one["candidates"][0], "bounds of attention's scores"
+    assert all(len(x["not_counted"]) == 1 and words in x["not_counted"][0] for x in (found, one))
     assert again["step_s"] == pytest.approx(found["candidates"][0]["step_s"], rel=1e-9)
     said = capsys.readouterr().out
-    assert "s a step" in said and said.count("not counted as it runs: keys beyond the window") == 2
-    assert "vision" in "".join(Checked(page.read_text()).said)
+    assert "s a step" in said and said.count(f"not counted as it runs: {words}") == 2
+    shown = "".join(Checked(page.read_text()).said)
+    assert "vision" in shown and f"Not counted as it runs: {words}" in shown
 
 
 @pytest.mark.parametrize(
