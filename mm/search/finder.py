@@ -1,0 +1,156 @@
+"""Good candidates first: from sketches that likely fit, one change after another that helps, each predicted in
+full. It proves nothing; what it finds is what a search that is stopped has to show (mm/search/first.py)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mm.search.candidate import Candidate, Degrees
+from mm.search.goals import Goal, homogeneous
+from mm.search.predictor import Judged
+from mm.search.sketch import Sketch, moves, nearest, sketch_of
+from mm.search.space import FIRST, WITH, Frame
+from mm.search.tree import Node, Tree
+
+FRAMES = 12  # placements from which a climb may start
+SINKS = 3  # of the language model's layouts so far with which they are tried
+STARTS = 3  # climbs of a goal
+DEEP = 8  # most pipeline ranks of a start
+Score = tuple[int, float]  # 0 and seconds; 1 and bytes of what does not fit; 2 of what cannot be
+NEVER: Score = (2, math.inf)
+
+
+@dataclass
+class Finder:
+    """roots: placements with their bounds. judge: predicts a leaf, each once."""
+
+    tree: Tree
+    roots: Sequence[Node]
+    judge: Callable[[Node], Judged]
+    _known: dict[Candidate, Node | None] = field(default_factory=dict)
+    _seen: dict[Node, Judged] = field(default_factory=dict)
+
+    def find(self, goal: Goal, until: float) -> None:
+        """Predict candidates for a goal until no single change of the best of them helps, or a processor time
+        is reached."""
+        starts = list[tuple[Score, Sketch]]()
+        for sketch in self._starts(goal):
+            if time.process_time() > until and any(score[0] == 0 for score, _ in starts):
+                break
+            starts.append((self._score(sketch, goal), sketch))
+        starts += [(self._score(sketch, goal), sketch) for sketch in self._best(goal, 1)]
+        starts.sort(key=lambda start: start[0])
+        for score, sketch in starts[:STARTS]:
+            if score < NEVER:
+                self._climb(score, sketch, goal, until)
+
+    def _climb(self, score: Score, sketch: Sketch, goal: Goal, until: float) -> None:
+        last = ""
+        while time.process_time() < until:
+            around = list(moves(self.tree.space, sketch))
+            names = [name for name, _ in around]
+            at = names.index(last) if last in names else 0  # what helped may help again
+            for name, moved in (*around[at:], *around[:at]):
+                if time.process_time() > until:
+                    return
+                found = self._score(moved, goal)
+                if found < score:
+                    score, last = found, name
+                    sketch = self._as_made(moved, goal)
+                    break
+            else:
+                return
+
+    def _score(self, wanted: Sketch, goal: Goal) -> Score:
+        """Of the candidate nearest to a sketch."""
+        leaf = self._leaf(wanted, goal)
+        if leaf is None or not goal.keep(leaf):
+            return NEVER
+        if leaf not in self._seen:
+            self._seen[leaf] = self.judge(leaf)
+        return _score(self._seen[leaf], goal)
+
+    def _as_made(self, wanted: Sketch, goal: Goal) -> Sketch:
+        leaf = self._leaf(wanted, goal)
+        assert leaf is not None
+        return sketch_of(leaf.frame, self.tree.candidate(leaf))
+
+    def _leaf(self, wanted: Sketch, goal: Goal) -> Node | None:
+        if goal.keep is homogeneous:
+            wanted = wanted.follows()
+        made = nearest(self.tree.space, wanted)
+        return None if made is None else self.tree.leaf(wanted.frame, made)
+
+    def _starts(self, goal: Goal) -> Iterator[Sketch]:
+        """Where climbs may start: the language model's layouts on a grid, before there are others; then those
+        of the best so far, in the placements of least bound."""
+        frames = self._frames(goal)
+        sinks = self._sinks(goal)
+        if not sinks:
+            yield from self._grid(frames)
+            return
+        for frame in frames:
+            for sink in sinks:
+                yield sink._replace(frame=frame)
+
+    def _frames(self, goal: Goal) -> list[Frame]:
+        """Of each number of the language model's ranks, with as many encoders there, the one of least bound."""
+        found: dict[tuple[object, ...], Node] = {}
+        for root in sorted(self.roots, key=lambda r: (r.bound, r.key)):
+            if goal.keep(root):
+                shared = tuple(w if isinstance(w, str) else "" for w in root.frame.encoders)
+                found.setdefault((root.frame.sink.size, shared), root)
+        return [root.frame for root in list(found.values())[:FRAMES]]
+
+    def _sinks(self, goal: Goal) -> list[Sketch]:
+        """The best so far that differ in the language model's layout, encoders data parallel."""
+        out: dict[Degrees, Sketch] = {}
+        for sketch in self._best(Goal("", 0, goal.limit), None):
+            plain = sketch._replace(encoders=tuple((Degrees(), p) for _, p in sketch.encoders))
+            out.setdefault(sketch.degrees, plain)
+            if len(out) == SINKS:
+                break
+        return list(out.values())
+
+    def _best(self, goal: Goal, count: int | None) -> list[Sketch]:
+        found = [(_score(j, goal), n.key, n) for n, j in self._seen.items() if goal.keep(n)]
+        found.sort(key=lambda entry: entry[:2])
+        return [sketch_of(n.frame, self.tree.candidate(n)) for s, _, n in found[:count] if s[0] == 0]
+
+    def _grid(self, frames: Sequence[Frame]) -> Iterator[Sketch]:
+        """A pipeline of any depth and any tp, experts on one node or widely: weights are shared by data ranks,
+        and of layers as little is kept as pays."""
+        space = self.tree.space
+        again = space.recompute[min(1, len(space.recompute) - 1)]
+        plain = tuple((Degrees(), "zero3") for _ in space.encoders)
+        for pp in space.sink.pp:
+            wanted = FIRST if pp > 1 else WITH
+            at = next((f for f in frames if set(f.encoders) <= {wanted}), None)
+            if at is None or pp > DEEP or at.sink.size % pp:
+                continue
+            for tp in space.sink.tp:
+                for ep in {max((n for n in space.sink.ep if n <= most), default=1) for most in (8, 64)}:
+                    d = Degrees(tp, 1, pp, 1, ep, 1, sequence_parallel=tp > 1)
+                    yield Sketch(at, d, "zero3", "1f1b", 4 * pp, again, plain)
+
+
+def _score(judged: Judged, goal: Goal) -> Score:
+    if judged.prediction is None:
+        return NEVER
+    if judged.why is not None or judged.bytes > goal.limit:
+        return 1, judged.bytes
+    return 0, judged.step_s
+
+
+def closest(judged: Mapping[Node, Judged], goal: Goal) -> str | None:
+    """Of the candidates of a goal that were predicted and do not fit, what the smallest needs, in words; or
+    why the first could not be predicted. None where there is none."""
+    mine = [j for n, j in judged.items() if goal.keep(n)]
+    sized = [j for j in mine if j.prediction is not None]
+    if sized:
+        least = min(sized, key=lambda j: j.bytes)
+        return f"the smallest of {len(sized)} predicted needs {least.bytes / 1e9:.1f} GB a device"
+    return mine[0].why if mine else None
