@@ -1,5 +1,5 @@
-"""Good candidates first: from sketches that likely fit, one change after another that helps, each predicted in
-full. It proves nothing; what it finds is what a search that is stopped has to show (mm/search/first.py)."""
+"""Good candidates first: from sketches that likely fit, one change after another that helps, each predicted
+in full. It proves nothing; what it finds is what a search that is stopped has to show."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mm.search.candidate import Candidate, Degrees
+from mm.search.candidate import Degrees
 from mm.search.goals import Goal, homogeneous
 from mm.search.predictor import Judged
 from mm.search.sketch import Sketch, moves, nearest, sketch_of
@@ -16,7 +16,7 @@ from mm.search.space import FIRST, WITH, Frame
 from mm.search.tree import Node, Tree
 
 FRAMES = 12  # placements from which a climb may start
-SINKS = 3  # of the language model's layouts so far with which they are tried
+SINKS = 2  # of the language model's layouts so far with which they are tried, on all ranks and on fewer
 STARTS = 3  # climbs of a goal
 DEEP = 8  # most pipeline ranks of a start
 Score = tuple[int, float]  # 0 and seconds; 1 and bytes of what does not fit; 2 of what cannot be
@@ -25,13 +25,12 @@ NEVER: Score = (2, math.inf)
 
 @dataclass
 class Finder:
-    """roots: placements with their bounds. judge: predicts a leaf, each once."""
+    """roots: placements with their bounds. judge: predicts a leaf. seen: what was predicted, by leaf."""
 
     tree: Tree
     roots: Sequence[Node]
     judge: Callable[[Node], Judged]
-    _known: dict[Candidate, Node | None] = field(default_factory=dict)
-    _seen: dict[Node, Judged] = field(default_factory=dict)
+    seen: dict[Node, Judged] = field(default_factory=dict)
 
     def find(self, goal: Goal, until: float) -> None:
         """Predict candidates for a goal until no single change of the best of them helps, or a processor time
@@ -69,9 +68,9 @@ class Finder:
         leaf = self._leaf(wanted, goal)
         if leaf is None or not goal.keep(leaf):
             return NEVER
-        if leaf not in self._seen:
-            self._seen[leaf] = self.judge(leaf)
-        return _score(self._seen[leaf], goal)
+        if leaf not in self.seen:
+            self.seen[leaf] = self.judge(leaf)
+        return _score(self.seen[leaf], goal)
 
     def _as_made(self, wanted: Sketch, goal: Goal) -> Sketch:
         leaf = self._leaf(wanted, goal)
@@ -92,12 +91,12 @@ class Finder:
         if not sinks:
             yield from self._grid(frames)
             return
-        for frame in frames:
-            for sink in sinks:
+        for sink in sinks:
+            for frame in frames:
                 yield sink._replace(frame=frame)
 
     def _frames(self, goal: Goal) -> list[Frame]:
-        """Of each number of the language model's ranks, with as many encoders there, the one of least bound."""
+        """Of each number of the language model's ranks, with the same encoders there, that of least bound."""
         found: dict[tuple[object, ...], Node] = {}
         for root in sorted(self.roots, key=lambda r: (r.bound, r.key)):
             if goal.keep(root):
@@ -106,23 +105,24 @@ class Finder:
         return [root.frame for root in list(found.values())[:FRAMES]]
 
     def _sinks(self, goal: Goal) -> list[Sketch]:
-        """The best so far that differ in the language model's layout, encoders data parallel."""
-        out: dict[Degrees, Sketch] = {}
+        """The best so far that differ in the language model's layout, encoders data parallel: some on all
+        ranks, and some on as many as other modules leave."""
+        out: dict[tuple[bool, Degrees], Sketch] = {}
         for sketch in self._best(Goal("", 0, goal.limit), None):
             plain = sketch._replace(encoders=tuple((Degrees(), p) for _, p in sketch.encoders))
-            out.setdefault(sketch.degrees, plain)
-            if len(out) == SINKS:
-                break
+            everywhere = sketch.frame.sink.size == self.tree.space.world
+            if sum(key[0] == everywhere for key in out) < SINKS:
+                out.setdefault((everywhere, sketch.degrees), plain)
         return list(out.values())
 
     def _best(self, goal: Goal, count: int | None) -> list[Sketch]:
-        found = [(_score(j, goal), n.key, n) for n, j in self._seen.items() if goal.keep(n)]
+        found = [(_score(j, goal), n.key, n) for n, j in self.seen.items() if goal.keep(n)]
         found.sort(key=lambda entry: entry[:2])
         return [sketch_of(n.frame, self.tree.candidate(n)) for s, _, n in found[:count] if s[0] == 0]
 
     def _grid(self, frames: Sequence[Frame]) -> Iterator[Sketch]:
-        """A pipeline of any depth and any tp, experts on one node or widely: weights are shared by data ranks,
-        and of layers as little is kept as pays."""
+        """Pipelines of any depth and any tp, experts on one node or on several. Data ranks share the weights,
+        and what layers have in parts is computed again: what any model of this size likely needs."""
         space = self.tree.space
         again = space.recompute[min(1, len(space.recompute) - 1)]
         plain = tuple((Degrees(), "zero3") for _ in space.encoders)
@@ -152,5 +152,6 @@ def closest(judged: Mapping[Node, Judged], goal: Goal) -> str | None:
     sized = [j for j in mine if j.prediction is not None]
     if sized:
         least = min(sized, key=lambda j: j.bytes)
-        return f"the smallest of {len(sized)} predicted needs {least.bytes / 1e9:.1f} GB a device"
+        needs = f"needs {least.bytes / 1e9:.1f} GB a device, and may have {goal.limit / 1e9:.1f}"
+        return f"of {len(sized)} predicted the smallest {needs}"
     return mine[0].why if mine else None

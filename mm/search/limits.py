@@ -54,7 +54,8 @@ def powers(most: int) -> tuple[int, ...]:
 
 
 def _pipeline(most: int, stages: int) -> tuple[int, ...]:
-    """Pipeline ranks, also such as 3 and 7, which ranks beside an encoder's own divide into; of a model whose pattern fixes its stages the divisors of these."""
+    """Pipeline ranks; of a model whose pattern fixes its stages the divisors of these. Ranks that encoders of
+    their own leave are seldom a power of two: 960 are three pipeline ranks of 320."""
     if stages == 1:
         return tuple(range(1, most + 1))
     return tuple(n for n in range(1, most + 1) if stages % n == 0)

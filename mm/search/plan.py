@@ -176,9 +176,9 @@ class Planner:
         order = sorted(every, key=lambda goal: (goal.name != "homogeneous", goal.name == "best"))
         for i, goal in enumerate(order):
             left = max(0.0, self.limit * FINDING - (time.process_time() - start))
-            share = 2 if goal.keep is homogeneous else 1
+            share = _weight(goal) / sum(_weight(g) for g in order[i:])
             self._goal = goal.name
-            finder.find(goal, time.process_time() + left * share / (len(order) - i + share - 1))
+            finder.find(goal, time.process_time() + left * share)
 
     def _keeps(self, goal: Goal) -> Callable[[Node], bool]:
         reserved = self.hardware.memory.reserved
@@ -192,8 +192,8 @@ class Planner:
 
     def _nearest(self, tree: Tree, found: Mapping[str, Sequence[Judged]]) -> float:
         """The largest share of a prediction that its bound was, of those that have one and of all found."""
-        best, reserved = {j.candidate for every in found.values() for j in every}, self.hardware.memory.reserved
-        out = 0.0
+        best = {j.candidate for every in found.values() for j in every}
+        out, reserved = 0.0, self.hardware.memory.reserved
         for node, judged in self.judged.items():
             prediction = judged.prediction
             if prediction is None or not (node.bound or judged.candidate in best):
@@ -202,6 +202,11 @@ class Planner:
             out = max(out, known.bound / prediction.step_s)
             out = max(out, (known.bytes + reserved) / prediction.peak_memory_bytes)
         return out
+
+
+def _weight(goal: Goal) -> int:
+    """Of the time for finding: a goal that others start from has most, those of the frontier least."""
+    return 6 if goal.keep is homogeneous else 1 if "memory" in goal.name else 4
 
 
 def _after(until: float) -> Callable[[], bool]:

@@ -11,7 +11,9 @@ from mm.search.candidate import Candidate, Choice, Degrees
 from mm.search.space import FIRST, WITH, Frame, Space
 from parallel.topology.layout import DEGREES
 
-FAR = 3.0  # times as far as a factor of two in another degree: of cp and etp, which cost most where not wanted
+FAR = (
+    3.0  # times as far as a factor of two in another degree: of cp and etp, which cost most where not wanted
+)
 
 
 class Sketch(NamedTuple):
@@ -64,9 +66,7 @@ def sketch_of(frame: Frame, of: Candidate) -> Sketch:
     """What a candidate is."""
     encoders = tuple((c.degrees, c.data_parallel) for m, c in of.choices if m != SINK)
     sink = of.sink
-    return Sketch(
-        frame, sink.degrees, sink.data_parallel, of.kind, of.microbatches, of.recompute, encoders
-    )
+    return Sketch(frame, sink.degrees, sink.data_parallel, of.kind, of.microbatches, of.recompute, encoders)
 
 
 def _closest(wanted: Degrees, every: Iterable[Degrees]) -> Degrees | None:
@@ -135,7 +135,10 @@ def _encoder_moves(space: Space, of: Sketch, i: int, module: str) -> Iterator[tu
             value = _next(getattr(space.encoders[module], name), getattr(degrees, name), step)
             if value is not None:
                 moved = degrees._replace(**{name: value})
-                yield f"{module} {name} {step}", with_((moved._replace(sequence_parallel=moved.tp > 1), policy))
+                yield (
+                    f"{module} {name} {step}",
+                    with_((moved._replace(sequence_parallel=moved.tp > 1), policy)),
+                )
 
 
 def _frame_moves(space: Space, of: Sketch) -> Iterator[tuple[str, Sketch]]:
