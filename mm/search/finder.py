@@ -6,16 +6,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mm.search.candidate import Degrees
 from mm.search.goals import Goal, homogeneous
 from mm.search.predictor import Judged
-from mm.search.sketch import Sketch, moves, nearest, sketch_of
+from mm.search.sketch import Sketch, far, moves, nearest, sketch_of
 from mm.search.space import FIRST, WITH, Frame
 from mm.search.tree import Node, Tree
 
-FRAMES = 12  # placements from which a climb may start
+TRIED = 24  # starts that are predicted
+FURTHER = 0.15  # of the time, that a factor of two in the language model's degrees is taken to cost
 SINKS = 2  # of the language model's layouts so far with which they are tried, on all ranks and on fewer
 STARTS = 3  # climbs of a goal
 DEEP = 8  # most pipeline ranks of a start
@@ -40,7 +41,8 @@ class Finder:
             if time.process_time() > until and any(score[0] == 0 for score, _ in starts):
                 break
             starts.append((self._score(sketch, goal), sketch))
-        starts += [(self._score(sketch, goal), sketch) for sketch in self._best(goal, 1)]
+        known = [*self._best(goal, 1), *self._best(replace(goal, limit=math.inf), 1)]
+        starts += [(self._score(sketch, goal), sketch) for sketch in known]
         starts.sort(key=lambda start: start[0])
         for score, sketch in starts[:STARTS]:
             if score < NEVER:
@@ -85,24 +87,30 @@ class Finder:
 
     def _starts(self, goal: Goal) -> Iterator[Sketch]:
         """Where climbs may start: the language model's layouts on a grid, before there are others; then those
-        of the best so far, in the placements of least bound."""
-        frames = self._frames(goal)
+        of the best so far, in placements of low bound where they can stay about as they are."""
         sinks = self._sinks(goal)
         if not sinks:
-            yield from self._grid(frames)
+            yield from self._grid([root.frame for root in self.roots if goal.keep(root)])
             return
-        for sink in sinks:
-            for frame in frames:
-                yield sink._replace(frame=frame)
+        starts = []
+        for i, sink in enumerate(sinks):
+            for root in self._places(goal):
+                wanted = sink._replace(frame=root.frame)
+                made = nearest(self.tree.space, wanted)
+                if made is not None:
+                    by = 1 + FURTHER * far(made.sink.degrees, sink.degrees)
+                    starts.append((root.bound * by, i, root.key, wanted))
+        starts.sort(key=lambda start: start[:3])
+        yield from (start[3] for start in starts[:TRIED])
 
-    def _frames(self, goal: Goal) -> list[Frame]:
+    def _places(self, goal: Goal) -> list[Node]:
         """Of each number of the language model's ranks, with the same encoders there, that of least bound."""
         found: dict[tuple[object, ...], Node] = {}
         for root in sorted(self.roots, key=lambda r: (r.bound, r.key)):
             if goal.keep(root):
                 shared = tuple(w if isinstance(w, str) else "" for w in root.frame.encoders)
                 found.setdefault((root.frame.sink.size, shared), root)
-        return [root.frame for root in list(found.values())[:FRAMES]]
+        return list(found.values())
 
     def _sinks(self, goal: Goal) -> list[Sketch]:
         """The best so far that differ in the language model's layout, encoders data parallel: some on all
@@ -124,7 +132,7 @@ class Finder:
         """Pipelines of any depth and any tp, experts on one node or on several. Data ranks share the weights,
         and what layers have in parts is computed again: what any model of this size likely needs."""
         space = self.tree.space
-        again = space.recompute[min(1, len(space.recompute) - 1)]
+        again = max(space.recompute, key=len)
         plain = tuple((Degrees(), "zero3") for _ in space.encoders)
         for pp in space.sink.pp:
             wanted = FIRST if pp > 1 else WITH
@@ -134,7 +142,7 @@ class Finder:
             for tp in space.sink.tp:
                 for ep in {max((n for n in space.sink.ep if n <= most), default=1) for most in (8, 64)}:
                     d = Degrees(tp, 1, pp, 1, ep, 1, sequence_parallel=tp > 1)
-                    yield Sketch(at, d, "zero3", "1f1b", 4 * pp, again, plain)
+                    yield Sketch(at, d, "zero3", "1f1b", microbatches=4 * pp, again=again, encoders=plain)
 
 
 def _score(judged: Judged, goal: Goal) -> Score:

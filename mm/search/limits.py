@@ -42,7 +42,7 @@ def space_of(blueprint: Blueprint) -> Space:
         sink=sink,
         encoders={m: _encoder(blueprint, m, node) for m in cfg.model},
         batch=cfg.train.global_batch,
-        recompute=tuple(dict.fromkeys([(), SELECTED, ("full",), own])),
+        recompute=tuple(dict.fromkeys([(), ("norm",), SELECTED, ("full",), own])),
         own_microbatches=cfg.schedule.microbatches,
         hsdp=_hsdp(blueprint.node_size),
     )

@@ -66,20 +66,27 @@ def sketch_of(frame: Frame, of: Candidate) -> Sketch:
     """What a candidate is."""
     encoders = tuple((c.degrees, c.data_parallel) for m, c in of.choices if m != SINK)
     sink = of.sink
-    return Sketch(frame, sink.degrees, sink.data_parallel, of.kind, of.microbatches, of.recompute, encoders)
+    return Sketch(
+        frame,
+        sink.degrees,
+        sink.data_parallel,
+        of.kind,
+        microbatches=of.microbatches,
+        again=of.recompute,
+        encoders=encoders,
+    )
 
 
 def _closest(wanted: Degrees, every: Iterable[Degrees]) -> Degrees | None:
     """Of some degrees those that differ by the fewest factors of two, the first of equals."""
     every = list(every)
-    if wanted in every:
-        return wanted
+    return wanted if wanted in every else min(every, key=lambda d: far(d, wanted), default=None)
 
-    def far(d: Degrees) -> float:
-        steps = {a: abs(math.log2(getattr(d, a) / getattr(wanted, a))) for a in DEGREES}
-        return sum(n * (FAR if a in ("cp", "etp") else 1.0) for a, n in steps.items())
 
-    return min(every, key=far, default=None)
+def far(one: Degrees, other: Degrees) -> float:
+    """By how many factors of two degrees differ."""
+    steps = {a: abs(math.log2(getattr(one, a) / getattr(other, a))) for a in DEGREES}
+    return sum(n * (FAR if a in ("cp", "etp") else 1.0) for a, n in steps.items())
 
 
 def moves(space: Space, of: Sketch) -> Iterator[tuple[str, Sketch]]:
@@ -110,15 +117,13 @@ def moves(space: Space, of: Sketch) -> Iterator[tuple[str, Sketch]]:
 
 
 def _sink_moves(space: Space, of: Sketch, steps: dict[str, int]) -> Iterator[tuple[str, Sketch]]:
-    now = {}
+    degrees = of.degrees
     for name, step in steps.items():
         divide = tuple(n for n in getattr(space.sink, name) if of.frame.sink.size % n == 0)
         value = _next(divide, getattr(of.degrees, name), step)
         if value is None:
             return
-        now[name] = value
-    degrees = of.degrees._replace(**now)
-    degrees = degrees._replace(sequence_parallel=degrees.tp > 1)
+        degrees = with_degree(degrees, name, value)
     yield f"llm {steps}", of._replace(degrees=degrees)
 
 
@@ -139,6 +144,12 @@ def _encoder_moves(space: Space, of: Sketch, i: int, module: str) -> Iterator[tu
                     f"{module} {name} {step}",
                     with_((moved._replace(sequence_parallel=moved.tp > 1), policy)),
                 )
+
+
+def with_degree(degrees: Degrees, name: str, value: int) -> Degrees:
+    """Degrees with another one; sequence parallelism goes with tp."""
+    found = Degrees(**{**degrees._asdict(), name: value})
+    return found._replace(sequence_parallel=found.tp > 1)
 
 
 def _frame_moves(space: Space, of: Sketch) -> Iterator[tuple[str, Sketch]]:

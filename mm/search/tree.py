@@ -123,8 +123,8 @@ class Tree:
             )
         except ValueError:
             return None
-        decided = {"microbatches": of.microbatches, "again": of.recompute, "kind": of.kind}
-        return replace(start, key=key, sink=sink, encoders=encoders, **decided)
+        start = replace(start, microbatches=of.microbatches, again=of.recompute, kind=of.kind)
+        return replace(start, key=key, sink=sink, encoders=encoders)
 
     def bounded(self, leaf: Node) -> Node:
         """A leaf with its bounds."""
