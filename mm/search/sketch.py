@@ -139,11 +139,7 @@ def _encoder_moves(space: Space, of: Sketch, i: int, module: str) -> Iterator[tu
         for step in (-1, 1):
             value = _next(getattr(space.encoders[module], name), getattr(degrees, name), step)
             if value is not None:
-                moved = degrees._replace(**{name: value})
-                yield (
-                    f"{module} {name} {step}",
-                    with_((moved._replace(sequence_parallel=moved.tp > 1), policy)),
-                )
+                yield f"{module} {name} {step}", with_((with_degree(degrees, name, value), policy))
 
 
 def with_degree(degrees: Degrees, name: str, value: int) -> Degrees:
