@@ -176,9 +176,10 @@ class Planner:
         # What placements have shown is tried for all modules alike too: the baseline is tuned as hard.
         alike = [goal for goal in every if goal.keep is homogeneous]
         order = [*alike, *(goal for goal in every[1:] if goal not in alike), *alike, every[0]]
+        weights = [2 * _weight(order[0]), *map(_weight, order[1:])]  # others start from what the first finds
         for i, goal in enumerate(order):
             left = max(0.0, self.limit * FINDING - (time.process_time() - start))
-            share = _weight(goal) / sum(_weight(g) for g in order[i:])
+            share = weights[i] / sum(weights[i:])
             self._goal = goal.name
             finder.find(goal, time.process_time() + left * share)
 
