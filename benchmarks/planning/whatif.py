@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ MODELS = {
 DEVICES = (256, 1024)
 HARDWARE = "h100"
 SAMPLES = 2  # a device in a step
-GOALS = ("best", "homogeneous", "colocated", "disjoint", "mixed")
+GOALS = ("best", "homogeneous", "colocated", "disjoint", "mixed", "75% of the memory")
 PAYS = 1.01  # times as fast from which on heterogeneity is said to pay
 PARTS = 5  # sentences of a breakdown
 
@@ -86,6 +87,7 @@ def searched(case: Case, seconds: float) -> dict[str, Any]:
         "described": {name: judged.candidate.describe() for name, judged in shown.items()},
         "explained": {name: seconds_lines(j.prediction) for name, j in shown.items() if j.prediction},
         **found,
+        "samples": plan.note.split(" (")[0],  # without the folder that was looked into
     }
 
 
@@ -124,31 +126,77 @@ HEAD = [
 
 
 def _summary(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line a case, and the verdict."""
-    out = ["## In short", "", "| model | devices | best | best homogeneous | times as fast | proved |"]
-    out += ["|---|---|---|---|---|---|"]
-    pays, not_ = [], []
+    """A line a case, and the verdict by category."""
+    out = ["## In short", "", "Seconds of a step, and how many times as long as the best:", ""]
+    out += ["| model | devices | best | TFLOPS a device | homogeneous | colocated | disjoint | mixed |"]
+    out += ["|---|---|---|---|---|---|---|---|"]
     for case in CASES:
+        head = f"| {MODELS[case.model]} | {case.devices:,} |"
         one = found.get(case.name)
         if one is None:
-            out.append(
-                f"| {MODELS[case.model]} | {case.devices:,} | none found in the time of its search | | | |"
-            )
+            out.append(f"{head} none found in the time of its search |" + " |" * 5)
             continue
-        best, plain = (one["best_of"].get(name) for name in ("best", "homogeneous"))
-        gain = None if plain is None else plain["step_s"] / best["step_s"]
-        out.append(
-            f"| {MODELS[case.model]} | {case.devices:,} | {best['step_s']:.3g} s, {best['placement']} | "
-            f"{'none found' if plain is None else format(plain['step_s'], '.3g') + ' s'} | "
-            f"{'' if gain is None else format(gain, '.2f')} | {_proved(one, 'best')} |"
+        best = one["best_of"]["best"]
+        cells = [f"{best['step_s']:.3g} s, {best['placement']}", f"{best['tflops_per_device']:.0f}"]
+        for name in GOALS[1:5]:
+            entry = one["best_of"].get(name)
+            times = 0.0 if entry is None else entry["step_s"] / best["step_s"]
+            cells.append(f"{entry['step_s']:.3g} s, {times:.2f}" if entry else "none found")
+        out.append(f"{head} {' | '.join(cells)} |")
+    return [*out, "", *_verdict(found), "", *_judged(found)]
+
+
+def _verdict(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    pays, not_ = [], []
+    for case in CASES:
+        entries = found[case.name]["best_of"] if case.name in found else {}
+        if entries.get("homogeneous"):
+            gain = entries["homogeneous"]["step_s"] / entries["best"]["step_s"]
+            (pays if gain >= PAYS else not_).append(f"{case.model} on {case.devices:,} ({gain:.3f})")
+    return [
+        "Times as fast as the best homogeneous layout is the best of all, of what was found:",
+        "",
+        f"- Heterogeneity pays: {', '.join(pays) or 'nowhere'}.",
+        f"- It does not: {', '.join(not_) or 'nowhere'}.",
+    ]
+
+
+def _judged(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Whether the figures are plausible, and what they come from."""
+    every = list(found.values())
+    if not every:
+        return []
+    best = [one["best_of"]["best"] for one in every]
+    low, high = (f(e["tflops_per_device"] for e in best) for f in (min, max))
+    tokens = [e["tokens_per_s_per_device"] * e["step_s"] for e in best]
+    shares = [share for one in every if (share := _encoders_share(one)) is not None]
+    said = [
+        f"**Plausible?** {low:.0f} to {high:.0f} TFLOPS a device are few beside dense models: "
+        "[published runs](planning_published.md) of those reach 210 to 520. Experts' products are small and "
+        "get a lower share of the peak (assumed in the hardware file, not fitted), a step has only about "
+        f"{sum(tokens) / len(tokens):,.0f} tokens a device, and experts on several nodes exchange all rows "
+        "over their links. Where weights need a pipeline, few micro-batches of unequal lengths leave it "
+        "idle. A larger `train.global_batch` gives fuller pipelines; it was not changed here.",
+        "**Memory.** The best fill a device almost wholly, and predicted memory is some per cent off "
+        "([planning_published.md](planning_published.md)). Who runs one should take the best within 75 % of "
+        "the memory, a row of each table.",
+    ]
+    if shares:
+        between = f"{min(shares):.0%} to {max(shares):.0%}"
+        said.insert(
+            1,
+            f"**Encoders on devices of their own.** Encoders are {between} of the computation of the best "
+            "layouts. Devices for them alone wait unless they are as small a share of all, while the "
+            "language model's must still divide by its pipeline and expert ranks.",
         )
-        said = f"{case.model} on {case.devices:,}"
-        if gain is None:
-            continue
-        (pays if gain >= PAYS else not_).append(f"{said} ({gain:.2f})")
-    out += ["", f"Heterogeneity pays, of what was found: {', '.join(pays) or 'nowhere'}."]
-    out += [f"It does not: {', '.join(not_) or 'nowhere'}."]
-    return out
+    return [line for text in said for line in (*textwrap.wrap(text, 110), "")][:-1]
+
+
+def _encoders_share(one: Mapping[str, Any]) -> float | None:
+    """Of the seconds in which the best computes, those of encoders."""
+    parts = one["best_of"]["best"]["breakdown"]
+    computed = {key: s for key, s in parts.items() if key.endswith(".compute")}
+    return 1 - computed.get("llm.compute", 0.0) / sum(computed.values()) if computed else None
 
 
 def _section(case: Case, one: Mapping[str, Any]) -> list[str]:
@@ -176,7 +224,7 @@ def _section(case: Case, one: Mapping[str, Any]) -> list[str]:
             out.append(f"- {name}: {one['described'][name]}")
     out += ["", "Of the seconds of the mean rank in the best:", ""]
     out += [f"- {sentence}" for sentence in one["explained"]["best"][:PARTS]]
-    return [*out, "", *_compared(one), ""]
+    return [*out, "", *_compared(one), *_apart(one), ""]
 
 
 def _compared(one: Mapping[str, Any]) -> list[str]:
@@ -191,6 +239,20 @@ def _compared(one: Mapping[str, Any]) -> list[str]:
     parts = sorted(less.items(), key=lambda item: -abs(item[1]))[:3]
     words = ", ".join(f"{abs(s):.3g} s {'less' if s > 0 else 'more'} {what}" for what, s in parts if s)
     return [f"The best homogeneous layout takes {gain:.3f} times as long. Beside it the best has {words}."]
+
+
+def _apart(one: Mapping[str, Any]) -> list[str]:
+    """What devices of encoders alone cost in the best disjoint layout."""
+    entry = one["best_of"].get("disjoint")
+    if entry is None:
+        return []
+    idle, ranks = f"{entry['bubble_fraction']:.0%}", entry["layout"]["llm"]["ranks"]
+    first, last = (int(n) for n in ranks.split("-"))
+    size = last - first + 1
+    return [
+        f"The best disjoint layout gives the language model {size:,} devices, and its devices are idle for "
+        f"{idle} of the step."
+    ]
 
 
 def _by_what(entry: Mapping[str, Any]) -> defaultdict[str, float]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
-
-TIE = 0.01  # bounds of a beam that differ by less are taken for equal
 
 
 class Branch(Hashable, Protocol):
@@ -87,7 +85,7 @@ class Search(Generic[B]):
             if done:
                 best.append((value, branch))
             elif branch.leaf:
-                cost = self._cost(branch)
+                cost = self.cost_once(branch)
                 costed.append((cost, branch))
                 if cost < math.inf and keep(branch):
                     heapq.heappush(queue, (cost, 1, branch.key, branch))
@@ -97,38 +95,13 @@ class Search(Generic[B]):
                         heapq.heappush(queue, _entry(below))
         return _found(best, costed, queue, proved=True)
 
-    def beam(
-        self,
-        roots: Iterable[B],
-        widths: Sequence[int],
-        *,
-        keep: Callable[[B], bool],
-        stop: Callable[[], bool],
-    ) -> None:
-        """Ask for the costs of some leaves that are likely to be good, so that a search which is stopped has
-        something to show: level by level the branches of least bound, once it is stopped one a level.
-
-        widths: how many, by level, the last also below; of about equal ones the first in order.
-        """
-        level, depth = [r for r in roots if r.bound < math.inf and keep(r)], 0
-        while level:
-            level.sort(key=lambda b: (round(math.log(max(b.bound, TIE)) / TIE), b.key))
-            below = list[B]()
-            for branch in level[: widths[min(depth, len(widths) - 1)]]:
-                if stop() and (below or branch is not level[0]):
-                    break
-                if branch.leaf:
-                    self._cost(branch)
-                else:
-                    below += [b for b in self.expand_once(branch) if b.bound < math.inf and keep(b)]
-            level, depth = below, depth + 1
-
     def best_known(self, k: int, keep: Callable[[B], bool]) -> list[tuple[float, B]]:
         """The best of the leaves whose costs are known."""
         found = [(cost, leaf) for leaf, cost in self.costs.items() if cost < math.inf and keep(leaf)]
         return heapq.nsmallest(k, found, key=lambda entry: (entry[0], entry[1].key))
 
-    def _cost(self, leaf: B) -> float:
+    def cost_once(self, leaf: B) -> float:
+        """The cost of a leaf, remembered."""
         if leaf not in self.costs:
             self.costs[leaf] = self.cost(leaf)
         return self.costs[leaf]

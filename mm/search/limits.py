@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterable
 
 from llm.checks import check
-from llm.recompute import recompute_parts
+from llm.recompute import PARTS, recompute_parts
 from mm.plan.blueprint import Blueprint
 from mm.search.candidate import Block, Degrees
 from mm.search.space import Limits, Space
 
 MOST_CP, LEAST_TOKENS = 16, 128  # ranks along cp, and tokens that each of them has of the longest sample
 MOST_PP, MOST_VPP, MOST_EP = 16, 2, 128
+SELECTED = tuple(sorted(set(PARTS) - {"full"}))  # what may be computed again of layers of which more is kept
 
 
 def space_of(blueprint: Blueprint) -> Space:
@@ -41,7 +42,7 @@ def space_of(blueprint: Blueprint) -> Space:
         sink=sink,
         encoders={m: _encoder(blueprint, m, node) for m in cfg.model},
         batch=cfg.train.global_batch,
-        recompute=tuple(dict.fromkeys([(), ("full",), own])),
+        recompute=tuple(dict.fromkeys([(), ("norm",), SELECTED, ("full",), own])),
         own_microbatches=cfg.schedule.microbatches,
         hsdp=_hsdp(blueprint.node_size),
     )
@@ -53,9 +54,10 @@ def powers(most: int) -> tuple[int, ...]:
 
 
 def _pipeline(most: int, stages: int) -> tuple[int, ...]:
-    """Pipeline ranks; of a model whose pattern fixes its stages the divisors of these."""
+    """Pipeline ranks; of a model whose pattern fixes its stages the divisors of these. Ranks that encoders of
+    their own leave are seldom a power of two: 960 are three pipeline ranks of 320."""
     if stages == 1:
-        return powers(most)
+        return tuple(range(1, most + 1))
     return tuple(n for n in range(1, most + 1) if stages % n == 0)
 
 

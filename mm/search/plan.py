@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mm.config.schema import Config
@@ -13,8 +13,9 @@ from mm.plan.blueprint import Blueprint
 from mm.predict.hardware import Hardware
 from mm.predict.step import check_room
 from mm.search.candidate import Candidate, Choice, Degrees
+from mm.search.finder import Finder, closest
 from mm.search.first import Search
-from mm.search.goals import Goal, goals
+from mm.search.goals import Goal, goals, homogeneous
 from mm.search.limits import space_of
 from mm.search.load import StepLoad
 from mm.search.pieces import Pieces
@@ -22,10 +23,7 @@ from mm.search.predictor import Judged, Predictor
 from mm.search.rejected import Rejected, Rejects
 from mm.search.tree import Node, Tree
 
-# Branches of a beam: placements, degrees, micro-batches, schedules and policies, encoders.
-WIDTHS = (2, 40, 10, 6, 3)
-BEAMS = 0.5  # of the time that they may take together
-LIKELY = (0.8, 0.5)  # of the memory: bounds of what is predicted first, so that it likely fits
+FINDING = 0.7  # of the time that finding good candidates may take, before anything is proved
 SECONDS = 50.0  # processor seconds that a search takes at most, by default
 
 
@@ -43,13 +41,15 @@ class Plan:
     """What a search found.
 
     best: in order. of: by goal, its best candidate, None where none fits. proofs: by goal. considered:
-    candidates of the space; predicted: of these in full. nearest: the largest share of a prediction that its
-    bound was: above 1 a bound was wrong, and nothing is proved. note: whose samples the step has.
+    candidates of the space; predicted: of these in full. missing: by goal of which nothing was found, what
+    those predicted lack. nearest: the largest share of a prediction that its bound was: above 1 a bound was
+    wrong, and nothing is proved. note: whose samples the step has.
     """
 
     best: tuple[Judged, ...]
     of: Mapping[str, Judged | None]
     proofs: Mapping[str, Proof]
+    missing: Mapping[str, str]
     considered: int
     predicted: int
     nearest: float
@@ -93,43 +93,71 @@ class Planner:
     limit: float = SECONDS
     tell: Progress = lambda goal, n, best: None
     judged: dict[Node, Judged] = field(default_factory=dict)
+    _goal: str = ""
 
     def plan(self) -> Plan:
         """Search. Raises Refused where no candidate fits, with what would."""
         start = time.process_time()
         predictor = Predictor(self.cfg, self.world, self.hardware)
+        rejects = Rejects(self.hardware)
+        tree = self._tree(predictor, rejects)
+
+        def cost(leaf: Node) -> float:
+            found = self.judged[leaf] = predictor.judge(tree.candidate(leaf))
+            rejects.judged(found)
+            best = min((j.step_s for j in self.judged.values() if j.why is None), default=math.inf)
+            self.tell(self._goal, len(self.judged), best)
+            return found.step_s if found.why is None else math.inf
+
+        search = Search(tree.expand, cost)
+        roots = list(tree.roots())
+        every = goals(tree.space, self.top, self.hardware.memory.bytes)
+        self._find(Finder(tree, roots, self._judge(search)), every, start)
+        found, proofs = self._prove(search, roots, every, rejects, start)
+        if not found["best"]:
+            raise Refused(rejects.nothing(self.world, search_ended=proofs["best"].proved))
+        return Plan(
+            best=found["best"],
+            of={name: judged[0] if judged else None for name, judged in found.items()},
+            proofs=proofs,
+            missing={g.name: why for g in every if not found[g.name] and (why := closest(self.judged, g))},
+            considered=sum(root.size for root in roots),
+            predicted=len(self.judged),
+            nearest=self._nearest(tree, found),
+            rejected=rejects.grouped(),
+            seconds=time.process_time() - start,
+            note=predictor.note,
+        )
+
+    def _tree(self, predictor: Predictor, rejects: Rejects) -> Tree:
+        """The candidates. Raises Refused where the devices together hold less than the model."""
         plain = plain_candidate(self.cfg, self.world)
         blueprint = predictor.blueprint(plain.config(self.cfg))
         load = step_load(predictor, blueprint)
         pieces = Pieces(blueprint, load, self.hardware, blueprint.node_size)
         check_room(pieces.weights.states(), self.world, self.hardware)
-        space = space_of(blueprint)
-        rejects = Rejects(self.hardware)
         room = self.hardware.memory.bytes - self.hardware.memory.reserved
         host = self.hardware.host
         cores = math.inf if host is None else host.cores
-        tree = Tree(space, pieces, room, cores, rejects.dropped)
+        return Tree(space_of(blueprint), pieces, room, cores, rejects.dropped)
 
-        def cost(leaf: Node) -> float:
-            found = self.judged[leaf] = predictor.judge(tree.candidate(leaf))
-            rejects.judged(found)
-            self.tell(goal.name, len(self.judged), best_so_far())
-            return found.step_s if found.why is None else math.inf
+    def _judge(self, search: Search[Node]) -> Callable[[Node], Judged]:
+        def judge(leaf: Node) -> Judged:
+            search.cost_once(leaf)
+            return self.judged[leaf]
 
-        def best_so_far() -> float:
-            return min((j.step_s for j in self.judged.values() if j.why is None), default=math.inf)
+        return judge
 
-        search = Search(tree.expand, cost)
-        roots = list(tree.roots())
+    def _prove(
+        self, search: Search[Node], roots: list[Node], every: Sequence[Goal], rejects: Rejects, start: float
+    ) -> tuple[dict[str, tuple[Judged, ...]], dict[str, Proof]]:
+        """Best first, for each goal: what is found, and what is known of what is left."""
         found, proofs = dict[str, tuple[Judged, ...]](), dict[str, Proof]()
-        every = goals(space, self.top, self.hardware.memory.bytes)
-        for i, goal in enumerate(every):
-            left = max(0.0, self.limit * BEAMS - (time.process_time() - start))
-            self._beam(search, roots, goal, time.process_time() + left / (len(every) - i))
         for i, goal in enumerate(every):
             # The main goal may take half of the time, each other an even share of what is left.
             left = self.limit - (time.process_time() - start)
             until = time.process_time() + left * (0.5 if i == 0 else 1 / (len(every) - i))
+            self._goal = goal.name
             result = search.best(roots, goal.k, keep=self._keeps(goal), stop=_after(until))
             found[goal.name] = tuple(self.judged[leaf] for _, leaf in result.best)
             proofs[goal.name] = Proof(result.proved, result.least)
@@ -140,28 +168,20 @@ class Planner:
             if not proofs[goal.name].proved:
                 best = search.best_known(goal.k, self._keeps(goal))
                 found[goal.name] = tuple(self.judged[leaf] for _, leaf in best)
-        if not found["best"]:
-            raise Refused(rejects.nothing(self.world, search_ended=proofs["best"].proved))
-        return Plan(
-            best=found["best"],
-            of={name: judged[0] if judged else None for name, judged in found.items()},
-            proofs=proofs,
-            considered=sum(root.size for root in roots),
-            predicted=len(self.judged),
-            nearest=self._nearest(),
-            rejected=rejects.grouped(),
-            seconds=time.process_time() - start,
-            note=predictor.note,
-        )
+        return found, proofs
 
-    def _beam(self, search: Search[Node], roots: list[Node], goal: Goal, until: float) -> None:
-        """Predict some candidates that are likely to be good, and to fit."""
-        for share in LIKELY:
-            within = replace(goal, limit=share * goal.limit)
-            keep = self._keeps(replace(within, keep=lambda node: goal.keep(node) and _simple(node)))
-            search.beam(roots, WIDTHS, keep=keep, stop=_after(until))
-            if search.best_known(1, self._keeps(goal)):
-                return
+    def _find(self, finder: Finder, every: Sequence[Goal], start: float) -> None:
+        """Predict good candidates for each goal: those of one layout for all modules first, as the others
+        start from what is found."""
+        # What placements have shown is tried for all modules alike too: the baseline is tuned as hard.
+        alike = [goal for goal in every if goal.keep is homogeneous]
+        order = [*alike, *(goal for goal in every[1:] if goal not in alike), *alike, every[0]]
+        weights = [2 * _weight(order[0]), *map(_weight, order[1:])]  # others start from what the first finds
+        for i, goal in enumerate(order):
+            left = max(0.0, self.limit * FINDING - (time.process_time() - start))
+            share = weights[i] / sum(weights[i:])
+            self._goal = goal.name
+            finder.find(goal, time.process_time() + left * share)
 
     def _keeps(self, goal: Goal) -> Callable[[Node], bool]:
         reserved = self.hardware.memory.reserved
@@ -173,20 +193,23 @@ class Planner:
 
         return keep
 
-    def _nearest(self) -> float:
-        reserved = self.hardware.memory.reserved
-        every = [(n, j.prediction) for n, j in self.judged.items() if j.prediction is not None]
-        seconds = [n.bound / p.step_s for n, p in every]
-        return max([*seconds, *((n.bytes + reserved) / p.peak_memory_bytes for n, p in every)], default=0.0)
+    def _nearest(self, tree: Tree, found: Mapping[str, Sequence[Judged]]) -> float:
+        """The largest share of a prediction that its bound was, of those that have one and of all found."""
+        best = {j.candidate for every in found.values() for j in every}
+        out, reserved = 0.0, self.hardware.memory.reserved
+        for node, judged in self.judged.items():
+            prediction = judged.prediction
+            if prediction is None or not (node.bound or judged.candidate in best):
+                continue
+            known = node if node.bound else tree.bounded(node)
+            out = max(out, known.bound / prediction.step_s)
+            out = max(out, (known.bytes + reserved) / prediction.peak_memory_bytes)
+        return out
 
 
-def _simple(node: Node) -> bool:
-    """Candidates that are quick to predict, and that large models tend to run as."""
-    d = node.degrees
-    if d is None:
-        return True
-    few = node.microbatches <= 4 * d.pp
-    return d.vpp == d.cp == d.etp == 1 and few and node.kind in ("", "1f1b")
+def _weight(goal: Goal) -> int:
+    """Of the time for finding: what only the frontier has gets least."""
+    return 1 if "memory" in goal.name and "75%" not in goal.name else 3
 
 
 def _after(until: float) -> Callable[[], bool]:

@@ -102,6 +102,34 @@ class Tree:
         choices = tuple(zip(names, [*leaf.encoders, leaf.sink], strict=True))
         return Candidate(self.space.world, choices, leaf.kind, leaf.microbatches, leaf.again)
 
+    def leaf(self, frame: Frame, of: Candidate) -> Node | None:
+        """A candidate as its leaf, without bounds; None where it is not in the space."""
+        sink = of.sink
+        start = Node((), frame, 0.0, 1, degrees=sink.degrees)
+        encoders = tuple(c for m, c in of.choices if m != SINK)
+        numbers = self.space.microbatches(sink.dp, sink.degrees.pp)
+        try:
+            key = (
+                self.space.frames.index(frame),
+                self._degrees(frame).index(sink.degrees),
+                numbers.index(of.microbatches),
+                self.space.recompute.index(of.recompute),
+                self.space.kinds(frame, sink.degrees).index(of.kind),
+                self.space.policies(sink.block, sink.degrees).index(sink.data_parallel),
+                *(
+                    self._choices(start, m, of.kind).index(c)
+                    for m, c in zip(self.space.encoders, encoders, strict=True)
+                ),
+            )
+        except ValueError:
+            return None
+        start = replace(start, microbatches=of.microbatches, again=of.recompute, kind=of.kind)
+        return replace(start, key=key, sink=sink, encoders=encoders)
+
+    def bounded(self, leaf: Node) -> Node:
+        """A leaf with its bounds."""
+        return self._bounded(leaf, leaf)
+
     def _degrees(self, frame: Frame) -> list[Degrees]:
         found = self.space.sink_degrees(frame.sink.size)
         return [d for d in found if d.pp > 1 or FIRST not in frame.encoders]

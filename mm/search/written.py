@@ -67,13 +67,14 @@ def proof_line(plan: Plan, name: str) -> str:
     proof, found = plan.proofs[name], plan.best[-1] if name == "best" else plan.of[name]
     if plan.nearest > 1.0:
         return f"{name}: not proved, a bound was {plan.nearest:.3f} times what was predicted."
+    why = f"; {plan.missing[name]}" if name in plan.missing else ""
     if proof.proved and found is None:
-        return f"{name}: proved that there is none that fits."
+        return f"{name}: proved that there is none that fits{why}."
     if proof.proved:
         least = "nothing" if proof.least == math.inf else f"at least {proof.least:.4g} s"
         return f"{name}: proved; what was left out takes {least}."
     if found is None:
-        return f"{name}: none found in time."
+        return f"{name}: none found in time{why}."
     most = found.step_s / proof.least
     if most <= 1:
         return f"{name}: nothing left out is faster."

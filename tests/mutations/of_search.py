@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 
 RAGGED = "tests/mm/search/test_ragged.py::"
+FINDER = "tests/mm/search/test_finder.py::"
 
 SEARCH = (
     Fault(
@@ -38,5 +39,29 @@ SEARCH = (
         "heapq.heappush(queue, (cost, 1, branch.key, branch))",
         "heapq.heappush(queue, (0.0, 1, branch.key, branch))",
         "tests/mm/search/test_tree.py::test_the_best_few_are_those_of_asking_for_all",
+    ),
+    Fault(
+        "finder.worse",
+        "a change that is worse is taken for one that helps",
+        "mm/search/finder.py",
+        "if found < score:",
+        "if found > score:",
+        FINDER + "test_no_single_change_of_what_is_found_is_better",
+    ),
+    Fault(
+        "sketch.block",
+        "the nearest degrees are looked for on the ranks of the whole job",
+        "mm/search/sketch.py",
+        "space.sink_degrees(sink.size)",
+        "space.sink_degrees(space.world)",
+        FINDER + "test_each_candidate_is_its_own_sketch",
+    ),
+    Fault(
+        "sketch.pipeline",
+        "micro-batches that are not in the space become the fewest",
+        "mm/search/sketch.py",
+        "m = max((n for n in numbers",
+        "m = min((n for n in numbers",
+        FINDER + "test_what_is_not_in_the_space_becomes_the_nearest_that_is",
     ),
 )

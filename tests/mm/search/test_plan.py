@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mm.cli import main
-from mm.config.schema import Config, from_mapping, load_layout_file, with_layout
+from mm.config.schema import Config, from_mapping, load_config, load_layout_file, with_layout
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
 from mm.predict.hardware import load_hardware
@@ -19,9 +19,9 @@ from mm.search.candidate import of_config
 from mm.search.limits import space_of
 from mm.search.pieces import Pieces
 from mm.search.plan import Planner, plain_candidate, step_load
-from mm.search.predictor import Predictor
+from mm.search.predictor import Predictor, on_nodes
 from mm.search.tree import Tree
-from tests.mm.harness import small
+from tests.mm.harness import CONFIGS, small
 from tests.mm.pages.strict_parser import Checked
 from tests.mm.search.toy import every
 
@@ -70,6 +70,21 @@ def test_the_best_few_are_those_of_predicting_all() -> None:
             costs.append((found.step_s, leaf.key, found.candidate))
     expected = [candidate for _, _, candidate in sorted(costs, key=lambda c: c[:2])[:5]]
     assert [j.candidate for j in plan.best] == expected
+
+
+@pytest.mark.slow
+def test_a_large_model_gets_a_layout_of_each_placement() -> None:
+    """120.7B parameters on 256 devices: without starts that fit, a search of so many seconds found three
+    layouts in all, none of them homogeneous, disjoint or mixed."""
+    cfg = load_config(CONFIGS / "super-1024-colocated.yaml", ["train.global_batch=512"])
+    plan = Planner(on_nodes(cfg, 256, H100), 256, H100, top=1, limit=45.0).plan()
+    found = {name: plan.of[name] for name in ("homogeneous", "colocated", "disjoint", "mixed")}
+    assert all(j is not None and j.why is None for j in found.values())
+    assert plan.nearest <= 1.0
+    best, alike = plan.best[0], found["homogeneous"]
+    assert alike is not None and alike.candidate.homogeneous
+    assert best.step_s <= min(j.step_s for j in found.values() if j is not None)
+    assert best.step_s < 5.0 and alike.step_s < 5.0  # 8.65 s before, and none
 
 
 def test_the_command_writes_what_others_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
