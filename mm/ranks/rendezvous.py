@@ -13,6 +13,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from mm.config.flat import said
@@ -47,7 +48,7 @@ def connect(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
         )
         return of_start(store)
 
-    return _bounded(reach, timeout_s + SPARE_S)
+    return _bounded(reach, timeout_s + SPARE_S, "something listens there that does not answer as a store does")
 
 
 def of_start(store: Store) -> PrefixStore:
@@ -70,9 +71,10 @@ def _listener(address: str, port: int) -> socket.socket | None:
         return None
 
 
-def _bounded(act: Callable[[], T], timeout_s: float) -> T:
-    """What act() gives. Raises RuntimeError where it takes longer, and leaves it to itself: torch's store
-    waits without a bound for the first answer of a port that something else listens on."""
+def _bounded(act: Callable[[], T], timeout_s: float, why: str) -> T:
+    """What act() gives. Raises RuntimeError, which says why, where it takes longer, and leaves it to itself:
+    torch's store waits without a bound for an answer, of a port that something else listens on, or of a
+    machine that is cut off."""
     box: list[T | BaseException] = []
 
     def run() -> None:
@@ -85,7 +87,7 @@ def _bounded(act: Callable[[], T], timeout_s: float) -> T:
     thread.start()
     thread.join(timeout_s)
     if not box:
-        raise RuntimeError("something listens there that does not answer as a store does")
+        raise RuntimeError(why)
     if isinstance(box[0], BaseException):
         raise box[0]
     return box[0]
@@ -106,12 +108,30 @@ def meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
     try:
         store = connect(timeout_s, hosts=hosts)
     except RuntimeError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise PolyrankError(
-            f"rank {rank} does not reach the job's store at {where} within {timeout_s:g} s (run.timeout_s): "
+            f"rank {rank} does not reach the job's store at {at()} within {timeout_s:g} s (run.timeout_s): "
             f"{str(error).splitlines()[0]}; needed: rank 0 or torchrun at that address, and a port that no "
             "other program has (MASTER_PORT, or --rdzv-endpoint of torchrun)"
         ) from error
+    try:
+        return _bounded(partial(_all_here, store, rank, world, timeout_s), timeout_s + 2 * SPARE_S, _CUT_OFF)
+    except RuntimeError as error:
+        raise PolyrankError(
+            f"rank {rank} has reached the job's store at {at()}, and has lost it while it waited for the other "
+            f"ranks ({str(error).splitlines()[0]})"
+        ) from error
+
+
+_CUT_OFF = "it no longer answers: its machine is cut off, or hangs"
+
+
+def at() -> str:
+    """The address of the job's store."""
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _all_here(store: PrefixStore, rank: int, world: int, timeout_s: float) -> PrefixStore:
+    """The store, once every rank has come to it."""
     keys = [f"here/{r}" for r in range(world)]
     store.set(keys[rank], "")
     start = time.monotonic()
