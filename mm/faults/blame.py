@@ -81,7 +81,8 @@ def blame(ranks: Sequence[Seen]) -> Verdict:
             why = f"was stopped by a signal {worst.silent_s:.0f} s ago in {worst.post.at}"
         else:
             why = f"is silent for {worst.silent_s:.0f} s in {worst.post.at}; "
-            why += f"its machine{worst.machine and f' {worst.machine}'} is cut off, or code there never lets go of the interpreter"
+            which = f"its machine {worst.machine}" if worst.machine else "its machine"
+            why += f"{which} is cut off, or code there never lets go of the interpreter"
         return Verdict(worst.rank, f"{why}; others wait for it", True)
     working = [r for r in left if not r.post.waits]
     if working:

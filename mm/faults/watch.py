@@ -22,7 +22,8 @@ LEAD = 0  # the rank that reads all posts, as long as it lives
 
 @dataclass(frozen=True)
 class About:
-    """Where a rank is. host: as stacks.this_machine() has it. name: of the host, for people. stacks, window: descriptors of the files that have its stacks and what it does now."""
+    """Where a rank is. host: as stacks.this_machine() has it. name: of the host, for people. stacks, window:
+    descriptors of the files that have its stacks and what it does now."""
 
     host: str
     pid: int

@@ -48,7 +48,9 @@ def connect(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
         )
         return of_start(store)
 
-    return _bounded(reach, timeout_s + SPARE_S, "something listens there that does not answer as a store does")
+    return _bounded(
+        reach, timeout_s + SPARE_S, "something listens there that does not answer as a store does"
+    )
 
 
 def of_start(store: Store) -> PrefixStore:

@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from tests.faults.forge import LIMIT_S, Forked, fork_rank, metrics
+from tests.faults.forge import LIMIT_S, Crowd, Forked, children, fork_rank, metrics
 from tests.faults.nodes import Network, Node
 
 
@@ -67,6 +67,7 @@ class Agents:
         self.path, self.folder, self.port = path, path.parent, port
         self.options, self.cable, self.train = options, cable, train
         self.nodes: dict[int, Node] = {}
+        self.crowd = Crowd()
 
     def start(self, node: int) -> None:
         """Start a node, or start it again once it was switched off."""
@@ -92,13 +93,17 @@ class Agents:
         files = [self.folder / f"node-{node}.{name}" for name in ("err", "out")]
         return "\n".join(f.read_text() if f.exists() else "" for f in files)
 
+    def ranks(self, node: int) -> list[int]:
+        """The ranks of a node."""
+        return children(self.nodes[node].agent())
+
     def steps(self) -> int:
         """The last step of the metrics."""
         return max(metrics(self.folder), default=0)
 
-    def wait_for(self, what: Any) -> bool:
+    def wait_for(self, what: Callable[[], object], limit_s: float = LIMIT_S) -> bool:
         """Wait until what() holds; False where the agents end before, or it takes too long."""
-        deadline = time.monotonic() + LIMIT_S
+        deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             if what():
                 return True
@@ -116,8 +121,11 @@ class Agents:
             for number, node in self.nodes.items():
                 if number not in ended and node.code is not None and not node.processes():
                     ended[number] = time.monotonic() - start
+            self.crowd.look()
             time.sleep(0.02)
-        return {n: (node.code if n in ended else None, ended.get(n, limit_s)) for n, node in self.nodes.items()}
+        return {
+            n: (node.code if n in ended else None, ended.get(n, limit_s)) for n, node in self.nodes.items()
+        }
 
     def close(self) -> None:
         """Switch off all nodes."""

@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.faults.forge import children
+
 NEWNS, NEWUTS, NEWPID, NEWNET = 0x20000, 0x4000000, 0x20000000, 0x40000000
-PRIVATE, READ_ONLY, REMOUNT, BIND, REC = 1 << 18, 1, 32, 4096, 16384
+PRIVATE, REC = 1 << 18, 16384
 NOBODY = "02:00:00:00:00:99"  # no interface has this address: what is sent there is lost
 
 
@@ -100,31 +102,30 @@ def network() -> Iterator[Network]:
 class Node:
     """A machine that carries out work() as its first process but one, and stays until close().
 
-    name: of the host. net: a network namespace, "" for this one. read_only: a folder that the node sees so
-    from set_read_only() on. code: of work(), None while it goes on.
+    name: of the host. net: a network namespace, "" for this one. code: of work(), None while it goes on.
     """
 
-    def __init__(self, name: str, work: Callable[[], int], *, net: str = "", binds: Path | None = None) -> None:
+    def __init__(self, name: str, work: Callable[[], int], *, net: str = "") -> None:
         self._codes, codes = os.pipe()
         self.outer = os.fork()
         if not self.outer:
             try:
                 os.close(self._codes)
-                _be_node(name, work, net, binds, codes)
+                _be_node(name, work, net, codes)
             finally:
                 os._exit(1)
         os.close(codes)
         os.set_blocking(self._codes, False)
-        self.first = self._first()
+        self.first = self._child_of(self.outer)
+        self._agent = self._child_of(self.first)
         self._code: int | None = None
 
-    def _first(self) -> int:
+    @staticmethod
+    def _child_of(pid: int) -> int:
         deadline = time.monotonic() + 60.0
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                found = Path(f"/proc/{self.outer}/task/{self.outer}/children").read_text().split()
-                if found:
-                    return int(found[0])
+            if found := children(pid):
+                return found[0]
             time.sleep(0.005)
         raise AssertionError("no node")
 
@@ -154,14 +155,7 @@ class Node:
 
     def agent(self) -> int:
         """The process that carries out the work."""
-        (pid,) = map(int, Path(f"/proc/{self.first}/task/{self.first}/children").read_text().split()[:1])
-        return pid
-
-    def remount(self, folder: Path, *, read_only: bool) -> None:
-        """The folder that the node has bound can, or cannot, be written."""
-        how = "ro" if read_only else "rw"
-        at = ["nsenter", "--target", str(self.first), "--mount", "--"]
-        subprocess.run([*at, "mount", "-o", f"remount,bind,{how}", str(folder)], check=True)
+        return self._agent
 
     def close(self) -> None:
         """The node is switched off: all that is left of it ends at once."""
@@ -173,7 +167,7 @@ class Node:
         os.close(self._codes)
 
 
-def _be_node(name: str, work: Callable[[], int], net: str, binds: Path | None, codes: int) -> None:
+def _be_node(name: str, work: Callable[[], int], net: str, codes: int) -> None:
     if net:
         at = os.open(f"/var/run/netns/{net}", os.O_RDONLY)
         _call("setns", at, NEWNET)
@@ -181,9 +175,6 @@ def _be_node(name: str, work: Callable[[], int], net: str, binds: Path | None, c
     _call("unshare", NEWUTS | NEWPID | NEWNS)
     socket.sethostname(name)
     _call("mount", b"none", b"/", None, REC | PRIVATE, None)
-    if binds is not None:
-        folder = str(binds).encode()
-        _call("mount", folder, folder, None, BIND, None)
     first = os.fork()
     if first:
         os.waitpid(first, 0)

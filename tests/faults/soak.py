@@ -23,8 +23,9 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from tests.faults.__main__ import KINDS, Injected, follow, inject, line, table, undisturbed
+from tests.faults.__main__ import PLAIN, follow, inject, undisturbed
 from tests.faults.forge import Job, config, metrics, weights
+from tests.faults.injected import Injected, line, table
 
 MOST_GROWTH_MIB = 40.0  # of a rank's memory, over its longest start
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--every", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--kinds", default=",".join(PLAIN))
     args = parser.parse_args(argv)
     seed = random.randrange(2**32) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
