@@ -54,10 +54,20 @@ def connect(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
 
 
 def of_start(store: Store) -> PrefixStore:
-    """The store as the ranks of this start see it: they must not read the keys of those before them."""
+    """The store as the ranks of this start see it: they must not read the keys of those before them.
+
+    An agent's store outlives the ranks. One that rank 0 serves does not: agents of torchrun that were started
+    at different times count restarts differently, and their ranks meet there all the same.
+    """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
 
-    return PrefixStore(f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_serves() else "0"
+    return PrefixStore(f"polyrank/{count}", store)
+
+
+def agent_serves() -> bool:
+    """Whether torchrun or launch_local serves the store, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _listener(address: str, port: int) -> socket.socket | None:
@@ -105,10 +115,8 @@ def name_launch(store: PrefixStore) -> tuple[str, bool]:
 
 def meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
     """The job's store, once every rank has come to it. Raises PolyrankError naming those that have not."""
-    # torchrun and launch_local host it; where ranks are started otherwise, rank 0 does.
-    hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
     try:
-        store = connect(timeout_s, hosts=hosts)
+        store = connect(timeout_s, hosts=rank == 0 and not agent_serves())
     except RuntimeError as error:
         raise PolyrankError(
             f"rank {rank} does not reach the job's store at {at()} within {timeout_s:g} s (run.timeout_s): "
@@ -119,8 +127,8 @@ def meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
         return _bounded(partial(_all_here, store, rank, world, timeout_s), timeout_s + 2 * SPARE_S, _CUT_OFF)
     except RuntimeError as error:
         raise PolyrankError(
-            f"rank {rank} has reached the job's store at {at()}, and has lost it while it waited for the other "
-            f"ranks ({str(error).splitlines()[0]})"
+            f"rank {rank} has reached the job's store at {at()}, and has lost it while it waited for the "
+            f"other ranks ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -104,7 +104,7 @@ def named(said: str, found: Injected) -> list[str]:
 
 
 class Suite:
-    """Jobs of so many steps in a folder, with the faults that they were given. total: of the faults to come."""
+    """Jobs of so many steps in a folder, with faults. total: of the faults that are to come."""
 
     def __init__(self, folder: Path, steps: int, draw: random.Random, total: int) -> None:
         self.folder, self.steps, self.draw, self.total = folder, steps, draw, total
@@ -153,7 +153,7 @@ class Suite:
             if not any("the last start" in why for why in found.wrong):
                 self._compare(path, found, exact=SCENES[kind.partition("@")[0]].exact)
         except Exception as error:  # what else is to be tried does not depend on it
-            found = Injected(kind, -1, 0, wrong=[f"{type(error).__name__}"], said=traceback.format_exc())
+            found = Injected(kind, -1, 0, wrong=[f"{error!r:.60}"], said=traceback.format_exc())
         self._add(found)
         shutil.rmtree(path.parent, ignore_errors=True)
 

@@ -67,12 +67,13 @@ class Agents:
         self.path, self.folder, self.port = path, path.parent, port
         self.options, self.cable, self.train = options, cable, train
         self.nodes: dict[int, Node] = {}
-        self.crowd = Crowd()
+        self.crowd, self.starts = Crowd(), 0
 
     def start(self, node: int) -> None:
         """Start a node, or start it again once it was switched off."""
         address = self.cable.address(0) if self.cable else "127.0.0.1"
-        mine = self.cable.address(node) if self.cable else "127.0.0.1"
+        # torchrun tells agents apart by address and process id: those of a node that is new are small.
+        mine = self.cable.address(node) if self.cable else f"127.0.0.{node + 1}"
         arguments = ["--nproc-per-node=1", f"--local-addr={mine}"]
         if "--rdzv-backend=c10d" in self.options:
             arguments += [f"--rdzv-endpoint={address}:{self.port}", "--rdzv-id=tests"]
@@ -80,9 +81,16 @@ class Agents:
         else:
             arguments += [f"--node-rank={node}", f"--master-addr={address}", f"--master-port={self.port}"]
         arguments += [*self.options, "-m", "mm", "train", str(self.path), *self.train]
-        environ = {"GLOO_SOCKET_IFNAME": self.cable.interface(node) if self.cable else "lo"}
+        # Else an agent that was started later would wait for an address that is not told again (torch 2.13).
+        unshared = (
+            {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if "--rdzv-backend=c10d" in self.options else {}
+        )
+        environ = {**unshared, "GLOO_SOCKET_IFNAME": self.cable.interface(node) if self.cable else "lo"}
         said, net = self.folder / f"node-{node}", self.cable.names[node] if self.cable else ""
-        self.nodes[node] = Node(f"node{node}", lambda: _be_agent(arguments, said, environ), net=net)
+        self.nodes[node] = Node(
+            f"node{node}", lambda: _be_agent(arguments, said, environ), net=net, spent=self.starts
+        )
+        self.starts += 1
 
     def stop(self, node: int) -> None:
         """Switch a node off."""

@@ -100,32 +100,37 @@ def network() -> Iterator[Network]:
 
 
 class Node:
-    """A machine that carries out work() as its first process but one, and stays until close().
+    """A machine that carries out work() and stays until close().
 
-    name: of the host. net: a network namespace, "" for this one. code: of work(), None while it goes on.
+    name: of the host. net: a network namespace, "" for this one. spent: process ids that are spent before
+    work() has one. code: of work(), None while it goes on.
     """
 
-    def __init__(self, name: str, work: Callable[[], int], *, net: str = "") -> None:
+    def __init__(self, name: str, work: Callable[[], int], *, net: str = "", spent: int = 0) -> None:
         self._codes, codes = os.pipe()
         self.outer = os.fork()
         if not self.outer:
             try:
                 os.close(self._codes)
-                _be_node(name, work, net, codes)
+                _be_node(name, work, net, spent, codes)
             finally:
                 os._exit(1)
         os.close(codes)
         os.set_blocking(self._codes, False)
         self.first = self._child_of(self.outer)
-        self._agent = self._child_of(self.first)
+        self._agent = self._child_of(self.first, leads=True)
         self._code: int | None = None
 
     @staticmethod
-    def _child_of(pid: int) -> int:
+    def _child_of(pid: int, *, leads: bool = False) -> int:
+        """A child of a process, once there is one. leads: a session of its own."""
         deadline = time.monotonic() + 60.0
         while time.monotonic() < deadline:
-            if found := children(pid):
-                return found[0]
+            for child in children(pid):
+                with contextlib.suppress(OSError):
+                    stat = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+                    if not leads or stat[3] == str(child):
+                        return child
             time.sleep(0.005)
         raise AssertionError("no node")
 
@@ -167,7 +172,7 @@ class Node:
         os.close(self._codes)
 
 
-def _be_node(name: str, work: Callable[[], int], net: str, codes: int) -> None:
+def _be_node(name: str, work: Callable[[], int], net: str, spent: int, codes: int) -> None:
     if net:
         at = os.open(f"/var/run/netns/{net}", os.O_RDONLY)
         _call("setns", at, NEWNET)
@@ -180,6 +185,11 @@ def _be_node(name: str, work: Callable[[], int], net: str, codes: int) -> None:
         os.waitpid(first, 0)
         os._exit(0)
     _call("mount", b"proc", b"/proc", b"proc", 0, None)
+    for _ in range(spent):
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        os.waitpid(pid, 0)
     own = os.fork()
     if not own:
         os.close(codes)

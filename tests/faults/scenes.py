@@ -241,8 +241,10 @@ def restarted(path: Path, steps: int, draw: random.Random, moment: str) -> Injec
 
 def agent(path: Path, steps: int, draw: random.Random, moment: str) -> Injected:
     """An agent of torchrun is killed, its rank is not: nobody would see it go on."""
+    slowly = path.with_name("pause")  # the job must not come to its end meanwhile
     with agents(path, free_port(), ["--nnodes=2"]) as job:
         _hit(job, draw, moment)
+        slowly.write_text("0.2")
         node = draw.randrange(2)
         found = Injected("agent", node, job.steps() + 1)
         os.kill(job.nodes[node].agent(), signal.SIGKILL)
@@ -259,6 +261,7 @@ def agent(path: Path, steps: int, draw: random.Random, moment: str) -> Injected:
         )
         found.lost = job.steps() - kept(path.parent)
         found.wrong += [f"{found.lost} steps are lost"] if found.lost > LOST else []
+    slowly.unlink()
     with agents(path, free_port(), ["--nnodes=2"]) as job:
         _finish(job, found)
     return found
@@ -285,7 +288,7 @@ def rejoin(path: Path, steps: int, draw: random.Random, moment: str) -> Injected
     again when it is back."""
     options, on = ["--nnodes=1:2", "--rdzv-backend=c10d", "--max-restarts=9"], Worlds(path.parent)
     with agents(path, free_port(), options) as job:
-        slowly = path.parent / "pause"
+        slowly = path.with_name("pause")
         slowly.write_text("0.1")
         job.wait_for(lambda: on(2), LIMIT_S)
         _hit(job, draw, moment)

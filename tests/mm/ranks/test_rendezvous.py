@@ -57,3 +57,27 @@ def test_a_port_of_a_program_that_says_nothing_is_named_in_time(monkeypatch: pyt
             rendezvous.meet(1, 2, 0.3)
         assert time.monotonic() - start < 10
         assert "something listens there" in str(caught.value) and "MASTER_PORT" in str(caught.value)
+
+
+def test_a_store_that_no_longer_answers_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks have met there, and its machine is cut off: torch waits for an answer without a bound."""
+    over = threading.Event()
+
+    class CutOff:
+        def set(self, key: str, value: str) -> None:
+            pass
+
+        def wait(self, keys: list[str], timeout: object) -> None:
+            over.wait(60)
+
+    monkeypatch.setattr(rendezvous, "connect", lambda timeout_s, hosts: CutOff())
+    monkeypatch.setattr(rendezvous, "SPARE_S", 0.1)
+    monkeypatch.setenv("MASTER_ADDR", "10.77.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    start = time.monotonic()
+    with pytest.raises(
+        PolyrankError, match=r"rank 1 has reached the job's store at 10\.77\.0\.1:29500, .* no longer answers"
+    ):
+        rendezvous.meet(1, 2, 0.2)
+    over.set()
+    assert time.monotonic() - start < 10
