@@ -48,9 +48,7 @@ def connect(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
         )
         return of_start(store)
 
-    return _bounded(
-        reach, timeout_s + SPARE_S, "something listens there that does not answer as a store does"
-    )
+    return _bounded(reach, timeout_s + SPARE_S, _MUTE)
 
 
 def of_start(store: Store) -> PrefixStore:
@@ -132,6 +130,7 @@ def meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
         ) from error
 
 
+_MUTE = "something listens there that does not answer as a store does"
 _CUT_OFF = "it no longer answers: its machine is cut off, or hangs"
 
 

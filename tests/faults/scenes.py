@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from tests.faults import nodes
 from tests.faults.agents import Agents, agents
 from tests.faults.forge import TIMEOUT_S, Crowd, Job, children
@@ -283,9 +285,18 @@ class Worlds:
         return self.seen()[-1:] == [ranks]
 
 
+def _layouts(path: Path) -> None:
+    """A layout for each number of ranks, that of two unlike the one without."""
+    raw = yaml.safe_load(path.read_text()) | {"elastic": {1: "one.yaml", 2: "two.yaml"}}
+    path.write_text(yaml.safe_dump(raw))
+    for name, tp in (("one", 1), ("two", 2)):
+        path.with_name(f"{name}.yaml").write_text(yaml.safe_dump({"layout": {"llm": {"tp": tp}}}))
+
+
 def rejoin(path: Path, steps: int, draw: random.Random, moment: str) -> Injected:
     """A machine is switched off; the job goes on without it on the layout for that count, and takes it in
     again when it is back."""
+    _layouts(path)
     options, on = ["--nnodes=1:2", "--rdzv-backend=c10d", "--max-restarts=9"], Worlds(path.parent)
     with agents(path, free_port(), options) as job:
         slowly = path.with_name("pause")
@@ -302,10 +313,12 @@ def rejoin(path: Path, steps: int, draw: random.Random, moment: str) -> Injected
         found.wrong += [f"{found.lost} steps are lost"] if found.lost > LOST else []
         some = job.steps() + 2
         job.wait_for(lambda: job.steps() >= some, LIMIT_S)
+        slowly.write_text("1.0")  # the machine is to come back before the end
         job.start(1)
         back = job.wait_for(lambda: on(2), LIMIT_S)
         slowly.unlink()
-        found.wrong += [] if back else ["the machine is not taken in again"]
+        found.wrong += [] if back and job.steps() < steps - 2 else ["the machine is not taken in again"]
+        found.wrong += [] if "tp2" in job.said(0) else ["not the layout that the config gives for two ranks"]
         found.said = job.said(0) + job.said(1)
         _finish(job, found)
     found.said += f"\nranks of each start: {on.seen()}" * bool(found.wrong)

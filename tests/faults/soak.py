@@ -67,6 +67,15 @@ def growth(seen: Sequence[Use]) -> Use:
     return Use(*(median(u[i] for u in last) - median(u[i] for u in first) for i in range(3)))
 
 
+def progress(steps: int, last: int, seconds: float, found: Sequence[Injected]) -> str:
+    """How far a soak is, and how long it will take as it goes."""
+    bad, more = sum(bool(f.wrong) for f in found), seconds / max(1, steps) * (last - steps)
+    return (
+        f"  step {steps} of {last}, {len(found)} faults, {bad} not as it should be, {seconds:.0f} s, about "
+        f"{more:.0f} s more"
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Run it; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -81,7 +90,10 @@ def main(argv: Sequence[str]) -> int:
         importlib.import_module(name)
     draw, kinds = random.Random(seed), args.kinds.split(",")
     folder = Path(tempfile.mkdtemp(prefix="polyrank-soak-"))
+    begun = time.monotonic()
     expected, weighed = undisturbed(folder / "undisturbed", args.steps)
+    print(f"the undisturbed run: {args.steps} steps in {time.monotonic() - begun:.0f} s", flush=True)
+    begun = time.monotonic()
     path = config(folder / "job", args.steps)
     found: list[Injected] = []
     longest: list[Use] = []
@@ -96,6 +108,7 @@ def main(argv: Sequence[str]) -> int:
         follow(job, fault)
         found.append(fault)
         print(line(fault), flush=True)
+        print(progress(job.steps(), args.steps, time.monotonic() - begun, found), flush=True)
     more = growth(longest) if longest else Use(0.0, 0, 0)
     wrong = [line(f) for f in found if f.wrong]
     losses = {step: record["loss"] for step, record in metrics(path.parent).items()}
@@ -106,7 +119,8 @@ def main(argv: Sequence[str]) -> int:
     if more.threads > 0 or more.handles > 0 or more.mib > MOST_GROWTH_MIB:
         wrong.append("ranks grow")
     print(
-        f"{table(found) if found else 'no fault came'}\n{args.steps} steps, {len(found)} faults, seed {seed}"
+        f"{table(found) if found else 'no fault came'}\n{args.steps} steps, {len(found)} faults, "
+        f"{len([f for f in found if f.wrong])} not as it should be, {time.monotonic() - begun:.0f} s, seed {seed}"
     )
     print(
         f"growth over the longest start ({len(longest) // 2} s): {more.mib:.1f} MiB, "

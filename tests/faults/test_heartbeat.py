@@ -44,7 +44,7 @@ def test_a_rank_whose_agent_has_ended_does_not_go_on(
     assert failed.text in capsys.readouterr().err and (tmp_path / "faults" / "rank-0.txt").exists()
 
 
-@pytest.mark.parametrize("agent", [0, os.getppid()])
+@pytest.mark.parametrize("agent", [0, os.getppid()], ids=["none", "its own"])
 def test_a_rank_goes_on_with_its_agent_or_without_any(agent: int, tmp_path: Path) -> None:
     store = dist.HashStore()
     failure.prepare(store)

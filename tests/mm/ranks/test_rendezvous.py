@@ -81,3 +81,18 @@ def test_a_store_that_no_longer_answers_is_named_in_time(monkeypatch: pytest.Mon
         rendezvous.meet(1, 2, 0.2)
     over.set()
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_only_a_store_that_outlives_ranks_has_a_part_for_each_start(
+    served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that was started later counts other restarts than the one that has stayed."""
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(served))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    rendezvous.of_start(store).set("key", "of the agent that has stayed")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert rendezvous.of_start(store).check(["key"]) is not served
