@@ -338,7 +338,7 @@ def join(here: RankInfo, cfg: Config, facts: Mapping[str, str] | None = None) ->
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
 
     rank, world, device, store = here.rank, here.world, here.device, here.store
-    assert store is not None
+    assert isinstance(store, PrefixStore), "ranks have come to it"
     if facts is not None:
         facts = {**facts, "device": device.type}
         if wrong := check_same(store, rank, world, "start", facts, cfg.run.timeout_s):

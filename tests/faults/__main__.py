@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.faults.forge import LIMIT_S, TIMEOUT_S, Job, config, metrics, weights
+from tests.faults.forge import LIMIT_S, Job, config, metrics, timeout_here, timeout_of, weights
 from tests.faults.injected import END_S, LOST, Injected, line, table
 from tests.faults.scenes import SCENES, in_time, kept, play
 
@@ -67,7 +67,7 @@ def inject(job: Job, kind: str, draw: random.Random) -> Injected | None:
 
 def follow(job: Job, found: Injected) -> None:
     """See how a job ends after a fault."""
-    waits = 0.0 if found.kind in AT_ONCE else TIMEOUT_S
+    waits = 0.0 if found.kind in AT_ONCE else timeout_of(job.folder)
     code, found.seconds = job.end(waits + END_S + 60.0)
     said = job.err.read_text()
     done = "held-out" in job.out.read_text() or job.steps() >= job.last
@@ -108,7 +108,7 @@ class Suite:
 
     def __init__(self, folder: Path, steps: int, draw: random.Random, total: int) -> None:
         self.folder, self.steps, self.draw, self.total = folder, steps, draw, total
-        self.began = time.monotonic()
+        self.began, self.timeout_s = time.monotonic(), timeout_here()
         self.expected, self.weighed = undisturbed(folder / "undisturbed", steps)
         self.found: list[Injected] = []
         self.jobs = 0
@@ -124,7 +124,7 @@ class Suite:
 
     def _config(self) -> Path:
         self.jobs += 1
-        return config(self.folder / f"job-{self.jobs}", self.steps)
+        return config(self.folder / f"job-{self.jobs}", self.steps, self.timeout_s)
 
     def _job(self, left: Sequence[str]) -> Sequence[str]:
         """A job to its end, with as many of the faults as come before it; returns the others."""
@@ -182,7 +182,7 @@ class Suite:
 
 def undisturbed(folder: Path, steps: int) -> tuple[dict[int, float], dict[str, str]]:
     """Losses by step and weights of a run without faults."""
-    path = config(folder, steps)
+    path = config(folder, steps, 600.0)  # nothing is to go wrong
     job = Job(path, steps)
     code, _ = job.end(1000.0 + steps)
     assert code == 0, job.err.read_text()
@@ -220,6 +220,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{kind} is not tried: {why}")
     chosen = kinds if args.each else shuffled(kinds, args.faults, draw)
     suite = Suite(folder, args.steps, draw, len(chosen))
+    print(f"run.timeout_s is {suite.timeout_s:g} s", flush=True)
     suite.run(chosen)
     found = suite.found
     print(table(found))

@@ -24,17 +24,18 @@ from mm.ranks.stop import block_requests
 from tests.mm.harness import small
 from tests.mm.shards import sensor_samples, write_shard
 
-TIMEOUT_S = 6.0  # run.timeout_s of the jobs
+TIMEOUT_S = 6.0  # run.timeout_s of the jobs, on a machine that has a core for each
+MOST_TIMES = 10.0  # as long, where many processes share them
 LIMIT_S = 300.0  # of one start, on a very busy machine
 
 
-def config(folder: Path, steps: int) -> Path:
+def config(folder: Path, steps: int, timeout_s: float = TIMEOUT_S) -> Path:
     """Text and a faulty sensor on two ranks, a checkpoint every 4 steps."""
     folder.mkdir(parents=True)
     write_shard(folder / "sensor-000000.tar", sensor_samples(20))
     raw = small(
         data={"train": ["sensor-*.tar"]},
-        run={"dir": str(folder / "run"), "nproc": 2, "timeout_s": TIMEOUT_S},
+        run={"dir": str(folder / "run"), "nproc": 2, "timeout_s": timeout_s},
         train={"steps": steps, "global_batch": 4},
         checkpoint={"every": 4, "keep": 2},
     )
@@ -75,6 +76,20 @@ def children(pid: int) -> list[int]:
         return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def timeout_here() -> float:
+    """run.timeout_s for jobs on this machine as busy as it is now, seconds. Takes a second."""
+    crowd = Crowd()
+    for _ in range(50):
+        crowd.look()
+        time.sleep(0.02)
+    return round(TIMEOUT_S * min(crowd.factor(), MOST_TIMES), 1)
+
+
+def timeout_of(folder: Path) -> float:
+    """run.timeout_s of a job."""
+    return float(yaml.safe_load((folder / "config.yaml").read_text())["run"]["timeout_s"])
 
 
 class Forked:

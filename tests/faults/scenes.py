@@ -19,7 +19,7 @@ import yaml
 
 from tests.faults import nodes
 from tests.faults.agents import Agents, agents
-from tests.faults.forge import TIMEOUT_S, Crowd, Job, children
+from tests.faults.forge import Crowd, Job, children, timeout_of
 from tests.faults.injected import END_S, LOST, Injected
 from tests.mm.harness import free_port
 
@@ -185,11 +185,11 @@ def partition(name: str, path: Path, draw: random.Random, moment: str) -> Inject
             time.sleep(draw.random() * 0.1)
             found = Injected(name, 1, job.steps() + 1)
             (cable.pull if name == "cable-pulled" else cable.lose)()
-            ended = job.end(TIMEOUT_S + END_S + 60.0)
+            ended = job.end(timeout_of(path.parent) + END_S + 60.0)
             found.seconds = max(seconds for _, seconds in ended.values())
             found.said = job.said(0) + job.said(1)
             found.wrong += [f"node {n}: exit code {code}" for n, (code, _) in ended.items() if code != 1]
-            found.wrong += in_time(job.crowd, found.seconds, TIMEOUT_S)
+            found.wrong += in_time(job.crowd, found.seconds, timeout_of(path.parent))
             for node, word in enumerate(("rank 1", cable.address(0)) if moment != "meeting" else ("", "")):
                 found.wrong += [f"node {node}: {why}" for why in one_message(job.said(node), word)]
             found.lost = job.steps() - kept(folder)
@@ -231,7 +231,7 @@ def restarted(path: Path, steps: int, draw: random.Random, moment: str) -> Injec
             crowd.look()
             time.sleep(0.01)
         found.seconds = time.monotonic() - begun
-        found.wrong += in_time(crowd, found.seconds, TIMEOUT_S)
+        found.wrong += in_time(crowd, found.seconds, timeout_of(path.parent))
         found.lost = max(0, found.step - 1 - kept(path.parent))
         found.wrong += [f"{found.lost} steps are lost"] if found.lost > LOST else []
         found.said = job.said(0) + job.said(1)
@@ -250,12 +250,12 @@ def agent(path: Path, steps: int, draw: random.Random, moment: str) -> Injected:
         node = draw.randrange(2)
         found = Injected("agent", node, job.steps() + 1)
         os.kill(job.nodes[node].agent(), signal.SIGKILL)
-        ended = job.end(TIMEOUT_S + END_S + 60.0)
+        ended = job.end(timeout_of(path.parent) + END_S + 60.0)
         found.seconds = max(seconds for _, seconds in ended.values())
         found.said = job.said(0) + job.said(1)
         if any(code is None for code, _ in ended.values()):
             found.wrong.append("processes are left")
-        found.wrong += in_time(job.crowd, found.seconds, TIMEOUT_S)
+        found.wrong += in_time(job.crowd, found.seconds, timeout_of(path.parent))
         # The first agent serves the store: without it ranks cannot tell each other.
         word = "has lost torchrun's agent" if node else "the job's store at"
         found.wrong += (

@@ -1,9 +1,10 @@
 """A long tiny run with a fault now and then: does it end with the weights of an undisturbed one?
 
-    python -m tests.faults.soak [--steps 5000] [--every SECONDS] [--seed S] [--kinds kill,stop,..]
+    python -m tests.faults.soak [--steps 5000] [--every SECONDS] [--seed S] [--kinds kill,stop,..] [--pause S]
 
-Faults come at random moments, SECONDS apart on average (30). Memory, threads and file handles of the ranks
-are looked at once a second; their growth is that between the first and the last quarter of the longest start.
+Faults come at random moments, SECONDS apart on average (30). Steps are fast: --pause makes time for more
+faults; the undisturbed run goes without it. Memory, threads and file handles of the ranks are looked at once a
+second; their growth is that between the first and the last quarter of the longest start.
 Exit code 1 where weights or losses differ, where a fault was not survived as it should be, or where threads
 or handles grow.
 """
@@ -24,7 +25,7 @@ from statistics import median
 from typing import NamedTuple
 
 from tests.faults.__main__ import PLAIN, follow, inject, undisturbed
-from tests.faults.forge import Job, config, metrics, weights
+from tests.faults.forge import Job, config, metrics, timeout_here, weights
 from tests.faults.injected import Injected, line, table
 
 MOST_GROWTH_MIB = 40.0  # of a rank's memory, over its longest start
@@ -82,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--every", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds that a step takes longer")
     parser.add_argument("--kinds", default=",".join(PLAIN))
     args = parser.parse_args(argv)
     seed = random.randrange(2**32) if args.seed is None else args.seed
@@ -94,7 +96,9 @@ def main(argv: Sequence[str]) -> int:
     expected, weighed = undisturbed(folder / "undisturbed", args.steps)
     print(f"the undisturbed run: {args.steps} steps in {time.monotonic() - begun:.0f} s", flush=True)
     begun = time.monotonic()
-    path = config(folder / "job", args.steps)
+    path = config(folder / "job", args.steps, timeout_here())
+    if args.pause:
+        path.with_name("pause").write_text(str(args.pause))
     found: list[Injected] = []
     longest: list[Use] = []
     while True:
@@ -120,7 +124,8 @@ def main(argv: Sequence[str]) -> int:
         wrong.append("ranks grow")
     print(
         f"{table(found) if found else 'no fault came'}\n{args.steps} steps, {len(found)} faults, "
-        f"{len([f for f in found if f.wrong])} not as it should be, {time.monotonic() - begun:.0f} s, seed {seed}"
+        f"{sum(bool(f.wrong) for f in found)} not as it should be, {time.monotonic() - begun:.0f} s, "
+        f"seed {seed}"
     )
     print(
         f"growth over the longest start ({len(longest) // 2} s): {more.mib:.1f} MiB, "
