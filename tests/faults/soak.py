@@ -3,8 +3,8 @@
     python -m tests.faults.soak [--steps 5000] [--every SECONDS] [--seed S] [--kinds kill,stop,..] [--pause S]
 
 Faults come at random moments, SECONDS apart on average (30). Steps are fast: --pause makes time for more
-faults; the undisturbed run goes without it. Memory, threads and file handles of the ranks are looked at once a
-second; their growth is that between the first and the last quarter of the longest start.
+faults; the undisturbed run goes without it. Memory, threads and file handles of the ranks are looked at once
+a second; their growth is that between the first and the last quarter of the longest start.
 Exit code 1 where weights or losses differ, where a fault was not survived as it should be, or where threads
 or handles grow.
 """

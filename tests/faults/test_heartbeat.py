@@ -20,7 +20,7 @@ from mm.faults.watch import About, Watch, about_key, post_key
 
 
 def until(what: Callable[[], object]) -> bool:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 20
     while not what() and time.monotonic() < deadline:
         time.sleep(0.01)
     return bool(what())

@@ -68,7 +68,7 @@ def test_a_store_that_no_longer_answers_is_named_in_time(monkeypatch: pytest.Mon
             pass
 
         def wait(self, keys: list[str], timeout: object) -> None:
-            over.wait(60)
+            over.wait(5)
 
     monkeypatch.setattr(rendezvous, "connect", lambda timeout_s, hosts: CutOff())
     monkeypatch.setattr(rendezvous, "SPARE_S", 0.1)
