@@ -8,6 +8,7 @@ when the rank has ended, so a rank that is killed leaves no writer behind.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -107,8 +108,9 @@ class Writer:
     def _introduce(self) -> None:
         assert self._plan is not None
         share, places, masks, file = self._plan
-        self._pipe.send((share, places, masks))
-        send_handle(self._pipe, file, self._pid)
+        with contextlib.suppress(OSError):  # it has ended: begin() finds that too, and tells how
+            self._pipe.send((share, places, masks))
+            send_handle(self._pipe, file, self._pid)
 
     def begin(self, given: Given) -> None:
         """Have the checkpoint of a step written, of what lies in the memory now."""

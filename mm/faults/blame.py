@@ -40,7 +40,7 @@ class Seen(NamedTuple):
     """A rank as the one that judges sees it.
 
     silent_s: since when its posts have stopped. ended: how its process ended, "" where it is not known to
-    have; of a process that was stopped by a signal, `stopped`.
+    have; of a process that was stopped by a signal, `stopped`. machine: its name, where that is another one.
     """
 
     rank: int
@@ -48,6 +48,7 @@ class Seen(NamedTuple):
     silent_s: float = 0.0
     ended: str = ""
     stopped: bool = False
+    machine: str = ""
 
 
 class Verdict(NamedTuple):
@@ -80,7 +81,8 @@ def blame(ranks: Sequence[Seen]) -> Verdict:
             why = f"was stopped by a signal {worst.silent_s:.0f} s ago in {worst.post.at}"
         else:
             why = f"is silent for {worst.silent_s:.0f} s in {worst.post.at}; "
-            why += "its machine is cut off, or code there never lets go of the interpreter"
+            which = f"its machine {worst.machine}" if worst.machine else "its machine"
+            why += f"{which} is cut off, or code there never lets go of the interpreter"
         return Verdict(worst.rank, f"{why}; others wait for it", True)
     working = [r for r in left if not r.post.waits]
     if working:

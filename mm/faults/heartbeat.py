@@ -25,7 +25,7 @@ from mm.faults.blame import Post
 from mm.faults.failure import Failure
 from mm.faults.record import FlightRecord, Window
 from mm.faults.sites import broke_at_exchange, site_of
-from mm.faults.stacks import Stacks
+from mm.faults.stacks import Stacks, this_machine
 from mm.faults.watch import LEAD, About, Watch, post_key
 
 if TYPE_CHECKING:
@@ -42,12 +42,15 @@ LOST_S = 5.0  # without a store: a launcher that ends may leave a rank that ends
 
 class Place(NamedTuple):
     """A rank of the job. lead_here: it speaks for its machine where the store is lost. timeout_s: of the
-    config's run."""
+    config's run. store: its address. agent: a process that starts the ranks again; without it, this one must
+    not go on. 0: none."""
 
     rank: int
     world: int
     lead_here: bool
     timeout_s: float
+    store: str = ""
+    agent: int = 0
 
 
 class Heartbeat:
@@ -75,6 +78,7 @@ class Heartbeat:
         self._still: tuple[object, float] = (None, time.monotonic())
         self._answered = time.monotonic()
         self._lost = ""
+        self._parting: Failure | None = None  # of a rank that must not go on
         self._slept = 0.0
         # A rank that is alone makes nobody wait: one that was suspended for long may go on.
         self._stacks = Stacks(place.timeout_s + EXIT_S, ends=place.world > 1)
@@ -178,6 +182,7 @@ class Heartbeat:
             last, number = now, number + 1
             self._stacks.set_timer()
             self._look(number, now)
+            self._look_for_agent()
             if self._failure is not None:
                 self._end(self._failure)
                 return
@@ -207,6 +212,14 @@ class Heartbeat:
         self._post = Post(number, str(self.record), waits, name, round(still, 3), self._calls)
         self._wake.set()
 
+    def _look_for_agent(self) -> None:
+        """A rank whose agent is gone would go on where nobody sees it, and write into the run's folder while
+        the others are started again."""
+        rank, agent = self.place.rank, self.place.agent
+        if agent and self._parting is None and os.getppid() != agent:
+            text = f"rank {rank} has lost torchrun's agent (process {agent}), which started it; {self.record}"
+            self._parting = Failure(text, rank, 1, rank, hangs=True)
+
     def _end(self, failed: Failure) -> None:
         """The job has failed: keep what this rank was at, and see that it ends."""
         own = failed.teller == self.place.rank
@@ -233,8 +246,9 @@ class Heartbeat:
         why = self._lost or f"does not answer for {time.monotonic() - self._answered:.0f} s"
         at = self._save(self._stacks.text())
         if self.place.lead_here:
+            of = f" at {self.place.store}" * bool(self.place.store)
             self._say(
-                f"rank {self.place.rank}: the job's store {why}; the launcher that serves it has ended, "
+                f"rank {self.place.rank}: the job's store{of} {why}; the launcher that serves it has ended, "
                 f"hangs or cannot be reached, so the ranks end ({self.record})" + f" ({at})" * bool(at)
             )
         self._exit(1)
@@ -259,7 +273,8 @@ class Heartbeat:
 
     def _converse(self) -> None:
         place, store = self.place, self._connect()
-        about = About(socket.gethostname(), os.getpid(), self._stacks.number, self._window.number)
+        files = self._stacks.number, self._window.number
+        about = About(this_machine(), os.getpid(), *files, name=socket.gethostname())
         failure.prepare(store)
         watch = self._watch = Watch(store, place.rank, place.world, about)
         slept = 0.0
@@ -270,9 +285,11 @@ class Heartbeat:
             if slept != self._slept:
                 slept, away = self._slept, self._slept - slept
                 watch.shift(away)
-            value = watch.read(watch.mine, failure.KEY)
+            failed = failure.read(watch.read(watch.mine, failure.KEY))
             self._answered = time.monotonic()
-            if self._take(failure.read(value)) or post.done:
+            if self._parting is not None:
+                failed = failure.tell(store, self._parting)
+            if self._take(failed) or post.done:
                 return
             if watch.rank == LEAD or watch.lead_is_lost():
                 self._judge(store, watch)

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -85,6 +86,18 @@ def end(pid: int) -> None:
         time.sleep(0.1)
     with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)
+
+
+def this_machine() -> str:
+    """This start of the machine, with the set of process ids that this process counts in.
+
+    The name of a host does not tell: containers of several machines may have one name.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux: a name has to do
+        return socket.gethostname()
 
 
 def state_of(pid: int) -> str:

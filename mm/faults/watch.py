@@ -22,12 +22,14 @@ LEAD = 0  # the rank that reads all posts, as long as it lives
 
 @dataclass(frozen=True)
 class About:
-    """Where a rank is. stacks, window: descriptors of the files that have its stacks and what it does now."""
+    """Where a rank is. host: as stacks.this_machine() has it. name: of the host, for people. stacks, window:
+    descriptors of the files that have its stacks and what it does now."""
 
     host: str
     pid: int
     stacks: int
     window: int
+    name: str = ""
 
     def dump(self) -> str:
         """As the store has it."""
@@ -125,7 +127,8 @@ class Watch:
         if silent >= SILENT_S and about is not None and about.host == self._host:
             post = replace(post, at=shown(read(about.pid, about.window)) or post.at)
         ended = "ended without a word" if rank in self._ended else ""
-        return Seen(rank, post, silent, ended, stopped=state == "T")
+        elsewhere = about.name if about is not None and about.host != self._host else ""
+        return Seen(rank, post, silent, ended, state == "T", elsewhere)
 
     def about(self, rank: int) -> About | None:
         """Where a rank is, once it has told."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.errors import Refused
+from mm.faults.stacks import this_machine
 
 CLAIM = "run.claim"
 TOUCH_S = 3.0  # between two touches of a holder
@@ -58,17 +59,9 @@ def _began(pid: int) -> str:
         return ""
 
 
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux: a name has to do
-        return socket.gethostname()
-
-
 def this_process(launch: str = "") -> Holder:
     """This process as a holder."""
-    return Holder(socket.gethostname(), _machine(), os.getpid(), _began(os.getpid()), launch)
+    return Holder(socket.gethostname(), this_machine(), os.getpid(), _began(os.getpid()), launch)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Start the ranks of this machine, or join as a rank that torchrun or launch_local has started.
 
-The launcher calls launch_local(). A rank calls follow_launcher(), then init_distributed().
+The launcher calls launch_local(). A rank calls follow_launcher(), then come() and join(), or both in one as
+init_distributed().
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
@@ -56,6 +57,7 @@ class RankInfo:
     timeout_s: float = 120.0  # longest wait for another rank, seconds
     launch: str = ""  # on rank 0 a name of this launch, the same when torchrun starts the ranks again
     relaunched: bool = False  # on rank 0: an earlier start of these ranks has made the name
+    agent: int = 0  # torchrun's process that started this one, 0 where another has
     record: FlightRecord = field(default_factory=FlightRecord, compare=False, repr=False)  # what it does
 
 
@@ -289,14 +291,14 @@ def choose_device(wanted: str, local_rank: int, local_ranks: int, cuda_devices: 
     return f"cuda:{local_rank}"
 
 
-def init_distributed(cfg: Config, facts: Mapping[str, str] | None = None) -> RankInfo:
-    """Join the job's default process group. Its waits are bounded by run.timeout_s.
+def init_distributed(cfg: Config) -> RankInfo:
+    """Meet the other ranks, and make the job's default process group. Waits are bounded by run.timeout_s."""
+    return join(come(cfg), cfg)
 
-    facts: what all ranks must have alike. Raises Refused where they do not.
-    """
+
+def come(cfg: Config) -> RankInfo:
+    """Meet the other ranks at the job's store, on the device of this one."""
     import torch
-    import torch.distributed as dist
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
 
     # Newer torch renames the tensor collectives; torch 2.11 has only the old names.
     warnings.filterwarnings("ignore", r"`torch.distributed.*` is deprecated", FutureWarning)
@@ -316,6 +318,27 @@ def init_distributed(cfg: Config, facts: Mapping[str, str] | None = None) -> Ran
                 file=sys.stderr,
             )
     store = meet(rank, world, cfg.run.timeout_s)
+    return RankInfo(
+        rank,
+        world,
+        device,
+        store=store,
+        node_size=node_size(cfg, world),
+        timeout_s=cfg.run.timeout_s,
+        agent=os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ and not held_by_launcher() else 0,
+    )
+
+
+def join(here: RankInfo, cfg: Config, facts: Mapping[str, str] | None = None) -> RankInfo:
+    """Make the default process group of the ranks that have met.
+
+    facts: what all ranks must have alike. Raises Refused where they do not.
+    """
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
+
+    rank, world, device, store = here.rank, here.world, here.device, here.store
+    assert isinstance(store, PrefixStore), "ranks have come to it"
     if facts is not None:
         facts = {**facts, "device": device.type}
         if wrong := check_same(store, rank, world, "start", facts, cfg.run.timeout_s):
@@ -333,13 +356,4 @@ def init_distributed(cfg: Config, facts: Mapping[str, str] | None = None) -> Ran
         device_id=device if device.type == "cuda" else None,
     )
     name, relaunched = name_launch(store) if rank == 0 else ("", False)
-    return RankInfo(
-        rank,
-        world,
-        device,
-        store=store,
-        node_size=node_size(cfg, world),
-        timeout_s=cfg.run.timeout_s,
-        launch=name,
-        relaunched=relaunched,
-    )
+    return replace(here, launch=name, relaunched=relaunched)

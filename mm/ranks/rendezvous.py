@@ -13,6 +13,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from mm.config.flat import said
@@ -47,14 +48,24 @@ def connect(timeout_s: float, *, hosts: bool = False) -> PrefixStore:
         )
         return of_start(store)
 
-    return _bounded(reach, timeout_s + SPARE_S)
+    return _bounded(reach, timeout_s + SPARE_S, _MUTE)
 
 
 def of_start(store: Store) -> PrefixStore:
-    """The store as the ranks of this start see it: they must not read the keys of those before them."""
+    """The store as the ranks of this start see it: they must not read the keys of those before them.
+
+    An agent's store outlives the ranks. One that rank 0 serves does not: agents of torchrun that were started
+    at different times count restarts differently, and their ranks meet there all the same.
+    """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in __all__
 
-    return PrefixStore(f"polyrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_serves() else "0"
+    return PrefixStore(f"polyrank/{count}", store)
+
+
+def agent_serves() -> bool:
+    """Whether torchrun or launch_local serves the store, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _listener(address: str, port: int) -> socket.socket | None:
@@ -70,9 +81,10 @@ def _listener(address: str, port: int) -> socket.socket | None:
         return None
 
 
-def _bounded(act: Callable[[], T], timeout_s: float) -> T:
-    """What act() gives. Raises RuntimeError where it takes longer, and leaves it to itself: torch's store
-    waits without a bound for the first answer of a port that something else listens on."""
+def _bounded(act: Callable[[], T], timeout_s: float, why: str) -> T:
+    """What act() gives. Raises RuntimeError, which says why, where it takes longer, and leaves it to itself:
+    torch's store waits without a bound for an answer, of a port that something else listens on, or of a
+    machine that is cut off."""
     box: list[T | BaseException] = []
 
     def run() -> None:
@@ -85,7 +97,7 @@ def _bounded(act: Callable[[], T], timeout_s: float) -> T:
     thread.start()
     thread.join(timeout_s)
     if not box:
-        raise RuntimeError("something listens there that does not answer as a store does")
+        raise RuntimeError(why)
     if isinstance(box[0], BaseException):
         raise box[0]
     return box[0]
@@ -101,17 +113,34 @@ def name_launch(store: PrefixStore) -> tuple[str, bool]:
 
 def meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
     """The job's store, once every rank has come to it. Raises PolyrankError naming those that have not."""
-    # torchrun and launch_local host it; where ranks are started otherwise, rank 0 does.
-    hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
     try:
-        store = connect(timeout_s, hosts=hosts)
+        store = connect(timeout_s, hosts=rank == 0 and not agent_serves())
     except RuntimeError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise PolyrankError(
-            f"rank {rank} does not reach the job's store at {where} within {timeout_s:g} s (run.timeout_s): "
+            f"rank {rank} does not reach the job's store at {at()} within {timeout_s:g} s (run.timeout_s): "
             f"{str(error).splitlines()[0]}; needed: rank 0 or torchrun at that address, and a port that no "
             "other program has (MASTER_PORT, or --rdzv-endpoint of torchrun)"
         ) from error
+    try:
+        return _bounded(partial(_all_here, store, rank, world, timeout_s), timeout_s + 2 * SPARE_S, _CUT_OFF)
+    except RuntimeError as error:
+        raise PolyrankError(
+            f"rank {rank} has reached the job's store at {at()}, and has lost it while it waited for the "
+            f"other ranks ({str(error).splitlines()[0]})"
+        ) from error
+
+
+_MUTE = "something listens there that does not answer as a store does"
+_CUT_OFF = "it no longer answers: its machine is cut off, or hangs"
+
+
+def at() -> str:
+    """The address of the job's store."""
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _all_here(store: PrefixStore, rank: int, world: int, timeout_s: float) -> PrefixStore:
+    """The store, once every rank has come to it."""
     keys = [f"here/{r}" for r in range(world)]
     store.set(keys[rank], "")
     start = time.monotonic()

@@ -30,8 +30,8 @@ from mm.faults.heartbeat import Heartbeat, Place
 from mm.plan.blueprint import Blueprint
 from mm.ranks.agree import check_same_data, claimed_by_one, facts_of
 from mm.ranks.job import Job, build_job, open_data, open_indexes
-from mm.ranks.launch import RankInfo, init_distributed, restarted
-from mm.ranks.rendezvous import connect
+from mm.ranks.launch import RankInfo, come, join, restarted
+from mm.ranks.rendezvous import at, connect
 from mm.ranks.stop import Stop
 from mm.report.header import header, memory_warning
 from mm.report.plan_json import plan_json
@@ -59,18 +59,23 @@ def train(runs: Sequence[Run], stop: Stop, last: Callable[[], object] = lambda: 
     Stages that are done are passed over. last: what to do before a rank is ended whose main thread hangs.
     Raises Told where a run cannot go on, once some rank has told why.
     """
-    rank = init_distributed(runs[0].blueprint.cfg, facts_of([(r.name, r.blueprint) for r in runs]))
+    facts, cfg = facts_of([(r.name, r.blueprint) for r in runs]), runs[0].blueprint.cfg
     folders = [Path(run.blueprint.cfg.run.dir) for run in runs]
+    rank = come(cfg)
     with _heartbeat(runs[0], rank, last) as heartbeat:
         try:
-            with heartbeat.telling(), claimed_by_one(folders, rank):
-                _train_in_turn(runs, rank, stop, heartbeat)
+            with heartbeat.telling():
+                rank = join(rank, cfg, facts)
+                with claimed_by_one(folders, rank):
+                    _train_in_turn(runs, rank, stop, heartbeat)
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _heartbeat(run: Run, rank: RankInfo, last: Callable[[], object]) -> Heartbeat:
-    place = Place(rank.rank, rank.world, os.environ.get("LOCAL_RANK", "0") == "0", rank.timeout_s)
+    lead_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    place = Place(rank.rank, rank.world, lead_here, rank.timeout_s, at(), rank.agent)
     folder = Path(run.blueprint.cfg.run.dir)
     return Heartbeat(place, partial(connect, rank.timeout_s), rank.record, folder, last)
 

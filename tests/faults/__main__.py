@@ -2,9 +2,11 @@
 
     python -m tests.faults [--seed S] [--faults N | --each] [--kinds kill,..] [--steps N] [--json OUT]
 
-Each start of a job gets one fault, at a random moment some steps on, or in the midst of a save. Then every
-process must end by itself in time, one message must name the rank that went first, and the next start must
-resume. A job that is done must have learned what an undisturbed one learns, bit for bit. Prints a table; exit
+Each start of a job gets one fault, at a random moment some steps on, or in the midst of a save; scenes
+(scenes.py) have jobs of their own, some of them under torchrun on two nodes, and are asked for a moment with
+`KIND@MOMENT`. Then every process must end by itself in time, one message must name the rank that went first,
+and the next start must resume. A job that is done must have learned what an undisturbed one learns, bit for
+bit. Limits of time are multiplied by how many processes there are to run for each core. Prints a table; exit
 code 1 where something fell short, with what the job said.
 """
 
@@ -20,32 +22,20 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
-from tests.faults.forge import TIMEOUT_S, Job, config, metrics, weights
+from tests.faults.forge import LIMIT_S, Job, config, metrics, timeout_here, timeout_of, weights
+from tests.faults.injected import END_S, LOST, Injected, line, table
+from tests.faults.scenes import SCENES, in_time, kept, play
 
-KINDS = ("kill", "mid-save", "stop", "never_returns", "keeps_the_interpreter", "raises", "launcher", "term")
+PLAIN = ("kill", "mid-save", "stop", "never_returns", "keeps_the_interpreter", "raises", "launcher", "term")
+KINDS = (*PLAIN, *SCENES)
 AT_ONCE = {"kill", "mid-save", "raises", "launcher", "term"}  # nobody needs to wait for a time-out
-END_S = 10.0  # within which everything ends, after run.timeout_s where that is waited for
-EVERY = 4  # steps between checkpoints (forge.config)
-# Steps that a fault may cost: a checkpoint is written behind the steps, and is done before the next begins.
-LOST = 2 * EVERY
+ROUNDING = 1e-9  # of losses in float64, on another layout
 STEPS_ON = 9  # a fault comes at most so many steps after a start
-
-
-@dataclass
-class Injected:
-    """One fault and what came of it. wrong: what fell short."""
-
-    kind: str
-    rank: int
-    step: int
-    seconds: float = 0.0
-    lost: int = 0  # steps that are done again
-    wrong: list[str] = field(default_factory=list)
-    said: str = ""
 
 
 def inject(job: Job, kind: str, draw: random.Random) -> Injected | None:
@@ -77,14 +67,13 @@ def inject(job: Job, kind: str, draw: random.Random) -> Injected | None:
 
 def follow(job: Job, found: Injected) -> None:
     """See how a job ends after a fault."""
-    limit = END_S if found.kind in AT_ONCE else TIMEOUT_S + END_S
-    code, found.seconds = job.end(limit + 20.0)
+    waits = 0.0 if found.kind in AT_ONCE else timeout_of(job.folder)
+    code, found.seconds = job.end(waits + END_S + 60.0)
     said = job.err.read_text()
     done = "held-out" in job.out.read_text() or job.steps() >= job.last
     if code is None:
         found.wrong.append("processes are left")
-    elif found.seconds > limit:
-        found.wrong.append(f"took longer than {limit:g} s")
+    found.wrong += in_time(job.crowd, found.seconds, waits)
     if found.kind in ("term", "launcher"):
         expected = 0 if found.kind == "term" else -signal.SIGKILL
         if code != expected:
@@ -93,8 +82,7 @@ def follow(job: Job, found: Injected) -> None:
         if code != 1:
             found.wrong.append(f"exit code {code}, not 1")
         found.wrong += named(said, found)
-    kept = [int(p.name[5:]) for p in (job.folder / "run").glob("step-*") if p.suffix == ""]
-    found.lost = job.steps() - max(kept, default=0)
+    found.lost = job.steps() - kept(job.folder)
     if found.lost > LOST:
         found.wrong.append(f"{found.lost} steps are lost")
     (job.folder / "ask").unlink(missing_ok=True)
@@ -115,63 +103,96 @@ def named(said: str, found: Injected) -> list[str]:
     return wrong
 
 
-def run(folder: Path, kinds: Sequence[str], steps: int, draw: random.Random) -> list[Injected]:
-    """One job after the other, each of so many steps, until there has been a fault of each of `kinds`."""
-    expected, weighed = undisturbed(folder / "undisturbed", steps)
-    out: list[Injected] = []
-    left, jobs = list(kinds), 0
-    while left:
-        jobs += 1
-        path = config(folder / f"job-{jobs}", steps)
+class Suite:
+    """Jobs of so many steps in a folder, with faults. total: of the faults that are to come."""
+
+    def __init__(self, folder: Path, steps: int, draw: random.Random, total: int) -> None:
+        self.folder, self.steps, self.draw, self.total = folder, steps, draw, total
+        self.began, self.timeout_s = time.monotonic(), timeout_here()
+        self.expected, self.weighed = undisturbed(folder / "undisturbed", steps)
+        self.found: list[Injected] = []
+        self.jobs = 0
+
+    def run(self, kinds: Sequence[str]) -> None:
+        """Inject a fault of each of `kinds`: first those of plain jobs, one job after the other."""
+        left = [kind for kind in kinds if kind in PLAIN]
+        while left:
+            left = self._job(left)
+        for kind in kinds:
+            if kind not in PLAIN:
+                self._scene(kind)
+
+    def _config(self) -> Path:
+        self.jobs += 1
+        return config(self.folder / f"job-{self.jobs}", self.steps, self.timeout_s)
+
+    def _job(self, left: Sequence[str]) -> Sequence[str]:
+        """A job to its end, with as many of the faults as come before it; returns the others."""
+        path = self._config()
         while True:
-            job = Job(path, steps)
-            found = inject(job, left[0], draw) if left else None
+            job = Job(path, self.steps)
+            found = inject(job, left[0], self.draw) if left else None
             if found is None:
-                code, _ = job.end(300.0)
+                code, _ = job.end(LIMIT_S)
                 break
             follow(job, found)
-            out.append(found)
-            left.pop(0)
-            print(line(found), flush=True)
-        found = out[-1] if out else Injected("none", 0, 0)
-        losses = {step: record["loss"] for step, record in metrics(path.parent).items()}
+            left = left[1:]
+            self._add(found)
+        found = self.found[-1] if self.found else Injected("none", 0, 0)
         if code != 0:
             found.wrong.append(f"the last start ended with {code}")
             found.said += job.err.read_text()
-        elif losses != expected:
+        else:
+            self._compare(path, found)
+        return left
+
+    def _scene(self, kind: str) -> None:
+        path = self._config()
+        try:
+            found = play(kind, path, self.steps, self.draw)
+            if not any("the last start" in why for why in found.wrong):
+                self._compare(path, found, exact=SCENES[kind.partition("@")[0]].exact)
+        except Exception as error:  # what else is to be tried does not depend on it
+            found = Injected(kind, -1, 0, wrong=[f"{error!r:.60}"], said=traceback.format_exc())
+        self._add(found)
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _compare(self, path: Path, found: Injected, *, exact: bool = True) -> None:
+        losses = {step: record["loss"] for step, record in metrics(path.parent).items()}
+        if losses.keys() != self.expected.keys():
+            found.wrong.append("metrics lack steps, or have others")
+        elif exact and losses != self.expected:
             found.wrong.append("losses differ from the undisturbed run's")
-        elif weights(path.parent, steps) != weighed:
+        elif exact and weights(path.parent, self.steps) != self.weighed:
             found.wrong.append("weights differ from the undisturbed run's")
-    return out
+        elif any(abs(losses[s] - loss) > ROUNDING * abs(loss) for s, loss in self.expected.items()):
+            found.wrong.append("losses differ from the undisturbed run's by more than rounding")
+
+    def _add(self, found: Injected) -> None:
+        self.found.append(found)
+        done, spent = len(self.found), time.monotonic() - self.began
+        bad = sum(bool(f.wrong) for f in self.found)
+        more = spent / done * (self.total - done)
+        print(line(found), flush=True)
+        print(
+            f"  {done} of {self.total}, {bad} not as it should be, {spent:.0f} s, about {more:.0f} s more",
+            flush=True,
+        )
 
 
 def undisturbed(folder: Path, steps: int) -> tuple[dict[int, float], dict[str, str]]:
     """Losses by step and weights of a run without faults."""
-    path = config(folder, steps)
+    path = config(folder, steps, 600.0)  # nothing is to go wrong
     job = Job(path, steps)
-    code, _ = job.end(300.0)
+    code, _ = job.end(1000.0 + steps)
     assert code == 0, job.err.read_text()
     return {step: record["loss"] for step, record in metrics(folder).items()}, weights(folder, steps)
 
 
-def line(found: Injected) -> str:
-    ended = f"{found.seconds:5.1f} s, {found.lost} steps again"
-    return f"{found.kind:<22} rank {found.rank}  step {found.step:>4}  {ended}  {'; '.join(found.wrong)}"
-
-
-def table(found: Sequence[Injected]) -> str:
-    """By kind: injected, survived, named rightly, seconds to end (median, most), steps done again (most)."""
-    rows = ["| fault | injected | as it should be | s to the end, median | most | steps again, most |"]
-    rows.append("|---|---|---|---|---|---|")
-    for kind in dict.fromkeys(f.kind for f in found):
-        some = [f for f in found if f.kind == kind]
-        seconds = sorted(f.seconds for f in some)
-        good = sum(not f.wrong for f in some)
-        rows.append(
-            f"| {kind} | {len(some)} | {good} | {seconds[len(seconds) // 2]:.1f} | {seconds[-1]:.1f} | "
-            f"{max(f.lost for f in some)} |"
-        )
-    return "\n".join(rows)
+def shuffled(kinds: Sequence[str], count: int, draw: random.Random) -> list[str]:
+    """So many faults in random order, of each kind as many as of any other, or one less."""
+    rounds = [draw.sample(kinds, len(kinds)) for _ in range(-(-count // max(1, len(kinds))))]
+    return [kind for one in rounds for kind in one][:count]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -192,14 +213,24 @@ def main(argv: Sequence[str]) -> int:
     draw = random.Random(seed)
     kinds = args.kinds.split(",")
     folder = Path(tempfile.mkdtemp(prefix="polyrank-faults-"))
-    start = time.monotonic()
-    chosen = kinds if args.each else [draw.choice(kinds) for _ in range(args.faults)]
-    found = run(folder, chosen, args.steps, draw)
+    for kind in list(kinds):
+        why = SCENES[kind.partition("@")[0]].missing() if kind not in PLAIN else ""
+        if why:
+            kinds.remove(kind)
+            print(f"{kind} is not tried: {why}")
+    chosen = kinds if args.each else shuffled(kinds, args.faults, draw)
+    suite = Suite(folder, args.steps, draw, len(chosen))
+    print(f"run.timeout_s is {suite.timeout_s:g} s", flush=True)
+    suite.run(chosen)
+    found = suite.found
     print(table(found))
-    print(f"{len(found)} faults in {time.monotonic() - start:.0f} s, seed {seed}")
+    bad = [f for f in found if f.wrong]
+    print(
+        f"{len(found)} faults of {len(set(chosen))} kinds, {len(bad)} not as it should be, "
+        f"{time.monotonic() - suite.began:.0f} s, {args.steps} steps a job, seed {seed}"
+    )
     if args.json:
         args.json.write_text(json.dumps([asdict(f) for f in found], indent=1))
-    bad = [f for f in found if f.wrong]
     for f in bad:
         print(f"\n{line(f)}\n{f.said[-3000:]}")
     if args.keep:

@@ -6,13 +6,14 @@ only the way in which it starts a rank is another.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,17 +24,18 @@ from mm.ranks.stop import block_requests
 from tests.mm.harness import small
 from tests.mm.shards import sensor_samples, write_shard
 
-TIMEOUT_S = 6.0  # run.timeout_s of the jobs
+TIMEOUT_S = 6.0  # run.timeout_s of the jobs, on a machine that has a core for each
+MOST_TIMES = 10.0  # as long, where many processes share them
 LIMIT_S = 300.0  # of one start, on a very busy machine
 
 
-def config(folder: Path, steps: int) -> Path:
+def config(folder: Path, steps: int, timeout_s: float = TIMEOUT_S) -> Path:
     """Text and a faulty sensor on two ranks, a checkpoint every 4 steps."""
     folder.mkdir(parents=True)
     write_shard(folder / "sensor-000000.tar", sensor_samples(20))
     raw = small(
         data={"train": ["sensor-*.tar"]},
-        run={"dir": str(folder / "run"), "nproc": 2, "timeout_s": TIMEOUT_S},
+        run={"dir": str(folder / "run"), "nproc": 2, "timeout_s": timeout_s},
         train={"steps": steps, "global_batch": 4},
         checkpoint={"every": 4, "keep": 2},
     )
@@ -49,6 +51,45 @@ def config(folder: Path, steps: int) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
+
+
+class Crowd:
+    """How busy the machine is while something goes on: limits are those of a machine that is not."""
+
+    def __init__(self) -> None:
+        self.looks, self.running = 0, 0.0
+
+    def look(self) -> None:
+        """Count the processes that run or could run now."""
+        with contextlib.suppress(OSError, ValueError):
+            self.running += int(Path("/proc/loadavg").read_text().split()[3].split("/")[0])
+            self.looks += 1
+
+    def factor(self) -> float:
+        """How many of them there were for each core, at least 1."""
+        return max(1.0, self.running / max(1, self.looks) / (os.cpu_count() or 1))
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started; none where it has ended."""
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def timeout_here() -> float:
+    """run.timeout_s for jobs on this machine as busy as it is now, seconds. Takes a second."""
+    crowd = Crowd()
+    for _ in range(50):
+        crowd.look()
+        time.sleep(0.02)
+    return round(TIMEOUT_S * min(crowd.factor(), MOST_TIMES), 1)
+
+
+def timeout_of(folder: Path) -> float:
+    """run.timeout_s of a job."""
+    return float(yaml.safe_load((folder / "config.yaml").read_text())["run"]["timeout_s"])
 
 
 class Forked:
@@ -114,6 +155,7 @@ class Job:
             _be_mm(["train", str(path)], {})
         self.launcher = Forked(pid)
         self.ranks: list[int] = []
+        self.crowd = Crowd()
 
     def steps(self) -> int:
         """The last step that the run's metrics have; 0 without."""
@@ -124,13 +166,31 @@ class Job:
         """Wait until so many steps are done and the ranks are known; False where the job ends before."""
         deadline = time.monotonic() + LIMIT_S
         while time.monotonic() < deadline and self.launcher.poll() is None:
-            tasks = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children")
-            self.ranks = [int(p) for p in tasks.read_text().split()] if tasks.exists() else []
+            self.ranks = children(self.launcher.pid)
             text = self.out.read_text() if self.out.exists() else ""
             if len(self.ranks) == 2 and "all 2 ranks have started" in text and self.steps() >= steps:
                 return True
             time.sleep(0.005)
         return False
+
+    def wait_until(self, what: Callable[[], bool]) -> bool:
+        """Wait until what() holds; False where the job ends before."""
+        while not (held := what()) and self.launcher.poll() is None:
+            time.sleep(0.0005)
+        return held
+
+    def reads(self) -> bool:
+        """Whether some rank has a file of a checkpoint open."""
+        for pid in self.ranks:
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(f"/proc/{pid}/fd"):
+                    if "/run/step-" in os.readlink(entry.path):
+                        return True
+        return False
+
+    def said(self) -> str:
+        """What the job has said, errors first."""
+        return "\n".join(f.read_text() if f.exists() else "" for f in (self.err, self.out))
 
     def ask(self, rank: int, does: str) -> None:
         """Ask the encoder on a rank for a fault, in its next forward."""
@@ -145,6 +205,7 @@ class Job:
         while left and time.monotonic() < start + limit_s:
             self.launcher.poll()
             left = [p for p in left if _lives(p)]
+            self.crowd.look()
             time.sleep(0.01)
         took = time.monotonic() - start
         for pid in left:

@@ -1,5 +1,6 @@
 """An encoder that does what a file asks of it, on the rank and in the forward that the file names."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -13,7 +14,8 @@ from examples.sensor_encoder import SensorConfig, SensorEncoder
 
 @dataclass(frozen=True)
 class FaultyConfig(SensorConfig):
-    """asks: a file with {"rank": .., "does": ..}, which is removed when it is done."""
+    """asks: a file with {"rank": .., "does": ..}, which is removed when it is done. A file `pause` beside it
+    has the seconds that each forward takes longer."""
 
     asks: str = ""
 
@@ -26,6 +28,8 @@ class FaultyEncoder(SensorEncoder):
         self.asks = Path(cfg.asks)
 
     def forward(self, batch):
+        with contextlib.suppress(FileNotFoundError):
+            time.sleep(float(self.asks.with_name("pause").read_text()))
         try:
             ask = json.loads(self.asks.read_text())
         except (FileNotFoundError, ValueError):

@@ -1,9 +1,10 @@
 """A long tiny run with a fault now and then: does it end with the weights of an undisturbed one?
 
-    python -m tests.faults.soak [--steps 5000] [--every SECONDS] [--seed S] [--kinds kill,stop,..]
+    python -m tests.faults.soak [--steps 5000] [--every SECONDS] [--seed S] [--kinds kill,stop,..] [--pause S]
 
-Faults come at random moments, SECONDS apart on average (30). Memory, threads and file handles of the ranks
-are looked at once a second; their growth is that between the first and the last quarter of the longest start.
+Faults come at random moments, SECONDS apart on average (30). Steps are fast: --pause makes time for more
+faults; the undisturbed run goes without it. Memory, threads and file handles of the ranks are looked at once
+a second; their growth is that between the first and the last quarter of the longest start.
 Exit code 1 where weights or losses differ, where a fault was not survived as it should be, or where threads
 or handles grow.
 """
@@ -23,8 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from tests.faults.__main__ import KINDS, Injected, follow, inject, line, table, undisturbed
-from tests.faults.forge import Job, config, metrics, weights
+from tests.faults.__main__ import PLAIN, follow, inject, undisturbed
+from tests.faults.forge import Job, config, metrics, timeout_here, weights
+from tests.faults.injected import Injected, line, table
 
 MOST_GROWTH_MIB = 40.0  # of a rank's memory, over its longest start
 
@@ -66,13 +68,23 @@ def growth(seen: Sequence[Use]) -> Use:
     return Use(*(median(u[i] for u in last) - median(u[i] for u in first) for i in range(3)))
 
 
+def progress(steps: int, last: int, seconds: float, found: Sequence[Injected]) -> str:
+    """How far a soak is, and how long it will take as it goes."""
+    bad, more = sum(bool(f.wrong) for f in found), seconds / max(1, steps) * (last - steps)
+    return (
+        f"  step {steps} of {last}, {len(found)} faults, {bad} not as it should be, {seconds:.0f} s, about "
+        f"{more:.0f} s more"
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Run it; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--every", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds that a step takes longer")
+    parser.add_argument("--kinds", default=",".join(PLAIN))
     args = parser.parse_args(argv)
     seed = random.randrange(2**32) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
@@ -80,8 +92,13 @@ def main(argv: Sequence[str]) -> int:
         importlib.import_module(name)
     draw, kinds = random.Random(seed), args.kinds.split(",")
     folder = Path(tempfile.mkdtemp(prefix="polyrank-soak-"))
+    begun = time.monotonic()
     expected, weighed = undisturbed(folder / "undisturbed", args.steps)
-    path = config(folder / "job", args.steps)
+    print(f"the undisturbed run: {args.steps} steps in {time.monotonic() - begun:.0f} s", flush=True)
+    begun = time.monotonic()
+    path = config(folder / "job", args.steps, timeout_here())
+    if args.pause:
+        path.with_name("pause").write_text(str(args.pause))
     found: list[Injected] = []
     longest: list[Use] = []
     while True:
@@ -95,6 +112,7 @@ def main(argv: Sequence[str]) -> int:
         follow(job, fault)
         found.append(fault)
         print(line(fault), flush=True)
+        print(progress(job.steps(), args.steps, time.monotonic() - begun, found), flush=True)
     more = growth(longest) if longest else Use(0.0, 0, 0)
     wrong = [line(f) for f in found if f.wrong]
     losses = {step: record["loss"] for step, record in metrics(path.parent).items()}
@@ -105,7 +123,9 @@ def main(argv: Sequence[str]) -> int:
     if more.threads > 0 or more.handles > 0 or more.mib > MOST_GROWTH_MIB:
         wrong.append("ranks grow")
     print(
-        f"{table(found) if found else 'no fault came'}\n{args.steps} steps, {len(found)} faults, seed {seed}"
+        f"{table(found) if found else 'no fault came'}\n{args.steps} steps, {len(found)} faults, "
+        f"{sum(bool(f.wrong) for f in found)} not as it should be, {time.monotonic() - begun:.0f} s, "
+        f"seed {seed}"
     )
     print(
         f"growth over the longest start ({len(longest) // 2} s): {more.mib:.1f} MiB, "

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.scenes import SCENES
 from tests.mm.jobs.test_job import ROOT, environment
 
 
@@ -31,7 +32,8 @@ def outcomes(folder: Path, *suites: list[str]) -> list[dict[str, Any]]:
     outs = [folder / f"{n}.json" for n in range(len(suites))]
     running = [start(out, *arguments) for out, arguments in zip(outs, suites, strict=True)]
     said = [suite.communicate(timeout=500)[0] for suite in running]
-    assert [suite.returncode for suite in running] == [0] * len(suites), said
+    # As one text: pytest shortens lists. It has the table, and what each job said that fell short.
+    assert all(suite.returncode == 0 for suite in running), "\n\n".join(said)
     return [one for out in outs for one in json.loads(out.read_text())]
 
 
@@ -45,3 +47,40 @@ def test_jobs_survive_faults_and_name_the_rank_that_went_first(tmp_path: Path, p
 def test_plug_ins_that_never_return_are_named(tmp_path: Path, processes: Any) -> None:
     found = outcomes(tmp_path, ["--each", "--kinds=keeps_the_interpreter,never_returns", "--steps=24"])
     assert len(found) == 2 and not any(one["wrong"] for one in found)
+
+
+def scenes(tmp_path: Path, *names: str) -> None:
+    """Play scenes (scenes.py), all of them kinds that this machine can have."""
+    missing = {why for name in names if (why := SCENES[name.partition("@")[0]].missing())}
+    if missing:
+        pytest.skip("; ".join(missing))
+    found = outcomes(tmp_path, ["--each", f"--kinds={','.join(names)}", "--steps=24"])
+    assert len(found) == len(names) and not any(one["wrong"] for one in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cable-pulled", "cut-off"])
+def test_a_network_that_breaks_between_two_agents_ends_both_sides(
+    kind: str, tmp_path: Path, processes: Any
+) -> None:
+    scenes(tmp_path, *(f"{kind}@{moment}" for moment in SCENES[kind].moments))
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_when_torchrun_starts_its_ranks_again(tmp_path: Path, processes: Any) -> None:
+    scenes(tmp_path, "torchrun@step", "torchrun@save", "agent")
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_is_taken_in_again(tmp_path: Path, processes: Any) -> None:
+    scenes(tmp_path, "rejoin")
+
+
+@pytest.mark.slow
+def test_a_job_survives_a_kill_while_it_resumes(tmp_path: Path, processes: Any) -> None:
+    scenes(tmp_path, *(f"during-load@{moment}" for moment in SCENES["during-load"].moments))
+
+
+@pytest.mark.slow
+def test_a_job_keeps_its_checkpoints_whatever_happens_to_its_writers(tmp_path: Path, processes: Any) -> None:
+    scenes(tmp_path, "term-during-save", "writer@idle", "writer@saving", "read-only")

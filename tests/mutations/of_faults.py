@@ -6,6 +6,7 @@ from tests.mutations.fault import Fault
 
 _BLAME = "tests/faults/test_blame.py"
 _RECORD = "tests/faults/test_record.py"
+_HEART = "tests/faults/test_heartbeat.py"
 
 FAULTY = (
     Fault(
@@ -63,6 +64,54 @@ FAULTY = (
         "if self._open and not isinstance(self._open[-1].what, str):",
         "if self._open:",
         f"{_RECORD}::test_the_last_entry_without_an_end_is_what_a_rank_does",
+    ),
+    Fault(
+        "watch.machine",
+        "ranks of two machines whose hosts have one name are taken for ranks of one",
+        "mm/faults/heartbeat.py",
+        "about = About(this_machine(), os.getpid(),",
+        "about = About(socket.gethostname(), os.getpid(),",
+        f"{_HEART}::test_a_rank_goes_on_with_its_agent_or_without_any",
+    ),
+    Fault(
+        "watch.elsewhere",
+        "a machine that is cut off is not named",
+        "mm/faults/watch.py",
+        'return Seen(rank, post, silent, ended, state == "T", elsewhere)',
+        'return Seen(rank, post, silent, ended, state == "T")',
+        f"{_HEART}::test_a_rank_of_another_machine_is_not_looked_up_here",
+    ),
+    Fault(
+        "heartbeat.agent",
+        "a rank goes on although the agent that started it has ended",
+        "mm/faults/heartbeat.py",
+        "if agent and self._parting is None and os.getppid() != agent:",
+        "if False:",
+        f"{_HEART}::test_a_rank_whose_agent_has_ended_does_not_go_on",
+    ),
+    Fault(
+        "rendezvous.cut",
+        "ranks that have met wait without a bound for a store that is cut off",
+        "mm/ranks/rendezvous.py",
+        "return _bounded(partial(_all_here, store, rank, world, timeout_s),",
+        "return (lambda act, *bounds: act())(partial(_all_here, store, rank, world, timeout_s),",
+        "tests/mm/ranks/test_rendezvous.py::test_a_store_that_no_longer_answers_is_named_in_time",
+    ),
+    Fault(
+        "rendezvous.counts",
+        "ranks whose agents count restarts differently do not meet",
+        "mm/ranks/rendezvous.py",
+        'if agent_serves() else "0"',
+        'if True else "0"',
+        "tests/mm/ranks/test_rendezvous.py::test_only_a_store_that_outlives_ranks_has_a_part_for_each_start",
+    ),
+    Fault(
+        "writer.early",
+        "a writer that ends before its first checkpoint is a traceback",
+        "mm/checkpoint/writer.py",
+        "with contextlib.suppress(OSError):  # it has ended",
+        "with contextlib.suppress(KeyError):  # it has ended",
+        "tests/faults/test_writer.py::test_a_writer_that_ends_before_its_first_checkpoint_is_told",
     ),
     Fault(
         "stragglers.median",

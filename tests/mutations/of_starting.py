@@ -41,8 +41,8 @@ STARTING = (
         "rendezvous.mute",
         "a port that says nothing is waited for without a bound",
         "mm/ranks/rendezvous.py",
-        "return _bounded(reach, timeout_s + SPARE_S)",
-        "return _bounded(reach, 30.0)",
+        "return _bounded(reach, timeout_s + SPARE_S, _MUTE)",
+        "return _bounded(reach, 30.0, _MUTE)",
         "tests/mm/ranks/test_rendezvous.py::test_a_port_of_a_program_that_says_nothing_is_named_in_time",
     ),
     Fault(

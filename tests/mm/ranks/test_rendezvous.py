@@ -57,3 +57,42 @@ def test_a_port_of_a_program_that_says_nothing_is_named_in_time(monkeypatch: pyt
             rendezvous.meet(1, 2, 0.3)
         assert time.monotonic() - start < 10
         assert "something listens there" in str(caught.value) and "MASTER_PORT" in str(caught.value)
+
+
+def test_a_store_that_no_longer_answers_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks have met there, and its machine is cut off: torch waits for an answer without a bound."""
+    over = threading.Event()
+
+    class CutOff:
+        def set(self, key: str, value: str) -> None:
+            pass
+
+        def wait(self, keys: list[str], timeout: object) -> None:
+            over.wait(5)
+
+    monkeypatch.setattr(rendezvous, "connect", lambda timeout_s, hosts: CutOff())
+    monkeypatch.setattr(rendezvous, "SPARE_S", 0.1)
+    monkeypatch.setenv("MASTER_ADDR", "10.77.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    start = time.monotonic()
+    with pytest.raises(
+        PolyrankError, match=r"rank 1 has reached the job's store at 10\.77\.0\.1:29500, .* no longer answers"
+    ):
+        rendezvous.meet(1, 2, 0.2)
+    over.set()
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_only_a_store_that_outlives_ranks_has_a_part_for_each_start(
+    served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that was started later counts other restarts than the one that has stayed."""
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(served))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    rendezvous.of_start(store).set("key", "of the agent that has stayed")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert rendezvous.of_start(store).check(["key"]) is not served
