@@ -40,7 +40,7 @@ def verify_text(path: Path) -> str:
 
 
 def masks(names: Collection[str]) -> set[str]:
-    """The tensors of a checkpoint that may hold infinities: those without optimizer state, if any has some."""
+    """The tensors of a checkpoint that may hold infinities: those without optimizer state, if any has it."""
     parts = {name: name.split(".") for name in names}
     state = {name for name, p in parts.items() if len(p) > 3 and p[1] in RULES}
     trained = {".".join([p[0], *p[2:-1]]) for name, p in parts.items() if name in state}
