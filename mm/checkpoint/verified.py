@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from mm.checkpoint.finite import not_finite, told
+from mm.checkpoint.finite import first_of, not_finite
 from mm.errors import CheckpointError, NonFinite
 from parallel import checkpoint as store
 from parallel.sharding.optim import RULES
@@ -33,9 +33,9 @@ def verify_text(path: Path) -> str:
     if broken:
         raise NonFinite(
             f"{path}: its files are whole, and {len(broken)} of {len(opened.shapes)} tensors are not finite: "
-            f"{told(broken)}. A run passes over it; needed: an older checkpoint"
+            f"{first_of(broken)}. A run passes over it; needed: an older checkpoint"
         )
-    more = f"; infinities in {told(infinite)}, which may be masks" if infinite else ""
+    more = f"; infinities in {first_of(infinite)}, which may be masks" if infinite else ""
     return f"{path}: whole{more}"
 
 
