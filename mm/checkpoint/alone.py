@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mm.errors import CheckpointError
 from parallel import checkpoint as store
 
+RUN = "run.json"  # in the folder of a run that has begun
+
 
 def save_alone(
     out: Path, step: int, tensors: Mapping[str, Tensor] | store.Lazy, state: Mapping[str, Any]
@@ -29,6 +31,22 @@ def save_alone(
     except (OSError, ValueError, CheckpointException) as error:  # the last is a BaseException of torch's
         store.remove_leftovers(out)
         raise CheckpointError(f"nothing is written to {out}: {store.first_cause(error)}") from error
+
+
+def check_free(out: Path) -> None:
+    """Raise CheckpointError where a checkpoint that is no run's may not be written below `out`."""
+    at = out.resolve()
+    around = (p for p in (at, *at.parents) if p == at or p.name.startswith("step-"))
+    inside = next((p for p in around if (p / store.MANIFEST).is_file()), None)
+    if inside is not None:
+        raise CheckpointError(
+            f"{out}: {inside} is a checkpoint, and nothing is written inside one; needed: a folder for the "
+            "new one, named before what it is made of"
+        )
+    if (out / RUN).is_file():
+        raise CheckpointError(
+            f"{out} is the folder of a run, which would take the new checkpoint for its own; needed: another"
+        )
 
 
 @contextmanager

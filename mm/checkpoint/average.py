@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.checkpoint.alone import save_alone
+from mm.checkpoint.alone import check_free, save_alone
 from mm.data.tokenizer_files import KEPT
 from mm.errors import CheckpointError
 from parallel import checkpoint as store
@@ -45,6 +46,7 @@ def average_checkpoints(out: Path, paths: Sequence[Path], weights: Sequence[floa
     start from it with checkpoint.weights. Raises CheckpointError where a checkpoint is damaged or of another
     model.
     """
+    check_free(out)
     try:
         opened = [store.Opened(p) for p in paths]
         mean = Mean(opened, _shares(weights, len(paths)), _common(opened))
@@ -66,9 +68,10 @@ def average_checkpoints(out: Path, paths: Sequence[Path], weights: Sequence[floa
 
 def _shares(weights: Sequence[float] | None, n: int) -> list[float]:
     given = [1.0] * n if weights is None else list(weights)
-    if len(given) != n or min(given) < 0 or sum(given) <= 0:
+    if len(given) != n or min(given) < 0 or not 0 < sum(given) < math.inf:
         raise ValueError(
-            f"{n} checkpoints have the weights {given}; needed: one for each, not negative, not all zero"
+            f"{n} checkpoints have the weights {given}; needed: one for each, finite, not negative, not all "
+            "zero"
         )
     return [w / sum(given) for w in given]
 

@@ -53,7 +53,7 @@ def diff_text(one: Path, other: Path, *, everything: bool = False) -> str:
     CheckpointError where one is damaged.
     """
     try:
-        states = [store.sound_state(path, store.verify) for path in (one, other)]
+        states = [_sound(path) for path in (one, other)]
         opened = [store.Opened(path) for path in (one, other)]
         lines = [f"{one}: after step {states[0]['step']}", f"{other}: after step {states[1]['step']}"]
         keys = config_lines(*(config_of(state) for state in states))
@@ -62,7 +62,14 @@ def diff_text(one: Path, other: Path, *, everything: bool = False) -> str:
         tensors = _tensor_lines(opened[0], opened[1], everything)
         return "\n".join(lines + tensors)
     except ValueError as error:
-        raise CheckpointError(f"cannot compare {one} and {other}: {error}") from error
+        raise CheckpointError(f"cannot compare: {error}") from error
+
+
+def _sound(path: Path) -> dict[str, Any]:
+    try:
+        return store.sound_state(path, store.verify)
+    except store.BadCheckpoint as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _first(lines: Sequence[str], everything: bool) -> list[str]:

@@ -43,11 +43,11 @@ def found_anywhere(job: Job, tensors: Iterable[tuple[str, Tensor]]) -> str:
     mine = names_not_finite(job, tensors)
     if not job.control.any(bool(mine)):
         return ""
-    heard = job.control.tell(told(mine))
+    heard = job.control.tell(first_of(mine))
     return "; ".join(f"{what} on rank {r}" for r, what in enumerate(heard) if what)
 
 
-def told(names: list[str]) -> str:
+def first_of(names: list[str]) -> str:
     """The first TOLD of some names, and how many more there are."""
     more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
     return f"{', '.join(names[:TOLD])}{more}"

@@ -15,7 +15,7 @@ from llm.config import LLMConfig
 from llm.hf import FAMILIES, export_checkpoint, load_hf
 from llm.hf.export import check_zero
 from llm.hf.stored import Stored
-from mm.checkpoint.alone import save_alone
+from mm.checkpoint.alone import check_free, save_alone
 from mm.checkpoint.state import tokenizer_of
 from mm.checkpoint.tokens import item_tokens, named_ids
 from mm.checkpoint.whole import one_process, read_whole
@@ -53,6 +53,9 @@ def import_hf(folder: Path, out: Path) -> str:
 
     Raises CheckpointError where the folder is of another family, incomplete, or has unknown tensors.
     """
+    check_free(out)
+    if store.published(out):
+        raise CheckpointError(f"{out} has checkpoints already; needed: a new folder")
     try:
         if not is_whole(folder):
             model = load_hf(folder).model

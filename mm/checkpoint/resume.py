@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mm.checkpoint.alone import RUN
 from mm.checkpoint.room import writing_to
 from mm.checkpoint.state import candidates
 from mm.config.schema import Config
@@ -26,7 +27,6 @@ from mm.ranks.agree import of_the_lead
 from mm.ranks.launch import RankInfo, restarted
 from parallel import checkpoint as store
 
-RUN = "run.json"
 HEARTBEAT_S = 1.0  # least time between two heartbeats of a rank
 NOTHING_KNOWN: Mapping[Path, str] = MappingProxyType({})
 

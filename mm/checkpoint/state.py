@@ -236,6 +236,10 @@ def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index
 
 def inspect_text(path: Path) -> str:
     """Step, tensors and sizes of a checkpoint; reads no tensor data."""
+    try:
+        store.check_there(path)
+    except store.BadCheckpoint as error:
+        raise CheckpointError(f"{path}: {error}") from error
     wrong = store.structure(path)
     if wrong:
         raise CheckpointError(f"{path} is damaged: {'; '.join(wrong)}")

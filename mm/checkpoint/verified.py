@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from mm.checkpoint.finite import not_finite, told
+from mm.checkpoint.finite import first_of, not_finite
 from mm.errors import CheckpointError, NonFinite
 from parallel import checkpoint as store
 from parallel.sharding.optim import RULES
@@ -33,14 +33,14 @@ def verify_text(path: Path) -> str:
     if broken:
         raise NonFinite(
             f"{path}: its files are whole, and {len(broken)} of {len(opened.shapes)} tensors are not finite: "
-            f"{told(broken)}. A run passes over it; needed: an older checkpoint"
+            f"{first_of(broken)}. A run passes over it; needed: an older checkpoint"
         )
-    more = f"; infinities in {told(infinite)}, which may be masks" if infinite else ""
+    more = f"; infinities in {first_of(infinite)}, which may be masks" if infinite else ""
     return f"{path}: whole{more}"
 
 
 def masks(names: Collection[str]) -> set[str]:
-    """The tensors of a checkpoint that may hold infinities: those without optimizer state, if any has some."""
+    """The tensors of a checkpoint that may hold infinities: those without optimizer state, if any has it."""
     parts = {name: name.split(".") for name in names}
     state = {name for name, p in parts.items() if len(p) > 3 and p[1] in RULES}
     trained = {".".join([p[0], *p[2:-1]]) for name, p in parts.items() if name in state}

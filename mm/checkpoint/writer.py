@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mm.checkpoint.finite import not_finite, told
+from mm.checkpoint.finite import first_of, not_finite
 from mm.checkpoint.room import room
 from mm.checkpoint.state import Given
 from mm.errors import PolyrankError
@@ -188,7 +188,7 @@ def _serve(directory: Path, describe: Describe, stay: store.Stay, number: int, p
                 wrong += not_finite([pair], masks)
                 heartbeat()
             if wrong:
-                say(Status.NOT_FINITE, told(wrong))
+                say(Status.NOT_FINITE, first_of(wrong))
                 continue
             try:
                 store.write_share(share, items, directory, given.step, heartbeat)

@@ -96,6 +96,7 @@ class Loop:
         by_evaluation = cfg.checkpoint.keep_best == "eval_loss"
         if due and (stopping or not by_evaluation):
             self._save()
+            stopping = stopping or job.control.any(self.stop.requested)  # while it was copied
         if stopping:
             raise StopRequested
         if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:

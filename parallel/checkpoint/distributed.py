@@ -21,7 +21,15 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from parallel.checkpoint import manifest
-from parallel.checkpoint.folder import STATE, newest, partial_of, publish, remove_leftovers, write_state
+from parallel.checkpoint.folder import (
+    STATE,
+    check_there,
+    newest,
+    partial_of,
+    publish,
+    remove_leftovers,
+    write_state,
+)
 from parallel.checkpoint.lazy import Lazy, LazyPlanner
 from parallel.checkpoint.manifest import BadCheckpoint
 from parallel.checkpoint.metadata import SafeReader
@@ -152,6 +160,7 @@ def sound_state(path: Path, check: Callable[[Path], list[str]] = manifest.verify
 
     Raises BadCheckpoint for any other.
     """
+    check_there(path)
     wrong = manifest.structure(path)
     if not wrong:
         # These compare sizes with what is in the files, before all of them are summed.

@@ -46,6 +46,16 @@ def published(directory: Path) -> list[Path]:
     return sorted(found, key=lambda p: (step_of(p), p.name))
 
 
+def check_there(path: Path) -> None:
+    """Raise BadCheckpoint where a path was meant for a checkpoint and is none, however damaged."""
+    found = published(path)
+    if not path.is_dir():
+        what = "it is no folder" if path.exists() else "it does not exist"
+        raise manifest.BadCheckpoint(f"{what}; needed: the folder of a checkpoint (step-*)")
+    if found and not (path / manifest.MANIFEST).is_file():
+        raise manifest.BadCheckpoint(f"it is a folder of checkpoints; needed: one of them, as {found[-1]}")
+
+
 def step_of(path: Path) -> int:
     """The step of a published checkpoint, from its name."""
     return int(path.name.removeprefix("step-"))

@@ -136,7 +136,7 @@ $ data inspect none-*.tar
 $ checkpoint verify
 2 needed: checkpoint inspect PATH
 $ checkpoint verify none
-4 none: it is damaged
+4 none: it does not exist; needed: the folder of a checkpoint
 $ doctor now
 2 doctor takes no arguments
 """

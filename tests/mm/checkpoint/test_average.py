@@ -54,6 +54,15 @@ def test_what_cannot_be_averaged_is_refused(tmp_path: Path, capsys: pytest.Captu
     given = [str(path) for path in (tmp_path / "out", one, two)]
     assert cli.main(["checkpoint", "average", *given, "--shares", "1", "2"]) == 0
     assert "the mean of 2 checkpoints" in capsys.readouterr().out
+    for shares in (["nan", "1"], ["inf", "1"]):
+        assert cli.main(["checkpoint", "average", *given, "--shares", *shares]) == 4
+        assert "finite, not negative, not all zero" in capsys.readouterr().err
+    for folder, words in ((one, f"{one} is a checkpoint"), (one / "in", f"{one} is a checkpoint")):
+        assert cli.main(["checkpoint", "average", str(folder), str(two)]) == 4  # OUT was left out
+        assert words in capsys.readouterr().err and not store.verify(one)
+    (tmp_path / "run.json").write_text("{}")
+    assert cli.main(["checkpoint", "average", str(tmp_path), str(two)]) == 4
+    assert "is the folder of a run" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="has a checkpoint of step 2"):
         average_checkpoints(tmp_path / "out", [one, two])
     (one / "state.json").write_text("{}")

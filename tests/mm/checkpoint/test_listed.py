@@ -100,6 +100,11 @@ def test_two_are_compared(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         f"  llm.more: only in {two}",
         f"  llm.head: at most 0.5 apart, {relative:.3g} relative",
     ]
+    assert (
+        f"{run}: it is a folder of checkpoints; needed: one of them, as"
+        in said(capsys, 4, "diff", run, two)[0]
+    )
+    assert f"{run}/no: it does not exist" in said(capsys, 4, "inspect", run / "no")[0]
     (two / store.STATE).write_text("{}")
     assert "damaged" in said(capsys, 4, "diff", one, two)[0]
 
