@@ -61,8 +61,8 @@ def _pieces(
         q, s, k, later = (x[level == value] for x in (queries, skip, keys, shift))
         masked = not window and bool((k < k.max()).any())
         real, most = int((q - s).sum()), (int(q.max()), int(k.max()))
-        apart = window > 1 or bool(s.any()) or bool(later.any())
-        out.append(Bucket(len(q), *most, real, masked=masked, window=window, apart=apart))
+        moved = window > 1 or bool(s.any()) or bool(later.any())
+        out.append(Bucket(len(q), *most, real, masked=masked, window=window, moved=moved))
     return tuple(out)
 
 

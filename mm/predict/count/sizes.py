@@ -45,7 +45,7 @@ class Degrees(NamedTuple):
 class Bucket(NamedTuple):
     """n sequences that one call of attention pads to so many queries and keys. real: of its query slots.
     masked: whether keys are padded, which a kernel that is not causal needs a mask for. window: 0, or of
-    blocks of a window. apart: whether keys are other rows than queries."""
+    blocks of a window. moved: whether keys are other rows than queries."""
 
     n: int
     queries: int
@@ -53,7 +53,7 @@ class Bucket(NamedTuple):
     real: int
     masked: bool = False
     window: int = 0
-    apart: bool = False
+    moved: bool = False
 
     @property
     def mask(self) -> int:
@@ -74,7 +74,7 @@ class Attended(NamedTuple):
         for b in self.buckets:
             slots = b.n * b.queries
             found += slots + b.real + (b.real if b.real < slots else 0)
-            found += b.n * b.keys if b.keys != b.queries or b.apart else 0
+            found += b.n * b.keys if b.keys != b.queries or b.moved else 0
             masks += b.mask
         return 8 * found + masks
 

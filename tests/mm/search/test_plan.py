@@ -106,13 +106,13 @@ def test_the_command_writes_what_others_take(tmp_path: Path, capsys: pytest.Capt
     draw_up(with_layout(from_mapping(raw, tmp_path), *load_layout_file(layout)), 2)
     assert main([*command, "--layout", str(layout), "--json", str(out), "--report", str(page)]) == 0
     one = json.loads(out.read_text())
-    again, words = one["candidates"][0], "bounds of attention's scores"
-    assert all(len(x["not_counted"]) == 1 and words in x["not_counted"][0] for x in (found, one))
+    again, sentence = one["candidates"][0], "bounds of attention's scores"
+    assert all(len(x["not_counted"]) == 1 and sentence in x["not_counted"][0] for x in (found, one))
     assert again["step_s"] == pytest.approx(found["candidates"][0]["step_s"], rel=1e-9)
     said = capsys.readouterr().out
-    assert "s a step" in said and said.count(f"not counted as it runs: {words}") == 2
+    assert "s a step" in said and said.count(f"not counted as it runs: {sentence}") == 2
     shown = "".join(Checked(page.read_text()).said)
-    assert "vision" in shown and f"Not counted as it runs: {words}" in shown
+    assert "vision" in shown and f"Not counted as it runs: {sentence}" in shown
 
 
 @pytest.mark.parametrize(
