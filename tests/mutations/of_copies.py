@@ -38,7 +38,7 @@ COPIES = (
         "a run that has gone back keeps what came after in the target",
         "mm/checkpoint/remote/copies.py",
         "n for n, e in index.checkpoints.items() if step_of(n) > self.first and e.session != self.session",
-        "n for n, e in index.checkpoints.items() if step_of(n) > self.first and e.session == self.session",
+        "n for n, e in index.checkpoints.items() if step_of(n) > self.first and not e.session",
         f"{COPIES_TEST}::test_a_run_that_goes_back_gives_up_what_came_after",
     ),
     Fault(

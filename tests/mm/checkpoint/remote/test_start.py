@@ -112,6 +112,7 @@ DAMAGE: dict[str, Callable[[Made], object]] = {
     "short": lambda m: m.at("__1_0.distcp").write_bytes(b"\2" * 599),
     "gone": lambda m: m.at("state.json").unlink(),
     "manifest": lambda m: m.at(store.MANIFEST).write_bytes(m.at(store.MANIFEST, 1).read_bytes()),
+    "all of another": lambda m: shutil.copytree(m.at("", 1), m.at(""), dirs_exist_ok=True),
     "no manifest": lambda m: m.at(store.MANIFEST).unlink(),
     "above": lambda m: m.listing(lambda x: x.update({"../evil": x.pop("state.json")})),
     "root": lambda m: m.listing(lambda x: x.update({"/tmp/evil": x.pop("state.json")})),
