@@ -97,6 +97,67 @@ class Open(NamedTuple):
     share: float = 1.0
 
 
+class Floor(NamedTuple):
+    """What the sink alone asks, whatever encoders ask beside it. alone: seconds from its first gather to the
+    end of its last sum. most, first: seconds that the pipeline rank with most work, and the first one,
+    compute. update: seconds. bytes, first_bytes: that the fullest pipeline rank, and the first one, hold."""
+
+    alone: float
+    most: float
+    first: float
+    update: float
+    bytes: float
+    first_bytes: float
+
+
+def floor_of(sink: Demand, m: int) -> Floor:
+    """Of a demand. O(stages)."""
+    chain, ranks = _Chain(sink, (), m), range(sink.pp)
+    held = [sink.held[pp] + (sink.gradients[pp] if sink.gradients else 0.0) for pp in ranks]
+    return Floor(
+        alone=max(chain.seconds(pp, (), sink.after) for pp in ranks),
+        most=max(sink.work(pp, m) for pp in ranks),
+        first=sink.work(0, m),
+        update=sink.update,
+        bytes=max(held),
+        first_bytes=held[0],
+    )
+
+
+class Beside(NamedTuple):
+    """What undecided encoders ask of ranks. all: seconds of each rank of the sink, and bytes; first: of those
+    of its first pipeline rank, beside that; own: the most of ranks that it does not have. total: seconds of
+    all ranks together, of the mean data ranks."""
+
+    all: tuple[float, float] = (0.0, 0.0)
+    first: tuple[float, float] = (0.0, 0.0)
+    own: tuple[float, float] = (0.0, 0.0)
+    total: float = 0.0
+
+    @staticmethod
+    def of(sink: Block, first: Block, undecided: Iterable[Open]) -> Beside:
+        """first: ranks of the sink's first pipeline rank."""
+        on = dict[Block, tuple[float, float]]()
+        total = 0.0
+        for u in undecided:
+            seconds, held = on.get(u.block, (0.0, 0.0))
+            on[u.block] = seconds + u.seconds, held + u.bytes
+            total += u.share * u.seconds * u.block.size
+        every = on.pop(sink, (0.0, 0.0))
+        one = on.pop(first, (0.0, 0.0))
+        own = max((x[0] for x in on.values()), default=0.0), max((x[1] for x in on.values()), default=0.0)
+        return Beside(every, one, own, total)
+
+
+def floor_bound(floor: Floor, beside: Beside, cores: float = math.inf) -> tuple[float, float]:
+    """seconds_bound() and bytes_bound() of a sink with encoders of which nothing is decided."""
+    (every, held), (first, more) = beside.all, beside.first
+    seconds = max(floor.alone, floor.most + every, floor.first + every + first, beside.own[0])
+    seconds = max(seconds, beside.total / cores) + floor.update
+    filled = max(floor.bytes + held, floor.first_bytes + held + more, beside.own[1])
+    return seconds * (1 - ROUNDING), filled * (1 - ROUNDING)
+
+
 def seconds_bound(
     sink: Placed,
     encoders: Iterable[Placed],
