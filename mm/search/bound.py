@@ -77,6 +77,11 @@ class Demand(NamedTuple):
         hops = self.hop * (len(self.forward) - 1)
         return self.least * sum(self.early if backward else self.forward) + (hops if self.least else 0.0)
 
+    @property
+    def heaviest(self) -> float:
+        """Seconds of the micro-batch with most through all stages and back: it has the mean load at least."""
+        return self.mean * (sum(self.forward) + sum(self.early))
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -170,12 +175,13 @@ def seconds_bound(
     A rank does one thing at a time, so all that its modules compute adds up, and after the last of it one of
     their sums ends. The sink's first forward waits for the encoders' and for those of the stages before, and
     after its last backward the gradients go back the same way. On the sink's ranks encoders' forwards come
-    before the sink's last backward, and their backwards after its first forward. Updates of all modules
-    follow one another.
+    before the sink's last backward, and their backwards after its first forward. Each encoder has a
+    micro-batch of mean load or more, which goes through all its stages, the sink's, and back. Updates of all
+    modules follow one another.
     """
     encoders, undecided = list(encoders), list(undecided)
     chain = _Chain(sink.demand, encoders, m)
-    found = total = 0.0
+    found, total = chain.heaviest, 0.0
     for place, hosted in _places([sink, *encoders], undecided):
         more = [u for u in undecided if _inside(place, u.block)]
         work = sum(p.demand.work(pp, m) for p, pp in hosted) + sum(u.seconds for u in more)
@@ -201,6 +207,8 @@ class _Chain:
         self.sink, self.m = sink, m
         self.start = max((e.demand.through(backward=False) for e in encoders), default=0.0)
         self.end = max((e.demand.through(backward=True) for e in encoders), default=0.0)
+        between = sink.through(backward=False) + sink.through(backward=True)
+        self.heaviest = max((e.demand.heaviest + between for e in encoders), default=0.0)
 
     def seconds(self, pp: int, others: Sequence[tuple[Demand, int]], after: float) -> float:
         """On a pipeline rank, with encoders on the same ranks. after: from its last computation on."""

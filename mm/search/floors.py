@@ -33,7 +33,7 @@ def floors(
     found = []
     for policy in policies:
         choice = Choice(block, d, policy)
-        each, sums, before, after = weights.traffic(SINK, choice, (forward, backward), m, None)
+        each, sums, before, after = weights.traffic(SINK, choice, (forward, backward, None), m, None)
         there, back = forward + each, backward + sums
         work = _by_rank(there + back, d) * m
         head = np.maximum(first * _before(there, d), before)

@@ -152,7 +152,10 @@ class Pieces:
         late = 1.0 if halves else 0.0
         owned = self.weights.held(module, choice)
         both = np.array([(c.forward, c.early + c.late) for c in costs]).T
-        each, sums, before, after = self.weights.traffic(module, choice, (both[0], both[1]), m, mean.most)
+        half = np.array([c.late for c in costs]) if halves else None
+        each, sums, before, after = self.weights.traffic(
+            module, choice, (both[0], both[1], half), m, mean.most
+        )
         size = max((c.out for c in costs[:-1]), default=0.0)
         return Demand(
             pp=d.pp,

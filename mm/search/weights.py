@@ -119,28 +119,35 @@ class Weights:
         self,
         module: str,
         choice: Choice,
-        costs: tuple[np.ndarray, np.ndarray],
+        costs: tuple[np.ndarray, np.ndarray, np.ndarray | None],
         m: np.ndarray | int,
         most: float | None,
     ) -> tuple[np.ndarray, np.ndarray, float, float]:
         """What data ranks' gathers and sums add, as parallel.schedule.simulator.traffic has it: to each
         forward and backward by stage, before the first computation, after the last.
 
-        costs: seconds of a forward and a backward of mean load, [.., stages]. m: micro-batches, [.., 1].
+        costs: seconds of a forward and a backward of mean load, [.., stages], and of these of the half of the
+            backward that gives gradients of weights, where backwards are split. m: micro-batches, [.., 1].
         most: the most load over the mean one; None where it is not known. Longer computations hide more, but
         never more than they are longer: with less seconds than it takes, a sum of both is a lower bound.
         """
-        forward, backward = costs
+        forward, backward, late = costs
         nothing = np.zeros_like(forward)
         if choice.data_parallel == ANY:
             return nothing, nothing, 0.0, 0.0
         gather, total, units, twice = self._moved(module, choice)
         rest, after = 1 - 1 / units, total / units
         if most is not None:
-            after = max(after, total - float(backward.max()) * most * rest)
+            behind = backward if late is None else late
+            after = max(after, total - float(behind.max()) * most * rest)
         if choice.data_parallel == "step":
             return nothing, nothing, gather, after
         each = np.maximum(gather / units, gather - forward * rest)
+        if late is not None:  # weights are gathered for one half, gradients summed in the other
+            one = np.maximum(0.0, total - late)
+            if twice:
+                one = one + np.maximum(gather / units, gather - (backward - late) * rest)
+            return each, one * (m - 1) / m, 0.0, after
         # Several units are gathered for a backward too, and then a longer one may take less in all.
         long = np.maximum(backward, min(total, gather)) if twice else backward
         one = long - backward + np.maximum(0.0, total - long)
