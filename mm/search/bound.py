@@ -129,7 +129,7 @@ def floor_of(sink: Demand, m: int) -> Floor:
     )
 
 
-class Beside(NamedTuple):
+class Others(NamedTuple):
     """What undecided encoders ask of ranks. all: seconds of each rank of the sink, and bytes; first: of those
     of its first pipeline rank, beside that; own: the most of ranks that it does not have. total: seconds of
     all ranks together, of the mean data ranks."""
@@ -140,7 +140,7 @@ class Beside(NamedTuple):
     total: float = 0.0
 
     @staticmethod
-    def of(sink: Block, first: Block, undecided: Iterable[Open]) -> Beside:
+    def of(sink: Block, first: Block, undecided: Iterable[Open]) -> Others:
         """first: ranks of the sink's first pipeline rank."""
         on = dict[Block, tuple[float, float]]()
         total = 0.0
@@ -151,15 +151,15 @@ class Beside(NamedTuple):
         every = on.pop(sink, (0.0, 0.0))
         one = on.pop(first, (0.0, 0.0))
         own = max((x[0] for x in on.values()), default=0.0), max((x[1] for x in on.values()), default=0.0)
-        return Beside(every, one, own, total)
+        return Others(every, one, own, total)
 
 
-def floor_bound(floor: Floor, beside: Beside, cores: float = math.inf) -> tuple[float, float]:
+def floor_bound(floor: Floor, others: Others, cores: float = math.inf) -> tuple[float, float]:
     """seconds_bound() and bytes_bound() of a sink with encoders of which nothing is decided."""
-    (every, held), (first, more) = beside.all, beside.first
-    seconds = max(floor.alone, floor.most + every, floor.first + every + first, beside.own[0])
-    seconds = max(seconds, beside.total / cores) + floor.update
-    filled = max(floor.bytes + held, floor.first_bytes + held + more, beside.own[1])
+    (every, held), (first, more) = others.all, others.first
+    seconds = max(floor.alone, floor.most + every, floor.first + every + first, others.own[0])
+    seconds = max(seconds, others.total / cores) + floor.update
+    filled = max(floor.bytes + held, floor.first_bytes + held + more, others.own[1])
     return seconds * (1 - ROUNDING), filled * (1 - ROUNDING)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from mm.config.outline import SINK
-from mm.search.bound import Beside, Demand, Floor, Open, Placed, bytes_bound, floor_bound, seconds_bound
+from mm.search.bound import Demand, Floor, Open, Others, Placed, bytes_bound, floor_bound, seconds_bound
 from mm.search.candidate import Block, Candidate, Choice, Degrees
 from mm.search.space import FIRST, Frame, Space
 
@@ -149,8 +149,8 @@ class Tree:
                 if not found[i] or len(known) < len(undecided):
                     yield replace(made, bound=math.inf)
                     continue
-                beside = Beside.of(sink, first, known)
-                seconds, held = zip(*(floor_bound(f, beside, self.cores) for f in found[i]), strict=True)
+                others = Others.of(sink, first, known)
+                seconds, held = zip(*(floor_bound(f, others, self.cores) for f in found[i]), strict=True)
                 yield replace(made, bound=max(node.bound, min(seconds)), bytes=max(node.bytes, min(held)))
 
     def _policies(self, node: Node) -> Iterator[Node]:

@@ -43,8 +43,8 @@ SEARCH = (
         "bound.floor",
         "of undecided encoders only those on all ranks of the language model count",
         "mm/search/bound.py",
-        "floor.first + every + first, beside.own[0]",
-        "floor.first + every, beside.own[0]",
+        "floor.first + every + first, others.own[0]",
+        "floor.first + every, others.own[0]",
         "tests/mm/search/test_bound.py::test_floors_are_the_bounds_of_a_sink_of_whose_encoders_nothing_is_decided",
     ),
     Fault(

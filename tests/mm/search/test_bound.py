@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mm.search.bound import (
-    Beside,
     Demand,
     Open,
+    Others,
     Placed,
     bytes_bound,
     floor_bound,
@@ -217,8 +217,8 @@ def test_floors_are_the_bounds_of_a_sink_of_whose_encoders_nothing_is_decided(da
     blocks = [data.draw(st.sampled_from([BLOCKS["own"], BLOCKS["shared"], first])) for _ in range(2)]
     undecided = [Open(b, data.draw(SECONDS), data.draw(SECONDS), 1.0) for b in blocks]
     cores = data.draw(st.sampled_from([1.0, float("inf")]))
-    beside = Beside.of(sink.block, first, undecided)
+    others = Others.of(sink.block, first, undecided)
     sink = replace(sink, demand=sink.demand._replace(share=0.0))
-    seconds, held = floor_bound(floor_of(sink.demand, m), beside, cores)
+    seconds, held = floor_bound(floor_of(sink.demand, m), others, cores)
     assert seconds == pytest.approx(seconds_bound(sink, [], undecided, m, cores))
     assert held == pytest.approx(bytes_bound(sink, [], undecided, "1f1b", m))
