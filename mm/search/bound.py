@@ -77,6 +77,11 @@ class Demand(NamedTuple):
         hops = self.hop * (len(self.forward) - 1)
         return self.least * sum(self.early if backward else self.forward) + (hops if self.least else 0.0)
 
+    @property
+    def heaviest(self) -> float:
+        """Seconds of the micro-batch with most through all stages and back: it has the mean load at least."""
+        return self.mean * (sum(self.forward) + sum(self.early))
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -97,6 +102,67 @@ class Open(NamedTuple):
     share: float = 1.0
 
 
+class Floor(NamedTuple):
+    """What the sink alone asks, whatever encoders ask beside it. alone: seconds from its first gather to the
+    end of its last sum. most, first: seconds that the pipeline rank with most work, and the first one,
+    compute. update: seconds. bytes, first_bytes: that the fullest pipeline rank, and the first one, hold."""
+
+    alone: float
+    most: float
+    first: float
+    update: float
+    bytes: float
+    first_bytes: float
+
+
+def floor_of(sink: Demand, m: int) -> Floor:
+    """Of a demand. O(stages)."""
+    chain, ranks = _Chain(sink, (), m), range(sink.pp)
+    held = [sink.held[pp] + (sink.gradients[pp] if sink.gradients else 0.0) for pp in ranks]
+    return Floor(
+        alone=max(chain.seconds(pp, (), sink.after) for pp in ranks),
+        most=max(sink.work(pp, m) for pp in ranks),
+        first=sink.work(0, m),
+        update=sink.update,
+        bytes=max(held),
+        first_bytes=held[0],
+    )
+
+
+class Others(NamedTuple):
+    """What undecided encoders ask of ranks. all: seconds of each rank of the sink, and bytes; first: of those
+    of its first pipeline rank, beside that; own: the most of ranks that it does not have. total: seconds of
+    all ranks together, of the mean data ranks."""
+
+    all: tuple[float, float] = (0.0, 0.0)
+    first: tuple[float, float] = (0.0, 0.0)
+    own: tuple[float, float] = (0.0, 0.0)
+    total: float = 0.0
+
+    @staticmethod
+    def of(sink: Block, first: Block, undecided: Iterable[Open]) -> Others:
+        """first: ranks of the sink's first pipeline rank."""
+        on = dict[Block, tuple[float, float]]()
+        total = 0.0
+        for u in undecided:
+            seconds, held = on.get(u.block, (0.0, 0.0))
+            on[u.block] = seconds + u.seconds, held + u.bytes
+            total += u.share * u.seconds * u.block.size
+        every = on.pop(sink, (0.0, 0.0))
+        one = on.pop(first, (0.0, 0.0))
+        own = max((x[0] for x in on.values()), default=0.0), max((x[1] for x in on.values()), default=0.0)
+        return Others(every, one, own, total)
+
+
+def floor_bound(floor: Floor, others: Others, cores: float = math.inf) -> tuple[float, float]:
+    """seconds_bound() and bytes_bound() of a sink with encoders of which nothing is decided."""
+    (every, held), (first, more) = others.all, others.first
+    seconds = max(floor.alone, floor.most + every, floor.first + every + first, others.own[0])
+    seconds = max(seconds, others.total / cores) + floor.update
+    filled = max(floor.bytes + held, floor.first_bytes + held + more, others.own[1])
+    return seconds * (1 - ROUNDING), filled * (1 - ROUNDING)
+
+
 def seconds_bound(
     sink: Placed,
     encoders: Iterable[Placed],
@@ -109,12 +175,13 @@ def seconds_bound(
     A rank does one thing at a time, so all that its modules compute adds up, and after the last of it one of
     their sums ends. The sink's first forward waits for the encoders' and for those of the stages before, and
     after its last backward the gradients go back the same way. On the sink's ranks encoders' forwards come
-    before the sink's last backward, and their backwards after its first forward. Updates of all modules
-    follow one another.
+    before the sink's last backward, and their backwards after its first forward. Each encoder has a
+    micro-batch of mean load or more, which goes through all its stages, the sink's, and back. Updates of all
+    modules follow one another.
     """
     encoders, undecided = list(encoders), list(undecided)
     chain = _Chain(sink.demand, encoders, m)
-    found = total = 0.0
+    found, total = chain.heaviest, 0.0
     for place, hosted in _places([sink, *encoders], undecided):
         more = [u for u in undecided if _inside(place, u.block)]
         work = sum(p.demand.work(pp, m) for p, pp in hosted) + sum(u.seconds for u in more)
@@ -140,6 +207,8 @@ class _Chain:
         self.sink, self.m = sink, m
         self.start = max((e.demand.through(backward=False) for e in encoders), default=0.0)
         self.end = max((e.demand.through(backward=True) for e in encoders), default=0.0)
+        between = sink.through(backward=False) + sink.through(backward=True)
+        self.heaviest = max((e.demand.heaviest + between for e in encoders), default=0.0)
 
     def seconds(self, pp: int, others: Sequence[tuple[Demand, int]], after: float) -> float:
         """On a pipeline rank, with encoders on the same ranks. after: from its last computation on."""

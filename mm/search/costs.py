@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.predict.count.job import low_of
@@ -68,10 +70,14 @@ class Mean(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """By stage, the cost of a unit of load, and launches of a micro-batch. even: the least FLOPs of a unit of
-    load over the most."""
+    """By stage, seconds of a unit of load, as Cost has them, and launches of a micro-batch. even: the least
+    FLOPs of a unit of load over the most."""
 
-    stages: tuple[tuple[Cost, Cost], ...]
+    forward: np.ndarray
+    early: np.ndarray
+    late: np.ndarray
+    launched: np.ndarray
+    relaunched: np.ndarray
     even: float
 
 

@@ -32,7 +32,7 @@ class Corner(NamedTuple):
 @dataclass(frozen=True)
 class Dealt:
     """What the data rank of the language model with most work has. costs: of its documents by micro-batch.
-    loads: what its first rank computes in each.
+    plan: of the step, most: that rank, whose loads follow.
 
     tokens: of the rank with most, of the mean micro-batch; light: of the rank with least; thin: of the
     micro-batch and rank with least. even: cost of the mean data rank over that of this one. share: over the
@@ -40,12 +40,18 @@ class Dealt:
     """
 
     costs: tuple[float, ...]
-    loads: tuple[TokenLoad, ...]
+    plan: StepPlan = field(repr=False, compare=False)
+    most: int
     tokens: float
     light: float
     thin: float
     even: float
     share: float
+
+    def loads(self, blueprint: Blueprint) -> tuple[TokenLoad, ...]:
+        """What its first rank computes in each micro-batch: asked for last, as it takes the most time."""
+        at, item = Coord(0, 0, self.most, 0), blueprint.dtype.itemsize
+        return tuple(token_load(mb, at, blueprint.llm, item) for mb in self.plan.microbatches)
 
 
 @dataclass(frozen=True)
@@ -123,16 +129,16 @@ class StepLoad:
         layout = make_layout(SINK, dp * tp * cp, spec)
         given = replace(self.plan.inputs, llm=layout, microbatches=microbatches, encoders={})
         plan = self.planned(given)
-        blueprint, seats = self.blueprint, plan.seats
+        seats = plan.seats
         by_rank = np.bincount(seats.dp, weights=plan.llm_cost, minlength=dp)
         most = int(np.argmax(by_rank))
         mine = seats.dp == most
         costs = np.bincount(seats.microbatch[mine], weights=plan.llm_cost[mine], minlength=microbatches)
-        at, item = Coord(0, 0, most, 0), blueprint.dtype.itemsize
         found = [i.dealt for i in plan.imbalance(None) if i is not None]
         return Dealt(
             costs=tuple(costs.tolist()),
-            loads=tuple(token_load(mb, at, blueprint.llm, item) for mb in plan.microbatches),
+            plan=plan,
+            most=most,
             tokens=float(plan.padded.sum(axis=0).max()) / microbatches,
             light=float(plan.padded.sum(axis=0).min()) / microbatches,
             thin=float(plan.padded.min()),

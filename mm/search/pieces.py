@@ -12,18 +12,23 @@ seconds of one, and launches. Two lower bounds follow (docs/planning_search.md):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import numpy as np
 
 from llm.checks import check
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.predict.hardware import Hardware
-from mm.search.bound import Demand
-from mm.search.candidate import Choice, Degrees
+from mm.search.bound import Demand, Floor, Open
+from mm.search.candidate import Block, Choice, Degrees
 from mm.search.costs import Again, Mean, Priced
+from mm.search.floors import floors
 from mm.search.items import Encoder
 from mm.search.load import StepLoad
+from mm.search.space import ANY
 from mm.search.tokens import Sink
 from mm.search.weights import Weights
 
@@ -39,6 +44,8 @@ class Pieces:
     node: int | None
     _known: dict[object, Demand] = field(default_factory=dict)
     _least: dict[object, float] = field(default_factory=dict)
+    _floors: dict[object, Sequence[Sequence[Floor]]] = field(default_factory=dict)
+    _options: dict[object, tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> Weights:
@@ -86,33 +93,52 @@ class Pieces:
         return True
 
     def demand(
-        self, module: str, choice: Choice, microbatches: int, again: Again, kind: str, *, closely: bool = True
+        self, module: str, choice: Choice, microbatches: int, again: Again, kind: str
     ) -> Demand | None:
         """See tree.Asked."""
         halves = kind == "zero_bubble" and module == SINK
-        key = (module, choice.block.size, choice[1:], microbatches, again, halves, closely)
+        key = (module, choice.block.size, choice[1:], microbatches, again, halves)
         if key not in self._known:
             if module == SINK:
-                self._known[key] = self._sink_demand(choice, microbatches, again, halves, closely)
+                self._known[key] = self._sink_demand(choice, microbatches, again, halves)
             else:
                 self._known[key] = self._encoder_demand(module, choice, microbatches, again)
         return self._known[key]
 
-    def _sink_demand(self, choice: Choice, m: int, again: Again, halves: bool, closely: bool) -> Demand:
+    def floors(
+        self, block: Block, degrees: Degrees, policies: Sequence[str], numbers: Sequence[int], again: Again
+    ) -> Sequence[Sequence[Floor]]:
+        """See tree.Asked."""
+        key = block.size, degrees, again
+        if key not in self._floors:
+            self._floors[key] = floors(self.sink, block, degrees, policies, numbers, again)
+        return self._floors[key]
+
+    def options(
+        self, module: str, block: Block, degrees: Sequence[Degrees], m: int, again: Again
+    ) -> Open | None:
+        """See tree.Asked. Work and weights do not depend on micro-batches where no policy is decided."""
+        if not degrees:
+            return None
+        key = module, block.size, again
+        if key not in self._options:
+            every = [self._encoder_demand(module, Choice(block, d, ANY), 1, again) for d in degrees]
+            seconds = min(min(e.work(p, 1) for p in range(e.pp)) for e in every)
+            self._options[key] = seconds, min(min(e.held) for e in every)
+        encoder = self._encoders[module]
+        even = all(encoder.even(d.dp(block.size), m) for d in degrees)
+        return Open(block, *self._options[key], float(even))
+
+    def _sink_demand(self, choice: Choice, m: int, again: Again, halves: bool) -> Demand:
         d = choice.degrees
-        if closely:
-            found = self.sink.stages(choice, m, again)
-            dealt = self.load.dealt(choice.dp, m, d.tp, d.cp)
-            made = self._made(SINK, choice, found, (m, halves))
-            made = made._replace(
-                uneven=(1 - dealt.even) * dealt.tokens / dealt.light,
-                thin=dealt.thin / dealt.light,
-                share=dealt.share,
-            )
-        else:
-            made = self._made(SINK, choice, self.sink.envelope(choice, m, again), (m, halves))
-            made = made._replace(kept=(0.0,) * len(made.kept), share=0.0)
-        return made._replace(update=made.update + self.weights.message)
+        dealt = self.load.dealt(choice.dp, m, d.tp, d.cp)
+        made = self._made(SINK, choice, self.sink.stages(choice, m, again), (m, halves))
+        return made._replace(
+            uneven=(1 - dealt.even) * dealt.tokens / dealt.light,
+            thin=dealt.thin / dealt.light,
+            share=dealt.share,
+            update=made.update + self.weights.message,
+        )
 
     def _encoder_demand(self, module: str, choice: Choice, m: int, again: Again) -> Demand:
         encoder = self._encoders[module]
@@ -124,15 +150,17 @@ class Pieces:
     def _made(self, module: str, choice: Choice, mean: Mean, how: tuple[int, bool]) -> Demand:
         (m, halves), d, costs = how, choice.degrees, mean.stages
         late = 1.0 if halves else 0.0
-        owned = [self.weights.held(module, choice, pp) for pp in range(d.pp)]
+        owned = self.weights.held(module, choice)
+        both = np.array([(c.forward, c.early + c.late) for c in costs]).T
+        half = np.array([c.late for c in costs]) if halves else None
         each, sums, before, after = self.weights.traffic(
-            module, choice, [(c.forward, c.early + c.late) for c in costs], m, mean.most
+            module, choice, (both[0], both[1], half), m, mean.most
         )
         size = max((c.out for c in costs[:-1]), default=0.0)
         return Demand(
             pp=d.pp,
-            forward=tuple(c.forward + g for c, g in zip(costs, each, strict=True)),
-            backward=tuple(c.early + c.late + r for c, r in zip(costs, sums, strict=True)),
+            forward=tuple((both[0] + each).tolist()),
+            backward=tuple((both[1] + sums).tolist()),
             early=tuple(c.early + (1 - late) * c.late for c in costs),
             before=before,
             after=after,

@@ -1,8 +1,8 @@
 """Which candidates there are: degrees, placements, schedules, micro-batches, policies, recomputation. Pure.
 
-The space is stated here, in full, because a proof is of a space. Left out is what another option in it never
-loses to: the policies replicate, zero1 and zero2 hold, or move, in a step no less than `step` does
-(docs/layouts.md); gpipe takes as long as 1f1b and holds more; three_phase holds a whole step's activations of
+The space is stated here, in full, because a proof is of a space. Left out are the policies replicate, zero1
+and zero2, which hold no less than step or zero3 and can be a little faster, and what another option in it
+never loses to: gpipe takes as long as 1f1b and holds more; three_phase holds a whole step's activations of
 encoders; tp without sequence parallelism keeps more and moves as much.
 """
 

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from mm.config.outline import SINK
 from mm.predict.count.layers import first_counts, last_counts, layer_counts
 from mm.predict.count.pieces import Piece
@@ -35,32 +37,22 @@ class Sink:
         """As a prediction has it; bytes of the data rank that keeps least."""
         d = choice.degrees
         dealt = self.load.dealt(choice.dp, microbatches, d.tp, d.cp)
-        flops = [self._flops_of(load, d) for load in dealt.loads]
+        loads = dealt.loads(self.load.blueprint)
+        flops = [self._flops_of(load, d) for load in loads]
         order = sorted(range(microbatches), key=lambda k: flops[k])
         median = order[microbatches // 2]
-        load = dealt.loads[median]
+        load = loads[median]
         found = [self._stage(stage, d, load, again) for stage in self.weights.stages(d.pp * d.vpp)]
         grows, fixed = sum(c.seconds for c in found), sum(c.fixed for c in found)
         share = fixed / (grows + fixed)  # that does not grow with the load
-        loads = [share + (1 - share) * f / flops[median] for f in flops]
-        mean = sum(loads) / microbatches
+        shares = [share + (1 - share) * f / flops[median] for f in flops]
+        mean = sum(shares) / microbatches
         light = dealt.light / d.cp / load.tokens
         costs = [c.with_launches().scaled(mean)._replace(kept=c.kept * light, out=c.out) for c in found]
-        ends = loads[0] / mean, loads[-1] / mean
-        return Mean(costs, loads[order[0]] / mean, loads[order[-1]] / mean, ends)
+        ends = shares[0] / mean, shares[-1] / mean
+        return Mean(costs, shares[order[0]] / mean, shares[order[-1]] / mean, ends)
 
-    def envelope(self, choice: Choice, microbatches: int, again: Again) -> Mean:
-        """At least, from the costs of its documents alone; no bytes."""
-        d = choice.degrees
-        costs = self.load.dealt(choice.dp, microbatches).costs
-        mean, unit = sum(costs) / microbatches, self._unit(d, again)
-        out = [c.scaled(mean).plus(launched).with_launches() for c, launched in unit.stages]
-        if microbatches == 1 or not mean:
-            return Mean(out, float(microbatches == 1), None)
-        least, first, last = (x / mean * unit.even for x in (min(costs), costs[0], costs[-1]))
-        return Mean(out, least, None, (first, last))
-
-    def _unit(self, d: Degrees, again: Again) -> Unit:
+    def unit(self, d: Degrees, again: Again) -> Unit:
         """The least that documents cost here, for each FLOP by which they are dealt."""
         if (d, again) not in self._units:
             whole = Stage(0, self.weights.layers(SINK))
@@ -71,8 +63,8 @@ class Sink:
                 each = [self._corner(stage, d, k, again) for k in self._corners]
                 cost = least_cost(c.scaled(min(rates) / w.flops) for c, w in zip(each, all_, strict=True))
                 launched = self._least_launches(stage, d, again) if d.pp == 1 else Cost()
-                out.append((cost._replace(kept=0.0, out=0.0), launched))
-            self._units[d, again] = Unit(tuple(out), min(rates) / max(rates))
+                out.append((*cost[:3], launched.launched, launched.relaunched))
+            self._units[d, again] = Unit(*np.array(out).T, even=min(rates) / max(rates))
         return self._units[d, again]
 
     @property

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from mm.config.outline import SINK
-from mm.search.bound import Demand, Open, Placed, bytes_bound, seconds_bound
+from mm.search.bound import Demand, Floor, Open, Others, Placed, bytes_bound, floor_bound, seconds_bound
 from mm.search.candidate import Block, Candidate, Choice, Degrees
-from mm.search.space import ANY, FIRST, Frame, Space
+from mm.search.space import FIRST, Frame, Space
 
 Again = tuple[str, ...]
 
@@ -23,10 +23,20 @@ class Asked(Protocol):
         """Seconds that each of `size` ranks needs at least for a module, whatever else is decided."""
 
     def demand(
-        self, module: str, choice: Choice, microbatches: int, again: Again, kind: str, *, closely: bool
+        self, module: str, choice: Choice, microbatches: int, again: Again, kind: str
     ) -> Demand | None:
-        """What a module asks of its ranks at least; None where it cannot be so. closely: whether to take the
-        time for the most that can be said."""
+        """What a module asks of its ranks at least; None where it cannot be so."""
+
+    def floors(
+        self, block: Block, degrees: Degrees, policies: Sequence[str], numbers: Sequence[int], again: Again
+    ) -> Sequence[Sequence[Floor]]:
+        """What the language model asks at least, by number of micro-batches, then of each policy that can be
+        so; quick to tell."""
+
+    def options(
+        self, module: str, block: Block, degrees: Sequence[Degrees], m: int, again: Again
+    ) -> Open | None:
+        """The least that any of an encoder's degrees on a block asks; None where it has none."""
 
 
 @dataclass(frozen=True)
@@ -151,23 +161,25 @@ class Tree:
             yield replace(node, key=(*node.key, i), bound=bound, size=size, degrees=degrees)
 
     def _by_microbatches(self, node: Node) -> Iterator[Node]:
+        """Schedules and policies are bounded together here, by what is quick to tell."""
         assert node.degrees is not None
-        numbers = self.space.microbatches(node.degrees.dp(node.frame.sink.size), node.degrees.pp)
-        n = len(numbers) * len(self.space.recompute)
-        for i, m in enumerate(numbers):
-            for j, again in enumerate(self.space.recompute):
-                key = (*node.key, i, j)
-                made = replace(node, key=key, microbatches=m, again=again, size=node.size // n)
-                below = [self._bounded(b, node, closely=False) for b in self._cheapest(made)]
-                least = min(below, key=lambda b: b.bound)
-                yield replace(made, bound=least.bound, bytes=min(b.bytes for b in below))
-
-    def _cheapest(self, node: Node) -> Iterator[Node]:
-        """What is below a node by policy, under the schedule of which least can be said."""
-        assert node.degrees is not None
-        kind = "zero_bubble" if node.degrees.pp > 1 else "1f1b"
-        for policy in self.space.policies(node.frame.sink, node.degrees):
-            yield replace(node, kind=kind, sink=Choice(node.frame.sink, node.degrees, policy))
+        sink, degrees = node.frame.sink, node.degrees
+        numbers = self.space.microbatches(degrees.dp(sink.size), degrees.pp)
+        policies = self.space.policies(sink, degrees)
+        size = node.size // (len(numbers) * len(self.space.recompute))
+        first = self.space.block(FIRST, sink, degrees)
+        for j, again in enumerate(self.space.recompute):
+            found = self.asked.floors(sink, degrees, policies, numbers, again)
+            for i, m in enumerate(numbers):
+                made = replace(node, key=(*node.key, i, j), microbatches=m, again=again, size=size)
+                undecided = [self._undecided(made, module) for module in self.space.encoders]
+                known = [u for u in undecided if u is not None]
+                if not found[i] or len(known) < len(undecided):
+                    yield replace(made, bound=math.inf)
+                    continue
+                others = Others.of(sink, first, known)
+                seconds, held = zip(*(floor_bound(f, others, self.cores) for f in found[i]), strict=True)
+                yield replace(made, bound=max(node.bound, min(seconds)), bytes=max(node.bytes, min(held)))
 
     def _policies(self, node: Node) -> Iterator[Node]:
         """The schedules and policies below a node."""
@@ -195,7 +207,7 @@ class Tree:
             )
             yield self._bounded(made, node)
 
-    def _bounded(self, node: Node, above: Node, *, closely: bool = True) -> Node:
+    def _bounded(self, node: Node, above: Node) -> Node:
         """The node with its bounds, from what is decided and the least of what is not."""
         assert node.sink is not None
         m, again, kind = node.microbatches, node.again, node.kind
@@ -203,7 +215,7 @@ class Tree:
         chosen = [(SINK, node.sink), *zip(names, node.encoders, strict=False)]
         placed = []
         for module, choice in chosen:
-            demand = self.asked.demand(module, choice, m, again, kind, closely=closely)
+            demand = self.asked.demand(module, choice, m, again, kind)
             if demand is None:
                 return replace(node, bound=math.inf)
             placed.append(Placed(demand, choice.block))
@@ -222,15 +234,8 @@ class Tree:
         block = self._block(node, module)
         key = (module, block.size, node.microbatches, node.again)
         if key not in self._least:
-            found = []
-            for degrees in self.space.encoder_degrees(module, block.size):
-                choice = Choice(block, degrees, ANY)
-                m, again = node.microbatches, node.again
-                demand = self.asked.demand(module, choice, m, again, node.kind, closely=False)
-                if demand is not None:
-                    seconds = min(demand.work(p, m) for p in range(demand.pp))
-                    found.append((seconds, min(demand.held), demand.share))
-            self._least[key] = Open(block, *map(min, zip(*found, strict=True))) if found else None
+            degrees = self.space.encoder_degrees(module, block.size)
+            self._least[key] = self.asked.options(module, block, degrees, node.microbatches, node.again)
         least = self._least[key]
         return None if least is None else least._replace(block=block)
 

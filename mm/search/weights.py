@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from llm.flops import layer_params
 from llm.stages import partition
 from mm.config.outline import SINK, frozen_modules
@@ -37,6 +39,16 @@ class Params(NamedTuple):
     expert: float
 
 
+class Moved(NamedTuple):
+    """Seconds of a pipeline rank's gathers of a micro-batch, and of its sums, by virtual stage; in so many
+    units. twice: whether weights are gathered for a backward too."""
+
+    gather: float
+    total: float
+    units: int
+    twice: bool
+
+
 @dataclass
 class Weights:
     """blueprint: the job with every module data parallel. node: ranks a node; None where there is one."""
@@ -59,8 +71,16 @@ class Weights:
         assert isinstance(found, tuple)
         return found
 
-    def held(self, module: str, choice: Choice, pp: int) -> Owned:
-        """What a pipeline rank holds, and what its update takes."""
+    def held(self, module: str, choice: Choice) -> tuple[Owned, ...]:
+        """What pipeline ranks hold, and what their updates take."""
+        key = "held", module, choice.block.size, choice[1:]
+        if key not in self._known:
+            self._known[key] = tuple(self._held(module, choice, pp) for pp in range(choice.degrees.pp))
+        found = self._known[key]
+        assert isinstance(found, tuple)
+        return found
+
+    def _held(self, module: str, choice: Choice, pp: int) -> Owned:
         d, blueprint = choice.degrees, self.blueprint
         stored, item = blueprint.stored_dtype.itemsize, blueprint.dtype.itemsize
         whole, state = self.params(module, d, pp), self._state(module)
@@ -96,38 +116,61 @@ class Weights:
         return sum(len(unit) for unit in self.blueprint.weights(module, 0))
 
     def traffic(
-        self, module: str, choice: Choice, costs: list[tuple[float, float]], m: int, most: float | None
-    ) -> tuple[list[float], list[float], float, float]:
+        self,
+        module: str,
+        choice: Choice,
+        costs: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+        m: np.ndarray | int,
+        most: float | None,
+    ) -> tuple[np.ndarray, np.ndarray, float, float]:
         """What data ranks' gathers and sums add, as parallel.schedule.simulator.traffic has it: to each
         forward and backward by stage, before the first computation, after the last.
 
-        costs: seconds of a forward and a backward of mean load by stage. most: the most load over the mean
-        one; None where it is not known. Longer computations hide more, but never more than they are longer:
-        with less seconds than it takes, a sum of both is still a lower bound.
+        costs: seconds of a forward and a backward of mean load, [.., stages], and of these of the half of the
+            backward that gives gradients of weights, where backwards are split. m: micro-batches, [.., 1].
+        most: the most load over the mean one; None where it is not known. Longer computations hide more, but
+        never more than they are longer: with less seconds than it takes, a sum of both is a lower bound.
         """
-        d, sums = choice.degrees, [0.0] * len(costs)
+        forward, backward, late = costs
+        nothing = np.zeros_like(forward)
         if choice.data_parallel == ANY:
-            return sums, sums, 0.0, 0.0
-        whole = [self.params(module, d, pp) for pp in range(d.pp)]
-        stored, item = self.blueprint.stored_dtype.itemsize, self.blueprint.dtype.itemsize
-        gather = max(self._over_data(module, "all_gather", choice, p, item) for p in whole) / d.vpp
-        total = max(self._over_data(module, "reduce_scatter", choice, p, stored) for p in whole) / d.vpp
-        total *= self._learns(module)
-        units = self._units(module, choice)
+            return nothing, nothing, 0.0, 0.0
+        gather, total, units, twice = self._moved(module, choice)
         rest, after = 1 - 1 / units, total / units
         if most is not None:
-            after = max(after, total - max(b for _, b in costs) * most * rest)
+            behind = backward if late is None else late
+            after = max(after, total - float(behind.max()) * most * rest)
         if choice.data_parallel == "step":
-            return sums, sums, gather, after
-        each = [max(gather / units, gather - f * rest) for f, _ in costs]
+            return nothing, nothing, gather, after
+        each = np.maximum(gather / units, gather - forward * rest)
+        if late is not None:  # weights are gathered for one half, gradients summed in the other
+            one = np.maximum(0.0, total - late)
+            if twice:
+                one = one + np.maximum(gather / units, gather - (backward - late) * rest)
+            return each, one * (m - 1) / m, 0.0, after
         # Several units are gathered for a backward too, and then a longer one may take less in all.
-        again = module == SINK and len(self.blueprint.weights(module, 0)) > len(costs)
-        for s, (_, b) in enumerate(costs):
-            long = max(b, min(total, gather)) if again else b
-            one = long - b + max(0.0, total - long)
-            one += max(gather / units, gather - long * rest) if again else 0.0
-            sums[s] = one * (m - 1) / m
-        return each, sums, 0.0, after
+        long = np.maximum(backward, min(total, gather)) if twice else backward
+        one = long - backward + np.maximum(0.0, total - long)
+        if twice:
+            one = one + np.maximum(gather / units, gather - long * rest)
+        return each, one * (m - 1) / m, 0.0, after
+
+    def _moved(self, module: str, choice: Choice) -> Moved:
+        key = "moved", module, choice.block.size, choice[1:]
+        if key not in self._known:
+            d, whole = (
+                choice.degrees,
+                [self.params(module, choice.degrees, pp) for pp in range(choice.degrees.pp)],
+            )
+            stored, item = self.blueprint.stored_dtype.itemsize, self.blueprint.dtype.itemsize
+            gather = max(self._over_data(module, "all_gather", choice, p, item) for p in whole) / d.vpp
+            total = max(self._over_data(module, "reduce_scatter", choice, p, stored) for p in whole) / d.vpp
+            twice = module == SINK and len(self.blueprint.weights(module, 0)) > d.pp * d.vpp
+            units = self._units(module, choice)
+            self._known[key] = Moved(gather, total * self._learns(module), units, twice)
+        found = self._known[key]
+        assert isinstance(found, Moved)
+        return found
 
     def _units(self, module: str, choice: Choice) -> int:
         """At most so many units of a module, and messages of a sum."""
@@ -194,6 +237,16 @@ class Weights:
         """Parameters of one rank at least."""
         if module != SINK:
             return Params(self._encoder_params(module) * (self.layers(module) // d.pp) / d.tp, 0.0)
+        key = "params", d.pp, d.vpp
+        if key not in self._known:
+            self._known[key] = tuple(self._sink_params(d, r) for r in range(d.pp))
+        found = self._known[key]
+        assert isinstance(found, tuple)
+        dense, expert = found[pp]
+        return Params(dense / d.tp, expert / (d.ep * d.etp))
+
+    def _sink_params(self, d: Degrees, pp: int) -> Params:
+        """Of a pipeline rank of the language model, whole."""
         dense = expert = 0.0
         llm, stages = self.blueprint.llm, self.stages(d.pp * d.vpp)
         for stage in stages[pp :: d.pp]:
@@ -207,7 +260,7 @@ class Weights:
                 dense, expert = dense + n * (every - own), expert + n * own
             ends = stage.first + (stage.last and not llm.tied)
             dense += ends * llm.vocab_size * llm.d_model
-        return Params(dense / d.tp, expert / (d.ep * d.etp))
+        return Params(dense, expert)
 
     def states(self) -> float:
         """Bytes that weights, their gradients and the optimizer's state take over all devices, each once."""

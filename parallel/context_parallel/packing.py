@@ -121,6 +121,9 @@ class ContextPacking(Packing):
 
     def continued_of(self, rank: int) -> tuple[Continued, ...]:
         """The fragments of `rank` that continue a document, in local order; at most one for each piece."""
+        return self.once(("continued", rank), lambda: self._continued_of(rank))
+
+    def _continued_of(self, rank: int) -> tuple[Continued, ...]:
         out, at, seen = [], 0, 0
         for start, stop in self.spans[rank]:
             inner = int(np.unique(self.starts[(self.starts > start) & (self.starts < stop)]).size)

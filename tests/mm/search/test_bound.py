@@ -8,7 +8,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mm.search.bound import Demand, Open, Placed, bytes_bound, seconds_bound
+from mm.search.bound import (
+    Demand,
+    Open,
+    Others,
+    Placed,
+    bytes_bound,
+    floor_bound,
+    floor_of,
+    seconds_bound,
+)
 from mm.search.candidate import Block
 from parallel.schedule import ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.schedule.action import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Kind
@@ -184,3 +193,32 @@ def test_the_bound_of_an_even_pipeline_is_its_step() -> None:
     case = Case("1f1b", 3, {"llm": demand}, {"llm": BLOCKS["all"]}, {}, {}, {})
     found = seconds_bound(case.placed("llm"), (), (), 3)
     assert found == pytest.approx(12.0) == simulate(case.plan(), case.costs()).seconds
+
+
+def test_a_micro_batch_of_an_encoder_goes_through_all_its_stages_and_back() -> None:
+    """Of uneven ones too: the one with most has the mean load at least."""
+    deep = Demand(4, (1.0,) * 4, (2.0,) * 4, (2.0,) * 4, (0.0,) * 4, (0.0,) * 4)
+    sink = Placed(Demand(1, (1.0,), (1.0,), (1.0,), (0.0,), (0.0,), least=0.5), Block(0, 4))
+    found = seconds_bound(sink, [Placed(deep, Block(4, 8))], [], 2)
+    assert found == pytest.approx(4 * 1.0 + 4 * 2.0 + 0.5 * 2.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_floors_are_the_bounds_of_a_sink_of_whose_encoders_nothing_is_decided(data: st.DataObject) -> None:
+    pp, m = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.integers(1, 4))
+    loads = [data.draw(st.sampled_from([0.5, 1.0, 1.5])) for _ in range(m)]
+    demand = data.draw(demands(pp, 1, loads, split=False))
+    demand = demand._replace(
+        gradients=demand.held, kept=(0.0,) * pp, before=data.draw(SECONDS), after=data.draw(SECONDS)
+    )
+    sink = Placed(demand._replace(update=data.draw(SECONDS)), BLOCKS["shared"])
+    first = Block(4, 4 + 4 // pp)
+    blocks = [data.draw(st.sampled_from([BLOCKS["own"], BLOCKS["shared"], first])) for _ in range(2)]
+    undecided = [Open(b, data.draw(SECONDS), data.draw(SECONDS), 1.0) for b in blocks]
+    cores = data.draw(st.sampled_from([1.0, float("inf")]))
+    others = Others.of(sink.block, first, undecided)
+    sink = replace(sink, demand=sink.demand._replace(share=0.0))
+    seconds, held = floor_bound(floor_of(sink.demand, m), others, cores)
+    assert seconds == pytest.approx(seconds_bound(sink, [], undecided, m, cores))
+    assert held == pytest.approx(bytes_bound(sink, [], undecided, "1f1b", m))

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mm.config.outline import SINK
@@ -13,7 +14,7 @@ from mm.config.schema import from_mapping
 from mm.predict.costs import priced
 from mm.predict.count.job import count_job
 from mm.predict.hardware import Hardware, load_hardware
-from mm.search.bound import Demand, Placed, bytes_bound
+from mm.search.bound import Demand, Placed, bytes_bound, floor_of
 from mm.search.candidate import Block, Candidate, Choice, Degrees
 from mm.search.limits import space_of
 from mm.search.pieces import Pieces
@@ -95,6 +96,43 @@ def test_the_language_model_takes_what_a_prediction_has_it_take() -> None:
             for kind, of in ((FORWARD, demand.forward), (BACKWARD, demand.backward)):
                 real = sum(costs.seconds(Action(kind, SINK, k, stage=s)) for k in range(m))
                 assert 0.97 * real <= of[s] * m * demand.mean <= real * (1 + 1e-9), (degrees, s, kind)
+
+
+def test_floors_are_below_what_the_same_documents_ask_as_they_are_dealt() -> None:
+    """Of every policy, by each figure: before the step is planned and after."""
+    tree, _ = job(4, load_hardware("h100"))
+    whole, pieces = Block(0, 4), tree.asked
+    for degrees in (Degrees(tp=2, sequence_parallel=True), Degrees(pp=2), Degrees(pp=2, vpp=2)):
+        kind = "zero_bubble" if degrees.pp > 1 else "1f1b"
+        policies, numbers = ("step", "zero3", "hsdp"), (1, 2, 4)
+        found = pieces.floors(whole, degrees, policies, numbers, ())
+        for m, row in zip(numbers, found, strict=True):
+            for policy, floor in zip(policies, row, strict=True):
+                demand = pieces.demand(SINK, Choice(whole, degrees, policy), m, (), kind)
+                assert demand is not None
+                close = floor_of(demand, m)
+                for low, high in zip(floor, close, strict=True):
+                    assert low <= high * (1 + 1e-9) and bool(low) == bool(high), (
+                        degrees,
+                        m,
+                        policy,
+                        floor,
+                        close,
+                    )
+
+
+def test_sums_outlast_the_half_of_a_backward_that_they_are_in() -> None:
+    """Of split backwards: what is longer than the gradients of weights, but for the last micro-batch."""
+    tree, _ = job(4, load_hardware("h100"))
+    pieces = tree.asked
+    assert isinstance(pieces, Pieces)
+    choice, weights = Choice(Block(0, 4), Degrees(pp=2), "zero3"), pieces.weights
+    gather, total, units, twice = weights._moved(SINK, choice)
+    assert total > 0
+    late = np.array([total / 4, total / 4])
+    _, sums, _, _ = weights.traffic(SINK, choice, (late, 3 * late, late), 4, None)
+    again = max(gather / units, gather - total / 2 * (1 - 1 / units)) if twice else 0.0
+    assert sums.tolist() == pytest.approx([0.75 * (0.75 * total + again)] * 2)
 
 
 def test_gradients_come_once_activations_go() -> None:

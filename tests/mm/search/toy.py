@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mm.config.outline import SINK
-from mm.search.bound import Demand
-from mm.search.candidate import Candidate, Choice, Degrees
+from mm.search.bound import Demand, Floor, Open, floor_of
+from mm.search.candidate import Block, Candidate, Choice, Degrees
 from mm.search.space import ANY, Space
 from mm.search.tree import Again, Node, Tree
 from parallel.schedule import ModuleUse, ScheduleOptions, make_schedule
@@ -46,9 +46,7 @@ class Toy:
     def least(self, module: str, size: int, degrees: Degrees | None) -> float:
         return self.space.batch / size  # the least factor is 1
 
-    def demand(
-        self, module: str, choice: Choice, m: int, again: Again, kind: str, *, closely: bool = True
-    ) -> Demand | None:
+    def demand(self, module: str, choice: Choice, m: int, again: Again, kind: str) -> Demand | None:
         d, size = choice.degrees, choice.block.size
         if choice.data_parallel == ANY:
             found = [self.demand(module, choice._replace(data_parallel=p), m, again, kind) for p in POLICIES]
@@ -70,6 +68,25 @@ class Toy:
             kept=tuple(draw.choice([1.0, 2.0]) / (m * (1 + len(again))) for _ in range(stages)),
             least=1.0,
         )
+
+    def floors(
+        self, block: Block, degrees: Degrees, policies: Sequence[str], numbers: Sequence[int], again: Again
+    ) -> list[list[Floor]]:
+        kind = "zero_bubble" if degrees.pp > 1 else "1f1b"
+        found = [
+            [self.demand(SINK, Choice(block, degrees, p), m, again, kind) for p in policies] for m in numbers
+        ]
+        return [[floor_of(d, m) for d in row if d is not None] for m, row in zip(numbers, found, strict=True)]
+
+    def options(
+        self, module: str, block: Block, degrees: Sequence[Degrees], m: int, again: Again
+    ) -> Open | None:
+        found = [self.demand(module, Choice(block, d, ANY), m, again, "1f1b") for d in degrees]
+        some = [d for d in found if d is not None]
+        if not some:
+            return None
+        seconds = min(min(d.work(p, m) for p in range(d.pp)) for d in some)
+        return Open(block, seconds, min(min(d.held) for d in some), min(d.share for d in some))
 
     def outcome(self, candidate: Candidate) -> tuple[float, float] | None:
         """(seconds, bytes) by the schedule's own actions; None where there is no schedule."""

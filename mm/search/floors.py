@@ -1,0 +1,66 @@
+"""What the language model asks at least, from the costs of its documents alone: of all micro-batches and
+policies of its degrees at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mm.config.outline import SINK
+from mm.search.bound import Floor
+from mm.search.candidate import Block, Choice, Degrees
+from mm.search.costs import Again
+from mm.search.tokens import Sink
+
+
+def floors(
+    sink: Sink, block: Block, d: Degrees, policies: Sequence[str], numbers: Sequence[int], again: Again
+) -> list[list[Floor]]:
+    """By number of micro-batches, then by policy, the least under any schedule.
+
+    From the costs of documents alone: a micro-batch of mean load costs at least its FLOPs, at the least
+    seconds for one that any of the step's documents has; that of a schedule which halves backwards.
+    """
+    unit, weights = sink.unit(d, again), sink.weights
+    costs = [sink.load.dealt(d.dp(block.size), m).costs for m in numbers]
+    m = np.array(numbers, float)[:, None]
+    mean = np.array([sum(c) for c in costs])[:, None] / m
+    forward, early = unit.forward * mean + unit.launched, unit.early * mean + unit.relaunched
+    backward = early + unit.late * mean
+    waited = early if d.pp > 1 else backward  # of a backward, by the stage before
+    first, last = _ends(costs, mean, unit.even)
+    found = []
+    for policy in policies:
+        choice = Choice(block, d, policy)
+        each, sums, before, after = weights.traffic(SINK, choice, (forward, backward, None), m, None)
+        there, back = forward + each, backward + sums
+        work = _by_rank(there + back, d) * m
+        head = np.maximum(first * _before(there, d), before)
+        through = head + _by_rank(there + waited, d) * m + last * _before(waited, d)
+        alone = np.maximum(through, head + work + after).max(axis=1)
+        owned = weights.held(SINK, choice)
+        held = [o.held + o.gradients for o in owned]
+        rest = max(o.update for o in owned) + weights.message, max(held), held[0]
+        seconds = zip(alone.tolist(), work.max(axis=1).tolist(), work[:, 0].tolist(), strict=True)
+        found.append([Floor(*three, *rest) for three in seconds])
+    return [list(row) for row in zip(*found, strict=True)]
+
+
+def _ends(costs: Sequence[Sequence[float]], mean: np.ndarray, even: float) -> tuple[np.ndarray, np.ndarray]:
+    """Load of the first and of the last micro-batch over the mean one, [numbers, 1]."""
+    first, last = (np.array([c[i] for c in costs])[:, None] for i in (0, -1))
+    alone = np.array([[len(c) == 1] for c in costs])
+    safe = np.where(mean > 0, mean, 1.0)
+    return np.where(alone, 1.0, first / safe * even), np.where(alone, 1.0, last / safe * even)
+
+
+def _by_rank(of: np.ndarray, d: Degrees) -> np.ndarray:
+    """Of all virtual stages of a pipeline rank."""
+    return of.reshape(len(of), d.vpp, d.pp).sum(axis=1)
+
+
+def _before(of: np.ndarray, d: Degrees) -> np.ndarray:
+    """Of the stages before each of the first ones."""
+    own = of[:, : d.pp]
+    return np.cumsum(own, axis=1) - own
