@@ -75,12 +75,35 @@ def weight(module: str, job: Job) -> None:
     next(value for value in held if value.numel()).view(-1)[0] = float("nan")
 
 
+def part_of_weight(module: str, job: Job) -> None:
+    """What its backwards give the last weight is not finite; all that they take and leave is."""
+    held(module, job).register_hook(lambda grad: torch.full_like(grad, float("nan")))
+
+
+def once(module: str, job: Job) -> None:
+    """The same, in one backward alone."""
+    left = [1]
+    held(module, job).register_hook(lambda grad: grad * (float("nan") if left and left.pop() else 1.0))
+
+
+def held(module: str, job: Job) -> Tensor:
+    """The last weight as backwards see it."""
+    *_, (_, found, _) = declared(part(job, module))
+    return found
+
+
+BROKEN = {"output": output, "gradient": gradient, "weight": weight, "part": part_of_weight, "once": once}
+
+
 def said(raw: dict[str, Any], kind: str, module: str, rank: int) -> str:
     """What a run says whose second step is broken on one rank."""
     with running(raw) as (job, feed):
         train_step(job, feed, 0)
+        for each in job.parts.get(module, {}).values():
+            whole.gather(each)
+            whole.wait(each)
         if job.rank.rank == rank:
-            {"output": output, "gradient": gradient, "weight": weight}[kind](module, job)
+            BROKEN[kind](module, job)
         try:
             train_step(job, feed, 1)
         except NonFinite as error:
@@ -115,6 +138,12 @@ CASES = [
         0,
         " of module audio and 3 more is not finite on rank 0, summed",
     ),
+    ("colocated", "part", "llm", 2, "run again, rank 2 (data rank 2 of module llm, micro-batch 0, sample"),
+    ("colocated", "once", "vision", 1, "run again, it is finite: a fault of memory or of a kernel"),
+    ("disjoint, pipeline", "part", "audio", 1, "run again, rank 1 (data rank 1 of module audio, micro"),
+    ("disjoint, pipeline", "part", "llm", 3, "run again, rank 3 (data rank 0 of module llm, micro-batch 0"),
+    ("mixed, sharded", "part", "vision", 2, "run again, rank 2 (data rank 1 of module vision, micro-batch 0"),
+    ("mixed, sharded", "part", "llm", 3, "run again, rank 3 (data rank 1 of module llm, micro-batch 0"),
 ]
 
 
