@@ -42,9 +42,9 @@ def find_parts(job: Job, prepared: Prepared) -> str:
         optimizer.collect()
         sums = sums + optimizer.norm_squared()
     mine = json.dumps([bool(torch.isfinite(sums)), watch.found[:TOLD]])
-    told = [json.loads(text) for text in job.control.tell(mine)]
-    found = [Part(*part) for _, parts in told for part in parts]
-    return brought(found, again=not all(finite for finite, _ in told))
+    everyone = [json.loads(text) for text in job.control.tell(mine)]
+    found = [Part(*part) for _, parts in everyone for part in parts]
+    return brought(found, again=not all(finite for finite, _ in everyone))
 
 
 class _Watch:
