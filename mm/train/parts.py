@@ -65,7 +65,8 @@ class _Watch:
                 whole.wait(part)
                 for name, weight, _ in declared(part):
                     if weight.requires_grad:
-                        handles.append(weight.register_hook(partial(self._look, module, name)))
+                        look = partial(self._look, module, name)
+                        handles.append(weight.register_hook(look))  # type: ignore[no-untyped-call]
                 if self.job.blueprint.uses[module].params != "replicated":
                     whole.free(part)
         try:

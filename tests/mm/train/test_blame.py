@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from encoders.module import EncoderModule
 from mm.errors import NonFinite
 from mm.ranks.job import Job
-from mm.train.blame import CAME, CAME_BACK, GAVE, Findings, Place, origin
+from mm.train.blame import CAME, CAME_BACK, GAVE, Findings, Part, Place, brought, of_sums, origin
 from mm.train.one_step import train_step
 from parallel.sharding import whole
 from parallel.sharding.param import declared, local
@@ -150,7 +150,9 @@ CASES = [
 NAMES = ("layout", "kind", "module", "rank", "told")
 
 
-@pytest.mark.parametrize(NAMES, on_demand(CASES, [*CASES[:2], CASES[3], CASES[5]], several=True))
+@pytest.mark.parametrize(
+    NAMES, on_demand(CASES, [*CASES[:2], CASES[3], CASES[5], *CASES[8:12], CASES[13]], several=True)
+)
 def test_the_first_is_named(ranks: Any, layout: str, kind: str, module: str, rank: int, told: str) -> None:
     raw = small(layout=LAYOUTS[layout], schedule={"microbatches": 2})
     found = ranks(4, said, raw, kind, module, rank, timeout=100)
@@ -182,3 +184,14 @@ def test_the_origin_comes_before_what_it_spoils() -> None:
     large = Findings(overflows=["audio.w"])
     assert origin([large]) == "the squared norm of the gradient of w of module audio is not finite on rank 0"
     assert [Findings.read(one.written()) for one in (spoilt, held, large)] == [spoilt, held, large]
+
+
+def test_the_part_of_a_sum_is_that_of_the_first_micro_batch() -> None:
+    late, first = Part("w", "llm", 0, 0, 1, ["a"]), Part("w", "llm", 3, 1, 0, ["b", "c"])
+    assert brought([late, first, first._replace(name="v")], again=True) == (
+        "; run again, rank 3 (data rank 1 of module llm, micro-batch 0, samples b, c) gives that of w of "
+        "module llm and 1 more"
+    )
+    assert "their sum is not" in brought([], again=True) and "it is finite" in brought([], again=False)
+    sums, rows = Findings(gradients=["llm.w"]), Place("rows", "vision", 0, 1, [])
+    assert of_sums([Findings(), sums]) and not of_sums([Findings(spots={GAVE: [rows]}), sums])
