@@ -7,15 +7,10 @@ the shard, the probes and the format are what they were.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +18,7 @@ from typing import NamedTuple
 from mm.data.columns.entries import INDEX, index_columns
 from mm.data.columns.store import Store, writing
 from mm.data.columns.table import Table, join
+from mm.data.forks import ALONE, in_forks, tasks_of
 from mm.data.layouts.energon import layout_of_shard
 from mm.data.layouts.find import AUTO, layout_key
 from mm.data.probes import known
@@ -30,9 +26,7 @@ from mm.data.remote.urls import is_remote
 from mm.data.scan import build_index, headers_digest
 from mm.data.storage import LOCAL, Say, Storage, Version
 from mm.errors import DataError
-from mm.forks import leave_inherited, uncollected
 
-ALONE = 64 << 20  # bytes of shards that are scanned without other processes
 TELL_S = 5.0  # how often progress is shown
 KEEP_S = 60.0  # how often what is done is written, so that a build that is ended goes on from there
 
@@ -187,7 +181,7 @@ def _scanned(work: _Work, keep: Callable[[Table], object]) -> dict[str, Kept]:
     shards = work.shards
     sizes = [_version(shard, work.storage).size for shard in shards]
     path_of = {Path(shard).name: shard for shard in shards}
-    progress = _Progress(work.say, sum(sizes), len(shards))
+    progress = Progress(work.say, sum(sizes), len(shards), "indexed")
     out: dict[str, Kept] = {}
     waiting: list[Table] = []
     since = time.monotonic()
@@ -209,33 +203,15 @@ def _scans(
     shards: Sequence[str], sizes: Sequence[int], scan: Callable[[Sequence[str]], Table]
 ) -> Iterator[tuple[Table, int]]:
     """Indexes of shards and the bytes that these have, in order; a table has one or several."""
-    if not shards:
-        return
-    workers = min(len(os.sched_getaffinity(0)), len(shards))
-    if sum(sizes) <= ALONE or workers == 1:
-        yield from ((scan([s]), n) for s, n in zip(shards, sizes, strict=True))
-        return
-    tasks, sums = [[shards[0]]], [sizes[0]]
-    for shard, size in zip(shards[1:], sizes[1:], strict=True):
-        if sums[-1] + size > ALONE // 8:
-            tasks.append([])
-            sums.append(0)
-        tasks[-1].append(shard)
-        sums[-1] += size
-    # Forked, so that probes that this process has registered are there.
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),))
-    try:
-        with uncollected():
-            found = pool.map(scan, tasks)
-        yield from zip(found, sums, strict=True)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a process that indexes shards has ended, among them {tasks[0][0]}; the machine may have run "
-            "out of memory"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    tasks = tasks_of(sizes) if sum(sizes) > ALONE else [range(i, i + 1) for i in range(len(shards))]
+    workers = len(os.sched_getaffinity(0)) if sum(sizes) > ALONE else 1
+    sums = (sum(sizes[i] for i in task) for task in tasks)
+
+    def work(task: range) -> Table:
+        return scan([shards[i] for i in task])
+
+    about = f"indexes shards, {shards[0]} among them," if shards else ""
+    yield from zip(in_forks(work, tasks, workers, about), sums, strict=True)
 
 
 def _scan(layout: str, storage: Storage, shards: Sequence[str]) -> Table:
@@ -249,26 +225,11 @@ def _scan(layout: str, storage: Storage, shards: Sequence[str]) -> Table:
     return index_columns(found)
 
 
-def _begin_worker(parent: int) -> None:
-    """A request to stop goes to the parent; a worker ends with it, however that ends."""
-    leave_inherited()
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class _Progress:
+class Progress:
     """Tells what is done and how long the rest takes, where it takes long."""
 
-    def __init__(self, say: Say, size: int, count: int) -> None:
-        self._say, self._size, self._count = say, max(size, 1), count
+    def __init__(self, say: Say, size: int, count: int, done: str) -> None:
+        self._say, self._size, self._count, self._done = say, max(size, 1), count, done
         self._since = self._last = time.monotonic()
         self._bytes = self._shards = 0
 
@@ -279,6 +240,6 @@ class _Progress:
             self._last = now
             left = (now - self._since) * (self._size / max(self._bytes, 1) - 1)
             self._say(
-                f"indexed {self._shards:,} of {self._count:,} shards, {self._bytes / 2**30:.1f} of "
+                f"{self._done} {self._shards:,} of {self._count:,} shards, {self._bytes / 2**30:.1f} of "
                 f"{self._size / 2**30:.1f} GiB, {left:.0f} s left"
             )

@@ -214,7 +214,9 @@ class _Scan:
         name, size = extended.get("path", header.name), header.size
         if "size" in extended:
             given = int(extended["size"]) if extended["size"].isdecimal() else -1
-            if given < 0 or (size and given != size and given < USTAR_SIZES):
+            # A size that the header has no room for is 0 there, or the largest that it can say.
+            small = given < USTAR_SIZES or size < USTAR_SIZES - 1
+            if given < 0 or (size and given != size and small):
                 return self._damaged(at, block)
             size = given
         self.extended, self.doubt, self.after_damage = {}, "", False

@@ -6,14 +6,18 @@ they are made again.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mm.data.building import Kept, by_folder
+import numpy as np
+
+from mm.data.building import Kept, Progress, by_folder
 from mm.data.columns.entries import TEXTS, Listed, listed, text_columns
 from mm.data.columns.store import Store, writing
-from mm.data.columns.table import join
+from mm.data.columns.table import Table, join
 from mm.data.encode import TokenSegment, Written, encode_samples, parse_sample
+from mm.data.forks import ALONE, in_forks, tasks_of
 from mm.data.published import PublishedTokenizer
 from mm.data.remote.urls import is_remote
 from mm.data.scan import SegmentEntry
@@ -86,17 +90,39 @@ def _sum(index: Kept) -> bytes:
 
 
 def _encoded(shards: dict[str, Kept], tokenizer: PublishedTokenizer, storage: Storage) -> dict[str, Kept]:
-    """Encode the texts of shards."""
-    tables = [text_columns([], tokenizer.key)]
-    for shard, index in shards.items():
-        samples = listed(*index)
-        segments: list[list[SegmentEntry] | str] = []
-        with storage.reading(shard) as file:
-            for batch in _batches(samples):
-                segments += _encode(file, batch, tokenizer)
-        tables.append(text_columns([(Path(shard).name, _sum(index), samples, segments)], tokenizer.key))
+    """Encode the texts of shards, by several processes where there is much."""
+    paths = list(shards)
+    sizes = [_text_bytes(index) for index in shards.values()]
+    tasks, tables = tasks_of(sizes), [text_columns([], tokenizer.key)]
+    workers = len(os.sched_getaffinity(0)) if sum(sizes) > ALONE else 1
+    progress = Progress(storage.say, sum(sizes), len(paths), "encoded the texts of")
+
+    def encode(task: range) -> Table:
+        of = [(paths[i], shards[paths[i]]) for i in task]
+        return join([text_columns([], tokenizer.key), *(_shard(*one, tokenizer, storage) for one in of)])
+
+    about = f"encodes texts of shards, {paths[0]} among them," if paths else ""
+    for task, table in zip(tasks, in_forks(encode, tasks, workers, about), strict=True):
+        tables.append(table)
+        progress.add(len(task), sum(sizes[i] for i in task))
     made = join(tables)
     return {shard: Kept(made, k) for k, shard in enumerate(shards)}
+
+
+def _text_bytes(index: Kept) -> int:
+    """Bytes of the parts of a shard that have its texts."""
+    samples, parts = index.table.rows("samples", index.shard), index.table.rows("parts", index.shard)
+    return int(parts["size"][samples["part"].astype(np.int64) + samples["text"]].sum())
+
+
+def _shard(shard: str, index: Kept, tokenizer: PublishedTokenizer, storage: Storage) -> Table:
+    """The texts of a shard, encoded."""
+    samples = listed(*index)
+    segments: list[list[SegmentEntry] | str] = []
+    with storage.reading(shard) as file:
+        for batch in _batches(samples):
+            segments += _encode(file, batch, tokenizer)
+    return text_columns([(Path(shard).name, _sum(index), samples, segments)], tokenizer.key)
 
 
 def _batches(samples: Sequence[Listed]) -> Iterator[list[Listed]]:

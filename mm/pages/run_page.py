@@ -251,7 +251,7 @@ def _data(run: RunFiles) -> Markup:
 def _skipped(skipped: list[dict[str, Any]]) -> Markup:
     if not skipped:
         return el("p", "No sample was left out.")
-    when = Counter("before the first step" if s.get("step") == 0 else "while training" for s in skipped)
+    when = Counter(_when(s) for s in skipped)
     said = ", ".join(f"{n} {text}" for text, n in when.items())
     more = f"; the first {ROWS} are listed, skipped.jsonl has all" if len(skipped) > ROWS else ""
     columns = [Column("sample"), Column("step", True), Column("shard", long=True), Column("why", long=True)]
@@ -268,6 +268,11 @@ def _skipped(skipped: list[dict[str, Any]]) -> Markup:
     return join(
         [about, details("Samples that were left out", table("Samples that were left out", columns, rows))]
     )
+
+
+def _when(skip: dict[str, Any]) -> str:
+    held = " (held out)" if skip.get("evaluation") is True else ""
+    return ("before the first step" if skip.get("step") == 0 else "while training") + held
 
 
 def _starts(run: RunFiles) -> Markup:

@@ -36,6 +36,18 @@ class Place(NamedTuple):
     samples: list[str]
 
 
+class Part(NamedTuple):
+    """A rank's part of the gradient of a parameter, from one backward. name: in its module. samples: names of
+    those that the backward was of."""
+
+    name: str
+    module: str
+    rank: int
+    data_rank: int
+    microbatch: int
+    samples: list[str]
+
+
 @dataclass(frozen=True)
 class Findings:
     """What of a rank is not finite, in the order of its step; the first few of each kind.
@@ -83,13 +95,18 @@ def _worded(text: str, found: Sequence[tuple[int, Place]]) -> str:
     """The first place of a step: encoders compute before the language model, stages in their order."""
     _, first = min(found, key=lambda f: (f[1].microbatch, f[1].module == SINK, f[1].stage))
     same = [(r, p) for r, p in found if p[:4] == first[:4]]
-    samples = list(dict.fromkeys(name for _, p in same for name in p.samples))
-    more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
+    of = _sampled([name for _, p in same for name in p.samples])
     stage = f"stage {first.stage}, " if first.stage else ""
-    of = f", sample{'s' * (len(samples) > 1)} {', '.join(samples[:SHOWN])}{more}" if samples else ""
     who = _numbered(sorted({r for r, _ in same}))
     said = text.format(what=first.what, module=first.module, are=_are(first.what), ranks=who)
     return f"{said} ({stage}micro-batch {first.microbatch}{of})"
+
+
+def _sampled(names: Sequence[str]) -> str:
+    """The first of these samples, behind a comma."""
+    samples = list(dict.fromkeys(names))
+    more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
+    return f", sample{'s' * (len(samples) > 1)} {', '.join(samples[:SHOWN])}{more}" if samples else ""
 
 
 def _are(what: str) -> str:
@@ -102,6 +119,26 @@ def _parameters(named: Sequence[tuple[int, str]]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     module, _, name = names[0].partition(".")
     return f"{name} of module {module}{more}"
+
+
+def of_sums(ranks: Sequence[Findings]) -> bool:
+    """Whether a gradient is the first that is not finite, which is a sum: of whose part, nobody knows."""
+    first = any(one.weights or one.inputs or one.spots for one in ranks)
+    return not first and any(one.gradients for one in ranks)
+
+
+def brought(parts: Sequence[Part], *, again: bool) -> str:
+    """In words, who brought a gradient that is not finite. parts: those of a second run that are not; again:
+    whether the sums of that were not either."""
+    if parts:
+        first = min(parts, key=lambda part: part.microbatch)
+        own = [(0, f"{p.module}.{p.name}") for p in parts if p[1:5] == first[1:5]]
+        batch = f"micro-batch {first.microbatch}{_sampled(first.samples)}"
+        where = f"rank {first.rank} (data rank {first.data_rank} of module {first.module}, {batch})"
+        return f"; run again, {where} gives that of {_parameters(own)}"
+    if again:
+        return "; run again, each rank's part of it is finite, and their sum is not"
+    return "; run again, it is finite: a fault of memory or of a kernel, which does not come twice"
 
 
 def _who(named: Sequence[tuple[int, str]]) -> str:

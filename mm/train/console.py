@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as Rich
 from rich.progress import (
@@ -181,23 +181,38 @@ class Console:
         """Lines that could not be written."""
         return sum(file.lost for file in (self._metrics, self._skipped, self._log)) if self.lead else 0
 
-    def left_out(self, index: Index) -> None:
-        """Write which samples are left out from the start, as step 0; a resumed run has them already."""
+    def left_out(self, index: Index, *, evaluation: bool = False) -> None:
+        """Write which samples are left out from the start, as step 0; a resumed run has them already.
+
+        evaluation: they are held-out ones.
+        """
         if not self.lead or self._first:
             return
+        more = {"evaluation": True} if evaluation else {}
         for shard, key, why in index.broken:
-            self._write_skipped(0, key, shard, why)
+            self._write_skipped(0, key, shard, why, **more)
         for number, skip in index.skipped.items():
             sample = index.samples[number]
-            self._write_skipped(0, sample.key, sample.shard, skip.why)
+            self._write_skipped(0, sample.key, sample.shard, skip.why, **more)
 
-    def skipped(self, step: int, skips: Sequence[Skip]) -> None:
-        """Write which samples a step has found to be unreadable."""
+    def skipped(self, step: int, skips: Sequence[Skip], *, evaluation: bool = False) -> None:
+        """Write which samples a step has found to be unreadable, or an evaluation after it, which also
+        says so and is listed once, also by a run that resumes."""
+        listed = self._evaluated() if self.lead and evaluation else set[Any]()
         for skip in skips if self.lead else ():
-            more = {"portion": skip.portion} if skip.portion else {}
-            self._write_skipped(step, skip.key, skip.shard, skip.why, **more)
+            more: dict[str, str | bool] = {"portion": skip.portion} if skip.portion else {}
+            if evaluation:
+                self.warn(f"not evaluated: {skip}")
+                more["evaluation"] = True
+            if (skip.key, skip.shard, skip.portion) not in listed:
+                self._write_skipped(step, skip.key, skip.shard, skip.why, **more)
 
-    def _write_skipped(self, step: int, key: str, shard: str, why: str, **more: str) -> None:
+    def _evaluated(self) -> set[Any]:
+        """Key, shard and portion of the held-out samples that are listed."""
+        records = map(json.loads, (self._run_dir / SKIPPED).read_text().splitlines())
+        return {(r["key"], r["shard"], r.get("portion", "")) for r in records if r.get("evaluation")}
+
+    def _write_skipped(self, step: int, key: str, shard: str, why: str, **more: str | bool) -> None:
         record = {"step": step, "key": key, "shard": shard, "why": why, **more}
         self._skipped.write(json.dumps(record) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from mm.plan.subsets import Subset, SubsetLoss
 from mm.ranks.batch import RankMicrobatch
 from mm.ranks.feed import prepare
 from mm.ranks.job import Data, Job
+from mm.ranks.skipped import Skip, merged, written
 from mm.ranks.stop import Stop, StopRequested
 from mm.train.forward import OnTokens
 from mm.train.step import StepResult, run_step
@@ -44,11 +46,15 @@ class Evaluation:
 
 
 class _Unreadable(Exception):
-    """Some ranks could not read samples. ids: all of those samples; mine: this rank's errors."""
+    """Some ranks could not read samples. skips: all of those samples, the same on all ranks."""
 
-    def __init__(self, ids: frozenset[int], mine: Sequence[BadSample]) -> None:
-        super().__init__(f"unreadable samples {sorted(ids)}")
-        self.ids, self.mine = ids, mine
+    def __init__(self, skips: Sequence[Skip]) -> None:
+        super().__init__(f"unreadable samples {[s.sample_id for s in skips]}")
+        self.skips = skips
+
+
+LeaveOut = Callable[[Sequence[Skip]], object]
+"""Is given samples that an evaluation leaves out from then on; on every rank, the same on all."""
 
 
 def evaluate(
@@ -57,28 +63,38 @@ def evaluate(
     samples: Sequence[Sample],
     seed: int,
     stop: Stop | None = None,
-    warn: Callable[[str], None] = print,
+    leave_out: LeaveOut | None = None,
 ) -> Evaluation:
     """Evaluate `samples` intact and with each modality's items permuted; every rank calls this.
 
-    Unreadable samples are named and left out on all ranks. Raises DataError where none is left, and
-    StopRequested on all ranks where one of them was asked to end.
+    Unreadable samples are left out on all ranks. leave_out: None has rank 0 print them. Raises DataError
+    where none is left, and StopRequested on all ranks where one of them was asked to end.
     """
-    return _readable(samples, lambda some: _evaluate(job, data, some, seed, stop), warn)
+    run = lambda some: _evaluate(job, data, some, seed, stop)  # noqa: E731
+    return _readable(samples, run, leave_out or _naming(job))
 
 
-def _readable(
-    samples: Sequence[Sample], run: Callable[[Sequence[Sample]], T], warn: Callable[[str], None]
-) -> T:
-    """run() of the samples that all ranks can read; the others are named. Raises DataError where none is."""
+def _naming(job: Job) -> LeaveOut:
+    """Has rank 0 print the samples that are left out."""
+
+    def name(skips: Sequence[Skip]) -> None:
+        for one in skips if job.rank.rank == 0 else ():
+            print(f"not evaluated: {one}", file=sys.stderr, flush=True)
+
+    return name
+
+
+def _readable(samples: Sequence[Sample], run: Callable[[Sequence[Sample]], T], leave_out: LeaveOut) -> T:
+    """run() of the samples that all ranks can read. Raises DataError where none can be."""
+    last = ""
     while samples:
         try:
             return run(samples)
         except _Unreadable as found:
-            for error in found.mine:
-                warn(f"not evaluated: {error}")
-            samples = [s for s in samples if s.id not in found.ids]
-    raise DataError("no evaluation sample can be read")
+            leave_out(found.skips)
+            ids, last = {s.sample_id for s in found.skips}, f" ({found.skips[-1]})"
+            samples = [s for s in samples if s.id not in ids]
+    raise DataError(f"no evaluation sample can be read{last}")
 
 
 @dataclass(frozen=True)
@@ -108,12 +124,12 @@ class Losses:
         return found
 
 
-def losses(job: Job, data: Data, samples: Sequence[Sample], warn: Callable[[str], None] = print) -> Losses:
+def losses(job: Job, data: Data, samples: Sequence[Sample]) -> Losses:
     """The losses of samples by modality and by data set; every rank calls this.
 
-    Unreadable samples are named and left out on all ranks. Raises DataError where none is left.
+    Unreadable samples are left out on all ranks, and rank 0 prints them. Raises DataError where none is left.
     """
-    return _readable(samples, lambda some: _losses(job, data, some), warn)
+    return _readable(samples, lambda some: _losses(job, data, some), _naming(job))
 
 
 def _losses(job: Job, data: Data, samples: Sequence[Sample]) -> Losses:
@@ -201,7 +217,7 @@ def _steps(
             prepared = prepare(step, samples[at : at + batch], data.assembler)
             found = job.control.agree(prepared.plan, [b.sample_id for b in prepared.bad])
             if found:
-                raise _Unreadable(found, prepared.bad)
+                raise _Unreadable(merged(job.control.tell(written(prepared.bad))))
             yield prepared.plan, run_step(job, prepared, train=False, on_tokens=on_tokens)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,10 @@ from mm.data.sample import Sample
 from mm.errors import NonFinite
 from mm.order.skips import Skips, Span
 from mm.ranks.job import Data, Job
-from mm.ranks.skipped import Listener
+from mm.ranks.skipped import Listener, Skip
 from mm.ranks.stop import Stop, StopRequested
 from mm.train.console import Console
-from mm.train.evaluate import Evaluation, blind_guess, evaluate
+from mm.train.evaluate import Evaluation, LeaveOut, blind_guess, evaluate
 from mm.train.guard import Guard
 from mm.train.metrics import TimedStep
 from mm.train.one_step import devices, open_feed, train_step
@@ -47,12 +47,14 @@ class Loop:
 
     def _begin(self, state: Resumed) -> None:
         """Go on from here. done: steps so far; saved: those of the last checkpoint that was begun; metrics:
-        of the last step, by which checkpoints may be kept."""
+        of the last step, by which checkpoints may be kept; unreadable: held-out samples that evaluations have
+        found."""
         listener = Listener(self.console.warn, self.console.skipped)
         self.feed = open_feed(self.job, self.data, state, listener=listener)
         self.guard = Guard.of(self.job.blueprint.cfg.train, self.feed.skips, state.guard)
         self.done = self.saved = state.step
         self.metrics = dict[str, float]()
+        self.unreadable = frozenset[int]()
 
     def run(self) -> bool:
         """Train and evaluate to the end of the run, or until some rank was asked to end; returns whether it
@@ -100,9 +102,7 @@ class Loop:
         if stopping:
             raise StopRequested
         if self.eval_data is not None and cfg.eval.every and self.done % cfg.eval.every == 0 and not at_end:
-            result = run_evaluation(job, self.eval_data, self.stop, self.console.warn)
-            self.console.evaluation(self.done, result)
-            self.metrics["eval_loss"] = result.loss
+            self._evaluate(self.eval_data)
         if due and by_evaluation and not at_end:
             self._save()
 
@@ -145,12 +145,22 @@ class Loop:
     def _final_evaluation(self) -> None:
         if self.eval_data is None:
             return
-        result = run_evaluation(self.job, self.eval_data, self.stop, self.console.warn)
-        self.console.evaluation(self.job.blueprint.cfg.train.steps, result)
-        self.metrics["eval_loss"] = result.loss
+        result = self._evaluate(self.eval_data)
         if self.job.rank.rank == 0:
-            samples = eval_samples(self.job, self.eval_data)
+            samples = eval_samples(self.job, self.eval_data, self.unreadable)
             self.console.lift_table(result, blind_guess(samples, self.eval_data.assembler.encoded))
+
+    def _evaluate(self, data: Data) -> Evaluation:
+        """Evaluate now; samples that cannot be read are listed once, and later evaluations begin without."""
+
+        def leave_out(skips: Sequence[Skip]) -> None:
+            self.unreadable |= {s.sample_id for s in skips}
+            self.console.skipped(self.done, skips, evaluation=True)
+
+        result = run_evaluation(self.job, data, self.stop, self.unreadable, leave_out)
+        self.console.evaluation(self.done, result)
+        self.metrics["eval_loss"] = result.loss
+        return result
 
     def _save(self) -> None:
         """Begin to save the state as it is."""
@@ -173,13 +183,17 @@ class Loop:
                 self.saver.wait_for_copies(self.job)
 
 
-def run_evaluation(job: Job, data: Data, stop: Stop, warn: Callable[[str], None]) -> Evaluation:
+def run_evaluation(
+    job: Job, data: Data, stop: Stop, unreadable: Collection[int], leave_out: LeaveOut
+) -> Evaluation:
     """Evaluate the first eval.samples held-out samples; StopRequested where a rank was asked to end."""
     cfg = job.blueprint.cfg
     with job.rank.record.doing("evaluation"), averaged(job) if cfg.eval.average else nullcontext():
-        return evaluate(job, data, eval_samples(job, data), cfg.run.seed, stop, warn)
+        samples = eval_samples(job, data, unreadable)
+        return evaluate(job, data, samples, cfg.run.seed, stop, leave_out)
 
 
-def eval_samples(job: Job, data: Data) -> Sequence[Sample]:
-    """The first eval.samples held-out samples that are not left out."""
-    return data.index.usable[: job.blueprint.cfg.eval.samples]
+def eval_samples(job: Job, data: Data, unreadable: Collection[int]) -> Sequence[Sample]:
+    """The first eval.samples held-out samples that are not left out, less those known to be unreadable."""
+    found: Sequence[Sample] = data.index.usable[: job.blueprint.cfg.eval.samples]
+    return [s for s in found if s.id not in unreadable] if unreadable else found

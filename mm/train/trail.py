@@ -39,7 +39,7 @@ class Trail:
     """The computations of a training step on this rank, in their order. prepared: the step's data."""
 
     def __init__(self, prepared: Prepared) -> None:
-        self._prepared, self._marks = prepared, list[_Mark]()
+        self.prepared, self._marks = prepared, list[_Mark]()
 
     def forward(self, keys: Sequence[Key], entered: Maybe, left: Maybe) -> None:
         """Note what a forward took of other computations, and what it gave. keys: what it covered."""
@@ -69,7 +69,7 @@ class Trail:
         """The items with inputs that are not finite."""
         return [
             Place("input", m, 0, i, [mb.names[m][k]])
-            for i, mb in enumerate(self._prepared.micro)
+            for i, mb in enumerate(self.prepared.micro)
             for m, batch in mb.items.items()
             for k, own in enumerate(torch.split(batch.values, list(batch.lengths)), batch.first)
             if not bool(torch.isfinite(own).all())
@@ -94,16 +94,17 @@ class Trail:
         first = mark.keys[0]
         last = first.stage == len(job.blueprint.stages[first.module]) - 1
         what = ("the loss" if first.module == SINK else "rows") if last else "hidden states"
-        samples = [name for key in mark.keys for name in self._samples(job, key)]
+        samples = [name for key in mark.keys for name in samples_of(job, self.prepared, key)]
         return Place(what, first.module, first.stage, first.microbatch, samples)
 
-    def _samples(self, job: Job, key: Key) -> Sequence[str]:
-        """Names of the samples that a computation of this rank was of."""
-        if key.module != SINK:
-            return self._prepared.micro[key.microbatch].names.get(key.module, ())
-        planned = self._prepared.plan.microbatches[key.microbatch]
-        mine = planned.samples_of(job.blueprint.layouts[SINK].coord(job.rank.rank).dp)
-        return [planned.sample(j).name for j in mine]
+
+def samples_of(job: Job, prepared: Prepared, key: Key) -> Sequence[str]:
+    """Names of the samples that a computation of this rank was of."""
+    if key.module != SINK:
+        return prepared.micro[key.microbatch].names.get(key.module, ())
+    planned = prepared.plan.microbatches[key.microbatch]
+    mine = planned.samples_of(job.blueprint.layouts[SINK].coord(job.rank.rank).dp)
+    return [planned.sample(j).name for j in mine]
 
 
 def _sums(values: Maybe) -> list[Tensor]:

@@ -169,6 +169,8 @@ def _train_on(
     for line in said:
         console.info(line)
     console.left_out(train_data.index)
+    if eval_data is not None:
+        console.left_out(eval_data.index, evaluation=True)
     if saver is not None:
         saver.warn = console.warn
         saver.copy_to(run, first, console.info)

@@ -19,9 +19,10 @@ from mm.errors import NonFinite
 from mm.plan.subsets import Subset
 from mm.ranks.job import Job
 from mm.ranks.memory import peak_memory
-from mm.train.blame import Findings, origin
+from mm.train.blame import Findings, of_sums, origin
 from mm.train.guard import Guard
 from mm.train.metrics import BoundaryMetrics, LayerStatistics
+from mm.train.parts import find_parts
 from mm.train.rank_report import EdgeReport, ModuleReport, Own, Report, Scalars
 from mm.train.statistics import layer_statistics
 from mm.train.step import StepResult
@@ -210,6 +211,9 @@ def _why(job: Job, result: StepResult, step: int, guard: Guard | None) -> str:
     assert result.trail is not None
     found = [Findings.read(text) for text in job.control.tell(result.trail.findings(job).written())]
     what = f"step {step + 1}: {origin(found)}"
+    if of_sums(found):
+        what += find_parts(job, result.trail.prepared)
+        _objectives(job)  # those of the second run do not count
     damaged = any(one.weights for one in found)  # then every step is like this one
     if not damaged and guard is not None and guard.leaves_out(step):
         return what

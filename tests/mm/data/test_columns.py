@@ -198,6 +198,7 @@ def test_many_processes_scan_as_one_does(tmp_path: Path, monkeypatch: Any) -> No
     shards = [str(write_shard(tmp_path / f"a-{k}.tar", written[3 * k : 3 * k + 3])) for k in range(10)]
     alone = [k.table.take([k.shard]) for k in kept_indexes(shards, write=False)]
     monkeypatch.setattr("mm.data.building.ALONE", 40_000)
+    monkeypatch.setattr("mm.data.forks.ALONE", 40_000)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     many = [k.table.take([k.shard]) for k in kept_indexes(shards, write=False)]
     for a, b in zip(alone, many, strict=True):

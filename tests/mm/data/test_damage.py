@@ -314,6 +314,16 @@ def test_a_size_may_stand_in_the_extended_header_alone(tmp_path: Path) -> None:
     assert [s["key"] for s in build_index(shard)["samples"]] == ["a"]
 
 
+def test_a_size_that_two_headers_tell_otherwise_costs_one_file(tmp_path: Path) -> None:
+    """Also one for which a header has no room: this one has said another."""
+    shard = write_tar(tmp_path / "a.tar", {"a.json": text("a")}, pax_headers={"comment": "0123456"})
+    whole = shard.read_bytes().replace(b"19 comment=0123456\n", b"19 size=9999999999\n", 1)
+    end = len(whole.rstrip(b"\0")) // BLOCK * BLOCK + BLOCK  # the second file follows the first
+    shard.write_bytes(whole[:end] + write_tar(tmp_path / "b.tar", {"b.json": text("b")}).read_bytes())
+    index = build_index(shard)
+    assert [s["key"] for s in index["samples"]] == ["b"] and len(index["broken"]) == 1
+
+
 def test_a_damaged_global_header_costs_no_file(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w", pax_headers={"comment": "x"}) as tar:
         member = tarfile.TarInfo("a.json")

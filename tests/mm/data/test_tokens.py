@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ import torch
 from mm.commands.preflight import check_start
 from mm.config.schema import from_mapping
 from mm.data import tokens
+from mm.data.building import kept_indexes
+from mm.data.columns.file import content_of
+from mm.data.columns.table import join
+from mm.data.forks import in_forks
 from mm.data.index import load_index
 from mm.data.inspect import index_text, inspect_text
 from mm.data.published import PublishedTokenizer, read_tokenizer
@@ -262,3 +267,38 @@ def test_weights_of_another_vocabulary_are_refused_before_anything_runs(tmp_path
         check_start(from_mapping({**raw, "data": {**raw["data"], "tokenizer": str(fits)}}, tmp_path))
     (folder / "config.json").write_text('{"vocab_size": 512, "image_token_id": 511}')
     refuses("image_token_id=511, beyond the vocabulary", str(folder))
+
+
+def test_many_processes_encode_as_one_does(
+    tmp_path: Path, tokenizer: PublishedTokenizer, monkeypatch: Any
+) -> None:
+    shards = [str(write_jsons(tmp_path / f"a-{k}.tar", JSONS)) for k in range(5)]
+    indexes = kept_indexes(shards, write=False)
+
+    def made() -> list[bytes]:
+        found = tokens.kept_texts(shards, indexes, tokenizer, write=False)
+        return [b"".join(content_of(join([k.table.take([k.shard])]))) for k in found]
+
+    alone, seen, shard_of = made(), list[int](), tokens._shard
+    monkeypatch.setattr("mm.data.tokens.ALONE", 0)
+    monkeypatch.setattr("mm.data.forks.ALONE", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(tokens, "_shard", lambda *args: (seen.append(1), shard_of(*args))[1])
+    assert made() == alone and not seen  # other processes have made them
+
+
+def test_a_process_that_dies_and_an_error_in_one_are_told() -> None:
+    def work(task: range) -> int:
+        if task.start == 3:
+            raise DataError("odd")
+        if task.start == 2:
+            os._exit(1)
+        return task.start
+
+    tasks = [range(k, k + 1) for k in range(4)]
+    with pytest.raises(DataError, match="a process that counts has ended"):
+        list(in_forks(work, tasks, 2, "counts"))
+    found = in_forks(work, [tasks[0], tasks[3], tasks[1]], 2, "counts")
+    assert next(found) == 0
+    with pytest.raises(DataError, match="odd"):
+        next(found)

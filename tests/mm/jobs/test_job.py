@@ -123,7 +123,7 @@ def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path, ranks: A
     at = payload.index(b"level ")
     payload[at] ^= 1  # the json of the first sample no longer matches the index
     shard.write_bytes(bytes(payload))
-    argv = ["train", str(config), "train.steps=2", "train.global_batch=12"]
+    argv = ["train", str(config), "train.steps=2", "train.global_batch=12", "eval.every=1"]
     ended = ranks(2, run_rank, argv, free_port())
     err = "".join(e.err for e in ended)
     assert [e.code for e in ended] == [0, 0], err
@@ -131,9 +131,12 @@ def test_damaged_samples_are_named_replaced_and_counted(tmp_path: Path, ranks: A
     for text in (ended[0].out, (tmp_path / "run" / "log.txt").read_text()):
         assert "training data: 12 samples" in text and "sensor-000000.tar: 12 samples" in text
     assert metrics(tmp_path)[0]["skipped_items"] == 1
-    (skip,) = map(json.loads, (tmp_path / "run" / "skipped.jsonl").read_text().splitlines())
-    assert (skip["step"], skip["key"], skip["shard"]) == (1, "s000", str(shard)) and "sha256" in skip["why"]
-    assert "not evaluated: sample s000" in err and "eval_loss" in metrics(tmp_path)[-1]
+    found = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert all((s["key"], s["shard"]) == ("s000", str(shard)) and "sha256" in s["why"] for s in found)
+    # Two evaluations name the sample once.
+    assert [(s["step"], s.get("evaluation")) for s in found] == [(1, None), (1, True)]
+    assert err.count("not evaluated: sample s000") == 1
+    assert sum("eval_loss" in record for record in metrics(tmp_path)) == 2
 
 
 def test_a_data_set_without_a_readable_sample_ends_with_code_3(tmp_path: Path, ranks: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from encoders.module import EncoderModule
 from mm.errors import NonFinite
 from mm.ranks.job import Job
-from mm.train.blame import CAME, CAME_BACK, GAVE, Findings, Place, origin
+from mm.train.blame import CAME, CAME_BACK, GAVE, Findings, Part, Place, brought, of_sums, origin
 from mm.train.one_step import train_step
 from parallel.sharding import whole
 from parallel.sharding.param import declared, local
@@ -75,12 +75,35 @@ def weight(module: str, job: Job) -> None:
     next(value for value in held if value.numel()).view(-1)[0] = float("nan")
 
 
+def part_of_weight(module: str, job: Job) -> None:
+    """What its backwards give the last weight is not finite; all that they take and leave is."""
+    held(module, job).register_hook(lambda grad: torch.full_like(grad, float("nan")))
+
+
+def once(module: str, job: Job) -> None:
+    """The same, in one backward alone."""
+    left = [1]
+    held(module, job).register_hook(lambda grad: grad * (float("nan") if left and left.pop() else 1.0))
+
+
+def held(module: str, job: Job) -> Tensor:
+    """The last weight as backwards see it."""
+    *_, (_, found, _) = declared(part(job, module))
+    return found
+
+
+BROKEN = {"output": output, "gradient": gradient, "weight": weight, "part": part_of_weight, "once": once}
+
+
 def said(raw: dict[str, Any], kind: str, module: str, rank: int) -> str:
     """What a run says whose second step is broken on one rank."""
     with running(raw) as (job, feed):
         train_step(job, feed, 0)
+        for each in job.parts.get(module, {}).values():
+            whole.gather(each)
+            whole.wait(each)
         if job.rank.rank == rank:
-            {"output": output, "gradient": gradient, "weight": weight}[kind](module, job)
+            BROKEN[kind](module, job)
         try:
             train_step(job, feed, 1)
         except NonFinite as error:
@@ -115,13 +138,21 @@ CASES = [
         0,
         " of module audio and 3 more is not finite on rank 0, summed",
     ),
+    ("colocated", "part", "llm", 2, "run again, rank 2 (data rank 2 of module llm, micro-batch 0, sample"),
+    ("colocated", "once", "vision", 1, "run again, it is finite: a fault of memory or of a kernel"),
+    ("disjoint, pipeline", "part", "audio", 1, "run again, rank 1 (data rank 1 of module audio, micro"),
+    ("disjoint, pipeline", "part", "llm", 3, "run again, rank 3 (data rank 0 of module llm, micro-batch 0"),
+    ("mixed, sharded", "part", "vision", 2, "run again, rank 2 (data rank 1 of module vision, micro-batch 0"),
+    ("mixed, sharded", "part", "llm", 3, "run again, rank 3 (data rank 1 of module llm, micro-batch 0"),
 ]
 
 
 NAMES = ("layout", "kind", "module", "rank", "told")
 
 
-@pytest.mark.parametrize(NAMES, on_demand(CASES, [*CASES[:2], CASES[3], CASES[5]], several=True))
+@pytest.mark.parametrize(
+    NAMES, on_demand(CASES, [*CASES[:2], CASES[3], CASES[5], *CASES[8:12], CASES[13]], several=True)
+)
 def test_the_first_is_named(ranks: Any, layout: str, kind: str, module: str, rank: int, told: str) -> None:
     raw = small(layout=LAYOUTS[layout], schedule={"microbatches": 2})
     found = ranks(4, said, raw, kind, module, rank, timeout=100)
@@ -153,3 +184,14 @@ def test_the_origin_comes_before_what_it_spoils() -> None:
     large = Findings(overflows=["audio.w"])
     assert origin([large]) == "the squared norm of the gradient of w of module audio is not finite on rank 0"
     assert [Findings.read(one.written()) for one in (spoilt, held, large)] == [spoilt, held, large]
+
+
+def test_the_part_of_a_sum_is_that_of_the_first_micro_batch() -> None:
+    late, first = Part("w", "llm", 0, 0, 1, ["a"]), Part("w", "llm", 3, 1, 0, ["b", "c"])
+    assert brought([late, first, first._replace(name="v")], again=True) == (
+        "; run again, rank 3 (data rank 1 of module llm, micro-batch 0, samples b, c) gives that of w of "
+        "module llm and 1 more"
+    )
+    assert "their sum is not" in brought([], again=True) and "it is finite" in brought([], again=False)
+    sums, rows = Findings(gradients=["llm.w"]), Place("rows", "vision", 0, 1, [])
+    assert of_sums([Findings(), sums]) and not of_sums([Findings(spots={GAVE: [rows]}), sums])

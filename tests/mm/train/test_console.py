@@ -12,6 +12,7 @@ import pytest
 from mm.plan.drawn import Count
 from mm.plan.step_plan import Imbalance
 from mm.plan.subsets import SubsetLoss
+from mm.ranks.skipped import Skip
 from mm.train.console import Console, step_line
 from mm.train.evaluate import Evaluation
 from mm.train.metrics import BoundaryMetrics, StepMetrics, TimedStep
@@ -158,3 +159,18 @@ def test_warnings_go_to_the_log_too(tmp_path: Path, capsys: pytest.CaptureFixtur
     console.close()
     assert "warning: sample 3" in capsys.readouterr().err
     assert "warning: sample 3" in (tmp_path / "log.txt").read_text()
+
+
+def test_held_out_samples_that_cannot_be_read_are_listed_once_whatever_resumes(tmp_path: Path) -> None:
+    skips = [Skip(3, "k", "a.tar", "why", ""), Skip(4, "l", "a.tar", "why", "")]
+
+    def evaluated(first: int, step: int, found: list[Skip]) -> None:
+        console = Console(tmp_path, 9, first=first, lead=True)
+        console.skipped(step, found, evaluation=True)
+        console.close()
+
+    evaluated(0, 2, skips[:1])
+    evaluated(4, 6, skips)  # resumes after the first is listed, and finds another
+    evaluated(4, 8, skips[1:])  # resumes before that one was
+    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(s["step"], s["key"], s["evaluation"]) for s in listed] == [(2, "k", True), (8, "l", True)]
