@@ -57,10 +57,12 @@ def _ends(costs: Sequence[Sequence[float]], mean: np.ndarray, even: float) -> tu
 
 def _by_rank(of: np.ndarray, d: Degrees) -> np.ndarray:
     """Of all virtual stages of a pipeline rank."""
-    return of.reshape(len(of), d.vpp, d.pp).sum(axis=1)
+    found: np.ndarray = of.reshape(len(of), d.vpp, d.pp).sum(axis=1)
+    return found
 
 
 def _before(of: np.ndarray, d: Degrees) -> np.ndarray:
     """Of the stages before each of the first ones."""
     own = of[:, : d.pp]
-    return np.cumsum(own, axis=1) - own
+    found: np.ndarray = np.cumsum(own, axis=1) - own
+    return found
