@@ -64,7 +64,8 @@ class Sink:
                 cost = least_cost(c.scaled(min(rates) / w.flops) for c, w in zip(each, all_, strict=True))
                 launched = self._least_launches(stage, d, again) if d.pp == 1 else Cost()
                 out.append((*cost[:3], launched.launched, launched.relaunched))
-            self._units[d, again] = Unit(*np.array(out).T, min(rates) / max(rates))
+            a, b, c, first, then = np.array(out).T
+            self._units[d, again] = Unit(a, b, c, first, then, min(rates) / max(rates))
         return self._units[d, again]
 
     @property
