@@ -63,6 +63,7 @@ def priced(blueprint: Blueprint, plan: StepPlan, counts: Counts, hardware: Hardw
         cores=None if host is None else host.cores,
         share={} if host is None else _shares(blueprint, plan, prices),
         units={m: max(1, _units(counts, m)) for m in blueprint.modules},
+        sums={} if host is not None else _sums_before_last(counts, places, hardware),
     )
     return Priced(costs, prices)
 
@@ -123,6 +124,16 @@ def _transfers(
     if hardware.host is None:
         for (m, _, kind), messages in counts.moved.items():
             at_least(m, kind, sum(message_price(x, places, hardware)[0] for x in messages))
+    return out
+
+
+def _sums_before_last(counts: Counts, places: Places, hardware: Hardware) -> dict[str, float]:
+    """Seconds of the sums that every backward of a step has, by module: those that come once are left out."""
+    out: dict[str, float] = {}
+    for (m, _, kind), messages in counts.moved.items():
+        if kind is Kind.GRAD_SYNC:
+            own = sum(message_price(x, places, hardware)[0] for x in messages if x.times > 1)
+            out[m] = max(out.get(m, 0.0), own)
     return out
 
 

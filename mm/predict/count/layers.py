@@ -102,7 +102,7 @@ def last_counts(cfg: LLMConfig, at: Degrees, load: TokenLoad, how: How, *, known
     def compute(t: Tape, x: Var | None) -> Var:
         assert x is not None
         x = ops.rms_norm(t, x, "norm")
-        if cfg.mtp_layers and how.trains:
+        if cfg.mtp_layers and (how.trains or how.low is not None):  # adapters learn from it too
             x = _multi_token(t, x, cfg, at, load, (how.recompute, known))
         return loss(t, x, cfg, at, load.tokens, load.supervised[0], known=known)
 

@@ -33,6 +33,8 @@ class Costs:
         cores are shared; 1 where it is not named.
     units: by module, in how many units FSDP gathers the weights of a stage in a computation, or sums its
         gradients, one beside the computation of another; 1 where it is not named.
+    sums: by module, GRAD_SYNC of backwards before the last of a step, where these take less: sums over
+        replicas come once.
     """
 
     compute: Mapping[tuple[str, Kind] | tuple[str, int, Kind], float] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class Costs:
     cores: float | None = None
     share: Mapping[str, float] = field(default_factory=dict)
     units: Mapping[str, int] = field(default_factory=dict)
+    sums: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, a: Action) -> float:
         """The duration of an action on parameters, or of a computation alone, its exchanges included."""

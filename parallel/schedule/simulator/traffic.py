@@ -29,7 +29,8 @@ def with_traffic(
         if use.params == "each" and a.kind is not BACKWARD_WEIGHT and stage not in whole:
             out[n] += costs.beyond(a, Kind.GATHER)
         if not a.last and use.sums_in(a.kind, a.last):
-            out[n] += max(0.0, costs.transfer.get((a.module, Kind.GRAD_SYNC), 0.0) - seconds[n])
+            whole_sum = costs.transfer.get((a.module, Kind.GRAD_SYNC), 0.0)
+            out[n] += max(0.0, costs.sums.get(a.module, whole_sum) - seconds[n])
         if a.kind is FORWARD and costs.units.get(a.module, 1) == 1:
             whole.add(stage)
         else:

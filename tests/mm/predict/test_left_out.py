@@ -21,7 +21,8 @@ def drawn_up(llm: dict[str, Any], train: dict[str, Any], layout: dict[str, Any])
 def test_a_job_that_is_counted_as_it_runs_has_no_words() -> None:
     assert left_out(drawn_up({}, {}, {})) == []
     counted = {"window": 8, "dispatcher": "all_gather", "mtp_layers": 2, "mtp_pattern": "*E"}
-    assert left_out(drawn_up(counted, {"lora": {"llm": {}}}, {"ep": 2})) == []
+    assert left_out(drawn_up(counted, {}, {"ep": 2})) == []
+    assert left_out(drawn_up({"window": 8}, {"lora": {"llm": {}}}, {})) == []
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ def test_a_job_that_is_counted_as_it_runs_has_no_words() -> None:
         ({"attention_sinks": True}, {}, {}, "sinks"),
         ({}, {"offload": 1024}, {}, "train.offload"),
         ({}, {"shard": "layer"}, {}, "train.shard=layer"),
+        ({"mtp_layers": 1}, {"lora": {"llm": {}}}, {}, "multi-token prediction"),
         ({}, {"lora": {"llm": {"targets": ["0.mixer.*"]}}}, {}, "targets of train.lora.llm"),
     ],
 )

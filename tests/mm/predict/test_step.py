@@ -18,7 +18,7 @@ from mm.predict.count.rank import count_rank
 from mm.predict.hardware import Hardware, Link, load_hardware
 from mm.predict.step import Prediction, Spread, check_room, drawn_plans, predict, shortfall
 from mm.ranks.job import open_index
-from parallel.schedule.action import COMPUTE
+from parallel.schedule.action import COMPUTE, Kind
 from tests.mm.harness import CONFIGS, small
 
 H100, CPU = load_hardware("h100"), load_hardware("cpu-gloo")
@@ -50,6 +50,17 @@ def test_a_prediction_adds_up(name: str, hardware: Hardware) -> None:
     assert found.memory_by_kind["reserved"] == hardware.memory.reserved
     what = {what for _, what in found.breakdown}
     assert ("tp" in what) == (blueprint.layouts["llm"].tp > 1)
+
+
+def test_sums_over_replicas_come_once_a_step() -> None:
+    layout = {"llm": {"data_parallel": "hsdp"}, "vision": {"data_parallel": "zero3"}}
+    raw = small(layout=layout, schedule={"microbatches": 2}, train={"dtype": "float32"})
+    raw["run"] |= {"node_size": 2}
+    blueprint = draw_up(from_mapping(raw, CONFIGS), 4)
+    plan = drawn_plans(blueprint, made_up_index(blueprint), 1)[0]
+    costs = priced(blueprint, plan, count_job(blueprint, plan), H100).costs
+    assert 0 < costs.sums["llm"] < costs.transfer["llm", Kind.GRAD_SYNC]
+    assert costs.sums["vision"] == costs.transfer["vision", Kind.GRAD_SYNC]
 
 
 def scaled(hardware: Hardware, factor: float) -> Hardware:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -140,6 +141,9 @@ def test_gathers_in_each_computation_expose_their_first_unit() -> None:
     assert simulate(plan, Costs(transfer={("llm", Kind.GATHER): 0.8})).seconds == pytest.approx(9 + 3 * 0.8)
     sums = Costs(transfer={("llm", Kind.GRAD_SYNC): 2.5}, units={"llm": 5})
     assert simulate(plan, sums).seconds == pytest.approx(9 + 2 * 0.5 + (2.5 - 2 * 0.8))
+    # Sums over replicas come with the last backward alone.
+    once = replace(sums, sums={"llm": 2.1})
+    assert simulate(plan, once).seconds == pytest.approx(9 + 2 * 0.1 + (2.5 - 2 * 0.8))
 
 
 @pytest.mark.parametrize("cores", [None, 64.0])
