@@ -87,11 +87,16 @@ def layer_flops(cfg: LLMConfig, symbol: str, lengths: Sequence[int], window: int
         # Scores and values, each over the pairs of a query and a key that it sees.
         out += sum(_pair_flops(cfg) * pairs(n, window) for n in lengths)
     elif symbol == "M":
-        q, heads = cfg.chunk, cfg.mamba_heads
-        within = q * (cfg.mamba_groups * cfg.mamba_state + heads * cfg.mamba_head_dim)
-        across = 2 * heads * cfg.mamba_head_dim * cfg.mamba_state
-        out += 2.0 * tokens * (within + across)
+        out += tokens * _scan_flops(cfg)
     return out
+
+
+def _scan_flops(cfg: LLMConfig) -> float:
+    """FLOPs of the scan of one layer, a token."""
+    q, heads = cfg.chunk, cfg.mamba_heads
+    within = q * (cfg.mamba_groups * cfg.mamba_state + heads * cfg.mamba_head_dim)
+    across = 2 * heads * cfg.mamba_head_dim * cfg.mamba_state
+    return 2.0 * (within + across)
 
 
 def pairs(n: int, window: int | None) -> float:
@@ -157,3 +162,9 @@ def document_cost(cfg: LLMConfig) -> DocumentCost:
         again = cfg.mtp_layers * cfg.mtp_pattern.count("*") * (cfg.window_of(None) is not None)
         pair = _pair_flops(cfg) * (sum(inside) + again)
     return DocumentCost(one - square, square - pair / 2.0, flops(cfg, [0], 1), pair, cfg.window or 0)
+
+
+def weightless_cost(cfg: LLMConfig) -> DocumentCost:
+    """The part of document_cost() without weights: scores and values of attention, and the scan."""
+    scans = cfg.symbols.count("M") + cfg.mtp_layers * cfg.mtp_pattern.count("M")
+    return document_cost(cfg)._replace(token=scans * _scan_flops(cfg), supervised=0.0)

@@ -139,11 +139,12 @@ def frozen_modules(cfg: Config, llm: LLMConfig) -> set[str]:
 
 
 def passes(cfg: Config, llm: LLMConfig) -> dict[str, float]:
-    """PlanInputs.passes: what is frozen as a whole has no backward. First layers that are frozen count as
-    trained."""
-    frozen = [SINK] * (SINK in frozen_modules(cfg, llm))
-    frozen += [m for m, enc in cfg.model.items() if enc.freeze in ("encoder", "all")]
-    return dict.fromkeys(frozen, 1.0)
+    """PlanInputs.passes: encoders that are frozen as a whole have no backward. A frozen language model passes
+    gradients on to whatever is trained below it. First layers that are frozen count as trained."""
+    out = {m: 1.0 for m, enc in cfg.model.items() if enc.freeze in ("encoder", "all")}
+    if SINK in frozen_modules(cfg, llm):
+        out[SINK] = 1.0 if all(enc.freeze == "all" for enc in cfg.model.values()) else 2.0
+    return out
 
 
 def _check_frozen_layers(cfg: Config) -> None:

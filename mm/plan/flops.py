@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from encoders.module import row_flops
+from llm.flops import weightless_cost
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.projectors import projector_kind
@@ -35,12 +36,21 @@ def _projector_flops(blueprint: Blueprint, plan: StepPlan, module: str) -> Costs
 
 
 def step_flops(blueprint: Blueprint, plan: StepPlan) -> dict[str, float]:
-    """FLOPs of forward and backward over all ranks. A frozen language model counts without a backward."""
+    """FLOPs of forward and backward over all ranks."""
     out = {}
     for module, items in plan.items.items():
         encoder, projector = step_factors(blueprint, module)
         flops = _projector_flops(blueprint, plan, module)
         out[module] = float(encoder * items.cost.sum() + projector * flops.sum())
-    # Backward costs twice the forward: one product for the inputs, one for the weights.
-    out[SINK] = float(plan.llm_cost.sum()) * (1.0 if SINK in blueprint.frozen else 3.0)
+    out[SINK] = _llm_flops(blueprint, plan)
     return {m: out[m] for m in blueprint.modules}
+
+
+def _llm_flops(blueprint: Blueprint, plan: StepPlan) -> float:
+    """FLOPs of the language model. Where it is frozen, gradients pass through it to what is trained below."""
+    forward, passes = float(plan.llm_cost.sum()), plan.inputs.passes_of(SINK)
+    if SINK not in blueprint.frozen or passes == 1.0:
+        return passes * forward
+    # A frozen weight has no product for itself in the backward. What has no weight has its backward whole.
+    weightless = weightless_cost(blueprint.llm).of(plan.table.length, plan.table.supervised)
+    return passes * forward + float(weightless.sum())

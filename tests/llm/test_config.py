@@ -6,13 +6,14 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.checks import check
-from llm.flops import flops, layer_flops, layer_params, pairs, param_count
+from llm.flops import flops, layer_flops, layer_params, pairs, param_count, weightless_cost
 from llm.model import LLM, loss_rows
 from llm.mtp import ahead
 from llm.rotary import RopeScaling
@@ -76,6 +77,32 @@ def test_flops_are_those_of_the_products(pattern: str, changes: dict[str, Any]) 
     for count, found in zip((None, supervised), counted, strict=True):
         assert flops(cfg, [128], count) + above - taps == pytest.approx(found, rel=0.02)
     assert flops(cfg, [64, 64]) <= flops(cfg, [128])
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "M*-"])
+def test_a_backward_through_frozen_weights_costs_the_forward_and_once_more_what_has_no_weight(
+    pattern: str,
+) -> None:
+    wide = {"d_model": 64, "head_dim": 32, "mamba_head_dim": 32, "mamba_state": 16}
+    cfg = tiny(pattern=pattern, **wide)
+    batch, _ = make_batch(Text((128,), 0, seed=0), cfg.vocab_size)
+    ctx = replace(batch, loss_rows=loss_rows(batch.labels, None))
+    model = LLM(cfg, dtype=torch.float64).requires_grad_(False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.01)
+    assert model.embed is not None
+    model.embed.requires_grad_(True)  # looked up, not multiplied: as if what comes from below were learned
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        losses = model(ctx, {"vision": torch.zeros(0, cfg.d_model, dtype=torch.float64)})
+        forward = counter.get_total_flops()
+        losses.sum().backward()
+    again = counter.get_total_flops() - forward
+    # As above, this attention computes both halves of the causal square.
+    above = 2.0 * 128 * 128 * cfg.n_heads * cfg.head_dim * pattern.count("*")
+    own = float(weightless_cost(cfg).of(np.array([128]), np.array([0]))[0]) + above
+    assert own > 0
+    assert again == pytest.approx(forward + own, rel=0.03)
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 30])
