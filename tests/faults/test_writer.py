@@ -25,7 +25,7 @@ def test_a_writer_that_ends_before_its_first_checkpoint_is_told(tmp_path: Path, 
         os.kill(pid, signal.SIGKILL)
         while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.01)
-        writer.prepare(Share(0, 1, SavePlan([]), None), [torch.ones(3)])
+        writer.prepare(Share(0, 1, SavePlan([]), None), [torch.ones(3)], frozenset())
         writer.begin(Given(1, frozenset(), NOTHING, {}, {}))
         assert writer.poll(30.0) is Status.FAILED
         assert "the process that writes has ended with exit code -9" in writer.why

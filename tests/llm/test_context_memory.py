@@ -46,7 +46,7 @@ def kept(cp: int, symbol: str, order: Order) -> tuple[int, str]:
         total = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in own)
     y.sum().backward()
     chosen = (
-        [m for k, m in packing.memo.items() if k != "attention"]
+        [method for method in packing.memo.values() if isinstance(method, str)]
         if isinstance(packing, ContextPacking)
         else []
     )

@@ -99,7 +99,8 @@ def said(raw: dict[str, Any], kind: str, module: str, rank: int) -> str:
     """What a run says whose second step is broken on one rank."""
     with running(raw) as (job, feed):
         train_step(job, feed, 0)
-        for each in job.parts.get(module, {}).values():
+        # All ranks gather, so that one can hang a hook on a weight as backwards see it.
+        for each in job.parts.get(module, {}).values() if kind in ("part", "once") else ():
             whole.gather(each)
             whole.wait(each)
         if job.rank.rank == rank:
