@@ -361,8 +361,8 @@ JOB = (
         "flops.backward",
         "a backward costs as much as a forward",
         "mm/plan/flops.py",
-        "frozen else 3.0",
-        "frozen else 2.0",
+        "        return passes * forward\n",
+        "        return 2.0 * forward\n",
         "tests/mm/jobs/test_in_process.py::test_flops_of_a_step_are_three_forwards",
     ),
     Fault(

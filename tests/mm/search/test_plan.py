@@ -104,7 +104,9 @@ def test_the_command_writes_what_others_take(tmp_path: Path, capsys: pytest.Capt
     assert keys <= found["candidates"][0].keys()
     assert all({"layout", "why"} <= r.keys() for r in found["rejected"])
     draw_up(with_layout(from_mapping(raw, tmp_path), *load_layout_file(layout)), 2)
-    assert main([*command, "--layout", str(layout), "--json", str(out), "--report", str(page)]) == 0
+    beside = found["candidates"][0]["overrides"]  # what a layout file cannot have
+    typed = [f"{key}={json.dumps(value)}" for key, value in beside.items()]
+    assert main([*command, *typed, "--layout", str(layout), "--json", str(out), "--report", str(page)]) == 0
     one = json.loads(out.read_text())
     again, sentence = one["candidates"][0], "bounds of attention's scores"
     assert all(len(x["not_counted"]) == 1 and sentence in x["not_counted"][0] for x in (found, one))
