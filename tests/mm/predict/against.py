@@ -162,6 +162,7 @@ def main(first: int, count: int) -> None:
         off = {k: round(e, 5) for k, e in found.items() if abs(e) > 0.01}
         worst = max(found.values(), key=abs)
         line = {"seed": seed, "of": name, "rank": rank, "peak": round(found["peak"], 5), "off": off}
+        line["adapters"] = sorted(train.lora)
         print(
             json.dumps({**line, "worst": round(worst, 5), "layout": said, "during": trace.memory.during}),
             flush=True,

@@ -12,8 +12,9 @@ import pytest
 from tests.mm.harness import CONFIGS
 
 SHARES = [range(first, first + 5) for first in range(0, 50, 5)]  # seeds of a process
-# The most that counts may be off, and the most of a group that etp ranks with other numbers of tokens share.
+# The most that counts may be off, and the most of a group of experts' ranks with other numbers of tokens.
 COUNTS, EXCHANGED = 0.01, 0.025
+ROUGHLY = 0.25  # of a peak where adapters are trained: what they keep is counted roughly (left_out() says so)
 
 
 @pytest.mark.slow
@@ -29,4 +30,11 @@ def test_counts_of_random_layouts_are_those_of_the_virtual_rank(seeds: range, pr
     for line in found:
         print(json.dumps(line))
         for what, error in line["off"].items():
-            assert abs(error) <= (EXCHANGED if what.startswith("all_to_all") else COUNTS), line
+            assert abs(error) <= most(what, bool(line["adapters"])), line
+
+
+def most(what: str, adapters: bool) -> float:
+    """The most that a count may be off."""
+    if what.startswith(("all_to_all", "all_gather")):
+        return EXCHANGED
+    return ROUGHLY if what == "peak" and adapters else COUNTS
