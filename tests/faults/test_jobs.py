@@ -49,12 +49,12 @@ def test_plug_ins_that_never_return_are_named(tmp_path: Path, processes: Any) ->
     assert len(found) == 2 and not any(one["wrong"] for one in found)
 
 
-def scenes(tmp_path: Path, *names: str) -> None:
+def scenes(tmp_path: Path, *names: str, steps: int = 24) -> None:
     """Play scenes (scenes.py), all of them kinds that this machine can have."""
     missing = {why for name in names if (why := SCENES[name.partition("@")[0]].missing())}
     if missing:
         pytest.skip("; ".join(missing))
-    found = outcomes(tmp_path, ["--each", f"--kinds={','.join(names)}", "--steps=24"])
+    found = outcomes(tmp_path, ["--each", f"--kinds={','.join(names)}", f"--steps={steps}"])
     assert len(found) == len(names) and not any(one["wrong"] for one in found)
 
 
@@ -73,7 +73,7 @@ def test_a_job_goes_on_when_torchrun_starts_its_ranks_again(tmp_path: Path, proc
 
 @pytest.mark.slow
 def test_a_machine_that_is_lost_is_taken_in_again(tmp_path: Path, processes: Any) -> None:
-    scenes(tmp_path, "rejoin")
+    scenes(tmp_path, "rejoin", steps=60)  # the machine is to come back before the end
 
 
 @pytest.mark.slow
