@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mm.config.schema import Config
@@ -123,7 +123,7 @@ class Planner:
             missing={g.name: why for g in every if not found[g.name] and (why := closest(self.judged, g))},
             considered=sum(root.size for root in roots),
             predicted=len(self.judged),
-            nearest=self._nearest(tree, found),
+            nearest=max(self._nearest(tree, found), self._above(search, roots)),
             rejected=rejects.grouped(),
             seconds=time.process_time() - start,
             note=predictor.note,
@@ -193,6 +193,15 @@ class Planner:
 
         return keep
 
+    def _above(self, search: Search[Node], roots: Sequence[Node]) -> float:
+        """The largest share of a prediction that fits that the bound of a branch above it was."""
+        out = 0.0
+        for leaf, judged in self.judged.items():
+            if judged.why is None:
+                above = [b.bound / judged.step_s for b in _branches(search, roots, leaf)]
+                out = max([out, *above])
+        return out
+
     def _nearest(self, tree: Tree, found: Mapping[str, Sequence[Judged]]) -> float:
         """The largest share of a prediction that its bound was, of those that have one and of all found."""
         best = {j.candidate for every in found.values() for j in every}
@@ -205,6 +214,14 @@ class Planner:
             out = max(out, known.bound / prediction.step_s)
             out = max(out, (known.bytes + reserved) / prediction.peak_memory_bytes)
         return out
+
+
+def _branches(search: Search[Node], roots: Sequence[Node], leaf: Node) -> Iterator[Node]:
+    """The branches above a leaf, as far as they were opened."""
+    level = roots
+    while (node := next((b for b in level if b.key == leaf.key[: len(b.key)]), None)) is not None:
+        yield node
+        level = search.opened.get(node, ())
 
 
 def _weight(goal: Goal) -> int:
