@@ -198,7 +198,7 @@ class Planner:
         out = 0.0
         for leaf, judged in self.judged.items():
             if judged.why is None:
-                above = [b.bound / judged.step_s for b in _branches(search, roots, leaf)]
+                above = [b.bound / judged.step_s for b in branches_above(search, roots, leaf)]
                 out = max([out, *above])
         return out
 
@@ -216,7 +216,7 @@ class Planner:
         return out
 
 
-def _branches(search: Search[Node], roots: Sequence[Node], leaf: Node) -> Iterator[Node]:
+def branches_above(search: Search[Node], roots: Sequence[Node], leaf: Node) -> Iterator[Node]:
     """The branches above a leaf, as far as they were opened."""
     level = roots
     while (node := next((b for b in level if b.key == leaf.key[: len(b.key)]), None)) is not None:

@@ -16,11 +16,12 @@ from mm.errors import Refused
 from mm.plan.blueprint import draw_up
 from mm.predict.hardware import load_hardware
 from mm.search.candidate import of_config
+from mm.search.first import Search
 from mm.search.limits import space_of
 from mm.search.pieces import Pieces
-from mm.search.plan import Planner, plain_candidate, step_load
+from mm.search.plan import Planner, branches_above, plain_candidate, step_load
 from mm.search.predictor import Predictor, on_nodes
-from mm.search.tree import Tree
+from mm.search.tree import Node, Tree
 from tests.mm.harness import CONFIGS, small
 from tests.mm.pages.strict_parser import Checked
 from tests.mm.search.toy import every
@@ -141,3 +142,11 @@ def test_a_model_larger_than_all_devices_is_refused_with_the_numbers() -> None:
     cfg = from_mapping(raw, Path())
     with pytest.raises(Refused, match=r"need \d+\.\d GB; 2 h100 have 163\.0 GB.*at least \d+ of them"):
         Planner(cfg, 2, H100).plan()
+
+
+def test_bounds_of_all_branches_above_a_leaf_are_looked_at() -> None:
+    frame: Any = None
+    root, beside = Node((0,), frame, 3.0, 2), Node((1,), frame, 9.0, 1)
+    near, far, leaf = Node((0, 1), frame, 5.0, 1), Node((0, 2), frame, 8.0, 1), Node((0, 1, 4), frame, 0.0, 1)
+    search: Search[Node] = Search(lambda node: (), lambda node: 0.0, {root: (far, near), near: (leaf,)})
+    assert [b.bound for b in branches_above(search, [beside, root], leaf)] == [3.0, 5.0, 0.0]
