@@ -11,9 +11,8 @@ from mm.search.candidate import Candidate, Choice, Degrees
 from mm.search.space import FIRST, WITH, Frame, Space
 from parallel.topology.layout import DEGREES
 
-FAR = (
-    3.0  # times as far as a factor of two in another degree: of cp and etp, which cost most where not wanted
-)
+# Of cp and etp, which cost most where they are not wanted: times as far as a factor of two in another degree.
+FAR = 3.0
 
 
 class Sketch(NamedTuple):

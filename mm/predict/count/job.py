@@ -129,22 +129,7 @@ def low_of(blueprint: Blueprint, module: str) -> Low | None:
 def stages_of(blueprint: Blueprint, plan: StepPlan, module: str, k: int, at: Coord) -> tuple[Piece, ...]:
     """The stages of a module in micro-batch k on the rank at a place, whatever its pipeline rank."""
     every = range(len(blueprint.stages[module]))
-    return tuple(stage_of(blueprint, plan, (module, s), k, at) for s in every)
-
-
-def stage_of(
-    blueprint: Blueprint,
-    plan: StepPlan,
-    part: tuple[str, int],
-    k: int,
-    at: Coord,
-    *,
-    halves: bool = False,
-    ep_rank: int | None = None,
-) -> Piece:
-    """A stage of a module in micro-batch k on the rank at a place. part: (module, stage). ep_rank: of
-    Degrees."""
-    return chain(parts_of(blueprint, plan, part, k, at, halves=halves, ep_rank=ep_rank))
+    return tuple(chain(parts_of(blueprint, plan, (module, s), k, at)) for s in every)
 
 
 def parts_of(
@@ -157,7 +142,8 @@ def parts_of(
     halves: bool = False,
     ep_rank: int | None = None,
 ) -> Sequence[Piece]:
-    """The parts of stage_of(), one after another."""
+    """The parts of a stage of a module in micro-batch k on the rank at a place, one after another. part:
+    (module, stage). ep_rank: of Degrees."""
     (module, s), mb = part, plan.microbatches[k]
     layout, stage = blueprint.layouts[module], blueprint.stages[module][s]
     degrees = Degrees.of(module, layout, at.tp, at.cp, ep_rank)

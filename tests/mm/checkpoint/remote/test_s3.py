@@ -32,7 +32,7 @@ from mm.errors import CheckpointError
 from parallel import checkpoint as store
 from tests.mm.checkpoint.remote.targets import all_of
 from tests.mm.checkpoint.runs import written
-from tests.mm.data.remote.server import Server, s3_server
+from tests.mm.data.remote.server import Server, s3_for_the_process
 from tests.mm.harness import CONFIGS, small
 from tests.pages import ROOT
 
@@ -50,12 +50,7 @@ PART = 5 << 20  # the least that S3 takes
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    set_by_test = pytest.MonkeyPatch()
-    with s3_server() as server, set_by_test.context() as env:
-        env.setenv("AWS_ENDPOINT_URL", server.url)
-        env.setenv("AWS_ACCESS_KEY_ID", "KEY")
-        env.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        env.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with s3_for_the_process(SECRET) as server:
         yield server
 
 

@@ -17,6 +17,8 @@ from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 
+import pytest
+
 Answer = tuple[int, dict[str, str], bytes]
 Answers = Callable[[str, str, Mapping[str, str], bytes], Answer]  # of (method, path, headers, body)
 
@@ -188,3 +190,15 @@ def s3_server() -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(20)
+
+
+@contextmanager
+def s3_for_the_process(secret: str) -> Iterator[Server]:
+    """s3_server(), which clients of this process and its children find by the usual variables."""
+    set_by_test = pytest.MonkeyPatch()
+    with s3_server() as server, set_by_test.context() as env:
+        env.setenv("AWS_ENDPOINT_URL", server.url)
+        env.setenv("AWS_ACCESS_KEY_ID", "KEY")
+        env.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        env.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield server

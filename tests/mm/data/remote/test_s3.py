@@ -13,7 +13,7 @@ import pytest
 from mm.data.remote.cache import BLOCK, WAYS
 from mm.data.remote.retry import Changed, Limits, Unreachable
 from mm.data.remote.shards import RemoteShards
-from tests.mm.data.remote.server import Server, s3_server
+from tests.mm.data.remote.server import Server, s3_for_the_process
 
 NEEDED = [name for name in ("s3fs", "moto", "flask") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -29,12 +29,7 @@ NAMES = [f"s3://shards/train-{n:06d}.tar" for n in range(12)]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    set_by_test = pytest.MonkeyPatch()
-    with s3_server() as server, set_by_test.context() as env:
-        env.setenv("AWS_ENDPOINT_URL", server.url)
-        env.setenv("AWS_ACCESS_KEY_ID", "KEY")
-        env.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
-        env.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with s3_for_the_process("SECRET") as server:
         yield server
 
 
