@@ -17,8 +17,8 @@ class Kernel(NamedTuple):
     """Equal calls of one operation.
 
     kind: "memory" is all that multiplies no matrices: norms, activations, copies, sums, the optimizer.
-    shape: of a product (m, n, k); of a grouped one (groups, m, n, k), m of all groups together; of attention
-        (heads, queries, keys, head dim); of others ().
+    shape: of a product (m, n, k); of a grouped one (groups, rows, n, k): rows of all groups together, which
+        are what a gradient of weights sums over; of attention (heads, queries, keys, head dim); of others ().
     flops: of one call, a multiply and an add as two. bytes: that one call reads and writes.
     times: how many calls, which may be a mean.
     """

@@ -65,6 +65,16 @@ COUNTS = (
         SWITCHES + "rows_of_experts_are_those_of_an_even_choice",
     ),
     Fault(
+        "counts.experts-gradient",
+        "the products that give gradients of experts' weights are priced as if no expert had many rows",
+        "mm/predict/count/moe.py",
+        """t.kind = t.kind, BACKWARD_WEIGHT
+            t.kernel("grouped", (experts, rows, w.out, w.into)""",
+        """t.kind = t.kind, BACKWARD_WEIGHT
+            t.kernel("grouped", (experts, w.out, w.into, rows)""",
+        SWITCHES + "the_gradient_of_experts_weights_is_as_efficient_a_product_as_their_forward",
+    ),
+    Fault(
         "counts.widest",
         "the all_gather dispatcher is counted without padding",
         "mm/predict/count/moe.py",

@@ -214,7 +214,7 @@ def grouped(t: Tape, x: Var, w: Weight, experts: float) -> Var:
         d_x = t.new(rows * w.into, item)
         if t.trains:
             kind, t.kind = t.kind, BACKWARD_WEIGHT
-            t.kernel("grouped", (experts, w.out, w.into, rows), item, flops, size)
+            t.kernel("grouped", (experts, rows, w.out, w.into), item, flops, size)
             t.kind = kind
             if t.halves:
                 t.later.append((g[0], *saved) if isinstance(saved, list) else tuple(g))

@@ -20,6 +20,8 @@ from mm.predict.count.pieces import How
 from mm.predict.count.sizes import Degrees
 from mm.predict.count.tape import Low
 from mm.predict.count.weights import gather_messages, owned
+from mm.predict.hardware import load_hardware
+from mm.predict.price import share_of_peak
 from mm.virtual.values import drawn_choices
 from parallel.context_parallel import ContextPacking, pack
 from parallel.schedule.action import BACKWARD, FORWARD, Action
@@ -90,6 +92,15 @@ def test_rows_of_experts_are_those_of_an_even_choice(rows: int) -> None:
     chosen = np.bincount(drawn_choices(rows, 1, 8, 1.0).ravel(), minlength=8).reshape(4, 2).sum(1)
     every = [own_rows(rows, 8, Degrees("llm", ep=4, ep_rank=r)) for r in range(4)]
     assert every == chosen.tolist() and own_rows(rows, 8, Degrees("llm", ep=4)) == rows / 4
+
+
+def test_the_gradient_of_experts_weights_is_as_efficient_a_product_as_their_forward() -> None:
+    hardware = load_hardware("h100")
+    cfg = replace(EXPERTS, n_experts=64, d_model=2048, expert_ffn=1024)
+    found = layer_counts(cfg, "E", None, Degrees("llm"), load_of([20_000]), How())
+    works = found.forward, found.backward_input, found.backward_weight
+    shares = [{share_of_peak(k, hardware) for k in w.kernels if k.kind == "grouped"} for w in works]
+    assert len(shares[0]) == 1 and shares[0] == shares[1] == shares[2]  # the same rows an expert in each
 
 
 def test_the_all_gather_dispatcher_moves_all_tokens_to_every_rank() -> None:
