@@ -94,20 +94,24 @@ class Placed:
 
 class Open(NamedTuple):
     """A module whose degrees are not decided: its block, the least seconds that any of its options needs of
-    each rank there, and the least bytes. share: of the seconds, what the mean data rank has."""
+    each rank there, and the least bytes. share: of the seconds, what the mean data rank has. through: the
+    least seconds of its heaviest micro-batch through all stages and back."""
 
     block: Block
     seconds: float
     bytes: float
     share: float = 1.0
+    through: float = 0.0
 
 
 class Floor(NamedTuple):
     """What the sink alone asks, whatever encoders ask beside it. alone: seconds from its first gather to the
-    end of its last sum. most, first: seconds that the pipeline rank with most work, and the first one,
-    compute. update: seconds. bytes, first_bytes: that the fullest pipeline rank, and the first one, hold."""
+    end of its last sum. through: of its least micro-batch through all stages and back. most, first: seconds
+    that the pipeline rank with most work, and the first one, compute. update: seconds. bytes, first_bytes:
+    that the fullest pipeline rank, and the first one, hold."""
 
     alone: float
+    through: float
     most: float
     first: float
     update: float
@@ -121,6 +125,7 @@ def floor_of(sink: Demand, m: int) -> Floor:
     held = [sink.held[pp] + (sink.gradients[pp] if sink.gradients else 0.0) for pp in ranks]
     return Floor(
         alone=max(chain.seconds(pp, (), sink.after) for pp in ranks),
+        through=chain.between,
         most=max(sink.work(pp, m) for pp in ranks),
         first=sink.work(0, m),
         update=sink.update,
@@ -131,33 +136,37 @@ def floor_of(sink: Demand, m: int) -> Floor:
 
 class Others(NamedTuple):
     """What undecided encoders ask of ranks. all: seconds of each rank of the sink, and bytes; first: of those
-    of its first pipeline rank, beside that; own: the most of ranks that it does not have. total: seconds of
-    all ranks together, of the mean data ranks."""
+    of its first pipeline rank, beside that; own: the most of ranks that it does not have. through: seconds
+    of a micro-batch through one of them and back. total: seconds of all ranks together, of the mean data
+    ranks."""
 
     all: tuple[float, float] = (0.0, 0.0)
     first: tuple[float, float] = (0.0, 0.0)
     own: tuple[float, float] = (0.0, 0.0)
+    through: float = 0.0
     total: float = 0.0
 
     @staticmethod
     def of(sink: Block, first: Block, undecided: Iterable[Open]) -> Others:
         """first: ranks of the sink's first pipeline rank."""
         on = dict[Block, tuple[float, float]]()
-        total = 0.0
+        total = through = 0.0
         for u in undecided:
+            through = max(through, u.through)
             seconds, held = on.get(u.block, (0.0, 0.0))
             on[u.block] = seconds + u.seconds, held + u.bytes
             total += u.share * u.seconds * u.block.size
         every = on.pop(sink, (0.0, 0.0))
         one = on.pop(first, (0.0, 0.0))
         own = max((x[0] for x in on.values()), default=0.0), max((x[1] for x in on.values()), default=0.0)
-        return Others(every, one, own, total)
+        return Others(every, one, own, through, total)
 
 
 def floor_bound(floor: Floor, others: Others, cores: float = math.inf) -> tuple[float, float]:
     """seconds_bound() and bytes_bound() of a sink with encoders of which nothing is decided."""
     (every, held), (first, more) = others.all, others.first
-    seconds = max(floor.alone, floor.most + every, floor.first + every + first, others.own[0])
+    chain = others.through + floor.through if others.through else 0.0
+    seconds = max(floor.alone, floor.most + every, floor.first + every + first, others.own[0], chain)
     seconds = max(seconds, others.total / cores) + floor.update
     filled = max(floor.bytes + held, floor.first_bytes + held + more, others.own[1])
     return seconds * (1 - ROUNDING), filled * (1 - ROUNDING)
@@ -181,7 +190,8 @@ def seconds_bound(
     """
     encoders, undecided = list(encoders), list(undecided)
     chain = _Chain(sink.demand, encoders, m)
-    found, total = chain.heaviest, 0.0
+    open_ = max((u.through for u in undecided), default=0.0)
+    found, total = max(chain.heaviest, open_ + chain.between if open_ else 0.0), 0.0
     for place, hosted in _places([sink, *encoders], undecided):
         more = [u for u in undecided if _inside(place, u.block)]
         work = sum(p.demand.work(pp, m) for p, pp in hosted) + sum(u.seconds for u in more)
@@ -207,8 +217,8 @@ class _Chain:
         self.sink, self.m = sink, m
         self.start = max((e.demand.through(backward=False) for e in encoders), default=0.0)
         self.end = max((e.demand.through(backward=True) for e in encoders), default=0.0)
-        between = sink.through(backward=False) + sink.through(backward=True)
-        self.heaviest = max((e.demand.heaviest + between for e in encoders), default=0.0)
+        self.between = sink.through(backward=False) + sink.through(backward=True)
+        self.heaviest = max((e.demand.heaviest + self.between for e in encoders), default=0.0)
 
     def seconds(self, pp: int, others: Sequence[tuple[Demand, int]], after: float) -> float:
         """On a pipeline rank, with encoders on the same ranks. after: from its last computation on."""

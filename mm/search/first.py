@@ -100,6 +100,18 @@ class Search(Generic[B]):
         found = [(cost, leaf) for leaf, cost in self.costs.items() if cost < math.inf and keep(leaf)]
         return heapq.nsmallest(k, found, key=lambda entry: (entry[0], entry[1].key))
 
+    def least(self, roots: Iterable[B], keep: Callable[[B], bool]) -> float:
+        """The least bound of what is left: branches that were not opened, and leaves without a known cost."""
+        left = [b for b in roots if b.bound < math.inf and keep(b)]
+        found = math.inf
+        while left:
+            branch = left.pop()
+            if branch in self.opened:
+                left += [b for b in self.opened[branch] if b.bound < math.inf and keep(b)]
+            elif branch not in self.costs:
+                found = min(found, branch.bound)
+        return found
+
     def cost_once(self, leaf: B) -> float:
         """The cost of a leaf, remembered."""
         if leaf not in self.costs:

@@ -29,7 +29,7 @@ def floors(
     forward, early = unit.forward * mean + unit.launched, unit.early * mean + unit.relaunched
     backward = early + unit.late * mean
     waited = early if d.pp > 1 else backward  # of a backward, by the stage before
-    first, last = _ends(costs, mean, unit.even)
+    first, last, least = _loads(costs, mean, unit.even)
     found = []
     for policy in policies:
         choice = Choice(block, d, policy)
@@ -39,20 +39,21 @@ def floors(
         head = np.maximum(first * _before(there, d), before)
         through = head + _by_rank(there + waited, d) * m + last * _before(waited, d)
         alone = np.maximum(through, head + work + after).max(axis=1)
+        one = (least * (there + waited)).sum(axis=1)
         owned = weights.held(SINK, choice)
         held = [o.held + o.gradients for o in owned]
         rest = max(o.update for o in owned) + weights.message, max(held), held[0]
-        seconds = zip(alone.tolist(), work.max(axis=1).tolist(), work[:, 0].tolist(), strict=True)
-        found.append([Floor(*three, *rest) for three in seconds])
+        seconds = zip(*(x.tolist() for x in (alone, one, work.max(axis=1), work[:, 0])), strict=True)
+        found.append([Floor(*four, *rest) for four in seconds])
     return [list(row) for row in zip(*found, strict=True)]
 
 
-def _ends(costs: Sequence[Sequence[float]], mean: np.ndarray, even: float) -> tuple[np.ndarray, np.ndarray]:
-    """Load of the first and of the last micro-batch over the mean one, [numbers, 1]."""
-    first, last = (np.array([c[i] for c in costs])[:, None] for i in (0, -1))
+def _loads(costs: Sequence[Sequence[float]], mean: np.ndarray, even: float) -> tuple[np.ndarray, ...]:
+    """Load of the first, the last and the least micro-batch over the mean one, each [numbers, 1]."""
+    each = [(c[0], c[-1], min(c)) for c in costs]
     alone = np.array([[len(c) == 1] for c in costs])
     safe = np.where(mean > 0, mean, 1.0)
-    return np.where(alone, 1.0, first / safe * even), np.where(alone, 1.0, last / safe * even)
+    return tuple(np.where(alone, 1.0, np.array(x)[:, None] / safe * even) for x in zip(*each, strict=True))
 
 
 def _by_rank(of: np.ndarray, d: Degrees) -> np.ndarray:

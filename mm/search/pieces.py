@@ -45,7 +45,7 @@ class Pieces:
     _known: dict[object, Demand] = field(default_factory=dict)
     _least: dict[object, float] = field(default_factory=dict)
     _floors: dict[object, Sequence[Sequence[Floor]]] = field(default_factory=dict)
-    _options: dict[object, tuple[float, float]] = field(default_factory=dict)
+    _options: dict[object, tuple[float, float, float]] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> Weights:
@@ -124,10 +124,12 @@ class Pieces:
         if key not in self._options:
             every = [self._encoder_demand(module, Choice(block, d, ANY), 1, again) for d in degrees]
             seconds = min(min(e.work(p, 1) for p in range(e.pp)) for e in every)
-            self._options[key] = seconds, min(min(e.held) for e in every)
+            through = min(e.heaviest for e in every)
+            self._options[key] = seconds, min(min(e.held) for e in every), through
         encoder = self._encoders[module]
         even = all(encoder.even(d.dp(block.size), m) for d in degrees)
-        return Open(block, *self._options[key], float(even))
+        seconds, held, through = self._options[key]
+        return Open(block, seconds, held, float(even), through / m)
 
     def _sink_demand(self, choice: Choice, m: int, again: Again, halves: bool) -> Demand:
         d = choice.degrees

@@ -163,11 +163,15 @@ class Planner:
             proofs[goal.name] = Proof(result.proved, result.least)
             if i == 0:
                 rejects.left(result.left, found[goal.name])
-        # Where a search was stopped, what another one has found counts too.
+        # Where a search was stopped, what another one has found and opened counts too.
         for goal in every:
             if not proofs[goal.name].proved:
-                best = search.best_known(goal.k, self._keeps(goal))
+                keep = self._keeps(goal)
+                best = search.best_known(goal.k, keep)
                 found[goal.name] = tuple(self.judged[leaf] for _, leaf in best)
+                least = search.least(roots, keep)
+                proved = len(best) == goal.k and best[-1][0] < least
+                proofs[goal.name] = Proof(proved, least)
         return found, proofs
 
     def _find(self, finder: Finder, every: Sequence[Goal], start: float) -> None:

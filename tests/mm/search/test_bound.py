@@ -177,7 +177,9 @@ def test_what_is_not_decided_bounds_all_its_options(case: Case, data: st.DataObj
     options = [mine, data.draw(demands(1, 1, loads, False)), data.draw(demands(2, 1, loads, False))]
     rest = [e for e in case.encoders if e.demand is not mine]
     held = min(min(d.held) for d in options)
-    undecided = Open(case.blocks[name], min(min(d.work(pp, m) for pp in range(d.pp)) for d in options), held)
+    seconds = min(min(d.work(pp, m) for pp in range(d.pp)) for d in options)
+    through = min(d.heaviest for d in options)
+    undecided = Open(case.blocks[name], seconds, held, through=through)
     seconds = seconds_bound(case.placed("llm"), rest, [undecided], m)
     byte = bytes_bound(case.placed("llm"), rest, [undecided], case.kind, m)
     for option in options:
@@ -203,6 +205,14 @@ def test_a_micro_batch_of_an_encoder_goes_through_all_its_stages_and_back() -> N
     assert found == pytest.approx(4 * 1.0 + 4 * 2.0 + 0.5 * 2.0)
 
 
+def test_a_micro_batch_goes_through_an_encoder_of_which_nothing_is_decided_too() -> None:
+    sink = Placed(Demand(1, (1.0,), (2.0,), (2.0,), (0.0,), (0.0,), least=0.5), Block(0, 4))
+    undecided = [Open(Block(4, 8), 3.0, 0.0, through=9.0), Open(Block(4, 8), 3.0, 0.0, through=7.0)]
+    assert seconds_bound(sink, [], undecided, 1) == pytest.approx(9.0 + 0.5 * 3.0)
+    others = Others.of(sink.block, sink.block, undecided)
+    assert floor_bound(floor_of(sink.demand, 1), others)[0] == pytest.approx(9.0 + 0.5 * 3.0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_floors_are_the_bounds_of_a_sink_of_whose_encoders_nothing_is_decided(data: st.DataObject) -> None:
@@ -215,7 +225,7 @@ def test_floors_are_the_bounds_of_a_sink_of_whose_encoders_nothing_is_decided(da
     sink = Placed(demand._replace(update=data.draw(SECONDS)), BLOCKS["shared"])
     first = Block(4, 4 + 4 // pp)
     blocks = [data.draw(st.sampled_from([BLOCKS["own"], BLOCKS["shared"], first])) for _ in range(2)]
-    undecided = [Open(b, data.draw(SECONDS), data.draw(SECONDS), 1.0) for b in blocks]
+    undecided = [Open(b, data.draw(SECONDS), data.draw(SECONDS), 1.0, data.draw(SECONDS)) for b in blocks]
     cores = data.draw(st.sampled_from([1.0, float("inf")]))
     others = Others.of(sink.block, first, undecided)
     sink = replace(sink, demand=sink.demand._replace(share=0.0))

@@ -73,6 +73,9 @@ def test_every_leaf_is_costed_or_left_or_impossible(tree: Tree, k: int, asked: i
     rest = [leaf for leaf in tree.leaves() if leaf not in seen]
     assert all(leaf.cost == math.inf for leaf in rest)
     assert len(found.costed) <= max(asked, len(search.costs))
+    left = search.least([tree], lambda b: True)
+    assert found.proved or left >= found.least  # what was costed since its bound was met is not left
+    assert all(leaf.cost >= left for leaf in rest_of(tree, search))
     if found.proved:  # it may have ended in time
         assert [c for c, _ in found.best] == [c for c, _ in brute(tree, k)]
     elif found.best:  # what is left may be better, but by no more than its bound says
@@ -93,3 +96,12 @@ def test_a_second_question_asks_for_nothing_twice() -> None:
     found = search.best([root], 1, keep=lambda b: not b.leaf or b.name[1] % 2 == 1)
     assert found.best == ((1.0, leaves[1]),)
     assert len(asked) == len(set(asked)) <= 3
+
+
+def rest_of(tree: Tree, search: Search[Tree]) -> list[Tree]:
+    """The leaves that may be and have no known cost."""
+    if tree.bound == math.inf or tree in search.costs:
+        return []
+    if tree not in search.opened:
+        return tree.leaves()
+    return [leaf for b in tree.below for leaf in rest_of(b, search)]
