@@ -19,6 +19,7 @@ from mm.search.load import StepLoad
 from mm.search.weights import Weights
 from parallel.topology.stage import Stage
 
+LARGE = 1 << 17  # tokens of a micro-batch, beyond which kernels only grow in number
 Part = tuple[str, int | None]  # a layer by its symbol, with its index where that matters; "first", "last"
 
 
@@ -83,19 +84,26 @@ class Sink:
 
     def _corner_cost(self, k: int) -> float:
         """FLOPs by which the documents of a corner's load would be dealt."""
-        corner = self.load.corners[k]
-        return corner.cost * max(1, self._tokens // corner.length)
+        return self.load.corners[k].cost * self._documents(k)
 
     @cached_property
     def _tokens(self) -> int:
         return int(self.load.plan.table.length.sum())
 
+    def _documents(self, k: int) -> int:
+        """Of a corner's load."""
+        return max(1, min(self._tokens, LARGE) // self.load.corners[k].length)
+
     def _corner(self, stage: Stage, d: Degrees, k: int, again: Again) -> Cost:
-        """The part of a micro-batch of a corner's documents as large as the step, launches left out."""
+        """The part of a micro-batch of a corner's documents, launches left out: as large as the step, or,
+        where that is larger than kernels need to be at their best, what so many more of them add."""
         key = "corner", stage, d._replace(pp=1, vpp=1), k, again
         if key not in self._known:
-            load = self.load.corner_load(self.load.corners[k], self._tokens, d.tp, d.cp)
-            found = self._stage(stage, d._replace(cp=1), load, again)
+            n, corner = self._documents(k), self.load.corners[k]
+            one, two = (self.load.corner_load(corner, i * n * corner.length, d.tp, d.cp) for i in (1, 2))
+            found = self._stage(stage, d._replace(cp=1), one, again)
+            if self._tokens > 2 * LARGE:
+                found = self._stage(stage, d._replace(cp=1), two, again).plus(found, -1.0)
             self._known[key] = found._replace(launched=0.0, relaunched=0.0).scaled(1 / d.cp)
         return self._known[key]
 
