@@ -9,7 +9,7 @@ from mm.predict.count import ops
 from mm.predict.count.attention import attention, mlp
 from mm.predict.count.head import embed, enter_rows, loss
 from mm.predict.count.mamba import mamba
-from mm.predict.count.moe import moe
+from mm.predict.count.moe import Choice, moe
 from mm.predict.count.ops import Weight, linear
 from mm.predict.count.pieces import How, Piece, piece
 from mm.predict.count.sizes import Degrees, TokenLoad
@@ -53,13 +53,17 @@ Kind = tuple[LLMConfig, str, int | None]
 def run_layer(t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: frozenset[str]) -> Var:
     """llm.layer.run_layer."""
 
+    choice: Choice = []  # of experts, which is made once
+
     def layer(x: Var) -> Var:
-        return _layer(t, x, kind, at, load, parts)
+        return _layer(t, x, kind, at, load, parts, choice)
 
     return t.again("full" in parts, layer, x)
 
 
-def _layer(t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: frozenset[str]) -> Var:
+def _layer(
+    t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: frozenset[str], choice: Choice
+) -> Var:
     cfg, symbol, layer = kind
 
     def norm(x: Var) -> Var:
@@ -67,7 +71,7 @@ def _layer(t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: fro
 
     h = x if cfg.norms == "after" else t.again("norm" in parts, norm, x)
     if symbol == "E":
-        y = moe(t, h, cfg, at, load, parts)
+        y = moe(t, h, cfg, at, load, parts, choice)
     elif symbol == "M":
         y = mamba(t, h, cfg, at, load, parts)
     elif symbol == "*":

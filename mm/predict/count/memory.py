@@ -66,7 +66,6 @@ class _Walk:
         self.released: dict[ActionKey, list[ActionKey]] = (
             {} if program is None else releases(rank.schedule, program)
         )
-        self.coming: set[tuple[str, int]] = set()  # stages whose gather no forward has waited for
         self.late = {(a.module, a.stage) for a in rank.actions if a.kind is Kind.GRAD_SYNC}
 
     def run(self) -> Held:
@@ -96,7 +95,7 @@ class _Walk:
             RECV_BACKWARD: self._receive_backward,
             BOUNDARY_FORWARD: self._boundary_forward,
             BOUNDARY_BACKWARD: self._boundary_backward,
-            Kind.GATHER: self._gather,
+            Kind.GATHER: lambda a: self._whole((a.module, a.stage)),
             Kind.FREE: lambda a: self._free((a.module, a.stage)),
             Kind.GRAD_SYNC: self._sum_all,
         }
@@ -126,10 +125,6 @@ class _Walk:
             self.best, self.kinds, self.during = total, dict(kinds), during
 
     # Weights and their gradients.
-
-    def _gather(self, a: Action) -> None:
-        self._whole((a.module, a.stage))
-        self.coming.add((a.module, a.stage))
 
     def _whole(self, key: tuple[str, int]) -> None:
         self._put(("whole", *key), GATHERED, float(sum(o.unit.gathered for o in self.rank.units[key])))
@@ -225,14 +220,13 @@ class _Walk:
 
     def _forward(self, a: Action) -> None:
         key, part = (a.module, a.stage), self._piece(a)
-        gathers = ("whole", *key) not in self.held or key in self.coming
-        self.coming.discard(key)
+        gathers = ("whole", *key) not in self.held
         if self.blueprint.uses[a.module].params == "each":
             self._whole(key)
         if a.module == SINK:
             self._put(("indices", a.microbatch), ACTIVATIONS, self.rank.indices(a.microbatch))
         learns = any(self.rank.learns(a.module, i) for i in a.microbatches)
-        # FSDP keeps what the last gather brought until the forward's end.
+        # FSDP keeps what the last gather of a forward brought until its end; GATHER's it frees once copied.
         last = self._last_gathered(key) if gathers else 0.0
         self._look(part.in_forward, str(a), {COMMUNICATION: last})
         if not learns:
