@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from llm.config import LLMConfig
 from mm.predict.count import ops
-from mm.predict.count.attention import attention, mlp
+from mm.predict.count.attention import attention, joined_columns, mlp
 from mm.predict.count.head import embed, enter_rows, loss
 from mm.predict.count.mamba import mamba
 from mm.predict.count.moe import Choice, moe
@@ -123,7 +123,7 @@ def _multi_token(
     for k in range(cfg.mtp_layers):
         embedded = ops.rms_norm(t, embed(t, cfg, at, load.tokens), "mtp.embed_norm")
         hidden = ops.rms_norm(t, states, "mtp.hidden_norm")
-        both = _side_by_side(t, embedded, hidden)
+        both = joined_columns(t, embedded, hidden)
         del embedded, hidden
         y = linear(t, both, Weight("mtp.join", d, 2 * d))
         del both
@@ -134,14 +134,6 @@ def _multi_token(
         del y
         totals.append(loss(t, states, cfg, at, load.tokens, load.supervised[k + 1], known=known))
     return _attached(t, x, totals)
-
-
-def _side_by_side(t: Tape, a: Var, b: Var) -> Var:
-    """torch.cat of columns: the backward copies each part out where it needs it in a row."""
-    node = t.node([a, b], lambda g: [g[0], g[0]], [])
-    out = t.new(a.n + b.n, a.item)
-    t.moves(2 * out.size)
-    return t.result(node, out, a.rows, a.width + b.width, a.item)
 
 
 def _attached(t: Tape, x: Var, losses: list[Var]) -> Var:
