@@ -129,6 +129,19 @@ class _Walk:
     def _whole(self, key: tuple[str, int]) -> None:
         self._put(("whole", *key), GATHERED, float(sum(o.unit.gathered for o in self.rank.units[key])))
 
+    def _whole_again(self, a: Action) -> None:
+        """Gather weights for a backward, where another has freed them: those of the root first, which are
+        copied out of the buffer that they come in."""
+        key = a.module, a.stage
+        if self.blueprint.uses[a.module].params != "each":
+            return
+        gathers = ("whole", *key) not in self.held
+        self._whole(key)
+        if gathers:
+            *inner, root = [o.unit for o in self.rank.units[key]]
+            more = {COMMUNICATION: float(root.gathered) if root.shards > 1 else 0.0}
+            self._look(Level(), str(a), {**more, GATHERED: -float(sum(u.gathered for u in inner))})
+
     def _last_gathered(self, key: tuple[str, int]) -> float:
         """Bytes of the last gather of a forward: the root's comes first, then those of its parts."""
         *inner, root = [o.unit for o in self.rank.units[key]]
@@ -240,9 +253,8 @@ class _Walk:
 
     def _backward(self, a: Action) -> None:
         key, part = (a.module, a.stage), self._piece(a)
-        kind, kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))
-        if self.blueprint.uses[a.module].params == "each":
-            self._whole(key)
+        self._whole_again(a)
+        kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))[1]
         if self._sums(a):
             # Of earlier backwards; this one frees these weights first after a depth, and at its end again.
             deep = [k for k, o in enumerate(self.rank.units[key]) if o.depths > 1]
@@ -257,7 +269,6 @@ class _Walk:
         if self.blueprint.uses[a.module].params == "each":
             self._free(key)
         self._gradients_of_inputs(a)
-        del kind
 
     def _new(self, key: tuple[str, int]) -> None:
         """Gradients of a backward, in the dtype of computation."""
@@ -284,9 +295,8 @@ class _Walk:
 
     def _backward_input(self, a: Action) -> None:
         part = self._piece(a)
+        self._whole_again(a)
         kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))[1]
-        if self.blueprint.uses[a.module].params == "each":
-            self._whole((a.module, a.stage))
         self.held.pop(("gradient", *a[1:4]), None)
         self._look(part.in_backward.plus(kept=kept - part.kept), str(a))
         self._put(("later", *a[1:4]), ACTIVATIONS, part.later)
