@@ -134,8 +134,8 @@ def subsample_flops(rows: int, mels: int, channels: int, width: int) -> float:
     """Forward FLOPs of Subsample for a clip of so many rows, without the gap after it."""
     # Outputs of each stride of 2, time x frequency: 8 frames a row before the first.
     first, second, third = (rows * 2.0 ** (2 - i) * mels / 2 ** (i + 1) for i in range(3))
-    convolutions = 2 * channels * (9 * first + (9 + channels) * (second + third))
-    return convolutions + 2.0 * rows * width * channels * mels / 8
+    convolutions = 2.0 * channels * (9 * first + (9 + channels) * (second + third))
+    return float(convolutions + 2.0 * rows * width * channels * mels / 8)
 
 
 class FeedForward(nn.Module):

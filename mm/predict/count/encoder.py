@@ -341,7 +341,7 @@ def end_counts(ends: Ends, at: Degrees, how: How) -> Piece:
 
 
 def projected(t: Tape, x: Var, ends: Ends, at: Degrees) -> Var:
-    """encoders.projector.Projector, without resamplers."""
+    """encoders.projector.Projector, without resamplers; adapters are of encoders alone."""
     what, axis = ends.kind, at.axis
     if what.kind == "none":
         return x
@@ -350,12 +350,12 @@ def projected(t: Tape, x: Var, ends: Ends, at: Degrees) -> Var:
     elif what.norm == "layer":
         x = ops.layer_norm(t, x, "projector.norm")
     if what.kind != "mlp":
-        return linear(t, x, Weight("projector.linear", ends.d_out, ends.width, what.bias))
+        return linear(t, x, Weight("projector.linear", ends.d_out, ends.width, what.bias, adapts=False))
     own = ends.hidden / at.tp
-    h = linear(t, enter(t, x, axis), Weight("projector.up", own, ends.width, what.bias))
+    h = linear(t, enter(t, x, axis), Weight("projector.up", own, ends.width, what.bias, adapts=False))
     del x
     h = activated(t, h, what.activation)
-    y = leave(t, linear(t, h, Weight("projector.down", ends.d_out, own)), axis)
+    y = leave(t, linear(t, h, Weight("projector.down", ends.d_out, own, adapts=False)), axis)
     return bias_after(t, y, ends.d_out) if what.bias else y
 
 

@@ -56,13 +56,13 @@ def run_layer(t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: 
     choice: Choice = []  # of experts, which is made once
 
     def layer(x: Var) -> Var:
-        return _layer(t, x, kind, at, load, parts, choice)
+        return _layer(t, x, kind, at, load, parts, choice=choice)
 
     return t.again("full" in parts, layer, x)
 
 
 def _layer(
-    t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: frozenset[str], choice: Choice
+    t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: frozenset[str], *, choice: Choice
 ) -> Var:
     cfg, symbol, layer = kind
 
@@ -71,7 +71,7 @@ def _layer(
 
     h = x if cfg.norms == "after" else t.again("norm" in parts, norm, x)
     if symbol == "E":
-        y = moe(t, h, cfg, at, load, parts, choice)
+        y = moe(t, h, cfg, at, load, parts, choice=choice)
     elif symbol == "M":
         y = mamba(t, h, cfg, at, load, parts)
     elif symbol == "*":

@@ -135,9 +135,9 @@ class _Walk:
         key = a.module, a.stage
         if self.blueprint.uses[a.module].params != "each":
             return
-        gathers = ("whole", *key) not in self.held
+        there = ("whole", *key) in self.held
         self._whole(key)
-        if gathers:
+        if not there:
             *inner, root = [o.unit for o in self.rank.units[key]]
             more = {COMMUNICATION: float(root.gathered) if root.shards > 1 else 0.0}
             self._look(Level(), str(a), {**more, GATHERED: -float(sum(u.gathered for u in inner))})
@@ -265,9 +265,9 @@ class _Walk:
         come = self.held.pop(("gradient", *a[1:4]), ("", 0.0))[1]
         self._in_backward(a, part, extra, come)
         self._new(key)
-        self._summed(a, within=True)
         if self.blueprint.uses[a.module].params == "each":
-            self._free(key)
+            self._free(key)  # FSDP frees the weights of a unit, then sums its gradients
+        self._summed(a, within=True)
         self._gradients_of_inputs(a)
 
     def _new(self, key: tuple[str, int]) -> None:

@@ -21,7 +21,14 @@ Choice = list[Storage]  # order of experts by score, then the route; empty befor
 
 
 def moe(
-    t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompute: frozenset[str], choice: Choice
+    t: Tape,
+    x: Var,
+    cfg: LLMConfig,
+    at: Degrees,
+    load: TokenLoad,
+    recompute: frozenset[str],
+    *,
+    choice: Choice,
 ) -> Var:
     """llm.moe.MoE. choice: filled where it is empty, followed where the layer is computed again."""
     tokens = ops.to(t, x, x.item)
