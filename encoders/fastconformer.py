@@ -130,6 +130,14 @@ def halved(n: int) -> int:
     return (n + 1) // 2
 
 
+def subsample_flops(rows: int, mels: int, channels: int, width: int) -> float:
+    """Forward FLOPs of Subsample for a clip of so many rows, without the gap after it."""
+    # Outputs of each stride of 2, time x frequency: 8 frames a row before the first.
+    first, second, third = (rows * 2.0 ** (2 - i) * mels / 2 ** (i + 1) for i in range(3))
+    convolutions = 2.0 * channels * (9 * first + (9 + channels) * (second + third))
+    return float(convolutions + 2.0 * rows * width * channels * mels / 8)
+
+
 class FeedForward(nn.Module):
     """norm, up, SiLU, down; the hidden width is sharded over tp."""
 
@@ -257,11 +265,7 @@ class FastConformer(StackedEncoder):
 
     @classmethod
     def stem_cost(cls, cfg: FastConformerConfig, meta: Meta) -> float:
-        n, d, c = float(cls.rows(cfg, meta)), cfg.width, cfg.channels
-        # Outputs of each of the three convolutions, time x frequency.
-        first, second, third = (n * 4 ** (2 - i) * cfg.mels / 2 ** (i + 1) * 2**i for i in range(3))
-        convolutions = 2 * c * (9 * first + (9 + c) * (second + third))
-        return float(convolutions + 2 * n * d * c * cfg.mels / 8)
+        return subsample_flops(cls.rows(cfg, meta), cfg.mels, cfg.channels, cfg.width)
 
     @classmethod
     def input_shape(cls, cfg: FastConformerConfig) -> tuple[int, ...]:

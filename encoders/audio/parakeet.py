@@ -18,7 +18,7 @@ from encoders.audio.relative import RelativeAttention
 from encoders.audio.sound import Sound, clips_of, left_out, parakeet_frames, read_clip, samples_of
 from encoders.context import ItemConvolution
 from encoders.contract import Features, ItemBatch, Meta, check_positive
-from encoders.fastconformer import Subsample, subsampled
+from encoders.fastconformer import Subsample, subsample_flops, subsampled
 from encoders.layers import LayerNorm, enter, leave, run_layer
 from encoders.registry import register
 from encoders.share import Share
@@ -234,9 +234,7 @@ class Parakeet(StackedEncoder):
 
     @classmethod
     def stem_cost(cls, cfg: ParakeetConfig, meta: Meta) -> float:
-        n, c, mels = float(cls.rows(cfg, meta)), cfg.channels, cfg.sound.mels
-        first, second, third = (n * 4 ** (2 - i) * mels / 2 ** (i + 1) for i in range(3))
-        return float(2 * c * (9 * first + (9 + c) * (second + third)) + 2 * n * cfg.width * c * mels / 8)
+        return subsample_flops(cls.rows(cfg, meta), cfg.sound.mels, cfg.channels, cfg.width)
 
     @classmethod
     def input_shape(cls, cfg: ParakeetConfig) -> tuple[int, ...]:

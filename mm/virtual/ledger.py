@@ -77,6 +77,8 @@ class Ledger:
         if hasattr(storage, "_entry"):
             return
         entry = Entry(storage.nbytes(), op, site(), self.now, self.now.module)
+        if entry.site.fsdp:
+            self.look_again()  # a unit of one rank is freed without any operation of FSDP's own
         self._follow(storage, entry)
         if entry.site.fsdp in _GATHERED:
             entry.kind = "gathered_parameters"

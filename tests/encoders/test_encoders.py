@@ -13,10 +13,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import encoders
 from encoders import compat
 from encoders.contract import Encoder, Features, ItemBatch, pack_items
+from encoders.fastconformer import Subsample, subsample_flops
 from encoders.media.decode import read_sound
 from encoders.module import RowsMismatch
 from mm.data.probes import metadata
@@ -277,6 +279,18 @@ def test_costs_grow_with_the_item() -> None:
     assert 0 < vit.cost(vit.Config(), small) < vit.cost(vit.Config(), large)
     short, long = ({"samples": s, "rate": 8000} for s in (800, 8000))
     assert 0 < conformer.cost(conformer.Config(), short) < conformer.cost(conformer.Config(), long)
+
+
+def test_a_subsampled_clip_costs_the_products_that_torch_counts() -> None:
+    rows, mels, channels, width = 31, 16, 8, 24
+    made = Subsample(mels, channels, width)
+    with FlopCounterMode(display=False) as counted:
+        made(torch.zeros(8 * rows, mels), [8 * rows])
+    by_name = {str(op): n for op, n in counted.get_flop_counts()["Global"].items()}
+    out = 2 * rows * width * channels * mels // 8
+    # A clip has a gap of 8 frames after it.
+    convolutions = (subsample_flops(rows, mels, channels, width) - out) * (rows + 1) / rows
+    assert by_name == {"aten.convolution": convolutions, "aten.addmm": out}
 
 
 def test_the_registry_explains_itself() -> None:

@@ -106,4 +106,49 @@ COUNTS = (
         "lambda g: [None] * 3, [])",
         SWITCHES + "weights_of_a_rank_without_tokens_have_gradients_all_the_same",
     ),
+    Fault(
+        "counts.gathered",
+        "what GATHER has brought counts twice in the forward that waits for it",
+        "mm/predict/count/memory.py",
+        """        gathers = ("whole", *key) not in self.held
+""",
+        """        gathers = True
+""",
+        MEMORY + "what_a_step_gathers_at_once_is_not_there_twice",
+    ),
+    Fault(
+        "counts.choice",
+        "a layer that is computed again chooses its experts again",
+        "mm/predict/count/moe.py",
+        "    if not choice:\n        choice +=",
+        "    if True:\n        choice[:] =",
+        SWITCHES + "a_layer_that_is_computed_again_keeps_its_choice_of_experts_and_asks_nobody_twice",
+    ),
+    Fault(
+        "counts.router",
+        "routers have adapters",
+        "mm/predict/count/moe.py",
+        "cfg.d_model, adapts=False)",
+        "cfg.d_model)",
+        SWITCHES + "routers_have_no_adapters",
+    ),
+    Fault(
+        "counts.freed",
+        "the virtual rank holds weights of one data rank beside their gradients",
+        "mm/virtual/ledger.py",
+        """        if entry.site.fsdp:
+            self.look_again()""",
+        """        if entry.site.fsdp and entry.kind:
+            self.look_again()""",
+        "tests/mm/virtual/test_recorder.py::"
+        "test_weights_of_one_rank_are_freed_where_fsdp_goes_on_without_an_operation_of_its_own",
+    ),
+    Fault(
+        "counts.subsampled",
+        "each stride of a FastConformer's convolutions is taken to halve one of two dims",
+        "encoders/fastconformer.py",
+        "(rows * 2.0 ** (2 - i) * mels / 2 ** (i + 1) for",
+        "(rows * 4.0 ** (2 - i) * mels / 2 ** (i + 1) for",
+        "tests/encoders/test_encoders.py::test_a_subsampled_clip_costs_the_products_that_torch_counts",
+    ),
 )

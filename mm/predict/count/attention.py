@@ -123,7 +123,7 @@ def _fetched_before(t: Tape, x: Var, rows: Rows, group: Group) -> Var:
 
 
 def joined_columns(t: Tape, a: Var, b: Var) -> Var:
-    """torch.cat or torch.stack of columns, whose backward gives views."""
+    """torch.cat or torch.stack of columns, whose backward gives views, copied out where they are needed."""
     node = t.node([a, b], lambda g: [g[0], g[0]], [])
     out = t.new(a.n + b.n, a.item)
     t.moves(2 * out.size)

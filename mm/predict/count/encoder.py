@@ -10,7 +10,7 @@ from encoders.fastconformer import FastConformerConfig, halved
 from encoders.projector import ProjectorKind
 from encoders.vit import ViTConfig
 from mm.predict.count import ops
-from mm.predict.count.attention import bias_after, fused
+from mm.predict.count.attention import bias_after, fused, joined_columns
 from mm.predict.count.convolution import convolve
 from mm.predict.count.ops import Weight, enter, joined_linear, leave, linear
 from mm.predict.count.pieces import How, Piece, piece
@@ -34,8 +34,9 @@ class ItemLoad(NamedTuple):
     """What a rank of an encoder computes in a micro-batch.
 
     tokens: of this cp rank; kept: of those between blocks. rows: that it gives. attended: items, or its parts
-    of them. stem: of a FastConformer, frames with the gaps around clips. keys, near: exchanges over cp of
-    keys and of rows beside its own. items: how many have a token here. flops: that the encoder says of them.
+    of them. stem: what the stem is given: of a FastConformer, frames with the gaps around clips; of a family
+    of vision transformers, patches, of those kept. keys, near: exchanges over cp of keys and of rows beside
+    its own. items: how many have a token here. flops: that the encoder says of them.
     """
 
     tokens: int
@@ -162,16 +163,10 @@ def _attend(t: Tape, x: Var, cfg: FastConformerConfig, at: Degrees, load: ItemLo
     h = enter(t, ops.layer_norm(t, x, "norm_att"), at.axis)
     y = joined_linear(t, h, Weight("qkv", 3 * own, d, parts=heads_of(own)))
     del h
-    q, k, v = ops.split(t, y, (own, own, own))  # unbind, whose backward stacks
+    qkv = ops.split(t, y, (own, own, own))  # unbind, whose backward stacks
     del y
-    q, k = _turned(t, q), _turned(t, k)
-    kv = stacked(t, k, v)
-    del k, v
-    kv = fetched(t, kv, load.keys)
-    k, v = ops.split(t, kv, (own, own))
-    del kv
-    heads = cfg.heads // at.tp
-    y = fused(t, (q, k, v), (heads, heads, dim), load.attended, causal=False)
+    qkv[:2] = [_turned(t, x) for x in qkv[:2]]
+    y = attended_keys(t, qkv, cfg.heads // at.tp, dim, load)
     return leave(t, linear(t, y, Weight("att_out", d, own)), at.axis)
 
 
@@ -196,12 +191,16 @@ def _turned(t: Tape, x: Var) -> Var:
     return t.result(t.node([x], back, []), out, x.rows, x.width, item)
 
 
-def stacked(t: Tape, a: Var, b: Var) -> Var:
-    """torch.stack of keys and values."""
-    node = t.node([a, b], lambda g: [g[0], g[0]], [])
-    out = t.new(a.n + b.n, a.item)
-    t.moves(2 * out.size)
-    return t.result(node, out, a.rows, a.width + b.width, a.item)
+def attended_keys(t: Tape, qkv: list[Var], heads: int, dim: int, load: ItemLoad) -> Var:
+    """encoders.context.ItemAttention of queries, and of keys and values stacked for it, which it takes."""
+    q, k, v = qkv
+    qkv.clear()
+    kv = joined_columns(t, k, v)
+    del k, v
+    kv = fetched(t, kv, load.keys)
+    k, v = ops.split(t, kv, (heads * dim, heads * dim))
+    del kv
+    return fused(t, (q, k, v), (heads, heads, dim), load.attended, causal=False)
 
 
 @lru_cache(maxsize=1 << 12)
@@ -342,7 +341,7 @@ def end_counts(ends: Ends, at: Degrees, how: How) -> Piece:
 
 
 def projected(t: Tape, x: Var, ends: Ends, at: Degrees) -> Var:
-    """encoders.projector.Projector, without resamplers."""
+    """encoders.projector.Projector, without resamplers; adapters are of encoders alone."""
     what, axis = ends.kind, at.axis
     if what.kind == "none":
         return x
@@ -351,12 +350,12 @@ def projected(t: Tape, x: Var, ends: Ends, at: Degrees) -> Var:
     elif what.norm == "layer":
         x = ops.layer_norm(t, x, "projector.norm")
     if what.kind != "mlp":
-        return linear(t, x, Weight("projector.linear", ends.d_out, ends.width, what.bias))
+        return linear(t, x, Weight("projector.linear", ends.d_out, ends.width, what.bias, adapts=False))
     own = ends.hidden / at.tp
-    h = linear(t, enter(t, x, axis), Weight("projector.up", own, ends.width, what.bias))
+    h = linear(t, enter(t, x, axis), Weight("projector.up", own, ends.width, what.bias, adapts=False))
     del x
     h = activated(t, h, what.activation)
-    y = leave(t, linear(t, h, Weight("projector.down", ends.d_out, own)), axis)
+    y = leave(t, linear(t, h, Weight("projector.down", ends.d_out, own, adapts=False)), axis)
     return bias_after(t, y, ends.d_out) if what.bias else y
 
 

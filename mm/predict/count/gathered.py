@@ -10,9 +10,11 @@ from mm.predict.count.tape import Storage, Tape, Var
 Grads = list[Storage | None]
 
 
-def gather_dispatch(t: Tape, x: Var, order: Storage, sizes: tuple[float, float, float], at: Degrees) -> Var:
+def gather_dispatch(
+    t: Tape, x: Var, route: list[Storage], sizes: tuple[float, float, float], at: Degrees
+) -> Var:
     """Rows of this rank's experts. sizes: tokens that all pad theirs to, choices of each, rows that come.
-    order: of rows, which is kept."""
+    route: orders of rows, which are kept."""
     wide, k, m = sizes
     every = ops.gathered(t, ops.padded(t, x, wide), _axis(at))
     n, w, item = every.rows, every.width, every.item
@@ -23,7 +25,7 @@ def gather_dispatch(t: Tape, x: Var, order: Storage, sizes: tuple[float, float, 
         t.moves(made.size, out.size)
         return [out]
 
-    rows = t.result(t.node([every], back, t.save(order)), _in_order(t, n, m, w, item), m, w, item)
+    rows = t.result(t.node([every], back, t.save(*route)), _in_order(t, n, m, w, item), m, w, item)
     return rows
 
 

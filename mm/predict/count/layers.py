@@ -6,10 +6,10 @@ from functools import lru_cache
 
 from llm.config import LLMConfig
 from mm.predict.count import ops
-from mm.predict.count.attention import attention, mlp
+from mm.predict.count.attention import attention, joined_columns, mlp
 from mm.predict.count.head import embed, enter_rows, loss
 from mm.predict.count.mamba import mamba
-from mm.predict.count.moe import moe
+from mm.predict.count.moe import Choice, moe
 from mm.predict.count.ops import Weight, linear
 from mm.predict.count.pieces import How, Piece, piece
 from mm.predict.count.sizes import Degrees, TokenLoad
@@ -53,13 +53,17 @@ Kind = tuple[LLMConfig, str, int | None]
 def run_layer(t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: frozenset[str]) -> Var:
     """llm.layer.run_layer."""
 
+    choice: Choice = []  # of experts, which is made once
+
     def layer(x: Var) -> Var:
-        return _layer(t, x, kind, at, load, parts)
+        return _layer(t, x, kind, at, load, parts, choice=choice)
 
     return t.again("full" in parts, layer, x)
 
 
-def _layer(t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: frozenset[str]) -> Var:
+def _layer(
+    t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: frozenset[str], *, choice: Choice
+) -> Var:
     cfg, symbol, layer = kind
 
     def norm(x: Var) -> Var:
@@ -67,7 +71,7 @@ def _layer(t: Tape, x: Var, kind: Kind, at: Degrees, load: TokenLoad, parts: fro
 
     h = x if cfg.norms == "after" else t.again("norm" in parts, norm, x)
     if symbol == "E":
-        y = moe(t, h, cfg, at, load, parts)
+        y = moe(t, h, cfg, at, load, parts, choice=choice)
     elif symbol == "M":
         y = mamba(t, h, cfg, at, load, parts)
     elif symbol == "*":
@@ -119,7 +123,7 @@ def _multi_token(
     for k in range(cfg.mtp_layers):
         embedded = ops.rms_norm(t, embed(t, cfg, at, load.tokens), "mtp.embed_norm")
         hidden = ops.rms_norm(t, states, "mtp.hidden_norm")
-        both = _side_by_side(t, embedded, hidden)
+        both = joined_columns(t, embedded, hidden)
         del embedded, hidden
         y = linear(t, both, Weight("mtp.join", d, 2 * d))
         del both
@@ -130,14 +134,6 @@ def _multi_token(
         del y
         totals.append(loss(t, states, cfg, at, load.tokens, load.supervised[k + 1], known=known))
     return _attached(t, x, totals)
-
-
-def _side_by_side(t: Tape, a: Var, b: Var) -> Var:
-    """torch.cat of columns: the backward copies each part out where it needs it in a row."""
-    node = t.node([a, b], lambda g: [g[0], g[0]], [])
-    out = t.new(a.n + b.n, a.item)
-    t.moves(2 * out.size)
-    return t.result(node, out, a.rows, a.width + b.width, a.item)
 
 
 def _attached(t: Tape, x: Var, losses: list[Var]) -> Var:

@@ -18,7 +18,7 @@ from encoders.fastconformer import FastConformer
 from encoders.module import encoder_axes
 from encoders.share import Share, pieces, reach
 from encoders.vision.model import VisionTransformer
-from encoders.vision.tokens import frame_lengths
+from encoders.vision.tokens import frame_lengths, places
 from llm.config import LLMConfig
 from mm.data.sample import Sample
 from mm.plan.inputs import EncoderUse
@@ -183,12 +183,16 @@ def items_load(use: EncoderUse, metas: Sequence[Any], at: Coord, module: str) ->
     share = Share.of(rows, axes, unit, prefix, tails)
     outer = Share.of(rows, axes_of(layout, at))
     own = pieces(share.lengths, share.own)
-    within = share.lengths
+    within, stem = share.lengths, 0
     if issubclass(cls, VisionTransformer):  # which attends within frames
-        within = frame_lengths([cls.grid(cfg, meta) for meta in metas], cfg.prefix)
+        grids = [cls.grid(cfg, meta) for meta in metas]
+        within = frame_lengths(grids, cfg.prefix)
+        stem = share.kept
+        if cfg.prefix:
+            at_tokens = places(grids, share, share.part, prefix=cfg.prefix, merge=cfg.merge)
+            stem = int((at_tokens.prefix < 0).sum())
     seen = pieces(within, share.own)
     queries, keys = [p.stop - p.start for p in seen], [within[p.item] for p in seen]
-    stem = 0
     if issubclass(cls, FastConformer):
         kept = pieces(share.lengths, share.part)
         frames = [min(8 * p.stop, cls.frames(cfg, metas[p.item])) - 8 * p.start for p in kept]

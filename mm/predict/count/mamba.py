@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llm.config import LLMConfig
 from mm.predict.count import ops
+from mm.predict.count.attention import joined_columns
 from mm.predict.count.convolution import convolve
 from mm.predict.count.crossing import joined_parts, rows_of
 from mm.predict.count.ops import Weight, enter, joined_linear, leave, linear
@@ -144,14 +145,6 @@ def _by_heads(t: Tape, mixed: Var, dt: Var, how: tuple[LLMConfig, Scan], at: Deg
     y = ops.copy(t, ops.copy(t, y))
     y = _swapped(t, y, at)
     return ops.copy(t, y).view(tokens, s.inner)
-
-
-def joined_columns(t: Tape, a: Var, b: Var) -> Var:
-    """torch.cat of columns, whose backward gives views."""
-    node = t.node([a, b], lambda g: [g[0], g[0]], [])
-    out = t.new(a.n + b.n, a.item)
-    t.moves(2 * out.size)
-    return t.result(node, out, a.rows, a.width + b.width, a.item)
 
 
 def indexed_columns(t: Tape, x: Var, width: float) -> Var:

@@ -66,7 +66,6 @@ class _Walk:
         self.released: dict[ActionKey, list[ActionKey]] = (
             {} if program is None else releases(rank.schedule, program)
         )
-        self.coming: set[tuple[str, int]] = set()  # stages whose gather no forward has waited for
         self.late = {(a.module, a.stage) for a in rank.actions if a.kind is Kind.GRAD_SYNC}
 
     def run(self) -> Held:
@@ -96,7 +95,7 @@ class _Walk:
             RECV_BACKWARD: self._receive_backward,
             BOUNDARY_FORWARD: self._boundary_forward,
             BOUNDARY_BACKWARD: self._boundary_backward,
-            Kind.GATHER: self._gather,
+            Kind.GATHER: lambda a: self._whole((a.module, a.stage)),
             Kind.FREE: lambda a: self._free((a.module, a.stage)),
             Kind.GRAD_SYNC: self._sum_all,
         }
@@ -127,12 +126,21 @@ class _Walk:
 
     # Weights and their gradients.
 
-    def _gather(self, a: Action) -> None:
-        self._whole((a.module, a.stage))
-        self.coming.add((a.module, a.stage))
-
     def _whole(self, key: tuple[str, int]) -> None:
         self._put(("whole", *key), GATHERED, float(sum(o.unit.gathered for o in self.rank.units[key])))
+
+    def _whole_again(self, a: Action) -> None:
+        """Gather weights for a backward, where another has freed them: those of the root first, which are
+        copied out of the buffer that they come in."""
+        key = a.module, a.stage
+        if self.blueprint.uses[a.module].params != "each":
+            return
+        there = ("whole", *key) in self.held
+        self._whole(key)
+        if not there:
+            *inner, root = [o.unit for o in self.rank.units[key]]
+            more = {COMMUNICATION: float(root.gathered) if root.shards > 1 else 0.0}
+            self._look(Level(), str(a), {**more, GATHERED: -float(sum(u.gathered for u in inner))})
 
     def _last_gathered(self, key: tuple[str, int]) -> float:
         """Bytes of the last gather of a forward: the root's comes first, then those of its parts."""
@@ -225,14 +233,13 @@ class _Walk:
 
     def _forward(self, a: Action) -> None:
         key, part = (a.module, a.stage), self._piece(a)
-        gathers = ("whole", *key) not in self.held or key in self.coming
-        self.coming.discard(key)
+        gathers = ("whole", *key) not in self.held
         if self.blueprint.uses[a.module].params == "each":
             self._whole(key)
         if a.module == SINK:
             self._put(("indices", a.microbatch), ACTIVATIONS, self.rank.indices(a.microbatch))
         learns = any(self.rank.learns(a.module, i) for i in a.microbatches)
-        # FSDP keeps what the last gather brought until the forward's end.
+        # FSDP keeps what the last gather of a forward brought until its end; GATHER's it frees once copied.
         last = self._last_gathered(key) if gathers else 0.0
         self._look(part.in_forward, str(a), {COMMUNICATION: last})
         if not learns:
@@ -246,9 +253,8 @@ class _Walk:
 
     def _backward(self, a: Action) -> None:
         key, part = (a.module, a.stage), self._piece(a)
-        kind, kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))
-        if self.blueprint.uses[a.module].params == "each":
-            self._whole(key)
+        self._whole_again(a)
+        kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))[1]
         if self._sums(a):
             # Of earlier backwards; this one frees these weights first after a depth, and at its end again.
             deep = [k for k, o in enumerate(self.rank.units[key]) if o.depths > 1]
@@ -259,11 +265,10 @@ class _Walk:
         come = self.held.pop(("gradient", *a[1:4]), ("", 0.0))[1]
         self._in_backward(a, part, extra, come)
         self._new(key)
-        self._summed(a, within=True)
         if self.blueprint.uses[a.module].params == "each":
-            self._free(key)
+            self._free(key)  # FSDP frees the weights of a unit, then sums its gradients
+        self._summed(a, within=True)
         self._gradients_of_inputs(a)
-        del kind
 
     def _new(self, key: tuple[str, int]) -> None:
         """Gradients of a backward, in the dtype of computation."""
@@ -290,9 +295,8 @@ class _Walk:
 
     def _backward_input(self, a: Action) -> None:
         part = self._piece(a)
+        self._whole_again(a)
         kept = self.held.pop(("kept", *a[1:4]), (ACTIVATIONS, 0.0))[1]
-        if self.blueprint.uses[a.module].params == "each":
-            self._whole((a.module, a.stage))
         self.held.pop(("gradient", *a[1:4]), None)
         self._look(part.in_backward.plus(kept=kept - part.kept), str(a))
         self._put(("later", *a[1:4]), ACTIVATIONS, part.later)

@@ -17,21 +17,33 @@ from parallel.schedule.action import BACKWARD_WEIGHT
 Grads = list[Storage | None]
 
 
-def moe(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompute: frozenset[str]) -> Var:
-    """llm.moe.MoE."""
+Choice = list[Storage]  # order of experts by score, then the route; empty before it is made
+
+
+def moe(
+    t: Tape,
+    x: Var,
+    cfg: LLMConfig,
+    at: Degrees,
+    load: TokenLoad,
+    recompute: frozenset[str],
+    *,
+    choice: Choice,
+) -> Var:
+    """llm.moe.MoE. choice: filled where it is empty, followed where the layer is computed again."""
     tokens = ops.to(t, x, x.item)
     share = x if at.sequence_parallel else ops.share_of(t, x, at.axis)
     width, real = share.rows, load.routed
     tokens = ops.first_rows(t, share, real)
     del share
     wide = None if cfg.dispatcher == "all_to_all" or at.ep == 1 else load.widest or real
-    chosen, weight = _routing(t, tokens, cfg, at, wide)
+    weight = _routing(t, tokens, cfg, at, wide, choice)
     rows = tokens
     if cfg.latent is not None:
         rows = linear(t, tokens, Weight("latent_in", cfg.latent, cfg.d_model))
     del tokens
     weight = ops.scale(t, weight)
-    y = _routed(t, rows, weight, (cfg, chosen, wide), at, "moe_act" in recompute)
+    y = _routed(t, rows, weight, (cfg, choice[1:], wide), at, "moe_act" in recompute)
     del rows, weight
     if cfg.latent is not None:
         y = linear(t, y, Weight("latent_out", cfg.d_model, cfg.latent))
@@ -44,28 +56,18 @@ def moe(t: Tape, x: Var, cfg: LLMConfig, at: Degrees, load: TokenLoad, recompute
     return y
 
 
-def _routing(t: Tape, tokens: Var, cfg: LLMConfig, at: Degrees, most: int | None) -> tuple[Storage, Var]:
-    """The choice of experts, which is kept, and its weights [n, k]. most: tokens to which each rank of ep
-    pads its own, None where rows go to their experts alone."""
+def _routing(t: Tape, tokens: Var, cfg: LLMConfig, at: Degrees, most: int | None, choice: Choice) -> Var:
+    """The weights [n, k] of the chosen experts. most: tokens to which each rank of ep pads its own, None
+    where rows go to their experts alone."""
     n, e, k, acc = tokens.rows, cfg.n_experts, cfg.top_k, t.acc
     wide = ops.to(t, tokens, acc)
-    logits = linear(t, wide, Weight("router", e, cfg.d_model), item=acc)
+    logits = linear(t, wide, Weight("router", e, cfg.d_model, adapts=False), item=acc)
     del wide
     score = ops.unary(t, logits, keeps="output")
     del logits
-    biased = t.new(n * e, acc)
-    values, order = t.new(n * e, acc), t.new(n * e, 8)
-    t.moves(biased.size, 2 * values.size, order.size)
-    del biased, values
-    # The chosen are a view of the order of all experts, which so lives as long.
-    route = t.new(n * k if most is None else at.ep * most * k, 8)
-    t.moves(4 * route.size)
-    if at.ep > 1:
-        op, size = ("all_to_all", 8.0 * e) if most is None else ("all_gather", route.size)
-        t.message(op, at.group("ep"), size)
-    if at.etp > 1:
-        t.message("all_gather", at.group("etp"), 8.0 * e / at.ep * at.etp)
-    saved = t.save(order)
+    if not choice:
+        choice += _chosen(t, n, cfg, at, most)
+    saved = t.save(choice[0])
 
     def back(g: Grads) -> Grads:
         return [t.new(n * e, acc)]
@@ -77,27 +79,50 @@ def _routing(t: Tape, tokens: Var, cfg: LLMConfig, at: Degrees, most: int | None
         saved = t.save(y.store, total)
         node = t.node([y], lambda g: [t.new(n * k, acc)], saved)
         y = t.result(node, t.new(n * k, acc), n, k, acc)
-    return route, y
+    return y
+
+
+def _chosen(t: Tape, n: float, cfg: LLMConfig, at: Degrees, most: int | None) -> Choice:
+    """The choice of experts by n tokens, and the route of their rows: rows by expert; where rows go to other
+    ranks, their order and its inverse; where etp ranks meet, the order of all."""
+    e, k, acc = cfg.n_experts, cfg.top_k, t.acc
+    biased = t.new(n * e, acc)
+    values, order = t.new(n * e, acc), t.new(n * e, 8)
+    t.moves(biased.size, 2 * values.size, order.size)
+    del biased, values
+    # The chosen are a view of the order of all experts, which so lives as long.
+    out = [order, t.new(n * k if most is None else at.ep * most * k, 8)]
+    t.moves(4 * out[1].size)
+    came = at.ep * own_rows(n * k, e, at)
+    if at.ep > 1 and most is None:
+        t.message("all_to_all", at.group("ep"), 8.0 * e)
+        out += [t.new(came, 8), t.new(came, 8)]
+    elif at.ep > 1:
+        t.message("all_gather", at.group("ep"), out[1].size)
+    if at.etp > 1:
+        t.message("all_gather", at.group("etp"), 8.0 * e / at.ep * at.etp)
+        out.append(t.new(at.etp * came, 8))
+    return out
 
 
 def _routed(
-    t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage, int | None], at: Degrees, again: bool
+    t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Choice, int | None], at: Degrees, again: bool
 ) -> Var:
-    """MoE._routed. how: the config, the order of rows, which is kept, and _routing()'s `most`."""
-    cfg, order, wide = how
+    """MoE._routed. how: the config, the route, which is kept, and _routing()'s `most`."""
+    cfg, route, wide = how
     del how
     came = at.ep * own_rows(x.rows * cfg.top_k, cfg.n_experts, at)
     if wide is not None:
-        rows = gather_dispatch(t, x, order, (wide, cfg.top_k, came), at)
-        del x, order
+        rows = gather_dispatch(t, x, route, (wide, cfg.top_k, came), at)
+        del x, route
         return gather_combine(t, _expert_rows(t, rows, cfg, at, again), weight, wide, at)
-    return _all_to_all(t, x, weight, (cfg, order, came), at, again)
+    return _all_to_all(t, x, weight, (cfg, route, came), at, again)
 
 
 def _all_to_all(
-    t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Storage, float], at: Degrees, again: bool
+    t: Tape, x: Var, weight: Var, how: tuple[LLMConfig, Choice, float], at: Degrees, again: bool
 ) -> Var:
-    cfg, order, came = how
+    cfg, route, came = how
     del how
     n, w, item, k = x.rows, x.width, x.item, cfg.top_k
     m = n * k  # rows sent
@@ -110,9 +135,9 @@ def _all_to_all(
         return [out]
 
     index = t.new(m, 8)
-    rows = t.result(t.node([x], back_rows, t.save(order)), t.new(m * w, item), m, w, item)
+    rows = t.result(t.node([x], back_rows, t.save(*route)), t.new(m * w, item), m, w, item)
     t.moves(2 * m * w * item)
-    del index, x, order
+    del index, x, route
     if at.ep > 1:
         rows = _exchanged(t, rows, came, at)
         rows = ops.copy(t, rows)

@@ -166,13 +166,14 @@ def layer_norm(t: Tape, x: Var, name: str) -> Var:
 
 class Weight(NamedTuple):
     """A weight [out, into] of a product, by its name. bias: whether it has one. parts: of one that joins
-    several, the name and rows of each."""
+    several, the name and rows of each. adapts: whether it can have an adapter."""
 
     name: str
     out: float
     into: float
     bias: bool = False
     parts: tuple[tuple[str, float], ...] = ()
+    adapts: bool = True
 
 
 def linear(t: Tape, x: Var, w: Weight, *, item: int | None = None) -> Var:
@@ -204,7 +205,7 @@ Adapters = list[tuple[str, float]]  # the name of a linear map, and the rows of 
 
 def adapted(t: Tape, w: Weight, item: int) -> tuple[Adapters, list[Storage]]:
     """parallel.sharding.low_rank.adapted: the sums of weights and adapters, which are made for each use."""
-    if t.low is None:
+    if t.low is None or not w.adapts:
         return [], []
     found = [part for part in w.parts or ((w.name, w.out),) if t.low.on(part[0].rpartition(".")[2])]
     made = []

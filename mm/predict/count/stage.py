@@ -106,7 +106,7 @@ def encoder_parts(
         parts += _foreign(use, stage, load, how._replace(trains=trains, below=False))
         reached = trains
     if stage.last:
-        ends = how._replace(trains=trains and how.low is None, below=reached, low=None)
+        ends = how._replace(trains=trains and how.low is None, below=reached)
         parts.append(_ends(use, inner, load, ends, (frozen, outer)))
     return parts
 

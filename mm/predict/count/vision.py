@@ -8,16 +8,15 @@ from encoders.vision.config import VisionConfig
 from encoders.vision.model import VisionTransformer
 from mm.plan.inputs import EncoderUse
 from mm.predict.count import ops
-from mm.predict.count.attention import bias_after, fused, indexed
+from mm.predict.count.attention import bias_after, indexed
 from mm.predict.count.encoder import (
     HEADS,
     Ends,
     ItemLoad,
     activated,
-    fetched,
+    attended_keys,
     heads_of,
     projected,
-    stacked,
 )
 from mm.predict.count.ops import Weight, enter, joined_linear, leave, linear
 from mm.predict.count.pieces import How, Piece, piece
@@ -65,17 +64,11 @@ def _attention(t: Tape, x: Var, cfg: VisionConfig, at: Degrees, load: ItemLoad) 
     w = Weight("qkv", 3 * own, d, bias=biased, parts=heads_of(own))
     y = joined_linear(t, enter(t, x, at.axis), w)
     del x
-    q, k, v = ops.split(t, y, (own, own, own))  # unbind, whose backward stacks
+    qkv = ops.split(t, y, (own, own, own))  # unbind, whose backward stacks
     del y
     if cfg.rope != "none":
-        q, k = _turned(t, q), _turned(t, k)
-    kv = stacked(t, k, v)
-    del k, v
-    kv = fetched(t, kv, load.keys)
-    k, v = ops.split(t, kv, (own, own))
-    del kv
-    y = fused(t, (q, k, v), (heads, heads, cfg.head_dim), load.attended, causal=False)
-    del q, k, v
+        qkv[:2] = [_turned(t, x) for x in qkv[:2]]
+    y = attended_keys(t, qkv, heads, cfg.head_dim, load)
     y = leave(t, linear(t, y, Weight("out", d, own)), at.axis)
     return bias_after(t, y, d, "out.bias") if "out" in cfg.biases else y
 
@@ -132,8 +125,7 @@ def vision_stem(cfg: VisionConfig, load: ItemLoad, how: How) -> Piece:
 
 def _patches(t: Tape, cfg: VisionConfig, load: ItemLoad) -> Var:
     """VisionTransformer._embed."""
-    here = load.kept - cfg.prefix * load.items
-    x = t.var(here, cfg.inputs)
+    x = t.var(load.stem, cfg.inputs)
     x = linear(t, x, Weight("patch", cfg.width, cfg.inputs, bias="patch" in cfg.biases))
     if cfg.table:
         x = _placed(t, x, cfg.table**2)

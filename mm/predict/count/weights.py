@@ -74,7 +74,6 @@ def gather_messages(
 ) -> tuple[Message, ...]:
     """The gathers of a step of a stage. actions: of the stage, in order."""
     learns = any(o.unit.shard.trained for o in units)
-    backwards = sum(a.kind in _LEARNING for a in actions)
     out = []
     for unit, axes, depths in units:
         n = int(bool(actions))
@@ -83,7 +82,7 @@ def gather_messages(
             more = n if unit.own_layer else sum(a.kind in (BACKWARD, BACKWARD_INPUT) for a in actions)
             n += (depths - 1) * more
         elif holding.params == "replicated":
-            n = int(learns and backwards > 0)
+            n = int(learns)  # after every update, whether a step had items for the module or not
         if unit.shards > 1 and n:
             out.append(Message("all_gather", Group("module", module, axes.shard), unit.gathered, n))
     return tuple(out)

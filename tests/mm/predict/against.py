@@ -39,6 +39,11 @@ VISION = {
     "projector": {"hidden": 96},
     "options": {"width": 96, "heads": 8, "layers": 4, "mlp": 192, "max_grid": 16},
 }
+# Instead of the ViT, of the same width and depth.
+SIZES = {"width": 96, "heads": 8, "layers": 4, "mlp": 192}
+TABLED = ("siglip", "siglip2", "clip", "image_vit", "dinov2", "internvl")
+FAMILIES: dict[str, dict[str, Any]] = {name: {"table": 8} for name in TABLED}
+FAMILIES |= {"dinov3": {}, "pixtral": {}, "radio": {"table": 16}, "qwen3_vl": {"table": 8, "merged": 128}}
 AUDIO = {
     "encoder": "fastconformer",
     "projector": {"hidden": 96},
@@ -54,12 +59,17 @@ RECOMPUTED = (False, False, True, ["mlp", "norm"], ["scan", "attention_core", "m
 
 def drawn(seed: int) -> tuple[str, Blueprint, int]:
     """(model and placement, blueprint, rank) of a seed: the first of its draws that can be run."""
-    rng, switches = random.Random(seed), random.Random(f"switches of {seed}")
+    rng, *others = (random.Random(of) for of in (seed, f"switches of {seed}", f"families of {seed}"))
+    switches, families = others
     while True:
         model = rng.choice(list(MODELS))
         place = rng.choice(list(PLACES)) if model == "hybrid" else "colocated"
         raw = _config(rng, model, place)
         _switch(switches, raw, model)
+        if model == "hybrid" and families.random() < 0.5:
+            family = families.choice(list(FAMILIES))
+            options = {**SIZES, "patch": 4, "pictures": {"fit": "none"}, **FAMILIES[family]}
+            raw["model"]["vision"] = {**VISION, "encoder": family, "options": options}
         try:
             blueprint = draw_up(from_mapping(raw, CONFIGS), 8)
         except Refused:
@@ -163,6 +173,7 @@ def main(first: int, count: int) -> None:
         worst = max(found.values(), key=abs)
         line = {"seed": seed, "of": name, "rank": rank, "peak": round(found["peak"], 5), "off": off}
         line["adapters"] = sorted(train.lora)
+        line["encoders"] = [use.cls.__name__ for use in blueprint.inputs.encoders.values()]
         print(
             json.dumps({**line, "worst": round(worst, 5), "layout": said, "during": trace.memory.during}),
             flush=True,

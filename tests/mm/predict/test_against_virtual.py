@@ -12,9 +12,9 @@ import pytest
 from tests.mm.harness import CONFIGS
 
 SHARES = [range(first, first + 5) for first in range(0, 50, 5)]  # seeds of a process
-# The most that counts may be off, and the most of a group of experts' ranks with other numbers of tokens.
-COUNTS, EXCHANGED = 0.01, 0.025
-ROUGHLY = 0.25  # of a peak where adapters are trained: what they keep is counted roughly (left_out() says so)
+# The most that counts may be off; messages, where rows of experts or class tokens are shared unevenly; and a
+# family whose merged patches have adapters (left_out() says so).
+COUNTS, EXCHANGED, ROUGHLY = 0.01, 0.025, 0.05
 
 
 @pytest.mark.slow
@@ -30,11 +30,13 @@ def test_counts_of_random_layouts_are_those_of_the_virtual_rank(seeds: range, pr
     for line in found:
         print(json.dumps(line))
         for what, error in line["off"].items():
-            assert abs(error) <= most(what, bool(line["adapters"])), line
+            assert abs(error) <= most(what, "vision" in line["adapters"] and "Qwen3VL" in line["encoders"]), (
+                line
+            )
 
 
-def most(what: str, adapters: bool) -> float:
+def most(what: str, roughly: bool) -> float:
     """The most that a count may be off."""
-    if what.startswith(("all_to_all", "all_gather")):
+    if what.startswith(("all_to_all", "all_gather", "reduce_scatter")):
         return EXCHANGED
-    return ROUGHLY if what == "peak" and adapters else COUNTS
+    return ROUGHLY if roughly else COUNTS

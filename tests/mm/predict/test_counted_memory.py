@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from mm.config.schema import from_mapping
 from mm.plan.blueprint import draw_up
@@ -22,10 +23,10 @@ from tests.mm.predict.test_tape import CFG, LENGTHS, load_of
 EXPERTS = replace(CFG, pattern="E-", n_experts=4, top_k=2, expert_ffn=64)
 
 
-def replicated() -> tuple[RankCounts, int]:
-    """A rank of a language model on four data ranks with few tokens, and bytes of its whole gradients."""
-    raw = small(layout={"llm": {"data_parallel": "replicate"}}, schedule={"microbatches": 1})
-    raw["train"] |= {"dtype": "bfloat16", "global_batch": 4, "recompute": True}
+def counted(policy: str, lora: dict[str, Any]) -> tuple[RankCounts, int]:
+    """A rank of a language model on four data ranks with few tokens, and bytes of its whole weights."""
+    raw = small(layout={"llm": {"data_parallel": policy}}, schedule={"microbatches": 1})
+    raw["train"] |= {"dtype": "bfloat16", "global_batch": 4, "recompute": True, "lora": lora}
     raw["data"] |= {"context": 16, "synthetic": {}}
     llm = {"pattern": "*-", "vocab_size": 4096, "loss_chunk": 64, "mlp_ffn": 256, "mtp_layers": 0}
     raw["model"] = {"llm": {**raw["model"]["llm"], **llm}}
@@ -37,8 +38,15 @@ def replicated() -> tuple[RankCounts, int]:
 
 def test_a_sum_over_one_rank_is_there_three_times() -> None:
     """torch.distributed.fsdp's foreach_reduce: what is summed, a quotient of it, and its copy."""
-    found, whole = replicated()
+    found, whole = counted("replicate", {})
     assert found.during.startswith("backward(llm") and found.kinds["communication"] == 3 * whole
+
+
+def test_what_a_step_gathers_at_once_is_not_there_twice() -> None:
+    """torch.distributed.fsdp's wait_for_unshard: only a gather that a forward waits for is kept beside it."""
+    kept = [counted(policy, {"llm": {"rank": 2}})[0].kinds for policy in ("step", "zero3")]
+    assert kept[0].get("communication", 0) < kept[0]["gathered_parameters"] / 8
+    assert kept[1]["communication"] >= kept[1]["gathered_parameters"] > 0
 
 
 def test_the_state_after_a_piece_keeps_a_copy_of_what_its_chunks_add() -> None:

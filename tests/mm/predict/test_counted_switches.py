@@ -111,6 +111,24 @@ def test_the_all_gather_dispatcher_moves_all_tokens_to_every_rank() -> None:
     assert {("all_gather", rows), ("reduce_scatter", rows)} < sent and "all_to_all" not in dict(sent)
 
 
+def test_a_layer_that_is_computed_again_keeps_its_choice_of_experts_and_asks_nobody_twice() -> None:
+    cfg, load, at = replace(EXPERTS, dispatcher="all_gather"), load_of(LENGTHS), Degrees("llm", ep=2)
+    load, again = load._replace(widest=40), How(recompute=frozenset({"full"}))
+    found = layer_counts(cfg, "E", None, at, load, again)
+    chosen = ("all_gather", 2 * 40 * 2 * 8)  # two choices a token, of both ranks
+    asked = [[(m.op, m.bytes) for m in w.messages] for w in (found.forward, found.backward_input)]
+    assert chosen in asked[0] and chosen not in asked[1]
+    alone = layer_counts(EXPERTS, "E", None, Degrees("llm"), load, again)
+    assert alone.kept == load.tokens * (2 * CFG.d_model + 8 * 4 + 8 * 2)  # what entered, scores' order, rows'
+
+
+def test_routers_have_no_adapters() -> None:
+    cfg, load, at = replace(EXPERTS, shared_ffn=0), load_of(LENGTHS), Degrees("llm")
+    frozen = layer_counts(cfg, "E", None, at, load, How(trains=False))
+    found = layer_counts(cfg, "E", None, at, load, How(trains=False, low=Low(2, ("all-linear",))))
+    assert found.gradients == 0 and found.kept == frozen.kept
+
+
 def test_adapters_have_gradients_in_the_place_of_weights_and_their_sums_are_kept() -> None:
     load, at, low = load_of(LENGTHS), Degrees("llm"), Low(2, ("all-linear",))
     frozen = layer_counts(CFG, "-", None, at, load, How(trains=False))

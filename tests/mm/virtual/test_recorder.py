@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm.virtual.kernels import grouped_flops
-from mm.virtual.ledger import Moment
+from mm.virtual.ledger import Ledger, Moment
 from mm.virtual.recorder import Recorder
 from mm.virtual.run import fake_mode
+from mm.virtual.source import Site
 from mm.virtual.values import Values
 
 CPU = torch.device("cpu")
@@ -41,6 +42,15 @@ def test_the_peak_of_an_mlp_is_what_it_keeps_and_what_it_works_with() -> None:
     assert memory.by_kind["activations"] == wide + 4
     flops = sum(k.flops * k.count for k in recorder.kernels.all())
     assert flops == 2 * 2 * n * h * d + 3 * 2 * n * h * d
+
+
+def test_weights_of_one_rank_are_freed_where_fsdp_goes_on_without_an_operation_of_its_own() -> None:
+    ledger = Ledger(CPU)
+    weights, grads = torch.empty(64), torch.empty(32)
+    ledger.made(weights, "empty", lambda: Site("", 0, "init_all_gather_outputs"))
+    weights.untyped_storage().resize_(0)
+    ledger.made(grads, "_to_copy", lambda: Site("", 0, "to_accumulated_grad_if_needed"))
+    assert ledger.memory().peak == 4 * 64
 
 
 def test_flops_are_those_of_torchs_counter() -> None:
