@@ -191,10 +191,10 @@ class Planner:
         self, finder: Finder, search: Search[Node], every: Sequence[Goal], rejects: Rejects, start: float
     ) -> tuple[dict[str, tuple[Judged, ...]], dict[str, Proof]]:
         """Find and prove, in one go; in goes of twice the time where less than a whole proof is asked for."""
-        limit = (1 - SHARE) * self.limit
         for share in (1 / 8, 1 / 4, 1 / 2, 1.0) if self.within else (1.0,):
-            self._find(finder, every, start + share * limit * FINDING)
-            found, proofs = self._prove(search, list(finder.roots), every, rejects, start + share * limit)
+            self._find(finder, every, start + share * FINDING * self.limit)
+            end = start + share * (1 - SHARE) * self.limit
+            found, proofs = self._prove(search, list(finder.roots), every, rejects, end)
             if proofs["best"].proved or proofs["best"].within(found["best"], self.within):
                 break
         return found, proofs
