@@ -79,7 +79,7 @@ def searched(case: Case, seconds: float) -> dict[str, Any]:
     """What a search finds in so many processor seconds: the JSON of `plan`, with layouts in words."""
     cfg = case.config()
     plan: Plan = Planner(cfg, case.devices, load_hardware(HARDWARE), top=1, limit=seconds).plan()
-    shown = dict(named(plan)) | {"best": plan.best[0]}
+    shown = {name: j for names, j in named(plan) for name in names} | {"best": plan.best[0]}
     found = as_json(plan, cfg)
     return {
         "command": f"{case.command} --seconds {seconds:g}",

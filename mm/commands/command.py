@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,32 @@ def config_of(args: argparse.Namespace, extra: Sequence[str] = (), *, stages: bo
             f"{files[0]} has stages; needed: the config of one, such as the config.yaml in its run's folder"
         )
     return cfg
+
+
+def stage_option(parser: argparse.ArgumentParser) -> None:
+    """--stage, as every command that is about one stage of a config has it."""
+    parser.add_argument("--stage", metavar="NAME", help="this stage of the config alone")
+
+
+def one_config_of(args: argparse.Namespace, extra: Sequence[str] = ()) -> Config:
+    """As config_of(), of the one stage that --stage names where the config has stages."""
+    from mm.config.stages import stages_of
+
+    return only_stage(stages_of(config_of(args, extra, stages=True), args.stage)).cfg
+
+
+def check_writable(**outputs: Path | None) -> None:
+    """Refuse files that could not be written in the end, before the work. outputs: by option."""
+    for option, out in outputs.items():
+        if out is None:
+            continue
+        folder = out.absolute().parent
+        if out.is_dir():
+            raise Refused(f"--{option} {out}: this is a folder; needed: a file, such as {out / option}")
+        if not folder.is_dir():
+            raise Refused(f"--{option} {out}: there is no folder {out.parent}; needed: mkdir -p {out.parent}")
+        if not os.access(out if out.exists() else folder, os.W_OK):
+            raise Refused(f"--{option} {out}: it may not be written; needed: another folder, or the right to")
 
 
 def only_stage(stages: Sequence[Stage]) -> Stage:

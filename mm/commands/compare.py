@@ -7,7 +7,17 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm.commands.command import OVERRIDES, Command, announce, config_of, nproc_option, world_of
+from mm.commands.command import (
+    OVERRIDES,
+    Command,
+    announce,
+    check_writable,
+    config_of,
+    nproc_option,
+    one_config_of,
+    stage_option,
+    world_of,
+)
 from mm.errors import Refused
 from mm.ranks import launch
 
@@ -20,6 +30,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--layouts", nargs="+", action="extend", default=[], metavar="FILE", help="the first is the baseline")
     nproc_option(parser)
+    stage_option(parser)
     add("--steps", type=int, default=4, help="steps a round, of which the first warms up (default 4)")
     add("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     add("--no-watch", action="store_true", help="only time steps: no memory, no timelines, no bounds")
@@ -36,7 +47,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if not any("=" not in x for x in args.positional):
         raise Refused("needed: one CONFIG file, before --layouts, which takes all the files that follow it")
     overrides = [x for x in args.layouts if "=" in x]
-    cfg = config_of(args, overrides)
+    cfg = one_config_of(args, overrides)
     if args.steps < 2 or args.rounds < 1:
         raise Refused(
             f"--steps {args.steps} --rounds {args.rounds}; needed: at least 2 steps (the first warms up) "
@@ -44,9 +55,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         )
     if args.peak is not None and not args.peak > 0:
         raise Refused(f"--peak {args.peak:g}; needed: a device's peak in TFLOPS, above 0, such as 989")
-    for option, out in (("--json", args.json), ("--report", args.report)):
-        if out is not None and not out.absolute().parent.is_dir():
-            raise Refused(f"{option} {out}: there is no folder {out.parent}")
+    check_writable(json=args.json, report=args.report)
     world = world_of(args, cfg)
     from mm.compare.variants import check_variants, variants
 
@@ -76,7 +85,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         command=shlex.join(["python", "-m", "mm", *argv]),
         config=Path(next(x for x in args.positional if "=" not in x)),
         watch=not args.no_watch,
-        overrides=[*(x for x in args.positional if "=" in x), *overrides],
+        overrides=typed(args, overrides),
     )
     result = compare(runs(), settings)
     if result is not None:
@@ -86,6 +95,25 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
             write_page(compare_page(result), args.report)
         show(result)
     return 0
+
+
+def typed(args: argparse.Namespace, overrides: list[str]) -> list[str]:
+    """The overrides of the command line, with which `train` runs what is compared.
+
+    Of a stage its own layout and schedule are taken out of the config, as they would hold before those of a
+    layout file.
+    """
+    found = [*(x for x in args.positional if "=" in x), *overrides]
+    if args.stage is None:
+        return found
+    from mm.compare.entry import flow
+
+    rest = config_of(args, overrides, stages=True).stages
+    own = next(dict(stage) for stage in rest if stage.get("name") == args.stage)
+    bare = {key: value for key, value in own.items() if key not in ("layout", "schedule")}
+    stages = [bare if stage.get("name") == args.stage else dict(stage) for stage in rest]
+    found += [f"stages={flow(stages)}", f"--stage={args.stage}"]
+    return found + [f"schedule.{key}={flow(value)}" for key, value in own.get("schedule", {}).items()]
 
 
 def _long_enough(cfg: Config, steps: int) -> Config:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +17,13 @@ from mm.plan.made_up import made_up_index
 from mm.ranks.job import open_indexes
 from mm.ranks.launch import choose_device
 from mm.report.groups import communicator_lines
-from mm.report.header import gib, header, memory_warning
+from mm.report.header import header, memory_warning, ranks_text
 from mm.report.plan_json import PlanData, first_step, plan_data
 from mm.report.timeline import RATE, draw_simulated
-from parallel.topology.layout import Layout
+from mm.report.units import bytes_text, flops_text
+from parallel.topology.layout import AXES, Layout, View
+
+ROWS = 16  # of the rank table with a row for each rank
 
 
 def dry_run(blueprint: Blueprint, draw: Path | None = None, *, data: bool = True) -> str:
@@ -36,23 +39,20 @@ def dry_run(blueprint: Blueprint, draw: Path | None = None, *, data: bool = True
     lines = [f"{blueprint.world} ranks", *_header(blueprint, indexes), ""]
     lines += [] if data else ["made-up samples of ragged lengths (--no-data)", ""]
     modules = blueprint.modules
-    lines.append("rank  " + "  ".join(f"{m:<24}" for m in modules))
-    for rank in range(blueprint.world):
-        cells = [_coordinates(blueprint.layouts[m], rank) for m in modules]
-        lines.append(f"{rank:>4}  " + "  ".join(f"{c:<24}" for c in cells))
-    lines += ["", f"first step: {plan.tokens} tokens, {blueprint.cfg.train.global_batch} samples"]
+    lines += rank_table(blueprint)
+    lines += ["", f"first step: {plan.tokens:,} tokens, {blueprint.cfg.train.global_batch:,} samples"]
     for m, edge in plan.edges.items():
         total = edge.forward_bytes + edge.backward_bytes
-        lines.append(f"edge {m} -> {SINK}: {edge.rows} rows, {total / 2**10:.1f} KiB received by all ranks")
+        lines.append(f"edge {m} -> {SINK}: {edge.rows:,} rows, {bytes_text(total)} received by all ranks")
     for m in modules:
         lines.append(
-            f"{m}: {blueprint.layouts[m].describe()}, {plan.flops_by_module[m] / 1e9:.2f} GFLOP a step, "
-            f"{gib(plan.weight_bytes_per_rank[m])} weights and optimizer a rank"
+            f"{m}: {blueprint.layouts[m].describe()}, {flops_text(plan.flops_by_module[m])} a step, "
+            f"{bytes_text(plan.weight_bytes_per_rank[m])} weights and optimizer a rank"
         )
     lines += communicator_lines(plan.communicators)
     lines += ["", *_policies(plan)]
     for program in plan.schedule.programs:
-        lines += ["", f"schedule {plan.schedule.kind} of ranks {', '.join(map(str, program.ranks))}:"]
+        lines += ["", f"schedule {plan.schedule.kind} of ranks {ranks_text(program.ranks)}:"]
         lines += [f"  {a}" for a in program.actions]
     if draw is not None:
         drawn = draw_simulated(blueprint, first_step(blueprint, index), draw)
@@ -80,24 +80,53 @@ def _policies(data: PlanData) -> list[str]:
     for m, found in data.data_parallel.items():
         for policy, cost in found.costs.items():
             moved, mark = cost.moved, " *" if policy == found.policy else ""
-            held = tuple(gib(n) for n in (cost.rest, cost.step, cost.peak))
+            held = tuple(bytes_text(n) for n in (cost.rest, cost.step, cost.peak))
             pairs = (
                 (moved.gathers, moved.gather_bytes),
                 (moved.scatters, moved.scatter_bytes),
                 (moved.sums, moved.sum_bytes),
             )
-            rows.append((f"{m} {policy}{mark}", *held, *(f"{n} of {gib(b)}" if n else "-" for n, b in pairs)))
+            rows.append(
+                (f"{m} {policy}{mark}", *held, *(f"{n} of {bytes_text(b)}" if n else "-" for n, b in pairs))
+            )
+    return _columns(rows)
+
+
+def rank_table(blueprint: Blueprint) -> list[str]:
+    """Where ranks stand on the axes of each module: a row a rank where they are few, else a row for all that
+    are on the same pipeline ranks of the same modules."""
+    modules, rows = blueprint.modules, dict[object, list[int]]()
+    found = {m: _coordinates(blueprint.layouts[m]) for m in modules}
+    for rank in range(blueprint.world):
+        places = tuple(found[m][rank]["pp"] if rank in found[m] else None for m in modules)
+        rows.setdefault(rank if blueprint.world <= ROWS else places, []).append(rank)
+    cells = [("ranks", *modules)]
+    for ranks in rows.values():
+        cells.append((ranks_text(ranks), *(_span(blueprint.layouts[m], found[m], ranks) for m in modules)))
+    return _columns(cells)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _coordinates(layout: Layout, rank: int) -> str:
-    """Where a rank stands on a module's axes; "-" where it does not host the module."""
-    if rank not in layout.ranks:
+def _coordinates(layout: Layout) -> dict[int, dict[str, int]]:
+    """By rank of a module, where it stands on each axis."""
+    out: dict[int, dict[str, int]] = {rank: {} for rank in layout.ranks}
+    views: tuple[View, ...] = ("dense", "expert")
+    for view in views:
+        before = 1
+        for axis, n in zip(AXES[view], layout.shape(view), strict=True):
+            for k, rank in enumerate(layout.ranks):
+                out[rank][axis] = k // before % n
+            before *= n
+    return out
+
+
+def _span(layout: Layout, found: Mapping[int, Mapping[str, int]], ranks: Sequence[int]) -> str:
+    """Where ranks stand on a module's axes, the fastest first; "-" where they do not host the module."""
+    if ranks[0] not in found:
         return "-"
-    dense, expert = layout.coord(rank), layout.expert_coord(rank)
-    parts = [f"dp{dense.dp} tp{dense.tp}"]
-    parts += [f"cp{dense.cp}"] if layout.cp > 1 else []
-    parts += [f"pp{dense.pp}"] if layout.pp > 1 else []
-    parts += [f"ep{expert.ep}"] if layout.ep > 1 else []
-    return " ".join(parts)
+    axes = [a for a in ("tp", "cp", "dp", "pp", "etp", "ep") if getattr(layout, a) > 1]
+    return " ".join(f"{a}{ranks_text(sorted({found[r][a] for r in ranks}))}" for a in axes) or "whole"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mm.commands.command import Command
+from mm.commands.command import Command, check_writable
 from mm.errors import Refused
 
 
@@ -16,6 +16,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
     if len(args.positional) != 1:
         raise Refused(f"report {' '.join(args.positional)}: needed: report RUN, the folder of one run")
+    check_writable(out=args.out)
     from mm.pages.run_page import write_report
 
     path = write_report(Path(args.positional[0]), args.out)

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm.commands.command import OVERRIDES, Command, announce, config_of, nproc_option, only_stage, world_of
+from mm.commands.command import (
+    OVERRIDES,
+    Command,
+    announce,
+    config_of,
+    nproc_option,
+    only_stage,
+    stage_option,
+    world_of,
+)
 from mm.commands.elastic import for_world
 from mm.commands.virtual import WITH_VIRTUAL, virtual, virtual_options, virtual_world
 from mm.errors import Refused, of_stage
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
 def _options(parser: argparse.ArgumentParser) -> None:
     nproc_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, start and write nothing")
-    parser.add_argument("--stage", metavar="NAME", help="this stage of the config alone")
+    stage_option(parser)
     parser.add_argument(
         "--no-data", action="store_true", help="with --dry-run: made-up samples, for data that are not here"
     )

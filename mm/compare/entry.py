@@ -47,12 +47,12 @@ def placed(layout: Layout, policy: str) -> Placed:
 
 def train_command(config: Path, overrides: Sequence[str], variant: Variant, world: int) -> str:
     """The command that trains under a layout, on local ranks."""
-    changes = [f"layout={_flow(variant.layout)}"]
-    changes += [f"schedule.{key}={_flow(value)}" for key, value in variant.schedule.items()]
+    changes = [f"layout={flow(variant.layout)}"]
+    changes += [f"schedule.{key}={flow(value)}" for key, value in variant.schedule.items()]
     return shlex.join(["python", "-m", "mm", "train", str(config), *overrides, *changes, f"--nproc={world}"])
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
     """A value as YAML on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, width=2**20, sort_keys=False)
     return text.removesuffix("...\n").strip()

@@ -122,6 +122,7 @@ def _needed(message: str) -> str:
     for theirs, ours in (
         ("Input should be", "needed:"),
         ("a valid dictionary", "a mapping"),
+        ("a valid integer", "an integer"),
         ("a valid ", "a "),
     ):
         message = message.replace(theirs, ours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,9 +10,12 @@ from markupsafe import Markup
 
 from mm.pages.curves import ticks
 from mm.pages.html import el, plot
+from mm.pages.labels import Box, labels
 from mm.pages.tables import seconds, size, size_unit
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 240, 66, 380, 14, 196
+WIDTH, HEIGHT = 960, 400
+ROOM = Box(508, 184, 880, 336)  # of the points, in the picture
+NEAR = 18.0  # from a point to its label, beyond which a line joins them
 
 
 class Point(NamedTuple):
@@ -26,35 +30,52 @@ def frontier(id: str, title: str, points: Sequence[Point]) -> Markup:
     """Numbered points, and a line along those that no other beats in both; the numbers are named below."""
     if not points:
         return Markup()
+    across, up = _axis([p.bytes for p in points]), _axis([p.step_s for p in points])
     unit = size_unit(max(p.bytes for p in points))[1]
-    most_s, most_bytes = 1.05 * max(p.step_s for p in points), 1.05 * max(p.bytes for p in points)
+    left, right, top, bottom = _edges()
     shapes = []
-    for v in (unit * t for t in ticks(0.0, most_bytes / unit, 4)):
-        at = f"{_x(v, most_bytes):.1f}"
-        shapes.append(el("line", class_="grid", x1=at, x2=at, y1=TOP, y2=BOTTOM))
-        shapes.append(el("text", size(v), x=at, y=BOTTOM + 15, text_anchor="middle" if v else "start"))
-    for v in ticks(0.0, most_s, 5):
-        at = f"{_y(v, most_s):.1f}"
-        place = {"x": LEFT - 5, "y": at, "text_anchor": "end", "dominant_baseline": "central"}
-        shapes.append(el("line", class_="grid", x1=LEFT, x2=RIGHT, y1=at, y2=at))
+    for v in (unit * t for t in ticks(across[0] / unit, across[1] / unit, 8)):
+        at = f"{_along(v, across, left, right):.1f}"
+        shapes.append(el("line", class_="grid", x1=at, x2=at, y1=top, y2=bottom))
+        shapes.append(el("text", size(v), x=at, y=bottom + 18, text_anchor="middle"))
+    for v in ticks(*up, 6):
+        at = f"{_along(v, up, bottom, top):.1f}"
+        place = {"x": left - 6, "y": at, "text_anchor": "end", "dominant_baseline": "central"}
+        shapes.append(el("line", class_="grid", x1=left, x2=right, y1=at, y2=at))
         shapes.append(el("text", seconds(v), **place))
-    edge = unbeaten(points)
-    line = " ".join(f"{_x(p.bytes, most_bytes):.1f},{_y(p.step_s, most_s):.1f}" for p in edge)
+    edge, at_ = unbeaten(points), {}
+    for p in points:
+        at_[p] = _along(p.bytes, across, left, right), _along(p.step_s, up, bottom, top)
+    line = " ".join(f"{at_[p][0]:.1f},{at_[p][1]:.1f}" for p in edge)
     shapes.append(el("polyline", points=line, class_="curve c0", stroke_dasharray="4 3"))
-    for k, p in enumerate(points, 1):
-        x, y = _x(p.bytes, most_bytes), _y(p.step_s, most_s)
-        shapes.append(el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_="f0" if p in edge else "f4"))
-        shapes.append(el("text", str(k), x=f"{x + 7:.1f}", y=f"{y - 7:.1f}", class_="ink"))
-    shapes.append(el("text", "step", x=4, y=TOP))
-    shapes.append(el("text", "memory of the fullest rank", x=RIGHT, y=HEIGHT - 10, text_anchor="end"))
+    shapes += _numbered([at_[p] for p in points], [p in edge for p in points])
+    shapes.append(el("text", "memory of the fullest rank", x=right, y=HEIGHT - 8, text_anchor="end"))
+    shapes.append(el("text", "seconds of a step", x=4, y=11))
     about = [f"{p.name}: {seconds(p.step_s)}, {size(p.bytes)}." for p in points]
     svg = plot(id, title, " ".join(about), shapes, (WIDTH, HEIGHT))
     named = [
         el("li", f"{k}: ", el("bdi", p.name), f", {seconds(p.step_s)}, {size(p.bytes)}")
         for k, p in enumerate(points, 1)
     ]
-    caption = el("figcaption", el("b", title), " Those on the line are beaten by no other in both.")
-    return el("figure", caption, svg, el("ul", *named, class_="key"))
+    zero = "" if across[0] == up[0] == 0 else " The axes do not begin at zero."
+    said = f" Up the page a step takes longer. Those on the line are beaten by no other in both.{zero}"
+    box = el("div", svg, class_="scroll wide", role="region", aria_label=title, tabindex="0")
+    return el("figure", el("figcaption", el("b", title), said), box, el("ul", *named, class_="key"))
+
+
+def _numbered(at: Sequence[tuple[float, float]], edge: Sequence[bool]) -> list[Markup]:
+    """Points with their numbers, each where it covers nothing."""
+    out = []
+    for (x, y), best in zip(at, edge, strict=True):
+        out.append(el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_="f0" if best else "f4"))
+    texts = [str(k) for k in range(1, len(at) + 1)]
+    for (x, y), text, box in zip(at, texts, labels(at, texts, ROOM), strict=True):
+        if math.dist((x, y), (box.x, box.y)) > NEAR:
+            ends = {"x1": f"{x:.1f}", "y1": f"{y:.1f}", "x2": f"{box.x:.1f}", "y2": f"{box.y:.1f}"}
+            out.insert(0, el("line", class_="grid", **ends))
+        place = {"text_anchor": "middle", "dominant_baseline": "central"}
+        out.append(el("text", text, x=f"{box.x:.1f}", y=f"{box.y:.1f}", class_="ink halo", **place))
+    return out
 
 
 def unbeaten(points: Sequence[Point]) -> list[Point]:
@@ -66,9 +87,18 @@ def unbeaten(points: Sequence[Point]) -> list[Point]:
     return out
 
 
-def _x(value: float, most: float) -> float:
-    return LEFT + value / (most or 1.0) * (RIGHT - LEFT)
+def _axis(values: Sequence[float]) -> tuple[float, float]:
+    """The range of an axis: that of its values, and a little more at both ends."""
+    low, high = min(values), max(values)
+    more = 0.08 * (high - low) or 0.05 * high or 1.0
+    return max(0.0, low - more), high + more
 
 
-def _y(value: float, most: float) -> float:
-    return BOTTOM - value / (most or 1.0) * (BOTTOM - TOP)
+def _edges() -> tuple[float, float, float, float]:
+    """Left, right, top and bottom of the room for points."""
+    wide, high = ROOM.width / 2, ROOM.height / 2
+    return ROOM.x - wide, ROOM.x + wide, ROOM.y - high, ROOM.y + high
+
+
+def _along(value: float, axis: tuple[float, float], start: float, end: float) -> float:
+    return start + (value - axis[0]) / (axis[1] - axis[0]) * (end - start)

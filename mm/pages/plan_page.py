@@ -124,7 +124,7 @@ def _figures(found: Sequence[Planned]) -> Markup:
 
 def _frontier(found: Sequence[Planned]) -> Markup:
     points = [Point(f.name, f.prediction.step_s, f.prediction.peak_memory_bytes) for f in found]
-    return grid([frontier("frontier-picture", "Step against memory", points)]) if points else Markup()
+    return frontier("frontier-picture", "Step against memory", points)
 
 
 def _ranks(found: Sequence[Planned]) -> Markup:

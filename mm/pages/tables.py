@@ -9,6 +9,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from mm.pages.html import el, join
+from mm.report.units import BYTES, seconds_text
 
 
 class Cell(NamedTuple):
@@ -91,12 +92,9 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def seconds(value: float | None) -> str:
     """A time in the unit that suits it."""
-    if not value or not math.isfinite(value):
-        return "0 s" if value == 0 else number(value)
-    for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
-        if abs(value) >= (2 * size if size > 1 else size):
-            return f"{value / size:.4g} {unit}"
-    return f"{value * 1e6:.4g} µs"
+    if value is None or not math.isfinite(value):
+        return number(value)
+    return seconds_text(value)
 
 
 def size(n: float | None) -> str:
@@ -109,8 +107,7 @@ def size(n: float | None) -> str:
 
 def size_unit(n: float) -> tuple[str, int]:
     """The unit of bytes that suits a number of them, and its size."""
-    units = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-    return next(((unit, one) for unit, one in units if abs(n) >= one), ("B", 1))
+    return next(((unit, one) for unit, one in BYTES if abs(n) >= one), ("B", 1))
 
 
 def _cell(i: int, column: Column, cell: object) -> Markup:

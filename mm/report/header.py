@@ -15,6 +15,7 @@ from mm.plan.pieces import omissions
 from mm.plan.sources import stream_of
 from mm.plan.whole import whole_of
 from mm.ranks.memory import device_memory
+from mm.report.units import bytes_text
 from parallel.topology.axis import Axes
 
 
@@ -156,15 +157,10 @@ def memory_warning(blueprint: Blueprint, device: str, ranks_here: int) -> str | 
     shares = ranks_here if device == "cpu" else 1
     if have is None or most <= have // shares:
         return None
-    where = f"a {device} device here has {gib(have)}"
+    where = f"a {device} device here has {bytes_text(have)}"
     if device == "cpu":
-        where = f"this host has {gib(have)} for {ranks_here} ranks, {gib(have // shares)} each"
+        where = f"this host has {bytes_text(have)} for {ranks_here} ranks, {bytes_text(have // shares)} each"
     return (
-        f"rank {rank} needs {gib(most)} for weights, gradients and optimizer alone, but {where}: the job "
-        "will not fit on this machine; needed: more devices, higher degrees, or a smaller model"
+        f"rank {rank} needs {bytes_text(most)} for weights, gradients and optimizer alone, but {where}: "
+        "the job will not fit on this machine; needed: more devices, higher degrees, or a smaller model"
     )
-
-
-def gib(n: int) -> str:
-    """Bytes in GiB, or in MiB where they are few."""
-    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"

@@ -10,6 +10,8 @@ from mm.config.outline import SINK
 from mm.config.schema import Config, resolve, with_layout
 from parallel.topology.layout import DEGREES
 
+UNSEARCHED = ("replicate", "zero1", "zero2")  # policies that no search has in its space (mm/search/space.py)
+
 
 class Block(NamedTuple):
     """Ranks [start, stop)."""
@@ -76,7 +78,8 @@ class Choice(NamedTuple):
         parts += [f"dp{self.dp}"] if self.dp > 1 else []
         parts += [f"{a}{n}" for a in ("ep", "etp") if (n := getattr(d, a)) > 1]
         parts += ["sp"] if d.sequence_parallel else []
-        ranks = f"{self.block.start}-{self.block.stop - 1}"
+        first, last = self.block.start, self.block.stop - 1
+        ranks = f"{first}" if first == last else f"{first}-{last}"
         return f"{' '.join(parts) or 'whole'} on {ranks}, {self.data_parallel}"
 
 
@@ -85,7 +88,7 @@ class Candidate:
     """What a step can be run as.
 
     world: ranks of the job. choices: by module, in the config's order, the language model last. recompute: as
-        train.recompute.
+        train.recompute. overlap_experts: as schedule.overlap_experts.
     """
 
     world: int
@@ -93,6 +96,7 @@ class Candidate:
     kind: str
     microbatches: int
     recompute: tuple[str, ...] = ()
+    overlap_experts: bool = False
 
     @property
     def by_module(self) -> Mapping[str, Choice]:
@@ -122,6 +126,13 @@ class Candidate:
         sink = self.sink
         return all(as_in(choice, sink) for m, choice in self.choices if m != SINK)
 
+    @property
+    def unsearched(self) -> tuple[str, ...]:
+        """Its choices that no search has in its space, as they are typed."""
+        found = [f"layout.{m}.data_parallel={c.data_parallel}" for m, c in self.choices]
+        found = [text for text in found if text.endswith(tuple(f"={policy}" for policy in UNSEARCHED))]
+        return (*found, *(["schedule.overlap_experts=true"] if self.overlap_experts else []))
+
     def layout(self) -> dict[str, Any]:
         """The config's `layout:` mapping."""
         return {m: choice.mapping(self.world) for m, choice in self.choices}
@@ -133,7 +144,9 @@ class Candidate:
         out: dict[str, Any] = {"kind": self.kind, "microbatches": self.microbatches}
         out |= {"encoder_batch": batch} if batch else {}
         out |= {"ahead": None} if cfg.schedule.ahead is not None else {}
-        return out | ({"overlap_experts": False} if cfg.schedule.overlap_experts else {})
+        if self.overlap_experts == cfg.schedule.overlap_experts:
+            return out
+        return out | {"overlap_experts": self.overlap_experts}
 
     def overrides(self, cfg: Config) -> dict[str, Any]:
         """Dotted keys beside layout and schedule that differ from `cfg`."""
@@ -156,7 +169,9 @@ class Candidate:
         """One line for people."""
         modules = "; ".join(f"{m} {choice.describe()}" for m, choice in self.choices)
         again = f", recompute {'+'.join(self.recompute)}" if self.recompute else ""
-        return f"{modules}; {self.kind}, {self.microbatches} micro-batches{again}"
+        number = f"{self.microbatches} micro-batch{'es' if self.microbatches > 1 else ''}"
+        pairs = ", experts' exchanges beside computation" if self.overlap_experts else ""
+        return f"{modules}; {self.kind}, {number}{again}{pairs}"
 
 
 def as_in(choice: Choice, sink: Choice) -> bool:
@@ -193,4 +208,5 @@ def of_config(cfg: Config, world: int, policies: Mapping[str, str]) -> Candidate
         choices.append((m, Choice(Block(x.ranks[0], x.ranks[-1] + 1), degrees, policies[m])))
         kind = resolve_kind(cfg.schedule.kind, x)
     again = tuple(sorted(recompute_parts(cfg.train.recompute)))
-    return Candidate(world, tuple(choices), kind, cfg.schedule.microbatches, again)
+    pairs = cfg.schedule.overlap_experts is True
+    return Candidate(world, tuple(choices), kind, cfg.schedule.microbatches, again, pairs)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from types import MappingProxyType
 
-from mm.config.outline import SINK
 from mm.config.schema import Config
 from mm.predict.hardware import Hardware
 from mm.predict.step import Prediction
+from mm.report.units import seconds_text
 from mm.search.candidate import Candidate
+from mm.search.neighbours import around
 from mm.search.predictor import Judged, Predictor
-from mm.search.space import Limits, Space
+from mm.search.space import Space
 
+AS_FAST = 0.002  # share below which two steps are said to be equal
 FASTER = 2.0  # factor by which a link or a memory is made faster, to see what that would give
 
 
@@ -32,7 +34,7 @@ def seconds_lines(found: Prediction) -> list[str]:
         share = seconds / found.step_s
         if share >= 0.005:
             who = module or "all modules"
-            out.append(f"{seconds:.4g} s ({share:.0%}) {WORDS.get(what, what)} of {who}.")
+            out.append(f"{seconds_text(seconds)} ({share:.0%}) {WORDS.get(what, what)} of {who}.")
     return out
 
 
@@ -53,75 +55,57 @@ WORDS = {
 }
 
 
-def neighbours(cfg: Config, world: int, hardware: Hardware, space: Space, found: Judged) -> list[Neighbour]:
-    """All candidates that differ in one thing from a found one, and it on faster links; fastest first."""
+def neighbours(
+    cfg: Config,
+    on: tuple[int, Hardware],
+    space: Space,
+    found: Judged,
+    known: Mapping[Candidate, Judged] = MappingProxyType({}),
+) -> list[Neighbour]:
+    """All candidates that differ in one thing from a found one, and it on faster links; fastest first.
+
+    on: ranks and their hardware. known: what was predicted before.
+    """
+    world, hardware = on
     predictor = Predictor(cfg, world, hardware)
-    out = [Neighbour(what, predictor.judge(c)) for what, c in changes(space, found.candidate)]
-    for what, other in faster(hardware):
+    out = [Neighbour(what, known.get(c) or predictor.judge(c)) for what, c in around(space, found.candidate)]
+    for what, other in faster(hardware, crosses=_crosses(cfg, world)):
         out.append(Neighbour(what, Predictor(cfg, world, other).judge(found.candidate)))
     fits = [n for n in out if n.judged.why is None]
     rest = [n for n in out if n.judged.why is not None]
     return sorted(fits, key=lambda n: n.judged.step_s) + rest
 
 
-def changes(space: Space, of: Candidate) -> Iterator[tuple[str, Candidate]]:
-    """The neighbours of a candidate in its space, each with what differs."""
-    for i, (module, choice) in enumerate(of.choices):
-        limits = space.sink if module == SINK else space.encoders[module]
-        for what, degrees in _degrees(limits, choice.block.size, choice.degrees._asdict()):
-            changed = choice._replace(degrees=choice.degrees._replace(**degrees))
-            yield f"{module} {what}", _with(of, i, module, changed)
-        for policy in space.policies(choice.block, choice.degrees):
-            if policy != choice.data_parallel:
-                changed = choice._replace(data_parallel=policy)
-                yield f"{module} data_parallel={policy}", _with(of, i, module, changed)
-    most = max(space.microbatches(of.sink.dp, of.sink.degrees.pp))
-    for n in (of.microbatches // 2, of.microbatches * 2):
-        if 1 <= n <= most:
-            yield f"schedule.microbatches={n}", replace(of, microbatches=n)
-    for again in space.recompute:
-        if again != of.recompute:
-            what = "+".join(again) or "nothing"
-            yield f"recompute {what}", replace(of, recompute=again)
-    kinds = ("1f1b", "zero_bubble") if of.sink.degrees.vpp == 1 else ("interleaved", "zero_bubble")
-    for kind in kinds:
-        if kind != of.kind and of.sink.degrees.pp > 1:
-            yield f"schedule.kind={kind}", replace(of, kind=kind)
+def _crosses(cfg: Config, world: int) -> bool:
+    return cfg.run.node_size is not None and cfg.run.node_size < world
 
 
-def _degrees(limits: Limits, size: int, given: dict[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The next value below and above of each degree, where it divides the ranks."""
-    for name in ("tp", "cp", "pp", "ep"):
-        values = sorted({*getattr(limits, name), given[name]})
-        at = values.index(given[name])
-        for value in (*values[max(0, at - 1) : at], *values[at + 1 : at + 2]):
-            now = {**given, name: value}
-            dense, expert = now["tp"] * now["cp"] * now["pp"], now["etp"] * now["ep"] * now["pp"]
-            if size % dense or size % expert or now["pp"] * now["vpp"] > limits.layers:
-                continue
-            if now["pp"] == 1 < now["vpp"]:
-                continue
-            more = {"sequence_parallel": value > 1} if name == "tp" else {}
-            yield f"{name}={value}", {name: value, **more}
-
-
-def _with(of: Candidate, i: int, module: str, choice: object) -> Candidate:
-    choices = [*of.choices]
-    choices[i] = (module, choice)  # type: ignore[assignment]
-    return replace(of, choices=tuple(choices))
-
-
-def faster(hardware: Hardware) -> Iterator[tuple[str, Hardware]]:
-    """The hardware with one thing made faster."""
+def faster(hardware: Hardware, *, crosses: bool) -> Iterator[tuple[str, Hardware]]:
+    """The hardware with one thing made faster. crosses: whether the job is on several nodes."""
     links, by = hardware.links, FASTER
     inside = replace(links.inside, bandwidth=by * links.inside.bandwidth)
     yield f"links inside a node {by:g} times as fast", replace(hardware, links=replace(links, inside=inside))
-    if links.across is not None:
+    if links.across is not None and crosses:
         across = replace(links.across, bandwidth=by * links.across.bandwidth)
         what = f"links across nodes {by:g} times as fast"
         yield what, replace(hardware, links=replace(links, across=across))
     memory = replace(hardware.memory, bandwidth=by * hardware.memory.bandwidth)
     yield f"memory {by:g} times as fast", replace(hardware, memory=memory)
+
+
+def faster_lines(cfg: Config, world: int, hardware: Hardware, found: Prediction) -> list[str]:
+    """What other hardware would give to a config as it stands, in plain sentences."""
+    out = []
+    for what, other in faster(hardware, crosses=_crosses(cfg, world)):
+        seconds = Predictor(cfg, world, other).of_config(cfg).step_s
+        out.append(f"{what}: {_times(found.step_s / seconds)}, {seconds_text(seconds)}.")
+    return out
+
+
+def _times(ratio: float) -> str:
+    if abs(ratio - 1) < AS_FAST:
+        return "as fast"
+    return f"{ratio:.3f} times faster" if ratio > 1 else f"{1 / ratio:.3f} times slower"
 
 
 def change_lines(found: Judged, around: list[Neighbour]) -> list[str]:
@@ -131,12 +115,10 @@ def change_lines(found: Judged, around: list[Neighbour]) -> list[str]:
         if n.judged.why is not None:
             out.append(f"{n.change}: not possible: {n.judged.why}")
             continue
-        ratio = found.step_s / n.judged.step_s
-        memory = f"{n.judged.bytes / 1e9:.3g} GB instead of {found.bytes / 1e9:.3g}"
-        if abs(ratio - 1) < 0.002:
-            out.append(f"{n.change}: as fast, {memory}.")
-        elif ratio > 1:
-            out.append(f"{n.change}: {ratio:.3f} times faster, {n.judged.step_s:.4g} s, {memory}.")
+        if n.judged.bytes == found.bytes:
+            memory = "as much memory"
         else:
-            out.append(f"{n.change}: {1 / ratio:.3f} times slower, {n.judged.step_s:.4g} s, {memory}.")
+            memory = f"{n.judged.bytes / 1e9:.3g} GB instead of {found.bytes / 1e9:.3g}"
+        times = _times(found.step_s / n.judged.step_s)
+        out.append(f"{n.change}: {times}, {seconds_text(n.judged.step_s)}, {memory}.")
     return out

@@ -65,11 +65,13 @@ class Search(Generic[B]):
         *,
         keep: Callable[[B], bool] = lambda branch: True,
         stop: Callable[[], bool] = lambda: False,
+        enough: Callable[[float], bool] = lambda least: False,
     ) -> Found[B]:
         """The k leaves of least cost, those of equal cost in the order of their keys.
 
         keep: whether a branch may hold a leaf that is asked for, or a costed leaf is one. stop: asked before
         a branch is opened or a cost asked for, whether to end with what is found, without its proof.
+        enough: as stop, told the least bound of what is left.
         O(n log n) in the branches whose bound is at most the cost of the last of the best.
         """
         roots = list(roots)
@@ -79,7 +81,8 @@ class Search(Generic[B]):
         costed: list[tuple[float, B]] = []
         while queue and len(best) < k:
             value, done, _, branch = queue[0]
-            if not done and branch not in self.costs and branch not in self.opened and stop():
+            new = not done and branch not in self.costs and branch not in self.opened
+            if new and (stop() or enough(value)):
                 return _found(self.best_known(k, keep), costed, queue, proved=False)
             heapq.heappop(queue)
             if done:

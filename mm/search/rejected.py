@@ -50,7 +50,8 @@ class Rejects:
             self._other.append(Rejected(judged.candidate.describe(), judged.why, 1))
 
     def left(self, nodes: Iterable[Node], best: Sequence[Judged]) -> None:
-        """Branches that were not opened, as what was found is faster than their bounds."""
+        """Branches that were not opened, as what was found is faster than their bounds: the last told."""
+        self._slow.clear()
         if best:
             self._fastest = best[-1].step_s
         for node in nodes:

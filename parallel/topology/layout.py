@@ -207,8 +207,8 @@ def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tup
     outside = [r for r in out if r >= world]
     if outside:
         raise Unfit(
-            f"layout.{module}.ranks {spec!r} needs rank {outside[0]}, but the job has {world} ranks "
-            f"(0-{world - 1}), not {max(out) + 1}",
+            f"layout.{module}.ranks {spec!r} goes up to rank {max(out)}, but the job has {world} ranks "
+            f"(0-{world - 1}); needed: ranks below {world}, or a job of at least {max(out) + 1} ranks",
             [{"ranks": "all"}],
             module,
         )

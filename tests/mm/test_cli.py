@@ -110,7 +110,19 @@ $ train CONFIG layout.llm.pp=2 layout.llm.vpp=2 schedule.kind=1f1b
 $ train CONFIG layout.llm.pp=4 model.llm.pattern=M*E
 2 nearest: layout.llm.pp=2
 $ train CONFIG layout.llm.ranks=0-7
-2 needs rank 4, but the job has 4 ranks
+2 '0-7' goes up to rank 7, but the job has 4 ranks (0-3); needed: ranks below 4, or a job of at least 8
+$ train CONFIG train.steps=few
+2 train.steps: given 'few'; needed: an integer
+$ plan configs/llava-stages.yaml
+2 needed: --stage, one of projector, instructions
+$ plan configs/llava-stages.yaml --stage projetcor
+2 unknown stage projetcor; did you mean projector?
+$ compare configs/llava-stages.yaml --layouts a.yaml
+2 needed: --stage, one of projector, instructions
+$ compare CONFIG --layouts configs/layouts/dp4.yaml --json no/such/o.json
+2 --json no/such/o.json: there is no folder no/such; needed: mkdir -p no/such
+$ report none --out no/such/o.html
+2 --out no/such/o.html: there is no folder no/such
 $ train CONFIG layout.lmm.tp=2
 2 lmm
 $ train CONFIG model.llm.d_modle=3
@@ -124,7 +136,7 @@ $ compare --layouts a.yaml CONFIG
 $ compare CONFIG --layouts none.yaml
 2 no layout file none.yaml
 $ compare CONFIG --layouts configs/layouts/dp4.yaml configs/layouts/disjoint-dp3-dp2.yaml
-2 configs/layouts/disjoint-dp3-dp2.yaml: layout.llm.ranks '3-4' needs rank 4
+2 configs/layouts/disjoint-dp3-dp2.yaml: layout.llm.ranks '3-4' goes up to rank 4
 $ compare CONFIG --layouts a.yaml --steps 1
 2 needed: at least 2 steps
 $ data

@@ -6,6 +6,7 @@ from tests.mutations.fault import Fault
 
 RAGGED = "tests/mm/search/test_ragged.py::"
 FINDER = "tests/mm/search/test_finder.py::"
+POLISH = "tests/mm/search/test_polish.py::"
 
 SEARCH = (
     Fault(
@@ -87,5 +88,61 @@ SEARCH = (
         "m = max((n for n in numbers",
         "m = min((n for n in numbers",
         FINDER + "test_what_is_not_in_the_space_becomes_the_nearest_that_is",
+    ),
+    Fault(
+        "first.near",
+        "of several layouts only the first has to be near enough",
+        "mm/search/plan.py",
+        "best[-1][0] <= (1 + share) * least",
+        "best[0][0] <= (1 + share) * least",
+        "tests/mm/search/test_first.py::test_a_search_ends_where_nothing_left_is_faster_by_a_share",
+    ),
+    Fault(
+        "polish.room",
+        "polishing forgets how much memory a goal may have",
+        "mm/search/goals.py",
+        "found.why is None and found.bytes <= self.limit and",
+        "found.why is None and",
+        POLISH + "test_choices_beside_the_space_are_adopted_where_they_fit",
+    ),
+    Fault(
+        "polish.time",
+        "polishing goes on when the time is up",
+        "mm/search/polish.py",
+        "if time.process_time() > until:",
+        "if False:",
+        POLISH + "test_nothing_is_predicted_once_the_time_is_up_unless_it_is_to_settle",
+    ),
+    Fault(
+        "polish.unsearched",
+        "choices beside the searched space are not tried",
+        "mm/search/neighbours.py",
+        "    yield from unsearched(space, of)\n",
+        "",
+        POLISH + "test_choices_beside_the_space_are_adopted_where_they_fit",
+    ),
+    Fault(
+        "polish.proof",
+        "what polishing has replaced does not count as left out",
+        "mm/search/plan.py",
+        "min([self.least, *gone])",
+        "self.least",
+        "tests/mm/search/test_written.py::test_what_gave_way_counts_as_left_out",
+    ),
+    Fault(
+        "written.within",
+        "a search that ended early is said to have proved what was asked for",
+        "mm/search/written.py",
+        "if gap <= plan.within:",
+        "if plan.within:",
+        "tests/mm/search/test_written.py::test_what_is_proved_is_said",
+    ),
+    Fault(
+        "fits.room",
+        "what does not fit either is proposed",
+        "mm/search/fits.py",
+        "if shortfall(found, predictor.hardware) is not None:",
+        "if False:",
+        "tests/mm/commands/test_plan_layout.py::test_a_stage_is_planned_and_what_would_fit_is_said",
     ),
 )

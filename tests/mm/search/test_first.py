@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm.search.first import Search
+from mm.search.plan import near_enough
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,28 @@ def test_every_leaf_is_costed_or_left_or_impossible(tree: Tree, k: int, asked: i
         assert [c for c, _ in found.best] == [c for c, _ in brute(tree, k)]
     elif found.best:  # what is left may be better, but by no more than its bound says
         assert brute(tree, 1)[0][0] >= min(found.least, found.best[0][0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(trees(), st.integers(1, 3), st.sampled_from([0.5, 2.0]))
+def test_a_search_ends_where_nothing_left_is_faster_by_a_share(tree: Tree, k: int, share: float) -> None:
+    search = Search[Tree](lambda b: b.below, lambda b: b.cost)
+    enough = near_enough(search, k, lambda b: True, share)
+    found = search.best([tree], k, enough=enough)
+    if found.proved:
+        assert [cost for cost, _ in found.best] == [cost for cost, _ in brute(tree, k)]
+    else:
+        assert len(found.best) == k and found.best[-1][0] <= (1 + share) * found.least
+        assert all(
+            best <= (1 + share) * cost
+            for (best, _), (cost, _) in zip(found.best, brute(tree, k), strict=True)
+        )
+    leaves = (Tree((0, 0), 2.5, (), 3.0), Tree((0, 1), 3.5, (), 4.0))
+    few = Search[Tree](lambda b: b.below, lambda b: b.cost)
+    root = Tree((0,), 2.5, leaves)
+    assert few.best([root], 1, enough=near_enough(few, 1, lambda b: True, share)).left
+    whole = few.best([root], 2, enough=near_enough(few, 2, lambda b: True, 0.0))
+    assert whole.proved and not whole.left
 
 
 def test_a_second_question_asks_for_nothing_twice() -> None:

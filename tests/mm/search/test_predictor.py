@@ -9,8 +9,8 @@ from mm.commands.plan import DRAWN
 from mm.config.schema import Config, from_mapping
 from mm.predict.hardware import load_hardware
 from mm.search.candidate import Candidate
-from mm.search.explain import changes
 from mm.search.limits import space_of
+from mm.search.neighbours import changes
 from mm.search.pieces import Pieces
 from mm.search.plan import plain_candidate, step_load
 from mm.search.predictor import Judged, Predictor

@@ -60,7 +60,7 @@ def spoil(joint: Joint, rng: random.Random, vision: Layout, llm: Layout, unit: i
     """A case that cannot be planned, with a part of the error that it must raise."""
     some = [i for i, n in enumerate(joint.rows) if n]
     ways = [replace(joint, vision=joint.vision | {"tp": 3 * vision.size}, wrong="needs a multiple of")]
-    ways.append(replace(joint, llm=joint.llm | {"ranks": [WORLD]}, wrong="needs rank 4"))
+    ways.append(replace(joint, llm=joint.llm | {"ranks": [WORLD]}, wrong="goes up to rank 4"))
     ways.append(replace(joint, stages=(llm.pp,), wrong="stages"))
     ways.append(replace(joint, tokens=joint.tokens[1:], wrong="a stream for each"))
     if unit > 1:

@@ -107,7 +107,10 @@ def test_ways_to_name_ranks(spec: Any, ranks: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("0-7", "needs rank 4, but the job has 4 ranks (0-3), not 8; nearest: ranks=all"),
+        (
+            "0-7",
+            "(0-3); needed: ranks below 4, or a job of at least 8 ranks; nearest: ranks=all",
+        ),
         ("first", "needed: all, a number, a-b such as 0-3, or a list"),
         ("-1", "needed: all"),
         (-1, "ranks count from 0"),
