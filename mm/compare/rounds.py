@@ -72,7 +72,7 @@ def make_runs(variants: Sequence[Variant], world: int) -> list[Run]:
 
 
 def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
-    """Run `steps` steps under each layout in turn, the rounds interleaved (A B A B ..); None but on rank 0.
+    """Run `steps` steps under each layout in turn (A B B A A B ..); None but on rank 0.
 
     Every round starts from the same weights, so its losses are those of the layout's first steps. The first
     layout is the baseline of the relative differences and of the speed-up.
@@ -81,7 +81,7 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
     try:
         host = host_facts(rank.device, dist.get_backend())
         for number in range(settings.rounds):
-            for run in runs:
+            for run in in_turn(runs, number):
                 one_round(run, rank, settings.steps, first=number == 0, watch=settings.watch)
                 if rank.rank == 0:
                     ms = statistics.median(run.measured.rounds[-1]) * 1e3
@@ -109,6 +109,12 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
             host=host,
         )
     )
+
+
+def in_turn(runs: Sequence[Run], number: int) -> Sequence[Run]:
+    """The layouts in the order of a round: back and forth, so that none always follows the same one, and a
+    machine that slows down within each round does so for all alike."""
+    return runs[::-1] if number % 2 else runs
 
 
 def one_round(run: Run, rank: RankInfo, steps: int, *, first: bool, watch: bool = True) -> None:

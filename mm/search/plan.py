@@ -163,11 +163,10 @@ class Planner:
             proofs[goal.name] = Proof(result.proved, result.least)
             if i == 0:
                 rejects.left(result.left, found[goal.name])
-        # Where a search was stopped, what another one has found counts too.
+        # Where a search was stopped, or a bound was too high, what was found beside it counts too.
         for goal in every:
-            if not proofs[goal.name].proved:
-                best = search.best_known(goal.k, self._keeps(goal))
-                found[goal.name] = tuple(self.judged[leaf] for _, leaf in best)
+            best = search.best_known(goal.k, self._keeps(goal))
+            found[goal.name] = tuple(self.judged[leaf] for _, leaf in best)
         return found, proofs
 
     def _find(self, finder: Finder, every: Sequence[Goal], start: float) -> None:

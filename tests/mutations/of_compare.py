@@ -40,6 +40,22 @@ COMPARE = (
         f"{TEST}_the_fastest_is_named_with_how_much_and_whether_noise_could_be_it",
     ),
     Fault(
+        "compare.rounds",
+        "steps of one round count as independent",
+        "mm/compare/summary.py",
+        "    if len(logs) < FEWEST:\n        return None",
+        "    if len(logs) < FEWEST:\n        logs = [x for r in ratios for x in r]",
+        "tests/mm/compare/test_summary.py::test_equal_layouts_are_seldom_called_different",
+    ),
+    Fault(
+        "compare.turns",
+        "a layout follows the same one in every round",
+        "mm/compare/rounds.py",
+        "return runs[::-1] if number % 2 else runs",
+        "return runs",
+        "tests/mm/compare/test_summary.py::test_layouts_change_places_from_round_to_round",
+    ),
+    Fault(
         "compare.together",
         "a layout that was measured already is proposed",
         "mm/compare/verdict.py",
