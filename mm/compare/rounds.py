@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
         host = host_facts(rank.device, dist.get_backend())
         for number in range(settings.rounds):
             for run in in_turn(runs, number):
-                one_round(run, rank, settings.steps, first=number == 0, watch=settings.watch)
+                with told(run.variant, number, settings.rounds):
+                    one_round(run, rank, settings.steps, first=number == 0, watch=settings.watch)
                 if rank.rank == 0:
                     ms = statistics.median(run.measured.rounds[-1]) * 1e3
                     where = f"round {number + 1}/{settings.rounds}, {run.measured.name}"
@@ -109,6 +111,16 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
             host=host,
         )
     )
+
+
+@contextmanager
+def told(variant: Variant, number: int, rounds: int) -> Iterator[None]:
+    """What fails inside says under which layout it did: the others may well work."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"under the layout {variant.name} ({variant.path}), in round {number + 1} of {rounds}")
+        raise
 
 
 def in_turn(runs: Sequence[Run], number: int) -> Sequence[Run]:

@@ -90,7 +90,7 @@ def _many(order: list[RunResult], level: list[RunResult]) -> list[str]:
         return []
     return [
         f"Each interval is of one pair: of {len(order)} equal layouts chance alone would make some seem "
-        "slower than the fastest more often than 1 time in 20. Time those again, two at a time, that are close."
+        "slower than the fastest more often than 1 time in 20. Time those that are close again, in pairs."
     ]
 
 

@@ -56,6 +56,14 @@ COMPARE = (
         "tests/mm/compare/test_summary.py::test_layouts_change_places_from_round_to_round",
     ),
     Fault(
+        "compare.files",
+        "a layout file whose path has a = is taken for an override",
+        "mm/commands/compare.py",
+        'if "=" in x and not Path(x).is_file()]',
+        'if "=" in x]',
+        "tests/mm/test_cli.py::test_layouts_may_be_followed_by_overrides",
+    ),
+    Fault(
         "compare.together",
         "a layout that was measured already is proposed",
         "mm/compare/verdict.py",

@@ -15,7 +15,7 @@ import torch
 from rich.box import SQUARE
 from rich.console import Console
 
-from mm.compare.rounds import Run, in_turn, one_round
+from mm.compare.rounds import Run, in_turn, one_round, told
 from mm.compare.summary import Measured, speedup_interval, summarise, verdict
 from mm.compare.table import table
 from mm.compare.variants import Variant, distinct_names
@@ -110,6 +110,13 @@ def test_equal_layouts_are_seldom_called_different(rounds: int) -> None:
     for _ in range(400):
         wrong += verdict(speedup_interval(drawn(), drawn())) in ("faster", "slower")
     assert wrong <= 40 and (wrong >= 5) == (rounds > 1)
+
+
+def test_what_fails_says_under_which_layout() -> None:
+    variant = Variant("wide", Path("layouts/wide.yaml"), from_mapping(small(), CONFIGS), {}, {})
+    with pytest.raises(MemoryError) as error, told(variant, 1, 3):
+        raise MemoryError("no more")
+    assert error.value.__notes__ == ["under the layout wide (layouts/wide.yaml), in round 2 of 3"]
 
 
 def test_layouts_change_places_from_round_to_round() -> None:
