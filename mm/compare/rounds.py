@@ -83,7 +83,7 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
         host = host_facts(rank.device, dist.get_backend())
         for number in range(settings.rounds):
             for run in in_turn(runs, number):
-                with told(run.variant, number, settings.rounds):
+                with naming(run.variant, number, settings.rounds):
                     one_round(run, rank, settings.steps, first=number == 0, watch=settings.watch)
                 if rank.rank == 0:
                     ms = statistics.median(run.measured.rounds[-1]) * 1e3
@@ -114,7 +114,7 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
 
 
 @contextmanager
-def told(variant: Variant, number: int, rounds: int) -> Iterator[None]:
+def naming(variant: Variant, number: int, rounds: int) -> Iterator[None]:
     """What fails inside says under which layout it did: the others may well work."""
     try:
         yield

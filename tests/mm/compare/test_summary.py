@@ -15,7 +15,7 @@ import torch
 from rich.box import SQUARE
 from rich.console import Console
 
-from mm.compare.rounds import Run, in_turn, one_round, told
+from mm.compare.rounds import Run, in_turn, naming, one_round
 from mm.compare.summary import Measured, speedup_interval, summarise, verdict
 from mm.compare.table import table
 from mm.compare.variants import Variant, distinct_names
@@ -114,7 +114,7 @@ def test_equal_layouts_are_seldom_called_different(rounds: int) -> None:
 
 def test_what_fails_says_under_which_layout() -> None:
     variant = Variant("wide", Path("layouts/wide.yaml"), from_mapping(small(), CONFIGS), {}, {})
-    with pytest.raises(MemoryError) as error, told(variant, 1, 3):
+    with pytest.raises(MemoryError) as error, naming(variant, 1, 3):
         raise MemoryError("no more")
     assert error.value.__notes__ == ["under the layout wide (layouts/wide.yaml), in round 2 of 3"]
 
