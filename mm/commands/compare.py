@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,20 +41,20 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
-    # --layouts takes every argument that follows it; a layout file's name has no "=".
-    layouts = [Path(x) for x in args.layouts if "=" not in x]
+    # --layouts takes every argument that follows it: overrides too, unless there is such a file (lr=1/a).
+    overrides = [x for x in args.layouts if "=" in x and not Path(x).is_file()]
+    layouts = [Path(x) for x in args.layouts if x not in overrides]
     if not layouts:
         raise Refused("needed: --layouts FILE [FILE ...], the first being the baseline")
     if not any("=" not in x for x in args.positional):
         raise Refused("needed: one CONFIG file, before --layouts, which takes all the files that follow it")
-    overrides = [x for x in args.layouts if "=" in x]
     cfg = one_config_of(args, overrides)
     if args.steps < 2 or args.rounds < 1:
         raise Refused(
             f"--steps {args.steps} --rounds {args.rounds}; needed: at least 2 steps (the first warms up) "
             "and at least 1 round"
         )
-    if args.peak is not None and not args.peak > 0:
+    if args.peak is not None and not 0 < args.peak < math.inf:
         raise Refused(f"--peak {args.peak:g}; needed: a device's peak in TFLOPS, above 0, such as 989")
     check_writable(json=args.json, report=args.report)
     world = world_of(args, cfg)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def make_runs(variants: Sequence[Variant], world: int) -> list[Run]:
 
 
 def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
-    """Run `steps` steps under each layout in turn, the rounds interleaved (A B A B ..); None but on rank 0.
+    """Run `steps` steps under each layout in turn (A B B A A B ..); None but on rank 0.
 
     Every round starts from the same weights, so its losses are those of the layout's first steps. The first
     layout is the baseline of the relative differences and of the speed-up.
@@ -81,8 +82,9 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
     try:
         host = host_facts(rank.device, dist.get_backend())
         for number in range(settings.rounds):
-            for run in runs:
-                one_round(run, rank, settings.steps, first=number == 0, watch=settings.watch)
+            for run in in_turn(runs, number):
+                with naming(run.variant, number, settings.rounds):
+                    one_round(run, rank, settings.steps, first=number == 0, watch=settings.watch)
                 if rank.rank == 0:
                     ms = statistics.median(run.measured.rounds[-1]) * 1e3
                     where = f"round {number + 1}/{settings.rounds}, {run.measured.name}"
@@ -109,6 +111,22 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison | None:
             host=host,
         )
     )
+
+
+@contextmanager
+def naming(variant: Variant, number: int, rounds: int) -> Iterator[None]:
+    """What fails inside says under which layout it did: the others may well work."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"under the layout {variant.name} ({variant.path}), in round {number + 1} of {rounds}")
+        raise
+
+
+def in_turn(runs: Sequence[Run], number: int) -> Sequence[Run]:
+    """The layouts in the order of a round: back and forth, so that none always follows the same one, and a
+    machine that slows down within each round does so for all alike."""
+    return runs[::-1] if number % 2 else runs
 
 
 def one_round(run: Run, rank: RankInfo, steps: int, *, first: bool, watch: bool = True) -> None:

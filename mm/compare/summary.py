@@ -14,7 +14,7 @@ from mm.train.metrics import BoundaryMetrics, StepMetrics
 # Quantiles of Student's t by degrees of freedom, from 1: a mean's 95 % confidence interval reaches this many
 # standard errors to either side. Beyond the last entry they are a little smaller.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-FEWEST = 3  # ratios that an interval needs
+FEWEST = 2  # rounds that an interval needs
 
 
 @dataclass
@@ -56,20 +56,18 @@ def relative_difference(ours: Sequence[float], theirs: Sequence[float]) -> float
 
 
 def speedup_interval(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval | None:
-    """The 95 % confidence interval of how many times as fast as `theirs` we are; None: too few steps.
+    """The 95 % confidence interval of how many times as fast as `theirs` we are; None: too few rounds.
 
     ours, theirs: by round, the seconds of its steps. Equal steps of equal rounds do the same work, and rounds
     are interleaved. So their ratios depend neither on the data nor on a machine that slows down meanwhile.
-    Rounds are independent. The steps of one round are less so: they count as independent only where there are
-    too few rounds.
+    Rounds are independent. The steps of one round are not, however many there are: they go up and down
+    together, so they prove nothing of the next round.
     """
     ratios = [
         [math.log(b / a) for a, b in zip(mine, others, strict=True)]
         for mine, others in zip(ours, theirs, strict=True)
     ]
     logs = [statistics.mean(r) for r in ratios if r]
-    if len(logs) < FEWEST:
-        logs = [x for r in ratios for x in r]
     if len(logs) < FEWEST:
         return None
     t = STUDENT[min(len(logs) - 1, len(STUDENT)) - 1]

@@ -14,6 +14,7 @@ from mm.compare.summary import speedup_interval, verdict
 MISLEADS = 1.5  # by how much a module's share of time and of FLOPs differ before that is said
 WORTH = 0.9  # of its time where it is fastest: where a module has less elsewhere, the two are put together
 BUSY = 0.5  # load average by core above which a machine is not quiet
+MANY_LAYOUTS = 5  # of so many equal ones, chance makes one seem slower in every fifth comparison
 MANY_ROUNDS = 1000  # beyond which no number is promised
 
 
@@ -29,6 +30,7 @@ def judge(found: Comparison) -> Comparison:
     base = runs[0]
     if base is not best and len(order) > 2 and base is not order[1]:
         sentences.append(f"The baseline {base.name} takes {_times(base, best)} as long as {best.name}.")
+    sentences += _many(order, level)
     sentences += [f"{run.name}: {run.bound.text}" for run in order if run.bound is not None]
     sentences += _misled(best)
     sentences += _differ(runs)
@@ -67,7 +69,7 @@ def _fastest(level: list[RunResult], order: list[RunResult], rounds: int) -> str
     unknown = any(speedup_interval(run.rounds, best.rounds) is None for run in level[1:])
     if unknown:
         return (
-            f"{best.name} had the shortest step ({here}), but the steps are too few to tell it from {names}."
+            f"{best.name} had the shortest step ({here}), but the rounds are too few to tell it from {names}."
         )
     tail = ""
     if len(level) < len(order):
@@ -80,6 +82,16 @@ def _fastest(level: list[RunResult], order: list[RunResult], rounds: int) -> str
         f"{best.name} had the shortest step ({here}), but {rounds} rounds cannot tell it from {names}: "
         f"{near}, which is within noise.{tail}"
     )
+
+
+def _many(order: list[RunResult], level: list[RunResult]) -> list[str]:
+    """A warning that intervals are of one pair each, where there are many and some are called slower."""
+    if len(order) < MANY_LAYOUTS or len(level) == len(order):
+        return []
+    return [
+        f"Each interval is of one pair: of {len(order)} equal layouts chance alone would make some seem "
+        "slower than the fastest more often than 1 time in 20. Time those that are close again, in pairs."
+    ]
 
 
 def _misled(run: RunResult) -> list[str]:

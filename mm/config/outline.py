@@ -13,6 +13,7 @@ from pathlib import Path
 from llm.checks import check as check_llm
 from llm.config import LLMConfig
 from llm.presets import preset
+from llm.recompute import PARTS
 from llm.stages import partition
 from mm.config.build import build
 from mm.config.nodes import node_size
@@ -186,19 +187,26 @@ def llm_config(cfg: Config) -> LLMConfig:
     return llm
 
 
-def _check_recompute(cfg: Config, llm: LLMConfig) -> None:
-    """Refuse parts to recompute that are unknown, or that no layer of the model has."""
-    kinds, parts = llm.kinds, recomputed(cfg.train, SINK)
-    key = "train.recompute" + (f".{SINK}" if isinstance(cfg.train.recompute, dict) else "")
+def recomputable(llm: LLMConfig) -> frozenset[str]:
+    """The parts to recompute that some layer of the model has."""
+    kinds = llm.kinds
     present = {
         "mlp": "-" in kinds or ("E" in kinds and llm.shared_ffn > 0),
         "moe_act": "E" in kinds,
         "attention_core": "*" in kinds,
         "scan": "M" in kinds,
     }
+    return frozenset(part for part in PARTS if present.get(part, True))
+
+
+def _check_recompute(cfg: Config, llm: LLMConfig) -> None:
+    """Refuse parts to recompute that are unknown, or that no layer of the model has."""
+    parts = recomputed(cfg.train, SINK)
+    key = "train.recompute" + (f".{SINK}" if isinstance(cfg.train.recompute, dict) else "")
+    present = recomputable(llm)
     for part in sorted(parts):
-        if not present.get(part, True):
-            others = sorted(p for p in parts if present.get(p, True))
+        if part not in present:
+            others = sorted(parts & present)
             raise Unfit(
                 f"{key} has {part}, but no layer of model.llm.pattern {llm.pattern!r} has it: it "
                 "would have no effect",

@@ -10,6 +10,7 @@ import bisect
 import difflib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
         )
     try:
         raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise Refused(f"{path}: {' '.join(str(error).split())}") from None
     return from_mapping(raw, str(path))
 
@@ -202,10 +203,10 @@ def _check(made: Hardware) -> None:
         positive["links.across.nics"] = links.across.nics or 0
         positive["links.node_size"] = links.node_size or 0
     for key, value in positive.items():
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise Refused(f"{key}: given {value}; needed: more than 0")
     for key, value in least.items():
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise Refused(f"{key}: given {value}; needed: 0 or more")
     for key, value in shares.items():
         if not 0 < value <= 1:
@@ -221,7 +222,8 @@ def _check_curve(key: str, curve: Curve) -> None:
         raise Refused(
             f"{key}: given {len(curve.size)} sizes and {len(curve.share)} shares; needed: a share a size"
         )
-    if any(b <= a for a, b in zip(curve.size, curve.size[1:], strict=False)) or curve.size[0] <= 0:
+    sizes = (0.0, *curve.size, math.inf)
+    if not all(a < b for a, b in pairwise(sizes)):
         raise Refused(f"{key}.size: given {list(curve.size)}; needed: ascending, above 0")
     if not all(0 < share <= 1 for share in curve.share):
         raise Refused(f"{key}.share: given {list(curve.share)}; needed: above 0 and at most 1")

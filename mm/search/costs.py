@@ -110,14 +110,16 @@ class Priced:
         )
 
     def how(self, module: str, again: Again) -> How:
-        """How a module computes, at least: what enters the first adapted layer may have no gradient."""
+        """How a module computes, at least: what enters the first adapted layer may have no gradient, and
+        where no module is trained nothing has one."""
         adapters = low_of(self.blueprint, module)
+        learns = self.blueprint.frozen < {*self.blueprint.cfg.model, SINK}
         parts = frozenset(again) if module == SINK else frozenset(again) & {"full"}
         return How(
             item=self.blueprint.dtype.itemsize,
             recompute=parts,
             trains=module not in self.blueprint.frozen and adapters is None,
-            below=module == SINK and adapters is None,
+            below=module == SINK and adapters is None and learns,
             low=adapters,
         )
 

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Iterable
 
 from llm.checks import check
-from llm.recompute import PARTS, recompute_parts
+from llm.recompute import recompute_parts
+from mm.config.outline import recomputable
 from mm.plan.blueprint import Blueprint
 from mm.search.candidate import Block, Degrees
 from mm.search.space import Limits, Space
 
 MOST_CP, LEAST_TOKENS = 16, 128  # ranks along cp, and tokens that each of them has of the longest sample
 MOST_PP, MOST_VPP, MOST_EP = 16, 2, 128
-SELECTED = tuple(sorted(set(PARTS) - {"full"}))  # what may be computed again of layers of which more is kept
 
 
 def space_of(blueprint: Blueprint) -> Space:
@@ -36,13 +36,14 @@ def space_of(blueprint: Blueprint) -> Space:
         stages=stages if stages > 1 else None,
     )
     own = tuple(sorted(recompute_parts(cfg.train.recompute)))
+    selected = tuple(sorted(recomputable(llm) - {"full"}))  # of layers of which more is kept
     return Space(
         world=world,
         node=node,
         sink=sink,
         encoders={m: _encoder(blueprint, m, node) for m in cfg.model},
         batch=cfg.train.global_batch,
-        recompute=tuple(dict.fromkeys([(), ("norm",), SELECTED, ("full",), own])),
+        recompute=tuple(dict.fromkeys([(), ("norm",), selected, ("full",), own])),
         own_microbatches=cfg.schedule.microbatches,
         hsdp=_hsdp(blueprint.node_size),
     )

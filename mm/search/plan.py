@@ -227,15 +227,14 @@ class Planner:
             proofs[goal.name] = Proof(result.proved, result.least)
             if i == 0:
                 rejects.left(result.left, found[goal.name])
-        # Where a search was stopped, what another one has found and opened counts too.
+        # Where a search was stopped, or a bound was too high, what was found and opened beside it counts too.
         for goal in every:
+            keep = self._keeps(goal)
+            best = search.best_known(goal.k, keep)
+            found[goal.name] = tuple(self.judged[leaf] for _, leaf in best)
             if not proofs[goal.name].proved:
-                keep = self._keeps(goal)
-                best = search.best_known(goal.k, keep)
-                found[goal.name] = tuple(self.judged[leaf] for _, leaf in best)
                 least = search.least(roots, keep)
-                proved = len(best) == goal.k and best[-1][0] < least
-                proofs[goal.name] = Proof(proved, least)
+                proofs[goal.name] = Proof(len(best) == goal.k and best[-1][0] <= least, least)
         return found, proofs
 
     def _find(self, finder: Finder, every: Sequence[Goal], end: float) -> None:

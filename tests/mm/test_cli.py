@@ -137,6 +137,8 @@ $ compare CONFIG --layouts none.yaml
 2 no layout file none.yaml
 $ compare CONFIG --layouts configs/layouts/dp4.yaml configs/layouts/disjoint-dp3-dp2.yaml
 2 configs/layouts/disjoint-dp3-dp2.yaml: layout.llm.ranks '3-4' goes up to rank 4
+$ compare CONFIG --layouts a.yaml --peak inf
+2 --peak inf; needed: a device's peak in TFLOPS
 $ compare CONFIG --layouts a.yaml --steps 1
 2 needed: at least 2 steps
 $ data
@@ -240,6 +242,10 @@ def test_layouts_may_be_followed_by_overrides(tmp_path: Path, capsys: pytest.Cap
     bad.write_text("layout: {llm: {tp: 3}}")
     assert main(["compare", CONFIG, "--layouts", str(bad), "run.nproc=5"]) == 2
     assert "tp=3 needs a multiple of 3 ranks, given 5" in capsys.readouterr().err
+    swept = tmp_path / "train.lr=1"  # folders of sweeps are called so
+    swept.mkdir()
+    assert main(["compare", CONFIG, "--layouts", str(bad.rename(swept / "bad.yaml")), "run.nproc=5"]) == 2
+    assert "train.lr=1/bad.yaml: layout.llm: tp=3 needs a multiple" in capsys.readouterr().err
 
 
 def test_whatever_is_raised_is_reported_by_one_rank(

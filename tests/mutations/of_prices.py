@@ -17,6 +17,14 @@ PRICES = (
         f"{LINKS}_devices_that_send_at_once_share_their_nodes_nics",
     ),
     Fault(
+        "hardware.numbers",
+        "a bandwidth that is no number is taken for one",
+        "mm/predict/hardware.py",
+        "if not 0 < value < math.inf:",
+        "if value <= 0:",
+        "tests/mm/predict/test_hardware.py::test_a_wrong_file_is_refused_in_words",
+    ),
+    Fault(
         "price.twice",
         "a sum of tensors costs as much as a gather of them",
         "mm/predict/links.py",

@@ -15,7 +15,7 @@ import torch
 from rich.box import SQUARE
 from rich.console import Console
 
-from mm.compare.rounds import Run, one_round
+from mm.compare.rounds import Run, in_turn, naming, one_round
 from mm.compare.summary import Measured, speedup_interval, summarise, verdict
 from mm.compare.table import table
 from mm.compare.variants import Variant, distinct_names
@@ -84,9 +84,10 @@ def test_an_entry_of_the_json_has_these_keys_in_this_order() -> None:
         ([[1.0], [1.01], [0.99]], [[2.0], [2.02], [2.01]], "faster"),
         ([[2.0], [2.02], [2.01]], [[1.0], [1.01], [0.99]], "slower"),
         ([[1.0], [1.4], [0.8]], [[1.1], [1.2], [1.3]], "within noise"),
-        ([[1.0, 1.0, 1.0]], [[2.0, 2.1, 1.9]], "faster"),  # one round: its steps
+        ([[1.0, 1.0, 1.0]], [[2.0, 2.1, 1.9]], "too few steps"),  # one round, which may have been a bad one
+        ([[1.0] * 5, [1.0] * 5], [[1.1] * 5, [1.9] * 5], "within noise"),  # so may two
         ([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]], [[2.0, 4.1, 7.9], [2.1, 4.0, 8.1]], "faster"),  # steps differ
-        ([[1.0], [1.0]], [[2.0], [2.0]], "too few steps"),
+        ([[1.0]], [[2.0]], "too few steps"),
         # Steps of a round go up and down together: that three rounds have thirty steps proves no more.
         ([[1.0] * 10, [1.0] * 10, [1.2] * 10], [[1.1] * 10, [1.15] * 10, [1.1] * 10], "within noise"),
     ],
@@ -97,13 +98,35 @@ def test_a_difference_is_distinguished_from_noise(
     assert verdict(speedup_interval(ours, theirs)) == expected
 
 
-def test_equal_layouts_are_seldom_called_different() -> None:
-    """At 95 % confidence one comparison in twenty is."""
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_equal_layouts_are_seldom_called_different(rounds: int) -> None:
+    """At 95 % confidence one comparison in twenty is, of rounds that are faster or slower as a whole too."""
     draw, wrong = random.Random(0), 0
+
+    def drawn() -> list[list[float]]:
+        levels = [draw.lognormvariate(0, 0.2) for _ in range(rounds)]
+        return [[level * draw.lognormvariate(0, 0.1) for _ in range(4)] for level in levels]
+
     for _ in range(400):
-        a, b = ([[draw.lognormvariate(0, 0.1) for _ in range(3)] for _ in range(3)] for _ in range(2))
-        wrong += verdict(speedup_interval(a, b)) in ("faster", "slower")
-    assert 5 <= wrong <= 40
+        wrong += verdict(speedup_interval(drawn(), drawn())) in ("faster", "slower")
+    assert wrong <= 40 and (wrong >= 5) == (rounds > 1)
+
+
+def test_what_fails_says_under_which_layout() -> None:
+    variant = Variant("wide", Path("layouts/wide.yaml"), from_mapping(small(), CONFIGS), {}, {})
+    with pytest.raises(MemoryError) as error, naming(variant, 1, 3):
+        raise MemoryError("no more")
+    assert error.value.__notes__ == ["under the layout wide (layouts/wide.yaml), in round 2 of 3"]
+
+
+def test_layouts_change_places_from_round_to_round() -> None:
+    """In A B A B one layout is always the one behind: what the first leaves behind would be its own."""
+    runs: Any = ["a", "b", "c"]
+    assert [in_turn(runs, number) for number in range(3)] == [
+        ["a", "b", "c"],
+        ["c", "b", "a"],
+        ["a", "b", "c"],
+    ]
 
 
 def peaks(names: list[str]) -> list[int]:

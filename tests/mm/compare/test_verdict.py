@@ -139,6 +139,10 @@ def test_the_fastest_is_named_with_how_much_and_whether_noise_could_be_it() -> N
     one = made_run("one", plan, costs_of(1, 1), rounds=[[9.0]])
     found = judge(comparison(one, few)).verdict
     assert found is not None and "too few" in found.sentences[0] and set(found.fastest) == {"few", "one"}
+    for more, said in ((2, False), (3, True)):  # of many layouts some seem slower by chance
+        many = [made_run(f"slow{i}", plan, costs_of(2, 2)) for i in range(more)]
+        found = judge(comparison(fast, near, *many)).verdict
+        assert found is not None and any("1 time in 20" in text for text in found.sentences) == said
 
 
 def test_the_order_of_layouts_does_not_change_what_is_said() -> None:

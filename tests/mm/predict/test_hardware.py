@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ def test_unknown_hardware_is_refused_with_what_is_known() -> None:
         ("kernels.product.share", [0.5], "kernels.product: given 5 sizes and 1 shares"),
         ("kernels.attention.size", [4, 2, 8, 16], "kernels.attention.size: given .*ascending"),
         ("kernels.convolution.share", [1.5], "kernels.convolution.share: given .*at most 1"),
+        ("memory.bandwidth", math.nan, "memory.bandwidth: given nan; needed: more than 0"),
+        ("peak.bfloat16", math.inf, "peak.bfloat16: given inf"),
+        ("links.inside.latency_s", math.nan, "links.inside.latency_s: given nan"),
+        ("kernels.product.size", [1, 2, 3, 4, math.nan], "kernels.product.size: given .*ascending"),
         ("kernels.launch_s", -1e-6, "kernels.launch_s: given -1e-06; needed: 0 or more"),
         ("links.inside.efficiency", 0, "links.inside.efficiency: given 0.0; needed: above 0"),
         ("links.across.nics", 0, "links.across.nics: given 0; needed: more than 0"),
@@ -79,10 +84,10 @@ def test_a_wrong_file_is_refused_in_words(path: str, value: Any, why: str, tmp_p
         load_hardware(file)
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "a: [", "name: x"])
-def test_what_is_no_hardware_at_all_is_refused(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [b"", b"- 1", b"a: [", b"name: x", b"\xff\xfe\x00"])
+def test_what_is_no_hardware_at_all_is_refused(text: bytes, tmp_path: Path) -> None:
     file = tmp_path / "none.yaml"
-    file.write_text(text)
+    file.write_bytes(text)
     with pytest.raises(Refused, match=r"none.yaml: "):
         load_hardware(file)
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from mm.cli import main
+from mm.config.advice import with_changes
 from mm.config.schema import Config, from_mapping, load_config, load_layout_file, with_layout
 from mm.errors import Refused
 from mm.plan.blueprint import draw_up
 from mm.predict.hardware import load_hardware
 from mm.search.candidate import of_config
 from mm.search.first import Search
+from mm.search.goals import Goal
 from mm.search.limits import space_of
 from mm.search.pieces import Pieces
 from mm.search.plan import Planner, branches_above, plain_candidate, step_load
@@ -157,6 +162,45 @@ def test_a_model_larger_than_all_devices_is_refused_with_the_numbers() -> None:
     cfg = from_mapping(raw, Path())
     with pytest.raises(Refused, match=r"need \d+\.\d GB; 2 h100 have 163\.0 GB.*at least \d+ of them"):
         Planner(cfg, 2, H100).plan()
+
+
+@pytest.mark.parametrize("pattern", ["*-*-", "M-M-", "*E*E", "ME*-"])
+def test_what_may_be_computed_again_is_something_that_the_model_has(pattern: str) -> None:
+    """A config that names a part of no layer is refused, and with it all candidates that recompute it."""
+    raw = small()
+    cfg = from_mapping({**raw, "model": {"llm": {**raw["model"]["llm"], "pattern": pattern}}}, Path())
+    space = space_of(draw_up(cfg, 1))
+    assert max(len(parts) for parts in space.recompute) >= 3
+    for parts in space.recompute:
+        draw_up(with_changes(cfg, {"train.recompute": list(parts) or False}), 1)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A candidate of one cost, whatever its bound says."""
+
+    bound: float
+    cost: float
+    leaf: bool = True
+    size: int = 1
+    bytes: float = 0.0
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.cost,)
+
+
+def test_the_best_that_was_found_is_the_best_where_a_bound_was_too_high_too() -> None:
+    """A search by bounds ends with the first; another that was predicted beside it is faster."""
+    first, other, last = Leaf(2.0, 2.0), Leaf(9.0, 1.0), Leaf(9.5, 9.5)
+    planner: Any = Planner(config(), 2, H100)
+    planner.judged = {leaf: SimpleNamespace(step_s=leaf.cost, bytes=0.0) for leaf in (first, other)}
+    search: Any = Search(lambda leaf: (), lambda leaf: leaf.cost, costs={first: 2.0, other: 1.0})
+    rejects: Any = SimpleNamespace(left=lambda left, found: None)
+    found, _ = planner._prove(
+        search, [first, other, last], [Goal("best", 1, 1.0)], rejects, time.process_time() + 10.0
+    )
+    assert [judged.step_s for judged in found["best"]] == [1.0]
 
 
 def test_bounds_of_all_branches_above_a_leaf_are_looked_at() -> None:

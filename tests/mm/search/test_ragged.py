@@ -70,6 +70,12 @@ def test_no_bound_is_above_a_prediction() -> None:
     assert check(*job(4, load_hardware("h100")), range(8)) >= 4
 
 
+def test_what_is_not_trained_has_no_backward_in_a_bound_either() -> None:
+    frozen = {m: {**small()["model"][m], "freeze": "all"} for m in ("vision", "audio")}
+    frozen["llm"] = {**small()["model"]["llm"], "freeze": True}
+    assert check(*job(4, load_hardware("h100"), model=frozen), range(6)) >= 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("hardware", ["h100", "a100", "cpu-gloo"])
 @pytest.mark.parametrize("pack", [None, 512])
