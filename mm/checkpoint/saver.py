@@ -49,9 +49,10 @@ class Saver:
     def __init__(self, blueprint: Blueprint, index: Index, directory: Path, rank: int) -> None:
         self._cfg, self._directory = blueprint.cfg, directory
         self.warn: Callable[[str], object] = lambda text: None
-        describe, rules = partial(_describe, blueprint, index, directory), self._cfg.checkpoint
+        describe, rules = partial(contents, blueprint, index), self._cfg.checkpoint
         stay = with_copied(rule_of(rules), directory)
-        self._writer = Writer(directory, rank, describe, stay, self._cfg.run.timeout_s)
+        beside = partial(keep_sums, directory, index)
+        self._writer = Writer(directory, rank, describe, stay, beside, self._cfg.run.timeout_s)
         self._copier = Copier(directory, rules) if rank == 0 and rules.remote.url is not None else None
         self.step: int | None = None
         self.seconds = 0.0
@@ -196,12 +197,6 @@ class Saver:
         self._writer.close()
         if self._copier is not None:
             self._copier.close()
-
-
-def _describe(blueprint: Blueprint, index: Index, directory: Path, given: Given) -> dict[str, Any]:
-    """contents(), once the sums of the samples lie beside the checkpoints."""
-    keep_sums(directory, index)
-    return contents(blueprint, index, given)
 
 
 def pin(tensors: Sequence[Tensor]) -> None:

@@ -163,9 +163,7 @@ def _in_shards(old: Mapping[str, Any], new: Mapping[str, Any], name: str, named:
     return f": {found}" if found else ""
 
 
-def differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], named: Named = _nameless
-) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], named: Named = _nameless) -> list[str]:
     """What is different in two histories, in words. named: asked for a shard that has changed."""
     out = []
     for name in sorted({*old["sources"], *new["sources"]}):

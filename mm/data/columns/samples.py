@@ -229,7 +229,7 @@ class Samples(Views):
             found.append(ShardSums(name, size, *(hashlib.sha256(x).hexdigest()[:16] for x in (texts, parts))))
         return tuple(found)
 
-    def sums(self, number: int) -> Numbers:
+    def sums(self, number: int) -> Array:
         """By sample of a shard, four bytes of its key and of all its parts in their order: uint32."""
         (table, n), (texts, m) = self.shards[number].table, self.shards[number].texts
         rows = table.rows("samples", n)[texts.rows("lines", m)["sample"]]

@@ -18,7 +18,11 @@ from tests.mm.plan.test_select import picture, sample
 from tests.mm.shards import write_shard
 
 Made = tuple[Any, Index, Any]
-SAMPLES = [sample(f"b{k}", "ab", (8, 8)) for k in range(6)]
+PAIR = {"i0.png": picture(8, 8, grey=3), "i1.png": picture(8, 8, grey=5)}
+SAMPLES = [
+    *(sample(f"b{k}", "ab", (8, 8)) for k in range(5)),
+    {**sample("b5", "ab", (8, 8), (8, 8)), "parts": PAIR},
+]
 OTHERS = [sample(f"a{k}", "ab", (8, 8)) for k in range(3)]
 
 
@@ -30,7 +34,11 @@ def made(folder: Path, samples: list[dict[str, Any]], name: str = "x-1.tar") -> 
 
 
 def painted(which: dict[str, Any]) -> dict[str, Any]:
-    return {**which, "parts": {"i0.png": picture(8, 8, grey=7)}}
+    return {**which, "parts": {**which["parts"], "i0.png": picture(8, 8, grey=7)}}
+
+
+def swapped(which: dict[str, Any]) -> dict[str, Any]:
+    return {**which, "parts": dict(zip(which["parts"], reversed(which["parts"].values()), strict=True))}
 
 
 def said(old: Made, new: Made, run: Path) -> str:
@@ -57,6 +65,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Path]:
         ([*SAMPLES[:2], *SAMPLES[3:]], "had 6 samples, now 5 (gone, counted from 0: 2)"),
         ([*SAMPLES[:2], painted(SAMPLES[3]), *SAMPLES[4:]], "now 5 (changed or new: b3; changed or gone, "),
         ([painted(s) for s in SAMPLES], "(changed: b0, b1, b2, b3 and 2 more)"),
+        ([*SAMPLES[:5], swapped(SAMPLES[5])], "under the same texts (changed: b5)"),
         (SAMPLES[::-1], "other texts or keys (in another order)"),
     ],
 )
