@@ -51,8 +51,8 @@ class Saver:
         self.warn: Callable[[str], object] = lambda text: None
         describe, rules = partial(contents, blueprint, index), self._cfg.checkpoint
         stay = with_copied(rule_of(rules), directory)
-        beside = partial(keep_sums, directory, index)
-        self._writer = Writer(directory, rank, describe, stay, beside, self._cfg.run.timeout_s)
+        also = partial(keep_sums, directory, index)
+        self._writer = Writer(directory, rank, describe, stay, also, self._cfg.run.timeout_s)
         self._copier = Copier(directory, rules) if rank == 0 and rules.remote.url is not None else None
         self.step: int | None = None
         self.seconds = 0.0

@@ -76,7 +76,7 @@ class Writer:
     """Writes the shares of one rank, one checkpoint at a time, in a process of its own.
 
     directory: of the run. describe: makes the state, on rank 0. stay: which checkpoints stay once another is
-    published. beside: writes, on rank 0, what lies beside it. All may rely on what is there when the writer
+    published. also: writes, on rank 0, what lies next to it. All may rely on what is there when the writer
     is made. silent_s: how long the process may give no sign of life.
     """
 
@@ -86,10 +86,10 @@ class Writer:
         rank: int,
         describe: Describe,
         stay: store.Stay,
-        beside: Callable[[], object],
+        also: Callable[[], object],
         silent_s: float,
     ) -> None:
-        self._nursery = Nursery(partial(_serve, directory, describe, stay, beside), rank)
+        self._nursery = Nursery(partial(_serve, directory, describe, stay, also), rank)
         self._rank, self._silent_s = rank, silent_s
         self._pid, self._pipe = self._nursery.start(0)
         self._plan: tuple[store.Share, list[Place], Collection[str], int] | None = None
@@ -172,7 +172,7 @@ def _serve(
     directory: Path,
     describe: Describe,
     stay: store.Stay,
-    beside: Callable[[], object],
+    also: Callable[[], object],
     number: int,
     pipe: Connection,
 ) -> None:
@@ -207,7 +207,7 @@ def _serve(
                 store.write_share(share, items, directory, given.step, heartbeat)
                 if share.rank == 0:
                     store.publish_shares(share, directory, given.step, describe(given), stay, heartbeat)
-                    beside()
+                    also()
                 say(Status.IDLE)
             except (OSError, ValueError, CheckpointException, PolyrankError) as error:
                 say(Status.FAILED, f"{store.first_cause(error)} ({room(directory)})")
