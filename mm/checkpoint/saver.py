@@ -22,6 +22,7 @@ from mm.checkpoint.kept import rule_of
 from mm.checkpoint.remote.copier import Copier
 from mm.checkpoint.remote.note import with_copied
 from mm.checkpoint.state import EMPTY, Given, buffers, contents, state_tensors
+from mm.checkpoint.sums import keep_sums
 from mm.checkpoint.writer import Status, Writer
 from mm.data.sample import Index
 from mm.errors import CheckpointError, NonFinite
@@ -50,7 +51,8 @@ class Saver:
         self.warn: Callable[[str], object] = lambda text: None
         describe, rules = partial(contents, blueprint, index), self._cfg.checkpoint
         stay = with_copied(rule_of(rules), directory)
-        self._writer = Writer(directory, rank, describe, stay, self._cfg.run.timeout_s)
+        also = partial(keep_sums, directory, index)
+        self._writer = Writer(directory, rank, describe, stay, also, self._cfg.run.timeout_s)
         self._copier = Copier(directory, rules) if rank == 0 and rules.remote.url is not None else None
         self.step: int | None = None
         self.seconds = 0.0

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.course import changes, config_of, refused, worth_saying
+from mm.checkpoint.sums import changed_samples
 from mm.config.schema import Config, resolve, shown
 from mm.data.published import PublishedTokenizer
 from mm.data.remote.urls import is_remote, public
@@ -223,7 +225,7 @@ def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index
         drawn = Drawn.from_json(state["drawn"])
         drawn.going_on(state["step"], Skips.parse(blueprint.cfg.data.skip))
         now = history(blueprint.cfg, index, state["step"], drawn.cursor, drawn.left_out)
-        wrong = differences(state["data"], now)
+        wrong = differences(state["data"], now, partial(changed_samples, path.parent, index))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{path}: {store.STATE} does not say what was drawn of the data") from error
     if wrong:

@@ -76,14 +76,20 @@ class Writer:
     """Writes the shares of one rank, one checkpoint at a time, in a process of its own.
 
     directory: of the run. describe: makes the state, on rank 0. stay: which checkpoints stay once another is
-    published. Both may rely on what is there when the writer is made. silent_s: how long the process may
-    give no sign of life.
+    published. also: writes, on rank 0, what lies next to it. All may rely on what is there when the writer
+    is made. silent_s: how long the process may give no sign of life.
     """
 
     def __init__(
-        self, directory: Path, rank: int, describe: Describe, stay: store.Stay, silent_s: float
+        self,
+        directory: Path,
+        rank: int,
+        describe: Describe,
+        stay: store.Stay,
+        also: Callable[[], object],
+        silent_s: float,
     ) -> None:
-        self._nursery = Nursery(partial(_serve, directory, describe, stay), rank)
+        self._nursery = Nursery(partial(_serve, directory, describe, stay, also), rank)
         self._rank, self._silent_s = rank, silent_s
         self._pid, self._pipe = self._nursery.start(0)
         self._plan: tuple[store.Share, list[Place], Collection[str], int] | None = None
@@ -162,7 +168,14 @@ class Writer:
             os.close(self._plan[-1])
 
 
-def _serve(directory: Path, describe: Describe, stay: store.Stay, number: int, pipe: Connection) -> None:
+def _serve(
+    directory: Path,
+    describe: Describe,
+    stay: store.Stay,
+    also: Callable[[], object],
+    number: int,
+    pipe: Connection,
+) -> None:
     last = 0.0
     os.nice(NICE)
 
@@ -194,6 +207,7 @@ def _serve(directory: Path, describe: Describe, stay: store.Stay, number: int, p
                 store.write_share(share, items, directory, given.step, heartbeat)
                 if share.rank == 0:
                     store.publish_shares(share, directory, given.step, describe(given), stay, heartbeat)
+                    also()
                 say(Status.IDLE)
             except (OSError, ValueError, CheckpointException, PolyrankError) as error:
                 say(Status.FAILED, f"{store.first_cause(error)} ({room(directory)})")

@@ -95,7 +95,7 @@ def check_start(cfg: Config) -> None:
     Refused where the weights, or the folder model.llm.preset, are of another vocabulary."""
     from mm.checkpoint.state import candidates, check_local
     from mm.checkpoint.weights import published_adapters
-    from parallel.checkpoint import MANIFEST
+    from parallel.checkpoint import MANIFEST, published
 
     if restarted():  # it resumes from its own checkpoints; what it began from may be gone
         return
@@ -103,9 +103,10 @@ def check_start(cfg: Config) -> None:
     for weights in cfg.checkpoint.starts:
         check_local("checkpoint.weights", weights)
         if not any((Path(weights) / name).is_file() for name in (MANIFEST, CONFIG)):
+            inside = "".join(f"; its newest is {path.name}" for path in published(Path(weights))[-1:])
             raise CheckpointError(
                 f"checkpoint.weights={weights} is neither a checkpoint (with a {MANIFEST}) nor a Hugging "
-                "Face folder (with a config.json)"
+                f"Face folder (with a config.json){inside}"
             )
         if (Path(weights) / CONFIG).is_file():
             _check_tokens(cfg, Path(weights))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,8 +66,28 @@ def keep_tokenizer(tokenizer: AnyTokenizer, run_dir: Path) -> None:
         if tokenizer.find(text) < tokenizer.needed:
             ids[f"{kind}_token_id"] = tokenizer.find(text)
     _write(folder / "config.json", ids)
-    shutil.rmtree(run_dir / KEPT, ignore_errors=True)
-    folder.rename(run_dir / KEPT)
+    _put(folder, run_dir / KEPT)
+
+
+def _put(folder: Path, at: Path) -> None:
+    """Have a folder take the place of another one, if there is one, which is never missing meanwhile."""
+    if at.is_dir() and _files(at) != _files(folder):
+        _exchange(folder, at)
+    if not at.exists():
+        folder.rename(at)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Exchange two folders in one step where the system can, which not every file system does."""
+    at_cwd, exchange = -100, 2
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    if swap is None or swap(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange):
+        shutil.rmtree(other)
 
 
 def _ids(tokenizer: AnyTokenizer) -> dict[str, int]:

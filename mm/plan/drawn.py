@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from mm.plan.sources import stream_of
 from mm.plan.step_plan import StepPlan
 
 MOST = 4  # shards that a refusal names
+Named = Callable[[ShardSums, ShardSums], str]  # which samples of a shard are different; "" where unknown
 
 
 class Count(NamedTuple):
@@ -126,7 +127,11 @@ def _shards(index: Index, sources: Sequence[tuple[str, Sequence[Range]]]) -> dic
     return out
 
 
-def _of_shards(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) -> str:
+def _nameless(was: ShardSums, now: ShardSums) -> str:
+    return ""
+
+
+def _of_shards(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]], named: Named) -> str:
     """What is different in the shards of a source, in words; "" where nothing is."""
     was, now = [ShardSums(*s) for s in old], [ShardSums(*s) for s in new]
     if [s[1:] for s in was] == [s[1:] for s in now]:
@@ -144,21 +149,22 @@ def _of_shards(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]]) -> st
             what = "has other texts or keys"
         else:
             what = "has other pictures, sounds or videos under the same texts"
-        found.append(f"shard {name} {what}")
+        which = named(a, b) if len(found) < MOST else ""
+        found.append(f"shard {name} {what}{f' ({which})' if which else ''}")
     found = found or ["its shards come in another order"]
     more = f", and {len(found) - MOST} more" if len(found) > MOST else ""
     return ", ".join(found[:MOST]) + more
 
 
-def _in_shards(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> str:
+def _in_shards(old: Mapping[str, Any], new: Mapping[str, Any], name: str, named: Named) -> str:
     """What is different in the shards of a source, behind a colon; a checkpoint of old may not say."""
     was, now = (x.get("shards", {}).get(name) for x in (old, new))
-    found = _of_shards(was, now) if was and now else ""
+    found = _of_shards(was, now, named) if was and now else ""
     return f": {found}" if found else ""
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What is different in two histories, in words."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], named: Named = _nameless) -> list[str]:
+    """What is different in two histories, in words. named: asked for a shard that has changed."""
     out = []
     for name in sorted({*old["sources"], *new["sources"]}):
         was, now = old["sources"].get(name), new["sources"].get(name)
@@ -167,8 +173,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             out.append(f"{what} was {'not there' if was is None else 'there'}")
         elif was != now:
             other = f"{was[0]} samples, now {now[0]}" if was[0] != now[0] else "other samples or epochs"
-            out.append(f"{what} had {other}{_in_shards(old, new, name)}")
-        elif differ := _in_shards(old, new, name):
+            out.append(f"{what} had {other}{_in_shards(old, new, name, named)}")
+        elif differ := _in_shards(old, new, name, named):
             out.append(what + differ)
     if not out and old["weights"] != new["weights"]:
         out.append(f"the weights were {old['weights']}, now {new['weights']}")

@@ -16,7 +16,7 @@ from mm.errors import NonFinite
 from mm.order.skips import Skips, Span
 from mm.ranks.job import Data, Job
 from mm.ranks.skipped import Listener, Skip
-from mm.ranks.stop import Stop, StopRequested
+from mm.ranks.stop import AGAIN_S, Stop, StopRequested
 from mm.train.console import Console
 from mm.train.evaluate import Evaluation, LeaveOut, blind_guess, evaluate
 from mm.train.guard import Guard
@@ -68,6 +68,7 @@ class Loop:
             self._finish_save()
             return True
         except StopRequested:
+            self._say_how_long()
             self._finish_save()
             lost = self._ends and not self.stop.requested
             why = "files that cannot be written" if lost else "a signal"
@@ -161,6 +162,16 @@ class Loop:
         self.console.evaluation(self.done, result)
         self.metrics["eval_loss"] = result.loss
         return result
+
+    def _say_how_long(self) -> None:
+        """Say what the end of a run that was asked to end still waits for."""
+        remote = self.job.blueprint.cfg.checkpoint.remote
+        if self.saver is not None and remote.url is not None:
+            self.console.info(
+                f"to end after step {self.done}: the checkpoint is written, then copied for at most "
+                f"{remote.wait_s:g} s (checkpoint.remote.wait_s); another signal, {AGAIN_S:g} s after the "
+                "first or later, does not wait for that"
+            )
 
     def _save(self) -> None:
         """Begin to save the state as it is."""

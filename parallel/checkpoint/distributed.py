@@ -33,7 +33,9 @@ from parallel.checkpoint.folder import (
 from parallel.checkpoint.lazy import Lazy, LazyPlanner
 from parallel.checkpoint.manifest import BadCheckpoint
 from parallel.checkpoint.metadata import SafeReader
+from parallel.sharding.optim import RULES
 
+_KEPT = [[rule] for rule in RULES]  # where a name goes on so, it is of an optimizer
 NAMED = 5  # tensors that a message names, of each kind of difference
 
 
@@ -114,7 +116,9 @@ def check_fits(
     stored, needed: global shapes by name, of the checkpoint and of the model. More stored tensors than needed
         are fine.
     """
-    missing, unknown = sorted(needed.keys() - stored.keys()), sorted(stored.keys() - needed.keys())
+    missing = sorted(needed.keys() - stored.keys())
+    # Weights first: of what an optimizer keeps nobody sees which model it is of.
+    unknown = sorted(stored.keys() - needed.keys(), key=lambda name: (name.split(".")[1:2] in _KEPT, name))
     other = [
         f"{name} has shape {stored[name]}, this model needs {shape}"
         for name, shape in needed.items()

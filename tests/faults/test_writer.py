@@ -19,7 +19,7 @@ from tests.faults.forge import children
 
 
 def test_a_writer_that_ends_before_its_first_checkpoint_is_told(tmp_path: Path, processes: Any) -> None:
-    writer = Writer(tmp_path, 0, lambda given: {}, lambda *given: set(), 60.0)
+    writer = Writer(tmp_path, 0, lambda given: {}, lambda *given: set(), lambda: None, 60.0)
     try:
         (pid,) = children(writer._nursery.pid)
         os.kill(pid, signal.SIGKILL)

@@ -7,6 +7,7 @@ from tests.mutations.fault import Fault
 SAVER = "tests/mm/checkpoint/test_saver.py"
 LISTED = "tests/mm/checkpoint/test_listed.py"
 HOSTILE = "tests/mm/checkpoint/test_hostile.py"
+SUMS = "tests/mm/checkpoint/test_sums.py"
 
 CHECKPOINTS = (
     Fault(
@@ -96,5 +97,53 @@ CHECKPOINTS = (
         "return {*names} - state - trained if state else set()",
         "return {*names} - state",
         "tests/mm/checkpoint/test_verified.py",
+    ),
+    Fault(
+        "checkpoint.evaluated",
+        "a checkpoint is saved before the evaluation that it may be kept for",
+        "mm/train/loop.py",
+        'by_evaluation = cfg.checkpoint.keep_best == "eval_loss"',
+        "by_evaluation = False",
+        f"{LISTED}::test_a_run_keeps_the_best_by_its_evaluations",
+    ),
+    Fault(
+        "checkpoint.waits",
+        "nobody says that a run which is to end waits for its copies",
+        "mm/train/loop.py",
+        "            self._say_how_long()\n",
+        "",
+        "tests/mm/checkpoint/test_checkpoint.py::test_a_request_to_one_rank_ends_the_run_well_whenever_it_comes",
+    ),
+    Fault(
+        "checkpoint.tokenizer",
+        "a run is without its tokenizer while another one takes its place",
+        "mm/data/tokenizer_files.py",
+        "        _exchange(folder, at)\n",
+        "        shutil.rmtree(at)\n",
+        "tests/mm/data/test_tokenizer.py::test_the_tokenizer_of_a_run_is_there_at_any_moment",
+    ),
+    Fault(
+        "checkpoint.sums",
+        "another picture of a sample does not change its sum",
+        "mm/data/columns/samples.py",
+        "np.add.at(keys, of, part)",
+        "np.add.at(keys, of[nth == 0], part[nth == 0])",
+        SUMS,
+    ),
+    Fault(
+        "checkpoint.sums_order",
+        "payloads of a sample that change places leave its sum as it is",
+        "mm/data/columns/samples.py",
+        "part = (part * (2 * nth.astype(np.uint32) + 1))",
+        "part = part",
+        SUMS,
+    ),
+    Fault(
+        "checkpoint.sums_kept",
+        "sums of other samples stay beside the checkpoints",
+        "mm/checkpoint/sums.py",
+        'np.array_equal(there.columns["shards"], wanted)',
+        'len(there.columns["shards"]) == len(wanted)',
+        SUMS,
     ),
 )

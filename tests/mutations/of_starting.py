@@ -73,8 +73,8 @@ STARTING = (
         "drawn.items",
         "pictures may change under the same texts",
         "mm/plan/drawn.py",
-        "elif differ := _in_shards(old, new, name):",
-        "elif was != now and (differ := _in_shards(old, new, name)):",
+        "elif differ := _in_shards(old, new, name, named):",
+        "elif was != now and (differ := _in_shards(old, new, name, named)):",
         "tests/mm/plan/test_drawn.py::test_a_shard_that_changed_is_named_and_what_of_it",
     ),
     Fault(

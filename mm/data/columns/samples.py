@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -223,13 +224,24 @@ class Samples(Views):
             texts, parts = b"", b""
             if size:
                 ((table, n), rows), texts = next(filled)
-                of = rows["parts"].astype(np.int64)
-                nth = np.arange(of.sum()) - np.repeat(np.cumsum(of) - of, of)
-                used = table.rows("parts", n)[np.repeat(rows["part"].astype(np.int64), of) + nth]
-                parts = np.ascontiguousarray(used[["sha256", "size"]]).tobytes()
+                parts = np.ascontiguousarray(_parts_of(table, n, rows)[0][["sha256", "size"]]).tobytes()
             name = public(shard.path).rpartition("/")[2]
             found.append(ShardSums(name, size, *(hashlib.sha256(x).hexdigest()[:16] for x in (texts, parts))))
         return tuple(found)
+
+    def sums(self, number: int) -> Array:
+        """By sample of a shard, four bytes of its key and of all its parts in their order: uint32."""
+        (table, n), (texts, m) = self.shards[number].table, self.shards[number].texts
+        rows = table.rows("samples", n)[texts.rows("lines", m)["sample"]]
+        keys = np.asarray([zlib.crc32(key) for key in _keys_of(table, n, rows)], dtype=np.uint32)
+        used, nth = _parts_of(table, n, rows)
+        # Of parts that have the same content, and change places, the sum changes too.
+        part = np.ascontiguousarray(used["sha256"][:, :4]).view("<u4")[:, 0] + used["size"].astype(np.uint32)
+        part = (part * (2 * nth.astype(np.uint32) + 1)) * np.uint32(2654435761)
+        of = np.repeat(np.arange(len(rows)), rows["parts"])
+        np.add.at(keys, of, part)
+        forget_pages(table)
+        return keys
 
     def keys(self, first: int, stop: int) -> Iterator[bytes]:
         """The keys of samples first .. stop - 1 in UTF-8, without views."""
@@ -324,6 +336,13 @@ class Samples(Views):
             path, called = self.shards[n].path, self._name(pair.names, name)
             out.append(Part(path, called, offset, size, digest, self.meta(pair.metas + meta)))
         return out
+
+
+def _parts_of(table: Table, shard: int, rows: Array) -> tuple[Array, Numbers]:
+    """The parts of rows of samples of a shard, in order, and which of its sample's each is."""
+    of = rows["parts"].astype(np.int64)
+    nth = np.arange(of.sum()) - np.repeat(np.cumsum(of) - of, of)
+    return table.rows("parts", shard)[np.repeat(rows["part"].astype(np.int64), of) + nth], nth
 
 
 def _keys_of(table: Table, shard: int, rows: Array) -> list[bytes]:

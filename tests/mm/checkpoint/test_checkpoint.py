@@ -267,7 +267,13 @@ def train_until(raw: dict[str, Any], read: int) -> list[str]:
     train_on(blueprint, rank, stop_at(read))
     folder = Path(blueprint.cfg.run.dir)
     log = (folder / "log.txt").read_text().splitlines()
+    waits = [x for x in log if x.startswith("to end after step ")]
+    assert len(waits) == (blueprint.cfg.checkpoint.remote.url is not None), log
+    assert all("at most 7 s (checkpoint.remote.wait_s); another signal" in x for x in waits)
     return [*(p.name for p in store.published(folder)), next((x for x in log if "stopped" in x), "done")]
+
+
+COPIED = 3  # of the runs below, the one that copies its checkpoints
 
 
 def train_several(raw: dict[str, Any], folder: str, reads: list[int]) -> tuple[list[list[str]], int]:
@@ -276,6 +282,8 @@ def train_several(raw: dict[str, Any], folder: str, reads: list[int]) -> tuple[l
     before, out = group_threads(), []
     for read in reads:
         raw["run"]["dir"] = f"{folder}/{read}"
+        target = {"url": f"file://{folder}/copies", "wait_s": 7} if read == COPIED else {}
+        raw["checkpoint"]["remote"] = target
         out.append(train_until(raw, read))
         dist.barrier()
     gc.collect()

@@ -11,10 +11,15 @@ import torch
 from mm.checkpoint.compared import difference
 from mm.checkpoint.kept import rule_of, why_kept
 from mm.cli import main
-from mm.config.schema import CheckpointConfig
+from mm.commands.preflight import check_start
+from mm.config.schema import CheckpointConfig, from_mapping
+from mm.errors import CheckpointError
 from mm.ranks.claim import claimed
 from parallel import checkpoint as store
 from tests.mm.checkpoint.runs import contents, written
+from tests.mm.harness import CONFIGS, free_port, run_job, small
+from tests.mm.jobs.test_job import metrics, sensor_config
+from tests.mm.shards import sensor_samples, write_shard
 
 
 def test_what_stays_is_the_last_every_kth_and_the_best() -> None:
@@ -75,6 +80,29 @@ def test_a_run_is_listed_and_pruned(run: Path, capsys: pytest.CaptureFixture[str
 def test_a_save_keeps_what_the_rules_say(run: Path) -> None:
     rules = CheckpointConfig(keep=2, keep_best="loss")
     assert [store.step_of(p) for p in rule_of(rules)(store.published(run))] == [2, 3, 4]
+
+
+def test_a_start_from_the_folder_of_a_run_is_told_its_newest(run: Path) -> None:
+    cfg = from_mapping(small(checkpoint={"weights": str(run)}), CONFIGS)
+    with pytest.raises(CheckpointError, match=r"neither a checkpoint .*; its newest is step-00000004$"):
+        check_start(cfg)
+
+
+def test_a_run_keeps_the_best_by_its_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shard(tmp_path / "sensor-000000.tar", sensor_samples(12))
+    config = sensor_config(tmp_path, checkpoint={"every": 1, "keep": 1, "keep_best": "eval_loss"})
+    argv = ["train", str(config), "train.steps=4", "train.lr=0.5", "eval.every=1"]  # goes too far in the end
+    assert run_job(argv, free_port()).code == 0
+    losses = {name: [m[name] for m in metrics(tmp_path) if name in m] for name in ("loss", "eval_loss")}
+    best = 1 + min(range(4), key=losses["eval_loss"].__getitem__)
+    assert best < 4 and losses["loss"][best - 1] > min(losses["loss"]), "the loss of a step decides otherwise"
+    kept = store.published(tmp_path / "run")
+    assert [store.step_of(p) for p in kept] == [best, 4]
+    assert [store.read_state(p)["metrics"]["eval_loss"] for p in kept] == [
+        min(losses["eval_loss"]),
+        losses["eval_loss"][3],
+    ]
+    assert "kept as best; " in said(capsys, 0, "list", tmp_path / "run")[0]
 
 
 def test_two_are_compared(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from mm.checkpoint import saver as saving
 from mm.checkpoint.saver import Saver
 from mm.checkpoint.state import state_tensors
+from mm.checkpoint.sums import SUMS
 from mm.errors import CheckpointError
 from mm.train.one_step import train_step
 from parallel import checkpoint as store
@@ -124,7 +125,7 @@ def test_what_one_rank_cannot_write_is_told_on_all_and_removed(how: str, ranks: 
     after = "continue" if how == "full" else "end"
     raw = small(train=TRAIN, layout=LAYOUT, checkpoint={"on_failure": after})
     (first, left, last), (second, _, _) = ranks(2, fail, raw, str(tmp_path), how)
-    assert left == [store.LATEST, "step-00000001"]
+    assert left == [store.LATEST, SUMS, "step-00000001"]
     assert last == 3 and store.published(tmp_path)[-1].name == "step-00000003"
     assert first == second if after == "end" else second == []
     (text,) = first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import tokenizers as tk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mm.data import tokenizer_files
 from mm.data.published import PublishedTokenizer, read_tokenizer
 from mm.data.tokenizer import Tokenizer, make_tokenizer
+from mm.data.tokenizer_files import KEPT, keep_tokenizer
 from tests.llm import oracle  # noqa: F401  # makes transformers importable
 from tests.mm.data.tokenizers_made import KINDS, TEXTS, byte_bpe, unigram, write_tokenizer
 
@@ -148,3 +151,32 @@ def test_what_is_no_tokenizer_is_refused_in_words(tmp_path: Path) -> None:
     write_tokenizer(folder, byte_bpe(), template="{% for %}")
     with pytest.raises(ValueError, match="is no Jinja"):
         read_tokenizer(folder)
+
+
+def test_the_tokenizer_of_a_run_is_there_at_any_moment(tmp_path: Path) -> None:
+    """Wherever the writing is killed: looked at before each line of the code that writes."""
+    old, new = (
+        read_tokenizer(write_tokenizer(tmp_path / name, made))
+        for name, made in (("a", byte_bpe()), ("b", unigram()))
+    )
+    run, found = tmp_path / "run", set[str]()
+    run.mkdir()
+    keep_tokenizer(old, run)
+
+    def look(frame: Any, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != tokenizer_files.__file__:
+            return None
+        assert (run / KEPT / "config.json").is_file(), "half a tokenizer"
+        found.add(read_tokenizer(run / KEPT).key)
+        return look
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        keep_tokenizer(new, run)
+        moved = (run / KEPT).stat().st_ino
+        keep_tokenizer(new, run)
+    finally:
+        sys.settrace(before)
+    assert found == {old.key, new.key} == {*found, read_tokenizer(run / KEPT).key}
+    assert (run / KEPT).stat().st_ino == moved and [p.name for p in run.iterdir()] == [KEPT]

@@ -164,13 +164,14 @@ def test_warnings_go_to_the_log_too(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_held_out_samples_that_cannot_be_read_are_listed_once_whatever_resumes(tmp_path: Path) -> None:
     skips = [Skip(3, "k", "a.tar", "why", ""), Skip(4, "l", "a.tar", "why", "")]
 
-    def evaluated(first: int, step: int, found: list[Skip]) -> None:
+    def evaluated(first: int, step: int, found: list[Skip]) -> list[tuple[int, str, bool]]:
         console = Console(tmp_path, 9, first=first, lead=True)
         console.skipped(step, found, evaluation=True)
         console.close()
+        listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+        return [(s["step"], s["key"], s["evaluation"]) for s in listed]
 
-    evaluated(0, 2, skips[:1])
-    evaluated(4, 6, skips)  # resumes after the first is listed, and finds another
-    evaluated(4, 8, skips[1:])  # resumes before that one was
-    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert [(s["step"], s["key"], s["evaluation"]) for s in listed] == [(2, "k", True), (8, "l", True)]
+    assert evaluated(0, 2, skips[:1]) == [(2, "k", True)]
+    # It resumes after the first is listed, and finds another; then before that one was.
+    assert evaluated(4, 6, skips) == [(2, "k", True), (6, "l", True)]
+    assert evaluated(4, 8, skips[1:]) == [(2, "k", True), (8, "l", True)]

@@ -281,3 +281,11 @@ def test_a_checkpoint_that_is_removed_leaves_no_part_under_its_name(
     monkeypatch.setattr(shutil, "rmtree", lambda p: None)  # as if interrupted
     store.remove(path)
     assert store.published(path.parent) == [] and not path.exists()
+
+
+def test_weights_are_named_before_what_an_optimizer_keeps() -> None:
+    stored = {
+        f"m.{name}": (2,) for name in ("adam.w.exp_avg", "average.w.value", "muon.w.momentum", "w", "z.adam")
+    }
+    with pytest.raises(manifest.BadCheckpoint, match=r"it has 5 others, first m\.w, m\.z\.adam, m\.adam\.w"):
+        store.check_fits("x", stored, {"m.y": (2,)})
