@@ -165,4 +165,22 @@ STARTING = (
         "return public(value)",
         "tests/mm/commands/test_secrets.py::test_no_file_of_a_run_has_a_secret",
     ),
+    Fault(
+        "sums.of_parts",
+        "the sum of a shard depends on which other shards are in one file with its index",
+        "mm/data/columns/samples.py",
+        'parts = used["sha256"].tobytes() + used["size"].tobytes()',
+        'parts = np.ascontiguousarray(used[["sha256", "size"]]).tobytes()',
+        "tests/mm/data/test_columns.py"
+        "::test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files",
+    ),
+    Fault(
+        "sums.of_empty_shards",
+        "behind a shard without a usable sample, shards have the sums of those before them",
+        "mm/data/columns/samples.py",
+        "if max(first, begin) < min(stop, end):",
+        "if end > first and begin < stop:",
+        "tests/mm/data/test_columns.py"
+        "::test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files",
+    ),
 )

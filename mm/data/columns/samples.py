@@ -226,7 +226,8 @@ class Samples(Views):
                 of = rows["parts"].astype(np.int64)
                 nth = np.arange(of.sum()) - np.repeat(np.cumsum(of) - of, of)
                 used = table.rows("parts", n)[np.repeat(rows["part"].astype(np.int64), of) + nth]
-                parts = np.ascontiguousarray(used[["sha256", "size"]]).tobytes()
+                # Each by itself: a view of two columns keeps the bytes between them, codes of this one table.
+                parts = used["sha256"].tobytes() + used["size"].tobytes()
             name = public(shard.path).rpartition("/")[2]
             found.append(ShardSums(name, size, *(hashlib.sha256(x).hexdigest()[:16] for x in (texts, parts))))
         return tuple(found)
@@ -240,7 +241,7 @@ class Samples(Views):
     def _rows_by_shard(self, first: int, stop: int) -> Iterator[tuple[tuple[Table, int], Array]]:
         """Rows of samples first .. stop - 1, those of a shard together, and where they are."""
         for shard, (begin, end) in zip(self.shards, pairwise(self.first.tolist()), strict=True):
-            if end > first and begin < stop:
+            if max(first, begin) < min(stop, end):
                 (table, n), (texts, m) = shard.table, shard.texts
                 lines = texts.rows("lines", m)[max(first - begin, 0) : stop - begin]
                 yield (table, n), table.rows("samples", n)[lines["sample"]]
