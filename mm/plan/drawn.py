@@ -172,7 +172,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             out.append(what + differ)
     if not out and old["weights"] != new["weights"]:
         out.append(f"the weights were {old['weights']}, now {new['weights']}")
-    # Sums under the name of "shards", in older checkpoints, depended on the index file too: nothing is told by them.
+    # "shards" of older checkpoints are sums that depended on the index file too: they tell nothing.
     for key in sorted({*old, *new} - {"sources", "weights", "shard_sums", "shards"}):
         if old.get(key) != new.get(key):
             what = f"data.{key} was {old.get(key)}, now {new.get(key)}"
