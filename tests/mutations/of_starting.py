@@ -183,4 +183,14 @@ STARTING = (
         "tests/mm/data/test_columns.py"
         "::test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files",
     ),
+    Fault(
+        "config.nested",
+        "a config that is nested too deep is a traceback",
+        "mm/config/schema.py",
+        """    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise Refused""",
+        """    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise Refused""",
+        "tests/mm/config/test_config.py::test_files_are_refused_in_words",
+    ),
 )

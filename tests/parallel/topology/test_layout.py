@@ -108,6 +108,7 @@ def test_ways_to_name_ranks(spec: Any, ranks: tuple[int, ...]) -> None:
     ("spec", "words"),
     [
         ("0-7", "needs rank 4, but the job has 4 ranks (0-3), not 8; nearest: ranks=all"),
+        ("0-99999999999999", "needs rank 4, but the job has 4 ranks (0-3), not 100000000000000; nearest"),
         ("first", "needed: all, a number, a-b such as 0-3, or a list"),
         ("-1", "needed: all"),
         (-1, "ranks count from 0"),
