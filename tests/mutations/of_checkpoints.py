@@ -10,6 +10,14 @@ HOSTILE = "tests/mm/checkpoint/test_hostile.py"
 
 CHECKPOINTS = (
     Fault(
+        "checkpoint.moved",
+        "a run whose folder was renamed begins another one, with checkpoints alone",
+        "parallel/checkpoint/share.py",
+        "partial.mkdir(exist_ok=True)",
+        "partial.mkdir(parents=True, exist_ok=True)",
+        f"{SAVER}::test_a_folder_that_was_moved_away_is_told_and_not_begun_anew",
+    ),
+    Fault(
         "checkpoint.left",
         "what is half written of a checkpoint stays on a full disk",
         "mm/checkpoint/saver.py",

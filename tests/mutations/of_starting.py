@@ -193,4 +193,12 @@ STARTING = (
         raise Refused""",
         "tests/mm/config/test_config.py::test_files_are_refused_in_words",
     ),
+    Fault(
+        "lines.removed",
+        "lines that go to a file that was removed are lost without a word",
+        "mm/train/lines.py",
+        "if now.st_nlink == 0:",
+        "if False:",
+        "tests/mm/train/test_lines.py::test_a_file_that_was_removed_is_said",
+    ),
 )
