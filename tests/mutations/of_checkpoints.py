@@ -10,6 +10,14 @@ HOSTILE = "tests/mm/checkpoint/test_hostile.py"
 
 CHECKPOINTS = (
     Fault(
+        "checkpoint.watched",
+        "numbers that were watched are anything that a state.json says",
+        "mm/checkpoint/state.py",
+        "whole = all(type(n) is int for n in [*counts, *left_out])",
+        "whole = True",
+        "tests/mm/checkpoint/test_hostile.py::test_numbers_that_were_watched_are_numbers",
+    ),
+    Fault(
         "checkpoint.moved",
         "a run whose folder was renamed begins another one, with checkpoints alone",
         "parallel/checkpoint/share.py",
