@@ -10,6 +10,14 @@ HOSTILE = "tests/mm/checkpoint/test_hostile.py"
 
 CHECKPOINTS = (
     Fault(
+        "checkpoint.gone",
+        "a checkpoint that a run removes while others are listed is called damaged",
+        "mm/checkpoint/listed.py",
+        "if not path.is_dir():",
+        "if False:",
+        "tests/mm/checkpoint/test_listed.py::test_what_a_run_removes_meanwhile_is_not_damaged",
+    ),
+    Fault(
         "checkpoint.watched",
         "numbers that were watched are anything that a state.json says",
         "mm/checkpoint/state.py",
