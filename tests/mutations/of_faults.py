@@ -121,4 +121,12 @@ FAULTY = (
         "float(s[rank])",
         "tests/mm/train/test_stragglers.py",
     ),
+    Fault(
+        "faults.samples",
+        "an error of a computation without samples ends with an empty list of them",
+        "mm/train/forward.py",
+        "    if names:\n        error.add_note(",
+        "    if True:\n        error.add_note(",
+        "tests/faults/test_record.py::test_an_error_tells_its_first_samples_and_none_where_there_are_none",
+    ),
 )

@@ -187,9 +187,9 @@ STARTING = (
         "config.nested",
         "a config that is nested too deep is a traceback",
         "mm/config/schema.py",
-        """    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        """    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise Refused""",
-        """    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        """    except (OSError, ValueError, yaml.YAMLError) as error:
         raise Refused""",
         "tests/mm/config/test_config.py::test_files_are_refused_in_words",
     ),
@@ -200,5 +200,23 @@ STARTING = (
         "if now.st_nlink == 0:",
         "if False:",
         "tests/mm/train/test_lines.py::test_a_file_that_was_removed_is_said",
+    ),
+    Fault(
+        "files.nested",
+        "an index of weights, or a config, that is nested too deep is a traceback",
+        "parallel/published/files.py",
+        "UNREADABLE = (OSError, ValueError, RecursionError)",
+        "UNREADABLE = (OSError, ValueError)",
+        "tests/llm/test_hf_files.py::test_files_of_any_json_are_refused_in_words",
+    ),
+    Fault(
+        "questions.text",
+        "a file of questions that is no text is a traceback",
+        "mm/inference/exact.py",
+        """        text = file.read_text()
+    except (OSError, ValueError) as error:""",
+        """        text = file.read_text()
+    except OSError as error:""",
+        "tests/mm/inference/test_eval.py::test_a_file_of_questions_that_is_no_text_is_named",
     ),
 )
