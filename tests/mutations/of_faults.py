@@ -133,7 +133,7 @@ FAULTY = (
         "faults.code",
         "a rank that a plug-in ends with 3 makes the job one with bad data",
         "mm/ranks/launch.py",
-        "if told is not None and any(codes.values()):",
+        "if failed is not None and any(codes.values()):",
         "if False:",
         "tests/mm/ranks/test_launch.py::test_the_code_of_a_job_is_that_of_what_was_told",
     ),
