@@ -177,7 +177,7 @@ def _processor(path: Path, own: str, sections: Sequence[str]) -> Mapping[str, An
         if file.is_file():
             try:
                 found: Mapping[str, Any] = json.loads(file.read_text())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file} is unreadable: {error}") from error
             inner: list[Mapping[str, Any]]
             inner = [found[s] for s in sections if isinstance(found.get(s), Mapping)]

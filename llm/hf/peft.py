@@ -102,7 +102,7 @@ class AdapterFolder(SafeFolder):
         """adapter_config.json."""
         try:
             found = json.loads((self.path / ADAPTER_CONFIG).read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path / ADAPTER_CONFIG} is unreadable: {error}") from error
         return dict(found)
 

@@ -29,6 +29,8 @@ def list_text(run: Path, *, sums: bool = False) -> str:
             sound = "whole" if sums else "sizes fit"
             layout, metrics = layout_text(config_of(state)), state.get("metrics")
         except store.BadCheckpoint as error:
+            if not path.is_dir():
+                continue  # a run that goes on has removed it meanwhile
             sound, layout, metrics = f"damaged ({error})", "", None
         stays = ", ".join(why[path]) or "nothing: it goes with the next save"
         pairs = metrics.items() if isinstance(metrics, dict) else ()
@@ -101,9 +103,13 @@ def _rules(found: Sequence[Path]) -> CheckpointConfig:
 def _others(run: Path) -> list[tuple[Path, str]]:
     """Folders of checkpoints that are none of the run's."""
     aside = [(p, "set aside by a run that began anew") for p in sorted(run.glob("replaced-step-*"))]
-    return aside + [(p, "left by a save that was interrupted") for p in sorted(run.glob("step-*.tmp"))]
+    what = "being written or removed, or left by a save that was interrupted"
+    return aside + [(p, what) for p in sorted(run.glob("step-*.tmp"))]
 
 
 def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(p.lstat().st_size for p in files if p.is_file())
+    try:
+        files = path.rglob("*") if path.is_dir() else [path]
+        return sum(p.lstat().st_size for p in files if p.is_file())
+    except FileNotFoundError:  # a run that goes on removes it
+        return 0

@@ -177,8 +177,21 @@ def load(job: Job, index: Index, path: Path) -> Resumed:
     bad = state.get("bad_samples")
     if not isinstance(bad, list) or any(type(sample) is not int for sample in bad):
         raise CheckpointError(f"{path}: {store.STATE} does not say which samples are bad")
-    drawn, guard = Drawn.from_json(state["drawn"]), state.get("guard", EMPTY)
-    return Resumed(state["step"], frozenset(bad), drawn, guard, tuple(changed))
+    drawn = Drawn.from_json(state["drawn"])
+    return Resumed(state["step"], frozenset(bad), drawn, watched(state, path), tuple(changed))
+
+
+def watched(state: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The numbers that were watched. Raises CheckpointError where they are none."""
+    guard = state.get("guard", {})
+    if isinstance(guard, dict) and guard.keys() <= {"left_out", "losses", "high", "back"}:
+        left_out, losses = guard.get("left_out", []), guard.get("losses", [])
+        counts = [guard.get("high", 0), guard.get("back", 0)]
+        if isinstance(left_out, list) and isinstance(losses, list):
+            whole = all(type(n) is int for n in [*counts, *left_out])
+            if whole and all(type(loss) in (int, float) for loss in losses):
+                return guard
+    raise CheckpointError(f"{path}: {store.STATE} does not say which numbers were watched")
 
 
 def _unfit(error: store.BadCheckpoint, blueprint: Blueprint, path: Path) -> CheckpointError:
@@ -226,7 +239,7 @@ def _check_same_run(state: Mapping[str, Any], blueprint: Blueprint, index: Index
         drawn.going_on(state["step"], Skips.parse(blueprint.cfg.data.skip))
         now = history(blueprint.cfg, index, state["step"], drawn.cursor, drawn.left_out)
         wrong = differences(state["data"], now, partial(changed_samples, path.parent, index))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: {store.STATE} does not say what was drawn of the data") from error
     if wrong:
         raise CheckpointError(

@@ -79,7 +79,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """What was planned before; None where nothing that can be read was."""
     try:
         found = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
     whole = isinstance(found, dict) and all(isinstance(found.get(k), dict) for k in ("layout", "schedule"))
     return found if whole else None

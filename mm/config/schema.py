@@ -250,7 +250,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(), _UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise Refused(f"{path} cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(raw, dict):
         raise Refused(f"{path} is not a mapping of sections, such as layout: {{llm: {{tp: 2}}}}")
@@ -344,7 +344,7 @@ def override(raw: dict[str, Any], text: str) -> None:
             raise Refused(f"override {text!r}: {name} is a value, not a section")
     try:
         at[path[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise Refused(f"override {text!r}: {value!r} is not YAML: {_one_line(error)}") from error
 
 

@@ -96,7 +96,7 @@ def read_card(folder: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(file.read_text())
         assert isinstance(found["modules"], dict)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise ValueError(
             f"{file} is unreadable: {error!r}; needed: as `checkpoint export` writes it"
         ) from error

@@ -69,7 +69,11 @@ def normalised(text: str) -> str:
 def read_questions(file: Path) -> list[Question]:
     """The questions of a JSONL file; raises DataError naming the line that is none."""
     found = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    try:
+        text = file.read_text()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{file} line {number}"

@@ -112,7 +112,7 @@ def history(cfg: Config, index: Index, step: int, cursor: Cursor, skips: Skips =
     shards = _shards(index, [(s.name, s.samples.ranges) for s in stream.sources if s.name in sources])
     used = [s for s in stream.blend.stretches if s.start < position]
     weights = [[s.start, {n: w for n, w in zip(names, s.weights, strict=True) if w}] for s in used]
-    return {"sources": sources, "weights": weights, "shards": shards, **packed}
+    return {"sources": sources, "weights": weights, "shard_sums": shards, **packed}
 
 
 def _shards(index: Index, sources: Sequence[tuple[str, Sequence[Range]]]) -> dict[str, list[list[Any]]]:
@@ -158,7 +158,7 @@ def _of_shards(old: Sequence[Sequence[Any]], new: Sequence[Sequence[Any]], named
 
 def _in_shards(old: Mapping[str, Any], new: Mapping[str, Any], name: str, named: Named) -> str:
     """What is different in the shards of a source, behind a colon; a checkpoint of old may not say."""
-    was, now = (x.get("shards", {}).get(name) for x in (old, new))
+    was, now = (x.get("shard_sums", {}).get(name) for x in (old, new))
     found = _of_shards(was, now, named) if was and now else ""
     return f": {found}" if found else ""
 
@@ -178,7 +178,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], named: Named = _
             out.append(what + differ)
     if not out and old["weights"] != new["weights"]:
         out.append(f"the weights were {old['weights']}, now {new['weights']}")
-    for key in sorted({*old, *new} - {"sources", "weights", "shards"}):
+    # "shards" of older checkpoints are sums that depended on the index file too: they tell nothing.
+    for key in sorted({*old, *new} - {"sources", "weights", "shard_sums", "shards"}):
         if old.get(key) != new.get(key):
             what = f"data.{key} was {old.get(key)}, now {new.get(key)}"
             out.append("other samples were left out" if key == "skipped" else what)

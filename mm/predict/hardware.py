@@ -165,7 +165,7 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
         )
     try:
         raw = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise Refused(f"{path}: {' '.join(str(error).split())}") from None
     return from_mapping(raw, str(path))
 

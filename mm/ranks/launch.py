@@ -95,8 +95,9 @@ def launch_local(
     every rank keeps open too, so that they outlive this process where the ranks do.
 
     When a rank fails, the others have GRACE_S to end by themselves; then they are killed. The exit code is
-    that of a failing rank if it has a known meaning (2 to 5), else 1. SIGINT, SIGTERM and SIGHUP reach the
-    ranks as SIGTERM; after a second request they have GRACE_S to end.
+    that of the failure that ranks have named, else that of a failing rank if it has a known meaning (2 to 5),
+    else 1. SIGINT, SIGTERM and SIGHUP reach the ranks as SIGTERM; after a second request they have GRACE_S
+    to end.
     """
     # The launcher hosts the store of the rendezvous, as torchrun does: the store outlives every rank, and
     # nobody races for its port. The port is open before the store serves it: ranks that come early wait, and
@@ -126,6 +127,7 @@ def launch_local(
             if requests.count:  # it came while ranks were being started, and has not reached all of them
                 _terminate(ranks)
             codes = _wait(ranks, requests, partial(_tell, store))
+            failed = _failed(store)
             del store  # kept until here: it must outlive the ranks
         finally:
             listener.close()
@@ -133,10 +135,26 @@ def launch_local(
                 p.kill()
     if requests.count and (-signal.SIGTERM in codes.values() or not codes):
         print("interrupted", file=sys.stderr, flush=True)  # no rank was able to report it
+    return exit_code(codes, nproc, failed)
+
+
+def exit_code(codes: Mapping[int, int], nproc: int, failed: Failure | None) -> int:
+    """The code of a job. codes: by rank that has ended, in that order, its own. failed: why the job has.
+
+    A rank that ends without a word, by the hand of a plug-in, may have any code: the job's is that of the
+    failure.
+    """
+    if failed is not None and any(codes.values()):
+        return failed.code
     known = [c for c in codes.values() if c in (2, 3, 4, 5)]
     if known:
         return known[0]
     return 1 if any(codes.values()) or len(codes) < nproc else 0
+
+
+def _failed(store: Store) -> Failure | None:
+    theirs = of_start(store)
+    return failure.read(theirs.get(failure.KEY)) if theirs.check([failure.KEY]) else None
 
 
 def _own_interface() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -83,9 +83,7 @@ class Forward:
             names = [name for mb in mine for name in mb.names[module]]
             raise DataError(f"module {module}, sample {names[error.item]}: {error.why}") from error
         except Exception as error:
-            names = [name for mb in mine for name in mb.names[module]]
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            error.add_note(f"its samples: {', '.join(names[:4])}{more}")
+            note_samples(error, [name for mb in mine for name in mb.names[module]])
             raise
         values: Tensor = out if isinstance(out, Tensor) else out.values
         return values
@@ -119,3 +117,10 @@ class Forward:
         assert mb.llm is not None and mb.llm.loss_rows is not None and mb.subsets is not None
         found = token_loss.index_select(0, mb.llm.loss_rows[0]).to(torch.float64)
         self.losses.index_add_(0, mb.subsets, found, alpha=1 / self.supervised)
+
+
+def note_samples(error: Exception, names: Sequence[str]) -> None:
+    """Have an error tell the samples that it came with: the first few, and none where there are none."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    if names:
+        error.add_note(f"its samples: {', '.join(names[:4])}{more}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -42,7 +43,10 @@ class Lines(io.TextIOBase):
         return len(text)
 
     def _add(self, data: bytes) -> None:
-        begin = os.fstat(self._fd).st_size
+        now = os.fstat(self._fd)
+        if now.st_nlink == 0:  # what is written to it goes nowhere
+            raise OSError(errno.ENOENT, "it was removed")
+        begin = now.st_size
         try:
             while data:
                 data = data[os.write(self._fd, data) :]

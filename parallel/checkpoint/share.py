@@ -90,11 +90,11 @@ def write_share(
 ) -> None:
     """Write a rank's file of the checkpoint of step `step`, flush it, and leave a note with its sum.
 
-    items: on the host, in the order of plan_share(). heartbeat: called again and again. Raises OSError, and
-    torch's CheckpointException, as the file system does.
+    items: on the host, in the order of plan_share(). directory: is there. heartbeat: called again and again.
+    Raises OSError, and torch's CheckpointException, as the file system does.
     """
     partial = partial_of(directory, step)
-    partial.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)  # without its parents: a folder that was moved away is not begun anew
     # Nothing is copied ahead: this may be a fork of a process that has a device.
     writer = FileSystemWriter(partial, sync_files=True, per_thread_copy_ahead=0)
     results = writer.write_data(share.plan, _Given(share, items, heartbeat)).wait()

@@ -15,6 +15,7 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+UNREADABLE = (OSError, ValueError, RecursionError)  # what files raise that are no JSON, or nested too deep
 
 
 class SafeFolder:
@@ -44,7 +45,8 @@ class SafeFolder:
         if index.exists():
             try:
                 weight_map = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
+                assert all(isinstance(file, str) for file in weight_map.values())
+            except (*UNREADABLE, LookupError, TypeError, AttributeError, AssertionError) as error:
                 raise ValueError(f"{index} is no index of safetensors files: {error!r}") from error
             out: dict[str, list[str] | None] = {}
             for key, file in weight_map.items():
@@ -106,7 +108,7 @@ class SafeFolder:
         file = self.path / CONFIG
         try:
             config = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{file} is missing or unreadable: {error}") from error
         if not isinstance(config, dict):
             raise ValueError(f"{file} holds no object but {type(config).__name__}")

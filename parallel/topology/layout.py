@@ -201,29 +201,33 @@ def parse_ranks(spec: str | int | Sequence[int], world: int, module: str) -> tup
         )
     if not out:
         raise ValueError(f"layout.{module}.ranks {spec!r} names no rank; the job has ranks 0-{world - 1}")
-    if len(set(out)) < len(out):
+    if not isinstance(out, range) and len(set(out)) < len(out):
         once: list[Changes] = [{"ranks": list(dict.fromkeys(out))}, {"ranks": "all"}]
         raise Unfit(f"layout.{module}.ranks {list(out)} names a rank twice", once, module)
-    outside = [r for r in out if r >= world]
-    if outside:
+    outside = next((r for r in out if r >= world), None)
+    if outside is not None:
+        most = out[-1] if isinstance(out, range) else max(out)
         raise Unfit(
-            f"layout.{module}.ranks {spec!r} goes up to rank {max(out)}, but the job has {world} ranks "
-            f"(0-{world - 1}); needed: ranks below {world}, or a job of at least {max(out) + 1} ranks",
+            f"layout.{module}.ranks {spec!r} goes up to rank {most}, but the job has {world} ranks "
+            f"(0-{world - 1}); needed: ranks below {world}, or a job of at least {most + 1} ranks",
             [{"ranks": "all"}],
             module,
         )
-    return out
+    return tuple(out)
 
 
-def _named_ranks(spec: Any, world: int) -> tuple[int, ...] | None:
-    """The ranks that `spec` names, in or out of the job; None where `spec` does not name ranks."""
+def _named_ranks(spec: Any, world: int) -> Sequence[int] | None:
+    """The ranks that `spec` names, in or out of the job; None where `spec` does not name ranks.
+
+    A range stays one: a mistyped end may be more numbers than memory holds.
+    """
     if spec == "all":
         return tuple(range(world))
     if isinstance(spec, str):
         low, dash, high = (part.strip() for part in spec.partition("-"))
         if not (low.isdecimal() and (high.isdecimal() or not dash)):
             return None
-        return tuple(range(int(low), int(high or low) + 1))
+        return range(int(low), int(high or low) + 1)
     ranks = list(spec) if isinstance(spec, Sequence) else [spec]
     return tuple(ranks) if all(_whole(r) and r >= 0 for r in ranks) else None
 

@@ -16,6 +16,7 @@ from mm.errors import DataError, PolyrankError
 from mm.faults import failure, folder, sites
 from mm.faults.failure import Failure
 from mm.faults.record import FlightRecord, Window, shown
+from mm.train.forward import note_samples
 from parallel.comm.waiting import wait_for
 from parallel.schedule import Action, Kind
 
@@ -128,3 +129,14 @@ def test_a_message_names_rank_action_and_sample() -> None:
     known = DataError("module vision, sample a: odd")
     assert folder.message(known, 1, where, True) == f"DataError: rank 1, {where}: {known}"
     assert folder.message(known, 1, where, False) == f"DataError: {known}"  # all ranks raise it alike
+
+
+def test_an_error_tells_its_first_samples_and_none_where_there_are_none() -> None:
+    for names, notes in (
+        ([], []),
+        (["a"], ["its samples: a"]),
+        (list("abcdef"), ["its samples: a, b, c, d and 2 more"]),
+    ):
+        error = ValueError("odd")
+        note_samples(error, names)
+        assert getattr(error, "__notes__", []) == notes

@@ -326,3 +326,18 @@ def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(ValueError, match="outside its folder"):
         load_hf(tmp_path / "in")
+
+
+def test_files_of_any_json_are_refused_in_words(tmp_path: Path) -> None:
+    """As an index of weights, and as a config."""
+    deep = "[" * 100_000
+    for text in (deep, "[1]", "null", "{", '{"weight_map": [1]}', '{"weight_map": {"a": 5}}', "9" * 5000):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match="is no index of safetensors files"):
+            SafeFolder(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    for text in (deep, "[1]", "null", "{", "9" * 5000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json (is missing or unreadable|holds no object)"):
+            SafeFolder(tmp_path).config()

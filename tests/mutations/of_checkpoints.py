@@ -11,6 +11,30 @@ SUMS = "tests/mm/checkpoint/test_sums.py"
 
 CHECKPOINTS = (
     Fault(
+        "checkpoint.gone",
+        "a checkpoint that a run removes while others are listed is called damaged",
+        "mm/checkpoint/listed.py",
+        "if not path.is_dir():",
+        "if False:",
+        "tests/mm/checkpoint/test_listed.py::test_what_a_run_removes_meanwhile_is_not_damaged",
+    ),
+    Fault(
+        "checkpoint.watched",
+        "numbers that were watched are anything that a state.json says",
+        "mm/checkpoint/state.py",
+        "whole = all(type(n) is int for n in [*counts, *left_out])",
+        "whole = True",
+        "tests/mm/checkpoint/test_hostile.py::test_numbers_that_were_watched_are_numbers",
+    ),
+    Fault(
+        "checkpoint.moved",
+        "a run whose folder was renamed begins another one, with checkpoints alone",
+        "parallel/checkpoint/share.py",
+        "partial.mkdir(exist_ok=True)",
+        "partial.mkdir(parents=True, exist_ok=True)",
+        f"{SAVER}::test_a_folder_that_was_moved_away_is_told_and_not_begun_anew",
+    ),
+    Fault(
         "checkpoint.left",
         "what is half written of a checkpoint stays on a full disk",
         "mm/checkpoint/saver.py",

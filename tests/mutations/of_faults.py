@@ -121,4 +121,20 @@ FAULTY = (
         "float(s[rank])",
         "tests/mm/train/test_stragglers.py",
     ),
+    Fault(
+        "faults.samples",
+        "an error of a computation without samples ends with an empty list of them",
+        "mm/train/forward.py",
+        "    if names:\n        error.add_note(",
+        "    if True:\n        error.add_note(",
+        "tests/faults/test_record.py::test_an_error_tells_its_first_samples_and_none_where_there_are_none",
+    ),
+    Fault(
+        "faults.code",
+        "a rank that a plug-in ends with 3 makes the job one with bad data",
+        "mm/ranks/launch.py",
+        "if failed is not None and any(codes.values()):",
+        "if False:",
+        "tests/mm/ranks/test_launch.py::test_the_code_of_a_job_is_that_of_what_was_told",
+    ),
 )

@@ -43,6 +43,14 @@ LAYOUTS = (
         f"{READ}::test_a_tar_is_read_as_it_is",
     ),
     Fault(
+        "convert.arrays",
+        "an array in a tar is looked for beside the tar",
+        "mm/data/convert/samples.py",
+        "{**(record.parts or {}), **record.payloads}",
+        "dict(record.payloads)",
+        f"{CONVERTED}::test_arrays_of_a_tar_are_parts_as_any_others",
+    ),
+    Fault(
         "convert.elsewhere",
         "a path brings in a file from outside the folders of media",
         "mm/data/convert/samples.py",

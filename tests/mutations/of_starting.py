@@ -165,4 +165,58 @@ STARTING = (
         "return public(value)",
         "tests/mm/commands/test_secrets.py::test_no_file_of_a_run_has_a_secret",
     ),
+    Fault(
+        "sums.of_parts",
+        "the sum of a shard depends on which other shards are in one file with its index",
+        "mm/data/columns/samples.py",
+        'parts = used["sha256"].tobytes() + used["size"].tobytes()',
+        'parts = np.ascontiguousarray(used[["sha256", "size"]]).tobytes()',
+        "tests/mm/data/test_columns.py"
+        "::test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files",
+    ),
+    Fault(
+        "sums.of_empty_shards",
+        "behind a shard without a usable sample, shards have the sums of those before them",
+        "mm/data/columns/samples.py",
+        "if max(first, begin) < min(stop, end):",
+        "if end > first and begin < stop:",
+        "tests/mm/data/test_columns.py"
+        "::test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files",
+    ),
+    Fault(
+        "config.nested",
+        "a config that is nested too deep is a traceback",
+        "mm/config/schema.py",
+        """    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise Refused""",
+        """    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise Refused""",
+        "tests/mm/config/test_config.py::test_files_are_refused_in_words",
+    ),
+    Fault(
+        "lines.removed",
+        "lines that go to a file that was removed are lost without a word",
+        "mm/train/lines.py",
+        "if now.st_nlink == 0:",
+        "if False:",
+        "tests/mm/train/test_lines.py::test_a_file_that_was_removed_is_said",
+    ),
+    Fault(
+        "files.nested",
+        "an index of weights, or a config, that is nested too deep is a traceback",
+        "parallel/published/files.py",
+        "UNREADABLE = (OSError, ValueError, RecursionError)",
+        "UNREADABLE = (OSError, ValueError)",
+        "tests/llm/test_hf_files.py::test_files_of_any_json_are_refused_in_words",
+    ),
+    Fault(
+        "questions.text",
+        "a file of questions that is no text is a traceback",
+        "mm/inference/exact.py",
+        """        text = file.read_text()
+    except (OSError, ValueError) as error:""",
+        """        text = file.read_text()
+    except OSError as error:""",
+        "tests/mm/inference/test_eval.py::test_a_file_of_questions_that_is_no_text_is_named",
+    ),
 )

@@ -224,7 +224,9 @@ class Samples(Views):
             texts, parts = b"", b""
             if size:
                 ((table, n), rows), texts = next(filled)
-                parts = np.ascontiguousarray(_parts_of(table, n, rows)[0][["sha256", "size"]]).tobytes()
+                used = _parts_of(table, n, rows)[0]
+                # Each by itself: a view of two columns keeps the bytes between them, codes of this one table.
+                parts = used["sha256"].tobytes() + used["size"].tobytes()
             name = public(shard.path).rpartition("/")[2]
             found.append(ShardSums(name, size, *(hashlib.sha256(x).hexdigest()[:16] for x in (texts, parts))))
         return tuple(found)
@@ -252,7 +254,7 @@ class Samples(Views):
     def _rows_by_shard(self, first: int, stop: int) -> Iterator[tuple[tuple[Table, int], Array]]:
         """Rows of samples first .. stop - 1, those of a shard together, and where they are."""
         for shard, (begin, end) in zip(self.shards, pairwise(self.first.tolist()), strict=True):
-            if end > first and begin < stop:
+            if max(first, begin) < min(stop, end):
                 (table, n), (texts, m) = shard.table, shard.texts
                 lines = texts.rows("lines", m)[max(first - begin, 0) : stop - begin]
                 yield (table, n), table.rows("samples", n)[lines["sample"]]

@@ -46,7 +46,8 @@ def sample_of(record: Record, layout: str, roots: Sequence[Path]) -> Made:
     assert layout != AUTO
     if isinstance(record.value, Unreadable):
         raise record.value
-    made, payloads = _made(record, find_layout(layout)), dict(record.payloads)
+    # A sample of a tar may name any of its parts, arrays too.
+    made, payloads = _made(record, find_layout(layout)), {**(record.parts or {}), **record.payloads}
     names: dict[str, str] = {}
     parts: dict[str, bytes] = {}
     for holder, key in _items(made):

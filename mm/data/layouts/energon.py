@@ -104,7 +104,7 @@ def _path(where: str) -> str:
 def _load(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise DataError(f"{file} has {found!r:.80}; needed: a mapping")

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from mm.checkpoint.state import watched
 from mm.cli import main
+from mm.errors import CheckpointError
 from parallel import checkpoint as store
 from parallel.checkpoint import manifest
 from tests.mm.checkpoint.runs import contents, written
@@ -204,6 +206,15 @@ def test_a_state_of_any_shape_is_listed(at: str, value: Any, path: Path, capsys:
     for argv in (["list", path.parent], ["prune", path.parent], ["diff", path, path]):
         assert main(["checkpoint", *map(str, argv)]) == 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_numbers_that_were_watched_are_numbers(path: Path) -> None:
+    good = {"left_out": [3], "losses": [2.5, 1], "high": 0, "back": 1}
+    assert watched({"guard": good}, path) == good and watched({}, path) == {}
+    odd = [{key: value} for key in good for value in (None, "x", {}, [None], [[1]])]
+    for guard in [7, None, "x", [1], {**good, "other": 1}, *odd, {"high": [1]}, {"losses": 1.5}]:
+        with pytest.raises(CheckpointError, match=r"state\.json does not say which numbers were watched"):
+            watched({"guard": guard}, path)
 
 
 @pytest.mark.parametrize("name", [store.MANIFEST, ".metadata", store.STATE])

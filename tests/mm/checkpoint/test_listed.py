@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ def test_what_stays_is_the_last_every_kth_and_the_best() -> None:
     }
     assert why_kept(steps, {}, 2, 0) == {1: [], 2: [], 3: [], 4: [], 5: ["last"], 6: ["last"]}
     assert all(why_kept(steps, {}, 0, 0).values()), "0 keeps all"
+
+
+def test_what_a_run_removes_meanwhile_is_not_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = store.sound_state
+
+    def removing(path: Path, check: Any) -> Any:
+        if path.name == "step-00000002":
+            shutil.rmtree(path)
+        return read(path, check)
+
+    monkeypatch.setattr(store, "sound_state", removing)
+    assert [line[:13] for line in said(capsys, 0, "list", run)] == [f"step-0000000{n}" for n in (1, 3, 4)]
 
 
 @pytest.fixture

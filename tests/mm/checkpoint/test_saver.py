@@ -29,6 +29,29 @@ TRAIN = {"steps": 9, "global_batch": 4, "average": 0.9}
 LAYOUT = {"llm": {"ranks": [1, 0], "tp": 2, "ep": 2}, "vision": {"ranks": [1]}}
 
 
+def move_away(raw: dict[str, Any], folder: str) -> str:
+    """Save where the run's folder has been renamed since the save before; what is told."""
+    directory = Path(folder, "run")
+    with (
+        running(raw) as (job, feed),
+        closing(Saver(job.blueprint, feed.index, directory, job.rank.rank)) as saver,
+    ):
+        train_step(job, feed, 0)
+        saver.start(job, 1, feed.bad)
+        saver.wait(job)
+        directory.rename(Path(folder, "renamed"))
+        saver.start(job, 2, feed.bad)
+        with pytest.raises(CheckpointError) as caught:
+            saver.wait(job)
+    return str(caught.value)
+
+
+def test_a_folder_that_was_moved_away_is_told_and_not_begun_anew(ranks: Any, tmp_path: Path) -> None:
+    (told,) = ranks(1, move_away, small(train=TRAIN), str(tmp_path))
+    assert "the checkpoint of step 2 cannot be written" in told and "No such file" in told
+    assert not (tmp_path / "run").exists() and store.published(tmp_path / "renamed")
+
+
 def pid_of(saver: Saver) -> int:
     return saver._writer._pid
 

@@ -140,6 +140,8 @@ def test_files_are_refused_in_words(load: Load, tmp_path: Path) -> None:
     assert "train.steps is missing" in refusal(load, text=MINIMAL.replace("steps: 3, ", ""))
     assert "no model.llm section" in refusal(load, text="train: {steps: 3}")
     assert "cannot be read as YAML" in refusal(load, text="train: {")
+    for odd in ("[" * 5000, "[" + "9" * 5000 + "]"):  # deeper, longer than Python reads
+        assert "cannot be read as YAML" in refusal(load, text="train: " + odd)
     assert "not a mapping of sections" in refusal(load, text="- 3")
     assert "key train is given twice" in refusal(load, text=MINIMAL + "train: {steps: 9}\n")
     with pytest.raises(Refused, match=r"no config file .*jobs\.yaml; there: .*job\.yaml"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import threading
 from pathlib import Path
@@ -110,6 +111,14 @@ def expected(found: list[ShardIndex]) -> list[Sample]:
     return out
 
 
+def parts_of(index: ShardIndex) -> str:
+    """The digest of a shard's parts, by the definition: their sums, then their sizes, and nothing else."""
+    parts = [part for e in index["samples"] if not e.get("chat") for part in e["parts"].values()]
+    sums = b"".join(bytes.fromhex(part["sha256"]) for part in parts)
+    sizes = b"".join(part["size"].to_bytes(8, "little") for part in parts)
+    return hashlib.sha256(sums + sizes).hexdigest()[:16]
+
+
 def samples_of(kept: list[Kept]) -> Samples:
     return Samples([Shard(f"{k}.tar", "ab"[k % 2], own, own) for k, own in enumerate(kept)])
 
@@ -136,6 +145,7 @@ def test_samples_are_what_a_scan_has_found_however_shards_are_split_over_files(
     samples, wanted = samples_of([kept[k] for k in range(len(found))]), expected(found)
     assert samples == wanted and list(samples) == wanted and samples[:2] == tuple(wanted[:2])
     assert [notes_of(*kept[k]) for k in range(len(found))] == [index["broken"] for index in found]
+    assert [shard.parts for shard in samples.shard_sums] == [parts_of(index) for index in found]
     which = np.asarray(data.draw(st.permutations(range(len(wanted)))), dtype=np.int64)
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):  # as of a large table, whose pages are given back between rows

@@ -22,6 +22,7 @@ from mm.data.reader import ShardReader
 from mm.data.sample import Index
 from mm.errors import DataError, Refused
 from tests.mm.data.test_layouts import WRITTEN, picture, turns, write
+from tests.mm.shards import sensor_samples, write_shard
 from tests.pages import ROOT
 
 
@@ -136,6 +137,16 @@ def test_a_tar_reads_the_same_as_it_is_and_converted(tmp_path: Path) -> None:
             assert [[s.tokens for s in x.segments] for x in before.samples] == [
                 [s.tokens for s in x.segments] for x in after.samples
             ]
+
+
+def test_arrays_of_a_tar_are_parts_as_any_others(tmp_path: Path) -> None:
+    source = write_shard(tmp_path / "in.tar", sensor_samples(6, seed=1))
+    quietly(Request((str(source),), tmp_path / "o"))
+    before, after = load_index([source.name], tmp_path), load_index(["o/*.tar"], tmp_path)
+    sums = [
+        [[s.part.sha256 for s in x.segments if s.part] for x in index.samples] for index in (before, after)
+    ]
+    assert sums[0] == sums[1] and any(sums[0])
 
 
 def test_lines_with_paths_and_media_elsewhere(tmp_path: Path) -> None:

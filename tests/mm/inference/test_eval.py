@@ -132,6 +132,13 @@ def test_a_line_that_is_no_question_is_named(line: str, why: str, tmp_path: Path
         read_questions(tmp_path / "a.jsonl")
 
 
+def test_a_file_of_questions_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe")
+    for name in ("a.jsonl", "none.jsonl", "."):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_questions(tmp_path / name)
+
+
 def test_a_published_folder_has_the_losses_of_transformers(tmp_path: Path) -> None:
     """Of segments and of conversations, whose loss is on the assistant's turns."""
     theirs = oracle("M*-E", vocab_size=512, dtype=torch.float32).eval()

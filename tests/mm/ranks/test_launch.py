@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from mm.errors import Refused
+from mm.faults.failure import Failure
 from mm.ranks import launch, stop
 from mm.ranks.stop import block_requests
 
@@ -275,3 +276,13 @@ while True:
 
     ask_twice(tmp_path, 0.3)
     assert run(1, code) == 1
+
+
+def test_the_code_of_a_job_is_that_of_what_was_told() -> None:
+    """A plug-in may end its rank with any code; what the others tell of it is no error of data."""
+    told = Failure("rank 1 ended without a word", 1, 1, 0)
+    assert launch.exit_code({1: 3, 0: 1}, 2, told) == 1
+    assert launch.exit_code({1: 3, 0: 1}, 2, None) == 3 == launch.exit_code({0: 1, 1: 3}, 2, None)
+    assert launch.exit_code({1: 4, 0: 4}, 2, Failure("no room", 1, 4, 1)) == 4
+    assert launch.exit_code({0: 0, 1: 0}, 2, told) == 0 == launch.exit_code({0: 0, 1: 0}, 2, None)
+    assert launch.exit_code({0: 0}, 2, None) == 1 == launch.exit_code({0: -9, 1: 0}, 2, None)

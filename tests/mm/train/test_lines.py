@@ -57,6 +57,17 @@ def test_a_full_disk_is_said_once() -> None:
     assert said == ["/dev/full cannot be written: No space left on device; lines are lost from here on"]
 
 
+def test_a_file_that_was_removed_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    lines = Lines(tmp_path / "log", said.append)
+    lines.write("kept\n")
+    (tmp_path / "log").unlink()
+    for _ in range(2):
+        lines.write("lost\n")
+    lines.close()
+    assert said == [f"{tmp_path / 'log'} cannot be written: it was removed; lines are lost from here on"]
+
+
 def test_a_file_begins_anew_or_goes_on(tmp_path: Path) -> None:
     for begin, text in ((True, "a\n"), (False, "b\ud800\n"), (True, "c\n")):
         lines = Lines(tmp_path / "log", print, begin=begin)

@@ -111,6 +111,10 @@ def test_ways_to_name_ranks(spec: Any, ranks: tuple[int, ...]) -> None:
             "0-7",
             "(0-3); needed: ranks below 4, or a job of at least 8 ranks; nearest: ranks=all",
         ),
+        (
+            "0-99999999999999",
+            "(0-3); needed: ranks below 4, or a job of at least 100000000000000 ranks; nearest: ranks=all",
+        ),
         ("first", "needed: all, a number, a-b such as 0-3, or a list"),
         ("-1", "needed: all"),
         (-1, "ranks count from 0"),
