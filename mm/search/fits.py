@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 from llm.recompute import recompute_parts
 from mm.config.advice import get, with_changes
-from mm.config.outline import SINK
+from mm.config.outline import SINK, llm_config, recomputable
 from mm.config.schema import Config
 from mm.errors import Refused
 from mm.predict.hardware import Hardware
 from mm.predict.step import shortfall
-from mm.search.limits import SELECTED
 from mm.search.predictor import Predictor, on_nodes
 from parallel.topology.layout import parse_ranks, typed
 
@@ -107,8 +106,9 @@ def _more_again(cfg: Config) -> Iterator[bool | list[str]]:
         return
     if not parts:
         yield ["norm"]
-    if not parts >= set(SELECTED):
-        yield list(SELECTED)
+    selected = recomputable(llm_config(cfg)) - {"full"}
+    if not parts >= selected:
+        yield sorted(selected)
     yield True
 
 

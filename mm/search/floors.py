@@ -42,9 +42,10 @@ def floors(
         one = (least * (there + waited)).sum(axis=1)
         owned = weights.held(SINK, choice)
         held = [o.held + o.gradients for o in owned]
-        rest = max(o.update for o in owned) + weights.message, max(held), held[0]
-        seconds = zip(*(x.tolist() for x in (alone, one, work.max(axis=1), work[:, 0])), strict=True)
-        found.append([Floor(*four, *rest) for four in seconds])
+        update = max(o.update for o in owned) + weights.message
+        most, own = work.max(axis=1).tolist(), work[:, 0].tolist()
+        rows = zip(alone.tolist(), one.tolist(), most, own, strict=True)
+        found.append([Floor(*row, update, max(held), held[0]) for row in rows])
     return [list(row) for row in zip(*found, strict=True)]
 
 
