@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -68,6 +69,7 @@ class StepLoad:
     items: Mapping[str, tuple[Meta, ...]]
     alike: bool
     _known: dict[object, Dealt] = field(default_factory=dict, compare=False)
+    _shares: dict[int, float] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def of(blueprint: Blueprint, planned: Callable[[PlanInputs], StepPlan]) -> StepLoad:
@@ -117,6 +119,17 @@ class StepLoad:
             for n, share in sorted(found)
         )
 
+    def share(self, dp: int) -> float:
+        """Cost of the data rank with most documents of the language model over the mean one's, at least,
+        however they are dealt: of the k dp + 1 costliest some rank has k + 1 (Graham 1969)."""
+        if dp not in self._shares:
+            costs = np.sort(np.asarray(self.plan.llm_cost, np.float64))[::-1]
+            until, mean = np.concatenate([[0.0], np.cumsum(costs)]), float(costs.sum()) / dp
+            k = np.arange(1, (len(costs) - 1) // dp + 1)
+            found = (until[k * dp + 1] - until[k * dp - k]).max(initial=costs[0])
+            self._shares[dp] = max(1.0, float(found) / mean) if mean else 1.0
+        return self._shares[dp]
+
     def dealt(self, dp: int, microbatches: int, tp: int = 1, cp: int = 1) -> Dealt:
         """The language model's documents over so many data ranks, as a step deals them."""
         key = dp, microbatches, tp, cp
@@ -146,8 +159,9 @@ class StepLoad:
             share=sum(1 / x for x in found) / len(found) if found else 1.0,
         )
 
-    def corner_load(self, corner: Corner, tokens: int, tp: int, cp: int) -> TokenLoad:
-        """About so many tokens of equal documents, where none crosses cp: what crosses only adds."""
+    def corner_load(self, corner: Corner, tokens: int, tp: int, cp: int, *, up: bool = False) -> TokenLoad:
+        """About so many tokens of equal documents, where none crosses cp: what crosses only adds. up: whether
+        a part of a token with a loss is one."""
         n = max(1, tokens // corner.length)
         length = max(1, corner.length // cp)
         return TokenLoad(
@@ -155,5 +169,5 @@ class StepLoad:
             routed=n * corner.length // tp,
             documents=n * cp,
             attended=Attended((Bucket(n * cp, length, length, n * cp * length),), n * cp == 1),
-            supervised=tuple(int(n * s) for s in corner.supervised),
+            supervised=tuple((math.ceil if up else math.floor)(n * s) for s in corner.supervised),
         )

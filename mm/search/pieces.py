@@ -66,11 +66,14 @@ class Pieces:
         return {m: Encoder(m, self._priced, self.load, self.weights) for m in self.blueprint.inputs.encoders}
 
     def least(self, module: str, size: int, degrees: Degrees | None) -> float:
-        """See tree.Asked: the whole step at the load at which kernels are most efficient, shared evenly."""
+        """See tree.Asked: the whole step at the load at which kernels are most efficient, shared evenly, or
+        as evenly as documents can be."""
         key = module, degrees if degrees is None else (degrees.tp, degrees.ep, degrees.etp)
         if key not in self._least:
             self._least[key] = self._seconds(module, degrees)
-        return self._least[key] / size
+        # Ranks that share cores wait for all of them, not for the one with most.
+        alone = module == SINK and degrees is not None and self.hardware.host is None
+        return self._least[key] / size * (self.load.share(degrees.dp(size)) if alone and degrees else 1.0)
 
     def _seconds(self, module: str, degrees: Degrees | None) -> float:
         """Seconds of all ranks together, at least."""

@@ -19,17 +19,18 @@ from mm.search.load import StepLoad
 from mm.search.weights import Weights
 from parallel.topology.stage import Stage
 
-LARGE = 1 << 17  # tokens of a micro-batch, beyond which kernels only grow in number
+LARGE = 1 << 17  # each of hundreds of experts has thousands of rows then
 Part = tuple[str, int | None]  # a layer by its symbol, with its index where that matters; "first", "last"
 
 
 @dataclass
 class Sink:
-    """The language model's costs."""
+    """The language model's costs. large: tokens of a micro-batch, beyond which kernels only grow in number."""
 
     priced: Priced
     load: StepLoad
     weights: Weights
+    large: int = LARGE
     _known: dict[object, Cost] = field(default_factory=dict)
     _flops: dict[object, float] = field(default_factory=dict)
     _units: dict[tuple[Degrees, Again], Unit] = field(default_factory=dict)
@@ -92,18 +93,20 @@ class Sink:
 
     def _documents(self, k: int) -> int:
         """Of a corner's load."""
-        return max(1, min(self._tokens, LARGE) // self.load.corners[k].length)
+        return max(1, min(self._tokens, self.large) // self.load.corners[k].length)
 
     def _corner(self, stage: Stage, d: Degrees, k: int, again: Again) -> Cost:
         """The part of a micro-batch of a corner's documents, launches left out: as large as the step, or,
         where that is larger than kernels need to be at their best, what so many more of them add."""
         key = "corner", stage, d._replace(pp=1, vpp=1), k, again
         if key not in self._known:
-            n, corner = self._documents(k), self.load.corners[k]
-            one, two = (self.load.corner_load(corner, i * n * corner.length, d.tp, d.cp) for i in (1, 2))
-            found = self._stage(stage, d._replace(cp=1), one, again)
-            if self._tokens > 2 * LARGE:
-                found = self._stage(stage, d._replace(cp=1), two, again).plus(found, -1.0)
+            corner, adds = self.load.corners[k], self._tokens > 2 * self.large
+            tokens = self._documents(k) * corner.length
+            load = self.load.corner_load(corner, tokens, d.tp, d.cp, up=adds)
+            found = self._stage(stage, d._replace(cp=1), load, again)
+            if adds:
+                load = self.load.corner_load(corner, 2 * tokens, d.tp, d.cp)
+                found = self._stage(stage, d._replace(cp=1), load, again).plus(found, -1.0)
             self._known[key] = found._replace(launched=0.0, relaunched=0.0).scaled(1 / d.cp)
         return self._known[key]
 

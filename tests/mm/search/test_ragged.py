@@ -21,6 +21,7 @@ from mm.search.pieces import Pieces
 from mm.search.plan import plain_candidate, step_load
 from mm.search.predictor import Predictor
 from mm.search.space import ANY
+from mm.search.tokens import Sink
 from mm.search.tree import Node, Tree
 from parallel.schedule.action import BACKWARD, FORWARD, Action
 from tests.mm.harness import small
@@ -102,6 +103,31 @@ def test_the_language_model_takes_what_a_prediction_has_it_take() -> None:
             for kind, of in ((FORWARD, demand.forward), (BACKWARD, demand.backward)):
                 real = sum(costs.seconds(Action(kind, SINK, k, stage=s)) for k in range(m))
                 assert 0.97 * real <= of[s] * m * demand.mean <= real * (1 + 1e-9), (degrees, s, kind)
+
+
+def test_what_more_documents_add_is_about_what_a_whole_large_step_takes_and_no_more() -> None:
+    tree, _ = job(4, load_hardware("h100"))
+    given = tree.asked.sink
+    part, step = (Sink(given.priced, given.load, given.weights, large=1 << n) for n in (16, 30))
+    part._tokens = step._tokens = 1 << 19
+    for d in (Degrees(), Degrees(ep=2), Degrees(tp=2, sequence_parallel=True)):
+        assert 0.95 * step.seconds(d) <= part.seconds(d) <= step.seconds(d)
+        one, whole = part.unit(d, ()), step.unit(d, ())
+        for low, high in ((one.forward, whole.forward), (one.early, whole.early), (one.late, whole.late)):
+            assert 0.9 * high.sum() <= low.sum() <= high.sum() * (1 + 1e-9)
+
+
+def test_no_dealing_shares_documents_more_evenly_than_the_bound_says() -> None:
+    tree, _ = job(4, load_hardware("h100"))
+    load = tree.asked.load
+    for dp in range(1, 13):
+        for m in (1, 2):
+            if dp * m <= 12:
+                assert 1.0 <= load.share(dp) <= 1 / load.dealt(dp, m).even + 1e-12
+    costs = np.sort(load.plan.llm_cost)[::-1]
+    mean = costs.sum() / 11
+    assert load.share(11) == pytest.approx(max(costs[0], costs[10] + costs[11]) / mean)  # one rank has two
+    assert load.share(12) == pytest.approx(costs[0] * 12 / costs.sum())
 
 
 def test_floors_are_below_what_the_same_documents_ask_as_they_are_dealt() -> None:
