@@ -25,7 +25,7 @@ Part = tuple[str, int | None]  # a layer by its symbol, with its index where tha
 
 @dataclass
 class Sink:
-    """The language model's costs. large: tokens of a micro-batch, beyond which kernels just grow in number."""
+    """The language model's costs. large: tokens of a micro-batch, beyond which kernels only grow in count."""
 
     priced: Priced
     load: StepLoad
