@@ -34,7 +34,7 @@ def test_what_would_be_negative_is_nothing() -> None:
 
 
 def test_the_costs_that_made_the_reference_jobs_figures_are_found() -> None:
-    numbers = (0, 2, 4, 5)
+    numbers = range(len(reference.JOBS))
     jobs = fit.jobs_of([(b, reference.plan_of(b)) for b in map(reference.blueprint_of, numbers)])
     true = fit.with_costs(CPU, fit.BANDWIDTHS[6], np.asarray([4e-5, 1.5e-3, 3e-4, 2e-3]))
     figures = [processor_seconds_of(*job, true) for job in jobs]
