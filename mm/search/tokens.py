@@ -139,7 +139,9 @@ class Sink:
     def _part(self, part: Part, d: Degrees, load: TokenLoad, again: Again) -> Cost:
         if part[0] != "E" and not (part[0] == "last" and self.priced.blueprint.llm.mtp_layers):
             d = d._replace(ep=1, etp=1)
-        key = part, d.tp, d.cp, d.ep, d.etp, load, again
+        # Of documents these layers know no more than how many tokens they have.
+        own = (load.tokens, load.routed, load.widest) if part[0] in ("E", "-", "first") else load
+        key = part, d.tp, d.cp, d.ep, d.etp, own, again
         if key not in self._known:
             piece = self._piece(part, d, load, again)
             self._known[key] = self.priced.cost(piece, self.priced.places(SINK, d))
