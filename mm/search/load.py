@@ -15,6 +15,7 @@ from mm.plan.blueprint import Blueprint
 from mm.plan.inputs import PlanInputs
 from mm.plan.step_plan import StepPlan
 from mm.predict.count.load import token_load
+from mm.predict.count.packed import windowed
 from mm.predict.count.sizes import Attended, Bucket, TokenLoad
 from parallel.topology.layout import Coord, make_layout
 
@@ -159,15 +160,19 @@ class StepLoad:
             share=sum(1 / x for x in found) / len(found) if found else 1.0,
         )
 
-    def corner_load(self, corner: Corner, tokens: int, tp: int, cp: int, *, up: bool = False) -> TokenLoad:
-        """About so many tokens of equal documents, where none crosses cp: what crosses only adds. up: whether
-        a part of a token with a loss is one."""
-        n = max(1, tokens // corner.length)
-        length = max(1, corner.length // cp)
+    def corner_load(
+        self, corner: Corner, tokens: int, tp: int, *, seen: bool = False, up: bool = False
+    ) -> TokenLoad:
+        """About so many tokens of equal documents. seen: whether a query has the keys alone that it sees, the
+        mean number of them: of documents that cross cp the others are left out. up: whether a part of a token
+        with a loss is one."""
+        n, length, window = max(1, tokens // corner.length), corner.length, self.blueprint.llm.window
+        every = Bucket(n, length, length, n * length)
         return TokenLoad(
-            tokens=n * corner.length,
-            routed=n * corner.length // tp,
-            documents=n * cp,
-            attended=Attended((Bucket(n * cp, length, length, n * cp * length),), n * cp == 1),
+            tokens=n * length,
+            routed=n * length // tp,
+            documents=n,
+            attended=Attended((every._replace(keys=-(-length // 2)) if seen else every,), n == 1),
             supervised=tuple((math.ceil if up else math.floor)(n * s) for s in corner.supervised),
+            windowed=None if window is None else windowed(Attended((every,), n == 1), window),
         )

@@ -68,7 +68,7 @@ class Pieces:
     def least(self, module: str, size: int, degrees: Degrees | None) -> float:
         """See tree.Asked: the whole step at the load at which kernels are most efficient, shared evenly, or
         as evenly as documents can be."""
-        key = module, degrees if degrees is None else (degrees.tp, degrees.ep, degrees.etp)
+        key = module, degrees and (degrees.tp, min(degrees.cp, 2), degrees.ep, degrees.etp)
         if key not in self._least:
             self._least[key] = self._seconds(module, degrees)
         # Ranks that share cores wait for all of them, not for the one with most.
@@ -79,9 +79,10 @@ class Pieces:
         """Seconds of all ranks together, at least."""
         if degrees is None:
             tps = [d for d in (1, 2, 4, 8) if self._divides(module, d)]
-            return min(self._seconds(module, Degrees(tp=tp, sequence_parallel=tp > 1)) for tp in tps)
+            some = [Degrees(tp=tp, cp=cp, sequence_parallel=tp > 1) for tp in tps for cp in (1, 2)]
+            return min(self._seconds(module, d) for d in some)
         if module == SINK:
-            return self.sink.seconds(degrees._replace(cp=1))
+            return self.sink.seconds(degrees._replace(cp=min(degrees.cp, 2)))
         return self._encoders[module].seconds(degrees)
 
     def _divides(self, module: str, tp: int) -> bool:

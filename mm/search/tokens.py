@@ -67,7 +67,7 @@ class Sink:
                 launched = self._least_launches(stage, d, again) if d.pp == 1 else Cost()
                 out.append((*cost[:3], launched.launched, launched.relaunched))
             forward, early, late, launched, relaunched = np.array(out).T
-            even = min(rates) / max(rates)
+            even = min(rates) / max(self._most_flops(k, d) / self._corner_cost(k) for k in self._corners)
             self._units[d, again] = Unit(forward, early, late, launched, relaunched, even)
         return self._units[d, again]
 
@@ -80,7 +80,7 @@ class Sink:
         stage = Stage(0, self.weights.layers(SINK))
         whole = [self._corner(stage, degrees, k, ()) for k in self._corners]
         rate = min(w.flops / self._corner_cost(k) for k, w in enumerate(whole))
-        cost = float(self.load.plan.llm_cost.sum()) * degrees.tp
+        cost = float(self.load.plan.llm_cost.sum()) * degrees.tp * degrees.cp
         return min(w.seconds / w.flops for w in whole) * rate * cost
 
     def _corner_cost(self, k: int) -> float:
@@ -98,21 +98,30 @@ class Sink:
     def _corner(self, stage: Stage, d: Degrees, k: int, again: Again) -> Cost:
         """The part of a micro-batch of a corner's documents, launches left out: as large as the step, or,
         where that is larger than kernels need to be at their best, what so many more of them add."""
-        key = "corner", stage, d._replace(pp=1, vpp=1), k, again
+        key = "corner", stage, d._replace(pp=1, vpp=1, cp=min(d.cp, 2)), k, again
         if key not in self._known:
-            corner, adds = self.load.corners[k], self._tokens > 2 * self.large
+            corner, adds, seen = self.load.corners[k], self._tokens > 2 * self.large, d.cp > 1
             tokens = self._documents(k) * corner.length
-            load = self.load.corner_load(corner, tokens, d.tp, d.cp, up=adds)
+            load = self.load.corner_load(corner, tokens, d.tp, seen=seen, up=adds)
             found = self._stage(stage, d._replace(cp=1), load, again)
             if adds:
-                load = self.load.corner_load(corner, 2 * tokens, d.tp, d.cp)
+                load = self.load.corner_load(corner, 2 * tokens, d.tp, seen=seen)
                 found = self._stage(stage, d._replace(cp=1), load, again).plus(found, -1.0)
-            self._known[key] = found._replace(launched=0.0, relaunched=0.0).scaled(1 / d.cp)
-        return self._known[key]
+            self._known[key] = found._replace(launched=0.0, relaunched=0.0)
+        return self._known[key].scaled(1 / d.cp)
+
+    def _most_flops(self, k: int, d: Degrees) -> float:
+        """Of a corner's documents, where every query has all keys."""
+        tokens = self._documents(k) * self.load.corners[k].length
+        load = self.load.corner_load(self.load.corners[k], tokens, d.tp)
+        return self._flops_of(load, d._replace(cp=1)) / d.cp
 
     def _least_launches(self, stage: Stage, d: Degrees, again: Again) -> Cost:
         shortest = min(self.load.corners)
-        load = self.load.corner_load(shortest._replace(length=max(1, shortest.length // d.cp)), 1, d.tp, 1)
+        if d.cp > 1:  # of a rank's part none may have a loss
+            none = tuple(0.0 for _ in shortest.supervised)
+            shortest = shortest._replace(length=max(1, shortest.length // d.cp), supervised=none)
+        load = self.load.corner_load(shortest, 1, d.tp)
         found = self._stage(stage, d._replace(cp=1), load, again)
         return Cost(launched=found.launched, relaunched=found.relaunched)
 

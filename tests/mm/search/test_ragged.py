@@ -27,9 +27,9 @@ from parallel.schedule.action import BACKWARD, FORWARD, Action
 from tests.mm.harness import small
 
 
-def job(world: int, hardware: Hardware, **sections: Any) -> tuple[Tree, Predictor]:
+def job(world: int, hardware: Hardware, batch: int = 12, **sections: Any) -> tuple[Tree, Predictor]:
     raw = small(data={"train": ["nothing-*.tar"], "context": 256, **sections.pop("data", {})}, **sections)
-    raw["train"] |= {"dtype": "bfloat16", "global_batch": 12}
+    raw["train"] |= {"dtype": "bfloat16", "global_batch": batch}
     node = 2 if hardware.links.across is not None else None
     raw["run"] = {**raw.get("run", {}), "node_size": node}
     cfg = from_mapping(raw, Path())
@@ -69,6 +69,22 @@ def check(tree: Tree, predictor: Predictor, seeds: range) -> int:
 
 def test_no_bound_is_above_a_prediction() -> None:
     assert check(*job(4, load_hardware("h100")), range(8)) >= 4
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_keys_that_no_query_sees_are_in_no_bound(window: int | None) -> None:
+    """Of documents that cross cp, and in windows."""
+    llm = {**small()["model"]["llm"], "pattern": "**", "window": window}
+    model = {**small()["model"], "llm": llm}
+    tree, _ = job(4, load_hardware("cpu-gloo"), batch=2, model=model, data={"context": 16384})
+    assert isinstance(tree.asked, Pieces)
+    for degrees in (Degrees(), Degrees(cp=2), Degrees(cp=4), Degrees(tp=2, cp=2, sequence_parallel=True)):
+        block = Block(0, degrees.model)
+        demand = tree.asked.demand(SINK, Choice(block, degrees, ANY), 1, (), "1f1b")
+        (floor,) = tree.asked.floors(block, degrees, [ANY], [1], ())[0]
+        assert demand is not None
+        assert max(tree.asked.least(SINK, block.size, d) for d in (degrees, None)) <= demand.work(0, 1)
+        assert 0 < floor.most <= demand.work(0, 1)
 
 
 def test_what_is_not_trained_has_no_backward_in_a_bound_either() -> None:
