@@ -49,11 +49,12 @@ def by_program(plan: SchedulePlan, counts: Counts, hardware: Hardware) -> Mappin
 
 
 def of_fullest(
-    blueprint: Blueprint, plan: StepPlan, counts: Counts, bounds: Mapping[int, Kinds]
+    blueprint: Blueprint, plan: StepPlan, counts: Counts, bounds: Mapping[int, Kinds], *, host: bool
 ) -> Mapping[int, Kinds]:
     """by_program(), with the programs that may hold most counted exactly, on their busiest rank.
 
     One of them after the other is counted until one that is counted holds most. bounds: of by_program().
+    host: of RankPlan.
     """
     schedule = blueprint.schedule(plan.active)
     pieces: dict[Hashable, Piece] = {}
@@ -64,7 +65,7 @@ def of_fullest(
         if found and max(_size(k) for k in found.values()) >= _size(left[rank]):
             break
         own = busiest(blueprint, plan, counts, schedule.ranks_of[schedule.program_of[rank]])
-        held = walk(RankPlan(blueprint, plan, own, relays=False, rounds=False, pieces=pieces))
+        held = walk(RankPlan(blueprint, plan, own, relays=False, rounds=False, host=host, pieces=pieces))
         found[own] = {**held.kinds, "reserved": left[rank]["reserved"]}
         del left[rank]
     return {**found, **left}

@@ -75,7 +75,8 @@ def predict(blueprint: Blueprint, plan: StepPlan, hardware: Hardware) -> Predict
         hardware = replace(hardware, memory=replace(hardware.memory, reserved=engine.held.reserved))
         return predict_counts(blueprint, plan, counts, hardware)
     made = predict_counts(blueprint, plan, counts, hardware)
-    return replace(made, memory=of_fullest(blueprint, plan, counts, made.memory))
+    exact = of_fullest(blueprint, plan, counts, made.memory, host=hardware.host is not None)
+    return replace(made, memory=exact)
 
 
 def predict_counts(blueprint: Blueprint, plan: StepPlan, counts: Counts, hardware: Hardware) -> Prediction:

@@ -67,6 +67,7 @@ class Ledger:
         self.now = Moment(0, "start", "other", False)
         self.entries: list[Entry] = []
         self._clock = 0
+        self._me = object()
         self._resized: list[Entry] = []  # whose storages FSDP frees and allocates again
 
     def made(self, x: Tensor, op: str, site: Callable[[], Site]) -> None:
@@ -74,7 +75,7 @@ class Ledger:
         if device_type(x) != self.device.type:
             return
         storage = x.untyped_storage()
-        if hasattr(storage, "_entry"):
+        if self._entry(storage) is not None:
             return
         entry = Entry(storage.nbytes(), op, site(), self.now, self.now.module)
         if entry.site.fsdp:
@@ -90,7 +91,7 @@ class Ledger:
         """Name the kind and the module of storages; those that are not followed yet are from now on."""
         for x in tensors:
             storage = x.untyped_storage()
-            entry: Entry | None = getattr(storage, "_entry", None)
+            entry = self._entry(storage)
             if entry is None:
                 if device_type(x) != self.device.type:
                     continue
@@ -98,8 +99,24 @@ class Ledger:
                 self._follow(storage, entry)
             entry.kind, entry.module = kind, module
 
+    def resized(self, tensors: Iterable[Tensor], module: str) -> None:
+        """Follow storages for whole weights that an earlier step has left, of which FSDP changes the size."""
+        for x in tensors:
+            storage = x.untyped_storage()
+            if device_type(x) != self.device.type or self._entry(storage) is not None:
+                continue
+            entry = Entry(storage.nbytes(), "FSDP", Site("", 0, ""), self.now, module, "gathered_parameters")
+            self._follow(storage, entry)
+            self._resized.append(entry)
+
+    def _entry(self, storage: torch.UntypedStorage) -> Entry | None:
+        """What this ledger knows of a storage; another may have followed it before."""
+        ledger, entry = getattr(storage, "_followed", (None, None))
+        return entry if ledger is self._me else None
+
     def _follow(self, storage: torch.UntypedStorage, entry: Entry) -> None:
-        storage._entry = entry  # type: ignore[attr-defined]  # an attribute of this one storage
+        followed = self._me, entry
+        storage._followed = followed  # type: ignore[attr-defined]  # an attribute of this one storage
         self._clock += 1
         entry.changes.append((self._clock, entry.size))
         self.entries.append(entry)

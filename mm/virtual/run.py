@@ -60,6 +60,7 @@ def record_step(job: Job, recorder: Recorder, prepare_step: Callable[[], Prepare
         for part in parts.values():
             ledger.mark((local(p.detach()) for p in part.parameters()), "parameters", m)
             ledger.mark(part.buffers(), "other", m)
+            ledger.resized(_gathered(part), m)
         ledger.mark(map(local, job.optimizers[m].state().values()), "optimizer", m)
     recorder.recording, recorder.waits.phase = True, "data"
     recorder.moment(Moment(1, "data", SINK, False))
@@ -96,6 +97,13 @@ def _mark_inputs(prepared: Prepared, ledger: Ledger) -> None:
             given = [mb.llm.ids, mb.llm.labels, *mb.llm.row_positions.values(), *(mb.llm.ahead or ())]
             given += [] if mb.llm.packing.places is None else [mb.llm.packing.places]
             ledger.mark([*given, *(mb.llm.loss_rows or ()), *mb.depends.values()], "other", SINK)
+
+
+def _gathered(part: nn.Module) -> Iterator[Tensor]:
+    """Tensors in which FSDP gathers weights, if it has done so before."""
+    for group in (group for unit in units(part) for group in param_groups(unit)):
+        for held in group.fsdp_params:
+            yield from held.all_gather_outputs
 
 
 _BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT, Kind.GRAD_SYNC)

@@ -38,6 +38,22 @@ JOB = (
         "tests/mm/virtual/test_recorder.py::test_the_peak_of_an_mlp_is_what_it_keeps_and_what_it_works_with",
     ),
     Fault(
+        "virtual.resized",
+        "whole weights of a job that has trained are taken for messages, and never freed",
+        "mm/virtual/run.py",
+        "ledger.resized(_gathered(part), m)",
+        "_gathered(part)",
+        "tests/mm/virtual/test_agreement.py",
+    ),
+    Fault(
+        "virtual.twice",
+        "what one recorder has followed is nothing to the next",
+        "mm/virtual/ledger.py",
+        "return entry if ledger is self._me else None",
+        "return entry",
+        "tests/mm/virtual/test_agreement.py",
+    ),
+    Fault(
         "virtual.memo",
         "a remembered result of x + 1 is taken for that of x + 1.0",
         "mm/virtual/memo.py",

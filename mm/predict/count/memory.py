@@ -213,8 +213,8 @@ class _Walk:
             self.held.pop(("gradients", *key, k), None)
             self.held.pop(("new", *key, k), None)
             self._put(("reduced", *key), COMMUNICATION, whole)
-            # A sum over one rank copies, by way of a third tensor.
-            copies = 1 + (unit.shards == 1)
+            # A sum over one rank copies, by way of a third tensor; gloo sums a copy.
+            copies = 1 + (unit.shards == 1) + unit.shards * (self.rank.host and unit.shards > 1)
             if ("shards", *key, k) not in self.held:
                 # Shards of weights that stay whole are not the module's, so their gradients count as FSDP's.
                 self._put(("shards", *key, k), GRADIENTS if each else COMMUNICATION, shard)
@@ -239,8 +239,9 @@ class _Walk:
         if a.module == SINK:
             self._put(("indices", a.microbatch), ACTIVATIONS, self.rank.indices(a.microbatch))
         learns = any(self.rank.learns(a.module, i) for i in a.microbatches)
-        # FSDP keeps what the last gather of a forward brought until its end; GATHER's it frees once copied.
-        last = self._last_gathered(key) if gathers else 0.0
+        # FSDP keeps what the last gather of a forward brought until its end; GATHER's it frees once copied,
+        # and gloo's, which are waited for there.
+        last = self._last_gathered(key) if gathers and not self.rank.host else 0.0
         self._look(part.in_forward, str(a), {COMMUNICATION: last})
         if not learns:
             self.held.pop(("hidden", *a[1:4]), None)
@@ -263,20 +264,28 @@ class _Walk:
         extra = kept - part.kept
         # The gradient that has come is part of the piece, which does not know it for a message.
         come = self.held.pop(("gradient", *a[1:4]), ("", 0.0))[1]
-        self._in_backward(a, part, extra, come)
-        self._new(key)
+        adds = self._adds(key)
+        self._in_backward(a, part, extra, come, adds=adds)
+        if not adds:
+            self._new(key)
         if self.blueprint.uses[a.module].params == "each":
             self._free(key)  # FSDP frees the weights of a unit, then sums its gradients
         self._summed(a, within=True)
         self._gradients_of_inputs(a)
+
+    def _adds(self, key: tuple[str, int]) -> bool:
+        """Whether each gradient is added to an earlier one where it comes, as autograd does in one dtype."""
+        trained = [k for k, o in enumerate(self.rank.units[key]) if o.unit.whole.trained]
+        return self.item == self.stored and all(("gradients", *key, k) in self.held for k in trained)
 
     def _new(self, key: tuple[str, int]) -> None:
         """Gradients of a backward, in the dtype of computation."""
         for k, o in enumerate(self.rank.units[key]):
             self._put(("new", *key, k), TEMPORARY, float(o.unit.whole.trained * o.unit.item))
 
-    def _in_backward(self, a: Action, part: Piece, extra: float, come: float) -> None:
-        """Moments of a backward, in which gradients of experts are summed or added up where they come."""
+    def _in_backward(self, a: Action, part: Piece, extra: float, come: float, *, adds: bool) -> None:
+        """Moments of a backward, in which gradients of experts are summed or added up where they come; adds:
+        all gradients."""
         key, early = (a.module, a.stage), self._early((a.module, a.stage))
         units = [self.rank.units[key][k].unit for k in early]
         own, sums = sum(u.whole.trained * u.item for u in units), self._sums(a)
@@ -286,7 +295,10 @@ class _Walk:
         old = sum(self.held.get(("gradients", *key, k), ("", 0.0))[1] for k in early)
         freed = sum(u.gathered for u in units) * (self.blueprint.uses[a.module].params == "each")
         buffers = float(sum(u.shard.trained * u.shards for u in units) * self.stored * sums)
-        for now in part.moments or (part.in_backward,):
+        moments = part.moments or (part.in_backward,)
+        if adds:
+            moments = (part.adding, *(now._replace(gradients=now.done) for now in moments))
+        for now in moments:
             done, ending = (now.done / own, now.ending / own) if own else (0.0, 0.0)
             more = {COMMUNICATION: come + buffers * ending, GATHERED: -done * freed}
             more[GRADIENTS] = done * (became - old * sums)

@@ -57,6 +57,9 @@ class Level(NamedTuple):
         )
 
 
+NOTHING = Level()
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of a stage in one micro-batch.
@@ -66,7 +69,8 @@ class Piece:
     gradients of its weights, in the dtype that it computes in. in_forward, in_backward: the most while it
     runs, with what it keeps. out: bytes of what it gives. holds_input: of `kept`, bytes of what entered.
     experts: of `gradients`, those of experts. moments: of its backward, the fullest between one layer of
-    experts and the next, and where the gradients of a layer's experts have just come.
+    experts and the next, and where the gradients of a layer's experts have just come. adding: the most of a
+    backward that adds its gradients to those of another in place.
     """
 
     forward: Work
@@ -81,6 +85,7 @@ class Piece:
     holds_input: float = 0.0
     experts: float = 0.0
     moments: tuple[Level, ...] = ()
+    adding: Level = NOTHING
 
     @property
     def backward(self) -> Work:
@@ -136,6 +141,7 @@ def piece(how: How, enters: Enters | None, compute: Callable[[Tape, Var | None],
         holds_input=holds,
         experts=t.experts,
         moments=tuple(moments),
+        adding=Level(*t.at_most),
     )
 
 
@@ -176,6 +182,7 @@ def keeping(size: float) -> Piece:
         in_forward=level,
         in_backward=level,
         out=0.0,
+        adding=level,
     )
 
 
@@ -183,7 +190,7 @@ def chain(pieces: Sequence[Piece]) -> Piece:
     """Parts one after another."""
     before, after = 0.0, sum(p.gradients for p in pieces)
     done = sum(p.experts for p in pieces)
-    forward = backward = Level()
+    forward = backward = adding = NOTHING
     fullest: dict[tuple[float, float], Level] = {}
     grad = 0.0 if not pieces else pieces[-1].out  # the caller's, until the backward's end
     for k, p in enumerate(pieces):
@@ -192,6 +199,7 @@ def chain(pieces: Sequence[Piece]) -> Piece:
         held = grad if k + 1 < len(pieces) else 0.0
         forward = max(forward, p.in_forward.plus(kept=before), key=_total)
         backward = max(backward, p.in_backward.plus(kept=before, passing=held, gradients=after), key=_total)
+        adding = max(adding, p.adding.plus(kept=before, passing=held), key=_total)
         for one in p.moments:
             now = one.plus(before, held, after, done)
             key = now.done, now.ending
@@ -210,6 +218,7 @@ def chain(pieces: Sequence[Piece]) -> Piece:
         holds_input=next((p.holds_input for p in pieces if p.out or p.gradients), 0.0),
         experts=sum(p.experts for p in pieces),
         moments=tuple(fullest.values()),
+        adding=adding,
     )
 
 

@@ -56,13 +56,15 @@ class RankPlan:
     """A rank's part of a step, and what its computations are. pieces: of all ranks of the step that are
     given the same, by module, stage, micro-batch, place but for pp, and whether backwards have halves.
     relays: whether rows may come in two hops; how many come to a rank does not depend on it. rounds: whether
-    rows of experts are as many as this rank has of an even choice, or the mean of its ep group."""
+    rows of experts are as many as this rank has of an even choice, or the mean of its ep group. host: whether
+    ranks are a machine's cores, over gloo."""
 
     blueprint: Blueprint
     plan: StepPlan
     rank: int
     relays: bool = True
     rounds: bool = True
+    host: bool = False
     pieces: dict[Hashable, Piece] = field(default_factory=dict)
     _places: dict[str, Coord] = field(default_factory=dict)
 

@@ -32,6 +32,9 @@ class Storage:
         live[what] += size
         if sum(live) > tape.peak:
             tape.peak, tape.at = sum(live), (live[0], live[1], live[2])
+        passing = live[1] + size if what == GRADIENTS else live[1]
+        if live[0] + passing > tape.most:
+            tape.most, tape.at_most = live[0] + passing, (live[0], passing)
 
     def __del__(self) -> None:
         self._tape.live[self.what] -= self.size
@@ -150,6 +153,7 @@ class Tape:
         self.low = low
         self.live = [0.0, 0.0, 0.0]
         self.peak, self.at = 0.0, (0.0, 0.0, 0.0)
+        self.most, self.at_most = 0.0, (0.0, 0.0)  # without gradients of weights but the one that comes
         self.nodes: list[Node] = []
         self.tallies = {kind: Tally() for kind in (FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT)}
         self.kind: Kind = FORWARD
@@ -168,6 +172,7 @@ class Tape:
         """Look for a new peak."""
         live = self.live
         self.peak, self.at = sum(live), (live[0], live[1], live[2])
+        self.most, self.at_most = live[0] + live[1], (live[0], live[1])
 
     def new(self, n: float, item: int) -> Storage:
         """Memory of n elements."""
