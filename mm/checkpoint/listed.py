@@ -83,8 +83,8 @@ def prune_text(run: Path, changes: Mapping[str, Any], *, remove: bool = False) -
 def _published(run: Path) -> list[Path]:
     found = store.published(run)
     if not found:
-        what = "has no checkpoints (step-*)" if run.is_dir() else "is no folder"
-        raise CheckpointError(f"{run} {what}; needed: the folder of a run")
+        what = "it has no checkpoints (step-*)" if run.is_dir() else "it is no folder"
+        raise CheckpointError(f"{run}: {store.foreign(run) or f'{what}; needed: the folder of a run'}")
     return found
 
 

@@ -52,8 +52,25 @@ def check_there(path: Path) -> None:
     if not path.is_dir():
         what = "it is no folder" if path.exists() else "it does not exist"
         raise manifest.BadCheckpoint(f"{what}; needed: the folder of a checkpoint (step-*)")
+    if what := foreign(path):
+        raise manifest.BadCheckpoint(what)
     if found and not (path / manifest.MANIFEST).is_file():
         raise manifest.BadCheckpoint(f"it is a folder of checkpoints; needed: one of them, as {found[-1]}")
+
+
+def foreign(path: Path) -> str:
+    """In words, what a folder is that holds weights and is no checkpoint; "" where it may be one."""
+    own = (manifest.MANIFEST, STATE, ".metadata")
+    if not path.is_dir() or any((path / name).exists() for name in own):
+        return ""
+    if any(path.glob("*.safetensors")):
+        return (
+            "it is a published folder (*.safetensors), no checkpoint; `checkpoint import FOLDER NEW` makes "
+            "one of a model, and checkpoint.weights and model.X.weights take such folders as they are"
+        )
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+        return "it has pickles (*.bin, *.pt, *.pth), which are never read; needed: *.safetensors"
+    return ""
 
 
 def step_of(path: Path) -> int:
