@@ -35,6 +35,22 @@ CHECKPOINTS = (
         f"{HOSTILE}::test_a_folder_of_others_is_no_damaged_checkpoint",
     ),
     Fault(
+        "checkpoint.named",
+        "prune removes the checkpoint that latest names",
+        "mm/checkpoint/listed.py",
+        "if named is not None and not why[named]:",
+        "if False:",
+        f"{LISTED}::test_what_latest_names_stays",
+    ),
+    Fault(
+        "checkpoint.later",
+        "a format of a later version is read as ours",
+        "parallel/checkpoint/distributed.py",
+        "if type(found) is not int or found > FORMAT:",
+        "if False:",
+        f"{HOSTILE}::test_it_is_refused_at_once",
+    ),
+    Fault(
         "checkpoint.endless",
         "losses that were watched may be no floats",
         "mm/checkpoint/state.py",

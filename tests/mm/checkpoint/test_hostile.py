@@ -198,6 +198,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a manifest of 1 TiB": (lambda p: os.truncate(p / store.MANIFEST, 1 << 40), "it is read up to"),
     "a state of many brackets": (state("[" * 100_000), "no readable state.json"),
     "a state that is a list": (state("[1]"), "does not say after which step"),
+    "a format of a later version": (
+        state('{"step": 1, "format": 2}'),
+        "has format 2, and this version reads",
+    ),
+    "a format that is no number": (state('{"step": 1, "format": "x"}'), "has format 'x', and this version"),
     "a step before the first": (state('{"step": -1}'), "does not say after which step"),
     "a state that is a pipe": (pipe(store.STATE), "state.json is missing"),
     "a manifest that is a pipe": (pipe(store.MANIFEST), "manifest.json is no plain file"),
@@ -287,6 +292,13 @@ def test_a_folder_of_others_is_no_damaged_checkpoint(
     rules = CheckpointConfig(resume=str(theirs))
     with pytest.raises(CheckpointError, match=rf"^checkpoint\.resume={theirs}: {words}"):
         candidates(SimpleNamespace(checkpoint=rules), tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_nothing_is_no_damaged_checkpoint(tmp_path: Path, capsys: Any) -> None:
+    empty, begun = tmp_path / "empty", tmp_path / "step-00000007"
+    empty.mkdir(), begun.mkdir()
+    assert refused(empty, capsys).count("it has no file of a checkpoint; needed: the folder of one") == 5
+    assert refused(begun, capsys).count("damaged: manifest.json is missing") == 5
 
 
 def test_a_metric_is_a_number_of_a_float() -> None:
