@@ -89,6 +89,22 @@ STARTING = (
         f"{CONFIG}::test_overrides_are_refused_in_words",
     ),
     Fault(
+        "clock.jump",
+        "an index that is written after the clock went back is older than the one before it",
+        "mm/checkpoint/remote/index.py",
+        "max(last + 1, int(time.time() * 1000))",
+        "max(0, int(time.time() * 1000))",
+        "tests/mm/ranks/test_clock.py::test_an_index_follows_the_one_before_it_over_a_jump",
+    ),
+    Fault(
+        "clock.wall",
+        "a wait for a claim is measured by the clock on the wall, which may jump",
+        "mm/ranks/claim.py",
+        "seen, until = _touched(path), time.monotonic() + QUIET_S",
+        "seen, until = _touched(path), time.time() + QUIET_S",
+        "tests/mm/ranks/test_clock.py::test_nothing_that_must_last_asks_the_clock_on_the_wall",
+    ),
+    Fault(
         "config.line",
         "a run's folder may have a line break in its name",
         "mm/config/build.py",
