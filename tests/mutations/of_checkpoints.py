@@ -35,6 +35,14 @@ CHECKPOINTS = (
         f"{HOSTILE}::test_a_folder_of_others_is_no_damaged_checkpoint",
     ),
     Fault(
+        "checkpoint.idle",
+        "a rank with nothing to save plans its share after each step, and its messages meet others'",
+        "mm/checkpoint/saver.py",
+        "if self._prepared:",
+        "if self._names:",
+        f"{SAVER}::test_a_rank_that_no_module_names_plans_once_too",
+    ),
+    Fault(
         "checkpoint.named",
         "prune removes the checkpoint that latest names",
         "mm/checkpoint/listed.py",
