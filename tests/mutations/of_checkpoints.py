@@ -43,6 +43,14 @@ CHECKPOINTS = (
         f"{SAVER}::test_a_rank_that_no_module_names_plans_once_too",
     ),
     Fault(
+        "checkpoint.empty",
+        "a rank with nothing to save leaves a file that no manifest lists",
+        "parallel/checkpoint/share.py",
+        " if share.plan.items else []",
+        "",
+        f"{SAVER}::test_a_rank_that_no_module_names_plans_once_too",
+    ),
+    Fault(
         "checkpoint.named",
         "prune removes the checkpoint that latest names",
         "mm/checkpoint/listed.py",

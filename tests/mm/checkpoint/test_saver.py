@@ -126,7 +126,7 @@ def prepare_twice(raw: dict[str, Any], folder: str) -> tuple[bool, int | None]:
 
 def test_a_rank_that_no_module_names_plans_once_too(ranks: Any, tmp_path: Path) -> None:
     """Its share is empty. Were that planned after each step, its messages would meet others' next ones."""
-    layout = {"llm": {"ranks": [0]}, "vision": {"ranks": [0]}}
+    layout = {module: {"ranks": [0]} for module in ("llm", "vision", "audio")}
     assert ranks(2, prepare_twice, small(train=TRAIN, layout=layout), str(tmp_path)) == [(False, 1)] * 2
     assert not store.verify(store.published(tmp_path)[0])
 
