@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ def metric_of(state: Mapping[str, Any], name: str) -> float | None:
     """A metric that a checkpoint was saved with; None where it has no such number."""
     metrics = state.get("metrics")
     value = metrics.get(name) if isinstance(metrics, Mapping) else None
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    # JSON has integers that are no float.
+    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 def why_kept(

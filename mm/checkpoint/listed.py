@@ -56,8 +56,8 @@ def layout_text(config: Mapping[str, Any]) -> str:
 def prune_text(run: Path, changes: Mapping[str, Any], *, remove: bool = False) -> str:
     """What goes of a run's checkpoints by its rules; removes it if asked.
 
-    changes: of the rules, fields of CheckpointConfig. The newest checkpoint that is whole stays in any case.
-    Raises Refused where a run is writing to the folder.
+    changes: of the rules, fields of CheckpointConfig. The newest checkpoint that is whole stays in any case,
+    and the one that `latest` names. Raises Refused where a run is writing to the folder.
     """
     _published(run)  # before a claim makes the folder
     with claimed([run]) if remove else nullcontext():
@@ -67,6 +67,9 @@ def prune_text(run: Path, changes: Mapping[str, Any], *, remove: bool = False) -
         whole = next((p for p in reversed(found) if not store.verify(p)), None)
         if whole is not None and not why[whole]:
             why[whole] = ["the newest that is whole"]
+        named = _named(run, found)
+        if named is not None and not why[named]:
+            why[named] = [f"named by {store.LATEST}"]
         gone = [p for p in found if not why[p]]
         left = [p for p, _ in _others(run) if p.suffix == ".tmp"]
         lines = [f"{p.name}: stays as {', '.join(why[p])}" for p in found if why[p]]
@@ -76,15 +79,25 @@ def prune_text(run: Path, changes: Mapping[str, Any], *, remove: bool = False) -
             for path in gone:
                 store.remove(path)
             store.remove_leftovers(run)
-            store.point(run)
+            if named is None and whole is not None:
+                store.write_whole(run / store.LATEST, f"{whole.name}\n")
         return "\n".join(lines)
+
+
+def _named(run: Path, found: Sequence[Path]) -> Path | None:
+    """The checkpoint that `latest` names; None where it names none."""
+    try:
+        name = (run / store.LATEST).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return next((p for p in found if p.name == name), None)
 
 
 def _published(run: Path) -> list[Path]:
     found = store.published(run)
     if not found:
-        what = "has no checkpoints (step-*)" if run.is_dir() else "is no folder"
-        raise CheckpointError(f"{run} {what}; needed: the folder of a run")
+        what = "it has no checkpoints (step-*)" if run.is_dir() else "it is no folder"
+        raise CheckpointError(f"{run}: {store.foreign(run) or f'{what}; needed: the folder of a run'}")
     return found
 
 

@@ -57,7 +57,8 @@ class Saver:
         self.step: int | None = None
         self.seconds = 0.0
         self._under_way: int | None = None  # the step whose checkpoint is being written
-        self._names: list[str] = []
+        self._prepared = False
+        self._names: list[str] = []  # of this rank's share; a rank that no module names has none
         self._items: list[Tensor] = []
         self._staged: list[Tensor] = []
 
@@ -71,7 +72,7 @@ class Saver:
     def prepare(self, job: Job) -> None:
         """Plan who writes what, and make the memory for it; does nothing the second time. Called after the
         first step, which averages of weights begin with."""
-        if self._names:
+        if self._prepared:
             return
         problem = ""
         if job.rank.rank == 0:
@@ -84,7 +85,7 @@ class Saver:
         if problem:
             raise CheckpointError(f"no checkpoint can be written to {self._directory}: {problem}")
         share, self._items = store.plan_share(state_tensors(job))
-        self._names = share.names
+        self._names, self._prepared = share.names, True
         self._staged = self._writer.prepare(share, self._items, buffers(job).keys())
         if job.rank.device.type == "cuda":
             pin(self._staged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,7 @@ from parallel.sharding import whole
 from parallel.topology.axis import Axes
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
+MOST = sys.float_info.max  # JSON has longer numbers, which are no float
 
 
 class Given(NamedTuple):
@@ -133,6 +135,8 @@ def candidates(cfg: Config, directory: Path) -> list[Path]:
     path = Path(wanted)
     found = [path] if _is_checkpoint(path) else store.published(path)[-1:]
     if not found:
+        if theirs := store.foreign(path):
+            raise CheckpointError(f"checkpoint.resume={path}: {theirs}")
         what = "is no checkpoint, and has none inside" if path.is_dir() else "does not exist"
         raise CheckpointError(f"checkpoint.resume={path} {what} (step-* with a {store.MANIFEST})")
     return found
@@ -188,8 +192,8 @@ def watched(state: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
         left_out, losses = guard.get("left_out", []), guard.get("losses", [])
         counts = [guard.get("high", 0), guard.get("back", 0)]
         if isinstance(left_out, list) and isinstance(losses, list):
-            whole = all(type(n) is int for n in [*counts, *left_out])
-            if whole and all(type(loss) in (int, float) for loss in losses):
+            whole = all(type(n) is int and n >= 0 for n in [*counts, *left_out])
+            if whole and all(type(loss) in (int, float) and abs(loss) <= MOST for loss in losses):
                 return guard
     raise CheckpointError(f"{path}: {store.STATE} does not say which numbers were watched")
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from mm.errors import Refused
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
+LONGEST_S = 1e7  # 115 days: clocks, locks and stores of torch overflow at lengths that no run waits for
 
 
 class Section(BaseModel):
@@ -27,6 +30,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+
+def _one_line(text: str) -> str:
+    if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text):
+        raise PydanticCustomError("line", "needed: one line, without control characters")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]  # a name that goes into messages and files line by line
 
 # Cached: both take long, and advice builds many configs.
 _adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
@@ -54,6 +65,8 @@ def _check_keys(kind: Any, value: Any, path: str) -> None:
 
     Pydantic by itself ignores unknown keys of a dataclass, names no nearest key, and takes true as 1.
     """
+    if isinstance(value, str) and "\0" in value:  # which no name of a file has
+        raise Refused(f"{path}: given {value!r}; needed: text without NUL characters")
     if isinstance(value, bool) and kind in _NUMBERS:
         raise Refused(f"{path}: given {value}; needed: a number")
     if get_origin(kind) is list and isinstance(value, list):

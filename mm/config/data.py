@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mm.config.build import Section
+from mm.config.build import LONGEST_S, Section
 from mm.config.remote import RemoteConfig
 from mm.config.sources import Entry, LengthsConfig, WeightsConfig
 from mm.config.synthetic import SyntheticConfig
@@ -104,7 +104,10 @@ class DataConfig(Section):
         0, ge=0, description="processes of each rank that read and decode ahead; 0: a thread of the rank does"
     )
     item_timeout_s: float = Field(
-        30.0, gt=0, description="longest time that a worker may take for one item, in seconds"
+        30.0,
+        gt=0,
+        le=LONGEST_S,
+        description="longest time that a worker may take for one item, in seconds",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from mm.config.build import Section, build, unknown_key
+from mm.config.build import LONGEST_S, Line, Section, build, unknown_key
 from mm.config.data import DataConfig
 from mm.config.folder import FOLDER, unfold
 from mm.config.remote import CopyConfig
@@ -30,13 +30,16 @@ from mm.order.skips import Skips
 class RunConfig(Section):
     """The run itself: its folder, its ranks and what it writes."""
 
-    dir: str = Field(
+    dir: Line = Field(
         "runs/run", min_length=1, description="folder that the run writes to, from the working folder"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the weights and of the samples' order")
     nproc: int = Field(4, ge=1, description="local ranks to start outside torchrun; --nproc overrides it")
     timeout_s: float = Field(
-        120.0, gt=0, description="longest wait for another rank, and longest action of a step, in seconds"
+        120.0,
+        gt=0,
+        le=LONGEST_S,
+        description="longest wait for another rank, and longest action of a step, in seconds",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="cpu, cuda, or auto: CUDA where each local rank has a device"

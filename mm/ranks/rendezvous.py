@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from mm.config.flat import said
-from mm.errors import PolyrankError
+from mm.errors import PolyrankError, Refused
 
 if TYPE_CHECKING:
     from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public, not in __all__
@@ -112,7 +112,10 @@ def name_launch(store: PrefixStore) -> tuple[str, bool]:
 
 
 def meet(rank: int, world: int, timeout_s: float) -> PrefixStore:
-    """The job's store, once every rank has come to it. Raises PolyrankError naming those that have not."""
+    """The job's store, once every rank has come to it. Raises PolyrankError naming those that have not, and
+    Refused where processes that were started by hand are no ranks of one job."""
+    if not 0 <= rank < world:
+        raise Refused(f"RANK={rank} with WORLD_SIZE={world}; needed: ranks from 0 to {world - 1}, each once")
     try:
         store = connect(timeout_s, hosts=rank == 0 and not agent_serves())
     except RuntimeError as error:
@@ -141,6 +144,8 @@ def at() -> str:
 
 def _all_here(store: PrefixStore, rank: int, world: int, timeout_s: float) -> PrefixStore:
     """The store, once every rank has come to it."""
+    if not agent_serves():  # an agent numbers its ranks, and its store outlives other numbers of them
+        _take_place(store, rank, world)
     keys = [f"here/{r}" for r in range(world)]
     store.set(keys[rank], "")
     start = time.monotonic()
@@ -158,9 +163,33 @@ def _all_here(store: PrefixStore, rank: int, world: int, timeout_s: float) -> Pr
                 f"{len(absent)} of {world} ranks have not come within {timeout_s:g} s (run.timeout_s): "
                 f"{some}; start all of them, with one rendezvous, or wait longer"
             ) from error
+        if store.check([_WRONG]):
+            raise Refused(store.get(_WRONG).decode())
         if rank == 0 and world > 1:
             print(f"all {world} ranks have started", flush=True)
         return store
+
+
+_WRONG = "wrong"  # key of the store: why those that come are no job
+
+
+def _take_place(store: Store, rank: int, world: int) -> None:
+    """Come as a rank that no other process is. Raises Refused, here and on those that wait, where one is, or
+    where the first that came belongs to a job of another size."""
+    first = json.loads(store.compare_set("first", "", json.dumps([rank, world])))
+    process = f"process {os.getpid()} on {socket.gethostname()}"
+    other = store.compare_set(f"process/{rank}", "", process).decode()
+    if first[1] != world:
+        why = f"WORLD_SIZE is {first[1]} on rank {first[0]} and {world} on rank {rank}"
+    elif other != process:
+        why = f"two processes have RANK={rank}: {other}, and {process}"
+    else:
+        return
+    why += f"; needed: RANK from 0 to {first[1] - 1}, each once, and one WORLD_SIZE for all"
+    store.set(_WRONG, why)
+    for absent in range(first[1]):  # so that nobody waits for a rank that cannot come
+        store.set(f"here/{absent}", "")
+    raise Refused(why)
 
 
 def check_same(

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from parallel.checkpoint import manifest
 from parallel.checkpoint.folder import (
+    FORMAT,
     STATE,
     check_there,
     newest,
@@ -156,6 +157,12 @@ def read_state(path: Path) -> dict[str, Any]:
         raise BadCheckpoint(f"{path} has no readable {STATE}: {error}") from error
     if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
         raise BadCheckpoint(f"{path}: {STATE} does not say after which step it was written")
+    found = state.get("format", FORMAT)
+    if type(found) is not int or found > FORMAT:
+        raise BadCheckpoint(
+            f"{path} has format {found!r}, and this version reads up to {FORMAT}; needed: the version that "
+            "wrote it"
+        )
     return state
 
 

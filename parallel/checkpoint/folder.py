@@ -22,6 +22,8 @@ from parallel.checkpoint import manifest
 
 STATE = "state.json"
 LATEST = "latest"
+FORMAT = 1  # of what is in a checkpoint's folder; one that an older version would misread has a higher number
+_NAME = re.compile(r"step-\d+")
 Stay = Callable[[Sequence[Path]], Collection[Path]]  # of the published ones, oldest first, those that stay
 
 
@@ -42,7 +44,7 @@ def partial_of(directory: Path, step: int) -> Path:
 
 def published(directory: Path) -> list[Path]:
     """The checkpoints below `directory`, oldest first, damaged ones included: verify() finds those."""
-    found = [p for p in directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    found = [p for p in directory.glob("step-*") if _NAME.fullmatch(p.name)]
     return sorted(found, key=lambda p: (step_of(p), p.name))
 
 
@@ -52,8 +54,30 @@ def check_there(path: Path) -> None:
     if not path.is_dir():
         what = "it is no folder" if path.exists() else "it does not exist"
         raise manifest.BadCheckpoint(f"{what}; needed: the folder of a checkpoint (step-*)")
+    if what := foreign(path):
+        raise manifest.BadCheckpoint(what)
+    if not found and not _has_own(path) and not _NAME.fullmatch(path.name):
+        raise manifest.BadCheckpoint("it has no file of a checkpoint; needed: the folder of one (step-*)")
     if found and not (path / manifest.MANIFEST).is_file():
         raise manifest.BadCheckpoint(f"it is a folder of checkpoints; needed: one of them, as {found[-1]}")
+
+
+def _has_own(path: Path) -> bool:
+    return any((path / name).exists() for name in (manifest.MANIFEST, STATE, ".metadata"))
+
+
+def foreign(path: Path) -> str:
+    """In words, what a folder is that holds weights and is no checkpoint; "" where it may be one."""
+    if not path.is_dir() or _has_own(path):
+        return ""
+    if any(path.glob("*.safetensors")):
+        return (
+            "it is a published folder (*.safetensors), no checkpoint; `checkpoint import FOLDER NEW` makes "
+            "one of a model, and checkpoint.weights and model.X.weights take such folders as they are"
+        )
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+        return "it has pickles (*.bin, *.pt, *.pth), which are never read; needed: *.safetensors"
+    return ""
 
 
 def step_of(path: Path) -> int:
@@ -83,7 +107,7 @@ def write_whole(file: Path, text: str) -> None:
 
 def write_state(partial: Path, step: int, state: Mapping[str, Any]) -> None:
     """Write what a checkpoint has beside tensors. state: anything that JSON holds."""
-    write_synced(partial / STATE, json.dumps({"step": step, **state}, indent=1))
+    write_synced(partial / STATE, json.dumps({"step": step, "format": FORMAT, **state}, indent=1))
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -24,9 +24,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from parallel.checkpoint import manifest
 from parallel.checkpoint.manifest import BadCheckpoint
+from parallel.checkpoint.plain import why_not_plain
 
 METADATA = ".metadata"
 _TORCH = "torch.distributed.checkpoint.metadata"
@@ -55,8 +58,8 @@ _DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)
 class SafeReader(FileSystemReader):
     """Reads a checkpoint's tensors; of their metadata it unpickles nothing but plain records.
 
-    torch.load(weights_only=True) reads the tensors themselves and makes nothing but tensors. The metadata are
-    read once, however often tensors are.
+    torch.load(weights_only=True) reads the tensors themselves, once they are seen to be plain ones
+    (plain.py). The metadata are read once, however often tensors are.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,6 +77,20 @@ class SafeReader(FileSystemReader):
             self._known = self._checked(Path(self.path))
         self._known.storage_meta = StorageMeta(load_id=self.load_id)
         return self._known
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill the tensors of a plan; raises BadCheckpoint where files hold anything but plain ones."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            with (Path(self.path) / name).open("rb") as file:
+                for item in items:
+                    where = self.storage_data[item.storage_index]
+                    if why := why_not_plain(file, where.offset, where.length):
+                        tensor = item.storage_index.fqn
+                        raise BadCheckpoint(f"{tensor} in {name} is no plain tensor: {why}")
+        return super().read_data(plan, planner)
 
     def _checked(self, folder: Path) -> Metadata:
         content = manifest.read(folder, METADATA)

@@ -97,7 +97,10 @@ def write_share(
     partial.mkdir(exist_ok=True)  # without its parents: a folder that was moved away is not begun anew
     # Nothing is copied ahead: this may be a fork of a process that has a device.
     writer = FileSystemWriter(partial, sync_files=True, per_thread_copy_ahead=0)
-    results = writer.write_data(share.plan, _Given(share, items, heartbeat)).wait()
+    # Of an empty share torch would write an empty file, and not say that it has.
+    results = (
+        writer.write_data(share.plan, _Given(share, items, heartbeat)).wait() if share.plan.items else []
+    )
     files = {r.storage_data.relative_path for r in results}
     note = {
         "files": {name: manifest.entry_of(partial / name, heartbeat) for name in sorted(files)},

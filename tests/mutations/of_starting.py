@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from tests.mutations.fault import Fault
 
+CONFIG = "tests/mm/config/test_config.py"
+MEET = "tests/mm/ranks/test_rendezvous.py"
+
 STARTING = (
     Fault(
         "claim.removed",
@@ -76,6 +79,70 @@ STARTING = (
         "elif differ := _in_shards(old, new, name, named):",
         "elif was != now and (differ := _in_shards(old, new, name, named)):",
         "tests/mm/plan/test_drawn.py::test_a_shard_that_changed_is_named_and_what_of_it",
+    ),
+    Fault(
+        "config.waits",
+        "a wait may be longer than clocks count",
+        "mm/config/schema.py",
+        "le=LONGEST_S,",
+        "",
+        f"{CONFIG}::test_overrides_are_refused_in_words",
+    ),
+    Fault(
+        "clock.jump",
+        "an index that is written after the clock went back is older than the one before it",
+        "mm/checkpoint/remote/index.py",
+        "max(last + 1, int(time.time() * 1000))",
+        "max(0, int(time.time() * 1000))",
+        "tests/mm/ranks/test_clock.py::test_an_index_follows_the_one_before_it_over_a_jump",
+    ),
+    Fault(
+        "clock.wall",
+        "a wait for a claim is measured by the clock on the wall, which may jump",
+        "mm/ranks/claim.py",
+        "seen, until = _touched(path), time.monotonic() + QUIET_S",
+        "seen, until = _touched(path), time.time() + QUIET_S",
+        "tests/mm/ranks/test_clock.py::test_nothing_that_must_last_asks_the_clock_on_the_wall",
+    ),
+    Fault(
+        "config.line",
+        "a run's folder may have a line break in its name",
+        "mm/config/build.py",
+        'if any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text):',
+        "if False:",
+        f"{CONFIG}::test_overrides_are_refused_in_words",
+    ),
+    Fault(
+        "config.nul",
+        "a NUL in a path is a traceback",
+        "mm/config/build.py",
+        """if isinstance(value, str) and "\\0" in value:""",
+        "if False:",
+        f"{CONFIG}::test_overrides_are_refused_in_words",
+    ),
+    Fault(
+        "rendezvous.sizes",
+        "ranks of jobs of different sizes wait for each other",
+        "mm/ranks/rendezvous.py",
+        "if first[1] != world:",
+        "if False:",
+        f"{MEET}::test_ranks_that_are_no_job_are_named_on_all_at_once",
+    ),
+    Fault(
+        "rendezvous.twice",
+        "two processes are one rank",
+        "mm/ranks/rendezvous.py",
+        "elif other != process:",
+        "elif False:",
+        f"{MEET}::test_ranks_that_are_no_job_are_named_on_all_at_once",
+    ),
+    Fault(
+        "rendezvous.told",
+        "ranks that wait are not told that others are no ranks of their job",
+        "mm/ranks/rendezvous.py",
+        "if store.check([_WRONG]):",
+        "if False:",
+        f"{MEET}::test_ranks_that_are_no_job_are_named_on_all_at_once",
     ),
     Fault(
         "agree.recipe",

@@ -34,7 +34,11 @@ def test_it_is_the_weighted_mean_and_holds_one_tensor_at_a_time(tmp_path: Path, 
         average_checkpoints(tmp_path / "out", paths, shares)
     assert sorted(made) == ["llm.count", "llm.head", "llm.scale"], "each once, and no optimizer state"
     out = tmp_path / "out" / "step-00000003"
-    assert not store.verify(out) and store.read_state(out) == {"step": 3, "config": {"of": 3, "data": {}}}
+    assert not store.verify(out) and store.read_state(out) == {
+        "step": 3,
+        "format": 1,
+        "config": {"of": 3, "data": {}},
+    }
     found, given = contents(out), [contents(path) for path in paths]
     weights = [1 / 3] * 3 if shares is None else [0.25, 0.0, 0.75]
     assert int(found.pop("llm.count")) == 3

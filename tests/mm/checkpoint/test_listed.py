@@ -11,6 +11,7 @@ import torch
 
 from mm.checkpoint.compared import difference
 from mm.checkpoint.kept import rule_of, why_kept
+from mm.checkpoint.listed import prune_text
 from mm.cli import main
 from mm.commands.preflight import check_start
 from mm.config.schema import CheckpointConfig, from_mapping
@@ -90,6 +91,18 @@ def test_a_run_is_listed_and_pruned(run: Path, capsys: pytest.CaptureFixture[str
     with claimed([run]):
         assert "another run" in said(capsys, 2, "prune", run, "--yes")[0]
     assert "is no folder" in said(capsys, 4, "list", run / "nowhere")[0]
+
+
+@pytest.mark.parametrize(("named", "after"), [(1, 1), (99, 2), (3, 3)])
+def test_what_latest_names_stays(named: int, after: int, run: Path) -> None:
+    """The newest, 3, is damaged; a run or a script may have been killed before it had `latest` follow."""
+    (run / store.LATEST).write_text(f"step-{named:08d}\n")
+    (run / "step-00000003" / store.MANIFEST).unlink()
+    for later in store.published(run)[3:]:
+        store.remove(later)
+    prune_text(run, {"keep": 1, "keep_every": 0, "keep_best": None}, remove=True)
+    assert {p.name[-1] for p in store.published(run)} == {"2", "3", str(after)}
+    assert (run / store.LATEST).read_text() == f"step-{after:08d}\n"
 
 
 def test_a_save_keeps_what_the_rules_say(run: Path) -> None:

@@ -20,6 +20,7 @@ from mm.checkpoint.saver import Saver
 from mm.checkpoint.state import state_tensors
 from mm.checkpoint.sums import SUMS
 from mm.errors import CheckpointError
+from mm.ranks.control import Control
 from mm.train.one_step import train_step
 from parallel import checkpoint as store
 from tests.mm.checkpoint.runs import contents
@@ -91,6 +92,43 @@ def test_it_holds_the_step_that_it_was_begun_at(ranks: Any, tmp_path: Path) -> N
     assert given.keys() == wanted.keys() and any(".average." in name for name in given)
     assert [name for name in given if not torch.equal(given[name], wanted[name])] == []
     assert (tmp_path / "beside" / store.LATEST).read_text() == "step-00000002\n"
+
+
+class Asked(Exception):
+    """A message was sent."""
+
+
+def ask(control: Control, mine: str) -> list[str]:
+    raise Asked
+
+
+def prepare_twice(raw: dict[str, Any], folder: str) -> tuple[bool, int | None]:
+    """Whether some rank plans again what is planned, and the step that was saved."""
+    with (
+        running(raw) as (job, feed),
+        closing(Saver(job.blueprint, feed.index, Path(folder), job.rank.rank)) as saver,
+    ):
+        train_step(job, feed, 0)
+        saver.prepare(job)
+        again = False
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Control, "tell", ask)
+            try:
+                saver.prepare(job)
+            except Asked:
+                again = True
+        if job.control.any(again):
+            return True, None
+        saver.start(job, 1, feed.bad)
+        saver.wait(job)
+        return False, saver.step
+
+
+def test_a_rank_that_no_module_names_plans_once_too(ranks: Any, tmp_path: Path) -> None:
+    """Its share is empty. Were that planned after each step, its messages would meet others' next ones."""
+    layout = {module: {"ranks": [0]} for module in ("llm", "vision", "audio")}
+    assert ranks(2, prepare_twice, small(train=TRAIN, layout=layout), str(tmp_path)) == [(False, 1)] * 2
+    assert not store.verify(store.published(tmp_path)[0])
 
 
 def fail(raw: dict[str, Any], folder: str, how: str) -> tuple[list[str], list[str], int | None]:
