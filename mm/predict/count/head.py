@@ -113,10 +113,7 @@ def _vocab_loss(t: Tape, hidden: Var, cfg: LLMConfig, at: Degrees) -> Var:
                 x = _logits(t, n, (v, d), item, (scaled, cap is not None))
                 d_logits = t.new(n * v, acc)
                 t.moves(*[2 * d_logits.size] * (3 + 3 * (cap is not None) + scaled))
-            made = t.new(n * v, item)
-            narrow = made
-            del made
-            t.moves(d_logits.size, narrow.size)
+            narrow = _in_dtype(t, d_logits, n * v, item)
             t.product(n, d, v, item)
             part = t.new(n * d, item)
             t.moves(2 * part.size)
@@ -129,11 +126,20 @@ def _vocab_loss(t: Tape, hidden: Var, cfg: LLMConfig, at: Degrees) -> Var:
                 t.moves(2 * d_weight.size, part.size)
                 del part
         if d_weight is not None:
-            t.gradient("embed" if cfg.tied else "head", v * d, item)
+            t.gradient("embed" if cfg.tied else "head", v * d, item, made=d_weight)
         del x, d_logits, narrow
         return [d_hidden]
 
     return t.result(t.node([hidden], back, saved, weights=True), out, rows, 1, acc)
+
+
+def _in_dtype(t: Tape, wide: Storage, n: float, item: int) -> Storage:
+    """n elements of the dtype of sums in that of computation: themselves where it is the same."""
+    if item == t.acc:
+        return wide
+    narrow = t.new(n, item)
+    t.moves(wide.size, narrow.size)
+    return narrow
 
 
 def _logits(t: Tape, n: int, weight: tuple[float, float], item: int, how: tuple[bool, bool]) -> Storage:
