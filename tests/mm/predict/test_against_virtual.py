@@ -18,9 +18,13 @@ COUNTS, EXCHANGED, ROUGHLY = 0.01, 0.025, 0.05
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("seeds", SHARES, ids=str)
-def test_counts_of_random_layouts_are_those_of_the_virtual_rank(seeds: range, processes: None) -> None:
+def test_counts_of_random_layouts_are_those_of_the_virtual_rank(
+    seeds: range, dtype: str, processes: None
+) -> None:
     argv = [sys.executable, "-m", "tests.mm.predict.against", str(seeds.start), str(len(seeds))]
+    argv += ["--dtype", dtype]
     done = subprocess.run(
         argv, cwd=CONFIGS.parent, env=dict(os.environ), capture_output=True, text=True, check=False
     )
