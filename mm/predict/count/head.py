@@ -126,7 +126,7 @@ def _vocab_loss(t: Tape, hidden: Var, cfg: LLMConfig, at: Degrees) -> Var:
                 t.moves(2 * d_weight.size, part.size)
                 del part
         if d_weight is not None:
-            t.gradient("embed" if cfg.tied else "head", v * d, item, made=d_weight)
+            t.gradient("embed" if cfg.tied else "head", v * d, item)
         del x, d_logits, narrow
         return [d_hidden]
 

@@ -279,25 +279,12 @@ class Tape:
         return Var(store, rows, width, item, None if node is None else (node, 0))
 
     def gradient(
-        self,
-        name: str,
-        n: float,
-        item: int,
-        *,
-        expert: bool = False,
-        adapter: bool = False,
-        made: Storage | None = None,
+        self, name: str, n: float, item: int, *, expert: bool = False, adapter: bool = False
     ) -> None:
-        """The gradient of a weight, which is added to what is there. made: a sum of it, which is the gradient
-        where it is of the same dtype."""
+        """The gradient of a weight, which is added to what is there."""
         if not (self.trains or adapter):
             return
-        if made is None or made.size != n * item:
-            made = Storage(self, n * item, GRADIENTS)
-        else:
-            self.live[made.what] -= made.size
-            self.live[GRADIENTS] += made.size
-            made.what = GRADIENTS
+        made = Storage(self, n * item, GRADIENTS)
         if name in self.weights:
             self.moves(3 * n * item)
         else:
