@@ -26,8 +26,10 @@ class RankCounts:
 
 
 def count_rank(blueprint: Blueprint, plan: StepPlan, rank: int, *, host: bool = False) -> RankCounts:
-    """Count a rank's step; exact in which documents and items it has. For many ranks use count_job(). host: of
-    RankPlan."""
+    """Count a rank's step; exact in which documents and items it has. For many ranks use count_job().
+
+    host: of RankPlan.
+    """
     counted = RankPlan(blueprint, plan, rank, host=host)
     flops: Counter[str] = Counter()
     sent: Counter[Sent] = Counter()

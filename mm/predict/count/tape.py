@@ -143,8 +143,8 @@ class Tape:
     item: bytes of an element in the dtype of computation, acc: in that of sums. halves: whether the gradients
     of weights are computed after all others, from factors that are kept. trains: whether weights have any.
     low: adapters of linear maps, which are trained in any case.
-    host: whether cores compute, which have kernels for the slope of SiLU and for attention with logarithms;
-    elsewhere these are several operations.
+    host: whether cores compute, which have kernels for the slope of SiLU and for attention with logarithms,
+    and less memory for blocks of scans.
     live: bytes now, by what they are for. peak: the most there have been since forget(), and at: by what.
     """
 
