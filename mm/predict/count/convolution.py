@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mm.predict.count.ops import narrowed
 from mm.predict.count.tape import Storage, Tape, Var
 
 Grads = list[Storage | None]
@@ -41,29 +42,29 @@ def convolve(
 def _taps(t: Tape, x: Var, kernel: int, bias: bool, acc: int) -> Var:
     width, item = x.width, x.item
     n, out_rows = x.n, x.rows - kernel + 1
-    wide = t.new(n, acc)
+    wide = None if item == acc else t.new(n, acc)
+    t.moves(n * acc, x.bytes)
     y = t.new(out_rows * width, acc)
-    t.moves(wide.size, x.bytes)
     for _ in range(kernel):
         t.moves(3 * y.size)
-    out = t.new(out_rows * width, item)
-    t.moves(out.size, y.size)
+    out = narrowed(t, y, out_rows * width, item)
     del wide, y
     saved = t.save(x.store)
 
     def back(g: Grads) -> Grads:
-        wide, grad, d_x = t.new(n, acc), t.new(out_rows * width, acc), t.new(n, acc)
-        t.moves(3 * wide.size)
+        casts = [] if item == acc else [t.new(n, acc), t.new(out_rows * width, acc)]
+        d_x = t.new(n, acc)
+        t.moves(3 * d_x.size)
         for _ in range(kernel):
-            t.moves(3 * grad.size)
+            t.moves(3 * out_rows * width * acc)
             each = t.new(out_rows * width, acc)
             t.moves(3 * each.size)
             del each
         t.gradient("conv", width * kernel, item)
         if bias:
             t.gradient("conv_bias", width, item)
-        out = t.new(n, item)
-        del wide, grad, d_x
+        out = narrowed(t, d_x, n, item)
+        del casts, d_x
         return [out]
 
     return t.result(t.node([x], back, saved, weights=True), out, out_rows, width, item)

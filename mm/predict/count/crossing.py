@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mm.predict.count.ops import narrowed
 from mm.predict.count.sizes import Crossing, Rows
 from mm.predict.count.tape import Storage, Tape, Var
 from parallel.sequence.tiles import TILE
@@ -40,7 +41,7 @@ def outer(t: Tape, qkv: tuple[Var, Var, Var], heads: Heads, c: Crossing, group: 
     for reads in c.reads:
         for read in reads:
             _tiled(t, heads, read, causal=False)
-    out, log = t.new(rows * wide, item), t.new(rows * heads.own, acc)
+    out, log = narrowed(t, total, rows * wide, item), t.new(rows * heads.own, acc)
     del queries, total, keys
     saved = t.save(q.store, k.store, v.store, out, log, kept)
     del kept
@@ -65,9 +66,9 @@ def outer(t: Tape, qkv: tuple[Var, Var, Var], heads: Heads, c: Crossing, group: 
         else:
             t.message("all_to_all", group, float(max(c.keys[1:]) * row * item))
         del queries, d_queries, keys
-        narrow = t.new(held * row, item)
+        narrow = narrowed(t, d_keys, held * row, item)
         del d_keys
-        made = t.new(held * wide, item)
+        made = narrowed(t, d_q, held * wide, item)
         del d_q
         return [made, narrow, narrow]
 
@@ -93,27 +94,37 @@ def _tiles(queries: int, keys: int, causal: bool) -> list[tuple[int, int]]:
 
 
 def _tiled(t: Tape, h: Heads, sizes: tuple[int, int], *, causal: bool) -> None:
-    acc = t.acc
+    if t.host:
+        kernel = t.new(sizes[0] * h.own * h.dim, t.item), t.new(sizes[0] * h.own, t.acc)
+        _scores(t, h, sizes, 2)
+        del kernel
+        return
+    acc, casts = t.acc, t.item != t.acc
+    # Keys are copied for the query heads that share them, but for a single one.
+    copies = casts + (h.own > h.kv > 1)
     made = t.new(sizes[0] * h.own * h.dim, t.item)
     for m, n in _tiles(*sizes, causal):
-        operands = [t.new(x * h.own * h.dim, acc) for x in (m, n, m, n)]
+        operands = [t.new(x * h.own * h.dim, acc) for x in [m] * casts + [n] * copies]
         score = t.new(h.own * m * n, acc)
         t.product(m, n, h.dim, acc, h.own)
-        more = [t.new(h.own * m * n, acc) for _ in range(1 + causal)]
-        t.moves(*[2 * score.size] * (3 + causal))
         del operands
+        more = t.new(h.own * m * n, acc)
+        t.moves(*[2 * score.size] * (3 + causal))
+        operands = [t.new(x * h.own * h.dim, acc) for x in [m] + [n] * copies]
         t.product(m, h.dim, n, acc, h.own)
-        del score, more
+        del operands, score, more
     del made
 
 
 def _tiled_back(t: Tape, h: Heads, sizes: tuple[int, int], *, causal: bool) -> list[Storage]:
     """Gradients of queries, and of keys and values in the dtype of sums."""
-    acc = t.acc
+    if t.host:
+        return _kernel_back(t, h, sizes)
+    acc, casts = t.acc, t.item != t.acc
     queries, keys = sizes
     grads = [t.new(x * h.own * h.dim, acc) for x in (queries, keys, keys)]
     for m, n in _tiles(*sizes, causal):
-        slope = t.new(m * h.own * h.dim, acc)
+        slope = t.new(m * h.own * h.dim, acc) if casts else None
         operands = [t.new(x * h.own * h.dim, acc) for x in (m, n)]
         for _ in range(2):
             t.product(m, n, h.dim, acc, h.own)
@@ -125,9 +136,32 @@ def _tiled_back(t: Tape, h: Heads, sizes: tuple[int, int], *, causal: bool) -> l
             t.product(n, h.dim, m, acc, h.own)
         t.product(m, h.dim, n, acc, h.own)
         del slope, scores
-    made = [t.new(queries * h.own * h.dim, t.item), *(t.new(keys * h.kv * h.dim, acc) for _ in range(2))]
-    del grads
+    narrow = narrowed(t, grads[0], queries * h.own * h.dim, t.item)
+    made = [narrow, *(t.new(keys * h.kv * h.dim, acc) for _ in range(2))]
+    del grads, narrow
     return made
+
+
+def _kernel_back(t: Tape, h: Heads, sizes: tuple[int, int]) -> list[Storage]:
+    """_tiled_back() by one kernel, which is given copies of the output and its gradient."""
+    queries, keys = sizes
+    rows, shared = h.own * h.dim, h.kv * h.dim
+    given = [t.new(queries * rows, t.item) for _ in range(2)]
+    wide = [t.new(keys * rows, t.item) for _ in range(2)]
+    made = [t.new(queries * rows, t.item)]
+    _scores(t, h, sizes, 5)
+    del given
+    made += [t.new(keys * shared, t.acc) for _ in range(2)]
+    del wide
+    joined = t.new(2 * keys * shared, t.acc)
+    t.moves(2 * joined.size)
+    del joined
+    return made
+
+
+def _scores(t: Tape, h: Heads, sizes: tuple[int, int], products: int) -> None:
+    for _ in range(products):
+        t.product(sizes[0], sizes[1], h.dim, t.item, h.own)
 
 
 def joined_parts(t: Tape, parts: Sequence[Var], rows: float) -> Var:

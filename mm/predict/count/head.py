@@ -5,7 +5,7 @@ from __future__ import annotations
 from llm.config import LLMConfig
 from mm.predict.count import ops
 from mm.predict.count.attention import indexed
-from mm.predict.count.ops import enter, leave
+from mm.predict.count.ops import enter, leave, narrowed
 from mm.predict.count.sizes import Degrees
 from mm.predict.count.tape import Storage, Tape, Var
 from parallel.schedule.action import BACKWARD_WEIGHT
@@ -113,10 +113,7 @@ def _vocab_loss(t: Tape, hidden: Var, cfg: LLMConfig, at: Degrees) -> Var:
                 x = _logits(t, n, (v, d), item, (scaled, cap is not None))
                 d_logits = t.new(n * v, acc)
                 t.moves(*[2 * d_logits.size] * (3 + 3 * (cap is not None) + scaled))
-            made = t.new(n * v, item)
-            narrow = made
-            del made
-            t.moves(d_logits.size, narrow.size)
+            narrow = narrowed(t, d_logits, n * v, item)
             t.product(n, d, v, item)
             part = t.new(n * d, item)
             t.moves(2 * part.size)

@@ -103,8 +103,8 @@ def _busiest(blueprint: Blueprint, plan: StepPlan, module: str) -> int:
     return int(np.argmax(total))
 
 
-def how_of(blueprint: Blueprint, module: str, *, halves: bool = False) -> How:
-    """How a module computes."""
+def how_of(blueprint: Blueprint, module: str, *, halves: bool = False, host: bool = False) -> How:
+    """How a module computes. halves, host: of How."""
     parts = recomputed(blueprint.cfg.train, module)
     if module != SINK:
         parts = parts & {"full"}
@@ -115,6 +115,7 @@ def how_of(blueprint: Blueprint, module: str, *, halves: bool = False) -> How:
         trains=module not in blueprint.frozen and module not in blueprint.cfg.train.lora,
         below=True,
         low=low_of(blueprint, module),
+        host=host,
     )
 
 
@@ -139,15 +140,15 @@ def parts_of(
     k: int,
     at: Coord,
     *,
-    halves: bool = False,
+    how: How | None = None,
     ep_rank: int | None = None,
 ) -> Sequence[Piece]:
     """The parts of a stage of a module in micro-batch k on the rank at a place, one after another. part:
-    (module, stage). ep_rank: of Degrees."""
+    (module, stage). how: how_of() the module by default. ep_rank: of Degrees."""
     (module, s), mb = part, plan.microbatches[k]
     layout, stage = blueprint.layouts[module], blueprint.stages[module][s]
     degrees = Degrees.of(module, layout, at.tp, at.cp, ep_rank)
-    how = how_of(blueprint, module, halves=halves)
+    how = how_of(blueprint, module) if how is None else how
     if module == SINK:
         load = token_load(mb, at, blueprint.llm, blueprint.dtype.itemsize)
         if "E" in blueprint.llm.kinds and blueprint.llm.dispatcher == "all_gather" and layout.ep > 1:

@@ -32,7 +32,10 @@ def _encoders(blueprint: Blueprint) -> Iterator[str]:
         if is_written(use) and use.cfg.merged and name in blueprint.cfg.train.lora:
             yield f"{name}: adapters of what merges patches are counted roughly, FLOPs up to 5 % high"
         elif is_written(use) and use.cfg.prefix and use.layout.tp > 1:
-            yield f"{name}: messages over tp are counted roughly, within 3 %, where items have class tokens"
+            yield (
+                f"{name}: FLOPs and messages over tp are counted roughly, within 4 %, where items have class "
+                "tokens"
+            )
         elif not is_written(use) and use.cls not in (ViT, FastConformer):
             yield (
                 f"{name}: layers of {use.cls.__name__} are counted by its cost() and as 34 bytes a token and "

@@ -300,7 +300,10 @@ class _Walk:
             moments = (part.adding, *(now._replace(gradients=now.done) for now in moments))
         for now in moments:
             done, ending = (now.done / own, now.ending / own) if own else (0.0, 0.0)
-            more = {COMMUNICATION: come + buffers * ending, GATHERED: -done * freed}
+            # The buffer of the last sum is there until the next one's: a router's, where they are units.
+            last = buffers / max(1, len(units)) if done and not ending and not self._routers(key) else 0.0
+            before = self.held.get(("reduced", *key), ("", 0.0))[1] if sums and done + ending else 0.0
+            more = {COMMUNICATION: come + buffers * ending + last - before, GATHERED: -done * freed}
             more[GRADIENTS] = done * (became - old * sums)
             level = now.plus(kept=extra, passing=-come, gradients=-done * own)
             self._look(level, str(a), more)

@@ -19,6 +19,11 @@ def to(t: Tape, x: Var, item: int) -> Var:
     return t.result(node, _like(t, x.n, item, [x.store]), x.rows, x.width, item)
 
 
+def narrowed(t: Tape, wide: Storage, n: float, item: int) -> Storage:
+    """n elements of the dtype of sums in one of `item` bytes: `wide` itself where these are the same."""
+    return wide if item == t.acc else _like(t, n, item, [wide])
+
+
 def _like(t: Tape, n: float, item: int, given: Sequence[Storage | None]) -> Storage:
     """A new tensor of n elements, made from those given."""
     out = t.new(n, item)
@@ -91,7 +96,7 @@ def unary(t: Tape, x: Var, *, keeps: str = "input", passes: int = 1) -> Var:
 
 def silu(t: Tape, x: Var) -> Var:
     """F.silu, whose backward is six operations where a device has no kernel of its own for it."""
-    return unary(t, x, passes=6)
+    return unary(t, x, passes=1 if t.host else 6)
 
 
 def squared_relu(t: Tape, x: Var) -> Var:

@@ -19,7 +19,7 @@ from parallel.schedule.action import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 class How(NamedTuple):
     """How a module computes. item: bytes of an element. recompute: parts that are computed again. halves:
     whether backwards have two. trains: whether its weights have gradients. below: whether what enters has.
-    low: its adapters."""
+    low: its adapters. host: of Tape."""
 
     item: int = 2
     recompute: frozenset[str] = frozenset()
@@ -27,6 +27,7 @@ class How(NamedTuple):
     trains: bool = True
     below: bool = True
     low: Low | None = None
+    host: bool = False
 
 
 class Level(NamedTuple):
@@ -98,7 +99,7 @@ Enters = Callable[[Tape], Var]
 
 def piece(how: How, enters: Enters | None, compute: Callable[[Tape, Var | None], Var]) -> Piece:
     """Count a part. enters: makes its input; None where it has none. compute: its forward."""
-    t = Tape(how.item, halves=how.halves, trains=how.trains, low=how.low)
+    t = Tape(how.item, halves=how.halves, trains=how.trains, low=how.low, host=how.host)
     given = [None if enters is None else enters(t)]
     entered = None if given[0] is None else weakref.ref(given[0].store)
     if given[0] is not None and how.below:

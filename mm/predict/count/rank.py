@@ -25,9 +25,12 @@ class RankCounts:
     during: str
 
 
-def count_rank(blueprint: Blueprint, plan: StepPlan, rank: int) -> RankCounts:
-    """Count a rank's step; exact in which documents and items it has. For many ranks use count_job()."""
-    counted = RankPlan(blueprint, plan, rank)
+def count_rank(blueprint: Blueprint, plan: StepPlan, rank: int, *, host: bool = False) -> RankCounts:
+    """Count a rank's step; exact in which documents and items it has. For many ranks use count_job().
+
+    host: of RankPlan.
+    """
+    counted = RankPlan(blueprint, plan, rank, host=host)
     flops: Counter[str] = Counter()
     sent: Counter[Sent] = Counter()
     for a in counted.actions:

@@ -14,7 +14,7 @@ from encoders.module import needed_items
 from mm.config.outline import SINK
 from mm.plan.blueprint import Blueprint
 from mm.plan.step_plan import Edge, StepPlan
-from mm.predict.count.job import parts_of
+from mm.predict.count.job import how_of, parts_of
 from mm.predict.count.load import axes_of, metas_on, once, rows_entering, token_load
 from mm.predict.count.pieces import Piece, chain
 from mm.predict.count.sizes import TokenLoad
@@ -108,9 +108,8 @@ class RankPlan:
         ep_rank = layout.expert_coord(self.rank).ep if layout.ep > 1 and self.rounds else None
         key = module, stage, i, at[:3], ep_rank, halves
         if key not in self.pieces:
-            parts = parts_of(
-                self.blueprint, self.plan, (module, stage), i, at, halves=halves, ep_rank=ep_rank
-            )
+            how = how_of(self.blueprint, module, halves=halves, host=self.host)
+            parts = parts_of(self.blueprint, self.plan, (module, stage), i, at, how=how, ep_rank=ep_rank)
             self.pieces[key] = chain(parts)
         return self.pieces[key]
 

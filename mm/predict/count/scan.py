@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llm.scan import BLOCK_BYTES_OTHER
+from llm.scan import BLOCK_BYTES, BLOCK_BYTES_OTHER
 from mm.predict.count import ops
 from mm.predict.count.tape import Storage, Tape, Var
 
@@ -87,7 +87,8 @@ def into_chunks(t: Tape, given: Inputs, s: Scan, rows: float) -> Chunks:
     n = int(-(-rows // q))
     if n * q > rows:
         x, steps, b, c = (_grown(t, v, n * q) for v in (x, steps, b, c))
-    blocks = _Blocks(n, max(1, BLOCK_BYTES_OTHER // (s.heads * q * q * t.acc)), s, q)
+    budget = BLOCK_BYTES["cpu"] if t.host else BLOCK_BYTES_OTHER
+    blocks = _Blocks(n, max(1, budget // (s.heads * q * q * t.acc)), s, q)
     return Chunks(Inputs(x, steps, b, c), _total(t, steps), blocks, rows)
 
 

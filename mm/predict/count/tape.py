@@ -143,12 +143,21 @@ class Tape:
     item: bytes of an element in the dtype of computation, acc: in that of sums. halves: whether the gradients
     of weights are computed after all others, from factors that are kept. trains: whether weights have any.
     low: adapters of linear maps, which are trained in any case.
+    host: whether cores compute, which have kernels for the slope of SiLU and for attention with logarithms,
+    and less memory for blocks of scans.
     live: bytes now, by what they are for. peak: the most there have been since forget(), and at: by what.
     """
 
     def __init__(
-        self, item: int, *, halves: bool = False, trains: bool = True, low: Low | None = None
+        self,
+        item: int,
+        *,
+        halves: bool = False,
+        trains: bool = True,
+        low: Low | None = None,
+        host: bool = False,
     ) -> None:
+        self.host = host
         self.item, self.acc, self.halves, self.trains = item, max(4, item), halves, trains
         self.low = low
         self.live = [0.0, 0.0, 0.0]

@@ -1,15 +1,16 @@
 """Counts of random layouts beside the virtual rank's: `python -m tests.mm.predict.against FIRST COUNT`.
 
+--dtype names the dtype of computation, bfloat16 by default; weights are stored in float32 or wider.
 Each seed is a model, a layout and a rank of it. Printed is, a line of JSON each, by how much counts are off,
 as a share of what the virtual rank has.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
-import sys
 import warnings
 from collections import Counter
 from typing import Any
@@ -57,14 +58,15 @@ PLACES = {
 RECOMPUTED = (False, False, True, ["mlp", "norm"], ["scan", "attention_core", "moe_act"])
 
 
-def drawn(seed: int) -> tuple[str, Blueprint, int]:
-    """(model and placement, blueprint, rank) of a seed: the first of its draws that can be run."""
+def drawn(seed: int, dtype: str = "bfloat16") -> tuple[str, Blueprint, int]:
+    """(model and placement, blueprint, rank) of a seed: the first of its draws that can be run in `dtype`."""
     rng, *others = (random.Random(of) for of in (seed, f"switches of {seed}", f"families of {seed}"))
     switches, families = others
     while True:
         model = rng.choice(list(MODELS))
         place = rng.choice(list(PLACES)) if model == "hybrid" else "colocated"
         raw = _config(rng, model, place)
+        raw["train"]["dtype"] = dtype
         _switch(switches, raw, model)
         if model == "hybrid" and families.random() < 0.5:
             family = families.choice(list(FAMILIES))
@@ -81,7 +83,7 @@ def _config(rng: random.Random, model: str, place: str) -> dict[str, Any]:
     encoders = {"vision": VISION, "audio": AUDIO} if model == "hybrid" else {}
     layout = {m: {"ranks": PLACES[place][m], **_degrees(rng, m == "llm")} for m in (*encoders, "llm")}
     raw = small(
-        train={"dtype": "bfloat16", "global_batch": 8, "recompute": rng.choice(RECOMPUTED)},
+        train={"global_batch": 8, "recompute": rng.choice(RECOMPUTED)},
         data={"train": ["nowhere/*.tar"], "context": rng.choice([256, 512])},
         run={"device": "cuda", "node_size": NODE},
         schedule={"microbatches": rng.choice([1, 2, 4])},
@@ -157,12 +159,12 @@ def sent(trace: Trace) -> Counter[Sent]:
     return out
 
 
-def main(first: int, count: int) -> None:
-    """Compare the layouts of `count` seeds."""
+def main(seeds: range, dtype: str) -> None:
+    """Compare the layouts of some seeds."""
     warnings.simplefilter("ignore")
     device = accelerator()
-    for seed in range(first, first + count):
-        name, blueprint, rank = drawn(seed)
+    for seed in seeds:
+        name, blueprint, rank = drawn(seed, dtype)
         data = virtual_data(blueprint)
         trace = virtual_rank(blueprint, rank, device, data=data)
         found = errors(trace, count_rank(blueprint, first_plan(blueprint, data.index), rank))
@@ -181,4 +183,9 @@ def main(first: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    parser = argparse.ArgumentParser(description="Compare counts of random layouts with the virtual rank's.")
+    parser.add_argument("first", type=int, help="the first seed")
+    parser.add_argument("count", type=int, help="how many seeds")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float64"), default="bfloat16")
+    given = parser.parse_args()
+    main(range(given.first, given.first + given.count), given.dtype)

@@ -18,9 +18,17 @@ COUNTS, EXCHANGED, ROUGHLY = 0.01, 0.025, 0.05
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", SHARES, ids=str)
-def test_counts_of_random_layouts_are_those_of_the_virtual_rank(seeds: range, processes: None) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "seeds"),
+    # docs/planning_counts.md says what seeds 48 and 49 are off by in float32.
+    [("bfloat16", s) for s in SHARES] + [("float32", s) for s in SHARES[:9]],
+    ids=str,
+)
+def test_counts_of_random_layouts_are_those_of_the_virtual_rank(
+    dtype: str, seeds: range, processes: None
+) -> None:
     argv = [sys.executable, "-m", "tests.mm.predict.against", str(seeds.start), str(len(seeds))]
+    argv += ["--dtype", dtype]
     done = subprocess.run(
         argv, cwd=CONFIGS.parent, env=dict(os.environ), capture_output=True, text=True, check=False
     )
