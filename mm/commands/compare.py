@@ -23,6 +23,7 @@ from mm.errors import Refused
 from mm.ranks import launch
 
 if TYPE_CHECKING:
+    from mm.compare.result import Comparison
     from mm.compare.rounds import Run
     from mm.config.schema import Config
 
@@ -88,13 +89,17 @@ def _run(args: argparse.Namespace, argv: list[str]) -> int:
         watch=not args.no_watch,
         overrides=typed(args, overrides),
     )
-    result = compare(runs(), settings)
-    if result is not None:
+
+    def publish(result: Comparison) -> None:
         if args.json is not None:
             write_json(result, args.json)
+        show(result)
         if args.report is not None:
             write_page(compare_page(result), args.report)
-        show(result)
+
+    result = compare(runs(), settings, publish)
+    if result is not None:
+        publish(result)
     return 0
 
 

@@ -227,12 +227,29 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """Why a comparison ended before its last round.
+
+    name, file: the layout that ran then, in round `round`, from 1. rank: who failed, None where nobody knows
+    or none did. interrupted: a signal ended it; else that layout failed, and is not among the runs.
+    """
+
+    name: str
+    file: str
+    round: int
+    rank: int | None
+    why: str
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Layouts of one job measured in interleaved rounds.
 
     command: of the comparison itself. config_file: as given. world: ranks. steps: of a round, of which the
     first warms up. peak_tflops: of a device, as stated, None where it was not. host: facts on the machine and
-    the versions, and the date.
+    the versions, and the date. stopped: None where it ran to its end; else `rounds` are those that all of
+    `runs` have ended.
     """
 
     runs: list[RunResult]
@@ -244,3 +261,4 @@ class Comparison:
     peak_tflops: float | None = None
     host: Mapping[str, str | int | float] = field(default_factory=dict)
     verdict: Verdict | None = None
+    stopped: Stopped | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mm.compare.result import Edge, Interval, RunResult, SpeedupVerdict, StepSeconds
@@ -43,6 +43,18 @@ class Measured:
         self.flops.append(metrics.flops_by_module)
         self.imbalance.append({m: found.dealt for m, found in metrics.imbalance.items()})
         self.boundary.append(metrics.boundary)
+
+    def of_rounds(self, count: int) -> Measured:
+        """What the first `count` rounds have measured: of the next one some steps may have been timed."""
+        steps = sum(len(times) for times in self.rounds[:count])
+        return replace(
+            self,
+            rounds=self.rounds[:count],
+            tokens=self.tokens[:steps],
+            flops=self.flops[:steps],
+            imbalance=self.imbalance[:steps],
+            boundary=self.boundary[:steps],
+        )
 
     @property
     def step_s(self) -> list[float]:

@@ -35,11 +35,27 @@ def judge(found: Comparison) -> Comparison:
     sentences += _misled(best)
     sentences += _differ(runs)
     sentences += _busy(cores, found.host.get("load"))
+    sentences = [*stopped_early(found), *sentences]
     return replace(
         found,
         runs=runs,
         verdict=Verdict([run.name for run in level], sentences, next_steps(order, found.rounds, len(level))),
     )
+
+
+def stopped_early(found: Comparison) -> list[str]:
+    """What is missing of a comparison that has not run to its end."""
+    end = found.stopped
+    if end is None:
+        return []
+    where = f"in round {end.round} under the layout {end.name} ({end.file})"
+    what = "was interrupted" if end.interrupted else "failed"
+    who = "" if end.rank is None else f", on rank {end.rank}"
+    why = "" if end.interrupted else f": {end.why}"
+    return [
+        f"The comparison {what} {where}{who}{why}.",
+        f"What follows is of the layouts that ended all of {found.rounds} rounds.",
+    ]
 
 
 def _slower(run: RunResult, best: RunResult) -> bool:

@@ -274,14 +274,14 @@ def reports(error: BaseException) -> bool:
     """
     if not launched():
         return True
-    time.sleep(_patience(error))
+    time.sleep(patience(error))
     try:
         return connect(5.0).add("failures", 1) == 1
     except Exception:  # the store is not reached, for any reason; a known `error` may be just that
         return isinstance(error, PolyrankError) or os.environ["RANK"] == "0"
 
 
-def _patience(error: BaseException) -> float:
+def patience(error: BaseException) -> float:
     """Seconds to wait before `error` is reported: 0 for a known reason, more for an unknown one, most where
     communication broke."""
     if isinstance(error, PolyrankError | KeyboardInterrupt):

@@ -13,9 +13,11 @@ from tests.mm.plugins import Wrapper, WrapperConfig
 
 @dataclass(frozen=True)
 class SlowConfig(WrapperConfig):
-    """spin: seconds of processor time that each item takes."""
+    """spin: seconds of processor time that each item takes. fails: the rank of the job that has no memory for
+    this encoder, -1 for none."""
 
     spin: float = 0.03
+    fails: int = -1
 
 
 class Slow(Wrapper):
@@ -26,6 +28,8 @@ class Slow(Wrapper):
     cfg: SlowConfig
 
     def forward(self, batch: ItemBatch, hidden: torch.Tensor | None = None) -> Features | torch.Tensor:
+        if torch.distributed.get_rank() == self.cfg.fails:
+            raise MemoryError("no more")
         end = time.thread_time() + self.cfg.spin * len(batch.metas)
         while time.thread_time() < end:
             pass

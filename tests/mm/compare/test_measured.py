@@ -22,6 +22,7 @@ from mm.compare.verdict import judge
 from mm.config.schema import from_mapping, load_config
 from mm.plan.blueprint import draw_up
 from mm.ranks.launch import RankInfo
+from mm.ranks.stop import Stop
 from tests.mm.harness import CONFIGS, free_port, run_rank, small
 from tests.mm.pages.strict_parser import Checked
 from tests.mm.shards import npy, write_shard
@@ -102,6 +103,22 @@ def test_an_encoder_that_is_slow_on_one_rank_is_found(series: Path, ranks: Any) 
         assert one.bound.limit == "uneven" and "rank 1 does not have it" in one.bound.text
     assert one.losses == pytest.approx(both.losses, rel=1e-5)
     json.dumps(asdict(Comparison([one, both])))  # plain data
+
+
+def asked_to_end(folder: Path) -> int:
+    """Timed steps of a round that rank 1 alone was asked to end, before its first."""
+    rank = RankInfo(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    cfg = from_mapping(raw_of(folder, BOTH, 0.0), CONFIGS)
+    (run,) = make_runs([Variant("both", Path("both.yaml"), cfg, BOTH, {})], rank.world)
+    stop = Stop(rank=True)
+    stop.requested = rank.rank == 1
+    with pytest.raises(KeyboardInterrupt):
+        one_round(run, rank, 2, first=True, watch=False, stop=stop)
+    return len(run.measured.losses)
+
+
+def test_a_request_to_one_rank_ends_a_comparison_on_all(series: Path, ranks: Any) -> None:
+    assert ranks(2, asked_to_end, series, timeout=120) == [0, 0]
 
 
 def test_the_command_writes_its_page_and_its_json(series: Path, tmp_path: Path, ranks: Any) -> None:

@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.box import SQUARE
 from rich.console import Console
 
-from mm.compare.rounds import Run, in_turn, naming, one_round
+from mm.compare.early import reason
+from mm.compare.result import Stopped
+from mm.compare.rounds import Run, in_turn, naming, one_round, until
 from mm.compare.summary import Measured, speedup_interval, summarise, verdict
 from mm.compare.table import table
 from mm.compare.variants import Variant, distinct_names
 from mm.config.schema import from_mapping
+from mm.errors import DataError
 from mm.plan.blueprint import draw_up
 from mm.ranks.launch import RankInfo
 from mm.ranks.memory import OWN
@@ -117,6 +121,44 @@ def test_what_fails_says_under_which_layout() -> None:
     with pytest.raises(MemoryError) as error, naming(variant, 1, 3):
         raise MemoryError("no more")
     assert error.value.__notes__ == ["under the layout wide (layouts/wide.yaml), in round 2 of 3"]
+
+
+def test_a_message_for_users_says_under_which_layout() -> None:
+    """The command line shows no notes of these."""
+    variant = Variant("wide", Path("layouts/wide.yaml"), from_mapping(small(), CONFIGS), {}, {})
+    with (
+        pytest.raises(DataError, match=r"^layouts/wide.yaml, in round 2 of 3: no data$"),
+        naming(variant, 1, 3),
+    ):
+        raise DataError("no data")
+
+
+def test_the_rank_that_knows_the_reason_names_it() -> None:
+    """Rank 0 has seen a connection break, or a signal of torchrun: rank 1 was first to know why."""
+    store = dist.HashStore()
+    ranks = [RankInfo(r, 2, torch.device("cpu"), store=store) for r in range(2)]
+    asked = reason(KeyboardInterrupt(), ranks[0], "wide", "wide.yaml", 1)
+    assert asked == Stopped("wide", "wide.yaml", 1, None, "interrupted", True)
+    failed = Stopped("wide", "wide.yaml", 1, 1, "no data")
+    assert reason(DataError("no data"), ranks[1], "wide", "wide.yaml", 1) == failed
+    for error in (KeyboardInterrupt(), DataError("gone")):
+        assert reason(error, ranks[0], "wide", "wide.yaml", 1) == failed
+
+
+def test_what_was_measured_before_an_early_end() -> None:
+    """Layouts have ended 2, 1 and 0 rounds, and the first some steps of one more. The second fails."""
+    runs: Any = []
+    for name, done, rounds in (("a", 2, [[1.0], [2.0], []]), ("b", 1, [[1.0], []]), ("c", 0, [[]])):
+        cfg = from_mapping(small(), CONFIGS)
+        runs.append(Run(Variant(name, Path(name), cfg, {}, {}), None, timed(name, *rounds), done=done))
+    (failed,) = until(runs, Stopped("b", "b", 2, 1, "no more"))
+    assert failed.variant.name == "a" and failed.measured.rounds == [[1.0], [2.0]]
+    kept = until(runs, Stopped("b", "b", 2, None, "interrupted", True))
+    assert [(r.variant.name, r.done, r.measured.rounds) for r in kept] == [
+        ("a", 1, [[1.0]]),
+        ("b", 1, [[1.0]]),
+    ]
+    assert [len(r.measured.tokens) for r in kept] == [1, 1]
 
 
 def test_layouts_change_places_from_round_to_round() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mm.compare.bound import bound_of
 from mm.compare.chain import chain_of
-from mm.compare.result import Comparison, Interval, RunResult
+from mm.compare.result import Comparison, Interval, RunResult, Stopped
 from mm.compare.verdict import judge, rounds_needed
 from parallel.schedule import Costs, Kind, ModuleUse, ScheduleOptions, SchedulePlan, make_schedule
 from parallel.topology.layout import make_layout
@@ -118,6 +118,16 @@ def test_the_update_and_the_cores_that_ranks_share_are_named() -> None:
     slow = {"shares": {"vision": 0.3, "llm": 0.3}, "queued": 0.6}
     bound = bound_of(made_run("it", plan_of(LAYOUTS["colocated"]), costs_of(3, 1), **slow), 2)
     assert bound is not None and bound.limit == "cores" and "4 ranks on 2 cores" in bound.text
+
+
+def test_an_early_end_is_said_first() -> None:
+    one = made_run("one", plan_of(LAYOUTS["colocated"]), costs_of(1, 1))
+    end = Stopped("wide", "w.yaml", 2, 3, "MemoryError: no more")
+    found = judge(replace(comparison(one), stopped=end)).verdict
+    assert found is not None and found.sentences[0] == (
+        "The comparison failed in round 2 under the layout wide (w.yaml), on rank 3: MemoryError: no more."
+    )
+    assert found.fastest == ["one"]
 
 
 def test_the_fastest_is_named_with_how_much_and_whether_noise_could_be_it() -> None:
