@@ -47,7 +47,7 @@ def sign(path: Path) -> None:
 
 def read(path: Path) -> dict[str, torch.Tensor]:
     out = {"a": torch.zeros(2, 3), "b": torch.zeros(())}
-    assert store.load(path, out) == {"step": 3, "words": "kept"}
+    assert store.load(path, out) == {"step": 3, "format": 1, "words": "kept"}
     return out
 
 
