@@ -30,7 +30,10 @@ def reason(error: BaseException, rank: RankInfo, name: str, file: str, number: i
     own = Stopped(name, file, number, None if unknown else rank.rank, why, interrupted)
     if rank.store is None:
         return own
-    if unknown and not rank.store.check([KEY]):
+    try:
+        if unknown and not rank.store.check([KEY]):
+            return own
+        first = rank.store.compare_set(KEY, "", json.dumps(asdict(own)))
+    except Exception:  # the store is gone too, for any reason; what this rank knows is not
         return own
-    first = rank.store.compare_set(KEY, "", json.dumps(asdict(own)))
     return Stopped(**json.loads(first.decode()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ def compare(
                     except BaseException as error:
                         end = reason(error, rank, run.variant.name, str(run.variant.path), number + 1)
                         if rank.rank == 0 and (left := until(runs, end)):
-                            early(_result(left, settings, rank.world, host, end))
+                            tell(early, _result(left, settings, rank.world, host, end))
                         raise
                     run.done += 1
                     if rank.rank == 0:
@@ -108,6 +109,14 @@ def compare(
     finally:
         dist.destroy_process_group()
     return None if rank.rank else _result(runs, settings, rank.world, host)
+
+
+def tell(early: Callable[[Comparison], object], result: Comparison) -> None:
+    """Tell of what was measured; what hinders that is said, and is not why the comparison ends."""
+    try:
+        early(result)
+    except Exception as error:
+        print(f"what was measured is not written as a whole: {error}", file=sys.stderr, flush=True)
 
 
 def until(runs: Sequence[Run], end: Stopped) -> list[Run]:

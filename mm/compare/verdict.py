@@ -52,9 +52,10 @@ def stopped_early(found: Comparison) -> list[str]:
     what = "was interrupted" if end.interrupted else "failed"
     who = "" if end.rank is None else f", on rank {end.rank}"
     why = "" if end.interrupted else f": {end.why}"
+    rounds = "a round" if found.rounds == 1 else f"{found.rounds} rounds"
     return [
         f"The comparison {what} {where}{who}{why}.",
-        f"What follows is of the layouts that ended all of {found.rounds} rounds.",
+        f"What follows is of the layouts that ended {rounds}; the baseline is {found.runs[0].name}.",
     ]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from tests.mutations.fault import Fault
 
 TEST = "tests/mm/compare/test_verdict.py::test"
+_HINDERED = (
+    "tests/mm/compare/test_summary.py::test_what_hinders_the_telling_of_an_early_end_does_not_take_its_place"
+)
 
 COMPARE = (
     Fault(
@@ -70,6 +73,22 @@ COMPARE = (
         "rounds = min((run.done for run in kept), default=0)",
         "rounds = max((run.done for run in kept), default=0)",
         "tests/mm/compare/test_summary.py::test_what_was_measured_before_an_early_end",
+    ),
+    Fault(
+        "compare.gone",
+        "a store that is gone takes the place of why a comparison has failed",
+        "mm/compare/early.py",
+        "except Exception:  # the store",
+        "except ValueError:  # the store",
+        _HINDERED,
+    ),
+    Fault(
+        "compare.unwritten",
+        "a page that cannot be written takes the place of why a comparison has failed",
+        "mm/compare/rounds.py",
+        "    except Exception as error:\n        print(",
+        "    except ValueError as error:\n        print(",
+        _HINDERED,
     ),
     Fault(
         "compare.asked",

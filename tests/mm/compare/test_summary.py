@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mm.compare.early import reason
 from mm.compare.result import Stopped
-from mm.compare.rounds import Run, in_turn, naming, one_round, until
+from mm.compare.rounds import Run, in_turn, naming, one_round, tell, until
 from mm.compare.summary import Measured, speedup_interval, summarise, verdict
 from mm.compare.table import table
 from mm.compare.variants import Variant, distinct_names
@@ -143,6 +143,23 @@ def test_the_rank_that_knows_the_reason_names_it() -> None:
     assert reason(DataError("no data"), ranks[1], "wide", "wide.yaml", 1) == failed
     for error in (KeyboardInterrupt(), DataError("gone")):
         assert reason(error, ranks[0], "wide", "wide.yaml", 1) == failed
+
+
+def test_what_hinders_the_telling_of_an_early_end_does_not_take_its_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Gone(dist.HashStore):
+        def compare_set(self, *_: object) -> bytes:
+            raise RuntimeError("no store")
+
+    rank = RankInfo(1, 2, torch.device("cpu"), store=Gone())
+    assert reason(DataError("no data"), rank, "wide", "w", 1) == Stopped("wide", "w", 1, 1, "no data")
+
+    def early(_: object) -> None:
+        raise OSError("disk full")
+
+    tell(early, None)  # type: ignore[arg-type]  # of no comparison
+    assert "what was measured is not written as a whole: disk full" in capsys.readouterr().err
 
 
 def test_what_was_measured_before_an_early_end() -> None:

@@ -127,6 +127,7 @@ def test_an_early_end_is_said_first() -> None:
     assert found is not None and found.sentences[0] == (
         "The comparison failed in round 2 under the layout wide (w.yaml), on rank 3: MemoryError: no more."
     )
+    assert found.sentences[1].endswith("; the baseline is one.")
     assert found.fastest == ["one"]
 
 
